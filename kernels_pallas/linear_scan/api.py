@@ -1,0 +1,189 @@
+"""`linear_scan` and `linear_scan_step`: the public functions. Checks, defaults and the choice of implementation."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from kernels_pallas import dispatch
+from kernels_pallas.linear_scan import gpu, reference, tile, tpu, xla
+from kernels_pallas.manual_axes import varying_like
+
+
+def linear_scan(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hv V"],
+    log_decay: Float[Array, "H"] | Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
+    *,
+    bonus: Float[Array, "H K"] | None = None,
+    inclusive: bool = True,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    reverse: bool = False,
+    normalize: bool = False,
+    return_final_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Gated linear attention: a matrix state a head, decayed along its key channels, written and read once a token.
+
+        S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t
+        o_t = scale q_t S_t                                  inclusive (linear attention, RetNet, Mamba-2, GLA, HGRN2)
+        o_t = scale q_t (S_{t-1} + diag(bonus) k_t^T v_t)    exclusive (RWKV-6): S_{t-1} before step t's decay
+
+    Differentiable in every float input and through the final state. Time and memory are linear in T.
+
+    Args:
+      q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk and Hv divide H: query
+        head h uses key head h // (H / Hk) and value head h // (H / Hv).
+      log_decay: g, natural logs of decays, <= 0. Not checked: values are unknown under jit, and a positive one makes
+        the state grow. None (linear attention), [H] (RetNet), [B, T, H] (Mamba-2, simple GLA) or [B, T, H, K] (GLA,
+        HGRN2, RWKV-6). Any size down to -inf is safe; below -1000 a decay is exactly 0.
+      bonus: u of RWKV-6, the weight of a token's own write in its exclusive read; None is 0. Needs inclusive=False.
+      inclusive: whether a token reads the state after its own update or before it.
+      initial_state: the state before the first token met; zeros if None. With `normalize`, V + 1 columns.
+      segment_ids: documents packed in a row. The state is emptied where the id changes, so no token meets another
+        segment; `initial_state` belongs to the first segment met and the final state to the last.
+      scale: a number, K**-0.5 if None.
+      reverse: run from the last token to the first: `initial_state` enters before token T-1, the final state leaves
+        after token 0.
+      normalize: divide by the sum of a query's weights. A column of ones is appended to v, so states have V + 1
+        columns, and o_t = num_t / max(|den_t|, 1e-6) with (num_t, den_t) = q_t S_t, unscaled: `scale` has no effect.
+      return_final_state: also return the state after the last token met.
+      chunk_size: tokens computed as one matrix, a power of two up to 512. The result does not depend on it.
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+
+    Returns:
+      o in v's dtype, or (o, final state) with the state in float32 (float64 if an input is float64).
+
+    Raises:
+      ValueError: a shape, dtype or option that does not fit, by name.
+      NotImplementedError: the implementation asked for does not cover this call.
+
+    Sources: GLA, arXiv 2312.06635, section 4; RetNet 2307.08621; Mamba-2 2405.21060; HGRN2 2404.07904;
+    RWKV-6 2404.05892.
+    """
+    op = "linear_scan"
+    _check_inputs(op, q, k, v, log_decay, time=True)
+    _check_options(op, q, v, bonus, inclusive, "initial_state", initial_state, normalize)
+    _check_segments_and_chunk(op, q, segment_ids, chunk_size)
+    if interpret and implementation not in ("tpu", "gpu"):
+        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
+    B, T, H, K = q.shape
+    if initial_state is None:
+        initial_state = jnp.zeros((B, H, K, v.shape[-1] + normalize))
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (1, T, H))
+    arrays = _prepared(q, k, v, log_decay, bonus, initial_state, segment_ids)
+    static = {"inclusive": inclusive, "scale": _scale(scale, K), "reverse": reverse, "normalize": normalize}
+    if chosen == "reference":
+        o, final_state = reference.linear_scan(*arrays, **static)
+    else:
+        o, final_state = xla.linear_scan(*arrays, **static, chunk_size=chunk_size)
+    return (o, final_state) if return_final_state else o
+
+
+def linear_scan_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B Hk K"],
+    v: Float[Array, "B Hv V"],
+    state: Float[Array, "B H K V"],
+    log_decay: Float[Array, "H"] | Float[Array, "B H"] | Float[Array, "B H K"] | None = None,
+    *,
+    bonus: Float[Array, "H K"] | None = None,
+    inclusive: bool = True,
+    scale: float | None = None,
+    normalize: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """One token of `linear_scan`, for decoding: the same formulas and arguments without T. Returns (o, new state).
+
+    `state` has V + 1 columns with `normalize`, as `linear_scan` returns it. o has v's dtype, the new state is float32
+    (float64 if an input is float64).
+
+    Raises:
+      ValueError: a shape, dtype or option that does not fit, by name.
+      NotImplementedError: the implementation asked for does not cover this call.
+    """
+    op = "linear_scan_step"
+    _check_inputs(op, q, k, v, log_decay, time=False)
+    _check_options(op, q, v, bonus, inclusive, "state", state, normalize)
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = log_decay[None]
+    room = reference if chosen == "reference" else xla
+    arrays = _prepared(q, k, v, log_decay, bonus, state)
+    return room.linear_scan_step(*arrays, inclusive=inclusive, scale=_scale(scale, q.shape[-1]), normalize=normalize)
+
+
+def _scale(scale: float | None, K: int) -> float:
+    return K**-0.5 if scale is None else float(scale)
+
+
+def _prepared(q, k, v, log_decay, bonus, state, *others) -> tuple[Array | None, ...]:
+    """The state in the dtype of computation; inside `shard_map`, everything varying over what any of them varies over.
+
+    A replicated input, such as a bonus, must vary before it enters a custom_vjp or a scan: the transpose of that cast
+    is the sum of its gradient over the mesh axis.
+    """
+    floats = [x for x in (q, k, v, log_decay, bonus, state) if x is not None]
+    state = state.astype(jnp.promote_types(jnp.float32, jnp.result_type(*floats)))
+    arrays = (q, k, v, log_decay, bonus, state, *others)
+    present = [x for x in arrays if x is not None]
+    return tuple(None if x is None else varying_like(x, *present) for x in arrays)
+
+
+def _check_inputs(op: str, q, k, v, log_decay, time: bool) -> None:
+    axes = "[B, T, {}, {}]" if time else "[B, {}, {}]"
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.ndim != 3 + time or 0 in x.shape:
+            wanted = axes.format({"q": "H", "k": "Hk", "v": "Hv"}[name], "V" if name == "v" else "K")
+            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted} with no empty axis")
+        _check_float(op, name, x)
+    *rows, H, K = q.shape
+    for name, x in {"k": k, "v": v}.items():
+        if [*x.shape[:-2]] != rows or H % x.shape[-2] or (name == "k" and x.shape[-1] != K):
+            wanted = [*rows, f"a divisor of {H}", K if name == "k" else "V"]
+            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted} for q of shape {q.shape}")
+    if log_decay is not None:
+        shapes = ((H,), (*rows, H), (*rows, H, K))
+        if log_decay.shape not in shapes:
+            raise ValueError(f"{op}: log_decay has shape {log_decay.shape}, wanted one of {shapes}")
+        _check_float(op, "log_decay", log_decay)
+
+
+def _check_options(op: str, q, v, bonus, inclusive: bool, state_name: str, state, normalize: bool) -> None:
+    B, H, K = q.shape[0], *q.shape[-2:]
+    if bonus is not None:
+        if inclusive:
+            raise ValueError(
+                f"{op}: bonus of shape {bonus.shape} with inclusive=True, wanted inclusive=False or no bonus"
+            )
+        _check_shape(op, "bonus", bonus, (H, K))
+    if state is not None:
+        _check_shape(op, state_name, state, (B, H, K, v.shape[-1] + normalize))
+
+
+def _check_segments_and_chunk(op: str, q, segment_ids, chunk_size: int | None) -> None:
+    if segment_ids is not None:
+        if segment_ids.shape != q.shape[:2]:
+            raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}, wanted {q.shape[:2]}")
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(f"{op}: segment_ids has dtype {segment_ids.dtype}, wanted an integer dtype")
+    if chunk_size is not None and not (1 <= chunk_size <= tile.MAX_CHUNK and chunk_size & (chunk_size - 1) == 0):
+        raise ValueError(f"{op}: chunk_size={chunk_size}, wanted a power of two from 1 to {tile.MAX_CHUNK}")
+
+
+def _check_shape(op: str, name: str, x, wanted: tuple[int, ...]) -> None:
+    if x.shape != wanted:
+        raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted}")
+    _check_float(op, name, x)
+
+
+def _check_float(op: str, name: str, x) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted a float dtype")
