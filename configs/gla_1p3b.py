@@ -1,0 +1,36 @@
+"""Gated linear attention, 1.3B, trained on 100B tokens as in arXiv 2312.06635 (batches of 2M tokens, length 2048).
+
+    python train.py --config=configs/gla_1p3b.py --config.mesh.fsdp=8 --config.data.tokenizer=tokenizer.json \
+      --config.data.sources.main.kind=parquet --config.data.sources.main.path=DIR
+
+Hardware: not run here; one TPU v5p-32 or 16 H100. Wikitext perplexity in the paper: 17.22
+(SlimPajama, Mistral tokenizer).
+"""
+
+from gatedjax.config import config_dict, layer
+
+
+def get_config():
+    c = config_dict()
+    c.model.vocab_size = 32_000
+    c.model.width = 2048
+    c.model.num_layers = 24
+    c.model.mixers = {
+        "gla": layer("gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=256, value_dim=512),
+    }
+    c.model.pattern = ("gla",)
+    c.model.ffns = {"mlp": layer("gated_mlp", hidden=5632)}
+    c.model.ffn_pattern = ("mlp",)
+    c.model.remat = "kernels"
+    c.model.loss_chunk = 8192
+
+    c.data.seq_len = 2048
+    c.optim.lr = 3e-4
+    c.optim.warmup_steps = 500
+    c.optim.weight_decay = 0.01
+    c.optim.final_lr_share = 0.1
+    c.train.steps = 50_000
+    c.train.batch_size = 1024
+    c.train.eval_every = 1000
+    c.train.checkpoint_every = 1000
+    return c

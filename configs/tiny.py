@@ -1,0 +1,36 @@
+"""Gated linear and gated softmax attention by turns, with sparse experts, on the standard library's source.
+
+    python train.py --config=configs/tiny.py        (or: make train)
+
+Hardware: a laptop, 2 cores. See README.md for the time it takes and the bits per byte to expect.
+"""
+
+from gatedjax.config import config_dict, layer
+
+
+def get_config():
+    c = config_dict()
+    c.model.width = 128
+    c.model.num_layers = 4
+    c.model.mixers = {
+        "gla": layer("gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=16, value_dim=32, conv_width=4),
+        "attention": layer("gated_attention", num_heads=4, num_kv_heads=2, head_dim=32),
+    }
+    c.model.pattern = ("gla", "attention")
+    c.model.ffns = {
+        "mlp": layer("gated_mlp", hidden=384),
+        "moe": layer("sparse_moe", num_experts=8, experts_per_token=2, hidden=128, shared_hidden=128),
+    }
+    c.model.ffn_pattern = ("mlp", "moe")
+    c.model.init_std = 0.05
+    c.model.dtype = "float32"  # CPUs have no fast bfloat16
+
+    c.data.seq_len = 256
+    c.optim.lr = 3e-3
+    c.optim.warmup_steps = 30
+    c.train.steps = 400
+    c.train.batch_size = 8
+    c.train.log_every = 10
+    c.train.eval_every = 100
+    c.train.checkpoint_every = 100
+    return c

@@ -1,0 +1,68 @@
+"""How every entry point starts and fails: bad input is one line on stderr and exit code 2."""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from gatedjax.config import nearest_key
+from gatedjax.errors import InputError
+
+# What the operating system says about the user's disks and paths, rather than about our code.
+_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """`absl.app.run` with one-line errors. A bug still shows its traceback and exits 1."""
+    app.run(lambda argv: _guarded(lambda: main(argv)), flags_parser=lambda argv: _guarded(lambda: _parse(argv)))
+
+
+def required(flag: flags.FlagHolder[str | None]) -> str:
+    """The flag's value; InputError if it was not given."""
+    if flag.value is None:
+        raise InputError(f"--{flag.name} is required")
+    return flag.value
+
+
+def _guarded(call: Callable):
+    try:
+        return call()
+    except InputError as e:
+        _fail(str(e))
+    except OSError as e:
+        if e.errno not in _USER_ERRNOS:
+            raise
+        _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e))
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    # Not sys.exit: checkpoint and data threads of a failed start must not keep the process alive.
+    sys.stdout.flush()
+    os._exit(2)
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+    """Flags, with absl's and ml_collections' complaints turned into one line that names the key."""
+    try:
+        args = flags.FLAGS(argv)
+    except (AttributeError, KeyError) as e:
+        raise InputError(_unknown_key(argv, e)) from None
+    except (flags.Error, TypeError, ValueError, FileNotFoundError) as e:
+        raise InputError(f"flags: {e}") from None
+    if len(args) > 1:
+        raise InputError(f"flags: {args[1]!r} is not a flag; wanted --name=value")
+    return args
+
+
+def _unknown_key(argv: Sequence[str], error: Exception) -> str:
+    """ml_collections says only "'widht'": find the flag that it came from."""
+    last = str(error).strip("'\"").split(".")[-1]
+    for arg in argv:
+        match = re.match(r"--config\.([\w.]+)", arg)
+        if match and last.split("'")[0] in match.group(1):
+            return f"config.{match.group(1)}: unknown key{nearest_key(match.group(1))}"
+    return f"flags: {error}"

@@ -1,0 +1,19 @@
+"""Flax modules: they own parameters, names, logical axes and dtypes; the arithmetic is in plain functions.
+
+A mixer is called as `(x, context, cache) -> (y, cache)`, a feed-forward as `(x) -> (y, statistics)`. To add one: a file
+here, a line below, and its dataclass in `config.py` (CONTRIBUTING.md walks through it).
+"""
+
+from gatedjax.layers import attention, linear_attention
+from gatedjax.layers.attention import GatedAttention
+from gatedjax.layers.context import Context as Context
+from gatedjax.layers.linear_attention import GatedLinearAttention
+from gatedjax.layers.mlp import GatedMLP
+from gatedjax.layers.moe import SparseMoE
+
+# By the config's `kind`. A mixer comes with the function that makes its empty decoding cache.
+MIXERS = {
+    "gated_attention": (GatedAttention, attention.init_cache),
+    "gated_linear_attention": (GatedLinearAttention, linear_attention.init_cache),
+}
+FEED_FORWARDS = {"gated_mlp": GatedMLP, "sparse_moe": SparseMoE}

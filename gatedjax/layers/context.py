@@ -1,0 +1,17 @@
+"""What every mixer is told about the tokens it sees, besides their vectors."""
+
+from flax import struct
+from jax import Array
+from jaxtyping import Int
+
+
+@struct.dataclass
+class Context:
+    """Where the tokens stand.
+
+    positions: position of each token within its document (rotary embeddings).
+    segment_ids: which document of a packed row each token belongs to; None when a row is one document.
+    """
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None = None

@@ -1,0 +1,61 @@
+"""Sparse mixture of gated MLPs: route, sort rows by expert, three grouped matmuls, put the rows back."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from gatedjax.config import GatedMLPConfig, SparseMoEConfig
+from gatedjax.layers.mlp import GatedMLP
+from gatedjax.layers.projection import Projection, parameter
+from gatedjax.layers.routing import ROUTERS, Routing, balance_loss, expert_load, router_z_loss
+
+
+class SparseMoE(nn.Module):
+    """Each token goes to its k experts, none is dropped; a shared expert may see every token, behind its own gate."""
+
+    config: SparseMoEConfig
+    std: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T M"]) -> tuple[Float[Array, "B T M"], dict[str, Array]]:
+        """Returns y, and the router's "aux_loss" (weighted, to be added to the loss), "balance_loss" and "load"."""
+        c = self.config
+        rows = x.reshape(-1, x.shape[-1])
+        # The router works in float32: in bfloat16, near-ties flip and the softmax loses small gradients.
+        route = Projection({"embed": x.shape[-1]}, {"router": c.num_experts}, self.std, jnp.float32, name="router")
+        logits = route(rows.astype(jnp.float32))
+        routing = ROUTERS[c.router](logits, c.experts_per_token, c.renormalize)
+        y = self._experts(rows, routing).reshape(x.shape)
+        if c.shared_hidden:
+            y = y + self._shared(x)
+        load = expert_load(routing.experts, c.num_experts)
+        balance = balance_loss(load, routing.probabilities)
+        aux = c.balance_loss * balance + c.z_loss * router_z_loss(logits)
+        return y, {"aux_loss": aux, "balance_loss": balance, "load": load}
+
+    def _experts(self, rows: Float[Array, "R M"], routing: Routing) -> Float[Array, "R M"]:
+        c, width = self.config, rows.shape[-1]
+        gate, up, down = (
+            self._stack(name, axes, shape).astype(self.dtype)
+            for name, axes, shape in (
+                ("gate", ("embed", "mlp"), (width, c.hidden)),
+                ("up", ("embed", "mlp"), (width, c.hidden)),
+                ("down", ("mlp", "embed"), (c.hidden, width)),
+            )
+        )
+        return sparse_experts(rows, routing, gate, up, down, c.activation)
+
+    def _stack(self, name: str, axes: tuple[str, str], shape: tuple[int, int]) -> Array:
+        init = nn.initializers.normal(self.std)
+        return parameter(self, name, ("expert", *axes), (self.config.num_experts, *shape), init)
+
+    def _shared(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        mlp = GatedMLPConfig(hidden=self.config.shared_hidden, activation=self.config.activation)
+        y, _ = GatedMLP(mlp, self.std, self.dtype, name="shared")(x)
+        if not self.config.shared_gate:
+            return y
+        score = Projection({"embed": x.shape[-1]}, {"shared_gate": 1}, self.std, self.dtype, name="shared_gate")(x)
+        return (y.astype(jnp.float32) * jax.nn.sigmoid(score.astype(jnp.float32))).astype(y.dtype)

@@ -1,0 +1,139 @@
+"""The language model: embed -> scan over periods of the layer pattern -> norm -> logits."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jax.ad_checkpoint import checkpoint_policies
+from jaxtyping import Float, Int
+
+from gatedjax.config import ModelConfig
+from gatedjax.layers import FEED_FORWARDS, MIXERS, Context
+from gatedjax.layers.norm import RMSNorm
+from gatedjax.layers.projection import parameter
+
+# What the kernels name with checkpoint_name, so that "kernels" recomputes all but their outputs and states.
+KERNEL_RESIDUALS = ("attention_out", "attention_lse", "linear_scan_states")
+
+
+def remat_policy(name: str):
+    """The `jax.checkpoint` policy of `ModelConfig.remat`."""
+    return {
+        "full": checkpoint_policies.nothing_saveable,
+        "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "kernels": checkpoint_policies.save_only_these_names(*KERNEL_RESIDUALS),
+    }[name]
+
+
+@struct.dataclass
+class Caches:
+    """Decoding state: the number of tokens seen, and for each layer of the period its cache, stacked over periods."""
+
+    position: Int[Array, ""]
+    layers: dict[str, struct.PyTreeNode]
+
+
+class Block(nn.Module):
+    """Pre-norm mixer and pre-norm feed-forward, each on the residual stream."""
+
+    config: ModelConfig
+    index: int  # within the period
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T M"], context: Context, cache):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        mixer, ffn = c.layer(self.index)
+        norm = lambda name: RMSNorm(c.norm_eps, c.zero_centred_norm, name=name)
+        mix = MIXERS[mixer.kind][0](mixer, c.norm_eps, c.init_std, dtype, name="mixer")
+        y, cache = mix(norm("mixer_norm")(x), context, cache)
+        x = x + y
+        y, statistics = FEED_FORWARDS[ffn.kind](ffn, c.init_std, dtype, name="ffn")(norm("ffn_norm")(x))
+        return nn.with_logical_constraint(x + y, ("batch", "length", "embed_act")), cache, statistics
+
+
+class Period(nn.Module):
+    """The layers after which the pattern repeats. One is compiled; `nn.scan` runs it num_layers / period times."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T M"], context: Context, caches: dict | None):
+        new_caches, statistics = {}, {}
+        for i in range(self.config.period):
+            name = f"layer_{i}"
+            cache = None if caches is None else caches[name]
+            x, new_caches[name], statistics[name] = Block(self.config, i, name=name)(x, context, cache)
+        return x, (None if caches is None else new_caches, statistics)
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only language model with any pattern of mixers and feed-forwards."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        caches: Caches | None = None,
+    ) -> tuple[Float[Array, "B T M"], Caches | None, dict[str, dict[str, Array]]]:
+        """Returns the normed hidden states (`logits` turns them into scores), the caches, and feed-forward statistics.
+
+        Without caches: training or scoring of (packed) rows. With empty caches: prefill. With filled ones and T = 1:
+        decoding; positions then come from the caches. Statistics are stacked over periods: [L / period, ...].
+        """
+        c = self.config
+        start = 0 if caches is None else caches.position
+        if positions is None:
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        init = nn.initializers.normal(c.init_std)
+        table = parameter(self, "embedding", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
+        if not c.tie_embeddings:
+            parameter(self, "head", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
+        x = jnp.take(table.astype(c.dtype), tokens, axis=0)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+        layers = None if caches is None else caches.layers
+        x, (layers, statistics) = self._periods()(x, Context(positions, segment_ids), layers)
+        x = RMSNorm(c.norm_eps, c.zero_centred_norm, name="final_norm")(x)
+        if caches is not None:
+            caches = Caches(caches.position + tokens.shape[1], layers)
+        return x, caches, statistics
+
+    def _periods(self) -> nn.Module:
+        c = self.config
+        period = Period if c.remat == "none" else nn.remat(Period, prevent_cse=False, policy=remat_policy(c.remat))
+        scanned = nn.scan(
+            period,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=c.num_layers // c.period,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(c, name="periods")
+
+
+def head_weights(params) -> Float[Array, "X M"]:
+    """The output matrix: the head, or the embedding table when they are tied."""
+    return params["head"] if "head" in params else params["embedding"]
+
+
+def logits(hidden: Float[Array, "... M"], weights: Float[Array, "X M"]) -> Float[Array, "... X"]:
+    """Scores of the next token, float32: operands in hidden's dtype, accumulated in float32."""
+    return jnp.einsum("...m,xm->...x", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def init_caches(config: ModelConfig, batch: int, length: int) -> Caches:
+    """Empty caches for `length` tokens of `batch` rows."""
+    periods, dtype = config.num_layers // config.period, jnp.dtype(config.dtype)
+
+    def stacked(i: int):
+        mixer, _ = config.layer(i)
+        cache = MIXERS[mixer.kind][1](mixer, batch, length, dtype)
+        return jax.tree.map(lambda x: jnp.zeros((periods, *x.shape), x.dtype), cache)
+
+    return Caches(jnp.int32(0), {f"layer_{i}": stacked(i) for i in range(config.period)})

@@ -1,0 +1,35 @@
+"""From a run directory back to a configuration and parameters: what eval.py and generate share."""
+
+import jax
+
+from gatedjax.checkpoint import Checkpointer, read_config
+from gatedjax.config import Config, from_config_dict
+from gatedjax.data import load_tokenizer
+from gatedjax.errors import InputError
+from gatedjax.setup import prepare
+from gatedjax.train_step import params_for_evaluation
+
+
+def restore_params(directory: str) -> tuple[Config, dict]:
+    """The resolved configuration of a run and the parameters of its newest intact checkpoint, placed on this machine.
+
+    The mesh is this machine's (all devices on the data axis), not the run's.
+
+    Raises:
+      InputError: no checkpoint there, none intact, or a vocabulary that is not the tokenizer's.
+    """
+    raw = read_config(directory)
+    raw["mesh"] = {}
+    config = from_config_dict(raw)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"config.model.vocab_size: the checkpoint has {config.model.vocab_size} entries, "
+            f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size}"
+        )
+    run = prepare(config)
+    with Checkpointer(directory, read_only=True) as checkpointer, jax.set_mesh(run.mesh):
+        restored = checkpointer.restore_latest(run.abstract)
+    if restored is None:
+        raise InputError(f"--checkpoint: {directory} holds no checkpoint")
+    return config, jax.jit(params_for_evaluation)(restored.state)

@@ -1,0 +1,76 @@
+"""From a configuration to all that a step needs besides data: mesh, optimizer, the state's shape and placement."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gatedjax import sharding
+from gatedjax.config import Config
+from gatedjax.errors import InputError
+from gatedjax.optim import make_optimizer
+from gatedjax.train_step import TrainState, init_params, init_state, param_axes
+
+# A vocabulary that the tensor axis divides; the entries past the tokenizer's are never targets.
+VOCAB_MULTIPLE = 32
+
+
+class Run(NamedTuple):
+    """A configuration, made concrete on the devices at hand. `abstract`: the state's shapes, dtypes and shardings."""
+
+    config: Config
+    mesh: Mesh
+    tx: optax.GradientTransformation
+    abstract: TrainState
+
+    @property
+    def shardings(self):
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def with_vocab(config: Config, tokenizer) -> Config:
+    """The configuration with `model.vocab_size` settled: the tokenizer's, rounded up, if it was 0.
+
+    Raises:
+      InputError: a given size is too small for the tokenizer.
+    """
+    size = config.model.vocab_size or -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if size < tokenizer.vocab_size:
+        raise InputError(
+            f"config.model.vocab_size: {size} came, wanted at least the {tokenizer.vocab_size} entries of the "
+            f"tokenizer {config.data.tokenizer!r}"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def prepare(config: Config) -> Run:
+    """Mesh, optimizer and the placement of the state. Allocates nothing.
+
+    Raises:
+      InputError: the mesh does not divide the devices, the batch or a parameter.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    boxed = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
+    sharding.check_divides(mesh, boxed)
+    tx = make_optimizer(config.optim, config.train.steps, param_axes(boxed))
+    shapes = jax.eval_shape(lambda key: init_state(config, tx, key), jax.random.key(0))
+    params = sharding.param_shardings(mesh, boxed)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = TrainState(
+        step=replicated,
+        params=params,
+        opt_state=sharding.optimizer_shardings(mesh, tx, nn.meta.unbox(boxed), params),
+        ema=params if config.optim.ema_decay else None,
+        guard=jax.tree.map(lambda _: replicated, shapes.guard),
+    )
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return Run(config, mesh, tx, placed)
+
+
+def fresh_state(run: Run) -> TrainState:
+    """The state before the first step, made in place: no device ever holds more than its shards."""
+    make = jax.jit(lambda key: init_state(run.config, run.tx, key), out_shardings=run.shardings)
+    return make(jax.random.key(run.config.train.seed))

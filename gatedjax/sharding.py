@@ -1,0 +1,119 @@
+"""Mesh axes, logical rules, state shardings: the only place with physical axis names.
+
+  data     rows of the batch; parameters are copies
+  fsdp     rows of the batch; parameters are cut along the model width
+  context  the sequence
+  tensor   heads, hidden width, vocabulary
+  expert   experts (and rows of the batch)
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gatedjax.config import MeshConfig
+from gatedjax.errors import InputError
+
+AXES = ("data", "fsdp", "context", "tensor", "expert")
+
+# Logical axis -> mesh axes. Parameters use embed, mlp, heads ...; activations batch, length, embed_act.
+RULES = (
+    ("batch", ("data", "fsdp", "expert")),
+    ("length", "context"),
+    ("embed_act", None),
+    ("embed", ("fsdp", "context")),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("rank", None),
+    ("router", None),
+    ("shared_gate", None),
+    ("vocab", "tensor"),
+    # The table's width has its own rule: sharing "embed" with a sharded vocabulary makes the lookup rematerialise.
+    ("embed_vocab", ("fsdp", "context")),
+    ("expert", "expert"),
+    ("layers", None),
+)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices. `data = 0` takes what the other axes leave.
+
+    Raises:
+      InputError: the axes do not divide the devices.
+    """
+    devices = jax.device_count()
+    others = config.fsdp * config.context * config.tensor * config.expert
+    if others < 1 or devices % others or (config.data and config.data * others != devices):
+        wanted = " x ".join(f"{axis}={getattr(config, axis) or 'rest'}" for axis in AXES)
+        raise InputError(f"config.mesh: {wanted} does not divide the {devices} device(s) of this run")
+    shape = (config.data or devices // others, config.fsdp, config.context, config.tensor, config.expert)
+    # Linen's logical constraints need Auto axes; jax.make_mesh alone would give Explicit ones.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [B, T]: rows over the batch axes, time over context."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), "context"))
+
+
+def my_rows(mesh: Mesh, batch_size: int) -> range:
+    """The contiguous rows of the global batch that this process must supply.
+
+    Taken from the sharding, not from the process index: processes that share rows (tensor or context peers) must
+    hold the same ones.
+
+    Raises:
+      InputError: the batch does not divide over the batch axes.
+    """
+    ways = math.prod(mesh.shape[a] for a in ("data", "fsdp", "expert"))
+    if batch_size % ways:
+        wanted = f"a multiple of data x fsdp x expert = {ways}"
+        raise InputError(f"config.train.batch_size: {batch_size} came, wanted {wanted}")
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [(s.start or 0, batch_size if s.stop is None else s.stop) for (s,) in indices]
+    rows = range(min(b[0] for b in bounds), max(b[1] for b in bounds))
+    if len(rows) != len({r for start, stop in bounds for r in range(start, stop)}):
+        raise InputError(f"config.mesh: the rows of process {jax.process_index()} are not contiguous on this mesh")
+    return rows
+
+
+def global_batch(mesh: Mesh, rows, batch_size: int):
+    """The global arrays of a batch of which this process holds `rows`: a pytree of numpy arrays [my rows, T]."""
+    sharding = batch_sharding(mesh)
+    # The global shape is always given: left out, jax would guess it from the process count and could guess wrong.
+    put = lambda a: jax.make_array_from_process_local_data(sharding, a, (batch_size, *a.shape[1:]))
+    return jax.tree.map(put, rows)
+
+
+def check_divides(mesh: Mesh, abstract_params) -> None:
+    """Raises InputError naming the first parameter whose axes the mesh does not divide."""
+    specs = nn.logical_to_mesh(nn.get_partition_spec(abstract_params), RULES)
+    leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(abstract_params))
+    for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))):
+        for size, axes in zip(leaf.shape, spec):
+            ways = math.prod(mesh.shape[a] for a in np.atleast_1d(axes) if a)
+            if size % ways:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise InputError(f"config.mesh: {axes} = {ways} does not divide an axis of {size} of parameter {name}")
+
+
+def param_shardings(mesh: Mesh, abstract_params):
+    """A NamedSharding for every parameter, from the logical names that the layers gave them."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
+
+
+def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, params, shardings):
+    """Optimizer state sits where its parameters sit; everything else (counts) is replicated.
+
+    jit does not infer this: `zeros_like` depends on no value, so the state would land on one device.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    state = jax.eval_shape(tx.init, params)
+    return optax.tree_map_params(tx, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated)

@@ -1,0 +1,138 @@
+"""The whole model: scan over periods, decoding, packing, causality, rematerialisation, chunked loss."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import rel_rms
+
+from gatedjax.config import (
+    GatedAttentionConfig,
+    GatedLinearAttentionConfig,
+    GatedMLPConfig,
+    ModelConfig,
+    SparseMoEConfig,
+)
+from gatedjax.losses import chunked_cross_entropy, cross_entropy
+from gatedjax.model import LanguageModel, head_weights, init_caches, logits
+
+MODEL = ModelConfig(
+    vocab_size=32,
+    width=32,
+    num_layers=4,
+    mixers={
+        "gla": GatedLinearAttentionConfig(num_heads=2, num_kv_heads=2, key_dim=8, value_dim=16, conv_width=4),
+        "attention": GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16),
+    },
+    pattern=("gla", "attention"),
+    ffns={"mlp": GatedMLPConfig(hidden=48), "moe": SparseMoEConfig(num_experts=4, hidden=32, shared_hidden=16)},
+    ffn_pattern=("mlp", "moe"),
+    init_std=0.2,
+    dtype="float32",
+)
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 40)).astype(np.int32)
+
+
+def make(config=MODEL):
+    params = nn.meta.unbox(LanguageModel(config).init(jax.random.key(0), TOKENS[:, :2])["params"])
+    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make()
+
+
+def hidden(params, tokens, config=MODEL, **kwargs):
+    return jax.jit(LanguageModel(config).apply)({"params": params}, tokens, **kwargs)
+
+
+def test_prefill_then_decode_equals_full_forward(params):
+    full, _, _ = hidden(params, TOKENS)
+    y, caches, _ = hidden(params, TOKENS[:, :33], caches=init_caches(MODEL, 2, 40))
+    assert rel_rms(y, full[:, :33]) < 1e-5
+    step = jax.jit(LanguageModel(MODEL).apply)
+    for t in range(33, 40):
+        y, caches, _ = step({"params": params}, TOKENS[:, t : t + 1], caches=caches)
+        assert rel_rms(y[:, 0], full[:, t]) < 1e-5
+    assert int(caches.position) == 40
+
+
+def test_packed_documents_equal_separate_ones(params):
+    cut = 17
+    segments = np.where(np.arange(40) < cut, 1, 2)[None].repeat(2, 0)
+    positions = np.where(np.arange(40) < cut, np.arange(40), np.arange(40) - cut)[None].repeat(2, 0)
+    packed, _, _ = hidden(params, TOKENS, positions=positions, segment_ids=segments)
+    first, _, _ = hidden(params, TOKENS[:, :cut])
+    second, _, _ = hidden(params, TOKENS[:, cut:])
+    assert rel_rms(packed, jnp.concatenate([first, second], 1)) < 1e-5
+    leaky, _, _ = hidden(params, TOKENS, positions=positions)
+    assert rel_rms(leaky, packed) > 1e-2, "the segments make no difference: this test could not fail"
+
+
+def test_no_token_sees_the_future(params):
+    """The gradient of one position's output with respect to every embedded input is zero after it, not before."""
+
+    def at(embeddings, t):
+        # tokens 0..31 look themselves up: the table's rows are the inputs
+        rows = params | {"embedding": embeddings}
+        return jnp.sum(LanguageModel(MODEL).apply({"params": rows}, np.arange(32)[None])[0][0, t] ** 2)
+
+    gradient = jax.jit(jax.grad(at), static_argnums=1)(params["embedding"], 20)
+    size = np.abs(np.asarray(gradient)).sum(-1)
+    assert (size[21:] == 0).all() and (size[:21] > 0).all()
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "kernels"])
+def test_remat_changes_no_gradient(params, remat):
+    def loss(p, config):
+        h, _, _ = LanguageModel(config).apply({"params": p}, TOKENS)
+        return jnp.mean(h**2 * jnp.arange(h.shape[-1]))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    expected = gradient(params, MODEL)
+    actual = gradient(params, dataclasses.replace(MODEL, remat=remat))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        assert rel_rms(a, e) < 1e-5
+
+
+def test_statistics_come_from_sparse_layers_only(params):
+    _, _, statistics = hidden(params, TOKENS)
+    assert statistics["layer_0"] == {}
+    load = statistics["layer_1"]["load"]
+    assert load.shape == (2, 4)
+    np.testing.assert_allclose(load.sum(-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 24, 1000])
+def test_chunked_loss_equals_whole(params, chunk):
+    rng = np.random.default_rng(1)
+    h = jnp.asarray(rng.normal(size=(2, 40, 32)), jnp.float32)
+    mask = jnp.asarray(rng.random((2, 40)) < 0.7, jnp.float32)
+    weights = head_weights(params)
+    whole = lambda h, w: cross_entropy(h.reshape(-1, 32), w, TOKENS.reshape(-1), mask.reshape(-1))
+    cut = lambda h, w: chunked_cross_entropy(h, w, TOKENS, mask, chunk)
+    total = lambda f: lambda h, w: f(h, w).cross_entropy + 0.3 * f(h, w).z_loss
+    for a, e in zip(cut(h, weights), whole(h, weights)):
+        np.testing.assert_allclose(a, e, rtol=1e-5)
+    actual, expected = (jax.grad(total(f), argnums=(0, 1))(h, weights) for f in (cut, whole))
+    for a, e in zip(actual, expected):
+        assert rel_rms(a, e) < 1e-5
+
+
+def test_cross_entropy_is_the_negative_log_likelihood(params):
+    h = jnp.asarray(np.random.default_rng(2).normal(size=(5, 32)), jnp.float32)
+    targets, mask = jnp.arange(5), jnp.array([1.0, 0, 1, 1, 0])
+    scores = np.asarray(logits(h, head_weights(params)), np.float64)
+    log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    losses = cross_entropy(h, head_weights(params), targets, mask)
+    np.testing.assert_allclose(losses.cross_entropy, -(log_p[range(5), range(5)] * mask).sum(), rtol=1e-5)
+    assert losses.count == 3
+
+
+def test_untied_head_has_its_own_weights():
+    params = make(dataclasses.replace(MODEL, tie_embeddings=False))
+    assert head_weights(params) is params["head"] and params["head"].shape == params["embedding"].shape
