@@ -90,8 +90,9 @@ class GatedLinearAttentionConfig:
         _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
         _require(self.rotary_dim % 2 == 0, "rope_fraction", self.rope_fraction, "an even number of rotated channels")
         _require(self.conv_width >= 0, "conv_width", self.conv_width, "0 for none, or a width")
-        softplus_scalar = self.decay_form != "softplus" or self.decay == "scalar"
-        _require(softplus_scalar, "decay_form", self.decay_form, "logsigmoid unless decay is 'scalar' (Mamba-2)")
+        is_mamba = self.decay == "scalar" and self.num_kv_heads == self.num_heads
+        wanted = "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads (Mamba-2)"
+        _require(self.decay_form != "softplus" or is_mamba, "decay_form", self.decay_form, wanted)
 
     @property
     def rotary_dim(self) -> int:

@@ -101,8 +101,8 @@ def generate(
 
 def generate_text(model: ModelConfig, params, tokenizer, prompt: str, tokens: int, **sampling) -> Iterator[str]:
     """Yields pieces of text as they become whole characters; stops at the end of the document."""
-    # A document starts after the end of another one: that is the context the model knows.
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt).tolist()]
+    # Documents start without a marker in training; only an empty prompt needs a token to start from.
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
     steps = generate(model, params, jnp.asarray([ids], jnp.int32), tokens, vocab_size=tokenizer.vocab_size, **sampling)
     sampled: list[int] = []
     shown = ""

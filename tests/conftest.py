@@ -1,11 +1,8 @@
-"""Eight simulated devices for every test; helpers.py on the path."""
+"""Eight simulated devices for every test, and the switch that refreshes goldens."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 

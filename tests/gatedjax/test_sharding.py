@@ -1,0 +1,78 @@
+"""8 devices = 1 device, on every kind of mesh; parameters are spread as the rules say; bad meshes are named."""
+
+import jax
+import pytest
+from tiny_run import run_steps, tiny
+
+from gatedjax.config import MeshConfig
+from gatedjax.errors import InputError
+from gatedjax.setup import fresh_state, prepare
+from gatedjax.sharding import make_mesh, my_rows
+
+MESHES = {
+    "data": dict(data=8),
+    "fsdp": dict(fsdp=8),
+    "data x fsdp x tensor": dict(data=2, fsdp=2, tensor=2),
+    "expert x tensor": dict(expert=4, tensor=2),
+    "context x fsdp": dict(context=2, fsdp=4),
+}
+
+
+def losses(mesh: dict):
+    _, _, log = run_steps(tiny(**{f"mesh__{k}": v for k, v in mesh.items()}), 3)
+    return [[m["loss"], m["grad_norm"], m["balance_loss"]] for m in log]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """One device of the eight: the mesh is made by hand, train.py always takes them all."""
+    import gatedjax.sharding as sharding
+
+    original = sharding.jax.device_count
+    make = sharding.jax.make_mesh
+    try:
+        sharding.jax.device_count = lambda: 1
+        sharding.jax.make_mesh = lambda *a, **k: make(*a, devices=jax.devices()[:1], **k)
+        return losses({})
+    finally:
+        sharding.jax.device_count, sharding.jax.make_mesh = original, make
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one(name, alone):
+    for sharded, single in zip(losses(MESHES[name]), alone):
+        assert sharded == pytest.approx(single, rel=1e-4)
+
+
+def test_state_is_spread_as_the_rules_say():
+    run = prepare(tiny(mesh__fsdp=4, mesh__tensor=2))
+    with jax.set_mesh(run.mesh):
+        state = fresh_state(run)
+    kernel = state.params["periods"]["layer_1"]["mixer"]["query"]["kernel"]  # [layers, embed, heads, head_dim]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    momentum = state.opt_state[1][0].mu["periods"]["layer_1"]["mixer"]["query"]["kernel"]
+    assert momentum.sharding == kernel.sharding
+    spread = sum(p.addressable_shards[0].data.size for p in jax.tree.leaves(state.params))
+    assert spread < 0.2 * sum(p.size for p in jax.tree.leaves(state.params)), "most parameters should be cut in 8"
+
+
+def test_rows_come_from_the_sharding():
+    assert my_rows(make_mesh(MeshConfig(fsdp=2, tensor=2, data=2)), 8) == range(0, 8)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(mesh__fsdp=3), r"config.mesh: .*fsdp=3.* does not divide the 8 device"),
+        (dict(mesh__data=4), r"data=4.* does not divide the 8 device"),
+        (dict(mesh__tensor=8), r"'?tensor'? = 8 does not divide an axis of 4 of parameter periods.layer_0.mixer"),
+    ],
+)
+def test_bad_mesh_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        prepare(tiny(**changes))
+
+
+def test_batch_that_does_not_divide_is_named():
+    with pytest.raises(InputError, match="batch_size: 6 came, wanted a multiple of data x fsdp x expert = 8"):
+        my_rows(make_mesh(MeshConfig()), 6)
