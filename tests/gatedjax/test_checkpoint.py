@@ -430,8 +430,12 @@ def test_full_disk_is_one_line_and_the_step_before_stays(tmp_path):
     assert restored.step == 1 and said == []
 
 
-def test_manifest_is_json_with_a_checksum(three_steps):
-    manifest = json.loads((three_steps / "checkpoints" / "3" / "manifest" / "metadata").read_text())
-    assert manifest["body"]["config"] == CONFIG
+def test_manifest_is_json_and_a_changed_digit_is_damage(run_dir, states):
+    path = run_dir / "checkpoints" / "3" / "manifest" / "metadata"
+    manifest = json.loads(path.read_text())
     names = set(manifest["body"]["leaves"])
     assert {"step", "params.embed.table", "params.gate", "mask", "opt_state.1.0.mu.embed.table"} <= names
+    manifest["body"]["data_index"] += 1
+    path.write_text(json.dumps(manifest))
+    restored, said = restore_latest(run_dir, abstract(states[2]))
+    assert restored.step == 2 and "manifest does not match its checksum" in said[0]
