@@ -1,0 +1,99 @@
+"""Text to token ids and back: bytes, or any `tokenizer.json`.
+
+A tokenizer here has `name`, `vocab_size`, `eos_id` (closes every document), `fingerprint` (changes whenever the ids
+could), `encode_batch`, `encode` and `decode`. `encode` adds no special token.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+from gatedjax.errors import InputError
+
+# What tokenizers call the token that ends a document; the first that a file has is taken.
+EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
+
+
+class Tokenizer(Protocol):
+    name: str
+    vocab_size: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]: ...
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "tokens"]]: ...
+    def decode(self, ids) -> str: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes, ids 0..255, and 256 for the end of a document. Lossless."""
+
+    name = "bytes"
+    vocab_size = 257
+    eos_id = 256
+    fingerprint = "bytes-1"
+
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "tokens"]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids) -> str:
+        """The text of `ids`: a character cut in two becomes U+FFFD; ids that are no byte (a padded vocabulary) drop."""
+        ids = np.asarray(ids, np.int64)
+        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` of the tokenizers library.
+
+    Special tokens spelled out in a document are read as plain text: a document cannot forge its own end. `decode`
+    leaves special tokens out. Whether decode(encode(text)) is text is up to the file (normalisers lose information).
+
+    Raises:
+      InputError: the file is missing, is not a tokenizer.json, or has no token among `EOS_NAMES`.
+    """
+
+    def __init__(self, path: str):
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError("tokenizer: a file needs the tokenizers library: pip install 'gatedjax[data]'") from None
+        try:
+            data = Path(path).read_bytes()
+        except OSError as e:
+            raise InputError(f"tokenizer: {path!r} cannot be read ({e.strerror}); wanted 'bytes' or a file") from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as e:  # the library raises bare Exception
+            raise InputError(f"tokenizer: {path!r} is not a tokenizer.json ({e})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        found = [name for name in EOS_NAMES if name in vocabulary]
+        if not found:
+            raise InputError(f"tokenizer: {path!r} has no end-of-document token; wanted one of {', '.join(EOS_NAMES)}")
+        self.name = Path(path).name
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
+        self.eos_id = vocabulary[found[0]]
+        self.fingerprint = "json-1-" + hashlib.sha256(data).hexdigest()
+
+    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "tokens"]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids) -> str:
+        return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that a configuration names: "bytes", or the path of a `tokenizer.json`."""
+    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(spec)
