@@ -435,12 +435,13 @@ def tokenise_and_die(cfg: DataConfig) -> None:
     data.corpora(cfg)
 
 
-def tokenise_when_told(cfg: DataConfig, barrier, results) -> None:
-    # As on a file system without locks: both build, and race for the rename.
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+def no_locks(*_):
+    """flock on a file system that has no locks."""
+    raise OSError(errno.ENOLCK, "No locks available")
 
-    token_cache.fcntl.flock = no_locks
+
+def tokenise_when_told(cfg: DataConfig, barrier, results) -> None:
+    token_cache.fcntl.flock = no_locks  # so that both build, and race for the rename
     finish = token_cache._sync
     token_cache._sync = lambda folder: (finish(folder), barrier.wait(60))
     results.put(corpus_of(cfg).sha256)
@@ -488,6 +489,17 @@ def test_processes_of_one_machine_tokenise_once(tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         digests = {c.sha256 for c in pool.map(corpus_of, [cfg] * 4)}
     assert len(digests) == len(builds) == 1
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_leftovers_go_only_where_no_writer_can_be_at_work(tmp_path, monkeypatch, has_locks):
+    cfg = config(tmp_path)
+    made = corpus_of(cfg).path
+    leftover = token_cache._partial_prefix(made).with_name(token_cache._partial_prefix(made).name + "0123")
+    made.rename(leftover)
+    if not has_locks:
+        monkeypatch.setattr(token_cache.fcntl, "flock", no_locks)
+    assert corpus_of(cfg).path == made and leftover.exists() != has_locks
 
 
 def test_a_file_that_holds_less_than_it_says(tmp_path, monkeypatch):
