@@ -13,6 +13,8 @@ import numpy as np
 from gatedjax.errors import InputError
 from gatedjax.metrics import METRICS_FILE, read_records
 
+Curve = tuple[np.ndarray, np.ndarray]  # steps, bits per byte
+
 _TRAIN, _VALIDATION, _REFERENCE = "#4477aa", "#cc3311", "#555555"  # told apart by readers with any colour vision
 
 
@@ -33,13 +35,13 @@ def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None 
         raise InputError(f"{path}: holds no bits_per_byte to draw")
     picture = Path(run_dir) / "curves.png"
     try:
-        _draw(curves, references or {}, Path(run_dir).resolve().name, picture)
+        draw(curves, references or {}, Path(run_dir).resolve().name).savefig(picture)
     except OSError as e:
         raise InputError(f"could not write {picture}: {e.strerror}") from e
     return picture
 
 
-def loss_curve(records: list[dict[str, Any]], split: str) -> tuple[np.ndarray, np.ndarray]:
+def loss_curve(records: list[dict[str, Any]], split: str) -> Curve:
     """Steps and bits per byte of one split; records without a finite value are left out."""
     points = [(r["step"], r["bits_per_byte"]) for r in records if r.get("split") == split and r.get("bits_per_byte")]
     steps, bits = np.array(points, np.float64).reshape(-1, 2).T
@@ -51,7 +53,8 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, np.full(window, 1.0 / window), mode="valid")
 
 
-def _draw(curves: Mapping[str, Any], references: Mapping[str, float], title: str, picture: Path) -> None:
+def draw(curves: Mapping[str, Curve], references: Mapping[str, float], title: str) -> Any:
+    """The matplotlib figure."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -78,10 +81,10 @@ def _draw(curves: Mapping[str, Any], references: Mapping[str, float], title: str
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(picture)
+    return figure
 
 
-def _limits(curves: Mapping[str, Any], references: Mapping[str, float]) -> tuple[float, float]:
+def _limits(curves: Mapping[str, Curve], references: Mapping[str, float]) -> tuple[float, float]:
     shown = np.concatenate([bits for _, bits in curves.values()] + [list(references.values())])
     return shown.min() / 1.08, shown.max() * 1.08
 
