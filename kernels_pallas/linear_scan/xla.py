@@ -193,7 +193,7 @@ def _chunks(plan: Plan, x: Array, num_heads: int) -> Array:
     return jnp.repeat(x, num_heads // heads, axis=1)
 
 
-def linear_scan_step(q, k, v, state, log_decay, bonus, *, inclusive: bool, scale: float, normalize: bool):
+def linear_scan_step(q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool):
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
     H, dtype, out_dtype = q.shape[1], state.dtype, v.dtype
     if normalize:

@@ -1,0 +1,380 @@
+"""linear_scan: values and gradients against the float64 recurrence; packing, decoding, transformations, refusals."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import rel_rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import dispatch, linear_scan, linear_scan_step
+from kernels_pallas.linear_scan import tile
+
+F32, BF16 = 2e-6, 2e-3
+OPTIONS = ("inclusive", "scale", "reverse", "normalize", "chunk_size", "implementation")
+DECAYS = {
+    "near zero": lambda r, s: -1e-6 * r.exponential(size=s),
+    "gla": lambda r, s: -np.logaddexp(0, -r.normal(size=s)) / 16,
+    "heavy tail": lambda r, s: np.maximum(-np.abs(r.standard_cauchy(size=s)), -50.0),
+    "-1e4": lambda r, s: np.full(s, -1e4),
+    "mixture": lambda r, s: np.where(r.random(s) < 0.05, -1e4, np.where(r.random(s) < 0.3, 0.0, -r.random(s) / 8)),
+}
+
+
+def make(seed=0, *, B=2, T=40, H=2, Hk=None, Hv=None, K=4, V=3, rank=4, decay="gla", bonus=False, normalize=False):
+    """Float64 inputs. The initial state is large, so that a lost state or a wrong decay of it cannot hide."""
+    r = np.random.default_rng(seed)
+    x = {
+        "q": r.normal(size=(B, T, H, K)),
+        "k": r.normal(size=(B, T, Hk or H, K)),
+        "v": r.normal(size=(B, T, Hv or H, V)),
+    }
+    if normalize:  # positive features: the denominator is no small difference
+        x["q"], x["k"] = np.abs(x["q"]), np.abs(x["k"])
+    if rank:
+        x["log_decay"] = DECAYS[decay](r, {1: (H,), 3: (B, T, H), 4: (B, T, H, K)}[rank])
+    if bonus:
+        x["bonus"] = r.normal(size=(H, K))
+    x["initial_state"] = 2 * np.abs(r.normal(size=(B, H, K, V + normalize)))
+    return x
+
+
+@partial(jax.jit, static_argnames=(*OPTIONS, "trace"))
+def outputs_and_gradients(inputs, segment_ids, weights, trace=None, **options):
+    """o, the final state, and the gradient of a random weighting of both with respect to every input."""
+
+    def loss(inputs):
+        o, state = linear_scan(**inputs, segment_ids=segment_ids, return_final_state=True, **options)
+        total = (o.astype(state.dtype) * weights[0]).sum() + (state * weights[1]).sum()
+        return total, {"o": o, "final_state": state}
+
+    gradients, outputs = jax.grad(loss, has_aux=True)(inputs)
+    return outputs | gradients
+
+
+def compare(inputs, *, dtype=jnp.float32, tolerance=F32, segment_ids=None, chunk_size=8, trace=None, **options):
+    """The xla path in `dtype` against the recurrence in float64 on the same rounded inputs. Returns the xla results."""
+    r = np.random.default_rng(99)
+    B, T, H, V = *inputs["q"].shape[:3], inputs["v"].shape[-1]
+    weights = r.normal(size=(B, T, H, V)), r.normal(size=inputs["initial_state"].shape)
+    # o's cotangent reaches the op in o's dtype: rounding it is not the op's error.
+    weights = np.asarray(jnp.asarray(weights[0], dtype), np.float64), weights[1]
+    low = {n: jnp.asarray(x, dtype if n in "qkv" else jnp.float32) for n, x in inputs.items()}
+    got = outputs_and_gradients(
+        low,
+        segment_ids,
+        tuple(map(jnp.float32, weights)),
+        chunk_size=chunk_size,
+        implementation="xla",
+        trace=trace,
+        **options,
+    )
+    with jax.enable_x64(True):
+        high = {n: jnp.asarray(np.asarray(x, np.float64)) for n, x in low.items()}
+        want = outputs_and_gradients(high, segment_ids, weights, implementation="reference", **options)
+    assert got["o"].dtype == dtype and got["final_state"].dtype == jnp.float32
+    errors = {name: rel_rms(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= tolerance, errors
+    return got
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_any_decay(rank, decay):
+    compare(make(rank=rank, decay=decay))
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
+def test_any_length(T):
+    compare(make(T=T, decay="mixture"), chunk_size=None if T < 3 else 16)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rank", [3, 4])
+def test_exclusive_with_bonus_and_segments(rank, decay):
+    x = make(rank=rank, decay=decay, bonus=True)
+    compare(x, segment_ids=SEGMENTS, inclusive=False, chunk_size=8)
+
+
+# Segments of length 1, a boundary on a chunk's start and inside one, an id that returns, a row that ends in padding.
+SEGMENTS = np.array([[0] * 1 + [1] * 1 + [2] * 14 + [0] * 1 + [1] * 23, [5] * 30 + [-1] * 10])
+
+CASES = {
+    "segments": dict(segments=True),
+    "scalar segments": dict(rank=3, segments=True),
+    "undecayed segments, reverse": dict(rank=0, segments=True, reverse=True),
+    "undecayed, exclusive": dict(rank=0, inclusive=False),
+    "reverse, exclusive, segments": dict(reverse=True, inclusive=False, bonus=True, segments=True, scale=0.7),
+    "grouped, normalize": dict(H=4, Hk=2, Hv=1, normalize=True, segments=True),
+    "constant, grouped, exclusive": dict(H=4, Hk=1, Hv=4, rank=1, inclusive=False, bonus=True),
+    "scalar, normalize, reverse": dict(rank=3, normalize=True, reverse=True),
+}
+MAKE_KEYS = ("H", "Hk", "Hv", "rank", "bonus", "normalize")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_options(name):
+    case = dict(CASES[name])
+    segment_ids = SEGMENTS if case.pop("segments", False) else None
+    x = make(decay="mixture", **{n: case[n] for n in MAKE_KEYS if n in case})
+    compare(x, segment_ids=segment_ids, chunk_size=8, **{n: case[n] for n in OPTIONS if n in case})
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("decay", ["gla", "heavy tail"])
+def test_bfloat16(rank, decay):
+    compare(make(rank=rank, decay=decay), dtype=jnp.bfloat16, tolerance=BF16)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_minus_infinity_is_a_decay_of_zero(rank):
+    x = make(rank=rank, decay="mixture")
+    infinite = x | {"log_decay": np.where(x["log_decay"] < -1000, -np.inf, x["log_decay"])}
+    for a, b in zip(jax.tree.leaves(compare(infinite)), jax.tree.leaves(compare(x))):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- what the tests above would miss: are they able to fail?
+
+
+def flip_gradient(x):
+    return 2 * jax.lax.stop_gradient(x) - x
+
+
+PLANTED = {
+    "state not read": lambda scores, reads, writes, total: (scores, 0 * reads, writes, total),
+    "state not decayed": lambda scores, reads, writes, total: (scores, reads, writes, jnp.ones_like(total)),
+    "state gate gradient lost": lambda scores, reads, writes, total: (
+        scores,
+        reads,
+        writes,
+        jax.lax.stop_gradient(total),
+    ),
+    "reads 1e-5 too large": lambda scores, reads, writes, total: (scores, reads * (1 + 1e-5), writes, total),
+}
+
+
+@pytest.mark.parametrize("error", [*PLANTED, "gate gradient flipped", "gate gradient of the read lost"])
+@pytest.mark.parametrize("rank", [3, 4])
+def test_planted_errors_are_found(rank, error, monkeypatch):
+    name = {3: "scalar_decay", 4: "vector_decay"}[rank]
+    right = getattr(tile, name)
+
+    def wrong(q, k, log_decay, log_read, precision):
+        if error == "gate gradient flipped":
+            log_decay, log_read = flip_gradient(log_decay), flip_gradient(log_read)
+        if error == "gate gradient of the read lost":
+            log_read = jax.lax.stop_gradient(log_read)
+        return PLANTED.get(error, lambda *x: x)(*right(q, k, log_decay, log_read, precision))
+
+    monkeypatch.setattr(tile, name, wrong)
+    with pytest.raises(AssertionError, match="e-|non-finite"):  # an error of some size, not a crash
+        compare(make(T=20, rank=rank), chunk_size=4, trace=error)
+
+
+# --- the result does not depend on how the work is cut
+
+
+@pytest.mark.parametrize("rank", [0, 3, 4])
+def test_chunk_size_does_not_matter(rank):
+    x = {n: jnp.float32(a) for n, a in make(T=20, rank=rank).items()}
+    run = jax.jit(partial(linear_scan, return_final_state=True), static_argnames="chunk_size")
+    want = run(**x)
+    for chunk_size in (1, 4, 128):
+        for a, b in zip(run(**x, chunk_size=chunk_size), want):
+            assert rel_rms(a, b) <= F32, chunk_size
+
+
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_packed_documents_equal_separate_ones(inclusive):
+    x = make(T=40, bonus=not inclusive)
+    x = {n: jnp.float32(a) for n, a in x.items()}
+    state = x.pop("initial_state")
+    lengths = (1, 16, 23)
+    segment_ids = np.repeat([3, 1, 2], lengths)[None].repeat(2, 0)
+    packed, final = linear_scan(
+        **x, initial_state=state, segment_ids=segment_ids, inclusive=inclusive, return_final_state=True, chunk_size=8
+    )
+    start = 0
+    for length in lengths:
+        part = {n: a if n == "bonus" else a[:, start : start + length] for n, a in x.items()}
+        alone, alone_final = linear_scan(**part, initial_state=state, inclusive=inclusive, return_final_state=True)
+        assert rel_rms(packed[:, start : start + length], alone) <= 1e-5
+        state, start = jnp.zeros_like(state), start + length
+    assert rel_rms(final, alone_final) <= 1e-5
+
+
+def test_no_gradient_crosses_a_segment_boundary():
+    x = {n: jnp.float32(a) for n, a in make(T=40, bonus=True).items()}
+
+    def last_segment(x):
+        return (linear_scan(**x, inclusive=False, segment_ids=SEGMENTS, chunk_size=8)[:, 30:] ** 2).sum()
+
+    gradients = jax.grad(last_segment)(x)
+    for name in ("q", "k", "v", "log_decay"):
+        assert not np.any(gradients[name][1, :30]) and np.any(gradients[name][1, 31:])
+    assert not np.any(gradients["initial_state"])
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(rank=0), dict(rank=1, Hk=1), dict(rank=3, normalize=True), dict(rank=4, Hv=1, bonus=True, inclusive=False)],
+    ids=str,
+)
+def test_decoding_step_by_step_equals_the_scan(options, implementation):
+    options = dict(options)
+    static = {n: options[n] for n in ("normalize", "inclusive") if n in options}
+    options.pop("inclusive", None)
+    x = {n: jnp.float32(a) for n, a in make(T=12, **options).items()}
+    want, want_state = linear_scan(**x, **static, return_final_state=True)
+    state = x.pop("initial_state")
+    step = jax.jit(partial(linear_scan_step, **static, implementation=implementation))
+    for t in range(12):
+        token = {n: a[:, t] if a.ndim > 2 else a for n, a in x.items()}
+        o, state = step(**token, state=state)
+        assert rel_rms(o, want[:, t]) <= 1e-5
+    assert rel_rms(state, want_state) <= F32
+    assert o.dtype == jnp.float32 and state.dtype == jnp.float32
+
+
+# --- transformations
+
+
+def total(x, **options):
+    o, state = linear_scan(**x, return_final_state=True, **options)
+    return (o**2).sum() + (state * jnp.cos(jnp.arange(state.size).reshape(state.shape))).sum()
+
+
+def test_vmap():
+    pairs = [{n: jnp.float32(a) for n, a in make(seed, T=20, bonus=True).items()} for seed in (1, 2)]
+    both = jax.tree.map(lambda *a: jnp.stack(a), *pairs)
+    gradient = jax.jit(jax.grad(partial(total, inclusive=False, chunk_size=4)))
+    for got, want in zip(
+        jax.tree.leaves(jax.vmap(gradient)(both)),
+        jax.tree.leaves(both | jax.tree.map(lambda *a: jnp.stack(a), *map(gradient, pairs))),
+    ):
+        assert rel_rms(got, want) <= F32
+
+
+@pytest.mark.parametrize("policy", [None, "linear_scan_states"])
+def test_checkpoint_with_a_names_policy(policy):
+    x = {n: jnp.float32(a) for n, a in make(T=20).items()}
+    policy = policy and jax.checkpoint_policies.save_only_these_names(policy)
+    loss = partial(total, chunk_size=4)
+    got = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy)))(x)
+    want = jax.jit(jax.grad(loss))(x)
+    assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= F32
+
+
+def test_the_states_are_the_residual_with_a_name():
+    x = {n: jnp.float32(a) for n, a in make(T=40).items()}
+    jaxpr = str(jax.make_jaxpr(jax.grad(partial(total, chunk_size=8)))(x))
+    assert "linear_scan_states" in jaxpr
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_shard_map_with_varying_axes_checked(rank):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = {n: jnp.float32(a) for n, a in make(B=8, T=10, rank=rank, bonus=True).items()}
+    # What belongs to a layer, not to a row of the batch, is replicated: its gradient is the sum over the devices.
+    specs = {n: P() if n == "bonus" or (n == "log_decay" and rank == 1) else P("data") for n in x}
+    segment_ids = jnp.asarray(np.repeat(np.arange(5), 2)[None].repeat(8, 0))
+
+    def loss(x, segment_ids):
+        return (linear_scan(**x, inclusive=False, segment_ids=segment_ids, chunk_size=2) ** 2).sum()
+
+    @jax.shard_map(mesh=mesh, in_specs=(specs, P("data")), out_specs=(P(), specs), check_vma=True)
+    def sharded(x, segment_ids):
+        return jax.value_and_grad(lambda x: jax.lax.psum(loss(x, segment_ids), "data"))(x)
+
+    got, want = jax.jit(sharded)(x, segment_ids), jax.value_and_grad(loss)(x, segment_ids)
+    assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= F32
+
+
+def test_jit_on_a_mesh():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    x = {n: jnp.float32(a) for n, a in make(B=4, T=20).items()}
+    gradient = jax.jit(jax.value_and_grad(partial(total, chunk_size=4)))
+    specs = {n: P("data", "model") if n == "initial_state" else P("data", None, "model") for n in x}
+    placed = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in x.items()}
+    got, want = gradient(placed), gradient(x)
+    assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= F32
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.data())
+def test_any_shape(data):
+    draw = lambda *values: data.draw(st.sampled_from(values))
+    B, T, K, V = draw(1, 3), data.draw(st.integers(1, 20)), draw(1, 5), draw(1, 2)
+    H = draw(1, 2, 6)
+    Hk, Hv = (data.draw(st.sampled_from([h for h in range(1, H + 1) if H % h == 0])) for _ in range(2))
+    x = make(B=B, T=T, H=H, Hk=Hk, Hv=Hv, K=K, V=V, rank=draw(0, 1, 3, 4), decay=draw(*DECAYS))
+    segment_ids = np.sort(np.random.default_rng(T).integers(0, 3, size=(B, T)), axis=1)
+    compare(x, segment_ids=draw(None, segment_ids), reverse=draw(False, True), chunk_size=draw(2, 8), tolerance=1e-5)
+
+
+# --- refusals
+
+
+def test_unwritten_kernels_say_so_and_nothing_else_runs():
+    x = {n: jnp.float32(a) for n, a in make(T=4).items()}
+    for implementation in ("tpu", "gpu"):
+        with pytest.raises(NotImplementedError, match="has not been written"):
+            linear_scan(**x, implementation=implementation)
+    linear_scan(**x)
+    assert dispatch.last_choice("linear_scan").implementation == "xla"
+
+
+WRONG = {
+    "q": dict(q=(2, 4, 2)),
+    "k": dict(k=(2, 4, 2, 5)),
+    "k ": dict(k=(2, 4, 3, 4)),
+    "v": dict(v=(2, 5, 2, 3)),
+    "q ": dict(q=(2, 0, 2, 4), k=(2, 0, 2, 4), v=(2, 0, 2, 3)),
+    "log_decay": dict(log_decay=(2, 4, 4)),
+    "bonus": dict(bonus=(4, 2)),
+    "initial_state": dict(initial_state=(2, 2, 3, 4)),
+    "segment_ids": dict(segment_ids=(2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_shapes_are_named(name):
+    shapes = {"q": (2, 4, 2, 4), "k": (2, 4, 2, 4), "v": (2, 4, 2, 3)} | WRONG[name]
+    arrays = {n: jnp.zeros(s, jnp.int32 if n == "segment_ids" else jnp.float32) for n, s in shapes.items()}
+    name = name.strip()
+    with pytest.raises(ValueError, match=rf"{name} has shape .*wanted") as error:
+        linear_scan(**arrays, inclusive=False)
+    assert str(shapes[name]) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(bonus=jnp.ones((2, 4))), "bonus .*inclusive=True"),
+        (dict(chunk_size=48), "chunk_size=48"),
+        (dict(interpret=True), "interpret=True"),
+        (dict(implementation="cuda"), "implementation='cuda'"),
+        (dict(segment_ids=jnp.zeros((2, 4))), "segment_ids has dtype float32"),
+        (dict(log_decay=jnp.zeros(2, jnp.int32)), "log_decay has dtype int32"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    q, v = jnp.zeros((2, 4, 2, 4)), jnp.zeros((2, 4, 2, 3))
+    with pytest.raises(ValueError, match=message):
+        linear_scan(q, q, v, **options)
+
+
+def test_a_decoding_state_of_the_wrong_shape_is_named():
+    q, v = jnp.zeros((2, 2, 4)), jnp.zeros((2, 2, 3))
+    with pytest.raises(ValueError, match=r"state has shape \(2, 2, 4, 3\), wanted \(2, 2, 4, 4\)"):
+        linear_scan_step(q, q, v, jnp.zeros((2, 2, 4, 3)), normalize=True)
