@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -34,13 +33,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from gatedjax.digest import digests_of
 from gatedjax.errors import InputError
-
-Leaves = dict[str, Any]  # leaf name, such as "params.embed.table" or "opt_state.1.mu.embed.table" -> array or its type
-
-# One name is one folder entry of the array store: nothing that could point out of it.
-_LEAF_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+from gatedjax.leaves import Leaves, describe, digests_of, named_leaves
 
 
 @dataclass(frozen=True)
@@ -123,9 +117,9 @@ class Checkpointer:
         self.wait()
         if self._read_only or step in self.steps():
             raise ValueError(f"step {step}: {'opened read-only' if self._read_only else 'is saved already'}")
-        leaves = _named_leaves(state)
+        leaves = named_leaves(state)
         digests = digests_of(leaves)
-        described = {n: _describe(x) | {"digest": digests[n]} for n, x in leaves.items()}
+        described = {n: describe(x) | {"digest": digests[n]} for n, x in leaves.items()}
         body = {"step": step, "data_index": data_index, "config": self._config, "leaves": described}
         manifest = {"body": body, "sha256": _sha256(body)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), manifest=ocp.args.JsonSave(manifest))
@@ -229,7 +223,7 @@ class Checkpointer:
             return body
 
     def _read(self, step: int, target: PyTree) -> Restored:
-        wanted = _named_leaves(target)
+        wanted = named_leaves(target)
         problem = None
         try:
             manifest = self._manifest(step)
@@ -247,9 +241,9 @@ class Checkpointer:
         return Restored(step, state, manifest["data_index"], manifest["config"])
 
     def _arrays(self, step: int, saved: Mapping[str, Any], wanted: Leaves) -> Leaves:
+        args = ocp.args.StandardRestore({n: _with_sharding(n, x) for n, x in wanted.items()})
         with _as_damage(f"the arrays of step {step} in {self.directory}"):
             _require_stored_as_described(self._manager.item_metadata(step)["state"].tree, saved)
-            args = ocp.args.StandardRestore({n: _with_sharding(x) for n, x in wanted.items()})
             return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
     def _set_aside(self, damaged: list[int]) -> None:
@@ -272,25 +266,6 @@ def read_config(run_dir: str | os.PathLike, step: int | None = None) -> Mapping[
         return checkpointer.config(step)
 
 
-def _named_leaves(tree: PyTree) -> Leaves:
-    """{dotted key path: leaf}, in the tree's order."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if not _LEAF_NAME.fullmatch(name) or name in leaves:
-            raise ValueError(f"leaf {name!r}: wanted a unique name of letters, digits, '_', '-' and single dots")
-        if not hasattr(leaf, "shape") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.dtype.kind == "c":
-            raise ValueError(f"leaf {name}: {type(leaf).__name__} came, wanted an array of bool, int or float")
-        leaves[name] = leaf
-    if not leaves:
-        raise ValueError("state: a tree without arrays came, wanted at least one array")
-    return leaves
-
-
-def _describe(x: Any) -> dict[str, Any]:
-    return {"shape": list(x.shape), "dtype": str(x.dtype)}
-
-
 def _show(description: Mapping[str, Any]) -> str:
     return f"{description['dtype']}[{', '.join(map(str, description['shape']))}]"
 
@@ -298,7 +273,7 @@ def _show(description: Mapping[str, Any]) -> str:
 def _require_same_leaves(place: Path, saved: Mapping[str, Any], wanted: Leaves) -> None:
     for name in [*wanted, *(n for n in saved if n not in wanted)]:
         came = _show(saved[name]) if name in saved else "nothing"
-        want = _show(_describe(wanted[name])) if name in wanted else "nothing"
+        want = _show(describe(wanted[name])) if name in wanted else "nothing"
         if came != want:
             raise InputError(f"{place} does not fit this configuration: {name} is {came} there, wanted {want}")
 
@@ -310,17 +285,19 @@ def _require_stored_as_described(stored: Mapping[str, Any], described: Mapping[s
         raise _DamagedError(f"arrays and manifest disagree on {', '.join(set(stored) ^ set(described))}")
     for name, array in stored.items():
         shape, chunk = tuple(array.shape), tuple(array.storage.chunk_shape)
-        as_described = _describe(array) == {k: described[name][k] for k in ("shape", "dtype")}
+        as_described = describe(array) == {k: described[name][k] for k in ("shape", "dtype")}
         if array.name != name or not as_described or any(c > max(n, 1) for c, n in zip(chunk, shape)):
-            raise _DamagedError(f"{name} is stored as {array.name} {_show(_describe(array))} in chunks of {chunk}")
+            raise _DamagedError(f"{name} is stored as {array.name} {_show(describe(array))} in chunks of {chunk}")
 
 
-def _with_sharding(x: Any) -> jax.ShapeDtypeStruct:
+def _with_sharding(name: str, x: Any) -> jax.ShapeDtypeStruct:
+    """The target of one leaf. Its sharding is never left open: orbax would take it from a file of the checkpoint."""
     sharding = getattr(x, "sharding", None)
     if sharding is None and jax.process_count() > 1:
-        raise ValueError("target: a leaf without a sharding came, wanted one on each leaf")
-    # Never left open: orbax would take the sharding from a file of the checkpoint.
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or SingleDeviceSharding(jax.local_devices()[0]))
+        raise ValueError(f"target: {name} came without a sharding, wanted one on each leaf")
+    sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+    sharding.shard_shape(x.shape)  # one that does not divide the shape fails here, not as damage
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _sha256(body: Mapping[str, Any]) -> str:

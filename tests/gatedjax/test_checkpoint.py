@@ -20,8 +20,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gatedjax.checkpoint import Checkpointer, read_config
-from gatedjax.digest import digests_of
 from gatedjax.errors import InputError
+from gatedjax.leaves import digests_of
 
 # A read that fails leaves callbacks on an event loop that orbax has closed: noise, after the error that we test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -192,6 +192,14 @@ def test_differing_leaf_is_named_and_no_step_is_set_aside(run_dir, states, chang
         restore_latest(run_dir, change(states[3]))
     assert "\n" not in str(error.value)
     with Checkpointer(run_dir) as checkpointer:
+        assert checkpointer.steps() == [1, 2, 3]
+
+
+def test_a_sharding_that_does_not_divide_is_no_damage(run_dir, states):
+    bad = jax.ShapeDtypeStruct((5,), jnp.bool_, sharding=NamedSharding(mesh_of(4, 2), P("fsdp")))
+    with Checkpointer(run_dir) as checkpointer:
+        with pytest.raises(ValueError, match="divi"):
+            checkpointer.restore_latest(abstract(states[3]).replace(mask=bad))
         assert checkpointer.steps() == [1, 2, 3]
 
 

@@ -1,13 +1,40 @@
-"""A digest per array, computed where the array lies: does a checkpoint hold the bits that were saved?"""
+"""The leaves of a state: a name for each, and a digest of its bits, computed where it lies."""
 
 import math
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, PyTree, UInt32
+
+Leaves = dict[str, Any]  # leaf name, such as "params.embed.table" or "opt_state.1.mu.embed.table" -> array or its type
+
+# One name is one folder entry of the array store: nothing that could point out of it.
+_LEAF_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+
+
+def named_leaves(tree: PyTree) -> Leaves:
+    """{dotted key path: leaf}, in the tree's order. ValueError: a leaf is no array, or no name for a file."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not _LEAF_NAME.fullmatch(name) or name in leaves:
+            raise ValueError(f"leaf {name!r}: wanted a unique name of letters, digits, '_', '-' and single dots")
+        if not hasattr(leaf, "shape") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.dtype.kind == "c":
+            raise ValueError(f"leaf {name}: {type(leaf).__name__} came, wanted an array of bool, int or float")
+        leaves[name] = leaf
+    if not leaves:
+        raise ValueError("state: a tree without arrays came, wanted at least one array")
+    return leaves
+
+
+def describe(x: Any) -> dict[str, Any]:
+    """Shape and dtype, as the manifest has them."""
+    return {"shape": list(x.shape), "dtype": str(x.dtype)}
 
 
 def digests_of(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, str]:
