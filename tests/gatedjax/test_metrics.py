@@ -171,6 +171,8 @@ def test_full_disk_and_unusable_directory_are_one_line(tmp_path):
     writer._file = open("/dev/full", "w")  # noqa: SIM115 (every flush fails as on a full disk)
     with pytest.raises(InputError, match=r"could not write .*metrics.jsonl: No space left on device"):
         writer.write(1, {"loss": 1.0})
+    with pytest.raises(InputError, match="No space left"):
+        writer.close()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"could not write .*metrics.jsonl: (File exists|Not a directory)"):
         Jsonl(tmp_path / "file")
