@@ -410,8 +410,8 @@ def test_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:  # the dead run's lock is free
         restored = checkpointer.restore_latest(target_of_child())
         assert (restored.step, restored.data_index) == (1, 1)
-        checkpointer.save(2, restored.state, data_index=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+        checkpointer.save(5, restored.state, data_index=5)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "5"]  # and nothing half-written
 
 
 def test_full_disk_is_one_line_and_the_step_before_stays(tmp_path):
