@@ -1,0 +1,167 @@
+"""`attention` and `attention_step`: the public functions. Checks, defaults and the choice of implementation."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kernels_pallas import dispatch
+from kernels_pallas.attention import gpu, reference, tile, tpu, xla
+from kernels_pallas.manual_axes import varying_like
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
+    *,
+    gate: Float[Array, "B T H V"] | Float[Array, "B T H 1"] | None = None,
+    score: str = "softmax",
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H V"]:
+    """Softmax self-attention, its output multiplied by sigmoid(gate). Memory is linear in T, forward and backward.
+
+        s_ij = scale q_i k_j,  or c tanh(scale q_i k_j / c) with soft_cap c
+        o_i = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij)),  j over the keys that i may see
+        y_i = o_i sigmoid(gate_i)
+
+    Differentiable in every float input. A token that may see nothing has o = 0 and no gradient.
+
+    Args:
+      q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk divides H: query head h
+        uses key and value head h // (H / Hk). 16-bit inputs are multiplied as such; sums and the softmax are float32.
+      gate: pre-activation of the gate on the output, element-wise or head-wise; the sigmoid is taken in float32.
+      score: how logits become weights; "softmax".
+      causal: token i sees j <= i only.
+      window: w: token i sees j with i-w < j <= i, and |i-j| < w without `causal`.
+      segment_ids: documents packed in a row: tokens see only those of equal id.
+      sink_logits: a logit per head that takes its share of the weight and has no value. Zeros: "softmax plus one".
+      soft_cap: c > 0.
+      scale: a number, K**-0.5 if None.
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+
+    Returns:
+      y in v's dtype.
+
+    Raises:
+      ValueError: a shape, dtype or option that does not fit, by name.
+      NotImplementedError: the implementation asked for does not cover this call.
+
+    Sources: the gate, position G1 of arXiv 2505.06708; online softmax 1805.02867; tiles recomputed in the backward pass
+    2205.14135; sinks as in gpt-oss.
+    """
+    op = "attention"
+    _check_queries_and_keys(op, q, {"k": k, "v": v}, "T")
+    _check_row_options(op, q, v, gate, sink_logits, soft_cap)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"{op}: k has shape {k.shape}, wanted {q.shape[1]} tokens as in q of shape {q.shape}")
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}, wanted {q.shape[:2]}")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"{op}: segment_ids has dtype {segment_ids.dtype}, wanted an integer dtype")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window={window}, wanted None or a number of tokens from 1 on")
+    if score not in tile.SCORES:
+        raise ValueError(f"{op}: score={score!r}, wanted one of {sorted(tile.SCORES)}")
+    if interpret and implementation not in ("tpu", "gpu"):
+        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
+    room = reference if chosen == "reference" else xla
+    arrays = _all_varying(q, k, v, gate, sink_logits, segment_ids)
+    return room.attention(
+        *arrays, score=score, causal=causal, window=window, soft_cap=soft_cap, scale=_scale(scale, q.shape[-1])
+    )
+
+
+def attention_step(
+    q: Float[Array, "B H K"],
+    k_cache: Float[Array, "B S Hk K"],
+    v_cache: Float[Array, "B S Hk V"],
+    *,
+    valid: Bool[Array, "B S"],
+    gate: Float[Array, "B H V"] | Float[Array, "B H 1"] | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B H V"]:
+    """One token of `attention` against a cache, for decoding: the same formulas and arguments without T.
+
+    `valid` says which of the S cache slots the token may see, itself included: causality, window and documents are
+    there. The order of the slots does not matter, so a ring buffer will do. Returns y in v_cache's dtype.
+
+    Raises:
+      ValueError: a shape, dtype or option that does not fit, by name.
+      NotImplementedError: the implementation asked for does not cover this call.
+    """
+    op = "attention_step"
+    _check_queries_and_keys(op, q, {"k_cache": k_cache, "v_cache": v_cache}, "S")
+    _check_row_options(op, q, v_cache, gate, sink_logits, soft_cap)
+    if valid.shape != k_cache.shape[:2]:
+        raise ValueError(f"{op}: valid has shape {valid.shape}, wanted {k_cache.shape[:2]}")
+    if valid.dtype != jnp.bool_:
+        raise ValueError(f"{op}: valid has dtype {valid.dtype}, wanted bool")
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
+    room = reference if chosen == "reference" else xla
+    arrays = _all_varying(q, k_cache, v_cache, gate, sink_logits, valid)
+    return room.attention_step(*arrays, soft_cap=soft_cap, scale=_scale(scale, q.shape[-1]))
+
+
+def _scale(scale: float | None, K: int) -> float:
+    return K**-0.5 if scale is None else float(scale)
+
+
+def _all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
+    """Inside `shard_map`, every array varying over what any of them varies over.
+
+    A replicated input, such as sinks, must vary before it enters a custom_vjp: the transpose of that cast is the sum of
+    its gradient over the mesh axis.
+    """
+    present = [x for x in arrays if x is not None]
+    return tuple(None if x is None else varying_like(x, *present) for x in arrays)
+
+
+def _check_queries_and_keys(op: str, q, keys: dict, time: str) -> None:
+    """q [B, (T,) H, K] against k and v [B, T or S, Hk, K or V], by the names that the caller gave them."""
+    query_axes = "[B, T, H, K]" if time == "T" else "[B, H, K]"
+    if q.ndim != query_axes.count(",") + 1 or 0 in q.shape:
+        raise ValueError(f"{op}: q has shape {q.shape}, wanted {query_axes} with no empty axis")
+    (k_name, k), (v_name, v) = keys.items()
+    for name, x, last in ((k_name, k, "K"), (v_name, v, "V")):
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted [B, {time}, Hk, {last}] with no empty axis")
+    B, *_, H, K = q.shape
+    if k.shape[0] != B or k.shape[3] != K or H % k.shape[2]:
+        wanted = [B, time, f"a divisor of {H}", K]
+        raise ValueError(f"{op}: {k_name} has shape {k.shape}, wanted {wanted} for q of shape {q.shape}")
+    if v.shape[:3] != k.shape[:3]:
+        wanted = [*k.shape[:3], "V"]
+        raise ValueError(f"{op}: {v_name} has shape {v.shape}, wanted {wanted} for {k_name} of shape {k.shape}")
+    for name, x in {"q": q, **keys}.items():
+        _check_float(op, name, x)
+
+
+def _check_row_options(op: str, q, v, gate, sink_logits, soft_cap: float | None) -> None:
+    if gate is not None:
+        shapes = ((*q.shape[:-1], v.shape[-1]), (*q.shape[:-1], 1))
+        if gate.shape not in shapes:
+            raise ValueError(f"{op}: gate has shape {gate.shape}, wanted {shapes[0]} or {shapes[1]}")
+        _check_float(op, "gate", gate)
+    if sink_logits is not None:
+        if sink_logits.shape != q.shape[-2:-1]:
+            raise ValueError(f"{op}: sink_logits has shape {sink_logits.shape}, wanted {q.shape[-2:-1]}")
+        _check_float(op, "sink_logits", sink_logits)
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{op}: soft_cap={soft_cap}, wanted None or a number above 0")
+
+
+def _check_float(op: str, name: str, x) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted a float dtype")

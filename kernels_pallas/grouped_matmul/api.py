@@ -1,0 +1,69 @@
+"""`grouped_matmul`: the public function. Checks, defaults and the choice of implementation."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from kernels_pallas import dispatch
+from kernels_pallas.grouped_matmul import gpu, reference, tpu, xla
+from kernels_pallas.manual_axes import varying_like
+
+
+def grouped_matmul(
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    *,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
+    """Rows sorted by group, each times the matrix of its group: the first group_sizes[0] rows times rhs[0], and so on.
+
+    M, K, N, G are rows, inner width, outer width and groups. Group sizes are values of the run: none is padded to
+    another, no row is dropped. The forward pass and each of the two gradients cost about 2 M K N FLOPs, not G times
+    that.
+
+    Args:
+      lhs, rhs: one float dtype for both: float16, bfloat16, float32 (or float64 under x64). Sums are float32.
+      group_sizes: integers >= 0. Rows beyond their sum give zeros and get zero gradient; an empty group gets zero
+        gradient. Not checked: values are unknown under jit. Rows counted beyond M do not exist.
+      preferred_element_type: dtype of the result; lhs's if None.
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+
+    Raises:
+      ValueError: a shape, dtype or option that does not fit, by name.
+      NotImplementedError: the implementation asked for does not cover this call.
+
+    Source: MegaBlocks, arXiv 2211.15841.
+    """
+    op = "grouped_matmul"
+    _check(op, lhs, rhs, group_sizes)
+    if interpret and implementation not in ("tpu", "gpu"):
+        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
+    out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
+    if not jnp.issubdtype(out_dtype, jnp.floating):
+        raise ValueError(f"{op}: preferred_element_type={out_dtype}, wanted None or a float dtype")
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
+    room = reference if chosen == "reference" else xla
+    # Inside shard_map, a weight that is the same everywhere must vary before it enters the custom_vjp: the transpose of
+    # that cast sums its gradient over the mesh axis.
+    arrays = (varying_like(x, lhs, rhs, group_sizes) for x in (lhs, rhs, group_sizes))
+    return room.grouped_matmul(*arrays, out_dtype=out_dtype)
+
+
+def _check(op: str, lhs, rhs, group_sizes) -> None:
+    if lhs.ndim != 2 or 0 in lhs.shape:
+        raise ValueError(f"{op}: lhs has shape {lhs.shape}, wanted [M, K] with no empty axis")
+    if rhs.ndim != 3 or 0 in rhs.shape or rhs.shape[1] != lhs.shape[1]:
+        raise ValueError(f"{op}: rhs has shape {rhs.shape}, wanted [G, {lhs.shape[1]}, N] for lhs of shape {lhs.shape}")
+    if group_sizes.shape != rhs.shape[:1]:
+        raise ValueError(f"{op}: group_sizes has shape {group_sizes.shape}, wanted {rhs.shape[:1]}")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"{op}: group_sizes has dtype {group_sizes.dtype}, wanted an integer dtype")
+    if not jnp.issubdtype(lhs.dtype, jnp.floating):
+        raise ValueError(f"{op}: lhs has dtype {lhs.dtype}, wanted a float dtype")
+    if rhs.dtype != lhs.dtype:
+        raise ValueError(f"{op}: rhs has dtype {rhs.dtype}, wanted {lhs.dtype} as in lhs")
