@@ -5,11 +5,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import jax
 from absl import app, flags
 
 from gatedjax.config import nearest_key
-from gatedjax.errors import InputError
+from gatedjax.errors import InputError, TrainingError
 
 # What the operating system says about the user's disks and paths, rather than about our code.
 _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
@@ -18,6 +20,17 @@ _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """`absl.app.run` with one-line errors. A bug still shows its traceback and exits 1."""
     app.run(lambda argv: _guarded(lambda: main(argv)), flags_parser=lambda argv: _guarded(lambda: _parse(argv)))
+
+
+def config_name(flag: flags.FlagHolder) -> str:
+    """The name of the --config file, without folder, ending and argument."""
+    return Path(flags.FLAGS[flag.name].config_filename.split(":")[0]).stem
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` (your own: what is in there is executed); nothing if it is empty."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
 def required(flag: flags.FlagHolder[str | None]) -> str:
@@ -31,18 +44,20 @@ def _guarded(call: Callable):
     try:
         return call()
     except InputError as e:
-        _fail(str(e))
+        _fail(str(e), 2)
+    except TrainingError as e:
+        _fail(str(e), 1)
     except OSError as e:
         if e.errno not in _USER_ERRNOS:
             raise
-        _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e))
+        _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e), 2)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     # Not sys.exit: checkpoint and data threads of a failed start must not keep the process alive.
     sys.stdout.flush()
-    os._exit(2)
+    os._exit(code)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:

@@ -1,16 +1,23 @@
 """Loss over held-out text, with its uncertainty: what train.py does every so often and eval.py does at length."""
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from gatedjax.data import Batch
+from gatedjax.config import DataConfig
+from gatedjax.data import batches, corpora, make_dataset
 from gatedjax.setup import Run
-from gatedjax.sharding import global_batch
+from gatedjax.sharding import global_batch, my_rows
 from gatedjax.train_step import eval_step
+
+
+def tokens_per_byte(config: DataConfig) -> float:
+    """Predicted tokens per byte of validation text, over all sources: turns nats per token into bits per byte."""
+    splits = [corpus.splits["validation"] for corpus in corpora(config).values()]
+    return sum(s.targets for s in splits) / sum(s.bytes for s in splits)
+
 
 _eval_step = jax.jit(eval_step, static_argnums=0)
 
@@ -29,12 +36,22 @@ class Evaluation(NamedTuple):
         return math.exp(self.loss)
 
 
-def evaluate(run: Run, params, batches: Iterable[Batch], batch_size: int, tokens_per_byte: float) -> Evaluation:
-    """Mean loss per token over `batches` (this process's rows of global batches of `batch_size` rows)."""
-    model = run.config.model
-    sums = [_eval_step(model, params, global_batch(run.mesh, batch, batch_size)) for batch in batches]
-    losses, counts = np.array([[float(s.cross_entropy), float(s.count)] for s in sums]).T
-    return summarise(losses, counts, tokens_per_byte)
+class Validation:
+    """The first `num_batches` batches of validation text (0: all of it), the same ones each time it is called."""
+
+    def __init__(self, run: Run, num_batches: int):
+        data, self._batch_size = run.config.data, run.config.train.batch_size
+        rows = my_rows(run.mesh, self._batch_size)
+        dataset = make_dataset(data, "validation", batch_size=self._batch_size, rows=rows, seed=data.seed)
+        self._dataset = dataset[: min(num_batches or len(dataset), len(dataset))]
+        self._run, self._tokens_per_byte = run, tokens_per_byte(data)
+
+    def __call__(self, params) -> Evaluation:
+        """Mean loss per token; call it inside `jax.set_mesh(run.mesh)`."""
+        model, mesh = self._run.config.model, self._run.mesh
+        sums = [_eval_step(model, params, global_batch(mesh, b, self._batch_size)) for b in batches(self._dataset)]
+        losses, counts = np.array([[float(s.cross_entropy), float(s.count)] for s in sums]).T
+        return summarise(losses, counts, self._tokens_per_byte)
 
 
 def summarise(losses: np.ndarray, counts: np.ndarray, tokens_per_byte: float) -> Evaluation:

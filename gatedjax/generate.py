@@ -121,11 +121,11 @@ def generate_text(model: ModelConfig, params, tokenizer, prompt: str, tokens: in
 
 def main(_) -> None:
     """Restores, then prints the prompt and its continuation as it is sampled."""
-    config, params = restore_params(cli.required(_CHECKPOINT))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    run, params = restore_params(cli.required(_CHECKPOINT))
+    tokenizer = load_tokenizer(run.config.data.tokenizer)
     print(_PROMPT.value, end="", flush=True)
     sampling = dict(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value)
-    for piece in generate_text(config.model, params, tokenizer, _PROMPT.value, _TOKENS.value, **sampling):
+    for piece in generate_text(run.config.model, params, tokenizer, _PROMPT.value, _TOKENS.value, **sampling):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()

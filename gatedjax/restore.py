@@ -3,24 +3,22 @@
 import jax
 
 from gatedjax.checkpoint import Checkpointer, read_config
-from gatedjax.config import Config, from_config_dict
+from gatedjax.config import from_config_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
-from gatedjax.setup import prepare
+from gatedjax.setup import Run, prepare
 from gatedjax.train_step import params_for_evaluation
 
 
-def restore_params(directory: str) -> tuple[Config, dict]:
-    """The resolved configuration of a run and the parameters of its newest intact checkpoint, placed on this machine.
+def restore_params(directory: str) -> tuple[Run, dict]:
+    """A run, as its checkpoint describes it, and the parameters of its newest intact checkpoint.
 
-    The mesh is this machine's (all devices on the data axis), not the run's.
+    The mesh is this machine's (all devices on the data axis), not the one that it was trained on.
 
     Raises:
       InputError: no checkpoint there, none intact, or a vocabulary that is not the tokenizer's.
     """
-    raw = read_config(directory)
-    raw["mesh"] = {}
-    config = from_config_dict(raw)
+    config = from_config_dict({**read_config(directory), "mesh": {}})
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
@@ -32,4 +30,4 @@ def restore_params(directory: str) -> tuple[Config, dict]:
         restored = checkpointer.restore_latest(run.abstract)
     if restored is None:
         raise InputError(f"--checkpoint: {directory} holds no checkpoint")
-    return config, jax.jit(params_for_evaluation)(restored.state)
+    return run, jax.jit(params_for_evaluation)(restored.state)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gatedjax import sharding
 from gatedjax.config import Config
 from gatedjax.errors import InputError
+from gatedjax.flops import train_flops_per_token
 from gatedjax.optim import make_optimizer
 from gatedjax.train_step import TrainState, init_params, init_state, param_axes
 
@@ -68,6 +69,18 @@ def prepare(config: Config) -> Run:
     )
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return Run(config, mesh, tx, placed)
+
+
+def describe(run: Run) -> str:
+    """One line: devices, mesh, parameters, FLOPs."""
+    c, device = run.config, jax.devices()[0]
+    count = sum(p.size for p in jax.tree.leaves(run.abstract.params))
+    flops = train_flops_per_token(c.model, c.data.seq_len)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
+    return (
+        f"{jax.device_count()} {device.device_kind} device(s), mesh {mesh}; jax {jax.__version__}; "
+        f"{count / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per token of training"
+    )
 
 
 def fresh_state(run: Run) -> TrainState:

@@ -74,7 +74,7 @@ def batch_losses(model: ModelConfig, params, batch: Batch) -> tuple[TokenLosses,
 
 
 def router_statistics(statistics: dict[str, dict[str, Array]]) -> dict[str, Array]:
-    """Over all sparse layers: summed auxiliary loss, mean balance loss, the largest load of an expert over its share."""
+    """Over all sparse layers: summed auxiliary loss, mean balance loss, largest load of an expert over its share."""
     sparse = [s for s in statistics.values() if s]
     if not sparse:
         return {}

@@ -1,13 +1,27 @@
-"""Eight simulated devices for every test, and the switch that refreshes goldens."""
+"""Eight simulated devices for every test, quick compilation, and the switch that refreshes goldens."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile much and compute little: without LLVM's optimisations they compile three times faster. Processes that
+# tests start inherit this.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_addoption(parser):
     parser.addoption("--refresh-goldens", action="store_true", help="write the goldens instead of comparing with them")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Tests that compile the same program, in one process or in several, compile it once."""
+    folder = Path(tmp_path_factory.getbasetemp()) / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    return folder

@@ -7,9 +7,28 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedMLPConfig, SparseMoEConfig
-from gatedjax.layers.mlp import GatedMLP
+from gatedjax.layers.mlp import GatedMLP, gated_product
 from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.routing import ROUTERS, Routing, balance_loss, expert_load, router_z_loss
+from kernels_pallas import grouped_matmul, permute_rows, sort_by_group
+
+
+def sparse_experts(
+    rows: Float[Array, "R M"],
+    routing: Routing,
+    gate: Float[Array, "E M F"],
+    up: Float[Array, "E M F"],
+    down: Float[Array, "E F M"],
+    activation: str,
+) -> Float[Array, "R M"]:
+    """`sum_k weight_k * down_k(activation(gate_k x) * up_k x)` over each row's experts: no row dropped, none padded."""
+    experts_per_token = routing.experts.shape[-1]
+    order, inverse, sizes = sort_by_group(routing.experts.reshape(-1), gate.shape[0])
+    x = permute_rows(rows, order, inverse)
+    h = gated_product(grouped_matmul(x, gate, sizes), grouped_matmul(x, up, sizes), activation)
+    y = permute_rows(grouped_matmul(h, down, sizes), inverse, order)
+    y = y.reshape(rows.shape[0], experts_per_token, rows.shape[1]).astype(jnp.float32)
+    return jnp.einsum("rk,rkm->rm", routing.weights, y).astype(rows.dtype)
 
 
 class SparseMoE(nn.Module):

@@ -1,5 +1,7 @@
 """GatedAttention against the formulas of arXiv 2505.06708, written out in float64 numpy."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,12 @@ def init(config, x=X, seed=0):
 
 def run(module, params, x=X, context=None, cache=None):
     context = context or Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
-    return jax.jit(module.apply)({"params": params}, x, context, cache)
+    return jitted(module)({"params": params}, x, context, cache)
+
+
+@functools.cache
+def jitted(module):
+    return jax.jit(module.apply)
 
 
 def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
@@ -141,9 +148,8 @@ def test_prefill_then_decode_equals_full_forward(name):
     prompt = 5
     y, cache = run(module, params, X[:, :prompt], cache=init_cache(config, B, T, jnp.float32))
     assert rel_rms(y, full[:, :prompt]) < 1e-5
-    step = jax.jit(module.apply)
     for t in range(prompt, T):
-        y, cache = step({"params": params}, X[:, t : t + 1], Context(jnp.full((B, 1), t)), cache)
+        y, cache = run(module, params, X[:, t : t + 1], Context(jnp.full((B, 1), t)), cache)
         assert rel_rms(y[:, 0], full[:, t]) < 1e-5
     if config.window:
         assert cache.k.shape[1] == config.window, "a window's cache must not grow with the text"

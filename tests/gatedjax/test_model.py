@@ -1,6 +1,7 @@
 """The whole model: scan over periods, decoding, packing, causality, rematerialisation, chunked loss."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import pytest
 from helpers import rel_rms
 
 from gatedjax.config import (
+    FrozenDict,
     GatedAttentionConfig,
     GatedLinearAttentionConfig,
     GatedMLPConfig,
@@ -23,12 +25,12 @@ MODEL = ModelConfig(
     vocab_size=32,
     width=32,
     num_layers=4,
-    mixers={
-        "gla": GatedLinearAttentionConfig(num_heads=2, num_kv_heads=2, key_dim=8, value_dim=16, conv_width=4),
-        "attention": GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16),
-    },
+    mixers=FrozenDict(
+        gla=GatedLinearAttentionConfig(num_heads=2, num_kv_heads=2, key_dim=8, value_dim=16, conv_width=4),
+        attention=GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16),
+    ),
     pattern=("gla", "attention"),
-    ffns={"mlp": GatedMLPConfig(hidden=48), "moe": SparseMoEConfig(num_experts=4, hidden=32, shared_hidden=16)},
+    ffns=FrozenDict(mlp=GatedMLPConfig(hidden=48), moe=SparseMoEConfig(num_experts=4, hidden=32, shared_hidden=16)),
     ffn_pattern=("mlp", "moe"),
     init_std=0.2,
     dtype="float32",
@@ -46,17 +48,21 @@ def params():
     return make()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, params, tokens, kwargs):
+    return LanguageModel(config).apply({"params": params}, tokens, **kwargs)
+
+
 def hidden(params, tokens, config=MODEL, **kwargs):
-    return jax.jit(LanguageModel(config).apply)({"params": params}, tokens, **kwargs)
+    return apply(config, params, tokens, kwargs)
 
 
 def test_prefill_then_decode_equals_full_forward(params):
     full, _, _ = hidden(params, TOKENS)
     y, caches, _ = hidden(params, TOKENS[:, :33], caches=init_caches(MODEL, 2, 40))
     assert rel_rms(y, full[:, :33]) < 1e-5
-    step = jax.jit(LanguageModel(MODEL).apply)
     for t in range(33, 40):
-        y, caches, _ = step({"params": params}, TOKENS[:, t : t + 1], caches=caches)
+        y, caches, _ = hidden(params, TOKENS[:, t : t + 1], caches=caches)
         assert rel_rms(y[:, 0], full[:, t]) < 1e-5
     assert int(caches.position) == 40
 

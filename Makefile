@@ -1,0 +1,39 @@
+# make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
+# make test    the test suite (the slow ones too: make test-all)
+# make lint    ruff;  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
+
+# The first interpreter that is new enough.
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: train test test-all lint goldens bench clean
+
+train: .venv/installed
+	$(VENV)/python train.py --config=configs/tiny.py
+
+test: .venv/installed lint
+	$(VENV)/python -m pytest -m "not slow"
+
+test-all: .venv/installed lint
+	$(VENV)/python -m pytest
+
+lint: .venv/installed
+	$(VENV)/ruff check .
+
+goldens: .venv/installed
+	$(VENV)/python -m pytest tests/gatedjax/test_config.py tests/gatedjax/test_train_step.py -k golden --refresh-goldens
+
+bench: .venv/installed
+	$(VENV)/python benchmarks/ops_cpu.py
+	$(VENV)/python benchmarks/train_cpu.py
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.12 or newer was found. Install one (python.org, apt, pyenv, uv) and run: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,351 @@
+"""`attention`: values and every gradient against the float64 reference, across tiles; and each of its promises."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import rel_rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import attention, attention_step, dispatch
+from kernels_pallas.attention import tile, xla
+
+FLOAT32, BFLOAT16 = 1e-5, 4e-3
+EVERYTHING = dict(gate="head-wise", sinks=True, segments=True, window=30, soft_cap=4.0)
+CASES = {
+    "causal": {},
+    "full": dict(causal=False, segments=True),
+    "window": dict(window=7),
+    "full window, no groups": dict(window=7, causal=False, Hk=4, K=12),
+    "window of one, element-wise gate": dict(window=1, gate="element-wise"),
+    "segments": dict(segments=True),
+    "soft cap, one key head": dict(soft_cap=2.0, Hk=1),
+    "sinks, head-wise gate": dict(sinks=True, gate="head-wise"),
+    "element-wise gate, scale": dict(gate="element-wise", scale=0.7),
+    "everything": EVERYTHING,
+}
+
+
+def draw(B=2, T=65, H=4, Hk=2, K=8, V=12, gate=None, sinks=False, segments=False, seed=0, **options):
+    """(differentiable arrays in float64, the other arguments)."""
+    rng = np.random.default_rng(seed)
+    shapes = dict(q=(B, T, H, K), k=(B, T, Hk, K), v=(B, T, Hk, V))
+    if gate:
+        shapes["gate"] = (B, T, H, 1 if gate == "head-wise" else V)
+    if sinks:
+        shapes["sink_logits"] = (H,)
+    if segments:
+        options["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 3, (B, T)), axis=1), jnp.int32)
+    return {name: rng.normal(size=shape) for name, shape in shapes.items()}, options
+
+
+def call(arrays, **options):
+    q, k, v = (arrays[name] for name in "qkv")
+    others = {name: x for name, x in arrays.items() if name not in "qkv"}
+    return attention(q, k, v, **others, **options)
+
+
+def weighted_sum(y):
+    """A fixed cotangent, the same in every dtype, so rounded to bfloat16."""
+    cotangent = jnp.asarray(np.random.default_rng(9).normal(size=y.shape), jnp.bfloat16)
+    dtype = jnp.promote_types(jnp.float32, y.dtype)
+    return jnp.sum(y.astype(dtype) * cotangent.astype(dtype))
+
+
+def value_and_gradients(arrays, f=call, **options):
+    """{"y": y, "q": dq, ...}."""
+    loss = lambda a: (lambda y: (weighted_sum(y), y))(f(a, **options))
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return {"y": y, **gradients}
+
+
+def cast(arrays, dtype):
+    return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+
+
+def truth(arrays, **options):
+    with jax.enable_x64(True):
+        arrays = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
+        return jax.tree.map(np.asarray, value_and_gradients(arrays, implementation="reference", **options))
+
+
+def assert_close(actual, expected, tolerance):
+    errors = {name: rel_rms(actual[name], expected[name]) for name in expected}
+    assert all(error < tolerance for error in errors.values()), errors
+
+
+def force_tiles(monkeypatch, block_q, block_k, unrolled=1):
+    monkeypatch.setattr(xla, "block_sizes", lambda T: (min(T, block_q), min(T, block_k)))
+    monkeypatch.setattr(xla, "UNROLLED_BLOCKS", unrolled)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, monkeypatch):
+    force_tiles(monkeypatch, 16, 16)
+    arrays, options = draw(**CASES[name])
+    actual = value_and_gradients(cast(arrays, jnp.float32), implementation="xla", **options)
+    assert_close(actual, truth(arrays, **options), FLOAT32)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
+def test_any_length(length):
+    arrays, options = draw(T=length, B=1, **EVERYTHING)
+    actual = value_and_gradients(cast(arrays, jnp.float32), **options)
+    expected = truth(arrays, **options)
+    if length == 1:  # softmax over one key and a sink: gradients of q and k are a small difference, not zero
+        assert np.abs(expected["q"]).max() > 1e-3
+    assert_close(actual, expected, FLOAT32)
+
+
+def test_bfloat16(monkeypatch):
+    """Against the float64 truth of the same rounded inputs."""
+    force_tiles(monkeypatch, 16, 16)
+    arrays, options = draw(**EVERYTHING)
+    arrays = cast(arrays, jnp.bfloat16)
+    actual = value_and_gradients(arrays, **options)
+    assert {x.dtype for x in actual.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert_close(actual, truth(arrays, **options), BFLOAT16)
+
+
+def test_result_does_not_depend_on_tiles(monkeypatch):
+    arrays, options = draw(**EVERYTHING)
+    arrays, expected = cast(arrays, jnp.float32), truth(arrays, **options)
+    for tiles in [(65, 65), (8, 32), (33, 11), (32, 16, 4)]:
+        force_tiles(monkeypatch, *tiles)
+        assert_close(value_and_gradients(arrays, **options), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
+def test_only_tiles_with_something_to_see_are_visited(causal, window):
+    for T, block_q, block_k in [(64, 16, 16), (65, 16, 8), (70, 8, 32), (5, 5, 5)]:
+        plan = xla.Plan("softmax", causal, window, None, 1.0, block_q, block_k)
+        for i in range(-(-T // block_q)):
+            rows = np.arange(i * block_q, min((i + 1) * block_q, T))
+            visited = range(*xla._visits(plan, T, i))
+            traced = xla._visits(plan, T, jnp.int32(i))
+            assert (int(traced[0]), int(traced[1])) == (visited.start, visited.stop)
+            for j in range(-(-T // block_k)):
+                keys = np.arange(j * block_k, (j + 1) * block_k)
+                seen = tile.visible(rows, keys, length=T, causal=causal, window=window).any()
+                assert bool(seen) == (j in visited), (T, i, j)
+
+
+def test_memory_is_linear_in_length():
+    """No array of the forward or backward pass grows with T^2."""
+
+    def sizes(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (v.aval.size for v in eqn.outvars)
+            for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
+                    yield from sizes(getattr(sub, "jaxpr", sub))
+
+    T = 4096
+    arrays, options = draw(B=1, T=T, H=1, Hk=1, K=8, V=8, gate="element-wise", window=1000)
+    loss = lambda a, implementation: weighted_sum(call(a, implementation=implementation, **options))
+    largest = lambda implementation: max(
+        sizes(jax.make_jaxpr(jax.grad(partial(loss, implementation=implementation)))(cast(arrays, jnp.float32)).jaxpr)
+    )
+    assert largest("xla") <= 16 * T
+    assert largest("reference") >= T * T
+
+
+def test_rows_with_nothing_to_see():
+    """A tile that hides every key from a row leaves zeros, in values and gradients, and no NaN."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = (jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for _ in range(4))
+    seen = jnp.asarray([[False] * 4, [True] * 4, [False] * 4, [True] * 4])
+    score = tile.SCORES["softmax"]
+    s = tile.masked(tile.logits(q, k, scale=1.0, soft_cap=3.0, dtype=jnp.float32), seen)
+    o, lse = score.end(score.add(score.start(jnp.full(4, -jnp.inf), 8), s, v))
+    dq, dk, dv = tile.gradients(score, q, k, v, do, lse, jnp.sum(do * o, -1), seen, scale=1.0, soft_cap=3.0)
+    assert all(np.isfinite(x).all() for x in (o, dq, dk, dv))
+    assert not np.any(o[::2]) and not np.any(dq[::2]) and np.all(o[1::2]) and np.any(dq[1::2])
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_huge_logits_and_gates(size, monkeypatch):
+    force_tiles(monkeypatch, 16, 16)
+    arrays, options = draw(T=40, gate="element-wise", sinks=True, scale=1.0)
+    arrays["q"], arrays["gate"], arrays["sink_logits"] = (size * arrays[x] for x in ("q", "gate", "sink_logits"))
+    actual = value_and_gradients(cast(arrays, jnp.float32), **options)
+    assert rel_rms(actual["y"], truth(arrays, **options)["y"]) < 1e-5
+    assert all(np.isfinite(x).all() for x in actual.values())
+
+
+def test_packed_documents_equal_separate_ones(monkeypatch):
+    force_tiles(monkeypatch, 16, 16)
+    cut = 27
+    arrays, options = draw(gate="head-wise", window=20)
+    arrays = cast(arrays, jnp.float32)
+    ids = jnp.broadcast_to(jnp.where(jnp.arange(65) < cut, 7, 3), (2, 65))
+    packed = value_and_gradients(arrays, segment_ids=ids, **options)
+
+    def separate(a, **options):
+        parts = ({name: x[:, part] for name, x in a.items()} for part in (slice(0, cut), slice(cut, 65)))
+        return jnp.concatenate([call(part, **options) for part in parts], axis=1)
+
+    assert_close(packed, value_and_gradients(arrays, separate, **options), FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_decode_steps_equal_forward(implementation):
+    """Every token against a cache whose slots are in any order, as in a ring buffer."""
+    T, window = 24, 9
+    arrays, _ = draw(T=T, gate="head-wise", sinks=True)
+    options = dict(soft_cap=5.0, implementation=implementation)
+    a = cast(arrays, jnp.float32)
+    order = np.random.default_rng(1).permutation(T)
+    k, v = a["k"][:, order], a["v"][:, order]
+
+    def step(t, q, gate):
+        valid = jnp.broadcast_to((order <= t) & (order > t - window), (2, T))
+        return attention_step(q, k, v, valid=valid, gate=gate, sink_logits=a["sink_logits"], **options)
+
+    steps = jax.jit(jax.vmap(step, in_axes=(0, 1, 1), out_axes=1))(jnp.arange(T), a["q"], a["gate"])
+    expected = call(cast(arrays, jnp.float32), window=window, soft_cap=5.0)
+    assert rel_rms(steps, expected) < FLOAT32
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_decode_step_with_empty_cache_is_zero(implementation):
+    arrays, _ = draw(B=3, T=4)
+    a = cast(arrays, jnp.float32)
+    valid = jnp.asarray([[False] * 4, [True] * 4, [False] * 4])
+    step = lambda a: attention_step(a["q"][:, 0], a["k"], a["v"], valid=valid, implementation=implementation)
+    actual = value_and_gradients(a, lambda a: step(a))
+    assert all(np.isfinite(x).all() for x in actual.values())
+    assert not any(np.any(x[::2]) for x in actual.values()) and all(np.any(x[1]) for x in actual.values())
+
+
+def test_vmap(monkeypatch):
+    force_tiles(monkeypatch, 16, 16)
+    arrays, options = draw(B=6, **EVERYTHING)
+    ids = options.pop("segment_ids")
+    a = cast(arrays, jnp.float32)
+    expected = value_and_gradients(a, segment_ids=ids, **options)
+
+    def by_rows(a):
+        sink_logits = a.pop("sink_logits")
+        split = lambda x: x.reshape(3, 2, *x.shape[1:])
+        row = lambda a, ids: call({**a, "sink_logits": sink_logits}, segment_ids=ids, **options)
+        return jax.vmap(row)(jax.tree.map(split, a), split(ids)).reshape(6, 65, 4, 12)
+
+    assert_close(value_and_gradients(a, lambda a: by_rows(dict(a))), expected, 1e-6)
+
+
+def sharded(B=4, T=65):
+    """A (4, 2) mesh with the batch on one axis and heads on the other, and how each argument lies on it."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    arrays, options = draw(B=B, T=T, **EVERYTHING)
+    specs = {name: P("data", None, "model") for name in ("q", "k", "v", "gate")} | {"sink_logits": P("model")}
+    return mesh, cast(arrays, jnp.float32), options, specs
+
+
+def test_shard_map(monkeypatch):
+    """Each device has its rows and heads; the sinks are the same on every data shard, so their gradient is summed."""
+    force_tiles(monkeypatch, 16, 16)
+    mesh, arrays, options, specs = sharded()
+    ids = options.pop("segment_ids")
+    expected = value_and_gradients(arrays, segment_ids=ids, **options)
+    on_shard = lambda a, ids: call(a, segment_ids=ids, **options)
+    mapped = jax.shard_map(
+        on_shard, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data", None, "model"), check_vma=True
+    )
+    assert_close(value_and_gradients(arrays, lambda a: mapped(a, ids)), expected, 1e-6)
+
+
+def test_jit_on_a_mesh(monkeypatch):
+    """Batch and heads sharded under plain jit: the same numbers, and no array is gathered."""
+    force_tiles(monkeypatch, 16, 16)
+    mesh, arrays, options, specs = sharded()
+    expected = value_and_gradients(arrays, **options)
+    placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
+    step = jax.jit(jax.grad(lambda a: weighted_sum(call(a, **options))))
+    with jax.set_mesh(mesh):
+        compiled = step.lower(placed).compile()
+    assert_close(compiled(placed), {name: expected[name] for name in placed}, 1e-6)
+    assert "all-gather" not in compiled.as_text()
+
+
+def test_checkpoint_keeps_the_named_residuals(monkeypatch):
+    """With the op's names saved, the backward pass does not walk the forward tiles again."""
+    force_tiles(monkeypatch, 16, 16)
+    arrays, options = draw(gate="head-wise")
+    a = cast(arrays, jnp.float32)
+    keep = jax.checkpoint_policies.save_only_these_names(xla.OUT_NAME, xla.STATISTIC_NAME)
+    layer = lambda a: call({**a, "q": jnp.sin(a["q"])}, **options)
+    checkpointed = {policy: jax.checkpoint(layer, policy=policy) for policy in (keep, None)}
+    loops = lambda f: str(jax.make_jaxpr(jax.grad(lambda a: weighted_sum(f(a))))(a)).count(" while[")
+    assert loops(checkpointed[keep]) == 2 and loops(checkpointed[None]) == 3
+    assert_close(value_and_gradients(a, checkpointed[keep]), value_and_gradients(a, layer), 1e-6)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_shape(data):
+    pick = lambda *range_: data.draw(st.integers(*range_))
+    arrays, options = draw(
+        B=pick(1, 2), T=pick(1, 300), Hk=(Hk := pick(1, 3)), H=Hk * pick(1, 3), K=pick(1, 9), V=pick(1, 9),
+        gate=data.draw(st.sampled_from([None, "head-wise", "element-wise"])), sinks=data.draw(st.booleans()),
+        segments=data.draw(st.booleans()), causal=data.draw(st.booleans()),
+        window=data.draw(st.sampled_from([None, 3, 70])),
+    )  # fmt: skip
+    expected = call(cast(arrays, jnp.float32), implementation="reference", **options)
+    assert rel_rms(jax.jit(partial(call, **options))(cast(arrays, jnp.float32)), expected) < FLOAT32
+
+
+def test_what_ran_is_reported():
+    arrays, _ = draw(T=3)
+    call(cast(arrays, jnp.float32))
+    assert dispatch.last_choice("attention").implementation == "xla"
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_a_kernel_that_is_not_there_is_refused(implementation):
+    arrays, _ = draw(T=3)
+    with pytest.raises(NotImplementedError, match=f"attention: implementation='{implementation}'"):
+        call(cast(arrays, jnp.float32), implementation=implementation)
+
+
+Q, KV = jnp.zeros((2, 5, 4, 8)), jnp.zeros((2, 5, 2, 8))
+BAD = {
+    "q has shape": dict(q=Q[0]),
+    "k has shape": dict(k=KV[..., :7]),
+    "k has shape (2, 4, 2, 8), wanted 5 tokens": dict(k=KV[:, :4], v=KV[:, :4]),
+    "k has shape (2, 5, 3, 8), wanted [2, 'T', 'a divisor of 4', 8]": dict(k=jnp.zeros((2, 5, 3, 8))),
+    "v has shape (2, 5, 1, 8), wanted [2, 5, 2, 'V']": dict(v=KV[:, :, :1]),
+    "q has dtype int32": dict(q=Q.astype(int)),
+    "gate has shape (2, 5, 4, 2), wanted (2, 5, 4, 8) or (2, 5, 4, 1)": dict(gate=Q[..., :2]),
+    "sink_logits has shape (3,), wanted (4,)": dict(sink_logits=jnp.zeros(3)),
+    "segment_ids has shape (5,), wanted (2, 5)": dict(segment_ids=jnp.zeros(5, int)),
+    "segment_ids has dtype float32": dict(segment_ids=jnp.zeros((2, 5))),
+    "window=0": dict(window=0),
+    "soft_cap=-1.0": dict(soft_cap=-1.0),
+    "score='sparsemax', wanted one of ['softmax']": dict(score="sparsemax"),
+    "implementation='fast'": dict(implementation="fast"),
+    "interpret=True": dict(interpret=True),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    with pytest.raises(ValueError) as error:
+        call({"q": Q, "k": KV, "v": KV} | BAD[message])
+    assert f"attention: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, bad",
+    {"valid": jnp.ones((2, 4), bool), "k_cache": KV[..., :3], "v_cache": KV[:, :3], "q": Q, "gate": Q[0]}.items(),
+)
+def test_bad_step_input_is_named(name, bad):
+    arguments = dict(q=Q[:, 0], k_cache=KV, v_cache=KV, valid=jnp.ones((2, 5), bool)) | {name: bad}
+    with pytest.raises(ValueError, match=f"attention_step: {name} has shape"):
+        attention_step(**arguments)

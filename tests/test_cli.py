@@ -1,0 +1,194 @@
+"""The command line as a person meets it: real processes. Bad input is one line and exit code 2, nothing overwritten."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A run of seconds: two layers, windows of 32 bytes of a small text.
+SMALL = [
+    "--config=configs/tiny.py",
+    "--config.model.num_layers=2",
+    "--config.model.width=32",
+    "--config.model.ffns.mlp.hidden=32",
+    "--config.model.ffns.moe.hidden=16",
+    "--config.data.seq_len=32",
+    "--config.data.sources.main.kind=text",
+    "--config.optim.warmup_steps=2",
+    "--config.train.steps=24",
+    "--config.train.log_every=1",
+    "--config.train.eval_every=12",
+    "--config.train.eval_batches=2",
+    "--config.train.checkpoint_every=4",
+    "--config.train.sample_tokens=8",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of text, and a compilation cache that all processes of this module share."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text").mkdir()
+    for i in range(8):
+        (folder / "text" / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i}\n" for j in range(80)))
+    return folder
+
+
+def command(place: Path, workdir: str, *flags: str, script: str = "train.py") -> list[str]:
+    common = [f"--compile_cache={place / 'xla'}"] if script == "train.py" else []
+    sources = [f"--config.data.sources.main.path={place / 'text'}", f"--config.data.cache_dir={place / 'tokens'}"]
+    train = [*SMALL, *sources, f"--workdir={place / workdir}", *common] if script == "train.py" else []
+    return [sys.executable, *script.split(), *train, *flags]
+
+
+def run(place: Path, workdir: str, *flags: str, script: str = "train.py") -> subprocess.CompletedProcess:
+    args = command(place, workdir, *flags, script=script)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def losses(place: Path, workdir: str) -> dict[int, float]:
+    lines = (place / workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["step"]: r["loss"] for r in records if r["split"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """A run from start to end, undisturbed."""
+    result = run(place, "straight")
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_run_shows_and_leaves_what_it_should(place, finished):
+    out = finished.stdout
+    for piece in ("M parameters", "sha256", "linear_scan: xla", "step 24/24", "validation", "bpb", "tok/s", "sample"):
+        assert piece in out, f"{piece!r} is missing from:\n{out}"
+    workdir = place / "straight"
+    assert (workdir / "curves.png").stat().st_size > 10_000
+    assert any((workdir / "tensorboard").iterdir())
+    assert sorted(losses(place, "straight")) == list(range(1, 25))
+
+
+def test_killed_run_goes_on_to_the_bit(place, finished):
+    """kill -9 at two moments, one of them right after a checkpoint began; then the same losses as undisturbed."""
+    for until in (6, 13):
+        process = subprocess.Popen(
+            command(place, "killed"),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        for line in process.stdout:
+            if line.startswith("step") and int(line.split()[1].split("/")[0]) >= until:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+    result = run(place, "killed")
+    assert result.returncode == 0 and "resuming after step" in result.stdout, result.stderr
+    assert losses(place, "killed") == losses(place, "straight")
+
+
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(place, finished):
+    source, damaged = place / "straight", place / "damaged"
+    subprocess.run(["cp", "-r", source, damaged], check=True)
+    largest = max((damaged / "checkpoints" / "24").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    result = run(place, "damaged")
+    assert result.returncode == 0, result.stderr
+    assert "step 24" in result.stdout and "damaged" in result.stdout and "resuming after step 20" in result.stdout
+    assert losses(place, "damaged") == losses(place, "straight")
+
+
+def test_evaluation_and_generation_of_a_checkpoint(place, finished):
+    checkpoint = f"--checkpoint={place / 'straight'}"
+    flags = [checkpoint, "--batches=2", "--prompt_tokens=16", "--decode_tokens=4"]
+    result = run(place, "", *flags, script="eval.py")
+    assert result.returncode == 0, result.stderr
+    for piece in ("loss", "perplexity", "bits per byte", "±", "gzip -9", "xz -9e", "prefill", "decode"):
+        assert piece in result.stdout
+    flags = [checkpoint, "--prompt=line", "--tokens=12", "--seed=3", "--top_k=5", "--top_p=0.9"]
+    first, second = (run(place, "", *flags, script="-m gatedjax.generate") for _ in range(2))
+    assert first.returncode == 0 and first.stdout.startswith("line") and len(first.stdout) > 5, first.stderr
+    assert first.stdout == second.stdout, "same seed, same text"
+
+
+BAD = {
+    "unknown key": (["--config.model.widht=3"], "config.model.widht: unknown key; did you mean 'model.width'?"),
+    "wrong type": (["--config.train.steps=many"], "steps"),
+    "wrong value": (["--config.optim.name=sgdd"], "config.optim.name: 'sgdd' came, wanted one of adamw"),
+    "mesh": (["--config.mesh.fsdp=3"], "fsdp=3"),
+    "missing file": (["--config.data.sources.main.path=nowhere"], "nowhere"),
+    "missing tokenizer": (["--config.data.tokenizer=none.json"], "none.json"),
+    "vocabulary": (["--config.model.vocab_size=100"], "config.model.vocab_size: 100 came, wanted at least the 257"),
+    "missing config": (["--config=configs/none.py"], "configs/none.py"),
+    "stray argument": (["steps=3"], "'steps=3' is not a flag"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(place, name):
+    flags, message = BAD[name]
+    result = run(place, "never", *flags)
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, result.stderr
+    assert errors[-1].startswith("error: ") and message in errors[-1], result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (place / "never").exists(), "nothing is written for a run that cannot start"
+
+
+def test_empty_corpus_is_one_line(place):
+    (place / "empty").mkdir()
+    result = run(place, "never", f"--config.data.sources.main.path={place / 'empty'}")
+    assert result.returncode == 2 and "error: " in result.stderr and "Traceback" not in result.stderr
+
+
+def test_checkpoint_of_another_model_is_refused_by_name(place, finished):
+    before = losses(place, "straight")
+    result = run(place, "straight", "--config.model.width=64", "--config.train.steps=30")
+    assert result.returncode == 2 and "embedding" in result.stderr, result.stderr
+    assert losses(place, "straight") == before
+
+
+def test_generation_without_a_checkpoint_is_one_line(place):
+    for flags in ([], [f"--checkpoint={place / 'nothing'}"]):
+        result = run(place, "", *flags, script="-m gatedjax.generate")
+        assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_run_that_cannot_learn_gives_up_with_one_line(place):
+    result = run(place, "diverged", "--config.optim.lr=1e30", "--config.optim.max_skips=2", "--config.optim.clip_norm=0.0")
+    assert result.returncode == 1, result.stdout
+    assert "steps in a row were skipped" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_second_run_on_one_directory_is_refused(place, finished):
+    first = subprocess.Popen(
+        command(place, "twice", "--config.train.steps=100000"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    try:
+        while not next(first.stdout).startswith("step"):
+            time.sleep(0.01)
+        result = run(place, "twice")
+        assert result.returncode == 2 and "another run" in result.stderr
+    finally:
+        first.kill()
+        first.stdout.close()
+        first.wait()

@@ -1,0 +1,108 @@
+"""Trains a gated language model.
+
+    python train.py --config=configs/tiny.py [--workdir=runs/tiny] [--config.optim.lr=3e-4 ...]
+
+Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit.
+"""
+
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from gatedjax import cli, sharding
+from gatedjax.checkpoint import Checkpointer, Restored
+from gatedjax.compression import bits_per_byte_of_compressors
+from gatedjax.config import differing_keys, from_config_dict, to_dict
+from gatedjax.curves import plot_run
+from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
+from gatedjax.errors import InputError
+from gatedjax.evaluate import Validation
+from gatedjax.generate import generate_text
+from gatedjax.metrics import make_writers, say
+from gatedjax.setup import Run, describe, fresh_state, prepare, with_vocab
+from gatedjax.step_log import StepLog
+from gatedjax.train_step import TrainState, jit_train_step, params_for_evaluation
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; dotted flags change single values.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>.")
+_PROFILE = flags.DEFINE_integer("profile_step", 0, "Trace 5 steps from this one on into the workdir; 0 for none.")
+_CACHE = flags.DEFINE_string("compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none.")
+
+
+def main(_) -> None:
+    """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
+    config = from_config_dict(cli.required(_CONFIG))
+    workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}")
+    cli.use_compilation_cache(_CACHE.value)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    run = prepare(with_vocab(config, tokenizer))
+    say(describe(run))
+    for corpus in corpora(config.data).values():
+        say(corpus.describe())
+    keep = run.config.train.keep_checkpoints
+    with jax.set_mesh(run.mesh), Checkpointer(workdir, to_dict(run.config), keep=keep, report=say) as checkpointer:
+        restored = checkpointer.restore_latest(run.abstract)
+        say_resumed(run, restored)
+        state, start = (restored.state, restored.data_index) if restored else (fresh_state(run), 0)
+        with make_writers(workdir, run.config.train.steps, start) as writers:
+            state = loop(run, state, start, StepLog(run, writers), checkpointer, workdir / "profile")
+        sample(run, state, tokenizer)
+    draw_curves(workdir, validation_text(config.data))
+
+
+def loop(run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Checkpointer, profile: Path):
+    """A batch, a step; now and then a line of the log, an evaluation, a checkpoint."""
+    train, data = run.config.train, run.config.data
+    rows = sharding.my_rows(run.mesh, train.batch_size)
+    dataset = make_dataset(data, "train", batch_size=train.batch_size, rows=rows, seed=data.seed)
+    validation = Validation(run, train.eval_batches)
+    train_step = jit_train_step(run.config, run.tx, run.shardings)
+    stream = batches(dataset, start)
+    for step in range(start + 1, train.steps + 1):
+        batch = sharding.global_batch(run.mesh, next(stream), train.batch_size)
+        state, metrics = train_step(state, batch)
+        last = step == train.steps
+        log.train(step, metrics, write=step % train.log_every == 0 or step == start + 1 or last)
+        if step % train.eval_every == 0 or last:
+            log.validation(step, validation(params_for_evaluation(state)))
+        if step % train.checkpoint_every == 0 or last:
+            with log.paused():
+                checkpointer.save(step, state, data_index=stream.next_index)
+        if _PROFILE.value and step == max(_PROFILE.value, start + 2) - 1:
+            jax.profiler.start_trace(profile)
+        if _PROFILE.value and step == max(_PROFILE.value, start + 2) + 4:
+            jax.profiler.stop_trace()
+            say(f"profile of 5 steps: {profile}")
+    return state
+
+
+def say_resumed(run: Run, restored: Restored | None) -> None:
+    """Where the run starts, and which keys of the configuration changed since the checkpoint."""
+    if restored is None:
+        return
+    say(f"resuming after step {restored.step} of {run.config.train.steps}")
+    for difference in differing_keys(restored.config, to_dict(run.config)):
+        say(f"changed since that checkpoint: {difference.replace(' and ', ' then, now ')}")
+
+
+def sample(run: Run, state: TrainState, tokenizer) -> None:
+    """A piece of text from the trained model."""
+    train = run.config.train
+    say(f"--- sample, temperature 0.8, prompt {train.sample_prompt!r}")
+    params = params_for_evaluation(state)
+    pieces = generate_text(run.config.model, params, tokenizer, train.sample_prompt, train.sample_tokens)
+    say(train.sample_prompt + "".join(pieces) + "\n---")
+
+
+def draw_curves(workdir: Path, text: bytes) -> None:
+    """The picture of the run. A finished training does not fail for want of matplotlib."""
+    try:
+        say(f"curves: {plot_run(workdir, bits_per_byte_of_compressors(text))}")
+    except InputError as e:
+        say(f"no picture: {e}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
