@@ -126,10 +126,12 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
 def _backward(plan: Plan, residuals, dy):
     inputs, gate, o, statistic = residuals
     do, dgate = _gate_gradient(dy, gate, o)
-    # With y = o sigmoid(gate) this is sum(dy y) too: nothing is divided by a gate that may be 0.
-    delta = jnp.sum(do * o.astype(do.dtype), axis=-1, keepdims=True)
+    # With y = o sigmoid(gate) this is sum(dy y) too: nothing is divided by a gate that may be 0. It is taken from do as
+    # rounded for the matmuls, or else do v - delta has an error that does not cancel.
+    do = do.astype(inputs.v.dtype)
+    delta = jnp.sum(do.astype(statistic.dtype) * o, axis=-1, keepdims=True)
     split = partial(_split, kv_heads=inputs.k.shape[2], block=plan.block_q)
-    do, delta = split(do.astype(inputs.v.dtype)), split(delta)[..., 0]
+    do, delta = split(do), split(delta)[..., 0]
     dq, dk, dv = _tile_gradients(plan, inputs, do, statistic, delta)
     dsink = None if inputs.sink_logits is None else _sink_gradient(plan, inputs, statistic, delta)
     return Inputs(dq, dk, dv, dsink, None), dgate

@@ -1,7 +1,7 @@
 """`grouped_matmul` without Pallas: each group in tiles of its own rows, as many as its size asks for.
 
 A `lax.scan` goes over the groups, a loop inside it over the group's tiles: its length is a value of the run,
-ceil(size / block). So the forward pass and both gradients cost 2 M K N FLOPs each, plus up to block - 1 rows of padding a group.
+ceil(size / block). So the forward pass and both gradients cost 2 M K N FLOPs each, plus at most block - 1 rows a group.
 """
 
 from functools import partial
