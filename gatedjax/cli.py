@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from gatedjax.config import nearest_key
 from gatedjax.errors import InputError, TrainingError
@@ -68,6 +68,8 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         raise InputError(_unknown_key(argv, e)) from None
     except (flags.Error, TypeError, ValueError, FileNotFoundError) as e:
         raise InputError(f"flags: {e}") from None
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO, at which jax tells of every absent backend
     if len(args) > 1:
         raise InputError(f"flags: {args[1]!r} is not a flag; wanted --name=value")
     return args

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -63,7 +62,7 @@ def prepare(config: Config) -> Run:
     shardings = TrainState(
         step=replicated,
         params=params,
-        opt_state=sharding.optimizer_shardings(mesh, tx, nn.meta.unbox(boxed), params),
+        opt_state=sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params),
         ema=params if config.optim.ema_decay else None,
         guard=jax.tree.map(lambda _: replicated, shapes.guard),
     )

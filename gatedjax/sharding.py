@@ -12,7 +12,6 @@ import math
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gatedjax.config import MeshConfig
@@ -109,11 +108,23 @@ def param_shardings(mesh: Mesh, abstract_params):
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
 
 
-def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, params, shardings):
+def optimizer_shardings(mesh: Mesh, opt_state, params, shardings):
     """Optimizer state sits where its parameters sit; everything else (counts) is replicated.
 
-    jit does not infer this: `zeros_like` depends on no value, so the state would land on one device.
+    A leaf belongs to the parameter whose path ends its own and whose shape it has: so it is in every optax state. jit
+    does not infer this (`zeros_like` depends on no value, so the state would land on one device), and optax's own
+    map over parameters fails inside Muon's partition.
+
+    Args:
+      opt_state, params: trees of anything with shapes.
+      shardings: of the parameters.
     """
+    placed = jax.tree_util.tree_leaves_with_path(params)
+    of_path = {path: (p.shape, s) for (path, p), s in zip(placed, jax.tree.leaves(shardings))}
     replicated = NamedSharding(mesh, PartitionSpec())
-    state = jax.eval_shape(tx.init, params)
-    return optax.tree_map_params(tx, lambda _, s: s, state, shardings, transform_non_params=lambda _: replicated)
+
+    def place(path, leaf):
+        found = (of_path.get(path[i:]) for i in range(len(path)))
+        return next((s for shape, s in filter(None, found) if shape == leaf.shape), replicated)
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)

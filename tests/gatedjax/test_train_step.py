@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms
-from tiny_run import random_batch, run_steps, tiny
+from tiny_run import plain, random_batch, run_steps, tiny
 
 from gatedjax.config import OptimConfig
 from gatedjax.errors import InputError
@@ -42,12 +42,11 @@ def test_loss_starts_at_chance_and_falls(six_steps):
 
 
 def test_accumulation_equals_one_batch(six_steps):
-    """Also with unequal numbers of real tokens per micro-batch; only router statistics are per micro-batch."""
-    no_aux = dict(model__ffns__moe__balance_loss=0.0, model__ffns__moe__z_loss=0.0, mesh__data=2, mesh__fsdp=4)
-    _, whole, a = run_steps(tiny(**no_aux, train__batch_size=16), 2, lambda i: random_batch(i, rows=16))
-    _, parts, b = run_steps(
-        tiny(**no_aux, train__batch_size=16, train__accumulation_steps=2), 2, lambda i: random_batch(i, rows=16)
-    )
+    """Also with unequal numbers of real tokens per micro-batch."""
+    batches = lambda i: random_batch(i, rows=16)
+    mesh = dict(mesh__data=2, mesh__fsdp=4, train__batch_size=16)
+    _, whole, a = run_steps(plain(**mesh), 2, batches)
+    _, parts, b = run_steps(plain(**mesh, train__accumulation_steps=2), 2, batches)
     for x, y in zip(a, b):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
@@ -61,8 +60,8 @@ def poisoned(i):
 
 
 def test_bad_steps_change_nothing_but_the_counters():
-    _, state, log = run_steps(tiny(), 5, poisoned)
-    _, clean, _ = run_steps(tiny(), 3, lambda i: random_batch([0, 1, 4][i]))
+    _, state, log = run_steps(plain(), 5, poisoned)
+    _, clean, _ = run_steps(plain(), 3, lambda i: random_batch([0, 1, 4][i]))
     assert [m["skipped_steps"] for m in log] == [0, 0, 1, 2, 2]
     assert [m["skipped_in_a_row"] for m in log] == [0, 0, 1, 2, 0]
     assert int(state.step) == 5
@@ -76,7 +75,7 @@ def test_exploding_gradient_is_skipped_once_the_mean_is_known():
         # every target weighs 1000, against a count that still says 1 for most: gradient norm far above the mean
         return batch.replace(targets=np.full_like(batch.targets, 63)) if i == 24 else batch
 
-    _, _, log = run_steps(tiny(optim__skip_factor=1.5), 26, batches)
+    _, _, log = run_steps(plain(optim__skip_factor=1.5), 26, batches)
     assert [m["skipped_steps"] for m in log[20:]] == [0, 0, 0, 0, 1, 1]
 
 
@@ -84,7 +83,7 @@ def test_exploding_gradient_is_skipped_once_the_mean_is_known():
 def test_every_optimizer_learns(name):
     rates = {"muon": 0.01, "lion": 1e-3, "adabelief": 3e-3, "schedule_free": 1e-2}
     schedule = "constant" if name == "schedule_free" else "cosine"
-    config = tiny(optim__name=name, optim__lr=rates[name], optim__schedule=schedule, optim__ema_decay=0.5)
+    config = plain(optim__name=name, optim__lr=rates[name], optim__schedule=schedule, optim__ema_decay=0.5)
     run, state, log = run_steps(config, 8)
     assert log[-1]["loss"] < log[0]["loss"] - 0.15
     for x, a in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(run.abstract.opt_state)):
@@ -92,12 +91,12 @@ def test_every_optimizer_learns(name):
 
 
 def test_evaluation_parameters_are_the_average():
-    _, state, _ = run_steps(tiny(optim__ema_decay=0.9), 2)
+    _, state, _ = run_steps(plain(optim__ema_decay=0.9), 2)
     assert params_for_evaluation(state) is state.ema
-    _, state, _ = run_steps(tiny(optim__name="schedule_free", optim__schedule="constant"), 2)
+    _, state, _ = run_steps(plain(optim__name="schedule_free", optim__schedule="constant"), 2)
     average = params_for_evaluation(state)
     differences = [float(jnp.abs(a - p).max()) for a, p in zip(jax.tree.leaves(average), jax.tree.leaves(state.params))]
-    assert max(differences) > 1e-4
+    assert max(differences) > 1e-5
 
 
 def test_decay_and_muon_by_logical_axes():
