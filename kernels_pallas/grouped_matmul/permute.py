@@ -67,4 +67,4 @@ _permute_rows.defvjp(_forward_saving, _backward)
 
 
 def _gather(x: Array, index: Array) -> Array:
-    return x.at[index].get(mode="promise_in_bounds")
+    return jnp.asarray(x).at[index].get(mode="promise_in_bounds")

@@ -185,6 +185,7 @@ def test_permute_rows(copies):
     naive = lambda x: jnp.repeat(x, copies, axis=0)[order]
     ours = lambda x: permute_rows(x, order, inverse)
     np.testing.assert_array_equal(ours(x), naive(x))
+    np.testing.assert_array_equal(jax.jit(lambda: ours(np.asarray(x)))(), naive(x))  # numpy is welcome
     gradient = jax.grad(lambda x, f: jnp.sum(f(x) * cotangent), argnums=0)
     assert rel_rms(gradient(x, ours), gradient(x, naive)) < 1e-6
     assert "scatter" in str(jax.make_jaxpr(lambda x: gradient(x, naive))(x))
