@@ -12,9 +12,7 @@ from gatedjax.config import ModelConfig
 from gatedjax.layers import FEED_FORWARDS, MIXERS, Context
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import parameter
-
-# What the kernels name with checkpoint_name, so that "kernels" recomputes all but their outputs and states.
-KERNEL_RESIDUALS = ("attention_out", "attention_lse", "linear_scan_states")
+from kernels_pallas import RESIDUAL_NAMES
 
 
 def remat_policy(name: str):
@@ -22,7 +20,7 @@ def remat_policy(name: str):
     return {
         "full": checkpoint_policies.nothing_saveable,
         "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "kernels": checkpoint_policies.save_only_these_names(*KERNEL_RESIDUALS),
+        "kernels": checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
     }[name]
 
 

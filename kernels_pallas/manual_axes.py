@@ -1,4 +1,4 @@
-"""Values that are born inside `shard_map(check_vma=True)`, such as a scan's zero carry, must vary like the data they meet."""
+"""Values born inside `shard_map(check_vma=True)`, such as a scan's zero carry, must vary like the data they meet."""
 
 import jax
 from jax import Array

@@ -20,6 +20,7 @@ from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.reference import DENOMINATOR_FLOOR, segment_starts
 from kernels_pallas.manual_axes import varying_like
 
+OUT_NAME = "linear_scan_out"
 STATES_NAME = "linear_scan_states"
 DEFAULT_CHUNK = 64
 MAX_CHUNKS_IN_GROUP = 4
@@ -107,7 +108,8 @@ def _forward(plan: Plan, inputs: Inputs, bonus, state, save: bool):
 
 
 def _forward_saving(plan: Plan, inputs: Inputs, bonus, state):
-    outputs, states = _forward(plan, inputs, bonus, state, save=True)
+    (o, final_state), states = _forward(plan, inputs, bonus, state, save=True)
+    outputs = checkpoint_name(o, OUT_NAME), final_state
     return outputs, (inputs, bonus, checkpoint_name(states, STATES_NAME))
 
 

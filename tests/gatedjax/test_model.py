@@ -26,7 +26,9 @@ MODEL = ModelConfig(
     width=32,
     num_layers=4,
     mixers=FrozenDict(
-        gla=GatedLinearAttentionConfig(num_heads=2, num_kv_heads=2, key_dim=8, value_dim=16, conv_width=4),
+        gla=GatedLinearAttentionConfig(
+            num_heads=2, num_kv_heads=2, key_dim=8, value_dim=16, conv_width=4, chunk_size=16
+        ),
         attention=GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16),
     ),
     pattern=("gla", "attention"),
@@ -95,7 +97,7 @@ def test_no_token_sees_the_future(params):
 @pytest.mark.parametrize("remat", ["full", "dots", "kernels"])
 def test_remat_changes_no_gradient(params, remat):
     def loss(p, config):
-        h, _, _ = LanguageModel(config).apply({"params": p}, TOKENS)
+        h, _, _ = LanguageModel(config).apply({"params": p}, TOKENS[:, :20])
         return jnp.mean(h**2 * jnp.arange(h.shape[-1]))
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
@@ -113,7 +115,7 @@ def test_statistics_come_from_sparse_layers_only(params):
     np.testing.assert_allclose(load.sum(-1), 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 24, 1000])
+@pytest.mark.parametrize("chunk", [16, 24, 1000])
 def test_chunked_loss_equals_whole(params, chunk):
     rng = np.random.default_rng(1)
     h = jnp.asarray(rng.normal(size=(2, 40, 32)), jnp.float32)

@@ -1,0 +1,216 @@
+"""Training speed of configs/tiny.py beside models of transformers and torch of the same size, on this CPU.
+
+    python benchmarks/train_cpu.py [--peer_python=/path/to/python] [--json=FILE]
+
+Two peers, float32, AdamW with gradient clipping, the same batch, as many threads as there are cores for everybody:
+
+  qwen3_next   the nearest relative: gated attention and Gated DeltaNet by turns, sparse experts; our sizes one by one
+  llama        the strongest simple one: dense, no scan, no experts; as many parameters as a token meets in ours
+
+A step is forward, backward and optimizer. Each model lives in a process of its own; rounds take turns: ours, peer,
+ours, peer ... The figure is the median of the rounds, and the ratio is ours / theirs. Run it on a quiet machine.
+"""
+
+import json
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from report import cores, cpu_model, table, write_json
+
+from gatedjax import cli
+from gatedjax.config import Config, from_config_dict, to_dict
+from gatedjax.data import load_tokenizer
+from gatedjax.errors import InputError
+from gatedjax.setup import with_vocab
+
+HERE = Path(__file__).resolve().parent
+_PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "An interpreter that has torch and transformers.")
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of every model.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
+_EXPERTS = flags.DEFINE_enum(
+    "peer_experts", "grouped_mm", ["eager", "batched_mm", "grouped_mm"], "How qwen3_next computes its experts."
+)
+_COMPILE = flags.DEFINE_bool("peer_compile", False, "Also measure the peers under torch.compile.")
+_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+
+class Model(NamedTuple):
+    """One contestant: the command of its worker."""
+
+    name: str
+    command: list[str]
+
+
+def main(_) -> None:
+    """Workers -> rounds by turns -> table and ratios."""
+    check_peer_python(_PEER_PYTHON.value)
+    config = from_config_dict(runpy.run_path(str(HERE.parent / "configs" / "tiny.py"))["get_config"]())
+    config = with_vocab(config, load_tokenizer(config.data.tokenizer))
+    ours = Worker(Model("gatedjax", [sys.executable, str(HERE / "gatedjax_train.py"), json.dumps(to_dict(config))]))
+    workers = [ours, *(Worker(m) for m in peers(config, ours.about["active"]))]
+    for _ in range(_ROUNDS.value):
+        for worker in workers:
+            worker.round(_STEPS.value)
+    for worker in workers:
+        worker.close()
+    tokens = config.train.batch_size * config.data.seq_len * _STEPS.value
+    results = {w.name: w.result(tokens) for w in workers}
+    print(f"{cpu_model()}, {cores()} cores; {_ROUNDS.value} rounds of {_STEPS.value} steps; {versions(workers)}")
+    print(show(results))
+    if _JSON.value:
+        write_json(_JSON.value, {"rounds": _ROUNDS.value, "steps": _STEPS.value, "models": results}, versions(workers))
+
+
+class Worker:
+    """A model in a process of its own, which idles until it is asked for a round."""
+
+    def __init__(self, model: Model):
+        self.name, self.rounds = model.name, []
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process that writes it
+        self._process = subprocess.Popen(
+            model.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        self.about = self._answer()
+
+    def round(self, steps: int) -> None:
+        time.sleep(0.3)  # until the threads of the one before have gone to sleep
+        print(steps, file=self._process.stdin, flush=True)
+        self.rounds.append(self._answer())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def result(self, tokens: int) -> dict:
+        """Tokens per second of every round, their median, memory and sizes."""
+        rates = [tokens / r["seconds"] for r in self.rounds]
+        return {
+            "parameters": self.about["total"],
+            "active_parameters": self.about["active"],
+            "tokens_per_second": statistics.median(rates),
+            "tokens_per_second_of_rounds": rates,
+            "peak_rss_bytes": self.rounds[-1]["peak_rss_bytes"],
+            "final_loss": self.rounds[-1]["loss"],
+        }
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise InputError(f"{self.name} ended with code {self._process.wait()}: {self._errors.read()[-2000:]}")
+        return json.loads(line)
+
+
+def check_peer_python(python: str) -> None:
+    """InputError in one line unless this interpreter imports torch and transformers."""
+    try:
+        done = subprocess.run([python, "-c", "import torch, transformers"], capture_output=True, text=True)
+        failure = done.stderr.strip().splitlines()[-1] if done.returncode else None
+    except OSError as e:
+        failure = e.strerror
+    if failure:
+        wanted = "an interpreter with both (pip install torch transformers)"
+        raise InputError(f"peer_python: {python} cannot import torch and transformers ({failure}), wanted {wanted}")
+
+
+def peers(config: Config, active: int) -> list[Model]:
+    """Qwen3-Next with our sizes one by one, and a Llama with as many parameters as a token meets in ours."""
+    c = config.model
+    attention, gla, mlp, moe = c.mixers["attention"], c.mixers["gla"], c.ffns["mlp"], c.ffns["moe"]
+    layers = range(c.num_layers)
+    shared = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "max_position_embeddings": config.data.seq_len,
+        "initializer_range": c.init_std,
+        "tie_word_embeddings": c.tie_embeddings,
+    }
+    hybrid = {
+        "layer_types": ["full_attention" if c.layer(i)[0] == attention else "linear_attention" for i in layers],
+        "partial_rotary_factor": attention.rope_fraction,
+        "linear_num_key_heads": gla.num_kv_heads,
+        "linear_num_value_heads": gla.num_heads,
+        "linear_key_head_dim": gla.key_dim,
+        "linear_value_head_dim": gla.value_dim,
+        "linear_conv_kernel_dim": gla.conv_width,
+        "mlp_only_layers": [i for i in layers if c.layer(i)[1] == mlp],
+        "intermediate_size": mlp.hidden,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_intermediate_size": moe.hidden,
+        "shared_expert_intermediate_size": moe.shared_hidden,
+        "output_router_logits": True,  # the balance loss, which ours computes too
+        "router_aux_loss_coef": moe.balance_loss,
+    }
+    q, kv = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    mixer_and_norms = 2 * c.width * (q + kv) + 2 * c.width
+    for_mlps = active - c.vocab_size * c.width - c.width - c.num_layers * mixer_and_norms
+    dense = {"intermediate_size": round(for_mlps / (c.num_layers * 3 * c.width) / 8) * 8}
+    return [
+        _peer(config, f"{name}{suffix}", architecture, shared | own, experts, compiled)
+        for suffix, compiled in [("", False), *([(" compiled", True)] if _COMPILE.value else [])]
+        for name, architecture, own, experts in (
+            ("qwen3_next", "Qwen3NextForCausalLM", hybrid, _EXPERTS.value),
+            ("llama", "LlamaForCausalLM", dense, None),
+        )
+    ]
+
+
+def _peer(config: Config, name: str, architecture: str, sizes: dict, experts: str | None, compiled: bool) -> Model:
+    optim = config.optim
+    spec = {
+        "architecture": architecture,
+        "config": sizes,
+        "experts": experts,
+        "compile": compiled,
+        "batch_size": config.train.batch_size,
+        "seq_len": config.data.seq_len,
+        "threads": cores(),
+        "optim": {
+            "lr": optim.lr,
+            "betas": [optim.beta1, optim.beta2],
+            "eps": optim.eps,
+            "weight_decay": optim.weight_decay,
+        },
+        "clip_norm": optim.clip_norm,
+    }
+    return Model(name, [_PEER_PYTHON.value, str(HERE / "peers" / "transformers_train.py"), json.dumps(spec)])
+
+
+def show(results: dict[str, dict]) -> str:
+    """The table: sizes, speed with its range over the rounds, memory, and our speed over each peer's."""
+    ours = results["gatedjax"]["tokens_per_second"]
+    rows = []
+    for name, r in results.items():
+        rates = r["tokens_per_second_of_rounds"]
+        rows.append(
+            [
+                name,
+                f"{r['parameters']:,}",
+                f"{r['active_parameters']:,}",
+                f"{r['tokens_per_second']:,.0f}",
+                f"{min(rates):,.0f} .. {max(rates):,.0f}",
+                f"{r['peak_rss_bytes'] / 2**20:,.0f}",
+                f"{ours / r['tokens_per_second']:.2f}",
+            ]
+        )
+    return table(["model", "parameters", "active", "tokens/s", "of rounds", "peak RSS MiB", "ours / it"], rows)
+
+
+def versions(workers: list[Worker]) -> dict[str, str]:
+    return {name: version for w in workers for name, version in w.about["versions"].items()}
+
+
+if __name__ == "__main__":
+    cli.run(main)
