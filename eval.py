@@ -18,10 +18,10 @@ from gatedjax.compression import bits_per_byte_of_compressors
 from gatedjax.config import Config
 from gatedjax.data import load_tokenizer, validation_text
 from gatedjax.evaluate import Validation
-from gatedjax.generate import forward
 from gatedjax.metrics import say
 from gatedjax.model import init_caches
 from gatedjax.restore import restore_params
+from gatedjax.sampling import forward
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
 _BATCHES = flags.DEFINE_integer("batches", 64, "Batches of validation text; 0 for all of it.", lower_bound=0)

@@ -19,8 +19,8 @@ from gatedjax.curves import plot_run
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
 from gatedjax.errors import InputError
 from gatedjax.evaluate import Validation
-from gatedjax.generate import generate_text
 from gatedjax.metrics import make_writers, say
+from gatedjax.sampling import generate_text
 from gatedjax.setup import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.step_log import StepLog
 from gatedjax.train_step import TrainState, jit_train_step, params_for_evaluation
