@@ -76,10 +76,10 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
 
 
 def _unknown_key(argv: Sequence[str], error: Exception) -> str:
-    """ml_collections says only "'widht'": find the flag that it came from."""
-    last = str(error).strip("'\"").split(".")[-1]
+    """ml_collections says little more than "'widht'": find the flag that it came from."""
+    name = re.search(r"[A-Za-z_]\w*", str(error))
     for arg in argv:
         match = re.match(r"--config\.([\w.]+)", arg)
-        if match and last.split("'")[0] in match.group(1):
-            return f"config.{match.group(1)}: unknown key{nearest_key(match.group(1))}"
+        if match and name and name[0] in match[1].split("."):
+            return f"config.{match[1]}: unknown key{nearest_key(match[1])}"
     return f"flags: {error}"

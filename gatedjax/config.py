@@ -319,8 +319,11 @@ def differing_keys(a: Any, b: Any, path: str = "config") -> list[str]:
 
 def nearest_key(key: str) -> str:
     """For a dotted key such as `model.widht` that the configuration does not have: "; did you mean ...?", or ""."""
-    known = [k for k, _ in _leaves(to_dict(Config()))]
-    return _nearest(key, known)
+    group, _, name = key.rpartition(".")
+    if group.startswith(("model.mixers.", "model.ffns.")):
+        kinds = [*MIXERS.values(), *FEED_FORWARDS.values()]
+        return _nearest(name, dict.fromkeys(f.name for kind in kinds for f in dataclasses.fields(kind)))
+    return _nearest(key, [k for k, _ in _leaves(to_dict(Config()))])
 
 
 def _require(ok: bool, name: str, came: Any, wanted: str) -> None:

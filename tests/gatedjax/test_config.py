@@ -94,3 +94,4 @@ def test_optional_values_keep_their_type_for_flags():
 
 def test_nearest_key_of_a_dotted_flag():
     assert nearest_key("model.widht") == "; did you mean 'model.width'?"
+    assert nearest_key("model.mixers.mine.windw") == "; did you mean 'window'?"
