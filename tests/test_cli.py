@@ -62,7 +62,7 @@ def losses(place: Path, workdir: str) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def finished(place):
     """A run from start to end, undisturbed."""
-    result = run(place, "straight")
+    result = run(place, "straight", "--profile_step=14")
     assert result.returncode == 0, result.stderr
     return result
 
@@ -74,6 +74,7 @@ def test_a_run_shows_and_leaves_what_it_should(place, finished):
     workdir = place / "straight"
     assert (workdir / "curves.png").stat().st_size > 10_000
     assert any((workdir / "tensorboard").iterdir())
+    assert any((workdir / "profile").rglob("*.xplane.pb"))
     assert sorted(losses(place, "straight")) == list(range(1, 25))
 
 
