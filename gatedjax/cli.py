@@ -66,7 +66,9 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         args = flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:
         raise InputError(_unknown_key(argv, e)) from None
-    except (flags.Error, TypeError, ValueError, FileNotFoundError) as e:
+    except OSError as e:  # from ml_collections, with all the places where it looked
+        raise InputError(f"--config: {str(e).splitlines()[-1].strip()}") from None
+    except (flags.Error, TypeError, ValueError) as e:
         raise InputError(f"flags: {e}") from None
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO, at which jax tells of every absent backend
