@@ -33,7 +33,7 @@ _CACHE = flags.DEFINE_string("compile_cache", "~/.cache/gatedjax/xla", "Folder o
 
 def main(_) -> None:
     """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
-    config = from_config_dict(cli.required(_CONFIG))
+    config = from_config_dict(cli.required_config(_CONFIG))
     workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}")
     cli.use_compilation_cache(_CACHE.value)
     tokenizer = load_tokenizer(config.data.tokenizer)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from gatedjax.config import nearest_key
 from gatedjax.errors import InputError, TrainingError
@@ -40,6 +41,22 @@ def required(flag: flags.FlagHolder[str | None]) -> str:
     return flag.value
 
 
+def required_config(flag: flags.FlagHolder) -> ConfigDict:
+    """The ConfigDict of a --config flag; InputError if the flag was not given or its file could not be loaded."""
+    config = required(flag)
+    if not isinstance(config, ConfigDict):  # ml_collections' stand-in, which raises once it is looked into
+        try:
+            config.model  # noqa: B018
+        except OSError as e:
+            raise InputError(_unloadable(e)) from None
+    return config
+
+
+def _unloadable(error: OSError) -> str:
+    """The last line of what ml_collections says; before it stand all the places where it looked."""
+    return f"--config: {str(error).splitlines()[-1].strip()}"
+
+
 def _guarded(call: Callable):
     try:
         return call()
@@ -66,8 +83,8 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         args = flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:
         raise InputError(_unknown_key(argv, e)) from None
-    except OSError as e:  # from ml_collections, with all the places where it looked
-        raise InputError(f"--config: {str(e).splitlines()[-1].strip()}") from None
+    except OSError as e:
+        raise InputError(_unloadable(e)) from None
     except (flags.Error, TypeError, ValueError) as e:
         raise InputError(f"flags: {e}") from None
     if flags.FLAGS["verbosity"].using_default_value:
