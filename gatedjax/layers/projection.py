@@ -1,6 +1,5 @@
 """The one linear map of the project: any group of axes in, any group of axes out, with logical names."""
 
-import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -34,8 +33,3 @@ class Projection(nn.Module):
 def parameter(module: nn.Module, name: str, axes: Sequence[str], shape: Sequence[int], init) -> Array:
     """A float32 parameter of `module` with logical axis names."""
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
-
-
-def fan_in_std(*sizes: int) -> float:
-    """1 / sqrt(fan in): keeps the variance of a projection's input."""
-    return 1.0 / math.sqrt(math.prod(sizes))
