@@ -16,6 +16,7 @@ import numpy as np
 from gatedjax import sharding
 from gatedjax.config import Config, SparseMoEConfig, from_config_dict
 from gatedjax.data import Batch
+from gatedjax.host_memory import keep_freed_memory
 from gatedjax.setup import Run, fresh_state, prepare
 from gatedjax.train_step import jit_train_step
 from kernels_pallas import dispatch
@@ -27,6 +28,7 @@ WARMUP_STEPS = 3
 def main() -> None:
     """Compile -> say what was compiled -> steps on demand."""
     say = _protocol()
+    keep_freed_memory()
     run = prepare(from_config_dict(json.loads(sys.argv[1])))
     train = run.config.train
     batches = [random_batch(run.config, seed) for seed in range(BATCHES)]

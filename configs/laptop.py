@@ -21,6 +21,7 @@ def get_config():
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=384)}
     c.model.ffn_pattern = ("mlp",)
     c.model.init_std = 0.05
+    c.model.scan_layers = False
     c.model.dtype = "float32"  # CPUs have no fast bfloat16
 
     c.data.seq_len = 1024

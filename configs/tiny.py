@@ -23,6 +23,7 @@ def get_config():
     }
     c.model.ffn_pattern = ("mlp", "moe")
     c.model.init_std = 0.05
+    c.model.scan_layers = False
     c.model.dtype = "float32"  # CPUs have no fast bfloat16
 
     c.data.seq_len = 256

@@ -103,13 +103,17 @@ class LanguageModel(nn.Module):
 
     def _periods(self) -> nn.Module:
         c = self.config
-        period = Period if c.remat == "none" else nn.remat(Period, prevent_cse=False, policy=remat_policy(c.remat))
+        # Outside a loop XLA would merge what is computed again with what was computed first, and keep it after all.
+        remat = lambda: nn.remat(Period, prevent_cse=not c.scan_layers, policy=remat_policy(c.remat))
+        period = Period if c.remat == "none" else remat()
+        periods = c.num_layers // c.period
         scanned = nn.scan(
             period,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
-            length=c.num_layers // c.period,
+            length=periods,
+            unroll=1 if c.scan_layers else periods,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(c, name="periods")

@@ -96,7 +96,7 @@ def train_step(
     exceeds `skip_factor` times its running mean, leaves the state as it was and is counted.
     """
     grads, metrics = _accumulated_gradients(config, state.params, batch)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     ok, guard = _guarded(config, state.guard, metrics["loss"], grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,11 +1,39 @@
 """The one linear map of the project: any group of axes in, any group of axes out, with logical names."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
+    """`x [..., *in] kernel [*in, *out] -> y [..., *out]`, summed over `axes` axes.
+
+    The gradient is the usual one. It is written out because the rule of `dot_general` makes the kernel's gradient as
+    [*out, *in] and transposes it, which a CPU does in memory: 5 to 15 % of a small model's step. No axes are merged,
+    so that sharded ones stay where they are.
+    """
+    dims = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    return lax.dot_general(x, kernel, (dims, ((), ())))
+
+
+def _contract_forward(x: Array, kernel: Array, axes: int):
+    return contract(x, kernel, axes), (x, kernel)
+
+
+def _contract_backward(axes: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - axes))
+    out = tuple(range(len(rows), dy.ndim)), tuple(range(axes, kernel.ndim))
+    return lax.dot_general(dy, kernel, (out, ((), ()))), lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Projection(nn.Module):
@@ -25,9 +53,7 @@ class Projection(nn.Module):
         names, shape = (*self.in_axes, *self.out_axes), (*self.in_axes.values(), *self.out_axes.values())
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), names)
         kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
-        contracted = len(self.in_axes)
-        dims = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
-        return lax.dot_general(x.astype(self.dtype), kernel, (dims, ((), ())))
+        return contract(x.astype(self.dtype), kernel, len(self.in_axes))
 
 
 def parameter(module: nn.Module, name: str, axes: Sequence[str], shape: Sequence[int], init) -> Array:

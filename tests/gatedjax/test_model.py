@@ -94,15 +94,15 @@ def test_no_token_sees_the_future(params):
     assert (size[21:] == 0).all() and (size[:21] > 0).all()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "kernels"])
-def test_remat_changes_no_gradient(params, remat):
+@pytest.mark.parametrize("changed", [{"remat": r} for r in ("full", "dots", "kernels")] + [{"scan_layers": False}])
+def test_remat_and_unrolling_change_no_gradient(params, changed):
     def loss(p, config):
         h, _, _ = LanguageModel(config).apply({"params": p}, TOKENS[:, :20])
         return jnp.mean(h**2 * jnp.arange(h.shape[-1]))
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     expected = gradient(params, MODEL)
-    actual = gradient(params, dataclasses.replace(MODEL, remat=remat))
+    actual = gradient(params, dataclasses.replace(MODEL, **changed))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         assert rel_rms(a, e) < 1e-5
 
