@@ -92,7 +92,9 @@ class LanguageModel(nn.Module):
         table = parameter(self, "embedding", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
         if not c.tie_embeddings:
             parameter(self, "head", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
-        x = jnp.take(table.astype(c.dtype), tokens, axis=0)
+        # Whole rows for the lookup: XLA can move a result cut along its width only by replicating it.
+        table = nn.with_logical_constraint(table.astype(c.dtype), ("vocab", None))
+        x = jnp.take(table, tokens, axis=0)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
         layers = None if caches is None else caches.layers
         x, (layers, statistics) = self._periods()(x, Context(positions, segment_ids), layers)

@@ -8,10 +8,12 @@
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gatedjax.config import MeshConfig
@@ -33,7 +35,6 @@ RULES = (
     ("router", None),
     ("shared_gate", None),
     ("vocab", "tensor"),
-    # The table's width has its own rule: sharing "embed" with a sharded vocabulary makes the lookup rematerialise.
     ("embed_vocab", ("fsdp", "context")),
     ("expert", "expert"),
     ("layers", None),
@@ -89,6 +90,41 @@ def global_batch(mesh: Mesh, rows, batch_size: int):
     # The global shape is always given: left out, jax would guess it from the process count and could guess wrong.
     put = lambda a: jax.make_array_from_process_local_data(sharding, a, (batch_size, *a.shape[1:]))
     return jax.tree.map(put, rows)
+
+
+def per_shard(
+    fn: Callable[..., Array], in_axes: Sequence[tuple], out_axes: tuple, summed_axis: str | None = None
+) -> Callable[..., Array]:
+    """`fn`, run by each device of the ambient mesh on its own part of the arrays; `fn` itself where there is no mesh.
+
+    For what XLA would cut badly by itself: sorting rows by expert, which every device can do with its own tokens.
+
+    Args:
+      in_axes: for every argument, the logical name of each axis; None hands over the whole axis. Gathering what the
+        caller has cut, and summing its gradient, is left to XLA.
+      out_axes: the same for the result.
+      summed_axis: the logical axis over which results are partial sums.
+
+    A name whose size the mesh does not divide (one row, at the start or when sampling) is handed over whole.
+    """
+
+    def call(*args):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+            return fn(*args)
+        named = {name: size for arg, names in zip(args, in_axes) for name, size in zip(names, arg.shape) if name}
+        axes = {name: nn.logical_to_mesh_axes((name,), RULES)[0] for name in named}
+        ways = {name: math.prod(mesh.shape[a] for a in np.atleast_1d(axis) if a) for name, axis in axes.items()}
+        cut = {name: axis for name, axis in axes.items() if named[name] % ways[name] == 0}
+        spec = lambda names: PartitionSpec(*(cut.get(name) for name in names))
+
+        def body(*parts):
+            y = fn(*parts)
+            return jax.lax.psum(y, cut[summed_axis]) if cut.get(summed_axis) else y
+
+        return jax.shard_map(body, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=spec(out_axes))(*args)
+
+    return call
 
 
 def check_divides(mesh: Mesh, abstract_params) -> None:

@@ -1,34 +1,37 @@
 """Sparse mixture of gated MLPs: route, sort rows by expert, three grouped matmuls, put the rows back."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gatedjax.config import GatedMLPConfig, SparseMoEConfig
 from gatedjax.layers.mlp import GatedMLP, gated_product
 from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.routing import ROUTERS, Routing, balance_loss, expert_load, router_z_loss
+from gatedjax.sharding import per_shard
 from kernels_pallas import grouped_matmul, permute_rows, sort_by_group
 
 
 def sparse_experts(
-    rows: Float[Array, "R M"],
-    routing: Routing,
+    x: Float[Array, "B T M"],
+    experts: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
     gate: Float[Array, "E M F"],
     up: Float[Array, "E M F"],
     down: Float[Array, "E F M"],
     activation: str,
-) -> Float[Array, "R M"]:
-    """`sum_k weight_k * down_k(activation(gate_k x) * up_k x)` over each row's experts: no row dropped, none padded."""
-    experts_per_token = routing.experts.shape[-1]
-    order, inverse, sizes = sort_by_group(routing.experts.reshape(-1), gate.shape[0])
-    x = permute_rows(rows, order, inverse)
-    h = gated_product(grouped_matmul(x, gate, sizes), grouped_matmul(x, up, sizes), activation)
+) -> Float[Array, "B T M"]:
+    """`sum_k weight_k * down_k(activation(gate_k x) * up_k x)` over each token's experts: none dropped, none padded."""
+    order, inverse, sizes = sort_by_group(experts.reshape(-1), gate.shape[0])
+    rows = permute_rows(x.reshape(-1, x.shape[-1]), order, inverse)
+    h = gated_product(grouped_matmul(rows, gate, sizes), grouped_matmul(rows, up, sizes), activation)
     y = permute_rows(grouped_matmul(h, down, sizes), inverse, order)
-    y = y.reshape(rows.shape[0], experts_per_token, rows.shape[1]).astype(jnp.float32)
-    return jnp.einsum("rk,rkm->rm", routing.weights, y).astype(rows.dtype)
+    y = y.reshape(*experts.shape, x.shape[-1]).astype(jnp.float32)
+    return jnp.einsum("btk,btkm->btm", weights, y).astype(x.dtype)
 
 
 class SparseMoE(nn.Module):
@@ -42,12 +45,11 @@ class SparseMoE(nn.Module):
     def __call__(self, x: Float[Array, "B T M"]) -> tuple[Float[Array, "B T M"], dict[str, Array]]:
         """Returns y, and the router's "aux_loss" (weighted, to be added to the loss), "balance_loss" and "load"."""
         c = self.config
-        rows = x.reshape(-1, x.shape[-1])
         # The router works in float32: in bfloat16, near-ties flip and the softmax loses small gradients.
         route = Projection({"embed": x.shape[-1]}, {"router": c.num_experts}, self.std, jnp.float32, name="router")
-        logits = route(rows.astype(jnp.float32))
+        logits = route(x.astype(jnp.float32))
         routing = ROUTERS[c.router](logits, c.experts_per_token, c.renormalize)
-        y = self._experts(rows, routing).reshape(x.shape)
+        y = self._experts(x, routing)
         if c.shared_hidden:
             y = y + self._shared(x)
         load = expert_load(routing.experts, c.num_experts)
@@ -55,8 +57,9 @@ class SparseMoE(nn.Module):
         aux = c.balance_loss * balance + c.z_loss * router_z_loss(logits)
         return y, {"aux_loss": aux, "balance_loss": balance, "load": load}
 
-    def _experts(self, rows: Float[Array, "R M"], routing: Routing) -> Float[Array, "R M"]:
-        c, width = self.config, rows.shape[-1]
+    def _experts(self, x: Float[Array, "B T M"], routing: Routing) -> Float[Array, "B T M"]:
+        """Every device sorts its own tokens and has all experts handed to it, each cut along its hidden width."""
+        c, width = self.config, x.shape[-1]
         gate, up, down = (
             self._stack(name, axes, shape).astype(self.dtype)
             for name, axes, shape in (
@@ -65,7 +68,11 @@ class SparseMoE(nn.Module):
                 ("down", ("mlp", "embed"), (c.hidden, width)),
             )
         )
-        return sparse_experts(rows, routing, gate, up, down, c.activation)
+        tokens = ("batch", "length", None)
+        stacks = (None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None)
+        local = functools.partial(sparse_experts, activation=c.activation)
+        local = per_shard(local, (tokens, tokens, tokens, *stacks), tokens, summed_axis="mlp")
+        return local(x, routing.experts, routing.weights, gate, up, down)
 
     def _stack(self, name: str, axes: tuple[str, str], shape: tuple[int, int]) -> Array:
         init = nn.initializers.normal(self.std)
