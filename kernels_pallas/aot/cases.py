@@ -1,0 +1,113 @@
+"""The project's ops as compilable cases: from a shape string to a function and its abstract arguments."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.attention.api import attention
+from kernels_pallas.grouped_matmul.api import grouped_matmul
+from kernels_pallas.linear_scan.api import linear_scan
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An op's forward pass. Every float argument is differentiated in the backward case."""
+
+    forward: Callable
+    args: tuple[jax.ShapeDtypeStruct, ...]
+    concrete: dict[int, np.ndarray]  # arguments whose values steer a kernel
+
+    def backward(self) -> Callable:
+        """Forward and backward as one program, as in training: the output's cotangent is its own last argument."""
+        floats = [i for i, a in enumerate(self.args) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+        def both(*args):
+            *args, cotangent = args
+            chosen = [args[i] for i in floats]
+            fill = lambda *new: [new[floats.index(i)] if i in floats else a for i, a in enumerate(args)]
+            out, gradient = jax.vjp(lambda *new: self.forward(*fill(*new)), *chosen)
+            return out, gradient(cotangent)
+
+        return both
+
+    def backward_args(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (*self.args, jax.eval_shape(self.forward, *self.args))
+
+
+def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
+    """Axes B T H K V, and Hk, Hv where heads are grouped; decay = vector (float32), scalar, constant or none."""
+    B, T, H, K, V = (sizes[a] for a in ("B", "T", "H", "K", "V"))
+    shapes = {"vector": (B, T, H, K), "scalar": (B, T, H), "constant": (H,), "none": None}
+    decay = _one_of(options, "decay", "vector", shapes)
+    keys, values = sizes.get("Hk", H), sizes.get("Hv", H)
+    args = [_array(dtype, B, T, H, K), _array(dtype, B, T, keys, K), _array(dtype, B, T, values, V)]
+    args += [] if shapes[decay] is None else [_array(jnp.float32, *shapes[decay])]
+    return Case(lambda *a: linear_scan(*a, implementation=options.get("implementation")), tuple(args), {})
+
+
+def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
+    """Axes B T H D, and Hk where heads are grouped, causal; gate = none, head or element; window = a number."""
+    B, T, H, D = (sizes[a] for a in ("B", "T", "H", "D"))
+    gate = _one_of(options, "gate", "none", {"none": None, "head": 1, "element": D})
+    keys = sizes.get("Hk", H)
+    args = [_array(dtype, B, T, H, D), _array(dtype, B, T, keys, D), _array(dtype, B, T, keys, D)]
+    args += [] if gate == "none" else [_array(dtype, B, T, H, 1 if gate == "head" else D)]
+    window = int(options["window"]) if "window" in options else None
+    fixed = dict(window=window, implementation=options.get("implementation"))
+    return Case(lambda q, k, v, g=None: attention(q, k, v, gate=g, **fixed), tuple(args), {})
+
+
+def grouped_matmul_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
+    """Axes M K N G; groups of equal sizes, as far as M divides."""
+    M, K, N, G = (sizes[a] for a in ("M", "K", "N", "G"))
+    groups = np.full(G, M // G, np.int32) + (np.arange(G) < M % G).astype(np.int32)
+    args = (_array(dtype, M, K), _array(dtype, G, K, N), _array(jnp.int32, G))
+    return Case(lambda *a: grouped_matmul(*a, implementation=options.get("implementation")), args, {2: groups})
+
+
+# Op -> its case, and the axes that a shape must give.
+CASES = {
+    "linear_scan": (linear_scan_case, ("B", "T", "H", "K", "V"), ("Hk", "Hv"), {"decay"}),
+    "attention": (attention_case, ("B", "T", "H", "D"), ("Hk",), {"gate", "window"}),
+    "grouped_matmul": (grouped_matmul_case, ("M", "K", "N", "G"), (), set()),
+}
+
+
+def make_case(op: str, shape: str, dtype: str, options: dict[str, str]) -> Case:
+    """The case of an op, from texts such as "B4,T4096,H16,K128,V128" and {"decay": "scalar"}.
+
+    Raises:
+      ValueError: an unknown op, axis, dtype or option, by name.
+    """
+    if op not in CASES:
+        raise ValueError(f"op: {op!r} came, wanted one of {', '.join(CASES)}")
+    build, required, optional, known = CASES[op]
+    sizes = {}
+    for part in shape.split(","):
+        match = re.fullmatch(r"([A-Z][a-z]?)(\d+)", part.strip())
+        if not match or match[1] not in (*required, *optional):
+            wanted = f"{','.join(f'{a}<size>' for a in required)}" + "".join(f"[,{a}<size>]" for a in optional)
+            raise ValueError(f"shape: {part!r} came, wanted {wanted} for {op}")
+        sizes[match[1]] = int(match[2])
+    if missing := [a for a in required if a not in sizes]:
+        raise ValueError(f"shape: {shape!r} came, which lacks {', '.join(missing)}")
+    if unknown := options.keys() - known - {"implementation"}:
+        raise ValueError(f"set: {min(unknown)!r} came, wanted one of {', '.join(sorted(known)) or 'nothing'} for {op}")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype: {dtype!r} came, wanted bfloat16, float16 or float32")
+    return build(sizes, jnp.dtype(dtype), options)
+
+
+def _array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _one_of(options: dict[str, str], name: str, default: str, choices) -> str:
+    value = options.get(name, default)
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} came, wanted one of {', '.join(choices)}")
+    return value
