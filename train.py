@@ -5,13 +5,14 @@
 Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit.
 """
 
+import sys
 from pathlib import Path
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from gatedjax import cli, sharding
+from gatedjax import aot, cli, sharding
 from gatedjax.checkpoint import Checkpointer, Restored
 from gatedjax.compression import bits_per_byte_of_compressors
 from gatedjax.config import differing_keys, from_config_dict, to_dict
@@ -28,6 +29,9 @@ from gatedjax.train_step import TrainState, jit_train_step, params_for_evaluatio
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; dotted flags change single values.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>.")
 _PROFILE = flags.DEFINE_integer("profile_step", 0, "Trace 5 steps from this one on into the workdir; 0 for none.")
+_AOT = flags.DEFINE_string(
+    "aot", None, "Compile the step for an absent TPU slice (v5p:8x8x4, 2*v5e:16x16), report, end."
+)
 _CACHE = flags.DEFINE_string("compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none.")
 
 
@@ -36,6 +40,8 @@ def main(_) -> None:
     config = from_config_dict(cli.required_config(_CONFIG))
     workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}")
     cli.use_compilation_cache(_CACHE.value)
+    if _AOT.value:
+        sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
     tokenizer = load_tokenizer(config.data.tokenizer)
     run = prepare(with_vocab(config, tokenizer))
     say(describe(run))

@@ -1,6 +1,6 @@
 """A picture of a run's loss from its `metrics.jsonl`.
 
-    python -c "from gatedjax.curves import plot_run; plot_run('runs/tiny', {'gzip -9': 1.81})"
+python -c "from gatedjax.curves import plot_run; plot_run('runs/tiny', {'gzip -9': 1.81})"
 """
 
 import os

@@ -1,6 +1,6 @@
 """Continues a prompt with a trained model, streamed as it is sampled.
 
-    python -m gatedjax.generate --checkpoint=runs/tiny --prompt="def "
+python -m gatedjax.generate --checkpoint=runs/tiny --prompt="def "
 """
 
 import sys

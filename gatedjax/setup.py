@@ -1,6 +1,7 @@
 """From a configuration to all that a step needs besides data: mesh, optimizer, the state's shape and placement."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,13 +47,13 @@ def with_vocab(config: Config, tokenizer) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def prepare(config: Config) -> Run:
-    """Mesh, optimizer and the placement of the state. Allocates nothing.
+def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
+    """Mesh (over all devices, or those given), optimizer and the placement of the state. Allocates nothing.
 
     Raises:
       InputError: the mesh does not divide the devices, the batch or a parameter.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     boxed = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
     sharding.check_divides(mesh, boxed)
     tx = make_optimizer(config.optim, config.train.steps, param_axes(boxed))
@@ -72,12 +73,12 @@ def prepare(config: Config) -> Run:
 
 def describe(run: Run) -> str:
     """One line: devices, mesh, parameters, FLOPs."""
-    c, device = run.config, jax.devices()[0]
+    c, devices = run.config, run.mesh.devices.flat
     count = sum(p.size for p in jax.tree.leaves(run.abstract.params))
     flops = train_flops_per_token(c.model, c.data.seq_len)
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
     return (
-        f"{jax.device_count()} {device.device_kind} device(s), mesh {mesh}; jax {jax.__version__}; "
+        f"{len(devices)} {devices[0].device_kind} device(s), mesh {mesh}; jax {jax.__version__}; "
         f"{count / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per token of training"
     )
 

@@ -1,10 +1,10 @@
 """Mesh axes, logical rules, state shardings: the only place with physical axis names.
 
-  data     rows of the batch; parameters are copies
-  fsdp     rows of the batch; parameters are cut along the model width
-  context  the sequence
-  tensor   heads, hidden width, vocabulary
-  expert   experts (and rows of the batch)
+data     rows of the batch; parameters are copies
+fsdp     rows of the batch; parameters are cut along the model width
+context  the sequence
+tensor   heads, hidden width, vocabulary
+expert   experts (and rows of the batch)
 """
 
 import math
@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gatedjax.config import MeshConfig
@@ -41,20 +42,31 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices. `data = 0` takes what the other axes leave.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices, or over those given. `data = 0` takes what the other axes leave.
+
+    TPU slices are joined along `data`: their network is some 100 times slower than a slice's own.
 
     Raises:
-      InputError: the axes do not divide the devices.
+      InputError: the axes do not divide the devices, or `data` the slices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     others = config.fsdp * config.context * config.tensor * config.expert
-    if others < 1 or devices % others or (config.data and config.data * others != devices):
+    if others < 1 or len(devices) % others or (config.data and config.data * others != len(devices)):
         wanted = " x ".join(f"{axis}={getattr(config, axis) or 'rest'}" for axis in AXES)
-        raise InputError(f"config.mesh: {wanted} does not divide the {devices} device(s) of this run")
-    shape = (config.data or devices // others, config.fsdp, config.context, config.tensor, config.expert)
-    # Linen's logical constraints need Auto axes; jax.make_mesh alone would give Explicit ones.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        raise InputError(f"config.mesh: {wanted} does not divide the {len(devices)} device(s) of this run")
+    shape = (config.data or len(devices) // others, config.fsdp, config.context, config.tensor, config.expert)
+    slices = len({getattr(d, "slice_index", None) for d in devices})
+    if shape[0] % slices:
+        raise InputError(f"config.mesh.data: {shape[0]} came, wanted a multiple of the {slices} slices")
+    # Split physical axes: 16 x 16 devices lie on a torus of 8 x 8 x 4 only if one of its axes serves two of ours.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    # Linen's logical constraints need Auto axes.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -93,17 +105,21 @@ def global_batch(mesh: Mesh, rows, batch_size: int):
 
 
 def per_shard(
-    fn: Callable[..., Array], in_axes: Sequence[tuple], out_axes: tuple, summed_axis: str | None = None
+    fn: Callable[..., Array],
+    in_axes: Sequence[tuple],
+    out_axes: tuple,
+    gathered: Sequence[str] = (),
+    summed: str | None = None,
 ) -> Callable[..., Array]:
     """`fn`, run by each device of the ambient mesh on its own part of the arrays; `fn` itself where there is no mesh.
 
     For what XLA would cut badly by itself: sorting rows by expert, which every device can do with its own tokens.
 
     Args:
-      in_axes: for every argument, the logical name of each axis; None hands over the whole axis. Gathering what the
-        caller has cut, and summing its gradient, is left to XLA.
+      in_axes: for every argument, the logical name of each axis; None hands over the whole axis.
       out_axes: the same for the result.
-      summed_axis: the logical axis over which results are partial sums.
+      gathered: names of which each device gathers the whole before `fn`; their gradients are reduced and scattered.
+      summed: the name along which results are partial sums.
 
     A name whose size the mesh does not divide (one row, at the start or when sampling) is handed over whole.
     """
@@ -113,18 +129,32 @@ def per_shard(
         if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes:
             return fn(*args)
         named = {name: size for arg, names in zip(args, in_axes) for name, size in zip(names, arg.shape) if name}
-        axes = {name: nn.logical_to_mesh_axes((name,), RULES)[0] for name in named}
-        ways = {name: math.prod(mesh.shape[a] for a in np.atleast_1d(axis) if a) for name, axis in axes.items()}
-        cut = {name: axis for name, axis in axes.items() if named[name] % ways[name] == 0}
-        spec = lambda names: PartitionSpec(*(cut.get(name) for name in names))
+        ways = {name: math.prod(mesh.shape[a] for a in _axes(name)) for name in named}
+        cut = {name: _axes(name) for name, size in named.items() if size % ways[name] == 0}
+        # Gathered by hand, an array counts as different on every device: only right if the result is cut likewise.
+        whole = set(gathered) if any(name and name not in cut for name in out_axes) else set()
+        spec = lambda names: PartitionSpec(*(cut.get(name) if name not in whole else None for name in names))
 
         def body(*parts):
-            y = fn(*parts)
-            return jax.lax.psum(y, cut[summed_axis]) if cut.get(summed_axis) else y
+            y = fn(*(_gathered(x, names, set(gathered) & cut.keys() - whole) for x, names in zip(parts, in_axes)))
+            return jax.lax.psum(y, cut[summed]) if cut.get(summed) else y
 
         return jax.shard_map(body, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=spec(out_axes))(*args)
 
     return call
+
+
+def _gathered(x: Array, names: tuple, gathered: set[str]) -> Array:
+    for i, name in enumerate(names):
+        if name in gathered:
+            x = jax.lax.all_gather(x, _axes(name), axis=i, tiled=True)
+    return x
+
+
+def _axes(name: str) -> tuple[str, ...]:
+    """The mesh axes of a logical axis."""
+    axes = nn.logical_to_mesh_axes((name,), RULES)[0]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def check_divides(mesh: Mesh, abstract_params) -> None:

@@ -58,7 +58,7 @@ class SparseMoE(nn.Module):
         return y, {"aux_loss": aux, "balance_loss": balance, "load": load}
 
     def _experts(self, x: Float[Array, "B T M"], routing: Routing) -> Float[Array, "B T M"]:
-        """Every device sorts its own tokens and has all experts handed to it, each cut along its hidden width."""
+        """Every device sorts its own tokens and gathers all experts, each cut along its hidden width."""
         c, width = self.config, x.shape[-1]
         gate, up, down = (
             self._stack(name, axes, shape).astype(self.dtype)
@@ -69,9 +69,9 @@ class SparseMoE(nn.Module):
             )
         )
         tokens = ("batch", "length", None)
-        stacks = (None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None)
+        stacks = ("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
         local = functools.partial(sparse_experts, activation=c.activation)
-        local = per_shard(local, (tokens, tokens, tokens, *stacks), tokens, summed_axis="mlp")
+        local = per_shard(local, (tokens, tokens, tokens, *stacks), tokens, ("expert", "embed"), summed="mlp")
         return local(x, routing.experts, routing.weights, gate, up, down)
 
     def _stack(self, name: str, axes: tuple[str, str], shape: tuple[int, int]) -> Array:

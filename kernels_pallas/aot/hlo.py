@@ -12,17 +12,23 @@ _COLLECTIVES = (
     "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
 )
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*)$")
+_RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\([^=]*?\)|\S+) [\w\-]+\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
 _KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "triton_kernel_call")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind in a run of the program. `bytes`: what one device receives or reduces, summed."""
+    """All collectives of one kind in a run of the program; `bytes` of a device's operand or result, the larger."""
 
     kind: str
     count: int
     bytes: int
+
+    @property
+    def sent_bytes(self) -> int:
+        """What a device sends, on a ring of many: an all-reduce is a reduce-scatter and an all-gather."""
+        return self.bytes * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +54,28 @@ def joined(text: str) -> list[str]:
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-    """Collectives by kind. Those in a loop's body count once for each of its trips, where XLA knows their number."""
-    count, size = Counter(), Counter()
-    trips = _trips(joined(text))
-    computation = ""
-    for line in joined(text):
+    """Collectives by kind. Those in a loop's body count once for each of its trips, if the text tells how many.
+
+    The TPU compiler writes a reduce-scatter as an all-reduce and a slice in a computation of that name.
+    """
+    lines = joined(text)
+    count, total, trips, computation = Counter(), Counter(), _trips(lines), ""
+    result = {m[1]: sum(type_bytes(m[2])) for line in lines if (m := _RESULT.match(line))}
+    for line in lines:
         if head := _COMPUTATION.match(line):
             computation = head[1]
-        match = re.match(rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({_COLLECTIVES})(-start)?\(", line)
-        if match:
-            kind, times = match[2], trips.get(computation, 1)
-            parts = type_bytes(match[1])
-            # An asynchronous start returns its operand beside its result.
-            count[kind] += times
-            size[kind] += times * (max(parts) if match[3] and parts else sum(parts))
-    return tuple(Collective(kind, count[kind], size[kind]) for kind in sorted(count))
+        match = re.match(rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({_COLLECTIVES})(-start)?\(([^)]*)\)", line)
+        if match is None:
+            continue
+        kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else match[2]
+        parts = type_bytes(match[1])
+        # An asynchronous start returns its operand beside its result.
+        received = max(parts) if match[3] and parts else sum(parts)
+        sent = sum(result.get(name, 0) for name in re.findall(r"%([\w.\-]+)", match[4]))
+        times = trips.get(computation, 1)
+        count[kind] += times
+        total[kind] += times * max(received, sent)
+    return tuple(Collective(kind, count[kind], total[kind]) for kind in sorted(count))
 
 
 def kernel_calls(text: str) -> tuple[KernelCall, ...]:
@@ -125,14 +138,16 @@ def _tiled(a: np.ndarray, tile: list[int]) -> np.ndarray:
 
 
 def _trips(lines: list[str]) -> dict[str, int]:
-    """How often each computation runs: a loop's body as often as its known trip count, times the loop around it."""
+    """How often each computation runs: a loop's body up to the limit of its counter, times the loop around it."""
+    limit = _counter_limits(lines)
     own, caller, computation = {}, {}, ""
     for line in lines:
         if head := _COMPUTATION.match(line):
             computation = head[1]
-        if match := re.search(r" while\(.*body=%([\w.\-]+)", line):
+        if match := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
             known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            own[match[1]], caller[match[1]] = int(known[1]) if known else 1, computation
+            own[match[2]] = int(known[1]) if known else limit.get(match[1], 1)
+            caller[match[2]] = computation
         else:
             for callee in re.findall(r"(?:to_apply|calls|branch_computations|true_computation)=\{?%([\w.\-]+)", line):
                 caller.setdefault(callee, computation)
@@ -144,3 +159,16 @@ def _trips(lines: list[str]) -> dict[str, int]:
         return trips[name]
 
     return {name: times(name) for name in {*own, *caller}}
+
+
+def _counter_limits(lines: list[str]) -> dict[str, int]:
+    """For loop conditions "counter < constant", as a scan has them (its counter starts at 0): the constant."""
+    limits, constants, computation = {}, {}, ""
+    for line in lines:
+        if head := _COMPUTATION.match(line):
+            computation, constants = head[1], {}
+        if match := re.match(r"\s*%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line):
+            constants[match[1]] = int(match[2])
+        if match := re.match(r"\s*ROOT %\S+ = pred\S* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", line):
+            limits[computation] = constants.get(match[1], 1)
+    return limits

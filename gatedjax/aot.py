@@ -1,0 +1,170 @@
+"""A training step compiled for a TPU slice that is not here: does it fit, what does it send, how fast could it be.
+
+No parameter is ever materialised: the state is shapes and shardings, lowered as `train.py` lowers the real one.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from gatedjax import sharding
+from gatedjax.config import Config
+from gatedjax.data import Batch
+from gatedjax.errors import InputError
+from gatedjax.flops import train_flops_per_token
+from gatedjax.setup import Run, describe, prepare
+from gatedjax.train_step import jit_train_step
+from kernels_pallas import dispatch
+from kernels_pallas.aot import Report, parse_slice, report_compiled, slice_devices
+from kernels_pallas.aot.report import size, table
+from kernels_pallas.aot.targets import Slice, Tpu
+
+LARGEST = 8  # arrays of the state that are listed
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Least seconds of a step on each of a chip's resources; the step takes at least the longest of them.
+
+    compute: the model's FLOPs at the chip's bfloat16 peak, recomputation under remat not counted.
+    hbm: the state and the batch read once and written once.
+    network: what the collectives send over the chip's interconnect, one after another; with several slices also the
+      all-reduce of a chip's part of the gradients over the data centre network; the slower of the two.
+    """
+
+    compute: float
+    hbm: float
+    network: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.hbm, self.network)
+
+    @property
+    def mfu_bound(self) -> float:
+        return self.compute / self.step
+
+
+def compile_step(config: Config, where: Slice) -> tuple[Run, Report | str]:
+    """The run on that slice, and the report of its compiled step, or XLA's complaint if it needs more than the HBM.
+
+    Raises:
+      InputError: the slice or its mesh cannot be.
+    """
+    try:
+        devices = slice_devices(where)
+    except ValueError as e:
+        raise InputError(f"--aot: {e}") from None
+    run = prepare(config, devices)
+    with jax.set_mesh(run.mesh):
+        step = jit_train_step(run.config, run.tx, run.shardings)
+        lowered = step.trace(run.abstract, abstract_batch(run)).lower(lowering_platforms=("tpu",))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            return run, str(e)
+    return run, report_compiled(f"tpu:{where.chip.name}", compiled, devices=len(devices))
+
+
+def abstract_batch(run: Run) -> Batch:
+    """The shapes and placement of a batch."""
+    shape = (run.config.train.batch_size, run.config.data.seq_len)
+    placed = sharding.batch_sharding(run.mesh)
+    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    return Batch(**{f.name: array(jnp.int32) for f in dataclasses.fields(Batch)}).replace(loss_mask=array(jnp.float32))
+
+
+def roofline(run: Run, report: Report, where: Slice) -> Roofline:
+    """Bounds from the chip's public figures."""
+    chip, c = where.chip, run.config
+    tokens = c.train.batch_size * c.data.seq_len
+    flops = train_flops_per_token(c.model, c.data.seq_len) * tokens
+    chips = run.mesh.size
+    network = sum(x.sent_bytes for x in report.collectives) / chip.ici_bytes_per_second
+    if where.num_slices > 1:
+        # Each chip sends and receives its part of the gradients once over the slower network.
+        parts = sum(_device_bytes(p) for p in jax.tree.leaves(run.abstract.params))
+        network = max(network, 2 * parts / chip.dcn_bytes_per_second)
+    hbm = (report.argument_bytes + report.output_bytes) / chip.hbm_bytes_per_second
+    return Roofline(flops / (chips * chip.peak_flops), hbm, network)
+
+
+def print_report(config: Config, text: str) -> bool:
+    """Compiles, prints; returns whether the step fits into a chip's HBM.
+
+    Args:
+      text: a slice such as "v5p:8x8x4", or "2*v5p:8x8x4" for two.
+
+    Raises:
+      InputError: an unknown slice, or a mesh that does not divide it.
+    """
+    try:
+        where = parse_slice(text)
+    except ValueError as e:
+        raise InputError(f"--aot: {e}") from None
+    run, report = compile_step(config, where)
+    print(describe(run))
+    if isinstance(report, str):
+        print("\n".join(_does_not_fit(report, where.chip)))
+    else:
+        print("\n".join(_fits(run, report, where)))
+    print("\n".join(_largest(run)))
+    return not isinstance(report, str) and report.peak_bytes <= where.chip.hbm_bytes
+
+
+def _fits(run: Run, report: Report, where: Slice) -> list[str]:
+    chip, bound = where.chip, roofline(run, report, where)
+    room = chip.hbm_bytes - report.peak_bytes
+    verdict = f"fits, {size(room)} free" if room >= 0 else f"DOES NOT FIT, {size(-room)} too much"
+    choices = ", ".join(f"{c.op}: {c.implementation}" for c in dispatch.choices())
+    parts = {
+        "state and batch": report.argument_bytes,
+        "temporaries": report.temp_bytes,
+        "program": report.code_bytes,
+        "outputs that reuse nothing": report.output_bytes - report.aliased_bytes,
+    }
+    memory = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+    rows = [[c.kind, str(c.count), size(c.bytes)] for c in report.collectives]
+    times = ", ".join(f"{f.name} {getattr(bound, f.name):.3f} s" for f in dataclasses.fields(bound))
+    return [
+        f"ops: {choices}",
+        f"memory a chip: {size(report.peak_bytes)} of {size(chip.hbm_bytes)}: {verdict} ({memory})",
+        "",
+        *table(["collective, a step and chip", "count", "bytes"], rows),
+        "",
+        f"roofline (public figures, not a measurement): {times}; a step takes at least {bound.step:.3f} s, "
+        f"so MFU is at most {bound.mfu_bound:.0%}",
+    ]
+
+
+def _does_not_fit(message: str, chip: Tpu) -> list[str]:
+    """The useful lines of XLA's message: how much is used, and the largest temporaries."""
+    used = re.search(r"Used (\S+) of (\S+) hbm", message)
+    exceeded = re.search(r"Exceeded hbm capacity by (\S+?)\.?\s", message)
+    total = f"{used[1]} of {used[2]}" if used else f"more than {size(chip.hbm_bytes)}"
+    over = f", {exceeded[1]} too much" if exceeded else ""
+    lines = [f"memory a chip: {total}: DOES NOT FIT{over}"]
+    shapes = re.findall(r"Size: (\S+)\n.*?(?:Operator: op_name=\"([^\"]*)\".*?)?Shape: (\S+)", message, re.S)
+    if shapes:
+        rows = [[shape[:60], bytes_, name.split("/", 1)[-1][-70:]] for bytes_, name, shape in shapes[:LARGEST]]
+        lines += ["", *table(["largest temporaries", "size", "of"], rows)]
+    return lines
+
+
+def _largest(run: Run) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(run.abstract)
+    leaves.sort(key=lambda item: -_device_bytes(item[1]))
+    rows = [
+        [jax.tree_util.keystr(path, simple=True, separator="."), str(leaf.shape), size(_device_bytes(leaf))]
+        for path, leaf in leaves[:LARGEST]
+    ]
+    return ["", *table(["largest arrays of the state", "shape", "a chip"], rows)]
+
+
+def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
