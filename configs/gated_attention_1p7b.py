@@ -20,7 +20,7 @@ def get_config():
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=5504)}
     c.model.ffn_pattern = ("mlp",)
     c.model.remat = "kernels"
-    c.model.loss_chunk = 8192
+    c.model.loss_chunk = 2048
 
     c.data.seq_len = 4096
     c.optim.lr = 4e-3

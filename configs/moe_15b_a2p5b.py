@@ -21,7 +21,7 @@ def get_config():
     c.model.ffn_pattern = ("moe",)
     c.model.tie_embeddings = False
     c.model.remat = "kernels"
-    c.model.loss_chunk = 8192
+    c.model.loss_chunk = 2048
 
     c.data.seq_len = 4096
     c.optim.lr = 2e-3

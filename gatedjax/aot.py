@@ -29,12 +29,14 @@ LARGEST = 8  # arrays of the state that are listed
 class Roofline:
     """Least seconds of a step on each of a chip's resources; the step takes at least the longest of them.
 
-    compute: the model's FLOPs at the chip's bfloat16 peak, recomputation under remat not counted.
+    model: the model's FLOPs at the chip's bfloat16 peak.
+    compute: the same with the forward pass that remat repeats.
     hbm: the state and the batch read once and written once.
     network: what the collectives send over the chip's interconnect, one after another; with several slices also the
       all-reduce of a chip's part of the gradients over the data centre network; the slower of the two.
     """
 
+    model: float
     compute: float
     hbm: float
     network: float
@@ -45,7 +47,7 @@ class Roofline:
 
     @property
     def mfu_bound(self) -> float:
-        return self.compute / self.step
+        return self.model / self.step
 
 
 def compile_step(config: Config, where: Slice) -> tuple[Run, Report | str]:
@@ -91,7 +93,9 @@ def roofline(run: Run, report: Report, where: Slice) -> Roofline:
         parts = sum(_device_bytes(p) for p in jax.tree.leaves(run.abstract.params))
         network = max(network, 2 * parts / chip.dcn_bytes_per_second)
     hbm = (report.argument_bytes + report.output_bytes) / chip.hbm_bytes_per_second
-    return Roofline(flops / (chips * chip.peak_flops), hbm, network)
+    model = flops / (chips * chip.peak_flops)
+    repeated = 4 / 3 if c.model.remat in ("full", "kernels") else 1.0
+    return Roofline(model, model * repeated, hbm, network)
 
 
 def print_report(config: Config, text: str) -> bool:
@@ -143,17 +147,13 @@ def _fits(run: Run, report: Report, where: Slice) -> list[str]:
 
 
 def _does_not_fit(message: str, chip: Tpu) -> list[str]:
-    """The useful lines of XLA's message: how much is used, and the largest temporaries."""
-    used = re.search(r"Used (\S+) of (\S+) hbm", message)
-    exceeded = re.search(r"Exceeded hbm capacity by (\S+?)\.?\s", message)
-    total = f"{used[1]} of {used[2]}" if used else f"more than {size(chip.hbm_bytes)}"
-    over = f", {exceeded[1]} too much" if exceeded else ""
-    lines = [f"memory a chip: {total}: DOES NOT FIT{over}"]
-    shapes = re.findall(r"Size: (\S+)\n.*?(?:Operator: op_name=\"([^\"]*)\".*?)?Shape: (\S+)", message, re.S)
-    if shapes:
-        rows = [[shape[:60], bytes_, name.split("/", 1)[-1][-70:]] for bytes_, name, shape in shapes[:LARGEST]]
-        lines += ["", *table(["largest temporaries", "size", "of"], rows)]
-    return lines
+    """XLA's own words on what it would have needed: it gives up before there is a program to look into."""
+    needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
+    if needed is None:
+        return [f"memory a chip: more than {size(chip.hbm_bytes)}: DOES NOT FIT ({message.splitlines()[0]})"]
+    wanted, there = float(needed[1]), float(needed[2])
+    over = f"{wanted - there:.1f} GiB too much"
+    return [f"memory a chip: temporaries alone take {wanted} GiB of {there} GiB: DOES NOT FIT, {over}"]
 
 
 def _largest(run: Run) -> list[str]:

@@ -155,7 +155,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; parameters are float32
     remat: Remat = "none"  # kernels: keep only what the kernels name; dots: keep matmul outputs; full: keep nothing
     scan_layers: bool = True  # false: every layer compiled by itself; small models run faster (nothing is stacked)
-    loss_chunk: int = 0  # tokens whose logits exist at once; 0 for all of them
+    loss_chunk: int = 0  # tokens of a device whose logits exist at once; 0 for all of them
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
 
     def __post_init__(self):

@@ -104,6 +104,12 @@ def global_batch(mesh: Mesh, rows, batch_size: int):
     return jax.tree.map(put, rows)
 
 
+def parts(name: str) -> int:
+    """Into how many parts the ambient mesh cuts a logical axis; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in _axes(name))
+
+
 def per_shard(
     fn: Callable[..., Array],
     in_axes: Sequence[tuple],

@@ -15,7 +15,7 @@ from gatedjax.data import Batch
 from gatedjax.losses import TokenLosses, chunked_cross_entropy
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.optim import evaluation_params
-from gatedjax.sharding import RULES
+from gatedjax.sharding import RULES, parts
 
 
 @struct.dataclass
@@ -69,7 +69,10 @@ def batch_losses(model: ModelConfig, params, batch: Batch) -> tuple[TokenLosses,
         hidden, _, statistics = LanguageModel(model).apply(
             {"params": params}, batch.tokens, batch.positions, batch.segment_ids
         )
-    losses = chunked_cross_entropy(hidden, head_weights(params), batch.targets, batch.loss_mask, model.loss_chunk)
+        # Gathered along the width before the loop over chunks, which would gather it for each.
+        weights = nn.with_logical_constraint(head_weights(params).astype(hidden.dtype), ("vocab", None))
+    chunk = model.loss_chunk * parts("batch") * parts("length")
+    losses = chunked_cross_entropy(hidden, weights, batch.targets, batch.loss_mask, chunk)
     return losses, router_statistics(statistics)
 
 
