@@ -1,5 +1,6 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    the test suite (the slow ones too: make test-all)
+# make test-cuda-aot   compiles every op for an H200 that is not here
 # make lint    ruff;  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
 
 # The first interpreter that is new enough.
@@ -8,7 +9,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 VENV := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: train test test-all lint goldens bench clean
+.PHONY: train test test-all test-cuda-aot lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -19,6 +20,10 @@ test: .venv/installed lint
 test-all: .venv/installed lint
 	$(VENV)/python -m pytest
 
+# In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
+test-cuda-aot: .venv-cuda/installed
+	.venv-cuda/bin/python -m pytest tests/kernels_pallas/test_aot_cuda.py
+
 lint: .venv/installed
 	$(VENV)/ruff check .
 
@@ -28,6 +33,7 @@ goldens: .venv/installed
 bench: .venv/installed
 	$(VENV)/python benchmarks/ops_cpu.py
 	$(VENV)/python benchmarks/train_cpu.py
+	$(VENV)/python benchmarks/tpu_model.py
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.12 or newer was found. Install one (python.org, apt, pyenv, uv) and run: make PYTHON=/path/to/python3.12"; exit 1; }
@@ -35,5 +41,10 @@ bench: .venv/installed
 	$(VENV)/pip install --quiet -e '.[test]'
 	@touch $@
 
+.venv-cuda/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet -e '.[cuda-aot]' pytest hypothesis
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-cuda build *.egg-info

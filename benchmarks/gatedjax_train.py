@@ -20,6 +20,7 @@ from gatedjax.host_memory import keep_freed_memory
 from gatedjax.setup import Run, fresh_state, prepare
 from gatedjax.train_step import jit_train_step
 from kernels_pallas import dispatch
+from kernels_pallas.aot import libtpu
 
 BATCHES = 8
 WARMUP_STEPS = 3
@@ -29,6 +30,7 @@ def main() -> None:
     """Compile -> say what was compiled -> steps on demand."""
     say = _protocol()
     keep_freed_memory()
+    libtpu.quieten()
     run = prepare(from_config_dict(json.loads(sys.argv[1])))
     train = run.config.train
     batches = [random_batch(run.config, seed) for seed in range(BATCHES)]

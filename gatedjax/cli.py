@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from gatedjax.config import nearest_key
 from gatedjax.errors import InputError, TrainingError
 from gatedjax.host_memory import keep_freed_memory
+from kernels_pallas.aot import libtpu
 
 # What the operating system says about the user's disks and paths, rather than about our code.
 _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
@@ -22,6 +23,7 @@ _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """`absl.app.run` with one-line errors. A bug still shows its traceback and exits 1."""
     keep_freed_memory()
+    libtpu.quieten()
     app.run(lambda argv: _guarded(lambda: main(argv)), flags_parser=lambda argv: _guarded(lambda: _parse(argv)))
 
 

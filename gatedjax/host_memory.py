@@ -9,7 +9,7 @@ import jax
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_ACCELERATOR_FILES = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+_GPU_FILES = ("/dev/nvidia0", "/dev/kfd")
 
 
 def keep_freed_memory() -> bool:
@@ -32,4 +32,5 @@ def keep_freed_memory() -> bool:
 def _computes_on_cpu() -> bool:
     """Whether jax will find no accelerator. Asking jax itself would start its threads."""
     wanted = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS")
-    return wanted == "cpu" or not any(Path(f).exists() for f in _ACCELERATOR_FILES)
+    no_tpu = os.environ.get("TPU_SKIP_MDS_QUERY") == "1"  # set by jax when it is imported
+    return wanted == "cpu" or (no_tpu and not any(Path(f).exists() for f in _GPU_FILES))
