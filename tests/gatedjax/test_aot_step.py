@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(not libtpu.installed(), reason="libtpu is not installed (pip install '.[aot]')")
 SMALL = [
     "--config.model.vocab_size=512",
-    "--config.model.num_layers=2",
-    "--config.model.scan_layers=True",
+    "--config.model.num_layers=1",
+    "--config.model.pattern=('attention',)",
+    "--config.model.ffn_pattern=('moe',)",
     "--config.data.seq_len=128",
 ]
 
