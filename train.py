@@ -40,10 +40,11 @@ def main(_) -> None:
     config = from_config_dict(cli.required_config(_CONFIG))
     workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}")
     cli.use_compilation_cache(_CACHE.value)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = with_vocab(config, tokenizer)
     if _AOT.value:
         sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    run = prepare(with_vocab(config, tokenizer))
+    run = prepare(config)
     say(describe(run))
     for corpus in corpora(config.data).values():
         say(corpus.describe())

@@ -58,7 +58,7 @@ def compile_step(config: Config, where: Slice) -> tuple[Run, Report | str]:
     """
     try:
         devices = slice_devices(where)
-    except ValueError as e:
+    except (ValueError, RuntimeError) as e:
         raise InputError(f"--aot: {e}") from None
     run = prepare(config, devices)
     with jax.set_mesh(run.mesh):

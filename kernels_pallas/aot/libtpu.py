@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-import jax
+import jax  # noqa: F401 - on import it sets TPU_SKIP_MDS_QUERY=1 if the machine has no TPU
 
 from kernels_pallas.aot.bundles import DUMP_LABELS
 
@@ -26,7 +26,7 @@ _dump: tempfile.TemporaryDirectory | None = None
 
 def quieten() -> None:
     """Keeps libtpu, if installed, from looking for a TPU on a machine that has none. Leaves a TPU machine alone."""
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # set by jax on import, when it finds no TPU
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         for name, value in _NO_TPU.items():
             os.environ.setdefault(name, value)
 
@@ -71,5 +71,3 @@ def installed() -> bool:
         return "TPU_LIBRARY_PATH" in os.environ
     return True
 
-
-assert jax  # its import decides TPU_SKIP_MDS_QUERY, which `quieten` reads
