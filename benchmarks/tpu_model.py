@@ -10,6 +10,7 @@ of HBM was fitted on the 4096 row with blocks of 128. The other rows are indepen
 import argparse
 import dataclasses
 import os
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
@@ -80,11 +81,6 @@ def model_milliseconds(case: Measured) -> float:
     return 1e3 * (report.program_seconds if case.blocks is None else report.kernels[0].seconds)
 
 
-def ratio(case: Measured) -> float:
-    """Model over measurement, dispatch taken off."""
-    return model_milliseconds(case) / (case.milliseconds - DISPATCH_MS)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="also write the figures to this file")
@@ -98,13 +94,7 @@ def main() -> None:
         figures.append(dataclasses.asdict(case) | {"model_milliseconds": model, "ratio": model / net})
     print(table(["size", "blocks", "measured ms", "less dispatch", "model ms", "model / measured"], rows))
     if args.json:
-        write_json(args.json, {"target": "tpu:v5e (model)", "rows": figures}, {"libtpu": _libtpu_version()})
-
-
-def _libtpu_version() -> str:
-    from importlib import metadata
-
-    return metadata.version("libtpu")
+        write_json(args.json, {"target": "tpu:v5e (model)", "rows": figures}, {"libtpu": metadata.version("libtpu")})
 
 
 if __name__ == "__main__":

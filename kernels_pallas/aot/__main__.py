@@ -7,10 +7,9 @@ Passes: fwd is the forward pass, bwd the program that runs forward and backward,
 
 import argparse
 import json
-import os
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: nothing is computed on a device here
+import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas.aot.cases import CASES, make_case
@@ -21,6 +20,7 @@ from kernels_pallas.aot.targets import TARGETS, target
 def main() -> int:
     """Flags -> case -> one compilation and report a pass."""
     args = _parser().parse_args()
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed on a device here, and libtpu must not be loaded yet
     try:
         passes = _passes(args.passes)
         target(args.target)

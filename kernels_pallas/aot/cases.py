@@ -56,8 +56,10 @@ def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Cas
     keys = sizes.get("Hk", H)
     args = [_array(dtype, B, T, H, D), _array(dtype, B, T, keys, D), _array(dtype, B, T, keys, D)]
     args += [] if gate == "none" else [_array(dtype, B, T, H, 1 if gate == "head" else D)]
-    window = int(options["window"]) if "window" in options else None
-    fixed = dict(window=window, implementation=options.get("implementation"))
+    window = options.get("window")
+    if window is not None and not window.isdecimal():
+        raise ValueError(f"window: {window!r} came, wanted a number of tokens")
+    fixed = dict(window=window and int(window), implementation=options.get("implementation"))
     return Case(lambda q, k, v, g=None: attention(q, k, v, gate=g, **fixed), tuple(args), {})
 
 

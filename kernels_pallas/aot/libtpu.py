@@ -70,4 +70,3 @@ def installed() -> bool:
     except ImportError:
         return "TPU_LIBRARY_PATH" in os.environ
     return True
-

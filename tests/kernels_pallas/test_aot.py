@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from kernels_pallas.aot import gpu, hlo, libtpu, parse_slice, replay, target
+from kernels_pallas.aot import gpu, hlo, libtpu, parse_slice, replay, report_compiled, target
 from kernels_pallas.aot.bundles import Listing, parse_op, split_args
 from kernels_pallas.aot.cases import CASES, make_case
 from kernels_pallas.aot.cost import declared_cost
@@ -90,6 +91,16 @@ def test_a_dma_takes_its_bytes_and_the_latency():
     assert timeline.stall == pytest.approx(expected - 3, abs=1)
 
 
+def test_a_wait_for_two_dmas_ends_with_the_second():
+    chip = target("tpu:v5e")
+    start = "dma.hbm_to_vmem [%s1], {}, [#allocation1], [#allocation2]"
+    both = run_listing("%s1 = smov 64", start.format(1000), start.format(3000), "dma.done.wait [#allocation2], 4000")[1]
+    moved = 4000 * chip.dma_granule
+    assert both.hbm_bytes == moved
+    channel = moved / (chip.hbm_bytes_per_second / chip.clock_hz)
+    assert both.time == pytest.approx(1 + channel + chip.hbm_latency_cycles + 1, abs=1)
+
+
 def test_a_false_predicate_moves_nothing():
     _, timeline = run_listing("%p1 = scmp.eq.s32.totalorder 1, 2", "dma.hbm_to_vmem (%p1), [%s1], 8, [%s2], [%s3]")
     assert timeline.hbm_bytes == 0
@@ -126,6 +137,11 @@ def test_collectives_in_a_loop_count_once_a_trip():
     found = {c.kind: (c.count, c.bytes) for c in hlo.collectives(HLO)}
     loop = (6, 6 * 8 * 128 * 4)
     assert found == {"all-reduce": loop, "reduce-scatter": loop, "all-gather": (1, 64 * 128 * 2)}
+
+
+def test_an_all_reduce_sends_its_bytes_twice():
+    assert hlo.Collective("all-reduce", 1, 100).sent_bytes == 200
+    assert hlo.Collective("all-gather", 1, 100).sent_bytes == 100
 
 
 def matmul_kernel(x, y):
@@ -183,17 +199,35 @@ def test_gpu_figures_from_ptxas():
     assert unmeasured.registers is None and unmeasured.spill_bytes is None and unmeasured.occupancy is None
 
 
+@pytest.mark.parametrize(
+    "registers, threads, shared, blocks",
+    [
+        (33, 256, 0, 6),  # a warp takes its registers in units of 256: 1,280, not 1,056, which would give 7
+        (16, 32, 38_000, 5),  # a block takes 1 KiB of shared memory on top: without it 6 would fit
+        (16, 1024, 0, 2),  # threads
+        (16, 32, 0, 32),  # blocks
+    ],
+)
+def test_blocks_on_a_multiprocessor(registers, threads, shared, blocks):
+    assert gpu.resident_blocks(registers, threads, shared, target("cuda:h200")) == blocks
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("implementation", ["reference", "xla", "kernel"])
 @pytest.mark.parametrize("op", CASES)
 def test_every_op_lowers_forward_and_backward(op, implementation, platform):
     name = {"tpu": "tpu", "cuda": "gpu"}[platform] if implementation == "kernel" else implementation
     case = make_case(op, SHAPES[op], "bfloat16", {"implementation": name})
-    try:
-        both = jax.jit(case.backward()).trace(*case.backward_args())
-    except NotImplementedError as e:
-        pytest.skip(str(e))
-    text = both.lower(lowering_platforms=(platform,)).as_text()
+    kind = {"tpu": "TPU v5 lite", "cuda": "NVIDIA H200"}[platform]
+    absent = AbstractMesh(
+        (1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(kind, None, platform)
+    )
+    with use_abstract_mesh(absent):
+        try:
+            both = jax.jit(case.backward()).trace(*case.backward_args())
+        except NotImplementedError as e:
+            pytest.skip(str(e))
+        text = both.lower(lowering_platforms=(platform,)).as_text()
     assert ("tpu_custom_call" in text or "triton" in text) == (implementation == "kernel")
 
 
@@ -236,6 +270,14 @@ def test_every_op_compiles_for_v5e():
         assert reports[op]["program_seconds"] > 1e-6 and reports[op]["temp_bytes"] >= 0
 
 
+def test_memory_given_back_is_not_counted_twice():
+    step = jax.jit(lambda x: x + 1, donate_argnums=0).lower(jnp.zeros((256, 256))).compile()
+    report = report_compiled("tpu:v5e", step)
+    size = 256 * 256 * 4
+    assert (report.argument_bytes, report.output_bytes, report.aliased_bytes) == (size, size, size)
+    assert report.peak_bytes == size + report.temp_bytes + report.code_bytes
+
+
 @needs_libtpu
 def test_command_line():
     done = python("-m", "kernels_pallas.aot", "--op=attention", "--target=tpu:v5e", "--shape=B1,T256,H2,D128")
@@ -253,6 +295,7 @@ def test_command_line():
         ({"--shape": "B1,Q256"}, "shape: 'Q256' came, wanted B<size>"),
         ({"--pass": "sideways"}, "pass: 'sideways' came, wanted fwd, bwd"),
         ({"--set": "gate=wide"}, "gate: 'wide' came, wanted one of none, head, element"),
+        ({"--set": "window=abc"}, "window: 'abc' came, wanted a number of tokens"),
         ({"--dtype": "int8"}, "dtype: 'int8' came, wanted bfloat16"),
     ],
 )
