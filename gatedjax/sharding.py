@@ -111,19 +111,20 @@ def parts(name: str) -> int:
 
 
 def per_shard(
-    fn: Callable[..., Array],
+    fn: Callable,
     in_axes: Sequence[tuple],
-    out_axes: tuple,
+    out_axes: tuple | list[tuple],
     gathered: Sequence[str] = (),
     summed: str | None = None,
-) -> Callable[..., Array]:
+) -> Callable:
     """`fn`, run by each device of the ambient mesh on its own part of the arrays; `fn` itself where there is no mesh.
 
-    For what XLA would cut badly by itself: sorting rows by expert, which every device can do with its own tokens.
+    For what XLA cannot cut by itself (a Pallas kernel), or would cut badly: sorting rows by expert, which every device
+    can do with its own tokens.
 
     Args:
-      in_axes: for every argument, the logical name of each axis; None hands over the whole axis.
-      out_axes: the same for the result.
+      in_axes: for every argument (an array or None), the logical name of each axis; None hands over the whole axis.
+      out_axes: the same for the result; a list for several results.
       gathered: names of which each device gathers the whole before `fn`; their gradients are reduced and scattered.
       summed: the name along which results are partial sums.
 
@@ -134,18 +135,22 @@ def per_shard(
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes:
             return fn(*args)
-        named = {name: size for arg, names in zip(args, in_axes) for name, size in zip(names, arg.shape) if name}
+        given = [(arg.shape, names) for arg, names in zip(args, in_axes) if arg is not None]
+        named = {name: size for shape, names in given for name, size in zip(names, shape) if name}
         ways = {name: math.prod(mesh.shape[a] for a in _axes(name)) for name in named}
         cut = {name: _axes(name) for name, size in named.items() if size % ways[name] == 0}
         # Gathered by hand, an array counts as different on every device: only right if the result is cut likewise.
-        whole = set(gathered) if any(name and name not in cut for name in out_axes) else set()
+        results = out_axes if isinstance(out_axes, list) else [out_axes]
+        whole = set(gathered) if any(name and name not in cut for names in results for name in names) else set()
         spec = lambda names: PartitionSpec(*(cut.get(name) if name not in whole else None for name in names))
 
         def body(*parts):
-            y = fn(*(_gathered(x, names, set(gathered) & cut.keys() - whole) for x, names in zip(parts, in_axes)))
+            by_hand = set(gathered) & cut.keys() - whole
+            y = fn(*(_gathered(x, names, by_hand) for x, names in zip(parts, in_axes)))
             return jax.lax.psum(y, cut[summed]) if cut.get(summed) else y
 
-        return jax.shard_map(body, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=spec(out_axes))(*args)
+        out = tuple(map(spec, results)) if isinstance(out_axes, list) else spec(out_axes)
+        return jax.shard_map(body, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=out)(*args)
 
     return call
 

@@ -14,6 +14,7 @@ from gatedjax.layers.conv import causal_conv
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.sharding import per_shard
 from kernels_pallas import linear_scan, linear_scan_step
 
 
@@ -123,10 +124,20 @@ class GatedLinearAttention(nn.Module):
             g = log_decay[:, 0] if log_decay is not None and log_decay.ndim > 1 else log_decay
             o, state = linear_scan_step(q[:, 0], k[:, 0], v[:, 0], cache.state, g, normalize=c.normalize)
             return o[:, None], state
-        options = dict(normalize=c.normalize, segment_ids=context.segment_ids, chunk_size=c.chunk_size)
+        heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+        decay = () if log_decay is None else {1: ("heads",), 3: heads[:3], 4: heads}[log_decay.ndim]
+        state = ("batch", "heads", None, None)
+        options = dict(normalize=c.normalize, chunk_size=c.chunk_size)
+
+        def scan(q, k, v, log_decay, segment_ids, state=None):
+            kept = dict(initial_state=state, return_final_state=state is not None)
+            return linear_scan(q, k, v, log_decay, segment_ids=segment_ids, **kept, **options)
+
+        # Every device scans its own rows and heads, over the whole length.
+        inputs, axes = (q, k, v, log_decay, context.segment_ids), (heads, kv_heads, kv_heads, decay, ("batch", None))
         if cache is None:
-            return linear_scan(q, k, v, log_decay, **options), None
-        return linear_scan(q, k, v, log_decay, initial_state=cache.state, return_final_state=True, **options)
+            return per_shard(scan, axes, heads)(*inputs), None
+        return per_shard(scan, (*axes, state), [heads, state])(*inputs, cache.state)
 
 
 def init_cache(config: GatedLinearAttentionConfig, batch: int, length: int, dtype: jnp.dtype) -> ScanCache:
