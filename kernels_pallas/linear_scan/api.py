@@ -72,9 +72,10 @@ def linear_scan(
     _check_segments_and_chunk(op, q, segment_ids, chunk_size)
     if interpret and implementation not in ("tpu", "gpu"):
         raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
+    refusal = tpu.unsupported(q, k, v, log_decay, initial_state, normalize, chunk_size)
+    chosen = dispatch.choose(op, implementation, {"tpu": refusal, "gpu": gpu.unsupported()})
     B, T, H, K = q.shape
-    if initial_state is None:
+    if initial_state is None and chosen != "tpu":
         initial_state = jnp.zeros((B, H, K, v.shape[-1] + normalize))
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (1, T, H))
@@ -82,6 +83,10 @@ def linear_scan(
     static = {"inclusive": inclusive, "scale": _scale(scale, K), "reverse": reverse, "normalize": normalize}
     if chosen == "reference":
         o, final_state = reference.linear_scan(*arrays, **static)
+    elif chosen == "tpu":
+        o, final_state = tpu.linear_scan(
+            *arrays, **static, chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret
+        )
     else:
         o, final_state = xla.linear_scan(*arrays, **static, chunk_size=chunk_size)
     return (o, final_state) if return_final_state else o
@@ -112,7 +117,7 @@ def linear_scan_step(
     op = "linear_scan_step"
     _check_inputs(op, q, k, v, log_decay, time=False)
     _check_options(op, q, v, bonus, inclusive, "state", state, normalize)
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.step_unsupported(), "gpu": gpu.unsupported()})
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[None]
     room = reference if chosen == "reference" else xla
@@ -131,7 +136,8 @@ def _prepared(q, k, v, log_decay, bonus, state, *others) -> tuple[Array | None, 
     is the sum of its gradient over the mesh axis.
     """
     floats = [x for x in (q, k, v, log_decay, bonus, state) if x is not None]
-    state = state.astype(jnp.promote_types(jnp.float32, jnp.result_type(*floats)))
+    if state is not None:
+        state = state.astype(jnp.promote_types(jnp.float32, jnp.result_type(*floats)))
     arrays = (q, k, v, log_decay, bonus, state, *others)
     present = [x for x in arrays if x is not None]
     return tuple(None if x is None else varying_like(x, *present) for x in arrays)

@@ -47,7 +47,18 @@ def scalar_decay(
 
 
 def scalar_factors(log_decay: Float[Array, "... C"], log_read: Float[Array, "... C"]):
-    """The decays j -> i [..., C, C] (0 where j >= i), start -> i, j -> end, and start -> end.
+    """The decays j -> i [..., C, C] (0 where j >= i), start -> i, j -> end, and start -> end."""
+    reads, ends = running_sums(log_decay, log_read)
+    C = log_decay.shape[-1]
+    last = ends[..., -1:]
+    between = reads[..., :, None] - ends[..., None, :]
+    earlier = jnp.tril(jnp.ones((C, C), bool), -1)
+    mask = jnp.exp(jnp.where(earlier, between[0] + between[1], LOG_ZERO))
+    return mask, jnp.exp(reads[0] + reads[1]), jnp.exp((last - ends).sum(0)), jnp.exp(last.sum(0))[..., 0]
+
+
+def running_sums(log_decay: Float[Array, "... C"], log_read: Float[Array, "... C"], reverse: bool = False):
+    """What a token's read has met since the chunk's start, and what the state has after the token: [2, ..., C] each.
 
     The logs are split into a coarse part, a multiple of 1/32 whose running sums and their differences are exact, and a
     remainder below 1/64 a token, whose running sum stays below C/64. So a difference of running sums is safe here.
@@ -58,13 +69,9 @@ def scalar_factors(log_decay: Float[Array, "... C"], log_read: Float[Array, "...
     parts = jnp.stack([coarse, log_decay - coarse])
     read_parts = jnp.stack([coarse_read, log_read - coarse_read])
     # A triangular matmul: XLA's cumsum is slower on CPU, and there is none inside a TPU kernel.
-    ends = jnp.einsum("...j,ij->...i", parts, jnp.tril(jnp.ones((C, C), parts.dtype)), precision="highest")
-    reads = ends - parts + read_parts
-    last = ends[..., -1:]
-    between = reads[..., :, None] - ends[..., None, :]
-    earlier = jnp.tril(jnp.ones((C, C), bool), -1)
-    mask = jnp.exp(jnp.where(earlier, between[0] + between[1], LOG_ZERO))
-    return mask, jnp.exp(reads[0] + reads[1]), jnp.exp((last - ends).sum(0)), jnp.exp(last.sum(0))[..., 0]
+    met = jnp.triu(jnp.ones((C, C), parts.dtype)) if reverse else jnp.tril(jnp.ones((C, C), parts.dtype))
+    ends = jnp.einsum("...j,ij->...i", parts, met, precision="highest")
+    return ends - parts + read_parts, ends
 
 
 def vector_decay(
