@@ -39,14 +39,25 @@ class Case:
 
 
 def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
-    """Axes B T H K V, and Hk, Hv where heads are grouped; decay = vector (float32), scalar, constant or none."""
+    """Axes B T H K V, and Hk, Hv where heads are grouped; decay = vector (float32), scalar, constant or none.
+
+    Arrays come and go as [B, T, H K], as a projection's matmul has them: a program whose arguments are [B, T, H, K]
+    would spend half its time on copies from that layout, which in a model does not exist.
+    """
     B, T, H, K, V = (sizes[a] for a in ("B", "T", "H", "K", "V"))
     shapes = {"vector": (B, T, H, K), "scalar": (B, T, H), "constant": (H,), "none": None}
     decay = _one_of(options, "decay", "vector", shapes)
     keys, values = sizes.get("Hk", H), sizes.get("Hv", H)
-    args = [_array(dtype, B, T, H, K), _array(dtype, B, T, keys, K), _array(dtype, B, T, values, V)]
-    args += [] if shapes[decay] is None else [_array(jnp.float32, *shapes[decay])]
-    return Case(lambda *a: linear_scan(*a, implementation=options.get("implementation")), tuple(args), {})
+    args = [_array(dtype, B, T, H * K), _array(dtype, B, T, keys * K), _array(dtype, B, T, values * V)]
+    if decay != "none":
+        args.append(_array(jnp.float32, *((B, T, H * K) if decay == "vector" else shapes[decay])))
+
+    def forward(q, k, v, log_decay=None):
+        heads = [x.reshape(B, T, -1, size) for x, size in ((q, K), (k, K), (v, V))]
+        log_decay = None if log_decay is None else log_decay.reshape(shapes[decay])
+        return linear_scan(*heads, log_decay, implementation=options.get("implementation")).reshape(B, T, -1)
+
+    return Case(forward, tuple(args), {})
 
 
 def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
