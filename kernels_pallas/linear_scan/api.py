@@ -1,5 +1,8 @@
 """`linear_scan` and `linear_scan_step`: the public functions. Checks, defaults and the choice of implementation."""
 
+import math
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -7,6 +10,7 @@ from jaxtyping import Float, Int
 from kernels_pallas import dispatch
 from kernels_pallas.linear_scan import gpu, reference, tile, tpu, xla
 from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.partition import by_rows_and_heads
 
 
 def linear_scan(
@@ -84,9 +88,8 @@ def linear_scan(
     if chosen == "reference":
         o, final_state = reference.linear_scan(*arrays, **static)
     elif chosen == "tpu":
-        o, final_state = tpu.linear_scan(
-            *arrays, **static, chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret
-        )
+        kept = dict(chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret)
+        o, final_state = _on_mesh(partial(tpu.linear_scan, **static, **kept), arrays)
     else:
         o, final_state = xla.linear_scan(*arrays, **static, chunk_size=chunk_size)
     return (o, final_state) if return_final_state else o
@@ -123,6 +126,16 @@ def linear_scan_step(
     room = reference if chosen == "reference" else xla
     arrays = _prepared(q, k, v, log_decay, bonus, state)
     return room.linear_scan_step(*arrays, inclusive=inclusive, scale=_scale(scale, q.shape[-1]), normalize=normalize)
+
+
+def _on_mesh(kernel, arrays) -> tuple[Array, Array | None]:
+    """A kernel of every device's own rows and heads: XLA cannot cut it. `arrays` as `_prepared` orders them."""
+    q, k, v, log_decay, *_ = arrays
+    tokens, state = "b.h.", "bh.."
+    decay = tokens if log_decay is None else tokens[: log_decay.ndim]
+    axes = (tokens, tokens, tokens, decay, "h.", state, "b.")
+    heads = math.gcd(*(x.shape[2] for x in (q, k, v)))
+    return by_rows_and_heads(kernel, arrays, axes, (tokens, state), heads)
 
 
 def _scale(scale: float | None, K: int) -> float:

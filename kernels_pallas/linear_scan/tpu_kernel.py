@@ -275,7 +275,7 @@ def _forward_kernel(walk: _Walk, refs: dict, state_ref) -> None:
         if plan.decay == "vector":
             scored = yield from tpu_tile.vector_scores(tile, levels, *tokens.vector(levels))
         else:
-            scored, *_ = tokens.scalar(tile, levels)
+            scored, *_ = yield from tokens.scalar(tile, levels)
         yield
         if "states" in refs:
             refs["states"][0, h, chunk] = state_ref[h].astype(refs["states"].dtype)
@@ -309,7 +309,7 @@ def _backward_kernel(walk: _Walk, refs: dict, dstate_ref) -> None:
         if plan.decay == "vector":
             scored, climbed = yield from tpu_tile.vector_climb(tile, levels, *tokens.vector(levels))
         else:
-            scored, mask, read, write = tokens.scalar(tile, levels)
+            scored, mask, read, write = yield from tokens.scalar(tile, levels)
         yield
         d = yield from tpu_tile.from_state(tile, scored, tokens.v, do, state, dstate)
         dstate_ref[h] = d.dstate
@@ -450,25 +450,32 @@ class _Tokens:
         return x if self.met_by_read is None else x * self.met_by_read
 
     def scalar(self, tile: Tile, levels: Array):
-        """(Scored, mask [C, C], what reads and writes are multiplied with [C, 1])."""
+        """Generator -> (Scored, mask [C, C], what reads and writes are multiplied with)."""
         if self.plan.decay == "none":
             mask = (levels >= 0 if self.plan.inclusive else levels > 0).astype(jnp.float32)
             read, write, total = 1.0, 1.0, 1.0
         else:
             mask, read, write, total = self._scalar_factors(tile, levels)
+        yield
         scores = tpu_tile.matmul(tile, self.q, self.k, tpu_tile.NT) * mask
         if "bonus" in self.refs:
             scores = jnp.where(levels == 0, self.own(), scores)
         return Scored(scores, self.q * read, self.k * write, total), mask, read, write
 
     def _scalar_factors(self, tile: Tile, levels: Array):
+        """(mask [C, C], read, write [C, K], total [1, 1]).
+
+        Broadcasting a column over lanes is what this path spends most of its time on: each is made once, before the
+        exponentials.
+        """
         C = self.plan.chunk
         rows = self.refs["decay"][0, self.head, self.chunk]
         columns = jnp.transpose(jnp.concatenate([rows, jnp.zeros((tpu_tile.ROWS - len(rows), C), rows.dtype)]))
-        column = lambda r: Sums(columns[:, r : r + 1], columns[:, r + 1 : r + 2])
+        wide = lambda r, lanes: Sums(*(jnp.broadcast_to(columns[:, i : i + 1], (C, lanes)) for i in (r, r + 1)))
+        ends, reads = 0, len(rows) - 2  # inclusive reads meet what the state meets
+        mask = tpu_tile.scalar_mask(tile, levels, wide(reads, C), Sums(rows[:1], rows[1:2]))
         last = slice(0, 1) if self.plan.reverse else slice(C - 1, C)
-        ends, reads = column(0), column(len(rows) - 2)  # inclusive reads meet what the state meets
-        mask = tpu_tile.scalar_mask(tile, levels, reads, Sums(rows[:1], rows[1:2]))
-        to_end = (ends.coarse[last] - ends.coarse) + (ends.fine[last] - ends.fine)
-        total = jnp.exp(ends.coarse[last] + ends.fine[last])
-        return mask, jnp.exp(reads.coarse + reads.fine), jnp.exp(to_end), total
+        coarse, fine = (rows[r : r + 1, last] for r in (0, 1))
+        read, end = wide(reads, self.plan.K), wide(ends, self.plan.K)
+        write = jnp.exp((coarse - end.coarse) + (fine - end.fine))
+        return mask, jnp.exp(read.coarse + read.fine), write, jnp.exp(coarse + fine)

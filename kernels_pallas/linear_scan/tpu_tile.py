@@ -369,7 +369,7 @@ def read_and_update(tile: Tile, scored: Scored, v: Array, state: Array) -> tuple
 
 
 class FromState(NamedTuple):
-    """Cotangents of what a chunk shows to the rest, shapes as in `Scored`; dlog_total [8, K] is a sum over rows to be."""
+    """Cotangents of what a chunk shows to the rest, shapes as in `Scored`. The rows of dlog_total [8, K] add up."""
 
     dv: Array
     dscores: Array

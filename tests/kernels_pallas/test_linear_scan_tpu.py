@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from helpers import rel_rms
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scan_cases import BF16, CASES, DECAYS, MAKE_KEYS, OPTIONS, SEGMENTS, compare, fast_jit, make, total
 
 from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
 from kernels_pallas.linear_scan import tpu_tile
+from kernels_pallas.partition import mesh_axes
 
 compare_tpu = partial(compare, implementation="tpu", chunk_size=16)
 scan_tpu = partial(linear_scan, implementation="tpu", interpret=True, chunk_size=16)
@@ -164,6 +165,35 @@ def test_shard_map_with_varying_axes_checked(rank):
 
     got, want = fast_jit(sharded)(x, segment_ids), fast_jit(jax.value_and_grad(loss))(x, segment_ids)
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
+
+
+@pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), (("x", "y"), AxisType.Explicit)])
+def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
+    mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2)
+    x = low(make(B=2, T=20, rank=3, bonus=True))
+    tokens = P(names[0], None, names[1])
+    specs = {n: {"bonus": P(names[1]), "initial_state": P(*names)}.get(n, tokens) for n in x}
+    loss = partial(total, inclusive=False, chunk_size=16)
+    want = fast_jit(jax.value_and_grad(loss))(x)
+    with jax.set_mesh(mesh):
+        placed = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in x.items()}
+        gradient = fast_jit(jax.value_and_grad(partial(loss, implementation="tpu", interpret=True)))
+        compiled = gradient.lower(placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    got = compiled(placed)
+    assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
+
+
+def test_mesh_axes_of_other_names_are_right_but_not_cut_unless_told():
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+    x = low(make(B=2, T=20, rank=0))
+    run = lambda: fast_jit(partial(linear_scan, implementation="tpu", interpret=True, chunk_size=16))
+    with jax.set_mesh(mesh):
+        plain = run()(**x)
+        with mesh_axes(rows=("rows",), heads=()):
+            cut = run()(**x)
+    assert rel_rms(plain, linear_scan(**x)) <= 1e-6 and rel_rms(cut, plain) <= 1e-6
+    assert cut.sharding.spec == P("rows") and plain.sharding.is_fully_replicated
 
 
 def test_no_races():
