@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.linear_scan import gpu, reference, tile, tpu, xla
+from kernels_pallas.linear_scan import gpu, reference, tile, tpu, tpu_step, xla
 from kernels_pallas.manual_axes import varying_like
 from kernels_pallas.partition import by_rows_and_heads
 
@@ -74,8 +74,7 @@ def linear_scan(
     _check_inputs(op, q, k, v, log_decay, time=True)
     _check_options(op, q, v, bonus, inclusive, "initial_state", initial_state, normalize)
     _check_segments_and_chunk(op, q, segment_ids, chunk_size)
-    if interpret and implementation not in ("tpu", "gpu"):
-        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
+    _check_interpret(op, interpret, implementation)
     refusal = tpu.unsupported(q, k, v, log_decay, initial_state, normalize, chunk_size)
     chosen = dispatch.choose(op, implementation, {"tpu": refusal, "gpu": gpu.unsupported()})
     B, T, H, K = q.shape
@@ -107,9 +106,11 @@ def linear_scan_step(
     scale: float | None = None,
     normalize: bool = False,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of `linear_scan`, for decoding: the same formulas and arguments without T. Returns (o, new state).
 
+    On TPU a kernel updates the states in place: donate `state` to the surrounding jit, or XLA copies it first.
     `state` has V + 1 columns with `normalize`, as `linear_scan` returns it. o has v's dtype, the new state is float32
     (float64 if an input is float64).
 
@@ -120,21 +121,25 @@ def linear_scan_step(
     op = "linear_scan_step"
     _check_inputs(op, q, k, v, log_decay, time=False)
     _check_options(op, q, v, bonus, inclusive, "state", state, normalize)
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.step_unsupported(), "gpu": gpu.unsupported()})
+    _check_interpret(op, interpret, implementation)
+    refusal = tpu_step.unsupported(q, k, v, state, log_decay, bonus)
+    chosen = dispatch.choose(op, implementation, {"tpu": refusal, "gpu": gpu.unsupported()})
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[None]
-    room = reference if chosen == "reference" else xla
     arrays = _prepared(q, k, v, log_decay, bonus, state)
-    return room.linear_scan_step(*arrays, inclusive=inclusive, scale=_scale(scale, q.shape[-1]), normalize=normalize)
+    static = {"inclusive": inclusive, "scale": _scale(scale, q.shape[-1]), "normalize": normalize}
+    if chosen == "tpu":
+        return _on_mesh(partial(tpu_step.linear_scan_step, **static, interpret=interpret), arrays, time=False)
+    return (reference if chosen == "reference" else xla).linear_scan_step(*arrays, **static)
 
 
-def _on_mesh(kernel, arrays) -> tuple[Array, Array | None]:
+def _on_mesh(kernel, arrays, time: bool = True) -> tuple[Array, Array | None]:
     """A kernel of every device's own rows and heads: XLA cannot cut it. `arrays` as `_prepared` orders them."""
     q, k, v, log_decay, *_ = arrays
-    tokens, state = "b.h.", "bh.."
+    tokens, state = "b.h." if time else "bh.", "bh.."
     decay = tokens if log_decay is None else tokens[: log_decay.ndim]
-    axes = (tokens, tokens, tokens, decay, "h.", state, "b.")
-    heads = math.gcd(*(x.shape[2] for x in (q, k, v)))
+    axes = (tokens, tokens, tokens, decay, "h.", state, "b.")[: len(arrays)]
+    heads = math.gcd(*(x.shape[-2] for x in (q, k, v)))
     return by_rows_and_heads(kernel, arrays, axes, (tokens, state), heads)
 
 
@@ -195,6 +200,11 @@ def _check_segments_and_chunk(op: str, q, segment_ids, chunk_size: int | None) -
             raise ValueError(f"{op}: segment_ids has dtype {segment_ids.dtype}, wanted an integer dtype")
     if chunk_size is not None and not (1 <= chunk_size <= tile.MAX_CHUNK and chunk_size & (chunk_size - 1) == 0):
         raise ValueError(f"{op}: chunk_size={chunk_size}, wanted a power of two from 1 to {tile.MAX_CHUNK}")
+
+
+def _check_interpret(op: str, interpret: bool, implementation: str | None) -> None:
+    if interpret and implementation not in ("tpu", "gpu"):
+        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
 
 
 def _check_shape(op: str, name: str, x, wanted: tuple[int, ...]) -> None:

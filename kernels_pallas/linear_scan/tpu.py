@@ -38,11 +38,6 @@ def unsupported(q, k, v, log_decay, initial_state, normalize: bool, chunk_size: 
     return None
 
 
-def step_unsupported() -> str | None:
-    """Why this room cannot take one decoding step."""
-    return "is not available: the TPU kernel of linear_scan_step has not been written"
-
-
 def linear_scan(
     q, k, v, log_decay, bonus, initial_state, segment_ids,
     *, inclusive: bool, scale: float, reverse: bool, normalize: bool, chunk_size: int | None,

@@ -141,7 +141,7 @@ def test_no_gradient_crosses_a_segment_boundary():
 # --- decoding
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", "reference", "tpu"])
 @pytest.mark.parametrize(
     "options",
     [dict(rank=0), dict(rank=1, Hk=1), dict(rank=3, normalize=True), dict(rank=4, Hv=1, bonus=True, inclusive=False)],
@@ -154,7 +154,9 @@ def test_decoding_step_by_step_equals_the_scan(options, implementation):
     x = {n: jnp.float32(a) for n, a in make(T=12, **options).items()}
     want, want_state = fast_jit(partial(linear_scan, **static, return_final_state=True))(**x)
     state = x.pop("initial_state")
-    step = fast_jit(partial(linear_scan_step, **static, implementation=implementation))
+    step = fast_jit(
+        partial(linear_scan_step, **static, implementation=implementation, interpret=implementation == "tpu")
+    )
     for t in range(12):
         token = {n: a[:, t] if a.ndim > 2 else a for n, a in x.items()}
         o, state = step(**token, state=state)
