@@ -47,11 +47,12 @@ def linear_scan(
     (B, T, H, K), V, out_dtype = q.shape, v.shape[-1] + normalize, v.dtype
     if normalize:
         v = _with_ones(v)
-    q, k, v = (x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in (q, k, v))
-    wide = lambda D: -(-D // LANES) * LANES
+    # Mosaic does not convert to or from float16.
+    known = lambda x: x.astype(jnp.float32) if x is not None and x.dtype == jnp.float16 else x
+    q, k, v, log_decay, bonus = map(known, (q, k, v, log_decay, bonus))
     plan = _plan(q, k, v, log_decay, segment_ids, chunk_size, interpret)._replace(
-        K=wide(K), V=wide(V), inclusive=inclusive, reverse=reverse, scale=1.0 if normalize else scale,
-        out_dtype=jnp.dtype(jnp.float32) if normalize else out_dtype,  # a ratio's halves keep float32 until divided
+        inclusive=inclusive, reverse=reverse, scale=1.0 if normalize else scale,
+        out_dtype=jnp.dtype(jnp.float32) if normalize else v.dtype,  # a ratio's halves keep float32 until divided
         return_final_state=return_final_state, interpret=_interpret(interpret, q),
     )  # fmt: skip
     rows = max(T, _longest_step(plan))
@@ -70,12 +71,13 @@ def linear_scan(
     o = o.reshape(B, rows, H, plan.V)[:, :T, :, :V]
     if final_state is not None:
         final_state = jnp.swapaxes(final_state[:, :, :V, :K], 2, 3)
-    return (_ratio(o).astype(out_dtype) if normalize else o), final_state
+    return (_ratio(o) if normalize else o).astype(out_dtype), final_state
 
 
 def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret) -> Plan:
     """The plan as far as the inputs alone decide it."""
-    (_, T, H, K), Hk, Hv, V = q.shape, k.shape[2], v.shape[2], v.shape[3]
+    (_, T, H, _), Hk, Hv = q.shape, k.shape[2], v.shape[2]
+    K, V = (-(-x.shape[3] // LANES) * LANES for x in (q, v))
     decay = "none" if log_decay is None and segment_ids is None else "scalar"
     if log_decay is not None and log_decay.ndim == 4:
         decay = "vector"

@@ -29,13 +29,21 @@ def test_any_decay(rank, decay):
     compare_tpu(make(H=1, rank=rank, decay=decay, bonus=True), segment_ids=SEGMENTS, inclusive=False)
 
 
+@pytest.mark.parametrize("rank", [3, 4])
+def test_minus_infinity_is_a_decay_of_zero(rank):
+    x = make(H=1, rank=rank, decay="mixture", bonus=True)
+    infinite = x | {"log_decay": np.where(x["log_decay"] < -1000, -np.inf, x["log_decay"])}
+    got, want = (compare_tpu(y, segment_ids=SEGMENTS, inclusive=False) for y in (infinite, x))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize("decay", ["near zero", "gla", "mixture"])
 def test_inclusive_in_whole_blocks(decay):
     """T a multiple of the grid's steps: no masks."""
     compare_tpu(make(B=1, H=1, T=64, decay=decay))
 
 
-@pytest.mark.parametrize("rank, T", [(3, 1), (3, 2), (4, 1), (4, 65)])
+@pytest.mark.parametrize("rank, T", [(3, 2), (4, 1), (4, 65)])
 def test_any_length(rank, T):
     compare_tpu(make(B=1, H=1, T=T, rank=rank, decay="mixture"))
 
@@ -51,12 +59,15 @@ def test_lengths_at_the_default_chunk(T, decay):
 def test_options(name):
     case = dict(CASES[name])
     segment_ids = SEGMENTS[:1] if case.pop("segments", False) else None
-    x = make(B=1, decay="mixture", **{n: case[n] for n in MAKE_KEYS if n in case})
+    if "Hk" in case:  # many heads in one program: the quicker kernel to compile
+        case["rank"] = min(3, case.get("rank", 3))
+    x = make(B=1, decay="mixture", **{"H": 1} | {n: case[n] for n in MAKE_KEYS if n in case})
     compare_tpu(x, segment_ids=segment_ids, **{n: case[n] for n in OPTIONS if n in case})
 
 
 def test_more_query_heads_to_a_key_head_than_a_grid_step_has():
-    compare_tpu(make(B=1, T=20, H=16, Hk=1, Hv=2, rank=3))
+    """Nine heads go in steps of three: the gradient of the one key head is a sum over steps."""
+    compare_tpu(make(B=1, T=20, H=9, Hk=1, Hv=3, rank=3))
 
 
 @pytest.mark.parametrize("rank", [3, 4])
@@ -169,6 +180,7 @@ def test_shard_map_with_varying_axes_checked(rank):
 
 @pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), (("x", "y"), AxisType.Explicit)])
 def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
+    """Auto axes by their names, Explicit ones by their arguments' types."""
     mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2)
     x = low(make(B=2, T=20, rank=3, bonus=True))
     tokens = P(names[0], None, names[1])
