@@ -61,7 +61,7 @@ def case_of(op: str, shape: str, decay: str) -> Case:
     tokamax.config.cross_compile(True).__enter__()
 
     def kda(q, k, v, g, beta):
-        return api.kimi_delta_attention(q, k, v, g, beta, lower_bound=-5.0, implementation="mosaic_tpu")[0]
+        return api.kimi_delta_attention(q, k, v, g, beta, lower_bound=-5.0, implementation="mosaic")[0]
 
     keys = array(H, B, T, K)
     args = keys, keys, array(H, B, T, V), array(H, B, T, K, dtype=jnp.float32), array(H, B, T, dtype=jnp.float32)
@@ -91,7 +91,8 @@ def in_a_process(*row: str) -> dict:
     command = [sys.executable, __file__, "--row", *row]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+        lines = [l for l in done.stderr.splitlines() if "Error: " in l] or done.stderr.splitlines() or ["no message"]
+        return {"error": lines[-1][:200]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -17,7 +17,7 @@ import jax
 from kernels_pallas.aot import compile_for
 from kernels_pallas.aot.cases import make_case
 from kernels_pallas.linear_scan import tpu_tuning
-from kernels_pallas.linear_scan.tpu_kernel import Schedule
+from kernels_pallas.linear_scan.tpu_plan import Schedule
 
 SETTINGS = {
     "forward": ["chunks=1,2", "lag=None,2,6", "stack=False,True", "round_early=True"],

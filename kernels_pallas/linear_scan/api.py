@@ -37,7 +37,9 @@ def linear_scan(
         o_t = scale q_t S_t                                  inclusive (linear attention, RetNet, Mamba-2, GLA, HGRN2)
         o_t = scale q_t (S_{t-1} + diag(bonus) k_t^T v_t)    exclusive (RWKV-6): S_{t-1} before step t's decay
 
-    Differentiable in every float input and through the final state. Time and memory are linear in T.
+    Differentiable in every float input and through the final state. Time and memory are linear in T. On a mesh
+    (`jax.set_mesh`) the TPU kernel runs on each device's own rows and heads, see `kernels_pallas.partition`; for T cut
+    over devices see `context.linear_scan_sharded`.
 
     Args:
       q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk and Hv divide H: query
@@ -56,7 +58,8 @@ def linear_scan(
       normalize: divide by the sum of a query's weights. A column of ones is appended to v, so states have V + 1
         columns, and o_t = num_t / max(|den_t|, 1e-6) with (num_t, den_t) = q_t S_t, unscaled: `scale` has no effect.
       return_final_state: also return the state after the last token met.
-      chunk_size: tokens computed as one matrix, a power of two up to 512. The result does not depend on it.
+      chunk_size: tokens computed as one matrix, a power of two up to 512 (TPU: 16 to 128). The result does not depend
+        on it.
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
 

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.linear_scan import tile, tpu_kernel
 from kernels_pallas.linear_scan.reference import segment_starts
-from kernels_pallas.linear_scan.tpu_kernel import Inputs, Plan
+from kernels_pallas.linear_scan.tpu_plan import Inputs, Plan
 from kernels_pallas.linear_scan.tpu_tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME, _ratio, _with_ones
 from kernels_pallas.manual_axes import varying_axes, varying_like

@@ -6,7 +6,7 @@ tuned for, it is cut down to what divides and fits.
 
 import jax
 
-from kernels_pallas.linear_scan.tpu_kernel import Schedule
+from kernels_pallas.linear_scan.tpu_plan import Schedule
 
 MIN_CHUNK, MAX_CHUNK = 16, 128  # 16 rows fill a bfloat16 register, 128 scores a row of one
 MAX_D = 512
