@@ -1,5 +1,6 @@
 """The short causal depthwise convolution in front of linear mixers."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -16,15 +17,23 @@ def causal_conv(
     `tail`: the W-1 inputs before x (zeros if None). Returns y in x's dtype, summed in float32, and the new tail.
     """
     width, length = kernel.shape[0], x.shape[1]
-    tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype) if tail is None else tail
-    padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
     y = jnp.zeros(x.shape, jnp.float32)
     for w in range(width):
         lag = width - 1 - w
-        term = padded[:, w : w + length].astype(jnp.float32) * kernel[w]
+        term = _lagged(x, lag, tail).astype(jnp.float32) * kernel[w]
         if segment_ids is not None and lag > 0:
             # What stands before the row (the tail) belongs to the first token's segment.
-            earlier = jnp.pad(segment_ids, ((0, 0), (lag, 0)), mode="edge")[:, :length]
+            earlier = _lagged(segment_ids, lag, None if tail is None else segment_ids[:, :1].repeat(width - 1, 1))
             term = jnp.where((earlier == segment_ids)[..., None], term, 0.0)
         y = y + term
-    return y.astype(x.dtype), padded[:, length:]
+    before = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype) if tail is None else tail.astype(x.dtype)
+    return y.astype(x.dtype), jnp.concatenate([before, x], axis=1)[:, length:]
+
+
+def _lagged(x: Array, lag: int, tail: Array | None) -> Array:
+    """[B, T, ..]: x of `lag` tokens ago; before the first the end of `tail`, or zeros."""
+    if tail is None:  # one pad: where T is cut over devices, XLA then sends no more than the edges
+        sides = [(lag, -lag, 0) if axis == 1 else (0, 0, 0) for axis in range(x.ndim)]
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), sides)
+    start = tail.shape[1] - lag
+    return jnp.concatenate([tail.astype(x.dtype), x], axis=1)[:, start : start + x.shape[1]]

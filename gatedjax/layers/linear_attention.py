@@ -16,6 +16,7 @@ from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
 from gatedjax.sharding import per_shard
 from kernels_pallas import linear_scan, linear_scan_step
+from kernels_pallas.linear_scan.context import linear_scan_sharded
 
 
 @struct.dataclass
@@ -124,17 +125,21 @@ class GatedLinearAttention(nn.Module):
             g = log_decay[:, 0] if log_decay is not None and log_decay.ndim > 1 else log_decay
             o, state = linear_scan_step(q[:, 0], k[:, 0], v[:, 0], cache.state, g, normalize=c.normalize)
             return o[:, None], state
-        heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+        tokens = ("batch", "length")
+        heads, kv_heads = (*tokens, "heads", None), (*tokens, "kv_heads", None)
         decay = () if log_decay is None else {1: ("heads",), 3: heads[:3], 4: heads}[log_decay.ndim]
         state = ("batch", "heads", None, None)
         options = dict(normalize=c.normalize, chunk_size=c.chunk_size)
 
         def scan(q, k, v, log_decay, segment_ids, state=None):
-            kept = dict(initial_state=state, return_final_state=state is not None)
-            return linear_scan(q, k, v, log_decay, segment_ids=segment_ids, **kept, **options)
+            kept = dict(initial_state=state, return_final_state=state is not None, segment_ids=segment_ids, **options)
+            if q.shape[1] < length:  # the states go on from device to device
+                return linear_scan_sharded(q, k, v, log_decay, axis_name="context", **kept)
+            return linear_scan(q, k, v, log_decay, **kept)
 
-        # Every device scans its own rows and heads, over the whole length.
-        inputs, axes = (q, k, v, log_decay, context.segment_ids), (heads, kv_heads, kv_heads, decay, ("batch", None))
+        # Every device scans its own rows, heads and tokens.
+        length = q.shape[1]
+        inputs, axes = (q, k, v, log_decay, context.segment_ids), (heads, kv_heads, kv_heads, decay, tokens)
         if cache is None:
             return per_shard(scan, axes, heads)(*inputs), None
         return per_shard(scan, (*axes, state), [heads, state])(*inputs, cache.state)

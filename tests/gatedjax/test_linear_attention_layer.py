@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from gatedjax.config import GatedLinearAttentionConfig
+from gatedjax.config import GatedLinearAttentionConfig, MeshConfig
 from gatedjax.layers.context import Context
 from gatedjax.layers.conv import causal_conv
 from gatedjax.layers.linear_attention import GatedLinearAttention, init_cache, logsigmoid_decay
+from gatedjax.sharding import RULES, make_mesh
+from kernels_pallas.aot.hlo import collectives
 
 B, T, M = 2, 12, 16
 X = np.random.default_rng(1).normal(size=(B, T, M)).astype(np.float32)
@@ -115,6 +119,31 @@ def test_equals_the_recurrence_and_decodes_like_it(name):
     for t in range(prompt, T):
         y, cache = call(module, params, X[:, t : t + 1], cache, start=t)
         assert rel_rms(y[:, 0], full[:, t]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["GLA with convolution, grouped", "RetNet", "linear attention"])
+def test_devices_along_context_exchange_states_not_tokens(name):
+    """Values and gradients as on one device, packed rows included; no device gathers a sequence."""
+    module, params = make(GatedLinearAttentionConfig(**BASE | VARIANTS[name]))
+    length = 1024
+    x = np.random.default_rng(3).normal(size=(B, length, M)).astype(np.float32)
+    positions = jnp.broadcast_to(jnp.arange(length), (B, length))
+    context = Context(positions, jnp.asarray(np.arange(length) // 300 + np.arange(B)[:, None]))
+
+    def loss(params, x):
+        return (module.apply({"params": params}, x, context)[0] ** 2).sum()
+
+    single = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    mesh = make_mesh(MeshConfig(context=8))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        x = jax.device_put(x, NamedSharding(mesh, P(None, "context")))
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x).compile()
+        sharded = compiled(params, x)
+    for one, many in zip(jax.tree.leaves(single), jax.tree.leaves(sharded)):
+        assert rel_rms(many, one) < 1e-5
+    moved = {c.kind: c.bytes for c in collectives(compiled.as_text())}
+    smallest = B * length * BASE["key_dim"] * 2 * 4  # float32 keys of two heads
+    assert 0 < moved["all-gather"] and moved["all-gather"] + moved.get("all-to-all", 0) < smallest, moved
 
 
 def test_gate_starts_where_the_paper_starts():
