@@ -143,7 +143,7 @@ def test_devices_along_context_exchange_states_not_tokens(name):
         assert rel_rms(many, one) < 1e-5
     moved = {c.kind: c.bytes for c in collectives(compiled.as_text())}
     smallest = B * length * BASE["key_dim"] * 2 * 4  # float32 keys of two heads
-    assert 0 < moved["all-gather"] and moved["all-gather"] + moved.get("all-to-all", 0) < smallest, moved
+    assert moved["all-gather"] > 0 and moved["all-gather"] + moved.get("all-to-all", 0) < smallest, moved
 
 
 def test_gate_starts_where_the_paper_starts():
