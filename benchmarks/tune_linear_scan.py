@@ -20,8 +20,8 @@ from kernels_pallas.linear_scan import tpu_tuning
 from kernels_pallas.linear_scan.tpu_plan import Schedule
 
 SETTINGS = {
-    "forward": ["chunks=1,2", "lag=None,2,6", "stack=False,True", "round_early=True"],
-    "backward": ["lag=4,5,6", "round_early=False,True", "transpose=True,False"],
+    "forward": ["chunks=1,2", "lag=None,0,6", "stack=False,True", "round_early=True"],
+    "backward": ["lag=0,4,6", "round_early=False,True", "transpose=True,False"],
 }
 VALUES = {"None": None, "True": True, "False": False}
 

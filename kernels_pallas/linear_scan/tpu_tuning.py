@@ -16,18 +16,18 @@ LANES_IN_STEP = 8 * (128 + 256)  # heads * (K + V) that a step was tuned for; mo
 TUNED = {
     "TPU v5 lite": {
         "vector": (Schedule(heads=8, chunks=2, lag=None), Schedule(heads=8, chunks=1, lag=6)),
-        "scalar": (Schedule(heads=8, chunks=2, lag=1), Schedule(heads=8, chunks=1, lag=1)),
+        "scalar": (Schedule(heads=8, chunks=2, lag=0), Schedule(heads=8, chunks=2, lag=0)),
     },
     "TPU v5": {
         "vector": (Schedule(heads=8, chunks=2, lag=None), Schedule(heads=8, chunks=1, lag=6)),
-        "scalar": (Schedule(heads=8, chunks=2, lag=1), Schedule(heads=8, chunks=1, lag=1)),
+        "scalar": (Schedule(heads=8, chunks=2, lag=0), Schedule(heads=8, chunks=2, lag=0)),
     },
     "TPU v6 lite": {
         "vector": (
             Schedule(heads=8, chunks=2, lag=6, round_early=True, stack=True),
             Schedule(heads=8, chunks=1, lag=4, round_early=True),
         ),
-        "scalar": (Schedule(heads=8, chunks=2, lag=1), Schedule(heads=8, chunks=1, lag=1, round_early=True)),
+        "scalar": (Schedule(heads=8, chunks=4, lag=0), Schedule(heads=8, chunks=2, lag=0, round_early=True)),
     },
 }
 DEFAULT_KIND = "TPU v6 lite"  # the nearest to later ones: a matrix unit of 256
