@@ -1,12 +1,14 @@
 """Evaluates a trained model on held-out text.
 
-    python eval.py --checkpoint=runs/tiny [--batches=64]
+    python eval.py --checkpoint=runs/tiny [--batches=64] [--probes]
 
 Prints loss, perplexity and bits per byte with standard errors, beside what gzip and xz need for the same text, and how
-fast the model reads (prefill) and writes (decode).
+fast the model reads (prefill) and writes (decode). With --probes instead: what attention, gates, states and experts
+do on the first batch of validation text (`gatedjax/probes.py`), as JSON and pictures in the run directory.
 """
 
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,13 @@ from gatedjax.data import load_tokenizer, validation_text
 from gatedjax.evaluate import Validation
 from gatedjax.metrics import say
 from gatedjax.model import init_caches
+from gatedjax.probe_pictures import write_report
 from gatedjax.restore import restore_params
 from gatedjax.sampling import forward
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
 _BATCHES = flags.DEFINE_integer("batches", 64, "Batches of validation text; 0 for all of it.", lower_bound=0)
+_PROBES = flags.DEFINE_bool("probes", False, "Measure what the layers do, into CHECKPOINT/probes, and end.")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Prompt length of the speed measurement.", lower_bound=1)
 _DECODE_TOKENS = flags.DEFINE_integer("decode_tokens", 128, "Decoded tokens of the speed measurement.", lower_bound=1)
 
@@ -33,6 +37,12 @@ def main(_) -> None:
     """Restore -> loss over validation batches -> compressors -> speed."""
     run, params = restore_params(cli.required(_CHECKPOINT))
     config = run.config
+    if _PROBES.value:
+        with jax.set_mesh(run.mesh):
+            probes = Validation(run, 1).probes(params)
+        for path in write_report(probes, Path(_CHECKPOINT.value) / "probes"):
+            say(str(path))
+        return
     with jax.set_mesh(run.mesh):
         result = Validation(run, _BATCHES.value)(params)
     say(f"loss            {result.loss:.4f} ± {result.loss_error:.4f} nats per token ({result.tokens:,} tokens)")

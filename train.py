@@ -29,6 +29,7 @@ from gatedjax.train_step import TrainState, jit_train_step, params_for_evaluatio
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; dotted flags change single values.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>.")
 _PROFILE = flags.DEFINE_integer("profile_step", 0, "Trace 5 steps from this one on into the workdir; 0 for none.")
+_PROBES = flags.DEFINE_bool("probes", False, "At every evaluation, pictures of what the layers do, for TensorBoard.")
 _AOT = flags.DEFINE_string(
     "aot", None, "Compile the step for an absent TPU slice (v5p:8x8x4, 2*v5e:16x16), report, end."
 )
@@ -73,7 +74,10 @@ def loop(run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Ch
         last = step == train.steps
         log.train(step, metrics, write=step % train.log_every == 0 or step == start + 1 or last)
         if step % train.eval_every == 0 or last:
-            log.validation(step, validation(params_for_evaluation(state)))
+            params = params_for_evaluation(state)
+            log.validation(step, validation(params))
+            if _PROBES.value:
+                log.probes(step, validation.probes(params))
         if step % train.checkpoint_every == 0 or last:
             with log.paused():
                 checkpointer.save(step, state, data_index=stream.next_index)

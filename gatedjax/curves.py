@@ -53,16 +53,25 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, np.full(window, 1.0 / window), mode="valid")
 
 
-def draw(curves: Mapping[str, Curve], references: Mapping[str, float], title: str) -> Any:
-    """The matplotlib figure."""
+def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
+    """An empty matplotlib figure with one pair of axes.
+
+    Raises:
+      InputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise InputError("curves need matplotlib: pip install gatedjax[plots]") from e
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # no pyplot: no global state, no display
+        raise InputError("pictures need matplotlib: pip install gatedjax[plots]") from e
+    figure = Figure(figsize=inches, dpi=150, layout="constrained")  # no pyplot: no global state, no display
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure, figure.add_subplot()
+
+
+def draw(curves: Mapping[str, Curve], references: Mapping[str, float], title: str) -> Any:
+    """The matplotlib figure."""
+    figure, axes = new_figure((8, 4.5))
     _draw_training(axes, *curves["train"])
     steps, bits = curves["validation"]
     if len(steps):

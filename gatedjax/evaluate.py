@@ -8,6 +8,7 @@ import numpy as np
 
 from gatedjax.config import DataConfig
 from gatedjax.data import batches, corpora, make_dataset
+from gatedjax.probes import Probes, measure
 from gatedjax.setup import Run
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.train_step import eval_step
@@ -52,6 +53,11 @@ class Validation:
         sums = [_eval_step(model, params, global_batch(mesh, b, self._batch_size)) for b in batches(self._dataset)]
         losses, counts = np.array([[float(s.cross_entropy), float(s.count)] for s in sums]).T
         return summarise(losses, counts, self._tokens_per_byte)
+
+    def probes(self, params) -> Probes:
+        """What the layers do on the first batch (`gatedjax.probes`); call it inside `jax.set_mesh(run.mesh)`."""
+        batch = global_batch(self._run.mesh, next(batches(self._dataset)), self._batch_size)
+        return measure(self._run.config.model, params, batch)
 
 
 def summarise(losses: np.ndarray, counts: np.ndarray, tokens_per_byte: float) -> Evaluation:

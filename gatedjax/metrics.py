@@ -19,11 +19,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from gatedjax.errors import InputError
@@ -58,6 +59,12 @@ class Writers:
         numbers = {name: float(x) for name, x in jax.device_get(dict(scalars)).items() if x is not None}
         for writer in self._writers:
             writer.write(step, numbers, split)
+
+    def pictures(self, step: int, pictures: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Names and uint8 arrays [height, width, 3], to TensorBoard alone."""
+        boards = [w for w in self._writers if isinstance(w, TensorBoard)]
+        for name, picture in pictures if boards else ():
+            boards[0].picture(step, name, picture)
 
     def close(self) -> None:
         for writer in self._writers:
@@ -162,6 +169,9 @@ class TensorBoard:
         for name, x in scalars.items():
             self._writer.add_scalar(f"{split}/{name}", x, step)
         self._writer.flush()
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._writer.add_image(f"probes/{name}", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()

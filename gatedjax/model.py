@@ -48,7 +48,9 @@ class Block(nn.Module):
         y, cache = mix(norm("mixer_norm")(x), context, cache)
         x = x + y
         y, statistics = FEED_FORWARDS[ffn.kind](ffn, c.init_std, dtype, name="ffn")(norm("ffn_norm")(x))
-        return nn.with_logical_constraint(x + y, ("batch", "length", "embed_act")), cache, statistics
+        x = nn.with_logical_constraint(x + y, ("batch", "length", "embed_act"))
+        self.sow("probes", "residual", x)
+        return x, cache, statistics
 
 
 class Period(nn.Module):
@@ -111,7 +113,7 @@ class LanguageModel(nn.Module):
         periods = c.num_layers // c.period
         scanned = nn.scan(
             period,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "probes": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=periods,

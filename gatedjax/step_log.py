@@ -8,6 +8,8 @@ from gatedjax.evaluate import Evaluation, tokens_per_byte
 from gatedjax.flops import peak_flops, train_flops_per_token
 from gatedjax.metrics import Throughput, Writers, say
 from gatedjax.optim import make_schedule
+from gatedjax.probe_pictures import images
+from gatedjax.probes import Probes
 from gatedjax.setup import Run
 from kernels_pallas import dispatch
 
@@ -49,6 +51,10 @@ class StepLog:
         """After an evaluation."""
         record = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "loss_error": result.loss_error}
         self._writers.write(step, record, "validation")
+
+    def probes(self, step: int, probes: Probes) -> None:
+        """As pictures in TensorBoard."""
+        self._writers.pictures(step, images(probes))
 
     def paused(self) -> contextlib.AbstractContextManager:
         """Around what is not training: it does not count against tokens per second."""

@@ -62,7 +62,7 @@ def losses(place: Path, workdir: str) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def finished(place):
     """A run from start to end, undisturbed."""
-    result = run(place, "straight", "--profile_step=14")
+    result = run(place, "straight", "--profile_step=14", "--probes")
     assert result.returncode == 0, result.stderr
     return result
 
@@ -73,6 +73,8 @@ def test_a_run_shows_and_leaves_what_it_should(place, finished):
         assert piece in out, f"{piece!r} is missing from:\n{out}"
     workdir = place / "straight"
     assert (workdir / "curves.png").stat().st_size > 10_000
+    events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+    assert events.count(b"probes/gate_histogram") == 2, "at both evaluations"
     assert any((workdir / "tensorboard").iterdir())
     assert any((workdir / "profile").rglob("*.xplane.pb"))
     assert sorted(losses(place, "straight")) == list(range(1, 25))
@@ -120,6 +122,12 @@ def test_evaluation_and_generation_of_a_checkpoint(place, finished):
     assert result.returncode == 0, result.stderr
     for piece in ("loss", "perplexity", "bits per byte", "±", "gzip -9", "xz -9e", "prefill", "decode"):
         assert piece in result.stdout
+    result = run(place, "", checkpoint, "--probes", script="eval.py")
+    assert result.returncode == 0, result.stderr
+    written = {Path(line).name for line in result.stdout.split() if line.endswith((".json", ".png"))}
+    assert {"probes.json", "first_token_share.png", "half_life.png", "expert_load.png"} <= written
+    probes = json.loads((place / "straight" / "probes" / "probes.json").read_text())
+    assert len(probes["first_token_share"]["1"]) == 4 and 0 < sum(probes["first_token_share"]["1"]) < 4
     flags = [checkpoint, "--prompt=line", "--tokens=12", "--seed=3", "--top_k=5", "--top_p=0.9"]
     first, second = (run(place, "", *flags, script="-m gatedjax.generate") for _ in range(2))
     assert first.returncode == 0 and first.stdout.startswith("line") and len(first.stdout) > 5, first.stderr

@@ -90,6 +90,8 @@ class GatedAttention(nn.Module):
             gate = None if epilogue is None else epilogue[:, 0]
             o = attention_step(q[:, 0], cache.k, cache.v, valid=valid, gate=gate, **options)[:, None]
         else:
+            self.sow("probes", "q", q)
+            self.sow("probes", "k", k)
             o = attention(q, k, v, gate=epilogue, window=c.window, segment_ids=context.segment_ids, **options)
             cache = cache if cache is None else fill(cache, k, v)
         o = o if in_kernel or not gated_here else apply_gate(o, logits, c.gate_activation, c.gate_mode)

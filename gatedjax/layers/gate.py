@@ -51,4 +51,6 @@ class GateLogits(nn.Module):
             logits = parameter(self, "constant", list(axes), list(axes.values()), nn.initializers.zeros)[None, None]
         else:
             logits = Projection({"embed": x.shape[-1]}, axes, self.std, self.dtype, name="projection")(x)
-        return jnp.mean(logits, axis=2, keepdims=True) if self.config.gate_shared else logits
+        logits = jnp.mean(logits, axis=2, keepdims=True) if self.config.gate_shared else logits
+        self.sow("probes", "score", gate_score(logits, self.config.gate_activation))
+        return logits

@@ -61,12 +61,16 @@ class GatedLinearAttention(nn.Module):
             frequencies = inverse_frequencies(c.rotary_dim, c.rope_base)
             q, k = (apply_rope(y, context.positions, frequencies) for y in (q, k))
         log_decay, v = self._decay(x, v)
+        if log_decay is not None:
+            self.sow("probes", "log_decay", log_decay)
         o, state = self._scan(q, k, v, log_decay, context, cache)
         o = RMSNorm(self.norm_eps, axis_name="head_dim", name="norm")(o)
         if c.output_gate != "none":
             gate = self._project("output_gate", x, "heads", c.num_heads, c.value_dim).astype(jnp.float32)
             activation = jax.nn.silu if c.output_gate == "swish" else jax.nn.sigmoid
-            o = (o.astype(jnp.float32) * activation(gate)).astype(o.dtype)
+            score = activation(gate)
+            self.sow("probes", "score", score)
+            o = (o.astype(jnp.float32) * score).astype(o.dtype)
         heads = {"heads": c.num_heads, "head_dim": c.value_dim}
         y = Projection(heads, {"embed": x.shape[-1]}, self.std, self.dtype, name="out")(o)
         return y, None if cache is None else ScanCache(state, tail)
