@@ -20,11 +20,14 @@ from kernels_pallas.aot import libtpu
 _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`absl.app.run` with one-line errors. A bug still shows its traceback and exits 1."""
+def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
+    """`absl.app.run` with one-line errors. A bug still shows its traceback and exits 1.
+
+    takes: how many arguments there may be besides flags; `main` gets them, after the program's name.
+    """
     keep_freed_memory()
     libtpu.quieten()
-    app.run(lambda argv: _guarded(lambda: main(argv)), flags_parser=lambda argv: _guarded(lambda: _parse(argv)))
+    app.run(lambda argv: _guarded(lambda: main(argv)), flags_parser=lambda argv: _guarded(lambda: _parse(argv, takes)))
 
 
 def config_name(flag: flags.FlagHolder) -> str:
@@ -81,7 +84,7 @@ def _fail(message: str, code: int) -> None:
     os._exit(code)
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def _parse(argv: Sequence[str], takes: int) -> Sequence[str]:
     """Flags, with absl's and ml_collections' complaints turned into one line that names the key."""
     try:
         args = flags.FLAGS(argv)
@@ -93,8 +96,8 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         raise InputError(f"flags: {e}") from None
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO, at which jax tells of every absent backend
-    if len(args) > 1:
-        raise InputError(f"flags: {args[1]!r} is not a flag; wanted --name=value")
+    if len(args) > 1 + takes:
+        raise InputError(f"flags: {args[1 + takes]!r} is not a flag; wanted --name=value")
     return args
 
 

@@ -1,0 +1,5 @@
+"""Grids of small runs that ask one question: `python -m gatedjax.study configs/studies/NAME.py`. See `grid.py`."""
+
+from gatedjax.study.grid import Cell, Picture, Study
+
+__all__ = ["Cell", "Picture", "Study"]

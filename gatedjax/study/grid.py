@@ -1,0 +1,73 @@
+"""What a study is: its cells, what is measured in each, and how the result is shown.
+
+A file of `configs/studies/` has one function, `get_study(small: bool) -> Study`; `small` is the ten-minute version.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Literal
+
+from gatedjax.config import Config, to_dict
+from gatedjax.data.recall import RecallConfig
+
+Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
+Label = str | int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One point of a grid, trained once for each seed.
+
+    labels: name -> value; they tell cells apart in the table.
+    recall: a synthetic task in place of the configuration's text. `config.data.seq_len` is then the task's.
+    lengths: for the measure "lengths", window lengths to evaluate at.
+    yarn: for the measure "lengths", rotary positions are scaled to each length (arXiv 2309.00071).
+    """
+
+    labels: Mapping[str, Label]
+    config: Config
+    recall: RecallConfig | None = None
+    lengths: tuple[int, ...] = ()
+    yarn: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """Lines of `y` over the label `x`, one for each value of the label `line`; bars where `x` is text."""
+
+    x: str
+    y: str
+    line: str | None = None
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A question, as a grid of runs.
+
+    measures: what is taken of each trained model; see `measures.py` for the values of each.
+    columns: the values that the table shows, in this order.
+    best_over: a label (such as the learning rate) of which only the best value is reported, by the first column.
+    higher_is_better: of the first column.
+    stop_at: with the measure "recall", training ends when validation accuracy reaches this.
+    """
+
+    title: str
+    cells: tuple[Cell, ...]
+    seeds: tuple[int, ...]
+    measures: tuple[Measure, ...]
+    columns: tuple[str, ...]
+    pictures: tuple[Picture, ...] = ()
+    best_over: str | None = None
+    higher_is_better: bool = False
+    stop_at: float | None = None
+
+
+def run_key(cell: Cell, seed: int, study: Study) -> str:
+    """Names a run by all that its result depends on."""
+    recall = None if cell.recall is None else dataclasses.asdict(cell.recall)
+    parts = [to_dict(cell.config), recall, cell.lengths, cell.yarn, seed, study.measures, study.stop_at]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,99 @@
+"""From the records of a study's runs to a table (Markdown) and pictures. Every figure is a mean and a spread."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gatedjax.curves import new_figure
+from gatedjax.study.grid import Label, Picture, Study
+
+Record = Mapping[str, Any]  # {"labels": {...}, "seed": 0, "values": {...}}
+
+
+class Row(NamedTuple):
+    """Runs with the same labels. spread: standard deviation over seeds, 0 for one seed; NaN: none of them survived."""
+
+    labels: dict[str, Label]
+    mean: dict[str, float]
+    spread: dict[str, float]
+    seeds: int
+    diverged: int
+
+
+def rows(study: Study, records: Sequence[Record]) -> list[Row]:
+    """A row for each cell; where the study has `best_over`, only the best of each group, by the first column."""
+    cells: dict[tuple, list[Record]] = {}
+    for record in records:
+        cells.setdefault(tuple(record["labels"].items()), []).append(record)
+    found = [_row(dict(labels), group, study.columns) for labels, group in cells.items()]
+    if study.best_over is None:
+        return found
+    groups: dict[tuple, list[Row]] = {}
+    for row in found:
+        groups.setdefault(tuple(x for x in row.labels.items() if x[0] != study.best_over), []).append(row)
+    worst = -math.inf if study.higher_is_better else math.inf
+    score = lambda row: worst if math.isnan(row.mean[study.columns[0]]) else row.mean[study.columns[0]]
+    return [(max if study.higher_is_better else min)(group, key=score) for group in groups.values()]
+
+
+def _row(labels: dict[str, Label], group: Sequence[Record], columns: Sequence[str]) -> Row:
+    values = {c: np.array([r["values"].get(c, math.nan) for r in group], np.float64) for c in columns}
+    alive = np.array([not r["values"]["diverged"] for r in group])
+    mean = {c: float(x[alive].mean()) if alive.any() else math.nan for c, x in values.items()}
+    spread = {c: float(x[alive].std(ddof=1)) if alive.sum() > 1 else 0.0 for c, x in values.items()}
+    return Row(labels, mean, spread, len(group), int((~alive).sum()))
+
+
+def markdown(study: Study, found: Sequence[Row], notes: Sequence[str]) -> str:
+    """The table, under the study's title and above the notes (command, versions, time)."""
+    names = list(found[0].labels)
+    lines = [f"# {study.title}", "", "| " + " | ".join([*names, *study.columns, "seeds"]) + " |"]
+    lines.append("|" + "---|" * (len(names) + len(study.columns) + 1))
+    for row in found:
+        seeds = f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")
+        cells = [str(row.labels[n]) for n in names] + [_figure(row, c) for c in study.columns] + [seeds]
+        lines.append("| " + " | ".join(cells) + " |")
+    if study.best_over:
+        lines += ["", f"Of each group the best {study.best_over} by {study.columns[0]}."]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def _figure(row: Row, column: str) -> str:
+    mean, spread = row.mean[column], row.spread[column]
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.4g}" if row.seeds - row.diverged < 2 else f"{mean:.4g} ± {spread:.2g}"
+
+
+def draw(picture: Picture, found: Sequence[Row], title: str) -> Any:
+    """The matplotlib figure: error bars are the spread over seeds."""
+    figure, axes = new_figure((7.0, 4.4))
+    lines: dict[Label, list[Row]] = {}
+    for row in found:
+        if not math.isnan(row.mean[picture.y]):
+            lines.setdefault(row.labels[picture.line] if picture.line else picture.y, []).append(row)
+    if any(isinstance(row.labels[picture.x], str) for row in found):
+        _bars(axes, picture, lines)
+    else:
+        for name, group in lines.items():
+            group = sorted(group, key=lambda row: row.labels[picture.x])
+            x, y, error = zip(*((r.labels[picture.x], r.mean[picture.y], r.spread[picture.y]) for r in group))
+            axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.4, capsize=3, label=str(name))
+        axes.set_xscale("log" if picture.log_x else "linear")
+    axes.set(xlabel=picture.x, ylabel=picture.y, title=title, yscale="log" if picture.log_y else "linear")
+    axes.grid(alpha=0.25)
+    if picture.line:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _bars(axes: Any, picture: Picture, lines: Mapping[Label, list[Row]]) -> None:
+    places = list(dict.fromkeys(row.labels[picture.x] for group in lines.values() for row in group))
+    width = 0.8 / len(lines)
+    for i, (name, group) in enumerate(lines.items()):
+        at = [places.index(row.labels[picture.x]) + (i - (len(lines) - 1) / 2) * width for row in group]
+        y, error = zip(*((row.mean[picture.y], row.spread[picture.y]) for row in group))
+        axes.bar(at, y, width, yerr=error, capsize=3, label=str(name))
+    axes.set_xticks(range(len(places)), places, rotation=20, ha="right")
