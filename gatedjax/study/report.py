@@ -70,30 +70,44 @@ def _figure(row: Row, column: str) -> str:
 def draw(picture: Picture, found: Sequence[Row], title: str) -> Any:
     """The matplotlib figure: error bars are the spread over seeds."""
     figure, axes = new_figure((7.0, 4.4))
-    lines: dict[Label, list[Row]] = {}
+    lines: dict[Label, list[Point]] = {}
     for row in found:
-        if not math.isnan(row.mean[picture.y]):
-            lines.setdefault(row.labels[picture.line] if picture.line else picture.y, []).append(row)
-    if any(isinstance(row.labels[picture.x], str) for row in found):
-        _bars(axes, picture, lines)
+        points = [p for p in _points(picture, row) if not math.isnan(p.y)]
+        lines.setdefault(row.labels[picture.line] if picture.line else picture.y, []).extend(points)
+    lines = {name: points for name, points in lines.items() if points}
+    if any(isinstance(p.x, str) for points in lines.values() for p in points):
+        _bars(axes, lines)
     else:
-        for name, group in lines.items():
-            group = sorted(group, key=lambda row: row.labels[picture.x])
-            x, y, error = zip(*((r.labels[picture.x], r.mean[picture.y], r.spread[picture.y]) for r in group))
-            axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.4, capsize=3, label=str(name))
+        for name, points in lines.items():
+            x, y, spread = zip(*sorted(points))
+            axes.errorbar(x, y, yerr=spread, marker="o", ms=4, lw=1.4, capsize=3, label=str(name))
         axes.set_xscale("log" if picture.log_x else "linear")
-    axes.set(xlabel=picture.x, ylabel=picture.y, title=title, yscale="log" if picture.log_y else "linear")
+    axes.set(
+        xlabel=picture.x, ylabel=picture.y.removesuffix("@"), title=title, yscale="log" if picture.log_y else "linear"
+    )
     axes.grid(alpha=0.25)
     if picture.line:
         axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _bars(axes: Any, picture: Picture, lines: Mapping[Label, list[Row]]) -> None:
-    places = list(dict.fromkeys(row.labels[picture.x] for group in lines.values() for row in group))
-    width = 0.8 / len(lines)
-    for i, (name, group) in enumerate(lines.items()):
-        at = [places.index(row.labels[picture.x]) + (i - (len(lines) - 1) / 2) * width for row in group]
-        y, error = zip(*((row.mean[picture.y], row.spread[picture.y]) for row in group))
-        axes.bar(at, y, width, yerr=error, capsize=3, label=str(name))
+class Point(NamedTuple):
+    x: Label
+    y: float
+    spread: float
+
+
+def _points(picture: Picture, row: Row) -> list[Point]:
+    if not picture.y.endswith("@"):
+        return [Point(row.labels[picture.x], row.mean[picture.y], row.spread[picture.y])]
+    columns = [c for c in row.mean if c.startswith(picture.y)]
+    return [Point(float(c.removeprefix(picture.y)), row.mean[c], row.spread[c]) for c in columns]
+
+
+def _bars(axes: Any, lines: Mapping[Label, list[Point]]) -> None:
+    places = list(dict.fromkeys(p.x for points in lines.values() for p in points))
+    width = 0.8 / max(len(lines), 1)
+    for i, (name, points) in enumerate(lines.items()):
+        at = [places.index(p.x) + (i - (len(lines) - 1) / 2) * width for p in points]
+        axes.bar(at, [p.y for p in points], width, yerr=[p.spread for p in points], capsize=3, label=str(name))
     axes.set_xticks(range(len(places)), places, rotation=20, ha="right")

@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from tiny_run import plain
+from tiny_run import ROOT, plain
 
 from gatedjax.data.recall import RecallConfig
 from gatedjax.errors import InputError
@@ -74,6 +74,15 @@ def test_the_table_gives_means_spreads_and_the_best_rate():
         report.draw(Picture(x, "accuracy", line="mixer"), best, "t").canvas.draw()
 
 
+def test_a_picture_over_columns():
+    columns = ("loss@16", "loss@32")
+    records = [fake({"mixer": m}, 0, **{"loss@16": 2.0, "loss@32": y}) for m, y in (("a", 1.0), ("b", 3.0))]
+    found = report.rows(study(columns=columns), records)
+    figure = report.draw(Picture("window", "loss@", line="mixer"), found, "t")
+    drawn = [list(line.get_ydata()) for line in figure.axes[0].lines if list(line.get_xdata()) == [16.0, 32.0]]
+    assert drawn == [[2.0, 1.0], [2.0, 3.0]]
+
+
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     cells = [Cell({"lr": lr}, config(optim__lr=lr), recall=TASK) for lr in (0.01, 0.02)]
     asked = study(*cells, seeds=(0, 1), pictures=(Picture("lr", "accuracy"),))
@@ -99,3 +108,14 @@ def test_a_file_that_is_no_study_is_named(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(InputError, match=message):
         command.load_study(path, small=True)
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.py")), ids=lambda p: p.stem)
+def test_the_studies_of_the_repository_can_be_made(path, small):
+    found = command.load_study(path, small)
+    labels = [tuple(cell.labels.items()) for cell in found.cells]
+    assert len(set(labels)) == len(labels) and found.title and found.columns
+    assert all(p.y.endswith("@") or p.y in found.columns for p in found.pictures)
+    keys = {run_key(c, s, found) for c in found.cells for s in found.seeds}
+    assert len(keys) == len(found.cells) * len(found.seeds), "no run stands for two cells"
