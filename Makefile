@@ -1,6 +1,7 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    the test suite (the slow ones too: make test-all)
 # make test-cuda-aot   compiles every op for an H200 that is not here
+# make docs    the site of docs/, in build/site
 # make lint    ruff;  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
 
 # The first interpreter that is new enough.
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 VENV := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: train test test-all test-cuda-aot lint goldens bench clean
+.PHONY: train test test-all test-cuda-aot docs lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -23,6 +24,11 @@ test-all: .venv/installed lint
 # In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
 test-cuda-aot: .venv-cuda/installed
 	.venv-cuda/bin/python -m pytest tests/kernels_pallas/test_aot_cuda.py
+
+docs: .venv/installed
+	$(VENV)/pip install --quiet -e '.[docs]'
+	$(VENV)/python docs/config_reference.py
+	$(VENV)/mkdocs build --strict
 
 lint: .venv/installed
 	$(VENV)/ruff check .
