@@ -5,7 +5,7 @@
 An object works on tiles, R rows against C keys, as pure functions of arrays; what differs between machines is which
 tiles are visited and where the sums are kept:
 
-    row = score.start(like, known, sink)                      what a row keeps: a tuple of [R, 1]
+    row = score.start(zero, known, sink)                      what a row keeps: a tuple of [R, 1]
     row, keep, weights = score.add(row, s, seen, keys)        for every tile of keys; then, for each of the weights,
     sums[n] = keep * sums[n] + weights[n] @ v                 `score.sums` sums [R, V] (no product where keep is None)
     outputs, saved = score.finish(row, sums)                  outputs[0] is o; saved, a tuple of [R, 1], is for backward
@@ -14,7 +14,7 @@ tiles are visited and where the sums are kept:
 
 `seen` is the mask of the tile, None if every key is seen; `keys` [1, C] are the keys' positions, for scores that single
 out one key. `gradient` works element by element: it takes tiles turned over too, [C, R] with [1, R] and keys [C, 1].
-Everything has the dtype of `like`, float32 or float64. Reductions keep their axis; there are no gathers.
+`zero` is zeros [R, 1]; everything has its dtype, float32 or float64. Reductions keep their axis; no gathers.
 
 Scores of this file need one walk over the keys. Those of `scores_multipass.py` learn something of a row first
 (`prepare`). A row that sees nothing ends as zeros, with zero gradients.
@@ -56,11 +56,11 @@ class Score:
         """The score with what depends on the number of keys filled in."""
         return self
 
-    def prepare(self, walk: Walk, like: Array) -> Row:
+    def prepare(self, walk: Walk, zero: Array) -> Row:
         """What must be known of a row before it is weighed."""
         return ()
 
-    def start(self, like: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
         return ()
 
     def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
@@ -84,11 +84,11 @@ class Softmax(Score):
 
     takes_sinks: ClassVar[bool] = True
 
-    def start(self, like, known=(), sink=None):
+    def start(self, zero, known=(), sink=None):
         # A sink is a key without a value: it opens the row as its maximum, with weight 1. -inf is no sink.
         if sink is None:
-            return jnp.full_like(like, -jnp.inf), jnp.zeros_like(like)
-        return sink, (sink > -jnp.inf).astype(like.dtype)
+            return zero - jnp.inf, zero
+        return sink, (sink > -jnp.inf).astype(zero.dtype)
 
     def add(self, row, s, seen, keys):
         before, total = row
@@ -171,8 +171,8 @@ class Softpick(Score):
 
     eps: float = 1e-6
 
-    def start(self, like, known=(), sink=None):
-        return jnp.zeros_like(like), jnp.zeros_like(like)
+    def start(self, zero, known=(), sink=None):
+        return zero, zero
 
     def add(self, row, s, seen, keys):
         before, total = row
@@ -209,9 +209,8 @@ class SelfAdjust(Score):
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
     bounded: ClassVar[bool] = False
 
-    def start(self, like, known=(), sink=None):
-        nothing, no_key = jnp.full_like(like, -jnp.inf), jnp.full_like(like, -1)
-        return nothing, jnp.zeros_like(like), -nothing, no_key, no_key
+    def start(self, zero, known=(), sink=None):
+        return zero - jnp.inf, zero, zero + jnp.inf, zero - 1, zero - 1
 
     def add(self, row, s, seen, keys):
         m_before, total, least_before, least_key, most_key = row
@@ -255,8 +254,8 @@ class _Summed(Score):
 
     bounded: ClassVar[bool] = False
 
-    def start(self, like, known=(), sink=None):
-        return (jnp.zeros_like(like),)
+    def start(self, zero, known=(), sink=None):
+        return (zero,)
 
     def add(self, row, s, seen, keys):
         x, _ = self._value_and_slope(masked(s, seen))
