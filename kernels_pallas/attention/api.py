@@ -64,20 +64,14 @@ def attention(
     2205.14135; sinks as in gpt-oss.
     """
     op = "attention"
-    _check_queries_and_keys(op, q, {"k": k, "v": v}, "T")
-    score = _score(op, score, sink_logits).for_length(k.shape[1])
-    _check_row_options(op, q, v, gate, {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}, soft_cap)
-    if k.shape[1] != q.shape[1]:
-        raise ValueError(f"{op}: k has shape {k.shape}, wanted {q.shape[1]} tokens as in q of shape {q.shape}")
-    _check_integers(op, "segment_ids", segment_ids, q.shape[:2])
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window={window}, wanted None or a number of tokens from 1 on")
+    score = check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap)
     if interpret and implementation not in ("tpu", "gpu"):
         raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
     chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
     room = reference if chosen == "reference" else xla
-    arrays = _all_varying(q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
-    scale = _scale(scale, q.shape[-1])
+    arrays = all_varying(q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
+    scale = default_scale(scale, q.shape[-1])
+    score = score.for_length(q.shape[1])
     return room.attention(*arrays, score=score, causal=causal, window=window, soft_cap=soft_cap, scale=scale)
 
 
@@ -88,8 +82,10 @@ def attention_step(
     *,
     valid: Bool[Array, "B S"],
     gate: Float[Array, "B H V"] | Float[Array, "B H 1"] | None = None,
+    score: str | Score = "softmax",
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
+    distances: Int[Array, "B S"] | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -97,7 +93,9 @@ def attention_step(
     """One token of `attention` against a cache, for decoding: the same formulas and arguments without T.
 
     `valid` says which of the S cache slots the token may see, itself included: causality, window and documents are
-    there. The order of the slots does not matter, so a ring buffer will do. Returns y in v_cache's dtype.
+    there. The order of the slots does not matter, so a ring buffer will do; `alibi_slopes` want the tokens' `distances`
+    from this one. A score with a length (sigmoid, relu, clipped softmax) must be an object that has one, because the
+    number of slots says nothing. Returns y in v_cache's dtype.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
@@ -118,8 +116,21 @@ def attention_step(
         raise ValueError(f"{op}: alibi_slopes or distances came alone, wanted both or neither")
     chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
     room = reference if chosen == "reference" else xla
-    arrays = _all_varying(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
-    return room.attention_step(*arrays, score=score, soft_cap=soft_cap, scale=_scale(scale, q.shape[-1]))
+    arrays = all_varying(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
+    return room.attention_step(*arrays, score=score, soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))
+
+
+def check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap) -> Score:
+    """The score as an object. Raises ValueError for an argument of `attention` that does not fit, by name."""
+    _check_queries_and_keys(op, q, {"k": k, "v": v}, "T")
+    score = _score(op, score, sink_logits)
+    _check_row_options(op, q, v, gate, {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}, soft_cap)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"{op}: k has shape {k.shape}, wanted {q.shape[1]} tokens as in q of shape {q.shape}")
+    _check_integers(op, "segment_ids", segment_ids, q.shape[:2])
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window={window}, wanted None or a number of tokens from 1 on")
+    return score
 
 
 def _score(op: str, score: str | Score, sink_logits: Array | None) -> Score:
@@ -132,11 +143,11 @@ def _score(op: str, score: str | Score, sink_logits: Array | None) -> Score:
     return score
 
 
-def _scale(scale: float | None, K: int) -> float:
+def default_scale(scale: float | None, K: int) -> float:
     return K**-0.5 if scale is None else float(scale)
 
 
-def _all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
+def all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
     """Inside `shard_map`, every array varying over what any of them varies over.
 
     A replicated input, such as sinks, must vary before it enters a custom_vjp: the transpose of that cast is the sum of

@@ -125,7 +125,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, ...], Row]:
     shared = _shared(plan, inputs)
 
     def query_block(_, block: Rows):
-        visits = _visits(plan, inputs, block.number)
+        visits = _visits(plan, inputs.k.shape[1], _first_row(plan, inputs, block.number))
         tile_of = partial(_masked_logits, plan, inputs, shared, block)
         walk = lambda start, add: _loop(visits, lambda j, row: add(row, *tile_of(j, _take(keys, j))), start)
 
@@ -183,7 +183,7 @@ def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: l
             dslopes = None if dslopes is None else dslopes + new.dslopes
             return dq + new.dq, dslopes, _add_at(dk, j, new.dk), _add_at(dv, j, new.dv)
 
-        visits = _visits(plan, inputs, block.number)
+        visits = _visits(plan, inputs.k.shape[1], _first_row(plan, inputs, block.number))
         dq, dslopes, *dkv = _loop(visits, visit, (zeros(block.q), no_slopes, *dkv))
         return tuple(dkv), ((plan.scale * dq).astype(block.q.dtype), dslopes)
 
@@ -256,15 +256,19 @@ def _sum_by_head(x: Float[Array, "Nq B Hk R 1"], block_q: int) -> Float[Array, "
     return jnp.sum(x.reshape(*x.shape[:3], -1, block_q), axis=(0, 1, 4)).reshape(-1)
 
 
-def _visits(plan: Plan, inputs: Inputs, number) -> tuple:
-    """The first key block of which query block `number` sees something, and the one after the last."""
-    first = number * plan.block_q if inputs.first is None else inputs.first + number * plan.block_q  # of its rows
+def _first_row(plan: Plan, inputs: Inputs, number):
+    """The position of a query block's first row; a Python number where the block's is."""
+    return number * plan.block_q if inputs.first is None else inputs.first + number * plan.block_q
+
+
+def _visits(plan: Plan, length: int, first) -> tuple:
+    """The first key block (of `length` keys) that a query block from row `first` on sees; and one after the last."""
     larger, smaller = (max, min) if isinstance(first, int) else (jnp.maximum, jnp.minimum)
-    end, least, most = first + plan.block_q, 0, inputs.k.shape[1]
+    end, least, most = first + plan.block_q, 0, length
     if plan.window is not None:
-        least, most = larger(first - plan.window + 1, 0), smaller(end + plan.window - 1, most)
+        least, most = larger(first - plan.window + 1, 0), smaller(end + plan.window - 1, length)
     if plan.causal:
-        most = smaller(end, inputs.k.shape[1])
+        most = smaller(end, length)
     return least // plan.block_k, -(-most // plan.block_k)
 
 
@@ -280,8 +284,7 @@ def _masked_logits(plan: Plan, inputs: Inputs, shared: Shared, rows: Rows, j, ke
 
 def _mask(plan: Plan, inputs: Inputs, rows: Rows, j, keys: Keys) -> tuple[Bool[Array, "*B_1 R C"], Array, Array]:
     """One query block against key block `j`: the mask, the keys' positions [1, C], distances."""
-    queries = rows.number * plan.block_q + jnp.arange(rows.q.shape[-2]) % plan.block_q
-    queries = queries if inputs.first is None else inputs.first + queries
+    queries = _first_row(plan, inputs, rows.number) + jnp.arange(rows.q.shape[-2]) % plan.block_q
     positions = j * plan.block_k + jnp.arange(plan.block_k)
     seen = tile.visible(
         queries, positions, length=inputs.k.shape[1], causal=plan.causal, window=plan.window,
