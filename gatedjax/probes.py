@@ -29,8 +29,12 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch
+from gatedjax.layers.attention import score_of
+from gatedjax.layers.logit_scale import alibi_slopes, logit_scale
 from gatedjax.model import LanguageModel
 from gatedjax.sharding import RULES
+from kernels_pallas.attention import SCORES, Score
+from kernels_pallas.attention.reference_scores import weights
 
 Probes = dict[str, dict[int, np.ndarray]]  # probe -> layer -> its values; shapes at each function
 BINS = 40  # of histograms of gate scores
@@ -58,26 +62,23 @@ def _measure(config: ModelConfig, params, batch: Batch) -> dict[int, dict[str, A
     result = {}
     for i in range(config.period):
         name = f"layer_{i}"
-        probes, weights = sown["probes"]["periods"][name], params["periods"][name]
+        probes, of_layer = sown["probes"]["periods"][name], params["periods"][name]
         # One period after the other: the blocks of all of them at once would be larger.
         layer = functools.partial(_layer, config.layer(i)[0], batch)
-        result[i] = jax.lax.map(layer, (probes, weights["mixer"], statistics[name]))
+        result[i] = jax.lax.map(layer, (probes, of_layer["mixer"], statistics[name]))
     return result
 
 
 def _layer(mixer, batch: Batch, of_layer: tuple[dict, dict, dict]) -> dict[str, Array]:
     """The probes of one layer, from what it sowed, its mixer's parameters and its feed-forward's statistics."""
-    sown, weights, statistics = of_layer
+    sown, params, statistics = of_layer
     (residual,), inside = sown["residual"], sown.get("mixer", {})
     real = batch.segment_ids > 0
     result = {"max_activation": max_activation(residual, real), "kurtosis": kurtosis(residual, real)}
     if isinstance(mixer, GatedAttentionConfig):
-        sinks = weights.get("sink_logits")
-        share, entropy = attention_rows(
-            *inside["q"], *inside["k"], batch.segment_ids, batch.positions, mixer.window, mixer.soft_cap, sinks
-        )
+        share, entropy = _attention(mixer, inside, params, batch)
         result |= {"first_token_share": share, "attention_entropy": entropy}
-        result["effective_rank"] = effective_rank(weights["value"]["kernel"], weights["out"]["kernel"])
+        result["effective_rank"] = effective_rank(params["value"]["kernel"], params["out"]["kernel"])
     scores = inside.get("gate", inside).get("score")
     if scores:
         counts, edges = jnp.histogram(scores[0], BINS)
@@ -89,19 +90,32 @@ def _layer(mixer, batch: Batch, of_layer: tuple[dict, dict, dict]) -> dict[str, 
     return result
 
 
+def _attention(c: GatedAttentionConfig, inside: dict, params: dict, batch: Batch):
+    """`attention_rows` of a layer."""
+    slopes = params.get("alibi_slopes", None if c.alibi == "none" else jnp.asarray(alibi_slopes(c)))
+    by_head = dict(sink_logits=params.get("sink_logits"), alibi_slopes=slopes)
+    options = dict(score=score_of(c), window=c.window, soft_cap=c.soft_cap, scale=logit_scale(c))
+    return attention_rows(*inside["q"], *inside["k"], batch.segment_ids, batch.positions, **by_head, **options)
+
+
 def attention_rows(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T Hk D"],
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    *,
+    score: Score = SCORES["softmax"],
     window: int | None = None,
     soft_cap: float | None = None,
+    scale: float | None = None,
     sink_logits: Float[Array, "H"] | None = None,
+    alibi_slopes: Float[Array, "H"] | None = None,
 ) -> tuple[Float[Array, "H"], Float[Array, "T"]]:
     """Share of each head's attention that goes to the first token of the document, and entropy (nats) by position.
 
+    Of the weights on tokens, over their sum: a sink's part counts for nothing, and scores that do not sum to 1 compare.
     The share is a mean over all tokens that are not first themselves; the entropy one over rows and heads (NaN at
-    positions that no token has). A sink's part of the softmax goes to no token. Padding (segment 0) is left out.
+    positions that no token has). Padding (segment 0) is left out. Arguments as `kernels_pallas.attention`.
     """
     B, T = q.shape[:2]
     blocks = -(-T // QUERY_BLOCK)
@@ -109,10 +123,21 @@ def attention_rows(
     cut = lambda x: jnp.moveaxis(pad(x).reshape(B, blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
     times = jnp.broadcast_to(jnp.arange(T), (B, T))
     starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], 1) != 0
+    score, scale = score.for_length(T), q.shape[-1] ** -0.5 if scale is None else scale
+    by_head = lambda x: None if x is None else x.astype(jnp.float32)[:, None, None]
 
     def block(x):
         q, segments, rows, first = x  # [B, b, ...]
-        p = _weights(q, k, rows, segments, segment_ids, window, soft_cap, sink_logits)
+        groups = q.astype(jnp.float32).reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+        s = scale * jnp.einsum("bqhgd,bkhd->bhgqk", groups, k.astype(jnp.float32), precision="highest")
+        s = s.reshape(B, q.shape[2], QUERY_BLOCK, T)
+        s = s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+        lag = (rows[:, :, None] - jnp.arange(T))[:, None]
+        s = s if alibi_slopes is None else s - by_head(alibi_slopes) * jnp.abs(lag)
+        seen = (lag >= 0) & (segments[:, None, :, None] == segment_ids[:, None, None])
+        seen = seen if window is None else seen & (lag < window)
+        p = weights(score, s, seen, by_head(sink_logits))
+        p = p / jnp.maximum(jnp.sum(p, -1, keepdims=True), 1e-30)
         share = jnp.sum(jnp.where(starts[:, None, None], p, 0.0), -1)  # [B, H, b]
         entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), -1)
         counted = (segments > 0) & ~first
@@ -125,25 +150,6 @@ def attention_rows(
     count = at(real)
     by_position = jnp.where(count > 0, at(entropy * real) / jnp.maximum(count, 1.0), jnp.nan)
     return shares.sum(0) / jnp.maximum(jnp.sum(real * ~starts), 1.0), by_position
-
-
-def _weights(q, k, rows, segments, segment_ids, window, soft_cap, sink_logits) -> Float[Array, "B H b T"]:
-    """The softmax weights of a block of queries at times `rows`, float32."""
-    B, b, H, D = q.shape
-    groups = q.astype(jnp.float32).reshape(B, b, k.shape[2], -1, D)
-    logits = jnp.einsum("bqhgd,bkhd->bhgqk", groups, k.astype(jnp.float32), precision="highest") * D**-0.5
-    logits = logits.reshape(B, H, b, -1)
-    logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
-    lag = rows[:, :, None] - jnp.arange(k.shape[1])
-    seen = (lag >= 0) & (segments[:, :, None] == segment_ids[:, None])
-    seen = seen if window is None else seen & (lag < window)
-    logits = jnp.where(seen[:, None], logits, -jnp.inf)
-    sink = jnp.full(H, -jnp.inf) if sink_logits is None else sink_logits.astype(jnp.float32)
-    top = jnp.maximum(jnp.max(logits, -1, keepdims=True), sink[:, None, None])
-    top = jnp.where(top == -jnp.inf, 0.0, top)  # a query beyond the end sees nothing
-    weights = jnp.where(seen[:, None], jnp.exp(logits - top), 0.0)
-    total = jnp.sum(weights, -1, keepdims=True) + jnp.exp(sink[:, None, None] - top)
-    return weights / jnp.where(total > 0, total, 1.0)
 
 
 def max_activation(x: Float[Array, "B T M"], real: Array) -> Float[Array, ""]:

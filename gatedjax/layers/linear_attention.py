@@ -14,7 +14,7 @@ from gatedjax.layers.conv import causal_conv
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
-from gatedjax.sharding import per_shard
+from gatedjax.sharding import is_cut, mesh_axis, per_shard
 from kernels_pallas import linear_scan, linear_scan_step
 from kernels_pallas.linear_scan.context import linear_scan_sharded
 
@@ -137,12 +137,12 @@ class GatedLinearAttention(nn.Module):
 
         def scan(q, k, v, log_decay, segment_ids, state=None):
             kept = dict(initial_state=state, return_final_state=state is not None, segment_ids=segment_ids, **options)
-            if q.shape[1] < length:  # the states go on from device to device
-                return linear_scan_sharded(q, k, v, log_decay, axis_name="context", **kept)
+            if is_part:  # the states go on from device to device
+                return linear_scan_sharded(q, k, v, log_decay, axis_name=mesh_axis("length"), **kept)
             return linear_scan(q, k, v, log_decay, **kept)
 
         # Every device scans its own rows, heads and tokens.
-        length = q.shape[1]
+        is_part = is_cut("length", q.shape[1])
         inputs, axes = (q, k, v, log_decay, context.segment_ids), (heads, kv_heads, kv_heads, decay, tokens)
         if cache is None:
             return per_shard(scan, axes, heads)(*inputs), None

@@ -5,7 +5,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import gpu, reference, tile, tpu, xla
+from kernels_pallas.attention import gpu, reference, tpu, xla
+from kernels_pallas.attention.named_scores import SCORES
+from kernels_pallas.attention.scores import Score
 from kernels_pallas.manual_axes import varying_like
 
 
@@ -15,20 +17,22 @@ def attention(
     v: Float[Array, "B T Hk V"],
     *,
     gate: Float[Array, "B T H V"] | Float[Array, "B T H 1"] | None = None,
-    score: str = "softmax",
+    score: str | Score = "softmax",
     causal: bool = True,
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     sink_logits: Float[Array, "H"] | None = None,
+    alibi_slopes: Float[Array, "H"] | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"]:
-    """Softmax self-attention, its output multiplied by sigmoid(gate). Memory is linear in T, forward and backward.
+    """Self-attention, its output multiplied by sigmoid(gate). Memory is linear in T, forward and backward.
 
-        s_ij = scale q_i k_j,  or c tanh(scale q_i k_j / c) with soft_cap c
-        o_i = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij)),  j over the keys that i may see
+        s_ij = scale q_i k_j,  or c tanh(scale q_i k_j / c) with soft_cap c;  less slope |i - j| with alibi_slopes
+        o_i = sum_j W_ij v_j,  j over the keys that i may see
+        W_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij))  for softmax; see `scores.py` for the others
         y_i = o_i sigmoid(gate_i)
 
     Differentiable in every float input. A token that may see nothing has o = 0 and no gradient.
@@ -37,11 +41,13 @@ def attention(
       q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk divides H: query head h
         uses key and value head h // (H / Hk). 16-bit inputs are multiplied as such; sums and the softmax are float32.
       gate: pre-activation of the gate on the output, element-wise or head-wise; the sigmoid is taken in float32.
-      score: how logits become weights; "softmax".
+      score: how logits become weights: a name of `SCORES`, or an object with other parameters, as Entmax(alpha=1.3).
       causal: token i sees j <= i only.
       window: w: token i sees j with i-w < j <= i, and |i-j| < w without `causal`.
       segment_ids: documents packed in a row: tokens see only those of equal id.
-      sink_logits: a logit per head that takes its share of the weight and has no value. Zeros: "softmax plus one".
+      sink_logits: a logit per head that takes its share of the weight and has no value; softmax only. Zeros:
+        "softmax plus one".
+      alibi_slopes: per head, >= 0 to favour near keys (arXiv 2108.12409); learned or not. Added after the soft cap.
       soft_cap: c > 0.
       scale: a number, K**-0.5 if None.
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
@@ -58,26 +64,15 @@ def attention(
     2205.14135; sinks as in gpt-oss.
     """
     op = "attention"
-    _check_queries_and_keys(op, q, {"k": k, "v": v}, "T")
-    _check_row_options(op, q, v, gate, sink_logits, soft_cap)
-    if k.shape[1] != q.shape[1]:
-        raise ValueError(f"{op}: k has shape {k.shape}, wanted {q.shape[1]} tokens as in q of shape {q.shape}")
-    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
-        raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}, wanted {q.shape[:2]}")
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"{op}: segment_ids has dtype {segment_ids.dtype}, wanted an integer dtype")
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window={window}, wanted None or a number of tokens from 1 on")
-    if score not in tile.SCORES:
-        raise ValueError(f"{op}: score={score!r}, wanted one of {sorted(tile.SCORES)}")
+    score = check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap)
     if interpret and implementation not in ("tpu", "gpu"):
         raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
     chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
     room = reference if chosen == "reference" else xla
-    arrays = _all_varying(q, k, v, gate, sink_logits, segment_ids)
-    return room.attention(
-        *arrays, score=score, causal=causal, window=window, soft_cap=soft_cap, scale=_scale(scale, q.shape[-1])
-    )
+    arrays = all_varying(q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
+    scale = default_scale(scale, q.shape[-1])
+    score = score.for_length(q.shape[1])
+    return room.attention(*arrays, score=score, causal=causal, window=window, soft_cap=soft_cap, scale=scale)
 
 
 def attention_step(
@@ -87,7 +82,10 @@ def attention_step(
     *,
     valid: Bool[Array, "B S"],
     gate: Float[Array, "B H V"] | Float[Array, "B H 1"] | None = None,
+    score: str | Score = "softmax",
     sink_logits: Float[Array, "H"] | None = None,
+    alibi_slopes: Float[Array, "H"] | None = None,
+    distances: Int[Array, "B S"] | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -95,7 +93,9 @@ def attention_step(
     """One token of `attention` against a cache, for decoding: the same formulas and arguments without T.
 
     `valid` says which of the S cache slots the token may see, itself included: causality, window and documents are
-    there. The order of the slots does not matter, so a ring buffer will do. Returns y in v_cache's dtype.
+    there. The order of the slots does not matter, so a ring buffer will do; `alibi_slopes` want the tokens' `distances`
+    from this one. A score with a length (sigmoid, relu, clipped softmax) must be an object that has one, because the
+    number of slots says nothing. Returns y in v_cache's dtype.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
@@ -103,22 +103,51 @@ def attention_step(
     """
     op = "attention_step"
     _check_queries_and_keys(op, q, {"k_cache": k_cache, "v_cache": v_cache}, "S")
-    _check_row_options(op, q, v_cache, gate, sink_logits, soft_cap)
+    score = _score(op, score, sink_logits)
+    if score != score.for_length(1):
+        raise ValueError(f"{op}: score={score} came without a length, wanted {type(score).__name__}(length=...)")
+    _check_row_options(op, q, v_cache, gate, {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}, soft_cap)
     if valid.shape != k_cache.shape[:2]:
         raise ValueError(f"{op}: valid has shape {valid.shape}, wanted {k_cache.shape[:2]}")
     if valid.dtype != jnp.bool_:
         raise ValueError(f"{op}: valid has dtype {valid.dtype}, wanted bool")
+    _check_integers(op, "distances", distances, k_cache.shape[:2])
+    if (alibi_slopes is None) != (distances is None):
+        raise ValueError(f"{op}: alibi_slopes or distances came alone, wanted both or neither")
     chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
     room = reference if chosen == "reference" else xla
-    arrays = _all_varying(q, k_cache, v_cache, gate, sink_logits, valid)
-    return room.attention_step(*arrays, soft_cap=soft_cap, scale=_scale(scale, q.shape[-1]))
+    arrays = all_varying(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
+    return room.attention_step(*arrays, score=score, soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))
 
 
-def _scale(scale: float | None, K: int) -> float:
+def check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap) -> Score:
+    """The score as an object. Raises ValueError for an argument of `attention` that does not fit, by name."""
+    _check_queries_and_keys(op, q, {"k": k, "v": v}, "T")
+    score = _score(op, score, sink_logits)
+    _check_row_options(op, q, v, gate, {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}, soft_cap)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"{op}: k has shape {k.shape}, wanted {q.shape[1]} tokens as in q of shape {q.shape}")
+    _check_integers(op, "segment_ids", segment_ids, q.shape[:2])
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window={window}, wanted None or a number of tokens from 1 on")
+    return score
+
+
+def _score(op: str, score: str | Score, sink_logits: Array | None) -> Score:
+    if not isinstance(score, Score):
+        if score not in SCORES:
+            raise ValueError(f"{op}: score={score!r}, wanted a Score or one of {', '.join(SCORES)}")
+        score = SCORES[score]
+    if sink_logits is not None and not score.takes_sinks:
+        raise ValueError(f"{op}: sink_logits came with score={score}, wanted none: only softmax has sinks")
+    return score
+
+
+def default_scale(scale: float | None, K: int) -> float:
     return K**-0.5 if scale is None else float(scale)
 
 
-def _all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
+def all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
     """Inside `shard_map`, every array varying over what any of them varies over.
 
     A replicated input, such as sinks, must vary before it enters a custom_vjp: the transpose of that cast is the sum of
@@ -148,18 +177,26 @@ def _check_queries_and_keys(op: str, q, keys: dict, time: str) -> None:
         _check_float(op, name, x)
 
 
-def _check_row_options(op: str, q, v, gate, sink_logits, soft_cap: float | None) -> None:
+def _check_row_options(op: str, q, v, gate, by_head: dict, soft_cap: float | None) -> None:
     if gate is not None:
         shapes = ((*q.shape[:-1], v.shape[-1]), (*q.shape[:-1], 1))
         if gate.shape not in shapes:
             raise ValueError(f"{op}: gate has shape {gate.shape}, wanted {shapes[0]} or {shapes[1]}")
         _check_float(op, "gate", gate)
-    if sink_logits is not None:
-        if sink_logits.shape != q.shape[-2:-1]:
-            raise ValueError(f"{op}: sink_logits has shape {sink_logits.shape}, wanted {q.shape[-2:-1]}")
-        _check_float(op, "sink_logits", sink_logits)
+    for name, x in by_head.items():
+        if x is not None:
+            if x.shape != q.shape[-2:-1]:
+                raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {q.shape[-2:-1]}")
+            _check_float(op, name, x)
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"{op}: soft_cap={soft_cap}, wanted None or a number above 0")
+
+
+def _check_integers(op: str, name: str, x, shape: tuple[int, ...]) -> None:
+    if x is not None and x.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {shape}")
+    if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted an integer dtype")
 
 
 def _check_float(op: str, name: str, x) -> None:

@@ -8,52 +8,49 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.attention.reference_scores import weights
+from kernels_pallas.attention.scores import Score
+
 
 def attention(
-    q, k, v, gate, sink_logits, segment_ids,
-    *, score: str, causal: bool, window: int | None, soft_cap: float | None, scale: float,
+    q, k, v, gate, sink_logits, alibi_slopes, segment_ids,
+    *, score: Score, causal: bool, window: int | None, soft_cap: float | None, scale: float,
 ) -> Array:  # fmt: skip
-    """As `api.attention`, with every default filled in. "softmax" is the one score so far."""
-    out_dtype, dtype, H, T = v.dtype, _compute_dtype(q, k, v), q.shape[2], q.shape[1]
-    q, k, v = q.astype(dtype), _repeat_heads(k, H).astype(dtype), _repeat_heads(v, H).astype(dtype)
-    s = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
+    """As `api.attention`, with every default filled in."""
+    T = q.shape[1]
     i, j = jnp.arange(T)[:, None], jnp.arange(T)[None, :]
-    seen = jnp.ones((1, 1, T, T), bool)
+    seen = jnp.ones((1, T, T), bool)
     if causal:
         seen &= j <= i
     if window is not None:
         seen &= (i - window < j) & (j < i + window)
     if segment_ids is not None:
-        seen &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    o = jnp.einsum("bhts,bshv->bthv", _softmax(s, seen, sink_logits, soft_cap), v, precision="highest")
-    return _gated(o, gate).astype(out_dtype)
+        seen &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    return _attend(q, k, v, gate, sink_logits, alibi_slopes, seen, jnp.abs(i - j)[None], score, soft_cap, scale)
 
 
-def attention_step(q, k_cache, v_cache, gate, sink_logits, valid, *, soft_cap: float | None, scale: float) -> Array:
+def attention_step(
+    q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances,
+    *, score: Score, soft_cap: float | None, scale: float,
+) -> Array:  # fmt: skip
     """As `api.attention_step`, with every default filled in."""
-    out_dtype, dtype, H = v_cache.dtype, _compute_dtype(q, k_cache, v_cache), q.shape[1]
-    q, k, v = q.astype(dtype), _repeat_heads(k_cache, H).astype(dtype), _repeat_heads(v_cache, H).astype(dtype)
-    s = scale * jnp.einsum("bhk,bshk->bhs", q, k, precision="highest")[:, :, None]
-    weights = _softmax(s, valid[:, None, None], sink_logits, soft_cap)[:, :, 0]
-    o = jnp.einsum("bhs,bshv->bhv", weights, v, precision="highest")
-    return _gated(o, gate).astype(out_dtype)
+    gate, distances = None if gate is None else gate[:, None], None if distances is None else distances[:, None]
+    arrays = q[:, None], k_cache, v_cache, gate, sink_logits, alibi_slopes, valid[:, None], distances
+    return _attend(*arrays, score, soft_cap, scale)[:, 0]
 
 
-def _softmax(s: Array, seen: Array, sink_logits: Array | None, soft_cap: float | None) -> Array:
-    """Weights [B, H, T, S] of the logits s. A row that sees no key and has no sink gets zeros."""
+def _attend(q, k, v, gate, sink_logits, alibi_slopes, seen, distances, score, soft_cap, scale) -> Array:
+    """T queries against S keys; `seen` and `distances` [B or 1, T, S]."""
+    out_dtype, dtype, H = v.dtype, _compute_dtype(q, k, v), q.shape[2]
+    q, k, v = q.astype(dtype), _repeat_heads(k, H).astype(dtype), _repeat_heads(v, H).astype(dtype)
+    by_head = lambda x: None if x is None else x.astype(dtype)[:, None, None]
+    s = scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
-    least = jnp.finfo(s.dtype).min
-    m = jnp.max(jnp.where(seen, s, least), axis=-1, keepdims=True)
-    sink = None if sink_logits is None else sink_logits.astype(s.dtype)[:, None, None]
-    if sink is not None:
-        m = jnp.maximum(m, sink)
-    m = jax.lax.stop_gradient(m)
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, s - m, 0)), 0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    if sink is not None:
-        total = total + jnp.exp(sink - m)
-    return p / jnp.where(total == 0, 1, total)
+    if alibi_slopes is not None:
+        s = s - by_head(alibi_slopes) * distances[:, None].astype(dtype)
+    o = jnp.einsum("bhts,bshv->bthv", weights(score, s, seen[:, None], by_head(sink_logits)), v, precision="highest")
+    return _gated(o, gate).astype(out_dtype)
 
 
 def _gated(o: Array, gate: Array | None) -> Array:

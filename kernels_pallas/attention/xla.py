@@ -3,7 +3,7 @@
 Queries are cut into blocks, keys and values too. The outer loop goes over query blocks, the inner one over the key
 blocks that some row of the query block may see: its bounds come from `causal` and `window`, so what is fully masked is
 never visited. The H / Hk query heads of a key head are rows of one tile, so no head is repeated. The forward pass keeps
-the output and one number a row; the backward pass walks the same tiles and recomputes them.
+the output and a few numbers a row; the backward pass walks the same tiles and recomputes them.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention import tile
+from kernels_pallas.attention.scores import Row, Score
 from kernels_pallas.manual_axes import varying_like
 
 OUT_NAME = "attention_out"
@@ -30,7 +31,7 @@ UNROLLED_BLOCKS = 4
 class Plan(NamedTuple):
     """What of a call is static."""
 
-    score: str
+    score: Score
     causal: bool
     window: int | None
     soft_cap: float | None
@@ -40,13 +41,17 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arrays that decide the ungated output."""
+    """The arrays that decide the ungated output. T queries against S keys; query i stands at position first + i."""
 
     q: Float[Array, "B T H K"]
-    k: Float[Array, "B T Hk K"]
-    v: Float[Array, "B T Hk V"]
-    sink_logits: Float[Array, "H"] | None
-    segment_ids: Int[Array, "B T"] | None
+    k: Float[Array, "B S Hk K"]
+    v: Float[Array, "B S Hk V"]
+    sink_logits: Float[Array, "H"] | None = None
+    alibi_slopes: Float[Array, "H"] | None = None
+    q_segments: Int[Array, "B T"] | None = None
+    k_segments: Int[Array, "B S"] | None = None
+    first: Int[Array, ""] | None = None  # 0 if None
+    distances: Int[Array, "B S"] | None = None  # of keys in no order from a single query, for slopes
 
 
 class Rows(NamedTuple):
@@ -63,6 +68,15 @@ class Keys(NamedTuple):
     k: Float[Array, "Nk B Hk C K"]
     v: Float[Array, "Nk B Hk C V"]
     segments: Int[Array, "Nk B 1 C"] | None
+    distances: Int[Array, "Nk B 1 C"] | None
+
+
+class Shared(NamedTuple):
+    """What the rows of every query block have in common: a sink and a slope by head, and zeros [B, Hk, R, 1]."""
+
+    zero: Array
+    sink: Array | None
+    slopes: Array | None
 
 
 def block_sizes(T: int) -> tuple[int, int]:
@@ -72,114 +86,119 @@ def block_sizes(T: int) -> tuple[int, int]:
 
 
 def attention(
-    q, k, v, gate, sink_logits, segment_ids,
-    *, score: str, causal: bool, window: int | None, soft_cap: float | None, scale: float,
-) -> Array:  # fmt: skip
-    """As `api.attention`. Any T."""
-    plan = Plan(score, causal, window, soft_cap, scale, *block_sizes(q.shape[1]))
-    return _attention(plan, Inputs(q, k, v, sink_logits, segment_ids), gate)
+    q, k, v, gate, sink_logits, alibi_slopes, segment_ids, *, first=None, key_segment_ids=None, **options
+) -> Array:
+    """As `api.attention`. Any T. For a part of the queries: `first` is the position of its first one."""
+    plan = Plan(block_q=block_sizes(q.shape[1])[0], block_k=block_sizes(k.shape[1])[1], **options)
+    key_segments = segment_ids if key_segment_ids is None else key_segment_ids
+    return _attention(plan, Inputs(q, k, v, sink_logits, alibi_slopes, segment_ids, key_segments, first), gate)
 
 
-def attention_step(q, k_cache, v_cache, gate, sink_logits, valid, *, soft_cap: float | None, scale: float) -> Array:
+def attention_step(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances, **options) -> Array:
     """As `api.attention_step`: one tile, the G query heads of a key head as its rows."""
-    (B, H, K), kv_heads = q.shape, k_cache.shape[2]
-    score, dtype = tile.SCORES["softmax"], tile.statistics_dtype(q, k_cache, v_cache)
-    k, v = jnp.moveaxis(k_cache, 2, 1), jnp.moveaxis(v_cache, 2, 1)
-    s = tile.logits(q.reshape(B, kv_heads, -1, K), k, scale=scale, soft_cap=soft_cap, dtype=dtype)
-    sink = jnp.full(H, -jnp.inf) if sink_logits is None else sink_logits
-    sink = jnp.broadcast_to(sink.astype(dtype).reshape(kv_heads, -1), s.shape[:3])
-    o, _ = score.end(score.add(score.start(sink, v.shape[-1]), tile.masked(s, valid[:, None, None]), v))
-    return _gated(o.reshape(B, H, -1), gate).astype(v_cache.dtype)
+    plan = Plan(causal=False, window=None, block_q=1, block_k=k_cache.shape[1], **options)
+    own, others = jnp.zeros_like(valid[:, :1], jnp.int32), jnp.where(valid, 0, 1)
+    inputs = Inputs(q[:, None], k_cache, v_cache, sink_logits, alibi_slopes, own, others, None, distances)
+    return _attention(plan, inputs, None if gate is None else gate[:, None])[:, 0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(plan: Plan, inputs: Inputs, gate: Array | None) -> Array:
-    o, _ = _forward(plan, inputs)
-    return _gated(o, gate)
+    outputs, _ = _forward(plan, inputs)
+    return _gated(outputs[0], gate).astype(inputs.v.dtype)
 
 
 def _forward_saving(plan: Plan, inputs: Inputs, gate):
-    o, statistic = _forward(plan, inputs)
-    o, statistic = checkpoint_name(o, OUT_NAME), checkpoint_name(statistic, STATISTIC_NAME)
-    return _gated(o, gate), (inputs, gate, o, statistic)
+    outputs, saved = _forward(plan, inputs)
+    outputs = tuple(checkpoint_name(o, OUT_NAME) for o in outputs)
+    saved = tuple(checkpoint_name(x, STATISTIC_NAME) for x in saved)
+    return _gated(outputs[0], gate).astype(inputs.v.dtype), (inputs, gate, outputs, saved)
 
 
-def _forward(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
-    """The ungated output [B, T, H, V] in v's dtype, and the rows' statistic [Nq, B, Hk, R]."""
-    score, dtype = tile.SCORES[plan.score], tile.statistics_dtype(*inputs[:3])
-    T, V = inputs.q.shape[1], inputs.v.shape[-1]
+def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, ...], Row]:
+    """The score's outputs [B, T, H, V], ungated, and what it saves of rows [Nq, B, Hk, R, 1]; not rounded to 16 bits.
+
+    Kept in bfloat16, o would bring most of the error of dq, through deltas, and half of that of the gate's gradient.
+    """
+    score, (T, V) = plan.score, (inputs.q.shape[1], inputs.v.shape[-1])
     rows, keys = _cut(plan, inputs)
-    sink = varying_like(_sink(plan, inputs, dtype), inputs.q)
-    start = jax.tree.map(lambda x: varying_like(x, inputs.q), score.start(sink, V))
+    shared = _shared(plan, inputs)
 
     def query_block(_, block: Rows):
-        def visit(j, row):
+        visits = _visits(plan, inputs.k.shape[1], _first_row(plan, inputs, block.number))
+        tile_of = partial(_masked_logits, plan, inputs, shared, block)
+        walk = lambda start, add: _loop(visits, lambda j, row: add(row, *tile_of(j, _take(keys, j))), start)
+
+        def visit(j, carry):
+            row, sums = carry
             key = _take(keys, j)
-            s = tile.logits(block.q, key.k, scale=plan.scale, soft_cap=plan.soft_cap, dtype=dtype)
-            return score.add(row, tile.masked(s, _seen(plan, T, block, j, key)), key.v)
+            row, keep, weights = score.add(row, *tile_of(j, key))
+            kept = sums if keep is None else [keep * x for x in sums]
+            added = [tile.matmul("...rc,...cv->...rv", w, key.v, shared.zero.dtype) for w in weights]
+            return row, [x + y for x, y in zip(kept, added)]
 
-        o, statistic = score.end(_loop(_visits(plan, T, block.number), visit, start))
-        return None, (o.astype(inputs.v.dtype), statistic)
+        row = score.start(shared.zero, score.prepare(walk, shared.zero), shared.sink)
+        sums = [jnp.broadcast_to(shared.zero, (*shared.zero.shape[:-1], V))] * score.sums
+        outputs, saved = score.finish(*_loop(visits, visit, (row, sums)))
+        return None, ([o for n, o in enumerate(outputs) if n == 0 or n in score.deltas], saved)
 
-    _, (o, statistic) = _scan(query_block, None, rows)
-    return _join(o, plan.block_q, T), statistic
+    _, (outputs, saved) = _scan(query_block, None, rows)
+    return tuple(_join(o, plan.block_q, T) for o in outputs), saved
 
 
 def _backward(plan: Plan, residuals, dy):
-    inputs, gate, o, statistic = residuals
-    do, dgate = _gate_gradient(dy, gate, o)
-    # With y = o sigmoid(gate) this is sum(dy y) too: nothing is divided by a gate that may be 0. It is taken from do as
-    # rounded for the matmuls, or else do v - delta has an error that does not cancel.
-    do = do.astype(inputs.v.dtype)
-    delta = jnp.sum(do.astype(statistic.dtype) * o, axis=-1, keepdims=True)
+    inputs, gate, outputs, saved = residuals
+    do, dgate = _gate_gradient(dy, gate, outputs[0])
+    # With y = o sigmoid(gate), sum(do o) is sum(dy y): nothing is divided by a gate that may be 0.
+    # The outputs kept are those of `score.deltas`, after o.
+    wanted = outputs if 0 in plan.score.deltas else outputs[1:]
+    deltas = [jnp.sum(do * o, axis=-1, keepdims=True) for o in wanted]
     split = partial(_split, kv_heads=inputs.k.shape[2], block=plan.block_q)
-    do, delta = split(do), split(delta)[..., 0]
-    dq, dk, dv = _tile_gradients(plan, inputs, do, statistic, delta)
-    dsink = None if inputs.sink_logits is None else _sink_gradient(plan, inputs, statistic, delta)
-    return Inputs(dq, dk, dv, dsink, None), dgate
+    do, deltas = split(do), [split(x) for x in deltas]
+    return _tile_gradients(plan, inputs, do, saved, deltas), dgate
 
 
 _attention.defvjp(_forward_saving, _backward)
 
 
-def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, statistic: Array, delta: Array) -> tuple[Array, ...]:
-    """(dq, dk, dv), as q, k and v are. Each tile is visited once; dk and dv are added up in place."""
-    score, dtype, T = tile.SCORES[plan.score], statistic.dtype, inputs.q.shape[1]
+def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: list[Array]) -> Inputs:
+    """The gradients of `inputs`. Each tile is visited once; dk and dv are added up in place."""
+    shared = _shared(plan, inputs)
+    dtype = shared.zero.dtype
     rows, keys = _cut(plan, inputs)
-
     zeros = lambda x: varying_like(jnp.zeros(x.shape, dtype), x)
+    no_slopes = None if shared.slopes is None else shared.zero
 
     def query_block(dkv, xs):
-        block, do, statistic, delta = xs
+        block, do, saved, deltas = xs
 
         def visit(j, carry):
-            dq, dk, dv = carry
+            dq, dslopes, dk, dv = carry
             key = _take(keys, j)
-            dq_j, dk_j, dv_j = tile.gradients(
-                score, block.q, key.k, key.v, do, statistic, delta, _seen(plan, T, block, j, key),
-                scale=plan.scale, soft_cap=plan.soft_cap,
+            seen, positions, distances = _mask(plan, inputs, block, j, key)
+            new = tile.gradients(
+                plan.score, block.q, key.k, key.v, do, saved, deltas, seen, positions, scale=plan.scale,
+                soft_cap=plan.soft_cap, dtype=dtype, slopes=shared.slopes, distances=distances,
             )  # fmt: skip
-            return dq + dq_j, _add_at(dk, j, dk_j), _add_at(dv, j, dv_j)
+            dslopes = None if dslopes is None else dslopes + new.dslopes
+            return dq + new.dq, dslopes, _add_at(dk, j, new.dk), _add_at(dv, j, new.dv)
 
-        dq, *dkv = _loop(_visits(plan, T, block.number), visit, (zeros(block.q), *dkv))
-        return tuple(dkv), (plan.scale * dq).astype(block.q.dtype)
+        visits = _visits(plan, inputs.k.shape[1], _first_row(plan, inputs, block.number))
+        dq, dslopes, *dkv = _loop(visits, visit, (zeros(block.q), no_slopes, *dkv))
+        return tuple(dkv), ((plan.scale * dq).astype(block.q.dtype), dslopes)
 
-    (dk, dv), dq = _scan(query_block, (zeros(keys.k), zeros(keys.v)), (rows, do, statistic, delta))
-    dk, dv = (_join(x, plan.block_k, T) for x in (plan.scale * dk, dv))
-    return _join(dq, plan.block_q, T), dk.astype(inputs.k.dtype), dv.astype(inputs.v.dtype)
-
-
-def _sink_gradient(plan: Plan, inputs: Inputs, statistic: Array, delta: Array) -> Array:
-    """[H]. A sink is a key whose value is 0, so its dp is 0: db = -sum over rows of exp(b - lse) delta."""
-    score, sink = tile.SCORES[plan.score], _sink(plan, inputs, statistic.dtype)
-    p = score.weights(sink[..., None], statistic)[..., 0]
-    ds = score.logit_gradient(p[..., None], jnp.zeros_like(p)[..., None], delta)[..., 0]
-    ds = ds.reshape(*ds.shape[:3], -1, plan.block_q)
-    return jnp.sum(ds, axis=(0, 1, 4)).reshape(-1).astype(inputs.sink_logits.dtype)
+    (dk, dv), (dq, dslopes) = _scan(query_block, (zeros(keys.k), zeros(keys.v)), (rows, do, saved, deltas))
+    dk, dv = (_join(x, plan.block_k, inputs.k.shape[1]) for x in (plan.scale * dk, dv))
+    dsink = None if shared.sink is None else plan.score.sink_gradient(shared.sink, deltas, saved)
+    by_head = lambda x, like: None if x is None else _sum_by_head(x, plan.block_q).astype(like.dtype)
+    return Inputs(
+        _join(dq, plan.block_q, inputs.q.shape[1]), dk.astype(inputs.k.dtype), dv.astype(inputs.v.dtype),
+        by_head(dsink, inputs.sink_logits), by_head(dslopes, inputs.alibi_slopes),
+    )  # fmt: skip
 
 
 def _gated(o: Array, gate: Array | None) -> Array:
-    return o if gate is None else (o * _open(gate)).astype(o.dtype)
+    return o if gate is None else o * _open(gate)
 
 
 def _gate_gradient(dy: Array, gate: Array | None, o: Array) -> tuple[Array, Array | None]:
@@ -199,16 +218,14 @@ def _open(gate: Array) -> Array:
 
 
 def _cut(plan: Plan, inputs: Inputs) -> tuple[Rows, Keys]:
-    q, k, v, _, segments = inputs
-    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
-    row_segments = key_segments = None
-    if segments is not None:
-        row_segments, key_segments = (
-            _split(segments[..., None, None], 1, block)[..., 0] for block in (plan.block_q, plan.block_k)
-        )
+    q, k, v, kv_heads, group = *inputs[:3], inputs.k.shape[2], inputs.q.shape[2] // inputs.k.shape[2]
+    cut = lambda x, block: None if x is None else _split(x[..., None, None], 1, block)[..., 0]
+    row_segments, key_segments = cut(inputs.q_segments, plan.block_q), cut(inputs.k_segments, plan.block_k)
+    if row_segments is not None:
         row_segments = jnp.tile(row_segments, group)
     q, k, v = _split(q, kv_heads, plan.block_q), _split(k, kv_heads, plan.block_k), _split(v, kv_heads, plan.block_k)
-    return Rows(np.arange(q.shape[0], dtype=np.int32), q, row_segments), Keys(k, v, key_segments)
+    rows = Rows(np.arange(q.shape[0], dtype=np.int32), q, row_segments)
+    return rows, Keys(k, v, key_segments, cut(inputs.distances, plan.block_k))
 
 
 def _split(x: Array, kv_heads: int, block: int) -> Array:
@@ -226,34 +243,59 @@ def _join(x: Array, block: int, T: int) -> Array:
     return x.reshape(B, N * block, -1, D)[:, :T]
 
 
-def _sink(plan: Plan, inputs: Inputs, dtype) -> Float[Array, "B Hk R"]:
-    """The sink logit of every row of a tile; -inf without sinks."""
-    B, _, H, _ = inputs.q.shape
-    sink = jnp.full(H, -jnp.inf) if inputs.sink_logits is None else inputs.sink_logits
-    sink = jnp.repeat(sink.astype(dtype).reshape(inputs.k.shape[2], -1), plan.block_q, axis=1)
-    return jnp.broadcast_to(sink, (B, *sink.shape))
+def _shared(plan: Plan, inputs: Inputs) -> Shared:
+    (B, _, H, _), kv_heads = inputs.q.shape, inputs.k.shape[2]
+    dtype, R = tile.statistics_dtype(*inputs[:3]), plan.block_q * H // kv_heads
+    varying = lambda x: varying_like(jnp.broadcast_to(x, (B, kv_heads, R, 1)), inputs.q)
+    by_row = lambda x: jnp.repeat(x.astype(dtype).reshape(kv_heads, -1), plan.block_q, axis=1)[..., None]
+    of_heads = lambda x: None if x is None else varying(by_row(x))
+    return Shared(varying(jnp.zeros((), dtype)), of_heads(inputs.sink_logits), of_heads(inputs.alibi_slopes))
 
 
-def _visits(plan: Plan, T: int, number) -> tuple:
-    """The first key block of which query block `number` sees something, and the one after the last."""
-    larger, smaller = (max, min) if isinstance(number, int) else (jnp.maximum, jnp.minimum)
-    first, end = number * plan.block_q, (number + 1) * plan.block_q  # of the block's rows
-    least, most = 0, T  # of the keys that they see
+def _sum_by_head(x: Float[Array, "Nq B Hk R 1"], block_q: int) -> Float[Array, "H"]:
+    return jnp.sum(x.reshape(*x.shape[:3], -1, block_q), axis=(0, 1, 4)).reshape(-1)
+
+
+def _first_row(plan: Plan, inputs: Inputs, number):
+    """The position of a query block's first row; a Python number where the block's is."""
+    return number * plan.block_q if inputs.first is None else inputs.first + number * plan.block_q
+
+
+def _visits(plan: Plan, length: int, first) -> tuple:
+    """The first key block (of `length` keys) that a query block from row `first` on sees; and one after the last."""
+    larger, smaller = (max, min) if isinstance(first, int) else (jnp.maximum, jnp.minimum)
+    end, least, most = first + plan.block_q, 0, length
     if plan.window is not None:
-        least, most = larger(first - plan.window + 1, 0), smaller(end + plan.window - 1, T)
+        least, most = larger(first - plan.window + 1, 0), smaller(end + plan.window - 1, length)
     if plan.causal:
-        most = smaller(end, T)
+        most = smaller(end, length)
     return least // plan.block_k, -(-most // plan.block_k)
 
 
-def _seen(plan: Plan, T: int, rows: Rows, j, keys: Keys) -> Bool[Array, "*B_1 R C"]:
-    """The mask of a tile: one query block against key block `j`."""
-    queries = rows.number * plan.block_q + jnp.arange(rows.q.shape[-2]) % plan.block_q
+def _masked_logits(plan: Plan, inputs: Inputs, shared: Shared, rows: Rows, j, keys: Keys) -> tuple[Array, ...]:
+    """(s, seen, positions) of a tile: what a score is told."""
+    seen, positions, distances = _mask(plan, inputs, rows, j, keys)
+    s, _ = tile.logits(
+        rows.q, keys.k, scale=plan.scale, soft_cap=plan.soft_cap, dtype=shared.zero.dtype, slopes=shared.slopes,
+        distances=distances,
+    )  # fmt: skip
+    return s, seen, positions
+
+
+def _mask(plan: Plan, inputs: Inputs, rows: Rows, j, keys: Keys) -> tuple[Bool[Array, "*B_1 R C"], Array, Array]:
+    """One query block against key block `j`: the mask, the keys' positions [1, C], distances."""
+    queries = _first_row(plan, inputs, rows.number) + jnp.arange(rows.q.shape[-2]) % plan.block_q
     positions = j * plan.block_k + jnp.arange(plan.block_k)
-    return tile.visible(
-        queries, positions, length=T, causal=plan.causal, window=plan.window,
+    seen = tile.visible(
+        queries, positions, length=inputs.k.shape[1], causal=plan.causal, window=plan.window,
         row_segments=rows.segments, key_segments=keys.segments,
     )  # fmt: skip
+    distances = None
+    if inputs.alibi_slopes is not None:
+        dtype = tile.statistics_dtype(rows.q)
+        apart = tile.distance(queries, positions, dtype) if keys.distances is None else keys.distances[..., None, :]
+        distances = apart.astype(dtype)
+    return seen, positions[None, :], distances
 
 
 def _scan(body: Callable, carry, xs):

@@ -11,11 +11,12 @@ from gatedjax import probes
 from gatedjax.model import LanguageModel
 from gatedjax.probes import attention_rows, effective_rank, half_life, kurtosis, max_activation, measure
 from gatedjax.setup import fresh_state, prepare
+from kernels_pallas.attention import SCORES
 
 R = np.random.default_rng(0)
 
 
-def plain_rows(q, k, segments, positions, window, soft_cap, sinks):
+def plain_rows(q, k, segments, positions, window=None, soft_cap=None, slopes=None, relu=False):
     """Share and entropy with T x T arrays and loops, float64."""
     B, T, H, D = q.shape
     share, entropy = [[] for _ in range(H)], [[] for _ in range(T)]
@@ -27,15 +28,17 @@ def plain_rows(q, k, segments, positions, window, soft_cap, sinks):
                 seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i] and (not window or i - j < window)]
                 s = np.array([q[b, i, h] @ k[b, j, h * k.shape[2] // H] for j in seen]) / np.sqrt(D)
                 s = soft_cap * np.tanh(s / soft_cap) if soft_cap else s
-                p = np.exp(s) / (np.exp(s).sum() + (np.exp(sinks[h]) if sinks is not None else 0.0))
+                s = s - slopes[h] * (i - np.array(seen)) if slopes is not None else s
+                p = np.maximum(s, 0) if relu else np.exp(s)
+                p = p / p.sum() if p.sum() else p
                 first = i - positions[b, i]
                 if first != i:
                     share[h].append(p[seen.index(first)] if first in seen else 0.0)
-                entropy[positions[b, i]].append(-(p * np.log(p)).sum())
+                entropy[positions[b, i]].append(-(p[p > 0] * np.log(p[p > 0])).sum())
     return np.array([np.mean(x) for x in share]), np.array([np.mean(x) if x else np.nan for x in entropy])
 
 
-@pytest.mark.parametrize("options", [{}, dict(window=7), dict(soft_cap=2.0, sinks=np.array([0.5, -1.0, 2.0, 0.0]))])
+@pytest.mark.parametrize("options", [{}, dict(window=7, relu=True), dict(soft_cap=2.0, slopes=np.full(4, 0.1))])
 def test_attention_rows_equal_the_plain_formula(options, monkeypatch):
     monkeypatch.setattr(probes, "QUERY_BLOCK", 16)
     B, T, H, D = 2, 41, 4, 8
@@ -44,12 +47,14 @@ def test_attention_rows_equal_the_plain_formula(options, monkeypatch):
     segments = np.array([np.searchsorted(e, np.arange(T), "right") + 1 for e in ends])
     segments[1, 37:] = 0  # padding
     positions = np.array([[t - max([0, *e[e <= t]]) for t in range(T)] for e in ends])
-    window, soft_cap, sinks = (options.get(n) for n in ("window", "soft_cap", "sinks"))
-    want = plain_rows(q, k, segments, positions, window, soft_cap, sinks)
+    want = plain_rows(q, k, segments, positions, **options)
     low = [jnp.asarray(x, jnp.float32) for x in (q, k)]
-    got = attention_rows(*low, segments, positions, window, soft_cap, sinks)
+    score = SCORES["relu" if options.pop("relu", False) else "softmax"]
+    slopes, sinks = options.pop("slopes", None), jnp.asarray([0.5, -1.0, 2.0, 0.0]) if "soft_cap" in options else None
+    by_head = dict(alibi_slopes=None if slopes is None else jnp.asarray(slopes), sink_logits=sinks)
+    got = attention_rows(*low, segments, positions, score=score, **by_head, **options)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-4)
-    np.testing.assert_allclose(got[1], want[1], rtol=1e-4)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-6)
 
 
 def test_attention_rows_take_memory_linear_in_length():
@@ -113,7 +118,7 @@ def test_a_model_shows_every_probe_of_its_layers():
     _, sown = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs, mutable=["probes"]))(*inputs)
     of_mixer = sown["probes"]["periods"]["layer_1"]["mixer"]
     q, k = (np.asarray(of_mixer[name][0][1], np.float64) for name in "qk")
-    share, entropy = plain_rows(q, k, batch.segment_ids, batch.positions, None, None, None)
+    share, entropy = plain_rows(q, k, batch.segment_ids, batch.positions)
     np.testing.assert_allclose(found["first_token_share"][3], share, rtol=1e-4)
     np.testing.assert_allclose(found["attention_entropy"][3], entropy, rtol=1e-4, atol=1e-6)
     # The layers are told apart: what one period shows is what its own parameters make.

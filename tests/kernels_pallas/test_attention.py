@@ -6,17 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import (
+    BFLOAT16,
+    BY_HEAD,
+    EVERYTHING,
+    FLOAT32,
+    assert_close,
+    call,
+    cast,
+    draw,
+    force_tiles,
+    truth,
+    value_and_gradients,
+    weighted_sum,
+)  # fmt: skip
 from helpers import rel_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import attention, attention_step, dispatch
-from kernels_pallas.attention import tile, xla
+from kernels_pallas import attention_step, dispatch
+from kernels_pallas.attention import SCORES, tile, xla
 
-FLOAT32, BFLOAT16 = 1e-5, 4e-3
-EVERYTHING = dict(gate="head-wise", sinks=True, segments=True, window=30, soft_cap=4.0)
 CASES = {
     "causal": {},
     "full": dict(causal=False, segments=True),
@@ -27,61 +39,9 @@ CASES = {
     "soft cap, one key head": dict(soft_cap=2.0, Hk=1),
     "sinks, head-wise gate": dict(sinks=True, gate="head-wise"),
     "element-wise gate, scale": dict(gate="element-wise", scale=0.7),
+    "slopes, no soft cap": dict(slopes=True, causal=False),
     "everything": EVERYTHING,
 }
-
-
-def draw(B=2, T=65, H=4, Hk=2, K=8, V=12, gate=None, sinks=False, segments=False, seed=0, **options):
-    """(differentiable arrays in float64, the other arguments)."""
-    rng = np.random.default_rng(seed)
-    shapes = dict(q=(B, T, H, K), k=(B, T, Hk, K), v=(B, T, Hk, V))
-    if gate:
-        shapes["gate"] = (B, T, H, 1 if gate == "head-wise" else V)
-    if sinks:
-        shapes["sink_logits"] = (H,)
-    if segments:
-        options["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 3, (B, T)), axis=1), jnp.int32)
-    return {name: rng.normal(size=shape) for name, shape in shapes.items()}, options
-
-
-def call(arrays, **options):
-    q, k, v = (arrays[name] for name in "qkv")
-    others = {name: x for name, x in arrays.items() if name not in "qkv"}
-    return attention(q, k, v, **others, **options)
-
-
-def weighted_sum(y):
-    """A fixed cotangent, the same in every dtype, so rounded to bfloat16."""
-    cotangent = jnp.asarray(np.random.default_rng(9).normal(size=y.shape), jnp.bfloat16)
-    dtype = jnp.promote_types(jnp.float32, y.dtype)
-    return jnp.sum(y.astype(dtype) * cotangent.astype(dtype))
-
-
-def value_and_gradients(arrays, f=call, **options):
-    """{"y": y, "q": dq, ...}."""
-    loss = lambda a: (lambda y: (weighted_sum(y), y))(f(a, **options))
-    (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-    return {"y": y, **gradients}
-
-
-def cast(arrays, dtype):
-    return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
-
-
-def truth(arrays, **options):
-    with jax.enable_x64(True):
-        arrays = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
-        return jax.tree.map(np.asarray, value_and_gradients(arrays, implementation="reference", **options))
-
-
-def assert_close(actual, expected, tolerance):
-    errors = {name: rel_rms(actual[name], expected[name]) for name in expected}
-    assert all(error < tolerance for error in errors.values()), errors
-
-
-def force_tiles(monkeypatch, block_q, block_k, unrolled=1):
-    monkeypatch.setattr(xla, "block_sizes", lambda T: (min(T, block_q), min(T, block_k)))
-    monkeypatch.setattr(xla, "UNROLLED_BLOCKS", unrolled)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,7 +68,9 @@ def test_bfloat16(monkeypatch):
     arrays, options = draw(**EVERYTHING)
     arrays = cast(arrays, jnp.bfloat16)
     actual = value_and_gradients(arrays, **options)
-    assert {x.dtype for x in actual.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {name: x.dtype for name, x in actual.items()} == {"y": jnp.bfloat16} | {
+        n: x.dtype for n, x in arrays.items()
+    }
     assert_close(actual, truth(arrays, **options), BFLOAT16)
 
 
@@ -124,11 +86,11 @@ def test_result_does_not_depend_on_tiles(monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
 def test_only_tiles_with_something_to_see_are_visited(causal, window):
     for T, block_q, block_k in [(64, 16, 16), (65, 16, 8), (70, 8, 32), (5, 5, 5)]:
-        plan = xla.Plan("softmax", causal, window, None, 1.0, block_q, block_k)
+        plan = xla.Plan(SCORES["softmax"], causal, window, None, 1.0, block_q, block_k)
         for i in range(-(-T // block_q)):
             rows = np.arange(i * block_q, min((i + 1) * block_q, T))
-            visited = range(*xla._visits(plan, T, i))
-            traced = xla._visits(plan, T, jnp.int32(i))
+            visited = range(*xla._visits(plan, T, i * block_q))
+            traced = xla._visits(plan, T, jnp.int32(i * block_q))
             assert (int(traced[0]), int(traced[1])) == (visited.start, visited.stop)
             for j in range(-(-T // block_k)):
                 keys = np.arange(j * block_k, (j + 1) * block_k)
@@ -154,19 +116,6 @@ def test_memory_is_linear_in_length():
     )
     assert largest("xla") <= 16 * T
     assert largest("reference") >= T * T
-
-
-def test_rows_with_nothing_to_see():
-    """A tile that hides every key from a row leaves zeros, in values and gradients, and no NaN."""
-    rng = np.random.default_rng(0)
-    q, k, v, do = (jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for _ in range(4))
-    seen = jnp.asarray([[False] * 4, [True] * 4, [False] * 4, [True] * 4])
-    score = tile.SCORES["softmax"]
-    s = tile.masked(tile.logits(q, k, scale=1.0, soft_cap=3.0, dtype=jnp.float32), seen)
-    o, lse = score.end(score.add(score.start(jnp.full(4, -jnp.inf), 8), s, v))
-    dq, dk, dv = tile.gradients(score, q, k, v, do, lse, jnp.sum(do * o, -1), seen, scale=1.0, soft_cap=3.0)
-    assert all(np.isfinite(x).all() for x in (o, dq, dk, dv))
-    assert not np.any(o[::2]) and not np.any(dq[::2]) and np.all(o[1::2]) and np.any(dq[1::2])
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -198,15 +147,17 @@ def test_packed_documents_equal_separate_ones(monkeypatch):
 def test_decode_steps_equal_forward(implementation):
     """Every token against a cache whose slots are in any order, as in a ring buffer."""
     T, window = 24, 9
-    arrays, _ = draw(T=T, gate="head-wise", sinks=True)
+    arrays, _ = draw(T=T, gate="head-wise", sinks=True, slopes=True)
     options = dict(soft_cap=5.0, implementation=implementation)
     a = cast(arrays, jnp.float32)
+    options |= {name: a[name] for name in BY_HEAD}
     order = np.random.default_rng(1).permutation(T)
     k, v = a["k"][:, order], a["v"][:, order]
 
     def step(t, q, gate):
         valid = jnp.broadcast_to((order <= t) & (order > t - window), (2, T))
-        return attention_step(q, k, v, valid=valid, gate=gate, sink_logits=a["sink_logits"], **options)
+        distances = jnp.broadcast_to(t - order, (2, T))
+        return attention_step(q, k, v, valid=valid, gate=gate, distances=distances, **options)
 
     steps = jax.jit(jax.vmap(step, in_axes=(0, 1, 1), out_axes=1))(jnp.arange(T), a["q"], a["gate"])
     expected = call(cast(arrays, jnp.float32), window=window, soft_cap=5.0)
@@ -232,9 +183,9 @@ def test_vmap(monkeypatch):
     expected = value_and_gradients(a, segment_ids=ids, **options)
 
     def by_rows(a):
-        sink_logits = a.pop("sink_logits")
+        by_head = {name: a.pop(name) for name in BY_HEAD}
         split = lambda x: x.reshape(3, 2, *x.shape[1:])
-        row = lambda a, ids: call({**a, "sink_logits": sink_logits}, segment_ids=ids, **options)
+        row = lambda a, ids: call({**a, **by_head}, segment_ids=ids, **options)
         return jax.vmap(row)(jax.tree.map(split, a), split(ids)).reshape(6, 65, 4, 12)
 
     assert_close(value_and_gradients(a, lambda a: by_rows(dict(a))), expected, 1e-6)
@@ -244,7 +195,8 @@ def sharded(B=4, T=65):
     """A (4, 2) mesh with the batch on one axis and heads on the other, and how each argument lies on it."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     arrays, options = draw(B=B, T=T, **EVERYTHING)
-    specs = {name: P("data", None, "model") for name in ("q", "k", "v", "gate")} | {"sink_logits": P("model")}
+    specs = {name: P("data", None, "model") for name in ("q", "k", "v", "gate")}
+    specs |= {name: P("model") for name in BY_HEAD}
     return mesh, cast(arrays, jnp.float32), options, specs
 
 
@@ -328,7 +280,9 @@ BAD = {
     "segment_ids has dtype float32": dict(segment_ids=jnp.zeros((2, 5))),
     "window=0": dict(window=0),
     "soft_cap=-1.0": dict(soft_cap=-1.0),
-    "score='sparsemax', wanted one of ['softmax']": dict(score="sparsemax"),
+    "score='hardmax', wanted a Score or one of softmax, sigmoid": dict(score="hardmax"),
+    "sink_logits came with score=Softpick(eps=1e-06), wanted none": dict(score="softpick", sink_logits=jnp.zeros(4)),
+    "alibi_slopes has shape (3,), wanted (4,)": dict(alibi_slopes=jnp.zeros(3)),
     "implementation='fast'": dict(implementation="fast"),
     "interpret=True": dict(interpret=True),
 }
