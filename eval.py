@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from gatedjax import cli
+from gatedjax import cli, launch
 from gatedjax.compression import bits_per_byte_of_compressors
 from gatedjax.config import Config
 from gatedjax.data import load_tokenizer, validation_text
@@ -35,7 +35,9 @@ _DECODE_TOKENS = flags.DEFINE_integer("decode_tokens", 128, "Decoded tokens of t
 
 def main(_) -> None:
     """Restore -> loss over validation batches -> compressors -> speed."""
-    run, params = restore_params(cli.required(_CHECKPOINT))
+    checkpoint = cli.required(_CHECKPOINT)
+    launch.start()
+    run, params = restore_params(checkpoint)
     config = run.config
     if _PROBES.value:
         with jax.set_mesh(run.mesh):
@@ -50,6 +52,8 @@ def main(_) -> None:
     say(f"bits per byte   {result.bits_per_byte:.4f} ± {result.bits_per_byte_error:.4f}")
     for name, bits in bits_per_byte_of_compressors(validation_text(config.data)).items():
         say(f"{name:15} {bits:.4f} bits per byte, all of the validation text in one stream")
+    # A copy on one device: every process measures itself, the first one tells.
+    params = jax.tree.map(lambda p: p.addressable_data(0), params)
     prefill, decode = speed(config, params, _PROMPT_TOKENS.value, _DECODE_TOKENS.value)
     say(f"prefill         {prefill:,.0f} tokens/s, one prompt of {_PROMPT_TOKENS.value} tokens")
     say(f"decode          {decode:,.0f} tokens/s, one token at a time")

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/tiny.py [--workdir=runs/tiny] [--config.optim.lr=3e-4 ...]
 
-Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit.
+Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit, on any number of
+processes and devices (docs/launch.md). SIGTERM to any process: all save the same step and exit 0.
 """
 
 import sys
@@ -12,10 +13,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from gatedjax import aot, cli, sharding
+from gatedjax import aot, cli, launch, sharding
 from gatedjax.checkpoint import Checkpointer, Restored
 from gatedjax.compression import bits_per_byte_of_compressors
-from gatedjax.config import differing_keys, from_config_dict, to_dict
+from gatedjax.config import DataConfig, differing_keys, from_config_dict, to_dict
 from gatedjax.curves import plot_run
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
 from gatedjax.errors import InputError
@@ -25,6 +26,7 @@ from gatedjax.sampling import generate_text
 from gatedjax.setup import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.step_log import StepLog
 from gatedjax.train_step import TrainState, jit_train_step, params_for_evaluation
+from gatedjax.watchdog import Watchdog
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; dotted flags change single values.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>.")
@@ -45,6 +47,7 @@ def main(_) -> None:
     config = with_vocab(config, tokenizer)
     if _AOT.value:
         sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
+    launch.start()
     run = prepare(config)
     say(describe(run))
     for corpus in corpora(config.data).values():
@@ -54,14 +57,22 @@ def main(_) -> None:
         restored = checkpointer.restore_latest(run.abstract)
         say_resumed(run, restored)
         state, start = (restored.state, restored.data_index) if restored else (fresh_state(run), 0)
-        with make_writers(workdir, run.config.train.steps, start) as writers:
-            state = loop(run, state, start, StepLog(run, writers), checkpointer, workdir / "profile")
+        writers = make_writers(workdir, run.config.train.steps, start)
+        with writers, Watchdog(run.config.train.stuck_seconds, workdir) as watchdog:
+            log = StepLog(run, writers, watchdog)
+            state, is_finished = loop(run, state, start, log, checkpointer, workdir / "profile")
+        if not is_finished:
+            return
         sample(run, state, tokenizer)
-    draw_curves(workdir, validation_text(config.data))
+    if jax.process_index() == 0:
+        draw_curves(workdir, config.data)
 
 
 def loop(run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Checkpointer, profile: Path):
-    """A batch, a step; now and then a line of the log, an evaluation, a checkpoint."""
+    """A batch, a step; now and then a line of the log, an evaluation, a checkpoint.
+
+    Returns the state and whether it is the last one; it is not if the run was asked to stop (SIGTERM).
+    """
     train, data = run.config.train, run.config.data
     rows = sharding.my_rows(run.mesh, train.batch_size)
     dataset = make_dataset(data, "train", batch_size=train.batch_size, rows=rows, seed=data.seed)
@@ -69,24 +80,29 @@ def loop(run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Ch
     train_step = jit_train_step(run.config, run.tx, run.shardings)
     stream = batches(dataset, start)
     for step in range(start + 1, train.steps + 1):
-        batch = sharding.global_batch(run.mesh, next(stream), train.batch_size)
+        with log.reading(step):
+            batch = sharding.global_batch(run.mesh, next(stream), train.batch_size)
         state, metrics = train_step(state, batch)
-        last = step == train.steps
+        last, stop = step == train.steps, launch.preempted(step)
         log.train(step, metrics, write=step % train.log_every == 0 or step == start + 1 or last)
         if step % train.eval_every == 0 or last:
-            params = params_for_evaluation(state)
-            log.validation(step, validation(params))
-            if _PROBES.value:
-                log.probes(step, validation.probes(params))
-        if step % train.checkpoint_every == 0 or last:
-            with log.paused():
-                checkpointer.save(step, state, data_index=stream.next_index)
+            with log.evaluating(step):
+                params = params_for_evaluation(state)
+                log.validation(step, validation(params))
+                if _PROBES.value:
+                    log.probes(step, validation.probes(params))
+        if step % train.checkpoint_every == 0 or last or stop:
+            with log.saving(step):
+                checkpointer.save(step, state, data_index=stream.next_index, wait=stop)
         if _PROFILE.value and step == max(_PROFILE.value, start + 2) - 1:
             jax.profiler.start_trace(profile)
         if _PROFILE.value and step == max(_PROFILE.value, start + 2) + 4:
             jax.profiler.stop_trace()
             say(f"profile of 5 steps: {profile}")
-    return state
+        if stop and not last:
+            say(f"stopped by SIGTERM: step {step} of {train.steps} is saved; the same command goes on from there")
+            return state, False
+    return state, True
 
 
 def say_resumed(run: Run, restored: Restored | None) -> None:
@@ -107,10 +123,10 @@ def sample(run: Run, state: TrainState, tokenizer) -> None:
     say(train.sample_prompt + "".join(pieces) + "\n---")
 
 
-def draw_curves(workdir: Path, text: bytes) -> None:
-    """The picture of the run. A finished training does not fail for want of matplotlib."""
+def draw_curves(workdir: Path, data: DataConfig) -> None:
+    """The picture of the run. A finished training does not fail for want of matplotlib, or of its sources."""
     try:
-        say(f"curves: {plot_run(workdir, bits_per_byte_of_compressors(text))}")
+        say(f"curves: {plot_run(workdir, bits_per_byte_of_compressors(validation_text(data)))}")
     except InputError as e:
         say(f"no picture: {e}")
 

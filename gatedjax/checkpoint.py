@@ -33,8 +33,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from gatedjax.errors import InputError
+from gatedjax.config import differing_keys
+from gatedjax.errors import InputError, TrainingError
 from gatedjax.leaves import Leaves, describe, digests_of, named_leaves
+
+# Files of a step that are parsed as a whole. A leaf takes about 500 bytes in them.
+_DESCRIPTIONS = ("manifest/metadata", "state/_METADATA", "state/_sharding", "_CHECKPOINT_METADATA")
+_LARGEST_DESCRIPTION = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, exception_type, *_) -> None:
+        if jax.process_count() > 1 and exception_type not in (None, InputError, TrainingError):
+            return  # a save in flight would wait for processes that may be gone
         try:
             self.close()
         except InputError as e:
@@ -215,6 +222,7 @@ class Checkpointer:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         with _as_damage(f"the manifest of step {step} in {self.directory}"):
+            _require_plain_files(self.directory / str(step))
             args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
             manifest = self._manager.restore(step, args=args)["manifest"]
             body, sha256 = manifest["body"], manifest["sha256"]
@@ -228,7 +236,7 @@ class Checkpointer:
         try:
             manifest = self._manifest(step)
             saved = manifest["leaves"]
-            _require_same_leaves(self.directory / str(step), saved, wanted)
+            self._require_same_leaves(step, manifest, wanted)
             leaves = self._arrays(step, saved, wanted)
         except (_DamagedError, InputError) as e:
             problem = e
@@ -239,6 +247,20 @@ class Checkpointer:
                 raise _DamagedError(f"{name} is not what was saved (digest {digests[name]}, {saved[name]['digest']})")
         state = jax.tree.unflatten(jax.tree.structure(target), [leaves[n] for n in wanted])
         return Restored(step, state, manifest["data_index"], manifest["config"])
+
+    def _require_same_leaves(self, step: int, manifest: Mapping[str, Any], wanted: Leaves) -> None:
+        """InputError naming the first leaf that differs, and the keys of the configuration that do."""
+        saved = manifest["leaves"]
+        for name in [*wanted, *(n for n in saved if n not in wanted)]:
+            came = _show(saved[name]) if name in saved else "nothing"
+            want = _show(describe(wanted[name])) if name in wanted else "nothing"
+            if came != want:
+                keys = differing_keys(manifest["config"], self._config) if self._config else []
+                because = f"; {'; '.join(k.replace(' and ', ' there, now ') for k in keys)}" if keys else ""
+                place = self.directory / str(step)
+                raise InputError(
+                    f"{place} does not fit this configuration: {name} is {came} there, wanted {want}{because}"
+                )
 
     def _arrays(self, step: int, saved: Mapping[str, Any], wanted: Leaves) -> Leaves:
         args = ocp.args.StandardRestore({n: _with_sharding(n, x) for n, x in wanted.items()})
@@ -270,12 +292,15 @@ def _show(description: Mapping[str, Any]) -> str:
     return f"{description['dtype']}[{', '.join(map(str, description['shape']))}]"
 
 
-def _require_same_leaves(place: Path, saved: Mapping[str, Any], wanted: Leaves) -> None:
-    for name in [*wanted, *(n for n in saved if n not in wanted)]:
-        came = _show(saved[name]) if name in saved else "nothing"
-        want = _show(describe(wanted[name])) if name in wanted else "nothing"
-        if came != want:
-            raise InputError(f"{place} does not fit this configuration: {name} is {came} there, wanted {want}")
+def _require_plain_files(step: Path) -> None:
+    """Before anything of a step is read: no link that leads elsewhere, no description too large to parse."""
+    for folder, folders, files in os.walk(step):
+        for path in (Path(folder, name) for name in [*folders, *files]):
+            if path.is_symlink():
+                raise _DamagedError(f"{path.relative_to(step)} is a link")
+    for path in (step / name for name in _DESCRIPTIONS):
+        if path.is_file() and path.stat().st_size > _LARGEST_DESCRIPTION:
+            raise _DamagedError(f"{path.relative_to(step)} has {path.stat().st_size:,} bytes")
 
 
 def _require_stored_as_described(stored: Mapping[str, Any], described: Mapping[str, Any]) -> None:

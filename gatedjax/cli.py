@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from gatedjax.errors import InputError, TrainingError
 from gatedjax.host_memory import keep_freed_memory
 from kernels_pallas.aot import libtpu
 
+STARTED = time.monotonic()
+# The coordinator dies with process 0: it leaves last, so that the others can still say what went wrong.
+_LEAVE_LAST_SECONDS = 2.0
+_PEER_LOST = re.compile(
+    r"gloo|nccl|connection (reset|closed)|coordination service|heartbeat|socket closed", re.IGNORECASE
+)
 # What the operating system says about the user's disks and paths, rather than about our code.
 _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
 
@@ -68,17 +75,31 @@ def _guarded(call: Callable):
     try:
         return call()
     except InputError as e:
-        _fail(str(e), 2)
+        leave(str(e), 2)
     except TrainingError as e:
-        _fail(str(e), 1)
+        leave(str(e), 1)
     except OSError as e:
         if e.errno not in _USER_ERRNOS:
             raise
-        _fail(f"{e.strerror}: {e.filename}" if e.filename else str(e), 2)
+        leave(f"{e.strerror}: {e.filename}" if e.filename else str(e), 2)
+    except jax.errors.JaxRuntimeError as e:
+        if not (_processes() > 1 and _PEER_LOST.search(str(e))):
+            raise
+        leave(f"another process of this run was lost ({e}); the last checkpoint is intact", 1)
+    except KeyboardInterrupt:
+        leave("interrupted; the last checkpoint is intact", 130)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def _processes() -> int:
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def leave(message: str, code: int) -> None:
+    """Ends this process with one line on stderr, whatever its threads are doing."""
+    where = f"process {jax.process_index()}: " if _processes() > 1 else ""
+    print(f"error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    if where and jax.process_index() == 0:
+        time.sleep(_LEAVE_LAST_SECONDS)
     # Not sys.exit: checkpoint and data threads of a failed start must not keep the process alive.
     sys.stdout.flush()
     os._exit(code)

@@ -298,6 +298,7 @@ class TrainConfig:
     eval_batches: int = 8
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    stuck_seconds: float = 1800.0  # without progress: stacks are written; after as many again the run ends; 0: never
     sample_prompt: str = "def "
     sample_tokens: int = 200
 

@@ -77,8 +77,11 @@ def describe(run: Run) -> str:
     count = sum(p.size for p in jax.tree.leaves(run.abstract.params))
     flops = train_flops_per_token(c.model, c.data.seq_len)
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
+    across = sharding.across_slices(run.mesh.shape, list(devices))
+    slices = "".join(f", {n} slices along {axis}" for axis, n in across.items() if n > 1)
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
-        f"{len(devices)} {devices[0].device_kind} device(s), mesh {mesh}; jax {jax.__version__}; "
+        f"{len(devices)} {devices[0].device_kind} device(s){processes}, mesh {mesh}{slices}; jax {jax.__version__}; "
         f"{count / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per token of training"
     )
 

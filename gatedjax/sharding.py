@@ -7,8 +7,10 @@ tensor   heads, hidden width, vocabulary
 expert   experts (and rows of the batch)
 """
 
+import bisect
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -22,9 +24,12 @@ from gatedjax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor", "expert")
 
+# A row of the batch lies on one place of these.
+BATCH_AXES = ("data", "fsdp", "expert")
+
 # Logical axis -> mesh axes. Parameters use embed, mlp, heads ...; activations batch, length, embed_act.
 RULES = (
-    ("batch", ("data", "fsdp", "expert")),
+    ("batch", BATCH_AXES),
     ("length", "context"),
     ("embed_act", None),
     ("embed", ("fsdp", "context")),
@@ -45,10 +50,11 @@ RULES = (
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices, or over those given. `data = 0` takes what the other axes leave.
 
-    TPU slices are joined along `data`: their network is some 100 times slower than a slice's own.
+    TPU slices (and GPU hosts) are joined along the first axes that they divide: data, fsdp, expert, context, tensor.
+    The network between them is far slower than a slice's own, and those axes talk the least, in that order.
 
     Raises:
-      InputError: the axes do not divide the devices, or `data` the slices.
+      InputError: the axes do not divide the devices.
     """
     devices = jax.devices() if devices is None else devices
     others = config.fsdp * config.context * config.tensor * config.expert
@@ -56,52 +62,65 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         wanted = " x ".join(f"{axis}={getattr(config, axis) or 'rest'}" for axis in AXES)
         raise InputError(f"config.mesh: {wanted} does not divide the {len(devices)} device(s) of this run")
     shape = (config.data or len(devices) // others, config.fsdp, config.context, config.tensor, config.expert)
-    slices = len({getattr(d, "slice_index", None) for d in devices})
-    if shape[0] % slices:
-        raise InputError(f"config.mesh.data: {shape[0]} came, wanted a multiple of the {slices} slices")
+    across = tuple(across_slices(dict(zip(AXES, shape)), devices).values())
     # Split physical axes: 16 x 16 devices lie on a torus of 8 x 8 x 4 only if one of its axes serves two of ours.
-    if slices == 1:
+    if math.prod(across) == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1, 1)
+        inside = tuple(n // outer for n, outer in zip(shape, across))
         grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     # Linen's logical constraints need Auto axes.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def across_slices(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> dict[str, int]:
+    """For each axis, how many slices it spans. Slices are groups of devices with a fast network of their own."""
+    left, across = len({getattr(d, "slice_index", None) for d in devices}), {}
+    for axis in ("data", "fsdp", "expert", "context", "tensor"):
+        across[axis] = math.gcd(shape[axis], left)
+        left //= across[axis]
+    return {axis: across[axis] for axis in AXES}
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [B, T]: rows over the batch axes, time over context."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), "context"))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
 
 
-def my_rows(mesh: Mesh, batch_size: int) -> range:
-    """The contiguous rows of the global batch that this process must supply.
+@functools.lru_cache
+def my_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[int, ...]:
+    """The rows of the global batch that this process (or that one) must supply, ascending.
 
     Taken from the sharding, not from the process index: processes that share rows (tensor or context peers) must
-    hold the same ones.
+    hold the same ones. They need not be contiguous: a host of a TPU pod holds a square of chips, and rows go by lines.
 
     Raises:
       InputError: the batch does not divide over the batch axes.
     """
-    ways = math.prod(mesh.shape[a] for a in ("data", "fsdp", "expert"))
+    ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
     if batch_size % ways:
         wanted = f"a multiple of data x fsdp x expert = {ways}"
         raise InputError(f"config.train.batch_size: {batch_size} came, wanted {wanted}")
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
-    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    bounds = [(s.start or 0, batch_size if s.stop is None else s.stop) for (s,) in indices]
-    rows = range(min(b[0] for b in bounds), max(b[1] for b in bounds))
-    if len(rows) != len({r for start, stop in bounds for r in range(start, stop)}):
-        raise InputError(f"config.mesh: the rows of process {jax.process_index()} are not contiguous on this mesh")
-    return rows
+    process = jax.process_index() if process is None else process
+    places = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).devices_indices_map((batch_size,))
+    mine = [rows.indices(batch_size) for device, (rows,) in places.items() if device.process_index == process]
+    return tuple(sorted({row for bounds in mine for row in range(*bounds)}))
 
 
-def global_batch(mesh: Mesh, rows, batch_size: int):
-    """The global arrays of a batch of which this process holds `rows`: a pytree of numpy arrays [my rows, T]."""
-    sharding = batch_sharding(mesh)
-    # The global shape is always given: left out, jax would guess it from the process count and could guess wrong.
-    put = lambda a: jax.make_array_from_process_local_data(sharding, a, (batch_size, *a.shape[1:]))
-    return jax.tree.map(put, rows)
+def global_batch(mesh: Mesh, local, batch_size: int):
+    """The global arrays of a batch of which this process holds `my_rows`: a pytree of numpy arrays [my rows, T]."""
+    sharding, mine = batch_sharding(mesh), my_rows(mesh, batch_size)
+
+    def put(a: np.ndarray) -> Array:
+        def part(index: tuple[slice, slice]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = bisect.bisect_left(mine, start)
+            return a[first : first + stop - start, index[1]]
+
+        # Each device asks for its part of the global shape: nothing is left to guess from the number of processes.
+        return jax.make_array_from_callback((batch_size, *a.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, local)
 
 
 def parts(name: str) -> int:

@@ -2,7 +2,10 @@
 
 import contextlib
 import math
+import time
+from collections.abc import Iterator
 
+from gatedjax import cli
 from gatedjax.errors import TrainingError
 from gatedjax.evaluate import Evaluation, tokens_per_byte
 from gatedjax.flops import peak_flops, train_flops_per_token
@@ -11,13 +14,17 @@ from gatedjax.optim import make_schedule
 from gatedjax.probe_pictures import images
 from gatedjax.probes import Probes
 from gatedjax.setup import Run
+from gatedjax.watchdog import Watchdog
 from kernels_pallas import dispatch
 
 
 class StepLog:
-    """Turns device metrics into records: adds the learning rate, bits per byte and speed. One per run of the loop."""
+    """Turns device metrics into records: adds the learning rate, bits per byte, speed and what the run waited for.
 
-    def __init__(self, run: Run, writers: Writers):
+    One per run of the loop, which it tells the watchdog about.
+    """
+
+    def __init__(self, run: Run, writers: Writers, watchdog: Watchdog):
         c = run.config
         self._config, self._writers = c, writers
         self._schedule = make_schedule(c.optim, c.train.steps)
@@ -26,6 +33,8 @@ class StepLog:
         flops = train_flops_per_token(c.model, c.data.seq_len)
         self._throughput = Throughput(tokens, flops, peak_flops(), c.train.steps)
         self._previous: dict | None = None
+        self._watchdog, self._looked_at = watchdog, 0
+        self._steps, self._data_wait, self._saving = 0, 0.0, 0.0  # since the last record
 
     def train(self, step: int, metrics: dict, write: bool) -> None:
         """After each step; writes a record if `write`.
@@ -33,19 +42,49 @@ class StepLog:
         Raises:
           TrainingError: more than `max_skips` steps in a row were skipped.
         """
+        self._steps += 1
         if self._previous is None:
             for op, implementation, reason in dispatch.choices():
                 say(f"{op}: {implementation} ({reason})")
         else:
             # Looking at the step before the one just dispatched never makes the device wait.
-            self._give_up_if_stuck(step - 1, self._previous)
-        self._previous = metrics
+            self._look_at(step - 1, self._previous)
+        first, self._previous = self._previous is None, metrics
         if write:
-            self._give_up_if_stuck(step, metrics)
+            self._look_at(step, metrics)
             skipped = int(metrics["skipped_steps"])
             loss = float(metrics["loss"])
             derived = {"bits_per_byte": loss * self._bits, "lr": float(self._schedule(step - 1 - skipped))}
-            self._writers.write(step, metrics | derived | self._throughput.read(step))
+            if first:
+                derived["first_step_s"] = time.monotonic() - cli.STARTED
+                say(f"first step done {derived['first_step_s']:.1f} s after the start")
+            self._writers.write(step, metrics | derived | self._waits() | self._throughput.read(step))
+
+    def _waits(self) -> dict[str, float | None]:
+        waits = {
+            "data_wait_s": self._data_wait / self._steps,
+            "checkpoint_s": self._saving or None,
+            "stalls": self._watchdog.stalls or None,
+        }
+        self._steps, self._data_wait, self._saving = 0, 0.0, 0.0
+        return waits
+
+    @contextlib.contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Around the wait for a batch."""
+        self._watchdog.beat(f"step {step}")
+        start = time.perf_counter()
+        yield
+        self._data_wait += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around a checkpoint: it does not count against tokens per second."""
+        self._watchdog.beat(f"checkpoint of step {step}")
+        start = time.perf_counter()
+        with self._throughput.paused():
+            yield
+        self._saving += time.perf_counter() - start
 
     def validation(self, step: int, result: Evaluation) -> None:
         """After an evaluation."""
@@ -56,15 +95,21 @@ class StepLog:
         """As pictures in TensorBoard."""
         self._writers.pictures(step, images(probes))
 
-    def paused(self) -> contextlib.AbstractContextManager:
-        """Around what is not training: it does not count against tokens per second."""
+    def evaluating(self, step: int) -> contextlib.AbstractContextManager:
+        """Around an evaluation: it does not count against tokens per second."""
+        self._watchdog.beat(f"evaluation after step {step}")
         return self._throughput.paused()
 
-    def _give_up_if_stuck(self, step: int, metrics: dict) -> None:
+    def _look_at(self, step: int, metrics: dict) -> None:
+        """Says of a skipped step that it was, once; gives up after too many in a row."""
         in_a_row, limit = int(metrics["skipped_in_a_row"]), self._config.optim.max_skips
+        if step == self._looked_at or not in_a_row:
+            return
+        self._looked_at = step
+        what = f"loss {float(metrics['loss']):.4g}, gradient norm {float(metrics['grad_norm']):.4g}"
+        say(f"step {step}: skipped, {what} ({int(metrics['skipped_steps'])} skipped in all)")
         if in_a_row > limit:
-            norm = float(metrics["grad_norm"])
             raise TrainingError(
-                f"step {step}: {in_a_row} steps in a row were skipped (config.optim.max_skips = {limit}), "
-                f"loss {float(metrics['loss']):.4g}, gradient norm {norm:.4g}; the last checkpoint is intact"
+                f"step {step}: {in_a_row} steps in a row were skipped (config.optim.max_skips = {limit}), {what}; "
+                "the last checkpoint is intact"
             )

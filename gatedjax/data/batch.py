@@ -41,7 +41,7 @@ def cut_window(
     """Window `index` of the stream as a row: arrays [T].
 
     Args:
-      tokens: the whole stream, any integer type, usually memory-mapped.
+      tokens: the whole stream, any integer type, an array or a `TokenFile`.
       document_ends: ascending; document d holds tokens document_ends[d - 1] .. document_ends[d], the end excluded.
       index: in [0, num_windows(N, seq_len)).
       seq_len: T.

@@ -1,14 +1,14 @@
 """From a configuration to batches: windows of each source, mixed, cut into the rows of this process.
 
 Element i of a dataset is the i-th global batch, whatever ran before: the state of the pipeline is one number, the next
-index. Row j of global batch i is window i * batch_size + j of one global order, and a process reads its own contiguous
-rows of it, so the global batches are the same for any number of processes and threads.
+index. Row j of global batch i is window i * batch_size + j of one global order, and a process reads its own rows of it,
+so the global batches are the same for any number of processes and threads.
 """
 
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +48,7 @@ class Block(grain.MapDataset[Batch]):
     Where the parent ends inside a batch, rows of padding fill it.
     """
 
-    def __init__(self, parent: grain.MapDataset[Batch], batch_size: int, rows: range, seq_len: int):
+    def __init__(self, parent: grain.MapDataset[Batch], batch_size: int, rows: Sequence[int], seq_len: int):
         super().__init__(parent)
         self._batch_size, self._rows, self._seq_len = batch_size, rows, seq_len
 
@@ -80,7 +80,7 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
 
 
 def make_dataset(
-    cfg: DataConfig, split: Literal["train", "validation"], *, batch_size: int, rows: range, seed: int
+    cfg: DataConfig, split: Literal["train", "validation"], *, batch_size: int, rows: Sequence[int], seed: int
 ) -> grain.MapDataset[Batch]:
     """The global batches of a split, of which this process holds `rows`: element i is a Batch of [len(rows), T].
 
@@ -90,13 +90,13 @@ def make_dataset(
 
     Args:
       batch_size: rows of a global batch, over all processes.
-      rows: which of these rows are mine, contiguous.
+      rows: which of these rows are mine, ascending (`sharding.my_rows`).
 
     Raises:
       InputError: see `corpora`. ValueError: rows outside the batch, an unknown split.
     """
-    if rows.step != 1 or not 0 <= rows.start < rows.stop <= batch_size:
-        raise ValueError(f"rows: {rows} came, wanted contiguous rows within a batch_size of {batch_size}")
+    if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < batch_size:
+        raise ValueError(f"rows: {rows} came, wanted ascending rows within a batch_size of {batch_size}")
     if split not in ("train", "validation"):
         raise ValueError(f"split: {split!r} came, wanted 'train' or 'validation'")
     loaded = corpora(cfg)

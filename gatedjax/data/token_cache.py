@@ -1,4 +1,4 @@
-"""Tokenise a source once, into memory-mapped files that are complete or absent.
+"""Tokenise a source once, into files that are complete or absent.
 
 A cache is a folder named by a fingerprint of all that its content depends on. It is written beside its final place and
 renamed when complete: a reader never meets half a cache, a crashed writer leaves nothing that is ever read. For each
@@ -30,7 +30,7 @@ from jaxtyping import Bool, Int, Integer
 
 from gatedjax.data.sources import Source
 from gatedjax.data.tokenizer import Tokenizer
-from gatedjax.errors import InputError
+from gatedjax.errors import InputError, TrainingError
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -83,14 +83,48 @@ class Corpus:
             f"{skipped}; {self.tokenizer}: {shares}; cache {self.path}"
         )
 
-    def stream(self, split: str) -> tuple[Integer[np.ndarray, "N"], Int[np.ndarray, "documents"]]:
-        """The tokens of a split, memory-mapped, and the offset behind each document."""
+    def stream(self, split: str) -> tuple["TokenFile", Int[np.ndarray, "documents"]]:
+        """The tokens of a split, on disk, and the offset behind each document."""
         ends = np.load(self.path / f"{split}.ends.npy", allow_pickle=False)
-        return np.memmap(self.path / f"{split}.tokens", self.dtype, mode="r"), ends
+        return TokenFile(self.path / f"{split}.tokens", self.dtype, self.splits[split].tokens), ends
 
     def validation_text(self) -> bytes:
         """The documents of the validation split one after another, UTF-8."""
         return (self.path / "validation.txt").read_bytes()
+
+
+class TokenFile:
+    """The tokens of a split: `len`, and slices of step 1 as arrays, read from the file when they are asked for.
+
+    Not a memory map: if the file is cut short or its disk goes away under a running process, a map ends the process
+    with SIGBUS, a read with a line. Deleted, it stays readable as long as it is open.
+    """
+
+    def __init__(self, path: Path, dtype: str, length: int):
+        self._path, self._dtype, self._length = path, np.dtype(dtype), length
+        self._file = open(path, "rb")  # noqa: SIM115 (open as long as the dataset)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int | slice) -> Integer[np.ndarray, "..."]:
+        if not isinstance(index, slice):
+            return self[index : index + 1][0]
+        start, stop, step = index.indices(self._length)
+        assert step == 1, "tokens are read in one piece"
+        size = max(stop - start, 0) * self._dtype.itemsize
+        problem, data = "", b""
+        try:
+            # pread: threads share the file, and none moves the position of another.
+            data = os.pread(self._file.fileno(), size, start * self._dtype.itemsize)
+        except OSError as e:
+            problem = f" ({e.strerror})"
+        if len(data) != size:
+            raise TrainingError(
+                f"{self._path}: {len(data)} bytes could be read, wanted {size}{problem}; the token cache was changed "
+                "while the run was reading it. The last checkpoint is intact"
+            )
+        return np.frombuffer(data, self._dtype)
 
 
 def tokenise(source: Source, tokenizer: Tokenizer, validation_share: float, cache_dir: Path) -> Corpus:

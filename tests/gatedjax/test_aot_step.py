@@ -49,11 +49,6 @@ def test_a_step_that_does_not_fit():
         (["--aot=v9:2x2"], "--aot: slice: 'v9:2x2' came, wanted"),
         pytest.param(["--aot=v5e:3x5x7"], "--aot: slice: 'v5e:3x5x7' came, which libtpu refuses", marks=needs_libtpu),
         pytest.param(["--aot=v5e:2x2", "--config.mesh.fsdp=3"], "does not divide the 4 device(s)", marks=needs_libtpu),
-        pytest.param(
-            ["--aot=2*v5e:2x2", "--config.mesh.fsdp=8"],
-            "config.mesh.data: 1 came, wanted a multiple of the 2 slices",
-            marks=needs_libtpu,
-        ),
     ],
 )
 def test_bad_slices_are_one_line(flags, message):
