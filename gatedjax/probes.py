@@ -1,29 +1,28 @@
 """Pictures of what gates do in a run.
 
-    python -m gatedjax.probes runs/tiny_moe
+    python -m gatedjax.probes --workdir=runs/tiny_moe
 
 expert_load.png: how the load of every expert went over the steps, a panel for each layer, from the run's metrics.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from gatedjax import cli
 from gatedjax.errors import InputError
 from gatedjax.metrics import METRICS_FILE, read_records, say
 
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, as --workdir of train.py.")
 PANELS = 8  # layers shown, evenly spaced, if there are more
 
 
-def main(argv: list[str]) -> None:
+def main(_) -> None:
     """Draws all that the run directory has the records for."""
-    if len(argv) != 2:
-        raise InputError("wanted one run directory: python -m gatedjax.probes runs/NAME")
-    say(f"expert load: {plot_expert_load(argv[1])}")
+    say(f"expert load: {plot_expert_load(cli.required(_WORKDIR))}")
 
 
 def plot_expert_load(run_dir: str | os.PathLike) -> Path:
@@ -90,4 +89,4 @@ def _edges(steps: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv)
+    cli.run(main)

@@ -160,9 +160,8 @@ def per_shard(
 
 
 def manual_axes(name: str) -> tuple[str, ...]:
-    """Inside `per_shard`: the mesh axes, of more than one device, of a logical axis; empty outside."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(a for a in _axes(name) if a in mesh.manual_axes and mesh.shape[a] > 1)
+    """Inside `per_shard`: the mesh axes of a logical axis; empty where there is no mesh."""
+    return tuple(a for a in _axes(name) if a in jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _gathered(x: Array, names: tuple, gathered: set[str]) -> Array:

@@ -44,6 +44,8 @@ def distributed_mixture(
     if axis not in varying_axes(assigned.x):
         first = lax.axis_index(axis) * stacks.num_experts
         return lax.psum(mixture(*assigned, stacks, first), axis), jnp.float32(0.0)
+    if lax.axis_size(axis) == 1:
+        return mixture(*assigned, stacks), jnp.float32(0.0)
     if exchange == "ring":
         return _ring(assigned, stacks, axis), jnp.float32(0.0)
     if exchange == "ragged_all_to_all" and dispatch.target_platform() == "cpu":

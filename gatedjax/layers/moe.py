@@ -155,8 +155,7 @@ def _device_mixture(c: SparseMoEConfig, x, experts, weights, gate, up, down) -> 
     stacks = Stacks(gate, up, down, c.activation, c.router.weight_input)
     assigned = Assigned(rows(x), rows(experts), rows(weights))
     lost = jnp.float32(0.0)
-    # Where the axis has one device, or this one has gathered all experts, nothing is left to exchange.
-    if manual_axes("expert") and gate.shape[0] < c.num_experts:
+    if manual_axes("expert") and c.exchange != "gather_weights":
         (axis,) = manual_axes("expert")
         y, lost = distributed_mixture(assigned, stacks, axis, c.exchange, c.exchange_factor)
     else:
