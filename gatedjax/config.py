@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 from ml_collections import config_dict as ml_config_dict
 
 from gatedjax.errors import InputError
+from gatedjax.errors import require as _require
+from gatedjax.moe_config import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 
 Remat = Literal["none", "full", "dots", "kernels"]
 
@@ -151,33 +153,11 @@ class GatedMLPConfig:
     kind: Literal["gated_mlp"] = "gated_mlp"
     hidden: int = 256
     activation: Literal["silu", "gelu"] = "silu"
-
-
-@dataclass(frozen=True)
-class SparseMoEConfig:
-    """Sparse mixture of gated MLPs with a softmax top-k router, dropless."""
-
-    kind: Literal["sparse_moe"] = "sparse_moe"
-    num_experts: int = 8
-    experts_per_token: int = 2
-    hidden: int = 128  # of one expert
-    activation: Literal["silu", "gelu"] = "silu"
-    router: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
-    renormalize: bool = True  # chosen weights sum to 1; topk_softmax always does
-    shared_hidden: int = 0  # a shared expert of this width sees every token; 0 for none
-    shared_gate: bool = True  # sigmoid(x w) on the shared expert, as Qwen2-MoE
-    balance_loss: float = 0.01  # weight of E * sum f_i P_i, which is 1 at perfect balance
-    z_loss: float = 0.001
-
-    def __post_init__(self):
-        wanted = f"between 1 and num_experts = {self.num_experts}"
-        _require(1 <= self.experts_per_token <= self.num_experts, "experts_per_token", self.experts_per_token, wanted)
-        sums_to_one = self.renormalize or self.router != "topk_softmax"
-        _require(sums_to_one, "renormalize", False, "true: the weights of topk_softmax always sum to 1")
+    not_causal = None  # no token sees a later one
 
 
 MixerConfig = GatedAttentionConfig | GatedLinearAttentionConfig
-FeedForwardConfig = GatedMLPConfig | SparseMoEConfig
+FeedForwardConfig = GatedMLPConfig | SparseMoEConfig | SoftMoEConfig | LoRAMixtureConfig
 MIXERS: dict[str, type] = {c.kind: c for c in get_args(MixerConfig)}
 FEED_FORWARDS: dict[str, type] = {c.kind: c for c in get_args(FeedForwardConfig)}
 
@@ -208,7 +188,14 @@ class ModelConfig:
             _require(name in self.mixers, "pattern", name, f"one of mixers: {', '.join(self.mixers)}")
         for name in self.ffn_pattern:
             _require(name in self.ffns, "ffn_pattern", name, f"one of ffns: {', '.join(self.ffns)}")
+            reason = self.ffns[name].not_causal
+            _require(
+                reason is None, f"ffns.{name}", reason, "a causal feed-forward: this model predicts the next token"
+            )
         _require(len(self.pattern) > 0 and len(self.ffn_pattern) > 0, "pattern", (), "at least one layer")
+        sparse = [f for f in map(self.ffns.get, self.ffn_pattern) if isinstance(f, SparseMoEConfig)]
+        same = not any(f.router.residual for f in sparse) or len({f.total_experts for f in sparse}) == 1
+        _require(same, "ffns", "router.residual", "the same number of experts in all sparse feed-forwards")
         whole = self.num_layers >= 1 and self.num_layers % self.period == 0
         _require(whole, "num_layers", self.num_layers, f"a multiple of the period {self.period}")
 
@@ -216,6 +203,12 @@ class ModelConfig:
     def period(self) -> int:
         """Layers after which both patterns repeat."""
         return math.lcm(len(self.pattern), len(self.ffn_pattern))
+
+    @property
+    def router_residual(self) -> int:
+        """Experts whose logits each sparse layer hands to the next; 0 where no router has a gating residual."""
+        sparse = [f for f in map(self.ffns.get, self.ffn_pattern) if isinstance(f, SparseMoEConfig)]
+        return max((f.total_experts for f in sparse if f.router.residual), default=0)
 
     def layer(self, i: int) -> tuple[MixerConfig, FeedForwardConfig]:
         """The mixer and the feed-forward of layer i."""
@@ -326,7 +319,10 @@ def config_dict() -> ConfigDict:
 
 
 def layer(kind: str, **values: Any) -> ConfigDict:
-    """A mixer or a feed-forward of this kind, with `values` over its defaults: an entry of `mixers` or `ffns`."""
+    """A mixer or a feed-forward of this kind, with `values` over its defaults: an entry of `mixers` or `ffns`.
+
+    A group of values is a dict over the group's defaults: `layer("sparse_moe", router={"score": "sigmoid"})`.
+    """
     kinds = MIXERS | FEED_FORWARDS
     if kind not in kinds:
         raise InputError(f"kind: {kind!r} is unknown{_nearest(kind, kinds)}")
@@ -334,7 +330,13 @@ def layer(kind: str, **values: Any) -> ConfigDict:
     for name, value in values.items():
         if name not in result:
             raise InputError(f"{kind}.{name}: unknown key{_nearest(name, result)}")
-        result[name] = value
+        if isinstance(result[name], ConfigDict):
+            for inner, v in value.items():
+                if inner not in result[name]:
+                    raise InputError(f"{kind}.{name}.{inner}: unknown key{_nearest(inner, result[name])}")
+                result[name][inner] = v
+        else:
+            result[name] = value
     return result
 
 
@@ -368,14 +370,9 @@ def nearest_key(key: str) -> str:
     """For a dotted key such as `model.widht` that the configuration does not have: "; did you mean ...?", or ""."""
     group, _, name = key.rpartition(".")
     if group.startswith(("model.mixers.", "model.ffns.")):
-        kinds = [*MIXERS.values(), *FEED_FORWARDS.values()]
+        kinds = [*MIXERS.values(), *FEED_FORWARDS.values(), RouterConfig]
         return _nearest(name, dict.fromkeys(f.name for kind in kinds for f in dataclasses.fields(kind)))
     return _nearest(key, [k for k, _ in _leaves(to_dict(Config()))])
-
-
-def _require(ok: bool, name: str, came: Any, wanted: str) -> None:
-    if not ok:
-        raise InputError(f"{name}: {came!r} came, wanted {wanted}")
 
 
 def _require_divides(name: str, part: int, whole: int) -> None:

@@ -61,4 +61,6 @@ def _linear_attention_flops(c: GatedLinearAttentionConfig, width: int, seq_len: 
 
 
 def _moe_flops(c: SparseMoEConfig, width: int) -> float:
-    return 6 * width * (c.experts_per_token * c.hidden + c.shared_hidden) + 2 * width * c.num_experts
+    # At balance, where experts that compute get their share of the assignments.
+    computing = c.experts_per_token * (c.router.ffn_share or c.num_experts / c.total_experts)
+    return 6 * width * (computing * c.hidden + c.shared_hidden) + 2 * width * c.total_experts

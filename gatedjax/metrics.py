@@ -9,11 +9,16 @@ console knows these scalars, all others go to the two files only:
   skipped_steps    by the guard, since the start         eta_s          seconds to the last step
   lr               learning rate
 
+<<<<<<< HEAD
 The two files also have data_wait_s (host seconds a step waited for its batch, mean since the last record), checkpoint_s
 (seconds that saves held up the loop since the last record), first_step_s (from the start of the command to the end of
 the first step), stalls (times that the watchdog found the run standing).
 
 A scalar that is None is left out (`mfu` where the peak is not known). Only process 0 writes.
+=======
+A scalar that is None is left out (`mfu` where the peak is not known). An array (`expert_load`) goes to the JSON line
+only, as nested lists. Only process 0 writes.
+>>>>>>> moe
 """
 
 import contextlib
@@ -33,7 +38,7 @@ from tensorboardX import SummaryWriter
 
 from gatedjax.errors import InputError
 
-Scalars = Mapping[str, Any]  # name -> a Python, NumPy or JAX number, or None for "not known"
+Scalars = Mapping[str, Any]  # name -> a Python, NumPy or JAX number (or array), or None for "not known"
 
 METRICS_FILE = "metrics.jsonl"
 _CLEAR_LINE = "\r\x1b[K"
@@ -60,7 +65,8 @@ class Writers:
         """
         if not self._writers:
             return
-        numbers = {name: float(x) for name, x in jax.device_get(dict(scalars)).items() if x is not None}
+        fetched = {name: x for name, x in jax.device_get(dict(scalars)).items() if x is not None}
+        numbers = {name: np.asarray(x) if np.ndim(x) else float(x) for name, x in fetched.items()}
         for writer in self._writers:
             writer.write(step, numbers, split)
 
@@ -137,7 +143,7 @@ class Jsonl:
 
     def write(self, step: int, scalars: Scalars, split: str = "train") -> None:
         record = {"step": step, "split": split}
-        record |= {name: x if math.isfinite(x) else None for name, x in scalars.items()}
+        record |= {name: _plain(x) for name, x in scalars.items()}
         with self._plain_errors():
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
@@ -160,6 +166,15 @@ class Jsonl:
             raise InputError(f"could not write {self._path}: {e.strerror}") from e
 
 
+def _plain(x: Any) -> Any:
+    """A number, or nested lists of numbers to 5 significant digits; None where not finite."""
+    if np.ndim(x):
+        return [_plain(row) for row in np.asarray(x)]
+    if not math.isfinite(x):
+        return None
+    return float(f"{x:.5g}") if isinstance(x, np.floating) else x
+
+
 class TensorBoard:
     """Event files. On resume, TensorBoard is told to hide what came after the restored step."""
 
@@ -171,7 +186,8 @@ class TensorBoard:
 
     def write(self, step: int, scalars: Scalars, split: str = "train") -> None:
         for name, x in scalars.items():
-            self._writer.add_scalar(f"{split}/{name}", x, step)
+            if np.ndim(x) == 0:
+                self._writer.add_scalar(f"{split}/{name}", x, step)
         self._writer.flush()
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:

@@ -39,7 +39,7 @@ class Block(nn.Module):
     index: int  # within the period
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], context: Context, cache):
+    def __call__(self, x: Float[Array, "B T M"], context: Context, cache, router_logits: Array | None):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         mixer, ffn = c.layer(self.index)
@@ -47,10 +47,13 @@ class Block(nn.Module):
         mix = MIXERS[mixer.kind][0](mixer, c.norm_eps, c.init_std, dtype, name="mixer")
         y, cache = mix(norm("mixer_norm")(x), context, cache)
         x = x + y
-        y, statistics = FEED_FORWARDS[ffn.kind](ffn, c.init_std, dtype, name="ffn")(norm("ffn_norm")(x))
+        feed_forward = FEED_FORWARDS[ffn.kind](ffn, c.init_std, dtype, name="ffn")
+        y, statistics, new_logits = feed_forward(norm("ffn_norm")(x), context, router_logits)
+        # Carried only by models whose routers have a gating residual.
+        router_logits = None if router_logits is None else new_logits
         x = nn.with_logical_constraint(x + y, ("batch", "length", "embed_act"))
         self.sow("probes", "residual", x)
-        return x, cache, statistics
+        return x, router_logits, cache, statistics
 
 
 class Period(nn.Module):
@@ -59,13 +62,15 @@ class Period(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], context: Context, caches: dict | None):
+    def __call__(self, carry: tuple[Float[Array, "B T M"], Array | None], context: Context, caches: dict | None):
+        x, router_logits = carry
         new_caches, statistics = {}, {}
         for i in range(self.config.period):
             name = f"layer_{i}"
             cache = None if caches is None else caches[name]
-            x, new_caches[name], statistics[name] = Block(self.config, i, name=name)(x, context, cache)
-        return x, (None if caches is None else new_caches, statistics)
+            block = Block(self.config, i, name=name)
+            x, router_logits, new_caches[name], statistics[name] = block(x, context, cache, router_logits)
+        return (x, router_logits), (None if caches is None else new_caches, statistics)
 
 
 class LanguageModel(nn.Module):
@@ -85,6 +90,7 @@ class LanguageModel(nn.Module):
 
         Without caches: training or scoring of (packed) rows. With empty caches: prefill. With filled ones and T = 1:
         decoding; positions then come from the caches. Statistics are stacked over periods: [L / period, ...].
+        Routers that select with noise take it from the random stream "router", and do without where there is none.
         """
         c = self.config
         start = 0 if caches is None else caches.position
@@ -99,7 +105,12 @@ class LanguageModel(nn.Module):
         x = jnp.take(table, tokens, axis=0)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
         layers = None if caches is None else caches.layers
-        x, (layers, statistics) = self._periods()(x, Context(positions, segment_ids), layers)
+        first_logits = None
+        if c.router_residual:
+            first_logits = jnp.zeros((*tokens.shape, c.router_residual), jnp.float32)
+            first_logits = nn.with_logical_constraint(first_logits, ("batch", "length", None))
+        context = Context(positions, segment_ids, tokens)
+        (x, _), (layers, statistics) = self._periods()((x, first_logits), context, layers)
         x = RMSNorm(c.norm_eps, c.zero_centred_norm, name="final_norm")(x)
         if caches is not None:
             caches = Caches(caches.position + tokens.shape[1], layers)
@@ -114,7 +125,7 @@ class LanguageModel(nn.Module):
         scanned = nn.scan(
             period,
             variable_axes={"params": 0, "probes": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "router": True},
             in_axes=(nn.broadcast, 0),
             length=periods,
             unroll=1 if c.scan_layers else periods,

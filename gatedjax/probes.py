@@ -85,8 +85,9 @@ def _layer(mixer, batch: Batch, of_layer: tuple[dict, dict, dict]) -> dict[str, 
         result |= {"gate_mean": jnp.mean(scores[0]), "gate_histogram": counts / scores[0].size, "gate_edges": edges}
     if "log_decay" in inside:
         result["half_life"] = half_life(*inside["log_decay"])
-    if "load" in statistics:
-        result["expert_load"] = statistics["load"] * statistics["load"].shape[-1]
+    if "counts" in statistics:
+        counts = statistics["counts"]
+        result["expert_load"] = counts / jnp.sum(counts) * counts.shape[-1]
     return result
 
 

@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gatedjax import sharding
+from gatedjax import router_state, sharding
 from gatedjax.config import Config
 from gatedjax.errors import InputError
 from gatedjax.flops import train_flops_per_token
@@ -56,9 +56,10 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     mesh = sharding.make_mesh(config.mesh, devices)
     boxed = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
     sharding.check_divides(mesh, boxed)
-    tx = make_optimizer(config.optim, config.train.steps, param_axes(boxed))
+    trained, _ = router_state.split(boxed)
+    tx = make_optimizer(config.optim, config.train.steps, param_axes(trained))
     shapes = jax.eval_shape(lambda key: init_state(config, tx, key), jax.random.key(0))
-    params = sharding.param_shardings(mesh, boxed)
+    params = sharding.param_shardings(mesh, trained)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = TrainState(
         step=replicated,
@@ -66,6 +67,7 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         opt_state=sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params),
         ema=params if config.optim.ema_decay else None,
         guard=jax.tree.map(lambda _: replicated, shapes.guard),
+        routers=jax.tree.map(lambda _: replicated, shapes.routers),
     )
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return Run(config, mesh, tx, placed)

@@ -39,6 +39,7 @@ RULES = (
     ("head_dim", None),
     ("rank", None),
     ("router", None),
+    ("router_in", None),
     ("shared_gate", None),
     ("vocab", "tensor"),
     ("embed_vocab", ("fsdp", "context")),
@@ -158,7 +159,7 @@ def per_shard(
       in_axes: for every argument (an array or None), the logical name of each axis; None hands over the whole axis.
       out_axes: the same for the result; a list for several results.
       gathered: names of which each device gathers the whole before `fn`; their gradients are reduced and scattered.
-      summed: the name along which results are partial sums.
+      summed: the name along which the result, or the first of several, is a partial sum.
 
     A name whose size the mesh does not divide (one row, at the start or when sampling) is handed over whole.
     """
@@ -172,19 +173,27 @@ def per_shard(
         ways = {name: math.prod(mesh.shape[a] for a in _axes(name)) for name in named}
         cut = {name: _axes(name) for name, size in named.items() if size % ways[name] == 0}
         # Gathered by hand, an array counts as different on every device: only right if the result is cut likewise.
-        results = out_axes if isinstance(out_axes, list) else [out_axes]
+        several = isinstance(out_axes, list)
+        results = out_axes if several else [out_axes]
         whole = set(gathered) if any(name and name not in cut for names in results for name in names) else set()
         spec = lambda names: PartitionSpec(*(cut.get(name) if name not in whole else None for name in names))
 
         def body(*parts):
             by_hand = set(gathered) & cut.keys() - whole
             y = fn(*(_gathered(x, names, by_hand) for x, names in zip(parts, in_axes)))
-            return jax.lax.psum(y, cut[summed]) if cut.get(summed) else y
+            if not cut.get(summed):
+                return y
+            return (jax.lax.psum(y[0], cut[summed]), *y[1:]) if several else jax.lax.psum(y, cut[summed])
 
-        out = tuple(map(spec, results)) if isinstance(out_axes, list) else spec(out_axes)
+        out = tuple(map(spec, results)) if several else spec(out_axes)
         return jax.shard_map(body, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=out)(*args)
 
     return call
+
+
+def manual_axes(name: str) -> tuple[str, ...]:
+    """Inside `per_shard`: the mesh axes of a logical axis; empty where there is no mesh."""
+    return tuple(a for a in _axes(name) if a in jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _gathered(x: Array, names: tuple, gathered: set[str]) -> Array:

@@ -1,6 +1,7 @@
 """Flax modules: they own parameters, names, logical axes and dtypes; the arithmetic is in plain functions.
 
-A mixer is called as `(x, context, cache) -> (y, cache)`, a feed-forward as `(x) -> (y, statistics)`. To add one: a file
+A mixer is called as `(x, context, cache) -> (y, cache)`, a feed-forward as `(x, context, router_logits) -> (y,
+statistics, router_logits)`: what a sparse one tells the next sparse one, handed on by all others. To add one: a file
 here, a line below, and its dataclass in `config.py` (CONTRIBUTING.md walks through it).
 """
 

@@ -11,7 +11,9 @@ class Context:
 
     positions: position of each token within its document (rotary embeddings).
     segment_ids: which document of a packed row each token belongs to; None when a row is one document.
+    tokens: their ids (routers that go by a hash of them); None for vectors that come from elsewhere.
     """
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None = None
+    tokens: Int[Array, "B T"] | None = None

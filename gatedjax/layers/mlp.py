@@ -7,6 +7,7 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedMLPConfig
+from gatedjax.layers.context import Context
 from gatedjax.layers.projection import Projection
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
@@ -25,10 +26,10 @@ class GatedMLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"]) -> tuple[Float[Array, "B T M"], dict]:
-        """Returns y and no statistics (a sparse feed-forward has some)."""
+    def __call__(self, x: Float[Array, "B T M"], context: Context | None = None, router_logits: Array | None = None):
+        """Returns y, no statistics (a sparse feed-forward has some), and the router logits as they came."""
         hidden = {"mlp": self.config.hidden}
         gate = Projection({"embed": x.shape[-1]}, hidden, self.std, self.dtype, name="gate")(x)
         up = Projection({"embed": x.shape[-1]}, hidden, self.std, self.dtype, name="up")(x)
         h = nn.with_logical_constraint(gated_product(gate, up, self.config.activation), ("batch", "length", "mlp"))
-        return Projection(hidden, {"embed": x.shape[-1]}, self.std, self.dtype, name="down")(h), {}
+        return Projection(hidden, {"embed": x.shape[-1]}, self.std, self.dtype, name="down")(h), {}, router_logits

@@ -61,7 +61,7 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
         for step, batch in enumerate(_stream(cell, run), start=1):
             state, on_device = step_fn(state, global_batch(run.mesh, batch, c.batch_size))
             if step % LOOK_EVERY == 0 or step == c.steps:
-                metrics = {name: float(x) for name, x in on_device.items()}
+                metrics = {name: float(x) for name, x in on_device.items() if x.ndim == 0}
                 if _stuck(run, metrics) or not math.isfinite(metrics["loss"]) or step == c.steps:
                     break
             if recall is not None and step % c.eval_every == 0 and recall(_params(state)).accuracy >= stop_at:

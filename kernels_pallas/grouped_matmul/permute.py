@@ -21,8 +21,10 @@ def sort_by_group(
     """
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"sort_by_group: ids has shape {ids.shape} and dtype {ids.dtype}, wanted [R] integers")
-    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
-    inverse = jnp.argsort(order).astype(jnp.int32)
+    # Inside shard_map, jax takes the indices that argsort sorts along for the same on all devices (0.11, 0.12): told
+    # nothing else, it would sum gradients over devices before they are put back in order.
+    order = varying_like(jnp.argsort(ids, stable=True).astype(jnp.int32), ids)
+    inverse = varying_like(jnp.argsort(order).astype(jnp.int32), ids)
     group_sizes = jnp.sum(ids[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
     return order, inverse, group_sizes
 

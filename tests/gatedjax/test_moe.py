@@ -1,4 +1,6 @@
-"""Sparse = dense mixture of experts; router formulas; balance statistics."""
+"""Sparse = dense mixture of experts, for every router; permutations, capacity, experts that cost nothing."""
+
+import dataclasses
 
 import flax.linen as nn
 import jax
@@ -6,87 +8,185 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms
+from moe_dense import dense_moe
 
-from gatedjax.config import SparseMoEConfig
+from gatedjax.config import ModelConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.errors import InputError
+from gatedjax.layers.context import Context
 from gatedjax.layers.moe import SparseMoE
-from gatedjax.layers.routing import balance_loss, expert_load, router_z_loss, softmax_topk, topk_softmax
+from gatedjax.router_state import NAME, split
 
 X = np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32)
+TOKENS = np.random.default_rng(1).integers(0, 30, (2, 24)).astype(np.int32)
+# Every way to make logits, scores, a selection and weights, and the models of the literature.
 VARIANTS = {
     "Mixtral": {},
-    "OLMoE": dict(renormalize=False),
-    "gpt-oss": dict(router="topk_softmax"),
-    "Qwen2-MoE": dict(renormalize=False, shared_hidden=24),
+    "OLMoE": dict(router=dict(renormalize=False)),
+    "gpt-oss": dict(router=dict(weighting="selected", affine=True)),
+    "Qwen2-MoE": dict(router=dict(renormalize=False), shared_hidden=24),
     "shared, no gate": dict(shared_hidden=24, shared_gate=False, activation="gelu"),
-    "one expert": dict(experts_per_token=1, renormalize=False),
-    "all experts": dict(experts_per_token=5),
+    "Switch": dict(experts_per_token=1, router=dict(renormalize=False)),
+    "Llama 4": dict(experts_per_token=1, router=dict(score="sigmoid", renormalize=False, weight_input=True)),
+    "DeepSeek-V2": dict(
+        num_experts=6,
+        router=dict(
+            selection="grouped_topk", num_groups=3, kept_groups=2, group_score="max", renormalize=False, scale=4.0
+        ),
+    ),
+    "DeepSeek-V3": dict(
+        num_experts=8,
+        experts_per_token=3,
+        router=dict(
+            score="sigmoid", selection="grouped_topk", num_groups=4, kept_groups=2, scale=2.5, bias_rule="sign"
+        ),
+    ),
+    "LongCat": dict(num_experts=4, copy_experts=2, router=dict(renormalize=False, scale=6.0, bias_rule="pid")),
+    "MoE++": dict(zero_experts=1, copy_experts=1, constant_experts=2, router=dict(renormalize=False, residual=True)),
+    "sparsemax, skipping": dict(experts_per_token=3, router=dict(score="sparsemax", threshold=1e-6, renormalize=False)),
+    "sparsemax of the selected": dict(router=dict(score="sparsemax", weighting="selected", renormalize=False)),
+    "MoDES": dict(experts_per_token=4, router=dict(threshold=0.12)),
+    "hash": dict(router=dict(selection="hash", weighting="uniform")),
+    "expert choice": dict(router=dict(selection="expert_choice", renormalize=False)),
+    "straight through": dict(router=dict(selection="gumbel", renormalize=False)),
+    "activation gate, annealed": dict(
+        router=dict(modified_input="tanh", activation="gelu", affine=True, temperature=2.0, anneal_steps=5)
+    ),
+    "bounded input": dict(
+        router=dict(modified_input="unit", activation="sigmoid", temperature=0.2, final_temperature=0.2)
+    ),
+    "all experts": dict(experts_per_token=5, router=dict(score="sigmoid", renormalize=False)),
 }
 
 
+def configure(**values) -> SparseMoEConfig:
+    router = RouterConfig(**values.pop("router", {}))
+    return SparseMoEConfig(**dict(num_experts=5, hidden=12) | values, router=router)
+
+
 def make(config):
+    """The module, its parameters and its state; biases and importance are moved from where they start."""
     module = SparseMoE(config, 0.3, jnp.float32)
-    return module, nn.meta.unbox(module.init(jax.random.key(0), X)["params"])
-
-
-def dense(c: SparseMoEConfig, p, x):
-    """Every expert on every token; the weights of those not chosen are zero."""
-    activation = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}[c.activation]
-    scores = x @ p["router"]["kernel"]
-    probabilities = jax.nn.softmax(scores)
-    order = jnp.argsort(-probabilities, stable=True)
-    chosen = jnp.argsort(order, stable=True) < c.experts_per_token
-    weights = jnp.where(chosen, probabilities, 0.0)
-    if c.renormalize:
-        weights = weights / weights.sum(-1, keepdims=True)
-    h = activation(jnp.einsum("btm,emf->btef", x, p["gate"])) * jnp.einsum("btm,emf->btef", x, p["up"])
-    y = jnp.einsum("bte,btef,efm->btm", weights, h, p["down"])
-    if c.shared_hidden:
-        s = p["shared"]
-        shared = (activation(x @ s["gate"]["kernel"]) * (x @ s["up"]["kernel"])) @ s["down"]["kernel"]
-        y = y + shared * (jax.nn.sigmoid(x @ p["shared_gate"]["kernel"]) if c.shared_gate else 1.0)
-    return y
+    init = jax.jit(lambda key: module.init(key, X, Context(TOKENS, None, TOKENS)))  # jit leaves out the layer itself
+    params = nn.meta.unbox(init(jax.random.key(0))["params"])
+    params, state = split(params)
+    values = np.random.default_rng(5)
+    move = {"bias": 0.3, "importance": 0.2, "router_bias": 0.5}
+    shift = lambda path, a: a + move.get(path[-1].key, 0.0) * values.normal(size=a.shape).astype(np.float32)
+    return module, *(jax.tree_util.tree_map_with_path(shift, tree) for tree in (params, state))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sparse_equals_dense_with_gradients(name):
-    config = SparseMoEConfig(**dict(num_experts=5, hidden=12) | VARIANTS[name])
-    module, params = make(config)
+    config = configure(**VARIANTS[name])
+    module, params, state = make(config)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=X.shape), jnp.float32)
-    sparse = lambda p, x: module.apply({"params": p}, x)[0]
-    loss = lambda f: lambda p, x: jnp.sum(f(p, x) * weight)
-    assert rel_rms(jax.jit(sparse)(params, X), dense(config, params, X)) < 1e-5
-    actual = jax.jit(jax.grad(loss(sparse), argnums=(0, 1)))(params, X)
-    expected = jax.grad(loss(lambda p, x: dense(config, p, x)), argnums=(0, 1))(params, X)
+    previous = np.random.default_rng(2).normal(size=(*X.shape[:2], config.total_experts)).astype(np.float32)
+
+    def sparse(p, x):
+        y, *_ = module.apply({"params": p | state}, x, Context(TOKENS, None, TOKENS), previous)
+        return jnp.sum(y * weight), y
+
+    def dense(p, x):
+        y = dense_moe(config, p, x, state.get(NAME), TOKENS, previous)
+        return jnp.sum(y * weight), y
+
+    both = lambda *args: [jax.grad(f, argnums=(0, 1), has_aux=True)(*args) for f in (sparse, dense)]
+    (actual, y), (expected, z) = jax.jit(both)(params, X)
+    assert rel_rms(y, z) < 1e-5
     for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)):
-        assert rel_rms(a, e) < 2e-5, jax.tree_util.keystr(path)
+        assert rel_rms(a, e) < 3e-5, jax.tree_util.keystr(path)
 
 
-def test_permuting_tokens_permutes_outputs():
-    module, params = make(SparseMoEConfig(num_experts=5, hidden=12))
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "expert choice"])
+def test_permuting_tokens_permutes_outputs(name):
+    module, params, state = make(configure(**VARIANTS[name]))
     order = np.random.default_rng(2).permutation(24)
-    y, statistics = module.apply({"params": params}, X)
-    z, permuted = module.apply({"params": params}, X[:, order])
+    apply = jax.jit(lambda x: module.apply({"params": params | state}, x))
+    (y, statistics, _), (z, permuted, _) = apply(X), apply(X[:, order])
     assert rel_rms(z, y[:, order]) < 1e-6
-    np.testing.assert_allclose(permuted["aux_loss"], statistics["aux_loss"], rtol=1e-6)
+    for key in statistics:
+        np.testing.assert_allclose(permuted[key], statistics[key], rtol=1e-5, err_msg=key)
 
 
-def test_both_orders_agree_when_renormalised():
-    scores = jnp.asarray(np.random.default_rng(3).normal(size=(50, 8)))
-    a, b = softmax_topk(scores, 3, True), topk_softmax(scores, 3)
-    np.testing.assert_array_equal(a.experts, b.experts)
-    np.testing.assert_allclose(a.weights, b.weights, rtol=1e-5)
-    loose = softmax_topk(scores, 3, False)
-    assert (loose.weights.sum(-1) < 1).all()
+def test_only_free_experts_equal_their_closed_form():
+    """y = (w_copy + sum_i w_i a_i1) x + sum_i w_i a_i2 v_i, and no matrix of an expert exists."""
+    free = dict(zero_experts=1, copy_experts=1, constant_experts=2)
+    module, params, _ = make(configure(num_experts=0, experts_per_token=4, router=dict(renormalize=False), **free))
+    assert set(params) == {"router", "constant_mixer", "constant"}
+    w = jax.nn.softmax(X @ params["router"]["kernel"])
+    a = jax.nn.softmax(jnp.einsum("btm,mnc->btnc", X, params["constant_mixer"]))
+    of_x = w[..., 1] + jnp.sum(w[..., 2:] * a[..., 0], -1)
+    expected = of_x[..., None] * X + jnp.einsum("btn,nm->btm", w[..., 2:] * a[..., 1], params["constant"])
+    y, statistics, _ = module.apply({"params": params}, X)
+    assert rel_rms(y, expected) < 1e-6
+    np.testing.assert_array_equal(statistics["counts"], [48] * 4)
 
 
-def test_balance_loss_is_one_at_balance_and_e_at_collapse():
-    experts = jnp.arange(40).reshape(20, 2) % 4
-    uniform = jnp.full((20, 4), 0.25)
-    np.testing.assert_allclose(balance_loss(expert_load(experts, 4), uniform), 1.0, rtol=1e-6)
-    collapsed = jnp.zeros((20, 4)).at[:, 1].set(1.0)
-    np.testing.assert_allclose(balance_loss(expert_load(jnp.ones((20, 1), int), 4), collapsed), 4.0, rtol=1e-6)
+@pytest.mark.parametrize("order", ["position", "choice", "priority"])
+def test_capacity_drops_those_who_come_last(order):
+    """Beside a queue in Python: each expert takes the first C of a row, the rest count as dropped and give 0."""
+    config = configure(capacity_factor=0.7, capacity_order=order, router=dict(renormalize=False))
+    module, params, _ = make(config)
+    y, statistics, _ = module.apply({"params": params}, X)
+    p = np.asarray(jax.nn.softmax(X @ params["router"]["kernel"]))
+    capacity, weights, dropped = 7, np.zeros_like(p), 0  # ceil(2 * 24 / 5 * 0.7)
+    for b in range(2):
+        best = np.argsort(-p[b], axis=-1, kind="stable")[:, :2]
+        calls = [(t, j) for t in range(24) for j in range(2)]
+        of_token = np.argsort(np.argsort(-p[b].max(-1), kind="stable"))
+        keys = {c: {"position": c, "choice": c[::-1], "priority": (of_token[c[0]], c[1])}[order] for c in calls}
+        taken = np.zeros(5)
+        for t, j in sorted(calls, key=keys.get):
+            e = best[t, j]
+            if taken[e] < capacity:
+                weights[b, t, e] = p[b, t, e]
+            else:
+                dropped += 1
+            taken[e] += 1
+    h = jax.nn.silu(jnp.einsum("btm,emf->btef", X, params["gate"])) * jnp.einsum("btm,emf->btef", X, params["up"])
+    assert dropped > 3 and statistics["dropped"] == dropped and statistics["counts"].sum() == 96
+    assert rel_rms(y, jnp.einsum("bte,btef,efm->btm", weights, h, params["down"])) < 1e-5
 
 
-def test_router_z_loss_formula():
-    scores = np.random.default_rng(4).normal(size=(7, 5))
-    np.testing.assert_allclose(router_z_loss(scores), np.mean(np.log(np.exp(scores).sum(-1)) ** 2), rtol=1e-5)
+def test_straight_through_noise_has_the_softmax_gradient():
+    """With noise: one expert with weight exactly 1 going forward, the relaxed gradient going backward."""
+    module, params, _ = make(configure(experts_per_token=1, router=dict(selection="gumbel", renormalize=False)))
+    apply = lambda p, key: module.apply({"params": p}, X, rngs={"router": jax.random.key(key)})
+    (y, a, _), (_, b, _) = apply(params, 0), apply(params, 1)
+    assert np.abs(a["counts"] - b["counts"]).sum() > 0, "the noise should change the selection"
+    h = jax.nn.silu(jnp.einsum("btm,emf->btef", X, params["gate"])) * jnp.einsum("btm,emf->btef", X, params["up"])
+    outputs = jnp.einsum("btef,efm->btem", h, params["down"])
+    nearest = jnp.abs(outputs - y[:, :, None]).sum(-1).min(-1)
+    assert float(nearest.max()) < 1e-4
+    grad = jax.grad(lambda p: jnp.sum(apply(p, 0)[0] ** 2))(params)["router"]["kernel"]
+    assert float(jnp.abs(grad).max()) > 1e-3
+
+
+def test_what_is_not_causal_is_refused_by_models():
+    choice = dict(selection="expert_choice", renormalize=False)
+    refused = {
+        "expert_choice": configure(router=choice),
+        "soft_moe": SoftMoEConfig(),
+        "priority": configure(capacity_factor=1.0, capacity_order="priority"),
+    }
+    for name, ffn in refused.items():
+        with pytest.raises(InputError, match=rf"ffns.mlp: .*{name}.* came, wanted a causal feed-forward"):
+            dataclasses.replace(ModelConfig(), ffns={"mlp": ffn})
+    dataclasses.replace(ModelConfig(), ffns={"mlp": configure(capacity_factor=1.0)})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(experts_per_token=6), "experts_per_token: 6 came, wanted between 1 and the number of experts, 5"),
+        (dict(router=dict(selection="grouped_topk", num_groups=2)), "router.num_groups: 2 came, wanted a divisor"),
+        (dict(router=dict(num_groups=5)), "num_groups: 5 came, wanted 1, or selection"),
+        (dict(router=dict(final_temperature=0.5)), "anneal_steps: 0 came, wanted at least 1"),
+        (dict(router=dict(selection="expert_choice")), "selection: 'expert_choice' came, wanted another, or weighting"),
+        (dict(router=dict(ffn_share=0.5)), "ffn_share: 0.5 came, wanted 0, or a bias_rule"),
+        (dict(exchange_factor=1.0), "exchange_factor: 1.0 came, wanted 0, or exchange 'all_to_all'"),
+    ],
+)
+def test_wrong_values_are_named(values, message):
+    with pytest.raises(InputError, match=message):
+        configure(**values)

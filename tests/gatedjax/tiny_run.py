@@ -88,5 +88,5 @@ def run_steps(config: Config, steps: int, batches=random_batch, devices=None) ->
         state, step_fn, log = fresh_state(run), jit_train_step(config, run.tx, run.shardings), []
         for i in range(steps):
             state, metrics = step_fn(state, global_batch(run.mesh, batches(i), config.train.batch_size))
-            log.append({k: float(v) for k, v in metrics.items()})
+            log.append({k: float(v) if v.ndim == 0 else np.asarray(v) for k, v in metrics.items()})
     return run, state, log
