@@ -23,7 +23,7 @@ from kernels_pallas.linear_scan.gpu_plan import Inputs, Plan
 from kernels_pallas.linear_scan.gpu_scan import Walk
 from kernels_pallas.linear_scan.gpu_scores import Decays
 from kernels_pallas.linear_scan.gpu_tile import SUBTOTAL
-from kernels_pallas.linear_scan.gpu_tuning import DEFAULT_CHUNK, MAX_CHUNK, MAX_D, MIN_CHUNK
+from kernels_pallas.linear_scan.gpu_tuning import MAX_CHUNK, MAX_D, MIN_CHUNK
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME, _ratio, _with_ones
 from kernels_pallas.manual_axes import varying_like
@@ -37,6 +37,10 @@ def unsupported(q, k, v, log_decay, initial_state, normalize: bool, chunk_size: 
         return f"takes K and V up to {MAX_D} (with normalize up to {MAX_D - 1}), not {q.shape[-1]} and {v.shape[-1]}"
     if chunk_size is not None and not MIN_CHUNK <= chunk_size <= MAX_CHUNK:
         return f"takes a chunk_size from {MIN_CHUNK} to {MAX_CHUNK}, not {chunk_size}"
+    plan = _plan(q, k, v, log_decay, None, chunk_size, interpret=False)
+    largest = q.shape[0] * plan.H * max(plan.T * max(plan.K, plan.V), plan.chunks * plan.K * plan.V)
+    if largest >= 2**31:
+        return f"takes arrays (states before each chunk included) below 2**31 elements, not {largest}: its index has 32 bits"
     return None
 
 
@@ -78,10 +82,10 @@ def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret: bo
     decay = "none" if log_decay is None and segment_ids is None else "scalar"
     if log_decay is not None and log_decay.ndim == 4:
         decay = "vector"
-    chunk = min(chunk_size or DEFAULT_CHUNK, max(MIN_CHUNK, 1 << (T - 1).bit_length()))
     schedule = gpu_tuning.schedule(decay)
+    chunk = min(chunk_size or schedule.chunk, max(MIN_CHUNK, 1 << (T - 1).bit_length()))
     walks = B * H * (V // gpu_tuning.scan_block_v(schedule, K, V))
-    segments = gpu_tuning.segments(walks, -(-T // chunk))
+    segments = gpu_tuning.segments(schedule, walks, -(-T // chunk))
     operand, precision = _matmuls(interpret, q, k, v)
     length = chunk * segments
     return Plan(

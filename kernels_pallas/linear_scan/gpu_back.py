@@ -99,17 +99,17 @@ def _kernel(
 ) -> None:  # fmt: skip
     C, BK = p.chunk, q.shape[1]
     here, row = block_rows(p.rows(), 0, BK), lax.iota(jnp.int32, C)
-    dreads, dwrites, dlog_total = _from_states(p, v, do, states, dstates, BK)
-    if log_total is not None:
-        dlog_total = dlog_total * jnp.exp(pltriton.load(log_total.at[lax.iota(jnp.int32, log_total.shape[0])]))
+    from_states = lambda: _from_states(p, v, do, states, dstates, BK)[:2]
+    dlog_total = None if log_total is None else _dlog_total(p, states, dstates, log_total, BK)
     q_tile, k_tile = load(q, *here) * p.scale, load(k, *here)
     i, j = tile.rows_and_columns(C)
     if p.decay == "vector":
-        log_read, sibling = logs_of(p, logs, subtotals, starts, 0, BK)
+        of_block = logs_of(p, logs, subtotals, starts, 0, BK)
         both = load(dscores, jnp.maximum(i, j), jnp.minimum(i, j))
-        c = tile.vector_cotangents(p.tile, q_tile, k_tile, log_read, sibling, both, dreads, dwrites)
+        c = tile.vector_cotangents(p.tile, q_tile, k_tile, of_block, both, from_states)
         pltriton.store(dlogs.at[here], tile.vector_dlogs(p.tile, c, dlog_total).astype(dlogs.dtype))
     else:
+        dreads, dwrites = from_states()
         passed = load(dscores, i, j) * tile.scalar_mask(C, sums_of(sums, C))
         factors = [1.0 if f is None else pltriton.load(f.at[row])[:, None] for f in (read_factor, write_factor)]
         c = tile.scalar_cotangents(p.tile, q_tile, k_tile, passed, factors[0] * dreads, factors[1] * dwrites)
@@ -128,18 +128,30 @@ def _kernel(
     pltriton.store(dk.at[here], dk_tile.astype(dk.dtype))
 
 
-def _from_states(p: Plan, v, do, states, dstates, BK: int) -> tuple[Array, Array, Array]:
-    """(dreads [C, K], dwrites [C, K], the sum over V of S dS [K])."""
+def _from_states(p: Plan, v, do, states, dstates, BK: int) -> tuple[Array, Array]:
+    """dreads and dwrites, [C, K] each."""
     C, BV = p.chunk, block(p.schedule.back_block_v, p.V)
 
     def columns(c, carry):
-        dreads, dwrites, met = carry
+        dreads, dwrites = carry
         here = block_rows(p.rows(), c * BV, BV)
         of_state = block_rows(lax.iota(jnp.int32, BK), c * BV, BV)
         S, dS = pltriton.load(states.at[of_state]), pltriton.load(dstates.at[of_state])
         dreads += matmul(p.tile, pltriton.load(do.at[here]), S, trans_b=True)
         dwrites += matmul(p.tile, pltriton.load(v.at[here]), dS, trans_b=True)
-        return dreads, dwrites, met + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32), axis=1)
+        return dreads, dwrites
 
     zeros = jnp.zeros((C, BK), jnp.float32)
-    return _over(p.V // BV, columns, (zeros, zeros, jnp.zeros((BK,), jnp.float32)))
+    return _over(p.V // BV, columns, (zeros, zeros))
+
+
+def _dlog_total(p: Plan, states, dstates, log_total, BK: int) -> Array:
+    """[K], from one pass over S and dS."""
+    BV = block(p.schedule.back_block_v, p.V)
+
+    def columns(c, met):
+        of_state = block_rows(lax.iota(jnp.int32, BK), c * BV, BV)
+        return met + jnp.sum(load(states, *of_state) * load(dstates, *of_state), axis=1)
+
+    met = _over(p.V // BV, columns, jnp.zeros((BK,), jnp.float32))
+    return met * jnp.exp(pltriton.load(log_total.at[lax.iota(jnp.int32, log_total.shape[0])]))

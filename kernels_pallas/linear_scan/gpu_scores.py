@@ -118,8 +118,8 @@ def _vector_kernel(p: Plan, q, k, logs, subtotals, out, reads, writes, bonus=Non
         here = block_rows(rows, first, BK)
         q_tile, k_tile = load(q, *here) * p.scale, load(k, *here)
         own += _own(p, q_tile, k_tile, bonus, first)
-        log_read, sibling = logs_of(p, logs, subtotals, starts, first, BK)
-        more, read, written = tile.vector_scores(p.tile, q_tile, k_tile, log_read, sibling)
+        of_block = logs_of(p, logs, subtotals, starts, first, BK)
+        more, read, written = tile.vector_scores(p.tile, q_tile, k_tile, of_block)
         pltriton.store(reads.at[here], read.astype(reads.dtype))
         pltriton.store(writes.at[here], written.astype(writes.dtype))
         return scored + more, own
@@ -131,20 +131,18 @@ def _vector_kernel(p: Plan, q, k, logs, subtotals, out, reads, writes, bonus=Non
     pltriton.store(out.at[block_rows(lax.iota(jnp.int32, C), 0, C)], scored.astype(out.dtype))
 
 
-def logs_of(p: Plan, logs, subtotals, starts, first, BK: int):
-    """(what each token's own read meets [C, BK], the loader of siblings' totals)."""
+def logs_of(p: Plan, logs, subtotals, starts, first, BK: int) -> tile.Logs:
     C, rows = p.chunk, p.rows()
-    blocks = C // SUBTOTAL
     # A row of the chunk, or of its subtotals, as it lies in memory.
     at = lambda ref, size: lambda row: load(ref, *block_rows(size - 1 - row if p.reverse else row, first, BK))
-    sibling = lambda h: tile.sibling_total(h, C, at(logs, C), at(subtotals, blocks))
     if p.inclusive:
-        return load(logs, *block_rows(rows, first, BK)), sibling
-    log_read = jnp.zeros((C, BK), jnp.float32)
-    if starts is None:
-        return log_read, sibling
-    empties = pltriton.load(starts.at[lax.iota(jnp.int32, C)])
-    return log_read + jnp.where(empties > 0, LOG_ZERO, 0.0)[:, None], sibling
+        log_read = load(logs, *block_rows(rows, first, BK))
+    else:
+        log_read = jnp.zeros((C, BK), jnp.float32)
+        if starts is not None:
+            empties = pltriton.load(starts.at[lax.iota(jnp.int32, C)])
+            log_read += jnp.where(empties > 0, LOG_ZERO, 0.0)[:, None]
+    return tile.Logs(log_read, at(logs, C), at(subtotals, C // SUBTOTAL))
 
 
 def _own(p: Plan, q: Array, k: Array, bonus, first) -> Array:

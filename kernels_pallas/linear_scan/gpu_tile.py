@@ -50,34 +50,38 @@ def diagonal(own: Array) -> Array:
 # --- vector decay
 
 
-def sibling_total(h: int, C: int, logs_at: Callable, subtotals_at: Callable) -> Array:
-    """[C, K]: for each row the sum of logs of the block of h rows that its own is merged with.
+class Logs(NamedTuple):
+    """Of one chunk and a block of K."""
 
-    Args:
-      logs_at: rows of the chunk [C] -> their logs [C, K].
-      subtotals_at: sums of SUBTOTAL rows, likewise.
+    read: Array  # [C, K]: what a token's own read meets of its own log
+    at: Callable  # rows of the chunk [C] -> their logs [C, K]
+    subtotals_at: Callable  # the same of sums of SUBTOTAL rows
+
+
+def _climb(C: int, logs: Logs, visit: Callable, carry) -> tuple[Array, tuple[Array, Array]]:
+    """Runs `carry = visit(h, later [C, K], factors [C, K], carry)` over the levels h = 1, 2, 4, ..., C/2.
+
+    Returns (carry, (exp(F), exp(R)) of the whole chunk). Loops, not unrolled: else every level's loads are in flight at
+    once, and registers spill.
     """
-    row = lax.iota(jnp.int32, C)
-    at, h = (logs_at, h) if h < SUBTOTAL else (subtotals_at, h // SUBTOTAL)
-    first = ((row if at is logs_at else row // SUBTOTAL) ^ h) & ~(h - 1)
-    total = at(first)
-    for m in range(1, h):
-        total += at(first + m)
-    return total
+    row, width = lax.iota(jnp.int32, C), logs.read.shape
 
+    def over(at, unit, levels, state):
+        def level(t, state):
+            F, R, carry = state
+            h = jnp.int32(1) << t
+            later = (((row // unit) & h) != 0)[:, None]
+            carry = visit(h * unit, later, jnp.exp(jnp.where(later, F, R)), carry)
+            first = ((row // unit) ^ h) & ~(h - 1)
+            total = lax.fori_loop(0, h, lambda m, total: total + at(first + m), jnp.zeros(width, jnp.float32))
+            return F + jnp.where(later, total, 0.0), R + jnp.where(later, 0.0, total), carry
 
-def _levels(C: int, log_read: Array, sibling: Callable):
-    """Yields (h, later [C, K], exponents [C, K]), then (C, None, (F, R)) of the whole chunk."""
-    F, R = log_read, jnp.zeros_like(log_read)
-    row = lax.broadcasted_iota(jnp.int32, log_read.shape, 0)
-    h = 1
-    while h < C:
-        later = (row & h) != 0
-        yield h, later, jnp.exp(jnp.where(later, F, R))
-        total = sibling(h)
-        F, R = F + jnp.where(later, total, 0.0), R + jnp.where(later, 0.0, total)
-        h *= 2
-    yield C, None, (jnp.exp(F), jnp.exp(R))
+        return lax.fori_loop(0, levels, level, state)
+
+    levels, fine = C.bit_length() - 1, SUBTOTAL.bit_length() - 1
+    state = logs.read, jnp.zeros(width, jnp.float32), carry
+    F, R, carry = over(logs.subtotals_at, SUBTOTAL, levels - fine, over(logs.at, 1, fine, state))
+    return carry, (jnp.exp(F), jnp.exp(R))
 
 
 def _meet(h: int, C: int) -> Array:
@@ -86,15 +90,16 @@ def _meet(h: int, C: int) -> Array:
     return ((i ^ j) >= h) & ((i ^ j) < 2 * h)
 
 
-def vector_scores(tile: Tile, q: Array, k: Array, log_read: Array, sibling: Callable) -> tuple[Array, Array, Array]:
+def vector_scores(tile: Tile, q: Array, k: Array, logs: Logs) -> tuple[Array, Array, Array]:
     """(scores [C, C] without the own ones and with rubbish where j > i, reads, writes [C, K])."""
     C = q.shape[0]
-    scores = jnp.zeros((C, C), jnp.float32)
-    for h, later, factors in _levels(C, log_read, sibling):
-        if later is None:
-            return scores, q * factors[0], k * factors[1]
+
+    def visit(h, later, factors, scores):
         y = (jnp.where(later, q, k) * factors).astype(tile.operand)
-        scores = jnp.where(_meet(h, C), matmul(tile, y, y, trans_b=True), scores)
+        return jnp.where(_meet(h, C), matmul(tile, y, y, trans_b=True), scores)
+
+    scores, (read_factors, write_factors) = _climb(C, logs, visit, jnp.zeros((C, C), jnp.float32))
+    return scores, q * read_factors, k * write_factors
 
 
 class Cotangents(NamedTuple):
@@ -107,20 +112,21 @@ class Cotangents(NamedTuple):
     of_writes: Array  # writes_j dwrites_j: for the logs after j
 
 
-def vector_cotangents(
-    tile: Tile, q: Array, k: Array, log_read: Array, sibling: Callable, dscores: Array, dreads: Array, dwrites: Array
-) -> Cotangents:
-    """dscores [C, C] is symmetric: the scores' cotangent in both triangles."""
+def vector_cotangents(tile: Tile, q: Array, k: Array, logs: Logs, dscores: Array, from_states: Callable) -> Cotangents:
+    """dscores [C, C] is symmetric: the scores' cotangent in both triangles. from_states() -> (dreads, dwrites)."""
     C = q.shape[0]
-    dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
-    for h, later, factors in _levels(C, log_read, sibling):
-        if later is None:
-            from_reads, from_writes = factors[0] * dreads, factors[1] * dwrites
-            met = (q * (dq + from_reads), k * dk, k * from_writes)
-            return Cotangents(dq + from_reads, dk + from_writes, *met)
+
+    def visit(h, later, factors, carry):
+        dq, dk = carry
         y = jnp.where(later, q, k) * factors
         dy = matmul(tile, jnp.where(_meet(h, C), dscores, 0.0), y) * factors
-        dq, dk = dq + jnp.where(later, dy, 0.0), dk + jnp.where(later, 0.0, dy)
+        return dq + jnp.where(later, dy, 0.0), dk + jnp.where(later, 0.0, dy)
+
+    (dq, dk), (read_factors, write_factors) = _climb(C, logs, visit, (jnp.zeros_like(q), jnp.zeros_like(k)))
+    dreads, dwrites = from_states()  # not earlier: registers are short
+    from_reads, from_writes = read_factors * dreads, write_factors * dwrites
+    met = (q * (dq + from_reads), k * dk, k * from_writes)
+    return Cotangents(dq + from_reads, dk + from_writes, *met)
 
 
 def vector_dlogs(tile: Tile, c: Cotangents, dlog_total: Array) -> Array:

@@ -8,21 +8,22 @@ from typing import NamedTuple
 
 import jax
 
-MIN_CHUNK, MAX_CHUNK, DEFAULT_CHUNK = 16, 128, 64  # a tensor core's tile has 16 rows; logs are summed in eights
+MIN_CHUNK, MAX_CHUNK = 16, 128  # a tensor core's tile has 16 rows; logs are summed in eights
 MAX_D = 512
 SEGMENT_CHUNKS = 8  # the fewest chunks that are walked as one part
-WALKS_PER_CORE = 2  # programs of the scan kernel that a streaming multiprocessor holds
 
 
 class Schedule(NamedTuple):
     """How the kernels are cut. block_k and block_v are upper bounds: a block divides its axis."""
 
+    chunk: int = 64
     scores_block_k: int = 64
     scores_warps: int = 8
     scan_block_k: int = 64
     scan_block_v: int = 64
     scan_warps: int = 4
     scan_stages: int = 1
+    walks_per_core: int = 1  # a sequence is cut into segments until there are so many programs of the scan kernel
     back_block_k: int = 64
     back_block_v: int = 64
     back_warps: int = 8
@@ -49,11 +50,11 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
     return block(most, V)
 
 
-def segments(walks: int, chunks: int) -> int:
+def segments(schedule: Schedule, walks: int, chunks: int) -> int:
     """Into how many parts, a power of two, a sequence is cut so that `walks` programs a part fill the chip."""
-    cores = TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])[0]
+    wanted = TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])[0] * schedule.walks_per_core
     parts = 1
-    while walks * parts < cores * WALKS_PER_CORE // 2 and chunks >= 2 * parts * SEGMENT_CHUNKS:
+    while 2 * parts * walks <= wanted and chunks >= 2 * parts * SEGMENT_CHUNKS:
         parts *= 2
     return parts
 
