@@ -160,8 +160,28 @@ def test_residuals_have_names_and_checkpoint_recomputes():
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-6
 
 
+@pytest.fixture
+def interpreter_in_shard_map(monkeypatch):
+    """Pallas' interpreter knows nothing of varying axes, and a Triton kernel has no other one.
+
+    So the interpreter's own program is traced without the check, which for the op and its derivative stays on. The
+    check of the kernels' types needs no such help where they are compiled: test_aot_cuda.py.
+    """
+    from jax._src import config
+    from jax._src.pallas import hlo_interpreter
+
+    right = hlo_interpreter.pallas_call_hlo_interpret
+
+    def interpret(*args, **params):
+        with config._check_vma(False):
+            program = jax.make_jaxpr(partial(right, **params))(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args))
+            return jax.core.eval_jaxpr(program.jaxpr, program.consts, *args)
+
+    monkeypatch.setattr(hlo_interpreter, "pallas_call_hlo_interpret", interpret)
+
+
 @pytest.mark.parametrize("rank", [1, 4])
-def test_shard_map_with_varying_axes_checked(rank):
+def test_shard_map_with_varying_axes_checked(rank, interpreter_in_shard_map):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     x = low(make(B=2, H=1, T=20, rank=rank, bonus=True))
     specs = {n: P() if n == "bonus" or (n == "log_decay" and rank == 1) else P("data") for n in x}
@@ -180,7 +200,7 @@ def test_shard_map_with_varying_axes_checked(rank):
 
 
 @pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), (("x", "y"), AxisType.Explicit)])
-def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
+def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type, interpreter_in_shard_map):
     """Auto axes by their names, Explicit ones by their arguments' types."""
     mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2)
     x = low(make(B=2, T=20, rank=3, bonus=True))
