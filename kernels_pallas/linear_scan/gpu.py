@@ -133,7 +133,9 @@ def _logs(plan: Plan, q: Array, log_decay: Array | None, starts: Array | None) -
         log_decay = varying_like(jnp.zeros((1, *q.shape[1:3])), q)
     logs = jnp.maximum(log_decay, tile.LOG_ZERO)
     if starts is not None:
-        logs = jnp.where(starts.reshape(*starts.shape, *[1] * (logs.ndim - 2)), jnp.asarray(tile.LOG_ZERO, logs.dtype), logs)
+        logs = jnp.where(
+            starts.reshape(*starts.shape, *[1] * (logs.ndim - 2)), jnp.asarray(tile.LOG_ZERO, logs.dtype), logs
+        )
     if plan.decay == "vector":
         return _padded(logs, plan.T, plan.K)
     return _in_order(plan, _pad(jnp.swapaxes(logs.astype(jnp.float32), 1, 2), 2, plan.T), 2)
@@ -166,7 +168,9 @@ def _walk(plan: Plan, x: Inputs, decays: Decays, scored: dict[str, Array]) -> Wa
     return Walk(reads, writes, scored["out"], x.v, decays.total, decays.read_factor, decays.write_factor, None)
 
 
-def _walked(plan: Plan, walk: Walk, decays: Decays, first: Array | None, dtype, *, backward: bool, save: bool, final: bool):
+def _walked(
+    plan: Plan, walk: Walk, decays: Decays, first: Array | None, dtype, *, backward: bool, save: bool, final: bool
+):
     """The scan kernel; in two passes over segments where there are several. `final` is then [B, H, K, V]."""
     if plan.segments == 1:
         walk = walk._replace(initial=None if first is None else first[:, :, None])

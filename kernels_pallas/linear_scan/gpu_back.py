@@ -22,9 +22,7 @@ from kernels_pallas.linear_scan.gpu_tuning import block
 ROW_SUMS = 4  # of each token, for the cotangent of scalar logs: see `_store_row_sums`
 
 
-def through_scores(
-    p: Plan, x: Inputs, decays: Decays, do: Array, states: Array, dstates: Array
-) -> dict[str, Array]:
+def through_scores(p: Plan, x: Inputs, decays: Decays, do: Array, states: Array, dstates: Array) -> dict[str, Array]:
     """dq [B, T, H, K] in q's dtype; dk likewise, but float32 where key heads are shared; dbonus [B, H, N, K] float32.
 
     dlogs [B, T, H, K] of vector decays; of scalar ones rows [B, H, N, blocks, ROW_SUMS, C].
@@ -64,7 +62,9 @@ def through_scores(
     flops = 2 * B * p.H * p.T * p.K * (C * levels + 2 * p.V)
     exponentials = B * p.H * p.T * {"vector": p.K * (levels + 2), "scalar": C, "none": 0}[p.decay]
     grid = p.K // BK, p.chunks, p.H, B
-    return call(p, _kernel, grid, ins, outs, s.back_warps, flops, exponentials, f"linear_scan_{p.decay}_backward_scores")
+    return call(
+        p, _kernel, grid, ins, outs, s.back_warps, flops, exponentials, f"linear_scan_{p.decay}_backward_scores"
+    )
 
 
 def _dscores(p: Plan, v: Array, do: Array) -> Array:
@@ -75,7 +75,9 @@ def _dscores(p: Plan, v: Array, do: Array) -> Array:
     out = pl.BlockSpec((None, None, C, C), lambda n, h, b: (b, h, n, 0))
     outs = {"dscores": (like(do, (B, p.H, p.T, C), p.operand), out)}
     grid, flops = (p.chunks, p.H, B), 2 * B * p.H * p.T * C * p.V
-    return call(p, _dscores_kernel, grid, ins, outs, p.schedule.dscores_warps, flops, 0, "linear_scan_dscores")["dscores"]
+    return call(p, _dscores_kernel, grid, ins, outs, p.schedule.dscores_warps, flops, 0, "linear_scan_dscores")[
+        "dscores"
+    ]
 
 
 def _dscores_kernel(p: Plan, v, do, dscores) -> None:
@@ -105,7 +107,7 @@ def _kernel(
     i, j = tile.rows_and_columns(C)
     if p.decay == "vector":
         of_block = logs_of(p, logs, subtotals, starts, 0, BK)
-        both = load(dscores, jnp.maximum(i, j), jnp.minimum(i, j))
+        both = pltriton.load(dscores.at[jnp.maximum(i, j), jnp.minimum(i, j)])
         c = tile.vector_cotangents(p.tile, q_tile, k_tile, of_block, both, from_states)
         pltriton.store(dlogs.at[here], tile.vector_dlogs(p.tile, c, dlog_total).astype(dlogs.dtype))
     else:

@@ -38,7 +38,7 @@ def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool)
     p, s = plan, plan.schedule
     (B, H), G, N = (x.values.shape[0], p.H), p.segments, p.chunks
     BV = scan_block_v(s, p.K, p.V)
-    whole = lambda *shape: (lambda make: pl.BlockSpec(shape, make))
+    whole = lambda *shape: lambda make: pl.BlockSpec(shape, make)
     tokens = lambda a: whole(None, p.T, None, p.K)(lambda i, g, h, b: (b, 0, h // (H // a.shape[2]), 0))
     values = lambda heads: whole(None, p.T, None, BV)(lambda i, g, h, b: (b, 0, h // (H // heads), i))
     state = whole(None, None, None, p.K, BV)(lambda i, g, h, b: (b, h, g, 0, i))
@@ -154,7 +154,10 @@ def _cost(p: Plan, x: Walk, B: int, arrays: list) -> pl.CostEstimate:
 
 
 def combined(
-    log_totals: Float[Array, "B H G #K"] | None, summaries: Float[Array, "B H G K V"], first: Array | None, last_first: bool
+    log_totals: Float[Array, "B H G #K"] | None,
+    summaries: Float[Array, "B H G K V"],
+    first: Array | None,
+    last_first: bool,
 ) -> tuple[Array, Array]:
     """(the state before each segment [B, H, G, K, V], the state after all). `last_first`: the walk goes backward."""
     G, running = summaries.shape[2], jnp.zeros_like(summaries[:, :, 0]) if first is None else first
@@ -164,5 +167,3 @@ def combined(
         decayed = running if log_totals is None else jnp.exp(log_totals[:, :, g, :, None]) * running
         running = decayed + summaries[:, :, g]
     return jnp.stack(before, 2), running
-
-

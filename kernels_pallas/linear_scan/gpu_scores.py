@@ -44,9 +44,7 @@ def operands(p: Plan, x: Inputs, decays: Decays, BK: int, axes) -> dict[str, tup
     def spec(*shape, where):
         return pl.BlockSpec(shape, lambda *grid: where(*axes(*grid)))
 
-    tokens = lambda rows, head: spec(
-        None, rows, None, BK, where=lambda c, n, h, b: (b, p.place(n), head(h), c)
-    )
+    tokens = lambda rows, head: spec(None, rows, None, BK, where=lambda c, n, h, b: (b, p.place(n), head(h), c))
     found = {
         "q": (x.q, tokens(p.chunk, lambda h: h)),
         "k": (x.k, tokens(p.chunk, p.key_head)),

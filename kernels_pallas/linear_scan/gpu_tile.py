@@ -113,13 +113,13 @@ class Cotangents(NamedTuple):
 
 
 def vector_cotangents(tile: Tile, q: Array, k: Array, logs: Logs, dscores: Array, from_states: Callable) -> Cotangents:
-    """dscores [C, C] is symmetric: the scores' cotangent in both triangles. from_states() -> (dreads, dwrites)."""
+    """dscores [C, C] is symmetric: the scores' cotangent in both triangles, as operands are. from_states() -> (dreads, dwrites)."""
     C = q.shape[0]
 
     def visit(h, later, factors, carry):
         dq, dk = carry
         y = jnp.where(later, q, k) * factors
-        dy = matmul(tile, jnp.where(_meet(h, C), dscores, 0.0), y) * factors
+        dy = matmul(tile, jnp.where(_meet(h, C), dscores, jnp.zeros_like(dscores)), y) * factors
         return dq + jnp.where(later, dy, 0.0), dk + jnp.where(later, 0.0, dy)
 
     (dq, dk), (read_factors, write_factors) = _climb(C, logs, visit, (jnp.zeros_like(q), jnp.zeros_like(k)))
@@ -162,9 +162,7 @@ def scalar_mask(C: int, sums: tuple[Array, ...] | None) -> Array:
     return jnp.exp(jnp.where(j < i, between, LOG_ZERO))
 
 
-def scalar_cotangents(
-    tile: Tile, q: Array, k: Array, dproducts: Array, dread_q: Array, dwrite_k: Array
-) -> Cotangents:
+def scalar_cotangents(tile: Tile, q: Array, k: Array, dproducts: Array, dread_q: Array, dwrite_k: Array) -> Cotangents:
     """dproducts [C, C]: of q k^T, off the diagonal; dread_q, dwrite_k [C, K]: what q and k receive through the state."""
     dq, dk = matmul(tile, dproducts, k), matmul(tile, dproducts, q, trans_a=True)
     met = (q * (dq + dread_q), k * dk, k * dwrite_k)
