@@ -78,10 +78,10 @@ def linear_scan(
     _check_options(op, q, v, bonus, inclusive, "initial_state", initial_state, normalize)
     _check_segments_and_chunk(op, q, segment_ids, chunk_size)
     _check_interpret(op, interpret, implementation)
-    refusal = tpu.unsupported(q, k, v, log_decay, initial_state, normalize, chunk_size)
-    chosen = dispatch.choose(op, implementation, {"tpu": refusal, "gpu": gpu.unsupported()})
+    asked = (q, k, v, log_decay, initial_state, normalize, chunk_size)
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(*asked), "gpu": gpu.unsupported(*asked)})
     B, T, H, K = q.shape
-    if initial_state is None and chosen != "tpu":
+    if initial_state is None and chosen not in ("tpu", "gpu"):
         initial_state = jnp.zeros((B, H, K, v.shape[-1] + normalize))
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (1, T, H))
@@ -89,9 +89,10 @@ def linear_scan(
     static = {"inclusive": inclusive, "scale": _scale(scale, K), "reverse": reverse, "normalize": normalize}
     if chosen == "reference":
         o, final_state = reference.linear_scan(*arrays, **static)
-    elif chosen == "tpu":
+    elif chosen in ("tpu", "gpu"):
+        room = tpu if chosen == "tpu" else gpu
         kept = dict(chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret)
-        o, final_state = _on_mesh(partial(tpu.linear_scan, **static, **kept), arrays)
+        o, final_state = _on_mesh(partial(room.linear_scan, **static, **kept), arrays)
     else:
         o, final_state = xla.linear_scan(*arrays, **static, chunk_size=chunk_size)
     return (o, final_state) if return_final_state else o
@@ -126,7 +127,7 @@ def linear_scan_step(
     _check_options(op, q, v, bonus, inclusive, "state", state, normalize)
     _check_interpret(op, interpret, implementation)
     refusal = tpu_step.unsupported(q, k, v, state, log_decay, bonus)
-    chosen = dispatch.choose(op, implementation, {"tpu": refusal, "gpu": gpu.unsupported()})
+    chosen = dispatch.choose(op, implementation, {"tpu": refusal, "gpu": "is not available"})
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[None]
     arrays = _prepared(q, k, v, log_decay, bonus, state)

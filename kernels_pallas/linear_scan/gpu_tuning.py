@@ -1,0 +1,70 @@
+"""Block sizes and warps of the GPU kernels, as data; `benchmarks/tune_linear_scan_gpu.py` fills the table on a device.
+
+A schedule changes only the time of a call. The rows here were chosen without a device, by `ptxas`: the largest blocks
+that do not spill registers (float32 operands take twice the room, and may).
+"""
+
+from typing import NamedTuple
+
+import jax
+
+MIN_CHUNK, MAX_CHUNK = 16, 128  # a tensor core's tile has 16 rows; logs are summed in eights
+MAX_D = 512
+SEGMENT_CHUNKS = 8  # the fewest chunks that are walked as one part
+
+
+class Schedule(NamedTuple):
+    """How the kernels are cut. block_k and block_v are upper bounds: a block divides its axis."""
+
+    chunk: int = 64
+    scores_block_k: int = 64
+    scores_warps: int = 8
+    scan_block_k: int = 64
+    scan_block_v: int = 64
+    scan_warps: int = 4
+    scan_stages: int = 1
+    walks_per_core: int = 1  # a sequence is cut into segments until there are so many programs of the scan kernel
+    back_block_k: int = 64
+    back_block_v: int = 64
+    back_warps: int = 8
+    dscores_warps: int = 4
+
+
+# device kind -> (streaming multiprocessors, kind of decay -> Schedule). The kind is what jax.Device.device_kind says.
+TUNED = {
+    "NVIDIA H200": (132, {"vector": Schedule(), "scalar": Schedule()}),
+    "NVIDIA H100 80GB HBM3": (132, {"vector": Schedule(), "scalar": Schedule()}),
+    "NVIDIA A100-SXM4-80GB": (108, {"vector": Schedule(), "scalar": Schedule()}),
+}
+DEFAULT_KIND = "NVIDIA H200"
+
+
+def schedule(decay: str) -> Schedule:
+    """For a call on the device that it is compiled for."""
+    return TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])[1]["vector" if decay == "vector" else "scalar"]
+
+
+def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
+    """A program of the scan kernel holds a state of K x this in registers."""
+    most = schedule.scan_block_v if K <= 128 else max(16, schedule.scan_block_v * 128 // (1 << (K - 1).bit_length()))
+    return block(most, V)
+
+
+def segments(schedule: Schedule, walks: int, chunks: int) -> int:
+    """Into how many parts, a power of two, a sequence is cut so that `walks` programs a part fill the chip."""
+    wanted = TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])[0] * schedule.walks_per_core
+    parts = 1
+    while 2 * parts * walks <= wanted and chunks >= 2 * parts * SEGMENT_CHUNKS:
+        parts *= 2
+    return parts
+
+
+def block(most: int, size: int) -> int:
+    """The largest power of two up to `most` that divides `size`."""
+    return min(most, size & -size)
+
+
+def _device_kind() -> str:
+    """Of the device that the surrounding computation is compiled for, as in `dispatch.target_platform`."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
