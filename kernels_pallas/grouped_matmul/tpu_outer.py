@@ -109,7 +109,7 @@ class _Refs(NamedTuple):
                 at = to.at[slot, pl.ds(first, size)]
                 getattr(pltpu.make_async_copy(rows, at, self.in_sem.at[i, slot]), do)()
 
-            tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile)
+            tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0])
 
     def move_out(self, place, do: str) -> None:
         slot = place % 2

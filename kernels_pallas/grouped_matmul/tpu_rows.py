@@ -30,7 +30,7 @@ class Schedule(NamedTuple):
 
     tile: int  # rows at a time
     columns: int  # of the output, whose part of a matrix is in VMEM at a time
-    ahead: int  # matrices in VMEM
+    ahead: int  # tiles of rows and matrices in VMEM, a power of two
     step: int  # columns of one matmul
     parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
 
@@ -56,12 +56,12 @@ def rows_times_groups(
     like = lambda dtype: jax.ShapeDtypeStruct((R, O), dtype, manual_axis_type=jax.typeof(xs[0]).manual_axis_type)
     matrix = (s.columns, I) if call.transposed else (I, s.columns)
     scratch = dict(
-        x=[pltpu.VMEM((2, s.tile, I), x.dtype) for x in xs],
+        x=[pltpu.VMEM((s.ahead, s.tile, I), x.dtype) for x in xs],
         matrix=[pltpu.VMEM((s.ahead, *matrix), m.dtype) for m in matrices],
         out=[pltpu.VMEM((2, s.tile, s.columns), d) for d in call.out_dtypes],
         shared=[pltpu.VMEM((ROWS, s.columns), d) for d in call.out_dtypes],
         walk=Walk.scratch(R, s.tile, G),
-        x_sem=pltpu.SemaphoreType.DMA((len(xs), 2)),
+        x_sem=pltpu.SemaphoreType.DMA((len(xs), s.ahead)),
         matrix_sem=pltpu.SemaphoreType.DMA((len(matrices), s.ahead)),
         out_sem=pltpu.SemaphoreType.DMA((len(call.out_dtypes), 2)),
     )
@@ -102,7 +102,7 @@ class _Refs(NamedTuple):
     xs: tuple  # HBM [R, I]
     matrices: tuple  # HBM
     outs: tuple  # HBM [R, O]
-    x: list  # VMEM [2, tile, I]
+    x: list  # VMEM [ahead, tile, I]
     matrix: list  # VMEM [ahead, I, columns]
     out: list  # VMEM [2, tile, columns]
     shared: list  # VMEM [ROWS, columns]: rows that the next group has a part in
@@ -118,7 +118,7 @@ class _Refs(NamedTuple):
     # copies: each is begun and waited for by the same words
 
     def move_x(self, v: Visit, do: str) -> None:
-        slot, tile = v.index % 2, self.schedule.tile
+        slot, tile = v.index % self.schedule.ahead, self.schedule.tile
         for i, (source, to) in enumerate(zip(self.xs, self.x)):
 
             def copy(first, size, i=i, source=source, to=to):
@@ -126,7 +126,7 @@ class _Refs(NamedTuple):
                 at = to.at[slot, pl.ds(first, size)]
                 getattr(pltpu.make_async_copy(source.at[pl.ds(row, size)], at, self.x_sem.at[i, slot]), do)()
 
-            tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile)
+            tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0])
 
     def move_matrix(self, place, do: str) -> None:
         slot, columns = place % self.schedule.ahead, self.columns
@@ -146,7 +146,7 @@ class _Refs(NamedTuple):
                 at = to.at[pl.ds(row, size), self.columns]
                 getattr(pltpu.make_async_copy(source.at[slot, pl.ds(first, size)], at, self.out_sem.at[i, slot]), do)()
 
-            tpu_visits.copy_rows(copy, count, tile)
+            tpu_visits.copy_rows(copy, count, tile, to.shape[0])
 
 
 def _kernel(refs: _Refs) -> None:
@@ -156,23 +156,23 @@ def _kernel(refs: _Refs) -> None:
     tiles = tpu_visits.append(walk, groups, 0, jnp.int32(R), s.tile, empty=False).tiles
     at = lambda index: tpu_visits.visit(walk, index)
 
-    @pl.when(real > 0)
-    def _():
-        refs.move_x(at(0), "start")
+    for i in range(s.ahead - 1):
 
-    for place in range(s.ahead - 1):
+        @pl.when(i < real)
+        def _(i=i):
+            refs.move_x(at(i), "start")
 
-        @pl.when(place < groups.groups)
-        def _(place=place):
-            refs.move_matrix(place, "start")
+        @pl.when(i < groups.groups)
+        def _(i=i):
+            refs.move_matrix(i, "start")
 
     @pl.loop(0, tiles)
     def _(index):
         v = at(index)
 
-        @pl.when(index + 1 < real)
+        @pl.when(index + s.ahead - 1 < real)
         def _():
-            refs.move_x(at(index + 1), "start")
+            refs.move_x(at(index + s.ahead - 1), "start")
 
         @pl.when(v.first & (v.place + s.ahead - 1 < groups.groups))
         def _():
@@ -210,7 +210,7 @@ def _kernel(refs: _Refs) -> None:
 def _multiply(refs: _Refs, v: Visit, size: int) -> None:
     """The first `size` rows of the tile, a step of columns after another."""
     s, slot = refs.schedule, v.index % 2
-    x_slot, matrix_slot = slot, v.place % s.ahead
+    x_slot, matrix_slot = v.index % s.ahead, v.place % s.ahead
     xs = [x.at[x_slot, pl.ds(0, size)] for x in refs.x]
 
     @pl.loop(0, s.columns // s.step)

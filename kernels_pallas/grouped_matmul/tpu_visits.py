@@ -71,7 +71,7 @@ def append(walk: Walk, count: Count, g, end, tile: int, empty: bool) -> Count:
 
 def aligned(row):
     """The last multiple of `ROWS` at or before `row`."""
-    return row // ROWS * ROWS
+    return row & -ROWS
 
 
 class Visit(NamedTuple):
@@ -102,28 +102,20 @@ def visit(walk: Walk, index) -> Visit:
     return Visit(index, place, walk.group[place], walk.row[index], walk.start[place], walk.end[place])
 
 
-def copy_rows(copy: Callable, count, tile: int) -> None:
-    """Calls `copy(first, size)` for `count` rows, a multiple of `ROWS`, in as few pieces of static size as it takes.
+def copy_rows(copy: Callable, count, tile: int, rows: int) -> None:
+    """Calls `copy(first, size)` for `count` rows of an array of `rows`, in pieces of static size: its binary digits.
 
-    The sizes of copies are static. A full tile is one copy, any other a handful.
+    `count` and `first` are multiples of `ROWS`; a full tile is one piece.
     """
+    size = tile
+    while size >= ROWS:
+        if size <= rows:
 
-    @pl.when(count == tile)
-    def _():
-        copy(0, tile)
+            @pl.when(count & size > 0)
+            def _(size=size):
+                copy(pl.multiple_of(count & -2 * size, ROWS), size)
 
-    @pl.when(count < tile)
-    def _():
-        done, size = 0, tile
-        while size > ROWS:
-            size = max(ROWS, aligned(size // 4))
-            pieces = (count - done) // size
-
-            @pl.loop(0, pieces)
-            def _(i, done=done, size=size):
-                copy(pl.multiple_of(done + i * size, ROWS), size)
-
-            done = done + pieces * size
+        size //= 2
 
 
 def cases(count, sizes: tuple[int, ...], body: Callable) -> None:
