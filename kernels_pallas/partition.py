@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
@@ -63,12 +64,40 @@ def by_rows_and_heads(
     return jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
 
 
+def by_sorted_rows(
+    fn: Callable, rows: Sequence[Array], whole: Sequence[Array], group_sizes: Array, summed: bool = False
+) -> Array:
+    """`fn(*rows, *whole, group_sizes)`, its rows cut over the ambient mesh: rows that are sorted by group.
+
+    Every device gets the part of each group that lies in its own rows. `summed`: the result is one of groups, not of
+    rows, and every device holds a part of the sum.
+    """
+    mesh, num_rows = jax.sharding.get_abstract_mesh(), rows[0].shape[0]
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return fn(*rows, *whole, group_sizes)
+    axes = _dividing(mesh, _axes_of(mesh, rows[0], "b.")[0], num_rows)
+    parts = math.prod(mesh.shape[a] for a in axes or ())
+
+    def part(*arrays):
+        *arrays, sizes = (varying_like(x, *arrays) for x in arrays)
+        first = jax.lax.axis_index(axes) * (num_rows // parts) if axes else 0
+        ends = jnp.minimum(jnp.cumsum(sizes), num_rows)
+        edge = lambda row: jnp.clip(row - first, 0, num_rows // parts)
+        out = fn(*arrays, edge(ends) - edge(jnp.pad(ends[:-1], (1, 0))))
+        return jax.lax.psum(out.astype(jnp.float32), axes).astype(out.dtype) if summed and axes else out
+
+    specs = *[PartitionSpec(axes)] * len(rows), *[PartitionSpec()] * (len(whole) + 1)
+    out_spec = PartitionSpec() if summed else PartitionSpec(axes)
+    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_spec)(*rows, *whole, group_sizes)
+
+
 def _axes_of(mesh: Mesh, x: Array, axes: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if AxisType.Explicit not in mesh.axis_types:
         return _names[-1]
     spec = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
     named = lambda names: names if isinstance(names, tuple) else () if names is None else (names,)
-    return named(spec[axes.index("b")]), named(spec[axes.index("h")])
+    by = lambda letter: named(spec[axes.index(letter)]) if letter in axes else ()
+    return by("b"), by("h")
 
 
 def _dividing(mesh: Mesh, names: Sequence[str], size: int) -> tuple[str, ...] | None:

@@ -46,11 +46,13 @@ def grouped_matmul(
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if not jnp.issubdtype(out_dtype, jnp.floating):
         raise ValueError(f"{op}: preferred_element_type={out_dtype}, wanted None or a float dtype")
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
-    room = reference if chosen == "reference" else xla
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(lhs, rhs), "gpu": gpu.unsupported()})
     # Inside shard_map, a weight that is the same everywhere must vary before it enters the custom_vjp: the transpose of
     # that cast sums its gradient over the mesh axis.
     arrays = (varying_like(x, lhs, rhs, group_sizes) for x in (lhs, rhs, group_sizes))
+    if chosen in ("tpu", "gpu"):
+        return {"tpu": tpu, "gpu": gpu}[chosen].grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
+    room = reference if chosen == "reference" else xla
     return room.grouped_matmul(*arrays, out_dtype=out_dtype)
 
 

@@ -1,0 +1,210 @@
+"""lhs^T dout over the rows of each group, on TPU: the gradient of the matrices.
+
+One walk over the tiles of the rows for each block of the result. A group's sum stays in VMEM, float32, while its rows
+pass: a group whose rows fit into a tile is one matmul with nothing added up. Rows of the neighbours are zeroed in VMEM,
+at the ends of a group only.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from kernels_pallas.grouped_matmul import tpu_visits
+from kernels_pallas.grouped_matmul.tpu_rows import LANES, VMEM_LIMIT, matmul
+from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Visit, Walk
+
+
+class Schedule(NamedTuple):
+    """How the kernel is cut. Only its time depends on this."""
+
+    tile: int  # rows at a time
+    inner: int  # rows of the result at a time
+    columns: int  # columns of the result at a time
+    step: tuple[int, int]  # rows and columns of one matmul
+    parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
+
+
+class Call(NamedTuple):
+    """What of a call is static."""
+
+    schedule: Schedule
+    out_dtype: jnp.dtype
+    interpret: object
+    name: str
+
+
+def outer_by_group(
+    call: Call, lhs: Float[Array, "R K"], dout: Float[Array, "R N"], sizes: Int[Array, "G"]
+) -> Float[Array, "G K N"]:
+    """Rows sorted by group; R a multiple of `ROWS`, K and N of 128. Zeros for groups of no rows."""
+    (R, K), N, G = lhs.shape, dout.shape[1], len(sizes)
+    s = call.schedule
+    scratch = dict(
+        lhs=pltpu.VMEM((2, s.tile, s.inner), lhs.dtype),
+        dout=pltpu.VMEM((2, s.tile, s.columns), dout.dtype),
+        total=pltpu.VMEM((s.inner, s.columns), jnp.float32),
+        out=pltpu.VMEM((2, s.inner, s.columns), call.out_dtype),
+        walk=Walk.scratch(R, s.tile, G),
+        in_sem=pltpu.SemaphoreType.DMA((2, 2)),
+        out_sem=pltpu.SemaphoreType.DMA((2,)),
+    )
+    leaves, tree = jax.tree.flatten(scratch)
+
+    def kernel(sizes, *refs):
+        block = [pl.ds(pl.multiple_of(pl.program_id(i) * n, LANES), n) for i, n in enumerate((s.inner, s.columns))]
+        _kernel(_Refs(call, *block, sizes, *refs[:3], **jax.tree.unflatten(tree, refs[3:])))
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    item = lhs.dtype.itemsize
+    moved = R * (K * (N // s.columns) + N * (K // s.inner)) * item + G * K * N * call.out_dtype.itemsize
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(K // s.inner, N // s.columns),
+            in_specs=[anywhere] * 2,
+            out_specs=anywhere,
+            scratch_shapes=leaves,
+        ),
+        out_shape=jax.ShapeDtypeStruct((G, K, N), call.out_dtype, manual_axis_type=jax.typeof(lhs).manual_axis_type),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(2 * R * K * N, 0, moved),
+        interpret=call.interpret,
+        name=call.name,
+    )(sizes, lhs, dout)
+
+
+class _Refs(NamedTuple):
+    """Everything that the kernel can reach."""
+
+    call: Call
+    inner: object  # the block of the result that this walk makes: its rows ...
+    columns: object  # ... and its columns
+    sizes: object
+    lhs_hbm: object
+    dout_hbm: object
+    out_hbm: object
+    lhs: object  # [2, tile, inner]
+    dout: object  # [2, tile, columns]
+    total: object  # [inner, columns] float32
+    out: object  # [2, inner, columns]
+    walk: Walk
+    in_sem: object
+    out_sem: object
+
+    def move_in(self, v: Visit, do: str) -> None:
+        slot, tile = v.index % 2, self.call.schedule.tile
+        pairs = ((self.lhs_hbm, self.lhs, self.inner), (self.dout_hbm, self.dout, self.columns))
+        for i, (source, to, columns) in enumerate(pairs):
+
+            def copy(first, size, i=i, source=source, to=to, columns=columns):
+                rows = source.at[pl.ds(pl.multiple_of(v.row + first, ROWS), size), columns]
+                at = to.at[slot, pl.ds(first, size)]
+                getattr(pltpu.make_async_copy(rows, at, self.in_sem.at[i, slot]), do)()
+
+            tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0])
+
+    def move_out(self, place, do: str) -> None:
+        slot = place % 2
+        to = self.out_hbm.at[self.walk.group[place], self.inner, self.columns]
+        getattr(pltpu.make_async_copy(self.out.at[slot], to, self.out_sem.at[slot]), do)()
+
+
+def _kernel(refs: _Refs) -> None:
+    s, walk = refs.call.schedule, refs.walk
+    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], refs.lhs_hbm.shape[0], s.tile, empty=True)
+    at = lambda index: tpu_visits.visit(walk, index)
+    refs.move_in(at(0), "start")
+
+    @pl.loop(0, groups.tiles)
+    def _(index):
+        v = at(index)
+
+        @pl.when(index + 1 < groups.tiles)
+        def _():
+            refs.move_in(at(index + 1), "start")
+
+        @pl.when(v.last(s.tile) & (v.place >= 2))
+        def _():
+            refs.move_out(v.place - 2, "wait")
+
+        refs.move_in(v, "wait")
+        used = v.used(s.tile)
+
+        @pl.when(used <= 0)
+        def _():
+            refs.out[v.place % 2] = jnp.zeros(refs.out.shape[1:], refs.out.dtype)
+
+        tpu_visits.cases(used, s.parts, lambda size: _multiply(refs, v, size))
+
+        @pl.when(v.last(s.tile))
+        def _():
+            refs.move_out(v.place, "start")
+
+    for back in (2, 1):
+
+        @pl.when(groups.groups >= back)
+        def _(back=back):
+            refs.move_out(groups.groups - back, "wait")
+
+
+def _multiply(refs: _Refs, v: Visit, size: int) -> None:
+    """Adds the first `size` rows of the tile to the group's sum; the group's last tile leaves it in `out`."""
+    s, slot = refs.call.schedule, v.index % 2
+    _zero_neighbours(refs, v, size)
+    rows, (inner_step, column_step) = pl.ds(0, size), s.step
+
+    def walk(store):
+        @pl.loop(0, s.inner // inner_step)
+        def _(i):
+            inner = pl.ds(pl.multiple_of(i * inner_step, LANES), inner_step)
+            lhs = refs.lhs[slot, rows, inner]
+
+            @pl.loop(0, s.columns // column_step)
+            def _(j):
+                columns = pl.ds(pl.multiple_of(j * column_step, LANES), column_step)
+                product = matmul(lhs, refs.dout[slot, rows, columns], ((0,), (0,)))
+                before = jnp.where(v.first, 0.0, refs.total[inner, columns])
+                store(inner, columns, product + before)
+
+    @pl.when(v.last(s.tile))
+    def _():
+        def store(inner, columns, value):
+            refs.out[v.place % 2, inner, columns] = value.astype(refs.out.dtype)
+
+        walk(store)
+
+    @pl.when(jnp.logical_not(v.last(s.tile)))
+    def _():
+        def store(inner, columns, value):
+            refs.total[inner, columns] = value
+
+        walk(store)
+
+
+def _zero_neighbours(refs: _Refs, v: Visit, size: int) -> None:
+    """Rows of other groups among the first `size` of the tile, in both operands: what is there may be anything."""
+    slot = v.index % 2
+
+    def select(first, keep):
+        rows = tpu_visits.rows_of(ROWS, v.row + first)
+        for x in (refs.lhs, refs.dout):
+            at = x[slot, pl.ds(first, ROWS)]
+            x[slot, pl.ds(first, ROWS)] = jnp.where(keep(rows), at.astype(jnp.float32), 0.0).astype(x.dtype)
+
+    @pl.when(v.first & (v.row < v.start))
+    def _():
+        select(0, lambda rows: rows >= v.start)
+
+    @pl.when(v.used(refs.call.schedule.tile) < size)
+    def _():
+        @pl.loop(tpu_visits.aligned(v.end - v.row), size, step=ROWS)
+        def _(first):
+            select(pl.multiple_of(first, ROWS), lambda rows: rows < v.end)

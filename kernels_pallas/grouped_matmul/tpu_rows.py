@@ -1,0 +1,249 @@
+"""Rows times the matrix of their group, on TPU: the forward pass and the input's gradient, with any elementwise ends.
+
+One walk over the tiles of the rows for each tile of columns. A group's matrix stays in VMEM while its rows pass; the
+matrices of the next groups are fetched meanwhile, several ahead, so that small groups (bound by their matrix) and large
+ones (bound by the matrix unit) share the time. Every input and output moves once a tile of columns.
+
+Two groups may share `ROWS` rows of a register. Such rows are written once, by the last of the groups in them: the ones
+before leave their part in VMEM.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from kernels_pallas.grouped_matmul import tpu_visits
+from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Visit, Walk
+
+VMEM_LIMIT = 56 * 2**20  # of at least 64 MiB on every generation
+LANES = 128
+
+
+class Schedule(NamedTuple):
+    """How a kernel is cut. Only its time depends on this."""
+
+    tile: int  # rows at a time
+    columns: int  # of the output, whose part of a matrix is in VMEM at a time
+    ahead: int  # tiles of rows and matrices in VMEM, a power of two
+    step: int  # columns of one matmul
+    parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
+
+
+class Call(NamedTuple):
+    """What of a call is static."""
+
+    schedule: Schedule
+    transposed: bool  # matrices are [G, O, I]
+    body: Callable  # ([[size, I] of each input], product(input, matrix)) -> [size, step] of each output
+    out_dtypes: tuple[jnp.dtype, ...]
+    interpret: object
+    name: str
+
+
+def rows_times_groups(
+    call: Call, xs: tuple[Float[Array, "R I"], ...], matrices: tuple[Float[Array, "G I O"], ...], sizes: Int[Array, "G"]
+) -> tuple[Float[Array, "R O"], ...]:
+    """Rows sorted by group; R a multiple of `ROWS`, I and O of 128. Rows beyond the groups' are zeros."""
+    (R, I), G = xs[0].shape, len(sizes)
+    O = matrices[0].shape[1 if call.transposed else 2]
+    s = call.schedule
+    like = lambda dtype: jax.ShapeDtypeStruct((R, O), dtype, manual_axis_type=jax.typeof(xs[0]).manual_axis_type)
+    matrix = (s.columns, I) if call.transposed else (I, s.columns)
+    scratch = dict(
+        x=[pltpu.VMEM((s.ahead, s.tile, I), x.dtype) for x in xs],
+        matrix=[pltpu.VMEM((s.ahead, *matrix), m.dtype) for m in matrices],
+        out=[pltpu.VMEM((2, s.tile, s.columns), d) for d in call.out_dtypes],
+        shared=[pltpu.VMEM((ROWS, s.columns), d) for d in call.out_dtypes],
+        walk=Walk.scratch(R, s.tile, G),
+        x_sem=pltpu.SemaphoreType.DMA((len(xs), s.ahead)),
+        matrix_sem=pltpu.SemaphoreType.DMA((len(matrices), s.ahead)),
+        out_sem=pltpu.SemaphoreType.DMA((len(call.out_dtypes), 2)),
+    )
+    leaves, tree = jax.tree.flatten(scratch)
+
+    def kernel(sizes, *refs):
+        n = len(xs) + len(matrices)
+        ins, outs, scratch = refs[:n], refs[n : n + len(call.out_dtypes)], refs[n + len(call.out_dtypes) :]
+        columns = pl.ds(pl.multiple_of(pl.program_id(0) * s.columns, LANES), s.columns)
+        _kernel(_Refs(call, columns, sizes, ins[: len(xs)], ins[len(xs) :], outs, **jax.tree.unflatten(tree, scratch)))
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    moved = sum(x.size * x.dtype.itemsize for x in xs) * (O // s.columns)
+    moved += sum(m.size * m.dtype.itemsize for m in matrices) + sum(R * O * d.itemsize for d in call.out_dtypes)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(O // s.columns,),
+            in_specs=[anywhere] * (len(xs) + len(matrices)),
+            out_specs=[anywhere] * len(call.out_dtypes),
+            scratch_shapes=leaves,
+        ),
+        out_shape=[like(d) for d in call.out_dtypes],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
+        cost_estimate=pl.CostEstimate(2 * R * I * O * len(matrices), 0, moved),
+        interpret=call.interpret,
+        name=call.name,
+    )(sizes, *xs, *matrices)
+
+
+class _Refs(NamedTuple):
+    """Everything that the kernel can reach."""
+
+    call: Call
+    columns: object  # those of the outputs that this walk makes
+    sizes: object
+    xs: tuple  # HBM [R, I]
+    matrices: tuple  # HBM
+    outs: tuple  # HBM [R, O]
+    x: list  # VMEM [ahead, tile, I]
+    matrix: list  # VMEM [ahead, I, columns]
+    out: list  # VMEM [2, tile, columns]
+    shared: list  # VMEM [ROWS, columns]: rows that the next group has a part in
+    walk: Walk
+    x_sem: object
+    matrix_sem: object
+    out_sem: object
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.call.schedule
+
+    # copies: each is begun and waited for by the same words
+
+    def move_x(self, v: Visit, do: str) -> None:
+        slot, tile = v.index % self.schedule.ahead, self.schedule.tile
+        for i, (source, to) in enumerate(zip(self.xs, self.x)):
+
+            def copy(first, size, i=i, source=source, to=to):
+                row = pl.multiple_of(v.row + first, ROWS)
+                at = to.at[slot, pl.ds(first, size)]
+                getattr(pltpu.make_async_copy(source.at[pl.ds(row, size)], at, self.x_sem.at[i, slot]), do)()
+
+            tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0])
+
+    def move_matrix(self, place, do: str) -> None:
+        slot, columns = place % self.schedule.ahead, self.columns
+        for i, (source, to) in enumerate(zip(self.matrices, self.matrix)):
+            part = (columns, slice(None)) if self.call.transposed else (slice(None), columns)
+            matrix = source.at[(self.walk.group[place], *part)]
+            getattr(pltpu.make_async_copy(matrix, to.at[slot], self.matrix_sem.at[i, slot]), do)()
+
+    def move_out(self, v: Visit, do: str) -> None:
+        slot, tile = v.index % 2, self.schedule.tile
+        # The rows of the last register are left to the next group, if it has some of them.
+        count = jnp.minimum(tpu_visits.aligned(v.end) - v.row, tile)
+        for i, (source, to) in enumerate(zip(self.out, self.outs)):
+
+            def copy(first, size, i=i, source=source, to=to):
+                row = pl.multiple_of(v.row + first, ROWS)
+                at = to.at[pl.ds(row, size), self.columns]
+                getattr(pltpu.make_async_copy(source.at[slot, pl.ds(first, size)], at, self.out_sem.at[i, slot]), do)()
+
+            tpu_visits.copy_rows(copy, count, tile, to.shape[0])
+
+
+def _kernel(refs: _Refs) -> None:
+    s, walk, R = refs.schedule, refs.walk, refs.xs[0].shape[0]
+    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], R, s.tile, empty=False)
+    real = groups.tiles  # what comes after them belongs to no group
+    tiles = tpu_visits.append(walk, groups, 0, jnp.int32(R), s.tile, empty=False).tiles
+    at = lambda index: tpu_visits.visit(walk, index)
+
+    for i in range(s.ahead - 1):
+
+        @pl.when(i < real)
+        def _(i=i):
+            refs.move_x(at(i), "start")
+
+        @pl.when(i < groups.groups)
+        def _(i=i):
+            refs.move_matrix(i, "start")
+
+    @pl.loop(0, tiles)
+    def _(index):
+        v = at(index)
+
+        @pl.when(index + s.ahead - 1 < real)
+        def _():
+            refs.move_x(at(index + s.ahead - 1), "start")
+
+        @pl.when(v.first & (v.place + s.ahead - 1 < groups.groups))
+        def _():
+            refs.move_matrix(v.place + s.ahead - 1, "start")
+
+        @pl.when(index >= 2)
+        def _():
+            refs.move_out(at(index - 2), "wait")
+
+        @pl.when(index < real)
+        def _():
+            refs.move_x(v, "wait")
+
+            @pl.when(v.first)
+            def _():
+                refs.move_matrix(v.place, "wait")
+
+            tpu_visits.cases(v.used(s.tile), s.parts, lambda size: _multiply(refs, v, size))
+
+        @pl.when(index >= real)
+        def _():
+            for out in refs.out:
+                out[index % 2] = jnp.zeros(out.shape[1:], out.dtype)
+
+        _share(refs, v)
+        refs.move_out(v, "start")
+
+    for back in (2, 1):
+
+        @pl.when(tiles >= back)
+        def _(back=back):
+            refs.move_out(at(tiles - back), "wait")
+
+
+def _multiply(refs: _Refs, v: Visit, size: int) -> None:
+    """The first `size` rows of the tile, a step of columns after another."""
+    s, slot = refs.schedule, v.index % 2
+    x_slot, matrix_slot = v.index % s.ahead, v.place % s.ahead
+    xs = [x.at[x_slot, pl.ds(0, size)] for x in refs.x]
+
+    @pl.loop(0, s.columns // s.step)
+    def _(i):
+        columns = pl.ds(pl.multiple_of(i * s.step, LANES), s.step)
+
+        def product(x: int, matrix: int) -> Array:
+            part = (columns, slice(None)) if refs.call.transposed else (slice(None), columns)
+            return matmul(xs[x][...], refs.matrix[matrix][(matrix_slot, *part)], ((1,), (int(refs.call.transposed),)))
+
+        for out, value in zip(refs.out, refs.call.body(product)):
+            out[slot, pl.ds(0, size), columns] = value.astype(out.dtype)
+
+
+def _share(refs: _Refs, v: Visit) -> None:
+    """Takes rows of earlier groups into the tile's first register, and leaves its last to the next group."""
+    slot, tile = v.index % 2, refs.schedule.tile
+    first, end = pl.ds(0, ROWS), pl.multiple_of(tpu_visits.aligned(v.end) - v.row, ROWS)
+
+    @pl.when(v.first & (v.row < v.start))
+    def _():
+        mine = tpu_visits.rows_of(ROWS, v.row) >= v.start
+        for out, shared in zip(refs.out, refs.shared):
+            wide = lambda x: x.astype(jnp.float32)
+            out[slot, first] = jnp.where(mine, wide(out[slot, first]), wide(shared[...])).astype(out.dtype)
+
+    @pl.when(v.last(tile) & (v.end % ROWS > 0))
+    def _():
+        for out, shared in zip(refs.out, refs.shared):
+            shared[...] = out[slot, pl.ds(end, ROWS)]
+
+
+def matmul(x: Array, y: Array, contract) -> Array:
+    """Accumulated in float32; float32 operands keep all their bits."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
