@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv/bin
 export PYTHONUNBUFFERED := 1
+# A process a core: tests compile more than they compute, and a compilation has one thread. A file stays in one process.
+PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: train test test-all test-cuda-aot docs lint goldens bench clean
 
@@ -16,10 +18,10 @@ train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
 
 test: .venv/installed lint
-	$(VENV)/python -m pytest -m "not slow"
+	$(VENV)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: .venv/installed lint
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest $(PARALLEL)
 
 # In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
 test-cuda-aot: .venv-cuda/installed

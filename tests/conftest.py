@@ -21,7 +21,8 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Tests that compile the same program, in one process or in several, compile it once."""
-    folder = Path(tmp_path_factory.getbasetemp()) / "xla"
+    base = Path(tmp_path_factory.getbasetemp())
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     return folder
