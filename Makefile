@@ -1,5 +1,6 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    the test suite (the slow ones too: make test-all)
+# make test-oracles   compares attention with torch's layers (transformers, entmax)
 # make test-cuda-aot   compiles every op for an H200 that is not here
 # make docs    the site of docs/, in build/site
 # make lint    ruff;  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
@@ -12,7 +13,7 @@ export PYTHONUNBUFFERED := 1
 # A process a core: tests compile more than they compute, and a compilation has one thread. A file stays in one process.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-all test-cuda-aot docs lint goldens bench clean
+.PHONY: train test test-all test-oracles test-cuda-aot docs lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -22,6 +23,10 @@ test: .venv/installed lint
 
 test-all: .venv/installed lint
 	$(VENV)/python -m pytest $(PARALLEL)
+
+# In an environment of its own: torch takes gigabytes.
+test-oracles: .venv-oracles/installed
+	.venv-oracles/bin/python -m pytest tests/kernels_pallas/test_attention_scores.py tests/gatedjax/test_attention_options.py -k equals
 
 # In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
 test-cuda-aot: .venv-cuda/installed
@@ -49,10 +54,15 @@ bench: .venv/installed
 	$(VENV)/pip install --quiet -e '.[test]'
 	@touch $@
 
+.venv-oracles/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/pip install --quiet -e '.[test,oracles]'
+	@touch $@
+
 .venv-cuda/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet -e '.[cuda-aot]' pytest hypothesis
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-cuda build *.egg-info
+	rm -rf .venv .venv-cuda .venv-oracles build *.egg-info
