@@ -12,6 +12,7 @@ def resumed(place, workdir, *flags, **how) -> dict[int, float]:
     return losses(place, workdir)
 
 
+@pytest.mark.slow
 def test_one_process_with_the_same_mesh_is_equal_to_the_bit(place, undisturbed, from_step_4):
     assert resumed(place, from_step_4, MESH, devices=8) == losses(place, undisturbed)
 

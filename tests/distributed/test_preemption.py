@@ -10,6 +10,7 @@ LONG = "--config.train.steps=100000"
 SEPARATE = "--config.optim.schedule=constant"  # the learning rate does not depend on the number of steps
 
 
+@pytest.mark.slow
 def test_sigterm_to_any_process_saves_one_step_and_exits_0(place):
     flags = [MESH, SEPARATE, "--config.train.checkpoint_every=100000"]
     with started(place, "preempted", *flags, LONG, processes=2) as running:
@@ -34,7 +35,7 @@ def test_sigterm_to_a_single_process(place):
     assert str(max(steps_on_disk(place, "alone"))) in running[0].out[-1]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_others_within_the_heartbeat(place, victim):
     with started(place, f"killed-{victim}", MESH, LONG, "--heartbeat_seconds=10", processes=2) as running:
         running[0].wait_for(is_step(5))
