@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tests/distributed/small_config.py"
-PATIENCE = 100.0
+MESH = "--config.mesh.fsdp=4"  # with data 2 over eight devices
+PATIENCE = 240.0  # seconds; the machine may be busy with other things
 
 
 def environment(devices: int, cache: Path) -> dict[str, str]:
@@ -80,15 +80,16 @@ class Process:
 def started(place: Path, workdir: str, *flags: str, processes: int = 1, devices: int = 4, **how) -> Iterator[list]:
     """The processes of one run; whatever is left of them is killed at the end.
 
-    how: `script`, `env` on top, `each(i)`: flags of process i; `alone`: start these ids only.
+    how: `script`; `env` on top, `each` a list of more of it by process; `is_named=False`: no flags name the processes.
     """
     port, running = free_port(), []
     env = environment(devices, place / "xla") | how.get("env", {})
+    is_named = processes > 1 and how.get("is_named", True)
     try:
-        for i in how.get("alone", range(processes)):
+        for i in range(processes):
             names = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-            command = train_command(place, workdir, *flags, *(names if processes > 1 else []), **how)
-            running.append(Process(command, env))
+            command = train_command(place, workdir, *flags, *(names if is_named else []), **how)
+            running.append(Process(command, env | (how["each"][i] if "each" in how else {})))
         yield running
     finally:
         for process in running:
@@ -133,6 +134,3 @@ def is_step(at_least: int) -> Callable[[str], bool]:
 
 def steps_on_disk(place: Path, workdir: str) -> list[int]:
     return sorted(int(p.name) for p in (place / workdir / "checkpoints").iterdir() if p.name.isdigit())
-
-
-SIGNALS = {"term": signal.SIGTERM, "kill": signal.SIGKILL, "stop": signal.SIGSTOP}

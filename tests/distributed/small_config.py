@@ -23,5 +23,5 @@ def get_config():
     c.train.eval_every = 1000
     c.train.eval_batches = 2
     c.train.checkpoint_every = 4
-    c.train.sample_tokens = 2
+    c.train.sample_tokens = 1
     return c

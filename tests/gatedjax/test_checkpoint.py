@@ -1,5 +1,6 @@
 """Checkpoints: equal to the bit after a restore; never a wrong value, a silent cast or a step lost without a word."""
 
+import hashlib
 import json
 import os
 import re
@@ -308,6 +309,67 @@ def test_array_metadata_that_points_elsewhere_is_refused(run_dir, states):
     path.write_text(path.read_text().replace('"mask"', '"/etc/passwd"').replace("'mask'", "'/etc/passwd'"))
     restored, said = restore_latest(run_dir, abstract(states[2]))
     assert restored.step == 2 and "/etc/passwd" in said[0]
+
+
+def _signed(body):
+    """A manifest as a stranger would write it: the checksum is no secret."""
+    return json.dumps({"body": body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()})
+
+
+def _rename(body):
+    body["leaves"]["../../../etc/passwd"] = body["leaves"].pop("mask")
+
+
+def _enlarge(body):
+    body["leaves"]["mask"]["shape"] = [2**60]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_rename, r"mask is nothing there, wanted bool\[5\]"),
+        (_enlarge, r"mask is bool\[1152921504606846976\] there, wanted bool\[5\]"),
+    ],
+)
+def test_hostile_names_and_sizes_in_a_manifest_are_refused_before_arrays_are_read(
+    run_dir, states, monkeypatch, change, message
+):
+    path = run_dir / "checkpoints" / "3" / "manifest" / "metadata"
+    body = json.loads(path.read_text())["body"]
+    change(body)
+    path.write_text(_signed(body))
+    monkeypatch.setattr(Checkpointer, "_arrays", lambda *_: pytest.fail("arrays were read"))
+    with pytest.raises(InputError, match=message):
+        restore_latest(run_dir, abstract(states[3]))
+
+
+def test_arrays_of_another_size_than_the_manifest_says_are_refused_unread(run_dir, tmp_path, states, monkeypatch):
+    """The store holds a mask of 50,000,000 elements where the manifest, and we, speak of 5."""
+    large = states[3].replace(mask=jnp.zeros(50_000_000, jnp.bool_))
+    with Checkpointer(tmp_path / "large") as checkpointer:
+        checkpointer.save(3, large, data_index=0)
+    shutil.rmtree(run_dir / "checkpoints" / "3" / "state")
+    shutil.copytree(tmp_path / "large" / "checkpoints" / "3" / "state", run_dir / "checkpoints" / "3" / "state")
+    restored, said = restore_latest(run_dir, abstract(states[2]))
+    assert restored.step == 2 and "mask is stored as mask bool[50000000]" in said[0]
+
+
+def test_links_and_oversized_descriptions_are_refused_unread(run_dir, tmp_path, states):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(run_dir / "checkpoints" / "3" / "state", elsewhere)
+    (run_dir / "checkpoints" / "3" / "state").symlink_to(elsewhere)
+    with open(run_dir / "checkpoints" / "2" / "manifest" / "metadata", "ab") as f:
+        f.truncate(1 << 34)  # sparse: nothing is written
+    restored, said = restore_latest(run_dir, abstract(states[1]))
+    assert restored.step == 1
+    assert "state is a link" in said[0] and "manifest/metadata has 17,179,869,184 bytes" in said[1]
+
+
+def test_keys_of_another_configuration_are_named(run_dir, states):
+    other = {"model": {"width": 32, "norm_eps": 1e-6}, "name": "test"}
+    wanted = r"params\.gate is bfloat16\[8\] there, wanted bfloat16\[9\]; config\.model\.width: 16 there, now 32$"
+    with Checkpointer(run_dir, other) as checkpointer, pytest.raises(InputError, match=wanted):
+        checkpointer.restore_latest(_replace_gate(states[3], shape=(9,)))
 
 
 # ---- the digest -----------------------------------------------------------------------------------------------------

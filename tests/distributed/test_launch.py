@@ -1,0 +1,61 @@
+"""How a run finds its processes: flags, Slurm's environment, and launchers that nobody has told about each other."""
+
+import random
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from processes import MESH, run
+
+from gatedjax import launch
+from gatedjax.errors import InputError
+
+
+@pytest.fixture
+def given():
+    """Flags as if parsed."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["pytest"])
+
+    def give(**values):
+        return flagsaver.flagsaver(**values)
+
+    return give
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(coordinator="h:1"), "--coordinator: wanted --coordinator, --num_processes and --process_id together"),
+        (dict(process_id=1), "--process_id: wanted --coordinator"),
+        (dict(coordinator="h:1", num_processes=2, process_id=2), "--process_id: 2 came, wanted below 2"),
+        (dict(coordinator="host", num_processes=2, process_id=0), "--coordinator: 'host' came, wanted host:port"),
+    ],
+)
+def test_flags_that_do_not_belong_together(given, values, message):
+    with given(**values), pytest.raises(InputError, match=message):
+        launch.start()
+
+
+@pytest.mark.parametrize(("name", "value"), [("PMI_SIZE", "4"), ("WORLD_SIZE", "2"), ("JOB_COMPLETION_INDEX", "1")])
+def test_an_unknown_launcher_of_several_processes_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{name} is {value}, but jax finds no cluster here: give --coordinator"):
+        launch._require_alone()
+
+
+def test_one_process_of_such_a_launcher_is_alone(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    launch._require_alone()
+
+
+@pytest.mark.slow
+def test_slurm_is_found_in_the_environment(place):
+    """What srun sets, on two processes of this machine; no flag names them."""
+    job = str(random.randrange(1, 4096))
+    names = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    each = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    running = run(place, "slurm", MESH, "--config.train.steps=3", processes=2, env=names, each=each, is_named=False)
+    assert [process.popen.returncode for process in running] == [0, 0], running[0].log()
+    assert "8 cpu device(s) of 2 processes, mesh data 2 x fsdp 4" in running[0].out[0]

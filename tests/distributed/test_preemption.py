@@ -1,0 +1,49 @@
+"""SIGTERM: all save the same step and exit 0. kill -9: the others stop with one line. Then on, to the bit."""
+
+import signal
+import time
+
+import pytest
+from processes import MESH, is_step, losses, run, started, steps_on_disk
+
+LONG = "--config.train.steps=100000"
+SEPARATE = "--config.optim.schedule=constant"  # the learning rate does not depend on the number of steps
+
+
+@pytest.mark.slow
+def test_sigterm_to_any_process_saves_one_step_and_exits_0(place):
+    flags = [MESH, SEPARATE, "--config.train.checkpoint_every=100000"]
+    with started(place, "preempted", *flags, LONG, processes=2) as running:
+        running[0].wait_for(is_step(3))
+        running[1].popen.send_signal(signal.SIGTERM)
+        assert [process.wait() for process in running] == [0, 0], running[0].log() + running[1].log()
+    (step,) = steps_on_disk(place, "preempted")
+    assert any(f"stopped by SIGTERM: step {step} of 100000 is saved" in line for line in running[0].out)
+    assert max(losses(place, "preempted")) == step
+    before = losses(place, "preempted")
+    run(place, "preempted", *flags, f"--config.train.steps={step + 3}", processes=2)
+    run(place, "straight", *flags, f"--config.train.steps={step + 3}", devices=8)
+    assert losses(place, "preempted") == losses(place, "straight") and len(before) == step
+
+
+def test_sigterm_to_a_single_process(place):
+    with started(place, "alone", LONG, devices=1) as running:
+        running[0].wait_for(is_step(5))
+        running[0].popen.send_signal(signal.SIGTERM)
+        assert running[0].wait() == 0, running[0].log()
+    assert "the same command goes on from there" in running[0].out[-1]
+    assert str(max(steps_on_disk(place, "alone"))) in running[0].out[-1]
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_process_ends_the_others_within_the_heartbeat(place, victim):
+    with started(place, f"killed-{victim}", MESH, LONG, "--heartbeat_seconds=10", processes=2) as running:
+        running[0].wait_for(is_step(5))
+        running[victim].popen.send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        other = running[1 - victim]
+        assert other.wait() not in (0, 2), other.log()
+        assert time.monotonic() - start < 10 + 20  # the heartbeat, and a busy machine
+    said = [line for line in other.err if line.strip()]
+    assert len(said) == 1 and said[0].startswith("error: ") and "lost" in said[0], other.log()
+    assert "the last checkpoint is intact" in said[0]
