@@ -2,7 +2,13 @@
 
 import jax
 
-from gatedjax.config import GatedAttentionConfig, GatedLinearAttentionConfig, ModelConfig, SparseMoEConfig
+from gatedjax.config import (
+    GatedAttentionConfig,
+    GatedLinearAttentionConfig,
+    LoRAMixtureConfig,
+    ModelConfig,
+    SparseMoEConfig,
+)
 
 # Dense bfloat16 FLOP/s of one device (public data sheets). A device that is not here gets no MFU.
 PEAK_FLOPS = {
@@ -37,7 +43,12 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
         mixer, ffn = config.layer(i)
         mix = _attention_flops if isinstance(mixer, GatedAttentionConfig) else _linear_attention_flops
         layers += mix(mixer, config.width, seq_len)
-        layers += _moe_flops(ffn, config.width) if isinstance(ffn, SparseMoEConfig) else 6 * config.width * ffn.hidden
+        if isinstance(ffn, SparseMoEConfig):
+            layers += _moe_flops(ffn, config.width)
+        else:
+            layers += 6 * config.width * ffn.hidden
+        if isinstance(ffn, LoRAMixtureConfig):
+            layers += 6 * ffn.num_experts * ffn.rank * (config.width + ffn.hidden)
     return layers + 2 * config.width * config.vocab_size
 
 

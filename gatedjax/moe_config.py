@@ -182,8 +182,8 @@ class LoRAMixtureConfig:
     rank: int = 16
     alpha: float = 16.0  # an expert's product is scaled by alpha / rank
     # xlora: softmax(x W / temperature), one for the layer. phatgoose: softmax of normalised <x, v> over the best
-    # experts_per_token, one for each matrix.
-    gate: Literal["xlora", "phatgoose"] = "xlora"
+    # experts_per_token, one for each matrix; sigmoid: what trains its v, sigmoid(<x, v>).
+    gate: Literal["xlora", "phatgoose", "sigmoid"] = "xlora"
     experts_per_token: int = 0  # 0: all
     temperature: float = 1.0
     not_causal = None  # no token sees a later one

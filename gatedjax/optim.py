@@ -9,6 +9,8 @@ from gatedjax.errors import InputError
 
 # A parameter with one of these axes is a matrix; norms, biases, sinks and decays have none of them.
 MATRIX_AXES = {"embed", "embed_vocab", "rank", "mlp"}
+# A parameter of this name is never changed.
+FROZEN = "frozen"
 # Axes along which a stack of matrices is stacked.
 STACK_AXES = {"layers", "expert"}
 
@@ -46,7 +48,9 @@ def make_optimizer(config: OptimConfig, steps: int, axes) -> optax.GradientTrans
     """
     rate = make_schedule(config, steps)
     is_axes = lambda x: isinstance(x, tuple)
-    decay_mask = jax.tree.map(is_matrix, axes, is_leaf=is_axes)
+    frozen = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == FROZEN, axes, is_leaf=is_axes)
+    has_frozen = any(jax.tree.leaves(frozen))
+    decay_mask = jax.tree.map(lambda a, is_frozen: is_matrix(a) and not is_frozen, axes, frozen, is_leaf=is_axes)
     decay = dict(weight_decay=config.weight_decay, mask=decay_mask)
     adam = dict(b1=config.beta1, b2=config.beta2, eps=config.eps)
     if config.name == "adamw":
@@ -71,6 +75,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes) -> optax.GradientTrans
         )
     else:
         tx = _schedule_free(config, rate, decay)
+    tx = optax.chain(tx, optax.transforms.freeze(frozen)) if has_frozen else tx
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm else tx
 
 

@@ -9,12 +9,14 @@ from gatedjax.layers import attention, linear_attention
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.context import Context as Context
 from gatedjax.layers.linear_attention import GatedLinearAttention
+from gatedjax.layers.lora_mixture import LoRAMixture
 from gatedjax.layers.mlp import GatedMLP
 from gatedjax.layers.moe import SparseMoE
+from gatedjax.layers.soft_moe import SoftMoE
 
 # By the config's `kind`. A mixer comes with the function that makes its empty decoding cache.
 MIXERS = {
     "gated_attention": (GatedAttention, attention.init_cache),
     "gated_linear_attention": (GatedLinearAttention, linear_attention.init_cache),
 }
-FEED_FORWARDS = {"gated_mlp": GatedMLP, "sparse_moe": SparseMoE}
+FEED_FORWARDS = {"gated_mlp": GatedMLP, "sparse_moe": SparseMoE, "soft_moe": SoftMoE, "lora_mixture": LoRAMixture}
