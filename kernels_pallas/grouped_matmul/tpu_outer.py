@@ -73,7 +73,7 @@ def outer_by_group(
         ),
         out_shape=jax.ShapeDtypeStruct((G, K, N), call.out_dtype, manual_axis_type=jax.typeof(lhs).manual_axis_type),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True
         ),
         cost_estimate=pl.CostEstimate(2 * R * K * N, 0, moved),
         interpret=call.interpret,

@@ -29,7 +29,7 @@ class Row(NamedTuple):
 # By device kind, as jax.Device.device_kind says.
 TUNED = {
     "TPU v5 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512)),
-    "TPU v5": Row(cores=2, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512)),
+    "TPU v5": Row(cores=2, tile=512, parts=64, depth=128, step=1024, outer_step=(1024, 1024)),
     "TPU v6 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512)),
 }
 DEFAULT_KIND = "TPU v6 lite"  # the nearest to later ones: a matrix unit of 256
