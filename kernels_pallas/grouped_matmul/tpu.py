@@ -82,7 +82,7 @@ def rows_times_groups(
     def on_device(x, rhs, sizes):
         M, x, rhs = x.shape[0], padded(x, ROWS, LANES), padded(rhs, 1, LANES, LANES)
         shape = x.shape[0], x.shape[1], rhs.shape[1 if transposed else 2]
-        schedule = tpu_tuning.rows_schedule(*shape, 1, 1, 1, x.dtype.itemsize)
+        schedule = tpu_tuning.rows_schedule(*shape, x.dtype.itemsize)
         call = tpu_rows.Call(
             schedule, transposed, lambda product: (product(0, 0),), (plan.out_dtype,), interpret_mode(plan.interpret, x),
             f"grouped_matmul_{'dlhs' if transposed else 'forward'}",
@@ -92,7 +92,9 @@ def rows_times_groups(
     return partition.by_sorted_rows(on_device, (x,), (rhs,), group_sizes)
 
 
-def outer_by_group(plan: Plan, lhs: Float[Array, "M K"], dout: Float[Array, "M N"], group_sizes: Int[Array, "G"]):
+def outer_by_group(
+    plan: Plan, lhs: Float[Array, "M K"], dout: Float[Array, "M N"], group_sizes: Int[Array, "G"]
+) -> Float[Array, "G K N"]:
     """[G, K, N]: lhs^T dout over the rows of each group."""
     K, N = lhs.shape[1], dout.shape[1]
 
@@ -101,7 +103,7 @@ def outer_by_group(plan: Plan, lhs: Float[Array, "M K"], dout: Float[Array, "M N
         shape = lhs.shape[0], lhs.shape[1], dout.shape[1]
         schedule = tpu_tuning.outer_schedule(*shape, lhs.dtype.itemsize)
         call = tpu_outer.Call(schedule, plan.out_dtype, interpret_mode(plan.interpret, lhs), "grouped_matmul_drhs")
-        return tpu_outer.outer_by_group(call, lhs, dout, sizes)[:, :K, :N]
+        return tpu_outer.outer_by_group(call, (lhs,), dout, sizes)[:, :K, :N]
 
     return partition.by_sorted_rows(on_device, (lhs, dout), (), group_sizes, summed=True)
 

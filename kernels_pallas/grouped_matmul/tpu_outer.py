@@ -5,6 +5,7 @@ pass: a group whose rows fit into a tile is one matmul with nothing added up. Ro
 at the ends of a group only.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from kernels_pallas.grouped_matmul import tpu_visits
-from kernels_pallas.grouped_matmul.tpu_rows import LANES, VMEM_LIMIT, matmul
+from kernels_pallas.grouped_matmul.tpu_rows import LANES, matmul
 from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Visit, Walk
 
 
@@ -27,6 +28,7 @@ class Schedule(NamedTuple):
     columns: int  # columns of the result at a time
     step: tuple[int, int]  # rows and columns of one matmul
     parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
+    vmem: int  # bytes that the compiler may take
 
 
 class Call(NamedTuple):
@@ -36,49 +38,55 @@ class Call(NamedTuple):
     out_dtype: jnp.dtype
     interpret: object
     name: str
+    operand: Callable | None = None  # (part of each left operand) -> the one that is multiplied, elementwise
 
 
 def outer_by_group(
-    call: Call, lhs: Float[Array, "R K"], dout: Float[Array, "R N"], sizes: Int[Array, "G"]
+    call: Call, lefts: tuple[Float[Array, "R K"], ...], dout: Float[Array, "R N"], sizes: Int[Array, "G"]
 ) -> Float[Array, "G K N"]:
-    """Rows sorted by group; R a multiple of `ROWS`, K and N of 128. Zeros for groups of no rows."""
+    """Rows sorted by group; R a multiple of `ROWS`, K and N of 128. Zeros for groups of no rows.
+
+    One left operand, or several that `call.operand` makes one of.
+    """
+    lhs = lefts[0]
     (R, K), N, G = lhs.shape, dout.shape[1], len(sizes)
     s = call.schedule
     scratch = dict(
-        lhs=pltpu.VMEM((2, s.tile, s.inner), lhs.dtype),
+        lhs=[pltpu.VMEM((2, s.tile, s.inner), x.dtype) for x in lefts],
         dout=pltpu.VMEM((2, s.tile, s.columns), dout.dtype),
         total=pltpu.VMEM((s.inner, s.columns), jnp.float32),
         out=pltpu.VMEM((2, s.inner, s.columns), call.out_dtype),
         walk=Walk.scratch(R, s.tile, G),
-        in_sem=pltpu.SemaphoreType.DMA((2, 2)),
+        in_sem=pltpu.SemaphoreType.DMA((len(lefts) + 1, 2)),
         out_sem=pltpu.SemaphoreType.DMA((2,)),
     )
     leaves, tree = jax.tree.flatten(scratch)
 
     def kernel(sizes, *refs):
+        *left, dout, out = refs[: len(lefts) + 2]
         block = [pl.ds(pl.multiple_of(pl.program_id(i) * n, LANES), n) for i, n in enumerate((s.inner, s.columns))]
-        _kernel(_Refs(call, *block, sizes, *refs[:3], **jax.tree.unflatten(tree, refs[3:])))
+        _kernel(_Refs(call, *block, sizes, left, dout, out, **jax.tree.unflatten(tree, refs[len(lefts) + 2 :])))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     item = lhs.dtype.itemsize
-    moved = R * (K * (N // s.columns) + N * (K // s.inner)) * item + G * K * N * call.out_dtype.itemsize
+    moved = R * (len(lefts) * K * (N // s.columns) + N * (K // s.inner)) * item + G * K * N * call.out_dtype.itemsize
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(K // s.inner, N // s.columns),
-            in_specs=[anywhere] * 2,
+            in_specs=[anywhere] * (len(lefts) + 1),
             out_specs=anywhere,
             scratch_shapes=leaves,
         ),
         out_shape=jax.ShapeDtypeStruct((G, K, N), call.out_dtype, manual_axis_type=jax.typeof(lhs).manual_axis_type),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=s.vmem, disable_bounds_checks=True
         ),
         cost_estimate=pl.CostEstimate(2 * R * K * N, 0, moved),
         interpret=call.interpret,
         name=call.name,
-    )(sizes, lhs, dout)
+    )(sizes, *lefts, dout)
 
 
 class _Refs(NamedTuple):
@@ -88,10 +96,10 @@ class _Refs(NamedTuple):
     inner: object  # the block of the result that this walk makes: its rows ...
     columns: object  # ... and its columns
     sizes: object
-    lhs_hbm: object
+    lefts_hbm: list
     dout_hbm: object
     out_hbm: object
-    lhs: object  # [2, tile, inner]
+    lhs: list  # [2, tile, inner] each; the first becomes what is multiplied
     dout: object  # [2, tile, columns]
     total: object  # [inner, columns] float32
     out: object  # [2, inner, columns]
@@ -101,7 +109,8 @@ class _Refs(NamedTuple):
 
     def move_in(self, v: Visit, do: str) -> None:
         slot, tile = v.index % 2, self.call.schedule.tile
-        pairs = ((self.lhs_hbm, self.lhs, self.inner), (self.dout_hbm, self.dout, self.columns))
+        pairs = [(source, to, self.inner) for source, to in zip(self.lefts_hbm, self.lhs)]
+        pairs.append((self.dout_hbm, self.dout, self.columns))
         for i, (source, to, columns) in enumerate(pairs):
 
             def copy(first, size, i=i, source=source, to=to, columns=columns):
@@ -119,7 +128,7 @@ class _Refs(NamedTuple):
 
 def _kernel(refs: _Refs) -> None:
     s, walk = refs.call.schedule, refs.walk
-    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], refs.lhs_hbm.shape[0], s.tile, empty=True)
+    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], refs.dout_hbm.shape[0], s.tile, empty=True)
     at = lambda index: tpu_visits.visit(walk, index)
     refs.move_in(at(0), "start")
 
@@ -158,6 +167,13 @@ def _kernel(refs: _Refs) -> None:
 def _multiply(refs: _Refs, v: Visit, size: int) -> None:
     """Adds the first `size` rows of the tile to the group's sum; the group's last tile leaves it in `out`."""
     s, slot = refs.call.schedule, v.index % 2
+    if refs.call.operand:
+
+        @pl.loop(0, size, step=ROWS)
+        def _(first):
+            at = (slot, pl.ds(pl.multiple_of(first, ROWS), ROWS))
+            refs.lhs[0][at] = refs.call.operand(*(x[at] for x in refs.lhs)).astype(refs.lhs[0].dtype)
+
     _zero_neighbours(refs, v, size)
     rows, (inner_step, column_step) = pl.ds(0, size), s.step
 
@@ -165,7 +181,7 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
         @pl.loop(0, s.inner // inner_step)
         def _(i):
             inner = pl.ds(pl.multiple_of(i * inner_step, LANES), inner_step)
-            lhs = refs.lhs[slot, rows, inner]
+            lhs = refs.lhs[0][slot, rows, inner]
 
             @pl.loop(0, s.columns // column_step)
             def _(j):
@@ -195,7 +211,7 @@ def _zero_neighbours(refs: _Refs, v: Visit, size: int) -> None:
 
     def select(first, keep):
         rows = tpu_visits.rows_of(ROWS, v.row + first)
-        for x in (refs.lhs, refs.dout):
+        for x in (refs.lhs[0], refs.dout):
             at = x[slot, pl.ds(first, ROWS)]
             x[slot, pl.ds(first, ROWS)] = jnp.where(keep(rows), at.astype(jnp.float32), 0.0).astype(x.dtype)
 

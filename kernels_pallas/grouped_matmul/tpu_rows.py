@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -21,7 +22,6 @@ from jaxtyping import Float, Int
 from kernels_pallas.grouped_matmul import tpu_visits
 from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Visit, Walk
 
-VMEM_LIMIT = 56 * 2**20  # of at least 64 MiB on every generation
 LANES = 128
 
 
@@ -30,9 +30,10 @@ class Schedule(NamedTuple):
 
     tile: int  # rows at a time
     columns: int  # of the output, whose part of a matrix is in VMEM at a time
-    ahead: int  # tiles of rows and matrices in VMEM, a power of two
+    ahead: int  # matrices, tiles of rows and of results in VMEM; a power of two
     step: int  # columns of one matmul
     parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
+    vmem: int  # bytes that the compiler may take
 
 
 class Call(NamedTuple):
@@ -40,14 +41,20 @@ class Call(NamedTuple):
 
     schedule: Schedule
     transposed: bool  # matrices are [G, O, I]
-    body: Callable  # ([[size, I] of each input], product(input, matrix)) -> [size, step] of each output
+    body: Callable  # (product(input, matrix), part of each tiled array) -> each output: parts [size, step], float32
     out_dtypes: tuple[jnp.dtype, ...]
     interpret: object
     name: str
+    operand: Callable | None = None  # (part of each input) -> the one that is multiplied instead of them, elementwise
+    in_place: bool = False  # outputs take the place of the tiled arrays
 
 
 def rows_times_groups(
-    call: Call, xs: tuple[Float[Array, "R I"], ...], matrices: tuple[Float[Array, "G I O"], ...], sizes: Int[Array, "G"]
+    call: Call,
+    xs: tuple[Float[Array, "R I"], ...],
+    matrices: tuple[Float[Array, "G I O"], ...],
+    sizes: Int[Array, "G"],
+    tiled: tuple[Float[Array, "R O"], ...] = (),
 ) -> tuple[Float[Array, "R O"], ...]:
     """Rows sorted by group; R a multiple of `ROWS`, I and O of 128. Rows beyond the groups' are zeros."""
     (R, I), G = xs[0].shape, len(sizes)
@@ -57,40 +64,49 @@ def rows_times_groups(
     matrix = (s.columns, I) if call.transposed else (I, s.columns)
     scratch = dict(
         x=[pltpu.VMEM((s.ahead, s.tile, I), x.dtype) for x in xs],
+        tiled=[pltpu.VMEM((s.ahead, s.tile, s.columns), z.dtype) for z in tiled],
+        operand=[pltpu.VMEM((s.tile, I), xs[0].dtype)] if call.operand else [],
         matrix=[pltpu.VMEM((s.ahead, *matrix), m.dtype) for m in matrices],
-        out=[pltpu.VMEM((2, s.tile, s.columns), d) for d in call.out_dtypes],
+        out=[pltpu.VMEM((s.ahead, s.tile, s.columns), d) for d in call.out_dtypes],
         shared=[pltpu.VMEM((ROWS, s.columns), d) for d in call.out_dtypes],
         walk=Walk.scratch(R, s.tile, G),
-        x_sem=pltpu.SemaphoreType.DMA((len(xs), s.ahead)),
+        x_sem=pltpu.SemaphoreType.DMA((len(xs) + len(tiled), s.ahead)),
         matrix_sem=pltpu.SemaphoreType.DMA((len(matrices), s.ahead)),
-        out_sem=pltpu.SemaphoreType.DMA((len(call.out_dtypes), 2)),
+        out_sem=pltpu.SemaphoreType.DMA((len(call.out_dtypes), s.ahead)),
     )
     leaves, tree = jax.tree.flatten(scratch)
 
+    ends = np.cumsum([len(xs), len(tiled), len(matrices), len(call.out_dtypes)])
+
     def kernel(sizes, *refs):
-        n = len(xs) + len(matrices)
-        ins, outs, scratch = refs[:n], refs[n : n + len(call.out_dtypes)], refs[n + len(call.out_dtypes) :]
         columns = pl.ds(pl.multiple_of(pl.program_id(0) * s.columns, LANES), s.columns)
-        _kernel(_Refs(call, columns, sizes, ins[: len(xs)], ins[len(xs) :], outs, **jax.tree.unflatten(tree, scratch)))
+        hbm = [refs[start:end] for start, end in zip([0, *ends], ends)]
+        _kernel(_Refs(call, columns, sizes, *hbm, **jax.tree.unflatten(tree, refs[ends[-1] :])))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     moved = sum(x.size * x.dtype.itemsize for x in xs) * (O // s.columns)
-    moved += sum(m.size * m.dtype.itemsize for m in matrices) + sum(R * O * d.itemsize for d in call.out_dtypes)
+    moved += sum(m.size * m.dtype.itemsize for m in (*matrices, *tiled))
+    moved += sum(R * O * d.itemsize for d in call.out_dtypes)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(O // s.columns,),
-            in_specs=[anywhere] * (len(xs) + len(matrices)),
+            in_specs=[anywhere] * (len(xs) + len(tiled) + len(matrices)),
             out_specs=[anywhere] * len(call.out_dtypes),
             scratch_shapes=leaves,
         ),
         out_shape=[like(d) for d in call.out_dtypes],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=s.vmem,
+            disable_bounds_checks=True,  # of every copy: a tenth of the time; rows and groups are clamped to the arrays
+        ),
         cost_estimate=pl.CostEstimate(2 * R * I * O * len(matrices), 0, moved),
+        input_output_aliases={1 + len(xs) + i: i for i in range(len(tiled))} if call.in_place else {},
         interpret=call.interpret,
         name=call.name,
-    )(sizes, *xs, *matrices)
+    )(sizes, *xs, *tiled, *matrices)
 
 
 class _Refs(NamedTuple):
@@ -100,11 +116,14 @@ class _Refs(NamedTuple):
     columns: object  # those of the outputs that this walk makes
     sizes: object
     xs: tuple  # HBM [R, I]
+    tileds: tuple  # HBM [R, O]
     matrices: tuple  # HBM
     outs: tuple  # HBM [R, O]
     x: list  # VMEM [ahead, tile, I]
+    tiled: list  # VMEM [ahead, tile, columns]
+    operand: list  # VMEM [tile, I], at most one
     matrix: list  # VMEM [ahead, I, columns]
-    out: list  # VMEM [2, tile, columns]
+    out: list  # VMEM [ahead, tile, columns]
     shared: list  # VMEM [ROWS, columns]: rows that the next group has a part in
     walk: Walk
     x_sem: object
@@ -119,12 +138,14 @@ class _Refs(NamedTuple):
 
     def move_x(self, v: Visit, do: str) -> None:
         slot, tile = v.index % self.schedule.ahead, self.schedule.tile
-        for i, (source, to) in enumerate(zip(self.xs, self.x)):
+        whole = [(source, to, slice(None)) for source, to in zip(self.xs, self.x)]
+        cut = [(source, to, self.columns) for source, to in zip(self.tileds, self.tiled)]
+        for i, (source, to, columns) in enumerate(whole + cut):
 
-            def copy(first, size, i=i, source=source, to=to):
-                row = pl.multiple_of(v.row + first, ROWS)
+            def copy(first, size, i=i, source=source, to=to, columns=columns):
+                rows = source.at[pl.ds(pl.multiple_of(v.row + first, ROWS), size), columns]
                 at = to.at[slot, pl.ds(first, size)]
-                getattr(pltpu.make_async_copy(source.at[pl.ds(row, size)], at, self.x_sem.at[i, slot]), do)()
+                getattr(pltpu.make_async_copy(rows, at, self.x_sem.at[i, slot]), do)()
 
             tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0])
 
@@ -136,7 +157,7 @@ class _Refs(NamedTuple):
             getattr(pltpu.make_async_copy(matrix, to.at[slot], self.matrix_sem.at[i, slot]), do)()
 
     def move_out(self, v: Visit, do: str) -> None:
-        slot, tile = v.index % 2, self.schedule.tile
+        slot, tile = v.index % self.schedule.ahead, self.schedule.tile
         # The rows of the last register are left to the next group, if it has some of them.
         count = jnp.minimum(tpu_visits.aligned(v.end) - v.row, tile)
         for i, (source, to) in enumerate(zip(self.out, self.outs)):
@@ -178,9 +199,9 @@ def _kernel(refs: _Refs) -> None:
         def _():
             refs.move_matrix(v.place + s.ahead - 1, "start")
 
-        @pl.when(index >= 2)
+        @pl.when(index >= s.ahead)
         def _():
-            refs.move_out(at(index - 2), "wait")
+            refs.move_out(at(index - s.ahead), "wait")
 
         @pl.when(index < real)
         def _():
@@ -195,12 +216,12 @@ def _kernel(refs: _Refs) -> None:
         @pl.when(index >= real)
         def _():
             for out in refs.out:
-                out[index % 2] = jnp.zeros(out.shape[1:], out.dtype)
+                out[index % s.ahead] = jnp.zeros(out.shape[1:], out.dtype)
 
         _share(refs, v)
         refs.move_out(v, "start")
 
-    for back in (2, 1):
+    for back in range(s.ahead, 0, -1):
 
         @pl.when(tiles >= back)
         def _(back=back):
@@ -209,9 +230,17 @@ def _kernel(refs: _Refs) -> None:
 
 def _multiply(refs: _Refs, v: Visit, size: int) -> None:
     """The first `size` rows of the tile, a step of columns after another."""
-    s, slot = refs.schedule, v.index % 2
-    x_slot, matrix_slot = v.index % s.ahead, v.place % s.ahead
-    xs = [x.at[x_slot, pl.ds(0, size)] for x in refs.x]
+    s = refs.schedule
+    slot, matrix_slot = v.index % s.ahead, v.place % s.ahead
+    xs = [x.at[slot, pl.ds(0, size)] for x in refs.x]
+    if refs.operand:
+
+        @pl.loop(0, size, step=ROWS)
+        def _(first):
+            rows = pl.ds(pl.multiple_of(first, ROWS), ROWS)
+            refs.operand[0][rows] = refs.call.operand(*(x[rows] for x in xs)).astype(refs.operand[0].dtype)
+
+        xs = [refs.operand[0].at[pl.ds(0, size)]]
 
     @pl.loop(0, s.columns // s.step)
     def _(i):
@@ -221,13 +250,15 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
             part = (columns, slice(None)) if refs.call.transposed else (slice(None), columns)
             return matmul(xs[x][...], refs.matrix[matrix][(matrix_slot, *part)], ((1,), (int(refs.call.transposed),)))
 
-        for out, value in zip(refs.out, refs.call.body(product)):
-            out[slot, pl.ds(0, size), columns] = value.astype(out.dtype)
+        at = (slot, pl.ds(0, size), columns)
+        values = refs.call.body(product, *(z[at] for z in refs.tiled))
+        for out, value in zip(refs.out, values):
+            out[at] = value.astype(out.dtype)
 
 
 def _share(refs: _Refs, v: Visit) -> None:
     """Takes rows of earlier groups into the tile's first register, and leaves its last to the next group."""
-    slot, tile = v.index % 2, refs.schedule.tile
+    slot, tile = v.index % refs.schedule.ahead, refs.schedule.tile
     first, end = pl.ds(0, ROWS), pl.multiple_of(tpu_visits.aligned(v.end) - v.row, ROWS)
 
     @pl.when(v.first & (v.row < v.start))

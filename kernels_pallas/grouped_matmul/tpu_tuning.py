@@ -9,10 +9,11 @@ from typing import NamedTuple
 import jax
 
 from kernels_pallas.grouped_matmul import tpu_outer, tpu_rows
-from kernels_pallas.grouped_matmul.tpu_rows import LANES, VMEM_LIMIT
+from kernels_pallas.grouped_matmul.tpu_rows import LANES
 from kernels_pallas.grouped_matmul.tpu_visits import ROWS
 
-VMEM_FOR_BLOCKS = VMEM_LIMIT - 12 * 2**20  # the compiler keeps operands of a matmul there too
+MIB = 2**20
+OPERANDS = 12 * MIB  # of VMEM, where the compiler keeps operands of a matmul
 
 
 class Row(NamedTuple):
@@ -24,51 +25,58 @@ class Row(NamedTuple):
     depth: int  # the same for `tpu_outer`, where rows are what a matrix unit sums over
     step: int  # columns of one matmul of `tpu_rows`
     outer_step: tuple[int, int]  # block of one matmul of `tpu_outer`
+    vmem: int  # bytes that a kernel may take, of 64 MiB a core on v5p and v7x, 128 MiB on v5e and v6e
 
 
 # By device kind, as jax.Device.device_kind says.
 TUNED = {
-    "TPU v5 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512)),
-    "TPU v5": Row(cores=2, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512)),
-    "TPU v6 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512)),
+    "TPU v5 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
+    "TPU v5": Row(cores=2, tile=512, parts=64, depth=128, step=1024, outer_step=(1024, 1024), vmem=56 * MIB),
+    "TPU v6 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
 }
-DEFAULT_KIND = "TPU v6 lite"  # the nearest to later ones: a matrix unit of 256
-AHEAD = (4, 2)  # matrices in VMEM, the more the better
+DEFAULT = Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=56 * MIB)
+AHEAD = (4, 2)  # matrices in VMEM; deeper queues gain nothing more
 
 
-def rows_schedule(R: int, I: int, O: int, inputs: int, matrices: int, outputs: int, item: int) -> tpu_rows.Schedule:
+def rows_schedule(R: int, I: int, O: int, item: int, inputs=1, matrices=1, tiled=0, outputs=1) -> tpu_rows.Schedule:
     """For R rows, [I, O] matrices and numbers of `item` bytes: as many columns as fit, then as many matrices."""
     tuned = _tuned()
-    tile, parts = _tile(tuned, R, item), tuned.parts
+    tile = _tile(tuned, R, item)
     largest = O // tuned.cores if O % (tuned.cores * LANES) == 0 else O
     for columns in _divisors(largest):
         for ahead in AHEAD:
-            taken = ahead * (inputs * tile * I + matrices * I * columns) + 2 * outputs * tile * columns
-            if taken * item <= VMEM_FOR_BLOCKS:
-                step = next(n for n in _divisors(columns) if n <= max(LANES, tuned.step * 2 // item))
-                return tpu_rows.Schedule(tile, columns, ahead, step, _parts(tile, parts))
-    raise NotImplementedError(too_large(I, item))
+            taken = ahead * (inputs * tile * I + matrices * I * columns + (tiled + outputs) * tile * columns)
+            taken += tile * I if inputs > 1 else 0
+            if taken * item <= tuned.vmem - OPERANDS:
+                step = next(n for n in _divisors(columns) if n <= max(LANES, tuned.step * 2 // item // matrices))
+                return tpu_rows.Schedule(tile, columns, ahead, step, _parts(tile, tuned.parts), tuned.vmem)
+    raise ValueError(f"grouped_matmul: {too_large(I, item)}")
 
 
-def outer_schedule(R: int, K: int, N: int, item: int) -> tpu_outer.Schedule:
-    """For R rows and [K, N] sums: blocks of as many columns as fit, then of as many rows."""
+def outer_schedule(R: int, K: int, N: int, item: int, lefts: int = 1) -> tpu_outer.Schedule:
+    """For R rows and [K, N] sums: of the blocks that fit, the one for which the rows are read least often."""
     tuned = _tuned()
     tile = _tile(tuned, R, item)
     largest = K // tuned.cores if K % (tuned.cores * LANES) == 0 else K
-    fits = lambda inner, columns: (
-        2 * item * (tile * (inner + columns) + inner * columns) + 4 * inner * columns <= VMEM_FOR_BLOCKS
-    )
+
+    def fits(inner: int, columns: int) -> bool:
+        taken = 2 * item * (tile * (lefts * inner + columns) + inner * columns) + 4 * inner * columns
+        return taken <= tuned.vmem - OPERANDS
+
     blocks = [(k, n) for k in _divisors(largest) for n in _divisors(N) if fits(k, n)]
-    # Of what fits, the block for which the rows are read least often: K / inner times dout, N / columns times lhs.
-    inner, columns = min(blocks, key=lambda b: K * N * (1 / b[0] + 1 / b[1]))
-    step = tuple(next(n for n in _divisors(size) if n <= max(LANES, most * 2 // item))
-                 for size, most in zip((inner, columns), tuned.outer_step))  # fmt: skip
-    return tpu_outer.Schedule(tile, inner, columns, step, _parts(tile, tuned.depth))
+    inner, columns = min(blocks, key=lambda b: N * K // b[0] + lefts * K * N // b[1])
+    step = [
+        next(n for n in _divisors(size) if n <= max(LANES, most * 2 // item))
+        for size, most in zip((inner, columns), tuned.outer_step)
+    ]
+    return tpu_outer.Schedule(tile, inner, columns, tuple(step), _parts(tile, tuned.depth), tuned.vmem)
 
 
 def largest_inner(item: int) -> int:
-    """The widest rows for which a step of `LANES` columns fits."""
-    return VMEM_FOR_BLOCKS // (AHEAD[-1] * item * (ROWS * 8 + LANES)) // LANES * LANES
+    """The widest rows of which a tile and `LANES` columns of two matrices fit, twice."""
+    tuned = _tuned()
+    tile = tuned.tile * 2 // item
+    return (tuned.vmem - OPERANDS) // (item * 2 * (3 * tile + 2 * LANES)) // LANES * LANES
 
 
 def too_large(I: int, item: int) -> str:
@@ -92,7 +100,7 @@ def _divisors(size: int) -> list[int]:
 
 
 def _tuned() -> Row:
-    return TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])
+    return TUNED.get(_device_kind(), DEFAULT)
 
 
 def _device_kind() -> str:

@@ -1,0 +1,164 @@
+"""The TPU kernels of `grouped_matmul`, in interpret mode: values and gradients against float64, any group sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import rel_rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_grouped_matmul import SIZES, G, K, M, N, assert_close, cast, draw, truth, value_and_gradients
+
+from kernels_pallas import dispatch, grouped_matmul
+from kernels_pallas.grouped_matmul import tpu, tpu_outer, tpu_rows, tpu_tuning
+
+on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Many small tiles, so that small arrays go every way through the kernels."""
+    row = tpu_tuning.Row(cores=1, tile=64, parts=16, depth=32, step=128, outer_step=(128, 128), vmem=2**26)
+    monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
+
+
+@functools.cache
+def jitted(**options):
+    return jax.jit(functools.partial(value_and_gradients, f=on_tpu, **options))
+
+
+def check(arrays, sizes, tolerance=1e-6):
+    actual = jitted()(arrays, jnp.asarray(sizes, jnp.int32))
+    assert_close(actual, truth(arrays, sizes), tolerance)
+    beyond = sum(sizes)
+    assert not np.any(actual["out"][beyond:]) and not np.any(actual["lhs"][beyond:])
+    assert not np.any(actual["rhs"][np.asarray(sizes) == 0])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_values_and_gradients(name):
+    """One compiled function for all group sizes: they are values of the run."""
+    check(cast(draw(), jnp.float32), SIZES[name])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, M), min_size=G - 1, max_size=G - 1), st.integers(0, M))
+def test_any_group_sizes(cuts, total):
+    check(cast(draw(seed=total), jnp.float32), np.diff(np.minimum(np.sort([0, *cuts, M]), total)))
+
+
+def test_bfloat16_in_several_blocks():
+    """Blocks of columns and of matmuls; float32 results are exact, those in bfloat16 are rounded once."""
+    rng = np.random.default_rng(0)
+    arrays = cast({"lhs": rng.normal(size=(100, 200)), "rhs": rng.normal(size=(3, 200, 300))}, jnp.bfloat16)
+    sizes = [37, 0, 60]
+    expected = dict(zip(("out", "lhs", "rhs"), wide_truth(arrays, sizes)))
+    for preferred in (None, jnp.float32):
+        actual = jitted(preferred_element_type=preferred)(arrays, jnp.asarray(sizes))
+        assert actual["out"].dtype == (preferred or jnp.bfloat16) and actual["lhs"].dtype == jnp.bfloat16
+        assert_close(actual, expected, 2e-3)
+    assert rel_rms(actual["out"], expected["out"]) < 1e-6
+
+
+def wide_truth(arrays, sizes):
+    lhs, rhs = (np.asarray(arrays[name], np.float64) for name in ("lhs", "rhs"))
+    cotangent = np.random.default_rng(9).normal(size=(len(lhs), rhs.shape[2]))
+    cotangent = np.asarray(jnp.asarray(cotangent, jnp.bfloat16), np.float64)
+    group = np.repeat(np.arange(len(sizes) + 1), [*sizes, len(lhs) - sum(sizes)])
+    one_hot = (group[:, None] == np.arange(len(sizes))).astype(float)
+    return (
+        np.einsum("mg,mk,gkn->mn", one_hot, lhs, rhs, optimize=True),
+        np.einsum("mg,mn,gkn->mk", one_hot, cotangent, rhs, optimize=True),
+        np.einsum("mg,mk,mn->gkn", one_hot, lhs, cotangent, optimize=True),
+    )
+
+
+def test_float16_and_one_row():
+    arrays = cast(draw(1), jnp.float16)
+    actual = value_and_gradients(arrays, np.asarray([0, 0, 1, 0, 0]), f=on_tpu)
+    assert actual["out"].dtype == actual["rhs"].dtype == jnp.float16
+    assert_close(actual, truth(arrays, [0, 0, 1, 0, 0]), 1e-3)
+
+
+def test_vmap():
+    """Over rows, matrices and group sizes together."""
+    batch = [(draw(40, seed=i), sizes) for i, sizes in enumerate(([20, 0, 15, 1, 4], [1, 1, 1, 1, 1]))]
+    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.float32), *(arrays for arrays, _ in batch))
+    run = jax.jit(jax.vmap(functools.partial(value_and_gradients, f=on_tpu)))
+    actual = run(stacked, jnp.asarray([sizes for _, sizes in batch], jnp.int32))
+    for i, (arrays, sizes) in enumerate(batch):
+        assert_close({name: x[i] for name, x in actual.items()}, truth(arrays, sizes), 1e-6)
+
+
+def test_shard_map():
+    """Every device sorts its own rows; the matrices are the same everywhere, so their gradient is summed."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    sizes = np.asarray([[5, 0, 3, 9, 2], [1, 1, 17, 1, 4]])
+    rng, own = np.random.default_rng(0), [draw(24, seed=i) for i in range(2)]
+    arrays = {"lhs": np.concatenate([a["lhs"] for a in own]), "rhs": rng.normal(size=(G, K, N))}
+    mapped = jax.shard_map(
+        lambda lhs, rhs, sizes: on_tpu(lhs, rhs, sizes[0]),
+        mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P("data"), check_vma=True,
+    )  # fmt: skip
+    actual = jax.jit(functools.partial(value_and_gradients, f=mapped))(cast(arrays, jnp.float32), sizes)
+    group = np.concatenate([np.repeat(np.arange(G + 1), [*s, 24 - sum(s)]) for s in sizes])
+    one_hot = jnp.asarray(group[:, None] == np.arange(G), jnp.float32)
+    dense = lambda lhs, rhs, _: jnp.einsum("mg,mk,gkn->mn", one_hot, lhs, rhs, precision="highest")
+    expected = value_and_gradients(cast(arrays, jnp.float32), sizes, f=dense)
+    assert_close(actual, expected, 1e-6)
+
+
+def test_jit_on_a_mesh():
+    """The op cuts sorted rows over the devices by itself: a group may lie on several, its gradient is summed."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    arrays, sizes = draw(96), [50, 0, 3, 30, 4]
+    specs = {"lhs": P("data"), "rhs": P()}
+    placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in cast(arrays, jnp.float32).items()}
+    with jax.set_mesh(mesh):
+        actual = jax.jit(functools.partial(value_and_gradients, f=on_tpu))(placed, jnp.asarray(sizes))
+    assert_close(actual, truth(arrays, sizes), 1e-6)
+
+
+def kernels(sizes, interpret):
+    """(out, drhs) of the two kernels alone, rows 80."""
+    arrays = cast(draw(80), jnp.float32)
+    plan = tpu.Plan(jnp.dtype(jnp.float32), interpret)
+    dout = jnp.asarray(np.random.default_rng(9).normal(size=(80, N)), jnp.bfloat16).astype(jnp.float32)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    out = jax.jit(functools.partial(tpu.rows_times_groups, plan, transposed=False))(arrays["lhs"], arrays["rhs"], sizes)
+    drhs = jax.jit(functools.partial(tpu.outer_by_group, plan))(arrays["lhs"], dout, sizes)
+    return {"out": out, "rhs": drhs}, {n: x for n, x in truth(arrays, sizes.tolist()).items() if n != "lhs"}
+
+
+def test_no_races():
+    """With DMAs as late as they may be, memory that begins as NaN, and reads beyond an array refused."""
+    strict = pltpu.InterpretParams(
+        detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise"
+    )
+    assert_close(*kernels([33, 1, 0, 20, 5], strict), 1e-6)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("module, name, spoilt", [(tpu_rows, "_share", "out"), (tpu_outer, "_zero_neighbours", "rhs")])
+def test_a_planted_error_is_seen(module, name, spoilt, monkeypatch):
+    """Without the care for rows that share a register with another group, results are wrong, and the tests see it."""
+    monkeypatch.setattr(module, name, lambda *args: None)
+    actual, expected = kernels([33, 1, 0, 20, 5], True)
+    errors = {n: rel_rms(np.nan_to_num(actual[n], nan=9.0), expected[n]) for n in expected}
+    assert errors[spoilt] > 1e-2 and all(e < 1e-6 for n, e in errors.items() if n != spoilt), errors
+
+
+def test_what_ran_and_what_is_refused():
+    arguments = jnp.zeros((4, 128), jnp.float32), jnp.zeros((2, 128, 128)), jnp.asarray([1, 3])
+    jax.eval_shape(on_tpu, *arguments)
+    assert dispatch.last_choice("grouped_matmul").implementation == "tpu"
+    wide = jax.ShapeDtypeStruct((4, 2**17), jnp.float32), jax.ShapeDtypeStruct((2, 2**17, 8), jnp.float32)
+    with pytest.raises(NotImplementedError, match="takes rows of up to"):
+        jax.eval_shape(on_tpu, *wide, jax.ShapeDtypeStruct((2,), jnp.int32))
