@@ -28,7 +28,7 @@ MAX_BLOCKS = 3_000_000
 LOCAL_DMA_CYCLES, LOCAL_DMA_BYTES_PER_CYCLE = 100, 512  # between on-chip memories; a guess that no time depended on
 # Addresses are plain numbers: symbols and operands are given ranges far above what a program computes with.
 _ADDRESS_FLOOR, _ALLOCATIONS, _OPERANDS = 1 << 39, 1 << 41, 1 << 50
-_ALLOCATION_BITS, _OPERAND_BITS = 24, 40
+_ALLOCATION_BITS, _OPERAND_BITS, _HBM_SHIFT = 24, 40, 4
 
 
 class _Unknown:
@@ -431,6 +431,8 @@ class Execution:
         """A DMA into SMEM, whose words are known if it copies a known operand from its beginning."""
         if type(source) is not int or type(dest) is not int or type(size) is not int or source < _OPERANDS:
             return
+        if source >= _OPERANDS << _HBM_SHIFT:  # some listings turn an operand into an address of bytes
+            source >>= _HBM_SHIFT
         index, offset = divmod(source - _OPERANDS, 1 << _OPERAND_BITS)
         words = self._operands.get(index)
         if words is not None and offset == 0:
