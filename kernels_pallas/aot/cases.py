@@ -61,17 +61,33 @@ def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> C
 
 
 def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
-    """Axes B T H D, and Hk where heads are grouped, causal; gate = none, head or element; window = a number."""
+    """Axes B T H D, and Hk where heads are grouped; causal unless causal = no.
+
+    gate = none, head or element; window = a number; score = a name; segments = yes; arrays as for linear_scan.
+    """
     B, T, H, D = (sizes[a] for a in ("B", "T", "H", "D"))
     gate = _one_of(options, "gate", "none", {"none": None, "head": 1, "element": D})
+    yes = lambda name, default: _one_of(options, name, default, ("yes", "no")) == "yes"
     keys = sizes.get("Hk", H)
-    args = [_array(dtype, B, T, H, D), _array(dtype, B, T, keys, D), _array(dtype, B, T, keys, D)]
-    args += [] if gate == "none" else [_array(dtype, B, T, H, 1 if gate == "head" else D)]
+    args = [_array(dtype, B, T, H * D), _array(dtype, B, T, keys * D), _array(dtype, B, T, keys * D)]
+    args += [] if gate == "none" else [_array(dtype, B, T, H * (1 if gate == "head" else D))]
+    args += [_array(jnp.int32, B, T)] if (segments := yes("segments", "no")) else []
     window = options.get("window")
     if window is not None and not window.isdecimal():
         raise ValueError(f"window: {window!r} came, wanted a number of tokens")
-    fixed = dict(window=window and int(window), implementation=options.get("implementation"))
-    return Case(lambda q, k, v, g=None: attention(q, k, v, gate=g, **fixed), tuple(args), {})
+    fixed = dict(
+        window=window and int(window), implementation=options.get("implementation"), causal=yes("causal", "yes")
+    )
+    fixed["score"] = options.get("score", "softmax")
+
+    def forward(q, k, v, *others):
+        others = list(others)
+        heads = [x.reshape(B, T, -1, D) for x in (q, k, v)]
+        gates = None if gate == "none" else others.pop(0).reshape(B, T, H, -1)
+        ids = others.pop(0) if segments else None
+        return attention(*heads, gate=gates, segment_ids=ids, **fixed).reshape(B, T, -1)
+
+    return Case(forward, tuple(args), {})
 
 
 def grouped_matmul_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
@@ -85,7 +101,7 @@ def grouped_matmul_case(sizes: dict[str, int], dtype, options: dict[str, str]) -
 # Op -> its case, and the axes that a shape must give.
 CASES = {
     "linear_scan": (linear_scan_case, ("B", "T", "H", "K", "V"), ("Hk", "Hv"), {"decay"}),
-    "attention": (attention_case, ("B", "T", "H", "D"), ("Hk",), {"gate", "window"}),
+    "attention": (attention_case, ("B", "T", "H", "D"), ("Hk",), {"gate", "window", "score", "causal", "segments"}),
     "grouped_matmul": (grouped_matmul_case, ("M", "K", "N", "G"), (), set()),
 }
 

@@ -58,7 +58,7 @@ def compile_for(
     report = report_compiled(target_name, compiled, traced.jaxpr.jaxpr, kernels=kernels)
     if folder is None:
         return compiled, report
-    scalars = prefetch.scalar_operands(traced.jaxpr, concrete) if concrete else []
+    scalars = prefetch.scalar_operands(traced.jaxpr, concrete or {})
     text = compiled.as_text()
     return compiled, _with_schedule(report, Dump(folder, text, chip, scalars), chip, text)
 

@@ -67,12 +67,14 @@ def attention(
     score = check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap)
     if interpret and implementation not in ("tpu", "gpu"):
         raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
-    room = reference if chosen == "reference" else xla
+    refusals = {"tpu": tpu.unsupported(q, k, v, score), "gpu": gpu.unsupported()}
+    chosen = dispatch.choose(op, implementation, refusals)
+    room = {"reference": reference, "xla": xla, "tpu": tpu}[chosen]
     arrays = all_varying(q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
-    scale = default_scale(scale, q.shape[-1])
-    score = score.for_length(q.shape[1])
-    return room.attention(*arrays, score=score, causal=causal, window=window, soft_cap=soft_cap, scale=scale)
+    fixed = dict(causal=causal, window=window, soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))
+    if interpret:
+        fixed["interpret"] = interpret
+    return room.attention(*arrays, score=score.for_length(q.shape[1]), **fixed)
 
 
 def attention_step(
@@ -114,7 +116,7 @@ def attention_step(
     _check_integers(op, "distances", distances, k_cache.shape[:2])
     if (alibi_slopes is None) != (distances is None):
         raise ValueError(f"{op}: alibi_slopes or distances came alone, wanted both or neither")
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(), "gpu": gpu.unsupported()})
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported_step(), "gpu": gpu.unsupported()})
     room = reference if chosen == "reference" else xla
     arrays = all_varying(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
     return room.attention_step(*arrays, score=score, soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))

@@ -1,0 +1,40 @@
+"""Block sizes of the TPU kernels of `attention`, as data.
+
+`benchmarks/tune_attention.py` fills the table by model time. A schedule changes only the time of a call.
+"""
+
+import jax
+
+from kernels_pallas.attention.tpu_plan import LANES, Schedule
+
+MAX_D = 256
+
+# device kind -> (forward, backward) for heads of 128. The device kind is what jax.Device.device_kind says.
+TUNED = {
+    "TPU v5 lite": (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
+    "TPU v5": (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
+    "TPU v6 lite": (Schedule(block=1024, rows=256), Schedule(block=1024, rows=256)),
+}
+DEFAULT_KIND = "TPU v6 lite"  # the nearest to later ones: a matrix unit of 256
+SPAN_BYTES = 16 * 2**20  # of float32 sums of dk and dv in VMEM
+
+
+def schedules(T: int, K: int, V: int, window: int | None) -> dict[str, Schedule]:
+    """{"forward", "backward"} for a call on the device that it is compiled for."""
+    forward, backward = TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])
+    backward = backward._replace(span=SPAN_BYTES // (4 * (K + V)))
+    return {"forward": _fitted(forward, T, window), "backward": _fitted(backward, T, window)}
+
+
+def _fitted(schedule: Schedule, T: int, window: int | None) -> Schedule:
+    """A block much larger than the window would mostly compute what the mask hides."""
+    if window is not None:
+        most = max(2 * LANES, -(-window // LANES) * LANES)
+        schedule = schedule._replace(block=min(schedule.block, most), rows=min(schedule.rows, most))
+    return schedule.fitted(T)
+
+
+def _device_kind() -> str:
+    """Of the device that the surrounding computation is compiled for, as in `dispatch.target_platform`."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
