@@ -130,6 +130,7 @@ def main() -> None:
     ops = [op for op in args.op.split(",") if installed(op)]
     header = ["shape", "target", "pass", "op", "us", "compulsory us", "ratio", "HBM MB", "of compulsory", "temp MiB"]
     lines, rows = [], []
+    versions = {name: metadata.version(name) for name in ("libtpu", *(PEERS[o] for o in ops if o in PEERS))}
     for shape in args.shape or SHAPES:
         for chip in args.target or TARGETS:
             for way in args.ways.split(","):
@@ -139,10 +140,9 @@ def main() -> None:
                     rows.append(dict(zip(("op", "target", "shape", "decay", "pass"), row)) | found)
                     lines.append(line(row, found))
                     print("  ".join(lines[-1]), file=sys.stderr, flush=True)
+                    if args.json:  # after every row: a run of hours may be cut short
+                        write_json(args.json, {"rows": rows}, versions)
     print(table(header, lines))
-    if args.json:
-        versions = {name: metadata.version(name) for name in ("libtpu", *(PEERS[o] for o in ops if o in PEERS))}
-        write_json(args.json, {"rows": rows}, versions)
 
 
 if __name__ == "__main__":
