@@ -123,7 +123,9 @@ PLANTED = {
         gpu_tile, "vector_dlogs", lambda f: lambda t, c, d: f(t, c._replace(of_writes=0 * c.of_writes), d)
     ),
     "gate gradient of the state lost": (gpu_back, "_dlog_total", lambda f: lambda *a: 0 * f(*a)),
-    "final state's cotangent lost": (gpu_scan, "combined", lambda f: lambda logs, s, first, back: f(logs, s, None if back else first, back)),
+    "final state's cotangent lost": (
+        gpu_scan, "combined", lambda f: lambda logs, s, first, back: f(logs, s, None if back else first, back)
+    ),
 }  # fmt: skip
 
 
