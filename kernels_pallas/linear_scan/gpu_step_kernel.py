@@ -16,7 +16,7 @@ def step_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DECAY: tl.constexpr, DECAY_ROWS: tl.constexpr,
     INCLUSIVE: tl.constexpr, BONUS: tl.constexpr,
 ):  # fmt: skip
-    """state [B, H, K, V] float32, updated; q [B, H, K], k and v of H // KEY_GROUP and H // VALUE_GROUP heads, o [B, H, V].
+    """state [B, H, K, V] float32, updated; q [B, H, K], k and v of H // their group heads, o [B, H, V].
 
     log_decay: by DECAY "none", "scalar" [DECAY_ROWS, H] or "vector" [DECAY_ROWS, H, K], where DECAY_ROWS is 1 or B.
     """

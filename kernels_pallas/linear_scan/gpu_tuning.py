@@ -41,7 +41,7 @@ DEFAULT_CHIP = "H200"
 
 def schedule(decay: str) -> Schedule:
     """For a call on the device that it is compiled for."""
-    return TUNED[_chip()][1]["vector" if decay == "vector" else "scalar"]
+    return TUNED[chip()][1]["vector" if decay == "vector" else "scalar"]
 
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
@@ -52,7 +52,7 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
 
 def segments(schedule: Schedule, walks: int, chunks: int) -> int:
     """Into how many parts, a power of two, a sequence is cut so that `walks` programs a part fill the chip."""
-    wanted = TUNED[_chip()][0] * schedule.walks_per_core
+    wanted = TUNED[chip()][0] * schedule.walks_per_core
     parts = 1
     while 2 * parts * walks <= wanted and chunks >= 2 * parts * SEGMENT_CHUNKS:
         parts *= 2
@@ -64,10 +64,10 @@ def block(most: int, size: int) -> int:
     return min(most, size & -size)
 
 
-def _chip() -> str:
-    """Of the device that the surrounding computation is compiled for, as in `dispatch.target_platform`."""
+def chip() -> str:
+    """The table's name of the device that the surrounding computation is compiled for, as in `dispatch.target_platform`."""
     kind = absent_device_kind() or jax.devices()[0].device_kind
-    return next((chip for chip in TUNED if chip in kind), DEFAULT_CHIP)
+    return next((name for name in TUNED if name in kind), DEFAULT_CHIP)
 
 
 def absent_device_kind() -> str | None:
