@@ -65,7 +65,7 @@ def block(most: int, size: int) -> int:
 
 
 def chip() -> str:
-    """The table's name of the device that the surrounding computation is compiled for, as in `dispatch.target_platform`."""
+    """The table's name of the device that the surrounding computation is compiled for; see `dispatch.target_platform`."""
     kind = absent_device_kind() or jax.devices()[0].device_kind
     return next((name for name in TUNED if name in kind), DEFAULT_CHIP)
 
