@@ -157,6 +157,6 @@ def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
 
 
 def find_ptxas() -> str | None:
-    """On the PATH, or in NVIDIA's wheels."""
+    """In NVIDIA's wheels, for whose version XLA writes its PTX where they are installed, or on the PATH."""
     wheels = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")
-    return shutil.which("ptxas") or next((str(p) for p in sorted(wheels)), None)
+    return next((str(p) for p in sorted(wheels)), None) or shutil.which("ptxas")

@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.linear_scan import gpu, reference, tile, tpu, tpu_step, xla
+from kernels_pallas.linear_scan import gpu, gpu_step, reference, tile, tpu, tpu_step, xla
 from kernels_pallas.manual_axes import varying_like
 from kernels_pallas.partition import by_rows_and_heads
 
@@ -114,7 +114,8 @@ def linear_scan_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of `linear_scan`, for decoding: the same formulas and arguments without T. Returns (o, new state).
 
-    On TPU a kernel updates the states in place: donate `state` to the surrounding jit, or XLA copies it first.
+    On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel updates the states in place: donate `state` to
+    the surrounding jit, or XLA copies it first.
     `state` has V + 1 columns with `normalize`, as `linear_scan` returns it. o has v's dtype, the new state is float32
     (float64 if an input is float64).
 
@@ -126,14 +127,17 @@ def linear_scan_step(
     _check_inputs(op, q, k, v, log_decay, time=False)
     _check_options(op, q, v, bonus, inclusive, "state", state, normalize)
     _check_interpret(op, interpret, implementation)
-    refusal = tpu_step.unsupported(q, k, v, state, log_decay, bonus)
-    chosen = dispatch.choose(op, implementation, {"tpu": refusal, "gpu": "is not available"})
+    asked = (q, k, v, state, log_decay, bonus)
+    refusals = {"tpu": tpu_step.unsupported(*asked), "gpu": gpu_step.unsupported(*asked, interpret)}
+    chosen = dispatch.choose(op, implementation, refusals)
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[None]
     arrays = _prepared(q, k, v, log_decay, bonus, state)
     static = {"inclusive": inclusive, "scale": _scale(scale, q.shape[-1]), "normalize": normalize}
     if chosen == "tpu":
         return _on_mesh(partial(tpu_step.linear_scan_step, **static, interpret=interpret), arrays, time=False)
+    if chosen == "gpu":
+        return _on_mesh(partial(gpu_step.linear_scan_step, **static), arrays, time=False)
     return (reference if chosen == "reference" else xla).linear_scan_step(*arrays, **static)
 
 

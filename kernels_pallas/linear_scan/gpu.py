@@ -40,7 +40,7 @@ def unsupported(q, k, v, log_decay, initial_state, normalize: bool, chunk_size: 
     plan = _plan(q, k, v, log_decay, None, chunk_size, interpret=False)
     largest = q.shape[0] * plan.H * max(plan.T * max(plan.K, plan.V), plan.chunks * plan.K * plan.V)
     if largest >= 2**31:
-        return f"takes arrays (states before each chunk included) below 2**31 elements, not {largest}: its index has 32 bits"
+        return f"takes arrays, states before each chunk included, below 2**31 elements, not {largest}"
     return None
 
 
@@ -126,7 +126,7 @@ def _in_order(plan: Plan, x: Array, axis: int) -> Array:
 
 
 def _logs(plan: Plan, q: Array, log_decay: Array | None, starts: Array | None) -> Array | None:
-    """What the state meets: [B, T, H, K] as in memory, or float32 [B or 1, H, T] in order. Autodiff goes through here."""
+    """What the state meets, differentiable: [B, T, H, K] as in memory, or float32 [B or 1, H, T] in order."""
     if plan.decay == "none":
         return None
     if log_decay is None:  # segments alone

@@ -1,13 +1,13 @@
 """The mathematics of one chunk as Triton can do it: whole tiles of a power of two, no slices, no concatenation.
 
 The vector decay is `tile.vector_decay`'s halving in another form. Blocks of h = 1, 2, 4, ... tokens are merged in
-pairs. At each level the rows of later blocks only read and those of earlier blocks only write, so one operand does both:
+pairs. At each level the rows of later blocks only read, those of earlier blocks only write, and one operand does both:
 
     y = where(later, q, k) exp(where(later, F, R));   scores += y y^T on pairs that meet at this level
     F += the sibling's total log where later;         R += the sibling's total log where earlier
 
-F_i is the sum of logs from the start of i's block to i's read, R_j that after j to the end of j's block: sums of the very
-logs that are met, all <= 0, never differences. Only the sibling's total has to come from other rows; it is loaded.
+F_i is the sum of logs from the start of i's block to i's read, R_j that after j to the end of j's block: sums of the
+very logs that are met, all <= 0, never differences. Only the sibling's total has to come from other rows: it is loaded.
 """
 
 from collections.abc import Callable
@@ -113,7 +113,7 @@ class Cotangents(NamedTuple):
 
 
 def vector_cotangents(tile: Tile, q: Array, k: Array, logs: Logs, dscores: Array, from_states: Callable) -> Cotangents:
-    """dscores [C, C] is symmetric: the scores' cotangent in both triangles, as operands are. from_states() -> (dreads, dwrites)."""
+    """dscores [C, C] is symmetric, the scores' cotangent in both triangles. from_states() -> (dreads, dwrites)."""
     C = q.shape[0]
 
     def visit(h, later, factors, carry):
@@ -132,8 +132,8 @@ def vector_cotangents(tile: Tile, q: Array, k: Array, logs: Logs, dscores: Array
 def vector_dlogs(tile: Tile, c: Cotangents, dlog_total: Array) -> Array:
     """[C, K]: what each log receives.
 
-    A log at t is met by the reads and pairs of i >= t (exclusive: i > t), unless the pair's j >= t too, by the writes of
-    j < t, and by the chunk's total, dlog_total [K].
+    A log at t is met by the reads and pairs of i >= t (exclusive: i > t), unless the pair's j >= t too, by the writes
+    of j < t, and by the chunk's total, dlog_total [K].
     """
     balance = c.of_readers - c.of_writers
     i, j = rows_and_columns(balance.shape[0])
@@ -163,7 +163,7 @@ def scalar_mask(C: int, sums: tuple[Array, ...] | None) -> Array:
 
 
 def scalar_cotangents(tile: Tile, q: Array, k: Array, dproducts: Array, dread_q: Array, dwrite_k: Array) -> Cotangents:
-    """dproducts [C, C]: of q k^T, off the diagonal; dread_q, dwrite_k [C, K]: what q and k receive through the state."""
+    """dproducts [C, C]: of q k^T, off the diagonal; dread_q, dwrite_k [C, K]: of q and k through the state."""
     dq, dk = matmul(tile, dproducts, k), matmul(tile, dproducts, q, trans_a=True)
     met = (q * (dq + dread_q), k * dk, k * dwrite_k)
     return Cotangents(dq + dread_q, dk + dwrite_k, *met)

@@ -30,18 +30,18 @@ class Schedule(NamedTuple):
     dscores_warps: int = 4
 
 
-# device kind -> (streaming multiprocessors, kind of decay -> Schedule). The kind is what jax.Device.device_kind says.
+# chip, as jax.Device.device_kind names it -> (streaming multiprocessors, kind of decay -> Schedule).
 TUNED = {
-    "NVIDIA H200": (132, {"vector": Schedule(), "scalar": Schedule()}),
-    "NVIDIA H100 80GB HBM3": (132, {"vector": Schedule(), "scalar": Schedule()}),
-    "NVIDIA A100-SXM4-80GB": (108, {"vector": Schedule(), "scalar": Schedule()}),
+    "H200": (132, {"vector": Schedule(), "scalar": Schedule()}),
+    "H100": (132, {"vector": Schedule(), "scalar": Schedule()}),
+    "A100": (108, {"vector": Schedule(), "scalar": Schedule()}),
 }
-DEFAULT_KIND = "NVIDIA H200"
+DEFAULT_CHIP = "H200"
 
 
 def schedule(decay: str) -> Schedule:
     """For a call on the device that it is compiled for."""
-    return TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])[1]["vector" if decay == "vector" else "scalar"]
+    return TUNED[chip()][1]["vector" if decay == "vector" else "scalar"]
 
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
@@ -52,7 +52,7 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
 
 def segments(schedule: Schedule, walks: int, chunks: int) -> int:
     """Into how many parts, a power of two, a sequence is cut so that `walks` programs a part fill the chip."""
-    wanted = TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])[0] * schedule.walks_per_core
+    wanted = TUNED[chip()][0] * schedule.walks_per_core
     parts = 1
     while 2 * parts * walks <= wanted and chunks >= 2 * parts * SEGMENT_CHUNKS:
         parts *= 2
@@ -64,7 +64,13 @@ def block(most: int, size: int) -> int:
     return min(most, size & -size)
 
 
-def _device_kind() -> str:
-    """Of the device that the surrounding computation is compiled for, as in `dispatch.target_platform`."""
+def chip() -> str:
+    """The table's name of the device that the surrounding computation is compiled for; see `dispatch.target_platform`."""
+    kind = absent_device_kind() or jax.devices()[0].device_kind
+    return next((name for name in TUNED if name in kind), DEFAULT_CHIP)
+
+
+def absent_device_kind() -> str | None:
+    """Of the device that an ambient abstract mesh names: where programs are compiled for a chip that is not here."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+    return getattr(device, "device_kind", None)
