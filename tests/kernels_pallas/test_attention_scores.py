@@ -139,7 +139,7 @@ def test_a_planted_error_is_found(error, monkeypatch):
 MASKS = {"causal": {}, "window": dict(window=9), "segments": dict(segments=True)}
 GATES = (None, "head-wise", "element-wise")
 # `make test` has one case for each score, with everything in it; the slow ones are the whole product.
-QUICK = [(name, dict(window=20, segments=True), GATES[1 + i % 2]) for i, name in enumerate(SCORES)]
+QUICK = [(name, dict(window=6, segments=True), GATES[1 + i % 2]) for i, name in enumerate(SCORES)]
 
 
 def check_op(name, mask, gate, monkeypatch):
