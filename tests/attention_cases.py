@@ -9,7 +9,7 @@ from kernels_pallas import attention
 from kernels_pallas.attention import xla
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-3
-EVERYTHING = dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=30, soft_cap=4.0)
+EVERYTHING = dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=12, soft_cap=4.0)
 # Parameters, a number a head: they stay float32 in a bfloat16 call, as in a layer.
 BY_HEAD = ("sink_logits", "alibi_slopes")
 

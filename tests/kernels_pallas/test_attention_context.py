@@ -15,7 +15,7 @@ from kernels_pallas.attention import context
 DEVICES = 4
 CASES = {
     "causal": {},
-    "everything": dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=30, soft_cap=4.0),
+    "everything": dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=18, soft_cap=4.0),
     "short window, element-wise gate": dict(window=5, gate="element-wise"),
     "full": dict(causal=False, segments=True, slopes=True),
     "odd parts": dict(T=60, gate="element-wise"),
