@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "distributed"))
 import processes  # noqa: E402 (what starts processes for the tests starts them here)
 
-STEPS, EVERY = 120, 4
+STEPS, EVERY, LIFE = 60, 5, 7  # steps of the run, between saves, of the longest life
 HEARTBEAT = 10
 FLAGS = [
     f"--config.train.steps={STEPS}",
@@ -47,12 +47,11 @@ def undisturbed(place: Path) -> dict[int, float]:
     return processes.losses(place, "undisturbed")
 
 
-def life(place: Path, rng: random.Random, kills_left: int, in_save: bool) -> dict:
+def life(place: Path, rng: random.Random, in_save: bool) -> dict:
     """Starts the run where it was, kills one process, waits for the other."""
     directory = place / "killed" / "checkpoints"
     saved = max(processes.steps_on_disk(place, "killed"), default=0) if directory.exists() else 0
-    # So many steps to live that all the kills fit in before the last step.
-    until = saved + rng.randint(1, max(1, 2 * (STEPS - 2 * EVERY - saved) // kills_left))
+    until = min(saved + rng.randint(1, LIFE), STEPS - 1)
     victim = rng.randrange(2)
     with processes.started(place, "killed", *FLAGS, processes=2, devices=1) as running:
         if in_save:
@@ -87,7 +86,7 @@ def kills(place: Path, number: int, rng: random.Random, reference: dict[int, flo
     """That many lives, and a last one to the end. A life's losses are judged when the next one has begun over it."""
     lives = []
     for i in range(number):
-        lives.append(life(place, rng, number - i, in_save=i % 3 == 2))
+        lives.append(life(place, rng, in_save=i % 3 == 2))
         came = processes.losses(place, "killed")
         lives[-1]["same_losses"] = all(reference[step] == loss for step, loss in came.items())
         print(f"kill {i + 1}/{number}: {json.dumps(lives[-1])}", flush=True)
@@ -137,6 +136,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "faults.json"))
     args = parser.parse_args()
+    processes.PATIENCE = 1200.0
     rng, place = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="gatedjax-faults-"))
     try:
         processes.write_text(place)

@@ -21,7 +21,7 @@ STARTED = time.monotonic()
 # The coordinator dies with process 0: it leaves last, so that the others can still say what went wrong.
 _LEAVE_LAST_SECONDS = 2.0
 _PEER_LOST = re.compile(
-    r"gloo|nccl|connection (reset|closed)|coordination service|heartbeat|socket closed", re.IGNORECASE
+    r"gloo|nccl|connection (reset|closed)|coordination.?service|heartbeat|socket closed|barrier", re.IGNORECASE
 )
 # What the operating system says about the user's disks and paths, rather than about our code.
 _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
@@ -82,7 +82,7 @@ def _guarded(call: Callable):
         if e.errno not in _USER_ERRNOS:
             raise
         leave(f"{e.strerror}: {e.filename}" if e.filename else str(e), 2)
-    except jax.errors.JaxRuntimeError as e:
+    except Exception as e:  # the loss of a process comes as whatever the call of that moment makes of it
         if not (_processes() > 1 and _PEER_LOST.search(str(e))):
             raise
         leave(f"another process of this run was lost ({e}); the last checkpoint is intact", 1)

@@ -300,6 +300,7 @@ class TrainConfig:
         _require(self.batch_size % self.accumulation_steps == 0, "batch_size", self.batch_size, wanted)
         for name in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.stuck_seconds >= 0, "stuck_seconds", self.stuck_seconds, "0 for never, or seconds")
 
 
 @dataclass(frozen=True)
