@@ -1,6 +1,7 @@
 """Sparse = dense mixture of experts, for every router; permutations, capacity, experts that cost nothing."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -8,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from moe_dense import dense_moe
 
 from gatedjax.config import ModelConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.errors import InputError
 from gatedjax.layers.context import Context
+from gatedjax.layers.experts import Stacks, mixture
 from gatedjax.layers.moe import SparseMoE
+from gatedjax.layers.routing import Routing, limit_capacity
 from gatedjax.router_state import NAME, split
 
 X = np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32)
@@ -190,3 +195,35 @@ def test_what_is_not_causal_is_refused_by_models():
 def test_wrong_values_are_named(values, message):
     with pytest.raises(InputError, match=message):
         configure(**values)
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=36, max_size=36), st.integers(1, 30), st.sampled_from(["position", "choice"])
+)
+@settings(max_examples=40, deadline=None)
+def test_any_group_sizes(ids, capacity, order):
+    """Empty, full and single-row groups, empty places (id 5), experts that live elsewhere; then a capacity."""
+    experts = jnp.asarray(ids, jnp.int32).reshape(1, 12, 3)
+    weights = jnp.asarray(np.random.default_rng(len(set(ids))).random((1, 12, 3)), jnp.float32)
+    weights = jnp.where(experts == 5, 0.0, weights)
+    limited = CAPACITY[order](Routing(experts, weights, jnp.zeros((1, 12, 5))), capacity)
+    queue = sorted(range(36), key=lambda i: i if order == "position" else (i % 3, i))
+    seen, fits = [0] * 6, np.zeros(36, bool)
+    for i in queue:
+        fits[i] = ids[i] < 5 and seen[ids[i]] < capacity
+        seen[ids[i]] += 1
+    np.testing.assert_array_equal(limited.experts.reshape(-1), np.where(fits, ids, 5))
+    for first in (0, 2):
+        y = MIXTURE(X[0, :12], experts[0], weights[0], first)
+        local = np.asarray(experts[0]) - first
+        expected = np.zeros((12, 16))
+        for e in range(3):
+            h = X[0, :12] @ STACK[e]
+            expected += np.sum(weights[0] * (local == e), -1)[:, None] * ((h / (1 + np.exp(-h)) * h) @ STACK[e].T)
+        assert rel_rms(y, expected) < 1e-5
+
+
+STACK = np.random.default_rng(7).normal(size=(3, 16, 8)).astype(np.float32) * 0.3
+STACKS = Stacks(STACK, STACK, STACK.swapaxes(1, 2), "silu", False)
+MIXTURE = jax.jit(lambda x, experts, weights, first: mixture(x, experts, weights, STACKS, first))
+CAPACITY = {o: jax.jit(functools.partial(limit_capacity, order=o)) for o in ("position", "choice")}
