@@ -47,7 +47,7 @@ def expert_mlp(
         raise ValueError(f"{op}: activation={activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
     if interpret and implementation not in ("tpu", "gpu"):
         raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(rows, gate), "gpu": gpu.unsupported()})
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(rows, gate), "gpu": gpu.unsupported(rows)})
     arrays = rows, gate, up, down, group_sizes
     if chosen != "tpu":
         return composed.expert_mlp(*arrays, activation=activation, implementation=chosen, interpret=interpret)
