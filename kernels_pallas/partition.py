@@ -66,8 +66,8 @@ def by_rows_and_heads(
 
 def by_sorted_rows(
     fn: Callable, rows: Sequence[Array], whole: Sequence[Array], group_sizes: Array, summed: bool = False
-) -> Array:
-    """`fn(*rows, *whole, group_sizes)`, its rows cut over the ambient mesh: rows that are sorted by group.
+):
+    """`fn(*rows, *whole, group_sizes)`, one array or several, its rows cut over the ambient mesh: rows that are sorted by group.
 
     Every device gets the part of each group that lies in its own rows. `summed`: the result is one of groups, not of
     rows, and every device holds a part of the sum.
@@ -79,12 +79,13 @@ def by_sorted_rows(
     parts = math.prod(mesh.shape[a] for a in axes or ())
 
     def part(*arrays):
-        *arrays, sizes = (varying_like(x, *arrays) for x in arrays)
+        *arrays, sizes = [varying_like(x, *arrays) for x in arrays]
         first = jax.lax.axis_index(axes) * (num_rows // parts) if axes else 0
         ends = jnp.minimum(jnp.cumsum(sizes), num_rows)
         edge = lambda row: jnp.clip(row - first, 0, num_rows // parts)
         out = fn(*arrays, edge(ends) - edge(jnp.pad(ends[:-1], (1, 0))))
-        return jax.lax.psum(out.astype(jnp.float32), axes).astype(out.dtype) if summed and axes else out
+        total = lambda x: jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype)
+        return jax.tree.map(total, out) if summed and axes else out
 
     specs = *[PartitionSpec(axes)] * len(rows), *[PartitionSpec()] * (len(whole) + 1)
     out_spec = PartitionSpec() if summed else PartitionSpec(axes)

@@ -1,7 +1,16 @@
 """Compiles for an accelerator that is not here, and reports what it will cost: `python -m kernels_pallas.aot`."""
 
-from kernels_pallas.aot.compile import compile_for, report_compiled, slice_devices
+from kernels_pallas.aot.compile import compile_and_replay, compile_for, report_compiled, slice_devices
 from kernels_pallas.aot.report import Report
 from kernels_pallas.aot.targets import TARGETS, parse_slice, target
 
-__all__ = ["TARGETS", "Report", "compile_for", "parse_slice", "report_compiled", "slice_devices", "target"]
+__all__ = [
+    "TARGETS",
+    "Report",
+    "compile_and_replay",
+    "compile_for",
+    "parse_slice",
+    "report_compiled",
+    "slice_devices",
+    "target",
+]

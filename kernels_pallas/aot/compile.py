@@ -46,6 +46,21 @@ def compile_for(
       ValueError: an unknown target.
       RuntimeError: libtpu or the CUDA plugin is not installed, or libtpu was loaded without schedules before.
     """
+    compiled, reports = compile_and_replay(
+        target_name, fn, *args, donate_argnums=donate_argnums, concretes={"": concrete or {}}, schedule=schedule
+    )
+    return compiled, reports[""]
+
+
+def compile_and_replay(
+    target_name: str,
+    fn: Callable,
+    *args,
+    concretes: Mapping[str, Mapping[int, np.ndarray]],
+    donate_argnums: tuple[int, ...] = (),
+    schedule: bool = True,
+) -> tuple[jax.stages.Compiled, dict[str, Report]]:
+    """As `compile_for`, with one report for each set of steering values: compiled once, replayed for each."""
     chip = target(target_name)
     folder = libtpu.start(schedule) if isinstance(chip, Tpu) else None
     mesh = Mesh(np.array(_devices(chip)[:1]), ("device",), axis_types=(AxisType.Auto,))
@@ -57,10 +72,12 @@ def compile_for(
         compiled, kernels = gpu.compile_lowered(lowered, chip) if isinstance(chip, Gpu) else (lowered.compile(), ())
     report = report_compiled(target_name, compiled, traced.jaxpr.jaxpr, kernels=kernels)
     if folder is None:
-        return compiled, report
-    scalars = prefetch.scalar_operands(traced.jaxpr, concrete or {})
-    text = compiled.as_text()
-    return compiled, _with_schedule(report, Dump(folder, text, chip, scalars), chip, text)
+        return compiled, dict.fromkeys(concretes, report)
+    text, reports = compiled.as_text(), {}
+    for name, concrete in concretes.items():
+        scalars = prefetch.scalar_operands(traced.jaxpr, concrete)
+        reports[name] = _with_schedule(report, Dump(folder, text, chip, scalars), chip, text)
+    return compiled, reports
 
 
 def slice_devices(where: Slice) -> list:

@@ -46,7 +46,7 @@ def grouped_matmul(
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if not jnp.issubdtype(out_dtype, jnp.floating):
         raise ValueError(f"{op}: preferred_element_type={out_dtype}, wanted None or a float dtype")
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(lhs, rhs), "gpu": gpu.unsupported()})
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(lhs, rhs), "gpu": gpu.unsupported(lhs)})
     # Inside shard_map, a weight that is the same everywhere must vary before it enters the custom_vjp: the transpose of
     # that cast sums its gradient over the mesh axis.
     arrays = (varying_like(x, lhs, rhs, group_sizes) for x in (lhs, rhs, group_sizes))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gatedjax.errors import InputError
-from gatedjax.metrics import Jsonl, TensorBoard, Writers, read_records
 from gatedjax.expert_load import draw_expert_load, expert_loads, plot_expert_load
+from gatedjax.metrics import Jsonl, TensorBoard, Writers, read_records
 
 
 def test_arrays_go_to_the_record_and_only_there(tmp_path):

@@ -1,0 +1,211 @@
+"""Grouped matmuls of sparse experts, compiled for accelerators that are not there, beside megablox and lax.ragged_dot.
+
+    python benchmarks/moe.py [--target=tpu:v5e ...] [--rows=16384,131072] [--op=grouped_matmul,megablox,...]
+                             [--json=benchmarks/results/moe.json]
+
+64 experts of d 2048 and ff 1024 in bfloat16; 131,072 rows are 16,384 tokens with 8 experts each. For every kernel of
+a forward and backward pass: model time, beside the time of the compulsory bytes (every operand once); the FLOPs that
+the matrix units execute, over the 2 M K N that are asked for; and HBM bytes. Group sizes are values of the run:
+balanced; multinomial, as of a router that prefers nobody; and Zipf-skewed, where the largest expert has a fifth of all
+rows. Times are the schedule's replay, not measurements; `kernels_pallas/aot` says how far to trust them.
+
+Ops: grouped_matmul and expert_mlp (the whole MLP of the experts) are ours; megablox is jax.experimental.pallas.ops.tpu's
+gmm and tgmm in the best tiles found for each chip; ragged_dot is jax.lax's, for which the compiler's own count of FLOPs
+is given (on TPU, of what is no kernel). For cuda:h200 there is no model of time: FLOPs, registers and spills only.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the accelerators' compilers are loaded to compile, not to run
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from report import table, write_json
+
+from kernels_pallas import expert_mlp, grouped_matmul
+from kernels_pallas.aot import compile_and_replay
+from kernels_pallas.aot.targets import Tpu, target
+
+D, F, G = 2048, 1024, 64
+TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
+OPS = ("grouped_matmul", "megablox", "expert_mlp", "ragged_dot")
+# Rows, inner width and columns of megablox's tiles, the best of those tried on each chip: forward, dlhs, drhs.
+TILES = {
+    "tpu:v5e": ((256, 2048, 1024), (256, 1024, 2048), (256, 1024, 1024)),
+    "tpu:v5p": ((256, 2048, 512), (256, 1024, 1024), (256, 1024, 512)),
+    "tpu:v6e": ((256, 2048, 1024), (256, 1024, 2048), (256, 1024, 1024)),
+}
+
+
+def group_sizes(rows: int) -> dict[str, np.ndarray]:
+    """int32 [G] each, of sum `rows`."""
+    rng = np.random.default_rng(0)
+    zipf = rng.permutation(1 / np.arange(1, G + 1))
+    skewed = np.floor(rows * zipf / zipf.sum()).astype(np.int32)
+    skewed[np.argmax(skewed)] += rows - skewed.sum()
+    return {
+        "balanced": np.full(G, rows // G, np.int32),
+        "multinomial": rng.multinomial(rows, np.full(G, 1 / G)).astype(np.int32),
+        "zipf": skewed,
+    }
+
+
+def forward_and_backward(f):
+    """The cotangent of the output is the last argument, the group sizes the one before."""
+
+    def both(*args):
+        *floats, sizes, cotangent = args
+        out, pull = jax.vjp(lambda *floats: f(*floats, sizes), *floats)
+        return out, pull(cotangent)
+
+    return both
+
+
+def megablox(chip: str):
+    """Its three kernels, each with tiles of its own."""
+    backend = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    forward, dlhs, drhs = TILES[chip]
+    common = dict(preferred_element_type=jnp.bfloat16)
+
+    def both(lhs, rhs, sizes, cotangent):
+        return (
+            backend.gmm(lhs, rhs, sizes, tiling=forward, **common),
+            backend.gmm(cotangent, rhs, sizes, tiling=dlhs, transpose_rhs=True, **common),
+            backend.tgmm(lhs.swapaxes(0, 1), cotangent, sizes, tiling=drhs, **common),
+        )
+
+    return both
+
+
+def program(op: str, chip: str, rows: int):
+    """(function, its arguments, FLOPs of one matmul of the op)."""
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
+    kernel = "tpu" if chip.startswith("tpu") else "gpu"
+    if op == "expert_mlp":
+        args = array(rows, D), array(G, D, F), array(G, D, F), array(G, F, D), sizes, array(rows, D)
+        return forward_and_backward(lambda *a: expert_mlp(*a, implementation=kernel)), args
+    args = array(rows, D), array(G, D, F), sizes, array(rows, F)
+    if op == "megablox":
+        return megablox(chip), args
+    f = jax.lax.ragged_dot if op == "ragged_dot" else lambda *a: grouped_matmul(*a, implementation=kernel)
+    return forward_and_backward(f), args
+
+
+def matmuls(kernel: str) -> int:
+    """How many of 2 M K N FLOPs a kernel is asked for."""
+    return 2 if any(name in kernel for name in ("pre_activations", "drows")) and "dpre" not in kernel else 1
+
+
+def figures(op: str, chip: str, rows: int) -> dict:
+    """All rows of one compilation, in this process."""
+    fn, args = program(op, chip, rows)
+    where = next(i for i, a in enumerate(args) if a.dtype == jnp.int32)
+    kinds = {name: {where: sizes} for name, sizes in group_sizes(rows).items()}
+    device = target(chip)
+    _, reports = compile_and_replay(chip, fn, *args, concretes=kinds)
+    one, flops = reports["balanced"], 2 * rows * D * F
+    found = {
+        "temporary_bytes": one.temp_bytes,
+        "compiler_flops_over_one_matmul": None if one.compiler_flops is None else one.compiler_flops / flops,
+        "declared_flops_over_one_matmul": one.declared.flops / flops,
+    }
+    if not isinstance(device, Tpu):
+        ours = [k for k in one.kernels if "grouped_matmul" in k.name]
+        return found | {"kernels": [{"name": k.name, "registers": k.registers, "spill_bytes": k.spill_bytes,
+                                     "shared_memory_bytes": k.shared_memory_bytes, "wgmma": k.wgmma} for k in ours]}  # fmt: skip
+    found["sizes"] = {
+        name: {
+            "program_microseconds": 1e6 * report.program_seconds,
+            "kernels": {
+                k.name: {
+                    "microseconds": 1e6 * k.seconds,
+                    "executed_over_useful_flops": k.matrix_busy * k.schedule_seconds * device.peak_flops
+                    / (flops * matmuls(k.name)),
+                    "hbm_bytes": k.hbm_bytes,
+                    "unknown": sum(n for what, n in k.unknown.items() if what != "vpop.sfrf"),
+                }
+                for k in report.kernels
+            },
+        }
+        for name, report in reports.items()
+    }  # fmt: skip
+    return found
+
+
+def compulsory_microseconds(op: str, kernel: str, chip: str, rows: int) -> float:
+    """Every operand of the kernel once, at the chip's bandwidth."""
+    wide, narrow, matrices = 2 * rows * D, 2 * rows * F, 2 * G * D * F
+    moved = wide + narrow + matrices
+    if op == "expert_mlp":
+        moved += {2: matrices + narrow, 1: 0}[matmuls(kernel)]
+        moved += narrow * sum(name in kernel for name in ("dpre", "_down", "ddown"))
+        moved += 2 * narrow * ("dpre" in kernel)
+    return 1e6 * moved / target(chip).hbm_bytes_per_second
+
+
+def in_a_process(*row: str) -> dict:
+    """The compilers read their flags once and keep their memory: one compilation a process. {"error": ...} if it fails."""
+    done = subprocess.run([sys.executable, __file__, "--row", *row], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def lines(op: str, chip: str, rows: int, found: dict) -> list[list[str]]:
+    """Of the table."""
+    head = [op, chip, f"{rows:,}"]
+    if "error" in found:
+        return [[*head, "", found["error"][:60], "", "", "", ""]]
+    out = []
+    for kind, of_size in found.get("sizes", {}).items():
+        for name, k in of_size["kernels"].items():
+            floor = compulsory_microseconds(op, name, chip, rows)
+            out.append([*head, kind, name, f"{k['microseconds']:,.0f}", f"{floor:,.0f}",
+                        f"{k['microseconds'] / floor:.2f}", f"{k['executed_over_useful_flops']:.2f}"])  # fmt: skip
+        total = sum(k["microseconds"] for k in of_size["kernels"].values())
+        out.append([*head, kind, "all kernels", f"{total:,.0f}", "", "", ""])
+    if op == "ragged_dot" or not out:
+        text = f"compiler counts {found['compiler_flops_over_one_matmul'] or 0:.1f} x 2 M K N"
+        out.append([*head, "", text, "", "", "", f"{found['declared_flops_over_one_matmul']:.1f}"])
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append")
+    parser.add_argument("--rows", default="16384,131072")
+    parser.add_argument("--op", default=",".join(OPS), help="comma-separated")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        op, chip, rows = args.row
+        print(json.dumps(figures(op, chip, int(rows))))
+        return
+    shown, record = [], []
+    for rows in map(int, args.rows.split(",")):
+        for chip in args.target or TARGETS:
+            for op in args.op.split(","):
+                if op == "megablox" and not chip.startswith("tpu"):
+                    continue
+                found = in_a_process(op, chip, str(rows))
+                record.append({"op": op, "target": chip, "rows": rows} | found)
+                new = lines(op, chip, rows, found)
+                shown += new
+                print("\n".join("  ".join(line) for line in new), file=sys.stderr, flush=True)
+    header = ["op", "target", "rows", "sizes", "kernel", "us", "compulsory us", "ratio", "FLOPs"]
+    print(table(header, shown))
+    if args.json:
+        write_json(args.json, {"d": D, "ff": F, "experts": G, "rows": record}, {"libtpu": metadata.version("libtpu")})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The gated MLPs of a sparse mixture's experts, on rows sorted by expert: three grouped matmuls as one op."""
+
+from kernels_pallas.expert_mlp.api import expert_mlp
+
+__all__ = ["expert_mlp"]

@@ -1,0 +1,74 @@
+"""`expert_mlp`: the public function. Checks, defaults and the choice of implementation."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from kernels_pallas import dispatch
+from kernels_pallas.expert_mlp import composed, tpu
+from kernels_pallas.expert_mlp.gate import ACTIVATIONS
+from kernels_pallas.grouped_matmul import gpu
+from kernels_pallas.manual_axes import varying_like
+
+
+def expert_mlp(
+    rows: Float[Array, "R M"],
+    gate: Float[Array, "G M F"],
+    up: Float[Array, "G M F"],
+    down: Float[Array, "G F M"],
+    group_sizes: Int[Array, "G"],
+    *,
+    activation: str = "silu",
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "R M"]:
+    """`(activation(x gate_g) * (x up_g)) down_g` for every row x, g being the row's group: the MLPs of sparse experts.
+
+    Rows are sorted by group as in `grouped_matmul`: the first group_sizes[0] rows go through the first matrices, and so
+    on. On TPU it is two kernels forward and five backward; the only arrays [R, F] that exist are the two
+    pre-activations, which are saved, and in whose place the backward pass puts their cotangents.
+
+    Args:
+      rows, gate, up, down: one float dtype for all: float16, bfloat16, float32 (or float64 under x64). Sums are
+        float32, pre-activations and products are rounded to that dtype.
+      group_sizes: integers >= 0. Rows beyond their sum give zeros and get zero gradient; an empty group gets zero
+        gradient. Not checked: values are unknown under jit. Rows counted beyond R do not exist.
+      activation: "silu" (SwiGLU, arXiv 2002.05202) or "gelu" (its tanh form).
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+
+    Raises:
+      ValueError: a shape, dtype or option that does not fit, by name.
+      NotImplementedError: the implementation asked for does not cover this call.
+    """
+    op = "expert_mlp"
+    _check(op, rows, gate, up, down, group_sizes)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation={activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    if interpret and implementation not in ("tpu", "gpu"):
+        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
+    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(rows, gate), "gpu": gpu.unsupported(rows)})
+    arrays = rows, gate, up, down, group_sizes
+    if chosen != "tpu":
+        return composed.expert_mlp(*arrays, activation=activation, implementation=chosen, interpret=interpret)
+    # As in `grouped_matmul`: matrices that are the same everywhere must vary before they enter the custom_vjp.
+    arrays = [varying_like(x, *arrays) for x in arrays]
+    return tpu.expert_mlp(*arrays, activation=activation, interpret=interpret)
+
+
+def _check(op: str, rows, gate, up, down, group_sizes) -> None:
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ValueError(f"{op}: rows has shape {rows.shape}, wanted [R, M] with no empty axis")
+    if gate.ndim != 3 or 0 in gate.shape or gate.shape[1] != rows.shape[1]:
+        raise ValueError(f"{op}: gate has shape {gate.shape}, wanted [G, {rows.shape[1]}, F] for rows {rows.shape}")
+    G, M, F = gate.shape
+    for name, x, shape in (("up", up, (G, M, F)), ("down", down, (G, F, M)), ("group_sizes", group_sizes, (G,))):
+        if x.shape != shape:
+            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {shape} for gate of shape {gate.shape}")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"{op}: group_sizes has dtype {group_sizes.dtype}, wanted an integer dtype")
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        raise ValueError(f"{op}: rows has dtype {rows.dtype}, wanted a float dtype")
+    for name, x in (("gate", gate), ("up", up), ("down", down)):
+        if x.dtype != rows.dtype:
+            raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted {rows.dtype} as in rows")
