@@ -68,7 +68,7 @@ def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret, **options) -> 
     options["score"] = on_tpu(options["score"])
     plan = Plan(
         **options, T=T, H=H, Hk=Hk, K=wide[0], V=wide[1], gate=kind, segments=segments is not None,
-        slopes=slopes is not None, rounds=not interpret and _rounds(q, k, v), out_dtype=jnp.dtype(v.dtype),
+        slopes=slopes is not None, rounds=_rounds(interpret, q, k, v), out_dtype=jnp.dtype(v.dtype),
         interpret=_interpret(interpret, q), **schedules(T, *wide, options["window"]),
     )  # fmt: skip
     numbers = lambda x: None if x is None else x.astype(jnp.float32)
@@ -81,10 +81,10 @@ def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret, **options) -> 
     return _attention(plan, x).reshape(B, T, H, plan.V)[..., :V].astype(out_dtype)
 
 
-def _rounds(*arrays: Array) -> bool:
+def _rounds(interpret, *arrays: Array) -> bool:
     """Whether matmuls are one pass of bfloat16."""
     one_pass = jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
-    return one_pass and all(x.dtype == jnp.bfloat16 for x in arrays)
+    return not interpret and one_pass and all(x.dtype == jnp.bfloat16 for x in arrays)
 
 
 def _interpret(interpret: bool, x: Array):

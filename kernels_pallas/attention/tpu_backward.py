@@ -1,9 +1,9 @@
 """The backward kernel: every tile is visited once, and all gradients come from that visit.
 
-The grid walks (batch, key heads, spans of keys, query heads of the key head, visits). dq is summed up while a block of
-queries stays; dk and dv of a whole span of keys are kept in VMEM, in float32, until the last query head has passed. Every
-further span costs a partial dq in HBM. What depends on rows alone (the gate's gradient, do, sum(do o)) is
-computed when a block of them arrives.
+The grid walks (batch, key heads, spans of keys, query heads of it, visits). dq is summed up while a block of queries
+stays; dk and dv of a whole span of keys are kept in VMEM, in float32, until the last query head has passed. Every
+further span costs a partial dq in HBM. What depends on rows alone (the gate's gradient, do, sum(do o)) is computed when
+a block of them arrives.
 
 Tiles are turned over, keys by queries: what the forward pass saved of a row then lies along lanes.
 """
@@ -54,6 +54,15 @@ def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array
     def numbers(name: str, a) -> Operand:
         return Operand(name, a, (1, 1, 1, block), lambda b, h, s, g, p, t: (b, head(h, g), 0, t.rows[at(s, p)]))
 
+    def once(o: Operand) -> Operand:
+        """An output by rows that the first span writes; the others leave the last block where it is."""
+
+        def index(b, h, s, g, p, t):
+            end = o.index(b, h, 0, plan.group - 1, count - 1, t)
+            return tuple(jnp.where(s == 0, x, y) for x, y in zip(o.index(b, h, s, g, p, t), end))
+
+        return o._replace(index=index) if spans > 1 else o
+
     def by_span(name: str, a, D: int) -> Operand:
         return Operand(name, a, (1, 1, block, D), lambda b, h, s, g, p, t: (s, b, t.rows[at(s, p)], head(h, g)))
 
@@ -87,11 +96,11 @@ def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array
     ]
     rows = like(x.q, (B, plan.H, 1, length), jnp.float32)
     if plan.gate == "element":
-        outs.append(tokens("dgate", like(x.q, wide(plan.H, plan.V), x.gate.dtype), plan.V))
+        outs.append(once(tokens("dgate", like(x.q, wide(plan.H, plan.V), x.gate.dtype), plan.V)))
     elif plan.gate == "head":
-        outs.append(numbers("dgate", rows))
+        outs.append(once(numbers("dgate", rows)))
     if x.sinks is not None:
-        outs.append(numbers("dsinks", rows))
+        outs.append(once(numbers("dsinks", rows)))
     if x.slopes is not None:
         of_span = like(x.q, (spans, *rows.shape), jnp.float32)
         row = lambda b, h, s, g, p, t: (s, b, head(h, g), 0, t.rows[at(s, p)])
@@ -132,7 +141,11 @@ def _kernel(plan: Plan, count: int, blocks: int, tables: Tables, refs: dict, scr
         dq_ref[...] = jnp.zeros_like(dq_ref)
         if "dslopes" in refs:
             refs["dslopes"][...] = jnp.zeros_like(refs["dslopes"])
-        _arrival(plan, tables, refs, do_ref, deltas_ref, head)
+        _arrival(plan, refs, do_ref, deltas_ref)
+
+    @pl.when((what & FIRST != 0) & (s == 0))
+    def _():
+        _gradients_by_row(plan, tables, refs, deltas_ref, head)
 
     here = pl.ds(pl.multiple_of((j - s * blocks) * block, tile.LANES), block)
     for kind in sorted(set(backward_visits(plan)[0].what & 3) - {NOTHING}):
@@ -152,29 +165,42 @@ def _kernel(plan: Plan, count: int, blocks: int, tables: Tables, refs: dict, scr
         refs["dv"][0] = dv_ref[here].astype(refs["dv"].dtype)
 
 
-def _arrival(plan: Plan, tables: Tables, refs: dict, do_ref, deltas_ref, head) -> None:
-    """What depends on a block of queries alone: do, its products with the outputs, gradients of gate and sink."""
-    dy = refs["dy"][0].astype(jnp.float32)
-    output = lambda n: refs[f"o{n}"][0].astype(jnp.float32)
-    do = dy
+def _arrival(plan: Plan, refs: dict, do_ref, deltas_ref) -> None:
+    """What a block of queries brings along: do, and its products with the score's outputs."""
+    do = refs["dy"][0].astype(jnp.float32)
     if plan.gate != "none":
-        opened = tile.open_gate(refs["gate"][0] if plan.gate == "element" else refs["gate"][0, 0])
-        factor = opened if plan.gate == "element" else tile.as_column(opened)
-        do, dopened = dy * factor, dy * output(0)
-        if plan.gate == "element":
-            refs["dgate"][0] = (dopened * opened * (1 - opened)).astype(refs["dgate"].dtype)
-        else:
-            total = tile.as_row(jnp.sum(dopened, axis=-1, keepdims=True))
-            refs["dgate"][0, 0] = total * opened * (1 - opened)
+        do = do * _opened(plan, refs)
     do_ref[...] = do.astype(do_ref.dtype)
+    # Of do as the matrix unit will see it, or dp - delta has an error that does not cancel.
+    do = do_ref[...].astype(jnp.float32)
     for n, of in enumerate(plan.score.deltas):
-        # Of do as the matrix unit will see it, or dp - delta has an error that does not cancel.
-        deltas_ref[n : n + 1] = tile.as_row(
-            jnp.sum(do_ref[...].astype(jnp.float32) * output(of), axis=-1, keepdims=True)
-        )
+        deltas_ref[n : n + 1] = tile.as_row(jnp.sum(do * _output(refs, of), axis=-1, keepdims=True))
+
+
+def _gradients_by_row(plan: Plan, tables: Tables, refs: dict, deltas_ref, head) -> None:
+    """Those of the gate and of a sink: nothing is divided by a gate that may be 0."""
+    if plan.gate == "element":
+        opened = _opened(plan, refs)
+        dgate = refs["dy"][0].astype(jnp.float32) * _output(refs, 0) * opened * (1 - opened)
+        refs["dgate"][0] = dgate.astype(refs["dgate"].dtype)
+    elif plan.gate == "head":
+        opened = tile.open_gate(refs["gate"][0, 0])
+        products = refs["dy"][0].astype(jnp.float32) * _output(refs, 0)
+        refs["dgate"][0, 0] = tile.as_row(jnp.sum(products, axis=-1, keepdims=True)) * opened * (1 - opened)
     if "dsinks" in refs:
         sink = jnp.full((1, plan.backward.block), tables.sinks[head])
         refs["dsinks"][0, 0] = plan.score.sink_gradient(sink, *_numbers(plan, refs, deltas_ref, slice(None)))
+
+
+def _opened(plan: Plan, refs: dict) -> Array:
+    """The open gate, [R, V] or [R, 1]."""
+    if plan.gate == "element":
+        return tile.open_gate(refs["gate"][0])
+    return tile.as_column(tile.open_gate(refs["gate"][0, 0]))
+
+
+def _output(refs: dict, n: int) -> Array:
+    return refs[f"o{n}"][0].astype(jnp.float32)
 
 
 def _numbers(plan: Plan, refs: dict, deltas_ref, queries: slice) -> tuple[list[Array], tuple[Array, ...]]:

@@ -9,11 +9,20 @@ from kernels_pallas.attention.tpu_plan import LANES, Schedule
 
 MAX_D = 256
 
-# device kind -> (forward, backward) for heads of 128. The device kind is what jax.Device.device_kind says.
+# device kind -> lanes of the larger of K and V -> (forward, backward). The device kind is jax.Device.device_kind's.
 TUNED = {
-    "TPU v5 lite": (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
-    "TPU v5": (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
-    "TPU v6 lite": (Schedule(block=1024, rows=256), Schedule(block=1024, rows=256)),
+    "TPU v5 lite": {
+        128: (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
+        256: (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
+    },
+    "TPU v5": {
+        128: (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
+        256: (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
+    },
+    "TPU v6 lite": {
+        128: (Schedule(block=2048, rows=128), Schedule(block=1024, rows=256)),
+        256: (Schedule(block=1024, rows=256), Schedule(block=1024, rows=256)),
+    },
 }
 DEFAULT_KIND = "TPU v6 lite"  # the nearest to later ones: a matrix unit of 256
 SPAN_BYTES = 16 * 2**20  # of float32 sums of dk and dv in VMEM
@@ -21,7 +30,7 @@ SPAN_BYTES = 16 * 2**20  # of float32 sums of dk and dv in VMEM
 
 def schedules(T: int, K: int, V: int, window: int | None) -> dict[str, Schedule]:
     """{"forward", "backward"} for a call on the device that it is compiled for."""
-    forward, backward = TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])
+    forward, backward = TUNED.get(_device_kind(), TUNED[DEFAULT_KIND])[max(K, V)]
     backward = backward._replace(span=SPAN_BYTES // (4 * (K + V)))
     return {"forward": _fitted(forward, T, window), "backward": _fitted(backward, T, window)}
 
