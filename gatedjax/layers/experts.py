@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from gatedjax.layers.mlp import gated_product
-from kernels_pallas import grouped_matmul, permute_rows, sort_by_group
+from kernels_pallas import expert_mlp, permute_rows, sort_by_group
 
 
 class Stacks(NamedTuple):
@@ -27,10 +26,7 @@ class Stacks(NamedTuple):
 
 def grouped_mlp(rows: Float[Array, "R M"], sizes: Int[Array, "E"], stacks: Stacks) -> Float[Array, "R M"]:
     """Rows sorted by expert, `sizes` rows for each, through their experts' MLPs. Rows beyond the last group give 0."""
-    h = gated_product(
-        grouped_matmul(rows, stacks.gate, sizes), grouped_matmul(rows, stacks.up, sizes), stacks.activation
-    )
-    return grouped_matmul(h, stacks.down, sizes)
+    return expert_mlp(rows, stacks.gate, stacks.up, stacks.down, sizes, activation=stacks.activation)
 
 
 def mixture(
