@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from kernels_pallas.linear_scan.gpu_plan import Plan, block_rows, like, load, moved
 from kernels_pallas.linear_scan.gpu_tile import matmul
-from kernels_pallas.linear_scan.gpu_tuning import block, scan_block_v
+from kernels_pallas.linear_scan.gpu_tuning import block, scan_block_v, scan_stages
 
 
 class Walk(NamedTuple):
@@ -38,6 +38,7 @@ def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool)
     p, s = plan, plan.schedule
     (B, H), G, N = (x.values.shape[0], p.H), p.segments, p.chunks
     BV = scan_block_v(s, p.K, p.V)
+    stages = scan_stages(s, p.chunk, p.K, BV, p.operand.itemsize)
     whole = lambda *shape: lambda make: pl.BlockSpec(shape, make)
     tokens = lambda a: whole(None, p.T, None, p.K)(lambda i, g, h, b: (b, 0, h // (H // a.shape[2]), 0))
     values = lambda heads: whole(None, p.T, None, BV)(lambda i, g, h, b: (b, 0, h // (H // heads), i))
@@ -79,7 +80,7 @@ def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool)
         in_specs=[getattr(specs, name) for name in given],
         out_specs=[spec for _, spec in outs.values()],
         out_shape=[array for array, _ in outs.values()],
-        compiler_params=pltriton.CompilerParams(num_warps=s.scan_warps, num_stages=s.scan_stages),
+        compiler_params=pltriton.CompilerParams(num_warps=s.scan_warps, num_stages=stages),
         cost_estimate=_cost(p, x, B, [*arrays, *(array for array, _ in outs.values())]),
         interpret=p.interpret,
         name="linear_scan_" + ("backward" if backward else "forward" if x.scores is not None else "summaries"),

@@ -75,6 +75,16 @@ def test_other_chips_and_dtypes_compile(target, dtype):
     assert {stage(k.name) for k in report.kernels if "linear_scan" in k.name} >= set(STAGES)
 
 
+@needs_ptxas
+@pytest.mark.parametrize("dtype, K, V", [("bfloat16", 512, 512), ("float32", 256, 128)])
+def test_large_heads_fit_into_shared_memory(dtype, K, V):
+    """Fewer chunks in flight, or ptxas would refuse."""
+    case = make_case("linear_scan", f"B1,T256,H2,K{K},V{V}", dtype, {"decay": "scalar", "implementation": "gpu"})
+    _, report = compile_for("cuda:h200", case.backward(), *case.backward_args())
+    limit = GPUS["h200"].shared_memory_per_block
+    assert all(k.shared_memory_bytes <= limit for k in report.kernels if "linear_scan" in k.name)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_of_two(axis_type):
     """Under plain jit, and inside shard_map with varying axes checked: no device gathers another's rows."""
