@@ -28,7 +28,7 @@ CANDIDATES = {
     "scan_block_v": (16, 32, 64, 128),
     "scan_block_k": (32, 64, 128),
     "scan_warps": (2, 4, 8),
-    "scan_stages": (1, 2, 3),
+    "scan_stages": (1, 2, 3, 4),
     "walks_per_core": (1, 2, 4),
     "scores_block_k": (16, 32, 64, 128),
     "scores_warps": (4, 8),
@@ -43,7 +43,7 @@ GAIN = 0.98
 def seconds(schedule: gpu_tuning.Schedule, decay: str, arrays, cotangent) -> float:
     """Median seconds of one forward and backward pass under a schedule; inf where it cannot run."""
     chip, kind = gpu_tuning.chip(), "vector" if decay == "vector" else "scalar"
-    gpu_tuning.TUNED[chip][1][kind] = schedule
+    gpu_tuning.TUNED[chip][2][kind] = schedule
 
     def both(*arrays):
         run = lambda *a: linear_scan(*a, implementation="gpu", interpret=_DRY_RUN.value)

@@ -30,7 +30,7 @@ def through_scores(p: Plan, x: Inputs, decays: Decays, do: Array, states: Array,
     B, C, s = x.q.shape[0], p.chunk, p.schedule
     BK = block(s.back_block_k, p.K)
     dscores = _dscores(p, x.v, do)
-    ins = operands(p, x, decays, BK, lambda c, n, h, b: (c, n, h, b))
+    ins = operands(p, x, decays, BK, lambda c, n, h, b: (c, n, h, b), factors=True)
     values = lambda head: pl.BlockSpec((None, C, None, p.V), lambda c, n, h, b: (b, p.place(n), head(h), 0))
     state = pl.BlockSpec((None, None, None, BK, p.V), lambda c, n, h, b: (b, h, n, c, 0))
     ins |= {

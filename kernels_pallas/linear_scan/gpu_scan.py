@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from kernels_pallas.linear_scan.gpu_plan import Plan, block_rows, like, load, moved
 from kernels_pallas.linear_scan.gpu_tile import matmul
-from kernels_pallas.linear_scan.gpu_tuning import block, scan_block_v
+from kernels_pallas.linear_scan.gpu_tuning import block, scan_block_v, scan_stages
 
 
 class Walk(NamedTuple):
@@ -36,37 +36,11 @@ class Walk(NamedTuple):
 def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool) -> dict[str, Array]:
     """o [B, T, H, V] in `dtype`, states [B, H, N, K, V] before each chunk, final float32 [B, H, G, K, V]."""
     p, s = plan, plan.schedule
-    (B, H), G, N = (x.values.shape[0], p.H), p.segments, p.chunks
     BV = scan_block_v(s, p.K, p.V)
-    whole = lambda *shape: lambda make: pl.BlockSpec(shape, make)
-    tokens = lambda a: whole(None, p.T, None, p.K)(lambda i, g, h, b: (b, 0, h // (H // a.shape[2]), 0))
-    values = lambda heads: whole(None, p.T, None, BV)(lambda i, g, h, b: (b, 0, h // (H // heads), i))
-    state = whole(None, None, None, p.K, BV)(lambda i, g, h, b: (b, h, g, 0, i))
-
-    def small(a):
-        every = 0 if a.shape[0] == 1 else 1
-        return pl.BlockSpec((None, None, *a.shape[2:]), lambda i, g, h, b: (b * every, h, *[0] * (a.ndim - 2)))
-
-    specs = Walk(
-        reads=tokens(x.reads),
-        writes=tokens(x.writes),
-        scores=whole(None, None, p.T, p.chunk)(lambda i, g, h, b: (b, h, 0, 0)),
-        values=values(x.values.shape[2]),
-        total=None if x.total is None else small(x.total),
-        read_factor=None if x.read_factor is None else small(x.read_factor),
-        write_factor=None if x.write_factor is None else small(x.write_factor),
-        initial=state,
-    )
+    stages = scan_stages(s, p.chunk, p.K, BV, p.operand.itemsize)
+    specs, outs = _specs(p, x, BV), _outputs(p, x, BV, dtype, save, final)
     if x.scores is None:
         x = x._replace(reads=None, read_factor=None)
-    outs = {}
-    if x.scores is not None:
-        outs["o"] = like(x.values, (B, p.T, H, p.V), dtype), values(H)
-    if save:
-        every_chunk = whole(None, None, N, p.K, BV)(lambda i, g, h, b: (b, h, 0, 0, i))
-        outs["states"] = like(x.values, (B, H, N, p.K, p.V), p.operand), every_chunk
-    if final:
-        outs["final"] = like(x.values, (B, H, G, p.K, p.V), jnp.float32), state
     given = [name for name in Walk._fields if getattr(x, name) is not None]
 
     def kernel(*refs):
@@ -75,16 +49,57 @@ def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool)
     arrays = [getattr(x, name) for name in given]
     results = pl.pallas_call(
         kernel,
-        grid=(p.V // BV, G, H, B),
+        grid=(p.V // BV, p.segments, p.H, len(x.values)),
         in_specs=[getattr(specs, name) for name in given],
         out_specs=[spec for _, spec in outs.values()],
         out_shape=[array for array, _ in outs.values()],
-        compiler_params=pltriton.CompilerParams(num_warps=s.scan_warps, num_stages=s.scan_stages),
-        cost_estimate=_cost(p, x, B, [*arrays, *(array for array, _ in outs.values())]),
+        compiler_params=pltriton.CompilerParams(num_warps=s.scan_warps, num_stages=stages),
+        cost_estimate=_cost(p, x, [*arrays, *(array for array, _ in outs.values())]),
         interpret=p.interpret,
-        name="linear_scan_" + ("backward" if backward else "forward" if x.scores is not None else "summaries"),
+        name=f"linear_scan_{'backward' if backward else 'forward'}{'_summaries' if x.scores is None else ''}",
     )(*arrays)
     return dict(zip(outs, results))
+
+
+def _specs(p: Plan, x: Walk, BV: int) -> Walk:
+    """Blocks: all tokens of one head, a block of V of values and states."""
+    tokens = lambda a: pl.BlockSpec((None, p.T, None, p.K), lambda i, g, h, b: (b, 0, h // (p.H // a.shape[2]), 0))
+
+    def small(a):
+        every = 0 if a.shape[0] == 1 else 1
+        return pl.BlockSpec((None, None, *a.shape[2:]), lambda i, g, h, b: (b * every, h, *[0] * (a.ndim - 2)))
+
+    return Walk(
+        reads=tokens(x.reads),
+        writes=tokens(x.writes),
+        scores=pl.BlockSpec((None, None, p.T, p.chunk), lambda i, g, h, b: (b, h, 0, 0)),
+        values=_values(p, x.values.shape[2], BV),
+        total=None if x.total is None else small(x.total),
+        read_factor=None if x.read_factor is None else small(x.read_factor),
+        write_factor=None if x.write_factor is None else small(x.write_factor),
+        initial=_state(p, BV),
+    )
+
+
+def _values(p: Plan, heads: int, BV: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, p.T, None, BV), lambda i, g, h, b: (b, 0, h // (p.H // heads), i))
+
+
+def _state(p: Plan, BV: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, None, p.K, BV), lambda i, g, h, b: (b, h, g, 0, i))
+
+
+def _outputs(p: Plan, x: Walk, BV: int, dtype, save: bool, final: bool) -> dict[str, tuple]:
+    """name -> (array, its block)."""
+    B, H, outs = len(x.values), p.H, {}
+    if x.scores is not None:
+        outs["o"] = like(x.values, (B, p.T, H, p.V), dtype), _values(p, H, BV)
+    if save:
+        every_chunk = pl.BlockSpec((None, None, p.chunks, p.K, BV), lambda i, g, h, b: (b, h, 0, 0, i))
+        outs["states"] = like(x.values, (B, H, p.chunks, p.K, p.V), p.operand), every_chunk
+    if final:
+        outs["final"] = like(x.values, (B, H, p.segments, p.K, p.V), jnp.float32), _state(p, BV)
+    return outs
 
 
 def _kernel(
@@ -147,10 +162,10 @@ def _decayed(S: Array, total, n, first: int) -> Array:
     return S * pltriton.load(total.at[n, first + lax.iota(jnp.int32, S.shape[0])])[:, None]
 
 
-def _cost(p: Plan, x: Walk, B: int, arrays: list) -> pl.CostEstimate:
+def _cost(p: Plan, x: Walk, arrays: list) -> pl.CostEstimate:
     """Every array moves once, as far as programs of the same head share the cache."""
     a_chunk = 2 * p.chunk * p.K * p.V * (1 if x.scores is None else 2) + 2 * p.chunk**2 * p.V * (x.scores is not None)
-    return pl.CostEstimate(B * p.H * p.chunks * a_chunk, 0, moved(arrays))
+    return pl.CostEstimate(len(x.values) * p.H * p.chunks * a_chunk, 0, moved(arrays))
 
 
 def combined(

@@ -38,7 +38,7 @@ class Decays(NamedTuple):
         return jnp.exp(self.log_total if self.logs is not None else self.log_total[..., 0])
 
 
-def operands(p: Plan, x: Inputs, decays: Decays, BK: int, axes) -> dict[str, tuple[Array, pl.BlockSpec]]:
+def operands(p: Plan, x: Inputs, decays: Decays, BK: int, axes, factors: bool) -> dict[str, tuple[Array, pl.BlockSpec]]:
     """q, k, bonus and decays with their blocks. `axes`: grid indices -> (block of K, chunk, head, row of the batch)."""
 
     def spec(*shape, where):
@@ -56,7 +56,7 @@ def operands(p: Plan, x: Inputs, decays: Decays, BK: int, axes) -> dict[str, tup
         found["subtotals"] = decays.subtotals, tokens(p.chunk // SUBTOTAL, lambda h: h)
     if decays.starts is not None:
         found["starts"] = decays.starts, spec(None, p.chunk, where=lambda c, n, h, b: (b, n))
-    for name in ("sums", "read_factor", "write_factor"):
+    for name in ("sums", "read_factor", "write_factor")[: 3 if factors else 1]:
         if (a := getattr(decays, name)) is not None:
             shape = (None, None, None, *a.shape[3:])
             found[name] = a, spec(*shape, where=lambda c, n, h, b, a=a: (b * (len(a) > 1), h, n, *[0] * (a.ndim - 3)))
@@ -89,7 +89,7 @@ def _of_chunk(p: Plan, *shape) -> pl.BlockSpec:
 def scores(p: Plan, x: Inputs, decays: Decays) -> dict[str, Array]:
     """scores [B, H, T, C]; of vector decays also reads and writes [B, T, H, K]. q's scale is in scores and reads."""
     B, C = x.q.shape[0], p.chunk
-    ins = operands(p, x, decays, p.K, lambda n, h, b: (0, n, h, b))
+    ins = operands(p, x, decays, p.K, lambda n, h, b: (0, n, h, b), factors=False)
     outs = {"out": (like(x.q, (B, p.H, p.T, C), p.operand), _of_chunk(p, C, C))}
     if p.decay == "vector":
         tokens = pl.BlockSpec((None, C, None, p.K), lambda n, h, b: (b, p.place(n), h, 0))
@@ -156,7 +156,7 @@ def own_weight(p: Plan, bonus, first, BK: int):
     return None if bonus is None else load(bonus, first + lax.iota(jnp.int32, BK))[None, :]
 
 
-def _scalar_kernel(p: Plan, q, k, out, sums=None, bonus=None, read_factor=None, write_factor=None) -> None:
+def _scalar_kernel(p: Plan, q, k, out, sums=None, bonus=None) -> None:
     C, BK, rows = p.chunk, block(p.schedule.scores_block_k, p.K), p.rows()
 
     def columns(c, carry):

@@ -103,7 +103,7 @@ def vector_scores(tile: Tile, q: Array, k: Array, logs: Logs) -> tuple[Array, Ar
 
 
 class Cotangents(NamedTuple):
-    """[C, K] each; met_by_*: what the logs met by pairs, reads and writes receive, still to be summed over rows."""
+    """[C, K] each; of_*: what the logs met by pairs, reads and writes receive, still to be summed over rows."""
 
     dq: Array
     dk: Array

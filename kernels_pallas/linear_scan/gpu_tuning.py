@@ -22,7 +22,7 @@ class Schedule(NamedTuple):
     scan_block_k: int = 64
     scan_block_v: int = 64
     scan_warps: int = 4
-    scan_stages: int = 1
+    scan_stages: int = 2  # an upper bound too: chunks in flight, as far as they fit into shared memory
     walks_per_core: int = 1  # a sequence is cut into segments until there are so many programs of the scan kernel
     back_block_k: int = 64
     back_block_v: int = 64
@@ -30,24 +30,31 @@ class Schedule(NamedTuple):
     dscores_warps: int = 4
 
 
-# chip, as jax.Device.device_kind names it -> (streaming multiprocessors, kind of decay -> Schedule).
+# chip, as jax.Device.device_kind names it -> (streaming multiprocessors, bytes of shared memory that a program can
+# have, kind of decay -> Schedule).
 TUNED = {
-    "H200": (132, {"vector": Schedule(), "scalar": Schedule()}),
-    "H100": (132, {"vector": Schedule(), "scalar": Schedule()}),
-    "A100": (108, {"vector": Schedule(), "scalar": Schedule()}),
+    "H200": (132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
+    "H100": (132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
+    "A100": (108, 166_912, {"vector": Schedule(), "scalar": Schedule()}),
 }
 DEFAULT_CHIP = "H200"
 
 
 def schedule(decay: str) -> Schedule:
     """For a call on the device that it is compiled for."""
-    return TUNED[chip()][1]["vector" if decay == "vector" else "scalar"]
+    return TUNED[chip()][2]["vector" if decay == "vector" else "scalar"]
 
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
     """A program of the scan kernel holds a state of K x this in registers."""
     most = schedule.scan_block_v if K <= 128 else max(16, schedule.scan_block_v * 128 // (1 << (K - 1).bit_length()))
     return block(most, V)
+
+
+def scan_stages(schedule: Schedule, chunk: int, K: int, block_v: int, operand_bytes: int) -> int:
+    """Chunks in flight in the scan kernel. Triton was seen to take up to half a chunk's tiles more than those."""
+    tiles = chunk * (2 * K + chunk + block_v) * operand_bytes
+    return max(1, min(schedule.scan_stages, int(TUNED[chip()][1] / tiles - 0.5)))
 
 
 def segments(schedule: Schedule, walks: int, chunks: int) -> int:
@@ -65,7 +72,7 @@ def block(most: int, size: int) -> int:
 
 
 def chip() -> str:
-    """The table's name of the device that the surrounding computation is compiled for; see `dispatch.target_platform`."""
+    """The table's name of the device that the computation is compiled for; see `dispatch.target_platform`."""
     kind = absent_device_kind() or jax.devices()[0].device_kind
     return next((name for name in TUNED if name in kind), DEFAULT_CHIP)
 

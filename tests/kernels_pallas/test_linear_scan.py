@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scan_cases import BF16, CASES, DECAYS, F32, MAKE_KEYS, OPTIONS, SEGMENTS, compare, fast_jit, make, total
 
-from kernels_pallas import dispatch, linear_scan, linear_scan_step
+from kernels_pallas import linear_scan, linear_scan_step
 from kernels_pallas.linear_scan import tile
 
 
@@ -236,14 +236,6 @@ def test_any_shape(data):
 
 
 # --- refusals
-
-
-def test_unwritten_kernels_say_so_and_nothing_else_runs():
-    x = {n: jnp.float32(a) for n, a in make(T=4).items()}
-    with pytest.raises(NotImplementedError, match="has not been written"):
-        linear_scan(**x, implementation="gpu")
-    linear_scan(**x)
-    assert dispatch.last_choice("linear_scan").implementation == "xla"
 
 
 WRONG = {
