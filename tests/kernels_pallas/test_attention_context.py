@@ -17,9 +17,8 @@ CASES = {
     "short window, element-wise gate": dict(window=5, gate="element-wise", slopes=True, segments=True),
     "window of a device's tokens": dict(window=16),
     "full": dict(causal=False, segments=True, slopes=True),
-    "odd parts": dict(T=60, gate="element-wise"),
+    "odd parts, a length": dict(T=60, gate="element-wise", score="sigmoid"),
     "sparsemax": dict(score="sparsemax", gate="head-wise"),
-    "sigmoid, of the whole length": dict(score="sigmoid"),
 }
 IN_TIME = ("q", "k", "v", "gate")
 
