@@ -18,10 +18,11 @@ QWEN3_NEXT: Preset = MappingProxyType(
     )
 )  # fmt: skip
 
-# gpt-oss: a learned sink per head, every other layer a window of 128 tokens, no gate, no QK-norm.
+# gpt-oss, its windowed layers (every other one): a learned sink per head, no gate, no QK-norm. Its biases are left out.
 GPT_OSS: Preset = MappingProxyType(dict(gate_position="none", qk_norm=False, sinks=True, window=128))
 
-# SWAT (arXiv 2502.18845): sigmoid without -log n (a length of 1), windowed, slopes of both signs.
+# SWAT (arXiv 2502.18845): sigmoid without -log n (a length of 1), slopes of both signs, rotation and a window, whose
+# size is a choice.
 SWAT: Preset = MappingProxyType(
     dict(gate_position="none", qk_norm=False, score="sigmoid", score_length=1, alibi="balanced", window=512)
 )

@@ -61,8 +61,10 @@ def truth(arrays, **options):
 
 
 def assert_close(actual, expected, tolerance):
+    """Within `tolerance`; or as the truth is when rounded to this dtype, where a few elements are most of an array."""
     errors = {name: rel_rms(actual[name], expected[name]) for name in expected}
-    assert all(error < tolerance for error in errors.values()), errors
+    rounding = {name: rel_rms(np.asarray(expected[name], actual[name].dtype), expected[name]) for name in expected}
+    assert all(errors[name] < max(tolerance, 1.05 * rounding[name]) for name in expected), errors
 
 
 def force_tiles(monkeypatch, block_q, block_k, unrolled=1):

@@ -44,7 +44,7 @@ class Added(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """The contract, and what most scores have in common."""
+    """The contract, and what most scores have in common. Another one is a frozen dataclass: it is a static argument."""
 
     sums: ClassVar[int] = 1  # sums of weighted values that a row keeps
     deltas: ClassVar[tuple[int, ...]] = (0,)  # the outputs whose product with do the backward pass needs

@@ -164,7 +164,7 @@ def test_op(name, gate, dtypes, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SCORES)
 def test_op_with_every_mask_and_gate(name, mask, gate, monkeypatch):
     check_op(name, MASKS[mask], gate, TOLERANCES, monkeypatch)
 
