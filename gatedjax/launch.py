@@ -88,7 +88,16 @@ def _start_alone() -> None:
     """A coordinator on a socket without a port: nobody else can take it, and no network is needed."""
     name = f"gatedjax-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     address = f"unix-abstract:{name}" if sys.platform == "linux" else f"unix:{Path(tempfile.gettempdir(), name)}"
-    jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate")
+    # gRPC would ask a proxy for that socket, and wait for ever.
+    proxies = {
+        v: os.environ.pop(v) for v in list(os.environ) if v.lower() in ("http_proxy", "https_proxy", "grpc_proxy")
+    }
+    try:
+        jax.distributed.initialize(
+            address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate"
+        )
+    finally:
+        os.environ.update(proxies)
 
 
 def _require_alone() -> None:
