@@ -5,6 +5,8 @@ itself; elsewhere --coordinator, --num_processes and --process_id name them; alo
 always started, for one process too: only then does SIGTERM mean "save and stop" instead of death.
 """
 
+import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -12,6 +14,7 @@ import uuid
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
@@ -52,6 +55,17 @@ def preempted(step: int) -> bool:
     Every process calls it after each of its steps. A notice takes up to a second to be seen.
     """
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def require_same(what: str, value: object) -> None:
+    """InputError, on all processes, unless all of them came with the same JSON value: they would train on a mixture."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:8]
+    everybodys = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    others = [str(i) for i, theirs in enumerate(everybodys) if (theirs != everybodys[0]).any()]
+    if others:
+        raise InputError(f"{what}: process {', '.join(others)} came with another one than process 0")
 
 
 def _start_as_given(given: dict) -> None:

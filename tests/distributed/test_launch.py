@@ -61,6 +61,15 @@ def test_a_proxy_in_the_environment_is_no_obstacle_for_one_process():
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
+@pytest.mark.slow
+def test_processes_with_different_flags_are_refused(place):
+    each = [["--config.data.seed=1"], ["--config.data.seed=2"]]
+    running = run(place, "different", MESH, processes=2, each_flags=each)
+    for process in running:
+        assert process.wait() == 2, process.log()
+        assert "configuration: process 1 came with another one than process 0" in process.err[-1]
+
+
 # What jaxlib 0.12 writes on stderr when the coordinator is lost; shortened.
 LOST = """\
 W1121 09:39:56.377951   32723 preemption_sync_manager.cc:147] Failed to retrieve preemption notice: UNAVAILABLE
