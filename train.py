@@ -50,8 +50,11 @@ def main(_) -> None:
     launch.start()
     run = prepare(config)
     say(describe(run))
-    for corpus in corpora(config.data).values():
+    launch.require_same("configuration", to_dict(run.config))
+    texts = corpora(config.data)
+    for corpus in texts.values():
         say(corpus.describe())
+    launch.require_same("text of data.sources", {name: corpus.sha256 for name, corpus in texts.items()})
     keep = run.config.train.keep_checkpoints
     with jax.set_mesh(run.mesh), Checkpointer(workdir, to_dict(run.config), keep=keep, report=say) as checkpointer:
         restored = checkpointer.restore_latest(run.abstract)

@@ -5,6 +5,8 @@ itself; elsewhere --coordinator, --num_processes and --process_id name them; alo
 always started, for one process too: only then does SIGTERM mean "save and stop" instead of death.
 """
 
+import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -12,6 +14,7 @@ import uuid
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
@@ -54,6 +57,17 @@ def preempted(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
+def require_same(what: str, value: object) -> None:
+    """InputError, on all processes, unless all of them came with the same JSON value: they would train on a mixture."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:8]
+    everybodys = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    others = [str(i) for i, theirs in enumerate(everybodys) if (theirs != everybodys[0]).any()]
+    if others:
+        raise InputError(f"{what}: process {', '.join(others)} came with another one than process 0")
+
+
 def _start_as_given(given: dict) -> None:
     if len(given) < 3:
         raise InputError(f"--{next(iter(given))}: wanted --coordinator, --num_processes and --process_id together")
@@ -88,7 +102,16 @@ def _start_alone() -> None:
     """A coordinator on a socket without a port: nobody else can take it, and no network is needed."""
     name = f"gatedjax-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     address = f"unix-abstract:{name}" if sys.platform == "linux" else f"unix:{Path(tempfile.gettempdir(), name)}"
-    jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate")
+    # gRPC would ask a proxy for that socket, and wait for ever.
+    proxies = {
+        v: os.environ.pop(v) for v in list(os.environ) if v.lower() in ("http_proxy", "https_proxy", "grpc_proxy")
+    }
+    try:
+        jax.distributed.initialize(
+            address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate"
+        )
+    finally:
+        os.environ.update(proxies)
 
 
 def _require_alone() -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 
 LOST = "error: another process of this run was lost or cannot be reached ({reason}); the last checkpoint is intact"
 
@@ -37,7 +38,7 @@ def install() -> None:
     os.close(writing)
 
 
-def filtered(lines):
+def filtered(lines: Iterable[str]) -> Iterator[str]:
     """The lines worth reading. After a fatal one there is only its stack trace."""
     fatal, number = False, re.compile(r"^\d+$")
     for line in lines:

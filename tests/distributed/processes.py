@@ -80,7 +80,8 @@ class Process:
 def started(place: Path, workdir: str, *flags: str, processes: int = 1, devices: int = 4, **how) -> Iterator[list]:
     """The processes of one run; whatever is left of them is killed at the end.
 
-    how: `script`; `env` on top, `each` a list of more of it by process; `is_named=False`: no flags name the processes.
+    how: `script`; `env` on top, `each` a list of more of it by process, `each_flags` of flags; `is_named=False`: no
+    flags name the processes.
     """
     port, running = free_port(), []
     env = environment(devices, place / "xla") | how.get("env", {})
@@ -88,7 +89,8 @@ def started(place: Path, workdir: str, *flags: str, processes: int = 1, devices:
     try:
         for i in range(processes):
             names = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-            command = train_command(place, workdir, *flags, *(names if is_named else []), **how)
+            own = [*(names if is_named else []), *how.get("each_flags", [[]] * processes)[i]]
+            command = train_command(place, workdir, *flags, *own, **how)
             running.append(Process(command, env | (how["each"][i] if "each" in how else {})))
         yield running
     finally:

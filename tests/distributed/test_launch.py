@@ -1,13 +1,16 @@
 """How a run finds its processes: flags, Slurm's environment, and launchers that nobody has told about each other."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from processes import MESH, run
+from processes import MESH, ROOT, run
 
-from gatedjax import launch
+from gatedjax import launch, stderr_filter
 from gatedjax.errors import InputError
 
 
@@ -48,6 +51,45 @@ def test_one_process_of_such_a_launcher_is_alone(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     launch._require_alone()
+
+
+def test_a_proxy_in_the_environment_is_no_obstacle_for_one_process():
+    """gRPC would send the talk of a process with itself to the proxy, and wait for an answer for ever."""
+    code = "from gatedjax import launch; launch._start_alone(); print(launch.preempted(1))"
+    env = os.environ | {"http_proxy": "http://localhost:1", "HTTPS_PROXY": "http://localhost:1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_processes_with_different_flags_are_refused(place):
+    each = [["--config.data.seed=1"], ["--config.data.seed=2"]]
+    running = run(place, "different", MESH, processes=2, each_flags=each)
+    for process in running:
+        assert process.wait() == 2, process.log()
+        assert "configuration: process 1 came with another one than process 0" in process.err[-1]
+
+
+# What jaxlib 0.12 writes on stderr when the coordinator is lost; shortened.
+LOST = """\
+W1121 09:39:56.377951   32723 preemption_sync_manager.cc:147] Failed to retrieve preemption notice: UNAVAILABLE
+Additional GRPC error information from remote target coordination_service while calling /xla.Coordination/GetKeyValue:
+:UNAVAILABLE:Stream removed (Socket closed)
+=== Source Location Trace: ===
+external/xla+/xla/tsl/distributed_runtime/rpc/grpc_util.h:89
+a line of Python
+E1121 09:39:56.378081   32723 coordination_service_agent.cc:288] Polled an error from coordination service.
+F1121 09:39:56.378091   32723 client.h:86] Terminating process because the JAX distributed service detected fatal \
+errors. This most likely indicates that another task died. absl::Status: UNAVAILABLE: Failed to send RPC. Check logs.
+*** Check failure stack trace: ***
+    @     0x7f1ff22f81b4  absl::lts_20260526::log_internal::LogMessage::SendToLog()
+"""
+
+
+def test_pages_of_cpp_become_one_line():
+    lines = list(stderr_filter.filtered(LOST.splitlines(keepends=True)))
+    assert lines[0] == "a line of Python\n" and len(lines) == 2
+    assert lines[1] == stderr_filter.LOST.format(reason="UNAVAILABLE: Failed to send RPC") + "\n"
 
 
 @pytest.mark.slow
