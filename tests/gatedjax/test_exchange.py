@@ -73,7 +73,14 @@ def assert_equal(actual, expected):
         assert rel_rms(a, e) < 2e-5, jax.tree_util.keystr(path)
 
 
-CASES = [("all_to_all", m) for m in MESHES] + [("ring", "data x expert x tensor"), ("gather_weights", "fsdp x expert")]
+CASES = [
+    ("all_to_all", "data x expert x tensor"),
+    ("all_to_all", "context x expert"),
+    ("ring", "fsdp x expert"),
+    *(pytest.param("all_to_all", m, marks=pytest.mark.slow) for m in ("expert 8", "fsdp x expert")),
+    pytest.param("ring", "data x expert x tensor", marks=pytest.mark.slow),
+    pytest.param("gather_weights", "fsdp x expert", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("exchange, mesh", CASES)

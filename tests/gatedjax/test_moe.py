@@ -11,14 +11,14 @@ import pytest
 from helpers import rel_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_dense import dense_moe
+from moe_dense import combine_weights, dense_moe
 
 from gatedjax.config import ModelConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.errors import InputError
 from gatedjax.layers.context import Context
-from gatedjax.layers.experts import Stacks, mixture
+from gatedjax.layers.experts import Stacks, mixture, weight_of
 from gatedjax.layers.moe import SparseMoE
-from gatedjax.layers.routing import Routing, limit_capacity
+from gatedjax.layers.routing import Routing, limit_capacity, route
 from gatedjax.router_state import NAME, split
 
 X = np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32)
@@ -81,6 +81,36 @@ def make(config):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_every_router_equals_ranks_and_masks(name):
+    """Combine weights, and their gradient by the logits; every fourth token has nothing but ties."""
+    config = configure(**VARIANTS[name])
+    r, k, E = config.router, config.experts_per_token, config.total_experts
+    rng = np.random.default_rng(3)
+    z = rng.normal(size=(2, 24, E)).astype(np.float32)
+    z[:, ::4] = z[:, ::4, :1]  # rows of ties
+    bias = rng.normal(size=E).astype(np.float32) if r.bias_rule != "none" else np.zeros(E, np.float32)
+    weight = rng.normal(size=z.shape).astype(np.float32)
+    key = jax.random.key(0) if r.selection == "gumbel" else None
+    noise = 0.0 if key is None else jax.random.gumbel(key, z.shape)
+
+    def sorted_form(z):
+        given = bias if r.bias_rule != "none" else None
+        routing = route(r, z, k, bias=given, importance=0.9, tokens=TOKENS, key=key)
+        return weight_of(routing.experts, routing.weights, 0, E)
+
+    dense = lambda z: combine_weights(r, k, z, bias, 0.9, TOKENS, noise)
+    with_gradient = lambda f, z: (f(z), jax.grad(lambda z: jnp.sum(f(z) * weight))(z))
+    both = lambda z: (with_gradient(sorted_form, z), with_gradient(dense, z))
+    (w, dz), (expected, dexpected) = jax.jit(both)(z)
+    assert rel_rms(w, expected) < 1e-6 and rel_rms(dz, dexpected) < 1e-5
+
+
+# A layer of each sort; what the others add is in the router, tested above.
+QUICK = {"Mixtral", "Qwen2-MoE", "Llama 4", "DeepSeek-V3", "MoE++", "expert choice"}
+LAYERS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_sparse_equals_dense_with_gradients(name):
     config = configure(**VARIANTS[name])
     module, params, state = make(config)
@@ -122,7 +152,7 @@ def test_only_free_experts_equal_their_closed_form():
     a = jax.nn.softmax(jnp.einsum("btm,mnc->btnc", X, params["constant_mixer"]))
     of_x = w[..., 1] + jnp.sum(w[..., 2:] * a[..., 0], -1)
     expected = of_x[..., None] * X + jnp.einsum("btn,nm->btm", w[..., 2:] * a[..., 1], params["constant"])
-    y, statistics, _ = module.apply({"params": params}, X)
+    y, statistics, _ = jax.jit(module.apply)({"params": params}, X)
     assert rel_rms(y, expected) < 1e-6
     np.testing.assert_array_equal(statistics["counts"], [48] * 4)
 
@@ -132,7 +162,7 @@ def test_capacity_drops_those_who_come_last(order):
     """Beside a queue in Python: each expert takes the first C of a row, the rest count as dropped and give 0."""
     config = configure(capacity_factor=0.7, capacity_order=order, router=dict(renormalize=False))
     module, params, _ = make(config)
-    y, statistics, _ = module.apply({"params": params}, X)
+    y, statistics, _ = jax.jit(module.apply)({"params": params}, X)
     p = np.asarray(jax.nn.softmax(X @ params["router"]["kernel"]))
     capacity, weights, dropped = 7, np.zeros_like(p), 0  # ceil(2 * 24 / 5 * 0.7)
     for b in range(2):
@@ -156,15 +186,19 @@ def test_capacity_drops_those_who_come_last(order):
 def test_straight_through_noise_has_the_softmax_gradient():
     """With noise: one expert with weight exactly 1 going forward, the relaxed gradient going backward."""
     module, params, _ = make(configure(experts_per_token=1, router=dict(selection="gumbel", renormalize=False)))
-    apply = lambda p, key: module.apply({"params": p}, X, rngs={"router": jax.random.key(key)})
-    (y, a, _), (_, b, _) = apply(params, 0), apply(params, 1)
+
+    def loss(p, key):
+        y, statistics, _ = module.apply({"params": p}, X, rngs={"router": jax.random.key(key)})
+        return jnp.sum(y**2), (y, statistics)
+
+    apply = jax.jit(jax.grad(loss, has_aux=True))
+    (grads, (y, a)), (_, (_, b)) = apply(params, 0), apply(params, 1)
     assert np.abs(a["counts"] - b["counts"]).sum() > 0, "the noise should change the selection"
     h = jax.nn.silu(jnp.einsum("btm,emf->btef", X, params["gate"])) * jnp.einsum("btm,emf->btef", X, params["up"])
     outputs = jnp.einsum("btef,efm->btem", h, params["down"])
     nearest = jnp.abs(outputs - y[:, :, None]).sum(-1).min(-1)
     assert float(nearest.max()) < 1e-4
-    grad = jax.grad(lambda p: jnp.sum(apply(p, 0)[0] ** 2))(params)["router"]["kernel"]
-    assert float(jnp.abs(grad).max()) > 1e-3
+    assert float(jnp.abs(grads["router"]["kernel"]).max()) > 1e-3
 
 
 def test_what_is_not_causal_is_refused_by_models():

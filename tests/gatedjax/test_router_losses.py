@@ -167,16 +167,16 @@ def alone():
     return run_steps(routed(RULE), 3, batches, devices=jax.devices()[:1])
 
 
-FACTORINGS = {
-    "data x expert x tensor, buffers": (dict(data=2, expert=2, tensor=2), "all_to_all"),
-    "fsdp x expert, ring": (dict(fsdp=2, expert=4), "ring"),
-}
+FACTORINGS = [
+    pytest.param(dict(data=2, expert=2, tensor=2), "all_to_all", id="data x expert x tensor"),
+    pytest.param(dict(fsdp=2, expert=4), "ring", id="fsdp x expert", marks=pytest.mark.slow),
+    pytest.param(dict(data=2, fsdp=2, expert=2), "gather_weights", id="data x fsdp x expert", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("name", FACTORINGS)
-def test_eight_devices_equal_one(name, alone):
+@pytest.mark.parametrize("mesh, exchange", FACTORINGS)
+def test_eight_devices_equal_one(mesh, exchange, alone):
     """Losses, gradient norms, loads, drop counts, and the state of the router, which starts where all are equal."""
-    mesh, exchange = FACTORINGS[name]
     config = routed(RULE, exchange=exchange)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
     _, state, log = run_steps(config, 3, batches)
