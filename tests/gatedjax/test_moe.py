@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_dense import combine_weights, dense_moe
 
-from gatedjax.config import ModelConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.errors import InputError
 from gatedjax.layers.context import Context
 from gatedjax.layers.experts import Stacks, mixture, weight_of
 from gatedjax.layers.moe import SparseMoE
 from gatedjax.layers.routing import Routing, limit_capacity, route
+from gatedjax.model import LanguageModel, init_caches
 from gatedjax.router_state import NAME, split
 
 X = np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32)
@@ -199,6 +200,26 @@ def test_straight_through_noise_has_the_softmax_gradient():
     nearest = jnp.abs(outputs - y[:, :, None]).sum(-1).min(-1)
     assert float(nearest.max()) < 1e-4
     assert float(jnp.abs(grads["router"]["kernel"]).max()) > 1e-3
+
+
+def test_models_hand_on_router_logits_and_tokens():
+    """The second of two sparse layers sees the first one's logits, in a scan too; decoding gives the full forward."""
+    router = dict(residual=True, selection="hash", weighting="scores")
+    ffn = configure(num_experts=4, hidden=8, router=router)
+    attention = GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4)
+    sizes = dict(vocab_size=32, width=8, num_layers=2, init_std=0.5, dtype="float32")
+    model = ModelConfig(**sizes, mixers=FrozenDict(attention=attention), ffns=FrozenDict(mlp=ffn))
+    module, tokens = LanguageModel(model), TOKENS[:, :6]
+    params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), tokens)["params"])
+    apply = jax.jit(lambda p, tokens, caches=None: module.apply({"params": p}, tokens, caches=caches))
+    full, *_ = apply(params, tokens)
+    carry = params["periods"]["layer_0"]["ffn"]["router_residual"]["kernel"]  # [layers, E, E]
+    for layer, changes in ((0, False), (1, True)):
+        with_other = jax.tree.map(lambda a: a, params)
+        with_other["periods"]["layer_0"]["ffn"]["router_residual"]["kernel"] = carry.at[layer].multiply(3.0)
+        assert (rel_rms(apply(with_other, tokens)[0], full) > 1e-3) == changes, layer
+    _, caches, _ = apply(params, tokens[:, :5], init_caches(model, 2, 8))
+    assert rel_rms(apply(params, tokens[:, 5:], caches)[0], full[:, 5:]) < 1e-5
 
 
 def test_what_is_not_causal_is_refused_by_models():
