@@ -106,7 +106,9 @@ def test_a_batch_too_small_to_cut():
         assert_equal(run(dataclasses.replace(CONFIG, exchange="all_to_all"), mesh, x=X[:1]), single)
 
 
-@pytest.mark.parametrize("exchange, factor", [("all_to_all", 0.5), ("ragged_all_to_all", 0.3)])
+@pytest.mark.parametrize(
+    "exchange, factor", [("all_to_all", 0.5), pytest.param("ragged_all_to_all", 0.3, marks=pytest.mark.slow)]
+)
 def test_what_the_exchange_drops_is_counted(exchange, factor, alone, monkeypatch):
     """Limited room: the count is that of all devices, beside NumPy; what is dropped contributes nothing."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)

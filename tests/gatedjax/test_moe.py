@@ -133,7 +133,7 @@ def test_sparse_equals_dense_with_gradients(name):
         assert rel_rms(a, e) < 3e-5, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "expert choice"])
+@pytest.mark.parametrize("name", ["Mixtral", "expert choice"])
 def test_permuting_tokens_permutes_outputs(name):
     module, params, state = make(configure(**VARIANTS[name]))
     order = np.random.default_rng(2).permutation(24)
