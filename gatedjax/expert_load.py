@@ -76,6 +76,7 @@ def draw_expert_load(steps: np.ndarray, load: np.ndarray, title: str) -> Any:
     bar = figure.colorbar(image, ax=list(panels), shrink=0.8, label="load / even load")
     ticks = [0.25, 0.5, 1, 2, 4]
     bar.set_ticks(ticks, labels=["≤ ¼", "½", "1", "2", "≥ 4"])
+    bar.set_ticks([], minor=True)
     figure.suptitle(f"{title}: expert load")
     return figure
 

@@ -56,8 +56,9 @@ class SparseMoE(nn.Module):
             y = y + self._free_experts(x, routing)
         if c.shared_hidden:
             y = y + self._shared(x)
-        kept = count_places(routing.experts, c.total_experts)
-        return y, statistics(logits, routing, chosen, jnp.sum(chosen) - jnp.sum(kept) + lost), logits
+        # Subtracted row by row: the sums over a large batch are beyond float32's integers.
+        dropped = jnp.sum(chosen - count_places(routing.experts, c.total_experts)) + lost
+        return y, statistics(logits, routing, chosen, dropped), logits
 
     def _logits(self, x: Float[Array, "B T M"], previous: Array | None) -> Float[Array, "B T E"]:
         """`activation(M(x) W + W_g previous) + b`. In bfloat16, near-ties would flip and small gradients be lost."""

@@ -36,6 +36,16 @@ def test_a_step_that_fits(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@needs_libtpu
+def test_ragged_exchange_compiles_for_tpu():
+    """No CPU runs it, so this is where jax's checks of what varies over devices, and the TPU's compiler, see it."""
+    exchange = "--config.model.ffns.moe.exchange=ragged_all_to_all"
+    done = train("--aot=v5e:2x4", "--config.mesh.expert=4", exchange, *SMALL, config="tiny_moe")
+    assert done.returncode == 0, done.stderr
+    assert "mesh data 2 x expert 4" in done.stdout and "ragged-all-to-all" in done.stdout
+
+
 @needs_libtpu
 def test_a_step_that_does_not_fit():
     done = train("--aot=v5e:2x2", "--config.mesh.fsdp=4", config="gated_attention_1p7b")

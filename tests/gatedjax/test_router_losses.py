@@ -167,16 +167,16 @@ def alone():
     return run_steps(routed(RULE), 3, batches, devices=jax.devices()[:1])
 
 
-FACTORINGS = {
-    "data x expert x tensor, buffers": (dict(data=2, expert=2, tensor=2), "all_to_all"),
-    "fsdp x expert, ring": (dict(fsdp=2, expert=4), "ring"),
-}
+FACTORINGS = [
+    pytest.param(dict(data=2, expert=2, tensor=2), "all_to_all", id="data x expert x tensor"),
+    pytest.param(dict(fsdp=2, expert=4), "ring", id="fsdp x expert", marks=pytest.mark.slow),
+    pytest.param(dict(data=2, fsdp=2, expert=2), "gather_weights", id="data x fsdp x expert", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("name", FACTORINGS)
-def test_eight_devices_equal_one(name, alone):
+@pytest.mark.parametrize("mesh, exchange", FACTORINGS)
+def test_eight_devices_equal_one(mesh, exchange, alone):
     """Losses, gradient norms, loads, drop counts, and the state of the router, which starts where all are equal."""
-    mesh, exchange = FACTORINGS[name]
     config = routed(RULE, exchange=exchange)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
     _, state, log = run_steps(config, 3, batches)
@@ -207,3 +207,16 @@ def test_a_skipped_step_leaves_the_state_alone():
     _, state, log = run_steps(routed(RULE), 1, poisoned, devices=jax.devices()[:1])
     leaves = {path[-1].key: x for path, x in jax.tree_util.tree_leaves_with_path(state.routers)}
     assert log[0]["skipped_steps"] == 1 and leaves["temperature"] == 2.0 and not np.any(leaves["bias"])
+
+
+@pytest.mark.slow
+def test_noise_is_new_every_step_and_the_same_on_any_mesh():
+    """Straight-through Gumbel: the same batch twice is routed otherwise; eight devices draw what one draws."""
+    config = routed(dict(selection="gumbel", renormalize=False))
+    same = lambda i: batches(0)
+    _, _, one = run_steps(config, 2, same, devices=jax.devices()[:1])
+    _, _, eight = run_steps(config, 2, same)
+    assert np.abs(one[0]["expert_load"] - one[1]["expert_load"]).max() > 0.01
+    for a, e in zip(eight, one):
+        np.testing.assert_allclose(a["expert_load"], e["expert_load"], atol=1e-6)
+        assert a["loss"] == pytest.approx(e["loss"], rel=1e-4)

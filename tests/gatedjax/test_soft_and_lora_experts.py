@@ -103,7 +103,7 @@ def test_phatgoose_ignores_the_length_of_its_vectors():
     np.testing.assert_allclose(phatgoose_weights(X, gates, 2), phatgoose_weights(X, scaled, 2), rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_frozen_weights_stay_to_the_bit(optimizer):
     ffn = LoRAMixtureConfig(hidden=16, num_experts=2, rank=2)
     config = plain(model__ffns=FrozenDict(mlp=ffn), optim__name=optimizer)
