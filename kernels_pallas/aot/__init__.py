@@ -4,4 +4,13 @@ from kernels_pallas.aot.compile import compile_and_replay, compile_for, report_c
 from kernels_pallas.aot.report import Report
 from kernels_pallas.aot.targets import TARGETS, parse_slice, target
 
-__all__ = ["TARGETS", "Report", "compile_and_replay", "compile_for", "parse_slice", "report_compiled", "slice_devices", "target"]
+__all__ = [
+    "TARGETS",
+    "Report",
+    "compile_and_replay",
+    "compile_for",
+    "parse_slice",
+    "report_compiled",
+    "slice_devices",
+    "target",
+]

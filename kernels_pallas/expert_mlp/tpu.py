@@ -1,11 +1,11 @@
 """`expert_mlp` on TPU: the kernels of `grouped_matmul` with the gate between them.
 
-    forward    a, b = rows gate, rows up        rows are read once; without a derivative only activation(a) * b is written
-               y = (activation(a) * b) down     the product is made tile by tile, in VMEM
-    backward   ddown = (activation(a) * b)^T dy
-               da, db = cotangents of a, b      from dy down^T, which is never written; in the place of a, b
-               drows = da gate^T + db up^T      one sum
-               dgate, dup = rows^T da, rows^T db
+forward    a, b = rows gate, rows up        rows are read once; without a derivative only activation(a) * b is written
+           y = (activation(a) * b) down     the product is made tile by tile, in VMEM
+backward   ddown = (activation(a) * b)^T dy
+           da, db = cotangents of a, b      from dy down^T, which is never written; in the place of a, b
+           drows = da gate^T + db up^T      one sum
+           dgate, dup = rows^T da, rows^T db
 """
 
 from functools import partial
