@@ -201,10 +201,17 @@ def main() -> None:
                 new = lines(op, chip, rows, found)
                 shown += new
                 print("\n".join("  ".join(line) for line in new), file=sys.stderr, flush=True)
+                if args.json:  # after every row: a run takes long
+                    record_as = {"d": D, "ff": F, "experts": G, "rows": record}
+                    write_json(args.json, record_as, versions(args.target or TARGETS))
     header = ["op", "target", "rows", "sizes", "kernel", "us", "compulsory us", "ratio", "FLOPs"]
     print(table(header, shown))
-    if args.json:
-        write_json(args.json, {"d": D, "ff": F, "experts": G, "rows": record}, {"libtpu": metadata.version("libtpu")})
+
+
+def versions(targets) -> dict[str, str]:
+    """Of the compilers."""
+    names = {"libtpu" if chip.startswith("tpu") else "jax-cuda13-plugin" for chip in targets}
+    return {name: metadata.version(name) for name in sorted(names)}
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ class _Refs(NamedTuple):
 
 def _kernel(refs: _Refs) -> None:
     s, walk = refs.call.schedule, refs.walk
-    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], refs.dout_hbm.shape[0], s.tile, empty=True)
+    rows = 0, refs.dout_hbm.shape[0]
+    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], rows, s.tile, empty=True)
     at = lambda index: tpu_visits.visit(walk, index)
     refs.move_in(at(0), "start")
 

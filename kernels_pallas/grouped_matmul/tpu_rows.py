@@ -33,6 +33,7 @@ class Schedule(NamedTuple):
     ahead: int  # matrices, tiles of rows and of results in VMEM; a power of two
     step: int  # columns of one matmul
     parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
+    cores: int  # that share the program: each takes its part of the rows
     vmem: int  # bytes that the compiler may take
 
 
@@ -79,9 +80,12 @@ def rows_times_groups(
     ends = np.cumsum([len(xs), len(tiled), len(matrices), len(call.out_dtypes)])
 
     def kernel(sizes, *refs):
-        columns = pl.ds(pl.multiple_of(pl.program_id(0) * s.columns, LANES), s.columns)
+        part = -(-R // (s.cores * ROWS)) * ROWS
+        low = pl.program_id(0) * part
+        rows = low, jnp.minimum(low + part, R)
+        columns = pl.ds(pl.multiple_of(pl.program_id(1) * s.columns, LANES), s.columns)
         hbm = [refs[start:end] for start, end in zip([0, *ends], ends)]
-        _kernel(_Refs(call, columns, sizes, *hbm, **jax.tree.unflatten(tree, refs[ends[-1] :])))
+        _kernel(_Refs(call, rows, columns, sizes, *hbm, **jax.tree.unflatten(tree, refs[ends[-1] :])))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     moved = sum(x.size * x.dtype.itemsize for x in xs) * (O // s.columns)
@@ -91,14 +95,14 @@ def rows_times_groups(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(O // s.columns,),
+            grid=(s.cores, O // s.columns),
             in_specs=[anywhere] * (len(xs) + len(tiled) + len(matrices)),
             out_specs=[anywhere] * len(call.out_dtypes),
             scratch_shapes=leaves,
         ),
         out_shape=[like(d) for d in call.out_dtypes],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
+            dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=s.vmem,
             disable_bounds_checks=True,  # of every copy: a tenth of the time; rows and groups are clamped to the arrays
         ),
@@ -113,6 +117,7 @@ class _Refs(NamedTuple):
     """Everything that the kernel can reach."""
 
     call: Call
+    rows: tuple  # first and last + 1 of those that this walk is over
     columns: object  # those of the outputs that this walk makes
     sizes: object
     xs: tuple  # HBM [R, I]
@@ -171,10 +176,10 @@ class _Refs(NamedTuple):
 
 
 def _kernel(refs: _Refs) -> None:
-    s, walk, R = refs.schedule, refs.walk, refs.xs[0].shape[0]
-    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], R, s.tile, empty=False)
+    s, walk = refs.schedule, refs.walk
+    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], refs.rows, s.tile, empty=False)
     real = groups.tiles  # what comes after them belongs to no group
-    tiles = tpu_visits.append(walk, groups, 0, jnp.int32(R), s.tile, empty=False).tiles
+    tiles = tpu_visits.append(walk, groups, 0, refs.rows[1], s.tile, empty=False).tiles
     at = lambda index: tpu_visits.visit(walk, index)
 
     for i in range(s.ahead - 1):

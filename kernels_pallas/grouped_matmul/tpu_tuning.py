@@ -19,7 +19,7 @@ OPERANDS = 12 * MIB  # of VMEM, where the compiler keeps operands of a matmul
 class Row(NamedTuple):
     """A device's line in the table. Sizes are for 16-bit numbers."""
 
-    cores: int  # that share a program: each makes its own columns
+    cores: int  # that share a program
     tile: int  # rows at a time
     parts: int  # a tile's rows are rounded up to this, for `tpu_rows`
     depth: int  # the same for `tpu_outer`, where rows are what a matrix unit sums over
@@ -42,14 +42,13 @@ def rows_schedule(R: int, I: int, O: int, item: int, inputs=1, matrices=1, tiled
     """For R rows, [I, O] matrices and numbers of `item` bytes: as many columns as fit, then as many matrices."""
     tuned = _tuned()
     tile = _tile(tuned, R, item)
-    largest = O // tuned.cores if O % (tuned.cores * LANES) == 0 else O
-    for columns in _divisors(largest):
+    for columns in _divisors(O):
         for ahead in AHEAD:
             taken = ahead * (inputs * tile * I + matrices * I * columns + (tiled + outputs) * tile * columns)
             taken += tile * I if inputs > 1 else 0
             if taken * item <= tuned.vmem - OPERANDS:
                 step = next(n for n in _divisors(columns) if n <= max(LANES, tuned.step * 2 // item // matrices))
-                return tpu_rows.Schedule(tile, columns, ahead, step, _parts(tile, tuned.parts), tuned.vmem)
+                return tpu_rows.Schedule(tile, columns, ahead, step, _parts(tile, tuned.parts), tuned.cores, tuned.vmem)
     raise ValueError(f"grouped_matmul: {too_large(I, item)}")
 
 

@@ -42,15 +42,17 @@ class Count(NamedTuple):
     tiles: Array
 
 
-def plan(walk: Walk, sizes, num_groups: int, rows: int, tile: int, empty: bool) -> Count:
-    """Fills the lists from the group sizes; `empty`: a group of no rows is one tile too. Rows beyond `rows` are not."""
+def plan(walk: Walk, sizes, num_groups: int, rows: tuple, tile: int, empty: bool) -> Count:
+    """Fills the lists with the groups' rows from rows[0] up to before rows[1]; `empty`: a group of none is one tile."""
+    low, high = rows
 
-    def group(g, count):
-        end = count.row + jnp.minimum(sizes[g], rows - count.row)
-        return append(walk, count, g, end, tile, empty)
+    def group(g, carry):
+        end, count = carry
+        end += jnp.minimum(sizes[g], high - end)
+        return end, append(walk, count, g, jnp.maximum(end, low), tile, empty)
 
     zero = jnp.int32(0)
-    return jax.lax.fori_loop(0, num_groups, group, Count(zero, zero, zero))
+    return jax.lax.fori_loop(0, num_groups, group, (zero, Count(zero + low, zero, zero)))[1]
 
 
 def append(walk: Walk, count: Count, g, end, tile: int, empty: bool) -> Count:

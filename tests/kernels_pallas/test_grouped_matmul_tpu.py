@@ -23,7 +23,7 @@ on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Many small tiles, so that small arrays go every way through the kernels."""
-    row = tpu_tuning.Row(cores=1, tile=64, parts=16, depth=32, step=128, outer_step=(128, 128), vmem=2**26)
+    row = tpu_tuning.Row(cores=2, tile=64, parts=16, depth=32, step=128, outer_step=(128, 128), vmem=2**26)
     monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
 
 
