@@ -7,8 +7,8 @@ Causal, bfloat16. For every shape, chip and pass: model time of the whole progra
 traffic, temporaries. Times are the schedule's replay, not measurements; `kernels_pallas/aot` says how far to trust
 them. Each row compiles in a process of its own, in half a minute to minutes.
 
-Ops: tpu is ours, without a gate; tpu_gate has an element-wise gate as the kernel's epilogue, tpu_then_gate the same gate
-multiplied by XLA; splash and flash are those of jax.experimental.pallas.ops.tpu, with heads before tokens as they
+Ops: tpu is ours, without a gate; tpu_gate has an element-wise gate as the kernel's epilogue, tpu_then_gate the same
+gate multiplied by XLA; splash and flash are those of jax.experimental.pallas.ops.tpu, with heads before tokens as they
 take them. splash's backward pass is its fused one.
 """
 
