@@ -2,8 +2,8 @@
 
 One kernel each way, each tile visited once (`tpu_forward.py`, `tpu_backward.py`); the mathematics is in `scores.py` and
 `tpu_tile.py`, block sizes in `tpu_tuning.py`. The output gate is the forward kernel's last step and the backward
-kernel's first. Saved for the backward pass: the inputs, the ungated output in float32 (by the name "attention_out") and
-the few numbers a row that the score wants ("attention_lse").
+kernel's first. Saved for the backward pass: the inputs, the ungated output in float32 (by the name "attention_out", as
+is y: a policy that keeps both runs no kernel again) and the few numbers a row that the score wants ("attention_lse").
 
 Matrix units multiply bfloat16. With float16 or float32 inputs every operand keeps all its bits, in several passes. With
 bfloat16 inputs a matmul is one pass and rounds weights and logits' gradients, as every flash kernel does. Under
@@ -106,7 +106,7 @@ def _attention(plan: Plan, x: Inputs) -> Array:
 
 def _forward(plan: Plan, x: Inputs):
     out = forward(plan, x, save=True)
-    y = checkpoint_name(out["y"], OUT_NAME) if _y_is_o(plan) else out["y"]
+    y = checkpoint_name(out["y"], OUT_NAME)  # who multiplies it by a matrix wants it again for that matrix's gradient
     outputs = {n: checkpoint_name(out[f"o{n}"], OUT_NAME) for n in kept_outputs(plan)}
     saved = [checkpoint_name(out[f"saved{n}"], STATISTIC_NAME) for n in range(sum("saved" in name for name in out))]
     return y, (x, y if _y_is_o(plan) else None, outputs, saved)

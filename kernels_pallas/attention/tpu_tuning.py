@@ -12,15 +12,15 @@ MAX_D = 256
 # device kind -> lanes of the larger of K and V -> (forward, backward). The device kind is jax.Device.device_kind's.
 TUNED = {
     "TPU v5 lite": {
-        128: (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
+        128: (Schedule(block=2048, rows=128), Schedule(block=2048, rows=128)),
         256: (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
     },
     "TPU v5": {
-        128: (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
+        128: (Schedule(block=2048, rows=128), Schedule(block=2048, rows=256)),
         256: (Schedule(block=1024, rows=128), Schedule(block=1024, rows=256)),
     },
     "TPU v6 lite": {
-        128: (Schedule(block=2048, rows=128), Schedule(block=1024, rows=256)),
+        128: (Schedule(block=2048, rows=128), Schedule(block=1024, rows=128)),
         256: (Schedule(block=1024, rows=256), Schedule(block=1024, rows=256)),
     },
 }

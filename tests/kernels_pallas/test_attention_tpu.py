@@ -62,31 +62,30 @@ def test_float32(name):
 
 @pytest.mark.parametrize("score", [name for name in ONE_PASS if name != "softmax"])
 def test_every_score_of_one_walk(score):
-    """With a mask of every kind, and both gates."""
+    """One tile of each, with documents and either gate; the one that keeps most of a row, over several."""
     gate = ("head-wise", "element-wise")[ONE_PASS.index(score) % 2]
-    compare(T=150, B=1, H=2, Hk=1, window=140, segments=True, gate=gate, score=score)
+    compare(T=150 if score == "self_adjust" else 70, B=1, H=1, Hk=1, segments=True, gate=gate, score=score)
 
 
-@pytest.mark.parametrize("score", ["softmax", "self_adjust"])
-def test_bfloat16(score):
-    compare(jnp.bfloat16, BFLOAT16, T=150, B=1, H=2, Hk=1, gate="element-wise", score=score)
+def test_bfloat16():
+    compare(jnp.bfloat16, BFLOAT16, T=150, B=1, H=2, Hk=1, gate="element-wise")
 
 
 def test_bfloat16_as_the_matrix_unit_rounds(monkeypatch):
     """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors there."""
     monkeypatch.setattr(room, "_rounds", lambda *_: True)
-    arrays, options = draw(T=150, B=1, H=2, Hk=1, gate="element-wise")
+    arrays, options = draw(T=70, B=1, H=1, Hk=1, gate="element-wise")
     arrays = cast(arrays, jnp.bfloat16)
     got = value_and_gradients(arrays, f=lambda a: call(a, implementation="tpu", interpret=True, **options))
     assert_close(got, truth(arrays, **options), 4e-3)
 
 
 def test_float16():
-    compare(jnp.float16, BFLOAT16 / 4, T=130, B=1, H=1, Hk=1)
+    compare(jnp.float16, BFLOAT16 / 4, T=70, B=1, H=1, Hk=1)
 
 
 def test_huge_logits():
-    arrays, options = draw(T=140, B=1, H=1, Hk=1, sinks=True)
+    arrays, options = draw(T=70, B=1, H=1, Hk=1, sinks=True)
     arrays = cast(arrays, jnp.float32)
     arrays["q"] = 1e4 * arrays["q"]
     got = on_tpu(arrays, **options)
@@ -195,7 +194,7 @@ def test_planted_errors_are_found(error, monkeypatch):
 
 
 def test_vmap():
-    pairs = [draw(B=1, T=140, H=2, Hk=1, segments=True, slopes=True, seed=seed) for seed in (1, 2)]
+    pairs = [draw(B=1, T=70, H=2, Hk=1, segments=True, slopes=True, seed=seed) for seed in (1, 2)]
     both = jax.tree.map(lambda *a: jnp.stack(a), *[cast(arrays, jnp.float32) for arrays, _ in pairs])
     ids = jnp.stack([options["segment_ids"] for _, options in pairs])
 
@@ -217,7 +216,7 @@ def test_residuals_have_names_and_checkpoint_recomputes():
     assert runs == [1, 2], runs
 
 
-def sharded(mesh_names, B=2, T=140):
+def sharded(mesh_names, B=2, T=70):
     arrays, options = draw(B=B, T=T, H=2, Hk=2, gate="head-wise", sinks=True, segments=True)
     rows, heads = mesh_names
     specs = {name: P(rows, None, heads) for name in arrays} | {"sink_logits": P(heads)}
@@ -239,7 +238,13 @@ def test_shard_map_with_varying_axes_checked():
     assert_close({"loss": value, **got}, {"loss": expected, **want}, FLOAT32)
 
 
-@pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), (("x", "y"), AxisType.Explicit)])
+@pytest.mark.parametrize(
+    "names, axis_type",
+    [
+        (("data", "tensor"), AxisType.Auto),
+        pytest.param(("x", "y"), AxisType.Explicit, marks=pytest.mark.slow),
+    ],
+)
 def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
     """Auto axes by their names, Explicit ones by their arguments' types."""
     mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2)
@@ -256,9 +261,10 @@ def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
     assert_close({"loss": value, **got}, {"loss": expected, **want}, FLOAT32)
 
 
-def test_no_races():
+def test_no_races(monkeypatch):
     """The TPU interpreter follows DMAs and semaphores; a read before its copy has ended raises."""
-    arrays, options = draw(T=300, B=1, H=2, Hk=1, gate="element-wise", segments=True)
+    arrays, options = draw(T=140, B=1, H=2, Hk=1, gate="element-wise", segments=True)
+    use_blocks(monkeypatch, 128, 128, span=128)
     arrays = cast(arrays, jnp.float32)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     got = value_and_gradients(arrays, implementation="tpu", interpret=interpret, **options)
