@@ -144,9 +144,10 @@ def test_analytic_flops_match_the_compiler():
         if jax.tree_util.keystr(path).endswith("['kernel']") or "embedding" in jax.tree_util.keystr(path)
     )
     experts = sum(params["periods"]["layer_1"]["ffn"][n].size for n in ("gate", "up", "down")) // 4
-    decay = sum(
-        params["periods"]["layer_0"]["mixer"][n]["kernel"].size for n in ("decay_down", "decay_up")
-    ) + params["periods"]["layer_1"]["ffn"]["shared_gate"]["kernel"].size
+    decay = (
+        sum(params["periods"]["layer_0"]["mixer"][n]["kernel"].size for n in ("decay_down", "decay_up"))
+        + params["periods"]["layer_1"]["ffn"]["shared_gate"]["kernel"].size
+    )
     mixing = 4 * 4 * 8 * 32 / 2 + 4 * 4 * 8 * 8  # causal scores and values; k^T v and q S
     assert forward_flops_per_token(config, 32) == 2 * (matmul + experts - decay) + mixing
 
