@@ -287,11 +287,10 @@ def test_what_ran_is_reported():
     assert dispatch.last_choice("attention").implementation == "xla"
 
 
-@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
-def test_a_kernel_that_is_not_there_is_refused(implementation):
+def test_a_kernel_that_is_not_there_is_refused():
     arrays, _ = draw(T=3)
-    with pytest.raises(NotImplementedError, match=f"attention: implementation='{implementation}'"):
-        call(cast(arrays, jnp.float32), implementation=implementation)
+    with pytest.raises(NotImplementedError, match="attention: implementation='gpu'"):
+        call(cast(arrays, jnp.float32), implementation="gpu")
 
 
 Q, KV = jnp.zeros((2, 5, 4, 8)), jnp.zeros((2, 5, 2, 8))

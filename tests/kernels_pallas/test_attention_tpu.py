@@ -1,6 +1,9 @@
 """attention's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
 
 import importlib
+import json
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -269,6 +272,23 @@ def test_no_races(monkeypatch):
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     got = value_and_gradients(arrays, implementation="tpu", interpret=interpret, **options)
     assert_close(got, on_tpu(arrays, **options), 1e-6)
+
+
+# --- compiled for chips that are not here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["B4,T4096,H16,D128", "B1,T32768,H16,Hk2,D256"])
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7x"])
+def test_compiles(chip, shape):
+    """Forward and backward; the replay follows every visit, so that the model time is one."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-m", "kernels_pallas.aot", "--op=attention", f"--target=tpu:{chip}", f"--shape={shape}"]
+    done = subprocess.run([*command, "--pass=bwd", "--json"], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["implementation"] == "tpu"
+    kernels = report["bwd"]["kernels"]
+    assert len(kernels) == 2 and not any(sum(k["unknown"].values()) for k in kernels)
 
 
 # --- refusals
