@@ -99,5 +99,5 @@ def test_slurm_is_found_in_the_environment(place):
     names = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     each = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     running = run(place, "slurm", MESH, "--config.train.steps=3", processes=2, env=names, each=each, is_named=False)
-    assert [process.popen.returncode for process in running] == [0, 0], running[0].log()
+    assert [process.popen.returncode for process in running] == [0, 0], running[0].log() + running[1].log()
     assert "8 cpu device(s) of 2 processes, mesh data 2 x fsdp 4" in running[0].out[0]
