@@ -22,7 +22,7 @@ SIZES = [33, 0, 1, 20]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    row = tpu_tuning.Row(cores=1, tile=32, parts=16, depth=16, step=128, outer_step=(128, 128), vmem=2**26)
+    row = tpu_tuning.Row(cores=1, tile=32, parts=32, depth=32, step=128, outer_step=(128, 128), vmem=2**26)
     monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
 
 
