@@ -9,13 +9,14 @@ the matrix units execute, over the 2 M K N that are asked for; and HBM bytes. Gr
 balanced; multinomial, as of a router that prefers nobody; and Zipf-skewed, where the largest expert has a fifth of all
 rows. Times are the schedule's replay, not measurements; `kernels_pallas/aot` says how far to trust them.
 
-Ops: grouped_matmul and expert_mlp (the whole MLP of the experts) are ours; megablox is jax.experimental.pallas.ops.tpu's
-gmm and tgmm in the best tiles found for each chip (one may seem to move less than the compulsory bytes: XLA put an
-operand into VMEM before); ragged_dot is jax.lax's, for which the FLOPs of the program's matrix products are given. For
-cuda:h200 there is no model of time: FLOPs, registers and spills only.
+Ops: grouped_matmul and expert_mlp (the whole MLP of the experts) are ours; megablox is gmm and tgmm of jax's own Pallas
+ops, in the best tiles found for each chip (where one seems quicker than its compulsory bytes, XLA put an operand into
+VMEM before); ragged_dot is jax.lax's, for which the FLOPs of the program's matrix products are given. For cuda:h200
+there is no model of time: FLOPs, registers and spills only.
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -121,9 +122,7 @@ def figures(op: str, chip: str, rows: int) -> dict:
         "declared_flops_over_one_matmul": one.declared.flops / flops,
     }
     if not isinstance(device, Tpu):
-        ours = [k for k in one.kernels if "grouped_matmul" in k.name]
-        return found | {"kernels": [{"name": k.name, "registers": k.registers, "spill_bytes": k.spill_bytes,
-                                     "shared_memory_bytes": k.shared_memory_bytes, "wgmma": k.wgmma} for k in ours]}  # fmt: skip
+        return found | {"kernels": [dataclasses.asdict(k) for k in one.kernels if "grouped_matmul" in k.name]}
     found["sizes"] = {
         name: {
             "program_microseconds": 1e6 * report.program_seconds,

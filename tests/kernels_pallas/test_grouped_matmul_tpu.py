@@ -52,6 +52,7 @@ def test_any_group_sizes(cuts, total):
     check(cast(draw(seed=total), jnp.float32), np.diff(np.minimum(np.sort([0, *cuts, M]), total)))
 
 
+@pytest.mark.slow
 def test_bfloat16_in_several_blocks():
     """Blocks of columns and of matmuls; results are rounded once."""
     rng = np.random.default_rng(0)
