@@ -67,7 +67,7 @@ def by_rows_and_heads(
 def by_sorted_rows(
     fn: Callable, rows: Sequence[Array], whole: Sequence[Array], group_sizes: Array, summed: bool = False
 ):
-    """`fn(*rows, *whole, group_sizes)`, one array or several, its rows cut over the ambient mesh: rows that are sorted by group.
+    """`fn(*rows, *whole, group_sizes)`, one array or several, cut over the ambient mesh by rows, which are sorted.
 
     Every device gets the part of each group that lies in its own rows. `summed`: the result is one of groups, not of
     rows, and every device holds a part of the sum.

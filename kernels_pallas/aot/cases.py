@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention.api import attention
+from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.grouped_matmul.api import grouped_matmul
 from kernels_pallas.linear_scan.api import linear_scan
 
@@ -90,10 +91,29 @@ def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Cas
     return Case(forward, tuple(args), {})
 
 
+def _groups(rows: int, G: int, options: dict[str, str]) -> np.ndarray:
+    """sizes = equal (as far as G divides the rows) or zipf: the i-th group has 1 / i of the first one's rows."""
+    if _one_of(options, "sizes", "equal", ("equal", "zipf")) == "equal":
+        return np.full(G, rows // G, np.int32) + (np.arange(G) < rows % G).astype(np.int32)
+    share = 1 / np.arange(1, G + 1)
+    groups = np.floor(rows * share / share.sum()).astype(np.int32)
+    groups[0] += rows - groups.sum()
+    return groups
+
+
+def expert_mlp_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
+    """Axes R M F G; sizes = equal or zipf."""
+    R, M, F, G = (sizes[a] for a in ("R", "M", "F", "G"))
+    stack = _array(dtype, G, M, F)
+    args = (_array(dtype, R, M), stack, stack, _array(dtype, G, F, M), _array(jnp.int32, G))
+    call = lambda *a: expert_mlp(*a, implementation=options.get("implementation"))
+    return Case(call, args, {4: _groups(R, G, options)})
+
+
 def grouped_matmul_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
-    """Axes M K N G; groups of equal sizes, as far as M divides."""
+    """Axes M K N G; sizes = equal or zipf."""
     M, K, N, G = (sizes[a] for a in ("M", "K", "N", "G"))
-    groups = np.full(G, M // G, np.int32) + (np.arange(G) < M % G).astype(np.int32)
+    groups = _groups(M, G, options)
     args = (_array(dtype, M, K), _array(dtype, G, K, N), _array(jnp.int32, G))
     return Case(lambda *a: grouped_matmul(*a, implementation=options.get("implementation")), args, {2: groups})
 
@@ -102,7 +122,8 @@ def grouped_matmul_case(sizes: dict[str, int], dtype, options: dict[str, str]) -
 CASES = {
     "linear_scan": (linear_scan_case, ("B", "T", "H", "K", "V"), ("Hk", "Hv"), {"decay"}),
     "attention": (attention_case, ("B", "T", "H", "D"), ("Hk",), {"gate", "window", "score", "causal", "segments"}),
-    "grouped_matmul": (grouped_matmul_case, ("M", "K", "N", "G"), (), set()),
+    "grouped_matmul": (grouped_matmul_case, ("M", "K", "N", "G"), (), {"sizes"}),
+    "expert_mlp": (expert_mlp_case, ("R", "M", "F", "G"), (), {"sizes"}),
 }
 
 

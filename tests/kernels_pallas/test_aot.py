@@ -25,6 +25,7 @@ SHAPES = {
     "linear_scan": "B1,T256,H2,K128,V128",
     "attention": "B1,T256,H2,D128",
     "grouped_matmul": "M256,K128,N128,G4",
+    "expert_mlp": "R256,M128,F128,G4",
 }
 needs_libtpu = pytest.mark.skipif(not libtpu.installed(), reason="libtpu is not installed (pip install '.[aot]')")
 

@@ -22,7 +22,7 @@ SIZES = [33, 0, 1, 20]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    row = tpu_tuning.Row(cores=1, tile=32, parts=16, depth=16, step=128, outer_step=(128, 128), vmem=2**26)
+    row = tpu_tuning.Row(cores=1, tile=32, parts=32, depth=32, step=128, outer_step=(128, 128), vmem=2**26)
     monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
 
 
@@ -96,6 +96,7 @@ def test_composed(implementation):
     assert_close(run(arrays, jnp.asarray(SIZES)), truth(arrays, SIZES), 2e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """Pre-activations and their product are rounded too: the kernels are as far from the truth as three matmuls."""
     arrays, sizes = draw(jnp.bfloat16), jnp.asarray(SIZES)
@@ -105,6 +106,7 @@ def test_bfloat16():
         assert rel_rms(tpu[name], expected[name]) < min(8e-3, 1.1 * rel_rms(xla[name], expected[name])), name
 
 
+@pytest.mark.slow
 def test_shard_map():
     """Rows of each device's own; matrices the same everywhere, so that their gradients are summed."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
@@ -128,6 +130,7 @@ def test_cotangents_of_the_gate(activation):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_planted_error_is_seen(monkeypatch):
     """The derivative of another gate."""
     wrong = lambda activation, a, b, d: gated_product_cotangents("gelu", a, b, d)
