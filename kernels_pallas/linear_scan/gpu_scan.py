@@ -7,6 +7,7 @@ are one walk, with reads and writes, v and do exchanged. A program owns a block 
 scalar decays reads are q and writes k, and the tokens' factors multiply rows of what the matmuls give or take.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool)
     """o [B, T, H, V] in `dtype`, states [B, H, N, K, V] before each chunk, final float32 [B, H, G, K, V]."""
     p, s = plan, plan.schedule
     BV = scan_block_v(s, p.K, p.V)
-    stages = scan_stages(s, p.chunk, p.K, BV, p.operand.itemsize)
+    grid = p.V // BV, p.segments, p.H, len(x.values)
+    stages = scan_stages(s, math.prod(grid), p.chunk, p.K, BV, p.operand.itemsize)
     specs, outs = _specs(p, x, BV), _outputs(p, x, BV, dtype, save, final)
     if x.scores is None:
         x = x._replace(reads=None, read_factor=None)
@@ -49,7 +51,7 @@ def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool)
     arrays = [getattr(x, name) for name in given]
     results = pl.pallas_call(
         kernel,
-        grid=(p.V // BV, p.segments, p.H, len(x.values)),
+        grid=grid,
         in_specs=[getattr(specs, name) for name in given],
         out_specs=[spec for _, spec in outs.values()],
         out_shape=[array for array, _ in outs.values()],

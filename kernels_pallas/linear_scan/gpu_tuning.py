@@ -10,6 +10,7 @@ import jax
 
 MIN_CHUNK, MAX_CHUNK = 16, 128  # a tensor core's tile has 16 rows; logs are summed in eights
 MAX_D = 512
+MAX_RESIDENTS = 3  # programs of the scan kernel that the registers of a multiprocessor hold
 SEGMENT_CHUNKS = 8  # the fewest chunks that are walked as one part
 
 
@@ -51,10 +52,15 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
     return block(most, V)
 
 
-def scan_stages(schedule: Schedule, chunk: int, K: int, block_v: int, operand_bytes: int) -> int:
-    """Chunks in flight in the scan kernel. Triton was seen to take up to half a chunk's tiles more than those."""
+def scan_stages(schedule: Schedule, programs: int, chunk: int, K: int, block_v: int, operand_bytes: int) -> int:
+    """Chunks in flight in the scan kernel: with more programs than multiprocessors, several share a multiprocessor.
+
+    Triton was seen to take up to half a chunk's tiles more than those of the chunks in flight.
+    """
+    cores, shared, _ = TUNED[chip()]
+    residents = min(MAX_RESIDENTS, -(-programs // cores))
     tiles = chunk * (2 * K + chunk + block_v) * operand_bytes
-    return max(1, min(schedule.scan_stages, int(TUNED[chip()][1] / tiles - 0.5)))
+    return max(1, min(schedule.scan_stages, int(shared / residents / tiles - 0.5)))
 
 
 def segments(schedule: Schedule, walks: int, chunks: int) -> int:

@@ -71,6 +71,12 @@ def test_a_short_chip_is_filled_by_segments():
 SLOW_CASES = ("undecayed, exclusive", "scalar segments", "scalar, normalize, reverse")
 
 
+def test_chunks_in_flight_fit_into_shared_memory():
+    stages = lambda programs, K, size: gpu_tuning.scan_stages(gpu_tuning.Schedule(), programs, 64, K, 64, size)
+    assert stages(128, 128, 2) == 2  # one program a multiprocessor, 120 KiB
+    assert stages(512, 256, 2) == stages(128, 512, 2) == stages(128, 256, 4) == 1
+
+
 @pytest.mark.parametrize("name", [slow(n) if n in SLOW_CASES else n for n in CASES])
 def test_options(name):
     case = dict(CASES[name])
