@@ -97,7 +97,7 @@ def check_bytes(run, state) -> None:
         assert held(state.params, device) == share
         assert held(state.opt_state, device) == 2 * share + scalars, "AdamW's moments lie where their parameters lie"
     if run.mesh.shape["fsdp"] == 8:
-        assert share == total // 8
+        assert share < 1.05 * total / 8, "all but norms and biases is cut in eight"
 
 
 def held(tree, device) -> int:
