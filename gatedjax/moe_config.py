@@ -102,7 +102,8 @@ class SparseMoEConfig:
     zero_computation_share: float = 1.0  # MoE++'s tau: weight of experts that cost nothing within the balance loss
     sequence_loss: float = 0.0  # the balance loss within every row of the batch (DeepSeek-V3)
     z_loss: float = 0.001  # of mean logsumexp(logits)^2
-    # An expert takes at most ceil(k T / E * capacity_factor) assignments from a row of T tokens; 0: no limit.
+    # An expert takes at most ceil(k T / E * capacity_factor) assignments from a row of T tokens; 0: no limit. With
+    # tau, experts that compute take tau times as many as the others (MoE++).
     capacity_factor: float = 0.0
     # Who comes first. position: earlier tokens. choice: all first choices (V-MoE), priority: larger weights (batch
     # prioritised routing): in both a later token can displace an earlier one, so they are not causal.
@@ -132,6 +133,8 @@ class SparseMoEConfig:
         require(self.capacity_factor >= 0, "capacity_factor", self.capacity_factor, "at least 0")
         own = r.selection != "expert_choice" or not self.capacity_factor
         require(own, "capacity_factor", self.capacity_factor, "0: expert choice fills every expert evenly")
+        positive = self.zero_computation_share > 0
+        require(positive, "zero_computation_share", self.zero_computation_share, "above 0")
         require(self.exchange_factor >= 0, "exchange_factor", self.exchange_factor, "at least 0")
         sends = not self.exchange_factor or self.exchange.endswith("all_to_all")
         require(sends, "exchange_factor", self.exchange_factor, "0, or exchange 'all_to_all' or 'ragged_all_to_all'")

@@ -1,7 +1,6 @@
 """Sparse mixture of gated MLPs: route, sort rows by expert, three grouped matmuls, put the rows back."""
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -16,7 +15,15 @@ from gatedjax.layers.exchange import Assigned, distributed_mixture
 from gatedjax.layers.experts import Stacks, constant_experts, mixture, weight_of
 from gatedjax.layers.mlp import GatedMLP
 from gatedjax.layers.projection import Projection, parameter
-from gatedjax.layers.routing import ACTIVATIONS, Routing, count_places, limit_capacity, modified_input, route
+from gatedjax.layers.routing import (
+    ACTIVATIONS,
+    Routing,
+    capacities,
+    count_places,
+    limit_capacity,
+    modified_input,
+    route,
+)
 from gatedjax.sharding import manual_axes, per_shard
 
 
@@ -49,8 +56,7 @@ class SparseMoE(nn.Module):
         )
         chosen = count_places(routing.experts, c.total_experts)
         if c.capacity_factor:
-            share = x.shape[1] * c.experts_per_token / c.total_experts
-            routing = limit_capacity(routing, math.ceil(share * c.capacity_factor), c.capacity_order)
+            routing = limit_capacity(routing, capacities(c, x.shape[1]), c.capacity_order)
         y, lost = self._experts(x, routing)
         if c.total_experts > c.num_experts:
             y = y + self._free_experts(x, routing)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from gatedjax.moe_config import RouterConfig
+from gatedjax.moe_config import RouterConfig, SparseMoEConfig
 
 ACTIVATIONS = {"identity": lambda h: h, "gelu": jax.nn.gelu, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh}
 
@@ -159,7 +159,19 @@ def expert_choice(scores: Float[Array, "B T E"], k: int) -> tuple[Int[Array, "B 
     return jnp.where(mask, jnp.arange(E), E), jnp.where(mask, scores, 0.0)
 
 
-def limit_capacity(routing: Routing, capacity: int, order: str) -> Routing:
+def capacities(config: SparseMoEConfig, tokens: int) -> Int[np.ndarray, " E"]:
+    """How many assignments each expert takes from a row: ceil(k T capacity_factor w_i / sum w).
+
+    w is 1 for experts that cost nothing and tau (`zero_computation_share`) for those that compute (MoE++, eq. 8, which
+    leaves out the factor k and so has room for one assignment a token).
+    """
+    free = config.total_experts - config.num_experts
+    share = np.array([config.zero_computation_share] * config.num_experts + [1.0] * free)
+    wanted = config.experts_per_token * tokens * config.capacity_factor * share / share.sum()
+    return np.ceil(wanted - 1e-9).astype(np.int32)  # 3.0000000001 is 3
+
+
+def limit_capacity(routing: Routing, capacity: Int[Array, " E"], order: str) -> Routing:
     """Empties the places of a row [T, k] beyond each expert's `capacity`. Drops are what `count_places` then misses.
 
     Args:
@@ -181,7 +193,7 @@ def limit_capacity(routing: Routing, capacity: int, order: str) -> Routing:
     ids, _, index = jax.lax.sort((flat, first, index), num_keys=2)
     # A run of one expert's places begins where its id first appears.
     start = jax.vmap(jnp.searchsorted)(ids.reshape(-1, T * k), ids.reshape(-1, T * k)).reshape(ids.shape)
-    fits_sorted = jnp.arange(T * k) - start < capacity
+    fits_sorted = jnp.arange(T * k) - start < jnp.append(jnp.asarray(capacity), 0)[ids]
     back = jnp.argsort(index, axis=-1)
     fits = jnp.take_along_axis(fits_sorted, back, axis=-1).reshape(experts.shape)
     empty = probabilities.shape[-1]

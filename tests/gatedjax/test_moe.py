@@ -18,7 +18,7 @@ from gatedjax.errors import InputError
 from gatedjax.layers.context import Context
 from gatedjax.layers.experts import Stacks, mixture, weight_of
 from gatedjax.layers.moe import SparseMoE
-from gatedjax.layers.routing import Routing, limit_capacity, route
+from gatedjax.layers.routing import Routing, capacities, limit_capacity, route
 from gatedjax.model import LanguageModel, init_caches
 from gatedjax.router_state import NAME, split
 
@@ -261,11 +261,12 @@ def test_any_group_sizes(ids, capacity, order):
     experts = jnp.asarray(ids, jnp.int32).reshape(1, 12, 3)
     weights = jnp.asarray(np.random.default_rng(len(set(ids))).random((1, 12, 3)), jnp.float32)
     weights = jnp.where(experts == 5, 0.0, weights)
-    limited = CAPACITY[order](Routing(experts, weights, jnp.zeros((1, 12, 5))), capacity)
+    room = capacity + np.arange(5) % 2  # every second expert takes one more
+    limited = CAPACITY[order](Routing(experts, weights, jnp.zeros((1, 12, 5))), room)
     queue = sorted(range(36), key=lambda i: i if order == "position" else (i % 3, i))
     seen, fits = [0] * 6, np.zeros(36, bool)
     for i in queue:
-        fits[i] = ids[i] < 5 and seen[ids[i]] < capacity
+        fits[i] = ids[i] < 5 and seen[ids[i]] < room[ids[i]]
         seen[ids[i]] += 1
     np.testing.assert_array_equal(limited.experts.reshape(-1), np.where(fits, ids, 5))
     for first in (0, 2):
@@ -276,6 +277,13 @@ def test_any_group_sizes(ids, capacity, order):
             h = X[0, :12] @ STACK[e]
             expected += np.sum(weights[0] * (local == e), -1)[:, None] * ((h / (1 + np.exp(-h)) * h) @ STACK[e].T)
         assert rel_rms(y, expected) < 1e-5
+
+
+def test_capacities_of_unlike_experts():
+    """MoE++: k T gamma / (tau 4 + 2) for experts that cost nothing, tau times that for those that compute."""
+    values = dict(num_experts=4, zero_experts=1, copy_experts=1, capacity_factor=1.5)
+    assert capacities(configure(**values, zero_computation_share=0.5), 24).tolist() == [9] * 4 + [18] * 2
+    assert capacities(configure(**values), 24).tolist() == [12] * 6
 
 
 STACK = np.random.default_rng(7).normal(size=(3, 16, 8)).astype(np.float32) * 0.3
