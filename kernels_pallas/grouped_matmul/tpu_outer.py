@@ -26,6 +26,7 @@ class Schedule(NamedTuple):
     tile: int  # rows at a time
     inner: int  # rows of the result at a time
     columns: int  # columns of the result at a time
+    ahead: int  # tiles of rows and results in VMEM; a power of two
     step: tuple[int, int]  # rows and columns of one matmul
     parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
     vmem: int  # bytes that the compiler may take
@@ -52,13 +53,13 @@ def outer_by_group(
     (R, K), N, G = lhs.shape, dout.shape[1], len(sizes)
     s = call.schedule
     scratch = dict(
-        lhs=[pltpu.VMEM((2, s.tile, s.inner), x.dtype) for x in lefts],
-        dout=pltpu.VMEM((2, s.tile, s.columns), dout.dtype),
+        lhs=[pltpu.VMEM((s.ahead, s.tile, s.inner), x.dtype) for x in lefts],
+        dout=pltpu.VMEM((s.ahead, s.tile, s.columns), dout.dtype),
         total=pltpu.VMEM((s.inner, s.columns), jnp.float32),
-        out=pltpu.VMEM((2, s.inner, s.columns), call.out_dtype),
+        out=pltpu.VMEM((s.ahead, s.inner, s.columns), call.out_dtype),
         walk=Walk.scratch(R, s.tile, G),
-        in_sem=pltpu.SemaphoreType.DMA((len(lefts) + 1, 2)),
-        out_sem=pltpu.SemaphoreType.DMA((2,)),
+        in_sem=pltpu.SemaphoreType.DMA((len(lefts) + 1, s.ahead)),
+        out_sem=pltpu.SemaphoreType.DMA((s.ahead,)),
     )
     leaves, tree = jax.tree.flatten(scratch)
 
@@ -99,16 +100,16 @@ class _Refs(NamedTuple):
     lefts_hbm: list
     dout_hbm: object
     out_hbm: object
-    lhs: list  # [2, tile, inner] each; the first becomes what is multiplied
-    dout: object  # [2, tile, columns]
+    lhs: list  # [ahead, tile, inner] each; the first becomes what is multiplied
+    dout: object  # [ahead, tile, columns]
     total: object  # [inner, columns] float32
-    out: object  # [2, inner, columns]
+    out: object  # [ahead, inner, columns]
     walk: Walk
     in_sem: object
     out_sem: object
 
     def move_in(self, v: Visit, do: str) -> None:
-        slot, tile = v.index % 2, self.call.schedule.tile
+        slot, tile = v.index % self.call.schedule.ahead, self.call.schedule.tile
         pairs = [(source, to, self.inner) for source, to in zip(self.lefts_hbm, self.lhs)]
         pairs.append((self.dout_hbm, self.dout, self.columns))
         for i, (source, to, columns) in enumerate(pairs):
@@ -121,7 +122,7 @@ class _Refs(NamedTuple):
             tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0])
 
     def move_out(self, place, do: str) -> None:
-        slot = place % 2
+        slot = place % self.call.schedule.ahead
         to = self.out_hbm.at[self.walk.group[place], self.inner, self.columns]
         getattr(pltpu.make_async_copy(self.out.at[slot], to, self.out_sem.at[slot]), do)()
 
@@ -131,26 +132,30 @@ def _kernel(refs: _Refs) -> None:
     rows = 0, refs.dout_hbm.shape[0]
     groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], rows, s.tile, empty=True)
     at = lambda index: tpu_visits.visit(walk, index)
-    refs.move_in(at(0), "start")
+    for i in range(s.ahead - 1):
+
+        @pl.when(i < groups.tiles)
+        def _(i=i):
+            refs.move_in(at(i), "start")
 
     @pl.loop(0, groups.tiles)
     def _(index):
         v = at(index)
 
-        @pl.when(index + 1 < groups.tiles)
+        @pl.when(index + s.ahead - 1 < groups.tiles)
         def _():
-            refs.move_in(at(index + 1), "start")
+            refs.move_in(at(index + s.ahead - 1), "start")
 
-        @pl.when(v.last(s.tile) & (v.place >= 2))
+        @pl.when(v.last(s.tile) & (v.place >= s.ahead))
         def _():
-            refs.move_out(v.place - 2, "wait")
+            refs.move_out(v.place - s.ahead, "wait")
 
         refs.move_in(v, "wait")
         used = v.used(s.tile)
 
         @pl.when(used <= 0)
         def _():
-            refs.out[v.place % 2] = jnp.zeros(refs.out.shape[1:], refs.out.dtype)
+            refs.out[v.place % s.ahead] = jnp.zeros(refs.out.shape[1:], refs.out.dtype)
 
         tpu_visits.cases(used, s.parts, lambda size: _multiply(refs, v, size))
 
@@ -158,7 +163,7 @@ def _kernel(refs: _Refs) -> None:
         def _():
             refs.move_out(v.place, "start")
 
-    for back in (2, 1):
+    for back in range(s.ahead, 0, -1):
 
         @pl.when(groups.groups >= back)
         def _(back=back):
@@ -167,7 +172,8 @@ def _kernel(refs: _Refs) -> None:
 
 def _multiply(refs: _Refs, v: Visit, size: int) -> None:
     """Adds the first `size` rows of the tile to the group's sum; the group's last tile leaves it in `out`."""
-    s, slot = refs.call.schedule, v.index % 2
+    s = refs.call.schedule
+    slot = v.index % s.ahead
     if refs.call.operand:
 
         @pl.loop(0, size, step=ROWS)
@@ -194,7 +200,7 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
     @pl.when(v.last(s.tile))
     def _():
         def store(inner, columns, value):
-            refs.out[v.place % 2, inner, columns] = value.astype(refs.out.dtype)
+            refs.out[v.place % s.ahead, inner, columns] = value.astype(refs.out.dtype)
 
         walk(store)
 
@@ -208,7 +214,7 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
 
 def _zero_neighbours(refs: _Refs, v: Visit, size: int) -> None:
     """Rows of other groups among the first `size` of the tile, in both operands: what is there may be anything."""
-    slot = v.index % 2
+    slot = v.index % refs.call.schedule.ahead
 
     def select(first, keep):
         rows = tpu_visits.rows_of(ROWS, v.row + first)

@@ -35,7 +35,7 @@ TUNED = {
     "TPU v6 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
 }
 DEFAULT = Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=56 * MIB)
-AHEAD = (4, 2)  # matrices in VMEM; deeper queues gain nothing more
+AHEAD = (4, 2)  # groups in VMEM; deeper queues gain nothing more
 
 
 def rows_schedule(R: int, I: int, O: int, item: int, inputs=1, matrices=1, tiled=0, outputs=1) -> tpu_rows.Schedule:
@@ -58,17 +58,18 @@ def outer_schedule(R: int, K: int, N: int, item: int, lefts: int = 1) -> tpu_out
     tile = _tile(tuned, R, item)
     largest = K // tuned.cores if K % (tuned.cores * LANES) == 0 else K
 
-    def fits(inner: int, columns: int) -> bool:
-        taken = 2 * item * (tile * (lefts * inner + columns) + inner * columns) + 4 * inner * columns
+    def fits(inner: int, columns: int, ahead: int = AHEAD[-1]) -> bool:
+        taken = ahead * item * (tile * (lefts * inner + columns) + inner * columns) + 4 * inner * columns
         return taken <= tuned.vmem - OPERANDS
 
     blocks = [(k, n) for k in _divisors(largest) for n in _divisors(N) if fits(k, n)]
     inner, columns = min(blocks, key=lambda b: N * K // b[0] + lefts * K * N // b[1])
+    ahead = next(n for n in AHEAD if fits(inner, columns, n))
     step = [
         next(n for n in _divisors(size) if n <= max(LANES, most * 2 // item))
         for size, most in zip((inner, columns), tuned.outer_step)
     ]
-    return tpu_outer.Schedule(tile, inner, columns, tuple(step), _parts(tile, tuned.depth), tuned.vmem)
+    return tpu_outer.Schedule(tile, inner, columns, ahead, tuple(step), _parts(tile, tuned.depth), tuned.vmem)
 
 
 def largest_inner(item: int) -> int:
