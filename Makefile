@@ -1,5 +1,6 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    the test suite (the slow ones too: make test-all)
+# make test-oracles   compares attention with torch's layers (transformers, entmax)
 # make test-cuda-aot   compiles every op for an H200 that is not here
 # make lint    ruff;  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
 
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 VENV := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: train test test-all test-cuda-aot lint goldens bench clean
+.PHONY: train test test-all test-oracles test-cuda-aot lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -19,6 +20,10 @@ test: .venv/installed lint
 
 test-all: .venv/installed lint
 	$(VENV)/python -m pytest
+
+# In an environment of its own: torch takes gigabytes.
+test-oracles: .venv-oracles/installed
+	.venv-oracles/bin/python -m pytest tests/kernels_pallas/test_attention_scores.py tests/gatedjax/test_attention_options.py -k equals
 
 # In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
 test-cuda-aot: .venv-cuda/installed
@@ -41,10 +46,15 @@ bench: .venv/installed
 	$(VENV)/pip install --quiet -e '.[test]'
 	@touch $@
 
+.venv-oracles/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/pip install --quiet -e '.[test,oracles]'
+	@touch $@
+
 .venv-cuda/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet -e '.[cuda-aot]' pytest hypothesis
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-cuda build *.egg-info
+	rm -rf .venv .venv-cuda .venv-oracles build *.egg-info

@@ -39,15 +39,36 @@ class GatedAttentionConfig:
     gate_mode: Literal["multiplicative", "additive"] = "multiplicative"
     gate_activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity"] = "sigmoid"
     gate_input: Literal["token", "constant"] = "token"  # constant: a zero-initialised parameter, no input
+    fused_gate: bool = False  # queries and gate in one projection, [q | gate] in every head, as Qwen3-Next
     qk_norm: bool = True
-    zero_centred_norm: bool = False  # QK-norm scales by 1 + w
+    qk_norm_kind: Literal["rms", "l2"] = "rms"  # l2: queries and keys of length 1, without parameters
+    zero_centred_norm: bool = False  # the rms QK-norm scales by 1 + w
+    # What multiplies q k: head_dim^-0.5; a learned number, log2(L^2 - L) at the start (arXiv 2010.04245); log head_dim.
+    logit_scale: Literal["inverse_sqrt", "learned", "log_dim"] = "inverse_sqrt"
+    # What queries are multiplied by, n the keys that a token sees: log n; s log n with a learned s per head (scalable
+    # softmax, arXiv 2501.19399); or by the token and log n, values by the token too (selective attention, 2411.12892).
+    query_scale: Literal["none", "log_length", "scalable_softmax", "selective"] = "none"
     rope_fraction: float = 1.0  # share of a head's channels that rotate; 0 for no position encoding
     rope_base: float = 10_000.0
     yarn_factor: float = 1.0  # context extension factor of YaRN (arXiv 2309.00071); 1 for none
     yarn_original_length: int = 4096
     window: int | None = None  # keys in (i - window, i]
+    # How logits become weights: names of kernels_pallas.attention.SCORES.
+    score: Literal[
+        "softmax", "sigmoid", "relu", "relu_squared", "softpick", "self_adjust", "stablemax", "softplus",
+        "clipped_softmax", "reweighted_softplus", "adaptive_temperature", "sparsemax", "entmax",
+    ] = "softmax"  # fmt: skip
+    # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A constant, so that training
+    # and decoding agree: the length of training rows.
+    score_length: int | None = None
+    entmax_alpha: float = 1.5  # above 1 (softmax) up to 2 (sparsemax)
+    clip_alpha: float = 4.0  # of clipped softmax: gamma = -alpha / n
+    reweight_power: int = 15  # of reweighted softplus
     sinks: bool = False  # one learned logit per head in the denominator
     soft_cap: float | None = None
+    # Logits less slope x distance. fixed: slopes 2^(-8 h / H); balanced: 2^-h for one half of the heads, the negatives
+    # for the other (arXiv 2502.18845); learned: a parameter, fixed at the start.
+    alibi: Literal["none", "fixed", "balanced", "learned"] = "none"
 
     def __post_init__(self):
         _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
@@ -57,6 +78,30 @@ class GatedAttentionConfig:
         _require(self.yarn_factor >= 1.0, "yarn_factor", self.yarn_factor, "at least 1")
         has_heads = self.gate_position != "output" or (self.gate_granularity == "elementwise" and not self.gate_shared)
         _require(has_heads, "gate_position", "output", "an elementwise gate, not shared: the output has no heads")
+        fusable = self.gate_position == "sdpa" and self.gate_input == "token" and not self.gate_shared
+        wanted = "false: only a gate of tokens after sdpa that is not shared comes with the queries"
+        _require(fusable or not self.fused_gate, "fused_gate", True, wanted)
+        self._check_score()
+
+    def _check_score(self):
+        needs = {
+            f"score {self.score!r}": self.score in ("sigmoid", "relu", "relu_squared", "clipped_softmax"),
+            "query_scale 'scalable_softmax'": self.query_scale == "scalable_softmax",
+            "logit_scale 'learned'": self.logit_scale == "learned",
+        }
+        for what, needed in needs.items():
+            _require(self.score_length or not needed, "score_length", self.score_length, f"a length for {what}")
+        _require(self.score_length is None or self.score_length >= 1, "score_length", self.score_length, "at least 1")
+        _require(self.score == "softmax" or not self.sinks, "sinks", True, f"false with score {self.score!r}")
+        _require(self.soft_cap is None or self.soft_cap > 0, "soft_cap", self.soft_cap, "None or above 0")
+        _require(1 < self.entmax_alpha <= 2, "entmax_alpha", self.entmax_alpha, "above 1 and at most 2")
+        _require(self.clip_alpha >= 0, "clip_alpha", self.clip_alpha, "at least 0")
+        _require(self.reweight_power >= 2, "reweight_power", self.reweight_power, "at least 2")
+        unit = self.qk_norm and self.qk_norm_kind == "l2"
+        wanted = "inverse_sqrt unless qk_norm is true of kind 'l2'; learned or log_dim if so"
+        _require(unit == (self.logit_scale != "inverse_sqrt"), "logit_scale", self.logit_scale, wanted)
+        halves = self.alibi != "balanced" or self.num_heads % 2 == 0
+        _require(halves, "alibi", "balanced", f"an even number of heads, not {self.num_heads}")
 
     @property
     def rotary_dim(self) -> int:

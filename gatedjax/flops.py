@@ -46,9 +46,10 @@ def _attention_flops(c: GatedAttentionConfig, width: int, seq_len: int) -> float
     gated_channels = {"none": 0, "sdpa": q, "query": q, "key": kv, "value": kv, "output": width}[c.gate_position]
     gate = 0 if c.gate_input == "constant" else gated_channels
     gate = gate // c.head_dim if c.gate_granularity == "headwise" else gate
+    temperatures = c.num_heads + c.num_kv_heads if c.query_scale == "selective" else 0
     # A causal row sees half the sequence on average, or its window.
     seen = seq_len / 2 if c.window is None else min(c.window, seq_len / 2)
-    return 2 * width * (2 * q + 2 * kv + gate) + 4 * q * seen
+    return 2 * width * (2 * q + 2 * kv + gate + temperatures) + 4 * q * seen
 
 
 def _linear_attention_flops(c: GatedLinearAttentionConfig, width: int, seq_len: int) -> float:

@@ -110,6 +110,19 @@ def parts(name: str) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in _axes(name))
 
 
+def is_cut(name: str, size: int) -> bool:
+    """Whether `per_shard` cuts a logical axis of this size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    usable = mesh.size > 1 and set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes
+    return usable and parts(name) > 1 and size % parts(name) == 0
+
+
+def mesh_axis(name: str) -> str:
+    """The one mesh axis of a logical axis."""
+    (axis,) = _axes(name)
+    return axis
+
+
 def per_shard(
     fn: Callable,
     in_axes: Sequence[tuple],

@@ -9,7 +9,7 @@ from kernels_pallas import attention
 from kernels_pallas.attention import xla
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-3
-EVERYTHING = dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=30, soft_cap=4.0)
+EVERYTHING = dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=12, soft_cap=4.0)
 # Parameters, a number a head: they stay float32 in a bfloat16 call, as in a layer.
 BY_HEAD = ("sink_logits", "alibi_slopes")
 
@@ -61,8 +61,10 @@ def truth(arrays, **options):
 
 
 def assert_close(actual, expected, tolerance):
+    """Within `tolerance`; or as the truth is when rounded to this dtype, where a few elements are most of an array."""
     errors = {name: rel_rms(actual[name], expected[name]) for name in expected}
-    assert all(error < tolerance for error in errors.values()), errors
+    rounding = {name: rel_rms(np.asarray(expected[name], actual[name].dtype), expected[name]) for name in expected}
+    assert all(errors[name] < max(tolerance, 1.05 * rounding[name]) for name in expected), errors
 
 
 def force_tiles(monkeypatch, block_q, block_k, unrolled=1):

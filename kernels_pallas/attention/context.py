@@ -4,6 +4,7 @@ Keys and values are gathered, queries are not: with few key heads they are the s
 and one reduce-scatter backward can be overlapped with other work, where a ring has a step for every device. Causal rows
 see more the later they stand. So the sequence counts as 2 n pieces for n devices, and device d takes the queries of the
 pieces d and 2 n - 1 - d, which see 2 n + 1 pieces of keys together, the same on every device. The results travel back.
+With a window that is no longer than a device's tokens, only the last keys of the device before are fetched.
 """
 
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import xla
 from kernels_pallas.attention.api import all_varying, check_call, default_scale
 from kernels_pallas.attention.scores import Score
+from kernels_pallas.manual_axes import varying_like
 
 
 def attention_sharded(
@@ -38,8 +40,9 @@ def attention_sharded(
 ) -> Float[Array, "B T H V"]:
     """`attention` inside `shard_map`, T cut over the mesh axis `axis_name`; the arguments and results of this device.
 
-    Every device holds the keys and values of the whole sequence for the time of the call. Gradients of keys and values
-    are added up over devices in their own dtype. Work is balanced when this device's T is even.
+    Every device holds the keys and values of the whole sequence for the time of the call, unless a window is shorter
+    than its tokens. Gradients of keys and values are added up over devices in their own dtype. Work is balanced when
+    this device's T is even.
 
     Raises:
       ValueError: as `attention`.
@@ -52,11 +55,16 @@ def attention_sharded(
     q, k, v, gate, sink_logits, alibi_slopes, segment_ids = all_varying(
         q, k, v, gate, sink_logits, alibi_slopes, segment_ids
     )
-    k, v, all_ids = (_gathered(x, axis_name) for x in (k, v, segment_ids))
     options = dict(
         score=score.for_length(length * size), causal=causal, window=window, soft_cap=soft_cap,
         scale=default_scale(scale, q.shape[-1]),
     )  # fmt: skip
+    if causal and window is not None and window <= length:
+        k, v, ids, key_ids, first = _with_keys_before(k, v, segment_ids, window, axis_name)
+        return xla.attention(
+            q, k, v, gate, sink_logits, alibi_slopes, ids, key_segment_ids=key_ids, first=first, **options
+        )
+    k, v, all_ids = (_gathered(x, axis_name) for x in (k, v, segment_ids))
 
     def attend(q, gate, first):
         ids = None if all_ids is None else jax.lax.dynamic_slice_in_dim(all_ids, first, q.shape[1], axis=1)
@@ -64,8 +72,7 @@ def attention_sharded(
             q, k, v, gate, sink_logits, alibi_slopes, ids, key_segment_ids=all_ids, first=first, **options
         )
 
-    # A window that is short beside a device's tokens is balanced as it is.
-    if not causal or length % 2 or size == 1 or (window is not None and window <= length):
+    if not causal or length % 2 or size == 1:
         return attend(q, gate, own * length)
     half = length // 2
     pieces = _Pieces(size, axis_name)
@@ -104,3 +111,17 @@ class _Pieces(NamedTuple):
 
 def _gathered(x: Array | None, axis_name: str) -> Array | None:
     return None if x is None else jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
+
+
+def _with_keys_before(k: Array, v: Array, segment_ids: Array | None, window: int, axis_name: str) -> tuple:
+    """(k, v, the queries' ids, the keys' ids, the first query's place), the keys of the device before put in front."""
+    B, length = k.shape[:2]
+    reach = max(window - 1, 1)
+    steps = [(i, i + 1) for i in range(jax.lax.axis_size(axis_name) - 1)]
+    before = lambda x: jax.lax.ppermute(x[:, length - reach :], axis_name, steps)
+    ids = varying_like(jnp.zeros((B, length), jnp.int32), k) if segment_ids is None else segment_ids
+    # Before the first device there is nothing: what stands there belongs to no document.
+    nobody = jax.lax.axis_index(axis_name) == 0
+    ids_before = jnp.where(nobody, jnp.min(ids) - 1, before(ids))
+    joined = lambda x: jnp.concatenate([before(x), x], axis=1)
+    return joined(k), joined(v), ids, jnp.concatenate([ids_before, ids], axis=1), reach

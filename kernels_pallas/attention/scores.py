@@ -44,13 +44,12 @@ class Added(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """The contract, and what most scores have in common."""
+    """The contract, and what most scores have in common. Another one is a frozen dataclass: it is a static argument."""
 
     sums: ClassVar[int] = 1  # sums of weighted values that a row keeps
     deltas: ClassVar[tuple[int, ...]] = (0,)  # the outputs whose product with do the backward pass needs
     walks: ClassVar[int] = 1  # over the keys, forward; more need `prepare`
     takes_sinks: ClassVar[bool] = False
-    bounded: ClassVar[bool] = True  # weights of a tile are at most 1: no overflow in float16
 
     def for_length(self, length: int) -> Self:
         """The score with what depends on the number of keys filled in."""
@@ -139,7 +138,6 @@ class Relu(Score):
     power: int = 1
     length: int | None = None
     deltas: ClassVar[tuple[int, ...]] = ()
-    bounded: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.power not in (1, 2):
@@ -207,7 +205,6 @@ class SelfAdjust(Score):
 
     sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
-    bounded: ClassVar[bool] = False
 
     def start(self, zero, known=(), sink=None):
         return zero - jnp.inf, zero, zero + jnp.inf, zero - 1, zero - 1
@@ -251,8 +248,6 @@ class SelfAdjust(Score):
 @dataclass(frozen=True)
 class _Summed(Score):
     """f(s) / sum f(s) for a positive f that needs no maximum. Rows whose every f underflows end as zeros."""
-
-    bounded: ClassVar[bool] = False
 
     def start(self, zero, known=(), sink=None):
         return (zero,)

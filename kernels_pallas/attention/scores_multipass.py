@@ -75,7 +75,6 @@ class ReweightedSoftplus(Score):
     sums: ClassVar[int] = 2  # of the weights, and of d weights / d sum A
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
     walks: ClassVar[int] = 2
-    bounded: ClassVar[bool] = False
 
     def __post_init__(self):
         if not isinstance(self.power, int) or self.power < 2:

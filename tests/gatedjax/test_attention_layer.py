@@ -13,6 +13,7 @@ from gatedjax.config import GatedAttentionConfig
 from gatedjax.layers.attention import GatedAttention, append_token, fill, init_cache
 from gatedjax.layers.context import Context
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
 
 B, T, M = 2, 12, 16
 X = np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32)
@@ -27,6 +28,29 @@ SCORES = {
     "silu": lambda x: x * sigmoid(x),
     "ns_sigmoid": lambda x: 0.5 + 0.5 * sigmoid(x),
     "identity": lambda x: x,
+}
+
+
+def softmax(s):
+    e = np.exp(s - s.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def reweighted_softplus(s, c):
+    a, n = np.log1p(np.exp(s)), np.isfinite(s).sum(-1, keepdims=True)
+    w = np.maximum(a / a.sum(-1, keepdims=True) * n - (n > 3), 0) ** c.reweight_power
+    return w / np.maximum(w.sum(-1, keepdims=True), 1e-30)
+
+
+# Weights of masked logits (-inf), without sinks.
+WEIGHTS = {
+    "softmax": lambda s, c: softmax(s),
+    "sigmoid": lambda s, c: sigmoid(s - np.log(c.score_length)),
+    "relu_squared": lambda s, c: np.maximum(s, 0) ** 2 / c.score_length,
+    "clipped_softmax": lambda s, c: np.clip(
+        (1 + c.clip_alpha / c.score_length) * softmax(s) - c.clip_alpha / c.score_length, 0, 1
+    ),
+    "reweighted_softplus": reweighted_softplus,
 }
 
 
@@ -55,7 +79,9 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     def gated(position, y):
         if c.gate_position != position:
             return y
-        if c.gate_input == "constant":
+        if c.fused_gate:
+            logits = fused
+        elif c.gate_input == "constant":
             logits = p["gate"]["constant"][None, None]
         else:
             logits = np.tensordot(x, p["gate"]["projection"]["kernel"], 1)
@@ -65,7 +91,10 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
         return y + score if c.gate_mode == "additive" else y * score
 
     q, k, v = (np.tensordot(x, p[n]["kernel"], 1) for n in ("query", "key", "value"))
-    if c.qk_norm:
+    q, fused = q[..., : c.head_dim], q[..., c.head_dim :]
+    if c.qk_norm and c.qk_norm_kind == "l2":
+        q, k = (y / np.sqrt(np.sum(y**2, -1, keepdims=True) + 1e-6) for y in (q, k))
+    elif c.qk_norm:
         q, k = rms(q, p["query_norm"]["scale"]), rms(k, p["key_norm"]["scale"])
     q, k, v = gated("query", q), gated("key", k), gated("value", v)
     half = c.rotary_dim // 2
@@ -79,16 +108,36 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
         -1,
     )
     q, k = turn(q), turn(k)
+    scale = p.get("query_scale", {})
+    log_n = np.log(np.minimum(np.arange(1, x.shape[1] + 1), c.window or T))[:, None]
+    temperature = lambda name: np.tanh(np.tensordot(x, scale[name]["kernel"], 1))
+    if c.query_scale == "log_length":
+        q = q * log_n[..., None]
+    if c.query_scale == "scalable_softmax":
+        q = q * (scale["length_scale"] * log_n)[..., None]
+    if c.query_scale == "selective":
+        q = q * (temperature("query_temperature") + 1 + sigmoid(scale["length_weight"]) * log_n)[..., None]
+        v = v * (temperature("value_temperature") + 1)[..., None]
     group = c.num_heads // c.num_kv_heads
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
-    s = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(c.head_dim)
+    times = {"inverse_sqrt": c.head_dim**-0.5, "log_dim": np.log(c.head_dim), "learned": scale.get("logit_scale")}
+    s = np.einsum("bthd,bshd->bhts", q, k) * np.reshape(times[c.logit_scale], (-1, 1, 1))
     if c.soft_cap:
         s = c.soft_cap * np.tanh(s / c.soft_cap)
     i, j = np.arange(T)[:, None], np.arange(T)[None]
+    halves = 2.0 ** -np.arange(1, c.num_heads // 2 + 1)
+    slopes = {
+        "none": 0 * np.arange(c.num_heads),
+        "fixed": 2.0 ** (-8 * np.arange(1, c.num_heads + 1) / c.num_heads),
+        "balanced": np.concatenate([halves, -halves]),
+        "learned": p.get("alibi_slopes"),
+    }
+    s = s - slopes[c.alibi][:, None, None] * np.abs(i - j)
     s = np.where((j <= i) & (j > i - (c.window or T)), s, -np.inf)
-    e = np.exp(s)
-    z = e.sum(-1, keepdims=True) + (np.exp(p["sink_logits"])[:, None, None] if c.sinks else 0.0)
-    o = gated("sdpa", np.einsum("bhts,bshd->bthd", e / z, v))
+    weights = WEIGHTS[c.score](s, c)
+    if c.sinks:
+        weights = np.exp(s) / (np.exp(s).sum(-1, keepdims=True) + np.exp(p["sink_logits"])[:, None, None])
+    o = gated("sdpa", np.einsum("bhts,bshd->bthd", weights, v))
     return gated("output", np.tensordot(o, p["out"]["kernel"], 2))
 
 
@@ -116,6 +165,19 @@ VARIANTS = {
     "partial rope, zero-centred": dict(rope_fraction=0.25, zero_centred_norm=True),
     "window": dict(window=3),
     "sinks, cap": dict(sinks=True, soft_cap=2.0),
+    "fused": dict(fused_gate=True),
+    "fused headwise silu": dict(fused_gate=True, gate_granularity="headwise", gate_activation="silu"),
+    "sigmoid, fixed slopes": dict(score="sigmoid", score_length=9, alibi="fixed"),
+    "relu^2, learned slopes": dict(score="relu_squared", score_length=9, alibi="learned"),
+    "clipped, unit queries and keys": dict(
+        score="clipped_softmax", score_length=9, clip_alpha=1.0, qk_norm_kind="l2", logit_scale="learned"
+    ),
+    "scalable softmax, window": dict(query_scale="scalable_softmax", score_length=9, window=5),
+    "selective": dict(query_scale="selective"),
+    "qwen3_next": QWEN3_NEXT | BASE,
+    "gpt_oss": GPT_OSS | dict(window=3),
+    "swat": SWAT | dict(window=4),
+    "lssar": LSSAR | dict(reweight_power=3),
 }
 
 
@@ -137,7 +199,7 @@ def test_constant_gate_starts_at_one_half():
     assert rel_rms(run(module, params)[0], 0.5 * plain) < 1e-6
 
 
-DECODED = ("G1", "G1 shared", "G1 additive silu", "G3 headwise", "window", "sinks, cap")
+DECODED = ("G1", "G1 shared", "G1 additive silu", "G3 headwise", "window", "sinks, cap", "qwen3_next", "swat", "lssar")
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -160,8 +222,9 @@ def test_ring_cache_holds_the_last_tokens():
     cache = init_cache(config, 1, 100, jnp.float32)
     tokens = jnp.arange(7.0)[None, :, None, None] * jnp.ones((1, 7, 2, 8))
     cache = fill(cache, tokens, tokens)
-    cache, valid = append_token(cache, tokens[:, 0] + 7, tokens[:, 0] + 7, jnp.array([7]))
-    assert sorted(cache.k[0, :, 0, 0].tolist()) == [4.0, 5.0, 6.0, 7.0] and bool(valid.all())
+    cache, distances = append_token(cache, tokens[:, 0] + 7, tokens[:, 0] + 7, jnp.array([7]))
+    assert sorted(cache.k[0, :, 0, 0].tolist()) == [4.0, 5.0, 6.0, 7.0]
+    assert (7 - distances[0]).tolist() == cache.k[0, :, 0, 0].tolist()
 
 
 def test_rope_scores_depend_on_distance_only():
