@@ -113,9 +113,10 @@ def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array
         pltpu.VMEM((block, plan.V), operand),
         pltpu.VMEM((8, block), jnp.float32),
     ]
+    kernel = partial(_kernel, plan, count, blocks, spans)
     results = call(
-        plan, partial(_kernel, plan, count, blocks), tables, (B, plan.Hk, spans, plan.group, count), ins, outs, scratch,
-        "attention_backward", flops=2 * B * plan.H * pairs(plan) * (3 * plan.K + 2 * plan.V),
+        plan, kernel, tables, (B, plan.Hk, spans, plan.group, count), ins, outs, scratch, "attention_backward",
+        flops=2 * B * plan.H * pairs(plan) * (3 * plan.K + 2 * plan.V),
         exponentials=B * plan.H * pairs(plan), parallel=2,
     )  # fmt: skip
     dq = results["dq"]
@@ -125,7 +126,7 @@ def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array
     return {name: a[:, : plan.T] if a.ndim == 3 else a[..., : plan.T] for name, a in results.items()}
 
 
-def _kernel(plan: Plan, count: int, blocks: int, tables: Tables, refs: dict, scratch: list) -> None:
+def _kernel(plan: Plan, count: int, blocks: int, spans: int, tables: Tables, refs: dict, scratch: list) -> None:
     b, h, s, g, p = (pl.program_id(n) for n in range(5))
     dq_ref, dk_ref, dv_ref, do_ref, deltas_ref = scratch
     block, step, head = plan.backward.block, s * count + p, h * plan.group + g
@@ -141,11 +142,13 @@ def _kernel(plan: Plan, count: int, blocks: int, tables: Tables, refs: dict, scr
         dq_ref[...] = jnp.zeros_like(dq_ref)
         if "dslopes" in refs:
             refs["dslopes"][...] = jnp.zeros_like(refs["dslopes"])
-        _arrival(plan, refs, do_ref, deltas_ref)
-
-    @pl.when((what & FIRST != 0) & (s == 0))
-    def _():
-        _gradients_by_row(plan, tables, refs, deltas_ref, head)
+        opened = None if plan.gate == "none" else _opened(plan, refs)
+        _arrival(plan, refs, do_ref, deltas_ref, opened)
+        by_row = partial(_gradients_by_row, plan, tables, refs, deltas_ref, head, opened)
+        if spans == 1:
+            by_row()
+        else:
+            pl.when(s == 0)(by_row)
 
     here = pl.ds(pl.multiple_of((j - s * blocks) * block, tile.LANES), block)
     for kind in sorted(set(backward_visits(plan)[0].what & 3) - {NOTHING}):
@@ -165,11 +168,11 @@ def _kernel(plan: Plan, count: int, blocks: int, tables: Tables, refs: dict, scr
         refs["dv"][0] = dv_ref[here].astype(refs["dv"].dtype)
 
 
-def _arrival(plan: Plan, refs: dict, do_ref, deltas_ref) -> None:
+def _arrival(plan: Plan, refs: dict, do_ref, deltas_ref, opened: Array | None) -> None:
     """What a block of queries brings along: do, and its products with the score's outputs."""
     do = refs["dy"][0].astype(jnp.float32)
-    if plan.gate != "none":
-        do = do * _opened(plan, refs)
+    if opened is not None:
+        do = do * opened
     do_ref[...] = do.astype(do_ref.dtype)
     # Of do as the matrix unit will see it, or dp - delta has an error that does not cancel.
     do = do_ref[...].astype(jnp.float32)
@@ -177,14 +180,13 @@ def _arrival(plan: Plan, refs: dict, do_ref, deltas_ref) -> None:
         deltas_ref[n : n + 1] = tile.as_row(jnp.sum(do * _output(refs, of), axis=-1, keepdims=True))
 
 
-def _gradients_by_row(plan: Plan, tables: Tables, refs: dict, deltas_ref, head) -> None:
+def _gradients_by_row(plan: Plan, tables: Tables, refs: dict, deltas_ref, head, opened: Array | None) -> None:
     """Those of the gate and of a sink: nothing is divided by a gate that may be 0."""
     if plan.gate == "element":
-        opened = _opened(plan, refs)
         dgate = refs["dy"][0].astype(jnp.float32) * _output(refs, 0) * opened * (1 - opened)
         refs["dgate"][0] = dgate.astype(refs["dgate"].dtype)
     elif plan.gate == "head":
-        opened = tile.open_gate(refs["gate"][0, 0])
+        opened = tile.open_gate(refs["gate"][0, 0])  # along lanes, as the products' sums will be
         products = refs["dy"][0].astype(jnp.float32) * _output(refs, 0)
         refs["dgate"][0, 0] = tile.as_row(jnp.sum(products, axis=-1, keepdims=True)) * opened * (1 - opened)
     if "dsinks" in refs:

@@ -7,7 +7,6 @@ lanes and are broadcast over sublanes for nothing.
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -139,5 +138,5 @@ def as_column(row: Array) -> Array:
 
 
 def open_gate(gate: Array) -> Array:
-    """The sigmoid, in float32."""
-    return jax.nn.sigmoid(gate.astype(jnp.float32))
+    """The sigmoid, in float32: by tanh, one instruction here, where 1 / (1 + exp) is a dozen and nothing hides them."""
+    return 0.5 * jnp.tanh(0.5 * gate.astype(jnp.float32)) + 0.5

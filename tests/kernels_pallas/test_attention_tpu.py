@@ -58,7 +58,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "full, window" else n for n in CASES])
 def test_float32(name):
     compare(**CASES[name])
 
