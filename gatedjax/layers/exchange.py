@@ -20,7 +20,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from gatedjax.layers.experts import Stacks, combine, grouped_mlp, mixture, sorted_inputs
-from kernels_pallas import dispatch, permute_rows, sort_by_group
+from kernels_pallas import permute_rows, sort_by_group
+from kernels_pallas.dispatch import target_platform
 from kernels_pallas.manual_axes import varying_axes, varying_like
 
 
@@ -48,7 +49,7 @@ def distributed_mixture(
         return mixture(*assigned, stacks), jnp.float32(0.0)
     if exchange == "ring":
         return _ring(assigned, stacks, axis), jnp.float32(0.0)
-    if exchange == "ragged_all_to_all" and dispatch.target_platform() == "cpu":
+    if exchange == "ragged_all_to_all" and target_platform() == "cpu":
         raise NotImplementedError(
             "exchange 'ragged_all_to_all' is not implemented on CPU, wanted 'all_to_all' or 'ring'"
         )

@@ -95,7 +95,7 @@ def test_ragged_exchange_equals_one_device(alone, monkeypatch):
     with pytest.raises(NotImplementedError, match="'ragged_all_to_all' is not implemented on CPU"):
         run(config, MESHES["fsdp x expert"])
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
-    monkeypatch.setattr("gatedjax.layers.exchange.dispatch.target_platform", lambda: "tpu")
+    monkeypatch.setattr("gatedjax.layers.exchange.target_platform", lambda: "tpu")
     assert_equal(run(config, MESHES["fsdp x expert"]), alone)
 
 
@@ -112,7 +112,7 @@ def test_a_batch_too_small_to_cut():
 def test_what_the_exchange_drops_is_counted(exchange, factor, alone, monkeypatch):
     """Limited room: the count is that of all devices, beside NumPy; what is dropped contributes nothing."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
-    monkeypatch.setattr("gatedjax.layers.exchange.dispatch.target_platform", lambda: "tpu")
+    monkeypatch.setattr("gatedjax.layers.exchange.target_platform", lambda: "tpu")
     config = dataclasses.replace(CONFIG, exchange=exchange, exchange_factor=factor)
     _, (y, statistics, logits) = run(config, MESHES["fsdp x expert"])
     chosen = np.argsort(-logits, axis=-1, kind="stable")[..., :3].reshape(8, -1)  # one row a device
