@@ -1,0 +1,48 @@
+"""Draws what `ops_cpu.py` measured: time and temporary memory over the length of the sequence.
+
+python benchmarks/draw_ops_cpu.py [results/ops_cpu.json [docs/ops_by_length.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+COLOURS = ("#4477aa", "#66ccee", "#cc3311", "#999999")  # told apart by readers with any colour vision
+PANELS = (("milliseconds", 1.0, "ms"), ("temporary_bytes", 2.0**20, "temporary MiB"))
+
+
+def draw(results: dict) -> Figure:
+    """Two panels, both axes logarithmic; a hollow point was compiled but not run."""
+    figure = Figure(figsize=(9, 3.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    ticks = sorted({int(T) for points in results["points"].values() for T in points})
+    for axes, (key, scale, label) in zip(figure.subplots(1, 2), PANELS):
+        for (name, points), colour in zip(results["points"].items(), COLOURS):
+            known = [(int(T), p[key] / scale, p["milliseconds"] is not None) for T, p in points.items() if p[key]]
+            lengths, values, _ = zip(*known)
+            axes.plot(lengths, values, color=colour, lw=1.4, label=name)
+            for T, value, was_run in known:
+                axes.plot(T, value, "o", ms=5, color=colour, markerfacecolor=colour if was_run else "white")
+        axes.set(xscale="log", yscale="log", xlabel="T", ylabel=label)
+        axes.set_xticks(ticks, [f"{T:,}" for T in ticks])
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    s = results["shape"]
+    shape = f"B {s['B']}, H {s['H']}, K = V = {s['K']}, {s['dtype']}"
+    figure.suptitle(f"Forward and backward on {results['cores']} cores of a CPU ({shape})", fontsize=10)
+    return figure
+
+
+def main(source: str = "benchmarks/results/ops_cpu.json", target: str = "docs/ops_by_length.png") -> None:
+    draw(json.loads((ROOT / source).read_text())).savefig(ROOT / target)
+    print(target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
