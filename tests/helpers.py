@@ -1,6 +1,12 @@
-"""What tests share: the one error measure."""
+"""What tests share: the one error measure, and the mark of cases that `make test` leaves out."""
 
 import numpy as np
+import pytest
+
+
+def slow(*values):
+    """A parametrized case that a neighbour of it also covers; `make test-all` runs it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def rel_rms(actual, expected) -> float:

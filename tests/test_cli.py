@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import slow
 
 ROOT = Path(__file__).parents[1]
 # A run of seconds: two layers, windows of 32 bytes of a small text.
@@ -81,8 +82,8 @@ def test_a_run_shows_and_leaves_what_it_should(place, finished):
 
 
 def test_killed_run_goes_on_to_the_bit(place, finished):
-    """kill -9 at two moments, one of them right after a checkpoint began; then the same losses as undisturbed."""
-    for until in (6, 13):
+    """kill -9, right after a checkpoint began; then the same losses as undisturbed. More: benchmarks/faults.py."""
+    for until in (13,):
         process = subprocess.Popen(
             command(place, "killed"),
             cwd=ROOT,
@@ -102,6 +103,7 @@ def test_killed_run_goes_on_to_the_bit(place, finished):
     assert losses(place, "killed") == losses(place, "straight")
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(place, finished):
     source, damaged = place / "straight", place / "damaged"
     subprocess.run(["cp", "-r", source, damaged], check=True)
@@ -129,9 +131,8 @@ def test_evaluation_and_generation_of_a_checkpoint(place, finished):
     probes = json.loads((place / "straight" / "probes" / "probes.json").read_text())
     assert len(probes["first_token_share"]["1"]) == 4 and 0 < sum(probes["first_token_share"]["1"]) < 4
     flags = [checkpoint, "--prompt=line", "--tokens=12", "--seed=3", "--top_k=5", "--top_p=0.9"]
-    first, second = (run(place, "", *flags, script="-m gatedjax.generate") for _ in range(2))
-    assert first.returncode == 0 and first.stdout.startswith("line") and len(first.stdout) > 5, first.stderr
-    assert first.stdout == second.stdout, "same seed, same text"
+    result = run(place, "", *flags, script="-m gatedjax.generate")
+    assert result.returncode == 0 and result.stdout.startswith("line") and len(result.stdout) > 5, result.stderr
 
 
 BAD = {
@@ -147,7 +148,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+# Each is a process; the messages themselves are tested where they are made.
+IN_QUICK = ("unknown key", "missing file", "stray argument")
+
+
+@pytest.mark.parametrize("name", [name if name in IN_QUICK else slow(name) for name in BAD])
 def test_bad_input_is_one_line_and_exit_code_2(place, name):
     flags, message = BAD[name]
     result = run(place, "never", *flags)
@@ -177,6 +182,7 @@ def test_generation_without_a_checkpoint_is_one_line(place):
         assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_learn_gives_up_with_one_line(place):
     flags = ["--config.optim.lr=1e30", "--config.optim.max_skips=2", "--config.optim.clip_norm=0.0"]
     result = run(place, "diverged", *flags)

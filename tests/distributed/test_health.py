@@ -38,6 +38,7 @@ def test_nothing_but_nan_ends_the_run_with_one_line(place):
     assert steps_on_disk(place, "nans")[0] == 4
 
 
+@pytest.mark.slow
 def test_a_stall_that_ends_is_survived_and_counted(place):
     process = faulty(place, "stall", "stall:6")
     assert process.popen.returncode == 0, process.log()

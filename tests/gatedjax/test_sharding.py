@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from helpers import slow
 from tiny_run import run_steps, tiny
 
 from gatedjax.config import MeshConfig
@@ -29,7 +30,7 @@ def alone():
     return losses({}, jax.devices()[:1])
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", [slow(name) if name in ("data", "fsdp") else name for name in MESHES])
 def test_eight_devices_equal_one(name, alone, capfd):
     for sharded, single in zip(losses(MESHES[name]), alone):
         assert sharded == pytest.approx(single, rel=1e-4)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from tiny_run import plain, random_batch, run_steps, tiny
 
 from gatedjax.config import OptimConfig
@@ -79,7 +79,7 @@ def test_exploding_gradient_is_skipped_once_the_mean_is_known():
     assert [m["skipped_steps"] for m in log[20:]] == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["muon", "lion", "adabelief", "schedule_free"])
+@pytest.mark.parametrize("name", ["muon", slow("lion"), slow("adabelief"), slow("schedule_free")])
 def test_every_optimizer_learns(name):
     rates = {"muon": 0.01, "lion": 1e-3, "adabelief": 3e-3, "schedule_free": 1e-2}
     schedule = "constant" if name == "schedule_free" else "cosine"

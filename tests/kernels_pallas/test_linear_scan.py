@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -98,7 +98,7 @@ def test_planted_errors_are_found(rank, error, monkeypatch):
 # --- the result does not depend on how the work is cut
 
 
-@pytest.mark.parametrize("rank", [0, 3, 4])
+@pytest.mark.parametrize("rank", [slow(0), slow(3), 4])
 def test_chunk_size_does_not_matter(rank):
     x = {n: jnp.float32(a) for n, a in make(T=20, rank=rank).items()}
     run = fast_jit(partial(linear_scan, return_final_state=True), static_argnames="chunk_size")
@@ -194,7 +194,7 @@ def test_the_states_are_the_residual_with_a_name():
     assert "linear_scan_states" in jaxpr
 
 
-@pytest.mark.parametrize("rank", [0, 1, 4])
+@pytest.mark.parametrize("rank", [slow(0), 1, slow(4)])
 def test_shard_map_with_varying_axes_checked(rank):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     x = {n: jnp.float32(a) for n, a in make(B=8, T=10, rank=rank, bonus=True).items()}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scan_cases import BF16, CASES, DECAYS, MAKE_KEYS, OPTIONS, SEGMENTS, compare, fast_jit, make, total
@@ -15,7 +15,6 @@ from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
 from kernels_pallas.linear_scan import gpu, gpu_back, gpu_scan, gpu_scores, gpu_tile, gpu_tuning
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
-slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbour of the same case also covers
 compare_gpu = partial(compare, implementation="gpu", chunk_size=16)
 scan_gpu = partial(linear_scan, implementation="gpu", interpret=True, chunk_size=16)
 low = lambda inputs, dtype=jnp.float32: {n: jnp.asarray(x, dtype) for n, x in inputs.items()}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -38,13 +38,13 @@ def test_minus_infinity_is_a_decay_of_zero(rank):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("decay", ["near zero", "gla", "mixture"])
+@pytest.mark.parametrize("decay", [slow("near zero"), slow("gla"), "mixture"])
 def test_inclusive_in_whole_blocks(decay):
     """T a multiple of the grid's steps: no masks."""
     compare_tpu(make(B=1, H=1, T=64, decay=decay))
 
 
-@pytest.mark.parametrize("rank, T", [(3, 2), (4, 1), (4, 65)])
+@pytest.mark.parametrize("rank, T", [slow(3, 2), slow(4, 1), (4, 65)])
 def test_any_length(rank, T):
     compare_tpu(make(B=1, H=1, T=T, rank=rank, decay="mixture"))
 
@@ -56,7 +56,10 @@ def test_lengths_at_the_default_chunk(T, decay):
     compare_tpu(make(B=1, H=1, T=T, K=32, V=48, decay=decay), chunk_size=None)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW_CASES = ("constant, grouped, exclusive", "scalar, normalize, reverse", "undecayed segments, reverse")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW_CASES else name for name in CASES])
 def test_options(name):
     case = dict(CASES[name])
     segment_ids = SEGMENTS[:1] if case.pop("segments", False) else None
@@ -66,19 +69,20 @@ def test_options(name):
     compare_tpu(x, segment_ids=segment_ids, **{n: case[n] for n in OPTIONS if n in case})
 
 
+@pytest.mark.slow
 def test_more_query_heads_to_a_key_head_than_a_grid_step_has():
     """Nine heads go in steps of three: the gradient of the one key head is a sum over steps."""
     compare_tpu(make(B=1, T=20, H=9, Hk=1, Hv=3, rank=3))
 
 
-@pytest.mark.parametrize("rank", [3, 4])
-@pytest.mark.parametrize("decay", ["gla", "heavy tail"])
+@pytest.mark.parametrize("rank", [slow(3), 4])
+@pytest.mark.parametrize("decay", ["gla", slow("heavy tail")])
 def test_bfloat16(rank, decay):
     compare_tpu(make(B=1, H=1, K=8, V=16, rank=rank, decay=decay), dtype=jnp.bfloat16, tolerance=BF16)
 
 
-@pytest.mark.parametrize("rank", [3, 4])
-@pytest.mark.parametrize("decay", ["near zero", "gla", "mixture"])
+@pytest.mark.parametrize("rank", [slow(3), 4])
+@pytest.mark.parametrize("decay", ["near zero", slow("gla"), slow("mixture")])
 def test_bfloat16_as_the_matrix_unit_rounds(rank, decay, monkeypatch):
     """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there, not below BF16."""
     room = importlib.import_module("kernels_pallas.linear_scan.tpu")
@@ -179,7 +183,7 @@ def test_shard_map_with_varying_axes_checked(rank):
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
 
-@pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), (("x", "y"), AxisType.Explicit)])
+@pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)])
 def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
     """Auto axes by their names, Explicit ones by their arguments' types."""
     mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2)
