@@ -9,6 +9,7 @@ same configuration, is not run again. table.md and the pictures are made anew ea
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -95,7 +96,7 @@ def write_report(study: Study, records: list[dict], folder: Path, command: str) 
     seeds = ", ".join(map(str, study.seeds))
     notes = [
         f"`{command}`; seeds {seeds} (mean ± standard deviation); {len(records)} runs, {format_duration(seconds)} on "
-        f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {versions}, Python {sys.version.split()[0]}."
+        f"{_machine()}; {versions}, Python {sys.version.split()[0]}."
     ]
     paths = [folder / "table.md"]
     paths[0].write_text(report.markdown(study, found, notes))
@@ -103,6 +104,11 @@ def write_report(study: Study, records: list[dict], folder: Path, command: str) 
         paths.append(folder / f"{re.sub(r'[^a-z0-9]+', '_', picture.y.lower())}.png")
         report.draw(picture, found, study.title).savefig(paths[-1])
     return paths
+
+
+def _machine() -> str:
+    device = jax.devices()[0]
+    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:

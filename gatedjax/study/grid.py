@@ -35,7 +35,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Lines of `y` over the label `x`, one for each value of the label `line`; bars where `x` is text.
+    """Lines of `y` over the label `x`, one for each value of the label `line`; dots where `x` is text.
 
     A `y` that ends in "@" stands for all columns that begin so ("loss@256", "loss@512"): `x` is what follows.
     """

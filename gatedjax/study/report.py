@@ -76,7 +76,7 @@ def draw(picture: Picture, found: Sequence[Row], title: str) -> Any:
         lines.setdefault(row.labels[picture.line] if picture.line else picture.y, []).extend(points)
     lines = {name: points for name, points in lines.items() if points}
     if any(isinstance(p.x, str) for points in lines.values() for p in points):
-        _bars(axes, lines)
+        _dots(axes, lines)
     else:
         for name, points in lines.items():
             x, y, spread = zip(*sorted(points))
@@ -104,10 +104,13 @@ def _points(picture: Picture, row: Row) -> list[Point]:
     return [Point(float(c.removeprefix(picture.y)), row.mean[c], row.spread[c]) for c in columns]
 
 
-def _bars(axes: Any, lines: Mapping[Label, list[Point]]) -> None:
+def _dots(axes: Any, lines: Mapping[Label, list[Point]]) -> None:
+    """A dot and its number for each name: differences of a few percent, which bars from zero would hide."""
     places = list(dict.fromkeys(p.x for points in lines.values() for p in points))
-    width = 0.8 / max(len(lines), 1)
-    for i, (name, points) in enumerate(lines.items()):
-        at = [places.index(p.x) + (i - (len(lines) - 1) / 2) * width for p in points]
-        axes.bar(at, [p.y for p in points], width, yerr=[p.spread for p in points], capsize=3, label=str(name))
+    for name, points in lines.items():
+        at, spread = [places.index(p.x) for p in points], [p.spread for p in points]
+        axes.errorbar(at, [p.y for p in points], yerr=spread, fmt="o", ms=5, capsize=3, label=str(name))
+        for place, p in zip(at, points):
+            axes.annotate(f"{p.y:.4g}", (place, p.y), (7, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xticks(range(len(places)), places, rotation=20, ha="right")
+    axes.margins(x=0.1)
