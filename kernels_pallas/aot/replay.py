@@ -49,6 +49,11 @@ def _signed(x):
     """Wraps to 32 bits; addresses pass."""
     if type(x) is not int or -(2**31) <= x < 2**31 or x >= _ADDRESS_FLOOR:
         return x
+    return _wrapped(x)
+
+
+def _wrapped(x):
+    """32 bits of it. Of numbers only: a shift may take one as far as addresses begin."""
     return ((x + 2**31) & 0xFFFFFFFF) - 2**31
 
 
@@ -93,7 +98,7 @@ _NAMES = {
     "max_": _known(max),
     "divrem": _divrem,
     "shr": _known(lambda a, b: a >> b if a >= _ADDRESS_FLOOR else (a & 0xFFFFFFFF) >> b),
-    "shl": _known(lambda a, b: _signed(a << (b & 63))),
+    "shl": _known(lambda a, b: a << b if a >= _ADDRESS_FLOOR else _wrapped(a << (b & 63))),
     "carry": _known(lambda a, b: _unsigned(a) + _unsigned(b) > 0xFFFFFFFF),
 }
 _BINARY = {

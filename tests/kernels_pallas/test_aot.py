@@ -107,6 +107,14 @@ def test_a_false_predicate_moves_nothing():
     assert timeline.hbm_bytes == 0
 
 
+def test_a_byte_of_a_packed_word():
+    """As kernels read int8 masks: shifted up beyond 32 bits, then down. Once replayed as 0x02020201, not as 1."""
+    shifts = "%s1 = smov 33686017", "%s2 = sshll.u32 %s1, 24", "%s3 = sshra.s32 %s2, 24"
+    is_one = "%p4 = scmp.eq.s32.totalorder %s3, 1"
+    _, timeline = run_listing(*shifts, is_one, "dma.hbm_to_vmem (%p4), [%s1], 8, [%s2], [%s3]")
+    assert timeline.hbm_bytes == 8 * target("tpu:v5e").dma_granule
+
+
 def test_the_words_of_a_tiled_layout():
     x = np.arange(16 * 256, dtype=np.int32).reshape(16, 256)
     words = hlo.memory_words(x, "{1,0:T(8,128)}")
