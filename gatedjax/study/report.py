@@ -81,7 +81,11 @@ def draw(picture: Picture, found: Sequence[Row], title: str) -> Any:
         for name, points in lines.items():
             x, y, spread = zip(*sorted(points))
             axes.errorbar(x, y, yerr=spread, marker="o", ms=4, lw=1.4, capsize=3, label=str(name))
-        axes.set_xscale("log" if picture.log_x else "linear")
+        if picture.log_x:
+            axes.set_xscale("log")
+            ticks = sorted({p.x for points in lines.values() for p in points})
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.set_xticks([], minor=True)
     axes.set(
         xlabel=picture.x, ylabel=picture.y.removesuffix("@"), title=title, yscale="log" if picture.log_y else "linear"
     )
