@@ -67,9 +67,9 @@ def attention(
     score = check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap)
     if interpret and implementation not in ("tpu", "gpu"):
         raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
-    refusals = {"tpu": tpu.unsupported(q, k, v, score), "gpu": gpu.unsupported()}
+    refusals = {"tpu": tpu.unsupported(q, k, v, score), "gpu": gpu.unsupported(q, k, v, score)}
     chosen = dispatch.choose(op, implementation, refusals)
-    room = {"reference": reference, "xla": xla, "tpu": tpu}[chosen]
+    room = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}[chosen]
     arrays = all_varying(q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
     fixed = dict(causal=causal, window=window, soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))
     if interpret:

@@ -1,0 +1,53 @@
+"""Block sizes and warps of the GPU kernels of `attention`, as data.
+
+The rows were chosen without a device, by `ptxas`: the largest blocks that do not spill registers.
+"""
+
+from typing import NamedTuple
+
+MAX_D = 256
+MIN_BLOCK = 16  # a tensor core's tile has 16 rows
+
+
+class Cut(NamedTuple):
+    """How a kernel is cut. Only its time and memory depend on this."""
+
+    own: int  # tokens of a program's block: queries; keys in the kernel of dk and dv
+    other: int  # tokens that it meets at a time
+    warps: int
+    stages: int  # tiles of the others in flight
+
+
+class Schedule(NamedTuple):
+    """One cut for each kernel."""
+
+    forward: Cut
+    dq: Cut
+    dkv: Cut
+
+    def fitted(self, T: int) -> "Schedule":
+        """Blocks no larger than a short sequence."""
+        most = max(MIN_BLOCK, 1 << (T - 1).bit_length())
+        return Schedule(*(c._replace(own=min(c.own, most), other=min(c.other, most)) for c in self))
+
+
+# (bytes of an operand, the larger of K and V) -> Schedule
+TUNED = {
+    (2, 64): Schedule(Cut(128, 64, 4, 3), Cut(128, 64, 8, 3), Cut(128, 64, 8, 3)),
+    (2, 128): Schedule(Cut(128, 64, 8, 3), Cut(128, 64, 8, 3), Cut(128, 64, 8, 2)),
+    (2, 256): Schedule(Cut(128, 64, 8, 2), Cut(64, 64, 8, 2), Cut(64, 64, 8, 2)),
+    (4, 64): Schedule(Cut(64, 32, 4, 2), Cut(64, 32, 4, 2), Cut(64, 32, 4, 2)),
+    (4, 128): Schedule(Cut(64, 32, 8, 2), Cut(64, 32, 8, 2), Cut(64, 32, 8, 1)),
+    (4, 256): Schedule(Cut(32, 32, 8, 1), Cut(32, 32, 8, 1), Cut(32, 32, 8, 1)),
+}
+STEP = Cut(16, 64, 4, 3)  # own: the least number of heads that are rows of a tile
+STEP_PROGRAMS = 264  # so many share a cache: two a multiprocessor of an H200
+
+
+def schedule(K: int, V: int, operand_bytes: int, sums: int, T: int) -> Schedule:
+    """For a call; K and V are powers of two. A score with two sums holds half as many rows of each."""
+    found = TUNED[operand_bytes, max(64, K, V)]
+    forward = found.forward
+    if sums > 1 and max(K, V) > 64:
+        forward = forward._replace(own=forward.own // sums)
+    return found._replace(forward=forward).fitted(T)
