@@ -4,6 +4,7 @@
     arrival   here, in XLA: the gate's gradient, do, sum(do o), everything that depends on rows alone
     dq        `gpu_backward.py`
     dk, dv    `gpu_backward.py`
+    decoding  `gpu_step.py`
 
 Saved for the backward pass: the inputs, the ungated output in float32 (by the name "attention_out", as is y) and the
 few numbers a row that the score wants ("attention_lse"). Head sizes are padded to powers of two, T to whole blocks.
@@ -20,10 +21,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import gpu_backward
+from kernels_pallas.attention import gpu_backward, gpu_step, xla
 from kernels_pallas.attention.gpu_forward import forward
 from kernels_pallas.attention.gpu_plan import Inputs, Plan
-from kernels_pallas.attention.gpu_tuning import MAX_D, MIN_BLOCK, schedule
+from kernels_pallas.attention.gpu_tuning import MAX_D, MIN_BLOCK, STEP, Schedule, schedule
 from kernels_pallas.attention.scores import Score
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.partition import by_rows_and_heads
@@ -101,6 +102,55 @@ def matmuls(interpret: bool, *arrays: Array) -> tuple[jnp.dtype, object]:
 def padded(x: Array, axis: int, size: int, mode: str = "constant") -> Array:
     missing = size - x.shape[axis]
     return x if missing == 0 else jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)], mode=mode)
+
+
+# --- decoding
+
+
+def attention_step(
+    q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances,
+    *, score: Score, soft_cap: float | None, scale: float, interpret: bool = False,
+) -> Array:  # fmt: skip
+    """As `api.attention_step`, with every default filled in."""
+    options = (score, soft_cap, scale, interpret)
+    letters = ("bh.", "b.h.", "b.h.", "bh.", "h", "h", "b.", "b.")
+    part = lambda *parts: (_step(options, parts[:6], parts[6:]),)
+    arrays = (q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
+    return by_rows_and_heads(part, arrays, letters, ("bh.",), math.gcd(q.shape[1], k_cache.shape[2]))[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step(options: tuple, floats: tuple, slots: tuple) -> Array:
+    (score, soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = options, floats
+    (B, H, K), (_, S, Hk, V), (valid, distances) = q.shape, v.shape, slots
+    operand, precision = matmuls(interpret, q, k, v)
+    plan = Plan(
+        score=score, causal=False, window=None, soft_cap=soft_cap, scale=scale, T=S, length=S, H=H, Hk=Hk,
+        K=power_of_two(K), V=power_of_two(V), gate="none", segments=False, slopes=slopes is not None,
+        operand=operand, precision=precision, out_dtype=jnp.dtype(v.dtype), schedule=Schedule(STEP, STEP, STEP),
+        interpret=interpret,
+    )  # fmt: skip
+    rows = gpu_step.rows(H // Hk)
+    by_head = lambda x: None if x is None else padded(x.astype(jnp.float32).reshape(Hk, -1), 1, rows)
+    queries = padded(padded(q.reshape(B, Hk, -1, K), 2, rows), 3, plan.K)
+    distances = None if distances is None else distances.astype(jnp.int32)
+    o = gpu_step.step(plan, queries, k, v, by_head(sinks), by_head(slopes), valid, distances)
+    o = o[:, :, : H // Hk, :V].reshape(B, H, V)
+    return (o if gate is None else o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(v.dtype)
+
+
+def _step_saving(options: tuple, floats: tuple, slots: tuple):
+    return _step(options, floats, slots), (floats, slots)
+
+
+def _step_backward(options: tuple, residuals, dy: Array):
+    """Nobody trains by decoding: the gradients are XLA's."""
+    (score, soft_cap, scale, _), (floats, slots) = options, residuals
+    again = lambda floats: xla.attention_step(*floats, *slots, score=score, soft_cap=soft_cap, scale=scale)
+    return (*jax.vjp(again, floats)[1](dy), None)
+
+
+_step.defvjp(_step_saving, _step_backward)
 
 
 # --- the derivative

@@ -32,8 +32,9 @@ def dq(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -
     outs = {"dq": own(plan.like(x.q, x.q.shape, x.q.dtype), p.K)}
     if p.slopes:
         outs["dslopes"] = plan.like(x.q, (B, p.H, p.length), jnp.float32), plan.numbers(p)
-    flops = 2 * B * p.H * p.pairs * (2 * p.K + p.V)
-    return plan.call(p, partial(_dq, p), cut, (p.length // cut.own, p.H, B), ins, outs, "attention_dq", flops)
+    pairs, grid = B * p.H * p.pairs, (p.length // cut.own, p.H, B)
+    cost = dict(flops=2 * pairs * (2 * p.K + p.V), exponentials=pairs)
+    return plan.call(p, partial(_dq, p), cut, grid, ins, outs, "attention_dq", **cost)
 
 
 def dkv(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -> dict[str, Array]:
@@ -50,8 +51,9 @@ def dkv(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) 
         "dk": own(plan.like(x.q, x.k.shape, x.k.dtype), p.K),
         "dv": own(plan.like(x.q, x.v.shape, x.v.dtype), p.V),
     }
-    flops = 2 * B * p.H * p.pairs * (2 * p.K + 2 * p.V)
-    return plan.call(p, partial(_dkv, p), cut, (p.length // cut.own, p.Hk, B), ins, outs, "attention_dkv", flops)
+    pairs, grid = B * p.H * p.pairs, (p.length // cut.own, p.Hk, B)
+    cost = dict(flops=2 * pairs * (2 * p.K + 2 * p.V), exponentials=pairs)
+    return plan.call(p, partial(_dkv, p), cut, grid, ins, outs, "attention_dkv", **cost)
 
 
 def _by_row(spec: pl.BlockSpec, saved: list[Array], deltas: list[Array]) -> dict:

@@ -40,9 +40,9 @@ def forward(p: Plan, x: Inputs, save: bool) -> dict[str, Array]:
         outs |= {f"o{n}": wide(jnp.float32) for n in p.kept_outputs}
         row = plan.like(x.q, (B, p.H, p.length), jnp.float32), plan.numbers(p)
         outs |= {f"saved{n}": row for n in range(saved_numbers(p.score))}
-    flops = 2 * B * p.H * p.pairs * (p.K + p.score.sums * p.V)
-    grid = p.length // cut.own, p.H, B
-    return plan.call(p, partial(_kernel, p), cut, grid, ins, outs, "attention_forward", flops)
+    pairs, grid = B * p.H * p.pairs, (p.length // cut.own, p.H, B)
+    cost = dict(flops=2 * pairs * (p.K + p.score.sums * p.V), exponentials=pairs)
+    return plan.call(p, partial(_kernel, p), cut, grid, ins, outs, "attention_forward", **cost)
 
 
 def saved_numbers(score) -> int:

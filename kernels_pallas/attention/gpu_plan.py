@@ -171,7 +171,9 @@ def store(ref, rows: Array, x: Array) -> None:
     pltriton.store(ref.at[rows[:, None], lax.iota(jnp.int32, x.shape[1])[None, :]], x.astype(ref.dtype))
 
 
-def call(p: Plan, kernel: Callable, cut: Cut, grid, ins: dict, outs: dict, name: str, flops: int) -> dict[str, Array]:
+def call(
+    p: Plan, kernel: Callable, cut: Cut, grid, ins: dict, outs: dict, name: str, *, flops: int, exponentials: int
+) -> dict[str, Array]:
     """Runs kernel(**refs by name). ins and outs: name -> (array, spec); what is None is left out."""
     ins = {n: x for n, x in ins.items() if x[0] is not None}
     arrays = [a for a, _ in ins.values()]
@@ -187,7 +189,7 @@ def call(p: Plan, kernel: Callable, cut: Cut, grid, ins: dict, outs: dict, name:
         out_specs=[spec for _, spec in outs.values()],
         out_shape=shapes,
         compiler_params=pltriton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
-        cost_estimate=pl.CostEstimate(flops, arrays[0].shape[0] * p.H * p.pairs, moved([*arrays, *shapes])),
+        cost_estimate=pl.CostEstimate(flops, exponentials, moved([*arrays, *shapes])),
         interpret=p.interpret,
         name=name,
     )(*arrays)
