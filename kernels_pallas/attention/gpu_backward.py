@@ -87,7 +87,7 @@ def _dq(p: Plan, q, k, v, do, dq, dslopes=None, slopes=None, segments=None, span
     slope = None if slopes is None else pltriton.load(slopes.at[h])
     query_segments = None if segments is None else pltriton.load(segments.at[rows])[:, None]
 
-    def visit(masks: bool, j, carry):
+    def visit(masks: bool, _, j, carry):
         dq, dslopes = carry
         at = plan.block(j, cut.other)
         key_segments = None if segments is None else pltriton.load(segments.at[at])[None, :]
@@ -115,27 +115,23 @@ def _dkv(p: Plan, q, k, v, do, dk, dv, slopes=None, segments=None, spans=None, *
     key_segments = None if segments is None else pltriton.load(segments.at[at])[:, None]
     ranges = plan.visits(p, plan.of_queries(p).turned(), n, cut.own, cut.other, plan.limits(spans, n))
 
-    def head(g, carry):
+    def visit(masks: bool, g, i, carry):
+        dk, dv = carry
+        rows = plan.block(i, cut.other)
         slope = None if slopes is None else pltriton.load(slopes.at[h * p.group + g])
+        query_segments = None if segments is None else pltriton.load(segments.at[rows])[None, :]
+        places = tile.Places(rows[None, :], at[:, None], query_segments, key_segments)
+        queries, dout = _of_head(q, rows, g, p.K), _of_head(do, rows, g, p.V)
+        deltas, saved = _numbers(by_row, (g, rows))
+        deltas, saved = [d[None, :] for d in deltas], tuple(a[None, :] for a in saved)
+        s = tile.logits(p, keys, queries, slope, jnp.abs(places.queries - places.keys))
+        dp = tile.matmul(p, values, dout, trans_y=True)
+        weights, ds = p.score.gradient(s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved)
+        dv = dv + tile.matmul(p, weights, dout)
+        return dk + tile.matmul(p, tile.through_cap(p, s, ds), queries), dv
 
-        def visit(masks: bool, i, carry):
-            dk, dv = carry
-            rows = plan.block(i, cut.other)
-            query_segments = None if segments is None else pltriton.load(segments.at[rows])[None, :]
-            places = tile.Places(rows[None, :], at[:, None], query_segments, key_segments)
-            queries, dout = _of_head(q, rows, g, p.K), _of_head(do, rows, g, p.V)
-            deltas, saved = _numbers(by_row, (g, rows))
-            deltas, saved = [d[None, :] for d in deltas], tuple(a[None, :] for a in saved)
-            s = tile.logits(p, keys, queries, slope, jnp.abs(places.queries - places.keys))
-            dp = tile.matmul(p, values, dout, trans_y=True)
-            weights, ds = p.score.gradient(s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved)
-            dv = dv + tile.matmul(p, weights, dout)
-            return dk + tile.matmul(p, tile.through_cap(p, s, ds), queries), dv
-
-        return plan.walked(ranges, visit, carry)
-
-    carry = jnp.zeros((cut.own, p.K), jnp.float32), jnp.zeros((cut.own, p.V), jnp.float32)
-    total_k, total_v = head(0, carry) if p.group == 1 else lax.fori_loop(0, p.group, head, carry)
+    start = jnp.zeros((cut.own, p.K), jnp.float32), jnp.zeros((cut.own, p.V), jnp.float32)
+    total_k, total_v = plan.walked(ranges, visit, start, p.group)
     plan.store(dk, at, total_k * p.scale)
     plan.store(dv, at, total_v)
 

@@ -61,7 +61,7 @@ def _kernel(p: Plan, q, k, v, y, gate=None, sinks=None, slopes=None, segments=No
     slope = None if slopes is None else pltriton.load(slopes.at[h])
     query_segments = None if segments is None else pltriton.load(segments.at[rows])[:, None]
 
-    def visit(masks: bool, j, carry):
+    def visit(masks: bool, _, j, carry):
         row, sums = carry
         at = plan.block(j, cut.other)
         key_segments = None if segments is None else pltriton.load(segments.at[at])[None, :]

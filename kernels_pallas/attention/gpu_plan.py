@@ -112,10 +112,19 @@ def visits(p: Plan, reach: Reach, n, size: int, other: int, limits: tuple | None
     return ranges if reach.before >= p.length else [(first, full_first, True), *ranges]
 
 
-def walked(ranges: list[tuple], visit: Callable, carry):
-    """carry = visit(masks, block, carry) for every block of every range."""
+def walked(ranges: list[tuple], visit: Callable, carry, heads: int = 1):
+    """carry = visit(masks, head, block, carry) for every block of every range, for each of `heads` heads.
+
+    Heads and blocks are one loop: a nested one costs registers, and loads run ahead from one head into the next.
+    """
     for first, end, masks in ranges:
-        carry = lax.fori_loop(first, end, lambda j, c, masks=masks: visit(masks, j, c), carry)
+        count = end - first
+
+        def turn(t, carry, first=first, count=count, masks=masks):
+            head = lax.div(t, count) if heads > 1 else jnp.int32(0)
+            return visit(masks, head, first + t - head * count, carry)
+
+        carry = lax.fori_loop(0, heads * count, turn, carry)
     return carry
 
 
