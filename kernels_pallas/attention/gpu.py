@@ -61,7 +61,7 @@ def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret: bool, score: S
     operand, precision = matmuls(interpret, q, k, v)
     wide = power_of_two(K), power_of_two(V)
     cuts = schedule(*wide, operand.itemsize, score.sums, T)
-    step = max(size for cut in cuts for size in cut[:2])
+    step = max(size for cut in cuts if cut for size in cut[:2])
     plan = Plan(
         **options, score=score, T=T, length=-(-T // step) * step, H=H, Hk=k.shape[2], K=wide[0], V=wide[1],
         gate="none" if gate is None else "head" if gate.shape[3] == 1 else "element", segments=segments is not None,

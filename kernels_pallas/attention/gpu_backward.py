@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as pltriton
 from kernels_pallas.attention import gpu_plan as plan
 from kernels_pallas.attention import gpu_tile as tile
 from kernels_pallas.attention.gpu_plan import Inputs, Plan
+from kernels_pallas.attention.gpu_tuning import Cut
 
 
 def dq(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -> dict[str, Array]:
@@ -39,7 +40,15 @@ def dq(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -
 
 def dkv(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -> dict[str, Array]:
     """dk and dv as k and v."""
-    B, cut = x.q.shape[0], p.schedule.dkv
+    cuts = {("dk", "dv"): p.schedule.dkv} if p.schedule.dv is None else {("dk",): p.schedule.dkv, ("dv",): p.schedule.dv}
+    found = {}
+    for names, cut in cuts.items():
+        found |= _of_keys(p, x, do, saved, deltas, names, cut)
+    return found
+
+
+def _of_keys(p: Plan, x: Inputs, do, saved, deltas, names: tuple[str, ...], cut: Cut) -> dict[str, Array]:
+    B = x.q.shape[0]
     own = lambda a, D: (a, plan.tokens(p, p.Hk, lambda h: h, D))
     group = lambda a, D: (a, pl.BlockSpec((None, p.length, p.group, D), lambda n, h, b: (b, 0, h, 0)))
     rows = pl.BlockSpec((None, p.group, p.length), lambda n, h, b: (b, h, 0))
@@ -47,13 +56,12 @@ def dkv(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) 
         "q": group(x.q, p.K), "k": own(x.k, p.K), "v": own(x.v, p.V), "do": group(do, p.V),
         **_by_row(rows, saved, deltas), **_options(x, cut.own, cut.other),
     }  # fmt: skip
-    outs = {
-        "dk": own(plan.like(x.q, x.k.shape, x.k.dtype), p.K),
-        "dv": own(plan.like(x.q, x.v.shape, x.v.dtype), p.V),
-    }
+    outs = {"dk": own(plan.like(x.q, x.k.shape, x.k.dtype), p.K), "dv": own(plan.like(x.q, x.v.shape, x.v.dtype), p.V)}
+    outs = {name: outs[name] for name in names}
     pairs, grid = B * p.H * p.pairs, (p.length // cut.own, p.Hk, B)
-    cost = dict(flops=2 * pairs * (2 * p.K + 2 * p.V), exponentials=pairs)
-    return plan.call(p, partial(_dkv, p), cut, grid, ins, outs, "attention_dkv", **cost)
+    multiplied = {"dk": 2 * p.K + p.V, "dv": p.V if len(names) > 1 else p.K + p.V}
+    cost = dict(flops=2 * pairs * sum(multiplied[name] for name in names), exponentials=pairs)
+    return plan.call(p, partial(_dkv, p, cut), cut, grid, ins, outs, f"attention_{''.join(names)}", **cost)
 
 
 def _by_row(spec: pl.BlockSpec, saved: list[Array], deltas: list[Array]) -> dict:
@@ -108,16 +116,14 @@ def _dq(p: Plan, q, k, v, do, dq, dslopes=None, slopes=None, segments=None, span
         pltriton.store(dslopes.at[rows], total_slopes)
 
 
-def _dkv(p: Plan, q, k, v, do, dk, dv, slopes=None, segments=None, spans=None, **by_row) -> None:
-    cut, h, n = p.schedule.dkv, pl.program_id(1), pl.program_id(0)
+def _dkv(p: Plan, cut: Cut, q, k, v, do, dk=None, dv=None, slopes=None, segments=None, spans=None, **by_row) -> None:
+    h, n = pl.program_id(1), pl.program_id(0)
     at = plan.block(n, cut.own)
-    keys, values = plan.load(k, at, p.K), plan.load(v, at, p.V)
+    keys, values = plan.load(k, at, p.K), None if dk is None else plan.load(v, at, p.V)
     key_segments = None if segments is None else pltriton.load(segments.at[at])[:, None]
-    ranges = plan.visits(p, plan.of_queries(p).turned(), n, cut.own, cut.other, plan.limits(spans, n))
 
-    def visit(masks: bool, g, i, carry):
-        dk, dv = carry
-        rows = plan.block(i, cut.other)
+    def visit(masks: bool, g, i, sums):
+        rows, (sum_k, sum_v) = plan.block(i, cut.other), sums
         slope = None if slopes is None else pltriton.load(slopes.at[h * p.group + g])
         query_segments = None if segments is None else pltriton.load(segments.at[rows])[None, :]
         places = tile.Places(rows[None, :], at[:, None], query_segments, key_segments)
@@ -125,15 +131,19 @@ def _dkv(p: Plan, q, k, v, do, dk, dv, slopes=None, segments=None, spans=None, *
         deltas, saved = _numbers(by_row, (g, rows))
         deltas, saved = [d[None, :] for d in deltas], tuple(a[None, :] for a in saved)
         s = tile.logits(p, keys, queries, slope, jnp.abs(places.queries - places.keys))
-        dp = tile.matmul(p, values, dout, trans_y=True)
+        # Weights do not depend on dp.
+        dp = jnp.zeros_like(s.s) if dk is None else tile.matmul(p, values, dout, trans_y=True)
         weights, ds = p.score.gradient(s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved)
-        dv = dv + tile.matmul(p, weights, dout)
-        return dk + tile.matmul(p, tile.through_cap(p, s, ds), queries), dv
+        sum_v = None if dv is None else sum_v + tile.matmul(p, weights, dout)
+        return None if dk is None else sum_k + tile.matmul(p, tile.through_cap(p, s, ds), queries), sum_v
 
-    start = jnp.zeros((cut.own, p.K), jnp.float32), jnp.zeros((cut.own, p.V), jnp.float32)
-    total_k, total_v = plan.walked(ranges, visit, start, p.group)
-    plan.store(dk, at, total_k * p.scale)
-    plan.store(dv, at, total_v)
+    zeros = lambda ref: None if ref is None else jnp.zeros((cut.own, ref.shape[1]), jnp.float32)
+    ranges = plan.visits(p, plan.of_queries(p).turned(), n, cut.own, cut.other, plan.limits(spans, n))
+    sum_k, sum_v = plan.walked(ranges, visit, (zeros(dk), zeros(dv)), p.group)
+    if dk is not None:
+        plan.store(dk, at, sum_k * p.scale)
+    if dv is not None:
+        plan.store(dv, at, sum_v)
 
 
 def _of_head(ref, rows: Array, g, width: int) -> Array:

@@ -24,18 +24,20 @@ class Schedule(NamedTuple):
     forward: Cut
     dq: Cut
     dkv: Cut
+    dv: Cut | None = None  # where registers hold only one of dk and dv: a kernel of its own, and dkv is of dk alone
 
     def fitted(self, T: int) -> "Schedule":
         """Blocks no larger than a short sequence."""
         most = max(MIN_BLOCK, 1 << (T - 1).bit_length())
-        return Schedule(*(c._replace(own=min(c.own, most), other=min(c.other, most)) for c in self))
+        fit = lambda c: c and c._replace(own=min(c.own, most), other=min(c.other, most))
+        return Schedule(*map(fit, self))
 
 
 # (bytes of an operand, the larger of K and V) -> Schedule
 TUNED = {
     (2, 64): Schedule(Cut(128, 64, 4, 3), Cut(128, 64, 8, 3), Cut(128, 64, 8, 3)),
-    (2, 128): Schedule(Cut(128, 64, 8, 3), Cut(128, 64, 8, 3), Cut(128, 64, 8, 2)),
-    (2, 256): Schedule(Cut(128, 64, 8, 2), Cut(64, 64, 8, 2), Cut(64, 64, 8, 2)),
+    (2, 128): Schedule(Cut(128, 64, 8, 3), Cut(128, 64, 8, 3), Cut(128, 32, 8, 2)),
+    (2, 256): Schedule(Cut(128, 64, 8, 2), Cut(128, 32, 8, 2), Cut(128, 32, 8, 2), Cut(128, 64, 8, 2)),
     (4, 64): Schedule(Cut(64, 32, 4, 2), Cut(64, 32, 4, 2), Cut(64, 32, 4, 2)),
     (4, 128): Schedule(Cut(64, 32, 8, 2), Cut(64, 32, 8, 2), Cut(64, 32, 8, 1)),
     (4, 256): Schedule(Cut(32, 32, 8, 1), Cut(32, 32, 8, 1), Cut(32, 32, 8, 1)),
