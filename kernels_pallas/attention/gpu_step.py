@@ -55,8 +55,8 @@ def step(p: Plan, q, k_cache, v_cache, sinks, slopes, valid, distances) -> Array
 
 
 def split(heads: int, blocks: int) -> tuple[int, int]:
-    """(parts of a cache, blocks of slots in each): as many parts as fill the chip with `heads` programs a part."""
-    each = -(-blocks // min(blocks, -(-STEP_PROGRAMS // heads)))
+    """(parts of a cache, blocks of slots in each): as many parts as fill the chip, with `heads` programs a part."""
+    each = -(-blocks // min(blocks, max(1, STEP_PROGRAMS // heads)))
     return -(-blocks // each), each
 
 

@@ -52,12 +52,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [slow(n) if n in ("full, window", "wide keys") else n for n in CASES])
+@pytest.mark.parametrize("name", [n if n in ("everything", "full, segments") else slow(n) for n in CASES])
 def test_float32(name):
     compare(**CASES[name])
 
 
-@pytest.mark.parametrize("score", [name for name in ONE_PASS if name != "softmax"])
+@pytest.mark.parametrize(
+    "score",
+    [n if n in ("sigmoid", "softpick", "self_adjust", "stablemax") else slow(n) for n in ONE_PASS if n != "softmax"],
+)
 def test_every_score_of_one_walk(score):
     """Documents, and either gate; several tiles."""
     gate = ("head-wise", "element-wise")[ONE_PASS.index(score) % 2]
@@ -84,6 +87,7 @@ def rounded_matmul(p, x, y, trans_y=False):
     return jnp.dot(x, y.T if trans_y else y, precision="highest")
 
 
+@pytest.mark.slow
 def test_float16():
     compare(jnp.float16, BFLOAT16 / 4, T=40, B=1, H=1, Hk=1)
 
@@ -150,9 +154,10 @@ def test_visits_are_the_tiles_that_the_mask_leaves(causal, window):
     assert p.pairs == mask.sum()
     cut = lambda m, n, k: m[n * size : (n + 1) * size, k * other : (k + 1) * other]
     for reach, found in ((plan_room.of_queries(p), mask), (plan_room.of_queries(p).turned(), mask.T)):
-        for n in range(-(-T // size)):
-            ranges = plan_room.visits(p, reach, n, size, other, None)
-            visited = [(k, masks) for first, end, masks in ranges for k in range(int(first), int(end))]
+        ranges = plan_room.visits(p, reach, jnp.arange(16), size, other, None)
+        ranges = [(*np.broadcast_arrays(first, end), masks) for first, end, masks in ranges]
+        for n in range(16):
+            visited = [(k, masks) for first, end, masks in ranges for k in range(first[n], end[n])]
             assert [k for k, _ in visited] == [k for k in range(32) if cut(found, n, k).any()]
             real = found[n * size : min(T, (n + 1) * size)]
             assert all(real[:, k * other : (k + 1) * other].all() for k, masks in visited if not masks)
@@ -202,7 +207,10 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("error", PLANTED)
+QUICK = ("no mask", "sums of another maximum", "gate's gradient flipped")
+
+
+@pytest.mark.parametrize("error", [n if n in QUICK else slow(n) for n in PLANTED])
 def test_planted_errors_are_found(error, monkeypatch):
     where, name, plant = PLANTED[error]
     monkeypatch.setattr(where, name, plant(getattr(where, name)))
