@@ -118,7 +118,7 @@ def attention_step(
     if (alibi_slopes is None) != (distances is None):
         raise ValueError(f"{op}: alibi_slopes or distances came alone, wanted both or neither")
     _check_interpret(op, interpret, implementation)
-    refusals = {"tpu": tpu.unsupported_step(), "gpu": gpu.unsupported(q, k_cache, v_cache, score)}
+    refusals = {"tpu": tpu.unsupported_step(), "gpu": gpu.unsupported_step(q, k_cache, v_cache, score)}
     room = {"reference": reference, "xla": xla, "gpu": gpu}[dispatch.choose(op, implementation, refusals)]
     arrays = all_varying(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
     fixed = dict(soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))

@@ -24,23 +24,32 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.attention import gpu_backward, gpu_step, xla
 from kernels_pallas.attention.gpu_forward import forward
 from kernels_pallas.attention.gpu_plan import Inputs, Plan
-from kernels_pallas.attention.gpu_tuning import MAX_D, MIN_BLOCK, STEP, Schedule, schedule
+from kernels_pallas.attention.gpu_tuning import MAX_D, MIN_BLOCK, STEP, Schedule, largest, schedule
 from kernels_pallas.attention.scores import Score
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.partition import by_rows_and_heads
 
 
 def unsupported(q, k, v, score: Score) -> str | None:
-    """Why this room cannot take a call, `attention` or `attention_step`, or None when it can."""
+    """Why this room cannot take a call of `attention`, or None when it can."""
+    refusal, most = unsupported_step(q, k, v, score), largest(matmuls(q, k, v))
+    if refusal is None and max(q.shape[-1], v.shape[-1]) > most:
+        return f"takes K and V of {q.dtype} up to {most}, not {q.shape[-1]} and {v.shape[-1]}"
+    return refusal
+
+
+def unsupported_step(q, k, v, score: Score) -> str | None:
+    """Why this room cannot take a call of `attention_step`, or None when it can."""
     if any(x.dtype == jnp.float64 for x in (q, k, v)):
         return "does not compute in float64"
-    if max(q.shape[-1], v.shape[-1]) > MAX_D:
+    D = max(q.shape[-1], v.shape[-1])
+    if D > MAX_D:
         return f"takes K and V up to {MAX_D}, not {q.shape[-1]} and {v.shape[-1]}"
     if score.walks > 1:
         return f"takes scores that walk over the keys once, not {type(score).__name__}"
-    largest = max(math.prod(x.shape[:-1]) * power_of_two(max(q.shape[-1], v.shape[-1])) for x in (q, k))
-    if largest >= 2**31:
-        return f"takes arrays below 2**31 elements, not {largest}"
+    elements = max(math.prod(x.shape[:-1]) * power_of_two(D) for x in (q, k))
+    if elements >= 2**31:
+        return f"takes arrays below 2**31 elements, not {elements}"
     return None
 
 
@@ -58,9 +67,9 @@ def attention(
 
 def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret: bool, score: Score, **options) -> Array:
     (_, T, H, K), V = q.shape, v.shape[3]
-    operand, precision = matmuls(interpret, q, k, v)
-    wide = power_of_two(K), power_of_two(V)
-    cuts = schedule(*wide, operand.itemsize, score.sums, T)
+    kind, wide = matmuls(q, k, v), (power_of_two(K), power_of_two(V))
+    operand, precision = operands(interpret, kind)
+    cuts = schedule(*wide, kind, score.sums, T)
     step = max(size for cut in cuts if cut for size in cut[:2])
     plan = Plan(
         **options, score=score, T=T, length=-(-T // step) * step, H=H, Hk=k.shape[2], K=wide[0], V=wide[1],
@@ -76,9 +85,7 @@ def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret: bool, score: S
     numbers = lambda x: None if x is None else x.astype(jnp.float32)
     if segments is not None:
         segments = padded(segments.astype(jnp.int32), 1, plan.length, mode="edge")
-    x = Inputs(
-        tokens(q, plan.K), tokens(k, plan.K), tokens(v, plan.V), gate, numbers(sinks), numbers(slopes), segments
-    )
+    x = Inputs(tokens(q, plan.K), tokens(k, plan.K), tokens(v, plan.V), gate, numbers(sinks), numbers(slopes), segments)
     return _attention(plan, x)[:, :T, :, :V]
 
 
@@ -87,16 +94,24 @@ def power_of_two(D: int) -> int:
     return max(MIN_BLOCK, 1 << (D - 1).bit_length())
 
 
-def matmuls(interpret: bool, *arrays: Array) -> tuple[jnp.dtype, object]:
-    """What is multiplied, and how exactly. Interpreted matmuls round nothing."""
-    if interpret:
-        return jnp.dtype(jnp.float32), lax.Precision.HIGHEST
+OPERANDS = {
+    "bfloat16": (jnp.dtype(jnp.bfloat16), None),
+    "tf32": (jnp.dtype(jnp.float32), lax.DotAlgorithmPreset.TF32_TF32_F32),
+    "tf32_x3": (jnp.dtype(jnp.float32), lax.DotAlgorithmPreset.TF32_TF32_F32_X3),
+}
+
+
+def matmuls(*arrays: Array) -> str:
+    """How a call with these inputs multiplies: a name of `OPERANDS`."""
     one_pass = jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
     if one_pass and all(x.dtype == jnp.bfloat16 for x in arrays):
-        return jnp.dtype(jnp.bfloat16), None
-    narrow = one_pass and all(x.dtype.itemsize == 2 for x in arrays)
-    preset = lax.DotAlgorithmPreset
-    return jnp.dtype(jnp.float32), preset.TF32_TF32_F32 if narrow else preset.TF32_TF32_F32_X3
+        return "bfloat16"
+    return "tf32" if one_pass and all(x.dtype.itemsize == 2 for x in arrays) else "tf32_x3"
+
+
+def operands(interpret: bool, matmuls: str) -> tuple[jnp.dtype, object]:
+    """What is multiplied, and how exactly. Interpreted matmuls round nothing."""
+    return (jnp.dtype(jnp.float32), lax.Precision.HIGHEST) if interpret else OPERANDS[matmuls]
 
 
 def padded(x: Array, axis: int, size: int, mode: str = "constant") -> Array:
@@ -123,7 +138,7 @@ def attention_step(
 def _step(options: tuple, floats: tuple, slots: tuple) -> Array:
     (score, soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = options, floats
     (B, H, K), (_, S, Hk, V), (valid, distances) = q.shape, v.shape, slots
-    operand, precision = matmuls(interpret, q, k, v)
+    operand, precision = operands(interpret, matmuls(q, k, v))
     plan = Plan(
         score=score, causal=False, window=None, soft_cap=soft_cap, scale=scale, T=S, length=S, H=H, Hk=Hk,
         K=power_of_two(K), V=power_of_two(V), gate="none", segments=False, slopes=slopes is not None,

@@ -1,8 +1,8 @@
 """The backward kernels of `attention` on GPU: tiles are recomputed, once for dq and once for dk and dv; no atomics.
 
-    dq       a program owns a block of queries of one head, and walks the keys that it sees
-    dk, dv   a program owns a block of keys of one key head, and walks the queries that see it, of every query head
-             of the group: nothing is added up in memory
+dq       a program owns a block of queries of one head, and walks the keys that it sees
+dk, dv   a program owns a block of keys of one key head, and walks the queries that see it, of every query head
+         of the group: nothing is added up in memory
 """
 
 from functools import partial
@@ -40,7 +40,9 @@ def dq(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -
 
 def dkv(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -> dict[str, Array]:
     """dk and dv as k and v."""
-    cuts = {("dk", "dv"): p.schedule.dkv} if p.schedule.dv is None else {("dk",): p.schedule.dkv, ("dv",): p.schedule.dv}
+    cuts = (
+        {("dk", "dv"): p.schedule.dkv} if p.schedule.dv is None else {("dk",): p.schedule.dkv, ("dv",): p.schedule.dv}
+    )
     found = {}
     for names, cut in cuts.items():
         found |= _of_keys(p, x, do, saved, deltas, names, cut)

@@ -101,6 +101,6 @@ def _slots(ref, at: Array, inside: Array, width: int) -> Array:
     S, D = ref.shape
     column = lax.iota(jnp.int32, width)
     place = ref.at[at[:, None], column[None, :]]
-    if S % len(at) == 0 and D == width:
+    if S % len(at) == 0 and width == D:
         return pltriton.load(place)
     return pltriton.load(place, mask=inside[:, None] & (column < D)[None, :], other=0)

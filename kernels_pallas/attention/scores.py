@@ -8,7 +8,7 @@ tiles are visited and where the sums are kept:
     row = score.start(zero, known, sink)                      what a row keeps: a tuple of [R, 1]
     row, keep, weights = score.add(row, s, seen, keys)        for every tile of keys; then, for each of the weights,
     sums[n] = keep * sums[n] + weights[n] @ v                 `score.sums` sums [R, V] (no product where keep is None)
-    row, sums = score.merge(row, sums)                        of parts of the keys, stacked on a first axis, where they are
+    row, sums = score.merge(row, sums)                        where the keys were split: parts, stacked on a first axis
     outputs, saved = score.finish(row, sums)                  outputs[0] is o; saved, a tuple of [R, 1], is for backward
     deltas = [sum(do * outputs[n]) for n in score.deltas]     [R, 1] each; no other output has to be kept
     weights, ds = score.gradient(s, seen, keys, dp, deltas, saved)    dp = do v^T;  dv += weights^T do;  dq, dk from ds

@@ -31,7 +31,7 @@ SMALL = Schedule(Cut(32, 16, 4, 1), Cut(16, 32, 4, 1), Cut(32, 16, 4, 1))
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(room, "schedule", lambda K, V, size, sums, T: SMALL.fitted(T))
+    monkeypatch.setattr(room, "schedule", lambda K, V, matmuls, sums, T: SMALL.fitted(T))
 
 
 def compare(dtype=jnp.float32, tolerance=FLOAT32, run=on_gpu, **case):
@@ -73,7 +73,7 @@ def test_bfloat16():
 
 def test_bfloat16_as_the_tensor_core_rounds(monkeypatch):
     """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors there."""
-    monkeypatch.setattr(room, "matmuls", lambda *_: (jnp.dtype(jnp.bfloat16), None))
+    monkeypatch.setattr(room, "operands", lambda *_: (jnp.dtype(jnp.bfloat16), None))
     monkeypatch.setattr(tile, "matmul", rounded_matmul)
     arrays, options = draw(T=70, B=1, H=1, Hk=1, gate="element-wise")
     arrays = cast(arrays, jnp.bfloat16)
@@ -170,8 +170,8 @@ def test_documents_are_walked_alone():
 
 
 def test_blocks_are_no_larger_than_a_short_sequence():
-    assert tuning.schedule(128, 128, 2, 1, 20).forward[:2] == (32, 32)
-    assert tuning.schedule(128, 128, 2, 1, 4096).forward.own >= 64
+    assert tuning.schedule(128, 128, "bfloat16", 1, 20).forward[:2] == (32, 32)
+    assert tuning.schedule(128, 128, "bfloat16", 1, 4096).forward.own >= 64
 
 
 # --- what the tests above would miss: are they able to fail?

@@ -34,7 +34,8 @@ def draw(B=3, H=4, Hk=2, K=24, V=40, gate="element-wise", slopes=False, sinks=Fa
     valid = rng.random((B, slots)) < 0.7
     valid[-1], valid[-2, 1:], valid[-2, 0] = False, False, True
     arrays = {n: rng.normal(size=s) * (0.01 if n == "alibi_slopes" else 1) for n, s in shapes.items()}
-    return arrays, jnp.asarray(valid), jnp.asarray(rng.permuted(np.arange(slots))[None].repeat(B, 0)) if slopes else None
+    distances = jnp.asarray(rng.permuted(np.arange(slots))[None].repeat(B, 0)) if slopes else None
+    return arrays, jnp.asarray(valid), distances
 
 
 def run(arrays, valid, distances, **options):
