@@ -206,6 +206,7 @@ def _arrival(plan: Plan, gate: Array | None, outputs: dict[int, Array], dy: Arra
     With y = o sigmoid(gate) nothing is divided by a gate that may be 0.
     """
     do, dy, dgate = dy, dy.astype(jnp.float32), None
+    seen = dy
     if gate is not None:
         opened = jax.nn.sigmoid(gate.astype(jnp.float32))
         slope = opened * (1 - opened)
@@ -214,10 +215,10 @@ def _arrival(plan: Plan, gate: Array | None, outputs: dict[int, Array], dy: Arra
             opened = jnp.swapaxes(opened, 1, 2)[..., None]
         else:
             dgate = (dy * outputs[0] * slope).astype(gate.dtype)
-        do = (dy * opened).astype(plan.operand)
-    # Of do as the tensor core will see it, or dp - delta has an error that does not cancel; and XLA must not undo it.
-    seen = do.astype(jnp.float32)
+        seen = dy * opened
+        do = seen.astype(plan.operand)
+    # Of do as the tensor core will see it, or dp - delta has an error that does not cancel. XLA keeps this rounding.
     if do.dtype == jnp.bfloat16:
-        seen = lax.reduce_precision(dy * opened if gate is not None else dy, 8, 7)
+        seen = lax.reduce_precision(seen, exponent_bits=8, mantissa_bits=7)
     of_rows = lambda n: jnp.swapaxes(jnp.sum(seen * outputs[n], axis=3), 1, 2)
     return do, [of_rows(n) for n in plan.score.deltas], dgate
