@@ -55,7 +55,7 @@ HOPPER = {
 }
 AMPERE = HOPPER | {
     "bfloat16": {
-        64: Schedule(Cut(128, 64, 4, 2), Cut(64, 64, 4, 2), Cut(64, 64, 4, 2)),
+        64: Schedule(Cut(128, 64, 4, 2), Cut(64, 64, 4, 2), Cut(64, 32, 4, 2)),
         128: Schedule(Cut(128, 64, 8, 2), Cut(64, 32, 4, 2), Cut(64, 32, 8, 2)),
         256: Schedule(Cut(64, 32, 8, 2), Cut(64, 32, 8, 2), Cut(64, 32, 8, 1), Cut(64, 32, 8, 1)),
     },

@@ -76,6 +76,7 @@ def test_parts_of_several_blocks(programs, monkeypatch):
     assert error(gate="head-wise", sinks=True, H=6, Hk=2) < FLOAT32
 
 
+@pytest.mark.slow
 def test_bfloat16():
     assert error(jnp.bfloat16, gate=None) < BFLOAT16
 
@@ -92,6 +93,7 @@ def test_how_a_cache_is_split():
     assert room.split(heads=1, blocks=3) == (3, 1)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_xlas():
     arrays, *masks = draw(sinks=True)
     arrays = cast(arrays, jnp.float32)
@@ -114,7 +116,7 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [slow(n) if "slots" in n else n for n in PLANTED])
+@pytest.mark.parametrize("name", [n if "maxima" in n else slow(n) for n in PLANTED])
 def test_planted_errors_are_found(name, monkeypatch):
     few_programs(monkeypatch, 16)
     where, of, plant = PLANTED[name]
@@ -123,6 +125,7 @@ def test_planted_errors_are_found(name, monkeypatch):
         assert error(gate=None) < FLOAT32
 
 
+@pytest.mark.slow
 def test_vmap():
     arrays, *masks = draw()
     arrays = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), cast(arrays, jnp.float32))
