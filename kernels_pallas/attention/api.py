@@ -65,11 +65,10 @@ def attention(
     """
     op = "attention"
     score = check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap)
-    if interpret and implementation not in ("tpu", "gpu"):
-        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
-    refusals = {"tpu": tpu.unsupported(q, k, v, score), "gpu": gpu.unsupported()}
+    _check_interpret(op, interpret, implementation)
+    refusals = {"tpu": tpu.unsupported(q, k, v, score), "gpu": gpu.unsupported(q, k, v, score)}
     chosen = dispatch.choose(op, implementation, refusals)
-    room = {"reference": reference, "xla": xla, "tpu": tpu}[chosen]
+    room = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}[chosen]
     arrays = all_varying(q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
     fixed = dict(causal=causal, window=window, soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))
     if interpret:
@@ -91,13 +90,15 @@ def attention_step(
     soft_cap: float | None = None,
     scale: float | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "B H V"]:
     """One token of `attention` against a cache, for decoding: the same formulas and arguments without T.
 
     `valid` says which of the S cache slots the token may see, itself included: causality, window and documents are
     there. The order of the slots does not matter, so a ring buffer will do; `alibi_slopes` want the tokens' `distances`
     from this one. A score with a length (sigmoid, relu, clipped softmax) must be an object that has one, because the
-    number of slots says nothing. Returns y in v_cache's dtype.
+    number of slots says nothing. Differentiable. On GPU a kernel reads the cache, split over its length; elsewhere
+    XLA does. Returns y in v_cache's dtype.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
@@ -116,10 +117,14 @@ def attention_step(
     _check_integers(op, "distances", distances, k_cache.shape[:2])
     if (alibi_slopes is None) != (distances is None):
         raise ValueError(f"{op}: alibi_slopes or distances came alone, wanted both or neither")
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported_step(), "gpu": gpu.unsupported()})
-    room = reference if chosen == "reference" else xla
+    _check_interpret(op, interpret, implementation)
+    refusals = {"tpu": tpu.unsupported_step(), "gpu": gpu.unsupported_step(q, k_cache, v_cache, score)}
+    room = {"reference": reference, "xla": xla, "gpu": gpu}[dispatch.choose(op, implementation, refusals)]
     arrays = all_varying(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
-    return room.attention_step(*arrays, score=score, soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))
+    fixed = dict(soft_cap=soft_cap, scale=default_scale(scale, q.shape[-1]))
+    if interpret:
+        fixed["interpret"] = interpret
+    return room.attention_step(*arrays, score=score, **fixed)
 
 
 def check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap) -> Score:
@@ -143,6 +148,11 @@ def _score(op: str, score: str | Score, sink_logits: Array | None) -> Score:
     if sink_logits is not None and not score.takes_sinks:
         raise ValueError(f"{op}: sink_logits came with score={score}, wanted none: only softmax has sinks")
     return score
+
+
+def _check_interpret(op: str, interpret: bool, implementation: str | None) -> None:
+    if interpret and implementation not in ("tpu", "gpu"):
+        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
 
 
 def default_scale(scale: float | None, K: int) -> float:

@@ -8,6 +8,7 @@ tiles are visited and where the sums are kept:
     row = score.start(zero, known, sink)                      what a row keeps: a tuple of [R, 1]
     row, keep, weights = score.add(row, s, seen, keys)        for every tile of keys; then, for each of the weights,
     sums[n] = keep * sums[n] + weights[n] @ v                 `score.sums` sums [R, V] (no product where keep is None)
+    row, sums = score.merge(row, sums)                        where the keys were split: parts, stacked on a first axis
     outputs, saved = score.finish(row, sums)                  outputs[0] is o; saved, a tuple of [R, 1], is for backward
     deltas = [sum(do * outputs[n]) for n in score.deltas]     [R, 1] each; no other output has to be kept
     weights, ds = score.gradient(s, seen, keys, dp, deltas, saved)    dp = do v^T;  dv += weights^T do;  dq, dk from ds
@@ -65,6 +66,10 @@ class Score:
     def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
         raise NotImplementedError
 
+    def merge(self, row: Row, sums: Sequence[Array]) -> tuple[Row, list[Array]]:
+        """Rows of parts of the keys, [N, R, 1] and sums [N, R, V], as those of all: for caches that are split."""
+        return (), [jnp.sum(x, axis=0) for x in sums]
+
     def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
         return tuple(sums), ()
 
@@ -96,6 +101,10 @@ class Softmax(Score):
         shift = finite(m)
         p, keep = jnp.exp(s - shift), jnp.exp(before - shift)
         return Added((m, keep * total + jnp.sum(p, axis=-1, keepdims=True)), keep, (p,))
+
+    def merge(self, row, sums):
+        m, total, *sums = at_one_maximum(*row, *sums)
+        return (m, total), sums
 
     def finish(self, row, sums):
         m, total = row
@@ -184,6 +193,10 @@ class Softpick(Score):
         total = keep * total + jnp.sum(jnp.abs(x), axis=-1, keepdims=True)
         return Added((m, total), keep, (jnp.maximum(x, 0),))
 
+    def merge(self, row, sums):
+        m, total, *sums = at_one_maximum(*row, *sums)
+        return (m, total), sums
+
     def finish(self, row, sums):
         m, total = row
         return (sums[0] / (total + self.eps),), (m + jnp.log(total + self.eps),)
@@ -224,6 +237,13 @@ class SelfAdjust(Score):
         weighted = (s if seen is None else jnp.where(seen, s, 0)) * p
         return Added((m, total, least, least_key, most_key), keep, (p, weighted))
 
+    def merge(self, row, sums):
+        parts_m, total, parts_least, least_key, most_key = row
+        m, total, *sums = at_one_maximum(parts_m, total, *sums)
+        least = jnp.min(parts_least, axis=0)
+        first = lambda where, keys: jnp.min(jnp.where(where, keys, jnp.inf), axis=0)
+        return (m, total, least, first(parts_least == least, least_key), first(parts_m == m, most_key)), sums
+
     def finish(self, row, sums):
         m, total, least, least_key, most_key = row
         a, b = jnp.minimum(least, 0), jnp.maximum(m, 0)
@@ -255,6 +275,9 @@ class _Summed(Score):
     def add(self, row, s, seen, keys):
         x, _ = self._value_and_slope(masked(s, seen))
         return Added((row[0] + jnp.sum(x, axis=-1, keepdims=True),), None, (x,))
+
+    def merge(self, row, sums):
+        return (jnp.sum(row[0], axis=0),), [jnp.sum(x, axis=0) for x in sums]
 
     def finish(self, row, sums):
         per_total = inverse(row[0])
@@ -300,6 +323,13 @@ def masked(s: Array, seen: Array | None) -> Array:
 def finite(m: Array) -> Array:
     """0 where a row has seen nothing, so that -inf - m stays -inf and is no NaN."""
     return jnp.where(m == -jnp.inf, 0, m)
+
+
+def at_one_maximum(m: Array, *sums: Array) -> tuple[Array, ...]:
+    """The largest of parts' maxima [N, R, 1], and sums [N, ...] that were taken at those, added up at that one."""
+    most = jnp.max(m, axis=0)
+    keep = jnp.exp(m - finite(most))
+    return most, *(jnp.sum(keep * x, axis=0) for x in sums)
 
 
 def inverse(total: Array) -> Array:

@@ -287,10 +287,11 @@ def test_what_ran_is_reported():
     assert dispatch.last_choice("attention").implementation == "xla"
 
 
-def test_a_kernel_that_is_not_there_is_refused():
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_what_a_kernel_does_not_cover_is_refused(implementation):
     arrays, _ = draw(T=3)
-    with pytest.raises(NotImplementedError, match="attention: implementation='gpu'"):
-        call(cast(arrays, jnp.float32), implementation="gpu")
+    with pytest.raises(NotImplementedError, match=f"attention: implementation='{implementation}' takes scores"):
+        call(cast(arrays, jnp.float32), implementation=implementation, score="entmax")
 
 
 Q, KV = jnp.zeros((2, 5, 4, 8)), jnp.zeros((2, 5, 2, 8))
