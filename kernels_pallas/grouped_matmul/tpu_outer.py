@@ -151,13 +151,13 @@ def _kernel(refs: _Refs) -> None:
             refs.move_out(v.place - s.ahead, "wait")
 
         refs.move_in(v, "wait")
-        used = v.used(s.tile)
+        used = _fold(refs, v)
 
         @pl.when(used <= 0)
         def _():
             refs.out[v.place % s.ahead] = jnp.zeros(refs.out.shape[1:], refs.out.dtype)
 
-        tpu_visits.cases(used, s.parts, lambda size: _multiply(refs, v, size))
+        tpu_visits.cases(used, s.parts, lambda size: _multiply(refs, v, used, size))
 
         @pl.when(v.last(s.tile))
         def _():
@@ -170,7 +170,30 @@ def _kernel(refs: _Refs) -> None:
             refs.move_out(groups.groups - back, "wait")
 
 
-def _multiply(refs: _Refs, v: Visit, size: int) -> None:
+def _fold(refs: _Refs, v: Visit) -> Array:
+    """Rows of the tile that are summed over; a group's last rows may take the places of its neighbour's in front.
+
+    The order of rows does not matter to a sum, and a matrix unit sums over 128 at a time: a group whose rows in its
+    first and last registers fit into one would often need a unit's pass more for them.
+    """
+    tile = refs.call.schedule.tile
+    used, before = v.used(tile), v.start - v.row
+    last = v.end % ROWS
+    folded = v.first & v.last(tile) & (used > ROWS) & (0 < last) & (last <= before)
+    slot, at = v.index % refs.call.schedule.ahead, tpu_visits.aligned(jnp.maximum(used, 0))
+
+    @pl.when(folded)
+    def _():
+        rows = tpu_visits.rows_of(ROWS, 0)
+        for x in (*refs.lhs, refs.dout):
+            head, tail = (x[slot, pl.ds(first, ROWS)] for first in (0, pl.multiple_of(at, ROWS)))
+            tail = jnp.where(rows < last, tail.astype(jnp.float32), 0.0)
+            x[slot, pl.ds(0, ROWS)] = jnp.where(rows >= before, head.astype(jnp.float32), tail).astype(x.dtype)
+
+    return jnp.where(folded, at, used)
+
+
+def _multiply(refs: _Refs, v: Visit, used: Array, size: int) -> None:
     """Adds the first `size` rows of the tile to the group's sum; the group's last tile leaves it in `out`."""
     s = refs.call.schedule
     slot = v.index % s.ahead
@@ -181,7 +204,7 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
             at = (slot, pl.ds(pl.multiple_of(first, ROWS), ROWS))
             refs.lhs[0][at] = refs.call.operand(*(x[at] for x in refs.lhs)).astype(refs.lhs[0].dtype)
 
-    _zero_neighbours(refs, v, size)
+    _zero_neighbours(refs, v, used, size)
     rows, (inner_step, column_step) = pl.ds(0, size), s.step
 
     def walk(store):
@@ -212,22 +235,29 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
         walk(store)
 
 
-def _zero_neighbours(refs: _Refs, v: Visit, size: int) -> None:
-    """Rows of other groups among the first `size` of the tile, in both operands: what is there may be anything."""
+def _zero_neighbours(refs: _Refs, v: Visit, used: Array, size: int) -> None:
+    """Rows of other groups among the first `size` of the tile, in both operands: what is there may be anything.
+
+    The group's end lies `used` rows into the tile. Rows in front of it are its neighbour's only if none were folded.
+    """
     slot = v.index % refs.call.schedule.ahead
 
     def select(first, keep):
-        rows = tpu_visits.rows_of(ROWS, v.row + first)
+        rows = tpu_visits.rows_of(ROWS, first)
         for x in (refs.lhs[0], refs.dout):
             at = x[slot, pl.ds(first, ROWS)]
             x[slot, pl.ds(first, ROWS)] = jnp.where(keep(rows), at.astype(jnp.float32), 0.0).astype(x.dtype)
 
-    @pl.when(v.first & (v.row < v.start))
+    @pl.when(v.first & (v.row < v.start) & (used == v.used(refs.call.schedule.tile)))
     def _():
-        select(0, lambda rows: rows >= v.start)
+        select(0, lambda rows: rows >= v.start - v.row)
 
-    @pl.when(v.used(refs.call.schedule.tile) < size)
+    @pl.when(used < size)
     def _():
-        @pl.loop(tpu_visits.aligned(v.end - v.row), size, step=ROWS)
+        edge = pl.multiple_of(tpu_visits.aligned(used), ROWS)
+        select(edge, lambda rows: rows < used)
+
+        @pl.loop(edge + ROWS, size, step=ROWS)
         def _(first):
-            select(pl.multiple_of(first, ROWS), lambda rows: rows < v.end)
+            for x in (refs.lhs[0], refs.dout):
+                x[slot, pl.ds(pl.multiple_of(first, ROWS), ROWS)] = jnp.zeros((ROWS, x.shape[2]), x.dtype)

@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
     cores: int  # that share a program
     tile: int  # rows at a time
-    parts: int  # a tile's rows are rounded up to this, for `tpu_rows`
+    parts: int  # a tile's rows are rounded up to this, for `tpu_rows`; to twice this where a tile is nearly full
     depth: int  # the same for `tpu_outer`, where rows are what a matrix unit sums over
     step: int  # columns of one matmul of `tpu_rows`
     outer_step: tuple[int, int]  # block of one matmul of `tpu_outer`
@@ -30,11 +30,11 @@ class Row(NamedTuple):
 
 # By device kind, as jax.Device.device_kind says.
 TUNED = {
-    "TPU v5 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
-    "TPU v5": Row(cores=2, tile=512, parts=64, depth=128, step=1024, outer_step=(1024, 1024), vmem=56 * MIB),
-    "TPU v6 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
+    "TPU v5 lite": Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
+    "TPU v5": Row(cores=2, tile=512, parts=32, depth=128, step=1024, outer_step=(1024, 1024), vmem=56 * MIB),
+    "TPU v6 lite": Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
 }
-DEFAULT = Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=56 * MIB)
+DEFAULT = Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=56 * MIB)
 AHEAD = (4, 2)  # groups in VMEM; deeper queues gain nothing more
 
 
@@ -91,7 +91,12 @@ def _tile(tuned: Row, R: int, item: int) -> int:
 
 
 def _parts(tile: int, part: int) -> tuple[int, ...]:
-    return tuple(range(part, tile + 1, part)) if part < tile else (tile,)
+    """Sizes of a tile, ascending. Each is code of its own, so a nearly full tile is cut less finely."""
+    sizes = [tile]
+    while sizes[-1] > part:
+        coarse = sizes[-1] - 2 * part
+        sizes.append(coarse if coarse >= 5 * tile // 8 else sizes[-1] - part)
+    return tuple(reversed(sizes))
 
 
 def _divisors(size: int) -> list[int]:

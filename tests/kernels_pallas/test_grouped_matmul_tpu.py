@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from test_grouped_matmul import SIZES, G, K, M, N, assert_close, cast, draw, truth, value_and_gradients
 
 from kernels_pallas import dispatch, grouped_matmul
-from kernels_pallas.grouped_matmul import tpu, tpu_outer, tpu_rows, tpu_tuning
+from kernels_pallas.grouped_matmul import tpu, tpu_outer, tpu_rows, tpu_tuning, tpu_visits
 
 on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 
@@ -123,6 +123,9 @@ def test_jit_on_a_mesh():
     assert_close(actual, truth(arrays, sizes), 1e-6)
 
 
+SHARING = [33, 1, 0, 15, 5]  # groups share registers; the fourth one's rows in its first and last fit into one
+
+
 def kernels(sizes, interpret):
     """(out, drhs) of the two kernels alone, rows 80."""
     arrays = cast(draw(80), jnp.float32)
@@ -139,19 +142,38 @@ def test_no_races():
     strict = pltpu.InterpretParams(
         detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise"
     )
-    assert_close(*kernels([33, 1, 0, 20, 5], strict), 1e-6)
+    assert_close(*kernels(SHARING, strict), 1e-6)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize("module, name, spoilt", [(tpu_rows, "_share", "out"), (tpu_outer, "_zero_neighbours", "rhs")])
-def test_a_planted_error_is_seen(module, name, spoilt, monkeypatch):
+PLANTED = {
+    "rows shared with the next group are lost": (tpu_rows, "_share", lambda *args: None, "out"),
+    "neighbours' rows are summed over": (tpu_outer, "_zero_neighbours", lambda *args: None, "rhs"),
+    "last rows are left out, folded nowhere": (
+        tpu_outer,
+        "_fold",
+        lambda refs, v: tpu_visits.aligned(v.used(64)),
+        "rhs",
+    ),
+}
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_a_planted_error_is_seen(error, monkeypatch):
     """Without the care for rows that share a register with another group, results are wrong, and the tests see it."""
-    monkeypatch.setattr(module, name, lambda *args: None)
-    actual, expected = kernels([33, 1, 0, 20, 5], True)
+    module, name, wrong, spoilt = PLANTED[error]
+    monkeypatch.setattr(module, name, wrong)
+    actual, expected = kernels(SHARING, True)
     errors = {n: rel_rms(np.nan_to_num(actual[n], nan=9.0), expected[n]) for n in expected}
     assert errors[spoilt] > 1e-2 and all(e < 1e-6 for n, e in errors.items() if n != spoilt), errors
+
+
+def test_sizes_of_a_tile():
+    """Fine where groups end, coarse where a tile is nearly full; the last is the tile."""
+    assert tpu_tuning._parts(512, 32) == (*range(32, 321, 32), 384, 448, 512)
+    assert tpu_tuning._parts(64, 32) == (32, 64) and tpu_tuning._parts(32, 32) == tpu_tuning._parts(32, 64) == (32,)
 
 
 def test_what_ran_and_what_is_refused():
