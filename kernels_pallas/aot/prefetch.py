@@ -15,8 +15,6 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "custom_vmap_call": "call",
-    "remat_opt": "fwd_jaxpr",  # a custom_vjp with optimize_remat
     "remat": "jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
