@@ -198,11 +198,15 @@ def lines(op: str, chip: str, rows: int, found: dict) -> list[list[str]]:
     out = []
     for kind, of_size in found.get("sizes", {}).items():
         for name, k in of_size["kernels"].items():
+            if not k["executed_over_useful_flops"]:  # its steering values are made where the replay does not look
+                out.append([*head, kind, name, "not followed", "", "", ""])
+                continue
             floor = compulsory_microseconds(op, name, chip, rows)
             out.append([*head, kind, name, f"{k['microseconds']:,.0f}", f"{floor:,.0f}",
                         f"{k['microseconds'] / floor:.2f}", f"{k['executed_over_useful_flops']:.2f}"])  # fmt: skip
-        total = sum(k["microseconds"] for k in of_size["kernels"].values())
-        out.append([*head, kind, "all kernels", f"{total:,.0f}", "", "", ""])
+        if all(k["executed_over_useful_flops"] for k in of_size["kernels"].values()):
+            total = sum(k["microseconds"] for k in of_size["kernels"].values())
+            out.append([*head, kind, "all kernels", f"{total:,.0f}", "", "", ""])
     if op == "ragged_dot" or not out:
         dots, declared = (found[f"{of}_flops_over_one_matmul"] for of in ("program_dot", "declared"))
         text = f"dots outside kernels {dots:.1f}, kernels {declared:.1f} x 2 M K N"
