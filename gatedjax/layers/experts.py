@@ -24,9 +24,11 @@ class Stacks(NamedTuple):
         return self.gate.shape[0]
 
 
-def grouped_mlp(rows: Float[Array, "R M"], sizes: Int[Array, "E"], stacks: Stacks) -> Float[Array, "R M"]:
+def grouped_mlp(
+    rows: Float[Array, "R M"], sizes: Int[Array, "E"], stacks: Stacks, weights: Float[Array, "R"] | None = None
+) -> Float[Array, "R M"]:
     """Rows sorted by expert, `sizes` rows for each, through their experts' MLPs. Rows beyond the last group give 0."""
-    return expert_mlp(rows, stacks.gate, stacks.up, stacks.down, sizes, activation=stacks.activation)
+    return expert_mlp(rows, stacks.gate, stacks.up, stacks.down, sizes, weights, activation=stacks.activation)
 
 
 def mixture(
@@ -39,12 +41,15 @@ def mixture(
     """`sum_k weight_k * expert_k(x)`, float32. Of experts `first`, `first + 1`, ... only, those of `stacks`.
 
     Rows go to their experts and back by gathers; none is dropped, none is padded, places of other experts cost nothing.
+    Weights go along, into the experts: outputs are not needed again for the weights' gradient, and not kept.
     """
     own = experts - first
     ids = jnp.where((own >= 0) & (own < stacks.num_experts), own, stacks.num_experts)
     order, inverse, sizes = sort_by_group(ids.reshape(-1), stacks.num_experts)
     rows = sorted_inputs(x, weights, order, inverse, stacks)
-    return combine(permute_rows(grouped_mlp(rows, sizes, stacks), inverse, order), weights, stacks)
+    scale = None if stacks.weight_input else permute_rows(weights.reshape(-1), order, inverse)
+    y = permute_rows(grouped_mlp(rows, sizes, stacks, scale), inverse, order)
+    return jnp.sum(y.reshape(*weights.shape, -1), axis=1, dtype=jnp.float32)
 
 
 def sorted_inputs(x: Float[Array, "R M"], weights: Float[Array, "R k"], order: Array, inverse: Array, stacks: Stacks):

@@ -102,10 +102,12 @@ def _groups(rows: int, G: int, options: dict[str, str]) -> np.ndarray:
 
 
 def expert_mlp_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
-    """Axes R M F G; sizes = equal or zipf."""
+    """Axes R M F G; sizes = equal or zipf; weights = yes for a router's, float32."""
     R, M, F, G = (sizes[a] for a in ("R", "M", "F", "G"))
     stack = _array(dtype, G, M, F)
     args = (_array(dtype, R, M), stack, stack, _array(dtype, G, F, M), _array(jnp.int32, G))
+    if _one_of(options, "weights", "no", ("yes", "no")) == "yes":
+        args += (_array(jnp.float32, R),)
     call = lambda *a: expert_mlp(*a, implementation=options.get("implementation"))
     return Case(call, args, {4: _groups(R, G, options)})
 
@@ -123,7 +125,7 @@ CASES = {
     "linear_scan": (linear_scan_case, ("B", "T", "H", "K", "V"), ("Hk", "Hv"), {"decay"}),
     "attention": (attention_case, ("B", "T", "H", "D"), ("Hk",), {"gate", "window", "score", "causal", "segments"}),
     "grouped_matmul": (grouped_matmul_case, ("M", "K", "N", "G"), (), {"sizes"}),
-    "expert_mlp": (expert_mlp_case, ("R", "M", "F", "G"), (), {"sizes"}),
+    "expert_mlp": (expert_mlp_case, ("R", "M", "F", "G"), (), {"sizes", "weights"}),
 }
 
 

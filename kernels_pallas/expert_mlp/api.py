@@ -17,12 +17,13 @@ def expert_mlp(
     up: Float[Array, "G M F"],
     down: Float[Array, "G F M"],
     group_sizes: Int[Array, "G"],
+    weights: Float[Array, "R"] | None = None,
     *,
     activation: str = "silu",
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R M"]:
-    """`(activation(x gate_g) * (x up_g)) down_g` for every row x, g being the row's group: the MLPs of sparse experts.
+    """`w (activation(x gate_g) * (x up_g)) down_g` for each row x of group g and weight w: the MLPs of sparse experts.
 
     Rows are sorted by group as in `grouped_matmul`: the first group_sizes[0] rows go through the first matrices, and so
     on. On TPU it is two kernels forward and five backward; the only arrays [R, F] that exist are the two
@@ -33,6 +34,8 @@ def expert_mlp(
         float32, pre-activations and products are rounded to that dtype.
       group_sizes: integers >= 0. Rows beyond their sum give zeros and get zero gradient; an empty group gets zero
         gradient. Not checked: values are unknown under jit. Rows counted beyond R do not exist.
+      weights: of each row's result, as a router gives them; any float dtype, multiplied in float32 (or float64) before
+        the last matmul. All 1 if None. Their gradient is made on the way to the rows' and divides by nothing.
       activation: "silu" (SwiGLU, arXiv 2002.05202) or "gelu" (its tanh form).
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
@@ -43,16 +46,22 @@ def expert_mlp(
     """
     op = "expert_mlp"
     _check(op, rows, gate, up, down, group_sizes)
+    if weights is not None and (weights.shape != rows.shape[:1] or not jnp.issubdtype(weights.dtype, jnp.floating)):
+        came = f"shape {weights.shape} and dtype {weights.dtype}"
+        raise ValueError(f"{op}: weights has {came}, wanted {rows.shape[:1]} of a float dtype")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation={activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
     if interpret and implementation not in ("tpu", "gpu"):
         raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(rows, gate), "gpu": gpu.unsupported(rows)})
-    arrays = rows, gate, up, down, group_sizes
+    chosen = dispatch.choose(
+        op, implementation, {"tpu": tpu.unsupported(rows, gate, weights), "gpu": gpu.unsupported(rows)}
+    )
+    arrays = rows, gate, up, down, group_sizes, weights
     if chosen != "tpu":
         return composed.expert_mlp(*arrays, activation=activation, implementation=chosen, interpret=interpret)
     # As in `grouped_matmul`: matrices that are the same everywhere must vary before they enter the custom_vjp.
-    arrays = [varying_like(x, *arrays) for x in arrays]
+    given = [x for x in arrays if x is not None]
+    arrays = [None if x is None else varying_like(x, *given) for x in arrays]
     return tpu.expert_mlp(*arrays, activation=activation, interpret=interpret)
 
 

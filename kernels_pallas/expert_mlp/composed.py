@@ -6,8 +6,17 @@ from kernels_pallas.expert_mlp.gate import gated_product
 from kernels_pallas.grouped_matmul import grouped_matmul
 
 
-def expert_mlp(rows, gate, up, down, group_sizes, *, activation: str, implementation: str, interpret: bool) -> Array:
-    """As `api.expert_mlp`, with every default filled in."""
+def expert_mlp(
+    rows, gate, up, down, group_sizes, weights, *, activation: str, implementation: str, interpret: bool
+) -> Array:
+    """As `api.expert_mlp`, with every default filled in.
+
+    Weights multiply the product, not what becomes of it, which is the same: their gradient then needs the product and
+    its cotangent only, not the result.
+    """
     options = dict(implementation=implementation, interpret=interpret)
     pre = (grouped_matmul(rows, matrix, group_sizes, **options) for matrix in (gate, up))
-    return grouped_matmul(gated_product(activation, *pre).astype(rows.dtype), down, group_sizes, **options)
+    product = gated_product(activation, *pre)
+    if weights is not None:
+        product = product * weights.astype(product.dtype)[:, None]
+    return grouped_matmul(product.astype(rows.dtype), down, group_sizes, **options)

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from kernels_pallas import partition
-from kernels_pallas.grouped_matmul import tpu_outer, tpu_rows, tpu_tuning
-from kernels_pallas.grouped_matmul.tpu_rows import LANES
+from kernels_pallas.grouped_matmul import tpu_outer, tpu_per_row, tpu_rows, tpu_tuning
+from kernels_pallas.grouped_matmul.tpu_per_row import LANES
 from kernels_pallas.grouped_matmul.tpu_visits import ROWS
 from kernels_pallas.manual_axes import varying_axes
 
@@ -79,47 +80,73 @@ class Rows(NamedTuple):
     body: Callable = lambda product: (product(0, 0),)
     transposed: bool = False
     operand: Callable | None = None
+    row_sums: bool = False
 
 
 def rows_times_groups(
-    work: Rows, xs: Sequence[Array], matrices: Sequence[Array], group_sizes: Array, tiled: Sequence[Array] = ()
+    work: Rows,
+    xs: Sequence[Array],
+    matrices: Sequence[Array],
+    group_sizes: Array,
+    tiled: Sequence[Array] = (),
+    scales: Sequence[Float[Array, "R"]] = (),
 ) -> list[Array]:
-    """`tpu_rows.rows_times_groups` of arrays of any size, on any mesh. Outputs take the place of the tiled arrays."""
-    O, n = matrices[0].shape[1 if work.transposed else 2], len(xs) + len(tiled)
+    """`tpu_rows.rows_times_groups` of arrays of any size, on any mesh. Outputs take the place of the tiled arrays.
+
+    Row sums are [R], float32.
+    """
+    O = matrices[0].shape[1 if work.transposed else 2]
+    ends = np.cumsum([len(xs), len(tiled), len(scales)])
 
     def on_device(*arrays):
         *arrays, sizes = arrays
-        R = arrays[0].shape[0]
-        arrays = [*(_padded(x, ROWS, LANES) for x in arrays[:n]), *(_padded(m, 1, LANES, LANES) for m in arrays[n:])]
-        x, matrix = arrays[0], arrays[n]
+        xs, tiled, scales, matrices = (arrays[i:j] for i, j in zip((0, *ends), (*ends, None)))
+        R = xs[0].shape[0]
+        xs, tiled = ([_padded(x, ROWS, LANES) for x in group] for group in (xs, tiled))
+        matrices = [_padded(m, 1, LANES, LANES) for m in matrices]
         schedule = tpu_tuning.rows_schedule(
-            *x.shape, matrix.shape[1 if work.transposed else 2], x.dtype.itemsize,
+            *xs[0].shape, matrices[0].shape[1 if work.transposed else 2], xs[0].dtype.itemsize,
             inputs=len(xs), matrices=len(matrices), tiled=len(tiled), outputs=len(work.out_dtypes),
+            per_row=len(scales) + work.row_sums,
         )  # fmt: skip
         call = tpu_rows.Call(
-            schedule, work.transposed, work.body, work.out_dtypes, _interpret(work.interpret, x), work.name,
-            work.operand, in_place=bool(tiled),
+            schedule, work.transposed, work.body, work.out_dtypes, _interpret(work.interpret, xs[0]), work.name,
+            work.operand, in_place=bool(tiled), row_sums=work.row_sums,
         )  # fmt: skip
-        outs = tpu_rows.rows_times_groups(call, arrays[: len(xs)], arrays[n:], sizes, arrays[len(xs) : n])
-        return [out[:R, :O] for out in outs]
+        outs = tpu_rows.rows_times_groups(call, xs, matrices, sizes, tiled, [_lines(x) for x in scales])
+        sums = [jnp.sum(out, axis=0).reshape(-1)[:R] for out in outs[len(work.out_dtypes) :]]  # over the cores
+        return [out[:R, :O] for out in outs[: len(work.out_dtypes)]] + sums
 
-    return partition.by_sorted_rows(on_device, (*xs, *tiled), matrices, group_sizes)
+    return partition.by_sorted_rows(on_device, (*xs, *tiled, *scales), matrices, group_sizes)
 
 
 def outer_by_group(
-    name: str, interpret: bool, lefts: Sequence[Array], dout: Array, group_sizes: Array, operand: Callable | None = None
+    name: str,
+    interpret: bool,
+    lefts: Sequence[Array],
+    dout: Array,
+    group_sizes: Array,
+    operand: Callable | None = None,
+    scales: Sequence[Float[Array, "R"]] = (),
 ) -> Float[Array, "G K N"]:
     """`tpu_outer.outer_by_group` of arrays of any size, on any mesh; in dout's dtype."""
     K, N = lefts[0].shape[1], dout.shape[1]
 
     def on_device(*arrays):
         *arrays, sizes = arrays
-        *lefts, dout = (_padded(x, ROWS, LANES) for x in arrays)
-        schedule = tpu_tuning.outer_schedule(*lefts[0].shape, dout.shape[1], dout.dtype.itemsize, len(lefts))
+        *lefts, dout = (_padded(x, ROWS, LANES) for x in arrays[: len(arrays) - len(scales)])
+        lines = [_lines(x) for x in arrays[len(lefts) + 1 :]]
+        schedule = tpu_tuning.outer_schedule(
+            *lefts[0].shape, dout.shape[1], dout.dtype.itemsize, len(lefts), len(scales)
+        )
         call = tpu_outer.Call(schedule, dout.dtype, _interpret(interpret, dout), name, operand)
-        return tpu_outer.outer_by_group(call, lefts, dout, sizes)[:, :K, :N]
+        return tpu_outer.outer_by_group(call, lefts, dout, sizes, lines)[:, :K, :N]
 
-    return partition.by_sorted_rows(on_device, (*lefts, dout), (), group_sizes, summed=True)
+    return partition.by_sorted_rows(on_device, (*lefts, dout, *scales), (), group_sizes, summed=True)
+
+
+def _lines(x: Float[Array, "R"]) -> Float[Array, "L 128"]:
+    return tpu_per_row.in_lines(_padded(x, ROWS))
 
 
 def _interpret(interpret: bool, x: Array):

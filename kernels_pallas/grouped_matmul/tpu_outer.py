@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from kernels_pallas.grouped_matmul import tpu_visits
-from kernels_pallas.grouped_matmul.tpu_rows import LANES, matmul
+from kernels_pallas.grouped_matmul import tpu_per_row, tpu_visits
+from kernels_pallas.grouped_matmul.tpu_per_row import LANES
+from kernels_pallas.grouped_matmul.tpu_rows import matmul
 from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Visit, Walk
 
 
@@ -39,15 +40,19 @@ class Call(NamedTuple):
     out_dtype: jnp.dtype
     interpret: object
     name: str
-    operand: Callable | None = None  # (part of each left operand) -> the one that is multiplied, elementwise
+    operand: Callable | None = None  # (part of each left operand, each scale) -> what is multiplied, elementwise
 
 
 def outer_by_group(
-    call: Call, lefts: tuple[Float[Array, "R K"], ...], dout: Float[Array, "R N"], sizes: Int[Array, "G"]
+    call: Call,
+    lefts: tuple[Float[Array, "R K"], ...],
+    dout: Float[Array, "R N"],
+    sizes: Int[Array, "G"],
+    scales: tuple[Float[Array, "L 128"], ...] = (),
 ) -> Float[Array, "G K N"]:
     """Rows sorted by group; R a multiple of `ROWS`, K and N of 128. Zeros for groups of no rows.
 
-    One left operand, or several that `call.operand` makes one of.
+    One left operand, or several that `call.operand` makes one of; it may take scales, `tpu_per_row.in_lines`.
     """
     lhs = lefts[0]
     (R, K), N, G = lhs.shape, dout.shape[1], len(sizes)
@@ -64,9 +69,10 @@ def outer_by_group(
     leaves, tree = jax.tree.flatten(scratch)
 
     def kernel(sizes, *refs):
-        *left, dout, out = refs[: len(lefts) + 2]
+        (*arrays, out), rest = refs[: (n := len(lefts) + len(scales) + 2)], refs[n:]
+        (*left, dout), lines = arrays[: len(lefts) + 1], arrays[len(lefts) + 1 :]
         block = [pl.ds(pl.multiple_of(pl.program_id(i) * n, LANES), n) for i, n in enumerate((s.inner, s.columns))]
-        _kernel(_Refs(call, *block, sizes, left, dout, out, **jax.tree.unflatten(tree, refs[len(lefts) + 2 :])))
+        _kernel(_Refs(call, *block, sizes, left, dout, lines, out, **jax.tree.unflatten(tree, rest)))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     item = lhs.dtype.itemsize
@@ -76,7 +82,7 @@ def outer_by_group(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(K // s.inner, N // s.columns),
-            in_specs=[anywhere] * (len(lefts) + 1),
+            in_specs=[anywhere] * (len(lefts) + 1) + [pl.BlockSpec(x.shape, lambda *_: (0, 0)) for x in scales],
             out_specs=anywhere,
             scratch_shapes=leaves,
         ),
@@ -87,7 +93,7 @@ def outer_by_group(
         cost_estimate=pl.CostEstimate(2 * R * K * N, 0, moved),
         interpret=call.interpret,
         name=call.name,
-    )(sizes, *lefts, dout)
+    )(sizes, *lefts, dout, *scales)
 
 
 class _Refs(NamedTuple):
@@ -99,6 +105,7 @@ class _Refs(NamedTuple):
     sizes: object
     lefts_hbm: list
     dout_hbm: object
+    scales: list  # VMEM [L, 128]
     out_hbm: object
     lhs: list  # [ahead, tile, inner] each; the first becomes what is multiplied
     dout: object  # [ahead, tile, columns]
@@ -151,13 +158,14 @@ def _kernel(refs: _Refs) -> None:
             refs.move_out(v.place - s.ahead, "wait")
 
         refs.move_in(v, "wait")
-        used = v.used(s.tile)
+        _operand(refs, v)
+        used = _fold(refs, v)
 
         @pl.when(used <= 0)
         def _():
             refs.out[v.place % s.ahead] = jnp.zeros(refs.out.shape[1:], refs.out.dtype)
 
-        tpu_visits.cases(used, s.parts, lambda size: _multiply(refs, v, size))
+        tpu_visits.cases(used, s.parts, lambda size: _multiply(refs, v, used, size))
 
         @pl.when(v.last(s.tile))
         def _():
@@ -170,18 +178,46 @@ def _kernel(refs: _Refs) -> None:
             refs.move_out(groups.groups - back, "wait")
 
 
-def _multiply(refs: _Refs, v: Visit, size: int) -> None:
+def _operand(refs: _Refs, v: Visit) -> None:
+    """Makes one left operand of all."""
+    if refs.call.operand:
+
+        @pl.loop(0, jnp.maximum(v.used(refs.call.schedule.tile), 0), step=ROWS)
+        def _(first):
+            first = pl.multiple_of(first, ROWS)
+            at = (v.index % refs.call.schedule.ahead, pl.ds(first, ROWS))
+            scales = [tpu_per_row.column(lines, v.row + first, ROWS) for lines in refs.scales]
+            refs.lhs[0][at] = refs.call.operand(*(x[at] for x in refs.lhs), *scales).astype(refs.lhs[0].dtype)
+
+
+def _fold(refs: _Refs, v: Visit) -> Array:
+    """Rows of the tile that are summed over; a group's last rows may take the places of its neighbour's in front.
+
+    The order of rows does not matter to a sum, and a matrix unit sums over 128 at a time: a group whose rows in its
+    first and last registers fit into one would often need a unit's pass more for them.
+    """
+    tile = refs.call.schedule.tile
+    used, before = v.used(tile), v.start - v.row
+    last = v.end % ROWS
+    folded = v.first & v.last(tile) & (used > ROWS) & (last > 0) & (last <= before)
+    slot, at = v.index % refs.call.schedule.ahead, tpu_visits.aligned(jnp.maximum(used, 0))
+
+    @pl.when(folded)
+    def _():
+        rows = tpu_visits.rows_of(ROWS, 0)
+        for x in (refs.lhs[0], refs.dout):
+            head, tail = (x[slot, pl.ds(first, ROWS)] for first in (0, pl.multiple_of(at, ROWS)))
+            tail = jnp.where(rows < last, tail.astype(jnp.float32), 0.0)
+            x[slot, pl.ds(0, ROWS)] = jnp.where(rows >= before, head.astype(jnp.float32), tail).astype(x.dtype)
+
+    return jnp.where(folded, at, used)
+
+
+def _multiply(refs: _Refs, v: Visit, used: Array, size: int) -> None:
     """Adds the first `size` rows of the tile to the group's sum; the group's last tile leaves it in `out`."""
     s = refs.call.schedule
     slot = v.index % s.ahead
-    if refs.call.operand:
-
-        @pl.loop(0, size, step=ROWS)
-        def _(first):
-            at = (slot, pl.ds(pl.multiple_of(first, ROWS), ROWS))
-            refs.lhs[0][at] = refs.call.operand(*(x[at] for x in refs.lhs)).astype(refs.lhs[0].dtype)
-
-    _zero_neighbours(refs, v, size)
+    _zero_neighbours(refs, v, used, size)
     rows, (inner_step, column_step) = pl.ds(0, size), s.step
 
     def walk(store):
@@ -212,22 +248,29 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
         walk(store)
 
 
-def _zero_neighbours(refs: _Refs, v: Visit, size: int) -> None:
-    """Rows of other groups among the first `size` of the tile, in both operands: what is there may be anything."""
+def _zero_neighbours(refs: _Refs, v: Visit, used: Array, size: int) -> None:
+    """Rows of other groups among the first `size` of the tile, in both operands: what is there may be anything.
+
+    The group's end lies `used` rows into the tile. Rows in front of it are its neighbour's only if none were folded.
+    """
     slot = v.index % refs.call.schedule.ahead
 
     def select(first, keep):
-        rows = tpu_visits.rows_of(ROWS, v.row + first)
+        rows = tpu_visits.rows_of(ROWS, first)
         for x in (refs.lhs[0], refs.dout):
             at = x[slot, pl.ds(first, ROWS)]
             x[slot, pl.ds(first, ROWS)] = jnp.where(keep(rows), at.astype(jnp.float32), 0.0).astype(x.dtype)
 
-    @pl.when(v.first & (v.row < v.start))
+    @pl.when(v.first & (v.row < v.start) & (used == v.used(refs.call.schedule.tile)))
     def _():
-        select(0, lambda rows: rows >= v.start)
+        select(0, lambda rows: rows >= v.start - v.row)
 
-    @pl.when(v.used(refs.call.schedule.tile) < size)
+    @pl.when(used < size)
     def _():
-        @pl.loop(tpu_visits.aligned(v.end - v.row), size, step=ROWS)
+        edge = pl.multiple_of(tpu_visits.aligned(used), ROWS)
+        select(edge, lambda rows: rows < used)
+
+        @pl.loop(edge + ROWS, size, step=ROWS)
         def _(first):
-            select(pl.multiple_of(first, ROWS), lambda rows: rows < v.end)
+            for x in (refs.lhs[0], refs.dout):
+                x[slot, pl.ds(pl.multiple_of(first, ROWS), ROWS)] = jnp.zeros((ROWS, x.shape[2]), x.dtype)

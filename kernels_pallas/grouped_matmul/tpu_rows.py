@@ -19,10 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from kernels_pallas.grouped_matmul import tpu_visits
+from kernels_pallas.grouped_matmul import tpu_per_row, tpu_visits
+from kernels_pallas.grouped_matmul.tpu_per_row import LANES
 from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Visit, Walk
-
-LANES = 128
 
 
 class Schedule(NamedTuple):
@@ -42,12 +41,15 @@ class Call(NamedTuple):
 
     schedule: Schedule
     transposed: bool  # matrices are [G, O, I]
-    body: Callable  # (product(input, matrix), part of each tiled array) -> each output: parts [size, step], float32
+    # (product(input, matrix), part of each tiled array, each scale [size, 1] unless the operand took them) -> each
+    # output: parts [size, step], float32
+    body: Callable
     out_dtypes: tuple[jnp.dtype, ...]
     interpret: object
     name: str
-    operand: Callable | None = None  # (part of each input) -> the one that is multiplied instead of them, elementwise
+    operand: Callable | None = None  # (part of each input, each scale) -> what is multiplied instead, elementwise
     in_place: bool = False  # outputs take the place of the tiled arrays
+    row_sums: bool = False  # the body's last value is not written, but the sum over its columns is
 
 
 def rows_times_groups(
@@ -56,8 +58,12 @@ def rows_times_groups(
     matrices: tuple[Float[Array, "G I O"], ...],
     sizes: Int[Array, "G"],
     tiled: tuple[Float[Array, "R O"], ...] = (),
+    scales: tuple[Float[Array, "L 128"], ...] = (),
 ) -> tuple[Float[Array, "R O"], ...]:
-    """Rows sorted by group; R a multiple of `ROWS`, I and O of 128. Rows beyond the groups' are zeros."""
+    """Rows sorted by group; R a multiple of `ROWS`, I and O of 128. Rows beyond the groups' are zeros.
+
+    Scales are a number for each row, `tpu_per_row.in_lines`; so are the row sums, the last output, of each core.
+    """
     (R, I), G = xs[0].shape, len(sizes)
     O = matrices[0].shape[1 if call.transposed else 2]
     s = call.schedule
@@ -77,7 +83,7 @@ def rows_times_groups(
     )
     leaves, tree = jax.tree.flatten(scratch)
 
-    ends = np.cumsum([len(xs), len(tiled), len(matrices), len(call.out_dtypes)])
+    ends = np.cumsum([len(xs), len(tiled), len(matrices), len(scales), len(call.out_dtypes), call.row_sums])
 
     def kernel(sizes, *refs):
         part = -(-R // (s.cores * ROWS)) * ROWS
@@ -88,6 +94,11 @@ def rows_times_groups(
         _kernel(_Refs(call, rows, columns, sizes, *hbm, **jax.tree.unflatten(tree, refs[ends[-1] :])))
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    lines = -(-R // LANES)
+    sums = jax.ShapeDtypeStruct(
+        (s.cores, lines, LANES), jnp.float32, manual_axis_type=jax.typeof(xs[0]).manual_axis_type
+    )
+    sums_spec = pl.BlockSpec((None, lines, LANES), lambda core, *_: (core, 0, 0))
     moved = sum(x.size * x.dtype.itemsize for x in xs) * (O // s.columns)
     moved += sum(m.size * m.dtype.itemsize for m in (*matrices, *tiled))
     moved += sum(R * O * d.itemsize for d in call.out_dtypes)
@@ -96,11 +107,12 @@ def rows_times_groups(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(s.cores, O // s.columns),
-            in_specs=[anywhere] * (len(xs) + len(tiled) + len(matrices)),
-            out_specs=[anywhere] * len(call.out_dtypes),
+            in_specs=[anywhere] * (len(xs) + len(tiled) + len(matrices))
+            + [pl.BlockSpec((lines, LANES), lambda *_: (0, 0))] * len(scales),
+            out_specs=[anywhere] * len(call.out_dtypes) + [sums_spec] * call.row_sums,
             scratch_shapes=leaves,
         ),
-        out_shape=[like(d) for d in call.out_dtypes],
+        out_shape=[like(d) for d in call.out_dtypes] + [sums] * call.row_sums,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=s.vmem,
@@ -110,7 +122,7 @@ def rows_times_groups(
         input_output_aliases={1 + len(xs) + i: i for i in range(len(tiled))} if call.in_place else {},
         interpret=call.interpret,
         name=call.name,
-    )(sizes, *xs, *tiled, *matrices)
+    )(sizes, *xs, *tiled, *matrices, *scales)
 
 
 class _Refs(NamedTuple):
@@ -123,7 +135,9 @@ class _Refs(NamedTuple):
     xs: tuple  # HBM [R, I]
     tileds: tuple  # HBM [R, O]
     matrices: tuple  # HBM
+    scales: tuple  # VMEM [L, 128]
     outs: tuple  # HBM [R, O]
+    sums: tuple  # VMEM [L, 128], at most one
     x: list  # VMEM [ahead, tile, I]
     tiled: list  # VMEM [ahead, tile, columns]
     operand: list  # VMEM [tile, I], at most one
@@ -182,6 +196,12 @@ def _kernel(refs: _Refs) -> None:
     tiles = tpu_visits.append(walk, groups, 0, refs.rows[1], s.tile, empty=False).tiles
     at = lambda index: tpu_visits.visit(walk, index)
 
+    if refs.sums:
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            refs.sums[0][...] = jnp.zeros(refs.sums[0].shape, jnp.float32)
+
     for i in range(s.ahead - 1):
 
         @pl.when(i < real)
@@ -238,12 +258,14 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
     s = refs.schedule
     slot, matrix_slot = v.index % s.ahead, v.place % s.ahead
     xs = [x.at[slot, pl.ds(0, size)] for x in refs.x]
+    scales = lambda first, count: [tpu_per_row.column(lines, v.row + first, count) for lines in refs.scales]
     if refs.operand:
 
         @pl.loop(0, size, step=ROWS)
         def _(first):
             rows = pl.ds(pl.multiple_of(first, ROWS), ROWS)
-            refs.operand[0][rows] = refs.call.operand(*(x[rows] for x in xs)).astype(refs.operand[0].dtype)
+            operand = refs.call.operand(*(x[rows] for x in xs), *scales(first, ROWS))
+            refs.operand[0][rows] = operand.astype(refs.operand[0].dtype)
 
         xs = [refs.operand[0].at[pl.ds(0, size)]]
 
@@ -256,9 +278,12 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
             return matmul(xs[x][...], refs.matrix[matrix][(matrix_slot, *part)], ((1,), (int(refs.call.transposed),)))
 
         at = (slot, pl.ds(0, size), columns)
-        values = refs.call.body(product, *(z[at] for z in refs.tiled))
+        scaled = [] if refs.operand else scales(0, size)
+        values = refs.call.body(product, *(z[at] for z in refs.tiled), *scaled)
         for out, value in zip(refs.out, values):
             out[at] = value.astype(out.dtype)
+        for lines in refs.sums:
+            tpu_per_row.add_sums(lines, v.row, values[-1], v.start, v.end)
 
 
 def _share(refs: _Refs, v: Visit) -> None:

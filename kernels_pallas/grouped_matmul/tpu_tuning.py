@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from kernels_pallas.grouped_matmul import tpu_outer, tpu_rows
-from kernels_pallas.grouped_matmul.tpu_rows import LANES
+from kernels_pallas.grouped_matmul.tpu_per_row import LANES
 from kernels_pallas.grouped_matmul.tpu_visits import ROWS
 
 MIB = 2**20
@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
     cores: int  # that share a program
     tile: int  # rows at a time
-    parts: int  # a tile's rows are rounded up to this, for `tpu_rows`
+    parts: int  # a tile's rows are rounded up to this, for `tpu_rows`; to twice this where a tile is nearly full
     depth: int  # the same for `tpu_outer`, where rows are what a matrix unit sums over
     step: int  # columns of one matmul of `tpu_rows`
     outer_step: tuple[int, int]  # block of one matmul of `tpu_outer`
@@ -30,29 +30,34 @@ class Row(NamedTuple):
 
 # By device kind, as jax.Device.device_kind says.
 TUNED = {
-    "TPU v5 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
-    "TPU v5": Row(cores=2, tile=512, parts=64, depth=128, step=1024, outer_step=(1024, 1024), vmem=56 * MIB),
-    "TPU v6 lite": Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
+    "TPU v5 lite": Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
+    "TPU v5": Row(cores=2, tile=512, parts=32, depth=128, step=1024, outer_step=(1024, 1024), vmem=56 * MIB),
+    "TPU v6 lite": Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
 }
-DEFAULT = Row(cores=1, tile=512, parts=64, depth=128, step=512, outer_step=(1024, 512), vmem=56 * MIB)
+DEFAULT = Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=56 * MIB)
 AHEAD = (4, 2)  # groups in VMEM; deeper queues gain nothing more
 
 
-def rows_schedule(R: int, I: int, O: int, item: int, inputs=1, matrices=1, tiled=0, outputs=1) -> tpu_rows.Schedule:
-    """For R rows, [I, O] matrices and numbers of `item` bytes: as many columns as fit, then as many matrices."""
+def rows_schedule(
+    R: int, I: int, O: int, item: int, inputs=1, matrices=1, tiled=0, outputs=1, per_row=0
+) -> tpu_rows.Schedule:
+    """For R rows, [I, O] matrices and numbers of `item` bytes: as many columns as fit, then as many matrices.
+
+    `per_row`: numbers for each row that are in VMEM all the time.
+    """
     tuned = _tuned()
     tile = _tile(tuned, R, item)
     for columns in _divisors(O):
         for ahead in AHEAD:
             taken = ahead * (inputs * tile * I + matrices * I * columns + (tiled + outputs) * tile * columns)
             taken += tile * I if inputs > 1 else 0
-            if taken * item <= tuned.vmem - OPERANDS:
+            if taken * item + 8 * per_row * R <= tuned.vmem - OPERANDS:  # float32, twice
                 step = next(n for n in _divisors(columns) if n <= max(LANES, tuned.step * 2 // item // matrices))
                 return tpu_rows.Schedule(tile, columns, ahead, step, _parts(tile, tuned.parts), tuned.cores, tuned.vmem)
     raise ValueError(f"grouped_matmul: {too_large(I, item)}")
 
 
-def outer_schedule(R: int, K: int, N: int, item: int, lefts: int = 1) -> tpu_outer.Schedule:
+def outer_schedule(R: int, K: int, N: int, item: int, lefts: int = 1, per_row: int = 0) -> tpu_outer.Schedule:
     """For R rows and [K, N] sums: of the blocks that fit, the one for which the rows are read least often."""
     tuned = _tuned()
     tile = _tile(tuned, R, item)
@@ -60,6 +65,7 @@ def outer_schedule(R: int, K: int, N: int, item: int, lefts: int = 1) -> tpu_out
 
     def fits(inner: int, columns: int, ahead: int = AHEAD[-1]) -> bool:
         taken = ahead * item * (tile * (lefts * inner + columns) + inner * columns) + 4 * inner * columns
+        taken += 8 * per_row * R
         return taken <= tuned.vmem - OPERANDS
 
     blocks = [(k, n) for k in _divisors(largest) for n in _divisors(N) if fits(k, n)]
@@ -91,7 +97,12 @@ def _tile(tuned: Row, R: int, item: int) -> int:
 
 
 def _parts(tile: int, part: int) -> tuple[int, ...]:
-    return tuple(range(part, tile + 1, part)) if part < tile else (tile,)
+    """Sizes of a tile, ascending. Each is code of its own, so a nearly full tile is cut less finely."""
+    sizes = [tile]
+    while sizes[-1] > part:
+        coarse = sizes[-1] - 2 * part
+        sizes.append(coarse if coarse >= 5 * tile // 8 else sizes[-1] - part)
+    return tuple(reversed(sizes))
 
 
 def _divisors(size: int) -> list[int]:

@@ -32,13 +32,19 @@ def draw(dtype, rows=R):
     return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
 
 
+def weights(rows=R):
+    """One of them is 0: a gradient that divided by it would show."""
+    return {"weights": jnp.asarray(np.random.default_rng(2).normal(size=rows), jnp.float32).at[3].set(0.0)}
+
+
 def cotangent(rows=R):
     return np.random.default_rng(1).normal(size=(rows, M)).astype(np.float32)
 
 
 def value_and_gradients(arrays, sizes, f=expert_mlp, **options):
     """{"y": y, "rows": drows, "gate": dgate, ...}."""
-    y, pull = jax.vjp(lambda a: f(*(a[name] for name in NAMES), sizes, **options), arrays)
+    call = lambda a: f(*(a[name] for name in NAMES), sizes, *(a[n] for n in a if n == "weights"), **options)
+    y, pull = jax.vjp(call, arrays)
     return {"y": y} | pull(jnp.asarray(cotangent(len(y)), y.dtype))[0]
 
 
@@ -48,13 +54,15 @@ def truth(arrays, sizes, half=None):
     dy = cotangent(len(x)) if half is None else cotangent(2 * len(x)).reshape(2, len(x), M)[half]
     dy = np.asarray(jnp.asarray(dy, arrays["rows"].dtype), np.float64)
     out = {"y": np.zeros_like(x), "rows": np.zeros_like(x)}
-    out |= {name: np.zeros(arrays[name].shape) for name in NAMES[1:]}
-    start = 0
+    out |= {name: np.zeros(arrays[name].shape) for name in (*NAMES[1:], *(n for n in arrays if n == "weights"))}
+    w, start = np.asarray(arrays.get("weights", np.ones(len(x))), np.float64)[:, None], 0
     for g, size in enumerate(sizes):
         at = slice(start, start + size)
         a, b = x[at] @ gate[g], x[at] @ up[g]
         s = 1 / (1 + np.exp(-a))
-        h, dh = a * s * b, dy[at] @ down[g].T
+        if "weights" in out:
+            out["weights"][at] = np.sum(dy[at] * (a * s * b @ down[g]), axis=1)
+        h, dh = w[at] * a * s * b, w[at] * (dy[at] @ down[g].T)
         da, db = dh * b * s * (1 + a * (1 - s)), dh * a * s
         out["y"][at], out["rows"][at] = h @ down[g], da @ gate[g].T + db @ up[g].T
         out["gate"][g], out["up"][g], out["down"][g] = x[at].T @ da, x[at].T @ db, h.T @ dy[at]
@@ -72,26 +80,33 @@ def on_tpu():
     return jax.jit(functools.partial(value_and_gradients, implementation="tpu", interpret=True))
 
 
-@pytest.mark.parametrize("sizes", [SIZES, [1, 1, 1, 1], [0, 0, 60, 0]])
+@pytest.mark.parametrize("sizes", [SIZES, [1, 1, 1, 1], [0, 0, 60, 0], [5, 17, 33, 5]])
 def test_tpu_kernels(sizes):
-    arrays = draw(jnp.float32)
+    arrays = draw(jnp.float32) | weights()
     actual = on_tpu()(arrays, jnp.asarray(sizes, jnp.int32))
     assert_close(actual, truth(arrays, sizes), 2e-6)
     assert not np.any(actual["y"][sum(sizes) :]) and not np.any(actual["down"][np.asarray(sizes) == 0])
+    assert not np.any(actual["weights"][sum(sizes) :])
+
+
+@pytest.mark.slow
+def test_tpu_without_weights():
+    arrays = draw(jnp.float32)
+    assert_close(on_tpu()(arrays, jnp.asarray(SIZES, jnp.int32)), truth(arrays, SIZES), 2e-6)
 
 
 def test_tpu_without_a_derivative():
     """Other kernels, which write the product instead of the two pre-activations: the same to the rounding."""
-    arrays = draw(jnp.float32)
+    arrays = draw(jnp.float32) | weights()
     run = jax.jit(functools.partial(expert_mlp, implementation="tpu", interpret=True))
-    y = run(*(arrays[name] for name in NAMES), jnp.asarray(SIZES))
+    y = run(*(arrays[name] for name in NAMES), jnp.asarray(SIZES), arrays["weights"])
     assert rel_rms(y, truth(arrays, SIZES)["y"]) < 2e-6
     assert dispatch.last_choice("expert_mlp").implementation == "tpu"
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_composed(implementation):
-    arrays = draw(jnp.float32)
+    arrays = draw(jnp.float32) | weights()
     run = jax.jit(functools.partial(value_and_gradients, implementation=implementation))
     assert_close(run(arrays, jnp.asarray(SIZES)), truth(arrays, SIZES), 2e-6)
 
@@ -151,6 +166,7 @@ BAD = {
     "group_sizes has shape (3,), wanted (2,)": dict(group_sizes=jnp.asarray([1, 2, 1])),
     "group_sizes has dtype float32": dict(group_sizes=jnp.ones(2)),
     "down has dtype bfloat16, wanted float32": dict(down=jnp.zeros((2, 5, 3), jnp.bfloat16)),
+    "weights has shape (3,) and dtype float32, wanted (4,) of a float dtype": dict(weights=jnp.ones(3)),
     "activation='relu', wanted one of silu, gelu": dict(activation="relu"),
     "implementation='fast'": dict(implementation="fast"),
     "interpret=True": dict(interpret=True),

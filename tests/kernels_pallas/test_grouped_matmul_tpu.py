@@ -9,13 +9,14 @@ import pytest
 from helpers import rel_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_grouped_matmul import SIZES, G, K, M, N, assert_close, cast, draw, truth, value_and_gradients
 
 from kernels_pallas import dispatch, grouped_matmul
-from kernels_pallas.grouped_matmul import tpu, tpu_outer, tpu_rows, tpu_tuning
+from kernels_pallas.grouped_matmul import tpu, tpu_outer, tpu_per_row, tpu_rows, tpu_tuning, tpu_visits
 
 on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 
@@ -123,6 +124,9 @@ def test_jit_on_a_mesh():
     assert_close(actual, truth(arrays, sizes), 1e-6)
 
 
+SHARING = [33, 1, 0, 15, 5]  # groups share registers; the fourth one's rows in its first and last fit into one
+
+
 def kernels(sizes, interpret):
     """(out, drhs) of the two kernels alone, rows 80."""
     arrays = cast(draw(80), jnp.float32)
@@ -139,19 +143,62 @@ def test_no_races():
     strict = pltpu.InterpretParams(
         detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise"
     )
-    assert_close(*kernels([33, 1, 0, 20, 5], strict), 1e-6)
+    assert_close(*kernels(SHARING, strict), 1e-6)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize("module, name, spoilt", [(tpu_rows, "_share", "out"), (tpu_outer, "_zero_neighbours", "rhs")])
-def test_a_planted_error_is_seen(module, name, spoilt, monkeypatch):
+PLANTED = {
+    "rows shared with the next group are lost": (tpu_rows, "_share", lambda *args: None, "out"),
+    "neighbours' rows are summed over": (tpu_outer, "_zero_neighbours", lambda *args: None, "rhs"),
+    "last rows are left out, folded nowhere": (
+        tpu_outer,
+        "_fold",
+        lambda refs, v: tpu_visits.aligned(v.used(64)),
+        "rhs",
+    ),
+}
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_a_planted_error_is_seen(error, monkeypatch):
     """Without the care for rows that share a register with another group, results are wrong, and the tests see it."""
-    monkeypatch.setattr(module, name, lambda *args: None)
-    actual, expected = kernels([33, 1, 0, 20, 5], True)
+    module, name, wrong, spoilt = PLANTED[error]
+    monkeypatch.setattr(module, name, wrong)
+    actual, expected = kernels(SHARING, True)
     errors = {n: rel_rms(np.nan_to_num(actual[n], nan=9.0), expected[n]) for n in expected}
     assert errors[spoilt] > 1e-2 and all(e < 1e-6 for n, e in errors.items() if n != spoilt), errors
+
+
+def per_row(low, high):
+    """(the numbers of 48 rows from row 112 on, row sums of their squares): of 300 rows, over the end of a line."""
+    numbers, values = jnp.arange(300.0), np.random.default_rng(0).normal(size=(48, 256)).astype(np.float32)
+    values[: low - 112] = values[high - 112 :] = np.nan  # a neighbour's rows may hold anything
+
+    def kernel(lines, values, column, sums):
+        column[...] = tpu_per_row.column(lines, 112, 48)
+        sums[...] = jnp.ones(sums.shape)
+        tpu_per_row.add_sums(sums, 112, values[...] ** 2, low, high)
+
+    lines = tpu_per_row.in_lines(numbers)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((48, 1), lines.shape)]
+    column, sums = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(lines, values)
+    return column[:, 0], sums.reshape(-1), values
+
+
+def test_one_number_for_each_row():
+    column, sums, values = per_row(115, 150)
+    np.testing.assert_array_equal(column, np.arange(112, 160))
+    expected = np.ones(384)
+    expected[115:150] += np.sum(values[3:38].astype(np.float64) ** 2, axis=1)
+    np.testing.assert_allclose(sums, expected, rtol=1e-6)
+
+
+def test_sizes_of_a_tile():
+    """Fine where groups end, coarse where a tile is nearly full; the last is the tile."""
+    assert tpu_tuning._parts(512, 32) == (*range(32, 321, 32), 384, 448, 512)
+    assert tpu_tuning._parts(64, 32) == (32, 64) and tpu_tuning._parts(32, 32) == tpu_tuning._parts(32, 64) == (32,)
 
 
 def test_what_ran_and_what_is_refused():
