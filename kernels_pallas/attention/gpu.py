@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import gpu_backward, gpu_step, xla
+from kernels_pallas.attention import gpu_backward, gpu_step, gpu_tuning, xla
 from kernels_pallas.attention.gpu_forward import forward
 from kernels_pallas.attention.gpu_plan import Inputs, Plan
-from kernels_pallas.attention.gpu_tuning import MAX_D, MIN_BLOCK, STEP, Schedule, largest, schedule
+from kernels_pallas.attention.gpu_tuning import MAX_D, MIN_BLOCK, Schedule, largest, schedule
 from kernels_pallas.attention.scores import Score
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.partition import by_rows_and_heads
@@ -139,11 +139,12 @@ def _step(options: tuple, floats: tuple, slots: tuple) -> Array:
     (score, soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = options, floats
     (B, H, K), (_, S, Hk, V), (valid, distances) = q.shape, v.shape, slots
     operand, precision = operands(interpret, matmuls(q, k, v))
+    wide = power_of_two(K), power_of_two(V)
+    cut = gpu_tuning.step(*wide)
     plan = Plan(
         score=score, causal=False, window=None, soft_cap=soft_cap, scale=scale, T=S, length=S, H=H, Hk=Hk,
-        K=power_of_two(K), V=power_of_two(V), gate="none", segments=False, slopes=slopes is not None,
-        operand=operand, precision=precision, out_dtype=jnp.dtype(v.dtype), schedule=Schedule(STEP, STEP, STEP),
-        interpret=interpret,
+        K=wide[0], V=wide[1], gate="none", segments=False, slopes=slopes is not None, operand=operand,
+        precision=precision, out_dtype=jnp.dtype(v.dtype), schedule=Schedule(cut, cut, cut), interpret=interpret,
     )  # fmt: skip
     rows = gpu_step.rows(H // Hk)
     by_head = lambda x: None if x is None else padded(x.astype(jnp.float32).reshape(Hk, -1), 1, rows)

@@ -64,7 +64,7 @@ AMPERE = HOPPER | {
 TUNED = {"H200": HOPPER, "H100": HOPPER, "A100": AMPERE}
 DEFAULT_CHIP = "H200"
 
-STEP = Cut(16, 64, 4, 3)  # own: the least number of heads that are rows of a tile
+STEP = Cut(16, 64, 4, 3)  # own: the least number of heads that are rows of a tile; other: slots, of up to 128 numbers
 STEP_PROGRAMS = 264  # so many share a cache: two a multiprocessor of an H200
 
 
@@ -78,6 +78,11 @@ def schedule(K: int, V: int, matmuls: str, sums: int, T: int) -> Schedule:
     if sums > 1 and max(K, V) > 64:
         forward = forward._replace(own=forward.own // sums)
     return found._replace(forward=forward).fitted(T)
+
+
+def step(K: int, V: int) -> Cut:
+    """For `attention_step`: as many bytes of the cache in flight for large heads."""
+    return STEP._replace(other=STEP.other * 128 // max(128, K, V))
 
 
 def largest(matmuls: str) -> int:
