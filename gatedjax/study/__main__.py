@@ -101,7 +101,7 @@ def write_report(study: Study, records: list[dict], folder: Path, command: str) 
     paths = [folder / "table.md"]
     paths[0].write_text(report.markdown(study, found, notes))
     for picture in study.pictures:
-        paths.append(folder / f"{re.sub(r'[^a-z0-9]+', '_', picture.y.lower())}.png")
+        paths.append(folder / f"{re.sub(r'[^a-z0-9]+', '_', picture.y.lower()).strip('_')}.png")
         report.draw(picture, found, study.title).savefig(paths[-1])
     return paths
 
