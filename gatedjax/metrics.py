@@ -9,16 +9,12 @@ console knows these scalars, all others go to the two files only:
   skipped_steps    by the guard, since the start         eta_s          seconds to the last step
   lr               learning rate
 
-<<<<<<< HEAD
 The two files also have data_wait_s (host seconds a step waited for its batch, mean since the last record), checkpoint_s
 (seconds that saves held up the loop since the last record), first_step_s (from the start of the command to the end of
 the first step), stalls (times that the watchdog found the run standing).
 
-A scalar that is None is left out (`mfu` where the peak is not known). Only process 0 writes.
-=======
 A scalar that is None is left out (`mfu` where the peak is not known). An array (`expert_load`) goes to the JSON line
 only, as nested lists. Only process 0 writes.
->>>>>>> moe
 """
 
 import contextlib
