@@ -125,14 +125,14 @@ def test_bfloat16():
 def test_shard_map():
     """Rows of each device's own; matrices the same everywhere, so that their gradients are summed."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    arrays, sizes = draw(jnp.float32, 32), np.asarray([[5, 1, 0, 9], [3, 0, 2, 11]])
-    call = lambda *a: expert_mlp(*a[:-1], a[-1][0], implementation="tpu", interpret=True)
-    mapped = jax.shard_map(
-        call, mesh=mesh, in_specs=(P("data"), P(), P(), P(), P("data")), out_specs=P("data"), check_vma=True
-    )
+    arrays, sizes = draw(jnp.float32, 32) | weights(32), np.asarray([[5, 1, 0, 9], [3, 0, 2, 11]])
+    call = lambda *a: expert_mlp(*a[:4], a[4][0], a[5], implementation="tpu", interpret=True)
+    rows = P("data")
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=(rows, P(), P(), P(), rows, rows), out_specs=rows, check_vma=True)
     actual = jax.jit(functools.partial(value_and_gradients, f=mapped))(arrays, sizes)
-    halves = [truth(arrays | {"rows": arrays["rows"][16 * i : 16 * i + 16]}, sizes[i], half=i) for i in range(2)]
-    join = lambda name, x, y: np.concatenate([x, y]) if name in ("y", "rows") else x + y
+    part = lambda i: arrays | {name: arrays[name][16 * i : 16 * i + 16] for name in ("rows", "weights")}
+    halves = [truth(part(i), sizes[i], half=i) for i in range(2)]
+    join = lambda name, x, y: np.concatenate([x, y]) if name in ("y", "rows", "weights") else x + y
     expected = {name: join(name, halves[0][name], halves[1][name]) for name in halves[0]}
     assert_close(actual, expected, 2e-6)
 
