@@ -190,6 +190,7 @@ def test_a_run_that_cannot_learn_gives_up_with_one_line(place):
     assert "steps in a row were skipped" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_second_run_on_one_directory_is_refused(place, finished):
     first = subprocess.Popen(
         command(place, "twice", "--config.train.steps=100000"),

@@ -16,7 +16,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = {"02_linear_scan_three_ways"}
 every_notebook = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 
 
@@ -103,9 +102,7 @@ def test_without_libtpu_the_fifth_says_so_in_one_line(monkeypatch):
         exec(plain(code_cells(PAGES[4])[1]), {})
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, marks=[] if p.stem in QUICK else pytest.mark.slow, id=p.stem) for p in PAGES]
-)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow, id=p.stem) for p in PAGES])
 def test_runs(page, tmp_path, monkeypatch):
     """In a process and a folder of its own, as a reader's; raises CellExecutionError with the cell that failed."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")

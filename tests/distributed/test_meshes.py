@@ -115,6 +115,7 @@ def check_pairs(shapes, capfd) -> None:
     assert "rematerialization" not in capfd.readouterr().err.lower()
 
 
+@pytest.mark.slow
 def test_two_products_give_the_same_losses(capfd):
     check_pairs(FEW, capfd)
 

@@ -47,6 +47,7 @@ def test_ragged_exchange_compiles_for_tpu():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_step_that_does_not_fit():
     done = train("--aot=v5e:2x2", "--config.mesh.fsdp=4", config="gated_attention_1p7b")
     assert done.returncode == 3, done.stderr

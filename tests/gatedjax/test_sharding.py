@@ -30,7 +30,9 @@ def alone():
     return losses({}, jax.devices()[:1])
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in ("data", "fsdp") else name for name in MESHES])
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in ("data", "fsdp", "data x fsdp x tensor") else name for name in MESHES]
+)
 def test_eight_devices_equal_one(name, alone, capfd):
     for sharded, single in zip(losses(MESHES[name]), alone):
         assert sharded == pytest.approx(single, rel=1e-4)

@@ -69,6 +69,7 @@ def test_bad_steps_change_nothing_but_the_counters():
         np.testing.assert_array_equal(a, e)
 
 
+@pytest.mark.slow
 def test_exploding_gradient_is_skipped_once_the_mean_is_known():
     def batches(i):
         batch = random_batch(i)
@@ -90,6 +91,7 @@ def test_every_optimizer_learns(name):
         assert x.sharding.is_equivalent_to(a.sharding, x.ndim)
 
 
+@pytest.mark.slow
 def test_evaluation_parameters_are_the_average():
     _, state, _ = run_steps(plain(optim__ema_decay=0.9), 2)
     assert params_for_evaluation(state) is state.ema
@@ -152,6 +154,7 @@ def test_analytic_flops_match_the_compiler():
     assert forward_flops_per_token(config, 32) == 2 * (matmul + experts - decay) + mixing
 
 
+@pytest.mark.slow
 def test_model_runs_in_bfloat16_on_float32_parameters():
     config = tiny(model__dtype="bfloat16").model
     batch = random_batch(0, rows=2)

@@ -70,6 +70,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_a_planted_error_is_found(error, monkeypatch):
     force_tiles(monkeypatch, 16, 16)

@@ -212,6 +212,7 @@ PLANTED = {
 QUICK = ("sums of another maximum", "gate's gradient flipped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [n if n in QUICK else slow(n) for n in PLANTED])
 def test_planted_errors_are_found(error, monkeypatch):
     where, name, plant = PLANTED[error]

@@ -126,6 +126,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_a_planted_error_is_found(error, monkeypatch):
     name, method, plant = PLANTED[error]

@@ -116,6 +116,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n if "maxima" in n else slow(n) for n in PLANTED])
 def test_planted_errors_are_found(name, monkeypatch):
     few_programs(monkeypatch, 16)

@@ -183,6 +183,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_planted_errors_are_found(error, monkeypatch):
     where, name, plant = PLANTED[error]
@@ -264,6 +265,7 @@ def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
     assert_close({"loss": value, **got}, {"loss": expected, **want}, FLOAT32)
 
 
+@pytest.mark.slow
 def test_no_races(monkeypatch):
     """The TPU interpreter follows DMAs and semaphores; a read before its copy has ended raises."""
     arrays, options = draw(T=140, B=1, H=2, Hk=1, gate="element-wise", segments=True)

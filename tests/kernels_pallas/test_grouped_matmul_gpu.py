@@ -48,6 +48,7 @@ def test_tiles_are_those_of_the_groups():
     assert live == [(0, 0, 5), (0, 4, 5), (2, 5, 14), (2, 9, 14), (2, 13, 14), (3, 14, 15), (4, 15, 20), (4, 19, 20)]
 
 
+@pytest.mark.slow
 def test_a_planted_error_is_seen(monkeypatch):
     """A tile that begins one row too late."""
     tiles = gpu._tiles

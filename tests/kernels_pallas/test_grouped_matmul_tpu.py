@@ -138,6 +138,7 @@ def kernels(sizes, interpret):
     return {"out": out, "rhs": drhs}, {n: x for n, x in truth(arrays, sizes.tolist()).items() if n != "lhs"}
 
 
+@pytest.mark.slow
 def test_no_races():
     """With DMAs as late as they may be, memory that begins as NaN, and reads beyond an array refused."""
     strict = pltpu.InterpretParams(
@@ -161,6 +162,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_a_planted_error_is_seen(error, monkeypatch):
     """Without the care for rows that share a register with another group, results are wrong, and the tests see it."""

@@ -23,7 +23,7 @@ def test_any_decay(rank, decay):
     compare(make(rank=rank, decay=decay), chunk_size=16)
 
 
-@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("T", [1, slow(2), slow(63), slow(64), 65, 200])
 def test_any_length(T):
     compare(make(T=T, decay="mixture"), chunk_size=None if T < 3 else 4)
 
@@ -77,8 +77,9 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [*PLANTED, "gate gradient flipped", "gate gradient of the read lost"])
-@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("rank", [slow(3), 4])
 def test_planted_errors_are_found(rank, error, monkeypatch):
     name = {3: "scalar_decay", 4: "vector_decay"}[rank]
     right = getattr(tile, name)

@@ -136,6 +136,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_planted_errors_are_found(error, monkeypatch):
     room, name, change = PLANTED[error]

@@ -48,6 +48,7 @@ def test_values_in_tritons_interpreter():
     assert all(o <= (4e-3 if "bfloat16" in case else 2e-6) for case, (o, _) in errors.items()), errors
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_planted_error_is_found():
     assert all(o > 2e-5 for case, (o, _) in interpreted("--plant").items())

@@ -133,6 +133,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_planted_errors_are_found(error, monkeypatch):
     name, change = PLANTED[error]
@@ -213,6 +214,7 @@ def test_mesh_axes_of_other_names_are_right_but_not_cut_unless_told():
     assert cut.sharding.spec == P("rows") and plain.sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_no_races():
     """The TPU interpreter follows DMAs and semaphores; a read before its copy has ended raises."""
     x = low(make(B=1, H=1, T=48, rank=3))
