@@ -30,7 +30,7 @@ IN_SMALL = ("none", "sdpa elementwise", "sdpa headwise", "sdpa, input-independen
 
 
 def get_study(small: bool) -> Study:
-    steps = 250 if small else 500
+    steps = 250 if small else 400
     names = IN_SMALL if small else tuple(VARIANTS)
     config = lambda name: from_config_dict(text_config({"attention": attention(**VARIANTS[name])}, steps))
     return Study(

@@ -12,11 +12,11 @@ from gatedjax.study.base import attention, text_config
 
 
 def get_study(small: bool) -> Study:
-    rates = (3e-3, 3e-2, 1e-1) if small else (1e-3, 3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
+    rates = (3e-3, 3e-2, 1e-1) if small else (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     cells = []
     for gate, position in (("none", "none"), ("sdpa", "sdpa")):
         for lr in rates:
-            c = text_config({"attention": attention(gate_position=position)}, 150 if small else 400)
+            c = text_config({"attention": attention(gate_position=position)}, 150 if small else 300)
             c.optim.lr, c.optim.clip_norm = lr, 0.0
             cells.append(Cell({"gate": gate, "lr": lr}, from_config_dict(c)))
     return Study(

@@ -24,7 +24,7 @@ def get_study(small: bool) -> Study:
     cells = []
     for name in names:
         for yarn in (False, True) if "attention" in name else (False,):
-            config = from_config_dict(text_config({"mixer": MIXERS[name]}, 250 if small else 600))
+            config = from_config_dict(text_config({"mixer": MIXERS[name]}, 250 if small else 400))
             labels = {"mixer": name + (" + YaRN" if yarn else "")}
             cells.append(Cell(labels, config, lengths=lengths, yarn=yarn))
     return Study(

@@ -108,7 +108,11 @@ def write_report(study: Study, records: list[dict], folder: Path, command: str) 
 
 def _machine() -> str:
     device = jax.devices()[0]
-    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    # Not all of the machine's, if the run was pinned.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU core{'s' if cores != 1 else ''}"
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:
