@@ -30,7 +30,7 @@ class Roofline:
     """Least seconds of a step on each of a chip's resources; the step takes at least the longest of them.
 
     model: the model's FLOPs at the chip's bfloat16 peak.
-    compute: the same with the forward pass that remat repeats.
+    compute: the same with the forward pass that remat "full" repeats; what "kernels" repeats, a part, is not counted.
     hbm: the state and the batch read once and written once.
     network: what the collectives send over the chip's interconnect, one after another; with several slices also the
       all-reduce of a chip's part of the gradients over the data centre network; the slower of the two.
@@ -94,7 +94,7 @@ def roofline(run: Run, report: Report, where: Slice) -> Roofline:
         network = max(network, 2 * parts / chip.dcn_bytes_per_second)
     hbm = (report.argument_bytes + report.output_bytes) / chip.hbm_bytes_per_second
     model = flops / (chips * chip.peak_flops)
-    repeated = 4 / 3 if c.model.remat in ("full", "kernels") else 1.0
+    repeated = 4 / 3 if c.model.remat == "full" else 1.0
     return Roofline(model, model * repeated, hbm, network)
 
 

@@ -18,6 +18,7 @@ from gatedjax.model import LanguageModel, head_weights
 from gatedjax.optim import evaluation_params
 from gatedjax.router_losses import Statistics, load_metrics, router_losses
 from gatedjax.sharding import RULES, parts
+from kernels_pallas import dispatch
 
 
 @struct.dataclass
@@ -49,7 +50,7 @@ GUARD_WARMUP = 20
 def init_params(config: ModelConfig, key: Array):
     """Boxed parameters and router state: each array carries the logical names of its axes."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    with nn.logical_axis_rules(RULES):
+    with nn.logical_axis_rules(RULES), dispatch.unrecorded():
         return LanguageModel(config).init(key, tokens)["params"]
 
 

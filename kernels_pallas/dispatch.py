@@ -5,7 +5,8 @@ An op's `api.py` asks its kernel rooms (`tpu.py`, `gpu.py`) whether they cover t
 What was chosen is kept per op, for the training log and for a person at a prompt: `last_choice("attention")`.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -84,3 +85,14 @@ def last_choice(op: str) -> Choice | None:
 def choices() -> tuple[Choice, ...]:
     """The last choice of every op traced so far, by op name."""
     return tuple(_choices[op] for op in sorted(_choices))
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Calls traced inside leave no record: of a model whose parameters are only being made, no op will run so."""
+    before = dict(_choices)
+    try:
+        yield
+    finally:
+        _choices.clear()
+        _choices.update(before)
