@@ -20,13 +20,12 @@ import os
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
 import jax
 import jax.numpy as jnp
-from report import table, write_json
+from report import known_rows, table, write_json
 
 from kernels_pallas.aot import compile_for
 from kernels_pallas.aot.cases import Case, make_case
@@ -127,17 +126,6 @@ def in_a_process(*row: str) -> dict:
 
 
 KEYS = ("op", "target", "shape", "pass")
-keys = lambda row: tuple(row[name] for name in KEYS)
-
-
-def rows_of(path: str | None, versions: dict[str, str]) -> dict[tuple[str, ...], dict]:
-    """What an earlier run of these versions has written there, failures aside: key -> figures."""
-    if not path or not Path(path).exists():
-        return {}
-    before = json.loads(Path(path).read_text())
-    if any(before["versions"].get(name) != version for name, version in versions.items()):
-        return {}
-    return {keys(r): {n: x for n, x in r.items() if n not in KEYS} for r in before["rows"] if "error" not in r}
 
 
 def line(row: tuple[str, ...], f: dict) -> list[str]:
@@ -163,20 +151,20 @@ def main() -> None:
         print(json.dumps(figures(*args.row)))
         return
     versions = {"libtpu": metadata.version("libtpu")}
-    known = rows_of(args.json, versions)
-    lines, rows = [], []
+    known = known_rows(args.json, KEYS, versions)
+    lines, rows = [], dict(known)
     for shape in args.shape or SHAPES:
         for chip in args.target or TARGETS:
             for way in args.ways.split(","):
                 for op in args.op.split(","):
                     row = op, chip, shape, way
                     found = known.get(row) or in_a_process(*row)
-                    rows.append(dict(zip(KEYS, row)) | found)
+                    rows[row] = found
                     lines.append(line(row, found))
                     print("  ".join(lines[-1]), file=sys.stderr, flush=True)
                     if args.json:
-                        kept = [dict(zip(KEYS, r)) | f for r, f in known.items() if r not in {keys(x) for x in rows}]
-                        write_json(args.json, {"rows": rows + kept}, versions)
+                        written = [dict(zip(KEYS, r)) | f for r, f in rows.items()]
+                        write_json(args.json, {"rows": written}, versions)
     print(table(["shape", "target", "pass", "op", "us", "MXU busy", "HBM MB", "temp MiB"], lines))
 
 

@@ -13,7 +13,8 @@ Ops: grouped_matmul and expert_mlp (the whole MLP of the experts, with the route
 and tgmm of jax's own Pallas ops, in the best tiles found for each chip (where one seems quicker than its compulsory
 bytes, XLA put an operand into VMEM before); tokamax is its ragged_dot, where it is installed, in the tiles that it
 chooses; ragged_dot is jax.lax's, for which the FLOPs of the program's matrix products are given. For cuda:h200 there is
-no model of time: FLOPs, registers and spills only.
+no model of time: FLOPs, registers and spills only. Rows that are in the --json file already, with the same versions,
+are not made again.
 """
 
 import argparse
@@ -33,7 +34,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the accelerators' compilers are
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import table, write_json
+from report import known_rows, table, write_json
 
 from kernels_pallas import expert_mlp, grouped_matmul
 from kernels_pallas.aot import compile_and_replay
@@ -41,6 +42,7 @@ from kernels_pallas.aot.targets import Tpu, target
 
 D, F, G = 2048, 1024, 64
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
+KEYS = ("op", "target", "rows")
 OPS = ("grouped_matmul", "megablox", "tokamax", "expert_mlp", "ragged_dot")
 # Rows, inner width and columns of megablox's tiles, the best of those tried on each chip: forward, dlhs, drhs.
 TILES = {
@@ -226,21 +228,23 @@ def main() -> None:
         op, chip, rows = args.row
         print(json.dumps(figures(op, chip, int(rows))))
         return
-    shown, record = [], []
+    used = versions(args.target or TARGETS)
+    known = known_rows(args.json, KEYS, used)
+    shown, record = [], dict(known)
     for rows in map(int, args.rows.split(",")):
         for chip in args.target or TARGETS:
             for op in args.op.split(","):
                 here = op != "tokamax" or importlib.util.find_spec(op)
                 if not here or (op in ("megablox", "tokamax") and not chip.startswith("tpu")):
                     continue
-                found = in_a_process(op, chip, str(rows))
-                record.append({"op": op, "target": chip, "rows": rows} | found)
+                found = known.get((op, chip, rows)) or in_a_process(op, chip, str(rows))
+                record[op, chip, rows] = found
                 new = lines(op, chip, rows, found)
                 shown += new
                 print("\n".join("  ".join(line) for line in new), file=sys.stderr, flush=True)
                 if args.json:  # after every row: a run takes long
-                    record_as = {"d": D, "ff": F, "experts": G, "rows": record}
-                    write_json(args.json, record_as, versions(args.target or TARGETS))
+                    written = [dict(zip(KEYS, key)) | row for key, row in record.items()]
+                    write_json(args.json, {"d": D, "ff": F, "experts": G, "rows": written}, used)
     header = ["op", "target", "rows", "sizes", "kernel", "us", "compulsory us", "ratio", "FLOPs"]
     print(table(header, shown))
 

@@ -46,6 +46,17 @@ def write_json(path: str, figures: Mapping[str, object], versions: Mapping[str, 
     Path(path).write_text(json.dumps(record, indent=2) + "\n")
 
 
+def known_rows(path: str | None, keys: Sequence[str], versions: Mapping[str, str]) -> dict[tuple, dict]:
+    """The `rows` that an earlier run with these versions wrote, failures aside: values of keys -> figures."""
+    if not path or not Path(path).exists():
+        return {}
+    before = json.loads(Path(path).read_text())
+    if any(before["versions"].get(name) != version for name, version in versions.items()):
+        return {}
+    figures = lambda row: {name: x for name, x in row.items() if name not in keys}
+    return {tuple(row[key] for key in keys): figures(row) for row in before["rows"] if "error" not in row}
+
+
 def _without_folders(argument: str) -> str:
     """An absolute path means nothing on another machine: its last part stays."""
     name, equals, value = argument.rpartition("=")
