@@ -16,7 +16,7 @@ def get_study(small: bool) -> Study:
     cells = []
     for gate, position in (("none", "none"), ("sdpa", "sdpa")):
         for lr in rates:
-            c = text_config({"attention": attention(gate_position=position)}, 150 if small else 300)
+            c = text_config({"attention": attention(gate_position=position)}, 150)
             c.optim.lr, c.optim.clip_norm = lr, 0.0
             cells.append(Cell({"gate": gate, "lr": lr}, from_config_dict(c)))
     return Study(

@@ -24,9 +24,9 @@ LINEAR = {
 def get_study(small: bool) -> Study:
     # Attention has solved this one after 600 steps; with 512 tokens and 8 pairs it knew 17 % after 800.
     task = RecallConfig(seq_len=64, vocab_size=128, num_pairs=4, train_examples=20_000, validation_examples=500)
-    task = task if small else dataclasses.replace(task, vocab_size=256, num_pairs=8, train_examples=100_000)
-    key_dims = (4, 16) if small else (4, 8, 16, 32, 64)
-    rates = (3e-3,) if small else (1e-3, 3e-3, 1e-2)
+    task = task if small else dataclasses.replace(task, train_examples=64_000)
+    key_dims = (4, 16) if small else (4, 16, 64)
+    rates = (3e-3,) if small else (3e-3, 1e-2)
     cells = []
     for lr in rates:
         for name, gate in (("attention", "none"), ("gated attention", "sdpa")):
@@ -41,7 +41,7 @@ def get_study(small: bool) -> Study:
     return Study(
         title=f"Multi-query associative recall, {task.num_pairs} pairs in {task.seq_len} tokens",
         cells=tuple(cells),
-        seeds=(0,) if small else (0, 1, 2),
+        seeds=(0,) if small else (0, 1),
         measures=("recall",),
         columns=("accuracy", "steps"),
         pictures=(Picture("state", "accuracy", line="mixer", log_x=True),),
@@ -70,5 +70,5 @@ def cell(name: str, state: int, lr: float, task: RecallConfig, mixers: dict, pat
     c.model.init_std, c.model.dtype, c.model.scan_layers = 0.05, "float32", False
     c.data.seq_len = task.seq_len
     c.optim.lr, c.optim.warmup_steps = lr, 50
-    c.train.batch_size, c.train.steps, c.train.eval_every = 64, 800 if small else 3000, 100
+    c.train.batch_size, c.train.steps, c.train.eval_every = 64, 800 if small else 1000, 100
     return Cell({"mixer": name, "state": state, "lr": lr}, from_config_dict(c), recall=task)

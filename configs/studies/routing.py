@@ -30,7 +30,7 @@ def get_study(small: bool) -> Study:
     cells = []
     for name in IN_SMALL if small else ROUTERS:
         weight, values = ROUTERS[name]
-        c = text_config({"attention": attention()}, 250 if small else 400)
+        c = text_config({"attention": attention()}, 250)
         c.model.ffns = {
             "mlp": c.model.ffns.mlp,
             "moe": layer("sparse_moe", num_experts=8, experts_per_token=2, hidden=96, balance_loss=weight),

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from kernels_pallas.grouped_matmul import tpu_per_row, tpu_visits
 from kernels_pallas.grouped_matmul.tpu_per_row import LANES
 from kernels_pallas.grouped_matmul.tpu_rows import matmul
-from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Visit, Walk
+from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Count, Visit, Walk
 
 
 class Schedule(NamedTuple):
@@ -137,13 +137,18 @@ class _Refs(NamedTuple):
 def _kernel(refs: _Refs) -> None:
     s, walk = refs.call.schedule, refs.walk
     rows = 0, refs.dout_hbm.shape[0]
-    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], rows, s.tile, empty=True)
     at = lambda index: tpu_visits.visit(walk, index)
-    for i in range(s.ahead - 1):
 
-        @pl.when(i < groups.tiles)
-        def _(i=i):
-            refs.move_in(at(i), "start")
+    def begin(before: Count, after: Count) -> None:
+        @pl.when(before.tiles < s.ahead - 1)
+        def _():
+            for i in range(s.ahead - 1):
+
+                @pl.when((before.tiles <= i) & (i < after.tiles))
+                def _(i=i):
+                    refs.move_in(at(i), "start")
+
+    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], rows, s.tile, empty=True, found=begin)
 
     @pl.loop(0, groups.tiles)
     def _(index):

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.grouped_matmul import tpu_per_row, tpu_visits
 from kernels_pallas.grouped_matmul.tpu_per_row import LANES
-from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Visit, Walk
+from kernels_pallas.grouped_matmul.tpu_visits import ROWS, Count, Visit, Walk
 
 
 class Schedule(NamedTuple):
@@ -191,26 +191,30 @@ class _Refs(NamedTuple):
 
 def _kernel(refs: _Refs) -> None:
     s, walk = refs.schedule, refs.walk
-    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], refs.rows, s.tile, empty=False)
+    at = lambda index: tpu_visits.visit(walk, index)
+
+    def begin(before: Count, after: Count) -> None:
+        @pl.when(before.groups < s.ahead - 1)
+        def _():
+            for i in range(s.ahead - 1):
+
+                @pl.when((before.tiles <= i) & (i < after.tiles))
+                def _(i=i):
+                    refs.move_x(at(i), "start")
+
+                @pl.when((before.groups == i) & (i < after.groups))
+                def _(i=i):
+                    refs.move_matrix(i, "start")
+
+    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], refs.rows, s.tile, empty=False, found=begin)
     real = groups.tiles  # what comes after them belongs to no group
     tiles = tpu_visits.append(walk, groups, 0, refs.rows[1], s.tile, empty=False).tiles
-    at = lambda index: tpu_visits.visit(walk, index)
 
     if refs.sums:
 
         @pl.when(pl.program_id(1) == 0)
         def _():
             refs.sums[0][...] = jnp.zeros(refs.sums[0].shape, jnp.float32)
-
-    for i in range(s.ahead - 1):
-
-        @pl.when(i < real)
-        def _(i=i):
-            refs.move_x(at(i), "start")
-
-        @pl.when(i < groups.groups)
-        def _(i=i):
-            refs.move_matrix(i, "start")
 
     @pl.loop(0, tiles)
     def _(index):

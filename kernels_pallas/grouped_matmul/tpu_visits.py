@@ -42,14 +42,19 @@ class Count(NamedTuple):
     tiles: Array
 
 
-def plan(walk: Walk, sizes, num_groups: int, rows: tuple, tile: int, empty: bool) -> Count:
-    """Fills the lists with the groups' rows from rows[0] up to before rows[1]; `empty`: a group of none is one tile."""
+def plan(walk: Walk, sizes, num_groups: int, rows: tuple, tile: int, empty: bool, found: Callable) -> Count:
+    """Fills the lists with the groups' rows from rows[0] up to before rows[1]; `empty`: a group of none is one tile.
+
+    `found(before, after)` is called between one group and the next: the first copies need not wait for the whole walk.
+    """
     low, high = rows
 
     def group(g, carry):
-        end, count = carry
+        end, before = carry
         end += jnp.minimum(sizes[g], high - end)
-        return end, append(walk, count, g, jnp.maximum(end, low), tile, empty)
+        after = append(walk, before, g, jnp.maximum(end, low), tile, empty)
+        found(before, after)
+        return end, after
 
     zero = jnp.int32(0)
     return jax.lax.fori_loop(0, num_groups, group, (zero, Count(zero + low, zero, zero)))[1]
