@@ -1,6 +1,6 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    the test suite (the slow ones too: make test-all)
-# make test-oracles   compares attention with torch's layers (transformers, entmax)
+# make test-oracles   compares layers with those of torch (transformers, entmax)
 # make test-cuda-aot   compiles every op for an H200 that is not here
 # make docs    the site of docs/, in build/site
 # make lint    ruff;  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
@@ -26,7 +26,7 @@ test-all: .venv/installed lint
 
 # In an environment of its own: torch takes gigabytes.
 test-oracles: .venv-oracles/installed
-	.venv-oracles/bin/python -m pytest tests/kernels_pallas/test_attention_scores.py tests/gatedjax/test_attention_options.py -k equals
+	.venv-oracles/bin/python -m pytest tests/kernels_pallas/test_attention_scores.py tests/gatedjax/test_attention_options.py tests/gatedjax/test_moe_peers.py -k equals
 
 # In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
 test-cuda-aot: .venv-cuda/installed

@@ -196,6 +196,8 @@ class ModelConfig:
         sparse = [f for f in map(self.ffns.get, self.ffn_pattern) if isinstance(f, SparseMoEConfig)]
         same = not any(f.router.residual for f in sparse) or len({f.total_experts for f in sparse}) == 1
         _require(same, "ffns", "router.residual", "the same number of experts in all sparse feed-forwards")
+        first = {f for f in map(self.ffns.get, self.ffn_pattern) if getattr(f, "first_pass", False)}
+        _require(len(first) <= 1, "ffns", "first_pass", "one mixture at most whose weights come from a first pass")
         whole = self.num_layers >= 1 and self.num_layers % self.period == 0
         _require(whole, "num_layers", self.num_layers, f"a multiple of the period {self.period}")
 
@@ -209,6 +211,11 @@ class ModelConfig:
         """Experts whose logits each sparse layer hands to the next; 0 where no router has a gating residual."""
         sparse = [f for f in map(self.ffns.get, self.ffn_pattern) if isinstance(f, SparseMoEConfig)]
         return max((f.total_experts for f in sparse if f.router.residual), default=0)
+
+    @property
+    def first_pass(self) -> LoRAMixtureConfig | None:
+        """The mixture whose weights come from a first pass of the model without experts (X-LoRA), if there is one."""
+        return next((f for f in map(self.ffns.get, self.ffn_pattern) if getattr(f, "first_pass", False)), None)
 
     def layer(self, i: int) -> tuple[MixerConfig, FeedForwardConfig]:
         """The mixer and the feed-forward of layer i."""

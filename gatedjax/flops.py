@@ -32,8 +32,13 @@ def peak_flops() -> float | None:
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward per token: three times the forward pass, recomputation not counted."""
-    return 3.0 * forward_flops_per_token(config, seq_len)
+    """FLOPs of forward and backward per token: three times the forward pass, recomputation not counted.
+
+    A first pass for the weights of experts has no logits and no backward pass.
+    """
+    forward = forward_flops_per_token(config, seq_len)
+    first = 0.0 if config.first_pass is None else forward - 2 * config.width * config.vocab_size
+    return 3.0 * forward + first
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:

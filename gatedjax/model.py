@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
 from gatedjax.layers import FEED_FORWARDS, MIXERS, Context
+from gatedjax.layers.lora_mixture import xlora_weights
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import parameter
 from kernels_pallas import RESIDUAL_NAMES
@@ -26,10 +27,14 @@ def remat_policy(name: str):
 
 @struct.dataclass
 class Caches:
-    """Decoding state: the number of tokens seen, and for each layer of the period its cache, stacked over periods."""
+    """Decoding state: the number of tokens seen, and for each layer of the period its cache, stacked over periods.
+
+    first_pass: the same of the pass without experts, where there is one (`ModelConfig.first_pass`).
+    """
 
     position: Int[Array, ""]
     layers: dict[str, struct.PyTreeNode]
+    first_pass: "Caches | None" = None
 
 
 class Block(nn.Module):
@@ -74,9 +79,13 @@ class Period(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only language model with any pattern of mixers and feed-forwards."""
+    """A decoder-only language model with any pattern of mixers and feed-forwards.
+
+    without_experts: weights of low-rank experts that a first pass would give are 0: this is that pass.
+    """
 
     config: ModelConfig
+    without_experts: bool = False
 
     @nn.compact
     def __call__(
@@ -109,29 +118,49 @@ class LanguageModel(nn.Module):
         if c.router_residual:
             first_logits = jnp.zeros((*tokens.shape, c.router_residual), jnp.float32)
             first_logits = nn.with_logical_constraint(first_logits, ("batch", "length", None))
-        context = Context(positions, segment_ids, tokens)
-        (x, _), (layers, statistics) = self._periods()((x, first_logits), context, layers)
+        lora_weights, first = self._lora_weights(tokens, positions, segment_ids, caches)
+        context = Context(positions, segment_ids, tokens, lora_weights)
+        (x, _), (layers, statistics) = layers_of(c)((x, first_logits), context, layers)
         x = RMSNorm(c.norm_eps, c.zero_centred_norm, name="final_norm")(x)
         if caches is not None:
-            caches = Caches(caches.position + tokens.shape[1], layers)
+            caches = Caches(caches.position + tokens.shape[1], layers, first)
         return x, caches, statistics
 
-    def _periods(self) -> nn.Module:
-        c = self.config
-        # Outside a loop XLA would merge what is computed again with what was computed first, and keep it after all.
-        remat = lambda: nn.remat(Period, prevent_cse=not c.scan_layers, policy=remat_policy(c.remat))
-        period = Period if c.remat == "none" else remat()
-        periods = c.num_layers // c.period
-        scanned = nn.scan(
-            period,
-            variable_axes={"params": 0, "probes": 0},
-            split_rngs={"params": True, "router": True},
-            in_axes=(nn.broadcast, 0),
-            length=periods,
-            unroll=1 if c.scan_layers else periods,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return scanned(c, name="periods")
+    def _lora_weights(self, tokens, positions, segment_ids, caches: Caches | None):
+        """Weights of low-rank experts by the model's own last hidden states without them, None if no layer wants any;
+        and the caches of that pass. Gradients end at the classifier. Source: X-LoRA, arXiv 2402.07148.
+        """
+        c = self.config.first_pass
+        if c is None:
+            return None, None
+        none = jnp.zeros((*tokens.shape, c.num_experts), jnp.float32)
+        shape, init = [self.config.width, c.num_experts], nn.initializers.normal(self.config.init_std)
+        classifier = parameter(self, "lora_classifier", ["embed", "router"], shape, init)
+        if self.without_experts or self.is_initializing():
+            return none, None
+        # A module of its own, so that what the layers `sow` is of the second pass alone.
+        model = LanguageModel(self.config, without_experts=True, parent=None)
+        variables = jax.lax.stop_gradient({"params": self.variables["params"]})
+        hidden, first, _ = model.apply(variables, tokens, positions, segment_ids, caches and caches.first_pass)
+        return xlora_weights(hidden, classifier, c.temperature, c.experts_per_token), first
+
+
+def layers_of(c: ModelConfig) -> nn.Module:
+    """All layers, as a module "periods": ((x, router logits), context, caches) -> (the same, (caches, statistics))."""
+    # Outside a loop XLA would merge what is computed again with what was computed first, and keep it after all.
+    remat = lambda: nn.remat(Period, prevent_cse=not c.scan_layers, policy=remat_policy(c.remat))
+    period = Period if c.remat == "none" else remat()
+    periods = c.num_layers // c.period
+    scanned = nn.scan(
+        period,
+        variable_axes={"params": 0, "probes": 0},
+        split_rngs={"params": True, "router": True},
+        in_axes=(nn.broadcast, 0),
+        length=periods,
+        unroll=1 if c.scan_layers else periods,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(c, name="periods")
 
 
 def head_weights(params) -> Float[Array, "X M"]:
@@ -153,4 +182,5 @@ def init_caches(config: ModelConfig, batch: int, length: int) -> Caches:
         cache = MIXERS[mixer.kind][1](mixer, batch, length, dtype)
         return jax.tree.map(lambda x: jnp.zeros((periods, *x.shape), x.dtype), cache)
 
-    return Caches(jnp.int32(0), {f"layer_{i}": stacked(i) for i in range(config.period)})
+    empty = lambda: Caches(jnp.int32(0), {f"layer_{i}": stacked(i) for i in range(config.period)})
+    return empty() if config.first_pass is None else empty().replace(first_pass=empty())

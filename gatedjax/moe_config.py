@@ -187,6 +187,9 @@ class LoRAMixtureConfig:
     # xlora: softmax(x W / temperature), one for the layer. phatgoose: softmax of normalised <x, v> over the best
     # experts_per_token, one for each matrix; sigmoid: what trains its v, sigmoid(<x, v>).
     gate: Literal["xlora", "phatgoose", "sigmoid"] = "xlora"
+    # xlora: x are the last hidden states of a first pass of the whole model without experts, as published, and the
+    # weights are the same in all layers; otherwise x is the input of the layer.
+    first_pass: bool = False
     experts_per_token: int = 0  # 0: all
     temperature: float = 1.0
     not_causal = None  # no token sees a later one
@@ -197,3 +200,5 @@ class LoRAMixtureConfig:
         wanted = f"between 0 (all) and num_experts = {self.num_experts}"
         require(0 <= self.experts_per_token <= self.num_experts, "experts_per_token", self.experts_per_token, wanted)
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        wanted = "False unless gate is 'xlora'"
+        require(self.gate == "xlora" or not self.first_pass, "first_pass", self.first_pass, wanted)

@@ -25,7 +25,7 @@ def xlora_weights(
     x: Float[Array, "... M"], classifier: Float[Array, "M n"], temperature: float, k: int
 ) -> Float[Array, "... n"]:
     """`softmax(x W / temperature)` (X-LoRA, arXiv 2402.07148); all but the k largest set to 0, not renormalised; k = 0:
-    all kept. X-LoRA takes x from the last layer of a first pass without experts; a layer that stands alone, its input.
+    all kept. x are the last hidden states of a first pass without experts, as published, or a layer's own input.
     """
     weights = jax.nn.softmax(x.astype(jnp.float32) @ classifier / temperature, axis=-1)
     return weights * _is_largest(weights, k)
@@ -92,16 +92,10 @@ class LoRAMixture(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T M"],
-        context: Context | None = None,
-        router_logits: Array | None = None,
-        weights: Float[Array, "B T n"] | None = None,
-    ):
-        """Returns y, no statistics, and the router logits as they came. `weights`: of the experts, from a first pass of
-        the whole model (X-LoRA); None makes them from x."""
+    def __call__(self, x: Float[Array, "B T M"], context: Context | None = None, router_logits: Array | None = None):
+        """Returns y, no statistics, and the router logits as they came."""
         c, width, hidden = self.config, ("embed", x.shape[-1]), ("mlp", self.config.hidden)
+        weights = context.lora_weights if c.first_pass else None
         if c.gate == "xlora" and weights is None:
             init = nn.initializers.normal(self.std)
             classifier = parameter(self, "classifier", ["embed", "router"], [x.shape[-1], c.num_experts], init)

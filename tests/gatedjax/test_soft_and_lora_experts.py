@@ -9,8 +9,11 @@ from helpers import rel_rms
 from tiny_run import plain, run_steps
 
 from gatedjax.config import FrozenDict, LoRAMixtureConfig, SoftMoEConfig
+from gatedjax.errors import InputError
+from gatedjax.layers import Context
 from gatedjax.layers.lora_mixture import LoRAMixture, phatgoose_weights, xlora_weights
 from gatedjax.layers.soft_moe import SoftMoE
+from gatedjax.model import LanguageModel, init_caches, layers_of
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 9, 8)).astype(np.float32)
@@ -87,14 +90,62 @@ def test_lora_mixture_equals_loops_over_experts(gate, k):
     assert rel_rms(y, expected) < 1e-5
 
 
-def test_weights_of_a_first_pass_are_taken():
-    module = LoRAMixture(LoRAMixtureConfig(hidden=6, num_experts=3, rank=2), 0.3, jnp.float32)
-    params = make(module)
-    given = xlora_weights(X, params["classifier"], 1.0, 0)
-    apply = jax.jit(lambda w: module.apply({"params": params}, X, weights=w)[0])
-    assert rel_rms(apply(given), module.apply({"params": params}, X)[0]) < 1e-6
-    np.testing.assert_allclose(apply(0 * given), apply(jnp.zeros(3) * given), rtol=1e-6)
-    assert rel_rms(apply(0 * given), apply(given)) > 0.01
+def first_pass_model(**changes):
+    """A model of two layers whose experts do something, its parameters and its tokens."""
+    ffn = LoRAMixtureConfig(hidden=16, num_experts=3, rank=2, first_pass=True, experts_per_token=2, **changes)
+    config = plain(model__ffns=FrozenDict(mlp=ffn), model__num_layers=2, model__init_std=0.3).model
+    tokens = jnp.asarray(RNG.integers(0, config.vocab_size, (2, 12)), jnp.int32)
+    params = nn.meta.unbox(jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens)["params"])
+    noisy = lambda path, p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape) * ("lora" in path[-1].key)
+    return config, jax.tree_util.tree_map_with_path(noisy, params), tokens
+
+
+def second_pass(config, params, tokens, weights):
+    """The model's hidden states, with the experts' weights given: embedding, layers, final norm."""
+    context = Context(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens, weights)
+    x = params["embedding"][tokens], None
+    (x, _), _ = layers_of(config).apply({"params": params["periods"]}, x, context, None)
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * params["final_norm"]["scale"]
+
+
+def test_the_first_pass_is_the_model_without_experts():
+    """Values; and gradients as if the weights were given, but for the classifier's."""
+    config, params, tokens = first_pass_model()
+
+    def by_hand(p):
+        hidden = second_pass(config, p, tokens, jnp.zeros((*tokens.shape, 3)))
+        weights = xlora_weights(jax.lax.stop_gradient(hidden), p["lora_classifier"], 1.0, 2)
+        y = second_pass(config, p, tokens, weights)
+        return jnp.sum(jnp.sin(y)), (y, hidden)
+
+    def ours(p):
+        y, *_ = LanguageModel(config).apply({"params": p}, tokens)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, (expected, hidden)), expected_grads = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
+    (_, y), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+    assert rel_rms(y, expected) < 1e-5
+    assert rel_rms(y, hidden) > 0.01  # the experts matter here
+    assert float(jnp.abs(grads["lora_classifier"]).max()) > 1e-4
+    for (path, g), e in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads)):
+        assert rel_rms(g, e) < 1e-4, jax.tree_util.keystr(path)
+
+
+def test_decoding_with_a_first_pass_equals_the_forward_pass():
+    config, params, tokens = first_pass_model()
+    expected, *_ = jax.jit(LanguageModel(config).apply)({"params": params}, tokens)
+    step = jax.jit(lambda t, caches: LanguageModel(config).apply({"params": params}, t, caches=caches)[:2])
+    y, caches = step(tokens[:, :9], init_caches(config, 2, 16))
+    parts = [y]
+    for t in range(9, 12):
+        y, caches = step(tokens[:, t : t + 1], caches)
+        parts.append(y)
+    assert rel_rms(jnp.concatenate(parts, axis=1), expected) < 1e-5
+
+
+def test_only_xlora_has_a_first_pass():
+    with pytest.raises(InputError, match="first_pass: True came, wanted False unless gate is 'xlora'"):
+        LoRAMixtureConfig(gate="phatgoose", first_pass=True)
 
 
 def test_phatgoose_ignores_the_length_of_its_vectors():
