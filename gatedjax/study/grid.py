@@ -53,8 +53,6 @@ class Study:
 
     measures: what is taken of each trained model; see `measures.py` for the values of each.
     columns: the values that the table shows, in this order.
-    best_over: a label (such as the learning rate) of which only the best value is reported, by the first column.
-    higher_is_better: of the first column.
     stop_at: with the measure "recall", training ends when validation accuracy reaches this.
     """
 
@@ -64,8 +62,6 @@ class Study:
     measures: tuple[Measure, ...]
     columns: tuple[str, ...]
     pictures: tuple[Picture, ...] = ()
-    best_over: str | None = None
-    higher_is_better: bool = False
     stop_at: float | None = None
 
 

@@ -23,19 +23,11 @@ class Row(NamedTuple):
 
 
 def rows(study: Study, records: Sequence[Record]) -> list[Row]:
-    """A row for each cell; where the study has `best_over`, only the best of each group, by the first column."""
+    """A row for each cell."""
     cells: dict[tuple, list[Record]] = {}
     for record in records:
         cells.setdefault(tuple(record["labels"].items()), []).append(record)
-    found = [_row(dict(labels), group, study.columns) for labels, group in cells.items()]
-    if study.best_over is None:
-        return found
-    groups: dict[tuple, list[Row]] = {}
-    for row in found:
-        groups.setdefault(tuple(x for x in row.labels.items() if x[0] != study.best_over), []).append(row)
-    worst = -math.inf if study.higher_is_better else math.inf
-    score = lambda row: worst if math.isnan(row.mean[study.columns[0]]) else row.mean[study.columns[0]]
-    return [(max if study.higher_is_better else min)(group, key=score) for group in groups.values()]
+    return [_row(dict(labels), group, study.columns) for labels, group in cells.items()]
 
 
 def _row(labels: dict[str, Label], group: Sequence[Record], columns: Sequence[str]) -> Row:
@@ -55,8 +47,6 @@ def markdown(study: Study, found: Sequence[Row], notes: Sequence[str]) -> str:
         seeds = f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")
         cells = [str(row.labels[n]) for n in names] + [_figure(row, c) for c in study.columns] + [seeds]
         lines.append("| " + " | ".join(cells) + " |")
-    if study.best_over:
-        lines += ["", f"Of each group the best {study.best_over} by {study.columns[0]}."]
     return "\n".join([*lines, "", *notes, ""])
 
 

@@ -57,7 +57,7 @@ def fake(labels, seed, diverged=0.0, **values):
     return {"labels": labels, "seed": seed, "values": {"diverged": diverged, "seconds": 1.0} | values}
 
 
-def test_the_table_gives_means_spreads_and_the_best_rate():
+def test_the_table_gives_means_and_spreads():
     records = [
         fake({"mixer": "a", "lr": 1}, 0, accuracy=0.5), fake({"mixer": "a", "lr": 1}, 1, accuracy=0.7),
         fake({"mixer": "a", "lr": 2}, 0, accuracy=0.9), fake({"mixer": "a", "lr": 2}, 1, diverged=1.0, accuracy=None),
@@ -66,12 +66,10 @@ def test_the_table_gives_means_spreads_and_the_best_rate():
     every = report.rows(study(), records)
     assert every[0].mean["accuracy"] == pytest.approx(0.6)
     assert every[0].spread["accuracy"] == pytest.approx(math.sqrt(0.02))
-    best = report.rows(study(best_over="lr", higher_is_better=True), records)
-    assert [row.labels for row in best] == [{"mixer": "a", "lr": 2}, {"mixer": "b", "lr": 1}]
-    text = report.markdown(study(best_over="lr"), best, ["note"])
+    text = report.markdown(study(), every, ["note"])
     assert "| a | 2 | 0.9 | 2, 1 diverged |" in text and "| b | 1 | - | 2, 2 diverged |" in text
     for x in ("mixer", "lr"):
-        report.draw(Picture(x, "accuracy", line="mixer"), best, "t").canvas.draw()
+        report.draw(Picture(x, "accuracy", line="mixer"), every, "t").canvas.draw()
 
 
 def test_a_picture_over_columns():
