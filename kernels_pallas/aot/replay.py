@@ -324,7 +324,9 @@ class Program:
         return lines
 
     def _operand(self, op: Op) -> str:
-        index = int(re.search(r"index:\s*(\d+)", op.text)[1])
+        index = int(re.search(r"index:\s*(-?\d+)", op.text)[1])
+        if index < 0:  # a table of XLA's own, whose values the listing does not give
+            return "UNKNOWN"
         if "no memory space" in op.text[:80]:  # a scalar, passed by value
             return f"X.operand_value({index})"
         return str(_OPERANDS + (index << _OPERAND_BITS))
