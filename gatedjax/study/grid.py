@@ -44,7 +44,6 @@ class Picture:
     y: str
     line: str | None = None
     log_x: bool = False
-    log_y: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

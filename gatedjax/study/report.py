@@ -65,8 +65,10 @@ def draw(picture: Picture, found: Sequence[Row], title: str) -> Any:
         points = [p for p in _points(picture, row) if not math.isnan(p.y)]
         lines.setdefault(row.labels[picture.line] if picture.line else picture.y, []).extend(points)
     lines = {name: points for name, points in lines.items() if points}
+    xlabel, ylabel = picture.x, picture.y.removesuffix("@")
     if any(isinstance(p.x, str) for points in lines.values() for p in points):
         _dots(axes, lines)
+        xlabel, ylabel = ylabel, ""
     else:
         for name, points in lines.items():
             x, y, spread = zip(*sorted(points))
@@ -76,9 +78,7 @@ def draw(picture: Picture, found: Sequence[Row], title: str) -> Any:
             ticks = sorted({p.x for points in lines.values() for p in points})
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axes.set_xticks([], minor=True)
-    axes.set(
-        xlabel=picture.x, ylabel=picture.y.removesuffix("@"), title=title, yscale="log" if picture.log_y else "linear"
-    )
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.25)
     if picture.line:
         axes.legend(frameon=False, fontsize=8)
@@ -99,12 +99,13 @@ def _points(picture: Picture, row: Row) -> list[Point]:
 
 
 def _dots(axes: Any, lines: Mapping[Label, list[Point]]) -> None:
-    """A dot and its number for each name: differences of a few percent, which bars from zero would hide."""
+    """A row for each name, a dot and its number: differences of a few percent, which bars from zero would hide."""
     places = list(dict.fromkeys(p.x for points in lines.values() for p in points))
     for name, points in lines.items():
         at, spread = [places.index(p.x) for p in points], [p.spread for p in points]
-        axes.errorbar(at, [p.y for p in points], yerr=spread, fmt="o", ms=5, capsize=3, label=str(name))
+        axes.errorbar([p.y for p in points], at, xerr=spread, fmt="o", ms=5, capsize=3, label=str(name))
         for place, p in zip(at, points):
-            axes.annotate(f"{p.y:.4g}", (place, p.y), (7, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_xticks(range(len(places)), places, rotation=20, ha="right")
-    axes.margins(x=0.1)
+            axes.annotate(f"{p.y:.3g}", (p.y, place), (0, 5), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yticks(range(len(places)), places)
+    axes.invert_yaxis()
+    axes.margins(y=0.08)
