@@ -142,23 +142,26 @@ def figures(op: str, chip: str, rows: int) -> dict:
     }
     if not isinstance(device, Tpu):
         return found | {"kernels": [dataclasses.asdict(k) for k in one.kernels if "grouped_matmul" in k.name]}
-    found["sizes"] = {
-        name: {
-            "program_microseconds": 1e6 * report.program_seconds,
-            "kernels": {
-                k.name: {
-                    "microseconds": 1e6 * k.seconds,
-                    "executed_over_useful_flops": k.matrix_busy * k.schedule_seconds * device.peak_flops
-                    / (flops * matmuls(k.name)),
-                    "hbm_bytes": k.hbm_bytes,
-                    "unknown": sum(n for what, n in k.unknown.items() if what != "vpop.sfrf"),
-                }
-                for k in report.kernels
-            },
-        }
-        for name, report in reports.items()
-    }  # fmt: skip
+    found["sizes"] = {name: of_sizes(report, device, flops) for name, report in reports.items()}
     return found
+
+
+def of_sizes(report, device: Tpu, flops: float) -> dict:
+    """The figures of one replay. Of a kernel whose steering values the replay does not know there is no time: None."""
+    executed = {k.name: k.matrix_busy * k.schedule_seconds * device.peak_flops for k in report.kernels}
+    kernels = {
+        k.name: {
+            "microseconds": 1e6 * k.seconds if executed[k.name] else None,
+            "executed_over_useful_flops": executed[k.name] / (flops * matmuls(k.name)),
+            "hbm_bytes": k.hbm_bytes,
+            "unknown": sum(n for what, n in k.unknown.items() if what != "vpop.sfrf"),
+        }
+        for k in report.kernels
+    }
+    return {
+        "program_microseconds": 1e6 * report.program_seconds if all(executed.values()) else None,
+        "kernels": kernels,
+    }
 
 
 def dot_flops(text: str) -> int:
@@ -202,13 +205,13 @@ def lines(op: str, chip: str, rows: int, found: dict) -> list[list[str]]:
     out = []
     for kind, of_size in found.get("sizes", {}).items():
         for name, k in of_size["kernels"].items():
-            if not k["executed_over_useful_flops"]:  # its steering values are made where the replay does not look
+            if k["microseconds"] is None:
                 out.append([*head, kind, name, "not followed", "", "", ""])
                 continue
             floor = least_microseconds(op, name, chip, rows)
             out.append([*head, kind, name, f"{k['microseconds']:,.0f}", f"{floor:,.0f}",
                         f"{k['microseconds'] / floor:.2f}", f"{k['executed_over_useful_flops']:.2f}"])  # fmt: skip
-        if all(k["executed_over_useful_flops"] for k in of_size["kernels"].values()):
+        if of_size["program_microseconds"] is not None:
             total = sum(k["microseconds"] for k in of_size["kernels"].values())
             out.append([*head, kind, "all kernels", f"{total:,.0f}", "", "", ""])
     if op == "ragged_dot" or not out:
