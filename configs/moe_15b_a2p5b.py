@@ -3,7 +3,8 @@
     python train.py --config=configs/moe_15b_a2p5b.py --config.mesh.fsdp=16 --config.mesh.expert=16 \
       --config.data.tokenizer=tokenizer.json --config.data.sources.main.kind=parquet --config.data.sources.main.path=DIR
 
-Hardware: not run here; compiled for a TPU v5p slice of 256 chips, where it takes 29 of 88 GiB a chip:
+Hardware: not run here; compiled for a TPU v5p slice of 256 chips, where it takes 29 of 88 GiB a chip (11 with
+--config.model.remat=full, which computes every kernel's result twice):
 
     python train.py --config=configs/moe_15b_a2p5b.py --aot=v5p:8x8x4 --config.mesh.fsdp=16 --config.mesh.expert=16
 
