@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.attention import tile
 from kernels_pallas.attention.scores import Row, Score
 from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.opaque import opaque
 
 OUT_NAME = "attention_out"
 STATISTIC_NAME = "attention_lse"
@@ -120,6 +121,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, ...], Row]:
 
     Kept in bfloat16, o would bring most of the error of dq, through deltas, and half of that of the gate's gradient.
     """
+    inputs = opaque(inputs)
     score, (T, V) = plan.score, (inputs.q.shape[1], inputs.v.shape[-1])
     rows, keys = _cut(plan, inputs)
     shared = _shared(plan, inputs)
@@ -148,6 +150,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, ...], Row]:
 
 def _backward(plan: Plan, residuals, dy):
     inputs, gate, outputs, saved = residuals
+    inputs, dy = opaque((inputs, dy))
     do, dgate = _gate_gradient(dy, gate, outputs[0])
     # With y = o sigmoid(gate), sum(do o) is sum(dy y): nothing is divided by a gate that may be 0.
     # The outputs kept are those of `score.deltas`, after o.

@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.opaque import opaque
 
 
 class Plan(NamedTuple):
@@ -34,7 +35,7 @@ def grouped_matmul(lhs, rhs, group_sizes, *, out_dtype: jnp.dtype) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(plan: Plan, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    return _times_groups(plan, "mk,kn->mn", lhs, rhs, group_sizes)
+    return _times_groups(plan, "mk,kn->mn", *opaque((lhs, rhs)), group_sizes)
 
 
 def _forward_saving(plan: Plan, lhs, rhs, group_sizes):
@@ -43,6 +44,7 @@ def _forward_saving(plan: Plan, lhs, rhs, group_sizes):
 
 def _backward(plan: Plan, residuals, dout):
     lhs, rhs, group_sizes = residuals
+    lhs, rhs, dout = opaque((lhs, rhs, dout))
     dout = dout.astype(lhs.dtype)
     dlhs = _times_groups(plan._replace(out_dtype=lhs.dtype), "mn,kn->mk", dout, rhs, group_sizes)
     return dlhs, _outer_by_group(plan, lhs, dout, group_sizes).astype(rhs.dtype), None

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.reference import DENOMINATOR_FLOOR, segment_starts
 from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.opaque import opaque
 
 OUT_NAME = "linear_scan_out"
 STATES_NAME = "linear_scan_states"
@@ -99,6 +100,8 @@ def _scan(plan: Plan, inputs: Inputs, bonus: Float[Array, "H K"] | None, state: 
 
 
 def _forward(plan: Plan, inputs: Inputs, bonus, state, save: bool):
+    inputs, state = opaque((inputs, state))
+
     def step(state, group):
         o, new_state = _group(plan, group, bonus, state)
         return new_state, (o.astype(plan.out_dtype), state if save else None)
@@ -115,7 +118,7 @@ def _forward_saving(plan: Plan, inputs: Inputs, bonus, state):
 
 def _backward(plan: Plan, residuals, cotangents):
     inputs, bonus, states = residuals
-    do, dstate = cotangents
+    inputs, states, (do, dstate) = opaque((inputs, states, cotangents))
 
     def step(carry, x):
         dstate, dbonus = carry
@@ -205,6 +208,7 @@ def _chunks(plan: Plan, x: Array, num_heads: int) -> Array:
 def linear_scan_step(q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool):
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
     H, dtype, out_dtype = q.shape[1], state.dtype, v.dtype
+    v, state = opaque((v, state))
     if normalize:
         v, scale = _with_ones(v), 1.0
     q, k, v = (jnp.repeat(x, H // x.shape[1], axis=1).astype(dtype) for x in (q, k, v))
