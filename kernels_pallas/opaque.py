@@ -1,12 +1,12 @@
 """What XLA must not know of an array: that all its columns are the same.
 
-XLA on CPUs (jaxlib 0.11.2 to 0.12.0.1 at least) fuses a matrix product with a reduction beside it into one "YNN fusion".
-Is the right factor of that product the broadcast of a smaller array along its last axis, then the fusion reads the
-smaller array as if it were the larger one: other memory, results that differ from run to run, NaN.
+XLA on CPUs (seen with jaxlib 0.11.2 and 0.12.0.1) fuses a matrix product with a reduction beside it into one "YNN
+fusion". If the right factor of that product is a smaller array, broadcast along its last axis, then the fusion reads
+the smaller array as if it were the larger one: other memory, results that differ from run to run, NaN.
 
-    jax.jit(lambda a, b: a @ jnp.zeros((64, 64)) + jnp.sum(b * b, -1, keepdims=True))       wrong for [256, 64]
+    jax.jit(lambda a, b: a @ jnp.zeros((64, 64)) + jnp.sum(b * b, -1, keepdims=True))     wrong for [256, 64] arrays
 
-An empty state is such a broadcast, and so is the cotangent of a sum. docs/notes/xla_cpu_ynn_broadcast.md has the report.
+An empty state is such a broadcast, and so is the cotangent of a sum. docs/notes/xla_cpu_ynn_broadcast.md has more.
 """
 
 import jax
