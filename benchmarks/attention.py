@@ -4,7 +4,7 @@
                                    [--json=benchmarks/results/attention_tpu.json]
 
 Causal, bfloat16. For every shape, chip and pass: model time of the whole program (bwd: forward and backward), HBM
-traffic, temporaries. Times are the schedule's replay, not measurements; `kernels_pallas/aot` says how far to trust
+traffic, temporaries. Times are the schedule's replay, not measurements; `gatedjax/aot` says how far to trust
 them. Each row compiles in a process of its own, in half a minute to minutes; rows that are in the --json file already,
 from the same libtpu, are not compiled again (delete the file after a change of the kernels).
 
@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from report import known_rows, table, write_json
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import Case, make_case
-from kernels_pallas.aot.targets import target
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import Case, make_case
+from gatedjax.aot.targets import target
 
 SHAPES = ("B4,T4096,H16,D128", "B1,T32768,H16,Hk2,D256")  # a dense model's; Qwen3-Next's
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")

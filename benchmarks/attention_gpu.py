@@ -23,8 +23,8 @@ from absl import app, flags
 from gpu_timing import device, median_seconds
 from report import table, write_json
 
+from gatedjax.aot.targets import target
 from kernels_pallas import attention
-from kernels_pallas.aot.targets import target
 
 _LENGTHS = flags.DEFINE_multi_integer("length", [2048, 8192, 32768], "Sequence lengths T.")
 _HEADS = flags.DEFINE_multi_string("heads", ["H16,Hk16,D128", "H16,Hk2,D256"], "Heads and their size.")

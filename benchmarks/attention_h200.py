@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from report import table, write_json
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import make_case
-from kernels_pallas.aot.report import GpuKernel
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import make_case
+from gatedjax.aot.report import GpuKernel
 from kernels_pallas.attention import attention_step
 
 TARGET = "cuda:h200"

@@ -21,10 +21,10 @@ from pathlib import Path
 import jax
 from report import table, write_json
 
-from gatedjax.checkpoint import Checkpointer, read_config
 from gatedjax.config import from_config_dict
-from gatedjax.leaves import digests_of, named_leaves
-from gatedjax.setup import prepare
+from gatedjax.training.checkpoint import Checkpointer, read_config
+from gatedjax.training.digests import digests_of, named_leaves
+from gatedjax.training.run import prepare
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "distributed"))

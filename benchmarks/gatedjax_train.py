@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from gatedjax import sharding
+from gatedjax.aot import libtpu
 from gatedjax.config import Config, SparseMoEConfig, from_config_dict
 from gatedjax.data import Batch
-from gatedjax.host_memory import keep_freed_memory
-from gatedjax.setup import Run, fresh_state, prepare
-from gatedjax.train_step import jit_train_step
+from gatedjax.runtime.host_memory import keep_freed_memory
+from gatedjax.training.run import Run, fresh_state, prepare
+from gatedjax.training.step import jit_train_step
 from kernels_pallas import dispatch
-from kernels_pallas.aot import libtpu
 
 BATCHES = 8
 WARMUP_STEPS = 3

@@ -4,7 +4,7 @@
                                      [--decay=vector] [--json=benchmarks/results/linear_scan_tpu.json]
 
 For every shape, chip and pass: model time of the whole program, HBM traffic against the compulsory bytes (every input
-and output of the program once), temporaries. Times are the schedule's replay, not measurements; `kernels_pallas/aot`
+and output of the program once), temporaries. Times are the schedule's replay, not measurements; `gatedjax/aot`
 says how far to trust them. Each row compiles in a process of its own, in 10 seconds to minutes.
 
 Ops: tpu and xla are ours; jla is jax-linear-attention's chunked GLA, one bfloat16 pass as ours; kda is tokamax's Kimi
@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from report import table, write_json
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import Case, make_case
-from kernels_pallas.aot.targets import target
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import Case, make_case
+from gatedjax.aot.targets import target
 
 SHAPES = (
     "B4,T4096,H8,K128,V256",

@@ -8,7 +8,7 @@ a forward and backward pass: model time, beside the least there could be (every 
 chip's peak, the longer of the two); the FLOPs that the matrix units execute, over the 2 M K N that are asked for; and
 HBM bytes. Group sizes are values of the run: balanced; multinomial, as of a router that prefers nobody; and
 Zipf-skewed, where the largest expert has a fifth of all rows. Times are the schedule's replay, not measurements;
-`kernels_pallas/aot` says how far to trust them.
+`gatedjax/aot` says how far to trust them.
 
 Ops: grouped_matmul and expert_mlp (the whole MLP of the experts, with the router's weights) are ours; megablox is gmm
 and tgmm of jax's own Pallas ops, in the best tiles found for each chip (where one seems quicker than its compulsory
@@ -37,9 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from report import known_rows, table, write_json
 
+from gatedjax.aot import compile_and_replay
+from gatedjax.aot.targets import Tpu, target
 from kernels_pallas import expert_mlp, grouped_matmul
-from kernels_pallas.aot import compile_and_replay
-from kernels_pallas.aot.targets import Tpu, target
 
 D, F, G = 2048, 1024, 64
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")

@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import Float
 from report import cores, cpu_model, table, write_json
 
-from gatedjax import cli
+from gatedjax.runtime import cli
 from kernels_pallas import attention, linear_scan
 
 _LENGTHS = flags.DEFINE_multi_integer("length", [1024, 4096, 16384], "Sequence lengths T; at least two.")

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from report import table, write_json
 
-from kernels_pallas.aot import compile_for
+from gatedjax.aot import compile_for
 
 DISPATCH_MS = 0.11
 

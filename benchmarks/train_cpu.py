@@ -24,11 +24,11 @@ from typing import NamedTuple
 from absl import flags
 from report import cores, cpu_model, table, write_json
 
-from gatedjax import cli
 from gatedjax.config import Config, from_config_dict, to_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
-from gatedjax.setup import with_vocab
+from gatedjax.runtime import cli
+from gatedjax.training.run import with_vocab
 
 HERE = Path(__file__).resolve().parent
 _PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "An interpreter that has torch and transformers.")

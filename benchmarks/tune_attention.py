@@ -1,4 +1,4 @@
-"""Chooses schedules of attention's TPU kernels by model time, for `kernels_pallas/attention/tpu_tuning.py`.
+"""Chooses schedules of attention's TPU kernels by model time, for `kernels_pallas/attention/tpu/tuning.py`.
 
     python benchmarks/tune_attention.py --target=tpu:v5e [--shape=B4,T4096,H16,D128] [--forward=rows=128,256] [...]
 
@@ -16,11 +16,11 @@ import importlib
 
 import jax
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import make_case
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import make_case
 
 # `kernels_pallas.attention` is the function; its rooms are found by their full names.
-tpu_tuning = importlib.import_module("kernels_pallas.attention.tpu_tuning")
+tpu_tuning = importlib.import_module("kernels_pallas.attention.tpu.tuning")
 Schedule = tpu_tuning.Schedule
 
 SETTINGS = {

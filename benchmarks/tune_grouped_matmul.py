@@ -1,4 +1,4 @@
-"""Compares schedules of grouped_matmul's TPU kernels by model time, for `kernels_pallas/grouped_matmul/tpu_tuning.py`.
+"""Compares schedules of grouped_matmul's TPU kernels by model time, for `kernels_pallas/grouped_matmul/tpu/tuning.py`.
 
     python benchmarks/tune_grouped_matmul.py --target=tpu:v5e [--shape=M16384,K2048,N1024,G64] [--set=step=512,1024 ...]
 
@@ -15,9 +15,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 
 import jax
 
-from kernels_pallas.aot import compile_and_replay
-from kernels_pallas.aot.cases import make_case
-from kernels_pallas.grouped_matmul import tpu_tuning
+from gatedjax.aot import compile_and_replay
+from gatedjax.aot.cases import make_case
+from kernels_pallas.grouped_matmul.tpu import tuning as tpu_tuning
 
 SETTINGS = ["tile=256,512", "parts=64,128", "step=512,1024", "outer_step=1024x512,1024x1024"]
 KERNELS = ("forward", "dlhs", "drhs")

@@ -1,4 +1,4 @@
-"""Chooses schedules of linear_scan's TPU kernels by model time, for `kernels_pallas/linear_scan/tpu_tuning.py`.
+"""Chooses schedules of linear_scan's TPU kernels by model time, for `kernels_pallas/linear_scan/tpu/tuning.py`.
 
     python benchmarks/tune_linear_scan.py --target=tpu:v5e [--decay=vector] [--forward=lag=4,6] [--backward=lag=5,6]
 
@@ -14,10 +14,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 
 import jax
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import make_case
-from kernels_pallas.linear_scan import tpu_tuning
-from kernels_pallas.linear_scan.tpu_plan import Schedule
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import make_case
+from kernels_pallas.linear_scan.tpu import tuning as tpu_tuning
+from kernels_pallas.linear_scan.tpu.plan import Schedule
 
 SETTINGS = {
     "forward": ["chunks=1,2", "lag=None,0,6", "stack=False,True", "round_early=True"],

@@ -1,4 +1,4 @@
-"""Chooses schedules of linear_scan's GPU kernels by time on this GPU, for `kernels_pallas/linear_scan/gpu_tuning.py`.
+"""Chooses schedules of linear_scan's GPU kernels by time on this GPU, for `kernels_pallas/linear_scan/gpu/tuning.py`.
 
     python benchmarks/tune_linear_scan_gpu.py [--shape=B4,T4096,H16,K128,V128] [--decay=vector,scalar] [--json=FILE]
 
@@ -15,7 +15,7 @@ from gpu_timing import device, inputs, median_seconds
 from report import write_json
 
 from kernels_pallas import linear_scan
-from kernels_pallas.linear_scan import gpu_tuning
+from kernels_pallas.linear_scan.gpu import tuning as gpu_tuning
 
 _SHAPE = flags.DEFINE_string("shape", "B4,T4096,H16,K128,V128", "Sizes of B, T, H, K and V.")
 _DECAY = flags.DEFINE_list("decay", ["vector", "scalar"], "Kinds of decay.")
@@ -81,7 +81,7 @@ def tune(decay: str, shape: str) -> tuple[gpu_tuning.Schedule, list[dict]]:
 def main(_) -> None:
     shape = "B1,T64,H1,K16,V16" if _DRY_RUN.value else _SHAPE.value
     found = {decay: tune(decay, shape) for decay in _DECAY.value}
-    print(f'put into TUNED["{gpu_tuning.chip()}"] of kernels_pallas/linear_scan/gpu_tuning.py:')
+    print(f'put into TUNED["{gpu_tuning.chip()}"] of kernels_pallas/linear_scan/gpu/tuning.py:')
     for decay, (best, _) in found.items():
         changed = {n: v for n, v in best._asdict().items() if v != gpu_tuning.Schedule._field_defaults[n]}
         print(f'    "{decay}": Schedule({", ".join(f"{n}={v}" for n, v in changed.items())}),')

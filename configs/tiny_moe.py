@@ -2,7 +2,7 @@
 
     python train.py --config=configs/tiny_moe.py            (the balance loss)
     python train.py --config=configs/tiny_moe.py:bias       (DeepSeek-V3's router: sigmoid scores, the sign rule)
-    python -m gatedjax.expert_load --workdir=runs/tiny_moe       (the picture of the loads)
+    python -m gatedjax.reporting.expert_load --workdir=runs/tiny_moe       (the picture of the loads)
 
 Hardware: a laptop, 2 cores, 2 minutes.
 """

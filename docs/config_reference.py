@@ -20,7 +20,7 @@ HEAD = """# Configuration
 
 Every key of a run. A file in `configs/` returns `config_dict()` with some of them changed; `--config.KEY=VALUE` on the
 command line changes one; a wrong key or type is refused at launch, with the nearest key named. This page is made from
-`gatedjax/config.py` by `python docs/config_reference.py`.
+`gatedjax/config` by `python docs/config_reference.py`.
 """
 
 

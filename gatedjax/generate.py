@@ -7,10 +7,10 @@ import sys
 
 from absl import flags
 
-from gatedjax import cli
 from gatedjax.data import load_tokenizer
-from gatedjax.restore import restore_params
-from gatedjax.sampling import generate_text
+from gatedjax.evaluation.restore import restore_params
+from gatedjax.evaluation.sampling import generate_text
+from gatedjax.runtime import cli
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")

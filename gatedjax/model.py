@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
 from gatedjax.layers import FEED_FORWARDS, MIXERS, Context
-from gatedjax.layers.lora_mixture import xlora_weights
+from gatedjax.layers.moe.lora import xlora_weights
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import parameter
 from kernels_pallas import RESIDUAL_NAMES

@@ -97,7 +97,7 @@ def test_no_cell_uses_a_name_that_is_not_there():
 
 
 def test_without_libtpu_the_fifth_says_so_in_one_line(monkeypatch):
-    monkeypatch.setattr("kernels_pallas.aot.libtpu.installed", lambda: False)
+    monkeypatch.setattr("gatedjax.aot.libtpu.installed", lambda: False)
     with pytest.raises(SystemExit, match=r"^libtpu is not here.*pip install 'gatedjax\[aot\]'"):
         exec(plain(code_cells(PAGES[4])[1]), {})
 

@@ -10,12 +10,12 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig
-from gatedjax.layers.context import Context
 from gatedjax.layers.gate import GateLogits, apply_gate, gate_score
 from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale, unit_length
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
+from gatedjax.layers.token_info import Context
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
 from kernels_pallas import attention, attention_step
 from kernels_pallas.attention import SCORES, Score, attention_sharded

@@ -9,14 +9,14 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedLinearAttentionConfig
-from gatedjax.layers.context import Context
 from gatedjax.layers.conv import causal_conv
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.layers.token_info import Context
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
 from kernels_pallas import linear_scan, linear_scan_step
-from kernels_pallas.linear_scan.context import linear_scan_sharded
+from kernels_pallas.linear_scan.sharded import linear_scan_sharded
 
 
 @struct.dataclass

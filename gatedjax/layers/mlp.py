@@ -7,8 +7,8 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedMLPConfig
-from gatedjax.layers.context import Context
 from gatedjax.layers.projection import Projection
+from gatedjax.layers.token_info import Context
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from gatedjax import cli
 from gatedjax.errors import InputError
-from gatedjax.metrics import format_duration, say
+from gatedjax.reporting.console import format_duration, say
+from gatedjax.runtime import cli
 from gatedjax.study import report
 from gatedjax.study.cell import run_cell
 from gatedjax.study.grid import Study, run_key

@@ -9,11 +9,11 @@ import jax
 
 from gatedjax.data import batches, load_tokenizer, make_dataset
 from gatedjax.data.recall import recall_dataset
-from gatedjax.setup import Run, fresh_state, prepare, with_vocab
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.grid import Cell, Study
 from gatedjax.study.measures import MEASURES, RecallValidation
-from gatedjax.train_step import TrainState, jit_train_step, params_for_evaluation
+from gatedjax.training.run import Run, fresh_state, prepare, with_vocab
+from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
 
 LOOK_EVERY = 25  # steps between looks at the loss
 

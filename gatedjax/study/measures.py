@@ -21,10 +21,10 @@ from jax import Array
 from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
-from gatedjax.evaluate import Validation
+from gatedjax.evaluation.validation import Validation
 from gatedjax.model import LanguageModel, head_weights, logits
-from gatedjax.setup import Run
 from gatedjax.sharding import RULES, global_batch, my_rows
+from gatedjax.training.run import Run
 
 
 def validation(trained) -> dict[str, float]:

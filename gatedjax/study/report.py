@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gatedjax.curves import new_figure
+from gatedjax.reporting.figure import new_figure
 from gatedjax.study.grid import Label, Picture, Study
 
 Record = Mapping[str, Any]  # {"labels": {...}, "seed": 0, "values": {...}}

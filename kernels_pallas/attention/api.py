@@ -5,10 +5,19 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import gpu, reference, tpu, xla
-from kernels_pallas.attention.named_scores import SCORES
-from kernels_pallas.attention.scores import Score
-from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.attention import reference, xla
+from kernels_pallas.attention.gpu import op as gpu
+from kernels_pallas.attention.normalizers.base import Score
+from kernels_pallas.attention.normalizers.named import SCORES
+from kernels_pallas.attention.tpu import op as tpu
+from kernels_pallas.common.checks import (
+    all_varying,
+    check_float,
+    check_integer,
+    check_interpret,
+    check_shape,
+    default_scale,
+)
 
 
 def attention(
@@ -32,7 +41,7 @@ def attention(
 
         s_ij = scale q_i k_j,  or c tanh(scale q_i k_j / c) with soft_cap c;  less slope |i - j| with alibi_slopes
         o_i = sum_j W_ij v_j,  j over the keys that i may see
-        W_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij))  for softmax; see `scores.py` for the others
+        W_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij))  for softmax; see `normalizers/base.py` for the others
         y_i = o_i sigmoid(gate_i)
 
     Differentiable in every float input. A token that may see nothing has o = 0 and no gradient.
@@ -65,7 +74,7 @@ def attention(
     """
     op = "attention"
     score = check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap)
-    _check_interpret(op, interpret, implementation)
+    check_interpret(op, interpret, implementation)
     refusals = {"tpu": tpu.unsupported(q, k, v, score), "gpu": gpu.unsupported(q, k, v, score)}
     chosen = dispatch.choose(op, implementation, refusals)
     room = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}[chosen]
@@ -114,10 +123,12 @@ def attention_step(
         raise ValueError(f"{op}: valid has shape {valid.shape}, wanted {k_cache.shape[:2]}")
     if valid.dtype != jnp.bool_:
         raise ValueError(f"{op}: valid has dtype {valid.dtype}, wanted bool")
-    _check_integers(op, "distances", distances, k_cache.shape[:2])
+    if distances is not None:
+        check_shape(op, "distances", distances, k_cache.shape[:2])
+        check_integer(op, "distances", distances)
     if (alibi_slopes is None) != (distances is None):
         raise ValueError(f"{op}: alibi_slopes or distances came alone, wanted both or neither")
-    _check_interpret(op, interpret, implementation)
+    check_interpret(op, interpret, implementation)
     refusals = {"tpu": tpu.unsupported_step(), "gpu": gpu.unsupported_step(q, k_cache, v_cache, score)}
     room = {"reference": reference, "xla": xla, "gpu": gpu}[dispatch.choose(op, implementation, refusals)]
     arrays = all_varying(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
@@ -134,7 +145,9 @@ def check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi
     _check_row_options(op, q, v, gate, {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}, soft_cap)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"{op}: k has shape {k.shape}, wanted {q.shape[1]} tokens as in q of shape {q.shape}")
-    _check_integers(op, "segment_ids", segment_ids, q.shape[:2])
+    if segment_ids is not None:
+        check_shape(op, "segment_ids", segment_ids, q.shape[:2])
+        check_integer(op, "segment_ids", segment_ids)
     if window is not None and window < 1:
         raise ValueError(f"{op}: window={window}, wanted None or a number of tokens from 1 on")
     return score
@@ -148,25 +161,6 @@ def _score(op: str, score: str | Score, sink_logits: Array | None) -> Score:
     if sink_logits is not None and not score.takes_sinks:
         raise ValueError(f"{op}: sink_logits came with score={score}, wanted none: only softmax has sinks")
     return score
-
-
-def _check_interpret(op: str, interpret: bool, implementation: str | None) -> None:
-    if interpret and implementation not in ("tpu", "gpu"):
-        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
-
-
-def default_scale(scale: float | None, K: int) -> float:
-    return K**-0.5 if scale is None else float(scale)
-
-
-def all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
-    """Inside `shard_map`, every array varying over what any of them varies over.
-
-    A replicated input, such as sinks, must vary before it enters a custom_vjp: the transpose of that cast is the sum of
-    its gradient over the mesh axis.
-    """
-    present = [x for x in arrays if x is not None]
-    return tuple(None if x is None else varying_like(x, *present) for x in arrays)
 
 
 def _check_queries_and_keys(op: str, q, keys: dict, time: str) -> None:
@@ -186,7 +180,7 @@ def _check_queries_and_keys(op: str, q, keys: dict, time: str) -> None:
         wanted = [*k.shape[:3], "V"]
         raise ValueError(f"{op}: {v_name} has shape {v.shape}, wanted {wanted} for {k_name} of shape {k.shape}")
     for name, x in {"q": q, **keys}.items():
-        _check_float(op, name, x)
+        check_float(op, name, x)
 
 
 def _check_row_options(op: str, q, v, gate, by_head: dict, soft_cap: float | None) -> None:
@@ -194,23 +188,11 @@ def _check_row_options(op: str, q, v, gate, by_head: dict, soft_cap: float | Non
         shapes = ((*q.shape[:-1], v.shape[-1]), (*q.shape[:-1], 1))
         if gate.shape not in shapes:
             raise ValueError(f"{op}: gate has shape {gate.shape}, wanted {shapes[0]} or {shapes[1]}")
-        _check_float(op, "gate", gate)
+        check_float(op, "gate", gate)
     for name, x in by_head.items():
         if x is not None:
             if x.shape != q.shape[-2:-1]:
                 raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {q.shape[-2:-1]}")
-            _check_float(op, name, x)
+            check_float(op, name, x)
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"{op}: soft_cap={soft_cap}, wanted None or a number above 0")
-
-
-def _check_integers(op: str, name: str, x, shape: tuple[int, ...]) -> None:
-    if x is not None and x.shape != shape:
-        raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {shape}")
-    if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted an integer dtype")
-
-
-def _check_float(op: str, name: str, x) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted a float dtype")

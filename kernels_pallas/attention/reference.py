@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.attention.reference_scores import weights
-from kernels_pallas.attention.scores import Score
+from kernels_pallas.attention.normalizers.base import Score
+from kernels_pallas.attention.normalizers.reference import weights
 
 
 def attention(

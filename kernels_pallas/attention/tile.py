@@ -1,7 +1,7 @@
 """The mathematics of one tile of attention: R query rows against C keys, as pure functions of arrays.
 
 Leading axes (`...`, batch and heads, or none inside a kernel) are carried along. What differs between machines is which
-tiles are visited and in what order; the formulas are these, and those that turn logits into weights: `scores.py`.
+tiles are visited and in what order; the formulas are these, and those that turn logits into weights: `normalizers/base.py`.
 Statistics and accumulators have `statistics_dtype`.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.attention.scores import Row, Score
+from kernels_pallas.attention.normalizers.base import Row, Score
 
 
 def statistics_dtype(*inputs: Array) -> jnp.dtype:

@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention import tile
-from kernels_pallas.attention.scores import Row, Score
-from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.attention.normalizers.base import Row, Score
+from kernels_pallas.common.mesh import varying_like
 
 OUT_NAME = "attention_out"
 STATISTIC_NAME = "attention_lse"

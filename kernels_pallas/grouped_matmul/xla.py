@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.common.mesh import varying_like
 
 
 class Plan(NamedTuple):

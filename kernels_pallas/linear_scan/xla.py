@@ -16,9 +16,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
+from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.reference import DENOMINATOR_FLOOR, segment_starts
-from kernels_pallas.manual_axes import varying_like
 
 OUT_NAME = "linear_scan_out"
 STATES_NAME = "linear_scan_states"

@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax.numpy as jnp
 
-import train
-from gatedjax import cli
+from gatedjax import train
+from gatedjax.runtime import cli
 
 kind, _, steps = os.environ["FAULT"].partition(":")
 first, _, last = steps.partition("-")

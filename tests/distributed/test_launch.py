@@ -10,8 +10,8 @@ from absl import flags
 from absl.testing import flagsaver
 from processes import MESH, ROOT, run
 
-from gatedjax import launch, stderr_filter
 from gatedjax.errors import InputError
+from gatedjax.runtime import launch, stderr_filter
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_one_process_of_such_a_launcher_is_alone(monkeypatch):
 
 def test_a_proxy_in_the_environment_is_no_obstacle_for_one_process():
     """gRPC would send the talk of a process with itself to the proxy, and wait for an answer for ever."""
-    code = "from gatedjax import launch; launch._start_alone(); print(launch.preempted(1))"
+    code = "from gatedjax.runtime import launch; launch._start_alone(); print(launch.preempted(1))"
     env = os.environ | {"http_proxy": "http://localhost:1", "HTTPS_PROXY": "http://localhost:1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from gatedjax.aot import abstract_batch
+from gatedjax.aot.step import abstract_batch
 from gatedjax.config import MeshConfig, from_config_dict, layer
 from gatedjax.data import Batch
-from gatedjax.setup import fresh_state, prepare
 from gatedjax.sharding import AXES, RULES, across_slices, global_batch, make_mesh, my_rows
-from gatedjax.train_step import init_params, jit_train_step, param_axes
+from gatedjax.training.run import fresh_state, prepare
+from gatedjax.training.step import init_params, jit_train_step, param_axes
 
 TOLERANCE = 2e-5  # between any two meshes, of the loss and of the gradient's norm: float32 sums in another order
 STEPS, ROWS, LENGTH = 3, 8, 32
@@ -156,7 +156,7 @@ def test_slices_are_joined_along_the_axes_that_talk_least(slices, mesh, wanted):
 def test_hosts_of_a_pod_hold_squares_of_chips_and_read_scattered_rows():
     """Rows go over a TPU slice by lines, hosts own squares of it: their rows are theirs, not a range."""
     pytest.importorskip("libtpu")
-    from kernels_pallas.aot import parse_slice, slice_devices
+    from gatedjax.aot import parse_slice, slice_devices
 
     mesh = make_mesh(MeshConfig(), slice_devices(parse_slice("v5e:4x4")))
     processes = sorted({d.process_index for d in mesh.devices.flat})

@@ -19,7 +19,7 @@ sys.exit(codes[min(n, len(codes)) - 1])
 
 def supervise(tmp_path, codes, *flags):
     log = tmp_path / "starts"
-    command = [sys.executable, "-m", "gatedjax.supervise", *flags, "--", sys.executable, "-c", COUNTING, log, codes]
+    command = [sys.executable, "-m", "gatedjax.runtime.supervise", *flags, "--", sys.executable, "-c", COUNTING, log, codes]
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     return result, [float(t) for t in log.read_text().split()]
 
@@ -46,7 +46,7 @@ def test_sigterm_goes_on_to_the_command_and_ends_both(tmp_path):
     child = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); print('up', flush=True); time.sleep(99)"
     )
-    command = [sys.executable, "-m", "gatedjax.supervise", "--", sys.executable, "-c", child]
+    command = [sys.executable, "-m", "gatedjax.runtime.supervise", "--", sys.executable, "-c", child]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     time.sleep(0.2)

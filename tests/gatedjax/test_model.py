@@ -18,8 +18,8 @@ from gatedjax.config import (
     ModelConfig,
     SparseMoEConfig,
 )
-from gatedjax.losses import chunked_cross_entropy, cross_entropy
 from gatedjax.model import LanguageModel, head_weights, init_caches, logits
+from gatedjax.training.losses import chunked_cross_entropy, cross_entropy
 
 MODEL = ModelConfig(
     vocab_size=32,

@@ -7,8 +7,8 @@ from tiny_run import run_steps, tiny
 
 from gatedjax.config import MeshConfig
 from gatedjax.errors import InputError
-from gatedjax.setup import fresh_state, prepare
 from gatedjax.sharding import make_mesh, my_rows
+from gatedjax.training.run import fresh_state, prepare
 
 MESHES = {
     "data": dict(data=8),
