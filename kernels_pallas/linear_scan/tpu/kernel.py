@@ -105,7 +105,7 @@ def _forward_kernel(walk: Walk, refs: dict, state_ref) -> None:
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        state_ref[...] = refs["initial"][0] if "initial" in refs else jnp.zeroslike(state_ref)
+        state_ref[...] = refs["initial"][0] if "initial" in refs else jnp.zeros_like(state_ref)
 
     levels = tpu_tile.meeting_levels(plan.chunk, plan.reverse)
 
@@ -135,9 +135,9 @@ def _backward_kernel(walk: Walk, refs: dict, dstate_ref) -> None:
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        dstate_ref[...] = refs["dfinal"][0] if "dfinal" in refs else jnp.zeroslike(dstate_ref)
+        dstate_ref[...] = refs["dfinal"][0] if "dfinal" in refs else jnp.zeros_like(dstate_ref)
         if "dbonus" in refs:
-            refs["dbonus"][...] = jnp.zeroslike(refs["dbonus"])
+            refs["dbonus"][...] = jnp.zeros_like(refs["dbonus"])
 
     levels = tpu_tile.meeting_levels(plan.chunk, plan.reverse)
     levels_back = tpu_tile.meeting_levels(plan.chunk, not plan.reverse)
