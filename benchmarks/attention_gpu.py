@@ -74,7 +74,7 @@ def sizes(shape: str) -> dict[str, int]:
 
 
 def ours(q, k, v, gate=None):
-    return attention(q, k, v, gate=gate, implementation="gpu", interpret=_DRY_RUN.value)
+    return attention(q, k, v, gate_logits=gate, implementation="gpu", interpret=_DRY_RUN.value)
 
 
 def cudnn(q, k, v, gate):

@@ -43,7 +43,7 @@ def case_of(op: str, shape: str, decay: str) -> Case:
     if op in ("tpu", "xla"):
         return make_case("linear_scan", shape, "bfloat16", {"decay": decay, "implementation": op})
     if decay != "vector":
-        raise ValueError(f"op: {op!r} came with decay {decay!r}, wanted vector")
+        raise ValueError(f"op: {op!r} came with decay {decay!r}, expected vector")
     B, T, H, K, V = (int(part[1:]) for part in shape.split(","))
     array = lambda *axes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(axes, dtype)
     if op == "jla":

@@ -49,7 +49,7 @@ def scan(q, k, v, log_decay) -> Float[Array, "B T H D"]:
 
 
 def gated_attention(q, k, v, gate) -> Float[Array, "B T H D"]:
-    return attention(q, k, v, gate=gate, implementation="xla")
+    return attention(q, k, v, gate_logits=gate, implementation="xla")
 
 
 # name -> the op on (q, k, v, x), and how x is made from standard normal numbers [B, T, H, D]: log decays, or a gate.

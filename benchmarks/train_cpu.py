@@ -117,7 +117,7 @@ def check_peer_python(python: str) -> None:
         failure = e.strerror
     if failure:
         wanted = "an interpreter with both (pip install torch transformers)"
-        raise InputError(f"peer_python: {python} cannot import torch and transformers ({failure}), wanted {wanted}")
+        raise InputError(f"peer_python: {python} cannot import torch and transformers ({failure}), expected {wanted}")
 
 
 def peers(config: Config, active: int) -> list[Model]:

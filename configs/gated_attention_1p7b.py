@@ -25,7 +25,7 @@ def get_config():
     c.data.seq_len = 4096
     c.optim.lr = 4e-3
     c.optim.warmup_steps = 1000
-    c.optim.final_lr_share = 0.0075
+    c.optim.final_lr_fraction = 0.0075
     c.train.steps = 100_000
     c.train.batch_size = 1024
     c.train.eval_every = 1000

@@ -28,7 +28,7 @@ def get_config():
     c.optim.lr = 3e-4
     c.optim.warmup_steps = 500
     c.optim.weight_decay = 0.01
-    c.optim.final_lr_share = 0.1
+    c.optim.final_lr_fraction = 0.1
     c.train.steps = 50_000
     c.train.batch_size = 1024
     c.train.eval_every = 1000

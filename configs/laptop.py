@@ -28,8 +28,8 @@ def get_config():
     c.optim.name = "muon"
     c.optim.lr = 0.01
     c.optim.schedule = "wsd"
-    c.optim.decay_share = 0.3
-    c.optim.final_lr_share = 0.05
+    c.optim.decay_fraction = 0.3
+    c.optim.final_lr_fraction = 0.05
     c.optim.warmup_steps = 50
     c.train.steps = 2000
     c.train.batch_size = 4

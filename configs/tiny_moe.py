@@ -24,7 +24,7 @@ def get_config(arg: str = "loss"):
     # 16 experts, 4 of which see a token.
     moe = layer("sparse_moe", num_experts=16, experts_per_token=4, hidden=96, balance_loss=0.05)
     if arg == "bias":
-        moe.router.score = "sigmoid"
+        moe.router.scoring = "sigmoid"
         moe.router.bias_rule = "sign"
         moe.router.bias_rate = 0.003
         moe.balance_loss = 0.0

@@ -68,7 +68,7 @@ def field_comments(source: str) -> dict[str, str]:
 def type_text(annotation) -> str:
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     text = re.sub(
-        r"typing\.|collections\.abc\.|gatedjax\.\w+\.|<class '|'>", "", text if "[" in text else str(annotation)
+        r"typing\.|collections\.abc\.|gatedjax\.(?:\w+\.)+|<class '|'>", "", text if "[" in text else str(annotation)
     )
     choices = re.fullmatch(r"Literal\[(.*)\]", text)
     shown = ", ".join(f"`{c.strip()}`" for c in choices[1].split(",")) if choices else f"`{text}`"

@@ -16,13 +16,13 @@ from kernels_pallas import (
     permute_rows,
     sort_by_group,
 )
-from kernels_pallas.attention import SCORES, attention_sharded
+from kernels_pallas.attention import NORMALIZERS, attention_sharded
 from kernels_pallas.dispatch import last_choice
 from kernels_pallas.linear_scan import linear_scan_sharded
 
 __all__ = [
+    "NORMALIZERS",
     "RESIDUAL_NAMES",
-    "SCORES",
     "attention",
     "attention_sharded",
     "attention_step",

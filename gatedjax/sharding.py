@@ -60,8 +60,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     others = config.fsdp * config.context * config.tensor * config.expert
     if others < 1 or len(devices) % others or (config.data and config.data * others != len(devices)):
-        wanted = " x ".join(f"{axis}={getattr(config, axis) or 'rest'}" for axis in AXES)
-        raise InputError(f"config.mesh: {wanted} does not divide the {len(devices)} device(s) of this run")
+        expected = " x ".join(f"{axis}={getattr(config, axis) or 'rest'}" for axis in AXES)
+        raise InputError(f"config.mesh: {expected} does not divide the {len(devices)} device(s) of this run")
     shape = (config.data or len(devices) // others, config.fsdp, config.context, config.tensor, config.expert)
     across = tuple(across_slices(dict(zip(AXES, shape)), devices).values())
     # Split physical axes: 16 x 16 devices lie on a torus of 8 x 8 x 4 only if one of its axes serves two of ours.
@@ -100,8 +100,8 @@ def my_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[in
     """
     ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
     if batch_size % ways:
-        wanted = f"a multiple of data x fsdp x expert = {ways}"
-        raise InputError(f"config.train.batch_size: {batch_size} came, wanted {wanted}")
+        expected = f"a multiple of data x fsdp x expert = {ways}"
+        raise InputError(f"config.train.batch_size: got {batch_size}, expected {expected}")
     process = jax.process_index() if process is None else process
     places = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).devices_indices_map((batch_size,))
     mine = [rows.indices(batch_size) for device, (rows,) in places.items() if device.process_index == process]

@@ -9,7 +9,7 @@ from kernels_pallas import attention
 from kernels_pallas.attention import xla
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-3
-EVERYTHING = dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=12, soft_cap=4.0)
+EVERYTHING = dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=12, logits_soft_cap=4.0)
 # Parameters, a number a head: they stay float32 in a bfloat16 call, as in a layer.
 BY_HEAD = ("sink_logits", "alibi_slopes")
 
@@ -19,7 +19,7 @@ def draw(B=2, T=65, H=4, Hk=2, K=8, V=12, gate=None, sinks=False, slopes=False, 
     rng = np.random.default_rng(seed)
     shapes = dict(q=(B, T, H, K), k=(B, T, Hk, K), v=(B, T, Hk, V))
     if gate:
-        shapes["gate"] = (B, T, H, 1 if gate == "head-wise" else V)
+        shapes["gate_logits"] = (B, T, H, 1 if gate == "head-wise" else V)
     if sinks:
         shapes["sink_logits"] = (H,)
     if slopes:

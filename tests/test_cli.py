@@ -127,9 +127,9 @@ def test_evaluation_and_generation_of_a_checkpoint(place, finished):
     result = run(place, "", checkpoint, "--probes", script="eval.py")
     assert result.returncode == 0, result.stderr
     written = {Path(line).name for line in result.stdout.split() if line.endswith((".json", ".png"))}
-    assert {"probes.json", "first_token_share.png", "half_life.png", "expert_load.png"} <= written
+    assert {"probes.json", "first_token_fraction.png", "half_life.png", "expert_load.png"} <= written
     probes = json.loads((place / "straight" / "probes" / "probes.json").read_text())
-    assert len(probes["first_token_share"]["1"]) == 4 and 0 < sum(probes["first_token_share"]["1"]) < 4
+    assert len(probes["first_token_fraction"]["1"]) == 4 and 0 < sum(probes["first_token_fraction"]["1"]) < 4
     flags = [checkpoint, "--prompt=line", "--tokens=12", "--seed=3", "--top_k=5", "--top_p=0.9"]
     result = run(place, "", *flags, script="-m gatedjax.generate")
     assert result.returncode == 0 and result.stdout.startswith("line") and len(result.stdout) > 5, result.stderr
@@ -138,11 +138,11 @@ def test_evaluation_and_generation_of_a_checkpoint(place, finished):
 BAD = {
     "unknown key": (["--config.model.widht=3"], "config.model.widht: unknown key; did you mean 'model.width'?"),
     "wrong type": (["--config.train.steps=many"], "steps"),
-    "wrong value": (["--config.optim.name=sgdd"], "config.optim.name: 'sgdd' came, wanted one of adamw"),
+    "wrong value": (["--config.optim.name=sgdd"], "config.optim.name: got 'sgdd', expected one of adamw"),
     "mesh": (["--config.mesh.fsdp=3"], "fsdp=3"),
     "missing file": (["--config.data.sources.main.path=nowhere"], "nowhere"),
     "missing tokenizer": (["--config.data.tokenizer=none.json"], "none.json"),
-    "vocabulary": (["--config.model.vocab_size=100"], "config.model.vocab_size: 100 came, wanted at least the 257"),
+    "vocabulary": (["--config.model.vocab_size=100"], "config.model.vocab_size: got 100, expected at least the 257"),
     "missing config": (["--config=configs/none.py"], "configs/none.py"),
     "stray argument": (["steps=3"], "'steps=3' is not a flag"),
 }

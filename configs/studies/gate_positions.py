@@ -38,6 +38,6 @@ def get_study(small: bool) -> Study:
         cells=tuple(Cell({"gate": name}, config(name)) for name in names),
         seeds=(0,) if small else (0, 1, 2),
         measures=("validation", "probes"),
-        columns=("bits_per_byte", "first_token_share", "max_activation", "kurtosis", "gate_mean"),
-        pictures=(Picture("gate", "bits_per_byte"), Picture("gate", "first_token_share")),
+        columns=("bits_per_byte", "first_token_fraction", "max_activation", "kurtosis", "gate_mean"),
+        pictures=(Picture("gate", "bits_per_byte"), Picture("gate", "first_token_fraction")),
     )

@@ -51,14 +51,14 @@ def _report(args: argparse.Namespace, case, name: str):
 def _passes(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [n for n in names if n not in ("fwd", "bwd")]:
-        raise ValueError(f"pass: {unknown[0]!r} came, wanted fwd, bwd or fwd,bwd")
+        raise ValueError(f"pass: got {unknown[0]!r}, expected fwd, bwd or fwd,bwd")
     return names
 
 
 def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"set: {text!r} came, wanted name=value")
+        raise ValueError(f"set: got {text!r}, expected name=value")
     return name, value
 
 

@@ -73,7 +73,7 @@ def parse_listing(name: str, path: Path, slot_use: Path | None) -> Listing:
         if match is None:
             continue
         if int(match[1], 0) != len(bundles):
-            raise ValueError(f"{path.name}: bundle {match[1]} came, wanted bundle {len(bundles)}")
+            raise ValueError(f"{path.name}: bundle {match[1]} came, expected bundle {len(bundles)}")
         body = line[match.end() :]
         body = body[: body.rfind("}")] if "}" in body else body
         bundles.append([op for part in body.split(";;") if (op := parse_op(part)) is not None])

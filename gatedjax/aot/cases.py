@@ -64,7 +64,7 @@ def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> C
 def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
     """Axes B T H D, and Hk where heads are grouped; causal unless causal = no.
 
-    gate = none, head or element; window = a number; score = a name; segments = yes; arrays as for linear_scan.
+    gate = none, head or element; window = a number; normalizer = a name; segments = yes; arrays as for linear_scan.
     """
     B, T, H, D = (sizes[a] for a in ("B", "T", "H", "D"))
     gate = _one_of(options, "gate", "none", {"none": None, "head": 1, "element": D})
@@ -75,18 +75,18 @@ def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Cas
     args += [_array(jnp.int32, B, T)] if (segments := yes("segments", "no")) else []
     window = options.get("window")
     if window is not None and not window.isdecimal():
-        raise ValueError(f"window: {window!r} came, wanted a number of tokens")
+        raise ValueError(f"window: got {window!r}, expected a number of tokens")
     fixed = dict(
         window=window and int(window), implementation=options.get("implementation"), causal=yes("causal", "yes")
     )
-    fixed["score"] = options.get("score", "softmax")
+    fixed["normalizer"] = options.get("normalizer", "softmax")
 
     def forward(q, k, v, *others):
         others = list(others)
         heads = [x.reshape(B, T, -1, D) for x in (q, k, v)]
         gates = None if gate == "none" else others.pop(0).reshape(B, T, H, -1)
         ids = others.pop(0) if segments else None
-        return attention(*heads, gate=gates, segment_ids=ids, **fixed).reshape(B, T, -1)
+        return attention(*heads, gate_logits=gates, segment_ids=ids, **fixed).reshape(B, T, -1)
 
     return Case(forward, tuple(args), {})
 
@@ -123,7 +123,7 @@ def grouped_matmul_case(sizes: dict[str, int], dtype, options: dict[str, str]) -
 # Op -> its case, and the axes that a shape must give.
 CASES = {
     "linear_scan": (linear_scan_case, ("B", "T", "H", "K", "V"), ("Hk", "Hv"), {"decay"}),
-    "attention": (attention_case, ("B", "T", "H", "D"), ("Hk",), {"gate", "window", "score", "causal", "segments"}),
+    "attention": (attention_case, ("B", "T", "H", "D"), ("Hk",), {"gate", "window", "normalizer", "causal", "segments"}),
     "grouped_matmul": (grouped_matmul_case, ("M", "K", "N", "G"), (), {"sizes"}),
     "expert_mlp": (expert_mlp_case, ("R", "M", "F", "G"), (), {"sizes", "weights"}),
 }
@@ -136,21 +136,21 @@ def make_case(op: str, shape: str, dtype: str, options: dict[str, str]) -> Case:
       ValueError: an unknown op, axis, dtype or option, by name.
     """
     if op not in CASES:
-        raise ValueError(f"op: {op!r} came, wanted one of {', '.join(CASES)}")
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(CASES)}")
     build, required, optional, known = CASES[op]
     sizes = {}
     for part in shape.split(","):
         match = re.fullmatch(r"([A-Z][a-z]?)(\d+)", part.strip())
         if not match or match[1] not in (*required, *optional):
-            wanted = f"{','.join(f'{a}<size>' for a in required)}" + "".join(f"[,{a}<size>]" for a in optional)
-            raise ValueError(f"shape: {part!r} came, wanted {wanted} for {op}")
+            expected = f"{','.join(f'{a}<size>' for a in required)}" + "".join(f"[,{a}<size>]" for a in optional)
+            raise ValueError(f"shape: got {part!r}, expected {expected} for {op}")
         sizes[match[1]] = int(match[2])
     if missing := [a for a in required if a not in sizes]:
-        raise ValueError(f"shape: {shape!r} came, which lacks {', '.join(missing)}")
+        raise ValueError(f"shape: got {shape!r}, which lacks {', '.join(missing)}")
     if unknown := options.keys() - known - {"implementation"}:
-        raise ValueError(f"set: {min(unknown)!r} came, wanted one of {', '.join(sorted(known)) or 'nothing'} for {op}")
+        raise ValueError(f"set: got {min(unknown)!r}, expected one of {', '.join(sorted(known)) or 'nothing'} for {op}")
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype: {dtype!r} came, wanted bfloat16, float16 or float32")
+        raise ValueError(f"dtype: got {dtype!r}, expected bfloat16, float16 or float32")
     return build(sizes, jnp.dtype(dtype), options)
 
 
@@ -161,5 +161,5 @@ def _array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
 def _one_of(options: dict[str, str], name: str, default: str, choices) -> str:
     value = options.get(name, default)
     if value not in choices:
-        raise ValueError(f"{name}: {value!r} came, wanted one of {', '.join(choices)}")
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
     return value

@@ -170,4 +170,4 @@ def _tpu_devices(topology: str, num_slices: int = 1) -> list:
         slices = {} if num_slices == 1 else {"num_slices": num_slices}
         return list(topologies.get_topology_desc(topology, platform="tpu", **slices).devices)
     except Exception as e:  # libtpu's complaints have no type of their own
-        raise ValueError(f"slice: {topology!r} came, which libtpu refuses: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"slice: got {topology!r}, which libtpu refuses: {str(e).splitlines()[0]}") from None

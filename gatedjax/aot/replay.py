@@ -6,7 +6,7 @@ on DMA by a simple model: one first-in first-out HBM channel of the chip's publi
 
 How far to trust it. The schedule: within about 3 % of measured cycles on v4 and v5e. The time: within 5 % of published
 v5e times of seven matmuls (`tests/gatedjax/aot/test_tpu_model.py`); v5p, v6e and v7x share the mechanism but were
-never checked against hardware. Not modelled: strided or narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared
+never checked against hardware. Not modeled: strided or narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared
 with DMA, instruction fetch of huge bodies, barriers between two cores, the interconnect, clock throttling, and the
 host's 0.1 ms a call. Differences below 5 % are noise. A branch or size that depends on data is reported as unknown, and
 the branch taken as not taken.
@@ -123,12 +123,12 @@ _PREDICATE = {"por": "or_({0},{1})", "pand": "and_({0},{1})", "pxor": "xor({0},{
 class Timeline:
     """A core's clock, its DMAs in flight, and the chip's HBM channel, of which it may have a share only."""
 
-    def __init__(self, chip: Tpu, hbm_share: float = 1.0):
+    def __init__(self, chip: Tpu, hbm_fraction: float = 1.0):
         self.chip, self.time, self.stall = chip, 0, 0
         self.hbm_bytes = 0
         self.unknown = collections.Counter()
         self._hbm_free = 0.0
-        self._bytes_per_cycle = chip.hbm_bytes_per_second / chip.clock_hz * hbm_share
+        self._bytes_per_cycle = chip.hbm_bytes_per_second / chip.clock_hz * hbm_fraction
         self._in_flight = collections.defaultdict(list)  # semaphore -> [time done, size units]
 
     def start(self, kind: str, now: int, size, semaphore, predicate) -> None:
@@ -466,7 +466,7 @@ class Schedule:
     unknown: dict[str, int]  # branches, sizes and ops that could not be followed
 
 
-def summarise(execution: Execution, timeline: Timeline) -> Schedule:
+def summarize(execution: Execution, timeline: Timeline) -> Schedule:
     """The figures of a finished run."""
     program, counts = execution.program, execution.executions()
     listing, chip, total = program.listing, program.chip, max(1, sum(counts))

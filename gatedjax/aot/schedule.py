@@ -59,7 +59,7 @@ class Dump:
             timeline = replay.Timeline(self._chip, 1 / cores)
             execution = replay.Execution(program, core, self._operands(name))
             execution.run(timeline)
-            runs.append(replay.summarise(execution, timeline))
+            runs.append(replay.summarize(execution, timeline))
         slowest = max(runs, key=lambda run: run.cycles)
         return dataclasses.replace(slowest, hbm_bytes=sum(run.hbm_bytes for run in runs))
 

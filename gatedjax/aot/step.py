@@ -1,6 +1,6 @@
 """A training step compiled for a TPU slice that is not here: does it fit, what does it send, how fast could it be.
 
-No parameter is ever materialised: the state is shapes and shardings, lowered as `train.py` lowers the real one.
+No parameter is ever materialized: the state is shapes and shardings, lowered as `train.py` lowers the real one.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Roofline:
     compute: the same with the forward pass that remat "full" repeats; what "kernels" repeats, a part, is not counted.
     hbm: the state and the batch read once and written once.
     network: what the collectives send over the chip's interconnect, one after another; with several slices also the
-      all-reduce of a chip's part of the gradients over the data centre network; the slower of the two.
+      all-reduce of a chip's part of the gradients over the data center network; the slower of the two.
     """
 
     model: float

@@ -89,13 +89,13 @@ def target(name: str) -> Tpu | Gpu:
       ValueError: there is none of that name.
     """
     if name not in TARGETS:
-        raise ValueError(f"target: {name!r} came, wanted one of {', '.join(TARGETS)}")
+        raise ValueError(f"target: got {name!r}, expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that a program is compiled for: `num_slices` of the shape `topology`, joined by the data centre network."""
+    """Chips that a program is compiled for: `num_slices` of the shape `topology`, joined by the data center network."""
 
     chip: Tpu
     topology: str  # as libtpu names it
@@ -110,7 +110,7 @@ def parse_slice(text: str) -> Slice:
     """
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
     if not match or match[2] not in TPUS or match[1] == "0":
-        wanted = f"[SLICES*]CHIP:SHAPE such as v5p:8x8x4 or 2*v5e:16x16, CHIP one of {', '.join(TPUS)}"
-        raise ValueError(f"slice: {text!r} came, wanted {wanted}")
+        expected = f"[SLICES*]CHIP:SHAPE such as v5p:8x8x4 or 2*v5e:16x16, CHIP one of {', '.join(TPUS)}"
+        raise ValueError(f"slice: got {text!r}, expected {expected}")
     chip = TPUS[match[2]]
     return Slice(chip, f"{chip.topology.split(':')[0]}:{match[3]}", int(match[1] or 1))

@@ -25,11 +25,11 @@ class GatedAttentionConfig:
     gate_shared: bool = False  # scores averaged over heads, then applied to all of them
     gate_mode: Literal["multiplicative", "additive"] = "multiplicative"
     gate_activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity"] = "sigmoid"
-    gate_input: Literal["token", "constant"] = "token"  # constant: a zero-initialised parameter, no input
+    gate_input: Literal["token", "constant"] = "token"  # constant: a zero-initialized parameter, no input
     fused_gate: bool = False  # queries and gate in one projection, [q | gate] in every head, as Qwen3-Next
     qk_norm: bool = True
     qk_norm_kind: Literal["rms", "l2"] = "rms"  # l2: queries and keys of length 1, without parameters
-    zero_centred_norm: bool = False  # the rms QK-norm scales by 1 + w
+    zero_centered_norm: bool = False  # the rms QK-norm scales by 1 + w
     # What multiplies q k: head_dim^-0.5; a learned number, log2(L^2 - L) at the start (arXiv 2010.04245); log head_dim.
     logit_scale: Literal["inverse_sqrt", "learned", "log_dim"] = "inverse_sqrt"
     # What queries are multiplied by, n the keys that a token sees: log n; s log n with a learned s per head (scalable
@@ -40,53 +40,53 @@ class GatedAttentionConfig:
     yarn_factor: float = 1.0  # context extension factor of YaRN (arXiv 2309.00071); 1 for none
     yarn_original_length: int = 4096
     window: int | None = None  # keys in (i - window, i]
-    # How logits become weights: names of kernels_pallas.attention.SCORES.
-    score: Literal[
+    # How logits become weights: names of kernels_pallas.attention.NORMALIZERS.
+    normalizer: Literal[
         "softmax", "sigmoid", "relu", "relu_squared", "softpick", "self_adjust", "stablemax", "softplus",
         "clipped_softmax", "reweighted_softplus", "adaptive_temperature", "sparsemax", "entmax",
     ] = "softmax"  # fmt: skip
     # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A constant, so that training
     # and decoding agree: the length of training rows.
-    score_length: int | None = None
+    normalizer_length: int | None = None
     entmax_alpha: float = 1.5  # above 1 (softmax) up to 2 (sparsemax)
     clip_alpha: float = 4.0  # of clipped softmax: gamma = -alpha / n
     reweight_power: int = 15  # of reweighted softplus
     sinks: bool = False  # one learned logit per head in the denominator
-    soft_cap: float | None = None
+    logits_soft_cap: float | None = None
     # Logits less slope x distance. fixed: slopes 2^(-8 h / H); balanced: 2^-h for one half of the heads, the negatives
     # for the other (arXiv 2502.18845); learned: a parameter, fixed at the start.
     alibi: Literal["none", "fixed", "balanced", "learned"] = "none"
 
     def __post_init__(self):
         _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
-        _require(0.0 <= self.rope_fraction <= 1.0, "rope_fraction", self.rope_fraction, "a share between 0 and 1")
+        _require(0.0 <= self.rope_fraction <= 1.0, "rope_fraction", self.rope_fraction, "a fraction between 0 and 1")
         _require(self.rotary_dim % 2 == 0, "rope_fraction", self.rope_fraction, "an even number of rotated channels")
         _require(self.window is None or self.window >= 1, "window", self.window, "None or at least 1")
         _require(self.yarn_factor >= 1.0, "yarn_factor", self.yarn_factor, "at least 1")
         has_heads = self.gate_position != "output" or (self.gate_granularity == "elementwise" and not self.gate_shared)
         _require(has_heads, "gate_position", "output", "an elementwise gate, not shared: the output has no heads")
         fusable = self.gate_position == "sdpa" and self.gate_input == "token" and not self.gate_shared
-        wanted = "false: only a gate of tokens after sdpa that is not shared comes with the queries"
-        _require(fusable or not self.fused_gate, "fused_gate", True, wanted)
-        self._check_score()
+        expected = "false: only a gate of tokens after sdpa that is not shared comes with the queries"
+        _require(fusable or not self.fused_gate, "fused_gate", True, expected)
+        self._check_normalizer()
 
-    def _check_score(self):
+    def _check_normalizer(self):
         needs = {
-            f"score {self.score!r}": self.score in ("sigmoid", "relu", "relu_squared", "clipped_softmax"),
+            f"normalizer {self.normalizer!r}": self.normalizer in ("sigmoid", "relu", "relu_squared", "clipped_softmax"),
             "query_scale 'scalable_softmax'": self.query_scale == "scalable_softmax",
             "logit_scale 'learned'": self.logit_scale == "learned",
         }
         for what, needed in needs.items():
-            _require(self.score_length or not needed, "score_length", self.score_length, f"a length for {what}")
-        _require(self.score_length is None or self.score_length >= 1, "score_length", self.score_length, "at least 1")
-        _require(self.score == "softmax" or not self.sinks, "sinks", True, f"false with score {self.score!r}")
-        _require(self.soft_cap is None or self.soft_cap > 0, "soft_cap", self.soft_cap, "None or above 0")
+            _require(self.normalizer_length or not needed, "normalizer_length", self.normalizer_length, f"a length for {what}")
+        _require(self.normalizer_length is None or self.normalizer_length >= 1, "normalizer_length", self.normalizer_length, "at least 1")
+        _require(self.normalizer == "softmax" or not self.sinks, "sinks", True, f"false with normalizer {self.normalizer!r}")
+        _require(self.logits_soft_cap is None or self.logits_soft_cap > 0, "logits_soft_cap", self.logits_soft_cap, "None or above 0")
         _require(1 < self.entmax_alpha <= 2, "entmax_alpha", self.entmax_alpha, "above 1 and at most 2")
         _require(self.clip_alpha >= 0, "clip_alpha", self.clip_alpha, "at least 0")
         _require(self.reweight_power >= 2, "reweight_power", self.reweight_power, "at least 2")
         unit = self.qk_norm and self.qk_norm_kind == "l2"
-        wanted = "inverse_sqrt unless qk_norm is true of kind 'l2'; learned or log_dim if so"
-        _require(unit == (self.logit_scale != "inverse_sqrt"), "logit_scale", self.logit_scale, wanted)
+        expected = "inverse_sqrt unless qk_norm is true of kind 'l2'; learned or log_dim if so"
+        _require(unit == (self.logit_scale != "inverse_sqrt"), "logit_scale", self.logit_scale, expected)
         halves = self.alibi != "balanced" or self.num_heads % 2 == 0
         _require(halves, "alibi", "balanced", f"an even number of heads, not {self.num_heads}")
 
@@ -123,8 +123,8 @@ class GatedLinearAttentionConfig:
         _require(self.rotary_dim % 2 == 0, "rope_fraction", self.rope_fraction, "an even number of rotated channels")
         _require(self.conv_width >= 0, "conv_width", self.conv_width, "0 for none, or a width")
         is_mamba = self.decay == "scalar" and self.num_kv_heads == self.num_heads
-        wanted = "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads (Mamba-2)"
-        _require(self.decay_form != "softplus" or is_mamba, "decay_form", self.decay_form, wanted)
+        expected = "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads (Mamba-2)"
+        _require(self.decay_form != "softplus" or is_mamba, "decay_form", self.decay_form, expected)
 
     @property
     def rotary_dim(self) -> int:

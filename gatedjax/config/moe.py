@@ -7,11 +7,11 @@ outputs are weighed, and what keeps the loads even. The models of the literature
   Mixtral, Qwen3-MoE     (the defaults, with their own numbers of experts)
   OLMoE, Qwen2-MoE       router: renormalize=False
   gpt-oss                router: weighting="selected"
-  Llama 4                experts_per_token=1, router: score="sigmoid", renormalize=False, weight_input=True
+  Llama 4                experts_per_token=1, router: scoring="sigmoid", renormalize=False, weight_input=True
   DeepSeek-V2            router: selection="grouped_topk", group_score="max", renormalize=False, scale=16.0
-  DeepSeek-V3            router: score="sigmoid", selection="grouped_topk", scale=2.5, bias_rule="sign"
+  DeepSeek-V3            router: scoring="sigmoid", selection="grouped_topk", scale=2.5, bias_rule="sign"
   MoE++                  zero_experts=1, copy_experts=1, constant_experts=2, router: residual=True, renormalize=False
-  LongCat-Flash          copy_experts=256, router: renormalize=False, scale=6.0, bias_rule="pid", ffn_share=0.67
+  LongCat-Flash          copy_experts=256, router: renormalize=False, scale=6.0, bias_rule="pid", ffn_fraction=0.67
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class RouterConfig:
     final_temperature: float = 1.0  # from step anneal_steps on, reached exponentially; low is sparse
     anneal_steps: int = 0  # 0: the temperature stays as it is
     # Scores.
-    score: Literal["softmax", "sigmoid", "sparsemax"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "sparsemax"] = "softmax"
     # Selection, by score + bias; among equals the lower expert id. expert_choice is not causal.
     selection: Literal["topk", "grouped_topk", "gumbel", "hash", "expert_choice"] = "topk"
     num_groups: int = 1  # grouped_topk: experts come in so many groups, of which
@@ -49,7 +49,7 @@ class RouterConfig:
     bias_rule: Literal["none", "sign", "pid"] = "none"
     bias_rate: float = 0.001  # of the sign rule
     pid_gains: tuple[float, ...] = (0.05, 0.01, 0.0)  # proportional, integral, derivative
-    ffn_share: float = 0.0  # of all assignments, wanted for experts that compute; 0: the same load for every expert
+    ffn_fraction: float = 0.0  # of all assignments, wanted for experts that compute; 0: the same load for every expert
 
     def __post_init__(self):
         annealed = self.anneal_steps > 0 or self.final_temperature == self.temperature
@@ -58,23 +58,23 @@ class RouterConfig:
         require(annealed, "anneal_steps", 0, "at least 1, as final_temperature is not temperature")
         is_grouped = self.selection == "grouped_topk"
         require(is_grouped or self.num_groups == 1, "num_groups", self.num_groups, "1, or selection 'grouped_topk'")
-        wanted = f"between 1 and num_groups = {self.num_groups}"
-        require(1 <= self.kept_groups <= self.num_groups, "kept_groups", self.kept_groups, wanted)
-        gumbel_ok = self.selection != "gumbel" or (self.score == "softmax" and self.weighting == "scores")
-        require(gumbel_ok, "selection", "gumbel", "another, or score 'softmax' with weighting 'scores'")
+        expected = f"between 1 and num_groups = {self.num_groups}"
+        require(1 <= self.kept_groups <= self.num_groups, "kept_groups", self.kept_groups, expected)
+        gumbel_ok = self.selection != "gumbel" or (self.scoring == "softmax" and self.weighting == "scores")
+        require(gumbel_ok, "selection", "gumbel", "another, or scoring 'softmax' with weighting 'scores'")
         choice_ok = self.selection != "expert_choice" or (
             self.weighting == "scores" and not self.renormalize and self.bias_rule == "none" and not self.threshold
         )
-        wanted = "another, or weighting 'scores', renormalize false, no bias_rule and no threshold"
-        require(choice_ok, "selection", "expert_choice", wanted)
+        expected = "another, or weighting 'scores', renormalize false, no bias_rule and no threshold"
+        require(choice_ok, "selection", "expert_choice", expected)
         hash_ok = self.selection != "hash" or self.bias_rule == "none"
         require(hash_ok, "bias_rule", self.bias_rule, "'none': a hash selects by token, not by score")
         require(self.threshold >= 0, "threshold", self.threshold, "at least 0")
         require(self.scale > 0, "scale", self.scale, "above 0")
         require(len(self.pid_gains) == 3, "pid_gains", self.pid_gains, "three numbers")
-        require(0.0 <= self.ffn_share < 1.0, "ffn_share", self.ffn_share, "a share from 0 to below 1")
-        needs_rule = self.ffn_share == 0 or self.bias_rule != "none"
-        require(needs_rule, "ffn_share", self.ffn_share, "0, or a bias_rule that can reach it")
+        require(0.0 <= self.ffn_fraction < 1.0, "ffn_fraction", self.ffn_fraction, "a fraction from 0 to below 1")
+        needs_rule = self.ffn_fraction == 0 or self.bias_rule != "none"
+        require(needs_rule, "ffn_fraction", self.ffn_fraction, "0, or a bias_rule that can reach it")
 
     @property
     def causal(self) -> bool:
@@ -99,14 +99,14 @@ class SparseMoEConfig:
     shared_gate: bool = True  # sigmoid(x w) on the shared expert, as Qwen2-MoE
     # Weights of the losses; every one is 1 at perfect balance (router_losses.py converts other projects' weights).
     balance_loss: float = 0.01
-    zero_computation_share: float = 1.0  # MoE++'s tau: weight of experts that cost nothing within the balance loss
+    zero_computation_weight: float = 1.0  # MoE++'s tau: weight of experts that cost nothing within the balance loss
     sequence_loss: float = 0.0  # the balance loss within every row of the batch (DeepSeek-V3)
     z_loss: float = 0.001  # of mean logsumexp(logits)^2
     # An expert takes at most ceil(k T / E * capacity_factor) assignments from a row of T tokens; 0: no limit. With
     # tau, experts that compute take tau times as many as the others (MoE++).
     capacity_factor: float = 0.0
     # Who comes first. position: earlier tokens. choice: all first choices (V-MoE), priority: larger weights (batch
-    # prioritised routing): in both a later token can displace an earlier one, so they are not causal.
+    # prioritized routing): in both a later token can displace an earlier one, so they are not causal.
     capacity_order: Literal["position", "choice", "priority"] = "position"
     # Over the devices of the `expert` axis. gather_weights: experts come to the tokens. The others: tokens go to the
     # experts, sent one by one (not on CPU), in buffers, or all to all (for many experts per token).
@@ -120,28 +120,28 @@ class SparseMoEConfig:
         for name in counts:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.total_experts >= 1, "num_experts", self.num_experts, "at least 1 expert of any sort")
-        wanted = f"between 1 and the number of experts, {self.total_experts}"
-        require(1 <= self.experts_per_token <= self.total_experts, "experts_per_token", self.experts_per_token, wanted)
+        expected = f"between 1 and the number of experts, {self.total_experts}"
+        require(1 <= self.experts_per_token <= self.total_experts, "experts_per_token", self.experts_per_token, expected)
         r = self.router
         even = self.total_experts % r.num_groups == 0
         require(even, "router.num_groups", r.num_groups, f"a divisor of the number of experts, {self.total_experts}")
         size = self.total_experts // r.num_groups
-        wanted = f"groups that hold experts_per_token = {self.experts_per_token}; {r.kept_groups} x {size} do not"
-        require(r.kept_groups * size >= self.experts_per_token, "router.kept_groups", r.kept_groups, wanted)
+        expected = f"groups that hold experts_per_token = {self.experts_per_token}; {r.kept_groups} x {size} do not"
+        require(r.kept_groups * size >= self.experts_per_token, "router.kept_groups", r.kept_groups, expected)
         pairs = r.selection != "grouped_topk" or r.group_score == "max" or size >= 2
         require(pairs, "router.group_score", r.group_score, "'max': groups hold one expert")
         require(self.capacity_factor >= 0, "capacity_factor", self.capacity_factor, "at least 0")
         own = r.selection != "expert_choice" or not self.capacity_factor
         require(own, "capacity_factor", self.capacity_factor, "0: expert choice fills every expert evenly")
-        positive = self.zero_computation_share > 0
-        require(positive, "zero_computation_share", self.zero_computation_share, "above 0")
+        positive = self.zero_computation_weight > 0
+        require(positive, "zero_computation_weight", self.zero_computation_weight, "above 0")
         require(self.exchange_factor >= 0, "exchange_factor", self.exchange_factor, "at least 0")
         sends = not self.exchange_factor or self.exchange.endswith("all_to_all")
         require(sends, "exchange_factor", self.exchange_factor, "0, or exchange 'all_to_all' or 'ragged_all_to_all'")
         plain = not r.weight_input or self.num_experts == self.total_experts
         require(plain, "router.weight_input", True, "false: experts that cost nothing take their input as it is")
-        splits = not r.ffn_share or 0 < self.num_experts < self.total_experts
-        require(splits, "router.ffn_share", r.ffn_share, "0: there are not both sorts of experts")
+        splits = not r.ffn_fraction or 0 < self.num_experts < self.total_experts
+        require(splits, "router.ffn_fraction", r.ffn_fraction, "0: there are not both sorts of experts")
 
     @property
     def total_experts(self) -> int:
@@ -184,7 +184,7 @@ class LoRAMixtureConfig:
     num_experts: int = 4
     rank: int = 16
     alpha: float = 16.0  # an expert's product is scaled by alpha / rank
-    # xlora: softmax(x W / temperature), one for the layer. phatgoose: softmax of normalised <x, v> over the best
+    # xlora: softmax(x W / temperature), one for the layer. phatgoose: softmax of normalized <x, v> over the best
     # experts_per_token, one for each matrix; sigmoid: what trains its v, sigmoid(<x, v>).
     gate: Literal["xlora", "phatgoose", "sigmoid"] = "xlora"
     # xlora: x are the last hidden states of a first pass of the whole model without experts, as published, and the
@@ -197,8 +197,8 @@ class LoRAMixtureConfig:
     def __post_init__(self):
         require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
         require(self.rank >= 1, "rank", self.rank, "at least 1")
-        wanted = f"between 0 (all) and num_experts = {self.num_experts}"
-        require(0 <= self.experts_per_token <= self.num_experts, "experts_per_token", self.experts_per_token, wanted)
+        expected = f"between 0 (all) and num_experts = {self.num_experts}"
+        require(0 <= self.experts_per_token <= self.num_experts, "experts_per_token", self.experts_per_token, expected)
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
-        wanted = "False unless gate is 'xlora'"
-        require(self.gate == "xlora" or not self.first_pass, "first_pass", self.first_pass, wanted)
+        expected = "False unless gate is 'xlora'"
+        require(self.gate == "xlora" or not self.first_pass, "first_pass", self.first_pass, expected)

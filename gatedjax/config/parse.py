@@ -29,7 +29,7 @@ def config_dict() -> ConfigDict:
 def layer(kind: str, **values: Any) -> ConfigDict:
     """A mixer or a feed-forward of this kind, with `values` over its defaults: an entry of `mixers` or `ffns`.
 
-    A group of values is a dict over the group's defaults: `layer("sparse_moe", router={"score": "sigmoid"})`.
+    A group of values is a dict over the group's defaults: `layer("sparse_moe", router={"scoring": "sigmoid"})`.
     """
     kinds = MIXERS | FEED_FORWARDS
     if kind not in kinds:
@@ -52,7 +52,7 @@ def from_config_dict(raw: Mapping[str, Any]) -> Config:
     """Checks every key and type and returns the frozen configuration.
 
     Raises:
-      InputError: one line naming the key, what came and what was wanted; for an unknown key, the nearest known one.
+      InputError: one line naming the key, what came and what was expected; for an unknown key, the nearest known one.
     """
     return _build(Config, raw, "config")
 
@@ -117,7 +117,7 @@ def _optional_of(hint: Any) -> type:
 
 def _build(cls: type, raw: Any, path: str) -> Any:
     if not isinstance(raw, Mapping | ConfigDict):
-        raise InputError(f"{path}: {raw!r} came, wanted a group of keys")
+        raise InputError(f"{path}: got {raw!r}, expected a group of keys")
     hints = get_type_hints(cls)
     for name in raw:
         if name not in hints:
@@ -136,7 +136,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _build(hint, value, path)
     if origin is Literal:
         if value not in args:
-            raise InputError(f"{path}: {value!r} came, wanted one of {', '.join(map(str, args))}")
+            raise InputError(f"{path}: got {value!r}, expected one of {', '.join(map(str, args))}")
         return value
     if hint in (MixerConfig, FeedForwardConfig):
         return _build_kind({c.kind: c for c in args}, value, path)
@@ -144,11 +144,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert(_optional_of(hint), value, path)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise InputError(f"{path}: {value!r} came, wanted a tuple of {args[0].__name__}")
+            raise InputError(f"{path}: got {value!r}, expected a tuple of {args[0].__name__}")
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping | ConfigDict):
-            raise InputError(f"{path}: {value!r} came, wanted named entries")
+            raise InputError(f"{path}: got {value!r}, expected named entries")
         return FrozenDict({name: _convert(args[1], value[name], f"{path}.{name}") for name in value})
     return _scalar(hint, value, path)
 
@@ -156,7 +156,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _build_kind(kinds: Mapping[str, type], raw: Any, path: str) -> Any:
     kind = raw.get("kind") if isinstance(raw, Mapping | ConfigDict) else None
     if kind not in kinds:
-        raise InputError(f"{path}.kind: {kind!r} came, wanted one of {', '.join(kinds)}")
+        raise InputError(f"{path}.kind: got {kind!r}, expected one of {', '.join(kinds)}")
     return _build(kinds[kind], raw, path)
 
 
@@ -165,5 +165,5 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{path}: {value!r} is {type(value).__name__}, wanted {hint.__name__}")
+        raise InputError(f"{path}: {value!r} is {type(value).__name__}, expected {hint.__name__}")
     return value

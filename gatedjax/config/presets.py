@@ -14,7 +14,7 @@ Preset = Mapping[str, Any]
 QWEN3_NEXT: Preset = MappingProxyType(
     dict(
         num_heads=16, num_kv_heads=2, head_dim=256, gate_position="sdpa", gate_granularity="elementwise",
-        fused_gate=True, qk_norm=True, zero_centred_norm=True, rope_fraction=0.25, rope_base=1e7,
+        fused_gate=True, qk_norm=True, zero_centered_norm=True, rope_fraction=0.25, rope_base=1e7,
     )
 )  # fmt: skip
 
@@ -24,14 +24,14 @@ GPT_OSS: Preset = MappingProxyType(dict(gate_position="none", qk_norm=False, sin
 # SWAT (arXiv 2502.18845): sigmoid without -log n (a length of 1), slopes of both signs, rotation and a window, whose
 # size is a choice.
 SWAT: Preset = MappingProxyType(
-    dict(gate_position="none", qk_norm=False, score="sigmoid", score_length=1, alibi="balanced", window=512)
+    dict(gate_position="none", qk_norm=False, normalizer="sigmoid", normalizer_length=1, alibi="balanced", window=512)
 )
 
 # LSSAR (arXiv 2501.13428): softplus of cosines, times log head_dim and log n, weights reweighted by a power.
 LSSAR: Preset = MappingProxyType(
     dict(
         gate_position="none", qk_norm_kind="l2", logit_scale="log_dim", query_scale="log_length",
-        score="reweighted_softplus",
+        normalizer="reweighted_softplus",
     )
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ class ModelConfig:
     ffns: Mapping[str, FeedForwardConfig] = field(default_factory=lambda: FrozenDict(mlp=GatedMLPConfig()))
     ffn_pattern: tuple[str, ...] = ("mlp",)
     norm_eps: float = 1e-6
-    zero_centred_norm: bool = False
+    zero_centered_norm: bool = False
     tie_embeddings: bool = True
     init_std: float = 0.02
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; parameters are float32
@@ -91,13 +91,13 @@ class DataConfig:
     sources: Mapping[str, SourceConfig] = field(default_factory=lambda: FrozenDict(main=SourceConfig()))
     tokenizer: str = "bytes"  # or the path of a tokenizer.json
     seq_len: int = 256
-    validation_share: float = 0.05
+    validation_fraction: float = 0.05
     cache_dir: str = ""  # "": gatedjax under the user's cache directory
     seed: int = 0
 
     def __post_init__(self):
-        is_share = 0.0 < self.validation_share < 1.0
-        _require(is_share, "validation_share", self.validation_share, "a share between 0 and 1")
+        is_fraction = 0.0 < self.validation_fraction < 1.0
+        _require(is_fraction, "validation_fraction", self.validation_fraction, "a fraction between 0 and 1")
         _require(self.seq_len >= 2, "seq_len", self.seq_len, "at least 2")
         _require(len(self.sources) > 0, "sources", "none", "at least one")
 
@@ -110,8 +110,8 @@ class OptimConfig:
     lr: float = 1e-3
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = 20
-    final_lr_share: float = 0.1  # of the peak rate, at the last step
-    decay_share: float = 0.2  # wsd: share of the steps that decay
+    final_lr_fraction: float = 0.1  # of the peak rate, at the last step
+    decay_fraction: float = 0.2  # wsd: share of the steps that decay
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -155,8 +155,8 @@ class TrainConfig:
     sample_tokens: int = 200
 
     def __post_init__(self):
-        wanted = f"a multiple of accumulation_steps = {self.accumulation_steps}"
-        _require(self.batch_size % self.accumulation_steps == 0, "batch_size", self.batch_size, wanted)
+        expected = f"a multiple of accumulation_steps = {self.accumulation_steps}"
+        _require(self.batch_size % self.accumulation_steps == 0, "batch_size", self.batch_size, expected)
         for name in ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.stuck_seconds >= 0, "stuck_seconds", self.stuck_seconds, "0 for never, or seconds")

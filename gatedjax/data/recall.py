@@ -188,6 +188,6 @@ def _row(tokens: Int[np.ndarray, "T"], where: Int[np.ndarray, "D"], answers: Int
     return row
 
 
-def _require(ok: bool, name: str, came, wanted: str) -> None:
+def _require(ok: bool, name: str, value, expected: str) -> None:
     if not ok:
-        raise ValueError(f"{name}: {came!r} came, wanted {wanted}")
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")

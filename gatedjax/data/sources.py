@@ -1,6 +1,6 @@
 """Where text comes from: one small class per file format, all of them sequences of documents.
 
-`open_source` looks at names, sizes and dates only, so it is quick; files are read when a corpus is tokenised. The
+`open_source` looks at names, sizes and dates only, so it is quick; files are read when a corpus is tokenized. The
 order of documents is fixed: files by relative path, rows in the order of the file.
 """
 
@@ -68,7 +68,7 @@ class Source:
                 count += 1
                 yield text
         if count != len(documents):
-            raise InputError(f"{self.root / name}: {count} documents could be read, wanted {len(documents)}")
+            raise InputError(f"{self.root / name}: {count} documents could be read, expected {len(documents)}")
 
 
 class TextFile:
@@ -201,9 +201,9 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
         return Source(name, cfg.kind, root, files, "", TextFile)
     if cfg.kind not in _FORMATS:
         known = ", ".join(["python_stdlib", *_FORMATS])
-        raise InputError(f"sources.{name}.kind: {cfg.kind!r} came, wanted one of {known}")
+        raise InputError(f"sources.{name}.kind: got {cfg.kind!r}, expected one of {known}")
     if not cfg.path:
-        raise InputError(f"sources.{name}.path: empty, wanted a file or folder for kind {cfg.kind}")
+        raise InputError(f"sources.{name}.path: empty, expected a file or folder for kind {cfg.kind}")
     path = Path(cfg.path).expanduser().absolute()
     _require_exists(name, path)
     wanted, open_file = _FORMATS[cfg.kind]
@@ -259,7 +259,7 @@ def _require_column(field: str, columns: list[str], path: Path) -> None:
 
 def _require_text(value, field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {field!r} holds {type(value).__name__}, wanted a string")
+        raise InputError(f"{where}: field {field!r} holds {type(value).__name__}, expected a string")
     return value
 
 
@@ -269,7 +269,7 @@ def _json_text(line: bytes, field: str, where: str, hint: str = "") -> str:
     except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: not JSON ({_one_line(e)}){hint}") from None
     if not isinstance(record, dict):
-        raise InputError(f"{where}: {type(record).__name__} came, wanted an object with field {field!r}{hint}")
+        raise InputError(f"{where}: got {type(record).__name__}, expected an object with field {field!r}{hint}")
     if field not in record:
         raise InputError(f"{where}: no field {field!r}; it has {', '.join(record)}")
     return _require_text(record[field], field, where)

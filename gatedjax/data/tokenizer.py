@@ -52,7 +52,7 @@ class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library.
 
     Special tokens spelled out in a document are read as plain text: a document cannot forge its own end. `decode`
-    leaves special tokens out. Whether decode(encode(text)) is text is up to the file (normalisers lose information).
+    leaves special tokens out. Whether decode(encode(text)) is text is up to the file (normalizers lose information).
 
     Raises:
       InputError: the file is missing, is not a tokenizer.json, or has no token among `EOS_NAMES`.
@@ -66,7 +66,7 @@ class JsonTokenizer:
         try:
             data = Path(path).read_bytes()
         except OSError as e:
-            raise InputError(f"tokenizer: {path!r} cannot be read ({e.strerror}); wanted 'bytes' or a file") from None
+            raise InputError(f"tokenizer: {path!r} cannot be read ({e.strerror}); expected 'bytes' or a file") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as e:  # the library raises bare Exception
@@ -77,7 +77,7 @@ class JsonTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         found = [name for name in EOS_NAMES if name in vocabulary]
         if not found:
-            raise InputError(f"tokenizer: {path!r} has no end-of-document token; wanted one of {', '.join(EOS_NAMES)}")
+            raise InputError(f"tokenizer: {path!r} has no end-of-document token; expected one of {', '.join(EOS_NAMES)}")
         self.name = Path(path).name
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
         self.eos_id = vocabulary[found[0]]

@@ -2,7 +2,7 @@
 
     python eval.py --checkpoint=runs/tiny --probes            JSON and a picture of each, in runs/tiny/probes
 
-  first_token_share   of the attention of later tokens, what goes to their document's first one (F-Attn, the attention
+  first_token_fraction   of the attention of later tokens, what goes to their document's first one (F-Attn, the attention
                       sink; arXiv 2505.06708, table 4: 0.467 without a gate, 0.048 with it)
   attention_entropy   nats, by position in the document; log(position + 1) would be an even look at everything
   gate_mean           of the scores of attention gates and linear layers' output gates; gate_histogram: the share of
@@ -29,11 +29,11 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch
-from gatedjax.layers.attention import score_of
+from gatedjax.layers.attention import normalizer_of
 from gatedjax.layers.logit_scale import alibi_slopes, logit_scale
 from gatedjax.model import LanguageModel
 from gatedjax.sharding import RULES
-from kernels_pallas.attention import SCORES, Score
+from kernels_pallas.attention import NORMALIZERS, Normalizer
 from kernels_pallas.attention.normalizers.reference import weights
 
 Probes = dict[str, dict[int, np.ndarray]]  # probe -> layer -> its values; shapes at each function
@@ -77,7 +77,7 @@ def _layer(mixer, batch: Batch, of_layer: tuple[dict, dict, dict]) -> dict[str, 
     result = {"max_activation": max_activation(residual, real), "kurtosis": kurtosis(residual, real)}
     if isinstance(mixer, GatedAttentionConfig):
         share, entropy = _attention(mixer, inside, params, batch)
-        result |= {"first_token_share": share, "attention_entropy": entropy}
+        result |= {"first_token_fraction": share, "attention_entropy": entropy}
         result["effective_rank"] = effective_rank(params["value"]["kernel"], params["out"]["kernel"])
     scores = inside.get("gate", inside).get("score")
     if scores:
@@ -95,7 +95,7 @@ def _attention(c: GatedAttentionConfig, inside: dict, params: dict, batch: Batch
     """`attention_rows` of a layer."""
     slopes = params.get("alibi_slopes", None if c.alibi == "none" else jnp.asarray(alibi_slopes(c)))
     by_head = dict(sink_logits=params.get("sink_logits"), alibi_slopes=slopes)
-    options = dict(score=score_of(c), window=c.window, soft_cap=c.soft_cap, scale=logit_scale(c))
+    options = dict(normalizer=normalizer_of(c), window=c.window, logits_soft_cap=c.logits_soft_cap, scale=logit_scale(c))
     return attention_rows(*inside["q"], *inside["k"], batch.segment_ids, batch.positions, **by_head, **options)
 
 
@@ -105,16 +105,16 @@ def attention_rows(
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     *,
-    score: Score = SCORES["softmax"],
+    normalizer: Normalizer = NORMALIZERS["softmax"],
     window: int | None = None,
-    soft_cap: float | None = None,
+    logits_soft_cap: float | None = None,
     scale: float | None = None,
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
 ) -> tuple[Float[Array, "H"], Float[Array, "T"]]:
     """Share of each head's attention that goes to the first token of the document, and entropy (nats) by position.
 
-    Of the weights on tokens, over their sum: a sink's part counts for nothing, and scores that do not sum to 1 compare.
+    Of the weights on tokens, over their sum: a sink's part counts for nothing, and normalizers that do not sum to 1 compare.
     The share is a mean over all tokens that are not first themselves; the entropy one over rows and heads (NaN at
     positions that no token has). Padding (segment 0) is left out. Arguments as `kernels_pallas.attention`.
     """
@@ -124,7 +124,7 @@ def attention_rows(
     cut = lambda x: jnp.moveaxis(pad(x).reshape(B, blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
     times = jnp.broadcast_to(jnp.arange(T), (B, T))
     starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], 1) != 0
-    score, scale = score.for_length(T), q.shape[-1] ** -0.5 if scale is None else scale
+    normalizer, scale = normalizer.for_length(T), q.shape[-1] ** -0.5 if scale is None else scale
     by_head = lambda x: None if x is None else x.astype(jnp.float32)[:, None, None]
 
     def block(x):
@@ -132,12 +132,12 @@ def attention_rows(
         groups = q.astype(jnp.float32).reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
         s = scale * jnp.einsum("bqhgd,bkhd->bhgqk", groups, k.astype(jnp.float32), precision="highest")
         s = s.reshape(B, q.shape[2], QUERY_BLOCK, T)
-        s = s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+        s = s if logits_soft_cap is None else logits_soft_cap * jnp.tanh(s / logits_soft_cap)
         lag = (rows[:, :, None] - jnp.arange(T))[:, None]
         s = s if alibi_slopes is None else s - by_head(alibi_slopes) * jnp.abs(lag)
         seen = (lag >= 0) & (segments[:, None, :, None] == segment_ids[:, None, None])
         seen = seen if window is None else seen & (lag < window)
-        p = weights(score, s, seen, by_head(sink_logits))
+        p = weights(normalizer, s, seen, by_head(sink_logits))
         p = p / jnp.maximum(jnp.sum(p, -1, keepdims=True), 1e-30)
         share = jnp.sum(jnp.where(starts[:, None, None], p, 0.0), -1)  # [B, H, b]
         entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), -1)
@@ -162,12 +162,12 @@ def kurtosis(x: Float[Array, "B T M"], real: Array) -> Float[Array, ""]:
     """Fourth central moment over the squared second, over all entries at real tokens (Pearson's: 3 if normal)."""
     x, count = x.astype(jnp.float32), jnp.sum(real) * x.shape[-1]
     mean = lambda y: jnp.sum(jnp.where(real[..., None], y, 0.0)) / count
-    centred = x - mean(x)
-    return mean(centred**4) / mean(centred**2) ** 2
+    centered = x - mean(x)
+    return mean(centered**4) / mean(centered**2) ** 2
 
 
 def effective_rank(value: Float[Array, "M Hk D"], out: Float[Array, "H D M"]) -> Float[Array, "H"]:
-    """exp(entropy of normalised singular values) of W_V W_O, head by head; at most D."""
+    """exp(entropy of normalized singular values) of W_V W_O, head by head; at most D."""
     groups = out.shape[0] // value.shape[1]
     values = jnp.repeat(jnp.moveaxis(value, 1, 0), groups, axis=0)  # [H, M, D]
     # W_V = Q R: singular values of W_V W_O are those of a small D x D product.

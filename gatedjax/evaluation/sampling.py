@@ -71,7 +71,7 @@ def generate(
         ("prompt", prompt.shape[1] > 0, "at least one token"),
     ):
         if not ok:
-            raise InputError(f"{name}: wanted {wanted}")
+            raise InputError(f"{name}: expected {wanted}")
     # Lengths come in powers of two, so that few different caches are ever compiled for.
     length = 1 << (prompt.shape[1] + tokens - 1).bit_length()
     scores, caches = forward(model, params, prompt, init_caches(model, prompt.shape[0], length), vocab_size)

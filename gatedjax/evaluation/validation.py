@@ -52,7 +52,7 @@ class Validation:
         model, mesh = self._run.config.model, self._run.mesh
         sums = [_eval_step(model, params, global_batch(mesh, b, self._batch_size)) for b in batches(self._dataset)]
         losses, counts = np.array([[float(s.cross_entropy), float(s.count)] for s in sums]).T
-        return summarise(losses, counts, self._tokens_per_byte)
+        return summarize(losses, counts, self._tokens_per_byte)
 
     def probes(self, params) -> Probes:
         """What the layers do on the first batch (`gatedjax.evaluation.probes`); call it inside `jax.set_mesh(run.mesh)`."""
@@ -60,7 +60,7 @@ class Validation:
         return measure(self._run.config.model, params, batch)
 
 
-def summarise(losses: np.ndarray, counts: np.ndarray, tokens_per_byte: float) -> Evaluation:
+def summarize(losses: np.ndarray, counts: np.ndarray, tokens_per_byte: float) -> Evaluation:
     """From summed losses (nats) and token counts per batch. The error is that of a ratio estimate, 0 for one batch."""
     counted = counts > 0
     losses, counts = losses[counted], counts[counted]

@@ -13,7 +13,7 @@ from gatedjax.layers.conv import causal_conv
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
 from kernels_pallas import linear_scan, linear_scan_step
 from kernels_pallas.linear_scan.sharded import linear_scan_sharded
@@ -21,7 +21,7 @@ from kernels_pallas.linear_scan.sharded import linear_scan_sharded
 
 @struct.dataclass
 class ScanCache:
-    """The matrix state of every head (one more value column when normalised), and the convolution's last inputs."""
+    """The matrix state of every head (one more value column when normalized), and the convolution's last inputs."""
 
     state: Float[Array, "B H K V"]
     conv_tail: Float[Array, "B W F"]
@@ -50,20 +50,20 @@ class GatedLinearAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T M"], context: Context, cache: ScanCache | None = None
+        self, x: Float[Array, "B T M"], info: TokenInfo, cache: ScanCache | None = None
     ) -> tuple[Float[Array, "B T M"], ScanCache | None]:
         """Training: no cache. Prefill: T tokens onto a cache. Decode: one token, T = 1."""
         c = self.config
         q, k, v = self._projected(x)
-        q, k, v, tail = self._convolved(q, k, v, context, cache)
+        q, k, v, tail = self._convolved(q, k, v, info, cache)
         q, k = FEATURE_MAPS[c.feature_map](q), FEATURE_MAPS[c.feature_map](k)
         if c.rotary_dim:
             frequencies = inverse_frequencies(c.rotary_dim, c.rope_base)
-            q, k = (apply_rope(y, context.positions, frequencies) for y in (q, k))
+            q, k = (apply_rope(y, info.positions, frequencies) for y in (q, k))
         log_decay, v = self._decay(x, v)
         if log_decay is not None:
             self.sow("probes", "log_decay", log_decay)
-        o, state = self._scan(q, k, v, log_decay, context, cache)
+        o, state = self._scan(q, k, v, log_decay, info, cache)
         o = RMSNorm(self.norm_eps, axis_name="head_dim", name="norm")(o)
         if c.output_gate != "none":
             gate = self._project("output_gate", x, "heads", c.num_heads, c.value_dim).astype(jnp.float32)
@@ -87,7 +87,7 @@ class GatedLinearAttention(nn.Module):
         v = self._project("value", x, "kv_heads", c.num_kv_heads, c.value_dim)
         return q, k, v
 
-    def _convolved(self, q, k, v, context: Context, cache: ScanCache | None):
+    def _convolved(self, q, k, v, info: TokenInfo, cache: ScanCache | None):
         """q, k, v after the short convolution and SiLU, and the inputs that the next token will need."""
         width = self.config.conv_width
         if width == 0:
@@ -95,7 +95,7 @@ class GatedLinearAttention(nn.Module):
         flat = jnp.concatenate([y.reshape(*y.shape[:2], -1) for y in (q, k, v)], axis=-1)
         kernel = parameter(self, "conv", [None, None], [width, flat.shape[-1]], nn.initializers.normal(width**-0.5))
         tail = cache.conv_tail if cache is not None else None
-        mixed, tail = causal_conv(flat, kernel, context.segment_ids, tail)
+        mixed, tail = causal_conv(flat, kernel, info.segment_ids, tail)
         parts = jnp.split(jax.nn.silu(mixed), np.cumsum([q[0, 0].size, k[0, 0].size]), axis=-1)
         return *(part.reshape(y.shape) for part, y in zip(parts, (q, k, v))), tail
 
@@ -123,7 +123,7 @@ class GatedLinearAttention(nn.Module):
         dt = jax.nn.softplus(raw.astype(jnp.float32) + bias)
         return -jnp.exp(a_log) * dt, (v * dt[..., None]).astype(v.dtype)
 
-    def _scan(self, q, k, v, log_decay, context: Context, cache: ScanCache | None):
+    def _scan(self, q, k, v, log_decay, info: TokenInfo, cache: ScanCache | None):
         c = self.config
         if cache is not None and q.shape[1] == 1:
             g = log_decay[:, 0] if log_decay is not None and log_decay.ndim > 1 else log_decay
@@ -143,7 +143,7 @@ class GatedLinearAttention(nn.Module):
 
         # Every device scans its own rows, heads and tokens.
         is_part = is_cut("length", q.shape[1])
-        inputs, axes = (q, k, v, log_decay, context.segment_ids), (heads, kv_heads, kv_heads, decay, tokens)
+        inputs, axes = (q, k, v, log_decay, info.segment_ids), (heads, kv_heads, kv_heads, decay, tokens)
         if cache is None:
             return per_shard(scan, axes, heads)(*inputs), None
         return per_shard(scan, (*axes, state), [heads, state])(*inputs, cache.state)

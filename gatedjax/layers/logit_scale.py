@@ -51,7 +51,7 @@ class QueryScale(nn.Module):
         if c.query_scale == "log_length":
             times = log_n
         if c.query_scale == "scalable_softmax":
-            times = by_head("length_scale", 1 / mean_log(c.score_length)) * log_n
+            times = by_head("length_scale", 1 / mean_log(c.normalizer_length)) * log_n
         if c.query_scale == "selective":
             of_tokens = lambda name, heads, n: jnp.tanh(
                 Projection({"embed": x.shape[-1]}, {heads: n}, self.std, self.dtype, name=name)(x).astype(jnp.float32)
@@ -61,7 +61,7 @@ class QueryScale(nn.Module):
             v = _scaled(v, 1 + of_tokens("value_temperature", "kv_heads", c.num_kv_heads))
         if c.logit_scale == "learned":
             # One for the layer in the paper; by head here, as its successors have it.
-            times = times * by_head("logit_scale", math.log2(max(c.score_length**2 - c.score_length, 2)))
+            times = times * by_head("logit_scale", math.log2(max(c.normalizer_length**2 - c.normalizer_length, 2)))
         return _scaled(q, times), v
 
 
@@ -71,7 +71,7 @@ def logit_scale(c: GatedAttentionConfig) -> float:
 
 
 def alibi_slopes(c: GatedAttentionConfig) -> Float[np.ndarray, " H"]:
-    """The slopes of `config.alibi`, fixed or at the start; positive ones favour near keys."""
+    """The slopes of `config.alibi`, fixed or at the start; positive ones favor near keys."""
     if c.alibi == "balanced":
         slopes = 2.0 ** -np.arange(1, c.num_heads // 2 + 1)
         return np.concatenate([slopes, -slopes]).astype(np.float32)

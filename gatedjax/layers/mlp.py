@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from gatedjax.config import GatedMLPConfig
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
@@ -26,7 +26,7 @@ class GatedMLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], context: Context | None = None, router_logits: Array | None = None):
+    def __call__(self, x: Float[Array, "B T M"], info: TokenInfo | None = None, router_logits: Array | None = None):
         """Returns y, no statistics (a sparse feed-forward has some), and the router logits as they came."""
         hidden = {"mlp": self.config.hidden}
         gate = Projection({"embed": x.shape[-1]}, hidden, self.std, self.dtype, name="gate")(x)

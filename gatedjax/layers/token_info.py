@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 
 
 @struct.dataclass
-class Context:
+class TokenInfo:
     """Where the tokens stand.
 
     positions: position of each token within its document (rotary embeddings).

@@ -16,7 +16,7 @@ from gatedjax.reporting.writers import METRICS_FILE, read_records
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, bits per byte
 
-_TRAIN, _VALIDATION, _REFERENCE = "#4477aa", "#cc3311", "#555555"  # told apart by readers with any colour vision
+_TRAIN, _VALIDATION, _REFERENCE = "#4477aa", "#cc3311", "#555555"  # told apart by readers with any color vision
 
 
 def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None = None) -> Path:

@@ -13,7 +13,7 @@ from gatedjax.reporting.figure import new_figure
 Layers = dict[int, np.ndarray]
 
 TITLES = {
-    "first_token_share": "attention on the document's first token",
+    "first_token_fraction": "attention on the document's first token",
     "attention_entropy": "attention entropy by position",
     "gate_histogram": "gate scores",
     "max_activation": "largest magnitude in the residual stream",
@@ -66,8 +66,8 @@ def _grid(figure, axes, layers: Layers, top: float | None, columns: str) -> None
     middle = image.norm.vmax / 2
     if values.size <= 256:
         for (row, column), value in np.ndenumerate(values):
-            colour = "white" if value < middle else "black"
-            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
+            color = "white" if value < middle else "black"
+            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
     axes.set(xlabel=columns, ylabel="layer")
     axes.set_xticks(range(values.shape[1]))
     axes.set_yticks(range(len(layers)), list(layers))
@@ -108,7 +108,7 @@ def _half_lives(figure, axes, layers: Layers, _) -> None:
 
 
 _DRAW = {
-    "first_token_share": lambda f, a, layers, _: _grid(f, a, layers, 1.0, "head"),
+    "first_token_fraction": lambda f, a, layers, _: _grid(f, a, layers, 1.0, "head"),
     "attention_entropy": _entropy,
     "gate_histogram": _gates,
     "max_activation": _bars,

@@ -173,7 +173,7 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
         if record is not None:
             records.append(record)
         elif number < len(lines):
-            raise InputError(f"{path}, line {number}: {line[:60]!r} came, wanted a JSON object with a step")
+            raise InputError(f"{path}, line {number}: got {line[:60]!r}, expected a JSON object with a step")
     return records
 
 

@@ -128,7 +128,7 @@ def _parse(argv: Sequence[str], takes: int) -> Sequence[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO, at which jax tells of every absent backend
     if len(args) > 1 + takes:
-        raise InputError(f"flags: {args[1 + takes]!r} is not a flag; wanted --name=value")
+        raise InputError(f"flags: {args[1 + takes]!r} is not a flag; expected --name=value")
     return args
 
 

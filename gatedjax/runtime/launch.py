@@ -70,11 +70,11 @@ def require_same(what: str, value: object) -> None:
 
 def _start_as_given(given: dict) -> None:
     if len(given) < 3:
-        raise InputError(f"--{next(iter(given))}: wanted --coordinator, --num_processes and --process_id together")
+        raise InputError(f"--{next(iter(given))}: expected --coordinator, --num_processes and --process_id together")
     if given["process_id"] >= given["num_processes"]:
-        raise InputError(f"--process_id: {given['process_id']} came, wanted below {given['num_processes']}")
+        raise InputError(f"--process_id: got {given['process_id']}, expected below {given['num_processes']}")
     if not given["coordinator"].rpartition(":")[2].isdigit():
-        raise InputError(f"--coordinator: {given['coordinator']!r} came, wanted host:port")
+        raise InputError(f"--coordinator: got {given['coordinator']!r}, expected host:port")
     if given["num_processes"] > 1:
         stderr_filter.install()  # here already: an address where nobody answers ends in pages of C++
     names = given["coordinator"], given["num_processes"], given["process_id"]

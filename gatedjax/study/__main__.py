@@ -34,7 +34,7 @@ _CACHE = flags.DEFINE_string("compile_cache", "~/.cache/gatedjax/xla", "Folder o
 def main(argv: list[str]) -> None:
     """File -> study -> runs that are missing -> table and pictures."""
     if len(argv) != 2:
-        raise InputError("study: no file came, wanted one of configs/studies/")
+        raise InputError("study: got no file, expected one of configs/studies/")
     path = Path(argv[1])
     study = load_study(path, _SMALL.value)
     cli.use_compilation_cache(_CACHE.value)
@@ -53,7 +53,7 @@ def load_study(path: Path, small: bool) -> Study:
       InputError: no such file, or one without `get_study`.
     """
     if not path.is_file():
-        raise InputError(f"study: {path} came, wanted a Python file such as configs/studies/mqar.py")
+        raise InputError(f"study: got {path}, expected a Python file such as configs/studies/mqar.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -2,7 +2,7 @@
 
 validation   loss (nats per token), loss_error, bits_per_byte
 recall       accuracy: share of the asked tokens that are right (the most likely token, over the validation rows)
-probes       first_token_share, effective_rank (means over layers and heads), max_activation (over layers),
+probes       first_token_fraction, effective_rank (means over layers and heads), max_activation (over layers),
              kurtosis (largest of a layer), gate_mean (mean over attention layers and linear ones)
 lengths      loss@T for each of the cell's lengths: validation text in windows of T
 routing      load_max_over_mean, balance_loss of the last step
@@ -39,7 +39,7 @@ def recall(trained) -> dict[str, float]:
 def probes(trained) -> dict[str, float]:
     found = Validation(trained.run, 1).probes(trained.params)
     all_of = lambda name: np.concatenate([np.ravel(x) for x in found[name].values()])
-    takes = {"first_token_share": np.mean, "effective_rank": np.mean, "max_activation": np.max, "kurtosis": np.max}
+    takes = {"first_token_fraction": np.mean, "effective_rank": np.mean, "max_activation": np.max, "kurtosis": np.max}
     return {name: float(take(all_of(name))) for name, take in (takes | {"gate_mean": np.mean}).items() if name in found}
 
 

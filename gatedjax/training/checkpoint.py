@@ -83,9 +83,9 @@ class Checkpointer:
         report: Callable[[str], None] = logging.warning,
     ):
         if "://" in os.fspath(run_dir):
-            raise InputError(f"run directory: {os.fspath(run_dir)} came, wanted a path; mount a bucket to write to it")
+            raise InputError(f"run directory: got {os.fspath(run_dir)}, expected a path; mount a bucket to write to it")
         if keep < 1:
-            raise InputError(f"keep: {keep} came, wanted at least 1")
+            raise InputError(f"keep: got {keep}, expected at least 1")
         self.directory = Path(run_dir).absolute() / "checkpoints"
         self._config = json.loads(json.dumps(dict(config or {})))
         self._read_only, self._report = read_only, report
@@ -259,7 +259,7 @@ class Checkpointer:
                 because = f"; {'; '.join(k.replace(' and ', ' there, now ') for k in keys)}" if keys else ""
                 place = self.directory / str(step)
                 raise InputError(
-                    f"{place} does not fit this configuration: {name} is {came} there, wanted {want}{because}"
+                    f"{place} does not fit this configuration: {name} is {came} there, expected {want}{because}"
                 )
 
     def _arrays(self, step: int, saved: Mapping[str, Any], wanted: Leaves) -> Leaves:
@@ -319,7 +319,7 @@ def _with_sharding(name: str, x: Any) -> jax.ShapeDtypeStruct:
     """The target of one leaf. Its sharding is never left open: orbax would take it from a file of the checkpoint."""
     sharding = getattr(x, "sharding", None)
     if sharding is None and jax.process_count() > 1:
-        raise ValueError(f"target: {name} came without a sharding, wanted one on each leaf")
+        raise ValueError(f"target: got {name} without a sharding, expected one on each leaf")
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     sharding.shard_shape(x.shape)  # one that does not divide the shape fails here, not as damage
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -23,12 +23,12 @@ def named_leaves(tree: PyTree) -> Leaves:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not _LEAF_NAME.fullmatch(name) or name in leaves:
-            raise ValueError(f"leaf {name!r}: wanted a unique name of letters, digits, '_', '-' and single dots")
+            raise ValueError(f"leaf {name!r}: expected a unique name of letters, digits, '_', '-' and single dots")
         if not hasattr(leaf, "shape") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.dtype.kind == "c":
-            raise ValueError(f"leaf {name}: {type(leaf).__name__} came, wanted an array of bool, int or float")
+            raise ValueError(f"leaf {name}: got {type(leaf).__name__}, expected an array of bool, int or float")
         leaves[name] = leaf
     if not leaves:
-        raise ValueError("state: a tree without arrays came, wanted at least one array")
+        raise ValueError("state: got a tree without arrays, expected at least one array")
     return leaves
 
 
@@ -72,7 +72,7 @@ def _digest(x: Array) -> UInt32[Array, "2"]:
 
 
 def _mix(x: Array) -> Array:
-    """The finaliser of MurmurHash3 (public domain, A. Appleby): a permutation of uint32 in which each input bit reaches
+    """The finalizer of MurmurHash3 (public domain, A. Appleby): a permutation of uint32 in which each input bit reaches
     every output bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

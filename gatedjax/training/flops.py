@@ -78,5 +78,5 @@ def _linear_attention_flops(c: GatedLinearAttentionConfig, width: int, seq_len: 
 
 def _moe_flops(c: SparseMoEConfig, width: int) -> float:
     # At balance, where experts that compute get their share of the assignments.
-    computing = c.experts_per_token * (c.router.ffn_share or c.num_experts / c.total_experts)
+    computing = c.experts_per_token * (c.router.ffn_fraction or c.num_experts / c.total_experts)
     return 6 * width * (computing * c.hidden + c.shared_hidden) + 2 * width * c.total_experts

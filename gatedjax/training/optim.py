@@ -20,18 +20,18 @@ Axes = tuple[str | None, ...]
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by optimizer step: linear warm-up to `lr`, then constant, linear, cosine, or warm-up-stable-decay.
 
-    All but constant end at `final_lr_share` of the peak at the last step. WSD (arXiv 2404.06395) holds the peak and
-    decays linearly over the last `decay_share` of the steps.
+    All but constant end at `final_lr_fraction` of the peak at the last step. WSD (arXiv 2404.06395) holds the peak and
+    decays linearly over the last `decay_fraction` of the steps.
     """
     peak, warmup = config.lr, config.warmup_steps
     if warmup >= steps:
-        raise InputError(f"config.optim.warmup_steps: {warmup} came, wanted fewer than config.train.steps = {steps}")
-    rest, final = steps - warmup, peak * config.final_lr_share
-    decay = max(1, int(steps * config.decay_share))
+        raise InputError(f"config.optim.warmup_steps: got {warmup}, expected fewer than config.train.steps = {steps}")
+    rest, final = steps - warmup, peak * config.final_lr_fraction
+    decay = max(1, int(steps * config.decay_fraction))
     after = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_lr_share),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_lr_fraction),
         "wsd": lambda: optax.linear_schedule(peak, final, min(decay, rest), max(rest - decay, 0)),
     }[config.schedule]()
     if warmup == 0:
@@ -81,7 +81,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes) -> optax.GradientTrans
 
 def _schedule_free(config: OptimConfig, rate: optax.Schedule, decay: dict) -> optax.GradientTransformation:
     if config.schedule != "constant":
-        raise InputError(f"config.optim.schedule: {config.schedule!r} came, wanted 'constant' with schedule_free")
+        raise InputError(f"config.optim.schedule: got {config.schedule!r}, expected 'constant' with schedule_free")
     # Its averaging takes the place of Adam's first moment (arXiv 2405.15682).
     base = optax.adamw(rate, b1=0.0, b2=config.beta2, eps=config.eps, **decay)
     return schedule_free(base, rate, b1=config.beta1)

@@ -42,7 +42,7 @@ def with_vocab(config: Config, tokenizer) -> Config:
     size = config.model.vocab_size or -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     if size < tokenizer.vocab_size:
         raise InputError(
-            f"config.model.vocab_size: {size} came, wanted at least the {tokenizer.vocab_size} entries of the "
+            f"config.model.vocab_size: got {size}, expected at least the {tokenizer.vocab_size} entries of the "
             f"tokenizer {config.data.tokenizer!r}"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

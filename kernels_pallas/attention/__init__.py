@@ -1,9 +1,9 @@
-"""Attention with a sigmoid gate as its epilogue and a choice of scores: grouped heads, windows, packed documents."""
+"""Attention with a sigmoid gate as its epilogue and a choice of normalizers: grouped heads, windows, packed documents."""
 
 from kernels_pallas.attention.api import attention, attention_step
 from kernels_pallas.attention.normalizers.base import (
+    Normalizer,
     Relu,
-    Score,
     SelfAdjust,
     Sigmoid,
     Softmax,
@@ -17,17 +17,17 @@ from kernels_pallas.attention.normalizers.multipass import (
     Entmax,
     ReweightedSoftplus,
 )
-from kernels_pallas.attention.normalizers.named import SCORES
+from kernels_pallas.attention.normalizers.named import NORMALIZERS
 from kernels_pallas.attention.sharded import attention_sharded
 
 __all__ = [
-    "SCORES",
+    "NORMALIZERS",
     "AdaptiveTemperature",
     "ClippedSoftmax",
     "Entmax",
+    "Normalizer",
     "Relu",
     "ReweightedSoftplus",
-    "Score",
     "SelfAdjust",
     "Sigmoid",
     "Softmax",

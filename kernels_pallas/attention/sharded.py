@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from kernels_pallas import dispatch
 from kernels_pallas.attention import xla
 from kernels_pallas.attention.api import check_call
-from kernels_pallas.attention.normalizers.base import Score
+from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.common.checks import all_varying, default_scale
 from kernels_pallas.common.mesh import varying_like
 
@@ -28,14 +28,14 @@ def attention_sharded(
     v: Float[Array, "B T Hk V"],
     *,
     axis_name: str,
-    gate: Float[Array, "B T H V"] | Float[Array, "B T H 1"] | None = None,
-    score: str | Score = "softmax",
+    gate_logits: Float[Array, "B T H V"] | Float[Array, "B T H 1"] | None = None,
+    normalizer: str | Normalizer = "softmax",
     causal: bool = True,
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
-    soft_cap: float | None = None,
+    logits_soft_cap: float | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H V"]:
@@ -50,34 +50,34 @@ def attention_sharded(
       NotImplementedError: an implementation other than "xla" is asked for.
     """
     op, (size, own), length = "attention", (jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)), q.shape[1]
-    score = check_call(op, q, k, v, gate, score, window, segment_ids, sink_logits, alibi_slopes, soft_cap)
+    normalizer = check_call(op, q, k, v, gate_logits, normalizer, window, segment_ids, sink_logits, alibi_slopes, logits_soft_cap)
     refused = "takes no queries that are a part of the sequence"
     dispatch.choose(op, implementation, dict.fromkeys(("reference", "tpu", "gpu"), refused))
-    q, k, v, gate, sink_logits, alibi_slopes, segment_ids = all_varying(
-        q, k, v, gate, sink_logits, alibi_slopes, segment_ids
+    q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids = all_varying(
+        q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids
     )
     options = dict(
-        score=score.for_length(length * size), causal=causal, window=window, soft_cap=soft_cap,
+        normalizer=normalizer.for_length(length * size), causal=causal, window=window, logits_soft_cap=logits_soft_cap,
         scale=default_scale(scale, q.shape[-1]),
     )  # fmt: skip
     if causal and window is not None and window <= length:
         k, v, ids, key_ids, first = _with_keys_before(k, v, segment_ids, window, axis_name)
         return xla.attention(
-            q, k, v, gate, sink_logits, alibi_slopes, ids, key_segment_ids=key_ids, first=first, **options
+            q, k, v, gate_logits, sink_logits, alibi_slopes, ids, key_segment_ids=key_ids, first=first, **options
         )
     k, v, all_ids = (_gathered(x, axis_name) for x in (k, v, segment_ids))
 
-    def attend(q, gate, first):
+    def attend(q, gate_logits, first):
         ids = None if all_ids is None else jax.lax.dynamic_slice_in_dim(all_ids, first, q.shape[1], axis=1)
         return xla.attention(
-            q, k, v, gate, sink_logits, alibi_slopes, ids, key_segment_ids=all_ids, first=first, **options
+            q, k, v, gate_logits, sink_logits, alibi_slopes, ids, key_segment_ids=all_ids, first=first, **options
         )
 
     if not causal or length % 2 or size == 1:
-        return attend(q, gate, own * length)
+        return attend(q, gate_logits, own * length)
     half = length // 2
     pieces = _Pieces(size, axis_name)
-    queries, gates = pieces.sent(q), (None, None) if gate is None else pieces.sent(gate)
+    queries, gates = pieces.sent(q), (None, None) if gate_logits is None else pieces.sent(gate_logits)
     numbers = pieces.numbers(own)
     return pieces.returned(*(attend(x, g, i * half) for x, g, i in zip(queries, gates, numbers)))
 

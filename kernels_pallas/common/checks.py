@@ -8,22 +8,22 @@ from kernels_pallas.common.mesh import varying_like
 
 def check_interpret(op: str, interpret: bool, implementation: str | None) -> None:
     if interpret and implementation not in ("tpu", "gpu"):
-        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
+        raise ValueError(f'{op}: interpret: got True with implementation={implementation!r}, expected "tpu" or "gpu"')
 
 
-def check_shape(op: str, name: str, x, wanted: tuple[int, ...]) -> None:
-    if x.shape != wanted:
-        raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted}")
+def check_shape(op: str, name: str, x, expected: tuple[int, ...]) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {expected}")
 
 
 def check_float(op: str, name: str, x) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted a float dtype")
+        raise ValueError(f"{op}: {name}: got dtype {x.dtype}, expected a float dtype")
 
 
 def check_integer(op: str, name: str, x) -> None:
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted an integer dtype")
+        raise ValueError(f"{op}: {name}: got dtype {x.dtype}, expected an integer dtype")
 
 
 def default_scale(scale: float | None, K: int) -> float:

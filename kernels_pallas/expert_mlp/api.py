@@ -49,9 +49,9 @@ def expert_mlp(
     _check(op, rows, gate, up, down, group_sizes)
     if weights is not None and (weights.shape != rows.shape[:1] or not jnp.issubdtype(weights.dtype, jnp.floating)):
         came = f"shape {weights.shape} and dtype {weights.dtype}"
-        raise ValueError(f"{op}: weights has {came}, wanted {rows.shape[:1]} of a float dtype")
+        raise ValueError(f"{op}: weights: got {came}, expected {rows.shape[:1]} of a float dtype")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation={activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{op}: activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     check_interpret(op, interpret, implementation)
     chosen = dispatch.choose(
         op, implementation, {"tpu": tpu.unsupported(rows, gate, weights), "gpu": gpu.unsupported(rows)}
@@ -64,15 +64,15 @@ def expert_mlp(
 
 def _check(op: str, rows, gate, up, down, group_sizes) -> None:
     if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(f"{op}: rows has shape {rows.shape}, wanted [R, M] with no empty axis")
+        raise ValueError(f"{op}: rows: got shape {rows.shape}, expected [R, M] with no empty axis")
     if gate.ndim != 3 or 0 in gate.shape or gate.shape[1] != rows.shape[1]:
-        raise ValueError(f"{op}: gate has shape {gate.shape}, wanted [G, {rows.shape[1]}, F] for rows {rows.shape}")
+        raise ValueError(f"{op}: gate: got shape {gate.shape}, expected [G, {rows.shape[1]}, F] for rows {rows.shape}")
     G, M, F = gate.shape
     for name, x, shape in (("up", up, (G, M, F)), ("down", down, (G, F, M)), ("group_sizes", group_sizes, (G,))):
         if x.shape != shape:
-            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {shape} for gate of shape {gate.shape}")
+            raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {shape} for gate of shape {gate.shape}")
     check_integer(op, "group_sizes", group_sizes)
     check_float(op, "rows", rows)
     for name, x in (("gate", gate), ("up", up), ("down", down)):
         if x.dtype != rows.dtype:
-            raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted {rows.dtype} as in rows")
+            raise ValueError(f"{op}: {name}: got dtype {x.dtype}, expected {rows.dtype} as in rows")

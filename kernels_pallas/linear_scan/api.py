@@ -178,18 +178,18 @@ def _check_inputs(op: str, q, k, v, log_decay, time: bool) -> None:
     axes = "[B, T, {}, {}]" if time else "[B, {}, {}]"
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim != 3 + time or 0 in x.shape:
-            wanted = axes.format({"q": "H", "k": "Hk", "v": "Hv"}[name], "V" if name == "v" else "K")
-            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted} with no empty axis")
+            expected = axes.format({"q": "H", "k": "Hk", "v": "Hv"}[name], "V" if name == "v" else "K")
+            raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {expected} with no empty axis")
         check_float(op, name, x)
     *rows, H, K = q.shape
     for name, x in {"k": k, "v": v}.items():
         if [*x.shape[:-2]] != rows or H % x.shape[-2] or (name == "k" and x.shape[-1] != K):
-            wanted = [*rows, f"a divisor of {H}", K if name == "k" else "V"]
-            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted} for q of shape {q.shape}")
+            expected = [*rows, f"a divisor of {H}", K if name == "k" else "V"]
+            raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {expected} for q of shape {q.shape}")
     if log_decay is not None:
         shapes = ((H,), (*rows, H), (*rows, H, K))
         if log_decay.shape not in shapes:
-            raise ValueError(f"{op}: log_decay has shape {log_decay.shape}, wanted one of {shapes}")
+            raise ValueError(f"{op}: log_decay: got shape {log_decay.shape}, expected one of {shapes}")
         check_float(op, "log_decay", log_decay)
 
 
@@ -198,7 +198,7 @@ def _check_options(op: str, q, v, bonus, inclusive: bool, state_name: str, state
     if bonus is not None:
         if inclusive:
             raise ValueError(
-                f"{op}: bonus of shape {bonus.shape} with inclusive=True, wanted inclusive=False or no bonus"
+                f"{op}: bonus: got shape {bonus.shape} with inclusive=True, expected inclusive=False or no bonus"
             )
         check_shape(op, "bonus", bonus, (H, K))
         check_float(op, "bonus", bonus)
@@ -212,4 +212,4 @@ def _check_segments_and_chunk(op: str, q, segment_ids, chunk_size: int | None) -
         check_shape(op, "segment_ids", segment_ids, q.shape[:2])
         check_integer(op, "segment_ids", segment_ids)
     if chunk_size is not None and not (1 <= chunk_size <= tile.MAX_CHUNK and chunk_size & (chunk_size - 1) == 0):
-        raise ValueError(f"{op}: chunk_size={chunk_size}, wanted a power of two from 1 to {tile.MAX_CHUNK}")
+        raise ValueError(f"{op}: chunk_size: got {chunk_size}, expected a power of two from 1 to {tile.MAX_CHUNK}")

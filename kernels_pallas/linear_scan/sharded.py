@@ -77,8 +77,8 @@ def _starts(segment_ids: Array | None, reverse: bool, axis_name: str) -> Array |
     if segment_ids is None:
         return None
     size, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    edge, neighbour, step, first = (-1, 0, -1, size - 1) if reverse else (0, -1, 1, 0)
-    sent = segment_ids[:, neighbour]
+    edge, neighbor, step, first = (-1, 0, -1, size - 1) if reverse else (0, -1, 1, 0)
+    sent = segment_ids[:, neighbor]
     before = jax.lax.ppermute(sent, axis_name, [(i, i + step) for i in range(size) if 0 <= i + step < size])
     return segment_starts(segment_ids, reverse).at[:, edge].set((segment_ids[:, edge] != before) & (own != first))
 

@@ -100,7 +100,7 @@ def vector_decay(
 
 
 def _merge(scores, reads, writes, total, precision):
-    """Neighbouring blocks in pairs: scores [..., n, h, h] -> [..., n/2, 2h, 2h], reads and writes [..., C, K] stay."""
+    """Neighboring blocks in pairs: scores [..., n, h, h] -> [..., n/2, 2h, 2h], reads and writes [..., C, K] stay."""
     *batch, C, K = reads.shape
     h = scores.shape[-1]
     pairs = (*batch, C // (2 * h), 2)

@@ -1,4 +1,4 @@
-"""Runs of train.py as real processes: started together, watched line by line, signalled, compared."""
+"""Runs of train.py as real processes: started together, watched line by line, signaled, compared."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ PATIENCE = 900.0  # seconds; the machine may be busy with other things
 
 
 def environment(devices: int, cache: Path) -> dict[str, str]:
-    """For a process with so many simulated devices; compiled programs are shared and not optimised."""
+    """For a process with so many simulated devices; compiled programs are shared and not optimized."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     ours = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     saved = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -73,7 +73,7 @@ def test_data_that_goes_away_under_a_run(place, tmp_path, what):
         code = process.wait()
     assert "Traceback" not in process.log()
     if what == "cut":
-        assert code == 1 and re.search(r"train\.tokens: \d+ bytes could be read, wanted 66", process.err[-1]), (
+        assert code == 1 and re.search(r"train\.tokens: \d+ bytes could be read, expected 66", process.err[-1]), (
             process.log()
         )
     else:

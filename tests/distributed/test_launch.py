@@ -29,10 +29,10 @@ def given():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(coordinator="h:1"), "--coordinator: wanted --coordinator, --num_processes and --process_id together"),
-        (dict(process_id=1), "--process_id: wanted --coordinator"),
-        (dict(coordinator="h:1", num_processes=2, process_id=2), "--process_id: 2 came, wanted below 2"),
-        (dict(coordinator="host", num_processes=2, process_id=0), "--coordinator: 'host' came, wanted host:port"),
+        (dict(coordinator="h:1"), "--coordinator: expected --coordinator, --num_processes and --process_id together"),
+        (dict(process_id=1), "--process_id: expected --coordinator"),
+        (dict(coordinator="h:1", num_processes=2, process_id=2), "--process_id: got 2, expected below 2"),
+        (dict(coordinator="host", num_processes=2, process_id=0), "--coordinator: got 'host', expected host:port"),
     ],
 )
 def test_flags_that_do_not_belong_together(given, values, message):

@@ -1,4 +1,4 @@
-"""The whole model: scan over periods, decoding, packing, causality, rematerialisation, chunked loss."""
+"""The whole model: scan over periods, decoding, packing, causality, rematerialization, chunked loss."""
 
 import dataclasses
 import functools

@@ -70,5 +70,5 @@ def test_bad_mesh_is_named(changes, message):
 
 
 def test_batch_that_does_not_divide_is_named():
-    with pytest.raises(InputError, match="batch_size: 6 came, wanted a multiple of data x fsdp x expert = 8"):
+    with pytest.raises(InputError, match="batch_size: got 6, expected a multiple of data x fsdp x expert = 8"):
         my_rows(make_mesh(MeshConfig()), 6)

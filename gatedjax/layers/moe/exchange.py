@@ -51,7 +51,7 @@ def distributed_mixture(
         return _ring(assigned, stacks, axis), jnp.float32(0.0)
     if exchange == "ragged_all_to_all" and target_platform() == "cpu":
         raise NotImplementedError(
-            "exchange 'ragged_all_to_all' is not implemented on CPU, wanted 'all_to_all' or 'ring'"
+            "exchange 'ragged_all_to_all' is not implemented on CPU, expected 'all_to_all' or 'ring'"
         )
     send = {"all_to_all": _through_buffers, "ragged_all_to_all": _one_by_one}[exchange]
     ways = lax.axis_size(axis)

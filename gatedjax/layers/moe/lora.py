@@ -9,7 +9,7 @@ from jaxtyping import Float
 from gatedjax.config import LoRAMixtureConfig
 from gatedjax.layers.mlp import gated_product
 from gatedjax.layers.projection import contract, parameter
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 
 
 def lora_experts(
@@ -24,7 +24,7 @@ def lora_experts(
 def xlora_weights(
     x: Float[Array, "... M"], classifier: Float[Array, "M n"], temperature: float, k: int
 ) -> Float[Array, "... n"]:
-    """`softmax(x W / temperature)` (X-LoRA, arXiv 2402.07148); all but the k largest set to 0, not renormalised; k = 0:
+    """`softmax(x W / temperature)` (X-LoRA, arXiv 2402.07148); all but the k largest set to 0, not renormalized; k = 0:
     all kept. x are the last hidden states of a first pass without experts, as published, or a layer's own input.
     """
     weights = jax.nn.softmax(x.astype(jnp.float32) @ classifier / temperature, axis=-1)
@@ -32,7 +32,7 @@ def xlora_weights(
 
 
 def phatgoose_weights(x: Float[Array, "... I"], gates: Float[Array, "n I"], k: int) -> Float[Array, "... n"]:
-    """Softmax over the k largest `<x', v'> / sqrt(I)`, x' and v' standardised (PHATGOOSE, arXiv 2402.05859).
+    """Softmax over the k largest `<x', v'> / sqrt(I)`, x' and v' standardized (PHATGOOSE, arXiv 2402.05859).
 
     The v were each trained with one expert, behind `sigmoid_weights`: their lengths cannot be compared.
     """
@@ -92,10 +92,10 @@ class LoRAMixture(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], context: Context | None = None, router_logits: Array | None = None):
+    def __call__(self, x: Float[Array, "B T M"], info: TokenInfo | None = None, router_logits: Array | None = None):
         """Returns y, no statistics, and the router logits as they came."""
         c, width, hidden = self.config, ("embed", x.shape[-1]), ("mlp", self.config.hidden)
-        weights = context.lora_weights if c.first_pass else None
+        weights = info.lora_weights if c.first_pass else None
         if c.gate == "xlora" and weights is None:
             init = nn.initializers.normal(self.std)
             classifier = parameter(self, "classifier", ["embed", "router"], [x.shape[-1], c.num_experts], init)

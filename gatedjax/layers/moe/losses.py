@@ -1,6 +1,6 @@
 """The losses that keep experts in use, from each layer's statistics, and what the log says of the loads.
 
-One normalisation for all: `E sum_i f_i P_i`, f_i the share of all assignments that expert i got, P_i its mean share of
+One normalization for all: `E sum_i f_i P_i`, f_i the share of all assignments that expert i got, P_i its mean share of
 the scores. Both sum to 1, so the loss is 1 at perfect balance and E when one expert gets everything. It is taken over
 the global batch, all devices and all micro-batches (arXiv 2501.11873), for every layer by itself; layers are summed.
 Elsewhere the same loss has another size; a weight w from there becomes `weight_here(codebase, w, ...)` here:
@@ -13,7 +13,7 @@ Elsewhere the same loss has another size; a weight w from there becomes `weight_
   deepseek       sum f P, f = E / (k T) count, within sequences      1             1
   moe++          sum eta f P, f sums to k                            k / E         k / E
 
-The last two go with `sequence_loss` and with `zero_computation_share` (tau, the eta of experts that cost nothing).
+The last two go with `sequence_loss` and with `zero_computation_weight` (tau, the eta of experts that cost nothing).
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def weight_here(codebase: str, weight: float, num_experts: int, experts_per_toke
     E, k, L = num_experts, experts_per_token, num_layers
     factors = {"switch": 1, "megablocks": 1 / L, "huggingface": k / L, "maxtext": k, "deepseek": 1, "moe++": k / E}
     if codebase not in factors:
-        raise ValueError(f"weight_here: codebase={codebase!r}, wanted one of {', '.join(factors)}")
+        raise ValueError(f"weight_here: codebase: got {codebase!r}, expected one of {', '.join(factors)}")
     return weight * factors[codebase]
 
 
@@ -50,9 +50,9 @@ def balance_loss(
 
 
 def expert_weights(config: SparseMoEConfig) -> Float[Array, " E"]:
-    """MoE++'s eta: 1 for experts that compute, `zero_computation_share` for the others."""
+    """MoE++'s eta: 1 for experts that compute, `zero_computation_weight` for the others."""
     free = config.total_experts - config.num_experts
-    return jnp.asarray([1.0] * config.num_experts + [config.zero_computation_share] * free, jnp.float32)
+    return jnp.asarray([1.0] * config.num_experts + [config.zero_computation_weight] * free, jnp.float32)
 
 
 def router_losses(
@@ -76,7 +76,7 @@ def router_losses(
         log.append([balance, s["z_loss"], s["entropy"], dropped])
     if not counts:
         return total, {}, {}
-    names = ("balance_loss", "router_z_loss", "router_entropy", "dropped_share")
+    names = ("balance_loss", "router_z_loss", "router_entropy", "dropped_fraction")
     means = {name: jnp.mean(jnp.concatenate(layers)) for name, layers in zip(names, zip(*log))}
     return total, {"aux_loss": total} | means, counts
 

@@ -73,8 +73,8 @@ def route(
     z = logits.astype(jnp.float32)
     if config.selection == "gumbel" and key is not None:
         z = z + jax.random.gumbel(key, z.shape, jnp.float32)
-    scores = SCORES[config.score](z)
-    probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True) if config.score == "sigmoid" else scores
+    scores = SCORES[config.scoring](z)
+    probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True) if config.scoring == "sigmoid" else scores
     k = experts_per_token
     preferred = scores if bias is None else scores + jax.lax.stop_gradient(bias)
     if config.selection == "expert_choice":
@@ -82,14 +82,14 @@ def route(
         return Routing(experts, config.scale * weights, probabilities)
     if config.selection == "hash":
         if tokens is None:
-            raise ValueError('route: selection="hash" wants tokens, the ids [B, T]; None came')
+            raise ValueError('route: tokens: got None, expected the ids [B, T] for selection="hash"')
         experts = hash_experts(tokens, z.shape[-1], k)
     elif config.selection == "grouped_topk":
         groups = best_groups(preferred, config.num_groups, config.kept_groups, config.group_score)
         experts = top_experts(jnp.where(groups, preferred, -jnp.inf), k)
     else:
         # By logits where they order alike: scores that rounded to 0 would all tie.
-        by_logits = bias is None and config.score != "sparsemax"
+        by_logits = bias is None and config.scoring != "sparsemax"
         experts = top_experts(z if by_logits else preferred, k)
     chosen = jnp.take_along_axis(scores, experts, axis=-1)
     weights = _weights(config, z, chosen, experts)
@@ -105,7 +105,7 @@ def _weights(config: RouterConfig, z: Array, chosen: Float[Array, "... k"], expe
     if config.weighting == "uniform":
         weights = jnp.full(experts.shape, 1.0 / k, jnp.float32)
     elif config.weighting == "selected":
-        weights = SCORES[config.score](jnp.take_along_axis(z, experts, axis=-1))
+        weights = SCORES[config.scoring](jnp.take_along_axis(z, experts, axis=-1))
     else:
         weights = chosen
     if config.selection == "gumbel":
@@ -122,7 +122,7 @@ def top_experts(preferred: Float[Array, "... E"], k: int) -> Int[Array, "... k"]
 
 
 def best_groups(preferred: Float[Array, "... E"], groups: int, kept: int, score: str) -> Bool[Array, "... E"]:
-    """Which experts lie in the `kept` best of the `groups` equal groups of neighbours.
+    """Which experts lie in the `kept` best of the `groups` equal groups of neighbors.
 
     A group's score is its best expert's ("max", DeepSeek-V2, arXiv 2405.04434) or the sum of its best two
     ("sum_top2", DeepSeek-V3, arXiv 2412.19437).
@@ -162,11 +162,11 @@ def expert_choice(scores: Float[Array, "B T E"], k: int) -> tuple[Int[Array, "B 
 def capacities(config: SparseMoEConfig, tokens: int) -> Int[np.ndarray, " E"]:
     """How many assignments each expert takes from a row: ceil(k T capacity_factor w_i / sum w).
 
-    w is 1 for experts that cost nothing and tau (`zero_computation_share`) for those that compute (MoE++, eq. 8, which
+    w is 1 for experts that cost nothing and tau (`zero_computation_weight`) for those that compute (MoE++, eq. 8, which
     leaves out the factor k and so has room for one assignment a token).
     """
     free = config.total_experts - config.num_experts
-    share = np.array([config.zero_computation_share] * config.num_experts + [1.0] * free)
+    share = np.array([config.zero_computation_weight] * config.num_experts + [1.0] * free)
     wanted = config.experts_per_token * tokens * config.capacity_factor * share / share.sum()
     return np.ceil(wanted - 1e-9).astype(np.int32)  # 3.0000000001 is 3
 
@@ -176,7 +176,7 @@ def limit_capacity(routing: Routing, capacity: Int[Array, " E"], order: str) -> 
 
     Args:
       order: who comes first. "position": earlier tokens (causal). "choice": all first choices before any second
-        (V-MoE, GShard). "priority": tokens by their largest weight (batch prioritised routing, arXiv 2106.05974).
+        (V-MoE, GShard). "priority": tokens by their largest weight (batch prioritized routing, arXiv 2106.05974).
     """
     experts, weights, probabilities = routing
     T, k = experts.shape[-2:]

@@ -7,7 +7,7 @@ held-out text, with a model whose router has any threshold above 0 (so that it h
     scores = chosen_scores(router, router_logits, k)                   # [L, B, T, k], layers as in the importances
     threshold = skip_threshold(importances, scores, skip_rate=0.8)     # for config.router.threshold
 
-The paper minimises the divergence over thresholds that skip at least the wanted share. Both grow with a threshold, so
+The paper minimizes the divergence over thresholds that skip at least the wanted share. Both grow with a threshold, so
 for one kind of tokens the least threshold that skips enough is the best one; its search over two (text, images) is not
 here, as there are no images.
 """
@@ -45,7 +45,7 @@ def calibrated(logits_of: Callable[[Mapping], Float[Array, "B T V"]], state: Map
     flat = flatten_dict(state)
     places = [(path, i) for path, x in flat.items() if path[-1] == "importance" for i in np.ndindex(x.shape)]
     if not places:
-        raise ValueError("calibrated: state has no importance, wanted that of routers with a threshold above 0")
+        raise ValueError("calibrated: state has no importance, expected that of routers with a threshold above 0")
     whole = flat | {path: jnp.full_like(flat[path], NEVER) for path, _ in places}
     p = jax.nn.log_softmax(logits_of(unflatten_dict(whole)).astype(jnp.float32))
     found = dict(flat)
@@ -78,9 +78,9 @@ def skip_threshold(importance: Float[Array, "L"], scores: Float[Array, "L ..."],
       ValueError: a skip rate outside [0, 1], or lengths that differ.
     """
     if not 0 <= skip_rate <= 1:
-        raise ValueError(f"skip_threshold: skip_rate={skip_rate} came, wanted 0 to 1")
+        raise ValueError(f"skip_threshold: skip_rate: got {skip_rate}, expected 0 to 1")
     if importance.ndim != 1 or scores.shape[:1] != importance.shape:
-        raise ValueError(f"skip_threshold: scores has shape {scores.shape}, wanted [L, ...], L of {importance.shape}")
+        raise ValueError(f"skip_threshold: scores: got shape {scores.shape}, expected [L, ...], L of {importance.shape}")
     weighed = np.asarray(importance, np.float32).reshape(-1, *[1] * (scores.ndim - 1)) * np.asarray(scores, np.float32)
     ordered = np.sort(weighed, axis=None)
     skipped = math.ceil(skip_rate * ordered.size)

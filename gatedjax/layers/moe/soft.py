@@ -12,7 +12,7 @@ from jaxtyping import Float
 from gatedjax.config import SoftMoEConfig
 from gatedjax.layers.mlp import gated_product
 from gatedjax.layers.projection import parameter
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 
 
 def slot_logits(
@@ -50,7 +50,7 @@ class SoftMoE(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], context: Context | None = None, router_logits: Array | None = None):
+    def __call__(self, x: Float[Array, "B T M"], info: TokenInfo | None = None, router_logits: Array | None = None):
         """Returns y, no statistics (loads are even by construction), and the router logits as they came."""
         c, width = self.config, x.shape[-1]
         lecun = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))

@@ -23,7 +23,7 @@ from gatedjax.layers.moe.routing import (
     route,
 )
 from gatedjax.layers.projection import Projection, parameter
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import manual_axes, per_shard
 
 
@@ -35,11 +35,11 @@ class SparseMoE(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], context: Context | None = None, previous: Array | None = None):
+    def __call__(self, x: Float[Array, "B T M"], info: TokenInfo | None = None, previous: Array | None = None):
         """Returns y, `statistics` below, and the router's logits [B, T, E] (before the temperature).
 
         Args:
-          context: its `tokens` are what selection "hash" goes by.
+          info: its `tokens` are what selection "hash" goes by.
           previous: the logits of the sparse layer before, for the gating residual; None for none, as in the first.
         """
         c = self.config
@@ -51,7 +51,7 @@ class SparseMoE(nn.Module):
             c.experts_per_token,
             bias=state.get("bias"),
             importance=state.get("importance", 1.0),
-            tokens=None if context is None else context.tokens,
+            tokens=None if info is None else info.tokens,
             key=self.make_rng("router") if c.router.selection == "gumbel" and self.has_rng("router") else None,
         )
         chosen = count_places(routing.experts, c.total_experts)

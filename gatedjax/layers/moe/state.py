@@ -65,9 +65,9 @@ def temperature(config: RouterConfig, step: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def target_load(config: SparseMoEConfig) -> Float[Array, " E"]:
-    """The share of assignments that each expert should have: all the same, or `ffn_share` to those that compute."""
+    """The share of assignments that each expert should have: all the same, or `ffn_fraction` to those that compute."""
     ffn, free = config.num_experts, config.total_experts - config.num_experts
-    share = config.router.ffn_share or ffn / (ffn + free)
+    share = config.router.ffn_fraction or ffn / (ffn + free)
     return jnp.asarray([share / max(ffn, 1)] * ffn + [(1.0 - share) / max(free, 1)] * free, jnp.float32)
 
 

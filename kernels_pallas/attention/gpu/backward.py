@@ -105,7 +105,7 @@ def _dq(p: Plan, q, k, v, do, dq, dslopes=None, slopes=None, segments=None, span
         keys = plan.load(k, at, p.K)
         s = tile.logits(p, queries, keys, slope, jnp.abs(places.queries - places.keys))
         dp = tile.matmul(p, dout, plan.load(v, at, p.V), trans_y=True)
-        _, ds = p.score.gradient(s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved)
+        _, ds = p.normalizer.gradient(s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved)
         if slope is not None:
             dslopes -= jnp.sum(ds * s.distance, axis=1)
         return dq + tile.matmul(p, tile.through_cap(p, s, ds), keys), dslopes
@@ -135,7 +135,7 @@ def _dkv(p: Plan, cut: Cut, q, k, v, do, dk=None, dv=None, slopes=None, segments
         s = tile.logits(p, keys, queries, slope, jnp.abs(places.queries - places.keys))
         # Weights do not depend on dp.
         dp = jnp.zeros_like(s.s) if dk is None else tile.matmul(p, values, dout, trans_y=True)
-        weights, ds = p.score.gradient(s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved)
+        weights, ds = p.normalizer.gradient(s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved)
         sum_v = None if dv is None else sum_v + tile.matmul(p, weights, dout)
         return None if dk is None else sum_k + tile.matmul(p, tile.through_cap(p, s, ds), queries), sum_v
 

@@ -7,7 +7,7 @@
     decoding  `step.py`
 
 Saved for the backward pass: the inputs, the ungated output in float32 (by the name "attention_out", as is y) and the
-few numbers a row that the score wants ("attention_lse"). Head sizes are padded to powers of two, T to whole blocks.
+few numbers a row that the normalizer wants ("attention_lse"). Head sizes are padded to powers of two, T to whole blocks.
 
 With bfloat16 inputs matmuls are of bfloat16: weights and logits' gradients are rounded, as every flash kernel does.
 With float16 ones those keep the bits of TF32; with float32 inputs matmuls keep all bits, in three passes of TF32.
@@ -34,29 +34,29 @@ from kernels_pallas.attention.gpu import (
 from kernels_pallas.attention.gpu.forward import forward
 from kernels_pallas.attention.gpu.plan import Inputs, Plan
 from kernels_pallas.attention.gpu.tuning import MAX_D, MIN_BLOCK, Schedule, largest, schedule
-from kernels_pallas.attention.normalizers.base import Score
+from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads
 from kernels_pallas.common.padding import padded
 
 
-def unsupported(q, k, v, score: Score) -> str | None:
+def unsupported(q, k, v, normalizer: Normalizer) -> str | None:
     """Why this room cannot take a call of `attention`, or None when it can."""
-    refusal, most = unsupported_step(q, k, v, score), largest(matmuls(q, k, v))
+    refusal, most = unsupported_step(q, k, v, normalizer), largest(matmuls(q, k, v))
     if refusal is None and max(q.shape[-1], v.shape[-1]) > most:
         return f"takes K and V of {q.dtype} up to {most}, not {q.shape[-1]} and {v.shape[-1]}"
     return refusal
 
 
-def unsupported_step(q, k, v, score: Score) -> str | None:
+def unsupported_step(q, k, v, normalizer: Normalizer) -> str | None:
     """Why this room cannot take a call of `attention_step`, or None when it can."""
     if any(x.dtype == jnp.float64 for x in (q, k, v)):
         return "does not compute in float64"
     D = max(q.shape[-1], v.shape[-1])
     if D > MAX_D:
         return f"takes K and V up to {MAX_D}, not {q.shape[-1]} and {v.shape[-1]}"
-    if score.walks > 1:
-        return f"takes scores that walk over the keys once, not {type(score).__name__}"
+    if normalizer.walks > 1:
+        return f"takes normalizers that walk over the keys once, not {type(normalizer).__name__}"
     elements = max(math.prod(x.shape[:-1]) * power_of_two(D) for x in (q, k))
     if elements >= 2**31:
         return f"takes arrays below 2**31 elements, not {elements}"
@@ -65,24 +65,24 @@ def unsupported_step(q, k, v, score: Score) -> str | None:
 
 def attention(
     q, k, v, gate, sink_logits, alibi_slopes, segment_ids,
-    *, score: Score, causal: bool, window: int | None, soft_cap: float | None, scale: float, interpret: bool = False,
+    *, normalizer: Normalizer, causal: bool, window: int | None, logits_soft_cap: float | None, scale: float, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """As `api.attention`, with every default filled in. Any T."""
-    options = dict(score=score, causal=causal, window=window, soft_cap=soft_cap, scale=scale, interpret=interpret)
+    options = dict(normalizer=normalizer, causal=causal, window=window, logits_soft_cap=logits_soft_cap, scale=scale, interpret=interpret)
     arrays = (q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
     letters = ("b.h.", "b.h.", "b.h.", "b.h.", "h", "h", "b.")
     part = lambda *parts: (_attend(*parts, **options),)
     return by_rows_and_heads(part, arrays, letters, ("b.h.",), math.gcd(q.shape[2], k.shape[2]))[0]
 
 
-def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret: bool, score: Score, **options) -> Array:
+def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret: bool, normalizer: Normalizer, **options) -> Array:
     (_, T, H, K), V = q.shape, v.shape[3]
     kind, wide = matmuls(q, k, v), (power_of_two(K), power_of_two(V))
     operand, precision = operands(interpret, kind)
-    cuts = schedule(*wide, kind, score.sums, T)
+    cuts = schedule(*wide, kind, normalizer.sums, T)
     step = max(size for cut in cuts if cut for size in cut[:2])
     plan = Plan(
-        **options, score=score, T=T, length=-(-T // step) * step, H=H, Hk=k.shape[2], K=wide[0], V=wide[1],
+        **options, normalizer=normalizer, T=T, length=-(-T // step) * step, H=H, Hk=k.shape[2], K=wide[0], V=wide[1],
         gate="none" if gate is None else "head" if gate.shape[3] == 1 else "element", segments=segments is not None,
         slopes=slopes is not None, operand=operand, precision=precision, out_dtype=jnp.dtype(v.dtype),
         schedule=cuts, interpret=interpret,
@@ -129,10 +129,10 @@ def operands(interpret: bool, matmuls: str) -> tuple[jnp.dtype, object]:
 
 def attention_step(
     q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances,
-    *, score: Score, soft_cap: float | None, scale: float, interpret: bool = False,
+    *, normalizer: Normalizer, logits_soft_cap: float | None, scale: float, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """As `api.attention_step`, with every default filled in."""
-    options = (score, soft_cap, scale, interpret)
+    options = (normalizer, logits_soft_cap, scale, interpret)
     letters = ("bh.", "b.h.", "b.h.", "bh.", "h", "h", "b.", "b.")
     part = lambda *parts: (_step(options, parts[:6], parts[6:]),)
     arrays = (q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
@@ -141,13 +141,13 @@ def attention_step(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: tuple, floats: tuple, slots: tuple) -> Array:
-    (score, soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = options, floats
+    (normalizer, logits_soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = options, floats
     (B, H, K), (_, S, Hk, V), (valid, distances) = q.shape, v.shape, slots
     operand, precision = operands(interpret, matmuls(q, k, v))
     wide = power_of_two(K), power_of_two(V)
     cut = gpu_tuning.step(*wide)
     plan = Plan(
-        score=score, causal=False, window=None, soft_cap=soft_cap, scale=scale, T=S, length=S, H=H, Hk=Hk,
+        normalizer=normalizer, causal=False, window=None, logits_soft_cap=logits_soft_cap, scale=scale, T=S, length=S, H=H, Hk=Hk,
         K=wide[0], V=wide[1], gate="none", segments=False, slopes=slopes is not None, operand=operand,
         precision=precision, out_dtype=jnp.dtype(v.dtype), schedule=Schedule(cut, cut, cut), interpret=interpret,
     )  # fmt: skip
@@ -166,8 +166,8 @@ def _step_saving(options: tuple, floats: tuple, slots: tuple):
 
 def _step_backward(options: tuple, residuals, dy: Array):
     """Nobody trains by decoding: the gradients are XLA's."""
-    (score, soft_cap, scale, _), (floats, slots) = options, residuals
-    again = lambda floats: xla.attention_step(*floats, *slots, score=score, soft_cap=soft_cap, scale=scale)
+    (normalizer, logits_soft_cap, scale, _), (floats, slots) = options, residuals
+    again = lambda floats: xla.attention_step(*floats, *slots, normalizer=normalizer, logits_soft_cap=logits_soft_cap, scale=scale)
     return (*jax.vjp(again, floats)[1](dy), None)
 
 
@@ -198,7 +198,7 @@ def _backward(plan: Plan, residuals, dy: Array):
     through_k = gpu_backward.dkv(plan, x, do, saved, deltas)
     dsinks = None
     if x.sinks is not None:
-        dsinks = plan.score.sink_gradient(x.sinks[None, :, None], deltas, tuple(saved)).sum((0, 2))
+        dsinks = plan.normalizer.sink_gradient(x.sinks[None, :, None], deltas, tuple(saved)).sum((0, 2))
     dslopes = through_q["dslopes"].sum((0, 2)) if plan.slopes else None
     return (Inputs(through_q["dq"], through_k["dk"], through_k["dv"], dgate, dsinks, dslopes, None),)
 
@@ -227,4 +227,4 @@ def _arrival(plan: Plan, gate: Array | None, outputs: dict[int, Array], dy: Arra
     if do.dtype == jnp.bfloat16:
         seen = lax.reduce_precision(seen, exponent_bits=8, mantissa_bits=7)
     of_rows = lambda n: jnp.swapaxes(jnp.sum(seen * outputs[n], axis=3), 1, 2)
-    return do, [of_rows(n) for n in plan.score.deltas], dgate
+    return do, [of_rows(n) for n in plan.normalizer.deltas], dgate

@@ -10,17 +10,17 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float, Int
 
 from kernels_pallas.attention.gpu.tuning import Cut, Schedule
-from kernels_pallas.attention.normalizers.base import Score
+from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.common.gpu import moved
 
 
 class Plan(NamedTuple):
     """What of a call is static. T is the true number of tokens; arrays have `length` of them, whole blocks."""
 
-    score: Score
+    normalizer: Normalizer
     causal: bool
     window: int | None
-    soft_cap: float | None
+    logits_soft_cap: float | None
     scale: float
     T: int
     length: int
@@ -44,8 +44,8 @@ class Plan(NamedTuple):
 
     @property
     def kept_outputs(self) -> list[int]:
-        """Which outputs of the score the backward pass needs; not o where y is o, unrounded."""
-        wanted = sorted({*self.score.deltas, *([] if self.gate == "none" else [0])})
+        """Which outputs of the normalizer the backward pass needs; not o where y is o, unrounded."""
+        wanted = sorted({*self.normalizer.deltas, *([] if self.gate == "none" else [0])})
         return [n for n in wanted if n or not self.y_is_o]
 
     @property

@@ -1,7 +1,7 @@
 """One decoding step of `attention` on GPU, the cache split over its length: every slot is read once.
 
 A program takes a part of the slots of one key head, with the query heads of its group as the rows of a tile, and leaves
-its sums and what the score keeps of a row. These are small beside the cache: XLA merges them, ends the rows and gates.
+its sums and what the normalizer keeps of a row. These are small beside the cache: XLA merges them, ends the rows and gates.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ def step(p: Plan, q, k_cache, v_cache, sinks, slopes, valid, distances) -> Array
     q [B, Hk, R, K], sinks and slopes [Hk, R] or None, valid bool [B, S], distances int [B, S]. p: p.T is S.
     """
     (B, Hk, R, K), (V, S) = q.shape, (v_cache.shape[3], p.T)
-    cut, score = p.schedule.forward, p.score
+    cut, normalizer = p.schedule.forward, p.normalizer
     parts, blocks = split(B * Hk, -(-S // cut.other))
     slots = lambda a: (a, None if a is None else plan.by_batch(a))
     heads = lambda a: (a, None if a is None else plan.whole(a))
@@ -43,14 +43,14 @@ def step(p: Plan, q, k_cache, v_cache, sinks, slopes, valid, distances) -> Array
         spec = pl.BlockSpec((None, None, None, *shape), lambda n, h, b: (b, h, n, *[0] * len(shape)))
         return like(q, (B, Hk, parts, *shape), jnp.float32), spec
 
-    kept = len(jax.eval_shape(score.start, jax.ShapeDtypeStruct((R, 1), jnp.float32)))
-    outs = {f"sum{n}": part(R, p.V) for n in range(score.sums)} | {f"row{n}": part(R) for n in range(kept)}
-    cost = dict(flops=2 * B * p.H * S * (k_cache.shape[3] + score.sums * V), exponentials=B * p.H * S)
+    kept = len(jax.eval_shape(normalizer.start, jax.ShapeDtypeStruct((R, 1), jnp.float32)))
+    outs = {f"sum{n}": part(R, p.V) for n in range(normalizer.sums)} | {f"row{n}": part(R) for n in range(kept)}
+    cost = dict(flops=2 * B * p.H * S * (k_cache.shape[3] + normalizer.sums * V), exponentials=B * p.H * S)
     kernel = partial(_kernel, p, blocks)
     out = plan.call(p, kernel, cut, (parts, Hk, B), ins, outs, "attention_step", **cost)
     first = lambda name: jnp.moveaxis(out[name], 2, 0)
     row = tuple(first(f"row{n}")[..., None] for n in range(kept))
-    outputs, _ = score.finish(*score.merge(row, [first(f"sum{n}") for n in range(score.sums)]))
+    outputs, _ = normalizer.finish(*normalizer.merge(row, [first(f"sum{n}") for n in range(normalizer.sums)]))
     return outputs[0]
 
 
@@ -66,7 +66,7 @@ def rows(group: int) -> int:
 
 
 def _kernel(p: Plan, blocks: int, q, k, v, valid, sinks=None, slopes=None, distances=None, **parts) -> None:
-    score, C, (R, _) = p.score, p.schedule.forward.other, q.shape
+    normalizer, C, (R, _) = p.normalizer, p.schedule.forward.other, q.shape
     n, h = pl.program_id(0), pl.program_id(1)
     row, zero = lax.iota(jnp.int32, R), jnp.zeros((R, 1), jnp.float32)
     queries = plan.load(q, row, p.K)
@@ -80,14 +80,14 @@ def _kernel(p: Plan, blocks: int, q, k, v, valid, sinks=None, slopes=None, dista
         seen = pltriton.load(valid.at[at], mask=inside, other=0)[None, :] != 0
         apart = None if distances is None else pltriton.load(distances.at[at], mask=inside, other=0)[None, :]
         s = tile.logits(p, queries, _slots(k, at, inside, p.K), slope, apart).s
-        kept, keep, weights = score.add(kept, s, seen, at[None, :])
+        kept, keep, weights = normalizer.add(kept, s, seen, at[None, :])
         values = _slots(v, at, inside, p.V)
         sums = sums if keep is None else [keep * x for x in sums]
         return kept, [x + tile.matmul(p, w, values) for x, w in zip(sums, weights)]
 
     # A sink has its place in one part only.
     sink = None if sinks is None else jnp.where(n == 0, of_rows(sinks), -jnp.inf)
-    start = score.start(zero, (), sink), [jnp.zeros((R, p.V), jnp.float32)] * score.sums
+    start = normalizer.start(zero, (), sink), [jnp.zeros((R, p.V), jnp.float32)] * normalizer.sums
     end = jnp.minimum((n + 1) * blocks, -(-p.T // C))
     kept, sums = lax.fori_loop(n * blocks, end, visit, start)
     for i, x in enumerate(sums):

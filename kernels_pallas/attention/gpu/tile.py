@@ -58,8 +58,8 @@ class Logits(NamedTuple):
 def logits(p: Plan, x: Array, y: Array, slope, distance) -> Logits:
     """Of queries by keys or keys by queries, as x and y come; `distance` of each pair, where there is a slope."""
     s = matmul(p, x, y, trans_y=True) * p.scale
-    if p.soft_cap is not None:
-        s = p.soft_cap * jnp.tanh(s * (1 / p.soft_cap))
+    if p.logits_soft_cap is not None:
+        s = p.logits_soft_cap * jnp.tanh(s * (1 / p.logits_soft_cap))
     if slope is None:
         return Logits(s, s, None)
     distance = distance.astype(jnp.float32)
@@ -68,4 +68,4 @@ def logits(p: Plan, x: Array, y: Array, slope, distance) -> Logits:
 
 def through_cap(p: Plan, s: Logits, ds: Array) -> Array:
     """The gradient of logits before the soft cap."""
-    return ds if p.soft_cap is None else ds * (1 - (s.capped * (1 / p.soft_cap)) ** 2)
+    return ds if p.logits_soft_cap is None else ds * (1 - (s.capped * (1 / p.logits_soft_cap)) ** 2)

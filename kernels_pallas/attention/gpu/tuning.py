@@ -71,7 +71,7 @@ STEP_PROGRAMS = 264  # so many share a cache: two a multiprocessor of an H200
 def schedule(K: int, V: int, matmuls: str, sums: int, T: int) -> Schedule:
     """For a call on the device that it is compiled for; K and V are powers of two.
 
-    A score with two sums holds half as many rows of each.
+    A normalizer with two sums holds half as many rows of each.
     """
     found = TUNED[_chip()][matmuls][max(64, K, V)]
     forward = found.forward

@@ -1,23 +1,23 @@
-"""How a row of logits becomes weights on values: one small object per score function, used by every implementation.
+"""How a row of logits becomes weights on values: one small object per normalizer, used by every implementation.
 
-    o_i = sum_j W_ij v_j,   W_i = a score function of the logits s_i that row i sees
+    o_i = sum_j W_ij v_j,   W_i = a normalizer of the logits s_i that row i sees
 
 An object works on tiles, R rows against C keys, as pure functions of arrays; what differs between machines is which
 tiles are visited and where the sums are kept:
 
-    row = score.start(zero, known, sink)                      what a row keeps: a tuple of [R, 1]
-    row, keep, weights = score.add(row, s, seen, keys)        for every tile of keys; then, for each of the weights,
-    sums[n] = keep * sums[n] + weights[n] @ v                 `score.sums` sums [R, V] (no product where keep is None)
-    row, sums = score.merge(row, sums)                        where the keys were split: parts, stacked on a first axis
-    outputs, saved = score.finish(row, sums)                  outputs[0] is o; saved, a tuple of [R, 1], is for backward
-    deltas = [sum(do * outputs[n]) for n in score.deltas]     [R, 1] each; no other output has to be kept
-    weights, ds = score.gradient(s, seen, keys, dp, deltas, saved)    dp = do v^T;  dv += weights^T do;  dq, dk from ds
+    row = normalizer.start(zero, known, sink)                      what a row keeps: a tuple of [R, 1]
+    row, keep, weights = normalizer.add(row, s, seen, keys)        for every tile of keys; then, for each of the weights,
+    sums[n] = keep * sums[n] + weights[n] @ v                 `normalizer.sums` sums [R, V] (no product where keep is None)
+    row, sums = normalizer.merge(row, sums)                        where the keys were split: parts, stacked on a first axis
+    outputs, saved = normalizer.finish(row, sums)                  outputs[0] is o; saved, a tuple of [R, 1], is for backward
+    deltas = [sum(do * outputs[n]) for n in normalizer.deltas]     [R, 1] each; no other output has to be kept
+    weights, ds = normalizer.gradient(s, seen, keys, dp, deltas, saved)    dp = do v^T;  dv += weights^T do;  dq, dk from ds
 
-`seen` is the mask of the tile, None if every key is seen; `keys` [1, C] are the keys' positions, for scores that single
+`seen` is the mask of the tile, None if every key is seen; `keys` [1, C] are the keys' positions, for normalizers that single
 out one key. `gradient` works element by element: it takes tiles turned over too, [C, R] with [1, R] and keys [C, 1].
 `zero` is zeros [R, 1]; everything has its dtype, float32 or float64. Reductions keep their axis; no gathers.
 
-Scores of this file need one walk over the keys. Those of `normalizers/multipass.py` learn something of a row first
+Normalizers of this file need one walk over the keys. Those of `normalizers/multipass.py` learn something of a row first
 (`prepare`). A row that sees nothing ends as zeros, with zero gradients.
 """
 
@@ -44,8 +44,8 @@ class Added(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Score:
-    """The contract, and what most scores have in common. Another one is a frozen dataclass: it is a static argument."""
+class Normalizer:
+    """The contract, and what most normalizers have in common. Another one is a frozen dataclass: it is a static argument."""
 
     sums: ClassVar[int] = 1  # sums of weighted values that a row keeps
     deltas: ClassVar[tuple[int, ...]] = (0,)  # the outputs whose product with do the backward pass needs
@@ -53,7 +53,7 @@ class Score:
     takes_sinks: ClassVar[bool] = False
 
     def for_length(self, length: int) -> Self:
-        """The score with what depends on the number of keys filled in."""
+        """The normalizer with what depends on the number of keys filled in."""
         return self
 
     def prepare(self, walk: Walk, zero: Array) -> Row:
@@ -80,7 +80,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Softmax(Score):
+class Softmax(Normalizer):
     """exp(s) / sum exp(s), its maximum and sum kept online (arXiv 1805.02867).
 
     With a learned sink b per head exp(b) joins the sum (gpt-oss; b = 0 is "softmax plus one").
@@ -120,7 +120,7 @@ class Softmax(Score):
 
 
 @dataclass(frozen=True)
-class Sigmoid(Score):
+class Sigmoid(Normalizer):
     """sigmoid(s - log n) (arXiv 2409.04431). n: a constant, as its authors advise; the number of keys if None."""
 
     length: int | None = None
@@ -141,7 +141,7 @@ class Sigmoid(Score):
 
 
 @dataclass(frozen=True)
-class Relu(Score):
+class Relu(Normalizer):
     """relu(s)^power / n (arXiv 2309.08586), power 1 or 2. n: the number of keys if None."""
 
     power: int = 1
@@ -150,7 +150,7 @@ class Relu(Score):
 
     def __post_init__(self):
         if self.power not in (1, 2):
-            raise ValueError(f"Relu: power={self.power}, wanted 1 or 2")
+            raise ValueError(f"Relu: power: got {self.power}, expected 1 or 2")
 
     def for_length(self, length):
         return self if self.length else replace(self, length=length)
@@ -169,7 +169,7 @@ class Relu(Score):
 
 
 @dataclass(frozen=True)
-class Softpick(Score):
+class Softpick(Normalizer):
     """relu(e^s - 1) / (sum |e^s - 1| + eps) (arXiv 2504.20966), eps in units of e^m with m = max(0, max s).
 
     e^(s-m) - e^(-m) is computed as tanh(s / 2) (e^(s-m) + e^(-m)), which does not cancel near s = 0. m counts as a
@@ -209,8 +209,8 @@ class Softpick(Score):
 
 
 @dataclass(frozen=True)
-class SelfAdjust(Score):
-    """(s - a) / (b - a) softmax(s), a = min(0, min s), b = max(0, max s) (arXiv 2502.18277, the normalised form).
+class SelfAdjust(Normalizer):
+    """(s - a) / (b - a) softmax(s), a = min(0, min s), b = max(0, max s) (arXiv 2502.18277, the normalized form).
 
     Two sums, of exp(s - m) v and of s exp(s - m) v, because a is known last. Gradients flow through a and b, to the
     key that holds the minimum or maximum: the first in order, so that no tile has to find it by comparing floats.
@@ -266,7 +266,7 @@ class SelfAdjust(Score):
 
 
 @dataclass(frozen=True)
-class _Summed(Score):
+class _Summed(Normalizer):
     """f(s) / sum f(s) for a positive f that needs no maximum. Rows whose every f underflows end as zeros."""
 
     def start(self, zero, known=(), sink=None):

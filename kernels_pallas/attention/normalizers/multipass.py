@@ -1,4 +1,4 @@
-"""Scores that must know something of a row before they weigh it: they walk over its keys more than once.
+"""Normalizers that must know something of a row before they weigh it: they walk over its keys more than once.
 
 Each walk before the last computes logits again and multiplies no values; what it finds is a number or two a row. So
 memory stays linear in T, and time grows with the walks. The contract is that of `normalizers/base.py`.
@@ -13,8 +13,8 @@ from jax import Array
 
 from kernels_pallas.attention.normalizers.base import (
     Added,
+    Normalizer,
     Row,
-    Score,
     Softmax,
     finite,
     inverse,
@@ -24,7 +24,7 @@ from kernels_pallas.attention.normalizers.base import (
 
 
 @dataclass(frozen=True)
-class ClippedSoftmax(Score):
+class ClippedSoftmax(Normalizer):
     """clip((zeta - gamma) softmax(s) + gamma, 0, 1) (arXiv 2306.12929), gamma = -alpha / n.
 
     Weights that reach 0 or 1 have no gradient. n: the number of keys if None.
@@ -39,7 +39,7 @@ class ClippedSoftmax(Score):
 
     def __post_init__(self):
         if self.alpha < 0 or self.zeta < 1:
-            raise ValueError(f"ClippedSoftmax: alpha={self.alpha}, zeta={self.zeta}, wanted at least 0 and at least 1")
+            raise ValueError(f"ClippedSoftmax: got alpha={self.alpha}, zeta={self.zeta}, expected at least 0 and at least 1")
 
     def for_length(self, length):
         return self if self.length else replace(self, length=length)
@@ -72,7 +72,7 @@ class ClippedSoftmax(Score):
 
 
 @dataclass(frozen=True)
-class ReweightedSoftplus(Score):
+class ReweightedSoftplus(Normalizer):
     """LSSAR (arXiv 2501.13428): A = softplus(s), A / sum A; then relu(n A - 1)^power, divided by its sum.
 
     n: the keys that the row sees. Rows of 3 keys or fewer are not lessened by 1, as in the paper. The row's largest
@@ -87,7 +87,7 @@ class ReweightedSoftplus(Score):
 
     def __post_init__(self):
         if not isinstance(self.power, int) or self.power < 2:
-            raise ValueError(f"ReweightedSoftplus: power={self.power}, wanted an integer from 2 on")
+            raise ValueError(f"ReweightedSoftplus: power: got {self.power}, expected an integer from 2 on")
 
     def prepare(self, walk, zero):
         def add(row, s, seen, keys):
@@ -139,7 +139,7 @@ class ReweightedSoftplus(Score):
 
 
 @dataclass(frozen=True)
-class AdaptiveTemperature(Score):
+class AdaptiveTemperature(Normalizer):
     """softmax(beta s), beta >= 1 a polynomial of the entropy of softmax(s) (arXiv 2410.01104); its rows are sharper.
 
     Meant for inference by its authors; the gradient is there all the same, through beta too.
@@ -209,7 +209,7 @@ class AdaptiveTemperature(Score):
 
 
 @dataclass(frozen=True)
-class Entmax(Score):
+class Entmax(Normalizer):
     """alpha-entmax (arXiv 1905.05702): relu((alpha - 1) s - tau)^(1 / (alpha - 1)), tau such that a row sums to 1.
 
     1 < alpha <= 2; 2 is sparsemax (1602.02068). The sum is convex and falls with tau, so Newton's steps from the left
@@ -225,7 +225,7 @@ class Entmax(Score):
 
     def __post_init__(self):
         if not 1 < self.alpha <= 2:
-            raise ValueError(f"Entmax: alpha={self.alpha}, wanted above 1 and at most 2 (1 is softmax)")
+            raise ValueError(f"Entmax: alpha: got {self.alpha}, expected above 1 and at most 2 (1 is softmax)")
 
     def prepare(self, walk, zero):
         largest = lambda row, s, seen, keys: (

@@ -1,8 +1,8 @@
-"""The score functions by name, with their papers' parameters."""
+"""The normalizers by name, with their papers' parameters."""
 
 from kernels_pallas.attention.normalizers.base import (
+    Normalizer,
     Relu,
-    Score,
     SelfAdjust,
     Sigmoid,
     Softmax,
@@ -17,7 +17,7 @@ from kernels_pallas.attention.normalizers.multipass import (
     ReweightedSoftplus,
 )
 
-SCORES: dict[str, Score] = {
+NORMALIZERS: dict[str, Normalizer] = {
     "softmax": Softmax(),
     "sigmoid": Sigmoid(),
     "relu": Relu(),

@@ -1,6 +1,6 @@
-"""Every score function as its paper writes it, on whole rows of logits, for autodiff: the truth behind `normalizers/base.py`.
+"""Every normalizer as its paper writes it, on whole rows of logits, for autodiff: the truth behind `normalizers/base.py`.
 
-`weights(score, s, seen, sink)`: [..., T, S] from logits s and the mask `seen`. Rows that see nothing are zeros.
+`weights(normalizer, s, seen, sink)`: [..., T, S] from logits s and the mask `seen`. Rows that see nothing are zeros.
 """
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.attention.normalizers.base import (
+    Normalizer,
     Relu,
-    Score,
     SelfAdjust,
     Sigmoid,
     Softmax,
@@ -25,15 +25,15 @@ from kernels_pallas.attention.normalizers.multipass import (
 )
 
 
-def weights(score: Score, s: Array, seen: Array, sink: Array | None = None) -> Array:
-    """Raises NotImplementedError for a score that is not written down here."""
-    if type(score) not in _FORMULAS:
-        raise NotImplementedError(f"attention: implementation='reference' has no formula for {type(score).__name__}")
+def weights(normalizer: Normalizer, s: Array, seen: Array, sink: Array | None = None) -> Array:
+    """Raises NotImplementedError for a normalizer that is not written down here."""
+    if type(normalizer) not in _FORMULAS:
+        raise NotImplementedError(f"attention: implementation='reference' has no formula for {type(normalizer).__name__}")
     # Masked logits are 0, not -inf: no gradient of theirs is 0 times infinity.
     s = jnp.where(seen, s, 0)
-    if isinstance(score, Softmax):
+    if isinstance(normalizer, Softmax):
         return _softmax(s, seen, sink)
-    return jnp.where(seen, _FORMULAS[type(score)](score, s, seen), 0)
+    return jnp.where(seen, _FORMULAS[type(normalizer)](normalizer, s, seen), 0)
 
 
 def _softmax(s: Array, seen: Array, sink: Array | None = None) -> Array:
@@ -44,22 +44,22 @@ def _softmax(s: Array, seen: Array, sink: Array | None = None) -> Array:
     return p / jnp.where(total == 0, 1, total)
 
 
-def _sigmoid(score: Sigmoid, s: Array, seen: Array) -> Array:
-    return jax.nn.sigmoid(s - jnp.log(score.length))
+def _sigmoid(normalizer: Sigmoid, s: Array, seen: Array) -> Array:
+    return jax.nn.sigmoid(s - jnp.log(normalizer.length))
 
 
-def _relu(score: Relu, s: Array, seen: Array) -> Array:
-    return jax.nn.relu(s) ** score.power / score.length
+def _relu(normalizer: Relu, s: Array, seen: Array) -> Array:
+    return jax.nn.relu(s) ** normalizer.power / normalizer.length
 
 
-def _softpick(score: Softpick, s: Array, seen: Array) -> Array:
+def _softpick(normalizer: Softpick, s: Array, seen: Array) -> Array:
     m = lax.stop_gradient(jnp.maximum(_largest(s, seen), 0))
     # e^(s-m) - e^(-m), of whichever sign s has.
     x = jnp.where(s > 0, -jnp.exp(s - m) * jnp.expm1(-jnp.abs(s)), jnp.exp(-m) * jnp.expm1(-jnp.abs(s)))
-    return jax.nn.relu(x) / (_sum(jnp.where(seen, jnp.abs(x), 0)) + score.eps)
+    return jax.nn.relu(x) / (_sum(jnp.where(seen, jnp.abs(x), 0)) + normalizer.eps)
 
 
-def _self_adjust(score: SelfAdjust, s: Array, seen: Array) -> Array:
+def _self_adjust(normalizer: SelfAdjust, s: Array, seen: Array) -> Array:
     # argmin and argmax, so that of equal logits the first has the gradient.
     at = lambda where: jnp.take_along_axis(s, where, axis=-1)
     a = jnp.minimum(at(jnp.argmin(jnp.where(seen, s, jnp.inf), axis=-1, keepdims=True)), 0)
@@ -67,37 +67,37 @@ def _self_adjust(score: SelfAdjust, s: Array, seen: Array) -> Array:
     return (s - a) / (b - a + 1e-10) * _softmax(s, seen)
 
 
-def _stablemax(score: StableMax, s: Array, seen: Array) -> Array:
+def _stablemax(normalizer: StableMax, s: Array, seen: Array) -> Array:
     return _normalized(jnp.where(s >= 0, s + 1, 1 / (1 - jnp.minimum(s, 0))), seen)
 
 
-def _softplus(score: Softplus, s: Array, seen: Array) -> Array:
+def _softplus(normalizer: Softplus, s: Array, seen: Array) -> Array:
     return _normalized(jax.nn.softplus(s), seen)
 
 
-def _clipped_softmax(score: ClippedSoftmax, s: Array, seen: Array) -> Array:
-    gamma = -score.alpha / score.length
-    stretched = (score.zeta - gamma) * _softmax(s, seen) + gamma
+def _clipped_softmax(normalizer: ClippedSoftmax, s: Array, seen: Array) -> Array:
+    gamma = -normalizer.alpha / normalizer.length
+    stretched = (normalizer.zeta - gamma) * _softmax(s, seen) + gamma
     return jnp.where(stretched < 0, 0, jnp.where(stretched > 1, 1, stretched))
 
 
-def _reweighted_softplus(score: ReweightedSoftplus, s: Array, seen: Array) -> Array:
+def _reweighted_softplus(normalizer: ReweightedSoftplus, s: Array, seen: Array) -> Array:
     count = _sum(seen.astype(s.dtype))
-    x = jax.nn.relu(_softplus(score, s, seen) * count - (count > 3))
+    x = jax.nn.relu(_softplus(normalizer, s, seen) * count - (count > 3))
     largest = lax.stop_gradient(_largest(x, seen))
-    return _normalized((jnp.where(largest > 1e-6, x, 0) / jnp.where(largest > 1e-6, largest, 1)) ** score.power, seen)
+    return _normalized((jnp.where(largest > 1e-6, x, 0) / jnp.where(largest > 1e-6, largest, 1)) ** normalizer.power, seen)
 
 
-def _adaptive_temperature(score: AdaptiveTemperature, s: Array, seen: Array) -> Array:
+def _adaptive_temperature(normalizer: AdaptiveTemperature, s: Array, seen: Array) -> Array:
     p = _softmax(s, seen)
     entropy = -_sum(p * jnp.log(jnp.where(p > 0, p, 1)))
-    beta = jnp.maximum(jnp.polyval(jnp.asarray(score.polynomial, s.dtype), entropy), 1)
-    return _softmax(s * jnp.where(entropy > score.threshold, beta, 1), seen)
+    beta = jnp.maximum(jnp.polyval(jnp.asarray(normalizer.polynomial, s.dtype), entropy), 1)
+    return _softmax(s * jnp.where(entropy > normalizer.threshold, beta, 1), seen)
 
 
-def _entmax(score: Entmax, s: Array, seen: Array) -> Array:
+def _entmax(normalizer: Entmax, s: Array, seen: Array) -> Array:
     """Bisection of tau; then one Newton step, which moves it no more and makes its gradient that of the exact root."""
-    alpha = score.alpha
+    alpha = normalizer.alpha
     z = (alpha - 1) * jnp.where(seen, s - lax.stop_gradient(_largest(s, seen)), 0)
     above = lambda tau: jnp.where(seen, jax.nn.relu(z - tau), 0)
     power = lambda y, e: jnp.where(y > 0, jnp.where(y > 0, y, 1) ** e, 0)

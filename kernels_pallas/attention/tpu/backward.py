@@ -37,7 +37,7 @@ from kernels_pallas.common.tpu import Operand
 def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array], dy: Array) -> dict[str, Array]:
     """dq, dk, dv, dgate as the inputs; dsinks and dslopes float32 [B, H, spans or 1, T], by row.
 
-    outputs: of the score, by number, float32 [B, T, H*V]; saved: [B, H, 1, T] each.
+    outputs: of the normalizer, by number, float32 [B, T, H*V]; saved: [B, H, 1, T] each.
     """
     B, block = x.q.shape[0], plan.backward.block
     length = -(-plan.T // block) * block
@@ -172,14 +172,14 @@ def _kernel(plan: Plan, count: int, blocks: int, spans: int, tables: Tables, ref
 
 
 def _arrival(plan: Plan, refs: dict, do_ref, deltas_ref, opened: Array | None) -> None:
-    """What a block of queries brings along: do, and its products with the score's outputs."""
+    """What a block of queries brings along: do, and its products with the normalizer's outputs."""
     do = refs["dy"][0].astype(jnp.float32)
     if opened is not None:
         do = do * opened
     do_ref[...] = do.astype(do_ref.dtype)
     # Of do as the matrix unit will see it, or dp - delta has an error that does not cancel.
     do = do_ref[...].astype(jnp.float32)
-    for n, of in enumerate(plan.score.deltas):
+    for n, of in enumerate(plan.normalizer.deltas):
         deltas_ref[n : n + 1] = tile.as_row(jnp.sum(do * _output(refs, of), axis=-1, keepdims=True))
 
 
@@ -194,7 +194,7 @@ def _gradients_by_row(plan: Plan, tables: Tables, refs: dict, deltas_ref, head, 
         refs["dgate"][0, 0] = tile.as_row(jnp.sum(products, axis=-1, keepdims=True)) * opened * (1 - opened)
     if "dsinks" in refs:
         sink = jnp.full((1, plan.backward.block), tables.sinks[head])
-        refs["dsinks"][0, 0] = plan.score.sink_gradient(sink, *_numbers(plan, refs, deltas_ref, slice(None)))
+        refs["dsinks"][0, 0] = plan.normalizer.sink_gradient(sink, *_numbers(plan, refs, deltas_ref, slice(None)))
 
 
 def _opened(plan: Plan, refs: dict) -> Array:
@@ -210,14 +210,14 @@ def _output(refs: dict, n: int) -> Array:
 
 def _numbers(plan: Plan, refs: dict, deltas_ref, queries: slice) -> tuple[list[Array], tuple[Array, ...]]:
     """(deltas, saved) of some queries, [1, R] each."""
-    deltas = [deltas_ref[n : n + 1, queries] for n in range(len(plan.score.deltas))]
+    deltas = [deltas_ref[n : n + 1, queries] for n in range(len(plan.normalizer.deltas))]
     names = sorted((name for name in refs if name.startswith("saved")), key=lambda name: int(name[5:]))
     return deltas, tuple(refs[name][0, 0, :, queries] for name in names)
 
 
 def _tile(plan: Plan, tables: Tables, refs: dict, sums: tuple, do_ref, deltas_ref, kind: int, head, i, j) -> None:
     """A block of keys meets a block of queries, a group of keys after another."""
-    block, rows, score = plan.backward.block, plan.backward.rows, plan.score
+    block, rows, normalizer = plan.backward.block, plan.backward.rows, plan.normalizer
     slope = None if tables.slopes is None else tables.slopes[head]
     dq_ref, dk_ref, dv_ref = sums
     starts = range(0, block, rows)
@@ -244,12 +244,12 @@ def _tile(plan: Plan, tables: Tables, refs: dict, sums: tuple, do_ref, deltas_re
         at = place(n)
         deltas, saved = _numbers(plan, refs, deltas_ref, queries(n))
         mask = tile.seen(plan, at, kind in (DIAGONAL, MASKED))
-        weights, ds = score.gradient(s.s, mask, at.keys, dp, deltas, saved)
+        weights, ds = normalizer.gradient(s.s, mask, at.keys, dp, deltas, saved)
         dv_ref[own(n)] += tile.matmul(plan, weights, do_ref[queries(n)])
         if slope is not None:
             refs["dslopes"][0, 0, 0, :, queries(n)] -= jnp.sum(ds * s.distance, axis=0, keepdims=True)
-        if plan.soft_cap is not None:
-            ds = ds * (1 - (s.capped * (1 / plan.soft_cap)) ** 2)
+        if plan.logits_soft_cap is not None:
+            ds = ds * (1 - (s.capped * (1 / plan.logits_soft_cap)) ** 2)
         dk_ref[own(n)] += tile.matmul(plan, ds, refs["q"][0, queries(n)])
         dq_ref[queries(n)] += tile.matmul(plan, ds, refs["k"][0, own(n)], tile.TN)
 

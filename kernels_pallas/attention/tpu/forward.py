@@ -31,8 +31,8 @@ from kernels_pallas.common.tpu import Operand
 
 
 def forward(plan: Plan, x: Inputs, save: bool) -> dict[str, Array]:
-    """y [B, T, H*V]; if `save`, what the score needs: float32 outputs [B, T, H*V], rows of numbers [B, H, 1, T]."""
-    B, score, block = x.q.shape[0], plan.score, plan.forward.block
+    """y [B, T, H*V]; if `save`, what the normalizer needs: float32 outputs [B, T, H*V], rows of numbers [B, H, 1, T]."""
+    B, normalizer, block = x.q.shape[0], plan.normalizer, plan.forward.block
     length = -(-plan.T // block) * block
     visits = forward_visits(plan)
     tables = Tables(visits, segment_tables(plan, x.segments, block, length), x.sinks, x.slopes)
@@ -54,12 +54,12 @@ def forward(plan: Plan, x: Inputs, save: bool) -> dict[str, Array]:
     outs = [tokens("y", like(x.q, wide.shape, plan.out_dtype), plan.V, own)]
     if save:
         outs += [tokens(f"o{n}", wide, plan.V, own) for n in kept_outputs(plan)]
-        count = saved_numbers(score)
+        count = saved_numbers(normalizer)
         outs += [numbers(f"saved{n}", like(x.q, (B, plan.H, 1, length), jnp.float32)) for n in range(count)]
-    statistics = len(_statistics(score))
-    scratch = [pltpu.VMEM((block, plan.V), jnp.float32)] * score.sums
-    scratch += [pltpu.VMEM((block, tile.lanes(score)), jnp.float32)] * statistics
-    multiplied = 2 * B * plan.H * pairs(plan) * (plan.K + score.sums * plan.V)
+    statistics = len(_statistics(normalizer))
+    scratch = [pltpu.VMEM((block, plan.V), jnp.float32)] * normalizer.sums
+    scratch += [pltpu.VMEM((block, tile.lanes(normalizer)), jnp.float32)] * statistics
+    multiplied = 2 * B * plan.H * pairs(plan) * (plan.K + normalizer.sums * plan.V)
     results = call(
         plan, partial(_kernel, plan), tables, (B, plan.H, len(visits.rows)), ins, outs, scratch, "attention_forward",
         flops=multiplied, exponentials=B * plan.H * pairs(plan), parallel=2,
@@ -68,31 +68,31 @@ def forward(plan: Plan, x: Inputs, save: bool) -> dict[str, Array]:
 
 
 def kept_outputs(plan: Plan) -> list[int]:
-    """Which outputs of the score the backward pass needs; not o where y is o, unrounded."""
-    kept = sorted({*plan.score.deltas, *([0] if plan.keeps_o else [])})
+    """Which outputs of the normalizer the backward pass needs; not o where y is o, unrounded."""
+    kept = sorted({*plan.normalizer.deltas, *([0] if plan.keeps_o else [])})
     return [n for n in kept if n or plan.gate != "none" or plan.out_dtype != jnp.float32]
 
 
-def _statistics(score) -> tuple:
-    return jax.eval_shape(score.start, jax.ShapeDtypeStruct((8, tile.lanes(score)), jnp.float32))
+def _statistics(normalizer) -> tuple:
+    return jax.eval_shape(normalizer.start, jax.ShapeDtypeStruct((8, tile.lanes(normalizer)), jnp.float32))
 
 
-def saved_numbers(score) -> int:
-    """How many numbers of a row the score saves."""
+def saved_numbers(normalizer) -> int:
+    """How many numbers of a row the normalizer saves."""
     column, wide = (jax.ShapeDtypeStruct((8, n), jnp.float32) for n in (1, 8))
-    return len(jax.eval_shape(score.finish, tuple(column for _ in _statistics(score)), [wide] * score.sums)[1])
+    return len(jax.eval_shape(normalizer.finish, tuple(column for _ in _statistics(normalizer)), [wide] * normalizer.sums)[1])
 
 
 def _kernel(plan: Plan, tables: Tables, refs: dict, scratch: list) -> None:
-    score, (b, h, p) = plan.score, (pl.program_id(n) for n in range(3))
-    sums, row = scratch[: score.sums], scratch[score.sums :]
+    normalizer, (b, h, p) = plan.normalizer, (pl.program_id(n) for n in range(3))
+    sums, row = scratch[: normalizer.sums], scratch[normalizer.sums :]
     what, i, j = tables.visits.what[p], tables.visits.rows[p], tables.visits.keys[p]
 
     @pl.when(what & FIRST != 0)
     def _():
-        zero = jnp.zeros((plan.forward.block, tile.lanes(score)), jnp.float32)
+        zero = jnp.zeros((plan.forward.block, tile.lanes(normalizer)), jnp.float32)
         sink = None if tables.sinks is None else zero + tables.sinks[h]
-        for ref, x in zip(row, score.start(zero, (), sink)):
+        for ref, x in zip(row, normalizer.start(zero, (), sink)):
             ref[...] = x
         for ref in sums:
             ref[...] = jnp.zeros_like(ref)
@@ -105,7 +105,7 @@ def _kernel(plan: Plan, tables: Tables, refs: dict, scratch: list) -> None:
 
     @pl.when(what & LAST != 0)
     def _():
-        outputs, saved = score.finish(tuple(ref[...] for ref in row), [ref[...] for ref in sums])
+        outputs, saved = normalizer.finish(tuple(ref[...] for ref in row), [ref[...] for ref in sums])
         y = outputs[0]
         if plan.gate == "element":
             y = y * tile.open_gate(refs["gate"][0])
@@ -122,7 +122,7 @@ def _kernel(plan: Plan, tables: Tables, refs: dict, scratch: list) -> None:
 
 def _tile(plan: Plan, tables: Tables, refs: dict, sums: list, row: list, kind: int, h, i, j) -> None:
     """A block of queries meets a block of keys."""
-    score, block, rows = plan.score, plan.forward.block, plan.forward.rows
+    normalizer, block, rows = plan.normalizer, plan.forward.block, plan.forward.rows
     slope = None if tables.slopes is None else tables.slopes[h]
     groups = range(0, block, rows)
     ends = [start + rows if kind == DIAGONAL else block for start in groups]
@@ -142,7 +142,7 @@ def _tile(plan: Plan, tables: Tables, refs: dict, sums: list, row: list, kind: i
     def weigh(n: int, s: Array) -> None:
         start, end = groups[n], ends[n]
         at, own = place(start, end), slice(start, start + rows)
-        added = score.add(tuple(ref[own] for ref in row), s, tile.seen(plan, at, kind in (DIAGONAL, MASKED)), at.keys)
+        added = normalizer.add(tuple(ref[own] for ref in row), s, tile.seen(plan, at, kind in (DIAGONAL, MASKED)), at.keys)
         for ref, x in zip(row, added.row):
             ref[own] = x
         for ref, weights in zip(sums, added.weights):

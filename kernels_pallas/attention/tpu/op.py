@@ -3,7 +3,7 @@
 One kernel each way, each tile visited once (`forward.py`, `backward.py`); the mathematics is in `normalizers/base.py` and
 `tile.py`, block sizes in `tuning.py`. The output gate is the forward kernel's last step and the backward
 kernel's first. Saved for the backward pass: the inputs, the ungated output in float32 (by the name "attention_out", as
-is y: a policy that keeps both runs no kernel again) and the few numbers a row that the score wants ("attention_lse").
+is y: a policy that keeps both runs no kernel again) and the few numbers a row that the normalizer wants ("attention_lse").
 
 Matrix units multiply bfloat16. With float16 or float32 inputs every operand keeps all its bits, in several passes. With
 bfloat16 inputs a matmul is one pass and rounds weights and logits' gradients, as every flash kernel does. Under
@@ -19,7 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.normalizers.base import Score
+from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.tpu.backward import backward
 from kernels_pallas.attention.tpu.forward import forward, kept_outputs
 from kernels_pallas.attention.tpu.plan import LANES, Inputs, Plan
@@ -29,14 +29,14 @@ from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads, varying_axes
 
 
-def unsupported(q, k, v, score: Score) -> str | None:
+def unsupported(q, k, v, normalizer: Normalizer) -> str | None:
     """Why this room cannot take a call, or None when it can."""
     if any(x.dtype == jnp.float64 for x in (q, k, v)):
         return "does not compute in float64"
     if max(q.shape[-1], v.shape[-1]) > MAX_D:
         return f"takes K and V up to {MAX_D}, not {q.shape[-1]} and {v.shape[-1]}"
-    if score.walks > 1:
-        return f"takes scores that walk over the keys once, not {type(score).__name__}"
+    if normalizer.walks > 1:
+        return f"takes normalizers that walk over the keys once, not {type(normalizer).__name__}"
     return None
 
 
@@ -47,10 +47,10 @@ def unsupported_step() -> str:
 
 def attention(
     q, k, v, gate, sink_logits, alibi_slopes, segment_ids,
-    *, score: Score, causal: bool, window: int | None, soft_cap: float | None, scale: float, interpret: bool = False,
+    *, normalizer: Normalizer, causal: bool, window: int | None, logits_soft_cap: float | None, scale: float, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """As `api.attention`, with every default filled in. Any T."""
-    options = dict(score=score, causal=causal, window=window, soft_cap=soft_cap, scale=scale, interpret=interpret)
+    options = dict(normalizer=normalizer, causal=causal, window=window, logits_soft_cap=logits_soft_cap, scale=scale, interpret=interpret)
     arrays = (q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
     letters = ("b.h.", "b.h.", "b.h.", "b.h.", "h", "h", "b.")
     part = lambda *parts: (_attend(*parts, **options),)
@@ -64,7 +64,7 @@ def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret, **options) -> 
     q, k, v, gate = map(known, (q, k, v, gate))
     wide = [-(-D // LANES) * LANES for D in (K, V)]
     kind = "none" if gate is None else "head" if gate.shape[-1] == 1 else "element"
-    options["score"] = on_tpu(options["score"])
+    options["normalizer"] = on_tpu(options["normalizer"])
     plan = Plan(
         **options, T=T, H=H, Hk=Hk, K=wide[0], V=wide[1], gate=kind, segments=segments is not None,
         slopes=slopes is not None, rounds=_rounds(interpret, q, k, v), out_dtype=jnp.dtype(v.dtype),

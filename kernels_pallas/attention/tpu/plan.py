@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.attention.normalizers.base import Score
+from kernels_pallas.attention.normalizers.base import Normalizer
 
 LANES = 128
 
@@ -36,10 +36,10 @@ class Schedule(NamedTuple):
 class Plan(NamedTuple):
     """What of a call is static. K and V are as the kernels see them, T is the true length."""
 
-    score: Score
+    normalizer: Normalizer
     causal: bool
     window: int | None
-    soft_cap: float | None
+    logits_soft_cap: float | None
     scale: float
     T: int
     H: int
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     @property
     def keeps_o(self) -> bool:
         """Whether the backward pass needs the ungated output."""
-        return self.gate != "none" or 0 in self.score.deltas
+        return self.gate != "none" or 0 in self.normalizer.deltas
 
 
 class Inputs(NamedTuple):

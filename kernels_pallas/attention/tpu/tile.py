@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.attention.normalizers.base import Added, Score, Softmax, finite, masked
+from kernels_pallas.attention.normalizers.base import Added, Normalizer, Softmax, finite, masked
 from kernels_pallas.attention.tpu.plan import LANES, Plan
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # what is summed over: x y, x y^T, x^T y
@@ -73,8 +73,8 @@ class Logits(NamedTuple):
 def logits(plan: Plan, x: Array, y: Array, slope, at: Positions) -> Logits:
     """Of queries by keys or keys by queries, as x and y come."""
     s = matmul(plan, x, y, NT) * plan.scale
-    if plan.soft_cap is not None:
-        s = plan.soft_cap * jnp.tanh(s * (1 / plan.soft_cap))
+    if plan.logits_soft_cap is not None:
+        s = plan.logits_soft_cap * jnp.tanh(s * (1 / plan.logits_soft_cap))
     if slope is None:
         return Logits(s, s, None)
     distance = jnp.abs(at.queries - at.keys).astype(jnp.float32)
@@ -112,14 +112,14 @@ class LaneSoftmax(Softmax):
         return super().finish((m[:, :1], total), sums)
 
 
-def on_tpu(score: Score) -> Score:
-    """The score in the form that is quickest here."""
-    return LaneSoftmax() if type(score) is Softmax else score
+def on_tpu(normalizer: Normalizer) -> Normalizer:
+    """The normalizer in the form that is quickest here."""
+    return LaneSoftmax() if type(normalizer) is Softmax else normalizer
 
 
-def lanes(score: Score) -> int:
+def lanes(normalizer: Normalizer) -> int:
     """Of a row's statistics."""
-    return getattr(score, "lanes", 1)
+    return getattr(normalizer, "lanes", 1)
 
 
 def across(x: Array, width: int) -> Array:

@@ -1,7 +1,7 @@
 """lhs^T dout over the rows of each group, on TPU: the gradient of the matrices.
 
 One walk over the tiles of the rows for each block of the result. A group's sum stays in VMEM, float32, while its rows
-pass: a group whose rows fit into a tile is one matmul with nothing added up. Rows of the neighbours are zeroed in VMEM,
+pass: a group whose rows fit into a tile is one matmul with nothing added up. Rows of the neighbors are zeroed in VMEM,
 at the ends of a group only.
 """
 
@@ -198,7 +198,7 @@ def _operand(refs: _Refs, v: Visit) -> None:
 
 
 def _fold(refs: _Refs, v: Visit) -> Array:
-    """Rows of the tile that are summed over; a group's last rows may take the places of its neighbour's in front.
+    """Rows of the tile that are summed over; a group's last rows may take the places of its neighbor's in front.
 
     The order of rows does not matter to a sum, and a matrix unit sums over 128 at a time: a group whose rows in its
     first and last registers fit into one would often need a unit's pass more for them.
@@ -224,7 +224,7 @@ def _multiply(refs: _Refs, v: Visit, used: Array, size: int) -> None:
     """Adds the first `size` rows of the tile to the group's sum; the group's last tile leaves it in `out`."""
     s = refs.call.schedule
     slot = v.index % s.ahead
-    _zero_neighbours(refs, v, used, size)
+    _zero_neighbors(refs, v, used, size)
     rows, (inner_step, column_step) = pl.ds(0, size), s.step
 
     def walk(store):
@@ -255,10 +255,10 @@ def _multiply(refs: _Refs, v: Visit, used: Array, size: int) -> None:
         walk(store)
 
 
-def _zero_neighbours(refs: _Refs, v: Visit, used: Array, size: int) -> None:
+def _zero_neighbors(refs: _Refs, v: Visit, used: Array, size: int) -> None:
     """Rows of other groups among the first `size` of the tile, in both operands: what is there may be anything.
 
-    The group's end lies `used` rows into the tile. Rows in front of it are its neighbour's only if none were folded.
+    The group's end lies `used` rows into the tile. Rows in front of it are its neighbor's only if none were folded.
     """
     slot = v.index % refs.call.schedule.ahead
 

@@ -38,7 +38,7 @@ def add_sums(lines, first, values: Float[Array, "S C"], low, high) -> None:
         line, mine = _place(lines, first + i)
         row = first + i + jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
         total = jnp.sum(lanes[i : i + ROWS], axis=1, keepdims=True)
-        # A neighbour's rows may hold anything: chosen, not multiplied.
+        # A neighbor's rows may hold anything: chosen, not multiplied.
         own = jnp.where(mine & (low <= row) & (row < high), total, 0.0)
         lines[line, :] += jnp.sum(own, axis=0, keepdims=True)
 

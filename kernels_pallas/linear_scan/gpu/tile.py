@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 
-SUBTOTAL = 8  # logs are also given as sums of 8 neighbours
+SUBTOTAL = 8  # logs are also given as sums of 8 neighbors
 
 
 class Tile(NamedTuple):

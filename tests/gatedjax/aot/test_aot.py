@@ -67,7 +67,7 @@ def test_a_loop_runs_as_often_as_its_counter_says():
     execution, timeline = run_listing(*LOOP)
     assert execution.executions() == [1, *[5] * 8, 1]
     assert timeline.time == 1 + 5 * 8 + 1
-    schedule = replay.summarise(execution, timeline)
+    schedule = replay.summarize(execution, timeline)
     assert schedule.bundles == timeline.time and schedule.cycles == timeline.time
     assert schedule.empty == pytest.approx(15 / 42)
     assert schedule.matrix_busy == pytest.approx(5 * 16 / (4 * 42))  # 16 cycles each, four matrix units
@@ -298,14 +298,14 @@ def test_command_line():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"--target": "tpu:v9"}, "target: 'tpu:v9' came, wanted one of tpu:v5e"),
-        ({"--op": "convolution"}, "op: 'convolution' came, wanted one of linear_scan"),
-        ({"--shape": "B1,T256,H2"}, "shape: 'B1,T256,H2' came, which lacks D"),
-        ({"--shape": "B1,Q256"}, "shape: 'Q256' came, wanted B<size>"),
-        ({"--pass": "sideways"}, "pass: 'sideways' came, wanted fwd, bwd"),
-        ({"--set": "gate=wide"}, "gate: 'wide' came, wanted one of none, head, element"),
-        ({"--set": "window=abc"}, "window: 'abc' came, wanted a number of tokens"),
-        ({"--dtype": "int8"}, "dtype: 'int8' came, wanted bfloat16"),
+        ({"--target": "tpu:v9"}, "target: got 'tpu:v9', expected one of tpu:v5e"),
+        ({"--op": "convolution"}, "op: got 'convolution', expected one of linear_scan"),
+        ({"--shape": "B1,T256,H2"}, "shape: got 'B1,T256,H2', which lacks D"),
+        ({"--shape": "B1,Q256"}, "shape: got 'Q256', expected B<size>"),
+        ({"--pass": "sideways"}, "pass: got 'sideways', expected fwd, bwd"),
+        ({"--set": "gate=wide"}, "gate: got 'wide', expected one of none, head, element"),
+        ({"--set": "window=abc"}, "window: got 'abc', expected a number of tokens"),
+        ({"--dtype": "int8"}, "dtype: got 'int8', expected bfloat16"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, monkeypatch, capsys):
@@ -320,7 +320,7 @@ def test_bad_input_is_one_line(flags, message, monkeypatch, capsys):
 
 @pytest.mark.parametrize("text", ["v5p", "v9:2x2", "v5p:8", "0*v5p:2x2x1", "v5p:2x2x1 "])
 def test_bad_slices_are_named(text):
-    with pytest.raises(ValueError, match=r"slice: .* came, wanted \[SLICES\*\]CHIP:SHAPE"):
+    with pytest.raises(ValueError, match=r"slice: got .*, expected \[SLICES\*\]CHIP:SHAPE"):
         parse_slice(text)
 
 

@@ -31,7 +31,7 @@ def test_a_step_that_fits(tmp_path):
     done = train("--aot=2*v5e:2x2", "--config.mesh.fsdp=4", f"--workdir={tmp_path / 'run'}", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "8 TPU v5 lite device(s), mesh data 2 x fsdp 4" in done.stdout
-    # What the parameters' initialisation traces, on this machine's own platform, is not what the step runs.
+    # What the parameters' initialization traces, on this machine's own platform, is not what the step runs.
     assert "ops: attention: tpu, expert_mlp: tpu\n" in done.stdout
     assert "fits" in done.stdout and "largest arrays of the state" in done.stdout
     assert "all-gather" in done.stdout and "reduce-scatter" in done.stdout
@@ -59,8 +59,8 @@ def test_a_step_that_does_not_fit():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--aot=v9:2x2"], "--aot: slice: 'v9:2x2' came, wanted"),
-        pytest.param(["--aot=v5e:3x5x7"], "--aot: slice: 'v5e:3x5x7' came, which libtpu refuses", marks=needs_libtpu),
+        (["--aot=v9:2x2"], "--aot: slice: got 'v9:2x2', expected"),
+        pytest.param(["--aot=v5e:3x5x7"], "--aot: slice: got 'v5e:3x5x7', which libtpu refuses", marks=needs_libtpu),
         pytest.param(["--aot=v5e:2x2", "--config.mesh.fsdp=3"], "does not divide the 4 device(s)", marks=needs_libtpu),
     ],
 )

@@ -144,13 +144,13 @@ def test_json_tokenizer_round_trip(tmp_path):
 
 
 def test_tokenizer_errors(tmp_path):
-    with pytest.raises(InputError, match=r"tokenizer: 'bites' cannot be read .* wanted 'bytes' or a file"):
+    with pytest.raises(InputError, match=r"tokenizer: 'bites' cannot be read .* expected 'bytes' or a file"):
         data.load_tokenizer("bites")
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match=r"x.json' is not a tokenizer.json"):
         data.load_tokenizer(str(tmp_path / "x.json"))
     no_end = train_json_tokenizer(tmp_path / "no_end.json", ("<pad>",))
-    with pytest.raises(InputError, match=r"no end-of-document token; wanted one of <\|endoftext\|>"):
+    with pytest.raises(InputError, match=r"no end-of-document token; expected one of <\|endoftext\|>"):
         data.load_tokenizer(no_end)
 
 
@@ -159,7 +159,7 @@ def test_tokenizer_errors(tmp_path):
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_kind_keeps_every_document(tmp_path, kind):
-    cfg = config(tmp_path, WRITERS[kind](tmp_path / "corpus"), kind, validation_share=0.3)
+    cfg = config(tmp_path, WRITERS[kind](tmp_path / "corpus"), kind, validation_fraction=0.3)
     corpus = corpus_of(cfg)
     parts = {split: documents_of(corpus, split) for split in ("train", "validation")}
     assert sorted(parts["train"] + parts["validation"]) == sorted(TEXTS)
@@ -184,24 +184,24 @@ def test_hash_is_of_the_text(tmp_path):
 
 
 def test_split_of_a_document_does_not_depend_on_the_others(tmp_path):
-    whole = corpus_of(config(tmp_path, write_text(tmp_path / "a"), validation_share=0.3))
+    whole = corpus_of(config(tmp_path, write_text(tmp_path / "a"), validation_fraction=0.3))
     path = Path(write_text(tmp_path / "b"))
     for i in range(0, 40, 3):
         (path / f"{i:03}.txt").unlink()
-    part = corpus_of(config(tmp_path, str(path), validation_share=0.3))
+    part = corpus_of(config(tmp_path, str(path), validation_fraction=0.3))
     kept = [t for i, t in enumerate(TEXTS) if i % 3]
     assert documents_of(part, "validation") == [t for t in documents_of(whole, "validation") if t in kept]
 
 
 @pytest.mark.parametrize("share, split", [(1e-9, "validation"), (1 - 1e-9, "train")])
 def test_both_splits_get_a_document(tmp_path, share, split):
-    corpus = corpus_of(config(tmp_path, validation_share=share))
+    corpus = corpus_of(config(tmp_path, validation_fraction=share))
     assert corpus.splits[split].documents == 1 and corpus.documents == 40
 
 
 def test_one_document_is_cut_at_a_line_end(tmp_path):
     (tmp_path / "one.txt").write_text("".join(f"line {i}\n" for i in range(100)))
-    corpus = corpus_of(config(tmp_path, str(tmp_path / "one.txt"), validation_share=0.1))
+    corpus = corpus_of(config(tmp_path, str(tmp_path / "one.txt"), validation_fraction=0.1))
     train, validation = (documents_of(corpus, split)[0] for split in ("train", "validation"))
     assert train.endswith("\n") and validation.startswith("line 9")
     assert train + validation == (tmp_path / "one.txt").read_text()
@@ -254,7 +254,7 @@ def test_python_stdlib(tmp_path):
     assert len(data.validation_text(cfg)) == corpus.splits["validation"].bytes
 
 
-def test_a_changed_source_is_tokenised_again(tmp_path):
+def test_a_changed_source_is_tokenized_again(tmp_path):
     cfg = config(tmp_path)
     before = corpus_of(cfg)
     file = tmp_path / "corpus" / "000.txt"
@@ -263,17 +263,17 @@ def test_a_changed_source_is_tokenised_again(tmp_path):
     assert after.path != before.path and after.sha256 != before.sha256
     os.utime(file, ns=(0, 0))
     assert corpus_of(cfg).path != after.path
-    assert corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_share=0.2)).path != after.path
+    assert corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.2)).path != after.path
 
 
 def test_json_tokenizer_cache(tmp_path):
-    cfg = config(tmp_path, tokenizer=train_json_tokenizer(tmp_path / "t.json"), validation_share=0.3)
+    cfg = config(tmp_path, tokenizer=train_json_tokenizer(tmp_path / "t.json"), validation_fraction=0.3)
     corpus, tokenizer = corpus_of(cfg), data.load_tokenizer(cfg.tokenizer)
     texts = documents_of(corpus, "train", tokenizer) + documents_of(corpus, "validation", tokenizer)
     assert sorted(texts) == sorted(TEXTS)
     info = corpus.splits["train"]
     assert info.bytes_per_token == info.bytes / (info.tokens - info.documents) > 1.5
-    assert corpus.path != corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_share=0.3)).path
+    assert corpus.path != corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.3)).path
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
@@ -281,7 +281,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     tokenizer.vocab_size, tokenizer.eos_id, tokenizer.fingerprint = 70_000, 69_999, "wide"
     cfg = config(tmp_path)
     source = sources.open_source("main", cfg.sources["main"])
-    corpus = token_cache.tokenise(source, tokenizer, 0.3, tmp_path / "cache")
+    corpus = token_cache.tokenize(source, tokenizer, 0.3, tmp_path / "cache")
     assert corpus.dtype == "uint32" and documents_of(corpus, "train", tokenizer)
 
 
@@ -296,8 +296,8 @@ def bad_jsonl(tmp_path, line: str) -> str:
 BAD_LINES = {
     '{"text": "bro': r"bad.jsonl, line 3: not JSON",
     '{"txt": "a", "n": 1}': r"bad.jsonl, line 3: no field 'text'; it has txt, n",
-    '{"text": 7}': r"bad.jsonl, line 3: field 'text' holds int, wanted a string",
-    '["text"]': r"bad.jsonl, line 3: list came, wanted an object with field 'text'",
+    '{"text": 7}': r"bad.jsonl, line 3: field 'text' holds int, expected a string",
+    '["text"]': r"bad.jsonl, line 3: got list, expected an object with field 'text'",
     "[" * 100_000: r"bad.jsonl, line 3: not JSON",
 }
 
@@ -318,11 +318,11 @@ def expect_input_error(cfg: DataConfig, match: str) -> None:
 
 def test_missing_and_unknown(tmp_path):
     expect_input_error(config(tmp_path, str(tmp_path / "nowhere")), r"sources.main.path: '.*nowhere' does not exist")
-    expect_input_error(config(tmp_path, str(tmp_path), "csv"), r"sources.main.kind: 'csv' came, wanted one of python_")
+    expect_input_error(config(tmp_path, str(tmp_path), "csv"), r"sources.main.kind: got 'csv', expected one of python_")
     nameless = DataConfig(sources={"main": SourceConfig(kind="jsonl")}, cache_dir=str(tmp_path / "cache"))
-    expect_input_error(nameless, r"sources.main.path: empty, wanted a file or folder for kind jsonl")
+    expect_input_error(nameless, r"sources.main.path: empty, expected a file or folder for kind jsonl")
     weightless = {"main": SourceConfig(kind="text", path=str(tmp_path), weight=0.0)}
-    expect_input_error(config(tmp_path, str(tmp_path), sources=weightless), r"weight: 0.0 came, wanted above 0")
+    expect_input_error(config(tmp_path, str(tmp_path), sources=weightless), r"weight: got 0.0, expected above 0")
 
 
 def test_nothing_to_read(tmp_path):
@@ -400,7 +400,7 @@ def test_full_disk(tmp_path, monkeypatch):
         return FullDisk(open(path, mode)) if path.name == "train.tokens" else open(path, mode)
 
     cfg = config(tmp_path)
-    kept = corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_share=0.3))
+    kept = corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.3))
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "open", full, raising=False)
         with pytest.raises(InputError, match=rf"cache_dir: {cfg.cache_dir}: no space left; nothing was kept"):
@@ -429,7 +429,7 @@ def test_damaged_cache(tmp_path, name):
 # Crashes and races. Processes start as forks would not: JAX has threads.
 
 
-def tokenise_and_die(cfg: DataConfig) -> None:
+def tokenize_and_die(cfg: DataConfig) -> None:
     """Dies at once, without any clean-up, with all data written and the rename not done."""
     os.rename = lambda *_: os._exit(9)
     data.corpora(cfg)
@@ -440,7 +440,7 @@ def no_locks(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
 
-def tokenise_when_told(cfg: DataConfig, barrier, results) -> None:
+def tokenize_when_told(cfg: DataConfig, barrier, results) -> None:
     token_cache.fcntl.flock = no_locks  # so that both build, and race for the rename
     finish = token_cache._sync
     token_cache._sync = lambda folder: (finish(folder), barrier.wait(60))
@@ -449,7 +449,7 @@ def tokenise_when_told(cfg: DataConfig, barrier, results) -> None:
 
 def test_half_written_cache_is_never_used(tmp_path):
     cfg = config(tmp_path)
-    process = multiprocessing.get_context("spawn").Process(target=tokenise_and_die, args=(cfg,))
+    process = multiprocessing.get_context("spawn").Process(target=tokenize_and_die, args=(cfg,))
     process.start()
     process.join(60)
     assert process.exitcode == 9
@@ -466,7 +466,7 @@ def test_two_writers_at_once(tmp_path):
     cfg = config(tmp_path)
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=tokenise_when_told, args=(cfg, barrier, results)) for _ in range(2)]
+    processes = [context.Process(target=tokenize_when_told, args=(cfg, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
     digests = [results.get(timeout=60) for _ in processes]
@@ -477,7 +477,7 @@ def test_two_writers_at_once(tmp_path):
     assert [f for f in Path(cfg.cache_dir).iterdir() if f.is_dir()] == [corpus.path]
 
 
-def test_processes_of_one_machine_tokenise_once(tmp_path, monkeypatch):
+def test_processes_of_one_machine_tokenize_once(tmp_path, monkeypatch):
     cfg, builds = config(tmp_path), []
     build = token_cache._build
 
@@ -506,7 +506,7 @@ def test_a_file_that_holds_less_than_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.JsonLines, "__len__", lambda self: len(self._starts) + 1)
     monkeypatch.setattr(sources.JsonLines, "__iter__", lambda self: (self[i] for i in range(len(self._starts))))
     cfg = config(tmp_path, write_jsonl(tmp_path / "corpus"), "jsonl")
-    expect_input_error(cfg, r"a.jsonl: 40 documents could be read, wanted 41")
+    expect_input_error(cfg, r"a.jsonl: 40 documents could be read, expected 41")
 
 
 # Windows
@@ -582,7 +582,7 @@ def test_batch_is_a_pytree_of_the_promised_types(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_global_batches_are_the_same_for_any_number_of_processes_and_threads(tmp_path, split):
-    cfg = config(tmp_path, validation_share=0.3)
+    cfg = config(tmp_path, validation_fraction=0.3)
     expected = stream(cfg, split, num_threads=0)
     assert len(expected) == (12 if split == "train" else 8)
     for processes, num_threads in ((1, 3), (2, 0), (4, 1), (8, 2)):
@@ -630,7 +630,7 @@ def test_each_epoch_has_every_window_in_a_new_order(tmp_path):
 
 
 def test_validation_is_finite_and_drops_nothing(tmp_path):
-    cfg = config(tmp_path, validation_share=0.3)
+    cfg = config(tmp_path, validation_fraction=0.3)
     info = corpus_of(cfg).splits["validation"]
     count = -(-num_windows(info.tokens, 16) // 8)
     batches = stream(cfg, "validation", processes=2, count=count + 5)
@@ -689,20 +689,20 @@ def test_a_cache_that_vanishes_or_shrinks_under_a_run(tmp_path):
     path.write_bytes(kept)
     dataset = data.make_dataset(cfg, "train", batch_size=8, rows=range(8), seed=0)
     os.truncate(path, 20)
-    with pytest.raises(TrainingError, match=r"train\.tokens: .* could be read, wanted"):
+    with pytest.raises(TrainingError, match=r"train\.tokens: .* could be read, expected"):
         for batch in itertools.islice(data.batches(dataset), 20):
             assert batch.tokens.shape == (8, 16)
 
 
 @pytest.mark.parametrize("rows", [range(8, 10), range(0, 9), range(0), (3, 2), (1, 1), range(-1, 3)])
 def test_rows_outside_the_batch(tmp_path, rows):
-    with pytest.raises(ValueError, match=r"rows: .* came, wanted ascending rows within a batch_size of 8"):
+    with pytest.raises(ValueError, match=r"rows: got .*, expected ascending rows within a batch_size of 8"):
         data.make_dataset(config(tmp_path), "train", batch_size=8, rows=rows, seed=0)
 
 
 def test_unknown_split_and_start(tmp_path):
-    with pytest.raises(ValueError, match=r"split: 'test' came"):
+    with pytest.raises(ValueError, match=r"split: got 'test'"):
         data.make_dataset(config(tmp_path), "test", batch_size=8, rows=range(8), seed=0)
     dataset = data.make_dataset(config(tmp_path), "train", batch_size=8, rows=range(8), seed=0)
-    with pytest.raises(ValueError, match=r"start: -1 came"):
+    with pytest.raises(ValueError, match=r"start: got -1"):
         data.batches(dataset, -1)

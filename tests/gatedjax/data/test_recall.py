@@ -93,12 +93,12 @@ def test_rows_do_not_depend_on_who_reads_them():
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(task="recall"), "task: 'recall' came, wanted one of mqar"),
-        (dict(num_pairs=17), "seq_len: 64 came, wanted at least 68 for num_pairs = 17, even"),
-        (dict(seq_len=65), "seq_len: 65 came, wanted at least 16 for num_pairs = 4, even"),
-        (dict(vocab_size=8), "vocab_size: 8 came, wanted above 9"),
-        (dict(task="copy", num_pairs=40), "seq_len: 64 came, wanted at least 80"),
-        (dict(validation_examples=0), "validation_examples: 0 came"),
+        (dict(task="recall"), "task: got 'recall', expected one of mqar"),
+        (dict(num_pairs=17), "seq_len: got 64, expected at least 68 for num_pairs = 17, even"),
+        (dict(seq_len=65), "seq_len: got 65, expected at least 16 for num_pairs = 4, even"),
+        (dict(vocab_size=8), "vocab_size: got 8, expected above 9"),
+        (dict(task="copy", num_pairs=40), "seq_len: got 64, expected at least 80"),
+        (dict(validation_examples=0), "validation_examples: got 0"),
     ],
 )
 def test_impossible_tasks_are_named(values, message):
@@ -107,9 +107,9 @@ def test_impossible_tasks_are_named(values, message):
 
 
 def test_a_needle_needs_a_text_and_room():
-    with pytest.raises(ValueError, match="row: None came"):
+    with pytest.raises(ValueError, match="row: got None"):
         recall_dataset(RecallConfig("needle"), "train", batch_size=1, rows=range(1))
-    with pytest.raises(ValueError, match="seq_len: 20 came, wanted above"):
+    with pytest.raises(ValueError, match="seq_len: got 20, expected above"):
         needle_row(rng(), np.zeros(100), ByteTokenizer(), 20)
-    with pytest.raises(ValueError, match="text: '9 tokens' came, wanted at least"):
+    with pytest.raises(ValueError, match="text: got '9 tokens', expected at least"):
         needle_row(rng(), np.zeros(9), ByteTokenizer(), 200)

@@ -18,12 +18,12 @@ from gatedjax.evaluation.probes import (
 )
 from gatedjax.model import LanguageModel
 from gatedjax.training.run import fresh_state, prepare
-from kernels_pallas.attention import SCORES
+from kernels_pallas.attention import NORMALIZERS
 
 R = np.random.default_rng(0)
 
 
-def plain_rows(q, k, segments, positions, window=None, soft_cap=None, slopes=None, relu=False):
+def plain_rows(q, k, segments, positions, window=None, logits_soft_cap=None, slopes=None, relu=False):
     """Share and entropy with T x T arrays and loops, float64."""
     B, T, H, D = q.shape
     share, entropy = [[] for _ in range(H)], [[] for _ in range(T)]
@@ -34,7 +34,7 @@ def plain_rows(q, k, segments, positions, window=None, soft_cap=None, slopes=Non
             for h in range(H):
                 seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i] and (not window or i - j < window)]
                 s = np.array([q[b, i, h] @ k[b, j, h * k.shape[2] // H] for j in seen]) / np.sqrt(D)
-                s = soft_cap * np.tanh(s / soft_cap) if soft_cap else s
+                s = logits_soft_cap * np.tanh(s / logits_soft_cap) if logits_soft_cap else s
                 s = s - slopes[h] * (i - np.array(seen)) if slopes is not None else s
                 p = np.maximum(s, 0) if relu else np.exp(s)
                 p = p / p.sum() if p.sum() else p
@@ -45,7 +45,7 @@ def plain_rows(q, k, segments, positions, window=None, soft_cap=None, slopes=Non
     return np.array([np.mean(x) for x in share]), np.array([np.mean(x) if x else np.nan for x in entropy])
 
 
-@pytest.mark.parametrize("options", [{}, dict(window=7, relu=True), dict(soft_cap=2.0, slopes=np.full(4, 0.1))])
+@pytest.mark.parametrize("options", [{}, dict(window=7, relu=True), dict(logits_soft_cap=2.0, slopes=np.full(4, 0.1))])
 def test_attention_rows_equal_the_plain_formula(options, monkeypatch):
     monkeypatch.setattr(probes, "QUERY_BLOCK", 16)
     B, T, H, D = 2, 41, 4, 8
@@ -56,8 +56,8 @@ def test_attention_rows_equal_the_plain_formula(options, monkeypatch):
     positions = np.array([[t - max([0, *e[e <= t]]) for t in range(T)] for e in ends])
     want = plain_rows(q, k, segments, positions, **options)
     low = [jnp.asarray(x, jnp.float32) for x in (q, k)]
-    score = SCORES["relu" if options.pop("relu", False) else "softmax"]
-    slopes, sinks = options.pop("slopes", None), jnp.asarray([0.5, -1.0, 2.0, 0.0]) if "soft_cap" in options else None
+    score = NORMALIZERS["relu" if options.pop("relu", False) else "softmax"]
+    slopes, sinks = options.pop("slopes", None), jnp.asarray([0.5, -1.0, 2.0, 0.0]) if "logits_soft_cap" in options else None
     by_head = dict(alibi_slopes=None if slopes is None else jnp.asarray(slopes), sink_logits=sinks)
     got = attention_rows(*low, segments, positions, score=score, **by_head, **options)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-4)
@@ -112,11 +112,11 @@ def test_a_model_shows_every_probe_of_its_layers():
     batch = batch.replace(segment_ids=np.ones_like(batch.tokens), positions=np.tile(np.arange(LENGTH), (8, 1)))
     found = measure(config.model, params, batch)
     assert {name: list(layers) for name, layers in found.items()} == {
-        "attention_entropy": [1, 3], "effective_rank": [1, 3], "expert_load": [1, 3], "first_token_share": [1, 3],
+        "attention_entropy": [1, 3], "effective_rank": [1, 3], "expert_load": [1, 3], "first_token_fraction": [1, 3],
         "gate_edges": [0, 1, 2, 3], "gate_histogram": [0, 1, 2, 3], "gate_mean": [0, 1, 2, 3], "half_life": [0, 2],
         "kurtosis": [0, 1, 2, 3], "max_activation": [0, 1, 2, 3],
     }  # fmt: skip
-    assert found["half_life"][0].shape == (4 * 8,) and found["first_token_share"][1].shape == (4,)
+    assert found["half_life"][0].shape == (4 * 8,) and found["first_token_fraction"][1].shape == (4,)
     for histogram in found["gate_histogram"].values():
         assert histogram.sum() == pytest.approx(1.0, abs=1e-5)
     assert found["gate_mean"][1] == pytest.approx(0.5, abs=0.1), "sigmoid of small logits"
@@ -126,7 +126,7 @@ def test_a_model_shows_every_probe_of_its_layers():
     of_mixer = sown["probes"]["periods"]["layer_1"]["mixer"]
     q, k = (np.asarray(of_mixer[name][0][1], np.float64) for name in "qk")
     share, entropy = plain_rows(q, k, batch.segment_ids, batch.positions)
-    np.testing.assert_allclose(found["first_token_share"][3], share, rtol=1e-4)
+    np.testing.assert_allclose(found["first_token_fraction"][3], share, rtol=1e-4)
     np.testing.assert_allclose(found["attention_entropy"][3], entropy, rtol=1e-4, atol=1e-6)
     # The layers are told apart: what one period shows is what its own parameters make.
     changed = jax.tree.map(lambda p: p, params)

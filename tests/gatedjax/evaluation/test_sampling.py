@@ -11,7 +11,7 @@ from tiny_run import VOCAB, plain
 
 from gatedjax.errors import InputError
 from gatedjax.evaluation.sampling import filter_logits, generate, sample_token
-from gatedjax.evaluation.validation import summarise
+from gatedjax.evaluation.validation import summarize
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.training.step import init_params
 
@@ -66,7 +66,7 @@ def test_error_bar_is_that_of_repeated_samples():
     results = []
     for _ in range(2000):
         counts = rng.integers(50, 100, 16).astype(float)
-        results.append(summarise(counts * rng.normal(2.0, 0.3, 16), counts, tokens_per_byte=0.5))
+        results.append(summarize(counts * rng.normal(2.0, 0.3, 16), counts, tokens_per_byte=0.5))
     spread = np.std([r.loss for r in results])
     assert np.mean([r.loss_error for r in results]) == pytest.approx(spread, rel=0.1)
     assert results[0].bits_per_byte == pytest.approx(results[0].loss * 0.5 / math.log(2))

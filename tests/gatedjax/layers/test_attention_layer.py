@@ -13,7 +13,7 @@ from gatedjax.config import GatedAttentionConfig
 from gatedjax.config.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
 from gatedjax.layers.attention import GatedAttention, append_token, fill, init_cache
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 
 B, T, M = 2, 12, 16
 X = np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32)
@@ -45,10 +45,10 @@ def reweighted_softplus(s, c):
 # Weights of masked logits (-inf), without sinks.
 WEIGHTS = {
     "softmax": lambda s, c: softmax(s),
-    "sigmoid": lambda s, c: sigmoid(s - np.log(c.score_length)),
-    "relu_squared": lambda s, c: np.maximum(s, 0) ** 2 / c.score_length,
+    "sigmoid": lambda s, c: sigmoid(s - np.log(c.normalizer_length)),
+    "relu_squared": lambda s, c: np.maximum(s, 0) ** 2 / c.normalizer_length,
     "clipped_softmax": lambda s, c: np.clip(
-        (1 + c.clip_alpha / c.score_length) * softmax(s) - c.clip_alpha / c.score_length, 0, 1
+        (1 + c.clip_alpha / c.normalizer_length) * softmax(s) - c.clip_alpha / c.normalizer_length, 0, 1
     ),
     "reweighted_softplus": reweighted_softplus,
 }
@@ -56,14 +56,14 @@ WEIGHTS = {
 
 def init(config, x=X, seed=0):
     module = GatedAttention(config, 1e-6, 0.3, jnp.float32)
-    context = Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
-    params = nn.meta.unbox(module.init(jax.random.key(seed), x, context)["params"])
+    info = TokenInfo(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    params = nn.meta.unbox(module.init(jax.random.key(seed), x, info)["params"])
     return module, jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
 
 
-def run(module, params, x=X, context=None, cache=None):
-    context = context or Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
-    return jitted(module)({"params": params}, x, context, cache)
+def run(module, params, x=X, info=None, cache=None):
+    info = info or TokenInfo(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    return jitted(module)({"params": params}, x, info, cache)
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def jitted(module):
 def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     x = np.asarray(x, np.float64)
-    rms = lambda y, w: y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-6) * (1 + w if c.zero_centred_norm else w)
+    rms = lambda y, w: y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-6) * (1 + w if c.zero_centered_norm else w)
 
     def gated(position, y):
         if c.gate_position != position:
@@ -122,8 +122,8 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
     times = {"inverse_sqrt": c.head_dim**-0.5, "log_dim": np.log(c.head_dim), "learned": scale.get("logit_scale")}
     s = np.einsum("bthd,bshd->bhts", q, k) * np.reshape(times[c.logit_scale], (-1, 1, 1))
-    if c.soft_cap:
-        s = c.soft_cap * np.tanh(s / c.soft_cap)
+    if c.logits_soft_cap:
+        s = c.logits_soft_cap * np.tanh(s / c.logits_soft_cap)
     i, j = np.arange(T)[:, None], np.arange(T)[None]
     halves = 2.0 ** -np.arange(1, c.num_heads // 2 + 1)
     slopes = {
@@ -134,7 +134,7 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     }
     s = s - slopes[c.alibi][:, None, None] * np.abs(i - j)
     s = np.where((j <= i) & (j > i - (c.window or T)), s, -np.inf)
-    weights = WEIGHTS[c.score](s, c)
+    weights = WEIGHTS[c.normalizer](s, c)
     if c.sinks:
         weights = np.exp(s) / (np.exp(s).sum(-1, keepdims=True) + np.exp(p["sink_logits"])[:, None, None])
     o = gated("sdpa", np.einsum("bhts,bshd->bthd", weights, v))
@@ -162,17 +162,17 @@ VARIANTS = {
     "G5": dict(gate_position="output"),
     "none": dict(gate_position="none"),
     "no qk-norm, no rope": dict(qk_norm=False, rope_fraction=0.0),
-    "partial rope, zero-centred": dict(rope_fraction=0.25, zero_centred_norm=True),
+    "partial rope, zero-centered": dict(rope_fraction=0.25, zero_centered_norm=True),
     "window": dict(window=3),
-    "sinks, cap": dict(sinks=True, soft_cap=2.0),
+    "sinks, cap": dict(sinks=True, logits_soft_cap=2.0),
     "fused": dict(fused_gate=True),
     "fused headwise silu": dict(fused_gate=True, gate_granularity="headwise", gate_activation="silu"),
-    "sigmoid, fixed slopes": dict(score="sigmoid", score_length=9, alibi="fixed"),
-    "relu^2, learned slopes": dict(score="relu_squared", score_length=9, alibi="learned"),
+    "sigmoid, fixed slopes": dict(normalizer="sigmoid", normalizer_length=9, alibi="fixed"),
+    "relu^2, learned slopes": dict(normalizer="relu_squared", normalizer_length=9, alibi="learned"),
     "clipped, unit queries and keys": dict(
-        score="clipped_softmax", score_length=9, clip_alpha=1.0, qk_norm_kind="l2", logit_scale="learned"
+        normalizer="clipped_softmax", normalizer_length=9, clip_alpha=1.0, qk_norm_kind="l2", logit_scale="learned"
     ),
-    "scalable softmax, window": dict(query_scale="scalable_softmax", score_length=9, window=5),
+    "scalable softmax, window": dict(query_scale="scalable_softmax", normalizer_length=9, window=5),
     "selective": dict(query_scale="selective"),
     "qwen3_next": QWEN3_NEXT | BASE,
     "gpt_oss": GPT_OSS | dict(window=3),
@@ -192,8 +192,8 @@ def test_equals_the_formula(name):
 def test_constant_gate_starts_at_one_half():
     config = GatedAttentionConfig(**BASE, gate_input="constant")
     module = GatedAttention(config, 1e-6, 0.3, jnp.float32)
-    context = Context(jnp.broadcast_to(jnp.arange(T), (B, T)))
-    params = nn.meta.unbox(module.init(jax.random.key(0), X, context)["params"])
+    info = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)))
+    params = nn.meta.unbox(module.init(jax.random.key(0), X, info)["params"])
     ungated = GatedAttention(GatedAttentionConfig(**BASE, gate_position="none"), 1e-6, 0.3, jnp.float32)
     plain = run(ungated, {k: v for k, v in params.items() if k != "gate"})[0]
     assert rel_rms(run(module, params)[0], 0.5 * plain) < 1e-6
@@ -211,7 +211,7 @@ def test_prefill_then_decode_equals_full_forward(name):
     y, cache = run(module, params, X[:, :prompt], cache=init_cache(config, B, T, jnp.float32))
     assert rel_rms(y, full[:, :prompt]) < 1e-5
     for t in range(prompt, T):
-        y, cache = run(module, params, X[:, t : t + 1], Context(jnp.full((B, 1), t)), cache)
+        y, cache = run(module, params, X[:, t : t + 1], TokenInfo(jnp.full((B, 1), t)), cache)
         assert rel_rms(y[:, 0], full[:, t]) < 1e-5
     if config.window:
         assert cache.k.shape[1] == config.window, "a window's cache must not grow with the text"

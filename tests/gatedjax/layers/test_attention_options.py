@@ -12,12 +12,12 @@ from helpers import rel_rms
 from gatedjax.config import GatedAttentionConfig, MeshConfig, ModelConfig, from_config_dict, layer, to_dict
 from gatedjax.config.presets import PRESETS, QWEN3_NEXT
 from gatedjax.errors import InputError
-from gatedjax.layers.attention import GatedAttention, score_of
+from gatedjax.layers.attention import GatedAttention, normalizer_of
 from gatedjax.layers.logit_scale import mean_log
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import RULES, make_mesh
 from gatedjax.training.flops import forward_flops_per_token
-from kernels_pallas.attention import SCORES, Entmax, Sigmoid
+from kernels_pallas.attention import NORMALIZERS, Entmax, Sigmoid
 
 B, T, M = 2, 32, 16
 SMALL = dict(num_heads=4, num_kv_heads=2, head_dim=8)
@@ -31,16 +31,16 @@ def positions(x=X):
 def build(config, x=X):
     module = GatedAttention(config, 1e-6, 0.3, jnp.float32)
     init = jax.jit(module.init)
-    return module, nn.meta.unbox(init(jax.random.key(0), x, Context(positions(x)))["params"])
+    return module, nn.meta.unbox(init(jax.random.key(0), x, TokenInfo(positions(x)))["params"])
 
 
 def test_every_score_is_reachable():
-    names = typing.get_args(typing.get_type_hints(GatedAttentionConfig)["score"])
-    assert set(names) == set(SCORES)
-    assert all(score_of(GatedAttentionConfig(score=name, score_length=7)) is not None for name in names)
-    assert score_of(GatedAttentionConfig(score="sigmoid", score_length=7)) == Sigmoid(length=7)
-    assert score_of(GatedAttentionConfig(score="entmax", entmax_alpha=1.3)) == Entmax(alpha=1.3)
-    assert score_of(GatedAttentionConfig(score="sparsemax")) == Entmax(alpha=2.0)
+    names = typing.get_args(typing.get_type_hints(GatedAttentionConfig)["normalizer"])
+    assert set(names) == set(NORMALIZERS)
+    assert all(normalizer_of(GatedAttentionConfig(normalizer=name, normalizer_length=7)) is not None for name in names)
+    assert normalizer_of(GatedAttentionConfig(normalizer="sigmoid", normalizer_length=7)) == Sigmoid(length=7)
+    assert normalizer_of(GatedAttentionConfig(normalizer="entmax", entmax_alpha=1.3)) == Entmax(alpha=1.3)
+    assert normalizer_of(GatedAttentionConfig(normalizer="sparsemax")) == Entmax(alpha=2.0)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -53,18 +53,18 @@ def test_presets_are_valid(name):
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(score="sigmoid"), "score_length: None came, wanted a length for score 'sigmoid'"),
-        (dict(query_scale="scalable_softmax"), "wanted a length for query_scale 'scalable_softmax'"),
-        (dict(qk_norm_kind="l2", logit_scale="learned"), "wanted a length for logit_scale 'learned'"),
-        (dict(score="softpick", sinks=True), "sinks: True came, wanted false with score 'softpick'"),
-        (dict(qk_norm_kind="l2"), "logit_scale: 'inverse_sqrt' came, wanted inverse_sqrt unless"),
-        (dict(logit_scale="log_dim"), "logit_scale: 'log_dim' came, wanted inverse_sqrt unless"),
-        (dict(fused_gate=True, gate_position="value"), "fused_gate: True came, wanted false"),
-        (dict(fused_gate=True, gate_shared=True), "fused_gate: True came, wanted false"),
-        (dict(alibi="balanced", num_heads=3, num_kv_heads=3), "alibi: 'balanced' came, wanted an even number"),
-        (dict(entmax_alpha=1.0), "entmax_alpha: 1.0 came, wanted above 1"),
-        (dict(soft_cap=0.0), "soft_cap: 0.0 came, wanted None or above 0"),
-        (dict(score_length=0), "score_length: 0 came, wanted at least 1"),
+        (dict(normalizer="sigmoid"), "normalizer_length: got None, expected a length for normalizer 'sigmoid'"),
+        (dict(query_scale="scalable_softmax"), "expected a length for query_scale 'scalable_softmax'"),
+        (dict(qk_norm_kind="l2", logit_scale="learned"), "expected a length for logit_scale 'learned'"),
+        (dict(normalizer="softpick", sinks=True), "sinks: got True, expected false with normalizer 'softpick'"),
+        (dict(qk_norm_kind="l2"), "logit_scale: got 'inverse_sqrt', expected inverse_sqrt unless"),
+        (dict(logit_scale="log_dim"), "logit_scale: got 'log_dim', expected inverse_sqrt unless"),
+        (dict(fused_gate=True, gate_position="value"), "fused_gate: got True, expected false"),
+        (dict(fused_gate=True, gate_shared=True), "fused_gate: got True, expected false"),
+        (dict(alibi="balanced", num_heads=3, num_kv_heads=3), "alibi: got 'balanced', expected an even number"),
+        (dict(entmax_alpha=1.0), "entmax_alpha: got 1.0, expected above 1"),
+        (dict(logits_soft_cap=0.0), "logits_soft_cap: got 0.0, expected None or above 0"),
+        (dict(normalizer_length=0), "normalizer_length: got 0, expected at least 1"),
     ],
 )
 def test_bad_combinations_are_named(values, message):
@@ -76,7 +76,7 @@ def test_bad_combinations_are_named(values, message):
 def test_query_scales_start_near_one():
     """Scalable softmax: 1 on average over a training row."""
     assert mean_log(1024) == pytest.approx(1 / 0.16847, rel=1e-4)
-    values = dict(query_scale="scalable_softmax", qk_norm_kind="l2", logit_scale="learned", score_length=1024)
+    values = dict(query_scale="scalable_softmax", qk_norm_kind="l2", logit_scale="learned", normalizer_length=1024)
     start = build(GatedAttentionConfig(**SMALL, **values))[1]["query_scale"]
     assert start["length_scale"].shape == (4,) and float(start["length_scale"][0] * mean_log(1024)) == pytest.approx(1)
     assert float(start["logit_scale"][0]) == pytest.approx(np.log2(1024**2 - 1024))
@@ -103,7 +103,7 @@ def test_tokens_cut_over_devices(name):
     def step(params, x):
         with nn.logical_axis_rules(RULES):
             loss = lambda p: (lambda y: (jnp.sum(jnp.sin(y)), y))(
-                module.apply({"params": p}, x, Context(positions(), ids))[0]
+                module.apply({"params": p}, x, TokenInfo(positions(), ids))[0]
             )
             return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -118,7 +118,7 @@ def test_tokens_cut_over_devices(name):
 
 
 def test_equals_the_layer_of_transformers():
-    """Qwen3NextAttention, its weights copied: fused projection, partial rotation, zero-centred norms, gate."""
+    """Qwen3NextAttention, its weights copied: fused projection, partial rotation, zero-centered norms, gate."""
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     configuration = pytest.importorskip("transformers.models.qwen3_next.configuration_qwen3_next")
@@ -148,4 +148,4 @@ def test_equals_the_layer_of_transformers():
     config = GatedAttentionConfig(**QWEN3_NEXT | dict(num_heads=4, head_dim=16, rope_base=1e4))
     module, ours = build(config)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, params)
-    assert rel_rms(module.apply({"params": params}, X, Context(positions()))[0], expected) < 1e-5
+    assert rel_rms(module.apply({"params": params}, X, TokenInfo(positions()))[0], expected) < 1e-5

@@ -15,7 +15,7 @@ from gatedjax.aot.hlo import collectives
 from gatedjax.config import GatedLinearAttentionConfig, MeshConfig
 from gatedjax.layers.conv import causal_conv
 from gatedjax.layers.linear_attention import GatedLinearAttention, init_cache, logsigmoid_decay
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import RULES, make_mesh
 
 B, T, M = 2, 12, 16
@@ -34,14 +34,14 @@ VARIANTS = {
 
 def make(config):
     module = GatedLinearAttention(config, 1e-5, 0.4, jnp.float32)
-    context = Context(jnp.broadcast_to(jnp.arange(T), (B, T)))
-    params = nn.meta.unbox(module.init(jax.random.key(0), X, context)["params"])
+    info = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)))
+    params = nn.meta.unbox(module.init(jax.random.key(0), X, info)["params"])
     return module, jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
 
 
 def call(module, params, x=X, cache=None, start=0, segment_ids=None):
     positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape[:2])
-    return jitted(module)({"params": params}, x, Context(positions, segment_ids), cache)
+    return jitted(module)({"params": params}, x, TokenInfo(positions, segment_ids), cache)
 
 
 @functools.cache
@@ -128,10 +128,10 @@ def test_devices_along_context_exchange_states_not_tokens(name):
     length = 1024
     x = np.random.default_rng(3).normal(size=(B, length, M)).astype(np.float32)
     positions = jnp.broadcast_to(jnp.arange(length), (B, length))
-    context = Context(positions, jnp.asarray(np.arange(length) // 300 + np.arange(B)[:, None]))
+    info = TokenInfo(positions, jnp.asarray(np.arange(length) // 300 + np.arange(B)[:, None]))
 
     def loss(params, x):
-        return (module.apply({"params": params}, x, context)[0] ** 2).sum()
+        return (module.apply({"params": params}, x, info)[0] ** 2).sum()
 
     single = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
     mesh = make_mesh(MeshConfig(context=8))
@@ -149,7 +149,7 @@ def test_devices_along_context_exchange_states_not_tokens(name):
 def test_gate_starts_where_the_paper_starts():
     """logsigmoid of logits near 0, over 16: every channel keeps about 0.958 a step."""
     module = GatedLinearAttention(GatedLinearAttentionConfig(**BASE), 1e-5, 0.02, jnp.float32)
-    params = nn.meta.unbox(module.init(jax.random.key(0), X, Context(jnp.zeros((B, T), jnp.int32)))["params"])
+    params = nn.meta.unbox(module.init(jax.random.key(0), X, TokenInfo(jnp.zeros((B, T), jnp.int32)))["params"])
     logits = jnp.tensordot(X @ params["decay_down"]["kernel"], params["decay_up"]["kernel"], 1) + params["decay_bias"]
     np.testing.assert_allclose(np.exp(logsigmoid_decay(logits, 16.0)), 0.958, atol=2e-3)
 

@@ -150,7 +150,7 @@ def test_resume_drops_what_comes_again_and_a_torn_line(tmp_path, torn):
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("my notes\nmore notes\n")
-    with pytest.raises(InputError, match=r"metrics.jsonl, line 1: 'my notes' came, wanted a JSON object with a step"):
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 1: got 'my notes', expected a JSON object with a step"):
         Jsonl(tmp_path)
     assert path.read_text() == "my notes\nmore notes\n"
 

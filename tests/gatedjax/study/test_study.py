@@ -44,7 +44,7 @@ def test_text_is_measured(tmp_path):
     cell = Cell({}, text, lengths=(8, 16), yarn=True)
     values = run_cell(cell, 0, study(cell, measures=("validation", "probes", "lengths")))
     assert values["loss@8"] == pytest.approx(values["loss"], rel=1e-5) and values["loss@16"] != values["loss"]
-    assert 0 < values["gate_mean"] < 1 and 0 < values["first_token_share"] < 1 and values["bits_per_byte"] < 5
+    assert 0 < values["gate_mean"] < 1 and 0 < values["first_token_fraction"] < 1 and values["bits_per_byte"] < 5
 
 
 def test_a_diverging_run_is_told_apart():
@@ -99,7 +99,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     assert len(keys) == 4
 
 
-@pytest.mark.parametrize("content, message", [(None, "wanted a Python file"), ("x = 1", r"no get_study\(small\)")])
+@pytest.mark.parametrize("content, message", [(None, "expected a Python file"), ("x = 1", r"no get_study\(small\)")])
 def test_a_file_that_is_no_study_is_named(tmp_path, content, message):
     path = tmp_path / "s.py"
     if content:

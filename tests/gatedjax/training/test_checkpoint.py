@@ -181,10 +181,10 @@ def _with_bias(state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: _replace_gate(s, shape=(9,)), r"params\.gate is bfloat16\[8\] there, wanted bfloat16\[9\]"),
-        (lambda s: _replace_gate(s, dtype=jnp.float32), r"params\.gate is bfloat16\[8\] there, wanted float32\[8\]"),
-        (_without_gate, r"params\.gate is bfloat16\[8\] there, wanted nothing"),
-        (_with_bias, r"params\.bias is nothing there, wanted bfloat16\[8\]"),
+        (lambda s: _replace_gate(s, shape=(9,)), r"params\.gate is bfloat16\[8\] there, expected bfloat16\[9\]"),
+        (lambda s: _replace_gate(s, dtype=jnp.float32), r"params\.gate is bfloat16\[8\] there, expected float32\[8\]"),
+        (_without_gate, r"params\.gate is bfloat16\[8\] there, expected nothing"),
+        (_with_bias, r"params\.bias is nothing there, expected bfloat16\[8\]"),
     ],
     ids=["shape", "dtype", "extra", "missing"],
 )
@@ -215,7 +215,7 @@ def test_leaf_names_that_could_leave_the_directory_are_refused(tmp_path, name):
 def test_leaves_that_are_no_plain_arrays_or_share_a_name_are_refused(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         for state in ({"a": 3}, {"a": jax.random.key(0)}, {"a": jnp.ones(2, jnp.complex64)}):
-            with pytest.raises(ValueError, match=r"leaf a: .*wanted an array of bool, int or float"):
+            with pytest.raises(ValueError, match=r"leaf a: .*expected an array of bool, int or float"):
                 checkpointer.save(1, state, data_index=0)
         with pytest.raises(ValueError, match=r"a\.b.*unique"):
             checkpointer.save(1, {"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, data_index=0)
@@ -327,8 +327,8 @@ def _enlarge(body):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_rename, r"mask is nothing there, wanted bool\[5\]"),
-        (_enlarge, r"mask is bool\[1152921504606846976\] there, wanted bool\[5\]"),
+        (_rename, r"mask is nothing there, expected bool\[5\]"),
+        (_enlarge, r"mask is bool\[1152921504606846976\] there, expected bool\[5\]"),
     ],
 )
 def test_hostile_names_and_sizes_in_a_manifest_are_refused_before_arrays_are_read(
@@ -367,7 +367,7 @@ def test_links_and_oversized_descriptions_are_refused_unread(run_dir, tmp_path, 
 
 def test_keys_of_another_configuration_are_named(run_dir, states):
     other = {"model": {"width": 32, "norm_eps": 1e-6}, "name": "test"}
-    wanted = r"params\.gate is bfloat16\[8\] there, wanted bfloat16\[9\]; config\.model\.width: 16 there, now 32$"
+    wanted = r"params\.gate is bfloat16\[8\] there, expected bfloat16\[9\]; config\.model\.width: 16 there, now 32$"
     with Checkpointer(run_dir, other) as checkpointer, pytest.raises(InputError, match=wanted):
         checkpointer.restore_latest(_replace_gate(states[3], shape=(9,)))
 
@@ -420,9 +420,9 @@ def test_unusable_directories_are_named_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"could not write to the run directory .*: (Not a directory|File exists)$"):
         Checkpointer(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(InputError, match=r"gs://bucket/run came, wanted a path"):
+    with pytest.raises(InputError, match=r"got gs://bucket/run, expected a path"):
         Checkpointer("gs://bucket/run")
-    with pytest.raises(InputError, match="keep: 0 came"):
+    with pytest.raises(InputError, match="keep: got 0"):
         Checkpointer(tmp_path, keep=0)
 
     def refuse(*_, **__):

@@ -130,9 +130,9 @@ def test_schedules():
         assert r[100] == pytest.approx(1.0 if name == "constant" else 0.1), name
     assert rate("wsd")[79] == pytest.approx(1.0) and rate("wsd")[90] == pytest.approx(0.55)
     assert rate("cosine")[55] == pytest.approx(0.55)
-    with pytest.raises(InputError, match="warmup_steps: 100 came"):
+    with pytest.raises(InputError, match="warmup_steps: got 100"):
         make_schedule(OptimConfig(warmup_steps=100), steps)
-    with pytest.raises(InputError, match="wanted 'constant' with schedule_free"):
+    with pytest.raises(InputError, match="expected 'constant' with schedule_free"):
         make_optimizer(OptimConfig(name="schedule_free"), steps, {})
 
 

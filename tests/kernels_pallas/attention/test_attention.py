@@ -27,7 +27,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import attention_step, dispatch
-from kernels_pallas.attention import SCORES, tile, xla
+from kernels_pallas.attention import NORMALIZERS, tile, xla
 
 CASES = {
     "causal": {},
@@ -36,7 +36,7 @@ CASES = {
     "full window, no groups": dict(window=7, causal=False, Hk=4, K=12),
     "window of one, element-wise gate": dict(window=1, gate="element-wise"),
     "segments": dict(segments=True),
-    "soft cap, one key head": dict(soft_cap=2.0, Hk=1),
+    "soft cap, one key head": dict(logits_soft_cap=2.0, Hk=1),
     "sinks, head-wise gate": dict(sinks=True, gate="head-wise"),
     "element-wise gate, scale": dict(gate="element-wise", scale=0.7),
     "slopes, no soft cap": dict(slopes=True, causal=False),
@@ -115,7 +115,7 @@ def test_result_does_not_depend_on_tiles(monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
 def test_only_tiles_with_something_to_see_are_visited(causal, window):
     for T, block_q, block_k in [(64, 16, 16), (65, 16, 8), (70, 8, 32), (5, 5, 5)]:
-        plan = xla.Plan(SCORES["softmax"], causal, window, None, 1.0, block_q, block_k)
+        plan = xla.Plan(NORMALIZERS["softmax"], causal, window, None, 1.0, block_q, block_k)
         for i in range(-(-T // block_q)):
             rows = np.arange(i * block_q, min((i + 1) * block_q, T))
             visited = range(*xla._visits(plan, T, i * block_q))
@@ -151,7 +151,7 @@ def test_memory_is_linear_in_length():
 def test_huge_logits_and_gates(size, monkeypatch):
     force_tiles(monkeypatch, 16, 16)
     arrays, options = draw(T=40, gate="element-wise", sinks=True, scale=1.0)
-    arrays["q"], arrays["gate"], arrays["sink_logits"] = (size * arrays[x] for x in ("q", "gate", "sink_logits"))
+    arrays["q"], arrays["gate_logits"], arrays["sink_logits"] = (size * arrays[x] for x in ("q", "gate_logits", "sink_logits"))
     actual = value_and_gradients(cast(arrays, jnp.float32), **options)
     assert rel_rms(actual["y"], truth(arrays, **options)["y"]) < 1e-5
     assert all(np.isfinite(x).all() for x in actual.values())
@@ -177,7 +177,7 @@ def test_decode_steps_equal_forward(implementation):
     """Every token against a cache whose slots are in any order, as in a ring buffer."""
     T, window = 24, 9
     arrays, _ = draw(T=T, gate="head-wise", sinks=True, slopes=True)
-    options = dict(soft_cap=5.0, implementation=implementation)
+    options = dict(logits_soft_cap=5.0, implementation=implementation)
     a = cast(arrays, jnp.float32)
     options |= {name: a[name] for name in BY_HEAD}
     order = np.random.default_rng(1).permutation(T)
@@ -186,10 +186,10 @@ def test_decode_steps_equal_forward(implementation):
     def step(t, q, gate):
         valid = jnp.broadcast_to((order <= t) & (order > t - window), (2, T))
         distances = jnp.broadcast_to(t - order, (2, T))
-        return attention_step(q, k, v, valid=valid, gate=gate, distances=distances, **options)
+        return attention_step(q, k, v, valid=valid, gate_logits=gate, distances=distances, **options)
 
-    steps = jax.jit(jax.vmap(step, in_axes=(0, 1, 1), out_axes=1))(jnp.arange(T), a["q"], a["gate"])
-    expected = call(cast(arrays, jnp.float32), window=window, soft_cap=5.0)
+    steps = jax.jit(jax.vmap(step, in_axes=(0, 1, 1), out_axes=1))(jnp.arange(T), a["q"], a["gate_logits"])
+    expected = call(cast(arrays, jnp.float32), window=window, logits_soft_cap=5.0)
     assert rel_rms(steps, expected) < FLOAT32
 
 
@@ -224,7 +224,7 @@ def sharded(B=4, T=65):
     """A (4, 2) mesh with the batch on one axis and heads on the other, and how each argument lies on it."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     arrays, options = draw(B=B, T=T, **EVERYTHING)
-    specs = {name: P("data", None, "model") for name in ("q", "k", "v", "gate")}
+    specs = {name: P("data", None, "model") for name in ("q", "k", "v", "gate_logits")}
     specs |= {name: P("model") for name in BY_HEAD}
     return mesh, cast(arrays, jnp.float32), options, specs
 
@@ -291,29 +291,29 @@ def test_what_ran_is_reported():
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 def test_what_a_kernel_does_not_cover_is_refused(implementation):
     arrays, _ = draw(T=3)
-    with pytest.raises(NotImplementedError, match=f"attention: implementation='{implementation}' takes scores"):
-        call(cast(arrays, jnp.float32), implementation=implementation, score="entmax")
+    with pytest.raises(NotImplementedError, match=f"attention: implementation='{implementation}' takes normalizers"):
+        call(cast(arrays, jnp.float32), implementation=implementation, normalizer="entmax")
 
 
 Q, KV = jnp.zeros((2, 5, 4, 8)), jnp.zeros((2, 5, 2, 8))
 BAD = {
-    "q has shape": dict(q=Q[0]),
-    "k has shape": dict(k=KV[..., :7]),
-    "k has shape (2, 4, 2, 8), wanted 5 tokens": dict(k=KV[:, :4], v=KV[:, :4]),
-    "k has shape (2, 5, 3, 8), wanted [2, 'T', 'a divisor of 4', 8]": dict(k=jnp.zeros((2, 5, 3, 8))),
-    "v has shape (2, 5, 1, 8), wanted [2, 5, 2, 'V']": dict(v=KV[:, :, :1]),
-    "q has dtype int32": dict(q=Q.astype(int)),
-    "gate has shape (2, 5, 4, 2), wanted (2, 5, 4, 8) or (2, 5, 4, 1)": dict(gate=Q[..., :2]),
-    "sink_logits has shape (3,), wanted (4,)": dict(sink_logits=jnp.zeros(3)),
-    "segment_ids has shape (5,), wanted (2, 5)": dict(segment_ids=jnp.zeros(5, int)),
-    "segment_ids has dtype float32": dict(segment_ids=jnp.zeros((2, 5))),
-    "window=0": dict(window=0),
-    "soft_cap=-1.0": dict(soft_cap=-1.0),
-    "score='hardmax', wanted a Score or one of softmax, sigmoid": dict(score="hardmax"),
-    "sink_logits came with score=Softpick(eps=1e-06), wanted none": dict(score="softpick", sink_logits=jnp.zeros(4)),
-    "alibi_slopes has shape (3,), wanted (4,)": dict(alibi_slopes=jnp.zeros(3)),
-    "implementation='fast'": dict(implementation="fast"),
-    "interpret=True": dict(interpret=True),
+    "q: got shape": dict(q=Q[0]),
+    "k: got shape": dict(k=KV[..., :7]),
+    "k: got shape (2, 4, 2, 8), expected 5 tokens": dict(k=KV[:, :4], v=KV[:, :4]),
+    "k: got shape (2, 5, 3, 8), expected [2, 'T', 'a divisor of 4', 8]": dict(k=jnp.zeros((2, 5, 3, 8))),
+    "v: got shape (2, 5, 1, 8), expected [2, 5, 2, 'V']": dict(v=KV[:, :, :1]),
+    "q: got dtype int32": dict(q=Q.astype(int)),
+    "gate_logits: got shape (2, 5, 4, 2), expected (2, 5, 4, 8) or (2, 5, 4, 1)": dict(gate_logits=Q[..., :2]),
+    "sink_logits: got shape (3,), expected (4,)": dict(sink_logits=jnp.zeros(3)),
+    "segment_ids: got shape (5,), expected (2, 5)": dict(segment_ids=jnp.zeros(5, int)),
+    "segment_ids: got dtype float32": dict(segment_ids=jnp.zeros((2, 5))),
+    "window: got 0": dict(window=0),
+    "logits_soft_cap: got -1.0": dict(logits_soft_cap=-1.0),
+    "normalizer: got 'hardmax', expected a Normalizer or one of softmax, sigmoid": dict(normalizer="hardmax"),
+    "sink_logits: got an array with normalizer=Softpick(eps=1e-06), expected none": dict(normalizer="softpick", sink_logits=jnp.zeros(4)),
+    "alibi_slopes: got shape (3,), expected (4,)": dict(alibi_slopes=jnp.zeros(3)),
+    "implementation: got 'fast'": dict(implementation="fast"),
+    "interpret: got True": dict(interpret=True),
 }
 
 
@@ -326,9 +326,9 @@ def test_bad_input_is_named(message):
 
 @pytest.mark.parametrize(
     "name, bad",
-    {"valid": jnp.ones((2, 4), bool), "k_cache": KV[..., :3], "v_cache": KV[:, :3], "q": Q, "gate": Q[0]}.items(),
+    {"valid": jnp.ones((2, 4), bool), "k_cache": KV[..., :3], "v_cache": KV[:, :3], "q": Q, "gate_logits": Q[0]}.items(),
 )
 def test_bad_step_input_is_named(name, bad):
     arguments = dict(q=Q[:, 0], k_cache=KV, v_cache=KV, valid=jnp.ones((2, 5), bool)) | {name: bad}
-    with pytest.raises(ValueError, match=f"attention_step: {name} has shape"):
+    with pytest.raises(ValueError, match=f"attention_step: {name}: got shape"):
         attention_step(**arguments)

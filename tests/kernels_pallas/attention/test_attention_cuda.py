@@ -15,7 +15,7 @@ from gatedjax.aot.cases import make_case
 from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
 from kernels_pallas import attention, dispatch
-from kernels_pallas.attention import SCORES, attention_step
+from kernels_pallas.attention import NORMALIZERS, attention_step
 
 needs_ptxas = pytest.mark.skipif(not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)")
 STAGES = {64: {"forward", "dq", "dkdv"}, 128: {"forward", "dq", "dkdv"}, 256: {"forward", "dq", "dk", "dv"}}
@@ -50,12 +50,12 @@ def test_no_kernel_spills(shape):
 
 
 @needs_ptxas
-@pytest.mark.parametrize("score", [name for name, score in SCORES.items() if score.walks == 1])
-def test_every_score_of_one_walk_compiles(score):
-    case = make_case("attention", "B1,T1024,H4,Hk2,D128", "bfloat16", {"score": score, "gate": "head", "window": "300"})
+@pytest.mark.parametrize("normalizer", [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1])
+def test_every_normalizer_of_one_walk_compiles(normalizer):
+    case = make_case("attention", "B1,T1024,H4,Hk2,D128", "bfloat16", {"normalizer": normalizer, "gate": "head", "window": "300"})
     found = spills(kernels_of("cuda:h200", case.backward(), *case.backward_args()))
     assert (
-        max([*found.values(), 0]) <= 64 if score == "self_adjust" else not found
+        max([*found.values(), 0]) <= 64 if normalizer == "self_adjust" else not found
     )  # it has two deltas and five numbers
 
 
@@ -68,7 +68,7 @@ def test_every_option_compiles():
     def both(segment_ids, *floats):
         def loss(q, k, v, gate, sinks, slopes):
             by_head = dict(sink_logits=sinks, alibi_slopes=slopes)
-            y = attention(q, k, v, gate=gate, segment_ids=segment_ids, window=300, soft_cap=30.0, **by_head)
+            y = attention(q, k, v, gate_logits=gate, segment_ids=segment_ids, window=300, logits_soft_cap=30.0, **by_head)
             return (y.astype(jnp.float32) ** 2).sum()
 
         return jax.grad(loss, argnums=range(6))(*floats)
@@ -94,7 +94,7 @@ def test_other_chips_and_dtypes_compile(target, dtype, D):
 def test_a_decoding_step(D):
     B, H, Hk, S = 4, 16, 2, 8192
     q, cache, valid = array(B, H, D), array(B, S, Hk, D), array(B, S, dtype=jnp.bool_)
-    step = lambda q, k, v, gate, valid: attention_step(q, k, v, gate=gate, valid=valid)
+    step = lambda q, k, v, gate, valid: attention_step(q, k, v, gate_logits=gate, valid=valid)
     kernels = kernels_of("cuda:h200", step, q, cache, cache, q, valid)
     assert stages(kernels) == {"step"} and spills(kernels) == {}
     assert dispatch.last_choice("attention_step").implementation == "gpu"
@@ -106,7 +106,7 @@ def test_on_a_mesh_of_two(axis_type):
     mesh = Mesh(np.array(devices(GPUS["h200"], 2)), ("data",), axis_types=(axis_type,))
     placed = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
     x = [placed(2, 256, 2, 64)] * 4
-    loss = lambda q, k, v, gate: attention(q, k, v, gate=gate).astype(jnp.float32).sum()
+    loss = lambda q, k, v, gate: attention(q, k, v, gate_logits=gate).astype(jnp.float32).sum()
     programs = [jax.grad(loss, argnums=range(4))]
     with jax.set_mesh(mesh):
         if axis_type == AxisType.Auto:

@@ -12,7 +12,7 @@ import pytest
 from attention_cases import EVERYTHING, cast, draw, truth, value_and_gradients
 from helpers import rel_rms
 
-from kernels_pallas.attention import SCORES, attention_step
+from kernels_pallas.attention import NORMALIZERS, attention_step
 
 INTERPRET = os.environ.get("DEVICE_TESTS") == "interpret"
 pytestmark = pytest.mark.skipif(
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 # float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded to them.
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
-ONE_PASS = {name: score.for_length(300) for name, score in SCORES.items() if score.walks == 1}
+ONE_PASS = {name: normalizer.for_length(300) for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1}
 
 
 def compare(dtype: str, **case) -> None:
@@ -42,12 +42,12 @@ def test_masks_and_gates(dtype, mask, gate):
     compare(dtype, T=50 if INTERPRET else 700, gate=gate, K=64, V=64, **mask)
 
 
-@pytest.mark.parametrize("score", ONE_PASS)
+@pytest.mark.parametrize("normalizer", ONE_PASS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_score_of_one_walk(dtype, score):
+def test_every_normalizer_of_one_walk(dtype, normalizer):
     if INTERPRET:
         pytest.skip("tests/kernels_pallas/attention/test_attention_gpu.py has these")
-    compare(dtype, T=300, gate="element-wise", K=64, V=128, score=score)
+    compare(dtype, T=300, gate="element-wise", K=64, V=128, normalizer=normalizer)
 
 
 @pytest.mark.parametrize("D", [64, 96, 128, 256])
@@ -57,13 +57,13 @@ def test_sizes_of_heads(D):
     compare("bfloat16", **EVERYTHING | dict(T=1000, K=D, V=D, window=300))
 
 
-@pytest.mark.parametrize("score", ONE_PASS)
-def test_a_decoding_step(score):
-    if INTERPRET and score != "softmax":
+@pytest.mark.parametrize("normalizer", ONE_PASS)
+def test_a_decoding_step(normalizer):
+    if INTERPRET and normalizer != "softmax":
         pytest.skip("tests/kernels_pallas/attention/test_attention_step_gpu.py has these")
     r = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)
     q, k, v = normal(2, 8, 128), normal(2, 3000, 2, 128), normal(2, 3000, 2, 128)
-    options = dict(valid=jnp.asarray(r.random((2, 3000)) < 0.5), score=ONE_PASS[score])
+    options = dict(valid=jnp.asarray(r.random((2, 3000)) < 0.5), normalizer=ONE_PASS[normalizer])
     got = attention_step(q, k, v, **options, implementation="gpu", interpret=INTERPRET)
     assert rel_rms(got, attention_step(q, k, v, **options, implementation="reference")) <= 1e-4

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import RESIDUAL_NAMES, attention, dispatch
-from kernels_pallas.attention import SCORES
+from kernels_pallas.attention import NORMALIZERS
 
 # `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (
@@ -21,8 +21,8 @@ room, tile, plan_room, forward_room, backward_room, tuning = (
     for name in ("op", "tile", "plan", "forward", "backward", "tuning")
 )
 Cut, Schedule = tuning.Cut, tuning.Schedule
-slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbour of the same case also covers
-ONE_PASS = [name for name, score in SCORES.items() if score.walks == 1]
+slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbor of the same case also covers
+ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
 on_gpu = partial(value_and_gradients, implementation="gpu", interpret=True)
 # Blocks of every kernel differ, so that each has its own edges.
 SMALL = Schedule(Cut(32, 16, 4, 1), Cut(16, 32, 4, 1), Cut(32, 16, 4, 1))
@@ -57,13 +57,13 @@ def test_float32(name):
 
 
 @pytest.mark.parametrize(
-    "score",
+    "normalizer",
     [n if n in ("sigmoid", "self_adjust") else slow(n) for n in ONE_PASS if n != "softmax"],
 )
-def test_every_score_of_one_walk(score):
+def test_every_normalizer_of_one_walk(normalizer):
     """Documents, and either gate; several tiles."""
-    gate = ("head-wise", "element-wise")[ONE_PASS.index(score) % 2]
-    compare(T=40, B=1, H=1, Hk=1, segments=True, gate=gate, score=score)
+    gate = ("head-wise", "element-wise")[ONE_PASS.index(normalizer) % 2]
+    compare(T=40, B=1, H=1, Hk=1, segments=True, gate=gate, normalizer=normalizer)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_huge_logits():
 def test_a_kernel_each_for_dk_and_dv(monkeypatch):
     """As with large heads, where registers hold only one of them."""
     monkeypatch.setattr(room, "schedule", lambda *a: SMALL._replace(dv=Cut(16, 32, 4, 1)))
-    compare(T=50, B=1, H=2, Hk=1, soft_cap=3.0, slopes=True)
+    compare(T=50, B=1, H=2, Hk=1, logits_soft_cap=3.0, slopes=True)
 
 
 @pytest.mark.slow
@@ -122,12 +122,12 @@ MASKS = {"causal": {}, "window": dict(window=29), "segments": dict(segments=True
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", [None, "head-wise", "element-wise"])
 @pytest.mark.parametrize("mask", [*MASKS, "sinks"])
-@pytest.mark.parametrize("score", ONE_PASS)
-def test_the_product(score, mask, gate):
-    extra = dict(sinks=True) if score == "softmax" else dict(slopes=True, soft_cap=3.0)
+@pytest.mark.parametrize("normalizer", ONE_PASS)
+def test_the_product(normalizer, mask, gate):
+    extra = dict(sinks=True) if normalizer == "softmax" else dict(slopes=True, logits_soft_cap=3.0)
     options = extra if mask == "sinks" else MASKS[mask]
-    compare(T=100, gate=gate, score=score, **options)
-    compare(jnp.bfloat16, BFLOAT16, T=100, gate=gate, score=score, **options)
+    compare(T=100, gate=gate, normalizer=normalizer, **options)
+    compare(jnp.bfloat16, BFLOAT16, T=100, gate=gate, normalizer=normalizer, **options)
 
 
 @pytest.mark.slow
@@ -183,8 +183,8 @@ def _a_tile_less(right):
 
 
 def _without_correction(right):
-    def add(score, row, s, seen, keys):
-        added = right(score, row, s, seen, keys)
+    def add(normalizer, row, s, seen, keys):
+        added = right(normalizer, row, s, seen, keys)
         return added._replace(keep=jnp.ones_like(added.keep))
 
     return add
@@ -193,7 +193,7 @@ def _without_correction(right):
 PLANTED = {
     "no mask": (tile, "seen", lambda right: lambda p, at, masks: right(p, at, False)),
     "a tile not visited": (plan_room, "visits", _a_tile_less),
-    "sums of another maximum": (type(SCORES["softmax"]), "add", _without_correction),
+    "sums of another maximum": (type(NORMALIZERS["softmax"]), "add", _without_correction),
     "gate's gradient flipped": (
         room, "_arrival", lambda right: lambda *a: (lambda do, deltas, dgate: (do, deltas, -dgate))(*right(*a))
     ),
@@ -293,7 +293,7 @@ def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type, interpreter_in_shar
 
 @pytest.mark.parametrize(
     "D, options, message",
-    [(257, {}, "K and V up to 256, not 257"), (8, dict(score="entmax"), "walk over the keys once, not Entmax")],
+    [(257, {}, "K and V up to 256, not 257"), (8, dict(normalizer="entmax"), "walk over the keys once, not Entmax")],
 )
 def test_what_the_kernel_refuses_by_name(D, options, message):
     x = jnp.zeros((1, 4, 1, D))

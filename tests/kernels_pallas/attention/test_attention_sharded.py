@@ -8,19 +8,19 @@ from attention_cases import FLOAT32, assert_close, call, cast, draw, force_tiles
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.attention import sharded as context
+from kernels_pallas.attention import sharded
 
 DEVICES = 4
 CASES = {
     "causal": {},
-    "everything": dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=18, soft_cap=4.0),
+    "everything": dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=18, logits_soft_cap=4.0),
     "short window, element-wise gate": dict(window=5, gate="element-wise", slopes=True, segments=True),
     "window of a device's tokens": dict(window=16),
     "full": dict(causal=False, segments=True, slopes=True),
-    "odd parts, a length": dict(T=60, gate="element-wise", score="sigmoid"),
-    "sparsemax": dict(score="sparsemax", gate="head-wise"),
+    "odd parts, a length": dict(T=60, gate="element-wise", normalizer="sigmoid"),
+    "sparsemax": dict(normalizer="sparsemax", gate="head-wise"),
 }
-IN_TIME = ("q", "k", "v", "gate")
+IN_TIME = ("q", "k", "v", "gate_logits")
 
 
 def on_many(arrays, segment_ids=None, **options):
@@ -32,7 +32,7 @@ def on_many(arrays, segment_ids=None, **options):
     def part(a, ids):
         q, k, v = (a[name] for name in "qkv")
         others = {name: x for name, x in a.items() if name not in "qkv"}
-        return context.attention_sharded(q, k, v, axis_name="context", segment_ids=ids, **others, **options)
+        return sharded.attention_sharded(q, k, v, axis_name="context", segment_ids=ids, **others, **options)
 
     return part(arrays, segment_ids)
 
@@ -51,8 +51,8 @@ def test_four_devices_equal_one(name, monkeypatch):
 
 
 def test_pieces_at_the_wrong_place_are_found(monkeypatch):
-    right = context._Pieces.numbers
-    monkeypatch.setattr(context._Pieces, "numbers", lambda self, own: right(self, own)[::-1])
+    right = sharded._Pieces.numbers
+    monkeypatch.setattr(sharded._Pieces, "numbers", lambda self, own: right(self, own)[::-1])
     with pytest.raises(AssertionError, match=r"e-|0\."):
         compare("causal", monkeypatch)
 
@@ -60,7 +60,7 @@ def test_pieces_at_the_wrong_place_are_found(monkeypatch):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_causal_work_is_balanced(size):
     """Every device attends for two pieces, which see the same number of keys together; every piece has one device."""
-    pieces = context._Pieces(size, "context")
+    pieces = sharded._Pieces(size, "context")
     numbers = np.stack(pieces.numbers(jnp.arange(size)))
     assert sorted(numbers.ravel().tolist()) == list(range(2 * size))
     assert set((numbers + 1).sum(0).tolist()) == {2 * size + 1}
@@ -79,4 +79,4 @@ def test_no_array_is_gathered_but_keys_and_values():
     arrays = cast(draw(T=64)[0], jnp.float32)
     text = lambda **options: str(jax.make_jaxpr(jax.grad(lambda a: on_many(a, **options).sum()))(arrays))
     assert text().count("all_gather[") == 2 and text().count("reduce_scatter[") == 2
-    assert "all_gather[" not in text(window=16), "a short window needs its neighbour only"
+    assert "all_gather[" not in text(window=16), "a short window needs its neighbor only"

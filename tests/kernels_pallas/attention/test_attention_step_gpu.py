@@ -13,14 +13,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import SCORES, attention_step
+from kernels_pallas.attention import NORMALIZERS, attention_step
 
-room, scores_room = (
+room, normalizers_room = (
     importlib.import_module(f"kernels_pallas.attention.{name}") for name in ("gpu.step", "normalizers.base")
 )
 S = 300
-slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbour of the same case also covers
-ONE_PASS = {name: score.for_length(S) for name, score in SCORES.items() if score.walks == 1}
+slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbor of the same case also covers
+ONE_PASS = {name: normalizer.for_length(S) for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1}
 QUICK = ("softmax", "self_adjust")
 
 
@@ -29,7 +29,7 @@ def draw(B=3, H=4, Hk=2, K=24, V=40, gate="element-wise", slopes=False, sinks=Fa
     rng = np.random.default_rng(0)
     shapes = dict(q=(B, H, K), k_cache=(B, slots, Hk, K), v_cache=(B, slots, Hk, V))
     if gate:
-        shapes["gate"] = (B, H, 1 if gate == "head-wise" else V)
+        shapes["gate_logits"] = (B, H, 1 if gate == "head-wise" else V)
     shapes |= {"alibi_slopes": (H,)} if slopes else {}
     shapes |= {"sink_logits": (H,)} if sinks else {}
     valid = rng.random((B, slots)) < 0.7
@@ -49,10 +49,10 @@ def cast(arrays, dtype):
     return {n: jnp.asarray(x, jnp.float32 if n in BY_HEAD else dtype) for n, x in arrays.items()}
 
 
-def error(dtype=jnp.float32, score="softmax", **case) -> float:
+def error(dtype=jnp.float32, normalizer="softmax", **case) -> float:
     """Of the kernel against the reference in float64."""
     arrays, *masks = draw(**case)
-    arrays, options = cast(arrays, dtype), dict(score=ONE_PASS[score])
+    arrays, options = cast(arrays, dtype), dict(normalizer=ONE_PASS[normalizer])
     got = jax.jit(partial(run, implementation="gpu", interpret=True, **options))(arrays, *masks)
     with jax.enable_x64(True):
         exact = {n: jnp.asarray(np.asarray(x, np.float64)) for n, x in arrays.items()}
@@ -65,10 +65,10 @@ def few_programs(monkeypatch, programs):
     monkeypatch.setattr(room, "STEP_PROGRAMS", programs)
 
 
-@pytest.mark.parametrize("score", [n if n in QUICK else slow(n) for n in ONE_PASS])
-def test_every_score_of_one_walk(score):
+@pytest.mark.parametrize("normalizer", [n if n in QUICK else slow(n) for n in ONE_PASS])
+def test_every_normalizer_of_one_walk(normalizer):
     """Five parts, the last one short, a slot of padding in none."""
-    assert error(score=score, slopes=True, sinks=score == "softmax") < FLOAT32
+    assert error(normalizer=normalizer, slopes=True, sinks=normalizer == "softmax") < FLOAT32
 
 
 @pytest.mark.parametrize("programs", [slow(1), 16])
@@ -106,7 +106,7 @@ def test_the_gradient_is_xlas():
 
 PLANTED = {
     "parts of other maxima": (
-        scores_room, "at_one_maximum", lambda right: lambda m, *sums: (m.max(0), *(x.sum(0) for x in sums))
+        normalizers_room, "at_one_maximum", lambda right: lambda m, *sums: (m.max(0), *(x.sum(0) for x in sums))
     ),
     "a part without its last block": (
         room, "split", lambda right: lambda *a: (lambda parts, each: (parts, each - 1))(*right(*a))
@@ -156,12 +156,12 @@ def test_on_a_mesh(interpreter_in_shard_map):
             assert rel_rms(compiled(placed, here), want) < FLOAT32
 
 
-def test_other_scores_are_refused_by_name_and_fall_to_xla():
+def test_other_normalizers_are_refused_by_name_and_fall_to_xla():
     arrays, *masks = draw()
     arrays = cast(arrays, jnp.float32)
     with pytest.raises(NotImplementedError, match="walk over the keys once, not Entmax"):
-        run(arrays, *masks, score="entmax", implementation="gpu")
-    with pytest.raises(ValueError, match="interpret=True with implementation=None"):
+        run(arrays, *masks, normalizer="entmax", implementation="gpu")
+    with pytest.raises(ValueError, match="interpret: got True with implementation=None"):
         run(arrays, *masks, interpret=True)
-    run(arrays, *masks, score="entmax")
+    run(arrays, *masks, normalizer="entmax")
     assert dispatch.last_choice("attention_step").implementation == "xla"

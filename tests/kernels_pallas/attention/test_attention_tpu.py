@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import RESIDUAL_NAMES, attention, dispatch
-from kernels_pallas.attention import SCORES
+from kernels_pallas.attention import NORMALIZERS
 
 # `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (
@@ -25,7 +25,7 @@ room, tile, plan_room, forward_room, backward_room, tuning = (
     for name in ("op", "tile", "plan", "forward", "backward", "tuning")
 )
 Schedule = plan_room.Schedule
-ONE_PASS = [name for name, score in SCORES.items() if score.walks == 1]
+ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
 on_tpu = partial(value_and_gradients, implementation="tpu", interpret=True)
 
 
@@ -63,11 +63,11 @@ def test_float32(name):
     compare(**CASES[name])
 
 
-@pytest.mark.parametrize("score", [name for name in ONE_PASS if name != "softmax"])
-def test_every_score_of_one_walk(score):
+@pytest.mark.parametrize("normalizer", [name for name in ONE_PASS if name != "softmax"])
+def test_every_normalizer_of_one_walk(normalizer):
     """One tile of each, with documents and either gate; the one that keeps most of a row, over several."""
-    gate = ("head-wise", "element-wise")[ONE_PASS.index(score) % 2]
-    compare(T=150 if score == "self_adjust" else 70, B=1, H=1, Hk=1, segments=True, gate=gate, score=score)
+    gate = ("head-wise", "element-wise")[ONE_PASS.index(normalizer) % 2]
+    compare(T=150 if normalizer == "self_adjust" else 70, B=1, H=1, Hk=1, segments=True, gate=gate, normalizer=normalizer)
 
 
 def test_bfloat16():
@@ -105,12 +105,12 @@ def test_groups_of_rows_and_the_tuned_blocks(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", [None, "head-wise", "element-wise"])
 @pytest.mark.parametrize("mask", [{}, dict(window=129), dict(segments=True), dict(causal=False), dict(sinks=True)])
-@pytest.mark.parametrize("score", ONE_PASS)
-def test_the_product(score, mask, gate):
-    if "sinks" in mask and score != "softmax":
-        mask = dict(slopes=True, soft_cap=3.0)
-    compare(T=300, gate=gate, score=score, **mask)
-    compare(jnp.bfloat16, BFLOAT16, T=300, gate=gate, score=score, **mask)
+@pytest.mark.parametrize("normalizer", ONE_PASS)
+def test_the_product(normalizer, mask, gate):
+    if "sinks" in mask and normalizer != "softmax":
+        mask = dict(slopes=True, logits_soft_cap=3.0)
+    compare(T=300, gate=gate, normalizer=normalizer, **mask)
+    compare(jnp.bfloat16, BFLOAT16, T=300, gate=gate, normalizer=normalizer, **mask)
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_compiles(chip, shape):
 
 @pytest.mark.parametrize(
     "D, options, message",
-    [(257, {}, "K and V up to 256, not 257"), (8, dict(score="entmax"), "walk over the keys once, not Entmax")],
+    [(257, {}, "K and V up to 256, not 257"), (8, dict(normalizer="entmax"), "walk over the keys once, not Entmax")],
 )
 def test_what_the_kernel_refuses_by_name(D, options, message):
     x = jnp.zeros((1, 4, 1, D))

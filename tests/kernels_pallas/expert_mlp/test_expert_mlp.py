@@ -159,17 +159,17 @@ def test_a_planted_error_is_seen(monkeypatch):
 
 
 BAD = {
-    "rows has shape (4,), wanted [R, M]": dict(rows=jnp.zeros(4)),
-    "gate has shape (2, 4, 5), wanted [G, 3, F]": dict(gate=jnp.zeros((2, 4, 5))),
-    "up has shape (2, 3, 6), wanted (2, 3, 5)": dict(up=jnp.zeros((2, 3, 6))),
-    "down has shape (2, 3, 5), wanted (2, 5, 3)": dict(down=jnp.zeros((2, 3, 5))),
-    "group_sizes has shape (3,), wanted (2,)": dict(group_sizes=jnp.asarray([1, 2, 1])),
-    "group_sizes has dtype float32": dict(group_sizes=jnp.ones(2)),
-    "down has dtype bfloat16, wanted float32": dict(down=jnp.zeros((2, 5, 3), jnp.bfloat16)),
-    "weights has shape (3,) and dtype float32, wanted (4,) of a float dtype": dict(weights=jnp.ones(3)),
-    "activation='relu', wanted one of silu, gelu": dict(activation="relu"),
-    "implementation='fast'": dict(implementation="fast"),
-    "interpret=True": dict(interpret=True),
+    "rows: got shape (4,), expected [R, M]": dict(rows=jnp.zeros(4)),
+    "gate: got shape (2, 4, 5), expected [G, 3, F]": dict(gate=jnp.zeros((2, 4, 5))),
+    "up: got shape (2, 3, 6), expected (2, 3, 5)": dict(up=jnp.zeros((2, 3, 6))),
+    "down: got shape (2, 3, 5), expected (2, 5, 3)": dict(down=jnp.zeros((2, 3, 5))),
+    "group_sizes: got shape (3,), expected (2,)": dict(group_sizes=jnp.asarray([1, 2, 1])),
+    "group_sizes: got dtype float32": dict(group_sizes=jnp.ones(2)),
+    "down: got dtype bfloat16, expected float32": dict(down=jnp.zeros((2, 5, 3), jnp.bfloat16)),
+    "weights: got shape (3,) and dtype float32, expected (4,) of a float dtype": dict(weights=jnp.ones(3)),
+    "activation: got 'relu', expected one of silu, gelu": dict(activation="relu"),
+    "implementation: got 'fast'": dict(implementation="fast"),
+    "interpret: got True": dict(interpret=True),
 }
 
 

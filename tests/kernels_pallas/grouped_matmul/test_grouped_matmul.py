@@ -207,15 +207,15 @@ def test_what_a_kernel_does_not_cover_is_refused(implementation):
 
 
 BAD = {
-    "lhs has shape (4,), wanted [M, K]": dict(lhs=jnp.zeros(4)),
-    "rhs has shape (2, 4, 5), wanted [G, 3, N]": dict(rhs=jnp.zeros((2, 4, 5))),
-    "group_sizes has shape (3,), wanted (2,)": dict(group_sizes=jnp.asarray([1, 2, 1])),
-    "group_sizes has dtype float32": dict(group_sizes=jnp.ones(2)),
-    "lhs has dtype int32": dict(lhs=jnp.zeros((4, 3), int)),
-    "rhs has dtype bfloat16, wanted float32": dict(rhs=jnp.zeros((2, 3, 5), jnp.bfloat16)),
-    "preferred_element_type=int32": dict(preferred_element_type=jnp.int32),
-    "implementation='fast'": dict(implementation="fast"),
-    "interpret=True": dict(interpret=True),
+    "lhs: got shape (4,), expected [M, K]": dict(lhs=jnp.zeros(4)),
+    "rhs: got shape (2, 4, 5), expected [G, 3, N]": dict(rhs=jnp.zeros((2, 4, 5))),
+    "group_sizes: got shape (3,), expected (2,)": dict(group_sizes=jnp.asarray([1, 2, 1])),
+    "group_sizes: got dtype float32": dict(group_sizes=jnp.ones(2)),
+    "lhs: got dtype int32": dict(lhs=jnp.zeros((4, 3), int)),
+    "rhs: got dtype bfloat16, expected float32": dict(rhs=jnp.zeros((2, 3, 5), jnp.bfloat16)),
+    "preferred_element_type: got int32": dict(preferred_element_type=jnp.int32),
+    "implementation: got 'fast'": dict(implementation="fast"),
+    "interpret: got True": dict(interpret=True),
 }
 
 
@@ -229,9 +229,9 @@ def test_bad_input_is_named(message):
 
 def test_bad_permutation_is_named():
     order = jnp.arange(6)
-    with pytest.raises(ValueError, match="permute_rows: order has shape"):
+    with pytest.raises(ValueError, match="permute_rows: order: got shape"):
         permute_rows(jnp.zeros((4, 2)), order, order)
-    with pytest.raises(ValueError, match="permute_rows: inverse has shape"):
+    with pytest.raises(ValueError, match="permute_rows: inverse: got shape"):
         permute_rows(jnp.zeros((3, 2)), order, order[:3])
-    with pytest.raises(ValueError, match="sort_by_group: ids has shape"):
+    with pytest.raises(ValueError, match="sort_by_group: ids: got shape"):
         sort_by_group(jnp.zeros((2, 2), int), 3)

@@ -169,7 +169,7 @@ def test_no_races():
 
 PLANTED = {
     "rows shared with the next group are lost": (tpu_rows, "_share", lambda *args: None, "out"),
-    "neighbours' rows are summed over": (tpu_outer, "_zero_neighbours", lambda *args: None, "rhs"),
+    "neighbors' rows are summed over": (tpu_outer, "_zero_neighbors", lambda *args: None, "rhs"),
     "last rows are left out, folded nowhere": (
         tpu_outer,
         "_fold",
@@ -193,7 +193,7 @@ def test_a_planted_error_is_seen(error, monkeypatch):
 def per_row(low, high):
     """(the numbers of 48 rows from row 112 on, row sums of their squares): of 300 rows, over the end of a line."""
     numbers, values = jnp.arange(300.0), np.random.default_rng(0).normal(size=(48, 256)).astype(np.float32)
-    values[: low - 112] = values[high - 112 :] = np.nan  # a neighbour's rows may hold anything
+    values[: low - 112] = values[high - 112 :] = np.nan  # a neighbor's rows may hold anything
 
     def kernel(lines, values, column, sums):
         column[...] = tpu_per_row.column(lines, 112, 48)

@@ -257,7 +257,7 @@ def test_wrong_shapes_are_named(name):
     shapes = {"q": (2, 4, 2, 4), "k": (2, 4, 2, 4), "v": (2, 4, 2, 3)} | WRONG[name]
     arrays = {n: jnp.zeros(s, jnp.int32 if n == "segment_ids" else jnp.float32) for n, s in shapes.items()}
     name = name.strip()
-    with pytest.raises(ValueError, match=rf"{name} has shape .*wanted") as error:
+    with pytest.raises(ValueError, match=rf"{name}: got shape .*expected") as error:
         linear_scan(**arrays, inclusive=False)
     assert str(shapes[name]) in str(error.value)
 
@@ -265,12 +265,12 @@ def test_wrong_shapes_are_named(name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(bonus=jnp.ones((2, 4))), "bonus .*inclusive=True"),
-        (dict(chunk_size=48), "chunk_size=48"),
-        (dict(interpret=True), "interpret=True"),
-        (dict(implementation="cuda"), "implementation='cuda'"),
-        (dict(segment_ids=jnp.zeros((2, 4))), "segment_ids has dtype float32"),
-        (dict(log_decay=jnp.zeros(2, jnp.int32)), "log_decay has dtype int32"),
+        (dict(bonus=jnp.ones((2, 4))), "bonus: .*inclusive=True"),
+        (dict(chunk_size=48), "chunk_size: got 48"),
+        (dict(interpret=True), "interpret: got True"),
+        (dict(implementation="cuda"), "implementation: got 'cuda'"),
+        (dict(segment_ids=jnp.zeros((2, 4))), "segment_ids: got dtype float32"),
+        (dict(log_decay=jnp.zeros(2, jnp.int32)), "log_decay: got dtype int32"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -281,5 +281,5 @@ def test_wrong_options_are_named(options, message):
 
 def test_a_decoding_state_of_the_wrong_shape_is_named():
     q, v = jnp.zeros((2, 2, 4)), jnp.zeros((2, 2, 3))
-    with pytest.raises(ValueError, match=r"state has shape \(2, 2, 4, 3\), wanted \(2, 2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"state: got shape \(2, 2, 4, 3\), expected \(2, 2, 4, 4\)"):
         linear_scan_step(q, q, v, jnp.zeros((2, 2, 4, 3)), normalize=True)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from scan_cases import F32, MAKE_KEYS, fast_jit, make
 
 from kernels_pallas import linear_scan
-from kernels_pallas.linear_scan import sharded as context
+from kernels_pallas.linear_scan import sharded
 
 # A segment over all of device 1, one that begins with device 2, one that begins inside device 3; a row without any.
 SEGMENTS = np.array([[0] * 8 + [1] * 2 + [0] * 14 + [2] * 8 + [1] * 3 + [3] * 5, [7] * 40])
@@ -48,7 +48,7 @@ def on_many(x, segment_ids, weights, **options):
 
     @jax.shard_map(mesh=mesh, in_specs=(specs, time, (time, P())), out_specs=(P(), (time, P())), check_vma=True)
     def loss(x, segment_ids, weights):
-        scan = partial(context.linear_scan_sharded, axis_name="context", chunk_size=4)
+        scan = partial(sharded.linear_scan_sharded, axis_name="context", chunk_size=4)
         of_o, of_state, out = weighted(scan, x, segment_ids, weights, **options)
         return jax.lax.psum(of_o, "context") + of_state, out
 
@@ -76,7 +76,7 @@ def test_four_devices_equal_one(name):
 
 
 def test_a_state_that_is_not_passed_on_is_found(monkeypatch):
-    right = context._states_of_the_axis
-    monkeypatch.setattr(context, "_states_of_the_axis", lambda *a: (0 * right(*a)[0], right(*a)[1]))
+    right = sharded._states_of_the_axis
+    monkeypatch.setattr(sharded, "_states_of_the_axis", lambda *a: (0 * right(*a)[0], right(*a)[1]))
     with pytest.raises(AssertionError, match="e-"):
         compare("vector, reverse, segments")

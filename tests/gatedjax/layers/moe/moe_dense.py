@@ -47,7 +47,7 @@ def hashed(tokens, experts, k):
 def combine_weights(r, k, z, bias=0.0, importance=1.0, tokens=None, noise=0.0):
     """[B, T, E]: what the router `r` multiplies each expert's output by, from logits over the temperature."""
     z = z + noise
-    s = score(r.score, z)
+    s = score(r.scoring, z)
     preferred = s + bias
     if r.selection == "expert_choice":
         T, E = z.shape[-2:]
@@ -62,7 +62,7 @@ def combine_weights(r, k, z, bias=0.0, importance=1.0, tokens=None, noise=0.0):
         mask = chosen(jnp.where(allowed, preferred, -1e9), k)
     else:
         mask = chosen(preferred, k)
-    w = {"scores": lambda: s, "uniform": lambda: jnp.full_like(s, 1 / k), "selected": lambda: score(r.score, z, mask)}
+    w = {"scores": lambda: s, "uniform": lambda: jnp.full_like(s, 1 / k), "selected": lambda: score(r.scoring, z, mask)}
     w = w[r.weighting]() * mask
     if r.selection == "gumbel":
         w = (mask + w - jax.lax.stop_gradient(w)) * mask

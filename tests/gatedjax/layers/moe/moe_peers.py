@@ -23,7 +23,7 @@ def blocks():
         "mixtral",
         mixtral.MixtralSparseMoeBlock(mixtral.MixtralConfig(**sizes, intermediate_size=F, num_local_experts=E)),
     )
-    for name, norm in (("qwen3", True), ("qwen3_unnormalised", False)):
+    for name, norm in (("qwen3", True), ("qwen3_unnormalized", False)):
         config = qwen.Qwen3MoeConfig(**sizes, moe_intermediate_size=F, num_experts=E, norm_topk_prob=norm)
         yield name, qwen.Qwen3MoeSparseMoeBlock(config)
     config = deepseek.DeepseekV3Config(

@@ -21,7 +21,7 @@ CONFIG = SparseMoEConfig(
     copy_experts=1,
     experts_per_token=3,
     hidden=8,
-    router=RouterConfig(score="sigmoid", affine=True, renormalize=False),
+    router=RouterConfig(scoring="sigmoid", affine=True, renormalize=False),
 )
 MESHES = {
     "expert 8": dict(expert=8),

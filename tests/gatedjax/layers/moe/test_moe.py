@@ -19,7 +19,7 @@ from gatedjax.layers.moe.experts import Stacks, mixture, weight_of
 from gatedjax.layers.moe.routing import Routing, capacities, limit_capacity, route
 from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.moe.state import NAME, split
-from gatedjax.layers.token_info import Context
+from gatedjax.layers.token_info import TokenInfo
 from gatedjax.model import LanguageModel, init_caches
 
 X = np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32)
@@ -32,7 +32,7 @@ VARIANTS = {
     "Qwen2-MoE": dict(router=dict(renormalize=False), shared_hidden=24),
     "shared, no gate": dict(shared_hidden=24, shared_gate=False, activation="gelu"),
     "Switch": dict(experts_per_token=1, router=dict(renormalize=False)),
-    "Llama 4": dict(experts_per_token=1, router=dict(score="sigmoid", renormalize=False, weight_input=True)),
+    "Llama 4": dict(experts_per_token=1, router=dict(scoring="sigmoid", renormalize=False, weight_input=True)),
     "DeepSeek-V2": dict(
         num_experts=6,
         router=dict(
@@ -43,13 +43,13 @@ VARIANTS = {
         num_experts=8,
         experts_per_token=3,
         router=dict(
-            score="sigmoid", selection="grouped_topk", num_groups=4, kept_groups=2, scale=2.5, bias_rule="sign"
+            scoring="sigmoid", selection="grouped_topk", num_groups=4, kept_groups=2, scale=2.5, bias_rule="sign"
         ),
     ),
     "LongCat": dict(num_experts=4, copy_experts=2, router=dict(renormalize=False, scale=6.0, bias_rule="pid")),
     "MoE++": dict(zero_experts=1, copy_experts=1, constant_experts=2, router=dict(renormalize=False, residual=True)),
-    "sparsemax, skipping": dict(experts_per_token=3, router=dict(score="sparsemax", threshold=1e-6, renormalize=False)),
-    "sparsemax of the selected": dict(router=dict(score="sparsemax", weighting="selected", renormalize=False)),
+    "sparsemax, skipping": dict(experts_per_token=3, router=dict(scoring="sparsemax", threshold=1e-6, renormalize=False)),
+    "sparsemax of the selected": dict(router=dict(scoring="sparsemax", weighting="selected", renormalize=False)),
     "MoDES": dict(experts_per_token=4, router=dict(threshold=0.12)),
     "hash": dict(router=dict(selection="hash", weighting="uniform")),
     "expert choice": dict(router=dict(selection="expert_choice", renormalize=False)),
@@ -60,7 +60,7 @@ VARIANTS = {
     "bounded input": dict(
         router=dict(modified_input="unit", activation="sigmoid", temperature=0.2, final_temperature=0.2)
     ),
-    "all experts": dict(experts_per_token=5, router=dict(score="sigmoid", renormalize=False)),
+    "all experts": dict(experts_per_token=5, router=dict(scoring="sigmoid", renormalize=False)),
 }
 
 
@@ -72,7 +72,7 @@ def configure(**values) -> SparseMoEConfig:
 def make(config):
     """The module, its parameters and its state; biases and importance are moved from where they start."""
     module = SparseMoE(config, 0.3, jnp.float32)
-    init = jax.jit(lambda key: module.init(key, X, Context(TOKENS, None, TOKENS)))  # jit leaves out the layer itself
+    init = jax.jit(lambda key: module.init(key, X, TokenInfo(TOKENS, None, TOKENS)))  # jit leaves out the layer itself
     params = nn.meta.unbox(init(jax.random.key(0))["params"])
     params, state = split(params)
     values = np.random.default_rng(5)
@@ -119,7 +119,7 @@ def test_sparse_equals_dense_with_gradients(name):
     previous = np.random.default_rng(2).normal(size=(*X.shape[:2], config.total_experts)).astype(np.float32)
 
     def sparse(p, x):
-        y, *_ = module.apply({"params": p | state}, x, Context(TOKENS, None, TOKENS), previous)
+        y, *_ = module.apply({"params": p | state}, x, TokenInfo(TOKENS, None, TOKENS), previous)
         return jnp.sum(y * weight), y
 
     def dense(p, x):
@@ -230,7 +230,7 @@ def test_what_is_not_causal_is_refused_by_models():
         "priority": configure(capacity_factor=1.0, capacity_order="priority"),
     }
     for name, ffn in refused.items():
-        with pytest.raises(InputError, match=rf"ffns.mlp: .*{name}.* came, wanted a causal feed-forward"):
+        with pytest.raises(InputError, match=rf"ffns.mlp: got .*{name}.*, expected a causal feed-forward"):
             dataclasses.replace(ModelConfig(), ffns={"mlp": ffn})
     dataclasses.replace(ModelConfig(), ffns={"mlp": configure(capacity_factor=1.0)})
 
@@ -238,13 +238,13 @@ def test_what_is_not_causal_is_refused_by_models():
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(experts_per_token=6), "experts_per_token: 6 came, wanted between 1 and the number of experts, 5"),
-        (dict(router=dict(selection="grouped_topk", num_groups=2)), "router.num_groups: 2 came, wanted a divisor"),
-        (dict(router=dict(num_groups=5)), "num_groups: 5 came, wanted 1, or selection"),
-        (dict(router=dict(final_temperature=0.5)), "anneal_steps: 0 came, wanted at least 1"),
-        (dict(router=dict(selection="expert_choice")), "selection: 'expert_choice' came, wanted another, or weighting"),
-        (dict(router=dict(ffn_share=0.5)), "ffn_share: 0.5 came, wanted 0, or a bias_rule"),
-        (dict(exchange_factor=1.0), "exchange_factor: 1.0 came, wanted 0, or exchange 'all_to_all'"),
+        (dict(experts_per_token=6), "experts_per_token: got 6, expected between 1 and the number of experts, 5"),
+        (dict(router=dict(selection="grouped_topk", num_groups=2)), "router.num_groups: got 2, expected a divisor"),
+        (dict(router=dict(num_groups=5)), "num_groups: got 5, expected 1, or selection"),
+        (dict(router=dict(final_temperature=0.5)), "anneal_steps: got 0, expected at least 1"),
+        (dict(router=dict(selection="expert_choice")), "selection: got 'expert_choice', expected another, or weighting"),
+        (dict(router=dict(ffn_fraction=0.5)), "ffn_fraction: got 0.5, expected 0, or a bias_rule"),
+        (dict(exchange_factor=1.0), "exchange_factor: got 1.0, expected 0, or exchange 'all_to_all'"),
     ],
 )
 def test_wrong_values_are_named(values, message):
@@ -282,7 +282,7 @@ def test_any_group_sizes(ids, capacity, order):
 def test_capacities_of_unlike_experts():
     """MoE++: k T gamma / (tau 4 + 2) for experts that cost nothing, tau times that for those that compute."""
     values = dict(num_experts=4, zero_experts=1, copy_experts=1, capacity_factor=1.5)
-    assert capacities(configure(**values, zero_computation_share=0.5), 24).tolist() == [9] * 4 + [18] * 2
+    assert capacities(configure(**values, zero_computation_weight=0.5), 24).tolist() == [9] * 4 + [18] * 2
     assert capacities(configure(**values), 24).tolist() == [12] * 6
 
 

@@ -25,11 +25,11 @@ PYTHON = os.environ.get("GATEDJAX_PEERS_PYTHON") or (sys.executable if HAS_PEERS
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="neither torch and transformers, nor GATEDJAX_PEERS_PYTHON")
 
 E, M, F = 8, 16, 12
-V3 = dict(score="sigmoid", selection="grouped_topk", num_groups=4, kept_groups=2, scale=2.5, bias_rule="sign")
+V3 = dict(scoring="sigmoid", selection="grouped_topk", num_groups=4, kept_groups=2, scale=2.5, bias_rule="sign")
 MODELS = {
     "mixtral": {},
     "qwen3": {},
-    "qwen3_unnormalised": dict(router=RouterConfig(renormalize=False)),
+    "qwen3_unnormalized": dict(router=RouterConfig(renormalize=False)),
     "deepseek_v3": dict(experts_per_token=3, shared_hidden=F, shared_gate=False, router=RouterConfig(**V3)),
 }
 

@@ -48,7 +48,7 @@ def test_weights_convert_from_every_codebase(codebase):
 
 
 def test_unknown_codebase_is_named():
-    with pytest.raises(ValueError, match="codebase='tutel', wanted one of switch, megablocks"):
+    with pytest.raises(ValueError, match="codebase: got 'tutel', expected one of switch, megablocks"):
         weight_here("tutel", 0.01, E, K)
 
 
@@ -89,7 +89,7 @@ def layer_statistics(seed):
 
 def test_the_buffer_makes_loads_those_of_the_batch_so_far():
     """Second micro-batch: f over both, P of its own; and the weighted sum over two layers, MoE++'s eta within."""
-    model, (a, b) = sparse_model(zero_computation_share=0.3), (layer_statistics(1), layer_statistics(2))
+    model, (a, b) = sparse_model(zero_computation_weight=0.3), (layer_statistics(1), layer_statistics(2))
     _, _, counts = router_losses(model, {"layer_0": {}, "layer_1": a}, {})
     total, log, counts = router_losses(model, {"layer_0": {}, "layer_1": b}, counts)
     both = np.asarray(a["counts"] + b["counts"])
@@ -98,7 +98,7 @@ def test_the_buffer_makes_loads_those_of_the_batch_so_far():
     expected = (0.1 * balance + 0.5 * np.asarray(b["sequence_loss"]) + 0.01 * np.asarray(b["z_loss"])).sum()
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     np.testing.assert_allclose(log["balance_loss"], balance.mean(), rtol=1e-5)
-    np.testing.assert_allclose(log["dropped_share"], 3.0 / np.asarray(b["counts"])[0].sum() / 2, rtol=1e-5)
+    np.testing.assert_allclose(log["dropped_fraction"], 3.0 / np.asarray(b["counts"])[0].sum() / 2, rtol=1e-5)
 
 
 def test_load_metrics_come_in_the_order_of_layers():
@@ -124,8 +124,8 @@ def test_bias_rules_follow_their_formulas():
 
 @pytest.mark.parametrize("rule", ["sign", "pid"])
 def test_bias_rules_bring_loads_to_their_target(rule):
-    """A fixed router that favours some experts: after 400 updates every load is near its target."""
-    r = RouterConfig(score="sigmoid", bias_rule=rule, bias_rate=0.005, ffn_share=0.5)
+    """A fixed router that favors some experts: after 400 updates every load is near its target."""
+    r = RouterConfig(scoring="sigmoid", bias_rule=rule, bias_rate=0.005, ffn_fraction=0.5)
     config = SparseMoEConfig(num_experts=4, copy_experts=4, experts_per_token=2, router=r)
     scores = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (2000, 8)) + jnp.linspace(-1, 1, 8))
     target = router_state.target_load(config)
@@ -159,7 +159,7 @@ def batches(i):
     return random_batch(i, rows=16)
 
 
-RULE = dict(score="sigmoid", bias_rule="pid", temperature=2.0, final_temperature=1.0, anneal_steps=2)
+RULE = dict(scoring="sigmoid", bias_rule="pid", temperature=2.0, final_temperature=1.0, anneal_steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def test_importance_is_what_a_layer_without_its_experts_changes():
 def test_threshold_skips_what_was_wanted_and_no_more(rate):
     rng = np.random.default_rng(1)
     logits, importance = rng.normal(size=(3, 2, 50, 6)).astype(np.float32), np.array([0.2, 3.0, 0.7], np.float32)
-    config = RouterConfig(score="sigmoid", scale=2.5)
+    config = RouterConfig(scoring="sigmoid", scale=2.5)
     scores = chosen_scores(config, logits, 2)
     threshold = skip_threshold(importance, scores, rate)
     wanted = int(np.ceil(rate * scores.size))
@@ -64,9 +64,9 @@ def test_threshold_skips_what_was_wanted_and_no_more(rate):
 
 
 def test_wrong_input_is_named():
-    with pytest.raises(ValueError, match="skip_rate="):
+    with pytest.raises(ValueError, match="skip_rate: got"):
         skip_threshold(np.ones(2), np.ones((2, 3)), 1.5)
-    with pytest.raises(ValueError, match="scores has shape"):
+    with pytest.raises(ValueError, match="scores: got shape"):
         skip_threshold(np.ones(2), np.ones((3, 3)), 0.5)
     with pytest.raises(ValueError, match="no importance"):
         calibrated(lambda state: np.zeros((1, 1, 2)), {"layer": {"bias": np.zeros(3)}})

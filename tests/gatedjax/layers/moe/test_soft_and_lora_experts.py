@@ -10,7 +10,7 @@ from tiny_run import plain, run_steps
 
 from gatedjax.config import FrozenDict, LoRAMixtureConfig, SoftMoEConfig
 from gatedjax.errors import InputError
-from gatedjax.layers import Context
+from gatedjax.layers import TokenInfo
 from gatedjax.layers.moe.lora import LoRAMixture, phatgoose_weights, xlora_weights
 from gatedjax.layers.moe.soft import SoftMoE
 from gatedjax.model import LanguageModel, init_caches, layers_of
@@ -102,9 +102,9 @@ def first_pass_model(**changes):
 
 def second_pass(config, params, tokens, weights):
     """The model's hidden states, with the experts' weights given: embedding, layers, final norm."""
-    context = Context(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens, weights)
+    info = TokenInfo(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens, weights)
     x = params["embedding"][tokens], None
-    (x, _), _ = layers_of(config).apply({"params": params["periods"]}, x, context, None)
+    (x, _), _ = layers_of(config).apply({"params": params["periods"]}, x, info, None)
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * params["final_norm"]["scale"]
 
 
@@ -144,7 +144,7 @@ def test_decoding_with_a_first_pass_equals_the_forward_pass():
 
 
 def test_only_xlora_has_a_first_pass():
-    with pytest.raises(InputError, match="first_pass: True came, wanted False unless gate is 'xlora'"):
+    with pytest.raises(InputError, match="first_pass: got True, expected False unless gate is 'xlora'"):
         LoRAMixtureConfig(gate="phatgoose", first_pass=True)
 
 
