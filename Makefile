@@ -39,6 +39,7 @@ docs: .venv/installed
 
 lint: .venv/installed
 	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
 
 goldens: .venv/installed
 	$(VENV)/python -m pytest tests/gatedjax/config/test_config.py tests/gatedjax/training/test_train_step.py -k golden --refresh-goldens

@@ -31,10 +31,15 @@ def candidates(settings: list[str]) -> list[Schedule]:
     axes = {name: text.split(",") for name, text in (s.split("=") for s in settings)}
     value = lambda text: VALUES[text] if text in VALUES else int(text)
     fixed = dict(heads=8, chunks=1, lag=None)
-    return [Schedule(**fixed | dict(zip(axes, map(value, c)))) for c in itertools.product(*axes.values())]
+    return [
+        Schedule(**fixed | dict(zip(axes, map(value, c))))
+        for c in itertools.product(*axes.values())
+    ]
 
 
-def seconds(target: str, shape: str, decay: str, forward: Schedule, backward: Schedule) -> dict[str, float]:
+def seconds(
+    target: str, shape: str, decay: str, forward: Schedule, backward: Schedule
+) -> dict[str, float]:
     """Model seconds of each kernel in one program of forward and backward pass; inf if it does not compile."""
     for row in tpu_tuning.TUNED.values():
         row["vector" if decay == "vector" else "scalar"] = forward, backward
@@ -48,7 +53,9 @@ def seconds(target: str, shape: str, decay: str, forward: Schedule, backward: Sc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", required=True, help="tpu:v5e, tpu:v5p, tpu:v6e or tpu:v7x")
     parser.add_argument("--decay", default="vector", help="vector, scalar, constant or none")
     parser.add_argument("--shape", default="B4,T4096,H8,K128,V256")

@@ -15,7 +15,9 @@ def get_config():
     c.model.vocab_size = 151_936
     c.model.width = 2048
     c.model.num_layers = 28
-    c.model.mixers = {"attention": layer("gated_attention", num_heads=16, num_kv_heads=8, head_dim=128)}
+    c.model.mixers = {
+        "attention": layer("gated_attention", num_heads=16, num_kv_heads=8, head_dim=128)
+    }
     c.model.pattern = ("attention",)
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=5504)}
     c.model.ffn_pattern = ("mlp",)

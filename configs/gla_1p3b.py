@@ -16,7 +16,9 @@ def get_config():
     c.model.width = 2048
     c.model.num_layers = 24
     c.model.mixers = {
-        "gla": layer("gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=256, value_dim=512),
+        "gla": layer(
+            "gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=256, value_dim=512
+        ),
     }
     c.model.pattern = ("gla",)
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=5632)}

@@ -27,10 +27,18 @@ from gatedjax.reporting.probe_pictures import write_report
 from gatedjax.runtime import cli, launch
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
-_BATCHES = flags.DEFINE_integer("batches", 64, "Batches of validation text; 0 for all of it.", lower_bound=0)
-_PROBES = flags.DEFINE_bool("probes", False, "Measure what the layers do, into CHECKPOINT/probes, and end.")
-_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 512, "Prompt length of the speed measurement.", lower_bound=1)
-_DECODE_TOKENS = flags.DEFINE_integer("decode_tokens", 128, "Decoded tokens of the speed measurement.", lower_bound=1)
+_BATCHES = flags.DEFINE_integer(
+    "batches", 64, "Batches of validation text; 0 for all of it.", lower_bound=0
+)
+_PROBES = flags.DEFINE_bool(
+    "probes", False, "Measure what the layers do, into CHECKPOINT/probes, and end."
+)
+_PROMPT_TOKENS = flags.DEFINE_integer(
+    "prompt_tokens", 512, "Prompt length of the speed measurement.", lower_bound=1
+)
+_DECODE_TOKENS = flags.DEFINE_integer(
+    "decode_tokens", 128, "Decoded tokens of the speed measurement.", lower_bound=1
+)
 
 
 def main(_) -> None:
@@ -47,7 +55,9 @@ def main(_) -> None:
         return
     with jax.set_mesh(run.mesh):
         result = Validation(run, _BATCHES.value)(params)
-    say(f"loss            {result.loss:.4f} ± {result.loss_error:.4f} nats per token ({result.tokens:,} tokens)")
+    say(
+        f"loss            {result.loss:.4f} ± {result.loss_error:.4f} nats per token ({result.tokens:,} tokens)"
+    )
     say(f"perplexity      {result.perplexity:.3f}")
     say(f"bits per byte   {result.bits_per_byte:.4f} ± {result.bits_per_byte_error:.4f}")
     for name, bits in bits_per_byte_of_compressors(validation_text(config.data)).items():
@@ -70,9 +80,13 @@ def speed(config: Config, params, prompt_tokens: int, decode_tokens: int) -> tup
         scores, caches = jax.block_until_ready(forward(config.model, params, prompt, caches, vocab))
         middle = time.perf_counter()
         for _ in range(decode_tokens):
-            scores, caches = forward(config.model, params, jnp.argmax(scores, -1)[:, None], caches, vocab)
+            scores, caches = forward(
+                config.model, params, jnp.argmax(scores, -1)[:, None], caches, vocab
+            )
         jax.block_until_ready(scores)
-        rates.append((prompt_tokens / (middle - start), decode_tokens / (time.perf_counter() - middle)))
+        rates.append(
+            (prompt_tokens / (middle - start), decode_tokens / (time.perf_counter() - middle))
+        )
     # The first round compiles.
     return max(r[0] for r in rates[1:]), max(r[1] for r in rates[1:])
 

@@ -44,7 +44,9 @@ class Block(nn.Module):
     index: int  # within the period
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], info: TokenInfo, cache, router_logits: Array | None):
+    def __call__(
+        self, x: Float[Array, "B T M"], info: TokenInfo, cache, router_logits: Array | None
+    ):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         mixer, ffn = c.layer(self.index)
@@ -67,14 +69,21 @@ class Period(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[Float[Array, "B T M"], Array | None], info: TokenInfo, caches: dict | None):
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "B T M"], Array | None],
+        info: TokenInfo,
+        caches: dict | None,
+    ):
         x, router_logits = carry
         new_caches, statistics = {}, {}
         for i in range(self.config.period):
             name = f"layer_{i}"
             cache = None if caches is None else caches[name]
             block = Block(self.config, i, name=name)
-            x, router_logits, new_caches[name], statistics[name] = block(x, info, cache, router_logits)
+            x, router_logits, new_caches[name], statistics[name] = block(
+                x, info, cache, router_logits
+            )
         return (x, router_logits), (None if caches is None else new_caches, statistics)
 
 
@@ -104,9 +113,13 @@ class LanguageModel(nn.Module):
         c = self.config
         start = 0 if caches is None else caches.position
         if positions is None:
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            positions = jnp.broadcast_to(
+                start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
+            )
         init = nn.initializers.normal(c.init_std)
-        table = parameter(self, "embedding", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
+        table = parameter(
+            self, "embedding", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init
+        )
         if not c.tie_embeddings:
             parameter(self, "head", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
         # Whole rows for the lookup: XLA can move a result cut along its width only by replicating it.
@@ -134,14 +147,19 @@ class LanguageModel(nn.Module):
         if c is None:
             return None, None
         none = jnp.zeros((*tokens.shape, c.num_experts), jnp.float32)
-        shape, init = [self.config.width, c.num_experts], nn.initializers.normal(self.config.init_std)
+        shape, init = (
+            [self.config.width, c.num_experts],
+            nn.initializers.normal(self.config.init_std),
+        )
         classifier = parameter(self, "lora_classifier", ["embed", "router"], shape, init)
         if self.without_experts or self.is_initializing():
             return none, None
         # A module of its own, so that what the layers `sow` is of the second pass alone.
         model = LanguageModel(self.config, without_experts=True, parent=None)
         variables = jax.lax.stop_gradient({"params": self.variables["params"]})
-        hidden, first, _ = model.apply(variables, tokens, positions, segment_ids, caches and caches.first_pass)
+        hidden, first, _ = model.apply(
+            variables, tokens, positions, segment_ids, caches and caches.first_pass
+        )
         return xlora_weights(hidden, classifier, c.temperature, c.experts_per_token), first
 
 
@@ -170,7 +188,9 @@ def head_weights(params) -> Float[Array, "X M"]:
 
 def logits(hidden: Float[Array, "... M"], weights: Float[Array, "X M"]) -> Float[Array, "... X"]:
     """Scores of the next token, float32: operands in hidden's dtype, accumulated in float32."""
-    return jnp.einsum("...m,xm->...x", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...m,xm->...x", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def init_caches(config: ModelConfig, batch: int, length: int) -> Caches:

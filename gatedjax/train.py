@@ -31,14 +31,24 @@ from gatedjax.training.checkpoint import Checkpointer, Restored
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; dotted flags change single values.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>.")
-_PROFILE = flags.DEFINE_integer("profile_step", 0, "Trace 5 steps from this one on into the workdir; 0 for none.")
-_PROBES = flags.DEFINE_bool("probes", False, "At every evaluation, pictures of what the layers do, for TensorBoard.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; dotted flags change single values."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>."
+)
+_PROFILE = flags.DEFINE_integer(
+    "profile_step", 0, "Trace 5 steps from this one on into the workdir; 0 for none."
+)
+_PROBES = flags.DEFINE_bool(
+    "probes", False, "At every evaluation, pictures of what the layers do, for TensorBoard."
+)
 _AOT = flags.DEFINE_string(
     "aot", None, "Compile the step for an absent TPU slice (v5p:8x8x4, 2*v5e:16x16), report, end."
 )
-_CACHE = flags.DEFINE_string("compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none.")
+_CACHE = flags.DEFINE_string(
+    "compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none."
+)
 
 
 def main(_) -> None:
@@ -57,9 +67,14 @@ def main(_) -> None:
     texts = corpora(config.data)
     for corpus in texts.values():
         say(corpus.describe())
-    launch.require_same("text of data.sources", {name: corpus.sha256 for name, corpus in texts.items()})
+    launch.require_same(
+        "text of data.sources", {name: corpus.sha256 for name, corpus in texts.items()}
+    )
     keep = run.config.train.keep_checkpoints
-    with jax.set_mesh(run.mesh), Checkpointer(workdir, to_dict(run.config), keep=keep, report=say) as checkpointer:
+    with (
+        jax.set_mesh(run.mesh),
+        Checkpointer(workdir, to_dict(run.config), keep=keep, report=say) as checkpointer,
+    ):
         restored = checkpointer.restore_latest(run.abstract)
         say_resumed(run, restored)
         state, start = (restored.state, restored.data_index) if restored else (fresh_state(run), 0)
@@ -74,7 +89,9 @@ def main(_) -> None:
         draw_curves(workdir, config.data)
 
 
-def loop(run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Checkpointer, profile: Path):
+def loop(
+    run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Checkpointer, profile: Path
+):
     """A batch, a step; now and then a line of the log, an evaluation, a checkpoint.
 
     Returns the state and whether it is the last one; it is not if the run was asked to stop (SIGTERM).
@@ -106,7 +123,9 @@ def loop(run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Ch
             jax.profiler.stop_trace()
             say(f"profile of 5 steps: {profile}")
         if stop and not last:
-            say(f"stopped by SIGTERM: step {step} of {train.steps} is saved; the same command goes on from there")
+            say(
+                f"stopped by SIGTERM: step {step} of {train.steps} is saved; the same command goes on from there"
+            )
             return state, False
     return state, True
 
@@ -125,7 +144,9 @@ def sample(run: Run, state: TrainState, tokenizer) -> None:
     train = run.config.train
     say(f"--- sample, temperature 0.8, prompt {train.sample_prompt!r}")
     params = params_for_evaluation(state)
-    pieces = generate_text(run.config.model, params, tokenizer, train.sample_prompt, train.sample_tokens)
+    pieces = generate_text(
+        run.config.model, params, tokenizer, train.sample_prompt, train.sample_tokens
+    )
     say(train.sample_prompt + "".join(pieces) + "\n---")
 
 

@@ -42,7 +42,9 @@ def choose(op: str, implementation: str | None, refusals: Mapping[str, str | Non
     if implementation is None:
         implementation, reason = _best(refusals)
     elif implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{op}: implementation: got {implementation!r}, expected None or one of {IMPLEMENTATIONS}")
+        raise ValueError(
+            f"{op}: implementation: got {implementation!r}, expected None or one of {IMPLEMENTATIONS}"
+        )
     else:
         reason = "asked for by name"
         if (refusal := refusals.get(implementation)) is not None:

@@ -64,7 +64,9 @@ def tiny(**changes) -> Config:
 
 def plain(**changes) -> Config:
     """One layer of attention and a dense feed-forward: compiles in a third of the time."""
-    one_layer = dict(model__pattern=("attention",), model__ffn_pattern=("mlp",), model__num_layers=1)
+    one_layer = dict(
+        model__pattern=("attention",), model__ffn_pattern=("mlp",), model__num_layers=1
+    )
     return tiny(**one_layer | changes)
 
 
@@ -72,7 +74,9 @@ def random_batch(seed: int = 0, rows: int = ROWS, length: int = LENGTH) -> Batch
     """Tokens with a pattern to learn, two documents per row, some targets masked."""
     rng = np.random.default_rng(seed)
     tokens = (rng.integers(0, 7, (rows, 1)) + 3 * np.arange(length + 1)) % VOCAB
-    tokens = np.where(rng.random(tokens.shape) < 0.2, rng.integers(0, VOCAB, tokens.shape), tokens).astype(np.int32)
+    tokens = np.where(
+        rng.random(tokens.shape) < 0.2, rng.integers(0, VOCAB, tokens.shape), tokens
+    ).astype(np.int32)
     cut = rng.integers(5, length - 5, (rows, 1))
     place = np.arange(length)[None]
     segments = np.where(place < cut, 1, 2).astype(np.int32)
@@ -81,12 +85,16 @@ def random_batch(seed: int = 0, rows: int = ROWS, length: int = LENGTH) -> Batch
     return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, mask.astype(np.float32))
 
 
-def run_steps(config: Config, steps: int, batches=random_batch, devices=None) -> tuple[Run, object, list[dict]]:
+def run_steps(
+    config: Config, steps: int, batches=random_batch, devices=None
+) -> tuple[Run, object, list[dict]]:
     """The run, the state after `steps` steps on all simulated devices (or those given), and the metrics of each."""
     run = prepare(config, devices)
     with jax.set_mesh(run.mesh):
         state, step_fn, log = fresh_state(run), jit_train_step(config, run.tx, run.shardings), []
         for i in range(steps):
-            state, metrics = step_fn(state, global_batch(run.mesh, batches(i), config.train.batch_size))
+            state, metrics = step_fn(
+                state, global_batch(run.mesh, batches(i), config.train.batch_size)
+            )
             log.append({k: float(v) if v.ndim == 0 else np.asarray(v) for k, v in metrics.items()})
     return run, state, log

@@ -33,7 +33,9 @@ def get_study(small: bool) -> Study:
         c = text_config({"attention": attention()}, 250)
         c.model.ffns = {
             "mlp": c.model.ffns.mlp,
-            "moe": layer("sparse_moe", num_experts=8, experts_per_token=2, hidden=96, balance_loss=weight),
+            "moe": layer(
+                "sparse_moe", num_experts=8, experts_per_token=2, hidden=96, balance_loss=weight
+            ),
         }
         c.model.ffns.moe.router.update(values)
         c.model.ffn_pattern = ("mlp", "moe")

@@ -20,7 +20,9 @@ from kernels_pallas import dispatch
 def main() -> int:
     """Flags -> case -> one compilation and report a pass."""
     args = _parser().parse_args()
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed on a device here, and libtpu must not be loaded yet
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # nothing is computed on a device here, and libtpu must not be loaded yet
     try:
         passes = _passes(args.passes)
         target(args.target)
@@ -34,7 +36,12 @@ def main() -> int:
         return 2
     choice = dispatch.last_choice(args.op)
     if args.json:
-        print(json.dumps({"implementation": choice.implementation} | {n: r.as_dict() for n, r in reports.items()}))
+        print(
+            json.dumps(
+                {"implementation": choice.implementation}
+                | {n: r.as_dict() for n, r in reports.items()}
+            )
+        )
         return 0
     print(f"{args.op} {args.shape} {args.dtype}: {choice.implementation} ({choice.reason})")
     for name, report in reports.items():
@@ -45,7 +52,9 @@ def main() -> int:
 def _report(args: argparse.Namespace, case, name: str):
     forward = name == "fwd"
     fn, shapes = (case.forward, case.args) if forward else (case.backward(), case.backward_args())
-    return compile_for(args.target, fn, *shapes, concrete=case.concrete, schedule=not args.no_schedule)[1]
+    return compile_for(
+        args.target, fn, *shapes, concrete=case.concrete, schedule=not args.no_schedule
+    )[1]
 
 
 def _passes(text: str) -> list[str]:
@@ -64,16 +73,24 @@ def _setting(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m gatedjax.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m gatedjax.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--op", required=True, help=", ".join(CASES))
     parser.add_argument("--target", required=True, help=", ".join(TARGETS))
     parser.add_argument("--shape", required=True, help="axes and sizes: B4,T4096,H16,K128,V128")
     parser.add_argument("--pass", dest="passes", default="fwd", help="fwd, bwd or fwd,bwd")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
-    parser.add_argument("--implementation", help="xla, tpu or gpu; the best for the target if not given")
-    parser.add_argument("--set", action="append", default=[], help="decay=scalar, gate=element, window=512 ...")
-    parser.add_argument("--no-schedule", action="store_true", help="memory and costs only (TPU): quicker")
+    parser.add_argument(
+        "--implementation", help="xla, tpu or gpu; the best for the target if not given"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], help="decay=scalar, gate=element, window=512 ..."
+    )
+    parser.add_argument(
+        "--no-schedule", action="store_true", help="memory and costs only (TPU): quicker"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 

@@ -8,9 +8,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-DUMP_LABELS = (
-    "(packed-bundles-post-ra|pre-delay.*|deduplication-map)"  # all that is read here; the rest is 20 x as much
-)
+DUMP_LABELS = "(packed-bundles-post-ra|pre-delay.*|deduplication-map)"  # all that is read here; the rest is 20 x as much
 _LISTING = re.compile(r"^(\d+)-(.*)-(\d+)-packed-bundles-post-ra\.txt$")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|\d+)\s+[A-Z: >]*\{")
 
@@ -45,7 +43,11 @@ def find_listings(folder: Path) -> dict[str, tuple[Path, Path | None]]:
         match = _LISTING.match(path.name)
         if match and "schedule-analysis" not in path.name:
             stamp, name = match[1], match[2]
-            use = sorted(folder.glob(f"{stamp}-{_escaped(name)}-*-pre-delay_hlo-static-per-bundle-utilization.txt"))
+            use = sorted(
+                folder.glob(
+                    f"{stamp}-{_escaped(name)}-*-pre-delay_hlo-static-per-bundle-utilization.txt"
+                )
+            )
             found[name] = (path, use[0] if use else None)
     return found
 
@@ -55,7 +57,9 @@ def shared_listings(folder: Path) -> dict[str, list[str]]:
     groups = {}
     for path in folder.glob("*deduplication-map.txt"):
         for group in re.split(r"^key:", path.read_text(), flags=re.M)[1:]:
-            names = [line.strip() for line in group.splitlines() if line.strip() and ":" not in line]
+            names = [
+                line.strip() for line in group.splitlines() if line.strip() and ":" not in line
+            ]
             groups |= dict.fromkeys(names, names)
     return groups
 
@@ -90,7 +94,9 @@ def parse_op(text: str) -> Op | None:
     name = re.match(r"^[A-Za-z_][\w.\-]*(?:<[^>]*>)?", rest)
     if name is None:
         return None
-    args, predicate, old = _predicated(name[0], re.sub(r"^\[thread:\$\d+\]\s*", "", rest[name.end() :].strip()))
+    args, predicate, old = _predicated(
+        name[0], re.sub(r"^\[thread:\$\d+\]\s*", "", rest[name.end() :].strip())
+    )
     return Op(name[0], dest[1] if dest else None, args, predicate, old, text.strip(), comment)
 
 
@@ -128,7 +134,9 @@ def _read_slots(path: Path | None) -> tuple[dict[str, int], list[list[int]]]:
         return {}, []
     lines = path.read_text().strip().splitlines()
     names = [x.strip() for x in lines[1].split(",")]
-    return dict(zip(names, map(int, lines[2].split()))), [[int(x) for x in line.split()] for line in lines[4:] if line]
+    return dict(zip(names, map(int, lines[2].split()))), [
+        [int(x) for x in line.split()] for line in lines[4:] if line
+    ]
 
 
 def _escaped(name: str) -> str:

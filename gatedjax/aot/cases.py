@@ -29,7 +29,9 @@ class Case:
         def both(*args):
             *args, cotangent = args
             chosen = [args[i] for i in floats]
-            fill = lambda *new: [new[floats.index(i)] if i in floats else a for i, a in enumerate(args)]
+            fill = lambda *new: [
+                new[floats.index(i)] if i in floats else a for i, a in enumerate(args)
+            ]
             out, gradient = jax.vjp(lambda *new: self.forward(*fill(*new)), *chosen)
             return out, gradient(cotangent)
 
@@ -49,14 +51,20 @@ def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> C
     shapes = {"vector": (B, T, H, K), "scalar": (B, T, H), "constant": (H,), "none": None}
     decay = _one_of(options, "decay", "vector", shapes)
     keys, values = sizes.get("Hk", H), sizes.get("Hv", H)
-    args = [_array(dtype, B, T, H * K), _array(dtype, B, T, keys * K), _array(dtype, B, T, values * V)]
+    args = [
+        _array(dtype, B, T, H * K),
+        _array(dtype, B, T, keys * K),
+        _array(dtype, B, T, values * V),
+    ]
     if decay != "none":
         args.append(_array(jnp.float32, *((B, T, H * K) if decay == "vector" else shapes[decay])))
 
     def forward(q, k, v, log_decay=None):
         heads = [x.reshape(B, T, -1, size) for x, size in ((q, K), (k, K), (v, V))]
         log_decay = None if log_decay is None else log_decay.reshape(shapes[decay])
-        return linear_scan(*heads, log_decay, implementation=options.get("implementation")).reshape(B, T, -1)
+        return linear_scan(*heads, log_decay, implementation=options.get("implementation")).reshape(
+            B, T, -1
+        )
 
     return Case(forward, tuple(args), {})
 
@@ -70,14 +78,20 @@ def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Cas
     gate = _one_of(options, "gate", "none", {"none": None, "head": 1, "element": D})
     yes = lambda name, default: _one_of(options, name, default, ("yes", "no")) == "yes"
     keys = sizes.get("Hk", H)
-    args = [_array(dtype, B, T, H * D), _array(dtype, B, T, keys * D), _array(dtype, B, T, keys * D)]
+    args = [
+        _array(dtype, B, T, H * D),
+        _array(dtype, B, T, keys * D),
+        _array(dtype, B, T, keys * D),
+    ]
     args += [] if gate == "none" else [_array(dtype, B, T, H * (1 if gate == "head" else D))]
     args += [_array(jnp.int32, B, T)] if (segments := yes("segments", "no")) else []
     window = options.get("window")
     if window is not None and not window.isdecimal():
         raise ValueError(f"window: got {window!r}, expected a number of tokens")
     fixed = dict(
-        window=window and int(window), implementation=options.get("implementation"), causal=yes("causal", "yes")
+        window=window and int(window),
+        implementation=options.get("implementation"),
+        causal=yes("causal", "yes"),
     )
     fixed["normalizer"] = options.get("normalizer", "softmax")
 
@@ -117,13 +131,22 @@ def grouped_matmul_case(sizes: dict[str, int], dtype, options: dict[str, str]) -
     M, K, N, G = (sizes[a] for a in ("M", "K", "N", "G"))
     groups = _groups(M, G, options)
     args = (_array(dtype, M, K), _array(dtype, G, K, N), _array(jnp.int32, G))
-    return Case(lambda *a: grouped_matmul(*a, implementation=options.get("implementation")), args, {2: groups})
+    return Case(
+        lambda *a: grouped_matmul(*a, implementation=options.get("implementation")),
+        args,
+        {2: groups},
+    )
 
 
 # Op -> its case, and the axes that a shape must give.
 CASES = {
     "linear_scan": (linear_scan_case, ("B", "T", "H", "K", "V"), ("Hk", "Hv"), {"decay"}),
-    "attention": (attention_case, ("B", "T", "H", "D"), ("Hk",), {"gate", "window", "normalizer", "causal", "segments"}),
+    "attention": (
+        attention_case,
+        ("B", "T", "H", "D"),
+        ("Hk",),
+        {"gate", "window", "normalizer", "causal", "segments"},
+    ),
     "grouped_matmul": (grouped_matmul_case, ("M", "K", "N", "G"), (), {"sizes"}),
     "expert_mlp": (expert_mlp_case, ("R", "M", "F", "G"), (), {"sizes", "weights"}),
 }
@@ -142,13 +165,17 @@ def make_case(op: str, shape: str, dtype: str, options: dict[str, str]) -> Case:
     for part in shape.split(","):
         match = re.fullmatch(r"([A-Z][a-z]?)(\d+)", part.strip())
         if not match or match[1] not in (*required, *optional):
-            expected = f"{','.join(f'{a}<size>' for a in required)}" + "".join(f"[,{a}<size>]" for a in optional)
+            expected = f"{','.join(f'{a}<size>' for a in required)}" + "".join(
+                f"[,{a}<size>]" for a in optional
+            )
             raise ValueError(f"shape: got {part!r}, expected {expected} for {op}")
         sizes[match[1]] = int(match[2])
     if missing := [a for a in required if a not in sizes]:
         raise ValueError(f"shape: got {shape!r}, which lacks {', '.join(missing)}")
     if unknown := options.keys() - known - {"implementation"}:
-        raise ValueError(f"set: got {min(unknown)!r}, expected one of {', '.join(sorted(known)) or 'nothing'} for {op}")
+        raise ValueError(
+            f"set: got {min(unknown)!r}, expected one of {', '.join(sorted(known)) or 'nothing'} for {op}"
+        )
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"dtype: got {dtype!r}, expected bfloat16, float16 or float32")
     return build(sizes, jnp.dtype(dtype), options)

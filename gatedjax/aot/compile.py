@@ -47,7 +47,12 @@ def compile_for(
       RuntimeError: libtpu or the CUDA plugin is not installed, or libtpu was loaded without schedules before.
     """
     compiled, reports = compile_and_replay(
-        target_name, fn, *args, donate_argnums=donate_argnums, concretes={"": concrete or {}}, schedule=schedule
+        target_name,
+        fn,
+        *args,
+        donate_argnums=donate_argnums,
+        concretes={"": concrete or {}},
+        schedule=schedule,
     )
     return compiled, reports[""]
 
@@ -64,12 +69,16 @@ def compile_and_replay(
     chip = target(target_name)
     folder = libtpu.start(schedule) if isinstance(chip, Tpu) else None
     mesh = Mesh(np.array(_devices(chip)[:1]), ("device",), axis_types=(AxisType.Auto,))
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    place = lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
     placed = jax.tree.map(place, args)
     with jax.sharding.set_mesh(mesh):
         traced = jax.jit(fn, donate_argnums=donate_argnums).trace(*placed)
         lowered = traced.lower(lowering_platforms=(chip.platform,))
-        compiled, kernels = gpu.compile_lowered(lowered, chip) if isinstance(chip, Gpu) else (lowered.compile(), ())
+        compiled, kernels = (
+            gpu.compile_lowered(lowered, chip) if isinstance(chip, Gpu) else (lowered.compile(), ())
+        )
     report = report_compiled(target_name, compiled, traced.jaxpr.jaxpr, kernels=kernels)
     if folder is None:
         return compiled, dict.fromkeys(concretes, report)
@@ -95,7 +104,11 @@ def report_compiled(
     target_name: str, compiled: jax.stages.Compiled, jaxpr=None, kernels=(), devices: int = 1
 ) -> Report:
     """What a compiled program tells without its schedule."""
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    memory, cost, text = (
+        compiled.memory_analysis(),
+        compiled.cost_analysis() or {},
+        compiled.as_text(),
+    )
     return Report(
         target=target_name,
         devices=devices,
@@ -120,10 +133,16 @@ def _with_schedule(report: Report, dump: Dump, chip: Tpu, text: str) -> Report:
     calls = hlo.kernel_calls(text)
     runs = {call: dump.kernel(call.name) for call in calls}
     kernels = tuple(_tpu_kernel(call, run, chip) for call, run in runs.items() if run is not None)
-    notes = [f"no schedule of kernel {call.name} was written" for call, run in runs.items() if run is None]
+    notes = [
+        f"no schedule of kernel {call.name} was written"
+        for call, run in runs.items()
+        if run is None
+    ]
     program = dump.program()
     if program is None:
-        return dataclasses.replace(report, kernels=kernels, notes=(*notes, "no schedule of the program was written"))
+        return dataclasses.replace(
+            report, kernels=kernels, notes=(*notes, "no schedule of the program was written")
+        )
     if program.missing:
         notes.append(f"not in the model time, for want of a schedule: {', '.join(program.missing)}")
     if program.unknown_branches:
@@ -170,4 +189,6 @@ def _tpu_devices(topology: str, num_slices: int = 1) -> list:
         slices = {} if num_slices == 1 else {"num_slices": num_slices}
         return list(topologies.get_topology_desc(topology, platform="tpu", **slices).devices)
     except Exception as e:  # libtpu's complaints have no type of their own
-        raise ValueError(f"slice: got {topology!r}, which libtpu refuses: {str(e).splitlines()[0]}") from None
+        raise ValueError(
+            f"slice: got {topology!r}, which libtpu refuses: {str(e).splitlines()[0]}"
+        ) from None

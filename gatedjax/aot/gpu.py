@@ -18,7 +18,12 @@ from jax.experimental import topologies
 from gatedjax.aot.report import GpuKernel
 from gatedjax.aot.targets import Gpu
 
-_WARP, _REGISTER_UNIT, _MAX_BLOCKS, _SHARED_RESERVED = 32, 256, 32, 1024  # of an SM, from NVIDIA's occupancy tables
+_WARP, _REGISTER_UNIT, _MAX_BLOCKS, _SHARED_RESERVED = (
+    32,
+    256,
+    32,
+    1024,
+)  # of an SM, from NVIDIA's occupancy tables
 _ENTRY = re.compile(r"\.(?:visible )?\.?entry\s+([\w$]+)\s*\((.*?)\)(.*?)\n\{(.*?)\n\}", re.S)
 
 
@@ -33,7 +38,9 @@ def devices(gpu: Gpu, count: int = 1) -> list:
             platform="cuda", target_config=target_config(gpu), topology=f"1x1x{count}"
         )
     except NotImplementedError:
-        raise RuntimeError("aot: jax's CUDA plugin is not installed; pip install 'gatedjax[cuda-aot]'") from None
+        raise RuntimeError(
+            "aot: jax's CUDA plugin is not installed; pip install 'gatedjax[cuda-aot]'"
+        ) from None
     return list(description.devices)
 
 
@@ -68,7 +75,9 @@ def target_config(gpu: Gpu) -> str:
     )
 
 
-def compile_lowered(lowered: jax.stages.Lowered, gpu: Gpu) -> tuple[jax.stages.Compiled, tuple[GpuKernel, ...]]:
+def compile_lowered(
+    lowered: jax.stages.Lowered, gpu: Gpu
+) -> tuple[jax.stages.Compiled, tuple[GpuKernel, ...]]:
     """The compiled program, and its kernels from the PTX that the compiler dumps on the way."""
     with tempfile.TemporaryDirectory(prefix="gatedjax-aot-") as folder:
         options = {
@@ -86,17 +95,23 @@ def kernels_of(folder: Path, gpu: Gpu) -> tuple[GpuKernel, ...]:
     """Every kernel of a dump, the one with the most matrix instructions first."""
     dynamic = {}
     for path in folder.glob("*thunk_sequence.txt"):
-        launch = r"\]\s+([\w$.]+) grid: \[[\d, ]+\] threads: \[[\d, ]+\](?:\s+shared_memory: (\d+))?"
+        launch = (
+            r"\]\s+([\w$.]+) grid: \[[\d, ]+\] threads: \[[\d, ]+\](?:\s+shared_memory: (\d+))?"
+        )
         dynamic |= {name: int(size or 0) for name, size in re.findall(launch, path.read_text())}
     kernels = {}
     for path in sorted(folder.glob("*.ptx")):
         measured = assemble(path, gpu)
         for name, _, head, body in _ENTRY.findall(path.read_text()):
-            kernels.setdefault(name, kernel(name, head, body, dynamic.get(name, 0), measured.get(name), gpu))
+            kernels.setdefault(
+                name, kernel(name, head, body, dynamic.get(name, 0), measured.get(name), gpu)
+            )
     return tuple(sorted(kernels.values(), key=lambda k: -(k.wgmma + k.mma)))
 
 
-def kernel(name: str, head: str, body: str, dynamic_shared: int, measured: dict | None, gpu: Gpu) -> GpuKernel:
+def kernel(
+    name: str, head: str, body: str, dynamic_shared: int, measured: dict | None, gpu: Gpu
+) -> GpuKernel:
     """A kernel from its PTX and what ptxas said of it."""
     bound = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head)
     threads = int(bound[1]) if bound else None
@@ -122,7 +137,12 @@ def resident_blocks(registers: int, threads: int, shared: int, gpu: Gpu) -> int:
     warps = -(-threads // _WARP)
     per_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
     by_shared = gpu.shared_memory_per_core // (shared + _SHARED_RESERVED)
-    return min(gpu.registers_per_core // (per_warp * warps), by_shared, gpu.threads_per_core // threads, _MAX_BLOCKS)
+    return min(
+        gpu.registers_per_core // (per_warp * warps),
+        by_shared,
+        gpu.threads_per_core // threads,
+        _MAX_BLOCKS,
+    )
 
 
 def assemble(path: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
@@ -134,7 +154,14 @@ def assemble(path: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
     ptxas = find_ptxas()
     if ptxas is None:
         return {}
-    command = [ptxas, "-v", f"-arch={gpu.architecture}", str(path), "-o", str(path.with_suffix(".cubin"))]
+    command = [
+        ptxas,
+        "-v",
+        f"-arch={gpu.architecture}",
+        str(path),
+        "-o",
+        str(path.with_suffix(".cubin")),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"aot: {done.stderr.strip().splitlines()[0]}")

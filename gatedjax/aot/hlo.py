@@ -8,9 +8,7 @@ from collections import Counter
 import numpy as np
 
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "token": 0}
-_COLLECTIVES = (
-    "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
-)
+_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*)$")
 _RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\([^=]*?\)|\S+) [\w\-]+\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
@@ -64,7 +62,9 @@ def collectives(text: str) -> tuple[Collective, ...]:
     for line in lines:
         if head := _COMPUTATION.match(line):
             computation = head[1]
-        match = re.match(rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({_COLLECTIVES})(-start)?\(([^)]*)\)", line)
+        match = re.match(
+            rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({_COLLECTIVES})(-start)?\(([^)]*)\)", line
+        )
         if match is None:
             continue
         kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else match[2]
@@ -85,11 +85,17 @@ def kernel_calls(text: str) -> tuple[KernelCall, ...]:
         if match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (\w+\[[^\]]*\])(\{[^}]*\})?", line):
             types[match[1]] = (match[2], match[3] or "")
     for line in lines:
-        match = re.match(r'\s*(?:ROOT )?%(\S+) = .*? custom-call\((.*?)\), custom_call_target="([^"]+)"(.*)$', line)
+        match = re.match(
+            r'\s*(?:ROOT )?%(\S+) = .*? custom-call\((.*?)\), custom_call_target="([^"]+)"(.*)$',
+            line,
+        )
         if match is None or match[3] not in _KERNEL_TARGETS:
             continue
         operands = re.findall(r"%([\w.\-]+)", re.sub(r"/\*.*?\*/", "", match[2]))
-        vmem = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', match[4])
+        vmem = re.search(
+            r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"',
+            match[4],
+        )
         op_name = re.search(r'op_name="([^"]*)"', match[4])
         calls.append(
             KernelCall(
@@ -134,7 +140,9 @@ def _tiled(a: np.ndarray, tile: list[int]) -> np.ndarray:
     a = np.pad(a, [(0, 0)] * lead + [(0, -size % t) for size, t in zip(a.shape[lead:], tile)])
     cut = [n for size, t in zip(a.shape[lead:], tile) for n in (size // t, t)]
     a = a.reshape(*a.shape[:lead], *cut)
-    return a.transpose(*range(lead), *(lead + 2 * i for i in range(k)), *(lead + 2 * i + 1 for i in range(k)))
+    return a.transpose(
+        *range(lead), *(lead + 2 * i for i in range(k)), *(lead + 2 * i + 1 for i in range(k))
+    )
 
 
 def _trips(lines: list[str]) -> dict[str, int]:
@@ -149,7 +157,9 @@ def _trips(lines: list[str]) -> dict[str, int]:
             own[match[2]] = int(known[1]) if known else limit.get(match[1], 1)
             caller[match[2]] = computation
         else:
-            for callee in re.findall(r"(?:to_apply|calls|branch_computations|true_computation)=\{?%([\w.\-]+)", line):
+            for callee in re.findall(
+                r"(?:to_apply|calls|branch_computations|true_computation)=\{?%([\w.\-]+)", line
+            ):
                 caller.setdefault(callee, computation)
     trips = {}
 
@@ -169,6 +179,8 @@ def _counter_limits(lines: list[str]) -> dict[str, int]:
             computation, constants = head[1], {}
         if match := re.match(r"\s*%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line):
             constants[match[1]] = int(match[2])
-        if match := re.match(r"\s*ROOT %\S+ = pred\S* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", line):
+        if match := re.match(
+            r"\s*ROOT %\S+ = pred\S* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", line
+        ):
             limits[computation] = constants.get(match[1], 1)
     return limits

@@ -54,7 +54,9 @@ def start(schedule: bool) -> Path | None:
         _dump = tempfile.TemporaryDirectory(prefix="gatedjax-aot-")
         flags = f"--xla_jf_dump_to={_dump.name} --xla_jf_dump_llo_text=true"
         labels = f"--xla_jf_dump_llo_pass_label_regex={DUMP_LABELS}"
-        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags} {labels}".strip()
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags} {labels}".strip()
+        )
     if not schedule:
         return None
     folder = Path(_dump.name)

@@ -34,13 +34,20 @@ def scalar_operands(
     """
     found: list[tuple[str, list[np.ndarray]]] = []
     with jax.default_device(jax.devices("cpu")[0]):
-        _evaluate(closed.jaxpr, closed.consts, [concrete.get(i) for i in range(len(closed.jaxpr.invars))], found)
+        _evaluate(
+            closed.jaxpr,
+            closed.consts,
+            [concrete.get(i) for i in range(len(closed.jaxpr.invars))],
+            found,
+        )
     return found
 
 
 def _evaluate(jaxpr, consts, values, found) -> list:
     """The known outputs of a jaxpr, None for the others; appends to `found` on the way."""
-    env = dict(zip(jaxpr.constvars, consts)) | {v: x for v, x in zip(jaxpr.invars, values) if x is not None}
+    env = dict(zip(jaxpr.constvars, consts)) | {
+        v: x for v, x in zip(jaxpr.invars, values) if x is not None
+    }
     read = lambda v: v.val if isinstance(v, jax_core.Literal) else env.get(v)
     for eqn in jaxpr.eqns:
         inputs, name = [read(v) for v in eqn.invars], eqn.primitive.name
@@ -48,12 +55,16 @@ def _evaluate(jaxpr, consts, values, found) -> list:
             grid = eqn.params["grid_mapping"]
             steering = inputs[: grid.num_dynamic_grid_bounds + grid.num_index_operands]
             known = steering and all(x is not None for x in steering)
-            label = eqn.params.get("name") or getattr(eqn.params.get("name_and_src_info"), "name", "")
+            label = eqn.params.get("name") or getattr(
+                eqn.params.get("name_and_src_info"), "name", ""
+            )
             found.append((label or "", [np.asarray(x) for x in steering] if known else []))
             outputs = []
         elif name in _CALLS:
             inner = eqn.params[_CALLS[name]]
-            outputs = _evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, found)
+            outputs = _evaluate(
+                getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, found
+            )
         elif all(x is not None for x in inputs):
             outputs = eqn.primitive.bind(*inputs, **eqn.params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]

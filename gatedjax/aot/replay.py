@@ -25,7 +25,10 @@ from gatedjax.aot.bundles import Listing, Op, split_args
 from gatedjax.aot.targets import Tpu
 
 MAX_BLOCKS = 3_000_000
-LOCAL_DMA_CYCLES, LOCAL_DMA_BYTES_PER_CYCLE = 100, 512  # between on-chip memories; a guess that no time depended on
+LOCAL_DMA_CYCLES, LOCAL_DMA_BYTES_PER_CYCLE = (
+    100,
+    512,
+)  # between on-chip memories; a guess that no time depended on
 # Addresses are plain numbers: symbols and operands are given ranges far above what a program computes with.
 _ADDRESS_FLOOR, _ALLOCATIONS, _OPERANDS = 1 << 39, 1 << 41, 1 << 50
 _ALLOCATION_BITS, _OPERAND_BITS = 24, 40
@@ -38,8 +41,12 @@ class _Unknown:
     def _absorb(self, *_):
         return self
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __ror__ = _absorb
-    __xor__ = __rxor__ = __rshift__ = __rrshift__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = _absorb
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = (
+        __ror__
+    ) = _absorb
+    __xor__ = __rxor__ = __rshift__ = __rrshift__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = (
+        _absorb
+    )
 
 
 UNKNOWN = _Unknown()
@@ -67,11 +74,23 @@ def _known(fn: Callable) -> Callable:
 
 
 def _or(a, b):
-    return True if a is True or b is True else UNKNOWN if a is UNKNOWN or b is UNKNOWN else bool(a or b)
+    return (
+        True
+        if a is True or b is True
+        else UNKNOWN
+        if a is UNKNOWN or b is UNKNOWN
+        else bool(a or b)
+    )
 
 
 def _and(a, b):
-    return False if a is False or b is False else UNKNOWN if a is UNKNOWN or b is UNKNOWN else bool(a and b)
+    return (
+        False
+        if a is False or b is False
+        else UNKNOWN
+        if a is UNKNOWN or b is UNKNOWN
+        else bool(a and b)
+    )
 
 
 def _select(p, a, b):
@@ -79,7 +98,11 @@ def _select(p, a, b):
 
 
 def _divrem(a, b):
-    return [UNKNOWN, UNKNOWN] if a is UNKNOWN or b is UNKNOWN or b == 0 else list(divmod(_unsigned(a), _unsigned(b)))
+    return (
+        [UNKNOWN, UNKNOWN]
+        if a is UNKNOWN or b is UNKNOWN or b == 0
+        else list(divmod(_unsigned(a), _unsigned(b)))
+    )
 
 
 # What the generated functions may call.
@@ -115,9 +138,15 @@ _BINARY = {
     "smax": "max_({a},{b})",
 }
 _COMPARE = {"eq": "eq({a},{b})", "ne": "ne({a},{b})"} | {
-    name: f"({{a}}{sign}{{b}})" for name, sign in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="))
+    name: f"({{a}}{sign}{{b}})"
+    for name, sign in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="))
 }
-_PREDICATE = {"por": "or_({0},{1})", "pand": "and_({0},{1})", "pxor": "xor({0},{1})", "pneg": "not_({0})"}
+_PREDICATE = {
+    "por": "or_({0},{1})",
+    "pand": "and_({0},{1})",
+    "pxor": "xor({0},{1})",
+    "pneg": "not_({0})",
+}
 
 
 class Timeline:
@@ -187,7 +216,9 @@ class Program:
         self._allocations: dict[str, int] = {}
         self._blocks: dict[int, Callable] = {}
         ops = (op for bundle in listing.bundles for op in bundle)
-        self._merged = {arg for op in ops if op.name in ("sphi", "pphi") for arg in split_args(op.args)}
+        self._merged = {
+            arg for op in ops if op.name in ("sphi", "pphi") for arg in split_args(op.args)
+        }
 
     @property
     def split_over_cores(self) -> bool:
@@ -198,7 +229,10 @@ class Program:
         """The function of the bundles from `start` up to the next branch and its delay slots."""
         if start not in self._blocks:
             scope = dict(_NAMES)
-            exec(compile("\n".join(self._source(start)), f"<{self.listing.name}@{start}>", "exec"), scope)
+            exec(
+                compile("\n".join(self._source(start)), f"<{self.listing.name}@{start}>", "exec"),
+                scope,
+            )
             self._blocks[start] = scope["block"]
         return self._blocks[start]
 
@@ -240,8 +274,13 @@ class Program:
 
     def _phi(self, op: Op, k: int) -> tuple[str, list[str]]:
         """A phi takes whichever of its sources was assigned last."""
-        sources, dest = tuple(self._register(x) for x in split_args(op.args)), self._register(op.dest)
-        latest = f"R[max({sources!r},key=A.__getitem__)]" if len(sources) > 1 else f"R[{sources[0]}]"
+        sources, dest = (
+            tuple(self._register(x) for x in split_args(op.args)),
+            self._register(op.dest),
+        )
+        latest = (
+            f"R[max({sources!r},key=A.__getitem__)]" if len(sources) > 1 else f"R[{sources[0]}]"
+        )
         return f"h{k}={latest}", [f"R[{dest}]=h{k}", *self._stamp(op.dest)]
 
     def _op(self, op: Op, offset: int, k: int) -> tuple[list[str], list[str], list[str], list[str]]:
@@ -254,9 +293,19 @@ class Program:
         if op.name.startswith("dma."):
             return [], [], [], self._dma(op.name[4:], args, offset, predicate)
         if op.name == "vsyncadd":
-            return [], [], [], [f"T.take({self._value(args[0])},{self._value(args[1])},{predicate})"]
+            return (
+                [],
+                [],
+                [],
+                [f"T.take({self._value(args[0])},{self._value(args[1])},{predicate})"],
+            )
         if op.name == "inlined_call":
-            return [], [], [], [f"T.time=t0+{offset}", f"X.call({_callee(op)!r},T)", f"t0=T.time-{offset}"]
+            return (
+                [],
+                [],
+                [],
+                [f"T.time=t0+{offset}", f"X.call({_callee(op)!r},T)", f"t0=T.time-{offset}"],
+            )
         if op.name.startswith("inlined_call_operand"):
             return [], [f"R[{self._register(op.dest)}]={self._operand(op)}"], [], []
         if op.name == "sst":
@@ -286,12 +335,18 @@ class Program:
                 a, b = f"unsigned({a})", f"unsigned({b})"
             return _BINARY[base].format(a=a, b=b)
         if base == "scmp" and kinds[1] in ("s32", "u32"):
-            a, b = (self._value(x) if kinds[1] == "s32" else f"unsigned({self._value(x)})" for x in args)
+            a, b = (
+                self._value(x) if kinds[1] == "s32" else f"unsigned({self._value(x)})" for x in args
+            )
             return _COMPARE[kinds[0]].format(a=a, b=b)
         if op.name in _PREDICATE:
             return _PREDICATE[op.name].format(*(self._value(x) for x in args))
         if op.name == "sld":
-            return "X.core" if "core id" in op.comment else f"X.memory.get({self._address(args[0])},UNKNOWN)"
+            return (
+                "X.core"
+                if "core id" in op.comment
+                else f"X.memory.get({self._address(args[0])},UNKNOWN)"
+            )
         if base == "scalar_lea":
             offset = args[1] if len(args) > 1 else "0"
             offset = offset if offset.startswith("[") else offset.split("[")[0]
@@ -437,7 +492,12 @@ class Execution:
 
     def fill_smem(self, source, dest, size) -> None:
         """A DMA into SMEM, whose words are known if it copies a known operand from its beginning."""
-        if type(source) is not int or type(dest) is not int or type(size) is not int or source < _OPERANDS:
+        if (
+            type(source) is not int
+            or type(dest) is not int
+            or type(size) is not int
+            or source < _OPERANDS
+        ):
             return
         if source >= _OPERANDS << _HBM_SHIFT:  # an operand that XLA left in HBM
             source >>= _HBM_SHIFT
@@ -460,7 +520,9 @@ class Schedule:
     cycles: int  # with the waits for DMA
     hbm_bytes: int
     matrix_busy: float  # share of the matrix units' cycles
-    slots: dict[str, float]  # share of each slot's capacity: VALU, VLOAD, VSTORE, EUP, XLU, SALU ...
+    slots: dict[
+        str, float
+    ]  # share of each slot's capacity: VALU, VLOAD, VSTORE, EUP, XLU, SALU ...
     spills: int  # vector registers stored to and filled from memory
     empty: float
     unknown: dict[str, int]  # branches, sizes and ops that could not be followed
@@ -470,7 +532,9 @@ def summarize(execution: Execution, timeline: Timeline) -> Schedule:
     """The figures of a finished run."""
     program, counts = execution.program, execution.executions()
     listing, chip, total = program.listing, program.chip, max(1, sum(counts))
-    busy = sum(n * _matrix_cycles(op, chip) for n, ops in zip(counts, listing.bundles) if n for op in ops)
+    busy = sum(
+        n * _matrix_cycles(op, chip) for n, ops in zip(counts, listing.bundles) if n for op in ops
+    )
     used = dict.fromkeys(listing.slot_capacity, 0)
     if len(listing.slots_used) == len(counts):
         for n, row in zip(counts, listing.slots_used):
@@ -482,7 +546,11 @@ def summarize(execution: Execution, timeline: Timeline) -> Schedule:
         cycles=timeline.time,
         hbm_bytes=timeline.hbm_bytes,
         matrix_busy=busy / (chip.mxus * total),
-        slots={name: used[name] / (total * size) for name, size in listing.slot_capacity.items() if size},
+        slots={
+            name: used[name] / (total * size)
+            for name, size in listing.slot_capacity.items()
+            if size
+        },
         spills=used.get("VSTORE:SPILL", 0) + used.get("VLOAD:FILL", 0),
         empty=sum(n for n, ops in zip(counts, listing.bundles) if not ops) / total,
         unknown=dict(timeline.unknown + execution.unknown + program.unhandled),

@@ -73,7 +73,13 @@ class Report:
     @property
     def peak_bytes(self) -> int:
         """Memory of a device while the program runs."""
-        return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temp_bytes + self.code_bytes
+        return (
+            self.argument_bytes
+            + self.output_bytes
+            - self.aliased_bytes
+            + self.temp_bytes
+            + self.code_bytes
+        )
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -124,14 +130,20 @@ def _lines(report: Report) -> list[str]:
         )
     if r.program_seconds is not None:
         moved = size(r.program_hbm_bytes)
-        lines.append(f"model time        {1e6 * r.program_seconds:,.1f} us for the whole program, HBM {moved} a core")
+        lines.append(
+            f"model time        {1e6 * r.program_seconds:,.1f} us for the whole program, HBM {moved} a core"
+        )
     if r.collectives:
         rows = [[c.kind, str(c.count), size(c.bytes)] for c in r.collectives]
         lines += ["", *table(["collective", "count", "bytes"], rows)]
     if r.kernels:
         lines += ["", *_kernel_table(r.kernels)]
     if r.slowest:
-        times = lambda h: [f"{1e6 * h.seconds:,.1f}", f"{1e6 * h.stall_seconds:,.1f}", size(h.hbm_bytes)]
+        times = lambda h: [
+            f"{1e6 * h.seconds:,.1f}",
+            f"{1e6 * h.stall_seconds:,.1f}",
+            size(h.hbm_bytes),
+        ]
         rows = [[h.name, str(h.calls), *times(h)] for h in r.slowest]
         lines += ["", *table(["slowest HLOs", "calls", "us", "of it waiting", "HBM"], rows)]
     return [*lines, *(f"note: {note}" for note in r.notes)]
@@ -155,7 +167,17 @@ def _kernel_table(kernels: Sequence[TpuKernel | GpuKernel]) -> list[str]:
             for k in kernels
         ]
         return table(header, rows)
-    header = ["kernel", "threads", "registers", "spill B", "shared", "blocks/SM", "occupancy", "wgmma", "mma"]
+    header = [
+        "kernel",
+        "threads",
+        "registers",
+        "spill B",
+        "shared",
+        "blocks/SM",
+        "occupancy",
+        "wgmma",
+        "mma",
+    ]
     cell = lambda x: "-" if x is None else f"{x}"
     rows = [
         [

@@ -43,7 +43,11 @@ class Dump:
     """
 
     def __init__(self, folder: Path, text: str, chip: Tpu, scalars=()):
-        self._chip, self._listings, self._shared = chip, find_listings(folder), shared_listings(folder)
+        self._chip, self._listings, self._shared = (
+            chip,
+            find_listings(folder),
+            shared_listings(folder),
+        )
         self._calls = {call.name: call for call in hlo.kernel_calls(text)}
         self._scalars = list(scalars)
         self._programs: dict[str, replay.Program | None] = {}
@@ -79,19 +83,29 @@ class Dump:
                 return
             before = (timeline.time, timeline.stall, timeline.hbm_bytes)
             replay.Execution(program, 0, self._operands(name), call).run(timeline)
-            spent = [a - b for a, b in zip((timeline.time, timeline.stall, timeline.hbm_bytes), before)]
+            spent = [
+                a - b for a, b in zip((timeline.time, timeline.stall, timeline.hbm_bytes), before)
+            ]
             old = called.get(name, Called(0, 0, 0, 0))
             called[name] = Called(*(a + b for a, b in zip(dataclasses.astuple(old), (1, *spent))))
 
         execution = replay.Execution(main, 0, call=call)
         execution.run(timeline)
         unknown = max(0, execution.unknown["branch"] - _STARTUP_BRANCHES)
-        return ProgramRun(timeline.time, timeline.hbm_bytes, called, tuple(sorted(missing)), unknown)
+        return ProgramRun(
+            timeline.time, timeline.hbm_bytes, called, tuple(sorted(missing)), unknown
+        )
 
     def _program(self, name: str) -> replay.Program | None:
         if name not in self._programs:
-            listed = next((n for n in (name, *self._shared.get(name, ())) if n in self._listings), None)
-            parsed = replay.Program(parse_listing(name, *self._listings[listed]), self._chip) if listed else None
+            listed = next(
+                (n for n in (name, *self._shared.get(name, ())) if n in self._listings), None
+            )
+            parsed = (
+                replay.Program(parse_listing(name, *self._listings[listed]), self._chip)
+                if listed
+                else None
+            )
             self._programs[name] = parsed
         return self._programs[name]
 
@@ -101,7 +115,9 @@ class Dump:
         if call is None or not self._scalars:
             return {}
         plain = lambda label: re.sub(r"[^A-Za-z0-9]", "_", re.sub(r"\.\d+$", "", label))
-        values = next((v for label, v in self._scalars if label and plain(label) == plain(name)), None)
+        values = next(
+            (v for label, v in self._scalars if label and plain(label) == plain(name)), None
+        )
         if values is None:
             place = [n for n in self._calls if n in self._listings or n in self._shared].index(name)
             values = self._scalars[place][1] if place < len(self._scalars) else []

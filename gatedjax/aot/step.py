@@ -78,7 +78,9 @@ def abstract_batch(run: Run) -> Batch:
     shape = (run.config.train.batch_size, run.config.data.seq_len)
     placed = sharding.batch_sharding(run.mesh)
     array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-    return Batch(**{f.name: array(jnp.int32) for f in dataclasses.fields(Batch)}).replace(loss_mask=array(jnp.float32))
+    return Batch(**{f.name: array(jnp.int32) for f in dataclasses.fields(Batch)}).replace(
+        loss_mask=array(jnp.float32)
+    )
 
 
 def roofline(run: Run, report: Report, where: Slice) -> Roofline:
@@ -150,17 +152,25 @@ def _does_not_fit(message: str, chip: Tpu) -> list[str]:
     """XLA's own words on what it would have needed: it gives up before there is a program to look into."""
     needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
     if needed is None:
-        return [f"memory a chip: more than {size(chip.hbm_bytes)}: DOES NOT FIT ({message.splitlines()[0]})"]
+        return [
+            f"memory a chip: more than {size(chip.hbm_bytes)}: DOES NOT FIT ({message.splitlines()[0]})"
+        ]
     wanted, there = float(needed[1]), float(needed[2])
     over = f"{wanted - there:.1f} GiB too much"
-    return [f"memory a chip: temporaries alone take {wanted} GiB of {there} GiB: DOES NOT FIT, {over}"]
+    return [
+        f"memory a chip: temporaries alone take {wanted} GiB of {there} GiB: DOES NOT FIT, {over}"
+    ]
 
 
 def _largest(run: Run) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(run.abstract)
     leaves.sort(key=lambda item: -_device_bytes(item[1]))
     rows = [
-        [jax.tree_util.keystr(path, simple=True, separator="."), str(leaf.shape), size(_device_bytes(leaf))]
+        [
+            jax.tree_util.keystr(path, simple=True, separator="."),
+            str(leaf.shape),
+            size(_device_bytes(leaf)),
+        ]
         for path, leaf in leaves[:LARGEST]
     ]
     return ["", *table(["largest arrays of the state", "shape", "a chip"], rows)]

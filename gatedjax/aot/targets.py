@@ -65,10 +65,74 @@ MIB = 2**20
 TPUS = {
     t.name: t
     for t in (
-        Tpu("v5e", "v5e:2x2", "v5litepod-4", 1.50e9, 1, 4, 128, 8, 4, 128 * MIB, 16e9, 819e9, 197e12, 200e9, 3.1e9),
-        Tpu("v5p", "v5p:2x2x1", "v5p-8", 1.75e9, 2, 4, 128, 8, 4, 64 * MIB, 95e9, 2765e9, 459e12, 600e9, 6.25e9),
-        Tpu("v6e", "v6e:2x2", "v6e-4", 1.75e9, 1, 2, 256, 4, 4, 128 * MIB, 32e9, 1640e9, 918e12, 400e9, 12.5e9),
-        Tpu("v7x", "tpu7x:2x2x1", "tpu7x-8", 2.20e9, 1, 2, 256, 4, 6, 64 * MIB, 96e9, 3690e9, 1153.5e12, 300e9, 6.25e9),
+        Tpu(
+            "v5e",
+            "v5e:2x2",
+            "v5litepod-4",
+            1.50e9,
+            1,
+            4,
+            128,
+            8,
+            4,
+            128 * MIB,
+            16e9,
+            819e9,
+            197e12,
+            200e9,
+            3.1e9,
+        ),
+        Tpu(
+            "v5p",
+            "v5p:2x2x1",
+            "v5p-8",
+            1.75e9,
+            2,
+            4,
+            128,
+            8,
+            4,
+            64 * MIB,
+            95e9,
+            2765e9,
+            459e12,
+            600e9,
+            6.25e9,
+        ),
+        Tpu(
+            "v6e",
+            "v6e:2x2",
+            "v6e-4",
+            1.75e9,
+            1,
+            2,
+            256,
+            4,
+            4,
+            128 * MIB,
+            32e9,
+            1640e9,
+            918e12,
+            400e9,
+            12.5e9,
+        ),
+        Tpu(
+            "v7x",
+            "tpu7x:2x2x1",
+            "tpu7x-8",
+            2.20e9,
+            1,
+            2,
+            256,
+            4,
+            6,
+            64 * MIB,
+            96e9,
+            3690e9,
+            1153.5e12,
+            300e9,
+            6.25e9,
+        ),
     )
 }
 GPUS = {
@@ -79,7 +143,9 @@ GPUS = {
         Gpu("h200", (9, 0), 132, 1.98e9, 233_472, 232_448, 62_914_560, 141e9, 4800e9, 989.4e12),
     )
 }
-TARGETS = {f"tpu:{name}": t for name, t in TPUS.items()} | {f"cuda:{name}": g for name, g in GPUS.items()}
+TARGETS = {f"tpu:{name}": t for name, t in TPUS.items()} | {
+    f"cuda:{name}": g for name, g in GPUS.items()
+}
 
 
 def target(name: str) -> Tpu | Gpu:
@@ -110,7 +176,9 @@ def parse_slice(text: str) -> Slice:
     """
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
     if not match or match[2] not in TPUS or match[1] == "0":
-        expected = f"[SLICES*]CHIP:SHAPE such as v5p:8x8x4 or 2*v5e:16x16, CHIP one of {', '.join(TPUS)}"
+        expected = (
+            f"[SLICES*]CHIP:SHAPE such as v5p:8x8x4 or 2*v5e:16x16, CHIP one of {', '.join(TPUS)}"
+        )
         raise ValueError(f"slice: got {text!r}, expected {expected}")
     chip = TPUS[match[2]]
     return Slice(chip, f"{chip.topology.split(':')[0]}:{match[3]}", int(match[1] or 1))

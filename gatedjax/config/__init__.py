@@ -12,7 +12,14 @@ from gatedjax.config.layers import (
     MixerConfig,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
-from gatedjax.config.parse import config_dict, differing_keys, from_config_dict, layer, nearest_key, to_dict
+from gatedjax.config.parse import (
+    config_dict,
+    differing_keys,
+    from_config_dict,
+    layer,
+    nearest_key,
+    to_dict,
+)
 from gatedjax.config.run import (
     Config,
     DataConfig,

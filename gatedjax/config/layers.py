@@ -25,10 +25,13 @@ class GatedAttentionConfig:
     gate_shared: bool = False  # scores averaged over heads, then applied to all of them
     gate_mode: Literal["multiplicative", "additive"] = "multiplicative"
     gate_activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity"] = "sigmoid"
-    gate_input: Literal["token", "constant"] = "token"  # constant: a zero-initialized parameter, no input
-    fused_gate: bool = False  # queries and gate in one projection, [q | gate] in every head, as Qwen3-Next
+    # constant: a zero-initialized parameter, no input
+    gate_input: Literal["token", "constant"] = "token"
+    # queries and gate in one projection, [q | gate] in every head, as Qwen3-Next
+    fused_gate: bool = False
     qk_norm: bool = True
-    qk_norm_kind: Literal["rms", "l2"] = "rms"  # l2: queries and keys of length 1, without parameters
+    # l2: queries and keys of length 1, without parameters
+    qk_norm_kind: Literal["rms", "l2"] = "rms"
     zero_centered_norm: bool = False  # the rms QK-norm scales by 1 + w
     # What multiplies q k: head_dim^-0.5; a learned number, log2(L^2 - L) at the start (arXiv 2010.04245); log head_dim.
     logit_scale: Literal["inverse_sqrt", "learned", "log_dim"] = "inverse_sqrt"
@@ -42,9 +45,20 @@ class GatedAttentionConfig:
     window: int | None = None  # keys in (i - window, i]
     # How logits become weights: names of kernels_pallas.attention.NORMALIZERS.
     normalizer: Literal[
-        "softmax", "sigmoid", "relu", "relu_squared", "softpick", "self_adjust", "stablemax", "softplus",
-        "clipped_softmax", "reweighted_softplus", "adaptive_temperature", "sparsemax", "entmax",
-    ] = "softmax"  # fmt: skip
+        "softmax",
+        "sigmoid",
+        "relu",
+        "relu_squared",
+        "softpick",
+        "self_adjust",
+        "stablemax",
+        "softplus",
+        "clipped_softmax",
+        "reweighted_softplus",
+        "adaptive_temperature",
+        "sparsemax",
+        "entmax",
+    ] = "softmax"
     # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A constant, so that training
     # and decoding agree: the length of training rows.
     normalizer_length: int | None = None
@@ -59,34 +73,82 @@ class GatedAttentionConfig:
 
     def __post_init__(self):
         _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
-        _require(0.0 <= self.rope_fraction <= 1.0, "rope_fraction", self.rope_fraction, "a fraction between 0 and 1")
-        _require(self.rotary_dim % 2 == 0, "rope_fraction", self.rope_fraction, "an even number of rotated channels")
-        _require(self.window is None or self.window >= 1, "window", self.window, "None or at least 1")
+        _require(
+            0.0 <= self.rope_fraction <= 1.0,
+            "rope_fraction",
+            self.rope_fraction,
+            "a fraction between 0 and 1",
+        )
+        _require(
+            self.rotary_dim % 2 == 0,
+            "rope_fraction",
+            self.rope_fraction,
+            "an even number of rotated channels",
+        )
+        _require(
+            self.window is None or self.window >= 1, "window", self.window, "None or at least 1"
+        )
         _require(self.yarn_factor >= 1.0, "yarn_factor", self.yarn_factor, "at least 1")
-        has_heads = self.gate_position != "output" or (self.gate_granularity == "elementwise" and not self.gate_shared)
-        _require(has_heads, "gate_position", "output", "an elementwise gate, not shared: the output has no heads")
-        fusable = self.gate_position == "sdpa" and self.gate_input == "token" and not self.gate_shared
-        expected = "false: only a gate of tokens after sdpa that is not shared comes with the queries"
+        has_heads = self.gate_position != "output" or (
+            self.gate_granularity == "elementwise" and not self.gate_shared
+        )
+        _require(
+            has_heads,
+            "gate_position",
+            "output",
+            "an elementwise gate, not shared: the output has no heads",
+        )
+        fusable = (
+            self.gate_position == "sdpa" and self.gate_input == "token" and not self.gate_shared
+        )
+        expected = (
+            "false: only a gate of tokens after sdpa that is not shared comes with the queries"
+        )
         _require(fusable or not self.fused_gate, "fused_gate", True, expected)
         self._check_normalizer()
 
     def _check_normalizer(self):
         needs = {
-            f"normalizer {self.normalizer!r}": self.normalizer in ("sigmoid", "relu", "relu_squared", "clipped_softmax"),
+            f"normalizer {self.normalizer!r}": self.normalizer
+            in ("sigmoid", "relu", "relu_squared", "clipped_softmax"),
             "query_scale 'scalable_softmax'": self.query_scale == "scalable_softmax",
             "logit_scale 'learned'": self.logit_scale == "learned",
         }
         for what, needed in needs.items():
-            _require(self.normalizer_length or not needed, "normalizer_length", self.normalizer_length, f"a length for {what}")
-        _require(self.normalizer_length is None or self.normalizer_length >= 1, "normalizer_length", self.normalizer_length, "at least 1")
-        _require(self.normalizer == "softmax" or not self.sinks, "sinks", True, f"false with normalizer {self.normalizer!r}")
-        _require(self.logits_soft_cap is None or self.logits_soft_cap > 0, "logits_soft_cap", self.logits_soft_cap, "None or above 0")
-        _require(1 < self.entmax_alpha <= 2, "entmax_alpha", self.entmax_alpha, "above 1 and at most 2")
+            _require(
+                self.normalizer_length or not needed,
+                "normalizer_length",
+                self.normalizer_length,
+                f"a length for {what}",
+            )
+        _require(
+            self.normalizer_length is None or self.normalizer_length >= 1,
+            "normalizer_length",
+            self.normalizer_length,
+            "at least 1",
+        )
+        _require(
+            self.normalizer == "softmax" or not self.sinks,
+            "sinks",
+            True,
+            f"false with normalizer {self.normalizer!r}",
+        )
+        _require(
+            self.logits_soft_cap is None or self.logits_soft_cap > 0,
+            "logits_soft_cap",
+            self.logits_soft_cap,
+            "None or above 0",
+        )
+        _require(
+            1 < self.entmax_alpha <= 2, "entmax_alpha", self.entmax_alpha, "above 1 and at most 2"
+        )
         _require(self.clip_alpha >= 0, "clip_alpha", self.clip_alpha, "at least 0")
         _require(self.reweight_power >= 2, "reweight_power", self.reweight_power, "at least 2")
         unit = self.qk_norm and self.qk_norm_kind == "l2"
         expected = "inverse_sqrt unless qk_norm is true of kind 'l2'; learned or log_dim if so"
-        _require(unit == (self.logit_scale != "inverse_sqrt"), "logit_scale", self.logit_scale, expected)
+        _require(
+            unit == (self.logit_scale != "inverse_sqrt"), "logit_scale", self.logit_scale, expected
+        )
         halves = self.alibi != "balanced" or self.num_heads % 2 == 0
         _require(halves, "alibi", "balanced", f"an even number of heads, not {self.num_heads}")
 
@@ -111,7 +173,8 @@ class GatedLinearAttentionConfig:
     decay_rank: int = 16
     decay_temperature: float = 16.0
     feature_map: Literal["identity", "silu", "elu_plus_one"] = "identity"
-    normalize: bool = False  # divide by the sum of the weights (linear attention with a positive feature map)
+    # divide by the sum of the weights (linear attention with a positive feature map)
+    normalize: bool = False
     output_gate: Literal["swish", "sigmoid", "none"] = "swish"
     conv_width: int = 0  # causal depthwise convolution on q, k, v; 0 for none
     rope_fraction: float = 0.0  # RetNet rotates q and k
@@ -120,7 +183,12 @@ class GatedLinearAttentionConfig:
 
     def __post_init__(self):
         _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
-        _require(self.rotary_dim % 2 == 0, "rope_fraction", self.rope_fraction, "an even number of rotated channels")
+        _require(
+            self.rotary_dim % 2 == 0,
+            "rope_fraction",
+            self.rope_fraction,
+            "an even number of rotated channels",
+        )
         _require(self.conv_width >= 0, "conv_width", self.conv_width, "0 for none, or a width")
         is_mamba = self.decay == "scalar" and self.num_kv_heads == self.num_heads
         expected = "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads (Mamba-2)"

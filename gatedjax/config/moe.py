@@ -25,12 +25,14 @@ class RouterConfig:
     """`logits = (activation(M(x) W + W_g previous) + b) / temperature -> scores -> experts -> weights`."""
 
     # Logits.
-    modified_input: Literal["identity", "tanh", "sigmoid", "unit"] = "identity"  # M(x); unit: x / |x|
+    # M(x); unit: x / |x|
+    modified_input: Literal["identity", "tanh", "sigmoid", "unit"] = "identity"
     residual: bool = False  # W_g times the logits of the sparse layer before (MoE++)
     activation: Literal["identity", "gelu", "sigmoid", "tanh"] = "identity"
     affine: bool = False  # a learned b
     temperature: float = 1.0  # at the first step; high is dense
-    final_temperature: float = 1.0  # from step anneal_steps on, reached exponentially; low is sparse
+    # from step anneal_steps on, reached exponentially; low is sparse
+    final_temperature: float = 1.0
     anneal_steps: int = 0  # 0: the temperature stays as it is
     # Scores.
     scoring: Literal["softmax", "sigmoid", "sparsemax"] = "softmax"
@@ -39,12 +41,14 @@ class RouterConfig:
     num_groups: int = 1  # grouped_topk: experts come in so many groups, of which
     kept_groups: int = 1  # these with the best score may be selected from
     group_score: Literal["sum_top2", "max"] = "sum_top2"  # DeepSeek-V3, V2
-    threshold: float = 0.0  # a selected expert is skipped where importance * score is below (MoDES); 0 for none
+    # a selected expert is skipped where importance * score is below (MoDES); 0 for none
+    threshold: float = 0.0
     # Weights of the outputs. selected: the score function of the selected logits alone; uniform: 1 / k.
     weighting: Literal["scores", "selected", "uniform"] = "scores"
     renormalize: bool = True  # weights sum to 1
     scale: float = 1.0  # times the weights, at last
-    weight_input: bool = False  # weights multiply what goes into the experts, not what comes out (Llama 4)
+    # weights multiply what goes into the experts, not what comes out (Llama 4)
+    weight_input: bool = False
     # State: a bias on each expert's selection, changed after every step by the loads of the whole batch.
     bias_rule: Literal["none", "sign", "pid"] = "none"
     bias_rate: float = 0.001  # of the sign rule
@@ -57,24 +61,50 @@ class RouterConfig:
         require(self.final_temperature > 0, "final_temperature", self.final_temperature, "above 0")
         require(annealed, "anneal_steps", 0, "at least 1, as final_temperature is not temperature")
         is_grouped = self.selection == "grouped_topk"
-        require(is_grouped or self.num_groups == 1, "num_groups", self.num_groups, "1, or selection 'grouped_topk'")
+        require(
+            is_grouped or self.num_groups == 1,
+            "num_groups",
+            self.num_groups,
+            "1, or selection 'grouped_topk'",
+        )
         expected = f"between 1 and num_groups = {self.num_groups}"
         require(1 <= self.kept_groups <= self.num_groups, "kept_groups", self.kept_groups, expected)
-        gumbel_ok = self.selection != "gumbel" or (self.scoring == "softmax" and self.weighting == "scores")
-        require(gumbel_ok, "selection", "gumbel", "another, or scoring 'softmax' with weighting 'scores'")
-        choice_ok = self.selection != "expert_choice" or (
-            self.weighting == "scores" and not self.renormalize and self.bias_rule == "none" and not self.threshold
+        gumbel_ok = self.selection != "gumbel" or (
+            self.scoring == "softmax" and self.weighting == "scores"
         )
-        expected = "another, or weighting 'scores', renormalize false, no bias_rule and no threshold"
+        require(
+            gumbel_ok,
+            "selection",
+            "gumbel",
+            "another, or scoring 'softmax' with weighting 'scores'",
+        )
+        choice_ok = self.selection != "expert_choice" or (
+            self.weighting == "scores"
+            and not self.renormalize
+            and self.bias_rule == "none"
+            and not self.threshold
+        )
+        expected = (
+            "another, or weighting 'scores', renormalize false, no bias_rule and no threshold"
+        )
         require(choice_ok, "selection", "expert_choice", expected)
         hash_ok = self.selection != "hash" or self.bias_rule == "none"
-        require(hash_ok, "bias_rule", self.bias_rule, "'none': a hash selects by token, not by score")
+        require(
+            hash_ok, "bias_rule", self.bias_rule, "'none': a hash selects by token, not by score"
+        )
         require(self.threshold >= 0, "threshold", self.threshold, "at least 0")
         require(self.scale > 0, "scale", self.scale, "above 0")
         require(len(self.pid_gains) == 3, "pid_gains", self.pid_gains, "three numbers")
-        require(0.0 <= self.ffn_fraction < 1.0, "ffn_fraction", self.ffn_fraction, "a fraction from 0 to below 1")
+        require(
+            0.0 <= self.ffn_fraction < 1.0,
+            "ffn_fraction",
+            self.ffn_fraction,
+            "a fraction from 0 to below 1",
+        )
         needs_rule = self.ffn_fraction == 0 or self.bias_rule != "none"
-        require(needs_rule, "ffn_fraction", self.ffn_fraction, "0, or a bias_rule that can reach it")
+        require(
+            needs_rule, "ffn_fraction", self.ffn_fraction, "0, or a bias_rule that can reach it"
+        )
 
     @property
     def causal(self) -> bool:
@@ -99,7 +129,8 @@ class SparseMoEConfig:
     shared_gate: bool = True  # sigmoid(x w) on the shared expert, as Qwen2-MoE
     # Weights of the losses; every one is 1 at perfect balance (router_losses.py converts other projects' weights).
     balance_loss: float = 0.01
-    zero_computation_weight: float = 1.0  # MoE++'s tau: weight of experts that cost nothing within the balance loss
+    # MoE++'s tau: weight of experts that cost nothing within the balance loss
+    zero_computation_weight: float = 1.0
     sequence_loss: float = 0.0  # the balance loss within every row of the batch (DeepSeek-V3)
     z_loss: float = 0.001  # of mean logsumexp(logits)^2
     # An expert takes at most ceil(k T / E * capacity_factor) assignments from a row of T tokens; 0: no limit. With
@@ -110,38 +141,83 @@ class SparseMoEConfig:
     capacity_order: Literal["position", "choice", "priority"] = "position"
     # Over the devices of the `expert` axis. gather_weights: experts come to the tokens. The others: tokens go to the
     # experts, sent one by one (not on CPU), in buffers, or all to all (for many experts per token).
-    exchange: Literal["gather_weights", "ragged_all_to_all", "all_to_all", "ring"] = "gather_weights"
+    exchange: Literal["gather_weights", "ragged_all_to_all", "all_to_all", "ring"] = (
+        "gather_weights"
+    )
     # all_to_all: a device sends another at most this many times its even share of assignments; ragged_all_to_all: it
     # receives at most this many times its even share. More are dropped and counted. 0: room for all.
     exchange_factor: float = 0.0
 
     def __post_init__(self):
-        counts = ("num_experts", "zero_experts", "copy_experts", "constant_experts", "shared_hidden")
+        counts = (
+            "num_experts",
+            "zero_experts",
+            "copy_experts",
+            "constant_experts",
+            "shared_hidden",
+        )
         for name in counts:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        require(self.total_experts >= 1, "num_experts", self.num_experts, "at least 1 expert of any sort")
+        require(
+            self.total_experts >= 1,
+            "num_experts",
+            self.num_experts,
+            "at least 1 expert of any sort",
+        )
         expected = f"between 1 and the number of experts, {self.total_experts}"
-        require(1 <= self.experts_per_token <= self.total_experts, "experts_per_token", self.experts_per_token, expected)
+        require(
+            1 <= self.experts_per_token <= self.total_experts,
+            "experts_per_token",
+            self.experts_per_token,
+            expected,
+        )
         r = self.router
         even = self.total_experts % r.num_groups == 0
-        require(even, "router.num_groups", r.num_groups, f"a divisor of the number of experts, {self.total_experts}")
+        require(
+            even,
+            "router.num_groups",
+            r.num_groups,
+            f"a divisor of the number of experts, {self.total_experts}",
+        )
         size = self.total_experts // r.num_groups
         expected = f"groups that hold experts_per_token = {self.experts_per_token}; {r.kept_groups} x {size} do not"
-        require(r.kept_groups * size >= self.experts_per_token, "router.kept_groups", r.kept_groups, expected)
+        require(
+            r.kept_groups * size >= self.experts_per_token,
+            "router.kept_groups",
+            r.kept_groups,
+            expected,
+        )
         pairs = r.selection != "grouped_topk" or r.group_score == "max" or size >= 2
         require(pairs, "router.group_score", r.group_score, "'max': groups hold one expert")
         require(self.capacity_factor >= 0, "capacity_factor", self.capacity_factor, "at least 0")
         own = r.selection != "expert_choice" or not self.capacity_factor
-        require(own, "capacity_factor", self.capacity_factor, "0: expert choice fills every expert evenly")
+        require(
+            own,
+            "capacity_factor",
+            self.capacity_factor,
+            "0: expert choice fills every expert evenly",
+        )
         positive = self.zero_computation_weight > 0
         require(positive, "zero_computation_weight", self.zero_computation_weight, "above 0")
         require(self.exchange_factor >= 0, "exchange_factor", self.exchange_factor, "at least 0")
         sends = not self.exchange_factor or self.exchange.endswith("all_to_all")
-        require(sends, "exchange_factor", self.exchange_factor, "0, or exchange 'all_to_all' or 'ragged_all_to_all'")
+        require(
+            sends,
+            "exchange_factor",
+            self.exchange_factor,
+            "0, or exchange 'all_to_all' or 'ragged_all_to_all'",
+        )
         plain = not r.weight_input or self.num_experts == self.total_experts
-        require(plain, "router.weight_input", True, "false: experts that cost nothing take their input as it is")
+        require(
+            plain,
+            "router.weight_input",
+            True,
+            "false: experts that cost nothing take their input as it is",
+        )
         splits = not r.ffn_fraction or 0 < self.num_experts < self.total_experts
-        require(splits, "router.ffn_fraction", r.ffn_fraction, "0: there are not both sorts of experts")
+        require(
+            splits, "router.ffn_fraction", r.ffn_fraction, "0: there are not both sorts of experts"
+        )
 
     @property
     def total_experts(self) -> int:
@@ -198,7 +274,14 @@ class LoRAMixtureConfig:
         require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
         require(self.rank >= 1, "rank", self.rank, "at least 1")
         expected = f"between 0 (all) and num_experts = {self.num_experts}"
-        require(0 <= self.experts_per_token <= self.num_experts, "experts_per_token", self.experts_per_token, expected)
+        require(
+            0 <= self.experts_per_token <= self.num_experts,
+            "experts_per_token",
+            self.experts_per_token,
+            expected,
+        )
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
         expected = "False unless gate is 'xlora'"
-        require(self.gate == "xlora" or not self.first_pass, "first_pass", self.first_pass, expected)
+        require(
+            self.gate == "xlora" or not self.first_pass, "first_pass", self.first_pass, expected
+        )

@@ -41,7 +41,9 @@ def layer(kind: str, **values: Any) -> ConfigDict:
         if isinstance(result[name], ConfigDict):
             for inner, v in value.items():
                 if inner not in result[name]:
-                    raise InputError(f"{kind}.{name}.{inner}: unknown key{_nearest(inner, result[name])}")
+                    raise InputError(
+                        f"{kind}.{name}.{inner}: unknown key{_nearest(inner, result[name])}"
+                    )
                 result[name][inner] = v
         else:
             result[name] = value
@@ -79,7 +81,9 @@ def nearest_key(key: str) -> str:
     group, _, name = key.rpartition(".")
     if group.startswith(("model.mixers.", "model.ffns.")):
         kinds = [*MIXERS.values(), *FEED_FORWARDS.values(), RouterConfig]
-        return _nearest(name, dict.fromkeys(f.name for kind in kinds for f in dataclasses.fields(kind)))
+        return _nearest(
+            name, dict.fromkeys(f.name for kind in kinds for f in dataclasses.fields(kind))
+        )
     return _nearest(key, [k for k, _ in _leaves(to_dict(Config()))])
 
 
@@ -104,7 +108,9 @@ def _to_config_dict(value: Any) -> Any:
             v = getattr(value, f.name)
             # A value that may be None keeps its type for the flags: --config....window=128 parses as int.
             typed_none = ml_config_dict.placeholder
-            result[f.name] = typed_none(_optional_of(hints[f.name])) if v is None else _to_config_dict(v)
+            result[f.name] = (
+                typed_none(_optional_of(hints[f.name])) if v is None else _to_config_dict(v)
+            )
         return result
     if isinstance(value, Mapping):
         return ConfigDict({name: _to_config_dict(v) for name, v in value.items()})
@@ -149,7 +155,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping | ConfigDict):
             raise InputError(f"{path}: got {value!r}, expected named entries")
-        return FrozenDict({name: _convert(args[1], value[name], f"{path}.{name}") for name in value})
+        return FrozenDict(
+            {name: _convert(args[1], value[name], f"{path}.{name}") for name in value}
+        )
     return _scalar(hint, value, path)
 
 

@@ -75,7 +75,8 @@ class Corpus:
     def describe(self) -> str:
         """One line for the log."""
         shares = ", ".join(
-            f"{name} {s.tokens:,} tokens ({s.bytes_per_token:.3f} bytes each)" for name, s in self.splits.items()
+            f"{name} {s.tokens:,} tokens ({s.bytes_per_token:.3f} bytes each)"
+            for name, s in self.splits.items()
         )
         skipped = f", {self.skipped} files not UTF-8 left out" if self.skipped else ""
         return (
@@ -127,7 +128,9 @@ class TokenFile:
         return np.frombuffer(data, self._dtype)
 
 
-def tokenize(source: Source, tokenizer: Tokenizer, validation_fraction: float, cache_dir: Path) -> Corpus:
+def tokenize(
+    source: Source, tokenizer: Tokenizer, validation_fraction: float, cache_dir: Path
+) -> Corpus:
     """The corpus of `source`, from `cache_dir` if it is there, else written to it.
 
     A document is in the validation split if the hash of its key (relative path and row) falls below
@@ -137,7 +140,9 @@ def tokenize(source: Source, tokenizer: Tokenizer, validation_fraction: float, c
     Raises:
       InputError: text that cannot be read, an empty split, a cache folder that cannot be written or is damaged.
     """
-    folder = cache_dir / f"{source.kind}-{_fingerprint(source, tokenizer, validation_fraction)[:16]}"
+    folder = (
+        cache_dir / f"{source.kind}-{_fingerprint(source, tokenizer, validation_fraction)[:16]}"
+    )
     try:
         if not folder.is_dir():
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -149,7 +154,9 @@ def tokenize(source: Source, tokenizer: Tokenizer, validation_fraction: float, c
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "no space left" if full else f"cannot be written ({e.strerror or e})"
-        raise InputError(f"cache_dir: {cache_dir}: {reason}; nothing was kept of source {source.name!r}") from None
+        raise InputError(
+            f"cache_dir: {cache_dir}: {reason}; nothing was kept of source {source.name!r}"
+        ) from None
     return _open(folder, source.name)
 
 
@@ -181,7 +188,9 @@ def _write(partial: Path, source: Source, tokenizer: Tokenizer, validation_fract
     digest, skipped = hashlib.sha256(), 0
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(_SplitWriter(partial, split, tokenizer, dtype)) for split in SPLITS]
+        writers = [
+            stack.enter_context(_SplitWriter(partial, split, tokenizer, dtype)) for split in SPLITS
+        ]
         for text, is_validation in _labeled(source, validation_fraction):
             if text is None:
                 skipped += 1
@@ -219,7 +228,9 @@ class _SplitWriter:
 
     def __enter__(self) -> "_SplitWriter":
         self._stream = open(self._folder / f"{self._split}.tokens", "wb")
-        self._text = open(self._folder / f"{self._split}.txt", "wb") if self._split == "validation" else None
+        self._text = (
+            open(self._folder / f"{self._split}.txt", "wb") if self._split == "validation" else None
+        )
         return self
 
     def __exit__(self, *exc) -> None:
@@ -238,7 +249,11 @@ class _SplitWriter:
 
     def finish(self) -> SplitInfo:
         self._flush()
-        np.save(self._folder / f"{self._split}.ends.npy", np.asarray(self._ends, np.int64), allow_pickle=False)
+        np.save(
+            self._folder / f"{self._split}.ends.npy",
+            np.asarray(self._ends, np.int64),
+            allow_pickle=False,
+        )
         return SplitInfo(len(self._ends), self._bytes, self._tokens)
 
     def _flush(self) -> None:
@@ -269,7 +284,9 @@ def _cut_in_two(text: str, validation_fraction: float) -> list[tuple[str, bool]]
 
 
 def _is_validation(keys: list[str], validation_fraction: float) -> Bool[np.ndarray, "documents"]:
-    first_bytes = b"".join(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:8] for key in keys)
+    first_bytes = b"".join(
+        hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:8] for key in keys
+    )
     hashes = np.frombuffer(first_bytes, ">u8") / HASH_RANGE
     chosen = hashes < validation_fraction
     if len(keys) > 1:  # the document nearest to the other side crosses over, if that side is empty
@@ -304,7 +321,10 @@ def _require_whole(folder: Path, split: str, info: SplitInfo, dtype: str) -> Non
     """ValueError where a file of the split is not as long as meta.json says."""
     if (folder / f"{split}.tokens").stat().st_size != info.tokens * np.dtype(dtype).itemsize:
         raise ValueError(f"{split}.tokens does not hold {info.tokens} tokens")
-    if len(np.load(folder / f"{split}.ends.npy", mmap_mode="r", allow_pickle=False)) != info.documents:
+    if (
+        len(np.load(folder / f"{split}.ends.npy", mmap_mode="r", allow_pickle=False))
+        != info.documents
+    ):
         raise ValueError(f"{split}.ends.npy does not hold {info.documents} documents")
     if split == "validation" and (folder / "validation.txt").stat().st_size != info.bytes:
         raise ValueError(f"validation.txt does not hold {info.bytes} bytes")

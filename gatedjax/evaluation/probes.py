@@ -48,7 +48,9 @@ def measure(config: ModelConfig, params, batch: Batch) -> Probes:
     for i, probes in found.items():
         for name, stacked in probes.items():
             for period, values in enumerate(stacked):
-                result.setdefault(name, {})[period * config.period + i] = np.asarray(values, np.float64)
+                result.setdefault(name, {})[period * config.period + i] = np.asarray(
+                    values, np.float64
+                )
     return {name: dict(sorted(layers.items())) for name, layers in result.items()}
 
 
@@ -74,15 +76,24 @@ def _layer(mixer, batch: Batch, of_layer: tuple[dict, dict, dict]) -> dict[str, 
     sown, params, statistics = of_layer
     (residual,), inside = sown["residual"], sown.get("mixer", {})
     real = batch.segment_ids > 0
-    result = {"max_activation": max_activation(residual, real), "kurtosis": kurtosis(residual, real)}
+    result = {
+        "max_activation": max_activation(residual, real),
+        "kurtosis": kurtosis(residual, real),
+    }
     if isinstance(mixer, GatedAttentionConfig):
         share, entropy = _attention(mixer, inside, params, batch)
         result |= {"first_token_fraction": share, "attention_entropy": entropy}
-        result["effective_rank"] = effective_rank(params["value"]["kernel"], params["out"]["kernel"])
+        result["effective_rank"] = effective_rank(
+            params["value"]["kernel"], params["out"]["kernel"]
+        )
     scores = inside.get("gate", inside).get("score")
     if scores:
         counts, edges = jnp.histogram(scores[0], BINS)
-        result |= {"gate_mean": jnp.mean(scores[0]), "gate_histogram": counts / scores[0].size, "gate_edges": edges}
+        result |= {
+            "gate_mean": jnp.mean(scores[0]),
+            "gate_histogram": counts / scores[0].size,
+            "gate_edges": edges,
+        }
     if "log_decay" in inside:
         result["half_life"] = half_life(*inside["log_decay"])
     if "counts" in statistics:
@@ -95,8 +106,15 @@ def _attention(c: GatedAttentionConfig, inside: dict, params: dict, batch: Batch
     """`attention_rows` of a layer."""
     slopes = params.get("alibi_slopes", None if c.alibi == "none" else jnp.asarray(alibi_slopes(c)))
     by_head = dict(sink_logits=params.get("sink_logits"), alibi_slopes=slopes)
-    options = dict(normalizer=normalizer_of(c), window=c.window, logits_soft_cap=c.logits_soft_cap, scale=logit_scale(c))
-    return attention_rows(*inside["q"], *inside["k"], batch.segment_ids, batch.positions, **by_head, **options)
+    options = dict(
+        normalizer=normalizer_of(c),
+        window=c.window,
+        logits_soft_cap=c.logits_soft_cap,
+        scale=logit_scale(c),
+    )
+    return attention_rows(
+        *inside["q"], *inside["k"], batch.segment_ids, batch.positions, **by_head, **options
+    )
 
 
 def attention_rows(
@@ -123,14 +141,18 @@ def attention_rows(
     pad = lambda x: jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - T)] + [(0, 0)] * (x.ndim - 2))
     cut = lambda x: jnp.moveaxis(pad(x).reshape(B, blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
     times = jnp.broadcast_to(jnp.arange(T), (B, T))
-    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], 1) != 0
+    starts = (
+        jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], 1) != 0
+    )
     normalizer, scale = normalizer.for_length(T), q.shape[-1] ** -0.5 if scale is None else scale
     by_head = lambda x: None if x is None else x.astype(jnp.float32)[:, None, None]
 
     def block(x):
         q, segments, rows, first = x  # [B, b, ...]
         groups = q.astype(jnp.float32).reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-        s = scale * jnp.einsum("bqhgd,bkhd->bhgqk", groups, k.astype(jnp.float32), precision="highest")
+        s = scale * jnp.einsum(
+            "bqhgd,bkhd->bhgqk", groups, k.astype(jnp.float32), precision="highest"
+        )
         s = s.reshape(B, q.shape[2], QUERY_BLOCK, T)
         s = s if logits_soft_cap is None else logits_soft_cap * jnp.tanh(s / logits_soft_cap)
         lag = (rows[:, :, None] - jnp.arange(T))[:, None]
@@ -171,19 +193,28 @@ def effective_rank(value: Float[Array, "M Hk D"], out: Float[Array, "H D M"]) ->
     groups = out.shape[0] // value.shape[1]
     values = jnp.repeat(jnp.moveaxis(value, 1, 0), groups, axis=0)  # [H, M, D]
     # W_V = Q R: singular values of W_V W_O are those of a small D x D product.
-    small = jnp.linalg.qr(values, mode="r") @ jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(out, 1, 2), mode="r"), 1, 2)
+    small = jnp.linalg.qr(values, mode="r") @ jnp.swapaxes(
+        jnp.linalg.qr(jnp.swapaxes(out, 1, 2), mode="r"), 1, 2
+    )
     s = jnp.linalg.svd(small, compute_uv=False)
     p = s / jnp.sum(s, -1, keepdims=True)
     return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), -1))
 
 
-def half_life(log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | Float[Array, "H"]) -> Float[Array, "H*K"]:
+def half_life(
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | Float[Array, "H"],
+) -> Float[Array, "H*K"]:
     """log 2 over the mean of -log_decay, in tokens, for every channel that decays by itself."""
     g = log_decay.astype(jnp.float32)
-    return math.log(2.0) / jnp.maximum(-(g if g.ndim == 1 else jnp.mean(g, (0, 1)).reshape(-1)), 1e-12)
+    return math.log(2.0) / jnp.maximum(
+        -(g if g.ndim == 1 else jnp.mean(g, (0, 1)).reshape(-1)), 1e-12
+    )
 
 
 def to_json(probes: Probes) -> dict:
     """Plain lists by probe and layer; NaN is null."""
     plain = lambda x: [plain(y) for y in x] if isinstance(x, list) else None if math.isnan(x) else x
-    return {name: {str(i): plain(x.tolist()) for i, x in layers.items()} for name, layers in probes.items()}
+    return {
+        name: {str(i): plain(x.tolist()) for i, x in layers.items()}
+        for name, layers in probes.items()
+    }

@@ -22,7 +22,9 @@ def filter_logits(scores: Float[Array, "B X"], top_k: int, top_p: float) -> Floa
         scores = jnp.where(scores < smallest_kept, -jnp.inf, scores)
     if top_p < 1.0:
         ordered = jnp.sort(scores, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(
+            ordered, axis=-1
+        )
         # The token that crosses p is kept, so at least one always is.
         smallest_kept = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         scores = jnp.where(scores < smallest_kept, -jnp.inf, scores)
@@ -35,11 +37,15 @@ def sample_token(
     """One token per row. Temperature 0 is the argmax; the filters see the tempered scores."""
     if temperature == 0:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, filter_logits(scores / temperature, top_k, top_p)).astype(jnp.int32)
+    return jax.random.categorical(key, filter_logits(scores / temperature, top_k, top_p)).astype(
+        jnp.int32
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def forward(model: ModelConfig, params, tokens: Int[Array, "B T"], caches: Caches, vocab: Int[Array, ""]):
+def forward(
+    model: ModelConfig, params, tokens: Int[Array, "B T"], caches: Caches, vocab: Int[Array, ""]
+):
     """Scores of the token after `tokens`, and the caches with `tokens` in them. Ids from `vocab` up are padding."""
     with nn.logical_axis_rules(RULES):
         hidden, caches, _ = LanguageModel(model).apply({"params": params}, tokens, caches=caches)
@@ -74,8 +80,12 @@ def generate(
             raise InputError(f"{name}: expected {wanted}")
     # Lengths come in powers of two, so that few different caches are ever compiled for.
     length = 1 << (prompt.shape[1] + tokens - 1).bit_length()
-    scores, caches = forward(model, params, prompt, init_caches(model, prompt.shape[0], length), vocab_size)
-    sample = jax.jit(functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p))
+    scores, caches = forward(
+        model, params, prompt, init_caches(model, prompt.shape[0], length), vocab_size
+    )
+    sample = jax.jit(
+        functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
+    )
     key = jax.random.key(seed)
     for step in range(tokens):
         token = sample(scores, jax.random.fold_in(key, step))
@@ -83,11 +93,20 @@ def generate(
         scores, caches = forward(model, params, token[:, None], caches, vocab_size)
 
 
-def generate_text(model: ModelConfig, params, tokenizer, prompt: str, tokens: int, **sampling) -> Iterator[str]:
+def generate_text(
+    model: ModelConfig, params, tokenizer, prompt: str, tokens: int, **sampling
+) -> Iterator[str]:
     """Yields pieces of text as they become whole characters; stops at the end of the document."""
     # Documents start without a marker in training; only an empty prompt needs a token to start from.
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
-    steps = generate(model, params, jnp.asarray([ids], jnp.int32), tokens, vocab_size=tokenizer.vocab_size, **sampling)
+    steps = generate(
+        model,
+        params,
+        jnp.asarray([ids], jnp.int32),
+        tokens,
+        vocab_size=tokenizer.vocab_size,
+        **sampling,
+    )
     sampled: list[int] = []
     shown = ""
     for token in steps:

@@ -43,14 +43,19 @@ class Validation:
     def __init__(self, run: Run, num_batches: int):
         data, self._batch_size = run.config.data, run.config.train.batch_size
         rows = my_rows(run.mesh, self._batch_size)
-        dataset = make_dataset(data, "validation", batch_size=self._batch_size, rows=rows, seed=data.seed)
+        dataset = make_dataset(
+            data, "validation", batch_size=self._batch_size, rows=rows, seed=data.seed
+        )
         self._dataset = dataset[: min(num_batches or len(dataset), len(dataset))]
         self._run, self._tokens_per_byte = run, tokens_per_byte(data)
 
     def __call__(self, params) -> Evaluation:
         """Mean loss per token; call it inside `jax.set_mesh(run.mesh)`."""
         model, mesh = self._run.config.model, self._run.mesh
-        sums = [_eval_step(model, params, global_batch(mesh, b, self._batch_size)) for b in batches(self._dataset)]
+        sums = [
+            _eval_step(model, params, global_batch(mesh, b, self._batch_size))
+            for b in batches(self._dataset)
+        ]
         losses, counts = np.array([[float(s.cross_entropy), float(s.count)] for s in sums]).T
         return summarize(losses, counts, self._tokens_per_byte)
 

@@ -19,4 +19,9 @@ MIXERS = {
     "gated_attention": (GatedAttention, attention.init_cache),
     "gated_linear_attention": (GatedLinearAttention, linear_attention.init_cache),
 }
-FEED_FORWARDS = {"gated_mlp": GatedMLP, "sparse_moe": SparseMoE, "soft_moe": SoftMoE, "lora_mixture": LoRAMixture}
+FEED_FORWARDS = {
+    "gated_mlp": GatedMLP,
+    "sparse_moe": SparseMoE,
+    "soft_moe": SoftMoE,
+    "lora_mixture": LoRAMixture,
+}

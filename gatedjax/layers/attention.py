@@ -11,7 +11,13 @@ from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig
 from gatedjax.layers.gate import GateLogits, apply_gate, gate_score
-from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale, unit_length
+from gatedjax.layers.logit_scale import (
+    QueryScale,
+    alibi_slopes,
+    keys_seen,
+    logit_scale,
+    unit_length,
+)
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
@@ -92,7 +98,9 @@ class GatedAttention(nn.Module):
         c = self.config
         if c.rotary_dim == 0:
             return x
-        frequencies = inverse_frequencies(c.rotary_dim, c.rope_base, c.yarn_factor, c.yarn_original_length)
+        frequencies = inverse_frequencies(
+            c.rotary_dim, c.rope_base, c.yarn_factor, c.yarn_original_length
+        )
         return apply_rope(x, info.positions, frequencies, yarn_magnitude(c.yarn_factor))
 
     def _attend(self, q, k, v, x, logits: Array | None, info: TokenInfo, cache: KVCache | None):
@@ -103,20 +111,35 @@ class GatedAttention(nn.Module):
             logits = GateLogits(c, self._head_axes("sdpa", q), self.std, self.dtype, name="gate")(x)
         elif gated_here:
             self.sow("probes", "score", gate_score(logits, c.gate_activation))
-        in_kernel = gated_here and c.gate_mode == "multiplicative" and c.gate_activation == "sigmoid"
+        in_kernel = (
+            gated_here and c.gate_mode == "multiplicative" and c.gate_activation == "sigmoid"
+        )
         epilogue = jnp.broadcast_to(logits, (*q.shape[:3], logits.shape[-1])) if in_kernel else None
-        arrays, options = self._of_heads(), dict(normalizer=normalizer_of(c), logits_soft_cap=c.logits_soft_cap, scale=logit_scale(c))
+        arrays, options = (
+            self._of_heads(),
+            dict(
+                normalizer=normalizer_of(c), logits_soft_cap=c.logits_soft_cap, scale=logit_scale(c)
+            ),
+        )
         if cache is not None and x.shape[1] == 1:
             cache, distances = append_token(cache, k[:, 0], v[:, 0], info.positions[:, 0])
             options |= {} if c.alibi == "none" else {"distances": distances}
             gate, valid = None if epilogue is None else epilogue[:, 0], distances <= info.positions
-            o = attention_step(q[:, 0], cache.k, cache.v, valid=valid, gate_logits=gate, **arrays, **options)[:, None]
+            o = attention_step(
+                q[:, 0], cache.k, cache.v, valid=valid, gate_logits=gate, **arrays, **options
+            )[:, None]
         else:
             self.sow("probes", "q", q)
             self.sow("probes", "k", k)
-            o = attention_on_mesh(q, k, v, epilogue, info.segment_ids, window=c.window, **arrays, **options)
+            o = attention_on_mesh(
+                q, k, v, epilogue, info.segment_ids, window=c.window, **arrays, **options
+            )
             cache = cache if cache is None else fill(cache, k, v)
-        o = o if in_kernel or not gated_here else apply_gate(o, logits, c.gate_activation, c.gate_mode)
+        o = (
+            o
+            if in_kernel or not gated_here
+            else apply_gate(o, logits, c.gate_activation, c.gate_mode)
+        )
         return o, cache
 
     def _of_heads(self) -> dict[str, Array | None]:
@@ -152,9 +175,16 @@ def attention_on_mesh(q, k, v, gate, segment_ids, *, sink_logits, alibi_slopes, 
 
     def part(q, k, v, gate, segment_ids, sink_logits, alibi_slopes):
         return attention_sharded(
-            q, k, v, axis_name=mesh_axis("length"), gate_logits=gate, segment_ids=segment_ids, sink_logits=sink_logits,
-            alibi_slopes=alibi_slopes, **options,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            axis_name=mesh_axis("length"),
+            gate_logits=gate,
+            segment_ids=segment_ids,
+            sink_logits=sink_logits,
+            alibi_slopes=alibi_slopes,
+            **options,
+        )
 
     queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
     in_axes = queries, keys, keys, queries, ("batch", "length"), ("heads",), ("heads",)
@@ -177,13 +207,19 @@ def fill(cache: KVCache, k: Float[Array, "B T Hk D"], v: Float[Array, "B T Hk D"
     return KVCache(write(cache.k, k), write(cache.v, v))
 
 
-def append_token(cache: KVCache, k: Float[Array, "B Hk D"], v: Float[Array, "B Hk D"], position: Array):
+def append_token(
+    cache: KVCache, k: Float[Array, "B Hk D"], v: Float[Array, "B Hk D"], position: Array
+):
     """The cache with the token at `position` [B] written, and how far back the token of each slot is: int32 [B, S].
 
     Slots that hold nothing yet are further back than the sequence is long.
     """
     slots = cache.k.shape[1]
-    write = jax.vmap(lambda old, new, p: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), p % slots, 0))
+    write = jax.vmap(
+        lambda old, new, p: jax.lax.dynamic_update_index_in_dim(
+            old, new.astype(old.dtype), p % slots, 0
+        )
+    )
     # Slot s holds the newest position <= p that is s modulo S; before the ring has gone round once, some hold nothing.
     distances = (position[:, None] - jnp.arange(slots)) % slots
     return KVCache(write(cache.k, k, position), write(cache.v, v, position)), distances

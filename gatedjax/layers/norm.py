@@ -8,7 +8,9 @@ from jaxtyping import Float
 from gatedjax.layers.projection import parameter
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+def rms_norm(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32; returns x's dtype (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(x.dtype)

@@ -8,7 +8,9 @@ from typing import Any, TextIO
 
 import jax
 
-Scalars = Mapping[str, Any]  # name -> a Python, NumPy or JAX number (or array), or None for "not known"
+Scalars = Mapping[
+    str, Any
+]  # name -> a Python, NumPy or JAX number (or array), or None for "not known"
 _CLEAR_LINE = "\r\x1b[K"
 
 
@@ -32,7 +34,9 @@ class Console:
             say(line, self._out)
             self._live = False
             return
-        width = shutil.get_terminal_size().columns - 1  # a longer line would wrap, and \r not reach its start
+        width = (
+            shutil.get_terminal_size().columns - 1
+        )  # a longer line would wrap, and \r not reach its start
         self._out.write(_CLEAR_LINE + line[:width])
         self._out.flush()
         self._live = True
@@ -72,7 +76,9 @@ def format_si(x: float, space: str = "") -> str:
     mantissa, exponent = f"{x:.2e}".split("e")
     power = min(max(int(exponent) // 3, 0), 5)
     tens = int(exponent) - 3 * power
-    return f"{float(mantissa) * 10.0**tens:.{min(max(2 - tens, 0), 2)}f}{space}{['', *'kMGTP'][power]}"
+    return (
+        f"{float(mantissa) * 10.0**tens:.{min(max(2 - tens, 0), 2)}f}{space}{['', *'kMGTP'][power]}"
+    )
 
 
 def format_duration(seconds: float) -> str:

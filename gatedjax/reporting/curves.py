@@ -16,7 +16,11 @@ from gatedjax.reporting.writers import METRICS_FILE, read_records
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, bits per byte
 
-_TRAIN, _VALIDATION, _REFERENCE = "#4477aa", "#cc3311", "#555555"  # told apart by readers with any color vision
+_TRAIN, _VALIDATION, _REFERENCE = (
+    "#4477aa",
+    "#cc3311",
+    "#555555",
+)  # told apart by readers with any color vision
 
 
 def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None = None) -> Path:
@@ -44,7 +48,11 @@ def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None 
 
 def loss_curve(records: list[dict[str, Any]], split: str) -> Curve:
     """Steps and bits per byte of one split; records without a finite value are left out."""
-    points = [(r["step"], r["bits_per_byte"]) for r in records if r.get("split") == split and r.get("bits_per_byte")]
+    points = [
+        (r["step"], r["bits_per_byte"])
+        for r in records
+        if r.get("split") == split and r.get("bits_per_byte")
+    ]
     steps, bits = np.array(points, np.float64).reshape(-1, 2).T
     return steps, bits
 
@@ -55,16 +63,39 @@ def draw(curves: Mapping[str, Curve], references: Mapping[str, float], title: st
     _draw_training(axes, *curves["train"])
     steps, bits = curves["validation"]
     if len(steps):
-        axes.plot(steps, bits, "o-", color=_VALIDATION, ms=4, lw=1.4, label=f"validation (last {bits[-1]:.3f})")
+        axes.plot(
+            steps,
+            bits,
+            "o-",
+            color=_VALIDATION,
+            ms=4,
+            lw=1.4,
+            label=f"validation (last {bits[-1]:.3f})",
+        )
     for name, value in references.items():
         axes.axhline(value, color=_REFERENCE, ls="--", lw=1, zorder=1)
         # In the margin, where no curve goes.
-        place = {"xy": (1, value), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate(f"{name}: {value:.2f}", xytext=(4, 0), va="center", color=_REFERENCE, fontsize=9, **place)
-    axes.set(xlabel="optimizer step", ylabel="loss (bits per byte, log scale)", title=title, yscale="log")
+        place = {
+            "xy": (1, value),
+            "xycoords": axes.get_yaxis_transform(),
+            "textcoords": "offset points",
+        }
+        axes.annotate(
+            f"{name}: {value:.2f}",
+            xytext=(4, 0),
+            va="center",
+            color=_REFERENCE,
+            fontsize=9,
+            **place,
+        )
+    axes.set(
+        xlabel="optimizer step", ylabel="loss (bits per byte, log scale)", title=title, yscale="log"
+    )
     axes.set_xlim(left=0)
     ticks = [0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])  # the interesting part is far below where training starts
+    axes.set_yticks(
+        ticks, [f"{t:g}" for t in ticks]
+    )  # the interesting part is far below where training starts
     axes.set_yticks([], minor=True)
     axes.set_ylim(*_limits(curves, references))
     axes.grid(alpha=0.25)
@@ -88,4 +119,6 @@ def _draw_training(axes: Any, steps: np.ndarray, bits: np.ndarray) -> None:
     half = window // 2
     means = moving_mean(bits, window)
     axes.plot(steps, bits, color=_TRAIN, lw=0.6, alpha=0.35)
-    axes.plot(steps[half:-half], means, color=_TRAIN, lw=1.4, label=f"training (mean of {window} records)")
+    axes.plot(
+        steps[half:-half], means, color=_TRAIN, lw=1.4, label=f"training (mean of {window} records)"
+    )

@@ -47,7 +47,11 @@ def plot_expert_load(run_dir: str | os.PathLike) -> Path:
 
 def expert_loads(records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Steps [N], and loads [N, layers, experts] as shares of an even load; NaN where a layer has fewer experts."""
-    found = [(r["step"], r["expert_load"]) for r in records if r.get("split") == "train" and "expert_load" in r]
+    found = [
+        (r["step"], r["expert_load"])
+        for r in records
+        if r.get("split") == "train" and "expert_load" in r
+    ]
     steps, loads = zip(*found) if found else ((), ())
     return np.array(steps, np.int64), np.array(loads, np.float64)  # None becomes NaN
 
@@ -60,7 +64,9 @@ def draw_expert_load(steps: np.ndarray, load: np.ndarray, title: str) -> Any:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise InputError("pictures need matplotlib: pip install gatedjax[plots]") from e
-    layers = np.unique(np.linspace(0, load.shape[1] - 1, min(PANELS, load.shape[1])).round().astype(int))
+    layers = np.unique(
+        np.linspace(0, load.shape[1] - 1, min(PANELS, load.shape[1])).round().astype(int)
+    )
     figure = Figure(figsize=(8, 1.0 + 1.3 * len(layers)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
@@ -69,7 +75,9 @@ def draw_expert_load(steps: np.ndarray, load: np.ndarray, title: str) -> Any:
         experts = int(np.isfinite(load[-1, layer]).sum())
         shown = np.clip(load[:, layer, :experts].T, 0.25, 4.0)
         norm = LogNorm(0.25, 4.0)
-        image = panel.pcolormesh(edges, np.arange(experts + 1) - 0.5, shown, norm=norm, cmap="RdBu_r", rasterized=True)
+        image = panel.pcolormesh(
+            edges, np.arange(experts + 1) - 0.5, shown, norm=norm, cmap="RdBu_r", rasterized=True
+        )
         worst = float(np.nanmax(load[-1, layer]))
         panel.set_ylabel(f"sparse layer {layer}", fontsize=9)
         panel.set_title(f"at the end, largest / mean {worst:.2f}", fontsize=8, loc="right", pad=2)

@@ -23,6 +23,8 @@ def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise InputError("pictures need matplotlib: pip install gatedjax[plots]") from e
-    figure = Figure(figsize=inches, dpi=150, layout="constrained")  # no pyplot: no global state, no display
+    figure = Figure(
+        figsize=inches, dpi=150, layout="constrained"
+    )  # no pyplot: no global state, no display
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()

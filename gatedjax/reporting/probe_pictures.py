@@ -67,7 +67,9 @@ def _grid(figure, axes, layers: Layers, top: float | None, columns: str) -> None
     if values.size <= 256:
         for (row, column), value in np.ndenumerate(values):
             color = "white" if value < middle else "black"
-            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
+            axes.text(
+                column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color
+            )
     axes.set(xlabel=columns, ylabel="layer")
     axes.set_xticks(range(values.shape[1]))
     axes.set_yticks(range(len(layers)), list(layers))

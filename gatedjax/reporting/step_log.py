@@ -56,11 +56,16 @@ class StepLog:
             self._look_at(step, metrics)
             skipped = int(metrics["skipped_steps"])
             loss = float(metrics["loss"])
-            derived = {"bits_per_byte": loss * self._bits, "lr": float(self._schedule(step - 1 - skipped))}
+            derived = {
+                "bits_per_byte": loss * self._bits,
+                "lr": float(self._schedule(step - 1 - skipped)),
+            }
             if first:
                 derived["first_step_s"] = time.monotonic() - cli.STARTED
                 say(f"first step done {derived['first_step_s']:.1f} s after the start")
-            self._writers.write(step, metrics | derived | self._waits() | self._throughput.read(step))
+            self._writers.write(
+                step, metrics | derived | self._waits() | self._throughput.read(step)
+            )
 
     def _waits(self) -> dict[str, float | None]:
         waits = {
@@ -90,7 +95,11 @@ class StepLog:
 
     def validation(self, step: int, result: Evaluation) -> None:
         """After an evaluation."""
-        record = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "loss_error": result.loss_error}
+        record = {
+            "loss": result.loss,
+            "bits_per_byte": result.bits_per_byte,
+            "loss_error": result.loss_error,
+        }
         self._writers.write(step, record, "validation")
 
     def probes(self, step: int, probes: Probes) -> None:

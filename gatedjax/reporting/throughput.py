@@ -45,7 +45,12 @@ class Throughput:
         flops_per_s = tokens_per_s * self._flops_per_token
         mfu = flops_per_s / self._peak_flops if self._peak_flops else None
         eta_s = (now - self._first[1]) / (step - self._first[0]) * max(self._total_steps - step, 0)
-        return {"tokens_per_s": tokens_per_s, "flops_per_s": flops_per_s, "mfu": mfu, "eta_s": eta_s}
+        return {
+            "tokens_per_s": tokens_per_s,
+            "flops_per_s": flops_per_s,
+            "mfu": mfu,
+            "eta_s": eta_s,
+        }
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -87,7 +87,9 @@ def make_writers(run_dir: str | os.PathLike, total_steps: int, resume_step: int 
     if jax.process_index() != 0:
         return Writers([])
     run_dir = Path(run_dir)
-    return Writers([Console(total_steps), Jsonl(run_dir, resume_step), TensorBoard(run_dir, resume_step)])
+    return Writers(
+        [Console(total_steps), Jsonl(run_dir, resume_step), TensorBoard(run_dir, resume_step)]
+    )
 
 
 class Jsonl:
@@ -173,7 +175,9 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
         if record is not None:
             records.append(record)
         elif number < len(lines):
-            raise InputError(f"{path}, line {number}: got {line[:60]!r}, expected a JSON object with a step")
+            raise InputError(
+                f"{path}, line {number}: got {line[:60]!r}, expected a JSON object with a step"
+            )
     return records
 
 

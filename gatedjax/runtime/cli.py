@@ -21,10 +21,19 @@ STARTED = time.monotonic()
 # The coordinator dies with process 0: it leaves last, so that the others can still say what went wrong.
 _LEAVE_LAST_SECONDS = 2.0
 _PEER_LOST = re.compile(
-    r"gloo|nccl|connection (reset|closed)|coordination.?service|heartbeat|socket closed|barrier", re.IGNORECASE
+    r"gloo|nccl|connection (reset|closed)|coordination.?service|heartbeat|socket closed|barrier",
+    re.IGNORECASE,
 )
 # What the operating system says about the user's disks and paths, rather than about our code.
-_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
+_USER_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+}
 
 
 def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
@@ -35,7 +44,10 @@ def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
     keep_freed_memory()
     libtpu.quieten()
     _help_is_of(main.__module__)
-    app.run(lambda argv: _guarded(lambda: main(argv)), flags_parser=lambda argv: _guarded(lambda: _parse(argv, takes)))
+    app.run(
+        lambda argv: _guarded(lambda: main(argv)),
+        flags_parser=lambda argv: _guarded(lambda: _parse(argv, takes)),
+    )
 
 
 def _help_is_of(module: str) -> None:
@@ -68,7 +80,9 @@ def required(flag: flags.FlagHolder[str | None]) -> str:
 def required_config(flag: flags.FlagHolder) -> ConfigDict:
     """The ConfigDict of a --config flag; InputError if the flag was not given or its file could not be loaded."""
     config = required(flag)
-    if not isinstance(config, ConfigDict):  # ml_collections' stand-in, which raises once it is looked into
+    if not isinstance(
+        config, ConfigDict
+    ):  # ml_collections' stand-in, which raises once it is looked into
         try:
             config.model  # noqa: B018
         except OSError as e:
@@ -92,7 +106,9 @@ def _guarded(call: Callable):
         if e.errno not in _USER_ERRNOS:
             raise
         leave(f"{e.strerror}: {e.filename}" if e.filename else str(e), 2)
-    except Exception as e:  # the loss of a process comes as whatever the call of that moment makes of it
+    except (
+        Exception
+    ) as e:  # the loss of a process comes as whatever the call of that moment makes of it
         if not (_processes() > 1 and _PEER_LOST.search(str(e))):
             raise
         leave(f"another process of this run was lost ({e}); the last checkpoint is intact", 1)
@@ -126,7 +142,9 @@ def _parse(argv: Sequence[str], takes: int) -> Sequence[str]:
     except (flags.Error, TypeError, ValueError) as e:
         raise InputError(f"flags: {e}") from None
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO, at which jax tells of every absent backend
+        flags.FLAGS.verbosity = (
+            logging.WARNING
+        )  # absl would take INFO, at which jax tells of every absent backend
     if len(args) > 1 + takes:
         raise InputError(f"flags: {args[1 + takes]!r} is not a flag; expected --name=value")
     return args

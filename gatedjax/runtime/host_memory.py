@@ -25,7 +25,10 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or not _computes_on_cpu():
         return False
     libc = ctypes.CDLL(None)
-    taken = [libc.mallopt(*s) for s in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))]
+    taken = [
+        libc.mallopt(*s)
+        for s in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
+    ]
     return all(taken)
 
 

@@ -21,15 +21,30 @@ from jax.experimental import multihost_utils
 from gatedjax.errors import InputError
 from gatedjax.runtime import stderr_filter
 
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where jax does not find it by itself.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where jax does not find it by itself."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of this run.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0.", lower_bound=0
+)
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_seconds", 100, "A process that is silent for so long is lost, and the others stop.", lower_bound=5
+    "heartbeat_seconds",
+    100,
+    "A process that is silent for so long is lost, and the others stop.",
+    lower_bound=5,
 )
 
 # Set by launchers that jax does not know. A size above 1, or an index above 0: others run the same command.
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "JAX_NUM_PROCESSES", "JAX_PROCESS_COUNT")
+_SIZES = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "WORLD_SIZE",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_COUNT",
+)
 _INDICES = ("PMI_RANK", "RANK", "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
 
 
@@ -39,7 +54,9 @@ def start() -> None:
     Raises:
       InputError: flags that do not belong together, or a launcher started several processes that jax does not find.
     """
-    given = {f.name: f.value for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if f.value is not None}
+    given = {
+        f.name: f.value for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if f.value is not None
+    }
     if given:
         _start_as_given(given)
     elif not _found_by_jax():
@@ -65,14 +82,20 @@ def require_same(what: str, value: object) -> None:
     everybodys = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
     others = [str(i) for i, theirs in enumerate(everybodys) if (theirs != everybodys[0]).any()]
     if others:
-        raise InputError(f"{what}: process {', '.join(others)} came with another one than process 0")
+        raise InputError(
+            f"{what}: process {', '.join(others)} came with another one than process 0"
+        )
 
 
 def _start_as_given(given: dict) -> None:
     if len(given) < 3:
-        raise InputError(f"--{next(iter(given))}: expected --coordinator, --num_processes and --process_id together")
+        raise InputError(
+            f"--{next(iter(given))}: expected --coordinator, --num_processes and --process_id together"
+        )
     if given["process_id"] >= given["num_processes"]:
-        raise InputError(f"--process_id: got {given['process_id']}, expected below {given['num_processes']}")
+        raise InputError(
+            f"--process_id: got {given['process_id']}, expected below {given['num_processes']}"
+        )
     if not given["coordinator"].rpartition(":")[2].isdigit():
         raise InputError(f"--coordinator: got {given['coordinator']!r}, expected host:port")
     if given["num_processes"] > 1:
@@ -101,10 +124,16 @@ def _found_by_jax() -> bool:
 def _start_alone() -> None:
     """A coordinator on a socket without a port: nobody else can take it, and no network is needed."""
     name = f"gatedjax-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    address = f"unix-abstract:{name}" if sys.platform == "linux" else f"unix:{Path(tempfile.gettempdir(), name)}"
+    address = (
+        f"unix-abstract:{name}"
+        if sys.platform == "linux"
+        else f"unix:{Path(tempfile.gettempdir(), name)}"
+    )
     # gRPC would ask a proxy for that socket, and wait for ever.
     proxies = {
-        v: os.environ.pop(v) for v in list(os.environ) if v.lower() in ("http_proxy", "https_proxy", "grpc_proxy")
+        v: os.environ.pop(v)
+        for v in list(os.environ)
+        if v.lower() in ("http_proxy", "https_proxy", "grpc_proxy")
     }
     try:
         jax.distributed.initialize(

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 
 LOST = "error: another process of this run was lost or cannot be reached ({reason}); the last checkpoint is intact"
 
-_FATAL = re.compile(r"^F\d{4} .*Terminating process because the JAX distributed service.*?(?:absl::Status: (.*))?$")
+_FATAL = re.compile(
+    r"^F\d{4} .*Terminating process because the JAX distributed service.*?(?:absl::Status: (.*))?$"
+)
 _NOISE = re.compile(
     r"^[EWI]\d{4} .*(coordination_service|preemption_|grpc)|^=== Source Location Trace|^external/xla|^RPC: /xla|"
     r"^Additional GRPC error|^:UNAVAILABLE|^The tasks have crashed|^learning/|^\. This is only expected|"
@@ -32,7 +34,12 @@ def install() -> None:
     sys.stderr.flush()
     reading, writing = os.pipe()
     # A session of its own: signals that are meant for the run must not end the filter before it has read the end.
-    subprocess.Popen([sys.executable, "-I", "-S", __file__], stdin=reading, start_new_session=True, close_fds=True)
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__],
+        stdin=reading,
+        start_new_session=True,
+        close_fds=True,
+    )
     os.close(reading)
     os.dup2(writing, 2)
     os.close(writing)

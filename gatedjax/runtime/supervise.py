@@ -32,7 +32,11 @@ def supervise(command: Sequence[str], tries: int, wait: float, longest_wait: flo
         if code in FINAL or stopped:
             return code
         crashes = 1 if time.monotonic() - start > PROGRESS_SECONDS else crashes + 1
-        what = f"signal {code - 128} ({signal.Signals(code - 128).name})" if code > 128 else f"exit code {code}"
+        what = (
+            f"signal {code - 128} ({signal.Signals(code - 128).name})"
+            if code > 128
+            else f"exit code {code}"
+        )
         if crashes > tries:
             _say(f"{what}; {crashes} crashes in a row, giving up")
             return code
@@ -70,10 +74,16 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="gatedjax.runtime.supervise", description="Starts a command again when it crashes.")
+    parser = argparse.ArgumentParser(
+        prog="gatedjax.runtime.supervise", description="Starts a command again when it crashes."
+    )
     parser.add_argument("--tries", type=int, default=5, help="crashes in a row before it gives up")
-    parser.add_argument("--wait", type=float, default=10.0, help="seconds before the first new start")
-    parser.add_argument("--longest_wait", type=float, default=600.0, help="seconds before any new start, at most")
+    parser.add_argument(
+        "--wait", type=float, default=10.0, help="seconds before the first new start"
+    )
+    parser.add_argument(
+        "--longest_wait", type=float, default=600.0, help="seconds before any new start, at most"
+    )
     parser.add_argument("command", nargs="+", help="after --: the command and its arguments")
     args = parser.parse_args()
     try:

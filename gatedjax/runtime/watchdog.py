@@ -27,7 +27,11 @@ class Watchdog:
 
     def __init__(self, seconds: float, folder: Path, end: Callable[[str, int], None] = leave):
         self.stalls = 0
-        self._seconds, self._path, self._end = seconds, folder / f"stacks-{jax.process_index()}.txt", end
+        self._seconds, self._path, self._end = (
+            seconds,
+            folder / f"stacks-{jax.process_index()}.txt",
+            end,
+        )
         self._last, self._doing = time.monotonic(), "starting"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -52,7 +56,10 @@ class Watchdog:
         while not self._stop.wait(min(self._seconds / 10, 5.0)):
             last, still = self._last, time.monotonic() - self._last
             if still > 2 * self._seconds and seen == last:
-                self._end(f"{self._doing}: nothing happened for {still:.0f} s; the last checkpoint is intact", 1)
+                self._end(
+                    f"{self._doing}: nothing happened for {still:.0f} s; the last checkpoint is intact",
+                    1,
+                )
             elif still > self._seconds and seen != last:
                 seen = last
                 self.stalls += 1
@@ -68,4 +75,8 @@ class Watchdog:
                 faulthandler.dump_traceback(f, all_threads=True)
         except OSError as e:
             where = f"stacks could not be written to {self._path}: {e.strerror}"
-        print(f"warning: {self._doing}: nothing happened for {still:.0f} s; {where}", file=sys.stderr, flush=True)
+        print(
+            f"warning: {self._doing}: nothing happened for {still:.0f} s; {where}",
+            file=sys.stderr,
+            flush=True,
+        )

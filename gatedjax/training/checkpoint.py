@@ -83,7 +83,9 @@ class Checkpointer:
         report: Callable[[str], None] = logging.warning,
     ):
         if "://" in os.fspath(run_dir):
-            raise InputError(f"run directory: got {os.fspath(run_dir)}, expected a path; mount a bucket to write to it")
+            raise InputError(
+                f"run directory: got {os.fspath(run_dir)}, expected a path; mount a bucket to write to it"
+            )
         if keep < 1:
             raise InputError(f"keep: got {keep}, expected at least 1")
         self.directory = Path(run_dir).absolute() / "checkpoints"
@@ -121,13 +123,17 @@ class Checkpointer:
         """
         self.wait()
         if self._read_only or step in self.steps():
-            raise ValueError(f"step {step}: {'opened read-only' if self._read_only else 'is saved already'}")
+            raise ValueError(
+                f"step {step}: {'opened read-only' if self._read_only else 'is saved already'}"
+            )
         leaves = named_leaves(state)
         digests = digests_of(leaves)
         described = {n: describe(x) | {"digest": digests[n]} for n, x in leaves.items()}
         body = {"step": step, "data_index": data_index, "config": self._config, "leaves": described}
         manifest = {"body": body, "sha256": _sha256(body)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), manifest=ocp.args.JsonSave(manifest))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves), manifest=ocp.args.JsonSave(manifest)
+        )
         self._saving = step
         with _plain_errors(self._cannot_write(step)):
             # force: orbax would otherwise skip, silently, a step that is not newer than the newest on disk.
@@ -160,7 +166,9 @@ class Checkpointer:
             try:
                 restored = self._read(step, target)
             except _DamagedError as e:
-                self._report(f"checkpoint of step {step} in {self.directory} is damaged: {e}; trying the one before it")
+                self._report(
+                    f"checkpoint of step {step} in {self.directory} is damaged: {e}; trying the one before it"
+                )
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
@@ -177,7 +185,9 @@ class Checkpointer:
         try:
             return self._read(step, target)
         except _DamagedError as e:
-            raise InputError(f"checkpoint of step {step} in {self.directory} is damaged: {e}") from None
+            raise InputError(
+                f"checkpoint of step {step} in {self.directory} is damaged: {e}"
+            ) from None
 
     def config(self, step: int | None = None) -> Mapping[str, Any]:
         """The configuration saved with this step; by default with the newest step whose manifest is intact."""
@@ -218,7 +228,9 @@ class Checkpointer:
     def _require_step(self, step: int) -> None:
         steps = self.steps()
         if step not in steps:
-            raise InputError(f"{self.directory}: no step {step}; it holds {', '.join(map(str, steps)) or 'none'}")
+            raise InputError(
+                f"{self.directory}: no step {step}; it holds {', '.join(map(str, steps)) or 'none'}"
+            )
 
     def _manifest(self, step: int) -> dict[str, Any]:
         with _as_damage(f"the manifest of step {step} in {self.directory}"):
@@ -244,7 +256,9 @@ class Checkpointer:
         digests = digests_of(leaves)
         for name in wanted:
             if digests[name] != saved[name]["digest"]:
-                raise _DamagedError(f"{name} is not what was saved (digest {digests[name]}, {saved[name]['digest']})")
+                raise _DamagedError(
+                    f"{name} is not what was saved (digest {digests[name]}, {saved[name]['digest']})"
+                )
         state = jax.tree.unflatten(jax.tree.structure(target), [leaves[n] for n in wanted])
         return Restored(step, state, manifest["data_index"], manifest["config"])
 
@@ -256,7 +270,11 @@ class Checkpointer:
             want = _show(describe(wanted[name])) if name in wanted else "nothing"
             if came != want:
                 keys = differing_keys(manifest["config"], self._config) if self._config else []
-                because = f"; {'; '.join(k.replace(' and ', ' there, now ') for k in keys)}" if keys else ""
+                because = (
+                    f"; {'; '.join(k.replace(' and ', ' there, now ') for k in keys)}"
+                    if keys
+                    else ""
+                )
                 place = self.directory / str(step)
                 raise InputError(
                     f"{place} does not fit this configuration: {name} is {came} there, expected {want}{because}"
@@ -275,7 +293,9 @@ class Checkpointer:
             for step in damaged:
                 names = (f"damaged-{step}" + (f"-{i}" if i else "") for i in range(1000))
                 free = next(n for n in names if not (self.directory / n).exists())
-                with _plain_errors(f"could not set aside the damaged step {step} in {self.directory}"):
+                with _plain_errors(
+                    f"could not set aside the damaged step {step} in {self.directory}"
+                ):
                     (self.directory / str(step)).rename(self.directory / free)
         _raise_together(None)  # the others look at the directory only after the renames
         self._manager.reload()
@@ -307,12 +327,20 @@ def _require_stored_as_described(stored: Mapping[str, Any], described: Mapping[s
     """What the array store says of itself, checked before any array is read: a file from elsewhere could name paths
     outside its directory, or sizes that fill the memory."""
     if set(stored) != set(described):
-        raise _DamagedError(f"arrays and manifest disagree on {', '.join(set(stored) ^ set(described))}")
+        raise _DamagedError(
+            f"arrays and manifest disagree on {', '.join(set(stored) ^ set(described))}"
+        )
     for name, array in stored.items():
         shape, chunk = tuple(array.shape), tuple(array.storage.chunk_shape)
         as_described = describe(array) == {k: described[name][k] for k in ("shape", "dtype")}
-        if array.name != name or not as_described or any(c > max(n, 1) for c, n in zip(chunk, shape)):
-            raise _DamagedError(f"{name} is stored as {array.name} {_show(describe(array))} in chunks of {chunk}")
+        if (
+            array.name != name
+            or not as_described
+            or any(c > max(n, 1) for c, n in zip(chunk, shape))
+        ):
+            raise _DamagedError(
+                f"{name} is stored as {array.name} {_show(describe(array))} in chunks of {chunk}"
+            )
 
 
 def _with_sharding(name: str, x: Any) -> jax.ShapeDtypeStruct:
@@ -363,7 +391,9 @@ def _take_lock(run_dir: Path) -> IO:
             lock.seek(0)
             holder = lock.read().strip()
             lock.close()
-            raise InputError(f"{run_dir}: another run is writing to this directory ({holder})") from None
+            raise InputError(
+                f"{run_dir}: another run is writing to this directory ({holder})"
+            ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
@@ -379,7 +409,9 @@ def _raise_together(problem: _DamagedError | InputError | None) -> None:
     if problem is not None and kinds.index(type(problem)) == worst:
         raise problem
     if worst:
-        raise kinds[worst]("another process could not use the run directory; its own message says why")
+        raise kinds[worst](
+            "another process could not use the run directory; its own message says why"
+        )
 
 
 def _os_error(e: Exception) -> int | None:

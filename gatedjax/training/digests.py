@@ -11,7 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, UInt32
 
-Leaves = dict[str, Any]  # leaf name, such as "params.embed.table" or "opt_state.1.mu.embed.table" -> array or its type
+Leaves = dict[
+    str, Any
+]  # leaf name, such as "params.embed.table" or "opt_state.1.mu.embed.table" -> array or its type
 
 # One name is one folder entry of the array store: nothing that could point out of it.
 _LEAF_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
@@ -23,9 +25,17 @@ def named_leaves(tree: PyTree) -> Leaves:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not _LEAF_NAME.fullmatch(name) or name in leaves:
-            raise ValueError(f"leaf {name!r}: expected a unique name of letters, digits, '_', '-' and single dots")
-        if not hasattr(leaf, "shape") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.dtype.kind == "c":
-            raise ValueError(f"leaf {name}: got {type(leaf).__name__}, expected an array of bool, int or float")
+            raise ValueError(
+                f"leaf {name!r}: expected a unique name of letters, digits, '_', '-' and single dots"
+            )
+        if (
+            not hasattr(leaf, "shape")
+            or jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+            or leaf.dtype.kind == "c"
+        ):
+            raise ValueError(
+                f"leaf {name}: got {type(leaf).__name__}, expected an array of bool, int or float"
+            )
         leaves[name] = leaf
     if not leaves:
         raise ValueError("state: got a tree without arrays, expected at least one array")
@@ -40,7 +50,11 @@ def describe(x: Any) -> dict[str, Any]:
 def digests_of(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, str]:
     """The digests as 16 hexadecimal digits each, on every process."""
     words = array_digests(arrays)
-    meshes = [x.sharding.mesh for x in arrays.values() if isinstance(getattr(x, "sharding", None), NamedSharding)]
+    meshes = [
+        x.sharding.mesh
+        for x in arrays.values()
+        if isinstance(getattr(x, "sharding", None), NamedSharding)
+    ]
     if meshes and jax.process_count() > 1:  # each process must hold the whole of what it reads
         words = jax.jit(lambda w: w, out_shardings=NamedSharding(meshes[0], PartitionSpec()))(words)
     return {name: f"{a:08x}{b:08x}" for name, (a, b) in jax.device_get(words).items()}

@@ -46,7 +46,9 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     layers = 0.0
     for i in range(config.num_layers):
         mixer, ffn = config.layer(i)
-        mix = _attention_flops if isinstance(mixer, GatedAttentionConfig) else _linear_attention_flops
+        mix = (
+            _attention_flops if isinstance(mixer, GatedAttentionConfig) else _linear_attention_flops
+        )
         layers += mix(mixer, config.width, seq_len)
         if isinstance(ffn, SparseMoEConfig):
             layers += _moe_flops(ffn, config.width)
@@ -59,7 +61,9 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def _attention_flops(c: GatedAttentionConfig, width: int, seq_len: int) -> float:
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    gated_channels = {"none": 0, "sdpa": q, "query": q, "key": kv, "value": kv, "output": width}[c.gate_position]
+    gated_channels = {"none": 0, "sdpa": q, "query": q, "key": kv, "value": kv, "output": width}[
+        c.gate_position
+    ]
     gate = 0 if c.gate_input == "constant" else gated_channels
     gate = gate // c.head_dim if c.gate_granularity == "headwise" else gate
     temperatures = c.num_heads + c.num_kv_heads if c.query_scale == "selective" else 0

@@ -19,14 +19,19 @@ class TokenLosses(NamedTuple):
 
 
 def cross_entropy(
-    hidden: Float[Array, "R M"], weights: Float[Array, "X M"], targets: Int[Array, " R"], mask: Float[Array, " R"]
+    hidden: Float[Array, "R M"],
+    weights: Float[Array, "X M"],
+    targets: Int[Array, " R"],
+    mask: Float[Array, " R"],
 ) -> TokenLosses:
     """`logsumexp(logits) - logits[target]` in nats, and the z-loss `logsumexp(logits)^2` (arXiv 2204.02311), masked."""
     scores = compute_logits(hidden, weights)
     log_z = jax.nn.logsumexp(scores, axis=-1)
     target_score = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
     mask = mask.astype(jnp.float32)
-    return TokenLosses(jnp.sum((log_z - target_score) * mask), jnp.sum(log_z**2 * mask), jnp.sum(mask))
+    return TokenLosses(
+        jnp.sum((log_z - target_score) * mask), jnp.sum(log_z**2 * mask), jnp.sum(mask)
+    )
 
 
 def chunked_cross_entropy(
@@ -49,7 +54,11 @@ def chunked_cross_entropy(
         return cross_entropy(h, weights, t, m)
     pad = -length % step
     cut = lambda a: jnp.moveaxis(
-        jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(rows, -1, step, *a.shape[2:]), 1, 0
+        jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(
+            rows, -1, step, *a.shape[2:]
+        ),
+        1,
+        0,
     )
 
     @jax.checkpoint

@@ -25,7 +25,9 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """
     peak, warmup = config.lr, config.warmup_steps
     if warmup >= steps:
-        raise InputError(f"config.optim.warmup_steps: got {warmup}, expected fewer than config.train.steps = {steps}")
+        raise InputError(
+            f"config.optim.warmup_steps: got {warmup}, expected fewer than config.train.steps = {steps}"
+        )
     rest, final = steps - warmup, peak * config.final_lr_fraction
     decay = max(1, int(steps * config.decay_fraction))
     after = {
@@ -37,7 +39,9 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     if warmup == 0:
         return after
     # One past zero, so that the first step already moves.
-    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup]
+    )
 
 
 def make_optimizer(config: OptimConfig, steps: int, axes) -> optax.GradientTransformation:
@@ -48,9 +52,13 @@ def make_optimizer(config: OptimConfig, steps: int, axes) -> optax.GradientTrans
     """
     rate = make_schedule(config, steps)
     is_axes = lambda x: isinstance(x, tuple)
-    frozen = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == FROZEN, axes, is_leaf=is_axes)
+    frozen = jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == FROZEN, axes, is_leaf=is_axes
+    )
     has_frozen = any(jax.tree.leaves(frozen))
-    decay_mask = jax.tree.map(lambda a, is_frozen: is_matrix(a) and not is_frozen, axes, frozen, is_leaf=is_axes)
+    decay_mask = jax.tree.map(
+        lambda a, is_frozen: is_matrix(a) and not is_frozen, axes, frozen, is_leaf=is_axes
+    )
     decay = dict(weight_decay=config.weight_decay, mask=decay_mask)
     adam = dict(b1=config.beta1, b2=config.beta2, eps=config.eps)
     if config.name == "adamw":
@@ -60,7 +68,9 @@ def make_optimizer(config: OptimConfig, steps: int, axes) -> optax.GradientTrans
     elif config.name == "adabelief":
         # optax.adabelief takes no weight decay.
         belief = optax.scale_by_belief(**adam)
-        tx = optax.chain(belief, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate))
+        tx = optax.chain(
+            belief, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)
+        )
     elif config.name == "muon":
         dims = jax.tree.map(muon_dimensions, axes, is_leaf=is_axes)
         # consistent_rms 0.2 makes a matrix update as large as Adam's (arXiv 2502.16982), so one rate serves both.
@@ -79,9 +89,13 @@ def make_optimizer(config: OptimConfig, steps: int, axes) -> optax.GradientTrans
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm else tx
 
 
-def _schedule_free(config: OptimConfig, rate: optax.Schedule, decay: dict) -> optax.GradientTransformation:
+def _schedule_free(
+    config: OptimConfig, rate: optax.Schedule, decay: dict
+) -> optax.GradientTransformation:
     if config.schedule != "constant":
-        raise InputError(f"config.optim.schedule: got {config.schedule!r}, expected 'constant' with schedule_free")
+        raise InputError(
+            f"config.optim.schedule: got {config.schedule!r}, expected 'constant' with schedule_free"
+        )
     # Its averaging takes the place of Adam's first moment (arXiv 2405.15682).
     base = optax.adamw(rate, b1=0.0, b2=config.beta2, eps=config.eps, **decay)
     return schedule_free(base, rate, b1=config.beta1)

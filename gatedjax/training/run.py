@@ -70,7 +70,9 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         guard=jax.tree.map(lambda _: replicated, shapes.guard),
         routers=jax.tree.map(lambda _: replicated, shapes.routers),
     )
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
     return Run(config, mesh, tx, placed)
 
 
@@ -79,7 +81,10 @@ def describe(run: Run) -> str:
     c, devices = run.config, run.mesh.devices.flat
     count = sum(p.size for p in jax.tree.leaves(run.abstract.params))
     flops = train_flops_per_token(c.model, c.data.seq_len)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
+    mesh = (
+        " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
+        or "one device"
+    )
     across = sharding.across_slices(run.mesh.shape, list(devices))
     slices = "".join(f", {n} slices along {axis}" for axis, n in across.items() if n > 1)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""

@@ -56,7 +56,9 @@ def init_params(config: ModelConfig, key: Array):
 
 def param_axes(boxed_params):
     """For each parameter, the tuple of its logical axes."""
-    return jax.tree.map(lambda p: tuple(p.names), boxed_params, is_leaf=lambda p: isinstance(p, nn.Partitioned))
+    return jax.tree.map(
+        lambda p: tuple(p.names), boxed_params, is_leaf=lambda p: isinstance(p, nn.Partitioned)
+    )
 
 
 def init_state(config: Config, tx: optax.GradientTransformation, key: Array) -> TrainState:
@@ -64,10 +66,14 @@ def init_state(config: Config, tx: optax.GradientTransformation, key: Array) -> 
     params, routers = router_state.split(nn.meta.unbox(init_params(config.model, key)))
     zero = jnp.int32(0)
     ema = params if config.optim.ema_decay else None
-    return TrainState(zero, params, tx.init(params), ema, Guard(jnp.float32(0.0), zero, zero, zero), routers)
+    return TrainState(
+        zero, params, tx.init(params), ema, Guard(jnp.float32(0.0), zero, zero, zero), routers
+    )
 
 
-def batch_losses(model: ModelConfig, params, batch: Batch, key: Array | None = None) -> tuple[TokenLosses, Statistics]:
+def batch_losses(
+    model: ModelConfig, params, batch: Batch, key: Array | None = None
+) -> tuple[TokenLosses, Statistics]:
     """Token loss sums of a batch, and what its routers did. `key`: randomness of routers that select with noise."""
     rngs = None if key is None else {"router": key}
     with nn.logical_axis_rules(RULES):
@@ -75,7 +81,9 @@ def batch_losses(model: ModelConfig, params, batch: Batch, key: Array | None = N
             {"params": params}, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs
         )
         # Gathered along the width before the loop over chunks, which would gather it for each.
-        weights = nn.with_logical_constraint(head_weights(params).astype(hidden.dtype), ("vocab", None))
+        weights = nn.with_logical_constraint(
+            head_weights(params).astype(hidden.dtype), ("vocab", None)
+        )
     chunk = model.loss_chunk * parts("batch") * parts("length")
     losses = chunked_cross_entropy(hidden, weights, batch.targets, batch.loss_mask, chunk)
     return losses, statistics
@@ -100,7 +108,10 @@ def train_step(
         decay = config.optim.ema_decay
         ema = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, ema, params)
     routers = router_state.updated(config.model, state.routers, counts, state.step + 1)
-    new, old = (params, opt_state, ema, routers), (state.params, state.opt_state, state.ema, state.routers)
+    new, old = (
+        (params, opt_state, ema, routers),
+        (state.params, state.opt_state, state.ema, state.routers),
+    )
     params, opt_state, ema, routers = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
     metrics |= load_metrics(config.model, counts)
     metrics |= {
@@ -118,7 +129,9 @@ def _accumulated_gradients(config: Config, state: TrainState, batch: Batch):
 
     def micro_loss(params, micro: Batch, index: Array, counts):
         params = router_state.merge(params, state.routers)
-        losses, routers = batch_losses(config.model, params, micro, _router_key(config, state.step * parts + index))
+        losses, routers = batch_losses(
+            config.model, params, micro, _router_key(config, state.step * parts + index)
+        )
         aux, means, counts = router_losses(config.model, routers, counts)
         token_loss = (losses.cross_entropy + config.model.z_loss * losses.z_loss) / tokens
         metrics = {"loss": losses.cross_entropy / tokens} | {k: v / parts for k, v in means.items()}
@@ -130,13 +143,18 @@ def _accumulated_gradients(config: Config, state: TrainState, batch: Batch):
         return grads, metrics | {"tokens": tokens}, counts
     # Every device keeps its own rows: micro-batch a takes rows a, a + parts, ...
     micros = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
-    shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micros), jnp.int32(0), {})
+    shapes = jax.eval_shape(
+        gradient, state.params, jax.tree.map(lambda x: x[0], micros), jnp.int32(0), {}
+    )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def add(total, micro):
         grads, (metrics, counts) = total
         new_grads, (new_metrics, counts) = gradient(state.params, *micro, counts)
-        return (jax.tree.map(jnp.add, grads, new_grads), (jax.tree.map(jnp.add, metrics, new_metrics), counts)), None
+        return (
+            jax.tree.map(jnp.add, grads, new_grads),
+            (jax.tree.map(jnp.add, metrics, new_metrics), counts),
+        ), None
 
     (grads, (metrics, counts)), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(parts)))
     return grads, metrics | {"tokens": tokens}, counts
@@ -158,7 +176,9 @@ def _guarded(config: Config, guard: Guard, loss: Array, grad_norm: Array) -> tup
     count = guard.accepted + ok
     # A plain mean at first, then an exponential one over about 100 steps.
     share = 1.0 / jnp.clip(count, 1, 100).astype(jnp.float32)
-    mean = jnp.where(ok, guard.mean_grad_norm + share * (grad_norm - guard.mean_grad_norm), guard.mean_grad_norm)
+    mean = jnp.where(
+        ok, guard.mean_grad_norm + share * (grad_norm - guard.mean_grad_norm), guard.mean_grad_norm
+    )
     bad = (~ok).astype(jnp.int32)
     return ok, Guard(mean, count, guard.skipped + bad, jnp.where(ok, 0, guard.skipped_in_a_row + 1))
 
@@ -171,7 +191,9 @@ def eval_step(model: ModelConfig, params, batch: Batch) -> TokenLosses:
 def params_for_evaluation(state: TrainState):
     """The averaged parameters if the run keeps an average (EMA or schedule-free), else the parameters; with the state
     of the routers in its place among them."""
-    params = state.ema if state.ema is not None else evaluation_params(state.opt_state, state.params)
+    params = (
+        state.ema if state.ema is not None else evaluation_params(state.opt_state, state.params)
+    )
     return router_state.merge(params, state.routers)
 
 

@@ -73,13 +73,33 @@ def attention(
     2205.14135; sinks as in gpt-oss.
     """
     op = "attention"
-    normalizer = check_call(op, q, k, v, gate_logits, normalizer, window, segment_ids, sink_logits, alibi_slopes, logits_soft_cap)
+    normalizer = check_call(
+        op,
+        q,
+        k,
+        v,
+        gate_logits,
+        normalizer,
+        window,
+        segment_ids,
+        sink_logits,
+        alibi_slopes,
+        logits_soft_cap,
+    )
     check_interpret(op, interpret, implementation)
-    refusals = {"tpu": tpu.unsupported(q, k, v, normalizer), "gpu": gpu.unsupported(q, k, v, normalizer)}
+    refusals = {
+        "tpu": tpu.unsupported(q, k, v, normalizer),
+        "gpu": gpu.unsupported(q, k, v, normalizer),
+    }
     chosen = dispatch.choose(op, implementation, refusals)
     room = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}[chosen]
     arrays = all_varying(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
-    fixed = dict(causal=causal, window=window, logits_soft_cap=logits_soft_cap, scale=default_scale(scale, q.shape[-1]))
+    fixed = dict(
+        causal=causal,
+        window=window,
+        logits_soft_cap=logits_soft_cap,
+        scale=default_scale(scale, q.shape[-1]),
+    )
     if interpret:
         fixed["interpret"] = interpret
     return room.attention(*arrays, normalizer=normalizer.for_length(q.shape[1]), **fixed)
@@ -117,8 +137,17 @@ def attention_step(
     _check_queries_and_keys(op, q, {"k_cache": k_cache, "v_cache": v_cache}, "S")
     normalizer = _normalizer(op, normalizer, sink_logits)
     if normalizer != normalizer.for_length(1):
-        raise ValueError(f"{op}: normalizer: got {normalizer} without a length, expected {type(normalizer).__name__}(length=...)")
-    _check_row_options(op, q, v_cache, gate_logits, {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}, logits_soft_cap)
+        raise ValueError(
+            f"{op}: normalizer: got {normalizer} without a length, expected {type(normalizer).__name__}(length=...)"
+        )
+    _check_row_options(
+        op,
+        q,
+        v_cache,
+        gate_logits,
+        {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes},
+        logits_soft_cap,
+    )
     if valid.shape != k_cache.shape[:2]:
         raise ValueError(f"{op}: valid: got shape {valid.shape}, expected {k_cache.shape[:2]}")
     if valid.dtype != jnp.bool_:
@@ -127,39 +156,75 @@ def attention_step(
         check_shape(op, "distances", distances, k_cache.shape[:2])
         check_integer(op, "distances", distances)
     if (alibi_slopes is None) != (distances is None):
-        raise ValueError(f"{op}: alibi_slopes, distances: got one of them, expected both or neither")
+        raise ValueError(
+            f"{op}: alibi_slopes, distances: got one of them, expected both or neither"
+        )
     check_interpret(op, interpret, implementation)
-    refusals = {"tpu": tpu.unsupported_step(), "gpu": gpu.unsupported_step(q, k_cache, v_cache, normalizer)}
-    room = {"reference": reference, "xla": xla, "gpu": gpu}[dispatch.choose(op, implementation, refusals)]
-    arrays = all_varying(q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes, valid, distances)
+    refusals = {
+        "tpu": tpu.unsupported_step(),
+        "gpu": gpu.unsupported_step(q, k_cache, v_cache, normalizer),
+    }
+    room = {"reference": reference, "xla": xla, "gpu": gpu}[
+        dispatch.choose(op, implementation, refusals)
+    ]
+    arrays = all_varying(
+        q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes, valid, distances
+    )
     fixed = dict(logits_soft_cap=logits_soft_cap, scale=default_scale(scale, q.shape[-1]))
     if interpret:
         fixed["interpret"] = interpret
     return room.attention_step(*arrays, normalizer=normalizer, **fixed)
 
 
-def check_call(op, q, k, v, gate_logits, normalizer, window, segment_ids, sink_logits, alibi_slopes, logits_soft_cap) -> Normalizer:
+def check_call(
+    op,
+    q,
+    k,
+    v,
+    gate_logits,
+    normalizer,
+    window,
+    segment_ids,
+    sink_logits,
+    alibi_slopes,
+    logits_soft_cap,
+) -> Normalizer:
     """The normalizer as an object. Raises ValueError for an argument of `attention` that does not fit, by name."""
     _check_queries_and_keys(op, q, {"k": k, "v": v}, "T")
     normalizer = _normalizer(op, normalizer, sink_logits)
-    _check_row_options(op, q, v, gate_logits, {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes}, logits_soft_cap)
+    _check_row_options(
+        op,
+        q,
+        v,
+        gate_logits,
+        {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes},
+        logits_soft_cap,
+    )
     if k.shape[1] != q.shape[1]:
-        raise ValueError(f"{op}: k: got shape {k.shape}, expected {q.shape[1]} tokens as in q of shape {q.shape}")
+        raise ValueError(
+            f"{op}: k: got shape {k.shape}, expected {q.shape[1]} tokens as in q of shape {q.shape}"
+        )
     if segment_ids is not None:
         check_shape(op, "segment_ids", segment_ids, q.shape[:2])
         check_integer(op, "segment_ids", segment_ids)
     if window is not None and window < 1:
-        raise ValueError(f"{op}: window: got {window}, expected None or a number of tokens from 1 on")
+        raise ValueError(
+            f"{op}: window: got {window}, expected None or a number of tokens from 1 on"
+        )
     return normalizer
 
 
 def _normalizer(op: str, normalizer: str | Normalizer, sink_logits: Array | None) -> Normalizer:
     if not isinstance(normalizer, Normalizer):
         if normalizer not in NORMALIZERS:
-            raise ValueError(f"{op}: normalizer: got {normalizer!r}, expected a Normalizer or one of {', '.join(NORMALIZERS)}")
+            raise ValueError(
+                f"{op}: normalizer: got {normalizer!r}, expected a Normalizer or one of {', '.join(NORMALIZERS)}"
+            )
         normalizer = NORMALIZERS[normalizer]
     if sink_logits is not None and not normalizer.takes_sinks:
-        raise ValueError(f"{op}: sink_logits: got an array with normalizer={normalizer}, expected none: only softmax has sinks")
+        raise ValueError(
+            f"{op}: sink_logits: got an array with normalizer={normalizer}, expected none: only softmax has sinks"
+        )
     return normalizer
 
 
@@ -171,23 +236,33 @@ def _check_queries_and_keys(op: str, q, keys: dict, time: str) -> None:
     (k_name, k), (v_name, v) = keys.items()
     for name, x, last in ((k_name, k, "K"), (v_name, v, "V")):
         if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{op}: {name}: got shape {x.shape}, expected [B, {time}, Hk, {last}] with no empty axis")
+            raise ValueError(
+                f"{op}: {name}: got shape {x.shape}, expected [B, {time}, Hk, {last}] with no empty axis"
+            )
     B, *_, H, K = q.shape
     if k.shape[0] != B or k.shape[3] != K or H % k.shape[2]:
         expected = [B, time, f"a divisor of {H}", K]
-        raise ValueError(f"{op}: {k_name}: got shape {k.shape}, expected {expected} for q of shape {q.shape}")
+        raise ValueError(
+            f"{op}: {k_name}: got shape {k.shape}, expected {expected} for q of shape {q.shape}"
+        )
     if v.shape[:3] != k.shape[:3]:
         expected = [*k.shape[:3], "V"]
-        raise ValueError(f"{op}: {v_name}: got shape {v.shape}, expected {expected} for {k_name} of shape {k.shape}")
+        raise ValueError(
+            f"{op}: {v_name}: got shape {v.shape}, expected {expected} for {k_name} of shape {k.shape}"
+        )
     for name, x in {"q": q, **keys}.items():
         check_float(op, name, x)
 
 
-def _check_row_options(op: str, q, v, gate_logits, by_head: dict, logits_soft_cap: float | None) -> None:
+def _check_row_options(
+    op: str, q, v, gate_logits, by_head: dict, logits_soft_cap: float | None
+) -> None:
     if gate_logits is not None:
         shapes = ((*q.shape[:-1], v.shape[-1]), (*q.shape[:-1], 1))
         if gate_logits.shape not in shapes:
-            raise ValueError(f"{op}: gate_logits: got shape {gate_logits.shape}, expected {shapes[0]} or {shapes[1]}")
+            raise ValueError(
+                f"{op}: gate_logits: got shape {gate_logits.shape}, expected {shapes[0]} or {shapes[1]}"
+            )
         check_float(op, "gate_logits", gate_logits)
     for name, x in by_head.items():
         if x is not None:
@@ -195,4 +270,6 @@ def _check_row_options(op: str, q, v, gate_logits, by_head: dict, logits_soft_ca
                 raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {q.shape[-2:-1]}")
             check_float(op, name, x)
     if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"{op}: logits_soft_cap: got {logits_soft_cap}, expected None or a number above 0")
+        raise ValueError(
+            f"{op}: logits_soft_cap: got {logits_soft_cap}, expected None or a number above 0"
+        )

@@ -13,9 +13,20 @@ from kernels_pallas.attention.normalizers.reference import weights
 
 
 def attention(
-    q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids,
-    *, normalizer: Normalizer, causal: bool, window: int | None, logits_soft_cap: float | None, scale: float,
-) -> Array:  # fmt: skip
+    q,
+    k,
+    v,
+    gate_logits,
+    sink_logits,
+    alibi_slopes,
+    segment_ids,
+    *,
+    normalizer: Normalizer,
+    causal: bool,
+    window: int | None,
+    logits_soft_cap: float | None,
+    scale: float,
+) -> Array:
     """As `api.attention`, with every default filled in."""
     T = q.shape[1]
     i, j = jnp.arange(T)[:, None], jnp.arange(T)[None, :]
@@ -26,20 +37,66 @@ def attention(
         seen &= (i - window < j) & (j < i + window)
     if segment_ids is not None:
         seen &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    return _attend(q, k, v, gate_logits, sink_logits, alibi_slopes, seen, jnp.abs(i - j)[None], normalizer, logits_soft_cap, scale)
+    return _attend(
+        q,
+        k,
+        v,
+        gate_logits,
+        sink_logits,
+        alibi_slopes,
+        seen,
+        jnp.abs(i - j)[None],
+        normalizer,
+        logits_soft_cap,
+        scale,
+    )
 
 
 def attention_step(
-    q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes, valid, distances,
-    *, normalizer: Normalizer, logits_soft_cap: float | None, scale: float,
-) -> Array:  # fmt: skip
+    q,
+    k_cache,
+    v_cache,
+    gate_logits,
+    sink_logits,
+    alibi_slopes,
+    valid,
+    distances,
+    *,
+    normalizer: Normalizer,
+    logits_soft_cap: float | None,
+    scale: float,
+) -> Array:
     """As `api.attention_step`, with every default filled in."""
-    gate_logits, distances = None if gate_logits is None else gate_logits[:, None], None if distances is None else distances[:, None]
-    arrays = q[:, None], k_cache, v_cache, gate_logits, sink_logits, alibi_slopes, valid[:, None], distances
+    gate_logits, distances = (
+        None if gate_logits is None else gate_logits[:, None],
+        None if distances is None else distances[:, None],
+    )
+    arrays = (
+        q[:, None],
+        k_cache,
+        v_cache,
+        gate_logits,
+        sink_logits,
+        alibi_slopes,
+        valid[:, None],
+        distances,
+    )
     return _attend(*arrays, normalizer, logits_soft_cap, scale)[:, 0]
 
 
-def _attend(q, k, v, gate_logits, sink_logits, alibi_slopes, seen, distances, normalizer, logits_soft_cap, scale) -> Array:
+def _attend(
+    q,
+    k,
+    v,
+    gate_logits,
+    sink_logits,
+    alibi_slopes,
+    seen,
+    distances,
+    normalizer,
+    logits_soft_cap,
+    scale,
+) -> Array:
     """T queries against S keys; `seen` and `distances` [B or 1, T, S]."""
     out_dtype, dtype, H = v.dtype, _compute_dtype(q, k, v), q.shape[2]
     q, k, v = q.astype(dtype), _repeat_heads(k, H).astype(dtype), _repeat_heads(v, H).astype(dtype)
@@ -49,7 +106,12 @@ def _attend(q, k, v, gate_logits, sink_logits, alibi_slopes, seen, distances, no
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     if alibi_slopes is not None:
         s = s - by_head(alibi_slopes) * distances[:, None].astype(dtype)
-    o = jnp.einsum("bhts,bshv->bthv", weights(normalizer, s, seen[:, None], by_head(sink_logits)), v, precision="highest")
+    o = jnp.einsum(
+        "bhts,bshv->bthv",
+        weights(normalizer, s, seen[:, None], by_head(sink_logits)),
+        v,
+        precision="highest",
+    )
     return _gated(o, gate_logits).astype(out_dtype)
 
 

@@ -49,35 +49,79 @@ def attention_sharded(
       ValueError: as `attention`.
       NotImplementedError: an implementation other than "xla" is asked for.
     """
-    op, (size, own), length = "attention", (jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)), q.shape[1]
-    normalizer = check_call(op, q, k, v, gate_logits, normalizer, window, segment_ids, sink_logits, alibi_slopes, logits_soft_cap)
+    op, (size, own), length = (
+        "attention",
+        (jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)),
+        q.shape[1],
+    )
+    normalizer = check_call(
+        op,
+        q,
+        k,
+        v,
+        gate_logits,
+        normalizer,
+        window,
+        segment_ids,
+        sink_logits,
+        alibi_slopes,
+        logits_soft_cap,
+    )
     refused = "takes no queries that are a part of the sequence"
     dispatch.choose(op, implementation, dict.fromkeys(("reference", "tpu", "gpu"), refused))
     q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids = all_varying(
         q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids
     )
     options = dict(
-        normalizer=normalizer.for_length(length * size), causal=causal, window=window, logits_soft_cap=logits_soft_cap,
+        normalizer=normalizer.for_length(length * size),
+        causal=causal,
+        window=window,
+        logits_soft_cap=logits_soft_cap,
         scale=default_scale(scale, q.shape[-1]),
-    )  # fmt: skip
+    )
     if causal and window is not None and window <= length:
         k, v, ids, key_ids, first = _with_keys_before(k, v, segment_ids, window, axis_name)
         return xla.attention(
-            q, k, v, gate_logits, sink_logits, alibi_slopes, ids, key_segment_ids=key_ids, first=first, **options
+            q,
+            k,
+            v,
+            gate_logits,
+            sink_logits,
+            alibi_slopes,
+            ids,
+            key_segment_ids=key_ids,
+            first=first,
+            **options,
         )
     k, v, all_ids = (_gathered(x, axis_name) for x in (k, v, segment_ids))
 
     def attend(q, gate_logits, first):
-        ids = None if all_ids is None else jax.lax.dynamic_slice_in_dim(all_ids, first, q.shape[1], axis=1)
+        ids = (
+            None
+            if all_ids is None
+            else jax.lax.dynamic_slice_in_dim(all_ids, first, q.shape[1], axis=1)
+        )
         return xla.attention(
-            q, k, v, gate_logits, sink_logits, alibi_slopes, ids, key_segment_ids=all_ids, first=first, **options
+            q,
+            k,
+            v,
+            gate_logits,
+            sink_logits,
+            alibi_slopes,
+            ids,
+            key_segment_ids=all_ids,
+            first=first,
+            **options,
         )
 
     if not causal or length % 2 or size == 1:
         return attend(q, gate_logits, own * length)
     half = length // 2
     pieces = _Pieces(size, axis_name)
-    queries, gates = pieces.sent(q), (None, None) if gate_logits is None else pieces.sent(gate_logits)
+    queries, gates = (
+        pieces.sent(q),
+        (None, None) if gate_logits is None else pieces.sent(gate_logits),
+    )
     numbers = pieces.numbers(own)
     return pieces.returned(*(attend(x, g, i * half) for x, g, i in zip(queries, gates, numbers)))
 
@@ -99,12 +143,16 @@ class _Pieces(NamedTuple):
     def sent(self, x: Array) -> tuple[Array, Array]:
         """x [B, T, ...] of this device -> the two pieces [B, T / 2, ...] that it attends for."""
         halves = jnp.split(x, 2, axis=1)
-        return tuple(jax.lax.ppermute(x, self.axis_name, self._routes(n)) for n, x in enumerate(halves))
+        return tuple(
+            jax.lax.ppermute(x, self.axis_name, self._routes(n)) for n, x in enumerate(halves)
+        )
 
     def returned(self, *pieces: Array) -> Array:
         """The inverse of `sent`."""
         back = lambda n: [(to, source) for source, to in self._routes(n)]
-        return jnp.concatenate([jax.lax.ppermute(x, self.axis_name, back(n)) for n, x in enumerate(pieces)], axis=1)
+        return jnp.concatenate(
+            [jax.lax.ppermute(x, self.axis_name, back(n)) for n, x in enumerate(pieces)], axis=1
+        )
 
     def _routes(self, half: int) -> list[tuple[int, int]]:
         return [(i, self.holder(2 * i + half)) for i in range(self.size)]
@@ -114,7 +162,9 @@ def _gathered(x: Array | None, axis_name: str) -> Array | None:
     return None if x is None else jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
 
 
-def _with_keys_before(k: Array, v: Array, segment_ids: Array | None, window: int, axis_name: str) -> tuple:
+def _with_keys_before(
+    k: Array, v: Array, segment_ids: Array | None, window: int, axis_name: str
+) -> tuple:
     """(k, v, the queries' ids, the keys' ids, the first query's place), the keys of the device before put in front."""
     B, length = k.shape[:2]
     reach = max(window - 1, 1)

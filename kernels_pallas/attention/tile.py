@@ -34,7 +34,14 @@ def matmul(subscripts: str, x: Array, y: Array, dtype: jnp.dtype) -> Array:
 
 
 def visible(
-    rows: Array, keys: Array, *, length: int, causal: bool, window: int | None, row_segments=None, key_segments=None
+    rows: Array,
+    keys: Array,
+    *,
+    length: int,
+    causal: bool,
+    window: int | None,
+    row_segments=None,
+    key_segments=None,
 ) -> Array:
     """bool [..., R, C]: which keys a row may see. Positions rows [R], keys [C]; segments [..., R] and [..., C].
 
@@ -64,7 +71,14 @@ class Logits(NamedTuple):
 
 
 def logits(
-    q: Array, k: Array, *, scale: float, logits_soft_cap: float | None, dtype: jnp.dtype, slopes=None, distances=None
+    q: Array,
+    k: Array,
+    *,
+    scale: float,
+    logits_soft_cap: float | None,
+    dtype: jnp.dtype,
+    slopes=None,
+    distances=None,
 ) -> Logits:
     """[..., R, C]: scale q k^T; with `logits_soft_cap` c, c tanh(. / c); with `slopes` [..., R, 1], less slope * distance."""
     s = matmul("...rk,...ck->...rc", q, k, dtype) * scale
@@ -82,15 +96,40 @@ class TileGradients(NamedTuple):
 
 
 def gradients(
-    normalizer: Normalizer, q: Array, k: Array, v: Array, do: Array, saved: Row, deltas: Sequence[Array], seen: Array | None,
-    keys: Array, *, scale: float, logits_soft_cap: float | None, dtype: jnp.dtype, slopes=None, distances=None,
-) -> TileGradients:  # fmt: skip
+    normalizer: Normalizer,
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    saved: Row,
+    deltas: Sequence[Array],
+    seen: Array | None,
+    keys: Array,
+    *,
+    scale: float,
+    logits_soft_cap: float | None,
+    dtype: jnp.dtype,
+    slopes=None,
+    distances=None,
+) -> TileGradients:
     """A tile of the backward pass, recomputed from its inputs and what the forward pass saved of its rows."""
     dot = partial(matmul, dtype=dtype)
-    s = logits(q, k, scale=scale, logits_soft_cap=logits_soft_cap, dtype=dtype, slopes=slopes, distances=distances)
-    weights, ds = normalizer.gradient(s.s, seen, keys, dot("...rv,...cv->...rc", do, v), deltas, saved)
+    s = logits(
+        q,
+        k,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        dtype=dtype,
+        slopes=slopes,
+        distances=distances,
+    )
+    weights, ds = normalizer.gradient(
+        s.s, seen, keys, dot("...rv,...cv->...rc", do, v), deltas, saved
+    )
     dv = dot("...rc,...rv->...cv", weights, do)
     dslopes = None if slopes is None else -jnp.sum(ds * distances, axis=-1, keepdims=True)
     if logits_soft_cap is not None:
         ds = ds * (1 - (s.capped / logits_soft_cap) ** 2)
-    return TileGradients(dot("...rc,...ck->...rk", ds, k), dot("...rc,...rk->...ck", ds, q), dv, dslopes)
+    return TileGradients(
+        dot("...rc,...ck->...rk", ds, k), dot("...rc,...rk->...ck", ds, q), dv, dslopes
+    )

@@ -51,7 +51,8 @@ class Inputs(NamedTuple):
     q_segments: Int[Array, "B T"] | None = None
     k_segments: Int[Array, "B S"] | None = None
     first: Int[Array, ""] | None = None  # 0 if None
-    distances: Int[Array, "B S"] | None = None  # of keys in no order from a single query, for slopes
+    # of keys in no order from a single query, for slopes
+    distances: Int[Array, "B S"] | None = None
 
 
 class Rows(NamedTuple):
@@ -86,19 +87,37 @@ def block_sizes(T: int) -> tuple[int, int]:
 
 
 def attention(
-    q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids, *, first=None, key_segment_ids=None, **options
+    q,
+    k,
+    v,
+    gate_logits,
+    sink_logits,
+    alibi_slopes,
+    segment_ids,
+    *,
+    first=None,
+    key_segment_ids=None,
+    **options,
 ) -> Array:
     """As `api.attention`. Any T. For a part of the queries: `first` is the position of its first one."""
     plan = Plan(block_q=block_sizes(q.shape[1])[0], block_k=block_sizes(k.shape[1])[1], **options)
     key_segments = segment_ids if key_segment_ids is None else key_segment_ids
-    return _attention(plan, Inputs(q, k, v, sink_logits, alibi_slopes, segment_ids, key_segments, first), gate_logits)
+    return _attention(
+        plan,
+        Inputs(q, k, v, sink_logits, alibi_slopes, segment_ids, key_segments, first),
+        gate_logits,
+    )
 
 
-def attention_step(q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes, valid, distances, **options) -> Array:
+def attention_step(
+    q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes, valid, distances, **options
+) -> Array:
     """As `api.attention_step`: one tile, the G query heads of a key head as its rows."""
     plan = Plan(causal=False, window=None, block_q=1, block_k=k_cache.shape[1], **options)
     own, others = jnp.zeros_like(valid[:, :1], jnp.int32), jnp.where(valid, 0, 1)
-    inputs = Inputs(q[:, None], k_cache, v_cache, sink_logits, alibi_slopes, own, others, None, distances)
+    inputs = Inputs(
+        q[:, None], k_cache, v_cache, sink_logits, alibi_slopes, own, others, None, distances
+    )
     return _attention(plan, inputs, None if gate_logits is None else gate_logits[:, None])[:, 0]
 
 
@@ -112,7 +131,12 @@ def _forward_saving(plan: Plan, inputs: Inputs, gate_logits):
     outputs, saved = _forward(plan, inputs)
     outputs = tuple(checkpoint_name(o, OUT_NAME) for o in outputs)
     saved = tuple(checkpoint_name(x, STATISTIC_NAME) for x in saved)
-    return _gated(outputs[0], gate_logits).astype(inputs.v.dtype), (inputs, gate_logits, outputs, saved)
+    return _gated(outputs[0], gate_logits).astype(inputs.v.dtype), (
+        inputs,
+        gate_logits,
+        outputs,
+        saved,
+    )
 
 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, ...], Row]:
@@ -127,14 +151,18 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, ...], Row]:
     def query_block(_, block: Rows):
         visits = _visits(plan, inputs.k.shape[1], _first_row(plan, inputs, block.number))
         tile_of = partial(_masked_logits, plan, inputs, shared, block)
-        walk = lambda start, add: _loop(visits, lambda j, row: add(row, *tile_of(j, _take(keys, j))), start)
+        walk = lambda start, add: _loop(
+            visits, lambda j, row: add(row, *tile_of(j, _take(keys, j))), start
+        )
 
         def visit(j, carry):
             row, sums = carry
             key = _take(keys, j)
             row, keep, weights = normalizer.add(row, *tile_of(j, key))
             kept = sums if keep is None else [keep * x for x in sums]
-            added = [tile.matmul("...rc,...cv->...rv", w, key.v, shared.zero.dtype) for w in weights]
+            added = [
+                tile.matmul("...rc,...cv->...rv", w, key.v, shared.zero.dtype) for w in weights
+            ]
             return row, [x + y for x, y in zip(kept, added)]
 
         row = normalizer.start(shared.zero, normalizer.prepare(walk, shared.zero), shared.sink)
@@ -161,7 +189,9 @@ def _backward(plan: Plan, residuals, dy):
 _attention.defvjp(_forward_saving, _backward)
 
 
-def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: list[Array]) -> Inputs:
+def _tile_gradients(
+    plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: list[Array]
+) -> Inputs:
     """The gradients of `inputs`. Each tile is visited once; dk and dv are added up in place."""
     shared = _shared(plan, inputs)
     dtype = shared.zero.dtype
@@ -177,9 +207,21 @@ def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: l
             key = _take(keys, j)
             seen, positions, distances = _mask(plan, inputs, block, j, key)
             new = tile.gradients(
-                plan.normalizer, block.q, key.k, key.v, do, saved, deltas, seen, positions, scale=plan.scale,
-                logits_soft_cap=plan.logits_soft_cap, dtype=dtype, slopes=shared.slopes, distances=distances,
-            )  # fmt: skip
+                plan.normalizer,
+                block.q,
+                key.k,
+                key.v,
+                do,
+                saved,
+                deltas,
+                seen,
+                positions,
+                scale=plan.scale,
+                logits_soft_cap=plan.logits_soft_cap,
+                dtype=dtype,
+                slopes=shared.slopes,
+                distances=distances,
+            )
             dslopes = None if dslopes is None else dslopes + new.dslopes
             return dq + new.dq, dslopes, _add_at(dk, j, new.dk), _add_at(dv, j, new.dv)
 
@@ -187,14 +229,23 @@ def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: l
         dq, dslopes, *dkv = _loop(visits, visit, (zeros(block.q), no_slopes, *dkv))
         return tuple(dkv), ((plan.scale * dq).astype(block.q.dtype), dslopes)
 
-    (dk, dv), (dq, dslopes) = _scan(query_block, (zeros(keys.k), zeros(keys.v)), (rows, do, saved, deltas))
+    (dk, dv), (dq, dslopes) = _scan(
+        query_block, (zeros(keys.k), zeros(keys.v)), (rows, do, saved, deltas)
+    )
     dk, dv = (_join(x, plan.block_k, inputs.k.shape[1]) for x in (plan.scale * dk, dv))
-    dsink = None if shared.sink is None else plan.normalizer.sink_gradient(shared.sink, deltas, saved)
-    by_head = lambda x, like: None if x is None else _sum_by_head(x, plan.block_q).astype(like.dtype)
+    dsink = (
+        None if shared.sink is None else plan.normalizer.sink_gradient(shared.sink, deltas, saved)
+    )
+    by_head = lambda x, like: (
+        None if x is None else _sum_by_head(x, plan.block_q).astype(like.dtype)
+    )
     return Inputs(
-        _join(dq, plan.block_q, inputs.q.shape[1]), dk.astype(inputs.k.dtype), dv.astype(inputs.v.dtype),
-        by_head(dsink, inputs.sink_logits), by_head(dslopes, inputs.alibi_slopes),
-    )  # fmt: skip
+        _join(dq, plan.block_q, inputs.q.shape[1]),
+        dk.astype(inputs.k.dtype),
+        dv.astype(inputs.v.dtype),
+        by_head(dsink, inputs.sink_logits),
+        by_head(dslopes, inputs.alibi_slopes),
+    )
 
 
 def _gated(o: Array, gate_logits: Array | None) -> Array:
@@ -218,12 +269,23 @@ def _open(gate_logits: Array) -> Array:
 
 
 def _cut(plan: Plan, inputs: Inputs) -> tuple[Rows, Keys]:
-    q, k, v, kv_heads, group = *inputs[:3], inputs.k.shape[2], inputs.q.shape[2] // inputs.k.shape[2]
+    q, k, v, kv_heads, group = (
+        *inputs[:3],
+        inputs.k.shape[2],
+        inputs.q.shape[2] // inputs.k.shape[2],
+    )
     cut = lambda x, block: None if x is None else _split(x[..., None, None], 1, block)[..., 0]
-    row_segments, key_segments = cut(inputs.q_segments, plan.block_q), cut(inputs.k_segments, plan.block_k)
+    row_segments, key_segments = (
+        cut(inputs.q_segments, plan.block_q),
+        cut(inputs.k_segments, plan.block_k),
+    )
     if row_segments is not None:
         row_segments = jnp.tile(row_segments, group)
-    q, k, v = _split(q, kv_heads, plan.block_q), _split(k, kv_heads, plan.block_k), _split(v, kv_heads, plan.block_k)
+    q, k, v = (
+        _split(q, kv_heads, plan.block_q),
+        _split(k, kv_heads, plan.block_k),
+        _split(v, kv_heads, plan.block_k),
+    )
     rows = Rows(np.arange(q.shape[0], dtype=np.int32), q, row_segments)
     return rows, Keys(k, v, key_segments, cut(inputs.distances, plan.block_k))
 
@@ -247,9 +309,13 @@ def _shared(plan: Plan, inputs: Inputs) -> Shared:
     (B, _, H, _), kv_heads = inputs.q.shape, inputs.k.shape[2]
     dtype, R = tile.statistics_dtype(*inputs[:3]), plan.block_q * H // kv_heads
     varying = lambda x: varying_like(jnp.broadcast_to(x, (B, kv_heads, R, 1)), inputs.q)
-    by_row = lambda x: jnp.repeat(x.astype(dtype).reshape(kv_heads, -1), plan.block_q, axis=1)[..., None]
+    by_row = lambda x: jnp.repeat(x.astype(dtype).reshape(kv_heads, -1), plan.block_q, axis=1)[
+        ..., None
+    ]
     of_heads = lambda x: None if x is None else varying(by_row(x))
-    return Shared(varying(jnp.zeros((), dtype)), of_heads(inputs.sink_logits), of_heads(inputs.alibi_slopes))
+    return Shared(
+        varying(jnp.zeros((), dtype)), of_heads(inputs.sink_logits), of_heads(inputs.alibi_slopes)
+    )
 
 
 def _sum_by_head(x: Float[Array, "Nq B Hk R 1"], block_q: int) -> Float[Array, "H"]:
@@ -272,28 +338,46 @@ def _visits(plan: Plan, length: int, first) -> tuple:
     return least // plan.block_k, -(-most // plan.block_k)
 
 
-def _masked_logits(plan: Plan, inputs: Inputs, shared: Shared, rows: Rows, j, keys: Keys) -> tuple[Array, ...]:
+def _masked_logits(
+    plan: Plan, inputs: Inputs, shared: Shared, rows: Rows, j, keys: Keys
+) -> tuple[Array, ...]:
     """(s, seen, positions) of a tile: what a normalizer is told."""
     seen, positions, distances = _mask(plan, inputs, rows, j, keys)
     s, _ = tile.logits(
-        rows.q, keys.k, scale=plan.scale, logits_soft_cap=plan.logits_soft_cap, dtype=shared.zero.dtype, slopes=shared.slopes,
+        rows.q,
+        keys.k,
+        scale=plan.scale,
+        logits_soft_cap=plan.logits_soft_cap,
+        dtype=shared.zero.dtype,
+        slopes=shared.slopes,
         distances=distances,
-    )  # fmt: skip
+    )
     return s, seen, positions
 
 
-def _mask(plan: Plan, inputs: Inputs, rows: Rows, j, keys: Keys) -> tuple[Bool[Array, "*B_1 R C"], Array, Array]:
+def _mask(
+    plan: Plan, inputs: Inputs, rows: Rows, j, keys: Keys
+) -> tuple[Bool[Array, "*B_1 R C"], Array, Array]:
     """One query block against key block `j`: the mask, the keys' positions [1, C], distances."""
     queries = _first_row(plan, inputs, rows.number) + jnp.arange(rows.q.shape[-2]) % plan.block_q
     positions = j * plan.block_k + jnp.arange(plan.block_k)
     seen = tile.visible(
-        queries, positions, length=inputs.k.shape[1], causal=plan.causal, window=plan.window,
-        row_segments=rows.segments, key_segments=keys.segments,
-    )  # fmt: skip
+        queries,
+        positions,
+        length=inputs.k.shape[1],
+        causal=plan.causal,
+        window=plan.window,
+        row_segments=rows.segments,
+        key_segments=keys.segments,
+    )
     distances = None
     if inputs.alibi_slopes is not None:
         dtype = tile.statistics_dtype(rows.q)
-        apart = tile.distance(queries, positions, dtype) if keys.distances is None else keys.distances[..., None, :]
+        apart = (
+            tile.distance(queries, positions, dtype)
+            if keys.distances is None
+            else keys.distances[..., None, :]
+        )
         distances = apart.astype(dtype)
     return seen, positions[None, :], distances
 

@@ -8,7 +8,9 @@ from kernels_pallas.common.mesh import varying_like
 
 def check_interpret(op: str, interpret: bool, implementation: str | None) -> None:
     if interpret and implementation not in ("tpu", "gpu"):
-        raise ValueError(f'{op}: interpret: got True with implementation={implementation!r}, expected "tpu" or "gpu"')
+        raise ValueError(
+            f'{op}: interpret: got True with implementation={implementation!r}, expected "tpu" or "gpu"'
+        )
 
 
 def check_shape(op: str, name: str, x, expected: tuple[int, ...]) -> None:

@@ -34,7 +34,11 @@ def mesh_axes(rows: Sequence[str], heads: Sequence[str]) -> Iterator[None]:
 
 
 def by_rows_and_heads(
-    fn: Callable, arrays: Sequence[Array | None], inputs: Sequence[str], outputs: Sequence[str], heads: int
+    fn: Callable,
+    arrays: Sequence[Array | None],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    heads: int,
 ) -> tuple[Array | None, ...]:
     """`fn(*arrays)`, cut over the ambient mesh.
 
@@ -49,10 +53,17 @@ def by_rows_and_heads(
         return fn(*arrays)
     q, axes = arrays[0], inputs[0]
     rows_by, heads_by = _axes_of(mesh, q, axes)
-    cut = {"b": _dividing(mesh, rows_by, q.shape[axes.index("b")]), "h": _dividing(mesh, heads_by, heads)}
-    spec = lambda letters, shape: PartitionSpec(*(cut.get(a) if n > 1 else None for a, n in zip(letters, shape)))
+    cut = {
+        "b": _dividing(mesh, rows_by, q.shape[axes.index("b")]),
+        "h": _dividing(mesh, heads_by, heads),
+    }
+    spec = lambda letters, shape: PartitionSpec(
+        *(cut.get(a) if n > 1 else None for a, n in zip(letters, shape))
+    )
     in_specs = tuple(None if x is None else spec(a, x.shape) for a, x in zip(inputs, arrays))
-    shapes = jax.eval_shape(fn, *(None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
+    shapes = jax.eval_shape(
+        fn, *(None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+    )
 
     def part(*parts):
         given = [x for x in parts if x is not None]
@@ -63,7 +74,11 @@ def by_rows_and_heads(
 
 
 def by_sorted_rows(
-    fn: Callable, rows: Sequence[Array], whole: Sequence[Array], group_sizes: Array, summed: bool = False
+    fn: Callable,
+    rows: Sequence[Array],
+    whole: Sequence[Array],
+    group_sizes: Array,
+    summed: bool = False,
 ):
     """`fn(*rows, *whole, group_sizes)`, one array or several, cut over the ambient mesh by rows, which are sorted.
 
@@ -87,7 +102,9 @@ def by_sorted_rows(
 
     specs = *[PartitionSpec(axes)] * len(rows), *[PartitionSpec()] * (len(whole) + 1)
     out_spec = PartitionSpec() if summed else PartitionSpec(axes)
-    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_spec)(*rows, *whole, group_sizes)
+    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_spec)(
+        *rows, *whole, group_sizes
+    )
 
 
 def _axes_of(mesh: Mesh, x: Array, axes: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

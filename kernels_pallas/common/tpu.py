@@ -7,7 +7,9 @@ import jax
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-VMEM_LIMIT = 56 * 2**20  # of at least 64 MiB on every generation; the default of 16 MiB is too little for 8 heads
+VMEM_LIMIT = (
+    56 * 2**20
+)  # of at least 64 MiB on every generation; the default of 16 MiB is too little for 8 heads
 
 
 class Operand(NamedTuple):

@@ -47,18 +47,26 @@ def expert_mlp(
     """
     op = "expert_mlp"
     _check(op, rows, gate, up, down, group_sizes)
-    if weights is not None and (weights.shape != rows.shape[:1] or not jnp.issubdtype(weights.dtype, jnp.floating)):
+    if weights is not None and (
+        weights.shape != rows.shape[:1] or not jnp.issubdtype(weights.dtype, jnp.floating)
+    ):
         came = f"shape {weights.shape} and dtype {weights.dtype}"
         raise ValueError(f"{op}: weights: got {came}, expected {rows.shape[:1]} of a float dtype")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"{op}: activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
+        )
     check_interpret(op, interpret, implementation)
     chosen = dispatch.choose(
-        op, implementation, {"tpu": tpu.unsupported(rows, gate, weights), "gpu": gpu.unsupported(rows)}
+        op,
+        implementation,
+        {"tpu": tpu.unsupported(rows, gate, weights), "gpu": gpu.unsupported(rows)},
     )
     arrays = rows, gate, up, down, group_sizes, weights
     if chosen != "tpu":
-        return composed.expert_mlp(*arrays, activation=activation, implementation=chosen, interpret=interpret)
+        return composed.expert_mlp(
+            *arrays, activation=activation, implementation=chosen, interpret=interpret
+        )
     return tpu.expert_mlp(*all_varying(*arrays), activation=activation, interpret=interpret)
 
 
@@ -66,11 +74,19 @@ def _check(op: str, rows, gate, up, down, group_sizes) -> None:
     if rows.ndim != 2 or 0 in rows.shape:
         raise ValueError(f"{op}: rows: got shape {rows.shape}, expected [R, M] with no empty axis")
     if gate.ndim != 3 or 0 in gate.shape or gate.shape[1] != rows.shape[1]:
-        raise ValueError(f"{op}: gate: got shape {gate.shape}, expected [G, {rows.shape[1]}, F] for rows {rows.shape}")
+        raise ValueError(
+            f"{op}: gate: got shape {gate.shape}, expected [G, {rows.shape[1]}, F] for rows {rows.shape}"
+        )
     G, M, F = gate.shape
-    for name, x, shape in (("up", up, (G, M, F)), ("down", down, (G, F, M)), ("group_sizes", group_sizes, (G,))):
+    for name, x, shape in (
+        ("up", up, (G, M, F)),
+        ("down", down, (G, F, M)),
+        ("group_sizes", group_sizes, (G,)),
+    ):
         if x.shape != shape:
-            raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {shape} for gate of shape {gate.shape}")
+            raise ValueError(
+                f"{op}: {name}: got shape {x.shape}, expected {shape} for gate of shape {gate.shape}"
+            )
     check_integer(op, "group_sizes", group_sizes)
     check_float(op, "rows", rows)
     for name, x in (("gate", gate), ("up", up), ("down", down)):

@@ -46,11 +46,17 @@ def grouped_matmul(
     check_interpret(op, interpret, implementation)
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if not jnp.issubdtype(out_dtype, jnp.floating):
-        raise ValueError(f"{op}: preferred_element_type: got {out_dtype}, expected None or a float dtype")
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(lhs, rhs), "gpu": gpu.unsupported(lhs)})
+        raise ValueError(
+            f"{op}: preferred_element_type: got {out_dtype}, expected None or a float dtype"
+        )
+    chosen = dispatch.choose(
+        op, implementation, {"tpu": tpu.unsupported(lhs, rhs), "gpu": gpu.unsupported(lhs)}
+    )
     arrays = all_varying(lhs, rhs, group_sizes)
     if chosen in ("tpu", "gpu"):
-        return {"tpu": tpu, "gpu": gpu}[chosen].grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
+        return {"tpu": tpu, "gpu": gpu}[chosen].grouped_matmul(
+            *arrays, out_dtype=out_dtype, interpret=interpret
+        )
     room = reference if chosen == "reference" else xla
     return room.grouped_matmul(*arrays, out_dtype=out_dtype)
 
@@ -59,9 +65,13 @@ def _check(op: str, lhs, rhs, group_sizes) -> None:
     if lhs.ndim != 2 or 0 in lhs.shape:
         raise ValueError(f"{op}: lhs: got shape {lhs.shape}, expected [M, K] with no empty axis")
     if rhs.ndim != 3 or 0 in rhs.shape or rhs.shape[1] != lhs.shape[1]:
-        raise ValueError(f"{op}: rhs: got shape {rhs.shape}, expected [G, {lhs.shape[1]}, N] for lhs of shape {lhs.shape}")
+        raise ValueError(
+            f"{op}: rhs: got shape {rhs.shape}, expected [G, {lhs.shape[1]}, N] for lhs of shape {lhs.shape}"
+        )
     if group_sizes.shape != rhs.shape[:1]:
-        raise ValueError(f"{op}: group_sizes: got shape {group_sizes.shape}, expected {rhs.shape[:1]}")
+        raise ValueError(
+            f"{op}: group_sizes: got shape {group_sizes.shape}, expected {rhs.shape[:1]}"
+        )
     check_integer(op, "group_sizes", group_sizes)
     check_float(op, "lhs", lhs)
     if rhs.dtype != lhs.dtype:

@@ -90,19 +90,28 @@ def linear_scan(
     _check_segments_and_chunk(op, q, segment_ids, chunk_size)
     check_interpret(op, interpret, implementation)
     asked = (q, k, v, log_decay, initial_state, normalize, chunk_size)
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(*asked), "gpu": gpu.unsupported(*asked)})
+    chosen = dispatch.choose(
+        op, implementation, {"tpu": tpu.unsupported(*asked), "gpu": gpu.unsupported(*asked)}
+    )
     B, T, H, K = q.shape
     if initial_state is None and chosen not in ("tpu", "gpu"):
         initial_state = jnp.zeros((B, H, K, v.shape[-1] + normalize))
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (1, T, H))
     arrays = _prepared(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    static = {"inclusive": inclusive, "scale": default_scale(scale, K), "reverse": reverse, "normalize": normalize}
+    static = {
+        "inclusive": inclusive,
+        "scale": default_scale(scale, K),
+        "reverse": reverse,
+        "normalize": normalize,
+    }
     if chosen == "reference":
         o, final_state = reference.linear_scan(*arrays, **static)
     elif chosen in ("tpu", "gpu"):
         room = tpu if chosen == "tpu" else gpu
-        kept = dict(chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret)
+        kept = dict(
+            chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret
+        )
         o, final_state = _on_mesh(partial(room.linear_scan, **static, **kept), arrays)
     else:
         o, final_state = xla.linear_scan(*arrays, **static, chunk_size=chunk_size)
@@ -144,9 +153,15 @@ def linear_scan_step(
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[None]
     arrays = _prepared(q, k, v, log_decay, bonus, state)
-    static = {"inclusive": inclusive, "scale": default_scale(scale, q.shape[-1]), "normalize": normalize}
+    static = {
+        "inclusive": inclusive,
+        "scale": default_scale(scale, q.shape[-1]),
+        "normalize": normalize,
+    }
     if chosen == "tpu":
-        return _on_mesh(partial(tpu_step.linear_scan_step, **static, interpret=interpret), arrays, time=False)
+        return _on_mesh(
+            partial(tpu_step.linear_scan_step, **static, interpret=interpret), arrays, time=False
+        )
     if chosen == "gpu":
         return _on_mesh(partial(gpu_step.linear_scan_step, **static), arrays, time=False)
     return (reference if chosen == "reference" else xla).linear_scan_step(*arrays, **static)
@@ -178,22 +193,32 @@ def _check_inputs(op: str, q, k, v, log_decay, time: bool) -> None:
     axes = "[B, T, {}, {}]" if time else "[B, {}, {}]"
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim != 3 + time or 0 in x.shape:
-            expected = axes.format({"q": "H", "k": "Hk", "v": "Hv"}[name], "V" if name == "v" else "K")
-            raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {expected} with no empty axis")
+            expected = axes.format(
+                {"q": "H", "k": "Hk", "v": "Hv"}[name], "V" if name == "v" else "K"
+            )
+            raise ValueError(
+                f"{op}: {name}: got shape {x.shape}, expected {expected} with no empty axis"
+            )
         check_float(op, name, x)
     *rows, H, K = q.shape
     for name, x in {"k": k, "v": v}.items():
         if [*x.shape[:-2]] != rows or H % x.shape[-2] or (name == "k" and x.shape[-1] != K):
             expected = [*rows, f"a divisor of {H}", K if name == "k" else "V"]
-            raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {expected} for q of shape {q.shape}")
+            raise ValueError(
+                f"{op}: {name}: got shape {x.shape}, expected {expected} for q of shape {q.shape}"
+            )
     if log_decay is not None:
         shapes = ((H,), (*rows, H), (*rows, H, K))
         if log_decay.shape not in shapes:
-            raise ValueError(f"{op}: log_decay: got shape {log_decay.shape}, expected one of {shapes}")
+            raise ValueError(
+                f"{op}: log_decay: got shape {log_decay.shape}, expected one of {shapes}"
+            )
         check_float(op, "log_decay", log_decay)
 
 
-def _check_options(op: str, q, v, bonus, inclusive: bool, state_name: str, state, normalize: bool) -> None:
+def _check_options(
+    op: str, q, v, bonus, inclusive: bool, state_name: str, state, normalize: bool
+) -> None:
     B, H, K = q.shape[0], *q.shape[-2:]
     if bonus is not None:
         if inclusive:
@@ -211,5 +236,9 @@ def _check_segments_and_chunk(op: str, q, segment_ids, chunk_size: int | None) -
     if segment_ids is not None:
         check_shape(op, "segment_ids", segment_ids, q.shape[:2])
         check_integer(op, "segment_ids", segment_ids)
-    if chunk_size is not None and not (1 <= chunk_size <= tile.MAX_CHUNK and chunk_size & (chunk_size - 1) == 0):
-        raise ValueError(f"{op}: chunk_size: got {chunk_size}, expected a power of two from 1 to {tile.MAX_CHUNK}")
+    if chunk_size is not None and not (
+        1 <= chunk_size <= tile.MAX_CHUNK and chunk_size & (chunk_size - 1) == 0
+    ):
+        raise ValueError(
+            f"{op}: chunk_size: got {chunk_size}, expected a power of two from 1 to {tile.MAX_CHUNK}"
+        )

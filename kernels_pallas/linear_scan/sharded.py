@@ -50,15 +50,28 @@ def linear_scan_sharded(
       ValueError, NotImplementedError: as `linear_scan`.
     """
     out_dtype, scale = v.dtype, q.shape[-1] ** -0.5 if scale is None else scale
-    if normalize:  # the two halves of a ratio: added up over devices, in float32, before they are divided
+    if (
+        normalize
+    ):  # the two halves of a ratio: added up over devices, in float32, before they are divided
         v, scale = _with_ones(v.astype(jnp.float32)), 1.0
     o, state = linear_scan(
-        q, k, v, log_decay, bonus=bonus, inclusive=inclusive, segment_ids=segment_ids, scale=scale, reverse=reverse,
-        return_final_state=True, **how,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        log_decay,
+        bonus=bonus,
+        inclusive=inclusive,
+        segment_ids=segment_ids,
+        scale=scale,
+        reverse=reverse,
+        return_final_state=True,
+        **how,
+    )
     met = _logs_met(q, log_decay, _starts(segment_ids, reverse, axis_name), inclusive, reverse)
     first = jnp.zeros_like(state) if initial_state is None else initial_state.astype(state.dtype)
-    before, after = _states_of_the_axis(met.total, state, varying_like(first, state), axis_name, reverse)
+    before, after = _states_of_the_axis(
+        met.total, state, varying_like(first, state), axis_name, reverse
+    )
     precision = "highest" if q.dtype.itemsize > 2 else None
     reads = scale * q.astype(before.dtype) * jnp.exp(met.by_reads)
     missed = jnp.einsum("bthk,bhkv->bthv", reads, before, precision=precision)
@@ -79,22 +92,37 @@ def _starts(segment_ids: Array | None, reverse: bool, axis_name: str) -> Array |
     size, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     edge, neighbor, step, first = (-1, 0, -1, size - 1) if reverse else (0, -1, 1, 0)
     sent = segment_ids[:, neighbor]
-    before = jax.lax.ppermute(sent, axis_name, [(i, i + step) for i in range(size) if 0 <= i + step < size])
-    return segment_starts(segment_ids, reverse).at[:, edge].set((segment_ids[:, edge] != before) & (own != first))
+    before = jax.lax.ppermute(
+        sent, axis_name, [(i, i + step) for i in range(size) if 0 <= i + step < size]
+    )
+    return (
+        segment_starts(segment_ids, reverse)
+        .at[:, edge]
+        .set((segment_ids[:, edge] != before) & (own != first))
+    )
 
 
-def _logs_met(q: Array, log_decay: Array | None, starts: Array | None, inclusive: bool, reverse: bool) -> _Met:
+def _logs_met(
+    q: Array, log_decay: Array | None, starts: Array | None, inclusive: bool, reverse: bool
+) -> _Met:
     T = q.shape[1]
     if log_decay is None:
         logs = jnp.zeros((1, T, 1, 1))
     else:
-        logs = jnp.broadcast_to(log_decay, (1, T, len(log_decay))) if log_decay.ndim == 1 else log_decay
+        logs = (
+            jnp.broadcast_to(log_decay, (1, T, len(log_decay)))
+            if log_decay.ndim == 1
+            else log_decay
+        )
         logs = logs[..., None] if logs.ndim == 3 else logs
     logs = jnp.maximum(logs.astype(jnp.promote_types(jnp.float32, logs.dtype)), tile.LOG_ZERO)
     emptied = 0.0
     if starts is not None:
         starts = starts[:, :, None, None]
-        logs, emptied = jnp.where(starts, tile.LOG_ZERO, logs), jnp.where(starts, tile.LOG_ZERO, 0.0)
+        logs, emptied = (
+            jnp.where(starts, tile.LOG_ZERO, logs),
+            jnp.where(starts, tile.LOG_ZERO, 0.0),
+        )
     sums = _running_sums(logs, reverse)
     total = sums[:, 0] if reverse else sums[:, -1]
     if inclusive:
@@ -108,14 +136,18 @@ def _running_sums(logs: Array, reverse: bool) -> Array:
     B, T, *rest = logs.shape
     x = jnp.pad(logs, ((0, 0), (0, -T % CHUNK), (0, 0), (0, 0))).reshape(B, -1, CHUNK, *rest)
     ones = jnp.ones((CHUNK, CHUNK), logs.dtype)
-    inside = jnp.einsum("ij,bnj...->bni...", jnp.triu(ones) if reverse else jnp.tril(ones), x, precision="highest")
+    inside = jnp.einsum(
+        "ij,bnj...->bni...", jnp.triu(ones) if reverse else jnp.tril(ones), x, precision="highest"
+    )
     ones = jnp.ones((x.shape[1], x.shape[1]), logs.dtype)
     before = jnp.triu(ones, 1) if reverse else jnp.tril(ones, -1)
     chunks_before = jnp.einsum("ij,bj...->bi...", before, x.sum(2), precision="highest")
     return (inside + chunks_before[:, :, None]).reshape(B, -1, *rest)[:, :T]
 
 
-def _states_of_the_axis(log_total: Array, state: Array, first: Array, axis_name: str, reverse: bool):
+def _states_of_the_axis(
+    log_total: Array, state: Array, first: Array, axis_name: str, reverse: bool
+):
     """The state before this device's first token, and the one after the sequence's last: the same on all devices."""
     size, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     decays, states = jax.lax.all_gather((jnp.exp(log_total)[..., None], state), axis_name)

@@ -20,7 +20,9 @@ def interpreter_in_shard_map(monkeypatch):
 
     def interpret(*args, **params):
         with config._check_vma(False):
-            program = jax.make_jaxpr(partial(right, **params))(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args))
+            program = jax.make_jaxpr(partial(right, **params))(
+                *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)
+            )
             return jax.core.eval_jaxpr(program.jaxpr, program.consts, *args)
 
     monkeypatch.setattr(hlo_interpreter, "pallas_call_hlo_interpret", interpret)

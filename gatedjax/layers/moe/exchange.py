@@ -70,7 +70,9 @@ def _ring(assigned: Assigned, stacks: Stacks, axis: str) -> Float[Array, "R M"]:
     return lax.psum_scatter(y, axis, tiled=True)
 
 
-def _through_buffers(rows, ids, to: Int[Array, "n"], shape: tuple[int, int], stacks: Stacks, axis: str, factor: float):
+def _through_buffers(
+    rows, ids, to: Int[Array, "n"], shape: tuple[int, int], stacks: Stacks, axis: str, factor: float
+):
     """A buffer of equal room for every device; results come back in the same places."""
     ways, room = to.shape[0], shape[0] * min(shape[1], stacks.num_experts)
     if factor:
@@ -88,7 +90,9 @@ def _through_buffers(rows, ids, to: Int[Array, "n"], shape: tuple[int, int], sta
     return take_rows(y, slot_of_row, row_of_slot), jnp.sum(jnp.maximum(to - room, 0))
 
 
-def _one_by_one(rows, ids, to: Int[Array, "n"], shape: tuple[int, int], stacks: Stacks, axis: str, factor: float):
+def _one_by_one(
+    rows, ids, to: Int[Array, "n"], shape: tuple[int, int], stacks: Stacks, axis: str, factor: float
+):
     """Exactly the rows there are: received one sender after the other, returned to where they were."""
     ways, me = to.shape[0], lax.axis_index(axis)
     room = ways * shape[0] * min(shape[1], stacks.num_experts)
@@ -109,13 +113,19 @@ def _one_by_one(rows, ids, to: Int[Array, "n"], shape: tuple[int, int], stacks: 
     return move(y, 0, rows.shape[0], back), jnp.sum(to - sent[me])
 
 
-def _by_expert(rows: Float[Array, "S M"], ids: Int[Array, "S"], stacks: Stacks) -> Float[Array, "S M"]:
+def _by_expert(
+    rows: Float[Array, "S M"], ids: Int[Array, "S"], stacks: Stacks
+) -> Float[Array, "S M"]:
     """Received rows through this device's experts, in the order in which they came."""
     order, inverse, sizes = sort_by_group(ids, stacks.num_experts)
-    return permute_rows(grouped_mlp(permute_rows(rows, order, inverse), sizes, stacks), inverse, order)
+    return permute_rows(
+        grouped_mlp(permute_rows(rows, order, inverse), sizes, stacks), inverse, order
+    )
 
 
-def take_rows(x: Float[Array, "R M"], index: Int[Array, "S"], back: Int[Array, "R"]) -> Float[Array, "S M"]:
+def take_rows(
+    x: Float[Array, "R M"], index: Int[Array, "S"], back: Int[Array, "R"]
+) -> Float[Array, "S M"]:
     """x[index], 0 where the index is -1. `back` is the way back: the place of row r in the result, -1 if it has none.
 
     The gradient is then a gather as well.

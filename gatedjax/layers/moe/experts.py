@@ -25,10 +25,15 @@ class Stacks(NamedTuple):
 
 
 def grouped_mlp(
-    rows: Float[Array, "R M"], sizes: Int[Array, "E"], stacks: Stacks, weights: Float[Array, "R"] | None = None
+    rows: Float[Array, "R M"],
+    sizes: Int[Array, "E"],
+    stacks: Stacks,
+    weights: Float[Array, "R"] | None = None,
 ) -> Float[Array, "R M"]:
     """Rows sorted by expert, `sizes` rows for each, through their experts' MLPs. Rows beyond the last group give 0."""
-    return expert_mlp(rows, stacks.gate, stacks.up, stacks.down, sizes, weights, activation=stacks.activation)
+    return expert_mlp(
+        rows, stacks.gate, stacks.up, stacks.down, sizes, weights, activation=stacks.activation
+    )
 
 
 def mixture(
@@ -52,7 +57,13 @@ def mixture(
     return jnp.sum(y.reshape(*weights.shape, -1), axis=1, dtype=jnp.float32)
 
 
-def sorted_inputs(x: Float[Array, "R M"], weights: Float[Array, "R k"], order: Array, inverse: Array, stacks: Stacks):
+def sorted_inputs(
+    x: Float[Array, "R M"],
+    weights: Float[Array, "R k"],
+    order: Array,
+    inverse: Array,
+    stacks: Stacks,
+):
     """The rows [R k, M] that go into the experts, sorted."""
     rows = permute_rows(x, order, inverse)
     if not stacks.weight_input:
@@ -61,7 +72,9 @@ def sorted_inputs(x: Float[Array, "R M"], weights: Float[Array, "R k"], order: A
     return (rows.astype(jnp.float32) * scale).astype(rows.dtype)
 
 
-def combine(y: Float[Array, "Rk M"], weights: Float[Array, "R k"], stacks: Stacks) -> Float[Array, "R M"]:
+def combine(
+    y: Float[Array, "Rk M"], weights: Float[Array, "R k"], stacks: Stacks
+) -> Float[Array, "R M"]:
     """The weighted sum over each token's places, float32. Weights that went in do not come out again."""
     y = y.reshape(*weights.shape, y.shape[-1]).astype(jnp.float32)
     return jnp.sum(y, axis=1) if stacks.weight_input else jnp.einsum("rk,rkm->rm", weights, y)
@@ -76,9 +89,14 @@ def weight_of(
 
 
 def constant_experts(
-    x: Float[Array, "... M"], weights: Float[Array, "... n"], mixer: Float[Array, "M n 2"], vectors: Float[Array, "n M"]
+    x: Float[Array, "... M"],
+    weights: Float[Array, "... n"],
+    mixer: Float[Array, "M n 2"],
+    vectors: Float[Array, "n M"],
 ) -> Float[Array, "... M"]:
     """`sum_i weight_i (a1 x + a2 v_i)`, `(a1, a2) = softmax(x W_i)`, float32 (MoE++, arXiv 2410.07348, eq. 5)."""
     x32 = x.astype(jnp.float32)
     share = weights[..., None] * jax.nn.softmax(jnp.einsum("...m,mnc->...nc", x32, mixer), axis=-1)
-    return jnp.sum(share[..., 0], axis=-1, keepdims=True) * x32 + jnp.einsum("...n,nm->...m", share[..., 1], vectors)
+    return jnp.sum(share[..., 0], axis=-1, keepdims=True) * x32 + jnp.einsum(
+        "...n,nm->...m", share[..., 1], vectors
+    )

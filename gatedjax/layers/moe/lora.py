@@ -13,7 +13,10 @@ from gatedjax.layers.token_info import TokenInfo
 
 
 def lora_experts(
-    x: Float[Array, "... I"], weights: Float[Array, "... n"], a: Float[Array, "n I r"], b: Float[Array, "n r O"]
+    x: Float[Array, "... I"],
+    weights: Float[Array, "... n"],
+    a: Float[Array, "n I r"],
+    b: Float[Array, "n r O"],
 ) -> Float[Array, "... O"]:
     """`sum_n weight_n x A_n B_n`, every expert on every token: they are thin. The sum is float32."""
     h = jnp.einsum("...i,nir->...nr", x, a, preferred_element_type=jnp.float32)
@@ -31,7 +34,9 @@ def xlora_weights(
     return weights * _is_largest(weights, k)
 
 
-def phatgoose_weights(x: Float[Array, "... I"], gates: Float[Array, "n I"], k: int) -> Float[Array, "... n"]:
+def phatgoose_weights(
+    x: Float[Array, "... I"], gates: Float[Array, "n I"], k: int
+) -> Float[Array, "... n"]:
     """Softmax over the k largest `<x', v'> / sqrt(I)`, x' and v' standardized (PHATGOOSE, arXiv 2402.05859).
 
     The v were each trained with one expert, behind `sigmoid_weights`: their lengths cannot be compared.
@@ -64,19 +69,33 @@ class LoRAProjection(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... I"], weights: Float[Array, "... n"] | None) -> Float[Array, "... O"]:
+    def __call__(
+        self, x: Float[Array, "... I"], weights: Float[Array, "... n"] | None
+    ) -> Float[Array, "... O"]:
         """`weights`: of the experts; None makes them here, from x and this matrix's own gate vectors."""
         c, (into, I), (out, O) = self.config, self.in_axes, self.out_axes
         normal = nn.initializers.normal
         # By this name the optimizer knows to leave it alone (`optim.py`).
         frozen = parameter(self, "frozen", [into, out], [I, O], normal(self.std))
-        a = parameter(self, "lora_a", ["router", into, "rank"], [c.num_experts, I, c.rank], normal(I**-0.5))
-        b = parameter(self, "lora_b", ["router", "rank", out], [c.num_experts, c.rank, O], nn.initializers.zeros)
+        a = parameter(
+            self, "lora_a", ["router", into, "rank"], [c.num_experts, I, c.rank], normal(I**-0.5)
+        )
+        b = parameter(
+            self,
+            "lora_b",
+            ["router", "rank", out],
+            [c.num_experts, c.rank, O],
+            nn.initializers.zeros,
+        )
         if weights is None:
-            gates = parameter(self, "gates", ["router", into], [c.num_experts, I], nn.initializers.zeros)
+            gates = parameter(
+                self, "gates", ["router", into], [c.num_experts, I], nn.initializers.zeros
+            )
             is_training_form = c.gate == "sigmoid"
             weights = (
-                sigmoid_weights(x, gates) if is_training_form else phatgoose_weights(x, gates, c.experts_per_token)
+                sigmoid_weights(x, gates)
+                if is_training_form
+                else phatgoose_weights(x, gates, c.experts_per_token)
             )
         x = x.astype(self.dtype)
         dense = contract(x, jax.lax.stop_gradient(frozen).astype(self.dtype), 1)
@@ -92,17 +111,26 @@ class LoRAMixture(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], info: TokenInfo | None = None, router_logits: Array | None = None):
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo | None = None,
+        router_logits: Array | None = None,
+    ):
         """Returns y, no statistics, and the router logits as they came."""
         c, width, hidden = self.config, ("embed", x.shape[-1]), ("mlp", self.config.hidden)
         weights = info.lora_weights if c.first_pass else None
         if c.gate == "xlora" and weights is None:
             init = nn.initializers.normal(self.std)
-            classifier = parameter(self, "classifier", ["embed", "router"], [x.shape[-1], c.num_experts], init)
+            classifier = parameter(
+                self, "classifier", ["embed", "router"], [x.shape[-1], c.num_experts], init
+            )
             weights = xlora_weights(x, classifier, c.temperature, c.experts_per_token)
         project = lambda name, *axes: LoRAProjection(c, *axes, self.std, self.dtype, name=name)
         h = gated_product(
-            project("gate", width, hidden)(x, weights), project("up", width, hidden)(x, weights), c.activation
+            project("gate", width, hidden)(x, weights),
+            project("up", width, hidden)(x, weights),
+            c.activation,
         )
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
         return project("down", hidden, width)(h, weights), {}, router_logits

@@ -25,24 +25,39 @@ from jaxtyping import Float
 
 from gatedjax.config import ModelConfig, SparseMoEConfig
 
-Statistics = Mapping[str, Mapping[str, Array]]  # layer of the period -> `layers.moe.statistics`, stacked over periods
+Statistics = Mapping[
+    str, Mapping[str, Array]
+]  # layer of the period -> `layers.moe.statistics`, stacked over periods
 
 
-def weight_here(codebase: str, weight: float, num_experts: int, experts_per_token: int, num_layers: int = 1) -> float:
+def weight_here(
+    codebase: str, weight: float, num_experts: int, experts_per_token: int, num_layers: int = 1
+) -> float:
     """The weight of `balance_loss` (or `sequence_loss`) that acts as `weight` does in another codebase.
 
     Raises:
       ValueError: a codebase that the table above does not have.
     """
     E, k, L = num_experts, experts_per_token, num_layers
-    factors = {"switch": 1, "megablocks": 1 / L, "huggingface": k / L, "maxtext": k, "deepseek": 1, "moe++": k / E}
+    factors = {
+        "switch": 1,
+        "megablocks": 1 / L,
+        "huggingface": k / L,
+        "maxtext": k,
+        "deepseek": 1,
+        "moe++": k / E,
+    }
     if codebase not in factors:
-        raise ValueError(f"weight_here: codebase: got {codebase!r}, expected one of {', '.join(factors)}")
+        raise ValueError(
+            f"weight_here: codebase: got {codebase!r}, expected one of {', '.join(factors)}"
+        )
     return weight * factors[codebase]
 
 
 def balance_loss(
-    counts: Float[Array, "... E"], probability: Float[Array, "... E"], eta: Float[Array, " E"] | float = 1.0
+    counts: Float[Array, "... E"],
+    probability: Float[Array, "... E"],
+    eta: Float[Array, " E"] | float = 1.0,
 ) -> Float[Array, "..."]:
     """`E sum_i eta_i f_i P_i` from assignments and mean shares (arXiv 2101.03961, eq. 4; eta: 2410.07348, eq. 7)."""
     load = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
@@ -52,7 +67,9 @@ def balance_loss(
 def expert_weights(config: SparseMoEConfig) -> Float[Array, " E"]:
     """MoE++'s eta: 1 for experts that compute, `zero_computation_weight` for the others."""
     free = config.total_experts - config.num_experts
-    return jnp.asarray([1.0] * config.num_experts + [config.zero_computation_weight] * free, jnp.float32)
+    return jnp.asarray(
+        [1.0] * config.num_experts + [config.zero_computation_weight] * free, jnp.float32
+    )
 
 
 def router_losses(
@@ -70,7 +87,9 @@ def router_losses(
         c = config.layer(int(name[6:]))[1]
         counts[name] = s["counts"] + before.get(name, 0.0)
         balance = balance_loss(counts[name], s["probability"], expert_weights(c))
-        weighed = c.balance_loss * balance + c.sequence_loss * s["sequence_loss"] + c.z_loss * s["z_loss"]
+        weighed = (
+            c.balance_loss * balance + c.sequence_loss * s["sequence_loss"] + c.z_loss * s["z_loss"]
+        )
         total = total + jnp.sum(weighed)
         dropped = s["dropped"] / jnp.maximum(jnp.sum(s["counts"], axis=-1), 1.0)
         log.append([balance, s["z_loss"], s["entropy"], dropped])
@@ -94,6 +113,13 @@ def load_metrics(config: ModelConfig, counts: Mapping[str, Array]) -> dict[str, 
         load = c / jnp.maximum(jnp.sum(c, axis=-1, keepdims=True), 1.0) * c.shape[-1]
         rows |= {int(name[6:]) + period * config.period: row for period, row in enumerate(load)}
     widest = max(row.shape[0] for row in rows.values())
-    padded = [jnp.pad(rows[i], (0, widest - rows[i].shape[0]), constant_values=jnp.nan) for i in sorted(rows)]
+    padded = [
+        jnp.pad(rows[i], (0, widest - rows[i].shape[0]), constant_values=jnp.nan)
+        for i in sorted(rows)
+    ]
     load = jnp.stack(padded)
-    return {"expert_load": load, "load_max_over_mean": jnp.nanmax(load), "dead_experts": jnp.sum(load == 0.0)}
+    return {
+        "expert_load": load,
+        "load_max_over_mean": jnp.nanmax(load),
+        "dead_experts": jnp.sum(load == 0.0),
+    }

@@ -14,7 +14,12 @@ from jaxtyping import Bool, Float, Int
 
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
 
-ACTIVATIONS = {"identity": lambda h: h, "gelu": jax.nn.gelu, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh}
+ACTIVATIONS = {
+    "identity": lambda h: h,
+    "gelu": jax.nn.gelu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+}
 
 
 class Routing(NamedTuple):
@@ -40,12 +45,18 @@ def sparsemax(logits: Float[Array, "... E"]) -> Float[Array, "... E"]:
     ordered = jnp.sort(z, axis=-1, descending=True)
     rank = jnp.arange(1, z.shape[-1] + 1, dtype=jnp.float32)
     total = jnp.cumsum(ordered, axis=-1)
-    size = jnp.sum(1.0 + rank * ordered > total, axis=-1, keepdims=True)  # experts with a share above 0
+    size = jnp.sum(
+        1.0 + rank * ordered > total, axis=-1, keepdims=True
+    )  # experts with a share above 0
     threshold = (jnp.take_along_axis(total, size - 1, axis=-1) - 1.0) / size
     return jnp.maximum(z - threshold, 0.0)
 
 
-SCORES = {"softmax": lambda z: jax.nn.softmax(z, axis=-1), "sigmoid": jax.nn.sigmoid, "sparsemax": sparsemax}
+SCORES = {
+    "softmax": lambda z: jax.nn.softmax(z, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "sparsemax": sparsemax,
+}
 
 
 def route(
@@ -74,7 +85,9 @@ def route(
     if config.selection == "gumbel" and key is not None:
         z = z + jax.random.gumbel(key, z.shape, jnp.float32)
     scores = SCORES[config.scoring](z)
-    probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True) if config.scoring == "sigmoid" else scores
+    probabilities = (
+        scores / jnp.sum(scores, axis=-1, keepdims=True) if config.scoring == "sigmoid" else scores
+    )
     k = experts_per_token
     preferred = scores if bias is None else scores + jax.lax.stop_gradient(bias)
     if config.selection == "expert_choice":
@@ -82,7 +95,9 @@ def route(
         return Routing(experts, config.scale * weights, probabilities)
     if config.selection == "hash":
         if tokens is None:
-            raise ValueError('route: tokens: got None, expected the ids [B, T] for selection="hash"')
+            raise ValueError(
+                'route: tokens: got None, expected the ids [B, T] for selection="hash"'
+            )
         experts = hash_experts(tokens, z.shape[-1], k)
     elif config.selection == "grouped_topk":
         groups = best_groups(preferred, config.num_groups, config.kept_groups, config.group_score)
@@ -95,11 +110,16 @@ def route(
     weights = _weights(config, z, chosen, experts)
     if config.threshold:
         skipped = importance * chosen < config.threshold
-        experts, weights = jnp.where(skipped, z.shape[-1], experts), jnp.where(skipped, 0.0, weights)
+        experts, weights = (
+            jnp.where(skipped, z.shape[-1], experts),
+            jnp.where(skipped, 0.0, weights),
+        )
     return Routing(experts, weights, probabilities)
 
 
-def _weights(config: RouterConfig, z: Array, chosen: Float[Array, "... k"], experts: Int[Array, "... k"]):
+def _weights(
+    config: RouterConfig, z: Array, chosen: Float[Array, "... k"], experts: Int[Array, "... k"]
+):
     """Weights [..., k] of the chosen experts' outputs, whose scores are `chosen`."""
     k = experts.shape[-1]
     if config.weighting == "uniform":
@@ -121,7 +141,9 @@ def top_experts(preferred: Float[Array, "... E"], k: int) -> Int[Array, "... k"]
     return jax.lax.top_k(jax.lax.stop_gradient(preferred), k)[1]
 
 
-def best_groups(preferred: Float[Array, "... E"], groups: int, kept: int, score: str) -> Bool[Array, "... E"]:
+def best_groups(
+    preferred: Float[Array, "... E"], groups: int, kept: int, score: str
+) -> Bool[Array, "... E"]:
     """Which experts lie in the `kept` best of the `groups` equal groups of neighbors.
 
     A group's score is its best expert's ("max", DeepSeek-V2, arXiv 2405.04434) or the sum of its best two
@@ -143,10 +165,14 @@ def hash_experts(tokens: Int[Array, "..."], num_experts: int, k: int) -> Int[Arr
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ (h >> shift)) * jnp.uint32(factor)
     h = (h ^ (h >> 16)).astype(jnp.uint32)
-    return ((h[..., None] % num_experts + jnp.arange(k, dtype=jnp.uint32)) % num_experts).astype(jnp.int32)
+    return ((h[..., None] % num_experts + jnp.arange(k, dtype=jnp.uint32)) % num_experts).astype(
+        jnp.int32
+    )
 
 
-def expert_choice(scores: Float[Array, "B T E"], k: int) -> tuple[Int[Array, "B T E"], Float[Array, "B T E"]]:
+def expert_choice(
+    scores: Float[Array, "B T E"], k: int
+) -> tuple[Int[Array, "B T E"], Float[Array, "B T E"]]:
     """Every expert takes its ceil(k T / E) best tokens of each row (arXiv 2202.09368): perfect balance, not causal.
 
     A token may have any number of experts: it gets E places, those not filled are empty. Ties go to earlier tokens.
@@ -192,7 +218,9 @@ def limit_capacity(routing: Routing, capacity: Int[Array, " E"], order: str) -> 
     index = jnp.broadcast_to(jnp.arange(T * k), first.shape)
     ids, _, index = jax.lax.sort((flat, first, index), num_keys=2)
     # A run of one expert's places begins where its id first appears.
-    start = jax.vmap(jnp.searchsorted)(ids.reshape(-1, T * k), ids.reshape(-1, T * k)).reshape(ids.shape)
+    start = jax.vmap(jnp.searchsorted)(ids.reshape(-1, T * k), ids.reshape(-1, T * k)).reshape(
+        ids.shape
+    )
     fits_sorted = jnp.arange(T * k) - start < jnp.append(jnp.asarray(capacity), 0)[ids]
     back = jnp.argsort(index, axis=-1)
     fits = jnp.take_along_axis(fits_sorted, back, axis=-1).reshape(experts.shape)

@@ -43,9 +43,16 @@ def calibrated(logits_of: Callable[[Mapping], Float[Array, "B T V"]], state: Map
       ValueError: the state has no importance.
     """
     flat = flatten_dict(state)
-    places = [(path, i) for path, x in flat.items() if path[-1] == "importance" for i in np.ndindex(x.shape)]
+    places = [
+        (path, i)
+        for path, x in flat.items()
+        if path[-1] == "importance"
+        for i in np.ndindex(x.shape)
+    ]
     if not places:
-        raise ValueError("calibrated: state has no importance, expected that of routers with a threshold above 0")
+        raise ValueError(
+            "calibrated: state has no importance, expected that of routers with a threshold above 0"
+        )
     whole = flat | {path: jnp.full_like(flat[path], NEVER) for path, _ in places}
     p = jax.nn.log_softmax(logits_of(unflatten_dict(whole)).astype(jnp.float32))
     found = dict(flat)
@@ -61,17 +68,23 @@ def divergence(log_p: Float[Array, "... V"], logits: Float[Array, "... V"]) -> F
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
-def chosen_scores(config: RouterConfig, logits: Float[Array, "... E"], k: int, **given) -> Float[Array, "... k"]:
+def chosen_scores(
+    config: RouterConfig, logits: Float[Array, "... E"], k: int, **given
+) -> Float[Array, "... k"]:
     """The scores of each token's experts, which the threshold is compared with: of logits over the temperature.
 
     Args:
       given: `bias` and `tokens`, as for `route`.
     """
-    plain = dataclasses.replace(config, threshold=0.0, weighting="scores", renormalize=False, scale=1.0)
+    plain = dataclasses.replace(
+        config, threshold=0.0, weighting="scores", renormalize=False, scale=1.0
+    )
     return route(plain, logits, k, **given).weights
 
 
-def skip_threshold(importance: Float[Array, "L"], scores: Float[Array, "L ..."], skip_rate: float) -> float:
+def skip_threshold(
+    importance: Float[Array, "L"], scores: Float[Array, "L ..."], skip_rate: float
+) -> float:
     """The least threshold by which at least `skip_rate` of all places are skipped, in all layers together.
 
     Raises:
@@ -80,8 +93,12 @@ def skip_threshold(importance: Float[Array, "L"], scores: Float[Array, "L ..."],
     if not 0 <= skip_rate <= 1:
         raise ValueError(f"skip_threshold: skip_rate: got {skip_rate}, expected 0 to 1")
     if importance.ndim != 1 or scores.shape[:1] != importance.shape:
-        raise ValueError(f"skip_threshold: scores: got shape {scores.shape}, expected [L, ...], L of {importance.shape}")
-    weighed = np.asarray(importance, np.float32).reshape(-1, *[1] * (scores.ndim - 1)) * np.asarray(scores, np.float32)
+        raise ValueError(
+            f"skip_threshold: scores: got shape {scores.shape}, expected [L, ...], L of {importance.shape}"
+        )
+    weighed = np.asarray(importance, np.float32).reshape(-1, *[1] * (scores.ndim - 1)) * np.asarray(
+        scores, np.float32
+    )
     ordered = np.sort(weighed, axis=None)
     skipped = math.ceil(skip_rate * ordered.size)
     return float(np.nextafter(ordered[skipped - 1], np.float32(np.inf))) if skipped else 0.0

@@ -50,16 +50,29 @@ class SoftMoE(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], info: TokenInfo | None = None, router_logits: Array | None = None):
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo | None = None,
+        router_logits: Array | None = None,
+    ):
         """Returns y, no statistics (loads are even by construction), and the router logits as they came."""
         c, width = self.config, x.shape[-1]
         lecun = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        phi = parameter(self, "phi", ["embed", "router", None], [width, c.num_experts, c.slots_per_expert], lecun)
+        phi = parameter(
+            self,
+            "phi",
+            ["embed", "router", None],
+            [width, c.num_experts, c.slots_per_expert],
+            lecun,
+        )
         scale = parameter(self, "scale", [], [], nn.initializers.ones)
         stack = lambda name, axes, *shape: parameter(
             self, name, ["expert", *axes], [c.num_experts, *shape], nn.initializers.normal(self.std)
         ).astype(self.dtype)
         gate, up = (stack(name, ("embed", "mlp"), width, c.hidden) for name in ("gate", "up"))
         down = stack("down", ("mlp", "embed"), c.hidden, width)
-        y = soft_experts(x.astype(self.dtype), slot_logits(x, phi, scale), gate, up, down, c.activation)
+        y = soft_experts(
+            x.astype(self.dtype), slot_logits(x, phi, scale), gate, up, down, c.activation
+        )
         return y, {}, router_logits

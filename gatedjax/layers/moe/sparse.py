@@ -35,7 +35,9 @@ class SparseMoE(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], info: TokenInfo | None = None, previous: Array | None = None):
+    def __call__(
+        self, x: Float[Array, "B T M"], info: TokenInfo | None = None, previous: Array | None = None
+    ):
         """Returns y, `statistics` below, and the router's logits [B, T, E] (before the temperature).
 
         Args:
@@ -52,7 +54,9 @@ class SparseMoE(nn.Module):
             bias=state.get("bias"),
             importance=state.get("importance", 1.0),
             tokens=None if info is None else info.tokens,
-            key=self.make_rng("router") if c.router.selection == "gumbel" and self.has_rng("router") else None,
+            key=self.make_rng("router")
+            if c.router.selection == "gumbel" and self.has_rng("router")
+            else None,
         )
         chosen = count_places(routing.experts, c.total_experts)
         if c.capacity_factor:
@@ -73,14 +77,24 @@ class SparseMoE(nn.Module):
         project = Projection({"embed": x.shape[-1]}, experts, self.std, jnp.float32, name="router")
         h = project(modified_input(x, r.modified_input))
         if r.residual:
-            carry = Projection({"router_in": c.total_experts}, experts, self.std, jnp.float32, name="router_residual")
+            carry = Projection(
+                {"router_in": c.total_experts},
+                experts,
+                self.std,
+                jnp.float32,
+                name="router_residual",
+            )
             h = h + carry(jnp.zeros_like(h) if previous is None else previous)
         h = ACTIVATIONS[r.activation](h)
         if not r.affine:
             return h
-        return h + parameter(self, "router_bias", ["router"], [c.total_experts], nn.initializers.zeros)
+        return h + parameter(
+            self, "router_bias", ["router"], [c.total_experts], nn.initializers.zeros
+        )
 
-    def _experts(self, x: Float[Array, "B T M"], routing: Routing) -> tuple[Float[Array, "B T M"], Array]:
+    def _experts(
+        self, x: Float[Array, "B T M"], routing: Routing
+    ) -> tuple[Float[Array, "B T M"], Array]:
         """The experts that compute; and how many assignments the exchange between devices dropped."""
         c, width = self.config, x.shape[-1]
         if not c.num_experts:
@@ -120,9 +134,13 @@ class SparseMoE(nn.Module):
         if c.constant_experts:
             n, width = c.constant_experts, x.shape[-1]
             init = nn.initializers.normal(self.std)
-            mixer = parameter(self, "constant_mixer", ["embed", "router", None], [width, n, 2], init)
+            mixer = parameter(
+                self, "constant_mixer", ["embed", "router", None], [width, n, 2], init
+            )
             vectors = parameter(self, "constant", ["router", "embed_act"], [n, width], init)
-            y = y + constant_experts(x, weight_of(experts, weights, first + c.copy_experts, n), mixer, vectors)
+            y = y + constant_experts(
+                x, weight_of(experts, weights, first + c.copy_experts, n), mixer, vectors
+            )
         return y.astype(x.dtype)
 
     def _shared(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
@@ -130,7 +148,9 @@ class SparseMoE(nn.Module):
         y, *_ = GatedMLP(mlp, self.std, self.dtype, name="shared")(x)
         if not self.config.shared_gate:
             return y
-        score = Projection({"embed": x.shape[-1]}, {"shared_gate": 1}, self.std, self.dtype, name="shared_gate")(x)
+        score = Projection(
+            {"embed": x.shape[-1]}, {"shared_gate": 1}, self.std, self.dtype, name="shared_gate"
+        )(x)
         return (y.astype(jnp.float32) * jax.nn.sigmoid(score.astype(jnp.float32))).astype(y.dtype)
 
 
@@ -148,15 +168,22 @@ class RouterState(nn.Module):
     def __call__(self) -> dict[str, Array]:
         r, experts = self.config.router, self.config.total_experts
         names = {"none": (), "sign": ("bias",), "pid": ("bias", "integral", "error")}[r.bias_rule]
-        state = {name: parameter(self, name, ["router"], [experts], nn.initializers.zeros) for name in names}
+        state = {
+            name: parameter(self, name, ["router"], [experts], nn.initializers.zeros)
+            for name in names
+        }
         if r.anneal_steps:
-            state["temperature"] = parameter(self, "temperature", [], [], nn.initializers.constant(r.temperature))
+            state["temperature"] = parameter(
+                self, "temperature", [], [], nn.initializers.constant(r.temperature)
+            )
         if r.threshold:
             state["importance"] = parameter(self, "importance", [], [], nn.initializers.ones)
         return state
 
 
-def _device_mixture(c: SparseMoEConfig, x, experts, weights, gate, up, down) -> tuple[Float[Array, "B T M"], Array]:
+def _device_mixture(
+    c: SparseMoEConfig, x, experts, weights, gate, up, down
+) -> tuple[Float[Array, "B T M"], Array]:
     """One device's tokens through all experts; the second result counts what the exchange dropped, on all devices."""
     rows = lambda a: a.reshape(-1, a.shape[-1])
     stacks = Stacks(gate, up, down, c.activation, c.router.weight_input)
@@ -170,7 +197,9 @@ def _device_mixture(c: SparseMoEConfig, x, experts, weights, gate, up, down) -> 
     return y.reshape(x.shape).astype(x.dtype), lost
 
 
-def statistics(logits: Array, routing: Routing, chosen: Float[Array, "B E"], dropped: Array) -> dict[str, Array]:
+def statistics(
+    logits: Array, routing: Routing, chosen: Float[Array, "B E"], dropped: Array
+) -> dict[str, Array]:
     """What the losses, the bias rules and the log need of a layer, over the whole batch, float32.
 
     Under jit on a mesh every sum goes over all devices, so no device has statistics of its own.

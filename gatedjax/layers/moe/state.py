@@ -32,7 +32,10 @@ def merge(params: Mapping, state: Mapping) -> dict:
 
 
 def updated(
-    config: ModelConfig, state: Mapping, counts: Mapping[str, Float[Array, "P E"]], step: Int[Array, ""]
+    config: ModelConfig,
+    state: Mapping,
+    counts: Mapping[str, Float[Array, "P E"]],
+    step: Int[Array, ""],
 ) -> dict:
     """The state after a step.
 
@@ -48,7 +51,9 @@ def updated(
         if path[-1] == "temperature":
             new[path] = jnp.full_like(old, temperature(ffn.router, step))
         elif path[-1] == "bias":
-            error = load_error(counts[next(n for n in path if n.startswith("layer_"))], target_load(ffn))
+            error = load_error(
+                counts[next(n for n in path if n.startswith("layer_"))], target_load(ffn)
+            )
             if ffn.router.bias_rule == "sign":
                 new[path] = sign_update(old, error, ffn.router.bias_rate)
             else:
@@ -68,7 +73,9 @@ def target_load(config: SparseMoEConfig) -> Float[Array, " E"]:
     """The share of assignments that each expert should have: all the same, or `ffn_fraction` to those that compute."""
     ffn, free = config.num_experts, config.total_experts - config.num_experts
     share = config.router.ffn_fraction or ffn / (ffn + free)
-    return jnp.asarray([share / max(ffn, 1)] * ffn + [(1.0 - share) / max(free, 1)] * free, jnp.float32)
+    return jnp.asarray(
+        [share / max(ffn, 1)] * ffn + [(1.0 - share) / max(free, 1)] * free, jnp.float32
+    )
 
 
 def load_error(counts: Float[Array, "... E"], target: Float[Array, " E"]) -> Float[Array, "... E"]:
@@ -77,7 +84,9 @@ def load_error(counts: Float[Array, "... E"], target: Float[Array, " E"]) -> Flo
     return (target - load) * target.shape[0]
 
 
-def sign_update(bias: Float[Array, "... E"], error: Float[Array, "... E"], rate: float) -> Float[Array, "... E"]:
+def sign_update(
+    bias: Float[Array, "... E"], error: Float[Array, "... E"], rate: float
+) -> Float[Array, "... E"]:
     """`b + u sign(error)`: DeepSeek-V3's balancing without a loss (arXiv 2408.15664), u = 0.001 there."""
     return bias + rate * jnp.sign(error)
 
@@ -94,4 +103,8 @@ def pid_update(
     """
     proportional, integrating, derivative = gains
     integral = integral + error
-    return proportional * error + integrating * integral + derivative * (error - previous), integral, error
+    return (
+        proportional * error + integrating * integral + derivative * (error - previous),
+        integral,
+        error,
+    )

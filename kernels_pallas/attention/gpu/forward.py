@@ -52,7 +52,9 @@ def saved_numbers(normalizer) -> int:
     return len(jax.eval_shape(normalizer.finish, row, [wide] * normalizer.sums)[1])
 
 
-def _kernel(p: Plan, q, k, v, y, gate=None, sinks=None, slopes=None, segments=None, spans=None, **saved) -> None:
+def _kernel(
+    p: Plan, q, k, v, y, gate=None, sinks=None, slopes=None, segments=None, spans=None, **saved
+) -> None:
     normalizer, cut, h = p.normalizer, p.schedule.forward, pl.program_id(1)
     # The last queries see most keys, and start first.
     n = p.length // cut.own - 1 - pl.program_id(0)
@@ -66,14 +68,19 @@ def _kernel(p: Plan, q, k, v, y, gate=None, sinks=None, slopes=None, segments=No
         at = plan.block(j, cut.other)
         key_segments = None if segments is None else pltriton.load(segments.at[at])[None, :]
         places = tile.Places(rows[:, None], at[None, :], query_segments, key_segments)
-        s = tile.logits(p, queries, plan.load(k, at, p.K), slope, jnp.abs(places.queries - places.keys)).s
+        s = tile.logits(
+            p, queries, plan.load(k, at, p.K), slope, jnp.abs(places.queries - places.keys)
+        ).s
         row, keep, weights = normalizer.add(row, s, tile.seen(p, places, masks), places.keys)
         values = plan.load(v, at, p.V)
         kept = sums if keep is None else [keep * x for x in sums]
         return row, [x + tile.matmul(p, w, values) for x, w in zip(kept, weights)]
 
     sink = None if sinks is None else zero + pltriton.load(sinks.at[h])
-    start = normalizer.start(zero, (), sink), [jnp.zeros((cut.own, p.V), jnp.float32)] * normalizer.sums
+    start = (
+        normalizer.start(zero, (), sink),
+        [jnp.zeros((cut.own, p.V), jnp.float32)] * normalizer.sums,
+    )
     ranges = plan.visits(p, plan.of_queries(p), n, cut.own, cut.other, plan.limits(spans, n))
     outputs, numbers = normalizer.finish(*plan.walked(ranges, visit, start))
     for name, ref in saved.items():
@@ -87,5 +94,7 @@ def _kernel(p: Plan, q, k, v, y, gate=None, sinks=None, slopes=None, segments=No
 def _gated(p: Plan, o: Array, gate, rows: Array) -> Array:
     if gate is None:
         return o
-    pre = plan.load(gate, rows, p.V) if p.gate == "element" else pltriton.load(gate.at[rows])[:, None]
+    pre = (
+        plan.load(gate, rows, p.V) if p.gate == "element" else pltriton.load(gate.at[rows])[:, None]
+    )
     return o * jax.nn.sigmoid(pre.astype(jnp.float32))

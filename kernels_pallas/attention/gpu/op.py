@@ -64,29 +64,62 @@ def unsupported_step(q, k, v, normalizer: Normalizer) -> str | None:
 
 
 def attention(
-    q, k, v, gate, sink_logits, alibi_slopes, segment_ids,
-    *, normalizer: Normalizer, causal: bool, window: int | None, logits_soft_cap: float | None, scale: float, interpret: bool = False,
-) -> Array:  # fmt: skip
+    q,
+    k,
+    v,
+    gate,
+    sink_logits,
+    alibi_slopes,
+    segment_ids,
+    *,
+    normalizer: Normalizer,
+    causal: bool,
+    window: int | None,
+    logits_soft_cap: float | None,
+    scale: float,
+    interpret: bool = False,
+) -> Array:
     """As `api.attention`, with every default filled in. Any T."""
-    options = dict(normalizer=normalizer, causal=causal, window=window, logits_soft_cap=logits_soft_cap, scale=scale, interpret=interpret)
+    options = dict(
+        normalizer=normalizer,
+        causal=causal,
+        window=window,
+        logits_soft_cap=logits_soft_cap,
+        scale=scale,
+        interpret=interpret,
+    )
     arrays = (q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
     letters = ("b.h.", "b.h.", "b.h.", "b.h.", "h", "h", "b.")
     part = lambda *parts: (_attend(*parts, **options),)
     return by_rows_and_heads(part, arrays, letters, ("b.h.",), math.gcd(q.shape[2], k.shape[2]))[0]
 
 
-def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret: bool, normalizer: Normalizer, **options) -> Array:
+def _attend(
+    q, k, v, gate, sinks, slopes, segments, *, interpret: bool, normalizer: Normalizer, **options
+) -> Array:
     (_, T, H, K), V = q.shape, v.shape[3]
     kind, wide = matmuls(q, k, v), (power_of_two(K), power_of_two(V))
     operand, precision = operands(interpret, kind)
     cuts = schedule(*wide, kind, normalizer.sums, T)
     step = max(size for cut in cuts if cut for size in cut[:2])
     plan = Plan(
-        **options, normalizer=normalizer, T=T, length=-(-T // step) * step, H=H, Hk=k.shape[2], K=wide[0], V=wide[1],
-        gate="none" if gate is None else "head" if gate.shape[3] == 1 else "element", segments=segments is not None,
-        slopes=slopes is not None, operand=operand, precision=precision, out_dtype=jnp.dtype(v.dtype),
-        schedule=cuts, interpret=interpret,
-    )  # fmt: skip
+        **options,
+        normalizer=normalizer,
+        T=T,
+        length=-(-T // step) * step,
+        H=H,
+        Hk=k.shape[2],
+        K=wide[0],
+        V=wide[1],
+        gate="none" if gate is None else "head" if gate.shape[3] == 1 else "element",
+        segments=segments is not None,
+        slopes=slopes is not None,
+        operand=operand,
+        precision=precision,
+        out_dtype=jnp.dtype(v.dtype),
+        schedule=cuts,
+        interpret=interpret,
+    )
     tokens = lambda x, D: padded(padded(x, 1, plan.length), 3, D)
     if plan.gate == "head":
         gate = padded(jnp.swapaxes(gate[..., 0], 1, 2).astype(jnp.float32), 2, plan.length)
@@ -95,7 +128,15 @@ def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret: bool, normaliz
     numbers = lambda x: None if x is None else x.astype(jnp.float32)
     if segments is not None:
         segments = padded(segments.astype(jnp.int32), 1, plan.length, mode="edge")
-    x = Inputs(tokens(q, plan.K), tokens(k, plan.K), tokens(v, plan.V), gate, numbers(sinks), numbers(slopes), segments)
+    x = Inputs(
+        tokens(q, plan.K),
+        tokens(k, plan.K),
+        tokens(v, plan.V),
+        gate,
+        numbers(sinks),
+        numbers(slopes),
+        segments,
+    )
     return _attention(plan, x)[:, :T, :, :V]
 
 
@@ -113,7 +154,13 @@ OPERANDS = {
 
 def matmuls(*arrays: Array) -> str:
     """How a call with these inputs multiplies: a name of `OPERANDS`."""
-    one_pass = jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
+    one_pass = jax.config.jax_default_matmul_precision in (
+        None,
+        "default",
+        "fastest",
+        "bfloat16",
+        "BF16_BF16_F32",
+    )
     if one_pass and all(x.dtype == jnp.bfloat16 for x in arrays):
         return "bfloat16"
     return "tf32" if one_pass and all(x.dtype.itemsize == 2 for x in arrays) else "tf32_x3"
@@ -128,31 +175,65 @@ def operands(interpret: bool, matmuls: str) -> tuple[jnp.dtype, object]:
 
 
 def attention_step(
-    q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances,
-    *, normalizer: Normalizer, logits_soft_cap: float | None, scale: float, interpret: bool = False,
-) -> Array:  # fmt: skip
+    q,
+    k_cache,
+    v_cache,
+    gate,
+    sink_logits,
+    alibi_slopes,
+    valid,
+    distances,
+    *,
+    normalizer: Normalizer,
+    logits_soft_cap: float | None,
+    scale: float,
+    interpret: bool = False,
+) -> Array:
     """As `api.attention_step`, with every default filled in."""
     options = (normalizer, logits_soft_cap, scale, interpret)
     letters = ("bh.", "b.h.", "b.h.", "bh.", "h", "h", "b.", "b.")
     part = lambda *parts: (_step(options, parts[:6], parts[6:]),)
     arrays = (q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
-    return by_rows_and_heads(part, arrays, letters, ("bh.",), math.gcd(q.shape[1], k_cache.shape[2]))[0]
+    return by_rows_and_heads(
+        part, arrays, letters, ("bh.",), math.gcd(q.shape[1], k_cache.shape[2])
+    )[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(options: tuple, floats: tuple, slots: tuple) -> Array:
-    (normalizer, logits_soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = options, floats
+    (normalizer, logits_soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = (
+        options,
+        floats,
+    )
     (B, H, K), (_, S, Hk, V), (valid, distances) = q.shape, v.shape, slots
     operand, precision = operands(interpret, matmuls(q, k, v))
     wide = power_of_two(K), power_of_two(V)
     cut = gpu_tuning.step(*wide)
     plan = Plan(
-        normalizer=normalizer, causal=False, window=None, logits_soft_cap=logits_soft_cap, scale=scale, T=S, length=S, H=H, Hk=Hk,
-        K=wide[0], V=wide[1], gate="none", segments=False, slopes=slopes is not None, operand=operand,
-        precision=precision, out_dtype=jnp.dtype(v.dtype), schedule=Schedule(cut, cut, cut), interpret=interpret,
-    )  # fmt: skip
+        normalizer=normalizer,
+        causal=False,
+        window=None,
+        logits_soft_cap=logits_soft_cap,
+        scale=scale,
+        T=S,
+        length=S,
+        H=H,
+        Hk=Hk,
+        K=wide[0],
+        V=wide[1],
+        gate="none",
+        segments=False,
+        slopes=slopes is not None,
+        operand=operand,
+        precision=precision,
+        out_dtype=jnp.dtype(v.dtype),
+        schedule=Schedule(cut, cut, cut),
+        interpret=interpret,
+    )
     rows = gpu_step.rows(H // Hk)
-    by_head = lambda x: None if x is None else padded(x.astype(jnp.float32).reshape(Hk, -1), 1, rows)
+    by_head = lambda x: (
+        None if x is None else padded(x.astype(jnp.float32).reshape(Hk, -1), 1, rows)
+    )
     queries = padded(padded(q.reshape(B, Hk, -1, K), 2, rows), 3, plan.K)
     distances = None if distances is None else distances.astype(jnp.int32)
     o = gpu_step.step(plan, queries, k, v, by_head(sinks), by_head(slopes), valid, distances)
@@ -167,7 +248,9 @@ def _step_saving(options: tuple, floats: tuple, slots: tuple):
 def _step_backward(options: tuple, residuals, dy: Array):
     """Nobody trains by decoding: the gradients are XLA's."""
     (normalizer, logits_soft_cap, scale, _), (floats, slots) = options, residuals
-    again = lambda floats: xla.attention_step(*floats, *slots, normalizer=normalizer, logits_soft_cap=logits_soft_cap, scale=scale)
+    again = lambda floats: xla.attention_step(
+        *floats, *slots, normalizer=normalizer, logits_soft_cap=logits_soft_cap, scale=scale
+    )
     return (*jax.vjp(again, floats)[1](dy), None)
 
 
@@ -185,9 +268,14 @@ def _attention(plan: Plan, x: Inputs) -> Array:
 
 def _forward(plan: Plan, x: Inputs):
     out = forward(plan, x, save=True)
-    y = checkpoint_name(out["y"], OUT_NAME)  # who multiplies it by a matrix wants it again for that matrix's gradient
+    y = checkpoint_name(
+        out["y"], OUT_NAME
+    )  # who multiplies it by a matrix wants it again for that matrix's gradient
     outputs = {n: checkpoint_name(out[f"o{n}"], OUT_NAME) for n in plan.kept_outputs}
-    saved = [checkpoint_name(out[f"saved{n}"], STATISTIC_NAME) for n in range(sum("saved" in name for name in out))]
+    saved = [
+        checkpoint_name(out[f"saved{n}"], STATISTIC_NAME)
+        for n in range(sum("saved" in name for name in out))
+    ]
     return y, (x, y if plan.y_is_o else None, outputs, saved)
 
 
@@ -198,9 +286,13 @@ def _backward(plan: Plan, residuals, dy: Array):
     through_k = gpu_backward.dkv(plan, x, do, saved, deltas)
     dsinks = None
     if x.sinks is not None:
-        dsinks = plan.normalizer.sink_gradient(x.sinks[None, :, None], deltas, tuple(saved)).sum((0, 2))
+        dsinks = plan.normalizer.sink_gradient(x.sinks[None, :, None], deltas, tuple(saved)).sum(
+            (0, 2)
+        )
     dslopes = through_q["dslopes"].sum((0, 2)) if plan.slopes else None
-    return (Inputs(through_q["dq"], through_k["dk"], through_k["dv"], dgate, dsinks, dslopes, None),)
+    return (
+        Inputs(through_q["dq"], through_k["dk"], through_k["dv"], dgate, dsinks, dslopes, None),
+    )
 
 
 _attention.defvjp(_forward, _backward)

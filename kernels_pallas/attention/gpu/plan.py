@@ -135,14 +135,18 @@ def shared_segments(ids: Array, size: int, other: int) -> Int[Array, "B N 2"]:
     """
     bounds = lambda n: (lambda x: (x.min(2), x.max(2)))(ids.reshape(ids.shape[0], -1, n))
     (least, most), (other_least, other_most) = bounds(size), bounds(other)
-    meet = (least[:, :, None] <= other_most[:, None, :]) & (other_least[:, None, :] <= most[:, :, None])
+    meet = (least[:, :, None] <= other_most[:, None, :]) & (
+        other_least[:, None, :] <= most[:, :, None]
+    )
     end = meet.shape[2] - jnp.argmax(jnp.flip(meet, 2), 2)
     return jnp.stack([jnp.argmax(meet, 2), end], 2).astype(jnp.int32)
 
 
 def limits(spans, n) -> tuple | None:
     """Block n's row of `shared_segments`, for `visits`."""
-    return None if spans is None else tuple(pltriton.load(spans.at[n, jnp.int32(i)]) for i in (0, 1))
+    return (
+        None if spans is None else tuple(pltriton.load(spans.at[n, jnp.int32(i)]) for i in (0, 1))
+    )
 
 
 # --- where a program finds its own
@@ -177,11 +181,22 @@ def load(ref, rows: Array, width: int) -> Array:
 
 
 def store(ref, rows: Array, x: Array) -> None:
-    pltriton.store(ref.at[rows[:, None], lax.iota(jnp.int32, x.shape[1])[None, :]], x.astype(ref.dtype))
+    pltriton.store(
+        ref.at[rows[:, None], lax.iota(jnp.int32, x.shape[1])[None, :]], x.astype(ref.dtype)
+    )
 
 
 def call(
-    p: Plan, kernel: Callable, cut: Cut, grid, ins: dict, outs: dict, name: str, *, flops: int, exponentials: int
+    p: Plan,
+    kernel: Callable,
+    cut: Cut,
+    grid,
+    ins: dict,
+    outs: dict,
+    name: str,
+    *,
+    flops: int,
+    exponentials: int,
 ) -> dict[str, Array]:
     """Runs kernel(**refs by name). ins and outs: name -> (array, spec); what is None is left out."""
     ins = {n: x for n, x in ins.items() if x[0] is not None}

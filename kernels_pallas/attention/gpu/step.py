@@ -40,17 +40,25 @@ def step(p: Plan, q, k_cache, v_cache, sinks, slopes, valid, distances) -> Array
     }
 
     def part(*shape):
-        spec = pl.BlockSpec((None, None, None, *shape), lambda n, h, b: (b, h, n, *[0] * len(shape)))
+        spec = pl.BlockSpec(
+            (None, None, None, *shape), lambda n, h, b: (b, h, n, *[0] * len(shape))
+        )
         return like(q, (B, Hk, parts, *shape), jnp.float32), spec
 
     kept = len(jax.eval_shape(normalizer.start, jax.ShapeDtypeStruct((R, 1), jnp.float32)))
-    outs = {f"sum{n}": part(R, p.V) for n in range(normalizer.sums)} | {f"row{n}": part(R) for n in range(kept)}
-    cost = dict(flops=2 * B * p.H * S * (k_cache.shape[3] + normalizer.sums * V), exponentials=B * p.H * S)
+    outs = {f"sum{n}": part(R, p.V) for n in range(normalizer.sums)} | {
+        f"row{n}": part(R) for n in range(kept)
+    }
+    cost = dict(
+        flops=2 * B * p.H * S * (k_cache.shape[3] + normalizer.sums * V), exponentials=B * p.H * S
+    )
     kernel = partial(_kernel, p, blocks)
     out = plan.call(p, kernel, cut, (parts, Hk, B), ins, outs, "attention_step", **cost)
     first = lambda name: jnp.moveaxis(out[name], 2, 0)
     row = tuple(first(f"row{n}")[..., None] for n in range(kept))
-    outputs, _ = normalizer.finish(*normalizer.merge(row, [first(f"sum{n}") for n in range(normalizer.sums)]))
+    outputs, _ = normalizer.finish(
+        *normalizer.merge(row, [first(f"sum{n}") for n in range(normalizer.sums)])
+    )
     return outputs[0]
 
 
@@ -65,7 +73,9 @@ def rows(group: int) -> int:
     return max(STEP.own, 1 << (group - 1).bit_length())
 
 
-def _kernel(p: Plan, blocks: int, q, k, v, valid, sinks=None, slopes=None, distances=None, **parts) -> None:
+def _kernel(
+    p: Plan, blocks: int, q, k, v, valid, sinks=None, slopes=None, distances=None, **parts
+) -> None:
     normalizer, C, (R, _) = p.normalizer, p.schedule.forward.other, q.shape
     n, h = pl.program_id(0), pl.program_id(1)
     row, zero = lax.iota(jnp.int32, R), jnp.zeros((R, 1), jnp.float32)
@@ -78,7 +88,11 @@ def _kernel(p: Plan, blocks: int, q, k, v, valid, sinks=None, slopes=None, dista
         at = plan.block(j, C)
         inside = at < p.T
         seen = pltriton.load(valid.at[at], mask=inside, other=0)[None, :] != 0
-        apart = None if distances is None else pltriton.load(distances.at[at], mask=inside, other=0)[None, :]
+        apart = (
+            None
+            if distances is None
+            else pltriton.load(distances.at[at], mask=inside, other=0)[None, :]
+        )
         s = tile.logits(p, queries, _slots(k, at, inside, p.K), slope, apart).s
         kept, keep, weights = normalizer.add(kept, s, seen, at[None, :])
         values = _slots(v, at, inside, p.V)

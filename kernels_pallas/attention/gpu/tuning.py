@@ -27,7 +27,8 @@ class Schedule(NamedTuple):
     forward: Cut
     dq: Cut
     dkv: Cut
-    dv: Cut | None = None  # where registers hold only one of dk and dv: a kernel of its own, and dkv is of dk alone
+    # where registers hold only one of dk and dv: a kernel of its own, and dkv is of dk alone
+    dv: Cut | None = None
 
     def fitted(self, T: int) -> "Schedule":
         """Blocks no larger than a short sequence."""
@@ -41,7 +42,9 @@ HOPPER = {
     "bfloat16": {
         64: Schedule(Cut(128, 64, 4, 3), Cut(128, 64, 8, 3), Cut(128, 64, 8, 3)),
         128: Schedule(Cut(128, 64, 8, 3), Cut(128, 64, 8, 3), Cut(128, 32, 8, 2)),
-        256: Schedule(Cut(128, 64, 8, 2), Cut(128, 32, 8, 2), Cut(128, 32, 8, 2), Cut(128, 64, 8, 2)),
+        256: Schedule(
+            Cut(128, 64, 8, 2), Cut(128, 32, 8, 2), Cut(128, 32, 8, 2), Cut(128, 64, 8, 2)
+        ),
     },
     "tf32": {
         64: Schedule(Cut(64, 32, 4, 2), Cut(64, 32, 4, 2), Cut(64, 32, 4, 2)),
@@ -64,7 +67,9 @@ AMPERE = HOPPER | {
 TUNED = {"H200": HOPPER, "H100": HOPPER, "A100": AMPERE}
 DEFAULT_CHIP = "H200"
 
-STEP = Cut(16, 64, 4, 3)  # own: the least number of heads that are rows of a tile; other: slots, of up to 128 numbers
+STEP = Cut(
+    16, 64, 4, 3
+)  # own: the least number of heads that are rows of a tile; other: slots, of up to 128 numbers
 STEP_PROGRAMS = 264  # so many share a cache: two a multiprocessor of an H200
 
 

@@ -48,7 +48,9 @@ class Normalizer:
     """The contract, and what most normalizers have in common. Another one is a frozen dataclass: it is a static argument."""
 
     sums: ClassVar[int] = 1  # sums of weighted values that a row keeps
-    deltas: ClassVar[tuple[int, ...]] = (0,)  # the outputs whose product with do the backward pass needs
+    deltas: ClassVar[tuple[int, ...]] = (
+        0,
+    )  # the outputs whose product with do the backward pass needs
     walks: ClassVar[int] = 1  # over the keys, forward; more need `prepare`
     takes_sinks: ClassVar[bool] = False
 
@@ -74,7 +76,13 @@ class Normalizer:
         return tuple(sums), ()
 
     def gradient(
-        self, s: Array, seen: Array | None, keys: Array, dp: Array, deltas: Sequence[Array], saved: Row
+        self,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+        dp: Array,
+        deltas: Sequence[Array],
+        saved: Row,
     ) -> tuple[Array, Array]:
         raise NotImplementedError
 
@@ -226,7 +234,10 @@ class SelfAdjust(Normalizer):
         m_before, total, least_before, least_key, most_key = row
         positions, s_most = keys.astype(s.dtype), masked(s, seen)
         s_least = s if seen is None else jnp.where(seen, s, jnp.inf)
-        most, least = jnp.max(s_most, axis=-1, keepdims=True), jnp.min(s_least, axis=-1, keepdims=True)
+        most, least = (
+            jnp.max(s_most, axis=-1, keepdims=True),
+            jnp.min(s_least, axis=-1, keepdims=True),
+        )
         first = lambda where: jnp.min(jnp.where(where, positions, jnp.inf), axis=-1, keepdims=True)
         most_key = jnp.where(most > m_before, first(s_most == most), most_key)
         least_key = jnp.where(least < least_before, first(s_least == least), least_key)
@@ -242,7 +253,13 @@ class SelfAdjust(Normalizer):
         m, total, *sums = at_one_maximum(parts_m, total, *sums)
         least = jnp.min(parts_least, axis=0)
         first = lambda where, keys: jnp.min(jnp.where(where, keys, jnp.inf), axis=0)
-        return (m, total, least, first(parts_least == least, least_key), first(parts_m == m, most_key)), sums
+        return (
+            m,
+            total,
+            least,
+            first(parts_least == least, least_key),
+            first(parts_m == m, most_key),
+        ), sums
 
     def finish(self, row, sums):
         m, total, least, least_key, most_key = row
@@ -251,7 +268,13 @@ class SelfAdjust(Normalizer):
         softmax = sums[0] * inverse(total)
         o = (sums[1] * inverse(total) - a * softmax) * per_range
         # A bound that is 0 belongs to no key.
-        saved = (m + jnp.log(total), a, per_range, jnp.where(a < 0, least_key, -1), jnp.where(b > 0, most_key, -1))
+        saved = (
+            m + jnp.log(total),
+            a,
+            per_range,
+            jnp.where(a < 0, least_key, -1),
+            jnp.where(b > 0, most_key, -1),
+        )
         return (o, softmax), saved
 
     def gradient(self, s, seen, keys, dp, deltas, saved):

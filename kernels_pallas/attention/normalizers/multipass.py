@@ -39,7 +39,9 @@ class ClippedSoftmax(Normalizer):
 
     def __post_init__(self):
         if self.alpha < 0 or self.zeta < 1:
-            raise ValueError(f"ClippedSoftmax: got alpha={self.alpha}, zeta={self.zeta}, expected at least 0 and at least 1")
+            raise ValueError(
+                f"ClippedSoftmax: got alpha={self.alpha}, zeta={self.zeta}, expected at least 0 and at least 1"
+            )
 
     def for_length(self, length):
         return self if self.length else replace(self, length=length)
@@ -87,7 +89,9 @@ class ReweightedSoftplus(Normalizer):
 
     def __post_init__(self):
         if not isinstance(self.power, int) or self.power < 2:
-            raise ValueError(f"ReweightedSoftplus: power: got {self.power}, expected an integer from 2 on")
+            raise ValueError(
+                f"ReweightedSoftplus: power: got {self.power}, expected an integer from 2 on"
+            )
 
     def prepare(self, walk, zero):
         def add(row, s, seen, keys):
@@ -126,7 +130,10 @@ class ReweightedSoftplus(Normalizer):
         s = masked(s, seen)
         steep, weights = self._weights(s, known)
         # Through this key's own weight, and through the sum of A.
-        own, through_sum = steep * per_total * (dp - deltas[0]), per_sum * (deltas[1] - deltas[0] * slopes)
+        own, through_sum = (
+            steep * per_total * (dp - deltas[0]),
+            per_sum * (deltas[1] - deltas[0] * slopes),
+        )
         da = per_mean * per_largest * self.power * (own - through_sum)
         return weights * per_total, da * jax.nn.sigmoid(s)
 
@@ -160,11 +167,15 @@ class AdaptiveTemperature(Normalizer):
             keep, rise = jnp.exp(before - shift), jnp.where(before == -jnp.inf, 0, shift - before)
             p = jnp.exp(s - shift)
             # The sum of exp(s - m) (m - s), whose terms are all positive.
-            fallen = keep * (fallen + total * rise) + jnp.sum(p * _fall(s, shift), axis=-1, keepdims=True)
+            fallen = keep * (fallen + total * rise) + jnp.sum(
+                p * _fall(s, shift), axis=-1, keepdims=True
+            )
             return m, keep * total + jnp.sum(p, axis=-1, keepdims=True), fallen
 
         m, total, fallen = walk((zero - jnp.inf, zero, zero), add)
-        entropy = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + fallen * inverse(total), 0)
+        entropy = jnp.where(
+            total > 0, jnp.log(jnp.where(total > 0, total, 1)) + fallen * inverse(total), 0
+        )
         beta, slope = self._beta(entropy)
         return finite(m), m + jnp.log(total), entropy, beta, slope
 
@@ -225,12 +236,14 @@ class Entmax(Normalizer):
 
     def __post_init__(self):
         if not 1 < self.alpha <= 2:
-            raise ValueError(f"Entmax: alpha: got {self.alpha}, expected above 1 and at most 2 (1 is softmax)")
+            raise ValueError(
+                f"Entmax: alpha: got {self.alpha}, expected above 1 and at most 2 (1 is softmax)"
+            )
 
     def prepare(self, walk, zero):
         largest = lambda row, s, seen, keys: (
             jnp.maximum(row[0], jnp.max(masked(s, seen), axis=-1, keepdims=True)),
-        )  # fmt: skip
+        )
         (m,) = walk((zero - jnp.inf,), largest)
         m, still = finite(m), 2 * jnp.finfo(zero.dtype).eps
 
@@ -239,7 +252,9 @@ class Entmax(Normalizer):
 
             def add(row, s, seen, keys):
                 p, u = self._weights(s, seen, (tau, m))
-                return tuple(sum_ + jnp.sum(x, axis=-1, keepdims=True) for sum_, x in zip(row, (p, u)))
+                return tuple(
+                    sum_ + jnp.sum(x, axis=-1, keepdims=True) for sum_, x in zip(row, (p, u))
+                )
 
             total, slope = walk((zero, zero), add)
             rise = jnp.where(total > 1, (total - 1) * (self.alpha - 1) * inverse(slope), 0)
@@ -278,7 +293,9 @@ class Entmax(Normalizer):
         if self.alpha == 1.5:
             return y * y, y
         log_y = jnp.log(jnp.where(y > 0, y, 1)) / (self.alpha - 1)
-        return jnp.where(y > 0, jnp.exp(log_y), 0), jnp.where(y > 0, jnp.exp((2 - self.alpha) * log_y), 0)
+        return jnp.where(y > 0, jnp.exp(log_y), 0), jnp.where(
+            y > 0, jnp.exp((2 - self.alpha) * log_y), 0
+        )
 
 
 def _fall(s: Array, m: Array) -> Array:

@@ -16,7 +16,7 @@ from kernels_pallas.attention.normalizers.base import (
     Softpick,
     Softplus,
     StableMax,
-)  # fmt: skip
+)
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
@@ -28,7 +28,9 @@ from kernels_pallas.attention.normalizers.multipass import (
 def weights(normalizer: Normalizer, s: Array, seen: Array, sink: Array | None = None) -> Array:
     """Raises NotImplementedError for a normalizer that is not written down here."""
     if type(normalizer) not in _FORMULAS:
-        raise NotImplementedError(f"attention: implementation='reference' has no formula for {type(normalizer).__name__}")
+        raise NotImplementedError(
+            f"attention: implementation='reference' has no formula for {type(normalizer).__name__}"
+        )
     # Masked logits are 0, not -inf: no gradient of theirs is 0 times infinity.
     s = jnp.where(seen, s, 0)
     if isinstance(normalizer, Softmax):
@@ -55,7 +57,9 @@ def _relu(normalizer: Relu, s: Array, seen: Array) -> Array:
 def _softpick(normalizer: Softpick, s: Array, seen: Array) -> Array:
     m = lax.stop_gradient(jnp.maximum(_largest(s, seen), 0))
     # e^(s-m) - e^(-m), of whichever sign s has.
-    x = jnp.where(s > 0, -jnp.exp(s - m) * jnp.expm1(-jnp.abs(s)), jnp.exp(-m) * jnp.expm1(-jnp.abs(s)))
+    x = jnp.where(
+        s > 0, -jnp.exp(s - m) * jnp.expm1(-jnp.abs(s)), jnp.exp(-m) * jnp.expm1(-jnp.abs(s))
+    )
     return jax.nn.relu(x) / (_sum(jnp.where(seen, jnp.abs(x), 0)) + normalizer.eps)
 
 
@@ -85,7 +89,11 @@ def _reweighted_softplus(normalizer: ReweightedSoftplus, s: Array, seen: Array) 
     count = _sum(seen.astype(s.dtype))
     x = jax.nn.relu(_softplus(normalizer, s, seen) * count - (count > 3))
     largest = lax.stop_gradient(_largest(x, seen))
-    return _normalized((jnp.where(largest > 1e-6, x, 0) / jnp.where(largest > 1e-6, largest, 1)) ** normalizer.power, seen)
+    return _normalized(
+        (jnp.where(largest > 1e-6, x, 0) / jnp.where(largest > 1e-6, largest, 1))
+        ** normalizer.power,
+        seen,
+    )
 
 
 def _adaptive_temperature(normalizer: AdaptiveTemperature, s: Array, seen: Array) -> Array:

@@ -34,7 +34,9 @@ from kernels_pallas.common.padding import padded
 from kernels_pallas.common.tpu import Operand
 
 
-def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array], dy: Array) -> dict[str, Array]:
+def backward(
+    plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array], dy: Array
+) -> dict[str, Array]:
     """dq, dk, dv, dgate as the inputs; dsinks and dslopes float32 [B, H, spans or 1, T], by row.
 
     outputs: of the normalizer, by number, float32 [B, T, H*V]; saved: [B, H, 1, T] each.
@@ -49,13 +51,17 @@ def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array
     pad, along = partial(padded, axis=1, size=length), partial(padded, axis=3, size=length)
 
     def tokens(name: str, a, D: int) -> Operand:
-        return Operand(name, a, (1, block, D), lambda b, h, s, g, p, t: (b, t.rows[at(s, p)], head(h, g)))
+        return Operand(
+            name, a, (1, block, D), lambda b, h, s, g, p, t: (b, t.rows[at(s, p)], head(h, g))
+        )
 
     def keys(name: str, a, D: int) -> Operand:
         return Operand(name, a, (1, block, D), lambda b, h, s, g, p, t: (b, t.keys[at(s, p)], h))
 
     def numbers(name: str, a) -> Operand:
-        return Operand(name, a, (1, 1, 1, block), lambda b, h, s, g, p, t: (b, head(h, g), 0, t.rows[at(s, p)]))
+        return Operand(
+            name, a, (1, 1, 1, block), lambda b, h, s, g, p, t: (b, head(h, g), 0, t.rows[at(s, p)])
+        )
 
     def once(o: Operand) -> Operand:
         """An output by rows that the first span writes; the others leave the last block where it is."""
@@ -67,7 +73,9 @@ def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array
         return o._replace(index=index) if spans > 1 else o
 
     def by_span(name: str, a, D: int) -> Operand:
-        return Operand(name, a, (1, 1, block, D), lambda b, h, s, g, p, t: (s, b, t.rows[at(s, p)], head(h, g)))
+        return Operand(
+            name, a, (1, 1, block, D), lambda b, h, s, g, p, t: (s, b, t.rows[at(s, p)], head(h, g))
+        )
 
     def flushed(name: str, a, D: int) -> Operand:
         """Written while the last query head's last rows pass; before that, the span's first block is waiting."""
@@ -88,8 +96,22 @@ def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array
         ins.append(numbers("gate", along(x.gate)))
     if plan.segments:
         ids = padded(x.segments, 2, length, mode="edge")
-        ins.append(Operand("query_segments", ids, (1, 1, block), lambda b, h, s, g, p, t: (b, 0, t.rows[at(s, p)])))
-        ins.append(Operand("key_segments", ids, (1, 1, block), lambda b, h, s, g, p, t: (b, 0, t.keys[at(s, p)])))
+        ins.append(
+            Operand(
+                "query_segments",
+                ids,
+                (1, 1, block),
+                lambda b, h, s, g, p, t: (b, 0, t.rows[at(s, p)]),
+            )
+        )
+        ins.append(
+            Operand(
+                "key_segments",
+                ids,
+                (1, 1, block),
+                lambda b, h, s, g, p, t: (b, 0, t.keys[at(s, p)]),
+            )
+        )
     wide = lambda heads, D: (B, length, heads * D)
     dq_dtype = x.q.dtype if spans == 1 else jnp.float32
     outs = [
@@ -118,18 +140,30 @@ def backward(plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array
     ]
     kernel = partial(_kernel, plan, count, blocks, spans)
     results = call(
-        plan, kernel, tables, (B, plan.Hk, spans, plan.group, count), ins, outs, scratch, "attention_backward",
+        plan,
+        kernel,
+        tables,
+        (B, plan.Hk, spans, plan.group, count),
+        ins,
+        outs,
+        scratch,
+        "attention_backward",
         flops=2 * B * plan.H * pairs(plan) * (3 * plan.K + 2 * plan.V),
-        exponentials=B * plan.H * pairs(plan), parallel=2,
-    )  # fmt: skip
+        exponentials=B * plan.H * pairs(plan),
+        parallel=2,
+    )
     dq = results["dq"]
     results["dq"] = dq[0] if spans == 1 else dq.sum(0).astype(x.q.dtype)
     if "dslopes" in results:
         results["dslopes"] = results["dslopes"].sum(0)
-    return {name: a[:, : plan.T] if a.ndim == 3 else a[..., : plan.T] for name, a in results.items()}
+    return {
+        name: a[:, : plan.T] if a.ndim == 3 else a[..., : plan.T] for name, a in results.items()
+    }
 
 
-def _kernel(plan: Plan, count: int, blocks: int, spans: int, tables: Tables, refs: dict, scratch: list) -> None:
+def _kernel(
+    plan: Plan, count: int, blocks: int, spans: int, tables: Tables, refs: dict, scratch: list
+) -> None:
     b, h, s, g, p = (pl.program_id(n) for n in range(5))
     dq_ref, dk_ref, dv_ref, do_ref, deltas_ref = scratch
     block, step, head = plan.backward.block, s * count + p, h * plan.group + g
@@ -159,7 +193,9 @@ def _kernel(plan: Plan, count: int, blocks: int, spans: int, tables: Tables, ref
         if plan.segments:
             due &= tables.segments.may_meet(b, i, j)
         sums = dq_ref, dk_ref.at[here], dv_ref.at[here]
-        pl.when(due)(partial(_tile, plan, tables, refs, sums, do_ref, deltas_ref, int(kind), head, i, j))
+        pl.when(due)(
+            partial(_tile, plan, tables, refs, sums, do_ref, deltas_ref, int(kind), head, i, j)
+        )
 
     @pl.when(what & LAST != 0)
     def _():
@@ -183,7 +219,9 @@ def _arrival(plan: Plan, refs: dict, do_ref, deltas_ref, opened: Array | None) -
         deltas_ref[n : n + 1] = tile.as_row(jnp.sum(do * _output(refs, of), axis=-1, keepdims=True))
 
 
-def _gradients_by_row(plan: Plan, tables: Tables, refs: dict, deltas_ref, head, opened: Array | None) -> None:
+def _gradients_by_row(
+    plan: Plan, tables: Tables, refs: dict, deltas_ref, head, opened: Array | None
+) -> None:
     """Those of the gate and of a sink: nothing is divided by a gate that may be 0."""
     if plan.gate == "element":
         dgate = refs["dy"][0].astype(jnp.float32) * _output(refs, 0) * opened * (1 - opened)
@@ -191,10 +229,14 @@ def _gradients_by_row(plan: Plan, tables: Tables, refs: dict, deltas_ref, head, 
     elif plan.gate == "head":
         opened = tile.open_gate(refs["gate"][0, 0])  # along lanes, as the products' sums will be
         products = refs["dy"][0].astype(jnp.float32) * _output(refs, 0)
-        refs["dgate"][0, 0] = tile.as_row(jnp.sum(products, axis=-1, keepdims=True)) * opened * (1 - opened)
+        refs["dgate"][0, 0] = (
+            tile.as_row(jnp.sum(products, axis=-1, keepdims=True)) * opened * (1 - opened)
+        )
     if "dsinks" in refs:
         sink = jnp.full((1, plan.backward.block), tables.sinks[head])
-        refs["dsinks"][0, 0] = plan.normalizer.sink_gradient(sink, *_numbers(plan, refs, deltas_ref, slice(None)))
+        refs["dsinks"][0, 0] = plan.normalizer.sink_gradient(
+            sink, *_numbers(plan, refs, deltas_ref, slice(None))
+        )
 
 
 def _opened(plan: Plan, refs: dict) -> Array:
@@ -208,14 +250,20 @@ def _output(refs: dict, n: int) -> Array:
     return refs[f"o{n}"][0].astype(jnp.float32)
 
 
-def _numbers(plan: Plan, refs: dict, deltas_ref, queries: slice) -> tuple[list[Array], tuple[Array, ...]]:
+def _numbers(
+    plan: Plan, refs: dict, deltas_ref, queries: slice
+) -> tuple[list[Array], tuple[Array, ...]]:
     """(deltas, saved) of some queries, [1, R] each."""
     deltas = [deltas_ref[n : n + 1, queries] for n in range(len(plan.normalizer.deltas))]
-    names = sorted((name for name in refs if name.startswith("saved")), key=lambda name: int(name[5:]))
+    names = sorted(
+        (name for name in refs if name.startswith("saved")), key=lambda name: int(name[5:])
+    )
     return deltas, tuple(refs[name][0, 0, :, queries] for name in names)
 
 
-def _tile(plan: Plan, tables: Tables, refs: dict, sums: tuple, do_ref, deltas_ref, kind: int, head, i, j) -> None:
+def _tile(
+    plan: Plan, tables: Tables, refs: dict, sums: tuple, do_ref, deltas_ref, kind: int, head, i, j
+) -> None:
     """A block of keys meets a block of queries, a group of keys after another."""
     block, rows, normalizer = plan.backward.block, plan.backward.rows, plan.normalizer
     slope = None if tables.slopes is None else tables.slopes[head]
@@ -230,10 +278,14 @@ def _tile(plan: Plan, tables: Tables, refs: dict, sums: tuple, do_ref, deltas_re
 
     def place(n: int) -> tile.Positions:
         first = queries(n).start
-        at = tile.positions(i * block + first, block - first, j * block + starts[n], rows, turned=True)
+        at = tile.positions(
+            i * block + first, block - first, j * block + starts[n], rows, turned=True
+        )
         if plan.segments:
             column = tile.as_column(refs["key_segments"][0, :, own(n)])
-            at = at._replace(query_segments=refs["query_segments"][0, :, queries(n)], key_segments=column)
+            at = at._replace(
+                query_segments=refs["query_segments"][0, :, queries(n)], key_segments=column
+            )
         return at
 
     def products(n: int) -> tuple[tile.Logits, Array]:
@@ -247,7 +299,9 @@ def _tile(plan: Plan, tables: Tables, refs: dict, sums: tuple, do_ref, deltas_re
         weights, ds = normalizer.gradient(s.s, mask, at.keys, dp, deltas, saved)
         dv_ref[own(n)] += tile.matmul(plan, weights, do_ref[queries(n)])
         if slope is not None:
-            refs["dslopes"][0, 0, 0, :, queries(n)] -= jnp.sum(ds * s.distance, axis=0, keepdims=True)
+            refs["dslopes"][0, 0, 0, :, queries(n)] -= jnp.sum(
+                ds * s.distance, axis=0, keepdims=True
+            )
         if plan.logits_soft_cap is not None:
             ds = ds * (1 - (s.capped * (1 / plan.logits_soft_cap)) ** 2)
         dk_ref[own(n)] += tile.matmul(plan, ds, refs["q"][0, queries(n)])

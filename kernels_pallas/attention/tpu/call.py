@@ -37,7 +37,9 @@ class Tables(NamedTuple):
     slopes: Array | None
 
 
-def segment_tables(plan: Plan, segments: Array | None, block: int, length: int) -> SegmentTables | None:
+def segment_tables(
+    plan: Plan, segments: Array | None, block: int, length: int
+) -> SegmentTables | None:
     if not plan.segments:
         return None
     blocks = padded(segments, 2, length, mode="edge").reshape(segments.shape[0], -1, block)
@@ -45,12 +47,24 @@ def segment_tables(plan: Plan, segments: Array | None, block: int, length: int) 
 
 
 def call(
-    plan: Plan, kernel: Callable, tables: Tables, grid: tuple[int, ...], ins: list[Operand], outs: list[Operand],
-    scratch: list, name: str, *, flops: int, exponentials: int, parallel: int,
-) -> dict[str, Array]:  # fmt: skip
+    plan: Plan,
+    kernel: Callable,
+    tables: Tables,
+    grid: tuple[int, ...],
+    ins: list[Operand],
+    outs: list[Operand],
+    scratch: list,
+    name: str,
+    *,
+    flops: int,
+    exponentials: int,
+    parallel: int,
+) -> dict[str, Array]:
     """Runs kernel(tables, refs by name, scratch) over the grid."""
     static_blocks = None if tables.segments is None else tables.segments.blocks
-    arrays = tables if tables.segments is None else tables._replace(segments=tuple(tables.segments[:2]))
+    arrays = (
+        tables if tables.segments is None else tables._replace(segments=tuple(tables.segments[:2]))
+    )
     scalars, tree = jax.tree.flatten(arrays)
     names = [o.name for o in (*ins, *outs)]
 
@@ -65,7 +79,9 @@ def call(
         kernel(rebuilt(given), dict(zip(names, rest)), list(rest[len(names) :]))
 
     def spec(o: Operand) -> pl.BlockSpec:
-        return pl.BlockSpec(o.block, lambda *at: o.index(*at[: len(grid)], rebuilt(at[len(grid) :]).visits))
+        return pl.BlockSpec(
+            o.block, lambda *at: o.index(*at[: len(grid)], rebuilt(at[len(grid) :]).visits)
+        )
 
     semantics = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
     moved = sum(o.array.size * jnp.dtype(o.array.dtype).itemsize for o in (*ins, *outs))
@@ -80,7 +96,9 @@ def call(
             scratch_shapes=scratch,
         ),
         out_shape=[o.array for o in outs],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
+        ),
         cost_estimate=pl.CostEstimate(flops, exponentials, moved),
         interpret=plan.interpret,
         name=name,

@@ -36,35 +36,63 @@ def forward(plan: Plan, x: Inputs, save: bool) -> dict[str, Array]:
     length = -(-plan.T // block) * block
     visits = forward_visits(plan)
     tables = Tables(visits, segment_tables(plan, x.segments, block, length), x.sinks, x.slopes)
-    tokens = lambda name, a, D, head: Operand(name, a, (1, block, D), lambda b, h, p, t: (b, t.rows[p], head(h)))
-    keys = lambda name, a, D: Operand(name, a, (1, block, D), lambda b, h, p, t: (b, t.keys[p], h // plan.group))
-    numbers = lambda name, a: Operand(name, a, (1, 1, 1, block), lambda b, h, p, t: (b, h, 0, t.rows[p]))
+    tokens = lambda name, a, D, head: Operand(
+        name, a, (1, block, D), lambda b, h, p, t: (b, t.rows[p], head(h))
+    )
+    keys = lambda name, a, D: Operand(
+        name, a, (1, block, D), lambda b, h, p, t: (b, t.keys[p], h // plan.group)
+    )
+    numbers = lambda name, a: Operand(
+        name, a, (1, 1, 1, block), lambda b, h, p, t: (b, h, 0, t.rows[p])
+    )
     pad = partial(padded, axis=1, size=length)
     own = lambda h: h
-    ins = [tokens("q", pad(x.q), plan.K, own), keys("k", pad(x.k), plan.K), keys("v", pad(x.v), plan.V)]
+    ins = [
+        tokens("q", pad(x.q), plan.K, own),
+        keys("k", pad(x.k), plan.K),
+        keys("v", pad(x.v), plan.V),
+    ]
     if plan.gate == "element":
         ins.append(tokens("gate", pad(x.gate), plan.V, own))
     elif plan.gate == "head":
         ins.append(numbers("gate", padded(x.gate, 3, length)))
     if plan.segments:
         along = padded(x.segments, 2, length, mode="edge")
-        ins.append(Operand("query_segments", along, (1, 1, block), lambda b, h, p, t: (b, 0, t.rows[p])))
-        ins.append(Operand("key_segments", along, (1, 1, block), lambda b, h, p, t: (b, 0, t.keys[p])))
+        ins.append(
+            Operand("query_segments", along, (1, 1, block), lambda b, h, p, t: (b, 0, t.rows[p]))
+        )
+        ins.append(
+            Operand("key_segments", along, (1, 1, block), lambda b, h, p, t: (b, 0, t.keys[p]))
+        )
     wide = like(x.q, (B, length, plan.H * plan.V), jnp.float32)
     outs = [tokens("y", like(x.q, wide.shape, plan.out_dtype), plan.V, own)]
     if save:
         outs += [tokens(f"o{n}", wide, plan.V, own) for n in kept_outputs(plan)]
         count = saved_numbers(normalizer)
-        outs += [numbers(f"saved{n}", like(x.q, (B, plan.H, 1, length), jnp.float32)) for n in range(count)]
+        outs += [
+            numbers(f"saved{n}", like(x.q, (B, plan.H, 1, length), jnp.float32))
+            for n in range(count)
+        ]
     statistics = len(_statistics(normalizer))
     scratch = [pltpu.VMEM((block, plan.V), jnp.float32)] * normalizer.sums
     scratch += [pltpu.VMEM((block, tile.lanes(normalizer)), jnp.float32)] * statistics
     multiplied = 2 * B * plan.H * pairs(plan) * (plan.K + normalizer.sums * plan.V)
     results = call(
-        plan, partial(_kernel, plan), tables, (B, plan.H, len(visits.rows)), ins, outs, scratch, "attention_forward",
-        flops=multiplied, exponentials=B * plan.H * pairs(plan), parallel=2,
-    )  # fmt: skip
-    return {name: a[:, : plan.T] if a.ndim == 3 else a[..., : plan.T] for name, a in results.items()}
+        plan,
+        partial(_kernel, plan),
+        tables,
+        (B, plan.H, len(visits.rows)),
+        ins,
+        outs,
+        scratch,
+        "attention_forward",
+        flops=multiplied,
+        exponentials=B * plan.H * pairs(plan),
+        parallel=2,
+    )
+    return {
+        name: a[:, : plan.T] if a.ndim == 3 else a[..., : plan.T] for name, a in results.items()
+    }
 
 
 def kept_outputs(plan: Plan) -> list[int]:
@@ -74,13 +102,21 @@ def kept_outputs(plan: Plan) -> list[int]:
 
 
 def _statistics(normalizer) -> tuple:
-    return jax.eval_shape(normalizer.start, jax.ShapeDtypeStruct((8, tile.lanes(normalizer)), jnp.float32))
+    return jax.eval_shape(
+        normalizer.start, jax.ShapeDtypeStruct((8, tile.lanes(normalizer)), jnp.float32)
+    )
 
 
 def saved_numbers(normalizer) -> int:
     """How many numbers of a row the normalizer saves."""
     column, wide = (jax.ShapeDtypeStruct((8, n), jnp.float32) for n in (1, 8))
-    return len(jax.eval_shape(normalizer.finish, tuple(column for _ in _statistics(normalizer)), [wide] * normalizer.sums)[1])
+    return len(
+        jax.eval_shape(
+            normalizer.finish,
+            tuple(column for _ in _statistics(normalizer)),
+            [wide] * normalizer.sums,
+        )[1]
+    )
 
 
 def _kernel(plan: Plan, tables: Tables, refs: dict, scratch: list) -> None:
@@ -105,7 +141,9 @@ def _kernel(plan: Plan, tables: Tables, refs: dict, scratch: list) -> None:
 
     @pl.when(what & LAST != 0)
     def _():
-        outputs, saved = normalizer.finish(tuple(ref[...] for ref in row), [ref[...] for ref in sums])
+        outputs, saved = normalizer.finish(
+            tuple(ref[...] for ref in row), [ref[...] for ref in sums]
+        )
         y = outputs[0]
         if plan.gate == "element":
             y = y * tile.open_gate(refs["gate"][0])
@@ -120,7 +158,9 @@ def _kernel(plan: Plan, tables: Tables, refs: dict, scratch: list) -> None:
                 refs[f"saved{n}"][0, 0] = tile.as_row(column)
 
 
-def _tile(plan: Plan, tables: Tables, refs: dict, sums: list, row: list, kind: int, h, i, j) -> None:
+def _tile(
+    plan: Plan, tables: Tables, refs: dict, sums: list, row: list, kind: int, h, i, j
+) -> None:
     """A block of queries meets a block of keys."""
     normalizer, block, rows = plan.normalizer, plan.forward.block, plan.forward.rows
     slope = None if tables.slopes is None else tables.slopes[h]
@@ -137,12 +177,19 @@ def _tile(plan: Plan, tables: Tables, refs: dict, sums: list, row: list, kind: i
     def logits(n: int) -> Array:
         start, end = groups[n], ends[n]
         at = place(start, end)
-        return tile.logits(plan, refs["q"][0, start : start + rows], refs["k"][0, :end], slope, at).s
+        return tile.logits(
+            plan, refs["q"][0, start : start + rows], refs["k"][0, :end], slope, at
+        ).s
 
     def weigh(n: int, s: Array) -> None:
         start, end = groups[n], ends[n]
         at, own = place(start, end), slice(start, start + rows)
-        added = normalizer.add(tuple(ref[own] for ref in row), s, tile.seen(plan, at, kind in (DIAGONAL, MASKED)), at.keys)
+        added = normalizer.add(
+            tuple(ref[own] for ref in row),
+            s,
+            tile.seen(plan, at, kind in (DIAGONAL, MASKED)),
+            at.keys,
+        )
         for ref, x in zip(row, added.row):
             ref[own] = x
         for ref, weights in zip(sums, added.weights):

@@ -42,15 +42,36 @@ def unsupported(q, k, v, normalizer: Normalizer) -> str | None:
 
 def unsupported_step() -> str:
     """Why this room does not take `attention_step`."""
-    return "has no kernel for one token against a cache: XLA reads the cache once, as a kernel would"
+    return (
+        "has no kernel for one token against a cache: XLA reads the cache once, as a kernel would"
+    )
 
 
 def attention(
-    q, k, v, gate, sink_logits, alibi_slopes, segment_ids,
-    *, normalizer: Normalizer, causal: bool, window: int | None, logits_soft_cap: float | None, scale: float, interpret: bool = False,
-) -> Array:  # fmt: skip
+    q,
+    k,
+    v,
+    gate,
+    sink_logits,
+    alibi_slopes,
+    segment_ids,
+    *,
+    normalizer: Normalizer,
+    causal: bool,
+    window: int | None,
+    logits_soft_cap: float | None,
+    scale: float,
+    interpret: bool = False,
+) -> Array:
     """As `api.attention`, with every default filled in. Any T."""
-    options = dict(normalizer=normalizer, causal=causal, window=window, logits_soft_cap=logits_soft_cap, scale=scale, interpret=interpret)
+    options = dict(
+        normalizer=normalizer,
+        causal=causal,
+        window=window,
+        logits_soft_cap=logits_soft_cap,
+        scale=scale,
+        interpret=interpret,
+    )
     arrays = (q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
     letters = ("b.h.", "b.h.", "b.h.", "b.h.", "h", "h", "b.")
     part = lambda *parts: (_attend(*parts, **options),)
@@ -66,23 +87,47 @@ def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret, **options) -> 
     kind = "none" if gate is None else "head" if gate.shape[-1] == 1 else "element"
     options["normalizer"] = on_tpu(options["normalizer"])
     plan = Plan(
-        **options, T=T, H=H, Hk=Hk, K=wide[0], V=wide[1], gate=kind, segments=segments is not None,
-        slopes=slopes is not None, rounds=_rounds(interpret, q, k, v), out_dtype=jnp.dtype(v.dtype),
-        interpret=_interpret(interpret, q), **schedules(T, *wide, options["window"]),
-    )  # fmt: skip
+        **options,
+        T=T,
+        H=H,
+        Hk=Hk,
+        K=wide[0],
+        V=wide[1],
+        gate=kind,
+        segments=segments is not None,
+        slopes=slopes is not None,
+        rounds=_rounds(interpret, q, k, v),
+        out_dtype=jnp.dtype(v.dtype),
+        interpret=_interpret(interpret, q),
+        **schedules(T, *wide, options["window"]),
+    )
     numbers = lambda x: None if x is None else x.astype(jnp.float32)
     if kind == "head":
         gate = numbers(jnp.swapaxes(gate, 1, 2).reshape(B, H, 1, T))
     elif kind == "element":
         gate = _flat(gate, plan.V)
     segments = None if segments is None else segments[:, None].astype(jnp.int32)
-    x = Inputs(_flat(q, plan.K), _flat(k, plan.K), _flat(v, plan.V), gate, numbers(sinks), numbers(slopes), segments)
+    x = Inputs(
+        _flat(q, plan.K),
+        _flat(k, plan.K),
+        _flat(v, plan.V),
+        gate,
+        numbers(sinks),
+        numbers(slopes),
+        segments,
+    )
     return _attention(plan, x).reshape(B, T, H, plan.V)[..., :V].astype(out_dtype)
 
 
 def _rounds(interpret, *arrays: Array) -> bool:
     """Whether matmuls are one pass of bfloat16."""
-    one_pass = jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
+    one_pass = jax.config.jax_default_matmul_precision in (
+        None,
+        "default",
+        "fastest",
+        "bfloat16",
+        "BF16_BF16_F32",
+    )
     return not interpret and one_pass and all(x.dtype == jnp.bfloat16 for x in arrays)
 
 
@@ -105,9 +150,14 @@ def _attention(plan: Plan, x: Inputs) -> Array:
 
 def _forward(plan: Plan, x: Inputs):
     out = forward(plan, x, save=True)
-    y = checkpoint_name(out["y"], OUT_NAME)  # who multiplies it by a matrix wants it again for that matrix's gradient
+    y = checkpoint_name(
+        out["y"], OUT_NAME
+    )  # who multiplies it by a matrix wants it again for that matrix's gradient
     outputs = {n: checkpoint_name(out[f"o{n}"], OUT_NAME) for n in kept_outputs(plan)}
-    saved = [checkpoint_name(out[f"saved{n}"], STATISTIC_NAME) for n in range(sum("saved" in name for name in out))]
+    saved = [
+        checkpoint_name(out[f"saved{n}"], STATISTIC_NAME)
+        for n in range(sum("saved" in name for name in out))
+    ]
     return y, (x, y if _y_is_o(plan) else None, outputs, saved)
 
 
@@ -115,7 +165,11 @@ def _backward(plan: Plan, residuals, dy: Array):
     x, y, outputs, saved = residuals
     d = backward(plan, x, outputs if y is None else {0: y} | outputs, saved, dy)
     by_head = lambda name: d[name].sum((0, 2, 3)) if name in d else None
-    return (Inputs(d["dq"], d["dk"], d["dv"], d.get("dgate"), by_head("dsinks"), by_head("dslopes"), None),)
+    return (
+        Inputs(
+            d["dq"], d["dk"], d["dv"], d.get("dgate"), by_head("dsinks"), by_head("dslopes"), None
+        ),
+    )
 
 
 _attention.defvjp(_forward, _backward)

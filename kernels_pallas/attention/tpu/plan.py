@@ -14,7 +14,11 @@ LANES = 128
 
 # What a visit computes. Only MASKED looks at positions in every part of its tile.
 FULL, DIAGONAL, MASKED, NOTHING = range(4)
-FIRST, LAST, FLUSH = 4, 8, 16  # bits: of the visits of a row block; of a key block, whose sums are complete then
+FIRST, LAST, FLUSH = (
+    4,
+    8,
+    16,
+)  # bits: of the visits of a row block; of a key block, whose sums are complete then
 
 
 class Schedule(NamedTuple):
@@ -90,14 +94,19 @@ def kinds(plan: Plan, block: int) -> Int[np.ndarray, "Nq Nk"]:
     """What there is to compute in every tile."""
     n = -(-plan.T // block)
     i, j = np.arange(n)[:, None] * block, np.arange(n)[None, :] * block
-    nearest, farthest = i - (j + block - 1), i + block - 1 - j  # the least and the largest distance row - key
+    nearest, farthest = (
+        i - (j + block - 1),
+        i + block - 1 - j,
+    )  # the least and the largest distance row - key
     some, all_of_it = np.full((n, n), True), np.broadcast_to(j + block <= plan.T, (n, n))
     if plan.causal:
         some, all_of_it = some & (farthest >= 0), nearest >= 0
     if plan.window is not None:
         some &= (nearest < plan.window) & (farthest > -plan.window)
         all_of_it = all_of_it & (farthest < plan.window) & (nearest > -plan.window)
-    if plan.slopes and plan.T % block:  # rows of padding would weigh keys by a slope alone, which may be negative
+    if (
+        plan.slopes and plan.T % block
+    ):  # rows of padding would weigh keys by a slope alone, which may be negative
         all_of_it = all_of_it & (i + block <= plan.T)
     found = np.where(some, np.where(all_of_it, FULL, MASKED), NOTHING)
     if plan.causal and (plan.window is None or plan.window >= block):

@@ -20,7 +20,11 @@ def matmul(plan: Plan, x: Array, y: Array, dims=NN) -> Array:
     """Float32 sums of products: of bfloat16, or of float32 that keep their bits."""
     dtype, precision = (jnp.bfloat16, None) if plan.rounds else (jnp.float32, "highest")
     return lax.dot_general(
-        x.astype(dtype), y.astype(dtype), (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
+        x.astype(dtype),
+        y.astype(dtype),
+        (dims, ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -35,8 +39,12 @@ class Positions(NamedTuple):
 
 def positions(first_query, queries: int, first_key, keys: int, turned: bool) -> Positions:
     """[R, 1] and [1, C]; `turned`, [1, R] and [C, 1]."""
-    along = lambda first, n, axis: first + lax.broadcasted_iota(jnp.int32, (n, 1) if axis == 0 else (1, n), axis)
-    return Positions(along(first_query, queries, int(turned)), along(first_key, keys, int(not turned)))
+    along = lambda first, n, axis: (
+        first + lax.broadcasted_iota(jnp.int32, (n, 1) if axis == 0 else (1, n), axis)
+    )
+    return Positions(
+        along(first_query, queries, int(turned)), along(first_key, keys, int(not turned))
+    )
 
 
 def seen(plan: Plan, at: Positions, masks: bool) -> Array | None:

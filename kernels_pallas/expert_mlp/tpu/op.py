@@ -41,14 +41,18 @@ def unsupported(rows: Array, gate: Array, weights: Array | None) -> str | None:
     return tpu.unsupported(rows, gate)
 
 
-def expert_mlp(rows, gate, up, down, group_sizes, weights, *, activation: str, interpret: bool) -> Array:
+def expert_mlp(
+    rows, gate, up, down, group_sizes, weights, *, activation: str, interpret: bool
+) -> Array:
     """As `api.expert_mlp`, with every default filled in."""
     dtype = rows.dtype
     if dtype == jnp.float16:  # Mosaic does not convert to or from float16
         rows, gate, up, down = (x.astype(jnp.float32) for x in (rows, gate, up, down))
     scales = () if weights is None else (weights.astype(jnp.float32),)
     plan = Plan(activation, interpret)
-    return _expert_mlp(plan, rows, gate, up, down, group_sizes.astype(jnp.int32), scales).astype(dtype)
+    return _expert_mlp(plan, rows, gate, up, down, group_sizes.astype(jnp.int32), scales).astype(
+        dtype
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -59,7 +63,9 @@ def _expert_mlp(plan: Plan, rows, gate, up, down, sizes, scales) -> Array:
         return (_product(plan)(*rounded, *scales),)
 
     name = partial(Rows, interpret=plan.interpret, out_dtypes=(rows.dtype,))
-    h = rows_times_groups(name("expert_mlp_hidden", body=hidden), (rows,), (gate, up), sizes, scales=scales)
+    h = rows_times_groups(
+        name("expert_mlp_hidden", body=hidden), (rows,), (gate, up), sizes, scales=scales
+    )
     return rows_times_groups(name("expert_mlp_down"), h, (down,), sizes)[0]
 
 
@@ -71,7 +77,10 @@ def _product(plan: Plan) -> Callable:
 def _forward_saving(plan: Plan, rows, gate, up, down, sizes, scales):
     both = lambda product: (product(0, 0), product(0, 1))
     first = Rows("expert_mlp_pre_activations", plan.interpret, (rows.dtype,) * 2, both)
-    pre = [checkpoint_name(x, PRE_ACTIVATIONS_NAME) for x in rows_times_groups(first, (rows,), (gate, up), sizes)]
+    pre = [
+        checkpoint_name(x, PRE_ACTIVATIONS_NAME)
+        for x in rows_times_groups(first, (rows,), (gate, up), sizes)
+    ]
     second = Rows("expert_mlp_down", plan.interpret, (rows.dtype,), operand=_product(plan))
     (y,) = rows_times_groups(second, pre, (down,), sizes, scales=scales)
     return y, (rows, gate, up, down, sizes, scales, pre)
@@ -89,13 +98,25 @@ def _backward(plan: Plan, residuals, dy):
         through = gated_product_cotangents(plan.activation, a, b, math.prod(scale, start=dh))
         return (*through, gated_product(plan.activation, a, b) * dh) if scale else through
 
-    work = Rows("expert_mlp_dpre_activations", interpret, (rows.dtype,) * 2, cotangents, True, row_sums=bool(scales))
-    *dpre, dscales = (*rows_times_groups(work, (dy,), (down,), sizes, pre, scales), *[()] * (not scales))
+    work = Rows(
+        "expert_mlp_dpre_activations",
+        interpret,
+        (rows.dtype,) * 2,
+        cotangents,
+        True,
+        row_sums=bool(scales),
+    )
+    *dpre, dscales = (
+        *rows_times_groups(work, (dy,), (down,), sizes, pre, scales),
+        *[()] * (not scales),
+    )
     total = lambda product: (product(0, 0) + product(1, 1),)
     back = Rows("expert_mlp_drows", interpret, (rows.dtype,), total, transposed=True)
     (drows,) = rows_times_groups(back, dpre, (gate, up), sizes)
     names = "expert_mlp_dgate", "expert_mlp_dup"
-    dgate, dup = (outer_by_group(name, interpret, (rows,), d, sizes) for name, d in zip(names, dpre))
+    dgate, dup = (
+        outer_by_group(name, interpret, (rows,), d, sizes) for name, d in zip(names, dpre)
+    )
     return drows, dgate, dup, ddown, None, (dscales,) if scales else ()
 
 

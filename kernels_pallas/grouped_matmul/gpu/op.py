@@ -80,15 +80,26 @@ _grouped_matmul.defvjp(_forward_saving, _backward)
 
 
 def rows_times_groups(
-    plan: Plan, x: Float[Array, "M I"], rhs: Float[Array, "G K N"], group_sizes: Int[Array, "G"], *, transposed: bool
+    plan: Plan,
+    x: Float[Array, "M I"],
+    rhs: Float[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    *,
+    transposed: bool,
 ) -> Array:
     """Each row of x times its group's matrix, or the matrix transposed."""
     M, O = x.shape[0], rhs.shape[1 if transposed else 2]
     b = ROWS_BLOCKS if x.dtype.itemsize == 2 else ROWS_BLOCKS_32
     x = padded_to_multiples(x, 1, b.inner)
-    rhs = padded_to_multiples(rhs, 1, b.columns, b.inner) if transposed else padded_to_multiples(rhs, 1, b.inner, b.columns)
+    rhs = (
+        padded_to_multiples(rhs, 1, b.columns, b.inner)
+        if transposed
+        else padded_to_multiples(rhs, 1, b.inner, b.columns)
+    )
     group, first, end = _tiles(group_sizes, M, b.rows)
-    out_rows = M + b.rows if plan.interpret else M  # the interpreter knows no rows that a mask leaves out
+    out_rows = (
+        M + b.rows if plan.interpret else M
+    )  # the interpreter knows no rows that a mask leaves out
     out = pl.pallas_call(
         partial(_rows_kernel, b, M, len(group_sizes), transposed, plan.interpret),
         grid=(len(group), rhs.shape[1 if transposed else 2] // b.columns),
@@ -110,11 +121,25 @@ def _tiles(group_sizes: Int[Array, "G"], M: int, tile: int) -> tuple[Array, Arra
     group = jnp.searchsorted(last, index, side="right", method="compare_all").astype(jnp.int32)
     within = jnp.minimum(group, len(starts) - 1)
     before = jnp.where(within > 0, last[within - 1], 0)
-    return group, (starts[within] + (index - before) * tile).astype(jnp.int32), ends[within].astype(jnp.int32)
+    return (
+        group,
+        (starts[within] + (index - before) * tile).astype(jnp.int32),
+        ends[within].astype(jnp.int32),
+    )
 
 
 def _rows_kernel(
-    b: Blocks, M: int, G: int, transposed: bool, interpret: bool, group_ref, first_ref, end_ref, x_ref, rhs_ref, out_ref
+    b: Blocks,
+    M: int,
+    G: int,
+    transposed: bool,
+    interpret: bool,
+    group_ref,
+    first_ref,
+    end_ref,
+    x_ref,
+    rhs_ref,
+    out_ref,
 ):
     tile = pl.program_id(0)
     group, end = group_ref[tile], end_ref[tile]
@@ -129,7 +154,9 @@ def _rows_kernel(
 
         def step(i, total):
             inner = i * b.inner + jnp.arange(b.inner)
-            part = pltriton.load(x_ref.at[safe[:, None], inner[None, :]], mask=mine[:, None], other=0.0)
+            part = pltriton.load(
+                x_ref.at[safe[:, None], inner[None, :]], mask=mine[:, None], other=0.0
+            )
             inner, columns = pl.ds(i * b.inner, b.inner), pl.ds(column, b.columns)
             weight = rhs_ref[(matrix, columns, inner) if transposed else (matrix, inner, columns)]
             return total + _dot(interpret, part, weight, trans_b=transposed)
@@ -155,14 +182,18 @@ def outer_by_group(
         out_specs=pl.BlockSpec((None, b.inner, b.columns), lambda i, j, g: (g, i, j)),
         out_shape=like(lhs, shape, plan.out_dtype),
         compiler_params=pltriton.CompilerParams(num_warps=b.warps, num_stages=b.stages),
-        cost_estimate=_cost(2 * M * K * N, lhs, dout, len(group_sizes) * K * N * plan.out_dtype.itemsize),
+        cost_estimate=_cost(
+            2 * M * K * N, lhs, dout, len(group_sizes) * K * N * plan.out_dtype.itemsize
+        ),
         interpret=plan.interpret,
         name="grouped_matmul_drhs",
     )(starts.astype(jnp.int32), ends.astype(jnp.int32), lhs, dout)
     return out[:, :K, :N]
 
 
-def _outer_kernel(b: Blocks, M: int, interpret: bool, start_ref, end_ref, lhs_ref, dout_ref, out_ref):
+def _outer_kernel(
+    b: Blocks, M: int, interpret: bool, start_ref, end_ref, lhs_ref, dout_ref, out_ref
+):
     group = pl.program_id(2)
     start, end = start_ref[group], end_ref[group]
     inner = pl.program_id(0) * b.inner + jnp.arange(b.inner)
@@ -176,14 +207,20 @@ def _outer_kernel(b: Blocks, M: int, interpret: bool, start_ref, end_ref, lhs_re
         return total + _dot(interpret, lhs, dout, trans_a=True)
 
     total = jnp.zeros((b.inner, b.columns), jnp.float32)
-    out_ref[...] = jax.lax.fori_loop(0, (end - start + b.rows - 1) // b.rows, step, total).astype(out_ref.dtype)
+    out_ref[...] = jax.lax.fori_loop(0, (end - start + b.rows - 1) // b.rows, step, total).astype(
+        out_ref.dtype
+    )
 
 
-def _dot(interpret: bool, x: Array, y: Array, trans_a: bool = False, trans_b: bool = False) -> Array:
+def _dot(
+    interpret: bool, x: Array, y: Array, trans_a: bool = False, trans_b: bool = False
+) -> Array:
     """float32 sums. A float32 product is made of three of TF32, which a CPU does not have."""
     precision = None
     if x.dtype == jnp.float32:
-        precision = jax.lax.Precision.HIGHEST if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        precision = (
+            jax.lax.Precision.HIGHEST if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        )
     return pltriton.dot(x, y, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 

@@ -58,7 +58,9 @@ def grouped_matmul(lhs, rhs, group_sizes, *, out_dtype: jnp.dtype, interpret: bo
     if lhs.dtype == jnp.float16:  # Mosaic does not convert to or from float16
         lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
     kernels = jnp.dtype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32)
-    return _grouped_matmul(Plan(kernels, interpret), lhs, rhs, group_sizes.astype(jnp.int32)).astype(out_dtype)
+    return _grouped_matmul(
+        Plan(kernels, interpret), lhs, rhs, group_sizes.astype(jnp.int32)
+    ).astype(out_dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,7 +78,11 @@ def _backward(plan: Plan, residuals, dout):
     dout = dout.astype(lhs.dtype)
     work = Rows("grouped_matmul_dlhs", plan.interpret, (lhs.dtype,), transposed=True)
     (dlhs,) = rows_times_groups(work, (dout,), (rhs,), group_sizes)
-    return dlhs, outer_by_group("grouped_matmul_drhs", plan.interpret, (lhs,), dout, group_sizes), None
+    return (
+        dlhs,
+        outer_by_group("grouped_matmul_drhs", plan.interpret, (lhs,), dout, group_sizes),
+        None,
+    )
 
 
 _grouped_matmul.defvjp(_forward_saving, _backward)
@@ -116,16 +122,32 @@ def rows_times_groups(
         xs, tiled = ([padded_to_multiples(x, ROWS, LANES) for x in group] for group in (xs, tiled))
         matrices = [padded_to_multiples(m, 1, LANES, LANES) for m in matrices]
         schedule = tpu_tuning.rows_schedule(
-            *xs[0].shape, matrices[0].shape[1 if work.transposed else 2], xs[0].dtype.itemsize,
-            inputs=len(xs), matrices=len(matrices), tiled=len(tiled), outputs=len(work.out_dtypes),
+            *xs[0].shape,
+            matrices[0].shape[1 if work.transposed else 2],
+            xs[0].dtype.itemsize,
+            inputs=len(xs),
+            matrices=len(matrices),
+            tiled=len(tiled),
+            outputs=len(work.out_dtypes),
             per_row=len(scales) + work.row_sums,
-        )  # fmt: skip
+        )
         call = tpu_rows.Call(
-            schedule, work.transposed, work.body, work.out_dtypes, _interpret(work.interpret, xs[0]), work.name,
-            work.operand, in_place=bool(tiled), row_sums=work.row_sums,
-        )  # fmt: skip
-        outs = tpu_rows.rows_times_groups(call, xs, matrices, sizes, tiled, [_lines(x) for x in scales])
-        sums = [jnp.sum(out, axis=0).reshape(-1)[:R] for out in outs[len(work.out_dtypes) :]]  # over the cores
+            schedule,
+            work.transposed,
+            work.body,
+            work.out_dtypes,
+            _interpret(work.interpret, xs[0]),
+            work.name,
+            work.operand,
+            in_place=bool(tiled),
+            row_sums=work.row_sums,
+        )
+        outs = tpu_rows.rows_times_groups(
+            call, xs, matrices, sizes, tiled, [_lines(x) for x in scales]
+        )
+        sums = [
+            jnp.sum(out, axis=0).reshape(-1)[:R] for out in outs[len(work.out_dtypes) :]
+        ]  # over the cores
         return [out[:R, :O] for out in outs[: len(work.out_dtypes)]] + sums
 
     return by_sorted_rows(on_device, (*xs, *tiled, *scales), matrices, group_sizes)
@@ -145,7 +167,9 @@ def outer_by_group(
 
     def on_device(*arrays):
         *arrays, sizes = arrays
-        *lefts, dout = (padded_to_multiples(x, ROWS, LANES) for x in arrays[: len(arrays) - len(scales)])
+        *lefts, dout = (
+            padded_to_multiples(x, ROWS, LANES) for x in arrays[: len(arrays) - len(scales)]
+        )
         lines = [_lines(x) for x in arrays[len(lefts) + 1 :]]
         schedule = tpu_tuning.outer_schedule(
             *lefts[0].shape, dout.shape[1], dout.dtype.itemsize, len(lefts), len(scales)

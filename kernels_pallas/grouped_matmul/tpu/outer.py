@@ -31,7 +31,9 @@ class Schedule(NamedTuple):
     columns: int  # columns of the result at a time
     ahead: int  # tiles of rows and results in VMEM; a power of two
     step: tuple[int, int]  # rows and columns of one matmul
-    parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
+    parts: tuple[
+        int, ...
+    ]  # sizes of a tile, ascending: a group's last rows take the least that holds them
     vmem: int  # bytes that the compiler may take
 
 
@@ -42,7 +44,8 @@ class Call(NamedTuple):
     out_dtype: jnp.dtype
     interpret: object
     name: str
-    operand: Callable | None = None  # (part of each left operand, each scale) -> what is multiplied, elementwise
+    # (part of each left operand, each scale) -> what is multiplied, elementwise
+    operand: Callable | None = None
 
 
 def outer_by_group(
@@ -73,24 +76,35 @@ def outer_by_group(
     def kernel(sizes, *refs):
         (*arrays, out), rest = refs[: (n := len(lefts) + len(scales) + 2)], refs[n:]
         (*left, dout), lines = arrays[: len(lefts) + 1], arrays[len(lefts) + 1 :]
-        block = [pl.ds(pl.multiple_of(pl.program_id(i) * n, LANES), n) for i, n in enumerate((s.inner, s.columns))]
-        _kernel(_Refs(call, *block, sizes, left, dout, lines, out, **jax.tree.unflatten(tree, rest)))
+        block = [
+            pl.ds(pl.multiple_of(pl.program_id(i) * n, LANES), n)
+            for i, n in enumerate((s.inner, s.columns))
+        ]
+        _kernel(
+            _Refs(call, *block, sizes, left, dout, lines, out, **jax.tree.unflatten(tree, rest))
+        )
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     item = lhs.dtype.itemsize
-    moved = R * (len(lefts) * K * (N // s.columns) + N * (K // s.inner)) * item + G * K * N * call.out_dtype.itemsize
+    moved = (
+        R * (len(lefts) * K * (N // s.columns) + N * (K // s.inner)) * item
+        + G * K * N * call.out_dtype.itemsize
+    )
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(K // s.inner, N // s.columns),
-            in_specs=[anywhere] * (len(lefts) + 1) + [pl.BlockSpec(x.shape, lambda *_: (0, 0)) for x in scales],
+            in_specs=[anywhere] * (len(lefts) + 1)
+            + [pl.BlockSpec(x.shape, lambda *_: (0, 0)) for x in scales],
             out_specs=anywhere,
             scratch_shapes=leaves,
         ),
         out_shape=like(lhs, (G, K, N), call.out_dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=s.vmem, disable_bounds_checks=True
+            dimension_semantics=("parallel", "parallel"),
+            vmem_limit_bytes=s.vmem,
+            disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(2 * R * K * N, 0, moved),
         interpret=call.interpret,
@@ -128,7 +142,9 @@ class _Refs(NamedTuple):
                 at = to.at[slot, pl.ds(first, size)]
                 getattr(pltpu.make_async_copy(rows, at, self.in_sem.at[i, slot]), do)()
 
-            tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0])
+            tpu_visits.copy_rows(
+                copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0]
+            )
 
     def move_out(self, place, do: str) -> None:
         slot = place % self.call.schedule.ahead
@@ -150,7 +166,9 @@ def _kernel(refs: _Refs) -> None:
                 def _(i=i):
                     refs.move_in(at(i), "start")
 
-    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], rows, s.tile, empty=True, found=begin)
+    groups = tpu_visits.plan(
+        walk, refs.sizes, refs.sizes.shape[0], rows, s.tile, empty=True, found=begin
+    )
 
     @pl.loop(0, groups.tiles)
     def _(index):
@@ -194,7 +212,9 @@ def _operand(refs: _Refs, v: Visit) -> None:
             first = pl.multiple_of(first, ROWS)
             at = (v.index % refs.call.schedule.ahead, pl.ds(first, ROWS))
             scales = [tpu_per_row.column(lines, v.row + first, ROWS) for lines in refs.scales]
-            refs.lhs[0][at] = refs.call.operand(*(x[at] for x in refs.lhs), *scales).astype(refs.lhs[0].dtype)
+            refs.lhs[0][at] = refs.call.operand(*(x[at] for x in refs.lhs), *scales).astype(
+                refs.lhs[0].dtype
+            )
 
 
 def _fold(refs: _Refs, v: Visit) -> Array:
@@ -215,7 +235,9 @@ def _fold(refs: _Refs, v: Visit) -> Array:
         for x in (refs.lhs[0], refs.dout):
             head, tail = (x[slot, pl.ds(first, ROWS)] for first in (0, pl.multiple_of(at, ROWS)))
             tail = jnp.where(rows < last, tail.astype(jnp.float32), 0.0)
-            x[slot, pl.ds(0, ROWS)] = jnp.where(rows >= before, head.astype(jnp.float32), tail).astype(x.dtype)
+            x[slot, pl.ds(0, ROWS)] = jnp.where(
+                rows >= before, head.astype(jnp.float32), tail
+            ).astype(x.dtype)
 
     return jnp.where(folded, at, used)
 
@@ -266,7 +288,9 @@ def _zero_neighbors(refs: _Refs, v: Visit, used: Array, size: int) -> None:
         rows = tpu_visits.rows_of(ROWS, first)
         for x in (refs.lhs[0], refs.dout):
             at = x[slot, pl.ds(first, ROWS)]
-            x[slot, pl.ds(first, ROWS)] = jnp.where(keep(rows), at.astype(jnp.float32), 0.0).astype(x.dtype)
+            x[slot, pl.ds(first, ROWS)] = jnp.where(keep(rows), at.astype(jnp.float32), 0.0).astype(
+                x.dtype
+            )
 
     @pl.when(v.first & (v.row < v.start) & (used == v.used(refs.call.schedule.tile)))
     def _():
@@ -280,4 +304,6 @@ def _zero_neighbors(refs: _Refs, v: Visit, used: Array, size: int) -> None:
         @pl.loop(edge + ROWS, size, step=ROWS)
         def _(first):
             for x in (refs.lhs[0], refs.dout):
-                x[slot, pl.ds(pl.multiple_of(first, ROWS), ROWS)] = jnp.zeros((ROWS, x.shape[2]), x.dtype)
+                x[slot, pl.ds(pl.multiple_of(first, ROWS), ROWS)] = jnp.zeros(
+                    (ROWS, x.shape[2]), x.dtype
+                )

@@ -33,7 +33,9 @@ class Schedule(NamedTuple):
     columns: int  # of the output, whose part of a matrix is in VMEM at a time
     ahead: int  # matrices, tiles of rows and of results in VMEM; a power of two
     step: int  # columns of one matmul
-    parts: tuple[int, ...]  # sizes of a tile, ascending: a group's last rows take the least that holds them
+    parts: tuple[
+        int, ...
+    ]  # sizes of a tile, ascending: a group's last rows take the least that holds them
     cores: int  # that share the program: each takes its part of the rows
     vmem: int  # bytes that the compiler may take
 
@@ -49,7 +51,8 @@ class Call(NamedTuple):
     out_dtypes: tuple[jnp.dtype, ...]
     interpret: object
     name: str
-    operand: Callable | None = None  # (part of each input, each scale) -> what is multiplied instead, elementwise
+    # (part of each input, each scale) -> what is multiplied instead, elementwise
+    operand: Callable | None = None
     in_place: bool = False  # outputs take the place of the tiled arrays
     row_sums: bool = False  # the body's last value is not written, but the sum over its columns is
 
@@ -84,7 +87,9 @@ def rows_times_groups(
     )
     leaves, tree = jax.tree.flatten(scratch)
 
-    ends = np.cumsum([len(xs), len(tiled), len(matrices), len(scales), len(call.out_dtypes), call.row_sums])
+    ends = np.cumsum(
+        [len(xs), len(tiled), len(matrices), len(scales), len(call.out_dtypes), call.row_sums]
+    )
 
     def kernel(sizes, *refs):
         part = -(-R // (s.cores * ROWS)) * ROWS
@@ -92,7 +97,9 @@ def rows_times_groups(
         rows = low, jnp.minimum(low + part, R)
         columns = pl.ds(pl.multiple_of(pl.program_id(1) * s.columns, LANES), s.columns)
         hbm = [refs[start:end] for start, end in zip([0, *ends], ends)]
-        _kernel(_Refs(call, rows, columns, sizes, *hbm, **jax.tree.unflatten(tree, refs[ends[-1] :])))
+        _kernel(
+            _Refs(call, rows, columns, sizes, *hbm, **jax.tree.unflatten(tree, refs[ends[-1] :]))
+        )
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     lines = -(-R // LANES)
@@ -118,7 +125,9 @@ def rows_times_groups(
             disable_bounds_checks=True,  # of every copy: a tenth of the time; rows and groups are clamped to the arrays
         ),
         cost_estimate=pl.CostEstimate(2 * R * I * O * len(matrices), 0, moved),
-        input_output_aliases={1 + len(xs) + i: i for i in range(len(tiled))} if call.in_place else {},
+        input_output_aliases={1 + len(xs) + i: i for i in range(len(tiled))}
+        if call.in_place
+        else {},
         interpret=call.interpret,
         name=call.name,
     )(sizes, *xs, *tiled, *matrices, *scales)
@@ -165,7 +174,9 @@ class _Refs(NamedTuple):
                 at = to.at[slot, pl.ds(first, size)]
                 getattr(pltpu.make_async_copy(rows, at, self.x_sem.at[i, slot]), do)()
 
-            tpu_visits.copy_rows(copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0])
+            tpu_visits.copy_rows(
+                copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0]
+            )
 
     def move_matrix(self, place, do: str) -> None:
         slot, columns = place % self.schedule.ahead, self.columns
@@ -183,7 +194,12 @@ class _Refs(NamedTuple):
             def copy(first, size, i=i, source=source, to=to):
                 row = pl.multiple_of(v.row + first, ROWS)
                 at = to.at[pl.ds(row, size), self.columns]
-                getattr(pltpu.make_async_copy(source.at[slot, pl.ds(first, size)], at, self.out_sem.at[i, slot]), do)()
+                getattr(
+                    pltpu.make_async_copy(
+                        source.at[slot, pl.ds(first, size)], at, self.out_sem.at[i, slot]
+                    ),
+                    do,
+                )()
 
             tpu_visits.copy_rows(copy, count, tile, to.shape[0])
 
@@ -205,7 +221,9 @@ def _kernel(refs: _Refs) -> None:
                 def _(i=i):
                     refs.move_matrix(i, "start")
 
-    groups = tpu_visits.plan(walk, refs.sizes, refs.sizes.shape[0], refs.rows, s.tile, empty=False, found=begin)
+    groups = tpu_visits.plan(
+        walk, refs.sizes, refs.sizes.shape[0], refs.rows, s.tile, empty=False, found=begin
+    )
     real = groups.tiles  # what comes after them belongs to no group
     tiles = tpu_visits.append(walk, groups, 0, refs.rows[1], s.tile, empty=False).tiles
 
@@ -261,7 +279,9 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
     s = refs.schedule
     slot, matrix_slot = v.index % s.ahead, v.place % s.ahead
     xs = [x.at[slot, pl.ds(0, size)] for x in refs.x]
-    scales = lambda first, count: [tpu_per_row.column(lines, v.row + first, count) for lines in refs.scales]
+    scales = lambda first, count: [
+        tpu_per_row.column(lines, v.row + first, count) for lines in refs.scales
+    ]
     if refs.operand:
 
         @pl.loop(0, size, step=ROWS)
@@ -278,7 +298,11 @@ def _multiply(refs: _Refs, v: Visit, size: int) -> None:
 
         def product(x: int, matrix: int) -> Array:
             part = (columns, slice(None)) if refs.call.transposed else (slice(None), columns)
-            return matmul(xs[x][...], refs.matrix[matrix][(matrix_slot, *part)], ((1,), (int(refs.call.transposed),)))
+            return matmul(
+                xs[x][...],
+                refs.matrix[matrix][(matrix_slot, *part)],
+                ((1,), (int(refs.call.transposed),)),
+            )
 
         at = (slot, pl.ds(0, size), columns)
         scaled = [] if refs.operand else scales(0, size)
@@ -299,7 +323,9 @@ def _share(refs: _Refs, v: Visit) -> None:
         mine = tpu_visits.rows_of(ROWS, v.row) >= v.start
         for out, shared in zip(refs.out, refs.shared):
             wide = lambda x: x.astype(jnp.float32)
-            out[slot, first] = jnp.where(mine, wide(out[slot, first]), wide(shared[...])).astype(out.dtype)
+            out[slot, first] = jnp.where(mine, wide(out[slot, first]), wide(shared[...])).astype(
+                out.dtype
+            )
 
     @pl.when(v.last(tile) & (v.end % ROWS > 0))
     def _():
@@ -310,4 +336,6 @@ def _share(refs: _Refs, v: Visit) -> None:
 def matmul(x: Array, y: Array, contract) -> Array:
     """Accumulated in float32; float32 operands keep all their bits."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x, y, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )

@@ -25,16 +25,26 @@ class Row(NamedTuple):
     depth: int  # the same for `outer`, where rows are what a matrix unit sums over
     step: int  # columns of one matmul of `rows`
     outer_step: tuple[int, int]  # block of one matmul of `outer`
-    vmem: int  # bytes that a kernel may take, of 64 MiB a core on v5p and v7x, 128 MiB on v5e and v6e
+    vmem: (
+        int  # bytes that a kernel may take, of 64 MiB a core on v5p and v7x, 128 MiB on v5e and v6e
+    )
 
 
 # By device kind, as jax.Device.device_kind says.
 TUNED = {
-    "TPU v5 lite": Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
-    "TPU v5": Row(cores=2, tile=512, parts=32, depth=128, step=1024, outer_step=(1024, 1024), vmem=56 * MIB),
-    "TPU v6 lite": Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB),
+    "TPU v5 lite": Row(
+        cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB
+    ),
+    "TPU v5": Row(
+        cores=2, tile=512, parts=32, depth=128, step=1024, outer_step=(1024, 1024), vmem=56 * MIB
+    ),
+    "TPU v6 lite": Row(
+        cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=100 * MIB
+    ),
 }
-DEFAULT = Row(cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=56 * MIB)
+DEFAULT = Row(
+    cores=1, tile=512, parts=32, depth=128, step=512, outer_step=(1024, 512), vmem=56 * MIB
+)
 AHEAD = (4, 2)  # groups in VMEM; deeper queues gain nothing more
 
 
@@ -49,22 +59,35 @@ def rows_schedule(
     tile = _tile(tuned, R, item)
     for columns in _divisors(O):
         for ahead in AHEAD:
-            taken = ahead * (inputs * tile * I + matrices * I * columns + (tiled + outputs) * tile * columns)
+            taken = ahead * (
+                inputs * tile * I + matrices * I * columns + (tiled + outputs) * tile * columns
+            )
             taken += tile * I if inputs > 1 else 0
             if taken * item + 8 * per_row * R <= tuned.vmem - OPERANDS:  # float32, twice
-                step = next(n for n in _divisors(columns) if n <= max(LANES, tuned.step * 2 // item // matrices))
-                return tpu_rows.Schedule(tile, columns, ahead, step, _parts(tile, tuned.parts), tuned.cores, tuned.vmem)
+                step = next(
+                    n
+                    for n in _divisors(columns)
+                    if n <= max(LANES, tuned.step * 2 // item // matrices)
+                )
+                return tpu_rows.Schedule(
+                    tile, columns, ahead, step, _parts(tile, tuned.parts), tuned.cores, tuned.vmem
+                )
     raise ValueError(f"grouped_matmul: {too_large(I, item)}")
 
 
-def outer_schedule(R: int, K: int, N: int, item: int, lefts: int = 1, per_row: int = 0) -> tpu_outer.Schedule:
+def outer_schedule(
+    R: int, K: int, N: int, item: int, lefts: int = 1, per_row: int = 0
+) -> tpu_outer.Schedule:
     """For R rows and [K, N] sums: of the blocks that fit, the one for which the rows are read least often."""
     tuned = _tuned()
     tile = _tile(tuned, R, item)
     largest = K // tuned.cores if K % (tuned.cores * LANES) == 0 else K
 
     def fits(inner: int, columns: int, ahead: int = AHEAD[-1]) -> bool:
-        taken = ahead * item * (tile * (lefts * inner + columns) + inner * columns) + 4 * inner * columns
+        taken = (
+            ahead * item * (tile * (lefts * inner + columns) + inner * columns)
+            + 4 * inner * columns
+        )
         taken += 8 * per_row * R
         return taken <= tuned.vmem - OPERANDS
 
@@ -75,7 +98,9 @@ def outer_schedule(R: int, K: int, N: int, item: int, lefts: int = 1, per_row: i
         next(n for n in _divisors(size) if n <= max(LANES, most * 2 // item))
         for size, most in zip((inner, columns), tuned.outer_step)
     ]
-    return tpu_outer.Schedule(tile, inner, columns, ahead, tuple(step), _parts(tile, tuned.depth), tuned.vmem)
+    return tpu_outer.Schedule(
+        tile, inner, columns, ahead, tuple(step), _parts(tile, tuned.depth), tuned.vmem
+    )
 
 
 def largest_inner(item: int) -> int:

@@ -42,7 +42,9 @@ class Count(NamedTuple):
     tiles: Array
 
 
-def plan(walk: Walk, sizes, num_groups: int, rows: tuple, tile: int, empty: bool, found: Callable) -> Count:
+def plan(
+    walk: Walk, sizes, num_groups: int, rows: tuple, tile: int, empty: bool, found: Callable
+) -> Count:
     """Fills the lists with the groups' rows from rows[0] up to before rows[1]; `empty`: a group of none is one tile.
 
     `found(before, after)` is called between one group and the next: the first copies need not wait for the whole walk.
@@ -67,7 +69,11 @@ def append(walk: Walk, count: Count, g, end, tile: int, empty: bool) -> Count:
 
     @pl.when(tiles > 0)
     def _():
-        walk.group[count.groups], walk.start[count.groups], walk.end[count.groups] = g, count.row, end
+        walk.group[count.groups], walk.start[count.groups], walk.end[count.groups] = (
+            g,
+            count.row,
+            end,
+        )
 
     @pl.loop(0, tiles)
     def _(i):
@@ -106,7 +112,9 @@ class Visit(NamedTuple):
 
 def visit(walk: Walk, index) -> Visit:
     place = walk.of[index]
-    return Visit(index, place, walk.group[place], walk.row[index], walk.start[place], walk.end[place])
+    return Visit(
+        index, place, walk.group[place], walk.row[index], walk.start[place], walk.end[place]
+    )
 
 
 def copy_rows(copy: Callable, count, tile: int, rows: int) -> None:

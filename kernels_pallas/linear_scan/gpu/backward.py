@@ -30,7 +30,9 @@ from kernels_pallas.linear_scan.gpu.tuning import block
 ROW_SUMS = 4  # of each token, for the cotangent of scalar logs: see `_store_row_sums`
 
 
-def through_scores(p: Plan, x: Inputs, decays: Decays, do: Array, states: Array, dstates: Array) -> dict[str, Array]:
+def through_scores(
+    p: Plan, x: Inputs, decays: Decays, do: Array, states: Array, dstates: Array
+) -> dict[str, Array]:
     """dq [B, T, H, K] in q's dtype; dk likewise, but float32 where key heads are shared; dbonus [B, H, N, K] float32.
 
     dlogs [B, T, H, K] of vector decays; of scalar ones rows [B, H, N, blocks, ROW_SUMS, C].
@@ -39,7 +41,9 @@ def through_scores(p: Plan, x: Inputs, decays: Decays, do: Array, states: Array,
     BK = block(s.back_block_k, p.K)
     dscores = _dscores(p, x.v, do)
     ins = operands(p, x, decays, BK, lambda c, n, h, b: (c, n, h, b), factors=True)
-    values = lambda head: pl.BlockSpec((None, C, None, p.V), lambda c, n, h, b: (b, p.place(n), head(h), 0))
+    values = lambda head: pl.BlockSpec(
+        (None, C, None, p.V), lambda c, n, h, b: (b, p.place(n), head(h), 0)
+    )
     state = pl.BlockSpec((None, None, None, BK, p.V), lambda c, n, h, b: (b, h, n, c, 0))
     ins |= {
         "v": (x.v, values(p.value_head)),
@@ -62,7 +66,10 @@ def through_scores(p: Plan, x: Inputs, decays: Decays, do: Array, states: Array,
     elif p.decay == "scalar":
         where = lambda c, n, h, b: (b, h, n, c, 0, 0)
         shape = (B, p.H, p.chunks, p.K // BK, ROW_SUMS, C)
-        outs["rows"] = like(x.q, shape, jnp.float32), pl.BlockSpec((None, None, None, None, ROW_SUMS, C), where)
+        outs["rows"] = (
+            like(x.q, shape, jnp.float32),
+            pl.BlockSpec((None, None, None, None, ROW_SUMS, C), where),
+        )
     if x.bonus is not None:
         of_chunk = pl.BlockSpec((None, None, None, BK), lambda c, n, h, b: (b, h, n, c))
         outs["dbonus"] = like(x.q, (B, p.H, p.chunks, p.K), jnp.float32), of_chunk
@@ -71,21 +78,39 @@ def through_scores(p: Plan, x: Inputs, decays: Decays, do: Array, states: Array,
     exponentials = B * p.H * p.T * {"vector": p.K * (levels + 2), "scalar": C, "none": 0}[p.decay]
     grid = p.K // BK, p.chunks, p.H, B
     return call(
-        p, _kernel, grid, ins, outs, s.back_warps, flops, exponentials, f"linear_scan_{p.decay}_backward_scores"
+        p,
+        _kernel,
+        grid,
+        ins,
+        outs,
+        s.back_warps,
+        flops,
+        exponentials,
+        f"linear_scan_{p.decay}_backward_scores",
     )
 
 
 def _dscores(p: Plan, v: Array, do: Array) -> Array:
     """do v^T of every chunk, [B, H, T, C]."""
     B, C = do.shape[0], p.chunk
-    values = lambda head: pl.BlockSpec((None, C, None, p.V), lambda n, h, b: (b, p.place(n), head(h), 0))
+    values = lambda head: pl.BlockSpec(
+        (None, C, None, p.V), lambda n, h, b: (b, p.place(n), head(h), 0)
+    )
     ins = {"v": (v, values(p.value_head)), "do": (do, values(lambda h: h))}
     out = pl.BlockSpec((None, None, C, C), lambda n, h, b: (b, h, n, 0))
     outs = {"dscores": (like(do, (B, p.H, p.T, C), p.operand), out)}
     grid, flops = (p.chunks, p.H, B), 2 * B * p.H * p.T * C * p.V
-    return call(p, _dscores_kernel, grid, ins, outs, p.schedule.dscores_warps, flops, 0, "linear_scan_dscores")[
-        "dscores"
-    ]
+    return call(
+        p,
+        _dscores_kernel,
+        grid,
+        ins,
+        outs,
+        p.schedule.dscores_warps,
+        flops,
+        0,
+        "linear_scan_dscores",
+    )["dscores"]
 
 
 def _dscores_kernel(p: Plan, v, do, dscores) -> None:
@@ -93,10 +118,14 @@ def _dscores_kernel(p: Plan, v, do, dscores) -> None:
 
     def columns(c, total):
         here = block_rows(p.rows(), c * BV, BV)
-        return total + matmul(p.tile, pltriton.load(do.at[here]), pltriton.load(v.at[here]), trans_b=True)
+        return total + matmul(
+            p.tile, pltriton.load(do.at[here]), pltriton.load(v.at[here]), trans_b=True
+        )
 
     total = _over(p.V // BV, columns, jnp.zeros((C, C), jnp.float32))
-    pltriton.store(dscores.at[block_rows(lax.iota(jnp.int32, C), 0, C)], total.astype(dscores.dtype))
+    pltriton.store(
+        dscores.at[block_rows(lax.iota(jnp.int32, C), 0, C)], total.astype(dscores.dtype)
+    )
 
 
 def _over(count: int, body, carry):
@@ -104,9 +133,28 @@ def _over(count: int, body, carry):
 
 
 def _kernel(
-    p: Plan, q, k, v, do, states, dstates, dscores, dq, dk, logs=None, subtotals=None, starts=None, sums=None,
-    read_factor=None, write_factor=None, log_total=None, bonus=None, dlogs=None, rows=None, dbonus=None,
-) -> None:  # fmt: skip
+    p: Plan,
+    q,
+    k,
+    v,
+    do,
+    states,
+    dstates,
+    dscores,
+    dq,
+    dk,
+    logs=None,
+    subtotals=None,
+    starts=None,
+    sums=None,
+    read_factor=None,
+    write_factor=None,
+    log_total=None,
+    bonus=None,
+    dlogs=None,
+    rows=None,
+    dbonus=None,
+) -> None:
     C, BK = p.chunk, q.shape[1]
     here, row = block_rows(p.rows(), 0, BK), lax.iota(jnp.int32, C)
     from_states = lambda: _from_states(p, v, do, states, dstates, BK)[:2]
@@ -121,8 +169,13 @@ def _kernel(
     else:
         dreads, dwrites = from_states()
         passed = load(dscores, i, j) * tile.scalar_mask(C, sums_of(sums, C))
-        factors = [1.0 if f is None else pltriton.load(f.at[row])[:, None] for f in (read_factor, write_factor)]
-        c = tile.scalar_cotangents(p.tile, q_tile, k_tile, passed, factors[0] * dreads, factors[1] * dwrites)
+        factors = [
+            1.0 if f is None else pltriton.load(f.at[row])[:, None]
+            for f in (read_factor, write_factor)
+        ]
+        c = tile.scalar_cotangents(
+            p.tile, q_tile, k_tile, passed, factors[0] * dreads, factors[1] * dwrites
+        )
         if rows is not None:
             for r, x in enumerate((c.of_readers, c.of_writers, c.of_writes)):
                 pltriton.store(rows.at[r, row], jnp.sum(x, axis=1))
@@ -133,7 +186,9 @@ def _kernel(
         down = load(dscores, row, row)[:, None]
         dq_tile, dk_tile = dq_tile + down * weight * k_tile, dk_tile + down * weight * q_tile
         if dbonus is not None:
-            pltriton.store(dbonus.at[lax.iota(jnp.int32, BK)], jnp.sum(down * q_tile * k_tile, axis=0))
+            pltriton.store(
+                dbonus.at[lax.iota(jnp.int32, BK)], jnp.sum(down * q_tile * k_tile, axis=0)
+            )
     pltriton.store(dq.at[here], (dq_tile * p.scale).astype(dq.dtype))
     pltriton.store(dk.at[here], dk_tile.astype(dk.dtype))
 

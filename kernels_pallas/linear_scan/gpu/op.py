@@ -42,7 +42,9 @@ from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME, _ratio, _with_ones
 
 
-def unsupported(q, k, v, log_decay, initial_state, normalize: bool, chunk_size: int | None) -> str | None:
+def unsupported(
+    q, k, v, log_decay, initial_state, normalize: bool, chunk_size: int | None
+) -> str | None:
     """Why this room cannot take a call, or None when it can."""
     if any(x is not None and x.dtype == jnp.float64 for x in (q, k, v, log_decay, initial_state)):
         return "does not compute in float64"
@@ -53,23 +55,41 @@ def unsupported(q, k, v, log_decay, initial_state, normalize: bool, chunk_size: 
     plan = _plan(q, k, v, log_decay, None, chunk_size, interpret=False)
     largest = q.shape[0] * plan.H * max(plan.T * max(plan.K, plan.V), plan.chunks * plan.K * plan.V)
     if largest >= 2**31:
-        return f"takes arrays, states before each chunk included, below 2**31 elements, not {largest}"
+        return (
+            f"takes arrays, states before each chunk included, below 2**31 elements, not {largest}"
+        )
     return None
 
 
 def linear_scan(
-    q, k, v, log_decay, bonus, initial_state, segment_ids,
-    *, inclusive: bool, scale: float, reverse: bool, normalize: bool, chunk_size: int | None,
-    return_final_state: bool, interpret: bool,
-) -> tuple[Array, Array | None]:  # fmt: skip
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    *,
+    inclusive: bool,
+    scale: float,
+    reverse: bool,
+    normalize: bool,
+    chunk_size: int | None,
+    return_final_state: bool,
+    interpret: bool,
+) -> tuple[Array, Array | None]:
     """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns (o, final state)."""
     (_, T, _, K), V, out_dtype = q.shape, v.shape[-1] + normalize, v.dtype
     if normalize:
         v = _with_ones(v)
     plan = _plan(q, k, v, log_decay, segment_ids, chunk_size, interpret)._replace(
-        inclusive=inclusive, reverse=reverse, scale=1.0 if normalize else scale,
-        out_dtype=jnp.dtype(jnp.float32) if normalize else v.dtype,  # a ratio's halves keep float32 until divided
-    )  # fmt: skip
+        inclusive=inclusive,
+        reverse=reverse,
+        scale=1.0 if normalize else scale,
+        out_dtype=jnp.dtype(jnp.float32)
+        if normalize
+        else v.dtype,  # a ratio's halves keep float32 until divided
+    )
     starts = None if segment_ids is None else segment_starts(segment_ids, reverse)
     logs = _logs(plan, q, log_decay, starts)
     keep_starts = starts is not None and not inclusive
@@ -78,9 +98,13 @@ def linear_scan(
         k=padded(padded(k, 1, plan.T), 3, plan.K),
         v=padded(padded(v, 1, plan.T), 3, plan.V),
         logs=logs,
-        starts=_in_order(plan, padded(starts, 1, plan.T), 1).astype(jnp.float32) if keep_starts else None,
+        starts=_in_order(plan, padded(starts, 1, plan.T), 1).astype(jnp.float32)
+        if keep_starts
+        else None,
         bonus=None if bonus is None else padded(bonus, 1, plan.K),
-        state=None if initial_state is None else padded(padded(initial_state, 2, plan.K), 3, plan.V),
+        state=None
+        if initial_state is None
+        else padded(padded(initial_state, 2, plan.K), 3, plan.V),
     )
     o, final_state = _scan(plan, return_final_state, x)
     if final_state is not None:
@@ -102,10 +126,24 @@ def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret: bo
     operand, precision = _matmuls(interpret, q, k, v)
     length = chunk * segments
     return Plan(
-        T=-(-T // length) * length, H=H, Hk=k.shape[2], Hv=v.shape[2], K=K, V=V, decay=decay, inclusive=True,
-        reverse=False, scale=1.0, chunk=chunk, segments=segments, operand=operand, precision=precision,
-        out_dtype=v.dtype, schedule=schedule, interpret=interpret,
-    )  # fmt: skip
+        T=-(-T // length) * length,
+        H=H,
+        Hk=k.shape[2],
+        Hv=v.shape[2],
+        K=K,
+        V=V,
+        decay=decay,
+        inclusive=True,
+        reverse=False,
+        scale=1.0,
+        chunk=chunk,
+        segments=segments,
+        operand=operand,
+        precision=precision,
+        out_dtype=v.dtype,
+        schedule=schedule,
+        interpret=interpret,
+    )
 
 
 def _whole_blocks(D: int) -> int:
@@ -117,7 +155,13 @@ def _matmuls(interpret: bool, *arrays: Array) -> tuple[jnp.dtype, object]:
     """What is multiplied, and how exactly. Interpreted matmuls round nothing."""
     if interpret:
         return jnp.dtype(jnp.float32), lax.Precision.HIGHEST
-    one_pass = jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
+    one_pass = jax.config.jax_default_matmul_precision in (
+        None,
+        "default",
+        "fastest",
+        "bfloat16",
+        "BF16_BF16_F32",
+    )
     if one_pass and all(x.dtype == jnp.bfloat16 for x in arrays):
         return jnp.dtype(jnp.bfloat16), None
     narrow = one_pass and all(x.dtype.itemsize == 2 for x in arrays)
@@ -139,7 +183,9 @@ def _logs(plan: Plan, q: Array, log_decay: Array | None, starts: Array | None) -
     logs = jnp.maximum(log_decay, tile.LOG_ZERO)
     if starts is not None:
         logs = jnp.where(
-            starts.reshape(*starts.shape, *[1] * (logs.ndim - 2)), jnp.asarray(tile.LOG_ZERO, logs.dtype), logs
+            starts.reshape(*starts.shape, *[1] * (logs.ndim - 2)),
+            jnp.asarray(tile.LOG_ZERO, logs.dtype),
+            logs,
         )
     if plan.decay == "vector":
         return padded(padded(logs, 1, plan.T), 3, plan.K)
@@ -164,17 +210,43 @@ def _forward(plan: Plan, return_final_state: bool, x: Inputs):
 def _run(plan: Plan, x: Inputs, return_final_state: bool, save: bool):
     decays = _decays(plan, x)
     walk = _walk(plan, x, decays, gpu_scores.scores(plan, x, decays))
-    out = _walked(plan, walk, decays, x.state, plan.out_dtype, backward=False, save=save, final=return_final_state)
+    out = _walked(
+        plan,
+        walk,
+        decays,
+        x.state,
+        plan.out_dtype,
+        backward=False,
+        save=save,
+        final=return_final_state,
+    )
     return (out["o"], out.get("final")), out.get("states")
 
 
 def _walk(plan: Plan, x: Inputs, decays: Decays, scored: dict[str, Array]) -> Walk:
     reads, writes = (scored["reads"], scored["writes"]) if plan.decay == "vector" else (x.q, x.k)
-    return Walk(reads, writes, scored["out"], x.v, decays.total, decays.read_factor, decays.write_factor, None)
+    return Walk(
+        reads,
+        writes,
+        scored["out"],
+        x.v,
+        decays.total,
+        decays.read_factor,
+        decays.write_factor,
+        None,
+    )
 
 
 def _walked(
-    plan: Plan, walk: Walk, decays: Decays, first: Array | None, dtype, *, backward: bool, save: bool, final: bool
+    plan: Plan,
+    walk: Walk,
+    decays: Decays,
+    first: Array | None,
+    dtype,
+    *,
+    backward: bool,
+    save: bool,
+    final: bool,
 ):
     """The scan kernel; in two passes over segments where there are several. `final` is then [B, H, K, V]."""
     if plan.segments == 1:
@@ -182,9 +254,13 @@ def _walked(
         out = gpu_scan.scan(plan, walk, dtype, backward=backward, save=save, final=final)
         return out | ({"final": out["final"][:, :, 0]} if final else {})
     alone = walk._replace(scores=None)
-    summaries = gpu_scan.scan(plan, alone, dtype, backward=backward, save=False, final=True)["final"]
+    summaries = gpu_scan.scan(plan, alone, dtype, backward=backward, save=False, final=True)[
+        "final"
+    ]
     initial, last = gpu_scan.combined(_segment_logs(plan, decays), summaries, first, backward)
-    out = gpu_scan.scan(plan, walk._replace(initial=initial), dtype, backward=backward, save=save, final=False)
+    out = gpu_scan.scan(
+        plan, walk._replace(initial=initial), dtype, backward=backward, save=save, final=False
+    )
     return out | ({"final": last} if final else {})
 
 
@@ -201,7 +277,11 @@ def _decays(plan: Plan, x: Inputs) -> Decays:
     if plan.decay == "none":
         return Decays()
     if plan.decay == "vector":
-        eights = x.logs.astype(jnp.float32).reshape(x.logs.shape[0], -1, SUBTOTAL, *x.logs.shape[2:]).sum(2)
+        eights = (
+            x.logs.astype(jnp.float32)
+            .reshape(x.logs.shape[0], -1, SUBTOTAL, *x.logs.shape[2:])
+            .sum(2)
+        )
         log_total = eights.reshape(eights.shape[0], plan.chunks, -1, *eights.shape[2:]).sum(2)
         log_total = jnp.swapaxes(_in_order(plan, log_total, 1), 1, 2)
         return Decays(logs=x.logs, subtotals=eights, starts=x.starts, log_total=log_total)
@@ -228,11 +308,19 @@ def _backward(plan: Plan, return_final_state: bool, residuals, cotangents):
     decays = _decays(plan, x)
     walk = _walk(plan, x, decays, gpu_scores.scores(plan, x, decays))
     back = Walk(
-        reads=walk.writes, writes=walk.reads, scores=walk.scores, values=do, total=walk.total,
-        read_factor=walk.write_factor, write_factor=walk.read_factor, initial=None,
-    )  # fmt: skip
+        reads=walk.writes,
+        writes=walk.reads,
+        scores=walk.scores,
+        values=do,
+        total=walk.total,
+        read_factor=walk.write_factor,
+        write_factor=walk.read_factor,
+        initial=None,
+    )
     dtype = x.v.dtype if plan.Hv == plan.H else jnp.float32
-    out = _walked(plan, back, decays, dfinal, dtype, backward=True, save=True, final=x.state is not None)
+    out = _walked(
+        plan, back, decays, dfinal, dtype, backward=True, save=True, final=x.state is not None
+    )
     through = gpu_back.through_scores(plan, x, decays, do, states, out["states"])
     return (
         Inputs(
@@ -262,9 +350,16 @@ def _logs_cotangent(plan: Plan, logs: Array | None, through: dict[str, Array]) -
     """Scalar ones from what is left of each token, see `backward`: the formula is `tile.vector_dlogs`."""
     if plan.decay != "scalar":
         return through.get("dlogs")
-    readers, writers, writes, total = jnp.moveaxis(through["rows"].sum(3), 3, 0)  # [B, H, N, C] each
+    readers, writers, writes, total = jnp.moveaxis(
+        through["rows"].sum(3), 3, 0
+    )  # [B, H, N, C] each
     C, precise = plan.chunk, partial(jnp.einsum, "ij,...j->...i", precision="highest")
     later, balance = jnp.triu(jnp.ones((C, C)), 1), readers - writers
-    dlogs = total + precise(later, balance) + precise(later.T, writes) + (balance if plan.inclusive else -writers)
+    dlogs = (
+        total
+        + precise(later, balance)
+        + precise(later.T, writes)
+        + (balance if plan.inclusive else -writers)
+    )
     dlogs = dlogs.reshape(*dlogs.shape[:2], plan.T)
     return dlogs.sum(0, keepdims=True) if len(logs) == 1 else dlogs

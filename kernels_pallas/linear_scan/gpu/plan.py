@@ -62,8 +62,12 @@ class Inputs(NamedTuple):
     q: Float[Array, "B T H K"]
     k: Float[Array, "B T Hk K"]
     v: Float[Array, "B T Hv V"]
-    logs: Float[Array, "B T H K"] | Float[Array, "#B H T"] | None  # scalar ones in the order of the recurrence
-    starts: Float[Array, "B T"] | None  # 1 where the state is emptied before the token; in that order too
+    logs: (
+        Float[Array, "B T H K"] | Float[Array, "#B H T"] | None
+    )  # scalar ones in the order of the recurrence
+    starts: (
+        Float[Array, "B T"] | None
+    )  # 1 where the state is emptied before the token; in that order too
     bonus: Float[Array, "H K"] | None
     state: Float[Array, "B H K V"] | None
 

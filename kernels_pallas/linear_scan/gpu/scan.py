@@ -36,7 +36,9 @@ class Walk(NamedTuple):
     initial: Float[Array, "B H G K V"] | None
 
 
-def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool) -> dict[str, Array]:
+def scan(
+    plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool
+) -> dict[str, Array]:
     """o [B, T, H, V] in `dtype`, states [B, H, N, K, V] before each chunk, final float32 [B, H, G, K, V]."""
     p, s = plan, plan.schedule
     BV = scan_block_v(s, p.K, p.V)
@@ -67,11 +69,15 @@ def scan(plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool)
 
 def _specs(p: Plan, x: Walk, BV: int) -> Walk:
     """Blocks: all tokens of one head, a block of V of values and states."""
-    tokens = lambda a: pl.BlockSpec((None, p.T, None, p.K), lambda i, g, h, b: (b, 0, h // (p.H // a.shape[2]), 0))
+    tokens = lambda a: pl.BlockSpec(
+        (None, p.T, None, p.K), lambda i, g, h, b: (b, 0, h // (p.H // a.shape[2]), 0)
+    )
 
     def small(a):
         every = 0 if a.shape[0] == 1 else 1
-        return pl.BlockSpec((None, None, *a.shape[2:]), lambda i, g, h, b: (b * every, h, *[0] * (a.ndim - 2)))
+        return pl.BlockSpec(
+            (None, None, *a.shape[2:]), lambda i, g, h, b: (b * every, h, *[0] * (a.ndim - 2))
+        )
 
     return Walk(
         reads=tokens(x.reads),
@@ -99,7 +105,9 @@ def _outputs(p: Plan, x: Walk, BV: int, dtype, save: bool, final: bool) -> dict[
     if x.scores is not None:
         outs["o"] = like(x.values, (B, p.T, H, p.V), dtype), _values(p, H, BV)
     if save:
-        every_chunk = pl.BlockSpec((None, None, p.chunks, p.K, BV), lambda i, g, h, b: (b, h, 0, 0, i))
+        every_chunk = pl.BlockSpec(
+            (None, None, p.chunks, p.K, BV), lambda i, g, h, b: (b, h, 0, 0, i)
+        )
         outs["states"] = like(x.values, (B, H, p.chunks, p.K, p.V), p.operand), every_chunk
     if final:
         outs["final"] = like(x.values, (B, H, p.segments, p.K, p.V), jnp.float32), _state(p, BV)
@@ -107,9 +115,20 @@ def _outputs(p: Plan, x: Walk, BV: int, dtype, save: bool, final: bool) -> dict[
 
 
 def _kernel(
-    p: Plan, backward: bool, writes, values, reads=None, scores=None, total=None, read_factor=None, write_factor=None,
-    initial=None, o=None, states=None, final=None,
-):  # fmt: skip
+    p: Plan,
+    backward: bool,
+    writes,
+    values,
+    reads=None,
+    scores=None,
+    total=None,
+    read_factor=None,
+    write_factor=None,
+    initial=None,
+    o=None,
+    states=None,
+    final=None,
+):
     BV, BK, C = values.shape[1], block(p.schedule.scan_block_k, p.K), p.chunk
     columns = [k * BK for k in range(p.K // BK)]
     # q carries the scale: in scores and vector reads it is already there.
@@ -127,10 +146,16 @@ def _kernel(
         v = pltriton.load(values.at[tile])
         if states is not None:
             for first, S in zip(columns, state):
-                here = (n, first + lax.iota(jnp.int32, BK)[:, None], lax.iota(jnp.int32, BV)[None, :])
+                here = (
+                    n,
+                    first + lax.iota(jnp.int32, BK)[:, None],
+                    lax.iota(jnp.int32, BV)[None, :],
+                )
                 pltriton.store(states.at[here], S.astype(states.dtype))
         if o is not None:
-            scored = matmul(p.tile, pltriton.load(scores.at[block_rows(n * C + row, 0, C)]), v, trans_a=backward)
+            scored = matmul(
+                p.tile, pltriton.load(scores.at[block_rows(n * C + row, 0, C)]), v, trans_a=backward
+            )
             read = jnp.zeros((C, BV), jnp.float32)
             for first, S in zip(columns, state):
                 read += matmul(p.tile, pltriton.load(reads.at[block_rows(rows, first, BK)]), S)
@@ -138,12 +163,19 @@ def _kernel(
             pltriton.store(o.at[tile], out.astype(o.dtype))
         v, new = _scaled(v, write_factor, write_scale, n, row), []
         for first, S in zip(columns, state):
-            written = matmul(p.tile, pltriton.load(writes.at[block_rows(rows, first, BK)]), v, trans_a=True)
+            written = matmul(
+                p.tile, pltriton.load(writes.at[block_rows(rows, first, BK)]), v, trans_a=True
+            )
             new.append(_decayed(S, total, n, first) + written)
         return tuple(new)
 
-    block_of = lambda first: (first + lax.iota(jnp.int32, BK)[:, None], lax.iota(jnp.int32, BV)[None, :])
-    start = lambda first: jnp.zeros((BK, BV), jnp.float32) if initial is None else load(initial, *block_of(first))
+    block_of = lambda first: (
+        first + lax.iota(jnp.int32, BK)[:, None],
+        lax.iota(jnp.int32, BV)[None, :],
+    )
+    start = lambda first: (
+        jnp.zeros((BK, BV), jnp.float32) if initial is None else load(initial, *block_of(first))
+    )
     state = lax.fori_loop(0, in_segment, chunk, tuple(start(first) for first in columns))
     if final is not None:
         for first, S in zip(columns, state):
@@ -168,7 +200,9 @@ def _decayed(S: Array, total, n, first: int) -> Array:
 
 def _cost(p: Plan, x: Walk, arrays: list) -> pl.CostEstimate:
     """Every array moves once, as far as programs of the same head share the cache."""
-    a_chunk = 2 * p.chunk * p.K * p.V * (1 if x.scores is None else 2) + 2 * p.chunk**2 * p.V * (x.scores is not None)
+    a_chunk = 2 * p.chunk * p.K * p.V * (1 if x.scores is None else 2) + 2 * p.chunk**2 * p.V * (
+        x.scores is not None
+    )
     return pl.CostEstimate(len(x.values) * p.H * p.chunks * a_chunk, 0, moved(arrays))
 
 

@@ -40,13 +40,17 @@ class Decays(NamedTuple):
         return jnp.exp(self.log_total if self.logs is not None else self.log_total[..., 0])
 
 
-def operands(p: Plan, x: Inputs, decays: Decays, BK: int, axes, factors: bool) -> dict[str, tuple[Array, pl.BlockSpec]]:
+def operands(
+    p: Plan, x: Inputs, decays: Decays, BK: int, axes, factors: bool
+) -> dict[str, tuple[Array, pl.BlockSpec]]:
     """q, k, bonus and decays with their blocks. `axes`: grid indices -> (block of K, chunk, head, row of the batch)."""
 
     def spec(*shape, where):
         return pl.BlockSpec(shape, lambda *grid: where(*axes(*grid)))
 
-    tokens = lambda rows, head: spec(None, rows, None, BK, where=lambda c, n, h, b: (b, p.place(n), head(h), c))
+    tokens = lambda rows, head: spec(
+        None, rows, None, BK, where=lambda c, n, h, b: (b, p.place(n), head(h), c)
+    )
     found = {
         "q": (x.q, tokens(p.chunk, lambda h: h)),
         "k": (x.k, tokens(p.chunk, p.key_head)),
@@ -61,11 +65,19 @@ def operands(p: Plan, x: Inputs, decays: Decays, BK: int, axes, factors: bool) -
     for name in ("sums", "read_factor", "write_factor")[: 3 if factors else 1]:
         if (a := getattr(decays, name)) is not None:
             shape = (None, None, None, *a.shape[3:])
-            found[name] = a, spec(*shape, where=lambda c, n, h, b, a=a: (b * (len(a) > 1), h, n, *[0] * (a.ndim - 3)))
+            found[name] = (
+                a,
+                spec(
+                    *shape,
+                    where=lambda c, n, h, b, a=a: (b * (len(a) > 1), h, n, *[0] * (a.ndim - 3)),
+                ),
+            )
     return found
 
 
-def call(p: Plan, kernel, grid, ins, outs, warps: int, flops: int, exponentials: int, name: str) -> dict[str, Array]:
+def call(
+    p: Plan, kernel, grid, ins, outs, warps: int, flops: int, exponentials: int, name: str
+) -> dict[str, Array]:
     results = pl.pallas_call(
         lambda *refs: kernel(p, **dict(zip([*ins, *outs], refs))),
         grid=grid,
@@ -73,7 +85,9 @@ def call(p: Plan, kernel, grid, ins, outs, warps: int, flops: int, exponentials:
         out_specs=[spec for _, spec in outs.values()],
         out_shape=[array for array, _ in outs.values()],
         compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1),
-        cost_estimate=pl.CostEstimate(flops, exponentials, moved([a for a, _ in (*ins.values(), *outs.values())])),
+        cost_estimate=pl.CostEstimate(
+            flops, exponentials, moved([a for a, _ in (*ins.values(), *outs.values())])
+        ),
         interpret=p.interpret,
         name=name,
     )(*(array for array, _ in ins.values()))
@@ -95,13 +109,25 @@ def scores(p: Plan, x: Inputs, decays: Decays) -> dict[str, Array]:
     outs = {"out": (like(x.q, (B, p.H, p.T, C), p.operand), _of_chunk(p, C, C))}
     if p.decay == "vector":
         tokens = pl.BlockSpec((None, C, None, p.K), lambda n, h, b: (b, p.place(n), h, 0))
-        outs |= {name: (like(x.q, (B, p.T, p.H, p.K), p.operand), tokens) for name in ("reads", "writes")}
+        outs |= {
+            name: (like(x.q, (B, p.T, p.H, p.K), p.operand), tokens) for name in ("reads", "writes")
+        }
     kernel = _vector_kernel if p.decay == "vector" else _scalar_kernel
     flops = 2 * B * p.H * p.T * p.K * C * (_levels(C) if p.decay == "vector" else 1)
-    exponentials = B * p.H * p.T * {"vector": p.K * (_levels(C) + 2), "scalar": C, "none": 0}[p.decay]
+    exponentials = (
+        B * p.H * p.T * {"vector": p.K * (_levels(C) + 2), "scalar": C, "none": 0}[p.decay]
+    )
     grid = p.chunks, p.H, B
     return call(
-        p, kernel, grid, ins, outs, p.schedule.scores_warps, flops, exponentials, f"linear_scan_{p.decay}_scores"
+        p,
+        kernel,
+        grid,
+        ins,
+        outs,
+        p.schedule.scores_warps,
+        flops,
+        exponentials,
+        f"linear_scan_{p.decay}_scores",
     )
 
 
@@ -109,7 +135,9 @@ def _levels(C: int) -> int:
     return C.bit_length() - 1
 
 
-def _vector_kernel(p: Plan, q, k, logs, subtotals, out, reads, writes, bonus=None, starts=None) -> None:
+def _vector_kernel(
+    p: Plan, q, k, logs, subtotals, out, reads, writes, bonus=None, starts=None
+) -> None:
     C, BK, rows = p.chunk, block(p.schedule.scores_block_k, p.K), p.rows()
 
     def columns(c, carry):
@@ -134,7 +162,9 @@ def _vector_kernel(p: Plan, q, k, logs, subtotals, out, reads, writes, bonus=Non
 def logs_of(p: Plan, logs, subtotals, starts, first, BK: int) -> tile.Logs:
     C, rows = p.chunk, p.rows()
     # A row of the chunk, or of its subtotals, as it lies in memory.
-    at = lambda ref, size: lambda row: load(ref, *block_rows(size - 1 - row if p.reverse else row, first, BK))
+    at = lambda ref, size: (
+        lambda row: load(ref, *block_rows(size - 1 - row if p.reverse else row, first, BK))
+    )
     if p.inclusive:
         log_read = load(logs, *block_rows(rows, first, BK))
     else:
@@ -148,7 +178,9 @@ def logs_of(p: Plan, logs, subtotals, starts, first, BK: int) -> tile.Logs:
 def _own(p: Plan, q: Array, k: Array, bonus, first) -> Array:
     """[C]: each token's score with itself."""
     weight = own_weight(p, bonus, first, q.shape[1])
-    return jnp.zeros(q.shape[:1], jnp.float32) if weight is None else jnp.sum(q * k * weight, axis=1)
+    return (
+        jnp.zeros(q.shape[:1], jnp.float32) if weight is None else jnp.sum(q * k * weight, axis=1)
+    )
 
 
 def own_weight(p: Plan, bonus, first, BK: int):
@@ -171,8 +203,14 @@ def _scalar_kernel(p: Plan, q, k, out, sums=None, bonus=None) -> None:
     carry = jnp.zeros((C, C), jnp.float32), jnp.zeros((C,), jnp.float32)
     scored, own = lax.fori_loop(0, p.K // BK, columns, carry) if p.K > BK else columns(0, carry)
     scored = scored * tile.scalar_mask(C, sums_of(sums, C)) + tile.diagonal(own)
-    pltriton.store(out.at[block_rows(lax.iota(jnp.int32, C), 0, C)], (scored * p.scale).astype(out.dtype))
+    pltriton.store(
+        out.at[block_rows(lax.iota(jnp.int32, C), 0, C)], (scored * p.scale).astype(out.dtype)
+    )
 
 
 def sums_of(sums, C: int):
-    return None if sums is None else [pltriton.load(sums.at[r, lax.iota(jnp.int32, C)]) for r in range(4)]
+    return (
+        None
+        if sums is None
+        else [pltriton.load(sums.at[r, lax.iota(jnp.int32, C)]) for r in range(4)]
+    )

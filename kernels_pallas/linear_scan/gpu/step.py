@@ -16,7 +16,8 @@ from kernels_pallas.linear_scan.xla import _ratio, _with_ones
 
 MAX_K = 512
 STATE_IN_PROGRAM = 8192  # elements: 64 registers of each of 128 threads
-PTX_VERSION = 86  # newer ones than the driver's assembler knows are refused; 8.6 came with CUDA 12.7
+# newer ones than the driver's assembler knows are refused; 8.6 came with CUDA 12.7
+PTX_VERSION = 86
 
 
 def unsupported(q, k, v, state, log_decay, bonus, interpret: bool) -> str | None:
@@ -75,11 +76,22 @@ def launch(q, k, v, log_decay, bonus, inclusive: bool, scale: float) -> dict:
     block_v = max(16, min(STATE_IN_PROGRAM // block_k, 1 << (V - 1).bit_length()))
     decay = "none" if log_decay is None else "scalar" if log_decay.ndim == 2 else "vector"
     return dict(
-        grid=(B * H, -(-V // block_v)), num_warps=4, num_stages=1,
-        scale=scale, H=H, KEY_GROUP=H // k.shape[1], VALUE_GROUP=H // v.shape[1], K=K, V=V, BLOCK_K=block_k,
-        BLOCK_V=block_v, DECAY=decay, DECAY_ROWS=1 if log_decay is None else len(log_decay), INCLUSIVE=inclusive,
+        grid=(B * H, -(-V // block_v)),
+        num_warps=4,
+        num_stages=1,
+        scale=scale,
+        H=H,
+        KEY_GROUP=H // k.shape[1],
+        VALUE_GROUP=H // v.shape[1],
+        K=K,
+        V=V,
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
+        DECAY=decay,
+        DECAY_ROWS=1 if log_decay is None else len(log_decay),
+        INCLUSIVE=inclusive,
         BONUS=bonus is not None,
-    )  # fmt: skip
+    )
 
 
 def _absent_capability() -> int | None:

@@ -11,11 +11,26 @@ import triton.language as tl
 
 @triton.jit
 def step_kernel(
-    state, q, k, v, log_decay, bonus, o, scale: tl.constexpr,
-    H: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DECAY: tl.constexpr, DECAY_ROWS: tl.constexpr,
-    INCLUSIVE: tl.constexpr, BONUS: tl.constexpr,
-):  # fmt: skip
+    state,
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    o,
+    scale: tl.constexpr,
+    H: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    DECAY: tl.constexpr,
+    DECAY_ROWS: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    BONUS: tl.constexpr,
+):
     """state [B, H, K, V] float32, updated; q [B, H, K], k and v of H // their group heads, o [B, H, V].
 
     log_decay: by DECAY "none", "scalar" [DECAY_ROWS, H] or "vector" [DECAY_ROWS, H, K], where DECAY_ROWS is 1 or B.

@@ -73,7 +73,9 @@ def _climb(C: int, logs: Logs, visit: Callable, carry) -> tuple[Array, tuple[Arr
             later = (((row // unit) & h) != 0)[:, None]
             carry = visit(h * unit, later, jnp.exp(jnp.where(later, F, R)), carry)
             first = ((row // unit) ^ h) & ~(h - 1)
-            total = lax.fori_loop(0, h, lambda m, total: total + at(first + m), jnp.zeros(width, jnp.float32))
+            total = lax.fori_loop(
+                0, h, lambda m, total: total + at(first + m), jnp.zeros(width, jnp.float32)
+            )
             return F + jnp.where(later, total, 0.0), R + jnp.where(later, 0.0, total), carry
 
         return lax.fori_loop(0, levels, level, state)
@@ -112,7 +114,9 @@ class Cotangents(NamedTuple):
     of_writes: Array  # writes_j dwrites_j: for the logs after j
 
 
-def vector_cotangents(tile: Tile, q: Array, k: Array, logs: Logs, dscores: Array, from_states: Callable) -> Cotangents:
+def vector_cotangents(
+    tile: Tile, q: Array, k: Array, logs: Logs, dscores: Array, from_states: Callable
+) -> Cotangents:
     """dscores [C, C] is symmetric, the scores' cotangent in both triangles. from_states() -> (dreads, dwrites)."""
     C = q.shape[0]
 
@@ -122,7 +126,9 @@ def vector_cotangents(tile: Tile, q: Array, k: Array, logs: Logs, dscores: Array
         dy = matmul(tile, jnp.where(_meet(h, C), dscores, jnp.zeros_like(dscores)), y) * factors
         return dq + jnp.where(later, dy, 0.0), dk + jnp.where(later, 0.0, dy)
 
-    (dq, dk), (read_factors, write_factors) = _climb(C, logs, visit, (jnp.zeros_like(q), jnp.zeros_like(k)))
+    (dq, dk), (read_factors, write_factors) = _climb(
+        C, logs, visit, (jnp.zeros_like(q), jnp.zeros_like(k))
+    )
     dreads, dwrites = from_states()  # not earlier: registers are short
     from_reads, from_writes = read_factors * dreads, write_factors * dwrites
     met = (q * (dq + from_reads), k * dk, k * from_writes)
@@ -158,11 +164,15 @@ def scalar_mask(C: int, sums: tuple[Array, ...] | None) -> Array:
     if sums is None:
         return jnp.where(j < i, 1.0, 0.0)
     read_coarse, read_fine, end_coarse, end_fine = sums
-    between = (read_coarse[:, None] - end_coarse[None, :]) + (read_fine[:, None] - end_fine[None, :])
+    between = (read_coarse[:, None] - end_coarse[None, :]) + (
+        read_fine[:, None] - end_fine[None, :]
+    )
     return jnp.exp(jnp.where(j < i, between, LOG_ZERO))
 
 
-def scalar_cotangents(tile: Tile, q: Array, k: Array, dproducts: Array, dread_q: Array, dwrite_k: Array) -> Cotangents:
+def scalar_cotangents(
+    tile: Tile, q: Array, k: Array, dproducts: Array, dread_q: Array, dwrite_k: Array
+) -> Cotangents:
     """dproducts [C, C]: of q k^T, off the diagonal; dread_q, dwrite_k [C, K]: of q and k through the state."""
     dq, dk = matmul(tile, dproducts, k), matmul(tile, dproducts, q, trans_a=True)
     met = (q * (dq + dread_q), k * dk, k * dwrite_k)

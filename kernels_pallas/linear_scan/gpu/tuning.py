@@ -23,8 +23,10 @@ class Schedule(NamedTuple):
     scan_block_k: int = 64
     scan_block_v: int = 64
     scan_warps: int = 4
-    scan_stages: int = 2  # an upper bound too: chunks in flight, as far as they fit into shared memory
-    walks_per_core: int = 1  # a sequence is cut into segments until there are so many programs of the scan kernel
+    # an upper bound too: chunks in flight, as far as they fit into shared memory
+    scan_stages: int = 2
+    # a sequence is cut into segments until there are so many programs of the scan kernel
+    walks_per_core: int = 1
     back_block_k: int = 64
     back_block_v: int = 64
     back_warps: int = 8
@@ -48,11 +50,17 @@ def schedule(decay: str) -> Schedule:
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
     """A program of the scan kernel holds a state of K x this in registers."""
-    most = schedule.scan_block_v if K <= 128 else max(16, schedule.scan_block_v * 128 // (1 << (K - 1).bit_length()))
+    most = (
+        schedule.scan_block_v
+        if K <= 128
+        else max(16, schedule.scan_block_v * 128 // (1 << (K - 1).bit_length()))
+    )
     return block(most, V)
 
 
-def scan_stages(schedule: Schedule, programs: int, chunk: int, K: int, block_v: int, operand_bytes: int) -> int:
+def scan_stages(
+    schedule: Schedule, programs: int, chunk: int, K: int, block_v: int, operand_bytes: int
+) -> int:
     """Chunks in flight in the scan kernel: with more programs than multiprocessors, several share a multiprocessor.
 
     Triton was seen to take up to half a chunk's tiles more than those of the chunks in flight.

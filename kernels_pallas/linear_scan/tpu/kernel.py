@@ -23,7 +23,9 @@ def forward(plan: Plan, x: Inputs, save: bool) -> dict[str, Array]:
     walk = Walk(plan, plan.forward, backward=False)
     B = x.q.shape[0]
     ins = walk.inputs(x) + ([] if x.state is None else [walk.state("initial", x.state)])
-    outs = [walk.tokens("o", like(x.q, (B, plan.T, plan.H * plan.V), plan.out_dtype), plan.H, plan.V)]
+    outs = [
+        walk.tokens("o", like(x.q, (B, plan.T, plan.H * plan.V), plan.out_dtype), plan.H, plan.V)
+    ]
     if plan.return_final_state:
         outs.append(walk.state("final", like(x.q, (B, plan.H, plan.V, plan.K), jnp.float32)))
     if save:
@@ -32,7 +34,9 @@ def forward(plan: Plan, x: Inputs, save: bool) -> dict[str, Array]:
     return _call(walk, _forward_kernel, ins, outs, "linear_scan_forward", B)
 
 
-def backward(plan: Plan, x: Inputs, states: Array, do: Array, dfinal: Array | None) -> dict[str, Array]:
+def backward(
+    plan: Plan, x: Inputs, states: Array, do: Array, dfinal: Array | None
+) -> dict[str, Array]:
     """The cotangents dq, dk, dv, ddecay, dbonus, dinitial: as the inputs, but float32 parts where heads are shared.
 
     dk and dv have one part for each block of query heads, dbonus [B, 1, H*K] one for each row; a scalar ddecay is that
@@ -51,7 +55,9 @@ def backward(plan: Plan, x: Inputs, states: Array, do: Array, dfinal: Array | No
     if p.decay == "vector":
         outs.append(walk.tokens("ddecay", like(x.q, x.decay.shape, x.decay.dtype), p.H, p.K))
     elif p.decay == "scalar":
-        outs.append(walk.sums("ddecay", like(x.q, (B, p.H, x.decay.shape[2], 1, p.chunk), jnp.float32)))
+        outs.append(
+            walk.sums("ddecay", like(x.q, (B, p.H, x.decay.shape[2], 1, p.chunk), jnp.float32))
+        )
     if x.bonus is not None:
         outs.append(walk.bonus("dbonus", like(x.q, (B, 1, p.H * p.K), jnp.float32)))
     if x.state is not None:
@@ -59,7 +65,9 @@ def backward(plan: Plan, x: Inputs, states: Array, do: Array, dfinal: Array | No
     return _call(walk, _backward_kernel, ins, outs, "linear_scan_backward", B)
 
 
-def _call(walk: Walk, kernel, ins: list[Operand], outs: list[Operand], name: str, B: int) -> dict[str, Array]:
+def _call(
+    walk: Walk, kernel, ins: list[Operand], outs: list[Operand], name: str, B: int
+) -> dict[str, Array]:
     names = [o.name for o in (*ins, *outs)]
 
     def body(*refs):
@@ -94,7 +102,9 @@ def _cost(walk: Walk, operands: list[Operand], B: int) -> pl.CostEstimate:
     tokens = B * p.H * p.T
     exponentials = {"vector": p.K, "scalar": p.chunk, "none": 0}[p.decay]
     moved = sum(o.array.size * jnp.dtype(o.array.dtype).itemsize for o in operands)
-    return pl.CostEstimate(tokens * (backward if walk.backward else forward), tokens * exponentials, moved)
+    return pl.CostEstimate(
+        tokens * (backward if walk.backward else forward), tokens * exponentials, moved
+    )
 
 
 # --- what runs on the core
@@ -155,9 +165,22 @@ def _backward_kernel(walk: Walk, refs: dict, dstate_ref) -> None:
         yield
         if plan.decay == "vector":
             transposed = walk.schedule.transpose
-            back = jnp.transpose(d.dscores) if transposed else tpu_tile.matmul(tile, tokens.v, do, tpu_tile.NT)
+            back = (
+                jnp.transpose(d.dscores)
+                if transposed
+                else tpu_tile.matmul(tile, tokens.v, do, tpu_tile.NT)
+            )
             dreads, dk, ddecay = yield from tpu_tile.vector_descend(
-                tile, levels, levels_back, climbed, scored, d.dscores, back, d.dreads, d.dwrites, d.dlog_total
+                tile,
+                levels,
+                levels_back,
+                climbed,
+                scored,
+                d.dscores,
+                back,
+                d.dreads,
+                d.dwrites,
+                d.dlog_total,
             )
             dq = tokens.dq_of_reads(dreads)
             if plan.inclusive:
@@ -176,7 +199,9 @@ def _backward_kernel(walk: Walk, refs: dict, dstate_ref) -> None:
 
     for chunk in walk.chunks():
         shared = {}
-        tpu_tile.staggered([head(chunk, h, shared) for h in range(walk.schedule.heads)], walk.schedule.lag)
+        tpu_tile.staggered(
+            [head(chunk, h, shared) for h in range(walk.schedule.heads)], walk.schedule.lag
+        )
     if "dinitial" in refs:
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -188,6 +213,10 @@ def _scalar_ddecay(tile: Tile, levels: Array, scored: Scored, d: tpu_tile.FromSt
     """[1, C]."""
     over_keys = lambda x, dx: jnp.sum(x * dx, axis=1, keepdims=True)
     met = tpu_tile.straddling_sums(
-        tile, levels, d.dscores * scored.scores, over_keys(scored.reads, d.dreads), over_keys(scored.writes, d.dwrites)
+        tile,
+        levels,
+        d.dscores * scored.scores,
+        over_keys(scored.reads, d.dreads),
+        over_keys(scored.writes, d.dwrites),
     )
     return met + jnp.sum(jnp.sum(d.dlog_total, axis=0, keepdims=True), axis=1, keepdims=True)

@@ -29,7 +29,9 @@ from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME, _ratio, _with_
 LANES = 128
 
 
-def unsupported(q, k, v, log_decay, initial_state, normalize: bool, chunk_size: int | None) -> str | None:
+def unsupported(
+    q, k, v, log_decay, initial_state, normalize: bool, chunk_size: int | None
+) -> str | None:
     """Why this room cannot take a call, or None when it can."""
     if any(x is not None and x.dtype == jnp.float64 for x in (q, k, v, log_decay, initial_state)):
         return "does not compute in float64"
@@ -41,10 +43,22 @@ def unsupported(q, k, v, log_decay, initial_state, normalize: bool, chunk_size: 
 
 
 def linear_scan(
-    q, k, v, log_decay, bonus, initial_state, segment_ids,
-    *, inclusive: bool, scale: float, reverse: bool, normalize: bool, chunk_size: int | None,
-    return_final_state: bool, interpret: bool,
-) -> tuple[Array, Array | None]:  # fmt: skip
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    *,
+    inclusive: bool,
+    scale: float,
+    reverse: bool,
+    normalize: bool,
+    chunk_size: int | None,
+    return_final_state: bool,
+    interpret: bool,
+) -> tuple[Array, Array | None]:
     """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns (o, final state)."""
     (B, T, H, K), V, out_dtype = q.shape, v.shape[-1] + normalize, v.dtype
     if normalize:
@@ -53,10 +67,15 @@ def linear_scan(
     known = lambda x: x.astype(jnp.float32) if x is not None and x.dtype == jnp.float16 else x
     q, k, v, log_decay, bonus = map(known, (q, k, v, log_decay, bonus))
     plan = _plan(q, k, v, log_decay, segment_ids, chunk_size, interpret)._replace(
-        inclusive=inclusive, reverse=reverse, scale=1.0 if normalize else scale,
-        out_dtype=jnp.dtype(jnp.float32) if normalize else v.dtype,  # a ratio's halves keep float32 until divided
-        return_final_state=return_final_state, interpret=_interpret(interpret, q),
-    )  # fmt: skip
+        inclusive=inclusive,
+        reverse=reverse,
+        scale=1.0 if normalize else scale,
+        out_dtype=jnp.dtype(jnp.float32)
+        if normalize
+        else v.dtype,  # a ratio's halves keep float32 until divided
+        return_final_state=return_final_state,
+        interpret=_interpret(interpret, q),
+    )
     rows = max(T, _longest_step(plan))
     flat = partial(_flat, rows=rows)
     starts = None if segment_ids is None else segment_starts(segment_ids, reverse)
@@ -67,7 +86,9 @@ def linear_scan(
         decay=_logs(plan, q, log_decay, rows),
         starts=None if starts is None else padded(starts, 1, rows)[:, None].astype(jnp.float32),
         bonus=None if bonus is None else padded(bonus, 1, plan.K).reshape(1, -1),
-        state=None if initial_state is None else padded(padded(jnp.swapaxes(initial_state, 2, 3), 2, plan.V), 3, plan.K),
+        state=None
+        if initial_state is None
+        else padded(padded(jnp.swapaxes(initial_state, 2, 3), 2, plan.V), 3, plan.K),
     )
     o, final_state = _scan(plan._replace(T=rows), x)
     o = o.reshape(B, rows, H, plan.V)[:, :T, :, :V]
@@ -85,15 +106,34 @@ def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret) ->
         decay = "vector"
     chunk = min(chunk_size or MAX_CHUNK, max(MIN_CHUNK, 1 << (T - 1).bit_length()))
     return Plan(
-        T=T, H=H, Hk=Hk, Hv=Hv, K=K, V=V, decay=decay, chunk=chunk, rounds=not interpret and _rounds(q, k, v),
-        inclusive=True, reverse=False, scale=1.0, out_dtype=v.dtype, return_final_state=False, interpret=False,
+        T=T,
+        H=H,
+        Hk=Hk,
+        Hv=Hv,
+        K=K,
+        V=V,
+        decay=decay,
+        chunk=chunk,
+        rounds=not interpret and _rounds(q, k, v),
+        inclusive=True,
+        reverse=False,
+        scale=1.0,
+        out_dtype=v.dtype,
+        return_final_state=False,
+        interpret=False,
         **schedules(decay, T, H, Hk, Hv, K, V, chunk),
-    )  # fmt: skip
+    )
 
 
 def _rounds(*arrays: Array) -> bool:
     """Whether matmuls are one pass of bfloat16."""
-    one_pass = jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
+    one_pass = jax.config.jax_default_matmul_precision in (
+        None,
+        "default",
+        "fastest",
+        "bfloat16",
+        "BF16_BF16_F32",
+    )
     return one_pass and all(x.dtype == jnp.bfloat16 for x in arrays)
 
 
@@ -136,7 +176,10 @@ def _scan(plan: Plan, x: Inputs) -> tuple[Array, Array | None]:
 
 def _forward(plan: Plan, x: Inputs):
     out = tpu_kernel.forward(plan, _kernel_inputs(plan, x), save=True)
-    return (checkpoint_name(out["o"], OUT_NAME), out.get("final")), (x, checkpoint_name(out["states"], STATES_NAME))
+    return (checkpoint_name(out["o"], OUT_NAME), out.get("final")), (
+        x,
+        checkpoint_name(out["states"], STATES_NAME),
+    )
 
 
 def _backward(plan: Plan, residuals, cotangents):

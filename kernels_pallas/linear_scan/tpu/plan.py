@@ -21,9 +21,11 @@ class Schedule(NamedTuple):
     heads: int  # in a grid step
     chunks: int  # in a grid step
     lag: int | None  # turns between the starts of two heads, see `tile.staggered`
-    round_early: bool = False  # where the matrix unit rounds operands: keep them as it will see them
+    # where the matrix unit rounds operands: keep them as it will see them
+    round_early: bool = False
     stack: bool = False  # see `tile.Tile`
-    transpose: bool = True  # backward: the scores' cotangent is transposed rather than multiplied out twice
+    # backward: the scores' cotangent is transposed rather than multiplied out twice
+    transpose: bool = True
 
 
 class Plan(NamedTuple):
@@ -57,8 +59,12 @@ class Inputs(NamedTuple):
     q: Float[Array, "B T H*K"]
     k: Float[Array, "B T Hk*K"]
     v: Float[Array, "B T Hv*V"]
-    decay: Float[Array, "B T H*K"] | Float[Array, "#B H N R C"] | None  # logs, or R running sums of logs in N chunks
-    starts: Float[Array, "B N 1 C"] | None  # 1 where the state is emptied before the token; vector decays only
+    decay: (
+        Float[Array, "B T H*K"] | Float[Array, "#B H N R C"] | None
+    )  # logs, or R running sums of logs in N chunks
+    starts: (
+        Float[Array, "B N 1 C"] | None
+    )  # 1 where the state is emptied before the token; vector decays only
     bonus: Float[Array, "1 H*K"] | None
     state: Float[Array, "B H V K"] | None
 
@@ -135,7 +141,11 @@ class Walk(NamedTuple):
 
     def inputs(self, x: Inputs) -> list[Operand]:
         p = self.plan
-        operands = [self.tokens("q", x.q, p.H, p.K), self.tokens("k", x.k, p.Hk, p.K), self.tokens("v", x.v, p.Hv, p.V)]
+        operands = [
+            self.tokens("q", x.q, p.H, p.K),
+            self.tokens("k", x.k, p.Hk, p.K),
+            self.tokens("v", x.v, p.Hv, p.V),
+        ]
         if p.decay == "vector":
             operands.append(self.tokens("decay", x.decay, p.H, p.K))
         elif p.decay == "scalar":

@@ -28,7 +28,17 @@ def unsupported(*arrays: Array | None) -> str | None:
 
 
 def linear_scan_step(
-    q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool, interpret: bool
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    state,
+    *,
+    inclusive: bool,
+    scale: float,
+    normalize: bool,
+    interpret: bool,
 ) -> tuple[Array, Array]:
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
     (B, H, K), out_dtype = q.shape, v.dtype
@@ -42,14 +52,18 @@ def linear_scan_step(
         rows.append(jnp.broadcast_to(decay[..., None] if decay.ndim == 2 else decay, (B, H, K)))
     rows = jnp.stack(rows, axis=2)
     padding = ((0, 0), (0, 0), (0, ROWS - rows.shape[2]), (0, -K % LANES))
-    read, new_state = _call(jnp.pad(rows, padding), v[:, :, None], state, log_decay is not None, inclusive, interpret)
+    read, new_state = _call(
+        jnp.pad(rows, padding), v[:, :, None], state, log_decay is not None, inclusive, interpret
+    )
     o = read[:, :, 0]
     if bonus is not None:
         o += jnp.sum(q * bonus.astype(jnp.float32) * k, axis=-1, keepdims=True) * v
     return (_ratio(o) if normalize else o).astype(out_dtype), new_state
 
 
-def _call(rows: Array, v: Array, state: Array, decayed: bool, inclusive: bool, interpret) -> tuple[Array, Array]:
+def _call(
+    rows: Array, v: Array, state: Array, decayed: bool, inclusive: bool, interpret
+) -> tuple[Array, Array]:
     """(q S' or q S [B, H, 1, V], S'). rows [B, H, 8, K padded]: q, k and, if `decayed`, the decay."""
     B, H, K, V = state.shape
     most = max(1, STATE_BYTES_IN_STEP // (K * V * 4))
@@ -64,7 +78,9 @@ def _call(rows: Array, v: Array, state: Array, decayed: bool, inclusive: bool, i
             new = old * columns[:, 2:3] if decayed else old
             new = new + columns[:, 1:2] * v_ref[where]
             new_ref[where] = new
-            o_ref[where] = jnp.sum(columns[:, :1] * (new if inclusive else old), axis=0, keepdims=True)
+            o_ref[where] = jnp.sum(
+                columns[:, :1] * (new if inclusive else old), axis=0, keepdims=True
+            )
             return 0
 
         jax.lax.fori_loop(0, batch * heads, one, 0, unroll=8)
@@ -77,8 +93,12 @@ def _call(rows: Array, v: Array, state: Array, decayed: bool, inclusive: bool, i
         out_specs=[spec(1, V), spec(K, V)],
         out_shape=[like(x, x.shape, x.dtype) for x in (v, state)],
         input_output_aliases={2: 1},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT),
-        cost_estimate=pl.CostEstimate(5 * state.size, 0, 4 * (2 * state.size + rows.size + 2 * v.size)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            5 * state.size, 0, 4 * (2 * state.size + rows.size + 2 * v.size)
+        ),
         interpret=interpret,
         name="linear_scan_step",
     )(rows, v, in_hbm(state, interpret))

@@ -35,7 +35,9 @@ class Tile(NamedTuple):
     """What of a chunk is static. All is float32 but, where so wanted, what a matmul is about to round."""
 
     rounds: bool  # matmuls are one pass of bfloat16: the matrix unit rounds operands
-    operand: jnp.dtype  # of matmuls: with bfloat16 they are rounded, and kept, before they meet the matrix unit
+    operand: (
+        jnp.dtype
+    )  # of matmuls: with bfloat16 they are rounded, and kept, before they meet the matrix unit
     inclusive: bool
     reverse: bool
     stack: bool  # two levels' scores as one matmul of twice the depth, for matrix units of 256
@@ -105,7 +107,10 @@ def _swap(x: Array, h: int) -> Array:
 def _pack(xs: Registers, h: int, bit: bool) -> Registers:
     """The rows whose bit h is `bit`, of two registers in one: those of the second move into the other rows."""
     shift = ROWS - h if bit else h
-    return [jnp.where(_has_bit(h, a) == bit, a, pltpu.roll(b, shift, 0)) for a, b in zip(xs[::2], xs[1::2])]
+    return [
+        jnp.where(_has_bit(h, a) == bit, a, pltpu.roll(b, shift, 0))
+        for a, b in zip(xs[::2], xs[1::2])
+    ]
 
 
 def _unpack(xs: Registers, h: int, bit: bool) -> Registers:
@@ -120,10 +125,19 @@ def _is_later(register: int, h: int, reverse: bool) -> bool:
 
 def _partners(totals: Registers, h: int) -> Registers:
     """For every register the total of the block that its own block is merged with."""
-    return [_swap(t, h) for t in totals] if h < ROWS else [totals[b ^ 1] for b in range(len(totals))]
+    return (
+        [_swap(t, h) for t in totals] if h < ROWS else [totals[b ^ 1] for b in range(len(totals))]
+    )
 
 
-def _merge(h: int, reads: Registers, writes: Registers, totals: Registers, partners: Registers, reverse: bool):
+def _merge(
+    h: int,
+    reads: Registers,
+    writes: Registers,
+    totals: Registers,
+    partners: Registers,
+    reverse: bool,
+):
     """Blocks of h tokens in pairs. `totals` is one register a block of h >= 8 tokens, else one per 8 tokens."""
     if h < ROWS:
         later = _has_bit(h, reads[0]) != reverse
@@ -132,11 +146,15 @@ def _merge(h: int, reads: Registers, writes: Registers, totals: Registers, partn
         return reads, writes, [t * p for t, p in zip(totals, partners)]
     block = lambda i: i // (h // ROWS)
     reads = [r * partners[block(i)] if _is_later(i, h, reverse) else r for i, r in enumerate(reads)]
-    writes = [w if _is_later(i, h, reverse) else w * partners[block(i)] for i, w in enumerate(writes)]
+    writes = [
+        w if _is_later(i, h, reverse) else w * partners[block(i)] for i, w in enumerate(writes)
+    ]
     return reads, writes, [a * b for a, b in zip(totals[::2], totals[1::2])]
 
 
-def _place(scores: Registers, new: Registers, h: int, levels: Registers, reverse: bool) -> Registers:
+def _place(
+    scores: Registers, new: Registers, h: int, levels: Registers, reverse: bool
+) -> Registers:
     """The scores of one level, of later rows only (unpacked, for h < 8), into the rows of `scores`.
 
     From h = 8 on, a row takes everything on the earlier side of its block: what is too early for this level is
@@ -169,7 +187,9 @@ class Scored(NamedTuple):
     total: Array
 
 
-def vector_scores(tile: Tile, levels: Array, reads: Array, k: Array, decay: Array, total: Array, own: Array | None):
+def vector_scores(
+    tile: Tile, levels: Array, reads: Array, k: Array, decay: Array, total: Array, own: Array | None
+):
     """Generator -> Scored.
 
     Args:
@@ -185,7 +205,11 @@ def vector_scores(tile: Tile, levels: Array, reads: Array, k: Array, decay: Arra
     waiting, h = [], 1
     while h < k.shape[0]:
         yield
-        later = [r for i, r in enumerate(reads) if _is_later(i, h, tile.reverse)] if h >= ROWS else reads
+        later = (
+            [r for i, r in enumerate(reads) if _is_later(i, h, tile.reverse)]
+            if h >= ROWS
+            else reads
+        )
         later = _pack(reads, h, not tile.reverse) if h < ROWS else later
         waiting.append((h, cat(later).astype(tile.operand), cat(writes).astype(tile.operand)))
         reads, writes, totals = _merge(h, reads, writes, totals, _partners(totals, h), tile.reverse)
@@ -198,7 +222,9 @@ def vector_scores(tile: Tile, levels: Array, reads: Array, k: Array, decay: Arra
     for h, product in products.items():
         yield
         new = cut(product)
-        scores = _place(scores, _unpack(new, h, not tile.reverse) if h < ROWS else new, h, levels, tile.reverse)
+        scores = _place(
+            scores, _unpack(new, h, not tile.reverse) if h < ROWS else new, h, levels, tile.reverse
+        )
     return Scored(cat(scores), cat(reads), cat(writes), total)
 
 
@@ -208,7 +234,10 @@ def _products(tile: Tile, first, second=None) -> dict[int, Array]:
         h, later, writes = first
         return {h: matmul(tile, later, writes, NT)}
     (h, a, x), (h2, b, y) = first, second
-    left = jnp.concatenate([a, jnp.zeros_like(a)], axis=1), jnp.concatenate([jnp.zeros_like(b), b], axis=1)
+    left = (
+        jnp.concatenate([a, jnp.zeros_like(a)], axis=1),
+        jnp.concatenate([jnp.zeros_like(b), b], axis=1),
+    )
     product = matmul(tile, cat(left), jnp.concatenate([x, y], axis=1), NT)
     return {h: product[: a.shape[0]], h2: product[a.shape[0] :]}
 
@@ -222,22 +251,32 @@ class Level(NamedTuple):
     partners: Registers
 
 
-def vector_climb(tile: Tile, levels: Array, reads: Array, k: Array, decay: Array, total: Array, own: Array | None):
+def vector_climb(
+    tile: Tile, levels: Array, reads: Array, k: Array, decay: Array, total: Array, own: Array | None
+):
     """Generator -> (Scored, list of Level): `vector_scores` with what its derivative needs."""
     writes, reads, totals = cut(k), cut(reads), cut(decay)
     climbed, h = [], 1
     while h < k.shape[0]:
         yield
         partners = _partners(totals, h)
-        climbed.append(Level(h, cat(reads).astype(tile.operand), cat(writes).astype(tile.operand), partners))
+        climbed.append(
+            Level(h, cat(reads).astype(tile.operand), cat(writes).astype(tile.operand), partners)
+        )
         reads, writes, totals = _merge(h, reads, writes, totals, partners, tile.reverse)
         h *= 2
     levels = cut(levels)
     scores = _own(own, levels)
     for level in climbed:
         yield
-        later = level.reads if level.h < ROWS else cat(_registers(level.reads, level.h, not tile.reverse))
-        scores = _place(scores, cut(matmul(tile, later, level.writes, NT)), level.h, levels, tile.reverse)
+        later = (
+            level.reads
+            if level.h < ROWS
+            else cat(_registers(level.reads, level.h, not tile.reverse))
+        )
+        scores = _place(
+            scores, cut(matmul(tile, later, level.writes, NT)), level.h, levels, tile.reverse
+        )
     return Scored(cat(scores), cat(reads), cat(writes), total), climbed
 
 
@@ -247,9 +286,17 @@ def _registers(x: Array, h: int, bit: bool) -> list[Array]:
 
 
 def vector_descend(
-    tile: Tile, levels: Array, levels_back: Array, climbed: list[Level], scored: Scored,
-    dscores: Array, dscores_back: Array, dreads: Array, dwrites: Array, dlog_total: Array,
-):  # fmt: skip
+    tile: Tile,
+    levels: Array,
+    levels_back: Array,
+    climbed: list[Level],
+    scored: Scored,
+    dscores: Array,
+    dscores_back: Array,
+    dreads: Array,
+    dwrites: Array,
+    dlog_total: Array,
+):
     """Generator -> (dreads and dwrites at the leaves, dlog_decay without what the read itself meets), [C, K] each.
 
     Args:
@@ -267,17 +314,24 @@ def vector_descend(
         reads, writes = (cut(x.astype(jnp.float32)) for x in merged)
         if level.h < ROWS:
             dlog = _meets_of_rows(tile, level, dlog, reads, writes, dreads, dwrites)
-            dreads, dwrites = _unmerge_rows(tile, level, levels, levels_back, ds, ds_back, dreads, dwrites)
+            dreads, dwrites = _unmerge_rows(
+                tile, level, levels, levels_back, ds, ds_back, dreads, dwrites
+            )
         else:
             dlog = _meets_of_blocks(tile, level, dlog, reads, writes, dreads, dwrites)
             dreads, dwrites = _unmerge_blocks(tile, level, ds, ds_back, dreads, dwrites)
     return cat(dreads), cat(dwrites), cat(dlog)
 
 
-def _meets_of_rows(tile: Tile, level: Level, dlog: Registers, reads, writes, dreads, dwrites) -> Registers:
+def _meets_of_rows(
+    tile: Tile, level: Level, dlog: Registers, reads, writes, dreads, dwrites
+) -> Registers:
     """`dlog` of blocks of 2h < 16 rows -> of blocks of h: a row adds its partner's part and what that one meets."""
     later = _has_bit(level.h, reads[0]) != tile.reverse
-    meets = [jnp.where(later, r, w) * jnp.where(later, dr, dw) for r, w, dr, dw in zip(reads, writes, dreads, dwrites)]
+    meets = [
+        jnp.where(later, r, w) * jnp.where(later, dr, dw)
+        for r, w, dr, dw in zip(reads, writes, dreads, dwrites)
+    ]
     return [d + _swap(d + m, level.h) for d, m in zip(dlog, meets)]
 
 
@@ -285,7 +339,9 @@ def _unmerge_rows(tile: Tile, level: Level, levels, levels_back, ds, ds_back, dr
     """(dreads, dwrites) after a merge of h < 8 rows -> before it. Two registers' rows go through a matmul as one."""
     h, later_bit = level.h, not tile.reverse
     here = lambda xs, ls: [jnp.where(l == h.bit_length(), x, 0.0) for x, l in zip(xs, ls)]
-    through = lambda xs, bit, other: _unpack(cut(matmul(tile, cat(_pack(xs, h, bit)), other)), h, bit)
+    through = lambda xs, bit, other: _unpack(
+        cut(matmul(tile, cat(_pack(xs, h, bit)), other)), h, bit
+    )
     from_writes = through(here(ds, levels), later_bit, level.writes)
     from_reads = through(here(ds_back, levels_back), not later_bit, level.reads)
     later = _has_bit(h, dreads[0]) == later_bit
@@ -299,7 +355,9 @@ def _unmerge_blocks(tile: Tile, level: Level, ds, ds_back, dreads, dwrites):
     """(dreads, dwrites) after a merge of blocks of h >= 8 rows -> before it."""
     h = level.h
     is_later = [_is_later(i, h, tile.reverse) for i in range(len(dreads))]
-    of = lambda xs, which: cat([_sibling_lanes(x, i, h) for i, x in enumerate(xs) if is_later[i] == which])
+    of = lambda xs, which: cat(
+        [_sibling_lanes(x, i, h) for i, x in enumerate(xs) if is_later[i] == which]
+    )
     from_writes = iter(cut(matmul(tile, of(ds, True), level.writes)))
     from_reads = iter(cut(matmul(tile, of(ds_back, False), level.reads)))
     total = lambda i: level.partners[i * ROWS // h]
@@ -309,7 +367,9 @@ def _unmerge_blocks(tile: Tile, level: Level, ds, ds_back, dreads, dwrites):
     )
 
 
-def _meets_of_blocks(tile: Tile, level: Level, dlog: Registers, reads, writes, dreads, dwrites) -> Registers:
+def _meets_of_blocks(
+    tile: Tile, level: Level, dlog: Registers, reads, writes, dreads, dwrites
+) -> Registers:
     """`dlog`, [8, K] a block of 2h >= 16 rows -> [8, K] a block of h; the sums over these 8 rows are still to come."""
     m, out = level.h // ROWS, []
     for b in range(2 * len(dlog)):  # the block that receives; it is met by its sibling's tokens
@@ -343,7 +403,9 @@ def scalar_mask(tile: Tile, levels: Array, read_sums: Sums, sums: Sums) -> Array
     return jnp.where(levels == 0, 1.0, mask) if tile.inclusive else mask
 
 
-def straddling_sums(tile: Tile, levels: Array, weights: Array, of_reads: Array, of_writes: Array) -> Array:
+def straddling_sums(
+    tile: Tile, levels: Array, weights: Array, of_reads: Array, of_writes: Array
+) -> Array:
     """[1, C]: what each token's log decay receives from the pairs, reads and writes that meet it.
 
     A pair (i, j) meets the logs after j up to i (exclusive: before i), a read those up to it, a write those after it.

@@ -50,7 +50,9 @@ class Tokens:
     def share(self, name: str, num_heads: int, D: int, x: Array, shared: dict) -> None:
         """Adds up the query heads that share one head, in float32, and writes after the last of this block."""
         slot = self.walk.slot(self.head, num_heads)
-        members = [h for h in range(self.walk.schedule.heads) if self.walk.slot(h, num_heads) == slot]
+        members = [
+            h for h in range(self.walk.schedule.heads) if self.walk.slot(h, num_heads) == slot
+        ]
         parts = shared.setdefault((name, slot), [])
         parts.append(x)
         if len(parts) == len(members):
@@ -64,7 +66,9 @@ class Tokens:
     def _bonus(self) -> Array | None:
         if "bonus" not in self.refs:
             return None
-        return self.refs["bonus"][0, :, pl.ds(self.head * self.plan.K, self.plan.K)].astype(jnp.float32)
+        return self.refs["bonus"][0, :, pl.ds(self.head * self.plan.K, self.plan.K)].astype(
+            jnp.float32
+        )
 
     def own(self) -> Array | None:
         bonus = self._bonus()
@@ -99,7 +103,13 @@ class Tokens:
         if starts is not None:
             log_decay = jnp.where(starts, reference_tile.LOG_ZERO, log_decay)
         decay, total = jnp.exp(log_decay), jnp.exp(jnp.sum(log_decay, axis=0, keepdims=True))
-        self.met_by_read = decay if self.plan.inclusive else None if starts is None else jnp.where(starts, 0.0, 1.0)
+        self.met_by_read = (
+            decay
+            if self.plan.inclusive
+            else None
+            if starts is None
+            else jnp.where(starts, 0.0, 1.0)
+        )
         return self.dq_of_reads(self.q), self.k, decay, total, self.own()
 
     def dq_of_reads(self, x: Array) -> Array:
@@ -127,8 +137,12 @@ class Tokens:
         """
         C = self.plan.chunk
         rows = self.refs["decay"][0, self.head, self.chunk]
-        columns = jnp.transpose(jnp.concatenate([rows, jnp.zeros((tpu_tile.ROWS - len(rows), C), rows.dtype)]))
-        wide = lambda r, lanes: Sums(*(jnp.broadcast_to(columns[:, i : i + 1], (C, lanes)) for i in (r, r + 1)))
+        columns = jnp.transpose(
+            jnp.concatenate([rows, jnp.zeros((tpu_tile.ROWS - len(rows), C), rows.dtype)])
+        )
+        wide = lambda r, lanes: Sums(
+            *(jnp.broadcast_to(columns[:, i : i + 1], (C, lanes)) for i in (r, r + 1))
+        )
         ends, reads = 0, len(rows) - 2  # inclusive reads meet what the state meets
         mask = tpu_tile.scalar_mask(tile, levels, wide(reads, C), Sums(rows[:1], rows[1:2]))
         last = slice(0, 1) if self.plan.reverse else slice(C - 1, C)

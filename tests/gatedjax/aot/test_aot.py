@@ -27,7 +27,9 @@ SHAPES = {
     "grouped_matmul": "M256,K128,N128,G4",
     "expert_mlp": "R256,M128,F128,G4",
 }
-needs_libtpu = pytest.mark.skipif(not libtpu.installed(), reason="libtpu is not installed (pip install '.[aot]')")
+needs_libtpu = pytest.mark.skipif(
+    not libtpu.installed(), reason="libtpu is not installed (pip install '.[aot]')"
+)
 
 
 def run_listing(*bundles: str, chip="tpu:v5e", operands=None):
@@ -42,7 +44,13 @@ def run_listing(*bundles: str, chip="tpu:v5e", operands=None):
 
 def test_ops_are_parsed():
     op = parse_op("%s3 = sadd.s32 (!%p1, %s9), %s2, 1 /* a comment; with %things */")
-    assert (op.name, op.dest, op.args, op.predicate, op.old) == ("sadd.s32", "%s3", "%s2, 1", "!%p1", "%s9")
+    assert (op.name, op.dest, op.args, op.predicate, op.old) == (
+        "sadd.s32",
+        "%s3",
+        "%s2, 1",
+        "!%p1",
+        "%s9",
+    )
     assert parse_op("sst [smem:[#allocation1]] (%p4), %s7").predicate == "%p4"
     assert parse_op("   /* nothing */ ") is None
     assert split_args("[%s1 + $0x2], f(a, b), 3") == ["[%s1 + $0x2]", "f(a, b)", "3"]
@@ -70,13 +78,21 @@ def test_a_loop_runs_as_often_as_its_counter_says():
     schedule = replay.summarize(execution, timeline)
     assert schedule.bundles == timeline.time and schedule.cycles == timeline.time
     assert schedule.empty == pytest.approx(15 / 42)
-    assert schedule.matrix_busy == pytest.approx(5 * 16 / (4 * 42))  # 16 cycles each, four matrix units
+    assert schedule.matrix_busy == pytest.approx(
+        5 * 16 / (4 * 42)
+    )  # 16 cycles each, four matrix units
     assert schedule.unknown == {}
 
 
 def test_a_branch_on_vector_data_is_unknown_and_not_taken():
     execution, _ = run_listing(
-        "%s1 = vpop.something %v3", "%p2 = scmp.eq.s32 %s1, 0", *[LOOP[4].replace("%p4", "%p2")], "", "", "", ""
+        "%s1 = vpop.something %v3",
+        "%p2 = scmp.eq.s32 %s1, 0",
+        *[LOOP[4].replace("%p4", "%p2")],
+        "",
+        "",
+        "",
+        "",
     )
     assert execution.unknown["branch"] == 1 and execution.executions() == [1] * 7
 
@@ -95,7 +111,12 @@ def test_a_dma_takes_its_bytes_and_the_latency():
 def test_a_wait_for_two_dmas_ends_with_the_second():
     chip = target("tpu:v5e")
     start = "dma.hbm_to_vmem [%s1], {}, [#allocation1], [#allocation2]"
-    both = run_listing("%s1 = smov 64", start.format(1000), start.format(3000), "dma.done.wait [#allocation2], 4000")[1]
+    both = run_listing(
+        "%s1 = smov 64",
+        start.format(1000),
+        start.format(3000),
+        "dma.done.wait [#allocation2], 4000",
+    )[1]
     moved = 4000 * chip.dma_granule
     assert both.hbm_bytes == moved
     channel = moved / (chip.hbm_bytes_per_second / chip.clock_hz)
@@ -103,7 +124,9 @@ def test_a_wait_for_two_dmas_ends_with_the_second():
 
 
 def test_a_false_predicate_moves_nothing():
-    _, timeline = run_listing("%p1 = scmp.eq.s32.totalorder 1, 2", "dma.hbm_to_vmem (%p1), [%s1], 8, [%s2], [%s3]")
+    _, timeline = run_listing(
+        "%p1 = scmp.eq.s32.totalorder 1, 2", "dma.hbm_to_vmem (%p1), [%s1], 8, [%s2], [%s3]"
+    )
     assert timeline.hbm_bytes == 0
 
 
@@ -157,12 +180,20 @@ def matmul_kernel(x, y):
     def kernel(x_ref, y_ref, out_ref):
         out_ref[...] = jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
 
-    estimate = pl.CostEstimate(flops=2 * 256**3, bytes_accessed=3 * 256 * 256 * 4, transcendentals=0)
+    estimate = pl.CostEstimate(
+        flops=2 * 256**3, bytes_accessed=3 * 256 * 256 * 4, transcendentals=0
+    )
     out = jax.ShapeDtypeStruct((256, 256), jnp.float32)
     block = pl.BlockSpec((128, 256), lambda i: (i, 0))
     whole = pl.BlockSpec((256, 256), lambda i: (0, 0))
     return pl.pallas_call(
-        kernel, grid=2, in_specs=[block, whole], out_specs=block, out_shape=out, cost_estimate=estimate, name="product"
+        kernel,
+        grid=2,
+        in_specs=[block, whole],
+        out_specs=block,
+        out_shape=out,
+        cost_estimate=estimate,
+        name="product",
     )(x, y)
 
 
@@ -178,7 +209,9 @@ def test_steering_values_are_found_where_they_follow():
         out_ref[...] = x_ref[...] + start_ref[0]
 
     spec = pl.BlockSpec((8, 128), lambda i, starts: (0, 0))
-    grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=1, in_specs=[spec], out_specs=spec)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1, grid=1, in_specs=[spec], out_specs=spec
+    )
     out = jax.ShapeDtypeStruct((8, 128), jnp.int32)
     call = pl.pallas_call(kernel, grid_spec=grid, out_shape=out, name="steered")
     closed = jax.make_jaxpr(jax.jit(lambda n, x: call(jnp.cumsum(n), x)))(
@@ -205,13 +238,22 @@ def test_gpu_figures_from_ptxas():
     assert k.blocks_per_core == 3  # of registers; 233,472 // (66,560 + 1,024) is 3 too
     assert k.occupancy == pytest.approx(12 / 64)
     unmeasured = gpu.kernel("scan", ".reqntid 128, 1, 1", body, 0, None, target("cuda:h200"))
-    assert unmeasured.registers is None and unmeasured.spill_bytes is None and unmeasured.occupancy is None
+    assert (
+        unmeasured.registers is None
+        and unmeasured.spill_bytes is None
+        and unmeasured.occupancy is None
+    )
 
 
 @pytest.mark.parametrize(
     "registers, threads, shared, blocks",
     [
-        (33, 256, 0, 6),  # a warp takes its registers in units of 256: 1,280, not 1,056, which would give 7
+        (
+            33,
+            256,
+            0,
+            6,
+        ),  # a warp takes its registers in units of 256: 1,280, not 1,056, which would give 7
         (16, 32, 38_000, 5),  # a block takes 1 KiB of shared memory on top: without it 6 would fit
         (16, 1024, 0, 2),  # threads
         (16, 32, 0, 32),  # blocks
@@ -229,7 +271,10 @@ def test_every_op_lowers_forward_and_backward(op, implementation, platform):
     case = make_case(op, SHAPES[op], "bfloat16", {"implementation": name})
     kind = {"tpu": "TPU v5 lite", "cuda": "NVIDIA H200"}[platform]
     absent = AbstractMesh(
-        (1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(kind, None, platform)
+        (1,),
+        ("device",),
+        axis_types=(AxisType.Auto,),
+        abstract_device=AbstractDevice(kind, None, platform),
     )
     with use_abstract_mesh(absent):
         try:
@@ -259,7 +304,9 @@ print(json.dumps({name: r.as_dict() for name, r in reports.items()}))
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=env)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=env
+    )
 
 
 @needs_libtpu
@@ -268,7 +315,9 @@ def test_every_op_compiles_for_v5e():
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout)
     product = reports["kernel"]
-    assert product["argument_bytes"] == 2 * 256 * 256 * 4 and product["output_bytes"] == 256 * 256 * 4
+    assert (
+        product["argument_bytes"] == 2 * 256 * 256 * 4 and product["output_bytes"] == 256 * 256 * 4
+    )
     assert product["declared"]["flops"] == 2 * 256**3
     [kernel] = product["kernels"]
     assert kernel["name"].startswith("product") and kernel["unknown"] == {}
@@ -289,7 +338,9 @@ def test_memory_given_back_is_not_counted_twice():
 
 @needs_libtpu
 def test_command_line():
-    done = python("-m", "gatedjax.aot", "--op=attention", "--target=tpu:v5e", "--shape=B1,T256,H2,D128")
+    done = python(
+        "-m", "gatedjax.aot", "--op=attention", "--target=tpu:v5e", "--shape=B1,T256,H2,D128"
+    )
     assert done.returncode == 0, done.stderr
     assert "attention B1,T256,H2,D128 bfloat16" in done.stdout and "model time" in done.stdout
     assert done.stderr == ""

@@ -20,7 +20,9 @@ def plugin_missing() -> bool:
         return True
 
 
-pytestmark = pytest.mark.skipif(plugin_missing(), reason="jax's CUDA plugin is not installed (make test-cuda-aot)")
+pytestmark = pytest.mark.skipif(
+    plugin_missing(), reason="jax's CUDA plugin is not installed (make test-cuda-aot)"
+)
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -39,14 +41,20 @@ def test_a_triton_kernel(target):
         return pl.pallas_call(
             kernel,
             grid=(2, 2),
-            in_specs=[pl.BlockSpec((128, 64), lambda i, j: (i, 0)), pl.BlockSpec((64, 128), lambda i, j: (0, j))],
+            in_specs=[
+                pl.BlockSpec((128, 64), lambda i, j: (i, 0)),
+                pl.BlockSpec((64, 128), lambda i, j: (0, j)),
+            ],
             out_specs=pl.BlockSpec((128, 128), lambda i, j: (i, j)),
             out_shape=jax.ShapeDtypeStruct((256, 256), jnp.bfloat16),
             compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
             name="product",
         )(x, y)
 
-    shapes = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
+    shapes = (
+        jax.ShapeDtypeStruct((256, 64), jnp.bfloat16),
+        jax.ShapeDtypeStruct((64, 256), jnp.bfloat16),
+    )
     _, report = compile_for(target, product, *shapes)
     [found] = [k for k in report.kernels if k.name == "product"]
     assert found.threads == 128 and found.shared_memory_bytes >= 2 * 128 * 64 * 2

@@ -10,7 +10,9 @@ import pytest
 from gatedjax.aot import libtpu
 
 ROOT = Path(__file__).parents[3]
-needs_libtpu = pytest.mark.skipif(not libtpu.installed(), reason="libtpu is not installed (pip install '.[aot]')")
+needs_libtpu = pytest.mark.skipif(
+    not libtpu.installed(), reason="libtpu is not installed (pip install '.[aot]')"
+)
 SMALL = [
     "--config.model.vocab_size=512",
     "--config.model.num_layers=1",
@@ -21,7 +23,9 @@ SMALL = [
 
 
 def train(*flags: str, config: str = "tiny") -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu"
+    }
     command = [sys.executable, "train.py", f"--config=configs/{config}.py", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
@@ -60,8 +64,16 @@ def test_a_step_that_does_not_fit():
     "flags, message",
     [
         (["--aot=v9:2x2"], "--aot: slice: got 'v9:2x2', expected"),
-        pytest.param(["--aot=v5e:3x5x7"], "--aot: slice: got 'v5e:3x5x7', which libtpu refuses", marks=needs_libtpu),
-        pytest.param(["--aot=v5e:2x2", "--config.mesh.fsdp=3"], "does not divide the 4 device(s)", marks=needs_libtpu),
+        pytest.param(
+            ["--aot=v5e:3x5x7"],
+            "--aot: slice: got 'v5e:3x5x7', which libtpu refuses",
+            marks=needs_libtpu,
+        ),
+        pytest.param(
+            ["--aot=v5e:2x2", "--config.mesh.fsdp=3"],
+            "does not divide the 4 device(s)",
+            marks=needs_libtpu,
+        ),
     ],
 )
 def test_bad_slices_are_one_line(flags, message):

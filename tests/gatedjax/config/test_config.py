@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gatedjax.config import config_dict, differing_keys, from_config_dict, layer, nearest_key, to_dict
+from gatedjax.config import (
+    config_dict,
+    differing_keys,
+    from_config_dict,
+    layer,
+    nearest_key,
+    to_dict,
+)
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.training.run import with_vocab
@@ -43,10 +50,15 @@ def test_passes_eval_shape(name):
     if config.data.tokenizer == "bytes":
         config = with_vocab(config, load_tokenizer("bytes"))
     boxed = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
-    assert all(len(axes) > 0 for axes in jax.tree.leaves(param_axes(boxed), is_leaf=lambda x: isinstance(x, tuple)))
+    assert all(
+        len(axes) > 0
+        for axes in jax.tree.leaves(param_axes(boxed), is_leaf=lambda x: isinstance(x, tuple))
+    )
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(boxed))
     billions = sum(p.size for p in jax.tree.leaves(boxed)) / 1e9
-    assert name not in BILLIONS or abs(billions / BILLIONS[name] - 1) < 0.12, f"{billions:.3f}B parameters"
+    assert name not in BILLIONS or abs(billions / BILLIONS[name] - 1) < 0.12, (
+        f"{billions:.3f}B parameters"
+    )
 
 
 def test_json_round_trip():
@@ -57,17 +69,50 @@ def test_json_round_trip():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.update({"optimizer": 1}), "config.optimizer: unknown key; did you mean 'optim'?"),
-        (lambda c: c["optim"].update({"lrr": 1.0}), "config.optim.lrr: unknown key; did you mean 'lr'?"),
-        (lambda c: c["optim"].update({"lr": "fast"}), "config.optim.lr: 'fast' is str, expected float"),
-        (lambda c: c["train"].update({"steps": True}), "config.train.steps: True is bool, expected int"),
-        (lambda c: c["train"].update({"steps": 0}), "config.train.steps: got 0, expected at least 1"),
-        (lambda c: c["optim"].update({"name": "adamm"}), "config.optim.name: got 'adamm', expected one of adamw, muon"),
-        (lambda c: c["model"].update({"pattern": ["mamba"]}), "model.pattern: got 'mamba', expected one of mixers"),
-        (lambda c: c["model"]["mixers"]["gla"].update({"num_kv_heads": 3}), "mixers.gla.num_kv_heads: got 3"),
-        (lambda c: c["model"]["mixers"]["gla"].update({"kind": "rnn"}), "mixers.gla.kind: got 'rnn', expected one of"),
-        (lambda c: c["model"].update({"num_layers": 3}), "config.model.num_layers: got 3, expected a multiple"),
-        (lambda c: c["data"].update({"sources": 3}), "config.data.sources: got 3, expected named entries"),
+        (
+            lambda c: c.update({"optimizer": 1}),
+            "config.optimizer: unknown key; did you mean 'optim'?",
+        ),
+        (
+            lambda c: c["optim"].update({"lrr": 1.0}),
+            "config.optim.lrr: unknown key; did you mean 'lr'?",
+        ),
+        (
+            lambda c: c["optim"].update({"lr": "fast"}),
+            "config.optim.lr: 'fast' is str, expected float",
+        ),
+        (
+            lambda c: c["train"].update({"steps": True}),
+            "config.train.steps: True is bool, expected int",
+        ),
+        (
+            lambda c: c["train"].update({"steps": 0}),
+            "config.train.steps: got 0, expected at least 1",
+        ),
+        (
+            lambda c: c["optim"].update({"name": "adamm"}),
+            "config.optim.name: got 'adamm', expected one of adamw, muon",
+        ),
+        (
+            lambda c: c["model"].update({"pattern": ["mamba"]}),
+            "model.pattern: got 'mamba', expected one of mixers",
+        ),
+        (
+            lambda c: c["model"]["mixers"]["gla"].update({"num_kv_heads": 3}),
+            "mixers.gla.num_kv_heads: got 3",
+        ),
+        (
+            lambda c: c["model"]["mixers"]["gla"].update({"kind": "rnn"}),
+            "mixers.gla.kind: got 'rnn', expected one of",
+        ),
+        (
+            lambda c: c["model"].update({"num_layers": 3}),
+            "config.model.num_layers: got 3, expected a multiple",
+        ),
+        (
+            lambda c: c["data"].update({"sources": 3}),
+            "config.data.sources: got 3, expected named entries",
+        ),
     ],
 )
 def test_wrong_input_names_the_key(change, message):
@@ -79,9 +124,13 @@ def test_wrong_input_names_the_key(change, message):
 
 
 def test_layer_rejects_unknown_names():
-    with pytest.raises(InputError, match=r"gated_attention.windw: unknown key; did you mean 'window'"):
+    with pytest.raises(
+        InputError, match=r"gated_attention.windw: unknown key; did you mean 'window'"
+    ):
         layer("gated_attention", windw=3)
-    with pytest.raises(InputError, match="'gatd_attention' is unknown; did you mean 'gated_attention'"):
+    with pytest.raises(
+        InputError, match="'gatd_attention' is unknown; did you mean 'gated_attention'"
+    ):
         layer("gatd_attention")
 
 

@@ -61,7 +61,9 @@ def write_array_record(folder: Path, texts=TEXTS) -> str:
 def write_hf_disk(folder: Path, texts=TEXTS) -> str:
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"text": texts, "n": list(range(len(texts)))}).save_to_disk(str(folder))
+    datasets.Dataset.from_dict({"text": texts, "n": list(range(len(texts)))}).save_to_disk(
+        str(folder)
+    )
     return str(folder)
 
 
@@ -74,10 +76,14 @@ WRITERS = {
 }
 
 
-def config(tmp_path, path: str = "", kind: str = "text", *, field: str = "text", **values) -> DataConfig:
+def config(
+    tmp_path, path: str = "", kind: str = "text", *, field: str = "text", **values
+) -> DataConfig:
     path = path or write_text(tmp_path / "corpus")
     source = {"main": SourceConfig(kind=kind, path=path, field=field)}
-    return DataConfig(**{"sources": source, "seq_len": 16, "cache_dir": str(tmp_path / "cache"), **values})
+    return DataConfig(
+        **{"sources": source, "seq_len": 16, "cache_dir": str(tmp_path / "cache"), **values}
+    )
 
 
 def corpus_of(cfg: DataConfig) -> data.Corpus:
@@ -101,7 +107,10 @@ def train_json_tokenizer(path: Path, special_tokens=("<|endoftext|>",)) -> str:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(special_tokens), initial_alphabet=alphabet, show_progress=False
+        vocab_size=300,
+        special_tokens=list(special_tokens),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.save(str(path))
@@ -144,13 +153,17 @@ def test_json_tokenizer_round_trip(tmp_path):
 
 
 def test_tokenizer_errors(tmp_path):
-    with pytest.raises(InputError, match=r"tokenizer: 'bites' cannot be read .* expected 'bytes' or a file"):
+    with pytest.raises(
+        InputError, match=r"tokenizer: 'bites' cannot be read .* expected 'bytes' or a file"
+    ):
         data.load_tokenizer("bites")
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match=r"x.json' is not a tokenizer.json"):
         data.load_tokenizer(str(tmp_path / "x.json"))
     no_end = train_json_tokenizer(tmp_path / "no_end.json", ("<pad>",))
-    with pytest.raises(InputError, match=r"no end-of-document token; expected one of <\|endoftext\|>"):
+    with pytest.raises(
+        InputError, match=r"no end-of-document token; expected one of <\|endoftext\|>"
+    ):
         data.load_tokenizer(no_end)
 
 
@@ -190,7 +203,9 @@ def test_split_of_a_document_does_not_depend_on_the_others(tmp_path):
         (path / f"{i:03}.txt").unlink()
     part = corpus_of(config(tmp_path, str(path), validation_fraction=0.3))
     kept = [t for i, t in enumerate(TEXTS) if i % 3]
-    assert documents_of(part, "validation") == [t for t in documents_of(whole, "validation") if t in kept]
+    assert documents_of(part, "validation") == [
+        t for t in documents_of(whole, "validation") if t in kept
+    ]
 
 
 @pytest.mark.parametrize("share, split", [(1e-9, "validation"), (1 - 1e-9, "train")])
@@ -235,7 +250,9 @@ def test_array_record_of_plain_text(tmp_path):
         writer.write(text.encode())
     writer.close()
     corpus = corpus_of(config(tmp_path, str(tmp_path / "a.array_record"), "array_record", field=""))
-    assert sorted(documents_of(corpus, "train") + documents_of(corpus, "validation")) == sorted(TEXTS)
+    assert sorted(documents_of(corpus, "train") + documents_of(corpus, "validation")) == sorted(
+        TEXTS
+    )
     with pytest.raises(InputError, match=r"record 0: not JSON .* set field to ''"):
         data.corpora(config(tmp_path, str(tmp_path / "a.array_record"), "array_record"))
 
@@ -244,9 +261,14 @@ def test_python_stdlib(tmp_path):
     cfg = DataConfig(cache_dir=str(tmp_path / "cache"))
     corpus = corpus_of(cfg)
     root = Path(sysconfig.get_path("stdlib"))
-    names = {f.relative_to(root).as_posix() for f in sources.open_source("main", SourceConfig()).files}
+    names = {
+        f.relative_to(root).as_posix() for f in sources.open_source("main", SourceConfig()).files
+    }
     assert {"ast.py", "json/decoder.py", "unittest/case.py"} <= names
-    assert not any({"test", "tests", "idle_test", "site-packages"} & set(name.split("/")[:-1]) for name in names)
+    assert not any(
+        {"test", "tests", "idle_test", "site-packages"} & set(name.split("/")[:-1])
+        for name in names
+    )
     assert corpus.documents + corpus.skipped <= len(names) and corpus.bytes > 5_000_000
     assert 0.02 < corpus.splits["validation"].bytes / corpus.bytes < 0.15
     texts = documents_of(corpus, "train") + documents_of(corpus, "validation")
@@ -263,17 +285,25 @@ def test_a_changed_source_is_tokenized_again(tmp_path):
     assert after.path != before.path and after.sha256 != before.sha256
     os.utime(file, ns=(0, 0))
     assert corpus_of(cfg).path != after.path
-    assert corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.2)).path != after.path
+    assert (
+        corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.2)).path
+        != after.path
+    )
 
 
 def test_json_tokenizer_cache(tmp_path):
-    cfg = config(tmp_path, tokenizer=train_json_tokenizer(tmp_path / "t.json"), validation_fraction=0.3)
+    cfg = config(
+        tmp_path, tokenizer=train_json_tokenizer(tmp_path / "t.json"), validation_fraction=0.3
+    )
     corpus, tokenizer = corpus_of(cfg), data.load_tokenizer(cfg.tokenizer)
     texts = documents_of(corpus, "train", tokenizer) + documents_of(corpus, "validation", tokenizer)
     assert sorted(texts) == sorted(TEXTS)
     info = corpus.splits["train"]
     assert info.bytes_per_token == info.bytes / (info.tokens - info.documents) > 1.5
-    assert corpus.path != corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.3)).path
+    assert (
+        corpus.path
+        != corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.3)).path
+    )
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
@@ -317,23 +347,43 @@ def expect_input_error(cfg: DataConfig, match: str) -> None:
 
 
 def test_missing_and_unknown(tmp_path):
-    expect_input_error(config(tmp_path, str(tmp_path / "nowhere")), r"sources.main.path: '.*nowhere' does not exist")
-    expect_input_error(config(tmp_path, str(tmp_path), "csv"), r"sources.main.kind: got 'csv', expected one of python_")
-    nameless = DataConfig(sources={"main": SourceConfig(kind="jsonl")}, cache_dir=str(tmp_path / "cache"))
-    expect_input_error(nameless, r"sources.main.path: empty, expected a file or folder for kind jsonl")
+    expect_input_error(
+        config(tmp_path, str(tmp_path / "nowhere")),
+        r"sources.main.path: '.*nowhere' does not exist",
+    )
+    expect_input_error(
+        config(tmp_path, str(tmp_path), "csv"),
+        r"sources.main.kind: got 'csv', expected one of python_",
+    )
+    nameless = DataConfig(
+        sources={"main": SourceConfig(kind="jsonl")}, cache_dir=str(tmp_path / "cache")
+    )
+    expect_input_error(
+        nameless, r"sources.main.path: empty, expected a file or folder for kind jsonl"
+    )
     weightless = {"main": SourceConfig(kind="text", path=str(tmp_path), weight=0.0)}
-    expect_input_error(config(tmp_path, str(tmp_path), sources=weightless), r"weight: got 0.0, expected above 0")
+    expect_input_error(
+        config(tmp_path, str(tmp_path), sources=weightless), r"weight: got 0.0, expected above 0"
+    )
 
 
 def test_nothing_to_read(tmp_path):
     (tmp_path / "empty").mkdir()
-    expect_input_error(config(tmp_path, str(tmp_path / "empty")), r"'.*empty' holds no file of kind text")
+    expect_input_error(
+        config(tmp_path, str(tmp_path / "empty")), r"'.*empty' holds no file of kind text"
+    )
     (tmp_path / "empty" / "a.txt").write_bytes(b"")
-    expect_input_error(config(tmp_path, str(tmp_path / "empty")), r"no text for the train split: 0 documents")
+    expect_input_error(
+        config(tmp_path, str(tmp_path / "empty")), r"no text for the train split: 0 documents"
+    )
     (tmp_path / "empty" / "a.txt").write_bytes(b"\xff")
-    expect_input_error(config(tmp_path, str(tmp_path / "empty")), r"0 documents, 1 files that are not UTF-8")
+    expect_input_error(
+        config(tmp_path, str(tmp_path / "empty")), r"0 documents, 1 files that are not UTF-8"
+    )
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
-    expect_input_error(config(tmp_path, str(tmp_path / "empty.jsonl"), "jsonl"), r"no text for the train split")
+    expect_input_error(
+        config(tmp_path, str(tmp_path / "empty.jsonl"), "jsonl"), r"no text for the train split"
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "array_record", "hf_disk"])
@@ -347,10 +397,12 @@ def test_files_of_another_kind(tmp_path, kind):
     expect_input_error(config(tmp_path, str(target), kind), rf"{target.name}: not a")
     if kind != "array_record":
         expect_input_error(
-            config(tmp_path, str(tmp_path / "good"), kind, field="body"), r"no field 'body'; it has text, n"
+            config(tmp_path, str(tmp_path / "good"), kind, field="body"),
+            r"no field 'body'; it has text, n",
         )
         expect_input_error(
-            config(tmp_path, str(tmp_path / "good"), kind, field="n"), r"row 0: field 'n' holds int, want"
+            config(tmp_path, str(tmp_path / "good"), kind, field="n"),
+            r"row 0: field 'n' holds int, want",
         )
 
 
@@ -359,7 +411,10 @@ def test_saved_dataset_with_splits(tmp_path):
     datasets.disable_progress_bars()
     parts = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": TEXTS}))
     parts.save_to_disk(str(tmp_path / "saved"))
-    expect_input_error(config(tmp_path, str(tmp_path / "saved"), "hf_disk"), r"holds the splits train; give the folder")
+    expect_input_error(
+        config(tmp_path, str(tmp_path / "saved"), "hf_disk"),
+        r"holds the splits train; give the folder",
+    )
 
 
 @pytest.mark.parametrize("kind, module", [("parquet", "pyarrow.parquet"), ("hf_disk", "datasets")])
@@ -367,14 +422,17 @@ def test_missing_extra(tmp_path, monkeypatch, kind, module):
     path = WRITERS[kind](tmp_path / "corpus")
     monkeypatch.setitem(os.sys.modules, module, None)
     expect_input_error(
-        config(tmp_path, path, kind), rf"kind {kind} needs the {module.split('.')[0]} library: pip install"
+        config(tmp_path, path, kind),
+        rf"kind {kind} needs the {module.split('.')[0]} library: pip install",
     )
 
 
 def test_a_truncated_file(tmp_path):
     path = Path(write_parquet(tmp_path / "corpus")) / "1.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    expect_input_error(config(tmp_path, str(path.parent), "parquet"), r"1.parquet: not a Parquet file")
+    expect_input_error(
+        config(tmp_path, str(path.parent), "parquet"), r"1.parquet: not a Parquet file"
+    )
 
 
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
@@ -403,7 +461,9 @@ def test_full_disk(tmp_path, monkeypatch):
     kept = corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.3))
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "open", full, raising=False)
-        with pytest.raises(InputError, match=rf"cache_dir: {cfg.cache_dir}: no space left; nothing was kept"):
+        with pytest.raises(
+            InputError, match=rf"cache_dir: {cfg.cache_dir}: no space left; nothing was kept"
+        ):
             data.corpora(cfg)
     folders = [f for f in Path(cfg.cache_dir).iterdir() if f.is_dir()]
     assert folders == [kept.path]
@@ -417,7 +477,9 @@ def test_cache_dir_is_a_file(tmp_path):
     assert (tmp_path / "cache").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["meta.json", "train.tokens", "validation.ends.npy", "validation.txt"])
+@pytest.mark.parametrize(
+    "name", ["meta.json", "train.tokens", "validation.ends.npy", "validation.txt"]
+)
 def test_damaged_cache(tmp_path, name):
     cfg = config(tmp_path)
     file = corpus_of(cfg).path / name
@@ -458,7 +520,9 @@ def test_half_written_cache_is_never_used(tmp_path):
     assert "partial" in leftover.name and (leftover / "meta.json").exists()
     (leftover / "train.tokens").write_bytes(b"wrong")
     corpus = corpus_of(cfg)
-    assert sorted(documents_of(corpus, "train") + documents_of(corpus, "validation")) == sorted(TEXTS)
+    assert sorted(documents_of(corpus, "train") + documents_of(corpus, "validation")) == sorted(
+        TEXTS
+    )
     assert [f for f in cache.iterdir() if f.is_dir()] == [corpus.path]
 
 
@@ -466,7 +530,9 @@ def test_two_writers_at_once(tmp_path):
     cfg = config(tmp_path)
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=tokenize_when_told, args=(cfg, barrier, results)) for _ in range(2)]
+    processes = [
+        context.Process(target=tokenize_when_told, args=(cfg, barrier, results)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     digests = [results.get(timeout=60) for _ in processes]
@@ -495,7 +561,9 @@ def test_processes_of_one_machine_tokenize_once(tmp_path, monkeypatch):
 def test_leftovers_go_only_where_no_writer_can_be_at_work(tmp_path, monkeypatch, has_locks):
     cfg = config(tmp_path)
     made = corpus_of(cfg).path
-    leftover = token_cache._partial_prefix(made).with_name(token_cache._partial_prefix(made).name + "0123")
+    leftover = token_cache._partial_prefix(made).with_name(
+        token_cache._partial_prefix(made).name + "0123"
+    )
     made.rename(leftover)
     if not has_locks:
         monkeypatch.setattr(token_cache.fcntl, "flock", no_locks)
@@ -504,7 +572,9 @@ def test_leftovers_go_only_where_no_writer_can_be_at_work(tmp_path, monkeypatch,
 
 def test_a_file_that_holds_less_than_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.JsonLines, "__len__", lambda self: len(self._starts) + 1)
-    monkeypatch.setattr(sources.JsonLines, "__iter__", lambda self: (self[i] for i in range(len(self._starts))))
+    monkeypatch.setattr(
+        sources.JsonLines, "__iter__", lambda self: (self[i] for i in range(len(self._starts)))
+    )
     cfg = config(tmp_path, write_jsonl(tmp_path / "corpus"), "jsonl")
     expect_input_error(cfg, r"a.jsonl: 40 documents could be read, expected 41")
 
@@ -546,7 +616,9 @@ def test_window_by_hand():
     np.testing.assert_array_equal(second.loss_mask, [0, 1, 1, 1, 0])
 
 
-@given(st.lists(st.lists(st.integers(0, 300), max_size=9), min_size=1, max_size=8), st.integers(1, 12))
+@given(
+    st.lists(st.lists(st.integers(0, 300), max_size=9), min_size=1, max_size=8), st.integers(1, 12)
+)
 def test_windows_match_the_slow_reference(documents, seq_len):
     documents = [[*document, 257] for document in documents]
     stream = np.array([token for document in documents for token in document], np.uint16)
@@ -556,7 +628,9 @@ def test_windows_match_the_slow_reference(documents, seq_len):
     if not expected:
         return
     actual = stack_rows([cut_window(stream, ends, i, seq_len) for i in range(len(expected))])
-    for name, column in zip(data.Batch.__dataclass_fields__, np.moveaxis(np.array(expected), -1, 0)):
+    for name, column in zip(
+        data.Batch.__dataclass_fields__, np.moveaxis(np.array(expected), -1, 0)
+    ):
         np.testing.assert_array_equal(getattr(actual, name), column, err_msg=name)
     # Every token is predicted once, except the first of each document.
     assert actual.loss_mask.sum() == len(stream) - len(documents)
@@ -565,11 +639,15 @@ def test_windows_match_the_slow_reference(documents, seq_len):
 # The stream of global batches
 
 
-def stream(cfg, split="train", processes=1, batch_size=8, count=12, start=0, seed=0, **how) -> list[data.Batch]:
+def stream(
+    cfg, split="train", processes=1, batch_size=8, count=12, start=0, seed=0, **how
+) -> list[data.Batch]:
     """Global batches, put together from the rows that each of `processes` reads."""
     share = batch_size // processes
     rows = [range(p * share, (p + 1) * share) for p in range(processes)]
-    datasets = [data.make_dataset(cfg, split, batch_size=batch_size, rows=r, seed=seed) for r in rows]
+    datasets = [
+        data.make_dataset(cfg, split, batch_size=batch_size, rows=r, seed=seed) for r in rows
+    ]
     readers = [itertools.islice(data.batches(dataset, start, **how), count) for dataset in datasets]
     return [jax.tree.map(lambda *parts: np.concatenate(parts), *parts) for parts in zip(*readers)]
 
@@ -586,7 +664,9 @@ def test_global_batches_are_the_same_for_any_number_of_processes_and_threads(tmp
     expected = stream(cfg, split, num_threads=0)
     assert len(expected) == (12 if split == "train" else 8)
     for processes, num_threads in ((1, 3), (2, 0), (4, 1), (8, 2)):
-        chex.assert_trees_all_equal(stream(cfg, split, processes, num_threads=num_threads), expected)
+        chex.assert_trees_all_equal(
+            stream(cfg, split, processes, num_threads=num_threads), expected
+        )
 
 
 def test_rows_may_be_uneven_and_scattered(tmp_path):
@@ -614,13 +694,21 @@ def test_resume_from_one_number(tmp_path, num_threads):
 
 def rows_of(batches: list[data.Batch]) -> list[tuple]:
     """Each real row as a hashable value."""
-    return [tuple(row) for b in batches for row, mask in zip(b.tokens.tolist(), b.segment_ids) if mask.any()]
+    return [
+        tuple(row)
+        for b in batches
+        for row, mask in zip(b.tokens.tolist(), b.segment_ids)
+        if mask.any()
+    ]
 
 
 def test_each_epoch_has_every_window_in_a_new_order(tmp_path):
     cfg = config(tmp_path)
     tokens, ends = corpus_of(cfg).stream("train")
-    windows = [tuple(cut_window(tokens, ends, i, 16).tokens.tolist()) for i in range(num_windows(len(tokens), 16))]
+    windows = [
+        tuple(cut_window(tokens, ends, i, 16).tokens.tolist())
+        for i in range(num_windows(len(tokens), 16))
+    ]
     rows = rows_of(stream(cfg, batch_size=1, count=2 * len(windows)))
     epochs = rows[: len(windows)], rows[len(windows) :]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(windows)
@@ -634,10 +722,17 @@ def test_validation_is_finite_and_drops_nothing(tmp_path):
     info = corpus_of(cfg).splits["validation"]
     count = -(-num_windows(info.tokens, 16) // 8)
     batches = stream(cfg, "validation", processes=2, count=count + 5)
-    assert len(batches) == count == len(data.make_dataset(cfg, "validation", batch_size=8, rows=range(2), seed=0))
+    assert (
+        len(batches)
+        == count
+        == len(data.make_dataset(cfg, "validation", batch_size=8, rows=range(2), seed=0))
+    )
     assert sum(b.loss_mask.sum() for b in batches) == info.targets
     tokens, ends = corpus_of(cfg).stream("validation")
-    windows = [tuple(cut_window(tokens, ends, i, 16).tokens.tolist()) for i in range(num_windows(len(tokens), 16))]
+    windows = [
+        tuple(cut_window(tokens, ends, i, 16).tokens.tolist())
+        for i in range(num_windows(len(tokens), 16))
+    ]
     assert sorted(rows_of(batches)) == sorted(windows)
     assert len(windows) % 8 != 0, "the last batch must need padding for this test to mean anything"
     chex.assert_trees_all_equal(stream(cfg, "validation", count=count, seed=5), batches)
@@ -694,9 +789,13 @@ def test_a_cache_that_vanishes_or_shrinks_under_a_run(tmp_path):
             assert batch.tokens.shape == (8, 16)
 
 
-@pytest.mark.parametrize("rows", [range(8, 10), range(0, 9), range(0), (3, 2), (1, 1), range(-1, 3)])
+@pytest.mark.parametrize(
+    "rows", [range(8, 10), range(0, 9), range(0), (3, 2), (1, 1), range(-1, 3)]
+)
 def test_rows_outside_the_batch(tmp_path, rows):
-    with pytest.raises(ValueError, match=r"rows: got .*, expected ascending rows within a batch_size of 8"):
+    with pytest.raises(
+        ValueError, match=r"rows: got .*, expected ascending rows within a batch_size of 8"
+    ):
         data.make_dataset(config(tmp_path), "train", batch_size=8, rows=rows, seed=0)
 
 

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from gatedjax.data.recall import RecallConfig, copy_row, mqar_row, needle_row, recall_dataset, task_row
+from gatedjax.data.recall import (
+    RecallConfig,
+    copy_row,
+    mqar_row,
+    needle_row,
+    recall_dataset,
+    task_row,
+)
 from gatedjax.data.tokenizer import ByteTokenizer
 
 
@@ -47,7 +54,9 @@ def test_mqar_can_be_solved_and_its_filler_is_random():
 
 def test_queries_come_soon():
     """Slot i has probability ~ 1 / i: half of all queries are asked in the first tenth of the slots."""
-    asked = [np.flatnonzero(mqar_row(rng(i), 512, 8192, 1, 0.01, False).loss_mask)[0] for i in range(500)]
+    asked = [
+        np.flatnonzero(mqar_row(rng(i), 512, 8192, 1, 0.01, False).loss_mask)[0] for i in range(500)
+    ]
     assert 0.5 < np.mean(np.array(asked) < 2 + 51) < 0.75
 
 
@@ -80,9 +89,13 @@ def test_needle_says_what_it_asks_for(depth, where):
 def test_rows_do_not_depend_on_who_reads_them():
     config = RecallConfig(num_pairs=4, train_examples=50, validation_examples=10)
     whole = recall_dataset(config, "train", batch_size=8, rows=range(8))
-    halves = [recall_dataset(config, "train", batch_size=8, rows=r) for r in (range(4), range(4, 8))]
+    halves = [
+        recall_dataset(config, "train", batch_size=8, rows=r) for r in (range(4), range(4, 8))
+    ]
     for i in (0, 3, 7):  # 50 rows: batch 7 is in the second epoch
-        np.testing.assert_array_equal(whole[i].tokens, np.concatenate([h[i].tokens for h in halves]))
+        np.testing.assert_array_equal(
+            whole[i].tokens, np.concatenate([h[i].tokens for h in halves])
+        )
     validation = recall_dataset(config, "validation", batch_size=8, rows=range(8))
     assert len(validation) == 2 and validation[1].loss_mask.sum() == 2 * 4
     seen = {row.tobytes() for i in range(7) for row in whole[i].tokens}

@@ -24,14 +24,18 @@ def kept(scores) -> list[int]:
 
 def test_filters_keep_the_likeliest():
     assert kept(filter_logits(SCORES, top_k=2, top_p=1.0)) == [0, 1]
-    assert kept(filter_logits(SCORES, top_k=0, top_p=0.6)) == [0, 1], "the token that crosses p stays"
+    assert kept(filter_logits(SCORES, top_k=0, top_p=0.6)) == [0, 1], (
+        "the token that crosses p stays"
+    )
     assert kept(filter_logits(SCORES, top_k=0, top_p=1e-6)) == [0], "one token always stays"
     assert kept(filter_logits(SCORES, top_k=99, top_p=1.0)) == [0, 1, 2, 3, 4]
 
 
 def test_temperature_shapes_the_frequencies():
     draw = jax.vmap(lambda key: sample_token(SCORES, key, 0.5, 0, 1.0)[0])
-    frequencies = np.bincount(draw(jax.random.split(jax.random.key(0), 20_000)), minlength=5) / 20_000
+    frequencies = (
+        np.bincount(draw(jax.random.split(jax.random.key(0), 20_000)), minlength=5) / 20_000
+    )
     squared = np.exp(np.asarray(SCORES[0])) ** 2
     np.testing.assert_allclose(frequencies, squared / squared.sum(), atol=0.015)
     assert int(sample_token(SCORES, jax.random.key(0), 0.0, 0, 1.0)[0]) == 0
@@ -41,7 +45,9 @@ def test_greedy_decoding_equals_the_full_forward_pass():
     config = plain(model__init_std=0.3).model
     params = nn.meta.unbox(init_params(config, jax.random.key(0)))
     prompt = jnp.arange(5)[None]
-    sampled = [int(t[0]) for t in generate(config, params, prompt, 8, vocab_size=VOCAB, temperature=0.0)]
+    sampled = [
+        int(t[0]) for t in generate(config, params, prompt, 8, vocab_size=VOCAB, temperature=0.0)
+    ]
     text = jnp.concatenate([prompt, jnp.array([sampled])], axis=1)
     hidden, _, _ = LanguageModel(config).apply({"params": params}, text)
     assert sampled == jnp.argmax(logits(hidden, head_weights(params)), -1)[0, 4:-1].tolist()
@@ -50,7 +56,10 @@ def test_greedy_decoding_equals_the_full_forward_pass():
 def test_padding_entries_of_the_vocabulary_are_never_sampled():
     config = plain().model
     params = nn.meta.unbox(init_params(config, jax.random.key(0)))
-    sampled = [int(t[0]) for t in generate(config, params, jnp.zeros((1, 1), int), 30, vocab_size=3, temperature=5.0)]
+    sampled = [
+        int(t[0])
+        for t in generate(config, params, jnp.zeros((1, 1), int), 30, vocab_size=3, temperature=5.0)
+    ]
     assert set(sampled) == {0, 1, 2}
 
 

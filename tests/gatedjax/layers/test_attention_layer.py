@@ -48,7 +48,9 @@ WEIGHTS = {
     "sigmoid": lambda s, c: sigmoid(s - np.log(c.normalizer_length)),
     "relu_squared": lambda s, c: np.maximum(s, 0) ** 2 / c.normalizer_length,
     "clipped_softmax": lambda s, c: np.clip(
-        (1 + c.clip_alpha / c.normalizer_length) * softmax(s) - c.clip_alpha / c.normalizer_length, 0, 1
+        (1 + c.clip_alpha / c.normalizer_length) * softmax(s) - c.clip_alpha / c.normalizer_length,
+        0,
+        1,
     ),
     "reweighted_softplus": reweighted_softplus,
 }
@@ -58,7 +60,9 @@ def init(config, x=X, seed=0):
     module = GatedAttention(config, 1e-6, 0.3, jnp.float32)
     info = TokenInfo(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
     params = nn.meta.unbox(module.init(jax.random.key(seed), x, info)["params"])
-    return module, jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    return module, jax.tree.map(
+        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
 
 
 def run(module, params, x=X, info=None, cache=None):
@@ -74,7 +78,11 @@ def jitted(module):
 def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     x = np.asarray(x, np.float64)
-    rms = lambda y, w: y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-6) * (1 + w if c.zero_centered_norm else w)
+    rms = lambda y, w: (
+        y
+        / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-6)
+        * (1 + w if c.zero_centered_norm else w)
+    )
 
     def gated(position, y):
         if c.gate_position != position:
@@ -116,11 +124,20 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     if c.query_scale == "scalable_softmax":
         q = q * (scale["length_scale"] * log_n)[..., None]
     if c.query_scale == "selective":
-        q = q * (temperature("query_temperature") + 1 + sigmoid(scale["length_weight"]) * log_n)[..., None]
+        q = (
+            q
+            * (temperature("query_temperature") + 1 + sigmoid(scale["length_weight"]) * log_n)[
+                ..., None
+            ]
+        )
         v = v * (temperature("value_temperature") + 1)[..., None]
     group = c.num_heads // c.num_kv_heads
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
-    times = {"inverse_sqrt": c.head_dim**-0.5, "log_dim": np.log(c.head_dim), "learned": scale.get("logit_scale")}
+    times = {
+        "inverse_sqrt": c.head_dim**-0.5,
+        "log_dim": np.log(c.head_dim),
+        "learned": scale.get("logit_scale"),
+    }
     s = np.einsum("bthd,bshd->bhts", q, k) * np.reshape(times[c.logit_scale], (-1, 1, 1))
     if c.logits_soft_cap:
         s = c.logits_soft_cap * np.tanh(s / c.logits_soft_cap)
@@ -136,7 +153,9 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     s = np.where((j <= i) & (j > i - (c.window or T)), s, -np.inf)
     weights = WEIGHTS[c.normalizer](s, c)
     if c.sinks:
-        weights = np.exp(s) / (np.exp(s).sum(-1, keepdims=True) + np.exp(p["sink_logits"])[:, None, None])
+        weights = np.exp(s) / (
+            np.exp(s).sum(-1, keepdims=True) + np.exp(p["sink_logits"])[:, None, None]
+        )
     o = gated("sdpa", np.einsum("bhts,bshd->bthd", weights, v))
     return gated("output", np.tensordot(o, p["out"]["kernel"], 2))
 
@@ -166,11 +185,17 @@ VARIANTS = {
     "window": dict(window=3),
     "sinks, cap": dict(sinks=True, logits_soft_cap=2.0),
     "fused": dict(fused_gate=True),
-    "fused headwise silu": dict(fused_gate=True, gate_granularity="headwise", gate_activation="silu"),
+    "fused headwise silu": dict(
+        fused_gate=True, gate_granularity="headwise", gate_activation="silu"
+    ),
     "sigmoid, fixed slopes": dict(normalizer="sigmoid", normalizer_length=9, alibi="fixed"),
     "relu^2, learned slopes": dict(normalizer="relu_squared", normalizer_length=9, alibi="learned"),
     "clipped, unit queries and keys": dict(
-        normalizer="clipped_softmax", normalizer_length=9, clip_alpha=1.0, qk_norm_kind="l2", logit_scale="learned"
+        normalizer="clipped_softmax",
+        normalizer_length=9,
+        clip_alpha=1.0,
+        qk_norm_kind="l2",
+        logit_scale="learned",
     ),
     "scalable softmax, window": dict(query_scale="scalable_softmax", normalizer_length=9, window=5),
     "selective": dict(query_scale="selective"),
@@ -194,12 +219,24 @@ def test_constant_gate_starts_at_one_half():
     module = GatedAttention(config, 1e-6, 0.3, jnp.float32)
     info = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)))
     params = nn.meta.unbox(module.init(jax.random.key(0), X, info)["params"])
-    ungated = GatedAttention(GatedAttentionConfig(**BASE, gate_position="none"), 1e-6, 0.3, jnp.float32)
+    ungated = GatedAttention(
+        GatedAttentionConfig(**BASE, gate_position="none"), 1e-6, 0.3, jnp.float32
+    )
     plain = run(ungated, {k: v for k, v in params.items() if k != "gate"})[0]
     assert rel_rms(run(module, params)[0], 0.5 * plain) < 1e-6
 
 
-DECODED = ("G1", "G1 shared", "G1 additive silu", "G3 headwise", "window", "sinks, cap", "qwen3_next", "swat", "lssar")
+DECODED = (
+    "G1",
+    "G1 shared",
+    "G1 additive silu",
+    "G3 headwise",
+    "window",
+    "sinks, cap",
+    "qwen3_next",
+    "swat",
+    "lssar",
+)
 
 
 @pytest.mark.parametrize("name", DECODED)

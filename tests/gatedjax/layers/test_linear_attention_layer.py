@@ -27,7 +27,9 @@ VARIANTS = {
     "scalar": dict(decay="scalar"),
     "Mamba-2": dict(decay="scalar", decay_form="softplus", conv_width=4),
     "RetNet": dict(decay="constant", rope_fraction=1.0),
-    "linear attention": dict(decay="none", feature_map="elu_plus_one", normalize=True, output_gate="none"),
+    "linear attention": dict(
+        decay="none", feature_map="elu_plus_one", normalize=True, output_gate="none"
+    ),
     "sigmoid gate, silu": dict(output_gate="sigmoid", feature_map="silu"),
 }
 
@@ -36,7 +38,9 @@ def make(config):
     module = GatedLinearAttention(config, 1e-5, 0.4, jnp.float32)
     info = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)))
     params = nn.meta.unbox(module.init(jax.random.key(0), X, info)["params"])
-    return module, jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    return module, jax.tree.map(
+        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
 
 
 def call(module, params, x=X, cache=None, start=0, segment_ids=None):
@@ -67,7 +71,11 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
             mixed[..., nq : nq + nk].reshape(k.shape),
             mixed[..., nq + nk :].reshape(v.shape),
         )
-    phi = {"identity": lambda y: y, "silu": silu, "elu_plus_one": lambda y: np.where(y > 0, y + 1, np.exp(y))}
+    phi = {
+        "identity": lambda y: y,
+        "silu": silu,
+        "elu_plus_one": lambda y: np.where(y > 0, y + 1, np.exp(y)),
+    }
     q, k = phi[c.feature_map](q), phi[c.feature_map](k)
     if c.rotary_dim:
         half = c.rotary_dim // 2
@@ -83,7 +91,9 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
     if c.decay == "none":
         g = np.zeros((B, T, c.num_heads, 1))
     elif c.decay == "constant":
-        g = np.broadcast_to(np.log(1 - 2.0 ** (-5 - np.arange(c.num_heads)))[:, None], (B, T, c.num_heads, 1))
+        g = np.broadcast_to(
+            np.log(1 - 2.0 ** (-5 - np.arange(c.num_heads)))[:, None], (B, T, c.num_heads, 1)
+        )
     elif c.decay_form == "softplus":
         dt = np.log1p(np.exp(project("dt") + p["dt_bias"]))
         g, v = (-np.exp(p["a_log"]) * dt)[..., None], v * dt[..., None]
@@ -91,7 +101,10 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
         logits = np.tensordot(project("decay_down"), p["decay_up"]["kernel"], 1) + p["decay_bias"]
         g = (-np.log1p(np.exp(-logits)) / 16).reshape(B, T, c.num_heads, -1)
     k, v = (np.repeat(y, c.num_heads // c.num_kv_heads, 2) for y in (k, v))
-    state, sum_k = np.zeros((B, c.num_heads, c.key_dim, c.value_dim)), np.zeros((B, c.num_heads, c.key_dim))
+    state, sum_k = (
+        np.zeros((B, c.num_heads, c.key_dim, c.value_dim)),
+        np.zeros((B, c.num_heads, c.key_dim)),
+    )
     out = []
     for t in range(T):
         a = np.exp(g[:, t])
@@ -143,14 +156,21 @@ def test_devices_along_context_exchange_states_not_tokens(name):
         assert rel_rms(many, one) < 1e-5
     moved = {c.kind: c.bytes for c in collectives(compiled.as_text())}
     smallest = B * length * BASE["key_dim"] * 2 * 4  # float32 keys of two heads
-    assert moved["all-gather"] > 0 and moved["all-gather"] + moved.get("all-to-all", 0) < smallest, moved
+    assert (
+        moved["all-gather"] > 0 and moved["all-gather"] + moved.get("all-to-all", 0) < smallest
+    ), moved
 
 
 def test_gate_starts_where_the_paper_starts():
     """logsigmoid of logits near 0, over 16: every channel keeps about 0.958 a step."""
     module = GatedLinearAttention(GatedLinearAttentionConfig(**BASE), 1e-5, 0.02, jnp.float32)
-    params = nn.meta.unbox(module.init(jax.random.key(0), X, TokenInfo(jnp.zeros((B, T), jnp.int32)))["params"])
-    logits = jnp.tensordot(X @ params["decay_down"]["kernel"], params["decay_up"]["kernel"], 1) + params["decay_bias"]
+    params = nn.meta.unbox(
+        module.init(jax.random.key(0), X, TokenInfo(jnp.zeros((B, T), jnp.int32)))["params"]
+    )
+    logits = (
+        jnp.tensordot(X @ params["decay_down"]["kernel"], params["decay_up"]["kernel"], 1)
+        + params["decay_bias"]
+    )
     np.testing.assert_allclose(np.exp(logsigmoid_decay(logits, 16.0)), 0.958, atol=2e-3)
 
 

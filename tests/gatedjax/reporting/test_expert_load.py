@@ -23,7 +23,10 @@ def test_arrays_go_to_the_record_and_only_there(tmp_path):
 
 def records(count):
     load = lambda i: [[1.0, 1.0, 1.0, None], [0.1 * i, 4.0 - 0.1 * i, 0.0, 2.0]]
-    rows = [{"step": 5 * i, "split": "train", "loss": 1.0, "expert_load": load(i)} for i in range(1, count + 1)]
+    rows = [
+        {"step": 5 * i, "split": "train", "loss": 1.0, "expert_load": load(i)}
+        for i in range(1, count + 1)
+    ]
     return [*rows, {"step": 7, "split": "validation", "loss": 1.0}]
 
 
@@ -35,13 +38,21 @@ def test_the_picture_shows_what_was_recorded(tmp_path):
     panels = draw_expert_load(steps, load, "run").axes[:2]
     narrow, wide = (np.asarray(p.collections[0].get_array()).reshape(-1, 4) for p in panels)
     np.testing.assert_allclose(narrow, 1.0)  # the layer with three experts has three rows
-    np.testing.assert_allclose(wide, [[0.25, 0.25, 0.3, 0.4], [3.9, 3.8, 3.7, 3.6], [0.25] * 4, [2.0] * 4])
-    assert narrow.shape == (3, 4) and "1.00" in panels[0].get_title("right") and "3.60" in panels[1].get_title("right")
+    np.testing.assert_allclose(
+        wide, [[0.25, 0.25, 0.3, 0.4], [3.9, 3.8, 3.7, 3.6], [0.25] * 4, [2.0] * 4]
+    )
+    assert (
+        narrow.shape == (3, 4)
+        and "1.00" in panels[0].get_title("right")
+        and "3.60" in panels[1].get_title("right")
+    )
 
 
 def test_a_run_without_sparse_layers_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 2.0}\n')
-    with pytest.raises(InputError, match="holds no expert_load to draw; the model has no sparse layers"):
+    with pytest.raises(
+        InputError, match="holds no expert_load to draw; the model has no sparse layers"
+    ):
         plot_expert_load(tmp_path)
     with pytest.raises(InputError, match="could not read"):
         plot_expert_load(tmp_path / "absent")

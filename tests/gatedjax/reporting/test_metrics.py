@@ -44,20 +44,43 @@ def test_format_si(x, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (130, "2m10s"), (11111, "3h05m"), (190000, "2d04h"), (math.inf, "?")],
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (130, "2m10s"),
+        (11111, "3h05m"),
+        (190000, "2d04h"),
+        (math.inf, "?"),
+    ],
 )
 def test_format_duration(seconds, text):
     assert format_duration(seconds) == text
 
 
 def test_format_step_shows_what_is_known():
-    scalars = {"loss": 2.134, "bits_per_byte": 3.08, "tokens_per_s": 41234, "mfu": 0.123, "flops_per_s": 1e12}
-    scalars |= {"eta_s": 130, "grad_norm": 0.71, "skipped_steps": 0, "lr": 1e-3, "load_entropy": 1.0}
+    scalars = {
+        "loss": 2.134,
+        "bits_per_byte": 3.08,
+        "tokens_per_s": 41234,
+        "mfu": 0.123,
+        "flops_per_s": 1e12,
+    }
+    scalars |= {
+        "eta_s": 130,
+        "grad_norm": 0.71,
+        "skipped_steps": 0,
+        "lr": 1e-3,
+        "load_entropy": 1.0,
+    }
     shown = "step 120/600  loss 2.134  bpb 3.080  41.2k tok/s  mfu 12.3%  eta 2m10s  grad 0.71"
     assert format_step(120, 600, scalars) == shown
     without_peak = {"loss": 2.134, "mfu": None, "flops_per_s": 1.2e11, "skipped_steps": 2}
     assert format_step(7, 600, without_peak) == "step   7/600  loss 2.134  120 GFLOP/s  skipped 2"
-    assert format_step(7, 600, {"loss": math.nan}, "validation") == "step   7/600  validation  loss nan"
+    assert (
+        format_step(7, 600, {"loss": math.nan}, "validation")
+        == "step   7/600  validation  loss nan"
+    )
 
 
 # ---- throughput -----------------------------------------------------------------------------------------------------
@@ -69,7 +92,12 @@ def test_throughput_leaves_out_compilation_and_pauses_and_keeps_pauses_in_the_ti
     now[0] += 60  # compilation
     assert speed.read(1) == {}
     now[0] += 4
-    assert speed.read(11) == {"tokens_per_s": 2500, "flops_per_s": 125_000, "mfu": 0.125, "eta_s": 0.4 * 19}
+    assert speed.read(11) == {
+        "tokens_per_s": 2500,
+        "flops_per_s": 125_000,
+        "mfu": 0.125,
+        "eta_s": 0.4 * 19,
+    }
     with speed.paused():
         now[0] += 6
     now[0] += 2
@@ -117,7 +145,9 @@ def test_console_redraws_one_live_line_on_a_terminal(monkeypatch):
 
 def test_records_round_trip_and_are_valid_json(tmp_path):
     with Writers([Jsonl(tmp_path)]) as writers:
-        writers.write(1, {"loss": jnp.float32(2.5), "skipped_steps": jnp.int32(0), "mfu": None, "lr": 1e-3})
+        writers.write(
+            1, {"loss": jnp.float32(2.5), "skipped_steps": jnp.int32(0), "mfu": None, "lr": 1e-3}
+        )
         assert len(read_records(tmp_path / "metrics.jsonl")) == 1  # on disk before the next step
         writers.write(1, {"loss": np.float32("nan"), "grad_norm": math.inf}, "validation")
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -130,7 +160,9 @@ def test_records_round_trip_and_are_valid_json(tmp_path):
     assert second == {"step": 1, "split": "validation", "loss": None, "grad_norm": None}
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 5, "spl', '{"step": 5, "split": "train", "loss": 1.0}'])
+@pytest.mark.parametrize(
+    "torn", ["", '{"step": 5, "spl', '{"step": 5, "split": "train", "loss": 1.0}']
+)
 def test_resume_drops_what_comes_again_and_a_torn_line(tmp_path, torn):
     writer = Jsonl(tmp_path)
     for step in (1, 2, 3, 4):
@@ -150,7 +182,10 @@ def test_resume_drops_what_comes_again_and_a_torn_line(tmp_path, torn):
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("my notes\nmore notes\n")
-    with pytest.raises(InputError, match=r"metrics.jsonl, line 1: got 'my notes', expected a JSON object with a step"):
+    with pytest.raises(
+        InputError,
+        match=r"metrics.jsonl, line 1: got 'my notes', expected a JSON object with a step",
+    ):
         Jsonl(tmp_path)
     assert path.read_text() == "my notes\nmore notes\n"
 
@@ -160,12 +195,16 @@ def test_full_disk_and_unusable_directory_are_one_line(tmp_path):
     writer = Jsonl(tmp_path)
     writer.close()
     writer._file = open("/dev/full", "w")  # noqa: SIM115 (every flush fails as on a full disk)
-    with pytest.raises(InputError, match=r"could not write .*metrics.jsonl: No space left on device"):
+    with pytest.raises(
+        InputError, match=r"could not write .*metrics.jsonl: No space left on device"
+    ):
         writer.write(1, {"loss": 1.0})
     with pytest.raises(InputError, match="No space left"):
         writer.close()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match=r"could not write .*metrics.jsonl: (File exists|Not a directory)"):
+    with pytest.raises(
+        InputError, match=r"could not write .*metrics.jsonl: (File exists|Not a directory)"
+    ):
         Jsonl(tmp_path / "file")
 
 
@@ -177,7 +216,9 @@ def events(run_dir):
         while i < len(data):
             size = int.from_bytes(data[i : i + 8], "little")
             body = data[i + 12 : i + 12 + size]
-            assert int.from_bytes(data[i + 12 + size : i + 16 + size], "little") == masked_crc32c(body)
+            assert int.from_bytes(data[i + 12 + size : i + 16 + size], "little") == masked_crc32c(
+                body
+            )
             found.append(Event.FromString(body))
             i += 16 + size
     return found
@@ -190,15 +231,26 @@ def test_tensorboard_holds_every_scalar_and_the_resumed_step(tmp_path):
     writer.close()
     found = events(tmp_path)
     scalars = {(e.step, v.tag): v.simple_value for e in found for v in e.summary.value}
-    assert scalars == {(5, "train/loss"): 2.5, (5, "train/load_entropy"): 0.5, (6, "validation/loss"): 2.0}
-    assert [e.step for e in found if e.HasField("session_log")] == [5]  # TensorBoard hides older events from here on
+    assert scalars == {
+        (5, "train/loss"): 2.5,
+        (5, "train/load_entropy"): 0.5,
+        (6, "validation/loss"): 2.0,
+    }
+    assert [e.step for e in found if e.HasField("session_log")] == [
+        5
+    ]  # TensorBoard hides older events from here on
 
 
-def test_make_writers_writes_everywhere_and_only_on_the_first_process(tmp_path, capsys, monkeypatch):
+def test_make_writers_writes_everywhere_and_only_on_the_first_process(
+    tmp_path, capsys, monkeypatch
+):
     with make_writers(tmp_path / "a", 10) as writers:
         writers.write(3, {"loss": 2.0, "bits_per_byte": 2.9})
     assert capsys.readouterr().out == "step  3/10  loss 2.000  bpb 2.900\n"
-    assert steps_in(tmp_path / "a") == [3] and len(list((tmp_path / "a" / "tensorboard").iterdir())) == 1
+    assert (
+        steps_in(tmp_path / "a") == [3]
+        and len(list((tmp_path / "a" / "tensorboard").iterdir())) == 1
+    )
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
     with make_writers(tmp_path / "b", 10) as writers:
         writers.write(3, {"loss": 2.0})
@@ -242,8 +294,14 @@ def test_picture_shows_the_records_and_the_references(tmp_path, steps):
 
 
 def test_curve_and_moving_mean():
-    records = [{"step": 1, "split": "train", "bits_per_byte": 8.0}, {"step": 3, "split": "train", "loss": 1.0}]
-    records += [{"step": s, "split": split, "bits_per_byte": None} for s, split in ((1, "validation"), (2, "train"))]
+    records = [
+        {"step": 1, "split": "train", "bits_per_byte": 8.0},
+        {"step": 3, "split": "train", "loss": 1.0},
+    ]
+    records += [
+        {"step": s, "split": split, "bits_per_byte": None}
+        for s, split in ((1, "validation"), (2, "train"))
+    ]
     assert [list(x) for x in loss_curve(records, "train")] == [[1], [8.0]]
     np.testing.assert_allclose(moving_mean(np.array([1.0, 2.0, 6.0, 4.0]), 3), [3.0, 4.0])
 

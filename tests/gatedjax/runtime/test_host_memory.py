@@ -30,7 +30,9 @@ def test_the_second_block_reuses_the_pages_of_the_first(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     faults = {}
     for mode in ("keep", "default"):
-        done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True
+        )
         faults[mode] = int(done.stdout)
     assert faults["keep"] < 100
     assert faults["default"] > 50 + faults["keep"]  # 32,768 small pages, or 64 huge ones

@@ -46,11 +46,15 @@ def mesh_of(*shape):
 
 def shardings_of(state, mesh):
     """Matrices over both axes, everything else replicated."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, P("fsdp", "tensor") if x.ndim == 2 else P()), state)
+    return jax.tree.map(
+        lambda x: NamedSharding(mesh, P("fsdp", "tensor") if x.ndim == 2 else P()), state
+    )
 
 
 def abstract(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def make_state(seed=0):
@@ -60,7 +64,9 @@ def make_state(seed=0):
     return State(
         step=jnp.int32(seed),
         params=params,
-        opt_state=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16)).init(params),
+        opt_state=optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16)
+        ).init(params),
         mask=jnp.asarray(rng.integers(0, 2, 5), jnp.bool_),
     )
 
@@ -68,7 +74,10 @@ def make_state(seed=0):
 @pytest.fixture(scope="module")
 def states():
     """Three states on a 4 x 2 mesh, those of steps 1 to 3."""
-    return {seed: jax.device_put(s := make_state(seed), shardings_of(s, mesh_of(4, 2))) for seed in (1, 2, 3)}
+    return {
+        seed: jax.device_put(s := make_state(seed), shardings_of(s, mesh_of(4, 2)))
+        for seed in (1, 2, 3)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +129,9 @@ def test_newest_step_comes_back_to_the_bit(three_steps, states):
 def test_restores_onto_another_mesh_and_onto_one_device(three_steps, states):
     with Checkpointer(three_steps, read_only=True) as checkpointer:
         other = shardings_of(states[2], mesh_of(2, 4))
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), states[2], other)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), states[2], other
+        )
         on_other = checkpointer.restore(2, target).state
         assert_same_bits(on_other, states[2])
         assert on_other.params["embed"]["table"].sharding == other.params["embed"]["table"]
@@ -181,8 +192,14 @@ def _with_bias(state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: _replace_gate(s, shape=(9,)), r"params\.gate is bfloat16\[8\] there, expected bfloat16\[9\]"),
-        (lambda s: _replace_gate(s, dtype=jnp.float32), r"params\.gate is bfloat16\[8\] there, expected float32\[8\]"),
+        (
+            lambda s: _replace_gate(s, shape=(9,)),
+            r"params\.gate is bfloat16\[8\] there, expected bfloat16\[9\]",
+        ),
+        (
+            lambda s: _replace_gate(s, dtype=jnp.float32),
+            r"params\.gate is bfloat16\[8\] there, expected float32\[8\]",
+        ),
         (_without_gate, r"params\.gate is bfloat16\[8\] there, expected nothing"),
         (_with_bias, r"params\.bias is nothing there, expected bfloat16\[8\]"),
     ],
@@ -215,7 +232,9 @@ def test_leaf_names_that_could_leave_the_directory_are_refused(tmp_path, name):
 def test_leaves_that_are_no_plain_arrays_or_share_a_name_are_refused(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         for state in ({"a": 3}, {"a": jax.random.key(0)}, {"a": jnp.ones(2, jnp.complex64)}):
-            with pytest.raises(ValueError, match=r"leaf a: .*expected an array of bool, int or float"):
+            with pytest.raises(
+                ValueError, match=r"leaf a: .*expected an array of bool, int or float"
+            ):
                 checkpointer.save(1, state, data_index=0)
         with pytest.raises(ValueError, match=r"a\.b.*unique"):
             checkpointer.save(1, {"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, data_index=0)
@@ -235,8 +254,12 @@ def _truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [_flip_bytes, _truncate, Path.unlink], ids=["flipped", "truncated", "missing"])
-def test_any_damaged_file_gives_right_bits_or_the_step_before(three_steps, states, tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage", [_flip_bytes, _truncate, Path.unlink], ids=["flipped", "truncated", "missing"]
+)
+def test_any_damaged_file_gives_right_bits_or_the_step_before(
+    three_steps, states, tmp_path, damage
+):
     """Every file of the newest step in turn: the worst outcome is an older step and a line that says so."""
     fell_back = 0
     for i, path in enumerate(files_of_step(three_steps, 3)):
@@ -265,8 +288,13 @@ def test_bits_that_the_array_store_does_not_guard_are_caught_by_the_digest(tmp_p
     content[120_000] ^= 1
     largest.write_bytes(content)
     restored, said = restore_latest(tmp_path, abstract(state))
-    assert restored.step == 1 and re.search(r"step 2 .* damaged: w is not what was saved \(digest", said[0])
-    with Checkpointer(tmp_path) as checkpointer, pytest.raises(InputError, match="no step 2; it holds 1"):
+    assert restored.step == 1 and re.search(
+        r"step 2 .* damaged: w is not what was saved \(digest", said[0]
+    )
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(InputError, match="no step 2; it holds 1"),
+    ):
         checkpointer.restore(2, abstract(state))
 
 
@@ -281,7 +309,11 @@ def test_half_deleted_step_is_reported_set_aside_and_can_be_saved_again(run_dir,
     shutil.rmtree(run_dir / "checkpoints" / "3" / "state")
     restore_latest(run_dir, abstract(states[1]))
     kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
-    assert kept == ["1", "2", "damaged-3", "damaged-3-1"] or kept == ["2", "damaged-3", "damaged-3-1"]
+    assert kept == ["1", "2", "damaged-3", "damaged-3-1"] or kept == [
+        "2",
+        "damaged-3",
+        "damaged-3-1",
+    ]
 
 
 def test_all_steps_damaged_is_an_error_each_time_and_nothing_is_renamed(run_dir, states):
@@ -290,7 +322,10 @@ def test_all_steps_damaged_is_an_error_each_time_and_nothing_is_renamed(run_dir,
     for _ in range(2):  # a second start must not begin from nothing, silently
         with pytest.raises(InputError, match="no intact checkpoint left; damaged steps: 3, 2, 1"):
             restore_latest(run_dir, abstract(states[1]))
-    with Checkpointer(run_dir) as checkpointer, pytest.raises(InputError, match=r"step 2 .* is damaged"):
+    with (
+        Checkpointer(run_dir) as checkpointer,
+        pytest.raises(InputError, match=r"step 2 .* is damaged"),
+    ):
         checkpointer.restore(2, abstract(states[1]))
 
 
@@ -299,21 +334,31 @@ def test_read_only_changes_nothing_and_needs_no_lock(run_dir, states):
     with Checkpointer(run_dir) as _:
         restored, said = restore_latest(run_dir, abstract(states[2]), read_only=True)
     assert restored.step == 2 and len(said) == 1 and (run_dir / "checkpoints" / "3").is_dir()
-    with Checkpointer(run_dir, read_only=True) as reader, pytest.raises(ValueError, match="opened read-only"):
+    with (
+        Checkpointer(run_dir, read_only=True) as reader,
+        pytest.raises(ValueError, match="opened read-only"),
+    ):
         reader.save(9, states[2], data_index=0)
 
 
 def test_array_metadata_that_points_elsewhere_is_refused(run_dir, states):
     """A checkpoint from a stranger: the store's own metadata names a path outside, or is of another size."""
     path = run_dir / "checkpoints" / "3" / "state" / "_METADATA"
-    path.write_text(path.read_text().replace('"mask"', '"/etc/passwd"').replace("'mask'", "'/etc/passwd'"))
+    path.write_text(
+        path.read_text().replace('"mask"', '"/etc/passwd"').replace("'mask'", "'/etc/passwd'")
+    )
     restored, said = restore_latest(run_dir, abstract(states[2]))
     assert restored.step == 2 and "/etc/passwd" in said[0]
 
 
 def _signed(body):
     """A manifest as a stranger would write it: the checksum is no secret."""
-    return json.dumps({"body": body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()})
+    return json.dumps(
+        {
+            "body": body,
+            "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),
+        }
+    )
 
 
 def _rename(body):
@@ -343,13 +388,17 @@ def test_hostile_names_and_sizes_in_a_manifest_are_refused_before_arrays_are_rea
         restore_latest(run_dir, abstract(states[3]))
 
 
-def test_arrays_of_another_size_than_the_manifest_says_are_refused_unread(run_dir, tmp_path, states, monkeypatch):
+def test_arrays_of_another_size_than_the_manifest_says_are_refused_unread(
+    run_dir, tmp_path, states, monkeypatch
+):
     """The store holds a mask of 2,000,000 elements where the manifest, and we, speak of 5."""
     large = states[3].replace(mask=jnp.zeros(2_000_000, jnp.bool_))
     with Checkpointer(tmp_path / "large") as checkpointer:
         checkpointer.save(3, large, data_index=0)
     shutil.rmtree(run_dir / "checkpoints" / "3" / "state")
-    shutil.copytree(tmp_path / "large" / "checkpoints" / "3" / "state", run_dir / "checkpoints" / "3" / "state")
+    shutil.copytree(
+        tmp_path / "large" / "checkpoints" / "3" / "state", run_dir / "checkpoints" / "3" / "state"
+    )
     restored, said = restore_latest(run_dir, abstract(states[2]))
     assert restored.step == 2 and "mask is stored as mask bool[2000000]" in said[0]
 
@@ -377,13 +426,17 @@ def test_keys_of_another_configuration_are_named(run_dir, states):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
 def test_digest_sees_each_element_and_each_place_in_any_sharding(dtype):
-    x = np.asarray(jax.random.bits(jax.random.key(1), (16, 8), jnp.uint32) % 251).astype(jnp.dtype(dtype))
+    x = np.asarray(jax.random.bits(jax.random.key(1), (16, 8), jnp.uint32) % 251).astype(
+        jnp.dtype(dtype)
+    )
     x[0, 0], x[0, 1] = 0, 1
     swapped, changed, rows = x.copy(), x.copy(), x[::-1].copy()
     swapped[0, 0], swapped[0, 1] = x[0, 1], x[0, 0]
     changed[7, 3] = not x[7, 3] if dtype == "bool" else x[7, 3] + 1
     sharded = jax.device_put(x, NamedSharding(mesh_of(4, 2), P("fsdp", "tensor")))
-    whole = digests_of({"x": x, "swapped": swapped, "changed": changed, "rows": rows, "flat": x.reshape(-1)})
+    whole = digests_of(
+        {"x": x, "swapped": swapped, "changed": changed, "rows": rows, "flat": x.reshape(-1)}
+    )
     assert digests_of({"x": sharded})["x"] == whole["x"] == whole["flat"]
     assert len({whole[n] for n in ("x", "swapped", "changed", "rows")}) == 4
 
@@ -398,7 +451,10 @@ def test_digest_is_of_bits_and_follows_its_definition():
 
     words = np.asarray([0x7FC00000, 0x7FC00001, 0x80000000, 0x00000001], np.uint32)
     first = sum(mix(int(w) ^ mix((i + 0x9E3779B9) % 2**32)) for i, w in enumerate(words)) % 2**32
-    second = sum(mix((int(w) * 0x85EBCA77 + mix(i ^ 0xC2B2AE3D)) % 2**32) for i, w in enumerate(words)) % 2**32
+    second = (
+        sum(mix((int(w) * 0x85EBCA77 + mix(i ^ 0xC2B2AE3D)) % 2**32) for i, w in enumerate(words))
+        % 2**32
+    )
     zero = np.zeros(1, np.float32)
     digests = digests_of({"x": words.view(np.float32), "zero": zero, "minus": -zero})
     assert digests["x"] == f"{first:08x}{second:08x}"
@@ -417,7 +473,9 @@ def test_second_run_on_a_directory_is_refused(tmp_path):
 
 def test_unusable_directories_are_named_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match=r"could not write to the run directory .*: (Not a directory|File exists)$"):
+    with pytest.raises(
+        InputError, match=r"could not write to the run directory .*: (Not a directory|File exists)$"
+    ):
         Checkpointer(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(InputError, match=r"got gs://bucket/run, expected a path"):
@@ -429,7 +487,9 @@ def test_unusable_directories_are_named_in_one_line(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(InputError, match=r"could not write to the run directory .*: Read-only file system$"):
+    with pytest.raises(
+        InputError, match=r"could not write to the run directory .*: Read-only file system$"
+    ):
         Checkpointer(tmp_path / "new")
 
 
@@ -447,7 +507,9 @@ CHILD = """
 
 def run_child(directory, code):
     source = textwrap.dedent(CHILD) + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", source, str(directory)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", source, str(directory)], capture_output=True, text=True, timeout=120
+    )
 
 
 def target_of_child():
@@ -473,7 +535,10 @@ def test_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
         restored = checkpointer.restore_latest(target_of_child())
         assert (restored.step, restored.data_index) == (1, 1)
         checkpointer.save(5, restored.state, data_index=5)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "5"]  # and nothing half-written
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "1",
+        "5",
+    ]  # and nothing half-written
 
 
 def test_full_disk_is_one_line_and_the_step_before_stays(tmp_path):
@@ -504,7 +569,13 @@ def test_manifest_is_json_and_a_changed_digit_is_damage(run_dir, states):
     path = run_dir / "checkpoints" / "3" / "manifest" / "metadata"
     manifest = json.loads(path.read_text())
     names = set(manifest["body"]["leaves"])
-    assert {"step", "params.embed.table", "params.gate", "mask", "opt_state.1.0.mu.embed.table"} <= names
+    assert {
+        "step",
+        "params.embed.table",
+        "params.gate",
+        "mask",
+        "opt_state.1.0.mu.embed.table",
+    } <= names
     manifest["body"]["data_index"] += 1
     path.write_text(json.dumps(manifest))
     restored, said = restore_latest(run_dir, abstract(states[2]))

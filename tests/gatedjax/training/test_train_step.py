@@ -29,7 +29,9 @@ def six_steps():
 
 def test_golden_steps(six_steps, request):
     """The first six losses and gradient norms. `make goldens` refreshes them after a change that is meant."""
-    actual = [{k: round(m[k], 6) for k in ("loss", "grad_norm", "balance_loss")} for m in six_steps[2]]
+    actual = [
+        {k: round(m[k], 6) for k in ("loss", "grad_norm", "balance_loss")} for m in six_steps[2]
+    ]
     if request.config.getoption("--refresh-goldens"):
         GOLDEN.write_text(json.dumps(actual, indent=1) + "\n")
     for a, e in zip(actual, json.loads(GOLDEN.read_text()), strict=True):
@@ -51,7 +53,9 @@ def test_accumulation_equals_one_batch(six_steps):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
     for x, y in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params)):
-        assert rel_rms(x, y) < 1e-3  # Adam's first steps turn rounding of tiny gradients into whole steps
+        assert (
+            rel_rms(x, y) < 1e-3
+        )  # Adam's first steps turn rounding of tiny gradients into whole steps
 
 
 def poisoned(i):
@@ -65,7 +69,10 @@ def test_bad_steps_change_nothing_but_the_counters():
     assert [m["skipped_steps"] for m in log] == [0, 0, 1, 2, 2]
     assert [m["skipped_in_a_row"] for m in log] == [0, 0, 1, 2, 0]
     assert int(state.step) == 5
-    for a, e in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((clean.params, clean.opt_state))):
+    for a, e in zip(
+        jax.tree.leaves((state.params, state.opt_state)),
+        jax.tree.leaves((clean.params, clean.opt_state)),
+    ):
         np.testing.assert_array_equal(a, e)
 
 
@@ -84,7 +91,9 @@ def test_exploding_gradient_is_skipped_once_the_mean_is_known():
 def test_every_optimizer_learns(name):
     rates = {"muon": 0.01, "lion": 1e-3, "adabelief": 3e-3, "schedule_free": 1e-2}
     schedule = "constant" if name == "schedule_free" else "cosine"
-    config = plain(optim__name=name, optim__lr=rates[name], optim__schedule=schedule, optim__ema_decay=0.5)
+    config = plain(
+        optim__name=name, optim__lr=rates[name], optim__schedule=schedule, optim__ema_decay=0.5
+    )
     run, state, log = run_steps(config, 8)
     assert log[-1]["loss"] < log[0]["loss"] - 0.15
     for x, a in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(run.abstract.opt_state)):
@@ -97,7 +106,10 @@ def test_evaluation_parameters_are_the_average():
     assert params_for_evaluation(state) is state.ema
     _, state, _ = run_steps(plain(optim__name="schedule_free", optim__schedule="constant"), 2)
     average = params_for_evaluation(state)
-    differences = [float(jnp.abs(a - p).max()) for a, p in zip(jax.tree.leaves(average), jax.tree.leaves(state.params))]
+    differences = [
+        float(jnp.abs(a - p).max())
+        for a, p in zip(jax.tree.leaves(average), jax.tree.leaves(state.params))
+    ]
     assert max(differences) > 1e-5
 
 
@@ -109,8 +121,14 @@ def test_decay_and_muon_by_logical_axes():
     assert {n.rsplit(".", 1)[-1] for n in decayed} == {"kernel", "embedding", "gate", "up", "down"}
     assert not any("norm" in n or "bias" in n or "conv" in n for n in decayed)
     periods = "periods.layer_1."
-    assert muon_dimensions(flat[f"{periods}ffn.gate"]) == ((2,), (3,))  # [layers, expert, embed, mlp]
-    assert muon_dimensions(flat[f"{periods}mixer.query.kernel"]) == ((1,), (2, 3))  # [layers, embed, heads, head_dim]
+    assert muon_dimensions(flat[f"{periods}ffn.gate"]) == (
+        (2,),
+        (3,),
+    )  # [layers, expert, embed, mlp]
+    assert muon_dimensions(flat[f"{periods}mixer.query.kernel"]) == (
+        (1,),
+        (2, 3),
+    )  # [layers, embed, heads, head_dim]
     assert muon_dimensions(flat[f"{periods}mixer.out.kernel"]) == ((1, 2), (3,))
     assert muon_dimensions(flat["embedding"]) is None
 
@@ -122,7 +140,8 @@ def _leaves(axes):
 def test_schedules():
     steps = 100
     rate = lambda name, **kw: [
-        float(make_schedule(OptimConfig(lr=1.0, schedule=name, warmup_steps=10, **kw), steps)(i)) for i in range(101)
+        float(make_schedule(OptimConfig(lr=1.0, schedule=name, warmup_steps=10, **kw), steps)(i))
+        for i in range(101)
     ]
     for name in ("constant", "linear", "cosine", "wsd"):
         r = rate(name)
@@ -138,16 +157,22 @@ def test_schedules():
 
 def test_analytic_flops_match_the_compiler():
     """One period, so that the compiler's count, which sees a scan's body once, is the whole; recurrence terms aside."""
-    config = tiny(model__mixers__attention__window=None, model__ffns__moe__experts_per_token=1).model
+    config = tiny(
+        model__mixers__attention__window=None, model__ffns__moe__experts_per_token=1
+    ).model
     params = nn.meta.unbox(jax.eval_shape(lambda k: init_params(config, k), jax.random.key(0)))
     matmul = sum(
         p.size
         for path, p in jax.tree_util.tree_leaves_with_path(params)
-        if jax.tree_util.keystr(path).endswith("['kernel']") or "embedding" in jax.tree_util.keystr(path)
+        if jax.tree_util.keystr(path).endswith("['kernel']")
+        or "embedding" in jax.tree_util.keystr(path)
     )
     experts = sum(params["periods"]["layer_1"]["ffn"][n].size for n in ("gate", "up", "down")) // 4
     decay = (
-        sum(params["periods"]["layer_0"]["mixer"][n]["kernel"].size for n in ("decay_down", "decay_up"))
+        sum(
+            params["periods"]["layer_0"]["mixer"][n]["kernel"].size
+            for n in ("decay_down", "decay_up")
+        )
         + params["periods"]["layer_1"]["ffn"]["shared_gate"]["kernel"].size
     )
     mixing = 4 * 4 * 8 * 32 / 2 + 4 * 4 * 8 * 8  # causal scores and values; k^T v and q S
@@ -160,6 +185,10 @@ def test_model_runs_in_bfloat16_on_float32_parameters():
     batch = random_batch(0, rows=2)
     params = nn.meta.unbox(init_params(config, jax.random.key(0)))
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
-    half, _, _ = LanguageModel(config).apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
-    full, _, _ = LanguageModel(tiny().model).apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
+    half, _, _ = LanguageModel(config).apply(
+        {"params": params}, batch.tokens, batch.positions, batch.segment_ids
+    )
+    full, _, _ = LanguageModel(tiny().model).apply(
+        {"params": params}, batch.tokens, batch.positions, batch.segment_ids
+    )
     assert half.dtype == jnp.bfloat16 and rel_rms(half, full) < 0.05

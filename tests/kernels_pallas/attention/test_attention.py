@@ -19,7 +19,7 @@ from attention_cases import (
     truth,
     value_and_gradients,
     weighted_sum,
-)  # fmt: skip
+)
 from helpers import rel_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,7 +65,9 @@ PLANTED = {
         tile, "distance", lambda right: lambda i, j, d: right(i + 1, j, d)
     ),
     "a soft cap without its slope": lambda patch: patch(
-        tile, "logits", lambda right: lambda *a, **o: (lambda s: s._replace(capped=0 * s.capped))(right(*a, **o))
+        tile,
+        "logits",
+        lambda right: lambda *a, **o: (lambda s: s._replace(capped=0 * s.capped))(right(*a, **o)),
     ),
 }
 
@@ -76,7 +78,9 @@ def test_a_planted_error_is_found(error, monkeypatch):
     force_tiles(monkeypatch, 16, 16)
     arrays, options = draw(**EVERYTHING)
     expected = value_and_gradients(cast(arrays, jnp.float32), **options)
-    PLANTED[error](lambda room, name, plant: monkeypatch.setattr(room, name, plant(getattr(room, name))))
+    PLANTED[error](
+        lambda room, name, plant: monkeypatch.setattr(room, name, plant(getattr(room, name)))
+    )
     with pytest.raises(AssertionError, match=r"e-|0\.|nan"):
         assert_close(value_and_gradients(cast(arrays, jnp.float32), **options), expected, FLOAT32)
 
@@ -86,7 +90,9 @@ def test_any_length(length):
     arrays, options = draw(T=length, B=1, **EVERYTHING)
     actual = value_and_gradients(cast(arrays, jnp.float32), **options)
     expected = truth(arrays, **options)
-    if length == 1:  # softmax over one key and a sink: gradients of q and k are a small difference, not zero
+    if (
+        length == 1
+    ):  # softmax over one key and a sink: gradients of q and k are a small difference, not zero
         assert np.abs(expected["q"]).max() > 1e-3
     assert_close(actual, expected, FLOAT32)
 
@@ -133,7 +139,9 @@ def test_memory_is_linear_in_length():
     def sizes(jaxpr):
         for eqn in jaxpr.eqns:
             yield from (v.aval.size for v in eqn.outvars)
-            for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            for sub in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
                 if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
                     yield from sizes(getattr(sub, "jaxpr", sub))
 
@@ -141,7 +149,11 @@ def test_memory_is_linear_in_length():
     arrays, options = draw(B=1, T=T, H=1, Hk=1, K=8, V=8, gate="element-wise", window=1000)
     loss = lambda a, implementation: weighted_sum(call(a, implementation=implementation, **options))
     largest = lambda implementation: max(
-        sizes(jax.make_jaxpr(jax.grad(partial(loss, implementation=implementation)))(cast(arrays, jnp.float32)).jaxpr)
+        sizes(
+            jax.make_jaxpr(jax.grad(partial(loss, implementation=implementation)))(
+                cast(arrays, jnp.float32)
+            ).jaxpr
+        )
     )
     assert largest("xla") <= 16 * T
     assert largest("reference") >= T * T
@@ -151,7 +163,9 @@ def test_memory_is_linear_in_length():
 def test_huge_logits_and_gates(size, monkeypatch):
     force_tiles(monkeypatch, 16, 16)
     arrays, options = draw(T=40, gate="element-wise", sinks=True, scale=1.0)
-    arrays["q"], arrays["gate_logits"], arrays["sink_logits"] = (size * arrays[x] for x in ("q", "gate_logits", "sink_logits"))
+    arrays["q"], arrays["gate_logits"], arrays["sink_logits"] = (
+        size * arrays[x] for x in ("q", "gate_logits", "sink_logits")
+    )
     actual = value_and_gradients(cast(arrays, jnp.float32), **options)
     assert rel_rms(actual["y"], truth(arrays, **options)["y"]) < 1e-5
     assert all(np.isfinite(x).all() for x in actual.values())
@@ -166,7 +180,9 @@ def test_packed_documents_equal_separate_ones(monkeypatch):
     packed = value_and_gradients(arrays, segment_ids=ids, **options)
 
     def separate(a, **options):
-        parts = ({name: x[:, part] for name, x in a.items()} for part in (slice(0, cut), slice(cut, 65)))
+        parts = (
+            {name: x[:, part] for name, x in a.items()} for part in (slice(0, cut), slice(cut, 65))
+        )
         return jnp.concatenate([call(part, **options) for part in parts], axis=1)
 
     assert_close(packed, value_and_gradients(arrays, separate, **options), FLOAT32)
@@ -186,9 +202,13 @@ def test_decode_steps_equal_forward(implementation):
     def step(t, q, gate):
         valid = jnp.broadcast_to((order <= t) & (order > t - window), (2, T))
         distances = jnp.broadcast_to(t - order, (2, T))
-        return attention_step(q, k, v, valid=valid, gate_logits=gate, distances=distances, **options)
+        return attention_step(
+            q, k, v, valid=valid, gate_logits=gate, distances=distances, **options
+        )
 
-    steps = jax.jit(jax.vmap(step, in_axes=(0, 1, 1), out_axes=1))(jnp.arange(T), a["q"], a["gate_logits"])
+    steps = jax.jit(jax.vmap(step, in_axes=(0, 1, 1), out_axes=1))(
+        jnp.arange(T), a["q"], a["gate_logits"]
+    )
     expected = call(cast(arrays, jnp.float32), window=window, logits_soft_cap=5.0)
     assert rel_rms(steps, expected) < FLOAT32
 
@@ -198,10 +218,14 @@ def test_decode_step_with_empty_cache_is_zero(implementation):
     arrays, _ = draw(B=3, T=4)
     a = cast(arrays, jnp.float32)
     valid = jnp.asarray([[False] * 4, [True] * 4, [False] * 4])
-    step = lambda a: attention_step(a["q"][:, 0], a["k"], a["v"], valid=valid, implementation=implementation)
+    step = lambda a: attention_step(
+        a["q"][:, 0], a["k"], a["v"], valid=valid, implementation=implementation
+    )
     actual = value_and_gradients(a, lambda a: step(a))
     assert all(np.isfinite(x).all() for x in actual.values())
-    assert not any(np.any(x[::2]) for x in actual.values()) and all(np.any(x[1]) for x in actual.values())
+    assert not any(np.any(x[::2]) for x in actual.values()) and all(
+        np.any(x[1]) for x in actual.values()
+    )
 
 
 def test_vmap(monkeypatch):
@@ -237,7 +261,11 @@ def test_shard_map(monkeypatch):
     expected = value_and_gradients(arrays, segment_ids=ids, **options)
     on_shard = lambda a, ids: call(a, segment_ids=ids, **options)
     mapped = jax.shard_map(
-        on_shard, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data", None, "model"), check_vma=True
+        on_shard,
+        mesh=mesh,
+        in_specs=(specs, P("data")),
+        out_specs=P("data", None, "model"),
+        check_vma=True,
     )
     assert_close(value_and_gradients(arrays, lambda a: mapped(a, ids)), expected, 1e-6)
 
@@ -247,7 +275,9 @@ def test_jit_on_a_mesh(monkeypatch):
     force_tiles(monkeypatch, 16, 16)
     mesh, arrays, options, specs = sharded()
     expected = value_and_gradients(arrays, **options)
-    placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
+    placed = {
+        name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()
+    }
     step = jax.jit(jax.grad(lambda a: weighted_sum(call(a, **options))))
     with jax.set_mesh(mesh):
         compiled = step.lower(placed).compile()
@@ -263,7 +293,9 @@ def test_checkpoint_keeps_the_named_residuals(monkeypatch):
     keep = jax.checkpoint_policies.save_only_these_names(xla.OUT_NAME, xla.STATISTIC_NAME)
     layer = lambda a: call({**a, "q": jnp.sin(a["q"])}, **options)
     checkpointed = {policy: jax.checkpoint(layer, policy=policy) for policy in (keep, None)}
-    loops = lambda f: str(jax.make_jaxpr(jax.grad(lambda a: weighted_sum(f(a))))(a)).count(" while[")
+    loops = lambda f: str(jax.make_jaxpr(jax.grad(lambda a: weighted_sum(f(a))))(a)).count(
+        " while["
+    )
     assert loops(checkpointed[keep]) == 2 and loops(checkpointed[None]) == 3
     assert_close(value_and_gradients(a, checkpointed[keep]), value_and_gradients(a, layer), 1e-6)
 
@@ -273,11 +305,18 @@ def test_checkpoint_keeps_the_named_residuals(monkeypatch):
 def test_any_shape(data):
     pick = lambda *range_: data.draw(st.integers(*range_))
     arrays, options = draw(
-        B=pick(1, 2), T=pick(1, 300), Hk=(Hk := pick(1, 3)), H=Hk * pick(1, 3), K=pick(1, 9), V=pick(1, 9),
-        gate=data.draw(st.sampled_from([None, "head-wise", "element-wise"])), sinks=data.draw(st.booleans()),
-        segments=data.draw(st.booleans()), causal=data.draw(st.booleans()),
+        B=pick(1, 2),
+        T=pick(1, 300),
+        Hk=(Hk := pick(1, 3)),
+        H=Hk * pick(1, 3),
+        K=pick(1, 9),
+        V=pick(1, 9),
+        gate=data.draw(st.sampled_from([None, "head-wise", "element-wise"])),
+        sinks=data.draw(st.booleans()),
+        segments=data.draw(st.booleans()),
+        causal=data.draw(st.booleans()),
         window=data.draw(st.sampled_from([None, 3, 70])),
-    )  # fmt: skip
+    )
     expected = call(cast(arrays, jnp.float32), implementation="reference", **options)
     assert rel_rms(jax.jit(partial(call, **options))(cast(arrays, jnp.float32)), expected) < FLOAT32
 
@@ -291,7 +330,9 @@ def test_what_ran_is_reported():
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 def test_what_a_kernel_does_not_cover_is_refused(implementation):
     arrays, _ = draw(T=3)
-    with pytest.raises(NotImplementedError, match=f"attention: implementation='{implementation}' takes normalizers"):
+    with pytest.raises(
+        NotImplementedError, match=f"attention: implementation='{implementation}' takes normalizers"
+    ):
         call(cast(arrays, jnp.float32), implementation=implementation, normalizer="entmax")
 
 
@@ -300,17 +341,25 @@ BAD = {
     "q: got shape": dict(q=Q[0]),
     "k: got shape": dict(k=KV[..., :7]),
     "k: got shape (2, 4, 2, 8), expected 5 tokens": dict(k=KV[:, :4], v=KV[:, :4]),
-    "k: got shape (2, 5, 3, 8), expected [2, 'T', 'a divisor of 4', 8]": dict(k=jnp.zeros((2, 5, 3, 8))),
+    "k: got shape (2, 5, 3, 8), expected [2, 'T', 'a divisor of 4', 8]": dict(
+        k=jnp.zeros((2, 5, 3, 8))
+    ),
     "v: got shape (2, 5, 1, 8), expected [2, 5, 2, 'V']": dict(v=KV[:, :, :1]),
     "q: got dtype int32": dict(q=Q.astype(int)),
-    "gate_logits: got shape (2, 5, 4, 2), expected (2, 5, 4, 8) or (2, 5, 4, 1)": dict(gate_logits=Q[..., :2]),
+    "gate_logits: got shape (2, 5, 4, 2), expected (2, 5, 4, 8) or (2, 5, 4, 1)": dict(
+        gate_logits=Q[..., :2]
+    ),
     "sink_logits: got shape (3,), expected (4,)": dict(sink_logits=jnp.zeros(3)),
     "segment_ids: got shape (5,), expected (2, 5)": dict(segment_ids=jnp.zeros(5, int)),
     "segment_ids: got dtype float32": dict(segment_ids=jnp.zeros((2, 5))),
     "window: got 0": dict(window=0),
     "logits_soft_cap: got -1.0": dict(logits_soft_cap=-1.0),
-    "normalizer: got 'hardmax', expected a Normalizer or one of softmax, sigmoid": dict(normalizer="hardmax"),
-    "sink_logits: got an array with normalizer=Softpick(eps=1e-06), expected none": dict(normalizer="softpick", sink_logits=jnp.zeros(4)),
+    "normalizer: got 'hardmax', expected a Normalizer or one of softmax, sigmoid": dict(
+        normalizer="hardmax"
+    ),
+    "sink_logits: got an array with normalizer=Softpick(eps=1e-06), expected none": dict(
+        normalizer="softpick", sink_logits=jnp.zeros(4)
+    ),
     "alibi_slopes: got shape (3,), expected (4,)": dict(alibi_slopes=jnp.zeros(3)),
     "implementation: got 'fast'": dict(implementation="fast"),
     "interpret: got True": dict(interpret=True),
@@ -326,7 +375,13 @@ def test_bad_input_is_named(message):
 
 @pytest.mark.parametrize(
     "name, bad",
-    {"valid": jnp.ones((2, 4), bool), "k_cache": KV[..., :3], "v_cache": KV[:, :3], "q": Q, "gate_logits": Q[0]}.items(),
+    {
+        "valid": jnp.ones((2, 4), bool),
+        "k_cache": KV[..., :3],
+        "v_cache": KV[:, :3],
+        "q": Q,
+        "gate_logits": Q[0],
+    }.items(),
 )
 def test_bad_step_input_is_named(name, bad):
     arguments = dict(q=Q[:, 0], k_cache=KV, v_cache=KV, valid=jnp.ones((2, 5), bool)) | {name: bad}

@@ -17,8 +17,14 @@ from gatedjax.aot.targets import GPUS
 from kernels_pallas import attention, dispatch
 from kernels_pallas.attention import NORMALIZERS, attention_step
 
-needs_ptxas = pytest.mark.skipif(not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)")
-STAGES = {64: {"forward", "dq", "dkdv"}, 128: {"forward", "dq", "dkdv"}, 256: {"forward", "dq", "dk", "dv"}}
+needs_ptxas = pytest.mark.skipif(
+    not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)"
+)
+STAGES = {
+    64: {"forward", "dq", "dkdv"},
+    128: {"forward", "dq", "dkdv"},
+    256: {"forward", "dq", "dk", "dv"},
+}
 array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -39,7 +45,9 @@ def spills(kernels: list) -> dict[str, int]:
 
 
 @needs_ptxas
-@pytest.mark.parametrize("shape", ["B4,T4096,H16,D64", "B4,T4096,H16,D128", "B1,T32768,H16,Hk2,D256"])
+@pytest.mark.parametrize(
+    "shape", ["B4,T4096,H16,D64", "B4,T4096,H16,D128", "B1,T32768,H16,Hk2,D256"]
+)
 def test_no_kernel_spills(shape):
     """Forward and backward in one program, as in training; chosen by dispatch, not by name."""
     case = make_case("attention", shape, "bfloat16", {"gate": "element"})
@@ -50,9 +58,16 @@ def test_no_kernel_spills(shape):
 
 
 @needs_ptxas
-@pytest.mark.parametrize("normalizer", [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1])
+@pytest.mark.parametrize(
+    "normalizer", [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
+)
 def test_every_normalizer_of_one_walk_compiles(normalizer):
-    case = make_case("attention", "B1,T1024,H4,Hk2,D128", "bfloat16", {"normalizer": normalizer, "gate": "head", "window": "300"})
+    case = make_case(
+        "attention",
+        "B1,T1024,H4,Hk2,D128",
+        "bfloat16",
+        {"normalizer": normalizer, "gate": "head", "window": "300"},
+    )
     found = spills(kernels_of("cuda:h200", case.backward(), *case.backward_args()))
     assert (
         max([*found.values(), 0]) <= 64 if normalizer == "self_adjust" else not found
@@ -63,12 +78,28 @@ def test_every_normalizer_of_one_walk_compiles(normalizer):
 def test_every_option_compiles():
     """Packed, windowed, capped, with slopes and sinks, K and V of their own: all at once, some spill."""
     B, T, H, Hk = 2, 1024, 8, 2
-    floats = array(B, T, H, 96), array(B, T, Hk, 96), array(B, T, Hk, 128), array(B, T, H, 128), array(H), array(H)
+    floats = (
+        array(B, T, H, 96),
+        array(B, T, Hk, 96),
+        array(B, T, Hk, 128),
+        array(B, T, H, 128),
+        array(H),
+        array(H),
+    )
 
     def both(segment_ids, *floats):
         def loss(q, k, v, gate, sinks, slopes):
             by_head = dict(sink_logits=sinks, alibi_slopes=slopes)
-            y = attention(q, k, v, gate_logits=gate, segment_ids=segment_ids, window=300, logits_soft_cap=30.0, **by_head)
+            y = attention(
+                q,
+                k,
+                v,
+                gate_logits=gate,
+                segment_ids=segment_ids,
+                window=300,
+                logits_soft_cap=30.0,
+                **by_head,
+            )
             return (y.astype(jnp.float32) ** 2).sum()
 
         return jax.grad(loss, argnums=range(6))(*floats)
@@ -104,14 +135,18 @@ def test_a_decoding_step(D):
 def test_on_a_mesh_of_two(axis_type):
     """Under plain jit, and inside shard_map with varying axes checked: no device gathers another's rows."""
     mesh = Mesh(np.array(devices(GPUS["h200"], 2)), ("data",), axis_types=(axis_type,))
-    placed = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+    placed = lambda *shape: jax.ShapeDtypeStruct(
+        shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("data"))
+    )
     x = [placed(2, 256, 2, 64)] * 4
     loss = lambda q, k, v, gate: attention(q, k, v, gate_logits=gate).astype(jnp.float32).sum()
     programs = [jax.grad(loss, argnums=range(4))]
     with jax.set_mesh(mesh):
         if axis_type == AxisType.Auto:
             specs = (P("data"),) * 4
-            programs.append(jax.shard_map(programs[0], in_specs=specs, out_specs=specs, check_vma=True))
+            programs.append(
+                jax.shard_map(programs[0], in_specs=specs, out_specs=specs, check_vma=True)
+            )
         for program in programs:
             lowered = jax.jit(program).trace(*x).lower(lowering_platforms=("cuda",))
             text = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()

@@ -16,11 +16,16 @@ from kernels_pallas.attention import NORMALIZERS, attention_step
 
 INTERPRET = os.environ.get("DEVICE_TESTS") == "interpret"
 pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "gpu" and not INTERPRET, reason="there is no GPU here (benchmarks/gpu.sh)"
+    jax.default_backend() != "gpu" and not INTERPRET,
+    reason="there is no GPU here (benchmarks/gpu.sh)",
 )
 # float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded to them.
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
-ONE_PASS = {name: normalizer.for_length(300) for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1}
+ONE_PASS = {
+    name: normalizer.for_length(300)
+    for name, normalizer in NORMALIZERS.items()
+    if normalizer.walks == 1
+}
 
 
 def compare(dtype: str, **case) -> None:
@@ -30,7 +35,9 @@ def compare(dtype: str, **case) -> None:
     want = truth(arrays, **options)
     errors = {name: rel_rms(got[name], want[name]) for name in want}
     # The gradient of a number a head is a sum of many terms that cancel.
-    assert all(e <= TOLERANCE[dtype] * (5 if got[n].ndim == 1 else 1) for n, e in errors.items()), errors
+    assert all(e <= TOLERANCE[dtype] * (5 if got[n].ndim == 1 else 1) for n, e in errors.items()), (
+        errors
+    )
 
 
 @pytest.mark.parametrize("gate", [None, "head-wise", "element-wise"])

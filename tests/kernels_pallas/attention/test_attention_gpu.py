@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import BFLOAT16, EVERYTHING, FLOAT32, assert_close, call, cast, draw, truth, value_and_gradients
+from attention_cases import (
+    BFLOAT16,
+    EVERYTHING,
+    FLOAT32,
+    assert_close,
+    call,
+    cast,
+    draw,
+    truth,
+    value_and_gradients,
+)
 from helpers import rel_rms
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -44,10 +54,14 @@ def compare(dtype=jnp.float32, tolerance=FLOAT32, run=on_gpu, **case):
 CASES = {
     "causal, grouped": dict(T=70, B=1),
     "everything": EVERYTHING | dict(T=70),
-    "full, segments": dict(T=65, B=1, H=2, causal=False, segments=True, gate="element-wise", slopes=True),
+    "full, segments": dict(
+        T=65, B=1, H=2, causal=False, segments=True, gate="element-wise", slopes=True
+    ),
     "full, window": dict(T=90, B=1, H=2, Hk=1, causal=False, window=20, sinks=True),
     "wide keys": dict(T=33, B=1, H=1, Hk=1, K=130, V=8, gate="head-wise"),
-    "wide values, one token": dict(T=1, B=1, H=2, Hk=2, K=8, V=136, gate="element-wise", sinks=True),
+    "wide values, one token": dict(
+        T=1, B=1, H=2, Hk=2, K=8, V=136, gate="element-wise", sinks=True
+    ),
 }
 
 
@@ -77,7 +91,9 @@ def test_bfloat16_as_the_tensor_core_rounds(monkeypatch):
     monkeypatch.setattr(tile, "matmul", rounded_matmul)
     arrays, options = draw(T=70, B=1, H=1, Hk=1, gate="element-wise")
     arrays = cast(arrays, jnp.bfloat16)
-    got = value_and_gradients(arrays, f=lambda a: call(a, implementation="gpu", interpret=True, **options))
+    got = value_and_gradients(
+        arrays, f=lambda a: call(a, implementation="gpu", interpret=True, **options)
+    )
     assert_close(got, truth(arrays, **options), 4e-3)
 
 
@@ -116,7 +132,12 @@ def test_segment_ids_in_no_order():
     assert_close(on_gpu(arrays, segment_ids=ids), truth(arrays, segment_ids=ids), FLOAT32)
 
 
-MASKS = {"causal": {}, "window": dict(window=29), "segments": dict(segments=True), "full": dict(causal=False)}
+MASKS = {
+    "causal": {},
+    "window": dict(window=29),
+    "segments": dict(segments=True),
+    "full": dict(causal=False),
+}
 
 
 @pytest.mark.slow
@@ -141,12 +162,15 @@ def test_lengths_at_tuned_blocks(T, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "causal, window", [(True, None), (True, 1), (True, 100), (True, 300), (False, None), (False, 1), (False, 130)]
+    "causal, window",
+    [(True, None), (True, 1), (True, 100), (True, 300), (False, None), (False, 1), (False, 130)],
 )
 def test_visits_are_the_tiles_that_the_mask_leaves(causal, window):
     """Each once, by queries and by keys; a tile that is not masked hides nothing."""
     T, size, other = 1000, 64, 32
-    fields = dict.fromkeys(plan_room.Plan._fields) | dict(causal=causal, window=window, T=T, length=1024)
+    fields = dict.fromkeys(plan_room.Plan._fields) | dict(
+        causal=causal, window=window, T=T, length=1024
+    )
     p = plan_room.Plan(**fields)
     i, j = np.arange(1024)[:, None], np.arange(1024)[None]
     mask = ((j <= i) | (not causal)) & (j < T) & (i < T)
@@ -154,14 +178,19 @@ def test_visits_are_the_tiles_that_the_mask_leaves(causal, window):
         mask &= np.abs(i - j) < window
     assert p.pairs == mask.sum()
     cut = lambda m, n, k: m[n * size : (n + 1) * size, k * other : (k + 1) * other]
-    for reach, found in ((plan_room.of_queries(p), mask), (plan_room.of_queries(p).turned(), mask.T)):
+    for reach, found in (
+        (plan_room.of_queries(p), mask),
+        (plan_room.of_queries(p).turned(), mask.T),
+    ):
         ranges = plan_room.visits(p, reach, jnp.arange(16), size, other, None)
         ranges = [(*np.broadcast_arrays(first, end), masks) for first, end, masks in ranges]
         for n in range(16):
             visited = [(k, masks) for first, end, masks in ranges for k in range(first[n], end[n])]
             assert [k for k, _ in visited] == [k for k in range(32) if cut(found, n, k).any()]
             real = found[n * size : min(T, (n + 1) * size)]
-            assert all(real[:, k * other : (k + 1) * other].all() for k, masks in visited if not masks)
+            assert all(
+                real[:, k * other : (k + 1) * other].all() for k, masks in visited if not masks
+            )
 
 
 def test_documents_are_walked_alone():
@@ -179,7 +208,9 @@ def test_blocks_are_no_larger_than_a_short_sequence():
 
 
 def _a_tile_less(right):
-    return lambda *a: [(first, jnp.maximum(first, end - masks), masks) for first, end, masks in right(*a)]
+    return lambda *a: [
+        (first, jnp.maximum(first, end - masks), masks) for first, end, masks in right(*a)
+    ]
 
 
 def _without_correction(right):
@@ -195,17 +226,23 @@ PLANTED = {
     "a tile not visited": (plan_room, "visits", _a_tile_less),
     "sums of another maximum": (type(NORMALIZERS["softmax"]), "add", _without_correction),
     "gate's gradient flipped": (
-        room, "_arrival", lambda right: lambda *a: (lambda do, deltas, dgate: (do, deltas, -dgate))(*right(*a))
+        room,
+        "_arrival",
+        lambda right: lambda *a: (lambda do, deltas, dgate: (do, deltas, -dgate))(*right(*a)),
     ),
     "delta forgotten": (
-        room, "_arrival", lambda right: lambda *a: (lambda do, deltas, dgate: (do, [0 * d for d in deltas], dgate))(
-            *right(*a)
-        )
+        room,
+        "_arrival",
+        lambda right: (
+            lambda *a: (lambda do, deltas, dgate: (do, [0 * d for d in deltas], dgate))(*right(*a))
+        ),
     ),
     "another head's queries": (
-        backward_room, "_of_head", lambda right: lambda ref, rows, g, width: right(ref, rows, 0 * g, width)
+        backward_room,
+        "_of_head",
+        lambda right: lambda ref, rows, g, width: right(ref, rows, 0 * g, width),
     ),
-}  # fmt: skip
+}
 
 
 QUICK = ("sums of another maximum", "gate's gradient flipped")
@@ -218,7 +255,12 @@ def test_planted_errors_are_found(error, monkeypatch):
     monkeypatch.setattr(where, name, plant(getattr(where, name)))
     with pytest.raises(AssertionError, match=r"e-|0\.|non-finite"):
         compare(
-            run=lambda a, **o: on_gpu(a, f=lambda x, **p: call(x, **p), **o), T=40, B=1, H=2, Hk=1, gate="element-wise"
+            run=lambda a, **o: on_gpu(a, f=lambda x, **p: call(x, **p), **o),
+            T=40,
+            B=1,
+            H=2,
+            Hk=1,
+            gate="element-wise",
         )
 
 
@@ -228,14 +270,18 @@ def test_planted_errors_are_found(error, monkeypatch):
 @pytest.mark.slow
 def test_vmap():
     pairs = [draw(B=1, T=40, H=2, Hk=1, segments=True, slopes=True, seed=seed) for seed in (1, 2)]
-    both = jax.tree.map(lambda *a: jnp.stack(a), *[cast(arrays, jnp.float32) for arrays, _ in pairs])
+    both = jax.tree.map(
+        lambda *a: jnp.stack(a), *[cast(arrays, jnp.float32) for arrays, _ in pairs]
+    )
     ids = jnp.stack([options["segment_ids"] for _, options in pairs])
 
     def total(implementation, arrays, ids):
         options = dict(interpret=True) if implementation == "gpu" else {}
         return jnp.sum(call(arrays, segment_ids=ids, implementation=implementation, **options) ** 2)
 
-    gradient = lambda implementation: jax.jit(jax.vmap(jax.grad(partial(total, implementation))))(both, ids)
+    gradient = lambda implementation: jax.jit(jax.vmap(jax.grad(partial(total, implementation))))(
+        both, ids
+    )
     assert_close(gradient("gpu"), gradient("xla"), FLOAT32)
 
 
@@ -271,7 +317,9 @@ def test_shard_map_with_varying_axes_checked(interpreter_in_shard_map):
     assert_close({"loss": value, **got}, {"loss": expected, **want}, FLOAT32)
 
 
-@pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)])
+@pytest.mark.parametrize(
+    "names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)]
+)
 def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type, interpreter_in_shard_map):
     """Auto axes by their names, Explicit ones by their arguments' types."""
     mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2)
@@ -293,7 +341,10 @@ def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type, interpreter_in_shar
 
 @pytest.mark.parametrize(
     "D, options, message",
-    [(257, {}, "K and V up to 256, not 257"), (8, dict(normalizer="entmax"), "walk over the keys once, not Entmax")],
+    [
+        (257, {}, "K and V up to 256, not 257"),
+        (8, dict(normalizer="entmax"), "walk over the keys once, not Entmax"),
+    ],
 )
 def test_what_the_kernel_refuses_by_name(D, options, message):
     x = jnp.zeros((1, 4, 1, D))

@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import BFLOAT16, FLOAT32, assert_close, call, cast, draw, force_tiles, truth, value_and_gradients
+from attention_cases import (
+    BFLOAT16,
+    FLOAT32,
+    assert_close,
+    call,
+    cast,
+    draw,
+    force_tiles,
+    truth,
+    value_and_gradients,
+)
 from helpers import rel_rms
 
 from kernels_pallas import attention, attention_step
@@ -35,10 +45,15 @@ def by_tiles(normalizer: Normalizer, s, seen, v, do, tile=8):
             row = add(row, s[cut], seen[cut], keys[cut])
         return row
 
-    row, sums = normalizer.start(zero, normalizer.prepare(walk, zero)), [jnp.zeros_like(do)] * normalizer.sums
+    row, sums = (
+        normalizer.start(zero, normalizer.prepare(walk, zero)),
+        [jnp.zeros_like(do)] * normalizer.sums,
+    )
     for cut in cuts:
         row, keep, tile_weights = normalizer.add(row, s[cut], seen[cut], keys[cut])
-        sums = [(x if keep is None else keep * x) + w @ v[cut[1]] for x, w in zip(sums, tile_weights)]
+        sums = [
+            (x if keep is None else keep * x) + w @ v[cut[1]] for x, w in zip(sums, tile_weights)
+        ]
     outputs, saved = normalizer.finish(row, sums)
     deltas = [jnp.sum(do * outputs[n], axis=-1, keepdims=True) for n in normalizer.deltas]
     # Turned over, keys by rows: `gradient` must not care.
@@ -101,7 +116,9 @@ def test_softpick_of_small_logits_is_exact():
 def _without_delta(normalizer, n):
     right = normalizer.gradient
     lose = lambda deltas: tuple(0 * x if i == n else x for i, x in enumerate(deltas))
-    return lambda self, s, seen, keys, dp, deltas, saved: right(self, s, seen, keys, dp, lose(deltas), saved)
+    return lambda self, s, seen, keys, dp, deltas, saved: right(
+        self, s, seen, keys, dp, lose(deltas), saved
+    )
 
 
 def _at_a_tile(normalizer, change):
@@ -111,20 +128,38 @@ def _at_a_tile(normalizer, change):
 
 PLANTED = {
     "no delta": ("softmax", "gradient", lambda c: _without_delta(c, 0)),
-    "sums not rescaled": ("softmax", "add", lambda c: _at_a_tile(c, lambda a: a._replace(keep=jnp.ones_like(a.keep)))),
-    "softpick: masked keys counted": ("softpick", "add", lambda c: lambda self, row, s, seen, keys: (
-        lambda a: a._replace(row=(a.row[0], a.row[1] + jnp.exp(-a.row[0])))
-    )(c.add(self, row, s, seen, keys))),
-    "bounds without a gradient": ("self_adjust", "gradient", lambda c: lambda self, s, seen, keys, *rest: c.gradient(
-        self, s, seen, keys - 100, *rest
-    )),
-    "temperature without a gradient": ("adaptive_temperature", "gradient", lambda c: _without_delta(c, 1)),
+    "sums not rescaled": (
+        "softmax",
+        "add",
+        lambda c: _at_a_tile(c, lambda a: a._replace(keep=jnp.ones_like(a.keep))),
+    ),
+    "softpick: masked keys counted": (
+        "softpick",
+        "add",
+        lambda c: (
+            lambda self, row, s, seen, keys: (
+                lambda a: a._replace(row=(a.row[0], a.row[1] + jnp.exp(-a.row[0])))
+            )(c.add(self, row, s, seen, keys))
+        ),
+    ),
+    "bounds without a gradient": (
+        "self_adjust",
+        "gradient",
+        lambda c: lambda self, s, seen, keys, *rest: c.gradient(self, s, seen, keys - 100, *rest),
+    ),
+    "temperature without a gradient": (
+        "adaptive_temperature",
+        "gradient",
+        lambda c: _without_delta(c, 1),
+    ),
     "sum without a gradient": ("reweighted_softplus", "gradient", lambda c: _without_delta(c, 1)),
     "clip without a gradient": ("clipped_softmax", "gradient", lambda c: _without_delta(c, 0)),
-    "support of one weight too few": ("entmax", "finish", lambda c: lambda self, row, sums: c.finish(
-        self, (*row[:3], 0.99 * row[3]), sums
-    )),
-}  # fmt: skip
+    "support of one weight too few": (
+        "entmax",
+        "finish",
+        lambda c: lambda self, row, sums: c.finish(self, (*row[:3], 0.99 * row[3]), sums),
+    ),
+}
 
 
 @pytest.mark.slow
@@ -135,14 +170,22 @@ def test_a_planted_error_is_found(error, monkeypatch):
     right = type("Right", (), {m: getattr(cls, m) for m in ("add", "finish", "gradient")})
     monkeypatch.setattr(cls, method, plant(right))
     with pytest.raises(AssertionError, match=r"e-|0\."):
-        assert_close(*tiles_and_truth(NORMALIZERS[name], 2.0, lambda normalizer: partial(by_tiles, normalizer)), FLOAT32)
+        assert_close(
+            *tiles_and_truth(
+                NORMALIZERS[name], 2.0, lambda normalizer: partial(by_tiles, normalizer)
+            ),
+            FLOAT32,
+        )
 
 
 MASKS = {"causal": {}, "window": dict(window=9), "segments": dict(segments=True)}
 GATES = (None, "head-wise", "element-wise")
 # `make test` has one case for each normalizer, with everything in it, every third in bfloat16 too; the slow ones are the
 # whole product.
-QUICK = [(name, GATES[1 + i % 2], (jnp.float32, jnp.bfloat16)[: 1 + (i % 3 == 0)]) for i, name in enumerate(NORMALIZERS)]
+QUICK = [
+    (name, GATES[1 + i % 2], (jnp.float32, jnp.bfloat16)[: 1 + (i % 3 == 0)])
+    for i, name in enumerate(NORMALIZERS)
+]
 TOLERANCES = {jnp.float32: FLOAT32, jnp.bfloat16: BFLOAT16}
 
 
@@ -184,7 +227,10 @@ def test_decode_steps_equal_forward(name):
 
     def loss(q):
         nothing = step(jnp.int32(-1), q[:, 0])
-        return jnp.sum(nothing), (nothing, jax.vmap(step, in_axes=(0, 1), out_axes=1)(jnp.arange(T), q))
+        return jnp.sum(nothing), (
+            nothing,
+            jax.vmap(step, in_axes=(0, 1), out_axes=1)(jnp.arange(T), q),
+        )
 
     (_, (nothing, steps)), dq = jax.jit(jax.value_and_grad(loss, has_aux=True))(a["q"])
     expected = call(a, normalizer=normalizer, implementation="reference")
@@ -196,7 +242,9 @@ def test_sparsemax_equals_the_projection_on_the_simplex():
     projection = pytest.importorskip("optax.projections").projection_simplex
     s, seen, *_ = tile_inputs(1.0)
     expected = jax.vmap(projection)(s)
-    actual = tiles(NORMALIZERS["sparsemax"])(s, np.ones_like(seen), np.eye(C, dtype=np.float32), np.ones((R, C)))["o"]
+    actual = tiles(NORMALIZERS["sparsemax"])(
+        s, np.ones_like(seen), np.eye(C, dtype=np.float32), np.ones((R, C))
+    )["o"]
     assert rel_rms(actual, expected) < FLOAT32
     assert 0.2 < np.mean(np.asarray(actual) == 0) < 1
 
@@ -212,7 +260,11 @@ def test_entmax_equals_the_entmax_package(alpha):
     p = entmax.entmax_bisect(z, alpha=alpha, dim=-1, n_iter=100)
     (p * torch.tensor(do.astype(np.float64))).sum().backward()
     actual = by_tiles(Entmax(alpha=alpha), s, seen, v, do)
-    assert_close({x: actual[x] for x in ("o", "ds")}, {"o": p.detach().numpy(), "ds": z.grad.numpy()}, FLOAT32)
+    assert_close(
+        {x: actual[x] for x in ("o", "ds")},
+        {"o": p.detach().numpy(), "ds": z.grad.numpy()},
+        FLOAT32,
+    )
 
 
 def test_entmax_walks_few_times():
@@ -241,7 +293,10 @@ def test_memory_of_two_walks_is_linear_too():
 @pytest.mark.parametrize("name", ["sigmoid", "relu", "clipped_softmax"])
 def test_a_step_wants_the_length(name):
     x = jnp.zeros((1, 4, 2, 8))
-    with pytest.raises(ValueError, match=r"attention_step: normalizer: got .* without a length, expected .*\(length=...\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"attention_step: normalizer: got .* without a length, expected .*\(length=...\)",
+    ):
         attention_step(x[:, 0], x, x, valid=jnp.ones((1, 4), bool), normalizer=name)
 
 

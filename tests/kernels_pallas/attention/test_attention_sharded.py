@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import FLOAT32, assert_close, call, cast, draw, force_tiles, value_and_gradients
+from attention_cases import (
+    FLOAT32,
+    assert_close,
+    call,
+    cast,
+    draw,
+    force_tiles,
+    value_and_gradients,
+)
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -13,8 +21,12 @@ from kernels_pallas.attention import sharded
 DEVICES = 4
 CASES = {
     "causal": {},
-    "everything": dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=18, logits_soft_cap=4.0),
-    "short window, element-wise gate": dict(window=5, gate="element-wise", slopes=True, segments=True),
+    "everything": dict(
+        gate="head-wise", sinks=True, slopes=True, segments=True, window=18, logits_soft_cap=4.0
+    ),
+    "short window, element-wise gate": dict(
+        window=5, gate="element-wise", slopes=True, segments=True
+    ),
     "window of a device's tokens": dict(window=16),
     "full": dict(causal=False, segments=True, slopes=True),
     "odd parts, a length": dict(T=60, gate="element-wise", normalizer="sigmoid"),
@@ -32,7 +44,9 @@ def on_many(arrays, segment_ids=None, **options):
     def part(a, ids):
         q, k, v = (a[name] for name in "qkv")
         others = {name: x for name, x in a.items() if name not in "qkv"}
-        return sharded.attention_sharded(q, k, v, axis_name="context", segment_ids=ids, **others, **options)
+        return sharded.attention_sharded(
+            q, k, v, axis_name="context", segment_ids=ids, **others, **options
+        )
 
     return part(arrays, segment_ids)
 
@@ -70,13 +84,17 @@ def test_causal_work_is_balanced(size):
 
 
 def test_other_implementations_are_refused():
-    with pytest.raises(NotImplementedError, match="implementation='reference' takes no queries that are a part"):
+    with pytest.raises(
+        NotImplementedError, match="implementation='reference' takes no queries that are a part"
+    ):
         on_many(cast(draw(T=8)[0], jnp.float32), implementation="reference")
 
 
 def test_no_array_is_gathered_but_keys_and_values():
     """Per layer: two all-gathers forward, two reduce-scatters backward, and queries travel once each way."""
     arrays = cast(draw(T=64)[0], jnp.float32)
-    text = lambda **options: str(jax.make_jaxpr(jax.grad(lambda a: on_many(a, **options).sum()))(arrays))
+    text = lambda **options: str(
+        jax.make_jaxpr(jax.grad(lambda a: on_many(a, **options).sum()))(arrays)
+    )
     assert text().count("all_gather[") == 2 and text().count("reduce_scatter[") == 2
     assert "all_gather[" not in text(window=16), "a short window needs its neighbor only"

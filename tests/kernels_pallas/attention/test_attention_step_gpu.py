@@ -16,11 +16,16 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS, attention_step
 
 room, normalizers_room = (
-    importlib.import_module(f"kernels_pallas.attention.{name}") for name in ("gpu.step", "normalizers.base")
+    importlib.import_module(f"kernels_pallas.attention.{name}")
+    for name in ("gpu.step", "normalizers.base")
 )
 S = 300
 slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbor of the same case also covers
-ONE_PASS = {name: normalizer.for_length(S) for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1}
+ONE_PASS = {
+    name: normalizer.for_length(S)
+    for name, normalizer in NORMALIZERS.items()
+    if normalizer.walks == 1
+}
 QUICK = ("softmax", "self_adjust")
 
 
@@ -34,7 +39,9 @@ def draw(B=3, H=4, Hk=2, K=24, V=40, gate="element-wise", slopes=False, sinks=Fa
     shapes |= {"sink_logits": (H,)} if sinks else {}
     valid = rng.random((B, slots)) < 0.7
     valid[-1], valid[-2, 1:], valid[-2, 0] = False, False, True
-    arrays = {n: rng.normal(size=s) * (0.01 if n == "alibi_slopes" else 1) for n, s in shapes.items()}
+    arrays = {
+        n: rng.normal(size=s) * (0.01 if n == "alibi_slopes" else 1) for n, s in shapes.items()
+    }
     distances = jnp.asarray(rng.permuted(np.arange(slots))[None].repeat(B, 0)) if slopes else None
     return arrays, jnp.asarray(valid), distances
 
@@ -106,15 +113,21 @@ def test_the_gradient_is_xlas():
 
 PLANTED = {
     "parts of other maxima": (
-        normalizers_room, "at_one_maximum", lambda right: lambda m, *sums: (m.max(0), *(x.sum(0) for x in sums))
+        normalizers_room,
+        "at_one_maximum",
+        lambda right: lambda m, *sums: (m.max(0), *(x.sum(0) for x in sums)),
     ),
     "a part without its last block": (
-        room, "split", lambda right: lambda *a: (lambda parts, each: (parts, each - 1))(*right(*a))
+        room,
+        "split",
+        lambda right: lambda *a: (lambda parts, each: (parts, each - 1))(*right(*a)),
     ),
     "the slots of another block": (
-        room, "_slots", lambda right: lambda ref, at, inside, width: right(ref, at ^ 64, inside, width)
+        room,
+        "_slots",
+        lambda right: lambda ref, at, inside, width: right(ref, at ^ 64, inside, width),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -145,7 +158,9 @@ def test_on_a_mesh(interpreter_in_shard_map):
     specs = {n: P("data", None, "tensor") if "cache" in n else P("data", "tensor") for n in arrays}
     specs["sink_logits"] = P("tensor")
     step = lambda a, valid: run(a, valid, None, implementation="gpu", interpret=True)
-    inside = jax.shard_map(step, in_specs=(specs, P("data")), out_specs=P("data", "tensor"), check_vma=True)
+    inside = jax.shard_map(
+        step, in_specs=(specs, P("data")), out_specs=P("data", "tensor"), check_vma=True
+    )
     want = run(arrays, valid, None, implementation="xla")
     with jax.set_mesh(mesh):
         placed = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in arrays.items()}

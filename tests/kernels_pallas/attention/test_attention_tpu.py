@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import BFLOAT16, EVERYTHING, FLOAT32, assert_close, call, cast, draw, truth, value_and_gradients
+from attention_cases import (
+    BFLOAT16,
+    EVERYTHING,
+    FLOAT32,
+    assert_close,
+    call,
+    cast,
+    draw,
+    truth,
+    value_and_gradients,
+)
 from helpers import rel_rms
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
@@ -37,7 +47,9 @@ def small_blocks(monkeypatch):
 def use_blocks(monkeypatch, block, rows, span=256, lag=1):
     """Forward and backward differ, so that each pads by itself."""
     both = {"forward": Schedule(block, rows, lag), "backward": Schedule(block, rows, lag, span)}
-    monkeypatch.setattr(room, "schedules", lambda T, *_: {way: s.fitted(T) for way, s in both.items()})
+    monkeypatch.setattr(
+        room, "schedules", lambda T, *_: {way: s.fitted(T) for way, s in both.items()}
+    )
 
 
 def compare(dtype=jnp.float32, tolerance=FLOAT32, run=on_tpu, **case):
@@ -51,14 +63,20 @@ def compare(dtype=jnp.float32, tolerance=FLOAT32, run=on_tpu, **case):
 CASES = {
     "causal, grouped, three blocks": dict(T=300, B=1),
     "everything": EVERYTHING | dict(T=300, window=140),
-    "full, segments": dict(T=300, B=1, H=2, causal=False, segments=True, gate="element-wise", slopes=True),
+    "full, segments": dict(
+        T=300, B=1, H=2, causal=False, segments=True, gate="element-wise", slopes=True
+    ),
     "full, window": dict(T=290, B=1, H=2, Hk=1, causal=False, window=20, sinks=True),
     "wide keys": dict(T=130, B=1, H=1, Hk=1, K=130, V=8, gate="head-wise"),
-    "wide values, one token": dict(T=1, B=1, H=2, Hk=2, K=8, V=136, gate="element-wise", sinks=True),
+    "wide values, one token": dict(
+        T=1, B=1, H=2, Hk=2, K=8, V=136, gate="element-wise", sinks=True
+    ),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "full, window" else n for n in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "full, window" else n for n in CASES]
+)
 def test_float32(name):
     compare(**CASES[name])
 
@@ -67,7 +85,15 @@ def test_float32(name):
 def test_every_normalizer_of_one_walk(normalizer):
     """One tile of each, with documents and either gate; the one that keeps most of a row, over several."""
     gate = ("head-wise", "element-wise")[ONE_PASS.index(normalizer) % 2]
-    compare(T=150 if normalizer == "self_adjust" else 70, B=1, H=1, Hk=1, segments=True, gate=gate, normalizer=normalizer)
+    compare(
+        T=150 if normalizer == "self_adjust" else 70,
+        B=1,
+        H=1,
+        Hk=1,
+        segments=True,
+        gate=gate,
+        normalizer=normalizer,
+    )
 
 
 def test_bfloat16():
@@ -79,7 +105,9 @@ def test_bfloat16_as_the_matrix_unit_rounds(monkeypatch):
     monkeypatch.setattr(room, "_rounds", lambda *_: True)
     arrays, options = draw(T=70, B=1, H=1, Hk=1, gate="element-wise")
     arrays = cast(arrays, jnp.bfloat16)
-    got = value_and_gradients(arrays, f=lambda a: call(a, implementation="tpu", interpret=True, **options))
+    got = value_and_gradients(
+        arrays, f=lambda a: call(a, implementation="tpu", interpret=True, **options)
+    )
     assert_close(got, truth(arrays, **options), 4e-3)
 
 
@@ -104,7 +132,9 @@ def test_groups_of_rows_and_the_tuned_blocks(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", [None, "head-wise", "element-wise"])
-@pytest.mark.parametrize("mask", [{}, dict(window=129), dict(segments=True), dict(causal=False), dict(sinks=True)])
+@pytest.mark.parametrize(
+    "mask", [{}, dict(window=129), dict(segments=True), dict(causal=False), dict(sinks=True)]
+)
 @pytest.mark.parametrize("normalizer", ONE_PASS)
 def test_the_product(normalizer, mask, gate):
     if "sinks" in mask and normalizer != "softmax":
@@ -123,7 +153,9 @@ def test_lengths_at_tuned_blocks(T, monkeypatch):
 # --- which tiles are visited
 
 
-@pytest.mark.parametrize("causal, window", [(True, None), (True, 100), (True, 300), (False, None), (False, 130)])
+@pytest.mark.parametrize(
+    "causal, window", [(True, None), (True, 100), (True, 300), (False, None), (False, 130)]
+)
 def test_visits_are_the_tiles_that_the_mask_leaves(causal, window):
     """Each once, in both passes; a tile called FULL hides nothing."""
     T, block = 1000, 128
@@ -178,9 +210,13 @@ PLANTED = {
     "lanes' sums of another maximum": (tile, "finite", lambda right: lambda m: 0.999 * right(m)),
     "one span of keys": (backward_room, "backward_visits", _first_span_only),
     "a tile not visited": (forward_room, "forward_visits", _a_tile_less),
-    "gate open in the gradient": (tile, "open_gate", lambda right: lambda x: jnp.clip(right(x), 0.01, 0.9)),
+    "gate open in the gradient": (
+        tile,
+        "open_gate",
+        lambda right: lambda x: jnp.clip(right(x), 0.01, 0.9),
+    ),
     "turned rows": (tile, "as_row", lambda right: lambda x: jnp.roll(right(x), 1, axis=1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -190,7 +226,12 @@ def test_planted_errors_are_found(error, monkeypatch):
     monkeypatch.setattr(where, name, plant(getattr(where, name)))
     with pytest.raises(AssertionError, match=r"e-|0\.|non-finite"):
         compare(
-            run=lambda a, **o: on_tpu(a, f=lambda x, **p: call(x, **p), **o), T=300, B=1, H=1, Hk=1, gate="element-wise"
+            run=lambda a, **o: on_tpu(a, f=lambda x, **p: call(x, **p), **o),
+            T=300,
+            B=1,
+            H=1,
+            Hk=1,
+            gate="element-wise",
         )
 
 
@@ -199,14 +240,18 @@ def test_planted_errors_are_found(error, monkeypatch):
 
 def test_vmap():
     pairs = [draw(B=1, T=70, H=2, Hk=1, segments=True, slopes=True, seed=seed) for seed in (1, 2)]
-    both = jax.tree.map(lambda *a: jnp.stack(a), *[cast(arrays, jnp.float32) for arrays, _ in pairs])
+    both = jax.tree.map(
+        lambda *a: jnp.stack(a), *[cast(arrays, jnp.float32) for arrays, _ in pairs]
+    )
     ids = jnp.stack([options["segment_ids"] for _, options in pairs])
 
     def total(implementation, arrays, ids):
         options = dict(interpret=True) if implementation == "tpu" else {}
         return jnp.sum(call(arrays, segment_ids=ids, implementation=implementation, **options) ** 2)
 
-    gradient = lambda implementation: jax.jit(jax.vmap(jax.grad(partial(total, implementation))))(both, ids)
+    gradient = lambda implementation: jax.jit(jax.vmap(jax.grad(partial(total, implementation))))(
+        both, ids
+    )
     assert_close(gradient("tpu"), gradient("xla"), FLOAT32)
 
 
@@ -285,8 +330,17 @@ def test_no_races(monkeypatch):
 def test_compiles(chip, shape):
     """Forward and backward; the replay follows every visit, so that the model time is one."""
     pytest.importorskip("libtpu")
-    command = [sys.executable, "-m", "gatedjax.aot", "--op=attention", f"--target=tpu:{chip}", f"--shape={shape}"]
-    done = subprocess.run([*command, "--pass=bwd", "--json"], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "gatedjax.aot",
+        "--op=attention",
+        f"--target=tpu:{chip}",
+        f"--shape={shape}",
+    ]
+    done = subprocess.run(
+        [*command, "--pass=bwd", "--json"], capture_output=True, text=True, check=True
+    )
     report = json.loads(done.stdout)
     assert report["implementation"] == "tpu"
     kernels = report["bwd"]["kernels"]
@@ -298,7 +352,10 @@ def test_compiles(chip, shape):
 
 @pytest.mark.parametrize(
     "D, options, message",
-    [(257, {}, "K and V up to 256, not 257"), (8, dict(normalizer="entmax"), "walk over the keys once, not Entmax")],
+    [
+        (257, {}, "K and V up to 256, not 257"),
+        (8, dict(normalizer="entmax"), "walk over the keys once, not Entmax"),
+    ],
 )
 def test_what_the_kernel_refuses_by_name(D, options, message):
     x = jnp.zeros((1, 4, 1, D))

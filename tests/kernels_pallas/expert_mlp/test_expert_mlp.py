@@ -22,7 +22,9 @@ SIZES = [33, 0, 1, 20]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    row = tpu_tuning.Row(cores=1, tile=32, parts=32, depth=32, step=128, outer_step=(128, 128), vmem=2**26)
+    row = tpu_tuning.Row(
+        cores=1, tile=32, parts=32, depth=32, step=128, outer_step=(128, 128), vmem=2**26
+    )
     monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
 
 
@@ -34,7 +36,11 @@ def draw(dtype, rows=R):
 
 def weights(rows=R):
     """One of them is 0: a gradient that divided by it would show."""
-    return {"weights": jnp.asarray(np.random.default_rng(2).normal(size=rows), jnp.float32).at[3].set(0.0)}
+    return {
+        "weights": jnp.asarray(np.random.default_rng(2).normal(size=rows), jnp.float32)
+        .at[3]
+        .set(0.0)
+    }
 
 
 def cotangent(rows=R):
@@ -43,7 +49,9 @@ def cotangent(rows=R):
 
 def value_and_gradients(arrays, sizes, f=expert_mlp, **options):
     """{"y": y, "rows": drows, "gate": dgate, ...}."""
-    call = lambda a: f(*(a[name] for name in NAMES), sizes, *(a[n] for n in a if n == "weights"), **options)
+    call = lambda a: f(
+        *(a[name] for name in NAMES), sizes, *(a[n] for n in a if n == "weights"), **options
+    )
     y, pull = jax.vjp(call, arrays)
     return {"y": y} | pull(jnp.asarray(cotangent(len(y)), y.dtype))[0]
 
@@ -54,7 +62,10 @@ def truth(arrays, sizes, half=None):
     dy = cotangent(len(x)) if half is None else cotangent(2 * len(x)).reshape(2, len(x), M)[half]
     dy = np.asarray(jnp.asarray(dy, arrays["rows"].dtype), np.float64)
     out = {"y": np.zeros_like(x), "rows": np.zeros_like(x)}
-    out |= {name: np.zeros(arrays[name].shape) for name in (*NAMES[1:], *(n for n in arrays if n == "weights"))}
+    out |= {
+        name: np.zeros(arrays[name].shape)
+        for name in (*NAMES[1:], *(n for n in arrays if n == "weights"))
+    }
     w, start = np.asarray(arrays.get("weights", np.ones(len(x))), np.float64)[:, None], 0
     for g, size in enumerate(sizes):
         at = slice(start, start + size)
@@ -85,7 +96,9 @@ def test_tpu_kernels(sizes):
     arrays = draw(jnp.float32) | weights()
     actual = on_tpu()(arrays, jnp.asarray(sizes, jnp.int32))
     assert_close(actual, truth(arrays, sizes), 2e-6)
-    assert not np.any(actual["y"][sum(sizes) :]) and not np.any(actual["down"][np.asarray(sizes) == 0])
+    assert not np.any(actual["y"][sum(sizes) :]) and not np.any(
+        actual["down"][np.asarray(sizes) == 0]
+    )
     assert not np.any(actual["weights"][sum(sizes) :])
 
 
@@ -118,7 +131,9 @@ def test_bfloat16():
     expected = truth(arrays, SIZES)
     tpu, xla = on_tpu()(arrays, sizes), jax.jit(value_and_gradients)(arrays, sizes)
     for name in expected:
-        assert rel_rms(tpu[name], expected[name]) < min(8e-3, 1.1 * rel_rms(xla[name], expected[name])), name
+        assert rel_rms(tpu[name], expected[name]) < min(
+            8e-3, 1.1 * rel_rms(xla[name], expected[name])
+        ), name
 
 
 @pytest.mark.slow
@@ -128,9 +143,13 @@ def test_shard_map():
     arrays, sizes = draw(jnp.float32, 32) | weights(32), np.asarray([[5, 1, 0, 9], [3, 0, 2, 11]])
     call = lambda *a: expert_mlp(*a[:4], a[4][0], a[5], implementation="tpu", interpret=True)
     rows = P("data")
-    mapped = jax.shard_map(call, mesh=mesh, in_specs=(rows, P(), P(), P(), rows, rows), out_specs=rows, check_vma=True)
+    mapped = jax.shard_map(
+        call, mesh=mesh, in_specs=(rows, P(), P(), P(), rows, rows), out_specs=rows, check_vma=True
+    )
     actual = jax.jit(functools.partial(value_and_gradients, f=mapped))(arrays, sizes)
-    part = lambda i: arrays | {name: arrays[name][16 * i : 16 * i + 16] for name in ("rows", "weights")}
+    part = lambda i: (
+        arrays | {name: arrays[name][16 * i : 16 * i + 16] for name in ("rows", "weights")}
+    )
     halves = [truth(part(i), sizes[i], half=i) for i in range(2)]
     join = lambda name, x, y: np.concatenate([x, y]) if name in ("y", "rows", "weights") else x + y
     expected = {name: join(name, halves[0][name], halves[1][name]) for name in halves[0]}
@@ -155,7 +174,10 @@ def test_a_planted_error_is_seen(monkeypatch):
         arrays, jnp.asarray(SIZES)
     )
     errors = {name: rel_rms(actual[name], x) for name, x in truth(arrays, SIZES).items()}
-    assert min(errors[n] for n in ("rows", "gate", "up")) > 1e-2 and max(errors["y"], errors["down"]) < 2e-6, errors
+    assert (
+        min(errors[n] for n in ("rows", "gate", "up")) > 1e-2
+        and max(errors["y"], errors["down"]) < 2e-6
+    ), errors
 
 
 BAD = {
@@ -166,7 +188,9 @@ BAD = {
     "group_sizes: got shape (3,), expected (2,)": dict(group_sizes=jnp.asarray([1, 2, 1])),
     "group_sizes: got dtype float32": dict(group_sizes=jnp.ones(2)),
     "down: got dtype bfloat16, expected float32": dict(down=jnp.zeros((2, 5, 3), jnp.bfloat16)),
-    "weights: got shape (3,) and dtype float32, expected (4,) of a float dtype": dict(weights=jnp.ones(3)),
+    "weights: got shape (3,) and dtype float32, expected (4,) of a float dtype": dict(
+        weights=jnp.ones(3)
+    ),
     "activation: got 'relu', expected one of silu, gelu": dict(activation="relu"),
     "implementation: got 'fast'": dict(implementation="fast"),
     "interpret: got True": dict(interpret=True),
@@ -176,9 +200,12 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named(message):
     good = dict(
-        rows=jnp.zeros((4, 3)), gate=jnp.zeros((2, 3, 5)), up=jnp.zeros((2, 3, 5)), down=jnp.zeros((2, 5, 3)),
+        rows=jnp.zeros((4, 3)),
+        gate=jnp.zeros((2, 3, 5)),
+        up=jnp.zeros((2, 3, 5)),
+        down=jnp.zeros((2, 5, 3)),
         group_sizes=jnp.asarray([1, 3]),
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError) as error:
         expert_mlp(**(good | BAD[message]))
     assert f"expert_mlp: {message}" in str(error.value)

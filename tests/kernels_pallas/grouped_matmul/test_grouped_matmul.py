@@ -39,21 +39,31 @@ def value_and_gradients(arrays, group_sizes, f=grouped_matmul, **options):
     def loss(arrays, group_sizes):
         out = f(arrays["lhs"], arrays["rhs"], group_sizes, **options)
         cotangent = jnp.asarray(np.random.default_rng(9).normal(size=out.shape), jnp.bfloat16)
-        return jnp.sum(out * cotangent.astype(out.dtype), dtype=jnp.promote_types(jnp.float32, out.dtype)), out
+        return jnp.sum(
+            out * cotangent.astype(out.dtype), dtype=jnp.promote_types(jnp.float32, out.dtype)
+        ), out
 
-    (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(arrays, jnp.asarray(group_sizes, jnp.int32))
+    (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(
+        arrays, jnp.asarray(group_sizes, jnp.int32)
+    )
     return {"out": out, **gradients}
 
 
 def truth(arrays, group_sizes):
     """One matmul a group, in numpy and float64."""
     lhs, rhs = (np.asarray(arrays[name], np.float64) for name in ("lhs", "rhs"))
-    cotangent = np.asarray(jnp.asarray(np.random.default_rng(9).normal(size=(len(lhs), N)), jnp.bfloat16), np.float64)
+    cotangent = np.asarray(
+        jnp.asarray(np.random.default_rng(9).normal(size=(len(lhs), N)), jnp.bfloat16), np.float64
+    )
     out, dlhs, drhs = np.zeros((len(lhs), N)), np.zeros_like(lhs), np.zeros_like(rhs)
     start = 0
     for g, size in enumerate(group_sizes):
         rows = slice(start, start + size)
-        out[rows], dlhs[rows], drhs[g] = lhs[rows] @ rhs[g], cotangent[rows] @ rhs[g].T, lhs[rows].T @ cotangent[rows]
+        out[rows], dlhs[rows], drhs[g] = (
+            lhs[rows] @ rhs[g],
+            cotangent[rows] @ rhs[g].T,
+            lhs[rows].T @ cotangent[rows],
+        )
         start += size
     return {"out": out, "lhs": dlhs, "rhs": drhs}
 
@@ -63,7 +73,10 @@ def assert_close(actual, expected, tolerance):
     assert all(error < tolerance for error in errors.values()), errors
 
 
-jitted = {x: jax.jit(lambda a, s, x=x: value_and_gradients(a, s, implementation=x)) for x in ("xla", "reference")}
+jitted = {
+    x: jax.jit(lambda a, s, x=x: value_and_gradients(a, s, implementation=x))
+    for x in ("xla", "reference")
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -83,15 +96,23 @@ def test_values_and_gradients(name, implementation):
 def test_any_group_sizes(cuts, total):
     sizes = np.diff(np.minimum(np.sort([0, *cuts, M]), total))
     arrays = draw(seed=total)
-    assert_close(jitted["xla"](cast(arrays, jnp.float32), jnp.asarray(sizes, jnp.int32)), truth(arrays, sizes), 1e-6)
+    assert_close(
+        jitted["xla"](cast(arrays, jnp.float32), jnp.asarray(sizes, jnp.int32)),
+        truth(arrays, sizes),
+        1e-6,
+    )
 
 
-@pytest.mark.parametrize("rows, block", [(200, 8), (200, 64), (200, 256), (1, None), (3, None), (7, 8)])
+@pytest.mark.parametrize(
+    "rows, block", [(200, 8), (200, 64), (200, 256), (1, None), (3, None), (7, 8)]
+)
 def test_result_does_not_depend_on_tiles(rows, block, monkeypatch):
     if block:
         monkeypatch.setattr(xla, "block_rows", lambda M, G: block)
     arrays, sizes = draw(rows), np.random.default_rng(rows).multinomial(rows, np.ones(G) / G)
-    assert_close(jax.jit(value_and_gradients)(cast(arrays, jnp.float32), sizes), truth(arrays, sizes), 1e-6)
+    assert_close(
+        jax.jit(value_and_gradients)(cast(arrays, jnp.float32), sizes), truth(arrays, sizes), 1e-6
+    )
 
 
 @pytest.mark.parametrize("preferred", [None, jnp.float32])
@@ -130,9 +151,16 @@ def test_work_does_not_grow_with_groups(monkeypatch):
 
 def test_vmap():
     """Over rows, matrices and group sizes together."""
-    batch = [(draw(seed=i), SIZES[name]) for i, name in enumerate(("unequal", "fewer than M", "single rows"))]
-    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.float32), *(arrays for arrays, _ in batch))
-    actual = jax.jit(jax.vmap(value_and_gradients))(stacked, jnp.asarray([sizes for _, sizes in batch], jnp.int32))
+    batch = [
+        (draw(seed=i), SIZES[name])
+        for i, name in enumerate(("unequal", "fewer than M", "single rows"))
+    ]
+    stacked = jax.tree.map(
+        lambda *x: jnp.asarray(np.stack(x), jnp.float32), *(arrays for arrays, _ in batch)
+    )
+    actual = jax.jit(jax.vmap(value_and_gradients))(
+        stacked, jnp.asarray([sizes for _, sizes in batch], jnp.int32)
+    )
     for i, (arrays, sizes) in enumerate(batch):
         assert_close({name: x[i] for name, x in actual.items()}, truth(arrays, sizes), 1e-6)
 
@@ -141,13 +169,19 @@ def test_shard_map():
     """Every device sorts its own rows; the matrices are the same everywhere, so their gradient is summed."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     arrays = draw(8 * 24)
-    sizes = np.random.default_rng(0).multinomial(20, np.ones(G) / G, size=8)  # 20 of 24 rows on each device
+    sizes = np.random.default_rng(0).multinomial(
+        20, np.ones(G) / G, size=8
+    )  # 20 of 24 rows on each device
 
     def on_device(lhs, rhs, sizes):
         return grouped_matmul(lhs, rhs, sizes[0])
 
     mapped = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P("data"), check_vma=True
+        on_device,
+        mesh=mesh,
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=P("data"),
+        check_vma=True,
     )
     run = jax.jit(lambda a, s: value_and_gradients(a, s, f=mapped))
     # The truth of the whole: a mask of rows and groups.
@@ -155,16 +189,24 @@ def test_shard_map():
     one_hot = jnp.asarray(row_groups[:, None] == np.arange(G), jnp.float32)
     dense = lambda lhs, rhs, _: jnp.einsum("mg,mk,gkn->mn", one_hot, lhs, rhs)
     arrays = cast(arrays, jnp.float32)
-    assert_close(run(arrays, sizes), jax.jit(lambda a, s: value_and_gradients(a, s, f=dense))(arrays, sizes), 1e-6)
+    assert_close(
+        run(arrays, sizes),
+        jax.jit(lambda a, s: value_and_gradients(a, s, f=dense))(arrays, sizes),
+        1e-6,
+    )
 
 
 def test_jit_on_a_mesh():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     arrays, sizes = cast(draw(), jnp.float32), SIZES["unequal"]
-    placed = {name: jax.device_put(x, NamedSharding(mesh, spec)) for (name, x), spec in
-              zip(arrays.items(), (P("data"), P()))}  # fmt: skip
+    placed = {
+        name: jax.device_put(x, NamedSharding(mesh, spec))
+        for (name, x), spec in zip(arrays.items(), (P("data"), P()))
+    }
     with jax.set_mesh(mesh):
-        assert_close(jax.jit(value_and_gradients)(placed, jnp.asarray(sizes)), truth(draw(), sizes), 1e-6)
+        assert_close(
+            jax.jit(value_and_gradients)(placed, jnp.asarray(sizes)), truth(draw(), sizes), 1e-6
+        )
 
 
 def test_sort_by_group():
@@ -185,12 +227,16 @@ def test_permute_rows(copies):
     naive = lambda x: jnp.repeat(x, copies, axis=0)[order]
     ours = lambda x: permute_rows(x, order, inverse)
     np.testing.assert_array_equal(ours(x), naive(x))
-    np.testing.assert_array_equal(jax.jit(lambda: ours(np.asarray(x)))(), naive(x))  # numpy is welcome
+    np.testing.assert_array_equal(
+        jax.jit(lambda: ours(np.asarray(x)))(), naive(x)
+    )  # numpy is welcome
     gradient = jax.grad(lambda x, f: jnp.sum(f(x) * cotangent), argnums=0)
     assert rel_rms(gradient(x, ours), gradient(x, naive)) < 1e-6
     assert "scatter" in str(jax.make_jaxpr(lambda x: gradient(x, naive))(x))
     assert "scatter" not in str(jax.make_jaxpr(lambda x: gradient(x, ours))(x))
-    np.testing.assert_array_equal(permute_rows(ours(x), inverse, order), jnp.repeat(x, copies, axis=0))
+    np.testing.assert_array_equal(
+        permute_rows(ours(x), inverse, order), jnp.repeat(x, copies, axis=0)
+    )
 
 
 def test_what_ran_is_reported():
@@ -201,8 +247,15 @@ def test_what_ran_is_reported():
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 def test_what_a_kernel_does_not_cover_is_refused(implementation):
     with jax.enable_x64(True):
-        arguments = (jnp.zeros((4, 3), jnp.float64), jnp.zeros((2, 3, 5), jnp.float64), jnp.asarray([1, 3]))
-        with pytest.raises(NotImplementedError, match=f"grouped_matmul: implementation='{implementation}' .*float64"):
+        arguments = (
+            jnp.zeros((4, 3), jnp.float64),
+            jnp.zeros((2, 3, 5), jnp.float64),
+            jnp.asarray([1, 3]),
+        )
+        with pytest.raises(
+            NotImplementedError,
+            match=f"grouped_matmul: implementation='{implementation}' .*float64",
+        ):
             grouped_matmul(*arguments, implementation=implementation)
 
 

@@ -45,7 +45,16 @@ def test_tiles_are_those_of_the_groups():
     """Each of ceil(size / tile) tiles once, then those of no group, then none."""
     group, first, end = gpu._tiles(jnp.asarray([5, 0, 9, 1]), 20, 4)
     live = [(int(g), int(f), int(e)) for g, f, e in zip(group, first, end) if g <= 4]
-    assert live == [(0, 0, 5), (0, 4, 5), (2, 5, 14), (2, 9, 14), (2, 13, 14), (3, 14, 15), (4, 15, 20), (4, 19, 20)]
+    assert live == [
+        (0, 0, 5),
+        (0, 4, 5),
+        (2, 5, 14),
+        (2, 9, 14),
+        (2, 13, 14),
+        (3, 14, 15),
+        (4, 15, 20),
+        (4, 19, 20),
+    ]
 
 
 @pytest.mark.slow

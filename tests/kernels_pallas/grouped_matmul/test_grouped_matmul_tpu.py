@@ -13,7 +13,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_grouped_matmul import SIZES, G, K, M, N, assert_close, cast, draw, truth, value_and_gradients
+from test_grouped_matmul import (
+    SIZES,
+    G,
+    K,
+    M,
+    N,
+    assert_close,
+    cast,
+    draw,
+    truth,
+    value_and_gradients,
+)
 
 from kernels_pallas import dispatch, grouped_matmul
 from kernels_pallas.grouped_matmul.tpu import (
@@ -41,7 +52,9 @@ on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Many small tiles, so that small arrays go every way through the kernels."""
-    row = tpu_tuning.Row(cores=2, tile=64, parts=16, depth=32, step=128, outer_step=(128, 128), vmem=2**26)
+    row = tpu_tuning.Row(
+        cores=2, tile=64, parts=16, depth=32, step=128, outer_step=(128, 128), vmem=2**26
+    )
     monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
 
 
@@ -74,7 +87,9 @@ def test_any_group_sizes(cuts, total):
 def test_bfloat16_in_several_blocks():
     """Blocks of columns and of matmuls; results are rounded once."""
     rng = np.random.default_rng(0)
-    arrays = cast({"lhs": rng.normal(size=(100, 200)), "rhs": rng.normal(size=(3, 200, 300))}, jnp.bfloat16)
+    arrays = cast(
+        {"lhs": rng.normal(size=(100, 200)), "rhs": rng.normal(size=(3, 200, 300))}, jnp.bfloat16
+    )
     sizes = [37, 0, 60]
     expected = dict(zip(("out", "lhs", "rhs"), wide_truth(arrays, sizes)))
     actual = jitted()(arrays, jnp.asarray(sizes))
@@ -104,8 +119,12 @@ def test_float16_and_one_row():
 
 def test_vmap():
     """Over rows, matrices and group sizes together."""
-    batch = [(draw(40, seed=i), sizes) for i, sizes in enumerate(([20, 0, 15, 1, 4], [1, 1, 1, 1, 1]))]
-    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.float32), *(arrays for arrays, _ in batch))
+    batch = [
+        (draw(40, seed=i), sizes) for i, sizes in enumerate(([20, 0, 15, 1, 4], [1, 1, 1, 1, 1]))
+    ]
+    stacked = jax.tree.map(
+        lambda *x: jnp.asarray(np.stack(x), jnp.float32), *(arrays for arrays, _ in batch)
+    )
     run = jax.jit(jax.vmap(functools.partial(value_and_gradients, f=on_tpu)))
     actual = run(stacked, jnp.asarray([sizes for _, sizes in batch], jnp.int32))
     for i, (arrays, sizes) in enumerate(batch):
@@ -120,9 +139,14 @@ def test_shard_map():
     arrays = {"lhs": np.concatenate([a["lhs"] for a in own]), "rhs": rng.normal(size=(G, K, N))}
     mapped = jax.shard_map(
         lambda lhs, rhs, sizes: on_tpu(lhs, rhs, sizes[0]),
-        mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P("data"), check_vma=True,
-    )  # fmt: skip
-    actual = jax.jit(functools.partial(value_and_gradients, f=mapped))(cast(arrays, jnp.float32), sizes)
+        mesh=mesh,
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=P("data"),
+        check_vma=True,
+    )
+    actual = jax.jit(functools.partial(value_and_gradients, f=mapped))(
+        cast(arrays, jnp.float32), sizes
+    )
     group = np.concatenate([np.repeat(np.arange(G + 1), [*s, 24 - sum(s)]) for s in sizes])
     one_hot = jnp.asarray(group[:, None] == np.arange(G), jnp.float32)
     dense = lambda lhs, rhs, _: jnp.einsum("mg,mk,gkn->mn", one_hot, lhs, rhs, precision="highest")
@@ -135,31 +159,53 @@ def test_jit_on_a_mesh():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     arrays, sizes = draw(96), [50, 0, 3, 30, 4]
     specs = {"lhs": P("data"), "rhs": P()}
-    placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in cast(arrays, jnp.float32).items()}
+    placed = {
+        n: jax.device_put(x, NamedSharding(mesh, specs[n]))
+        for n, x in cast(arrays, jnp.float32).items()
+    }
     with jax.set_mesh(mesh):
-        actual = jax.jit(functools.partial(value_and_gradients, f=on_tpu))(placed, jnp.asarray(sizes))
+        actual = jax.jit(functools.partial(value_and_gradients, f=on_tpu))(
+            placed, jnp.asarray(sizes)
+        )
     assert_close(actual, truth(arrays, sizes), 1e-6)
 
 
-SHARING = [33, 1, 0, 15, 5]  # groups share registers; the fourth one's rows in its first and last fit into one
+SHARING = [
+    33,
+    1,
+    0,
+    15,
+    5,
+]  # groups share registers; the fourth one's rows in its first and last fit into one
 
 
 def kernels(sizes, interpret):
     """(out, drhs) of the two kernels alone, rows 80."""
     arrays = cast(draw(80), jnp.float32)
-    dout = jnp.asarray(np.random.default_rng(9).normal(size=(80, N)), jnp.bfloat16).astype(jnp.float32)
+    dout = jnp.asarray(np.random.default_rng(9).normal(size=(80, N)), jnp.bfloat16).astype(
+        jnp.float32
+    )
     sizes = jnp.asarray(sizes, jnp.int32)
     work = tpu.Rows("forward", interpret, (jnp.dtype(jnp.float32),))
-    (out,) = jax.jit(lambda *a: tpu.rows_times_groups(work, a[:1], a[1:2], a[2]))(*arrays.values(), sizes)
-    drhs = jax.jit(lambda *a: tpu.outer_by_group("drhs", interpret, a[:1], *a[1:]))(arrays["lhs"], dout, sizes)
-    return {"out": out, "rhs": drhs}, {n: x for n, x in truth(arrays, sizes.tolist()).items() if n != "lhs"}
+    (out,) = jax.jit(lambda *a: tpu.rows_times_groups(work, a[:1], a[1:2], a[2]))(
+        *arrays.values(), sizes
+    )
+    drhs = jax.jit(lambda *a: tpu.outer_by_group("drhs", interpret, a[:1], *a[1:]))(
+        arrays["lhs"], dout, sizes
+    )
+    return {"out": out, "rhs": drhs}, {
+        n: x for n, x in truth(arrays, sizes.tolist()).items() if n != "lhs"
+    }
 
 
 @pytest.mark.slow
 def test_no_races():
     """With DMAs as late as they may be, memory that begins as NaN, and reads beyond an array refused."""
     strict = pltpu.InterpretParams(
-        detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise"
+        detect_races=True,
+        dma_execution_mode="on_wait",
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
     )
     assert_close(*kernels(SHARING, strict), 1e-6)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -192,7 +238,10 @@ def test_a_planted_error_is_seen(error, monkeypatch):
 
 def per_row(low, high):
     """(the numbers of 48 rows from row 112 on, row sums of their squares): of 300 rows, over the end of a line."""
-    numbers, values = jnp.arange(300.0), np.random.default_rng(0).normal(size=(48, 256)).astype(np.float32)
+    numbers, values = (
+        jnp.arange(300.0),
+        np.random.default_rng(0).normal(size=(48, 256)).astype(np.float32),
+    )
     values[: low - 112] = values[high - 112 :] = np.nan  # a neighbor's rows may hold anything
 
     def kernel(lines, values, column, sums):
@@ -217,13 +266,18 @@ def test_one_number_for_each_row():
 def test_sizes_of_a_tile():
     """Fine where groups end, coarse where a tile is nearly full; the last is the tile."""
     assert tpu_tuning._parts(512, 32) == (*range(32, 321, 32), 384, 448, 512)
-    assert tpu_tuning._parts(64, 32) == (32, 64) and tpu_tuning._parts(32, 32) == tpu_tuning._parts(32, 64) == (32,)
+    assert tpu_tuning._parts(64, 32) == (32, 64) and tpu_tuning._parts(32, 32) == tpu_tuning._parts(
+        32, 64
+    ) == (32,)
 
 
 def test_what_ran_and_what_is_refused():
     arguments = jnp.zeros((4, 128), jnp.float32), jnp.zeros((2, 128, 128)), jnp.asarray([1, 3])
     jax.eval_shape(on_tpu, *arguments)
     assert dispatch.last_choice("grouped_matmul").implementation == "tpu"
-    wide = jax.ShapeDtypeStruct((4, 2**17), jnp.float32), jax.ShapeDtypeStruct((2, 2**17, 8), jnp.float32)
+    wide = (
+        jax.ShapeDtypeStruct((4, 2**17), jnp.float32),
+        jax.ShapeDtypeStruct((2, 2**17, 8), jnp.float32),
+    )
     with pytest.raises(NotImplementedError, match="takes rows of up to"):
         jax.eval_shape(on_tpu, *wide, jax.ShapeDtypeStruct((2,), jnp.int32))

@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from scan_cases import BF16, CASES, DECAYS, F32, MAKE_KEYS, OPTIONS, SEGMENTS, compare, fast_jit, make, total
+from scan_cases import (
+    BF16,
+    CASES,
+    DECAYS,
+    F32,
+    MAKE_KEYS,
+    OPTIONS,
+    SEGMENTS,
+    compare,
+    fast_jit,
+    make,
+    total,
+)
 
 from kernels_pallas import linear_scan, linear_scan_step
 from kernels_pallas.linear_scan import tile
@@ -53,7 +65,10 @@ def test_bfloat16(rank, decay):
 def test_minus_infinity_is_a_decay_of_zero(rank):
     x = make(rank=rank, decay="mixture")
     infinite = x | {"log_decay": np.where(x["log_decay"] < -1000, -np.inf, x["log_decay"])}
-    for a, b in zip(jax.tree.leaves(compare(infinite, chunk_size=16)), jax.tree.leaves(compare(x, chunk_size=16))):
+    for a, b in zip(
+        jax.tree.leaves(compare(infinite, chunk_size=16)),
+        jax.tree.leaves(compare(x, chunk_size=16)),
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -66,19 +81,31 @@ def flip_gradient(x):
 
 PLANTED = {
     "state not read": lambda scores, reads, writes, total: (scores, 0 * reads, writes, total),
-    "state not decayed": lambda scores, reads, writes, total: (scores, reads, writes, jnp.ones_like(total)),
+    "state not decayed": lambda scores, reads, writes, total: (
+        scores,
+        reads,
+        writes,
+        jnp.ones_like(total),
+    ),
     "state gate gradient lost": lambda scores, reads, writes, total: (
         scores,
         reads,
         writes,
         jax.lax.stop_gradient(total),
     ),
-    "reads 1e-5 too large": lambda scores, reads, writes, total: (scores, reads * (1 + 1e-5), writes, total),
+    "reads 1e-5 too large": lambda scores, reads, writes, total: (
+        scores,
+        reads * (1 + 1e-5),
+        writes,
+        total,
+    ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", [*PLANTED, "gate gradient flipped", "gate gradient of the read lost"])
+@pytest.mark.parametrize(
+    "error", [*PLANTED, "gate gradient flipped", "gate gradient of the read lost"]
+)
 @pytest.mark.parametrize("rank", [slow(3), 4])
 def test_planted_errors_are_found(rank, error, monkeypatch):
     name = {3: "scalar_decay", 4: "vector_decay"}[rank]
@@ -92,7 +119,9 @@ def test_planted_errors_are_found(rank, error, monkeypatch):
         return PLANTED.get(error, lambda *x: x)(*right(q, k, log_decay, log_read, precision))
 
     monkeypatch.setattr(tile, name, wrong)
-    with pytest.raises(AssertionError, match=r"'o': |non-finite"):  # an error of some size, not a crash
+    with pytest.raises(
+        AssertionError, match=r"'o': |non-finite"
+    ):  # an error of some size, not a crash
         compare(make(T=12, rank=rank), chunk_size=2, trace=error)
 
 
@@ -131,7 +160,9 @@ def test_no_gradient_crosses_a_segment_boundary():
     x = {n: jnp.float32(a) for n, a in make(T=40, bonus=True).items()}
 
     def last_segment(x):
-        return (linear_scan(**x, inclusive=False, segment_ids=SEGMENTS, chunk_size=4)[:, 30:] ** 2).sum()
+        return (
+            linear_scan(**x, inclusive=False, segment_ids=SEGMENTS, chunk_size=4)[:, 30:] ** 2
+        ).sum()
 
     gradients = fast_jit(jax.grad(last_segment))(x)
     for name in ("q", "k", "v", "log_decay"):
@@ -145,7 +176,12 @@ def test_no_gradient_crosses_a_segment_boundary():
 @pytest.mark.parametrize("implementation", ["xla", "reference", "tpu"])
 @pytest.mark.parametrize(
     "options",
-    [dict(rank=0), dict(rank=1, Hk=1), dict(rank=3, normalize=True), dict(rank=4, Hv=1, bonus=True, inclusive=False)],
+    [
+        dict(rank=0),
+        dict(rank=1, Hk=1),
+        dict(rank=3, normalize=True),
+        dict(rank=4, Hv=1, bonus=True, inclusive=False),
+    ],
     ids=str,
 )
 def test_decoding_step_by_step_equals_the_scan(options, implementation):
@@ -156,7 +192,12 @@ def test_decoding_step_by_step_equals_the_scan(options, implementation):
     want, want_state = fast_jit(partial(linear_scan, **static, return_final_state=True))(**x)
     state = x.pop("initial_state")
     step = fast_jit(
-        partial(linear_scan_step, **static, implementation=implementation, interpret=implementation == "tpu")
+        partial(
+            linear_scan_step,
+            **static,
+            implementation=implementation,
+            interpret=implementation == "tpu",
+        )
     )
     for t in range(12):
         token = {n: a[:, t] if a.ndim > 2 else a for n, a in x.items()}
@@ -170,7 +211,9 @@ def test_decoding_step_by_step_equals_the_scan(options, implementation):
 
 
 def test_vmap():
-    pairs = [{n: jnp.float32(a) for n, a in make(seed, T=20, bonus=True).items()} for seed in (1, 2)]
+    pairs = [
+        {n: jnp.float32(a) for n, a in make(seed, T=20, bonus=True).items()} for seed in (1, 2)
+    ]
     both = jax.tree.map(lambda *a: jnp.stack(a), *pairs)
     gradient = fast_jit(jax.grad(partial(total, inclusive=False, chunk_size=4)))
     for got, want in zip(
@@ -186,7 +229,9 @@ def test_checkpoint_with_and_without_a_names_policy():
     want = fast_jit(jax.grad(loss))(x)
     for policy in (None, jax.checkpoint_policies.save_only_these_names("linear_scan_states")):
         got = fast_jit(jax.grad(jax.checkpoint(loss, policy=policy)))(x)
-        assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= F32
+        assert (
+            max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= F32
+        )
 
 
 def test_the_states_are_the_residual_with_a_name():
@@ -210,7 +255,10 @@ def test_shard_map_with_varying_axes_checked(rank):
     def sharded(x, segment_ids):
         return jax.value_and_grad(lambda x: jax.lax.psum(loss(x, segment_ids), "data"))(x)
 
-    got, want = fast_jit(sharded)(x, segment_ids), fast_jit(jax.value_and_grad(loss))(x, segment_ids)
+    got, want = (
+        fast_jit(sharded)(x, segment_ids),
+        fast_jit(jax.value_and_grad(loss))(x, segment_ids),
+    )
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= F32
 
 
@@ -230,10 +278,18 @@ def test_any_shape(data):
     draw = lambda *values: data.draw(st.sampled_from(values))
     B, T, K, V = draw(1, 3), data.draw(st.integers(1, 20)), draw(1, 5), draw(1, 2)
     H = draw(1, 2, 6)
-    Hk, Hv = (data.draw(st.sampled_from([h for h in range(1, H + 1) if H % h == 0])) for _ in range(2))
+    Hk, Hv = (
+        data.draw(st.sampled_from([h for h in range(1, H + 1) if H % h == 0])) for _ in range(2)
+    )
     x = make(B=B, T=T, H=H, Hk=Hk, Hv=Hv, K=K, V=V, rank=draw(0, 1, 3, 4), decay=draw(*DECAYS))
     segment_ids = np.sort(np.random.default_rng(T).integers(0, 3, size=(B, T)), axis=1)
-    compare(x, segment_ids=draw(None, segment_ids), reverse=draw(False, True), chunk_size=draw(2, 4), tolerance=1e-5)
+    compare(
+        x,
+        segment_ids=draw(None, segment_ids),
+        reverse=draw(False, True),
+        chunk_size=draw(2, 4),
+        tolerance=1e-5,
+    )
 
 
 # --- refusals
@@ -255,7 +311,9 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_shapes_are_named(name):
     shapes = {"q": (2, 4, 2, 4), "k": (2, 4, 2, 4), "v": (2, 4, 2, 3)} | WRONG[name]
-    arrays = {n: jnp.zeros(s, jnp.int32 if n == "segment_ids" else jnp.float32) for n, s in shapes.items()}
+    arrays = {
+        n: jnp.zeros(s, jnp.int32 if n == "segment_ids" else jnp.float32) for n, s in shapes.items()
+    }
     name = name.strip()
     with pytest.raises(ValueError, match=rf"{name}: got shape .*expected") as error:
         linear_scan(**arrays, inclusive=False)
@@ -281,5 +339,7 @@ def test_wrong_options_are_named(options, message):
 
 def test_a_decoding_state_of_the_wrong_shape_is_named():
     q, v = jnp.zeros((2, 2, 4)), jnp.zeros((2, 2, 3))
-    with pytest.raises(ValueError, match=r"state: got shape \(2, 2, 4, 3\), expected \(2, 2, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"state: got shape \(2, 2, 4, 3\), expected \(2, 2, 4, 4\)"
+    ):
         linear_scan_step(q, q, v, jnp.zeros((2, 2, 4, 3)), normalize=True)

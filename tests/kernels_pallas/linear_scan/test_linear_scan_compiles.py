@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # as a script; libtpu is loaded to compile, not to run
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # as a script; libtpu is loaded to compile, not to run
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +46,22 @@ VARIANTS = {
 
 
 def compile_variant(
-    target, B=2, T=512, H=8, Hk=None, Hv=None, K=128, V=128, rank=4, dtype=BF16, log_dtype=F32,
-    segments=False, bonus=False, state=False, **options,
-) -> None:  # fmt: skip
+    target,
+    B=2,
+    T=512,
+    H=8,
+    Hk=None,
+    Hv=None,
+    K=128,
+    V=128,
+    rank=4,
+    dtype=BF16,
+    log_dtype=F32,
+    segments=False,
+    bonus=False,
+    state=False,
+    **options,
+) -> None:
     """Forward and backward, and a decoding step."""
     array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
     x = {"q": array(B, T, H, K), "k": array(B, T, Hk or H, K), "v": array(B, T, Hv or H, V)}
@@ -55,13 +70,18 @@ def compile_variant(
     if bonus:
         x["bonus"] = array(H, K, dtype=F32)
     states = array(B, H, K, V + options.get("normalize", False), dtype=F32)
-    token = {n: array(a.shape[0], *a.shape[2:], dtype=a.dtype) if a.ndim > 2 else a for n, a in x.items()}
+    token = {
+        n: array(a.shape[0], *a.shape[2:], dtype=a.dtype) if a.ndim > 2 else a for n, a in x.items()
+    }
     token["state"] = states
     if state:
         x["initial_state"] = states
 
     def loss(x, segment_ids):
-        options_here = options | {"segment_ids": segment_ids if segments else None, "return_final_state": state}
+        options_here = options | {
+            "segment_ids": segment_ids if segments else None,
+            "return_final_state": state,
+        }
         out = linear_scan(**x, **options_here, implementation="tpu")
         return sum((y.astype(F32) ** 2).sum() for y in jax.tree.leaves(out))
 
@@ -78,7 +98,9 @@ def test_every_option_compiles(target):
     """In a process of its own: this one may need libtpu with schedules."""
     root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, __file__, target], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, target], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 

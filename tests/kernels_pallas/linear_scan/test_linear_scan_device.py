@@ -18,21 +18,29 @@ from kernels_pallas.linear_scan.gpu import tuning as gpu_tuning
 
 INTERPRET = os.environ.get("DEVICE_TESTS") == "interpret"
 pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "gpu" and not INTERPRET, reason="there is no GPU here (benchmarks/gpu.sh)"
+    jax.default_backend() != "gpu" and not INTERPRET,
+    reason="there is no GPU here (benchmarks/gpu.sh)",
 )
 # float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded to them.
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
 OPTIONS = {
     "inclusive": {},
-    "exclusive, bonus, packed, reversed": dict(bonus=True, inclusive=False, segments=True, reverse=True),
+    "exclusive, bonus, packed, reversed": dict(
+        bonus=True, inclusive=False, segments=True, reverse=True
+    ),
     "grouped, normalized": dict(H=4, Hk=2, Hv=1, normalize=True),
 }
 
 
 def results(inputs, segment_ids, weights, **options):
     def loss(inputs):
-        o, state = linear_scan(**inputs, segment_ids=segment_ids, return_final_state=True, **options)
-        return (o.astype(state.dtype) * weights[0]).sum() + (state * weights[1]).sum(), {"o": o, "final": state}
+        o, state = linear_scan(
+            **inputs, segment_ids=segment_ids, return_final_state=True, **options
+        )
+        return (o.astype(state.dtype) * weights[0]).sum() + (state * weights[1]).sum(), {
+            "o": o,
+            "final": state,
+        }
 
     gradients, outputs = jax.grad(loss, has_aux=True)(inputs)
     return outputs | gradients
@@ -44,7 +52,9 @@ def compare(dtype: str, T: int, K: int, V: int, rank: int, decay: str, options: 
     normalize = options.get("normalize", False)
     x = make(B=2, T=T, K=K, V=V, rank=rank, decay=decay, normalize=normalize, **made)
     segment_ids = (
-        np.repeat(np.arange(T // 20 + 1), 20)[None, :T].repeat(2, 0) if options.pop("segments", False) else None
+        np.repeat(np.arange(T // 20 + 1), 20)[None, :T].repeat(2, 0)
+        if options.pop("segments", False)
+        else None
     )
     r = np.random.default_rng(9)
     o_shape = (2, T, x["q"].shape[2], V)
@@ -57,7 +67,9 @@ def compare(dtype: str, T: int, K: int, V: int, rank: int, decay: str, options: 
     got = jax.jit(run)(low, segment_ids, tuple(map(jnp.float32, weights)))
     with jax.enable_x64(True):
         high = {n: jnp.asarray(np.asarray(a, np.float64)) for n, a in low.items()}
-        want = jax.jit(partial(results, implementation="reference", **options))(high, segment_ids, weights)
+        want = jax.jit(partial(results, implementation="reference", **options))(
+            high, segment_ids, weights
+        )
     errors = {n: rel_rms(got[n], want[n]) for n in want}
     assert max(errors.values()) <= TOLERANCE[dtype], errors
 
@@ -95,7 +107,10 @@ def test_segments_of_the_sequence_side_by_side(rank, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1, 3, 4])
 def test_a_decoding_step(rank):
     """Through jax-triton where it is installed: dispatch says which ran."""
-    x = {n: jnp.asarray(a, jnp.float32) for n, a in make(B=3, T=1, H=4, Hk=2, K=96, V=80, rank=rank).items()}
+    x = {
+        n: jnp.asarray(a, jnp.float32)
+        for n, a in make(B=3, T=1, H=4, Hk=2, K=96, V=80, rank=rank).items()
+    }
     state = x.pop("initial_state")
     x = {n: a[:, 0] if a.ndim > 1 else a for n, a in x.items()}
     got, want = (linear_scan_step(**x, state=state, implementation=i) for i in (None, "reference"))

@@ -9,7 +9,18 @@ import pytest
 from helpers import rel_rms, slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from scan_cases import BF16, CASES, DECAYS, MAKE_KEYS, OPTIONS, SEGMENTS, compare, fast_jit, make, total
+from scan_cases import (
+    BF16,
+    CASES,
+    DECAYS,
+    MAKE_KEYS,
+    OPTIONS,
+    SEGMENTS,
+    compare,
+    fast_jit,
+    make,
+    total,
+)
 
 from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
 from kernels_pallas.linear_scan.gpu import (
@@ -41,7 +52,9 @@ low = lambda inputs, dtype=jnp.float32: {n: jnp.asarray(x, dtype) for n, x in in
 @pytest.mark.parametrize("rank", [3, 4])
 def test_any_decay(rank, decay):
     """Packed and exclusive with a bonus: every term there is. Compiled once a rank."""
-    compare_gpu(make(H=1, rank=rank, decay=decay, bonus=True), segment_ids=SEGMENTS, inclusive=False)
+    compare_gpu(
+        make(H=1, rank=rank, decay=decay, bonus=True), segment_ids=SEGMENTS, inclusive=False
+    )
 
 
 @pytest.mark.parametrize("rank", [3, 4])
@@ -74,22 +87,39 @@ def test_lengths_at_the_default_chunk(T, decay):
 def test_segments_of_the_sequence_side_by_side(rank, monkeypatch):
     """Where heads are few the sequence is cut: summaries, one combination, then all segments."""
     monkeypatch.setattr(gpu_tuning, "segments", lambda schedule, walks, chunks: 4)
-    compare_gpu(make(B=1, H=2, T=100, rank=rank, decay="mixture"), segment_ids=np.arange(100)[None] // 60, trace="cut")
-    compare_gpu(make(B=1, H=2, T=100, rank=rank, decay="gla"), segment_ids=np.zeros((1, 100), int), trace="cut")
+    compare_gpu(
+        make(B=1, H=2, T=100, rank=rank, decay="mixture"),
+        segment_ids=np.arange(100)[None] // 60,
+        trace="cut",
+    )
+    compare_gpu(
+        make(B=1, H=2, T=100, rank=rank, decay="gla"),
+        segment_ids=np.zeros((1, 100), int),
+        trace="cut",
+    )
 
 
 def test_a_short_chip_is_filled_by_segments():
     schedule = gpu_tuning.Schedule()
     assert gpu_tuning.segments(schedule, walks=32, chunks=512) == 4
     assert gpu_tuning.segments(schedule, walks=128, chunks=64) == 1
-    assert gpu_tuning.segments(schedule, walks=1, chunks=40) == 4  # no segment shorter than 8 chunks
+    assert (
+        gpu_tuning.segments(schedule, walks=1, chunks=40) == 4
+    )  # no segment shorter than 8 chunks
 
 
-SLOW_CASES = ("undecayed, exclusive", "scalar segments", "scalar, normalize, reverse", "constant, grouped, exclusive")
+SLOW_CASES = (
+    "undecayed, exclusive",
+    "scalar segments",
+    "scalar, normalize, reverse",
+    "constant, grouped, exclusive",
+)
 
 
 def test_chunks_in_flight_fit_into_shared_memory():
-    stages = lambda programs, K, size: gpu_tuning.scan_stages(gpu_tuning.Schedule(), programs, 64, K, 64, size)
+    stages = lambda programs, K, size: gpu_tuning.scan_stages(
+        gpu_tuning.Schedule(), programs, 64, K, 64, size
+    )
     assert stages(128, 128, 2) == 2  # one program a multiprocessor, 120 KiB
     assert stages(512, 256, 2) == stages(128, 512, 2) == stages(128, 256, 4) == 1
 
@@ -105,7 +135,9 @@ def test_options(name):
 @pytest.mark.parametrize("rank", [slow(3), 4])
 @pytest.mark.parametrize("decay", ["gla", "heavy tail"])
 def test_bfloat16(rank, decay):
-    compare_gpu(make(B=1, H=1, K=8, V=16, rank=rank, decay=decay), dtype=jnp.bfloat16, tolerance=BF16)
+    compare_gpu(
+        make(B=1, H=1, K=8, V=16, rank=rank, decay=decay), dtype=jnp.bfloat16, tolerance=BF16
+    )
 
 
 @pytest.mark.parametrize("rank", [slow(3), 4])
@@ -144,13 +176,23 @@ without = lambda name: lambda c, **kw: c._replace(**{name: jnp.zeros_like(c.dq)}
 PLANTED = {
     "reads 1e-5 too large": (gpu_tile, "vector_scores", lambda f: scaled_scores),
     "state not decayed": (gpu_scan, "_decayed", lambda f: lambda S, *a: S),
-    "scale forgotten": (gpu_scan, "_scaled", lambda f: lambda x, factor, scale, *a: f(x, factor, None, *a)),
-    "gate gradient of pairs flipped": (gpu_tile, "vector_dlogs", lambda f: lambda t, c, d: -f(t, c, d)),
+    "scale forgotten": (
+        gpu_scan,
+        "_scaled",
+        lambda f: lambda x, factor, scale, *a: f(x, factor, None, *a),
+    ),
+    "gate gradient of pairs flipped": (
+        gpu_tile,
+        "vector_dlogs",
+        lambda f: lambda t, c, d: -f(t, c, d),
+    ),
     "gate gradient of the state lost": (gpu_back, "_dlog_total", lambda f: lambda *a: 0 * f(*a)),
     "final state's cotangent lost": (
-        gpu_scan, "combined", lambda f: lambda logs, s, first, back: f(logs, s, None if back else first, back)
+        gpu_scan,
+        "combined",
+        lambda f: lambda logs, s, first, back: f(logs, s, None if back else first, back),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -160,7 +202,9 @@ def test_planted_errors_are_found(error, monkeypatch):
     monkeypatch.setattr(room, name, change(getattr(room, name)))
     if name == "combined":
         monkeypatch.setattr(gpu_tuning, "segments", lambda *_: 2)
-    with pytest.raises(AssertionError, match=r"'o': |non-finite"):  # an error of some size, not a crash
+    with pytest.raises(
+        AssertionError, match=r"'o': |non-finite"
+    ):  # an error of some size, not a crash
         compare_gpu(make(B=1, H=1, T=40, rank=3 if name == "_scaled" else 4), trace=error)
 
 
@@ -171,7 +215,9 @@ def test_vmap():
     pairs = [low(make(seed, B=1, H=1, T=20, rank=3, bonus=True)) for seed in (1, 2)]
     both = jax.tree.map(lambda *a: jnp.stack(a), *pairs)
     options = dict(inclusive=False, chunk_size=16)
-    got = fast_jit(jax.vmap(jax.grad(partial(total, implementation="gpu", interpret=True, **options))))(both)
+    got = fast_jit(
+        jax.vmap(jax.grad(partial(total, implementation="gpu", interpret=True, **options)))
+    )(both)
     want = fast_jit(jax.vmap(jax.grad(partial(total, **options))))(both)
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
@@ -202,11 +248,16 @@ def test_shard_map_with_varying_axes_checked(rank, interpreter_in_shard_map):
         run = partial(loss, implementation="gpu", interpret=True)
         return jax.value_and_grad(lambda x: jax.lax.psum(run(x, segment_ids), "data"))(x)
 
-    got, want = fast_jit(sharded)(x, segment_ids), fast_jit(jax.value_and_grad(loss))(x, segment_ids)
+    got, want = (
+        fast_jit(sharded)(x, segment_ids),
+        fast_jit(jax.value_and_grad(loss))(x, segment_ids),
+    )
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
 
-@pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)])
+@pytest.mark.parametrize(
+    "names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)]
+)
 def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type, interpreter_in_shard_map):
     """Auto axes by their names, Explicit ones by their arguments' types."""
     mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2)

@@ -20,7 +20,9 @@ CASES = {
     "vector, exclusive, segments": dict(bonus=True, inclusive=False, segments=True),
     "vector, reverse, segments": dict(reverse=True, segments=True),
     "scalar, normalize": dict(rank=3, normalize=True),
-    "scalar, exclusive, reverse, segments": dict(rank=3, inclusive=False, reverse=True, segments=True),
+    "scalar, exclusive, reverse, segments": dict(
+        rank=3, inclusive=False, reverse=True, segments=True
+    ),
     "constant, grouped": dict(rank=1, H=4, Hk=2, Hv=1),
     "no decay, segments": dict(rank=0, segments=True),
 }
@@ -46,7 +48,9 @@ def on_many(x, segment_ids, weights, **options):
     time = P(None, "context")
     specs = {n: time if n in IN_TIME and a.ndim > 2 else P() for n, a in x.items()}
 
-    @jax.shard_map(mesh=mesh, in_specs=(specs, time, (time, P())), out_specs=(P(), (time, P())), check_vma=True)
+    @jax.shard_map(
+        mesh=mesh, in_specs=(specs, time, (time, P())), out_specs=(P(), (time, P())), check_vma=True
+    )
     def loss(x, segment_ids, weights):
         scan = partial(sharded.linear_scan_sharded, axis_name="context", chunk_size=4)
         of_o, of_state, out = weighted(scan, x, segment_ids, weights, **options)
@@ -58,12 +62,20 @@ def on_many(x, segment_ids, weights, **options):
 def compare(name: str) -> None:
     case = dict(CASES[name])
     segment_ids = jnp.asarray(SEGMENTS) if case.pop("segments", False) else None
-    x = {n: jnp.float32(a) for n, a in make(decay="gla", **{n: case[n] for n in MAKE_KEYS if n in case}).items()}
+    x = {
+        n: jnp.float32(a)
+        for n, a in make(decay="gla", **{n: case[n] for n in MAKE_KEYS if n in case}).items()
+    }
     options = {n: case[n] for n in ("inclusive", "reverse", "normalize") if n in case}
     r = np.random.default_rng(0)
     B, T, H, V = *x["q"].shape[:3], x["v"].shape[-1]
-    weights = jnp.float32(r.normal(size=(B, T, H, V))), jnp.float32(r.normal(size=x["initial_state"].shape))
-    got, want = (fast_jit(partial(f, **options))(x, segment_ids, weights) for f in (on_many, on_one))
+    weights = (
+        jnp.float32(r.normal(size=(B, T, H, V))),
+        jnp.float32(r.normal(size=x["initial_state"].shape)),
+    )
+    got, want = (
+        fast_jit(partial(f, **options))(x, segment_ids, weights) for f in (on_many, on_one)
+    )
     (_, got_out), (_, want_out) = got[0], want[0]
     errors = {n: rel_rms(got[1][n], want[1][n]) for n in x}
     errors |= {n: rel_rms(a, b) for n, a, b in zip(("o", "final state"), got_out, want_out)}

@@ -24,7 +24,9 @@ from kernels_pallas.linear_scan.gpu import step as gpu_step
 
 ROOT = Path(__file__).parents[3]
 has = lambda name: importlib.util.find_spec(name) is not None
-needs_triton = pytest.mark.skipif(not has("triton"), reason="triton is not installed (make test-cuda-aot)")
+needs_triton = pytest.mark.skipif(
+    not has("triton"), reason="triton is not installed (make test-cuda-aot)"
+)
 needs_cuda = pytest.mark.skipif(
     not has("jax_triton") or plugin_missing(),
     reason="jax-triton or the CUDA plugin is not installed (make test-cuda-aot)",
@@ -32,7 +34,13 @@ needs_cuda = pytest.mark.skipif(
 
 
 def interpreted(*arguments: str) -> dict[str, list[float]]:
-    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("triton_interpreter.py")), *arguments]
+    program = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(Path(__file__).with_name("triton_interpreter.py")),
+        *arguments,
+    ]
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
@@ -45,7 +53,9 @@ def test_values_in_tritons_interpreter():
     """Every kind of decay, inclusive, exclusive and with a bonus, heads grouped, K and V no powers of two."""
     errors = interpreted()
     assert len(errors) == 13 and all(state <= 2e-6 for _, state in errors.values())
-    assert all(o <= (4e-3 if "bfloat16" in case else 2e-6) for case, (o, _) in errors.items()), errors
+    assert all(o <= (4e-3 if "bfloat16" in case else 2e-6) for case, (o, _) in errors.items()), (
+        errors
+    )
 
 
 @pytest.mark.slow
@@ -54,7 +64,9 @@ def test_a_planted_error_is_found():
     assert all(o > 2e-5 for case, (o, _) in interpreted("--plant").items())
 
 
-def arrays(rank: int, B=8, H=16, Hk=8, Hv=4, K=128, V=128, dtype=jnp.bfloat16) -> list[jax.ShapeDtypeStruct]:
+def arrays(
+    rank: int, B=8, H=16, Hk=8, Hv=4, K=128, V=128, dtype=jnp.bfloat16
+) -> list[jax.ShapeDtypeStruct]:
     """State first, then q, k, v and the decay."""
     shapes = [(B, H, K), (B, Hk, K), (B, Hv, V)]
     decay = {0: [], 1: [(H,)], 3: [(B, H)], 4: [(B, H, K)]}[rank]
@@ -102,9 +114,15 @@ def test_normalized_with_a_bonus():
 @needs_cuda
 def test_on_a_mesh_every_device_updates_its_own_rows():
     mesh = Mesh(np.array(devices(GPUS["h200"], 2)), ("data",), axis_types=(AxisType.Auto,))
-    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("data")))
+    place = lambda a: jax.ShapeDtypeStruct(
+        a.shape, a.dtype, sharding=NamedSharding(mesh, P("data"))
+    )
     with jax.set_mesh(mesh):
-        lowered = jax.jit(step, donate_argnums=0).trace(*map(place, arrays(4))).lower(lowering_platforms=("cuda",))
+        lowered = (
+            jax.jit(step, donate_argnums=0)
+            .trace(*map(place, arrays(4)))
+            .lower(lowering_platforms=("cuda",))
+        )
         text = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
     assert "all-gather" not in text and "triton_kernel_call" in text
 

@@ -11,7 +11,18 @@ from helpers import rel_rms, slow
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from scan_cases import BF16, CASES, DECAYS, MAKE_KEYS, OPTIONS, SEGMENTS, compare, fast_jit, make, total
+from scan_cases import (
+    BF16,
+    CASES,
+    DECAYS,
+    MAKE_KEYS,
+    OPTIONS,
+    SEGMENTS,
+    compare,
+    fast_jit,
+    make,
+    total,
+)
 
 from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
 from kernels_pallas.common.mesh import mesh_axes
@@ -27,7 +38,9 @@ low = lambda inputs, dtype=jnp.float32: {n: jnp.asarray(x, dtype) for n, x in in
 @pytest.mark.parametrize("rank", [3, 4])
 def test_any_decay(rank, decay):
     """Packed and exclusive with a bonus: every term there is. Compiled once a rank."""
-    compare_tpu(make(H=1, rank=rank, decay=decay, bonus=True), segment_ids=SEGMENTS, inclusive=False)
+    compare_tpu(
+        make(H=1, rank=rank, decay=decay, bonus=True), segment_ids=SEGMENTS, inclusive=False
+    )
 
 
 @pytest.mark.parametrize("rank", [3, 4])
@@ -56,7 +69,11 @@ def test_lengths_at_the_default_chunk(T, decay):
     compare_tpu(make(B=1, H=1, T=T, K=32, V=48, decay=decay), chunk_size=None)
 
 
-SLOW_CASES = ("constant, grouped, exclusive", "scalar, normalize, reverse", "undecayed segments, reverse")
+SLOW_CASES = (
+    "constant, grouped, exclusive",
+    "scalar, normalize, reverse",
+    "undecayed segments, reverse",
+)
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW_CASES else name for name in CASES])
@@ -78,7 +95,9 @@ def test_more_query_heads_to_a_key_head_than_a_grid_step_has():
 @pytest.mark.parametrize("rank", [slow(3), 4])
 @pytest.mark.parametrize("decay", ["gla", slow("heavy tail")])
 def test_bfloat16(rank, decay):
-    compare_tpu(make(B=1, H=1, K=8, V=16, rank=rank, decay=decay), dtype=jnp.bfloat16, tolerance=BF16)
+    compare_tpu(
+        make(B=1, H=1, K=8, V=16, rank=rank, decay=decay), dtype=jnp.bfloat16, tolerance=BF16
+    )
 
 
 @pytest.mark.parametrize("rank", [slow(3), 4])
@@ -124,8 +143,14 @@ def replaced(name: str, change):
 times = lambda x, **factors: x._replace(**{n: f * getattr(x, n) for n, f in factors.items()})
 PLANTED = {
     "state not read": ("read_and_update", lambda f: lambda t, s, *a: f(t, times(s, reads=0.0), *a)),
-    "state not decayed": ("read_and_update", lambda f: lambda t, s, *a: f(t, s._replace(total=1.0), *a)),
-    "reads 1e-5 too large": ("read_and_update", lambda f: lambda t, s, *a: f(t, times(s, reads=1 + 1e-5), *a)),
+    "state not decayed": (
+        "read_and_update",
+        lambda f: lambda t, s, *a: f(t, s._replace(total=1.0), *a),
+    ),
+    "reads 1e-5 too large": (
+        "read_and_update",
+        lambda f: lambda t, s, *a: f(t, times(s, reads=1 + 1e-5), *a),
+    ),
     "state gate gradient lost": ("from_state", lambda d: times(d, dlog_total=0.0)),
     "state cotangent lost": ("from_state", lambda d: times(d, dstate=0.0)),
     "gate gradient flipped": ("vector_descend", lambda d: (*d[:2], -d[2])),
@@ -138,7 +163,9 @@ PLANTED = {
 def test_planted_errors_are_found(error, monkeypatch):
     name, change = PLANTED[error]
     monkeypatch.setattr(tpu_tile, name, replaced(name, change))
-    with pytest.raises(AssertionError, match=r"'o': |non-finite"):  # an error of some size, not a crash
+    with pytest.raises(
+        AssertionError, match=r"'o': |non-finite"
+    ):  # an error of some size, not a crash
         compare_tpu(make(B=1, H=1, T=40, rank=4 if name == "vector_descend" else 3), trace=error)
 
 
@@ -149,7 +176,9 @@ def test_vmap():
     pairs = [low(make(seed, B=1, H=1, T=20, rank=3, bonus=True)) for seed in (1, 2)]
     both = jax.tree.map(lambda *a: jnp.stack(a), *pairs)
     options = dict(inclusive=False, chunk_size=16)
-    got = fast_jit(jax.vmap(jax.grad(partial(total, implementation="tpu", interpret=True, **options))))(both)
+    got = fast_jit(
+        jax.vmap(jax.grad(partial(total, implementation="tpu", interpret=True, **options)))
+    )(both)
     want = fast_jit(jax.vmap(jax.grad(partial(total, **options))))(both)
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
@@ -180,11 +209,16 @@ def test_shard_map_with_varying_axes_checked(rank):
         run = partial(loss, implementation="tpu", interpret=True)
         return jax.value_and_grad(lambda x: jax.lax.psum(run(x, segment_ids), "data"))(x)
 
-    got, want = fast_jit(sharded)(x, segment_ids), fast_jit(jax.value_and_grad(loss))(x, segment_ids)
+    got, want = (
+        fast_jit(sharded)(x, segment_ids),
+        fast_jit(jax.value_and_grad(loss))(x, segment_ids),
+    )
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
 
-@pytest.mark.parametrize("names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)])
+@pytest.mark.parametrize(
+    "names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)]
+)
 def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
     """Auto axes by their names, Explicit ones by their arguments' types."""
     mesh = jax.make_mesh((2, 2), names, axis_types=(axis_type,) * 2)
@@ -205,7 +239,9 @@ def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
 def test_mesh_axes_of_other_names_are_right_but_not_cut_unless_told():
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
     x = low(make(B=2, T=20, rank=0))
-    run = lambda: fast_jit(partial(linear_scan, implementation="tpu", interpret=True, chunk_size=16))
+    run = lambda: fast_jit(
+        partial(linear_scan, implementation="tpu", interpret=True, chunk_size=16)
+    )
     with jax.set_mesh(mesh):
         plain = run()(**x)
         with mesh_axes(rows=("rows",), heads=()):

@@ -69,12 +69,16 @@ class Tensor:
         return self.a.itemsize
 
 
-def run(q, k, v, log_decay, bonus, state, inclusive: bool, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def run(
+    q, k, v, log_decay, bonus, state, inclusive: bool, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
     """(o, new state): the kernel as `step` launches it."""
     options = gpu_step.launch(q, k, v, log_decay, bonus, inclusive, scale)
     grid = options.pop("grid")
     rows = (q, k, v, q if log_decay is None else log_decay, q if bonus is None else bonus)
-    state, *_, o = tensors = [Tensor(x.copy()) for x in (state, *rows, np.zeros((*q.shape[:2], v.shape[-1]), v.dtype))]
+    state, *_, o = tensors = [
+        Tensor(x.copy()) for x in (state, *rows, np.zeros((*q.shape[:2], v.shape[-1]), v.dtype))
+    ]
     step_kernel[grid](*tensors, **options)
     return o.a, state.a
 
@@ -91,7 +95,8 @@ def errors(rank: int, mode: str, dtype, shape, seed: int, plant: bool) -> list[f
     got = run(q, k, v, decay, bonus, state, inclusive, scale * (1 + 1e-4 * plant))
     with jax.enable_x64(True):
         high = [
-            None if x is None else jax.numpy.asarray(np.asarray(x, np.float64)) for x in (q, k, v, decay, bonus, state)
+            None if x is None else jax.numpy.asarray(np.asarray(x, np.float64))
+            for x in (q, k, v, decay, bonus, state)
         ]
         want = reference.linear_scan_step(*high, inclusive=inclusive, scale=scale, normalize=False)
     return [rel_rms(a, b) for a, b in zip(got, want)]
@@ -101,10 +106,14 @@ def main() -> None:
     plant = "--plant" in sys.argv
     found = {}
     shapes = [(2, 4, 2, 1, 24, 20), (1, 2, 2, 2, 16, 32)]
-    for seed, (rank, mode) in enumerate(itertools.product((0, 1, 3, 4), ("inclusive", "exclusive", "bonus"))):
+    for seed, (rank, mode) in enumerate(
+        itertools.product((0, 1, 3, 4), ("inclusive", "exclusive", "bonus"))
+    ):
         shape = shapes[seed % 2]
         found[f"rank {rank}, {mode}, float32"] = errors(rank, mode, np.float32, shape, seed, plant)
-    found["rank 4, inclusive, bfloat16"] = errors(4, "inclusive", ml_dtypes.bfloat16, shapes[0], 99, plant)
+    found["rank 4, inclusive, bfloat16"] = errors(
+        4, "inclusive", ml_dtypes.bfloat16, shapes[0], 99, plant
+    )
     print(json.dumps(found))
 
 

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 ACTIVATIONS = {"silu": lambda x: x / (1 + jnp.exp(-x)), "gelu": lambda x: jax.nn.gelu(x)}
-GATES = {"identity": lambda x: x, "tanh": jnp.tanh, "sigmoid": lambda x: 1 / (1 + jnp.exp(-x)), "gelu": jax.nn.gelu}
+GATES = {
+    "identity": lambda x: x,
+    "tanh": jnp.tanh,
+    "sigmoid": lambda x: 1 / (1 + jnp.exp(-x)),
+    "gelu": jax.nn.gelu,
+}
 
 
 def chosen(preferred, k):
@@ -62,7 +67,11 @@ def combine_weights(r, k, z, bias=0.0, importance=1.0, tokens=None, noise=0.0):
         mask = chosen(jnp.where(allowed, preferred, -1e9), k)
     else:
         mask = chosen(preferred, k)
-    w = {"scores": lambda: s, "uniform": lambda: jnp.full_like(s, 1 / k), "selected": lambda: score(r.scoring, z, mask)}
+    w = {
+        "scores": lambda: s,
+        "uniform": lambda: jnp.full_like(s, 1 / k),
+        "selected": lambda: score(r.scoring, z, mask),
+    }
     w = w[r.weighting]() * mask
     if r.selection == "gumbel":
         w = (mask + w - jax.lax.stop_gradient(w)) * mask
@@ -74,14 +83,18 @@ def combine_weights(r, k, z, bias=0.0, importance=1.0, tokens=None, noise=0.0):
 def dense_moe(c, p, x, state=None, tokens=None, previous=None):
     """The layer's output [B, T, M], capacity aside; parameters and state as the layer has them."""
     r, state = c.router, state or {}
-    m = {**GATES, "unit": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)}[r.modified_input](x)
+    m = {**GATES, "unit": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)}[
+        r.modified_input
+    ](x)
     h = m @ p["router"]["kernel"]
     if r.residual and previous is not None:
         h = h + previous @ p["router_residual"]["kernel"]
     h = GATES[r.activation](h) + p.get("router_bias", 0.0)
     state_of = lambda name, otherwise: state.get(name, otherwise)
     z = h / state_of("temperature", r.temperature)
-    weights = combine_weights(r, c.experts_per_token, z, state_of("bias", 0.0), state_of("importance", 1.0), tokens)
+    weights = combine_weights(
+        r, c.experts_per_token, z, state_of("bias", 0.0), state_of("importance", 1.0), tokens
+    )
     y, n = jnp.zeros_like(x), c.num_experts
     act = ACTIVATIONS[c.activation]
     for e in range(n):
@@ -98,5 +111,7 @@ def dense_moe(c, p, x, state=None, tokens=None, previous=None):
     if c.shared_hidden:
         s = p["shared"]
         shared = (act(x @ s["gate"]["kernel"]) * (x @ s["up"]["kernel"])) @ s["down"]["kernel"]
-        y = y + shared * (GATES["sigmoid"](x @ p["shared_gate"]["kernel"]) if c.shared_gate else 1.0)
+        y = y + shared * (
+            GATES["sigmoid"](x @ p["shared_gate"]["kernel"]) if c.shared_gate else 1.0
+        )
     return y

@@ -21,10 +21,14 @@ def blocks():
     sizes = dict(**COMMON, num_experts_per_tok=2)
     yield (
         "mixtral",
-        mixtral.MixtralSparseMoeBlock(mixtral.MixtralConfig(**sizes, intermediate_size=F, num_local_experts=E)),
+        mixtral.MixtralSparseMoeBlock(
+            mixtral.MixtralConfig(**sizes, intermediate_size=F, num_local_experts=E)
+        ),
     )
     for name, norm in (("qwen3", True), ("qwen3_unnormalized", False)):
-        config = qwen.Qwen3MoeConfig(**sizes, moe_intermediate_size=F, num_experts=E, norm_topk_prob=norm)
+        config = qwen.Qwen3MoeConfig(
+            **sizes, moe_intermediate_size=F, num_experts=E, norm_topk_prob=norm
+        )
         yield name, qwen.Qwen3MoeSparseMoeBlock(config)
     config = deepseek.DeepseekV3Config(
         **COMMON,
@@ -45,12 +49,16 @@ def fill(block):
     """Their matrices are [out, in], gate and up in one."""
     with torch.no_grad():
         block.gate.weight.copy_(given["router"].T)
-        block.experts.gate_up_proj.copy_(torch.cat([given["gate"], given["up"]], -1).transpose(1, 2))
+        block.experts.gate_up_proj.copy_(
+            torch.cat([given["gate"], given["up"]], -1).transpose(1, 2)
+        )
         block.experts.down_proj.copy_(given["down"].transpose(1, 2))
         if hasattr(block, "shared_experts"):
             block.gate.e_score_correction_bias.copy_(given["bias"])
             for name in ("gate", "up", "down"):
-                getattr(block.shared_experts, f"{name}_proj").weight.copy_(given[f"shared_{name}"].T)
+                getattr(block.shared_experts, f"{name}_proj").weight.copy_(
+                    given[f"shared_{name}"].T
+                )
 
 
 results = {}

@@ -35,7 +35,9 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
     """`lax.ragged_all_to_all`, which CPUs do not have: everybody gets everything and picks out what is sent to it."""
     gather = lambda a: jax.lax.all_gather(a, axis_name)
     me = jax.lax.axis_index(axis_name)
-    everything, starts, sizes, places = map(gather, (operand, input_offsets, send_sizes, output_offsets))
+    everything, starts, sizes, places = map(
+        gather, (operand, input_offsets, send_sizes, output_offsets)
+    )
     row = jnp.arange(output.shape[0])
     for sender in range(everything.shape[0]):
         offset = row - places[sender, me]
@@ -43,7 +45,9 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
         # What the receiver expects must be what the sender sends.
         mine &= sizes[sender, me] == recv_sizes[sender]
         source = jnp.where(mine, starts[sender, me] + offset, 0)
-        output = jnp.where(mine.reshape(-1, *[1] * (output.ndim - 1)), everything[sender][source], output)
+        output = jnp.where(
+            mine.reshape(-1, *[1] * (output.ndim - 1)), everything[sender][source], output
+        )
     return output
 
 
@@ -58,7 +62,11 @@ def run(config, mesh: dict, devices=None, x=X):
 
         def loss(p, x):
             y, statistics, logits = module.apply({"params": p}, x)
-            return jnp.sum(y * WEIGHT[: x.shape[0]]) + jnp.sum(statistics["probability"] ** 2), (y, statistics, logits)
+            return jnp.sum(y * WEIGHT[: x.shape[0]]) + jnp.sum(statistics["probability"] ** 2), (
+                y,
+                statistics,
+                logits,
+            )
 
         return jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x))
 
@@ -69,7 +77,9 @@ def alone():
 
 
 def assert_equal(actual, expected):
-    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    for (path, a), e in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
         assert rel_rms(a, e) < 2e-5, jax.tree_util.keystr(path)
 
 
@@ -107,7 +117,8 @@ def test_a_batch_too_small_to_cut():
 
 
 @pytest.mark.parametrize(
-    "exchange, factor", [("all_to_all", 0.5), pytest.param("ragged_all_to_all", 0.3, marks=pytest.mark.slow)]
+    "exchange, factor",
+    [("all_to_all", 0.5), pytest.param("ragged_all_to_all", 0.3, marks=pytest.mark.slow)],
 )
 def test_what_the_exchange_drops_is_counted(exchange, factor, alone, monkeypatch):
     """Limited room: the count is that of all devices, beside NumPy; what is dropped contributes nothing."""
@@ -116,11 +127,15 @@ def test_what_the_exchange_drops_is_counted(exchange, factor, alone, monkeypatch
     config = dataclasses.replace(CONFIG, exchange=exchange, exchange_factor=factor)
     _, (y, statistics, logits) = run(config, MESHES["fsdp x expert"])
     chosen = np.argsort(-logits, axis=-1, kind="stable")[..., :3].reshape(8, -1)  # one row a device
-    sent = np.array([[np.sum(row // 2 == device) for device in range(4)] for row in chosen])  # two experts a device
+    sent = np.array(
+        [[np.sum(row // 2 == device) for device in range(4)] for row in chosen]
+    )  # two experts a device
     if exchange == "all_to_all":
         lost = np.maximum(sent - 4, 0).sum()  # half of 36 / 4 assignments, rounded down
     else:
-        lost = np.maximum(sent.reshape(2, 4, 4).sum(1) - 11, 0).sum()  # 0.3 of 36, from four senders
+        lost = np.maximum(
+            sent.reshape(2, 4, 4).sum(1) - 11, 0
+        ).sum()  # 0.3 of 36, from four senders
     assert statistics["dropped"] == lost > 10
     np.testing.assert_array_equal(statistics["counts"], alone[1][1]["counts"])
     assert rel_rms(y, alone[1][0]) > 0.05

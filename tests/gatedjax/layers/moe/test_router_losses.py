@@ -30,25 +30,37 @@ def theirs(codebase: str) -> float:
     alike = ONE_HOT[:1].repeat(L, 0), P[:1].repeat(L, 0)
     return {
         "switch": lambda: sum(E * (counts[i] / (K * T) * mean[i]).sum() for i in range(L)),
-        "megablocks": lambda: np.mean([E / (T * K) * (counts[i] * mean[i]).sum() for i in range(L)]),
+        "megablocks": lambda: np.mean(
+            [E / (T * K) * (counts[i] * mean[i]).sum() for i in range(L)]
+        ),
         # Expert mask [layers x tokens, k, E] -> mean over rows [k, E]; times the mean share; summed; times E.
-        "huggingface": lambda: E * (alike[0].reshape(-1, K, E).mean(0) * alike[1].reshape(-1, E).mean(0)).sum(),
-        "maxtext": lambda: sum(E**2 * np.mean(ONE_HOT[i].sum(1).mean(0) * mean[i]) for i in range(L)),
+        "huggingface": lambda: (
+            E * (alike[0].reshape(-1, K, E).mean(0) * alike[1].reshape(-1, E).mean(0)).sum()
+        ),
+        "maxtext": lambda: sum(
+            E**2 * np.mean(ONE_HOT[i].sum(1).mean(0) * mean[i]) for i in range(L)
+        ),
         "deepseek": lambda: sum((E / (K * T) * counts[i] * mean[i]).sum() for i in range(L)),
         "moe++": lambda: sum((ETA * counts[i] / T * mean[i]).sum() for i in range(L)),
     }[codebase]()
 
 
-@pytest.mark.parametrize("codebase", ["switch", "megablocks", "huggingface", "maxtext", "deepseek", "moe++"])
+@pytest.mark.parametrize(
+    "codebase", ["switch", "megablocks", "huggingface", "maxtext", "deepseek", "moe++"]
+)
 def test_weights_convert_from_every_codebase(codebase):
     layers = [0] * L if codebase == "huggingface" else range(L)
     eta = ETA if codebase == "moe++" else 1.0
     ours = sum(float(balance_loss(ONE_HOT[i].sum((0, 1)), P[i].mean(0), eta)) for i in layers)
-    assert 0.01 * theirs(codebase) == pytest.approx(weight_here(codebase, 0.01, E, K, L) * ours, rel=1e-5)
+    assert 0.01 * theirs(codebase) == pytest.approx(
+        weight_here(codebase, 0.01, E, K, L) * ours, rel=1e-5
+    )
 
 
 def test_unknown_codebase_is_named():
-    with pytest.raises(ValueError, match="codebase: got 'tutel', expected one of switch, megablocks"):
+    with pytest.raises(
+        ValueError, match="codebase: got 'tutel', expected one of switch, megablocks"
+    ):
         weight_here("tutel", 0.01, E, K)
 
 
@@ -63,16 +75,22 @@ def test_statistics_formulas():
     routing = Routing(jnp.asarray(CHOSEN[:2]), None, jnp.asarray(p, jnp.float32))
     s = statistics(z, routing, count_places(routing.experts, E), jnp.float32(0))
     np.testing.assert_array_equal(s["counts"], ONE_HOT[:2].sum((0, 1, 2)))
-    np.testing.assert_allclose(s["z_loss"], np.mean(np.log(np.exp(LOGITS[:2]).sum(-1)) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        s["z_loss"], np.mean(np.log(np.exp(LOGITS[:2]).sum(-1)) ** 2), rtol=1e-5
+    )
     np.testing.assert_allclose(s["entropy"], -(p * np.log(p)).sum(-1).mean(), rtol=1e-5)
     rows = [(E / (K * T) * ONE_HOT[b].sum((0, 1)) * P[b].mean(0)).sum() for b in range(2)]
     np.testing.assert_allclose(s["sequence_loss"], np.mean(rows), rtol=1e-5)
 
 
 def sparse_model(**values) -> ModelConfig:
-    ffn = SparseMoEConfig(num_experts=4, zero_experts=2, balance_loss=0.1, z_loss=0.01, sequence_loss=0.5, **values)
+    ffn = SparseMoEConfig(
+        num_experts=4, zero_experts=2, balance_loss=0.1, z_loss=0.01, sequence_loss=0.5, **values
+    )
     return ModelConfig(
-        num_layers=4, ffns=FrozenDict(moe=ffn, mlp=ModelConfig().ffns["mlp"]), ffn_pattern=("mlp", "moe")
+        num_layers=4,
+        ffns=FrozenDict(moe=ffn, mlp=ModelConfig().ffns["mlp"]),
+        ffn_pattern=("mlp", "moe"),
     )
 
 
@@ -82,28 +100,43 @@ def layer_statistics(seed):
     return {
         "counts": jnp.asarray(r.integers(0, 30, (2, E)).astype(np.float32)),
         "probability": jnp.asarray(share / share.sum(-1, keepdims=True), jnp.float32),
-        **{name: jnp.asarray(r.random(2), jnp.float32) for name in ("sequence_loss", "z_loss", "entropy")},
+        **{
+            name: jnp.asarray(r.random(2), jnp.float32)
+            for name in ("sequence_loss", "z_loss", "entropy")
+        },
         "dropped": jnp.array([3.0, 0.0]),
     }
 
 
 def test_the_buffer_makes_loads_those_of_the_batch_so_far():
     """Second micro-batch: f over both, P of its own; and the weighted sum over two layers, MoE++'s eta within."""
-    model, (a, b) = sparse_model(zero_computation_weight=0.3), (layer_statistics(1), layer_statistics(2))
+    model, (a, b) = (
+        sparse_model(zero_computation_weight=0.3),
+        (layer_statistics(1), layer_statistics(2)),
+    )
     _, _, counts = router_losses(model, {"layer_0": {}, "layer_1": a}, {})
     total, log, counts = router_losses(model, {"layer_0": {}, "layer_1": b}, counts)
     both = np.asarray(a["counts"] + b["counts"])
     np.testing.assert_array_equal(counts["layer_1"], both)
     balance = E * (ETA * both / both.sum(-1, keepdims=True) * np.asarray(b["probability"])).sum(-1)
-    expected = (0.1 * balance + 0.5 * np.asarray(b["sequence_loss"]) + 0.01 * np.asarray(b["z_loss"])).sum()
+    expected = (
+        0.1 * balance + 0.5 * np.asarray(b["sequence_loss"]) + 0.01 * np.asarray(b["z_loss"])
+    ).sum()
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     np.testing.assert_allclose(log["balance_loss"], balance.mean(), rtol=1e-5)
-    np.testing.assert_allclose(log["dropped_fraction"], 3.0 / np.asarray(b["counts"])[0].sum() / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        log["dropped_fraction"], 3.0 / np.asarray(b["counts"])[0].sum() / 2, rtol=1e-5
+    )
 
 
 def test_load_metrics_come_in_the_order_of_layers():
-    counts = {"layer_1": jnp.array([[4.0, 0], [1, 3]]), "layer_0": jnp.array([[1.0, 1, 2], [0, 0, 6]])}
-    model = dataclasses.replace(sparse_model(), ffn_pattern=("moe", "moe"), pattern=("attention", "attention"))
+    counts = {
+        "layer_1": jnp.array([[4.0, 0], [1, 3]]),
+        "layer_0": jnp.array([[1.0, 1, 2], [0, 0, 6]]),
+    }
+    model = dataclasses.replace(
+        sparse_model(), ffn_pattern=("moe", "moe"), pattern=("attention", "attention")
+    )
     m = load_metrics(model, counts)
     rows = [[0.75, 0.75, 1.5], [2, 0, np.nan], [0, 0, 3], [0.5, 1.5, np.nan]]
     np.testing.assert_allclose(m["expert_load"], rows)
@@ -112,13 +145,17 @@ def test_load_metrics_come_in_the_order_of_layers():
 
 def test_bias_rules_follow_their_formulas():
     error = jnp.array([0.5, 0.0, -2.0])
-    np.testing.assert_allclose(router_state.sign_update(jnp.zeros(3), error, 0.01), [0.01, 0, -0.01])
+    np.testing.assert_allclose(
+        router_state.sign_update(jnp.zeros(3), error, 0.01), [0.01, 0, -0.01]
+    )
     bias, integral, last = np.zeros(3), np.zeros(3), np.zeros(3)
     total = np.zeros(3)
     for e in (error, 2 * error, -error):
         bias, integral, new = router_state.pid_update(integral, last, e, (0.1, 0.02, 0.5))
         total = total + np.asarray(e)
-        np.testing.assert_allclose(bias, 0.1 * e + 0.02 * total + 0.5 * (e - last), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            bias, 0.1 * e + 0.02 * total + 0.5 * (e - last), rtol=1e-6, atol=1e-7
+        )
         last = new
 
 
@@ -127,7 +164,9 @@ def test_bias_rules_bring_loads_to_their_target(rule):
     """A fixed router that favors some experts: after 400 updates every load is near its target."""
     r = RouterConfig(scoring="sigmoid", bias_rule=rule, bias_rate=0.005, ffn_fraction=0.5)
     config = SparseMoEConfig(num_experts=4, copy_experts=4, experts_per_token=2, router=r)
-    scores = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (2000, 8)) + jnp.linspace(-1, 1, 8))
+    scores = jax.nn.sigmoid(
+        jax.random.normal(jax.random.key(0), (2000, 8)) + jnp.linspace(-1, 1, 8)
+    )
     target = router_state.target_load(config)
     np.testing.assert_allclose(target, [0.125] * 8)
 
@@ -159,7 +198,9 @@ def batches(i):
     return random_batch(i, rows=16)
 
 
-RULE = dict(scoring="sigmoid", bias_rule="pid", temperature=2.0, final_temperature=1.0, anneal_steps=2)
+RULE = dict(
+    scoring="sigmoid", bias_rule="pid", temperature=2.0, final_temperature=1.0, anneal_steps=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +211,12 @@ def alone():
 FACTORINGS = [
     pytest.param(dict(data=2, expert=2, tensor=2), "all_to_all", id="data x expert x tensor"),
     pytest.param(dict(fsdp=2, expert=4), "ring", id="fsdp x expert", marks=pytest.mark.slow),
-    pytest.param(dict(data=2, fsdp=2, expert=2), "gather_weights", id="data x fsdp x expert", marks=pytest.mark.slow),
+    pytest.param(
+        dict(data=2, fsdp=2, expert=2),
+        "gather_weights",
+        id="data x fsdp x expert",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -185,7 +231,9 @@ def test_eight_devices_equal_one(mesh, exchange, alone):
         assert a.keys() == e.keys()
         for key in e:
             np.testing.assert_allclose(a[key], e[key], rtol=2e-4, err_msg=key)
-    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(state.routers), jax.tree.leaves(single.routers)):
+    for (path, a), e in zip(
+        jax.tree_util.tree_leaves_with_path(state.routers), jax.tree.leaves(single.routers)
+    ):
         assert rel_rms(a, e) < 1e-4, jax.tree_util.keystr(path)
 
 
@@ -194,11 +242,17 @@ def test_state_moves_with_counts_of_the_whole_batch(alone):
     _, single, log = alone
     leaves = {path[-1].key: x for path, x in jax.tree_util.tree_leaves_with_path(single.routers)}
     assert leaves["temperature"] == 1.0 and np.abs(leaves["bias"]).min() > 0
-    config = dataclasses.replace(routed(RULE), train=dataclasses.replace(routed(RULE).train, accumulation_steps=2))
+    config = dataclasses.replace(
+        routed(RULE), train=dataclasses.replace(routed(RULE).train, accumulation_steps=2)
+    )
     _, halves, halved = run_steps(config, 1, batches, devices=jax.devices()[:1])
     np.testing.assert_array_equal(halved[0]["expert_load"], log[0]["expert_load"])
     assert halved[0]["router_z_loss"] == pytest.approx(log[0]["router_z_loss"], rel=1e-5)
-    errors = [x for path, x in jax.tree_util.tree_leaves_with_path(halves.routers) if path[-1].key == "error"]
+    errors = [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(halves.routers)
+        if path[-1].key == "error"
+    ]
     np.testing.assert_allclose(errors[0][0], 1.0 - log[0]["expert_load"][0], atol=1e-6)
 
 
@@ -206,7 +260,9 @@ def test_a_skipped_step_leaves_the_state_alone():
     poisoned = lambda i: batches(i).replace(loss_mask=np.full((16, 32), np.nan, np.float32))
     _, state, log = run_steps(routed(RULE), 1, poisoned, devices=jax.devices()[:1])
     leaves = {path[-1].key: x for path, x in jax.tree_util.tree_leaves_with_path(state.routers)}
-    assert log[0]["skipped_steps"] == 1 and leaves["temperature"] == 2.0 and not np.any(leaves["bias"])
+    assert (
+        log[0]["skipped_steps"] == 1 and leaves["temperature"] == 2.0 and not np.any(leaves["bias"])
+    )
 
 
 @pytest.mark.slow

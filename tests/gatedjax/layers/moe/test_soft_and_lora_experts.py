@@ -21,7 +21,9 @@ X = RNG.normal(size=(2, 9, 8)).astype(np.float32)
 
 def make(module):
     params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), X)["params"])
-    return jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    return jax.tree.map(
+        lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
 
 
 def softmax(z, axis):
@@ -56,12 +58,19 @@ def test_soft_moe_does_not_care_for_the_order_of_tokens():
     module = SoftMoE(SoftMoEConfig(num_experts=3, hidden=5), 0.3, jnp.float32)
     params, apply = make(module), jax.jit(module.apply)
     order = RNG.permutation(9)
-    assert rel_rms(apply({"params": params}, X[:, order])[0], apply({"params": params}, X)[0][:, order]) < 1e-5
+    assert (
+        rel_rms(
+            apply({"params": params}, X[:, order])[0], apply({"params": params}, X)[0][:, order]
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("gate, k", [("xlora", 0), ("xlora", 2), ("phatgoose", 2), ("sigmoid", 0)])
 def test_lora_mixture_equals_loops_over_experts(gate, k):
-    config = LoRAMixtureConfig(hidden=6, num_experts=3, rank=2, alpha=3.0, gate=gate, experts_per_token=k)
+    config = LoRAMixtureConfig(
+        hidden=6, num_experts=3, rank=2, alpha=3.0, gate=gate, experts_per_token=k
+    )
     module = LoRAMixture(config, 0.3, jnp.float32)
     params = make(module)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
@@ -92,20 +101,30 @@ def test_lora_mixture_equals_loops_over_experts(gate, k):
 
 def first_pass_model(**changes):
     """A model of two layers whose experts do something, its parameters and its tokens."""
-    ffn = LoRAMixtureConfig(hidden=16, num_experts=3, rank=2, first_pass=True, experts_per_token=2, **changes)
+    ffn = LoRAMixtureConfig(
+        hidden=16, num_experts=3, rank=2, first_pass=True, experts_per_token=2, **changes
+    )
     config = plain(model__ffns=FrozenDict(mlp=ffn), model__num_layers=2, model__init_std=0.3).model
     tokens = jnp.asarray(RNG.integers(0, config.vocab_size, (2, 12)), jnp.int32)
     params = nn.meta.unbox(jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens)["params"])
-    noisy = lambda path, p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape) * ("lora" in path[-1].key)
+    noisy = lambda path, p: (
+        p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape) * ("lora" in path[-1].key)
+    )
     return config, jax.tree_util.tree_map_with_path(noisy, params), tokens
 
 
 def second_pass(config, params, tokens, weights):
     """The model's hidden states, with the experts' weights given: embedding, layers, final norm."""
-    info = TokenInfo(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens, weights)
+    info = TokenInfo(
+        jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens, weights
+    )
     x = params["embedding"][tokens], None
     (x, _), _ = layers_of(config).apply({"params": params["periods"]}, x, info, None)
-    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * params["final_norm"]["scale"]
+    return (
+        x
+        * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
+        * params["final_norm"]["scale"]
+    )
 
 
 def test_the_first_pass_is_the_model_without_experts():
@@ -122,19 +141,25 @@ def test_the_first_pass_is_the_model_without_experts():
         y, *_ = LanguageModel(config).apply({"params": p}, tokens)
         return jnp.sum(jnp.sin(y)), y
 
-    (_, (expected, hidden)), expected_grads = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
+    (_, (expected, hidden)), expected_grads = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(
+        params
+    )
     (_, y), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
     assert rel_rms(y, expected) < 1e-5
     assert rel_rms(y, hidden) > 0.01  # the experts matter here
     assert float(jnp.abs(grads["lora_classifier"]).max()) > 1e-4
-    for (path, g), e in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads)):
+    for (path, g), e in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads)
+    ):
         assert rel_rms(g, e) < 1e-4, jax.tree_util.keystr(path)
 
 
 def test_decoding_with_a_first_pass_equals_the_forward_pass():
     config, params, tokens = first_pass_model()
     expected, *_ = jax.jit(LanguageModel(config).apply)({"params": params}, tokens)
-    step = jax.jit(lambda t, caches: LanguageModel(config).apply({"params": params}, t, caches=caches)[:2])
+    step = jax.jit(
+        lambda t, caches: LanguageModel(config).apply({"params": params}, t, caches=caches)[:2]
+    )
     y, caches = step(tokens[:, :9], init_caches(config, 2, 16))
     parts = [y]
     for t in range(9, 12):
@@ -144,14 +169,18 @@ def test_decoding_with_a_first_pass_equals_the_forward_pass():
 
 
 def test_only_xlora_has_a_first_pass():
-    with pytest.raises(InputError, match="first_pass: got True, expected False unless gate is 'xlora'"):
+    with pytest.raises(
+        InputError, match="first_pass: got True, expected False unless gate is 'xlora'"
+    ):
         LoRAMixtureConfig(gate="phatgoose", first_pass=True)
 
 
 def test_phatgoose_ignores_the_length_of_its_vectors():
     gates = RNG.normal(size=(4, 8)).astype(np.float32)
     scaled = gates * np.array([[1.0], [9.0], [3.0], [0.5]], np.float32)
-    np.testing.assert_allclose(phatgoose_weights(X, gates, 2), phatgoose_weights(X, scaled, 2), rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        phatgoose_weights(X, gates, 2), phatgoose_weights(X, scaled, 2), rtol=2e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
@@ -159,6 +188,11 @@ def test_frozen_weights_stay_to_the_bit(optimizer):
     ffn = LoRAMixtureConfig(hidden=16, num_experts=2, rank=2)
     config = plain(model__ffns=FrozenDict(mlp=ffn), optim__name=optimizer)
     one = jax.devices()[:1]
-    (_, before, _), (_, after, _) = run_steps(config, 0, devices=one), run_steps(config, 2, devices=one)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(after.params), jax.tree.leaves(before.params)):
+    (_, before, _), (_, after, _) = (
+        run_steps(config, 0, devices=one),
+        run_steps(config, 2, devices=one),
+    )
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(after.params), jax.tree.leaves(before.params)
+    ):
         assert np.array_equal(a, b) == (path[-1].key == "frozen"), jax.tree_util.keystr(path)
