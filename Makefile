@@ -26,11 +26,11 @@ test-all: .venv/installed lint
 
 # In an environment of its own: torch takes gigabytes.
 test-oracles: .venv-oracles/installed
-	.venv-oracles/bin/python -m pytest tests/kernels_pallas/test_attention_scores.py tests/gatedjax/test_attention_options.py tests/gatedjax/test_moe_peers.py -k equals
+	.venv-oracles/bin/python -m pytest tests/kernels_pallas/attention/test_attention_normalizers.py tests/gatedjax/layers/test_attention_options.py tests/gatedjax/layers/moe/test_moe_peers.py -k equals
 
 # In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
 test-cuda-aot: .venv-cuda/installed
-	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest tests/kernels_pallas/test_aot_cuda.py tests/kernels_pallas/test_linear_scan_cuda.py tests/kernels_pallas/test_linear_scan_step_gpu.py tests/kernels_pallas/test_attention_cuda.py
+	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py tests/kernels_pallas/attention/test_attention_cuda.py
 
 docs: .venv/installed
 	$(VENV)/pip install --quiet -e '.[docs]'
@@ -39,9 +39,10 @@ docs: .venv/installed
 
 lint: .venv/installed
 	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
 
 goldens: .venv/installed
-	$(VENV)/python -m pytest tests/gatedjax/test_config.py tests/gatedjax/test_train_step.py -k golden --refresh-goldens
+	$(VENV)/python -m pytest tests/gatedjax/config/test_config.py tests/gatedjax/training/test_train_step.py -k golden --refresh-goldens
 
 bench: .venv/installed
 	$(VENV)/python benchmarks/ops_cpu.py

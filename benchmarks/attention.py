@@ -4,7 +4,7 @@
                                    [--json=benchmarks/results/attention_tpu.json]
 
 Causal, bfloat16. For every shape, chip and pass: model time of the whole program (bwd: forward and backward), HBM
-traffic, temporaries. Times are the schedule's replay, not measurements; `kernels_pallas/aot` says how far to trust
+traffic, temporaries. Times are the schedule's replay, not measurements; `gatedjax/aot` says how far to trust
 them. Each row compiles in a process of its own, in half a minute to minutes; rows that are in the --json file already,
 from the same libtpu, are not compiled again (delete the file after a change of the kernels).
 
@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from report import known_rows, table, write_json
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import Case, make_case
-from kernels_pallas.aot.targets import target
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import Case, make_case
+from gatedjax.aot.targets import target
 
 SHAPES = ("B4,T4096,H16,D128", "B1,T32768,H16,Hk2,D256")  # a dense model's; Qwen3-Next's
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
@@ -58,11 +58,17 @@ def case_of(op: str, shape: str, chip: str) -> Case:
         return make_case("attention", shape, "bfloat16", {"gate": gate, "implementation": "tpu"})
     if op == "tpu_then_gate":
         bare = make_case("attention", shape, "bfloat16", {"implementation": "tpu"})
-        gated = lambda q, k, v, g: bare.forward(q, k, v) * jax.nn.sigmoid(g.astype(jnp.float32)).astype(jnp.bfloat16)
+        gated = lambda q, k, v, g: (
+            bare.forward(q, k, v) * jax.nn.sigmoid(g.astype(jnp.float32)).astype(jnp.bfloat16)
+        )
         return Case(gated, (*bare.args, bare.args[0]), {})
     array = lambda heads: jax.ShapeDtypeStruct((B, heads, T, D), jnp.bfloat16)
     keys = sizes.get("Hk", H)
-    return Case({"splash": splash, "flash": flash}[op](chip, T, H, keys, D), (array(H), array(keys), array(keys)), {})
+    return Case(
+        {"splash": splash, "flash": flash}[op](chip, T, H, keys, D),
+        (array(H), array(keys), array(keys)),
+        {},
+    )
 
 
 def splash(chip: str, T: int, H: int, Hk: int, D: int):
@@ -70,9 +76,14 @@ def splash(chip: str, T: int, H: int, Hk: int, D: int):
     masks = importlib.import_module(f"{PALLAS_OPS}.splash_attention.splash_attention_mask")
     (q, k, kc), (q_back, k_back, kc_back) = SPLASH[chip]
     blocks = kernel.BlockSizes(
-        block_q=q, block_kv=k, block_kv_compute=kc, block_q_dkv=q_back, block_kv_dkv=k_back,
-        block_kv_dkv_compute=kc_back, use_fused_bwd_kernel=True,
-    )  # fmt: skip
+        block_q=q,
+        block_kv=k,
+        block_kv_compute=kc,
+        block_q_dkv=q_back,
+        block_kv_dkv=k_back,
+        block_kv_dkv_compute=kc_back,
+        use_fused_bwd_kernel=True,
+    )
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * (H // Hk if Hk < H else H))
     make = kernel.make_splash_mqa if Hk < H else kernel.make_splash_mha
     with jax.default_device(jax.devices("cpu")[0]):
@@ -93,23 +104,40 @@ def flash(chip: str, T: int, H: int, Hk: int, D: int):
     room = importlib.import_module(f"{PALLAS_OPS}.flash_attention")
     (q, k_major, k), (q_dq, k_major_dq, k_dq), dkv = FLASH[chip]
     blocks = room.BlockSizes(
-        block_q=q, block_k_major=k_major, block_k=k, block_b=1, block_q_major_dkv=dkv, block_k_major_dkv=dkv,
-        block_k_dkv=dkv, block_q_dkv=dkv, block_k_major_dq=k_major_dq, block_k_dq=k_dq, block_q_dq=q_dq,
-    )  # fmt: skip
-    return lambda q, k, v: room.flash_attention(q, k, v, causal=True, sm_scale=D**-0.5, block_sizes=blocks)
+        block_q=q,
+        block_k_major=k_major,
+        block_k=k,
+        block_b=1,
+        block_q_major_dkv=dkv,
+        block_k_major_dkv=dkv,
+        block_k_dkv=dkv,
+        block_q_dkv=dkv,
+        block_k_major_dq=k_major_dq,
+        block_k_dq=k_dq,
+        block_q_dq=q_dq,
+    )
+    return lambda q, k, v: room.flash_attention(
+        q, k, v, causal=True, sm_scale=D**-0.5, block_sizes=blocks
+    )
 
 
 def figures(op: str, chip: str, shape: str, way: str) -> dict:
     """One row, in this process."""
     case = case_of(op, shape, chip)
-    fn, args = (case.forward, case.args) if way == "fwd" else (case.backward(), case.backward_args())
+    fn, args = (
+        (case.forward, case.args) if way == "fwd" else (case.backward(), case.backward_args())
+    )
     _, report = compile_for(chip, fn, *args)
     return {
         "microseconds": 1e6 * report.program_seconds,
         "hbm_bytes": report.program_hbm_bytes * target(chip).cores,
         "temporary_bytes": report.temp_bytes,
         "kernels": {
-            k.name: {"microseconds": 1e6 * k.seconds, "matrix_busy": k.matrix_busy, "spills": k.vector_spills}
+            k.name: {
+                "microseconds": 1e6 * k.seconds,
+                "matrix_busy": k.matrix_busy,
+                "spills": k.vector_spills,
+            }
             for k in report.kernels
         },
         "notes": list(report.notes),
@@ -139,11 +167,15 @@ def line(row: tuple[str, ...], f: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", action="append")
     parser.add_argument("--shape", action="append")
     parser.add_argument("--op", default=",".join(OPS))
-    parser.add_argument("--pass", dest="ways", default="fwd,bwd", help="bwd is forward and backward in one program")
+    parser.add_argument(
+        "--pass", dest="ways", default="fwd,bwd", help="bwd is forward and backward in one program"
+    )
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -23,11 +23,13 @@ from absl import app, flags
 from gpu_timing import device, median_seconds
 from report import table, write_json
 
+from gatedjax.aot.targets import target
 from kernels_pallas import attention
-from kernels_pallas.aot.targets import target
 
 _LENGTHS = flags.DEFINE_multi_integer("length", [2048, 8192, 32768], "Sequence lengths T.")
-_HEADS = flags.DEFINE_multi_string("heads", ["H16,Hk16,D128", "H16,Hk2,D256"], "Heads and their size.")
+_HEADS = flags.DEFINE_multi_string(
+    "heads", ["H16,Hk16,D128", "H16,Hk2,D256"], "Heads and their size."
+)
 _TARGET = flags.DEFINE_string("target", "cuda:h200", "The chip whose peak gives the floor.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "One tiny shape, interpreted on the CPU.")
@@ -74,7 +76,7 @@ def sizes(shape: str) -> dict[str, int]:
 
 
 def ours(q, k, v, gate=None):
-    return attention(q, k, v, gate=gate, implementation="gpu", interpret=_DRY_RUN.value)
+    return attention(q, k, v, gate_logits=gate, implementation="gpu", interpret=_DRY_RUN.value)
 
 
 def cudnn(q, k, v, gate):
@@ -86,7 +88,9 @@ def measure_jax(fn: Callable, gated: bool, shape: str) -> dict[str, float]:
     """Seconds of each pass of fn(q, k, v[, gate])."""
     B, T, H, Hk, D = (sizes(shape)[a] for a in ("B", "T", "H", "Hk", "D"))
     r = np.random.default_rng(0)
-    normal = lambda heads: jnp.asarray(r.standard_normal((B, T, heads, D), np.float32), jnp.bfloat16)
+    normal = lambda heads: jnp.asarray(
+        r.standard_normal((B, T, heads, D), np.float32), jnp.bfloat16
+    )
     arrays, dy = [normal(h) for h in (H, Hk, Hk, H)][: 4 if gated else 3], normal(H)
 
     def both(dy, *arrays):
@@ -103,10 +107,14 @@ def measure_jax(fn: Callable, gated: bool, shape: str) -> dict[str, float]:
 def measure_fla(shape: str) -> dict[str, float]:
     metadata.version("torch"), metadata.version("fla-core")
     arguments = [str(sizes(shape)[a]) for a in ("B", "T", "H", "Hk", "D")]
-    done = subprocess.run([sys.executable, "-c", TORCH_PROGRAM, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH_PROGRAM, *arguments], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    times = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("seconds")]
+    times = [
+        float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("seconds")
+    ]
     return dict(zip(PASSES, times))
 
 
@@ -125,18 +133,29 @@ def measure(op: str, shape: str) -> dict[str, object]:
     except metadata.PackageNotFoundError as missing:
         return {"left out": f"{missing.name} is not installed"}
     except Exception as error:  # a peer's complaints have no type of their own
-        return {"left out": f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"}
+        return {
+            "left out": f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
+        }
 
 
 def floor_seconds(shape: str) -> dict[str, float]:
     s = sizes(shape)
-    one_product = s["B"] * s["H"] * s["T"] * (s["T"] + 1) * s["D"] / target(_TARGET.value).peak_flops
+    one_product = (
+        s["B"] * s["H"] * s["T"] * (s["T"] + 1) * s["D"] / target(_TARGET.value).peak_flops
+    )
     return {"fwd": 2 * one_product, "both": 7 * one_product}
 
 
 def versions() -> dict[str, str]:
     found = {}
-    for name in ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "triton", "torch", "fla-core"):
+    for name in (
+        "jax-cuda13-plugin",
+        "jax-cuda12-plugin",
+        "nvidia-cudnn-cu13",
+        "triton",
+        "torch",
+        "fla-core",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -145,17 +164,30 @@ def versions() -> dict[str, str]:
 
 
 def main(_) -> None:
-    shapes = [f"B{max(1, TOKENS // T)},T{T},{heads}" for heads in _HEADS.value for T in _LENGTHS.value]
+    shapes = [
+        f"B{max(1, TOKENS // T)},T{T},{heads}" for heads in _HEADS.value for T in _LENGTHS.value
+    ]
     rows = []
     for shape in ["B1,T32,H2,Hk1,D16"] if _DRY_RUN.value else shapes:
         for op in OPS:
-            rows.append({"shape": shape, "op": op, **measure(op, shape), "floor": floor_seconds(shape)})
+            rows.append(
+                {"shape": shape, "op": op, **measure(op, shape), "floor": floor_seconds(shape)}
+            )
             print(rows[-1], flush=True)
-    ms = lambda row, name: f"{row[name] * 1e3:.3f}" if name in row else row.get("left out", "-")[:40]
-    cells = [[r["op"], r["shape"], *(ms(r, n) for n in PASSES), f"{r['floor']['both'] * 1e3:.3f}"] for r in rows]
+    ms = lambda row, name: (
+        f"{row[name] * 1e3:.3f}" if name in row else row.get("left out", "-")[:40]
+    )
+    cells = [
+        [r["op"], r["shape"], *(ms(r, n) for n in PASSES), f"{r['floor']['both'] * 1e3:.3f}"]
+        for r in rows
+    ]
     print(table(["op", "shape", "fwd ms", "both ms", "floor ms"], cells))
     if _JSON.value:
-        write_json(_JSON.value, {"device": device(), "dtype": "bfloat16", "unit": "seconds", "rows": rows}, versions())
+        write_json(
+            _JSON.value,
+            {"device": device(), "dtype": "bfloat16", "unit": "seconds", "rows": rows},
+            versions(),
+        )
 
 
 if __name__ == "__main__":

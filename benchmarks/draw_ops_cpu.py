@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-COLOURS = ("#4477aa", "#66ccee", "#cc3311", "#999999")  # told apart by readers with any colour vision
+COLORS = ("#4477aa", "#66ccee", "#cc3311", "#999999")  # told apart by readers with any color vision
 PANELS = (("milliseconds", 1.0, "ms"), ("temporary_bytes", 2.0**20, "temporary MiB"))
 
 
@@ -21,12 +21,18 @@ def draw(results: dict) -> Figure:
     FigureCanvasAgg(figure)
     ticks = sorted({int(T) for points in results["points"].values() for T in points})
     for axes, (key, scale, label) in zip(figure.subplots(1, 2), PANELS):
-        for (name, points), colour in zip(results["points"].items(), COLOURS):
-            known = [(int(T), p[key] / scale, p["milliseconds"] is not None) for T, p in points.items() if p[key]]
+        for (name, points), color in zip(results["points"].items(), COLORS):
+            known = [
+                (int(T), p[key] / scale, p["milliseconds"] is not None)
+                for T, p in points.items()
+                if p[key]
+            ]
             lengths, values, _ = zip(*known)
-            axes.plot(lengths, values, color=colour, lw=1.4, label=name)
+            axes.plot(lengths, values, color=color, lw=1.4, label=name)
             for T, value, was_run in known:
-                axes.plot(T, value, "o", ms=5, color=colour, markerfacecolor=colour if was_run else "white")
+                axes.plot(
+                    T, value, "o", ms=5, color=color, markerfacecolor=color if was_run else "white"
+                )
         axes.set(xscale="log", yscale="log", xlabel="T", ylabel=label)
         axes.set_xticks(ticks, [f"{T:,}" for T in ticks])
         axes.set_xticks([], minor=True)
@@ -35,11 +41,15 @@ def draw(results: dict) -> Figure:
     figure.axes[0].legend(frameon=False, fontsize=8)
     s = results["shape"]
     shape = f"B {s['B']}, H {s['H']}, K = V = {s['K']}, {s['dtype']}"
-    figure.suptitle(f"Forward and backward on {results['cores']} cores of a CPU ({shape})", fontsize=10)
+    figure.suptitle(
+        f"Forward and backward on {results['cores']} cores of a CPU ({shape})", fontsize=10
+    )
     return figure
 
 
-def main(source: str = "benchmarks/results/ops_cpu.json", target: str = "docs/ops_by_length.png") -> None:
+def main(
+    source: str = "benchmarks/results/ops_cpu.json", target: str = "docs/ops_by_length.png"
+) -> None:
     draw(json.loads((ROOT / source).read_text())).savefig(ROOT / target)
     print(target)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import jax
 from report import table, write_json
 
-from gatedjax.checkpoint import Checkpointer, read_config
 from gatedjax.config import from_config_dict
-from gatedjax.leaves import digests_of, named_leaves
-from gatedjax.setup import prepare
+from gatedjax.training.checkpoint import Checkpointer, read_config
+from gatedjax.training.digests import digests_of, named_leaves
+from gatedjax.training.run import prepare
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "distributed"))
@@ -97,7 +97,9 @@ def kills(place: Path, number: int, rng: random.Random, reference: dict[int, flo
 
 def digests(place: Path, workdir: str) -> dict[str, str]:
     """Of every array of the newest checkpoint, as its manifest has them."""
-    manifest = json.loads((place / workdir / "checkpoints" / str(STEPS) / "manifest" / "metadata").read_text())
+    manifest = json.loads(
+        (place / workdir / "checkpoints" / str(STEPS) / "manifest" / "metadata").read_text()
+    )
     return {name: leaf["digest"] for name, leaf in manifest["body"]["leaves"].items()}
 
 
@@ -105,7 +107,11 @@ def flips(place: Path, number: int, rng: random.Random) -> dict[str, int]:
     """Single bits of the newest step flipped until `number` of them were found or gave a wrong value."""
     good = place / "undisturbed"
     run = prepare(from_config_dict({**read_config(good), "mesh": {}}))
-    files = [p for p in (good / "checkpoints" / str(STEPS)).rglob("*") if p.is_file() and p.stat().st_size]
+    files = [
+        p
+        for p in (good / "checkpoints" / str(STEPS)).rglob("*")
+        if p.is_file() and p.stat().st_size
+    ]
     sizes = [p.stat().st_size for p in files]
     with Checkpointer(good, read_only=True) as checkpointer:
         right = digests_of(named_leaves(checkpointer.restore(STEPS, run.abstract).state))
@@ -157,12 +163,25 @@ def main() -> None:
         ["  of them while a checkpoint was being written", in_save],
         ["  the other process stopped with one line, not 0", f"{clean} of {len(lives)}"],
         [f"  and at most so long after (heartbeat {HEARTBEAT} s)", f"{longest} s"],
-        ["bit flips found", f"{flipped['found']} of {flipped['found'] + flipped['wrong values, silently']}"],
+        [
+            "bit flips found",
+            f"{flipped['found']} of {flipped['found'] + flipped['wrong values, silently']}",
+        ],
         ["  others changed nothing that is read", flipped["changed nothing that is read"]],
     ]
     print(table(["fault", "result"], rows))
-    figures = {"kills": len(lives), "survived": survived, "in_save": in_save, "stopped_cleanly": clean}
-    figures |= {"longest_stop_seconds": longest, "heartbeat_seconds": HEARTBEAT, "flips": flipped, "lives": lives}
+    figures = {
+        "kills": len(lives),
+        "survived": survived,
+        "in_save": in_save,
+        "stopped_cleanly": clean,
+    }
+    figures |= {
+        "longest_stop_seconds": longest,
+        "heartbeat_seconds": HEARTBEAT,
+        "flips": flipped,
+        "lives": lives,
+    }
     write_json(args.output, figures, {})
     is_lossless = survived == clean == len(lives) and not flipped["wrong values, silently"]
     sys.exit(0 if is_lossless else 1)

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from gatedjax import sharding
+from gatedjax.aot import libtpu
 from gatedjax.config import Config, SparseMoEConfig, from_config_dict
 from gatedjax.data import Batch
-from gatedjax.host_memory import keep_freed_memory
-from gatedjax.setup import Run, fresh_state, prepare
-from gatedjax.train_step import jit_train_step
+from gatedjax.runtime.host_memory import keep_freed_memory
+from gatedjax.training.run import Run, fresh_state, prepare
+from gatedjax.training.step import jit_train_step
 from kernels_pallas import dispatch
-from kernels_pallas.aot import libtpu
 
 BATCHES = 8
 WARMUP_STEPS = 3
@@ -47,7 +47,14 @@ def main() -> None:
         total, active = parameter_counts(run)
         implementations = {c.op: c.implementation for c in dispatch.choices()}
         versions = {"jax": jax.__version__}
-        say({"total": total, "active": active, "implementations": implementations, "versions": versions})
+        say(
+            {
+                "total": total,
+                "active": active,
+                "implementations": implementations,
+                "versions": versions,
+            }
+        )
         for line in sys.stdin:
             start = time.perf_counter()
             state, metrics = steps(state, int(line))
@@ -59,9 +66,17 @@ def main() -> None:
 def random_batch(config: Config, seed: int) -> Batch:
     """Rows of one document each: every token has a target."""
     shape = (config.train.batch_size, config.data.seq_len)
-    tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
+    tokens = np.random.default_rng(seed).integers(
+        0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32
+    )
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.int32), positions, np.ones(shape, np.float32))
+    return Batch(
+        tokens[:, :-1],
+        tokens[:, 1:],
+        np.ones(shape, np.int32),
+        positions,
+        np.ones(shape, np.float32),
+    )
 
 
 def parameter_counts(run: Run) -> tuple[int, int]:

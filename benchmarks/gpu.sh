@@ -24,7 +24,7 @@ else
 fi
 failed=0
 for op in linear_scan attention; do
-  "$python" -m pytest "tests/kernels_pallas/test_${op}_device.py" -p no:cacheprovider || failed=1
+  "$python" -m pytest "tests/kernels_pallas/${op}/test_${op}_device.py" -p no:cacheprovider || failed=1
 done
 "$python" benchmarks/tune_linear_scan_gpu.py "${dry[@]}" --json="$results/linear_scan_gpu_tuning.json"
 "$python" benchmarks/linear_scan_gpu.py "${dry[@]}" --json="$results/linear_scan_gpu.json"

@@ -4,7 +4,7 @@
                                      [--decay=vector] [--json=benchmarks/results/linear_scan_tpu.json]
 
 For every shape, chip and pass: model time of the whole program, HBM traffic against the compulsory bytes (every input
-and output of the program once), temporaries. Times are the schedule's replay, not measurements; `kernels_pallas/aot`
+and output of the program once), temporaries. Times are the schedule's replay, not measurements; `gatedjax/aot`
 says how far to trust them. Each row compiles in a process of its own, in 10 seconds to minutes.
 
 Ops: tpu and xla are ours; jla is jax-linear-attention's chunked GLA, one bfloat16 pass as ours; kda is tokamax's Kimi
@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from report import table, write_json
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import Case, make_case
-from kernels_pallas.aot.targets import target
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import Case, make_case
+from gatedjax.aot.targets import target
 
 SHAPES = (
     "B4,T4096,H8,K128,V256",
@@ -43,7 +43,7 @@ def case_of(op: str, shape: str, decay: str) -> Case:
     if op in ("tpu", "xla"):
         return make_case("linear_scan", shape, "bfloat16", {"decay": decay, "implementation": op})
     if decay != "vector":
-        raise ValueError(f"op: {op!r} came with decay {decay!r}, wanted vector")
+        raise ValueError(f"op: {op!r} came with decay {decay!r}, expected vector")
     B, T, H, K, V = (int(part[1:]) for part in shape.split(","))
     array = lambda *axes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(axes, dtype)
     if op == "jla":
@@ -61,17 +61,27 @@ def case_of(op: str, shape: str, decay: str) -> Case:
     tokamax.config.cross_compile(True).__enter__()
 
     def kda(q, k, v, g, beta):
-        return api.kimi_delta_attention(q, k, v, g, beta, lower_bound=-5.0, implementation="mosaic")[0]
+        return api.kimi_delta_attention(
+            q, k, v, g, beta, lower_bound=-5.0, implementation="mosaic"
+        )[0]
 
     keys = array(H, B, T, K)
-    args = keys, keys, array(H, B, T, V), array(H, B, T, K, dtype=jnp.float32), array(H, B, T, dtype=jnp.float32)
+    args = (
+        keys,
+        keys,
+        array(H, B, T, V),
+        array(H, B, T, K, dtype=jnp.float32),
+        array(H, B, T, dtype=jnp.float32),
+    )
     return Case(kda, args, {})
 
 
 def figures(op: str, chip: str, shape: str, decay: str, way: str) -> dict:
     """One row, in this process."""
     case = case_of(op, shape, decay)
-    fn, args = (case.forward, case.args) if way == "fwd" else (case.backward(), case.backward_args())
+    fn, args = (
+        (case.forward, case.args) if way == "fwd" else (case.backward(), case.backward_args())
+    )
     _, report = compile_for(chip, fn, *args)
     return {
         "microseconds": 1e6 * report.program_seconds,
@@ -91,7 +101,11 @@ def in_a_process(*row: str) -> dict:
     command = [sys.executable, __file__, "--row", *row]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [l for l in done.stderr.splitlines() if "Error: " in l] or done.stderr.splitlines() or ["no message"]
+        lines = (
+            [l for l in done.stderr.splitlines() if "Error: " in l]
+            or done.stderr.splitlines()
+            or ["no message"]
+        )
         return {"error": lines[-1][:200]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -103,8 +117,18 @@ def line(row: tuple[str, ...], f: dict) -> list[str]:
         return [shape, chip, way, op, f["error"][:60], "", "", "", "", ""]
     time, floor = f["microseconds"], f["compulsory_microseconds"]
     moved, once = f["hbm_bytes"], f["compulsory_bytes"]
-    return [shape, chip, way, op, f"{time:,.0f}", f"{floor:,.0f}", f"{time / floor:.2f}", f"{moved / 1e6:,.0f}",
-            f"{moved / once:.2f}", f"{f['temporary_bytes'] / 2**20:,.0f}"]  # fmt: skip
+    return [
+        shape,
+        chip,
+        way,
+        op,
+        f"{time:,.0f}",
+        f"{floor:,.0f}",
+        f"{time / floor:.2f}",
+        f"{moved / 1e6:,.0f}",
+        f"{moved / once:.2f}",
+        f"{f['temporary_bytes'] / 2**20:,.0f}",
+    ]
 
 
 def installed(op: str) -> bool:
@@ -115,12 +139,18 @@ def installed(op: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", action="append")
     parser.add_argument("--shape", action="append")
-    parser.add_argument("--op", default="tpu,xla,jla,kda", help="comma-separated; peers that are absent are skipped")
+    parser.add_argument(
+        "--op", default="tpu,xla,jla,kda", help="comma-separated; peers that are absent are skipped"
+    )
     parser.add_argument("--decay", default="vector", help="vector, scalar, constant or none")
-    parser.add_argument("--pass", dest="ways", default="fwd,bwd", help="bwd is forward and backward in one program")
+    parser.add_argument(
+        "--pass", dest="ways", default="fwd,bwd", help="bwd is forward and backward in one program"
+    )
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -128,9 +158,22 @@ def main() -> None:
         print(json.dumps(figures(*args.row)))
         return
     ops = [op for op in args.op.split(",") if installed(op)]
-    header = ["shape", "target", "pass", "op", "us", "compulsory us", "ratio", "HBM MB", "of compulsory", "temp MiB"]
+    header = [
+        "shape",
+        "target",
+        "pass",
+        "op",
+        "us",
+        "compulsory us",
+        "ratio",
+        "HBM MB",
+        "of compulsory",
+        "temp MiB",
+    ]
     lines, rows = [], []
-    versions = {name: metadata.version(name) for name in ("libtpu", *(PEERS[o] for o in ops if o in PEERS))}
+    versions = {
+        name: metadata.version(name) for name in ("libtpu", *(PEERS[o] for o in ops if o in PEERS))
+    }
     for shape in args.shape or SHAPES:
         for chip in args.target or TARGETS:
             for way in args.ways.split(","):

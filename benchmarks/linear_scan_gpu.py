@@ -20,10 +20,12 @@ from absl import app, flags
 from gpu_timing import device, inputs, median_seconds, sizes
 from report import table, write_json
 
+from gatedjax.aot.targets import target
 from kernels_pallas import linear_scan
-from kernels_pallas.aot.targets import target
 
-_LENGTHS = flags.DEFINE_multi_integer("length", [2048, 4096, 8192, 16384, 32768], "Sequence lengths T.")
+_LENGTHS = flags.DEFINE_multi_integer(
+    "length", [2048, 4096, 8192, 16384, 32768], "Sequence lengths T."
+)
 _DECAY = flags.DEFINE_list("decay", ["vector", "scalar"], "Kinds of decay.")
 _TARGET = flags.DEFINE_string("target", "cuda:h200", "The chip whose bandwidth gives the floor.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
@@ -70,7 +72,9 @@ for fn in (forward, both):
 
 def ours(implementation: str) -> Callable:
     interpret = _DRY_RUN.value and implementation == "gpu"
-    return lambda q, k, v, *g: linear_scan(q, k, v, *g, implementation=implementation, interpret=interpret)
+    return lambda q, k, v, *g: linear_scan(
+        q, k, v, *g, implementation=implementation, interpret=interpret
+    )
 
 
 def measure_ours(implementation: str, shape: str, decay: str) -> dict[str, float]:
@@ -91,10 +95,14 @@ def measure_ours(implementation: str, shape: str, decay: str) -> dict[str, float
 def measure_fla(shape: str, decay: str) -> dict[str, float]:
     metadata.version("torch"), metadata.version("fla-core")
     arguments = [*(str(sizes(shape)[a]) for a in "BTHKV"), decay]
-    done = subprocess.run([sys.executable, "-c", TORCH_PROGRAM, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH_PROGRAM, *arguments], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    times = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("seconds")]
+    times = [
+        float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("seconds")
+    ]
     return dict(zip(PASSES, times))
 
 
@@ -104,7 +112,9 @@ def measure_jla(shape: str, decay: str) -> dict[str, float]:
         raise NotImplementedError("no scalar decay there")
     from jla.ops.mosaic_gpu.gla import gla
 
-    return {"fwd": median_seconds(jax.jit(lambda q, k, v, g: gla(q, k, v, g)), *inputs(shape, decay))}
+    return {
+        "fwd": median_seconds(jax.jit(lambda q, k, v, g: gla(q, k, v, g)), *inputs(shape, decay))
+    }
 
 
 OPS: dict[str, Callable[[str, str], dict[str, float]]] = {
@@ -122,7 +132,9 @@ def measure(op: str, shape: str, decay: str) -> dict[str, object]:
     except metadata.PackageNotFoundError as missing:
         return {"left out": f"{missing.name} is not installed"}
     except Exception as error:  # a peer's complaints have no type of their own
-        return {"left out": f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"}
+        return {
+            "left out": f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
+        }
 
 
 def floor_seconds(shape: str, decay: str) -> dict[str, float]:
@@ -156,22 +168,45 @@ def versions() -> dict[str, str]:
 def main(_) -> None:
     lengths = [32] if _DRY_RUN.value else _LENGTHS.value
     shapes = [
-        f"B1,T{T},H1,K16,V16" if _DRY_RUN.value else f"B{max(1, TOKENS // T)},T{T},H16,K128,V128" for T in lengths
+        f"B1,T{T},H1,K16,V16" if _DRY_RUN.value else f"B{max(1, TOKENS // T)},T{T},H16,K128,V128"
+        for T in lengths
     ]
     rows = []
     for decay in _DECAY.value:
         for shape in shapes:
             for op in OPS:
                 found = measure(op, shape, decay)
-                rows.append({"decay": decay, "shape": shape, "op": op, **found, "floor": floor_seconds(shape, decay)})
+                rows.append(
+                    {
+                        "decay": decay,
+                        "shape": shape,
+                        "op": op,
+                        **found,
+                        "floor": floor_seconds(shape, decay),
+                    }
+                )
                 print(decay, shape, op, found, flush=True)
-    ms = lambda row, name: f"{row[name] * 1e3:.3f}" if name in row else row.get("left out", "-")[:40]
+    ms = lambda row, name: (
+        f"{row[name] * 1e3:.3f}" if name in row else row.get("left out", "-")[:40]
+    )
     cells = [
-        [r["op"], r["decay"], r["shape"], *(ms(r, n) for n in PASSES), f"{r['floor']['both'] * 1e3:.3f}"] for r in rows
+        [
+            r["op"],
+            r["decay"],
+            r["shape"],
+            *(ms(r, n) for n in PASSES),
+            f"{r['floor']['both'] * 1e3:.3f}",
+        ]
+        for r in rows
     ]
     print(table(["op", "decay", "shape", "fwd ms", "both ms", "floor ms"], cells))
     if _JSON.value:
-        figures = {"device": device(), "dtype": str(jnp.dtype(jnp.bfloat16)), "unit": "seconds", "rows": rows}
+        figures = {
+            "device": device(),
+            "dtype": str(jnp.dtype(jnp.bfloat16)),
+            "unit": "seconds",
+            "rows": rows,
+        }
         write_json(_JSON.value, figures, versions())
 
 

@@ -8,7 +8,7 @@ a forward and backward pass: model time, beside the least there could be (every 
 chip's peak, the longer of the two); the FLOPs that the matrix units execute, over the 2 M K N that are asked for; and
 HBM bytes. Group sizes are values of the run: balanced; multinomial, as of a router that prefers nobody; and
 Zipf-skewed, where the largest expert has a fifth of all rows. Times are the schedule's replay, not measurements;
-`kernels_pallas/aot` says how far to trust them.
+`gatedjax/aot` says how far to trust them.
 
 Ops: grouped_matmul and expert_mlp (the whole MLP of the experts, with the router's weights) are ours; megablox is gmm
 and tgmm of jax's own Pallas ops, in the best tiles found for each chip (where one seems quicker than its compulsory
@@ -30,16 +30,18 @@ import subprocess
 import sys
 from importlib import metadata
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the accelerators' compilers are loaded to compile, not to run
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # the accelerators' compilers are loaded to compile, not to run
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from report import known_rows, table, write_json
 
+from gatedjax.aot import compile_and_replay
+from gatedjax.aot.targets import Tpu, target
 from kernels_pallas import expert_mlp, grouped_matmul
-from kernels_pallas.aot import compile_and_replay
-from kernels_pallas.aot.targets import Tpu, target
 
 D, F, G = 2048, 1024, 64
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
@@ -112,19 +114,35 @@ def program(op: str, chip: str, rows: int):
     kernel = "tpu" if chip.startswith("tpu") else "gpu"
     if op == "expert_mlp":
         weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        args = array(rows, D), array(G, D, F), array(G, D, F), array(G, F, D), weights, sizes, array(rows, D)
+        args = (
+            array(rows, D),
+            array(G, D, F),
+            array(G, D, F),
+            array(G, F, D),
+            weights,
+            sizes,
+            array(rows, D),
+        )
         call = lambda *a: expert_mlp(*a[:4], a[5], a[4], implementation=kernel)
         return forward_and_backward(call), args
     args = array(rows, D), array(G, D, F), sizes, array(rows, F)
     if op in ("megablox", "tokamax"):
         return megablox(chip) if op == "megablox" else tokamax(), args
-    f = jax.lax.ragged_dot if op == "ragged_dot" else lambda *a: grouped_matmul(*a, implementation=kernel)
+    f = (
+        jax.lax.ragged_dot
+        if op == "ragged_dot"
+        else lambda *a: grouped_matmul(*a, implementation=kernel)
+    )
     return forward_and_backward(f), args
 
 
 def matmuls(kernel: str) -> int:
     """How many of 2 M K N FLOPs a kernel is asked for."""
-    return 2 if any(name in kernel for name in ("pre_activations", "drows")) and "dpre" not in kernel else 1
+    return (
+        2
+        if any(name in kernel for name in ("pre_activations", "drows")) and "dpre" not in kernel
+        else 1
+    )
 
 
 def figures(op: str, chip: str, rows: int) -> dict:
@@ -137,18 +155,23 @@ def figures(op: str, chip: str, rows: int) -> dict:
     one, flops = reports["balanced"], 2 * rows * D * F
     found = {
         "temporary_bytes": one.temp_bytes,
-        "program_dot_flops_over_one_matmul": (one.compiler_flops or dot_flops(compiled.as_text())) / flops,
+        "program_dot_flops_over_one_matmul": (one.compiler_flops or dot_flops(compiled.as_text()))
+        / flops,
         "declared_flops_over_one_matmul": one.declared.flops / flops,
     }
     if not isinstance(device, Tpu):
-        return found | {"kernels": [dataclasses.asdict(k) for k in one.kernels if "grouped_matmul" in k.name]}
+        return found | {
+            "kernels": [dataclasses.asdict(k) for k in one.kernels if "grouped_matmul" in k.name]
+        }
     found["sizes"] = {name: of_sizes(report, device, flops) for name, report in reports.items()}
     return found
 
 
 def of_sizes(report, device: Tpu, flops: float) -> dict:
     """The figures of one replay. Of a kernel whose steering values the replay does not know there is no time: None."""
-    executed = {k.name: k.matrix_busy * k.schedule_seconds * device.peak_flops for k in report.kernels}
+    executed = {
+        k.name: k.matrix_busy * k.schedule_seconds * device.peak_flops for k in report.kernels
+    }
     kernels = {
         k.name: {
             "microseconds": 1e6 * k.seconds if executed[k.name] else None,
@@ -169,12 +192,18 @@ def dot_flops(text: str) -> int:
     shapes = {name: [int(n) for n in dims.split(",") if n] for name, dims in SHAPE.findall(text)}
     total = 0
     for name, lhs, contracted in DOT.findall(text):
-        total += 2 * math.prod(shapes[name]) * math.prod(shapes[lhs][int(i)] for i in contracted.split(","))
+        total += (
+            2
+            * math.prod(shapes[name])
+            * math.prod(shapes[lhs][int(i)] for i in contracted.split(","))
+        )
     return total
 
 
 SHAPE = re.compile(r"%([\w.\-]+) = \w+\[([\d,]*)\]")
-DOT = re.compile(r"%([\w.\-]+) = \S+ dot\((?:\S+ )?%([\w.\-]+),.*?lhs_contracting_dims=\{([\d,]+)\}")
+DOT = re.compile(
+    r"%([\w.\-]+) = \S+ dot\((?:\S+ )?%([\w.\-]+),.*?lhs_contracting_dims=\{([\d,]+)\}"
+)
 
 
 def least_microseconds(op: str, kernel: str, chip: str, rows: int) -> float:
@@ -191,7 +220,9 @@ def least_microseconds(op: str, kernel: str, chip: str, rows: int) -> float:
 
 def in_a_process(*row: str) -> dict:
     """One compilation a process: the compilers read their flags once. {"error": ...} if it fails."""
-    done = subprocess.run([sys.executable, __file__, "--row", *row], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--row", *row], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -209,20 +240,33 @@ def lines(op: str, chip: str, rows: int, found: dict) -> list[list[str]]:
                 out.append([*head, kind, name, "not followed", "", "", ""])
                 continue
             floor = least_microseconds(op, name, chip, rows)
-            out.append([*head, kind, name, f"{k['microseconds']:,.0f}", f"{floor:,.0f}",
-                        f"{k['microseconds'] / floor:.2f}", f"{k['executed_over_useful_flops']:.2f}"])  # fmt: skip
+            out.append(
+                [
+                    *head,
+                    kind,
+                    name,
+                    f"{k['microseconds']:,.0f}",
+                    f"{floor:,.0f}",
+                    f"{k['microseconds'] / floor:.2f}",
+                    f"{k['executed_over_useful_flops']:.2f}",
+                ]
+            )
         if of_size["program_microseconds"] is not None:
             total = sum(k["microseconds"] for k in of_size["kernels"].values())
             out.append([*head, kind, "all kernels", f"{total:,.0f}", "", "", ""])
     if op == "ragged_dot" or not out:
-        dots, declared = (found[f"{of}_flops_over_one_matmul"] for of in ("program_dot", "declared"))
+        dots, declared = (
+            found[f"{of}_flops_over_one_matmul"] for of in ("program_dot", "declared")
+        )
         text = f"dots outside kernels {dots:.1f}, kernels {declared:.1f} x 2 M K N"
         out.append([*head, "", text, "", "", "", f"{dots + declared:.1f}"])
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", action="append")
     parser.add_argument("--rows", default="16384,131072")
     parser.add_argument("--op", default=",".join(OPS), help="comma-separated")

@@ -25,12 +25,18 @@ from jax import Array
 from jaxtyping import Float
 from report import cores, cpu_model, table, write_json
 
-from gatedjax import cli
+from gatedjax.runtime import cli
 from kernels_pallas import attention, linear_scan
 
-_LENGTHS = flags.DEFINE_multi_integer("length", [1024, 4096, 16384], "Sequence lengths T; at least two.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of each, of which the fastest counts.", lower_bound=1)
-_MAX_GIB = flags.DEFINE_float("max_gib", 6.0, "What would need more temporary memory than this is not run.")
+_LENGTHS = flags.DEFINE_multi_integer(
+    "length", [1024, 4096, 16384], "Sequence lengths T; at least two."
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Runs of each, of which the fastest counts.", lower_bound=1
+)
+_MAX_GIB = flags.DEFINE_float(
+    "max_gib", 6.0, "What would need more temporary memory than this is not run."
+)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 B, H, D = 1, 4, 64
@@ -49,7 +55,7 @@ def scan(q, k, v, log_decay) -> Float[Array, "B T H D"]:
 
 
 def gated_attention(q, k, v, gate) -> Float[Array, "B T H D"]:
-    return attention(q, k, v, gate=gate, implementation="xla")
+    return attention(q, k, v, gate_logits=gate, implementation="xla")
 
 
 # name -> the op on (q, k, v, x), and how x is made from standard normal numbers [B, T, H, D]: log decays, or a gate.
@@ -67,12 +73,18 @@ def main(_) -> None:
     for name in OPS:
         figures[name] = {}
         for length in _LENGTHS.value:
-            figures[name][length] = in_child(measure, name, length, _REPEATS.value, _MAX_GIB.value * 2**30)
-    print(f"{cpu_model()}, {cores()} cores, jax {jax.__version__}; B {B}, H {H}, K = V = {D}, float32")
+            figures[name][length] = in_child(
+                measure, name, length, _REPEATS.value, _MAX_GIB.value * 2**30
+            )
+    print(
+        f"{cpu_model()}, {cores()} cores, jax {jax.__version__}; B {B}, H {H}, K = V = {D}, float32"
+    )
     print(show(figures))
     if _JSON.value:
         shape = {"B": B, "H": H, "K": D, "V": D, "dtype": "float32"}
-        growth = {name: {key: exponent(points, key) for key in KEYS} for name, points in figures.items()}
+        growth = {
+            name: {key: exponent(points, key) for key in KEYS} for name, points in figures.items()
+        }
         write_json(_JSON.value, {"shape": shape, "points": figures, "exponents": growth}, {})
 
 
@@ -110,7 +122,9 @@ def measure(name: str, length: int, repeats: int, max_bytes: float) -> dict[str,
 def start_of_peak() -> int | None:
     """Sets the process's peak back to what it holds now, and returns that in bytes; None where Linux is not."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what compilation freed goes back, or else the run would hide in it
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what compilation freed goes back, or else the run would hide in it
         Path("/proc/self/clear_refs").write_text("5")
         return _memory("VmRSS")
     except (OSError, AttributeError):
@@ -118,7 +132,9 @@ def start_of_peak() -> int | None:
 
 
 def _memory(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -143,7 +159,10 @@ def show(figures: dict[str, dict[int, dict]]) -> str:
     number = lambda x, form: "-" if x is None else format(x, form)
     for name, points in figures.items():
         for length, point in points.items():
-            cells = [None if point[key] is None else point[key] / scale for key, scale in zip(KEYS, scales)]
+            cells = [
+                None if point[key] is None else point[key] / scale
+                for key, scale in zip(KEYS, scales)
+            ]
             rows.append([name, f"{length:,}", *(number(c, ",.1f") for c in cells)])
         rows.append(["", "exponent", *(number(exponent(points, key), ".2f") for key in KEYS)])
     return table(["forward + backward", "T", "ms", "temporary MiB", "RSS MiB"], rows)

@@ -27,7 +27,9 @@ def cores() -> int:
 def cpu_model() -> str:
     """The processor's name, as the operating system tells it."""
     try:
-        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1)
+        return re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        ).group(1)
     except (OSError, AttributeError):
         return platform.processor() or platform.machine()
 
@@ -46,7 +48,9 @@ def write_json(path: str, figures: Mapping[str, object], versions: Mapping[str, 
     Path(path).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def known_rows(path: str | None, keys: Sequence[str], versions: Mapping[str, str]) -> dict[tuple, dict]:
+def known_rows(
+    path: str | None, keys: Sequence[str], versions: Mapping[str, str]
+) -> dict[tuple, dict]:
     """The `rows` that an earlier run with these versions wrote, failures aside: values of keys -> figures."""
     if not path or not Path(path).exists():
         return {}
@@ -54,7 +58,11 @@ def known_rows(path: str | None, keys: Sequence[str], versions: Mapping[str, str
     if any(before["versions"].get(name) != version for name, version in versions.items()):
         return {}
     figures = lambda row: {name: x for name, x in row.items() if name not in keys}
-    return {tuple(row[key] for key in keys): figures(row) for row in before["rows"] if "error" not in row}
+    return {
+        tuple(row[key] for key in keys): figures(row)
+        for row in before["rows"]
+        if "error" not in row
+    }
 
 
 def _without_folders(argument: str) -> str:

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from report import table, write_json
 
-from kernels_pallas.aot import compile_for
+from gatedjax.aot import compile_for
 
 DISPATCH_MS = 0.11
 
@@ -65,10 +65,15 @@ def matmul(x: jax.Array, y: jax.Array, blocks: tuple[int, int, int]) -> jax.Arra
         kernel,
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
         grid=(m // bm, n // bn, k // bk),
-        in_specs=[pl.BlockSpec((bm, bk), lambda i, j, l: (i, l)), pl.BlockSpec((bk, bn), lambda i, j, l: (l, j))],
+        in_specs=[
+            pl.BlockSpec((bm, bk), lambda i, j, l: (i, l)),
+            pl.BlockSpec((bk, bn), lambda i, j, l: (l, j)),
+        ],
         out_specs=pl.BlockSpec((bm, bn), lambda i, j, l: (i, j)),
         scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         name="matmul",
     )(x, y)
 
@@ -82,7 +87,9 @@ def model_milliseconds(case: Measured) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     rows, figures = [], []
@@ -90,11 +97,30 @@ def main() -> None:
         model = model_milliseconds(case)
         net = case.milliseconds - DISPATCH_MS
         blocks = "XLA" if case.blocks is None else "/".join(map(str, case.blocks))
-        rows.append([case.size, blocks, f"{case.milliseconds:.3f}", f"{net:.3f}", f"{model:.3f}", f"{model / net:.3f}"])
-        figures.append(dataclasses.asdict(case) | {"model_milliseconds": model, "ratio": model / net})
-    print(table(["size", "blocks", "measured ms", "less dispatch", "model ms", "model / measured"], rows))
+        rows.append(
+            [
+                case.size,
+                blocks,
+                f"{case.milliseconds:.3f}",
+                f"{net:.3f}",
+                f"{model:.3f}",
+                f"{model / net:.3f}",
+            ]
+        )
+        figures.append(
+            dataclasses.asdict(case) | {"model_milliseconds": model, "ratio": model / net}
+        )
+    print(
+        table(
+            ["size", "blocks", "measured ms", "less dispatch", "model ms", "model / measured"], rows
+        )
+    )
     if args.json:
-        write_json(args.json, {"target": "tpu:v5e (model)", "rows": figures}, {"libtpu": metadata.version("libtpu")})
+        write_json(
+            args.json,
+            {"target": "tpu:v5e (model)", "rows": figures},
+            {"libtpu": metadata.version("libtpu")},
+        )
 
 
 if __name__ == "__main__":

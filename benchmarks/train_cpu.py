@@ -24,18 +24,23 @@ from typing import NamedTuple
 from absl import flags
 from report import cores, cpu_model, table, write_json
 
-from gatedjax import cli
 from gatedjax.config import Config, from_config_dict, to_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
-from gatedjax.setup import with_vocab
+from gatedjax.runtime import cli
+from gatedjax.training.run import with_vocab
 
 HERE = Path(__file__).resolve().parent
-_PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "An interpreter that has torch and transformers.")
+_PEER_PYTHON = flags.DEFINE_string(
+    "peer_python", sys.executable, "An interpreter that has torch and transformers."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of every model.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
 _EXPERTS = flags.DEFINE_enum(
-    "peer_experts", "grouped_mm", ["eager", "batched_mm", "grouped_mm"], "How qwen3_next computes its experts."
+    "peer_experts",
+    "grouped_mm",
+    ["eager", "batched_mm", "grouped_mm"],
+    "How qwen3_next computes its experts.",
 )
 _COMPILE = flags.DEFINE_bool("peer_compile", False, "Also measure the peers under torch.compile.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
@@ -51,9 +56,16 @@ class Model(NamedTuple):
 def main(_) -> None:
     """Workers -> rounds by turns -> table and ratios."""
     check_peer_python(_PEER_PYTHON.value)
-    config = from_config_dict(runpy.run_path(str(HERE.parent / "configs" / "tiny.py"))["get_config"]())
+    config = from_config_dict(
+        runpy.run_path(str(HERE.parent / "configs" / "tiny.py"))["get_config"]()
+    )
     config = with_vocab(config, load_tokenizer(config.data.tokenizer))
-    ours = Worker(Model("gatedjax", [sys.executable, str(HERE / "gatedjax_train.py"), json.dumps(to_dict(config))]))
+    ours = Worker(
+        Model(
+            "gatedjax",
+            [sys.executable, str(HERE / "gatedjax_train.py"), json.dumps(to_dict(config))],
+        )
+    )
     workers = [ours, *(Worker(m) for m in peers(config, ours.about["active"]))]
     for _ in range(_ROUNDS.value):
         for worker in workers:
@@ -62,10 +74,16 @@ def main(_) -> None:
         worker.close()
     tokens = config.train.batch_size * config.data.seq_len * _STEPS.value
     results = {w.name: w.result(tokens) for w in workers}
-    print(f"{cpu_model()}, {cores()} cores; {_ROUNDS.value} rounds of {_STEPS.value} steps; {versions(workers)}")
+    print(
+        f"{cpu_model()}, {cores()} cores; {_ROUNDS.value} rounds of {_STEPS.value} steps; {versions(workers)}"
+    )
     print(show(results))
     if _JSON.value:
-        write_json(_JSON.value, {"rounds": _ROUNDS.value, "steps": _STEPS.value, "models": results}, versions(workers))
+        write_json(
+            _JSON.value,
+            {"rounds": _ROUNDS.value, "steps": _STEPS.value, "models": results},
+            versions(workers),
+        )
 
 
 class Worker:
@@ -75,7 +93,11 @@ class Worker:
         self.name, self.rounds = model.name, []
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process that writes it
         self._process = subprocess.Popen(
-            model.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            model.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
         )
         self.about = self._answer()
 
@@ -104,20 +126,26 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
-            raise InputError(f"{self.name} ended with code {self._process.wait()}: {self._errors.read()[-2000:]}")
+            raise InputError(
+                f"{self.name} ended with code {self._process.wait()}: {self._errors.read()[-2000:]}"
+            )
         return json.loads(line)
 
 
 def check_peer_python(python: str) -> None:
     """InputError in one line unless this interpreter imports torch and transformers."""
     try:
-        done = subprocess.run([python, "-c", "import torch, transformers"], capture_output=True, text=True)
+        done = subprocess.run(
+            [python, "-c", "import torch, transformers"], capture_output=True, text=True
+        )
         failure = done.stderr.strip().splitlines()[-1] if done.returncode else None
     except OSError as e:
         failure = e.strerror
     if failure:
         wanted = "an interpreter with both (pip install torch transformers)"
-        raise InputError(f"peer_python: {python} cannot import torch and transformers ({failure}), wanted {wanted}")
+        raise InputError(
+            f"peer_python: {python} cannot import torch and transformers ({failure}), expected {wanted}"
+        )
 
 
 def peers(config: Config, active: int) -> list[Model]:
@@ -137,7 +165,9 @@ def peers(config: Config, active: int) -> list[Model]:
         "tie_word_embeddings": c.tie_embeddings,
     }
     hybrid = {
-        "layer_types": ["full_attention" if c.layer(i)[0] == attention else "linear_attention" for i in layers],
+        "layer_types": [
+            "full_attention" if c.layer(i)[0] == attention else "linear_attention" for i in layers
+        ],
         "partial_rotary_factor": attention.rope_fraction,
         "linear_num_key_heads": gla.num_kv_heads,
         "linear_num_value_heads": gla.num_heads,
@@ -167,7 +197,9 @@ def peers(config: Config, active: int) -> list[Model]:
     ]
 
 
-def _peer(config: Config, name: str, architecture: str, sizes: dict, experts: str | None, compiled: bool) -> Model:
+def _peer(
+    config: Config, name: str, architecture: str, sizes: dict, experts: str | None, compiled: bool
+) -> Model:
     optim = config.optim
     spec = {
         "architecture": architecture,
@@ -185,7 +217,9 @@ def _peer(config: Config, name: str, architecture: str, sizes: dict, experts: st
         },
         "clip_norm": optim.clip_norm,
     }
-    return Model(name, [_PEER_PYTHON.value, str(HERE / "peers" / "transformers_train.py"), json.dumps(spec)])
+    return Model(
+        name, [_PEER_PYTHON.value, str(HERE / "peers" / "transformers_train.py"), json.dumps(spec)]
+    )
 
 
 def show(results: dict[str, dict]) -> str:
@@ -205,7 +239,10 @@ def show(results: dict[str, dict]) -> str:
                 f"{ours / r['tokens_per_second']:.2f}",
             ]
         )
-    return table(["model", "parameters", "active", "tokens/s", "of rounds", "peak RSS MiB", "ours / it"], rows)
+    return table(
+        ["model", "parameters", "active", "tokens/s", "of rounds", "peak RSS MiB", "ours / it"],
+        rows,
+    )
 
 
 def versions(workers: list[Worker]) -> dict[str, str]:

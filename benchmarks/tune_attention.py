@@ -1,4 +1,4 @@
-"""Chooses schedules of attention's TPU kernels by model time, for `kernels_pallas/attention/tpu_tuning.py`.
+"""Chooses schedules of attention's TPU kernels by model time, for `kernels_pallas/attention/tpu/tuning.py`.
 
     python benchmarks/tune_attention.py --target=tpu:v5e [--shape=B4,T4096,H16,D128] [--forward=rows=128,256] [...]
 
@@ -16,11 +16,11 @@ import importlib
 
 import jax
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import make_case
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import make_case
 
 # `kernels_pallas.attention` is the function; its rooms are found by their full names.
-tpu_tuning = importlib.import_module("kernels_pallas.attention.tpu_tuning")
+tpu_tuning = importlib.import_module("kernels_pallas.attention.tpu.tuning")
 Schedule = tpu_tuning.Schedule
 
 SETTINGS = {
@@ -33,7 +33,9 @@ def candidates(settings: list[str]) -> list[Schedule]:
     """ "rows=128,256" and the like, every combination of them."""
     axes = {name: text.split(",") for name, text in (s.split("=") for s in settings)}
     fixed = dict(block=1024, rows=256)
-    return [Schedule(**fixed | dict(zip(axes, map(int, c)))) for c in itertools.product(*axes.values())]
+    return [
+        Schedule(**fixed | dict(zip(axes, map(int, c)))) for c in itertools.product(*axes.values())
+    ]
 
 
 def seconds(target: str, shape: str, forward: Schedule, backward: Schedule) -> dict[str, float]:
@@ -50,11 +52,15 @@ def seconds(target: str, shape: str, forward: Schedule, backward: Schedule) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", required=True, help="tpu:v5e, tpu:v5p, tpu:v6e or tpu:v7x")
     parser.add_argument("--shape", default="B4,T4096,H16,D128")
     for way in SETTINGS:
-        parser.add_argument(f"--{way}", action="append", help="a setting and its values: rows=128,256")
+        parser.add_argument(
+            f"--{way}", action="append", help="a setting and its values: rows=128,256"
+        )
     args = parser.parse_args()
     tried = {way: candidates(getattr(args, way) or SETTINGS[way]) for way in SETTINGS}
     best = {way: (float("inf"), None) for way in SETTINGS}

@@ -1,4 +1,4 @@
-"""Compares schedules of grouped_matmul's TPU kernels by model time, for `kernels_pallas/grouped_matmul/tpu_tuning.py`.
+"""Compares schedules of grouped_matmul's TPU kernels by model time, for `kernels_pallas/grouped_matmul/tpu/tuning.py`.
 
     python benchmarks/tune_grouped_matmul.py --target=tpu:v5e [--shape=M16384,K2048,N1024,G64] [--set=step=512,1024 ...]
 
@@ -15,9 +15,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 
 import jax
 
-from kernels_pallas.aot import compile_and_replay
-from kernels_pallas.aot.cases import make_case
-from kernels_pallas.grouped_matmul import tpu_tuning
+from gatedjax.aot import compile_and_replay
+from gatedjax.aot.cases import make_case
+from kernels_pallas.grouped_matmul.tpu import tuning as tpu_tuning
 
 SETTINGS = ["tile=256,512", "parts=64,128", "step=512,1024", "outer_step=1024x512,1024x1024"]
 KERNELS = ("forward", "dlhs", "drhs")
@@ -26,8 +26,13 @@ DEVICES = {"tpu:v5e": "TPU v5 lite", "tpu:v5p": "TPU v5", "tpu:v6e": "TPU v6 lit
 
 def candidates(base: tpu_tuning.Row, settings: list[str]) -> list[tpu_tuning.Row]:
     """ "step=512,1024" and the like, every combination of them."""
-    axes = {name: [_value(v) for v in text.split(",")] for name, text in (s.split("=") for s in settings)}
-    return [base._replace(**dict(zip(axes, values))) for values in itertools.product(*axes.values())]
+    axes = {
+        name: [_value(v) for v in text.split(",")]
+        for name, text in (s.split("=") for s in settings)
+    }
+    return [
+        base._replace(**dict(zip(axes, values))) for values in itertools.product(*axes.values())
+    ]
 
 
 def _value(text: str):
@@ -38,20 +43,27 @@ def microseconds(target: str, shape: str, row: tpu_tuning.Row) -> dict[tuple[str
     """Model time of each kernel for each kind of group sizes; empty if the candidate does not compile."""
     tpu_tuning.TUNED[DEVICES[target]] = row
     case, skewed = (
-        make_case("grouped_matmul", shape, "bfloat16", {"implementation": "tpu", "sizes": s}) for s in ("equal", "zipf")
+        make_case("grouped_matmul", shape, "bfloat16", {"implementation": "tpu", "sizes": s})
+        for s in ("equal", "zipf")
     )
     concretes = {"equal": case.concrete, "zipf": skewed.concrete}
     try:
-        _, reports = compile_and_replay(target, case.backward(), *case.backward_args(), concretes=concretes)
+        _, reports = compile_and_replay(
+            target, case.backward(), *case.backward_args(), concretes=concretes
+        )
     except jax.errors.JaxRuntimeError as error:  # too much VMEM
         print(str(error).splitlines()[0])
         return {}
-    named = lambda report: ((name, 1e6 * k.seconds) for k in report.kernels for name in KERNELS if name in k.name)
+    named = lambda report: (
+        (name, 1e6 * k.seconds) for k in report.kernels for name in KERNELS if name in k.name
+    )
     return {(name, kind): time for kind, report in reports.items() for name, time in named(report)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", required=True, choices=DEVICES)
     parser.add_argument("--shape", default="M16384,K2048,N1024,G64")
     parser.add_argument("--set", action="append", help="a setting and its values: step=512,1024")

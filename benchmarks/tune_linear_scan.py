@@ -1,4 +1,4 @@
-"""Chooses schedules of linear_scan's TPU kernels by model time, for `kernels_pallas/linear_scan/tpu_tuning.py`.
+"""Chooses schedules of linear_scan's TPU kernels by model time, for `kernels_pallas/linear_scan/tpu/tuning.py`.
 
     python benchmarks/tune_linear_scan.py --target=tpu:v5e [--decay=vector] [--forward=lag=4,6] [--backward=lag=5,6]
 
@@ -14,10 +14,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 
 import jax
 
-from kernels_pallas.aot import compile_for
-from kernels_pallas.aot.cases import make_case
-from kernels_pallas.linear_scan import tpu_tuning
-from kernels_pallas.linear_scan.tpu_plan import Schedule
+from gatedjax.aot import compile_for
+from gatedjax.aot.cases import make_case
+from kernels_pallas.linear_scan.tpu import tuning as tpu_tuning
+from kernels_pallas.linear_scan.tpu.plan import Schedule
 
 SETTINGS = {
     "forward": ["chunks=1,2", "lag=None,0,6", "stack=False,True", "round_early=True"],
@@ -31,10 +31,15 @@ def candidates(settings: list[str]) -> list[Schedule]:
     axes = {name: text.split(",") for name, text in (s.split("=") for s in settings)}
     value = lambda text: VALUES[text] if text in VALUES else int(text)
     fixed = dict(heads=8, chunks=1, lag=None)
-    return [Schedule(**fixed | dict(zip(axes, map(value, c)))) for c in itertools.product(*axes.values())]
+    return [
+        Schedule(**fixed | dict(zip(axes, map(value, c))))
+        for c in itertools.product(*axes.values())
+    ]
 
 
-def seconds(target: str, shape: str, decay: str, forward: Schedule, backward: Schedule) -> dict[str, float]:
+def seconds(
+    target: str, shape: str, decay: str, forward: Schedule, backward: Schedule
+) -> dict[str, float]:
     """Model seconds of each kernel in one program of forward and backward pass; inf if it does not compile."""
     for row in tpu_tuning.TUNED.values():
         row["vector" if decay == "vector" else "scalar"] = forward, backward
@@ -48,7 +53,9 @@ def seconds(target: str, shape: str, decay: str, forward: Schedule, backward: Sc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", required=True, help="tpu:v5e, tpu:v5p, tpu:v6e or tpu:v7x")
     parser.add_argument("--decay", default="vector", help="vector, scalar, constant or none")
     parser.add_argument("--shape", default="B4,T4096,H8,K128,V256")

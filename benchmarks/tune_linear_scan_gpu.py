@@ -1,4 +1,4 @@
-"""Chooses schedules of linear_scan's GPU kernels by time on this GPU, for `kernels_pallas/linear_scan/gpu_tuning.py`.
+"""Chooses schedules of linear_scan's GPU kernels by time on this GPU, for `kernels_pallas/linear_scan/gpu/tuning.py`.
 
     python benchmarks/tune_linear_scan_gpu.py [--shape=B4,T4096,H16,K128,V128] [--decay=vector,scalar] [--json=FILE]
 
@@ -15,12 +15,14 @@ from gpu_timing import device, inputs, median_seconds
 from report import write_json
 
 from kernels_pallas import linear_scan
-from kernels_pallas.linear_scan import gpu_tuning
+from kernels_pallas.linear_scan.gpu import tuning as gpu_tuning
 
 _SHAPE = flags.DEFINE_string("shape", "B4,T4096,H16,K128,V128", "Sizes of B, T, H, K and V.")
 _DECAY = flags.DEFINE_list("decay", ["vector", "scalar"], "Kinds of decay.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "A tiny shape, interpreted on the CPU, two candidates.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "A tiny shape, interpreted on the CPU, two candidates."
+)
 
 # In this order: what the passes share first.
 CANDIDATES = {
@@ -71,7 +73,9 @@ def tune(decay: str, shape: str) -> tuple[gpu_tuning.Schedule, list[dict]]:
             if candidate == best:
                 continue
             time = seconds(candidate, decay, arrays, cotangent)
-            tried.append({"schedule": candidate._asdict(), "seconds": time if math.isfinite(time) else None})
+            tried.append(
+                {"schedule": candidate._asdict(), "seconds": time if math.isfinite(time) else None}
+            )
             print(f"  {name}={value}: {time * 1e6:.0f} us", flush=True)
             if time < GAIN * fastest:
                 best, fastest = candidate, time
@@ -81,13 +85,19 @@ def tune(decay: str, shape: str) -> tuple[gpu_tuning.Schedule, list[dict]]:
 def main(_) -> None:
     shape = "B1,T64,H1,K16,V16" if _DRY_RUN.value else _SHAPE.value
     found = {decay: tune(decay, shape) for decay in _DECAY.value}
-    print(f'put into TUNED["{gpu_tuning.chip()}"] of kernels_pallas/linear_scan/gpu_tuning.py:')
+    print(f'put into TUNED["{gpu_tuning.chip()}"] of kernels_pallas/linear_scan/gpu/tuning.py:')
     for decay, (best, _) in found.items():
-        changed = {n: v for n, v in best._asdict().items() if v != gpu_tuning.Schedule._field_defaults[n]}
+        changed = {
+            n: v for n, v in best._asdict().items() if v != gpu_tuning.Schedule._field_defaults[n]
+        }
         print(f'    "{decay}": Schedule({", ".join(f"{n}={v}" for n, v in changed.items())}),')
     if _JSON.value:
         rows = {d: {"best": best._asdict(), "tried": tried} for d, (best, tried) in found.items()}
-        write_json(_JSON.value, {"device": device(), "shape": shape, "dtype": "bfloat16", "decays": rows}, {})
+        write_json(
+            _JSON.value,
+            {"device": device(), "shape": shape, "dtype": "bfloat16", "decays": rows},
+            {},
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ def get_config():
     c.model.vocab_size = 151_936
     c.model.width = 2048
     c.model.num_layers = 28
-    c.model.mixers = {"attention": layer("gated_attention", num_heads=16, num_kv_heads=8, head_dim=128)}
+    c.model.mixers = {
+        "attention": layer("gated_attention", num_heads=16, num_kv_heads=8, head_dim=128)
+    }
     c.model.pattern = ("attention",)
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=5504)}
     c.model.ffn_pattern = ("mlp",)
@@ -25,7 +27,7 @@ def get_config():
     c.data.seq_len = 4096
     c.optim.lr = 4e-3
     c.optim.warmup_steps = 1000
-    c.optim.final_lr_share = 0.0075
+    c.optim.final_lr_fraction = 0.0075
     c.train.steps = 100_000
     c.train.batch_size = 1024
     c.train.eval_every = 1000

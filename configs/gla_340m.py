@@ -16,7 +16,9 @@ def get_config():
     c.model.width = 1024
     c.model.num_layers = 24
     c.model.mixers = {
-        "gla": layer("gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=128, value_dim=256),
+        "gla": layer(
+            "gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=128, value_dim=256
+        ),
     }
     c.model.pattern = ("gla",)
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=2816)}
@@ -28,7 +30,7 @@ def get_config():
     c.optim.lr = 3e-4
     c.optim.warmup_steps = 1000
     c.optim.weight_decay = 0.01
-    c.optim.final_lr_share = 0.1
+    c.optim.final_lr_fraction = 0.1
     c.train.steps = 30_000
     c.train.batch_size = 256
     c.train.eval_every = 1000

@@ -14,7 +14,14 @@ def get_config():
     c.model.width = 128
     c.model.num_layers = 6
     c.model.mixers = {
-        "gla": layer("gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=16, value_dim=32, conv_width=4),
+        "gla": layer(
+            "gated_linear_attention",
+            num_heads=4,
+            num_kv_heads=4,
+            key_dim=16,
+            value_dim=32,
+            conv_width=4,
+        ),
         "attention": layer("gated_attention", num_heads=4, num_kv_heads=2, head_dim=32),
     }
     c.model.pattern = ("gla", "gla", "attention")
@@ -28,8 +35,8 @@ def get_config():
     c.optim.name = "muon"
     c.optim.lr = 0.01
     c.optim.schedule = "wsd"
-    c.optim.decay_share = 0.3
-    c.optim.final_lr_share = 0.05
+    c.optim.decay_fraction = 0.3
+    c.optim.final_lr_fraction = 0.05
     c.optim.warmup_steps = 50
     c.train.steps = 2000
     c.train.batch_size = 4

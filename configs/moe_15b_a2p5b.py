@@ -19,9 +19,15 @@ def get_config():
     c.model.vocab_size = 151_936
     c.model.width = 2048
     c.model.num_layers = 24
-    c.model.mixers = {"attention": layer("gated_attention", num_heads=32, num_kv_heads=4, head_dim=128)}
+    c.model.mixers = {
+        "attention": layer("gated_attention", num_heads=32, num_kv_heads=4, head_dim=128)
+    }
     c.model.pattern = ("attention",)
-    c.model.ffns = {"moe": layer("sparse_moe", num_experts=128, experts_per_token=8, hidden=768, balance_loss=0.001)}
+    c.model.ffns = {
+        "moe": layer(
+            "sparse_moe", num_experts=128, experts_per_token=8, hidden=768, balance_loss=0.001
+        )
+    }
     c.model.ffn_pattern = ("moe",)
     c.model.tie_embeddings = False
     c.model.remat = "kernels"
@@ -30,7 +36,7 @@ def get_config():
     c.data.seq_len = 4096
     c.optim.lr = 2e-3
     c.optim.warmup_steps = 1000
-    c.optim.final_lr_share = 0.015
+    c.optim.final_lr_fraction = 0.015
     c.train.steps = 100_000
     c.train.batch_size = 1024
     c.train.eval_every = 1000

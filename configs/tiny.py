@@ -13,13 +13,22 @@ def get_config():
     c.model.width = 128
     c.model.num_layers = 4
     c.model.mixers = {
-        "gla": layer("gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=16, value_dim=32, conv_width=4),
+        "gla": layer(
+            "gated_linear_attention",
+            num_heads=4,
+            num_kv_heads=4,
+            key_dim=16,
+            value_dim=32,
+            conv_width=4,
+        ),
         "attention": layer("gated_attention", num_heads=4, num_kv_heads=2, head_dim=32),
     }
     c.model.pattern = ("gla", "attention")
     c.model.ffns = {
         "mlp": layer("gated_mlp", hidden=384),
-        "moe": layer("sparse_moe", num_experts=8, experts_per_token=2, hidden=128, shared_hidden=128),
+        "moe": layer(
+            "sparse_moe", num_experts=8, experts_per_token=2, hidden=128, shared_hidden=128
+        ),
     }
     c.model.ffn_pattern = ("mlp", "moe")
     c.model.init_std = 0.05

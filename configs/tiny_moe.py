@@ -2,7 +2,7 @@
 
     python train.py --config=configs/tiny_moe.py            (the balance loss)
     python train.py --config=configs/tiny_moe.py:bias       (DeepSeek-V3's router: sigmoid scores, the sign rule)
-    python -m gatedjax.expert_load --workdir=runs/tiny_moe       (the picture of the loads)
+    python -m gatedjax.reporting.expert_load --workdir=runs/tiny_moe       (the picture of the loads)
 
 Hardware: a laptop, 2 cores, 2 minutes.
 """
@@ -17,14 +17,21 @@ def get_config(arg: str = "loss"):
     c.model.width = 128
     c.model.num_layers = 2
     c.model.mixers = {
-        "gla": layer("gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=16, value_dim=32, conv_width=4),
+        "gla": layer(
+            "gated_linear_attention",
+            num_heads=4,
+            num_kv_heads=4,
+            key_dim=16,
+            value_dim=32,
+            conv_width=4,
+        ),
         "attention": layer("gated_attention", num_heads=4, num_kv_heads=2, head_dim=32),
     }
     c.model.pattern = ("gla", "attention")
     # 16 experts, 4 of which see a token.
     moe = layer("sparse_moe", num_experts=16, experts_per_token=4, hidden=96, balance_loss=0.05)
     if arg == "bias":
-        moe.router.score = "sigmoid"
+        moe.router.scoring = "sigmoid"
         moe.router.bias_rule = "sign"
         moe.router.bias_rate = 0.003
         moe.balance_loss = 0.0

@@ -20,7 +20,7 @@ HEAD = """# Configuration
 
 Every key of a run. A file in `configs/` returns `config_dict()` with some of them changed; `--config.KEY=VALUE` on the
 command line changes one; a wrong key or type is refused at launch, with the nearest key named. This page is made from
-`gatedjax/config.py` by `python docs/config_reference.py`.
+`gatedjax/config` by `python docs/config_reference.py`.
 """
 
 
@@ -28,9 +28,16 @@ def page() -> str:
     """Groups of the run first, then the kinds of layers."""
     groups = [(f.name, typing.get_type_hints(Config)[f.name]) for f in dataclasses.fields(Config)]
     parts = [HEAD, *(section(f"`config.{name}`", cls) for name, cls in groups)]
-    parts.append("## Layers\n\nEntries of `model.mixers` and `model.ffns`, made by `layer(kind, **values)`.\n")
-    parts += [section(f'`layer("{kind}")`', cls, "###") for kind, cls in (MIXERS | FEED_FORWARDS).items()]
-    parts += [section(f"`{cls.__name__}`", cls, "###") for cls in nested([*MIXERS.values(), *FEED_FORWARDS.values()])]
+    parts.append(
+        "## Layers\n\nEntries of `model.mixers` and `model.ffns`, made by `layer(kind, **values)`.\n"
+    )
+    parts += [
+        section(f'`layer("{kind}")`', cls, "###") for kind, cls in (MIXERS | FEED_FORWARDS).items()
+    ]
+    parts += [
+        section(f"`{cls.__name__}`", cls, "###")
+        for cls in nested([*MIXERS.values(), *FEED_FORWARDS.values()])
+    ]
     return "\n".join(parts)
 
 
@@ -46,7 +53,9 @@ def section(title: str, cls: type, level: str = "##") -> str:
     rows = ["| key | type | default | |", "|---|---|---|---|"]
     for f in dataclasses.fields(cls):
         if f.name != "kind":
-            rows.append(f"| `{f.name}` | {type_text(f.type)} | {default_text(f)} | {comments.get(f.name, '')} |")
+            rows.append(
+                f"| `{f.name}` | {type_text(f.type)} | {default_text(f)} | {comments.get(f.name, '')} |"
+            )
     return "\n".join([f"{level} {title}", "", inspect.cleandoc(cls.__doc__ or ""), "", *rows, ""])
 
 
@@ -66,9 +75,15 @@ def field_comments(source: str) -> dict[str, str]:
 
 
 def type_text(annotation) -> str:
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    text = (
+        annotation
+        if isinstance(annotation, str)
+        else getattr(annotation, "__name__", str(annotation))
+    )
     text = re.sub(
-        r"typing\.|collections\.abc\.|gatedjax\.\w+\.|<class '|'>", "", text if "[" in text else str(annotation)
+        r"typing\.|collections\.abc\.|gatedjax\.(?:\w+\.)+|<class '|'>",
+        "",
+        text if "[" in text else str(annotation),
     )
     choices = re.fullmatch(r"Literal\[(.*)\]", text)
     shown = ", ".join(f"`{c.strip()}`" for c in choices[1].split(",")) if choices else f"`{text}`"

@@ -11,7 +11,7 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: the entry points print it as one line and exit 1."""
 
 
-def require(ok: bool, name: str, came: Any, wanted: str) -> None:
+def require(ok: bool, name: str, value: Any, expected: str) -> None:
     """Raises InputError, in the words all of them use, unless `ok`."""
     if not ok:
-        raise InputError(f"{name}: {came!r} came, wanted {wanted}")
+        raise InputError(f"{name}: got {value!r}, expected {expected}")

@@ -7,17 +7,21 @@ import sys
 
 from absl import flags
 
-from gatedjax import cli
 from gatedjax.data import load_tokenizer
-from gatedjax.restore import restore_params
-from gatedjax.sampling import generate_text
+from gatedjax.evaluation.restore import restore_params
+from gatedjax.evaluation.sampling import generate_text
+from gatedjax.runtime import cli
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty starts a new document.")
-_TOKENS = flags.DEFINE_integer("tokens", 400, "Tokens to sample at most; the end of a document ends the text.")
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 400, "Tokens to sample at most; the end of a document ends the text."
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0 for all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the fewest tokens whose probabilities reach p.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Sample among the fewest tokens whose probabilities reach p."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 
 
@@ -26,8 +30,12 @@ def main(_) -> None:
     run, params = restore_params(cli.required(_CHECKPOINT))
     tokenizer = load_tokenizer(run.config.data.tokenizer)
     print(_PROMPT.value, end="", flush=True)
-    sampling = dict(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value)
-    for piece in generate_text(run.config.model, params, tokenizer, _PROMPT.value, _TOKENS.value, **sampling):
+    sampling = dict(
+        temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value
+    )
+    for piece in generate_text(
+        run.config.model, params, tokenizer, _PROMPT.value, _TOKENS.value, **sampling
+    ):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()

@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
-from gatedjax.layers import FEED_FORWARDS, MIXERS, Context
-from gatedjax.layers.lora_mixture import xlora_weights
+from gatedjax.layers import FEED_FORWARDS, MIXERS, TokenInfo
+from gatedjax.layers.moe.lora import xlora_weights
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import parameter
 from kernels_pallas import RESIDUAL_NAMES
@@ -44,16 +44,18 @@ class Block(nn.Module):
     index: int  # within the period
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"], context: Context, cache, router_logits: Array | None):
+    def __call__(
+        self, x: Float[Array, "B T M"], info: TokenInfo, cache, router_logits: Array | None
+    ):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         mixer, ffn = c.layer(self.index)
-        norm = lambda name: RMSNorm(c.norm_eps, c.zero_centred_norm, name=name)
+        norm = lambda name: RMSNorm(c.norm_eps, c.zero_centered_norm, name=name)
         mix = MIXERS[mixer.kind][0](mixer, c.norm_eps, c.init_std, dtype, name="mixer")
-        y, cache = mix(norm("mixer_norm")(x), context, cache)
+        y, cache = mix(norm("mixer_norm")(x), info, cache)
         x = x + y
         feed_forward = FEED_FORWARDS[ffn.kind](ffn, c.init_std, dtype, name="ffn")
-        y, statistics, new_logits = feed_forward(norm("ffn_norm")(x), context, router_logits)
+        y, statistics, new_logits = feed_forward(norm("ffn_norm")(x), info, router_logits)
         # Carried only by models whose routers have a gating residual.
         router_logits = None if router_logits is None else new_logits
         x = nn.with_logical_constraint(x + y, ("batch", "length", "embed_act"))
@@ -67,14 +69,21 @@ class Period(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[Float[Array, "B T M"], Array | None], context: Context, caches: dict | None):
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "B T M"], Array | None],
+        info: TokenInfo,
+        caches: dict | None,
+    ):
         x, router_logits = carry
         new_caches, statistics = {}, {}
         for i in range(self.config.period):
             name = f"layer_{i}"
             cache = None if caches is None else caches[name]
             block = Block(self.config, i, name=name)
-            x, router_logits, new_caches[name], statistics[name] = block(x, context, cache, router_logits)
+            x, router_logits, new_caches[name], statistics[name] = block(
+                x, info, cache, router_logits
+            )
         return (x, router_logits), (None if caches is None else new_caches, statistics)
 
 
@@ -104,9 +113,13 @@ class LanguageModel(nn.Module):
         c = self.config
         start = 0 if caches is None else caches.position
         if positions is None:
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            positions = jnp.broadcast_to(
+                start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
+            )
         init = nn.initializers.normal(c.init_std)
-        table = parameter(self, "embedding", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
+        table = parameter(
+            self, "embedding", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init
+        )
         if not c.tie_embeddings:
             parameter(self, "head", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
         # Whole rows for the lookup: XLA can move a result cut along its width only by replicating it.
@@ -119,9 +132,9 @@ class LanguageModel(nn.Module):
             first_logits = jnp.zeros((*tokens.shape, c.router_residual), jnp.float32)
             first_logits = nn.with_logical_constraint(first_logits, ("batch", "length", None))
         lora_weights, first = self._lora_weights(tokens, positions, segment_ids, caches)
-        context = Context(positions, segment_ids, tokens, lora_weights)
-        (x, _), (layers, statistics) = layers_of(c)((x, first_logits), context, layers)
-        x = RMSNorm(c.norm_eps, c.zero_centred_norm, name="final_norm")(x)
+        info = TokenInfo(positions, segment_ids, tokens, lora_weights)
+        (x, _), (layers, statistics) = layers_of(c)((x, first_logits), info, layers)
+        x = RMSNorm(c.norm_eps, c.zero_centered_norm, name="final_norm")(x)
         if caches is not None:
             caches = Caches(caches.position + tokens.shape[1], layers, first)
         return x, caches, statistics
@@ -134,19 +147,24 @@ class LanguageModel(nn.Module):
         if c is None:
             return None, None
         none = jnp.zeros((*tokens.shape, c.num_experts), jnp.float32)
-        shape, init = [self.config.width, c.num_experts], nn.initializers.normal(self.config.init_std)
+        shape, init = (
+            [self.config.width, c.num_experts],
+            nn.initializers.normal(self.config.init_std),
+        )
         classifier = parameter(self, "lora_classifier", ["embed", "router"], shape, init)
         if self.without_experts or self.is_initializing():
             return none, None
         # A module of its own, so that what the layers `sow` is of the second pass alone.
         model = LanguageModel(self.config, without_experts=True, parent=None)
         variables = jax.lax.stop_gradient({"params": self.variables["params"]})
-        hidden, first, _ = model.apply(variables, tokens, positions, segment_ids, caches and caches.first_pass)
+        hidden, first, _ = model.apply(
+            variables, tokens, positions, segment_ids, caches and caches.first_pass
+        )
         return xlora_weights(hidden, classifier, c.temperature, c.experts_per_token), first
 
 
 def layers_of(c: ModelConfig) -> nn.Module:
-    """All layers, as a module "periods": ((x, router logits), context, caches) -> (the same, (caches, statistics))."""
+    """All layers, as a module "periods": ((x, router logits), info, caches) -> (the same, (caches, statistics))."""
     # Outside a loop XLA would merge what is computed again with what was computed first, and keep it after all.
     remat = lambda: nn.remat(Period, prevent_cse=not c.scan_layers, policy=remat_policy(c.remat))
     period = Period if c.remat == "none" else remat()
@@ -170,7 +188,9 @@ def head_weights(params) -> Float[Array, "X M"]:
 
 def logits(hidden: Float[Array, "... M"], weights: Float[Array, "X M"]) -> Float[Array, "... X"]:
     """Scores of the next token, float32: operands in hidden's dtype, accumulated in float32."""
-    return jnp.einsum("...m,xm->...x", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...m,xm->...x", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def init_caches(config: ModelConfig, batch: int, length: int) -> Caches:

@@ -59,17 +59,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     others = config.fsdp * config.context * config.tensor * config.expert
-    if others < 1 or len(devices) % others or (config.data and config.data * others != len(devices)):
-        wanted = " x ".join(f"{axis}={getattr(config, axis) or 'rest'}" for axis in AXES)
-        raise InputError(f"config.mesh: {wanted} does not divide the {len(devices)} device(s) of this run")
-    shape = (config.data or len(devices) // others, config.fsdp, config.context, config.tensor, config.expert)
+    if (
+        others < 1
+        or len(devices) % others
+        or (config.data and config.data * others != len(devices))
+    ):
+        expected = " x ".join(f"{axis}={getattr(config, axis) or 'rest'}" for axis in AXES)
+        raise InputError(
+            f"config.mesh: {expected} does not divide the {len(devices)} device(s) of this run"
+        )
+    shape = (
+        config.data or len(devices) // others,
+        config.fsdp,
+        config.context,
+        config.tensor,
+        config.expert,
+    )
     across = tuple(across_slices(dict(zip(AXES, shape)), devices).values())
     # Split physical axes: 16 x 16 devices lie on a torus of 8 x 8 x 4 only if one of its axes serves two of ours.
     if math.prod(across) == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         inside = tuple(n // outer for n, outer in zip(shape, across))
-        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices, allow_split_physical_axes=True
+        )
     # Linen's logical constraints need Auto axes.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -100,11 +114,15 @@ def my_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[in
     """
     ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
     if batch_size % ways:
-        wanted = f"a multiple of data x fsdp x expert = {ways}"
-        raise InputError(f"config.train.batch_size: {batch_size} came, wanted {wanted}")
+        expected = f"a multiple of data x fsdp x expert = {ways}"
+        raise InputError(f"config.train.batch_size: got {batch_size}, expected {expected}")
     process = jax.process_index() if process is None else process
     places = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).devices_indices_map((batch_size,))
-    mine = [rows.indices(batch_size) for device, (rows,) in places.items() if device.process_index == process]
+    mine = [
+        rows.indices(batch_size)
+        for device, (rows,) in places.items()
+        if device.process_index == process
+    ]
     return tuple(sorted({row for bounds in mine for row in range(*bounds)}))
 
 
@@ -175,18 +193,30 @@ def per_shard(
         # Gathered by hand, an array counts as different on every device: only right if the result is cut likewise.
         several = isinstance(out_axes, list)
         results = out_axes if several else [out_axes]
-        whole = set(gathered) if any(name and name not in cut for names in results for name in names) else set()
-        spec = lambda names: PartitionSpec(*(cut.get(name) if name not in whole else None for name in names))
+        whole = (
+            set(gathered)
+            if any(name and name not in cut for names in results for name in names)
+            else set()
+        )
+        spec = lambda names: PartitionSpec(
+            *(cut.get(name) if name not in whole else None for name in names)
+        )
 
         def body(*parts):
             by_hand = set(gathered) & cut.keys() - whole
             y = fn(*(_gathered(x, names, by_hand) for x, names in zip(parts, in_axes)))
             if not cut.get(summed):
                 return y
-            return (jax.lax.psum(y[0], cut[summed]), *y[1:]) if several else jax.lax.psum(y, cut[summed])
+            return (
+                (jax.lax.psum(y[0], cut[summed]), *y[1:])
+                if several
+                else jax.lax.psum(y, cut[summed])
+            )
 
         out = tuple(map(spec, results)) if several else spec(out_axes)
-        return jax.shard_map(body, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=out)(*args)
+        return jax.shard_map(body, mesh=mesh, in_specs=tuple(map(spec, in_axes)), out_specs=out)(
+            *args
+        )
 
     return call
 
@@ -213,12 +243,16 @@ def check_divides(mesh: Mesh, abstract_params) -> None:
     """Raises InputError naming the first parameter whose axes the mesh does not divide."""
     specs = nn.logical_to_mesh(nn.get_partition_spec(abstract_params), RULES)
     leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(abstract_params))
-    for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))):
+    for (path, leaf), spec in zip(
+        leaves, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    ):
         for size, axes in zip(leaf.shape, spec):
             ways = math.prod(mesh.shape[a] for a in np.atleast_1d(axes) if a)
             if size % ways:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise InputError(f"config.mesh: {axes} = {ways} does not divide an axis of {size} of parameter {name}")
+                raise InputError(
+                    f"config.mesh: {axes} = {ways} does not divide an axis of {size} of parameter {name}"
+                )
 
 
 def param_shardings(mesh: Mesh, abstract_params):

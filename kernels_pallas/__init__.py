@@ -3,7 +3,7 @@
 from kernels_pallas.attention import attention, attention_step
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.expert_mlp import expert_mlp
-from kernels_pallas.expert_mlp.tpu import PRE_ACTIVATIONS_NAME
+from kernels_pallas.expert_mlp.tpu.op import PRE_ACTIVATIONS_NAME
 from kernels_pallas.grouped_matmul import grouped_matmul, permute_rows, sort_by_group
 from kernels_pallas.linear_scan import linear_scan, linear_scan_step
 from kernels_pallas.linear_scan.xla import OUT_NAME as SCAN_OUT_NAME

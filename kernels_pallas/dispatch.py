@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import jax
+from kernels_pallas.common.device import target_platform
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 _KERNEL_OF_PLATFORM = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}
@@ -24,21 +24,6 @@ class Choice(NamedTuple):
 
 
 _choices: dict[str, Choice] = {}
-
-
-def target_platform() -> str:
-    """The platform that the surrounding computation is compiled for: "cpu", "gpu" or "tpu".
-
-    An abstract mesh that names its device wins (compiling for an absent accelerator), then `jax.default_device`,
-    then the default backend.
-    """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None and getattr(device, "platform", None):
-        return device.platform
-    default = jax.config.jax_default_device
-    if default is not None:
-        return default if isinstance(default, str) else default.platform
-    return jax.default_backend()
 
 
 def choose(op: str, implementation: str | None, refusals: Mapping[str, str | None]) -> str:
@@ -57,7 +42,9 @@ def choose(op: str, implementation: str | None, refusals: Mapping[str, str | Non
     if implementation is None:
         implementation, reason = _best(refusals)
     elif implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{op}: implementation={implementation!r}, wanted None or one of {IMPLEMENTATIONS}")
+        raise ValueError(
+            f"{op}: implementation: got {implementation!r}, expected None or one of {IMPLEMENTATIONS}"
+        )
     else:
         reason = "asked for by name"
         if (refusal := refusals.get(implementation)) is not None:

@@ -9,17 +9,32 @@ from kernels_pallas import attention
 from kernels_pallas.attention import xla
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-3
-EVERYTHING = dict(gate="head-wise", sinks=True, slopes=True, segments=True, window=12, soft_cap=4.0)
+EVERYTHING = dict(
+    gate="head-wise", sinks=True, slopes=True, segments=True, window=12, logits_soft_cap=4.0
+)
 # Parameters, a number a head: they stay float32 in a bfloat16 call, as in a layer.
 BY_HEAD = ("sink_logits", "alibi_slopes")
 
 
-def draw(B=2, T=65, H=4, Hk=2, K=8, V=12, gate=None, sinks=False, slopes=False, segments=False, seed=0, **options):
+def draw(
+    B=2,
+    T=65,
+    H=4,
+    Hk=2,
+    K=8,
+    V=12,
+    gate=None,
+    sinks=False,
+    slopes=False,
+    segments=False,
+    seed=0,
+    **options,
+):
     """(differentiable arrays in float64, the other arguments)."""
     rng = np.random.default_rng(seed)
     shapes = dict(q=(B, T, H, K), k=(B, T, Hk, K), v=(B, T, Hk, V))
     if gate:
-        shapes["gate"] = (B, T, H, 1 if gate == "head-wise" else V)
+        shapes["gate_logits"] = (B, T, H, 1 if gate == "head-wise" else V)
     if sinks:
         shapes["sink_logits"] = (H,)
     if slopes:
@@ -27,7 +42,9 @@ def draw(B=2, T=65, H=4, Hk=2, K=8, V=12, gate=None, sinks=False, slopes=False, 
     if segments:
         options["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 3, (B, T)), axis=1), jnp.int32)
     sizes = {"alibi_slopes": 0.1}
-    return {name: sizes.get(name, 1) * rng.normal(size=shape) for name, shape in shapes.items()}, options
+    return {
+        name: sizes.get(name, 1) * rng.normal(size=shape) for name, shape in shapes.items()
+    }, options
 
 
 def call(arrays, **options):
@@ -51,19 +68,27 @@ def value_and_gradients(arrays, f=call, **options):
 
 
 def cast(arrays, dtype):
-    return {name: jnp.asarray(x, jnp.float32 if name in BY_HEAD else dtype) for name, x in arrays.items()}
+    return {
+        name: jnp.asarray(x, jnp.float32 if name in BY_HEAD else dtype)
+        for name, x in arrays.items()
+    }
 
 
 def truth(arrays, **options):
     with jax.enable_x64(True):
         arrays = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
-        return jax.tree.map(np.asarray, value_and_gradients(arrays, implementation="reference", **options))
+        return jax.tree.map(
+            np.asarray, value_and_gradients(arrays, implementation="reference", **options)
+        )
 
 
 def assert_close(actual, expected, tolerance):
     """Within `tolerance`; or as the truth is when rounded to this dtype, where a few elements are most of an array."""
     errors = {name: rel_rms(actual[name], expected[name]) for name in expected}
-    rounding = {name: rel_rms(np.asarray(expected[name], actual[name].dtype), expected[name]) for name in expected}
+    rounding = {
+        name: rel_rms(np.asarray(expected[name], actual[name].dtype), expected[name])
+        for name in expected
+    }
     assert all(errors[name] < max(tolerance, 1.05 * rounding[name]) for name in expected), errors
 
 

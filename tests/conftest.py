@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: without LLVM's optimisations they compile three times faster. Processes that
-# tests start inherit this. A level that the environment names stays: kernels for a GPU spill without optimisation.
+# Tests compile much and compute little: without LLVM's optimizations they compile three times faster. Processes that
+# tests start inherit this. A level that the environment names stays: kernels for a GPU spill without optimization.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    )
 
 import jax
 import pytest
@@ -16,7 +18,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--refresh-goldens", action="store_true", help="write the goldens instead of comparing with them")
+    parser.addoption(
+        "--refresh-goldens",
+        action="store_true",
+        help="write the goldens instead of comparing with them",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

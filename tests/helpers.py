@@ -5,7 +5,7 @@ import pytest
 
 
 def slow(*values):
-    """A parametrized case that a neighbour of it also covers; `make test-all` runs it."""
+    """A parametrized case that a neighbor of it also covers; `make test-all` runs it."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 

@@ -10,17 +10,41 @@ from helpers import rel_rms
 from kernels_pallas import linear_scan
 
 F32, BF16 = 2e-6, 2e-3
-OPTIONS = ("inclusive", "scale", "reverse", "normalize", "chunk_size", "implementation", "interpret")
+OPTIONS = (
+    "inclusive",
+    "scale",
+    "reverse",
+    "normalize",
+    "chunk_size",
+    "implementation",
+    "interpret",
+)
 DECAYS = {
     "near zero": lambda r, s: -1e-6 * r.exponential(size=s),
     "gla": lambda r, s: -np.logaddexp(0, -r.normal(size=s)) / 16,
     "heavy tail": lambda r, s: np.maximum(-np.abs(r.standard_cauchy(size=s)), -50.0),
     "-1e4": lambda r, s: np.full(s, -1e4),
-    "mixture": lambda r, s: np.where(r.random(s) < 0.05, -1e4, np.where(r.random(s) < 0.3, 0.0, -r.random(s) / 8)),
+    "mixture": lambda r, s: np.where(
+        r.random(s) < 0.05, -1e4, np.where(r.random(s) < 0.3, 0.0, -r.random(s) / 8)
+    ),
 }
 
 
-def make(seed=0, *, B=2, T=40, H=2, Hk=None, Hv=None, K=4, V=3, rank=4, decay="gla", bonus=False, normalize=False):
+def make(
+    seed=0,
+    *,
+    B=2,
+    T=40,
+    H=2,
+    Hk=None,
+    Hv=None,
+    K=4,
+    V=3,
+    rank=4,
+    decay="gla",
+    bonus=False,
+    normalize=False,
+):
     """Float64 inputs. The initial state is large, so that a lost state or a wrong decay of it cannot hide."""
     r = np.random.default_rng(seed)
     x = {
@@ -47,7 +71,9 @@ def outputs_and_gradients(inputs, segment_ids, weights, trace=None, **options):
     """o, the final state, and the gradient of a random weighting of both with respect to every input."""
 
     def loss(inputs):
-        o, state = linear_scan(**inputs, segment_ids=segment_ids, return_final_state=True, **options)
+        o, state = linear_scan(
+            **inputs, segment_ids=segment_ids, return_final_state=True, **options
+        )
         total = (o.astype(state.dtype) * weights[0]).sum() + (state * weights[1]).sum()
         return total, {"o": o, "final_state": state}
 
@@ -85,7 +111,9 @@ def compare(
     )
     with jax.enable_x64(True):
         high = {n: jnp.asarray(np.asarray(x, np.float64)) for n, x in low.items()}
-        want = outputs_and_gradients(high, segment_ids, weights, implementation="reference", **options)
+        want = outputs_and_gradients(
+            high, segment_ids, weights, implementation="reference", **options
+        )
     assert got["o"].dtype == dtype and got["final_state"].dtype == jnp.float32
     errors = {name: rel_rms(got[name], want[name]) for name in want}
     assert max(errors.values()) <= tolerance, errors
@@ -100,7 +128,9 @@ CASES = {
     "scalar segments": dict(rank=3, segments=True),
     "undecayed segments, reverse": dict(rank=0, segments=True, reverse=True),
     "undecayed, exclusive": dict(rank=0, inclusive=False),
-    "reverse, exclusive, segments": dict(reverse=True, inclusive=False, bonus=True, segments=True, scale=0.7),
+    "reverse, exclusive, segments": dict(
+        reverse=True, inclusive=False, bonus=True, segments=True, scale=0.7
+    ),
     "grouped, normalize": dict(H=4, Hk=2, Hv=1, normalize=True, segments=True),
     "constant, grouped, exclusive": dict(H=4, Hk=1, Hv=4, rank=1, inclusive=False, bonus=True),
     "scalar, normalize, reverse": dict(rank=3, normalize=True, reverse=True),

@@ -37,21 +37,35 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text").mkdir()
     for i in range(8):
-        (folder / "text" / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i}\n" for j in range(80)))
+        (folder / "text" / f"{i}.txt").write_text(
+            "".join(f"line {j} of file {i}: {j * i}\n" for j in range(80))
+        )
     return folder
 
 
 def command(place: Path, workdir: str, *flags: str, script: str = "train.py") -> list[str]:
     common = [f"--compile_cache={place / 'xla'}"] if script == "train.py" else []
-    sources = [f"--config.data.sources.main.path={place / 'text'}", f"--config.data.cache_dir={place / 'tokens'}"]
-    train = [*SMALL, *sources, f"--workdir={place / workdir}", *common] if script == "train.py" else []
+    sources = [
+        f"--config.data.sources.main.path={place / 'text'}",
+        f"--config.data.cache_dir={place / 'tokens'}",
+    ]
+    train = (
+        [*SMALL, *sources, f"--workdir={place / workdir}", *common] if script == "train.py" else []
+    )
     return [sys.executable, *script.split(), *train, *flags]
 
 
-def run(place: Path, workdir: str, *flags: str, script: str = "train.py") -> subprocess.CompletedProcess:
+def run(
+    place: Path, workdir: str, *flags: str, script: str = "train.py"
+) -> subprocess.CompletedProcess:
     args = command(place, workdir, *flags, script=script)
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "xla"),
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.run(
+        args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def losses(place: Path, workdir: str) -> dict[int, float]:
@@ -70,7 +84,16 @@ def finished(place):
 
 def test_a_run_shows_and_leaves_what_it_should(place, finished):
     out = finished.stdout
-    for piece in ("M parameters", "sha256", "linear_scan: xla", "step 24/24", "validation", "bpb", "tok/s", "sample"):
+    for piece in (
+        "M parameters",
+        "sha256",
+        "linear_scan: xla",
+        "step 24/24",
+        "validation",
+        "bpb",
+        "tok/s",
+        "sample",
+    ):
         assert piece in out, f"{piece!r} is missing from:\n{out}"
     workdir = place / "straight"
     assert (workdir / "curves.png").stat().st_size > 10_000
@@ -107,13 +130,20 @@ def test_killed_run_goes_on_to_the_bit(place, finished):
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(place, finished):
     source, damaged = place / "straight", place / "damaged"
     subprocess.run(["cp", "-r", source, damaged], check=True)
-    largest = max((damaged / "checkpoints" / "24").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    largest = max(
+        (damaged / "checkpoints" / "24").rglob("*"),
+        key=lambda p: p.stat().st_size if p.is_file() else 0,
+    )
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     result = run(place, "damaged")
     assert result.returncode == 0, result.stderr
-    assert "step 24" in result.stdout and "damaged" in result.stdout and "resuming after step 20" in result.stdout
+    assert (
+        "step 24" in result.stdout
+        and "damaged" in result.stdout
+        and "resuming after step 20" in result.stdout
+    )
     assert losses(place, "damaged") == losses(place, "straight")
 
 
@@ -122,27 +152,57 @@ def test_evaluation_and_generation_of_a_checkpoint(place, finished):
     flags = [checkpoint, "--batches=2", "--prompt_tokens=16", "--decode_tokens=4"]
     result = run(place, "", *flags, script="eval.py")
     assert result.returncode == 0, result.stderr
-    for piece in ("loss", "perplexity", "bits per byte", "±", "gzip -9", "xz -9e", "prefill", "decode"):
+    for piece in (
+        "loss",
+        "perplexity",
+        "bits per byte",
+        "±",
+        "gzip -9",
+        "xz -9e",
+        "prefill",
+        "decode",
+    ):
         assert piece in result.stdout
     result = run(place, "", checkpoint, "--probes", script="eval.py")
     assert result.returncode == 0, result.stderr
-    written = {Path(line).name for line in result.stdout.split() if line.endswith((".json", ".png"))}
-    assert {"probes.json", "first_token_share.png", "half_life.png", "expert_load.png"} <= written
+    written = {
+        Path(line).name for line in result.stdout.split() if line.endswith((".json", ".png"))
+    }
+    assert {
+        "probes.json",
+        "first_token_fraction.png",
+        "half_life.png",
+        "expert_load.png",
+    } <= written
     probes = json.loads((place / "straight" / "probes" / "probes.json").read_text())
-    assert len(probes["first_token_share"]["1"]) == 4 and 0 < sum(probes["first_token_share"]["1"]) < 4
+    assert (
+        len(probes["first_token_fraction"]["1"]) == 4
+        and 0 < sum(probes["first_token_fraction"]["1"]) < 4
+    )
     flags = [checkpoint, "--prompt=line", "--tokens=12", "--seed=3", "--top_k=5", "--top_p=0.9"]
     result = run(place, "", *flags, script="-m gatedjax.generate")
-    assert result.returncode == 0 and result.stdout.startswith("line") and len(result.stdout) > 5, result.stderr
+    assert result.returncode == 0 and result.stdout.startswith("line") and len(result.stdout) > 5, (
+        result.stderr
+    )
 
 
 BAD = {
-    "unknown key": (["--config.model.widht=3"], "config.model.widht: unknown key; did you mean 'model.width'?"),
+    "unknown key": (
+        ["--config.model.widht=3"],
+        "config.model.widht: unknown key; did you mean 'model.width'?",
+    ),
     "wrong type": (["--config.train.steps=many"], "steps"),
-    "wrong value": (["--config.optim.name=sgdd"], "config.optim.name: 'sgdd' came, wanted one of adamw"),
+    "wrong value": (
+        ["--config.optim.name=sgdd"],
+        "config.optim.name: got 'sgdd', expected one of adamw",
+    ),
     "mesh": (["--config.mesh.fsdp=3"], "fsdp=3"),
     "missing file": (["--config.data.sources.main.path=nowhere"], "nowhere"),
     "missing tokenizer": (["--config.data.tokenizer=none.json"], "none.json"),
-    "vocabulary": (["--config.model.vocab_size=100"], "config.model.vocab_size: 100 came, wanted at least the 257"),
+    "vocabulary": (
+        ["--config.model.vocab_size=100"],
+        "config.model.vocab_size: got 100, expected at least the 257",
+    ),
     "missing config": (["--config=configs/none.py"], "configs/none.py"),
     "stray argument": (["steps=3"], "'steps=3' is not a flag"),
 }
@@ -166,7 +226,9 @@ def test_bad_input_is_one_line_and_exit_code_2(place, name):
 def test_empty_corpus_is_one_line(place):
     (place / "empty").mkdir()
     result = run(place, "never", f"--config.data.sources.main.path={place / 'empty'}")
-    assert result.returncode == 2 and "error: " in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2 and "error: " in result.stderr and "Traceback" not in result.stderr
+    )
 
 
 def test_checkpoint_of_another_model_is_refused_by_name(place, finished):
@@ -179,7 +241,9 @@ def test_checkpoint_of_another_model_is_refused_by_name(place, finished):
 def test_generation_without_a_checkpoint_is_one_line(place):
     for flags in ([], [f"--checkpoint={place / 'nothing'}"]):
         result = run(place, "", *flags, script="-m gatedjax.generate")
-        assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith("error: ")
+        assert result.returncode == 2 and result.stderr.strip().splitlines()[-1].startswith(
+            "error: "
+        )
 
 
 @pytest.mark.slow

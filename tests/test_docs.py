@@ -27,7 +27,11 @@ def test_code_runs(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page):
-    local = [link for link in LINK.findall(page.read_text()) if not re.match(r"https?://|#|mailto:", link)]
+    local = [
+        link
+        for link in LINK.findall(page.read_text())
+        if not re.match(r"https?://|#|mailto:", link)
+    ]
     missing = [link for link in local if not (page.parent / link.split("#")[0]).exists()]
     assert not missing
 
@@ -39,7 +43,11 @@ def test_every_page_is_in_the_menu():
 
 
 def test_the_configuration_reference_is_fresh():
-    spec = importlib.util.spec_from_file_location("config_reference", ROOT / "docs" / "config_reference.py")
+    spec = importlib.util.spec_from_file_location(
+        "config_reference", ROOT / "docs" / "config_reference.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "config.md").read_text() == module.page(), "run: python docs/config_reference.py"
+    assert (ROOT / "docs" / "config.md").read_text() == module.page(), (
+        "run: python docs/config_reference.py"
+    )

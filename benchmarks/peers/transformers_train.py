@@ -58,7 +58,9 @@ def build(spec: dict) -> torch.nn.Module:
     architecture = getattr(transformers, spec["architecture"])
     config = architecture.config_class(**spec["config"])
     options = {"experts_implementation": spec["experts"]} if spec["experts"] else {}
-    model = architecture._from_config(config, attn_implementation="sdpa", dtype=torch.float32, **options)
+    model = architecture._from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32, **options
+    )
     return model.train()
 
 

@@ -26,18 +26,32 @@ VARIANTS = {
     "query elementwise": dict(gate_position="query"),
     "dense output": dict(gate_position="output"),
 }
-IN_SMALL = ("none", "sdpa elementwise", "sdpa headwise", "sdpa, input-independent", "value elementwise")
+IN_SMALL = (
+    "none",
+    "sdpa elementwise",
+    "sdpa headwise",
+    "sdpa, input-independent",
+    "value elementwise",
+)
 
 
 def get_study(small: bool) -> Study:
     steps = 250 if small else 400
     names = IN_SMALL if small else tuple(VARIANTS)
-    config = lambda name: from_config_dict(text_config({"attention": attention(**VARIANTS[name])}, steps))
+    config = lambda name: from_config_dict(
+        text_config({"attention": attention(**VARIANTS[name])}, steps)
+    )
     return Study(
         title="Position and kind of the gate",
         cells=tuple(Cell({"gate": name}, config(name)) for name in names),
         seeds=(0,) if small else (0, 1, 2),
         measures=("validation", "probes"),
-        columns=("bits_per_byte", "first_token_share", "max_activation", "kurtosis", "gate_mean"),
-        pictures=(Picture("gate", "bits_per_byte"), Picture("gate", "first_token_share")),
+        columns=(
+            "bits_per_byte",
+            "first_token_fraction",
+            "max_activation",
+            "kurtosis",
+            "gate_mean",
+        ),
+        pictures=(Picture("gate", "bits_per_byte"), Picture("gate", "first_token_fraction")),
     )

@@ -23,12 +23,16 @@ LINEAR = {
 
 def get_study(small: bool) -> Study:
     # Attention has solved this one after 600 steps; with 512 tokens and 8 pairs it knew 17 % after 800.
-    task = RecallConfig(seq_len=64, vocab_size=128, num_pairs=4, train_examples=20_000, validation_examples=500)
+    task = RecallConfig(
+        seq_len=64, vocab_size=128, num_pairs=4, train_examples=20_000, validation_examples=500
+    )
     task = task if small else dataclasses.replace(task, train_examples=64_000)
     key_dims = (4, 16) if small else (4, 16, 64)
     cells = []
     for name, gate in (("attention", "none"), ("gated attention", "sdpa")):
-        cells.append(cell(name, 2 * task.seq_len * WIDTH, task, {"a": attention(gate)}, ("a", "a"), small))
+        cells.append(
+            cell(name, 2 * task.seq_len * WIDTH, task, {"a": attention(gate)}, ("a", "a"), small)
+        )
     for K in key_dims:
         state = HEADS * K * WIDTH // HEADS
         for name, options in LINEAR.items():
@@ -48,15 +52,25 @@ def get_study(small: bool) -> Study:
 
 def attention(gate: str):
     head_dim = WIDTH // HEADS
-    return layer("gated_attention", num_heads=HEADS, num_kv_heads=HEADS, head_dim=head_dim, gate_position=gate)
+    return layer(
+        "gated_attention",
+        num_heads=HEADS,
+        num_kv_heads=HEADS,
+        head_dim=head_dim,
+        gate_position=gate,
+    )
 
 
 def linear(key_dim: int, options: dict):
-    dims = dict(num_heads=HEADS, num_kv_heads=HEADS, key_dim=key_dim, value_dim=WIDTH // HEADS, conv_width=4)
+    dims = dict(
+        num_heads=HEADS, num_kv_heads=HEADS, key_dim=key_dim, value_dim=WIDTH // HEADS, conv_width=4
+    )
     return layer("gated_linear_attention", feature_map="silu", **dims, **options)
 
 
-def cell(name: str, state: int, task: RecallConfig, mixers: dict, pattern: tuple, small: bool) -> Cell:
+def cell(
+    name: str, state: int, task: RecallConfig, mixers: dict, pattern: tuple, small: bool
+) -> Cell:
     """`state`: numbers that a layer keeps of the past (of the linear layer, for the hybrid)."""
     c = config_dict()
     c.model.vocab_size, c.model.width, c.model.num_layers = task.vocab_size, WIDTH, len(pattern)

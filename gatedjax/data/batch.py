@@ -36,7 +36,10 @@ def num_windows(num_tokens: int, seq_len: int) -> int:
 
 
 def cut_window(
-    tokens: Integer[np.ndarray, "N"], document_ends: Int[np.ndarray, "documents"], index: int, seq_len: int
+    tokens: Integer[np.ndarray, "N"],
+    document_ends: Int[np.ndarray, "documents"],
+    index: int,
+    seq_len: int,
 ) -> Batch:
     """Window `index` of the stream as a row: arrays [T].
 
@@ -50,7 +53,9 @@ def cut_window(
     piece = np.asarray(tokens[start : start + seq_len + 1], np.int32)
     length = len(piece) - 1  # targets that exist
     first, last = np.searchsorted(document_ends, (start, start + length), side="right")
-    bounds = document_ends[first:last] - start  # where a document begins in this window, 1 <= bound <= length
+    bounds = (
+        document_ends[first:last] - start
+    )  # where a document begins in this window, 1 <= bound <= length
     row = empty_row(seq_len)
     row.tokens[:length], row.targets[:length] = piece[:-1], piece[1:]
     row.segment_ids[0] = 1
@@ -65,9 +70,13 @@ def cut_window(
 
 def empty_row(seq_len: int) -> Batch:
     """A row [T] of padding: segment 0, nothing to predict."""
-    return Batch(*(np.zeros(seq_len, np.int32) for _ in range(4)), loss_mask=np.zeros(seq_len, np.float32))
+    return Batch(
+        *(np.zeros(seq_len, np.int32) for _ in range(4)), loss_mask=np.zeros(seq_len, np.float32)
+    )
 
 
 def stack_rows(rows: list[Batch]) -> Batch:
     """Rows of [T] arrays as one batch of [B, T] arrays."""
-    return Batch(*(np.stack([getattr(row, name) for row in rows]) for name in Batch.__dataclass_fields__))
+    return Batch(
+        *(np.stack([getattr(row, name) for row in rows]) for name in Batch.__dataclass_fields__)
+    )

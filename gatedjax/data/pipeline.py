@@ -19,7 +19,7 @@ from jaxtyping import Int, Integer
 from gatedjax.config import DataConfig
 from gatedjax.data.batch import Batch, cut_window, empty_row, num_windows, stack_rows
 from gatedjax.data.sources import open_source
-from gatedjax.data.token_cache import Corpus, tokenise
+from gatedjax.data.token_cache import Corpus, tokenize
 from gatedjax.data.tokenizer import load_tokenizer
 from gatedjax.errors import InputError
 
@@ -29,7 +29,12 @@ VALIDATION_SEED = 0  # one order for all runs: the first batches are a fair samp
 class Windows(grain.MapDataset[Batch]):
     """The windows of one token stream, in order: rows of [T] arrays. Indices past the end start over."""
 
-    def __init__(self, tokens: Integer[np.ndarray, "N"], document_ends: Int[np.ndarray, "documents"], seq_len: int):
+    def __init__(
+        self,
+        tokens: Integer[np.ndarray, "N"],
+        document_ends: Int[np.ndarray, "documents"],
+        seq_len: int,
+    ):
         super().__init__()
         self._tokens, self._ends, self._seq_len = tokens, document_ends, seq_len
 
@@ -48,7 +53,9 @@ class Block(grain.MapDataset[Batch]):
     Where the parent ends inside a batch, rows of padding fill it.
     """
 
-    def __init__(self, parent: grain.MapDataset[Batch], batch_size: int, rows: Sequence[int], seq_len: int):
+    def __init__(
+        self, parent: grain.MapDataset[Batch], batch_size: int, rows: Sequence[int], seq_len: int
+    ):
         super().__init__(parent)
         self._batch_size, self._rows, self._seq_len = batch_size, rows, seq_len
 
@@ -60,11 +67,13 @@ class Block(grain.MapDataset[Batch]):
             return self.slice(index)
         epoch_length = len(self._parent)
         windows = [index * self._batch_size + row for row in self._rows]
-        return stack_rows([self._parent[w] if w < epoch_length else empty_row(self._seq_len) for w in windows])
+        return stack_rows(
+            [self._parent[w] if w < epoch_length else empty_row(self._seq_len) for w in windows]
+        )
 
 
 def corpora(cfg: DataConfig) -> dict[str, Corpus]:
-    """The tokenised sources by name, tokenised now if they are not in the cache. `describe()` each at the start.
+    """The tokenized sources by name, tokenized now if they are not in the cache. `describe()` each at the start.
 
     Raises:
       InputError: one line naming the source and what is wrong with it.
@@ -73,14 +82,22 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
     sources = dict(sorted(cfg.sources.items()))
     for name, source in sources.items():
         if not 0 < source.weight < math.inf:
-            raise InputError(f"sources.{name}.weight: {source.weight!r} came, wanted above 0")
+            raise InputError(f"sources.{name}.weight: got {source.weight!r}, expected above 0")
     tokenizer, cache_dir = load_tokenizer(cfg.tokenizer), _cache_dir(cfg)
     opened = {name: open_source(name, source) for name, source in sources.items()}
-    return {name: tokenise(source, tokenizer, cfg.validation_share, cache_dir) for name, source in opened.items()}
+    return {
+        name: tokenize(source, tokenizer, cfg.validation_fraction, cache_dir)
+        for name, source in opened.items()
+    }
 
 
 def make_dataset(
-    cfg: DataConfig, split: Literal["train", "validation"], *, batch_size: int, rows: Sequence[int], seed: int
+    cfg: DataConfig,
+    split: Literal["train", "validation"],
+    *,
+    batch_size: int,
+    rows: Sequence[int],
+    seed: int,
 ) -> grain.MapDataset[Batch]:
     """The global batches of a split, of which this process holds `rows`: element i is a Batch of [len(rows), T].
 
@@ -96,9 +113,11 @@ def make_dataset(
       InputError: see `corpora`. ValueError: rows outside the batch, an unknown split.
     """
     if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < batch_size:
-        raise ValueError(f"rows: {rows} came, wanted ascending rows within a batch_size of {batch_size}")
+        raise ValueError(
+            f"rows: got {rows}, expected ascending rows within a batch_size of {batch_size}"
+        )
     if split not in ("train", "validation"):
-        raise ValueError(f"split: {split!r} came, wanted 'train' or 'validation'")
+        raise ValueError(f"split: got {split!r}, expected 'train' or 'validation'")
     loaded = corpora(cfg)
     windows = {name: Windows(*corpus.stream(split), cfg.seq_len) for name, corpus in loaded.items()}
     if split == "validation":
@@ -129,8 +148,10 @@ def batches(
     `num_threads=0` reads in the caller's thread. The batches are the same either way.
     """
     if start < 0:
-        raise ValueError(f"start: {start} came, wanted at least 0")
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+        raise ValueError(f"start: got {start}, expected at least 0")
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
+    )
     return BatchIterator(iter(dataset[start:].to_iter_dataset(options)), start)
 
 
@@ -146,5 +167,7 @@ def _cache_dir(cfg: DataConfig) -> Path:
 
 
 def _source_seed(seed: int, name: str) -> int:
-    """A seed of its own for each source: grain's epochs count on from the seed, so neighbours would share orders."""
-    return int(np.random.SeedSequence([seed % (1 << 64), zlib.crc32(name.encode())]).generate_state(1)[0])
+    """A seed of its own for each source: grain's epochs count on from the seed, so neighbors would share orders."""
+    return int(
+        np.random.SeedSequence([seed % (1 << 64), zlib.crc32(name.encode())]).generate_state(1)[0]
+    )

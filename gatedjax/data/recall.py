@@ -52,18 +52,34 @@ class RecallConfig:
     def __post_init__(self):
         D, T, V = self.num_pairs, self.seq_len, self.vocab_size
         needed = {"mqar": 4 * D, "copy": 2 * D, "selective_copy": 2 * D, "needle": 2}
-        _require(self.task in get_args(Task), "task", self.task, f"one of {', '.join(get_args(Task))}")
+        _require(
+            self.task in get_args(Task), "task", self.task, f"one of {', '.join(get_args(Task))}"
+        )
         _require(D >= 1, "num_pairs", D, "at least 1")
-        wanted = f"at least {needed[self.task]} for num_pairs = {D}" + (", even" if self.task == "mqar" else "")
-        _require(needed[self.task] <= T and (T % 2 == 0 or self.task != "mqar"), "seq_len", T, wanted)
-        _require(V // 2 > D or self.task != "mqar", "vocab_size", V, f"above {2 * D + 1}: half keys, half values")
+        wanted = f"at least {needed[self.task]} for num_pairs = {D}" + (
+            ", even" if self.task == "mqar" else ""
+        )
+        _require(
+            needed[self.task] <= T and (T % 2 == 0 or self.task != "mqar"), "seq_len", T, wanted
+        )
+        _require(
+            V // 2 > D or self.task != "mqar",
+            "vocab_size",
+            V,
+            f"above {2 * D + 1}: half keys, half values",
+        )
         _require(V >= 4, "vocab_size", V, "at least 4")
         for name in ("train_examples", "validation_examples"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 def recall_dataset(
-    config: RecallConfig, split: Literal["train", "validation"], *, batch_size: int, rows: range, row: Row | None = None
+    config: RecallConfig,
+    split: Literal["train", "validation"],
+    *,
+    batch_size: int,
+    rows: range,
+    row: Row | None = None,
 ) -> grain.MapDataset[Batch]:
     """Global batches of a task, of which this process holds `rows`, as `pipeline.make_dataset` gives those of text.
 
@@ -77,7 +93,12 @@ def recall_dataset(
       ValueError: an unknown split; a needle without `row`.
     """
     _require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
-    _require(row is not None or config.task != "needle", "row", None, "a function: the task needle needs a text")
+    _require(
+        row is not None or config.task != "needle",
+        "row",
+        None,
+        "a function: the task needle needs a text",
+    )
     count = config.train_examples if split == "train" else config.validation_examples
     examples = Examples(row or task_row(config), count, (config.seed, SPLITS.index(split)))
     if split == "train":
@@ -110,7 +131,12 @@ def task_row(config: RecallConfig) -> Row:
 
 
 def mqar_row(
-    rng: np.random.Generator, seq_len: int, vocab_size: int, num_pairs: int, power: float, random_filler: bool
+    rng: np.random.Generator,
+    seq_len: int,
+    vocab_size: int,
+    num_pairs: int,
+    power: float,
+    random_filler: bool,
 ) -> Batch:
     """Multi-query associative recall (arXiv 2312.04927, appendix, and the study's `multiquery_ar`): arrays [T].
 
@@ -122,7 +148,9 @@ def mqar_row(
     values = vocab_size // 2 + rng.choice(vocab_size - vocab_size // 2, num_pairs, replace=False)
     slots = (seq_len - 2 * num_pairs) // 2
     weights = np.arange(1, slots + 1) ** (power - 1.0)
-    queries = 2 * num_pairs + 2 * rng.choice(slots, num_pairs, replace=False, p=weights / weights.sum())
+    queries = 2 * num_pairs + 2 * rng.choice(
+        slots, num_pairs, replace=False, p=weights / weights.sum()
+    )
     tokens = np.zeros(seq_len, np.int64)
     tokens[: 2 * num_pairs] = np.stack([keys, values], 1).ravel()
     tokens[queries] = keys
@@ -132,7 +160,12 @@ def mqar_row(
 
 
 def copy_row(
-    rng: np.random.Generator, seq_len: int, vocab_size: int, num_tokens: int, *, selective: bool = False
+    rng: np.random.Generator,
+    seq_len: int,
+    vocab_size: int,
+    num_tokens: int,
+    *,
+    selective: bool = False,
 ) -> Batch:
     """Copying: arrays [T]. Token 0 is the blank, token 1 the separator, content comes from [2, V).
 
@@ -141,7 +174,11 @@ def copy_row(
     """
     start = seq_len - num_tokens  # of the separator
     content = rng.integers(2, vocab_size, size=num_tokens)
-    where = np.sort(rng.choice(start, num_tokens, replace=False)) if selective else np.arange(-num_tokens, 0) + start
+    where = (
+        np.sort(rng.choice(start, num_tokens, replace=False))
+        if selective
+        else np.arange(-num_tokens, 0) + start
+    )
     tokens = np.zeros(seq_len, np.int64)
     tokens[where], tokens[start], tokens[start + 1 :] = content, 1, content[:-1]
     return _row(tokens, np.arange(start, seq_len), content)
@@ -151,7 +188,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def needle_row(
-    rng: np.random.Generator, text: Integer[np.ndarray, "N"], tokenizer, seq_len: int, depth: float | None = None
+    rng: np.random.Generator,
+    text: Integer[np.ndarray, "N"],
+    tokenizer,
+    seq_len: int,
+    depth: float | None = None,
 ) -> Batch:
     """A needle in real text: arrays [T]. The digits of the code are predicted, in the question at the end.
 
@@ -166,7 +207,10 @@ def needle_row(
     name = "".join(rng.choice(list(LETTERS), 4))
     code = str(rng.integers(10_000, 100_000))
     encode = lambda s: np.asarray(tokenizer.encode(s), np.int64)
-    needle, question = encode(f" The code of {name} is {code}. "), encode(f" What is the code of {name}? ")
+    needle, question = (
+        encode(f" The code of {name} is {code}. "),
+        encode(f" What is the code of {name}? "),
+    )
     answer = encode(code)
     # One token more than the row shows: the last one is only a target.
     length = seq_len + 1 - len(needle) - len(question) - len(answer)
@@ -180,7 +224,9 @@ def needle_row(
     return _row(full[:-1], asked, answer)
 
 
-def _row(tokens: Int[np.ndarray, "T"], where: Int[np.ndarray, "D"], answers: Int[np.ndarray, "D"]) -> Batch:
+def _row(
+    tokens: Int[np.ndarray, "T"], where: Int[np.ndarray, "D"], answers: Int[np.ndarray, "D"]
+) -> Batch:
     """One document of which only the positions `where` are predicted."""
     row = empty_row(len(tokens))
     row.tokens[:], row.segment_ids[:], row.positions[:] = tokens, 1, np.arange(len(tokens))
@@ -188,6 +234,6 @@ def _row(tokens: Int[np.ndarray, "T"], where: Int[np.ndarray, "D"], answers: Int
     return row
 
 
-def _require(ok: bool, name: str, came, wanted: str) -> None:
+def _require(ok: bool, name: str, value, expected: str) -> None:
     if not ok:
-        raise ValueError(f"{name}: {came!r} came, wanted {wanted}")
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")

@@ -1,6 +1,6 @@
 """Where text comes from: one small class per file format, all of them sequences of documents.
 
-`open_source` looks at names, sizes and dates only, so it is quick; files are read when a corpus is tokenised. The
+`open_source` looks at names, sizes and dates only, so it is quick; files are read when a corpus is tokenized. The
 order of documents is fixed: files by relative path, rows in the order of the file.
 """
 
@@ -68,7 +68,9 @@ class Source:
                 count += 1
                 yield text
         if count != len(documents):
-            raise InputError(f"{self.root / name}: {count} documents could be read, wanted {len(documents)}")
+            raise InputError(
+                f"{self.root / name}: {count} documents could be read, expected {len(documents)}"
+            )
 
 
 class TextFile:
@@ -97,14 +99,26 @@ class JsonLines:
     def __init__(self, path: Path, field: str):
         self.path, self.field = path, field
         # An empty file cannot be mapped.
-        self._bytes = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+        self._bytes = (
+            np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+        )
         scan = range(0, len(self._bytes), JSONL_SCAN_BYTES)
-        breaks = [np.flatnonzero(self._bytes[i : i + JSONL_SCAN_BYTES] == ord("\n")) + i for i in scan]
-        ends = np.concatenate([*breaks, [len(self._bytes)]]).astype(np.int64)  # a last line may lack its line break
+        breaks = [
+            np.flatnonzero(self._bytes[i : i + JSONL_SCAN_BYTES] == ord("\n")) + i for i in scan
+        ]
+        ends = np.concatenate([*breaks, [len(self._bytes)]]).astype(
+            np.int64
+        )  # a last line may lack its line break
         starts = np.concatenate([[0], ends[:-1] + 1])
         is_text = ends > starts
-        is_text[is_text] = (ends - starts > 1)[is_text] | (self._bytes[starts[is_text]] != ord("\r"))
-        self._starts, self._ends, self._lines = starts[is_text], ends[is_text], np.flatnonzero(is_text) + 1
+        is_text[is_text] = (ends - starts > 1)[is_text] | (
+            self._bytes[starts[is_text]] != ord("\r")
+        )
+        self._starts, self._ends, self._lines = (
+            starts[is_text],
+            ends[is_text],
+            np.flatnonzero(is_text) + 1,
+        )
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -133,8 +147,15 @@ class ParquetFile:
         return self._file.metadata.num_rows
 
     def __iter__(self) -> Iterator[str | None]:
-        rows = (v for b in self._file.iter_batches(1024, columns=[self.field]) for v in b.column(0).to_pylist())
-        return (_require_text(value, self.field, f"{self.path}, row {i}") for i, value in enumerate(rows))
+        rows = (
+            v
+            for b in self._file.iter_batches(1024, columns=[self.field])
+            for v in b.column(0).to_pylist()
+        )
+        return (
+            _require_text(value, self.field, f"{self.path}, row {i}")
+            for i, value in enumerate(rows)
+        )
 
 
 class ArrayRecordFile:
@@ -158,7 +179,9 @@ class ArrayRecordFile:
 
     def _text(self, record: bytes, where: str) -> str:
         if self.field:
-            return _json_text(record, self.field, where, "; for records of plain text set field to ''")
+            return _json_text(
+                record, self.field, where, "; for records of plain text set field to ''"
+            )
         try:
             return record.decode()
         except UnicodeDecodeError as e:
@@ -173,9 +196,13 @@ class SavedDataset:
         try:
             self._dataset = datasets.load_from_disk(str(path))
         except Exception as e:  # the library raises many kinds
-            raise InputError(f"{path}: not a dataset written by save_to_disk ({_one_line(e)})") from None
+            raise InputError(
+                f"{path}: not a dataset written by save_to_disk ({_one_line(e)})"
+            ) from None
         if isinstance(self._dataset, dict):
-            raise InputError(f"{path}: holds the splits {', '.join(self._dataset)}; give the folder of one of them")
+            raise InputError(
+                f"{path}: holds the splits {', '.join(self._dataset)}; give the folder of one of them"
+            )
         self.path, self.field = path, field
         _require_column(field, self._dataset.column_names, path)
 
@@ -185,7 +212,10 @@ class SavedDataset:
     def __iter__(self) -> Iterator[str | None]:
         column = self._dataset.select_columns([self.field])
         rows = (value for chunk in column.iter(1024) for value in chunk[self.field])
-        return (_require_text(value, self.field, f"{self.path}, row {i}") for i, value in enumerate(rows))
+        return (
+            _require_text(value, self.field, f"{self.path}, row {i}")
+            for i, value in enumerate(rows)
+        )
 
 
 def open_source(name: str, cfg: SourceConfig) -> Source:
@@ -201,9 +231,11 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
         return Source(name, cfg.kind, root, files, "", TextFile)
     if cfg.kind not in _FORMATS:
         known = ", ".join(["python_stdlib", *_FORMATS])
-        raise InputError(f"sources.{name}.kind: {cfg.kind!r} came, wanted one of {known}")
+        raise InputError(f"sources.{name}.kind: got {cfg.kind!r}, expected one of {known}")
     if not cfg.path:
-        raise InputError(f"sources.{name}.path: empty, wanted a file or folder for kind {cfg.kind}")
+        raise InputError(
+            f"sources.{name}.path: empty, expected a file or folder for kind {cfg.kind}"
+        )
     path = Path(cfg.path).expanduser().absolute()
     _require_exists(name, path)
     wanted, open_file = _FORMATS[cfg.kind]
@@ -222,18 +254,28 @@ _FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str], Document
     "jsonl": (lambda f: f.suffix in (".jsonl", ".ndjson"), JsonLines),
     "parquet": (lambda f: f.suffix == ".parquet", ParquetFile),
     # Shards are named x.array_record-00000-of-00008.
-    "array_record": (lambda f: ".array_record" in f.name or ".arrayrecord" in f.name, ArrayRecordFile),
+    "array_record": (
+        lambda f: ".array_record" in f.name or ".arrayrecord" in f.name,
+        ArrayRecordFile,
+    ),
     "hf_disk": (lambda f: True, SavedDataset),
 }
 
 
-def _walk(root: Path, wanted: Callable[[Path], bool], left_out: set[str] = frozenset()) -> tuple[Path, ...]:
+def _walk(
+    root: Path, wanted: Callable[[Path], bool], left_out: set[str] = frozenset()
+) -> tuple[Path, ...]:
     """The files under `root`, by relative path; hidden files and folders are left out."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in left_out and not f.startswith(".")]
         found += [Path(folder, n) for n in names if not n.startswith(".")]
-    return tuple(sorted((f for f in found if f.is_file() and wanted(f)), key=lambda f: f.relative_to(root).as_posix()))
+    return tuple(
+        sorted(
+            (f for f in found if f.is_file() and wanted(f)),
+            key=lambda f: f.relative_to(root).as_posix(),
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -259,7 +301,9 @@ def _require_column(field: str, columns: list[str], path: Path) -> None:
 
 def _require_text(value, field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {field!r} holds {type(value).__name__}, wanted a string")
+        raise InputError(
+            f"{where}: field {field!r} holds {type(value).__name__}, expected a string"
+        )
     return value
 
 
@@ -269,7 +313,9 @@ def _json_text(line: bytes, field: str, where: str, hint: str = "") -> str:
     except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: not JSON ({_one_line(e)}){hint}") from None
     if not isinstance(record, dict):
-        raise InputError(f"{where}: {type(record).__name__} came, wanted an object with field {field!r}{hint}")
+        raise InputError(
+            f"{where}: got {type(record).__name__}, expected an object with field {field!r}{hint}"
+        )
     if field not in record:
         raise InputError(f"{where}: no field {field!r}; it has {', '.join(record)}")
     return _require_text(record[field], field, where)
@@ -280,7 +326,9 @@ def _optional(module: str, kind: str):
         return __import__(module, fromlist=["_"])
     except ImportError:
         library = module.split(".")[0]
-        raise InputError(f"kind {kind} needs the {library} library: pip install 'gatedjax[data]'") from None
+        raise InputError(
+            f"kind {kind} needs the {library} library: pip install 'gatedjax[data]'"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:

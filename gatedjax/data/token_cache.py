@@ -1,4 +1,4 @@
-"""Tokenise a source once, into files that are complete or absent.
+"""Tokenize a source once, into files that are complete or absent.
 
 A cache is a folder named by a fingerprint of all that its content depends on. It is written beside its final place and
 renamed when complete: a reader never meets half a cache, a crashed writer leaves nothing that is ever read. For each
@@ -34,7 +34,7 @@ from gatedjax.errors import InputError, TrainingError
 
 FORMAT = 1
 SPLITS = ("train", "validation")
-ENCODE_CHARACTERS = 1 << 22  # documents are tokenised together up to this much text
+ENCODE_CHARACTERS = 1 << 22  # documents are tokenized together up to this much text
 HASH_RANGE = 2.0**64
 
 
@@ -59,7 +59,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised source. `sha256` is of all its text, in order, a zero byte after each document."""
+    """A tokenized source. `sha256` is of all its text, in order, a zero byte after each document."""
 
     name: str
     kind: str
@@ -75,7 +75,8 @@ class Corpus:
     def describe(self) -> str:
         """One line for the log."""
         shares = ", ".join(
-            f"{name} {s.tokens:,} tokens ({s.bytes_per_token:.3f} bytes each)" for name, s in self.splits.items()
+            f"{name} {s.tokens:,} tokens ({s.bytes_per_token:.3f} bytes each)"
+            for name, s in self.splits.items()
         )
         skipped = f", {self.skipped} files not UTF-8 left out" if self.skipped else ""
         return (
@@ -121,23 +122,27 @@ class TokenFile:
             problem = f" ({e.strerror})"
         if len(data) != size:
             raise TrainingError(
-                f"{self._path}: {len(data)} bytes could be read, wanted {size}{problem}; the token cache was changed "
+                f"{self._path}: {len(data)} bytes could be read, expected {size}{problem}; the token cache was changed "
                 "while the run was reading it. The last checkpoint is intact"
             )
         return np.frombuffer(data, self._dtype)
 
 
-def tokenise(source: Source, tokenizer: Tokenizer, validation_share: float, cache_dir: Path) -> Corpus:
+def tokenize(
+    source: Source, tokenizer: Tokenizer, validation_fraction: float, cache_dir: Path
+) -> Corpus:
     """The corpus of `source`, from `cache_dir` if it is there, else written to it.
 
     A document is in the validation split if the hash of its key (relative path and row) falls below
-    `validation_share`, so a document's split does not depend on the others; but both splits get at least one document,
+    `validation_fraction`, so a document's split does not depend on the others; but both splits get at least one document,
     and a source of one document is cut in two at a line end.
 
     Raises:
       InputError: text that cannot be read, an empty split, a cache folder that cannot be written or is damaged.
     """
-    folder = cache_dir / f"{source.kind}-{_fingerprint(source, tokenizer, validation_share)[:16]}"
+    folder = (
+        cache_dir / f"{source.kind}-{_fingerprint(source, tokenizer, validation_fraction)[:16]}"
+    )
     try:
         if not folder.is_dir():
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -145,27 +150,29 @@ def tokenise(source: Source, tokenizer: Tokenizer, validation_share: float, cach
                 if is_alone:
                     _remove_leftovers(folder)
                 if not folder.is_dir():
-                    _build(folder, source, tokenizer, validation_share)
+                    _build(folder, source, tokenizer, validation_fraction)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "no space left" if full else f"cannot be written ({e.strerror or e})"
-        raise InputError(f"cache_dir: {cache_dir}: {reason}; nothing was kept of source {source.name!r}") from None
+        raise InputError(
+            f"cache_dir: {cache_dir}: {reason}; nothing was kept of source {source.name!r}"
+        ) from None
     return _open(folder, source.name)
 
 
-def _fingerprint(source: Source, tokenizer: Tokenizer, validation_share: float) -> str:
+def _fingerprint(source: Source, tokenizer: Tokenizer, validation_fraction: float) -> str:
     where = [source.kind, str(source.root), source.field, source.listing()]
-    depends_on = [FORMAT, where, tokenizer.fingerprint, validation_share]
+    depends_on = [FORMAT, where, tokenizer.fingerprint, validation_fraction]
     return hashlib.sha256(json.dumps(depends_on).encode(errors="surrogateescape")).hexdigest()
 
 
-def _build(folder: Path, source: Source, tokenizer: Tokenizer, validation_share: float) -> None:
+def _build(folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float) -> None:
     """Writes the cache beside `folder` and renames it into place; whatever goes wrong, nothing is left behind."""
     partial = _partial_prefix(folder).with_name(_partial_prefix(folder).name + uuid.uuid4().hex[:8])
-    logging.info("tokenising source %s with %s into %s", source.name, tokenizer.name, folder)
+    logging.info("tokenizing source %s with %s into %s", source.name, tokenizer.name, folder)
     try:
         partial.mkdir()
-        meta = _write(partial, source, tokenizer, validation_share)
+        meta = _write(partial, source, tokenizer, validation_fraction)
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         _sync(partial)
         os.rename(partial, folder)
@@ -176,13 +183,15 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer, validation_share:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(partial: Path, source: Source, tokenizer: Tokenizer, validation_share: float) -> dict:
-    """Tokenises everything into the folder `partial`; returns what goes into meta.json."""
+def _write(partial: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float) -> dict:
+    """Tokenizes everything into the folder `partial`; returns what goes into meta.json."""
     digest, skipped = hashlib.sha256(), 0
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(_SplitWriter(partial, split, tokenizer, dtype)) for split in SPLITS]
-        for text, is_validation in _labelled(source, validation_share):
+        writers = [
+            stack.enter_context(_SplitWriter(partial, split, tokenizer, dtype)) for split in SPLITS
+        ]
+        for text, is_validation in _labeled(source, validation_fraction):
             if text is None:
                 skipped += 1
             elif text:  # an empty document has nothing to predict
@@ -219,7 +228,9 @@ class _SplitWriter:
 
     def __enter__(self) -> "_SplitWriter":
         self._stream = open(self._folder / f"{self._split}.tokens", "wb")
-        self._text = open(self._folder / f"{self._split}.txt", "wb") if self._split == "validation" else None
+        self._text = (
+            open(self._folder / f"{self._split}.txt", "wb") if self._split == "validation" else None
+        )
         return self
 
     def __exit__(self, *exc) -> None:
@@ -238,7 +249,11 @@ class _SplitWriter:
 
     def finish(self) -> SplitInfo:
         self._flush()
-        np.save(self._folder / f"{self._split}.ends.npy", np.asarray(self._ends, np.int64), allow_pickle=False)
+        np.save(
+            self._folder / f"{self._split}.ends.npy",
+            np.asarray(self._ends, np.int64),
+            allow_pickle=False,
+        )
         return SplitInfo(len(self._ends), self._bytes, self._tokens)
 
     def _flush(self) -> None:
@@ -250,28 +265,30 @@ class _SplitWriter:
         self._pending, self._characters = [], 0
 
 
-def _labelled(source: Source, validation_share: float) -> Iterator[tuple[str | None, bool]]:
+def _labeled(source: Source, validation_fraction: float) -> Iterator[tuple[str | None, bool]]:
     """(text, is it validation?) of each document, in order."""
     parts = source.parts()
     keys = [f"{name}:{row}" for name, documents in parts for row in range(len(documents))]
     texts = (text for name, documents in parts for text in source.read(name, documents))
     if len(keys) == 1:
         whole = next(texts)
-        yield from _cut_in_two(whole, validation_share) if whole else [(whole, False)]
+        yield from _cut_in_two(whole, validation_fraction) if whole else [(whole, False)]
     else:
-        yield from zip(texts, _is_validation(keys, validation_share).tolist())
+        yield from zip(texts, _is_validation(keys, validation_fraction).tolist())
 
 
-def _cut_in_two(text: str, validation_share: float) -> list[tuple[str, bool]]:
-    wanted = int(len(text) * (1 - validation_share))
+def _cut_in_two(text: str, validation_fraction: float) -> list[tuple[str, bool]]:
+    wanted = int(len(text) * (1 - validation_fraction))
     cut = text.rfind("\n", wanted // 2, wanted) + 1 or wanted
     return [(text[:cut], False), (text[cut:], True)]
 
 
-def _is_validation(keys: list[str], validation_share: float) -> Bool[np.ndarray, "documents"]:
-    first_bytes = b"".join(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:8] for key in keys)
+def _is_validation(keys: list[str], validation_fraction: float) -> Bool[np.ndarray, "documents"]:
+    first_bytes = b"".join(
+        hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:8] for key in keys
+    )
     hashes = np.frombuffer(first_bytes, ">u8") / HASH_RANGE
-    chosen = hashes < validation_share
+    chosen = hashes < validation_fraction
     if len(keys) > 1:  # the document nearest to the other side crosses over, if that side is empty
         if not chosen.any():
             chosen[hashes.argmin()] = True
@@ -304,7 +321,10 @@ def _require_whole(folder: Path, split: str, info: SplitInfo, dtype: str) -> Non
     """ValueError where a file of the split is not as long as meta.json says."""
     if (folder / f"{split}.tokens").stat().st_size != info.tokens * np.dtype(dtype).itemsize:
         raise ValueError(f"{split}.tokens does not hold {info.tokens} tokens")
-    if len(np.load(folder / f"{split}.ends.npy", mmap_mode="r", allow_pickle=False)) != info.documents:
+    if (
+        len(np.load(folder / f"{split}.ends.npy", mmap_mode="r", allow_pickle=False))
+        != info.documents
+    ):
         raise ValueError(f"{split}.ends.npy does not hold {info.documents} documents")
     if split == "validation" and (folder / "validation.txt").stat().st_size != info.bytes:
         raise ValueError(f"validation.txt does not hold {info.bytes} bytes")
@@ -312,7 +332,7 @@ def _require_whole(folder: Path, split: str, info: SplitInfo, dtype: str) -> Non
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """One writer per machine: the processes of a host tokenise once, the others wait for the result.
+    """One writer per machine: the processes of a host tokenize once, the others wait for the result.
 
     Yields whether the lock is held: some file systems have none. Then several may write at once, which costs time and
     nothing else: correctness rests on the rename. The lock file stays; the lock ends with the process that holds it.

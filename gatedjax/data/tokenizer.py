@@ -14,7 +14,15 @@ from jaxtyping import Int32
 from gatedjax.errors import InputError
 
 # What tokenizers call the token that ends a document; the first that a file has is taken.
-EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
+EOS_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+)
 
 
 class Tokenizer(Protocol):
@@ -52,7 +60,7 @@ class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library.
 
     Special tokens spelled out in a document are read as plain text: a document cannot forge its own end. `decode`
-    leaves special tokens out. Whether decode(encode(text)) is text is up to the file (normalisers lose information).
+    leaves special tokens out. Whether decode(encode(text)) is text is up to the file (normalizers lose information).
 
     Raises:
       InputError: the file is missing, is not a tokenizer.json, or has no token among `EOS_NAMES`.
@@ -62,11 +70,15 @@ class JsonTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise InputError("tokenizer: a file needs the tokenizers library: pip install 'gatedjax[data]'") from None
+            raise InputError(
+                "tokenizer: a file needs the tokenizers library: pip install 'gatedjax[data]'"
+            ) from None
         try:
             data = Path(path).read_bytes()
         except OSError as e:
-            raise InputError(f"tokenizer: {path!r} cannot be read ({e.strerror}); wanted 'bytes' or a file") from None
+            raise InputError(
+                f"tokenizer: {path!r} cannot be read ({e.strerror}); expected 'bytes' or a file"
+            ) from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as e:  # the library raises bare Exception
@@ -77,7 +89,9 @@ class JsonTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         found = [name for name in EOS_NAMES if name in vocabulary]
         if not found:
-            raise InputError(f"tokenizer: {path!r} has no end-of-document token; wanted one of {', '.join(EOS_NAMES)}")
+            raise InputError(
+                f"tokenizer: {path!r} has no end-of-document token; expected one of {', '.join(EOS_NAMES)}"
+            )
         self.name = Path(path).name
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
         self.eos_id = vocabulary[found[0]]
@@ -91,7 +105,9 @@ class JsonTokenizer:
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids) -> str:
-        return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
+        return self._tokenizer.decode(
+            [int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True
+        )
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -23,10 +23,16 @@ def causal_conv(
         term = _lagged(x, lag, tail).astype(jnp.float32) * kernel[w]
         if segment_ids is not None and lag > 0:
             # What stands before the row (the tail) belongs to the first token's segment.
-            earlier = _lagged(segment_ids, lag, None if tail is None else segment_ids[:, :1].repeat(width - 1, 1))
+            earlier = _lagged(
+                segment_ids, lag, None if tail is None else segment_ids[:, :1].repeat(width - 1, 1)
+            )
             term = jnp.where((earlier == segment_ids)[..., None], term, 0.0)
         y = y + term
-    before = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype) if tail is None else tail.astype(x.dtype)
+    before = (
+        jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
+        if tail is None
+        else tail.astype(x.dtype)
+    )
     return y.astype(x.dtype), jnp.concatenate([before, x], axis=1)[:, length:]
 
 

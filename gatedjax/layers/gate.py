@@ -21,7 +21,9 @@ def gate_score(logits: Float[Array, "..."], activation: str) -> Float[Array, "..
     }[activation](logits)
 
 
-def apply_gate(y: Float[Array, "..."], logits: Float[Array, "..."], activation: str, mode: str) -> Float[Array, "..."]:
+def apply_gate(
+    y: Float[Array, "..."], logits: Float[Array, "..."], activation: str, mode: str
+) -> Float[Array, "..."]:
     """`y * score` or, for the additive mode, `y + score`; in float32, returned in y's dtype."""
     score = gate_score(logits, activation)
     y32 = y.astype(jnp.float32)
@@ -48,9 +50,13 @@ class GateLogits(nn.Module):
             axes["head_dim"] = 1
         if self.config.gate_input == "constant":
             # Zero at the start: sigmoid gives 0.5 everywhere, the study's input-independent variant.
-            logits = parameter(self, "constant", list(axes), list(axes.values()), nn.initializers.zeros)[None, None]
+            logits = parameter(
+                self, "constant", list(axes), list(axes.values()), nn.initializers.zeros
+            )[None, None]
         else:
-            logits = Projection({"embed": x.shape[-1]}, axes, self.std, self.dtype, name="projection")(x)
+            logits = Projection(
+                {"embed": x.shape[-1]}, axes, self.std, self.dtype, name="projection"
+            )(x)
         logits = jnp.mean(logits, axis=2, keepdims=True) if self.config.gate_shared else logits
         self.sow("probes", "score", gate_score(logits, self.config.gate_activation))
         return logits

@@ -42,36 +42,50 @@ class QueryScale(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, q: Float[Array, "B T H D"], v: Float[Array, "B T Hk D"], x: Float[Array, "B T M"], seen):
+    def __call__(
+        self,
+        q: Float[Array, "B T H D"],
+        v: Float[Array, "B T Hk D"],
+        x: Float[Array, "B T M"],
+        seen,
+    ):
         """(q, v), scaled in float32 and returned in their dtypes. `seen` [B, T] keys of every token."""
         c = self.config
         log_n = jnp.log(seen.astype(jnp.float32))[:, :, None]
-        by_head = lambda name, start: parameter(self, name, ["heads"], [c.num_heads], nn.initializers.constant(start))
+        by_head = lambda name, start: parameter(
+            self, name, ["heads"], [c.num_heads], nn.initializers.constant(start)
+        )
         times = jnp.float32(1.0)
         if c.query_scale == "log_length":
             times = log_n
         if c.query_scale == "scalable_softmax":
-            times = by_head("length_scale", 1 / mean_log(c.score_length)) * log_n
+            times = by_head("length_scale", 1 / mean_log(c.normalizer_length)) * log_n
         if c.query_scale == "selective":
             of_tokens = lambda name, heads, n: jnp.tanh(
-                Projection({"embed": x.shape[-1]}, {heads: n}, self.std, self.dtype, name=name)(x).astype(jnp.float32)
+                Projection({"embed": x.shape[-1]}, {heads: n}, self.std, self.dtype, name=name)(
+                    x
+                ).astype(jnp.float32)
             )
             times = of_tokens("query_temperature", "heads", c.num_heads) + 1
             times = times + jax.nn.sigmoid(by_head("length_weight", -4.0)) * log_n
             v = _scaled(v, 1 + of_tokens("value_temperature", "kv_heads", c.num_kv_heads))
         if c.logit_scale == "learned":
             # One for the layer in the paper; by head here, as its successors have it.
-            times = times * by_head("logit_scale", math.log2(max(c.score_length**2 - c.score_length, 2)))
+            times = times * by_head(
+                "logit_scale", math.log2(max(c.normalizer_length**2 - c.normalizer_length, 2))
+            )
         return _scaled(q, times), v
 
 
 def logit_scale(c: GatedAttentionConfig) -> float:
     """What logits are multiplied by inside the op."""
-    return {"inverse_sqrt": c.head_dim**-0.5, "learned": 1.0, "log_dim": math.log(c.head_dim)}[c.logit_scale]
+    return {"inverse_sqrt": c.head_dim**-0.5, "learned": 1.0, "log_dim": math.log(c.head_dim)}[
+        c.logit_scale
+    ]
 
 
 def alibi_slopes(c: GatedAttentionConfig) -> Float[np.ndarray, " H"]:
-    """The slopes of `config.alibi`, fixed or at the start; positive ones favour near keys."""
+    """The slopes of `config.alibi`, fixed or at the start; positive ones favor near keys."""
     if c.alibi == "balanced":
         slopes = 2.0 ** -np.arange(1, c.num_heads // 2 + 1)
         return np.concatenate([slopes, -slopes]).astype(np.float32)

@@ -30,7 +30,9 @@ def _contract_backward(axes: int, residuals: tuple[Array, Array], dy: Array) -> 
     x, kernel = residuals
     rows = tuple(range(x.ndim - axes))
     out = tuple(range(len(rows), dy.ndim)), tuple(range(axes, kernel.ndim))
-    return lax.dot_general(dy, kernel, (out, ((), ()))), lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    return lax.dot_general(dy, kernel, (out, ((), ()))), lax.dot_general(
+        x, dy, ((rows, rows), ((), ()))
+    )
 
 
 contract.defvjp(_contract_forward, _contract_backward)
@@ -50,12 +52,19 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        names, shape = (*self.in_axes, *self.out_axes), (*self.in_axes.values(), *self.out_axes.values())
+        names, shape = (
+            (*self.in_axes, *self.out_axes),
+            (*self.in_axes.values(), *self.out_axes.values()),
+        )
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), names)
         kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
         return contract(x.astype(self.dtype), kernel, len(self.in_axes))
 
 
-def parameter(module: nn.Module, name: str, axes: Sequence[str], shape: Sequence[int], init) -> Array:
+def parameter(
+    module: nn.Module, name: str, axes: Sequence[str], shape: Sequence[int], init
+) -> Array:
     """A float32 parameter of `module` with logical axis names."""
-    return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
+    return module.param(
+        name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32
+    )

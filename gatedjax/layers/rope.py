@@ -8,7 +8,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 
-def inverse_frequencies(rotary_dim: int, base: float, yarn_factor: float = 1.0, yarn_original_length: int = 4096):
+def inverse_frequencies(
+    rotary_dim: int, base: float, yarn_factor: float = 1.0, yarn_original_length: int = 4096
+):
     """Radians per position for each of the rotary_dim / 2 pairs: base^(-2i / rotary_dim), float32.
 
     With `yarn_factor` s > 1 (YaRN, arXiv 2309.00071, section 3.2): pairs that turn fewer than once over the original
@@ -17,7 +19,9 @@ def inverse_frequencies(rotary_dim: int, base: float, yarn_factor: float = 1.0, 
     pairs = np.arange(rotary_dim // 2)
     frequencies = base ** (-2.0 * pairs / rotary_dim)
     if yarn_factor > 1.0:
-        fast, slow = (_pair_that_turns(n, rotary_dim, base, yarn_original_length) for n in (32.0, 1.0))
+        fast, slow = (
+            _pair_that_turns(n, rotary_dim, base, yarn_original_length) for n in (32.0, 1.0)
+        )
         low, high = max(math.floor(fast), 0), min(math.ceil(slow), rotary_dim - 1)
         kept = 1.0 - np.clip((pairs - low) / max(high - low, 1e-3), 0.0, 1.0)
         frequencies = frequencies * kept + frequencies / yarn_factor * (1.0 - kept)
@@ -43,7 +47,9 @@ def apply_rope(
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
     left, right = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(
+        x.dtype
+    )
     return jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
 
 

@@ -19,22 +19,24 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from gatedjax import cli
 from gatedjax.errors import InputError
-from gatedjax.metrics import format_duration, say
+from gatedjax.reporting.console import format_duration, say
+from gatedjax.runtime import cli
 from gatedjax.study import report
 from gatedjax.study.cell import run_cell
 from gatedjax.study.grid import Study, run_key
 
 _SMALL = flags.DEFINE_bool("small", False, "The ten-minute version.")
 _RESULTS = flags.DEFINE_string("results", "results", "Folder of all results.")
-_CACHE = flags.DEFINE_string("compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none.")
+_CACHE = flags.DEFINE_string(
+    "compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none."
+)
 
 
 def main(argv: list[str]) -> None:
     """File -> study -> runs that are missing -> table and pictures."""
     if len(argv) != 2:
-        raise InputError("study: no file came, wanted one of configs/studies/")
+        raise InputError("study: got no file, expected one of configs/studies/")
     path = Path(argv[1])
     study = load_study(path, _SMALL.value)
     cli.use_compilation_cache(_CACHE.value)
@@ -53,7 +55,9 @@ def load_study(path: Path, small: bool) -> Study:
       InputError: no such file, or one without `get_study`.
     """
     if not path.is_file():
-        raise InputError(f"study: {path} came, wanted a Python file such as configs/studies/mqar.py")
+        raise InputError(
+            f"study: got {path}, expected a Python file such as configs/studies/mqar.py"
+        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -66,8 +70,14 @@ def run_missing(study: Study, folder: Path) -> list[dict]:
     """The records of all runs of the study, in its order; those that are not in runs.jsonl are run now."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.jsonl"
-    known = {r["key"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
-    plan = [(cell, seed, run_key(cell, seed, study)) for cell in study.cells for seed in study.seeds]
+    known = (
+        {r["key"]: r for r in map(json.loads, path.read_text().splitlines())}
+        if path.exists()
+        else {}
+    )
+    plan = [
+        (cell, seed, run_key(cell, seed, study)) for cell in study.cells for seed in study.seeds
+    ]
     missing = sum(key not in known for *_, key in plan)
     say(f"{study.title}: {len(plan)} runs, {len(plan) - missing} of them done")
     start, done = time.monotonic(), 0
@@ -75,7 +85,12 @@ def run_missing(study: Study, folder: Path) -> list[dict]:
         if key in known:
             continue
         values = run_cell(cell, seed, study)
-        known[key] = {"key": key, "labels": dict(cell.labels), "seed": seed, "values": _plain(values)}
+        known[key] = {
+            "key": key,
+            "labels": dict(cell.labels),
+            "seed": seed,
+            "values": _plain(values),
+        }
         with path.open("a") as file:
             file.write(json.dumps(known[key]) + "\n")
         done += 1
@@ -92,7 +107,9 @@ def write_report(study: Study, records: list[dict], folder: Path, command: str) 
     """table.md and the pictures; returns their paths."""
     found = report.rows(study, records)
     seconds = sum(r["values"]["seconds"] for r in records)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax")
+    )
     seeds = ", ".join(map(str, study.seeds))
     notes = [
         f"`{command}`; seeds {seeds} (mean ± standard deviation); {len(records)} runs, {format_duration(seconds)} on "

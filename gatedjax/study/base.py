@@ -9,7 +9,9 @@ from gatedjax.config import config_dict, layer
 WIDTH, HEADS, HEAD_DIM, LENGTH = 96, 4, 24, 256
 
 
-def text_config(mixers: Mapping[str, ConfigDict], steps: int, pattern: tuple[str, ...] | None = None) -> ConfigDict:
+def text_config(
+    mixers: Mapping[str, ConfigDict], steps: int, pattern: tuple[str, ...] | None = None
+) -> ConfigDict:
     """Four layers of width 96 on the standard library's source, bytes, windows of 256; 2,048 tokens a step.
 
     Args:
@@ -29,10 +31,14 @@ def text_config(mixers: Mapping[str, ConfigDict], steps: int, pattern: tuple[str
 
 def attention(**changes) -> ConfigDict:
     """Softmax attention of the base model; gated at its best place unless `changes` say otherwise."""
-    return layer("gated_attention", num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM, **changes)
+    return layer(
+        "gated_attention", num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM, **changes
+    )
 
 
 def linear(**changes) -> ConfigDict:
     """Gated linear attention of the base model: half as many key channels as values, short convolution."""
-    dims = dict(num_heads=HEADS, num_kv_heads=HEADS, key_dim=HEAD_DIM // 2, value_dim=HEAD_DIM, conv_width=4)
+    dims = dict(
+        num_heads=HEADS, num_kv_heads=HEADS, key_dim=HEAD_DIM // 2, value_dim=HEAD_DIM, conv_width=4
+    )
     return layer("gated_linear_attention", **dims | changes)

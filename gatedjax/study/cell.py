@@ -9,11 +9,11 @@ import jax
 
 from gatedjax.data import batches, load_tokenizer, make_dataset
 from gatedjax.data.recall import recall_dataset
-from gatedjax.setup import Run, fresh_state, prepare, with_vocab
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.grid import Cell, Study
 from gatedjax.study.measures import MEASURES, RecallValidation
-from gatedjax.train_step import TrainState, jit_train_step, params_for_evaluation
+from gatedjax.training.run import Run, fresh_state, prepare, with_vocab
+from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
 
 LOOK_EVERY = 25  # steps between looks at the loss
 
@@ -56,7 +56,11 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
     c = run.config.train
     with jax.set_mesh(run.mesh):
         state, step_fn = fresh_state(run), jit_train_step(run.config, run.tx, run.shardings)
-        recall = RecallValidation(cell.recall, run) if cell.recall is not None and stop_at is not None else None
+        recall = (
+            RecallValidation(cell.recall, run)
+            if cell.recall is not None and stop_at is not None
+            else None
+        )
         metrics: dict[str, float] = {}
         for step, batch in enumerate(_stream(cell, run), start=1):
             state, on_device = step_fn(state, global_batch(run.mesh, batch, c.batch_size))
@@ -64,7 +68,11 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
                 metrics = {name: float(x) for name, x in on_device.items() if x.ndim == 0}
                 if _stuck(run, metrics) or not math.isfinite(metrics["loss"]) or step == c.steps:
                     break
-            if recall is not None and step % c.eval_every == 0 and recall(_params(state)).accuracy >= stop_at:
+            if (
+                recall is not None
+                and step % c.eval_every == 0
+                and recall(_params(state)).accuracy >= stop_at
+            ):
                 break
         return Trained(cell, run, _params(state), step, metrics)
 
@@ -84,7 +92,10 @@ def _params(state: TrainState) -> dict:
 def _diverged(trained: Trained) -> bool:
     """Worse than guessing, no number at all, or no step that could be taken any more."""
     guessing = math.log(trained.run.config.model.vocab_size)
-    return _stuck(trained.run, trained.metrics) or not trained.metrics.get("loss", 0.0) <= guessing + 1.0
+    return (
+        _stuck(trained.run, trained.metrics)
+        or not trained.metrics.get("loss", 0.0) <= guessing + 1.0
+    )
 
 
 def _stuck(run: Run, metrics: dict[str, float]) -> bool:

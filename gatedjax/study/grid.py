@@ -67,5 +67,13 @@ class Study:
 def run_key(cell: Cell, seed: int, study: Study) -> str:
     """Names a run by all that its result depends on."""
     recall = None if cell.recall is None else dataclasses.asdict(cell.recall)
-    parts = [to_dict(cell.config), recall, cell.lengths, cell.yarn, seed, study.measures, study.stop_at]
+    parts = [
+        to_dict(cell.config),
+        recall,
+        cell.lengths,
+        cell.yarn,
+        seed,
+        study.measures,
+        study.stop_at,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

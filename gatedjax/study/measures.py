@@ -2,7 +2,7 @@
 
 validation   loss (nats per token), loss_error, bits_per_byte
 recall       accuracy: share of the asked tokens that are right (the most likely token, over the validation rows)
-probes       first_token_share, effective_rank (means over layers and heads), max_activation (over layers),
+probes       first_token_fraction, effective_rank (means over layers and heads), max_activation (over layers),
              kurtosis (largest of a layer), gate_mean (mean over attention layers and linear ones)
 lengths      loss@T for each of the cell's lengths: validation text in windows of T
 routing      load_max_over_mean, balance_loss of the last step
@@ -21,15 +21,19 @@ from jax import Array
 from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
-from gatedjax.evaluate import Validation
+from gatedjax.evaluation.validation import Validation
 from gatedjax.model import LanguageModel, head_weights, logits
-from gatedjax.setup import Run
 from gatedjax.sharding import RULES, global_batch, my_rows
+from gatedjax.training.run import Run
 
 
 def validation(trained) -> dict[str, float]:
     result = Validation(trained.run, trained.run.config.train.eval_batches)(trained.params)
-    return {"loss": result.loss, "loss_error": result.loss_error, "bits_per_byte": result.bits_per_byte}
+    return {
+        "loss": result.loss,
+        "loss_error": result.loss_error,
+        "bits_per_byte": result.bits_per_byte,
+    }
 
 
 def recall(trained) -> dict[str, float]:
@@ -39,8 +43,17 @@ def recall(trained) -> dict[str, float]:
 def probes(trained) -> dict[str, float]:
     found = Validation(trained.run, 1).probes(trained.params)
     all_of = lambda name: np.concatenate([np.ravel(x) for x in found[name].values()])
-    takes = {"first_token_share": np.mean, "effective_rank": np.mean, "max_activation": np.max, "kurtosis": np.max}
-    return {name: float(take(all_of(name))) for name, take in (takes | {"gate_mean": np.mean}).items() if name in found}
+    takes = {
+        "first_token_fraction": np.mean,
+        "effective_rank": np.mean,
+        "max_activation": np.max,
+        "kurtosis": np.max,
+    }
+    return {
+        name: float(take(all_of(name)))
+        for name, take in (takes | {"gate_mean": np.mean}).items()
+        if name in found
+    }
 
 
 def lengths(trained) -> dict[str, float]:
@@ -58,7 +71,9 @@ def at_length(trained, length: int) -> float:
     )
     mixers = FrozenDict({name: stretch(m) for name, m in c.model.mixers.items()})
     changed = dataclasses.replace(
-        c, model=dataclasses.replace(c.model, mixers=mixers), data=dataclasses.replace(c.data, seq_len=length)
+        c,
+        model=dataclasses.replace(c.model, mixers=mixers),
+        data=dataclasses.replace(c.data, seq_len=length),
     )
     num_batches = max(1, c.train.eval_batches * c.data.seq_len // length)
     return Validation(trained.run._replace(config=changed), num_batches)(trained.params).loss
@@ -93,7 +108,9 @@ class RecallValidation:
     def __call__(self, params) -> Recalled:
         """Call it inside `jax.set_mesh(run.mesh)`."""
         model, mesh = self._run.config.model, self._run.mesh
-        each = [_right(model, params, global_batch(mesh, b, self._size)) for b in batches(self._dataset)]
+        each = [
+            _right(model, params, global_batch(mesh, b, self._size)) for b in batches(self._dataset)
+        ]
         right, asked = np.sum(jax.device_get(each), axis=0)
         return Recalled(float(right / asked), int(asked))
 
@@ -102,6 +119,8 @@ class RecallValidation:
 def _right(model: ModelConfig, params, batch: Batch) -> tuple[Array, Array]:
     """Tokens asked for that are predicted, and all that are asked for."""
     with nn.logical_axis_rules(RULES):
-        hidden, _, _ = LanguageModel(model).apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
+        hidden, _, _ = LanguageModel(model).apply(
+            {"params": params}, batch.tokens, batch.positions, batch.segment_ids
+        )
     best = jnp.argmax(logits(hidden, head_weights(params)), axis=-1)
     return jnp.sum((best == batch.targets) * batch.loss_mask), jnp.sum(batch.loss_mask)

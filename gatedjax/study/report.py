@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gatedjax.curves import new_figure
+from gatedjax.reporting.figure import new_figure
 from gatedjax.study.grid import Label, Picture, Study
 
 Record = Mapping[str, Any]  # {"labels": {...}, "seed": 0, "values": {...}}
@@ -31,7 +31,9 @@ def rows(study: Study, records: Sequence[Record]) -> list[Row]:
 
 
 def _row(labels: dict[str, Label], group: Sequence[Record], columns: Sequence[str]) -> Row:
-    values = {c: np.array([r["values"].get(c, math.nan) for r in group], np.float64) for c in columns}
+    values = {
+        c: np.array([r["values"].get(c, math.nan) for r in group], np.float64) for c in columns
+    }
     alive = np.array([not r["values"]["diverged"] for r in group])
     mean = {c: float(x[alive].mean()) if alive.any() else math.nan for c, x in values.items()}
     spread = {c: float(x[alive].std(ddof=1)) if alive.sum() > 1 else 0.0 for c, x in values.items()}
@@ -45,7 +47,9 @@ def markdown(study: Study, found: Sequence[Row], notes: Sequence[str]) -> str:
     lines.append("|" + "---|" * (len(names) + len(study.columns) + 1))
     for row in found:
         seeds = f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")
-        cells = [str(row.labels[n]) for n in names] + [_figure(row, c) for c in study.columns] + [seeds]
+        cells = (
+            [str(row.labels[n]) for n in names] + [_figure(row, c) for c in study.columns] + [seeds]
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *notes, ""])
 
@@ -103,9 +107,18 @@ def _dots(axes: Any, lines: Mapping[Label, list[Point]]) -> None:
     places = list(dict.fromkeys(p.x for points in lines.values() for p in points))
     for name, points in lines.items():
         at, spread = [places.index(p.x) for p in points], [p.spread for p in points]
-        axes.errorbar([p.y for p in points], at, xerr=spread, fmt="o", ms=5, capsize=3, label=str(name))
+        axes.errorbar(
+            [p.y for p in points], at, xerr=spread, fmt="o", ms=5, capsize=3, label=str(name)
+        )
         for place, p in zip(at, points):
-            axes.annotate(f"{p.y:.3g}", (p.y, place), (0, 5), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                f"{p.y:.3g}",
+                (p.y, place),
+                (0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
     axes.set_yticks(range(len(places)), places)
     axes.invert_yaxis()
     axes.margins(y=0.08)

@@ -1,19 +1,33 @@
-"""Attention with a sigmoid gate as its epilogue and a choice of scores: grouped heads, windows, packed documents."""
+"""Attention with a sigmoid gate as its epilogue and a choice of normalizers: grouped heads, windows, packed documents."""
 
 from kernels_pallas.attention.api import attention, attention_step
-from kernels_pallas.attention.context import attention_sharded
-from kernels_pallas.attention.named_scores import SCORES
-from kernels_pallas.attention.scores import Relu, Score, SelfAdjust, Sigmoid, Softmax, Softpick, Softplus, StableMax
-from kernels_pallas.attention.scores_multipass import AdaptiveTemperature, ClippedSoftmax, Entmax, ReweightedSoftplus
+from kernels_pallas.attention.normalizers.base import (
+    Normalizer,
+    Relu,
+    SelfAdjust,
+    Sigmoid,
+    Softmax,
+    Softpick,
+    Softplus,
+    StableMax,
+)
+from kernels_pallas.attention.normalizers.multipass import (
+    AdaptiveTemperature,
+    ClippedSoftmax,
+    Entmax,
+    ReweightedSoftplus,
+)
+from kernels_pallas.attention.normalizers.named import NORMALIZERS
+from kernels_pallas.attention.sharded import attention_sharded
 
 __all__ = [
-    "SCORES",
+    "NORMALIZERS",
     "AdaptiveTemperature",
     "ClippedSoftmax",
     "Entmax",
+    "Normalizer",
     "Relu",
     "ReweightedSoftplus",
-    "Score",
     "SelfAdjust",
     "Sigmoid",
     "Softmax",

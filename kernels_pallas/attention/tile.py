@@ -1,7 +1,7 @@
 """The mathematics of one tile of attention: R query rows against C keys, as pure functions of arrays.
 
 Leading axes (`...`, batch and heads, or none inside a kernel) are carried along. What differs between machines is which
-tiles are visited and in what order; the formulas are these, and those that turn logits into weights: `scores.py`.
+tiles are visited and in what order; the formulas are these, and those that turn logits into weights: `normalizers/base.py`.
 Statistics and accumulators have `statistics_dtype`.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.attention.scores import Row, Score
+from kernels_pallas.attention.normalizers.base import Normalizer, Row
 
 
 def statistics_dtype(*inputs: Array) -> jnp.dtype:
@@ -34,7 +34,14 @@ def matmul(subscripts: str, x: Array, y: Array, dtype: jnp.dtype) -> Array:
 
 
 def visible(
-    rows: Array, keys: Array, *, length: int, causal: bool, window: int | None, row_segments=None, key_segments=None
+    rows: Array,
+    keys: Array,
+    *,
+    length: int,
+    causal: bool,
+    window: int | None,
+    row_segments=None,
+    key_segments=None,
 ) -> Array:
     """bool [..., R, C]: which keys a row may see. Positions rows [R], keys [C]; segments [..., R] and [..., C].
 
@@ -64,11 +71,18 @@ class Logits(NamedTuple):
 
 
 def logits(
-    q: Array, k: Array, *, scale: float, soft_cap: float | None, dtype: jnp.dtype, slopes=None, distances=None
+    q: Array,
+    k: Array,
+    *,
+    scale: float,
+    logits_soft_cap: float | None,
+    dtype: jnp.dtype,
+    slopes=None,
+    distances=None,
 ) -> Logits:
-    """[..., R, C]: scale q k^T; with `soft_cap` c, c tanh(. / c); with `slopes` [..., R, 1], less slope * distance."""
+    """[..., R, C]: scale q k^T; with `logits_soft_cap` c, c tanh(. / c); with `slopes` [..., R, 1], less slope * distance."""
     s = matmul("...rk,...ck->...rc", q, k, dtype) * scale
-    capped = s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+    capped = s if logits_soft_cap is None else logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     return Logits(capped if slopes is None else capped - slopes * distances, capped)
 
 
@@ -82,15 +96,40 @@ class TileGradients(NamedTuple):
 
 
 def gradients(
-    score: Score, q: Array, k: Array, v: Array, do: Array, saved: Row, deltas: Sequence[Array], seen: Array | None,
-    keys: Array, *, scale: float, soft_cap: float | None, dtype: jnp.dtype, slopes=None, distances=None,
-) -> TileGradients:  # fmt: skip
+    normalizer: Normalizer,
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    saved: Row,
+    deltas: Sequence[Array],
+    seen: Array | None,
+    keys: Array,
+    *,
+    scale: float,
+    logits_soft_cap: float | None,
+    dtype: jnp.dtype,
+    slopes=None,
+    distances=None,
+) -> TileGradients:
     """A tile of the backward pass, recomputed from its inputs and what the forward pass saved of its rows."""
     dot = partial(matmul, dtype=dtype)
-    s = logits(q, k, scale=scale, soft_cap=soft_cap, dtype=dtype, slopes=slopes, distances=distances)
-    weights, ds = score.gradient(s.s, seen, keys, dot("...rv,...cv->...rc", do, v), deltas, saved)
+    s = logits(
+        q,
+        k,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        dtype=dtype,
+        slopes=slopes,
+        distances=distances,
+    )
+    weights, ds = normalizer.gradient(
+        s.s, seen, keys, dot("...rv,...cv->...rc", do, v), deltas, saved
+    )
     dv = dot("...rc,...rv->...cv", weights, do)
     dslopes = None if slopes is None else -jnp.sum(ds * distances, axis=-1, keepdims=True)
-    if soft_cap is not None:
-        ds = ds * (1 - (s.capped / soft_cap) ** 2)
-    return TileGradients(dot("...rc,...ck->...rk", ds, k), dot("...rc,...rk->...ck", ds, q), dv, dslopes)
+    if logits_soft_cap is not None:
+        ds = ds * (1 - (s.capped / logits_soft_cap) ** 2)
+    return TileGradients(
+        dot("...rc,...ck->...rk", ds, k), dot("...rc,...rk->...ck", ds, q), dv, dslopes
+    )

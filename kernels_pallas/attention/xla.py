@@ -1,4 +1,4 @@
-"""`attention` without Pallas: tiles with an online normaliser, memory linear in T both ways.
+"""`attention` without Pallas: tiles with an online normalizer, memory linear in T both ways.
 
 Queries are cut into blocks, keys and values too. The outer loop goes over query blocks, the inner one over the key
 blocks that some row of the query block may see: its bounds come from `causal` and `window`, so what is fully masked is
@@ -18,9 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention import tile
-from kernels_pallas.attention.scores import Row, Score
-from kernels_pallas.manual_axes import varying_like
-from kernels_pallas.opaque import opaque
+from kernels_pallas.attention.normalizers.base import Normalizer, Row
+from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.opaque import opaque
 
 OUT_NAME = "attention_out"
 STATISTIC_NAME = "attention_lse"
@@ -32,10 +32,10 @@ UNROLLED_BLOCKS = 4
 class Plan(NamedTuple):
     """What of a call is static."""
 
-    score: Score
+    normalizer: Normalizer
     causal: bool
     window: int | None
-    soft_cap: float | None
+    logits_soft_cap: float | None
     scale: float
     block_q: int
     block_k: int
@@ -52,7 +52,8 @@ class Inputs(NamedTuple):
     q_segments: Int[Array, "B T"] | None = None
     k_segments: Int[Array, "B S"] | None = None
     first: Int[Array, ""] | None = None  # 0 if None
-    distances: Int[Array, "B S"] | None = None  # of keys in no order from a single query, for slopes
+    # of keys in no order from a single query, for slopes
+    distances: Int[Array, "B S"] | None = None
 
 
 class Rows(NamedTuple):
@@ -87,74 +88,101 @@ def block_sizes(T: int) -> tuple[int, int]:
 
 
 def attention(
-    q, k, v, gate, sink_logits, alibi_slopes, segment_ids, *, first=None, key_segment_ids=None, **options
+    q,
+    k,
+    v,
+    gate_logits,
+    sink_logits,
+    alibi_slopes,
+    segment_ids,
+    *,
+    first=None,
+    key_segment_ids=None,
+    **options,
 ) -> Array:
     """As `api.attention`. Any T. For a part of the queries: `first` is the position of its first one."""
     plan = Plan(block_q=block_sizes(q.shape[1])[0], block_k=block_sizes(k.shape[1])[1], **options)
     key_segments = segment_ids if key_segment_ids is None else key_segment_ids
-    return _attention(plan, Inputs(q, k, v, sink_logits, alibi_slopes, segment_ids, key_segments, first), gate)
+    return _attention(
+        plan,
+        Inputs(q, k, v, sink_logits, alibi_slopes, segment_ids, key_segments, first),
+        gate_logits,
+    )
 
 
-def attention_step(q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances, **options) -> Array:
+def attention_step(
+    q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes, valid, distances, **options
+) -> Array:
     """As `api.attention_step`: one tile, the G query heads of a key head as its rows."""
     plan = Plan(causal=False, window=None, block_q=1, block_k=k_cache.shape[1], **options)
     own, others = jnp.zeros_like(valid[:, :1], jnp.int32), jnp.where(valid, 0, 1)
-    inputs = Inputs(q[:, None], k_cache, v_cache, sink_logits, alibi_slopes, own, others, None, distances)
-    return _attention(plan, inputs, None if gate is None else gate[:, None])[:, 0]
+    inputs = Inputs(
+        q[:, None], k_cache, v_cache, sink_logits, alibi_slopes, own, others, None, distances
+    )
+    return _attention(plan, inputs, None if gate_logits is None else gate_logits[:, None])[:, 0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, inputs: Inputs, gate: Array | None) -> Array:
+def _attention(plan: Plan, inputs: Inputs, gate_logits: Array | None) -> Array:
     outputs, _ = _forward(plan, inputs)
-    return _gated(outputs[0], gate).astype(inputs.v.dtype)
+    return _gated(outputs[0], gate_logits).astype(inputs.v.dtype)
 
 
-def _forward_saving(plan: Plan, inputs: Inputs, gate):
+def _forward_saving(plan: Plan, inputs: Inputs, gate_logits):
     outputs, saved = _forward(plan, inputs)
     outputs = tuple(checkpoint_name(o, OUT_NAME) for o in outputs)
     saved = tuple(checkpoint_name(x, STATISTIC_NAME) for x in saved)
-    return _gated(outputs[0], gate).astype(inputs.v.dtype), (inputs, gate, outputs, saved)
+    return _gated(outputs[0], gate_logits).astype(inputs.v.dtype), (
+        inputs,
+        gate_logits,
+        outputs,
+        saved,
+    )
 
 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, ...], Row]:
-    """The score's outputs [B, T, H, V], ungated, and what it saves of rows [Nq, B, Hk, R, 1]; not rounded to 16 bits.
+    """The normalizer's outputs [B, T, H, V], ungated, and what it saves of rows [Nq, B, Hk, R, 1]; not rounded to 16 bits.
 
     Kept in bfloat16, o would bring most of the error of dq, through deltas, and half of that of the gate's gradient.
     """
     inputs = opaque(inputs)
-    score, (T, V) = plan.score, (inputs.q.shape[1], inputs.v.shape[-1])
+    normalizer, (T, V) = plan.normalizer, (inputs.q.shape[1], inputs.v.shape[-1])
     rows, keys = _cut(plan, inputs)
     shared = _shared(plan, inputs)
 
     def query_block(_, block: Rows):
         visits = _visits(plan, inputs.k.shape[1], _first_row(plan, inputs, block.number))
         tile_of = partial(_masked_logits, plan, inputs, shared, block)
-        walk = lambda start, add: _loop(visits, lambda j, row: add(row, *tile_of(j, _take(keys, j))), start)
+        walk = lambda start, add: _loop(
+            visits, lambda j, row: add(row, *tile_of(j, _take(keys, j))), start
+        )
 
         def visit(j, carry):
             row, sums = carry
             key = _take(keys, j)
-            row, keep, weights = score.add(row, *tile_of(j, key))
+            row, keep, weights = normalizer.add(row, *tile_of(j, key))
             kept = sums if keep is None else [keep * x for x in sums]
-            added = [tile.matmul("...rc,...cv->...rv", w, key.v, shared.zero.dtype) for w in weights]
+            added = [
+                tile.matmul("...rc,...cv->...rv", w, key.v, shared.zero.dtype) for w in weights
+            ]
             return row, [x + y for x, y in zip(kept, added)]
 
-        row = score.start(shared.zero, score.prepare(walk, shared.zero), shared.sink)
-        sums = [jnp.broadcast_to(shared.zero, (*shared.zero.shape[:-1], V))] * score.sums
-        outputs, saved = score.finish(*_loop(visits, visit, (row, sums)))
-        return None, ([o for n, o in enumerate(outputs) if n == 0 or n in score.deltas], saved)
+        row = normalizer.start(shared.zero, normalizer.prepare(walk, shared.zero), shared.sink)
+        sums = [jnp.broadcast_to(shared.zero, (*shared.zero.shape[:-1], V))] * normalizer.sums
+        outputs, saved = normalizer.finish(*_loop(visits, visit, (row, sums)))
+        return None, ([o for n, o in enumerate(outputs) if n == 0 or n in normalizer.deltas], saved)
 
     _, (outputs, saved) = _scan(query_block, None, rows)
     return tuple(_join(o, plan.block_q, T) for o in outputs), saved
 
 
 def _backward(plan: Plan, residuals, dy):
-    inputs, gate, outputs, saved = residuals
+    inputs, gate_logits, outputs, saved = residuals
     inputs, dy = opaque((inputs, dy))
-    do, dgate = _gate_gradient(dy, gate, outputs[0])
-    # With y = o sigmoid(gate), sum(do o) is sum(dy y): nothing is divided by a gate that may be 0.
-    # The outputs kept are those of `score.deltas`, after o.
-    wanted = outputs if 0 in plan.score.deltas else outputs[1:]
+    do, dgate = _gate_gradient(dy, gate_logits, outputs[0])
+    # With y = o sigmoid(gate_logits), sum(do o) is sum(dy y): nothing is divided by a gate that may be 0.
+    # The outputs kept are those of `normalizer.deltas`, after o.
+    wanted = outputs if 0 in plan.normalizer.deltas else outputs[1:]
     deltas = [jnp.sum(do * o, axis=-1, keepdims=True) for o in wanted]
     split = partial(_split, kv_heads=inputs.k.shape[2], block=plan.block_q)
     do, deltas = split(do), [split(x) for x in deltas]
@@ -164,7 +192,9 @@ def _backward(plan: Plan, residuals, dy):
 _attention.defvjp(_forward_saving, _backward)
 
 
-def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: list[Array]) -> Inputs:
+def _tile_gradients(
+    plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: list[Array]
+) -> Inputs:
     """The gradients of `inputs`. Each tile is visited once; dk and dv are added up in place."""
     shared = _shared(plan, inputs)
     dtype = shared.zero.dtype
@@ -180,9 +210,21 @@ def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: l
             key = _take(keys, j)
             seen, positions, distances = _mask(plan, inputs, block, j, key)
             new = tile.gradients(
-                plan.score, block.q, key.k, key.v, do, saved, deltas, seen, positions, scale=plan.scale,
-                soft_cap=plan.soft_cap, dtype=dtype, slopes=shared.slopes, distances=distances,
-            )  # fmt: skip
+                plan.normalizer,
+                block.q,
+                key.k,
+                key.v,
+                do,
+                saved,
+                deltas,
+                seen,
+                positions,
+                scale=plan.scale,
+                logits_soft_cap=plan.logits_soft_cap,
+                dtype=dtype,
+                slopes=shared.slopes,
+                distances=distances,
+            )
             dslopes = None if dslopes is None else dslopes + new.dslopes
             return dq + new.dq, dslopes, _add_at(dk, j, new.dk), _add_at(dv, j, new.dv)
 
@@ -190,43 +232,63 @@ def _tile_gradients(plan: Plan, inputs: Inputs, do: Array, saved: Row, deltas: l
         dq, dslopes, *dkv = _loop(visits, visit, (zeros(block.q), no_slopes, *dkv))
         return tuple(dkv), ((plan.scale * dq).astype(block.q.dtype), dslopes)
 
-    (dk, dv), (dq, dslopes) = _scan(query_block, (zeros(keys.k), zeros(keys.v)), (rows, do, saved, deltas))
+    (dk, dv), (dq, dslopes) = _scan(
+        query_block, (zeros(keys.k), zeros(keys.v)), (rows, do, saved, deltas)
+    )
     dk, dv = (_join(x, plan.block_k, inputs.k.shape[1]) for x in (plan.scale * dk, dv))
-    dsink = None if shared.sink is None else plan.score.sink_gradient(shared.sink, deltas, saved)
-    by_head = lambda x, like: None if x is None else _sum_by_head(x, plan.block_q).astype(like.dtype)
+    dsink = (
+        None if shared.sink is None else plan.normalizer.sink_gradient(shared.sink, deltas, saved)
+    )
+    by_head = lambda x, like: (
+        None if x is None else _sum_by_head(x, plan.block_q).astype(like.dtype)
+    )
     return Inputs(
-        _join(dq, plan.block_q, inputs.q.shape[1]), dk.astype(inputs.k.dtype), dv.astype(inputs.v.dtype),
-        by_head(dsink, inputs.sink_logits), by_head(dslopes, inputs.alibi_slopes),
-    )  # fmt: skip
+        _join(dq, plan.block_q, inputs.q.shape[1]),
+        dk.astype(inputs.k.dtype),
+        dv.astype(inputs.v.dtype),
+        by_head(dsink, inputs.sink_logits),
+        by_head(dslopes, inputs.alibi_slopes),
+    )
 
 
-def _gated(o: Array, gate: Array | None) -> Array:
-    return o if gate is None else o * _open(gate)
+def _gated(o: Array, gate_logits: Array | None) -> Array:
+    return o if gate_logits is None else o * _open(gate_logits)
 
 
-def _gate_gradient(dy: Array, gate: Array | None, o: Array) -> tuple[Array, Array | None]:
+def _gate_gradient(dy: Array, gate_logits: Array | None, o: Array) -> tuple[Array, Array | None]:
     """do, in the statistics' dtype, and dgate = dy o g (1 - g), summed over V for a head-wise gate."""
     dy = dy.astype(tile.statistics_dtype(dy))
-    if gate is None:
+    if gate_logits is None:
         return dy, None
-    g = _open(gate)
+    g = _open(gate_logits)
     dgate = dy * o * g * (1 - g)
-    dgate = dgate if gate.shape == o.shape else jnp.sum(dgate, axis=-1, keepdims=True)
-    return dy * g, dgate.astype(gate.dtype)
+    dgate = dgate if gate_logits.shape == o.shape else jnp.sum(dgate, axis=-1, keepdims=True)
+    return dy * g, dgate.astype(gate_logits.dtype)
 
 
-def _open(gate: Array) -> Array:
+def _open(gate_logits: Array) -> Array:
     """The sigmoid, in float32."""
-    return jax.nn.sigmoid(gate.astype(tile.statistics_dtype(gate)))
+    return jax.nn.sigmoid(gate_logits.astype(tile.statistics_dtype(gate_logits)))
 
 
 def _cut(plan: Plan, inputs: Inputs) -> tuple[Rows, Keys]:
-    q, k, v, kv_heads, group = *inputs[:3], inputs.k.shape[2], inputs.q.shape[2] // inputs.k.shape[2]
+    q, k, v, kv_heads, group = (
+        *inputs[:3],
+        inputs.k.shape[2],
+        inputs.q.shape[2] // inputs.k.shape[2],
+    )
     cut = lambda x, block: None if x is None else _split(x[..., None, None], 1, block)[..., 0]
-    row_segments, key_segments = cut(inputs.q_segments, plan.block_q), cut(inputs.k_segments, plan.block_k)
+    row_segments, key_segments = (
+        cut(inputs.q_segments, plan.block_q),
+        cut(inputs.k_segments, plan.block_k),
+    )
     if row_segments is not None:
         row_segments = jnp.tile(row_segments, group)
-    q, k, v = _split(q, kv_heads, plan.block_q), _split(k, kv_heads, plan.block_k), _split(v, kv_heads, plan.block_k)
+    q, k, v = (
+        _split(q, kv_heads, plan.block_q),
+        _split(k, kv_heads, plan.block_k),
+        _split(v, kv_heads, plan.block_k),
+    )
     rows = Rows(np.arange(q.shape[0], dtype=np.int32), q, row_segments)
     return rows, Keys(k, v, key_segments, cut(inputs.distances, plan.block_k))
 
@@ -250,9 +312,13 @@ def _shared(plan: Plan, inputs: Inputs) -> Shared:
     (B, _, H, _), kv_heads = inputs.q.shape, inputs.k.shape[2]
     dtype, R = tile.statistics_dtype(*inputs[:3]), plan.block_q * H // kv_heads
     varying = lambda x: varying_like(jnp.broadcast_to(x, (B, kv_heads, R, 1)), inputs.q)
-    by_row = lambda x: jnp.repeat(x.astype(dtype).reshape(kv_heads, -1), plan.block_q, axis=1)[..., None]
+    by_row = lambda x: jnp.repeat(x.astype(dtype).reshape(kv_heads, -1), plan.block_q, axis=1)[
+        ..., None
+    ]
     of_heads = lambda x: None if x is None else varying(by_row(x))
-    return Shared(varying(jnp.zeros((), dtype)), of_heads(inputs.sink_logits), of_heads(inputs.alibi_slopes))
+    return Shared(
+        varying(jnp.zeros((), dtype)), of_heads(inputs.sink_logits), of_heads(inputs.alibi_slopes)
+    )
 
 
 def _sum_by_head(x: Float[Array, "Nq B Hk R 1"], block_q: int) -> Float[Array, "H"]:
@@ -275,28 +341,46 @@ def _visits(plan: Plan, length: int, first) -> tuple:
     return least // plan.block_k, -(-most // plan.block_k)
 
 
-def _masked_logits(plan: Plan, inputs: Inputs, shared: Shared, rows: Rows, j, keys: Keys) -> tuple[Array, ...]:
-    """(s, seen, positions) of a tile: what a score is told."""
+def _masked_logits(
+    plan: Plan, inputs: Inputs, shared: Shared, rows: Rows, j, keys: Keys
+) -> tuple[Array, ...]:
+    """(s, seen, positions) of a tile: what a normalizer is told."""
     seen, positions, distances = _mask(plan, inputs, rows, j, keys)
     s, _ = tile.logits(
-        rows.q, keys.k, scale=plan.scale, soft_cap=plan.soft_cap, dtype=shared.zero.dtype, slopes=shared.slopes,
+        rows.q,
+        keys.k,
+        scale=plan.scale,
+        logits_soft_cap=plan.logits_soft_cap,
+        dtype=shared.zero.dtype,
+        slopes=shared.slopes,
         distances=distances,
-    )  # fmt: skip
+    )
     return s, seen, positions
 
 
-def _mask(plan: Plan, inputs: Inputs, rows: Rows, j, keys: Keys) -> tuple[Bool[Array, "*B_1 R C"], Array, Array]:
+def _mask(
+    plan: Plan, inputs: Inputs, rows: Rows, j, keys: Keys
+) -> tuple[Bool[Array, "*B_1 R C"], Array, Array]:
     """One query block against key block `j`: the mask, the keys' positions [1, C], distances."""
     queries = _first_row(plan, inputs, rows.number) + jnp.arange(rows.q.shape[-2]) % plan.block_q
     positions = j * plan.block_k + jnp.arange(plan.block_k)
     seen = tile.visible(
-        queries, positions, length=inputs.k.shape[1], causal=plan.causal, window=plan.window,
-        row_segments=rows.segments, key_segments=keys.segments,
-    )  # fmt: skip
+        queries,
+        positions,
+        length=inputs.k.shape[1],
+        causal=plan.causal,
+        window=plan.window,
+        row_segments=rows.segments,
+        key_segments=keys.segments,
+    )
     distances = None
     if inputs.alibi_slopes is not None:
         dtype = tile.statistics_dtype(rows.q)
-        apart = tile.distance(queries, positions, dtype) if keys.distances is None else keys.distances[..., None, :]
+        apart = (
+            tile.distance(queries, positions, dtype)
+            if keys.distances is None
+            else keys.distances[..., None, :]
+        )
         distances = apart.astype(dtype)
     return seen, positions[None, :], distances
 

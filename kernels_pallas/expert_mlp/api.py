@@ -5,10 +5,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.expert_mlp import composed, tpu
+from kernels_pallas.common.checks import all_varying, check_float, check_integer, check_interpret
+from kernels_pallas.expert_mlp import composed
 from kernels_pallas.expert_mlp.gate import ACTIVATIONS
-from kernels_pallas.grouped_matmul import gpu
-from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.expert_mlp.tpu import op as tpu
+from kernels_pallas.grouped_matmul.gpu import op as gpu
 
 
 def expert_mlp(
@@ -46,38 +47,48 @@ def expert_mlp(
     """
     op = "expert_mlp"
     _check(op, rows, gate, up, down, group_sizes)
-    if weights is not None and (weights.shape != rows.shape[:1] or not jnp.issubdtype(weights.dtype, jnp.floating)):
+    if weights is not None and (
+        weights.shape != rows.shape[:1] or not jnp.issubdtype(weights.dtype, jnp.floating)
+    ):
         came = f"shape {weights.shape} and dtype {weights.dtype}"
-        raise ValueError(f"{op}: weights has {came}, wanted {rows.shape[:1]} of a float dtype")
+        raise ValueError(f"{op}: weights: got {came}, expected {rows.shape[:1]} of a float dtype")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation={activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
-    if interpret and implementation not in ("tpu", "gpu"):
-        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
+        raise ValueError(
+            f"{op}: activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
+        )
+    check_interpret(op, interpret, implementation)
     chosen = dispatch.choose(
-        op, implementation, {"tpu": tpu.unsupported(rows, gate, weights), "gpu": gpu.unsupported(rows)}
+        op,
+        implementation,
+        {"tpu": tpu.unsupported(rows, gate, weights), "gpu": gpu.unsupported(rows)},
     )
     arrays = rows, gate, up, down, group_sizes, weights
     if chosen != "tpu":
-        return composed.expert_mlp(*arrays, activation=activation, implementation=chosen, interpret=interpret)
-    # As in `grouped_matmul`: matrices that are the same everywhere must vary before they enter the custom_vjp.
-    given = [x for x in arrays if x is not None]
-    arrays = [None if x is None else varying_like(x, *given) for x in arrays]
-    return tpu.expert_mlp(*arrays, activation=activation, interpret=interpret)
+        return composed.expert_mlp(
+            *arrays, activation=activation, implementation=chosen, interpret=interpret
+        )
+    return tpu.expert_mlp(*all_varying(*arrays), activation=activation, interpret=interpret)
 
 
 def _check(op: str, rows, gate, up, down, group_sizes) -> None:
     if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(f"{op}: rows has shape {rows.shape}, wanted [R, M] with no empty axis")
+        raise ValueError(f"{op}: rows: got shape {rows.shape}, expected [R, M] with no empty axis")
     if gate.ndim != 3 or 0 in gate.shape or gate.shape[1] != rows.shape[1]:
-        raise ValueError(f"{op}: gate has shape {gate.shape}, wanted [G, {rows.shape[1]}, F] for rows {rows.shape}")
+        raise ValueError(
+            f"{op}: gate: got shape {gate.shape}, expected [G, {rows.shape[1]}, F] for rows {rows.shape}"
+        )
     G, M, F = gate.shape
-    for name, x, shape in (("up", up, (G, M, F)), ("down", down, (G, F, M)), ("group_sizes", group_sizes, (G,))):
+    for name, x, shape in (
+        ("up", up, (G, M, F)),
+        ("down", down, (G, F, M)),
+        ("group_sizes", group_sizes, (G,)),
+    ):
         if x.shape != shape:
-            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {shape} for gate of shape {gate.shape}")
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"{op}: group_sizes has dtype {group_sizes.dtype}, wanted an integer dtype")
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
-        raise ValueError(f"{op}: rows has dtype {rows.dtype}, wanted a float dtype")
+            raise ValueError(
+                f"{op}: {name}: got shape {x.shape}, expected {shape} for gate of shape {gate.shape}"
+            )
+    check_integer(op, "group_sizes", group_sizes)
+    check_float(op, "rows", rows)
     for name, x in (("gate", gate), ("up", up), ("down", down)):
         if x.dtype != rows.dtype:
-            raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted {rows.dtype} as in rows")
+            raise ValueError(f"{op}: {name}: got dtype {x.dtype}, expected {rows.dtype} as in rows")

@@ -7,7 +7,16 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 
 
 def expert_mlp(
-    rows, gate, up, down, group_sizes, weights, *, activation: str, implementation: str, interpret: bool
+    rows,
+    gate,
+    up,
+    down,
+    group_sizes,
+    weights,
+    *,
+    activation: str,
+    implementation: str,
+    interpret: bool,
 ) -> Array:
     """As `api.expert_mlp`, with every default filled in.
 

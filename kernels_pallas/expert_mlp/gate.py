@@ -13,8 +13,12 @@ def gated_product(activation: str, gate: Array, up: Array) -> Array:
     return ACTIVATIONS[activation](gate.astype(dtype)) * up.astype(dtype)
 
 
-def gated_product_cotangents(activation: str, gate: Array, up: Array, dproduct: Array) -> tuple[Array, Array]:
+def gated_product_cotangents(
+    activation: str, gate: Array, up: Array, dproduct: Array
+) -> tuple[Array, Array]:
     """(dgate, dup), float32 at least."""
     dtype = jnp.promote_types(jnp.float32, gate.dtype)
-    _, pull = jax.vjp(lambda a, b: gated_product(activation, a, b), gate.astype(dtype), up.astype(dtype))
+    _, pull = jax.vjp(
+        lambda a, b: gated_product(activation, a, b), gate.astype(dtype), up.astype(dtype)
+    )
     return pull(dproduct.astype(dtype))

@@ -6,8 +6,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.grouped_matmul import gpu, reference, tpu, xla
-from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.common.checks import all_varying, check_float, check_integer, check_interpret
+from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.grouped_matmul.gpu import op as gpu
+from kernels_pallas.grouped_matmul.tpu import op as tpu
 
 
 def grouped_matmul(
@@ -41,31 +43,36 @@ def grouped_matmul(
     """
     op = "grouped_matmul"
     _check(op, lhs, rhs, group_sizes)
-    if interpret and implementation not in ("tpu", "gpu"):
-        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
+    check_interpret(op, interpret, implementation)
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if not jnp.issubdtype(out_dtype, jnp.floating):
-        raise ValueError(f"{op}: preferred_element_type={out_dtype}, wanted None or a float dtype")
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(lhs, rhs), "gpu": gpu.unsupported(lhs)})
-    # Inside shard_map, a weight that is the same everywhere must vary before it enters the custom_vjp: the transpose of
-    # that cast sums its gradient over the mesh axis.
-    arrays = (varying_like(x, lhs, rhs, group_sizes) for x in (lhs, rhs, group_sizes))
+        raise ValueError(
+            f"{op}: preferred_element_type: got {out_dtype}, expected None or a float dtype"
+        )
+    chosen = dispatch.choose(
+        op, implementation, {"tpu": tpu.unsupported(lhs, rhs), "gpu": gpu.unsupported(lhs)}
+    )
+    arrays = all_varying(lhs, rhs, group_sizes)
     if chosen in ("tpu", "gpu"):
-        return {"tpu": tpu, "gpu": gpu}[chosen].grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
+        return {"tpu": tpu, "gpu": gpu}[chosen].grouped_matmul(
+            *arrays, out_dtype=out_dtype, interpret=interpret
+        )
     room = reference if chosen == "reference" else xla
     return room.grouped_matmul(*arrays, out_dtype=out_dtype)
 
 
 def _check(op: str, lhs, rhs, group_sizes) -> None:
     if lhs.ndim != 2 or 0 in lhs.shape:
-        raise ValueError(f"{op}: lhs has shape {lhs.shape}, wanted [M, K] with no empty axis")
+        raise ValueError(f"{op}: lhs: got shape {lhs.shape}, expected [M, K] with no empty axis")
     if rhs.ndim != 3 or 0 in rhs.shape or rhs.shape[1] != lhs.shape[1]:
-        raise ValueError(f"{op}: rhs has shape {rhs.shape}, wanted [G, {lhs.shape[1]}, N] for lhs of shape {lhs.shape}")
+        raise ValueError(
+            f"{op}: rhs: got shape {rhs.shape}, expected [G, {lhs.shape[1]}, N] for lhs of shape {lhs.shape}"
+        )
     if group_sizes.shape != rhs.shape[:1]:
-        raise ValueError(f"{op}: group_sizes has shape {group_sizes.shape}, wanted {rhs.shape[:1]}")
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"{op}: group_sizes has dtype {group_sizes.dtype}, wanted an integer dtype")
-    if not jnp.issubdtype(lhs.dtype, jnp.floating):
-        raise ValueError(f"{op}: lhs has dtype {lhs.dtype}, wanted a float dtype")
+        raise ValueError(
+            f"{op}: group_sizes: got shape {group_sizes.shape}, expected {rhs.shape[:1]}"
+        )
+    check_integer(op, "group_sizes", group_sizes)
+    check_float(op, "lhs", lhs)
     if rhs.dtype != lhs.dtype:
-        raise ValueError(f"{op}: rhs has dtype {rhs.dtype}, wanted {lhs.dtype} as in lhs")
+        raise ValueError(f"{op}: rhs: got dtype {rhs.dtype}, expected {lhs.dtype} as in lhs")

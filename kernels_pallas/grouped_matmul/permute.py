@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.manual_axes import varying_like
+from kernels_pallas.common.mesh import varying_like
 
 
 def sort_by_group(
@@ -20,7 +20,9 @@ def sort_by_group(
       ValueError: `ids` is not a vector of integers.
     """
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"sort_by_group: ids has shape {ids.shape} and dtype {ids.dtype}, wanted [R] integers")
+        raise ValueError(
+            f"sort_by_group: ids: got shape {ids.shape} and dtype {ids.dtype}, expected [R] integers"
+        )
     # Inside shard_map, jax takes the indices that argsort sorts along for the same on all devices (0.11, 0.12): told
     # nothing else, it would sum gradients over devices before they are put back in order.
     order = varying_like(jnp.argsort(ids, stable=True).astype(jnp.int32), ids)
@@ -29,7 +31,9 @@ def sort_by_group(
     return order, inverse, group_sizes
 
 
-def permute_rows(x: Float[Array, "R *D"], order: Int[Array, "Rk"], inverse: Int[Array, "Rk"]) -> Float[Array, "Rk *D"]:
+def permute_rows(
+    x: Float[Array, "R *D"], order: Int[Array, "Rk"], inverse: Int[Array, "Rk"]
+) -> Float[Array, "Rk *D"]:
     """Each row of x repeated k times, k = len(order) / R, then taken in `order`: row i is x[order[i] // k].
 
     To the experts: `permute_rows(x, order, inverse)` with `order` over the R k choices of R tokens. Back: with k = 1
@@ -41,9 +45,13 @@ def permute_rows(x: Float[Array, "R *D"], order: Int[Array, "Rk"], inverse: Int[
     """
     rows = x.shape[0] if x.ndim else 0
     if order.ndim != 1 or rows == 0 or order.shape[0] % rows:
-        raise ValueError(f"permute_rows: order has shape {order.shape}, wanted [k R] for x of shape {x.shape}")
+        raise ValueError(
+            f"permute_rows: order: got shape {order.shape}, expected [k R] for x of shape {x.shape}"
+        )
     if inverse.shape != order.shape:
-        raise ValueError(f"permute_rows: inverse has shape {inverse.shape}, wanted {order.shape}")
+        raise ValueError(
+            f"permute_rows: inverse: got shape {inverse.shape}, expected {order.shape}"
+        )
     return _permute_rows(*(varying_like(a, x, order, inverse) for a in (x, order, inverse)))
 
 

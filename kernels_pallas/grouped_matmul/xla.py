@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.manual_axes import varying_like
-from kernels_pallas.opaque import opaque
+from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.opaque import opaque
 
 
 class Plan(NamedTuple):
@@ -30,12 +30,15 @@ def block_rows(M: int, G: int) -> int:
 
 def grouped_matmul(lhs, rhs, group_sizes, *, out_dtype: jnp.dtype) -> Array:
     """As `api.grouped_matmul`, with every default filled in."""
-    return _grouped_matmul(Plan(out_dtype, block_rows(lhs.shape[0], rhs.shape[0])), lhs, rhs, group_sizes)
+    return _grouped_matmul(
+        Plan(out_dtype, block_rows(lhs.shape[0], rhs.shape[0])), lhs, rhs, group_sizes
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(plan: Plan, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    return _times_groups(plan, "mk,kn->mn", *opaque((lhs, rhs)), group_sizes)
+    lhs, rhs = opaque((lhs, rhs))
+    return _times_groups(plan, "mk,kn->mn", lhs, rhs, group_sizes)
 
 
 def _forward_saving(plan: Plan, lhs, rhs, group_sizes):
@@ -53,7 +56,9 @@ def _backward(plan: Plan, residuals, dout):
 _grouped_matmul.defvjp(_forward_saving, _backward)
 
 
-def _times_groups(plan: Plan, product: str, x: Float[Array, "M K"], rhs: Float[Array, "G K N"], group_sizes: Array):
+def _times_groups(
+    plan: Plan, product: str, x: Float[Array, "M K"], rhs: Float[Array, "G K N"], group_sizes: Array
+):
     """Each row of x times its group's matrix, or the matrix transposed, as `product` says."""
     M, width = x.shape[0], rhs.shape[2 if product == "mk,kn->mn" else 1]
     x = _padded(x, plan.block)
@@ -74,7 +79,9 @@ def _times_groups(plan: Plan, product: str, x: Float[Array, "M K"], rhs: Float[A
     return jax.lax.scan(group, out, (rhs, *bounds(group_sizes, M)))[0][:M]
 
 
-def _outer_by_group(plan: Plan, lhs: Float[Array, "M K"], dout: Float[Array, "M N"], group_sizes: Array):
+def _outer_by_group(
+    plan: Plan, lhs: Float[Array, "M K"], dout: Float[Array, "M N"], group_sizes: Array
+):
     """[G, K, N]: lhs^T dout over the rows of each group."""
     M, (K, N) = lhs.shape[0], (lhs.shape[1], dout.shape[1])
     lhs, dout = _padded(lhs, plan.block), _padded(dout, plan.block)

@@ -1,6 +1,6 @@
 """The diagonal-decay scan of gated linear attention: linear attention, RetNet, Mamba-2, GLA, HGRN2, RWKV-6."""
 
 from kernels_pallas.linear_scan.api import linear_scan, linear_scan_step
-from kernels_pallas.linear_scan.context import linear_scan_sharded
+from kernels_pallas.linear_scan.sharded import linear_scan_sharded
 
 __all__ = ["linear_scan", "linear_scan_sharded", "linear_scan_step"]

@@ -8,9 +8,20 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.linear_scan import gpu, gpu_step, reference, tile, tpu, tpu_step, xla
-from kernels_pallas.manual_axes import varying_like
-from kernels_pallas.partition import by_rows_and_heads
+from kernels_pallas.common.checks import (
+    all_varying,
+    check_float,
+    check_integer,
+    check_interpret,
+    check_shape,
+    default_scale,
+)
+from kernels_pallas.common.mesh import by_rows_and_heads
+from kernels_pallas.linear_scan import reference, tile, xla
+from kernels_pallas.linear_scan.gpu import op as gpu
+from kernels_pallas.linear_scan.gpu import step as gpu_step
+from kernels_pallas.linear_scan.tpu import op as tpu
+from kernels_pallas.linear_scan.tpu import step as tpu_step
 
 
 def linear_scan(
@@ -38,8 +49,8 @@ def linear_scan(
         o_t = scale q_t (S_{t-1} + diag(bonus) k_t^T v_t)    exclusive (RWKV-6): S_{t-1} before step t's decay
 
     Differentiable in every float input and through the final state. Time and memory are linear in T. On a mesh
-    (`jax.set_mesh`) the TPU kernel runs on each device's own rows and heads, see `kernels_pallas.partition`; for T cut
-    over devices see `context.linear_scan_sharded`.
+    (`jax.set_mesh`) the TPU kernel runs on each device's own rows and heads, see `kernels_pallas.common.mesh`; for T cut
+    over devices see `linear_scan_sharded`.
 
     Args:
       q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk and Hv divide H: query
@@ -77,21 +88,30 @@ def linear_scan(
     _check_inputs(op, q, k, v, log_decay, time=True)
     _check_options(op, q, v, bonus, inclusive, "initial_state", initial_state, normalize)
     _check_segments_and_chunk(op, q, segment_ids, chunk_size)
-    _check_interpret(op, interpret, implementation)
+    check_interpret(op, interpret, implementation)
     asked = (q, k, v, log_decay, initial_state, normalize, chunk_size)
-    chosen = dispatch.choose(op, implementation, {"tpu": tpu.unsupported(*asked), "gpu": gpu.unsupported(*asked)})
+    chosen = dispatch.choose(
+        op, implementation, {"tpu": tpu.unsupported(*asked), "gpu": gpu.unsupported(*asked)}
+    )
     B, T, H, K = q.shape
     if initial_state is None and chosen not in ("tpu", "gpu"):
         initial_state = jnp.zeros((B, H, K, v.shape[-1] + normalize))
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (1, T, H))
     arrays = _prepared(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    static = {"inclusive": inclusive, "scale": _scale(scale, K), "reverse": reverse, "normalize": normalize}
+    static = {
+        "inclusive": inclusive,
+        "scale": default_scale(scale, K),
+        "reverse": reverse,
+        "normalize": normalize,
+    }
     if chosen == "reference":
         o, final_state = reference.linear_scan(*arrays, **static)
     elif chosen in ("tpu", "gpu"):
         room = tpu if chosen == "tpu" else gpu
-        kept = dict(chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret)
+        kept = dict(
+            chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret
+        )
         o, final_state = _on_mesh(partial(room.linear_scan, **static, **kept), arrays)
     else:
         o, final_state = xla.linear_scan(*arrays, **static, chunk_size=chunk_size)
@@ -126,16 +146,22 @@ def linear_scan_step(
     op = "linear_scan_step"
     _check_inputs(op, q, k, v, log_decay, time=False)
     _check_options(op, q, v, bonus, inclusive, "state", state, normalize)
-    _check_interpret(op, interpret, implementation)
+    check_interpret(op, interpret, implementation)
     asked = (q, k, v, state, log_decay, bonus)
     refusals = {"tpu": tpu_step.unsupported(*asked), "gpu": gpu_step.unsupported(*asked, interpret)}
     chosen = dispatch.choose(op, implementation, refusals)
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[None]
     arrays = _prepared(q, k, v, log_decay, bonus, state)
-    static = {"inclusive": inclusive, "scale": _scale(scale, q.shape[-1]), "normalize": normalize}
+    static = {
+        "inclusive": inclusive,
+        "scale": default_scale(scale, q.shape[-1]),
+        "normalize": normalize,
+    }
     if chosen == "tpu":
-        return _on_mesh(partial(tpu_step.linear_scan_step, **static, interpret=interpret), arrays, time=False)
+        return _on_mesh(
+            partial(tpu_step.linear_scan_step, **static, interpret=interpret), arrays, time=False
+        )
     if chosen == "gpu":
         return _on_mesh(partial(gpu_step.linear_scan_step, **static), arrays, time=False)
     return (reference if chosen == "reference" else xla).linear_scan_step(*arrays, **static)
@@ -151,10 +177,6 @@ def _on_mesh(kernel, arrays, time: bool = True) -> tuple[Array, Array | None]:
     return by_rows_and_heads(kernel, arrays, axes, (tokens, state), heads)
 
 
-def _scale(scale: float | None, K: int) -> float:
-    return K**-0.5 if scale is None else float(scale)
-
-
 def _prepared(q, k, v, log_decay, bonus, state, *others) -> tuple[Array | None, ...]:
     """The state in the dtype of computation; inside `shard_map`, everything varying over what any of them varies over.
 
@@ -164,63 +186,59 @@ def _prepared(q, k, v, log_decay, bonus, state, *others) -> tuple[Array | None, 
     floats = [x for x in (q, k, v, log_decay, bonus, state) if x is not None]
     if state is not None:
         state = state.astype(jnp.promote_types(jnp.float32, jnp.result_type(*floats)))
-    arrays = (q, k, v, log_decay, bonus, state, *others)
-    present = [x for x in arrays if x is not None]
-    return tuple(None if x is None else varying_like(x, *present) for x in arrays)
+    return all_varying(q, k, v, log_decay, bonus, state, *others)
 
 
 def _check_inputs(op: str, q, k, v, log_decay, time: bool) -> None:
     axes = "[B, T, {}, {}]" if time else "[B, {}, {}]"
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim != 3 + time or 0 in x.shape:
-            wanted = axes.format({"q": "H", "k": "Hk", "v": "Hv"}[name], "V" if name == "v" else "K")
-            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted} with no empty axis")
-        _check_float(op, name, x)
+            expected = axes.format(
+                {"q": "H", "k": "Hk", "v": "Hv"}[name], "V" if name == "v" else "K"
+            )
+            raise ValueError(
+                f"{op}: {name}: got shape {x.shape}, expected {expected} with no empty axis"
+            )
+        check_float(op, name, x)
     *rows, H, K = q.shape
     for name, x in {"k": k, "v": v}.items():
         if [*x.shape[:-2]] != rows or H % x.shape[-2] or (name == "k" and x.shape[-1] != K):
-            wanted = [*rows, f"a divisor of {H}", K if name == "k" else "V"]
-            raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted} for q of shape {q.shape}")
+            expected = [*rows, f"a divisor of {H}", K if name == "k" else "V"]
+            raise ValueError(
+                f"{op}: {name}: got shape {x.shape}, expected {expected} for q of shape {q.shape}"
+            )
     if log_decay is not None:
         shapes = ((H,), (*rows, H), (*rows, H, K))
         if log_decay.shape not in shapes:
-            raise ValueError(f"{op}: log_decay has shape {log_decay.shape}, wanted one of {shapes}")
-        _check_float(op, "log_decay", log_decay)
+            raise ValueError(
+                f"{op}: log_decay: got shape {log_decay.shape}, expected one of {shapes}"
+            )
+        check_float(op, "log_decay", log_decay)
 
 
-def _check_options(op: str, q, v, bonus, inclusive: bool, state_name: str, state, normalize: bool) -> None:
+def _check_options(
+    op: str, q, v, bonus, inclusive: bool, state_name: str, state, normalize: bool
+) -> None:
     B, H, K = q.shape[0], *q.shape[-2:]
     if bonus is not None:
         if inclusive:
             raise ValueError(
-                f"{op}: bonus of shape {bonus.shape} with inclusive=True, wanted inclusive=False or no bonus"
+                f"{op}: bonus: got shape {bonus.shape} with inclusive=True, expected inclusive=False or no bonus"
             )
-        _check_shape(op, "bonus", bonus, (H, K))
+        check_shape(op, "bonus", bonus, (H, K))
+        check_float(op, "bonus", bonus)
     if state is not None:
-        _check_shape(op, state_name, state, (B, H, K, v.shape[-1] + normalize))
+        check_shape(op, state_name, state, (B, H, K, v.shape[-1] + normalize))
+        check_float(op, state_name, state)
 
 
 def _check_segments_and_chunk(op: str, q, segment_ids, chunk_size: int | None) -> None:
     if segment_ids is not None:
-        if segment_ids.shape != q.shape[:2]:
-            raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}, wanted {q.shape[:2]}")
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise ValueError(f"{op}: segment_ids has dtype {segment_ids.dtype}, wanted an integer dtype")
-    if chunk_size is not None and not (1 <= chunk_size <= tile.MAX_CHUNK and chunk_size & (chunk_size - 1) == 0):
-        raise ValueError(f"{op}: chunk_size={chunk_size}, wanted a power of two from 1 to {tile.MAX_CHUNK}")
-
-
-def _check_interpret(op: str, interpret: bool, implementation: str | None) -> None:
-    if interpret and implementation not in ("tpu", "gpu"):
-        raise ValueError(f'{op}: interpret=True with implementation={implementation!r}, wanted "tpu" or "gpu"')
-
-
-def _check_shape(op: str, name: str, x, wanted: tuple[int, ...]) -> None:
-    if x.shape != wanted:
-        raise ValueError(f"{op}: {name} has shape {x.shape}, wanted {wanted}")
-    _check_float(op, name, x)
-
-
-def _check_float(op: str, name: str, x) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wanted a float dtype")
+        check_shape(op, "segment_ids", segment_ids, q.shape[:2])
+        check_integer(op, "segment_ids", segment_ids)
+    if chunk_size is not None and not (
+        1 <= chunk_size <= tile.MAX_CHUNK and chunk_size & (chunk_size - 1) == 0
+    ):
+        raise ValueError(
+            f"{op}: chunk_size: got {chunk_size}, expected a power of two from 1 to {tile.MAX_CHUNK}"
+        )

@@ -11,7 +11,9 @@ from jax import Array
 DENOMINATOR_FLOOR = 1e-6
 
 
-def linear_scan_step(q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool):
+def linear_scan_step(
+    q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool
+):
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
     H, dtype, out_dtype = q.shape[1], state.dtype, v.dtype
     q, k, v = q.astype(dtype), _repeat_heads(k, H).astype(dtype), _repeat_heads(v, H).astype(dtype)
@@ -33,17 +35,31 @@ def linear_scan_step(q, k, v, log_decay, bonus, state, *, inclusive: bool, scale
 
 
 def linear_scan(
-    q, k, v, log_decay, bonus, initial_state, segment_ids,
-    *, inclusive: bool, scale: float, reverse: bool, normalize: bool,
-) -> tuple[Array, Array]:  # fmt: skip
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    *,
+    inclusive: bool,
+    scale: float,
+    reverse: bool,
+    normalize: bool,
+) -> tuple[Array, Array]:
     """As `api.linear_scan`, with the state given and log_decay None, [B, T, H] or [B, T, H, K] (B may be 1)."""
     B, T = q.shape[:2]
-    starts = jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids, reverse)
+    starts = (
+        jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids, reverse)
+    )
 
     def step(state, token):
         *token, start = token
         state = jnp.where(start[:, None, None, None], 0.0, state)
-        o, state = linear_scan_step(*token, bonus, state, inclusive=inclusive, scale=scale, normalize=normalize)
+        o, state = linear_scan_step(
+            *token, bonus, state, inclusive=inclusive, scale=scale, normalize=normalize
+        )
         return state, o
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, starts))

@@ -54,10 +54,17 @@ def scalar_factors(log_decay: Float[Array, "... C"], log_read: Float[Array, "...
     between = reads[..., :, None] - ends[..., None, :]
     earlier = jnp.tril(jnp.ones((C, C), bool), -1)
     mask = jnp.exp(jnp.where(earlier, between[0] + between[1], LOG_ZERO))
-    return mask, jnp.exp(reads[0] + reads[1]), jnp.exp((last - ends).sum(0)), jnp.exp(last.sum(0))[..., 0]
+    return (
+        mask,
+        jnp.exp(reads[0] + reads[1]),
+        jnp.exp((last - ends).sum(0)),
+        jnp.exp(last.sum(0))[..., 0],
+    )
 
 
-def running_sums(log_decay: Float[Array, "... C"], log_read: Float[Array, "... C"], reverse: bool = False):
+def running_sums(
+    log_decay: Float[Array, "... C"], log_read: Float[Array, "... C"], reverse: bool = False
+):
     """What a token's read has met since the chunk's start, and what the state has after the token: [2, ..., C] each.
 
     The logs are split into a coarse part, a multiple of 1/32 whose running sums and their differences are exact, and a
@@ -69,7 +76,11 @@ def running_sums(log_decay: Float[Array, "... C"], log_read: Float[Array, "... C
     parts = jnp.stack([coarse, log_decay - coarse])
     read_parts = jnp.stack([coarse_read, log_read - coarse_read])
     # A triangular matmul: XLA's cumsum is slower on CPU, and there is none inside a TPU kernel.
-    met = jnp.triu(jnp.ones((C, C), parts.dtype)) if reverse else jnp.tril(jnp.ones((C, C), parts.dtype))
+    met = (
+        jnp.triu(jnp.ones((C, C), parts.dtype))
+        if reverse
+        else jnp.tril(jnp.ones((C, C), parts.dtype))
+    )
     ends = jnp.einsum("...j,ij->...i", parts, met, precision="highest")
     return ends - parts + read_parts, ends
 
@@ -100,7 +111,7 @@ def vector_decay(
 
 
 def _merge(scores, reads, writes, total, precision):
-    """Neighbouring blocks in pairs: scores [..., n, h, h] -> [..., n/2, 2h, 2h], reads and writes [..., C, K] stay."""
+    """Neighboring blocks in pairs: scores [..., n, h, h] -> [..., n/2, 2h, 2h], reads and writes [..., C, K] stay."""
     *batch, C, K = reads.shape
     h = scores.shape[-1]
     pairs = (*batch, C // (2 * h), 2)
@@ -117,13 +128,20 @@ def _merge(scores, reads, writes, total, precision):
     reads = jnp.stack([left_reads, right_reads * left_total], -3)
     writes = jnp.stack([left_writes * right_total, right_writes], -3)
     total = (left_total * right_total)[..., 0, :]
-    return jnp.concatenate([upper, lower], -2), reads.reshape(*batch, C, K), writes.reshape(*batch, C, K), total
+    return (
+        jnp.concatenate([upper, lower], -2),
+        reads.reshape(*batch, C, K),
+        writes.reshape(*batch, C, K),
+        total,
+    )
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
-def own_scores(q: Float[Array, "... C K"], k: Float[Array, "... C K"], weight: Float[Array, "... 1 K"] | None):
+def own_scores(
+    q: Float[Array, "... C K"], k: Float[Array, "... C K"], weight: Float[Array, "... 1 K"] | None
+):
     """q_i (weight k_i), a token's read of its own write. weight: None for inclusive reads, else the bonus."""
     return jnp.sum(q * k if weight is None else q * weight * k, axis=-1)

@@ -16,10 +16,10 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
+from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.opaque import opaque
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.reference import DENOMINATOR_FLOOR, segment_starts
-from kernels_pallas.manual_axes import varying_like
-from kernels_pallas.opaque import opaque
 
 OUT_NAME = "linear_scan_out"
 STATES_NAME = "linear_scan_states"
@@ -48,9 +48,20 @@ class Inputs(NamedTuple):
 
 
 def linear_scan(
-    q, k, v, log_decay, bonus, initial_state, segment_ids,
-    *, inclusive: bool, scale: float, reverse: bool, normalize: bool, chunk_size: int | None,
-) -> tuple[Array, Array]:  # fmt: skip
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    *,
+    inclusive: bool,
+    scale: float,
+    reverse: bool,
+    normalize: bool,
+    chunk_size: int | None,
+) -> tuple[Array, Array]:
     """As `api.linear_scan`, with the state given and log_decay None, [B, T, H] or [B, T, H, K] (B may be 1).
 
     Brings `reverse` and `normalize` to the one recurrence of `_scan`: a flip, and a column of ones.
@@ -64,7 +75,13 @@ def linear_scan(
         inputs = jax.tree.map(lambda x: jnp.flip(x, 1), inputs)
     chunk, chunks = _cut(inputs, chunk_size)
     # The two halves of a ratio keep float32 until they are divided.
-    plan = Plan(inclusive, 1.0 if normalize else scale, chunk, chunks, initial_state.dtype if normalize else out_dtype)
+    plan = Plan(
+        inclusive,
+        1.0 if normalize else scale,
+        chunk,
+        chunks,
+        initial_state.dtype if normalize else out_dtype,
+    )
     o, final_state = _scan(plan, inputs, bonus, initial_state)
     if reverse:
         o = jnp.flip(o, 1)
@@ -93,7 +110,9 @@ def _cut(inputs: Inputs, chunk_size: int | None) -> tuple[int, int]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan: Plan, inputs: Inputs, bonus: Float[Array, "H K"] | None, state: Float[Array, "B H K V"]):
+def _scan(
+    plan: Plan, inputs: Inputs, bonus: Float[Array, "H K"] | None, state: Float[Array, "B H K V"]
+):
     """Returns (o [B, T, H, V] in plan.out_dtype, final state). The state's dtype is the dtype of computation."""
     (o, final_state), _ = _forward(plan, inputs, bonus, state, save=False)
     return o, final_state
@@ -134,7 +153,9 @@ def _backward(plan: Plan, residuals, cotangents):
 
     no_bonus = jax.tree.map(lambda x: varying_like(jnp.zeros_like(x), dstate), bonus)
     groups, do = _split(plan, inputs), _split(plan, do)
-    (dstate, dbonus), dgroups = jax.lax.scan(step, (dstate, no_bonus), (groups, states, do), reverse=True)
+    (dstate, dbonus), dgroups = jax.lax.scan(
+        step, (dstate, no_bonus), (groups, states, do), reverse=True
+    )
     return jax.tree.map(lambda x: _join(x, inputs.q.shape[1]), dgroups), dbonus, dstate
 
 
@@ -168,14 +189,18 @@ def _group(plan: Plan, group: Inputs, bonus, state):
     scores, reads, writes, total = _tile(plan, group, q, k, precision)
     if plan.inclusive or bonus is not None:
         weight = None if plan.inclusive else bonus.astype(dtype)[:, None, None, :]
-        scores = scores + tile.own_scores(q, k, weight)[..., None] * jnp.eye(plan.chunk, dtype=dtype)
+        scores = scores + tile.own_scores(q, k, weight)[..., None] * jnp.eye(
+            plan.chunk, dtype=dtype
+        )
     matmul = partial(jnp.einsum, precision=precision)
     updates = matmul("bhnck,bhncv->bhnkv", writes, v)
     state_reads = []
     for n in range(plan.chunks):
         state_reads.append(state)
         state = total[:, :, n, :, None] * state + updates[:, :, n]
-    o = matmul("bhnij,bhnjv->bhniv", scores, v) + matmul("bhnck,bhnkv->bhncv", reads, jnp.stack(state_reads, 2))
+    o = matmul("bhnij,bhnjv->bhniv", scores, v) + matmul(
+        "bhnck,bhnkv->bhncv", reads, jnp.stack(state_reads, 2)
+    )
     return jnp.moveaxis(o.reshape(*o.shape[:2], -1, o.shape[-1]), 1, 2), state
 
 
@@ -194,7 +219,9 @@ def _tile(plan: Plan, group: Inputs, q, k, precision):
     if log_decay.ndim == 4:
         log_decay, log_read = (_chunks(plan, x, x.shape[2]) for x in (log_decay, log_read))
         return tile.vector_decay(q, k, log_decay, log_read, precision)
-    log_decay, log_read = (_chunks(plan, x[..., None], x.shape[2])[..., 0] for x in (log_decay, log_read))
+    log_decay, log_read = (
+        _chunks(plan, x[..., None], x.shape[2])[..., 0] for x in (log_decay, log_read)
+    )
     return tile.scalar_decay(q, k, log_decay, log_read, precision)
 
 
@@ -205,7 +232,9 @@ def _chunks(plan: Plan, x: Array, num_heads: int) -> Array:
     return jnp.repeat(x, num_heads // heads, axis=1)
 
 
-def linear_scan_step(q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool):
+def linear_scan_step(
+    q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool
+):
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
     H, dtype, out_dtype = q.shape[1], state.dtype, v.dtype
     v, state = opaque((v, state))

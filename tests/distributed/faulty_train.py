@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax.numpy as jnp
 
-import train
-from gatedjax import cli
+from gatedjax import train
+from gatedjax.runtime import cli
 
 kind, _, steps = os.environ["FAULT"].partition(":")
 first, _, last = steps.partition("-")
@@ -40,7 +40,10 @@ def with_fault(step):
             if kind in ("stall", "stuck"):
                 stand_still(kind == "stuck")
             # Almost no tokens are left to divide by: the loss and its gradient are hundreds of times as large.
-            mask = {"nan": jnp.nan, "spike": jnp.where(jnp.arange(len(batch.tokens)) % 2, 1.0, -0.99)[:, None]}
+            mask = {
+                "nan": jnp.nan,
+                "spike": jnp.where(jnp.arange(len(batch.tokens)) % 2, 1.0, -0.99)[:, None],
+            }
             batch = batch.replace(loss_mask=batch.loss_mask * mask.get(kind, 1.0))
         return step(state, batch)
 

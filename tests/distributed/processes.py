@@ -1,4 +1,4 @@
-"""Runs of train.py as real processes: started together, watched line by line, signalled, compared."""
+"""Runs of train.py as real processes: started together, watched line by line, signaled, compared."""
 
 import contextlib
 import json
@@ -19,10 +19,18 @@ PATIENCE = 900.0  # seconds; the machine may be busy with other things
 
 
 def environment(devices: int, cache: Path) -> dict[str, str]:
-    """For a process with so many simulated devices; compiled programs are shared and not optimised."""
+    """For a process with so many simulated devices; compiled programs are shared and not optimized."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    ours = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-    saved = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    ours = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    saved = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return os.environ | ours | saved
 
 
@@ -37,14 +45,24 @@ class Process:
 
     def __init__(self, command: Sequence[str], env: dict[str, str]):
         self.popen = subprocess.Popen(
-            command, cwd=ROOT, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            cwd=ROOT,
+            env=env,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         self.out: list[str] = []
         self.err: list[str] = []
         self._news: queue.Queue[str | None] = queue.Queue()
         self._readers = [
-            threading.Thread(target=self._read, args=(self.popen.stdout, self.out, True), daemon=True),
-            threading.Thread(target=self._read, args=(self.popen.stderr, self.err, False), daemon=True),
+            threading.Thread(
+                target=self._read, args=(self.popen.stdout, self.out, True), daemon=True
+            ),
+            threading.Thread(
+                target=self._read, args=(self.popen.stderr, self.err, False), daemon=True
+            ),
         ]
         for reader in self._readers:
             reader.start()
@@ -77,7 +95,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def started(place: Path, workdir: str, *flags: str, processes: int = 1, devices: int = 4, **how) -> Iterator[list]:
+def started(
+    place: Path, workdir: str, *flags: str, processes: int = 1, devices: int = 4, **how
+) -> Iterator[list]:
     """The processes of one run; whatever is left of them is killed at the end.
 
     how: `script`; `env` on top, `each` a list of more of it by process, `each_flags` of flags; `is_named=False`: no
@@ -88,7 +108,11 @@ def started(place: Path, workdir: str, *flags: str, processes: int = 1, devices:
     is_named = processes > 1 and how.get("is_named", True)
     try:
         for i in range(processes):
-            names = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
+            names = [
+                f"--coordinator=localhost:{port}",
+                f"--num_processes={processes}",
+                f"--process_id={i}",
+            ]
             own = [*(names if is_named else []), *how.get("each_flags", [[]] * processes)[i]]
             command = train_command(place, workdir, *flags, *own, **how)
             running.append(Process(command, env | (how["each"][i] if "each" in how else {})))
@@ -99,9 +123,19 @@ def started(place: Path, workdir: str, *flags: str, processes: int = 1, devices:
             process.wait()
 
 
-def train_command(place: Path, workdir: str, *flags: str, script: str = "train.py", **_) -> list[str]:
-    sources = [f"--config.data.sources.main.path={place / 'text'}", f"--config.data.cache_dir={place / 'tokens'}"]
-    ours = [f"--config={CONFIG}", *sources, f"--workdir={place / workdir}", f"--compile_cache={place / 'xla'}"]
+def train_command(
+    place: Path, workdir: str, *flags: str, script: str = "train.py", **_
+) -> list[str]:
+    sources = [
+        f"--config.data.sources.main.path={place / 'text'}",
+        f"--config.data.cache_dir={place / 'tokens'}",
+    ]
+    ours = [
+        f"--config={CONFIG}",
+        *sources,
+        f"--workdir={place / workdir}",
+        f"--compile_cache={place / 'xla'}",
+    ]
     return [sys.executable, *script.split(), *(ours if "eval" not in script else []), *flags]
 
 
@@ -117,7 +151,9 @@ def write_text(place: Path) -> None:
     """Eight small documents."""
     (place / "text").mkdir(parents=True)
     for i in range(8):
-        (place / "text" / f"{i}.txt").write_text("".join(f"line {j} of file {i}: {j * i}\n" for j in range(80)))
+        (place / "text" / f"{i}.txt").write_text(
+            "".join(f"line {j} of file {i}: {j * i}\n" for j in range(80))
+        )
 
 
 def records(place: Path, workdir: str, split: str = "train") -> list[dict]:
@@ -135,4 +171,6 @@ def is_step(at_least: int) -> Callable[[str], bool]:
 
 
 def steps_on_disk(place: Path, workdir: str) -> list[int]:
-    return sorted(int(p.name) for p in (place / workdir / "checkpoints").iterdir() if p.name.isdigit())
+    return sorted(
+        int(p.name) for p in (place / workdir / "checkpoints").iterdir() if p.name.isdigit()
+    )

@@ -7,7 +7,9 @@ def get_config():
     c = config_dict()
     c.model.width = 32
     c.model.num_layers = 1
-    c.model.mixers = {"attention": layer("gated_attention", num_heads=4, num_kv_heads=4, head_dim=8)}
+    c.model.mixers = {
+        "attention": layer("gated_attention", num_heads=4, num_kv_heads=4, head_dim=8)
+    }
     c.model.pattern = ("attention",)
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=64)}
     c.model.ffn_pattern = ("mlp",)

@@ -3,7 +3,8 @@
 import pytest
 from processes import MESH, losses, run
 
-TOLERANCE = 2e-5  # of the loss, where the mesh differs: sums of float32 in another order, over eight steps
+# of the loss, where the mesh differs: sums of float32 in another order, over eight steps
+TOLERANCE = 2e-5
 
 
 def resumed(place, workdir, *flags, **how) -> dict[int, float]:
@@ -19,7 +20,9 @@ def test_one_process_with_the_same_mesh_is_equal_to_the_bit(place, undisturbed, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(4, 1), (1, 1)])
-def test_other_meshes_are_equal_within_rounding(place, undisturbed, from_step_4, processes, devices):
+def test_other_meshes_are_equal_within_rounding(
+    place, undisturbed, from_step_4, processes, devices
+):
     mesh = f"--config.mesh.fsdp={processes * devices}"
     after = resumed(place, from_step_4, mesh, processes=processes, devices=devices)
     before = losses(place, undisturbed)
@@ -30,7 +33,12 @@ def test_other_meshes_are_equal_within_rounding(place, undisturbed, from_step_4,
 
 @pytest.mark.slow
 def test_evaluation_on_two_processes_is_that_of_one(place, undisturbed):
-    flags = [f"--checkpoint={place / undisturbed}", "--batches=2", "--prompt_tokens=4", "--decode_tokens=2"]
+    flags = [
+        f"--checkpoint={place / undisturbed}",
+        "--batches=2",
+        "--prompt_tokens=4",
+        "--decode_tokens=2",
+    ]
     lines = []
     for processes, devices in ((2, 4), (1, 1)):
         first = run(place, "", *flags, script="eval.py", processes=processes, devices=devices)[0]

@@ -18,15 +18,22 @@ def faulty(place, workdir, fault, *flags):
 def test_a_nan_is_skipped_said_and_counted(place):
     process = faulty(place, "nan", "nan:5")
     assert process.popen.returncode == 0, process.log()
-    assert any(line.startswith("step 5: skipped, loss nan, gradient norm nan (1 skipped") for line in process.out)
+    assert any(
+        line.startswith("step 5: skipped, loss nan, gradient norm nan (1 skipped")
+        for line in process.out
+    )
     assert [r["skipped_steps"] for r in records(place, "nan")] == [0.0] * 4 + [1.0] * 8
 
 
 @pytest.mark.slow
 def test_a_spike_is_skipped_said_and_counted(place):
-    process = faulty(place, "spike", "spike:25", "--config.train.steps=27", "--config.optim.skip_factor=5.0")
+    process = faulty(
+        place, "spike", "spike:25", "--config.train.steps=27", "--config.optim.skip_factor=5.0"
+    )
     assert process.popen.returncode == 0, process.log()
-    assert any(line.startswith("step 25: skipped, loss ") and "nan" not in line for line in process.out), process.log()
+    assert any(
+        line.startswith("step 25: skipped, loss ") and "nan" not in line for line in process.out
+    ), process.log()
     assert records(place, "spike")[-1]["skipped_steps"] == 1
 
 
@@ -34,7 +41,10 @@ def test_a_spike_is_skipped_said_and_counted(place):
 def test_nothing_but_nan_ends_the_run_with_one_line(place):
     process = faulty(place, "nans", "nan:5-99", "--config.optim.max_skips=3")
     assert process.popen.returncode == 1, process.log()
-    assert "step 8: 4 steps in a row were skipped" in process.err[-1] and "Traceback" not in process.log()
+    assert (
+        "step 8: 4 steps in a row were skipped" in process.err[-1]
+        and "Traceback" not in process.log()
+    )
     assert steps_on_disk(place, "nans")[0] == 4
 
 
@@ -42,10 +52,17 @@ def test_nothing_but_nan_ends_the_run_with_one_line(place):
 def test_a_stall_that_ends_is_survived_and_counted(place):
     process = faulty(place, "stall", "stall:6")
     assert process.popen.returncode == 0, process.log()
-    assert records(place, "stall")[-1]["step"] == 12 and sum(r.get("stalls", 0) for r in records(place, "stall")) >= 1
-    assert any(line.startswith("warning: step 6: nothing happened for") for line in process.err), process.log()
+    assert (
+        records(place, "stall")[-1]["step"] == 12
+        and sum(r.get("stalls", 0) for r in records(place, "stall")) >= 1
+    )
+    assert any(line.startswith("warning: step 6: nothing happened for") for line in process.err), (
+        process.log()
+    )
     stacks = (place / "stall" / "stacks-0.txt").read_text()
-    assert "faulty_train.py" in stacks and stacks.count("hread 0x") > 3  # where it stood, and the other threads
+    assert (
+        "faulty_train.py" in stacks and stacks.count("hread 0x") > 3
+    )  # where it stood, and the other threads
 
 
 @pytest.mark.slow
@@ -73,9 +90,9 @@ def test_data_that_goes_away_under_a_run(place, tmp_path, what):
         code = process.wait()
     assert "Traceback" not in process.log()
     if what == "cut":
-        assert code == 1 and re.search(r"train\.tokens: \d+ bytes could be read, wanted 66", process.err[-1]), (
-            process.log()
-        )
+        assert code == 1 and re.search(
+            r"train\.tokens: \d+ bytes could be read, expected 66", process.err[-1]
+        ), process.log()
     else:
         assert code == 0 and max(losses(tmp_path, "run")) == 12, process.log()
         assert any(line.startswith("no picture: ") for line in process.out)
@@ -91,4 +108,6 @@ def test_a_warm_start_compiles_nothing_and_waits_are_in_the_log(place):
     assert losses(place, "cold") == losses(place, "warm")
     log = records(place, "warm")
     assert log[0]["first_step_s"] > 0 and all(r["data_wait_s"] >= 0 for r in log)
-    assert [r["step"] for r in log if "checkpoint_s" in r] == [5], "step 4 is saved after its record is written"
+    assert [r["step"] for r in log if "checkpoint_s" in r] == [5], (
+        "step 4 is saved after its record is written"
+    )

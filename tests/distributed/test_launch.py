@@ -10,8 +10,8 @@ from absl import flags
 from absl.testing import flagsaver
 from processes import MESH, ROOT, run
 
-from gatedjax import launch, stderr_filter
 from gatedjax.errors import InputError
+from gatedjax.runtime import launch, stderr_filter
 
 
 @pytest.fixture
@@ -29,10 +29,19 @@ def given():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(coordinator="h:1"), "--coordinator: wanted --coordinator, --num_processes and --process_id together"),
-        (dict(process_id=1), "--process_id: wanted --coordinator"),
-        (dict(coordinator="h:1", num_processes=2, process_id=2), "--process_id: 2 came, wanted below 2"),
-        (dict(coordinator="host", num_processes=2, process_id=0), "--coordinator: 'host' came, wanted host:port"),
+        (
+            dict(coordinator="h:1"),
+            "--coordinator: expected --coordinator, --num_processes and --process_id together",
+        ),
+        (dict(process_id=1), "--process_id: expected --coordinator"),
+        (
+            dict(coordinator="h:1", num_processes=2, process_id=2),
+            "--process_id: got 2, expected below 2",
+        ),
+        (
+            dict(coordinator="host", num_processes=2, process_id=0),
+            "--coordinator: got 'host', expected host:port",
+        ),
     ],
 )
 def test_flags_that_do_not_belong_together(given, values, message):
@@ -40,10 +49,14 @@ def test_flags_that_do_not_belong_together(given, values, message):
         launch.start()
 
 
-@pytest.mark.parametrize(("name", "value"), [("PMI_SIZE", "4"), ("WORLD_SIZE", "2"), ("JOB_COMPLETION_INDEX", "1")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("PMI_SIZE", "4"), ("WORLD_SIZE", "2"), ("JOB_COMPLETION_INDEX", "1")]
+)
 def test_an_unknown_launcher_of_several_processes_is_refused(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=f"{name} is {value}, but jax finds no cluster here: give --coordinator"):
+    with pytest.raises(
+        InputError, match=f"{name} is {value}, but jax finds no cluster here: give --coordinator"
+    ):
         launch._require_alone()
 
 
@@ -55,9 +68,11 @@ def test_one_process_of_such_a_launcher_is_alone(monkeypatch):
 
 def test_a_proxy_in_the_environment_is_no_obstacle_for_one_process():
     """gRPC would send the talk of a process with itself to the proxy, and wait for an answer for ever."""
-    code = "from gatedjax import launch; launch._start_alone(); print(launch.preempted(1))"
+    code = "from gatedjax.runtime import launch; launch._start_alone(); print(launch.preempted(1))"
     env = os.environ | {"http_proxy": "http://localhost:1", "HTTPS_PROXY": "http://localhost:1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
@@ -98,6 +113,17 @@ def test_slurm_is_found_in_the_environment(place):
     job = str(random.randrange(1, 4096))
     names = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     each = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-    running = run(place, "slurm", MESH, "--config.train.steps=3", processes=2, env=names, each=each, is_named=False)
-    assert [process.popen.returncode for process in running] == [0, 0], running[0].log() + running[1].log()
+    running = run(
+        place,
+        "slurm",
+        MESH,
+        "--config.train.steps=3",
+        processes=2,
+        env=names,
+        each=each,
+        is_named=False,
+    )
+    assert [process.popen.returncode for process in running] == [0, 0], (
+        running[0].log() + running[1].log()
+    )
     assert "8 cpu device(s) of 2 processes, mesh data 2 x fsdp 4" in running[0].out[0]

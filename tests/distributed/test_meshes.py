@@ -12,16 +12,18 @@ import jax
 import numpy as np
 import pytest
 
-from gatedjax.aot import abstract_batch
+from gatedjax.aot.step import abstract_batch
 from gatedjax.config import MeshConfig, from_config_dict, layer
 from gatedjax.data import Batch
-from gatedjax.setup import fresh_state, prepare
 from gatedjax.sharding import AXES, RULES, across_slices, global_batch, make_mesh, my_rows
-from gatedjax.train_step import init_params, jit_train_step, param_axes
+from gatedjax.training.run import fresh_state, prepare
+from gatedjax.training.step import init_params, jit_train_step, param_axes
 
 TOLERANCE = 2e-5  # between any two meshes, of the loss and of the gradient's norm: float32 sums in another order
 STEPS, ROWS, LENGTH = 3, 8, 32
-ALL = [shape for shape in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(shape) == 8]
+ALL = [
+    shape for shape in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(shape) == 8
+]
 FEW = [(2, 4, 1, 1, 1), (1, 2, 2, 1, 2)]
 
 
@@ -36,7 +38,9 @@ def config(shape):
                 "vocab_size": 64,
                 "width": 32,
                 "num_layers": 1,
-                "mixers": {"attention": layer("gated_attention", num_heads=8, num_kv_heads=8, head_dim=8)},
+                "mixers": {
+                    "attention": layer("gated_attention", num_heads=8, num_kv_heads=8, head_dim=8)
+                },
                 "ffns": {"mlp": layer("sparse_moe", num_experts=8, hidden=32, shared_hidden=32)},
                 "init_std": 0.05,
                 "dtype": "float32",
@@ -56,7 +60,9 @@ def batch_of(seed: int) -> Batch:
     place, cut = np.arange(LENGTH)[None], rng.integers(5, LENGTH - 5, (ROWS, 1))
     mask = ((place != cut - 1) & (rng.random((ROWS, LENGTH)) < 0.9)).astype(np.float32)
     segments, positions = np.where(place < cut, 1, 2), np.where(place < cut, place, place - cut)
-    return Batch(tokens[:, :-1], tokens[:, 1:], segments.astype(np.int32), positions.astype(np.int32), mask)
+    return Batch(
+        tokens[:, :-1], tokens[:, 1:], segments.astype(np.int32), positions.astype(np.int32), mask
+    )
 
 
 @functools.cache
@@ -95,7 +101,9 @@ def check_bytes(run, state) -> None:
     scalars = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim == 0)
     for device in jax.devices():
         assert held(state.params, device) == share
-        assert held(state.opt_state, device) == 2 * share + scalars, "AdamW's moments lie where their parameters lie"
+        assert held(state.opt_state, device) == 2 * share + scalars, (
+            "AdamW's moments lie where their parameters lie"
+        )
     if run.mesh.shape["fsdp"] == 8:
         assert share < 1.05 * total / 8, "all but norms and biases is cut in eight"
 
@@ -110,7 +118,9 @@ def check_pairs(shapes, capfd) -> None:
     with ThreadPoolExecutor(2) as pool:
         found = {shape: losses(*ready) for shape, ready in zip(shapes, pool.map(compiled, shapes))}
     for a, b in itertools.combinations(found, 2):
-        np.testing.assert_allclose(found[a], found[b], rtol=TOLERANCE, err_msg=f"{AXES}: {a} and {b}")
+        np.testing.assert_allclose(
+            found[a], found[b], rtol=TOLERANCE, err_msg=f"{AXES}: {a} and {b}"
+        )
     # XLA's partitioner says "Involuntary full rematerialization" when it replicates an array to move it.
     assert "rematerialization" not in capfd.readouterr().err.lower()
 
@@ -156,7 +166,7 @@ def test_slices_are_joined_along_the_axes_that_talk_least(slices, mesh, wanted):
 def test_hosts_of_a_pod_hold_squares_of_chips_and_read_scattered_rows():
     """Rows go over a TPU slice by lines, hosts own squares of it: their rows are theirs, not a range."""
     pytest.importorskip("libtpu")
-    from kernels_pallas.aot import parse_slice, slice_devices
+    from gatedjax.aot import parse_slice, slice_devices
 
     mesh = make_mesh(MeshConfig(), slice_devices(parse_slice("v5e:4x4")))
     processes = sorted({d.process_index for d in mesh.devices.flat})

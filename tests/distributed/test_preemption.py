@@ -7,7 +7,8 @@ import pytest
 from processes import MESH, is_step, losses, run, started, steps_on_disk
 
 LONG = "--config.train.steps=100000"
-SEPARATE = "--config.optim.schedule=constant"  # the learning rate does not depend on the number of steps
+# the learning rate does not depend on the number of steps
+SEPARATE = "--config.optim.schedule=constant"
 
 
 @pytest.mark.slow
@@ -16,9 +17,13 @@ def test_sigterm_to_any_process_saves_one_step_and_exits_0(place):
     with started(place, "preempted", *flags, LONG, processes=2) as running:
         running[0].wait_for(is_step(3))
         running[1].popen.send_signal(signal.SIGTERM)
-        assert [process.wait() for process in running] == [0, 0], running[0].log() + running[1].log()
+        assert [process.wait() for process in running] == [0, 0], (
+            running[0].log() + running[1].log()
+        )
     (step,) = steps_on_disk(place, "preempted")
-    assert any(f"stopped by SIGTERM: step {step} of 100000 is saved" in line for line in running[0].out)
+    assert any(
+        f"stopped by SIGTERM: step {step} of 100000 is saved" in line for line in running[0].out
+    )
     assert max(losses(place, "preempted")) == step
     before = losses(place, "preempted")
     run(place, "preempted", *flags, f"--config.train.steps={step + 3}", processes=2)
@@ -37,7 +42,9 @@ def test_sigterm_to_a_single_process(place):
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_others_within_the_heartbeat(place, victim):
-    with started(place, f"killed-{victim}", MESH, LONG, "--heartbeat_seconds=10", processes=2) as running:
+    with started(
+        place, f"killed-{victim}", MESH, LONG, "--heartbeat_seconds=10", processes=2
+    ) as running:
         running[0].wait_for(is_step(5))
         running[victim].popen.send_signal(signal.SIGKILL)
         start = time.monotonic()

@@ -19,8 +19,21 @@ sys.exit(codes[min(n, len(codes)) - 1])
 
 def supervise(tmp_path, codes, *flags):
     log = tmp_path / "starts"
-    command = [sys.executable, "-m", "gatedjax.supervise", *flags, "--", sys.executable, "-c", COUNTING, log, codes]
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "gatedjax.runtime.supervise",
+        *flags,
+        "--",
+        sys.executable,
+        "-c",
+        COUNTING,
+        log,
+        codes,
+    ]
+    result = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     return result, [float(t) for t in log.read_text().split()]
 
 
@@ -29,12 +42,17 @@ def test_crashes_are_started_again_with_growing_pauses(tmp_path):
     assert result.returncode == 0 and len(starts) == 3
     assert starts[1] - starts[0] >= 0.3 and starts[2] - starts[1] >= 0.6
     assert "supervise: exit code 1; crash 1 in a row, starting again in 0.3 s" in result.stderr
-    assert "supervise: signal 6 (SIGABRT); crash 2 in a row, starting again in 0.6 s" in result.stderr
+    assert (
+        "supervise: signal 6 (SIGABRT); crash 2 in a row, starting again in 0.6 s" in result.stderr
+    )
 
 
 def test_it_gives_up_and_keeps_the_code(tmp_path):
     result, starts = supervise(tmp_path, "7", "--wait=0.05", "--tries=2", "--longest_wait=0.05")
-    assert (result.returncode, len(starts)) == (7, 3) and "3 crashes in a row, giving up" in result.stderr
+    assert (result.returncode, len(starts)) == (
+        7,
+        3,
+    ) and "3 crashes in a row, giving up" in result.stderr
 
 
 def test_bad_input_is_not_tried_again(tmp_path):
@@ -43,10 +61,16 @@ def test_bad_input_is_not_tried_again(tmp_path):
 
 
 def test_sigterm_goes_on_to_the_command_and_ends_both(tmp_path):
-    child = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); print('up', flush=True); time.sleep(99)"
-    )
-    command = [sys.executable, "-m", "gatedjax.supervise", "--", sys.executable, "-c", child]
+    child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); print('up', flush=True); time.sleep(99)"
+    command = [
+        sys.executable,
+        "-m",
+        "gatedjax.runtime.supervise",
+        "--",
+        sys.executable,
+        "-c",
+        child,
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The whole model: scan over periods, decoding, packing, causality, rematerialisation, chunked loss."""
+"""The whole model: scan over periods, decoding, packing, causality, rematerialization, chunked loss."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from gatedjax.config import (
     ModelConfig,
     SparseMoEConfig,
 )
-from gatedjax.losses import chunked_cross_entropy, cross_entropy
 from gatedjax.model import LanguageModel, head_weights, init_caches, logits
+from gatedjax.training.losses import chunked_cross_entropy, cross_entropy
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -32,7 +32,10 @@ MODEL = ModelConfig(
         attention=GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16),
     ),
     pattern=("gla", "attention"),
-    ffns=FrozenDict(mlp=GatedMLPConfig(hidden=48), moe=SparseMoEConfig(num_experts=4, hidden=32, shared_hidden=16)),
+    ffns=FrozenDict(
+        mlp=GatedMLPConfig(hidden=48),
+        moe=SparseMoEConfig(num_experts=4, hidden=32, shared_hidden=16),
+    ),
     ffn_pattern=("mlp", "moe"),
     init_std=0.2,
     dtype="float32",
@@ -42,7 +45,9 @@ TOKENS = np.random.default_rng(0).integers(0, 32, (2, 40)).astype(np.int32)
 
 def make(config=MODEL):
     params = nn.meta.unbox(LanguageModel(config).init(jax.random.key(0), TOKENS[:, :2])["params"])
-    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    return jax.tree.map(
+        lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,9 @@ def test_packed_documents_equal_separate_ones(params):
     second, _, _ = hidden(params, TOKENS[:, cut:])
     assert rel_rms(packed, jnp.concatenate([first, second], 1)) < 1e-5
     leaky, _, _ = hidden(params, TOKENS, positions=positions)
-    assert rel_rms(leaky, packed) > 1e-2, "the segments make no difference: this test could not fail"
+    assert rel_rms(leaky, packed) > 1e-2, (
+        "the segments make no difference: this test could not fail"
+    )
 
 
 def test_no_token_sees_the_future(params):
@@ -87,7 +94,9 @@ def test_no_token_sees_the_future(params):
     def at(embeddings, t):
         # tokens 0..31 look themselves up: the table's rows are the inputs
         rows = params | {"embedding": embeddings}
-        return jnp.sum(LanguageModel(MODEL).apply({"params": rows}, np.arange(32)[None])[0][0, t] ** 2)
+        return jnp.sum(
+            LanguageModel(MODEL).apply({"params": rows}, np.arange(32)[None])[0][0, t] ** 2
+        )
 
     gradient = jax.jit(jax.grad(at), static_argnums=1)(params["embedding"], 20)
     size = np.abs(np.asarray(gradient)).sum(-1)
@@ -95,7 +104,11 @@ def test_no_token_sees_the_future(params):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"remat": "kernels"}, *map(slow, ({"remat": "full"}, {"remat": "dots"}, {"scan_layers": False}))]
+    "changed",
+    [
+        {"remat": "kernels"},
+        *map(slow, ({"remat": "full"}, {"remat": "dots"}, {"scan_layers": False})),
+    ],
 )
 def test_remat_and_unrolling_change_no_gradient(params, changed):
     def loss(p, config):
@@ -139,10 +152,14 @@ def test_cross_entropy_is_the_negative_log_likelihood(params):
     scores = np.asarray(logits(h, head_weights(params)), np.float64)
     log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     losses = cross_entropy(h, head_weights(params), targets, mask)
-    np.testing.assert_allclose(losses.cross_entropy, -(log_p[range(5), range(5)] * mask).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.cross_entropy, -(log_p[range(5), range(5)] * mask).sum(), rtol=1e-5
+    )
     assert losses.count == 3
 
 
 def test_untied_head_has_its_own_weights():
     params = make(dataclasses.replace(MODEL, tie_embeddings=False))
-    assert head_weights(params) is params["head"] and params["head"].shape == params["embedding"].shape
+    assert (
+        head_weights(params) is params["head"] and params["head"].shape == params["embedding"].shape
+    )

@@ -7,8 +7,8 @@ from tiny_run import run_steps, tiny
 
 from gatedjax.config import MeshConfig
 from gatedjax.errors import InputError
-from gatedjax.setup import fresh_state, prepare
 from gatedjax.sharding import make_mesh, my_rows
+from gatedjax.training.run import fresh_state, prepare
 
 MESHES = {
     "data": dict(data=8),
@@ -31,7 +31,8 @@ def alone():
 
 
 @pytest.mark.parametrize(
-    "name", [slow(name) if name in ("data", "fsdp", "data x fsdp x tensor") else name for name in MESHES]
+    "name",
+    [slow(name) if name in ("data", "fsdp", "data x fsdp x tensor") else name for name in MESHES],
 )
 def test_eight_devices_equal_one(name, alone, capfd):
     for sharded, single in zip(losses(MESHES[name]), alone):
@@ -44,12 +45,16 @@ def test_state_is_spread_as_the_rules_say():
     run = prepare(tiny(mesh__fsdp=4, mesh__tensor=2))
     with jax.set_mesh(run.mesh):
         state = fresh_state(run)
-    kernel = state.params["periods"]["layer_1"]["mixer"]["query"]["kernel"]  # [layers, embed, heads, head_dim]
+    kernel = state.params["periods"]["layer_1"]["mixer"]["query"][
+        "kernel"
+    ]  # [layers, embed, heads, head_dim]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
     momentum = state.opt_state[1][0].mu["periods"]["layer_1"]["mixer"]["query"]["kernel"]
     assert momentum.sharding == kernel.sharding
     spread = sum(p.addressable_shards[0].data.size for p in jax.tree.leaves(state.params))
-    assert spread < 0.2 * sum(p.size for p in jax.tree.leaves(state.params)), "most parameters should be cut in 8"
+    assert spread < 0.2 * sum(p.size for p in jax.tree.leaves(state.params)), (
+        "most parameters should be cut in 8"
+    )
 
 
 def test_rows_come_from_the_sharding():
@@ -61,7 +66,10 @@ def test_rows_come_from_the_sharding():
     [
         (dict(mesh__fsdp=3), r"config.mesh: .*fsdp=3.* does not divide the 8 device"),
         (dict(mesh__data=4), r"data=4.* does not divide the 8 device"),
-        (dict(mesh__tensor=8), r"'?tensor'? = 8 does not divide an axis of 4 of parameter periods.layer_0.mixer"),
+        (
+            dict(mesh__tensor=8),
+            r"'?tensor'? = 8 does not divide an axis of 4 of parameter periods.layer_0.mixer",
+        ),
     ],
 )
 def test_bad_mesh_is_named(changes, message):
@@ -70,5 +78,7 @@ def test_bad_mesh_is_named(changes, message):
 
 
 def test_batch_that_does_not_divide_is_named():
-    with pytest.raises(InputError, match="batch_size: 6 came, wanted a multiple of data x fsdp x expert = 8"):
+    with pytest.raises(
+        InputError, match="batch_size: got 6, expected a multiple of data x fsdp x expert = 8"
+    ):
         my_rows(make_mesh(MeshConfig()), 6)

@@ -1,0 +1,61 @@
+"""The configuration: frozen, validated dataclasses. `parse.py` is where ConfigDict stops."""
+
+from flax.core import FrozenDict
+
+from gatedjax.config.layers import (
+    FEED_FORWARDS,
+    MIXERS,
+    FeedForwardConfig,
+    GatedAttentionConfig,
+    GatedLinearAttentionConfig,
+    GatedMLPConfig,
+    MixerConfig,
+)
+from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.config.parse import (
+    config_dict,
+    differing_keys,
+    from_config_dict,
+    layer,
+    nearest_key,
+    to_dict,
+)
+from gatedjax.config.run import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    Remat,
+    SourceConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "FEED_FORWARDS",
+    "MIXERS",
+    "Config",
+    "DataConfig",
+    "FeedForwardConfig",
+    "FrozenDict",
+    "GatedAttentionConfig",
+    "GatedLinearAttentionConfig",
+    "GatedMLPConfig",
+    "LoRAMixtureConfig",
+    "MeshConfig",
+    "MixerConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Remat",
+    "RouterConfig",
+    "SoftMoEConfig",
+    "SourceConfig",
+    "SparseMoEConfig",
+    "TrainConfig",
+    "config_dict",
+    "differing_keys",
+    "from_config_dict",
+    "layer",
+    "nearest_key",
+    "to_dict",
+]

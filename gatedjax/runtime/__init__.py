@@ -1,0 +1,1 @@
+"""How processes start, fail, stop and are watched."""

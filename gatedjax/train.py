@@ -1,0 +1,167 @@
+"""Trains a gated language model.
+
+    python train.py --config=configs/tiny.py [--workdir=runs/tiny] [--config.optim.lr=3e-4 ...]
+
+Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit, on any number of
+processes and devices (docs/launch.md). SIGTERM to any process: all save the same step and exit 0.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from gatedjax import sharding
+from gatedjax.aot import step as aot
+from gatedjax.config import DataConfig, differing_keys, from_config_dict, to_dict
+from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
+from gatedjax.errors import InputError
+from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
+from gatedjax.evaluation.sampling import generate_text
+from gatedjax.evaluation.validation import Validation
+from gatedjax.reporting.console import say
+from gatedjax.reporting.curves import plot_run
+from gatedjax.reporting.step_log import StepLog
+from gatedjax.reporting.writers import make_writers
+from gatedjax.runtime import cli, launch
+from gatedjax.runtime.watchdog import Watchdog
+from gatedjax.training.checkpoint import Checkpointer, Restored
+from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
+from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; dotted flags change single values."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>."
+)
+_PROFILE = flags.DEFINE_integer(
+    "profile_step", 0, "Trace 5 steps from this one on into the workdir; 0 for none."
+)
+_PROBES = flags.DEFINE_bool(
+    "probes", False, "At every evaluation, pictures of what the layers do, for TensorBoard."
+)
+_AOT = flags.DEFINE_string(
+    "aot", None, "Compile the step for an absent TPU slice (v5p:8x8x4, 2*v5e:16x16), report, end."
+)
+_CACHE = flags.DEFINE_string(
+    "compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none."
+)
+
+
+def main(_) -> None:
+    """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
+    config = from_config_dict(cli.required_config(_CONFIG))
+    workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}")
+    cli.use_compilation_cache(_CACHE.value)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = with_vocab(config, tokenizer)
+    if _AOT.value:
+        sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
+    launch.start()
+    run = prepare(config)
+    say(describe(run))
+    launch.require_same("configuration", to_dict(run.config))
+    texts = corpora(config.data)
+    for corpus in texts.values():
+        say(corpus.describe())
+    launch.require_same(
+        "text of data.sources", {name: corpus.sha256 for name, corpus in texts.items()}
+    )
+    keep = run.config.train.keep_checkpoints
+    with (
+        jax.set_mesh(run.mesh),
+        Checkpointer(workdir, to_dict(run.config), keep=keep, report=say) as checkpointer,
+    ):
+        restored = checkpointer.restore_latest(run.abstract)
+        say_resumed(run, restored)
+        state, start = (restored.state, restored.data_index) if restored else (fresh_state(run), 0)
+        writers = make_writers(workdir, run.config.train.steps, start)
+        with writers, Watchdog(run.config.train.stuck_seconds, workdir) as watchdog:
+            log = StepLog(run, writers, watchdog)
+            state, is_finished = loop(run, state, start, log, checkpointer, workdir / "profile")
+        if not is_finished:
+            return
+        sample(run, state, tokenizer)
+    if jax.process_index() == 0:
+        draw_curves(workdir, config.data)
+
+
+def loop(
+    run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Checkpointer, profile: Path
+):
+    """A batch, a step; now and then a line of the log, an evaluation, a checkpoint.
+
+    Returns the state and whether it is the last one; it is not if the run was asked to stop (SIGTERM).
+    """
+    train, data = run.config.train, run.config.data
+    rows = sharding.my_rows(run.mesh, train.batch_size)
+    dataset = make_dataset(data, "train", batch_size=train.batch_size, rows=rows, seed=data.seed)
+    validation = Validation(run, train.eval_batches)
+    train_step = jit_train_step(run.config, run.tx, run.shardings)
+    stream = batches(dataset, start)
+    for step in range(start + 1, train.steps + 1):
+        with log.reading(step):
+            batch = sharding.global_batch(run.mesh, next(stream), train.batch_size)
+        state, metrics = train_step(state, batch)
+        last, stop = step == train.steps, launch.preempted(step)
+        log.train(step, metrics, write=step % train.log_every == 0 or step == start + 1 or last)
+        if step % train.eval_every == 0 or last:
+            with log.evaluating(step):
+                params = params_for_evaluation(state)
+                log.validation(step, validation(params))
+                if _PROBES.value:
+                    log.probes(step, validation.probes(params))
+        if step % train.checkpoint_every == 0 or last or stop:
+            with log.saving(step):
+                checkpointer.save(step, state, data_index=stream.next_index, wait=stop)
+        if _PROFILE.value and step == max(_PROFILE.value, start + 2) - 1:
+            jax.profiler.start_trace(profile)
+        if _PROFILE.value and step == max(_PROFILE.value, start + 2) + 4:
+            jax.profiler.stop_trace()
+            say(f"profile of 5 steps: {profile}")
+        if stop and not last:
+            say(
+                f"stopped by SIGTERM: step {step} of {train.steps} is saved; the same command goes on from there"
+            )
+            return state, False
+    return state, True
+
+
+def say_resumed(run: Run, restored: Restored | None) -> None:
+    """Where the run starts, and which keys of the configuration changed since the checkpoint."""
+    if restored is None:
+        return
+    say(f"resuming after step {restored.step} of {run.config.train.steps}")
+    for difference in differing_keys(restored.config, to_dict(run.config)):
+        say(f"changed since that checkpoint: {difference.replace(' and ', ' then, now ')}")
+
+
+def sample(run: Run, state: TrainState, tokenizer) -> None:
+    """A piece of text from the trained model."""
+    train = run.config.train
+    say(f"--- sample, temperature 0.8, prompt {train.sample_prompt!r}")
+    params = params_for_evaluation(state)
+    pieces = generate_text(
+        run.config.model, params, tokenizer, train.sample_prompt, train.sample_tokens
+    )
+    say(train.sample_prompt + "".join(pieces) + "\n---")
+
+
+def draw_curves(workdir: Path, data: DataConfig) -> None:
+    """The picture of the run. A finished training does not fail for want of matplotlib, or of its sources."""
+    try:
+        say(f"curves: {plot_run(workdir, bits_per_byte_of_compressors(validation_text(data)))}")
+    except InputError as e:
+        say(f"no picture: {e}")
+
+
+def run() -> None:
+    """The command: parses the flags, then calls `main`."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,63 @@
+"""What travels from `api.py` to a backend: the arrays of a call, and its static arguments."""
+
+from typing import NamedTuple
+
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from kernels_pallas.attention.normalizers.base import Normalizer
+
+
+class AttentionInputs(NamedTuple):
+    """The arrays of one call of `attention`: T queries, each against the T keys of its row.
+
+    Attributes:
+      gate_logits: logits of the sigmoid gate on the output; the last axis is V, or 1 for a head-wise gate.
+      sink_logits: one logit a head that takes part in the softmax's denominator and has no value.
+      alibi_slopes: one slope a head; logits lose slope * distance.
+      segment_ids: the packed document of every token; tokens see their own document only.
+    """
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T Hk K"]
+    v: Float[Array, "B T Hk V"]
+    gate_logits: Float[Array, "B T H #V"] | None = None
+    sink_logits: Float[Array, "H"] | None = None
+    alibi_slopes: Float[Array, "H"] | None = None
+    segment_ids: Int[Array, "B T"] | None = None
+
+
+class AttentionOptions(NamedTuple):
+    """The static arguments of `attention`, with every default filled in."""
+
+    normalizer: Normalizer
+    causal: bool
+    window: int | None
+    logits_soft_cap: float | None
+    scale: float
+
+
+class StepInputs(NamedTuple):
+    """The arrays of one call of `attention_step`: one query a row, against the S slots of a cache.
+
+    Attributes:
+      valid: whether a slot holds a key that the query may see.
+      distances: how many tokens back each slot's key is, for ALiBi.
+    """
+
+    q: Float[Array, "B H K"]
+    k_cache: Float[Array, "B S Hk K"]
+    v_cache: Float[Array, "B S Hk V"]
+    gate_logits: Float[Array, "B H #V"] | None
+    sink_logits: Float[Array, "H"] | None
+    alibi_slopes: Float[Array, "H"] | None
+    valid: Bool[Array, "B S"]
+    distances: Int[Array, "B S"] | None
+
+
+class StepOptions(NamedTuple):
+    """The static arguments of `attention_step`, with every default filled in."""
+
+    normalizer: Normalizer
+    logits_soft_cap: float | None
+    scale: float

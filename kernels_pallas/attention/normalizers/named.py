@@ -1,0 +1,34 @@
+"""The normalizers by name, with their papers' parameters."""
+
+from kernels_pallas.attention.normalizers.base import (
+    Normalizer,
+    Relu,
+    SelfAdjust,
+    Sigmoid,
+    Softmax,
+    Softpick,
+    Softplus,
+    StableMax,
+)
+from kernels_pallas.attention.normalizers.multipass import (
+    AdaptiveTemperature,
+    ClippedSoftmax,
+    Entmax,
+    ReweightedSoftplus,
+)
+
+NORMALIZERS: dict[str, Normalizer] = {
+    "softmax": Softmax(),
+    "sigmoid": Sigmoid(),
+    "relu": Relu(),
+    "relu_squared": Relu(power=2),
+    "softpick": Softpick(),
+    "self_adjust": SelfAdjust(),
+    "stablemax": StableMax(),
+    "softplus": Softplus(),
+    "clipped_softmax": ClippedSoftmax(),
+    "reweighted_softplus": ReweightedSoftplus(),
+    "adaptive_temperature": AdaptiveTemperature(),
+    "sparsemax": Entmax(alpha=2.0),
+    "entmax": Entmax(alpha=1.5),
+}

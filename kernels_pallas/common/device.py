@@ -1,0 +1,34 @@
+"""Which device the surrounding computation is compiled for: the one that is here, or one that an abstract mesh names."""
+
+import jax
+from jax.sharding import AbstractDevice
+
+
+def absent_device() -> AbstractDevice | None:
+    """The device that an ambient abstract mesh names: programs are compiled for a chip that is not here."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+
+
+def absent_device_kind() -> str | None:
+    """The kind of `absent_device`; None where there is none."""
+    return getattr(absent_device(), "device_kind", None)
+
+
+def device_kind() -> str:
+    """`jax.Device.device_kind` of the device that the surrounding computation is compiled for."""
+    return absent_device_kind() or jax.devices()[0].device_kind
+
+
+def target_platform() -> str:
+    """The platform that the surrounding computation is compiled for: "cpu", "gpu" or "tpu".
+
+    An abstract mesh that names its device wins (compiling for an absent accelerator), then `jax.default_device`,
+    then the default backend.
+    """
+    platform = getattr(absent_device(), "platform", None)
+    if platform:
+        return platform
+    default = jax.config.jax_default_device
+    if default is not None:
+        return default if isinstance(default, str) else default.platform
+    return jax.default_backend()

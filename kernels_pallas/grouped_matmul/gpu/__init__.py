@@ -1,0 +1,1 @@
+"""The GPU kernels of `grouped_matmul`."""

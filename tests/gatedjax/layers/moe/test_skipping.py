@@ -1,0 +1,90 @@
+"""Skipping of experts: importances against models that lack a layer's experts, thresholds against counting."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gatedjax.config import (
+    FrozenDict,
+    GatedAttentionConfig,
+    ModelConfig,
+    RouterConfig,
+    SparseMoEConfig,
+)
+from gatedjax.layers.moe.routing import route
+from gatedjax.layers.moe.skipping import calibrated, chosen_scores, skip_threshold
+from gatedjax.layers.moe.state import merge, split
+from gatedjax.model import LanguageModel
+
+TOKENS = np.random.default_rng(0).integers(0, 30, (2, 8)).astype(np.int32)
+
+
+def test_importance_is_what_a_layer_without_its_experts_changes():
+    """Left out by hand: the matrices that experts end in are 0. Layers lie in a scan."""
+    ffn = SparseMoEConfig(num_experts=3, hidden=8, router=RouterConfig(threshold=0.1))
+    attention = GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4)
+    sizes = dict(vocab_size=32, width=8, num_layers=3, init_std=0.5, dtype="float32")
+    model = LanguageModel(
+        ModelConfig(**sizes, mixers=FrozenDict(attention=attention), ffns=FrozenDict(mlp=ffn))
+    )
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS)["params"])
+    params, state = split(params)
+
+    @jax.jit
+    def logits_of(params, state):
+        p = merge(params, state)
+        hidden, *_ = model.apply({"params": p}, TOKENS)
+        return hidden @ p["embedding"].T
+
+    importance = lambda state: state["periods"]["layer_0"]["ffn"]["router_state"]["importance"]
+    found = importance(calibrated(lambda state: logits_of(params, state), state))
+    everything = jax.tree.map(lambda x: jnp.full_like(x, 1e30), state)
+    p = np.asarray(jax.nn.log_softmax(logits_of(params, everything)), np.float64)
+    assert np.abs(p - np.asarray(jax.nn.log_softmax(logits_of(params, state)))).max() > 1e-3, (
+        "nothing is skipped"
+    )
+    for layer in range(3):
+        down = params["periods"]["layer_0"]["ffn"]["down"]
+        without = jax.tree.map(lambda x: x, params)
+        without["periods"]["layer_0"]["ffn"]["down"] = down.at[layer].set(0.0)
+        q = np.asarray(jax.nn.log_softmax(logits_of(without, everything)), np.float64)
+        assert np.isclose(found[layer], np.mean(np.sum(np.exp(p) * (p - q), axis=-1)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.37, 1.0])
+def test_threshold_skips_what_was_wanted_and_no_more(rate):
+    rng = np.random.default_rng(1)
+    logits, importance = (
+        rng.normal(size=(3, 2, 50, 6)).astype(np.float32),
+        np.array([0.2, 3.0, 0.7], np.float32),
+    )
+    config = RouterConfig(scoring="sigmoid", scale=2.5)
+    scores = chosen_scores(config, logits, 2)
+    threshold = skip_threshold(importance, scores, rate)
+    wanted = int(np.ceil(rate * scores.size))
+
+    def skipped(threshold):
+        config_then = dataclasses.replace(config, threshold=threshold)
+        layers = [
+            route(config_then, z, 2, importance=i).experts == 6 for z, i in zip(logits, importance)
+        ]
+        return int(np.sum(layers))
+
+    assert skipped(threshold) == wanted and skipped(threshold * 0.999) <= wanted
+    assert (
+        not wanted
+        or skipped(float(np.nextafter(np.float32(threshold), np.float32(0)))) == wanted - 1
+    )
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match="skip_rate: got"):
+        skip_threshold(np.ones(2), np.ones((2, 3)), 1.5)
+    with pytest.raises(ValueError, match="scores: got shape"):
+        skip_threshold(np.ones(2), np.ones((3, 3)), 0.5)
+    with pytest.raises(ValueError, match="no importance"):
+        calibrated(lambda state: np.zeros((1, 1, 2)), {"layer": {"bias": np.zeros(3)}})

@@ -1,0 +1,283 @@
+"""GatedAttention against the formulas of arXiv 2505.06708, written out in float64 numpy."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import rel_rms
+
+from gatedjax.config import GatedAttentionConfig
+from gatedjax.config.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
+from gatedjax.layers.attention import GatedAttention, append_token, fill, init_cache
+from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.layers.token_info import TokenInfo
+
+B, T, M = 2, 12, 16
+X = np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32)
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+SCORES = {
+    "sigmoid": sigmoid,
+    "silu": lambda x: x * sigmoid(x),
+    "ns_sigmoid": lambda x: 0.5 + 0.5 * sigmoid(x),
+    "identity": lambda x: x,
+}
+
+
+def softmax(s):
+    e = np.exp(s - s.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def reweighted_softplus(s, c):
+    a, n = np.log1p(np.exp(s)), np.isfinite(s).sum(-1, keepdims=True)
+    w = np.maximum(a / a.sum(-1, keepdims=True) * n - (n > 3), 0) ** c.reweight_power
+    return w / np.maximum(w.sum(-1, keepdims=True), 1e-30)
+
+
+# Weights of masked logits (-inf), without sinks.
+WEIGHTS = {
+    "softmax": lambda s, c: softmax(s),
+    "sigmoid": lambda s, c: sigmoid(s - np.log(c.normalizer_length)),
+    "relu_squared": lambda s, c: np.maximum(s, 0) ** 2 / c.normalizer_length,
+    "clipped_softmax": lambda s, c: np.clip(
+        (1 + c.clip_alpha / c.normalizer_length) * softmax(s) - c.clip_alpha / c.normalizer_length,
+        0,
+        1,
+    ),
+    "reweighted_softplus": reweighted_softplus,
+}
+
+
+def init(config, x=X, seed=0):
+    module = GatedAttention(config, 1e-6, 0.3, jnp.float32)
+    info = TokenInfo(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    params = nn.meta.unbox(module.init(jax.random.key(seed), x, info)["params"])
+    return module, jax.tree.map(
+        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
+
+
+def run(module, params, x=X, info=None, cache=None):
+    info = info or TokenInfo(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    return jitted(module)({"params": params}, x, info, cache)
+
+
+@functools.cache
+def jitted(module):
+    return jax.jit(module.apply)
+
+
+def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    x = np.asarray(x, np.float64)
+    rms = lambda y, w: (
+        y
+        / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-6)
+        * (1 + w if c.zero_centered_norm else w)
+    )
+
+    def gated(position, y):
+        if c.gate_position != position:
+            return y
+        if c.fused_gate:
+            logits = fused
+        elif c.gate_input == "constant":
+            logits = p["gate"]["constant"][None, None]
+        else:
+            logits = np.tensordot(x, p["gate"]["projection"]["kernel"], 1)
+        if c.gate_shared:
+            logits = logits.mean(2, keepdims=True)
+        score = SCORES[c.gate_activation](logits)
+        return y + score if c.gate_mode == "additive" else y * score
+
+    q, k, v = (np.tensordot(x, p[n]["kernel"], 1) for n in ("query", "key", "value"))
+    q, fused = q[..., : c.head_dim], q[..., c.head_dim :]
+    if c.qk_norm and c.qk_norm_kind == "l2":
+        q, k = (y / np.sqrt(np.sum(y**2, -1, keepdims=True) + 1e-6) for y in (q, k))
+    elif c.qk_norm:
+        q, k = rms(q, p["query_norm"]["scale"]), rms(k, p["key_norm"]["scale"])
+    q, k, v = gated("query", q), gated("key", k), gated("value", v)
+    half = c.rotary_dim // 2
+    angle = np.arange(T)[:, None, None] * c.rope_base ** (-np.arange(half) / max(half, 1))
+    turn = lambda y: np.concatenate(
+        [
+            y[..., :half] * np.cos(angle) - y[..., half : 2 * half] * np.sin(angle),
+            y[..., half : 2 * half] * np.cos(angle) + y[..., :half] * np.sin(angle),
+            y[..., 2 * half :],
+        ],
+        -1,
+    )
+    q, k = turn(q), turn(k)
+    scale = p.get("query_scale", {})
+    log_n = np.log(np.minimum(np.arange(1, x.shape[1] + 1), c.window or T))[:, None]
+    temperature = lambda name: np.tanh(np.tensordot(x, scale[name]["kernel"], 1))
+    if c.query_scale == "log_length":
+        q = q * log_n[..., None]
+    if c.query_scale == "scalable_softmax":
+        q = q * (scale["length_scale"] * log_n)[..., None]
+    if c.query_scale == "selective":
+        q = (
+            q
+            * (temperature("query_temperature") + 1 + sigmoid(scale["length_weight"]) * log_n)[
+                ..., None
+            ]
+        )
+        v = v * (temperature("value_temperature") + 1)[..., None]
+    group = c.num_heads // c.num_kv_heads
+    k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
+    times = {
+        "inverse_sqrt": c.head_dim**-0.5,
+        "log_dim": np.log(c.head_dim),
+        "learned": scale.get("logit_scale"),
+    }
+    s = np.einsum("bthd,bshd->bhts", q, k) * np.reshape(times[c.logit_scale], (-1, 1, 1))
+    if c.logits_soft_cap:
+        s = c.logits_soft_cap * np.tanh(s / c.logits_soft_cap)
+    i, j = np.arange(T)[:, None], np.arange(T)[None]
+    halves = 2.0 ** -np.arange(1, c.num_heads // 2 + 1)
+    slopes = {
+        "none": 0 * np.arange(c.num_heads),
+        "fixed": 2.0 ** (-8 * np.arange(1, c.num_heads + 1) / c.num_heads),
+        "balanced": np.concatenate([halves, -halves]),
+        "learned": p.get("alibi_slopes"),
+    }
+    s = s - slopes[c.alibi][:, None, None] * np.abs(i - j)
+    s = np.where((j <= i) & (j > i - (c.window or T)), s, -np.inf)
+    weights = WEIGHTS[c.normalizer](s, c)
+    if c.sinks:
+        weights = np.exp(s) / (
+            np.exp(s).sum(-1, keepdims=True) + np.exp(p["sink_logits"])[:, None, None]
+        )
+    o = gated("sdpa", np.einsum("bhts,bshd->bthd", weights, v))
+    return gated("output", np.tensordot(o, p["out"]["kernel"], 2))
+
+
+BASE = dict(num_heads=4, num_kv_heads=2, head_dim=8)
+VARIANTS = {
+    "G1": {},
+    "G1 headwise": dict(gate_granularity="headwise"),
+    "G1 shared": dict(gate_shared=True),
+    "G1 headwise shared": dict(gate_shared=True, gate_granularity="headwise"),
+    "G1 additive silu": dict(gate_mode="additive", gate_activation="silu"),
+    "G1 silu": dict(gate_activation="silu"),
+    "G1 ns_sigmoid": dict(gate_activation="ns_sigmoid"),
+    "G1 additive identity": dict(gate_mode="additive", gate_activation="identity"),
+    "G1 constant": dict(gate_input="constant"),
+    "G1 constant headwise": dict(gate_input="constant", gate_granularity="headwise"),
+    "G2": dict(gate_position="value"),
+    "G2 headwise": dict(gate_position="value", gate_granularity="headwise"),
+    "G2 shared": dict(gate_position="value", gate_shared=True),
+    "G3": dict(gate_position="key"),
+    "G3 headwise": dict(gate_position="key", gate_granularity="headwise"),
+    "G4": dict(gate_position="query"),
+    "G5": dict(gate_position="output"),
+    "none": dict(gate_position="none"),
+    "no qk-norm, no rope": dict(qk_norm=False, rope_fraction=0.0),
+    "partial rope, zero-centered": dict(rope_fraction=0.25, zero_centered_norm=True),
+    "window": dict(window=3),
+    "sinks, cap": dict(sinks=True, logits_soft_cap=2.0),
+    "fused": dict(fused_gate=True),
+    "fused headwise silu": dict(
+        fused_gate=True, gate_granularity="headwise", gate_activation="silu"
+    ),
+    "sigmoid, fixed slopes": dict(normalizer="sigmoid", normalizer_length=9, alibi="fixed"),
+    "relu^2, learned slopes": dict(normalizer="relu_squared", normalizer_length=9, alibi="learned"),
+    "clipped, unit queries and keys": dict(
+        normalizer="clipped_softmax",
+        normalizer_length=9,
+        clip_alpha=1.0,
+        qk_norm_kind="l2",
+        logit_scale="learned",
+    ),
+    "scalable softmax, window": dict(query_scale="scalable_softmax", normalizer_length=9, window=5),
+    "selective": dict(query_scale="selective"),
+    "qwen3_next": QWEN3_NEXT | BASE,
+    "gpt_oss": GPT_OSS | dict(window=3),
+    "swat": SWAT | dict(window=4),
+    "lssar": LSSAR | dict(reweight_power=3),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_formula(name):
+    config = GatedAttentionConfig(**BASE | VARIANTS[name])
+    module, params = init(config)
+    y, _ = run(module, params)
+    assert rel_rms(y, expected(config, params, X)) < 1e-5
+
+
+def test_constant_gate_starts_at_one_half():
+    config = GatedAttentionConfig(**BASE, gate_input="constant")
+    module = GatedAttention(config, 1e-6, 0.3, jnp.float32)
+    info = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)))
+    params = nn.meta.unbox(module.init(jax.random.key(0), X, info)["params"])
+    ungated = GatedAttention(
+        GatedAttentionConfig(**BASE, gate_position="none"), 1e-6, 0.3, jnp.float32
+    )
+    plain = run(ungated, {k: v for k, v in params.items() if k != "gate"})[0]
+    assert rel_rms(run(module, params)[0], 0.5 * plain) < 1e-6
+
+
+DECODED = (
+    "G1",
+    "G1 shared",
+    "G1 additive silu",
+    "G3 headwise",
+    "window",
+    "sinks, cap",
+    "qwen3_next",
+    "swat",
+    "lssar",
+)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_prefill_then_decode_equals_full_forward(name):
+    config = GatedAttentionConfig(**BASE | VARIANTS[name])
+    module, params = init(config)
+    full, _ = run(module, params)
+    prompt = 5
+    y, cache = run(module, params, X[:, :prompt], cache=init_cache(config, B, T, jnp.float32))
+    assert rel_rms(y, full[:, :prompt]) < 1e-5
+    for t in range(prompt, T):
+        y, cache = run(module, params, X[:, t : t + 1], TokenInfo(jnp.full((B, 1), t)), cache)
+        assert rel_rms(y[:, 0], full[:, t]) < 1e-5
+    if config.window:
+        assert cache.k.shape[1] == config.window, "a window's cache must not grow with the text"
+
+
+def test_ring_cache_holds_the_last_tokens():
+    config = GatedAttentionConfig(**BASE, window=4)
+    cache = init_cache(config, 1, 100, jnp.float32)
+    tokens = jnp.arange(7.0)[None, :, None, None] * jnp.ones((1, 7, 2, 8))
+    cache = fill(cache, tokens, tokens)
+    cache, distances = append_token(cache, tokens[:, 0] + 7, tokens[:, 0] + 7, jnp.array([7]))
+    assert sorted(cache.k[0, :, 0, 0].tolist()) == [4.0, 5.0, 6.0, 7.0]
+    assert (7 - distances[0]).tolist() == cache.k[0, :, 0, 0].tolist()
+
+
+def test_rope_scores_depend_on_distance_only():
+    frequencies = inverse_frequencies(8, 10_000.0)
+    q, k = jnp.asarray(X[:1, :1, None, :8]), jnp.asarray(X[1:, :1, None, :8])
+    score = lambda i, j: jnp.sum(
+        apply_rope(q, jnp.array([[i]]), frequencies) * apply_rope(k, jnp.array([[j]]), frequencies)
+    )
+    np.testing.assert_allclose(score(17, 5), score(112, 100), rtol=1e-4)
+    assert abs(score(17, 5) - score(17, 6)) > 1e-3
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
+    plain = inverse_frequencies(64, 10_000.0)
+    scaled = inverse_frequencies(64, 10_000.0, yarn_factor=8.0, yarn_original_length=4096)
+    turns = plain * 4096 / (2 * np.pi)
+    np.testing.assert_allclose(scaled[turns > 40], plain[turns > 40], rtol=1e-6)
+    np.testing.assert_allclose(scaled[turns < 0.7], plain[turns < 0.7] / 8, rtol=1e-6)
+    assert (np.diff(scaled) < 0).all()

@@ -1,0 +1,76 @@
+"""attention's kernels on the GPU of this machine: values and gradients. Run by benchmarks/gpu.sh.
+
+Elsewhere skipped; with DEVICE_TESTS=interpret a few cases run interpreted on the CPU, to try this file itself.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import EVERYTHING, cast, draw, truth, value_and_gradients
+from helpers import rel_rms
+
+from kernels_pallas.attention import NORMALIZERS, attention_step
+
+INTERPRET = os.environ.get("DEVICE_TESTS") == "interpret"
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "gpu" and not INTERPRET,
+    reason="there is no GPU here (benchmarks/gpu.sh)",
+)
+# float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded to them.
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
+ONE_PASS = {
+    name: normalizer.for_length(300)
+    for name, normalizer in NORMALIZERS.items()
+    if normalizer.walks == 1
+}
+
+
+def compare(dtype: str, **case) -> None:
+    arrays, options = draw(**case)
+    arrays = cast(arrays, dtype)
+    got = value_and_gradients(arrays, implementation="gpu", interpret=INTERPRET, **options)
+    want = truth(arrays, **options)
+    errors = {name: rel_rms(got[name], want[name]) for name in want}
+    # The gradient of a number a head is a sum of many terms that cancel.
+    assert all(e <= TOLERANCE[dtype] * (5 if got[n].ndim == 1 else 1) for n, e in errors.items()), (
+        errors
+    )
+
+
+@pytest.mark.parametrize("gate", [None, "head-wise", "element-wise"])
+@pytest.mark.parametrize("mask", [{}, dict(window=100), dict(segments=True), dict(causal=False)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_masks_and_gates(dtype, mask, gate):
+    if INTERPRET and (dtype, gate, mask) != ("float32", "head-wise", {}):
+        pytest.skip("one case when interpreted")
+    compare(dtype, T=50 if INTERPRET else 700, gate=gate, K=64, V=64, **mask)
+
+
+@pytest.mark.parametrize("normalizer", ONE_PASS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_normalizer_of_one_walk(dtype, normalizer):
+    if INTERPRET:
+        pytest.skip("tests/kernels_pallas/attention/test_attention_gpu.py has these")
+    compare(dtype, T=300, gate="element-wise", K=64, V=128, normalizer=normalizer)
+
+
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+def test_sizes_of_heads(D):
+    if INTERPRET:
+        pytest.skip("large")
+    compare("bfloat16", **EVERYTHING | dict(T=1000, K=D, V=D, window=300))
+
+
+@pytest.mark.parametrize("normalizer", ONE_PASS)
+def test_a_decoding_step(normalizer):
+    if INTERPRET and normalizer != "softmax":
+        pytest.skip("tests/kernels_pallas/attention/test_attention_step_gpu.py has these")
+    r = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)
+    q, k, v = normal(2, 8, 128), normal(2, 3000, 2, 128), normal(2, 3000, 2, 128)
+    options = dict(valid=jnp.asarray(r.random((2, 3000)) < 0.5), normalizer=ONE_PASS[normalizer])
+    got = attention_step(q, k, v, **options, implementation="gpu", interpret=INTERPRET)
+    assert rel_rms(got, attention_step(q, k, v, **options, implementation="reference")) <= 1e-4
