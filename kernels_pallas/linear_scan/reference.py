@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-DENOMINATOR_FLOOR = 1e-6
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
+from kernels_pallas.linear_scan.normalize import DENOMINATOR_FLOOR
 
 
-def linear_scan_step(
-    q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool
-):
+def linear_scan_step(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
+    q, k, v, log_decay, bonus, state = inputs
+    inclusive, scale, normalize = options
     H, dtype, out_dtype = q.shape[1], state.dtype, v.dtype
     q, k, v = q.astype(dtype), _repeat_heads(k, H).astype(dtype), _repeat_heads(v, H).astype(dtype)
     if normalize:
@@ -34,21 +35,11 @@ def linear_scan_step(
     return o.astype(out_dtype), new_state
 
 
-def linear_scan(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    *,
-    inclusive: bool,
-    scale: float,
-    reverse: bool,
-    normalize: bool,
-) -> tuple[Array, Array]:
+def linear_scan(inputs: ScanInputs, options: ScanOptions) -> tuple[Array, Array]:
     """As `api.linear_scan`, with the state given and log_decay None, [B, T, H] or [B, T, H, K] (B may be 1)."""
+    q, k, v, log_decay, bonus, initial_state, segment_ids = inputs
+    reverse = options.reverse
+    step_options = StepOptions(options.inclusive, options.scale, options.normalize)
     B, T = q.shape[:2]
     starts = (
         jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids, reverse)
@@ -57,9 +48,7 @@ def linear_scan(
     def step(state, token):
         *token, start = token
         state = jnp.where(start[:, None, None, None], 0.0, state)
-        o, state = linear_scan_step(
-            *token, bonus, state, inclusive=inclusive, scale=scale, normalize=normalize
-        )
+        o, state = linear_scan_step(StepInputs(*token, bonus, state), step_options)
         return state, o
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, starts))

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.api import linear_scan
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
-from kernels_pallas.linear_scan.xla import _ratio, _with_ones
 
 CHUNK = 128
 
@@ -53,7 +53,7 @@ def linear_scan_sharded(
     if (
         normalize
     ):  # the two halves of a ratio: added up over devices, in float32, before they are divided
-        v, scale = _with_ones(v.astype(jnp.float32)), 1.0
+        v, scale = append_ones(v.astype(jnp.float32)), 1.0
     o, state = linear_scan(
         q,
         k,
@@ -76,7 +76,7 @@ def linear_scan_sharded(
     reads = scale * q.astype(before.dtype) * jnp.exp(met.by_reads)
     missed = jnp.einsum("bthk,bhkv->bthv", reads, before, precision=precision)
     o = o.astype(missed.dtype) + missed
-    o = (_ratio(o) if normalize else o).astype(out_dtype)
+    o = (divide_by_last(o) if normalize else o).astype(out_dtype)
     return (o, after) if return_final_state else o
 
 

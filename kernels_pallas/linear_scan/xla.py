@@ -19,7 +19,9 @@ from jaxtyping import Bool, Float
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
 from kernels_pallas.linear_scan import tile
-from kernels_pallas.linear_scan.reference import DENOMINATOR_FLOOR, segment_starts
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
+from kernels_pallas.linear_scan.reference import segment_starts
 
 OUT_NAME = "linear_scan_out"
 STATES_NAME = "linear_scan_states"
@@ -47,33 +49,21 @@ class Inputs(NamedTuple):
     starts: Bool[Array, "B T"] | None
 
 
-def linear_scan(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    *,
-    inclusive: bool,
-    scale: float,
-    reverse: bool,
-    normalize: bool,
-    chunk_size: int | None,
-) -> tuple[Array, Array]:
+def linear_scan(inputs: ScanInputs, options: ScanOptions) -> tuple[Array, Array]:
     """As `api.linear_scan`, with the state given and log_decay None, [B, T, H] or [B, T, H, K] (B may be 1).
 
     Brings `reverse` and `normalize` to the one recurrence of `_scan`: a flip, and a column of ones.
     """
+    q, k, v, log_decay, bonus, initial_state, segment_ids = inputs
+    inclusive, scale, reverse, normalize, chunk_size, _ = options
     out_dtype = v.dtype
     if normalize:
-        v = _with_ones(v)
+        v = append_ones(v)
     starts = None if segment_ids is None else segment_starts(segment_ids, reverse)
-    inputs = Inputs(q, k, v, log_decay, starts)
+    tokens = Inputs(q, k, v, log_decay, starts)
     if reverse:
-        inputs = jax.tree.map(lambda x: jnp.flip(x, 1), inputs)
-    chunk, chunks = _cut(inputs, chunk_size)
+        tokens = jax.tree.map(lambda x: jnp.flip(x, 1), tokens)
+    chunk, chunks = _cut(tokens, chunk_size)
     # The two halves of a ratio keep float32 until they are divided.
     plan = Plan(
         inclusive,
@@ -82,18 +72,10 @@ def linear_scan(
         chunks,
         initial_state.dtype if normalize else out_dtype,
     )
-    o, final_state = _scan(plan, inputs, bonus, initial_state)
+    o, final_state = _scan(plan, tokens, bonus, initial_state)
     if reverse:
         o = jnp.flip(o, 1)
-    return (_ratio(o).astype(out_dtype) if normalize else o), final_state
-
-
-def _with_ones(v: Array) -> Array:
-    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-
-
-def _ratio(o: Array) -> Array:
-    return o[..., :-1] / jnp.maximum(jnp.abs(o[..., -1:]), DENOMINATOR_FLOOR)
+    return (divide_by_last(o).astype(out_dtype) if normalize else o), final_state
 
 
 def _cut(inputs: Inputs, chunk_size: int | None) -> tuple[int, int]:
@@ -232,14 +214,14 @@ def _chunks(plan: Plan, x: Array, num_heads: int) -> Array:
     return jnp.repeat(x, num_heads // heads, axis=1)
 
 
-def linear_scan_step(
-    q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool
-):
+def linear_scan_step(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
+    q, k, v, log_decay, bonus, state = inputs
+    inclusive, scale, normalize = options
     H, dtype, out_dtype = q.shape[1], state.dtype, v.dtype
     v, state = opaque((v, state))
     if normalize:
-        v, scale = _with_ones(v), 1.0
+        v, scale = append_ones(v), 1.0
     q, k, v = (jnp.repeat(x, H // x.shape[1], axis=1).astype(dtype) for x in (q, k, v))
     q = q * scale
     new_state = k[..., :, None] * v[..., None, :]
@@ -251,4 +233,4 @@ def linear_scan_step(
     o = jnp.einsum("bhk,bhkv->bhv", q, new_state if inclusive else state, precision="highest")
     if bonus is not None:  # the token's own write, without an array as large as the state
         o += tile.own_scores(q, k, bonus.astype(dtype))[..., None] * v
-    return (_ratio(o) if normalize else o).astype(out_dtype), new_state
+    return (divide_by_last(o) if normalize else o).astype(out_dtype), new_state

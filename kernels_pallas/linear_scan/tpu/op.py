@@ -20,20 +20,23 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.common.mesh import varying_axes, varying_like
 from kernels_pallas.common.padding import padded
 from kernels_pallas.linear_scan import tile
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu import kernel as tpu_kernel
 from kernels_pallas.linear_scan.tpu.plan import Inputs, Plan
 from kernels_pallas.linear_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
-from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME, _ratio, _with_ones
+from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
 LANES = 128
 
 
-def unsupported(
-    q, k, v, log_decay, initial_state, normalize: bool, chunk_size: int | None
-) -> str | None:
-    """Why this room cannot take a call, or None when it can."""
-    if any(x is not None and x.dtype == jnp.float64 for x in (q, k, v, log_decay, initial_state)):
+def unsupported(inputs: ScanInputs, options: ScanOptions) -> str | None:
+    """Why this backend cannot take a call, or None when it can."""
+    q, k, v, log_decay, bonus, initial_state, _ = inputs
+    normalize, chunk_size = options.normalize, options.chunk_size
+    floats = (q, k, v, log_decay, bonus, initial_state)
+    if any(x is not None and x.dtype == jnp.float64 for x in floats):
         return "does not compute in float64"
     if max(q.shape[-1], v.shape[-1] + normalize) > MAX_D:
         return f"takes K and V up to {MAX_D} (with normalize up to {MAX_D - 1}), not {q.shape[-1]} and {v.shape[-1]}"
@@ -43,26 +46,14 @@ def unsupported(
 
 
 def linear_scan(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    *,
-    inclusive: bool,
-    scale: float,
-    reverse: bool,
-    normalize: bool,
-    chunk_size: int | None,
-    return_final_state: bool,
-    interpret: bool,
+    inputs: ScanInputs, options: ScanOptions, *, interpret: bool = False
 ) -> tuple[Array, Array | None]:
     """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns (o, final state)."""
+    q, k, v, log_decay, bonus, initial_state, segment_ids = inputs
+    inclusive, scale, reverse, normalize, chunk_size, return_final_state = options
     (B, T, H, K), V, out_dtype = q.shape, v.shape[-1] + normalize, v.dtype
     if normalize:
-        v = _with_ones(v)
+        v = append_ones(v)
     # Mosaic does not convert to or from float16.
     known = lambda x: x.astype(jnp.float32) if x is not None and x.dtype == jnp.float16 else x
     q, k, v, log_decay, bonus = map(known, (q, k, v, log_decay, bonus))
@@ -94,7 +85,7 @@ def linear_scan(
     o = o.reshape(B, rows, H, plan.V)[:, :T, :, :V]
     if final_state is not None:
         final_state = jnp.swapaxes(final_state[:, :, :V, :K], 2, 3)
-    return (_ratio(o) if normalize else o).astype(out_dtype), final_state
+    return (divide_by_last(o) if normalize else o).astype(out_dtype), final_state
 
 
 def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret) -> Plan:

@@ -14,36 +14,29 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import VMEM_LIMIT, in_hbm
-from kernels_pallas.linear_scan.xla import _ratio, _with_ones
+from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 
 STATE_BYTES_IN_STEP = 2**21  # a grid step's states; in and out, each twice in flight: 8 MiB
 ROWS, LANES = 8, 128
 
 
-def unsupported(*arrays: Array | None) -> str | None:
-    """Why this room cannot take one decoding step, or None when it can."""
-    if any(x is not None and x.dtype == jnp.float64 for x in arrays):
+def unsupported(inputs: StepInputs, options: StepOptions) -> str | None:
+    """Why this backend cannot take one decoding step, or None when it can."""
+    if any(x is not None and x.dtype == jnp.float64 for x in inputs):
         return "does not compute in float64"
     return None
 
 
 def linear_scan_step(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    state,
-    *,
-    inclusive: bool,
-    scale: float,
-    normalize: bool,
-    interpret: bool,
+    inputs: StepInputs, options: StepOptions, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
+    q, k, v, log_decay, bonus, state = inputs
+    inclusive, scale, normalize = options
     (B, H, K), out_dtype = q.shape, v.dtype
     if normalize:
-        v, scale = _with_ones(v), 1.0
+        v, scale = append_ones(v), 1.0
     q, k, v = (jnp.repeat(x.astype(jnp.float32), H // x.shape[1], axis=1) for x in (q, k, v))
     q = q * scale
     rows = [q, k]
@@ -58,7 +51,7 @@ def linear_scan_step(
     o = read[:, :, 0]
     if bonus is not None:
         o += jnp.sum(q * bonus.astype(jnp.float32) * k, axis=-1, keepdims=True) * v
-    return (_ratio(o) if normalize else o).astype(out_dtype), new_state
+    return (divide_by_last(o) if normalize else o).astype(out_dtype), new_state
 
 
 def _call(
