@@ -1,7 +1,8 @@
-"""`linear_scan` and `linear_scan_step`: the public functions. Checks, defaults and the choice of backend."""
+"""`linear_scan` and `linear_scan_step`: the public functions, with checks and defaults."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax.numpy as jnp
 from jax import Array
@@ -46,44 +47,50 @@ def linear_scan(
     """Gated linear attention: one matrix state per head, decayed per key channel at every token.
 
         S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t
-        o_t = scale q_t S_t                                  inclusive (linear attention, RetNet, Mamba-2, GLA, HGRN2)
-        o_t = scale q_t (S_{t-1} + diag(bonus) k_t^T v_t)    exclusive (RWKV-6): S_{t-1} before step t's decay
+        o_t = scale q_t S_t                                  inclusive
+        o_t = scale q_t (S_{t-1} + diag(bonus) k_t^T v_t)    exclusive: S_{t-1} before its decay
 
-    Differentiable in every float input and through the final state. Time and memory are linear in T. On a mesh
-    (`jax.set_mesh`) the kernels run on each device's own rows and heads, see `kernels_pallas.common.mesh`. If T is
-    split over devices, use `linear_scan_sharded`.
+    Linear attention, RetNet, Mamba-2, GLA and HGRN2 are inclusive, RWKV-6 is exclusive.
+    Differentiable in every float input and through the final state. Time and memory are linear in
+    T. On a mesh (`jax.set_mesh`) the kernels run on each device's own rows and heads, see
+    `kernels_pallas.common.mesh`. If T is split over devices, use `linear_scan_sharded`.
 
     Args:
-      q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk and Hv divide H: query
-        head h uses key head h // (H / Hk) and value head h // (H / Hv).
-      log_decay: g, natural logs of decays, <= 0. Not checked: values are unknown under jit, and a positive one makes
-        the state grow. None (linear attention), [H] (RetNet), [B, T, H] (Mamba-2, simple GLA) or [B, T, H, K] (GLA,
-        HGRN2, RWKV-6). Any size down to -inf is safe; below -1000 a decay is exactly 0.
-      bonus: u of RWKV-6, the weight of a token's own write in its exclusive read; None is 0. Needs inclusive=False.
+      q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk and
+        Hv divide H: query head h uses key head h // (H / Hk) and value head h // (H / Hv).
+      log_decay: g, natural logs of decays, <= 0. None (linear attention), [H] (RetNet), [B, T, H]
+        (Mamba-2, simple GLA) or [B, T, H, K] (GLA, HGRN2, RWKV-6). Any size down to -inf is safe;
+        below -1000 a decay is exactly 0. The sign is not checked: values are unknown under jit, and
+        a positive log makes the state grow.
+      bonus: u of RWKV-6, the weight of a token's own write in its exclusive read; None is 0. Needs
+        inclusive=False.
       inclusive: whether a token reads the state after its own update or before it.
-      initial_state: the state before the first token of the recurrence; zeros if None. With `normalize`, V + 1 columns.
-      segment_ids: documents packed in a row. The state is reset where the id changes, so no token sees another
-        segment; `initial_state` belongs to the first segment of the recurrence and the final state to the last.
+      initial_state: the state before the first token of the recurrence; zeros if None. With
+        `normalize`, V + 1 columns.
+      segment_ids: documents packed in a row. The state is reset where the id changes, so no token
+        sees another segment; `initial_state` belongs to the first segment of the recurrence and the
+        final state to the last.
       scale: a number, K**-0.5 if None.
-      reverse: run from the last token to the first: `initial_state` enters before token T-1, the final state leaves
-        after token 0.
-      normalize: divide by the sum of a query's weights. A column of ones is appended to v, so states have V + 1
-        columns, and o_t = num_t / max(|den_t|, 1e-6) with (num_t, den_t) = q_t S_t, unscaled: `scale` has no effect.
+      reverse: run from the last token to the first: `initial_state` enters before token T-1, the
+        final state leaves after token 0.
+      normalize: divide by the sum of a query's weights. A column of ones is appended to v, so
+        states have V + 1 columns, and o_t = num_t / max(|den_t|, 1e-6) with
+        (num_t, den_t) = q_t S_t, unscaled: `scale` has no effect.
       return_final_state: also return the state after the last token of the recurrence.
-      chunk_size: tokens computed as one matrix, a power of two up to 512 (TPU: 16 to 128). The result does not depend
-        on it.
+      chunk_size: tokens computed as one matrix, a power of two up to 512 (TPU: 16 to 128). The
+        result does not depend on it.
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
 
     Returns:
-      o in v's dtype, or (o, final state) with the state in float32 (float64 if an input is float64).
+      o in v's dtype, or (o, final state) with the state in float32, float64 if an input is.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
       NotImplementedError: the implementation asked for does not cover this call.
 
-    Sources: GLA, arXiv 2312.06635, section 4; RetNet 2307.08621; Mamba-2 2405.21060; HGRN2 2404.07904;
-    RWKV-6 2404.05892.
+    Sources: GLA, arXiv 2312.06635, section 4; RetNet 2307.08621; Mamba-2 2405.21060;
+    HGRN2 2404.07904; RWKV-6 2404.05892.
     """
     op = "linear_scan"
     _check_tokens(op, q, k, v, log_decay, has_time=True)
@@ -107,7 +114,7 @@ def linear_scan(
     )
     options = ScanOptions(
         inclusive=inclusive,
-        scale=default_scale(scale, K),
+        scale=1.0 if normalize else default_scale(scale, K),
         reverse=reverse,
         normalize=normalize,
         chunk_size=chunk_size,
@@ -124,7 +131,7 @@ def linear_scan(
         inputs = _prepare_scan(inputs)
 
         def run(*arrays: Array | None) -> tuple[Array, Array | None]:
-            return kernel.linear_scan(ScanInputs(*arrays), options, interpret=interpret)
+            return kernel.linear_scan(ScanInputs._make(arrays), options, interpret=interpret)
 
         o, final_state = _scan_on_mesh(run, inputs)
     else:
@@ -136,7 +143,10 @@ def linear_scan(
         inputs = _prepare_scan(inputs)
         plain = reference if chosen == "reference" else xla
         o, final_state = plain.linear_scan(inputs, options)
-    return (o, final_state) if return_final_state else o
+    if not return_final_state:
+        return o
+    assert final_state is not None
+    return o, final_state
 
 
 def linear_scan_step(
@@ -155,8 +165,8 @@ def linear_scan_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K Vs"]]:
     """One token of `linear_scan`, for decoding: the same formulas and arguments without T.
 
-    On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel updates the states in place: donate `state` to
-    the surrounding jit, or XLA copies it first.
+    On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel updates the states in
+    place: donate `state` to the surrounding jit, or XLA copies it first.
 
     Args:
       q, k, v: the query, key and value of one token.
@@ -191,7 +201,7 @@ def linear_scan_step(
     )
     options = StepOptions(
         inclusive=inclusive,
-        scale=default_scale(scale, q.shape[-1]),
+        scale=1.0 if normalize else default_scale(scale, q.shape[-1]),
         normalize=normalize,
     )
 
@@ -203,10 +213,10 @@ def linear_scan_step(
     inputs = _prepare_step(inputs)
 
     def run_on_tpu(*arrays: Array) -> tuple[Array, Array]:
-        return tpu_step.linear_scan_step(StepInputs(*arrays), options, interpret=interpret)
+        return tpu_step.linear_scan_step(StepInputs._make(arrays), options, interpret=interpret)
 
     def run_on_gpu(*arrays: Array) -> tuple[Array, Array]:
-        return gpu_step.linear_scan_step(StepInputs(*arrays), options)
+        return gpu_step.linear_scan_step(StepInputs._make(arrays), options)
 
     if chosen == "tpu":
         return _step_on_mesh(run_on_tpu, inputs)
@@ -222,26 +232,26 @@ def linear_scan_step(
 def _prepare_scan(inputs: ScanInputs) -> ScanInputs:
     """The state in the dtype of the computation, and all arrays varying over the same mesh axes.
 
-    A replicated input, such as a bonus, must vary inside `shard_map` before it enters a custom_vjp or a scan: the
-    transpose of that cast is the sum of its gradient over the mesh axis.
+    A replicated input, such as a bonus, must vary inside `shard_map` before it enters a custom_vjp
+    or a scan: the transpose of that cast is the sum of its gradient over the mesh axis.
     """
-    floats = inputs._replace(segment_ids=None)
-    state = _in_computation_dtype(inputs.initial_state, floats)
-    return ScanInputs(*all_varying(*inputs._replace(initial_state=state)))
+    if inputs.initial_state is not None:
+        dtype = _computation_dtype(inputs._replace(segment_ids=None))
+        inputs = inputs._replace(initial_state=inputs.initial_state.astype(dtype))
+    return ScanInputs._make(all_varying(*inputs))
 
 
 def _prepare_step(inputs: StepInputs) -> StepInputs:
     """As `_prepare_scan`, for one token."""
-    state = _in_computation_dtype(inputs.state, inputs)
-    return StepInputs(*all_varying(*inputs._replace(state=state)))
+    dtype = _computation_dtype(inputs)
+    inputs = inputs._replace(state=inputs.state.astype(dtype))
+    return StepInputs._make(all_varying(*inputs))
 
 
-def _in_computation_dtype(state: Array | None, floats: tuple[Array | None, ...]) -> Array | None:
-    """The state in float32, or in float64 where any of `floats` is float64."""
-    if state is None:
-        return None
+def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:
+    """float32, or float64 where any of `floats` is float64."""
     dtypes = [x.dtype for x in floats if x is not None]
-    return state.astype(jnp.promote_types(jnp.float32, jnp.result_type(*dtypes)))
+    return jnp.promote_types(jnp.float32, jnp.result_type(*dtypes))
 
 
 # --- kernels on a mesh: every device computes its own rows ("b") and heads ("h")
@@ -249,29 +259,38 @@ def _in_computation_dtype(state: Array | None, floats: tuple[Array | None, ...])
 
 def _scan_on_mesh(run: Callable, inputs: ScanInputs) -> tuple[Array, Array | None]:
     log_decay = inputs.log_decay
-    axes = ScanInputs(
-        q="b.h.",
-        k="b.h.",
-        v="b.h.",
-        log_decay="b.h" if log_decay is None or log_decay.ndim == 3 else "b.h.",
-        bonus="h.",
-        initial_state="bh..",
-        segment_ids="b.",
+    is_scalar = log_decay is None or log_decay.ndim == 3
+    axes = (
+        "b.h.",  # q
+        "b.h.",  # k
+        "b.h.",  # v
+        "b.h" if is_scalar else "b.h.",  # log_decay
+        "h.",  # bonus
+        "bh..",  # initial_state
+        "b.",  # segment_ids
     )
-    return by_rows_and_heads(run, inputs, axes, ("b.h.", "bh.."), _common_heads(inputs))
+    output_axes = ("b.h.", "bh..")
+    o, final_state = by_rows_and_heads(run, inputs, axes, output_axes, _common_heads(inputs))
+    assert o is not None
+    return o, final_state
 
 
 def _step_on_mesh(run: Callable, inputs: StepInputs) -> tuple[Array, Array]:
     log_decay = inputs.log_decay
-    axes = StepInputs(
-        q="bh.",
-        k="bh.",
-        v="bh.",
-        log_decay="bh" if log_decay is None or log_decay.ndim == 2 else "bh.",
-        bonus="h.",
-        state="bh..",
+    is_scalar = log_decay is None or log_decay.ndim == 2
+    axes = (
+        "bh.",  # q
+        "bh.",  # k
+        "bh.",  # v
+        "bh" if is_scalar else "bh.",  # log_decay
+        "h.",  # bonus
+        "bh..",  # state
     )
-    return by_rows_and_heads(run, inputs, axes, ("bh.", "bh.."), _common_heads(inputs))
+    output_axes = ("bh.", "bh..")
+    o, new_state = by_rows_and_heads(run, inputs, axes, output_axes, _common_heads(inputs))
+    assert o is not None
+    assert new_state is not None
+    return o, new_state
 
 
 def _common_heads(inputs: ScanInputs | StepInputs) -> int:
@@ -286,7 +305,14 @@ def _common_heads(inputs: ScanInputs | StepInputs) -> int:
 # --- checks
 
 
-def _check_tokens(op: str, q, k, v, log_decay, has_time: bool) -> None:
+def _check_tokens(
+    op: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    has_time: bool,
+) -> None:
     """q, k, v and log_decay: number of axes, sizes and dtypes."""
     leading = "B, T" if has_time else "B"
     expected_axes = {
@@ -317,13 +343,13 @@ def _check_tokens(op: str, q, k, v, log_decay, has_time: bool) -> None:
         check_float(op, "log_decay", log_decay)
 
 
-def _raise_for_q(op: str, name: str, x, q, expected: list) -> None:
+def _raise_for_q(op: str, name: str, x: Array, q: Array, expected: list) -> NoReturn:
     raise ValueError(
         f"{op}: {name}: got shape {x.shape}, expected {expected} for q of shape {q.shape}"
     )
 
 
-def _check_bonus(op: str, q, bonus, inclusive: bool) -> None:
+def _check_bonus(op: str, q: Array, bonus: Array | None, inclusive: bool) -> None:
     if bonus is None:
         return
     if inclusive:
@@ -335,7 +361,14 @@ def _check_bonus(op: str, q, bonus, inclusive: bool) -> None:
     check_float(op, "bonus", bonus)
 
 
-def _check_state(op: str, name: str, q, v, state, normalize: bool) -> None:
+def _check_state(
+    op: str,
+    name: str,
+    q: Array,
+    v: Array,
+    state: Array | None,
+    normalize: bool,
+) -> None:
     if state is None:
         return
     B = q.shape[0]
@@ -345,7 +378,7 @@ def _check_state(op: str, name: str, q, v, state, normalize: bool) -> None:
     check_float(op, name, state)
 
 
-def _check_segment_ids(op: str, q, segment_ids) -> None:
+def _check_segment_ids(op: str, q: Array, segment_ids: Array | None) -> None:
     if segment_ids is None:
         return
     check_shape(op, "segment_ids", segment_ids, q.shape[:2])

@@ -1,4 +1,4 @@
-"""The normalizer of `linear_scan`: a column of ones in v, and the division by what it accumulates."""
+"""`linear_scan(normalize=True)`: a column of ones in v, and the division by what it accumulates."""
 
 import jax.numpy as jnp
 from jax import Array
