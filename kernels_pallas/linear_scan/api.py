@@ -2,23 +2,22 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.common.checks import (
-    all_varying,
-    check_float,
-    check_integer,
-    check_interpret,
-    check_shape,
-    default_scale,
-)
+from kernels_pallas.common.checks import all_varying, check_interpret, default_scale
 from kernels_pallas.common.mesh import by_rows_and_heads
-from kernels_pallas.linear_scan import reference, tile, xla
+from kernels_pallas.linear_scan import reference, xla
+from kernels_pallas.linear_scan.checks import (
+    check_bonus,
+    check_chunk_size,
+    check_segment_ids,
+    check_state,
+    check_tokens,
+)
 from kernels_pallas.linear_scan.gpu import op as gpu
 from kernels_pallas.linear_scan.gpu import step as gpu_step
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
@@ -93,15 +92,16 @@ def linear_scan(
     HGRN2 2404.07904; RWKV-6 2404.05892.
     """
     op = "linear_scan"
-    _check_tokens(op, q, k, v, log_decay, has_time=True)
-    _check_bonus(op, q, bonus, inclusive)
-    _check_state(op, "initial_state", q, v, initial_state, normalize)
-    _check_segment_ids(op, q, segment_ids)
-    _check_chunk_size(op, chunk_size)
+    check_tokens(op, q, k, v, log_decay, has_time=True)
+    check_bonus(op, q, bonus, inclusive)
+    check_state(op, "initial_state", q, v, initial_state, normalize)
+    check_segment_ids(op, q, segment_ids)
+    check_chunk_size(op, chunk_size)
     check_interpret(op, interpret, implementation)
 
     B, T, H, K = q.shape
     if log_decay is not None and log_decay.ndim == 1:
+        # RetNet: one decay for all rows and tokens. Backends take the axes B and T, B may be 1.
         log_decay = jnp.broadcast_to(log_decay, (1, T, H))
     inputs = ScanInputs(
         q=q,
@@ -121,6 +121,7 @@ def linear_scan(
         return_final_state=return_final_state,
     )
 
+    # A backend says why it cannot take the call, or None.
     refusals = {
         "tpu": tpu.unsupported(inputs, options),
         "gpu": gpu.unsupported(inputs, options),
@@ -131,7 +132,11 @@ def linear_scan(
         inputs = _prepare_scan(inputs)
 
         def run(*arrays: Array | None) -> tuple[Array, Array | None]:
-            return kernel.linear_scan(ScanInputs._make(arrays), options, interpret=interpret)
+            return kernel.linear_scan(
+                ScanInputs._make(arrays),
+                options,
+                interpret=interpret,
+            )
 
         o, final_state = _scan_on_mesh(run, inputs)
     else:
@@ -184,9 +189,9 @@ def linear_scan_step(
       NotImplementedError: the implementation asked for does not cover this call.
     """
     op = "linear_scan_step"
-    _check_tokens(op, q, k, v, log_decay, has_time=False)
-    _check_bonus(op, q, bonus, inclusive)
-    _check_state(op, "state", q, v, state, normalize)
+    check_tokens(op, q, k, v, log_decay, has_time=False)
+    check_bonus(op, q, bonus, inclusive)
+    check_state(op, "state", q, v, state, normalize)
     check_interpret(op, interpret, implementation)
 
     if log_decay is not None and log_decay.ndim == 1:
@@ -210,10 +215,15 @@ def linear_scan_step(
         "gpu": gpu_step.unsupported(inputs, options, interpret=interpret),
     }
     chosen = dispatch.choose(op, implementation, refusals)
+    # From here on the state is in the dtype of the computation.
     inputs = _prepare_step(inputs)
 
     def run_on_tpu(*arrays: Array) -> tuple[Array, Array]:
-        return tpu_step.linear_scan_step(StepInputs._make(arrays), options, interpret=interpret)
+        return tpu_step.linear_scan_step(
+            StepInputs._make(arrays),
+            options,
+            interpret=interpret,
+        )
 
     def run_on_gpu(*arrays: Array) -> tuple[Array, Array]:
         return gpu_step.linear_scan_step(StepInputs._make(arrays), options)
@@ -250,6 +260,7 @@ def _prepare_step(inputs: StepInputs) -> StepInputs:
 
 def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:
     """float32, or float64 where any of `floats` is float64."""
+    # Half-precision inputs are accumulated in float32.
     dtypes = [x.dtype for x in floats if x is not None]
     return jnp.promote_types(jnp.float32, jnp.result_type(*dtypes))
 
@@ -270,7 +281,13 @@ def _scan_on_mesh(run: Callable, inputs: ScanInputs) -> tuple[Array, Array | Non
         "b.",  # segment_ids
     )
     output_axes = ("b.h.", "bh..")
-    o, final_state = by_rows_and_heads(run, inputs, axes, output_axes, _common_heads(inputs))
+    o, final_state = by_rows_and_heads(
+        run,
+        inputs,
+        axes,
+        output_axes,
+        _common_heads(inputs),
+    )
     assert o is not None
     return o, final_state
 
@@ -287,7 +304,13 @@ def _step_on_mesh(run: Callable, inputs: StepInputs) -> tuple[Array, Array]:
         "bh..",  # state
     )
     output_axes = ("bh.", "bh..")
-    o, new_state = by_rows_and_heads(run, inputs, axes, output_axes, _common_heads(inputs))
+    o, new_state = by_rows_and_heads(
+        run,
+        inputs,
+        axes,
+        output_axes,
+        _common_heads(inputs),
+    )
     assert o is not None
     assert new_state is not None
     return o, new_state
@@ -300,97 +323,3 @@ def _common_heads(inputs: ScanInputs | StepInputs) -> int:
         inputs.k.shape[-2],
         inputs.v.shape[-2],
     )
-
-
-# --- checks
-
-
-def _check_tokens(
-    op: str,
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array | None,
-    has_time: bool,
-) -> None:
-    """q, k, v and log_decay: number of axes, sizes and dtypes."""
-    leading = "B, T" if has_time else "B"
-    expected_axes = {
-        "q": f"[{leading}, H, K]",
-        "k": f"[{leading}, Hk, K]",
-        "v": f"[{leading}, Hv, V]",
-    }
-    num_axes = 4 if has_time else 3
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.ndim != num_axes or 0 in x.shape:
-            expected = expected_axes[name]
-            raise ValueError(
-                f"{op}: {name}: got shape {x.shape}, expected {expected} with no empty axis"
-            )
-        check_float(op, name, x)
-
-    *rows, H, K = q.shape
-    if [*k.shape[:-2]] != rows or H % k.shape[-2] or k.shape[-1] != K:
-        _raise_for_q(op, "k", k, q, [*rows, f"a divisor of {H}", K])
-    if [*v.shape[:-2]] != rows or H % v.shape[-2]:
-        _raise_for_q(op, "v", v, q, [*rows, f"a divisor of {H}", "V"])
-    if log_decay is not None:
-        shapes = ((H,), (*rows, H), (*rows, H, K))
-        if log_decay.shape not in shapes:
-            raise ValueError(
-                f"{op}: log_decay: got shape {log_decay.shape}, expected one of {shapes}"
-            )
-        check_float(op, "log_decay", log_decay)
-
-
-def _raise_for_q(op: str, name: str, x: Array, q: Array, expected: list) -> NoReturn:
-    raise ValueError(
-        f"{op}: {name}: got shape {x.shape}, expected {expected} for q of shape {q.shape}"
-    )
-
-
-def _check_bonus(op: str, q: Array, bonus: Array | None, inclusive: bool) -> None:
-    if bonus is None:
-        return
-    if inclusive:
-        raise ValueError(
-            f"{op}: bonus: got shape {bonus.shape} with inclusive=True, "
-            "expected inclusive=False or no bonus"
-        )
-    check_shape(op, "bonus", bonus, q.shape[-2:])
-    check_float(op, "bonus", bonus)
-
-
-def _check_state(
-    op: str,
-    name: str,
-    q: Array,
-    v: Array,
-    state: Array | None,
-    normalize: bool,
-) -> None:
-    if state is None:
-        return
-    B = q.shape[0]
-    H, K = q.shape[-2:]
-    num_columns = v.shape[-1] + normalize
-    check_shape(op, name, state, (B, H, K, num_columns))
-    check_float(op, name, state)
-
-
-def _check_segment_ids(op: str, q: Array, segment_ids: Array | None) -> None:
-    if segment_ids is None:
-        return
-    check_shape(op, "segment_ids", segment_ids, q.shape[:2])
-    check_integer(op, "segment_ids", segment_ids)
-
-
-def _check_chunk_size(op: str, chunk_size: int | None) -> None:
-    if chunk_size is None:
-        return
-    is_power_of_two = chunk_size > 0 and chunk_size & (chunk_size - 1) == 0
-    if not is_power_of_two or chunk_size > tile.MAX_CHUNK:
-        raise ValueError(
-            f"{op}: chunk_size: got {chunk_size}, "
-            f"expected a power of two from 1 to {tile.MAX_CHUNK}"
-        )

@@ -15,6 +15,7 @@ def append_ones(v: Float[Array, "*rows V"]) -> Float[Array, "*rows V+1"]:
 
 def divide_by_last(o: Float[Array, "*rows Vs"]) -> Float[Array, "*rows Vs-1"]:
     """Divides the columns of o by its last one, the sum of weights, kept away from 0."""
+    # |den|, not den: weights q k may be negative.
     numerator = o[..., :-1]
     denominator = jnp.abs(o[..., -1:])
     return numerator / jnp.maximum(denominator, DENOMINATOR_FLOOR)

@@ -32,6 +32,7 @@ def linear_scan_step(
         v = jnp.concatenate([v, ones], axis=-1)
 
     # S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t
+    # Outer products [K, V].
     write = k[..., :, None] * v[..., None, :]
     decayed = state
     if inputs.log_decay is not None:
@@ -68,6 +69,7 @@ def linear_scan(
         starts = jnp.zeros((B, T), bool)
     else:
         starts = segment_starts(inputs.segment_ids, options.reverse)
+    # What one token needs of the options.
     step_options = StepOptions(
         inclusive=options.inclusive,
         scale=options.scale,
@@ -76,6 +78,7 @@ def linear_scan(
 
     def step(state, token):
         q, k, v, log_decay, start = token
+        # A segment starts from an empty state.
         state = jnp.where(start[:, None, None, None], 0.0, state)
         step_inputs = StepInputs(
             q=q,
@@ -93,7 +96,12 @@ def linear_scan(
 
     arrays = (inputs.q, inputs.k, inputs.v, inputs.log_decay, starts)
     tokens = jax.tree.map(time_first, arrays)
-    final_state, o = jax.lax.scan(step, initial_state, tokens, reverse=options.reverse)
+    final_state, o = jax.lax.scan(
+        step,
+        initial_state,
+        tokens,
+        reverse=options.reverse,
+    )
     return jnp.moveaxis(o, 0, 1), final_state
 
 
@@ -104,6 +112,7 @@ def segment_starts(segment_ids: Int[Array, "B T"], reverse: bool) -> Bool[Array,
     reads `initial_state`.
     """
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    # Padded with False at the first token of the recurrence.
     first_token = (0, 1) if reverse else (1, 0)
     return jnp.pad(changes, ((0, 0), first_token))
 

@@ -73,6 +73,7 @@ def linear_scan_sharded(
         # Numerator and denominator are added up over devices, in float32, before they are divided.
         v = append_ones(v.astype(jnp.float32))
         scale = 1.0
+    # This device's own tokens, from an empty state.
     local_o, local_state = linear_scan(
         q,
         k,
@@ -107,7 +108,12 @@ def linear_scan_sharded(
     # What this device's queries read of the state before its first token.
     precision = "highest" if q.dtype.itemsize > 2 else None
     reads = scale * q.astype(state_before.dtype) * jnp.exp(logs.at_reads)
-    from_before = jnp.einsum("bthk,bhkv->bthv", reads, state_before, precision=precision)
+    from_before = jnp.einsum(
+        "bthk,bhkv->bthv",
+        reads,
+        state_before,
+        precision=precision,
+    )
     o = local_o.astype(from_before.dtype) + from_before
     if normalize:
         o = divide_by_last(o)
@@ -138,7 +144,11 @@ def _segment_starts_on_axis(
         receiver = sender + to_next_device
         if 0 <= receiver < num_devices:
             pairs.append((sender, receiver))
-    id_before = jax.lax.ppermute(segment_ids[:, last_token], axis_name, pairs)
+    id_before = jax.lax.ppermute(
+        segment_ids[:, last_token],
+        axis_name,
+        pairs,
+    )
 
     changes = segment_ids[:, first_token] != id_before
     is_start = changes & (device != first_device)
@@ -169,9 +179,11 @@ def _accumulated_logs(
     logs = jnp.maximum(logs, tile.LOG_ZERO)
     if starts is not None:
         starts = starts[:, :, None, None]
+        # A segment start empties the state: a decay of 0 to what comes before.
         logs = jnp.where(starts, tile.LOG_ZERO, logs)
     sums = _running_sums(logs, reverse)
     last_token = 0 if reverse else -1
+    # The last token of the recurrence has all logs in its sum.
     total = sums[:, last_token]
     if inclusive:
         return _AccumulatedLogs(sums, total)
@@ -211,14 +223,25 @@ def _running_sums(logs: Float[Array, "B T H K"], reverse: bool) -> Float[Array, 
     # Row i has ones at the tokens of the chunk up to i.
     ones = jnp.ones((CHUNK, CHUNK), logs.dtype)
     up_to_token = jnp.triu(ones) if reverse else jnp.tril(ones)
-    inside = jnp.einsum("ij,bnjhk->bnihk", up_to_token, chunks, precision="highest")
+    inside = jnp.einsum(
+        "ij,bnjhk->bnihk",
+        up_to_token,
+        chunks,
+        precision="highest",
+    )
 
     # Row i has ones at the chunks strictly before i.
     ones = jnp.ones((num_chunks, num_chunks), logs.dtype)
     before_chunk = jnp.triu(ones, 1) if reverse else jnp.tril(ones, -1)
     chunk_totals = chunks.sum(2)
-    before = jnp.einsum("ij,bjhk->bihk", before_chunk, chunk_totals, precision="highest")
+    before = jnp.einsum(
+        "ij,bjhk->bihk",
+        before_chunk,
+        chunk_totals,
+        precision="highest",
+    )
 
+    # Chunks before, plus tokens of the own chunk.
     sums = inside + before[:, :, None]
     return sums.reshape(B, -1, H, K)[:, :T]
 
@@ -246,6 +269,7 @@ def _exchange_states(
     num_devices = jax.lax.axis_size(axis_name)
     device = jax.lax.axis_index(axis_name)
     decay = jnp.exp(log_total)[..., None]
+    # [num_devices, B, H, ...]: small beside q, k and v of long sequences.
     decays, states = jax.lax.all_gather((decay, state), axis_name)
 
     # Every device runs the same short recurrence and keeps the state where its own tokens begin.

@@ -141,7 +141,12 @@ def running_sums(
     C = log_decay.shape[-1]
     ones = jnp.ones((C, C), parts.dtype)
     up_to_token = jnp.triu(ones) if reverse else jnp.tril(ones)
-    at_ends = jnp.einsum("...j,ij->...i", parts, up_to_token, precision="highest")
+    at_ends = jnp.einsum(
+        "...j,ij->...i",
+        parts,
+        up_to_token,
+        precision="highest",
+    )
     # A read sees log_read of its own token in place of log_decay.
     at_reads = at_ends - parts + read_parts
     return at_reads, at_ends
@@ -190,7 +195,13 @@ def vector_decay(
     total = jnp.exp(log_decay)
     scores = jnp.zeros((*q.shape[:-1], 1, 1), q.dtype)
     while total.shape[-2] > 1:
-        scores, reads, writes, total = _merge(scores, reads, writes, total, precision)
+        scores, reads, writes, total = _merge(
+            scores,
+            reads,
+            writes,
+            total,
+            precision,
+        )
     # The state is multiplied by this factor in every chunk that it lives through. Rounded once, not
     # C times, it is 60 to 160 times closer to the truth after 16k tokens with decays of 1e-4.
     chunk_total = jnp.exp(log_decay.sum(-2))
@@ -218,7 +229,12 @@ def _merge(
         # A batch of single dot products is slow as a matmul.
         cross = jnp.sum(right_reads * left_writes, -1, keepdims=True)
     else:
-        cross = jnp.einsum("...ik,...jk->...ij", right_reads, left_writes, precision=precision)
+        cross = jnp.einsum(
+            "...ik,...jk->...ij",
+            right_reads,
+            left_writes,
+            precision=precision,
+        )
     upper = jnp.concatenate([left_scores, jnp.zeros_like(cross)], -1)
     lower = jnp.concatenate([cross, right_scores], -1)
     merged_scores = jnp.concatenate([upper, lower], -2)

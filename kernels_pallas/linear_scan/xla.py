@@ -77,6 +77,7 @@ def linear_scan(
     if options.reverse:
         tokens = jax.tree.map(_flip_time, tokens)
 
+    # From here on the recurrence is forward and inclusive or exclusive.
     chunk, chunks = _chunks_and_groups(inputs.q.shape[1], options.chunk_size)
     plan = Plan(
         inclusive=options.inclusive,
@@ -136,6 +137,7 @@ def _forward(
     save: bool,
 ) -> tuple[tuple[Array, Array], Array | None]:
     """Returns (o, final state), and if `save` the states before each group [N, B, H, K, V]."""
+    # See `common/opaque.py`: XLA on CPU must not see that an empty state is a broadcast.
     tokens, state = opaque((tokens, state))
 
     def step(state, group):
@@ -149,8 +151,19 @@ def _forward(
     return (_join_groups(o, T), final_state), states
 
 
-def _forward_saving(plan: Plan, tokens: Tokens, bonus: Array | None, state: Array):
-    (o, final_state), states = _forward(plan, tokens, bonus, state, save=True)
+def _forward_saving(
+    plan: Plan,
+    tokens: Tokens,
+    bonus: Array | None,
+    state: Array,
+):
+    (o, final_state), states = _forward(
+        plan,
+        tokens,
+        bonus,
+        state,
+        save=True,
+    )
     outputs = (checkpoint_name(o, OUT_NAME), final_state)
     residuals = (tokens, bonus, checkpoint_name(states, STATES_NAME))
     return outputs, residuals
@@ -207,6 +220,7 @@ def _split_into_groups(plan: Plan, arrays):
     def split(x: Array) -> Array:
         B, T, *rest = x.shape
         x = padded(x, 1, T + -T % L)
+        # Groups first: `lax.scan` runs over axis 0.
         groups = x.reshape(B, -1, L, *rest)
         return jnp.moveaxis(groups, 1, 0)
 
@@ -240,23 +254,41 @@ def _group(
     v = _split_into_chunks(plan, group.v, H).astype(dtype)
     q = q * plan.scale
 
-    scores, reads, writes, total = _chunk_terms(plan, group, q, k, precision)
+    scores, reads, writes, total = _chunk_terms(
+        plan,
+        group,
+        q,
+        k,
+        precision,
+    )
     if plan.inclusive or bonus is not None:
         weight = None
         if not plan.inclusive:
             assert bonus is not None
             weight = bonus.astype(dtype)[:, None, None, :]
         diagonal = tile.diagonal_scores(q, k, weight)
+        # The tile's scores are strictly lower triangular.
         scores = scores + diagonal[..., None] * jnp.eye(plan.chunk, dtype=dtype)
 
     # The one sequential part: the state before each chunk.
-    updates = jnp.einsum("bhnck,bhncv->bhnkv", writes, v, precision=precision)
+    updates = jnp.einsum(
+        "bhnck,bhncv->bhnkv",
+        writes,
+        v,
+        precision=precision,
+    )
     states_before = []
     for n in range(plan.chunks):
         states_before.append(state)
+        # total is [.., K] or [.., 1]: a decay of the rows of S.
         state = total[:, :, n, :, None] * state + updates[:, :, n]
 
-    from_chunk = jnp.einsum("bhnij,bhnjv->bhniv", scores, v, precision=precision)
+    from_chunk = jnp.einsum(
+        "bhnij,bhnjv->bhniv",
+        scores,
+        v,
+        precision=precision,
+    )
     from_state = jnp.einsum(
         "bhnck,bhnkv->bhncv",
         reads,
@@ -266,6 +298,7 @@ def _group(
     o = from_chunk + from_state
     B, H, _, _, V = o.shape
     o = o.reshape(B, H, -1, V)
+    # [B, H, L, V] -> [B, L, H, V]
     return jnp.moveaxis(o, 1, 2), state
 
 
@@ -310,6 +343,7 @@ def _split_into_chunks(plan: Plan, x: Array, num_heads: int) -> Array:
     """
     B, _, heads, D = x.shape
     x = x.reshape(B, plan.chunks, plan.chunk, heads, D)
+    # [B, n, C, heads, D] -> [B, heads, n, C, D]
     x = jnp.moveaxis(x, 3, 1)
     return jnp.repeat(x, num_heads // heads, axis=1)
 
@@ -332,11 +366,13 @@ def linear_scan_step(
     k = _repeat_heads(inputs.k, H).astype(dtype)
     v = _repeat_heads(v, H).astype(dtype)
 
+    # k^T v, then the decayed state.
     new_state = k[..., :, None] * v[..., None, :]
     if inputs.log_decay is None:
         new_state += state
     else:
         decay = jnp.exp(inputs.log_decay.astype(dtype))
+        # [B, H] or [B, H, K] -> [B, H, 1 or K, 1]
         decay = decay.reshape(*decay.shape[:2], -1, 1)
         new_state += decay * state
     read = new_state if options.inclusive else state

@@ -14,10 +14,18 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Operand
-from kernels_pallas.linear_scan.tpu import scalar_decay, tile, vector_decay
+from kernels_pallas.linear_scan.tpu import (
+    scalar_decay,
+    tile,
+    vector_decay,
+    vector_decay_backward,
+)
 from kernels_pallas.linear_scan.tpu.call import call
 from kernels_pallas.linear_scan.tpu.plan import Grid, KernelInputs, Plan
 from kernels_pallas.linear_scan.tpu.tokens import Tokens
+
+# A generator that returns dq, dk, dv and dscores of one chunk of one head.
+type _Head = Generator[None, None, tuple[Array, Array, Array, Array]]
 
 
 def backward(
@@ -45,6 +53,7 @@ def backward(
     grid = Grid(plan, plan.backward, is_backward=True)
     B = x.q.shape[0]
     inputs = grid.inputs(x)
+    # Beside the forward kernel's inputs: the cotangents, and the states that it saved.
     inputs.append(grid.tokens("do", do, plan.H, plan.V))
     inputs.append(grid.states(states))
     if dfinal is not None:
@@ -57,13 +66,19 @@ def backward(
         _shared_heads_output(grid, "dv", x.v, x.q, plan.Hv, plan.V),
     ]
     if x.decay is not None and plan.decay == "vector":
+        # A log for every channel: written like q.
         ddecay = like(x.q, x.decay.shape, x.decay.dtype)
         outputs.append(grid.tokens("ddecay", ddecay, plan.H, plan.K))
     elif x.decay is not None:
         num_chunks = x.decay.shape[2]
-        ddecay = like(x.q, (B, plan.H, num_chunks, 1, plan.chunk), jnp.float32)
+        ddecay = like(
+            x.q,
+            (B, plan.H, num_chunks, 1, plan.chunk),
+            jnp.float32,
+        )
         outputs.append(grid.running_sums("ddecay", ddecay))
     if x.bonus is not None:
+        # Accumulated over all tokens of a row; the rows are summed outside.
         dbonus = like(x.q, (B, 1, plan.H * plan.K), jnp.float32)
         outputs.append(grid.bonus("dbonus", dbonus))
     if x.state is not None:
@@ -80,9 +95,10 @@ def _shared_heads_output(
     num_heads: int,
     D: int,
 ) -> Operand:
-    """dk or dv: one part for each block of query heads, in float32 if the parts are to be summed."""
+    """dk or dv: one part for each block of query heads, in float32 if parts are to be summed."""
     plan = grid.plan
     num_head_blocks = plan.H // grid.schedule.heads
+    # Every block of query heads writes all the heads that it uses.
     width = num_head_blocks * grid.num_slots(num_heads) * D
     has_parts = grid.group_size(num_heads) > grid.schedule.heads
     dtype = jnp.float32 if has_parts else array.dtype
@@ -94,7 +110,7 @@ def _kernel(grid: Grid, refs: dict, dstate_ref) -> None:
     plan = grid.plan
     options = plan.tile_options(grid.schedule)
 
-    # Step 0 is where the recurrence ended.
+    # Step 0 is where the recurrence ended. The scratch still holds another block of heads.
     @pl.when(pl.program_id(2) == 0)
     def _():
         if "dfinal" in refs:
@@ -104,25 +120,33 @@ def _kernel(grid: Grid, refs: dict, dstate_ref) -> None:
         if "dbonus" in refs:
             refs["dbonus"][...] = jnp.zeros_like(refs["dbonus"])
 
+    # The same for all heads and chunks.
     levels = tile.merge_levels(plan.chunk, plan.reverse)
     levels_transposed = tile.merge_levels(plan.chunk, not plan.reverse)
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
         tokens = Tokens(grid, refs, chunk, h)
+        # The state before the chunk, and the cotangent of the one after it.
         state = refs["states"][0, h, chunk]
         dstate = dstate_ref[h]
         do = tokens.do
-        if plan.decay == "vector":
-            dq, dk, dv, dscores = yield from vector_head(tokens, h, state, dstate, do)
-        else:
-            dq, dk, dv, dscores = yield from scalar_head(tokens, h, state, dstate, do)
+        run = vector_head if plan.decay == "vector" else scalar_head
+        dq, dk, dv, dscores = yield from run(tokens, h, state, dstate, do)
+        # What a token reads of its own write is no part of the halving.
         dq, dk = tokens.add_diagonal_backward(levels, dscores, dq, dk)
         # Tokens.q is scaled, so its cotangent is that of q times the scale.
         tokens.store("dq", plan.H, plan.K, dq * plan.scale)
         tokens.store_sum("dk", plan.Hk, plan.K, dk, sums)
         tokens.store_sum("dv", plan.Hv, plan.V, dv, sums)
 
-    def vector_head(tokens: Tokens, h: int, state: Array, dstate: Array, do: Array) -> Generator:
+    def vector_head(
+        tokens: Tokens,
+        h: int,
+        state: Array,
+        dstate: Array,
+        do: Array,
+    ) -> _Head:
+        # Up the halving, keeping the operands of every merge.
         decays = tokens.vector_decays()
         terms, merges = yield from vector_decay.chunk_terms_and_merges(
             options,
@@ -145,11 +169,13 @@ def _kernel(grid: Grid, refs: dict, dstate_ref) -> None:
         # The next chunk, or grid step, goes on from here.
         dstate_ref[h] = cotangents.dstate
         yield
+        # Down the halving rows of dscores are used for dreads, columns for dwrites.
         if grid.schedule.transpose:
             dscores_transposed = jnp.transpose(cotangents.dscores)
         else:
+            # (do v^T)^T = v do^T: a second matmul in place of a transposition.
             dscores_transposed = tile.matmul(options, tokens.v, do, tile.NT)
-        dreads, dk, dlog_decay = yield from vector_decay.backward(
+        dreads, dk, dlog_decay = yield from vector_decay_backward.backward(
             options,
             levels,
             levels_transposed,
@@ -158,6 +184,7 @@ def _kernel(grid: Grid, refs: dict, dstate_ref) -> None:
             cotangents,
             dscores_transposed,
         )
+        # reads = q * at_reads, so dq = dreads * at_reads.
         dq = decays.apply_at_reads(dreads)
         if plan.inclusive:
             # The token's own read sees its decay too.
@@ -165,7 +192,13 @@ def _kernel(grid: Grid, refs: dict, dstate_ref) -> None:
         tokens.store("ddecay", plan.H, plan.K, dlog_decay)
         return dq, dk, cotangents.dv, cotangents.dscores
 
-    def scalar_head(tokens: Tokens, h: int, state: Array, dstate: Array, do: Array) -> Generator:
+    def scalar_head(
+        tokens: Tokens,
+        h: int,
+        state: Array,
+        dstate: Array,
+        do: Array,
+    ) -> _Head:
         factors = tokens.scalar_factors(options, levels)
         yield
         terms = scalar_decay.chunk_terms(
@@ -187,17 +220,25 @@ def _kernel(grid: Grid, refs: dict, dstate_ref) -> None:
         )
         dstate_ref[h] = cotangents.dstate
         yield
-        dq, dk = scalar_decay.backward(options, tokens.q, tokens.k, factors, cotangents)
+        dq, dk = scalar_decay.backward(
+            options,
+            tokens.q,
+            tokens.k,
+            factors,
+            cotangents,
+        )
         if plan.decay == "scalar":
             row = scalar_decay.dlog_decay(options, levels, terms, cotangents)
             tokens.store_scalar_dlog_decay(row)
         return dq, dk, cotangents.dv, cotangents.dscores
 
     for chunk in grid.chunk_order():
+        # Parts of dk and dv, of query heads that share a key or value head.
         sums: dict = {}
         heads = [head(chunk, h, sums) for h in range(grid.schedule.heads)]
         tile.interleave(heads, grid.schedule.lag)
 
+    # The last step is the beginning of the recurrence.
     if "dinitial" in refs:
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)

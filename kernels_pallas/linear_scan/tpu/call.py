@@ -42,11 +42,17 @@ def call(
     operand_names = [operand.name for operand in (*inputs, *outputs)]
 
     def body(*refs):
+        # Inputs, outputs, then the scratch.
         *operand_refs, state_ref = refs
         kernel(grid, dict(zip(operand_names, operand_refs)), state_ref)
 
     def spec(operand: Operand) -> pl.BlockSpec:
         return pl.BlockSpec(operand.block, operand.index)
+
+    def input_array(operand: Operand) -> Array:
+        # Only outputs are mere shapes.
+        assert isinstance(operand.array, Array)
+        return in_hbm(operand.array, plan.interpret)
 
     compiler_params = pltpu.CompilerParams(
         # The steps along T hand the state on, so they stay in order.
@@ -65,7 +71,7 @@ def call(
         interpret=plan.interpret,
         name=name,
     )
-    results = run(*(in_hbm(operand.array, plan.interpret) for operand in inputs))
+    results = run(*(input_array(operand) for operand in inputs))
     output_names = [operand.name for operand in outputs]
     return dict(zip(output_names, results))
 
@@ -85,9 +91,11 @@ def _cost(grid: Grid, operands: list[Operand], B: int) -> pl.CostEstimate:
         flops_of_token = 3 * scores + 2 * through_scores + 5 * through_state
     else:
         flops_of_token = scores + through_scores + 2 * through_state
+    # Exponentials of a token: of its logs, or of its row of the mask.
     exponentials = {"vector": plan.K, "scalar": C, "none": 0}
 
     num_tokens = B * plan.H * plan.T
+    # Every block of every operand is moved once.
     num_bytes = 0
     for operand in operands:
         num_bytes += operand.array.size * jnp.dtype(operand.array.dtype).itemsize

@@ -33,6 +33,7 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
     if x.state is not None:
         inputs.append(grid.state("initial", x.state))
 
+    # Shapes that vary over the mesh axes that q varies over.
     o = like(x.q, (B, plan.T, plan.H * plan.V), plan.out_dtype)
     outputs = [grid.tokens("o", o, plan.H, plan.V)]
     if plan.return_final_state:
@@ -59,6 +60,7 @@ def _kernel(grid: Grid, refs: dict, state_ref) -> None:
         else:
             state_ref[...] = jnp.zeros_like(state_ref)
 
+    # The same for all heads and chunks.
     levels = tile.merge_levels(plan.chunk, plan.reverse)
 
     def head(chunk: int, h: int) -> Generator:
@@ -89,14 +91,21 @@ def _kernel(grid: Grid, refs: dict, state_ref) -> None:
         # Save the state before it is updated.
         if "states" in refs:
             refs["states"][0, h, chunk] = state_ref[h].astype(refs["states"].dtype)
-        o, new_state = tile.read_and_update(options, terms, tokens.v, state_ref[h])
+        o, new_state = tile.read_and_update(
+            options,
+            terms,
+            tokens.v,
+            state_ref[h],
+        )
         state_ref[h] = new_state
         tokens.store("o", plan.H, plan.V, o)
 
     for chunk in grid.chunk_order():
+        # One chunk after the other, as the state goes through them; heads are independent.
         heads = [head(chunk, h) for h in range(grid.schedule.heads)]
         tile.interleave(heads, grid.schedule.lag)
 
+    # After the last block of tokens the state is final.
     if "final" in refs:
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)

@@ -66,9 +66,12 @@ def linear_scan(
     V = inputs.v.shape[-1]
     plan = _plan(inputs, options, interpret)
 
+    # The derivative is that of the padded views; reshapes and padding are XLA's.
     o, final_state = _scan(plan, _views(plan, inputs))
+    # Drop the padding of T and of channels.
     o = o.reshape(B, plan.T, H, plan.V)[:, :T, :, :V]
     if final_state is not None:
+        # [V, K] in the kernels, [K, V] outside.
         final_state = jnp.swapaxes(final_state[:, :, :V, :K], 2, 3)
     if options.normalize:
         o = divide_by_last(o)
@@ -98,6 +101,7 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
     K = _whole_registers(K)
     V = _whole_registers(V)
     decay = _kind_of_decay(inputs)
+    # A chunk is a power of two, and not much longer than T.
     next_power_of_two = 1 << (T - 1).bit_length()
     chunk = min(options.chunk_size or MAX_CHUNK, max(MIN_CHUNK, next_power_of_two))
     forward, backward = schedules(decay, T, H, Hk, Hv, K, V, chunk)
@@ -166,12 +170,15 @@ def _views(plan: Plan, inputs: ScanInputs) -> KernelInputs:
     starts = None
     if inputs.segment_ids is not None:
         starts = segment_starts(inputs.segment_ids, plan.reverse)
+        # [B, 1, T]: an axis of heads, all alike. Padding does not start segments.
         starts = padded(starts, 1, plan.T)[:, None].astype(jnp.float32)
     bonus = inputs.bonus
     if bonus is not None:
+        # [H, K] -> [1, H * K]
         bonus = padded(bonus, 1, plan.K).reshape(1, -1)
     state = inputs.initial_state
     if state is not None:
+        # Transposed, so that a decay of the keys is a row in the kernels.
         state = jnp.swapaxes(state, 2, 3)
         state = padded(padded(state, 2, plan.V), 3, plan.K)
     return KernelInputs(
@@ -187,6 +194,7 @@ def _views(plan: Plan, inputs: ScanInputs) -> KernelInputs:
 
 def _tokens_view(plan: Plan, x: Array, D: int) -> Array:
     """[B, T, heads, d] -> [B, plan.T, heads * D]."""
+    # Padded channels are 0: they add nothing to scores, and states there stay 0.
     x = padded(padded(x, 1, plan.T), 3, D)
     return x.reshape(x.shape[0], plan.T, -1)
 
@@ -202,6 +210,7 @@ def _logs_view(plan: Plan, inputs: ScanInputs) -> Array | None:
         log_decay = varying_like(zeros, inputs.q)
     if plan.decay == "vector":
         return _tokens_view(plan, log_decay, plan.K)
+    # Tokens along lanes: one row of C for each chunk of each head.
     heads_first = jnp.swapaxes(log_decay, 1, 2).astype(jnp.float32)
     return padded(heads_first, 2, plan.T)
 
@@ -224,6 +233,7 @@ def _kernel_inputs(plan: Plan, x: KernelInputs) -> KernelInputs:
         starts = split_into_chunks(starts)
     if plan.decay != "scalar":
         if starts is not None:
+            # [B, 1, N, C] -> [B, N, 1, C]: a row of C for each chunk.
             starts = jnp.swapaxes(starts, 1, 2)
         return x._replace(starts=starts)
 
@@ -233,9 +243,14 @@ def _kernel_inputs(plan: Plan, x: KernelInputs) -> KernelInputs:
     if starts is not None:
         log_decay = jnp.where(starts > 0, tile.LOG_ZERO, log_decay)
         log_read = jnp.where(starts > 0, tile.LOG_ZERO, log_read)
-    at_reads, at_ends = tile.running_sums(log_decay, log_read, plan.reverse)
+    at_reads, at_ends = tile.running_sums(
+        log_decay,
+        log_read,
+        plan.reverse,
+    )
     # Inclusive reads see the sums that the state does.
     sums = at_ends if plan.inclusive else jnp.concatenate([at_ends, at_reads])
+    # [R, B, H, N, C] -> [B, H, N, R, C]. The starts are in the sums now.
     return x._replace(decay=jnp.moveaxis(sums, 0, 3), starts=None)
 
 
@@ -259,12 +274,20 @@ def _forward(plan: Plan, x: KernelInputs):
 def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
     x, states = residuals
     do, dfinal = cotangents
-    out = backward_kernel.backward(plan, _kernel_inputs(plan, x), states, do, dfinal)
+    out = backward_kernel.backward(
+        plan,
+        _kernel_inputs(plan, x),
+        states,
+        do,
+        dfinal,
+    )
+    # Blocks of query heads that share a head left one part each.
     dk = _sum_of_parts(out["dk"], x.k, plan.Hk)
     dv = _sum_of_parts(out["dv"], x.v, plan.Hv)
     ddecay = _dlog_decay(plan, x.decay, out.get("ddecay"))
     dbonus = None
     if x.bonus is not None:
+        # The kernel leaves one part for each row.
         dbonus = out["dbonus"].sum(0).astype(x.bonus.dtype)
     dx = KernelInputs(
         q=out["dq"],
@@ -286,15 +309,21 @@ def _sum_of_parts(parts: Array, x: Array, num_heads: int) -> Array:
     if parts.shape == x.shape:
         return parts
     B, T, width = x.shape
+    # The parts of one head are next to each other: [..., heads, parts, D].
     parts = parts.reshape(B, T, num_heads, -1, width // num_heads)
     return parts.sum(3).reshape(x.shape).astype(x.dtype)
 
 
-def _dlog_decay(plan: Plan, logs: Array | None, ddecay: Array | None) -> Array | None:
+def _dlog_decay(
+    plan: Plan,
+    logs: Array | None,
+    ddecay: Array | None,
+) -> Array | None:
     """The kernel's "ddecay" in the shape of `_logs_view`."""
     if logs is None or ddecay is None or plan.decay == "vector":
         return ddecay
     B, H = ddecay.shape[:2]
+    # [B, H, N, 1, C] -> [B, H, T]
     ddecay = ddecay.reshape(B, H, -1)[:, :, : plan.T]
     if logs.shape[0] == 1:
         # All rows have the same decay.

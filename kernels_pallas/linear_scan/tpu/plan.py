@@ -74,6 +74,7 @@ class Plan(NamedTuple):
 
     def tile_options(self, schedule: Schedule) -> TileOptions:
         """The static arguments of a chunk."""
+        # Where matmuls keep all bits there is nothing to round.
         rounds_early = self.rounds and schedule.round_early
         operand = jnp.bfloat16 if rounds_early else jnp.float32
         return TileOptions(
@@ -188,6 +189,7 @@ class Grid(NamedTuple):
         sharing_blocks = 1
         if not is_partial:
             sharing_blocks = max(1, self.group_size(num_heads) // self.schedule.heads)
+        # One row, the tokens of a step, and the heads that the step's query heads use.
         block = (1, self.step_length, self.num_slots(num_heads) * D)
         return Operand(
             name,
@@ -200,6 +202,7 @@ class Grid(NamedTuple):
         """[B or 1, H, chunks, R, C]."""
         # Index 0 for every row where the rows share one.
         row_stride = 0 if array.shape[0] == 1 else 1
+        # The sums of whole chunks: T is padded, so every block lies inside the array.
         block = (1, self.schedule.heads, self.schedule.chunks, *array.shape[3:])
         return Operand(
             name,
@@ -220,6 +223,7 @@ class Grid(NamedTuple):
 
     def state(self, name: str, array: ArrayOrShape) -> Operand:
         """[B, H, V, K]: one block for all grid steps along T."""
+        # The index does not depend on t: it is moved once for each block of heads.
         block = (1, self.schedule.heads, self.plan.V, self.plan.K)
         return Operand(name, array, block, lambda b, h, t: (b, h, 0, 0))
 
@@ -236,12 +240,19 @@ class Grid(NamedTuple):
     def bonus(self, name: str, array: ArrayOrShape) -> Operand:
         """[1 or B, 1, H * K]."""
         row_stride = 0 if array.shape[0] == 1 else 1
+        # The same channels for all tokens.
         block = (1, 1, self.schedule.heads * self.plan.K)
-        return Operand(name, array, block, lambda b, h, t: (b * row_stride, 0, h))
+        return Operand(
+            name,
+            array,
+            block,
+            lambda b, h, t: (b * row_stride, 0, h),
+        )
 
     def inputs(self, x: KernelInputs) -> list[Operand]:
         """What both kernels read: all of `x` but the state."""
         plan = self.plan
+        # The order of the kernel's arguments; it finds them by name.
         operands = [
             self.tokens("q", x.q, plan.H, plan.K),
             self.tokens("k", x.k, plan.Hk, plan.K),

@@ -82,10 +82,16 @@ def decayed(
         fine = jnp.broadcast_to(columns[:, first + 1 : first + 2], (C, lanes))
         return _Sums(coarse, fine)
 
+    # Where the pairs of rows (columns now) begin; the same one for inclusive reads.
     first_of_ends = 0
     first_of_reads = num_rows - 2
     sums_at_ends = _Sums(rows[:1], rows[1:2])
-    mask = _mask(options, levels, broadcast_columns(first_of_reads, C), sums_at_ends)
+    mask = _mask(
+        options,
+        levels,
+        broadcast_columns(first_of_reads, C),
+        sums_at_ends,
+    )
 
     # The sum up to the chunk's end stands at its last token, in the order of the recurrence.
     last = slice(0, 1) if options.reverse else slice(C - 1, C)
@@ -111,6 +117,7 @@ def _mask(
     at_ends: _Sums,
 ) -> Float[Array, "C C"]:
     """`Factors.mask`, from sums up to the read of row i and up to the state after column j."""
+    # Row i, column j: the logs after the write of j up to the read of i.
     between = (at_reads.coarse - at_ends.coarse) + (at_reads.fine - at_ends.fine)
     is_earlier = levels > 0
     # Select before the exponential too: a later j has a positive difference, which may overflow.
@@ -160,6 +167,7 @@ def backward(
     cotangents: ChunkCotangents,
 ) -> tuple[Float[Array, "C K"], Float[Array, "C K"]]:
     """dq and dk, without the part of a diagonal that was replaced."""
+    # scores = (q k^T) mask;  reads = q read;  writes = k write.
     dproducts = cotangents.dscores * factors.mask
     dq = matmul(options, dproducts, k) + cotangents.dreads * factors.read
     dk = matmul(options, dproducts, q, TN) + cotangents.dwrites * factors.write
@@ -173,10 +181,17 @@ def dlog_decay(
     cotangents: ChunkCotangents,
 ) -> Float[Array, "1 C"]:
     """The cotangents of the logs: what each receives from the products that it is part of."""
+    # d/dlog of a decayed product is the product itself.
     weights = cotangents.dscores * terms.scores
     of_reads = _sum_over_keys(terms.reads, cotangents.dreads)
     of_writes = _sum_over_keys(terms.writes, cotangents.dwrites)
-    inside = dlog_decay_of_pairs(options, levels, weights, of_reads, of_writes)
+    inside = dlog_decay_of_pairs(
+        options,
+        levels,
+        weights,
+        of_reads,
+        of_writes,
+    )
     # Every log is part of the chunk's total.
     of_keys = jnp.sum(cotangents.dlog_total, axis=0, keepdims=True)
     of_total = jnp.sum(of_keys, axis=1, keepdims=True)

@@ -49,6 +49,7 @@ def linear_scan_step(
     q = _repeat_heads(inputs.q, H)
     k = _repeat_heads(inputs.k, H)
     v = _repeat_heads(v, H)
+    # The bonus's part below is scaled too.
     q = q * options.scale
 
     # q, k and the decay as rows of one array, a register high.
@@ -57,8 +58,10 @@ def linear_scan_step(
     if inputs.log_decay is not None:
         decay = jnp.exp(inputs.log_decay.astype(jnp.float32))
         if decay.ndim == 2:
+            # One decay for all channels of a head.
             decay = decay[..., None]
         rows.append(jnp.broadcast_to(decay, (B, H, K)))
+    # [B, H, 2 or 3, K], padded to whole registers.
     packed = jnp.stack(rows, axis=2)
     missing_rows = ROWS - packed.shape[2]
     missing_lanes = -K % LANES
@@ -75,6 +78,7 @@ def linear_scan_step(
     o = read[:, :, 0]
     if inputs.bonus is not None:
         bonus = inputs.bonus.astype(jnp.float32)
+        # The exclusive read of the token's own write.
         o += jnp.sum(q * bonus * k, axis=-1, keepdims=True) * v
     if options.normalize:
         o = divide_by_last(o)
@@ -83,7 +87,11 @@ def linear_scan_step(
 
 def _repeat_heads(x: Array, num_heads: int) -> Array:
     """[B, heads, D] -> float32 [B, num_heads, D]."""
-    return jnp.repeat(x.astype(jnp.float32), num_heads // x.shape[1], axis=1)
+    return jnp.repeat(
+        x.astype(jnp.float32),
+        num_heads // x.shape[1],
+        axis=1,
+    )
 
 
 def _call(
@@ -111,13 +119,16 @@ def _call(
       (q S' or q S, S').
     """
     B, H, K, V = state.shape
+    # Blocks divide B and H, so that no step is partly outside.
     max_states = max(1, STATE_BYTES_IN_STEP // (K * V * 4))
     heads = _largest_divisor(H, max_states)
     batch = _largest_divisor(B, max_states // heads)
 
     def kernel(rows_ref, v_ref, state_ref, o_ref, new_state_ref):
         def update(i, _):
+            # Row and head of the block.
             index = i // heads, i % heads
+            # [8, K padded] -> [K, 8]: q, k and the decay as columns beside a state [K, V].
             columns = jnp.transpose(rows_ref[index])[:K]
             q = columns[:, :1]
             k = columns[:, 1:2]

@@ -66,6 +66,7 @@ class ChunkTerms(NamedTuple):
 
 def matmul(options: TileOptions, a: Array, b: Array, dims=NN) -> Array:
     """a b (or a b^T, a^T b), accumulated in float32."""
+    # HIGHEST keeps all bits of float32, in several passes of bfloat16.
     precision = lax.Precision.DEFAULT if options.rounds else lax.Precision.HIGHEST
     a = a.astype(options.operand)
     b = b.astype(options.operand)
@@ -92,6 +93,7 @@ def join_rows(xs: Sequence[Array]) -> Array:
 
 def column(row: Float[Array, "1 C"]) -> Float[Array, "C 1"]:
     """Transposes a row; Mosaic does so for whole registers only."""
+    # [1, C] -> [8, C] -> [C, 8] -> [C, 1]
     register = jnp.broadcast_to(row, (ROWS, row.shape[1]))
     return jnp.transpose(register)[:, :1]
 
@@ -107,6 +109,7 @@ def merge_levels(chunk: int, reverse: bool) -> Int[Array, "C C"]:
     # The number of bits of i ^ j: above the highest bit that differs, both are in the same block.
     num_levels = chunk.bit_length() - 1
     level = sum(((i ^ j) >= 1 << l).astype(jnp.int32) for l in range(num_levels))
+    # In the order of the recurrence.
     is_later = j < i if reverse else j > i
     return jnp.where(is_later, -1, level)
 
@@ -129,6 +132,7 @@ def interleave(heads: Sequence[Generator], lag: int | None) -> None:
         if lag is None:
             due = running[:1]
         else:
+            # Those that have started and have not ended.
             due = [i for i in running if turn >= i * lag]
         for i in due:
             try:
@@ -191,6 +195,7 @@ def read_and_update_backward(
     Returns:
       The cotangents (a generator).
     """
+    # o = scores v + reads state^T;  state' = total state + v^T writes, all transposed.
     dv_of_scores = matmul(options, terms.scores, do, TN)
     dv_of_update = matmul(options, terms.writes, dstate, NT)
     dv = dv_of_scores + dv_of_update
@@ -200,8 +205,8 @@ def read_and_update_backward(
     dreads = matmul(options, do, state)
     dwrites = matmul(options, v, dstate)
     # total * dtotal, a column of the state at a time: what the log of the total receives.
-    products = state.astype(jnp.float32) * dstate
-    dlog_total = sum(split_rows(products)) * terms.total
+    first, *others = split_rows(state.astype(jnp.float32) * dstate)
+    dlog_total = sum(others, first) * terms.total
     dstate_before = dstate * terms.total + matmul(options, do, terms.reads, TN)
     return ChunkCotangents(
         dv=dv,

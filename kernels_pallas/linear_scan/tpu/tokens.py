@@ -62,12 +62,20 @@ class Tokens:
     def _index(self, num_heads: int, D: int) -> tuple:
         """Where this chunk of this head lies in a block of an array with `num_heads` heads."""
         C = self.plan.chunk
+        # Query heads of a group use the same slot.
         slot = self.grid.slot(self.head, num_heads)
         rows = pl.ds(self.chunk * C, C)
         lanes = pl.ds(slot * D, D)
         return 0, rows, lanes
 
-    def _load(self, name: str, num_heads: int, D: int, keep_dtype: bool = False) -> Array:
+    def _load(
+        self,
+        name: str,
+        num_heads: int,
+        D: int,
+        keep_dtype: bool = False,
+    ) -> Array:
+        # [C, D]: one chunk of one head.
         x = self.refs[name][self._index(num_heads, D)]
         dtype = x.dtype if keep_dtype else jnp.float32
         if self.plan.T % self.grid.step_length == 0:
@@ -78,6 +86,7 @@ class Tokens:
     def _is_inside(self) -> Bool[Array, "C 1"]:
         """Which tokens of the chunk exist: those before T."""
         C = self.plan.chunk
+        # The number in the array of the chunk's first token.
         block = self.grid.token_block(pl.program_id(2))
         first = block * self.grid.step_length + self.chunk * C
         return first + jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0) < self.plan.T
@@ -87,7 +96,14 @@ class Tokens:
         ref = self.refs[name]
         ref[self._index(num_heads, D)] = x.astype(ref.dtype)
 
-    def store_sum(self, name: str, num_heads: int, D: int, x: Array, sums: dict) -> None:
+    def store_sum(
+        self,
+        name: str,
+        num_heads: int,
+        D: int,
+        x: Array,
+        sums: dict,
+    ) -> None:
         """Adds up the query heads that share one of `num_heads` heads, in float32.
 
         Writes after the last of them in this block of query heads.
@@ -102,6 +118,7 @@ class Tokens:
         slot = self.grid.slot(self.head, num_heads)
         heads = range(self.grid.schedule.heads)
         sharing = [h for h in heads if self.grid.slot(h, num_heads) == slot]
+        # Kept as values, not in the block: it may hold fewer bits than float32.
         parts = sums.setdefault((name, slot), [])
         parts.append(x)
         if len(parts) == len(sharing):
@@ -126,6 +143,7 @@ class Tokens:
         bonus = self._bonus()
         if not self.plan.inclusive and bonus is None:
             return None
+        # Element-wise: a matmul would compute C x C products for C of them.
         products = self.q * self.k if bonus is None else self.q * bonus * self.k
         return jnp.sum(products, axis=1, keepdims=True)
 
@@ -153,11 +171,17 @@ class Tokens:
         if bonus is None and self.plan.decay != "vector":
             # The mask of a scalar decay has the diagonal already.
             return dq, dk
+        # The diagonal as a column [C, 1].
         on_diagonal = jnp.where(levels == 0, dscores, 0.0)
         ddiagonal = jnp.sum(on_diagonal, axis=1, keepdims=True)
         if bonus is None:
             return dq + ddiagonal * self.k, dk + ddiagonal * self.q
-        dbonus = jnp.sum(ddiagonal * self.q * self.k, axis=0, keepdims=True)
+        dbonus = jnp.sum(
+            ddiagonal * self.q * self.k,
+            axis=0,
+            keepdims=True,
+        )
+        # The block stays in VMEM while all tokens of the row pass.
         self.refs["dbonus"][0, :, self._bonus_lanes()] += dbonus
         dq = dq + ddiagonal * bonus * self.k
         dk = dk + ddiagonal * bonus * self.q
@@ -169,6 +193,7 @@ class Tokens:
         """Where the state is reset before the token."""
         if "starts" not in self.refs:
             return None
+        # A row in memory, a column beside [C, K] arrays.
         return column(self.refs["starts"][0, self.chunk]) > 0
 
     def vector_decays(self) -> VectorDecays:
@@ -178,6 +203,7 @@ class Tokens:
         if starts is not None:
             log_decay = jnp.where(starts, LOG_ZERO, log_decay)
         decay = jnp.exp(log_decay)
+        # One exponential of the sum: a product of decays is rounded at every token.
         total = jnp.exp(jnp.sum(log_decay, axis=0, keepdims=True))
         if self.plan.inclusive:
             at_reads = decay
@@ -196,6 +222,7 @@ class Tokens:
         """The decays of the chunk, one per token, or none."""
         if self.plan.decay == "none":
             return scalar_decay.undecayed(options, levels)
+        # [R, C] running sums, made outside of the kernel.
         rows = self.refs["decay"][0, self.head, self.chunk]
         return scalar_decay.decayed(options, levels, rows, self.plan.K)
 

@@ -75,6 +75,7 @@ def schedules(
     Returns:
       (forward, backward).
     """
+    # Linear attention without decay takes the schedules of scalar decays.
     schedules_of_device = TUNED.get(device_kind(), TUNED[DEFAULT_KIND])
     forward, backward = schedules_of_device["vector" if decay == "vector" else "scalar"]
     max_heads = max(1, LANES_IN_STEP // (K + V))
@@ -113,6 +114,7 @@ def _heads_fit(heads: int, H: int, Hk: int, Hv: int) -> bool:
         group_size = H // num_heads
         larger = max(heads, group_size)
         smaller = min(heads, group_size)
+        # A block holds whole groups, or lies inside one.
         if larger % smaller != 0:
             return False
     return True

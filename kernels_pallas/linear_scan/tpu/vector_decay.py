@@ -1,26 +1,17 @@
-"""One chunk with one decay per key channel inside the TPU kernels: halving, and its derivative.
+"""One chunk with one decay per key channel inside the TPU kernels: multiplicative halving.
 
 This is `../tile.py:vector_decay` in terms of 8-row registers. A merge of blocks of 8 rows or more
 is whole registers times whole registers; a merge of smaller blocks is a rotation of rows inside
 one.
 
-The backward pass goes up the halving again, then down. A merge of blocks E (earlier) and L (later)
-
-    scores[L, E] = reads[L] writes[E]^T
-    reads[L] *= total[E]
-    writes[E] *= total[L]
-    total = total[E] total[L]
-
-sends to the log of total[E] what total's log received plus sum(reads' dreads) over L, and to the
-log of total[L] the same plus sum(writes' dwrites) over E. So the gate's gradient arrives at the
-single tokens as a sum of exactly the products that contain it: no running sum over tokens, no
-difference q dq - k dk, nothing that cancels.
+The backward kernel needs the operands of every merge, and keeps them: `chunk_terms_and_merges`. The
+derivative is in `vector_decay_backward.py`.
 
 A block's partner is the block that it is merged with. A row's partner is the row at the same place
 in the partner of its block: row r ^ h for blocks of h rows.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -31,7 +22,6 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.linear_scan.tpu.tile import (
     NT,
     ROWS,
-    ChunkCotangents,
     ChunkTerms,
     Registers,
     TileOptions,
@@ -43,37 +33,39 @@ from kernels_pallas.linear_scan.tpu.tile import (
 # --- rows inside a register
 
 
-def _row_has_bit(h: int, x: Array) -> Bool[Array, "8 lanes"]:
+def row_has_bit(h: int, x: Array) -> Bool[Array, "8 lanes"]:
     """Whether bit h of a row's number is set; h is a power of two below 8."""
     row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     return (row & h) != 0
 
 
-def _swap_partners(x: Float[Array, "8 lanes"], h: int) -> Float[Array, "8 lanes"]:
+def swap_partners(x: Float[Array, "8 lanes"], h: int) -> Float[Array, "8 lanes"]:
     """Row r of the result is row r ^ h of x."""
     from_above = pltpu.roll(x, h, 0)
     if h == ROWS // 2:
         # Half a turn is the same in both directions.
         return from_above
     from_below = pltpu.roll(x, ROWS - h, 0)
-    return jnp.where(_row_has_bit(h, x), from_above, from_below)
+    return jnp.where(row_has_bit(h, x), from_above, from_below)
 
 
-def _pack_pairs(xs: Registers, h: int, bit: bool) -> Registers:
+def pack_pairs(xs: Registers, h: int, bit: bool) -> Registers:
     """The rows whose bit h is `bit`, those of two registers in one: half the rows for a matmul.
 
     Those of the second register are moved into the rows of the other bit.
     """
+    # Up by h if the rows with the bit are kept, down by h if those without it are.
     shift = ROWS - h if bit else h
     packed = []
     for first, second in zip(xs[::2], xs[1::2]):
-        keeps_first = _row_has_bit(h, first) == bit
+        keeps_first = row_has_bit(h, first) == bit
         packed.append(jnp.where(keeps_first, first, pltpu.roll(second, shift, 0)))
     return packed
 
 
-def _unpack_pairs(xs: Registers, h: int, bit: bool) -> Registers:
-    """The inverse of `_pack_pairs`; rows of the other bit hold values of no meaning."""
+def unpack_pairs(xs: Registers, h: int, bit: bool) -> Registers:
+    """The inverse of `pack_pairs`; rows of the other bit hold values of no meaning."""
+    # Back where they came from.
     shift = h if bit else ROWS - h
     unpacked = []
     for x in xs:
@@ -85,14 +77,16 @@ def _unpack_pairs(xs: Registers, h: int, bit: bool) -> Registers:
 # --- blocks of whole registers
 
 
-def _is_later(register: int, h: int, reverse: bool) -> bool:
+def is_later_block(register: int, h: int, reverse: bool) -> bool:
     """Whether a register lies in the later block of its pair, for blocks of h >= 8 rows."""
+    # Register i holds rows 8 i to 8 i + 7, so bit h of a row is bit h / 8 of i.
     has_bit = bool(register & h // ROWS)
     return has_bit != reverse
 
 
 def _blocks_with_bit(x: Array, h: int, bit: bool) -> list[Array]:
     """The blocks of h >= 8 rows whose bit is `bit`: every second one."""
+    # Blocks alternate: without the bit, with the bit.
     first = h if bit else 0
     return [x[start : start + h] for start in range(first, x.shape[0], 2 * h)]
 
@@ -103,7 +97,8 @@ def _blocks_with_bit(x: Array, h: int, bit: bool) -> list[Array]:
 def _partner_totals(totals: Registers, h: int) -> Registers:
     """For every register of totals that of its block's partner. See `_merge` for their number."""
     if h < ROWS:
-        return [_swap_partners(total, h) for total in totals]
+        return [swap_partners(total, h) for total in totals]
+    # One register for each block: partners are neighbors.
     return [totals[block ^ 1] for block in range(len(totals))]
 
 
@@ -128,21 +123,24 @@ def _merge(
       reads, writes and totals after the merge.
     """
     if h < ROWS:
-        is_later = _row_has_bit(h, reads[0]) != reverse
+        # Rows of both blocks of a pair are in one register: select.
+        is_later = row_has_bit(h, reads[0]) != reverse
         reads = [jnp.where(is_later, r * p, r) for r, p in zip(reads, partners)]
         writes = [jnp.where(is_later, w, w * p) for w, p in zip(writes, partners)]
         totals = [t * p for t, p in zip(totals, partners)]
         return reads, writes, totals
 
+    # Whole registers: those of the other block are not touched.
     registers_in_block = h // ROWS
     reads = list(reads)
     for i, read in enumerate(reads):
-        if _is_later(i, h, reverse):
+        if is_later_block(i, h, reverse):
             reads[i] = read * partners[i // registers_in_block]
     writes = list(writes)
     for i, write in enumerate(writes):
-        if not _is_later(i, h, reverse):
+        if not is_later_block(i, h, reverse):
             writes[i] = write * partners[i // registers_in_block]
+    # One total for the merged block.
     totals = [a * b for a, b in zip(totals[::2], totals[1::2])]
     return reads, writes, totals
 
@@ -177,6 +175,7 @@ def _place_scores(
       The scores of the chunk, registers [8, C].
     """
     if h < ROWS:
+        # Blocks of 2h = 2**level tokens come out of this merge.
         level_of_merge = h.bit_length()
         placed = []
         for score, new_score, level in zip(scores, new, levels):
@@ -187,7 +186,8 @@ def _place_scores(
     placed = list(scores)
     new_rows = iter(new)
     for i in range(len(scores)):
-        if _is_later(i, h, reverse):
+        if is_later_block(i, h, reverse):
+            # The first column of the block that holds row i * 8.
             block_start = i * ROWS // h * h
             # Columns of the row's own block, and those after it, stay as they are.
             stays = lane < block_start + h if reverse else lane >= block_start
@@ -228,6 +228,7 @@ def chunk_terms(
       The terms.
     """
     level_rows = split_rows(levels)
+    # A block of one token: its read counts from its own start, its write to its own end.
     write_rows = split_rows(k)
     read_rows = split_rows(reads)
     totals = split_rows(decay)
@@ -240,15 +241,17 @@ def chunk_terms(
     while h < k.shape[0]:
         yield
         if h < ROWS:
-            later_rows = _pack_pairs(read_rows, h, later_bit)
+            # Half of the rows of each register are read: pack two into one.
+            later_rows = pack_pairs(read_rows, h, later_bit)
         else:
             later_rows = []
             for i, read in enumerate(read_rows):
-                if _is_later(i, h, options.reverse):
+                if is_later_block(i, h, options.reverse):
                     later_rows.append(read)
         later_reads = join_rows(later_rows).astype(options.operand)
         writes = join_rows(write_rows).astype(options.operand)
         pending.append(_Operands(h, later_reads, writes))
+        # After the operands are kept, the merge itself.
         partners = _partner_totals(totals, h)
         read_rows, write_rows, totals = _merge(
             h,
@@ -272,11 +275,17 @@ def chunk_terms(
     # Then their places in the scores of the chunk.
     for h, product in products.items():
         yield
+        # In order of h: larger blocks overwrite what is not theirs.
         new = split_rows(product)
         if h < ROWS:
-            new = _unpack_pairs(new, h, later_bit)
+            new = unpack_pairs(new, h, later_bit)
         scores = _place_scores(scores, new, h, level_rows, options.reverse)
-    return ChunkTerms(join_rows(scores), join_rows(read_rows), join_rows(write_rows), total)
+    return ChunkTerms(
+        join_rows(scores),
+        join_rows(read_rows),
+        join_rows(write_rows),
+        total,
+    )
 
 
 def _products(
@@ -359,205 +368,23 @@ def chunk_terms_and_merges(
     scores = _diagonal_scores(diagonal, level_rows)
     for merge in merges:
         yield
+        # For h < 8 all rows, as packing would cost more than it saves here.
         later_reads = merge.reads
         if merge.h >= ROWS:
             later_bit = not options.reverse
             later_reads = join_rows(_blocks_with_bit(merge.reads, merge.h, later_bit))
         product = matmul(options, later_reads, merge.writes, NT)
-        scores = _place_scores(scores, split_rows(product), merge.h, level_rows, options.reverse)
-    terms = ChunkTerms(join_rows(scores), join_rows(read_rows), join_rows(write_rows), total)
+        scores = _place_scores(
+            scores,
+            split_rows(product),
+            merge.h,
+            level_rows,
+            options.reverse,
+        )
+    terms = ChunkTerms(
+        join_rows(scores),
+        join_rows(read_rows),
+        join_rows(write_rows),
+        total,
+    )
     return terms, merges
-
-
-# --- down the halving
-
-
-class _PairCotangents(NamedTuple):
-    """The cotangents of the scores and of their transpose, with the level of every element."""
-
-    levels: Registers
-    levels_transposed: Registers
-    dscores: Registers
-    dscores_transposed: Registers
-
-
-def backward(
-    options: TileOptions,
-    levels: Int[Array, "C C"],
-    levels_transposed: Int[Array, "C C"],
-    merges: list[Merge],
-    terms: ChunkTerms,
-    cotangents: ChunkCotangents,
-    dscores_transposed: Float[Array, "C C"],
-) -> Generator[None, None, tuple[Array, Array, Array]]:
-    """The derivative of `chunk_terms` (a generator).
-
-    Args:
-      options: the static arguments.
-      levels: of `merge_levels`.
-      levels_transposed: of `merge_levels` with the other `reverse`.
-      merges: of `chunk_terms_and_merges`.
-      terms: of the chunk.
-      cotangents: those of the terms.
-      dscores_transposed: the transpose of the scores' cotangent.
-
-    Returns:
-      dreads and dwrites of single tokens, before any merge, and dlog_decay without what the token's
-      own read sees; [C, K] each.
-    """
-    pairs = _PairCotangents(
-        levels=split_rows(levels),
-        levels_transposed=split_rows(levels_transposed),
-        dscores=split_rows(cotangents.dscores),
-        dscores_transposed=split_rows(dscores_transposed),
-    )
-    dreads = split_rows(cotangents.dreads)
-    dwrites = split_rows(cotangents.dwrites)
-    dlog = [cotangents.dlog_total]
-    # What a merge leaves are the operands of the next one, rounded as the matmuls saw them.
-    results = [(merge.reads, merge.writes) for merge in merges[1:]]
-    results.append((terms.reads, terms.writes))
-    for merge, (reads_after, writes_after) in zip(reversed(merges), reversed(results)):
-        yield
-        reads = split_rows(reads_after.astype(jnp.float32))
-        writes = split_rows(writes_after.astype(jnp.float32))
-        if merge.h < ROWS:
-            dlog = _split_dlog_in_registers(options, merge, dlog, reads, writes, dreads, dwrites)
-            dreads, dwrites = _unmerge_in_registers(options, merge, pairs, dreads, dwrites)
-        else:
-            dlog = _split_dlog_of_blocks(options, merge, dlog, reads, writes, dreads, dwrites)
-            dreads, dwrites = _unmerge_blocks(options, merge, pairs, dreads, dwrites)
-    return join_rows(dreads), join_rows(dwrites), join_rows(dlog)
-
-
-def _split_dlog_in_registers(
-    options: TileOptions,
-    merge: Merge,
-    dlog: Registers,
-    reads: Registers,
-    writes: Registers,
-    dreads: Registers,
-    dwrites: Registers,
-) -> Registers:
-    """`dlog` of blocks of 2h < 16 rows -> of blocks of h rows. reads to dwrites: after the merge.
-
-    A block's total is part of the reads of a later partner, and of the writes of an earlier one:
-    its log receives these times their cotangents. The rows of a block are still to be summed, so
-    every row adds what its partner has.
-    """
-    is_later = _row_has_bit(merge.h, reads[0]) != options.reverse
-    products = []
-    for read, write, dread, dwrite in zip(reads, writes, dreads, dwrites):
-        x = jnp.where(is_later, read, write)
-        dx = jnp.where(is_later, dread, dwrite)
-        products.append(x * dx)
-    return [d + _swap_partners(d + x, merge.h) for d, x in zip(dlog, products)]
-
-
-def _split_dlog_of_blocks(
-    options: TileOptions,
-    merge: Merge,
-    dlog: Registers,
-    reads: Registers,
-    writes: Registers,
-    dreads: Registers,
-    dwrites: Registers,
-) -> Registers:
-    """`dlog` of blocks of 2h >= 16 rows -> of blocks of h rows, one register [8, K] for a block.
-
-    As `_split_dlog_in_registers`; the sums over these 8 rows are still to come.
-    """
-    registers_in_block = merge.h // ROWS
-    split = []
-    for block in range(2 * len(dlog)):
-        partner = block ^ 1
-        # A block with the bit set is the later one (the earlier one with `reverse`). An earlier
-        # block's total is part of its partner's reads, a later block's of its partner's writes.
-        is_earlier = bool(block & 1) == options.reverse
-        x = reads if is_earlier else writes
-        dx = dreads if is_earlier else dwrites
-        first = partner * registers_in_block
-        registers = range(first, first + registers_in_block)
-        received = sum(x[i] * dx[i] for i in registers)
-        split.append(dlog[block // 2] + received)
-    return split
-
-
-def _unmerge_in_registers(
-    options: TileOptions,
-    merge: Merge,
-    pairs: _PairCotangents,
-    dreads: Registers,
-    dwrites: Registers,
-) -> tuple[Registers, Registers]:
-    """(dreads, dwrites) after a merge of blocks of h < 8 rows -> before it."""
-    h = merge.h
-    later_bit = not options.reverse
-
-    def multiply(dscores: Registers, levels: Registers, bit: bool, operand: Array) -> Registers:
-        """This merge's part of dscores times reads or writes, for rows whose bit h is `bit`."""
-        of_merge = []
-        for level, dscore in zip(levels, dscores):
-            of_merge.append(jnp.where(level == h.bit_length(), dscore, 0.0))
-        # Half of the rows are needed: two registers' rows go through the matmul as one.
-        packed = join_rows(_pack_pairs(of_merge, h, bit))
-        return _unpack_pairs(split_rows(matmul(options, packed, operand)), h, bit)
-
-    from_writes = multiply(pairs.dscores, pairs.levels, later_bit, merge.writes)
-    from_reads = multiply(
-        pairs.dscores_transposed,
-        pairs.levels_transposed,
-        not later_bit,
-        merge.reads,
-    )
-    is_later = _row_has_bit(h, dreads[0]) == later_bit
-    new_dreads = []
-    for dread, partner, product in zip(dreads, merge.partners, from_writes):
-        new_dreads.append(jnp.where(is_later, dread * partner + product, dread))
-    new_dwrites = []
-    for dwrite, partner, product in zip(dwrites, merge.partners, from_reads):
-        new_dwrites.append(jnp.where(is_later, dwrite, dwrite * partner + product))
-    return new_dreads, new_dwrites
-
-
-def _unmerge_blocks(
-    options: TileOptions,
-    merge: Merge,
-    pairs: _PairCotangents,
-    dreads: Registers,
-    dwrites: Registers,
-) -> tuple[Registers, Registers]:
-    """(dreads, dwrites) after a merge of blocks of h >= 8 rows -> before it."""
-    h = merge.h
-    is_later = [_is_later(i, h, options.reverse) for i in range(len(dreads))]
-
-    def multiply(dscores: Registers, rows_are_later: bool, operand: Array) -> Iterator[Array]:
-        """This merge's part of dscores times reads or writes, for the rows of one kind of block."""
-        rows = []
-        for i, dscore in enumerate(dscores):
-            if is_later[i] == rows_are_later:
-                rows.append(_partner_lanes(dscore, i, h))
-        return iter(split_rows(matmul(options, join_rows(rows), operand)))
-
-    from_writes = multiply(pairs.dscores, True, merge.writes)
-    from_reads = multiply(pairs.dscores_transposed, False, merge.reads)
-    new_dreads = list(dreads)
-    new_dwrites = list(dwrites)
-    for i in range(len(dreads)):
-        if is_later[i]:
-            partner = merge.partners[i * ROWS // h]
-            new_dreads[i] = dreads[i] * partner + next(from_writes)
-    for i in range(len(dwrites)):
-        if not is_later[i]:
-            partner = merge.partners[i * ROWS // h]
-            new_dwrites[i] = dwrites[i] * partner + next(from_reads)
-    return new_dreads, new_dwrites
-
-
-def _partner_lanes(x: Float[Array, "8 C"], register: int, h: int) -> Float[Array, "8 C"]:
-    """Rows of dscores with zeros outside the columns of the partner of the register's block."""
-    block = register * ROWS // h
-    start = (block ^ 1) * h
-    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    is_partner = (lane >= start) & (lane < start + h)
-    return jnp.where(is_partner, x, 0.0)

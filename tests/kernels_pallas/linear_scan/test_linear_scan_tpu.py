@@ -26,7 +26,7 @@ from scan_cases import (
 
 from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
 from kernels_pallas.common.mesh import mesh_axes
-from kernels_pallas.linear_scan.tpu import scalar_decay, vector_decay
+from kernels_pallas.linear_scan.tpu import scalar_decay, vector_decay_backward
 from kernels_pallas.linear_scan.tpu import tile as tpu_tile
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
@@ -132,7 +132,7 @@ def test_float16():
 MODULES = {
     "read_and_update": tpu_tile,
     "read_and_update_backward": tpu_tile,
-    "backward": vector_decay,
+    "backward": vector_decay_backward,
     "dlog_decay_of_pairs": scalar_decay,
 }
 
