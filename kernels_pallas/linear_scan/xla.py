@@ -77,7 +77,7 @@ def linear_scan(
     if options.reverse:
         tokens = jax.tree.map(_flip_time, tokens)
 
-    # From here on the recurrence is forward and inclusive or exclusive.
+    # From here on the recurrence runs from the first token to the last.
     chunk, chunks = _chunks_and_groups(inputs.q.shape[1], options.chunk_size)
     plan = Plan(
         inclusive=options.inclusive,

@@ -85,7 +85,7 @@ def backward(
     dwrites = split_rows(cotangents.dwrites)
     # One block, the whole chunk: its log is that of the total.
     dlog = [cotangents.dlog_total]
-    # What a merge leaves are the operands of the next one, rounded as the matmuls saw them.
+    # The results of a merge are the operands of the next one, rounded as the matmuls saw them.
     results = [(merge.reads, merge.writes) for merge in merges[1:]]
     results.append((terms.reads, terms.writes))
     for merge, (reads_after, writes_after) in zip(reversed(merges), reversed(results)):
@@ -144,7 +144,8 @@ def _split_dlog_in_registers(
     its log receives these times their cotangents. The rows of a block are still to be summed, so
     every row adds what its partner has.
     """
-    # What a row of the partner's block has multiplied the total with.
+    # Each row's reads if its block is the later one, its writes if it is the earlier one: what the
+    # total of the partner's block was multiplied by.
     is_later = row_has_bit(merge.h, reads[0]) != options.reverse
     products = []
     for read, write, dread, dwrite in zip(reads, writes, dreads, dwrites):
@@ -177,7 +178,7 @@ def _split_dlog_of_blocks(
         is_earlier = bool(block & 1) == options.reverse
         x = reads if is_earlier else writes
         dx = dreads if is_earlier else dwrites
-        # The registers of the partner's reads or writes.
+        # The registers of the partner block's reads or writes.
         first = partner * registers_in_block
         registers = range(first, first + registers_in_block)
         received = sum(x[i] * dx[i] for i in registers)
@@ -208,12 +209,11 @@ def _unmerge_in_registers(
             of_merge.append(jnp.where(level == h.bit_length(), dscore, 0.0))
         # Half of the rows are needed: two registers' rows go through the matmul as one.
         packed = join_rows(pack_pairs(of_merge, h, bit))
-        return unpack_pairs(
-            split_rows(matmul(options, packed, operand)),
-            h,
-            bit,
-        )
+        products = split_rows(matmul(options, packed, operand))
+        return unpack_pairs(products, h, bit)
 
+    # scores[L, E] = reads[L] writes[E]^T, so dreads[L] = dscores writes and
+    # dwrites[E] = dscores^T reads.
     from_writes = multiply(
         pairs.dscores,
         pairs.levels,
@@ -267,7 +267,7 @@ def _unmerge_blocks(
     new_dwrites = list(dwrites)
     for i in range(len(dreads)):
         if is_later[i]:
-            # The total that the merge multiplied these reads with.
+            # The total that the merge multiplied these reads by.
             partner = merge.partners[i * ROWS // h]
             new_dreads[i] = dreads[i] * partner + next(from_writes)
     for i in range(len(dwrites)):
