@@ -31,8 +31,7 @@ def linear_scan_step(
         ones = jnp.ones_like(v[..., :1])
         v = jnp.concatenate([v, ones], axis=-1)
 
-    # S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t
-    # Outer products [K, V].
+    # S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t, where k_t^T v_t is an outer product [K, V].
     write = k[..., :, None] * v[..., None, :]
     decayed = state
     if inputs.log_decay is not None:

@@ -55,7 +55,7 @@ def call(
         return in_hbm(operand.array, plan.interpret)
 
     compiler_params = pltpu.CompilerParams(
-        # The steps along T hand the state on, so they stay in order.
+        # The state goes from one step along T to the next, so these steps stay in order.
         dimension_semantics=("parallel", "parallel", "arbitrary"),
         vmem_limit_bytes=VMEM_LIMIT,
     )

@@ -82,7 +82,7 @@ def decayed(
         fine = jnp.broadcast_to(columns[:, first + 1 : first + 2], (C, lanes))
         return _Sums(coarse, fine)
 
-    # Where the pairs of rows (columns now) begin; the same one for inclusive reads.
+    # Where each pair of rows (columns now) begins; the same pair for inclusive reads.
     first_of_ends = 0
     first_of_reads = num_rows - 2
     sums_at_ends = _Sums(rows[:1], rows[1:2])
@@ -93,7 +93,7 @@ def decayed(
         sums_at_ends,
     )
 
-    # The sum up to the chunk's end stands at its last token, in the order of the recurrence.
+    # The chunk's last token, in the order of the recurrence, has the sum of all its logs.
     last = slice(0, 1) if options.reverse else slice(C - 1, C)
     total_coarse = rows[0:1, last]
     total_fine = rows[1:2, last]

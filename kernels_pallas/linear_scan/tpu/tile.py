@@ -106,7 +106,7 @@ def merge_levels(chunk: int, reverse: bool) -> Int[Array, "C C"]:
     """
     i = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     j = lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
-    # The number of bits of i ^ j: above the highest bit that differs, both are in the same block.
+    # The bit length of i ^ j: above the highest bit that differs, both lie in the same block.
     num_levels = chunk.bit_length() - 1
     level = sum(((i ^ j) >= 1 << l).astype(jnp.int32) for l in range(num_levels))
     # In the order of the recurrence.

@@ -89,7 +89,8 @@ class Tokens:
         # The number in the array of the chunk's first token.
         block = self.grid.token_block(pl.program_id(2))
         first = block * self.grid.step_length + self.chunk * C
-        return first + jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0) < self.plan.T
+        token = first + jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0)
+        return token < self.plan.T
 
     def store(self, name: str, num_heads: int, D: int, x: Array) -> None:
         """Writes to the block of output `name`, in its dtype."""
@@ -116,13 +117,15 @@ class Tokens:
           sums: the parts so far, the same dict for all query heads of the chunk.
         """
         slot = self.grid.slot(self.head, num_heads)
-        heads = range(self.grid.schedule.heads)
-        sharing = [h for h in heads if self.grid.slot(h, num_heads) == slot]
+        slots = [self.grid.slot(h, num_heads) for h in range(self.grid.schedule.heads)]
         # Kept as values, not in the block: it may hold fewer bits than float32.
         parts = sums.setdefault((name, slot), [])
         parts.append(x)
-        if len(parts) == len(sharing):
-            self.store(name, num_heads, D, sum(parts[1:], parts[0]))
+        num_sharing = slots.count(slot)
+        if len(parts) == num_sharing:
+            first, *others = parts
+            total = sum(others, first)
+            self.store(name, num_heads, D, total)
 
     def store_scalar_dlog_decay(self, row: Float[Array, "1 C"]) -> None:
         """Writes the cotangents of one log per token."""
@@ -175,7 +178,10 @@ class Tokens:
         on_diagonal = jnp.where(levels == 0, dscores, 0.0)
         ddiagonal = jnp.sum(on_diagonal, axis=1, keepdims=True)
         if bonus is None:
-            return dq + ddiagonal * self.k, dk + ddiagonal * self.q
+            # The diagonal is q_i k_i.
+            dq = dq + ddiagonal * self.k
+            dk = dk + ddiagonal * self.q
+            return dq, dk
         dbonus = jnp.sum(
             ddiagonal * self.q * self.k,
             axis=0,
