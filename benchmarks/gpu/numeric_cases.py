@@ -78,7 +78,7 @@ ATTENTION_OPTIONS = {
     "gate": "head",
     "window": 30,
     "segments": True,
-    "soft_cap": 20.0,
+    "logits_soft_cap": 20.0,
 }
 # The largest heads, and a sequence of many chunks.
 LARGE = [

@@ -136,10 +136,10 @@ def draw_attention(case: NumericCase, source: Source) -> Drawn:
             x["q"],
             x["k"],
             x["v"],
-            gate=x.get("gate_logits"),
+            gate_logits=x.get("gate_logits"),
             window=options.get("window"),
             segment_ids=segment_ids,
-            soft_cap=options.get("soft_cap"),
+            logits_soft_cap=options.get("logits_soft_cap"),
             **how,
         )
         return {"out": out}

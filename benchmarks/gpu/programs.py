@@ -182,7 +182,7 @@ def _our_attention(
     v: Array,
     gate_logits: Array | None = None,
 ) -> Array:
-    return attention(q, k, v, gate=gate_logits, **kernel_options(dry))
+    return attention(q, k, v, gate_logits=gate_logits, **kernel_options(dry))
 
 
 def _cudnn_attention(

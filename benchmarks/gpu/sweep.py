@@ -9,9 +9,9 @@ from benchmarks.gpu.guard import WorkerOptions, run_each
 from benchmarks.gpu.programs import Program, programs
 from benchmarks.gpu.records import append_record, one_line
 from benchmarks.gpu.timing import compile_program, time_program
-from kernels_pallas.attention.gpu_tuning import HOPPER, Cut
-from kernels_pallas.grouped_matmul import gpu as grouped_gpu
-from kernels_pallas.linear_scan.gpu_tuning import TUNED
+from kernels_pallas.attention.gpu.tuning import HOPPER, Cut
+from kernels_pallas.grouped_matmul.gpu import op as grouped_gpu
+from kernels_pallas.linear_scan.gpu.tuning import TUNED
 
 # The rows of the tables as they are, from which each setting departs.
 SCAN_ROWS = {chip: dict(schedules) for chip, (_, _, schedules) in TUNED.items()}
