@@ -402,7 +402,7 @@ def test_files_of_another_kind(tmp_path, kind):
         )
         expect_input_error(
             config(tmp_path, str(tmp_path / "good"), kind, field="n"),
-            r"row 0: field 'n' holds int, want",
+            r"row 0: field 'n' holds int, expected",
         )
 
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_plugin import needs_cuda_plugin
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_aot_cuda import pytestmark  # noqa: F401  skipped where jax's CUDA plugin is not installed
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
@@ -17,6 +17,7 @@ from gatedjax.aot.targets import GPUS
 from kernels_pallas import attention, dispatch
 from kernels_pallas.attention import NORMALIZERS, attention_step
 
+pytestmark = needs_cuda_plugin
 needs_ptxas = pytest.mark.skipif(
     not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)"
 )

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_plugin import plugin_missing
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_aot_cuda import plugin_missing
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.gpu import devices
