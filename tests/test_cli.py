@@ -1,4 +1,6 @@
-"""The command line as a person meets it: real processes. Bad input is one line and exit code 2, nothing overwritten."""
+"""The command line as a person meets it: real processes. Bad input is one line and exit code 2,
+nothing overwritten.
+"""
 
 import json
 import os
@@ -105,7 +107,9 @@ def test_a_run_shows_and_leaves_what_it_should(place, finished):
 
 
 def test_killed_run_goes_on_to_the_bit(place, finished):
-    """kill -9, right after a checkpoint began; then the same losses as undisturbed. More: benchmarks/faults.py."""
+    """kill -9, right after a checkpoint began; then the same losses as undisturbed. More:
+    benchmarks/faults.py.
+    """
     for until in (13,):
         process = subprocess.Popen(
             command(place, "killed"),

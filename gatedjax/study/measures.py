@@ -61,7 +61,9 @@ def lengths(trained) -> dict[str, float]:
 
 
 def at_length(trained, length: int) -> float:
-    """Loss over about as many validation tokens, in windows of `length`; YaRN's factor if the cell wants it."""
+    """Loss over about as many validation tokens, in windows of `length`; YaRN's factor if the cell
+    wants it.
+    """
     c = trained.run.config
     factor = max(1.0, length / c.data.seq_len) if trained.cell.yarn else 1.0
     stretch = lambda m: (

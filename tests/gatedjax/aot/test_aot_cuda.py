@@ -1,4 +1,6 @@
-"""Every op, forward and backward, compiles for an H200 that is not here; a Triton kernel's registers are reported."""
+"""Every op, forward and backward, compiles for an H200 that is not here; a Triton kernel's
+registers are reported.
+"""
 
 import jax
 import jax.numpy as jnp
