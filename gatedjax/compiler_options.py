@@ -1,4 +1,4 @@
-"""How evaluations and sampling are compiled: as XLA likes, except on a CPU whose XLA breaks some fusions.
+"""How evaluations and sampling are compiled on a CPU whose XLA breaks some fusions.
 
 The ops hide from XLA what its broken fusions need (`kernels_pallas.opaque`). This is the second
 protection, for programs whose result is a number that people read: of the "YNN" fusions, only those
@@ -24,7 +24,7 @@ SINGLE_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_
 
 
 def for_this_backend() -> dict[str, str]:
-    """The `compiler_options` of `jax.jit`. Call it when something is compiled: it starts the backend."""
+    """The `compiler_options` of `jax.jit`. Not for import time: this starts the backend."""
     is_affected = FIRST_AFFECTED <= JAXLIB_VERSION <= LAST_AFFECTED
     if is_affected and target_platform() == "cpu":
         return SINGLE_PRODUCTS
@@ -32,7 +32,7 @@ def for_this_backend() -> dict[str, str]:
 
 
 def careful_jit(function: Callable, **options: Any) -> Callable:
-    """`jax.jit(function, **options)` with the compiler options of this backend, made at the first call.
+    """`jax.jit(function, **options)` with this backend's compiler options, made at the first call.
 
     A decorator of module-level functions: nothing starts a backend at import.
     """

@@ -17,7 +17,7 @@ from kernels_pallas.dispatch import target_platform
 
 
 def opaque[Arrays](arrays: Arrays) -> Arrays:
-    """The same values behind an optimization barrier where a CPU computes: no fusion sees how they were made.
+    """The same values, behind an optimization barrier where a CPU computes.
 
     Args:
       arrays: an array or a pytree of them; None leaves stay.

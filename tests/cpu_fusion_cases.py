@@ -1,8 +1,8 @@
 """Random calls of every op, layer and step, for tests/test_xla_cpu_fusions.py.
 
-A case is a function of named arrays, and the arrays. Inside the function some arrays become broadcasts:
-of one number, of one column, of one row, of ones, of zeros. The cotangents of a sum are broadcasts
-too. The compiler sees all of this.
+A case is a function of named arrays, and the arrays. Inside the function some arrays become
+broadcasts: of one number, of one column, of one row, of ones, of zeros. The cotangents of a sum are
+broadcasts too. The compiler sees all of this.
 """
 
 import random
@@ -40,7 +40,7 @@ SIZES = (1, 3, 8, 16, 24, 32, 64)
 
 
 class Case(NamedTuple):
-    """`function(arrays)` returns a tree of arrays. `tolerance` is of the largest error, by the dtype."""
+    """`function(arrays)` returns a tree of arrays; `tolerance` bounds the largest error."""
 
     name: str
     function: Callable
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 def as_broadcast(kind: str, x: jax.Array) -> jax.Array:
-    """An array of x's shape that the compiler knows to be a broadcast, and which still depends on x if it can."""
+    """An array of x's shape that the compiler knows to be a broadcast, of x's values if it can."""
     if kind == "ones":
         return jnp.ones_like(x)
     if kind == "zeros":
@@ -105,7 +105,7 @@ class Draw:
 
 
 def total(loss: str, y: jax.Array) -> jax.Array:
-    """A number whose cotangent is a broadcast ("sum", "mean"; "column": a number by row), or not ("weighted")."""
+    """A number; its cotangent is a constant ("sum", "mean"), one a row ("column") or "weighted"."""
     y = y.astype(jnp.promote_types(jnp.float32, y.dtype))
     if loss == "mean":
         return jnp.mean(y)
@@ -119,7 +119,7 @@ def total(loss: str, y: jax.Array) -> jax.Array:
 def case(
     name: str, draw: Draw, call: Callable, arrays: dict, dtype: str, broadcasts=BROADCASTS
 ) -> Case:
-    """`call(arrays)` of the arrays, some as broadcasts; and, by chance, the gradients of a sum over its results."""
+    """`call(arrays)`, some arrays as broadcasts; by chance also the gradients of a sum over it."""
     kinds = draw.kinds(arrays, broadcasts)
     loss = draw.loss()
 
@@ -187,8 +187,9 @@ def linear_scan_case(draw: Draw) -> Case:
 
     plain = {key: value for key, value in options.items() if key != "segment_ids"}
     has_segments = options["segment_ids"] is not None
-    name = f"linear_scan B{B} T{T} H{H} kv{kv_heads} K{K} V{V} {kind} {plain} segments={has_segments} {initial}"
-    return case(f"{name} {returned}", draw, call, arrays, dtype)
+    sizes = f"B{B} T{T} H{H} kv{kv_heads} K{K} V{V}"
+    name = f"linear_scan {sizes} {kind} {plain} segments={has_segments} {initial} {returned}"
+    return case(name, draw, call, arrays, dtype)
 
 
 def linear_scan_step_case(draw: Draw) -> Case:
@@ -427,7 +428,7 @@ LAYERS = {
 
 
 def layer_case(draw: Draw, kind: str) -> Case:
-    """A layer applied to given parameters; or made and applied in one program, where many parameters are constants."""
+    """A layer with given parameters, or with parameters made in the same program."""
     config = LAYERS[kind](draw)
     B, T, M = draw.batch(), draw.length(), draw.of(16, 32, 64)
     dtype = draw.of("float32", "float32", "bfloat16")

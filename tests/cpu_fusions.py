@@ -1,7 +1,8 @@
-"""XLA's "YNN" fusions on CPUs: how to compile with and without them, and how to find the broken kind.
+"""XLA's "YNN" fusions on CPUs: compiling with and without them, and finding the broken kind.
 
-See docs/notes/xla_cpu_ynn_broadcast.md for the fault. Two checks find it. `broken_products` reads it in a compiled
-program, whatever the memory holds. `assert_same_without_fusions` runs a function both ways, on a heap full of NaN.
+See docs/notes/xla_cpu_ynn_broadcast.md for the fault. Two checks find it. `broken_products` reads
+it in a compiled program, whatever the memory holds. `assert_same_without_fusions` also runs a
+function both ways, on a heap full of NaN.
 """
 
 import re
@@ -38,7 +39,8 @@ def dirty_heap() -> None:
 def broken_products(hlo: str) -> list[str]:
     """The matrix products of a compiled program that read past the end of their right operand.
 
-    They are in a YNN fusion that also reduces, and their right operand is a broadcast along its last axis.
+    They are in a YNN fusion that also reduces, and their right operand is a broadcast along its
+    last axis.
     """
     computations = dict(COMPUTATION.findall(hlo))
     found = []
@@ -103,7 +105,7 @@ def _as_numbers(x) -> np.ndarray:
 
 
 def largest_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """The largest error over 1 + the largest entry; infinite where only one of the two is finite."""
+    """The largest error over 1 + the largest entry; infinite where only one is finite."""
     if actual.size == 0:
         return 0.0
     same_places = np.isfinite(actual) == np.isfinite(expected)
