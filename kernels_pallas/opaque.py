@@ -5,7 +5,7 @@ it into one "YNN fusion". If the right operand of that product is a smaller arra
 its last axis, then the fusion reads the smaller array as if it were the larger one: memory of
 others, results that differ from run to run, NaN.
 
-    jax.jit(lambda a, b: a @ jnp.zeros((64, 64)) + jnp.sum(b * b, -1, keepdims=True))
+    jax.jit(lambda a, b: a @ jnp.ones((64, 64)) + jnp.sum(b * b, -1, keepdims=True))
 
 is wrong for arrays [256, 64]. An empty state is such a broadcast, and so is the cotangent of a sum.
 docs/notes/xla_cpu_ynn_broadcast.md has the details.
