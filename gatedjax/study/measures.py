@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
@@ -117,7 +118,7 @@ class RecallValidation:
         return Recalled(float(right / asked), int(asked))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(careful_jit, static_argnums=0)
 def _right(model: ModelConfig, params, batch: Batch) -> tuple[Array, Array]:
     """Tokens asked for that are predicted, and all that are asked for."""
     with nn.logical_axis_rules(RULES):
