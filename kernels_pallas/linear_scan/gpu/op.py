@@ -1,5 +1,4 @@
-"""`linear_scan` on GPU (Pallas, Triton), forward and backward: what the kernels cover, views,
-padding, derivative.
+"""`linear_scan` on GPU (Pallas, Triton), forward and backward: what the kernels cover, views, padding, derivative.
 
 Three stages forward and four backward, so that none needs more registers than a thread has:
 
@@ -8,9 +7,8 @@ Three stages forward and four backward, so that none needs more registers than a
     scan, backward   walks them back         dv and the states' cotangents
     through scores   parallel over chunks    dq, dk, the logs' cotangents
 
-Saved for the backward pass: the inputs, and the state before each chunk. With bfloat16 inputs what
-is multiplied is rounded to bfloat16, with float16 ones to TF32; with float32 inputs matmuls keep
-all bits, in three passes of TF32.
+Saved for the backward pass: the inputs, and the state before each chunk. With bfloat16 inputs what is multiplied is
+rounded to bfloat16, with float16 ones to TF32; with float32 inputs matmuls keep all bits, in three passes of TF32.
 """
 
 from functools import partial
@@ -40,15 +38,18 @@ from kernels_pallas.linear_scan.gpu.scan import Walk
 from kernels_pallas.linear_scan.gpu.scores import Decays
 from kernels_pallas.linear_scan.gpu.tile import SUBTOTAL
 from kernels_pallas.linear_scan.gpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
-from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME, _ratio, _with_ones
+from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
 
-def unsupported(
-    q, k, v, log_decay, initial_state, normalize: bool, chunk_size: int | None
-) -> str | None:
-    """Why this room cannot take a call, or None when it can."""
-    if any(x is not None and x.dtype == jnp.float64 for x in (q, k, v, log_decay, initial_state)):
+def unsupported(inputs: ScanInputs, options: ScanOptions) -> str | None:
+    """Why this backend cannot take a call, or None when it can."""
+    q, k, v, log_decay, bonus, initial_state, _ = inputs
+    normalize, chunk_size = options.normalize, options.chunk_size
+    floats = (q, k, v, log_decay, bonus, initial_state)
+    if any(x is not None and x.dtype == jnp.float64 for x in floats):
         return "does not compute in float64"
     if max(q.shape[-1], v.shape[-1] + normalize) > MAX_D:
         return f"takes K and V up to {MAX_D} (with normalize up to {MAX_D - 1}), not {q.shape[-1]} and {v.shape[-1]}"
@@ -64,28 +65,14 @@ def unsupported(
 
 
 def linear_scan(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    *,
-    inclusive: bool,
-    scale: float,
-    reverse: bool,
-    normalize: bool,
-    chunk_size: int | None,
-    return_final_state: bool,
-    interpret: bool,
+    inputs: ScanInputs, options: ScanOptions, *, interpret: bool = False
 ) -> tuple[Array, Array | None]:
-    """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns
-    (o, final state).
-    """
+    """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns (o, final state)."""
+    q, k, v, log_decay, bonus, initial_state, segment_ids = inputs
+    inclusive, scale, reverse, normalize, chunk_size, return_final_state = options
     (_, T, _, K), V, out_dtype = q.shape, v.shape[-1] + normalize, v.dtype
     if normalize:
-        v = _with_ones(v)
+        v = append_ones(v)
     plan = _plan(q, k, v, log_decay, segment_ids, chunk_size, interpret)._replace(
         inclusive=inclusive,
         reverse=reverse,
@@ -114,7 +101,7 @@ def linear_scan(
     if final_state is not None:
         final_state = final_state[:, :, :K, :V]
     o = o[:, :T, :, :V]
-    return (_ratio(o) if normalize else o).astype(out_dtype), final_state
+    return (divide_by_last(o) if normalize else o).astype(out_dtype), final_state
 
 
 def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret: bool) -> Plan:
@@ -179,9 +166,7 @@ def _in_order(plan: Plan, x: Array, axis: int) -> Array:
 
 
 def _logs(plan: Plan, q: Array, log_decay: Array | None, starts: Array | None) -> Array | None:
-    """What the state meets, differentiable: [B, T, H, K] as in memory, or float32 [B or 1, H, T] in
-    order.
-    """
+    """What the state meets, differentiable: [B, T, H, K] as in memory, or float32 [B or 1, H, T] in order."""
     if plan.decay == "none":
         return None
     if log_decay is None:  # segments alone
@@ -254,9 +239,7 @@ def _walked(
     save: bool,
     final: bool,
 ):
-    """The scan kernel; in two passes over segments where there are several. `final` is then [B, H,
-    K, V].
-    """
+    """The scan kernel; in two passes over segments where there are several. `final` is then [B, H, K, V]."""
     if plan.segments == 1:
         walk = walk._replace(initial=None if first is None else first[:, :, None])
         out = gpu_scan.scan(plan, walk, dtype, backward=backward, save=save, final=final)
@@ -281,9 +264,7 @@ def _segment_logs(plan: Plan, decays: Decays) -> Array | None:
 
 
 def _decays(plan: Plan, x: Inputs) -> Decays:
-    """What the kernels read of the logs. Beside q these arrays are small: 1/8 of the logs, or one
-    number a token.
-    """
+    """What the kernels read of the logs. Beside q these arrays are small: 1/8 of the logs, or one number a token."""
     if plan.decay == "none":
         return Decays()
     if plan.decay == "vector":
@@ -349,9 +330,7 @@ _scan.defvjp(_forward, _backward)
 
 
 def _sum_of_heads(parts: Array, x: Array) -> Array:
-    """Shared heads: a part from each query head [B, T, H, D] float32 -> [B, T, Hx, D] in x's
-    dtype.
-    """
+    """Shared heads: a part from each query head [B, T, H, D] float32 -> [B, T, Hx, D] in x's dtype."""
     if parts.shape == x.shape:
         return parts
     B, T, heads, D = x.shape
@@ -359,9 +338,7 @@ def _sum_of_heads(parts: Array, x: Array) -> Array:
 
 
 def _logs_cotangent(plan: Plan, logs: Array | None, through: dict[str, Array]) -> Array | None:
-    """Scalar ones from what is left of each token, see `backward`: the formula is
-    `tile.vector_dlogs`.
-    """
+    """Scalar ones from what is left of each token, see `backward`: the formula is `tile.vector_dlogs`."""
     if plan.decay != "scalar":
         return through.get("dlogs")
     readers, writers, writes, total = jnp.moveaxis(

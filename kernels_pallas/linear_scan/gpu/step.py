@@ -1,7 +1,7 @@
 """One decoding step of `linear_scan` on GPU: every state is read once, written once, in place.
 
-Through jax-triton, jax's official way to Triton: Pallas' own Triton back end will be removed. It is
-an extra package (`pip install gatedjax[gpu]`), and without it the step runs as plain XLA.
+Through jax-triton, jax's official way to Triton: Pallas' own Triton back end will be removed. It is an extra package
+(`pip install gatedjax[gpu]`), and without it the step runs as plain XLA.
 """
 
 import importlib.util
@@ -12,7 +12,8 @@ from jax import Array
 
 from kernels_pallas.common.device import absent_device_kind
 from kernels_pallas.common.mesh import varying_like
-from kernels_pallas.linear_scan.xla import _ratio, _with_ones
+from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 
 MAX_K = 512
 STATE_IN_PROGRAM = 8192  # elements: 64 registers of each of 128 threads
@@ -20,30 +21,29 @@ STATE_IN_PROGRAM = 8192  # elements: 64 registers of each of 128 threads
 PTX_VERSION = 86
 
 
-def unsupported(q, k, v, state, log_decay, bonus, interpret: bool) -> str | None:
-    """Why this room cannot take one decoding step, or None when it can."""
+def unsupported(inputs: StepInputs, options: StepOptions, *, interpret: bool) -> str | None:
+    """Why this backend cannot take one decoding step, or None when it can."""
     if interpret:
         return "cannot be interpreted inside jax: Triton's interpreter runs it in the tests"
-    if any(x is not None and x.dtype == jnp.float64 for x in (q, k, v, state, log_decay, bonus)):
+    if any(x is not None and x.dtype == jnp.float64 for x in inputs):
         return "does not compute in float64"
-    if q.shape[-1] > MAX_K:
-        return f"takes K up to {MAX_K}, not {q.shape[-1]}"
+    K = inputs.q.shape[-1]
+    if K > MAX_K:
+        return f"takes K up to {MAX_K}, not {K}"
     if importlib.util.find_spec("jax_triton") is None:
         return "needs jax-triton (pip install 'gatedjax[gpu]')"
     return None
 
 
-def linear_scan_step(
-    q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool
-) -> tuple[Array, Array]:
-    """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V],
-    new state).
-    """
+def linear_scan_step(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:
+    """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
+    q, k, v, log_decay, bonus, state = inputs
+    inclusive, scale, normalize = options
     out_dtype = v.dtype
     if normalize:
-        v, scale = _with_ones(v.astype(jnp.float32)), 1.0
+        v, scale = append_ones(v.astype(jnp.float32)), 1.0
     o, new_state = _call(q, k, v, log_decay, bonus, state, inclusive, scale)
-    return (_ratio(o) if normalize else o).astype(out_dtype), new_state
+    return (divide_by_last(o) if normalize else o).astype(out_dtype), new_state
 
 
 def _call(q, k, v, log_decay, bonus, state, inclusive: bool, scale: float) -> tuple[Array, Array]:
@@ -97,8 +97,6 @@ def launch(q, k, v, log_decay, bonus, inclusive: bool, scale: float) -> dict:
 
 
 def _absent_capability() -> int | None:
-    """The compute capability of a chip that is not here; None where jax-triton can ask the
-    device.
-    """
+    """The compute capability of a chip that is not here; None where jax-triton can ask the device."""
     kind = absent_device_kind()
     return None if kind is None else 80 if "A100" in kind else 90

@@ -19,6 +19,7 @@ from helpers import rel_rms
 from kernels_pallas.linear_scan import reference
 from kernels_pallas.linear_scan.gpu import step as gpu_step
 from kernels_pallas.linear_scan.gpu.step_kernel import step_kernel
+from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 
 
 class Storage:
@@ -100,7 +101,8 @@ def errors(rank: int, mode: str, dtype, shape, seed: int, plant: bool) -> list[f
             None if x is None else jax.numpy.asarray(np.asarray(x, np.float64))
             for x in (q, k, v, decay, bonus, state)
         ]
-        want = reference.linear_scan_step(*high, inclusive=inclusive, scale=scale, normalize=False)
+        step_options = StepOptions(inclusive=inclusive, scale=scale, normalize=False)
+        want = reference.linear_scan_step(StepInputs(*high), step_options)
     return [rel_rms(a, b) for a, b in zip(got, want)]
 
 
