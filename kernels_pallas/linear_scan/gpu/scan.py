@@ -1,7 +1,7 @@
 """The scan kernel of `linear_scan` on GPU: through the chunks, with the state in registers.
 
-    forward    o_n  = A_n v_n + reads_n S;      S  <- total_n S + writes_n^T v_n     chunks in order
-    backward   dv_n = A_n^T do_n + writes_n dS; dS <- total_n dS + reads_n^T do_n    chunks in reverse
+    forward    o_n  = A_n v_n + reads_n S;       S  <- total_n S + writes_n^T v_n    in order
+    backward   dv_n = A_n^T do_n + writes_n dS;  dS <- total_n dS + reads_n^T do_n   in reverse
 
 are one loop, with reads and writes, v and do exchanged. The grid is (block of V, segment, head, row
 of the batch): a program has a block of V of one head of one segment, and its state [K, block_v]
@@ -58,7 +58,8 @@ def scan(
       final: whether the state after each segment is returned.
 
     Returns:
-      o [B, T, H, V] where there are products; states [B, H, N, K, V]; final [B, H, G, K, V] float32.
+      o [B, T, H, V] where there are products; states [B, H, N, K, V]; final [B, H, G, K, V],
+      float32.
     """
     s = p.schedule
     block_v = scan_block_v(s, p.K, p.V)

@@ -128,7 +128,7 @@ def _over_levels(C: int, logs: Logs, level: Callable, carry) -> tuple[Any, tuple
 def _merged(h, C: int) -> Array:
     """Pairs of rows, in both orders, that the level of blocks of h rows merges."""
     i, j = rows_and_columns(C)
-    # Two rows lie in sibling blocks of h rows exactly if h is the highest bit that tells them apart.
+    # Rows lie in sibling blocks of h rows exactly if h is the highest bit that tells them apart.
     difference = i ^ j
     return (difference >= h) & (difference < 2 * h)
 

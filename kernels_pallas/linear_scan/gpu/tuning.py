@@ -71,7 +71,7 @@ def schedule(decay: str) -> Schedule:
 
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
-    """Columns of V of one program of the scan kernel, which holds a state of K rows in registers."""
+    """Columns of V of a program of the scan kernel, whose state [K, this] is in registers."""
     most = schedule.scan_block_v
     if K > 128:
         # As many registers as at K = 128.

@@ -20,6 +20,7 @@ from kernels_pallas.linear_scan import reference
 from kernels_pallas.linear_scan.gpu import step as gpu_step
 from kernels_pallas.linear_scan.gpu.step_kernel import step_kernel
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
+from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 
 
 class Storage:
@@ -76,7 +77,8 @@ def run(
     q, k, v, log_decay, bonus, state, inclusive: bool, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(o, new state): the kernel as `step` launches it."""
-    options = gpu_step.launch(q, k, v, log_decay, bonus, inclusive, scale)
+    inputs = StepInputs(q, k, v, log_decay, bonus, state)
+    options = gpu_step.launch(inputs, StepOptions(inclusive, scale, normalize=False))
     grid = options.pop("grid")
     rows = (q, k, v, q if log_decay is None else log_decay, q if bonus is None else bonus)
     state, *_, o = tensors = [
