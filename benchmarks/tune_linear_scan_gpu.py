@@ -1,10 +1,12 @@
-"""Chooses schedules of linear_scan's GPU kernels by time on this GPU, for `kernels_pallas/linear_scan/gpu/tuning.py`.
+"""Chooses schedules of linear_scan's GPU kernels by time on this GPU, for
+`kernels_pallas/linear_scan/gpu/tuning.py`.
 
     python benchmarks/tune_linear_scan_gpu.py [--shape=B4,T4096,H16,K128,V128] [--decay=vector,scalar] [--json=FILE]
 
-One setting of the Schedule after the other, forward and backward together, from the table's row; a setting stays when
-it is at least 2 % faster. Prints what was tried and the row to put into the table. A schedule that does not compile or
-does not fit counts as infinitely slow. --dry_run: a tiny shape, interpreted on the CPU, to try the program itself.
+One setting of the Schedule after the other, forward and backward together, from the table's row; a
+setting stays when it is at least 2 % faster. Prints what was tried and the row to put into the
+table. A schedule that does not compile or does not fit counts as infinitely slow. --dry_run: a tiny
+shape, interpreted on the CPU, to try the program itself.
 """
 
 import math
@@ -31,13 +33,13 @@ CANDIDATES = {
     "scan_block_k": (32, 64, 128),
     "scan_warps": (2, 4, 8),
     "scan_stages": (1, 2, 3, 4),
-    "walks_per_core": (1, 2, 4),
-    "scores_block_k": (16, 32, 64, 128),
-    "scores_warps": (4, 8),
+    "programs_per_core": (1, 2, 4),
+    "intra_block_k": (16, 32, 64, 128),
+    "intra_warps": (4, 8),
     "back_block_k": (16, 32, 64),
     "back_block_v": (32, 64, 128),
     "back_warps": (4, 8),
-    "dscores_warps": (4, 8),
+    "dproducts_warps": (4, 8),
 }
 GAIN = 0.98
 
