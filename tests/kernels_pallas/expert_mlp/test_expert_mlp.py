@@ -10,10 +10,11 @@ from helpers import rel_rms
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import dispatch, expert_mlp
+from kernels_pallas import dispatch
 from kernels_pallas.expert_mlp.gate import ACTIVATIONS, gated_product, gated_product_cotangents
 from kernels_pallas.expert_mlp.tpu import op as tpu
 from kernels_pallas.grouped_matmul.tpu import tuning as tpu_tuning
+from kernels_pallas.ops import expert_mlp
 
 R, M, F, G = 60, 12, 20, 4
 NAMES = ("rows", "gate", "up", "down")

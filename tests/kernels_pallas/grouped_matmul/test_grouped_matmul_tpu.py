@@ -26,7 +26,7 @@ from test_grouped_matmul import (
     value_and_gradients,
 )
 
-from kernels_pallas import dispatch, grouped_matmul
+from kernels_pallas import dispatch
 from kernels_pallas.grouped_matmul.tpu import (
     op as tpu,
 )
@@ -45,6 +45,7 @@ from kernels_pallas.grouped_matmul.tpu import (
 from kernels_pallas.grouped_matmul.tpu import (
     visits as tpu_visits,
 )
+from kernels_pallas.ops import grouped_matmul
 
 on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 

@@ -14,7 +14,8 @@ from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
 from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
-from kernels_pallas import dispatch, linear_scan
+from kernels_pallas import dispatch
+from kernels_pallas.ops import linear_scan
 
 needs_ptxas = pytest.mark.skipif(
     not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)"
