@@ -1,4 +1,4 @@
-"""The ops, in one place to import them from: `from kernels_pallas.ops import attention, linear_scan`."""
+"""The ops, to import from one place: `from kernels_pallas.ops import attention, linear_scan`."""
 
 from kernels_pallas.attention import NORMALIZERS, attention, attention_sharded, attention_step
 from kernels_pallas.attention.xla import OUT_NAME as ATTENTION_OUT_NAME

@@ -21,7 +21,7 @@ def expert_mlp(
     weights: Float[Array, "R"] | None = None,
     *,
     activation: str = "silu",
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R M"]:
     """`w (activation(x gate_g) * (x up_g)) down_g` for each row x of group g and weight w: the MLPs of sparse experts.

@@ -18,7 +18,7 @@ def grouped_matmul(
     group_sizes: Int[Array, "G"],
     *,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
     """Rows sorted by group, each times the matrix of its group: the first group_sizes[0] rows times rhs[0], and so on.
