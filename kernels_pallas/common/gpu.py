@@ -1,17 +1,9 @@
 """What the GPU kernels of several ops share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-import jax
-import jax.numpy as jnp
-from jax import Array
-
+from kernels_pallas.common.cost import moved as moved
 from kernels_pallas.common.device import device_kind
-
-
-def moved(arrays: Sequence[Array | jax.ShapeDtypeStruct]) -> int:
-    """Bytes of arrays that are read or written once."""
-    return sum(a.size * jnp.dtype(a.dtype).itemsize for a in arrays)
 
 
 def chip(names: Iterable[str], default: str) -> str:

@@ -23,10 +23,10 @@ SIZES = [33, 0, 1, 20]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    row = tpu_tuning.Row(
-        cores=1, tile=32, parts=32, depth=32, step=128, outer_step=(128, 128), vmem=2**26
+    row = tpu_tuning.Tuning(
+        cores=1, tile=32, part=32, outer_part=32, step=128, outer_step=(128, 128), vmem=2**26
     )
-    monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
+    monkeypatch.setattr(tpu_tuning, "tuned", lambda: row)
 
 
 def draw(dtype, rows=R):
