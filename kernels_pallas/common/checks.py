@@ -6,7 +6,7 @@ A failed check is a ValueError that names the op, the argument, what was got and
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.mesh import varying_together
 
 
 def check_interpret(op: str, interpret: bool, implementation: str | None) -> None:
@@ -52,10 +52,5 @@ def default_scale(scale: float | None, K: int) -> float:
 
 
 def all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
-    """Inside `shard_map`, every array varying over what any of them varies over.
-
-    A replicated input, such as sinks, must vary before it enters a custom_vjp: the transpose of
-    that cast is the sum of its gradient over the mesh axis.
-    """
-    present = [x for x in arrays if x is not None]
-    return tuple(None if x is None else varying_like(x, *present) for x in arrays)
+    """`varying_together` of arrays that are arguments."""
+    return varying_together(arrays)

@@ -99,8 +99,7 @@ def by_rows_and_heads(
         return PartitionSpec(*entries)
 
     def on_device(*parts: Array | None):
-        present = [x for x in parts if x is not None]
-        return fn(*(None if x is None else varying_like(x, *present) for x in parts))
+        return fn(*varying_together(parts))
 
     results = jax.eval_shape(fn, *jax.tree.map(_shape_of, arrays))
     split = jax.shard_map(
@@ -142,10 +141,11 @@ def by_sorted_rows(
     rows_of_device = num_rows // _num_parts(mesh, axes)
 
     def on_device(*arrays):
-        leaves = jax.tree.leaves(arrays)
-        *arrays, sizes = jax.tree.map(lambda x: varying_like(x, *leaves), arrays)
-        first_row = jax.lax.axis_index(axes) * rows_of_device if axes else 0
-        out = fn(*arrays, _sizes_within(sizes, num_rows, first_row, rows_of_device))
+        *others, sizes = varying_together(arrays)
+        device = jax.lax.axis_index(axes) if axes else 0
+        first_row = device * rows_of_device
+        own_sizes = _sizes_within(sizes, num_rows, first_row, rows_of_device)
+        out = fn(*others, own_sizes)
         if not summed or axes is None:
             return out
         return jax.tree.map(lambda x: _sum_over_devices(x, axes), out)
@@ -174,13 +174,18 @@ def _axes_that_split(mesh: AbstractMesh, x: Array, letters: str) -> MeshAxes:
     if AxisType.Explicit not in mesh.axis_types:
         return _auto_axes.get()
     # A spec may be shorter than the array has axes: the others are not split.
-    spec = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
+    spec = list(jax.typeof(x).sharding.spec)
+    spec += [None] * (x.ndim - len(spec))
 
     def axes_of(letter: str) -> tuple[str, ...]:
-        names = spec[letters.index(letter)] if letter in letters else None
+        if letter not in letters:
+            return ()
+        names = spec[letters.index(letter)]
         if names is None:
             return ()
-        return names if isinstance(names, tuple) else (names,)
+        if isinstance(names, str):
+            return (names,)
+        return tuple(names)
 
     return MeshAxes(rows=axes_of("b"), heads=axes_of("h"))
 
@@ -243,6 +248,16 @@ def varying_like(x: Array, *arrays: Array) -> Array:
     if not missing:
         return x
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying")
+
+
+def varying_together[Tree](arrays: Tree) -> Tree:
+    """Inside `shard_map`, every array of a pytree varying over what any of them varies over.
+
+    A replicated input, such as sinks, must vary before it enters a custom_vjp: the transpose of
+    that cast is the sum of its gradient over the mesh axis.
+    """
+    leaves = jax.tree.leaves(arrays)
+    return jax.tree.map(lambda x: varying_like(x, *leaves), arrays)
 
 
 def like(x: Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:

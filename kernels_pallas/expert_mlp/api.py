@@ -6,12 +6,12 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.common.checks import (
-    all_varying,
     check_float,
     check_integer,
     check_interpret,
     check_same_dtype,
 )
+from kernels_pallas.common.mesh import varying_together
 from kernels_pallas.expert_mlp import composed
 from kernels_pallas.expert_mlp.gate import ACTIVATIONS
 from kernels_pallas.expert_mlp.inputs import ExpertMlpInputs
@@ -72,8 +72,11 @@ def expert_mlp(
     }
     chosen = dispatch.choose(OP, implementation, refusals)
     if chosen == "tpu":
-        varying = ExpertMlpInputs(*all_varying(*inputs))
-        return tpu.expert_mlp(varying, activation=activation, interpret=interpret)
+        return tpu.expert_mlp(
+            varying_together(inputs),
+            activation=activation,
+            interpret=interpret,
+        )
     return composed.expert_mlp(
         inputs,
         activation=activation,

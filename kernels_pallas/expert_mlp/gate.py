@@ -1,4 +1,4 @@
-"""What lies between an expert's matmuls: `activation(gate) * up`, elementwise, and its cotangents."""
+"""What lies between an expert's matmuls: `activation(gate) * up`, and its cotangents."""
 
 from functools import partial
 

@@ -156,7 +156,16 @@ def _backward(options: Options, residuals: Residuals, dy: Array) -> tuple[Expert
         OuterOptions("expert_mlp_dup", options.interpret),
         OuterInputs([inputs.rows], db, group_sizes),
     )
-    return (ExpertMlpInputs(drows, dgate, dup, ddown, None, dweights),)
+    return (
+        ExpertMlpInputs(
+            drows,
+            dgate,
+            dup,
+            ddown,
+            None,  # pyrefly: ignore[bad-argument-type]  # sizes are integers: no cotangent
+            dweights,
+        ),
+    )
 
 
 _expert_mlp.defvjp(_forward_saving, _backward)

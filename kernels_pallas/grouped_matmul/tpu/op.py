@@ -23,9 +23,8 @@ from kernels_pallas.common.padding import padded_to_multiples
 from kernels_pallas.common.tpu import Interpret, interpret_params
 from kernels_pallas.grouped_matmul.tpu import outer, per_row, rows, tuning
 from kernels_pallas.grouped_matmul.tpu.outer import OuterInputs, OuterOptions
-from kernels_pallas.grouped_matmul.tpu.per_row import LANES
 from kernels_pallas.grouped_matmul.tpu.rows import RowsInputs, RowsOptions
-from kernels_pallas.grouped_matmul.tpu.tiles import ROWS
+from kernels_pallas.grouped_matmul.tpu.tiles import LANES, ROWS
 
 
 def unsupported(lhs: Float[Array, "M K"], rhs: Float[Array, "G K N"]) -> str | None:

@@ -27,7 +27,6 @@ from kernels_pallas.common.cost import moved
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Interpret, Ref
 from kernels_pallas.grouped_matmul.tpu import per_row, tiles
-from kernels_pallas.grouped_matmul.tpu.per_row import LANES
 from kernels_pallas.grouped_matmul.tpu.tiles import ROWS, Count, Tile, TileList
 
 
@@ -132,15 +131,20 @@ class _Scratch(NamedTuple):
 
 def _scratch(schedule: Schedule, inputs: OuterInputs) -> _Scratch:
     """The shapes of the scratch memory."""
-    buffers, tile_rows = schedule.buffers, schedule.tile_rows
-    inner, columns = schedule.inner, schedule.columns
+    buffers = schedule.buffers
+    tile_rows = schedule.tile_rows
+    inner = schedule.inner
+    columns = schedule.columns
     dout = inputs.dout
+    num_rows = dout.shape[0]
+    num_groups = len(inputs.group_sizes)
     return _Scratch(
-        lefts=[pltpu.VMEM((buffers, tile_rows, inner), x.dtype) for x in inputs.lefts],
+        lefts=tiles.vmem_like(inputs.lefts, buffers, tile_rows, inner),
         dout=pltpu.VMEM((buffers, tile_rows, columns), dout.dtype),
         total=pltpu.VMEM((inner, columns), jnp.float32),
         out=pltpu.VMEM((buffers, inner, columns), dout.dtype),
-        tile_list=TileList.scratch(dout.shape[0], tile_rows, len(inputs.group_sizes)),
+        tile_list=TileList.scratch(num_rows, tile_rows, num_groups),
+        # One semaphore for each copy that may be under way.
         in_sem=pltpu.SemaphoreType.DMA((len(inputs.lefts) + 1, buffers)),
         out_sem=pltpu.SemaphoreType.DMA((buffers,)),
     )
@@ -188,11 +192,12 @@ class _Refs(NamedTuple):
         tile_rows = self.schedule.tile_rows
 
         def copy(first: Array, size: int) -> None:
-            row = pl.multiple_of(tile.row + first, ROWS)
+            rows_in_array = tiles.row_slice(tile.row + first, size)
+            rows_in_tile = tiles.row_slice(first, size)
             action(
                 pltpu.make_async_copy(
-                    source.at[pl.ds(row, size), columns],
-                    to.at[slot, pl.ds(first, size)],
+                    source.at[rows_in_array, columns],
+                    to.at[slot, rows_in_tile],
                     self.scratch.in_sem.at[semaphore, slot],
                 )
             )
@@ -224,13 +229,11 @@ def _kernel(
     scratch: _Scratch,
 ) -> None:
     """One program: a block of every group's result."""
-    first_inner = pl.multiple_of(pl.program_id(0) * schedule.inner, LANES)
-    first_column = pl.multiple_of(pl.program_id(1) * schedule.columns, LANES)
     refs = _Refs(
         options,
         schedule,
-        pl.ds(first_inner, schedule.inner),
-        pl.ds(first_column, schedule.columns),
+        tiles.column_slice(pl.program_id(0), schedule.inner),
+        tiles.column_slice(pl.program_id(1), schedule.columns),
         group_sizes,
         lefts,
         dout,
@@ -330,10 +333,11 @@ def _make_operand(refs: _Refs, tile: Tile) -> None:
     lefts = refs.scratch.lefts
     slot = refs.tile_slot(tile)
 
-    @pl.loop(0, jnp.maximum(tile.used_rows(refs.schedule.tile_rows), 0), step=ROWS)
+    used = tile.used_rows(refs.schedule.tile_rows)
+
+    @pl.loop(0, jnp.maximum(used, 0), step=ROWS)
     def _(first):
-        first = pl.multiple_of(first, ROWS)
-        part = (slot, pl.ds(first, ROWS))
+        part = (slot, tiles.row_slice(first, ROWS))
         scale = None
         if refs.scale is not None:
             scale = per_row.column(refs.scale, tile.row + first, ROWS)
@@ -365,7 +369,7 @@ def _fold_last_rows(refs: _Refs, tile: Tile) -> Array:
     def _():
         row = tiles.row_numbers(ROWS, 0)
         head = pl.ds(0, ROWS)
-        tail = pl.ds(pl.multiple_of(last_register, ROWS), ROWS)
+        tail = tiles.row_slice(last_register, ROWS)
         for x in refs.scratch.operands:
             # Packed 16-bit rows cannot be masked one by one: select in float32.
             first_rows = x[slot, head].astype(jnp.float32)
@@ -392,15 +396,17 @@ def _multiply(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
     def accumulate(store: Callable[[pl.Slice, pl.Slice, Array], None]) -> None:
         @pl.loop(0, schedule.inner // inner_step)
         def _(i):
-            inner = pl.ds(pl.multiple_of(i * inner_step, LANES), inner_step)
+            inner = tiles.column_slice(i, inner_step)
             lhs = scratch.lefts[0][slot, rows, inner]
 
             @pl.loop(0, schedule.columns // column_step)
             def _(j):
-                columns = pl.ds(pl.multiple_of(j * column_step, LANES), column_step)
-                product = tiles.matmul(lhs, scratch.dout[slot, rows, columns], 0, 0)
-                # Before a group's first tile, `total` holds another group's sum.
-                before = jnp.where(tile.is_first, 0.0, scratch.total[inner, columns])
+                columns = tiles.column_slice(j, column_step)
+                dout = scratch.dout[slot, rows, columns]
+                product = tiles.matmul(lhs, dout, 0, 0)
+                # At a group's first tile, `total` still holds another group's sum.
+                total = scratch.total[inner, columns]
+                before = jnp.where(tile.is_first, 0.0, total)
                 store(inner, columns, product + before)
 
     @pl.when(tile.is_last(schedule.tile_rows))
@@ -436,7 +442,8 @@ def _zero_neighbors(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
         row = tiles.row_numbers(ROWS, first)
         for x in operands:
             values = x[slot, register].astype(jnp.float32)
-            x[slot, register] = jnp.where(is_kept(row), values, 0.0).astype(x.dtype)
+            kept = jnp.where(is_kept(row), values, 0.0)
+            x[slot, register] = kept.astype(x.dtype)
 
     nothing_folded = used == tile.used_rows(refs.schedule.tile_rows)
 
@@ -446,12 +453,14 @@ def _zero_neighbors(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
 
     @pl.when(used < size)
     def _():
+        # The group's last register, of which it has some rows or none.
         edge = pl.multiple_of(tiles.align_down(used), ROWS)
         keep_rows(edge, lambda row: row < used)
 
         # Whole registers after the group's last one.
         @pl.loop(edge + ROWS, size, step=ROWS)
         def _(first):
-            register = pl.ds(pl.multiple_of(first, ROWS), ROWS)
+            register = tiles.row_slice(first, ROWS)
             for x in operands:
-                x[slot, register] = jnp.zeros((ROWS, x.shape[2]), x.dtype)
+                zeros = jnp.zeros((ROWS, x.shape[2]), x.dtype)
+                x[slot, register] = zeros

@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float
 
 from kernels_pallas.common.padding import padded_to_multiples
 from kernels_pallas.common.tpu import Ref
-from kernels_pallas.grouped_matmul.tpu.tiles import ROWS, Scalar
+from kernels_pallas.grouped_matmul.tpu.tiles import LANES, ROWS, Scalar
 
-LANES = 128
 MOST_ROWS = 2**20  # 4 MiB of VMEM
 
 
@@ -57,15 +56,17 @@ def add_sums(
     """
     num_rows, num_columns = values.shape
     # Whole registers first: only one sum over the lanes of a register is left for each row.
-    by_lane = sum(values[:, i : i + LANES] for i in range(0, num_columns, LANES))
+    by_lane = values[:, :LANES]
+    for i in range(LANES, num_columns, LANES):
+        by_lane += values[:, i : i + LANES]
     for i in range(0, num_rows, ROWS):
         line, on_diagonal = _place(lines, first + i)
         row = first + i + jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
-        total = jnp.sum(by_lane[i : i + ROWS], axis=1, keepdims=True)
-        # A neighbor's rows may hold anything, NaN too: they are selected, not multiplied by 0.
         is_own = on_diagonal & (low <= row) & (row < high)
-        added = jnp.sum(jnp.where(is_own, total, 0.0), axis=0, keepdims=True)
-        lines[line, :] += added
+        total = jnp.sum(by_lane[i : i + ROWS], axis=1, keepdims=True)
+        # A neighbor's rows may hold anything, NaN too: selected away, not multiplied by 0.
+        own_total = jnp.where(is_own, total, 0.0)
+        lines[line, :] += jnp.sum(own_total, axis=0, keepdims=True)
 
 
 def _place(lines: Ref, row: Scalar) -> tuple[pl.Slice, Bool[Array, "16 128"]]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -30,8 +31,7 @@ from kernels_pallas.common.mesh import like
 from kernels_pallas.common.padding import round_up
 from kernels_pallas.common.tpu import Interpret, Ref
 from kernels_pallas.grouped_matmul.tpu import per_row, tiles
-from kernels_pallas.grouped_matmul.tpu.per_row import LANES
-from kernels_pallas.grouped_matmul.tpu.tiles import ROWS, Count, Tile, TileList
+from kernels_pallas.grouped_matmul.tpu.tiles import LANES, ROWS, Count, Tile, TileList
 
 
 class Schedule(NamedTuple):
@@ -115,6 +115,7 @@ def rows_times_groups(
     if scale is not None:
         scale_spec = pl.BlockSpec((lines, LANES), lambda *_: (0, 0))
     column_tiles = O // schedule.columns
+    bytes_accessed = moved(xs) * column_tiles + moved([*matrices, *tiled, *outs])
     call = pl.pallas_call(
         partial(_kernel, options, schedule),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -127,7 +128,7 @@ def rows_times_groups(
                 scale_spec,
             ],
             out_specs=[[in_hbm] * len(outs), sums_spec],
-            scratch_shapes=[_scratch(options, schedule, inputs)],
+            scratch_shapes=[_scratch(options, schedule, inputs, outs)],
         ),
         out_shape=[outs, sums],
         compiler_params=pltpu.CompilerParams(
@@ -139,7 +140,7 @@ def rows_times_groups(
         cost_estimate=pl.CostEstimate(
             flops=2 * R * I * O * len(matrices),
             transcendentals=0,
-            bytes_accessed=moved(xs) * column_tiles + moved([*matrices, *tiled, *outs]),
+            bytes_accessed=bytes_accessed,
         ),
         # Counted over all arrays: the group sizes are input 0, then come the xs.
         input_output_aliases={1 + len(xs) + i: i for i in range(len(tiled))},
@@ -164,25 +165,34 @@ class _Scratch(NamedTuple):
     out_sem: Ref
 
 
-def _scratch(options: RowsOptions, schedule: Schedule, inputs: RowsInputs) -> _Scratch:
+def _scratch(
+    options: RowsOptions,
+    schedule: Schedule,
+    inputs: RowsInputs,
+    outs: Sequence[jax.ShapeDtypeStruct],
+) -> _Scratch:
     """The shapes of the scratch memory."""
-    R, I = inputs.xs[0].shape
-    buffers, tile_rows, columns = schedule.buffers, schedule.tile_rows, schedule.columns
-    matrix = (columns, I) if options.transposed else (I, columns)
+    xs, matrices, group_sizes, tiled, _ = inputs
+    R, I = xs[0].shape
+    buffers = schedule.buffers
+    tile_rows = schedule.tile_rows
+    columns = schedule.columns
+    matrix_part = (columns, I) if options.transposed else (I, columns)
     operand = None
     if options.operand is not None:
-        operand = pltpu.VMEM((tile_rows, I), inputs.xs[0].dtype)
+        operand = pltpu.VMEM((tile_rows, I), xs[0].dtype)
     return _Scratch(
-        x=[pltpu.VMEM((buffers, tile_rows, I), x.dtype) for x in inputs.xs],
-        tiled=[pltpu.VMEM((buffers, tile_rows, columns), x.dtype) for x in inputs.tiled],
+        x=tiles.vmem_like(xs, buffers, tile_rows, I),
+        tiled=tiles.vmem_like(tiled, buffers, tile_rows, columns),
         operand=operand,
-        matrix=[pltpu.VMEM((buffers, *matrix), x.dtype) for x in inputs.matrices],
-        out=[pltpu.VMEM((buffers, tile_rows, columns), dtype) for dtype in options.out_dtypes],
-        boundary=[pltpu.VMEM((ROWS, columns), dtype) for dtype in options.out_dtypes],
-        tile_list=TileList.scratch(R, tile_rows, len(inputs.group_sizes)),
-        x_sem=pltpu.SemaphoreType.DMA((len(inputs.xs) + len(inputs.tiled), buffers)),
-        matrix_sem=pltpu.SemaphoreType.DMA((len(inputs.matrices), buffers)),
-        out_sem=pltpu.SemaphoreType.DMA((len(options.out_dtypes), buffers)),
+        matrix=tiles.vmem_like(matrices, buffers, *matrix_part),
+        out=tiles.vmem_like(outs, buffers, tile_rows, columns),
+        boundary=tiles.vmem_like(outs, ROWS, columns),
+        tile_list=TileList.scratch(R, tile_rows, len(group_sizes)),
+        # One semaphore for each copy that may be under way.
+        x_sem=pltpu.SemaphoreType.DMA((len(xs) + len(tiled), buffers)),
+        matrix_sem=pltpu.SemaphoreType.DMA((len(matrices), buffers)),
+        out_sem=pltpu.SemaphoreType.DMA((len(outs), buffers)),
     )
 
 
@@ -240,11 +250,12 @@ class _Refs(NamedTuple):
         tile_rows = self.schedule.tile_rows
 
         def copy(first: Array, size: int) -> None:
-            row = pl.multiple_of(tile.row + first, ROWS)
+            rows_in_array = tiles.row_slice(tile.row + first, size)
+            rows_in_tile = tiles.row_slice(first, size)
             action(
                 pltpu.make_async_copy(
-                    source.at[pl.ds(row, size), columns],
-                    to.at[slot, pl.ds(first, size)],
+                    source.at[rows_in_array, columns],
+                    to.at[slot, rows_in_tile],
                     self.scratch.x_sem.at[semaphore, slot],
                 )
             )
@@ -283,17 +294,19 @@ class _Refs(NamedTuple):
         tile_rows = self.schedule.tile_rows
 
         def copy(first: Array, size: int) -> None:
-            row = pl.multiple_of(tile.row + first, ROWS)
+            rows_in_array = tiles.row_slice(tile.row + first, size)
+            rows_in_tile = tiles.row_slice(first, size)
             action(
                 pltpu.make_async_copy(
-                    source.at[slot, pl.ds(first, size)],
-                    to.at[pl.ds(row, size), self.columns],
+                    source.at[slot, rows_in_tile],
+                    to.at[rows_in_array, self.columns],
                     self.scratch.out_sem.at[semaphore, slot],
                 )
             )
 
         # The rows of a last register that is not full are left to the next group.
-        count = jnp.minimum(tiles.align_down(tile.group_end) - tile.row, tile_rows)
+        full_registers_end = tiles.align_down(tile.group_end)
+        count = jnp.minimum(full_registers_end - tile.row, tile_rows)
         tiles.copy_rows(copy, count, tile_rows, to.shape[0])
 
 
@@ -311,15 +324,15 @@ def _kernel(
 ) -> None:
     """One program: a core's rows, a tile of columns."""
     R = outs[0].shape[0]
+    # A multiple of ROWS, so that no two cores have rows in one register.
     rows_of_core = round_up(R, schedule.cores * ROWS) // schedule.cores
     first_row = pl.program_id(0) * rows_of_core
-    first_column = pl.multiple_of(pl.program_id(1) * schedule.columns, LANES)
     refs = _Refs(
         options,
         schedule,
         first_row,
         jnp.minimum(first_row + rows_of_core, R),
-        pl.ds(first_column, schedule.columns),
+        tiles.column_slice(pl.program_id(1), schedule.columns),
         group_sizes,
         xs,
         tiled,
@@ -452,22 +465,26 @@ def _multiply(refs: _Refs, tile: Tile, size: int) -> None:
     matrix_slot = tile.place % schedule.buffers
     rows = pl.ds(0, size)
     xs = [x.at[slot, rows] for x in scratch.x]
-    has_operand = options.operand is not None
-    if has_operand:
-        _make_operand(refs, tile, xs, size)
-        xs = [scratch.operand.at[rows]]
+    makes_operand = options.operand is not None
+    if makes_operand:
+        xs = [_make_operand(refs, tile, xs, size)]
+    # The matrices are [G, I, O], or [G, O, I]: the axis that is summed over, less G.
+    summed_axis = 1 if options.transposed else 0
 
     @pl.loop(0, schedule.columns // schedule.step)
     def _(i):
-        columns = pl.ds(pl.multiple_of(i * schedule.step, LANES), schedule.step)
+        columns = tiles.column_slice(i, schedule.step)
+        matrix_part = (matrix_slot, *refs.matrix_part(columns))
 
         def product(x: int, matrix: int) -> Array:
-            weight = scratch.matrix[matrix][(matrix_slot, *refs.matrix_part(columns))]
-            return tiles.matmul(xs[x][...], weight, 1, int(options.transposed))
+            weight = scratch.matrix[matrix][matrix_part]
+            return tiles.matmul(xs[x][...], weight, 1, summed_axis)
 
         part = (slot, rows, columns)
         tiled = [x[part] for x in scratch.tiled]
-        scale = None if has_operand else _scale_column(refs, tile, 0, size)
+        scale = None
+        if not makes_operand:
+            scale = _scale_column(refs, tile, 0, size)
         values = options.body(product, tiled, scale)
         for out, value in zip(scratch.out, values):
             out[part] = value.astype(out.dtype)
@@ -476,16 +493,20 @@ def _multiply(refs: _Refs, tile: Tile, size: int) -> None:
             per_row.add_sums(refs.sums, tile.row, values[-1], tile.group_start, tile.group_end)
 
 
-def _make_operand(refs: _Refs, tile: Tile, xs: list[Ref], size: int) -> None:
-    """Makes what is multiplied of all inputs, a register's rows at a time."""
-    operand = refs.scratch.operand
+def _make_operand(refs: _Refs, tile: Tile, xs: list[Ref], size: int) -> Ref:
+    """Makes what is multiplied of all inputs, a register's rows at a time; returns where it is."""
+    make, operand = refs.options.operand, refs.scratch.operand
+    assert make is not None
+    assert operand is not None
 
     @pl.loop(0, size, step=ROWS)
     def _(first):
-        rows = pl.ds(pl.multiple_of(first, ROWS), ROWS)
+        rows = tiles.row_slice(first, ROWS)
         parts = [x[rows] for x in xs]
         scale = _scale_column(refs, tile, first, ROWS)
-        operand[rows] = refs.options.operand(*parts, scale).astype(operand.dtype)
+        operand[rows] = make(*parts, scale).astype(operand.dtype)
+
+    return operand.at[pl.ds(0, size)]
 
 
 def _scale_column(refs: _Refs, tile: Tile, first: tiles.Scalar, size: int) -> Array | None:
@@ -503,8 +524,8 @@ def _join_boundary(refs: _Refs, tile: Tile) -> None:
     tile_rows, scratch = refs.schedule.tile_rows, refs.scratch
     slot = refs.tile_slot(tile)
     first_register = pl.ds(0, ROWS)
-    last_row = pl.multiple_of(tiles.align_down(tile.group_end) - tile.row, ROWS)
-    last_register = pl.ds(last_row, ROWS)
+    last_register_row = tiles.align_down(tile.group_end)
+    last_register = tiles.row_slice(last_register_row - tile.row, ROWS)
 
     @pl.when(tile.is_first & (tile.row < tile.group_start))
     def _():
@@ -513,7 +534,8 @@ def _join_boundary(refs: _Refs, tile: Tile) -> None:
             # Packed 16-bit rows cannot be masked one by one: select in float32.
             own = out[slot, first_register].astype(jnp.float32)
             earlier = boundary[...].astype(jnp.float32)
-            out[slot, first_register] = jnp.where(is_own, own, earlier).astype(out.dtype)
+            joined = jnp.where(is_own, own, earlier)
+            out[slot, first_register] = joined.astype(out.dtype)
 
     @pl.when(tile.is_last(tile_rows) & (tile.group_end % ROWS > 0))
     def _():

@@ -10,7 +10,7 @@ tiles, wherever it begins, and only the first `ROWS` rows of its first tile and 
 row can be another group's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,8 @@ from kernels_pallas.common.tpu import Ref
 
 # Rows of a packed register of 16-bit numbers: copies of rows begin and end at multiples of it.
 ROWS = 16
+# Columns of a register, whatever its dtype.
+LANES = 128
 
 # A scalar of the kernel: a traced int32, or a number that is known while tracing.
 Scalar = Array | int
@@ -118,7 +120,7 @@ def append_group(
     tile_list: TileList,
     count: Count,
     group: Scalar,
-    end: Scalar,
+    end: Array,
     tile_rows: int,
     *,
     list_empty: bool,
@@ -137,8 +139,8 @@ def append_group(
       How much has been listed now.
     """
     first = align_down(count.row)
-    has_rows = end > count.row
-    tiles = jnp.where(has_rows, (end - first + tile_rows - 1) // tile_rows, int(list_empty))
+    tiles_with_rows = (end - first + tile_rows - 1) // tile_rows
+    tiles = jnp.where(end > count.row, tiles_with_rows, int(list_empty))
 
     @pl.when(tiles > 0)
     def _():
@@ -210,6 +212,21 @@ def row_numbers(size: int, first: Scalar) -> Int[Array, "{size} 1"]:
     return first + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
 
 
+def row_slice(first: Array, size: int) -> pl.Slice:
+    """`size` rows from `first` on, which is a multiple of `ROWS`: the compiler must know that."""
+    return pl.ds(pl.multiple_of(first, ROWS), size)
+
+
+def column_slice(block: Array, size: int) -> pl.Slice:
+    """The columns of a block of `size`, a multiple of `LANES`."""
+    return pl.ds(pl.multiple_of(block * size, LANES), size)
+
+
+def vmem_like(arrays: Sequence[Array | jax.ShapeDtypeStruct], *shape: int) -> list[Any]:
+    """VMEM of this shape for each array, of its dtype."""
+    return [pltpu.VMEM(shape, x.dtype) for x in arrays]
+
+
 def copy_rows(
     copy: Callable[[Array, int], None],
     count: Array,
@@ -238,8 +255,7 @@ def _copy_piece(copy: Callable[[Array, int], None], count: Array, size: int) -> 
     @pl.when(count & size > 0)
     def _():
         # The digits above this one: the rows that larger pieces have copied.
-        first = count & (-2 * size)
-        copy(pl.multiple_of(first, ROWS), size)
+        copy(count & (-2 * size), size)
 
 
 # What `pltpu.make_async_copy` returns; its type is not public.

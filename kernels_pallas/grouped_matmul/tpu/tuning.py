@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from kernels_pallas.common.device import device_kind
 from kernels_pallas.grouped_matmul.tpu import outer, rows
-from kernels_pallas.grouped_matmul.tpu.per_row import LANES
-from kernels_pallas.grouped_matmul.tpu.tiles import ROWS
+from kernels_pallas.grouped_matmul.tpu.tiles import LANES, ROWS
 
 MIB = 2**20
 OPERANDS = 12 * MIB  # of VMEM, where the compiler keeps operands of a matmul
