@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice
 
 def absent_device() -> AbstractDevice | None:
     """The device that an ambient abstract mesh names; None where there is no such mesh."""
-    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.sharding.get_abstract_mesh().abstract_device
 
 
 def absent_device_kind() -> str | None:
@@ -29,12 +29,13 @@ def target_platform() -> str:
     An abstract mesh that names its device wins (compiling for an absent accelerator), then
     `jax.default_device`, then the default backend.
     """
-    platform = getattr(absent_device(), "platform", None)
-    if platform:
-        return platform
+    device = absent_device()
+    if device is not None:
+        return device.platform
     default = jax.config.jax_default_device
     if default is None:
         return jax.default_backend()
+    # `jax.default_device` takes a device or the name of a platform.
     if isinstance(default, str):
         return default
     return default.platform

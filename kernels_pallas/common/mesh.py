@@ -49,6 +49,7 @@ _auto_axes = ContextVar("auto_axes", default=DEFAULT_AXES)
 @contextlib.contextmanager
 def mesh_axes(rows: Sequence[str], heads: Sequence[str]) -> Iterator[None]:
     """Names the Auto mesh axes that split rows and heads, for the ops that are traced inside."""
+    # A context variable: another thread that traces at the same time keeps its own names.
     token = _auto_axes.set(MeshAxes(tuple(rows), tuple(heads)))
     try:
         yield
@@ -79,7 +80,8 @@ def by_rows_and_heads(
     mesh = _mesh_to_split_over()
     if mesh is None:
         return fn(*arrays)
-    first, first_axes = arrays[0], inputs[0]
+    first = arrays[0]
+    first_axes = inputs[0]
     assert first is not None, "the first array tells how the mesh splits all of them"
     axes = _axes_that_split(mesh, first, first_axes)
     num_rows = first.shape[first_axes.index("b")]
@@ -101,6 +103,7 @@ def by_rows_and_heads(
     def on_device(*parts: Array | None):
         return fn(*varying_together(parts))
 
+    # The whole results' shapes tell which of their axes are of size 1.
     results = jax.eval_shape(fn, *jax.tree.map(_shape_of, arrays))
     split = jax.shard_map(
         on_device,
@@ -142,6 +145,7 @@ def by_sorted_rows(
 
     def on_device(*arrays):
         *others, sizes = varying_together(arrays)
+        # Over several axes the index counts in the order of the spec, as the rows do.
         device = jax.lax.axis_index(axes) if axes else 0
         first_row = device * rows_of_device
         own_sizes = _sizes_within(sizes, num_rows, first_row, rows_of_device)
@@ -150,6 +154,7 @@ def by_sorted_rows(
             return out
         return jax.tree.map(lambda x: _sum_over_devices(x, axes), out)
 
+    # A spec for each pytree holds for all arrays in it.
     split_rows = PartitionSpec(axes)
     copied = PartitionSpec()
     split = jax.shard_map(
@@ -183,6 +188,7 @@ def _axes_that_split(mesh: AbstractMesh, x: Array, letters: str) -> MeshAxes:
         names = spec[letters.index(letter)]
         if names is None:
             return ()
+        # An entry is one name, or several that split the axis together.
         if isinstance(names, str):
             return (names,)
         return tuple(names)
@@ -244,6 +250,7 @@ def varying_like(x: Array, *arrays: Array) -> Array:
 
     The values do not change.
     """
+    # pcast refuses axes over which x varies already.
     missing = varying_axes(*arrays) - varying_axes(x)
     if not missing:
         return x

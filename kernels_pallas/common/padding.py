@@ -6,6 +6,7 @@ from jax import Array
 
 def round_up(size: int, multiple: int) -> int:
     """The least multiple of `multiple` that is at least `size`."""
+    # Rounding down the negative number rounds up.
     return -(-size // multiple) * multiple
 
 

@@ -66,12 +66,14 @@ def expert_mlp(
     inputs = ExpertMlpInputs(rows, gate, up, down, group_sizes, weights)
     _check(inputs, activation)
     check_interpret(OP, interpret, implementation)
+    # The gpu backend is `composed` with the GPU's grouped matmuls.
     refusals = {
         "tpu": tpu.unsupported(inputs),
         "gpu": gpu.unsupported(rows),
     }
     chosen = dispatch.choose(OP, implementation, refusals)
     if chosen == "tpu":
+        # `composed` leaves this to `grouped_matmul`.
         return tpu.expert_mlp(
             varying_together(inputs),
             activation=activation,
@@ -87,7 +89,8 @@ def expert_mlp(
 
 def _check(inputs: ExpertMlpInputs, activation: str) -> None:
     """Raises ValueError for the first argument that does not fit."""
-    rows, gate = inputs.rows, inputs.gate
+    rows = inputs.rows
+    gate = inputs.gate
     if rows.ndim != 2 or 0 in rows.shape:
         raise ValueError(f"{OP}: rows: got shape {rows.shape}, expected [R, M] with no empty axis")
     if gate.ndim != 3 or 0 in gate.shape or gate.shape[1] != rows.shape[1]:
@@ -96,6 +99,7 @@ def _check(inputs: ExpertMlpInputs, activation: str) -> None:
             f"expected [G, {rows.shape[1]}, F] for rows {rows.shape}"
         )
     G, M, F = gate.shape
+    # The shape of gate is taken as given, so that one wrong argument is one message.
     _check_shape_by_gate("up", inputs.up, (G, M, F), gate)
     _check_shape_by_gate("down", inputs.down, (G, F, M), gate)
     _check_shape_by_gate("group_sizes", inputs.group_sizes, (G,), gate)

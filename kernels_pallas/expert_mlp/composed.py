@@ -23,6 +23,7 @@ def expert_mlp(
     The weights multiply the product of gate and up, not the result, which is the same: then their
     gradient needs the product and its cotangent only.
     """
+    # What the three matmuls have in common.
     matmul = partial(
         grouped_matmul,
         group_sizes=inputs.group_sizes,
@@ -31,6 +32,7 @@ def expert_mlp(
     )
     gate = matmul(inputs.rows, inputs.gate)
     up = matmul(inputs.rows, inputs.up)
+    # In float32 at least: it is rounded once, after the weights.
     product = gated_product(activation, gate, up)
     if inputs.weights is not None:
         product = product * inputs.weights.astype(product.dtype)[:, None]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+# jax.nn.gelu is the tanh form unless told otherwise.
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
@@ -28,6 +29,7 @@ def gated_product_cotangents(
 ) -> tuple[Float[Array, "*rows F"], Float[Array, "*rows F"]]:
     """The cotangents of gate and up for that of the product, in float32 at least."""
     dtype = jnp.promote_types(jnp.float32, gate.dtype)
+    # Of the same function, so that the two cannot disagree. It also runs inside a kernel.
     _, pull_back = jax.vjp(
         partial(gated_product, activation),
         gate.astype(dtype),

@@ -37,8 +37,8 @@ PRE_ACTIVATIONS_NAME = "expert_mlp_pre_activations"
 class Options(NamedTuple):
     """The static arguments of a call."""
 
-    activation: str
-    interpret: Interpret
+    activation: str  # a name of `ACTIVATIONS`
+    interpret: Interpret  # as `pallas_call` takes it
 
 
 def unsupported(inputs: ExpertMlpInputs) -> str | None:
@@ -81,6 +81,7 @@ def _expert_mlp(options: Options, inputs: ExpertMlpInputs) -> Array:
         b = product(0, 1).astype(dtype)
         return (_weighted_product(options, a, b, weight),)
 
+    # x is read once for both matrices, and what is written is their weighted product alone.
     (hidden,), _ = grouped.rows_times_groups(
         RowsOptions("expert_mlp_hidden", options.interpret, (dtype,), weighted_product),
         RowsInputs(
@@ -109,21 +110,24 @@ class Residuals(NamedTuple):
     """What the backward pass needs."""
 
     inputs: ExpertMlpInputs
-    a: Float[Array, "R F"]
-    b: Float[Array, "R F"]
+    a: Float[Array, "R F"]  # rows gate
+    b: Float[Array, "R F"]  # rows up
 
 
 def _forward_saving(options: Options, inputs: ExpertMlpInputs) -> tuple[Array, Residuals]:
     dtype = inputs.rows.dtype
 
+    # One program computes both, so that x is read once.
     def both(product: Product, tiled: list[Array], weight: Array | None):
         return product(0, 0), product(0, 1)
 
+    # The pre-activations are saved: the backward pass needs both, and the product only of them.
     pre_activations, _ = grouped.rows_times_groups(
         RowsOptions("expert_mlp_pre_activations", options.interpret, (dtype, dtype), both),
         RowsInputs([inputs.rows], [inputs.gate, inputs.up], inputs.group_sizes),
     )
     a, b = [checkpoint_name(x, PRE_ACTIVATIONS_NAME) for x in pre_activations]
+    # Their weighted product is made tile by tile in VMEM, as the operand of this matmul.
     (y,), _ = grouped.rows_times_groups(
         RowsOptions(
             "expert_mlp_down",
@@ -138,8 +142,10 @@ def _forward_saving(options: Options, inputs: ExpertMlpInputs) -> tuple[Array, R
 
 def _backward(options: Options, residuals: Residuals, dy: Array) -> tuple[ExpertMlpInputs]:
     inputs, a, b = residuals
-    group_sizes, weights = inputs.group_sizes, inputs.weights
+    group_sizes = inputs.group_sizes
+    weights = inputs.weights
     dy = dy.astype(inputs.rows.dtype)
+    # The left operand is the weighted product, made of a and b once more.
     ddown = grouped.outer_by_group(
         OuterOptions("expert_mlp_ddown", options.interpret, partial(_weighted_product, options)),
         OuterInputs([a, b], dy, group_sizes, scale=weights),
@@ -184,10 +190,12 @@ def _pre_activation_cotangents(
 
     def cotangents(product: Product, tiled: list[Array], weight: Array | None):
         a, b = tiled
-        dproduct = product(0, 0)  # dy down^T, of the weighted product
+        # dy down^T: the cotangent of the weighted product. It is never written.
+        dproduct = product(0, 0)
         if weight is None:
             return gated_product_cotangents(options.activation, a, b, dproduct)
         da, db = gated_product_cotangents(options.activation, a, b, dproduct * weight)
+        # Summed over the columns, the third value is each row's dweight.
         return da, db, gated_product(options.activation, a, b) * dproduct
 
     (da, db), dweights = grouped.rows_times_groups(
@@ -213,6 +221,7 @@ def _row_cotangents(
     """da gate^T + db up^T."""
 
     def total(product: Product, tiled: list[Array], weight: Array | None):
+        # The first input times the first matrix, the second times the second: one float32 sum.
         return (product(0, 0) + product(1, 1),)
 
     (drows,), _ = grouped.rows_times_groups(

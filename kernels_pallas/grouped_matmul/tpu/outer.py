@@ -281,7 +281,8 @@ def _loop_over_tiles(refs: _Refs, count: Count) -> None:
     again, wait for the tile's rows, compute, start the copy of a finished result. A buffer of rows
     is overwritten in the step after the one that reads it.
     """
-    buffers, tile_rows = refs.schedule.buffers, refs.schedule.tile_rows
+    buffers = refs.schedule.buffers
+    tile_rows = refs.schedule.tile_rows
     ahead = buffers - 1
     out = refs.scratch.out
 
@@ -387,7 +388,8 @@ def _multiply(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
     The group's last tile leaves the sum in its result's buffer, any other one in `total`. `used` is
     what `_fold_last_rows` returned.
     """
-    schedule, scratch = refs.schedule, refs.scratch
+    schedule = refs.schedule
+    scratch = refs.scratch
     slot = refs.tile_slot(tile)
     rows = pl.ds(0, size)
     inner_step, column_step = schedule.step

@@ -359,7 +359,8 @@ def _list_and_start(refs: _Refs) -> tuple[Count, Array]:
       How many tiles and groups have rows of a group; and the number of all tiles: after them come
       those of rows beyond the groups, which are zeros.
     """
-    schedule, tile_list = refs.schedule, refs.scratch.tile_list
+    schedule = refs.schedule
+    tile_list = refs.scratch.tile_list
     ahead = schedule.buffers - 1
 
     def start_copies(before: Count, after: Count, i: int) -> None:
@@ -405,7 +406,8 @@ def _loop_over_tiles(refs: _Refs, groups: Count, all_tiles: Array) -> None:
     again, wait for the tile's inputs, compute, start the copy of the result. A buffer of rows or
     matrices is overwritten in the step after the last that reads it.
     """
-    buffers, tile_rows = refs.schedule.buffers, refs.schedule.tile_rows
+    buffers = refs.schedule.buffers
+    tile_rows = refs.schedule.tile_rows
     ahead = buffers - 1
     scratch = refs.scratch
 
@@ -460,7 +462,9 @@ def _loop_over_tiles(refs: _Refs, groups: Count, all_tiles: Array) -> None:
 
 def _multiply(refs: _Refs, tile: Tile, size: int) -> None:
     """Computes the first `size` rows of the tile, `step` columns at a time."""
-    options, schedule, scratch = refs.options, refs.schedule, refs.scratch
+    options = refs.options
+    schedule = refs.schedule
+    scratch = refs.scratch
     slot = refs.tile_slot(tile)
     matrix_slot = tile.place % schedule.buffers
     rows = pl.ds(0, size)
@@ -495,7 +499,8 @@ def _multiply(refs: _Refs, tile: Tile, size: int) -> None:
 
 def _make_operand(refs: _Refs, tile: Tile, xs: list[Ref], size: int) -> Ref:
     """Makes what is multiplied of all inputs, a register's rows at a time; returns where it is."""
-    make, operand = refs.options.operand, refs.scratch.operand
+    make = refs.options.operand
+    operand = refs.scratch.operand
     assert make is not None
     assert operand is not None
 
@@ -521,7 +526,8 @@ def _join_boundary(refs: _Refs, tile: Tile) -> None:
 
     Between two groups that have rows in one register, `boundary` holds what is known of it.
     """
-    tile_rows, scratch = refs.schedule.tile_rows, refs.scratch
+    tile_rows = refs.schedule.tile_rows
+    scratch = refs.scratch
     slot = refs.tile_slot(tile)
     first_register = pl.ds(0, ROWS)
     last_register_row = tiles.align_down(tile.group_end)
