@@ -11,6 +11,7 @@ def chip(names: Iterable[str], default: str) -> str:
 
     For tables of measured block sizes. A chip that has no line in the table gets `default`.
     """
+    # The first, so a table lists "H200" before a shorter name that is part of it.
     kind = device_kind()
     for name in names:
         if name in kind:

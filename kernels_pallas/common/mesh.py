@@ -108,8 +108,8 @@ def by_rows_and_heads(
     split = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=tuple(spec(letters, x) for letters, x in zip(inputs, arrays)),
-        out_specs=tuple(spec(letters, x) for letters, x in zip(outputs, results)),
+        in_specs=tuple(map(spec, inputs, arrays)),
+        out_specs=tuple(map(spec, outputs, results)),
     )
     return split(*arrays)
 
@@ -157,10 +157,12 @@ def by_sorted_rows(
     # A spec for each pytree holds for all arrays in it.
     split_rows = PartitionSpec(axes)
     copied = PartitionSpec()
+    row_specs = (split_rows,) * len(rows)
+    other_specs = (copied,) * (len(whole) + 1)  # group_sizes too
     split = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(split_rows,) * len(rows) + (copied,) * (len(whole) + 1),
+        in_specs=row_specs + other_specs,
         out_specs=copied if summed else split_rows,
     )
     return split(*rows, *whole, group_sizes)
@@ -174,7 +176,11 @@ def _mesh_to_split_over() -> AbstractMesh | None:
     return mesh
 
 
-def _axes_that_split(mesh: AbstractMesh, x: Array, letters: str) -> MeshAxes:
+def _axes_that_split(
+    mesh: AbstractMesh,
+    x: Array,
+    letters: str,
+) -> MeshAxes:
     """The mesh axes over which the rows and heads of `x` lie, as its type says or as named."""
     if AxisType.Explicit not in mesh.axis_types:
         return _auto_axes.get()
@@ -229,7 +235,8 @@ def _sizes_within(
 
 def _sum_over_devices(x: Array, axes: tuple[str, ...]) -> Array:
     """The sum of every device's term, taken in float32."""
-    return jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype)
+    total = jax.lax.psum(x.astype(jnp.float32), axes)
+    return total.astype(x.dtype)
 
 
 def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
@@ -242,7 +249,8 @@ def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
 
 def varying_axes(*arrays: Array) -> frozenset[str]:
     """The manual mesh axes over which any of `arrays` varies; empty outside `shard_map`."""
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    types = [jax.typeof(x).manual_axis_type for x in arrays]
+    return frozenset().union(*(axis_type.varying for axis_type in types))
 
 
 def varying_like(x: Array, *arrays: Array) -> Array:
@@ -267,7 +275,11 @@ def varying_together[Tree](arrays: Tree) -> Tree:
     return jax.tree.map(lambda x: varying_like(x, *leaves), arrays)
 
 
-def like(x: Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+def like(
+    x: Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.ShapeDtypeStruct:
     """A kernel's output of this shape, which varies over the mesh axes that `x` varies over."""
     manual_axis_type = jax.typeof(x).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual_axis_type)

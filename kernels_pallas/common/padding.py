@@ -15,8 +15,14 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def padded(x: Array, axis: int, size: int, mode: str = "constant") -> Array:
+def padded(
+    x: Array,
+    axis: int,
+    size: int,
+    mode: str = "constant",
+) -> Array:
     """`x` with `axis` padded to `size`: with zeros, or as `mode` of `jnp.pad` says."""
+    # No operation at all where nothing is missing, so that no copy is made.
     missing = size - x.shape[axis]
     if missing == 0:
         return x

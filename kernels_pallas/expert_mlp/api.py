@@ -63,7 +63,14 @@ def expert_mlp(
       ValueError: a shape, dtype or option that does not fit, by name.
       NotImplementedError: the implementation asked for does not cover this call.
     """
-    inputs = ExpertMlpInputs(rows, gate, up, down, group_sizes, weights)
+    inputs = ExpertMlpInputs(
+        rows,
+        gate,
+        up,
+        down,
+        group_sizes,
+        weights,
+    )
     _check(inputs, activation)
     check_interpret(OP, interpret, implementation)
     # The gpu backend is `composed` with the GPU's grouped matmuls.
@@ -116,7 +123,12 @@ def _check(inputs: ExpertMlpInputs, activation: str) -> None:
         )
 
 
-def _check_shape_by_gate(name: str, x: Array, expected: tuple[int, ...], gate: Array) -> None:
+def _check_shape_by_gate(
+    name: str,
+    x: Array,
+    expected: tuple[int, ...],
+    gate: Array,
+) -> None:
     if x.shape != expected:
         raise ValueError(
             f"{OP}: {name}: got shape {x.shape}, expected {expected} for gate of shape {gate.shape}"

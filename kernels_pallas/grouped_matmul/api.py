@@ -62,11 +62,13 @@ def grouped_matmul(
         raise ValueError(
             f"{OP}: preferred_element_type: got {out_dtype}, expected None or a float dtype"
         )
+    # "reference" and "xla" take every call.
     refusals = {
         "tpu": tpu.unsupported(lhs, rhs),
         "gpu": gpu.unsupported(lhs),
     }
     chosen = dispatch.choose(OP, implementation, refusals)
+    # Before any custom_vjp, so that gradients of replicated arrays are summed over the mesh.
     arrays = varying_together((lhs, rhs, group_sizes))
     if chosen == "tpu":
         return tpu.grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
@@ -77,7 +79,11 @@ def grouped_matmul(
     return reference.grouped_matmul(*arrays, out_dtype=out_dtype)
 
 
-def _check(lhs: Array, rhs: Array, group_sizes: Array) -> None:
+def _check(
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+) -> None:
     """Raises ValueError for the first argument that does not fit."""
     if lhs.ndim != 2 or 0 in lhs.shape:
         raise ValueError(f"{OP}: lhs: got shape {lhs.shape}, expected [M, K] with no empty axis")

@@ -43,6 +43,7 @@ def sort_by_group(
     # in order.
     order = varying_like(order, ids)
     inverse = varying_like(inverse, ids)
+    # Compared with every group: a histogram would be a scatter-add.
     one_hot = ids[:, None] == jnp.arange(num_groups)
     group_sizes = jnp.sum(one_hot, axis=0, dtype=jnp.int32)
     return order, inverse, group_sizes
@@ -78,17 +79,27 @@ def permute_rows(
 
 
 @jax.custom_vjp
-def _permute_rows(x: Array, order: Array, inverse: Array) -> Array:
+def _permute_rows(
+    x: Array,
+    order: Array,
+    inverse: Array,
+) -> Array:
+    # Copy j of row i is number i * copies + j.
     copies = order.shape[0] // x.shape[0]
     return _gather(x, order // copies)
 
 
-def _forward_saving(x: Array, order: Array, inverse: Array):
+def _forward_saving(
+    x: Array,
+    order: Array,
+    inverse: Array,
+):
     return _permute_rows(x, order, inverse), (inverse, x.shape[0])
 
 
 def _backward(residuals: tuple[Array, int], dy: Array):
     inverse, num_rows = residuals
+    # Back in the order of the copies.
     dx = _gather(dy, inverse)
     if num_rows != dy.shape[0]:
         # The copies of a row are next to each other.

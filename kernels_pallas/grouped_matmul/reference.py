@@ -28,5 +28,6 @@ def grouped_matmul(
         rhs.astype(dtype),
         precision="highest",
     )
+    # Selected, not multiplied by 0: a product with an unused matrix may be Inf.
     selected = jnp.where(is_member[:, :, None], every_product, 0)
     return jnp.sum(selected, axis=1).astype(out_dtype)

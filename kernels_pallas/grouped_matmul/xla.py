@@ -26,8 +26,10 @@ class Options(NamedTuple):
 
 def block_rows(M: int, G: int) -> int:
     """Rows in a tile: about those of an average group, from 8 to 128. A larger tile pads more."""
+    # Most groups have a row or none.
     if M < G:
         return 8
+    # Rounded down: so that a group of about the average size is full tiles for the most part.
     power_of_two = 1 << ((M // G).bit_length() - 1)
     return min(128, max(8, power_of_two))
 
@@ -40,21 +42,38 @@ def grouped_matmul(
     out_dtype: jnp.dtype,
 ) -> Float[Array, "M N"]:
     """As `api.grouped_matmul`, with every default filled in."""
-    options = Options(out_dtype, block_rows(lhs.shape[0], rhs.shape[0]))
+    M = lhs.shape[0]
+    G = rhs.shape[0]
+    options = Options(out_dtype, block_rows(M, G))
     return _grouped_matmul(options, lhs, rhs, group_sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(options: Options, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+def _grouped_matmul(
+    options: Options,
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+) -> Array:
+    # On CPUs, XLA's fusions read broadcast operands wrongly: see `opaque`.
     lhs, rhs = opaque((lhs, rhs))
     return _times_groups(options, "mk,kn->mn", lhs, rhs, group_sizes)
 
 
-def _forward_saving(options: Options, lhs: Array, rhs: Array, group_sizes: Array):
+def _forward_saving(
+    options: Options,
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+):
     return _grouped_matmul(options, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
-def _backward(options: Options, residuals: tuple[Array, Array, Array], dout: Array):
+def _backward(
+    options: Options,
+    residuals: tuple[Array, Array, Array],
+    dout: Array,
+):
     lhs, rhs, group_sizes = residuals
     lhs, rhs, dout = opaque((lhs, rhs, dout))
     dout = dout.astype(lhs.dtype)
@@ -102,9 +121,14 @@ def _times_groups(
             tile = _matmul(product, rows, weight).astype(options.out_dtype)
             return jax.lax.dynamic_update_slice_in_dim(out, tile, first, 0)
 
-        return jax.lax.fori_loop(0, _num_tiles(end - start, block), add_tile, out), None
+        # A value of the run: the loop's length is the group's own.
+        num_tiles = _num_tiles(end - start, block)
+        out = jax.lax.fori_loop(0, num_tiles, add_tile, out)
+        return out, None
 
-    out = varying_like(jnp.zeros((x.shape[0], width), options.out_dtype), x)
+    # Rows beyond the groups are never written.
+    zeros = jnp.zeros((x.shape[0], width), options.out_dtype)
+    out = varying_like(zeros, x)
     starts, ends = bounds(group_sizes, M)
     out, _ = jax.lax.scan(add_group, out, (rhs, starts, ends))
     return out[:M]
@@ -122,7 +146,9 @@ def _outer_by_group(
     block = options.block
     lhs = _with_spare_rows(lhs, block)
     dout = _with_spare_rows(dout, block)
-    zeros = varying_like(jnp.zeros((K, N), _accumulator(lhs)), lhs)
+    # What the sum of a group begins with, and that of an empty one.
+    zeros = jnp.zeros((K, N), _accumulator(lhs))
+    zeros = varying_like(zeros, lhs)
 
     def sum_of_group(_: None, group: tuple[Array, Array]) -> tuple[None, Array]:
         start, end = group
@@ -133,7 +159,9 @@ def _outer_by_group(
             dout_rows = _rows_of_tile(dout, first, end, block)
             return total + _matmul("mk,mn->kn", lhs_rows, dout_rows)
 
-        return None, jax.lax.fori_loop(0, _num_tiles(end - start, block), add_tile, zeros)
+        num_tiles = _num_tiles(end - start, block)
+        total = jax.lax.fori_loop(0, num_tiles, add_tile, zeros)
+        return None, total
 
     _, sums = jax.lax.scan(sum_of_group, None, bounds(group_sizes, M))
     return sums
@@ -141,6 +169,7 @@ def _outer_by_group(
 
 def bounds(group_sizes: Int[Array, "G"], M: int) -> tuple[Int[Array, "G"], Int[Array, "G"]]:
     """The first row of each group, and the one after its last; never beyond M."""
+    # Sizes may count rows that do not exist.
     ends = jnp.minimum(jnp.cumsum(group_sizes), M)
     starts = jnp.pad(ends[:-1], (1, 0))
     return starts, ends
@@ -155,19 +184,29 @@ def _with_spare_rows(x: Float[Array, "M K"], block: int) -> Float[Array, "M2 K"]
     return jnp.pad(x, ((0, block), (0, 0)))
 
 
-def _rows_of_tile(x: Array, first: Array, end: Array, block: int) -> Array:
+def _rows_of_tile(
+    x: Array,
+    first: Array,
+    end: Array,
+    block: int,
+) -> Array:
     """Rows first .. first + block - 1 of x, zero from `end` on: those belong to another group."""
     rows = jax.lax.dynamic_slice_in_dim(x, first, block)
     is_own = jnp.arange(block)[:, None] < end - first
     return jnp.where(is_own, rows, 0)
 
 
-def _matmul(subscripts: str, x: Array, y: Array) -> Array:
+def _matmul(
+    subscripts: str,
+    x: Array,
+    y: Array,
+) -> Array:
     """One tile's product, accumulated in float32 or float64."""
     return jnp.einsum(
         subscripts,
         x,
         y,
+        # 16-bit operands are exact in one pass; wider ones would be rounded to bfloat16 on TPU.
         precision="highest" if x.dtype.itemsize > 2 else None,
         preferred_element_type=_accumulator(x),
     )

@@ -98,8 +98,14 @@ def _expert_mlp(options: Options, inputs: ExpertMlpInputs) -> Array:
     return y
 
 
-def _weighted_product(options: Options, a: Array, b: Array, weight: Array | None) -> Array:
+def _weighted_product(
+    options: Options,
+    a: Array,
+    b: Array,
+    weight: Array | None,
+) -> Array:
     """What the last matmul takes, of the pre-activations: weight act(a) * b."""
+    # float32; the kernel rounds it to the dtype of the matmul.
     product = gated_product(options.activation, a, b)
     if weight is None:
         return product
@@ -135,24 +141,40 @@ def _forward_saving(options: Options, inputs: ExpertMlpInputs) -> tuple[Array, R
             (dtype,),
             operand=partial(_weighted_product, options),
         ),
-        RowsInputs([a, b], [inputs.down], inputs.group_sizes, scale=inputs.weights),
+        RowsInputs(
+            [a, b],
+            [inputs.down],
+            inputs.group_sizes,
+            scale=inputs.weights,
+        ),
     )
     return y, Residuals(inputs, a, b)
 
 
-def _backward(options: Options, residuals: Residuals, dy: Array) -> tuple[ExpertMlpInputs]:
+def _backward(
+    options: Options,
+    residuals: Residuals,
+    dy: Array,
+) -> tuple[ExpertMlpInputs]:
     inputs, a, b = residuals
     group_sizes = inputs.group_sizes
     weights = inputs.weights
+    # The dtype of the kernels: `expert_mlp` has converted float16 before.
     dy = dy.astype(inputs.rows.dtype)
     # The left operand is the weighted product, made of a and b once more.
     ddown = grouped.outer_by_group(
         OuterOptions("expert_mlp_ddown", options.interpret, partial(_weighted_product, options)),
-        OuterInputs([a, b], dy, group_sizes, scale=weights),
+        OuterInputs(
+            [a, b],
+            dy,
+            group_sizes,
+            scale=weights,
+        ),
     )
     # Nobody needs a and b after ddown has been made: their cotangents may take their place.
     a, b, ddown = jax.lax.optimization_barrier((a, b, ddown))
     da, db, dweights = _pre_activation_cotangents(options, inputs, a, b, dy)
+    # Of da and db, nothing else is needed for the rows and the first two matrices.
     drows = _row_cotangents(options, inputs, da, db)
     dgate = grouped.outer_by_group(
         OuterOptions("expert_mlp_dgate", options.interpret),
@@ -207,7 +229,13 @@ def _pre_activation_cotangents(
             transposed=True,
             row_sums=has_weights,
         ),
-        RowsInputs([dy], [inputs.down], inputs.group_sizes, [a, b], inputs.weights),
+        RowsInputs(
+            xs=[dy],
+            matrices=[inputs.down],
+            group_sizes=inputs.group_sizes,
+            tiled=[a, b],
+            scale=inputs.weights,
+        ),
     )
     return da, db, dweights
 

@@ -59,25 +59,46 @@ def grouped_matmul(
         # Mosaic does not convert to or from float16.
         lhs = lhs.astype(jnp.float32)
         rhs = rhs.astype(jnp.float32)
+    # The kernels write what Mosaic can; any other dtype is converted outside.
     kernel_dtype = jnp.dtype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32)
     options = Options(kernel_dtype, interpret)
-    out = _grouped_matmul(options, lhs, rhs, group_sizes.astype(jnp.int32))
+    out = _grouped_matmul(
+        options,
+        lhs,
+        rhs,
+        group_sizes.astype(jnp.int32),
+    )
     return out.astype(out_dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(options: Options, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+def _grouped_matmul(
+    options: Options,
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+) -> Array:
     forward = RowsOptions("grouped_matmul_forward", options.interpret, (options.out_dtype,))
     (out,), _ = rows_times_groups(forward, RowsInputs([lhs], [rhs], group_sizes))
     return out
 
 
-def _forward_saving(options: Options, lhs: Array, rhs: Array, group_sizes: Array):
+def _forward_saving(
+    options: Options,
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+):
     return _grouped_matmul(options, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
-def _backward(options: Options, residuals: tuple[Array, Array, Array], dout: Array):
+def _backward(
+    options: Options,
+    residuals: tuple[Array, Array, Array],
+    dout: Array,
+):
     lhs, rhs, group_sizes = residuals
+    # Both operands of a matmul have one dtype.
     dout = dout.astype(lhs.dtype)
     back = RowsOptions(
         "grouped_matmul_dlhs",
@@ -111,7 +132,13 @@ def rows_times_groups(
     """
     O = inputs.matrices[0].shape[1 if options.transposed else 2]
 
-    def on_device(xs, tiled, scale, matrices, group_sizes):
+    def on_device(
+        xs,
+        tiled,
+        scale,
+        matrices,
+        group_sizes,
+    ):
         R = xs[0].shape[0]
         padded = RowsInputs(
             xs=[padded_to_multiples(x, ROWS, LANES) for x in xs],
@@ -128,10 +155,17 @@ def rows_times_groups(
         if sums is not None:
             # Every core has the sums of its own rows, and zeros for the others.
             sums = jnp.sum(sums, axis=0).reshape(-1)[:R]
+        # Without the padding.
         return [out[:R, :O] for out in outs], sums
 
+    # Rows are split over the mesh, every device has all matrices.
     by_row = (list(inputs.xs), list(inputs.tiled), inputs.scale)
-    return by_sorted_rows(on_device, by_row, [list(inputs.matrices)], inputs.group_sizes)
+    return by_sorted_rows(
+        on_device,
+        by_row,
+        [list(inputs.matrices)],
+        inputs.group_sizes,
+    )
 
 
 def outer_by_group(options: OuterOptions, inputs: OuterInputs) -> Float[Array, "G K N"]:
@@ -139,7 +173,12 @@ def outer_by_group(options: OuterOptions, inputs: OuterInputs) -> Float[Array, "
     K = inputs.lefts[0].shape[1]
     N = inputs.dout.shape[1]
 
-    def on_device(lefts, dout, scale, group_sizes):
+    def on_device(
+        lefts,
+        dout,
+        scale,
+        group_sizes,
+    ):
         padded = OuterInputs(
             lefts=[padded_to_multiples(x, ROWS, LANES) for x in lefts],
             dout=padded_to_multiples(dout, ROWS, LANES),
@@ -153,8 +192,15 @@ def outer_by_group(options: OuterOptions, inputs: OuterInputs) -> Float[Array, "
         )
         return out[:, :K, :N]
 
+    # Every device sums over its own rows: the result is the sum over devices.
     by_row = (list(inputs.lefts), inputs.dout, inputs.scale)
-    return by_sorted_rows(on_device, by_row, [], inputs.group_sizes, summed=True)
+    return by_sorted_rows(
+        on_device,
+        by_row,
+        [],
+        inputs.group_sizes,
+        summed=True,
+    )
 
 
 def _in_lines(scale: Float[Array, "R"]) -> Float[Array, "L 128"]:

@@ -81,10 +81,15 @@ def outer_by_group(
     N = dout.shape[1]
     inner_blocks = K // schedule.inner
     column_blocks = N // schedule.columns
-    out = like(lefts[0], (len(group_sizes), K, N), dout.dtype)
+    G = len(group_sizes)
+    out = like(dout, (G, K, N), dout.dtype)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    scale_spec = None if scale is None else pl.BlockSpec(scale.shape, lambda *_: (0, 0))
-    bytes_read = moved(lefts) * column_blocks + moved([dout]) * inner_blocks
+    scale_spec = None
+    if scale is not None:
+        scale_spec = pl.BlockSpec(scale.shape, lambda *_: (0, 0))
+    # Every block reads all rows, but of each operand its own columns only.
+    bytes_of_lefts = moved(lefts) * column_blocks
+    bytes_of_dout = moved([dout]) * inner_blocks
     call = pl.pallas_call(
         partial(_kernel, options, schedule),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -104,12 +109,17 @@ def outer_by_group(
         cost_estimate=pl.CostEstimate(
             flops=2 * R * K * N,
             transcendentals=0,
-            bytes_accessed=bytes_read + moved([out]),
+            bytes_accessed=bytes_of_lefts + bytes_of_dout + moved([out]),
         ),
         interpret=options.interpret,
         name=options.name,
     )
-    return call(group_sizes, list(lefts), dout, scale)
+    return call(
+        group_sizes,
+        list(lefts),
+        dout,
+        scale,
+    )
 
 
 class _Scratch(NamedTuple):
@@ -172,12 +182,23 @@ class _Refs(NamedTuple):
         """Which of the buffers of rows a tile has: they are taken in turn."""
         return tile.index % self.schedule.buffers
 
-    def copy_in(self, tile: Tile, action: tiles.CopyAction) -> None:
+    def copy_in(
+        self,
+        tile: Tile,
+        action: tiles.CopyAction,
+    ) -> None:
         """HBM to VMEM: the tile's rows of the left operands and of dout."""
         scratch = self.scratch
         for i, (source, to) in enumerate(zip(self.lefts, scratch.lefts)):
             self._copy_in(tile, action, source, to, self.inner, i)
-        self._copy_in(tile, action, self.dout, scratch.dout, self.columns, len(self.lefts))
+        self._copy_in(
+            tile,
+            action,
+            self.dout,
+            scratch.dout,
+            self.columns,
+            len(self.lefts),
+        )
 
     def _copy_in(
         self,
@@ -203,9 +224,18 @@ class _Refs(NamedTuple):
             )
 
         count = tiles.align_up(tile.used_rows(tile_rows))
-        tiles.copy_rows(copy, count, tile_rows, source.shape[0])
+        tiles.copy_rows(
+            copy,
+            count,
+            tile_rows,
+            source.shape[0],
+        )
 
-    def copy_out(self, place: Array, action: tiles.CopyAction) -> None:
+    def copy_out(
+        self,
+        place: Array,
+        action: tiles.CopyAction,
+    ) -> None:
         """VMEM to HBM: the block of the result of the group at a place of the list."""
         slot = place % self.schedule.buffers
         group = self.scratch.tile_list.group[place]
@@ -304,7 +334,8 @@ def _loop_over_tiles(refs: _Refs, count: Count) -> None:
 
         @pl.when(used <= 0)
         def _():
-            out[tile.place % buffers] = jnp.zeros(out.shape[1:], out.dtype)
+            slot = tile.place % buffers
+            out[slot] = jnp.zeros(out.shape[1:], out.dtype)
 
         tiles.run_smallest_case(
             used,
@@ -382,7 +413,12 @@ def _fold_last_rows(refs: _Refs, tile: Tile) -> Array:
     return jnp.where(folded, last_register, used)
 
 
-def _multiply(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
+def _multiply(
+    refs: _Refs,
+    tile: Tile,
+    used: Array,
+    size: int,
+) -> None:
     """Adds the first `size` rows of the tile to the group's sum.
 
     The group's last tile leaves the sum in its result's buffer, any other one in `total`. `used` is
@@ -415,7 +451,8 @@ def _multiply(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
     def _():
         def store(inner: pl.Slice, columns: pl.Slice, value: Array) -> None:
             out = scratch.out
-            out[tile.place % schedule.buffers, inner, columns] = value.astype(out.dtype)
+            slot = tile.place % schedule.buffers
+            out[slot, inner, columns] = value.astype(out.dtype)
 
         accumulate(store)
 
@@ -427,7 +464,12 @@ def _multiply(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
         accumulate(store)
 
 
-def _zero_neighbors(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
+def _zero_neighbors(
+    refs: _Refs,
+    tile: Tile,
+    used: Array,
+    size: int,
+) -> None:
     """Zeroes rows of other groups among the first `size` of the tile, in both operands.
 
     In both, as what is there may be anything, NaN too. The group's end lies `used` rows into the
@@ -437,8 +479,7 @@ def _zero_neighbors(refs: _Refs, tile: Tile, used: Array, size: int) -> None:
     slot = refs.tile_slot(tile)
 
     def keep_rows(
-        first: tiles.Scalar,
-        is_kept: Callable[[Int[Array, "16 1"]], Bool[Array, "16 1"]],
+        first: tiles.Scalar, is_kept: Callable[[Int[Array, "16 1"]], Bool[Array, "16 1"]]
     ) -> None:
         register = pl.ds(first, ROWS)
         row = tiles.row_numbers(ROWS, first)

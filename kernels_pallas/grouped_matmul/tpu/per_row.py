@@ -23,7 +23,11 @@ def in_lines(x: Float[Array, "R"]) -> Float[Array, "L 128"]:
     return padded_to_multiples(x.astype(jnp.float32), LANES).reshape(-1, LANES)
 
 
-def column(lines: Ref, first: Scalar, size: int) -> Float[Array, "{size} 1"]:
+def column(
+    lines: Ref,
+    first: Scalar,
+    size: int,
+) -> Float[Array, "{size} 1"]:
     """The numbers of rows first, first + 1, ...; anything beyond the last row.
 
     `first` and `size` are multiples of `ROWS`.
@@ -35,7 +39,8 @@ def column(lines: Ref, first: Scalar, size: int) -> Float[Array, "{size} 1"]:
         numbers = jnp.where(on_diagonal, lines[line, :], 0.0)
         return jnp.sum(numbers, axis=1, keepdims=True)
 
-    return jnp.concatenate([part(first + i) for i in range(0, size, ROWS)])
+    parts = [part(first + i) for i in range(0, size, ROWS)]
+    return jnp.concatenate(parts)
 
 
 def add_sums(
@@ -61,7 +66,8 @@ def add_sums(
         by_lane += values[:, i : i + LANES]
     for i in range(0, num_rows, ROWS):
         line, on_diagonal = _place(lines, first + i)
-        row = first + i + jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
+        within = jax.lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
+        row = first + i + within
         is_own = on_diagonal & (low <= row) & (row < high)
         total = jnp.sum(by_lane[i : i + ROWS], axis=1, keepdims=True)
         # A neighbor's rows may hold anything, NaN too: selected away, not multiplied by 0.

@@ -102,20 +102,28 @@ def rows_times_groups(
       The outputs, zeros in rows beyond the groups; and the row sums of each core, if any.
     """
     xs, matrices, group_sizes, tiled, scale = inputs
-    R, I = xs[0].shape
+    x = xs[0]
+    R, I = x.shape
     O = matrices[0].shape[1 if options.transposed else 2]
-    outs = [like(xs[0], (R, O), dtype) for dtype in options.out_dtypes]
+    outs = [like(x, (R, O), dtype) for dtype in options.out_dtypes]
     lines = pl.cdiv(R, LANES)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     sums = sums_spec = scale_spec = None
     if options.row_sums:
-        sums = like(xs[0], (schedule.cores, lines, LANES), jnp.float32)
+        sums_of_cores = (schedule.cores, lines, LANES)
+        sums = like(x, sums_of_cores, jnp.float32)
         # The index is the core: the numbers stay in VMEM over all tiles of columns.
-        sums_spec = pl.BlockSpec((None, lines, LANES), lambda core, *_: (core, 0, 0))
+        sums_of_core = (None, lines, LANES)
+        sums_spec = pl.BlockSpec(sums_of_core, lambda core, *_: (core, 0, 0))
     if scale is not None:
         scale_spec = pl.BlockSpec((lines, LANES), lambda *_: (0, 0))
     column_tiles = O // schedule.columns
-    bytes_accessed = moved(xs) * column_tiles + moved([*matrices, *tiled, *outs])
+    # The rows are read once for each tile of columns, everything else moves once.
+    bytes_of_xs = moved(xs) * column_tiles
+    bytes_of_others = moved([*matrices, *tiled, *outs])
+    # Counted over all arrays, tiled array i is this input: the group sizes are input 0.
+    first_tiled = 1 + len(xs)
+    aliases = {first_tiled + i: i for i in range(len(tiled))}
     call = pl.pallas_call(
         partial(_kernel, options, schedule),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -140,14 +148,19 @@ def rows_times_groups(
         cost_estimate=pl.CostEstimate(
             flops=2 * R * I * O * len(matrices),
             transcendentals=0,
-            bytes_accessed=bytes_accessed,
+            bytes_accessed=bytes_of_xs + bytes_of_others,
         ),
-        # Counted over all arrays: the group sizes are input 0, then come the xs.
-        input_output_aliases={1 + len(xs) + i: i for i in range(len(tiled))},
+        input_output_aliases=aliases,
         interpret=options.interpret,
         name=options.name,
     )
-    return call(group_sizes, list(xs), list(tiled), list(matrices), scale)
+    return call(
+        group_sizes,
+        list(xs),
+        list(tiled),
+        list(matrices),
+        scale,
+    )
 
 
 class _Scratch(NamedTuple):
@@ -228,14 +241,21 @@ class _Refs(NamedTuple):
             return (columns, everything)
         return (everything, columns)
 
-    def copy_x(self, tile: Tile, action: tiles.CopyAction) -> None:
+    def copy_x(
+        self,
+        tile: Tile,
+        action: tiles.CopyAction,
+    ) -> None:
         """HBM to VMEM: the tile's rows of the inputs, and its part of the tiled arrays."""
         scratch = self.scratch
         everything = slice(None)
-        for i, (source, to) in enumerate(zip(self.xs, scratch.x)):
-            self._copy_in(tile, action, source, to, everything, i)
-        for i, (source, to) in enumerate(zip(self.tiled, scratch.tiled), start=len(self.xs)):
-            self._copy_in(tile, action, source, to, self.columns, i)
+        semaphore = 0
+        for source, to in zip(self.xs, scratch.x):
+            self._copy_in(tile, action, source, to, everything, semaphore)
+            semaphore += 1
+        for source, to in zip(self.tiled, scratch.tiled):
+            self._copy_in(tile, action, source, to, self.columns, semaphore)
+            semaphore += 1
 
     def _copy_in(
         self,
@@ -261,9 +281,18 @@ class _Refs(NamedTuple):
             )
 
         count = tiles.align_up(tile.used_rows(tile_rows))
-        tiles.copy_rows(copy, count, tile_rows, source.shape[0])
+        tiles.copy_rows(
+            copy,
+            count,
+            tile_rows,
+            source.shape[0],
+        )
 
-    def copy_matrix(self, place: tiles.Scalar, action: tiles.CopyAction) -> None:
+    def copy_matrix(
+        self,
+        place: tiles.Scalar,
+        action: tiles.CopyAction,
+    ) -> None:
         """HBM to VMEM: this program's part of the matrices of the group at a place of the list."""
         slot = place % self.schedule.buffers
         group = self.scratch.tile_list.group[place]
@@ -277,7 +306,11 @@ class _Refs(NamedTuple):
                 )
             )
 
-    def copy_out(self, tile: Tile, action: tiles.CopyAction) -> None:
+    def copy_out(
+        self,
+        tile: Tile,
+        action: tiles.CopyAction,
+    ) -> None:
         """VMEM to HBM: the tile's part of the outputs."""
         for i, (source, to) in enumerate(zip(self.scratch.out, self.outs)):
             self._copy_out(tile, action, source, to, i)
@@ -307,7 +340,12 @@ class _Refs(NamedTuple):
         # The rows of a last register that is not full are left to the next group.
         full_registers_end = tiles.align_down(tile.group_end)
         count = jnp.minimum(full_registers_end - tile.row, tile_rows)
-        tiles.copy_rows(copy, count, tile_rows, to.shape[0])
+        tiles.copy_rows(
+            copy,
+            count,
+            tile_rows,
+            to.shape[0],
+        )
 
 
 def _kernel(
@@ -399,7 +437,11 @@ def _list_and_start(refs: _Refs) -> tuple[Count, Array]:
     return groups, everything.tiles
 
 
-def _loop_over_tiles(refs: _Refs, groups: Count, all_tiles: Array) -> None:
+def _loop_over_tiles(
+    refs: _Refs,
+    groups: Count,
+    all_tiles: Array,
+) -> None:
     """Computes and writes every tile of the list, with copies of later and earlier ones under way.
 
     The order of a step: start what later steps need, wait until the tile's output buffer is free
@@ -444,8 +486,9 @@ def _loop_over_tiles(refs: _Refs, groups: Count, all_tiles: Array) -> None:
 
         @pl.when(index >= groups.tiles)
         def _():
+            slot = index % buffers
             for out in scratch.out:
-                out[index % buffers] = jnp.zeros(out.shape[1:], out.dtype)
+                out[slot] = jnp.zeros(out.shape[1:], out.dtype)
 
         _join_boundary(refs, tile)
         refs.copy_out(tile, tiles.start)
@@ -460,7 +503,11 @@ def _loop_over_tiles(refs: _Refs, groups: Count, all_tiles: Array) -> None:
         wait_for(back)
 
 
-def _multiply(refs: _Refs, tile: Tile, size: int) -> None:
+def _multiply(
+    refs: _Refs,
+    tile: Tile,
+    size: int,
+) -> None:
     """Computes the first `size` rows of the tile, `step` columns at a time."""
     options = refs.options
     schedule = refs.schedule
@@ -482,7 +529,12 @@ def _multiply(refs: _Refs, tile: Tile, size: int) -> None:
 
         def product(x: int, matrix: int) -> Array:
             weight = scratch.matrix[matrix][matrix_part]
-            return tiles.matmul(xs[x][...], weight, 1, summed_axis)
+            return tiles.matmul(
+                xs[x][...],
+                weight,
+                1,
+                summed_axis,
+            )
 
         part = (slot, rows, columns)
         tiled = [x[part] for x in scratch.tiled]
@@ -494,10 +546,21 @@ def _multiply(refs: _Refs, tile: Tile, size: int) -> None:
             out[part] = value.astype(out.dtype)
         if refs.sums is not None:
             # Rows of other groups are in the tile too: only the group's own are added.
-            per_row.add_sums(refs.sums, tile.row, values[-1], tile.group_start, tile.group_end)
+            per_row.add_sums(
+                refs.sums,
+                tile.row,
+                values[-1],
+                tile.group_start,
+                tile.group_end,
+            )
 
 
-def _make_operand(refs: _Refs, tile: Tile, xs: list[Ref], size: int) -> Ref:
+def _make_operand(
+    refs: _Refs,
+    tile: Tile,
+    xs: list[Ref],
+    size: int,
+) -> Ref:
     """Makes what is multiplied of all inputs, a register's rows at a time; returns where it is."""
     make = refs.options.operand
     operand = refs.scratch.operand
@@ -514,7 +577,12 @@ def _make_operand(refs: _Refs, tile: Tile, xs: list[Ref], size: int) -> Ref:
     return operand.at[pl.ds(0, size)]
 
 
-def _scale_column(refs: _Refs, tile: Tile, first: tiles.Scalar, size: int) -> Array | None:
+def _scale_column(
+    refs: _Refs,
+    tile: Tile,
+    first: tiles.Scalar,
+    size: int,
+) -> Array | None:
     """The scale of `size` rows from the tile's row `first` on: [size, 1]."""
     if refs.scale is None:
         return None
@@ -533,7 +601,9 @@ def _join_boundary(refs: _Refs, tile: Tile) -> None:
     last_register_row = tiles.align_down(tile.group_end)
     last_register = tiles.row_slice(last_register_row - tile.row, ROWS)
 
-    @pl.when(tile.is_first & (tile.row < tile.group_start))
+    begins_within_register = tile.row < tile.group_start
+
+    @pl.when(tile.is_first & begins_within_register)
     def _():
         is_own = tiles.row_numbers(ROWS, tile.row) >= tile.group_start
         for out, boundary in zip(scratch.out, scratch.boundary):
@@ -543,7 +613,9 @@ def _join_boundary(refs: _Refs, tile: Tile) -> None:
             joined = jnp.where(is_own, own, earlier)
             out[slot, first_register] = joined.astype(out.dtype)
 
-    @pl.when(tile.is_last(tile_rows) & (tile.group_end % ROWS > 0))
+    ends_within_register = tile.group_end % ROWS > 0
+
+    @pl.when(tile.is_last(tile_rows) & ends_within_register)
     def _():
         for out, boundary in zip(scratch.out, scratch.boundary):
             boundary[...] = out[slot, last_register]

@@ -45,7 +45,11 @@ class TileList(NamedTuple):
     place: Ref  # [tiles] by tile: the place of its group
 
     @staticmethod
-    def scratch(num_rows: int, tile_rows: int, num_groups: int) -> "TileList":
+    def scratch(
+        num_rows: int,
+        tile_rows: int,
+        num_groups: int,
+    ) -> "TileList":
         """The scratch shapes of a list that holds the tiles of any group sizes."""
         # One entry more than groups: the rows beyond the last group are listed as one, too.
         places = num_groups + 1
@@ -112,7 +116,8 @@ def list_tiles(
 
     zero = jnp.int32(0)
     nothing = Count(row=zero + first_row, groups=zero, tiles=zero)
-    _, count = jax.lax.fori_loop(0, group_sizes.shape[0], add_group, (zero, nothing))
+    num_groups = group_sizes.shape[0]
+    _, count = jax.lax.fori_loop(0, num_groups, add_group, (zero, nothing))
     return count
 
 
@@ -153,7 +158,11 @@ def append_group(
         tile_list.row[count.tiles + i] = first + i * tile_rows
         tile_list.place[count.tiles + i] = count.groups
 
-    return Count(row=end, groups=count.groups + (tiles > 0), tiles=count.tiles + tiles)
+    return Count(
+        row=end,
+        groups=count.groups + (tiles > 0),
+        tiles=count.tiles + tiles,
+    )
 
 
 class Tile(NamedTuple):
@@ -251,7 +260,11 @@ def copy_rows(
         size //= 2
 
 
-def _copy_piece(copy: Callable[[Array, int], None], count: Array, size: int) -> None:
+def _copy_piece(
+    copy: Callable[[Array, int], None],
+    count: Array,
+    size: int,
+) -> None:
     @pl.when(count & size > 0)
     def _():
         # The digits above this one: the rows that larger pieces have copied.
@@ -292,19 +305,30 @@ def run_smallest_case(
         below = size
 
 
-def _run_case(condition: Array, size: int, body: Callable[[int], None]) -> None:
+def _run_case(
+    condition: Array,
+    size: int,
+    body: Callable[[int], None],
+) -> None:
     @pl.when(condition)
     def _():
         body(size)
 
 
-def matmul(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+def matmul(
+    x: Array,
+    y: Array,
+    x_axis: int,
+    y_axis: int,
+) -> Array:
     """The product summed over these axes, in float32; float32 operands keep all their bits."""
     exact = x.dtype == jnp.float32
+    contracted = ((x_axis,), (y_axis,))
+    no_batch = ((), ())
     return jax.lax.dot_general(
         x,
         y,
-        (((x_axis,), (y_axis,)), ((), ())),
+        (contracted, no_batch),
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )

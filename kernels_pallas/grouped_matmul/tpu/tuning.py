@@ -89,7 +89,9 @@ def rows_schedule(options: rows.RowsOptions, inputs: rows.RowsInputs) -> rows.Sc
     tile = _tile_rows(line, num_rows, item)
     # Numbers for each row, which are in VMEM all the time.
     per_row = (inputs.scale is not None) + options.row_sums
+    # What is multiplied in place of several inputs. There is one of it, as it is not copied.
     operand = tile * I if len(inputs.xs) > 1 else 0
+    # More columns come before more buffers: they are how often the rows are read.
     for columns in _divisors(O):
         x = len(inputs.xs) * tile * I
         matrices = len(inputs.matrices) * I * columns
@@ -98,6 +100,7 @@ def rows_schedule(options: rows.RowsOptions, inputs: rows.RowsInputs) -> rows.Sc
             taken = buffers * (x + matrices + results) + operand
             if taken * item + _per_row_bytes(per_row, num_rows) > line.vmem - OPERANDS:
                 continue
+            # Two matrices make two products of a step, and wider numbers larger ones.
             most = line.step * 2 // item // len(inputs.matrices)
             return rows.Schedule(
                 tile_rows=tile,
@@ -142,6 +145,7 @@ def outer_schedule(inputs: outer.OuterInputs) -> outer.Schedule:
         for columns in _divisors(N)
         if fits(inner, columns, BUFFERS[-1])
     ]
+    # The largest blocks come first, so of equal ones the one with the most of K is taken.
     inner, columns = min(blocks, key=numbers_read)
     buffers = next(n for n in BUFFERS if fits(inner, columns, n))
     inner_step, column_step = line.outer_step
@@ -178,8 +182,13 @@ def _per_row_bytes(per_row: int, num_rows: int) -> int:
     return 2 * 4 * per_row * num_rows
 
 
-def _tile_rows(line: Tuning, num_rows: int, item: int) -> int:
+def _tile_rows(
+    line: Tuning,
+    num_rows: int,
+    item: int,
+) -> int:
     """Rows at a time: the tuned number, less where the array has fewer."""
+    # The same number of bytes for wider numbers.
     tile = line.tile * 2 // item
     while tile > ROWS and tile // 2 >= num_rows:
         tile //= 2
