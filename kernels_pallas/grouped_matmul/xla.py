@@ -206,7 +206,7 @@ def _matmul(
         subscripts,
         x,
         y,
-        # 16-bit operands are exact in one pass; wider ones would be rounded to bfloat16 on TPU.
+        # At the default, a TPU would round wider operands to bfloat16.
         precision="highest" if x.dtype.itemsize > 2 else None,
         preferred_element_type=_accumulator(x),
     )
