@@ -16,8 +16,8 @@ from absl import app, flags
 from gpu_timing import device, inputs, median_seconds
 from report import write_json
 
-from kernels_pallas import linear_scan
 from kernels_pallas.linear_scan.gpu import tuning as gpu_tuning
+from kernels_pallas.ops import linear_scan
 
 _SHAPE = flags.DEFINE_string("shape", "B4,T4096,H16,K128,V128", "Sizes of B, T, H, K and V.")
 _DECAY = flags.DEFINE_list("decay", ["vector", "scalar"], "Kinds of decay.")

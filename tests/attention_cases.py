@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import rel_rms
 
-from kernels_pallas import attention
 from kernels_pallas.attention import xla
+from kernels_pallas.ops import attention
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-3
 EVERYTHING = dict(

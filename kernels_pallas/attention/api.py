@@ -34,7 +34,7 @@ def attention(
     alibi_slopes: Float[Array, "H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"]:
     """Self-attention, its output multiplied by sigmoid(gate_logits). Memory is linear in T, forward and backward.
@@ -118,7 +118,7 @@ def attention_step(
     distances: Int[Array, "B S"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B H V"]:
     """One token of `attention` against a cache, for decoding: the same formulas and arguments without T.

@@ -40,7 +40,7 @@ def linear_scan(
     normalize: bool = False,
     return_final_state: bool = False,
     chunk_size: int | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K Vs"]]:
     """Gated linear attention: one matrix state per head, decayed per key channel at every token.
@@ -165,7 +165,7 @@ def linear_scan_step(
     inclusive: bool = True,
     scale: float | None = None,
     normalize: bool = False,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K Vs"]]:
     """One token of `linear_scan`, for decoding: the same formulas and arguments without T.

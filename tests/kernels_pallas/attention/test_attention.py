@@ -28,8 +28,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import attention_step, dispatch
+from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS, tile, xla
+from kernels_pallas.ops import attention_step
 
 CASES = {
     "causal": {},

@@ -16,8 +16,9 @@ from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
 from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
-from kernels_pallas import attention, dispatch
+from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS, attention_step
+from kernels_pallas.ops import attention
 
 pytestmark = needs_cuda_plugin
 needs_ptxas = pytest.mark.skipif(

@@ -24,8 +24,9 @@ from helpers import rel_rms
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import RESIDUAL_NAMES, attention, dispatch
+from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS
+from kernels_pallas.ops import RESIDUAL_NAMES, attention
 
 # `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 from gatedjax.aot import compile_for, libtpu
-from kernels_pallas import linear_scan, linear_scan_step
+from kernels_pallas.ops import linear_scan, linear_scan_step
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 VARIANTS = {

@@ -16,7 +16,8 @@ from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
 from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
-from kernels_pallas import dispatch, linear_scan
+from kernels_pallas import dispatch
+from kernels_pallas.ops import linear_scan
 
 pytestmark = needs_cuda_plugin
 needs_ptxas = pytest.mark.skipif(

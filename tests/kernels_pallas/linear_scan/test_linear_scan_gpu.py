@@ -24,7 +24,7 @@ from scan_cases import (
     total,
 )
 
-from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
+from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import (
     backward as gpu_back,
 )
@@ -44,6 +44,7 @@ from kernels_pallas.linear_scan.gpu import (
     tuning as gpu_tuning,
 )
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
+from kernels_pallas.ops import RESIDUAL_NAMES, linear_scan
 
 compare_gpu = partial(compare, implementation="gpu", chunk_size=16)
 scan_gpu = partial(linear_scan, implementation="gpu", interpret=True, chunk_size=16)

@@ -13,8 +13,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from scan_cases import F32, MAKE_KEYS, fast_jit, make
 
-from kernels_pallas import linear_scan
 from kernels_pallas.linear_scan import sharded
+from kernels_pallas.ops import linear_scan
 
 # A segment over all of device 1, one that begins with device 2, one that begins inside device 3; a
 # row without any.

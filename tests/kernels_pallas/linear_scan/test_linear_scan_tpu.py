@@ -26,11 +26,12 @@ from scan_cases import (
     total,
 )
 
-from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
+from kernels_pallas import dispatch
 from kernels_pallas.common.mesh import mesh_axes
 from kernels_pallas.linear_scan.tpu import scalar_decay, vector_decay_backward
 from kernels_pallas.linear_scan.tpu import tile as tpu_tile
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
+from kernels_pallas.ops import RESIDUAL_NAMES, linear_scan
 
 compare_tpu = partial(compare, implementation="tpu", chunk_size=16)
 scan_tpu = partial(linear_scan, implementation="tpu", interpret=True, chunk_size=16)
