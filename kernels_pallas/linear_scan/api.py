@@ -8,8 +8,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.common.checks import all_varying, check_interpret, default_scale
-from kernels_pallas.common.mesh import by_rows_and_heads
+from kernels_pallas.common.checks import check_interpret, default_scale
+from kernels_pallas.common.mesh import by_rows_and_heads, varying_together
 from kernels_pallas.linear_scan import reference, xla
 from kernels_pallas.linear_scan.checks import (
     check_bonus,
@@ -248,14 +248,14 @@ def _prepare_scan(inputs: ScanInputs) -> ScanInputs:
     if inputs.initial_state is not None:
         dtype = _computation_dtype(inputs._replace(segment_ids=None))
         inputs = inputs._replace(initial_state=inputs.initial_state.astype(dtype))
-    return ScanInputs._make(all_varying(*inputs))
+    return varying_together(inputs)
 
 
 def _prepare_step(inputs: StepInputs) -> StepInputs:
     """As `_prepare_scan`, for one token."""
     dtype = _computation_dtype(inputs)
     inputs = inputs._replace(state=inputs.state.astype(dtype))
-    return StepInputs._make(all_varying(*inputs))
+    return varying_together(inputs)
 
 
 def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.common.checks import default_scale
 from kernels_pallas.common.mesh import varying_like
-from kernels_pallas.common.padding import padded
+from kernels_pallas.common.padding import padded, round_up
+from kernels_pallas.dispatch import Implementation
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.api import linear_scan
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
@@ -45,7 +46,7 @@ def linear_scan_sharded(
     normalize: bool = False,
     return_final_state: bool = False,
     chunk_size: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K Vs"]]:
     """`linear_scan` inside `shard_map`, with T split over the mesh axis `axis_name`.
@@ -217,7 +218,7 @@ def _running_sums(logs: Float[Array, "B T H K"], reverse: bool) -> Float[Array, 
     By matmuls with triangles of ones, in chunks: XLA's cumsum of a long axis is slow on TPU.
     """
     B, T, H, K = logs.shape
-    chunks = padded(logs, 1, T + -T % CHUNK).reshape(B, -1, CHUNK, H, K)
+    chunks = padded(logs, 1, round_up(T, CHUNK)).reshape(B, -1, CHUNK, H, K)
     num_chunks = chunks.shape[1]
 
     # Row i has ones at the tokens of the chunk up to i.

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
-from kernels_pallas.common.padding import padded
+from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
@@ -106,8 +106,7 @@ def _chunks_and_groups(T: int, chunk_size: int | None) -> tuple[int, int]:
     to 1.6 x, groups of sixteen up to 1.8 x. Groups are made equal, so that there is less than one
     chunk of padding per group.
     """
-    next_power_of_two = 1 << (T - 1).bit_length()
-    chunk = min(chunk_size or DEFAULT_CHUNK, next_power_of_two)
+    chunk = min(chunk_size or DEFAULT_CHUNK, power_of_two(T))
     num_chunks = -(-T // chunk)
     num_groups = -(-num_chunks // MAX_CHUNKS_IN_GROUP)
     chunks_in_group = -(-num_chunks // num_groups)
@@ -219,7 +218,7 @@ def _split_into_groups(plan: Plan, arrays):
 
     def split(x: Array) -> Array:
         B, T, *rest = x.shape
-        x = padded(x, 1, T + -T % L)
+        x = padded(x, 1, round_up(T, L))
         # Groups first: `lax.scan` runs over axis 0.
         groups = x.reshape(B, -1, L, *rest)
         return jnp.moveaxis(groups, 1, 0)

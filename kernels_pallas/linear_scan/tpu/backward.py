@@ -13,7 +13,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from kernels_pallas.common.mesh import like
-from kernels_pallas.common.tpu import Operand
+from kernels_pallas.common.tpu import Operand, Ref
 from kernels_pallas.linear_scan.tpu import (
     scalar_decay,
     tile,
@@ -106,7 +106,7 @@ def _shared_heads_output(
     return grid.tokens(name, out, num_heads, D, is_partial=True)
 
 
-def _kernel(grid: Grid, refs: dict, dstate_ref) -> None:
+def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
     plan = grid.plan
     options = plan.tile_options(grid.schedule)
 

@@ -12,6 +12,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.common.cost import moved
 from kernels_pallas.common.tpu import VMEM_LIMIT, Operand, in_hbm
 from kernels_pallas.linear_scan.tpu.plan import Grid
 
@@ -95,12 +96,8 @@ def _cost(grid: Grid, operands: list[Operand], B: int) -> pl.CostEstimate:
     exponentials = {"vector": plan.K, "scalar": C, "none": 0}
 
     num_tokens = B * plan.H * plan.T
-    # Every block of every operand is moved once.
-    num_bytes = 0
-    for operand in operands:
-        num_bytes += operand.array.size * jnp.dtype(operand.array.dtype).itemsize
     return pl.CostEstimate(
         flops=num_tokens * flops_of_token,
         transcendentals=num_tokens * exponentials[plan.decay],
-        bytes_accessed=num_bytes,
+        bytes_accessed=moved(operand.array for operand in operands),
     )

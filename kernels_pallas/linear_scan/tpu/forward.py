@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from kernels_pallas.common.mesh import like
+from kernels_pallas.common.tpu import Ref
 from kernels_pallas.linear_scan.tpu import scalar_decay, tile, vector_decay
 from kernels_pallas.linear_scan.tpu.call import call
 from kernels_pallas.linear_scan.tpu.plan import Grid, KernelInputs, Plan
@@ -48,7 +49,7 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
     return call(grid, _kernel, inputs, outputs, "linear_scan_forward")
 
 
-def _kernel(grid: Grid, refs: dict, state_ref) -> None:
+def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:
     plan = grid.plan
     options = plan.tile_options(grid.schedule)
 

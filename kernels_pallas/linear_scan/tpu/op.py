@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
-from kernels_pallas.common.mesh import varying_axes, varying_like
-from kernels_pallas.common.padding import padded
+from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.padding import padded, power_of_two, round_up
+from kernels_pallas.common.precision import one_bfloat16_pass
+from kernels_pallas.common.tpu import interpret_params
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
@@ -34,8 +35,6 @@ from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
 # Lanes of a register: channels are padded to a multiple.
 LANES = 128
-# The values of jax_default_matmul_precision with which XLA multiplies bfloat16 in one pass.
-ONE_PASS_PRECISIONS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
 
 
 def unsupported(inputs: ScanInputs, options: ScanOptions) -> str | None:
@@ -98,12 +97,11 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
     _, T, H, K = inputs.q.shape
     Hk = inputs.k.shape[2]
     Hv, V = inputs.v.shape[2:]
-    K = _whole_registers(K)
-    V = _whole_registers(V)
+    K = round_up(K, LANES)
+    V = round_up(V, LANES)
     decay = _kind_of_decay(inputs)
     # A chunk is a power of two, and not much longer than T.
-    next_power_of_two = 1 << (T - 1).bit_length()
-    chunk = min(options.chunk_size or MAX_CHUNK, max(MIN_CHUNK, next_power_of_two))
+    chunk = min(options.chunk_size or MAX_CHUNK, max(MIN_CHUNK, power_of_two(T)))
     forward, backward = schedules(decay, T, H, Hk, Hv, K, V, chunk)
     # A block must not be longer than the array: this matters for the shortest T only.
     longest_step = chunk * max(forward.chunks, backward.chunks)
@@ -121,17 +119,14 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
         reverse=options.reverse,
         scale=options.scale,
         chunk=chunk,
-        rounds=not interpret and _rounds(inputs),
+        # Interpreted matmuls round nothing.
+        rounds=not interpret and one_bfloat16_pass(inputs.q, inputs.k, inputs.v),
         out_dtype=out_dtype,
         return_final_state=options.return_final_state,
         forward=forward,
         backward=backward,
-        interpret=_interpreter(interpret, inputs.q),
+        interpret=interpret_params(interpret, inputs.q),
     )
-
-
-def _whole_registers(D: int) -> int:
-    return -(-D // LANES) * LANES
 
 
 def _kind_of_decay(inputs: ScanInputs) -> str:
@@ -141,20 +136,6 @@ def _kind_of_decay(inputs: ScanInputs) -> str:
     if inputs.log_decay is None and inputs.segment_ids is None:
         return "none"
     return "scalar"
-
-
-def _rounds(inputs: ScanInputs) -> bool:
-    """Whether matmuls are one pass of bfloat16."""
-    if jax.config.jax_default_matmul_precision not in ONE_PASS_PRECISIONS:
-        return False
-    return all(x.dtype == jnp.bfloat16 for x in (inputs.q, inputs.k, inputs.v))
-
-
-def _interpreter(interpret: bool, x: Array) -> bool | pltpu.InterpretParams:
-    """The plain interpreter is faster, but knows nothing of varying axes."""
-    if interpret is True and varying_axes(x):
-        return pltpu.InterpretParams()
-    return interpret
 
 
 def _longest_step(plan: Plan) -> int:
@@ -221,7 +202,7 @@ def _kernel_inputs(plan: Plan, x: KernelInputs) -> KernelInputs:
     They are the inputs that run along lanes, where a block may not end inside the array. Beside q
     they are small.
     """
-    length = plan.T + -plan.T % _longest_step(plan)
+    length = round_up(plan.T, _longest_step(plan))
 
     def split_into_chunks(rows: Array) -> Array:
         """[B, heads, T] -> [B, heads, N, C]."""

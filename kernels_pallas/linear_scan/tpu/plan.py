@@ -10,10 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
-from kernels_pallas.common.tpu import Operand
+from kernels_pallas.common.tpu import Interpret, Operand
 from kernels_pallas.linear_scan.tpu.tile import TileOptions
 
 type ArrayOrShape = Array | jax.ShapeDtypeStruct
@@ -70,7 +69,7 @@ class Plan(NamedTuple):
     return_final_state: bool
     forward: Schedule
     backward: Schedule
-    interpret: bool | pltpu.InterpretParams
+    interpret: Interpret
 
     def tile_options(self, schedule: Schedule) -> TileOptions:
         """The static arguments of a chunk."""

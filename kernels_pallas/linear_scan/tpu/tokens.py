@@ -8,6 +8,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.common.tpu import Ref
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 from kernels_pallas.linear_scan.tpu import scalar_decay
 from kernels_pallas.linear_scan.tpu.plan import Grid
@@ -39,7 +40,7 @@ class Tokens:
     registers until it is used.
     """
 
-    def __init__(self, grid: Grid, refs: dict, chunk: int, head: int):
+    def __init__(self, grid: Grid, refs: dict[str, Ref], chunk: int, head: int):
         """`refs` are the kernel's blocks by name; chunk and head count from the block's first."""
         self.grid = grid
         self.plan = grid.plan
