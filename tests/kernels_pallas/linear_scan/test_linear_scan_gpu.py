@@ -29,13 +29,13 @@ from kernels_pallas.linear_scan.gpu import (
     backward as gpu_back,
 )
 from kernels_pallas.linear_scan.gpu import (
+    intra_chunk as gpu_intra,
+)
+from kernels_pallas.linear_scan.gpu import (
     op as gpu,
 )
 from kernels_pallas.linear_scan.gpu import (
     scan as gpu_scan,
-)
-from kernels_pallas.linear_scan.gpu import (
-    intra_chunk as gpu_intra,
 )
 from kernels_pallas.linear_scan.gpu import (
     tile as gpu_tile,

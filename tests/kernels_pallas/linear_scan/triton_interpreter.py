@@ -20,7 +20,6 @@ from kernels_pallas.linear_scan import reference
 from kernels_pallas.linear_scan.gpu import step as gpu_step
 from kernels_pallas.linear_scan.gpu.step_kernel import step_kernel
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
-from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 
 
 class Storage:
