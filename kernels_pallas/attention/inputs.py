@@ -1,6 +1,6 @@
 """What travels from `api.py` to a backend: the arrays of a call, and its static arguments."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -41,7 +41,7 @@ class AttentionOptions(NamedTuple):
     logits_soft_cap: float | None
     scale: float
 
-    def for_length(self, length: int) -> Self:
+    def for_length(self, length: int) -> "AttentionOptions":
         """The options for `length` keys: some normalizers divide by their number."""
         # A length that the caller gave the normalizer stays.
         return self._replace(normalizer=self.normalizer.for_length(length))

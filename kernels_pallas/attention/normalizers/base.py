@@ -35,7 +35,7 @@ gradients.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -75,7 +75,7 @@ class Normalizer:
     # Whether `start` knows what to do with a sink.
     takes_sinks: ClassVar[bool] = False
 
-    def for_length(self, length: int) -> Self:
+    def for_length(self, length: int) -> "Normalizer":
         """The normalizer with what depends on the number of keys filled in."""
         return self
 

@@ -7,7 +7,7 @@ or two a row. So memory stays linear in T, and time grows with the passes. The c
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class ClippedSoftmax(Normalizer):
             got = f"alpha={self.alpha}, zeta={self.zeta}"
             raise ValueError(f"ClippedSoftmax: got {got}, expected at least 0 and at least 1")
 
-    def for_length(self, length: int) -> Self:
+    def for_length(self, length: int) -> "ClippedSoftmax":
         return self if self.length else replace(self, length=length)
 
     def prepare(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Sigmoid(_Elementwise):
 
     length: int | None = None
 
-    def for_length(self, length: int) -> Self:
+    def for_length(self, length: int) -> "Sigmoid":
         return self if self.length else replace(self, length=length)
 
     def gradient(
@@ -86,7 +86,7 @@ class Relu(_Elementwise):
         if self.power not in (1, 2):
             raise ValueError(f"Relu: power: got {self.power}, expected 1 or 2")
 
-    def for_length(self, length: int) -> Self:
+    def for_length(self, length: int) -> "Relu":
         return self if self.length else replace(self, length=length)
 
     def gradient(

@@ -129,7 +129,14 @@ def test_only_tiles_with_something_to_see_are_visited(causal, window):
             assert (int(traced[0]), int(traced[1])) == (visited.start, visited.stop)
             for j in range(-(-T // block_k)):
                 keys = np.arange(j * block_k, (j + 1) * block_k)
-                seen = tile.visible(rows, keys, length=T, causal=causal, window=window).any()
+                mask = tile.visible(
+                    jnp.asarray(rows),
+                    jnp.asarray(keys),
+                    length=T,
+                    causal=causal,
+                    window=window,
+                )
+                seen = mask.any()
                 assert bool(seen) == (j in visited), (T, i, j)
 
 
