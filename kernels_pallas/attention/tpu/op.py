@@ -19,7 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.normalizers.base import Normalizer
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.tpu.backward import backward
 from kernels_pallas.attention.tpu.forward import forward, kept_outputs
 from kernels_pallas.attention.tpu.plan import LANES, Inputs, Plan
@@ -29,14 +29,16 @@ from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads, varying_axes
 
 
-def unsupported(q, k, v, normalizer: Normalizer) -> str | None:
-    """Why this room cannot take a call, or None when it can."""
+def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    """Why this backend cannot take a call, or None when it can."""
+    q, k, v = inputs.q, inputs.k, inputs.v
     if any(x.dtype == jnp.float64 for x in (q, k, v)):
         return "does not compute in float64"
     if max(q.shape[-1], v.shape[-1]) > MAX_D:
         return f"takes K and V up to {MAX_D}, not {q.shape[-1]} and {v.shape[-1]}"
-    if normalizer.walks > 1:
-        return f"takes normalizers that walk over the keys once, not {type(normalizer).__name__}"
+    if options.normalizer.walks > 1:
+        name = type(options.normalizer).__name__
+        return f"takes normalizers that walk over the keys once, not {name}"
     return None
 
 
@@ -48,34 +50,17 @@ def unsupported_step() -> str:
 
 
 def attention(
-    q,
-    k,
-    v,
-    gate,
-    sink_logits,
-    alibi_slopes,
-    segment_ids,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
     *,
-    normalizer: Normalizer,
-    causal: bool,
-    window: int | None,
-    logits_soft_cap: float | None,
-    scale: float,
     interpret: bool = False,
 ) -> Array:
     """As `api.attention`, with every default filled in. Any T."""
-    options = dict(
-        normalizer=normalizer,
-        causal=causal,
-        window=window,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        interpret=interpret,
-    )
-    arrays = (q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
+    static = dict(options._asdict(), interpret=interpret)
     letters = ("b.h.", "b.h.", "b.h.", "b.h.", "h", "h", "b.")
-    part = lambda *parts: (_attend(*parts, **options),)
-    return by_rows_and_heads(part, arrays, letters, ("b.h.",), math.gcd(q.shape[2], k.shape[2]))[0]
+    part = lambda *parts: (_attend(*parts, **static),)
+    heads = math.gcd(inputs.q.shape[2], inputs.k.shape[2])
+    return by_rows_and_heads(part, inputs, letters, ("b.h.",), heads)[0]
 
 
 def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret, **options) -> Array:
