@@ -1,16 +1,7 @@
-"""Attention with a sigmoid gate as its epilogue and a choice of normalizers: grouped heads, windows, packed documents."""
+"""Attention with a sigmoid gate on its output, and a choice of normalizers."""
 
 from kernels_pallas.attention.api import attention, attention_step
-from kernels_pallas.attention.normalizers.base import (
-    Normalizer,
-    Relu,
-    SelfAdjust,
-    Sigmoid,
-    Softmax,
-    Softpick,
-    Softplus,
-    StableMax,
-)
+from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
@@ -18,6 +9,14 @@ from kernels_pallas.attention.normalizers.multipass import (
     ReweightedSoftplus,
 )
 from kernels_pallas.attention.normalizers.named import NORMALIZERS
+from kernels_pallas.attention.normalizers.singlepass import (
+    Relu,
+    SelfAdjust,
+    Sigmoid,
+    Softpick,
+    Softplus,
+    StableMax,
+)
 from kernels_pallas.attention.sharded import attention_sharded
 
 __all__ = [

@@ -41,3 +41,9 @@ def all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
     """
     present = [x for x in arrays if x is not None]
     return tuple(None if x is None else varying_like(x, *present) for x in arrays)
+
+
+def check_bool(op: str, name: str, x: Array) -> None:
+    """Raises ValueError unless `x` is boolean."""
+    if x.dtype != jnp.bool_:
+        raise ValueError(f"{op}: {name}: got dtype {x.dtype}, expected bool")

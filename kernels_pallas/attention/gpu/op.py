@@ -21,35 +21,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import xla
-from kernels_pallas.attention.gpu import (
-    backward as gpu_backward,
-)
-from kernels_pallas.attention.gpu import (
-    step as gpu_step,
-)
-from kernels_pallas.attention.gpu import (
-    tuning as gpu_tuning,
-)
+from kernels_pallas.attention.gpu import backward as gpu_backward
 from kernels_pallas.attention.gpu.forward import forward
 from kernels_pallas.attention.gpu.plan import Inputs, Plan
-from kernels_pallas.attention.gpu.tuning import MAX_D, MIN_BLOCK, Schedule, largest, schedule
+from kernels_pallas.attention.gpu.tuning import MAX_D, MIN_BLOCK, largest, schedule
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads
 from kernels_pallas.common.padding import padded
 
 
-def unsupported(q, k, v, normalizer: Normalizer) -> str | None:
-    """Why this room cannot take a call of `attention`, or None when it can."""
-    refusal, most = unsupported_step(q, k, v, normalizer), largest(matmuls(q, k, v))
+def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    """Why this backend cannot take a call of `attention`, or None when it can."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    refusal = unsupported_arrays(q, k, v, options.normalizer)
+    most = largest(matmuls(q, k, v))
     if refusal is None and max(q.shape[-1], v.shape[-1]) > most:
         return f"takes K and V of {q.dtype} up to {most}, not {q.shape[-1]} and {v.shape[-1]}"
     return refusal
 
 
-def unsupported_step(q, k, v, normalizer: Normalizer) -> str | None:
-    """Why this room cannot take a call of `attention_step`, or None when it can."""
+def unsupported_arrays(q: Array, k: Array, v: Array, normalizer: Normalizer) -> str | None:
+    """What `attention` and `attention_step` refuse alike."""
     if any(x.dtype == jnp.float64 for x in (q, k, v)):
         return "does not compute in float64"
     D = max(q.shape[-1], v.shape[-1])
@@ -64,34 +58,17 @@ def unsupported_step(q, k, v, normalizer: Normalizer) -> str | None:
 
 
 def attention(
-    q,
-    k,
-    v,
-    gate,
-    sink_logits,
-    alibi_slopes,
-    segment_ids,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
     *,
-    normalizer: Normalizer,
-    causal: bool,
-    window: int | None,
-    logits_soft_cap: float | None,
-    scale: float,
     interpret: bool = False,
 ) -> Array:
     """As `api.attention`, with every default filled in. Any T."""
-    options = dict(
-        normalizer=normalizer,
-        causal=causal,
-        window=window,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        interpret=interpret,
-    )
-    arrays = (q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
+    static = dict(options._asdict(), interpret=interpret)
     letters = ("b.h.", "b.h.", "b.h.", "b.h.", "h", "h", "b.")
-    part = lambda *parts: (_attend(*parts, **options),)
-    return by_rows_and_heads(part, arrays, letters, ("b.h.",), math.gcd(q.shape[2], k.shape[2]))[0]
+    part = lambda *parts: (_attend(*parts, **static),)
+    heads = math.gcd(inputs.q.shape[2], inputs.k.shape[2])
+    return by_rows_and_heads(part, inputs, letters, ("b.h.",), heads)[0]
 
 
 def _attend(
@@ -169,92 +146,6 @@ def matmuls(*arrays: Array) -> str:
 def operands(interpret: bool, matmuls: str) -> tuple[jnp.dtype, object]:
     """What is multiplied, and how exactly. Interpreted matmuls round nothing."""
     return (jnp.dtype(jnp.float32), lax.Precision.HIGHEST) if interpret else OPERANDS[matmuls]
-
-
-# --- decoding
-
-
-def attention_step(
-    q,
-    k_cache,
-    v_cache,
-    gate,
-    sink_logits,
-    alibi_slopes,
-    valid,
-    distances,
-    *,
-    normalizer: Normalizer,
-    logits_soft_cap: float | None,
-    scale: float,
-    interpret: bool = False,
-) -> Array:
-    """As `api.attention_step`, with every default filled in."""
-    options = (normalizer, logits_soft_cap, scale, interpret)
-    letters = ("bh.", "b.h.", "b.h.", "bh.", "h", "h", "b.", "b.")
-    part = lambda *parts: (_step(options, parts[:6], parts[6:]),)
-    arrays = (q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
-    return by_rows_and_heads(
-        part, arrays, letters, ("bh.",), math.gcd(q.shape[1], k_cache.shape[2])
-    )[0]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _step(options: tuple, floats: tuple, slots: tuple) -> Array:
-    (normalizer, logits_soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = (
-        options,
-        floats,
-    )
-    (B, H, K), (_, S, Hk, V), (valid, distances) = q.shape, v.shape, slots
-    operand, precision = operands(interpret, matmuls(q, k, v))
-    wide = power_of_two(K), power_of_two(V)
-    cut = gpu_tuning.step(*wide)
-    plan = Plan(
-        normalizer=normalizer,
-        causal=False,
-        window=None,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        T=S,
-        length=S,
-        H=H,
-        Hk=Hk,
-        K=wide[0],
-        V=wide[1],
-        gate="none",
-        segments=False,
-        slopes=slopes is not None,
-        operand=operand,
-        precision=precision,
-        out_dtype=jnp.dtype(v.dtype),
-        schedule=Schedule(cut, cut, cut),
-        interpret=interpret,
-    )
-    rows = gpu_step.rows(H // Hk)
-    by_head = lambda x: (
-        None if x is None else padded(x.astype(jnp.float32).reshape(Hk, -1), 1, rows)
-    )
-    queries = padded(padded(q.reshape(B, Hk, -1, K), 2, rows), 3, plan.K)
-    distances = None if distances is None else distances.astype(jnp.int32)
-    o = gpu_step.step(plan, queries, k, v, by_head(sinks), by_head(slopes), valid, distances)
-    o = o[:, :, : H // Hk, :V].reshape(B, H, V)
-    return (o if gate is None else o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(v.dtype)
-
-
-def _step_saving(options: tuple, floats: tuple, slots: tuple):
-    return _step(options, floats, slots), (floats, slots)
-
-
-def _step_backward(options: tuple, residuals, dy: Array):
-    """Nobody trains by decoding: the gradients are XLA's."""
-    (normalizer, logits_soft_cap, scale, _), (floats, slots) = options, residuals
-    again = lambda floats: xla.attention_step(
-        *floats, *slots, normalizer=normalizer, logits_soft_cap=logits_soft_cap, scale=scale
-    )
-    return (*jax.vjp(again, floats)[1](dy), None)
-
-
-_step.defvjp(_step_saving, _step_backward)
 
 
 # --- the derivative

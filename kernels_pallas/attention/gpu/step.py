@@ -4,6 +4,7 @@ A program takes a part of the slots of one key head, with the query heads of its
 its sums and what the normalizer keeps of a row. These are small beside the cache: XLA merges them, ends the rows and gates.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -12,10 +13,82 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from kernels_pallas.attention import xla
 from kernels_pallas.attention.gpu import plan, tile
+from kernels_pallas.attention.gpu.op import matmuls, operands, power_of_two, unsupported_arrays
 from kernels_pallas.attention.gpu.plan import Plan
-from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS
-from kernels_pallas.common.mesh import like
+from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS, Schedule
+from kernels_pallas.attention.gpu.tuning import step as tuning_step
+from kernels_pallas.attention.inputs import StepInputs, StepOptions
+from kernels_pallas.common.mesh import by_rows_and_heads, like
+from kernels_pallas.common.padding import padded
+
+
+def unsupported(inputs: StepInputs, options: StepOptions) -> str | None:
+    """Why this backend cannot take a call of `attention_step`, or None when it can."""
+    return unsupported_arrays(inputs.q, inputs.k_cache, inputs.v_cache, options.normalizer)
+
+
+def attention_step(inputs: StepInputs, options: StepOptions, *, interpret: bool = False) -> Array:
+    """As `api.attention_step`, with every default filled in."""
+    letters = ("bh.", "b.h.", "b.h.", "bh.", "h", "h", "b.", "b.")
+    part = lambda *parts: (_step((options, interpret), parts[:6], parts[6:]),)
+    heads = math.gcd(inputs.q.shape[1], inputs.k_cache.shape[2])
+    return by_rows_and_heads(part, inputs, letters, ("bh.",), heads)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step(options: tuple, floats: tuple, slots: tuple) -> Array:
+    (normalizer, logits_soft_cap, scale), interpret = options
+    q, k, v, gate, sinks, slopes = floats
+    (B, H, K), (_, S, Hk, V), (valid, distances) = q.shape, v.shape, slots
+    operand, precision = operands(interpret, matmuls(q, k, v))
+    wide = power_of_two(K), power_of_two(V)
+    cut = tuning_step(*wide)
+    plan = Plan(
+        normalizer=normalizer,
+        causal=False,
+        window=None,
+        logits_soft_cap=logits_soft_cap,
+        scale=scale,
+        T=S,
+        length=S,
+        H=H,
+        Hk=Hk,
+        K=wide[0],
+        V=wide[1],
+        gate="none",
+        segments=False,
+        slopes=slopes is not None,
+        operand=operand,
+        precision=precision,
+        out_dtype=jnp.dtype(v.dtype),
+        schedule=Schedule(cut, cut, cut),
+        interpret=interpret,
+    )
+    num_rows = rows(H // Hk)
+    by_head = lambda x: (
+        None if x is None else padded(x.astype(jnp.float32).reshape(Hk, -1), 1, num_rows)
+    )
+    queries = padded(padded(q.reshape(B, Hk, -1, K), 2, num_rows), 3, plan.K)
+    distances = None if distances is None else distances.astype(jnp.int32)
+    o = step(plan, queries, k, v, by_head(sinks), by_head(slopes), valid, distances)
+    o = o[:, :, : H // Hk, :V].reshape(B, H, V)
+    return (o if gate is None else o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(v.dtype)
+
+
+def _step_saving(options: tuple, floats: tuple, slots: tuple):
+    return _step(options, floats, slots), (floats, slots)
+
+
+def _step_backward(options: tuple, residuals, dy: Array):
+    """Nobody trains by decoding: the gradients are XLA's."""
+    floats, slots = residuals
+    again = lambda floats: xla.attention_step(StepInputs(*floats, *slots), options[0])
+    return (*jax.vjp(again, floats)[1](dy), None)
+
+
+_step.defvjp(_step_saving, _step_backward)
 
 
 def step(p: Plan, q, k_cache, v_cache, sinks, slopes, valid, distances) -> Array:
