@@ -183,7 +183,9 @@ class Residuals(NamedTuple):
     statistics: list[Array]
 
 
-def residuals(result: ForwardResult, inputs: Any, normalizer: Normalizer) -> tuple[Array, Residuals]:
+def residuals(
+    result: ForwardResult, inputs: Any, normalizer: Normalizer
+) -> tuple[Array, Residuals]:
     """(y, what the backward pass gets), with the names that a checkpoint policy can keep."""
     # A layer multiplies y by a matrix and needs it again for that matrix's gradient.
     y = checkpoint_name(result.y, OUT_NAME)

@@ -7,5 +7,5 @@ _ONE_PASS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
 
 
 def one_pass_matmuls() -> bool:
-    """Whether `jax.default_matmul_precision` lets a matrix unit take bfloat16 operands as they are."""
+    """Whether `jax.default_matmul_precision` lets a product of bfloat16 inputs be one pass."""
     return jax.config.jax_default_matmul_precision in _ONE_PASS

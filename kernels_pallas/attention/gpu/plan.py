@@ -6,6 +6,7 @@ see them. Tiles that the mask hides entirely are not in the loop, and only those
 compare positions.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +15,13 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float, Int
 
-from kernels_pallas.attention.gpu.tuning import Schedule
+from kernels_pallas.attention.gpu.tuning import MAX_D, Schedule, power_of_two
 from kernels_pallas.attention.kernels import (
     GateKind,
     Ref,
     count_visible_pairs,
     saved_outputs,
+    unsupported_arrays,
 )
 from kernels_pallas.attention.normalizers.base import Normalizer
 
@@ -84,6 +86,34 @@ class KernelInputs(NamedTuple):
     sink_logits: Float[Array, "H"] | None
     alibi_slopes: Float[Array, "H"] | None
     segment_ids: Int[Array, "B T"] | None
+
+
+def unsupported_by_kernels(
+    q: Array,
+    k: Array,
+    v: Array,
+    normalizer: Normalizer,
+) -> str | None:
+    """Why no kernel of this folder can take these arrays, or None if one can.
+
+    Args:
+      q: queries, [..., K].
+      k: keys, [..., K].
+      v: values, [..., V].
+      normalizer: how logits become weights.
+
+    Returns:
+      The end of a sentence that begins with the name of the backend.
+    """
+    refusal = unsupported_arrays(q, k, v, normalizer, MAX_D)
+    if refusal is not None:
+        return refusal
+    # Offsets are 32-bit integers in Triton.
+    width = power_of_two(max(q.shape[-1], v.shape[-1]))
+    elements = max(math.prod(x.shape[:-1]) * width for x in (q, k))
+    if elements >= 2**31:
+        return f"takes arrays below 2**31 elements, not {elements}"
+    return None
 
 
 # --- which tiles

@@ -144,6 +144,11 @@ def largest(matmuls: str) -> int:
     return max(HOPPER[matmuls])
 
 
+def power_of_two(D: int) -> int:
+    """The size of a tile's axis of D channels: Triton has no others."""
+    return max(MIN_BLOCK, 1 << (D - 1).bit_length())
+
+
 def _chip() -> str:
     """The table's name of the device that the surrounding computation is compiled for."""
     kind = device_kind()
