@@ -17,10 +17,12 @@ they are stored, and are broadcast over sublanes for nothing. dk and dv are prod
 they are; only dq contracts over the rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -56,6 +58,56 @@ class _Spans(NamedTuple):
     count: int
     tiles: int  # entries of the table, a span
     blocks: int  # blocks of keys, a span
+
+
+@dataclass(frozen=True)
+class _GridStep:
+    """Where a grid step is.
+
+    Attributes:
+      plan: the static arguments.
+      spans: how the keys are cut.
+      b: the row of the batch.
+      key_head: the key head.
+      s: the span of keys.
+      g: the query head within the group of the key head.
+      p: the tile within the span.
+      tiles: the table of tiles, in SMEM.
+    """
+
+    plan: Plan
+    spans: _Spans
+    b: Array
+    key_head: Array
+    s: Array
+    g: Array
+    p: Array
+    tiles: TileTable
+
+    @property
+    def entry(self) -> Array:
+        """The entry of the table of tiles: spans are one after another in it."""
+        return self.s * self.spans.tiles + self.p
+
+    @property
+    def query_head(self) -> Array:
+        """The query head: those of a key head are consecutive."""
+        return self.key_head * self.plan.group + self.g
+
+    @property
+    def flags(self) -> Array:
+        """The tile's kind and flags."""
+        return self.tiles.flags[self.entry]
+
+    @property
+    def q_block(self) -> Array:
+        """The tile's block of queries."""
+        return self.tiles.q_blocks[self.entry]
+
+    @property
+    def k_block(self) -> Array:
+        """The tile's block of keys."""
+        return self.tiles.k_blocks[self.entry]
 
 
 def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
@@ -135,11 +187,7 @@ def _summed_gradients(results: dict[str, Array]) -> KernelInputs:
 
 @dataclass(frozen=True)
 class _Operands:
-    """The kernel's operands, with their index maps.
-
-    Grid indices: b row of the batch, h key head, s span of keys, g query head of the group, p tile
-    of the span.
-    """
+    """The kernel's operands: which block of its array each of them is at a grid step."""
 
     plan: Plan
     spans: _Spans
@@ -202,51 +250,77 @@ class _Operands:
             operands.append(self._dslopes(like(q, (num_spans, *numbers), jnp.float32)))
         return operands
 
-    def _entry(self, s: Array, p: Array) -> Array:
-        """The entry of the table of tiles: spans are one after another in it."""
-        return s * self.spans.tiles + p
+    def _operand(
+        self,
+        name: str,
+        array: Array | jax.ShapeDtypeStruct,
+        block: tuple[int, ...],
+        block_at: Callable[[_GridStep], tuple],
+    ) -> Operand:
+        """An operand whose block at a grid step is block_at(step)."""
+        plan = self.plan
+        spans = self.spans
 
-    def _query_head(self, h: Array, g: Array) -> Array:
-        """The query head: those of a key head are consecutive."""
-        return h * self.plan.group + g
+        def index(*indices: Any) -> tuple:
+            return block_at(_GridStep(plan, spans, *indices))
 
-    def _by_query(self, name: str, array: Array, width: int) -> Operand:
+        return Operand(name, array, block, index)
+
+    def _by_query(
+        self,
+        name: str,
+        array: Array | jax.ShapeDtypeStruct,
+        width: int,
+    ) -> Operand:
         """Of [B, T, H * width]: the tile's queries."""
 
-        def index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
-            return b, tiles.q_blocks[self._entry(s, p)], self._query_head(h, g)
+        def block_at(step: _GridStep) -> tuple:
+            return step.b, step.q_block, step.query_head
 
-        return Operand(name, array, (1, self.plan.backward.block, width), index)
+        block = (1, self.plan.backward.block, width)
+        return self._operand(name, array, block, block_at)
 
-    def _by_key(self, name: str, array: Array, width: int) -> Operand:
+    def _by_key(
+        self,
+        name: str,
+        array: Array,
+        width: int,
+    ) -> Operand:
         """Of [B, T, Hk * width]: the tile's keys."""
 
-        def index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
-            return b, tiles.k_blocks[self._entry(s, p)], h
+        def block_at(step: _GridStep) -> tuple:
+            return step.b, step.k_block, step.key_head
 
-        return Operand(name, array, (1, self.plan.backward.block, width), index)
+        block = (1, self.plan.backward.block, width)
+        return self._operand(name, array, block, block_at)
 
-    def _number_by_query(self, name: str, array: Array) -> Operand:
+    def _number_by_query(
+        self,
+        name: str,
+        array: Array | jax.ShapeDtypeStruct,
+    ) -> Operand:
         """Of [B, H, 1, T]: a number for each of the tile's queries, along lanes."""
 
-        def index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
-            return b, self._query_head(h, g), 0, tiles.q_blocks[self._entry(s, p)]
+        def block_at(step: _GridStep) -> tuple:
+            return step.b, step.query_head, 0, step.q_block
 
-        return Operand(name, array, (1, 1, 1, self.plan.backward.block), index)
+        block = (1, 1, 1, self.plan.backward.block)
+        return self._operand(name, array, block, block_at)
 
     def _segments(self, segment_ids: Array) -> list[Operand]:
         """Of [B, 1, T]: the segment ids of the tile's queries, and of its keys."""
 
-        def q_index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
-            return b, 0, tiles.q_blocks[self._entry(s, p)]
+        def block_of_queries(step: _GridStep) -> tuple:
+            return step.b, 0, step.q_block
 
-        def k_index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
-            return b, 0, tiles.k_blocks[self._entry(s, p)]
+        def block_of_keys(step: _GridStep) -> tuple:
+            return step.b, 0, step.k_block
 
+        # The same array twice: a grid step sees two blocks of it.
         block = (1, 1, self.plan.backward.block)
         return [
-            Operand("query_segments", segment_ids, block, q_index),
-            Operand("key_segments", segment_ids, block, k_index),
+            self._operand("query_segments", segment_ids, block, block_of_queries),
+            self._operand("key_segments", segment_ids, block, block_of_keys),
         ]
 
     def _once(self, operand: Operand) -> Operand:
@@ -260,44 +334,66 @@ class _Operands:
         last_head = self.plan.group - 1
         last_tile = self.spans.tiles - 1
 
-        def index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
+        def index(*indices: Any) -> tuple:
+            b, h, s, _, _, tiles = indices
+            # Of the grid step that ends the first span.
             at_end = operand.index(b, h, 0, last_head, last_tile, tiles)
-            here = operand.index(b, h, s, g, p, tiles)
-            return tuple(jnp.where(s == 0, x, y) for x, y in zip(here, at_end))
+            here = operand.index(*indices)
+            return tuple(
+                jnp.where(
+                    s == 0,
+                    block_here,
+                    block_at_end,
+                )
+                for block_here, block_at_end in zip(here, at_end)
+            )
 
         return operand._replace(index=index)
 
-    def _dq(self, array: Array) -> Operand:
+    def _dq(self, array: jax.ShapeDtypeStruct) -> Operand:
         """Of [spans, B, T, H * K]: every span writes its own part."""
 
-        def index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
-            return s, b, tiles.q_blocks[self._entry(s, p)], self._query_head(h, g)
+        def block_at(step: _GridStep) -> tuple:
+            return step.s, step.b, step.q_block, step.query_head
 
-        return Operand("dq", array, (1, 1, self.plan.backward.block, self.plan.K), index)
+        block = (1, 1, self.plan.backward.block, self.plan.K)
+        return self._operand("dq", array, block, block_at)
 
-    def _dslopes(self, array: Array) -> Operand:
+    def _dslopes(self, array: jax.ShapeDtypeStruct) -> Operand:
         """Of [spans, B, H, 1, T]: every span writes its own part."""
 
-        def index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
-            return s, b, self._query_head(h, g), 0, tiles.q_blocks[self._entry(s, p)]
+        def block_at(step: _GridStep) -> tuple:
+            return step.s, step.b, step.query_head, 0, step.q_block
 
-        return Operand("dslopes", array, (1, 1, 1, 1, self.plan.backward.block), index)
+        block = (1, 1, 1, 1, self.plan.backward.block)
+        return self._operand("dslopes", array, block, block_at)
 
-    def _by_span_of_keys(self, name: str, array: Array, width: int) -> Operand:
+    def _by_span_of_keys(
+        self,
+        name: str,
+        array: jax.ShapeDtypeStruct,
+        width: int,
+    ) -> Operand:
         """Of [B, T, Hk * width]: written once a span, while the last head's last queries pass.
 
         Pallas writes a block back when the index changes. Until the sums are complete, the index
         stays at the span's first block, which is the first to be written.
         """
         last_head = self.plan.group - 1
+        blocks_per_span = self.spans.blocks
 
-        def index(b: Array, h: Array, s: Array, g: Array, p: Array, tiles: TileTable) -> tuple:
-            complete = (tiles.flags[self._entry(s, p)] & FLUSH != 0) & (g == last_head)
-            first_block = s * self.spans.blocks
-            k_block = jnp.where(complete, tiles.k_blocks[self._entry(s, p)], first_block)
-            return b, k_block, h
+        def block_at(step: _GridStep) -> tuple:
+            is_complete = step.flags & FLUSH != 0
+            is_last_head = step.g == last_head
+            k_block = jnp.where(
+                is_complete & is_last_head,
+                step.k_block,
+                step.s * blocks_per_span,
+            )
+            return step.b, k_block, step.key_head
 
-        return Operand(name, array, (1, self.plan.backward.block, width), index)
+        block = (1, self.plan.backward.block, width)
+        return self._operand(name, array, block, block_at)
 
 
 # --- the kernel
@@ -329,20 +425,24 @@ def _kernel(
       refs: the operands by name.
       scratch_refs: in the order of `_Scratch`.
     """
-    b = pl.program_id(0)
-    h = pl.program_id(1)
-    s = pl.program_id(2)
-    g = pl.program_id(3)
-    p = pl.program_id(4)
+    step = _GridStep(
+        plan,
+        spans,
+        b=pl.program_id(0),
+        key_head=pl.program_id(1),
+        s=pl.program_id(2),
+        g=pl.program_id(3),
+        p=pl.program_id(4),
+        tiles=tables.tiles,
+    )
     scratch = _Scratch(*scratch_refs)
     block = plan.backward.block
-    entry = s * spans.tiles + p
-    head = h * plan.group + g
-    flags = tables.tiles.flags[entry]
-    q_block = tables.tiles.q_blocks[entry]
-    k_block = tables.tiles.k_blocks[entry]
+    head = step.query_head
+    flags = step.flags
+    q_block = step.q_block
+    k_block = step.k_block
 
-    @pl.when((g == 0) & (p == 0))
+    @pl.when((step.g == 0) & (step.p == 0))
     def start_span() -> None:
         scratch.dk[...] = jnp.zeros_like(scratch.dk)
         scratch.dv[...] = jnp.zeros_like(scratch.dv)
@@ -359,11 +459,12 @@ def _kernel(
             write_by_row()
         else:
             # Every span sees the same rows; one writes.
-            pl.when(s == 0)(write_by_row)
+            pl.when(step.s == 0)(write_by_row)
 
     # The block of keys within the span, whose sums are in VMEM.
-    first_key_of_block = pl.multiple_of((k_block - s * spans.blocks) * block, tile.LANES)
-    here = pl.ds(first_key_of_block, block)
+    block_in_span = k_block - step.s * spans.blocks
+    first_key_in_span = pl.multiple_of(block_in_span * block, tile.LANES)
+    here = pl.ds(first_key_in_span, block)
     # Each kind of tile is compiled by itself. Only the kinds that the table has are.
     tiles, _, _ = backward_tiles(plan)
     kinds = set(tiles.flags & KIND_BITS) - {EMPTY}
@@ -371,7 +472,7 @@ def _kernel(
         is_due = (flags & KIND_BITS) == kind
         if tables.segments is not None:
             num_blocks = -(-plan.T // block)
-            is_due &= tables.segments.may_share_segment(num_blocks, b, q_block, k_block)
+            is_due &= tables.segments.may_share_segment(num_blocks, step.b, q_block, k_block)
 
         def add_tile(kind: int = int(kind)) -> None:
             _add_tile(
@@ -392,7 +493,7 @@ def _kernel(
         dq = scratch.dq[...] * plan.scale
         refs["dq"][0, 0] = dq.astype(refs["dq"].dtype)
 
-    @pl.when((flags & FLUSH != 0) & (g == plan.group - 1))
+    @pl.when((flags & FLUSH != 0) & (step.g == plan.group - 1))
     def end_keys() -> None:
         dk = scratch.dk[here] * plan.scale
         refs["dk"][0] = dk.astype(refs["dk"].dtype)
