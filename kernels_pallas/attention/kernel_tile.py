@@ -57,4 +57,8 @@ def with_slopes(capped: Array, slope: Array | None, distance: Array | None) -> L
     if slope is None or distance is None:
         return Logits(values=capped, capped=capped, distance=None)
     distance = distance.astype(jnp.float32)
-    return Logits(values=capped - slope * distance, capped=capped, distance=distance)
+    return Logits(
+        values=capped - slope * distance,
+        capped=capped,
+        distance=distance,
+    )

@@ -80,7 +80,11 @@ def dq(plan: Plan, inputs: KernelInputs, rows: RowGradients) -> tuple[Array, Arr
 
     outs = {"dq": by_head(plan, like(inputs.q, inputs.q.shape, inputs.q.dtype))}
     if plan.slopes:
-        dslopes = like(inputs.q, (B, plan.H, plan.length), jnp.float32)
+        dslopes = like(
+            inputs.q,
+            (B, plan.H, plan.length),
+            jnp.float32,
+        )
         outs["dslopes"] = number_by_head(plan, dslopes)
     pairs = B * plan.H * plan.pairs
     results = call(
@@ -120,16 +124,39 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
     slope = pltriton.load(refs["slopes"].at[head]) if plan.slopes else None
     query_segments = load_segments(refs, rows)
 
-    def add_tile(by_position: bool, _: Array, k_block: Array, sums: _QuerySums) -> _QuerySums:
+    def add_tile(
+        by_position: bool,
+        _: Array,
+        k_block: Array,
+        sums: _QuerySums,
+    ) -> _QuerySums:
         keys = block_positions(k_block, config.block_k)
         key_segments = load_segments(refs, keys)
         at = tile.positions(rows, keys, query_segments, key_segments)
         k = load(refs["k"], keys, plan.K)
-        logits = tile.logits(plan, queries, k, slope, at.distance())
+        logits = tile.logits(
+            plan,
+            queries,
+            k,
+            slope,
+            at.distance(),
+        )
         # dp = do v^T, the gradient of the weights.
-        dp = tile.matmul(plan, do, load(refs["v"], keys, plan.V), trans_y=True)
+        dp = tile.matmul(
+            plan,
+            do,
+            load(refs["v"], keys, plan.V),
+            trans_y=True,
+        )
         mask = tile.visible(plan, at, by_position)
-        _, ds = plan.normalizer.gradient(logits.values, mask, at.keys, dp, deltas, saved)
+        _, ds = plan.normalizer.gradient(
+            logits.values,
+            mask,
+            at.keys,
+            dp,
+            deltas,
+            saved,
+        )
         dslopes = sums.dslopes
         if dslopes is not None and logits.distance is not None:
             # Logits lose slope * distance.
@@ -163,10 +190,28 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
 def dkv(plan: Plan, inputs: KernelInputs, rows: RowGradients) -> tuple[Array, Array]:
     """(dk as k, dv as v)."""
     if plan.schedule.dv is None:
-        results = _gradients_of_keys(plan, inputs, rows, ["dk", "dv"], plan.schedule.dkv)
+        results = _gradients_of_keys(
+            plan,
+            inputs,
+            rows,
+            ["dk", "dv"],
+            plan.schedule.dkv,
+        )
         return results["dk"], results["dv"]
-    dk = _gradients_of_keys(plan, inputs, rows, ["dk"], plan.schedule.dkv)
-    dv = _gradients_of_keys(plan, inputs, rows, ["dv"], plan.schedule.dv)
+    dk = _gradients_of_keys(
+        plan,
+        inputs,
+        rows,
+        ["dk"],
+        plan.schedule.dkv,
+    )
+    dv = _gradients_of_keys(
+        plan,
+        inputs,
+        rows,
+        ["dv"],
+        plan.schedule.dv,
+    )
     return dk["dk"], dv["dv"]
 
 
@@ -202,9 +247,15 @@ def _gradients_of_keys(
 
     outs = {}
     if "dk" in names:
-        outs["dk"] = by_head(plan, like(inputs.q, inputs.k.shape, inputs.k.dtype))
+        outs["dk"] = by_head(
+            plan,
+            like(inputs.q, inputs.k.shape, inputs.k.dtype),
+        )
     if "dv" in names:
-        outs["dv"] = by_head(plan, like(inputs.q, inputs.v.shape, inputs.v.dtype))
+        outs["dv"] = by_head(
+            plan,
+            like(inputs.q, inputs.v.shape, inputs.v.dtype),
+        )
     pairs = B * plan.H * plan.pairs
     return call(
         plan,
@@ -238,7 +289,10 @@ def _by_group(plan: Plan, array: Array) -> Operand:
     def index(n: Array, h: Array, b: Array) -> tuple:
         return b, 0, h, 0
 
-    return Operand(array, pl.BlockSpec((None, plan.length, plan.group, width), index))
+    return Operand(
+        array,
+        pl.BlockSpec((None, plan.length, plan.group, width), index),
+    )
 
 
 def _number_by_group(plan: Plan, array: Array) -> Operand:
@@ -267,20 +321,37 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
     v = load(refs["v"], keys, plan.V) if "dk" in refs else None
     key_segments = load_segments(refs, keys)
 
-    def add_tile(by_position: bool, g: Array, q_block: Array, sums: _KeySums) -> _KeySums:
+    def add_tile(
+        by_position: bool,
+        g: Array,
+        q_block: Array,
+        sums: _KeySums,
+    ) -> _KeySums:
         # g is the query head within the group.
         rows = block_positions(q_block, config.block_q)
         slope = None
         if plan.slopes:
             slope = pltriton.load(refs["slopes"].at[key_head * plan.group + g])
         query_segments = load_segments(refs, rows)
-        at = tile.positions(rows, keys, query_segments, key_segments, transposed=True)
+        at = tile.positions(
+            rows,
+            keys,
+            query_segments,
+            key_segments,
+            transposed=True,
+        )
         queries = _load_of_head(refs["q"], rows, g, plan.K)
         do = _load_of_head(refs["do"], rows, g, plan.V)
         # The numbers of a query run along a row, [1, R], as the queries do.
         deltas = [tile.as_row(x) for x in _load_numbers(refs, "delta", (g, rows))]
         saved = tuple(tile.as_row(x) for x in _load_numbers(refs, "saved", (g, rows)))
-        logits = tile.logits(plan, k, queries, slope, at.distance())
+        logits = tile.logits(
+            plan,
+            k,
+            queries,
+            slope,
+            at.distance(),
+        )
         if v is None:
             # Only dv is computed, and weights do not depend on dp.
             dp = jnp.zeros_like(logits.values)
@@ -288,7 +359,14 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
             # dp = (do v^T)^T, the gradient of the weights.
             dp = tile.matmul(plan, v, do, trans_y=True)
         mask = tile.visible(plan, at, by_position)
-        weights, ds = plan.normalizer.gradient(logits.values, mask, at.keys, dp, deltas, saved)
+        weights, ds = plan.normalizer.gradient(
+            logits.values,
+            mask,
+            at.keys,
+            dp,
+            deltas,
+            saved,
+        )
 
         dk = sums.dk
         dv = sums.dv
@@ -320,7 +398,12 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
         store(refs["dv"], keys, sums.dv)
 
 
-def _load_of_head(ref: Ref, rows: Array, g: Array, width: int) -> Array:
+def _load_of_head(
+    ref: Ref,
+    rows: Array,
+    g: Array,
+    width: int,
+) -> Array:
     """Some rows of query head g of the group, [rows, width]."""
     columns = lax.iota(jnp.int32, width)
     return pltriton.load(ref.at[rows[:, None], g, columns[None, :]])

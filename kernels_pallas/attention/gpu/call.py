@@ -114,7 +114,10 @@ def load(ref: Ref, rows: Array, width: int) -> Array:
 def store(ref: Ref, rows: Array, x: Array) -> None:
     """Writes some rows of [T, width], in the dtype of the reference."""
     columns = lax.iota(jnp.int32, x.shape[1])
-    pltriton.store(ref.at[rows[:, None], columns[None, :]], x.astype(ref.dtype))
+    pltriton.store(
+        ref.at[rows[:, None], columns[None, :]],
+        x.astype(ref.dtype),
+    )
 
 
 def load_segments(refs: dict[str, Ref], positions: Array) -> Array | None:

@@ -96,7 +96,11 @@ def _outputs(plan: Plan, inputs: KernelInputs, save: bool) -> dict[str, Operand]
     for n in plan.saved_outputs:
         operands[f"o{n}"] = by_head(plan, like(q, by_token, jnp.float32))
     for n in range(saved_statistics(plan.normalizer)):
-        statistic = like(q, (B, plan.H, plan.length), jnp.float32)
+        statistic = like(
+            q,
+            (B, plan.H, plan.length),
+            jnp.float32,
+        )
         operands[f"saved{n}"] = number_by_head(plan, statistic)
     return operands
 
@@ -127,14 +131,30 @@ def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
     slope = pltriton.load(refs["slopes"].at[head]) if plan.slopes else None
     query_segments = load_segments(refs, rows)
 
-    def add_tile(by_position: bool, _: Array, k_block: Array, carry: _Rows) -> _Rows:
+    def add_tile(
+        by_position: bool,
+        _: Array,
+        k_block: Array,
+        carry: _Rows,
+    ) -> _Rows:
         keys = block_positions(k_block, config.block_k)
         key_segments = load_segments(refs, keys)
         at = tile.positions(rows, keys, query_segments, key_segments)
         k = load(refs["k"], keys, plan.K)
-        logits = tile.logits(plan, queries, k, slope, at.distance())
+        logits = tile.logits(
+            plan,
+            queries,
+            k,
+            slope,
+            at.distance(),
+        )
         mask = tile.visible(plan, at, by_position)
-        added = normalizer.add(carry.statistics, logits.values, mask, at.keys)
+        added = normalizer.add(
+            carry.statistics,
+            logits.values,
+            mask,
+            at.keys,
+        )
         values = load(refs["v"], keys, plan.V)
         kept = carry.sums
         if added.keep is not None:
@@ -167,11 +187,23 @@ def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
             store(refs[f"o{i}"], rows, output)
     for i, statistic in enumerate(saved):
         if f"saved{i}" in refs:
-            pltriton.store(refs[f"saved{i}"].at[rows], statistic.reshape(config.block_q))
-    store(refs["y"], rows, _gated(plan, outputs[0], refs, rows))
+            pltriton.store(
+                refs[f"saved{i}"].at[rows],
+                statistic.reshape(config.block_q),
+            )
+    store(
+        refs["y"],
+        rows,
+        _gated(plan, outputs[0], refs, rows),
+    )
 
 
-def _gated(plan: Plan, output: Array, refs: dict[str, Ref], rows: Array) -> Array:
+def _gated(
+    plan: Plan,
+    output: Array,
+    refs: dict[str, Ref],
+    rows: Array,
+) -> Array:
     """The output times sigmoid(gate), of some rows."""
     if plan.gate == "none":
         return output

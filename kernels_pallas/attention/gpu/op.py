@@ -69,7 +69,13 @@ def _attend(inputs: AttentionInputs, options: AttentionOptions, interpret: bool)
     padded_V = power_of_two(V)
     kind = matmuls(inputs.q, inputs.k, inputs.v)
     operand, precision = operands(interpret, kind)
-    kernel_schedule = schedule(padded_K, padded_V, kind, options.normalizer.sums, T)
+    kernel_schedule = schedule(
+        padded_K,
+        padded_V,
+        kind,
+        options.normalizer.sums,
+        T,
+    )
     plan = Plan(
         normalizer=options.normalizer,
         causal=options.causal,
@@ -93,7 +99,12 @@ def _attend(inputs: AttentionInputs, options: AttentionOptions, interpret: bool)
     )
     segment_ids = inputs.segment_ids
     if segment_ids is not None:
-        segment_ids = padded(segment_ids.astype(jnp.int32), 1, plan.length, mode="edge")
+        segment_ids = padded(
+            segment_ids.astype(jnp.int32),
+            1,
+            plan.length,
+            mode="edge",
+        )
     kernel_inputs = KernelInputs(
         q=_padded_tokens(plan, inputs.q, padded_K),
         k=_padded_tokens(plan, inputs.k, padded_K),
@@ -118,7 +129,11 @@ def _padded_length(T: int, kernel_schedule: Schedule) -> int:
 
 def _padded_tokens(plan: Plan, x: Array, width: int) -> Array:
     """[B, T, heads, D] padded with zeros to [B, length, heads, width]."""
-    return padded(padded(x, 1, plan.length), 3, width)
+    return padded(
+        padded(x, 1, plan.length),
+        3,
+        width,
+    )
 
 
 def as_float32(x: Array | None) -> Array | None:
@@ -133,7 +148,11 @@ def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
     if plan.gate == "element":
         return _padded_tokens(plan, gate_logits, plan.V)
     by_head = jnp.swapaxes(gate_logits[..., 0], 1, 2)
-    return padded(by_head.astype(jnp.float32), 2, plan.length)
+    return padded(
+        by_head.astype(jnp.float32),
+        2,
+        plan.length,
+    )
 
 
 # --- the derivative
@@ -152,7 +171,12 @@ def _forward(plan: Plan, inputs: KernelInputs) -> tuple[Array, Residuals]:
 
 def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
     inputs: KernelInputs = saved.inputs
-    do, deltas, dgate = _gradients_by_row(plan, inputs.gate_logits, saved.outputs, dy)
+    do, deltas, dgate = _gradients_by_row(
+        plan,
+        inputs.gate_logits,
+        saved.outputs,
+        dy,
+    )
     rows = RowGradients(do, deltas, saved.statistics)
     dq, dslopes_by_row = backward.dq(plan, inputs, rows)
     dk, dv = backward.dkv(plan, inputs, rows)
@@ -160,7 +184,11 @@ def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
     if inputs.sink_logits is not None:
         # [1, H, 1] against the rows' [B, H, T].
         sinks = inputs.sink_logits[None, :, None]
-        by_row = plan.normalizer.sink_gradient(sinks, deltas, tuple(saved.statistics))
+        by_row = plan.normalizer.sink_gradient(
+            sinks,
+            deltas,
+            tuple(saved.statistics),
+        )
         dsinks = by_row.sum((0, 2))
     gradients = KernelInputs(
         q=dq,
@@ -206,7 +234,11 @@ def _gradients_by_row(
         gate = jax.nn.sigmoid(gate_logits.astype(jnp.float32))
         slope = gate * (1 - gate)
         if plan.gate == "head":
-            by_head = jnp.swapaxes(jnp.sum(dy * outputs[0], axis=3), 1, 2)
+            by_head = jnp.swapaxes(
+                jnp.sum(dy * outputs[0], axis=3),
+                1,
+                2,
+            )
             dgate = by_head * slope
             # [B, H, T] -> [B, T, H, 1]
             gate = jnp.swapaxes(gate, 1, 2)[..., None]

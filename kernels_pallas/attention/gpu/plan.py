@@ -238,7 +238,13 @@ def loop_over_tiles(
     for first, end, by_position in tile_ranges(plan, reach, n, block, other_block, limits):
         count = end - first
 
-        def add_tile_number(t: Array, carry: Any, first=first, count=count, masks=by_position):
+        def add_tile_number(
+            t: Array,
+            carry: Any,
+            first=first,
+            count=count,
+            masks=by_position,
+        ):
             # Heads and blocks are one loop. A nested one would cost registers, and here the loads
             # run ahead from one head into the next.
             head = lax.div(t, count) if heads > 1 else jnp.int32(0)
@@ -284,7 +290,11 @@ def segment_spans(
 
 def _bounds(segment_ids: Int[Array, "B T"], block: int) -> tuple[Array, Array]:
     """The least and the largest id in every block, [B, N]."""
-    blocks = segment_ids.reshape(segment_ids.shape[0], -1, block)
+    blocks = segment_ids.reshape(
+        segment_ids.shape[0],
+        -1,
+        block,
+    )
     return blocks.min(2), blocks.max(2)
 
 

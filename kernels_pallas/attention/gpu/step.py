@@ -43,7 +43,12 @@ from kernels_pallas.common.padding import padded
 
 def unsupported(inputs: StepInputs, options: StepOptions) -> str | None:
     """Why this backend cannot take a call of `attention_step`, or None when it can."""
-    return unsupported_by_kernels(inputs.q, inputs.k_cache, inputs.v_cache, options.normalizer)
+    return unsupported_by_kernels(
+        inputs.q,
+        inputs.k_cache,
+        inputs.v_cache,
+        options.normalizer,
+    )
 
 
 def attention_step(
@@ -84,7 +89,11 @@ def _step(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array:
     """y [B, H, V]."""
     B, H, _ = inputs.q.shape
     V = inputs.v_cache.shape[3]
-    output = _ungated(options, interpret, inputs).reshape(B, H, V)
+    output = _ungated(options, interpret, inputs).reshape(
+        B,
+        H,
+        V,
+    )
     if inputs.gate_logits is not None:
         output = output * jax.nn.sigmoid(inputs.gate_logits.astype(jnp.float32))
     return output.astype(inputs.v_cache.dtype)
@@ -154,7 +163,11 @@ def _ungated(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array
     group = H // Hk
     plan = _plan(options, interpret, inputs)
     num_rows = rows_of_tile(group)
-    queries = padded(inputs.q.reshape(B, Hk, group, K), 2, num_rows)
+    queries = padded(
+        inputs.q.reshape(B, Hk, group, K),
+        2,
+        num_rows,
+    )
     distances = inputs.distances
     if distances is not None:
         distances = distances.astype(jnp.int32)
@@ -207,7 +220,11 @@ def _by_key_head(x: Array | None, Hk: int, num_rows: int) -> Array | None:
     """A number for each query head, [H] -> float32 [Hk, R]."""
     if x is None:
         return None
-    return padded(x.astype(jnp.float32).reshape(Hk, -1), 1, num_rows)
+    return padded(
+        x.astype(jnp.float32).reshape(Hk, -1),
+        1,
+        num_rows,
+    )
 
 
 def rows_of_tile(group: int) -> int:
@@ -332,16 +349,29 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
         slots = block_positions(slot_block, block)
         # The last block may end after the cache.
         inside = slots < plan.T
-        valid = pltriton.load(refs["valid"].at[slots], mask=inside, other=0)
+        valid = pltriton.load(
+            refs["valid"].at[slots],
+            mask=inside,
+            other=0,
+        )
         visible = tile.as_row(valid) != 0
         distances = None
         if "distances" in refs:
-            distances = pltriton.load(refs["distances"].at[slots], mask=inside, other=0)
+            distances = pltriton.load(
+                refs["distances"].at[slots],
+                mask=inside,
+                other=0,
+            )
             distances = tile.as_row(distances)
         k = _slots(refs["k"], slots, inside, plan.K)
         logits = tile.logits(plan, queries, k, slope, distances)
         keys = tile.as_row(slots)
-        added = normalizer.add(carry.statistics, logits.values, visible, keys)
+        added = normalizer.add(
+            carry.statistics,
+            logits.values,
+            visible,
+            keys,
+        )
         values = _slots(refs["v"], slots, inside, plan.V)
         kept = carry.sums
         if added.keep is not None:
@@ -355,7 +385,11 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
     sink = None
     if "sinks" in refs:
         # A sink counts once, so in one part only.
-        sink = jnp.where(part == 0, _of_rows(refs["sinks"], key_head, row), -jnp.inf)
+        sink = jnp.where(
+            part == 0,
+            _of_rows(refs["sinks"], key_head, row),
+            -jnp.inf,
+        )
     start = _Rows(
         statistics=normalizer.start(zero, (), sink),
         sums=[jnp.zeros((R, plan.V), jnp.float32)] * normalizer.sums,
@@ -367,7 +401,10 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
     for i, x in enumerate(end.sums):
         store(refs[f"sum{i}"], row, x)
     for i, x in enumerate(end.statistics):
-        pltriton.store(refs[f"row{i}"].at[row], x.reshape(R))
+        pltriton.store(
+            refs[f"row{i}"].at[row],
+            x.reshape(R),
+        )
 
 
 def _of_rows(ref: Ref, key_head: Array, row: Array) -> Array:
@@ -375,7 +412,12 @@ def _of_rows(ref: Ref, key_head: Array, row: Array) -> Array:
     return tile.as_column(pltriton.load(ref.at[key_head, row]))
 
 
-def _slots(ref: Ref, slots: Array, inside: Array, width: int) -> Array:
+def _slots(
+    ref: Ref,
+    slots: Array,
+    inside: Array,
+    width: int,
+) -> Array:
     """Some slots of a cache, [slots, width].
 
     Args:

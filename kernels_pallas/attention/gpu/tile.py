@@ -14,7 +14,12 @@ from kernels_pallas.attention.gpu.plan import Plan
 from kernels_pallas.attention.kernel_tile import Logits, Positions
 
 
-def matmul(plan: Plan, x: Array, y: Array, trans_y: bool = False) -> Array:
+def matmul(
+    plan: Plan,
+    x: Array,
+    y: Array,
+    trans_y: bool = False,
+) -> Array:
     """A matrix product summed in float32, as the tensor core takes it.
 
     Args:

@@ -108,12 +108,23 @@ DEFAULT_CHIP = "H200"
 
 # Of `attention_step`. block_q: the least number of heads that are rows of a tile; block_k: slots of
 # up to 128 channels.
-STEP = KernelConfig(block_q=16, block_k=64, num_warps=4, num_stages=3)
+STEP = KernelConfig(
+    block_q=16,
+    block_k=64,
+    num_warps=4,
+    num_stages=3,
+)
 # So many programs read a cache: two a multiprocessor of an H200.
 STEP_PROGRAMS = 264
 
 
-def schedule(K: int, V: int, matmuls: str, sums: int, T: int) -> Schedule:
+def schedule(
+    K: int,
+    V: int,
+    matmuls: str,
+    sums: int,
+    T: int,
+) -> Schedule:
     """The schedule of a call on the device that it is compiled for.
 
     Args:

@@ -17,12 +17,9 @@ they are stored, and are broadcast over sublanes for nothing. dk and dv are prod
 they are; only dq contracts over the rows.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -32,6 +29,7 @@ from kernels_pallas.attention import tile as attention_tile
 from kernels_pallas.attention.kernel_tile import Logits, Positions
 from kernels_pallas.attention.kernels import Ref, Residuals
 from kernels_pallas.attention.tpu import tile
+from kernels_pallas.attention.tpu.backward_operands import GridStep, Operands, Spans
 from kernels_pallas.attention.tpu.call import Tables, call, make_tables, without_padding
 from kernels_pallas.attention.tpu.forward import in_lag_order
 from kernels_pallas.attention.tpu.plan import (
@@ -44,70 +42,8 @@ from kernels_pallas.attention.tpu.plan import (
     MASKED,
     KernelInputs,
     Plan,
-    TileTable,
     backward_tiles,
 )
-from kernels_pallas.common.mesh import like
-from kernels_pallas.common.padding import padded
-from kernels_pallas.common.tpu import Operand
-
-
-class _Spans(NamedTuple):
-    """How the keys are cut into spans; every span has as many entries in the table of tiles."""
-
-    count: int
-    tiles: int  # entries of the table, a span
-    blocks: int  # blocks of keys, a span
-
-
-@dataclass(frozen=True)
-class _GridStep:
-    """Where a grid step is.
-
-    Attributes:
-      plan: the static arguments.
-      spans: how the keys are cut.
-      b: the row of the batch.
-      key_head: the key head.
-      s: the span of keys.
-      g: the query head within the group of the key head.
-      p: the tile within the span.
-      tiles: the table of tiles, in SMEM.
-    """
-
-    plan: Plan
-    spans: _Spans
-    b: Array
-    key_head: Array
-    s: Array
-    g: Array
-    p: Array
-    tiles: TileTable
-
-    @property
-    def entry(self) -> Array:
-        """The entry of the table of tiles: spans are one after another in it."""
-        return self.s * self.spans.tiles + self.p
-
-    @property
-    def query_head(self) -> Array:
-        """The query head: those of a key head are consecutive."""
-        return self.key_head * self.plan.group + self.g
-
-    @property
-    def flags(self) -> Array:
-        """The tile's kind and flags."""
-        return self.tiles.flags[self.entry]
-
-    @property
-    def q_block(self) -> Array:
-        """The tile's block of queries."""
-        return self.tiles.q_blocks[self.entry]
-
-    @property
-    def k_block(self) -> Array:
-        """The tile's block of keys."""
-        return self.tiles.k_blocks[self.entry]
 
 
 def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
@@ -127,8 +63,8 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
     padded_length = -(-plan.T // block) * block
     tiles, tiles_per_span, blocks_per_span = backward_tiles(plan)
     num_spans = len(tiles.flags) // tiles_per_span
-    spans = _Spans(num_spans, tiles_per_span, blocks_per_span)
-    operands = _Operands(plan, spans, padded_length)
+    spans = Spans(num_spans, tiles_per_span, blocks_per_span)
+    operands = Operands(plan, spans, padded_length)
 
     # The dtype in which the matrix unit will take do.
     do_dtype = jnp.bfloat16 if plan.rounds else jnp.float32
@@ -185,217 +121,6 @@ def _summed_gradients(results: dict[str, Array]) -> KernelInputs:
     )
 
 
-@dataclass(frozen=True)
-class _Operands:
-    """The kernel's operands: which block of its array each of them is at a grid step."""
-
-    plan: Plan
-    spans: _Spans
-    padded_length: int
-
-    def inputs(self, residuals: Residuals, dy: Array) -> list[Operand]:
-        """What the kernel reads."""
-        plan = self.plan
-        inputs: KernelInputs = residuals.inputs
-        pad_tokens = partial(padded, axis=1, size=self.padded_length)
-        pad_numbers = partial(padded, axis=3, size=self.padded_length)
-        operands = [
-            self._by_query("q", pad_tokens(inputs.q), plan.K),
-            self._by_key("k", pad_tokens(inputs.k), plan.K),
-            self._by_key("v", pad_tokens(inputs.v), plan.V),
-            self._by_query("dy", pad_tokens(dy), plan.V),
-        ]
-        for n, output in residuals.outputs.items():
-            operands.append(self._by_query(f"o{n}", pad_tokens(output), plan.V))
-        for n, statistic in enumerate(residuals.statistics):
-            operands.append(self._number_by_query(f"saved{n}", pad_numbers(statistic)))
-        gate_logits = inputs.gate_logits
-        if gate_logits is not None and plan.gate == "element":
-            operands.append(self._by_query("gate", pad_tokens(gate_logits), plan.V))
-        elif gate_logits is not None:
-            operands.append(self._number_by_query("gate", pad_numbers(gate_logits)))
-        if inputs.segment_ids is not None:
-            ids = padded(inputs.segment_ids, 2, self.padded_length, mode="edge")
-            operands += self._segments(ids)
-        return operands
-
-    def gradients(self, inputs: KernelInputs) -> list[Operand]:
-        """What the kernel writes."""
-        plan = self.plan
-        B = inputs.q.shape[0]
-        num_spans = self.spans.count
-        q = inputs.q
-        queries = (B, self.padded_length, plan.H * plan.K)
-        keys = (B, self.padded_length, plan.Hk * plan.K)
-        values = (B, self.padded_length, plan.Hk * plan.V)
-        numbers = (B, plan.H, 1, self.padded_length)
-        # Parts of dq are added up in float32.
-        dq_dtype = q.dtype if num_spans == 1 else jnp.float32
-        operands = [
-            self._dq(like(q, (num_spans, *queries), dq_dtype)),
-            self._by_span_of_keys("dk", like(q, keys, inputs.k.dtype), plan.K),
-            self._by_span_of_keys("dv", like(q, values, inputs.v.dtype), plan.V),
-        ]
-        if inputs.gate_logits is not None and plan.gate == "element":
-            by_element = (B, self.padded_length, plan.H * plan.V)
-            dgate = like(q, by_element, inputs.gate_logits.dtype)
-            operands.append(self._once(self._by_query("dgate", dgate, plan.V)))
-        elif inputs.gate_logits is not None:
-            dgate = like(q, numbers, jnp.float32)
-            operands.append(self._once(self._number_by_query("dgate", dgate)))
-        if inputs.sink_logits is not None:
-            dsinks = like(q, numbers, jnp.float32)
-            operands.append(self._once(self._number_by_query("dsinks", dsinks)))
-        if inputs.alibi_slopes is not None:
-            operands.append(self._dslopes(like(q, (num_spans, *numbers), jnp.float32)))
-        return operands
-
-    def _operand(
-        self,
-        name: str,
-        array: Array | jax.ShapeDtypeStruct,
-        block: tuple[int, ...],
-        block_at: Callable[[_GridStep], tuple],
-    ) -> Operand:
-        """An operand whose block at a grid step is block_at(step)."""
-        plan = self.plan
-        spans = self.spans
-
-        def index(*indices: Any) -> tuple:
-            return block_at(_GridStep(plan, spans, *indices))
-
-        return Operand(name, array, block, index)
-
-    def _by_query(
-        self,
-        name: str,
-        array: Array | jax.ShapeDtypeStruct,
-        width: int,
-    ) -> Operand:
-        """Of [B, T, H * width]: the tile's queries."""
-
-        def block_at(step: _GridStep) -> tuple:
-            return step.b, step.q_block, step.query_head
-
-        block = (1, self.plan.backward.block, width)
-        return self._operand(name, array, block, block_at)
-
-    def _by_key(
-        self,
-        name: str,
-        array: Array,
-        width: int,
-    ) -> Operand:
-        """Of [B, T, Hk * width]: the tile's keys."""
-
-        def block_at(step: _GridStep) -> tuple:
-            return step.b, step.k_block, step.key_head
-
-        block = (1, self.plan.backward.block, width)
-        return self._operand(name, array, block, block_at)
-
-    def _number_by_query(
-        self,
-        name: str,
-        array: Array | jax.ShapeDtypeStruct,
-    ) -> Operand:
-        """Of [B, H, 1, T]: a number for each of the tile's queries, along lanes."""
-
-        def block_at(step: _GridStep) -> tuple:
-            return step.b, step.query_head, 0, step.q_block
-
-        block = (1, 1, 1, self.plan.backward.block)
-        return self._operand(name, array, block, block_at)
-
-    def _segments(self, segment_ids: Array) -> list[Operand]:
-        """Of [B, 1, T]: the segment ids of the tile's queries, and of its keys."""
-
-        def block_of_queries(step: _GridStep) -> tuple:
-            return step.b, 0, step.q_block
-
-        def block_of_keys(step: _GridStep) -> tuple:
-            return step.b, 0, step.k_block
-
-        # The same array twice: a grid step sees two blocks of it.
-        block = (1, 1, self.plan.backward.block)
-        return [
-            self._operand("query_segments", segment_ids, block, block_of_queries),
-            self._operand("key_segments", segment_ids, block, block_of_keys),
-        ]
-
-    def _once(self, operand: Operand) -> Operand:
-        """An output by queries that the first span writes.
-
-        Later spans must leave it alone. Their index stays at the last block that the first span
-        wrote, so that Pallas has no other block to write back.
-        """
-        if self.spans.count == 1:
-            return operand
-        last_head = self.plan.group - 1
-        last_tile = self.spans.tiles - 1
-
-        def index(*indices: Any) -> tuple:
-            b, h, s, _, _, tiles = indices
-            # Of the grid step that ends the first span.
-            at_end = operand.index(b, h, 0, last_head, last_tile, tiles)
-            here = operand.index(*indices)
-            return tuple(
-                jnp.where(
-                    s == 0,
-                    block_here,
-                    block_at_end,
-                )
-                for block_here, block_at_end in zip(here, at_end)
-            )
-
-        return operand._replace(index=index)
-
-    def _dq(self, array: jax.ShapeDtypeStruct) -> Operand:
-        """Of [spans, B, T, H * K]: every span writes its own part."""
-
-        def block_at(step: _GridStep) -> tuple:
-            return step.s, step.b, step.q_block, step.query_head
-
-        block = (1, 1, self.plan.backward.block, self.plan.K)
-        return self._operand("dq", array, block, block_at)
-
-    def _dslopes(self, array: jax.ShapeDtypeStruct) -> Operand:
-        """Of [spans, B, H, 1, T]: every span writes its own part."""
-
-        def block_at(step: _GridStep) -> tuple:
-            return step.s, step.b, step.query_head, 0, step.q_block
-
-        block = (1, 1, 1, 1, self.plan.backward.block)
-        return self._operand("dslopes", array, block, block_at)
-
-    def _by_span_of_keys(
-        self,
-        name: str,
-        array: jax.ShapeDtypeStruct,
-        width: int,
-    ) -> Operand:
-        """Of [B, T, Hk * width]: written once a span, while the last head's last queries pass.
-
-        Pallas writes a block back when the index changes. Until the sums are complete, the index
-        stays at the span's first block, which is the first to be written.
-        """
-        last_head = self.plan.group - 1
-        blocks_per_span = self.spans.blocks
-
-        def block_at(step: _GridStep) -> tuple:
-            is_complete = step.flags & FLUSH != 0
-            is_last_head = step.g == last_head
-            k_block = jnp.where(
-                is_complete & is_last_head,
-                step.k_block,
-                step.s * blocks_per_span,
-            )
-            return step.b, k_block, step.key_head
-
-        block = (1, self.plan.backward.block, width)
-        return self._operand(name, array, block, block_at)
-
-
 # --- the kernel
 
 
@@ -411,7 +136,7 @@ class _Scratch(NamedTuple):
 
 def _kernel(
     plan: Plan,
-    spans: _Spans,
+    spans: Spans,
     tables: Tables,
     refs: dict[str, Ref],
     scratch_refs: list[Ref],
@@ -425,7 +150,7 @@ def _kernel(
       refs: the operands by name.
       scratch_refs: in the order of `_Scratch`.
     """
-    step = _GridStep(
+    step = GridStep(
         plan,
         spans,
         b=pl.program_id(0),
@@ -454,7 +179,15 @@ def _kernel(
             refs["dslopes"][...] = jnp.zeros_like(refs["dslopes"])
         gate = None if plan.gate == "none" else _sigmoid_of_gate(plan, refs)
         _store_do_and_deltas(plan, refs, scratch, gate)
-        write_by_row = partial(_write_gradients_by_row, plan, tables, refs, scratch, head, gate)
+        write_by_row = partial(
+            _write_gradients_by_row,
+            plan,
+            tables,
+            refs,
+            scratch,
+            head,
+            gate,
+        )
         if spans.count == 1:
             write_by_row()
         else:
@@ -472,7 +205,12 @@ def _kernel(
         is_due = (flags & KIND_BITS) == kind
         if tables.segments is not None:
             num_blocks = -(-plan.T // block)
-            is_due &= tables.segments.may_share_segment(num_blocks, step.b, q_block, k_block)
+            is_due &= tables.segments.may_share_segment(
+                num_blocks,
+                step.b,
+                q_block,
+                k_block,
+            )
 
         def add_tile(kind: int = int(kind)) -> None:
             _add_tile(
@@ -534,7 +272,11 @@ def _store_do_and_deltas(
     # cancellation, would have the error of the rounding.
     do = scratch.do[...].astype(jnp.float32)
     for n, output in enumerate(plan.normalizer.deltas):
-        delta = jnp.sum(do * _output(refs, output), axis=-1, keepdims=True)
+        delta = jnp.sum(
+            do * _output(refs, output),
+            axis=-1,
+            keepdims=True,
+        )
         scratch.deltas[n : n + 1] = tile.as_row(delta)
 
 
@@ -571,7 +313,11 @@ def _write_gradients_by_row(
     if tables.sink_logits is not None:
         sink = jnp.full((1, plan.backward.block), tables.sink_logits[head])
         deltas, saved = _statistics(plan, refs, scratch, slice(None))
-        refs["dsinks"][0, 0] = plan.normalizer.sink_gradient(sink, deltas, saved)
+        refs["dsinks"][0, 0] = plan.normalizer.sink_gradient(
+            sink,
+            deltas,
+            saved,
+        )
 
 
 def _statistics(
@@ -651,9 +397,20 @@ def _add_tile(
         queries = queries_of(start)
         k = refs["k"][0, keys]
         q = refs["q"][0, queries]
-        s = tile.logits(plan, k, q, slope, positions(start))
+        s = tile.logits(
+            plan,
+            k,
+            q,
+            slope,
+            positions(start),
+        )
         # dp = (do v^T)^T, the gradient of the weights.
-        dp = tile.matmul(plan, refs["v"][0, keys], scratch.do[queries], tile.NT)
+        dp = tile.matmul(
+            plan,
+            refs["v"][0, keys],
+            scratch.do[queries],
+            tile.NT,
+        )
         return s, dp
 
     def add_gradients(start: int, logits_and_dp: tuple[Logits, Array]) -> None:
@@ -663,14 +420,38 @@ def _add_tile(
         queries = queries_of(start)
         deltas, saved = _statistics(plan, refs, scratch, queries)
         mask = tile.visible(plan, at, by_position)
-        weights, ds = plan.normalizer.gradient(logits.values, mask, at.keys, dp, deltas, saved)
-        scratch.dv[keys] += tile.matmul(plan, weights, scratch.do[queries])
+        weights, ds = plan.normalizer.gradient(
+            logits.values,
+            mask,
+            at.keys,
+            dp,
+            deltas,
+            saved,
+        )
+        scratch.dv[keys] += tile.matmul(
+            plan,
+            weights,
+            scratch.do[queries],
+        )
         if logits.distance is not None:
             # A query's logits lose slope * distance; keys run down the rows.
-            dslopes = jnp.sum(ds * logits.distance, axis=0, keepdims=True)
+            dslopes = jnp.sum(
+                ds * logits.distance,
+                axis=0,
+                keepdims=True,
+            )
             refs["dslopes"][0, 0, 0, :, queries] -= dslopes
         ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
-        scratch.dk[keys] += tile.matmul(plan, ds, refs["q"][0, queries])
-        scratch.dq[queries] += tile.matmul(plan, ds, refs["k"][0, keys], tile.TN)
+        scratch.dk[keys] += tile.matmul(
+            plan,
+            ds,
+            refs["q"][0, queries],
+        )
+        scratch.dq[queries] += tile.matmul(
+            plan,
+            ds,
+            refs["k"][0, keys],
+            tile.TN,
+        )
 
     in_lag_order(starts, plan.backward.lag, logits_and_dp, add_gradients)

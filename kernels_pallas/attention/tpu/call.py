@@ -25,7 +25,13 @@ class SegmentBounds(NamedTuple):
     least: Array
     most: Array
 
-    def may_share_segment(self, num_blocks: int, b: Array, q_block: Array, k_block: Array) -> Array:
+    def may_share_segment(
+        self,
+        num_blocks: int,
+        b: Array,
+        q_block: Array,
+        k_block: Array,
+    ) -> Array:
         """Whether a query of one block and a key of another can be of one segment.
 
         Args:
@@ -52,7 +58,12 @@ class Tables(NamedTuple):
     alibi_slopes: Array | None
 
 
-def make_tables(tiles: TileTable, inputs: KernelInputs, block: int, padded_length: int) -> Tables:
+def make_tables(
+    tiles: TileTable,
+    inputs: KernelInputs,
+    block: int,
+    padded_length: int,
+) -> Tables:
     """The tables of a call.
 
     Args:
@@ -68,7 +79,11 @@ def make_tables(tiles: TileTable, inputs: KernelInputs, block: int, padded_lengt
     if inputs.segment_ids is not None:
         ids = padded(inputs.segment_ids, 2, padded_length, mode="edge")
         # [B, blocks, block]
-        blocks = ids.reshape(ids.shape[0], -1, block)
+        blocks = ids.reshape(
+            ids.shape[0],
+            -1,
+            block,
+        )
         segments = SegmentBounds(
             least=blocks.min(2).reshape(-1),
             most=blocks.max(2).reshape(-1),
@@ -124,7 +139,11 @@ def call(
         tables_in_smem = jax.tree.unflatten(tree, refs[:num_scalars])
         rest = refs[num_scalars:]
         by_name = dict(zip(names, rest))
-        kernel(tables_in_smem, by_name, list(rest[len(names) :]))
+        kernel(
+            tables_in_smem,
+            by_name,
+            list(rest[len(names) :]),
+        )
 
     def block_spec(operand: Operand) -> pl.BlockSpec:
         def index(*indices: Any) -> tuple[Any, ...]:

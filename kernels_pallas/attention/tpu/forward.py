@@ -85,40 +85,90 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
 # --- operands. Grid indices: b row of the batch, h query head, p entry of the table of tiles.
 
 
-def _by_query(plan: Plan, name: str, array: Array, width: int) -> Operand:
+def _by_query(
+    plan: Plan,
+    name: str,
+    array: Array,
+    width: int,
+) -> Operand:
     """Of [B, T, H * width]: the tile's queries, of the program's head."""
 
-    def index(b: Array, h: Array, p: Array, tiles: TileTable) -> tuple:
+    def index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
         return b, tiles.q_blocks[p], h
 
-    return Operand(name, array, (1, plan.forward.block, width), index)
+    return Operand(
+        name,
+        array,
+        (1, plan.forward.block, width),
+        index,
+    )
 
 
-def _by_key(plan: Plan, name: str, array: Array, width: int) -> Operand:
+def _by_key(
+    plan: Plan,
+    name: str,
+    array: Array,
+    width: int,
+) -> Operand:
     """Of [B, T, Hk * width]: the tile's keys, of the key head that the program's head uses."""
 
-    def index(b: Array, h: Array, p: Array, tiles: TileTable) -> tuple:
+    def index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
         return b, tiles.k_blocks[p], h // plan.group
 
-    return Operand(name, array, (1, plan.forward.block, width), index)
+    return Operand(
+        name,
+        array,
+        (1, plan.forward.block, width),
+        index,
+    )
 
 
 def _number_by_query(plan: Plan, name: str, array: Array) -> Operand:
     """Of [B, H, 1, T]: a number for each of the tile's queries, along lanes."""
 
-    def index(b: Array, h: Array, p: Array, tiles: TileTable) -> tuple:
+    def index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
         return b, h, 0, tiles.q_blocks[p]
 
-    return Operand(name, array, (1, 1, 1, plan.forward.block), index)
+    return Operand(
+        name,
+        array,
+        (1, 1, 1, plan.forward.block),
+        index,
+    )
 
 
 def _segments(plan: Plan, segment_ids: Array) -> list[Operand]:
     """Of [B, 1, T]: the segment ids of the tile's queries, and of its keys."""
 
-    def query_index(b: Array, h: Array, p: Array, tiles: TileTable) -> tuple:
+    def query_index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
         return b, 0, tiles.q_blocks[p]
 
-    def key_index(b: Array, h: Array, p: Array, tiles: TileTable) -> tuple:
+    def key_index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
         return b, 0, tiles.k_blocks[p]
 
     block = (1, 1, plan.forward.block)
@@ -146,7 +196,12 @@ def _inputs(plan: Plan, inputs: KernelInputs, padded_length: int) -> list[Operan
     return operands
 
 
-def _outputs(plan: Plan, inputs: KernelInputs, padded_length: int, save: bool) -> list[Operand]:
+def _outputs(
+    plan: Plan,
+    inputs: KernelInputs,
+    padded_length: int,
+    save: bool,
+) -> list[Operand]:
     B = inputs.q.shape[0]
     by_token = (B, padded_length, plan.H * plan.V)
     y = like(inputs.q, by_token, plan.out_dtype)
@@ -156,7 +211,11 @@ def _outputs(plan: Plan, inputs: KernelInputs, padded_length: int, save: bool) -
     output = like(inputs.q, by_token, jnp.float32)
     for n in plan.saved_outputs:
         operands.append(_by_query(plan, f"o{n}", output, plan.V))
-    statistic = like(inputs.q, (B, plan.H, 1, padded_length), jnp.float32)
+    statistic = like(
+        inputs.q,
+        (B, plan.H, 1, padded_length),
+        jnp.float32,
+    )
     for n in range(saved_statistics(plan.normalizer)):
         operands.append(_number_by_query(plan, f"saved{n}", statistic))
     return operands
@@ -165,7 +224,12 @@ def _outputs(plan: Plan, inputs: KernelInputs, padded_length: int, save: bool) -
 # --- the kernel
 
 
-def _kernel(plan: Plan, tables: Tables, refs: dict[str, Ref], scratch: list[Ref]) -> None:
+def _kernel(
+    plan: Plan,
+    tables: Tables,
+    refs: dict[str, Ref],
+    scratch: list[Ref],
+) -> None:
     """One grid step: a tile of one head."""
     normalizer = plan.normalizer
     b = pl.program_id(0)
@@ -265,7 +329,13 @@ def _add_tile(
 
     def positions(start: int) -> Positions:
         end = num_keys(start)
-        at = tile.positions(first_query + start, rows, first_key, end, transposed=False)
+        at = tile.positions(
+            first_query + start,
+            rows,
+            first_key,
+            end,
+            transposed=False,
+        )
         if plan.segments:
             query_segments = tile.as_column(refs["query_segments"][0, :, group_rows(start)])
             key_segments = refs["key_segments"][0, :, :end]
@@ -287,7 +357,11 @@ def _add_tile(
         for ref, statistic in zip(statistics, added.row):
             ref[group] = statistic
         for ref, weights in zip(sums, added.weights):
-            product = tile.matmul(plan, weights, refs["v"][0, : num_keys(start)])
+            product = tile.matmul(
+                plan,
+                weights,
+                refs["v"][0, : num_keys(start)],
+            )
             kept = ref[group]
             if added.keep is not None:
                 # The sums so far were weighted relative to another maximum.

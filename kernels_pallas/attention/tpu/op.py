@@ -38,7 +38,13 @@ from kernels_pallas.common.precision import one_pass_matmuls
 
 def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
     """Why this backend cannot take a call, or None when it can."""
-    return unsupported_arrays(inputs.q, inputs.k, inputs.v, options.normalizer, MAX_D)
+    return unsupported_arrays(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        options.normalizer,
+        MAX_D,
+    )
 
 
 def unsupported_step() -> str:
@@ -108,7 +114,12 @@ def _attend(
         alibi_slopes=_as_float32(inputs.alibi_slopes),
         segment_ids=segment_ids,
     )
-    y = _attention(plan, kernel_inputs).reshape(B, T, H, padded_V)
+    y = _attention(plan, kernel_inputs).reshape(
+        B,
+        T,
+        H,
+        padded_V,
+    )
     return y[..., :V].astype(inputs.v.dtype)
 
 
@@ -124,7 +135,11 @@ def _as_float32(x: Array | None) -> Array | None:
 def _heads_as_columns(x: Array, width: int) -> Array:
     """[B, T, heads, D] -> [B, T, heads * width], the channels of every head padded with zeros."""
     B, T, _, _ = x.shape
-    return padded(x, 3, width).reshape(B, T, -1)
+    return padded(x, 3, width).reshape(
+        B,
+        T,
+        -1,
+    )
 
 
 def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
@@ -134,7 +149,12 @@ def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
     if plan.gate == "element":
         return _heads_as_columns(_without_float16(gate_logits), plan.V)
     B, T, H, _ = gate_logits.shape
-    by_head = jnp.swapaxes(gate_logits, 1, 2).reshape(B, H, 1, T)
+    by_head = jnp.swapaxes(gate_logits, 1, 2).reshape(
+        B,
+        H,
+        1,
+        T,
+    )
     return by_head.astype(jnp.float32)
 
 

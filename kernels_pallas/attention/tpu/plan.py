@@ -49,7 +49,11 @@ class Schedule(NamedTuple):
         num_blocks = -(-T // max(self.block, rows))
         block = _round_up(-(-T // num_blocks), rows)
         blocks_in_span = max(1, self.span // block)
-        return self._replace(block=block, rows=rows, span=blocks_in_span * block)
+        return self._replace(
+            block=block,
+            rows=rows,
+            span=blocks_in_span * block,
+        )
 
 
 class Plan(NamedTuple):

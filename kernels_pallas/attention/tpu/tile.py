@@ -33,7 +33,12 @@ TN = ((0,), (0,))  # x^T y
 Contraction = tuple[tuple[int], tuple[int]]
 
 
-def matmul(plan: Plan, x: Array, y: Array, contraction: Contraction = NN) -> Array:
+def matmul(
+    plan: Plan,
+    x: Array,
+    y: Array,
+    contraction: Contraction = NN,
+) -> Array:
     """A matrix product summed in float32.
 
     Args:
@@ -131,7 +136,13 @@ def visible(plan: Plan, at: Positions, by_position: bool) -> Array | None:
     return real if mask is None else mask & real
 
 
-def logits(plan: Plan, x: Array, y: Array, slope: Array | None, at: Positions) -> Logits:
+def logits(
+    plan: Plan,
+    x: Array,
+    y: Array,
+    slope: Array | None,
+    at: Positions,
+) -> Logits:
     """The logits of a tile, by the rows of x and the rows of y.
 
     Args:
@@ -160,14 +171,25 @@ class LaneSoftmax(Softmax):
 
     lanes: ClassVar[int] = LANES
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         if sink is None:
             return zero - jnp.inf, zero
         # The sink's weight is 1, in one lane only, because the lanes are added up at the end.
         first_lane = lax.broadcasted_iota(jnp.int32, zero.shape, 1) == 0
         return sink, jnp.where(first_lane & (sink > -jnp.inf), 1.0, zero)
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         before, total = row
         s = masked(s, seen)
         maximum = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
@@ -177,7 +199,11 @@ class LaneSoftmax(Softmax):
         # Lane n sums the columns n, n + 128, ...
         starts = range(0, weights.shape[1], LANES)
         folded = sum(weights[:, n : n + LANES] for n in starts)
-        return Added((maximum, keep * total + folded), keep, (weights,))
+        return Added(
+            (maximum, keep * total + folded),
+            keep,
+            (weights,),
+        )
 
     def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
         maximum, total = row

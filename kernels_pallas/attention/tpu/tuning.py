@@ -31,7 +31,12 @@ DEFAULT_KIND = "TPU v6 lite"
 SPAN_BYTES = 16 * 2**20
 
 
-def schedules(T: int, K: int, V: int, window: int | None) -> dict[str, Schedule]:
+def schedules(
+    T: int,
+    K: int,
+    V: int,
+    window: int | None,
+) -> dict[str, Schedule]:
     """The schedules of a call on the device that it is compiled for.
 
     Args:
