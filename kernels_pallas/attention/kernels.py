@@ -26,6 +26,9 @@ from kernels_pallas.common.mesh import by_rows_and_heads
 # A Pallas reference to memory, or a view of one: jax has no one public type for both.
 Ref = Any
 
+# An input of a kernel, or the shape and dtype of an output.
+Shaped = Array | jax.ShapeDtypeStruct
+
 GateKind = Literal["none", "head", "element"]
 
 
@@ -85,7 +88,7 @@ def over_mesh(attend: Callable[[AttentionInputs], Array], inputs: AttentionInput
         "segment_ids": "b.",
     }
 
-    def attend_part(*arrays: Array | None) -> tuple[Array]:
+    def attend_part(*arrays: Any) -> tuple[Array]:
         return (attend(AttentionInputs(*arrays)),)
 
     # A device must hold the query heads of the key heads that it holds, so both are cut alike.
@@ -97,6 +100,7 @@ def over_mesh(attend: Callable[[AttentionInputs], Array], inputs: AttentionInput
         ["b.h."],
         common_heads,
     )
+    assert y is not None
     return y
 
 

@@ -8,7 +8,6 @@ blocks that it wants.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -16,7 +15,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas.attention.gpu.plan import Plan, segment_spans
 from kernels_pallas.attention.gpu.tuning import KernelConfig
-from kernels_pallas.attention.kernels import Ref
+from kernels_pallas.attention.kernels import Ref, Shaped
 from kernels_pallas.common.gpu import moved
 
 # kernel(references by name)
@@ -26,7 +25,8 @@ Kernel = Callable[[dict[str, Ref]], None]
 class Operand(NamedTuple):
     """One array of a kernel, and which part of it a program sees."""
 
-    array: Array | jax.ShapeDtypeStruct
+    array: Shaped
+    # None in its block shape is an axis that the program does not see.
     spec: pl.BlockSpec
 
 
@@ -35,7 +35,7 @@ class Operand(NamedTuple):
 
 def by_head(
     plan: Plan,
-    array: Array | jax.ShapeDtypeStruct,
+    array: Shaped,
     heads_per_key_head: int = 1,
 ) -> Operand:
     """Of [B, T, heads, width]: all tokens of a program's head.
@@ -51,13 +51,14 @@ def by_head(
     width = array.shape[3]
 
     def index(n: Array, h: Array, b: Array) -> tuple:
+        # Consecutive query heads share a key head.
         head = h if heads_per_key_head == 1 else h // heads_per_key_head
         return b, 0, head, 0
 
     return Operand(array, pl.BlockSpec((None, plan.length, None, width), index))
 
 
-def number_by_head(plan: Plan, array: Array | jax.ShapeDtypeStruct) -> Operand:
+def number_by_head(plan: Plan, array: Shaped) -> Operand:
     """Of [B, H, T]: a number for every token, of a program's head."""
 
     def index(n: Array, h: Array, b: Array) -> tuple:
@@ -107,6 +108,7 @@ def block_positions(n: Array, block: int) -> Array:
 
 def load(ref: Ref, rows: Array, width: int) -> Array:
     """Some rows of [T, width]."""
+    # Triton loads from a pointer for each element: [rows, 1] and [1, width] broadcast.
     columns = lax.iota(jnp.int32, width)
     return pltriton.load(ref.at[rows[:, None], columns[None, :]])
 
@@ -162,6 +164,7 @@ def call(
     arrays = [operand.array for operand in ins.values()]
     results = [operand.array for operand in outs.values()]
 
+    # Pallas passes references by position; the kernels want them by name, for some are optional.
     def body(*refs: Ref) -> None:
         kernel(dict(zip(names, refs)))
 

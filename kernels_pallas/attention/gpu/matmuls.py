@@ -20,6 +20,7 @@ class Operands(NamedTuple):
     precision: lax.Precision | lax.DotAlgorithmPreset | None
 
 
+# The names are also those of the rows of `tuning.py`.
 OPERANDS = {
     "bfloat16": Operands(jnp.dtype(jnp.bfloat16), None),
     "tf32": Operands(jnp.dtype(jnp.float32), lax.DotAlgorithmPreset.TF32_TF32_F32),
@@ -29,10 +30,12 @@ OPERANDS = {
 
 def matmuls(*arrays: Array) -> str:
     """How a call with these inputs multiplies: a name of `OPERANDS`."""
+    # As asked for by `jax.default_matmul_precision`, whatever the dtypes.
     if not one_pass_matmuls():
         return "tf32_x3"
     if all(x.dtype == jnp.bfloat16 for x in arrays):
         return "bfloat16"
+    # Float16 among them: TF32 has its 10 bits of mantissa, bfloat16 has 7.
     if all(x.dtype.itemsize == 2 for x in arrays):
         return "tf32"
     return "tf32_x3"

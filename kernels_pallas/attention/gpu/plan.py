@@ -27,35 +27,32 @@ from kernels_pallas.attention.normalizers.base import Normalizer
 
 
 class Plan(NamedTuple):
-    """The static arguments of a call. K and V are padded to powers of two.
-
-    Attributes:
-      T: the true number of tokens.
-      length: the tokens that arrays have: whole blocks.
-      gate: the kind of the output gate.
-      segments: whether there are segment ids.
-      slopes: whether there are ALiBi slopes.
-      operand: what products are rounded to before they are multiplied again.
-      precision: of matmuls of float32 operands, as `jax.lax.dot` takes it.
-      out_dtype: the dtype of y.
-    """
+    """The static arguments of a call."""
 
     normalizer: Normalizer
     causal: bool
     window: int | None
     logits_soft_cap: float | None
     scale: float
+    # The true number of tokens.
     T: int
+    # The tokens that arrays have: whole blocks.
     length: int
     H: int
     Hk: int
+    # Padded to powers of two.
     K: int
     V: int
+    # The kind of the output gate.
     gate: GateKind
+    # Whether there are segment ids, and ALiBi slopes.
     segments: bool
     slopes: bool
+    # What products are rounded to before they are multiplied again.
     operand: jnp.dtype
+    # Of matmuls of float32 operands, as `jax.lax.dot` takes it.
     precision: lax.Precision | lax.DotAlgorithmPreset | None
+    # Of y.
     out_dtype: jnp.dtype
     schedule: Schedule
     interpret: bool
@@ -122,6 +119,7 @@ def unsupported_by_kernels(
 class Reach(NamedTuple):
     """How far a token sees along the sequence, or is seen from, in tokens."""
 
+    # Toward the start of the sequence, and toward its end.
     before: int
     after: int
 
@@ -134,21 +132,18 @@ def reach_of_queries(plan: Plan) -> Reach:
     """How far a query sees."""
     far = plan.length
     if plan.window is not None:
+        # |i - j| < window
         far = min(plan.window - 1, plan.length)
     return Reach(before=far, after=0 if plan.causal else far)
 
 
 class TileRange(NamedTuple):
-    """Consecutive blocks of a loop.
-
-    Attributes:
-      first: the first block.
-      end: one after the last.
-      by_position: whether positions can hide anything in these tiles.
-    """
+    """Consecutive blocks of a loop."""
 
     first: Array
+    # One after the last.
     end: Array
+    # Whether positions can hide anything in these tiles.
     by_position: bool
 
 
@@ -185,9 +180,11 @@ def tile_ranges(
     first = block_of(jnp.maximum(first_token - reach.before, 0))
     end = block_of(jnp.minimum(last_token + reach.after + 1, plan.T) + other_block - 1)
     if limits is not None:
+        # Blocks of other segments are left out, of which no mask would leave anything.
         first_of_segments, end_of_segments = limits
         first = jnp.maximum(first, first_of_segments)
         end = jnp.minimum(end, end_of_segments)
+    # Of padding alone there may be nothing to see; a count is never negative.
     end = jnp.maximum(first, end)
 
     # In between are the blocks that every token of this block sees entirely: from the last token's
@@ -197,6 +194,7 @@ def tile_ranges(
     full_first = jnp.clip(full_first, first, end)
     full_end = jnp.clip(full_end, full_first, end)
 
+    # The full blocks come first: the loop without a mask is the longer one.
     ranges = [
         TileRange(full_first, full_end, by_position=False),
         TileRange(full_end, end, by_position=True),
@@ -251,6 +249,7 @@ def loop_over_tiles(
             other = first + t - head * count
             return add_tile(masks, head, other, carry)
 
+        # A loop for each range: whether tiles are masked is known while the kernel is compiled.
         carry = lax.fori_loop(0, heads * count, add_tile_number, carry)
     return carry
 

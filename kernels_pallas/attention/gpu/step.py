@@ -11,7 +11,7 @@ XLA merges them over the parts, ends the rows and multiplies by the gate.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def attention_step(
         "distances": "b.",
     }
 
-    def step_part(*arrays: Array | None) -> tuple[Array]:
+    def step_part(*arrays: Any) -> tuple[Array]:
         return (_step(options, interpret, StepInputs(*arrays)),)
 
     # A device must hold the query heads of the key heads that it holds, so both are cut alike.
@@ -81,6 +81,7 @@ def attention_step(
         ["bh."],
         common_heads,
     )
+    assert y is not None
     return y
 
 
@@ -115,14 +116,11 @@ def _step_backward(
 ) -> tuple[StepInputs]:
     """The gradients are those of the xla backend: nobody trains by decoding."""
     del interpret
-    # Without what has no gradient: the mask and the distances.
-    floats = inputs._replace(valid=None, distances=None)
 
-    def step_by_xla(floats: StepInputs) -> Array:
-        whole_inputs = floats._replace(valid=inputs.valid, distances=inputs.distances)
-        return xla.attention_step(whole_inputs, options)
+    def step_by_xla(inputs: StepInputs) -> Array:
+        return xla.attention_step(inputs, options)
 
-    _, pull_back = jax.vjp(step_by_xla, floats)
+    _, pull_back = jax.vjp(step_by_xla, inputs)
     return pull_back(dy)
 
 

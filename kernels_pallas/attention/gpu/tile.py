@@ -31,10 +31,12 @@ def matmul(
     Returns:
       The product in float32. Two operands of 16 bits are multiplied as they are.
     """
+    # Inputs as they came. Weights and ds are float32 and become `plan.operand`.
     two_of_16_bits = x.dtype == y.dtype and x.dtype.itemsize <= 2
     if plan.interpret or not two_of_16_bits:
         x = x.astype(plan.operand)
         y = y.astype(plan.operand)
+    # `precision` is for float32; the tensor core has one way to multiply 16 bits.
     precision = plan.precision if x.dtype == jnp.float32 else None
     return pltriton.dot(x, y, trans_b=trans_y, precision=precision)
 
@@ -58,6 +60,7 @@ def positions(
     Returns:
       Queries [R, 1] and keys [1, C]; transposed, queries [1, C] and keys [R, 1].
     """
+    # Rows are the one, columns the other.
     of_queries = as_row if transposed else as_column
     of_keys = as_column if transposed else as_row
     return Positions(

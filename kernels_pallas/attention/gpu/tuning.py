@@ -15,38 +15,32 @@ MIN_BLOCK = 16
 
 
 class KernelConfig(NamedTuple):
-    """How a kernel is cut. Only its time and memory depend on this.
+    """How a kernel is cut. Only its time and memory depend on this."""
 
-    Attributes:
-      block_q: queries in a tile. A program of forward and dq has one block of them.
-      block_k: keys in a tile. A program of dk and dv has one block of them.
-      num_warps: warps that compute a tile together.
-      num_stages: tiles whose loads are in flight.
-    """
-
+    # Queries in a tile. A program of forward and dq has one block of them.
     block_q: int
+    # Keys in a tile. A program of dk and dv has one block of them.
     block_k: int
+    # Warps that compute a tile together.
     num_warps: int
+    # Tiles whose loads are in flight.
     num_stages: int
 
 
 class Schedule(NamedTuple):
-    """One configuration for each kernel.
+    """One configuration for each kernel."""
 
-    Attributes:
-      forward: y, and what is saved.
-      dq: the gradient of queries.
-      dkv: the gradients of keys and values; where `dv` is given, of keys alone.
-      dv: of a kernel of its own, where registers hold only one of dk and dv.
-    """
-
+    # y, and what is saved.
     forward: KernelConfig
     dq: KernelConfig
+    # dk and dv; dk alone where `dv` is given.
     dkv: KernelConfig
+    # Of a kernel of its own, where registers hold only one of dk and dv.
     dv: KernelConfig | None = None
 
     def fitted(self, T: int) -> "Schedule":
         """Blocks no larger than a short sequence."""
+        # The power of two that T fits into.
         most = max(MIN_BLOCK, 1 << (T - 1).bit_length())
         return Schedule(
             forward=_at_most(self.forward, most),
@@ -137,6 +131,7 @@ def schedule(
     Returns:
       Blocks no larger than T.
     """
+    # Smaller heads use the row of 64: they have fewer bytes, not more rows.
     chosen = TUNED[_chip()][matmuls][max(64, K, V)]
     forward = chosen.forward
     if sums > 1 and max(K, V) > 64:

@@ -69,13 +69,14 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
     # The dtype in which the matrix unit will take do.
     do_dtype = jnp.bfloat16 if plan.rounds else jnp.float32
     keys_per_span = spans.blocks * block
-    scratch = [
-        pltpu.VMEM((block, plan.K), jnp.float32),  # dq of a block of queries
-        pltpu.VMEM((keys_per_span, plan.K), jnp.float32),  # dk of a span
-        pltpu.VMEM((keys_per_span, plan.V), jnp.float32),  # dv of a span
-        pltpu.VMEM((block, plan.V), do_dtype),  # do, the gradient of the ungated output
-        pltpu.VMEM((8, block), jnp.float32),  # deltas, one a sublane
-    ]
+    scratch = _Scratch(
+        dq=pltpu.VMEM((block, plan.K), jnp.float32),
+        dk=pltpu.VMEM((keys_per_span, plan.K), jnp.float32),
+        dv=pltpu.VMEM((keys_per_span, plan.V), jnp.float32),
+        do=pltpu.VMEM((block, plan.V), do_dtype),
+        deltas=pltpu.VMEM((8, block), jnp.float32),
+    )
+    # Of queries and keys, of all heads and rows of the batch.
     pairs = B * plan.H * plan.pairs
     results = call(
         plan,
@@ -84,11 +85,12 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
         grid=(B, plan.Hk, spans.count, plan.group, spans.tiles),
         ins=operands.inputs(residuals, dy),
         outs=operands.gradients(inputs),
-        scratch=scratch,
+        scratch=list(scratch),
         name="attention_backward",
         # dk, dq and the logits are products over K; dv and dp are products over V.
         flops=2 * pairs * (3 * plan.K + 2 * plan.V),
         exponentials=pairs,
+        # Spans, query heads and tiles of a key head share its sums, so they follow one another.
         parallel=2,
     )
     return _summed_gradients(without_padding(_over_spans(results, inputs), plan.T))
@@ -125,12 +127,16 @@ def _summed_gradients(results: dict[str, Array]) -> KernelInputs:
 
 
 class _Scratch(NamedTuple):
-    """Memory that stays from one grid step to the next; what it is for: see `backward`."""
+    """VMEM that stays from one grid step to the next."""
 
+    # float32 [block, K]: of the block of queries, until its last tile.
     dq: Ref
+    # float32 [keys of a span, K] and [keys of a span, V], until the last query head has passed.
     dk: Ref
     dv: Ref
+    # [block, V]: the gradient of the ungated output, in the dtype of matmul operands.
     do: Ref
+    # float32 [8, block]: sum(do * output) by query, along lanes; one delta a sublane.
     deltas: Ref
 
 
@@ -167,6 +173,7 @@ def _kernel(
     q_block = step.q_block
     k_block = step.k_block
 
+    # The first tile of the first query head of a span.
     @pl.when((step.g == 0) & (step.p == 0))
     def start_span() -> None:
         scratch.dk[...] = jnp.zeros_like(scratch.dk)
@@ -176,9 +183,11 @@ def _kernel(
     def start_queries() -> None:
         scratch.dq[...] = jnp.zeros_like(scratch.dq)
         if "dslopes" in refs:
+            # Summed up in its output block, which stays while the queries stay.
             refs["dslopes"][...] = jnp.zeros_like(refs["dslopes"])
         gate = None if plan.gate == "none" else _sigmoid_of_gate(plan, refs)
         _store_do_and_deltas(plan, refs, scratch, gate)
+        # Needs the deltas, so after they are stored.
         write_by_row = partial(
             _write_gradients_by_row,
             plan,
@@ -231,8 +240,10 @@ def _kernel(
         dq = scratch.dq[...] * plan.scale
         refs["dq"][0, 0] = dq.astype(refs["dq"].dtype)
 
+    # The last query head is at the last queries: dk and dv of this block have every product.
     @pl.when((flags & FLUSH != 0) & (step.g == plan.group - 1))
     def end_keys() -> None:
+        # As in `end_queries`; dv has no such factor.
         dk = scratch.dk[here] * plan.scale
         refs["dk"][0] = dk.astype(refs["dk"].dtype)
         refs["dv"][0] = scratch.dv[here].astype(refs["dv"].dtype)
@@ -242,6 +253,7 @@ def _sigmoid_of_gate(plan: Plan, refs: dict[str, Ref]) -> Array:
     """sigmoid(gate_logits) of a block of queries, [R, V] or [R, 1]."""
     if plan.gate == "element":
         return tile.sigmoid(refs["gate"][0])
+    # The gate of a head runs along lanes; rows of do run down.
     return tile.as_column(tile.sigmoid(refs["gate"][0, 0]))
 
 
@@ -302,6 +314,7 @@ def _write_gradients_by_row(
     """
     if gate is not None and plan.gate == "element":
         dy = refs["dy"][0].astype(jnp.float32)
+        # sigmoid' = sigmoid (1 - sigmoid)
         dgate = dy * _output(refs, 0) * gate * (1 - gate)
         refs["dgate"][0] = dgate.astype(refs["dgate"].dtype)
     elif gate is not None:
@@ -311,6 +324,7 @@ def _write_gradients_by_row(
         summed = tile.as_row(jnp.sum(products, axis=-1, keepdims=True))
         refs["dgate"][0, 0] = summed * gate * (1 - gate)
     if tables.sink_logits is not None:
+        # A sink is a logit of every query of the head; `_summed_gradients` adds these up.
         sink = jnp.full((1, plan.backward.block), tables.sink_logits[head])
         deltas, saved = _statistics(plan, refs, scratch, slice(None))
         refs["dsinks"][0, 0] = plan.normalizer.sink_gradient(
@@ -337,6 +351,7 @@ def _statistics(
     Returns:
       As `Normalizer.gradient` takes them.
     """
+    # [1, R] slices of the scratch memory and of the operands.
     num_deltas = len(plan.normalizer.deltas)
     deltas = [scratch.deltas[n : n + 1, queries] for n in range(num_deltas)]
     num_saved = sum(name.startswith("saved") for name in refs)
@@ -367,6 +382,7 @@ def _add_tile(
     """
     block = plan.backward.block
     rows = plan.backward.rows
+    # FULL tiles need no mask of positions.
     by_position = kind in (DIAGONAL, MASKED)
     starts = range(0, block, rows)
 
@@ -387,6 +403,7 @@ def _add_tile(
             transposed=True,
         )
         if plan.segments:
+            # They are stored along lanes; rows of this tile are keys.
             key_segments = tile.as_column(refs["key_segments"][0, :, keys_of(start)])
             query_segments = refs["query_segments"][0, :, queries]
             at = at._replace(query_segments=query_segments, key_segments=key_segments)
@@ -428,6 +445,7 @@ def _add_tile(
             deltas,
             saved,
         )
+        # dv = weights^T do. The tile is transposed, so this is a plain product.
         scratch.dv[keys] += tile.matmul(
             plan,
             weights,
@@ -442,6 +460,7 @@ def _add_tile(
             )
             refs["dslopes"][0, 0, 0, :, queries] -= dslopes
         ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
+        # dk = ds^T q, a plain product too; dq = ds k contracts over the rows, which are keys.
         scratch.dk[keys] += tile.matmul(
             plan,
             ds,

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.attention.kernels import Residuals
+from kernels_pallas.attention.kernels import Residuals, Shaped
 from kernels_pallas.attention.tpu.plan import FLUSH, KernelInputs, Plan, TileTable
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.padding import padded
@@ -24,32 +23,28 @@ class Spans(NamedTuple):
     """How the keys are cut into spans; every span has as many entries in the table of tiles."""
 
     count: int
-    tiles: int  # entries of the table, a span
-    blocks: int  # blocks of keys, a span
+    # Entries of the table in a span.
+    tiles: int
+    # Blocks of keys in a span.
+    blocks: int
 
 
 @dataclass(frozen=True)
 class GridStep:
-    """Where a grid step is.
-
-    Attributes:
-      plan: the static arguments.
-      spans: how the keys are cut.
-      b: the row of the batch.
-      key_head: the key head.
-      s: the span of keys.
-      g: the query head within the group of the key head.
-      p: the tile within the span.
-      tiles: the table of tiles, in SMEM.
-    """
+    """Where a grid step is: the grid's indices, and what follows from them."""
 
     plan: Plan
     spans: Spans
+    # The row of the batch.
     b: Array
     key_head: Array
+    # The span of keys.
     s: Array
+    # The query head within the group of the key head.
     g: Array
+    # The tile within the span.
     p: Array
+    # In SMEM.
     tiles: TileTable
 
     @property
@@ -98,16 +93,19 @@ class Operands:
             self._by_key("v", pad_tokens(inputs.v), plan.V),
             self._by_query("dy", pad_tokens(dy), plan.V),
         ]
+        # What the forward pass saved.
         for n, output in residuals.outputs.items():
             operands.append(self._by_query(f"o{n}", pad_tokens(output), plan.V))
         for n, statistic in enumerate(residuals.statistics):
             operands.append(self._number_by_query(f"saved{n}", pad_numbers(statistic)))
+        # An element-wise gate is laid out as y is, a gate by head as a statistic.
         gate_logits = inputs.gate_logits
         if gate_logits is not None and plan.gate == "element":
             operands.append(self._by_query("gate", pad_tokens(gate_logits), plan.V))
         elif gate_logits is not None:
             operands.append(self._number_by_query("gate", pad_numbers(gate_logits)))
         if inputs.segment_ids is not None:
+            # Padding with the last id does not widen the bounds of the last block.
             ids = padded(
                 inputs.segment_ids,
                 2,
@@ -123,6 +121,7 @@ class Operands:
         B = inputs.q.shape[0]
         num_spans = self.spans.count
         q = inputs.q
+        # Shapes: by query and by key, a head being a range of columns; numbers along lanes.
         queries = (B, self.padded_length, plan.H * plan.K)
         keys = (B, self.padded_length, plan.Hk * plan.K)
         values = (B, self.padded_length, plan.Hk * plan.V)
@@ -134,6 +133,7 @@ class Operands:
             self._by_span_of_keys("dk", like(q, keys, inputs.k.dtype), plan.K),
             self._by_span_of_keys("dv", like(q, values, inputs.v.dtype), plan.V),
         ]
+        # Gradients that need rows alone: the first span writes them.
         if inputs.gate_logits is not None and plan.gate == "element":
             by_element = (B, self.padded_length, plan.H * plan.V)
             dgate = like(q, by_element, inputs.gate_logits.dtype)
@@ -151,7 +151,7 @@ class Operands:
     def _operand(
         self,
         name: str,
-        array: Array | jax.ShapeDtypeStruct,
+        array: Shaped,
         block: tuple[int, ...],
         block_at: Callable[[GridStep], tuple],
     ) -> Operand:
@@ -167,7 +167,7 @@ class Operands:
     def _by_query(
         self,
         name: str,
-        array: Array | jax.ShapeDtypeStruct,
+        array: Shaped,
         width: int,
     ) -> Operand:
         """Of [B, T, H * width]: the tile's queries."""
@@ -181,7 +181,7 @@ class Operands:
     def _by_key(
         self,
         name: str,
-        array: Array,
+        array: Shaped,
         width: int,
     ) -> Operand:
         """Of [B, T, Hk * width]: the tile's keys."""
@@ -195,7 +195,7 @@ class Operands:
     def _number_by_query(
         self,
         name: str,
-        array: Array | jax.ShapeDtypeStruct,
+        array: Shaped,
     ) -> Operand:
         """Of [B, H, 1, T]: a number for each of the tile's queries, along lanes."""
 
@@ -255,7 +255,7 @@ class Operands:
 
         return operand._replace(index=index)
 
-    def _dq(self, array: jax.ShapeDtypeStruct) -> Operand:
+    def _dq(self, array: Shaped) -> Operand:
         """Of [spans, B, T, H * K]: every span writes its own part."""
 
         def block_at(step: GridStep) -> tuple:
@@ -264,7 +264,7 @@ class Operands:
         block = (1, 1, self.plan.backward.block, self.plan.K)
         return self._operand("dq", array, block, block_at)
 
-    def _dslopes(self, array: jax.ShapeDtypeStruct) -> Operand:
+    def _dslopes(self, array: Shaped) -> Operand:
         """Of [spans, B, H, 1, T]: every span writes its own part."""
 
         def block_at(step: GridStep) -> tuple:
@@ -276,7 +276,7 @@ class Operands:
     def _by_span_of_keys(
         self,
         name: str,
-        array: jax.ShapeDtypeStruct,
+        array: Shaped,
         width: int,
     ) -> Operand:
         """Of [B, T, Hk * width]: written once a span, while the last head's last queries pass.
@@ -288,6 +288,7 @@ class Operands:
         blocks_per_span = self.spans.blocks
 
         def block_at(step: GridStep) -> tuple:
+            # Of this tile's keys: no later tile adds to dk and dv.
             is_complete = step.flags & FLUSH != 0
             is_last_head = step.g == last_head
             k_block = jnp.where(

@@ -1,7 +1,7 @@
 """How the TPU kernels of `attention` are called: operands by name, tables in SMEM, costs."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -131,12 +131,14 @@ def call(
     Returns:
       The outputs by name.
     """
+    # The tables are arguments of the call, one after another; the kernel gets them as they were.
     scalars, tree = jax.tree.flatten(tables)
     num_scalars = len(scalars)
     names = [operand.name for operand in (*ins, *outs)]
 
     def body(*refs: Ref) -> None:
         tables_in_smem = jax.tree.unflatten(tree, refs[:num_scalars])
+        # Then inputs, outputs and scratch memory.
         rest = refs[num_scalars:]
         by_name = dict(zip(names, rest))
         kernel(
@@ -154,11 +156,14 @@ def call(
 
         return pl.BlockSpec(operand.block, index)
 
+    # Every array once: a block that is fetched again for another tile is not counted again.
     bytes_moved = 0
     for operand in (*ins, *outs):
         bytes_moved += operand.array.size * jnp.dtype(operand.array.dtype).itemsize
+    # The other axes carry sums from one step to the next, so their order matters.
     sequential = len(grid) - parallel
-    like_inputs = ins[0].array
+    # Only outputs are shapes without values.
+    arrays = [cast(Array, operand.array) for operand in ins]
     results = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -177,7 +182,8 @@ def call(
         interpret=plan.interpret,
         name=name,
     )(
-        *[varying_like(jnp.asarray(x), like_inputs) for x in scalars],
-        *[in_hbm(operand.array, plan.interpret) for operand in ins],
+        # Inside `shard_map` every argument must vary over the same mesh axes.
+        *[varying_like(jnp.asarray(x), arrays[0]) for x in scalars],
+        *[in_hbm(array, plan.interpret) for array in arrays],
     )
     return dict(zip((operand.name for operand in outs), results))

@@ -27,6 +27,7 @@ from kernels_pallas.attention.kernel_tile import Positions
 from kernels_pallas.attention.kernels import (
     ForwardResult,
     Ref,
+    Shaped,
     forward_result,
     row_statistics,
     saved_statistics,
@@ -56,6 +57,7 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
     """
     B = inputs.q.shape[0]
     block = plan.forward.block
+    # Whole blocks. The mask hides keys of padding; queries of padding are cut off at the end.
     padded_length = -(-plan.T // block) * block
     normalizer = plan.normalizer
     tiles = forward_tiles(plan)
@@ -65,6 +67,7 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
     statistics = pltpu.VMEM((block, tile.lanes(normalizer)), jnp.float32)
     scratch = [sums] * normalizer.sums + [statistics] * row_statistics(normalizer)
 
+    # Of queries and keys, of all heads and rows of the batch.
     pairs = B * plan.H * plan.pairs
     results = call(
         plan,
@@ -75,8 +78,10 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
         outs=_outputs(plan, inputs, padded_length, save),
         scratch=scratch,
         name="attention_forward",
+        # Logits are products over K, every sum of values one over V.
         flops=2 * pairs * (plan.K + normalizer.sums * plan.V),
         exponentials=pairs,
+        # The tiles of a head follow one another: they share its sums.
         parallel=2,
     )
     return forward_result(without_padding(results, plan.T))
@@ -88,7 +93,7 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
 def _by_query(
     plan: Plan,
     name: str,
-    array: Array,
+    array: Shaped,
     width: int,
 ) -> Operand:
     """Of [B, T, H * width]: the tile's queries, of the program's head."""
@@ -112,7 +117,7 @@ def _by_query(
 def _by_key(
     plan: Plan,
     name: str,
-    array: Array,
+    array: Shaped,
     width: int,
 ) -> Operand:
     """Of [B, T, Hk * width]: the tile's keys, of the key head that the program's head uses."""
@@ -133,7 +138,7 @@ def _by_key(
     )
 
 
-def _number_by_query(plan: Plan, name: str, array: Array) -> Operand:
+def _number_by_query(plan: Plan, name: str, array: Shaped) -> Operand:
     """Of [B, H, 1, T]: a number for each of the tile's queries, along lanes."""
 
     def index(
@@ -191,6 +196,7 @@ def _inputs(plan: Plan, inputs: KernelInputs, padded_length: int) -> list[Operan
     elif gate_logits is not None:
         operands.append(_number_by_query(plan, "gate", padded(gate_logits, 3, padded_length)))
     if inputs.segment_ids is not None:
+        # Padding with the last id does not widen the bounds of the last block.
         ids = padded(inputs.segment_ids, 2, padded_length, mode="edge")
         operands += _segments(plan, ids)
     return operands
@@ -235,6 +241,7 @@ def _kernel(
     b = pl.program_id(0)
     h = pl.program_id(1)
     p = pl.program_id(2)
+    # In the order of `forward`.
     sums = scratch[: normalizer.sums]
     statistics = scratch[normalizer.sums :]
     flags = tables.tiles.flags[p]
@@ -243,6 +250,7 @@ def _kernel(
 
     @pl.when(flags & FIRST != 0)
     def start_rows() -> None:
+        # The shape of what the normalizer keeps of a block's rows.
         zero = jnp.zeros((plan.forward.block, tile.lanes(normalizer)), jnp.float32)
         sink = None if tables.sink_logits is None else zero + tables.sink_logits[h]
         for ref, start in zip(statistics, normalizer.start(zero, (), sink)):
@@ -275,6 +283,7 @@ def _kernel(
     @pl.when(flags & LAST != 0)
     def end_rows() -> None:
         row = tuple(ref[...] for ref in statistics)
+        # outputs[0] is the ungated output.
         outputs, saved = normalizer.finish(row, [ref[...] for ref in sums])
         y = outputs[0]
         if plan.gate == "element":
@@ -283,11 +292,13 @@ def _kernel(
             # The gate of a head runs along lanes; rows of y run down.
             y = y * tile.as_column(tile.sigmoid(refs["gate"][0, 0]))
         refs["y"][0] = y.astype(plan.out_dtype)
+        # Only what `_outputs` asked for is there to be written.
         for n, output in enumerate(outputs):
             if f"o{n}" in refs:
                 refs[f"o{n}"][0] = output
         for n, column in enumerate(saved):
             if f"saved{n}" in refs:
+                # A column in HBM would fill 128 lanes for each number.
                 refs[f"saved{n}"][0, 0] = tile.as_row(column)
 
 
@@ -317,6 +328,7 @@ def _add_tile(
     normalizer = plan.normalizer
     block = plan.forward.block
     rows = plan.forward.rows
+    # FULL tiles need no mask of positions.
     by_position = kind in (DIAGONAL, MASKED)
     starts = range(0, block, rows)
 
@@ -337,6 +349,7 @@ def _add_tile(
             transposed=False,
         )
         if plan.segments:
+            # They are stored along lanes; rows of this tile are queries.
             query_segments = tile.as_column(refs["query_segments"][0, :, group_rows(start)])
             key_segments = refs["key_segments"][0, :, :end]
             at = at._replace(query_segments=query_segments, key_segments=key_segments)
@@ -351,6 +364,7 @@ def _add_tile(
     def add_values(start: int, s: Array) -> None:
         at = positions(start)
         group = group_rows(start)
+        # What the normalizer knows of these rows, from the tiles before.
         row = tuple(ref[group] for ref in statistics)
         mask = tile.visible(plan, at, by_position)
         added = normalizer.add(row, s, mask, at.keys)
@@ -386,6 +400,7 @@ def in_lag_order[T](
       second: ends a group, given what `first` made of it.
     """
     ahead = {}
+    # This loop runs while the kernel is traced: it decides the order of instructions.
     for n in range(len(starts) + lag):
         if n < len(starts):
             ahead[n] = first(starts[n])

@@ -104,6 +104,7 @@ def _attend(
     )
     segment_ids = inputs.segment_ids
     if segment_ids is not None:
+        # [B, 1, T]: tokens along lanes, as every number by token.
         segment_ids = segment_ids[:, None].astype(jnp.int32)
     kernel_inputs = KernelInputs(
         q=_heads_as_columns(q, padded_K),
@@ -120,6 +121,7 @@ def _attend(
         H,
         padded_V,
     )
+    # Without the channels of padding.
     return y[..., :V].astype(inputs.v.dtype)
 
 
@@ -149,6 +151,7 @@ def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
     if plan.gate == "element":
         return _heads_as_columns(_without_float16(gate_logits), plan.V)
     B, T, H, _ = gate_logits.shape
+    # [B, T, H, 1] -> [B, H, 1, T]
     by_head = jnp.swapaxes(gate_logits, 1, 2).reshape(
         B,
         H,
@@ -160,6 +163,7 @@ def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
 
 def _rounds(interpret: bool | pltpu.InterpretParams, *arrays: Array) -> bool:
     """Whether matmuls are one pass of bfloat16."""
+    # The interpreter rounds nothing, so that tests can compare with the reference closely.
     if interpret or not one_pass_matmuls():
         return False
     return all(x.dtype == jnp.bfloat16 for x in arrays)

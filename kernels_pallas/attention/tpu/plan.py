@@ -29,24 +29,23 @@ FLUSH = 16  # backward: with this tile the gradients of its block of keys are co
 
 
 class Schedule(NamedTuple):
-    """How a kernel is cut. Only its time and memory depend on this.
+    """How a kernel is cut. Only its time and memory depend on this."""
 
-    Attributes:
-      block: queries, and keys, in a tile.
-      rows: of a block that are computed together: queries forward, keys backward.
-      lag: how many such groups the matrix unit is ahead, in program order.
-      span: backward: how many keys have their gradients summed up in VMEM at a time.
-    """
-
+    # Queries, and keys, in a tile.
     block: int
+    # Of a block, those that are computed together: queries forward, keys backward.
     rows: int
+    # How many such groups the matrix unit is ahead, in program order.
     lag: int = 1
+    # Backward: how many keys have their gradients summed up in VMEM at a time.
     span: int = 1 << 30
 
     def fitted(self, T: int) -> "Schedule":
         """Blocks that cover T tokens with as little padding as their groups allow."""
+        # A short sequence may be less than a group; groups are whole registers.
         rows = min(self.rows, _round_up(T, LANES))
         num_blocks = -(-T // max(self.block, rows))
+        # As many blocks as before, of equal size: none is mostly padding.
         block = _round_up(-(-T // num_blocks), rows)
         blocks_in_span = max(1, self.span // block)
         return self._replace(
@@ -57,34 +56,32 @@ class Schedule(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The static arguments of a call. K and V are padded to whole lanes; T is the true length.
-
-    Attributes:
-      gate: the kind of the output gate.
-      segments: whether there are segment ids.
-      slopes: whether there are ALiBi slopes.
-      rounds: whether matmuls round their operands to bfloat16, in one pass.
-      out_dtype: the dtype of y.
-      interpret: as `pallas_call` takes it.
-    """
+    """The static arguments of a call."""
 
     normalizer: Normalizer
     causal: bool
     window: int | None
     logits_soft_cap: float | None
     scale: float
+    # The true length, without padding.
     T: int
     H: int
     Hk: int
+    # Padded to whole registers, as the kernels see them.
     K: int
     V: int
+    # The kind of the output gate.
     gate: GateKind
+    # Whether there are segment ids, and ALiBi slopes.
     segments: bool
     slopes: bool
+    # Whether matmuls round their operands to bfloat16, in one pass.
     rounds: bool
+    # Of y, before `op.py` converts it to v's dtype.
     out_dtype: jnp.dtype
     forward: Schedule
     backward: Schedule
+    # As `pallas_call` takes it.
     interpret: bool | pltpu.InterpretParams
 
     @property
@@ -138,6 +135,7 @@ def tile_kinds(plan: Plan, block: int) -> Int[np.ndarray, "N N"]:
     nearest = first_query - last_key
     farthest = last_query - first_key
 
+    # Is any pair of the tile visible, and is every one?
     shape = (num_blocks, num_blocks)
     some_visible = np.full(shape, True)
     all_visible = np.broadcast_to(last_key < plan.T, shape)
@@ -146,6 +144,7 @@ def tile_kinds(plan: Plan, block: int) -> Int[np.ndarray, "N N"]:
         # This hides keys of padding as well: they come after every query.
         all_visible = nearest >= 0
     if plan.window is not None:
+        # |distance| < window, of the nearest and of the farthest pair.
         some_visible = some_visible & (nearest < plan.window) & (farthest > -plan.window)
         all_visible = all_visible & (farthest < plan.window) & (nearest > -plan.window)
     if plan.slopes and plan.T % block:
@@ -167,9 +166,9 @@ def forward_tiles(plan: Plan) -> TileTable:
     kinds = tile_kinds(plan, plan.forward.block)
     tiles = []
     for i, kinds_of_row in enumerate(kinds):
-        keys = np.flatnonzero(kinds_of_row != EMPTY)
+        keys = np.flatnonzero(kinds_of_row != EMPTY).tolist()
         for j in keys:
-            flags = kinds_of_row[j] | _first_and_last(j, keys)
+            flags = int(kinds_of_row[j]) | _first_and_last(j, keys)
             tiles.append((i, j, flags))
     return _table(tiles)
 
@@ -208,6 +207,7 @@ def _tiles_of_span(kinds: Int[np.ndarray, "N N"], span: range) -> list[tuple[int
     tiles = []
     for i in range(num_blocks):
         if i == num_blocks - 1:
+            # The last queries of a span: with them every block of its keys is complete.
             keys = list(span)
             flush = FLUSH
         else:
@@ -216,12 +216,12 @@ def _tiles_of_span(kinds: Int[np.ndarray, "N N"], span: range) -> list[tuple[int
             keys = visible or [span.start]
             flush = 0
         for j in keys:
-            flags = kinds[i, j] | _first_and_last(j, keys) | flush
+            flags = int(kinds[i, j]) | _first_and_last(j, keys) | flush
             tiles.append((i, j, flags))
     return tiles
 
 
-def _first_and_last(j: int, keys: list[int] | np.ndarray) -> int:
+def _first_and_last(j: int, keys: list[int]) -> int:
     """The flags of key block j in the order of its block of queries."""
     first = FIRST if j == keys[0] else 0
     last = LAST if j == keys[-1] else 0

@@ -86,6 +86,7 @@ def positions(
     Returns:
       Queries [R, 1] and keys [1, C]; transposed, queries [1, C] and keys [R, 1].
     """
+    # Axis 0 runs down the rows of a tile, axis 1 along them.
     query_axis = 1 if transposed else 0
     key_axis = 1 - query_axis
     return Positions(
@@ -190,11 +191,14 @@ class LaneSoftmax(Softmax):
         seen: Array | None,
         keys: Array,
     ) -> Added:
+        # The maximum so far is in every lane; the sum so far is spread over the lanes.
         before, total = row
         s = masked(s, seen)
         maximum = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
+        # 0 for a row that has seen nothing: -inf - -inf would be NaN.
         shift = finite(maximum)
         weights = jnp.exp(s - across(shift, s.shape[1]))
+        # What was summed up relative to the old maximum.
         keep = jnp.exp(before - shift)
         # Lane n sums the columns n, n + 128, ...
         starts = range(0, weights.shape[1], LANES)
@@ -207,6 +211,7 @@ class LaneSoftmax(Softmax):
 
     def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
         maximum, total = row
+        # The one sum along lanes; the maximum is in all of them, so the first will do.
         total = jnp.sum(total, axis=-1, keepdims=True)
         return super().finish((maximum[:, :1], total), sums)
 
@@ -236,6 +241,7 @@ def as_row(column: Array) -> Array:
 
 def as_column(row: Array) -> Array:
     """[1, R] -> [R, 1]."""
+    # As in `as_row`: a register has 8 sublanes.
     sublanes = 8
     return jnp.transpose(jnp.broadcast_to(row, (sublanes, row.shape[1])))[:, :1]
 

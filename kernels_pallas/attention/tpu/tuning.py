@@ -50,6 +50,7 @@ def schedules(
     """
     table = TUNED.get(device_kind(), TUNED[DEFAULT_KIND])
     forward, backward = table[max(K, V)]
+    # A row of dk and a row of dv, in float32.
     bytes_per_key = 4 * (K + V)
     backward = backward._replace(span=SPAN_BYTES // bytes_per_key)
     return {
