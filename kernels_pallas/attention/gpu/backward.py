@@ -48,16 +48,13 @@ from kernels_pallas.common.mesh import like
 
 
 class RowGradients(NamedTuple):
-    """What the kernels know of rows, that is of queries.
+    """What the kernels know of rows, that is of queries."""
 
-    Attributes:
-      do: the gradient of the ungated output, [B, T, H, V].
-      deltas: sum(do * output) for each output in `Normalizer.deltas`, float32 [B, H, T].
-      saved: what the normalizer saved, float32 [B, H, T] each.
-    """
-
+    # The gradient of the ungated output, [B, T, H, V].
     do: Array
+    # sum(do * output) for each output in `Normalizer.deltas`, float32 [B, H, T].
     deltas: list[Array]
+    # What the normalizer saved, float32 [B, H, T] each.
     saved: list[Array]
 
 
@@ -78,14 +75,13 @@ def dq(plan: Plan, inputs: KernelInputs, rows: RowGradients) -> tuple[Array, Arr
         ins[name] = number_by_head(plan, array)
     ins |= _slopes_and_segments(inputs, config.block_q, config.block_k)
 
-    outs = {"dq": by_head(plan, like(inputs.q, inputs.q.shape, inputs.q.dtype))}
+    gradient = like(inputs.q, inputs.q.shape, inputs.q.dtype)
+    outs = {"dq": by_head(plan, gradient)}
     if plan.slopes:
-        dslopes = like(
-            inputs.q,
-            (B, plan.H, plan.length),
-            jnp.float32,
-        )
+        # By row: `op.py` adds them up.
+        dslopes = like(inputs.q, (B, plan.H, plan.length), jnp.float32)
         outs["dslopes"] = number_by_head(plan, dslopes)
+    # Of queries and keys, of all heads and rows of the batch.
     pairs = B * plan.H * plan.pairs
     results = call(
         plan,
@@ -105,7 +101,9 @@ def dq(plan: Plan, inputs: KernelInputs, rows: RowGradients) -> tuple[Array, Arr
 class _QuerySums(NamedTuple):
     """The carry of the loop over keys."""
 
+    # float32 [R, K]
     dq: Array
+    # float32 [R]
     dslopes: Array | None
 
 
@@ -119,8 +117,10 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
     queries = load(refs["q"], rows, plan.K)
     do = load(refs["do"], rows, plan.V)
     # The numbers of a query run down, [R, 1], as the queries do.
-    deltas = [tile.as_column(x) for x in _load_numbers(refs, "delta", rows)]
-    saved = tuple(tile.as_column(x) for x in _load_numbers(refs, "saved", rows))
+    deltas_of_rows = _load_numbers(refs, "delta", rows)
+    saved_of_rows = _load_numbers(refs, "saved", rows)
+    deltas = [tile.as_column(x) for x in deltas_of_rows]
+    saved = tuple(tile.as_column(x) for x in saved_of_rows)
     slope = pltriton.load(refs["slopes"].at[head]) if plan.slopes else None
     query_segments = load_segments(refs, rows)
 
@@ -142,12 +142,8 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
             at.distance(),
         )
         # dp = do v^T, the gradient of the weights.
-        dp = tile.matmul(
-            plan,
-            do,
-            load(refs["v"], keys, plan.V),
-            trans_y=True,
-        )
+        v = load(refs["v"], keys, plan.V)
+        dp = tile.matmul(plan, do, v, trans_y=True)
         mask = tile.visible(plan, at, by_position)
         _, ds = plan.normalizer.gradient(
             logits.values,
@@ -161,8 +157,10 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
         if dslopes is not None and logits.distance is not None:
             # Logits lose slope * distance.
             dslopes = dslopes - jnp.sum(ds * logits.distance, axis=1)
+        # From here on, of the logits before the soft cap.
         ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
-        return _QuerySums(sums.dq + tile.matmul(plan, ds, k), dslopes)
+        dq = sums.dq + tile.matmul(plan, ds, k)
+        return _QuerySums(dq, dslopes)
 
     start = _QuerySums(
         dq=jnp.zeros((config.block_q, plan.K), jnp.float32),
@@ -190,6 +188,7 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
 def dkv(plan: Plan, inputs: KernelInputs, rows: RowGradients) -> tuple[Array, Array]:
     """(dk as k, dv as v)."""
     if plan.schedule.dv is None:
+        # Registers hold both sums.
         results = _gradients_of_keys(
             plan,
             inputs,
@@ -247,15 +246,11 @@ def _gradients_of_keys(
 
     outs = {}
     if "dk" in names:
-        outs["dk"] = by_head(
-            plan,
-            like(inputs.q, inputs.k.shape, inputs.k.dtype),
-        )
+        dk = like(inputs.q, inputs.k.shape, inputs.k.dtype)
+        outs["dk"] = by_head(plan, dk)
     if "dv" in names:
-        outs["dv"] = by_head(
-            plan,
-            like(inputs.q, inputs.v.shape, inputs.v.dtype),
-        )
+        dv = like(inputs.q, inputs.v.shape, inputs.v.dtype)
+        outs["dv"] = by_head(plan, dv)
     pairs = B * plan.H * plan.pairs
     return call(
         plan,
@@ -289,10 +284,8 @@ def _by_group(plan: Plan, array: Array) -> Operand:
     def index(n: Array, h: Array, b: Array) -> tuple:
         return b, 0, h, 0
 
-    return Operand(
-        array,
-        pl.BlockSpec((None, plan.length, plan.group, width), index),
-    )
+    spec = pl.BlockSpec((None, plan.length, plan.group, width), index)
+    return Operand(array, spec)
 
 
 def _number_by_group(plan: Plan, array: Array) -> Operand:
@@ -301,12 +294,14 @@ def _number_by_group(plan: Plan, array: Array) -> Operand:
     def index(n: Array, h: Array, b: Array) -> tuple:
         return b, h, 0
 
-    return Operand(array, pl.BlockSpec((None, plan.group, plan.length), index))
+    spec = pl.BlockSpec((None, plan.group, plan.length), index)
+    return Operand(array, spec)
 
 
 class _KeySums(NamedTuple):
     """The carry of the loop over queries; None for what another kernel computes."""
 
+    # float32 [C, K] and [C, V], for C keys.
     dk: Array | None
     dv: Array | None
 
@@ -318,6 +313,7 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
     n = pl.program_id(0)
     keys = block_positions(n, config.block_k)
     k = load(refs["k"], keys, plan.K)
+    # Only dk needs dp, and so the values.
     v = load(refs["v"], keys, plan.V) if "dk" in refs else None
     key_segments = load_segments(refs, keys)
 
@@ -331,7 +327,8 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
         rows = block_positions(q_block, config.block_q)
         slope = None
         if plan.slopes:
-            slope = pltriton.load(refs["slopes"].at[key_head * plan.group + g])
+            head = key_head * plan.group + g
+            slope = pltriton.load(refs["slopes"].at[head])
         query_segments = load_segments(refs, rows)
         at = tile.positions(
             rows,
@@ -343,8 +340,10 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
         queries = _load_of_head(refs["q"], rows, g, plan.K)
         do = _load_of_head(refs["do"], rows, g, plan.V)
         # The numbers of a query run along a row, [1, R], as the queries do.
-        deltas = [tile.as_row(x) for x in _load_numbers(refs, "delta", (g, rows))]
-        saved = tuple(tile.as_row(x) for x in _load_numbers(refs, "saved", (g, rows)))
+        deltas_of_rows = _load_numbers(refs, "delta", (g, rows))
+        saved_of_rows = _load_numbers(refs, "saved", (g, rows))
+        deltas = [tile.as_row(x) for x in deltas_of_rows]
+        saved = tuple(tile.as_row(x) for x in saved_of_rows)
         logits = tile.logits(
             plan,
             k,
@@ -371,9 +370,11 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
         dk = sums.dk
         dv = sums.dv
         if dv is not None:
+            # dv = weights^T do; the tile is transposed already.
             dv = dv + tile.matmul(plan, weights, do)
         if dk is not None:
             ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
+            # dk = ds^T q; likewise.
             dk = dk + tile.matmul(plan, ds, queries)
         return _KeySums(dk, dv)
 
@@ -393,6 +394,7 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
         heads=plan.group,
     )
     if sums.dk is not None:
+        # The factor scale, as in dq; dv has none.
         store(refs["dk"], keys, sums.dk * plan.scale)
     if sums.dv is not None:
         store(refs["dv"], keys, sums.dv)
@@ -405,6 +407,7 @@ def _load_of_head(
     width: int,
 ) -> Array:
     """Some rows of query head g of the group, [rows, width]."""
+    # Of [T, group, width], the middle axis is one number: g is known only in the loop.
     columns = lax.iota(jnp.int32, width)
     return pltriton.load(ref.at[rows[:, None], g, columns[None, :]])
 
@@ -427,7 +430,9 @@ def _load_numbers(
     at: Array | tuple[Array, Array],
 ) -> list[Array]:
     """The deltas, or what was saved, of some queries: [R] each."""
-    return [pltriton.load(ref.at[at]) for name, ref in refs.items() if name.startswith(kind)]
+    # In the order of `_numbers_by_name`, which is that of the operands.
+    of_kind = [ref for name, ref in refs.items() if name.startswith(kind)]
+    return [pltriton.load(ref.at[at]) for ref in of_kind]
 
 
 def _slopes_and_segments(

@@ -9,7 +9,6 @@ Nothing is recomputed here; the backward pass recomputes logits and weights from
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from kernels_pallas.attention import tile as attention_tile
 from kernels_pallas.attention.gpu import tile
 from kernels_pallas.attention.gpu.call import (
     Operand,
@@ -36,13 +36,13 @@ from kernels_pallas.attention.gpu.plan import (
     loop_over_tiles,
     reach_of_queries,
 )
+from kernels_pallas.attention.gpu.tile import Rows
 from kernels_pallas.attention.kernels import (
     ForwardResult,
     Ref,
     forward_result,
     saved_statistics,
 )
-from kernels_pallas.attention.normalizers.base import Row
 from kernels_pallas.common.mesh import like
 
 
@@ -53,6 +53,7 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
     """
     B = inputs.q.shape[0]
     config = plan.schedule.forward
+    # Of queries and keys, of all heads and rows of the batch.
     pairs = B * plan.H * plan.pairs
     results = call(
         plan,
@@ -62,6 +63,7 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
         ins=_inputs(plan, inputs),
         outs=_outputs(plan, inputs, save),
         name="attention_forward",
+        # Logits are products over K, every sum of values one over V.
         flops=2 * pairs * (plan.K + plan.normalizer.sums * plan.V),
         exponentials=pairs,
     )
@@ -83,38 +85,26 @@ def _inputs(plan: Plan, inputs: KernelInputs) -> dict[str, Operand]:
         operands["sinks"] = whole(inputs.sink_logits)
     if inputs.alibi_slopes is not None:
         operands["slopes"] = whole(inputs.alibi_slopes)
-    return operands | segment_operands(inputs.segment_ids, config.block_q, config.block_k)
+    segments = segment_operands(inputs.segment_ids, config.block_q, config.block_k)
+    return operands | segments
 
 
 def _outputs(plan: Plan, inputs: KernelInputs, save: bool) -> dict[str, Operand]:
     q = inputs.q
     B = q.shape[0]
     by_token = (B, plan.length, plan.H, plan.V)
-    operands = {"y": by_head(plan, like(q, by_token, plan.out_dtype))}
+    y = like(q, by_token, plan.out_dtype)
+    operands = {"y": by_head(plan, y)}
     if not save:
         return operands
+    # In float32: rounded to 16 bits, the output would bring most of the error of dq.
+    output = like(q, by_token, jnp.float32)
     for n in plan.saved_outputs:
-        operands[f"o{n}"] = by_head(plan, like(q, by_token, jnp.float32))
+        operands[f"o{n}"] = by_head(plan, output)
+    statistic = like(q, (B, plan.H, plan.length), jnp.float32)
     for n in range(saved_statistics(plan.normalizer)):
-        statistic = like(
-            q,
-            (B, plan.H, plan.length),
-            jnp.float32,
-        )
         operands[f"saved{n}"] = number_by_head(plan, statistic)
     return operands
-
-
-class _Rows(NamedTuple):
-    """The carry of the loop over keys: of the block's rows, what is known so far.
-
-    Attributes:
-      statistics: what the normalizer keeps, [R, 1] each.
-      sums: of weighted values, [R, V] each.
-    """
-
-    statistics: Row
-    sums: list[Array]
 
 
 def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
@@ -130,13 +120,15 @@ def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
     queries = load(refs["q"], rows, plan.K)
     slope = pltriton.load(refs["slopes"].at[head]) if plan.slopes else None
     query_segments = load_segments(refs, rows)
+    product = partial(tile.matmul, plan)
 
     def add_tile(
         by_position: bool,
         _: Array,
         k_block: Array,
-        carry: _Rows,
-    ) -> _Rows:
+        carry: Rows,
+    ) -> Rows:
+        # Positions [R, 1] and [1, C], so that they broadcast to the tile.
         keys = block_positions(k_block, config.block_k)
         key_segments = load_segments(refs, keys)
         at = tile.positions(rows, keys, query_segments, key_segments)
@@ -155,20 +147,19 @@ def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
             mask,
             at.keys,
         )
+        # Loaded where they are used, so that fewer registers are live before.
         values = load(refs["v"], keys, plan.V)
-        kept = carry.sums
-        if added.keep is not None:
-            # The sums so far were weighted relative to another maximum.
-            kept = [added.keep * x for x in kept]
-        sums = []
-        for before, weights in zip(kept, added.weights):
-            sums.append(before + tile.matmul(plan, weights, values))
-        return _Rows(added.row, sums)
+        sums = attention_tile.accumulate(carry.sums, added, values, product)
+        return Rows(added.row, sums)
 
-    sink = zero + pltriton.load(refs["sinks"].at[head]) if "sinks" in refs else None
-    start = _Rows(
+    sink = None
+    if "sinks" in refs:
+        # One logit for every row of the block.
+        sink = zero + pltriton.load(refs["sinks"].at[head])
+    zeros = jnp.zeros((config.block_q, plan.V), jnp.float32)
+    start = Rows(
         statistics=normalizer.start(zero, (), sink),
-        sums=[jnp.zeros((config.block_q, plan.V), jnp.float32)] * normalizer.sums,
+        sums=[zeros] * normalizer.sums,
     )
     end = loop_over_tiles(
         plan,
@@ -181,21 +172,18 @@ def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
         start,
     )
 
+    # outputs[0] is the ungated output. Only what `_outputs` asked for is there to be written.
     outputs, saved = normalizer.finish(end.statistics, end.sums)
     for i, output in enumerate(outputs):
         if f"o{i}" in refs:
             store(refs[f"o{i}"], rows, output)
     for i, statistic in enumerate(saved):
         if f"saved{i}" in refs:
-            pltriton.store(
-                refs[f"saved{i}"].at[rows],
-                statistic.reshape(config.block_q),
-            )
-    store(
-        refs["y"],
-        rows,
-        _gated(plan, outputs[0], refs, rows),
-    )
+            # [R, 1] -> [R]
+            by_query = statistic.reshape(config.block_q)
+            pltriton.store(refs[f"saved{i}"].at[rows], by_query)
+    y = _gated(plan, outputs[0], refs, rows)
+    store(refs["y"], rows, y)
 
 
 def _gated(
@@ -210,5 +198,8 @@ def _gated(
     if plan.gate == "element":
         gate_logits = load(refs["gate"], rows, plan.V)
     else:
-        gate_logits = tile.as_column(pltriton.load(refs["gate"].at[rows]))
-    return output * jax.nn.sigmoid(gate_logits.astype(jnp.float32))
+        # One number a query: a column beside the channels of the output.
+        by_query = pltriton.load(refs["gate"].at[rows])
+        gate_logits = tile.as_column(by_query)
+    gate = jax.nn.sigmoid(gate_logits.astype(jnp.float32))
+    return output * gate

@@ -99,12 +99,9 @@ def _attend(inputs: AttentionInputs, options: AttentionOptions, interpret: bool)
     )
     segment_ids = inputs.segment_ids
     if segment_ids is not None:
-        segment_ids = padded(
-            segment_ids.astype(jnp.int32),
-            1,
-            plan.length,
-            mode="edge",
-        )
+        # Padding with the last id does not widen the bounds of the last block.
+        segment_ids = segment_ids.astype(jnp.int32)
+        segment_ids = padded(segment_ids, 1, plan.length, mode="edge")
     kernel_inputs = KernelInputs(
         q=_padded_tokens(plan, inputs.q, padded_K),
         k=_padded_tokens(plan, inputs.k, padded_K),
@@ -114,6 +111,7 @@ def _attend(inputs: AttentionInputs, options: AttentionOptions, interpret: bool)
         alibi_slopes=as_float32(inputs.alibi_slopes),
         segment_ids=segment_ids,
     )
+    # Without the tokens and channels of padding.
     y = _attention(plan, kernel_inputs)
     return y[:, :T, :, :V]
 
@@ -129,11 +127,8 @@ def _padded_length(T: int, kernel_schedule: Schedule) -> int:
 
 def _padded_tokens(plan: Plan, x: Array, width: int) -> Array:
     """[B, T, heads, D] padded with zeros to [B, length, heads, width]."""
-    return padded(
-        padded(x, 1, plan.length),
-        3,
-        width,
-    )
+    whole_blocks = padded(x, 1, plan.length)
+    return padded(whole_blocks, 3, width)
 
 
 def as_float32(x: Array | None) -> Array | None:
@@ -147,12 +142,9 @@ def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
         return None
     if plan.gate == "element":
         return _padded_tokens(plan, gate_logits, plan.V)
+    # [B, T, H, 1] -> [B, H, T]: consecutive tokens of a head are consecutive in memory.
     by_head = jnp.swapaxes(gate_logits[..., 0], 1, 2)
-    return padded(
-        by_head.astype(jnp.float32),
-        2,
-        plan.length,
-    )
+    return padded(by_head.astype(jnp.float32), 2, plan.length)
 
 
 # --- the derivative
@@ -180,6 +172,7 @@ def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
     rows = RowGradients(do, deltas, saved.statistics)
     dq, dslopes_by_row = backward.dq(plan, inputs, rows)
     dk, dv = backward.dkv(plan, inputs, rows)
+    # A sink has no keys, so its gradient needs rows alone.
     dsinks = None
     if inputs.sink_logits is not None:
         # [1, H, 1] against the rows' [B, H, T].
@@ -190,13 +183,16 @@ def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
             tuple(saved.statistics),
         )
         dsinks = by_row.sum((0, 2))
+    dslopes = None
+    if dslopes_by_row is not None:
+        dslopes = dslopes_by_row.sum((0, 2))
     gradients = KernelInputs(
         q=dq,
         k=dk,
         v=dv,
         gate_logits=dgate,
         sink_logits=dsinks,
-        alibi_slopes=None if dslopes_by_row is None else dslopes_by_row.sum((0, 2)),
+        alibi_slopes=dslopes,
         segment_ids=None,
     )
     return (gradients,)
@@ -232,19 +228,18 @@ def _gradients_by_row(
     dgate = None
     if gate_logits is not None:
         gate = jax.nn.sigmoid(gate_logits.astype(jnp.float32))
+        # sigmoid' = sigmoid (1 - sigmoid)
         slope = gate * (1 - gate)
         if plan.gate == "head":
-            by_head = jnp.swapaxes(
-                jnp.sum(dy * outputs[0], axis=3),
-                1,
-                2,
-            )
-            dgate = by_head * slope
+            # [B, T, H] -> [B, H, T], the layout of the kernel's gate.
+            products = jnp.sum(dy * outputs[0], axis=3)
+            dgate = jnp.swapaxes(products, 1, 2) * slope
             # [B, H, T] -> [B, T, H, 1]
             gate = jnp.swapaxes(gate, 1, 2)[..., None]
         else:
             dgate = (dy * outputs[0] * slope).astype(gate_logits.dtype)
         rounded_do = dy * gate
+        # Once here, instead of in every tile that multiplies it.
         do = rounded_do.astype(plan.operand)
     if do.dtype == jnp.bfloat16:
         # The deltas are of do as the tensor core will see it. Otherwise dp - delta, which is small
@@ -253,6 +248,7 @@ def _gradients_by_row(
         rounded_do = lax.reduce_precision(rounded_do, exponent_bits=8, mantissa_bits=7)
     deltas = []
     for n in plan.normalizer.deltas:
+        # [B, T, H] -> [B, H, T], the layout of statistics.
         delta = jnp.sum(rounded_do * outputs[n], axis=3)
         deltas.append(jnp.swapaxes(delta, 1, 2))
     return do, deltas, dgate

@@ -194,7 +194,6 @@ def tile_ranges(
     full_first = jnp.clip(full_first, first, end)
     full_end = jnp.clip(full_end, full_first, end)
 
-    # The full blocks come first: the loop without a mask is the longer one.
     ranges = [
         TileRange(full_first, full_end, by_position=False),
         TileRange(full_end, end, by_position=True),

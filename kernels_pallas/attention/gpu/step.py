@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from kernels_pallas.attention import tile as attention_tile
 from kernels_pallas.attention import xla
 from kernels_pallas.attention.gpu import tile
 from kernels_pallas.attention.gpu import tuning as gpu_tuning
@@ -33,10 +34,10 @@ from kernels_pallas.attention.gpu.call import (
 )
 from kernels_pallas.attention.gpu.matmuls import matmuls, operands
 from kernels_pallas.attention.gpu.plan import Plan, unsupported_by_kernels
+from kernels_pallas.attention.gpu.tile import Rows
 from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS, Schedule, power_of_two
 from kernels_pallas.attention.inputs import StepInputs, StepOptions
-from kernels_pallas.attention.kernels import Ref, row_statistics
-from kernels_pallas.attention.normalizers.base import Row
+from kernels_pallas.attention.kernels import Ref, Shaped, row_statistics
 from kernels_pallas.common.mesh import by_rows_and_heads, like
 from kernels_pallas.common.padding import padded
 
@@ -90,13 +91,12 @@ def _step(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array:
     """y [B, H, V]."""
     B, H, _ = inputs.q.shape
     V = inputs.v_cache.shape[3]
-    output = _ungated(options, interpret, inputs).reshape(
-        B,
-        H,
-        V,
-    )
+    # The query heads of a key head are consecutive.
+    output = _ungated(options, interpret, inputs)
+    output = output.reshape(B, H, V)
     if inputs.gate_logits is not None:
-        output = output * jax.nn.sigmoid(inputs.gate_logits.astype(jnp.float32))
+        gate_logits = inputs.gate_logits.astype(jnp.float32)
+        output = output * jax.nn.sigmoid(gate_logits)
     return output.astype(inputs.v_cache.dtype)
 
 
@@ -115,6 +115,7 @@ def _step_backward(
     dy: Array,
 ) -> tuple[StepInputs]:
     """The gradients are those of the xla backend: nobody trains by decoding."""
+    # A kernel of the forward pass can be interpreted; the gradients come from none.
     del interpret
 
     def step_by_xla(inputs: StepInputs) -> Array:
@@ -134,22 +135,17 @@ class KernelInputs(NamedTuple):
     """The arrays of a step as the kernel takes them.
 
     There are R rows for each key head, of which the first are the query heads of its group.
-
-    Attributes:
-      q: [B, Hk, R, K], K a power of two.
-      k_cache: [B, S, Hk, K], as the caller has it.
-      v_cache: [B, S, Hk, V], as the caller has it.
-      sink_logits: [Hk, R], or None.
-      alibi_slopes: [Hk, R], or None.
-      valid: int32 [B, S].
-      distances: int32 [B, S], or None.
     """
 
+    # [B, Hk, R, K], K a power of two.
     q: Array
+    # [B, S, Hk, K] and [B, S, Hk, V], as the caller has them.
     k_cache: Array
     v_cache: Array
+    # float32 [Hk, R]
     sink_logits: Array | None
     alibi_slopes: Array | None
+    # int32 [B, S]
     valid: Array
     distances: Array | None
 
@@ -161,11 +157,9 @@ def _ungated(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array
     group = H // Hk
     plan = _plan(options, interpret, inputs)
     num_rows = rows_of_tile(group)
-    queries = padded(
-        inputs.q.reshape(B, Hk, group, K),
-        2,
-        num_rows,
-    )
+    by_key_head = inputs.q.reshape(B, Hk, group, K)
+    # Rows of padding compute something that nobody reads.
+    queries = padded(by_key_head, 2, num_rows)
     distances = inputs.distances
     if distances is not None:
         distances = distances.astype(jnp.int32)
@@ -179,6 +173,7 @@ def _ungated(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array
         distances=distances,
     )
     output = _over_parts(plan, kernel_inputs)
+    # Without the rows and channels of padding.
     return output[:, :, :group, :V]
 
 
@@ -193,6 +188,7 @@ def _plan(options: StepOptions, interpret: bool, inputs: StepInputs) -> Plan:
     config = gpu_tuning.step(padded_K, padded_V)
     return Plan(
         normalizer=options.normalizer,
+        # Which slots are visible is in `valid`.
         causal=False,
         window=None,
         logits_soft_cap=options.logits_soft_cap,
@@ -203,12 +199,14 @@ def _plan(options: StepOptions, interpret: bool, inputs: StepInputs) -> Plan:
         Hk=Hk,
         K=padded_K,
         V=padded_V,
+        # `_step` gates, after the parts are merged.
         gate="none",
         segments=False,
         slopes=inputs.alibi_slopes is not None,
         operand=operand,
         precision=precision,
         out_dtype=jnp.dtype(inputs.v_cache.dtype),
+        # The one kernel takes the configuration of the forward pass.
         schedule=Schedule(forward=config, dq=config, dkv=config),
         interpret=interpret,
     )
@@ -218,15 +216,13 @@ def _by_key_head(x: Array | None, Hk: int, num_rows: int) -> Array | None:
     """A number for each query head, [H] -> float32 [Hk, R]."""
     if x is None:
         return None
-    return padded(
-        x.astype(jnp.float32).reshape(Hk, -1),
-        1,
-        num_rows,
-    )
+    by_key_head = x.astype(jnp.float32).reshape(Hk, -1)
+    return padded(by_key_head, 1, num_rows)
 
 
 def rows_of_tile(group: int) -> int:
     """The rows of a tile that the query heads of a key head fill."""
+    # A power of two, and no less than the matrix unit's tile.
     return max(STEP.block_q, 1 << (group - 1).bit_length())
 
 
@@ -236,6 +232,7 @@ def split(heads: int, blocks: int) -> tuple[int, int]:
     `heads` programs read one part.
     """
     parts_that_fill = max(1, STEP_PROGRAMS // heads)
+    # Rounded up, so there may be fewer parts than would fill the chip, but none waits for another.
     blocks_each = -(-blocks // min(blocks, parts_that_fill))
     return -(-blocks // blocks_each), blocks_each
 
@@ -248,11 +245,14 @@ def _over_parts(plan: Plan, inputs: KernelInputs) -> Array:
     config = plan.schedule.forward
     num_parts, blocks_each = split(B * Hk, -(-S // config.block_k))
     num_statistics = row_statistics(normalizer)
+    # What a program leaves of its rows.
+    part_of_sums = like(inputs.q, (B, Hk, num_parts, R, plan.V), jnp.float32)
+    part_of_row = like(inputs.q, (B, Hk, num_parts, R), jnp.float32)
     outs = {}
     for n in range(normalizer.sums):
-        outs[f"sum{n}"] = _by_part(like(inputs.q, (B, Hk, num_parts, R, plan.V), jnp.float32))
+        outs[f"sum{n}"] = _by_part(part_of_sums)
     for n in range(num_statistics):
-        outs[f"row{n}"] = _by_part(like(inputs.q, (B, Hk, num_parts, R), jnp.float32))
+        outs[f"row{n}"] = _by_part(part_of_row)
 
     pairs = B * plan.H * S
     K = inputs.k_cache.shape[3]
@@ -269,9 +269,16 @@ def _over_parts(plan: Plan, inputs: KernelInputs) -> Array:
         exponentials=pairs,
     )
     # Parts first, as `Normalizer.merge` takes them.
-    row = tuple(jnp.moveaxis(results[f"row{n}"], 2, 0)[..., None] for n in range(num_statistics))
-    sums = [jnp.moveaxis(results[f"sum{n}"], 2, 0) for n in range(normalizer.sums)]
-    merged_row, merged_sums = normalizer.merge(row, sums)
+    row = []
+    for n in range(num_statistics):
+        by_part = jnp.moveaxis(results[f"row{n}"], 2, 0)
+        # [parts, B, Hk, R, 1]
+        row.append(by_part[..., None])
+    sums = []
+    for n in range(normalizer.sums):
+        # [parts, B, Hk, R, V]
+        sums.append(jnp.moveaxis(results[f"sum{n}"], 2, 0))
+    merged_row, merged_sums = normalizer.merge(tuple(row), sums)
     outputs, _ = normalizer.finish(merged_row, merged_sums)
     return outputs[0]
 
@@ -287,12 +294,15 @@ def _operands(inputs: KernelInputs) -> dict[str, Operand]:
         return b, 0, h, 0
 
     def cache(array: Array) -> Operand:
+        # All slots of one head: the program loads those of its part.
         S = array.shape[1]
         width = array.shape[3]
-        return Operand(array, pl.BlockSpec((None, S, None, width), cache_index))
+        spec = pl.BlockSpec((None, S, None, width), cache_index)
+        return Operand(array, spec)
 
+    queries_spec = pl.BlockSpec((None, None, R, K), queries_index)
     operands = {
-        "q": Operand(inputs.q, pl.BlockSpec((None, None, R, K), queries_index)),
+        "q": Operand(inputs.q, queries_spec),
         "k": cache(inputs.k_cache),
         "v": cache(inputs.v_cache),
         "valid": by_row(inputs.valid),
@@ -306,29 +316,19 @@ def _operands(inputs: KernelInputs) -> dict[str, Operand]:
     return operands
 
 
-def _by_part(array: jax.ShapeDtypeStruct) -> Operand:
+def _by_part(array: Shaped) -> Operand:
     """Of [B, Hk, parts, ...]: what one program writes."""
+    # [R, V] or [R]
     shape = array.shape[3:]
 
     def index(n: Array, h: Array, b: Array) -> tuple:
         return b, h, n, *[0] * len(shape)
 
-    return Operand(array, pl.BlockSpec((None, None, None, *shape), index))
+    spec = pl.BlockSpec((None, None, None, *shape), index)
+    return Operand(array, spec)
 
 
 # --- the kernel
-
-
-class _Rows(NamedTuple):
-    """The carry of the loop over slots: of the tile's rows, what is known so far.
-
-    Attributes:
-      statistics: what the normalizer keeps, [R, 1] each.
-      sums: of weighted values, [R, V] each.
-    """
-
-    statistics: Row
-    sums: list[Array]
 
 
 def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
@@ -338,12 +338,14 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
     R = refs["q"].shape[0]
     part = pl.program_id(0)
     key_head = pl.program_id(1)
+    # Rows are query heads of the group.
     row = lax.iota(jnp.int32, R)
     zero = jnp.zeros((R, 1), jnp.float32)
     queries = load(refs["q"], row, plan.K)
     slope = _of_rows(refs["slopes"], key_head, row) if plan.slopes else None
+    product = partial(tile.matmul, plan)
 
-    def add_slots(slot_block: Array, carry: _Rows) -> _Rows:
+    def add_slots(slot_block: Array, carry: Rows) -> Rows:
         slots = block_positions(slot_block, block)
         # The last block may end after the cache.
         inside = slots < plan.T
@@ -371,14 +373,8 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
             keys,
         )
         values = _slots(refs["v"], slots, inside, plan.V)
-        kept = carry.sums
-        if added.keep is not None:
-            # The sums so far were weighted relative to another maximum.
-            kept = [added.keep * x for x in kept]
-        sums = []
-        for before, weights in zip(kept, added.weights):
-            sums.append(before + tile.matmul(plan, weights, values))
-        return _Rows(added.row, sums)
+        sums = attention_tile.accumulate(carry.sums, added, values, product)
+        return Rows(added.row, sums)
 
     sink = None
     if "sinks" in refs:
@@ -388,10 +384,12 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
             _of_rows(refs["sinks"], key_head, row),
             -jnp.inf,
         )
-    start = _Rows(
+    zeros = jnp.zeros((R, plan.V), jnp.float32)
+    start = Rows(
         statistics=normalizer.start(zero, (), sink),
-        sums=[jnp.zeros((R, plan.V), jnp.float32)] * normalizer.sums,
+        sums=[zeros] * normalizer.sums,
     )
+    # The last part may be shorter than the others.
     num_blocks = -(-plan.T // block)
     first_block = part * blocks_each
     end_block = jnp.minimum((part + 1) * blocks_each, num_blocks)
@@ -430,6 +428,7 @@ def _slots(
     S, D = ref.shape
     columns = lax.iota(jnp.int32, width)
     place = ref.at[slots[:, None], columns[None, :]]
+    # No slot and no channel is missing, for any block: loads without a mask are wider.
     if S % len(slots) == 0 and width == D:
         return pltriton.load(place)
     has_data = inside[:, None] & (columns < D)[None, :]

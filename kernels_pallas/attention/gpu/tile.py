@@ -4,6 +4,8 @@ In the kernels of dk and dv a tile is transposed, keys by queries, so that what 
 is never transposed in registers.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import triton as pltriton
@@ -12,6 +14,16 @@ from kernels_pallas.attention import kernel_tile
 from kernels_pallas.attention import tile as attention_tile
 from kernels_pallas.attention.gpu.plan import Plan
 from kernels_pallas.attention.kernel_tile import Logits, Positions
+from kernels_pallas.attention.normalizers.base import Row
+
+
+class Rows(NamedTuple):
+    """The carry of a loop over keys: what is known so far of a tile's rows."""
+
+    # What the normalizer keeps of a row, [R, 1] each.
+    statistics: Row
+    # Of weighted values, [R, V] each.
+    sums: list[Array]
 
 
 def matmul(
