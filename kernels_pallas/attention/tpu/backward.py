@@ -93,7 +93,9 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
         # Spans, query heads and tiles of a key head share its sums, so they follow one another.
         parallel=2,
     )
-    return _summed_gradients(without_padding(_over_spans(results, inputs), plan.T))
+    results = _over_spans(results, inputs)
+    results = without_padding(results, plan.T)
+    return _summed_gradients(results)
 
 
 def _over_spans(results: dict[str, Array], inputs: KernelInputs) -> dict[str, Array]:

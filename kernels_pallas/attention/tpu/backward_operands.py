@@ -95,15 +95,19 @@ class Operands:
         ]
         # What the forward pass saved.
         for n, output in residuals.outputs.items():
-            operands.append(self._by_query(f"o{n}", pad_tokens(output), plan.V))
+            operand = self._by_query(f"o{n}", pad_tokens(output), plan.V)
+            operands.append(operand)
         for n, statistic in enumerate(residuals.statistics):
-            operands.append(self._number_by_query(f"saved{n}", pad_numbers(statistic)))
+            operand = self._number_by_query(f"saved{n}", pad_numbers(statistic))
+            operands.append(operand)
         # An element-wise gate is laid out as y is, a gate by head as a statistic.
         gate_logits = inputs.gate_logits
         if gate_logits is not None and plan.gate == "element":
-            operands.append(self._by_query("gate", pad_tokens(gate_logits), plan.V))
+            operand = self._by_query("gate", pad_tokens(gate_logits), plan.V)
+            operands.append(operand)
         elif gate_logits is not None:
-            operands.append(self._number_by_query("gate", pad_numbers(gate_logits)))
+            operand = self._number_by_query("gate", pad_numbers(gate_logits))
+            operands.append(operand)
         if inputs.segment_ids is not None:
             # Padding with the last id does not widen the bounds of the last block.
             ids = padded(
@@ -128,24 +132,32 @@ class Operands:
         numbers = (B, plan.H, 1, self.padded_length)
         # Parts of dq are added up in float32.
         dq_dtype = q.dtype if num_spans == 1 else jnp.float32
+        dq = like(q, (num_spans, *queries), dq_dtype)
+        dk = like(q, keys, inputs.k.dtype)
+        dv = like(q, values, inputs.v.dtype)
         operands = [
-            self._dq(like(q, (num_spans, *queries), dq_dtype)),
-            self._by_span_of_keys("dk", like(q, keys, inputs.k.dtype), plan.K),
-            self._by_span_of_keys("dv", like(q, values, inputs.v.dtype), plan.V),
+            self._dq(dq),
+            self._by_span_of_keys("dk", dk, plan.K),
+            self._by_span_of_keys("dv", dv, plan.V),
         ]
         # Gradients that need rows alone: the first span writes them.
         if inputs.gate_logits is not None and plan.gate == "element":
             by_element = (B, self.padded_length, plan.H * plan.V)
             dgate = like(q, by_element, inputs.gate_logits.dtype)
-            operands.append(self._once(self._by_query("dgate", dgate, plan.V)))
+            operand = self._by_query("dgate", dgate, plan.V)
+            operands.append(self._once(operand))
         elif inputs.gate_logits is not None:
             dgate = like(q, numbers, jnp.float32)
-            operands.append(self._once(self._number_by_query("dgate", dgate)))
+            operand = self._number_by_query("dgate", dgate)
+            operands.append(self._once(operand))
         if inputs.sink_logits is not None:
             dsinks = like(q, numbers, jnp.float32)
-            operands.append(self._once(self._number_by_query("dsinks", dsinks)))
+            operand = self._number_by_query("dsinks", dsinks)
+            operands.append(self._once(operand))
         if inputs.alibi_slopes is not None:
-            operands.append(self._dslopes(like(q, (num_spans, *numbers), jnp.float32)))
+            # The distances are to keys: every span adds something.
+            dslopes = like(q, (num_spans, *numbers), jnp.float32)
+            operands.append(self._dslopes(dslopes))
         return operands
 
     def _operand(

@@ -192,9 +192,12 @@ def _inputs(plan: Plan, inputs: KernelInputs, padded_length: int) -> list[Operan
     ]
     gate_logits = inputs.gate_logits
     if gate_logits is not None and plan.gate == "element":
-        operands.append(_by_query(plan, "gate", pad_tokens(gate_logits), plan.V))
+        operand = _by_query(plan, "gate", pad_tokens(gate_logits), plan.V)
+        operands.append(operand)
     elif gate_logits is not None:
-        operands.append(_number_by_query(plan, "gate", padded(gate_logits, 3, padded_length)))
+        by_head = padded(gate_logits, 3, padded_length)
+        operand = _number_by_query(plan, "gate", by_head)
+        operands.append(operand)
     if inputs.segment_ids is not None:
         # Padding with the last id does not widen the bounds of the last block.
         ids = padded(inputs.segment_ids, 2, padded_length, mode="edge")
@@ -284,13 +287,16 @@ def _kernel(
     def end_rows() -> None:
         row = tuple(ref[...] for ref in statistics)
         # outputs[0] is the ungated output.
-        outputs, saved = normalizer.finish(row, [ref[...] for ref in sums])
+        weighted_sums = [ref[...] for ref in sums]
+        outputs, saved = normalizer.finish(row, weighted_sums)
         y = outputs[0]
         if plan.gate == "element":
-            y = y * tile.sigmoid(refs["gate"][0])
+            gate = tile.sigmoid(refs["gate"][0])
+            y = y * gate
         elif plan.gate == "head":
             # The gate of a head runs along lanes; rows of y run down.
-            y = y * tile.as_column(tile.sigmoid(refs["gate"][0, 0]))
+            gate = tile.sigmoid(refs["gate"][0, 0])
+            y = y * tile.as_column(gate)
         refs["y"][0] = y.astype(plan.out_dtype)
         # Only what `_outputs` asked for is there to be written.
         for n, output in enumerate(outputs):
