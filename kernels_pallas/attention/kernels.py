@@ -112,7 +112,7 @@ def count_visible_pairs(T: int, causal: bool, window: int | None) -> int:
     reach = T if window is None else min(window, T)
     # The first `reach` queries see 1, 2, ... keys up to themselves, and every later one `reach`.
     up_to_itself = reach * (T - reach) + reach * (reach + 1) // 2
-    # Without causality as many keys again lie after a query, which is counted once.
+    # Without causality a query also sees keys after it, as many in all; itself is counted once.
     return up_to_itself if causal else 2 * up_to_itself - T
 
 
