@@ -2,10 +2,10 @@
 
 from kernels_pallas.attention.api import attention, attention_step
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
+from kernels_pallas.attention.normalizers.entmax import Entmax
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
-    Entmax,
     ReweightedSoftplus,
 )
 from kernels_pallas.attention.normalizers.named import NORMALIZERS

@@ -91,21 +91,25 @@ def attention(
         logits_soft_cap=logits_soft_cap,
         scale=scale,
     )
+    # Only here: a part of a sequence (`sharded.py`) does not know the number of keys by itself.
     options = options.for_length(k.shape[1])
     check_interpret(op, interpret, implementation)
 
+    # Why each kernel cannot take this call, or None. The reference and xla take every call.
     refusals = {
         "tpu": tpu.unsupported(inputs, options),
         "gpu": gpu.unsupported(inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals)
-    inputs = AttentionInputs(*all_varying(*inputs))
+    # Inside shard_map a custom derivative wants all of its inputs varying alike.
+    inputs = AttentionInputs._make(all_varying(*inputs))
     if chosen == "reference":
         return reference.attention(inputs, options)
     if chosen == "xla":
         return xla.attention(inputs, options)
     if chosen == "tpu":
         return tpu.attention(inputs, options, interpret=interpret)
+    # The one that is left.
     return gpu.attention(inputs, options, interpret=interpret)
 
 
@@ -173,9 +177,10 @@ def attention_step(
         "gpu": gpu_step.unsupported(inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals)
-    inputs = StepInputs(*all_varying(*inputs))
+    inputs = StepInputs._make(all_varying(*inputs))
     if chosen == "reference":
         return reference.attention_step(inputs, options)
     if chosen == "xla":
         return xla.attention_step(inputs, options)
+    # "tpu" is refused always: see `tpu.unsupported_step`.
     return gpu_step.attention_step(inputs, options, interpret=interpret)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from kernels_pallas.attention import tile
 from kernels_pallas.attention.normalizers.base import Normalizer
@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     window: int | None
     logits_soft_cap: float | None
     scale: float
+    # Queries of one head, and keys, in a tile.
     block_q: int
     block_k: int
 
@@ -55,15 +56,17 @@ class UngatedInputs(NamedTuple):
     alibi_slopes: Float[Array, "H"] | None = None
     q_segments: Int[Array, "B T"] | None = None
     k_segments: Int[Array, "B S"] | None = None
-    first: Int[Array, ""] | None = None
+    first: Int[Array, ""] | int | None = None
     distances: Int[Array, "B S"] | None = None
 
 
 class QueryBlocks(NamedTuple):
     """All Nq blocks of queries; without the first axis, one block."""
 
-    number: Int[np.ndarray, "Nq"] | int | Array
+    # int32 [Nq], by numpy; of one block a Python number, or a traced one.
+    number: Any
     q: Float[Array, "Nq B Hk R K"]
+    # The document of every row.
     segments: Int[Array, "Nq B 1 R"] | None
 
 
@@ -72,13 +75,16 @@ class KeyBlocks(NamedTuple):
 
     k: Float[Array, "Nk B Hk C K"]
     v: Float[Array, "Nk B Hk C V"]
+    # The document of every key.
     segments: Int[Array, "Nk B 1 C"] | None
+    # As `UngatedInputs.distances`.
     distances: Int[Array, "Nk B 1 C"] | None
 
 
 class RowConstants(NamedTuple):
     """What the rows of every query block have in common: they depend on the head alone."""
 
+    # Its dtype is that of all statistics.
     zero: Float[Array, "B Hk R 1"]
     sink: Float[Array, "B Hk R 1"] | None
     slopes: Float[Array, "B Hk R 1"] | None
@@ -125,25 +131,34 @@ def split(
 ) -> Array:
     """[B, T, H, D] -> [N, B, Hk, G block, D], with zeros at the end."""
     B, T, H, D = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
+    # What a multiple of the block lacks.
+    padding = -T % block
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
     # [B, N, block, Hk, G, D] -> [N, B, Hk, G, block, D]
-    x = x.reshape(B, -1, block, kv_heads, H // kv_heads, D)
+    group = H // kv_heads
+    x = x.reshape(B, -1, block, kv_heads, group, D)
     x = x.transpose(1, 0, 3, 4, 2, 5)
     N = x.shape[0]
     return x.reshape(N, B, kv_heads, -1, D)
 
 
-def join(x: Float[Array, "N B Hk R D"], block: int, T: int) -> Float[Array, "B T H D"]:
+def join(
+    x: Float[Array, "N B Hk R D"],
+    block: int,
+    T: int,
+) -> Float[Array, "B T H D"]:
     """[N, B, Hk, G block, D] -> [B, T, H, D]: the inverse of `split`."""
     N, B, kv_heads, _, D = x.shape
     # [N, B, Hk, G, block, D] -> [B, N, block, Hk, G, D]
     x = x.reshape(N, B, kv_heads, -1, block, D)
     x = x.transpose(1, 0, 4, 2, 3, 5)
     x = x.reshape(B, N * block, -1, D)
+    # Without the padding.
     return x[:, :T]
 
 
 def _split_tokens(x: Int[Array, "B T"], block: int) -> Int[Array, "N B 1 block"]:
+    # As one head of one channel.
     return split(x[:, :, None, None], 1, block)[..., 0]
 
 
@@ -151,6 +166,7 @@ def row_constants(plan: Plan, inputs: UngatedInputs) -> RowConstants:
     """Sinks and slopes of every row of a query block, and zeros like them."""
     B, _, H, _ = inputs.q.shape
     kv_heads = inputs.k.shape[2]
+    # R = G block_q.
     num_rows = plan.block_q * H // kv_heads
     dtype = tile.statistics_dtype(inputs.q, inputs.k, inputs.v)
 
@@ -177,7 +193,7 @@ def row_constants(plan: Plan, inputs: UngatedInputs) -> RowConstants:
 def sum_by_head(x: Float[Array, "Nq B Hk R 1"], block_q: int) -> Float[Array, "H"]:
     """Sums over all rows of a head."""
     Nq, B, kv_heads = x.shape[:3]
-    # [Nq, B, Hk, G, block_q]
+    # [Nq, B, Hk, G, block_q]: head h is kv_head * G + g.
     x = x.reshape(Nq, B, kv_heads, -1, block_q)
     return jnp.sum(x, axis=(0, 1, 4)).reshape(-1)
 
@@ -185,8 +201,13 @@ def sum_by_head(x: Float[Array, "Nq B Hk R 1"], block_q: int) -> Float[Array, "H
 # Positions and masks.
 
 
-def first_position(plan: Plan, inputs: UngatedInputs, number: int | Array) -> int | Array:
+def first_position(
+    plan: Plan,
+    inputs: UngatedInputs,
+    number: int | Array,
+) -> int | Array:
     """The position of a query block's first row; a Python number where `number` is one."""
+    # Not known while tracing where `first` is given.
     position = number * plan.block_q
     return position if inputs.first is None else inputs.first + position
 
@@ -197,6 +218,7 @@ def key_range(
     first_query: int | Array,
 ) -> tuple[int | Array, int | Array]:
     """(first, end): the key blocks of which the query block at `first_query` sees something."""
+    # jnp would make traced bounds of Python numbers, and then no loop could be unrolled.
     static = isinstance(first_query, int)
     maximum = max if static else jnp.maximum
     minimum = min if static else jnp.minimum
@@ -208,6 +230,7 @@ def key_range(
         first_key = maximum(first_query - plan.window + 1, 0)
         end_key = minimum(end_query + plan.window - 1, num_keys)
     if plan.causal:
+        # Nothing after the block's last query.
         end_key = minimum(end_query, num_keys)
     first_block = first_key // plan.block_k
     # Rounded up.
@@ -229,7 +252,9 @@ def tile_mask(
     tokens = jnp.arange(num_rows) % plan.block_q
     queries = first_position(plan, inputs, rows.number) + tokens
     positions = j * plan.block_k + jnp.arange(plan.block_k)
-    seen: Bool[Array, "... R C"] = tile.visible(
+    # Keys of padding are at `length` and beyond. Rows of padding may see keys: their do is 0,
+    # and their outputs are cut off.
+    seen = tile.visible(
         queries,
         positions,
         length=inputs.k.shape[1],
@@ -242,8 +267,10 @@ def tile_mask(
     if constants.slopes is not None:
         dtype = constants.slopes.dtype
         if keys.distances is None:
+            # [R, C]
             distances = tile.distance(queries, positions, dtype)
         else:
+            # [B, 1, 1, C]: the single query's.
             distances = keys.distances[..., None, :].astype(dtype)
         alibi = tile.Alibi(constants.slopes, distances)
     return tile.Mask(seen, positions[None, :], alibi)
@@ -261,6 +288,7 @@ def scan_blocks(
     num_blocks = jax.tree.leaves(xs)[0].shape[0]
     if num_blocks > UNROLLED_BLOCKS:
         return jax.lax.scan(body, carry, xs)
+    # As `lax.scan`, but body sees block numbers that are Python numbers.
     ys = []
     for i in range(num_blocks):
         carry, y = body(carry, take(xs, i))
@@ -277,6 +305,7 @@ def loop(
 ) -> Any:
     """carry = body(j, carry) for first <= j < end; unrolled where both are Python numbers."""
     static = isinstance(first, int) and isinstance(end, int)
+    # Bounds that are not static depend on where the queries are: see `key_range`.
     if not static or end - first > UNROLLED_BLOCKS:
         return jax.lax.fori_loop(first, end, body, carry)
     for j in range(first, end):
@@ -293,6 +322,10 @@ def take(blocks: Any, i: int | Array) -> Any:
     return jax.tree.map(take_one, blocks)
 
 
-def add_at(x: Float[Array, "N *block"], i: int | Array, y: Float[Array, "*block"]) -> Array:
+def add_at(
+    x: Float[Array, "N *block"],
+    i: int | Array,
+    y: Float[Array, "*block"],
+) -> Array:
     """`x` with `y` added to its block `i`."""
     return jax.lax.dynamic_update_index_in_dim(x, x[i] + y, i, 0)

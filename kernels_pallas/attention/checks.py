@@ -28,10 +28,12 @@ def check_inputs(op: str, inputs: AttentionInputs) -> None:
     q = inputs.q
     k = inputs.k
     v = inputs.v
+    # The number of axes comes first: what follows reads them by their places.
     _check_axes(op, "q", q, "[B, T, H, K]")
     _check_axes(op, "k", k, "[B, T, Hk, K]")
     _check_axes(op, "v", v, "[B, T, Hk, V]")
     _check_keys(op, "k", k, "v", v, q, length="T")
+    # This op is self-attention: queries and keys are of the same tokens.
     if k.shape[1] != q.shape[1]:
         expected = f"{q.shape[1]} tokens as in q of shape {q.shape}"
         raise ValueError(f"{op}: k: got shape {k.shape}, expected {expected}")
@@ -62,6 +64,7 @@ def check_step_inputs(op: str, inputs: StepInputs) -> None:
     if inputs.distances is not None:
         check_shape(op, "distances", inputs.distances, k.shape[:2])
         check_integer(op, "distances", inputs.distances)
+    # Slots are in no order, so their positions do not tell the distances.
     if (inputs.alibi_slopes is None) != (inputs.distances is None):
         problem = "got one of them, expected both or neither"
         raise ValueError(f"{op}: alibi_slopes, distances: {problem}")
@@ -91,6 +94,7 @@ def checked_options(
       ValueError: an argument that does not fit.
     """
     normalizer = _normalizer_object(op, normalizer, inputs.sink_logits)
+    # A window of 1 is a token alone.
     if window is not None and window < 1:
         expected = "None or a number of tokens from 1 on"
         raise ValueError(f"{op}: window: got {window}, expected {expected}")
@@ -126,7 +130,8 @@ def checked_step_options(
       ValueError: an argument that does not fit.
     """
     normalizer = _normalizer_object(op, normalizer, inputs.sink_logits)
-    # The number of slots says nothing about the number of keys.
+    # The number of slots says nothing about the number of keys. Whatever changes with a length
+    # has none yet.
     if normalizer != normalizer.for_length(1):
         expected = f"{type(normalizer).__name__}(length=...)"
         raise ValueError(
@@ -151,6 +156,7 @@ def _normalizer_object(
             expected = f"a Normalizer or one of {', '.join(NORMALIZERS)}"
             raise ValueError(f"{op}: normalizer: got {normalizer!r}, expected {expected}")
         normalizer = NORMALIZERS[normalizer]
+    # Other normalizers have no denominator, or one in which exp(sink) has no meaning.
     if sink_logits is not None and not normalizer.takes_sinks:
         got = f"an array with normalizer={normalizer}"
         expected = "none: only softmax has sinks"
@@ -158,9 +164,15 @@ def _normalizer_object(
     return normalizer
 
 
-def _check_axes(op: str, name: str, x: Array, axes: str) -> None:
+def _check_axes(
+    op: str,
+    name: str,
+    x: Array,
+    axes: str,
+) -> None:
     """`axes` as they are printed, such as "[B, T, H, K]"."""
     num_axes = axes.count(",") + 1
+    # An empty axis is refused too: a softmax over no keys has no meaning.
     if x.ndim != num_axes or 0 in x.shape:
         raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {axes} with no empty axis")
 
@@ -178,12 +190,14 @@ def _check_keys(
     """k [B, T or S, Hk, K] and v [B, T or S, Hk, V] against q [B, (T,) H, K]."""
     B = q.shape[0]
     H, K = q.shape[-2:]
+    # Grouped heads: H / Hk query heads share a key head.
     Hk = k.shape[2]
     if k.shape[0] != B or k.shape[3] != K or H % Hk != 0:
         expected = [B, length, f"a divisor of {H}", K]
         raise ValueError(
             f"{op}: {k_name}: got shape {k.shape}, expected {expected} for q of shape {q.shape}"
         )
+    # Values have heads like keys, and channels of their own.
     if v.shape[:3] != k.shape[:3]:
         expected = f"{[*k.shape[:3], 'V']} for {k_name} of shape {k.shape}"
         raise ValueError(f"{op}: {v_name}: got shape {v.shape}, expected {expected}")
@@ -192,9 +206,15 @@ def _check_keys(
     check_float(op, v_name, v)
 
 
-def _check_gate_logits(op: str, gate_logits: Array | None, q: Array, v: Array) -> None:
+def _check_gate_logits(
+    op: str,
+    gate_logits: Array | None,
+    q: Array,
+    v: Array,
+) -> None:
     if gate_logits is None:
         return
+    # A gate a channel of the output, or one a head.
     element_wise = (*q.shape[:-1], v.shape[-1])
     head_wise = (*q.shape[:-1], 1)
     if gate_logits.shape not in (element_wise, head_wise):
@@ -203,7 +223,12 @@ def _check_gate_logits(op: str, gate_logits: Array | None, q: Array, v: Array) -
     check_float(op, "gate_logits", gate_logits)
 
 
-def _check_by_head(op: str, name: str, x: Array | None, q: Array) -> None:
+def _check_by_head(
+    op: str,
+    name: str,
+    x: Array | None,
+    q: Array,
+) -> None:
     """One number a head."""
     if x is None:
         return
@@ -213,6 +238,7 @@ def _check_by_head(op: str, name: str, x: Array | None, q: Array) -> None:
 
 
 def _check_soft_cap(op: str, logits_soft_cap: float | None) -> None:
+    # Also NaN is refused: it is not above 0.
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         expected = "None or a number above 0"
         raise ValueError(f"{op}: logits_soft_cap: got {logits_soft_cap}, expected {expected}")

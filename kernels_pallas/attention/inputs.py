@@ -43,6 +43,7 @@ class AttentionOptions(NamedTuple):
 
     def for_length(self, length: int) -> Self:
         """The options for `length` keys: some normalizers divide by their number."""
+        # A length that the caller gave the normalizer stays.
         return self._replace(normalizer=self.normalizer.for_length(length))
 
 

@@ -77,14 +77,17 @@ def attention_sharded(
         logits_soft_cap=logits_soft_cap,
         scale=scale,
     )
+    # Only the xla backend takes queries that start later than the keys.
     refusal = "takes no queries that are a part of the sequence"
     dispatch.choose(op, implementation, dict.fromkeys(("reference", "tpu", "gpu"), refusal))
 
     num_devices = jax.lax.axis_size(axis_name)
     device = jax.lax.axis_index(axis_name)
     tokens = q.shape[1]
+    # The length of the whole sequence.
     options = options.for_length(num_devices * tokens)
-    inputs = AttentionInputs(*all_varying(*inputs))
+    inputs = AttentionInputs._make(all_varying(*inputs))
+    # A short window reaches no farther than the device before.
     if causal and window is not None and window <= tokens:
         keys = _keys_of_two_devices(inputs, window, axis_name)
         inputs = inputs._replace(k=keys.k, v=keys.v, segment_ids=keys.query_segments)
@@ -95,20 +98,28 @@ def attention_sharded(
             key_segment_ids=keys.key_segments,
         )
 
-    all_segments = _gathered(inputs.segment_ids, axis_name)
+    all_segments = inputs.segment_ids
+    if all_segments is not None:
+        all_segments = _gathered(all_segments, axis_name)
     inputs = inputs._replace(
         k=_gathered(inputs.k, axis_name),
         v=_gathered(inputs.v, axis_name),
     )
 
-    def attend(q: Array, gate_logits: Array | None, first: Array) -> Array:
+    def attend(
+        q: Array,
+        gate_logits: Array | None,
+        first: Array,
+    ) -> Array:
         """Queries from position `first` on against all keys."""
+        # Cut from the gathered ones: these queries may be of another device.
         segments = None
         if all_segments is not None:
             segments = jax.lax.dynamic_slice_in_dim(all_segments, first, q.shape[1], axis=1)
         part = inputs._replace(q=q, gate_logits=gate_logits, segment_ids=segments)
         return xla.attention(part, options, first=first, key_segment_ids=all_segments)
 
+    # Without `causal` every query sees as much as any other, and nothing needs to be exchanged.
     if not causal or tokens % 2 == 1 or num_devices == 1:
         return attend(inputs.q, inputs.gate_logits, device * tokens)
 
@@ -119,6 +130,7 @@ def attention_sharded(
         gates = pieces.sent(inputs.gate_logits)
     outputs = []
     for q_piece, gate, number in zip(queries, gates, pieces.numbers(device)):
+        # Pieces are half of a device's tokens, in the order of the sequence.
         first = number * (tokens // 2)
         outputs.append(attend(q_piece, gate, first))
     return pieces.returned(*outputs)
@@ -148,6 +160,7 @@ class _Pieces(NamedTuple):
 
     def sent(self, x: Array) -> tuple[Array, Array]:
         """x [B, T, ...] of this device -> the two pieces [B, T / 2, ...] that it attends for."""
+        # Everybody's first halves are the even pieces, of which each device attends for one.
         first, second = jnp.split(x, 2, axis=1)
         return (
             jax.lax.ppermute(first, self.axis_name, self._routes(0)),
@@ -168,39 +181,42 @@ class _Pieces(NamedTuple):
         return [(destination, source) for source, destination in self._routes(half)]
 
 
-def _gathered(x: Array | None, axis_name: str) -> Array | None:
-    """The whole sequence of `x` [B, T, ...]."""
-    if x is None:
-        return None
+def _gathered(x: Array, axis_name: str) -> Array:
+    """The whole sequence of `x` [B, T, ...]. Its transpose is a reduce-scatter."""
     return jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
 
 
 class _Keys(NamedTuple):
-    """This device's keys behind the last ones of the device before.
-
-    Attributes:
-      first: the position of the first query among these keys.
-    """
+    """This device's keys behind the last ones of the device before."""
 
     k: Array
     v: Array
+    # Of this device's tokens.
     query_segments: Array
+    # Of all these keys.
     key_segments: Array
+    # The position of the first query among these keys.
     first: int
 
 
-def _keys_of_two_devices(inputs: AttentionInputs, window: int, axis_name: str) -> _Keys:
+def _keys_of_two_devices(
+    inputs: AttentionInputs,
+    window: int,
+    axis_name: str,
+) -> _Keys:
     """What a short window may see."""
     B, tokens = inputs.k.shape[:2]
     # The first query sees itself and window - 1 keys before it; no slice is empty.
     reach = max(window - 1, 1)
     num_devices = jax.lax.axis_size(axis_name)
+    # Nobody sends to the first device, which gets zeros.
     to_the_next = [(i, i + 1) for i in range(num_devices - 1)]
 
     def before(x: Array) -> Array:
         """The last tokens of the device before; zeros on the first device."""
         return jax.lax.ppermute(x[:, tokens - reach :], axis_name, to_the_next)
 
+    # Even without documents the first device must not see those zeros.
     segments = inputs.segment_ids
     if segments is None:
         segments = varying_like(jnp.zeros((B, tokens), jnp.int32), inputs.k)

@@ -23,7 +23,12 @@ def statistics_dtype(*inputs: Array) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, jnp.result_type(*inputs))
 
 
-def matmul(subscripts: str, x: Array, y: Array, dtype: jnp.dtype) -> Array:
+def matmul(
+    subscripts: str,
+    x: Array,
+    y: Array,
+    dtype: jnp.dtype,
+) -> Array:
     """An einsum of two operands, accumulated and returned in `dtype`.
 
     Two of 16 bits are multiplied as such. One of 16 bits with one of 32 takes part in float32 at
@@ -41,6 +46,7 @@ def matmul(subscripts: str, x: Array, y: Array, dtype: jnp.dtype) -> Array:
     Raises:
       ValueError: shapes that the subscripts do not fit.
     """
+    # None is the machine's default.
     precision = None
     if min(x.dtype.itemsize, y.dtype.itemsize) > 2:
         precision = "highest"
@@ -79,6 +85,7 @@ def visible_pairs(
     Returns:
       The mask, or None if every pair is visible.
     """
+    # How many tokens back the key is.
     distance = queries - keys
     conditions = []
     if length is not None:
@@ -91,10 +98,12 @@ def visible_pairs(
         steps = distance if causal else jnp.abs(distance)
         conditions.append(steps < window)
     if query_segments is not None and key_segments is not None:
+        # Tokens see their own document only.
         conditions.append(query_segments == key_segments)
 
     if not conditions:
         return None
+    # No `all` over a new axis: kernels have no such arrays.
     mask = conditions[0]
     for condition in conditions[1:]:
         mask = mask & condition
@@ -105,10 +114,15 @@ def soft_capped(s: Array, logits_soft_cap: float | None) -> Array:
     """c tanh(s / c); s itself without a cap."""
     if logits_soft_cap is None:
         return s
+    # Multiplied by the reciprocal, a constant, instead of divided.
     return logits_soft_cap * jnp.tanh(s * (1 / logits_soft_cap))
 
 
-def through_soft_cap(ds: Array, capped: Array, logits_soft_cap: float | None) -> Array:
+def through_soft_cap(
+    ds: Array,
+    capped: Array,
+    logits_soft_cap: float | None,
+) -> Array:
     """The gradient of the logits before the soft cap, from that of the `capped` ones."""
     if logits_soft_cap is None:
         return ds
@@ -166,33 +180,29 @@ def distance(
 class Alibi(NamedTuple):
     """What ALiBi subtracts from a tile's logits: slope times distance."""
 
+    # Of the row's head.
     slopes: Float[Array, "... R 1"]
+    # [..., R, C], or [..., 1, C] where every row has the same position.
     distances: Float[Array, "... C"]
 
 
 class Mask(NamedTuple):
-    """Where a tile lies among the queries and keys.
+    """Where a tile lies among the queries and keys."""
 
-    Attributes:
-      seen: which keys a row may see; None if every one.
-      keys: the keys' positions, which tell them apart.
-      alibi: None without slopes.
-    """
-
+    # Which keys a row may see; None if every one.
     seen: Bool[Array, "... R C"] | None
+    # The keys' positions, which tell them apart.
     keys: Int[Array, "1 C"]
+    # None without slopes.
     alibi: Alibi | None
 
 
 class Logits(NamedTuple):
-    """A tile of logits before the mask.
+    """A tile of logits before the mask."""
 
-    Attributes:
-      s: the logits.
-      capped: the same before ALiBi, which the gradient of a soft cap needs.
-    """
-
+    # The logits.
     s: Float[Array, "... R C"]
+    # The same before ALiBi, which the gradient of a soft cap needs.
     capped: Float[Array, "... R C"]
 
 
@@ -218,6 +228,7 @@ def logits(
       The logits, and what they were before ALiBi.
     """
     s = scale * matmul("...rk,...ck->...rc", q, k, dtype)
+    # The cap bounds what queries and keys say; distances are not bounded.
     capped = soft_capped(s, logits_soft_cap)
     if alibi is None:
         return Logits(capped, capped)
@@ -243,22 +254,20 @@ def accumulate(
     """
     result = []
     for before, weights in zip(sums, added.weights):
+        # A new maximum of the row makes all that was summed before smaller.
         kept = before if added.keep is None else added.keep * before
         result.append(kept + product(weights, v))
     return result
 
 
 class RowGradient(NamedTuple):
-    """What the backward pass knows of a tile's rows.
+    """What the backward pass knows of a tile's rows."""
 
-    Attributes:
-      do: the gradient of the ungated output.
-      deltas: sum(do * output) for each output in `Normalizer.deltas`.
-      saved: what `Normalizer.finish` saved.
-    """
-
+    # The gradient of the ungated output.
     do: Float[Array, "... R V"]
+    # sum(do * output) [..., R, 1] for each output in `Normalizer.deltas`.
     deltas: Sequence[Array]
+    # What `Normalizer.finish` saved [..., R, 1].
     saved: Row
 
 
@@ -298,15 +307,18 @@ def gradients(
     Returns:
       The tile's part of every gradient, in `dtype`.
     """
+    # The logits of the forward pass again.
     s = logits(q, k, mask.alibi, scale=scale, logits_soft_cap=logits_soft_cap, dtype=dtype)
     dweights = matmul("...rv,...cv->...rc", row.do, v, dtype)
     weights, ds = normalizer.gradient(s.s, mask.seen, mask.keys, dweights, row.deltas, row.saved)
     dv = matmul("...rc,...rv->...cv", weights, row.do, dtype)
 
+    # Of s = capped - slope * distance; after the soft cap, so before its gradient.
     dslopes = None
     if mask.alibi is not None:
         dslopes = -jnp.sum(ds * mask.alibi.distances, axis=-1, keepdims=True)
 
+    # From here on ds is the gradient of scale q k^T.
     ds = through_soft_cap(ds, s.capped, logits_soft_cap)
     dq = matmul("...rc,...ck->...rk", ds, k, dtype)
     dk = matmul("...rc,...rk->...ck", ds, q, dtype)

@@ -27,6 +27,7 @@ from kernels_pallas.attention.normalizers.base import AddTile, Row
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
 
+# What the op names with `checkpoint_name`.
 OUT_NAME = "attention_out"
 STATISTIC_NAME = "attention_lse"
 
@@ -100,7 +101,10 @@ def attention_step(inputs: StepInputs, options: StepOptions) -> Float[Array, "B 
         k_segments=k_segments,
         distances=inputs.distances,
     )
-    gate_logits = None if inputs.gate_logits is None else inputs.gate_logits[:, None]
+    gate_logits = inputs.gate_logits
+    if gate_logits is not None:
+        # T = 1, like the query.
+        gate_logits = gate_logits[:, None]
     return _attention(plan, ungated, gate_logits)[:, 0]
 
 
@@ -109,12 +113,18 @@ class _Residuals(NamedTuple):
 
     inputs: UngatedInputs
     gate_logits: Array | None
+    # o, and the other outputs of the normalizer in `deltas` [B, T, H, V].
     outputs: tuple[Array, ...]
+    # Of rows, in blocks [Nq, B, Hk, R, 1].
     saved: Row
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, inputs: UngatedInputs, gate_logits: Array | None) -> Array:
+def _attention(
+    plan: Plan,
+    inputs: UngatedInputs,
+    gate_logits: Array | None,
+) -> Array:
     outputs, _ = _forward(plan, inputs)
     return _gated(outputs[0], gate_logits).astype(inputs.v.dtype)
 
@@ -138,6 +148,7 @@ def _attention_bwd(
     dy: Array,
 ) -> tuple[UngatedInputs, Array | None]:
     outputs = residuals.outputs
+    # dy is the broadcast of a number if the loss is a sum: see `opaque`.
     inputs, dy = opaque((residuals.inputs, dy))
     do, dgate = _gate_gradient(dy, residuals.gate_logits, outputs[0])
     # With y = o sigmoid(gate_logits), sum(do o) is sum(dy y): nothing is divided by a gate that
@@ -166,6 +177,7 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
     They are not rounded to 16 bits. Kept in bfloat16, o would bring most of the error of dq,
     through deltas, and half of that of the gate's gradient.
     """
+    # Keys or values that are a broadcast would meet a fault of XLA on CPUs: see `opaque`.
     inputs = opaque(inputs)
     normalizer = plan.normalizer
     T = inputs.q.shape[1]
@@ -207,9 +219,11 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
             row, sums = carry
             keys = blocks.take(key_blocks, j)
             added = normalizer.add(row, *masked_logits(j, keys))
+            # The values are multiplied by weights that are not normalized yet.
             sums = tile.accumulate(sums, added, keys.v, product)
             return added.row, sums
 
+        # Most normalizers know nothing before, and make no other pass.
         known = normalizer.prepare(pass_over_keys, constants.zero)
         row = normalizer.start(constants.zero, known, constants.sink)
         sums = [empty_sum] * normalizer.sums
@@ -219,6 +233,7 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
         kept = [o for n, o in enumerate(outputs) if n == 0 or n in normalizer.deltas]
         return None, (kept, saved)
 
+    # Query blocks do not depend on each other: nothing is carried.
     _, (outputs, saved) = blocks.scan_blocks(attend, None, query_blocks)
     outputs = tuple(blocks.join(o, plan.block_q, T) for o in outputs)
     return outputs, saved
@@ -263,10 +278,12 @@ def _input_gradients(
             )
             if dslopes is not None:
                 dslopes = dslopes + new.dslopes
+            # A loop over query blocks carries dk and dv, so that XLA updates them in place.
             dk = blocks.add_at(dk, j, new.dk)
             dv = blocks.add_at(dv, j, new.dv)
             return dq + new.dq, dslopes, dk, dv
 
+        # The tiles of the forward pass, and no others.
         first_query = blocks.first_position(plan, inputs, rows.number)
         first, end = blocks.key_range(plan, num_keys, first_query)
         start = (zeros_like(rows.q), no_dslopes, *dkv)
@@ -274,6 +291,7 @@ def _input_gradients(
         dq = (plan.scale * dq).astype(rows.q.dtype)
         return (dk, dv), (dq, dslopes)
 
+    # Sums over query blocks and over the heads of a group, in the statistics' dtype.
     no_dkv = (zeros_like(key_blocks.k), zeros_like(key_blocks.v))
     dkv, by_row = blocks.scan_blocks(query_block, no_dkv, (query_blocks, row))
     dk, dv = dkv
@@ -281,12 +299,14 @@ def _input_gradients(
 
     dsink = None
     if inputs.sink_logits is not None:
+        assert constants.sink is not None
+        # By row; the rows of a head share its sink.
         dsink = plan.normalizer.sink_gradient(constants.sink, row.deltas, row.saved)
         dsink = blocks.sum_by_head(dsink, plan.block_q).astype(inputs.sink_logits.dtype)
     if inputs.alibi_slopes is not None:
         dslopes = blocks.sum_by_head(dslopes, plan.block_q).astype(inputs.alibi_slopes.dtype)
 
-    # Tiles leave the scale out: see `tile.TileGradients`.
+    # Tiles leave the scale out: see `tile.TileGradients`. Integer inputs have no gradient (None).
     dk = blocks.join(plan.scale * dk, plan.block_k, num_keys)
     dv = blocks.join(dv, plan.block_k, num_keys)
     return UngatedInputs(
@@ -315,6 +335,7 @@ def _gate_gradient(
     if gate_logits is None:
         return dy, None
     gate = _sigmoid(gate_logits)
+    # y = o g, and the sigmoid's derivative is g (1 - g).
     dgate = dy * o * gate * (1 - gate)
     if gate_logits.shape != o.shape:
         # A head-wise gate multiplies every channel.

@@ -49,16 +49,13 @@ KeyPass = Callable[[Row, AddTile], Row]
 
 
 class Added(NamedTuple):
-    """What a tile does to a row.
+    """What a tile does to a row."""
 
-    Attributes:
-      row: the statistics after the tile.
-      keep: what the sums so far are multiplied by; None if they stay.
-      weights: the tile's weights [R, C], for each of the sums.
-    """
-
+    # The statistics after the tile.
     row: Row
+    # What the sums so far are multiplied by [R, 1]; None if they stay.
     keep: Array | None
+    # The tile's weights [R, C], for each of the sums.
     weights: tuple[Array, ...]
 
 
@@ -67,43 +64,64 @@ class Normalizer:
     """The contract, and what most normalizers have in common.
 
     A new one is a frozen dataclass, because it is a static argument.
-
-    Attributes:
-      sums: how many sums of weighted values a row keeps.
-      deltas: the outputs whose product with do the backward pass needs.
-      walks: passes over the keys, forward; more than one go with `prepare`.
-      takes_sinks: whether `start` knows what to do with a sink.
     """
 
+    # How many sums of weighted values a row keeps.
     sums: ClassVar[int] = 1
+    # The outputs whose product with do the backward pass needs.
     deltas: ClassVar[tuple[int, ...]] = (0,)
+    # Passes over the keys, forward; more than one go with `prepare`.
     walks: ClassVar[int] = 1
+    # Whether `start` knows what to do with a sink.
     takes_sinks: ClassVar[bool] = False
 
     def for_length(self, length: int) -> Self:
         """The normalizer with what depends on the number of keys filled in."""
         return self
 
-    def prepare(self, pass_over_keys: KeyPass, zero: Array) -> Row:
+    def prepare(
+        self,
+        pass_over_keys: KeyPass,
+        zero: Array,
+    ) -> Row:
         """What must be known of a row before its keys are weighed."""
         return ()
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         """The statistics of a row before the first tile; `known` is what `prepare` found."""
         return ()
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         """One tile of logits `s` [R, C]."""
         raise NotImplementedError
 
-    def merge(self, row: Row, sums: Sequence[Array]) -> tuple[Row, list[Array]]:
+    def merge(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[Row, list[Array]]:
         """Rows of N parts of the keys as one row, for caches that are split.
 
         Statistics are [N, R, 1] each, sums [N, R, V]; the results lack the first axis.
         """
         return (), [jnp.sum(x, axis=0) for x in sums]
 
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         """(outputs [R, V] each, what the backward pass must know of a row)."""
         return tuple(sums), ()
 
@@ -132,7 +150,12 @@ class Normalizer:
         """
         raise NotImplementedError
 
-    def sink_gradient(self, sink: Array, deltas: Sequence[Array], saved: Row) -> Array:
+    def sink_gradient(
+        self,
+        sink: Array,
+        deltas: Sequence[Array],
+        saved: Row,
+    ) -> Array:
         """The gradient of a row's sink [R, 1]."""
         raise NotImplementedError
 
@@ -146,28 +169,50 @@ class Softmax(Normalizer):
 
     takes_sinks: ClassVar[bool] = True
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         if sink is None:
+            # No maximum and no sum yet.
             return zero - jnp.inf, zero
         # A sink is a key without a value: the first maximum of the row, with weight 1.
         # A sink of -inf is none.
         total = (sink > -jnp.inf).astype(zero.dtype)
         return sink, total
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         before, total = row
         s = masked(s, seen)
+        # Masked logits are -inf, and their p is 0.
         m, p, keep = online_exp(before, s, row_max(s))
         total = keep * total + row_sum(p)
         return Added((m, total), keep, (p,))
 
-    def merge(self, row: Row, sums: Sequence[Array]) -> tuple[Row, list[Array]]:
+    def merge(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[Row, list[Array]]:
         m, total, *sums = at_one_maximum(*row, *sums)
         return (m, total), sums
 
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         m, total = row
         o = sums[0] * inverse(total)
+        # One number a row is enough to compute its weights again; -inf if it saw nothing.
         lse = m + jnp.log(total)
         return (o,), (lse,)
 
@@ -182,9 +227,15 @@ class Softmax(Normalizer):
     ) -> tuple[Array, Array]:
         (lse,) = saved
         p = jnp.exp(masked(s, seen) - finite(lse))
+        # ds_j = p_j (dp_j - sum_i p_i dp_i), and that sum is sum(do * o).
         return p, p * (dp - deltas[0])
 
-    def sink_gradient(self, sink: Array, deltas: Sequence[Array], saved: Row) -> Array:
+    def sink_gradient(
+        self,
+        sink: Array,
+        deltas: Sequence[Array],
+        saved: Row,
+    ) -> Array:
         # As ds of a key whose value is 0, and so its dp.
         (lse,) = saved
         return -jnp.exp(sink - finite(lse)) * deltas[0]
@@ -225,25 +276,27 @@ def softplus(s: Array) -> Array:
 
 
 class OnlineExp(NamedTuple):
-    """A tile's exponentials, taken at the row's maximum so far.
+    """A tile's exponentials, taken at the row's maximum so far."""
 
-    Attributes:
-      m: that maximum.
-      p: exp(s - m).
-      keep: what sums at the maximum before the tile are multiplied by.
-    """
-
+    # That maximum [R, 1].
     m: Array
+    # exp(s - m) [R, C].
     p: Array
+    # What sums at the maximum before the tile are multiplied by [R, 1].
     keep: Array
 
 
-def online_exp(before: Array, s: Array, largest: Array) -> OnlineExp:
+def online_exp(
+    before: Array,
+    s: Array,
+    largest: Array,
+) -> OnlineExp:
     """Moves a row to a new maximum.
 
     `before` [R, 1] is the maximum before the tile, `largest` [R, 1] that of the masked logits `s`.
     """
     m = jnp.maximum(before, largest)
+    # A row that has seen nothing has m = -inf, and p = keep = 0.
     shift = finite(m)
     p = jnp.exp(s - shift)
     keep = jnp.exp(before - shift)
@@ -253,5 +306,6 @@ def online_exp(before: Array, s: Array, largest: Array) -> OnlineExp:
 def at_one_maximum(m: Array, *sums: Array) -> tuple[Array, ...]:
     """The largest of N parts' maxima [N, R, 1]; then their sums [N, ...], added up at that one."""
     most = jnp.max(m, axis=0)
+    # 0 for a part that has seen nothing.
     keep = jnp.exp(m - finite(most))
     return most, *(jnp.sum(keep * x, axis=0) for x in sums)

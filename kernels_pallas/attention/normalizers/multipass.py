@@ -52,25 +52,51 @@ class ClippedSoftmax(Normalizer):
     def for_length(self, length: int) -> Self:
         return self if self.length else replace(self, length=length)
 
-    def prepare(self, pass_over_keys: KeyPass, zero: Array) -> Row:
+    def prepare(
+        self,
+        pass_over_keys: KeyPass,
+        zero: Array,
+    ) -> Row:
+        # The first pass finds the softmax's denominator, without values.
         softmax = Softmax()
 
-        def add(row: Row, s: Array, seen: Array | None, keys: Array) -> Row:
+        def add(
+            row: Row,
+            s: Array,
+            seen: Array | None,
+            keys: Array,
+        ) -> Row:
             return softmax.add(row, s, seen, keys).row
 
         m, total = pass_over_keys(softmax.start(zero), add)
         lse = m + jnp.log(total)
         return (lse,)
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         return known
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
+        # The weights are final: they are not divided by anything in `finish`.
         (lse,) = row
         _, weights, unclipped = self._weights(s, seen, lse)
         return Added(row, None, (weights, unclipped))
 
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         return tuple(sums), row
 
     def gradient(
@@ -84,13 +110,21 @@ class ClippedSoftmax(Normalizer):
     ) -> tuple[Array, Array]:
         (lse,) = saved
         p, weights, unclipped = self._weights(s, seen, lse)
+        # With w = (zeta - gamma) p inside the clip, and constant outside of it:
+        # ds_j = w_j dp_j - p_j sum_i w_i dp_i, and that sum is sum(do * outputs[1]).
         return weights, unclipped * dp - p * deltas[0]
 
-    def _weights(self, s: Array, seen: Array | None, lse: Array) -> tuple[Array, Array, Array]:
+    def _weights(
+        self,
+        s: Array,
+        seen: Array | None,
+        lse: Array,
+    ) -> tuple[Array, Array, Array]:
         """The softmax p, its clipped stretch, and (zeta - gamma) p where that is not clipped."""
         assert self.length is not None, "api.py fills it in"
         gamma = -self.alpha / self.length
         p = jnp.exp(masked(s, seen) - finite(lse))
+        # A key that is not seen has p = 0, and is clipped to 0: gamma is not positive.
         scaled = (self.zeta - gamma) * p
         stretched = scaled + gamma
         inside = (stretched > 0) & (stretched < 1)
@@ -117,10 +151,20 @@ class ReweightedSoftplus(Normalizer):
             expected = "an integer from 2 on"
             raise ValueError(f"ReweightedSoftplus: power: got {self.power}, expected {expected}")
 
-    def prepare(self, pass_over_keys: KeyPass, zero: Array) -> Row:
-        def add(row: Row, s: Array, seen: Array | None, keys: Array) -> Row:
+    def prepare(
+        self,
+        pass_over_keys: KeyPass,
+        zero: Array,
+    ) -> Row:
+        def add(
+            row: Row,
+            s: Array,
+            seen: Array | None,
+            keys: Array,
+        ) -> Row:
             total, count, m = row
             s = masked(s, seen)
+            # How many keys a row sees: with `seen` None all of the tile.
             visible = (s > -jnp.inf).astype(s.dtype)
             count = count + row_sum(visible)
             m = jnp.maximum(m, row_max(s))
@@ -128,6 +172,7 @@ class ReweightedSoftplus(Normalizer):
             return total, count, m
 
         total, count, m = pass_over_keys((zero, zero, zero - jnp.inf), add)
+        # n A is softplus(s) * per_mean.
         per_sum = inverse(total)
         per_mean = count * per_sum
         subtracted = (count > 3).astype(zero.dtype)
@@ -136,21 +181,38 @@ class ReweightedSoftplus(Normalizer):
         per_largest = jnp.where(largest > 1e-6, inverse(largest), 0)
         return per_sum, per_mean, subtracted, per_largest
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         return (*known, zero, zero)
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         *known, total, slopes = row
         s = masked(s, seen)
         steep, weights = self._weights(s, known)
+        # Proportional to d weight / d sum A: a weight depends on the sum by softplus(s) / sum A.
         slope = steep * softplus(s)
         total = total + row_sum(weights)
         slopes = slopes + row_sum(slope)
         return Added((*known, total, slopes), None, (weights, slope))
 
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         *known, total, slopes = row
         per_total = inverse(total)
+        # o, and the mean of the values by the slopes.
         outputs = tuple(x * per_total for x in sums)
         return outputs, (*known, per_total, slopes * per_total)
 
@@ -170,13 +232,21 @@ class ReweightedSoftplus(Normalizer):
         # Through this key's own weight, and through the sum of A.
         through_weight = steep * per_total * (dp - deltas[0])
         through_sum = per_sum * (deltas[1] - deltas[0] * slopes)
+        # d x^power / d A = power x^(power - 1) n / largest; the largest is a constant factor of
+        # the row, which the division by the weights' sum takes out again.
         da = per_mean * per_largest * self.power * (through_weight - through_sum)
+        # d softplus(s) / ds
         return weights * per_total, da * jax.nn.sigmoid(s)
 
-    def _weights(self, s: Array, known: Sequence[Array]) -> tuple[Array, Array]:
+    def _weights(
+        self,
+        s: Array,
+        known: Sequence[Array],
+    ) -> tuple[Array, Array]:
         """x^(power - 1) and x^power of x = relu(n A - 1) / its largest."""
         _, per_mean, subtracted, per_largest = known
         x = jnp.maximum(softplus(s) * per_mean - subtracted, 0) * per_largest
+        # An integer power: 0 stays 0, and no logarithm is taken.
         steep = jax.lax.integer_pow(x, self.power - 1)
         return steep, steep * x
 
@@ -199,11 +269,21 @@ class AdaptiveTemperature(Normalizer):
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
     walks: ClassVar[int] = 2
 
-    def prepare(self, pass_over_keys: KeyPass, zero: Array) -> Row:
-        def add(row: Row, s: Array, seen: Array | None, keys: Array) -> Row:
+    def prepare(
+        self,
+        pass_over_keys: KeyPass,
+        zero: Array,
+    ) -> Row:
+        def add(
+            row: Row,
+            s: Array,
+            seen: Array | None,
+            keys: Array,
+        ) -> Row:
             before, total, gaps = row
             s = masked(s, seen)
             m, p, keep = online_exp(before, s, row_max(s))
+            # How far the maximum rises; 0 in the first tile that a row sees something of.
             rise = jnp.where(before == -jnp.inf, 0, finite(m) - before)
             # The sum of exp(s - m) (m - s), whose terms are all positive: every m - s so far has
             # grown by the rise of the maximum.
@@ -216,23 +296,41 @@ class AdaptiveTemperature(Normalizer):
         log_total = jnp.log(jnp.where(total > 0, total, 1))
         entropy = jnp.where(total > 0, log_total + gaps * inverse(total), 0)
         beta, slope = self._beta(entropy)
+        # beta is positive: where s is largest, beta s is too, and m serves both.
         lse = m + jnp.log(total)
         return finite(m), lse, entropy, beta, slope
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         return (*known, zero, zero)
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         *known, total, gaps = row
         p, gap = self._weights(s, seen, known)
+        # d exp(beta (s - m)) / d beta = -p gap
         weighted_gap = p * gap
         total = total + row_sum(p)
         gaps = gaps + row_sum(weighted_gap)
         return Added((*known, total, gaps), None, (p, weighted_gap))
 
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         *known, total, gaps = row
         per_total = inverse(total)
+        # o, and the mean of the values by p gap.
         outputs = tuple(x * per_total for x in sums)
         return outputs, (*known, per_total, gaps * per_total)
 
@@ -255,6 +353,7 @@ class AdaptiveTemperature(Normalizer):
         # The softmax without a temperature, and its logarithm.
         plain = jnp.exp(s - finite(lse))
         log_plain = -_gap(s, finite(lse))
+        # Through beta s, with a constant beta.
         ds = beta * p * (dp - deltas[0])
         # d entropy / ds = -plain (log plain + entropy)
         ds = ds - dentropy * plain * (log_plain + entropy)
@@ -278,115 +377,9 @@ class AdaptiveTemperature(Normalizer):
         for coefficient in self.polynomial:
             slope = slope * entropy + value
             value = value * entropy + coefficient
+        # Where beta stays 1, it has no gradient.
         sharper = (entropy > self.threshold) & (value > 1)
         return jnp.where(sharper, value, 1), jnp.where(sharper, slope, 0)
-
-
-@dataclass(frozen=True)
-class Entmax(Normalizer):
-    """alpha-entmax (arXiv 1905.05702): relu((alpha - 1) s - tau)^(1 / (alpha - 1)).
-
-    tau is such that a row sums to 1. 1 < alpha <= 2; 2 is sparsemax (1602.02068). The sum is convex
-    and falls with tau, so Newton's steps from the left never pass the root: no bisection is needed,
-    and steps end when tau moves no more (about 10 passes). The backward pass needs sum u v / sum u,
-    u = weights^(2 - alpha) (2502.12082): the second sum.
-
-    Attributes:
-      steps: Newton's steps, at most.
-      walks: about so many passes.
-    """
-
-    alpha: float = 1.5
-    steps: int = 60
-    sums: ClassVar[int] = 2
-    deltas: ClassVar[tuple[int, ...]] = (1,)
-    walks: ClassVar[int] = 12
-
-    def __post_init__(self) -> None:
-        if not 1 < self.alpha <= 2:
-            expected = "above 1 and at most 2 (1 is softmax)"
-            raise ValueError(f"Entmax: alpha: got {self.alpha}, expected {expected}")
-
-    def prepare(self, pass_over_keys: KeyPass, zero: Array) -> Row:
-        def add_maximum(row: Row, s: Array, seen: Array | None, keys: Array) -> Row:
-            (m,) = row
-            return (jnp.maximum(m, row_max(masked(s, seen))),)
-
-        (m,) = pass_over_keys((zero - jnp.inf,), add_maximum)
-        m = finite(m)
-        smallest_step = 2 * jnp.finfo(zero.dtype).eps
-
-        def newton_step(state: tuple) -> tuple:
-            i, tau, _ = state
-
-            def add(row: Row, s: Array, seen: Array | None, keys: Array) -> Row:
-                total, slope = row
-                p, u = self._weights(s, seen, tau, m)
-                return total + row_sum(p), slope + row_sum(u)
-
-            total, slope = pass_over_keys((zero, zero), add)
-            # d total / d tau = -slope / (alpha - 1)
-            step = (total - 1) * (self.alpha - 1) * inverse(slope)
-            step = jnp.where(total > 1, step, 0)
-            return i + 1, tau + step, step
-
-        def moves(state: tuple) -> Array:
-            i, _, step = state
-            return (i < self.steps) & jnp.any(step > smallest_step)
-
-        # Logits count from their maximum, so tau lies in [-1, 0) however large they are.
-        _, tau, _ = jax.lax.while_loop(moves, newton_step, (0, zero - 1, zero + 1))
-        return tau, m
-
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
-        return (*known, zero, zero)
-
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
-        tau, m, total, total_u = row
-        p, u = self._weights(s, seen, tau, m)
-        total = total + row_sum(p)
-        total_u = total_u + row_sum(u)
-        return Added((tau, m, total, total_u), None, (p, u))
-
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
-        tau, m, total, total_u = row
-        # tau is exact up to rounding, and the weights sum to 1 after this.
-        per_total = inverse(total)
-        o = sums[0] * per_total
-        mean_u = sums[1] * inverse(total_u)
-        return (o, mean_u), (tau, m, per_total)
-
-    def gradient(
-        self,
-        s: Array,
-        seen: Array | None,
-        keys: Array,
-        dp: Array,
-        deltas: Sequence[Array],
-        saved: Row,
-    ) -> tuple[Array, Array]:
-        tau, m, per_total = saved
-        p, u = self._weights(s, seen, tau, m)
-        return p * per_total, u * (dp - deltas[0])
-
-    def _weights(
-        self,
-        s: Array,
-        seen: Array | None,
-        tau: Array,
-        m: Array,
-    ) -> tuple[Array, Array]:
-        """The weights, and weights^(2 - alpha), which is 1 on the support for sparsemax."""
-        y = jnp.maximum((self.alpha - 1) * (masked(s, seen) - m) - tau, 0)
-        if self.alpha == 2:
-            return y, (y > 0).astype(y.dtype)
-        if self.alpha == 1.5:
-            return y * y, y
-        # y^(1 / (alpha - 1)) and its power 2 - alpha, by logarithms; 0 stays 0.
-        log_weight = jnp.log(jnp.where(y > 0, y, 1)) / (self.alpha - 1)
-        weight = jnp.where(y > 0, jnp.exp(log_weight), 0)
-        u = jnp.where(y > 0, jnp.exp((2 - self.alpha) * log_weight), 0)
-        return weight, u
 
 
 def _gap(s: Array, m: Array) -> Array:

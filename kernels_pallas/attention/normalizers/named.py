@@ -1,10 +1,10 @@
 """The normalizers by name, with their papers' parameters."""
 
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
+from kernels_pallas.attention.normalizers.entmax import Entmax
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
-    Entmax,
     ReweightedSoftplus,
 )
 from kernels_pallas.attention.normalizers.singlepass import (

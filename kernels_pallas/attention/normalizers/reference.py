@@ -12,10 +12,10 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax, row_sum
+from kernels_pallas.attention.normalizers.entmax import Entmax
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
-    Entmax,
     ReweightedSoftplus,
 )
 from kernels_pallas.attention.normalizers.singlepass import (
@@ -61,27 +61,49 @@ def weights(
     return jnp.where(seen, formula(normalizer, s, seen), 0)
 
 
-def _softmax(s: Array, seen: Array, sink: Array | None = None) -> Array:
+def _softmax(
+    s: Array,
+    seen: Array,
+    sink: Array | None = None,
+) -> Array:
     m = _largest(s, seen)
     if sink is not None:
         m = jnp.maximum(m, sink)
+    # The result does not depend on m.
     m = lax.stop_gradient(m)
+    # The inner `where` keeps the exponential finite where it is not used.
     p = jnp.where(seen, jnp.exp(jnp.where(seen, s - m, 0)), 0)
     total = row_sum(p)
     if sink is not None:
+        # A key with no value.
         total = total + jnp.exp(sink - m)
     return p / jnp.where(total == 0, 1, total)
 
 
-def _sigmoid(normalizer: Sigmoid, s: Array, seen: Array) -> Array:
+def _sigmoid(
+    normalizer: Sigmoid,
+    s: Array,
+    seen: Array,
+) -> Array:
+    assert normalizer.length is not None, "api.py fills it in"
     return jax.nn.sigmoid(s - jnp.log(normalizer.length))
 
 
-def _relu(normalizer: Relu, s: Array, seen: Array) -> Array:
+def _relu(
+    normalizer: Relu,
+    s: Array,
+    seen: Array,
+) -> Array:
+    assert normalizer.length is not None, "api.py fills it in"
     return jax.nn.relu(s) ** normalizer.power / normalizer.length
 
 
-def _softpick(normalizer: Softpick, s: Array, seen: Array) -> Array:
+def _softpick(
+    normalizer: Softpick,
+    s: Array,
+    seen: Array,
+) -> Array:
+    # A constant of the row, as in the paper.
     m = lax.stop_gradient(jnp.maximum(_largest(s, seen), 0))
     # e^(s-m) - e^(-m), by expm1 and for either sign of s.
     expm1 = jnp.expm1(-jnp.abs(s))
@@ -90,25 +112,45 @@ def _softpick(normalizer: Softpick, s: Array, seen: Array) -> Array:
     return jax.nn.relu(x) / (total + normalizer.eps)
 
 
-def _self_adjust(normalizer: SelfAdjust, s: Array, seen: Array) -> Array:
+def _self_adjust(
+    normalizer: SelfAdjust,
+    s: Array,
+    seen: Array,
+) -> Array:
     # argmin and argmax, so that of equal logits the first has the gradient.
     least_key = jnp.argmin(jnp.where(seen, s, jnp.inf), axis=-1, keepdims=True)
     most_key = jnp.argmax(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True)
     a = jnp.minimum(jnp.take_along_axis(s, least_key, axis=-1), 0)
     b = jnp.maximum(jnp.take_along_axis(s, most_key, axis=-1), 0)
-    return (s - a) / (b - a + 1e-10) * _softmax(s, seen)
+    fraction = (s - a) / (b - a + 1e-10)
+    return fraction * _softmax(s, seen)
 
 
-def _stablemax(normalizer: StableMax, s: Array, seen: Array) -> Array:
-    value = jnp.where(s >= 0, s + 1, 1 / (1 - jnp.minimum(s, 0)))
+def _stablemax(
+    normalizer: StableMax,
+    s: Array,
+    seen: Array,
+) -> Array:
+    # The minimum keeps the branch that is not taken, and its gradient, finite.
+    below = 1 / (1 - jnp.minimum(s, 0))
+    value = jnp.where(s >= 0, s + 1, below)
     return _normalized(value, seen)
 
 
-def _softplus(normalizer: Softplus | ReweightedSoftplus, s: Array, seen: Array) -> Array:
+def _softplus(
+    normalizer: Softplus | ReweightedSoftplus,
+    s: Array,
+    seen: Array,
+) -> Array:
     return _normalized(jax.nn.softplus(s), seen)
 
 
-def _clipped_softmax(normalizer: ClippedSoftmax, s: Array, seen: Array) -> Array:
+def _clipped_softmax(
+    normalizer: ClippedSoftmax,
+    s: Array,
+    seen: Array,
+) -> Array:
+    assert normalizer.length is not None, "api.py fills it in"
     gamma = -normalizer.alpha / normalizer.length
     stretched = (normalizer.zeta - gamma) * _softmax(s, seen) + gamma
     # Not `clip`, which has half a gradient at the bounds.
@@ -116,9 +158,16 @@ def _clipped_softmax(normalizer: ClippedSoftmax, s: Array, seen: Array) -> Array
     return jnp.where(stretched < 0, 0, at_most_one)
 
 
-def _reweighted_softplus(normalizer: ReweightedSoftplus, s: Array, seen: Array) -> Array:
+def _reweighted_softplus(
+    normalizer: ReweightedSoftplus,
+    s: Array,
+    seen: Array,
+) -> Array:
     count = row_sum(seen.astype(s.dtype))
-    x = jax.nn.relu(_softplus(normalizer, s, seen) * count - (count > 3))
+    # n A - 1; in rows of 3 keys or fewer n A.
+    above_mean = _softplus(normalizer, s, seen) * count - (count > 3)
+    x = jax.nn.relu(above_mean)
+    # Divided out: a constant factor of the row, which the sum takes out again.
     largest = lax.stop_gradient(_largest(x, seen))
     # What is left of a row whose weights are all equal is rounding error.
     positive = largest > 1e-6
@@ -126,8 +175,13 @@ def _reweighted_softplus(normalizer: ReweightedSoftplus, s: Array, seen: Array) 
     return _normalized(x**normalizer.power, seen)
 
 
-def _adaptive_temperature(normalizer: AdaptiveTemperature, s: Array, seen: Array) -> Array:
+def _adaptive_temperature(
+    normalizer: AdaptiveTemperature,
+    s: Array,
+    seen: Array,
+) -> Array:
     p = _softmax(s, seen)
+    # 0 log 0 is 0.
     entropy = -row_sum(p * jnp.log(jnp.where(p > 0, p, 1)))
     coefficients = jnp.asarray(normalizer.polynomial, s.dtype)
     beta = jnp.maximum(jnp.polyval(coefficients, entropy), 1)
@@ -135,12 +189,17 @@ def _adaptive_temperature(normalizer: AdaptiveTemperature, s: Array, seen: Array
     return _softmax(s * beta, seen)
 
 
-def _entmax(normalizer: Entmax, s: Array, seen: Array) -> Array:
+def _entmax(
+    normalizer: Entmax,
+    s: Array,
+    seen: Array,
+) -> Array:
     """Bisection of tau, then one Newton step.
 
     The step moves tau no more, and makes its gradient that of the exact root.
     """
     alpha = normalizer.alpha
+    # Logits count from their maximum, so tau lies in [-1, 0).
     m = lax.stop_gradient(_largest(s, seen))
     z = (alpha - 1) * jnp.where(seen, s - m, 0)
 
@@ -159,6 +218,7 @@ def _entmax(normalizer: Entmax, s: Array, seen: Array) -> Array:
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
+        # The sum falls with tau.
         too_low = total(middle) >= 1
         return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
 
@@ -168,6 +228,7 @@ def _entmax(normalizer: Entmax, s: Array, seen: Array) -> Array:
     tau = lax.stop_gradient(tau)
     slope = row_sum(power(above(tau), (2 - alpha) / (alpha - 1))) / (alpha - 1)
     slope = lax.stop_gradient(slope)
+    # A row that sees nothing has slope 0.
     tau = tau + (total(tau) - 1) / jnp.where(slope == 0, 1, slope)
     return power(above(tau), 1 / (alpha - 1))
 

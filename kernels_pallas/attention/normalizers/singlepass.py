@@ -25,20 +25,37 @@ from kernels_pallas.attention.normalizers.base import (
 
 
 @dataclass(frozen=True)
-class Sigmoid(Normalizer):
+class _Elementwise(Normalizer):
+    """Weights that depend on their own logit alone: rows keep no statistics."""
+
+    # ds needs nothing of the row either.
+    deltas: ClassVar[tuple[int, ...]] = ()
+
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
+        return Added(row, None, (self._weights(s, seen),))
+
+    def _weights(self, s: Array, seen: Array | None) -> Array:
+        """The weights, 0 where a key is not seen."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Sigmoid(_Elementwise):
     """sigmoid(s - log n) (arXiv 2409.04431).
 
     n is a constant, as its authors advise; the number of keys if None.
     """
 
     length: int | None = None
-    deltas: ClassVar[tuple[int, ...]] = ()
 
     def for_length(self, length: int) -> Self:
         return self if self.length else replace(self, length=length)
-
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
-        return Added(row, None, (self._weights(s, seen),))
 
     def gradient(
         self,
@@ -54,16 +71,16 @@ class Sigmoid(Normalizer):
 
     def _weights(self, s: Array, seen: Array | None) -> Array:
         assert self.length is not None, "api.py fills it in"
+        # sigmoid(-inf) is 0.
         return jax.nn.sigmoid(masked(s, seen) - math.log(self.length))
 
 
 @dataclass(frozen=True)
-class Relu(Normalizer):
+class Relu(_Elementwise):
     """relu(s)^power / n (arXiv 2309.08586), power 1 or 2. n: the number of keys if None."""
 
     power: int = 1
     length: int | None = None
-    deltas: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.power not in (1, 2):
@@ -71,9 +88,6 @@ class Relu(Normalizer):
 
     def for_length(self, length: int) -> Self:
         return self if self.length else replace(self, length=length)
-
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
-        return Added(row, None, (self._weights(s, seen),))
 
     def gradient(
         self,
@@ -85,6 +99,7 @@ class Relu(Normalizer):
         saved: Row,
     ) -> tuple[Array, Array]:
         assert self.length is not None, "api.py fills it in"
+        # d relu(s)^power / ds, 0 where a key is not seen.
         x = jnp.maximum(masked(s, seen), 0)
         slope = (x > 0).astype(s.dtype) if self.power == 1 else 2 * x
         ds = slope * dp * (1 / self.length)
@@ -108,28 +123,51 @@ class Softpick(Normalizer):
 
     eps: float = 1e-6
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         # The maximum is at least 0, or else e^(-m) overflows in a row of large negative logits.
         return zero, zero
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         before, total = row
         s = masked(s, seen)
         m = jnp.maximum(before, row_max(s))
+        # (e^s - 1) e^(-m), of either sign.
         x = jnp.tanh(0.5 * s) * (jnp.exp(s - m) + jnp.exp(-m))
         if seen is not None:
+            # At -inf it is -e^(-m), which is not 0.
             x = jnp.where(seen, x, 0)
+        # What was summed so far has the factor e^(-before).
         keep = jnp.exp(before - m)
         total = keep * total + row_sum(jnp.abs(x))
         return Added((m, total), keep, (jnp.maximum(x, 0),))
 
-    def merge(self, row: Row, sums: Sequence[Array]) -> tuple[Row, list[Array]]:
+    def merge(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[Row, list[Array]]:
         m, total, *sums = at_one_maximum(*row, *sums)
         return (m, total), sums
 
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         m, total = row
         o = sums[0] / (total + self.eps)
+        # Of the sum without the factor e^(-m), as `gradient` needs it.
         log_denominator = m + jnp.log(total + self.eps)
         return (o,), (log_denominator,)
 
@@ -146,7 +184,9 @@ class Softpick(Normalizer):
         # e^s over the denominator is the slope of e^s - 1 over it.
         slope = jnp.exp(masked(s, seen) - log_denominator)
         positive = s > 0
-        p = jnp.where(positive, jnp.tanh(0.5 * s) * (slope + jnp.exp(-log_denominator)), 0)
+        # (e^s - 1) / denominator, by tanh as in `add`.
+        x = jnp.tanh(0.5 * s) * (slope + jnp.exp(-log_denominator))
+        p = jnp.where(positive, x, 0)
         if seen is not None:
             p = jnp.where(seen, p, 0)
         # Negative logits have no weight, but their |e^s - 1| is in the denominator.
@@ -167,13 +207,27 @@ class SelfAdjust(Normalizer):
     sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
+        # Statistics: the maximum and its sum, as of softmax; the minimum; the keys of both.
         no_key = zero - 1
         return zero - jnp.inf, zero, zero + jnp.inf, no_key, no_key
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         m_before, total, least_before, least_key, most_key = row
+        # Positions are floats here, because a row's statistics are: exact up to 2^24.
         positions = keys.astype(s.dtype)
+        # What is not seen is neither the maximum nor the minimum.
         s_most = masked(s, seen)
         s_least = s if seen is None else jnp.where(seen, s, jnp.inf)
         most = row_max(s_most)
@@ -188,10 +242,15 @@ class SelfAdjust(Normalizer):
         m, p, keep = online_exp(m_before, s_most, most)
         least = jnp.minimum(least_before, least)
         total = keep * total + row_sum(p)
+        # 0 where p is: -inf * 0 would be NaN.
         s_finite = s if seen is None else jnp.where(seen, s, 0)
         return Added((m, total, least, least_key, most_key), keep, (p, s_finite * p))
 
-    def merge(self, row: Row, sums: Sequence[Array]) -> tuple[Row, list[Array]]:
+    def merge(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[Row, list[Array]]:
         parts_m, total, parts_least, least_key, most_key = row
         m, total, *sums = at_one_maximum(parts_m, total, *sums)
         least = jnp.min(parts_least, axis=0)
@@ -199,16 +258,23 @@ class SelfAdjust(Normalizer):
         def first_key(found: Array, keys: Array) -> Array:
             return jnp.min(jnp.where(found, keys, jnp.inf), axis=0)
 
+        # The first of the parts that hold the bound; each part has found its first key.
         least_key = first_key(parts_least == least, least_key)
         most_key = first_key(parts_m == m, most_key)
         return (m, total, least, least_key, most_key), sums
 
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         m, total, least, least_key, most_key = row
         a = jnp.minimum(least, 0)
         b = jnp.maximum(m, 0)
+        # Not infinite where all logits are 0.
         per_range = 1 / (b - a + 1e-10)
         softmax = sums[0] * inverse(total)
+        # sum (s - a) p v = sum s p v - a sum p v
         o = (sums[1] * inverse(total) - a * softmax) * per_range
         # A bound that is 0 belongs to no key.
         least_key = jnp.where(a < 0, least_key, -1)
@@ -233,6 +299,7 @@ class SelfAdjust(Normalizer):
         positions = keys.astype(s.dtype)
         if seen is not None:
             fraction = jnp.where(seen, fraction, 0)
+        # Through the softmax and through s itself.
         ds = p * (dp * (fraction + per_range) - delta)
         # Through a = min s and b = max s, to the keys that hold them.
         da = (delta - delta_softmax) * per_range
@@ -249,19 +316,39 @@ class _Summed(Normalizer):
     Rows whose every f underflows end as zeros.
     """
 
-    def start(self, zero: Array, known: Row = (), sink: Array | None = None) -> Row:
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         return (zero,)
 
-    def add(self, row: Row, s: Array, seen: Array | None, keys: Array) -> Added:
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         (total,) = row
+        # f(-inf) is 0. Without a maximum, sums are never rescaled.
         x, _ = self._value_and_slope(masked(s, seen))
         return Added((total + row_sum(x),), None, (x,))
 
-    def merge(self, row: Row, sums: Sequence[Array]) -> tuple[Row, list[Array]]:
+    def merge(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[Row, list[Array]]:
         (total,) = row
         return (jnp.sum(total, axis=0),), [jnp.sum(x, axis=0) for x in sums]
 
-    def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         (total,) = row
         per_total = inverse(total)
         return (sums[0] * per_total,), (per_total,)
@@ -277,6 +364,7 @@ class _Summed(Normalizer):
     ) -> tuple[Array, Array]:
         (per_total,) = saved
         x, slope = self._value_and_slope(masked(s, seen))
+        # The weights are x / total: ds_j = x'_j / total (dp_j - sum_i w_i dp_i).
         return x * per_total, slope * per_total * (dp - deltas[0])
 
     def _value_and_slope(self, s: Array) -> tuple[Array, Array]:
@@ -289,8 +377,10 @@ class StableMax(_Summed):
     """f(s) = s + 1 for s >= 0, 1 / (1 - s) below (arXiv 2501.04697)."""
 
     def _value_and_slope(self, s: Array) -> tuple[Array, Array]:
+        # The minimum keeps the branch that is not taken finite.
         below = 1 / (1 - jnp.minimum(s, 0))
         value = jnp.where(s >= 0, s + 1, below)
+        # d (1 - s)^-1 / ds = (1 - s)^-2
         slope = jnp.where(s >= 0, 1.0, below * below)
         return value, slope
 
