@@ -13,7 +13,7 @@ from gatedjax.layers import FEED_FORWARDS, MIXERS, TokenInfo
 from gatedjax.layers.moe.lora import xlora_weights
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.projection import parameter
-from kernels_pallas import RESIDUAL_NAMES
+from kernels_pallas.ops import RESIDUAL_NAMES
 
 
 def remat_policy(name: str):

@@ -23,8 +23,8 @@ from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
-from kernels_pallas import attention, attention_step
 from kernels_pallas.attention import NORMALIZERS, Normalizer, attention_sharded
+from kernels_pallas.ops import attention, attention_step
 
 
 @struct.dataclass

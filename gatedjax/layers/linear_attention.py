@@ -15,8 +15,8 @@ from gatedjax.layers.projection import Projection, parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
-from kernels_pallas import linear_scan, linear_scan_step
 from kernels_pallas.linear_scan.sharded import linear_scan_sharded
+from kernels_pallas.ops import linear_scan, linear_scan_step
 
 
 @struct.dataclass

@@ -33,7 +33,7 @@ def attention(
     alibi_slopes: Float[Array, "H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"]:
     """Self-attention, its output multiplied by sigmoid(gate_logits).
@@ -126,7 +126,7 @@ def attention_step(
     distances: Int[Array, "B S"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B H V"]:
     """One token of `attention` against a cache, for decoding: the same formulas without T.

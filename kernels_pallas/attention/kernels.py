@@ -23,9 +23,6 @@ from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads
 
-# A Pallas reference to memory, or a view of one: jax has no one public type for both.
-Ref = Any
-
 # An input of a kernel, or the shape and dtype of an output.
 Shaped = Array | jax.ShapeDtypeStruct
 

@@ -43,7 +43,7 @@ def attention_sharded(
     alibi_slopes: Float[Array, "H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "B T H V"]:
     """`attention` inside `shard_map`, with T cut over the mesh axis `axis_name`.
 

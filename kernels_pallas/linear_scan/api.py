@@ -39,7 +39,7 @@ def linear_scan(
     normalize: bool = False,
     return_final_state: bool = False,
     chunk_size: int | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Gated linear attention: a matrix state a head, decayed along its key channels, written and read once a token.
@@ -129,7 +129,7 @@ def linear_scan_step(
     inclusive: bool = True,
     scale: float | None = None,
     normalize: bool = False,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of `linear_scan`, for decoding: the same formulas and arguments without T. Returns (o, new state).

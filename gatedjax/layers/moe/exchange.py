@@ -20,9 +20,9 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from gatedjax.layers.moe.experts import Stacks, combine, grouped_mlp, mixture, sorted_inputs
-from kernels_pallas import permute_rows, sort_by_group
 from kernels_pallas.common.mesh import varying_axes, varying_like
 from kernels_pallas.dispatch import target_platform
+from kernels_pallas.ops import permute_rows, sort_by_group
 
 
 class Assigned(NamedTuple):

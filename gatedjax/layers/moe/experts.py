@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas import expert_mlp, permute_rows, sort_by_group
+from kernels_pallas.ops import expert_mlp, permute_rows, sort_by_group
 
 
 class Stacks(NamedTuple):

@@ -10,6 +10,7 @@ from gatedjax.config import LoRAMixtureConfig
 from gatedjax.layers.mlp import gated_product
 from gatedjax.layers.projection import contract, parameter
 from gatedjax.layers.token_info import TokenInfo
+from kernels_pallas.common.opaque import opaque
 
 
 def lora_experts(
@@ -91,12 +92,15 @@ class LoRAProjection(nn.Module):
             gates = parameter(
                 self, "gates", ["router", into], [c.num_experts, I], nn.initializers.zeros
             )
+            gates = opaque(gates)
             is_training_form = c.gate == "sigmoid"
             weights = (
                 sigmoid_weights(x, gates)
                 if is_training_form
                 else phatgoose_weights(x, gates, c.experts_per_token)
             )
+        # Where parameters are made in the same program, the compiler sees that b and gates are all zeros.
+        b = opaque(b)
         x = x.astype(self.dtype)
         dense = contract(x, jax.lax.stop_gradient(frozen).astype(self.dtype), 1)
         experts = lora_experts(x, weights, a.astype(self.dtype), b.astype(self.dtype))

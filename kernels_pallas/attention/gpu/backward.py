@@ -39,11 +39,11 @@ from kernels_pallas.attention.gpu.call import (
 from kernels_pallas.attention.gpu.plan import (
     KernelInputs,
     Plan,
+    Ref,
     loop_over_tiles,
     reach_of_queries,
 )
 from kernels_pallas.attention.gpu.tuning import KernelConfig
-from kernels_pallas.attention.kernels import Ref
 from kernels_pallas.common.mesh import like
 
 

@@ -13,10 +13,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas.attention.gpu.plan import Plan, segment_spans
+from kernels_pallas.attention.gpu.plan import Plan, Ref, segment_spans
 from kernels_pallas.attention.gpu.tuning import KernelConfig
-from kernels_pallas.attention.kernels import Ref, Shaped
-from kernels_pallas.common.gpu import moved
+from kernels_pallas.attention.kernels import Shaped
+from kernels_pallas.common.cost import moved
 
 # kernel(references by name)
 Kernel = Callable[[dict[str, Ref]], None]

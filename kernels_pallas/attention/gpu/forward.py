@@ -33,13 +33,13 @@ from kernels_pallas.attention.gpu.call import (
 from kernels_pallas.attention.gpu.plan import (
     KernelInputs,
     Plan,
+    Ref,
     loop_over_tiles,
     reach_of_queries,
 )
 from kernels_pallas.attention.gpu.tile import Rows
 from kernels_pallas.attention.kernels import (
     ForwardResult,
-    Ref,
     forward_result,
     saved_statistics,
 )

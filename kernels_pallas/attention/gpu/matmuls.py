@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.common.precision import one_pass_matmuls
+from kernels_pallas.common.precision import one_pass_allowed
 
 
 class Operands(NamedTuple):
@@ -31,7 +31,7 @@ OPERANDS = {
 def matmuls(*arrays: Array) -> str:
     """How a call with these inputs multiplies: a name of `OPERANDS`."""
     # As asked for by `jax.default_matmul_precision`, whatever the dtypes.
-    if not one_pass_matmuls():
+    if not one_pass_allowed():
         return "tf32_x3"
     if all(x.dtype == jnp.bfloat16 for x in arrays):
         return "bfloat16"

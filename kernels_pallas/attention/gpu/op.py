@@ -21,7 +21,7 @@ from kernels_pallas.attention.gpu.backward import RowGradients
 from kernels_pallas.attention.gpu.forward import forward
 from kernels_pallas.attention.gpu.matmuls import matmuls, operands
 from kernels_pallas.attention.gpu.plan import KernelInputs, Plan, unsupported_by_kernels
-from kernels_pallas.attention.gpu.tuning import Schedule, largest, power_of_two, schedule
+from kernels_pallas.attention.gpu.tuning import Schedule, largest, padded_channels, schedule
 from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.kernels import (
     Residuals,
@@ -29,7 +29,7 @@ from kernels_pallas.attention.kernels import (
     over_mesh,
     residuals,
 )
-from kernels_pallas.common.padding import padded
+from kernels_pallas.common.padding import padded, round_up
 
 
 def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
@@ -65,8 +65,8 @@ def _attend(inputs: AttentionInputs, options: AttentionOptions, interpret: bool)
     _, T, H, K = inputs.q.shape
     Hk = inputs.k.shape[2]
     V = inputs.v.shape[3]
-    padded_K = power_of_two(K)
-    padded_V = power_of_two(V)
+    padded_K = padded_channels(K)
+    padded_V = padded_channels(V)
     kind = matmuls(inputs.q, inputs.k, inputs.v)
     operand, precision = operands(interpret, kind)
     kernel_schedule = schedule(
@@ -122,7 +122,7 @@ def _padded_length(T: int, kernel_schedule: Schedule) -> int:
     for config in kernel_schedule:
         if config is not None:
             largest_block = max(largest_block, config.block_q, config.block_k)
-    return -(-T // largest_block) * largest_block
+    return round_up(T, largest_block)
 
 
 def _padded_tokens(plan: Plan, x: Array, width: int) -> Array:

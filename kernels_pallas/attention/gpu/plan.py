@@ -15,15 +15,17 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float, Int
 
-from kernels_pallas.attention.gpu.tuning import MAX_D, Schedule, power_of_two
+from kernels_pallas.attention.gpu.tuning import MAX_D, Schedule, padded_channels
 from kernels_pallas.attention.kernels import (
     GateKind,
-    Ref,
     count_visible_pairs,
     saved_outputs,
     unsupported_arrays,
 )
 from kernels_pallas.attention.normalizers.base import Normalizer
+
+# What a kernel gets for an array. Its type at run time is `jax.Ref`, which does not declare `at`.
+Ref = Any
 
 
 class Plan(NamedTuple):
@@ -106,7 +108,7 @@ def unsupported_by_kernels(
     if refusal is not None:
         return refusal
     # Offsets are 32-bit integers in Triton.
-    width = power_of_two(max(q.shape[-1], v.shape[-1]))
+    width = padded_channels(max(q.shape[-1], v.shape[-1]))
     elements = max(math.prod(x.shape[:-1]) * width for x in (q, k))
     if elements >= 2**31:
         return f"takes arrays below 2**31 elements, not {elements}"

@@ -33,13 +33,13 @@ from kernels_pallas.attention.gpu.call import (
     whole,
 )
 from kernels_pallas.attention.gpu.matmuls import matmuls, operands
-from kernels_pallas.attention.gpu.plan import Plan, unsupported_by_kernels
+from kernels_pallas.attention.gpu.plan import Plan, Ref, unsupported_by_kernels
 from kernels_pallas.attention.gpu.tile import Rows
-from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS, Schedule, power_of_two
+from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS, Schedule, padded_channels
 from kernels_pallas.attention.inputs import StepInputs, StepOptions
-from kernels_pallas.attention.kernels import Ref, Shaped, row_statistics
+from kernels_pallas.attention.kernels import Shaped, row_statistics
 from kernels_pallas.common.mesh import by_rows_and_heads, like
-from kernels_pallas.common.padding import padded
+from kernels_pallas.common.padding import padded, power_of_two
 
 
 def unsupported(inputs: StepInputs, options: StepOptions) -> str | None:
@@ -183,8 +183,8 @@ def _plan(options: StepOptions, interpret: bool, inputs: StepInputs) -> Plan:
     _, S, Hk, V = inputs.v_cache.shape
     kind = matmuls(inputs.q, inputs.k_cache, inputs.v_cache)
     operand, precision = operands(interpret, kind)
-    padded_K = power_of_two(K)
-    padded_V = power_of_two(V)
+    padded_K = padded_channels(K)
+    padded_V = padded_channels(V)
     config = gpu_tuning.step(padded_K, padded_V)
     return Plan(
         normalizer=options.normalizer,
@@ -223,7 +223,7 @@ def _by_key_head(x: Array | None, Hk: int, num_rows: int) -> Array | None:
 def rows_of_tile(group: int) -> int:
     """The rows of a tile that the query heads of a key head fill."""
     # A power of two, and no less than the matrix unit's tile.
-    return max(STEP.block_q, 1 << (group - 1).bit_length())
+    return max(STEP.block_q, power_of_two(group))
 
 
 def split(heads: int, blocks: int) -> tuple[int, int]:

@@ -7,7 +7,8 @@ one takes 64.
 
 from typing import NamedTuple
 
-from kernels_pallas.common.device import device_kind
+from kernels_pallas.common.gpu import chip
+from kernels_pallas.common.padding import power_of_two
 
 MAX_D = 256
 # A tensor core's tile has 16 rows.
@@ -41,7 +42,7 @@ class Schedule(NamedTuple):
     def fitted(self, T: int) -> "Schedule":
         """Blocks no larger than a short sequence."""
         # The power of two that T fits into.
-        most = max(MIN_BLOCK, 1 << (T - 1).bit_length())
+        most = max(MIN_BLOCK, power_of_two(T))
         return Schedule(
             forward=_at_most(self.forward, most),
             dq=_at_most(self.dq, most),
@@ -132,7 +133,7 @@ def schedule(
       Blocks no larger than T.
     """
     # Smaller heads use the row of 64: they have fewer bytes, not more rows.
-    chosen = TUNED[_chip()][matmuls][max(64, K, V)]
+    chosen = TUNED[chip(TUNED, DEFAULT_CHIP)][matmuls][max(64, K, V)]
     forward = chosen.forward
     if sums > 1 and max(K, V) > 64:
         # Registers hold as many sums in all, so half as many rows of two.
@@ -150,15 +151,6 @@ def largest(matmuls: str) -> int:
     return max(HOPPER[matmuls])
 
 
-def power_of_two(D: int) -> int:
+def padded_channels(D: int) -> int:
     """The size of a tile's axis of D channels: Triton has no others."""
-    return max(MIN_BLOCK, 1 << (D - 1).bit_length())
-
-
-def _chip() -> str:
-    """The table's name of the device that the surrounding computation is compiled for."""
-    kind = device_kind()
-    for name in TUNED:
-        if name in kind:
-            return name
-    return DEFAULT_CHIP
+    return max(MIN_BLOCK, power_of_two(D))

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import tile as attention_tile
 from kernels_pallas.attention.kernel_tile import Logits, Positions
-from kernels_pallas.attention.kernels import Ref, Residuals
+from kernels_pallas.attention.kernels import Residuals
 from kernels_pallas.attention.tpu import tile
 from kernels_pallas.attention.tpu.backward_operands import GridStep, Operands, Spans
 from kernels_pallas.attention.tpu.call import Tables, call, make_tables, without_padding
@@ -44,6 +44,8 @@ from kernels_pallas.attention.tpu.plan import (
     Plan,
     backward_tiles,
 )
+from kernels_pallas.common.padding import round_up
+from kernels_pallas.common.tpu import Ref
 
 
 def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
@@ -60,7 +62,7 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
     inputs: KernelInputs = residuals.inputs
     B = inputs.q.shape[0]
     block = plan.backward.block
-    padded_length = -(-plan.T // block) * block
+    padded_length = round_up(plan.T, block)
     tiles, tiles_per_span, blocks_per_span = backward_tiles(plan)
     num_spans = len(tiles.flags) // tiles_per_span
     spans = Spans(num_spans, tiles_per_span, blocks_per_span)

@@ -9,11 +9,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.kernels import Ref
 from kernels_pallas.attention.tpu.plan import KernelInputs, Plan, TileTable
+from kernels_pallas.common.cost import moved
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded
-from kernels_pallas.common.tpu import VMEM_LIMIT, Operand, in_hbm
+from kernels_pallas.common.tpu import VMEM_LIMIT, Operand, Ref, in_hbm
 
 # kernel(tables, references by name, scratch memory)
 Kernel = Callable[["Tables", dict[str, Ref], list[Ref]], None]
@@ -157,9 +157,7 @@ def call(
         return pl.BlockSpec(operand.block, index)
 
     # Every array once: a block that is fetched again for another tile is not counted again.
-    bytes_moved = 0
-    for operand in (*ins, *outs):
-        bytes_moved += operand.array.size * jnp.dtype(operand.array.dtype).itemsize
+    bytes_moved = moved(operand.array for operand in (*ins, *outs))
     # The other axes carry sums from one step to the next, so their order matters.
     sequential = len(grid) - parallel
     # Only outputs are shapes without values.

@@ -26,7 +26,6 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.attention.kernel_tile import Positions
 from kernels_pallas.attention.kernels import (
     ForwardResult,
-    Ref,
     Shaped,
     forward_result,
     row_statistics,
@@ -46,8 +45,8 @@ from kernels_pallas.attention.tpu.plan import (
     forward_tiles,
 )
 from kernels_pallas.common.mesh import like
-from kernels_pallas.common.padding import padded
-from kernels_pallas.common.tpu import Operand
+from kernels_pallas.common.padding import padded, round_up
+from kernels_pallas.common.tpu import Operand, Ref
 
 
 def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
@@ -58,7 +57,7 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
     B = inputs.q.shape[0]
     block = plan.forward.block
     # Whole blocks. The mask hides keys of padding; queries of padding are cut off at the end.
-    padded_length = -(-plan.T // block) * block
+    padded_length = round_up(plan.T, block)
     normalizer = plan.normalizer
     tiles = forward_tiles(plan)
 

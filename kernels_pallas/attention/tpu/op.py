@@ -16,7 +16,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.kernels import (
@@ -31,9 +30,9 @@ from kernels_pallas.attention.tpu.forward import forward
 from kernels_pallas.attention.tpu.plan import LANES, KernelInputs, Plan
 from kernels_pallas.attention.tpu.tile import on_tpu
 from kernels_pallas.attention.tpu.tuning import MAX_D, schedules
-from kernels_pallas.common.mesh import varying_axes
-from kernels_pallas.common.padding import padded
-from kernels_pallas.common.precision import one_pass_matmuls
+from kernels_pallas.common.padding import padded, round_up
+from kernels_pallas.common.precision import one_bfloat16_pass
+from kernels_pallas.common.tpu import Interpret, interpret_params
 
 
 def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
@@ -58,7 +57,7 @@ def attention(
     inputs: AttentionInputs,
     options: AttentionOptions,
     *,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: Interpret = False,
 ) -> Array:
     """As `api.attention`, with every default filled in. Any T."""
 
@@ -71,7 +70,7 @@ def attention(
 def _attend(
     inputs: AttentionInputs,
     options: AttentionOptions,
-    interpret: bool | pltpu.InterpretParams,
+    interpret: Interpret,
 ) -> Array:
     """y [B, T, H, V] of the rows and heads of one device."""
     B, T, H, K = inputs.q.shape
@@ -81,8 +80,8 @@ def _attend(
     k = _without_float16(inputs.k)
     v = _without_float16(inputs.v)
     # A block is a range of columns, which must begin and end at whole registers.
-    padded_K = -(-K // LANES) * LANES
-    padded_V = -(-V // LANES) * LANES
+    padded_K = round_up(K, LANES)
+    padded_V = round_up(V, LANES)
     plan = Plan(
         normalizer=on_tpu(options.normalizer),
         causal=options.causal,
@@ -99,7 +98,7 @@ def _attend(
         slopes=inputs.alibi_slopes is not None,
         rounds=_rounds(interpret, q, k, v),
         out_dtype=jnp.dtype(v.dtype),
-        interpret=_interpret(interpret, q),
+        interpret=interpret_params(interpret, q),
         **schedules(T, padded_K, padded_V, options.window),
     )
     segment_ids = inputs.segment_ids
@@ -161,22 +160,10 @@ def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
     return by_head.astype(jnp.float32)
 
 
-def _rounds(interpret: bool | pltpu.InterpretParams, *arrays: Array) -> bool:
+def _rounds(interpret: Interpret, *arrays: Array) -> bool:
     """Whether matmuls are one pass of bfloat16."""
     # The interpreter rounds nothing, so that tests can compare with the reference closely.
-    if interpret or not one_pass_matmuls():
-        return False
-    return all(x.dtype == jnp.bfloat16 for x in arrays)
-
-
-def _interpret(
-    interpret: bool | pltpu.InterpretParams,
-    x: Array,
-) -> bool | pltpu.InterpretParams:
-    """The plain interpreter is the faster one, but knows nothing of varying axes."""
-    if interpret is True and varying_axes(x):
-        return pltpu.InterpretParams()
-    return interpret
+    return not interpret and one_bfloat16_pass(*arrays)
 
 
 # --- the derivative

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from kernels_pallas.attention.kernels import GateKind, count_visible_pairs, saved_outputs
 from kernels_pallas.attention.normalizers.base import Normalizer
+from kernels_pallas.common.padding import round_up
+from kernels_pallas.common.tpu import Interpret
 
 LANES = 128
 
@@ -43,10 +44,10 @@ class Schedule(NamedTuple):
     def fitted(self, T: int) -> "Schedule":
         """Blocks that cover T tokens with as little padding as their groups allow."""
         # A short sequence may be less than a group; groups are whole registers.
-        rows = min(self.rows, _round_up(T, LANES))
+        rows = min(self.rows, round_up(T, LANES))
         num_blocks = -(-T // max(self.block, rows))
         # As many blocks as before, of equal size: none is mostly padding.
-        block = _round_up(-(-T // num_blocks), rows)
+        block = round_up(-(-T // num_blocks), rows)
         blocks_in_span = max(1, self.span // block)
         return self._replace(
             block=block,
@@ -82,7 +83,7 @@ class Plan(NamedTuple):
     forward: Schedule
     backward: Schedule
     # As `pallas_call` takes it.
-    interpret: bool | pltpu.InterpretParams
+    interpret: Interpret
 
     @property
     def group(self) -> int:
@@ -231,7 +232,3 @@ def _first_and_last(j: int, keys: list[int]) -> int:
 def _table(tiles: list[tuple[int, int, int]]) -> TileTable:
     q_blocks, k_blocks, flags = np.array(tiles, np.int32).T
     return TileTable(q_blocks, k_blocks, flags)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

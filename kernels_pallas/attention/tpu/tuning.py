@@ -6,6 +6,7 @@ call.
 
 from kernels_pallas.attention.tpu.plan import LANES, Schedule
 from kernels_pallas.common.device import device_kind
+from kernels_pallas.common.padding import round_up
 
 MAX_D = 256
 
@@ -63,8 +64,7 @@ def _fitted(schedule: Schedule, T: int, window: int | None) -> Schedule:
     """The schedule for T tokens, with blocks not much larger than the window."""
     if window is not None:
         # A larger block would mostly compute what the mask hides.
-        window_in_lanes = -(-window // LANES) * LANES
-        most = max(2 * LANES, window_in_lanes)
+        most = max(2 * LANES, round_up(window, LANES))
         schedule = schedule._replace(
             block=min(schedule.block, most),
             rows=min(schedule.rows, most),

@@ -1,4 +1,6 @@
-"""attention's GPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
+"""attention's GPU kernels, interpreted on CPU: values, gradients, promises, and that these tests
+can fail.
+"""
 
 import importlib
 from functools import partial
@@ -22,8 +24,9 @@ from helpers import rel_rms
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import RESIDUAL_NAMES, attention, dispatch
+from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS
+from kernels_pallas.ops import RESIDUAL_NAMES, attention
 
 # `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (
@@ -90,7 +93,9 @@ def test_bfloat16():
 
 
 def test_bfloat16_as_the_tensor_core_rounds(monkeypatch):
-    """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors there."""
+    """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors
+    there.
+    """
     monkeypatch.setattr(room, "operands", lambda *_: (jnp.dtype(jnp.bfloat16), None))
     monkeypatch.setattr(tile, "matmul", rounded_matmul)
     arrays, options = draw(T=70, B=1, H=1, Hk=1, gate="element-wise")
@@ -129,7 +134,9 @@ def test_a_kernel_each_for_dk_and_dv(monkeypatch):
 
 @pytest.mark.slow
 def test_segment_ids_in_no_order():
-    """Blocks are left out by the least and largest id of each, which must not be taken for sorted."""
+    """Blocks are left out by the least and largest id of each, which must not be taken for
+    sorted.
+    """
     arrays, _ = draw(T=80, B=1, H=1, Hk=1)
     arrays = cast(arrays, jnp.float32)
     ids = jnp.asarray(np.repeat([[5, 0, 9, 0, 5, 7, 9, 2]], 10, axis=1), jnp.int32)

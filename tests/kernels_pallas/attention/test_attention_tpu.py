@@ -1,4 +1,6 @@
-"""attention's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
+"""attention's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests
+can fail.
+"""
 
 import importlib
 import json
@@ -26,8 +28,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import RESIDUAL_NAMES, attention, dispatch
+from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS
+from kernels_pallas.ops import RESIDUAL_NAMES, attention
 
 # `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (
@@ -83,7 +86,9 @@ def test_float32(name):
 
 @pytest.mark.parametrize("normalizer", [name for name in ONE_PASS if name != "softmax"])
 def test_every_normalizer_of_one_walk(normalizer):
-    """One tile of each, with documents and either gate; the one that keeps most of a row, over several."""
+    """One tile of each, with documents and either gate; the one that keeps most of a row, over
+    several.
+    """
     gate = ("head-wise", "element-wise")[ONE_PASS.index(normalizer) % 2]
     compare(
         T=150 if normalizer == "self_adjust" else 70,
@@ -101,7 +106,9 @@ def test_bfloat16():
 
 
 def test_bfloat16_as_the_matrix_unit_rounds(monkeypatch):
-    """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors there."""
+    """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors
+    there.
+    """
     monkeypatch.setattr(room, "_rounds", lambda *_: True)
     arrays, options = draw(T=70, B=1, H=1, Hk=1, gate="element-wise")
     arrays = cast(arrays, jnp.bfloat16)

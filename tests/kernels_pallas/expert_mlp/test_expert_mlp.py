@@ -1,4 +1,6 @@
-"""`expert_mlp`: values and gradients against float64, on every implementation; bad input by name."""
+"""`expert_mlp`: values and gradients against float64, on every implementation; bad input by
+name.
+"""
 
 import functools
 
@@ -10,10 +12,11 @@ from helpers import rel_rms
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import dispatch, expert_mlp
+from kernels_pallas import dispatch
 from kernels_pallas.expert_mlp.gate import ACTIVATIONS, gated_product, gated_product_cotangents
 from kernels_pallas.expert_mlp.tpu import op as tpu
 from kernels_pallas.grouped_matmul.tpu import tuning as tpu_tuning
+from kernels_pallas.ops import expert_mlp
 
 R, M, F, G = 60, 12, 20, 4
 NAMES = ("rows", "gate", "up", "down")
@@ -22,10 +25,10 @@ SIZES = [33, 0, 1, 20]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    row = tpu_tuning.Row(
-        cores=1, tile=32, parts=32, depth=32, step=128, outer_step=(128, 128), vmem=2**26
+    row = tpu_tuning.Tuning(
+        cores=1, tile=32, part=32, outer_part=32, step=128, outer_step=(128, 128), vmem=2**26
     )
-    monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
+    monkeypatch.setattr(tpu_tuning, "tuned", lambda: row)
 
 
 def draw(dtype, rows=R):
@@ -57,7 +60,9 @@ def value_and_gradients(arrays, sizes, f=expert_mlp, **options):
 
 
 def truth(arrays, sizes, half=None):
-    """By hand, in numpy and float64, a group after the other. `half`: which of two the rows are of all."""
+    """By hand, in numpy and float64, a group after the other. `half`: which of two the rows are of
+    all.
+    """
     x, gate, up, down = (np.asarray(arrays[name], np.float64) for name in NAMES)
     dy = cotangent(len(x)) if half is None else cotangent(2 * len(x)).reshape(2, len(x), M)[half]
     dy = np.asarray(jnp.asarray(dy, arrays["rows"].dtype), np.float64)
@@ -109,7 +114,9 @@ def test_tpu_without_weights():
 
 
 def test_tpu_without_a_derivative():
-    """Other kernels, which write the product instead of the two pre-activations: the same to the rounding."""
+    """Other kernels, which write the product instead of the two pre-activations: the same to the
+    rounding.
+    """
     arrays = draw(jnp.float32) | weights()
     run = jax.jit(functools.partial(expert_mlp, implementation="tpu", interpret=True))
     y = run(*(arrays[name] for name in NAMES), jnp.asarray(SIZES), arrays["weights"])
@@ -126,7 +133,9 @@ def test_composed(implementation):
 
 @pytest.mark.slow
 def test_bfloat16():
-    """Pre-activations and their product are rounded too: the kernels are as far from the truth as three matmuls."""
+    """Pre-activations and their product are rounded too: the kernels are as far from the truth as
+    three matmuls.
+    """
     arrays, sizes = draw(jnp.bfloat16), jnp.asarray(SIZES)
     expected = truth(arrays, SIZES)
     tpu, xla = on_tpu()(arrays, sizes), jax.jit(value_and_gradients)(arrays, sizes)
@@ -138,7 +147,9 @@ def test_bfloat16():
 
 @pytest.mark.slow
 def test_shard_map():
-    """Rows of each device's own; matrices the same everywhere, so that their gradients are summed."""
+    """Rows of each device's own; matrices the same everywhere, so that their gradients are
+    summed.
+    """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     arrays, sizes = draw(jnp.float32, 32) | weights(32), np.asarray([[5, 1, 0, 9], [3, 0, 2, 11]])
     call = lambda *a: expert_mlp(*a[:4], a[4][0], a[5], implementation="tpu", interpret=True)

@@ -1,4 +1,6 @@
-"""The TPU kernels of `grouped_matmul`, in interpret mode: values and gradients against float64, any group sizes."""
+"""The TPU kernels of `grouped_matmul`, in interpret mode: values and gradients against float64, any
+group sizes.
+"""
 
 import functools
 
@@ -26,7 +28,7 @@ from test_grouped_matmul import (
     value_and_gradients,
 )
 
-from kernels_pallas import dispatch, grouped_matmul
+from kernels_pallas import dispatch
 from kernels_pallas.grouped_matmul.tpu import (
     op as tpu,
 )
@@ -40,11 +42,12 @@ from kernels_pallas.grouped_matmul.tpu import (
     rows as tpu_rows,
 )
 from kernels_pallas.grouped_matmul.tpu import (
-    tuning as tpu_tuning,
+    tiles as tpu_tiles,
 )
 from kernels_pallas.grouped_matmul.tpu import (
-    visits as tpu_visits,
+    tuning as tpu_tuning,
 )
+from kernels_pallas.ops import grouped_matmul
 
 on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 
@@ -52,10 +55,10 @@ on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Many small tiles, so that small arrays go every way through the kernels."""
-    row = tpu_tuning.Row(
-        cores=2, tile=64, parts=16, depth=32, step=128, outer_step=(128, 128), vmem=2**26
+    row = tpu_tuning.Tuning(
+        cores=2, tile=64, part=16, outer_part=32, step=128, outer_step=(128, 128), vmem=2**26
     )
-    monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
+    monkeypatch.setattr(tpu_tuning, "tuned", lambda: row)
 
 
 @functools.cache
@@ -132,7 +135,9 @@ def test_vmap():
 
 
 def test_shard_map():
-    """Every device sorts its own rows; the matrices are the same everywhere, so their gradient is summed."""
+    """Every device sorts its own rows; the matrices are the same everywhere, so their gradient is
+    summed.
+    """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     sizes = np.asarray([[5, 0, 3, 9, 2], [1, 1, 17, 1, 4]])
     rng, own = np.random.default_rng(0), [draw(24, seed=i) for i in range(2)]
@@ -155,7 +160,9 @@ def test_shard_map():
 
 
 def test_jit_on_a_mesh():
-    """The op cuts sorted rows over the devices by itself: a group may lie on several, its gradient is summed."""
+    """The op cuts sorted rows over the devices by itself: a group may lie on several, its gradient
+    is summed.
+    """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     arrays, sizes = draw(96), [50, 0, 3, 30, 4]
     specs = {"lhs": P("data"), "rhs": P()}
@@ -186,12 +193,12 @@ def kernels(sizes, interpret):
         jnp.float32
     )
     sizes = jnp.asarray(sizes, jnp.int32)
-    work = tpu.Rows("forward", interpret, (jnp.dtype(jnp.float32),))
-    (out,) = jax.jit(lambda *a: tpu.rows_times_groups(work, a[:1], a[1:2], a[2]))(
-        *arrays.values(), sizes
+    options = tpu.RowsOptions("forward", interpret, (jnp.dtype(jnp.float32),))
+    (out,), _ = jax.jit(functools.partial(tpu.rows_times_groups, options))(
+        tpu.RowsInputs([arrays["lhs"]], [arrays["rhs"]], sizes)
     )
-    drhs = jax.jit(lambda *a: tpu.outer_by_group("drhs", interpret, a[:1], *a[1:]))(
-        arrays["lhs"], dout, sizes
+    drhs = jax.jit(functools.partial(tpu.outer_by_group, tpu.OuterOptions("drhs", interpret)))(
+        tpu.OuterInputs([arrays["lhs"]], dout, sizes)
     )
     return {"out": out, "rhs": drhs}, {
         n: x for n, x in truth(arrays, sizes.tolist()).items() if n != "lhs"
@@ -200,7 +207,9 @@ def kernels(sizes, interpret):
 
 @pytest.mark.slow
 def test_no_races():
-    """With DMAs as late as they may be, memory that begins as NaN, and reads beyond an array refused."""
+    """With DMAs as late as they may be, memory that begins as NaN, and reads beyond an array
+    refused.
+    """
     strict = pltpu.InterpretParams(
         detect_races=True,
         dma_execution_mode="on_wait",
@@ -214,12 +223,17 @@ def test_no_races():
 
 
 PLANTED = {
-    "rows shared with the next group are lost": (tpu_rows, "_share", lambda *args: None, "out"),
+    "rows shared with the next group are lost": (
+        tpu_rows,
+        "_join_boundary",
+        lambda *args: None,
+        "out",
+    ),
     "neighbors' rows are summed over": (tpu_outer, "_zero_neighbors", lambda *args: None, "rhs"),
     "last rows are left out, folded nowhere": (
         tpu_outer,
-        "_fold",
-        lambda refs, v: tpu_visits.aligned(v.used(64)),
+        "_fold_last_rows",
+        lambda refs, tile: tpu_tiles.align_down(tile.used_rows(64)),
         "rhs",
     ),
 }
@@ -228,7 +242,9 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_a_planted_error_is_seen(error, monkeypatch):
-    """Without the care for rows that share a register with another group, results are wrong, and the tests see it."""
+    """Without the care for rows that share a register with another group, results are wrong, and
+    the tests see it.
+    """
     module, name, wrong, spoilt = PLANTED[error]
     monkeypatch.setattr(module, name, wrong)
     actual, expected = kernels(SHARING, True)
@@ -237,7 +253,9 @@ def test_a_planted_error_is_seen(error, monkeypatch):
 
 
 def per_row(low, high):
-    """(the numbers of 48 rows from row 112 on, row sums of their squares): of 300 rows, over the end of a line."""
+    """(the numbers of 48 rows from row 112 on, row sums of their squares): of 300 rows, over the
+    end of a line.
+    """
     numbers, values = (
         jnp.arange(300.0),
         np.random.default_rng(0).normal(size=(48, 256)).astype(np.float32),
@@ -265,10 +283,10 @@ def test_one_number_for_each_row():
 
 def test_sizes_of_a_tile():
     """Fine where groups end, coarse where a tile is nearly full; the last is the tile."""
-    assert tpu_tuning._parts(512, 32) == (*range(32, 321, 32), 384, 448, 512)
-    assert tpu_tuning._parts(64, 32) == (32, 64) and tpu_tuning._parts(32, 32) == tpu_tuning._parts(
-        32, 64
-    ) == (32,)
+    assert tpu_tuning._row_counts(512, 32) == (*range(32, 321, 32), 384, 448, 512)
+    assert tpu_tuning._row_counts(64, 32) == (32, 64) and tpu_tuning._row_counts(
+        32, 32
+    ) == tpu_tuning._row_counts(32, 64) == (32,)
 
 
 def test_what_ran_and_what_is_refused():

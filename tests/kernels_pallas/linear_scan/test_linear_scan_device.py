@@ -1,6 +1,7 @@
 """linear_scan's kernels on the GPU of this machine: values and gradients. Run by benchmarks/gpu.sh.
 
-Elsewhere skipped; with DEVICE_TESTS=interpret a few cases run interpreted on the CPU, to try this file itself.
+Elsewhere skipped; with DEVICE_TESTS=interpret a few cases run interpreted on the CPU, to try this
+file itself.
 """
 
 import os
@@ -13,15 +14,17 @@ import pytest
 from helpers import rel_rms
 from scan_cases import DECAYS, make
 
-from kernels_pallas import dispatch, linear_scan, linear_scan_step
+from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import tuning as gpu_tuning
+from kernels_pallas.ops import linear_scan, linear_scan_step
 
 INTERPRET = os.environ.get("DEVICE_TESTS") == "interpret"
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "gpu" and not INTERPRET,
     reason="there is no GPU here (benchmarks/gpu.sh)",
 )
-# float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded to them.
+# float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded
+# to them.
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
 OPTIONS = {
     "inclusive": {},

@@ -1,4 +1,6 @@
-"""linear_scan's GPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
+"""linear_scan's GPU kernels, interpreted on CPU: values, gradients, promises, and that these tests
+can fail.
+"""
 
 from functools import partial
 
@@ -22,7 +24,7 @@ from scan_cases import (
     total,
 )
 
-from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
+from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import (
     backward as gpu_back,
 )
@@ -42,6 +44,7 @@ from kernels_pallas.linear_scan.gpu import (
     tuning as gpu_tuning,
 )
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
+from kernels_pallas.ops import RESIDUAL_NAMES, linear_scan
 
 compare_gpu = partial(compare, implementation="gpu", chunk_size=16)
 scan_gpu = partial(linear_scan, implementation="gpu", interpret=True, chunk_size=16)
@@ -143,7 +146,9 @@ def test_bfloat16(rank, decay):
 @pytest.mark.parametrize("rank", [slow(3), 4])
 @pytest.mark.parametrize("decay", ["near zero", "gla", "mixture"])
 def test_bfloat16_as_the_tensor_core_rounds(rank, decay, monkeypatch):
-    """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there, not below BF16."""
+    """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there,
+    not below BF16.
+    """
     monkeypatch.setattr(gpu, "_matmuls", lambda *_: (jnp.dtype(jnp.bfloat16), None))
     monkeypatch.setattr(gpu_tile, "matmul", rounded_matmul)
     for room in (gpu_scan, gpu_scores, gpu_back):

@@ -1,4 +1,6 @@
-"""linear_scan's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
+"""linear_scan's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests
+can fail.
+"""
 
 import importlib
 from functools import partial
@@ -24,10 +26,11 @@ from scan_cases import (
     total,
 )
 
-from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
+from kernels_pallas import dispatch
 from kernels_pallas.common.mesh import mesh_axes
 from kernels_pallas.linear_scan.tpu import tile as tpu_tile
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
+from kernels_pallas.ops import RESIDUAL_NAMES, linear_scan
 
 compare_tpu = partial(compare, implementation="tpu", chunk_size=16)
 scan_tpu = partial(linear_scan, implementation="tpu", interpret=True, chunk_size=16)
@@ -103,7 +106,9 @@ def test_bfloat16(rank, decay):
 @pytest.mark.parametrize("rank", [slow(3), 4])
 @pytest.mark.parametrize("decay", ["near zero", slow("gla"), slow("mixture")])
 def test_bfloat16_as_the_matrix_unit_rounds(rank, decay, monkeypatch):
-    """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there, not below BF16."""
+    """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there,
+    not below BF16.
+    """
     room = importlib.import_module("kernels_pallas.linear_scan.tpu.op")
     monkeypatch.setattr(room, "_plan", rounded(room._plan))
     x = make(B=1, H=1, K=8, V=16, rank=rank, decay=decay)
