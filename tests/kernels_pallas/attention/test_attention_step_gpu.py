@@ -178,7 +178,7 @@ def test_on_a_mesh(interpreter_in_shard_map):
 def test_other_normalizers_are_refused_by_name_and_fall_to_xla():
     arrays, *masks = draw()
     arrays = cast(arrays, jnp.float32)
-    with pytest.raises(NotImplementedError, match="walk over the keys once, not Entmax"):
+    with pytest.raises(NotImplementedError, match="pass over the keys once, not Entmax"):
         run(arrays, *masks, normalizer="entmax", implementation="gpu")
     with pytest.raises(ValueError, match="interpret: got True with implementation=None"):
         run(arrays, *masks, interpret=True)
