@@ -212,6 +212,7 @@ def _kernel(
         return _from_states(p, v, do, states, dstates, block_k)
 
     if p.decay == "vector":
+        assert dlog_total is not None and dlogs is not None
         block_logs = logs_of(p, logs, subtotals, starts, 0, block_k)
         # The lower triangle, mirrored: each level takes both orders of a pair of rows.
         mirrored = pltriton.load(dproducts.at[jnp.maximum(i, j), jnp.minimum(i, j)])
@@ -225,6 +226,7 @@ def _kernel(
         dwrite_k = _factor(write_factor, row) * dwrites
         c = tile.scalar_cotangents(p.tile, q_tile, k_tile, masked, dread_q, dwrite_k)
         if rows is not None:
+            assert dlog_total is not None
             # A scalar log receives sums over channels; over tokens `op._dlogs` sums them.
             pltriton.store(rows.at[0, row], jnp.sum(c.of_readers, axis=1))
             pltriton.store(rows.at[1, row], jnp.sum(c.of_writers, axis=1))
@@ -252,7 +254,14 @@ def _factor(factor, row: Array):
     return pltriton.load(factor.at[row])[:, None]
 
 
-def _from_states(p: Plan, v, do, states, dstates, block_k: int) -> tuple[Array, Array]:
+def _from_states(
+    p: Plan,
+    v,
+    do,
+    states,
+    dstates,
+    block_k: int,
+) -> tuple[Array, Array]:
     """dreads = do S^T and dwrites = v dS^T, [C, block_k] each."""
     C = p.chunk
     block_v = block(p.schedule.back_block_v, p.V)
@@ -263,15 +272,31 @@ def _from_states(p: Plan, v, do, states, dstates, block_k: int) -> tuple[Array, 
         of_state = block_rows(lax.iota(jnp.int32, block_k), c * block_v, block_v)
         S = pltriton.load(states.at[of_state])
         dS = pltriton.load(dstates.at[of_state])
-        dreads += matmul(p.tile, pltriton.load(do.at[here]), S, trans_b=True)
-        dwrites += matmul(p.tile, pltriton.load(v.at[here]), dS, trans_b=True)
+        dreads += matmul(
+            p.tile,
+            pltriton.load(do.at[here]),
+            S,
+            trans_b=True,
+        )
+        dwrites += matmul(
+            p.tile,
+            pltriton.load(v.at[here]),
+            dS,
+            trans_b=True,
+        )
         return dreads, dwrites
 
     zeros = jnp.zeros((C, block_k), jnp.float32)
     return over_blocks(p.V // block_v, of_block, (zeros, zeros))
 
 
-def _dlog_total(p: Plan, states, dstates, log_total, block_k: int) -> Float[Array, "K"]:
+def _dlog_total(
+    p: Plan,
+    states,
+    dstates,
+    log_total,
+    block_k: int,
+) -> Float[Array, "K"]:
     """total sum_v S dS, in one pass over both."""
     block_v = block(p.schedule.back_block_v, p.V)
 

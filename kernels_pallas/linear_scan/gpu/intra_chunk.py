@@ -7,7 +7,7 @@ which has to go through the chunks one after another, has nothing to do but matr
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -24,7 +24,7 @@ from kernels_pallas.linear_scan.gpu.tuning import block
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 
 # name -> (array or its shape, the block of it that a program gets)
-Operands = dict[str, tuple]
+Operands = dict[str, tuple[Any, pl.BlockSpec]]
 
 
 class Decays(NamedTuple):
@@ -89,7 +89,7 @@ def operands(
         shape = (None, None, None, *trailing)
         return spec(shape, lambda c, n, h, b: (b * per_row, h, n, *zeros))
 
-    found = {
+    found: Operands = {
         "q": (x.q, of_tokens(p.chunk, own_head)),
         "k": (x.k, of_tokens(p.chunk, p.key_head)),
     }
@@ -286,7 +286,13 @@ def logs_of(p: Plan, logs, subtotals, starts, first, block_k: int) -> tile.Logs:
     return tile.Logs(log_read, at(logs, C), at(subtotals, C // SUBTOTAL))
 
 
-def _own_products(p: Plan, q: Array, k: Array, bonus, first) -> Float[Array, "C"]:
+def _own_products(
+    p: Plan,
+    q: Array,
+    k: Array,
+    bonus,
+    first,
+) -> Float[Array, "C"]:
     """What each token reads of its own write."""
     weight = own_weight(p, bonus, first, q.shape[1])
     if weight is None:
@@ -303,9 +309,9 @@ def own_weight(p: Plan, bonus, first, block_k: int):
     return load(bonus, first + lax.iota(jnp.int32, block_k))[None, :]
 
 
-def sums_of(sums, C: int) -> list[Array] | None:
+def sums_of(sums, C: int) -> tuple[Array, ...] | None:
     """The four rows of sums that `tile.scalar_mask` takes."""
     if sums is None:
         return None
     row = lax.iota(jnp.int32, C)
-    return [pltriton.load(sums.at[r, row]) for r in range(4)]
+    return tuple(pltriton.load(sums.at[r, row]) for r in range(4))

@@ -368,6 +368,7 @@ def _backward(plan: Plan, return_final_state: bool, residuals, cotangents):
     do, dfinal = cotangents
     decays = _decays(plan, x)
     forward = _chunks(plan, x, decays)
+    assert forward.reads is not None
     # dv = A^T do + writes dS: the forward scan with reads and writes, v and do exchanged.
     exchanged = forward._replace(
         reads=forward.writes,
@@ -412,7 +413,17 @@ def _sum_of_heads(parts: Float[Array, "B T H D"], x: Float[Array, "B T Hx D"]) -
     if parts.shape == x.shape:
         return parts
     B, T, heads, D = x.shape
-    return parts.reshape(B, T, heads, -1, D).sum(3).astype(x.dtype)
+    return (
+        parts.reshape(
+            B,
+            T,
+            heads,
+            -1,
+            D,
+        )
+        .sum(3)
+        .astype(x.dtype)
+    )
 
 
 def _dlogs(plan: Plan, logs: Array | None, through: dict[str, Array]) -> Array | None:

@@ -204,6 +204,7 @@ def _kernel(
             for first, S in zip(first_rows, state):
                 pltriton.store(states.at[(n, *state_tile(first))], S.astype(states.dtype))
         if o is not None:
+            assert products is not None and reads is not None
             of_chunk = pltriton.load(products.at[block_rows(n * C + row, 0, C)])
             inside = matmul(p.tile, of_chunk, v, trans_a=backward)
             read = jnp.zeros((C, block_v), jnp.float32)
@@ -282,11 +283,14 @@ def combined(
     """
     num_segments = summaries.shape[2]
     running = jnp.zeros_like(summaries[:, :, 0]) if first is None else first
-    before: list[Array | None] = [None] * num_segments
-    order = range(num_segments)
-    for g in reversed(order) if last_first else order:
+    order = list(range(num_segments))
+    if last_first:
+        order.reverse()
+    before = {}
+    for g in order:
         before[g] = running
         if log_totals is not None:
             running = jnp.exp(log_totals[:, :, g, :, None]) * running
         running = running + summaries[:, :, g]
-    return jnp.stack(before, 2), running
+    in_memory = [before[g] for g in range(num_segments)]
+    return jnp.stack(in_memory, 2), running

@@ -42,7 +42,13 @@ class Tile(NamedTuple):
     inclusive: bool
 
 
-def matmul(tile: Tile, a: Array, b: Array, trans_a: bool = False, trans_b: bool = False) -> Array:
+def matmul(
+    tile: Tile,
+    a: Array,
+    b: Array,
+    trans_a: bool = False,
+    trans_b: bool = False,
+) -> Array:
     """A float32 product of operands rounded as the tensor core takes them."""
     a = a.astype(tile.operand)
     b = b.astype(tile.operand)
@@ -80,7 +86,12 @@ class Logs(NamedTuple):
     subtotals_at: Callable
 
 
-def _over_levels(C: int, logs: Logs, level: Callable, carry) -> tuple[Any, tuple[Array, Array]]:
+def _over_levels(
+    C: int,
+    logs: Logs,
+    level: Callable,
+    carry,
+) -> tuple[Any, tuple[Array, Array]]:
     """Runs `carry = level(h, later [C, 1], factors [C, K], carry)` for h = 1, 2, 4, ..., C / 2.
 
     Loops are not unrolled: else the loads of all levels would be in flight at once, and registers
@@ -103,7 +114,12 @@ def _over_levels(C: int, logs: Logs, level: Callable, carry) -> tuple[Any, tuple
             # Units in a block of this level: bit t of a unit's number tells later from earlier.
             h = jnp.int32(1) << t
             later = ((unit_of_row & h) != 0)[:, None]
-            carry = level(h * unit, later, jnp.exp(jnp.where(later, F, R)), carry)
+            carry = level(
+                h * unit,
+                later,
+                jnp.exp(jnp.where(later, F, R)),
+                carry,
+            )
             # The sibling block: flip bit t, then go to the block's first unit.
             first = (unit_of_row ^ h) & ~(h - 1)
 
@@ -147,7 +163,16 @@ def vector_products(
 
     def level(h, later, factors, products):
         y = (jnp.where(later, q, k) * factors).astype(tile.operand)
-        return jnp.where(_merged(h, C), matmul(tile, y, y, trans_b=True), products)
+        return jnp.where(
+            _merged(h, C),
+            matmul(
+                tile,
+                y,
+                y,
+                trans_b=True,
+            ),
+            products,
+        )
 
     zeros = jnp.zeros((C, C), jnp.float32)
     products, (read_factors, write_factors) = _over_levels(C, logs, level, zeros)
