@@ -17,7 +17,7 @@ class GatedAttentionConfig:
 
     kind: Literal["gated_attention"] = "gated_attention"
     num_heads: int = 4
-    num_kv_heads: int = 4
+    num_kv_heads: int | None = None  # None: as many as num_heads
     head_dim: int = 32
     # After SDPA (G1), value (G2), key (G3), query (G4), dense output (G5). Keys, queries: after QK-norm, before RoPE.
     gate_position: Literal["none", "sdpa", "value", "key", "query", "output"] = "sdpa"
@@ -72,7 +72,7 @@ class GatedAttentionConfig:
     alibi: Literal["none", "fixed", "balanced", "learned"] = "none"
 
     def __post_init__(self):
-        _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
+        _require_divides("num_kv_heads", self.kv_heads, self.num_heads)
         _require(
             0.0 <= self.rope_fraction <= 1.0,
             "rope_fraction",
@@ -153,6 +153,11 @@ class GatedAttentionConfig:
         _require(halves, "alibi", "balanced", f"an even number of heads, not {self.num_heads}")
 
     @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads: `num_kv_heads`, or `num_heads` where that is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.rope_fraction)
 
@@ -163,7 +168,7 @@ class GatedLinearAttentionConfig:
 
     kind: Literal["gated_linear_attention"] = "gated_linear_attention"
     num_heads: int = 4
-    num_kv_heads: int = 4
+    num_kv_heads: int | None = None  # None: as many as num_heads
     key_dim: int = 16  # channels per head; the paper has K = M / 2 / H, V = M / H
     value_dim: int = 32
     decay: Literal["vector", "scalar", "constant", "none"] = "vector"
@@ -182,7 +187,7 @@ class GatedLinearAttentionConfig:
     chunk_size: int | None = None
 
     def __post_init__(self):
-        _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
+        _require_divides("num_kv_heads", self.kv_heads, self.num_heads)
         _require(
             self.rotary_dim % 2 == 0,
             "rope_fraction",
@@ -190,9 +195,14 @@ class GatedLinearAttentionConfig:
             "an even number of rotated channels",
         )
         _require(self.conv_width >= 0, "conv_width", self.conv_width, "0 for none, or a width")
-        is_mamba = self.decay == "scalar" and self.num_kv_heads == self.num_heads
+        is_mamba = self.decay == "scalar" and self.kv_heads == self.num_heads
         expected = "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads (Mamba-2)"
         _require(self.decay_form != "softplus" or is_mamba, "decay_form", self.decay_form, expected)
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads: `num_kv_heads`, or `num_heads` where that is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def rotary_dim(self) -> int:

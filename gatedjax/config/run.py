@@ -46,6 +46,9 @@ class ModelConfig:
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
 
     def __post_init__(self):
+        # A plain dict is accepted; the dataclass must be hashable, as it is a static argument of jit.
+        object.__setattr__(self, "mixers", FrozenDict(self.mixers))
+        object.__setattr__(self, "ffns", FrozenDict(self.ffns))
         for name in self.pattern:
             _require(
                 name in self.mixers, "pattern", name, f"one of mixers: {', '.join(self.mixers)}"
@@ -87,6 +90,11 @@ class ModelConfig:
     def period(self) -> int:
         """Layers after which both patterns repeat."""
         return math.lcm(len(self.pattern), len(self.ffn_pattern))
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The names of the blocks of one period, in parameters, caches and statistics."""
+        return tuple(f"layer_{i}" for i in range(self.period))
 
     @property
     def router_residual(self) -> int:

@@ -68,8 +68,8 @@ class GatedAttention(nn.Module):
         c = self.config
         gate = 0 if not c.fused_gate else c.head_dim if c.gate_granularity == "elementwise" else 1
         q = self._project("query", x, {"heads": c.num_heads, "head_dim": c.head_dim + gate})
-        k = self._project("key", x, {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim})
-        v = self._project("value", x, {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim})
+        k = self._project("key", x, {"kv_heads": c.kv_heads, "head_dim": c.head_dim})
+        v = self._project("value", x, {"kv_heads": c.kv_heads, "head_dim": c.head_dim})
         return q[..., : c.head_dim], k, v, q[..., c.head_dim :] if gate else None
 
     def _normed(self, name: str, y: Array) -> Array:
@@ -194,7 +194,7 @@ def attention_on_mesh(q, k, v, gate, segment_ids, *, sink_logits, alibi_slopes, 
 def init_cache(config: GatedAttentionConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
     """An empty cache for `length` tokens; a window needs no more than its own slots."""
     slots = length if config.window is None else min(config.window, length)
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, slots, config.kv_heads, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

@@ -89,8 +89,8 @@ class GatedLinearAttention(nn.Module):
     def _projected(self, x: Array) -> tuple[Array, Array, Array]:
         c = self.config
         q = self._project("query", x, "heads", c.num_heads, c.key_dim)
-        k = self._project("key", x, "kv_heads", c.num_kv_heads, c.key_dim)
-        v = self._project("value", x, "kv_heads", c.num_kv_heads, c.value_dim)
+        k = self._project("key", x, "kv_heads", c.kv_heads, c.key_dim)
+        v = self._project("value", x, "kv_heads", c.kv_heads, c.value_dim)
         return q, k, v
 
     def _convolved(self, q, k, v, info: TokenInfo, cache: ScanCache | None):
@@ -187,7 +187,7 @@ def init_cache(
     """An empty cache; its size does not depend on `length`."""
     c = config
     state = (batch, c.num_heads, c.key_dim, c.value_dim + int(c.normalize))
-    channels = c.num_heads * c.key_dim + c.num_kv_heads * (c.key_dim + c.value_dim)
+    channels = c.num_heads * c.key_dim + c.kv_heads * (c.key_dim + c.value_dim)
     return ScanCache(
         jnp.zeros(state, jnp.float32), jnp.zeros((batch, max(c.conv_width - 1, 0), channels), dtype)
     )

@@ -68,7 +68,7 @@ class QueryScale(nn.Module):
             )
             times = of_tokens("query_temperature", "heads", c.num_heads) + 1
             times = times + jax.nn.sigmoid(by_head("length_weight", -4.0)) * log_n
-            v = _scaled(v, 1 + of_tokens("value_temperature", "kv_heads", c.num_kv_heads))
+            v = _scaled(v, 1 + of_tokens("value_temperature", "kv_heads", c.kv_heads))
         if c.logit_scale == "learned":
             # One for the layer in the paper; by head here, as its successors have it.
             times = times * by_head(

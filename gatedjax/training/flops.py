@@ -60,13 +60,13 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def _attention_flops(c: GatedAttentionConfig, width: int, seq_len: int) -> float:
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    q, kv = c.num_heads * c.head_dim, c.kv_heads * c.head_dim
     gated_channels = {"none": 0, "sdpa": q, "query": q, "key": kv, "value": kv, "output": width}[
         c.gate_position
     ]
     gate = 0 if c.gate_input == "constant" else gated_channels
     gate = gate // c.head_dim if c.gate_granularity == "headwise" else gate
-    temperatures = c.num_heads + c.num_kv_heads if c.query_scale == "selective" else 0
+    temperatures = c.num_heads + c.kv_heads if c.query_scale == "selective" else 0
     # A causal row sees half the sequence on average, or its window.
     seen = seq_len / 2 if c.window is None else min(c.window, seq_len / 2)
     return 2 * width * (2 * q + 2 * kv + gate + temperatures) + 4 * q * seen
@@ -74,7 +74,7 @@ def _attention_flops(c: GatedAttentionConfig, width: int, seq_len: int) -> float
 
 def _linear_attention_flops(c: GatedLinearAttentionConfig, width: int, seq_len: int) -> float:
     keys, values = c.num_heads * c.key_dim, c.num_heads * c.value_dim
-    shared = c.num_kv_heads * (c.key_dim + c.value_dim)
+    shared = c.kv_heads * (c.key_dim + c.value_dim)
     projections = 2 * width * (keys + shared + values * (1 if c.output_gate == "none" else 2))
     # The recurrence itself: k^T v and q S, 2 K V each per head. Chunkwise forms do more; that is their overhead.
     return projections + 4 * keys * c.value_dim

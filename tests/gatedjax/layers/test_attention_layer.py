@@ -131,7 +131,7 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
             ]
         )
         v = v * (temperature("value_temperature") + 1)[..., None]
-    group = c.num_heads // c.num_kv_heads
+    group = c.num_heads // c.kv_heads
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
     times = {
         "inverse_sqrt": c.head_dim**-0.5,

@@ -100,7 +100,7 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
     else:
         logits = np.tensordot(project("decay_down"), p["decay_up"]["kernel"], 1) + p["decay_bias"]
         g = (-np.log1p(np.exp(-logits)) / 16).reshape(B, T, c.num_heads, -1)
-    k, v = (np.repeat(y, c.num_heads // c.num_kv_heads, 2) for y in (k, v))
+    k, v = (np.repeat(y, c.num_heads // c.kv_heads, 2) for y in (k, v))
     state, sum_k = (
         np.zeros((B, c.num_heads, c.key_dim, c.value_dim)),
         np.zeros((B, c.num_heads, c.key_dim)),
