@@ -135,8 +135,8 @@ def say_resumed(run: Run, restored: Restored | None) -> None:
     if restored is None:
         return
     say(f"resuming after step {restored.step} of {run.config.train.steps}")
-    for difference in differing_keys(restored.config, to_dict(run.config)):
-        say(f"changed since that checkpoint: {difference.replace(' and ', ' then, now ')}")
+    for key, before, after in differing_keys(restored.config, to_dict(run.config)):
+        say(f"changed since that checkpoint: {key}: {before!r} then, now {after!r}")
 
 
 def sample(run: Run, state: TrainState, tokenizer) -> None:
