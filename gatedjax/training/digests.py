@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, Shaped, UInt32
 
 # Leaf name, such as "params.embed.table" or "opt_state.1.mu.embed.table" -> array or its type.
@@ -66,7 +66,7 @@ def digests_of(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, str]:
     return digests
 
 
-def _mesh_of(arrays: Mapping[str, Any]) -> Mesh | None:
+def _mesh_of(arrays: Mapping[str, Any]) -> Mesh | AbstractMesh | None:
     """The mesh that some of the arrays are placed on."""
     for x in arrays.values():
         sharding = getattr(x, "sharding", None)
