@@ -59,13 +59,12 @@ def measure(config: ModelConfig, params: PyTree, batch: Batch) -> Probes:
     """
     found = jax.device_get(_measure(config, params, batch))
     result: Probes = {}
-    for index, probes in found.items():
-        for name, stacked in probes.items():
+    for layer in range(config.num_layers):
+        period, index = divmod(layer, config.period)
+        for name, stacked in found[index].items():
             by_layer = result.setdefault(name, {})
-            for period, values in enumerate(stacked):
-                layer = period * config.period + index
-                by_layer[layer] = np.asarray(values, np.float64)
-    return {name: dict(sorted(by_layer.items())) for name, by_layer in result.items()}
+            by_layer[layer] = np.asarray(stacked[period], np.float64)
+    return result
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -90,7 +89,8 @@ def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[int, dic
             statistics=statistics[name],
         )
         # One period after the other: the blocks of all of them at once would be larger.
-        result[index] = jax.lax.map(functools.partial(_layer, mixer, batch), stacked)
+        layer = functools.partial(_layer, mixer, batch)
+        result[index] = jax.lax.map(layer, stacked)
     return result
 
 
@@ -242,13 +242,15 @@ def attention_rows(
         logits_soft_cap=logits_soft_cap,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
+    times = jnp.broadcast_to(jnp.arange(T), (B, T))
     queries = _QueryBlock(
         q=_in_blocks(q),
         segment_ids=_in_blocks(segment_ids),
-        times=_in_blocks(jnp.broadcast_to(jnp.arange(T), (B, T))),
+        times=_in_blocks(times),
         is_first=_in_blocks(is_first),
     )
-    fractions, entropies = jax.lax.map(functools.partial(_block_rows, shared), queries)
+    block_rows = functools.partial(_block_rows, shared)
+    fractions, entropies = jax.lax.map(block_rows, queries)
     # [blocks, B, block] -> [B, T]
     entropy = jnp.moveaxis(entropies, 0, 1).reshape(B, -1)[:, :T]
     is_real = (segment_ids > 0).astype(jnp.float32)
@@ -261,9 +263,9 @@ def _in_blocks(x: Shaped[Array, "B T *channels"]) -> Shaped[Array, "blocks B blo
     """Blocks of QUERY_BLOCK along T as the first axis; zeros, which are padding, fill the last."""
     B, T = x.shape[:2]
     blocks = -(-T // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - T
-    untouched = [(0, 0)] * (x.ndim - 2)
-    padded = jnp.pad(x, [(0, 0), (0, padding), *untouched])
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, blocks * QUERY_BLOCK - T)
+    padded = jnp.pad(x, widths)
     cut = padded.reshape(B, blocks, QUERY_BLOCK, *x.shape[2:])
     return jnp.moveaxis(cut, 1, 0)
 
@@ -276,13 +278,16 @@ def _block_rows(
     logits, is_seen = _block_logits(shared, queries)
     sinks = _by_head(shared.sink_logits)
     p = weights(shared.normalizer, logits, is_seen, sinks)  # [B, H, block, T]
-    p = p / jnp.maximum(jnp.sum(p, axis=-1, keepdims=True), 1e-30)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    p = p / jnp.maximum(total, 1e-30)
     # Of all first tokens of the row, a query sees that of its own document only.
     is_first_key = shared.is_first[:, None, None, :]
-    on_first = jnp.sum(jnp.where(is_first_key, p, 0.0), axis=-1)  # [B, H, block]
+    p_of_first = jnp.where(is_first_key, p, 0.0)
+    on_first = jnp.sum(p_of_first, axis=-1)  # [B, H, block]
     is_counted = (queries.segment_ids > 0) & ~queries.is_first
-    summed = jnp.sum(on_first * is_counted[:, None, :], axis=(0, 2))
-    return summed, jnp.mean(_entropy(p), axis=1)
+    counted = on_first * is_counted[:, None, :]
+    entropy = jnp.mean(_entropy(p), axis=1)
+    return jnp.sum(counted, axis=(0, 2)), entropy
 
 
 def _block_logits(
@@ -293,13 +298,21 @@ def _block_logits(
     B, T, key_heads, _ = shared.k.shape
     block, heads, channels = queries.q.shape[1:]
     # Query heads h and their key head h // (H / Hk), as two axes.
-    q = queries.q.astype(jnp.float32).reshape(B, block, key_heads, -1, channels)
-    products = jnp.einsum("bqhgd,bkhd->bhgqk", q, shared.k, precision="highest")
-    logits = (shared.scale * products).reshape(B, heads, block, T)
-    if shared.logits_soft_cap is not None:
-        logits = shared.logits_soft_cap * jnp.tanh(logits / shared.logits_soft_cap)
+    q = queries.q.astype(jnp.float32)
+    q = q.reshape(B, block, key_heads, -1, channels)
+    products = jnp.einsum(
+        "bqhgd,bkhd->bhgqk",
+        q,
+        shared.k,
+        precision="highest",
+    )
+    logits = shared.scale * products
+    logits = logits.reshape(B, heads, block, T)
+    cap = shared.logits_soft_cap
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
     # How many tokens a key lies before the query; below 0 it lies after it.
-    distance = (queries.times[:, :, None] - jnp.arange(T))[:, None]
+    distance = queries.times[:, None, :, None] - jnp.arange(T)
     slopes = _by_head(shared.alibi_slopes)
     if slopes is not None:
         logits = logits - slopes * jnp.abs(distance)
@@ -319,8 +332,10 @@ def _by_head(x: Float[Array, " H"] | None) -> Float[Array, "H 1 1"] | None:
 def _entropy(p: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
     """-sum p log p in nats, where 0 log 0 is 0."""
     is_positive = p > 0
+    # A zero inside the log would make the gradient, and the product, NaN.
     log_p = jnp.log(jnp.where(is_positive, p, 1.0))
-    return -jnp.sum(jnp.where(is_positive, p * log_p, 0.0), axis=-1)
+    terms = jnp.where(is_positive, p * log_p, 0.0)
+    return -jnp.sum(terms, axis=-1)
 
 
 def _mean_by_position(
@@ -329,11 +344,16 @@ def _mean_by_position(
     positions: Int[Array, "B T"],
 ) -> Float[Array, " T"]:
     """The mean of x over tokens at the same position; NaN where there is none."""
-    zeros = jnp.zeros(x.shape[1], jnp.float32)
-    at = positions.reshape(-1)
-    count = zeros.at[at].add(is_real.reshape(-1))
-    total = zeros.at[at].add((x * is_real).reshape(-1))
-    return jnp.where(count > 0, total / jnp.maximum(count, 1.0), jnp.nan)
+
+    def sum_by_position(y: Float[Array, "B T"]) -> Float[Array, " T"]:
+        zeros = jnp.zeros(y.shape[1], jnp.float32)
+        at = zeros.at[positions.reshape(-1)]
+        return at.add(y.reshape(-1))
+
+    count = sum_by_position(is_real)
+    total = sum_by_position(x * is_real)
+    mean = total / jnp.maximum(count, 1.0)
+    return jnp.where(count > 0, mean, jnp.nan)
 
 
 def max_activation(
@@ -356,11 +376,13 @@ def kurtosis(
     count = jnp.sum(is_real) * x.shape[-1]
 
     def mean(y: Float[Array, "B T M"]) -> Float[Array, ""]:
-        return jnp.sum(jnp.where(is_real[..., None], y, 0.0)) / count
+        real = jnp.where(is_real[..., None], y, 0.0)
+        return jnp.sum(real) / count
 
     x = x.astype(jnp.float32)
     centered = x - mean(x)
-    return mean(centered**4) / mean(centered**2) ** 2
+    variance = mean(centered**2)
+    return mean(centered**4) / variance**2
 
 
 def effective_rank(
@@ -371,13 +393,14 @@ def effective_rank(
     groups = out.shape[0] // value.shape[1]
     by_key_head = jnp.moveaxis(value, 1, 0)
     values = jnp.repeat(by_key_head, groups, axis=0)  # [H, M, D]
+    out_transposed = jnp.swapaxes(out, 1, 2)  # [H, M, D]
     # With W_V = Q R and W_O^T = Q' R', the singular values of W_V W_O are those of R R'^T, D x D.
     r_value = jnp.linalg.qr(values, mode="r")
-    r_out = jnp.linalg.qr(jnp.swapaxes(out, 1, 2), mode="r")
+    r_out = jnp.linalg.qr(out_transposed, mode="r")
     small = r_value @ jnp.swapaxes(r_out, 1, 2)
     singular_values = jnp.linalg.svd(small, compute_uv=False)
-    p = singular_values / jnp.sum(singular_values, axis=-1, keepdims=True)
-    return jnp.exp(_entropy(p))
+    total = jnp.sum(singular_values, axis=-1, keepdims=True)
+    return jnp.exp(_entropy(singular_values / total))
 
 
 def half_life(

@@ -28,7 +28,8 @@ def filter_logits(
     The nucleus is that of arXiv 1904.09751. top_k = 0 and top_p = 1 keep all tokens.
     """
     if top_k:
-        largest, _ = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
+        k = min(top_k, logits.shape[-1])
+        largest, _ = jax.lax.top_k(logits, k)
         smallest_kept = largest[:, -1:]
         logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
     if top_p < 1.0:
@@ -62,7 +63,8 @@ def sample_token(
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     filtered = filter_logits(logits / temperature, top_k, top_p)
-    return jax.random.categorical(key, filtered).astype(jnp.int32)
+    token = jax.random.categorical(key, filtered)
+    return token.astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -83,7 +85,11 @@ def forward(
       vocab_size: of the tokenizer: ids from here on are padding and get -inf.
     """
     with nn.logical_axis_rules(RULES):
-        outputs: Any = LanguageModel(model).apply({"params": params}, tokens, caches=caches)
+        outputs: Any = LanguageModel(model).apply(
+            {"params": params},
+            tokens,
+            caches=caches,
+        )
     hidden, caches, _ = outputs
     logits = compute_logits(hidden[:, -1], head_weights(params))
     is_token = jnp.arange(logits.shape[-1]) < vocab_size

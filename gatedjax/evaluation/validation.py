@@ -69,8 +69,10 @@ class Validation:
         """Mean loss per token; call it inside `jax.set_mesh(run.mesh)`."""
         losses = []
         counts = []
+        model = self._run.config.model
         for local in batches(self._dataset):
-            sums = _eval_step(self._run.config.model, params, self._global(local))
+            batch = self._global(local)
+            sums = _eval_step(model, params, batch)
             losses.append(float(sums.cross_entropy))
             counts.append(float(sums.count))
         return summarize(np.array(losses), np.array(counts), self._tokens_per_byte)

@@ -60,10 +60,8 @@ def digests_of(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, str]:
         # Each process must hold the whole of what it reads.
         replicated = NamedSharding(mesh, PartitionSpec())
         words = jax.jit(lambda x: x, out_shardings=replicated)(words)
-    digests = {}
-    for name, (first, second) in jax.device_get(words).items():
-        digests[name] = f"{first:08x}{second:08x}"
-    return digests
+    on_host = jax.device_get(words)
+    return {name: f"{first:08x}{second:08x}" for name, (first, second) in on_host.items()}
 
 
 def _mesh_of(arrays: Mapping[str, Any]) -> Mesh | AbstractMesh | None:
@@ -100,10 +98,14 @@ def _digest(x: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
     words = words.astype(jnp.uint32)
     position = _row_major_position(words.shape)
     # Two mixes with different constants, so that what escapes one sum does not escape the other.
-    first = _mix(words ^ _mix(position + jnp.uint32(0x9E3779B9)))
+    mixed_position = _mix(position + jnp.uint32(0x9E3779B9))
+    first = _mix(words ^ mixed_position)
     mixed_position = _mix(position ^ jnp.uint32(0xC2B2AE3D))
     second = _mix(words * jnp.uint32(0x85EBCA77) + mixed_position)
-    sums = [jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)]
+    sums = [
+        jnp.sum(first, dtype=jnp.uint32),
+        jnp.sum(second, dtype=jnp.uint32),
+    ]
     return jnp.stack(sums)
 
 

@@ -102,7 +102,8 @@ def _chunks(
     """Pieces of `positions` along T as the first axis. The last is filled with zeros."""
     rows, length = x.shape[:2]
     padding = -length % positions
-    untouched = [(0, 0)] * (x.ndim - 2)
-    padded = jnp.pad(x, [(0, 0), (0, padding), *untouched])
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, padding)
+    padded = jnp.pad(x, widths)
     pieces = padded.reshape(rows, -1, positions, *x.shape[2:])
     return jnp.moveaxis(pieces, 1, 0)

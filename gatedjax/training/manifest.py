@@ -73,8 +73,9 @@ def require_plain_files(step_dir: Path) -> None:
                 raise DamagedError(f"{path.relative_to(step_dir)} is a link")
     for name in _DESCRIPTIONS:
         path = step_dir / name
-        if path.is_file() and path.stat().st_size > _LARGEST_DESCRIPTION:
-            raise DamagedError(f"{name} has {path.stat().st_size:,} bytes")
+        size = path.stat().st_size if path.is_file() else 0
+        if size > _LARGEST_DESCRIPTION:
+            raise DamagedError(f"{name} has {size:,} bytes")
 
 
 def require_stored_as_described(stored: Mapping[str, Any], described: Mapping[str, Any]) -> None:
@@ -87,17 +88,18 @@ def require_stored_as_described(stored: Mapping[str, Any], described: Mapping[st
       stored: by leaf name, what the array store says of itself (orbax's array metadata).
       described: by leaf name, what the manifest says.
     """
-    if set(stored) != set(described):
-        names = ", ".join(set(stored) ^ set(described))
-        raise DamagedError(f"arrays and manifest disagree on {names}")
+    disputed = set(stored) ^ set(described)
+    if disputed:
+        raise DamagedError(f"arrays and manifest disagree on {', '.join(disputed)}")
     for name, array in stored.items():
         chunk = tuple(array.storage.chunk_shape)
-        expected = {key: described[name][key] for key in ("shape", "dtype")}
-        is_same = array.name == name and describe(array) == expected
+        actual = describe(array)
+        expected = {key: described[name][key] for key in actual}
         # A chunk of an empty axis still has one element.
-        fits = all(size <= max(length, 1) for size, length in zip(chunk, array.shape))
-        if not is_same or not fits:
-            stored_as = f"{array.name} {show(describe(array))} in chunks of {chunk}"
+        largest_chunk = [max(length, 1) for length in array.shape]
+        is_too_large = any(size > most for size, most in zip(chunk, largest_chunk))
+        if array.name != name or actual != expected or is_too_large:
+            stored_as = f"{array.name} {show(actual)} in chunks of {chunk}"
             raise DamagedError(f"{name} is stored as {stored_as}")
 
 

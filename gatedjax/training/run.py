@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -91,7 +91,8 @@ def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeS
 
 def _state_shardings(mesh: Mesh, boxed_params: PyTree, shapes: TrainState) -> TrainState:
     """For each array of the state its sharding."""
-    replicated = NamedSharding(mesh, PartitionSpec())
+    # Any: the result has the state's structure, with a sharding in the place of each array.
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
     params = sharding.param_shardings(mesh, boxed_params)
     opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params)
     return dataclasses.replace(
@@ -107,26 +108,29 @@ def _state_shardings(mesh: Mesh, boxed_params: PyTree, shapes: TrainState) -> Tr
 
 def describe(run: Run) -> str:
     """One line: devices, mesh, parameters, FLOPs."""
+    parameters = jax.tree.leaves(run.abstract.params)
+    size = sum(p.size for p in parameters)
     config = run.config
-    devices = list(run.mesh.devices.flat)
-    parameters = sum(p.size for p in jax.tree.leaves(run.abstract.params))
     flops = train_flops_per_token(config.model, config.data.seq_len)
-    across = sharding.across_slices(run.mesh.shape, devices)
-    slices = [f", {count} slices along {axis}" for axis, count in across.items() if count > 1]
-    processes = ""
+    parts = [
+        _devices_text(run.mesh),
+        f"jax {jax.__version__}",
+        f"{size / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per token of training",
+    ]
+    return "; ".join(parts)
+
+
+def _devices_text(mesh: Mesh) -> str:
+    devices = list(mesh.devices.flat)
+    text = f"{len(devices)} {devices[0].device_kind} device(s)"
     if jax.process_count() > 1:
-        processes = f" of {jax.process_count()} processes"
-    place = f"{len(devices)} {devices[0].device_kind} device(s){processes}"
-    mesh = f"mesh {_mesh_text(run.mesh)}{''.join(slices)}"
-    version = f"jax {jax.__version__}"
-    size = f"{parameters / 1e6:.2f}M parameters"
-    work = f"{flops / 1e6:.1f} MFLOP per token of training"
-    return f"{place}, {mesh}; {version}; {size}, {work}"
-
-
-def _mesh_text(mesh: Mesh) -> str:
+        text += f" of {jax.process_count()} processes"
     axes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
-    return " x ".join(axes) or "one device"
+    text += f", mesh {' x '.join(axes) or 'one device'}"
+    for axis, slices in sharding.across_slices(mesh.shape, devices).items():
+        if slices > 1:
+            text += f", {slices} slices along {axis}"
+    return text
 
 
 def fresh_state(run: Run) -> TrainState:

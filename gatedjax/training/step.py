@@ -49,11 +49,11 @@ class TrainState:
     """
 
     step: Int[Array, ""]
-    params: dict
+    params: PyTree
     opt_state: optax.OptState
-    ema: dict | None
+    ema: PyTree | None
     guard: Guard
-    routers: dict
+    routers: PyTree
 
 
 def init_params(config: ModelConfig, key: Array) -> PyTree:
@@ -198,30 +198,46 @@ def _accumulated_gradients(
 ) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
     """Over micro-batches: gradients of the whole batch's loss, its metrics, counts of experts."""
     steps = config.train.accumulation_steps
-    tokens = jnp.maximum(jnp.sum(batch.loss_mask.astype(jnp.float32)), 1.0)
-    gradient = jax.grad(_micro_loss(config, state, tokens), has_aux=True)
+    mask = batch.loss_mask.astype(jnp.float32)
+    tokens = jnp.maximum(jnp.sum(mask), 1.0)
+    loss = _micro_loss(config, state, tokens)
+    gradient = jax.grad(loss, has_aux=True)
     if steps == 1:
-        grads, (metrics, counts) = gradient(state.params, batch, jnp.int32(0), {})
-        return grads, metrics | {"tokens": tokens}, counts
+        first_index = jnp.int32(0)
+        grads, (metrics, counts) = gradient(state.params, batch, first_index, {})
+    else:
+        micros = _micro_batches(batch, steps)
+        grads, (metrics, counts) = _summed(gradient, state.params, micros, steps)
+    metrics["tokens"] = tokens
+    return grads, metrics, counts
+
+
+def _summed(
+    gradient: Callable[..., tuple[PyTree, MetricsAndCounts]],
+    params: PyTree,
+    micros: Batch,
+    steps: int,
+) -> tuple[PyTree, MetricsAndCounts]:
+    """Gradients and metrics summed over micro-batches, one after the other; counts of all."""
 
     def add(
         total: tuple[PyTree, MetricsAndCounts],
-        micro: tuple[Batch, Array],
+        indexed_micro: tuple[Batch, Array],
     ) -> tuple[tuple[PyTree, MetricsAndCounts], None]:
         grads, (metrics, counts) = total
+        micro, index = indexed_micro
         # The counts come back with this micro-batch's added.
-        new_grads, (new_metrics, counts) = gradient(state.params, *micro, counts)
+        new_grads, (new_metrics, counts) = gradient(params, micro, index, counts)
         grads = jax.tree.map(jnp.add, grads, new_grads)
         metrics = jax.tree.map(jnp.add, metrics, new_metrics)
         return (grads, (metrics, counts)), None
 
-    micros = _micro_batches(batch, steps)
     first = jax.tree.map(lambda x: x[0], micros)
-    shapes = jax.eval_shape(gradient, state.params, first, jnp.int32(0), {})
+    shapes = jax.eval_shape(gradient, params, first, jnp.int32(0), {})
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (micros, jnp.arange(steps)))
-    grads, (metrics, counts) = total
-    return grads, metrics | {"tokens": tokens}, counts
+    indices = jnp.arange(steps)
+    total, _ = jax.lax.scan(add, zeros, (micros, indices))
+    return total
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -254,14 +270,16 @@ def _micro_loss(
         index: Array,
         counts_before: Mapping[str, Array],
     ) -> tuple[Array, MetricsAndCounts]:
-        key = _router_key(config, state.step * steps + index)
+        micro_step = state.step * steps + index
+        key = _router_key(config, micro_step)
         params = router_state.merge(params, state.routers)
         losses, statistics = batch_losses(config.model, params, micro, key)
         aux_loss, means, counts = router_losses(config.model, statistics, counts_before)
-        summed = losses.cross_entropy + config.model.z_loss * losses.z_loss
+        z_loss = config.model.z_loss * losses.z_loss
+        token_loss = (losses.cross_entropy + z_loss) / tokens
         metrics = {name: mean / steps for name, mean in means.items()}
         metrics["loss"] = losses.cross_entropy / tokens
-        return summed / tokens + aux_loss / steps, (metrics, counts)
+        return token_loss + aux_loss / steps, (metrics, counts)
 
     return loss
 
@@ -283,12 +301,16 @@ def _guarded(
     """Whether to take this step, and the guard's new memory."""
     is_good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if config.optim.skip_factor:
-        is_spike = grad_norm > config.optim.skip_factor * guard.mean_grad_norm
-        is_good &= ~(is_spike & (guard.accepted >= GUARD_WARMUP))
+        limit = config.optim.skip_factor * guard.mean_grad_norm
+        is_known = guard.accepted >= GUARD_WARMUP
+        is_spike = is_known & (grad_norm > limit)
+        is_good &= ~is_spike
     accepted = guard.accepted + is_good
     # A plain mean at first, then an exponential one.
-    weight = 1.0 / jnp.clip(accepted, 1, GUARD_MEMORY).astype(jnp.float32)
-    mean = guard.mean_grad_norm + weight * (grad_norm - guard.mean_grad_norm)
+    count = jnp.clip(accepted, 1, GUARD_MEMORY)
+    weight = 1.0 / count.astype(jnp.float32)
+    change = grad_norm - guard.mean_grad_norm
+    mean = guard.mean_grad_norm + weight * change
     new_guard = Guard(
         mean_grad_norm=jnp.where(is_good, mean, guard.mean_grad_norm),
         accepted=accepted,
