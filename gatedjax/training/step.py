@@ -29,26 +29,32 @@ GUARD_WARMUP = 20
 GUARD_MEMORY = 100
 
 
+# A number in the state: an array of shape [], or its shape or sharding in a tree of those.
+Scalar = Any
+
+
 @struct.dataclass
 class Guard:
-    """What the guard against bad steps remembers."""
+    """What the guard against bad steps remembers: a float32 mean, int32 counts of steps."""
 
-    mean_grad_norm: Float[Array, ""]
-    accepted: Int[Array, ""]
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    mean_grad_norm: Scalar
+    accepted: Scalar
+    skipped: Scalar
+    skipped_in_a_row: Scalar
 
 
 @struct.dataclass
 class TrainState:
     """Everything that a step changes.
 
+    The same class holds the shapes and the shardings of a state (`run.prepare`).
+
     step: batches seen, skipped ones too.
     ema: the averaged parameters, None if the run keeps none.
     routers: biases and the like (`layers.moe.state`), which no gradient reaches.
     """
 
-    step: Int[Array, ""]
+    step: Scalar
     params: PyTree
     opt_state: optax.OptState
     ema: PyTree | None
