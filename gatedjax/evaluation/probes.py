@@ -86,7 +86,7 @@ def _layer(mixer, batch: Batch, of_layer: tuple[dict, dict, dict]) -> dict[str, 
         result["effective_rank"] = effective_rank(
             params["value"]["kernel"], params["out"]["kernel"]
         )
-    scores = inside.get("gate", inside).get("score")
+    scores = inside.get("gates")
     if scores:
         counts, edges = jnp.histogram(scores[0], BINS)
         result |= {
