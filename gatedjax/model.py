@@ -1,5 +1,6 @@
 """The language model: embed -> scan over periods of the layer pattern -> norm -> logits."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -242,7 +243,7 @@ def init_caches(config: ModelConfig, batch: int, length: int) -> Caches:
         return caches
     # The buffers of the two passes must not be the same: both are donated.
     first_pass = Caches(jnp.int32(0), _layer_caches(config, batch, length))
-    return caches.replace(first_pass=first_pass)
+    return dataclasses.replace(caches, first_pass=first_pass)
 
 
 def _layer_caches(config: ModelConfig, batch: int, length: int) -> dict[str, Any]:

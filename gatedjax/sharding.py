@@ -142,7 +142,8 @@ def global_batch(mesh: Mesh, local: Any, batch_size: int) -> Any:
     mine = my_rows(mesh, batch_size)
 
     def put(a: np.ndarray) -> Array:
-        def part(index: tuple[slice, slice]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             rows, columns = index
             start, stop, _ = rows.indices(batch_size)
             # The rows of one device are neighbors; `a` holds them from `first` on.
@@ -177,7 +178,9 @@ def mesh_axis(name: str) -> str:
 
 def mesh_axes(name: str) -> tuple[str, ...]:
     """The mesh axes of a logical axis."""
-    (axes,) = nn.logical_to_mesh_axes((name,), RULES)
+    spec = nn.logical_to_mesh_axes((name,), RULES)
+    assert spec is not None
+    (axes,) = spec
     if isinstance(axes, str):
         return (axes,)
     return tuple(axes or ())

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-from flax.traverse_util import flatten_dict
 from jax import Array
+
+from gatedjax.layers.tree import flatten_dict
 
 # The Flax collection of everything that is recorded.
 COLLECTION = "probes"
@@ -22,7 +23,12 @@ def record(module: nn.Module, name: str, value: Array) -> None:
         module.sow(COLLECTION, name, value)
 
 
-def gate_values(layer: nn.Module, params: Mapping, x: Array, *args: Any) -> dict[str, Array]:
+def gate_values(
+    layer: nn.Module,
+    params: Mapping[str, Any],
+    x: Array,
+    *args: Any,
+) -> dict[str, Array]:
     """What the gates, decays and routers of `layer` did for the input `x`.
 
     Args:
@@ -45,5 +51,9 @@ def gate_values(layer: nn.Module, params: Mapping, x: Array, *args: Any) -> dict
     """
     variables = {"params": params.get("params", params)}
     _, recorded = layer.apply(variables, x, *args, mutable=[COLLECTION])
-    flat = flatten_dict(recorded.get(COLLECTION, {}))
-    return {"/".join(path): value for path, (value,) in flat.items() if path[-1] not in NOT_GATES}
+    values = {}
+    for path, recordings in flatten_dict(recorded.get(COLLECTION, {})).items():
+        # A module that is called once records once.
+        if path[-1] not in NOT_GATES:
+            values["/".join(path)] = recordings[0]
+    return values

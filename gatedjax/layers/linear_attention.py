@@ -93,7 +93,7 @@ class GatedLinearAttention(Mixer):
         heads = {"heads": c.num_heads, "head_dim": c.value_dim}
         width = {"embed": x.shape[-1]}
         y = Projection(heads, width, self.init_std, self.dtype, name="out")(o)
-        if cache is None:
+        if state is None or tail is None:
             return y, None
         return y, ScanCache(state, tail)
 

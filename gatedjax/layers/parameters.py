@@ -43,6 +43,5 @@ def parameter(
     Returns:
       The parameter's value, without its box.
     """
-    if _boxed.get():
-        init = nn.with_logical_partitioning(init, tuple(axes))
-    return module.param(name, init, tuple(shape), jnp.float32)
+    boxed_init = nn.with_logical_partitioning(init, tuple(axes)) if _boxed.get() else init
+    return module.param(name, boxed_init, tuple(shape), jnp.float32)

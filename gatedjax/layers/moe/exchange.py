@@ -106,7 +106,7 @@ def distributed_mixture(
 
 
 def _ring(assigned: Assigned, stacks: Stacks, axis: str) -> Float[Array, "R M"]:
-    everything = [lax.all_gather(a, axis, tiled=True) for a in assigned]
+    everything = Assigned(*(lax.all_gather(a, axis, tiled=True) for a in assigned))
     first = lax.axis_index(axis) * stacks.num_experts
     return lax.psum_scatter(mixture(*everything, stacks, first), axis, tiled=True)
 

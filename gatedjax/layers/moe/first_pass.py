@@ -1,5 +1,7 @@
 """X-LoRA's first pass: the experts' weights come from the model's own last hidden states without experts."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,11 @@ def no_weights(tokens: Int[Array, "B T"], config: LoRAMixtureConfig) -> Float[Ar
 
 
 def first_pass_weights(
-    model: nn.Module,
+    model: Any,
     config: LoRAMixtureConfig,
     tokens: Int[Array, "B T"],
-    *inputs,
-) -> tuple[Float[Array, "B T E"], object]:
+    *inputs: Any,
+) -> tuple[Float[Array, "B T E"], Any]:
     """The weights of low-rank experts for every token, the same in all layers (X-LoRA, arXiv 2402.07148).
 
     Gradients end at the classifier.
@@ -47,6 +49,7 @@ def first_pass_weights(
     # A module of its own, so that what the layers record is of the second pass alone.
     without_experts = type(model)(model.config, without_experts=True, parent=None)
     variables = jax.lax.stop_gradient({"params": model.variables["params"]})
-    hidden, caches, _ = without_experts.apply(variables, tokens, *inputs)
+    output: Any = without_experts.apply(variables, tokens, *inputs)
+    hidden, caches, _ = output
     weights = xlora_weights(hidden, classifier, config.temperature, config.experts_per_token)
     return weights, caches

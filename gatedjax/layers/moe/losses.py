@@ -103,9 +103,9 @@ def router_losses(
     logged = {"balance_loss": [], "router_z_loss": [], "router_entropy": [], "dropped_fraction": []}
     for i, name in enumerate(config.block_names):
         s = statistics[name]
-        if "counts" not in s:
-            continue
         _, ffn = config.layer(i)
+        if not isinstance(ffn, SparseMoEConfig):
+            continue
         counts[name] = s["counts"] + before.get(name, 0.0)
         balance = balance_loss(counts[name], s["probability"], expert_weights(ffn))
         weighted = ffn.balance_loss * balance

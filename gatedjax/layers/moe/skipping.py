@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config.moe import RouterConfig
 from gatedjax.layers.moe.routing import route
+from gatedjax.layers.tree import flatten_dict, unflatten_dict
 
 # The importance of a layer of which nothing is skipped.
 NEVER = 1e30

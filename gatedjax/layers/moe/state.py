@@ -9,13 +9,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.tree import flatten_dict, unflatten_dict
 
 # The submodule of a sparse layer that holds its router's state.
 NAME = "router_state"
@@ -92,9 +92,9 @@ def updated(
         return state
     blocks = {}
     for i, name in enumerate(config.block_names):
-        if name not in state["periods"]:
-            continue
         _, ffn = config.layer(i)
+        if name not in state["periods"] or not isinstance(ffn, SparseMoEConfig):
+            continue
         old = state["periods"][name]["ffn"][NAME]
         blocks[name] = {"ffn": {NAME: updated_layer(ffn, old, counts[name], step)}}
     return {"periods": blocks}
