@@ -27,6 +27,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch
 from gatedjax.layers.attention import normalizer_of
@@ -54,7 +55,7 @@ def measure(config: ModelConfig, params, batch: Batch) -> Probes:
     return {name: dict(sorted(layers.items())) for name, layers in result.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(careful_jit, static_argnums=0)
 def _measure(config: ModelConfig, params, batch: Batch) -> dict[int, dict[str, Array]]:
     """For each layer of the period its probes, stacked over periods."""
     with nn.logical_axis_rules(RULES):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
 from gatedjax.errors import InputError
 from gatedjax.model import Caches, LanguageModel, head_weights, init_caches, logits
@@ -42,7 +43,7 @@ def sample_token(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(careful_jit, static_argnums=0, donate_argnums=3)
 def forward(
     model: ModelConfig, params, tokens: Int[Array, "B T"], caches: Caches, vocab: Int[Array, ""]
 ):

@@ -3,9 +3,9 @@
 import math
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import DataConfig
 from gatedjax.data import batches, corpora, make_dataset
 from gatedjax.evaluation.probes import Probes, measure
@@ -20,7 +20,7 @@ def tokens_per_byte(config: DataConfig) -> float:
     return sum(s.targets for s in splits) / sum(s.bytes for s in splits)
 
 
-_eval_step = jax.jit(eval_step, static_argnums=0)
+_eval_step = careful_jit(eval_step, static_argnums=0)
 
 
 class Evaluation(NamedTuple):

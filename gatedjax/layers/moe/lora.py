@@ -14,6 +14,7 @@ from gatedjax.layers.mlp import gated_product
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import contract
 from gatedjax.layers.token_info import TokenInfo
+from kernels_pallas.common.opaque import opaque
 
 
 def lora_experts(
@@ -133,6 +134,8 @@ class LoRAProjection(nn.Module):
         )
         if weights is None:
             weights = self._own_weights(x)
+        # Where parameters are made in the same program, the compiler sees that b is all zeros.
+        b = opaque(b)
         x = x.astype(self.dtype)
         dense = contract(x, jax.lax.stop_gradient(frozen).astype(self.dtype), 1)
         experts = lora_experts(x, weights, a.astype(self.dtype), b.astype(self.dtype))
@@ -148,6 +151,8 @@ class LoRAProjection(nn.Module):
             shape=[c.num_experts, in_size],
             init=nn.initializers.zeros,
         )
+        # As b below: zeros that the compiler must not see.
+        gates = opaque(gates)
         if c.gate == "sigmoid":
             weights = sigmoid_weights(x, gates)
         else:

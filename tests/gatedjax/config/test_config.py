@@ -1,4 +1,6 @@
-"""Every config builds, resolves to its committed golden, and passes under eval_shape; wrong ones name the key."""
+"""Every config builds, resolves to its committed golden, and passes under eval_shape; wrong ones
+name the key.
+"""
 
 import importlib.util
 import json

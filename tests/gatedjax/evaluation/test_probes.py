@@ -66,13 +66,13 @@ def test_attention_rows_equal_the_plain_formula(options, monkeypatch):
     positions = np.array([[t - max([0, *e[e <= t]]) for t in range(T)] for e in ends])
     want = plain_rows(q, k, segments, positions, **options)
     low = [jnp.asarray(x, jnp.float32) for x in (q, k)]
-    score = NORMALIZERS["relu" if options.pop("relu", False) else "softmax"]
+    normalizer = NORMALIZERS["relu" if options.pop("relu", False) else "softmax"]
     slopes, sinks = (
         options.pop("slopes", None),
         jnp.asarray([0.5, -1.0, 2.0, 0.0]) if "logits_soft_cap" in options else None,
     )
     by_head = dict(alibi_slopes=None if slopes is None else jnp.asarray(slopes), sink_logits=sinks)
-    got = attention_rows(*low, segments, positions, score=score, **by_head, **options)
+    got = attention_rows(*low, segments, positions, normalizer=normalizer, **by_head, **options)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-4)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-6)
 

@@ -1,4 +1,6 @@
-"""Filters by value, greedy decoding against the full forward pass, and the error bar of an evaluation."""
+"""Filters by value, greedy decoding against the full forward pass, and the error bar of an
+evaluation.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""GatedAttention's options: how they start, what is refused, tokens cut over devices, another project's layer."""
+"""GatedAttention's options: how they start, what is refused, tokens cut over devices, another
+project's layer.
+"""
 
 import typing
 
@@ -135,7 +137,9 @@ ON_MESH = dict(window=20, sinks=True, alibi="learned", gate_granularity="headwis
 
 @pytest.mark.parametrize("name", MESHES)
 def test_tokens_cut_over_devices(name):
-    """Values and gradients, with packed documents; and no device holds the scores of all queries."""
+    """Values and gradients, with packed documents; and no device holds the scores of all
+    queries.
+    """
     module, params = build(GatedAttentionConfig(**SMALL, **ON_MESH))
     ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (B, T)), axis=1), jnp.int32)
 
@@ -158,7 +162,9 @@ def test_tokens_cut_over_devices(name):
 
 
 def test_equals_the_layer_of_transformers():
-    """Qwen3NextAttention, its weights copied: fused projection, partial rotation, zero-centered norms, gate."""
+    """Qwen3NextAttention, its weights copied: fused projection, partial rotation, zero-centered
+    norms, gate.
+    """
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     configuration = pytest.importorskip("transformers.models.qwen3_next.configuration_qwen3_next")

@@ -1,4 +1,6 @@
-"""GatedLinearAttention against its recurrence, written out in float64 numpy, one token after the other."""
+"""GatedLinearAttention against its recurrence, written out in float64 numpy, one token after the
+other.
+"""
 
 import functools
 

@@ -33,7 +33,9 @@ MESHES = {
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`lax.ragged_all_to_all`, which CPUs do not have: everybody gets everything and picks out what is sent to it."""
+    """`lax.ragged_all_to_all`, which CPUs do not have: everybody gets everything and picks out what
+    is sent to it.
+    """
     gather = lambda a: jax.lax.all_gather(a, axis_name)
     me = jax.lax.axis_index(axis_name)
     everything, starts, sizes, places = map(
@@ -102,7 +104,9 @@ def test_eight_devices_equal_one(exchange, mesh, alone):
 
 
 def test_ragged_exchange_equals_one_device(alone, monkeypatch):
-    """Its own gathers and offsets, around an emulated collective; CPUs refuse the real one by name."""
+    """Its own gathers and offsets, around an emulated collective; CPUs refuse the real one by
+    name.
+    """
     config = dataclasses.replace(CONFIG, exchange="ragged_all_to_all")
     with pytest.raises(NotImplementedError, match="'ragged_all_to_all' is not implemented on CPU"):
         run(config, MESHES["fsdp x expert"])
@@ -112,7 +116,9 @@ def test_ragged_exchange_equals_one_device(alone, monkeypatch):
 
 
 def test_a_batch_too_small_to_cut():
-    """One row on eight devices: each computes what its own experts contribute; with one device an expert, too."""
+    """One row on eight devices: each computes what its own experts contribute; with one device an
+    expert, too.
+    """
     single = run(CONFIG, {}, jax.devices()[:1], X[:1])
     for mesh in (MESHES["fsdp x expert"], dict(fsdp=8)):
         assert_equal(run(dataclasses.replace(CONFIG, exchange="all_to_all"), mesh, x=X[:1]), single)
@@ -123,7 +129,9 @@ def test_a_batch_too_small_to_cut():
     [("all_to_all", 0.5), pytest.param("ragged_all_to_all", 0.3, marks=pytest.mark.slow)],
 )
 def test_what_the_exchange_drops_is_counted(exchange, factor, alone, monkeypatch):
-    """Limited room: the count is that of all devices, beside NumPy; what is dropped contributes nothing."""
+    """Limited room: the count is that of all devices, beside NumPy; what is dropped contributes
+    nothing.
+    """
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
     monkeypatch.setattr("gatedjax.layers.moe.exchange.target_platform", lambda: "tpu")
     config = dataclasses.replace(CONFIG, exchange=exchange, exchange_factor=factor)

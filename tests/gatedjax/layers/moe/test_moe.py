@@ -1,4 +1,6 @@
-"""Sparse = dense mixture of experts, for every router; permutations, capacity, experts that cost nothing."""
+"""Sparse = dense mixture of experts, for every router; permutations, capacity, experts that cost
+nothing.
+"""
 
 import dataclasses
 import functools
@@ -105,7 +107,9 @@ def configure(**values) -> SparseMoEConfig:
 
 
 def make(config):
-    """The module, its parameters and its state; biases and importance are moved from where they start."""
+    """The module, its parameters and its state; biases and importance are moved from where they
+    start.
+    """
     module = SparseMoE(config, 0.3, jnp.float32)
     init = jax.jit(
         lambda key: module.init(key, X, TokenInfo(TOKENS, None, TOKENS))
@@ -126,7 +130,9 @@ def with_statistics(module):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_router_equals_ranks_and_masks(name):
-    """Combine weights, and their gradient by the logits; every fourth token has nothing but ties."""
+    """Combine weights, and their gradient by the logits; every fourth token has nothing but
+    ties.
+    """
     config = configure(**VARIANTS[name])
     r, k, E = config.router, config.experts_per_token, config.total_experts
     rng = np.random.default_rng(3)
@@ -217,7 +223,9 @@ def test_only_free_experts_equal_their_closed_form():
 
 @pytest.mark.parametrize("order", ["position", "choice", "priority"])
 def test_capacity_drops_those_who_come_last(order):
-    """Beside a queue in Python: each expert takes the first C of a row, the rest count as dropped and give 0."""
+    """Beside a queue in Python: each expert takes the first C of a row, the rest count as dropped
+    and give 0.
+    """
     config = configure(capacity_factor=0.7, capacity_order=order, router=dict(renormalize=False))
     module, params, _ = make(config)
     y, statistics, _ = jax.jit(with_statistics(module))({"params": params}, X)
@@ -247,7 +255,9 @@ def test_capacity_drops_those_who_come_last(order):
 
 
 def test_straight_through_noise_has_the_softmax_gradient():
-    """With noise: one expert with weight exactly 1 going forward, the relaxed gradient going backward."""
+    """With noise: one expert with weight exactly 1 going forward, the relaxed gradient going
+    backward.
+    """
     module, params, _ = make(
         configure(experts_per_token=1, router=dict(selection="gumbel", renormalize=False))
     )
@@ -271,7 +281,9 @@ def test_straight_through_noise_has_the_softmax_gradient():
 
 
 def test_models_hand_on_router_logits_and_tokens():
-    """The second of two sparse layers sees the first one's logits, in a scan too; decoding gives the full forward."""
+    """The second of two sparse layers sees the first one's logits, in a scan too; decoding gives
+    the full forward.
+    """
     router = dict(residual=True, selection="hash", weighting="scores")
     ffn = configure(num_experts=4, hidden=8, router=router)
     attention = GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4)
@@ -345,7 +357,9 @@ def test_wrong_values_are_named(values, message):
 )
 @settings(max_examples=40, deadline=None)
 def test_any_group_sizes(ids, capacity, order):
-    """Empty, full and single-row groups, empty places (id 5), experts that live elsewhere; then a capacity."""
+    """Empty, full and single-row groups, empty places (id 5), experts that live elsewhere; then a
+    capacity.
+    """
     experts = jnp.asarray(ids, jnp.int32).reshape(1, 12, 3)
     weights = jnp.asarray(np.random.default_rng(len(set(ids))).random((1, 12, 3)), jnp.float32)
     weights = jnp.where(experts == 5, 0.0, weights)
@@ -370,7 +384,9 @@ def test_any_group_sizes(ids, capacity, order):
 
 
 def test_capacities_of_unlike_experts():
-    """MoE++: k T gamma / (tau 4 + 2) for experts that cost nothing, tau times that for those that compute."""
+    """MoE++: k T gamma / (tau 4 + 2) for experts that cost nothing, tau times that for those that
+    compute.
+    """
     values = dict(num_experts=4, zero_experts=1, copy_experts=1, capacity_factor=1.5)
     assert (
         capacities(configure(**values, zero_computation_weight=0.5), 24).tolist()

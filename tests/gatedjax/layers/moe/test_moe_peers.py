@@ -1,7 +1,8 @@
-"""transformers' Mixtral, Qwen3-MoE and DeepSeek-V3 blocks with the same weights: values and gradients.
+"""transformers' Mixtral, Qwen3-MoE and DeepSeek-V3 blocks with the same weights: values and
+gradients.
 
-Skipped where torch and transformers are not: `pip install -e '.[oracles]'`, or name an interpreter that has them in
-GATEDJAX_PEERS_PYTHON.
+Skipped where torch and transformers are not: `pip install -e '.[oracles]'`, or name an interpreter
+that has them in GATEDJAX_PEERS_PYTHON.
 """
 
 import importlib.util

@@ -1,4 +1,6 @@
-"""Balance losses beside every codebase's own formula; z-loss, buffer over micro-batches, state updates, whole steps."""
+"""Balance losses beside every codebase's own formula; z-loss, buffer over micro-batches, state
+updates, whole steps.
+"""
 
 import dataclasses
 
@@ -33,7 +35,8 @@ def theirs(codebase: str) -> float:
         "megablocks": lambda: np.mean(
             [E / (T * K) * (counts[i] * mean[i]).sum() for i in range(L)]
         ),
-        # Expert mask [layers x tokens, k, E] -> mean over rows [k, E]; times the mean share; summed; times E.
+        # Expert mask [layers x tokens, k, E] -> mean over rows [k, E]; times the mean share;
+        # summed; times E.
         "huggingface": lambda: (
             E * (alike[0].reshape(-1, K, E).mean(0) * alike[1].reshape(-1, E).mean(0)).sum()
         ),
@@ -109,7 +112,9 @@ def layer_statistics(seed):
 
 
 def test_the_buffer_makes_loads_those_of_the_batch_so_far():
-    """Second micro-batch: f over both, P of its own; and the weighted sum over two layers, MoE++'s eta within."""
+    """Second micro-batch: f over both, P of its own; and the weighted sum over two layers, MoE++'s
+    eta within.
+    """
     model, (a, b) = (
         sparse_model(zero_computation_weight=0.3),
         (layer_statistics(1), layer_statistics(2)),
@@ -222,7 +227,9 @@ FACTORINGS = [
 
 @pytest.mark.parametrize("mesh, exchange", FACTORINGS)
 def test_eight_devices_equal_one(mesh, exchange, alone):
-    """Losses, gradient norms, loads, drop counts, and the state of the router, which starts where all are equal."""
+    """Losses, gradient norms, loads, drop counts, and the state of the router, which starts where
+    all are equal.
+    """
     config = routed(RULE, exchange=exchange)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
     _, state, log = run_steps(config, 3, batches)
@@ -238,7 +245,9 @@ def test_eight_devices_equal_one(mesh, exchange, alone):
 
 
 def test_state_moves_with_counts_of_the_whole_batch(alone):
-    """Temperature by step, bias by the loads of all micro-batches: two halves or one whole make no difference."""
+    """Temperature by step, bias by the loads of all micro-batches: two halves or one whole make no
+    difference.
+    """
     _, single, log = alone
     leaves = {path[-1].key: x for path, x in jax.tree_util.tree_leaves_with_path(single.routers)}
     assert leaves["temperature"] == 1.0 and np.abs(leaves["bias"]).min() > 0
@@ -267,7 +276,9 @@ def test_a_skipped_step_leaves_the_state_alone():
 
 @pytest.mark.slow
 def test_noise_is_new_every_step_and_the_same_on_any_mesh():
-    """Straight-through Gumbel: the same batch twice is routed otherwise; eight devices draw what one draws."""
+    """Straight-through Gumbel: the same batch twice is routed otherwise; eight devices draw what
+    one draws.
+    """
     config = routed(dict(selection="gumbel", renormalize=False))
     same = lambda i: batches(0)
     _, _, one = run_steps(config, 2, same, devices=jax.devices()[:1])

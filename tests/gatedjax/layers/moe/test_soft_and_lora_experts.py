@@ -1,4 +1,6 @@
-"""Soft MoE beside loops over slots; mixtures of LoRA experts beside loops over experts, and what stays frozen."""
+"""Soft MoE beside loops over slots; mixtures of LoRA experts beside loops over experts, and what
+stays frozen.
+"""
 
 import flax.linen as nn
 import jax
