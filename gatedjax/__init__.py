@@ -84,8 +84,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The public names are imported when they are first asked for.
 
-    Commands set environment variables that jax reads when it is imported; `import gatedjax` must not
-    be earlier than they are.
+    Commands set environment variables that jax reads when it is imported; `import gatedjax` must
+    not be earlier than they are.
     """
     if name not in __all__:
         raise AttributeError(f"module 'gatedjax' has no attribute {name!r}")

@@ -27,7 +27,9 @@ STREAM_AXES = ("batch", "length", "embed_act")
 
 @struct.dataclass
 class Caches:
-    """Decoding state: the number of tokens seen, and for each block of the period its cache, stacked over periods.
+    """Decoding state: the number of tokens seen, and the cache of every block of the period.
+
+    layers: the caches by block, stacked over periods.
 
     first_pass: the same of the pass without experts, where there is one (`ModelConfig.first_pass`).
     """
@@ -51,9 +53,16 @@ class Block(nn.Module):
         cache: Any,
         router_logits: Float[Array, "B T E"] | None,
     ) -> tuple[Stream, Array | None, Any, dict[str, Array]]:
-        """(x, router logits, cache, statistics); router logits only where some router has a gating residual."""
+        """(x, router logits, cache, statistics).
+
+        Router logits only where some router has a gating residual.
+        """
         c = self.config
-        mixer, feed_forward = block_layers(c, self.index, names=("mixer", "ffn"))
+        mixer, feed_forward = block_layers(
+            c,
+            self.index,
+            names=("mixer", "ffn"),
+        )
         y, cache = mixer.with_cache(self._norm("mixer_norm")(x), info, cache)
         x = x + y
         y, statistics, new_logits = feed_forward.with_statistics(
@@ -68,7 +77,11 @@ class Block(nn.Module):
         return x, router_logits, cache, statistics
 
     def _norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.config.norm_eps, self.config.zero_centered_norm, name=name)
+        return RMSNorm(
+            self.config.norm_eps,
+            self.config.zero_centered_norm,
+            name=name,
+        )
 
 
 def block_layers(
@@ -76,17 +89,31 @@ def block_layers(
     index: int,
     names: tuple[str | None, str | None] = (None, None),
 ) -> tuple[Mixer, FeedForward]:
-    """The mixer and the feed-forward of block `index` of the period, with these names as submodules."""
+    """The mixer and the feed-forward of block `index` of the period, as submodules `names`."""
     mixer, feed_forward = config.layer(index)
     dtype = jnp.dtype(config.dtype)
     return (
-        MIXERS[mixer.kind](mixer, config.norm_eps, config.init_std, dtype, name=names[0]),
-        FEED_FORWARDS[feed_forward.kind](feed_forward, config.init_std, dtype, name=names[1]),
+        MIXERS[mixer.kind](
+            mixer,
+            config.norm_eps,
+            config.init_std,
+            dtype,
+            name=names[0],
+        ),
+        FEED_FORWARDS[feed_forward.kind](
+            feed_forward,
+            config.init_std,
+            dtype,
+            name=names[1],
+        ),
     )
 
 
 class Period(nn.Module):
-    """The layers after which the pattern repeats. One is compiled; `nn.scan` runs it num_layers / period times."""
+    """The layers after which the pattern repeats.
+
+    One is compiled; `nn.scan` runs it num_layers / period times.
+    """
 
     config: ModelConfig
 
@@ -103,7 +130,11 @@ class Period(nn.Module):
         statistics = {}
         for i, name in enumerate(self.config.block_names):
             cache = None if caches is None else caches[name]
-            block = Block(self.config, i, name=name)
+            block = Block(
+                self.config,
+                i,
+                name=name,
+            )
             x, router_logits, new_caches[name], statistics[name] = block(
                 x,
                 info,
@@ -118,7 +149,8 @@ class Period(nn.Module):
 class LanguageModel(nn.Module):
     """A decoder-only language model with any pattern of mixers and feed-forwards.
 
-    without_experts: low-rank experts whose weights a first pass would give add nothing: this is that pass.
+    without_experts: low-rank experts whose weights a first pass would give add nothing: this is
+      that pass.
     """
 
     config: ModelConfig
@@ -140,7 +172,8 @@ class LanguageModel(nn.Module):
 
         Args:
           tokens: their ids.
-          positions: of the tokens within their documents; None counts on from the caches, or from 0.
+          positions: of the tokens within their documents; None counts on from the caches, or from
+            0.
           segment_ids: the document of each token; None where a row is one document.
           caches: of the tokens before.
 
@@ -162,28 +195,57 @@ class LanguageModel(nn.Module):
             before = None if caches is None else caches.first_pass
             inputs = (tokens, positions, segment_ids, before)
             lora_weights, first_pass_caches = first_pass_weights(self, c.first_pass, *inputs)
-        info = TokenInfo(positions, segment_ids, tokens, lora_weights)
+        info = TokenInfo(
+            positions,
+            segment_ids,
+            tokens,
+            lora_weights,
+        )
         carry = (x, self._first_router_logits(tokens))
         layer_caches = None if caches is None else caches.layers
         (x, _), (layer_caches, statistics) = layers_of(c)(carry, info, layer_caches)
-        x = RMSNorm(c.norm_eps, c.zero_centered_norm, name="final_norm")(x)
+        x = RMSNorm(
+            c.norm_eps,
+            c.zero_centered_norm,
+            name="final_norm",
+        )(x)
         if caches is not None:
             seen = caches.position + tokens.shape[1]
             caches = Caches(seen, layer_caches, first_pass_caches)
         return x, caches, statistics
 
     def _embedded(self, tokens: Int[Array, "B T"]) -> Stream:
-        """The rows of the embedding table; the head is made here too, where it is another matrix."""
+        """The rows of the embedding table.
+
+        The head is made here too, where it is another matrix.
+        """
         c = self.config
         axes = ("vocab", "embed_vocab")
         shape = (c.vocab_size, c.width)
         init = nn.initializers.normal(c.init_std)
-        table = parameter(self, "embedding", axes=axes, shape=shape, init=init)
+        table = parameter(
+            self,
+            "embedding",
+            axes=axes,
+            shape=shape,
+            init=init,
+        )
         if not c.tie_embeddings:
-            parameter(self, "head", axes=axes, shape=shape, init=init)
-        # Whole rows for the lookup: XLA can move a result cut along its width only by replicating it.
+            parameter(
+                self,
+                "head",
+                axes=axes,
+                shape=shape,
+                init=init,
+            )
+        # Whole rows for the lookup: XLA can move a result cut along its width only by replicating
+        # it.
         table = nn.with_logical_constraint(table.astype(c.dtype), ("vocab", None))
-        x = jnp.take(table, tokens, axis=0)
+        x = jnp.take(
+            table,
+            tokens,
+            axis=0,
+        )
         return nn.with_logical_constraint(x, STREAM_AXES)
 
     def _first_router_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"] | None:
@@ -206,17 +268,30 @@ def remat_policy(name: str) -> Callable[..., Any]:
 
 
 def layers_of(c: ModelConfig) -> nn.Module:
-    """All layers, as a module "periods": ((x, router logits), info, caches) -> (the same, (caches, statistics))."""
+    """All layers, as a module "periods".
+
+    ((x, router logits), info, caches) -> (the same, (caches, statistics)).
+    """
     period = Period
     if c.remat != "none":
         # Outside a loop XLA would merge what is computed again with what was computed first, and
         # keep it after all.
-        period = nn.remat(Period, prevent_cse=not c.scan_layers, policy=remat_policy(c.remat))
+        period = nn.remat(
+            Period,
+            prevent_cse=not c.scan_layers,
+            policy=remat_policy(c.remat),
+        )
     num_periods = c.num_layers // c.period
     scanned = nn.scan(
         period,
-        variable_axes={"params": 0, COLLECTION: 0},
-        split_rngs={"params": True, "router": True},
+        variable_axes={
+            "params": 0,
+            COLLECTION: 0,
+        },
+        split_rngs={
+            "params": True,
+            "router": True,
+        },
         in_axes=(nn.broadcast, 0),
         length=num_periods,
         unroll=1 if c.scan_layers else num_periods,
@@ -236,7 +311,11 @@ def logits(hidden: Float[Array, "... M"], weights: Float[Array, "X M"]) -> Float
     return jnp.einsum("...m,xm->...x", hidden, weights, preferred_element_type=jnp.float32)
 
 
-def init_caches(config: ModelConfig, batch: int, length: int) -> Caches:
+def init_caches(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+) -> Caches:
     """Empty caches for `length` tokens of `batch` rows."""
     caches = Caches(jnp.int32(0), _layer_caches(config, batch, length))
     if config.first_pass is None:
@@ -246,7 +325,11 @@ def init_caches(config: ModelConfig, batch: int, length: int) -> Caches:
     return dataclasses.replace(caches, first_pass=first_pass)
 
 
-def _layer_caches(config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
+def _layer_caches(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+) -> dict[str, Any]:
     """The cache of every block, stacked over periods."""
     num_periods = config.num_layers // config.period
 

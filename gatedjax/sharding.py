@@ -31,7 +31,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 # From the axes that talk the least to those that talk the most.
 AXES_BY_TRAFFIC = ("data", "fsdp", "expert", "context", "tensor")
 
-# Logical axis -> mesh axes. Parameters use embed, mlp, heads ...; activations batch, length, embed_act.
+# Logical axis -> mesh axes. Parameters use embed, mlp, heads ...; activations batch, length,
+# embed_act.
 RULES = (
     ("batch", BATCH_AXES),
     ("length", "context"),
@@ -76,8 +77,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = {axis: getattr(config, axis) for axis in AXES}
     shape["data"] = config.data or len(devices) // others
     across = across_slices(shape, devices)
-    # Split physical axes: 16 x 16 devices lie on a torus of 8 x 8 x 4 only if one of its axes serves
-    # two of ours.
+    # Split physical axes: 16 x 16 devices lie on a torus of 8 x 8 x 4 only if one of its axes
+    # serves two of ours.
     if math.prod(across.values()) == 1:
         grid = mesh_utils.create_device_mesh(
             tuple(shape.values()),
@@ -92,11 +93,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             allow_split_physical_axes=True,
         )
     # Linen's logical constraints need Auto axes.
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        grid,
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+    )
 
 
 def across_slices(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> dict[str, int]:
-    """For each axis, how many slices it spans. Slices are groups of devices with a fast network of their own."""
+    """For each axis, how many slices it spans.
+
+    Slices are groups of devices with a fast network of their own.
+    """
     slices = {getattr(device, "slice_index", None) for device in devices}
     left = len(slices)
     across = {}
@@ -112,7 +120,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 @functools.lru_cache
-def my_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[int, ...]:
+def my_rows(
+    mesh: Mesh,
+    batch_size: int,
+    process: int | None = None,
+) -> tuple[int, ...]:
     """The rows of the global batch that this process (or that one) must supply, ascending.
 
     Taken from the sharding, not from the process index: processes with the same rows (tensor or
@@ -136,8 +148,15 @@ def my_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[in
     return tuple(sorted(mine))
 
 
-def global_batch(mesh: Mesh, local: Any, batch_size: int) -> Any:
-    """The global arrays of a batch of which this process holds `my_rows`: a pytree of numpy arrays [my rows, T]."""
+def global_batch(
+    mesh: Mesh,
+    local: Any,
+    batch_size: int,
+) -> Any:
+    """The global arrays of a batch of which this process holds `my_rows`.
+
+    A pytree of numpy arrays [my rows, T].
+    """
     sharding = batch_sharding(mesh)
     mine = my_rows(mesh, batch_size)
 
@@ -150,8 +169,8 @@ def global_batch(mesh: Mesh, local: Any, batch_size: int) -> Any:
             first = bisect.bisect_left(mine, start)
             return a[first : first + stop - start, columns]
 
-        # Each device asks for its part of the global shape: nothing is left to guess from the number
-        # of processes.
+        # Each device asks for its part of the global shape: nothing is left to guess from the
+        # number of processes.
         return jax.make_array_from_callback((batch_size, *a.shape[1:]), sharding, part)
 
     return jax.tree.map(put, local)
@@ -199,19 +218,19 @@ def per_shard(
     gathered: Sequence[str] = (),
     summed: str | None = None,
 ) -> Callable:
-    """`fn`, run by each device of the ambient mesh on its own part of the arrays; `fn` itself where there is no mesh.
+    """`fn`, run by each device of the ambient mesh on its own part of the arrays.
 
-    For what XLA cannot cut by itself (a Pallas kernel), or would cut badly: sorting rows by expert,
-    which every device can do with its own tokens. A name whose size the mesh does not divide (one
-    row, at the start or when sampling) is handed over whole.
+    Without a mesh it is `fn` itself. For what XLA cannot cut by itself (a Pallas kernel), or would
+    cut badly: sorting rows by expert, which every device can do with its own tokens. A name whose
+    size the mesh does not divide (one row, at the start or when sampling) is handed over whole.
 
     Args:
       fn: a function of arrays.
       in_axes: for every argument (an array or None), the logical name of each axis; None hands over
         the whole axis.
       out_axes: the same for the result; a list for several results.
-      gathered: names of which each device gathers the whole before `fn`; their gradients are reduced
-        and scattered.
+      gathered: names of which each device gathers the whole before `fn`; their gradients are
+        reduced and scattered.
       summed: the name along which the result, or the first of several, is a partial sum.
 
     Returns:
@@ -226,8 +245,8 @@ def per_shard(
         several = isinstance(out_axes, list)
         results = out_axes if several else [out_axes]
         whole = set()
-        # Gathered by hand, an array counts as different on every device: only right if the result is
-        # cut likewise. Where it is not, `shard_map` itself hands over the whole.
+        # Gathered by hand, an array counts as different on every device: only right if the result
+        # is cut likewise. Where it is not, `shard_map` itself hands over the whole.
         if any(name and name not in cut for names in results for name in names):
             whole = set(gathered)
         by_hand = set(gathered) & cut.keys() - whole
@@ -247,13 +266,21 @@ def per_shard(
         out_specs = tuple(_spec(names, specs) for names in results)
         if not several:
             (out_specs,) = out_specs
-        return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*args)
+        return jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+        )(*args)
 
     return call
 
 
 def _is_ours(mesh: AbstractMesh) -> bool:
-    """Whether arrays can be cut over this mesh: several devices, our axes, and outside of a `shard_map`."""
+    """Whether arrays can be cut over this mesh.
+
+    Several devices, our axes, and outside of a `shard_map`.
+    """
     return mesh.size > 1 and set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes
 
 
@@ -283,7 +310,11 @@ def _spec(names: Names, axes_of: Mapping[str, tuple[str, ...]]) -> PartitionSpec
     return PartitionSpec(*(None if name is None else axes_of.get(name) for name in names))
 
 
-def _gathered(x: Array, names: Names, gathered: set[str]) -> Array:
+def _gathered(
+    x: Array,
+    names: Names,
+    gathered: set[str],
+) -> Array:
     for i, name in enumerate(names):
         if name in gathered:
             x = jax.lax.all_gather(x, mesh_axes(name), axis=i, tiled=True)
@@ -300,9 +331,8 @@ def check_divides(mesh: Mesh, abstract_params: Any) -> None:
             ways = math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes) if axis)
             if size % ways:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise InputError(
-                    f"config.mesh: {axes} = {ways} does not divide an axis of {size} of parameter {name}"
-                )
+                what = f"an axis of {size} of parameter {name}"
+                raise InputError(f"config.mesh: {axes} = {ways} does not divide {what}")
 
 
 def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
@@ -310,12 +340,17 @@ def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
 
 
-def optimizer_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
+def optimizer_shardings(
+    mesh: Mesh,
+    opt_state: Any,
+    params: Any,
+    shardings: Any,
+) -> Any:
     """Optimizer state is placed as its parameters are; everything else (counts) is replicated.
 
-    A leaf belongs to the parameter whose path ends its own and whose shape it has: so it is in every
-    optax state. jit does not infer this (`zeros_like` depends on no value, so the state would land on
-    one device), and optax's own map over parameters fails inside Muon's partition.
+    A leaf belongs to the parameter whose path ends its own and whose shape it has: so it is in
+    every optax state. jit does not infer this (`zeros_like` depends on no value, so the state would
+    land on one device), and optax's own map over parameters fails inside Muon's partition.
 
     Args:
       mesh: of the devices.

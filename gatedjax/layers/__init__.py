@@ -1,4 +1,5 @@
-"""Flax modules: they own parameters, names, logical axes and dtypes; the arithmetic is in plain functions.
+"""Flax modules: they own parameters, names, logical axes and dtypes; the arithmetic is in plain
+functions.
 
 `base.py` says what a model asks of a mixer and of a feed-forward. To add one: a file here, a line
 below, and its dataclass in `config/layers.py` (CONTRIBUTING.md does it step by step).

@@ -1,4 +1,7 @@
-"""Gated attention: projections, norms, positions, scales and the gate around `kernels_pallas.attention`."""
+"""Gated attention.
+
+Projections, norms, positions, scales and the gate around `kernels_pallas.attention`.
+"""
 
 import dataclasses
 
@@ -32,7 +35,9 @@ Keys = Float[Array, "B T Hk D"]
 
 
 class GatedAttention(Mixer):
-    """Grouped-query attention with a gate at any of the five positions of arXiv 2505.06708 (table 1)."""
+    """Grouped-query attention with a gate at any of the five positions of arXiv 2505.06708 (table
+    1).
+    """
 
     config: GatedAttentionConfig
 
@@ -56,14 +61,33 @@ class GatedAttention(Mixer):
         q = self._rotated(q, info)
         k = self._rotated(k, info)
         if c.query_scale != "none" or c.logit_scale == "learned":
-            scale = QueryScale(c, self.init_std, self.dtype, name="query_scale")
-            q, v = scale(q, v, x, keys_seen(info.positions, c.window))
+            scale = QueryScale(
+                c,
+                self.init_std,
+                self.dtype,
+                name="query_scale",
+            )
+            q, v = scale(
+                q,
+                v,
+                x,
+                keys_seen(info.positions, c.window),
+            )
         o, cache = self._gated_attention(
             q, k, v, self._sdpa_logits(q, x, fused_logits), info, cache
         )
-        heads = {"heads": c.num_heads, "head_dim": c.head_dim}
+        heads = {
+            "heads": c.num_heads,
+            "head_dim": c.head_dim,
+        }
         width = {"embed": x.shape[-1]}
-        y = Projection(heads, width, self.init_std, self.dtype, name="out")(o)
+        y = Projection(
+            heads,
+            width,
+            self.init_std,
+            self.dtype,
+            name="out",
+        )(o)
         return self._gated("output", y, x), cache
 
     def _projections(self, x: Array) -> tuple[Queries, Keys, Keys, Array | None]:
@@ -74,27 +98,59 @@ class GatedAttention(Mixer):
             gate_channels = c.head_dim if c.gate_granularity == "elementwise" else 1
         # In every head the query comes first, then the gate: [q | gate], as Qwen3-Next has it.
         q = self._project(
-            "query", x, {"heads": c.num_heads, "head_dim": c.head_dim + gate_channels}
+            "query",
+            x,
+            {
+                "heads": c.num_heads,
+                "head_dim": c.head_dim + gate_channels,
+            },
         )
-        kv_axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        kv_axes = {
+            "kv_heads": c.kv_heads,
+            "head_dim": c.head_dim,
+        }
         k = self._project("key", x, kv_axes)
         v = self._project("value", x, kv_axes)
         fused_logits = q[..., c.head_dim :] if c.fused_gate else None
         return q[..., : c.head_dim], k, v, fused_logits
 
-    def _project(self, name: str, x: Array, axes: dict[str, int]) -> Array:
+    def _project(
+        self,
+        name: str,
+        x: Array,
+        axes: dict[str, int],
+    ) -> Array:
         width = {"embed": x.shape[-1]}
-        y = Projection(width, axes, self.init_std, self.dtype, name=name)(x)
+        y = Projection(
+            width,
+            axes,
+            self.init_std,
+            self.dtype,
+            name=name,
+        )(x)
         heads, _ = axes
         return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 
-    def _normed(self, name: str, y: Array) -> Array:
+    def _normed(
+        self,
+        name: str,
+        y: Array,
+    ) -> Array:
         if self.config.qk_norm_kind == "l2":
             return unit_length(y, self.norm_eps)
-        norm = RMSNorm(self.norm_eps, self.config.zero_centered_norm, "head_dim", name=name)
+        norm = RMSNorm(
+            self.norm_eps,
+            self.config.zero_centered_norm,
+            "head_dim",
+            name=name,
+        )
         return norm(y)
 
-    def _rotated(self, y: Array, info: TokenInfo) -> Array:
+    def _rotated(
+        self,
+        y: Array,
+        info: TokenInfo,
+    ) -> Array:
         c = self.config
         if c.rotary_dim == 0:
             return y
@@ -104,9 +160,19 @@ class GatedAttention(Mixer):
             c.yarn_factor,
             c.yarn_original_length,
         )
-        return apply_rope(y, info.positions, frequencies, yarn_magnitude(c.yarn_factor))
+        return apply_rope(
+            y,
+            info.positions,
+            frequencies,
+            yarn_magnitude(c.yarn_factor),
+        )
 
-    def _gated(self, position: str, y: Array, x: Array) -> Array:
+    def _gated(
+        self,
+        position: str,
+        y: Array,
+        x: Array,
+    ) -> Array:
         """`y`, gated if the gate is at this position (but for "sdpa")."""
         c = self.config
         if c.gate_position != position:
@@ -115,22 +181,54 @@ class GatedAttention(Mixer):
             axes = {"embed_act": y.shape[-1]}
         else:
             heads = "heads" if position == "query" else "kv_heads"
-            axes = {heads: y.shape[2], "head_dim": y.shape[3]}
+            axes = {
+                heads: y.shape[2],
+                "head_dim": y.shape[3],
+            }
         logits = self._gate_logits(axes, x)
-        return apply_gate(y, logits, c.gate_activation, c.gate_mode)
+        return apply_gate(
+            y,
+            logits,
+            c.gate_activation,
+            c.gate_mode,
+        )
 
-    def _gate_logits(self, axes: dict[str, int], x: Array) -> Array:
-        logits = GateLogits(self.config, axes, self.init_std, self.dtype, name="gate")(x)
+    def _gate_logits(
+        self,
+        axes: dict[str, int],
+        x: Array,
+    ) -> Array:
+        logits = GateLogits(
+            self.config,
+            axes,
+            self.init_std,
+            self.dtype,
+            name="gate",
+        )(x)
         record(self, "gates", activated_gate(logits, self.config.gate_activation))
         return logits
 
-    def _sdpa_logits(self, q: Array, x: Array, fused_logits: Array | None) -> Array | None:
-        """The logits of a gate at position "sdpa", on the output of the attention; None if it is elsewhere."""
+    def _sdpa_logits(
+        self,
+        q: Array,
+        x: Array,
+        fused_logits: Array | None,
+    ) -> Array | None:
+        """The logits of a gate at position "sdpa", on the output of the attention.
+
+        None if it is elsewhere.
+        """
         c = self.config
         if c.gate_position != "sdpa":
             return None
         if fused_logits is None:
-            return self._gate_logits({"heads": q.shape[2], "head_dim": q.shape[3]}, x)
+            return self._gate_logits(
+                {
+                    "heads": q.shape[2],
+                    "head_dim": q.shape[3],
+                },
+                x,
+            )
         record(self, "gates", activated_gate(fused_logits, c.gate_activation))
         return fused_logits
 
@@ -143,16 +241,44 @@ class GatedAttention(Mixer):
         info: TokenInfo,
         cache: KVCache | None,
     ) -> tuple[Queries, KVCache | None]:
-        """Attention and its gate, which is inside the kernel where it is the kernel's sigmoid epilogue."""
+        """Attention and its gate, which is inside the kernel where it is the kernel's sigmoid
+        epilogue.
+        """
         c = self.config
         if gate_logits is None:
-            return self._attention(q, k, v, None, info, cache)
+            return self._attention(
+                q,
+                k,
+                v,
+                None,
+                info,
+                cache,
+            )
         if c.gate_mode == "multiplicative" and c.gate_activation == "sigmoid":
             # Shared logits have one head; the kernel wants all of them.
             shape = (*q.shape[:3], gate_logits.shape[-1])
-            return self._attention(q, k, v, jnp.broadcast_to(gate_logits, shape), info, cache)
-        o, cache = self._attention(q, k, v, None, info, cache)
-        return apply_gate(o, gate_logits, c.gate_activation, c.gate_mode), cache
+            return self._attention(
+                q,
+                k,
+                v,
+                jnp.broadcast_to(gate_logits, shape),
+                info,
+                cache,
+            )
+        o, cache = self._attention(
+            q,
+            k,
+            v,
+            None,
+            info,
+            cache,
+        )
+        return apply_gate(
+            o,
+            gate_logits,
+            c.gate_activation,
+            c.gate_mode,
+        ), cache
 
     def _attention(
         self,
@@ -163,7 +289,7 @@ class GatedAttention(Mixer):
         info: TokenInfo,
         cache: KVCache | None,
     ) -> tuple[Queries, KVCache | None]:
-        """The op, on a row of tokens or on one token and the cache; and the cache with these tokens."""
+        """The op, on rows of tokens or on one token and the cache; the cache with these tokens."""
         c = self.config
         sink_logits, slopes = self._head_parameters()
         options = {
@@ -172,7 +298,12 @@ class GatedAttention(Mixer):
             "scale": logit_scale(c),
         }
         if cache is not None and q.shape[1] == 1:
-            cache, distances = append_token(cache, k[:, 0], v[:, 0], info.positions[:, 0])
+            cache, distances = append_token(
+                cache,
+                k[:, 0],
+                v[:, 0],
+                info.positions[:, 0],
+            )
             o = attention_step(
                 q[:, 0],
                 cache.k,
@@ -210,23 +341,52 @@ class GatedAttention(Mixer):
         sink_logits = None
         if c.sinks:
             zeros = nn.initializers.zeros
-            sink_logits = parameter(self, "sink_logits", axes=axes, shape=shape, init=zeros)
+            sink_logits = parameter(
+                self,
+                "sink_logits",
+                axes=axes,
+                shape=shape,
+                init=zeros,
+            )
         if c.alibi == "none":
             return sink_logits, None
 
-        def start(key: Array, shape: tuple[int, ...], dtype) -> Array:
+        def start(
+            key: Array,
+            shape: tuple[int, ...],
+            dtype,
+        ) -> Array:
             return jnp.asarray(alibi_slopes(c), dtype)
 
         if c.alibi == "learned":
-            return sink_logits, parameter(self, "alibi_slopes", axes=axes, shape=shape, init=start)
+            return sink_logits, parameter(
+                self,
+                "alibi_slopes",
+                axes=axes,
+                shape=shape,
+                init=start,
+            )
         return sink_logits, jnp.asarray(alibi_slopes(c))
 
     @nn.nowrap
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        return empty_cache(self.config, batch, length, self.dtype)
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+    ) -> KVCache:
+        return empty_cache(
+            self.config,
+            batch,
+            length,
+            self.dtype,
+        )
 
     @nn.nowrap
-    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+    def forward_flops_per_token(
+        self,
+        width: int,
+        seq_len: int,
+    ) -> float:
         c = self.config
         q_channels = c.num_heads * c.head_dim
         kv_channels = c.kv_heads * c.head_dim
@@ -256,7 +416,10 @@ def normalizer_of(c: GatedAttentionConfig) -> Normalizer:
         "sigmoid": {"length": c.normalizer_length},
         "relu": {"length": c.normalizer_length},
         "relu_squared": {"length": c.normalizer_length},
-        "clipped_softmax": {"alpha": c.clip_alpha, "length": c.normalizer_length},
+        "clipped_softmax": {
+            "alpha": c.clip_alpha,
+            "length": c.normalizer_length,
+        },
         "reweighted_softplus": {"power": c.reweight_power},
         "entmax": {"alpha": c.entmax_alpha},
     }
@@ -273,7 +436,8 @@ def attention_on_mesh(
     alibi_slopes: Float[Array, " H"] | None,
     **options,
 ) -> Float[Array, "B T H D"]:
-    """`attention`; where the ambient mesh cuts the tokens, every device attends for its part of the queries.
+    """`attention`; where the ambient mesh cuts the tokens, every device attends for its part of the
+    queries.
 
     Args:
       q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes: as `kernels_pallas.attention`.
@@ -285,7 +449,15 @@ def attention_on_mesh(
     arrays = (q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes)
     cuts_tokens = is_cut("length", q.shape[1])
 
-    def attend(q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes):
+    def attend(
+        q,
+        k,
+        v,
+        gate_logits,
+        segment_ids,
+        sink_logits,
+        alibi_slopes,
+    ):
         inputs = {
             "gate_logits": gate_logits,
             "segment_ids": segment_ids,
@@ -293,8 +465,21 @@ def attention_on_mesh(
             "alibi_slopes": alibi_slopes,
         }
         if cuts_tokens:
-            return attention_sharded(q, k, v, axis_name=mesh_axis("length"), **inputs, **options)
-        return attention(q, k, v, **inputs, **options)
+            return attention_sharded(
+                q,
+                k,
+                v,
+                axis_name=mesh_axis("length"),
+                **inputs,
+                **options,
+            )
+        return attention(
+            q,
+            k,
+            v,
+            **inputs,
+            **options,
+        )
 
     if not cuts_tokens:
         return attend(*arrays)

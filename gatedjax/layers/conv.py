@@ -43,7 +43,11 @@ def causal_conv(
     return y.astype(x.dtype), seen[:, length:]
 
 
-def _lagged(x: Array, lag: int, tail: Array | None) -> Array:
+def _lagged(
+    x: Array,
+    lag: int,
+    tail: Array | None,
+) -> Array:
     """[B, T, ..]: x of `lag` tokens ago; before the first the end of `tail`, or zeros."""
     if tail is None:
         # One pad: where T is cut over devices, XLA then sends no more than the edges.

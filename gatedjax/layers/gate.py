@@ -1,4 +1,7 @@
-"""The gate of gated attention (arXiv 2505.06708, section 2.2): its logits, its activation, its effect."""
+"""The gate of gated attention (arXiv 2505.06708, section 2.2).
+
+Its logits, its activation, its effect.
+"""
 
 from collections.abc import Mapping
 
@@ -80,7 +83,8 @@ class GateLogits(nn.Module):
         if self.config.gate_granularity == "headwise":
             axes["head_dim"] = 1
         if self.config.gate_input == "constant":
-            # Zero at the start: sigmoid gives 0.5 everywhere, the study's input-independent variant.
+            # Zero at the start: sigmoid gives 0.5 everywhere, the study's input-independent
+            # variant.
             constant = parameter(
                 self,
                 "constant",
@@ -91,7 +95,13 @@ class GateLogits(nn.Module):
             logits = constant[None, None]
         else:
             width = {"embed": x.shape[-1]}
-            logits = Projection(width, axes, self.init_std, self.dtype, name="projection")(x)
+            logits = Projection(
+                width,
+                axes,
+                self.init_std,
+                self.dtype,
+                name="projection",
+            )(x)
         if self.config.gate_shared:
             heads_axis = 2
             logits = jnp.mean(logits, axis=heads_axis, keepdims=True)

@@ -1,4 +1,7 @@
-"""What gates, decays and routers did for an input: recorded by the layers, handed out on request."""
+"""What gates, decays and routers did for an input.
+
+Recorded by the layers, handed out on request.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +17,13 @@ COLLECTION = "probes"
 NOT_GATES = ("q", "k", "residual")
 
 
-def record(module: nn.Module, name: str, value: Array) -> None:
-    """Keeps `value` for whoever runs the module with `mutable=["probes"]`; free for all others under jit.
+def record(
+    module: nn.Module,
+    name: str,
+    value: Array,
+) -> None:
+    """Keeps `value` for whoever runs the module with `mutable=["probes"]`; free for all others
+    under jit.
 
     Nothing is kept by `init`: its result holds parameters only.
     """
@@ -50,7 +58,12 @@ def gate_values(
         combine         of a soft mixture: what each token takes of each slot
     """
     variables = {"params": params.get("params", params)}
-    _, recorded = layer.apply(variables, x, *args, mutable=[COLLECTION])
+    _, recorded = layer.apply(
+        variables,
+        x,
+        *args,
+        mutable=[COLLECTION],
+    )
     values = {}
     for path, recordings in flatten_dict(recorded.get(COLLECTION, {})).items():
         # A module that is called once records once.

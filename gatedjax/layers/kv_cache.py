@@ -12,7 +12,10 @@ from gatedjax.config import GatedAttentionConfig
 
 @struct.dataclass
 class KVCache:
-    """Keys (after rotation) and values of past tokens. Position p is in slot p mod S: a ring for windows."""
+    """Keys (after rotation) and values of past tokens.
+
+    Position p is in slot p mod S: a ring for windows.
+    """
 
     k: Float[Array, "B S Hk D"]
     v: Float[Array, "B S Hk D"]
@@ -45,7 +48,10 @@ def fill(
     k: Float[Array, "B T Hk D"],
     v: Float[Array, "B T Hk D"],
 ) -> KVCache:
-    """The cache after a prompt of T tokens at positions 0 .. T-1: its last S tokens, each in slot position mod S."""
+    """The cache after a prompt of T tokens, at positions from 0 on.
+
+    It holds the last S of them, each in slot position mod S.
+    """
     slots = cache.k.shape[1]
     length = k.shape[1]
     first_kept = length - min(slots, length)
@@ -79,8 +85,17 @@ def append_token(
     slot = position % slots
 
     @jax.vmap
-    def write(old: Array, new: Array, slot: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), slot, axis=0)
+    def write(
+        old: Array,
+        new: Array,
+        slot: Array,
+    ) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(
+            old,
+            new.astype(old.dtype),
+            slot,
+            axis=0,
+        )
 
     # Slot s holds the newest position <= p that is s modulo S; before the ring has gone round once,
     # some slots hold nothing.

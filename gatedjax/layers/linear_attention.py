@@ -1,4 +1,7 @@
-"""Gated linear attention (arXiv 2312.06635) on `kernels_pallas.linear_scan`; RetNet and Mamba-2 by config."""
+"""Gated linear attention (arXiv 2312.06635) on `kernels_pallas.linear_scan`.
+
+RetNet and Mamba-2 by config.
+"""
 
 import math
 
@@ -25,14 +28,19 @@ from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded, linear_
 
 @struct.dataclass
 class ScanCache:
-    """The matrix state of every head (one more value column when normalized), and the convolution's last inputs."""
+    """The matrix state of every head, and the convolution's last inputs.
+
+    The state has one more value column when the scan is normalized.
+    """
 
     state: Float[Array, "B H K V"]
     conv_tail: Float[Array, "B W F"]
 
 
 def logsigmoid_decay(logits: Float[Array, "..."], temperature: float) -> Float[Array, "..."]:
-    """GLA's log decay, `log sigmoid(logits) / temperature`, float32 (arXiv 2312.06635, section 4.4)."""
+    """GLA's log decay, `log sigmoid(logits) / temperature`, float32 (arXiv 2312.06635, section
+    4.4).
+    """
     return jax.nn.log_sigmoid(logits.astype(jnp.float32)) / temperature
 
 
@@ -52,8 +60,15 @@ def elu_plus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.elu(x) + 1.0
 
 
-FEATURE_MAPS = {"identity": identity, "silu": jax.nn.silu, "elu_plus_one": elu_plus_one}
-OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+FEATURE_MAPS = {
+    "identity": identity,
+    "silu": jax.nn.silu,
+    "elu_plus_one": elu_plus_one,
+}
+OUTPUT_GATES = {
+    "swish": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+}
 
 # Mamba-2's step sizes at the start, log-uniform between these, and its decay rates, uniform up to
 # this (the defaults of its published code).
@@ -63,7 +78,10 @@ MAX_DECAY_RATE = 16.0
 
 
 class GatedLinearAttention(Mixer):
-    """Low-rank vector gate, per-head norm, swish output gate (arXiv 2312.06635, 4.4); other decays by config."""
+    """Low-rank vector gate, per-head norm, swish output gate (arXiv 2312.06635, 4.4).
+
+    Other decays by config.
+    """
 
     config: GatedLinearAttentionConfig
 
@@ -75,32 +93,92 @@ class GatedLinearAttention(Mixer):
         cache: ScanCache | None = None,
     ) -> tuple[Float[Array, "B T M"], ScanCache | None]:
         c = self.config
-        q = self._project("query", x, "heads", c.num_heads, c.key_dim)
-        k = self._project("key", x, "kv_heads", c.kv_heads, c.key_dim)
-        v = self._project("value", x, "kv_heads", c.kv_heads, c.value_dim)
+        q = self._project(
+            "query",
+            x,
+            "heads",
+            c.num_heads,
+            c.key_dim,
+        )
+        k = self._project(
+            "key",
+            x,
+            "kv_heads",
+            c.kv_heads,
+            c.key_dim,
+        )
+        v = self._project(
+            "value",
+            x,
+            "kv_heads",
+            c.kv_heads,
+            c.value_dim,
+        )
         tail = None if cache is None else cache.conv_tail
         if c.conv_width:
-            q, k, v, tail = self._convolved(q, k, v, info, tail)
+            q, k, v, tail = self._convolved(
+                q,
+                k,
+                v,
+                info,
+                tail,
+            )
         q = self._rotated(FEATURE_MAPS[c.feature_map](q), info)
         k = self._rotated(FEATURE_MAPS[c.feature_map](k), info)
         log_decay, v = self._decay(x, v)
         if log_decay is not None:
             record(self, "log_decay", log_decay)
-        o, state = self._scan(q, k, v, log_decay, info, cache)
-        o = RMSNorm(self.norm_eps, axis_name="head_dim", name="norm")(o)
+        o, state = self._scan(
+            q,
+            k,
+            v,
+            log_decay,
+            info,
+            cache,
+        )
+        o = RMSNorm(
+            self.norm_eps,
+            axis_name="head_dim",
+            name="norm",
+        )(o)
         if c.output_gate != "none":
             o = self._gated(o, x)
-        heads = {"heads": c.num_heads, "head_dim": c.value_dim}
+        heads = {
+            "heads": c.num_heads,
+            "head_dim": c.value_dim,
+        }
         width = {"embed": x.shape[-1]}
-        y = Projection(heads, width, self.init_std, self.dtype, name="out")(o)
+        y = Projection(
+            heads,
+            width,
+            self.init_std,
+            self.dtype,
+            name="out",
+        )(o)
         if state is None or tail is None:
             return y, None
         return y, ScanCache(state, tail)
 
-    def _project(self, name: str, x: Array, heads: str, num_heads: int, channels: int) -> Array:
+    def _project(
+        self,
+        name: str,
+        x: Array,
+        heads: str,
+        num_heads: int,
+        channels: int,
+    ) -> Array:
         width = {"embed": x.shape[-1]}
-        axes = {heads: num_heads, "head_dim": channels}
-        y = Projection(width, axes, self.init_std, self.dtype, name=name)(x)
+        axes = {
+            heads: num_heads,
+            "head_dim": channels,
+        }
+        y = Projection(
+            width,
+            axes,
+            self.init_std,
+            self.dtype,
+            name=name,
+        )(x)
         return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 
     def _convolved(
@@ -111,7 +189,9 @@ class GatedLinearAttention(Mixer):
         info: TokenInfo,
         tail: Array | None,
     ) -> tuple[Array, Array, Array, Array]:
-        """q, k, v after the short convolution and SiLU, and the inputs that the next token will need."""
+        """q, k, v after the short convolution and SiLU, and the inputs that the next token will
+        need.
+        """
         width = self.config.conv_width
         # One convolution over the channels of all heads of q, k and v.
         flat = jnp.concatenate([y.reshape(*y.shape[:2], -1) for y in (q, k, v)], axis=-1)
@@ -123,22 +203,41 @@ class GatedLinearAttention(Mixer):
             shape=[width, channels],
             init=nn.initializers.normal(width**-0.5),
         )
-        mixed, tail = causal_conv(flat, kernel, info.segment_ids, tail)
+        mixed, tail = causal_conv(
+            flat,
+            kernel,
+            info.segment_ids,
+            tail,
+        )
         mixed = jax.nn.silu(mixed)
         q_channels = math.prod(q.shape[2:])
         k_channels = math.prod(k.shape[2:])
-        parts = jnp.split(mixed, [q_channels, q_channels + k_channels], axis=-1)
+        parts = jnp.split(
+            mixed,
+            [q_channels, q_channels + k_channels],
+            axis=-1,
+        )
         q, k, v = (part.reshape(y.shape) for part, y in zip(parts, (q, k, v)))
         return q, k, v, tail
 
-    def _rotated(self, y: Array, info: TokenInfo) -> Array:
+    def _rotated(
+        self,
+        y: Array,
+        info: TokenInfo,
+    ) -> Array:
         c = self.config
         if c.rotary_dim == 0:
             return y
         return apply_rope(y, info.positions, inverse_frequencies(c.rotary_dim, c.rope_base))
 
-    def _decay(self, x: Array, v: Array) -> tuple[Array | None, Array]:
-        """The log decay in the rank that the scan wants, and the values, which Mamba-2's step size scales."""
+    def _decay(
+        self,
+        x: Array,
+        v: Array,
+    ) -> tuple[Array | None, Array]:
+        """The log decay in the rank that the scan wants, and the values, which Mamba-2's step size
+        scales.
+        """
         c = self.config
         if c.decay == "none":
             return None, v
@@ -153,28 +252,81 @@ class GatedLinearAttention(Mixer):
         axes = {"heads": c.num_heads}
         if c.decay == "vector":
             axes["head_dim"] = c.key_dim
-        low = Projection(width, rank, self.init_std, self.dtype, name="decay_down")(x)
-        logits = Projection(rank, axes, self.init_std, self.dtype, name="decay_up")(low)
+        low = Projection(
+            width,
+            rank,
+            self.init_std,
+            self.dtype,
+            name="decay_down",
+        )(x)
+        logits = Projection(
+            rank,
+            axes,
+            self.init_std,
+            self.dtype,
+            name="decay_up",
+        )(low)
         zeros = nn.initializers.zeros
         shape = list(axes.values())
-        bias = parameter(self, "decay_bias", axes=list(axes), shape=shape, init=zeros)
+        bias = parameter(
+            self,
+            "decay_bias",
+            axes=list(axes),
+            shape=shape,
+            init=zeros,
+        )
         return logsigmoid_decay(logits + bias, c.decay_temperature), v
 
-    def _softplus_decay(self, x: Array, v: Array) -> tuple[Array, Array]:
-        """g = -exp(A_log) dt, and v dt; dt = softplus(x W + bias), float32 (arXiv 2405.21060 and its code)."""
+    def _softplus_decay(
+        self,
+        x: Array,
+        v: Array,
+    ) -> tuple[Array, Array]:
+        """Mamba-2's log decay and values: -exp(A_log) dt and v dt (arXiv 2405.21060 and its code).
+
+        The step size is dt = softplus(x W + bias), float32.
+        """
         heads = {"heads": self.config.num_heads}
         width = {"embed": x.shape[-1]}
-        logits = Projection(width, heads, self.init_std, self.dtype, name="dt")(x)
+        logits = Projection(
+            width,
+            heads,
+            self.init_std,
+            self.dtype,
+            name="dt",
+        )(x)
         shape = list(heads.values())
-        bias = parameter(self, "dt_bias", axes=["heads"], shape=shape, init=_step_size_bias)
-        a_log = parameter(self, "a_log", axes=["heads"], shape=shape, init=_log_decay_rate)
+        bias = parameter(
+            self,
+            "dt_bias",
+            axes=["heads"],
+            shape=shape,
+            init=_step_size_bias,
+        )
+        a_log = parameter(
+            self,
+            "a_log",
+            axes=["heads"],
+            shape=shape,
+            init=_log_decay_rate,
+        )
         dt = jax.nn.softplus(logits.astype(jnp.float32) + bias)
         return -jnp.exp(a_log) * dt, (v * dt[..., None]).astype(v.dtype)
 
-    def _gated(self, o: Array, x: Array) -> Array:
+    def _gated(
+        self,
+        o: Array,
+        x: Array,
+    ) -> Array:
         """`o` times the output gate, in float32."""
         c = self.config
-        logits = self._project("output_gate", x, "heads", c.num_heads, c.value_dim)
+        logits = self._project(
+            "output_gate",
+            x,
+            "heads",
+            c.num_heads,
+            c.value_dim,
+        )
         gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
         record(self, "gates", gates)
         return (o.astype(jnp.float32) * gates).astype(o.dtype)
@@ -215,7 +367,11 @@ class GatedLinearAttention(Mixer):
         )
 
     @nn.nowrap
-    def init_cache(self, batch: int, length: int) -> ScanCache:
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+    ) -> ScanCache:
         """An empty cache; its size does not depend on `length`."""
         c = self.config
         # The state of a normalized scan has one more value column, the sum of the weights.
@@ -226,7 +382,11 @@ class GatedLinearAttention(Mixer):
         return ScanCache(state, jnp.zeros((batch, tail_length, channels), self.dtype))
 
     @nn.nowrap
-    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+    def forward_flops_per_token(
+        self,
+        width: int,
+        seq_len: int,
+    ) -> float:
         c = self.config
         q_channels = c.num_heads * c.key_dim
         o_channels = c.num_heads * c.value_dim
@@ -259,7 +419,14 @@ def scan_on_mesh(
     """
     cuts_tokens = is_cut("length", q.shape[1])
 
-    def scan(q, k, v, log_decay, segment_ids, state=None):
+    def scan(
+        q,
+        k,
+        v,
+        log_decay,
+        segment_ids,
+        state=None,
+    ):
         inputs = {
             "initial_state": state,
             "return_final_state": state is not None,
@@ -268,15 +435,35 @@ def scan_on_mesh(
         if cuts_tokens:
             # The states go on from device to device.
             axis = mesh_axis("length")
-            return linear_scan_sharded(q, k, v, log_decay, axis_name=axis, **inputs, **options)
-        return linear_scan(q, k, v, log_decay, **inputs, **options)
+            return linear_scan_sharded(
+                q,
+                k,
+                v,
+                log_decay,
+                axis_name=axis,
+                **inputs,
+                **options,
+            )
+        return linear_scan(
+            q,
+            k,
+            v,
+            log_decay,
+            **inputs,
+            **options,
+        )
 
     tokens = ("batch", "length")
     heads = (*tokens, "heads", None)
     kv_heads = (*tokens, "kv_heads", None)
     state_axes = ("batch", "heads", None, None)
     # By rank: none, [H], [B, T, H], [B, T, H, K].
-    decay_axes = {0: (), 1: ("heads",), 3: (*tokens, "heads"), 4: heads}
+    decay_axes = {
+        0: (),
+        1: ("heads",),
+        3: (*tokens, "heads"),
+        4: heads,
+    }
     rank = 0 if log_decay is None else log_decay.ndim
     in_axes = (heads, kv_heads, kv_heads, decay_axes[rank], tokens)
     arrays = (q, k, v, log_decay, segment_ids)
@@ -285,14 +472,28 @@ def scan_on_mesh(
     return per_shard(scan, (*in_axes, state_axes), [heads, state_axes])(*arrays, state)
 
 
-def _step_size_bias(key: Array, shape: tuple[int, ...], dtype) -> Array:
+def _step_size_bias(
+    key: Array,
+    shape: tuple[int, ...],
+    dtype,
+) -> Array:
     """b with softplus(b) log-uniform between the least and the largest step size."""
-    log_dt = jax.random.uniform(key, shape, dtype, np.log(MIN_STEP_SIZE), np.log(MAX_STEP_SIZE))
+    log_dt = jax.random.uniform(
+        key,
+        shape,
+        dtype,
+        np.log(MIN_STEP_SIZE),
+        np.log(MAX_STEP_SIZE),
+    )
     dt = jnp.exp(log_dt)
     # The inverse of softplus.
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def _log_decay_rate(key: Array, shape: tuple[int, ...], dtype) -> Array:
+def _log_decay_rate(
+    key: Array,
+    shape: tuple[int, ...],
+    dtype,
+) -> Array:
     """The log of a decay rate, uniform between 1 and the largest."""
     return jnp.log(1 + (MAX_DECAY_RATE - 1) * jax.random.uniform(key, shape, dtype))

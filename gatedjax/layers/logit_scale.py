@@ -22,18 +22,23 @@ def keys_seen(positions: Int[Array, "B T"], window: int | None) -> Int[Array, "B
 
 
 def mean_log(length: int) -> float:
-    """The mean of log n over the rows n = 1 .. length of a causal sequence; at least that of two rows."""
+    """The mean of log n over the rows n = 1 .. length of a causal sequence.
+
+    At least that of two rows.
+    """
     rows = np.arange(1, max(length, 2) + 1)
     return float(np.mean(np.log(rows)))
 
 
 class QueryScale(nn.Module):
-    """`config.query_scale` and a learned `config.logit_scale`: factors of queries and, if selective, of values.
+    """`config.query_scale` and a learned `config.logit_scale`.
+
+    Factors of the queries and, if selective, of the values, for every token and head.
 
     log_length: log n. scalable_softmax: s_h log n, with s_h = 1 / mean(log n) at the start: 1 on
-    average. selective: tanh(x w_h) + 1 + sigmoid(a_h) log n for queries, 1 + tanh(x u_h) for values.
-    The paper leaves the functions of the token open: these are one linear map a head. a_h is -4 at
-    the start: near the plain softmax.
+    average. selective: tanh(x w_h) + 1 + sigmoid(a_h) log n for queries, 1 + tanh(x u_h) for
+    values. The paper leaves the functions of the token open: these are one linear map a head. a_h
+    is -4 at the start: near the plain softmax.
     """
 
     config: GatedAttentionConfig
@@ -65,10 +70,20 @@ class QueryScale(nn.Module):
             length_scale = self._per_head("length_scale", 1 / mean_log(_training_length(c)))
             factor = length_scale * log_n
         if c.query_scale == "selective":
-            query_temperature = self._of_token("query_temperature", x, "heads", c.num_heads)
+            query_temperature = self._of_token(
+                "query_temperature",
+                x,
+                "heads",
+                c.num_heads,
+            )
             length_weight = jax.nn.sigmoid(self._per_head("length_weight", -4.0))
             factor = query_temperature + 1 + length_weight * log_n
-            value_temperature = self._of_token("value_temperature", x, "kv_heads", c.kv_heads)
+            value_temperature = self._of_token(
+                "value_temperature",
+                x,
+                "kv_heads",
+                c.kv_heads,
+            )
             v = _scaled(v, 1 + value_temperature)
         if c.logit_scale == "learned":
             # One for the layer in the paper; one a head here, as its successors have it.
@@ -77,15 +92,37 @@ class QueryScale(nn.Module):
             factor = factor * self._per_head("logit_scale", start)
         return _scaled(q, factor), v
 
-    def _per_head(self, name: str, start: float) -> Float[Array, " H"]:
+    def _per_head(
+        self,
+        name: str,
+        start: float,
+    ) -> Float[Array, " H"]:
         """A learned number for every head."""
         init = nn.initializers.constant(start)
-        return parameter(self, name, axes=["heads"], shape=[self.config.num_heads], init=init)
+        return parameter(
+            self,
+            name,
+            axes=["heads"],
+            shape=[self.config.num_heads],
+            init=init,
+        )
 
-    def _of_token(self, name: str, x: Array, heads: str, num_heads: int) -> Float[Array, "B T _"]:
+    def _of_token(
+        self,
+        name: str,
+        x: Array,
+        heads: str,
+        num_heads: int,
+    ) -> Float[Array, "B T _"]:
         """`tanh(x W)`, a number for every token and head, in float32."""
         width = {"embed": x.shape[-1]}
-        project = Projection(width, {heads: num_heads}, self.init_std, self.dtype, name=name)
+        project = Projection(
+            width,
+            {heads: num_heads},
+            self.init_std,
+            self.dtype,
+            name=name,
+        )
         return jnp.tanh(project(x).astype(jnp.float32))
 
 

@@ -12,7 +12,10 @@ from gatedjax.layers.gate_values import record
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+}
 
 
 def gated_product(
@@ -40,14 +43,36 @@ class GatedMLP(FeedForward):
         c = self.config
         width = {"embed": x.shape[-1]}
         hidden = {"mlp": c.hidden}
-        gate_logits = Projection(width, hidden, self.init_std, self.dtype, name="gate")(x)
-        up = Projection(width, hidden, self.init_std, self.dtype, name="up")(x)
+        gate_logits = Projection(
+            width,
+            hidden,
+            self.init_std,
+            self.dtype,
+            name="gate",
+        )(x)
+        up = Projection(
+            width,
+            hidden,
+            self.init_std,
+            self.dtype,
+            name="up",
+        )(x)
         record(self, "gates", ACTIVATIONS[c.activation](gate_logits.astype(jnp.float32)))
         h = gated_product(gate_logits, up, c.activation)
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
-        y = Projection(hidden, width, self.init_std, self.dtype, name="down")(h)
+        y = Projection(
+            hidden,
+            width,
+            self.init_std,
+            self.dtype,
+            name="down",
+        )(h)
         return y, {}, router_logits
 
     @nn.nowrap
-    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+    def forward_flops_per_token(
+        self,
+        width: int,
+        seq_len: int,
+    ) -> float:
         return 6 * width * self.config.hidden

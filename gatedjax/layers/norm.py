@@ -13,7 +13,10 @@ def rms_norm(
     scale: Float[Array, " D"],
     eps: float,
 ) -> Float[Array, "... D"]:
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32; returns x's dtype (arXiv 1910.07467)."""
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32.
+
+    Returns x's dtype (arXiv 1910.07467).
+    """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     return (x32 * lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
@@ -36,6 +39,12 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
-        w = parameter(self, "scale", axes=[self.axis_name], shape=[x.shape[-1]], init=init)
+        w = parameter(
+            self,
+            "scale",
+            axes=[self.axis_name],
+            shape=[x.shape[-1]],
+            init=init,
+        )
         scale = 1.0 + w if self.zero_centered else w
         return rms_norm(x, scale, self.eps)

@@ -15,7 +15,8 @@ _boxed = contextvars.ContextVar("boxed", default=False)
 def boxed_parameters() -> Iterator[None]:
     """Inside this block, `init` returns parameters in boxes that carry their logical axis names.
 
-    Sharding and optimizers need the names (`training.step.init_params`); everybody else gets plain arrays.
+    Sharding and optimizers need the names (`training.step.init_params`); everybody else gets plain
+    arrays.
     """
     token = _boxed.set(True)
     try:
@@ -44,4 +45,9 @@ def parameter(
       The parameter's value, without its box.
     """
     boxed_init = nn.with_logical_partitioning(init, tuple(axes)) if _boxed.get() else init
-    return module.param(name, boxed_init, tuple(shape), jnp.float32)
+    return module.param(
+        name,
+        boxed_init,
+        tuple(shape),
+        jnp.float32,
+    )

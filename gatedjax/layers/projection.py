@@ -1,4 +1,7 @@
-"""The one linear map of the project: any group of axes in, any group of axes out, with logical names."""
+"""The one linear map of the project.
+
+Any group of axes in, any group of axes out, with logical names.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -13,7 +16,11 @@ from gatedjax.layers.parameters import parameter
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
+def contract(
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    axes: int,
+) -> Float[Array, "..."]:
     """`x [..., *in] kernel [*in, *out] -> y [..., *out]`, summed over `axes` axes.
 
     The gradient is the usual one. It is written out because the rule of `dot_general` makes the
@@ -36,11 +43,19 @@ def _dot(
     return lax.dot_general(left, right, ((left_axes, right_axes), no_batch_axes))
 
 
-def _contract_forward(x: Array, kernel: Array, axes: int):
+def _contract_forward(
+    x: Array,
+    kernel: Array,
+    axes: int,
+):
     return contract(x, kernel, axes), (x, kernel)
 
 
-def _contract_backward(axes: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _contract_backward(
+    axes: int,
+    residuals: tuple[Array, Array],
+    dy: Array,
+) -> tuple[Array, Array]:
     x, kernel = residuals
     batch_axes = tuple(range(x.ndim - axes))
     # dx [..., *in]: the output axes are the last of dy and the last of the kernel.

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), on all or the first channels of a head, and YaRN."""
+"""Rotary position embedding (arXiv 2104.09864), on the first channels of a head, and YaRN."""
 
 import math
 
@@ -35,8 +35,18 @@ def inverse_frequencies(
     pairs = np.arange(rotary_dim // 2)
     frequencies = base ** (-2.0 * pairs / rotary_dim)
     if yarn_factor > 1.0:
-        fast = _pair_with_rotations(FAST_ROTATIONS, rotary_dim, base, yarn_original_length)
-        slow = _pair_with_rotations(SLOW_ROTATIONS, rotary_dim, base, yarn_original_length)
+        fast = _pair_with_rotations(
+            FAST_ROTATIONS,
+            rotary_dim,
+            base,
+            yarn_original_length,
+        )
+        slow = _pair_with_rotations(
+            SLOW_ROTATIONS,
+            rotary_dim,
+            base,
+            yarn_original_length,
+        )
         low = max(math.floor(fast), 0)
         high = min(math.ceil(slow), rotary_dim - 1)
         # 1 up to pair `low`, 0 from pair `high` on, a straight line between.
@@ -46,7 +56,10 @@ def inverse_frequencies(
 
 
 def yarn_magnitude(yarn_factor: float) -> float:
-    """What YaRN multiplies rotated queries and keys with: 0.1 ln(s) + 1 (its equation 22); 1 without extension."""
+    """What YaRN multiplies rotated queries and keys with: 0.1 ln(s) + 1 (its equation 22).
+
+    1 without extension.
+    """
     return 0.1 * math.log(yarn_factor) + 1.0
 
 
@@ -56,7 +69,9 @@ def apply_rope(
     frequencies: Float[np.ndarray, " J"],
     magnitude: float = 1.0,
 ) -> Float[Array, "B T H D"]:
-    """Rotates the first channels of each head by position x frequency, in float32; the others pass unchanged.
+    """Rotates the first channels of each head by position x frequency, in float32.
+
+    The others pass unchanged.
 
     Args:
       x: queries or keys.
@@ -79,7 +94,12 @@ def apply_rope(
     return jnp.concatenate([rotated.astype(x.dtype), unrotated], axis=-1)
 
 
-def _pair_with_rotations(rotations: float, rotary_dim: int, base: float, length: int) -> float:
-    """The (fractional) index of the pair that makes so many full rotations over `length` positions."""
+def _pair_with_rotations(
+    rotations: float,
+    rotary_dim: int,
+    base: float,
+    length: int,
+) -> float:
+    """The (fractional) index of the pair that makes so many rotations over `length` positions."""
     wavelength = length / (rotations * 2 * math.pi)
     return rotary_dim * math.log(wavelength) / (2 * math.log(base))

@@ -12,8 +12,10 @@ class TokenInfo:
 
     Attributes:
       positions: position of each token within its document (rotary embeddings).
-      segment_ids: which document of a packed row each token belongs to; None when a row is one document.
-      tokens: their ids (routers that go by a hash of them); None for vectors that come from elsewhere.
+      segment_ids: which document of a packed row each token belongs to; None when a row is one
+        document.
+      tokens: their ids (routers that go by a hash of them); None for vectors that come from
+        elsewhere.
       lora_weights: weights of low-rank experts, from a first pass of the whole model (X-LoRA); None
         if each layer makes its own.
     """

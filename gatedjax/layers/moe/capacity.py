@@ -36,9 +36,9 @@ def limit_capacity(
     Args:
       routing: of whole rows.
       capacity: the most places of a row that each expert takes.
-      order: who comes first. "position": earlier tokens (causal). "choice": all first choices before
-        any second (V-MoE, GShard). "priority": tokens by their largest weight (batch prioritized
-        routing, arXiv 2106.05974).
+      order: who comes first. "position": earlier tokens (causal). "choice": all first choices
+        before any second (V-MoE, GShard). "priority": tokens by their largest weight (batch
+        prioritized routing, arXiv 2106.05974).
 
     Returns:
       The routing without what was dropped.
@@ -76,5 +76,8 @@ def _ranks(weights: Float[Array, "... T k"], order: str) -> Int[Array, "... Tk"]
         # The inverse of the sorting permutation: each token's position among all.
         token_rank = jnp.argsort(jnp.argsort(-best, axis=-1, stable=True), axis=-1)
         return token_rank[..., token] * k + place
-    ranks = {"position": token * k + place, "choice": place * num_tokens + token}
+    ranks = {
+        "position": token * k + place,
+        "choice": place * num_tokens + token,
+    }
     return jnp.broadcast_to(ranks[order], (*weights.shape[:-2], num_tokens * k))

@@ -1,18 +1,18 @@
 """Experts over devices: how tokens and experts come together.
 
 For the body of a shard_map over the mesh axis `axis`. Each device holds R tokens of its own and
-E / n of the E experts (n devices along the axis). All ways give the same result; they differ in what
-is sent, counted here in rows of M channels, per device, one way:
+E / n of the E experts (n devices along the axis). All ways give the same result; they differ in
+what is sent, counted here in rows of M channels, per device, one way:
 
   gather_weights      3 (n - 1) / n E F rows of weights, before this file is reached: nothing to do
   ragged_all_to_all   one for every assignment to another device, about R k (n - 1) / n; TPU and GPU
-  all_to_all          R min(k, E / n) (n - 1): buffers for the worst case; exchange_factor makes them
-                      smaller and drops what does not fit
+  all_to_all          R min(k, E / n) (n - 1): buffers for the worst case; exchange_factor
+                      makes them smaller and drops what does not fit
   ring                R (n - 1): every token to every device, and the sums back; less than R k where
                       k > n
 
-Tokens that are the same on every device of the axis (a batch too small to be cut) are not sent: each
-device computes what its experts contribute, and the contributions are summed.
+Tokens that are the same on every device of the axis (a batch too small to be cut) are not sent:
+each device computes what its experts contribute, and the contributions are summed.
 """
 
 from typing import NamedTuple
@@ -46,7 +46,10 @@ class Outgoing(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """The plan of one `ragged_all_to_all`, as its arguments have it: a number for every other device."""
+    """The plan of one `ragged_all_to_all`, as its arguments have it.
+
+    A number for every other device.
+    """
 
     input_offsets: Int[Array, " n"]
     send_sizes: Int[Array, " n"]
@@ -85,27 +88,46 @@ def distributed_mixture(
     if exchange == "ring":
         return _ring(assigned, stacks, axis), none_dropped
     if exchange == "ragged_all_to_all" and target_platform() == "cpu":
+        expected = "expected 'all_to_all' or 'ring'"
         raise NotImplementedError(
-            "exchange 'ragged_all_to_all' is not implemented on CPU, expected 'all_to_all' or 'ring'"
+            f"exchange 'ragged_all_to_all' is not implemented on CPU, {expected}"
         )
     devices = lax.axis_size(axis)
     flat_experts = assigned.experts.reshape(-1)
     order, inverse, sizes = sort_by_group(flat_experts, devices * stacks.num_experts)
     tokens, k = assigned.experts.shape
     outgoing = Outgoing(
-        rows=sorted_inputs(assigned.x, assigned.weights, order, inverse, stacks),
+        rows=sorted_inputs(
+            assigned.x,
+            assigned.weights,
+            order,
+            inverse,
+            stacks,
+        ),
         experts=flat_experts[order],
         # Experts are sorted, and a device holds neighbors: its rows are the sum of their groups.
         counts=jnp.sum(sizes.reshape(devices, -1), axis=1),
         most_per_device=tokens * min(k, stacks.num_experts),
     )
-    send = {"all_to_all": _all_to_all, "ragged_all_to_all": _ragged_all_to_all}[exchange]
-    y, dropped = send(outgoing, stacks, axis, factor)
+    send = {
+        "all_to_all": _all_to_all,
+        "ragged_all_to_all": _ragged_all_to_all,
+    }[exchange]
+    y, dropped = send(
+        outgoing,
+        stacks,
+        axis,
+        factor,
+    )
     y = combine(permute_rows(y, inverse, order), assigned.weights, stacks)
     return y, lax.psum(dropped.astype(jnp.float32), tuple(varying_axes(dropped)))
 
 
-def _ring(assigned: Assigned, stacks: Stacks, axis: str) -> Float[Array, "R M"]:
+def _ring(
+    assigned: Assigned,
+    stacks: Stacks,
+    axis: str,
+) -> Float[Array, "R M"]:
     everything = Assigned(*(lax.all_gather(a, axis, tiled=True) for a in assigned))
     first = lax.axis_index(axis) * stacks.num_experts
     return lax.psum_scatter(mixture(*everything, stacks, first), axis, tiled=True)
@@ -137,7 +159,13 @@ def _all_to_all(
 
     def swap(buffers: Array) -> Array:
         """Every device gets from every other the buffer meant for it."""
-        return lax.all_to_all(buffers, axis, split_axis=0, concat_axis=0, tiled=True)
+        return lax.all_to_all(
+            buffers,
+            axis,
+            split_axis=0,
+            concat_axis=0,
+            tiled=True,
+        )
 
     # Ids within the device that holds the expert; an empty slot is an empty place there.
     local_id = outgoing.experts[row_of_slot] % stacks.num_experts
@@ -154,7 +182,10 @@ def _ragged_all_to_all(
     axis: str,
     factor: float,
 ) -> tuple[Float[Array, "Rk M"], Int[Array, ""]]:
-    """Exactly the rows there are: received one sender after the other, returned to where they were."""
+    """Exactly the rows there are.
+
+    Received one sender after the other, returned to where they were.
+    """
     num_rows = outgoing.rows.shape[0]
     devices = outgoing.counts.shape[0]
     me = lax.axis_index(axis)
@@ -169,21 +200,56 @@ def _ragged_all_to_all(
     at_receiver = jnp.minimum(before, capacity)
     # Where the rows for a receiver begin at the sender, whose rows are sorted by receiver.
     at_sender = jnp.cumsum(wanted, axis=1) - wanted
-    out = Transfer(at_sender[me], sent[me], at_receiver[me], sent[:, me])
-    back = Transfer(at_receiver[:, me], sent[:, me], at_sender[:, me], sent[me])
+    out = Transfer(
+        at_sender[me],
+        sent[me],
+        at_receiver[me],
+        sent[:, me],
+    )
+    back = Transfer(
+        at_receiver[:, me],
+        sent[:, me],
+        at_sender[:, me],
+        sent[me],
+    )
 
-    def move(a: Array, fill: int, size: int, transfer: Transfer) -> Array:
+    def move(
+        a: Array,
+        fill: int,
+        size: int,
+        transfer: Transfer,
+    ) -> Array:
         """`size` rows: what is received, and `fill` where nothing is."""
         empty = jnp.full((size, *a.shape[1:]), fill, a.dtype)
-        return lax.ragged_all_to_all(a, varying_like(empty, a), *transfer, axis_name=axis)
+        return lax.ragged_all_to_all(
+            a,
+            varying_like(empty, a),
+            *transfer,
+            axis_name=axis,
+        )
 
     # Ids within the device that holds the expert; the id past the last marks an empty place.
     local_id = outgoing.experts % stacks.num_experts
-    received_id = move(local_id, stacks.num_experts, capacity, out)
-    received = move(outgoing.rows, 0, capacity, out)
+    received_id = move(
+        local_id,
+        stacks.num_experts,
+        capacity,
+        out,
+    )
+    received = move(
+        outgoing.rows,
+        0,
+        capacity,
+        out,
+    )
     y = _by_expert(received, received_id, stacks)
     dropped = jnp.sum(outgoing.counts - sent[me])
-    return move(y, 0, num_rows, back), dropped
+    return move(
+        y,
+        0,
+        num_rows,
+        back,
+    ), dropped
 
 
 def _by_expert(
@@ -212,11 +278,19 @@ def take_rows(
 
 
 @jax.custom_vjp
-def _take_rows(x: Array, index: Array, inverse: Array) -> Array:
+def _take_rows(
+    x: Array,
+    index: Array,
+    inverse: Array,
+) -> Array:
     return jnp.where(index[:, None] < 0, 0, x[index])
 
 
-def _take_rows_forward(x: Array, index: Array, inverse: Array):
+def _take_rows_forward(
+    x: Array,
+    index: Array,
+    inverse: Array,
+):
     return _take_rows(x, index, inverse), (index, inverse)
 
 

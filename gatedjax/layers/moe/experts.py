@@ -1,4 +1,7 @@
-"""What experts compute, as pure functions: gated MLPs on rows sorted by expert, and experts that cost nothing."""
+"""What experts compute, as pure functions.
+
+Gated MLPs on rows sorted by expert, and experts that cost nothing.
+"""
 
 from typing import NamedTuple
 
@@ -81,11 +84,22 @@ def mixture(
     # The id past the last expert is an empty place: it is sorted behind all groups.
     ids = jnp.where(is_local, local, stacks.num_experts)
     order, inverse, sizes = sort_by_group(ids.reshape(-1), stacks.num_experts)
-    rows = sorted_inputs(x, weights, order, inverse, stacks)
+    rows = sorted_inputs(
+        x,
+        weights,
+        order,
+        inverse,
+        stacks,
+    )
     row_weights = None
     if not stacks.weight_input:
         row_weights = permute_rows(weights.reshape(-1), order, inverse)
-    y = grouped_mlp(rows, sizes, stacks, row_weights)
+    y = grouped_mlp(
+        rows,
+        sizes,
+        stacks,
+        row_weights,
+    )
     y = permute_rows(y, inverse, order)
     return jnp.sum(y.reshape(*weights.shape, -1), axis=1, dtype=jnp.float32)
 
@@ -121,7 +135,10 @@ def combine(
     weights: Float[Array, "R k"],
     stacks: Stacks,
 ) -> Float[Array, "R M"]:
-    """The weighted sum over each token's places, float32. Weights that went in do not come out again."""
+    """The weighted sum over each token's places, float32.
+
+    Weights that went in do not come out again.
+    """
     y = y.reshape(*weights.shape, y.shape[-1]).astype(jnp.float32)
     if stacks.weight_input:
         return jnp.sum(y, axis=1)
@@ -155,7 +172,9 @@ def constant_experts(
     mixer: Float[Array, "M E 2"],
     vectors: Float[Array, "E M"],
 ) -> Float[Array, "... M"]:
-    """`sum_i weight_i (a1 x + a2 v_i)`, `(a1, a2) = softmax(x W_i)` (MoE++, arXiv 2410.07348, eq. 5).
+    """`sum_i weight_i (a1 x + a2 v_i)`, `(a1, a2) = softmax(x W_i)`.
+
+    MoE++, arXiv 2410.07348, eq. 5.
 
     Args:
       x: the tokens.

@@ -1,4 +1,7 @@
-"""X-LoRA's first pass: the experts' weights come from the model's own last hidden states without experts."""
+"""X-LoRA's first pass.
+
+The experts' weights come from the model's own last hidden states without experts.
+"""
 
 from typing import Any
 
@@ -24,9 +27,9 @@ def first_pass_weights(
     tokens: Int[Array, "B T"],
     *inputs: Any,
 ) -> tuple[Float[Array, "B T E"], Any]:
-    """The weights of low-rank experts for every token, the same in all layers (X-LoRA, arXiv 2402.07148).
+    """The weights of low-rank experts for every token, the same in all layers.
 
-    Gradients end at the classifier.
+    X-LoRA, arXiv 2402.07148. Gradients end at the classifier.
 
     Args:
       model: the `LanguageModel` that asks, inside its own call.
@@ -47,9 +50,18 @@ def first_pass_weights(
     if model.is_initializing():
         return no_weights(tokens, config), None
     # A module of its own, so that what the layers record is of the second pass alone.
-    without_experts = type(model)(model.config, without_experts=True, parent=None)
+    without_experts = type(model)(
+        model.config,
+        without_experts=True,
+        parent=None,
+    )
     variables = jax.lax.stop_gradient({"params": model.variables["params"]})
     output: Any = without_experts.apply(variables, tokens, *inputs)
     hidden, caches, _ = output
-    weights = xlora_weights(hidden, classifier, config.temperature, config.experts_per_token)
+    weights = xlora_weights(
+        hidden,
+        classifier,
+        config.temperature,
+        config.experts_per_token,
+    )
     return weights, caches

@@ -1,4 +1,7 @@
-"""Mixture of low-rank experts over frozen dense weights: `y = x W + (alpha / r) sum_a w_a(x) x A_a B_a`."""
+"""Mixture of low-rank experts over frozen dense weights.
+
+`y = x W + (alpha / r) sum_a w_a(x) x A_a B_a`.
+"""
 
 import flax.linen as nn
 import jax
@@ -48,7 +51,8 @@ def xlora_weights(
     """`softmax(x W / temperature)` (X-LoRA, arXiv 2402.07148).
 
     Args:
-      x: the last hidden states of a first pass without experts, as published, or a layer's own input.
+      x: the last hidden states of a first pass without experts, as published, or a layer's own
+        input.
       classifier: W.
       temperature: of the softmax.
       k: all but the k largest are set to 0, not renormalized; 0 keeps all.
@@ -65,9 +69,10 @@ def phatgoose_weights(
     gates: Float[Array, "E I"],
     k: int,
 ) -> Float[Array, "... E"]:
-    """Softmax over the k largest `<x', v'> / sqrt(I)`, x' and v' standardized (PHATGOOSE, arXiv 2402.05859).
+    """Softmax over the k largest `<x', v'> / sqrt(I)`, x' and v' standardized.
 
-    The v were each trained with one expert, behind `sigmoid_weights`: their lengths cannot be compared.
+    PHATGOOSE, arXiv 2402.05859. The v were each trained with one expert, behind `sigmoid_weights`:
+    their lengths cannot be compared.
     """
     logits = _standardized(x) @ _standardized(gates).T / jnp.sqrt(jnp.float32(x.shape[-1]))
     return jax.nn.softmax(jnp.where(_is_largest(logits, k), logits, -jnp.inf), axis=-1)
@@ -106,7 +111,10 @@ class LoRAProjection(nn.Module):
         x: Float[Array, "... I"],
         weights: Float[Array, "... E"] | None,
     ) -> Float[Array, "... O"]:
-        """`weights`: of the experts; None makes them here, from x and this matrix's own gate vectors."""
+        """`weights`: of the experts.
+
+        None makes them here, from x and this matrix's own gate vectors.
+        """
         c = self.config
         in_name, in_size = self.in_axis
         out_name, out_size = self.out_axis
@@ -138,7 +146,12 @@ class LoRAProjection(nn.Module):
         b = opaque(b)
         x = x.astype(self.dtype)
         dense = contract(x, jax.lax.stop_gradient(frozen).astype(self.dtype), 1)
-        experts = lora_experts(x, weights, a.astype(self.dtype), b.astype(self.dtype))
+        experts = lora_experts(
+            x,
+            weights,
+            a.astype(self.dtype),
+            b.astype(self.dtype),
+        )
         return dense + (c.alpha / c.rank * experts).astype(self.dtype)
 
     def _own_weights(self, x: Float[Array, "... I"]) -> Float[Array, "... E"]:
@@ -190,9 +203,20 @@ class LoRAMixture(FeedForward):
         in_axis: tuple[str, int],
         out_axis: tuple[str, int],
     ) -> LoRAProjection:
-        return LoRAProjection(self.config, in_axis, out_axis, self.init_std, self.dtype, name=name)
+        return LoRAProjection(
+            self.config,
+            in_axis,
+            out_axis,
+            self.init_std,
+            self.dtype,
+            name=name,
+        )
 
-    def _shared_weights(self, x: Array, info: TokenInfo | None) -> Float[Array, "B T E"] | None:
+    def _shared_weights(
+        self,
+        x: Array,
+        info: TokenInfo | None,
+    ) -> Float[Array, "B T E"] | None:
         """Weights that all three matrices use; None where each makes its own."""
         c = self.config
         if c.gate != "xlora":
@@ -208,12 +232,21 @@ class LoRAMixture(FeedForward):
                 shape=[x.shape[-1], c.num_experts],
                 init=nn.initializers.normal(self.init_std),
             )
-            weights = xlora_weights(x, classifier, c.temperature, c.experts_per_token)
+            weights = xlora_weights(
+                x,
+                classifier,
+                c.temperature,
+                c.experts_per_token,
+            )
         record(self, "expert_weights", weights)
         return weights
 
     @nn.nowrap
-    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+    def forward_flops_per_token(
+        self,
+        width: int,
+        seq_len: int,
+    ) -> float:
         c = self.config
         dense = 6 * width * c.hidden
         experts = 6 * c.num_experts * c.rank * (width + c.hidden)

@@ -1,21 +1,21 @@
-"""The losses that keep experts in use, from each layer's statistics, and what the log says of the loads.
+"""The losses that keep experts in use, and what the log says of the loads.
 
 One normalization for all: `E sum_i f_i P_i`, f_i the fraction of all assignments that expert i got,
 P_i its mean router probability. Both sum to 1, so the loss is 1 at perfect balance and E when one
 expert gets everything. It is taken over the global batch, all devices and all micro-batches (arXiv
-2501.11873), for every layer by itself; layers are summed. Elsewhere the same loss has another size; a
-weight w from there becomes `weight_here(codebase, w, ...)` here:
+2501.11873), for every layer by itself; layers are summed. Elsewhere the same loss has another size;
+a weight w from there becomes `weight_here(codebase, w, ...)` here:
 
   codebase       its loss                                            at balance    its loss / ours
   switch         E sum f P (f of first choices; summed over layers)  1             1
   megablocks     E / (T k) sum count P, mean over layers             1             1 / L
-  huggingface    E sum f P, f sums to k, layers pooled               k             k / L (if all layers are alike)
+  huggingface    E sum f P, f sums to k, layers (alike) pooled       k             k / L
   maxtext        E^2 mean(f P), f sums to k, within sequences        k             k
   deepseek       sum f P, f = E / (k T) count, within sequences      1             1
   moe++          sum eta f P, f sums to k                            k / E         k / E
 
-The last two go with `sequence_loss` and with `zero_computation_weight` (tau, the eta of experts that
-cost nothing).
+The last two go with `sequence_loss` and with `zero_computation_weight` (tau, the eta of experts
+that cost nothing).
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,8 @@ def weight_here(
     experts_per_token: int,
     num_layers: int = 1,
 ) -> float:
-    """The weight of `balance_loss` (or `sequence_loss`) that acts as `weight` does in another codebase.
+    """The weight of `balance_loss` (or `sequence_loss`) that acts as `weight` does in another
+    codebase.
 
     Args:
       codebase: a row of the table above.
@@ -70,7 +71,10 @@ def balance_loss(
     probability: Float[Array, "... E"],
     eta: Float[Array, " E"] | float = 1.0,
 ) -> Float[Array, "..."]:
-    """`E sum_i eta_i f_i P_i` from assignments and mean probabilities (arXiv 2101.03961, eq. 4; eta: 2410.07348, eq. 7)."""
+    """`E sum_i eta_i f_i P_i` from assignments and mean probabilities.
+
+    arXiv 2101.03961, eq. 4; eta: 2410.07348, eq. 7.
+    """
     load = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     return counts.shape[-1] * jnp.sum(eta * jax.lax.stop_gradient(load) * probability, axis=-1)
 
@@ -100,7 +104,12 @@ def router_losses(
     total = jnp.float32(0.0)
     counts = {}
     # For the log: a value for every layer, in arrays of one block each.
-    logged = {"balance_loss": [], "router_z_loss": [], "router_entropy": [], "dropped_fraction": []}
+    logged = {
+        "balance_loss": [],
+        "router_z_loss": [],
+        "router_entropy": [],
+        "dropped_fraction": [],
+    }
     for i, name in enumerate(config.block_names):
         s = statistics[name]
         _, ffn = config.layer(i)
@@ -126,7 +135,8 @@ def router_losses(
 def load_metrics(config: ModelConfig, counts: Mapping[str, Array]) -> dict[str, Array]:
     """What the log says of the loads of a whole step; {} without sparse layers.
 
-    expert_load         [layers, E]  fraction of assignments x E: 1 at balance; NaN past a layer's last expert
+    expert_load         [layers, E]  fraction of assignments x E: 1 at balance; NaN where a layer
+                                     has no such expert
     load_max_over_mean  the largest of them;  dead_experts: how many, over all layers, got nothing
     """
     if not counts:

@@ -18,7 +18,7 @@ from gatedjax.layers.norm import unit_length
 
 
 class Routing(NamedTuple):
-    """Where each token goes, with what weights; and the probability of every expert, which sums to 1."""
+    """Where each token goes, with what weights; and the probabilities of all experts."""
 
     experts: Int[Array, "... k"]
     weights: Float[Array, "... k"]
@@ -50,7 +50,10 @@ def modified_input(x: Float[Array, "... M"], name: str) -> Float[Array, "... M"]
 
 
 def sparsemax(logits: Float[Array, "... E"]) -> Float[Array, "... E"]:
-    """The point of the simplex nearest to the logits (arXiv 1602.02068): like softmax, but with exact zeros."""
+    """The point of the simplex nearest to the logits (arXiv 1602.02068).
+
+    Like softmax, but with exact zeros.
+    """
     z = logits.astype(jnp.float32)
     ordered = jnp.sort(z, axis=-1, descending=True)
     total = jnp.cumsum(ordered, axis=-1)
@@ -68,7 +71,11 @@ def softmax(logits: Float[Array, "... E"]) -> Float[Array, "... E"]:
 
 
 # By `RouterConfig.scoring`.
-SCORINGS = {"softmax": softmax, "sigmoid": jax.nn.sigmoid, "sparsemax": sparsemax}
+SCORINGS = {
+    "softmax": softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "sparsemax": sparsemax,
+}
 
 
 def route(
@@ -88,7 +95,8 @@ def route(
       logits: [B, T, E], already divided by the temperature.
       experts_per_token: k.
       bias: added to the scores for selection, never to the weights (DeepSeek-V3).
-      importance: of this layer; a chosen expert is skipped where importance x score < `config.threshold`.
+      importance: of this layer; a chosen expert is skipped where importance x score <
+        `config.threshold`.
       tokens: token ids [B, T], for selection "hash".
       key: randomness of selection "gumbel"; None (evaluation) selects without noise.
 
@@ -108,9 +116,21 @@ def route(
     if config.selection == "expert_choice":
         experts, weights = expert_choice(scores, experts_per_token)
         return Routing(experts, config.scale * weights, router_probs)
-    experts = _selected(config, z, scores, experts_per_token, bias, tokens)
+    experts = _selected(
+        config,
+        z,
+        scores,
+        experts_per_token,
+        bias,
+        tokens,
+    )
     chosen = jnp.take_along_axis(scores, experts, axis=-1)
-    weights = _weights(config, z, chosen, experts)
+    weights = _weights(
+        config,
+        z,
+        chosen,
+        experts,
+    )
     if config.threshold:
         skipped = importance * chosen < config.threshold
         empty = z.shape[-1]
@@ -135,7 +155,12 @@ def _selected(
         return hash_experts(tokens, z.shape[-1], k)
     preferred = scores if bias is None else scores + jax.lax.stop_gradient(bias)
     if config.selection == "grouped_topk":
-        is_kept = best_groups(preferred, config.num_groups, config.kept_groups, config.group_score)
+        is_kept = best_groups(
+            preferred,
+            config.num_groups,
+            config.kept_groups,
+            config.group_score,
+        )
         return top_experts(jnp.where(is_kept, preferred, -jnp.inf), k)
     # By logits where they order alike: scores that rounded to 0 would all tie.
     if bias is None and config.scoring != "sparsemax":
@@ -197,8 +222,14 @@ def best_groups(
     return jnp.repeat(is_kept, members.shape[-1], axis=-1)
 
 
-def hash_experts(tokens: Int[Array, "..."], num_experts: int, k: int) -> Int[Array, "... k"]:
-    """k different experts for each token id, the same ones always (Hash Layers, arXiv 2106.04426). Nothing is learned.
+def hash_experts(
+    tokens: Int[Array, "..."],
+    num_experts: int,
+    k: int,
+) -> Int[Array, "... k"]:
+    """k different experts for each token id (Hash Layers, arXiv 2106.04426).
+
+    The same ones always: nothing is learned.
 
     The id is mixed by the last steps of MurmurHash3, so that frequent ids (small, in most
     vocabularies) spread.
@@ -216,7 +247,9 @@ def expert_choice(
     scores: Float[Array, "B T E"],
     k: int,
 ) -> tuple[Int[Array, "B T E"], Float[Array, "B T E"]]:
-    """Every expert takes its ceil(k T / E) best tokens of each row (arXiv 2202.09368): perfect balance, not causal.
+    """Every expert takes its ceil(k T / E) best tokens of each row (arXiv 2202.09368).
+
+    The balance is perfect, and the choice is not causal.
 
     A token may have any number of experts: it gets E places, those not filled are empty. Ties go to
     earlier tokens.
@@ -233,6 +266,9 @@ def expert_choice(
 
 
 def count_places(experts: Int[Array, "B T k"], num_experts: int) -> Float[Array, "B E"]:
-    """Places of each row that each expert got; empty ones not counted. float32, exact up to 2^24 a row."""
+    """Places of each row that each expert got; empty ones not counted.
+
+    In float32: exact up to 2^24 a row.
+    """
     hit = experts[..., None] == jnp.arange(num_experts)
     return jnp.sum(hit, axis=(-3, -2), dtype=jnp.float32)

@@ -1,16 +1,19 @@
-"""Calibrates the skipping of experts (MoDES, arXiv 2511.15690): how much each layer matters, and the threshold.
+"""Calibrates the skipping of experts (MoDES, arXiv 2511.15690).
 
-A chosen expert is skipped where importance of its layer x score < threshold. Both are found once, on
+How much each layer matters, and the threshold: a chosen expert is skipped where importance of its
+layer x score < threshold. Both are found once, on
 a batch of held-out text, with a model whose router has any threshold above 0 (so that it has the
 state):
 
     routers = calibrated(lambda routers: logits_of(params, routers, batch), state.routers)
-    scores = chosen_scores(router, router_logits, k)                   # [L, B, T, k], layers as in the importances
-    threshold = skip_threshold(importances, scores, skip_rate=0.8)     # for config.router.threshold
+    # [L, B, T, k], layers as in the importances
+    scores = chosen_scores(router, router_logits, k)
+    # for config.router.threshold
+    threshold = skip_threshold(importances, scores, skip_rate=0.8)
 
 The paper minimizes the divergence over thresholds that skip at least the wanted fraction. Both grow
-with a threshold, so for one kind of tokens the least threshold that skips enough is the best one; its
-search over two (text, images) is not here, as there are no images.
+with a threshold, so for one kind of tokens the least threshold that skips enough is the best one;
+its search over two (text, images) is not here, as there are no images.
 """
 
 import dataclasses
@@ -36,11 +39,12 @@ def calibrated(
     logits_of: Callable[[Mapping], Float[Array, "B T X"]],
     state: Mapping[str, Any],
 ) -> dict:
-    """The router state with every layer's importance: how far the output moves if all its experts are skipped.
+    """The router state with every layer's importance.
 
-    `mean KL(p || p_l)` in nats over the batch's tokens, p the whole model's distribution of the next
-    token, p_l the one without layer l's experts. One run of the model for each sparse layer, and one
-    more.
+    It is how far the output moves if all experts of the layer are skipped:
+    `mean KL(p || p_l)` in nats over the batch's tokens, p the whole model's distribution of the
+    next token, p_l the one without layer l's experts. One run of the model for each sparse layer,
+    and one more.
 
     Args:
       logits_of: the model's logits with a router state; routers with a threshold above 0.
@@ -102,7 +106,12 @@ def chosen_scores(
         renormalize=False,
         scale=1.0,
     )
-    return route(plain, logits, k, **inputs).weights
+    return route(
+        plain,
+        logits,
+        k,
+        **inputs,
+    ).weights
 
 
 def skip_threshold(
@@ -110,7 +119,9 @@ def skip_threshold(
     scores: Float[Array, "L ..."],
     skip_rate: float,
 ) -> float:
-    """The least threshold by which at least `skip_rate` of all places are skipped, in all layers together.
+    """The least threshold by which at least `skip_rate` of all places are skipped.
+
+    Places are those of all layers together.
 
     Raises:
       ValueError: a skip rate outside [0, 1], or lengths that differ.

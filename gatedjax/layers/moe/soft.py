@@ -1,6 +1,9 @@
-"""Soft mixture of experts (arXiv 2308.00951): no token is routed; experts work on mixtures of all of them.
+"""Soft mixture of experts (arXiv 2308.00951).
 
-Not causal, and blind to document boundaries: for encoders. A causal model refuses it (`config/run.py`).
+No token is routed; experts work on mixtures of all of them.
+
+Not causal, and blind to document boundaries: for encoders. A causal model refuses it
+(`config/run.py`).
 """
 
 import flax.linen as nn
@@ -25,7 +28,10 @@ def slot_logits(
     phi: Float[Array, "M E s"],
     scale: Float[Array, ""],
 ) -> Float[Array, "B T E s"]:
-    """Cosines of tokens and slots, times a learned scale (section 2.3): otherwise they would grow with the width."""
+    """Cosines of tokens and slots, times a learned scale (section 2.3).
+
+    Otherwise they would grow with the width.
+    """
     x = unit_length(x.astype(jnp.float32), EPS)
     phi = phi.astype(jnp.float32)
     phi = phi * jax.lax.rsqrt(jnp.sum(phi * phi, axis=0, keepdims=True) + EPS)
@@ -72,7 +78,10 @@ def soft_experts(
 
 
 class SoftMoE(FeedForward):
-    """E gated MLPs with s slots each; cost does not depend on how many experts there are, only on E s."""
+    """E gated MLPs with s slots each.
+
+    Cost does not depend on how many experts there are, only on E s.
+    """
 
     config: SoftMoEConfig
 
@@ -93,7 +102,13 @@ class SoftMoE(FeedForward):
             shape=[width, c.num_experts, c.slots_per_expert],
             init=nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)),
         )
-        scale = parameter(self, "scale", axes=[], shape=[], init=nn.initializers.ones)
+        scale = parameter(
+            self,
+            "scale",
+            axes=[],
+            shape=[],
+            init=nn.initializers.ones,
+        )
         gate = self._stack("gate", ("embed", "mlp"), (width, c.hidden))
         up = self._stack("up", ("embed", "mlp"), (width, c.hidden))
         down = self._stack("down", ("mlp", "embed"), (c.hidden, width))
@@ -103,10 +118,23 @@ class SoftMoE(FeedForward):
         record(self, "dispatch", dispatch)
         record(self, "combine", combine)
         x = x.astype(self.dtype)
-        y = soft_experts(x, dispatch, combine, gate, up, down, c.activation)
+        y = soft_experts(
+            x,
+            dispatch,
+            combine,
+            gate,
+            up,
+            down,
+            c.activation,
+        )
         return y, {}, router_logits
 
-    def _stack(self, name: str, axes: tuple[str, str], shape: tuple[int, int]) -> Array:
+    def _stack(
+        self,
+        name: str,
+        axes: tuple[str, str],
+        shape: tuple[int, int],
+    ) -> Array:
         """A matrix of every expert, in the dtype of the activations."""
         stack = parameter(
             self,
@@ -118,7 +146,11 @@ class SoftMoE(FeedForward):
         return stack.astype(self.dtype)
 
     @nn.nowrap
-    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+    def forward_flops_per_token(
+        self,
+        width: int,
+        seq_len: int,
+    ) -> float:
         c = self.config
         slots = c.num_experts * c.slots_per_expert
         # Three products of tokens and slots: the logits, the slots' means, the outputs' means.

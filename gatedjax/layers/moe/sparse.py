@@ -1,4 +1,7 @@
-"""Sparse mixture of gated MLPs: route, sort rows by expert, three grouped matmuls, put the rows back."""
+"""Sparse mixture of gated MLPs.
+
+Route, sort rows by expert, three grouped matmuls, put the rows back.
+"""
 
 import functools
 
@@ -25,7 +28,10 @@ from gatedjax.sharding import manual_axes, per_shard
 
 
 class SparseMoE(FeedForward):
-    """Each token goes to its k experts; a shared expert may see every token, behind its own gate."""
+    """Each token goes to its k experts.
+
+    A shared expert may see every token, behind its own gate.
+    """
 
     config: SparseMoEConfig
 
@@ -60,19 +66,37 @@ class SparseMoE(FeedForward):
             y = y + self._shared_expert(x)
         # Subtracted row by row: the sums over a large batch are beyond float32's integers.
         dropped = jnp.sum(chosen - count_places(routing.experts, c.total_experts)) + lost
-        return y, router_statistics(logits, routing, chosen, dropped), logits
+        return (
+            y,
+            router_statistics(
+                logits,
+                routing,
+                chosen,
+                dropped,
+            ),
+            logits,
+        )
 
     def _logits(
         self,
         x: Float[Array, "B T M"],
         previous: Float[Array, "B T E"] | None,
     ) -> Float[Array, "B T E"]:
-        """`activation(M(x) W + W_g previous) + b`. In bfloat16, near-ties would flip and small gradients be lost."""
+        """`activation(M(x) W + W_g previous) + b`.
+
+        In bfloat16, near-ties would flip and small gradients be lost.
+        """
         c = self.config
         router = c.router
         width = {"embed": x.shape[-1]}
         experts = {"router": c.total_experts}
-        project = Projection(width, experts, self.init_std, jnp.float32, name="router")
+        project = Projection(
+            width,
+            experts,
+            self.init_std,
+            jnp.float32,
+            name="router",
+        )
         h = project(modified_input(x, router.modified_input))
         if router.residual:
             carry = Projection(
@@ -120,7 +144,7 @@ class SparseMoE(FeedForward):
         x: Float[Array, "B T M"],
         routing: Routing,
     ) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
-        """The experts that compute; and how many assignments the exchange between devices dropped."""
+        """The output of the experts that compute, and the assignments that the exchange dropped."""
         c = self.config
         width = x.shape[-1]
         if not c.num_experts:
@@ -141,9 +165,21 @@ class SparseMoE(FeedForward):
         # Experts that cost nothing have ids from num_experts on: to these matmuls, all of them are
         # empty places.
         experts = jnp.minimum(routing.experts, c.num_experts)
-        return on_device(x.astype(self.dtype), experts, routing.weights, gate, up, down)
+        return on_device(
+            x.astype(self.dtype),
+            experts,
+            routing.weights,
+            gate,
+            up,
+            down,
+        )
 
-    def _stack(self, name: str, axes: tuple[str, str], shape: tuple[int, int]) -> Array:
+    def _stack(
+        self,
+        name: str,
+        axes: tuple[str, str],
+        shape: tuple[int, int],
+    ) -> Array:
         """A matrix of every expert, in the dtype of the activations."""
         stack = parameter(
             self,
@@ -154,7 +190,11 @@ class SparseMoE(FeedForward):
         )
         return stack.astype(self.dtype)
 
-    def _free_experts(self, x: Float[Array, "B T M"], routing: Routing) -> Float[Array, "B T M"]:
+    def _free_experts(
+        self,
+        x: Float[Array, "B T M"],
+        routing: Routing,
+    ) -> Float[Array, "B T M"]:
         """Zero, copy and constant experts: no row moves, and no device needs another's."""
         c = self.config
         # Ids count experts that compute, then zero, copy and constant ones.
@@ -185,24 +225,47 @@ class SparseMoE(FeedForward):
                 first_constant,
                 c.constant_experts,
             )
-            y = y + constant_experts(x, weights, mixer, vectors)
+            y = y + constant_experts(
+                x,
+                weights,
+                mixer,
+                vectors,
+            )
         return y.astype(x.dtype)
 
     def _shared_expert(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         """An MLP that every token goes through, times `sigmoid(x w)` if it has a gate."""
         c = self.config
-        mlp = GatedMLPConfig(hidden=c.shared_hidden, activation=c.activation)
-        y = GatedMLP(mlp, self.init_std, self.dtype, name="shared")(x)
+        mlp = GatedMLPConfig(
+            hidden=c.shared_hidden,
+            activation=c.activation,
+        )
+        y = GatedMLP(
+            mlp,
+            self.init_std,
+            self.dtype,
+            name="shared",
+        )(x)
         if not c.shared_gate:
             return y
         width = {"embed": x.shape[-1]}
         one = {"shared_gate": 1}
-        gate_logits = Projection(width, one, self.init_std, self.dtype, name="shared_gate")(x)
+        gate_logits = Projection(
+            width,
+            one,
+            self.init_std,
+            self.dtype,
+            name="shared_gate",
+        )(x)
         gates = jax.nn.sigmoid(gate_logits.astype(jnp.float32))
         return (y.astype(jnp.float32) * gates).astype(y.dtype)
 
     @nn.nowrap
-    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+    def forward_flops_per_token(
+        self,
+        width: int,
+        seq_len: int,
+    ) -> float:
         c = self.config
         # At balance, where experts that compute get their fraction of the assignments.
         computing = c.router.ffn_fraction or c.num_experts / c.total_experts
@@ -219,13 +282,28 @@ def _device_mixture(
     up: Float[Array, "E M F"],
     down: Float[Array, "E F M"],
 ) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
-    """One device's tokens through all experts; the second result counts what the exchange dropped, on all devices."""
-    stacks = Stacks(gate, up, down, c.activation, c.router.weight_input)
+    """One device's tokens through all experts.
+
+    The second result counts what the exchange dropped, on all devices.
+    """
+    stacks = Stacks(
+        gate,
+        up,
+        down,
+        c.activation,
+        c.router.weight_input,
+    )
     assigned = Assigned(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)))
     expert_axes = manual_axes("expert")
     if expert_axes and c.exchange != "gather_weights":
         (axis,) = expert_axes
-        y, lost = distributed_mixture(assigned, stacks, axis, c.exchange, c.exchange_factor)
+        y, lost = distributed_mixture(
+            assigned,
+            stacks,
+            axis,
+            c.exchange,
+            c.exchange_factor,
+        )
     else:
         y = mixture(*assigned, stacks)
         lost = jnp.float32(0.0)

@@ -1,7 +1,8 @@
-"""What routers remember besides parameters: biases, a temperature, a layer's importance. Never seen by the optimizer.
+"""What routers remember besides parameters: biases, a temperature, a layer's importance.
 
-It lives in `TrainState.routers`, is put among the parameters (under `router_state`) wherever the
-model runs, and is changed once a step, by the loads of the whole batch on all devices.
+It is never seen by the optimizer. It lives in `TrainState.routers`, is put among the parameters
+(under `router_state`) wherever the model runs, and is changed once a step, by the loads of the
+whole batch on all devices.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,11 @@ from gatedjax.layers.tree import flatten_dict, unflatten_dict
 # The submodule of a sparse layer that holds its router's state.
 NAME = "router_state"
 
-STATE_OF_RULE = {"none": (), "sign": ("bias",), "pid": ("bias", "integral", "error")}
+STATE_OF_RULE = {
+    "none": (),
+    "sign": ("bias",),
+    "pid": ("bias", "integral", "error"),
+}
 
 
 class RouterState(nn.Module):
@@ -47,15 +52,30 @@ class RouterState(nn.Module):
             )
         if router.anneal_steps:
             start = nn.initializers.constant(router.temperature)
-            state["temperature"] = parameter(self, "temperature", axes=[], shape=[], init=start)
+            state["temperature"] = parameter(
+                self,
+                "temperature",
+                axes=[],
+                shape=[],
+                init=start,
+            )
         if router.threshold:
             ones = nn.initializers.ones
-            state["importance"] = parameter(self, "importance", axes=[], shape=[], init=ones)
+            state["importance"] = parameter(
+                self,
+                "importance",
+                axes=[],
+                shape=[],
+                init=ones,
+            )
         return state
 
 
 def split(params: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict]:
-    """(parameters, router state) of all that `LanguageModel.init` made. The state is {} where no router has any."""
+    """(parameters, router state) of all that `LanguageModel.init` made.
+
+    The state is {} where no router has any.
+    """
     flat = flatten_dict(params)
     state = {path: x for path, x in flat.items() if NAME in path}
     if not state:
@@ -82,7 +102,8 @@ def updated(
     Args:
       config: of the model.
       state: before the step, of all layers.
-      counts: for each sparse layer of the period, the assignments of the whole batch, stacked over periods.
+      counts: for each sparse layer of the period, the assignments of the whole batch, stacked over
+        periods.
       step: how many steps there have been, this one included.
 
     Returns:
@@ -96,7 +117,16 @@ def updated(
         if name not in state["periods"] or not isinstance(ffn, SparseMoEConfig):
             continue
         old = state["periods"][name]["ffn"][NAME]
-        blocks[name] = {"ffn": {NAME: updated_layer(ffn, old, counts[name], step)}}
+        blocks[name] = {
+            "ffn": {
+                NAME: updated_layer(
+                    ffn,
+                    old,
+                    counts[name],
+                    step,
+                )
+            }
+        }
     return {"periods": blocks}
 
 
@@ -106,7 +136,9 @@ def updated_layer(
     counts: Float[Array, "... E"],
     step: Int[Array, ""],
 ) -> dict[str, Array]:
-    """The state of one layer's router after a step. Importances stay: `skipping.calibrated` sets them.
+    """The state of one layer's router after a step.
+
+    Importances stay: `skipping.calibrated` sets them.
 
     Args:
       config: of the layer.
@@ -133,11 +165,15 @@ def updated_layer(
         error,
         router.pid_gains,
     )
-    return new | {"bias": bias, "integral": integral, "error": error}
+    return new | {
+        "bias": bias,
+        "integral": integral,
+        "error": error,
+    }
 
 
 def temperature(config: RouterConfig, step: Int[Array, ""]) -> Float[Array, ""]:
-    """From `temperature` to `final_temperature` over `anneal_steps` steps, by the same factor every step."""
+    """The temperature of a step: the same factor every step, until `anneal_steps`."""
     done = jnp.clip(step.astype(jnp.float32) / config.anneal_steps, 0.0, 1.0)
     ratio = config.final_temperature / config.temperature
     return config.temperature * ratio**done
@@ -157,7 +193,10 @@ def target_load(config: SparseMoEConfig) -> Float[Array, " E"]:
 
 
 def load_error(counts: Float[Array, "... E"], target: Float[Array, " E"]) -> Float[Array, "... E"]:
-    """How far each expert is below its target, relative to an even load: 1 if it had nothing of an even load."""
+    """How far each expert is below its target, relative to an even load.
+
+    1 if it had nothing of an even load.
+    """
     load = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     return (target - load) * target.shape[0]
 
@@ -167,7 +206,10 @@ def sign_update(
     error: Float[Array, "... E"],
     rate: float,
 ) -> Float[Array, "... E"]:
-    """`b + u sign(error)`: DeepSeek-V3's balancing without a loss (arXiv 2408.15664), u = 0.001 there."""
+    """`b + u sign(error)`.
+
+    DeepSeek-V3's balancing without a loss (arXiv 2408.15664), u = 0.001 there.
+    """
     return bias + rate * jnp.sign(error)
 
 
