@@ -284,14 +284,8 @@ def layers_of(c: ModelConfig) -> nn.Module:
     num_periods = c.num_layers // c.period
     scanned = nn.scan(
         period,
-        variable_axes={
-            "params": 0,
-            COLLECTION: 0,
-        },
-        split_rngs={
-            "params": True,
-            "router": True,
-        },
+        variable_axes={"params": 0, COLLECTION: 0},
+        split_rngs={"params": True, "router": True},
         in_axes=(nn.broadcast, 0),
         length=num_periods,
         unroll=1 if c.scan_layers else num_periods,

@@ -35,9 +35,7 @@ Keys = Float[Array, "B T Hk D"]
 
 
 class GatedAttention(Mixer):
-    """Grouped-query attention with a gate at any of the five positions of arXiv 2505.06708 (table
-    1).
-    """
+    """Grouped-query attention with a gate at any of five positions (arXiv 2505.06708, table 1)."""
 
     config: GatedAttentionConfig
 
@@ -67,19 +65,10 @@ class GatedAttention(Mixer):
                 self.dtype,
                 name="query_scale",
             )
-            q, v = scale(
-                q,
-                v,
-                x,
-                keys_seen(info.positions, c.window),
-            )
-        o, cache = self._gated_attention(
-            q, k, v, self._sdpa_logits(q, x, fused_logits), info, cache
-        )
-        heads = {
-            "heads": c.num_heads,
-            "head_dim": c.head_dim,
-        }
+            q, v = scale(q, v, x, keys_seen(info.positions, c.window))
+        gate_logits = self._sdpa_logits(q, x, fused_logits)
+        o, cache = self._gated_attention(q, k, v, gate_logits, info, cache)
+        heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         width = {"embed": x.shape[-1]}
         y = Projection(
             heads,
@@ -105,10 +94,7 @@ class GatedAttention(Mixer):
                 "head_dim": c.head_dim + gate_channels,
             },
         )
-        kv_axes = {
-            "kv_heads": c.kv_heads,
-            "head_dim": c.head_dim,
-        }
+        kv_axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
         k = self._project("key", x, kv_axes)
         v = self._project("value", x, kv_axes)
         fused_logits = q[..., c.head_dim :] if c.fused_gate else None
@@ -131,11 +117,7 @@ class GatedAttention(Mixer):
         heads, _ = axes
         return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 
-    def _normed(
-        self,
-        name: str,
-        y: Array,
-    ) -> Array:
+    def _normed(self, name: str, y: Array) -> Array:
         if self.config.qk_norm_kind == "l2":
             return unit_length(y, self.norm_eps)
         norm = RMSNorm(
@@ -146,11 +128,7 @@ class GatedAttention(Mixer):
         )
         return norm(y)
 
-    def _rotated(
-        self,
-        y: Array,
-        info: TokenInfo,
-    ) -> Array:
+    def _rotated(self, y: Array, info: TokenInfo) -> Array:
         c = self.config
         if c.rotary_dim == 0:
             return y
@@ -181,10 +159,7 @@ class GatedAttention(Mixer):
             axes = {"embed_act": y.shape[-1]}
         else:
             heads = "heads" if position == "query" else "kv_heads"
-            axes = {
-                heads: y.shape[2],
-                "head_dim": y.shape[3],
-            }
+            axes = {heads: y.shape[2], "head_dim": y.shape[3]}
         logits = self._gate_logits(axes, x)
         return apply_gate(
             y,
@@ -193,11 +168,7 @@ class GatedAttention(Mixer):
             c.gate_mode,
         )
 
-    def _gate_logits(
-        self,
-        axes: dict[str, int],
-        x: Array,
-    ) -> Array:
+    def _gate_logits(self, axes: dict[str, int], x: Array) -> Array:
         logits = GateLogits(
             self.config,
             axes,
@@ -369,11 +340,7 @@ class GatedAttention(Mixer):
         return sink_logits, jnp.asarray(alibi_slopes(c))
 
     @nn.nowrap
-    def init_cache(
-        self,
-        batch: int,
-        length: int,
-    ) -> KVCache:
+    def init_cache(self, batch: int, length: int) -> KVCache:
         return empty_cache(
             self.config,
             batch,
@@ -382,11 +349,7 @@ class GatedAttention(Mixer):
         )
 
     @nn.nowrap
-    def forward_flops_per_token(
-        self,
-        width: int,
-        seq_len: int,
-    ) -> float:
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         c = self.config
         q_channels = c.num_heads * c.head_dim
         kv_channels = c.kv_heads * c.head_dim
@@ -416,10 +379,7 @@ def normalizer_of(c: GatedAttentionConfig) -> Normalizer:
         "sigmoid": {"length": c.normalizer_length},
         "relu": {"length": c.normalizer_length},
         "relu_squared": {"length": c.normalizer_length},
-        "clipped_softmax": {
-            "alpha": c.clip_alpha,
-            "length": c.normalizer_length,
-        },
+        "clipped_softmax": {"alpha": c.clip_alpha, "length": c.normalizer_length},
         "reweighted_softplus": {"power": c.reweight_power},
         "entmax": {"alpha": c.entmax_alpha},
     }

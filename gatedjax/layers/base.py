@@ -50,20 +50,12 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @nn.nowrap
-    def init_cache(
-        self,
-        batch: int,
-        length: int,
-    ) -> Any:
+    def init_cache(self, batch: int, length: int) -> Any:
         """An empty decoding cache for `length` tokens of `batch` rows."""
         raise NotImplementedError
 
     @nn.nowrap
-    def forward_flops_per_token(
-        self,
-        width: int,
-        seq_len: int,
-    ) -> float:
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         """FLOPs of one forward pass, 2 per multiply-add: matrices and mixing.
 
         Norms and gates not counted.
@@ -111,10 +103,6 @@ class FeedForward(nn.Module):
         raise NotImplementedError
 
     @nn.nowrap
-    def forward_flops_per_token(
-        self,
-        width: int,
-        seq_len: int,
-    ) -> float:
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         """FLOPs of one forward pass, 2 per multiply-add: matrices; norms and gates not counted."""
         raise NotImplementedError

@@ -58,14 +58,10 @@ def gate_values(
         combine         of a soft mixture: what each token takes of each slot
     """
     variables = {"params": params.get("params", params)}
-    _, recorded = layer.apply(
-        variables,
-        x,
-        *args,
-        mutable=[COLLECTION],
-    )
+    _, state = layer.apply(variables, x, *args, mutable=[COLLECTION])
+    recorded: Any = state.get(COLLECTION, {})
     values = {}
-    for path, recordings in flatten_dict(recorded.get(COLLECTION, {})).items():
+    for path, recordings in flatten_dict(recorded).items():
         # A module that is called once records once.
         if path[-1] not in NOT_GATES:
             values["/".join(path)] = recordings[0]

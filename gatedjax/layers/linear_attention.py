@@ -65,10 +65,7 @@ FEATURE_MAPS = {
     "silu": jax.nn.silu,
     "elu_plus_one": elu_plus_one,
 }
-OUTPUT_GATES = {
-    "swish": jax.nn.silu,
-    "sigmoid": jax.nn.sigmoid,
-}
+OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 # Mamba-2's step sizes at the start, log-uniform between these, and its decay rates, uniform up to
 # this (the defaults of its published code).
@@ -143,10 +140,7 @@ class GatedLinearAttention(Mixer):
         )(o)
         if c.output_gate != "none":
             o = self._gated(o, x)
-        heads = {
-            "heads": c.num_heads,
-            "head_dim": c.value_dim,
-        }
+        heads = {"heads": c.num_heads, "head_dim": c.value_dim}
         width = {"embed": x.shape[-1]}
         y = Projection(
             heads,
@@ -168,10 +162,7 @@ class GatedLinearAttention(Mixer):
         channels: int,
     ) -> Array:
         width = {"embed": x.shape[-1]}
-        axes = {
-            heads: num_heads,
-            "head_dim": channels,
-        }
+        axes = {heads: num_heads, "head_dim": channels}
         y = Projection(
             width,
             axes,
@@ -220,21 +211,13 @@ class GatedLinearAttention(Mixer):
         q, k, v = (part.reshape(y.shape) for part, y in zip(parts, (q, k, v)))
         return q, k, v, tail
 
-    def _rotated(
-        self,
-        y: Array,
-        info: TokenInfo,
-    ) -> Array:
+    def _rotated(self, y: Array, info: TokenInfo) -> Array:
         c = self.config
         if c.rotary_dim == 0:
             return y
         return apply_rope(y, info.positions, inverse_frequencies(c.rotary_dim, c.rope_base))
 
-    def _decay(
-        self,
-        x: Array,
-        v: Array,
-    ) -> tuple[Array | None, Array]:
+    def _decay(self, x: Array, v: Array) -> tuple[Array | None, Array]:
         """The log decay in the rank that the scan wants, and the values, which Mamba-2's step size
         scales.
         """
@@ -277,11 +260,7 @@ class GatedLinearAttention(Mixer):
         )
         return logsigmoid_decay(logits + bias, c.decay_temperature), v
 
-    def _softplus_decay(
-        self,
-        x: Array,
-        v: Array,
-    ) -> tuple[Array, Array]:
+    def _softplus_decay(self, x: Array, v: Array) -> tuple[Array, Array]:
         """Mamba-2's log decay and values: -exp(A_log) dt and v dt (arXiv 2405.21060 and its code).
 
         The step size is dt = softplus(x W + bias), float32.
@@ -313,11 +292,7 @@ class GatedLinearAttention(Mixer):
         dt = jax.nn.softplus(logits.astype(jnp.float32) + bias)
         return -jnp.exp(a_log) * dt, (v * dt[..., None]).astype(v.dtype)
 
-    def _gated(
-        self,
-        o: Array,
-        x: Array,
-    ) -> Array:
+    def _gated(self, o: Array, x: Array) -> Array:
         """`o` times the output gate, in float32."""
         c = self.config
         logits = self._project(
@@ -367,11 +342,7 @@ class GatedLinearAttention(Mixer):
         )
 
     @nn.nowrap
-    def init_cache(
-        self,
-        batch: int,
-        length: int,
-    ) -> ScanCache:
+    def init_cache(self, batch: int, length: int) -> ScanCache:
         """An empty cache; its size does not depend on `length`."""
         c = self.config
         # The state of a normalized scan has one more value column, the sum of the weights.
@@ -382,11 +353,7 @@ class GatedLinearAttention(Mixer):
         return ScanCache(state, jnp.zeros((batch, tail_length, channels), self.dtype))
 
     @nn.nowrap
-    def forward_flops_per_token(
-        self,
-        width: int,
-        seq_len: int,
-    ) -> float:
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         c = self.config
         q_channels = c.num_heads * c.key_dim
         o_channels = c.num_heads * c.value_dim

@@ -92,11 +92,7 @@ class QueryScale(nn.Module):
             factor = factor * self._per_head("logit_scale", start)
         return _scaled(q, factor), v
 
-    def _per_head(
-        self,
-        name: str,
-        start: float,
-    ) -> Float[Array, " H"]:
+    def _per_head(self, name: str, start: float) -> Float[Array, " H"]:
         """A learned number for every head."""
         init = nn.initializers.constant(start)
         return parameter(

@@ -12,10 +12,7 @@ from gatedjax.layers.gate_values import record
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": jax.nn.gelu,
-}
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
 def gated_product(
@@ -70,9 +67,5 @@ class GatedMLP(FeedForward):
         return y, {}, router_logits
 
     @nn.nowrap
-    def forward_flops_per_token(
-        self,
-        width: int,
-        seq_len: int,
-    ) -> float:
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         return 6 * width * self.config.hidden

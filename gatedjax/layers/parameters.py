@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -44,7 +45,9 @@ def parameter(
     Returns:
       The parameter's value, without its box.
     """
-    boxed_init = nn.with_logical_partitioning(init, tuple(axes)) if _boxed.get() else init
+    boxed_init: Any = init
+    if _boxed.get():
+        boxed_init = nn.with_logical_partitioning(init, tuple(axes))
     return module.param(
         name,
         boxed_init,

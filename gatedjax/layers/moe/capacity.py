@@ -76,8 +76,5 @@ def _ranks(weights: Float[Array, "... T k"], order: str) -> Int[Array, "... Tk"]
         # The inverse of the sorting permutation: each token's position among all.
         token_rank = jnp.argsort(jnp.argsort(-best, axis=-1, stable=True), axis=-1)
         return token_rank[..., token] * k + place
-    ranks = {
-        "position": token * k + place,
-        "choice": place * num_tokens + token,
-    }
+    ranks = {"position": token * k + place, "choice": place * num_tokens + token}
     return jnp.broadcast_to(ranks[order], (*weights.shape[:-2], num_tokens * k))

@@ -242,11 +242,7 @@ class LoRAMixture(FeedForward):
         return weights
 
     @nn.nowrap
-    def forward_flops_per_token(
-        self,
-        width: int,
-        seq_len: int,
-    ) -> float:
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         c = self.config
         dense = 6 * width * c.hidden
         experts = 6 * c.num_experts * c.rank * (width + c.hidden)

@@ -146,11 +146,7 @@ class SoftMoE(FeedForward):
         return stack.astype(self.dtype)
 
     @nn.nowrap
-    def forward_flops_per_token(
-        self,
-        width: int,
-        seq_len: int,
-    ) -> float:
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         c = self.config
         slots = c.num_experts * c.slots_per_expert
         # Three products of tokens and slots: the logits, the slots' means, the outputs' means.

@@ -261,11 +261,7 @@ class SparseMoE(FeedForward):
         return (y.astype(jnp.float32) * gates).astype(y.dtype)
 
     @nn.nowrap
-    def forward_flops_per_token(
-        self,
-        width: int,
-        seq_len: int,
-    ) -> float:
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         c = self.config
         # At balance, where experts that compute get their fraction of the assignments.
         computing = c.router.ffn_fraction or c.num_experts / c.total_experts
