@@ -1,16 +1,19 @@
-"""attention compiled for TPUs that are not there, beside jax's splash and flash kernels with their best block sizes.
+"""attention compiled for TPUs that are not there, beside jax's splash and flash kernels with their
+best block sizes.
 
     python benchmarks/attention.py [--target=tpu:v6e ...] [--shape=B4,T4096,H16,D128 ...] [--op=tpu,splash]
                                    [--json=benchmarks/results/attention_tpu.json]
 
-Causal, bfloat16. For every shape, chip and pass: model time of the whole program (bwd: forward and backward), HBM
-traffic, temporaries. Times are the schedule's replay, not measurements; `gatedjax/aot` says how far to trust
-them. Each row compiles in a process of its own, in half a minute to minutes; rows that are in the --json file already,
-from the same libtpu, are not compiled again (delete the file after a change of the kernels).
+Causal, bfloat16. For every shape, chip and pass: model time of the whole program (bwd: forward and
+backward), HBM traffic, temporaries. Times are the schedule's replay, not measurements;
+`gatedjax/aot` says how far to trust them. Each row compiles in a process of its own, in half a
+minute to minutes; rows that are in the --json file already, from the same libtpu, are not compiled
+again (delete the file after a change of the kernels).
 
-Ops: tpu is ours, without a gate; tpu_gate has an element-wise gate as the kernel's epilogue, tpu_then_gate the same
-gate multiplied by XLA; splash and flash are those of jax.experimental.pallas.ops.tpu, with heads before tokens as they
-take them. splash's backward pass is its fused one.
+Ops: tpu is ours, without a gate; tpu_gate has an element-wise gate as the kernel's epilogue,
+tpu_then_gate the same gate multiplied by XLA; splash and flash are those of
+jax.experimental.pallas.ops.tpu, with heads before tokens as they take them. splash's backward pass
+is its fused one.
 """
 
 import argparse
@@ -35,7 +38,8 @@ SHAPES = ("B4,T4096,H16,D128", "B1,T32768,H16,Hk2,D256")  # a dense model's; Qwe
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
 OPS = ("tpu", "tpu_gate", "tpu_then_gate", "splash", "flash")
 
-# The quickest found by model time at the first shape: queries, keys, keys at a time; forward, then backward.
+# The quickest found by model time at the first shape: queries, keys, keys at a time; forward, then
+# backward.
 SPLASH = {
     "tpu:v5e": ((1024, 1024, 512), (1024, 1024, 1024)),
     "tpu:v5p": ((1024, 1024, 256), (1024, 1024, 1024)),
@@ -145,7 +149,9 @@ def figures(op: str, chip: str, shape: str, way: str) -> dict:
 
 
 def in_a_process(*row: str) -> dict:
-    """libtpu reads its flags once and keeps its memory: one compilation a process. {"error": ...} if it fails."""
+    """libtpu reads its flags once and keeps its memory: one compilation a process. {"error": ...}
+    if it fails.
+    """
     command = [sys.executable, __file__, "--row", *row]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

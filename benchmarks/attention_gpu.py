@@ -1,13 +1,16 @@
-"""Gated softmax attention on this GPU as the sequence grows, beside the nearest public kernels and a separate gate.
+"""Gated softmax attention on this GPU as the sequence grows, beside the nearest public kernels and
+a separate gate.
 
     python benchmarks/attention_gpu.py [--length=2048 ...] [--heads=H16,Hk16,D128 ...] [--json=FILE]
 
-B x T = 32k tokens, causal, bfloat16, an element-wise gate; medians. "fwd" is the forward pass alone, "both" forward and
-backward in one program. floor: the time that the matrix products of the visible half take at the peak of --target; the
-backward pass counts five products a tile. "gpu, no gate" is ours without one: what the gate costs. Peers: cudnn is
+B x T = 32k tokens, causal, bfloat16, an element-wise gate; medians. "fwd" is the forward pass
+alone, "both" forward and backward in one program. floor: the time that the matrix products of the
+visible half take at the peak of --target; the backward pass counts five products a tile. "gpu, no
+gate" is ours without one: what the gate costs. Peers: cudnn is
 jax.nn.dot_product_attention(implementation="cudnn"), its output multiplied by sigmoid(gate); fla is
-flash-linear-attention's parallel_attn (Triton, torch), gated likewise. A peer that is not installed, or refuses, is
-left out with its reason. --dry_run: one tiny shape, interpreted on the CPU.
+flash-linear-attention's parallel_attn (Triton, torch), gated likewise. A peer that is not
+installed, or refuses, is left out with its reason. --dry_run: one tiny shape, interpreted on the
+CPU.
 """
 
 import re

@@ -1,9 +1,10 @@
-"""attention's GPU kernels compiled for an H200 that is not here: registers, spills, shared memory, memory of programs.
+"""attention's GPU kernels compiled for an H200 that is not here: registers, spills, shared memory,
+memory of programs.
 
     python benchmarks/attention_h200.py [--json=benchmarks/results/attention_h200.json]
 
-Forward and backward in one program, bfloat16, causal; and a decoding step. Static facts, no times. Needs jax's CUDA
-plugin (make test-cuda-aot builds an environment) and ptxas.
+Forward and backward in one program, bfloat16, causal; and a decoding step. Static facts, no times.
+Needs jax's CUDA plugin (make test-cuda-aot builds an environment) and ptxas.
 """
 
 import argparse

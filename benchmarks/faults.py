@@ -2,11 +2,12 @@
 
     python benchmarks/faults.py [--kills=30] [--flips=100]
 
-One process of two is killed with -9 at random moments, every third time in the middle of a save; the other one must
-stop by itself, and both are started again. A kill counts as survived if the other one ended with one line and no
-success, and all losses up to the next kill are, to the bit, those of a run that nobody disturbed. Then single bits of
-the newest checkpoint are flipped: each must be found (the step is refused), or change nothing that is read.
-Prints a table, writes results/faults.json, and exits with 1 if anything was lost.
+One process of two is killed with -9 at random moments, every third time in the middle of a save;
+the other one must stop by itself, and both are started again. A kill counts as survived if the
+other one ended with one line and no success, and all losses up to the next kill are, to the bit,
+those of a run that nobody disturbed. Then single bits of the newest checkpoint are flipped: each
+must be found (the step is refused), or change nothing that is read. Prints a table, writes
+results/faults.json, and exits with 1 if anything was lost.
 """
 
 import argparse
@@ -83,7 +84,9 @@ def life(place: Path, rng: random.Random, in_save: bool) -> dict:
 
 
 def kills(place: Path, number: int, rng: random.Random, reference: dict[int, float]) -> list[dict]:
-    """That many lives, and a last one to the end. A life's losses are judged when the next one has begun over it."""
+    """That many lives, and a last one to the end. A life's losses are judged when the next one has
+    begun over it.
+    """
     lives = []
     for i in range(number):
         lives.append(life(place, rng, in_save=i % 3 == 2))
@@ -104,7 +107,9 @@ def digests(place: Path, workdir: str) -> dict[str, str]:
 
 
 def flips(place: Path, number: int, rng: random.Random) -> dict[str, int]:
-    """Single bits of the newest step flipped until `number` of them were found or gave a wrong value."""
+    """Single bits of the newest step flipped until `number` of them were found or gave a wrong
+    value.
+    """
     good = place / "undisturbed"
     run = prepare(from_config_dict({**read_config(good), "mesh": {}}))
     files = [

@@ -1,7 +1,7 @@
 """The worker of `train_cpu.py` on our side: the train step of train.py, on random tokens.
 
-Its one argument is the configuration as JSON. It says one JSON line when it has compiled; then for each line on stdin,
-a number of steps, it runs them and says how long they took.
+Its one argument is the configuration as JSON. It says one JSON line when it has compiled; then for
+each line on stdin, a number of steps, it runs them and says how long they took.
 """
 
 import json

@@ -19,7 +19,9 @@ def sizes(shape: str) -> dict[str, int]:
 
 
 def inputs(shape: str, decay: str, dtype=jnp.bfloat16) -> tuple[Array, Array, Array, Array | None]:
-    """q, k, v [B, T, H, D] and log decays of GLA's size, float32: None, [B, T, H] or [B, T, H, K]."""
+    """q, k, v [B, T, H, D] and log decays of GLA's size, float32: None, [B, T, H] or [B, T, H,
+    K].
+    """
     B, T, H, K, V = (sizes(shape)[a] for a in "BTHKV")
     r = np.random.default_rng(0)
     normal = lambda *s: jnp.asarray(r.standard_normal(s, np.float32), dtype)

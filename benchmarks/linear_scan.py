@@ -1,14 +1,17 @@
-"""linear_scan compiled for TPUs that are not there, beside plain XLA and, where installed, the nearest public ops.
+"""linear_scan compiled for TPUs that are not there, beside plain XLA and, where installed, the
+nearest public ops.
 
     python benchmarks/linear_scan.py [--target=tpu:v6e ...] [--shape=B4,T4096,H16,K128,V128 ...] [--op=tpu,xla]
                                      [--decay=vector] [--json=benchmarks/results/linear_scan_tpu.json]
 
-For every shape, chip and pass: model time of the whole program, HBM traffic against the compulsory bytes (every input
-and output of the program once), temporaries. Times are the schedule's replay, not measurements; `gatedjax/aot`
-says how far to trust them. Each row compiles in a process of its own, in 10 seconds to minutes.
+For every shape, chip and pass: model time of the whole program, HBM traffic against the compulsory
+bytes (every input and output of the program once), temporaries. Times are the schedule's replay,
+not measurements; `gatedjax/aot` says how far to trust them. Each row compiles in a process of its
+own, in 10 seconds to minutes.
 
-Ops: tpu and xla are ours; jla is jax-linear-attention's chunked GLA, one bfloat16 pass as ours; kda is tokamax's Kimi
-Delta Attention, which does more (the delta rule) and demands decays above -5: there is no public kernel of GLA itself.
+Ops: tpu and xla are ours; jla is jax-linear-attention's chunked GLA, one bfloat16 pass as ours; kda
+is tokamax's Kimi Delta Attention, which does more (the delta rule) and demands decays above -5:
+there is no public kernel of GLA itself.
 """
 
 import argparse
@@ -97,7 +100,9 @@ def figures(op: str, chip: str, shape: str, decay: str, way: str) -> dict:
 
 
 def in_a_process(*row: str) -> dict:
-    """libtpu reads its flags once and keeps its memory: one compilation a process. {"error": ...} if it fails."""
+    """libtpu reads its flags once and keeps its memory: one compilation a process. {"error": ...}
+    if it fails.
+    """
     command = [sys.executable, __file__, "--row", *row]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

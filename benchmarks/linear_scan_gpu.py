@@ -1,12 +1,14 @@
-"""linear_scan on this GPU as the sequence grows, beside XLA and, where installed, the nearest public kernels.
+"""linear_scan on this GPU as the sequence grows, beside XLA and, where installed, the nearest
+public kernels.
 
     python benchmarks/linear_scan_gpu.py [--length=2048 ...] [--decay=vector,scalar] [--json=FILE]
 
-B x T = 32k tokens, H = 16, K = V = 128, bfloat16, float32 log decays, no initial state; medians. "fwd" is the forward
-pass alone, "both" forward and backward in one program. floor: the time that the compulsory bytes (every
-input and output once) take at the HBM bandwidth of --target. Peers: fla is flash-linear-attention (Triton, torch:
-chunk_gla, chunk_simple_gla), jla is jax-linear-attention's GLA (Mosaic GPU, forward only). A peer that is not
-installed, or refuses, is left out with its reason. --dry_run: one tiny shape, interpreted on the CPU.
+B x T = 32k tokens, H = 16, K = V = 128, bfloat16, float32 log decays, no initial state; medians.
+"fwd" is the forward pass alone, "both" forward and backward in one program. floor: the time that
+the compulsory bytes (every input and output once) take at the HBM bandwidth of --target. Peers: fla
+is flash-linear-attention (Triton, torch: chunk_gla, chunk_simple_gla), jla is
+jax-linear-attention's GLA (Mosaic GPU, forward only). A peer that is not installed, or refuses, is
+left out with its reason. --dry_run: one tiny shape, interpreted on the CPU.
 """
 
 import subprocess

@@ -1,20 +1,23 @@
-"""Grouped matmuls of sparse experts, compiled for accelerators that are not there, beside megablox and lax.ragged_dot.
+"""Grouped matmuls of sparse experts, compiled for accelerators that are not there, beside megablox
+and lax.ragged_dot.
 
     python benchmarks/moe.py [--target=tpu:v5e ...] [--rows=16384,131072] [--op=grouped_matmul,megablox,...]
                              [--json=benchmarks/results/moe_tpu.json]
 
-64 experts of d 2048 and ff 1024 in bfloat16; 131,072 rows are 16,384 tokens with 8 experts each. For every kernel of
-a forward and backward pass: model time, beside the least there could be (every operand moved once, or every FLOP at the
-chip's peak, the longer of the two); the FLOPs that the matrix units execute, over the 2 M K N that are asked for; and
-HBM bytes. Group sizes are values of the run: balanced; multinomial, as of a router that prefers nobody; and
-Zipf-skewed, where the largest expert has a fifth of all rows. Times are the schedule's replay, not measurements;
+64 experts of d 2048 and ff 1024 in bfloat16; 131,072 rows are 16,384 tokens with 8 experts each.
+For every kernel of a forward and backward pass: model time, beside the least there could be (every
+operand moved once, or every FLOP at the chip's peak, the longer of the two); the FLOPs that the
+matrix units execute, over the 2 M K N that are asked for; and HBM bytes. Group sizes are values of
+the run: balanced; multinomial, as of a router that prefers nobody; and Zipf-skewed, where the
+largest expert has a fifth of all rows. Times are the schedule's replay, not measurements;
 `gatedjax/aot` says how far to trust them.
 
-Ops: grouped_matmul and expert_mlp (the whole MLP of the experts, with the router's weights) are ours; megablox is gmm
-and tgmm of jax's own Pallas ops, in the best tiles found for each chip (where one seems quicker than its compulsory
-bytes, XLA put an operand into VMEM before); tokamax is its ragged_dot, where it is installed, in the tiles that it
-chooses; ragged_dot is jax.lax's, for which the FLOPs of the program's matrix products are given. For cuda:h200 there is
-no model of time: FLOPs, registers and spills only. Rows that are in the --json file already, with the same versions,
+Ops: grouped_matmul and expert_mlp (the whole MLP of the experts, with the router's weights) are
+ours; megablox is gmm and tgmm of jax's own Pallas ops, in the best tiles found for each chip (where
+one seems quicker than its compulsory bytes, XLA put an operand into VMEM before); tokamax is its
+ragged_dot, where it is installed, in the tiles that it chooses; ragged_dot is jax.lax's, for which
+the FLOPs of the program's matrix products are given. For cuda:h200 there is no model of time:
+FLOPs, registers and spills only. Rows that are in the --json file already, with the same versions,
 are not made again.
 """
 
@@ -47,7 +50,8 @@ D, F, G = 2048, 1024, 64
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
 KEYS = ("op", "target", "rows")
 OPS = ("grouped_matmul", "megablox", "tokamax", "expert_mlp", "ragged_dot")
-# Rows, inner width and columns of megablox's tiles, the best of those tried on each chip: forward, dlhs, drhs.
+# Rows, inner width and columns of megablox's tiles, the best of those tried on each chip: forward,
+# dlhs, drhs.
 TILES = {
     "tpu:v5e": ((256, 2048, 1024), (256, 1024, 2048), (256, 1024, 1024)),
     "tpu:v5p": ((256, 2048, 512), (256, 1024, 1024), (256, 1024, 512)),
@@ -168,7 +172,9 @@ def figures(op: str, chip: str, rows: int) -> dict:
 
 
 def of_sizes(report, device: Tpu, flops: float) -> dict:
-    """The figures of one replay. Of a kernel whose steering values the replay does not know there is no time: None."""
+    """The figures of one replay. Of a kernel whose steering values the replay does not know there
+    is no time: None.
+    """
     executed = {
         k.name: k.matrix_busy * k.schedule_seconds * device.peak_flops for k in report.kernels
     }
@@ -188,7 +194,9 @@ def of_sizes(report, device: Tpu, flops: float) -> dict:
 
 
 def dot_flops(text: str) -> int:
-    """Of the matrix products in a compiled program's text, for compilers that do not count: kernels are not in it."""
+    """Of the matrix products in a compiled program's text, for compilers that do not count: kernels
+    are not in it.
+    """
     shapes = {name: [int(n) for n in dims.split(",") if n] for name, dims in SHAPE.findall(text)}
     total = 0
     for name, lhs, contracted in DOT.findall(text):
@@ -207,7 +215,9 @@ DOT = re.compile(
 
 
 def least_microseconds(op: str, kernel: str, chip: str, rows: int) -> float:
-    """Every operand of the kernel once at the chip's bandwidth, or its FLOPs at the chip's peak: the longer."""
+    """Every operand of the kernel once at the chip's bandwidth, or its FLOPs at the chip's peak:
+    the longer.
+    """
     wide, narrow, matrices = 2 * rows * D, 2 * rows * F, 2 * G * D * F
     moved = wide + narrow + matrices
     if op == "expert_mlp":
@@ -219,7 +229,9 @@ def least_microseconds(op: str, kernel: str, chip: str, rows: int) -> float:
 
 
 def in_a_process(*row: str) -> dict:
-    """One compilation a process: the compilers read their flags once. {"error": ...} if it fails."""
+    """One compilation a process: the compilers read their flags once. {"error": ...} if it
+    fails.
+    """
     done = subprocess.run(
         [sys.executable, __file__, "--row", *row], capture_output=True, text=True, check=False
     )

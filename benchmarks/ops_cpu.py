@@ -1,12 +1,14 @@
-"""Time and memory of `linear_scan` and `attention` on this CPU as the sequence grows: forward and backward together.
+"""Time and memory of `linear_scan` and `attention` on this CPU as the sequence grows: forward and
+backward together.
 
     python benchmarks/ops_cpu.py [--json=FILE]
 
-B = 1, H = 4, K = V = 64, float32. Times are the minimum of several runs. "temporary" is what the compiled program sets
-aside besides inputs and outputs; "RSS" by how much the process grows beyond its inputs while it runs (Linux only). An
-exponent p says that from the second last length to the last the figure grew like T^p: both ops should have 1 for
-memory, `linear_scan` 1 and `attention` 2 for time. Beside them stands softmax attention written plainly, with its
-[T, T] matrices; where those would not fit into --max_gib, it is compiled but not run.
+B = 1, H = 4, K = V = 64, float32. Times are the minimum of several runs. "temporary" is what the
+compiled program sets aside besides inputs and outputs; "RSS" by how much the process grows beyond
+its inputs while it runs (Linux only). An exponent p says that from the second last length to the
+last the figure grew like T^p: both ops should have 1 for memory, `linear_scan` 1 and `attention` 2
+for time. Beside them stands softmax attention written plainly, with its [T, T] matrices; where
+those would not fit into --max_gib, it is compiled but not run.
 """
 
 import ctypes
@@ -58,7 +60,8 @@ def gated_attention(q, k, v, gate) -> Float[Array, "B T H D"]:
     return attention(q, k, v, gate_logits=gate, implementation="xla")
 
 
-# name -> the op on (q, k, v, x), and how x is made from standard normal numbers [B, T, H, D]: log decays, or a gate.
+# name -> the op on (q, k, v, x), and how x is made from standard normal numbers [B, T, H, D]: log
+# decays, or a gate.
 OPS: dict[str, tuple[Callable, Callable]] = {
     "linear_scan, vector decay": (scan, lambda x: -abs(x) / 16),
     "linear_scan, scalar decay": (scan, lambda x: -abs(x[..., 0]) / 16),
@@ -120,7 +123,9 @@ def measure(name: str, length: int, repeats: int, max_bytes: float) -> dict[str,
 
 
 def start_of_peak() -> int | None:
-    """Sets the process's peak back to what it holds now, and returns that in bytes; None where Linux is not."""
+    """Sets the process's peak back to what it holds now, and returns that in bytes; None where
+    Linux is not.
+    """
     try:
         ctypes.CDLL(None).malloc_trim(
             0
@@ -145,7 +150,9 @@ def in_child(function: Callable, *arguments):
 
 
 def exponent(points: dict[int, dict], key: str) -> float | None:
-    """p with figure ~ T^p between the two largest lengths at which there is one; None without two."""
+    """p with figure ~ T^p between the two largest lengths at which there is one; None without
+    two.
+    """
     known = sorted((length, point[key]) for length, point in points.items() if point[key])
     if len(known) < 2:
         return None

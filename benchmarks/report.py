@@ -12,7 +12,9 @@ from pathlib import Path
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns as wide as their widest cell: the first one left-aligned, the others right-aligned."""
+    """Columns as wide as their widest cell: the first one left-aligned, the others
+    right-aligned.
+    """
     cells = [[str(c) for c in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     align = lambda i, c: c.ljust(widths[i]) if i == 0 else c.rjust(widths[i])
@@ -51,7 +53,9 @@ def write_json(path: str, figures: Mapping[str, object], versions: Mapping[str, 
 def known_rows(
     path: str | None, keys: Sequence[str], versions: Mapping[str, str]
 ) -> dict[tuple, dict]:
-    """The `rows` that an earlier run with these versions wrote, failures aside: values of keys -> figures."""
+    """The `rows` that an earlier run with these versions wrote, failures aside: values of keys ->
+    figures.
+    """
     if not path or not Path(path).exists():
         return {}
     before = json.loads(Path(path).read_text())

@@ -1,10 +1,12 @@
-"""The TPU model beside published measurements: bfloat16 matmuls on one v5e chip. Needs no TPU; takes a few minutes.
+"""The TPU model beside published measurements: bfloat16 matmuls on one v5e chip. Needs no TPU;
+takes a few minutes.
 
     python benchmarks/tpu_model.py [--json=benchmarks/results/tpu_model.json]
 
-The measured times are the stored outputs of jax's own tutorial, docs/pallas/tpu/matmul.ipynb. They include the host's
-dispatch, about 0.11 ms, which is inferred from the 1024 rows (so these two are no evidence of their own); the latency
-of HBM was fitted on the 4096 row with blocks of 128. The other rows are independent of the model.
+The measured times are the stored outputs of jax's own tutorial, docs/pallas/tpu/matmul.ipynb. They
+include the host's dispatch, about 0.11 ms, which is inferred from the 1024 rows (so these two are
+no evidence of their own); the latency of HBM was fitted on the 4096 row with blocks of 128. The
+other rows are independent of the model.
 """
 
 import argparse
@@ -27,7 +29,9 @@ DISPATCH_MS = 0.11
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A [size, size] x [size, size] matmul. `blocks` (rows, inner, columns) of the kernel; None: XLA's own matmul."""
+    """A [size, size] x [size, size] matmul. `blocks` (rows, inner, columns) of the kernel; None:
+    XLA's own matmul.
+    """
 
     size: int
     blocks: tuple[int, int, int] | None
@@ -47,7 +51,9 @@ MEASURED = (
 
 
 def matmul(x: jax.Array, y: jax.Array, blocks: tuple[int, int, int]) -> jax.Array:
-    """The tutorial's kernel: a float32 accumulator in scratch, written out after the last inner block."""
+    """The tutorial's kernel: a float32 accumulator in scratch, written out after the last inner
+    block.
+    """
     (m, k), (_, n), (bm, bk, bn) = x.shape, y.shape, blocks
 
     def kernel(x_ref, y_ref, out_ref, acc_ref):

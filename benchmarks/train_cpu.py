@@ -1,14 +1,17 @@
-"""Training speed of configs/tiny.py beside models of transformers and torch of the same size, on this CPU.
+"""Training speed of configs/tiny.py beside models of transformers and torch of the same size, on
+this CPU.
 
     python benchmarks/train_cpu.py [--peer_python=/path/to/python] [--json=FILE]
 
-Two peers, float32, AdamW with gradient clipping, the same batch, as many threads as there are cores for everybody:
+Two peers, float32, AdamW with gradient clipping, the same batch, as many threads as there are cores
+for everybody:
 
   qwen3_next   the nearest relative: gated attention and Gated DeltaNet by turns, sparse experts; our sizes one by one
   llama        the strongest simple one: dense, no scan, no experts; as many parameters as a token meets in ours
 
-A step is forward, backward and optimizer. Each model lives in a process of its own; rounds take turns: ours, peer,
-ours, peer ... The figure is the median of the rounds, and the ratio is ours / theirs. Run it on a quiet machine.
+A step is forward, backward and optimizer. Each model lives in a process of its own; rounds take
+turns: ours, peer, ours, peer ... The figure is the median of the rounds, and the ratio is ours /
+theirs. Run it on a quiet machine.
 """
 
 import json
@@ -149,7 +152,9 @@ def check_peer_python(python: str) -> None:
 
 
 def peers(config: Config, active: int) -> list[Model]:
-    """Qwen3-Next with our sizes one by one, and a Llama with as many parameters as a token meets in ours."""
+    """Qwen3-Next with our sizes one by one, and a Llama with as many parameters as a token meets in
+    ours.
+    """
     c = config.model
     attention, gla, mlp, moe = c.mixers["attention"], c.mixers["gla"], c.ffns["mlp"], c.ffns["moe"]
     layers = range(c.num_layers)
@@ -223,7 +228,9 @@ def _peer(
 
 
 def show(results: dict[str, dict]) -> str:
-    """The table: sizes, speed with its range over the rounds, memory, and our speed over each peer's."""
+    """The table: sizes, speed with its range over the rounds, memory, and our speed over each
+    peer's.
+    """
     ours = results["gatedjax"]["tokens_per_second"]
     rows = []
     for name, r in results.items():

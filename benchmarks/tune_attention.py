@@ -1,9 +1,11 @@
-"""Chooses schedules of attention's TPU kernels by model time, for `kernels_pallas/attention/tpu/tuning.py`.
+"""Chooses schedules of attention's TPU kernels by model time, for
+`kernels_pallas/attention/tpu/tuning.py`.
 
     python benchmarks/tune_attention.py --target=tpu:v5e [--shape=B4,T4096,H16,D128] [--forward=rows=128,256] [...]
 
-Without --forward and --backward the settings that mattered. Every candidate is compiled for the chip and its schedule
-replayed: no TPU is needed, and half a minute each. Prints candidates as they come, and the best.
+Without --forward and --backward the settings that mattered. Every candidate is compiled for the
+chip and its schedule replayed: no TPU is needed, and half a minute each. Prints candidates as they
+come, and the best.
 """
 
 import argparse
@@ -39,7 +41,9 @@ def candidates(settings: list[str]) -> list[Schedule]:
 
 
 def seconds(target: str, shape: str, forward: Schedule, backward: Schedule) -> dict[str, float]:
-    """Model seconds of each kernel in one program of forward and backward pass; inf if it does not compile."""
+    """Model seconds of each kernel in one program of forward and backward pass; inf if it does not
+    compile.
+    """
     for row in tpu_tuning.TUNED.values():
         row.update(dict.fromkeys(row, (forward, backward)))
     case = make_case("attention", shape, "bfloat16", {"implementation": "tpu"})

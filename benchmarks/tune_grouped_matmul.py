@@ -1,10 +1,12 @@
-"""Compares schedules of grouped_matmul's TPU kernels by model time, for `kernels_pallas/grouped_matmul/tpu/tuning.py`.
+"""Compares schedules of grouped_matmul's TPU kernels by model time, for
+`kernels_pallas/grouped_matmul/tpu/tuning.py`.
 
     python benchmarks/tune_grouped_matmul.py --target=tpu:v5e [--shape=M16384,K2048,N1024,G64] [--set=step=512,1024 ...]
 
-Settings are the fields of `tpu_tuning.Row`, outer_step as 1024x512; without --set those that mattered. Every
-candidate is compiled for the chip and its schedule replayed, for equal groups and for Zipf-skewed ones: no TPU is
-needed, and a minute each. Prints candidates as they come, and the best of each kernel by the sum of both.
+Settings are the fields of `tpu_tuning.Row`, outer_step as 1024x512; without --set those that
+mattered. Every candidate is compiled for the chip and its schedule replayed, for equal groups and
+for Zipf-skewed ones: no TPU is needed, and a minute each. Prints candidates as they come, and the
+best of each kernel by the sum of both.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def _value(text: str):
 
 
 def microseconds(target: str, shape: str, row: tpu_tuning.Row) -> dict[tuple[str, str], float]:
-    """Model time of each kernel for each kind of group sizes; empty if the candidate does not compile."""
+    """Model time of each kernel for each kind of group sizes; empty if the candidate does not
+    compile.
+    """
     tpu_tuning.TUNED[DEVICES[target]] = row
     case, skewed = (
         make_case("grouped_matmul", shape, "bfloat16", {"implementation": "tpu", "sizes": s})

@@ -1,9 +1,11 @@
-"""Chooses schedules of linear_scan's TPU kernels by model time, for `kernels_pallas/linear_scan/tpu/tuning.py`.
+"""Chooses schedules of linear_scan's TPU kernels by model time, for
+`kernels_pallas/linear_scan/tpu/tuning.py`.
 
     python benchmarks/tune_linear_scan.py --target=tpu:v5e [--decay=vector] [--forward=lag=4,6] [--backward=lag=5,6]
 
-Without --forward and --backward the settings that mattered. Every candidate is compiled for the chip and its schedule
-replayed: no TPU is needed, and half a minute each. Prints candidates as they come, and the best.
+Without --forward and --backward the settings that mattered. Every candidate is compiled for the
+chip and its schedule replayed: no TPU is needed, and half a minute each. Prints candidates as they
+come, and the best.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def candidates(settings: list[str]) -> list[Schedule]:
 def seconds(
     target: str, shape: str, decay: str, forward: Schedule, backward: Schedule
 ) -> dict[str, float]:
-    """Model seconds of each kernel in one program of forward and backward pass; inf if it does not compile."""
+    """Model seconds of each kernel in one program of forward and backward pass; inf if it does not
+    compile.
+    """
     for row in tpu_tuning.TUNED.values():
         row["vector" if decay == "vector" else "scalar"] = forward, backward
     case = make_case("linear_scan", shape, "bfloat16", {"decay": decay, "implementation": "tpu"})

@@ -1,10 +1,12 @@
-"""Chooses schedules of linear_scan's GPU kernels by time on this GPU, for `kernels_pallas/linear_scan/gpu/tuning.py`.
+"""Chooses schedules of linear_scan's GPU kernels by time on this GPU, for
+`kernels_pallas/linear_scan/gpu/tuning.py`.
 
     python benchmarks/tune_linear_scan_gpu.py [--shape=B4,T4096,H16,K128,V128] [--decay=vector,scalar] [--json=FILE]
 
-One setting of the Schedule after the other, forward and backward together, from the table's row; a setting stays when
-it is at least 2 % faster. Prints what was tried and the row to put into the table. A schedule that does not compile or
-does not fit counts as infinitely slow. --dry_run: a tiny shape, interpreted on the CPU, to try the program itself.
+One setting of the Schedule after the other, forward and backward together, from the table's row; a
+setting stays when it is at least 2 % faster. Prints what was tried and the row to put into the
+table. A schedule that does not compile or does not fit counts as infinitely slow. --dry_run: a tiny
+shape, interpreted on the CPU, to try the program itself.
 """
 
 import math

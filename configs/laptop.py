@@ -1,9 +1,11 @@
-"""Two of three layers gated linear attention, one gated softmax attention, windows of 1024 bytes, Muon.
+"""Two of three layers gated linear attention, one gated softmax attention, windows of 1024 bytes,
+Muon.
 
     python train.py --config=configs/laptop.py
 
-Hardware: a laptop, 2 cores, about an hour. Seen: 1.449 +- 0.032 bits per byte of validation text (eval.py, 40 batches)
-after its 2,000 steps; gzip -9 needs 1.876 (passed after about 1,100 steps), xz -9e 1.589 (after about 1,650).
+Hardware: a laptop, 2 cores, about an hour. Seen: 1.449 +- 0.032 bits per byte of validation text
+(eval.py, 40 batches) after its 2,000 steps; gzip -9 needs 1.876 (passed after about 1,100 steps),
+xz -9e 1.589 (after about 1,650).
 """
 
 from gatedjax.config import config_dict, layer

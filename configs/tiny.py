@@ -1,8 +1,10 @@
-"""Gated linear and gated softmax attention by turns, with sparse experts, on the standard library's source.
+"""Gated linear and gated softmax attention by turns, with sparse experts, on the standard library's
+source.
 
     python train.py --config=configs/tiny.py        (or: make train)
 
-Hardware: a laptop, 2 cores: 3 minutes, then about 2.43 bits per byte of validation text (Python 3.12.1).
+Hardware: a laptop, 2 cores: 3 minutes, then about 2.43 bits per byte of validation text (Python
+3.12.1).
 """
 
 from gatedjax.config import config_dict, layer

@@ -1,4 +1,5 @@
-"""Sparse experts in every layer, on the text of configs/tiny.py: loads kept even by a loss, or by a bias rule.
+"""Sparse experts in every layer, on the text of configs/tiny.py: loads kept even by a loss, or by a
+bias rule.
 
     python train.py --config=configs/tiny_moe.py            (the balance loss)
     python train.py --config=configs/tiny_moe.py:bias       (DeepSeek-V3's router: sigmoid scores, the sign rule)

@@ -83,7 +83,9 @@ def truth(arrays, **options):
 
 
 def assert_close(actual, expected, tolerance):
-    """Within `tolerance`; or as the truth is when rounded to this dtype, where a few elements are most of an array."""
+    """Within `tolerance`; or as the truth is when rounded to this dtype, where a few elements are
+    most of an array.
+    """
     errors = {name: rel_rms(actual[name], expected[name]) for name in expected}
     rounding = {
         name: rel_rms(np.asarray(expected[name], actual[name].dtype), expected[name])

@@ -1,11 +1,14 @@
-"""Eight simulated devices for every test, quick compilation, and the switch that refreshes goldens."""
+"""Eight simulated devices for every test, quick compilation, and the switch that refreshes
+goldens.
+"""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: without LLVM's optimizations they compile three times faster. Processes that
-# tests start inherit this. A level that the environment names stays: kernels for a GPU spill without optimization.
+# Tests compile much and compute little: without LLVM's optimizations they compile three times
+# faster. Processes that tests start inherit this. A level that the environment names stays: kernels
+# for a GPU spill without optimization.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
@@ -13,6 +16,12 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 
 import jax
 import pytest
+
+if os.environ.get("GATEDJAX_TYPECHECK"):
+    # `make test-types`: every annotation, shapes too, is checked at every call.
+    from jaxtyping import install_import_hook
+
+    install_import_hook(["gatedjax", "kernels_pallas"], "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
 

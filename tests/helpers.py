@@ -10,7 +10,9 @@ def slow(*values):
 
 
 def rel_rms(actual, expected) -> float:
-    """RMS(actual - expected) / RMS(expected), in float64. The measure of every numerical test here."""
+    """RMS(actual - expected) / RMS(expected), in float64. The measure of every numerical test
+    here.
+    """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     assert np.isfinite(actual).all(), "non-finite values"

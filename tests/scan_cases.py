@@ -1,4 +1,6 @@
-"""linear_scan in tests: inputs of every kind of decay, and the comparison of a path with the float64 recurrence."""
+"""linear_scan in tests: inputs of every kind of decay, and the comparison of a path with the
+float64 recurrence.
+"""
 
 from functools import partial
 
@@ -45,7 +47,9 @@ def make(
     bonus=False,
     normalize=False,
 ):
-    """Float64 inputs. The initial state is large, so that a lost state or a wrong decay of it cannot hide."""
+    """Float64 inputs. The initial state is large, so that a lost state or a wrong decay of it
+    cannot hide.
+    """
     r = np.random.default_rng(seed)
     x = {
         "q": r.normal(size=(B, T, H, K)),
@@ -68,7 +72,9 @@ fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 
 
 @partial(fast_jit, static_argnames=(*OPTIONS, "trace"))
 def outputs_and_gradients(inputs, segment_ids, weights, trace=None, **options):
-    """o, the final state, and the gradient of a random weighting of both with respect to every input."""
+    """o, the final state, and the gradient of a random weighting of both with respect to every
+    input.
+    """
 
     def loss(inputs):
         o, state = linear_scan(
@@ -92,7 +98,9 @@ def compare(
     implementation="xla",
     **options,
 ):
-    """A path in `dtype` against the recurrence in float64 on the same rounded inputs. Returns the path's results."""
+    """A path in `dtype` against the recurrence in float64 on the same rounded inputs. Returns the
+    path's results.
+    """
     r = np.random.default_rng(99)
     B, T, H, V = *inputs["q"].shape[:3], inputs["v"].shape[-1]
     weights = r.normal(size=(B, T, H, V)), r.normal(size=inputs["initial_state"].shape)
@@ -120,7 +128,8 @@ def compare(
     return got
 
 
-# Segments of length 1, a boundary on a chunk's start and inside one, an id that returns, a row that ends in padding.
+# Segments of length 1, a boundary on a chunk's start and inside one, an id that returns, a row that
+# ends in padding.
 SEGMENTS = np.array([[0] * 1 + [1] * 1 + [2] * 14 + [0] * 1 + [1] * 23, [5] * 30 + [-1] * 10])
 
 CASES = {

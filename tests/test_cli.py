@@ -1,4 +1,6 @@
-"""The command line as a person meets it: real processes. Bad input is one line and exit code 2, nothing overwritten."""
+"""The command line as a person meets it: real processes. Bad input is one line and exit code 2,
+nothing overwritten.
+"""
 
 import json
 import os
@@ -105,7 +107,9 @@ def test_a_run_shows_and_leaves_what_it_should(place, finished):
 
 
 def test_killed_run_goes_on_to_the_bit(place, finished):
-    """kill -9, right after a checkpoint began; then the same losses as undisturbed. More: benchmarks/faults.py."""
+    """kill -9, right after a checkpoint began; then the same losses as undisturbed. More:
+    benchmarks/faults.py.
+    """
     for until in (13,):
         process = subprocess.Popen(
             command(place, "killed"),
@@ -124,6 +128,22 @@ def test_killed_run_goes_on_to_the_bit(place, finished):
     result = run(place, "killed")
     assert result.returncode == 0 and "resuming after step" in result.stdout, result.stderr
     assert losses(place, "killed") == losses(place, "straight")
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_command_print_equal_losses(place, monkeypatch):
+    """Compiled as users compile, not at the level of the other tests; rows are one chunk of a scan."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    flags = ["--config.train.steps=3", "--config.train.eval_every=1"]
+    printed = []
+    for workdir in ("first", "second"):
+        result = run(place, workdir, *flags)
+        assert result.returncode == 0, result.stderr
+        lines = (place / workdir / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        printed.append([(r["split"], r["step"], r["loss"]) for r in records])
+    assert {split for split, _, _ in printed[0]} == {"train", "validation"}
+    assert printed[0] == printed[1]
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""The documentation is true: each block of Python on it runs, each link leads somewhere, generated pages are fresh."""
+"""The documentation is true: each block of Python on it runs, each link leads somewhere, generated
+pages are fresh.
+"""
 
 import importlib.util
 import re

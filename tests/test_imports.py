@@ -1,4 +1,6 @@
-"""Which way imports may point: commands -> gatedjax -> kernels_pallas -> jax, and inside gatedjax one way too."""
+"""Which way imports may point: commands -> gatedjax -> kernels_pallas -> jax, and inside gatedjax
+one way too.
+"""
 
 import ast
 from pathlib import Path
@@ -7,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A package may import itself and what stands above it. Modules of gatedjax that are no package go by their own names.
+# A package may import itself and what stands above it. Modules of gatedjax that are no package go
+# by their own names.
 ORDER = (
     ("errors",),
     ("config",),
@@ -24,7 +27,9 @@ ORDER = (
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, wherever in the file; `from a import b` gives a and a.b."""
+    """Full names of all modules that a file imports, wherever in the file; `from a import b` gives
+    a and a.b.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,6 @@
-"""The notebooks run from top to bottom, and what is committed of them is a run's: small, in order, without errors."""
+"""The notebooks run from top to bottom, and what is committed of them is a run's: small, in order,
+without errors.
+"""
 
 import ast
 import base64
@@ -72,7 +74,9 @@ def test_what_is_committed_is_a_run(page):
 
 @every_notebook
 def test_every_name_of_the_library_exists(page):
-    """Imports resolve, attributes of modules exist, and calls of imported functions name only what they take."""
+    """Imports resolve, attributes of modules exist, and calls of imported functions name only what
+    they take.
+    """
     known = {}
     for cell in code_cells(page):
         tree = ast.parse(plain(cell))
@@ -98,7 +102,9 @@ def test_every_name_of_the_library_exists(page):
 
 
 def _resolve(node: ast.expr, known: dict):
-    """What `module.name.name` stands for; None if it does not begin with an imported module or function."""
+    """What `module.name.name` stands for; None if it does not begin with an imported module or
+    function.
+    """
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if isinstance(node, ast.Attribute) and inspect.ismodule(owner := _resolve(node.value, known)):
@@ -133,7 +139,9 @@ def test_without_libtpu_the_fifth_says_so_in_one_line(monkeypatch):
     "page", [pytest.param(p, marks=pytest.mark.slow, id=p.stem) for p in PAGES]
 )
 def test_runs(page, tmp_path, monkeypatch):
-    """In a process and a folder of its own, as a reader's; raises CellExecutionError with the cell that failed."""
+    """In a process and a folder of its own, as a reader's; raises CellExecutionError with the cell
+    that failed.
+    """
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     if page.stem.startswith("05") and importlib.util.find_spec("libtpu") is None:

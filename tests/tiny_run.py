@@ -88,7 +88,9 @@ def random_batch(seed: int = 0, rows: int = ROWS, length: int = LENGTH) -> Batch
 def run_steps(
     config: Config, steps: int, batches=random_batch, devices=None
 ) -> tuple[Run, object, list[dict]]:
-    """The run, the state after `steps` steps on all simulated devices (or those given), and the metrics of each."""
+    """The run, the state after `steps` steps on all simulated devices (or those given), and the
+    metrics of each.
+    """
     run = prepare(config, devices)
     with jax.set_mesh(run.mesh):
         state, step_fn, log = fresh_state(run), jit_train_step(config, run.tx, run.shardings), []

@@ -1,9 +1,10 @@
 """The worker of `train_cpu.py` on the side of transformers and torch, which are all that it needs.
 
-Its one argument is JSON: "architecture" (a class of transformers), "config" (its configuration's arguments), "experts"
-(the implementation of sparse layers, or null), "compile", "batch_size", "seq_len", "threads", "optim" (arguments of
-torch.optim.AdamW) and "clip_norm". It says one JSON line when it has warmed up; then for each line on stdin, a number
-of steps, it runs them and says how long they took.
+Its one argument is JSON: "architecture" (a class of transformers), "config" (its configuration's
+arguments), "experts" (the implementation of sparse layers, or null), "compile", "batch_size",
+"seq_len", "threads", "optim" (arguments of torch.optim.AdamW) and "clip_norm". It says one JSON
+line when it has warmed up; then for each line on stdin, a number of steps, it runs them and says
+how long they took.
 """
 
 import json

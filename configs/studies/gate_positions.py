@@ -1,10 +1,11 @@
-"""Where the gate sits, and what kind it is: the variants of arXiv 2505.06708, tables 1 and 4, at a size for 2 cores.
+"""Where the gate sits, and what kind it is: the variants of arXiv 2505.06708, tables 1 and 4, at a
+size for 2 cores.
 
     python -m gatedjax.study configs/studies/gate_positions.py [--small]
 
-The paper's findings at 15B parameters, 400B tokens: a gate after the attention (sdpa) lowers perplexity most (6.026 ->
-5.761), and takes first-token attention from 0.467 to 0.048; gates shared by heads, independent of the input or not
-sparse do less; largest activations fall from 1053 to 94.
+The paper's findings at 15B parameters, 400B tokens: a gate after the attention (sdpa) lowers
+perplexity most (6.026 -> 5.761), and takes first-token attention from 0.467 to 0.048; gates shared
+by heads, independent of the input or not sparse do less; largest activations fall from 1053 to 94.
 """
 
 from gatedjax.config import from_config_dict

@@ -2,8 +2,8 @@
 
     python -m gatedjax.study configs/studies/learning_rates.py [--small]
 
-arXiv 2505.06708 (table 2, 48 layers, 1T tokens): without the gate training diverges at 8e-3, with it it does not. No
-gradient clipping here, so that nothing else holds a run.
+arXiv 2505.06708 (table 2, 48 layers, 1T tokens): without the gate training diverges at 8e-3, with
+it it does not. No gradient clipping here, so that nothing else holds a run.
 """
 
 from gatedjax.config import from_config_dict

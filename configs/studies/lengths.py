@@ -2,8 +2,8 @@
 
     python -m gatedjax.study configs/studies/lengths.py [--small]
 
-arXiv 2505.06708 (table 5): extended by YaRN from 32k to 128k, the gated model loses less (RULER 58.82 against 31.65).
-Linear layers know no positions and need no extension.
+arXiv 2505.06708 (table 5): extended by YaRN from 32k to 128k, the gated model loses less (RULER
+58.82 against 31.65). Linear layers know no positions and need no extension.
 """
 
 from gatedjax.config import from_config_dict

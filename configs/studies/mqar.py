@@ -1,10 +1,12 @@
-"""How much a mixer of bounded state can recall: multi-query associative recall over the size of the state.
+"""How much a mixer of bounded state can recall: multi-query associative recall over the size of the
+state.
 
     python -m gatedjax.study configs/studies/mqar.py [--small]
 
-Two layers of one mixer each (hybrid: a linear one, then gated attention), as in arXiv 2312.04927, with a smaller
-vocabulary and fewer examples; linear mixers have the short convolution of that study's later version. Linear mixers
-are trained at several key widths: K x V numbers of state in each of the heads of a layer.
+Two layers of one mixer each (hybrid: a linear one, then gated attention), as in arXiv 2312.04927,
+with a smaller vocabulary and fewer examples; linear mixers have the short convolution of that
+study's later version. Linear mixers are trained at several key widths: K x V numbers of state in
+each of the heads of a layer.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ LINEAR = {
 
 
 def get_study(small: bool) -> Study:
-    # Attention has solved this one after 600 steps; with 512 tokens and 8 pairs it knew 17 % after 800.
+    # Attention has solved this one after 600 steps; with 512 tokens and 8 pairs it knew 17 % after
+    # 800.
     task = RecallConfig(
         seq_len=64, vocab_size=128, num_pairs=4, train_examples=20_000, validation_examples=500
     )

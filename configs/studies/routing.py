@@ -1,10 +1,12 @@
-"""What keeps experts in use, and what it costs: routers and rules of balance on the same small model.
+"""What keeps experts in use, and what it costs: routers and rules of balance on the same small
+model.
 
     python -m gatedjax.study configs/studies/routing.py [--small]
 
-Every second layer has 8 experts of which 2 work on a token. load_max_over_mean is 1 at perfect balance and 4 if two
-experts do everything. Published: a loss over the global batch leaves experts freer to specialize than one over a
-shard's tokens (arXiv 2501.11873); a bias balances without any loss (2408.15664).
+Every second layer has 8 experts of which 2 work on a token. load_max_over_mean is 1 at perfect
+balance and 4 if two experts do everything. Published: a loss over the global batch leaves experts
+freer to specialize than one over a shard's tokens (arXiv 2501.11873); a bias balances without any
+loss (2408.15664).
 """
 
 from gatedjax.config import from_config_dict, layer

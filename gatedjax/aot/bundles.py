@@ -1,21 +1,26 @@
-"""Parses the bundle listings that libtpu dumps: the final VLIW program of each kernel and of the whole executable.
+"""Parses the bundle listings that libtpu dumps: the final VLIW program of each kernel and of the
+whole executable.
 
-The listing to read is `*-packed-bundles-post-ra.txt`: one line a bundle, one bundle a cycle, empty (stall) bundles
-included. The later `final_bundles` leaves the empty ones out, though the hardware spends them.
+The listing to read is `*-packed-bundles-post-ra.txt`: one line a bundle, one bundle a cycle, empty
+(stall) bundles included. The later `final_bundles` leaves the empty ones out, though the hardware
+spends them.
 """
 
 import dataclasses
 import re
 from pathlib import Path
 
-DUMP_LABELS = "(packed-bundles-post-ra|pre-delay.*|deduplication-map)"  # all that is read here; the rest is 20 x as much
+# all that is read here; the rest is 20 x as much
+DUMP_LABELS = "(packed-bundles-post-ra|pre-delay.*|deduplication-map)"
 _LISTING = re.compile(r"^(\d+)-(.*)-(\d+)-packed-bundles-post-ra\.txt$")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|\d+)\s+[A-Z: >]*\{")
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One instruction. `predicate` is "%p3" or "!%p3"; `old` the value that a false predicate leaves."""
+    """One instruction. `predicate` is "%p3" or "!%p3"; `old` the value that a false predicate
+    leaves.
+    """
 
     name: str
     dest: str | None
@@ -28,7 +33,9 @@ class Op:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """A program: bundles of ops; names and capacities of the slots, and for every bundle how many it uses, if known."""
+    """A program: bundles of ops; names and capacities of the slots, and for every bundle how many
+    it uses, if known.
+    """
 
     name: str
     bundles: list[list[Op]]
@@ -85,7 +92,9 @@ def parse_listing(name: str, path: Path, slot_use: Path | None) -> Listing:
 
 
 def parse_op(text: str) -> Op | None:
-    """One instruction, such as `%s3 = sadd.s32 (%p1), %s2, 1`; None for an empty or comment-only place."""
+    """One instruction, such as `%s3 = sadd.s32 (%p1), %s2, 1`; None for an empty or comment-only
+    place.
+    """
     comment = " ".join(re.findall(r"/\*(.*?)\*/", text, re.S))
     rest = re.sub(r"/\*.*?\*/", "", text, flags=re.S).strip()
     dest = re.match(r"^(%[\w.\-]+)\s*=\s*", rest)
@@ -112,7 +121,9 @@ def split_args(text: str) -> list[str]:
 
 
 def _predicated(name: str, rest: str) -> tuple[str, str | None, str | None]:
-    """(arguments, predicate, old value): most ops carry `(%p, old),` in front, stores and scalar loads behind []."""
+    """(arguments, predicate, old value): most ops carry `(%p, old),` in front, stores and scalar
+    loads behind [].
+    """
     if match := re.match(r"^\((!?%p\w+)(?:,\s*([^)]+))?\)\s*,?\s*", rest):
         return rest[match.end() :], match[1], match[2]
     if match := re.search(r"\]\s*\((!?%p\w+)\)\s*,", rest):

@@ -1,4 +1,6 @@
-"""The project's ops as compilable cases: from a shape string to a function and its abstract arguments."""
+"""The project's ops as compilable cases: from a shape string to a function and its abstract
+arguments.
+"""
 
 import dataclasses
 import re
@@ -23,7 +25,9 @@ class Case:
     concrete: dict[int, np.ndarray]  # arguments whose values steer a kernel
 
     def backward(self) -> Callable:
-        """Forward and backward as one program, as in training: the output's cotangent is its own last argument."""
+        """Forward and backward as one program, as in training: the output's cotangent is its own
+        last argument.
+        """
         floats = [i for i, a in enumerate(self.args) if jnp.issubdtype(a.dtype, jnp.floating)]
 
         def both(*args):
@@ -42,10 +46,12 @@ class Case:
 
 
 def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
-    """Axes B T H K V, and Hk, Hv where heads are grouped; decay = vector (float32), scalar, constant or none.
+    """Axes B T H K V, and Hk, Hv where heads are grouped; decay = vector (float32), scalar,
+    constant or none.
 
-    Arrays come and go as [B, T, H K], as a projection's matmul has them: a program whose arguments are [B, T, H, K]
-    would spend half its time on copies from that layout, which in a model does not exist.
+    Arrays come and go as [B, T, H K], as a projection's matmul has them: a program whose arguments
+    are [B, T, H, K] would spend half its time on copies from that layout, which in a model does not
+    exist.
     """
     B, T, H, K, V = (sizes[a] for a in ("B", "T", "H", "K", "V"))
     shapes = {"vector": (B, T, H, K), "scalar": (B, T, H), "constant": (H,), "none": None}
@@ -72,7 +78,8 @@ def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> C
 def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
     """Axes B T H D, and Hk where heads are grouped; causal unless causal = no.
 
-    gate = none, head or element; window = a number; normalizer = a name; segments = yes; arrays as for linear_scan.
+    gate = none, head or element; window = a number; normalizer = a name; segments = yes; arrays as
+    for linear_scan.
     """
     B, T, H, D = (sizes[a] for a in ("B", "T", "H", "D"))
     gate = _one_of(options, "gate", "none", {"none": None, "head": 1, "element": D})
@@ -106,7 +113,9 @@ def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Cas
 
 
 def _groups(rows: int, G: int, options: dict[str, str]) -> np.ndarray:
-    """sizes = equal (as far as G divides the rows) or zipf: the i-th group has 1 / i of the first one's rows."""
+    """sizes = equal (as far as G divides the rows) or zipf: the i-th group has 1 / i of the first
+    one's rows.
+    """
     if _one_of(options, "sizes", "equal", ("equal", "zipf")) == "equal":
         return np.full(G, rows // G, np.int32) + (np.arange(G) < rows % G).astype(np.int32)
     share = 1 / np.arange(1, G + 1)

@@ -1,9 +1,11 @@
-"""Compiles a function for an accelerator that is not there, and reports what the compiler and its schedule tell.
+"""Compiles a function for an accelerator that is not there, and reports what the compiler and its
+schedule tell.
 
     compiled, report = compile_for("tpu:v5e", fn, jax.ShapeDtypeStruct((4, 4096), jnp.bfloat16), ...)
 
-Needs libtpu for TPUs, jax's CUDA plugin for GPUs; no driver, no device. Executables are printed and forgotten: none is
-ever loaded from a file, because jax's form of a stored executable is unpickled, and runs whatever was put into it.
+Needs libtpu for TPUs, jax's CUDA plugin for GPUs; no driver, no device. Executables are printed and
+forgotten: none is ever loaded from a file, because jax's form of a stored executable is unpickled,
+and runs whatever was put into it.
 """
 
 import dataclasses
@@ -32,19 +34,22 @@ def compile_for(
     concrete: Mapping[int, np.ndarray] | None = None,
     schedule: bool = True,
 ) -> tuple[jax.stages.Compiled, Report]:
-    """Compiles `fn(*args)` for one device of a target; returns the program, which cannot run here, and a report.
+    """Compiles `fn(*args)` for one device of a target; returns the program, which cannot run here,
+    and a report.
 
     Args:
-      target_name: "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:v7x", "cuda:a100", "cuda:h100" or "cuda:h200".
+      target_name: "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:v7x", "cuda:a100", "cuda:h100" or
+        "cuda:h200".
       args: arrays or `jax.ShapeDtypeStruct`s, in any pytree.
-      concrete: values of arguments (by their position among the leaves) that steer a kernel's control flow, such as
-        group sizes; without them the replay calls those branches unknown.
-      schedule: also replay the schedule (TPU). The dump that it needs slows large compilations down several times, and
-        has to be on from a process's first compilation.
+      concrete: values of arguments (by their position among the leaves) that steer a kernel's
+        control flow, such as group sizes; without them the replay calls those branches unknown.
+      schedule: also replay the schedule (TPU). The dump that it needs slows large compilations down
+        several times, and has to be on from a process's first compilation.
 
     Raises:
       ValueError: an unknown target.
-      RuntimeError: libtpu or the CUDA plugin is not installed, or libtpu was loaded without schedules before.
+      RuntimeError: libtpu or the CUDA plugin is not installed, or libtpu was loaded without
+        schedules before.
     """
     compiled, reports = compile_and_replay(
         target_name,
@@ -65,7 +70,9 @@ def compile_and_replay(
     donate_argnums: tuple[int, ...] = (),
     schedule: bool = True,
 ) -> tuple[jax.stages.Compiled, dict[str, Report]]:
-    """As `compile_for`, with one report for each set of steering values: compiled once, replayed for each."""
+    """As `compile_for`, with one report for each set of steering values: compiled once, replayed
+    for each.
+    """
     chip = target(target_name)
     folder = libtpu.start(schedule) if isinstance(chip, Tpu) else None
     mesh = Mesh(np.array(_devices(chip)[:1]), ("device",), axis_types=(AxisType.Auto,))

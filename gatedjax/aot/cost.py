@@ -1,4 +1,6 @@
-"""What Pallas kernels declare of themselves: the sum of their `pl.CostEstimate`s over a traced function."""
+"""What Pallas kernels declare of themselves: the sum of their `pl.CostEstimate`s over a traced
+function.
+"""
 
 import dataclasses
 
@@ -7,7 +9,9 @@ from jax.extend import core as jax_core
 
 @dataclasses.dataclass(frozen=True)
 class DeclaredCost:
-    """Sums over every call, those in loops once a trip; `undeclared`: calls of kernels without an estimate."""
+    """Sums over every call, those in loops once a trip; `undeclared`: calls of kernels without an
+    estimate.
+    """
 
     kernel_calls: int = 0
     undeclared: int = 0
@@ -24,7 +28,9 @@ class DeclaredCost:
 
 
 def declared_cost(jaxpr) -> DeclaredCost:
-    """The cost of a jaxpr's kernels. A `while` of unknown length counts once, of a `cond` the dearest branch counts."""
+    """The cost of a jaxpr's kernels. A `while` of unknown length counts once, of a `cond` the
+    dearest branch counts.
+    """
     total = DeclaredCost()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":

@@ -1,8 +1,10 @@
-"""Compiles for an absent NVIDIA GPU, and reads what the code of each kernel needs: registers, spills, shared memory.
+"""Compiles for an absent NVIDIA GPU, and reads what the code of each kernel needs: registers,
+spills, shared memory.
 
-Static facts only: no trip counts, no latencies, no model of caches or HBM, hence no time. Without autotuning (which
-needs the device) XLA's own matrix products are compiled with default tiles: look at the Pallas kernels, not at those.
-Registers and spills come from NVIDIA's `ptxas`, if there is one on the PATH or in the environment's wheels.
+Static facts only: no trip counts, no latencies, no model of caches or HBM, hence no time. Without
+autotuning (which needs the device) XLA's own matrix products are compiled with default tiles: look
+at the Pallas kernels, not at those. Registers and spills come from NVIDIA's `ptxas`, if there is
+one on the PATH or in the environment's wheels.
 """
 
 import re
@@ -133,7 +135,9 @@ def kernel(
 
 
 def resident_blocks(registers: int, threads: int, shared: int, gpu: Gpu) -> int:
-    """Blocks that fit on one SM at a time: registers go out in units of 256 a warp, a block's shared memory + 1 KiB."""
+    """Blocks that fit on one SM at a time: registers go out in units of 256 a warp, a block's
+    shared memory + 1 KiB.
+    """
     warps = -(-threads // _WARP)
     per_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
     by_shared = gpu.shared_memory_per_core // (shared + _SHARED_RESERVED)
@@ -146,7 +150,8 @@ def resident_blocks(registers: int, threads: int, shared: int, gpu: Gpu) -> int:
 
 
 def assemble(path: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
-    """By kernel: registers, spills (bytes stored and loaded) and static shared memory; empty without ptxas.
+    """By kernel: registers, spills (bytes stored and loaded) and static shared memory; empty
+    without ptxas.
 
     Raises:
       RuntimeError: ptxas refuses the code.
@@ -184,6 +189,8 @@ def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
 
 
 def find_ptxas() -> str | None:
-    """In NVIDIA's wheels, for whose version XLA writes its PTX where they are installed, or on the PATH."""
+    """In NVIDIA's wheels, for whose version XLA writes its PTX where they are installed, or on the
+    PATH.
+    """
     wheels = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")
     return next((str(p) for p in sorted(wheels)), None) or shutil.which("ptxas")

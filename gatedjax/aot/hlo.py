@@ -1,4 +1,6 @@
-"""What a compiled program's HLO text says: its collectives, its kernels, the layouts of their operands."""
+"""What a compiled program's HLO text says: its collectives, its kernels, the layouts of their
+operands.
+"""
 
 import dataclasses
 import math
@@ -17,7 +19,9 @@ _KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "tri
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind in a run of the program; `bytes` of a device's operand or result, the larger."""
+    """All collectives of one kind in a run of the program; `bytes` of a device's operand or result,
+    the larger.
+    """
 
     kind: str
     count: int
@@ -25,13 +29,17 @@ class Collective:
 
     @property
     def sent_bytes(self) -> int:
-        """What a device sends, on a ring of many: an all-reduce is a reduce-scatter and an all-gather."""
+        """What a device sends, on a ring of many: an all-reduce is a reduce-scatter and an
+        all-gather.
+        """
         return self.bytes * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """A call of a Pallas kernel. `operands`: (type, layout) such as ("f32[8,128]", "{1,0:T(8,128)}")."""
+    """A call of a Pallas kernel. `operands`: (type, layout) such as ("f32[8,128]",
+    "{1,0:T(8,128)}").
+    """
 
     name: str
     op_name: str
@@ -52,9 +60,11 @@ def joined(text: str) -> list[str]:
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-    """Collectives by kind. Those in a loop's body count once for each of its trips, if the text tells how many.
+    """Collectives by kind. Those in a loop's body count once for each of its trips, if the text
+    tells how many.
 
-    The TPU compiler writes a reduce-scatter as an all-reduce and a slice in a computation of that name.
+    The TPU compiler writes a reduce-scatter as an all-reduce and a slice in a computation of that
+    name.
     """
     lines = joined(text)
     count, total, trips, computation = Counter(), Counter(), _trips(lines), ""
@@ -109,7 +119,9 @@ def kernel_calls(text: str) -> tuple[KernelCall, ...]:
 
 
 def type_bytes(text: str) -> list[int]:
-    """Bytes of every array type in the text, padding not counted: "(f32[8,128]{1,0}, s32[])" -> [4096, 4]."""
+    """Bytes of every array type in the text, padding not counted: "(f32[8,128]{1,0}, s32[])" ->
+    [4096, 4].
+    """
     sizes = []
     for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text):
         bits = _BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["0"])[0])
@@ -146,7 +158,9 @@ def _tiled(a: np.ndarray, tile: list[int]) -> np.ndarray:
 
 
 def _trips(lines: list[str]) -> dict[str, int]:
-    """How often each computation runs: a loop's body up to the limit of its counter, times the loop around it."""
+    """How often each computation runs: a loop's body up to the limit of its counter, times the loop
+    around it.
+    """
     limit = _counter_limits(lines)
     own, caller, computation = {}, {}, ""
     for line in lines:
@@ -172,7 +186,9 @@ def _trips(lines: list[str]) -> dict[str, int]:
 
 
 def _counter_limits(lines: list[str]) -> dict[str, int]:
-    """For loop conditions "counter < constant", as a scan has them (its counter starts at 0): the constant."""
+    """For loop conditions "counter < constant", as a scan has them (its counter starts at 0): the
+    constant.
+    """
     limits, constants, computation = {}, {}, ""
     for line in lines:
         if head := _COMPUTATION.match(line):

@@ -1,6 +1,8 @@
-"""How libtpu is started on a machine without a TPU: silently, and with its schedules written to a private folder.
+"""How libtpu is started on a machine without a TPU: silently, and with its schedules written to a
+private folder.
 
-libtpu reads its flags once, when it is loaded: a process's first compilation decides whether schedules are written.
+libtpu reads its flags once, when it is loaded: a process's first compilation decides whether
+schedules are written.
 """
 
 import os
@@ -11,7 +13,8 @@ import jax  # noqa: F401 - on import it sets TPU_SKIP_MDS_QUERY=1 if the machine
 
 from gatedjax.aot.bundles import DUMP_LABELS
 
-# Without these libtpu asks a metadata server and host names for a TPU that is not there, and says so at length.
+# Without these libtpu asks a metadata server and host names for a TPU that is not there, and says
+# so at length.
 _NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # need not match what is compiled for
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -25,7 +28,9 @@ _dump: tempfile.TemporaryDirectory | None = None
 
 
 def quieten() -> None:
-    """Keeps libtpu, if installed, from looking for a TPU on a machine that has none. Leaves a TPU machine alone."""
+    """Keeps libtpu, if installed, from looking for a TPU on a machine that has none. Leaves a TPU
+    machine alone.
+    """
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         for name, value in _NO_TPU.items():
             os.environ.setdefault(name, value)
@@ -38,7 +43,8 @@ def loaded() -> bool:
 
 
 def start(schedule: bool) -> Path | None:
-    """Prepares libtpu for a compilation; returns the folder that schedules are written to, emptied, or None.
+    """Prepares libtpu for a compilation; returns the folder that schedules are written to, emptied,
+    or None.
 
     Raises:
       RuntimeError: schedules are wanted, but libtpu was loaded without them.

@@ -1,4 +1,6 @@
-"""Values that steer a kernel's control flow: its scalar-prefetch operands and dynamic grid bounds."""
+"""Values that steer a kernel's control flow: its scalar-prefetch operands and dynamic grid
+bounds.
+"""
 
 from collections.abc import Mapping
 
@@ -24,7 +26,8 @@ _CALLS = {
 def scalar_operands(
     closed: jax_core.ClosedJaxpr, concrete: Mapping[int, np.ndarray]
 ) -> list[tuple[str, list[np.ndarray]]]:
-    """(kernel name, steering values) of every `pallas_call` in order; no values where they do not follow.
+    """(kernel name, steering values) of every `pallas_call` in order; no values where they do not
+    follow.
 
     Evaluated on the CPU, equation by equation, as far as values are known; the rest stays abstract.
 

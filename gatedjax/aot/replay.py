@@ -1,18 +1,22 @@
-"""Replays a parsed TPU program on the scalar side: how many cycles its schedule takes, what it moves, where it waits.
+"""Replays a parsed TPU program on the scalar side: how many cycles its schedule takes, what it
+moves, where it waits.
 
-Scalar registers, predicates, SMEM, branches (with their delay slots), DMA issue and DMA waits are executed; vector
-values are ignored. That gives trip counts, executed bundles, DMA bytes and matrix-unit work exactly, and the time lost
-on DMA by a simple model: one first-in first-out HBM channel of the chip's public bandwidth and a fixed latency.
+Scalar registers, predicates, SMEM, branches (with their delay slots), DMA issue and DMA waits are
+executed; vector values are ignored. That gives trip counts, executed bundles, DMA bytes and
+matrix-unit work exactly, and the time lost on DMA by a simple model: one first-in first-out HBM
+channel of the chip's public bandwidth and a fixed latency.
 
-How far to trust it. The schedule: within about 3 % of measured cycles on v4 and v5e. The time: within 5 % of published
-v5e times of seven matmuls (`tests/gatedjax/aot/test_tpu_model.py`); v5p, v6e and v7x share the mechanism but were
-never checked against hardware. Not modeled: strided or narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared
-with DMA, instruction fetch of huge bodies, barriers between two cores, the interconnect, clock throttling, and the
-host's 0.1 ms a call. Differences below 5 % are noise. A branch or size that depends on data is reported as unknown, and
-the branch taken as not taken.
+How far to trust it. The schedule: within about 3 % of measured cycles on v4 and v5e. The time:
+within 5 % of published v5e times of seven matmuls (`tests/gatedjax/aot/test_tpu_model.py`); v5p,
+v6e and v7x share the mechanism but were never checked against hardware. Not modeled: strided or
+narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared with DMA, instruction fetch of huge
+bodies, barriers between two cores, the interconnect, clock throttling, and the host's 0.1 ms a
+call. Differences below 5 % are noise. A branch or size that depends on data is reported as unknown,
+and the branch taken as not taken.
 
-The bundles between two branches are turned into one Python function each, as a program runs millions of them. The
-source of these functions is our own: a listing contributes numbers and register numbers only.
+The bundles between two branches are turned into one Python function each, as a program runs
+millions of them. The source of these functions is our own: a listing contributes numbers and
+register numbers only.
 """
 
 import collections
@@ -29,7 +33,8 @@ LOCAL_DMA_CYCLES, LOCAL_DMA_BYTES_PER_CYCLE = (
     100,
     512,
 )  # between on-chip memories; a guess that no time depended on
-# Addresses are plain numbers: symbols and operands are given ranges far above what a program computes with.
+# Addresses are plain numbers: symbols and operands are given ranges far above what a program
+# computes with.
 _ADDRESS_FLOOR, _ALLOCATIONS, _OPERANDS = 1 << 39, 1 << 41, 1 << 50
 _ALLOCATION_BITS, _OPERAND_BITS = 24, 40
 _HBM_SHIFT = 4  # what a program shifts an HBM operand's address by before a DMA reads it
@@ -150,7 +155,9 @@ _PREDICATE = {
 
 
 class Timeline:
-    """A core's clock, its DMAs in flight, and the chip's HBM channel, of which it may have a share only."""
+    """A core's clock, its DMAs in flight, and the chip's HBM channel, of which it may have a share
+    only.
+    """
 
     def __init__(self, chip: Tpu, hbm_fraction: float = 1.0):
         self.chip, self.time, self.stall = chip, 0, 0
@@ -244,7 +251,9 @@ class Program:
         return False
 
     def _source(self, start: int) -> list[str]:
-        """R: registers; A: when each was assigned (for phis); X: the execution; T: the timeline; t0: time at start."""
+        """R: registers; A: when each was assigned (for phis); X: the execution; T: the timeline;
+        t0: time at start.
+        """
         lines, branch, at = ["def block(R, A, T, X):", " t0=T.time"], None, start
         bundles = self.listing.bundles
         while at < len(bundles) and not (branch and at - branch[0] > self.chip.branch_delay):
@@ -258,7 +267,8 @@ class Program:
                 elif op.name != "vphi":
                     r, w, z, e = self._op(op, at - start, k)
                     reads, writes, late, effects = reads + r, writes + w, late + z, effects + e
-            # All reads of a bundle come before its writes, but a phi's result is seen by the others.
+            # All reads of a bundle come before its writes, but a phi's result is seen by the
+            # others.
             lines += [f" {x}" for x in (*phi_reads, *phi_writes, *reads, *writes, *late, *effects)]
             if branch and branch[0] == at:
                 lines.append(f" taken={self._value(branch[2]) if branch[2] else True}")
@@ -491,7 +501,9 @@ class Execution:
         return int(self._operands[index][0]) if index in self._operands else UNKNOWN
 
     def fill_smem(self, source, dest, size) -> None:
-        """A DMA into SMEM, whose words are known if it copies a known operand from its beginning."""
+        """A DMA into SMEM, whose words are known if it copies a known operand from its
+        beginning.
+        """
         if (
             type(source) is not int
             or type(dest) is not int
@@ -558,7 +570,9 @@ def summarize(execution: Execution, timeline: Timeline) -> Schedule:
 
 
 def _matrix_cycles(op: Op, chip: Tpu) -> int:
-    """Cycles that one matrix op keeps its unit: 8 rows of float32, or 16 packed rows of anything smaller."""
+    """Cycles that one matrix op keeps its unit: 8 rows of float32, or 16 packed rows of anything
+    smaller.
+    """
     if not op.name.startswith("vmatmul"):
         return 0
     packed = re.search(r"\.(bf16|f16|s8|u8|x8)|f8", op.name)

@@ -9,7 +9,9 @@ from gatedjax.aot.hlo import Collective
 
 @dataclasses.dataclass(frozen=True)
 class TpuKernel:
-    """A Mosaic kernel. Times are the model's (`replay.py` says how far to trust it), for one call."""
+    """A Mosaic kernel. Times are the model's (`replay.py` says how far to trust it), for one
+    call.
+    """
 
     name: str
     vmem_bytes: int | None  # scoped VMEM that the compiler gave it
@@ -40,7 +42,9 @@ class GpuKernel:
 
 @dataclasses.dataclass(frozen=True)
 class HloTime:
-    """All calls of one HLO in a run of the program: model time, how much of it waits for HBM, bytes of one core."""
+    """All calls of one HLO in a run of the program: model time, how much of it waits for HBM, bytes
+    of one core.
+    """
 
     name: str
     calls: int

@@ -1,4 +1,6 @@
-"""The schedules of one TPU compilation: what libtpu dumped, replayed kernel by kernel or as a whole program."""
+"""The schedules of one TPU compilation: what libtpu dumped, replayed kernel by kernel or as a whole
+program.
+"""
 
 import dataclasses
 import re
@@ -53,7 +55,9 @@ class Dump:
         self._programs: dict[str, replay.Program | None] = {}
 
     def kernel(self, name: str) -> replay.Schedule | None:
-        """One run of a kernel on the slowest of the cores that share it; HBM bytes of all of them."""
+        """One run of a kernel on the slowest of the cores that share it; HBM bytes of all of
+        them.
+        """
         program = self._program(name)
         if program is None:
             return None
@@ -110,7 +114,9 @@ class Dump:
         return self._programs[name]
 
     def _operands(self, name: str) -> dict[int, list[int]]:
-        """The words of the kernel's known scalar operands, which are its first; found by name, else by order."""
+        """The words of the kernel's known scalar operands, which are its first; found by name, else
+        by order.
+        """
         call = self._calls.get(name)
         if call is None or not self._scalars:
             return {}

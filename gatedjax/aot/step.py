@@ -1,6 +1,8 @@
-"""A training step compiled for a TPU slice that is not here: does it fit, what does it send, how fast could it be.
+"""A training step compiled for a TPU slice that is not here: does it fit, what does it send, how
+fast could it be.
 
-No parameter is ever materialized: the state is shapes and shardings, lowered as `train.py` lowers the real one.
+No parameter is ever materialized: the state is shapes and shardings, lowered as `train.py` lowers
+the real one.
 """
 
 import dataclasses
@@ -27,13 +29,16 @@ LARGEST = 8  # arrays of the state that are listed
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Least seconds of a step on each of a chip's resources; the step takes at least the longest of them.
+    """Least seconds of a step on each of a chip's resources; the step takes at least the longest of
+    them.
 
     model: the model's FLOPs at the chip's bfloat16 peak.
-    compute: the same with the forward pass that remat "full" repeats; what "kernels" repeats, a part, is not counted.
+    compute: the same with the forward pass that remat "full" repeats; what "kernels" repeats, a
+    part, is not counted.
     hbm: the state and the batch read once and written once.
-    network: what the collectives send over the chip's interconnect, one after another; with several slices also the
-      all-reduce of a chip's part of the gradients over the data center network; the slower of the two.
+    network: what the collectives send over the chip's interconnect, one after another; with several
+      slices also the all-reduce of a chip's part of the gradients over the data center network; the
+      slower of the two.
     """
 
     model: float
@@ -51,7 +56,8 @@ class Roofline:
 
 
 def compile_step(config: Config, where: Slice) -> tuple[Run, Report | str]:
-    """The run on that slice, and the report of its compiled step, or XLA's complaint if it needs more than the HBM.
+    """The run on that slice, and the report of its compiled step, or XLA's complaint if it needs
+    more than the HBM.
 
     Raises:
       InputError: the slice or its mesh cannot be.
@@ -149,7 +155,9 @@ def _fits(run: Run, report: Report, where: Slice) -> list[str]:
 
 
 def _does_not_fit(message: str, chip: Tpu) -> list[str]:
-    """XLA's own words on what it would have needed: it gives up before there is a program to look into."""
+    """XLA's own words on what it would have needed: it gives up before there is a program to look
+    into.
+    """
     needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
     if needed is None:
         return [

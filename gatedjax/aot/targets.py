@@ -1,9 +1,10 @@
 """The accelerators that can be compiled for: their public figures, and how to name a slice of them.
 
-TPU memory, bandwidth and peak are those of cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} (2026): capacities in GB as
-printed there, ICI as one direction of a chip's links together (half of the "bidirectional" figure), DCN as the pod's
-figure over its chips where none is given by chip. A clock is derived: peak / (2 cores MXUs side^2 rows per cycle).
-GPU figures are those of NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM), dense bfloat16.
+TPU memory, bandwidth and peak are those of cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} (2026):
+capacities in GB as printed there, ICI as one direction of a chip's links together (half of the
+"bidirectional" figure), DCN as the pod's figure over its chips where none is given by chip. A clock
+is derived: peak / (2 cores MXUs side^2 rows per cycle). GPU figures are those of NVIDIA's data
+sheets (A100 80GB SXM, H100 SXM, H200 SXM), dense bfloat16.
 """
 
 import dataclasses
@@ -12,7 +13,9 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One TPU generation. Figures are per chip, on v7x per TensorCore, which there is a device of its own."""
+    """One TPU generation. Figures are per chip, on v7x per TensorCore, which there is a device of
+    its own.
+    """
 
     name: str
     topology: str  # the smallest that libtpu can describe
@@ -21,7 +24,8 @@ class Tpu:
     cores: int  # TensorCores that share a program
     mxus: int  # a core's matrix units
     mxu_side: int
-    cycles_per_8_rows: int  # of a float32 left-hand side through a matrix unit; bfloat16 packs 16 rows in twice that
+    # of a float32 left-hand side through a matrix unit; bfloat16 packs 16 rows in twice that
+    cycles_per_8_rows: int
     branch_delay: int  # bundles after a branch that still run
     vmem_bytes: int
     hbm_bytes: float
@@ -161,7 +165,9 @@ def target(name: str) -> Tpu | Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that a program is compiled for: `num_slices` of the shape `topology`, joined by the data center network."""
+    """Chips that a program is compiled for: `num_slices` of the shape `topology`, joined by the
+    data center network.
+    """
 
     chip: Tpu
     topology: str  # as libtpu names it

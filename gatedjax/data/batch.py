@@ -1,8 +1,9 @@
 """What a step sees: `Batch`, and how a window of a token stream becomes one of its rows.
 
-A stream is the documents of a split one after another, each closed by the tokenizer's end-of-document token. Window i
-holds tokens i T .. (i + 1) T, both ends included: T inputs and T targets. The last token of a window is the first of
-the next, so over one pass every token is an input once and a target once.
+A stream is the documents of a split one after another, each closed by the tokenizer's
+end-of-document token. Window i holds tokens i T .. (i + 1) T, both ends included: T inputs and T
+targets. The last token of a window is the first of the next, so over one pass every token is an
+input once and a target once.
 """
 
 import flax.struct
@@ -17,10 +18,12 @@ class Batch:
 
     tokens, targets: token ids; `targets[t]` is the token after `tokens[t]`.
     segment_ids: 1, 2, 3, ... for the documents of the row, 0 for padding at its end.
-    positions: 0 at the first token of a document, and at the start of the row for a document that began before it.
-    loss_mask: 1.0 where the target is predicted, 0.0 where it belongs to another document or is padding. The
-      end-of-document token belongs to its document and is predicted; the first token of a document never is. A float,
-      so that a loss multiplies by it and a task may weigh its tokens.
+    positions: 0 at the first token of a document, and at the start of the row for a document that
+    began before it.
+    loss_mask: 1.0 where the target is predicted, 0.0 where it belongs to another document or is
+      padding. The end-of-document token belongs to its document and is predicted; the first token
+      of a document never is. A float, so that a loss multiplies by it and a task may weigh its
+      tokens.
     """
 
     tokens: Int32[np.ndarray | Array, "*B T"]
@@ -31,7 +34,9 @@ class Batch:
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:
-    """Windows of `seq_len` targets that cover all tokens of a stream but its first; the last may be padded."""
+    """Windows of `seq_len` targets that cover all tokens of a stream but its first; the last may be
+    padded.
+    """
     return -(-(num_tokens - 1) // seq_len)
 
 
@@ -45,7 +50,8 @@ def cut_window(
 
     Args:
       tokens: the whole stream, any integer type, an array or a `TokenFile`.
-      document_ends: ascending; document d holds tokens document_ends[d - 1] .. document_ends[d], the end excluded.
+      document_ends: ascending; document d holds tokens document_ends[d - 1] .. document_ends[d],
+        the end excluded.
       index: in [0, num_windows(N, seq_len)).
       seq_len: T.
     """

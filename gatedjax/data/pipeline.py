@@ -1,8 +1,10 @@
-"""From a configuration to batches: windows of each source, mixed, cut into the rows of this process.
+"""From a configuration to batches: windows of each source, mixed, cut into the rows of this
+process.
 
-Element i of a dataset is the i-th global batch, whatever ran before: the state of the pipeline is one number, the next
-index. Row j of global batch i is window i * batch_size + j of one global order, and a process reads its own rows of it,
-so the global batches are the same for any number of processes and threads.
+Element i of a dataset is the i-th global batch, whatever ran before: the state of the pipeline is
+one number, the next index. Row j of global batch i is window i * batch_size + j of one global
+order, and a process reads its own rows of it, so the global batches are the same for any number of
+processes and threads.
 """
 
 import math
@@ -27,7 +29,9 @@ VALIDATION_SEED = 0  # one order for all runs: the first batches are a fair samp
 
 
 class Windows(grain.MapDataset[Batch]):
-    """The windows of one token stream, in order: rows of [T] arrays. Indices past the end start over."""
+    """The windows of one token stream, in order: rows of [T] arrays. Indices past the end start
+    over.
+    """
 
     def __init__(
         self,
@@ -73,12 +77,14 @@ class Block(grain.MapDataset[Batch]):
 
 
 def corpora(cfg: DataConfig) -> dict[str, Corpus]:
-    """The tokenized sources by name, tokenized now if they are not in the cache. `describe()` each at the start.
+    """The tokenized sources by name, tokenized now if they are not in the cache. `describe()` each
+    at the start.
 
     Raises:
       InputError: one line naming the source and what is wrong with it.
     """
-    # By name: a configuration that went through JSON may list them in another order, the mixture must not change.
+    # By name: a configuration that went through JSON may list them in another order, the mixture
+    # must not change.
     sources = dict(sorted(cfg.sources.items()))
     for name, source in sources.items():
         if not 0 < source.weight < math.inf:
@@ -99,11 +105,13 @@ def make_dataset(
     rows: Sequence[int],
     seed: int,
 ) -> grain.MapDataset[Batch]:
-    """The global batches of a split, of which this process holds `rows`: element i is a Batch of [len(rows), T].
+    """The global batches of a split, of which this process holds `rows`: element i is a Batch of
+    [len(rows), T].
 
-    train: endless. Each source gives its windows in an order that is new in each epoch; rows are drawn from the
-    sources by weight, in a fixed interleaving. validation: every window of every source once, in an order that does
-    not depend on `seed`; the last batch is filled with rows whose loss_mask is 0.
+    train: endless. Each source gives its windows in an order that is new in each epoch; rows are
+    drawn from the sources by weight, in a fixed interleaving. validation: every window of every
+    source once, in an order that does not depend on `seed`; the last batch is filled with rows
+    whose loss_mask is 0.
 
     Args:
       batch_size: rows of a global batch, over all processes.
@@ -129,7 +137,9 @@ def make_dataset(
 
 
 class BatchIterator(Iterator[Batch]):
-    """Global batches in order. `next_index` is the whole state: `batches(dataset, next_index)` goes on from here."""
+    """Global batches in order. `next_index` is the whole state: `batches(dataset, next_index)` goes
+    on from here.
+    """
 
     def __init__(self, iterator: Iterator[Batch], next_index: int):
         self._iterator, self.next_index = iterator, next_index
@@ -156,7 +166,9 @@ def batches(
 
 
 def validation_text(cfg: DataConfig) -> bytes:
-    """The validation documents of all sources one after another, UTF-8: the text whose bits per byte are reported."""
+    """The validation documents of all sources one after another, UTF-8: the text whose bits per
+    byte are reported.
+    """
     return b"".join(corpus.validation_text() for corpus in corpora(cfg).values())
 
 
@@ -167,7 +179,9 @@ def _cache_dir(cfg: DataConfig) -> Path:
 
 
 def _source_seed(seed: int, name: str) -> int:
-    """A seed of its own for each source: grain's epochs count on from the seed, so neighbors would share orders."""
+    """A seed of its own for each source: grain's epochs count on from the seed, so neighbors would
+    share orders.
+    """
     return int(
         np.random.SeedSequence([seed % (1 << 64), zlib.crc32(name.encode())]).generate_state(1)[0]
     )

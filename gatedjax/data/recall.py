@@ -1,7 +1,7 @@
 """Synthetic recall tasks: what a model of bounded state must remember, and attention need not.
 
-Element i of a split depends on (seed, split, i) alone. Only `loss_mask` positions are predicted; accuracy there is the
-figure of merit.
+Element i of a split depends on (seed, split, i) alone. Only `loss_mask` positions are predicted;
+accuracy there is the figure of merit.
 
     mqar            k1 v1 ... kD vD, then the D keys again, scattered: at each the value that came with it (multi-query
                     associative recall, arXiv 2312.04927, generated as by the study's code)
@@ -9,10 +9,11 @@ figure of merit.
     selective_copy  x1 ... xn scattered among blanks, a separator, and x1 ... xn (arXiv 2312.00752, section 4.1.1)
     needle          text that says somewhere "The code of KEVA is 41077.", and asks for it at the end
 
-Published, for comparison (arXiv 2312.04927, figure 2: T, D = 64, 4; 128, 8; 256, 16; 512, 64; 8,192 tokens, two
-layers, 100,000 examples, the best of four learning rates): attention about 1.0 from width 64 on at every T; gated
-convolutions and RWKV above 0.9 only where the width reaches T. By size of state in the study's later mixed setting: GLA
-0.53 / 0.77 / 0.95 at 4.8e3 / 1.8e4 / 6.9e4 numbers, Mamba-2 0.52 / 0.69 / 0.83 at 8e3 / 1.6e4 / 6.5e4.
+Published, for comparison (arXiv 2312.04927, figure 2: T, D = 64, 4; 128, 8; 256, 16; 512, 64; 8,192
+tokens, two layers, 100,000 examples, the best of four learning rates): attention about 1.0 from
+width 64 on at every T; gated convolutions and RWKV above 0.9 only where the width reaches T. By
+size of state in the study's later mixed setting: GLA 0.53 / 0.77 / 0.95 at 4.8e3 / 1.8e4 / 6.9e4
+numbers, Mamba-2 0.52 / 0.69 / 0.83 at 8e3 / 1.6e4 / 6.5e4.
 """
 
 import dataclasses
@@ -43,7 +44,8 @@ class RecallConfig:
     seq_len: int = 64
     vocab_size: int = 8192  # not needle: that one speaks the tokenizer's
     num_pairs: int = 4  # mqar: pairs of key and value; copies: tokens to copy
-    power: float = 0.01  # mqar: a; query slot i = 1, 2, ... has probability a i^(a - 1), so most queries come soon
+    # mqar: a; query slot i = 1, 2, ... has probability a i^(a - 1), so most queries come soon
+    power: float = 0.01
     random_filler: bool = True  # mqar: between the queries stand random tokens rather than token 0
     train_examples: int = 100_000
     validation_examples: int = 3_000
@@ -81,13 +83,15 @@ def recall_dataset(
     rows: range,
     row: Row | None = None,
 ) -> grain.MapDataset[Batch]:
-    """Global batches of a task, of which this process holds `rows`, as `pipeline.make_dataset` gives those of text.
+    """Global batches of a task, of which this process holds `rows`, as `pipeline.make_dataset`
+    gives those of text.
 
-    train: endless, `train_examples` rows in an order that is new in each epoch. validation: every row once.
+    train: endless, `train_examples` rows in an order that is new in each epoch. validation: every
+    row once.
 
     Args:
-      row: generates a row of [T] arrays from a generator; None for the config's task. A needle's row needs a text:
-        `lambda rng: needle_row(rng, text, tokenizer, T)`.
+      row: generates a row of [T] arrays from a generator; None for the config's task. A needle's
+        row needs a text: `lambda rng: needle_row(rng, text, tokenizer, T)`.
 
     Raises:
       ValueError: an unknown split; a needle without `row`.
@@ -138,11 +142,13 @@ def mqar_row(
     power: float,
     random_filler: bool,
 ) -> Batch:
-    """Multi-query associative recall (arXiv 2312.04927, appendix, and the study's `multiquery_ar`): arrays [T].
+    """Multi-query associative recall (arXiv 2312.04927, appendix, and the study's `multiquery_ar`):
+    arrays [T].
 
-    Keys are distinct, from [1, V/2); values distinct, from [V/2, V). The D pairs fill the first 2 D positions. Of the
-    (T - 2 D) / 2 slots after them, D distinct ones are drawn with probability proportional to i^(power - 1); at the
-    first position of a slot stands a key, and its target is that key's value.
+    Keys are distinct, from [1, V/2); values distinct, from [V/2, V). The D pairs fill the first 2 D
+    positions. Of the (T - 2 D) / 2 slots after them, D distinct ones are drawn with probability
+    proportional to i^(power - 1); at the first position of a slot stands a key, and its target is
+    that key's value.
     """
     keys = 1 + rng.choice(vocab_size // 2 - 1, num_pairs, replace=False)
     values = vocab_size // 2 + rng.choice(vocab_size - vocab_size // 2, num_pairs, replace=False)
@@ -169,8 +175,9 @@ def copy_row(
 ) -> Batch:
     """Copying: arrays [T]. Token 0 is the blank, token 1 the separator, content comes from [2, V).
 
-    The copy ends the row: the separator stands at T - n, and position T - n + i predicts content token i. The content
-    stands before it, in one piece or (selective) scattered at random among blanks.
+    The copy ends the row: the separator stands at T - n, and position T - n + i predicts content
+    token i. The content stands before it, in one piece or (selective) scattered at random among
+    blanks.
     """
     start = seq_len - num_tokens  # of the separator
     content = rng.integers(2, vocab_size, size=num_tokens)
@@ -194,12 +201,14 @@ def needle_row(
     seq_len: int,
     depth: float | None = None,
 ) -> Batch:
-    """A needle in real text: arrays [T]. The digits of the code are predicted, in the question at the end.
+    """A needle in real text: arrays [T]. The digits of the code are predicted, in the question at
+    the end.
 
     Args:
       text: tokens of the haystack; the row shows a random stretch of it.
       tokenizer: of `load_tokenizer`; it writes needle and question.
-      depth: where the needle stands, 0 for the start of the haystack and 1 for its end; None for anywhere.
+      depth: where the needle stands, 0 for the start of the haystack and 1 for its end; None for
+        anywhere.
 
     Raises:
       ValueError: the text is too short, or needle and question do not fit into the row.

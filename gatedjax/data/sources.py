@@ -1,7 +1,7 @@
 """Where text comes from: one small class per file format, all of them sequences of documents.
 
-`open_source` looks at names, sizes and dates only, so it is quick; files are read when a corpus is tokenized. The
-order of documents is fixed: files by relative path, rows in the order of the file.
+`open_source` looks at names, sizes and dates only, so it is quick; files are read when a corpus is
+tokenized. The order of documents is fixed: files by relative path, rows in the order of the file.
 """
 
 import contextlib
@@ -24,7 +24,9 @@ JSONL_SCAN_BYTES = 1 << 26
 
 
 class Documents(Protocol):
-    """The documents of one file. A text is None where the file is not UTF-8: it is counted and left out."""
+    """The documents of one file. A text is None where the file is not UTF-8: it is counted and left
+    out.
+    """
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[str | None]: ...
@@ -32,7 +34,9 @@ class Documents(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one source, `root` the folder that their names are relative to. `open` reads one of them."""
+    """The files of one source, `root` the folder that their names are relative to. `open` reads one
+    of them.
+    """
 
     name: str
     kind: str
@@ -45,7 +49,9 @@ class Source:
         return file.relative_to(self.root).as_posix()
 
     def listing(self) -> list[tuple[str, int, int]]:
-        """(relative path, bytes, modification time in ns) of each file: what tells that a source has changed."""
+        """(relative path, bytes, modification time in ns) of each file: what tells that a source
+        has changed.
+        """
         # A saved Dataset is opened as a folder; the files in it are what changes.
         files = _walk(self.root, lambda f: True) if self.kind == "hf_disk" else self.files
         with _reading(self.root):
@@ -90,10 +96,12 @@ class TextFile:
 
 
 class JsonLines:
-    """A JSON object per line, the document under `field`. Random access by an index of line offsets; blank lines skip.
+    """A JSON object per line, the document under `field`. Random access by an index of line
+    offsets; blank lines skip.
 
     Raises:
-      InputError: naming file and line, where a line is not a JSON object with a string under `field`.
+      InputError: naming file and line, where a line is not a JSON object with a string under
+        `field`.
     """
 
     def __init__(self, path: Path, field: str):
@@ -159,7 +167,9 @@ class ParquetFile:
 
 
 class ArrayRecordFile:
-    """One document per record: a JSON object with `field`, or with `field = ""` the UTF-8 text itself."""
+    """One document per record: a JSON object with `field`, or with `field = ""` the UTF-8 text
+    itself.
+    """
 
     def __init__(self, path: Path, field: str):
         module = _optional("array_record.python.array_record_module", "array_record")
@@ -189,7 +199,9 @@ class ArrayRecordFile:
 
 
 class SavedDataset:
-    """A Dataset of Hugging Face `datasets`, written by `save_to_disk`; the string column `field`."""
+    """A Dataset of Hugging Face `datasets`, written by `save_to_disk`; the string column
+    `field`.
+    """
 
     def __init__(self, path: Path, field: str):
         datasets = _optional("datasets", "hf_disk")

@@ -1,8 +1,8 @@
 """Tokenize a source once, into files that are complete or absent.
 
-A cache is a folder named by a fingerprint of all that its content depends on. It is written beside its final place and
-renamed when complete: a reader never meets half a cache, a crashed writer leaves nothing that is ever read. For each
-split the folder holds
+A cache is a folder named by a fingerprint of all that its content depends on. It is written beside
+its final place and renamed when complete: a reader never meets half a cache, a crashed writer
+leaves nothing that is ever read. For each split the folder holds
 
   SPLIT.tokens     the stream: every document's tokens and an end-of-document token, uint16 or uint32
   SPLIT.ends.npy   int64: the offset behind each document
@@ -40,7 +40,9 @@ HASH_RANGE = 2.0**64
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """Counts of one split. `bytes` is UTF-8 text, `tokens` includes one end-of-document token per document."""
+    """Counts of one split. `bytes` is UTF-8 text, `tokens` includes one end-of-document token per
+    document.
+    """
 
     documents: int
     bytes: int
@@ -53,13 +55,17 @@ class SplitInfo:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes per predicted token: bits per byte = mean loss in nats / ln 2 / this, exact over a whole split."""
+        """Bytes per predicted token: bits per byte = mean loss in nats / ln 2 / this, exact over a
+        whole split.
+        """
         return self.bytes / self.targets
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized source. `sha256` is of all its text, in order, a zero byte after each document."""
+    """A tokenized source. `sha256` is of all its text, in order, a zero byte after each
+    document.
+    """
 
     name: str
     kind: str
@@ -95,10 +101,12 @@ class Corpus:
 
 
 class TokenFile:
-    """The tokens of a split: `len`, and slices of step 1 as arrays, read from the file when they are asked for.
+    """The tokens of a split: `len`, and slices of step 1 as arrays, read from the file when they
+    are asked for.
 
-    Not a memory map: if the file is cut short or its disk goes away under a running process, a map ends the process
-    with SIGBUS, a read with a line. Deleted, it stays readable as long as it is open.
+    Not a memory map: if the file is cut short or its disk goes away under a running process, a map
+    ends the process with SIGBUS, a read with a line. Deleted, it stays readable as long as it is
+    open.
     """
 
     def __init__(self, path: Path, dtype: str, length: int):
@@ -134,11 +142,12 @@ def tokenize(
     """The corpus of `source`, from `cache_dir` if it is there, else written to it.
 
     A document is in the validation split if the hash of its key (relative path and row) falls below
-    `validation_fraction`, so a document's split does not depend on the others; but both splits get at least one document,
-    and a source of one document is cut in two at a line end.
+    `validation_fraction`, so a document's split does not depend on the others; but both splits get
+    at least one document, and a source of one document is cut in two at a line end.
 
     Raises:
-      InputError: text that cannot be read, an empty split, a cache folder that cannot be written or is damaged.
+      InputError: text that cannot be read, an empty split, a cache folder that cannot be written or
+        is damaged.
     """
     folder = (
         cache_dir / f"{source.kind}-{_fingerprint(source, tokenizer, validation_fraction)[:16]}"
@@ -167,7 +176,9 @@ def _fingerprint(source: Source, tokenizer: Tokenizer, validation_fraction: floa
 
 
 def _build(folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float) -> None:
-    """Writes the cache beside `folder` and renames it into place; whatever goes wrong, nothing is left behind."""
+    """Writes the cache beside `folder` and renames it into place; whatever goes wrong, nothing is
+    left behind.
+    """
     partial = _partial_prefix(folder).with_name(_partial_prefix(folder).name + uuid.uuid4().hex[:8])
     logging.info("tokenizing source %s with %s into %s", source.name, tokenizer.name, folder)
     try:
@@ -298,7 +309,9 @@ def _is_validation(keys: list[str], validation_fraction: float) -> Bool[np.ndarr
 
 
 def _utf8(text: str) -> tuple[str, bytes]:
-    """The text and its UTF-8 bytes. A lone surrogate, which JSON can spell and UTF-8 cannot, becomes "?"."""
+    """The text and its UTF-8 bytes. A lone surrogate, which JSON can spell and UTF-8 cannot,
+    becomes "?".
+    """
     try:
         return text, text.encode()
     except UnicodeEncodeError:
@@ -332,10 +345,12 @@ def _require_whole(folder: Path, split: str, info: SplitInfo, dtype: str) -> Non
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """One writer per machine: the processes of a host tokenize once, the others wait for the result.
+    """One writer per machine: the processes of a host tokenize once, the others wait for the
+    result.
 
-    Yields whether the lock is held: some file systems have none. Then several may write at once, which costs time and
-    nothing else: correctness rests on the rename. The lock file stays; the lock ends with the process that holds it.
+    Yields whether the lock is held: some file systems have none. Then several may write at once,
+    which costs time and nothing else: correctness rests on the rename. The lock file stays; the
+    lock ends with the process that holds it.
     """
     with open(path, "a") as f:
         try:

@@ -1,7 +1,7 @@
 """Text to token ids and back: bytes, or any `tokenizer.json`.
 
-A tokenizer here has `name`, `vocab_size`, `eos_id` (closes every document), `fingerprint` (changes whenever the ids
-could), `encode_batch`, `encode` and `decode`. `encode` adds no special token.
+A tokenizer here has `name`, `vocab_size`, `eos_id` (closes every document), `fingerprint` (changes
+whenever the ids could), `encode_batch`, `encode` and `decode`. `encode` adds no special token.
 """
 
 import hashlib
@@ -52,7 +52,9 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
-        """The text of `ids`: a character cut in two becomes U+FFFD; ids that are no byte (a padded vocabulary) drop."""
+        """The text of `ids`: a character cut in two becomes U+FFFD; ids that are no byte (a padded
+        vocabulary) drop.
+        """
         ids = np.asarray(ids, np.int64)
         return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
@@ -60,8 +62,9 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library.
 
-    Special tokens spelled out in a document are read as plain text: a document cannot forge its own end. `decode`
-    leaves special tokens out. Whether decode(encode(text)) is text is up to the file (normalizers lose information).
+    Special tokens spelled out in a document are read as plain text: a document cannot forge its own
+    end. `decode` leaves special tokens out. Whether decode(encode(text)) is text is up to the file
+    (normalizers lose information).
 
     Raises:
       InputError: the file is missing, is not a tokenizer.json, or has no token among `EOS_NAMES`.

@@ -35,6 +35,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import GatedAttentionConfig, MixerConfig, ModelConfig
 from gatedjax.data import Batch
 from gatedjax.layers.attention import normalizer_of
@@ -67,7 +68,7 @@ def measure(config: ModelConfig, params: PyTree, batch: Batch) -> Probes:
     return result
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(careful_jit, static_argnums=0)
 def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[int, dict[str, Array]]:
     """For each layer of the period its probes, stacked over periods."""
     with nn.logical_axis_rules(RULES):
@@ -117,7 +118,7 @@ def _layer(mixer: MixerConfig, batch: Batch, values: _LayerValues) -> dict[str, 
     }
     if isinstance(mixer, GatedAttentionConfig):
         result |= _attention(mixer, of_mixer, values.mixer_params, batch)
-    gates = _sown(of_mixer, "score")
+    gates = _sown(of_mixer, "gates")
     if gates is not None:
         counts, edges = jnp.histogram(gates, BINS)
         result |= {

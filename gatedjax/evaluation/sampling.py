@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, PyTree
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import require
@@ -67,7 +68,7 @@ def sample_token(
     return token.astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(careful_jit, static_argnums=0, donate_argnums=3)
 def forward(
     model: ModelConfig,
     params: PyTree,

@@ -3,10 +3,10 @@
 import math
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import DataConfig
 from gatedjax.data import Batch, batches, corpora, make_dataset
 from gatedjax.evaluation.probes import Probes, measure
@@ -14,7 +14,7 @@ from gatedjax.sharding import global_batch, my_rows
 from gatedjax.training.run import Run
 from gatedjax.training.step import eval_step
 
-_eval_step = jax.jit(eval_step, static_argnums=0)
+_eval_step = careful_jit(eval_step, static_argnums=0)
 
 
 def tokens_per_byte(config: DataConfig) -> float:

@@ -22,7 +22,9 @@ def say(text: str, out: TextIO | None = None) -> None:
 
 
 class Console:
-    """Progress. On a terminal, training redraws one live line; elsewhere, and for other splits, each write adds one."""
+    """Progress. On a terminal, training redraws one live line; elsewhere, and for other splits,
+    each write adds one.
+    """
 
     def __init__(self, total_steps: int, out: TextIO | None = None):
         self._total, self._out = total_steps, out or sys.stdout
@@ -50,7 +52,8 @@ class Console:
 def format_step(step: int, total_steps: int, scalars: Scalars, split: str = "train") -> str:
     """A line such as "step  120/600  loss 2.134  bpb 3.080  41.2k tok/s  mfu 12.3%  eta 2m10s  grad 0.71".
 
-    Scalars that are absent or None are left out. Without an MFU, the model's FLOP/s; skipped steps only if there are.
+    Scalars that are absent or None are left out. Without an MFU, the model's FLOP/s; skipped steps
+    only if there are.
     """
     has = {name: x for name, x in scalars.items() if x is not None}
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
@@ -70,7 +73,9 @@ def format_step(step: int, total_steps: int, scalars: Scalars, split: str = "tra
 
 
 def format_si(x: float, space: str = "") -> str:
-    """Three significant digits and a prefix: 41234 -> "41.2k"; with space " ", 1.2e11 -> "120 G"."""
+    """Three significant digits and a prefix: 41234 -> "41.2k"; with space " ", 1.2e11 -> "120
+    G".
+    """
     if not math.isfinite(x):
         return f"{x}{space}"
     mantissa, exponent = f"{x:.2e}".split("e")

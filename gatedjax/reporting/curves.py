@@ -24,14 +24,17 @@ _TRAIN, _VALIDATION, _REFERENCE = (
 
 
 def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None = None) -> Path:
-    """Writes `curves.png` into the run directory: training and validation loss in bits per byte, by step.
+    """Writes `curves.png` into the run directory: training and validation loss in bits per byte, by
+    step.
 
     Args:
       run_dir: a run's directory, with its metrics file.
-      references: name -> bits per byte of horizontal lines, such as what gzip -9 makes of the validation text.
+      references: name -> bits per byte of horizontal lines, such as what gzip -9 makes of the
+        validation text.
 
     Raises:
-      InputError: no metrics, none of them a loss in bits per byte, no right to write, or matplotlib is not installed.
+      InputError: no metrics, none of them a loss in bits per byte, no right to write, or matplotlib
+        is not installed.
     """
     path = Path(run_dir) / METRICS_FILE
     records = read_records(path)

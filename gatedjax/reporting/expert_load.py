@@ -2,7 +2,8 @@
 
     python -m gatedjax.reporting.expert_load --workdir=runs/tiny_moe
 
-expert_load.png: how the load of every expert went over the steps, a panel for each layer, from the run's metrics.
+expert_load.png: how the load of every expert went over the steps, a panel for each layer, from the
+run's metrics.
 """
 
 import os
@@ -30,7 +31,8 @@ def plot_expert_load(run_dir: str | os.PathLike) -> Path:
     """Writes `expert_load.png` into the run directory.
 
     Raises:
-      InputError: no metrics, no expert loads in them, no right to write, or matplotlib is not installed.
+      InputError: no metrics, no expert loads in them, no right to write, or matplotlib is not
+        installed.
     """
     path = Path(run_dir) / METRICS_FILE
     steps, load = expert_loads(read_records(path))
@@ -46,7 +48,9 @@ def plot_expert_load(run_dir: str | os.PathLike) -> Path:
 
 
 def expert_loads(records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [N], and loads [N, layers, experts] as shares of an even load; NaN where a layer has fewer experts."""
+    """Steps [N], and loads [N, layers, experts] as shares of an even load; NaN where a layer has
+    fewer experts.
+    """
     found = [
         (r["step"], r["expert_load"])
         for r in records
@@ -57,7 +61,9 @@ def expert_loads(records: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def draw_expert_load(steps: np.ndarray, load: np.ndarray, title: str) -> Any:
-    """The matplotlib figure: steps to the right, experts upwards; white is an even load, blue less, red more."""
+    """The matplotlib figure: steps to the right, experts upwards; white is an even load, blue less,
+    red more.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import LogNorm

@@ -8,7 +8,9 @@ from gatedjax.errors import InputError
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Means over all whole windows (an odd number of values): the first belongs to place window // 2."""
+    """Means over all whole windows (an odd number of values): the first belongs to place window //
+    2.
+    """
     return np.convolve(values, np.full(window, 1.0 / window), mode="valid")
 
 

@@ -1,4 +1,6 @@
-"""A picture of each probe, and the report that `eval.py --probes` writes: probes.json and the PNGs beside it."""
+"""A picture of each probe, and the report that `eval.py --probes` writes: probes.json and the PNGs
+beside it.
+"""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""What the loop reports of each step, and when it gives up: between `train_step`'s metrics and the writers."""
+"""What the loop reports of each step, and when it gives up: between `train_step`'s metrics and the
+writers.
+"""
 
 import contextlib
 import math
@@ -24,7 +26,8 @@ from kernels_pallas import dispatch
 
 
 class StepLog:
-    """Turns device metrics into records: adds the learning rate, bits per byte, speed and what the run waited for.
+    """Turns device metrics into records: adds the learning rate, bits per byte, speed and what the
+    run waited for.
 
     One per run of the loop, which it tells the watchdog about.
     """

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 class Throughput:
     """Speed between readings, and time left.
 
-    Read it after the step's numbers have arrived on the host: before, the device may still be computing. The first
-    reading only starts the clock, so compilation is not counted; time spent `paused` is not part of the speed.
+    Read it after the step's numbers have arrived on the host: before, the device may still be
+    computing. The first reading only starts the clock, so compilation is not counted; time spent
+    `paused` is not part of the speed.
 
     Args:
       tokens_per_step: of the whole batch, over all devices.
@@ -34,7 +35,9 @@ class Throughput:
         self._pauses = 0.0  # since the last reading
 
     def read(self, step: int) -> dict[str, float | None]:
-        """tokens_per_s, flops_per_s, mfu since the last reading; eta_s from the mean since the first, with pauses."""
+        """tokens_per_s, flops_per_s, mfu since the last reading; eta_s from the mean since the
+        first, with pauses.
+        """
         now, pauses, last = self._clock(), self._pauses, self._last
         self._last, self._pauses = (step, now), 0.0
         if last is None or step <= last[0]:

@@ -1,7 +1,8 @@
-"""What a run says of itself: one `write(step, scalars)` to the console, to TensorBoard and to a JSON line per record.
+"""What a run says of itself: one `write(step, scalars)` to the console, to TensorBoard and to a
+JSON line per record.
 
-`metrics.jsonl` in the run directory is the complete record; TensorBoard's files lie beside it in `tensorboard/`. The
-console knows these scalars, all others go to the two files only:
+`metrics.jsonl` in the run directory is the complete record; TensorBoard's files lie beside it in
+`tensorboard/`. The console knows these scalars, all others go to the two files only:
 
   loss             nats per token                        tokens_per_s   over all devices
   bits_per_byte    of text, whatever the tokenizer       flops_per_s    of the model, forward and backward
@@ -9,12 +10,13 @@ console knows these scalars, all others go to the two files only:
   skipped_steps    by the guard, since the start         eta_s          seconds to the last step
   lr               learning rate
 
-The two files also have data_wait_s (host seconds a step waited for its batch, mean since the last record), checkpoint_s
-(seconds that saves held up the loop since the last record), first_step_s (from the start of the command to the end of
-the first step), stalls (times that the watchdog found the run standing).
+The two files also have data_wait_s (host seconds a step waited for its batch, mean since the last
+record), checkpoint_s (seconds that saves held up the loop since the last record), first_step_s
+(from the start of the command to the end of the first step), stalls (times that the watchdog found
+the run standing).
 
-A scalar that is None is left out (`mfu` where the peak is not known). An array (`expert_load`) goes to the JSON line
-only, as nested lists. Only process 0 writes.
+A scalar that is None is left out (`mfu` where the peak is not known). An array (`expert_load`) goes
+to the JSON line only, as nested lists. Only process 0 writes.
 """
 
 import contextlib
@@ -44,7 +46,9 @@ class Writer(Protocol):
 
 
 class Writers:
-    """Several writers as one; a context manager that closes them. Empty on all processes but the first."""
+    """Several writers as one; a context manager that closes them. Empty on all processes but the
+    first.
+    """
 
     def __init__(self, writers: Sequence[Writer]):
         self._writers = tuple(writers)
@@ -79,7 +83,8 @@ class Writers:
 
 
 def make_writers(run_dir: str | os.PathLike, total_steps: int, resume_step: int = 0) -> Writers:
-    """Console, JSON lines and TensorBoard for a run. Records after `resume_step`, which will come again, are dropped.
+    """Console, JSON lines and TensorBoard for a run. Records after `resume_step`, which will come
+    again, are dropped.
 
     Raises:
       InputError: the run directory cannot be written to, or its metrics file is not one of ours.
@@ -93,7 +98,9 @@ def make_writers(run_dir: str | os.PathLike, total_steps: int, resume_step: int 
 
 
 class Jsonl:
-    """One JSON object per record: {"step": 120, "split": "train", "loss": 2.13, ...}. NaN and infinities are null."""
+    """One JSON object per record: {"step": 120, "split": "train", "loss": 2.13, ...}. NaN and
+    infinities are null.
+    """
 
     def __init__(self, run_dir: Path, resume_step: int = 0):
         self._path = run_dir / METRICS_FILE

@@ -18,7 +18,8 @@ from gatedjax.errors import InputError, TrainingError
 from gatedjax.runtime.host_memory import keep_freed_memory
 
 STARTED = time.monotonic()
-# The coordinator dies with process 0: it leaves last, so that the others can still say what went wrong.
+# The coordinator dies with process 0: it leaves last, so that the others can still say what went
+# wrong.
 _LEAVE_LAST_SECONDS = 2.0
 _PEER_LOST = re.compile(
     r"gloo|nccl|connection (reset|closed)|coordination.?service|heartbeat|socket closed|barrier",
@@ -39,7 +40,8 @@ _USER_ERRNOS = {
 def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
     """`absl.app.run` with one-line errors. A bug still shows its traceback and exits 1.
 
-    takes: how many arguments there may be besides flags; `main` gets them, after the program's name.
+    takes: how many arguments there may be besides flags; `main` gets them, after the program's
+    name.
     """
     keep_freed_memory()
     libtpu.quieten()
@@ -51,7 +53,9 @@ def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
 
 
 def _help_is_of(module: str) -> None:
-    """`python train.py --help` shows the docstring and the flags of `gatedjax.train`, which is not the main module."""
+    """`python train.py --help` shows the docstring and the flags of `gatedjax.train`, which is not
+    the main module.
+    """
     if module == "__main__":
         return
     sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
@@ -65,7 +69,9 @@ def config_name(flag: flags.FlagHolder) -> str:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` (your own: what is in there is executed); nothing if it is empty."""
+    """Keeps compiled programs in `folder` (your own: what is in there is executed); nothing if it
+    is empty.
+    """
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
@@ -78,7 +84,9 @@ def required(flag: flags.FlagHolder[str | None]) -> str:
 
 
 def required_config(flag: flags.FlagHolder) -> ConfigDict:
-    """The ConfigDict of a --config flag; InputError if the flag was not given or its file could not be loaded."""
+    """The ConfigDict of a --config flag; InputError if the flag was not given or its file could not
+    be loaded.
+    """
     config = required(flag)
     if not isinstance(
         config, ConfigDict

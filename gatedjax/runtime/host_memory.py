@@ -1,4 +1,6 @@
-"""Host memory of a run on CPU: kept for the next step instead of given back to the system after each."""
+"""Host memory of a run on CPU: kept for the next step instead of given back to the system after
+each.
+"""
 
 import ctypes
 import os
@@ -13,12 +15,14 @@ _GPU_FILES = ("/dev/nvidia0", "/dev/kfd")
 
 
 def keep_freed_memory() -> bool:
-    """Lets the allocator keep freed memory, if this process will compute on the CPU under glibc. Returns whether.
+    """Lets the allocator keep freed memory, if this process will compute on the CPU under glibc.
+    Returns whether.
 
-    XLA on CPU allocates a program's temporary memory anew at every call. glibc maps blocks of that size and unmaps them
-    when they are freed, so every step pays a page fault for each 4 KiB it touches: a third of the step of
-    `configs/tiny.py`. The heap can only keep blocks of the main arena (others hold 64 MiB), hence a single arena. A
-    process then stays as large as it once was: compiling `configs/tiny.py` leaves it at 2.3 GB instead of 1.4.
+    XLA on CPU allocates a program's temporary memory anew at every call. glibc maps blocks of that
+    size and unmaps them when they are freed, so every step pays a page fault for each 4 KiB it
+    touches: a third of the step of `configs/tiny.py`. The heap can only keep blocks of the main
+    arena (others hold 64 MiB), hence a single arena. A process then stays as large as it once was:
+    compiling `configs/tiny.py` leaves it at 2.3 GB instead of 1.4.
 
     Call it before jax starts its threads: a thread keeps the arena of its first allocation.
     """

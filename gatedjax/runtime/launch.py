@@ -1,8 +1,10 @@
-"""From one process to a pod: starts `jax.distributed`, and hears when the machine is about to be taken away.
+"""From one process to a pod: starts `jax.distributed`, and hears when the machine is about to be
+taken away.
 
-The same command runs everywhere. Under Slurm, Open MPI, on TPU VMs and in GKE jobs jax finds the other processes by
-itself; elsewhere --coordinator, --num_processes and --process_id name them; alone, a run is its own coordinator. It is
-always started, for one process too: only then does SIGTERM mean "save and stop" instead of death.
+The same command runs everywhere. Under Slurm, Open MPI, on TPU VMs and in GKE jobs jax finds the
+other processes by itself; elsewhere --coordinator, --num_processes and --process_id name them;
+alone, a run is its own coordinator. It is always started, for one process too: only then does
+SIGTERM mean "save and stop" instead of death.
 """
 
 import hashlib
@@ -37,7 +39,8 @@ _HEARTBEAT = flags.DEFINE_integer(
     lower_bound=5,
 )
 
-# Set by launchers that jax does not know. A size above 1, or an index above 0: others run the same command.
+# Set by launchers that jax does not know. A size above 1, or an index above 0: others run the same
+# command.
 _SIZES = (
     "OMPI_COMM_WORLD_SIZE",
     "PMI_SIZE",
@@ -52,7 +55,8 @@ def start() -> None:
     """Joins the other processes of this run; call it before anything asks jax for devices.
 
     Raises:
-      InputError: flags that do not belong together, or a launcher started several processes that jax does not find.
+      InputError: flags that do not belong together, or a launcher started several processes that
+        jax does not find.
     """
     given = {
         f.name: f.value for f in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if f.value is not None
@@ -67,7 +71,8 @@ def start() -> None:
 
 
 def preempted(step: int) -> bool:
-    """Whether to save after this step and stop: some process got SIGTERM, and all processes agreed on this step.
+    """Whether to save after this step and stop: some process got SIGTERM, and all processes agreed
+    on this step.
 
     Every process calls it after each of its steps. A notice takes up to a second to be seen.
     """
@@ -75,7 +80,9 @@ def preempted(step: int) -> bool:
 
 
 def require_same(what: str, value: object) -> None:
-    """InputError, on all processes, unless all of them came with the same JSON value: they would train on a mixture."""
+    """InputError, on all processes, unless all of them came with the same JSON value: they would
+    train on a mixture.
+    """
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:8]
@@ -99,7 +106,8 @@ def _start_as_given(given: dict) -> None:
     if not given["coordinator"].rpartition(":")[2].isdigit():
         raise InputError(f"--coordinator: got {given['coordinator']!r}, expected host:port")
     if given["num_processes"] > 1:
-        stderr_filter.install()  # here already: an address where nobody answers ends in pages of C++
+        # here already: an address where nobody answers ends in pages of C++
+        stderr_filter.install()
     names = given["coordinator"], given["num_processes"], given["process_id"]
     local = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     jax.distributed.initialize(
@@ -122,7 +130,9 @@ def _found_by_jax() -> bool:
 
 
 def _start_alone() -> None:
-    """A coordinator on a socket without a port: nobody else can take it, and no network is needed."""
+    """A coordinator on a socket without a port: nobody else can take it, and no network is
+    needed.
+    """
     name = f"gatedjax-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     address = (
         f"unix-abstract:{name}"
@@ -144,7 +154,9 @@ def _start_alone() -> None:
 
 
 def _require_alone() -> None:
-    """Several processes that each believe to be alone would train the same run several times over."""
+    """Several processes that each believe to be alone would train the same run several times
+    over.
+    """
     alone = dict.fromkeys(_SIZES, 1) | dict.fromkeys(_INDICES, 0)
     for name, most in alone.items():
         value = os.environ.get(name, "0")

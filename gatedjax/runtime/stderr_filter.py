@@ -1,8 +1,9 @@
 """Turns what jax's C++ says of a lost process, pages of it, into one line on stderr.
 
-jax's coordination service ends every process of a run when one of them is lost: by abort(), after a stack trace, from a
-thread of its own. No Python runs any more at that moment, so the filter is a process of its own that reads our stderr
-through a pipe. It is this very file, run as a script: it imports nothing of ours and starts in a moment.
+jax's coordination service ends every process of a run when one of them is lost: by abort(), after a
+stack trace, from a thread of its own. No Python runs any more at that moment, so the filter is a
+process of its own that reads our stderr through a pipe. It is this very file, run as a script: it
+imports nothing of ours and starts in a moment.
 """
 
 import os
@@ -33,7 +34,8 @@ def install() -> None:
     _installed = True
     sys.stderr.flush()
     reading, writing = os.pipe()
-    # A session of its own: signals that are meant for the run must not end the filter before it has read the end.
+    # A session of its own: signals that are meant for the run must not end the filter before it has
+    # read the end.
     subprocess.Popen(
         [sys.executable, "-I", "-S", __file__],
         stdin=reading,

@@ -2,13 +2,15 @@
 
     python -m gatedjax.runtime.supervise [--tries=5] [--wait=10] [--longest_wait=600] -- python train.py --config=...
 
-Exit code 0 (finished, or stopped by SIGTERM) and 2 (bad input: it would fail again) end it, with that code. All others
-are crashes: the command is started again after `wait` seconds, twice as long after each further crash, and given up
-after `tries` crashes in a row. A command that ran for ten minutes has made progress: the counting starts over. SIGTERM
-and SIGINT go on to the command. On several machines, run one on each: when a process is lost the others stop by
-themselves, and all meet again at the coordinator.
+Exit code 0 (finished, or stopped by SIGTERM) and 2 (bad input: it would fail again) end it, with
+that code. All others are crashes: the command is started again after `wait` seconds, twice as long
+after each further crash, and given up after `tries` crashes in a row. A command that ran for ten
+minutes has made progress: the counting starts over. SIGTERM and SIGINT go on to the command. On
+several machines, run one on each: when a process is lost the others stop by themselves, and all
+meet again at the coordinator.
 
-Imports nothing but the standard library: what is broken in an environment must not stop it from saying so.
+Imports nothing but the standard library: what is broken in an environment must not stop it from
+saying so.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Notices a run that stands still: a collective that never ends, a disk that does not answer, a deadlock."""
+"""Notices a run that stands still: a collective that never ends, a disk that does not answer, a
+deadlock.
+"""
 
 import datetime
 import faulthandler
@@ -16,9 +18,10 @@ from gatedjax.runtime.cli import leave
 class Watchdog:
     """Wants a `beat` at least every `seconds`; a context manager.
 
-    Without one it writes the stacks of all threads to `folder`/stacks-<process>.txt, says so in one line and counts it
-    in `stalls`; after as many seconds again it ends the process with a line and exit code 1: what supervises the run
-    starts it again from the last checkpoint, which beats waiting for ever on a machine that is paid for.
+    Without one it writes the stacks of all threads to `folder`/stacks-<process>.txt, says so in one
+    line and counts it in `stalls`; after as many seconds again it ends the process with a line and
+    exit code 1: what supervises the run starts it again from the last checkpoint, which beats
+    waiting for ever on a machine that is paid for.
 
     Args:
       seconds: 0 for none. More than the longest compilation, evaluation or save.

@@ -1,4 +1,6 @@
-"""Grids of small runs that ask one question: `python -m gatedjax.study configs/studies/NAME.py`. See `grid.py`."""
+"""Grids of small runs that ask one question: `python -m gatedjax.study configs/studies/NAME.py`.
+See `grid.py`.
+"""
 
 from gatedjax.study.grid import Cell, Picture, Study
 

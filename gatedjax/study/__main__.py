@@ -2,8 +2,9 @@
 
     python -m gatedjax.study configs/studies/mqar.py [--small] [--results=results]
 
-Each finished run is a line of results/NAME/DEVICE/runs.jsonl (NAME-small with --small); a run that is there, with the
-same configuration, is not run again. table.md and the pictures are made anew each time.
+Each finished run is a line of results/NAME/DEVICE/runs.jsonl (NAME-small with --small); a run that
+is there, with the same configuration, is not run again. table.md and the pictures are made anew
+each time.
 """
 
 import importlib.util
@@ -67,7 +68,9 @@ def load_study(path: Path, small: bool) -> Study:
 
 
 def run_missing(study: Study, folder: Path) -> list[dict]:
-    """The records of all runs of the study, in its order; those that are not in runs.jsonl are run now."""
+    """The records of all runs of the study, in its order; those that are not in runs.jsonl are run
+    now.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.jsonl"
     known = (

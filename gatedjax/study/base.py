@@ -12,7 +12,8 @@ WIDTH, HEADS, HEAD_DIM, LENGTH = 96, 4, 24, 256
 def text_config(
     mixers: Mapping[str, ConfigDict], steps: int, pattern: tuple[str, ...] | None = None
 ) -> ConfigDict:
-    """Four layers of width 96 on the standard library's source, bytes, windows of 256; 2,048 tokens a step.
+    """Four layers of width 96 on the standard library's source, bytes, windows of 256; 2,048 tokens
+    a step.
 
     Args:
       mixers: as `model.mixers`; the pattern is all of them in turn unless given.
@@ -30,14 +31,18 @@ def text_config(
 
 
 def attention(**changes) -> ConfigDict:
-    """Softmax attention of the base model; gated at its best place unless `changes` say otherwise."""
+    """Softmax attention of the base model; gated at its best place unless `changes` say
+    otherwise.
+    """
     return layer(
         "gated_attention", num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM, **changes
     )
 
 
 def linear(**changes) -> ConfigDict:
-    """Gated linear attention of the base model: half as many key channels as values, short convolution."""
+    """Gated linear attention of the base model: half as many key channels as values, short
+    convolution.
+    """
     dims = dict(
         num_heads=HEADS, num_kv_heads=HEADS, key_dim=HEAD_DIM // 2, value_dim=HEAD_DIM, conv_width=4
     )

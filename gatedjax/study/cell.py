@@ -30,7 +30,9 @@ class Trained:
 
 
 def run_cell(cell: Cell, seed: int, study: Study) -> dict[str, float]:
-    """Trains and measures: {"steps", "seconds", "diverged", ...}. A run that diverges has NaN for all measures."""
+    """Trains and measures: {"steps", "seconds", "diverged", ...}. A run that diverges has NaN for
+    all measures.
+    """
     start = time.monotonic()
     trained = train(seeded(cell, seed), study.stop_at)
     values: dict[str, float] = {"steps": trained.steps, "diverged": float(_diverged(trained))}
@@ -41,7 +43,9 @@ def run_cell(cell: Cell, seed: int, study: Study) -> dict[str, float]:
 
 
 def seeded(cell: Cell, seed: int) -> Cell:
-    """The cell with every random choice drawn from `seed`: parameters, order of the text, the task's examples."""
+    """The cell with every random choice drawn from `seed`: parameters, order of the text, the
+    task's examples.
+    """
     c, change = cell.config, dataclasses.replace
     c = change(c, train=change(c.train, seed=seed), data=change(c.data, seed=seed))
     if cell.recall is not None:  # its tokens are numbers
@@ -51,7 +55,9 @@ def seeded(cell: Cell, seed: int) -> Cell:
 
 
 def train(cell: Cell, stop_at: float | None = None) -> Trained:
-    """The training loop without checkpoints. Ends early when no step is good any more, or at accuracy `stop_at`."""
+    """The training loop without checkpoints. Ends early when no step is good any more, or at
+    accuracy `stop_at`.
+    """
     run = prepare(cell.config)
     c = run.config.train
     with jax.set_mesh(run.mesh):

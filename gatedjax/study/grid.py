@@ -1,6 +1,7 @@
 """What a study is: its cells, what is measured in each, and how the result is shown.
 
-A file of `configs/studies/` has one function, `get_study(small: bool) -> Study`; `small` is the ten-minute version.
+A file of `configs/studies/` has one function, `get_study(small: bool) -> Study`; `small` is the
+ten-minute version.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ class Cell:
     """One point of a grid, trained once for each seed.
 
     labels: name -> value; they tell cells apart in the table.
-    recall: a synthetic task in place of the configuration's text. `config.data.seq_len` is then the task's.
+    recall: a synthetic task in place of the configuration's text. `config.data.seq_len` is then the
+    task's.
     lengths: for the measure "lengths", window lengths to evaluate at.
     yarn: for the measure "lengths", rotary positions are scaled to each length (arXiv 2309.00071).
     """
@@ -35,9 +37,11 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Lines of `y` over the label `x`, one for each value of the label `line`; dots where `x` is text.
+    """Lines of `y` over the label `x`, one for each value of the label `line`; dots where `x` is
+    text.
 
-    A `y` that ends in "@" stands for all columns that begin so ("loss@256", "loss@512"): `x` is what follows.
+    A `y` that ends in "@" stands for all columns that begin so ("loss@256", "loss@512"): `x` is
+    what follows.
     """
 
     x: str

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
@@ -61,7 +62,9 @@ def lengths(trained) -> dict[str, float]:
 
 
 def at_length(trained, length: int) -> float:
-    """Loss over about as many validation tokens, in windows of `length`; YaRN's factor if the cell wants it."""
+    """Loss over about as many validation tokens, in windows of `length`; YaRN's factor if the cell
+    wants it.
+    """
     c = trained.run.config
     factor = max(1.0, length / c.data.seq_len) if trained.cell.yarn else 1.0
     stretch = lambda m: (
@@ -115,7 +118,7 @@ class RecallValidation:
         return Recalled(float(right / asked), int(asked))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(careful_jit, static_argnums=0)
 def _right(model: ModelConfig, params, batch: Batch) -> tuple[Array, Array]:
     """Tokens asked for that are predicted, and all that are asked for."""
     with nn.logical_axis_rules(RULES):

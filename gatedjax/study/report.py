@@ -1,4 +1,6 @@
-"""From the records of a study's runs to a table (Markdown) and pictures. Every figure is a mean and a spread."""
+"""From the records of a study's runs to a table (Markdown) and pictures. Every figure is a mean and
+a spread.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,9 @@ Record = Mapping[str, Any]  # {"labels": {...}, "seed": 0, "values": {...}}
 
 
 class Row(NamedTuple):
-    """Runs with the same labels. spread: standard deviation over seeds, 0 for one seed; NaN: none of them survived."""
+    """Runs with the same labels. spread: standard deviation over seeds, 0 for one seed; NaN: none
+    of them survived.
+    """
 
     labels: dict[str, Label]
     mean: dict[str, float]
@@ -103,7 +107,9 @@ def _points(picture: Picture, row: Row) -> list[Point]:
 
 
 def _dots(axes: Any, lines: Mapping[Label, list[Point]]) -> None:
-    """A row for each name, a dot and its number: differences of a few percent, which bars from zero would hide."""
+    """A row for each name, a dot and its number: differences of a few percent, which bars from zero
+    would hide.
+    """
     places = list(dict.fromkeys(p.x for points in lines.values() for p in points))
     for name, points in lines.items():
         at, spread = [places.index(p.x) for p in points], [p.spread for p in points]

@@ -17,6 +17,7 @@ from gatedjax.config import Config, ModelConfig, SparseMoEConfig
 from gatedjax.data import Batch
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import Statistics, load_metrics, router_losses
+from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.sharding import RULES, parts
 from gatedjax.training.losses import TokenLosses, chunked_cross_entropy
@@ -65,7 +66,7 @@ class TrainState:
 def init_params(config: ModelConfig, key: Array) -> PyTree:
     """Boxed parameters and router state: each array carries the logical names of its axes."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    with nn.logical_axis_rules(RULES), dispatch.unrecorded():
+    with nn.logical_axis_rules(RULES), dispatch.unrecorded(), boxed_parameters():
         return LanguageModel(config).init(key, tokens)["params"]
 
 

@@ -1,4 +1,6 @@
-"""One folder of text, tokens and compiled programs for all tests here, and one undisturbed run on 2 x 4 devices."""
+"""One folder of text, tokens and compiled programs for all tests here, and one undisturbed run on 2
+x 4 devices.
+"""
 
 import shutil
 from pathlib import Path

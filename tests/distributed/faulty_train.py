@@ -1,4 +1,6 @@
-"""train.py with a fault: FAULT=nan:5 (or nan:5-99), spike:25, stall:6, stuck:6. Nothing of it is in the product."""
+"""train.py with a fault: FAULT=nan:5 (or nan:5-99), spike:25, stall:6, stuck:6. Nothing of it is in
+the product.
+"""
 
 import os
 import sys
@@ -19,7 +21,9 @@ dogs = []
 
 
 class ImpatientWatchdog(train.Watchdog):
-    """As the real one; the fault shortens its patience for one step, whatever compilation took before."""
+    """As the real one; the fault shortens its patience for one step, whatever compilation took
+    before.
+    """
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -39,7 +43,8 @@ def with_fault(step):
         if int(state.step) + 1 in FAULTY:
             if kind in ("stall", "stuck"):
                 stand_still(kind == "stuck")
-            # Almost no tokens are left to divide by: the loss and its gradient are hundreds of times as large.
+            # Almost no tokens are left to divide by: the loss and its gradient are hundreds of
+            # times as large.
             mask = {
                 "nan": jnp.nan,
                 "spike": jnp.where(jnp.arange(len(batch.tokens)) % 2, 1.0, -0.99)[:, None],

@@ -1,4 +1,6 @@
-"""Runs of train.py as real processes: started together, watched line by line, signaled, compared."""
+"""Runs of train.py as real processes: started together, watched line by line, signaled,
+compared.
+"""
 
 import contextlib
 import json
@@ -19,7 +21,9 @@ PATIENCE = 900.0  # seconds; the machine may be busy with other things
 
 
 def environment(devices: int, cache: Path) -> dict[str, str]:
-    """For a process with so many simulated devices; compiled programs are shared and not optimized."""
+    """For a process with so many simulated devices; compiled programs are shared and not
+    optimized.
+    """
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     ours = {
         "JAX_PLATFORMS": "cpu",
@@ -100,8 +104,8 @@ def started(
 ) -> Iterator[list]:
     """The processes of one run; whatever is left of them is killed at the end.
 
-    how: `script`; `env` on top, `each` a list of more of it by process, `each_flags` of flags; `is_named=False`: no
-    flags name the processes.
+    how: `script`; `env` on top, `each` a list of more of it by process, `each_flags` of flags;
+    `is_named=False`: no flags name the processes.
     """
     port, running = free_port(), []
     env = environment(devices, place / "xla") | how.get("env", {})

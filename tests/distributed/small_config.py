@@ -1,4 +1,6 @@
-"""One layer of everything that a mesh can cut, small enough to compile in seconds: for tests with many processes."""
+"""One layer of everything that a mesh can cut, small enough to compile in seconds: for tests with
+many processes.
+"""
 
 from gatedjax.config import config_dict, layer
 

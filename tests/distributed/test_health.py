@@ -1,4 +1,6 @@
-"""A NaN, a spike, a step that hangs, data that goes away: survived, or ended with one clear line, and counted."""
+"""A NaN, a spike, a step that hangs, data that goes away: survived, or ended with one clear line,
+and counted.
+"""
 
 import os
 import re
@@ -75,7 +77,9 @@ def test_a_step_that_never_ends_is_ended_with_one_line(place):
 
 @pytest.mark.parametrize("what", ["cut", pytest.param("deleted", marks=pytest.mark.slow)])
 def test_data_that_goes_away_under_a_run(place, tmp_path, what):
-    """A token cache cut short ends the run with a line; deleted with its source, the run still has what it opened."""
+    """A token cache cut short ends the run with a line; deleted with its source, the run still has
+    what it opened.
+    """
     shutil.copytree(place / "text", tmp_path / "text")
     (tmp_path / "xla").symlink_to(place / "xla")
     flags = ["--config.train.steps=3000", "--config.train.log_every=10"] if what == "cut" else []

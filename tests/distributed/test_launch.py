@@ -1,4 +1,6 @@
-"""How a run finds its processes: flags, Slurm's environment, and launchers that nobody has told about each other."""
+"""How a run finds its processes: flags, Slurm's environment, and launchers that nobody has told
+about each other.
+"""
 
 import os
 import random
@@ -67,7 +69,9 @@ def test_one_process_of_such_a_launcher_is_alone(monkeypatch):
 
 
 def test_a_proxy_in_the_environment_is_no_obstacle_for_one_process():
-    """gRPC would send the talk of a process with itself to the proxy, and wait for an answer for ever."""
+    """gRPC would send the talk of a process with itself to the proxy, and wait for an answer for
+    ever.
+    """
     code = "from gatedjax.runtime import launch; launch._start_alone(); print(launch.preempted(1))"
     env = os.environ | {"http_proxy": "http://localhost:1", "HTTPS_PROXY": "http://localhost:1"}
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""Every mesh over eight devices gives the same losses, spreads the state as the rules say, and moves no array whole.
+"""Every mesh over eight devices gives the same losses, spreads the state as the rules say, and
+moves no array whole.
 
 One process: what several change (which rows each reads, what they save) is tested with real ones.
 """
@@ -19,7 +20,8 @@ from gatedjax.sharding import AXES, RULES, across_slices, global_batch, make_mes
 from gatedjax.training.run import fresh_state, prepare
 from gatedjax.training.step import init_params, jit_train_step, param_axes
 
-TOLERANCE = 2e-5  # between any two meshes, of the loss and of the gradient's norm: float32 sums in another order
+# between any two meshes, of the loss and of the gradient's norm: float32 sums in another order
+TOLERANCE = 2e-5
 STEPS, ROWS, LENGTH = 3, 8, 32
 ALL = [
     shape for shape in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(shape) == 8
@@ -28,9 +30,11 @@ FEW = [(2, 4, 1, 1, 1), (1, 2, 2, 1, 2)]
 
 
 def config(shape):
-    """Eight of everything, so that each axis divides it: heads, hidden units, experts, vocabulary, tokens.
+    """Eight of everything, so that each axis divides it: heads, hidden units, experts, vocabulary,
+    tokens.
 
-    One layer: it compiles 35 times. `test_sharding.py` has linear attention on five of these meshes.
+    One layer: it compiles 35 times. `test_sharding.py` has linear attention on five of these
+    meshes.
     """
     return from_config_dict(
         {
@@ -88,7 +92,9 @@ def losses(run, step) -> list[float]:
 
 
 def check_bytes(run, state) -> None:
-    """Each device holds what the rules leave it of each parameter, and as much of its optimizer state."""
+    """Each device holds what the rules leave it of each parameter, and as much of its optimizer
+    state.
+    """
     rules = dict(RULES)
     boxed = jax.eval_shape(lambda key: init_params(run.config.model, key), jax.random.key(0))
     is_names = lambda x: isinstance(x, tuple)
@@ -114,14 +120,16 @@ def held(tree, device) -> int:
 
 
 def check_pairs(shapes, capfd) -> None:
-    # Compiled two at a time, run one after another: programs on the same devices would wait for each other.
+    # Compiled two at a time, run one after another: programs on the same devices would wait for
+    # each other.
     with ThreadPoolExecutor(2) as pool:
         found = {shape: losses(*ready) for shape, ready in zip(shapes, pool.map(compiled, shapes))}
     for a, b in itertools.combinations(found, 2):
         np.testing.assert_allclose(
             found[a], found[b], rtol=TOLERANCE, err_msg=f"{AXES}: {a} and {b}"
         )
-    # XLA's partitioner says "Involuntary full rematerialization" when it replicates an array to move it.
+    # XLA's partitioner says "Involuntary full rematerialization" when it replicates an array to
+    # move it.
     assert "rematerialization" not in capfd.readouterr().err.lower()
 
 
@@ -136,7 +144,8 @@ def test_every_pair_of_meshes_gives_the_same_losses(capfd):
     check_pairs(ALL, capfd)
 
 
-# ---- who reads which rows -------------------------------------------------------------------------------------------
+# ---- who reads which rows
+# -------------------------------------------------------------------------------------------
 
 
 class Device:
@@ -164,7 +173,9 @@ def test_slices_are_joined_along_the_axes_that_talk_least(slices, mesh, wanted):
 
 
 def test_hosts_of_a_pod_hold_squares_of_chips_and_read_scattered_rows():
-    """Rows go over a TPU slice by lines, hosts own squares of it: their rows are theirs, not a range."""
+    """Rows go over a TPU slice by lines, hosts own squares of it: their rows are theirs, not a
+    range.
+    """
     pytest.importorskip("libtpu")
     from gatedjax.aot import parse_slice, slice_devices
 

@@ -1,4 +1,6 @@
-"""SIGTERM: all save the same step and exit 0. kill -9: the others stop with one line. Then on, to the bit."""
+"""SIGTERM: all save the same step and exit 0. kill -9: the others stop with one line. Then on, to
+the bit.
+"""
 
 import signal
 import time

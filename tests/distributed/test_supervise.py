@@ -1,4 +1,6 @@
-"""The supervisor: starts again after a crash, later each time; not what would fail again; passes SIGTERM on."""
+"""The supervisor: starts again after a crash, later each time; not what would fail again; passes
+SIGTERM on.
+"""
 
 import signal
 import subprocess

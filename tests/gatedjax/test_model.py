@@ -1,4 +1,6 @@
-"""The whole model: scan over periods, decoding, packing, causality, rematerialization, chunked loss."""
+"""The whole model: scan over periods, decoding, packing, causality, rematerialization, chunked
+loss.
+"""
 
 import dataclasses
 import functools
@@ -89,7 +91,9 @@ def test_packed_documents_equal_separate_ones(params):
 
 
 def test_no_token_sees_the_future(params):
-    """The gradient of one position's output with respect to every embedded input is zero after it, not before."""
+    """The gradient of one position's output with respect to every embedded input is zero after it,
+    not before.
+    """
 
     def at(embeddings, t):
         # tokens 0..31 look themselves up: the table's rows are the inputs

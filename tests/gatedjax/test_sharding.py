@@ -1,4 +1,6 @@
-"""8 devices = 1 device, on every kind of mesh; parameters are spread as the rules say; bad meshes are named."""
+"""8 devices = 1 device, on every kind of mesh; parameters are spread as the rules say; bad meshes
+are named.
+"""
 
 import jax
 import pytest
@@ -37,7 +39,8 @@ def alone():
 def test_eight_devices_equal_one(name, alone, capfd):
     for sharded, single in zip(losses(MESHES[name]), alone):
         assert sharded == pytest.approx(single, rel=1e-4)
-    # XLA's partitioner says "Involuntary full rematerialization" when it replicates an array to move it.
+    # XLA's partitioner says "Involuntary full rematerialization" when it replicates an array to
+    # move it.
     assert "rematerialization" not in capfd.readouterr().err.lower()
 
 

@@ -10,8 +10,9 @@ import pytest
 def interpreter_in_shard_map(monkeypatch):
     """Pallas' interpreter knows nothing of varying axes, and a Triton kernel has no other one.
 
-    So the interpreter's own program is traced without the check, which for the op and its derivative stays on. The
-    check of the kernels' types needs no such help where they are compiled: test_aot_cuda.py.
+    So the interpreter's own program is traced without the check, which for the op and its
+    derivative stays on. The check of the kernels' types needs no such help where they are compiled:
+    test_aot_cuda.py.
     """
     from jax._src import config
     from jax._src.pallas import hlo_interpreter

@@ -1,9 +1,9 @@
 """`grouped_matmul` on GPU (Pallas, Triton), forward and backward.
 
-Rows times the matrix of their group: one program for each tile of rows and columns. Tiles are those of a group, so that
-a group of n rows is ceil(n / tile) of them; there are programs for as many tiles as group sizes can ever ask for, and
-those that a run has no use for end at once. The gradient of the matrices: one program for each block of each group's,
-which goes over the group's rows.
+Rows times the matrix of their group: one program for each tile of rows and columns. Tiles are those
+of a group, so that a group of n rows is ceil(n / tile) of them; there are programs for as many
+tiles as group sizes can ever ask for, and those that a run has no use for end at once. The gradient
+of the matrices: one program for each block of each group's, which goes over the group's rows.
 
 float32 products are made of three of TF32, which is off by about 1e-6.
 """
@@ -113,7 +113,9 @@ def rows_times_groups(
 
 
 def _tiles(group_sizes: Int[Array, "G"], M: int, tile: int) -> tuple[Array, Array, Array]:
-    """(group, first row, row after the group's last) of every tile; group G for rows beyond the groups, G + 1: none."""
+    """(group, first row, row after the group's last) of every tile; group G for rows beyond the
+    groups, G + 1: none.
+    """
     starts, ends = bounds(group_sizes, M)
     starts, ends = jnp.append(starts, ends[-1]), jnp.append(ends, M)
     last = jnp.cumsum((ends - starts + tile - 1) // tile)  # the tile after the last of each group

@@ -1,7 +1,7 @@
 """The way back through the scores on GPU: two kernels, parallel over chunks.
 
-The first makes the scores' cotangent dA = do v^T. The second owns a block of K of one chunk: with the state before the
-chunk, S, and the cotangent of the one after it, dS,
+The first makes the scores' cotangent dA = do v^T. The second owns a block of K of one chunk: with
+the state before the chunk, S, and the cotangent of the one after it, dS,
 
     dreads = do S^T,  dwrites = v dS^T,  dlog_total = total sum_v S dS
 
@@ -33,7 +33,8 @@ ROW_SUMS = 4  # of each token, for the cotangent of scalar logs: see `_store_row
 def through_scores(
     p: Plan, x: Inputs, decays: Decays, do: Array, states: Array, dstates: Array
 ) -> dict[str, Array]:
-    """dq [B, T, H, K] in q's dtype; dk likewise, but float32 where key heads are shared; dbonus [B, H, N, K] float32.
+    """dq [B, T, H, K] in q's dtype; dk likewise, but float32 where key heads are shared; dbonus [B,
+    H, N, K] float32.
 
     dlogs [B, T, H, K] of vector decays; of scalar ones rows [B, H, N, blocks, ROW_SUMS, C].
     """

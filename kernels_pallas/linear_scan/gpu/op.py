@@ -1,4 +1,5 @@
-"""`linear_scan` on GPU (Pallas, Triton), forward and backward: what the kernels cover, views, padding, derivative.
+"""`linear_scan` on GPU (Pallas, Triton), forward and backward: what the kernels cover, views,
+padding, derivative.
 
 Three stages forward and four backward, so that none needs more registers than a thread has:
 
@@ -7,8 +8,9 @@ Three stages forward and four backward, so that none needs more registers than a
     scan, backward   walks them back         dv and the states' cotangents
     through scores   parallel over chunks    dq, dk, the logs' cotangents
 
-Saved for the backward pass: the inputs, and the state before each chunk. With bfloat16 inputs what is multiplied is
-rounded to bfloat16, with float16 ones to TF32; with float32 inputs matmuls keep all bits, in three passes of TF32.
+Saved for the backward pass: the inputs, and the state before each chunk. With bfloat16 inputs what
+is multiplied is rounded to bfloat16, with float16 ones to TF32; with float32 inputs matmuls keep
+all bits, in three passes of TF32.
 """
 
 from functools import partial
@@ -78,7 +80,9 @@ def linear_scan(
     return_final_state: bool,
     interpret: bool,
 ) -> tuple[Array, Array | None]:
-    """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns (o, final state)."""
+    """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns
+    (o, final state).
+    """
     (_, T, _, K), V, out_dtype = q.shape, v.shape[-1] + normalize, v.dtype
     if normalize:
         v = _with_ones(v)
@@ -175,7 +179,9 @@ def _in_order(plan: Plan, x: Array, axis: int) -> Array:
 
 
 def _logs(plan: Plan, q: Array, log_decay: Array | None, starts: Array | None) -> Array | None:
-    """What the state meets, differentiable: [B, T, H, K] as in memory, or float32 [B or 1, H, T] in order."""
+    """What the state meets, differentiable: [B, T, H, K] as in memory, or float32 [B or 1, H, T] in
+    order.
+    """
     if plan.decay == "none":
         return None
     if log_decay is None:  # segments alone
@@ -248,7 +254,9 @@ def _walked(
     save: bool,
     final: bool,
 ):
-    """The scan kernel; in two passes over segments where there are several. `final` is then [B, H, K, V]."""
+    """The scan kernel; in two passes over segments where there are several. `final` is then [B, H,
+    K, V].
+    """
     if plan.segments == 1:
         walk = walk._replace(initial=None if first is None else first[:, :, None])
         out = gpu_scan.scan(plan, walk, dtype, backward=backward, save=save, final=final)
@@ -273,7 +281,9 @@ def _segment_logs(plan: Plan, decays: Decays) -> Array | None:
 
 
 def _decays(plan: Plan, x: Inputs) -> Decays:
-    """What the kernels read of the logs. Beside q these arrays are small: 1/8 of the logs, or one number a token."""
+    """What the kernels read of the logs. Beside q these arrays are small: 1/8 of the logs, or one
+    number a token.
+    """
     if plan.decay == "none":
         return Decays()
     if plan.decay == "vector":
@@ -339,7 +349,9 @@ _scan.defvjp(_forward, _backward)
 
 
 def _sum_of_heads(parts: Array, x: Array) -> Array:
-    """Shared heads: a part from each query head [B, T, H, D] float32 -> [B, T, Hx, D] in x's dtype."""
+    """Shared heads: a part from each query head [B, T, H, D] float32 -> [B, T, Hx, D] in x's
+    dtype.
+    """
     if parts.shape == x.shape:
         return parts
     B, T, heads, D = x.shape
@@ -347,7 +359,9 @@ def _sum_of_heads(parts: Array, x: Array) -> Array:
 
 
 def _logs_cotangent(plan: Plan, logs: Array | None, through: dict[str, Array]) -> Array | None:
-    """Scalar ones from what is left of each token, see `backward`: the formula is `tile.vector_dlogs`."""
+    """Scalar ones from what is left of each token, see `backward`: the formula is
+    `tile.vector_dlogs`.
+    """
     if plan.decay != "scalar":
         return through.get("dlogs")
     readers, writers, writes, total = jnp.moveaxis(

@@ -1,4 +1,6 @@
-"""What the GPU kernels of `linear_scan` share: the plan of a call, its arrays, and where a program finds its own."""
+"""What the GPU kernels of `linear_scan` share: the plan of a call, its arrays, and where a program
+finds its own.
+"""
 
 from typing import NamedTuple
 
@@ -57,7 +59,9 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Big arrays run along T as the caller's, small ones (factors, sums) in the order of the recurrence."""
+    """Big arrays run along T as the caller's, small ones (factors, sums) in the order of the
+    recurrence.
+    """
 
     q: Float[Array, "B T H K"]
     k: Float[Array, "B T Hk K"]

@@ -1,10 +1,12 @@
-"""The scan kernel of `linear_scan` on GPU: walks the chunks with the state in registers, forward and backward.
+"""The scan kernel of `linear_scan` on GPU: walks the chunks with the state in registers, forward
+and backward.
 
     forward    o_n  = A_n v_n + reads_n S;      S  <- total_n S + writes_n^T v_n           chunks in order
     backward   dv_n = A_n^T do_n + writes_n dS; dS <- total_n dS + reads_n^T do_n          chunks in the other order
 
-are one walk, with reads and writes, v and do exchanged. A program owns a block of V of one head of one segment. With
-scalar decays reads are q and writes k, and the tokens' factors multiply rows of what the matmuls give or take.
+are one walk, with reads and writes, v and do exchanged. A program owns a block of V of one head of
+one segment. With scalar decays reads are q and writes k, and the tokens' factors multiply rows of
+what the matmuls give or take.
 """
 
 import math
@@ -39,7 +41,9 @@ class Walk(NamedTuple):
 def scan(
     plan: Plan, x: Walk, dtype, *, backward: bool, save: bool, final: bool
 ) -> dict[str, Array]:
-    """o [B, T, H, V] in `dtype`, states [B, H, N, K, V] before each chunk, final float32 [B, H, G, K, V]."""
+    """o [B, T, H, V] in `dtype`, states [B, H, N, K, V] before each chunk, final float32 [B, H, G,
+    K, V].
+    """
     p, s = plan, plan.schedule
     BV = scan_block_v(s, p.K, p.V)
     grid = p.V // BV, p.segments, p.H, len(x.values)
@@ -212,7 +216,9 @@ def combined(
     first: Array | None,
     last_first: bool,
 ) -> tuple[Array, Array]:
-    """(the state before each segment [B, H, G, K, V], the state after all). `last_first`: the walk goes backward."""
+    """(the state before each segment [B, H, G, K, V], the state after all). `last_first`: the walk
+    goes backward.
+    """
     G, running = summaries.shape[2], jnp.zeros_like(summaries[:, :, 0]) if first is None else first
     before = [None] * G
     for g in range(G)[:: -1 if last_first else 1]:

@@ -1,7 +1,8 @@
 """The scores kernel of `linear_scan` on GPU, parallel over chunks.
 
-A program makes one chunk's scores [C, C] and, for vector decays, its reads and writes: q and k as the scan kernel
-multiplies them with the state and with v, so that the walk has nothing to do but matmuls.
+A program makes one chunk's scores [C, C] and, for vector decays, its reads and writes: q and k as
+the scan kernel multiplies them with the state and with v, so that the walk has nothing to do but
+matmuls.
 """
 
 from typing import NamedTuple
@@ -43,7 +44,9 @@ class Decays(NamedTuple):
 def operands(
     p: Plan, x: Inputs, decays: Decays, BK: int, axes, factors: bool
 ) -> dict[str, tuple[Array, pl.BlockSpec]]:
-    """q, k, bonus and decays with their blocks. `axes`: grid indices -> (block of K, chunk, head, row of the batch)."""
+    """q, k, bonus and decays with their blocks. `axes`: grid indices -> (block of K, chunk, head,
+    row of the batch).
+    """
 
     def spec(*shape, where):
         return pl.BlockSpec(shape, lambda *grid: where(*axes(*grid)))
@@ -95,7 +98,9 @@ def call(
 
 
 def _of_chunk(p: Plan, *shape) -> pl.BlockSpec:
-    """[B, H, T, C] or [B, H, N, ...], a chunk of a head a program of grid (chunk, head, row of the batch)."""
+    """[B, H, T, C] or [B, H, N, ...], a chunk of a head a program of grid (chunk, head, row of the
+    batch).
+    """
     return pl.BlockSpec((None, None, *shape), lambda n, h, b: (b, h, n, *[0] * (len(shape) - 1)))
 
 
@@ -103,7 +108,9 @@ def _of_chunk(p: Plan, *shape) -> pl.BlockSpec:
 
 
 def scores(p: Plan, x: Inputs, decays: Decays) -> dict[str, Array]:
-    """scores [B, H, T, C]; of vector decays also reads and writes [B, T, H, K]. q's scale is in scores and reads."""
+    """scores [B, H, T, C]; of vector decays also reads and writes [B, T, H, K]. q's scale is in
+    scores and reads.
+    """
     B, C = x.q.shape[0], p.chunk
     ins = operands(p, x, decays, p.K, lambda n, h, b: (0, n, h, b), factors=False)
     outs = {"out": (like(x.q, (B, p.H, p.T, C), p.operand), _of_chunk(p, C, C))}

@@ -1,7 +1,7 @@
 """One decoding step of `linear_scan` on GPU: every state is read once, written once, in place.
 
-Through jax-triton, jax's official way to Triton: Pallas' own Triton back end will be removed. It is an extra package
-(`pip install gatedjax[gpu]`), and without it the step runs as plain XLA.
+Through jax-triton, jax's official way to Triton: Pallas' own Triton back end will be removed. It is
+an extra package (`pip install gatedjax[gpu]`), and without it the step runs as plain XLA.
 """
 
 import importlib.util
@@ -36,7 +36,9 @@ def unsupported(q, k, v, state, log_decay, bonus, interpret: bool) -> str | None
 def linear_scan_step(
     q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool
 ) -> tuple[Array, Array]:
-    """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
+    """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V],
+    new state).
+    """
     out_dtype = v.dtype
     if normalize:
         v, scale = _with_ones(v.astype(jnp.float32)), 1.0
@@ -95,6 +97,8 @@ def launch(q, k, v, log_decay, bonus, inclusive: bool, scale: float) -> dict:
 
 
 def _absent_capability() -> int | None:
-    """The compute capability of a chip that is not here; None where jax-triton can ask the device."""
+    """The compute capability of a chip that is not here; None where jax-triton can ask the
+    device.
+    """
     kind = absent_device_kind()
     return None if kind is None else 80 if "A100" in kind else 90

@@ -1,8 +1,10 @@
-"""The Triton kernel of one decoding step. Imports triton, which only a machine that decodes on a GPU has to have.
+"""The Triton kernel of one decoding step. Imports triton, which only a machine that decodes on a
+GPU has to have.
 
     S' = diag(exp(g)) S + k^T v;   o = scale q S', or exclusive scale (q S + (q bonus k) v)
 
-A program owns a block of V of one state: read once, written once in place. Everything else is small beside it.
+A program owns a block of V of one state: read once, written once in place. Everything else is small
+beside it.
 """
 
 import triton
@@ -31,9 +33,11 @@ def step_kernel(
     INCLUSIVE: tl.constexpr,
     BONUS: tl.constexpr,
 ):
-    """state [B, H, K, V] float32, updated; q [B, H, K], k and v of H // their group heads, o [B, H, V].
+    """state [B, H, K, V] float32, updated; q [B, H, K], k and v of H // their group heads, o [B, H,
+    V].
 
-    log_decay: by DECAY "none", "scalar" [DECAY_ROWS, H] or "vector" [DECAY_ROWS, H, K], where DECAY_ROWS is 1 or B.
+    log_decay: by DECAY "none", "scalar" [DECAY_ROWS, H] or "vector" [DECAY_ROWS, H, K], where
+    DECAY_ROWS is 1 or B.
     """
     row = tl.program_id(0).to(tl.int64)  # of [B, H]
     batch, head = row // H, row % H

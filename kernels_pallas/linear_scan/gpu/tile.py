@@ -1,13 +1,16 @@
-"""The mathematics of one chunk as Triton can do it: whole tiles of a power of two, no slices, no concatenation.
+"""The mathematics of one chunk as Triton can do it: whole tiles of a power of two, no slices, no
+concatenation.
 
-The vector decay is `tile.vector_decay`'s halving in another form. Blocks of h = 1, 2, 4, ... tokens are merged in
-pairs. At each level the rows of later blocks only read, those of earlier blocks only write, and one operand does both:
+The vector decay is `tile.vector_decay`'s halving in another form. Blocks of h = 1, 2, 4, ... tokens
+are merged in pairs. At each level the rows of later blocks only read, those of earlier blocks only
+write, and one operand does both:
 
     y = where(later, q, k) exp(where(later, F, R));   scores += y y^T on pairs that meet at this level
     F += the sibling's total log where later;         R += the sibling's total log where earlier
 
-F_i is the sum of logs from the start of i's block to i's read, R_j that after j to the end of j's block: sums of the
-very logs that are met, all <= 0, never differences. Only the sibling's total has to come from other rows: it is loaded.
+F_i is the sum of logs from the start of i's block to i's read, R_j that after j to the end of j's
+block: sums of the very logs that are met, all <= 0, never differences. Only the sibling's total has
+to come from other rows: it is loaded.
 """
 
 from collections.abc import Callable
@@ -59,10 +62,11 @@ class Logs(NamedTuple):
 
 
 def _climb(C: int, logs: Logs, visit: Callable, carry) -> tuple[Array, tuple[Array, Array]]:
-    """Runs `carry = visit(h, later [C, K], factors [C, K], carry)` over the levels h = 1, 2, 4, ..., C/2.
+    """Runs `carry = visit(h, later [C, K], factors [C, K], carry)` over the levels h = 1, 2, 4,
+    ..., C/2.
 
-    Returns (carry, (exp(F), exp(R)) of the whole chunk). Loops, not unrolled: else every level's loads are in flight at
-    once, and registers spill.
+    Returns (carry, (exp(F), exp(R)) of the whole chunk). Loops, not unrolled: else every level's
+    loads are in flight at once, and registers spill.
     """
     row, width = lax.iota(jnp.int32, C), logs.read.shape
 
@@ -105,7 +109,9 @@ def vector_scores(tile: Tile, q: Array, k: Array, logs: Logs) -> tuple[Array, Ar
 
 
 class Cotangents(NamedTuple):
-    """[C, K] each; of_*: what the logs met by pairs, reads and writes receive, still to be summed over rows."""
+    """[C, K] each; of_*: what the logs met by pairs, reads and writes receive, still to be summed
+    over rows.
+    """
 
     dq: Array
     dk: Array
@@ -117,7 +123,9 @@ class Cotangents(NamedTuple):
 def vector_cotangents(
     tile: Tile, q: Array, k: Array, logs: Logs, dscores: Array, from_states: Callable
 ) -> Cotangents:
-    """dscores [C, C] is symmetric, the scores' cotangent in both triangles. from_states() -> (dreads, dwrites)."""
+    """dscores [C, C] is symmetric, the scores' cotangent in both triangles. from_states() ->
+    (dreads, dwrites).
+    """
     C = q.shape[0]
 
     def visit(h, later, factors, carry):
@@ -138,8 +146,8 @@ def vector_cotangents(
 def vector_dlogs(tile: Tile, c: Cotangents, dlog_total: Array) -> Array:
     """[C, K]: what each log receives.
 
-    A log at t is met by the reads and pairs of i >= t (exclusive: i > t), unless the pair's j >= t too, by the writes
-    of j < t, and by the chunk's total, dlog_total [K].
+    A log at t is met by the reads and pairs of i >= t (exclusive: i > t), unless the pair's j >= t
+    too, by the writes of j < t, and by the chunk's total, dlog_total [K].
     """
     balance = c.of_readers - c.of_writers
     i, j = rows_and_columns(balance.shape[0])
@@ -159,7 +167,9 @@ def _rows_summed(tile: Tile, which: Array, x: Array) -> Array:
 
 
 def scalar_mask(C: int, sums: tuple[Array, ...] | None) -> Array:
-    """Decays j -> i [C, C], 0 unless j < i. `sums`: of `tile.running_sums`, coarse and fine of reads, then of ends."""
+    """Decays j -> i [C, C], 0 unless j < i. `sums`: of `tile.running_sums`, coarse and fine of
+    reads, then of ends.
+    """
     i, j = rows_and_columns(C)
     if sums is None:
         return jnp.where(j < i, 1.0, 0.0)
@@ -173,7 +183,9 @@ def scalar_mask(C: int, sums: tuple[Array, ...] | None) -> Array:
 def scalar_cotangents(
     tile: Tile, q: Array, k: Array, dproducts: Array, dread_q: Array, dwrite_k: Array
 ) -> Cotangents:
-    """dproducts [C, C]: of q k^T, off the diagonal; dread_q, dwrite_k [C, K]: of q and k through the state."""
+    """dproducts [C, C]: of q k^T, off the diagonal; dread_q, dwrite_k [C, K]: of q and k through
+    the state.
+    """
     dq, dk = matmul(tile, dproducts, k), matmul(tile, dproducts, q, trans_a=True)
     met = (q * (dq + dread_q), k * dk, k * dwrite_k)
     return Cotangents(dq + dread_q, dk + dwrite_k, *met)

@@ -1,7 +1,8 @@
-"""Block sizes and warps of the GPU kernels, as data; `benchmarks/tune_linear_scan_gpu.py` fills the table on a device.
+"""Block sizes and warps of the GPU kernels, as data; `benchmarks/tune_linear_scan_gpu.py` fills the
+table on a device.
 
-A schedule changes only the time of a call. The rows here were chosen without a device, by `ptxas`: the largest blocks
-that do not spill registers (float32 operands take twice the room, and may).
+A schedule changes only the time of a call. The rows here were chosen without a device, by `ptxas`:
+the largest blocks that do not spill registers (float32 operands take twice the room, and may).
 """
 
 from typing import NamedTuple
@@ -33,8 +34,8 @@ class Schedule(NamedTuple):
     dscores_warps: int = 4
 
 
-# chip, as jax.Device.device_kind names it -> (streaming multiprocessors, bytes of shared memory that a program can
-# have, kind of decay -> Schedule).
+# chip, as jax.Device.device_kind names it -> (streaming multiprocessors, bytes of shared memory
+# that a program can have, kind of decay -> Schedule).
 TUNED = {
     "H200": (132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
     "H100": (132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
@@ -61,7 +62,8 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
 def scan_stages(
     schedule: Schedule, programs: int, chunk: int, K: int, block_v: int, operand_bytes: int
 ) -> int:
-    """Chunks in flight in the scan kernel: with more programs than multiprocessors, several share a multiprocessor.
+    """Chunks in flight in the scan kernel: with more programs than multiprocessors, several share a
+    multiprocessor.
 
     Triton was seen to take up to half a chunk's tiles more than those of the chunks in flight.
     """
@@ -72,7 +74,9 @@ def scan_stages(
 
 
 def segments(schedule: Schedule, walks: int, chunks: int) -> int:
-    """Into how many parts, a power of two, a sequence is cut so that `walks` programs a part fill the chip."""
+    """Into how many parts, a power of two, a sequence is cut so that `walks` programs a part fill
+    the chip.
+    """
     wanted = TUNED[chip()][0] * schedule.walks_per_core
     parts = 1
     while 2 * parts * walks <= wanted and chunks >= 2 * parts * SEGMENT_CHUNKS:

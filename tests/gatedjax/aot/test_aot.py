@@ -1,4 +1,6 @@
-"""Compiling for absent accelerators: the parser and the replay by hand, the report, the command line, bad input."""
+"""Compiling for absent accelerators: the parser and the replay by hand, the report, the command
+line, bad input.
+"""
 
 import json
 import os
@@ -131,7 +133,9 @@ def test_a_false_predicate_moves_nothing():
 
 
 def test_a_byte_of_a_packed_word():
-    """As kernels read int8 masks: shifted up beyond 32 bits, then down. Once replayed as 0x02020201, not as 1."""
+    """As kernels read int8 masks: shifted up beyond 32 bits, then down. Once replayed as
+    0x02020201, not as 1.
+    """
     shifts = "%s1 = smov 33686017", "%s2 = sshll.u32 %s1, 24", "%s3 = sshra.s32 %s2, 24"
     is_one = "%p4 = scmp.eq.s32.totalorder %s3, 1"
     _, timeline = run_listing(*shifts, is_one, "dma.hbm_to_vmem (%p4), [%s1], 8, [%s2], [%s3]")
@@ -285,7 +289,8 @@ def test_every_op_lowers_forward_and_backward(op, implementation, platform):
     assert ("tpu_custom_call" in text or "triton" in text) == (implementation == "kernel")
 
 
-# What must be seen in a process of its own: libtpu reads its flags once, and conftest's jax simulates eight devices.
+# What must be seen in a process of its own: libtpu reads its flags once, and conftest's jax
+# simulates eight devices.
 V5E = """
 import sys; sys.path[:0] = ["tests/gatedjax/aot"]
 import json, jax, jax.numpy as jnp

@@ -1,28 +1,20 @@
-"""Every op, forward and backward, compiles for an H200 that is not here; a Triton kernel's registers are reported."""
+"""Every op, forward and backward, compiles for an H200 that is not here; a Triton kernel's
+registers are reported.
+"""
 
 import jax
 import jax.numpy as jnp
 import pytest
+from cuda_plugin import needs_cuda_plugin
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from test_aot import SHAPES
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import CASES, make_case
-from gatedjax.aot.gpu import devices, find_ptxas
-from gatedjax.aot.targets import GPUS
+from gatedjax.aot.gpu import find_ptxas
 
-
-def plugin_missing() -> bool:
-    try:
-        return not devices(GPUS["h200"])
-    except RuntimeError:
-        return True
-
-
-pytestmark = pytest.mark.skipif(
-    plugin_missing(), reason="jax's CUDA plugin is not installed (make test-cuda-aot)"
-)
+pytestmark = needs_cuda_plugin
 
 
 @pytest.mark.parametrize("op", CASES)

@@ -1,4 +1,6 @@
-"""The real step on slices that are not here, through the command line: it fits, it does not, the slice is unknown."""
+"""The real step on slices that are not here, through the command line: it fits, it does not, the
+slice is unknown.
+"""
 
 import os
 import subprocess
@@ -35,7 +37,8 @@ def test_a_step_that_fits(tmp_path):
     done = train("--aot=2*v5e:2x2", "--config.mesh.fsdp=4", f"--workdir={tmp_path / 'run'}", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "8 TPU v5 lite device(s), mesh data 2 x fsdp 4" in done.stdout
-    # What the parameters' initialization traces, on this machine's own platform, is not what the step runs.
+    # What the parameters' initialization traces, on this machine's own platform, is not what the
+    # step runs.
     assert "ops: attention: tpu, expert_mlp: tpu\n" in done.stdout
     assert "fits" in done.stdout and "largest arrays of the state" in done.stdout
     assert "all-gather" in done.stdout and "reduce-scatter" in done.stdout
@@ -45,7 +48,9 @@ def test_a_step_that_fits(tmp_path):
 @pytest.mark.slow
 @needs_libtpu
 def test_ragged_exchange_compiles_for_tpu():
-    """No CPU runs it, so this is where jax's checks of what varies over devices, and the TPU's compiler, see it."""
+    """No CPU runs it, so this is where jax's checks of what varies over devices, and the TPU's
+    compiler, see it.
+    """
     exchange = "--config.model.ffns.moe.exchange=ragged_all_to_all"
     done = train("--aot=v5e:2x4", "--config.mesh.expert=4", exchange, *SMALL, config="tiny_moe")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""The TPU model agrees with published times of a real v5e (`benchmarks/tpu_model.py` tells where they are from)."""
+"""The TPU model agrees with published times of a real v5e (`benchmarks/tpu_model.py` tells where
+they are from).
+"""
 
 import json
 import os

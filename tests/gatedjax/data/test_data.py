@@ -92,7 +92,9 @@ def corpus_of(cfg: DataConfig) -> data.Corpus:
 
 
 def documents_of(corpus: data.Corpus, split: str, tokenizer=None) -> list[str]:
-    """Back from the token stream to texts; checks that each document ends with the end-of-document token."""
+    """Back from the token stream to texts; checks that each document ends with the end-of-document
+    token.
+    """
     tokenizer = tokenizer or data.ByteTokenizer()
     tokens, ends = corpus.stream(split)
     assert ends[-1] == len(tokens) == corpus.splits[split].tokens
@@ -183,7 +185,8 @@ def test_every_kind_keeps_every_document(tmp_path, kind):
     assert corpus.documents == 40 and corpus.bytes == sum(len(t.encode()) for t in TEXTS)
     assert corpus.bytes == sum(s.bytes for s in corpus.splits.values())
     assert data.validation_text(cfg) == "".join(parts["validation"]).encode()
-    # With bytes, what is predicted (every token but the first of a document) is as many as the bytes.
+    # With bytes, what is predicted (every token but the first of a document) is as many as the
+    # bytes.
     assert corpus.splits["train"].bytes_per_token == 1.0
     assert "sha256" in corpus.describe() and "\n" not in corpus.describe()
     assert corpus_of(cfg) == corpus
@@ -398,7 +401,7 @@ def test_files_of_another_kind(tmp_path, kind):
         )
         expect_input_error(
             config(tmp_path, str(tmp_path / "good"), kind, field="n"),
-            r"row 0: field 'n' holds int, want",
+            r"row 0: field 'n' holds int, expected",
         )
 
 
@@ -579,7 +582,9 @@ def test_a_file_that_holds_less_than_it_says(tmp_path, monkeypatch):
 
 
 def slow_windows(documents: list[list[int]], seq_len: int) -> list[list[tuple]]:
-    """Token by token: windows of (token, target, segment, position, weight), straight from the documents."""
+    """Token by token: windows of (token, target, segment, position, weight), straight from the
+    documents.
+    """
     stream = [(token, d) for d, document in enumerate(documents) for token in document]
     windows = []
     for start in range(0, len(stream) - 1, seq_len):
@@ -768,7 +773,9 @@ def test_a_corpus_of_less_than_one_window(tmp_path):
 
 
 def test_a_cache_that_vanishes_or_shrinks_under_a_run(tmp_path):
-    """Deleted files stay readable while they are open; a cut one ends the run with a line, not with a bus error."""
+    """Deleted files stay readable while they are open; a cut one ends the run with a line, not with
+    a bus error.
+    """
     cfg = config(tmp_path)
     corpus = corpus_of(cfg)
     dataset = data.make_dataset(cfg, "train", batch_size=8, rows=range(8), seed=0)

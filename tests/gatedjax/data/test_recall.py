@@ -1,4 +1,6 @@
-"""The recall tasks are what their papers say, element by element, and the same for any division into processes."""
+"""The recall tasks are what their papers say, element by element, and the same for any division
+into processes.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ def rng(seed=0):
 
 
 def zoology(seed, T, V, D, power):
-    """The study's algorithm, restated for one example with a zero filler: inputs, and labels (-100 for none)."""
+    """The study's algorithm, restated for one example with a zero filler: inputs, and labels (-100
+    for none).
+    """
     r = rng(seed)
     keys = 1 + r.choice(V // 2 - 1, D, replace=False)
     values = V // 2 + r.choice(V - V // 2, D, replace=False)
@@ -53,7 +57,9 @@ def test_mqar_can_be_solved_and_its_filler_is_random():
 
 
 def test_queries_come_soon():
-    """Slot i has probability ~ 1 / i: half of all queries are asked in the first tenth of the slots."""
+    """Slot i has probability ~ 1 / i: half of all queries are asked in the first tenth of the
+    slots.
+    """
     asked = [
         np.flatnonzero(mqar_row(rng(i), 512, 8192, 1, 0.01, False).loss_mask)[0] for i in range(500)
     ]

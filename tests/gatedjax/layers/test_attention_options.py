@@ -1,4 +1,6 @@
-"""GatedAttention's options: how they start, what is refused, tokens cut over devices, another project's layer."""
+"""GatedAttention's options: how they start, what is refused, tokens cut over devices, another
+project's layer.
+"""
 
 import typing
 
@@ -135,7 +137,9 @@ ON_MESH = dict(window=20, sinks=True, alibi="learned", gate_granularity="headwis
 
 @pytest.mark.parametrize("name", MESHES)
 def test_tokens_cut_over_devices(name):
-    """Values and gradients, with packed documents; and no device holds the scores of all queries."""
+    """Values and gradients, with packed documents; and no device holds the scores of all
+    queries.
+    """
     module, params = build(GatedAttentionConfig(**SMALL, **ON_MESH))
     ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (B, T)), axis=1), jnp.int32)
 
@@ -143,7 +147,7 @@ def test_tokens_cut_over_devices(name):
     def step(params, x):
         with nn.logical_axis_rules(RULES):
             loss = lambda p: (lambda y: (jnp.sum(jnp.sin(y)), y))(
-                module.apply({"params": p}, x, TokenInfo(positions(), ids))[0]
+                module.apply({"params": p}, x, TokenInfo(positions(), ids))
             )
             return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -158,7 +162,9 @@ def test_tokens_cut_over_devices(name):
 
 
 def test_equals_the_layer_of_transformers():
-    """Qwen3NextAttention, its weights copied: fused projection, partial rotation, zero-centered norms, gate."""
+    """Qwen3NextAttention, its weights copied: fused projection, partial rotation, zero-centered
+    norms, gate.
+    """
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     configuration = pytest.importorskip("transformers.models.qwen3_next.configuration_qwen3_next")
@@ -198,4 +204,4 @@ def test_equals_the_layer_of_transformers():
     config = GatedAttentionConfig(**QWEN3_NEXT | dict(num_heads=4, head_dim=16, rope_base=1e4))
     module, ours = build(config)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, params)
-    assert rel_rms(module.apply({"params": params}, X, TokenInfo(positions()))[0], expected) < 1e-5
+    assert rel_rms(module.apply({"params": params}, X, TokenInfo(positions())), expected) < 1e-5

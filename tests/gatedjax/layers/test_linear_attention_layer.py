@@ -1,4 +1,6 @@
-"""GatedLinearAttention against its recurrence, written out in float64 numpy, one token after the other."""
+"""GatedLinearAttention against its recurrence, written out in float64 numpy, one token after the
+other.
+"""
 
 import functools
 
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gatedjax.aot.hlo import collectives
 from gatedjax.config import GatedLinearAttentionConfig, MeshConfig
 from gatedjax.layers.conv import causal_conv
-from gatedjax.layers.linear_attention import GatedLinearAttention, init_cache, logsigmoid_decay
+from gatedjax.layers.linear_attention import GatedLinearAttention, logsigmoid_decay
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import RULES, make_mesh
 
@@ -50,7 +52,7 @@ def call(module, params, x=X, cache=None, start=0, segment_ids=None):
 
 @functools.cache
 def jitted(module):
-    return jax.jit(module.apply)
+    return jax.jit(functools.partial(module.apply, method="with_cache"))
 
 
 def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
@@ -127,7 +129,7 @@ def test_equals_the_recurrence_and_decodes_like_it(name):
     full, _ = call(module, params)
     assert rel_rms(full, expected(config, params, X)) < 1e-5
     prompt = 5
-    y, cache = call(module, params, X[:, :prompt], init_cache(config, B, T, jnp.float32))
+    y, cache = call(module, params, X[:, :prompt], module.init_cache(B, T))
     assert rel_rms(y, full[:, :prompt]) < 1e-5
     for t in range(prompt, T):
         y, cache = call(module, params, X[:, t : t + 1], cache, start=t)
@@ -144,7 +146,7 @@ def test_devices_along_context_exchange_states_not_tokens(name):
     info = TokenInfo(positions, jnp.asarray(np.arange(length) // 300 + np.arange(B)[:, None]))
 
     def loss(params, x):
-        return (module.apply({"params": params}, x, info)[0] ** 2).sum()
+        return (module.apply({"params": params}, x, info) ** 2).sum()
 
     single = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
     mesh = make_mesh(MeshConfig(context=8))

@@ -1,4 +1,6 @@
-"""The projection's own gradient is that of the einsum it computes, for one and for several axes on either side."""
+"""The projection's own gradient is that of the einsum it computes, for one and for several axes on
+either side.
+"""
 
 import jax
 import jax.numpy as jnp

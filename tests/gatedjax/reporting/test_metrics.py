@@ -1,4 +1,6 @@
-"""Writers, throughput, formats and the picture: right numbers in the right place, also after a kill and a resume."""
+"""Writers, throughput, formats and the picture: right numbers in the right place, also after a kill
+and a resume.
+"""
 
 import io
 import json
@@ -30,7 +32,8 @@ def steps_in(run_dir):
     return [r["step"] for r in read_records(run_dir / "metrics.jsonl")]
 
 
-# ---- formats --------------------------------------------------------------------------------------------------------
+# ---- formats
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,8 @@ def test_format_step_shows_what_is_known():
     )
 
 
-# ---- throughput -----------------------------------------------------------------------------------------------------
+# ---- throughput
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_throughput_leaves_out_compilation_and_pauses_and_keeps_pauses_in_the_time_left():
@@ -115,7 +119,8 @@ def test_throughput_without_a_known_peak_has_no_mfu():
     assert speed.read(4) == {"tokens_per_s": 5, "flops_per_s": 10, "mfu": None, "eta_s": 2.0}
 
 
-# ---- console --------------------------------------------------------------------------------------------------------
+# ---- console
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_console_writes_plain_lines_where_there_is_no_terminal():
@@ -140,7 +145,8 @@ def test_console_redraws_one_live_line_on_a_terminal(monkeypatch):
     assert out.getvalue() == live[0] + live[1] + clear + "checkpoint\n" + live[2] + "\n"
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_records_round_trip_and_are_valid_json(tmp_path):
@@ -258,7 +264,8 @@ def test_make_writers_writes_everywhere_and_only_on_the_first_process(
     assert capsys.readouterr().out == "" and not (tmp_path / "b").exists()
 
 
-# ---- the picture ----------------------------------------------------------------------------------------------------
+# ---- the picture
+# ----------------------------------------------------------------------------------------------------
 
 
 def write_run(run_dir, steps):

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-# Page faults of the second of two equal blocks of 128 MiB, allocated by a thread that is not the main one.
+# Page faults of the second of two equal blocks of 128 MiB, allocated by a thread that is not the
+# main one.
 FAULTS = """
 import resource, sys, threading
 import numpy as np

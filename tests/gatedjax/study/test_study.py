@@ -1,4 +1,6 @@
-"""Studies: cells train and are measured, finished runs are kept, tables and pictures say what the runs said."""
+"""Studies: cells train and are measured, finished runs are kept, tables and pictures say what the
+runs said.
+"""
 
 import dataclasses
 import json

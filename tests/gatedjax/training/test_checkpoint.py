@@ -1,4 +1,6 @@
-"""Checkpoints: equal to the bit after a restore; never a wrong value, a silent cast or a step lost without a word."""
+"""Checkpoints: equal to the bit after a restore; never a wrong value, a silent cast or a step lost
+without a word.
+"""
 
 import hashlib
 import json
@@ -24,7 +26,8 @@ from gatedjax.errors import InputError
 from gatedjax.training.checkpoint import Checkpointer, read_config
 from gatedjax.training.digests import digests_of
 
-# A read that fails leaves callbacks on an event loop that orbax has closed: noise, after the error that we test.
+# A read that fails leaves callbacks on an event loop that orbax has closed: noise, after the error
+# that we test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = {"model": {"width": 16, "norm_eps": 1e-6}, "name": "test"}
@@ -115,7 +118,8 @@ def files_of_step(directory, step):
     return [p.relative_to(directory) for p in sorted(files, key=lambda p: -p.stat().st_size)]
 
 
-# ---- what is restored -----------------------------------------------------------------------------------------------
+# ---- what is restored
+# -----------------------------------------------------------------------------------------------
 
 
 def test_newest_step_comes_back_to_the_bit(three_steps, states):
@@ -172,7 +176,8 @@ def test_configuration_is_read_without_the_state(three_steps, tmp_path):
         read_config(tmp_path / "nowhere")
 
 
-# ---- a target that differs is no damage -----------------------------------------------------------------------------
+# ---- a target that differs is no damage
+# -----------------------------------------------------------------------------
 
 
 def _replace_gate(state, **changes):
@@ -240,7 +245,8 @@ def test_leaves_that_are_no_plain_arrays_or_share_a_name_are_refused(tmp_path):
             checkpointer.save(1, {"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, data_index=0)
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _flip_bytes(path):
@@ -260,7 +266,9 @@ def _truncate(path):
 def test_any_damaged_file_gives_right_bits_or_the_step_before(
     three_steps, states, tmp_path, damage
 ):
-    """Every file of the newest step in turn: the worst outcome is an older step and a line that says so."""
+    """Every file of the newest step in turn: the worst outcome is an older step and a line that
+    says so.
+    """
     fell_back = 0
     for i, path in enumerate(files_of_step(three_steps, 3)):
         directory = shutil.copytree(three_steps, tmp_path / str(i))
@@ -276,7 +284,9 @@ def test_any_damaged_file_gives_right_bits_or_the_step_before(
 
 
 def test_bits_that_the_array_store_does_not_guard_are_caught_by_the_digest(tmp_path):
-    """Noise does not compress, so the store keeps it verbatim and reads changed bytes back without a complaint."""
+    """Noise does not compress, so the store keeps it verbatim and reads changed bytes back without
+    a complaint.
+    """
     noise = jax.random.bits(jax.random.key(0), (60_000,), jnp.uint32)
     state = {"quiet": jnp.zeros(4), "w": jax.lax.bitcast_convert_type(noise, jnp.float32)}
     with Checkpointer(tmp_path) as checkpointer:
@@ -342,7 +352,9 @@ def test_read_only_changes_nothing_and_needs_no_lock(run_dir, states):
 
 
 def test_array_metadata_that_points_elsewhere_is_refused(run_dir, states):
-    """A checkpoint from a stranger: the store's own metadata names a path outside, or is of another size."""
+    """A checkpoint from a stranger: the store's own metadata names a path outside, or is of another
+    size.
+    """
     path = run_dir / "checkpoints" / "3" / "state" / "_METADATA"
     path.write_text(
         path.read_text().replace('"mask"', '"/etc/passwd"').replace("'mask'", "'/etc/passwd'")
@@ -421,7 +433,8 @@ def test_keys_of_another_configuration_are_named(run_dir, states):
         checkpointer.restore_latest(_replace_gate(states[3], shape=(9,)))
 
 
-# ---- the digest -----------------------------------------------------------------------------------------------------
+# ---- the digest
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
@@ -461,7 +474,8 @@ def test_digest_is_of_bits_and_follows_its_definition():
     assert digests["zero"] != digests["minus"]
 
 
-# ---- the directory --------------------------------------------------------------------------------------------------
+# ---- the directory
+# --------------------------------------------------------------------------------------------------
 
 
 def test_second_run_on_a_directory_is_refused(tmp_path):
@@ -542,7 +556,9 @@ def test_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
 
 
 def test_full_disk_is_one_line_and_the_step_before_stays(tmp_path):
-    """A limit on the size of files stands for the full disk: the write itself fails, in orbax's thread."""
+    """A limit on the size of files stands for the full disk: the write itself fails, in orbax's
+    thread.
+    """
     child = run_child(
         tmp_path,
         """

@@ -1,4 +1,6 @@
-"""The step: golden numbers, accumulation, the guard, EMA; schedules, decay mask and Muon's dimensions."""
+"""The step: golden numbers, accumulation, the guard, EMA; schedules, decay mask and Muon's
+dimensions.
+"""
 
 import json
 import math
@@ -28,7 +30,9 @@ def six_steps():
 
 
 def test_golden_steps(six_steps, request):
-    """The first six losses and gradient norms. `make goldens` refreshes them after a change that is meant."""
+    """The first six losses and gradient norms. `make goldens` refreshes them after a change that is
+    meant.
+    """
     actual = [
         {k: round(m[k], 6) for k in ("loss", "grad_norm", "balance_loss")} for m in six_steps[2]
     ]
@@ -80,7 +84,8 @@ def test_bad_steps_change_nothing_but_the_counters():
 def test_exploding_gradient_is_skipped_once_the_mean_is_known():
     def batches(i):
         batch = random_batch(i)
-        # every target weighs 1000, against a count that still says 1 for most: gradient norm far above the mean
+        # every target weighs 1000, against a count that still says 1 for most: gradient norm far
+        # above the mean
         return batch.replace(targets=np.full_like(batch.targets, 63)) if i == 24 else batch
 
     _, _, log = run_steps(plain(optim__skip_factor=1.5), 26, batches)
@@ -156,7 +161,9 @@ def test_schedules():
 
 
 def test_analytic_flops_match_the_compiler():
-    """One period, so that the compiler's count, which sees a scan's body once, is the whole; recurrence terms aside."""
+    """One period, so that the compiler's count, which sees a scan's body once, is the whole;
+    recurrence terms aside.
+    """
     config = tiny(
         model__mixers__attention__window=None, model__ffns__moe__experts_per_token=1
     ).model

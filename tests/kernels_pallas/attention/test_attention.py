@@ -1,4 +1,6 @@
-"""`attention`: values and every gradient against the float64 reference, across tiles; and each of its promises."""
+"""`attention`: values and every gradient against the float64 reference, across tiles; and each of
+its promises.
+"""
 
 from functools import partial
 
@@ -245,7 +247,9 @@ def test_vmap(monkeypatch):
 
 
 def sharded(B=4, T=65):
-    """A (4, 2) mesh with the batch on one axis and heads on the other, and how each argument lies on it."""
+    """A (4, 2) mesh with the batch on one axis and heads on the other, and how each argument lies
+    on it.
+    """
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     arrays, options = draw(B=B, T=T, **EVERYTHING)
     specs = {name: P("data", None, "model") for name in ("q", "k", "v", "gate_logits")}
@@ -254,7 +258,9 @@ def sharded(B=4, T=65):
 
 
 def test_shard_map(monkeypatch):
-    """Each device has its rows and heads; the sinks are the same on every data shard, so their gradient is summed."""
+    """Each device has its rows and heads; the sinks are the same on every data shard, so their
+    gradient is summed.
+    """
     force_tiles(monkeypatch, 16, 16)
     mesh, arrays, options, specs = sharded()
     ids = options.pop("segment_ids")

@@ -1,4 +1,6 @@
-"""attention's GPU kernels compiled for an H200 that is not here: no register spills, types checked on a mesh."""
+"""attention's GPU kernels compiled for an H200 that is not here: no register spills, types checked
+on a mesh.
+"""
 
 import re
 
@@ -6,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_plugin import needs_cuda_plugin
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_aot_cuda import pytestmark  # noqa: F401  skipped where jax's CUDA plugin is not installed
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
@@ -17,6 +19,7 @@ from gatedjax.aot.targets import GPUS
 from kernels_pallas import attention, dispatch
 from kernels_pallas.attention import NORMALIZERS, attention_step
 
+pytestmark = needs_cuda_plugin
 needs_ptxas = pytest.mark.skipif(
     not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)"
 )
@@ -76,7 +79,9 @@ def test_every_normalizer_of_one_walk_compiles(normalizer):
 
 @needs_ptxas
 def test_every_option_compiles():
-    """Packed, windowed, capped, with slopes and sinks, K and V of their own: all at once, some spill."""
+    """Packed, windowed, capped, with slopes and sinks, K and V of their own: all at once, some
+    spill.
+    """
     B, T, H, Hk = 2, 1024, 8, 2
     floats = (
         array(B, T, H, 96),
@@ -133,7 +138,9 @@ def test_a_decoding_step(D):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_of_two(axis_type):
-    """Under plain jit, and inside shard_map with varying axes checked: no device gathers another's rows."""
+    """Under plain jit, and inside shard_map with varying axes checked: no device gathers another's
+    rows.
+    """
     mesh = Mesh(np.array(devices(GPUS["h200"], 2)), ("data",), axis_types=(axis_type,))
     placed = lambda *shape: jax.ShapeDtypeStruct(
         shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("data"))

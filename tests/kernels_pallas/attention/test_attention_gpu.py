@@ -1,4 +1,6 @@
-"""attention's GPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
+"""attention's GPU kernels, interpreted on CPU: values, gradients, promises, and that these tests
+can fail.
+"""
 
 import importlib
 from functools import partial
@@ -86,7 +88,9 @@ def test_bfloat16():
 
 
 def test_bfloat16_as_the_tensor_core_rounds(monkeypatch):
-    """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors there."""
+    """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors
+    there.
+    """
     monkeypatch.setattr(room, "operands", lambda *_: (jnp.dtype(jnp.bfloat16), None))
     monkeypatch.setattr(tile, "matmul", rounded_matmul)
     arrays, options = draw(T=70, B=1, H=1, Hk=1, gate="element-wise")
@@ -125,7 +129,9 @@ def test_a_kernel_each_for_dk_and_dv(monkeypatch):
 
 @pytest.mark.slow
 def test_segment_ids_in_no_order():
-    """Blocks are left out by the least and largest id of each, which must not be taken for sorted."""
+    """Blocks are left out by the least and largest id of each, which must not be taken for
+    sorted.
+    """
     arrays, _ = draw(T=80, B=1, H=1, Hk=1)
     arrays = cast(arrays, jnp.float32)
     ids = jnp.asarray(np.repeat([[5, 0, 9, 0, 5, 7, 9, 2]], 10, axis=1), jnp.int32)

@@ -1,4 +1,6 @@
-"""Every normalizer of `attention` against its paper's formula in float64: tile by tile, in the op, and decoding."""
+"""Every normalizer of `attention` against its paper's formula in float64: tile by tile, in the op,
+and decoding.
+"""
 
 import functools
 from functools import partial
@@ -180,8 +182,8 @@ def test_a_planted_error_is_found(error, monkeypatch):
 
 MASKS = {"causal": {}, "window": dict(window=9), "segments": dict(segments=True)}
 GATES = (None, "head-wise", "element-wise")
-# `make test` has one case for each normalizer, with everything in it, every third in bfloat16 too; the slow ones are the
-# whole product.
+# `make test` has one case for each normalizer, with everything in it, every third in bfloat16 too;
+# the slow ones are the whole product.
 QUICK = [
     (name, GATES[1 + i % 2], (jnp.float32, jnp.bfloat16)[: 1 + (i % 3 == 0)])
     for i, name in enumerate(NORMALIZERS)

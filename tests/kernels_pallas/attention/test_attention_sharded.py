@@ -1,4 +1,6 @@
-"""attention cut along T over devices equals attention on one: values and gradients; and the work is shared out."""
+"""attention cut along T over devices equals attention on one: values and gradients; and the work is
+shared out.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +75,9 @@ def test_pieces_at_the_wrong_place_are_found(monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_causal_work_is_balanced(size):
-    """Every device attends for two pieces, which see the same number of keys together; every piece has one device."""
+    """Every device attends for two pieces, which see the same number of keys together; every piece
+    has one device.
+    """
     pieces = sharded._Pieces(size, "context")
     numbers = np.stack(pieces.numbers(jnp.arange(size)))
     assert sorted(numbers.ravel().tolist()) == list(range(2 * size))
@@ -91,7 +95,9 @@ def test_other_implementations_are_refused():
 
 
 def test_no_array_is_gathered_but_keys_and_values():
-    """Per layer: two all-gathers forward, two reduce-scatters backward, and queries travel once each way."""
+    """Per layer: two all-gathers forward, two reduce-scatters backward, and queries travel once
+    each way.
+    """
     arrays = cast(draw(T=64)[0], jnp.float32)
     text = lambda **options: str(
         jax.make_jaxpr(jax.grad(lambda a: on_many(a, **options).sum()))(arrays)

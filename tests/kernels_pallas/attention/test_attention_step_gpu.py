@@ -1,4 +1,6 @@
-"""attention_step's GPU kernel, interpreted on CPU: a cache split over its length gives what the whole one gives."""
+"""attention_step's GPU kernel, interpreted on CPU: a cache split over its length gives what the
+whole one gives.
+"""
 
 import importlib
 from functools import partial
@@ -30,7 +32,9 @@ QUICK = ("softmax", "self_adjust")
 
 
 def draw(B=3, H=4, Hk=2, K=24, V=40, gate="element-wise", slopes=False, sinks=False, slots=S):
-    """(arrays, valid, distances); of the last row nothing at all is valid, and of the one before it a single slot."""
+    """(arrays, valid, distances); of the last row nothing at all is valid, and of the one before it
+    a single slot.
+    """
     rng = np.random.default_rng(0)
     shapes = dict(q=(B, H, K), k_cache=(B, slots, Hk, K), v_cache=(B, slots, Hk, V))
     if gate:

@@ -1,4 +1,6 @@
-"""attention's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
+"""attention's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests
+can fail.
+"""
 
 import importlib
 import json
@@ -83,7 +85,9 @@ def test_float32(name):
 
 @pytest.mark.parametrize("normalizer", [name for name in ONE_PASS if name != "softmax"])
 def test_every_normalizer_of_one_walk(normalizer):
-    """One tile of each, with documents and either gate; the one that keeps most of a row, over several."""
+    """One tile of each, with documents and either gate; the one that keeps most of a row, over
+    several.
+    """
     gate = ("head-wise", "element-wise")[ONE_PASS.index(normalizer) % 2]
     compare(
         T=150 if normalizer == "self_adjust" else 70,
@@ -101,7 +105,9 @@ def test_bfloat16():
 
 
 def test_bfloat16_as_the_matrix_unit_rounds(monkeypatch):
-    """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors there."""
+    """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors
+    there.
+    """
     monkeypatch.setattr(room, "_rounds", lambda *_: True)
     arrays, options = draw(T=70, B=1, H=1, Hk=1, gate="element-wise")
     arrays = cast(arrays, jnp.bfloat16)

@@ -1,4 +1,6 @@
-"""`expert_mlp`: values and gradients against float64, on every implementation; bad input by name."""
+"""`expert_mlp`: values and gradients against float64, on every implementation; bad input by
+name.
+"""
 
 import functools
 
@@ -57,7 +59,9 @@ def value_and_gradients(arrays, sizes, f=expert_mlp, **options):
 
 
 def truth(arrays, sizes, half=None):
-    """By hand, in numpy and float64, a group after the other. `half`: which of two the rows are of all."""
+    """By hand, in numpy and float64, a group after the other. `half`: which of two the rows are of
+    all.
+    """
     x, gate, up, down = (np.asarray(arrays[name], np.float64) for name in NAMES)
     dy = cotangent(len(x)) if half is None else cotangent(2 * len(x)).reshape(2, len(x), M)[half]
     dy = np.asarray(jnp.asarray(dy, arrays["rows"].dtype), np.float64)
@@ -109,7 +113,9 @@ def test_tpu_without_weights():
 
 
 def test_tpu_without_a_derivative():
-    """Other kernels, which write the product instead of the two pre-activations: the same to the rounding."""
+    """Other kernels, which write the product instead of the two pre-activations: the same to the
+    rounding.
+    """
     arrays = draw(jnp.float32) | weights()
     run = jax.jit(functools.partial(expert_mlp, implementation="tpu", interpret=True))
     y = run(*(arrays[name] for name in NAMES), jnp.asarray(SIZES), arrays["weights"])
@@ -126,7 +132,9 @@ def test_composed(implementation):
 
 @pytest.mark.slow
 def test_bfloat16():
-    """Pre-activations and their product are rounded too: the kernels are as far from the truth as three matmuls."""
+    """Pre-activations and their product are rounded too: the kernels are as far from the truth as
+    three matmuls.
+    """
     arrays, sizes = draw(jnp.bfloat16), jnp.asarray(SIZES)
     expected = truth(arrays, SIZES)
     tpu, xla = on_tpu()(arrays, sizes), jax.jit(value_and_gradients)(arrays, sizes)
@@ -138,7 +146,9 @@ def test_bfloat16():
 
 @pytest.mark.slow
 def test_shard_map():
-    """Rows of each device's own; matrices the same everywhere, so that their gradients are summed."""
+    """Rows of each device's own; matrices the same everywhere, so that their gradients are
+    summed.
+    """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     arrays, sizes = draw(jnp.float32, 32) | weights(32), np.asarray([[5, 1, 0, 9], [3, 0, 2, 11]])
     call = lambda *a: expert_mlp(*a[:4], a[4][0], a[5], implementation="tpu", interpret=True)

@@ -1,4 +1,6 @@
-"""`grouped_matmul` and the permutation around it: values and gradients against float64, and the work really done."""
+"""`grouped_matmul` and the permutation around it: values and gradients against float64, and the
+work really done.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +119,9 @@ def test_result_does_not_depend_on_tiles(rows, block, monkeypatch):
 
 @pytest.mark.parametrize("preferred", [None, jnp.float32])
 def test_bfloat16(preferred):
-    """Sums are float32: the error is the rounding of the result, none if it is asked for in float32."""
+    """Sums are float32: the error is the rounding of the result, none if it is asked for in
+    float32.
+    """
     arrays = cast(draw(), jnp.bfloat16)
     run = jax.jit(lambda a, s: value_and_gradients(a, s, preferred_element_type=preferred))
     actual = run(arrays, jnp.asarray(SIZES["unequal"]))
@@ -130,7 +134,9 @@ def test_bfloat16(preferred):
 
 
 def test_work_does_not_grow_with_groups(monkeypatch):
-    """Counts the rows that are multiplied while it runs: M, and less than a tile of padding a group, three times."""
+    """Counts the rows that are multiplied while it runs: M, and less than a tile of padding a
+    group, three times.
+    """
     multiplied = []
     matmul = xla._matmul
 
@@ -166,7 +172,9 @@ def test_vmap():
 
 
 def test_shard_map():
-    """Every device sorts its own rows; the matrices are the same everywhere, so their gradient is summed."""
+    """Every device sorts its own rows; the matrices are the same everywhere, so their gradient is
+    summed.
+    """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     arrays = draw(8 * 24)
     sizes = np.random.default_rng(0).multinomial(

@@ -1,4 +1,6 @@
-"""The GPU kernels of `grouped_matmul`, in interpret mode: values and gradients against float64, any group sizes."""
+"""The GPU kernels of `grouped_matmul`, in interpret mode: values and gradients against float64, any
+group sizes.
+"""
 
 import functools
 

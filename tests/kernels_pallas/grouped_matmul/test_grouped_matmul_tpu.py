@@ -1,4 +1,6 @@
-"""The TPU kernels of `grouped_matmul`, in interpret mode: values and gradients against float64, any group sizes."""
+"""The TPU kernels of `grouped_matmul`, in interpret mode: values and gradients against float64, any
+group sizes.
+"""
 
 import functools
 
@@ -132,7 +134,9 @@ def test_vmap():
 
 
 def test_shard_map():
-    """Every device sorts its own rows; the matrices are the same everywhere, so their gradient is summed."""
+    """Every device sorts its own rows; the matrices are the same everywhere, so their gradient is
+    summed.
+    """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     sizes = np.asarray([[5, 0, 3, 9, 2], [1, 1, 17, 1, 4]])
     rng, own = np.random.default_rng(0), [draw(24, seed=i) for i in range(2)]
@@ -155,7 +159,9 @@ def test_shard_map():
 
 
 def test_jit_on_a_mesh():
-    """The op cuts sorted rows over the devices by itself: a group may lie on several, its gradient is summed."""
+    """The op cuts sorted rows over the devices by itself: a group may lie on several, its gradient
+    is summed.
+    """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     arrays, sizes = draw(96), [50, 0, 3, 30, 4]
     specs = {"lhs": P("data"), "rhs": P()}
@@ -200,7 +206,9 @@ def kernels(sizes, interpret):
 
 @pytest.mark.slow
 def test_no_races():
-    """With DMAs as late as they may be, memory that begins as NaN, and reads beyond an array refused."""
+    """With DMAs as late as they may be, memory that begins as NaN, and reads beyond an array
+    refused.
+    """
     strict = pltpu.InterpretParams(
         detect_races=True,
         dma_execution_mode="on_wait",
@@ -228,7 +236,9 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_a_planted_error_is_seen(error, monkeypatch):
-    """Without the care for rows that share a register with another group, results are wrong, and the tests see it."""
+    """Without the care for rows that share a register with another group, results are wrong, and
+    the tests see it.
+    """
     module, name, wrong, spoilt = PLANTED[error]
     monkeypatch.setattr(module, name, wrong)
     actual, expected = kernels(SHARING, True)
@@ -237,7 +247,9 @@ def test_a_planted_error_is_seen(error, monkeypatch):
 
 
 def per_row(low, high):
-    """(the numbers of 48 rows from row 112 on, row sums of their squares): of 300 rows, over the end of a line."""
+    """(the numbers of 48 rows from row 112 on, row sums of their squares): of 300 rows, over the
+    end of a line.
+    """
     numbers, values = (
         jnp.arange(300.0),
         np.random.default_rng(0).normal(size=(48, 256)).astype(np.float32),

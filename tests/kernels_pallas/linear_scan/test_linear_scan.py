@@ -1,4 +1,6 @@
-"""linear_scan: values and gradients against the float64 recurrence; packing, decoding, transformations, refusals."""
+"""linear_scan: values and gradients against the float64 recurrence; packing, decoding,
+transformations, refusals.
+"""
 
 from functools import partial
 
@@ -244,7 +246,8 @@ def test_the_states_are_the_residual_with_a_name():
 def test_shard_map_with_varying_axes_checked(rank):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     x = {n: jnp.float32(a) for n, a in make(B=8, T=10, rank=rank, bonus=True).items()}
-    # What belongs to a layer, not to a row of the batch, is replicated: its gradient is the sum over the devices.
+    # What belongs to a layer, not to a row of the batch, is replicated: its gradient is the sum
+    # over the devices.
     specs = {n: P() if n == "bonus" or (n == "log_decay" and rank == 1) else P("data") for n in x}
     segment_ids = jnp.asarray(np.repeat(np.arange(5), 2)[None].repeat(8, 0))
 

@@ -1,4 +1,6 @@
-"""linear_scan's GPU kernels compiled for an H200 that is not here: no register spills, types checked on a mesh."""
+"""linear_scan's GPU kernels compiled for an H200 that is not here: no register spills, types
+checked on a mesh.
+"""
 
 import re
 
@@ -6,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_plugin import needs_cuda_plugin
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_aot_cuda import pytestmark  # noqa: F401  skipped where jax's CUDA plugin is not installed
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
@@ -16,6 +18,7 @@ from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
 from kernels_pallas import dispatch, linear_scan
 
+pytestmark = needs_cuda_plugin
 needs_ptxas = pytest.mark.skipif(
     not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)"
 )
@@ -53,7 +56,9 @@ def test_no_kernel_spills(shape, decay):
 @needs_ptxas
 @pytest.mark.parametrize("decay", ["vector", "scalar"])
 def test_no_kernel_spills_with_every_option(decay):
-    """Exclusive reads with a bonus, packed, reversed, normalized, grouped values: at most two registers too many."""
+    """Exclusive reads with a bonus, packed, reversed, normalized, grouped values: at most two
+    registers too many.
+    """
     B, T, H, K = 2, 1024, 8, 128
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     log_decay = (
@@ -110,7 +115,9 @@ def test_large_heads_fit_into_shared_memory(dtype, K, V):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_of_two(axis_type):
-    """Under plain jit, and inside shard_map with varying axes checked: no device gathers another's rows."""
+    """Under plain jit, and inside shard_map with varying axes checked: no device gathers another's
+    rows.
+    """
     mesh = Mesh(np.array(devices(GPUS["h200"], 2)), ("data",), axis_types=(axis_type,))
     placed = lambda *shape: jax.ShapeDtypeStruct(
         shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("data"))

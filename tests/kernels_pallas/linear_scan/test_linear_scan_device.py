@@ -1,6 +1,7 @@
 """linear_scan's kernels on the GPU of this machine: values and gradients. Run by benchmarks/gpu.sh.
 
-Elsewhere skipped; with DEVICE_TESTS=interpret a few cases run interpreted on the CPU, to try this file itself.
+Elsewhere skipped; with DEVICE_TESTS=interpret a few cases run interpreted on the CPU, to try this
+file itself.
 """
 
 import os
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.skipif(
     jax.default_backend() != "gpu" and not INTERPRET,
     reason="there is no GPU here (benchmarks/gpu.sh)",
 )
-# float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded to them.
+# float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded
+# to them.
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
 OPTIONS = {
     "inclusive": {},

@@ -1,4 +1,6 @@
-"""linear_scan's GPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
+"""linear_scan's GPU kernels, interpreted on CPU: values, gradients, promises, and that these tests
+can fail.
+"""
 
 from functools import partial
 
@@ -143,7 +145,9 @@ def test_bfloat16(rank, decay):
 @pytest.mark.parametrize("rank", [slow(3), 4])
 @pytest.mark.parametrize("decay", ["near zero", "gla", "mixture"])
 def test_bfloat16_as_the_tensor_core_rounds(rank, decay, monkeypatch):
-    """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there, not below BF16."""
+    """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there,
+    not below BF16.
+    """
     monkeypatch.setattr(gpu, "_matmuls", lambda *_: (jnp.dtype(jnp.bfloat16), None))
     monkeypatch.setattr(gpu_tile, "matmul", rounded_matmul)
     for room in (gpu_scan, gpu_scores, gpu_back):

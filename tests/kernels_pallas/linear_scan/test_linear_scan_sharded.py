@@ -1,4 +1,6 @@
-"""linear_scan cut along T over devices equals linear_scan on one: values, final state, gradients."""
+"""linear_scan cut along T over devices equals linear_scan on one: values, final state,
+gradients.
+"""
 
 from functools import partial
 
@@ -14,7 +16,8 @@ from scan_cases import F32, MAKE_KEYS, fast_jit, make
 from kernels_pallas import linear_scan
 from kernels_pallas.linear_scan import sharded
 
-# A segment over all of device 1, one that begins with device 2, one that begins inside device 3; a row without any.
+# A segment over all of device 1, one that begins with device 2, one that begins inside device 3; a
+# row without any.
 SEGMENTS = np.array([[0] * 8 + [1] * 2 + [0] * 14 + [2] * 8 + [1] * 3 + [3] * 5, [7] * 40])
 CASES = {
     "vector, exclusive, segments": dict(bonus=True, inclusive=False, segments=True),

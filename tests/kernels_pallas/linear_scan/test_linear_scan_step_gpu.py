@@ -1,4 +1,6 @@
-"""linear_scan_step on GPU, through jax-triton: numbers from Triton's interpreter, compilation for an H200 not here."""
+"""linear_scan_step on GPU, through jax-triton: numbers from Triton's interpreter, compilation for
+an H200 not here.
+"""
 
 import importlib.util
 import json
@@ -12,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_plugin import plugin_missing
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_aot_cuda import plugin_missing
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.gpu import devices
@@ -50,7 +52,9 @@ def interpreted(*arguments: str) -> dict[str, list[float]]:
 
 @needs_triton
 def test_values_in_tritons_interpreter():
-    """Every kind of decay, inclusive, exclusive and with a bonus, heads grouped, K and V no powers of two."""
+    """Every kind of decay, inclusive, exclusive and with a bonus, heads grouped, K and V no powers
+    of two.
+    """
     errors = interpreted()
     assert len(errors) == 13 and all(state <= 2e-6 for _, state in errors.values())
     assert all(o <= (4e-3 if "bfloat16" in case else 2e-6) for case, (o, _) in errors.items()), (

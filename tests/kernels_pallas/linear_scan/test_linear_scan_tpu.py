@@ -1,4 +1,6 @@
-"""linear_scan's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests can fail."""
+"""linear_scan's TPU kernels, interpreted on CPU: values, gradients, promises, and that these tests
+can fail.
+"""
 
 import importlib
 from functools import partial
@@ -103,7 +105,9 @@ def test_bfloat16(rank, decay):
 @pytest.mark.parametrize("rank", [slow(3), 4])
 @pytest.mark.parametrize("decay", ["near zero", slow("gla"), slow("mixture")])
 def test_bfloat16_as_the_matrix_unit_rounds(rank, decay, monkeypatch):
-    """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there, not below BF16."""
+    """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there,
+    not below BF16.
+    """
     room = importlib.import_module("kernels_pallas.linear_scan.tpu.op")
     monkeypatch.setattr(room, "_plan", rounded(room._plan))
     x = make(B=1, H=1, K=8, V=16, rank=rank, decay=decay)

@@ -1,4 +1,5 @@
-"""The slow twin of the sparse mixture: every expert on every token, and a weight, mostly 0, for each pair of them.
+"""The slow twin of the sparse mixture: every expert on every token, and a weight, mostly 0, for
+each pair of them.
 
 Built from ranks and masks, where the layer sorts and gathers: they share no code.
 """
@@ -50,7 +51,9 @@ def hashed(tokens, experts, k):
 
 
 def combine_weights(r, k, z, bias=0.0, importance=1.0, tokens=None, noise=0.0):
-    """[B, T, E]: what the router `r` multiplies each expert's output by, from logits over the temperature."""
+    """[B, T, E]: what the router `r` multiplies each expert's output by, from logits over the
+    temperature.
+    """
     z = z + noise
     s = score(r.scoring, z)
     preferred = s + bias

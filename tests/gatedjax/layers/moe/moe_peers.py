@@ -1,7 +1,9 @@
-"""Runs transformers' sparse blocks on given weights: python moe_peers.py IN.npz OUT.npz, where torch is installed.
+"""Runs transformers' sparse blocks on given weights: python moe_peers.py IN.npz OUT.npz, where
+torch is installed.
 
-In: x [B, T, M], weight (of the output's sum), router [M, E], gate, up [E, M, F], down [E, F, M], bias [E], shared_* .
-Out, for each model: y, and the gradients of sum(y * weight) by x, router and down; and the balance loss of Mixtral.
+In: x [B, T, M], weight (of the output's sum), router [M, E], gate, up [E, M, F], down [E, F, M],
+bias [E], shared_* . Out, for each model: y, and the gradients of sum(y * weight) by x, router and
+down; and the balance loss of Mixtral.
 """
 
 import sys

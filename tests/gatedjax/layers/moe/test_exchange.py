@@ -11,6 +11,7 @@ from helpers import rel_rms
 
 from gatedjax.config import MeshConfig, RouterConfig, SparseMoEConfig
 from gatedjax.layers.moe.sparse import SparseMoE
+from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.sharding import RULES, make_mesh, param_shardings
 
 X = np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32)
@@ -32,7 +33,9 @@ MESHES = {
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`lax.ragged_all_to_all`, which CPUs do not have: everybody gets everything and picks out what is sent to it."""
+    """`lax.ragged_all_to_all`, which CPUs do not have: everybody gets everything and picks out what
+    is sent to it.
+    """
     gather = lambda a: jax.lax.all_gather(a, axis_name)
     me = jax.lax.axis_index(axis_name)
     everything, starts, sizes, places = map(
@@ -56,12 +59,13 @@ def run(config, mesh: dict, devices=None, x=X):
     module = SparseMoE(config, 0.3, jnp.float32)
     mesh = make_mesh(MeshConfig(**mesh), devices)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        boxed = jax.jit(lambda key: module.init(key, X))(jax.random.key(0))["params"]
+        with boxed_parameters():
+            boxed = jax.jit(lambda key: module.init(key, X))(jax.random.key(0))["params"]
         params = jax.device_put(nn.meta.unbox(boxed), param_shardings(mesh, boxed))
         params["router_bias"] += np.array([2, 1, 0, 0, 0, 1, -30, -30, 1], np.float32)
 
         def loss(p, x):
-            y, statistics, logits = module.apply({"params": p}, x)
+            y, statistics, logits = module.apply({"params": p}, x, method="with_statistics")
             return jnp.sum(y * WEIGHT[: x.shape[0]]) + jnp.sum(statistics["probability"] ** 2), (
                 y,
                 statistics,
@@ -100,7 +104,9 @@ def test_eight_devices_equal_one(exchange, mesh, alone):
 
 
 def test_ragged_exchange_equals_one_device(alone, monkeypatch):
-    """Its own gathers and offsets, around an emulated collective; CPUs refuse the real one by name."""
+    """Its own gathers and offsets, around an emulated collective; CPUs refuse the real one by
+    name.
+    """
     config = dataclasses.replace(CONFIG, exchange="ragged_all_to_all")
     with pytest.raises(NotImplementedError, match="'ragged_all_to_all' is not implemented on CPU"):
         run(config, MESHES["fsdp x expert"])
@@ -110,7 +116,9 @@ def test_ragged_exchange_equals_one_device(alone, monkeypatch):
 
 
 def test_a_batch_too_small_to_cut():
-    """One row on eight devices: each computes what its own experts contribute; with one device an expert, too."""
+    """One row on eight devices: each computes what its own experts contribute; with one device an
+    expert, too.
+    """
     single = run(CONFIG, {}, jax.devices()[:1], X[:1])
     for mesh in (MESHES["fsdp x expert"], dict(fsdp=8)):
         assert_equal(run(dataclasses.replace(CONFIG, exchange="all_to_all"), mesh, x=X[:1]), single)
@@ -121,7 +129,9 @@ def test_a_batch_too_small_to_cut():
     [("all_to_all", 0.5), pytest.param("ragged_all_to_all", 0.3, marks=pytest.mark.slow)],
 )
 def test_what_the_exchange_drops_is_counted(exchange, factor, alone, monkeypatch):
-    """Limited room: the count is that of all devices, beside NumPy; what is dropped contributes nothing."""
+    """Limited room: the count is that of all devices, beside NumPy; what is dropped contributes
+    nothing.
+    """
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
     monkeypatch.setattr("gatedjax.layers.moe.exchange.target_platform", lambda: "tpu")
     config = dataclasses.replace(CONFIG, exchange=exchange, exchange_factor=factor)

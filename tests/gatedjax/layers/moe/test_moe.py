@@ -1,4 +1,6 @@
-"""Sparse = dense mixture of experts, for every router; permutations, capacity, experts that cost nothing."""
+"""Sparse = dense mixture of experts, for every router; permutations, capacity, experts that cost
+nothing.
+"""
 
 import dataclasses
 import functools
@@ -22,8 +24,9 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.errors import InputError
+from gatedjax.layers.moe.capacity import capacities, limit_capacity
 from gatedjax.layers.moe.experts import Stacks, mixture, weight_of
-from gatedjax.layers.moe.routing import Routing, capacities, limit_capacity, route
+from gatedjax.layers.moe.routing import Routing, route
 from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.moe.state import NAME, split
 from gatedjax.layers.token_info import TokenInfo
@@ -104,7 +107,9 @@ def configure(**values) -> SparseMoEConfig:
 
 
 def make(config):
-    """The module, its parameters and its state; biases and importance are moved from where they start."""
+    """The module, its parameters and its state; biases and importance are moved from where they
+    start.
+    """
     module = SparseMoE(config, 0.3, jnp.float32)
     init = jax.jit(
         lambda key: module.init(key, X, TokenInfo(TOKENS, None, TOKENS))
@@ -119,9 +124,15 @@ def make(config):
     return module, *(jax.tree_util.tree_map_with_path(shift, tree) for tree in (params, state))
 
 
+def with_statistics(module):
+    return functools.partial(module.apply, method="with_statistics")
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_router_equals_ranks_and_masks(name):
-    """Combine weights, and their gradient by the logits; every fourth token has nothing but ties."""
+    """Combine weights, and their gradient by the logits; every fourth token has nothing but
+    ties.
+    """
     config = configure(**VARIANTS[name])
     r, k, E = config.router, config.experts_per_token, config.total_experts
     rng = np.random.default_rng(3)
@@ -165,7 +176,9 @@ def test_sparse_equals_dense_with_gradients(name):
     )
 
     def sparse(p, x):
-        y, *_ = module.apply({"params": p | state}, x, TokenInfo(TOKENS, None, TOKENS), previous)
+        y, *_ = with_statistics(module)(
+            {"params": p | state}, x, TokenInfo(TOKENS, None, TOKENS), previous
+        )
         return jnp.sum(y * weight), y
 
     def dense(p, x):
@@ -183,7 +196,7 @@ def test_sparse_equals_dense_with_gradients(name):
 def test_permuting_tokens_permutes_outputs(name):
     module, params, state = make(configure(**VARIANTS[name]))
     order = np.random.default_rng(2).permutation(24)
-    apply = jax.jit(lambda x: module.apply({"params": params | state}, x))
+    apply = jax.jit(lambda x: with_statistics(module)({"params": params | state}, x))
     (y, statistics, _), (z, permuted, _) = apply(X), apply(X[:, order])
     assert rel_rms(z, y[:, order]) < 1e-6
     for key in statistics:
@@ -203,17 +216,19 @@ def test_only_free_experts_equal_their_closed_form():
     expected = of_x[..., None] * X + jnp.einsum(
         "btn,nm->btm", w[..., 2:] * a[..., 1], params["constant"]
     )
-    y, statistics, _ = jax.jit(module.apply)({"params": params}, X)
+    y, statistics, _ = jax.jit(with_statistics(module))({"params": params}, X)
     assert rel_rms(y, expected) < 1e-6
     np.testing.assert_array_equal(statistics["counts"], [48] * 4)
 
 
 @pytest.mark.parametrize("order", ["position", "choice", "priority"])
 def test_capacity_drops_those_who_come_last(order):
-    """Beside a queue in Python: each expert takes the first C of a row, the rest count as dropped and give 0."""
+    """Beside a queue in Python: each expert takes the first C of a row, the rest count as dropped
+    and give 0.
+    """
     config = configure(capacity_factor=0.7, capacity_order=order, router=dict(renormalize=False))
     module, params, _ = make(config)
-    y, statistics, _ = jax.jit(module.apply)({"params": params}, X)
+    y, statistics, _ = jax.jit(with_statistics(module))({"params": params}, X)
     p = np.asarray(jax.nn.softmax(X @ params["router"]["kernel"]))
     capacity, weights, dropped = 7, np.zeros_like(p), 0  # ceil(2 * 24 / 5 * 0.7)
     for b in range(2):
@@ -240,13 +255,17 @@ def test_capacity_drops_those_who_come_last(order):
 
 
 def test_straight_through_noise_has_the_softmax_gradient():
-    """With noise: one expert with weight exactly 1 going forward, the relaxed gradient going backward."""
+    """With noise: one expert with weight exactly 1 going forward, the relaxed gradient going
+    backward.
+    """
     module, params, _ = make(
         configure(experts_per_token=1, router=dict(selection="gumbel", renormalize=False))
     )
 
     def loss(p, key):
-        y, statistics, _ = module.apply({"params": p}, X, rngs={"router": jax.random.key(key)})
+        y, statistics, _ = with_statistics(module)(
+            {"params": p}, X, rngs={"router": jax.random.key(key)}
+        )
         return jnp.sum(y**2), (y, statistics)
 
     apply = jax.jit(jax.grad(loss, has_aux=True))
@@ -262,7 +281,9 @@ def test_straight_through_noise_has_the_softmax_gradient():
 
 
 def test_models_hand_on_router_logits_and_tokens():
-    """The second of two sparse layers sees the first one's logits, in a scan too; decoding gives the full forward."""
+    """The second of two sparse layers sees the first one's logits, in a scan too; decoding gives
+    the full forward.
+    """
     router = dict(residual=True, selection="hash", weighting="scores")
     ffn = configure(num_experts=4, hidden=8, router=router)
     attention = GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4)
@@ -336,7 +357,9 @@ def test_wrong_values_are_named(values, message):
 )
 @settings(max_examples=40, deadline=None)
 def test_any_group_sizes(ids, capacity, order):
-    """Empty, full and single-row groups, empty places (id 5), experts that live elsewhere; then a capacity."""
+    """Empty, full and single-row groups, empty places (id 5), experts that live elsewhere; then a
+    capacity.
+    """
     experts = jnp.asarray(ids, jnp.int32).reshape(1, 12, 3)
     weights = jnp.asarray(np.random.default_rng(len(set(ids))).random((1, 12, 3)), jnp.float32)
     weights = jnp.where(experts == 5, 0.0, weights)
@@ -361,7 +384,9 @@ def test_any_group_sizes(ids, capacity, order):
 
 
 def test_capacities_of_unlike_experts():
-    """MoE++: k T gamma / (tau 4 + 2) for experts that cost nothing, tau times that for those that compute."""
+    """MoE++: k T gamma / (tau 4 + 2) for experts that cost nothing, tau times that for those that
+    compute.
+    """
     values = dict(num_experts=4, zero_experts=1, copy_experts=1, capacity_factor=1.5)
     assert (
         capacities(configure(**values, zero_computation_weight=0.5), 24).tolist()

@@ -1,7 +1,8 @@
-"""transformers' Mixtral, Qwen3-MoE and DeepSeek-V3 blocks with the same weights: values and gradients.
+"""transformers' Mixtral, Qwen3-MoE and DeepSeek-V3 blocks with the same weights: values and
+gradients.
 
-Skipped where torch and transformers are not: `pip install -e '.[oracles]'`, or name an interpreter that has them in
-GATEDJAX_PEERS_PYTHON.
+Skipped where torch and transformers are not: `pip install -e '.[oracles]'`, or name an interpreter
+that has them in GATEDJAX_PEERS_PYTHON.
 """
 
 import importlib.util
@@ -87,7 +88,7 @@ def test_equals_transformers(name, given, theirs):
     module = SparseMoE(config, 0.3, jnp.float32)
 
     def loss(p, x):
-        y, statistics, _ = module.apply({"params": p}, x)
+        y, statistics, _ = module.apply({"params": p}, x, method="with_statistics")
         return jnp.sum(y * given["weight"]), (y, statistics)
 
     (dp, dx), (y, statistics) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(

@@ -1,4 +1,6 @@
-"""Balance losses beside every codebase's own formula; z-loss, buffer over micro-batches, state updates, whole steps."""
+"""Balance losses beside every codebase's own formula; z-loss, buffer over micro-batches, state
+updates, whole steps.
+"""
 
 import dataclasses
 
@@ -13,7 +15,7 @@ from gatedjax.config import FrozenDict, ModelConfig, RouterConfig, SparseMoEConf
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import balance_loss, load_metrics, router_losses, weight_here
 from gatedjax.layers.moe.routing import Routing, count_places
-from gatedjax.layers.moe.sparse import statistics
+from gatedjax.layers.moe.statistics import router_statistics
 
 E, K, L, T = 6, 2, 3, 40
 RNG = np.random.default_rng(0)
@@ -33,7 +35,8 @@ def theirs(codebase: str) -> float:
         "megablocks": lambda: np.mean(
             [E / (T * K) * (counts[i] * mean[i]).sum() for i in range(L)]
         ),
-        # Expert mask [layers x tokens, k, E] -> mean over rows [k, E]; times the mean share; summed; times E.
+        # Expert mask [layers x tokens, k, E] -> mean over rows [k, E]; times the mean share;
+        # summed; times E.
         "huggingface": lambda: (
             E * (alike[0].reshape(-1, K, E).mean(0) * alike[1].reshape(-1, E).mean(0)).sum()
         ),
@@ -73,7 +76,7 @@ def test_statistics_formulas():
     """Rows are sequences; entropy, z-loss and the sequence loss beside NumPy."""
     z, p = LOGITS[:2].astype(np.float32), P[:2]
     routing = Routing(jnp.asarray(CHOSEN[:2]), None, jnp.asarray(p, jnp.float32))
-    s = statistics(z, routing, count_places(routing.experts, E), jnp.float32(0))
+    s = router_statistics(z, routing, count_places(routing.experts, E), jnp.float32(0))
     np.testing.assert_array_equal(s["counts"], ONE_HOT[:2].sum((0, 1, 2)))
     np.testing.assert_allclose(
         s["z_loss"], np.mean(np.log(np.exp(LOGITS[:2]).sum(-1)) ** 2), rtol=1e-5
@@ -109,7 +112,9 @@ def layer_statistics(seed):
 
 
 def test_the_buffer_makes_loads_those_of_the_batch_so_far():
-    """Second micro-batch: f over both, P of its own; and the weighted sum over two layers, MoE++'s eta within."""
+    """Second micro-batch: f over both, P of its own; and the weighted sum over two layers, MoE++'s
+    eta within.
+    """
     model, (a, b) = (
         sparse_model(zero_computation_weight=0.3),
         (layer_statistics(1), layer_statistics(2)),
@@ -222,7 +227,9 @@ FACTORINGS = [
 
 @pytest.mark.parametrize("mesh, exchange", FACTORINGS)
 def test_eight_devices_equal_one(mesh, exchange, alone):
-    """Losses, gradient norms, loads, drop counts, and the state of the router, which starts where all are equal."""
+    """Losses, gradient norms, loads, drop counts, and the state of the router, which starts where
+    all are equal.
+    """
     config = routed(RULE, exchange=exchange)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
     _, state, log = run_steps(config, 3, batches)
@@ -238,7 +245,9 @@ def test_eight_devices_equal_one(mesh, exchange, alone):
 
 
 def test_state_moves_with_counts_of_the_whole_batch(alone):
-    """Temperature by step, bias by the loads of all micro-batches: two halves or one whole make no difference."""
+    """Temperature by step, bias by the loads of all micro-batches: two halves or one whole make no
+    difference.
+    """
     _, single, log = alone
     leaves = {path[-1].key: x for path, x in jax.tree_util.tree_leaves_with_path(single.routers)}
     assert leaves["temperature"] == 1.0 and np.abs(leaves["bias"]).min() > 0
@@ -267,7 +276,9 @@ def test_a_skipped_step_leaves_the_state_alone():
 
 @pytest.mark.slow
 def test_noise_is_new_every_step_and_the_same_on_any_mesh():
-    """Straight-through Gumbel: the same batch twice is routed otherwise; eight devices draw what one draws."""
+    """Straight-through Gumbel: the same batch twice is routed otherwise; eight devices draw what
+    one draws.
+    """
     config = routed(dict(selection="gumbel", renormalize=False))
     same = lambda i: batches(0)
     _, _, one = run_steps(config, 2, same, devices=jax.devices()[:1])

@@ -1,4 +1,6 @@
-"""Skipping of experts: importances against models that lack a layer's experts, thresholds against counting."""
+"""Skipping of experts: importances against models that lack a layer's experts, thresholds against
+counting.
+"""
 
 import dataclasses
 

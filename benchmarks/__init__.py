@@ -1,0 +1,1 @@
+"""Benchmarks. A package so that `python -m benchmarks.gpu` runs from the checkout."""

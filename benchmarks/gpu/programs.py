@@ -1,0 +1,281 @@
+"""The programs of jax that are timed: ops at shapes, by each implementation, one for each pass."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from benchmarks.gpu import cases
+from benchmarks.gpu.cases import AttentionShape, Cost, GroupedShape, ScanShape, StepShape
+from kernels_pallas import attention, attention_step, grouped_matmul, linear_scan
+
+Spec = jax.ShapeDtypeStruct
+Specs = tuple[Any, ...]
+
+FORWARD = "fwd"
+BOTH = "both"
+
+
+class Built(NamedTuple):
+    """A function, the shapes of its arguments, and what a call costs."""
+
+    function: Callable
+    specs: Specs
+    cost: Cost
+
+
+class Program(NamedTuple):
+    """A line of the results. `build` may fail, where a library is missing or refuses the shape."""
+
+    case: str
+    implementation: str
+    build: Callable[[], Built]
+
+
+def kernel_options(dry: bool) -> dict[str, Any]:
+    """The arguments by which an op takes its GPU kernel."""
+    if dry:
+        return {"implementation": "gpu", "interpret": True}
+    return {"implementation": "gpu"}
+
+
+def programs(dry: bool) -> list[Program]:
+    """All of them, in the order of `cases.timed`."""
+    found = []
+    for shape, implementations in cases.timed(dry):
+        for implementation in implementations:
+            found += _programs(shape, implementation, dry)
+    return found
+
+
+def _programs(shape: cases.Shape, implementation: str, dry: bool) -> list[Program]:
+    """One for each pass."""
+    match shape:
+        case ScanShape():
+            function = scan_function(shape, implementation, dry)
+            specs = scan_specs(shape)
+            differentiable = tuple(range(len(specs)))
+        case AttentionShape():
+            function = attention_function(implementation, dry)
+            specs = attention_specs(shape)
+            differentiable = tuple(range(len(specs)))
+        case GroupedShape() if implementation == cases.DENSE:
+            return [_dense_program(shape)]
+        case GroupedShape():
+            function = grouped_function(implementation, dry)
+            specs = grouped_specs(shape)
+            differentiable = (0, 1)  # not the group sizes
+        case StepShape():
+            return [_step_program(shape, implementation, dry)]
+    costs = shape.costs()
+    forward = partial(Built, function, specs, costs[FORWARD])
+    both = partial(_build_both, function, specs, differentiable, costs[BOTH])
+    return [
+        Program(f"{shape.case} {FORWARD}", implementation, forward),
+        Program(f"{shape.case} {BOTH}", implementation, both),
+    ]
+
+
+def _build_both(
+    function: Callable,
+    specs: Specs,
+    differentiable: tuple[int, ...],
+    cost: Cost,
+) -> Built:
+    """Forward and backward in one program; the cotangent of the result is its last argument.
+
+    Args:
+      function: the forward pass.
+      specs: its arguments' shapes.
+      differentiable: the places of the arguments whose gradients are wanted.
+      cost: of both passes.
+
+    Returns:
+      The function that gives the result and the gradients.
+    """
+
+    def both(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+        *inputs, cotangent = arguments
+
+        def forward(*values: Array) -> Array:
+            filled = list(inputs)
+            for place, value in zip(differentiable, values):
+                filled[place] = value
+            return function(*filled)
+
+        result, vjp = jax.vjp(forward, *(inputs[place] for place in differentiable))
+        return result, vjp(cotangent)
+
+    cotangent = jax.eval_shape(function, *specs)
+    return Built(both, (*specs, cotangent), cost)
+
+
+# --- linear_scan
+
+
+def scan_specs(shape: ScanShape) -> Specs:
+    """q, k, v, log decays."""
+    B, T, H, K, V, decay = shape
+    logs = (B, T, H, K) if decay == "vector" else (B, T, H)
+    return (
+        Spec((B, T, H, K), jnp.bfloat16),
+        Spec((B, T, H, K), jnp.bfloat16),
+        Spec((B, T, H, V), jnp.bfloat16),
+        Spec(logs, jnp.float32),
+    )
+
+
+def scan_function(shape: ScanShape, implementation: str, dry: bool) -> Callable:
+    match implementation:
+        case cases.OURS:
+            return partial(linear_scan, **kernel_options(dry))
+        case cases.OUR_XLA:
+            return partial(linear_scan, implementation="xla")
+        case cases.JLA if shape.decay == "vector":
+            return _jla_vector_scan
+        case cases.JLA:
+            return _jla_scalar_scan
+    raise ValueError(f"implementation of linear_scan: got {implementation!r}")
+
+
+def _jla_vector_scan(*arrays: Array) -> Array:
+    from jla.ops.mosaic_gpu.gla import gla
+
+    return gla(*arrays)[0]
+
+
+def _jla_scalar_scan(*arrays: Array) -> Array:
+    from jla.ops.mosaic_gpu.scalar_gate import simple_gla
+
+    return simple_gla(*arrays)[0]
+
+
+# --- attention
+
+
+def attention_specs(shape: AttentionShape) -> Specs:
+    """q, k, v and, of gated ones, the gate's logits."""
+    B, T, H, Hk, D, gated = shape
+    q = Spec((B, T, H, D), jnp.bfloat16)
+    k = Spec((B, T, Hk, D), jnp.bfloat16)
+    return (q, k, k, q) if gated else (q, k, k)
+
+
+def attention_function(implementation: str, dry: bool) -> Callable:
+    match implementation:
+        case cases.OURS:
+            return partial(_our_attention, dry)
+        case cases.CUDNN:
+            return _cudnn_attention
+        case cases.JLA:
+            return _jla_attention
+    raise ValueError(f"implementation of attention: got {implementation!r}")
+
+
+def _our_attention(
+    dry: bool,
+    q: Array,
+    k: Array,
+    v: Array,
+    gate_logits: Array | None = None,
+) -> Array:
+    return attention(q, k, v, gate_logits=gate_logits, **kernel_options(dry))
+
+
+def _cudnn_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    gate_logits: Array | None = None,
+) -> Array:
+    """cuDNN has no gate: XLA fuses it into a pass over the output."""
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if gate_logits is None:
+        return out
+    return out * jax.nn.sigmoid(gate_logits)
+
+
+def _jla_attention(q: Array, k: Array, v: Array) -> Array:
+    from jla.ops.mosaic_gpu.attention import flash_attention
+
+    found = flash_attention(q, k, v)
+    return found[0] if isinstance(found, tuple) else found
+
+
+# --- grouped_matmul
+
+
+def grouped_specs(shape: GroupedShape) -> Specs:
+    """Rows, matrices, group sizes."""
+    M, K, N, G = shape
+    return (
+        Spec((M, K), jnp.bfloat16),
+        Spec((G, K, N), jnp.bfloat16),
+        Spec((G,), jnp.int32),
+    )
+
+
+def grouped_function(implementation: str, dry: bool) -> Callable:
+    match implementation:
+        case cases.OURS:
+            return partial(grouped_matmul, **kernel_options(dry))
+        case cases.RAGGED_DOT:
+            return jax.lax.ragged_dot
+        case cases.JLA:
+            return _jla_ragged_dot
+    raise ValueError(f"implementation of grouped_matmul: got {implementation!r}")
+
+
+def _jla_ragged_dot(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    from jla.ops.mosaic_gpu.ragged_dot import ragged_dot
+
+    return ragged_dot(lhs, rhs, group_sizes)
+
+
+def _dense_program(shape: GroupedShape) -> Program:
+    """All rows times one matrix: what no grouped product can surpass."""
+    M, K, N, _ = shape
+    specs = (Spec((M, K), jnp.bfloat16), Spec((K, N), jnp.bfloat16))
+    cost = Cost(shape.costs()[FORWARD].flops, 0)
+    return Program(
+        f"{shape.case} {FORWARD}",
+        cases.DENSE,
+        partial(Built, jnp.matmul, specs, cost),
+    )
+
+
+# --- attention_step
+
+
+def _step_program(shape: StepShape, implementation: str, dry: bool) -> Program:
+    options = kernel_options(dry) if implementation == cases.OURS else {"implementation": "xla"}
+    function = partial(_our_step, options)
+    return Program(
+        shape.case,
+        implementation,
+        partial(Built, function, step_specs(shape), shape.cost()),
+    )
+
+
+def step_specs(shape: StepShape) -> Specs:
+    """q, the caches of k and v, the slots that hold a token."""
+    B, S, H, Hk, D = shape
+    return (
+        Spec((B, H, D), jnp.bfloat16),
+        Spec((B, S, Hk, D), jnp.bfloat16),
+        Spec((B, S, Hk, D), jnp.bfloat16),
+        Spec((B, S), jnp.bool_),
+    )
+
+
+def _our_step(
+    options: dict[str, Any],
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    valid: Array,
+) -> Array:
+    return attention_step(q, k_cache, v_cache, valid=valid, **options)

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Measures the kernels on this machine's GPU: bash benchmarks/gpu/run.sh [SECONDS] [--stages=...] [--dry]
+# Results go to $OUT (default: build/gpu_kit). PYTHON names the interpreter. Exits 0 whatever happens.
+set -u
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+budget=560
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+  budget=$1
+  shift
+fi
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+"${PYTHON:-python3}" -m benchmarks.gpu --budget="$budget" "$@"
+exit 0

@@ -1,0 +1,164 @@
+"""The stage "sweep": block sizes and warps of the kernels, one change of a table at a time."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from benchmarks.gpu import cases
+from benchmarks.gpu.guard import WorkerOptions, run_each
+from benchmarks.gpu.programs import Program, programs
+from benchmarks.gpu.records import append_record, one_line
+from benchmarks.gpu.timing import compile_program, time_program
+from kernels_pallas.attention.gpu.tuning import HOPPER, Cut
+from kernels_pallas.grouped_matmul.gpu import op as grouped_gpu
+from kernels_pallas.linear_scan.gpu.tuning import TUNED
+
+# The rows of the tables as they are, from which each setting departs.
+SCAN_ROWS = {chip: dict(schedules) for chip, (_, _, schedules) in TUNED.items()}
+ATTENTION_ROWS = dict(HOPPER["bfloat16"])
+GROUPED_ROW = grouped_gpu.ROWS_BLOCKS
+
+AS_IT_IS = "as it is"
+SCAN_SETTINGS = [
+    {},
+    {"scan_block_v": 32},
+    {"scan_block_v": 128, "scan_warps": 8},
+    {"scan_stages": 1},
+    {"scan_stages": 3},
+    {"scores_block_k": 32},
+    {"scores_block_k": 32, "scores_warps": 4},
+    {"back_block_k": 32},
+    {"back_block_v": 32},
+    {"chunk": 32},
+    {"scan_warps": 8},
+    {"walks_per_core": 2},
+]
+ATTENTION_SETTINGS = [
+    {},
+    {"forward": Cut(128, 128, 8, 2)},
+    {"forward": Cut(64, 64, 4, 3)},
+    {"forward": Cut(128, 64, 8, 2)},
+    {"dq": Cut(64, 64, 4, 2)},
+    {"dq": Cut(128, 64, 8, 2)},
+    {"dkv": Cut(64, 64, 4, 2)},
+    {"dkv": Cut(64, 32, 4, 3)},
+    {"dkv": Cut(128, 32, 8, 3)},
+]
+GROUPED_SETTINGS = [
+    {},
+    {"stages": 4},
+    {"columns": 256},
+    {"rows": 64, "warps": 4},
+    {"inner": 32, "stages": 4},
+    {"warps": 4},
+]
+DRY_SETTINGS = 2
+
+
+class Setting(NamedTuple):
+    """A program, and what to change in its table before it is compiled."""
+
+    program: Program
+    label: str
+    apply: Callable[[], None]
+
+
+def set_scan(changes: dict[str, Any]) -> None:
+    """In the rows of every chip and kind of decay."""
+    for chip, (_, _, schedules) in TUNED.items():
+        for decay, row in SCAN_ROWS[chip].items():
+            schedules[decay] = row._replace(**changes)
+
+
+def set_attention(changes: dict[str, Any]) -> None:
+    """In the rows of bfloat16 on Hopper."""
+    for size, row in ATTENTION_ROWS.items():
+        HOPPER["bfloat16"][size] = row._replace(**changes)
+
+
+def set_grouped(changes: dict[str, Any]) -> None:
+    """In the blocks of rows times their group's matrix."""
+    grouped_gpu.ROWS_BLOCKS = GROUPED_ROW._replace(**changes)
+
+
+def settings_of_sweep(dry: bool) -> list[Setting]:
+    """All of them. The last repeats one: the difference between the two is noise."""
+    ours = {p.case: p for p in programs(dry) if p.implementation == cases.OURS}
+    headline = cases.headline(dry)
+    scan = ours[f"{headline.scan.case} both"]
+    attention = ours[f"{headline.attention.case} both"]
+    grouped = ours[f"{headline.grouped.case} fwd"]
+    swept = [
+        (scan, set_scan, SCAN_SETTINGS),
+        (attention, set_attention, ATTENTION_SETTINGS),
+        (grouped, set_grouped, GROUPED_SETTINGS),
+    ]
+    found = []
+    for program, apply, changes_of_op in swept:
+        for changes in changes_of_op[: DRY_SETTINGS if dry else None]:
+            found.append(Setting(program, label(changes), partial(apply, changes)))
+    found.append(Setting(grouped, f"{AS_IT_IS}, again", partial(set_grouped, {})))
+    return found
+
+
+def label(changes: dict[str, Any]) -> str:
+    """A setting's name in the results: "forward=64,64,4,3"."""
+    parts = []
+    for name, value in changes.items():
+        values = value if isinstance(value, tuple) else (value,)
+        parts.append(f"{name}={','.join(str(v) for v in values)}")
+    return " ".join(parts) or AS_IT_IS
+
+
+def sweep(options: WorkerOptions) -> None:
+    """Times every setting."""
+    settings = options.settings
+
+    def measure(setting: Setting) -> None:
+        setting.apply()
+        record(setting, **time_program(setting.program, settings.dry))
+
+    def failed(setting: Setting, error: Exception) -> None:
+        record(setting, error=one_line(error))
+
+    def record(setting: Setting, **fields: Any) -> None:
+        append_record(
+            settings.out,
+            stage="sweep",
+            kind="sweep",
+            case=setting.program.case,
+            setting=setting.label,
+            **fields,
+        )
+
+    run_each(settings_of_sweep(settings.dry), measure, failed, options)
+
+
+def compile_programs(options: WorkerOptions) -> None:
+    """Compiles the programs of later stages into jax's cache; those of the stage "time" first.
+
+    A program that does not compile is left to its stage, which records why.
+    """
+    dry = options.settings.dry
+    untouched = [Setting(program, "", _nothing) for program in programs(dry)]
+    wanted = [*untouched, *settings_of_sweep(dry)]
+
+    def compile_one(setting: Setting) -> None:
+        setting.apply()
+        compile_program(setting.program)
+
+    def failed(setting: Setting, error: Exception) -> None:
+        """The stage that times it says so."""
+
+    run_each(wanted, compile_one, failed, options)
+    append_record(
+        options.settings.out,
+        stage="parallel",
+        kind="compiled",
+        part=options.part,
+        count=len(options.own(wanted)),
+    )
+
+
+def _nothing() -> None:
+    """Leaves the tables as they are."""

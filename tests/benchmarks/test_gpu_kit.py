@@ -1,0 +1,276 @@
+"""The GPU kit on a CPU: a dry run of all its stages, and what it does when something fails."""
+
+import itertools
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks.gpu import guard, ncu, numerics, programs, sweep
+from benchmarks.gpu.cases import OURS, timed
+from benchmarks.gpu.guard import WorkerOptions, run_each
+from benchmarks.gpu.numeric_cases import ATTENTION_STEP, GROUPED, numeric_cases
+from benchmarks.gpu.numeric_inputs import draw
+from benchmarks.gpu.processes import Job, run_together
+from benchmarks.gpu.records import append_record, read_records
+from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.stages import LIMITS, parallel_jobs
+from benchmarks.gpu.summary import summary
+from benchmarks.gpu.unpack import unpack
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    made = Settings(out=tmp_path / "out", scratch=tmp_path / "scratch", dry=True)
+    made.out.mkdir()
+    made.scratch.mkdir()
+    return made
+
+
+def dry_run(settings: Settings, stages: str, budget: int) -> str:
+    """Runs the kit as a person does; what it prints."""
+    command = ["bash", str(ROOT / "benchmarks" / "gpu" / "run.sh"), str(budget), "--dry"]
+    command += [f"--scratch={settings.scratch}", f"--stages={stages}"]
+    environment = os.environ | {"OUT": str(settings.out), "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    return done.stdout
+
+
+def of_kind(settings: Settings, kind: str) -> list[dict]:
+    return [record for record in read_records(settings.out) if record["kind"] == kind]
+
+
+@pytest.mark.slow
+def test_dry_run_of_all_stages(settings):
+    text = dry_run(settings, ",".join(LIMITS), budget=sum(LIMITS.values()))
+
+    checked = [r for r in of_kind(settings, "numerics") if r["ptxas"] == "installed"]
+    assert [r["ok"] for r in checked] == [True] * len(numeric_cases(dry=True))
+
+    times = [r for r in of_kind(settings, "time") if r["stage"] == "time"]
+    assert len(times) == len(programs.programs(dry=True))
+    assert all(r["ms"] > 0 for r in times)
+
+    swept = of_kind(settings, "sweep")
+    assert len(swept) == len(sweep.settings_of_sweep(dry=True))
+    assert all(r["ms"] > 0 for r in swept)
+
+    (trained,) = of_kind(settings, "train")
+    assert trained["tokens_per_s"] > 0
+
+    # Stages that want NVIDIA's programs are recorded, not fatal.
+    assert {r["stage"] for r in of_kind(settings, "stage")} == set(LIMITS)
+    failed = [r["process"] for r in of_kind(settings, "process")]
+    assert all(process.startswith(("torch", "ncu")) for process in failed), failed
+
+    assert (settings.out / "summary.txt").read_text() in text
+    assert f"numerics, ptxas installed: {len(checked)} of {len(checked)} right" in text
+
+
+def test_a_stage_that_fails_does_not_end_the_run(settings):
+    text = dry_run(settings, "nonsense,ncu,versions", budget=60)
+    assert "stage nonsense: error ValueError: stage: got 'nonsense', expected one of" in text
+    assert "stage ncu:" in text
+    assert "ceiling bf16 matmul" in text
+    assert "stage versions: seconds" in text
+
+
+def test_stages_beyond_the_budget_are_skipped(settings):
+    text = dry_run(settings, "time,sweep", budget=12)
+    assert [r["skipped"] for r in of_kind(settings, "stage")] == [True, True]
+    assert "stage time: skipped True" in text
+
+
+def test_the_main_process_imports_no_jax():
+    program = "import sys, benchmarks.gpu.__main__; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("op", [GROUPED, ATTENTION_STEP])
+def test_numerics(op):
+    case = next(case for case in numeric_cases(dry=True) if case.op == op)
+    found = numerics.check_case(case, dry=True)
+    assert found["ok"], found
+
+
+def test_wrong_numerics_are_seen(monkeypatch):
+    case = next(case for case in numeric_cases(dry=True) if case.op == GROUPED)
+    drawn = draw(case)
+
+    def off_by_a_percent(x, implementation, **options):
+        out = drawn.call(x, implementation=implementation, **options)["out"]
+        return {"out": out * 1.01 if implementation == "gpu" else out}
+
+    wrong = drawn._replace(call=off_by_a_percent)
+    monkeypatch.setattr(numerics, "draw", lambda case: wrong)
+    assert not numerics.check_case(case, dry=True)["ok"]
+
+
+def test_cases_of_a_gpu_can_be_traced():
+    """Sizes and options that no dry run reaches."""
+    for case in numeric_cases(dry=False):
+        if case.dtype == "bfloat16":
+            drawn = draw(case)
+            inputs = {k: jax.ShapeDtypeStruct(v.shape, case.dtype) for k, v in drawn.inputs.items()}
+            for name in set(inputs) - set(drawn.operands):
+                inputs[name] = inputs[name].update(dtype="float32")
+
+            def call(x, drawn=drawn):
+                return drawn.call(x, **programs.kernel_options(dry=True))
+
+            assert jax.eval_shape(call, inputs)
+
+
+def test_programs_of_a_gpu_can_be_traced(monkeypatch):
+    """Shapes that no dry run reaches."""
+    interpreted = programs.kernel_options(dry=True)
+    monkeypatch.setattr(programs, "kernel_options", lambda dry: interpreted)
+    ours = [p for p in programs.programs(dry=False) if p.implementation == OURS]
+    assert (
+        len(ours) == 2 * len(timed(dry=False)) - 3
+    )  # one pass of a decoding step, one line without ours
+    for program in ours:
+        function, specs, cost = program.build()
+        assert jax.eval_shape(function, *specs) is not None
+        assert max(cost) > 0
+
+
+def test_profiled_kernels_are_in_their_programs():
+    built = {p.case: p.build() for p in programs.programs(dry=True) if p.implementation == OURS}
+    for case, kernel in ncu.profiled(dry=True):
+        function, specs, _ = built[case]
+        assert f"name={kernel}" in str(jax.make_jaxpr(function)(*specs))
+    of_gpu = {p.case for p in programs.programs(dry=False)}
+    assert {case for case, _ in ncu.profiled(dry=False)} <= of_gpu
+
+
+def test_every_setting_of_the_sweep_changes_its_table():
+    attention_before = dict(sweep.HOPPER["bfloat16"])
+    scan_before = {chip: dict(row[2]) for chip, row in sweep.TUNED.items()}
+    try:
+        for changes in sweep.SCAN_SETTINGS:
+            sweep.set_scan(changes)
+            assert (sweep.TUNED["H100"][2] != scan_before["H100"]) == bool(changes)
+        for changes in sweep.ATTENTION_SETTINGS:
+            sweep.set_attention(changes)
+            assert (sweep.HOPPER["bfloat16"] != attention_before) == bool(changes)
+        for changes in sweep.GROUPED_SETTINGS:
+            sweep.set_grouped(changes)
+            assert (sweep.grouped_gpu.ROWS_BLOCKS != sweep.GROUPED_ROW) == bool(changes)
+    finally:
+        sweep.set_scan({})
+        sweep.set_attention({})
+        sweep.set_grouped({})
+    assert sweep.HOPPER["bfloat16"] == attention_before
+    assert {chip: row[2] for chip, row in sweep.TUNED.items()} == scan_before
+    labels = [(s.program.case, s.label) for s in sweep.settings_of_sweep(dry=False)]
+    assert len(labels) == len(set(labels))
+
+
+def test_parallel_processes_divide_all_tasks(settings):
+    """And those with the packed ptxas are told so."""
+    (settings.cuda / "bin").mkdir(parents=True)
+    (settings.cuda / "bin" / "ptxas").touch()
+    on_gpu = Settings(settings.out, settings.scratch)
+    labels = [job.label for job in parallel_jobs(on_gpu)]
+    names = {label.split()[0] for label in labels}
+    assert names == {"numerics", "compile", "compile_fla"}
+    packed = [job for job in parallel_jobs(on_gpu) if "--ptxas=packed" in job.command]
+    assert packed
+    assert all(job.environment["CUDA_ROOT"] == str(settings.cuda) for job in packed)
+
+    tasks = list(range(10))
+    parts = [WorkerOptions(settings, part, parts=3).own(tasks) for part in range(3)]
+    assert sorted(itertools.chain(*parts)) == tasks
+
+
+def test_late_processes_are_killed_with_their_children(settings):
+    quick = Job("quick", ["true"])
+    failing = Job("failing", ["false"])
+    endless = Job("endless", ["bash", "-c", "sleep 600 & echo $! > $FILE; wait"])
+    endless.environment["FILE"] = str(settings.out / "child")
+    run_together(settings, "stage", [quick, failing, endless], limit=1)
+    found = {r["process"]: (r["late"], r["exit_code"]) for r in of_kind(settings, "process")}
+    assert found == {"failing": (False, 1), "endless": (True, -9)}
+    child = int((settings.out / "child").read_text())
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True)
+    assert state.stdout.strip() == "" or state.stdout.startswith("Z")
+
+
+def test_tasks_after_a_failing_one_are_done(settings, monkeypatch):
+    """After an error of CUDA they are done by a fresh process."""
+    done, failed, commands = [], [], []
+    monkeypatch.setattr(guard.os, "execv", lambda program, command: commands.append(command))
+
+    def do(task):
+        if task in ("refused", "CUDA_ERROR"):
+            raise ValueError(task)
+        done.append(task)
+
+    def record(task, error):
+        failed.append(str(error))
+
+    tasks = ["first", "refused", "CUDA_ERROR", "last"]
+    run_each(tasks, do, record, WorkerOptions(settings))
+    assert (done, failed, commands) == (["first", "last"], ["refused", "CUDA_ERROR"], [])
+
+    run_each(tasks, do, record, WorkerOptions(Settings(settings.out, settings.scratch)))
+    (command,) = commands
+    assert command[:3] == [sys.executable, "-m", "benchmarks.gpu.worker"]
+    assert command[-1] == "--skip=3"
+
+    done.clear()
+    run_each(tasks, do, record, WorkerOptions(settings, skip=3))
+    assert done == ["last"]
+
+
+def test_unpacking(settings, tmp_path):
+    """ptxas is unpacked; wheels that pip refuses are recorded."""
+    packed = tmp_path / "packed"
+    (packed / "wheels").mkdir(parents=True)
+    (packed / "wheels" / "broken-1-py3-none-any.whl").write_text("no wheel")
+    (packed / "ptxas.xz").write_bytes(lzma.compress(b"#!/bin/sh\necho packed\n"))
+    unpack(settings, packed)
+    ptxas = settings.cuda / "bin" / "ptxas"
+    assert subprocess.run([ptxas], capture_output=True, text=True).stdout == "packed\n"
+    (record,) = of_kind(settings, "stage")
+    assert record["error"].startswith("wheels: CalledProcessError")
+    assert not settings.packages.exists()
+    unpack(settings, tmp_path / "nothing_packed")
+    assert len(read_records(settings.out)) == 1
+
+
+def test_summary(settings):
+    """Lines of what went wrong; a line that a killed process left unfinished is passed over."""
+    wrong = dict(stage="parallel", kind="numerics", ptxas="installed", case="scan", ok=False)
+    append_record(settings.out, **wrong, same=True, errors={"out": 0.5})
+    append_record(settings.out, **wrong | {"ptxas": "packed", "ok": True})
+    refused = dict(stage="time", kind="time", case="scan fwd", implementation="fla")
+    append_record(settings.out, **refused, error="ImportError: fla")
+    for setting, ms in (("as it is", 2.0), ("chunk=32", 1.0)):
+        append_record(settings.out, stage="sweep", kind="sweep", case="c", setting=setting, ms=ms)
+    append_record(settings.out, stage="sweep", kind="sweep", case="c", setting="x", error="spills")
+    with open(settings.out / "results.jsonl", "a") as file:
+        file.write(json.dumps(refused)[:20])
+    text = summary(settings.out, seconds=1)
+    assert "numerics, ptxas installed: 0 of 1 right" in text
+    assert "WRONG scan: {'out': 0.5} deterministic=True" in text
+    assert "numerics, ptxas packed: 1 of 1 right" in text
+    assert "sweep c: best chunk=32 1.000 ms, as it is 2.000 ms, of 2 settings" in text
+    assert "ImportError: fla" in text
+
+
+def test_counters_of_ncu():
+    text = (
+        '==PROF== Connected\n"Metric Name","Metric Unit","Metric Value"\n"Duration","us","12.5"\n'
+    )
+    assert ncu.read_metrics(text + '"Grid Size","","132"\n') == {"Duration [us]": "12.5"}
