@@ -6,7 +6,7 @@ whenever the ids could), `encode_batch`, `encode` and `decode`. `encode` adds no
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -25,6 +25,7 @@ EOS_NAMES = (
 )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     name: str
     vocab_size: int

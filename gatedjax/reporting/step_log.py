@@ -7,6 +7,9 @@ import math
 import time
 from collections.abc import Iterator
 
+import jax
+
+from gatedjax.aot.targets import peak_flops
 from gatedjax.errors import TrainingError
 from gatedjax.evaluation.probes import Probes
 from gatedjax.evaluation.validation import Evaluation, tokens_per_byte
@@ -16,7 +19,7 @@ from gatedjax.reporting.throughput import Throughput
 from gatedjax.reporting.writers import Writers
 from gatedjax.runtime import cli
 from gatedjax.runtime.watchdog import Watchdog
-from gatedjax.training.flops import peak_flops, train_flops_per_token
+from gatedjax.training.flops import train_flops_per_token
 from gatedjax.training.optim import make_schedule
 from gatedjax.training.run import Run
 from kernels_pallas import dispatch
@@ -36,7 +39,9 @@ class StepLog:
         self._bits = tokens_per_byte(c.data) / math.log(2)
         tokens = c.train.batch_size * c.data.seq_len
         flops = train_flops_per_token(c.model, c.data.seq_len)
-        self._throughput = Throughput(tokens, flops, peak_flops(), c.train.steps)
+        device_peak = peak_flops(jax.devices()[0].device_kind)
+        peak = None if device_peak is None else device_peak * jax.device_count()
+        self._throughput = Throughput(tokens, flops, peak, c.train.steps)
         self._previous: dict | None = None
         self._watchdog, self._looked_at = watchdog, 0
         self._steps, self._data_wait, self._saving = 0, 0.0, 0.0  # since the last record

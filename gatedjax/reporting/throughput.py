@@ -15,7 +15,7 @@ class Throughput:
     Args:
       tokens_per_step: of the whole batch, over all devices.
       flops_per_token: of the model, forward and backward (`flops.train_flops_per_token`).
-      peak_flops: FLOP/s of all devices together (`flops.peak_flops`), None if not known.
+      peak_flops: FLOP/s of all devices together (`aot.targets.peak_flops`), None if not known.
       total_steps: the last step of the run.
       clock: seconds.
     """
