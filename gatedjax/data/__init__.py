@@ -2,13 +2,7 @@
 
 from gatedjax.data.batch import Batch
 from gatedjax.data.corpus import Corpus, SplitInfo
-from gatedjax.data.pipeline import (
-    BatchIterator,
-    batches,
-    corpora,
-    make_dataset,
-    validation_text,
-)
+from gatedjax.data.pipeline import BatchIterator, batches, corpora, make_dataset, validation_text
 from gatedjax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 
 __all__ = [

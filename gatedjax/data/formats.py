@@ -205,7 +205,12 @@ def _texts_of_rows(rows: Iterable[Any], field: str, path: Path) -> Iterator[str]
         yield _require_text(value, field, f"{path}, row {i}")
 
 
-def _json_text(line: bytes, field: str, where: str, hint: str = "") -> str:
+def _json_text(
+    line: bytes,
+    field: str,
+    where: str,
+    hint: str = "",
+) -> str:
     """The string under `field` of a JSON object.
 
     Args:

@@ -54,7 +54,12 @@ class Windows(grain.MapDataset[Batch]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        return cut_window(self._tokens, self._document_ends, index % len(self), self._seq_len)
+        return cut_window(
+            self._tokens,
+            self._document_ends,
+            index % len(self),
+            self._seq_len,
+        )
 
 
 class Block(grain.MapDataset[Batch]):
@@ -64,11 +69,7 @@ class Block(grain.MapDataset[Batch]):
     """
 
     def __init__(
-        self,
-        parent: grain.MapDataset[Batch],
-        batch_size: int,
-        rows: Sequence[int],
-        seq_len: int,
+        self, parent: grain.MapDataset[Batch], batch_size: int, rows: Sequence[int], seq_len: int
     ):
         super().__init__(parent)
         self._batch_size = batch_size
@@ -111,17 +112,17 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
     sources = {name: open_source(name, source) for name, source in configs.items()}
     tokenized = {}
     for name, source in sources.items():
-        tokenized[name] = tokenize(source, tokenizer, cfg.validation_fraction, cache_dir)
+        tokenized[name] = tokenize(
+            source,
+            tokenizer,
+            cfg.validation_fraction,
+            cache_dir,
+        )
     return tokenized
 
 
 def make_dataset(
-    cfg: DataConfig,
-    split: Split,
-    *,
-    batch_size: int,
-    rows: Sequence[int],
-    seed: int,
+    cfg: DataConfig, split: Split, *, batch_size: int, rows: Sequence[int], seed: int
 ) -> grain.MapDataset[Batch]:
     """The global batches of a split, of which this process holds `rows`.
 
@@ -185,11 +186,7 @@ class BatchIterator(Iterator[Batch]):
 
 
 def batches(
-    dataset: grain.MapDataset[Batch],
-    start: int = 0,
-    *,
-    num_threads: int = 1,
-    prefetch: int = 4,
+    dataset: grain.MapDataset[Batch], start: int = 0, *, num_threads: int = 1, prefetch: int = 4
 ) -> BatchIterator:
     """Iterates over global batches; they are the same for any number of threads.
 
@@ -208,8 +205,7 @@ def batches(
     if start < 0:
         raise ValueError(f"start: got {start}, expected at least 0")
     options = grain.ReadOptions(
-        num_threads=num_threads,
-        prefetch_buffer_size=prefetch if num_threads else 0,
+        num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
     )
     iterator = iter(dataset[start:].to_iter_dataset(options))
     return BatchIterator(iterator, start)

@@ -62,8 +62,18 @@ class RecallConfig:
 
     def __post_init__(self):
         tasks = get_args(Task)
-        require(self.task in tasks, "task", self.task, f"one of {', '.join(tasks)}")
-        require(self.num_pairs >= 1, "num_pairs", self.num_pairs, "at least 1")
+        require(
+            self.task in tasks,
+            "task",
+            self.task,
+            f"one of {', '.join(tasks)}",
+        )
+        require(
+            self.num_pairs >= 1,
+            "num_pairs",
+            self.num_pairs,
+            "at least 1",
+        )
         self._check_seq_len()
         self._check_vocab_size()
         for name in ("train_examples", "validation_examples"):
@@ -95,7 +105,12 @@ class RecallConfig:
                 self.vocab_size,
                 f"above {2 * self.num_pairs + 1}: half keys, half values",
             )
-        require(self.vocab_size >= 4, "vocab_size", self.vocab_size, "at least 4")
+        require(
+            self.vocab_size >= 4,
+            "vocab_size",
+            self.vocab_size,
+            "at least 4",
+        )
 
 
 def recall_dataset(
@@ -125,10 +140,20 @@ def recall_dataset(
     Raises:
       ValueError: an unknown split; a needle without `row`.
     """
-    require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
+    require(
+        split in SPLITS,
+        "split",
+        split,
+        f"one of {', '.join(SPLITS)}",
+    )
     if row is None:
         has_generator = config.task != "needle"
-        require(has_generator, "row", None, "a function: the task needle needs a text")
+        require(
+            has_generator,
+            "row",
+            None,
+            "a function: the task needle needs a text",
+        )
         row = task_row(config)
     count = config.train_examples if split == "train" else config.validation_examples
     examples = Examples(row, count, (config.seed, SPLITS.index(split)))
@@ -215,7 +240,12 @@ def mqar_row(
     num_slots = (seq_len - end_of_pairs) // 2
     weights = np.arange(1, num_slots + 1) ** (power - 1.0)
     probabilities = weights / weights.sum()
-    slots = rng.choice(num_slots, num_pairs, replace=False, p=probabilities)
+    slots = rng.choice(
+        num_slots,
+        num_pairs,
+        replace=False,
+        p=probabilities,
+    )
     # A slot has two positions; a query is at the first.
     queries = end_of_pairs + 2 * slots
 
@@ -300,8 +330,18 @@ def needle_row(
     asked_tokens = len(needle) + len(question) + len(answer)
     # One token more than the row shows: the last one is only a target.
     length = seq_len + 1 - asked_tokens
-    require(length > 0, "seq_len", seq_len, f"above {asked_tokens - 1} for needle and question")
-    require(len(text) >= length, "text", f"{len(text)} tokens", f"at least {length} tokens")
+    require(
+        length > 0,
+        "seq_len",
+        seq_len,
+        f"above {asked_tokens - 1} for needle and question",
+    )
+    require(
+        len(text) >= length,
+        "text",
+        f"{len(text)} tokens",
+        f"at least {length} tokens",
+    )
     begin = rng.integers(len(text) - length + 1)
     haystack = np.asarray(text[begin : begin + length], np.int64)
 

@@ -186,9 +186,7 @@ _FORMATS = {
 
 
 def _files_under(
-    root: Path,
-    belongs: Callable[[Path], bool],
-    left_out: Collection[str] = (),
+    root: Path, belongs: Callable[[Path], bool], left_out: Collection[str] = ()
 ) -> tuple[Path, ...]:
     """The files under `root` that `belongs` accepts, by relative path.
 

@@ -17,8 +17,7 @@ HASH_RANGE = 2.0**64
 
 
 def labeled_documents(
-    source: Source,
-    validation_fraction: float,
+    source: Source, validation_fraction: float
 ) -> Iterator[tuple[str | None, bool]]:
     """(text, whether it is for validation) of each document, in order.
 
@@ -41,10 +40,7 @@ def labeled_documents(
     yield validation, True
 
 
-def is_validation(
-    keys: Sequence[str],
-    validation_fraction: float,
-) -> Bool[np.ndarray, "documents"]:
+def is_validation(keys: Sequence[str], validation_fraction: float) -> Bool[np.ndarray, "documents"]:
     """For the key of each document, whether it is for validation.
 
     The hash of a key decides, so a document's split does not depend on the others; but of several

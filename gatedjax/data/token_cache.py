@@ -40,10 +40,7 @@ ENCODE_CHARACTERS = 1 << 22  # documents are tokenized together up to this much 
 
 
 def tokenize(
-    source: Source,
-    tokenizer: Tokenizer,
-    validation_fraction: float,
-    cache_dir: Path,
+    source: Source, tokenizer: Tokenizer, validation_fraction: float, cache_dir: Path
 ) -> Corpus:
     """The corpus of `source`, from `cache_dir` if it is there, else written to it.
 
@@ -94,14 +91,24 @@ def _fingerprint(source: Source, tokenizer: Tokenizer, validation_fraction: floa
     return hashlib.sha256(data).hexdigest()
 
 
-def _build(folder: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float) -> None:
+def _build(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+) -> None:
     """Writes the cache beside `folder` and renames it into place.
 
     Whatever goes wrong, nothing is left behind.
     """
     prefix = _partial_prefix(folder)
     partial = prefix.with_name(prefix.name + uuid.uuid4().hex[:8])
-    logging.info("tokenizing source %s with %s into %s", source.name, tokenizer.name, folder)
+    logging.info(
+        "tokenizing source %s with %s into %s",
+        source.name,
+        tokenizer.name,
+        folder,
+    )
     try:
         partial.mkdir()
         meta = _write(partial, source, tokenizer, validation_fraction)
@@ -116,7 +123,12 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer, validation_fracti
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(partial: Path, source: Source, tokenizer: Tokenizer, validation_fraction: float) -> dict:
+def _write(
+    partial: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+) -> dict:
     """Tokenizes everything into the folder `partial`; returns what goes into meta.json."""
     digest = hashlib.sha256()
     skipped = 0
@@ -150,11 +162,7 @@ def _write(partial: Path, source: Source, tokenizer: Tokenizer, validation_fract
     }
 
 
-def _require_text_in_each(
-    splits: Mapping[Split, SplitInfo],
-    skipped: int,
-    source: Source,
-) -> None:
+def _require_text_in_each(splits: Mapping[Split, SplitInfo], skipped: int, source: Source) -> None:
     total = sum(split.documents for split in splits.values())
     left_out = f", {skipped} files that are not UTF-8" if skipped else ""
     for name, split in splits.items():
@@ -168,7 +176,13 @@ def _require_text_in_each(
 class _SplitWriter:
     """Appends the documents of one split to its files."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, dtype: str):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        tokenizer: Tokenizer,
+        dtype: str,
+    ):
         self._folder = folder
         self._split = split
         self._tokenizer = tokenizer
@@ -237,13 +251,23 @@ def _open(folder: Path, name: str) -> Corpus:
         splits = {}
         for split, counts in meta.pop("splits").items():
             splits[split] = SplitInfo(**counts)
-            _require_whole(folder, split, splits[split], meta["dtype"])
+            _require_whole(
+                folder,
+                split,
+                splits[split],
+                meta["dtype"],
+            )
         return Corpus(name=name, splits=splits, path=folder, **meta)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"cache_dir: {folder} is damaged ({e}); delete it") from None
 
 
-def _require_whole(folder: Path, split: str, info: SplitInfo, dtype: str) -> None:
+def _require_whole(
+    folder: Path,
+    split: str,
+    info: SplitInfo,
+    dtype: str,
+) -> None:
     """Checks the lengths of a split's files.
 
     Args:
