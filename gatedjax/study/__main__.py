@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -27,7 +27,7 @@ from gatedjax.reporting.console import format_duration, say
 from gatedjax.runtime import cli
 from gatedjax.study import report
 from gatedjax.study.cell import run_cell
-from gatedjax.study.grid import Study, run_key
+from gatedjax.study.grid import Cell, Study, run_key
 
 
 def run_study(path: Path, small: bool, results: Path) -> None:
@@ -69,6 +69,12 @@ def load_study(path: Path, small: bool) -> Study:
     return module.get_study(small)
 
 
+class _PlannedRun(NamedTuple):
+    key: str
+    cell: Cell
+    seed: int
+
+
 def run_missing(study: Study, folder: Path) -> list[dict[str, Any]]:
     """The records of all runs of the study, in its order.
 
@@ -80,27 +86,31 @@ def run_missing(study: Study, folder: Path) -> list[dict[str, Any]]:
     plan = []
     for cell in study.cells:
         for seed in study.seeds:
-            plan.append((run_key(cell, seed, study), cell, seed))
-    missing = [run for run in plan if run[0] not in known]
-    say(f"{study.title}: {len(plan)} runs, {len(plan) - len(missing)} of them done")
+            key = run_key(cell, seed, study)
+            plan.append(_PlannedRun(key, cell, seed))
+    missing = [run for run in plan if run.key not in known]
+    num_known = len(plan) - len(missing)
+    say(f"{study.title}: {len(plan)} runs, {num_known} of them done")
     start = time.monotonic()
-    for done, (key, cell, seed) in enumerate(missing, start=1):
-        values = run_cell(cell, seed, study)
+    for done, run in enumerate(missing, start=1):
+        values = run_cell(run.cell, run.seed, study)
         record = {
-            "key": key,
-            "labels": dict(cell.labels),
-            "seed": seed,
+            "key": run.key,
+            "labels": dict(run.cell.labels),
+            "seed": run.seed,
             "values": _json_values(values),
         }
         # At once: a study that is stopped keeps its finished runs.
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        known[key] = record
+        known[run.key] = record
         seconds_per_run = (time.monotonic() - start) / done
-        left = format_duration(seconds_per_run * (len(missing) - done))
-        progress = f"{done}/{len(missing)}  {_describe_run(study, record)}"
-        say(f"{progress}  ({values['seconds']:.0f}s, eta {left})")
-    return [known[key] for key, _, _ in plan]
+        runs_left = len(missing) - done
+        left = format_duration(seconds_per_run * runs_left)
+        description = _describe_run(study, record)
+        seconds = values["seconds"]
+        say(f"{done}/{len(missing)}  {description}  ({seconds:.0f}s, eta {left})")
+    return [known[run.key] for run in plan]
 
 
 def _read_runs(path: Path) -> dict[str, dict[str, Any]]:
@@ -116,13 +126,15 @@ def _read_runs(path: Path) -> dict[str, dict[str, Any]]:
 
 def _describe_run(study: Study, record: Mapping[str, Any]) -> str:
     """Labels, seed and the columns of the table."""
-    labels = ", ".join(f"{name} {value}" for name, value in record["labels"].items())
+    parts = [f"{name} {value}" for name, value in record["labels"].items()]
+    parts.append(f"seed {record['seed']}")
     columns = []
     for column in study.columns:
         value = record["values"].get(column)
-        shown = "nan" if value is None else f"{value:.4g}"
-        columns.append(f"{column} {shown}")
-    return f"{labels}, seed {record['seed']}: {'  '.join(columns)}"
+        if value is None:
+            value = math.nan
+        columns.append(f"{column} {value:.4g}")
+    return ", ".join(parts) + ": " + "  ".join(columns)
 
 
 def write_report(
@@ -155,14 +167,18 @@ def _note(study: Study, records: Sequence[report.Record], command: str) -> str:
     """How the table was made."""
     seconds = sum(record["values"]["seconds"] for record in records)
     seeds = ", ".join(str(seed) for seed in study.seeds)
-    packages = ("jax", "jaxlib", "flax", "optax")
-    versions = [f"{name} {metadata.version(name)}" for name in packages]
-    versions.append(f"Python {sys.version.split()[0]}")
-    return (
-        f"`{command}`; seeds {seeds} (mean ± standard deviation); "
-        f"{len(records)} runs, {format_duration(seconds)} on {_machine()}; "
-        f"{', '.join(versions)}."
-    )
+    versions = []
+    for package in ("jax", "jaxlib", "flax", "optax"):
+        versions.append(f"{package} {metadata.version(package)}")
+    python = sys.version.split()[0]
+    versions.append(f"Python {python}")
+    parts = [
+        f"`{command}`",
+        f"seeds {seeds} (mean ± standard deviation)",
+        f"{len(records)} runs, {format_duration(seconds)} on {_machine()}",
+        ", ".join(versions),
+    ]
+    return "; ".join(parts) + "."
 
 
 def _file_name(column: str) -> str:

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from gatedjax.config import config_dict, layer
 
-# Minutes a run on two CPU cores, and large enough that variants differ by more than seeds do.
+# Of the model, and LENGTH of its windows: a run takes a few minutes on a CPU.
 WIDTH = 96
 NUM_LAYERS = 4
 HEADS = 4
@@ -34,7 +34,6 @@ def text_config(
     c.model.mixers = dict(mixers)
     c.model.pattern = pattern or tuple(mixers)
     c.model.ffns.mlp.hidden = 256
-    # Small models train faster from a larger start, and layers in a scan compile no faster here.
     c.model.init_std = 0.05
     c.model.dtype = "float32"
     c.model.scan_layers = False

@@ -84,7 +84,7 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
             state, on_device = train_step(state, batch)
             if step % READ_EVERY == 0 or step == config.steps:
                 metrics = _scalars(on_device)
-                # Nothing is learned after a loss that is no number, or when no step is taken.
+                # A loss that is no number, or only skipped steps: the run has diverged.
                 if _is_stuck(run, metrics) or not math.isfinite(metrics["loss"]):
                     break
             if recall is None or stop_at is None or step == config.steps:

@@ -65,13 +65,14 @@ _SUMMARY_OF_PROBE: dict[str, Callable[[np.ndarray], Any]] = {
 
 def probes(trained: Trained) -> Values:
     """The probes that the model's layers have something for, each as one number."""
-    # One batch: the probes of a batch are means over its tokens already.
+    # On one batch, as `eval.py --probes`.
     found = Validation(trained.run, 1).probes(trained.params)
     values = {}
     for name, summarize in _SUMMARY_OF_PROBE.items():
         if name in found:
-            of_layers = [np.ravel(x) for x in found[name].values()]
-            values[name] = float(summarize(np.concatenate(of_layers)))
+            by_layer = [np.ravel(x) for x in found[name].values()]
+            of_all_layers = np.concatenate(by_layer)
+            values[name] = float(summarize(of_all_layers))
     return values
 
 
@@ -86,9 +87,11 @@ def at_length(trained: Trained, length: int) -> float:
     With the cell's `yarn`, rotary positions are scaled to that length.
     """
     config = trained.run.config
-    # Windows shorter than those of training are not stretched.
     seq_len = config.data.seq_len
-    factor = max(1.0, length / seq_len) if trained.cell.yarn else 1.0
+    factor = 1.0
+    if trained.cell.yarn:
+        # Windows shorter than those of training need no scaling.
+        factor = max(1.0, length / seq_len)
     mixers = {}
     for name, mixer in config.model.mixers.items():
         if isinstance(mixer, GatedAttentionConfig) and mixer.rotary_dim:
@@ -142,10 +145,12 @@ class RecallValidation:
 
     def __call__(self, params: Any) -> Recalled:
         """Call it inside `jax.set_mesh(run.mesh)`."""
+        mesh = self._run.mesh
+        model = self._run.config.model
         counts = []
         for rows in batches(self._dataset):
-            batch = global_batch(self._run.mesh, rows, self._batch_size)
-            counts.append(_count_right(self._run.config.model, params, batch))
+            batch = global_batch(mesh, rows, self._batch_size)
+            counts.append(_count_right(model, params, batch))
         # One transfer at the end: the device is never waited for in between.
         right, asked = np.sum(jax.device_get(counts), axis=0)
         return Recalled(float(right / asked), int(asked))
@@ -161,6 +166,9 @@ def _count_right(
             {"params": params}, batch.tokens, batch.positions, batch.segment_ids
         )
     hidden = outputs[0]
-    best = jnp.argmax(logits(hidden, head_weights(params)), axis=-1)
-    right = (best == batch.targets) * batch.loss_mask
-    return jnp.sum(right), jnp.sum(batch.loss_mask)
+    weights = head_weights(params)
+    best = jnp.argmax(logits(hidden, weights), axis=-1)
+    is_right = best == batch.targets
+    right = jnp.sum(is_right * batch.loss_mask)
+    asked = jnp.sum(batch.loss_mask)
+    return right, asked

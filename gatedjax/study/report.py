@@ -46,29 +46,41 @@ def rows(study: Study, records: Sequence[Record]) -> list[Row]:
 
 
 def _row(labels: dict[str, Label], group: Sequence[Record], columns: Sequence[str]) -> Row:
-    survived = np.array([not record["values"]["diverged"] for record in group], bool)
+    runs = [record["values"] for record in group]
+    survived = np.array([not run["diverged"] for run in runs], bool)
     mean = {}
     spread = {}
     for column in columns:
-        values = [record["values"].get(column, math.nan) for record in group]
-        # None, for a value that was not finite, becomes NaN.
-        mean[column], spread[column] = _mean_and_spread(np.array(values, np.float64), survived)
+        # A value that was not finite is None, which becomes NaN.
+        values = np.array([run.get(column, math.nan) for run in runs], np.float64)
+        summary = _mean_and_spread(values, survived)
+        mean[column] = summary.mean
+        spread[column] = summary.spread
     # Runs that diverged are counted, not averaged.
     return Row(
         labels=labels, mean=mean, spread=spread, seeds=len(group), diverged=int((~survived).sum())
     )
 
 
+class _Summary(NamedTuple):
+    """Of one column, over the seeds of a cell."""
+
+    mean: float
+    spread: float
+
+
 def _mean_and_spread(
     values: Float64[np.ndarray, "seeds"], survived: Bool[np.ndarray, "seeds"]
-) -> tuple[float, float]:
+) -> _Summary:
     kept = values[survived]
     if len(kept) == 0:
-        return math.nan, 0.0
-    if len(kept) == 1:
-        # A sample's standard deviation needs two values.
-        return float(kept[0]), 0.0
-    return float(kept.mean()), float(kept.std(ddof=1))
+        return _Summary(math.nan, 0.0)
+    mean = float(kept.mean())
+    # A sample's standard deviation needs two values.
+    spread = 0.0
+    if len(kept) > 1:
+        spread = float(kept.std(ddof=1))
+    return _Summary(mean, spread)
 
 
 def markdown(study: Study, table: Sequence[Row], notes: Sequence[str]) -> str:
@@ -77,13 +89,13 @@ def markdown(study: Study, table: Sequence[Row], notes: Sequence[str]) -> str:
     header = [*names, *study.columns, "seeds"]
     lines = [f"# {study.title}", "", _table_line(header), "|" + "---|" * len(header)]
     for row in table:
-        labels = [str(row.labels[name]) for name in names]
-        values = [_value(row, column) for column in study.columns]
-        lines.append(_table_line([*labels, *values, _seeds(row)]))
+        cells = [str(row.labels[name]) for name in names]
+        cells += [_value(row, column) for column in study.columns]
+        cells.append(_seeds(row))
+        lines.append(_table_line(cells))
     lines.append("")
     lines.extend(notes)
-    lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _table_line(cells: Sequence[str]) -> str:
@@ -147,7 +159,9 @@ def _lines(picture: Picture, table: Sequence[Row]) -> Lines:
     """The points of each line; lines and points without a value are left out."""
     lines: Lines = {}
     for row in table:
-        name = row.labels[picture.line] if picture.line else picture.y
+        name: Label = picture.y
+        if picture.line:
+            name = row.labels[picture.line]
         for point in _points(picture, row):
             if not math.isnan(point.y):
                 lines.setdefault(name, []).append(point)
@@ -157,14 +171,18 @@ def _lines(picture: Picture, table: Sequence[Row]) -> Lines:
 def _points(picture: Picture, row: Row) -> list[Point]:
     if not picture.y.endswith("@"):
         # One column: its place is a label of the cell.
-        x = row.labels[picture.x]
-        return [Point(x, row.mean[picture.y], row.spread[picture.y])]
+        point = Point(x=row.labels[picture.x], y=row.mean[picture.y], spread=row.spread[picture.y])
+        return [point]
     # Several columns: each is a place.
     points = []
     for column in row.mean:
         if column.startswith(picture.y):
-            x = float(column.removeprefix(picture.y))
-            points.append(Point(x, row.mean[column], row.spread[column]))
+            point = Point(
+                x=float(column.removeprefix(picture.y)),
+                y=row.mean[column],
+                spread=row.spread[column],
+            )
+            points.append(point)
     return points
 
 
