@@ -69,7 +69,11 @@ class Block(grain.MapDataset[Batch]):
     """
 
     def __init__(
-        self, parent: grain.MapDataset[Batch], batch_size: int, rows: Sequence[int], seq_len: int
+        self,
+        parent: grain.MapDataset[Batch],
+        batch_size: int,
+        rows: Sequence[int],
+        seq_len: int,
     ):
         super().__init__(parent)
         self._batch_size = batch_size
@@ -122,7 +126,12 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
 
 
 def make_dataset(
-    cfg: DataConfig, split: Split, *, batch_size: int, rows: Sequence[int], seed: int
+    cfg: DataConfig,
+    split: Split,
+    *,
+    batch_size: int,
+    rows: Sequence[int],
+    seed: int,
 ) -> grain.MapDataset[Batch]:
     """The global batches of a split, of which this process holds `rows`.
 
@@ -186,7 +195,11 @@ class BatchIterator(Iterator[Batch]):
 
 
 def batches(
-    dataset: grain.MapDataset[Batch], start: int = 0, *, num_threads: int = 1, prefetch: int = 4
+    dataset: grain.MapDataset[Batch],
+    start: int = 0,
+    *,
+    num_threads: int = 1,
+    prefetch: int = 4,
 ) -> BatchIterator:
     """Iterates over global batches; they are the same for any number of threads.
 

@@ -40,7 +40,10 @@ ENCODE_CHARACTERS = 1 << 22  # documents are tokenized together up to this much 
 
 
 def tokenize(
-    source: Source, tokenizer: Tokenizer, validation_fraction: float, cache_dir: Path
+    source: Source,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    cache_dir: Path,
 ) -> Corpus:
     """The corpus of `source`, from `cache_dir` if it is there, else written to it.
 

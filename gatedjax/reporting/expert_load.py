@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 
 from gatedjax.errors import InputError
 from gatedjax.reporting.console import say
@@ -67,7 +67,7 @@ def expert_loads(
 
 
 def draw_expert_load(
-    steps: Int[np.ndarray, "N"], load: Float64[np.ndarray, "N layers experts"], title: str
+    steps: Int[np.ndarray, "N"], load: Float[np.ndarray, "N layers experts"], title: str
 ) -> Any:
     """The matplotlib figure: steps to the right, experts upwards.
 
@@ -98,7 +98,10 @@ def draw_expert_load(
 
 
 def _draw_layer(
-    panel: Any, steps: Int[np.ndarray, "N"], load: Float64[np.ndarray, "N experts"], layer: int
+    panel: Any,
+    steps: Int[np.ndarray, "N"],
+    load: Float[np.ndarray, "N experts"],
+    layer: int,
 ) -> Any:
     """One panel; returns its image, for the color bar."""
     from matplotlib.colors import LogNorm

@@ -91,7 +91,11 @@ def _draw_experts(
 
 
 def _draw_grid(
-    figure: Any, axes: Any, layers: Layers, columns: str, top: float | None = None
+    figure: Any,
+    axes: Any,
+    layers: Layers,
+    columns: str,
+    top: float | None = None,
 ) -> None:
     """Layers x heads or experts, each square with its number.
 

@@ -28,10 +28,16 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0, where jax does not find it by itself."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of this run.", lower_bound=1
+    "num_processes",
+    None,
+    "Processes of this run.",
+    lower_bound=1,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this is, from 0.", lower_bound=0
+    "process_id",
+    None,
+    "Which of them this is, from 0.",
+    lower_bound=0,
 )
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_seconds",

@@ -117,10 +117,16 @@ def main() -> None:
         help="crashes in a row before it gives up",
     )
     parser.add_argument(
-        "--wait", type=float, default=10.0, help="seconds before the first new start"
+        "--wait",
+        type=float,
+        default=10.0,
+        help="seconds before the first new start",
     )
     parser.add_argument(
-        "--longest_wait", type=float, default=600.0, help="seconds before any new start, at most"
+        "--longest_wait",
+        type=float,
+        default=600.0,
+        help="seconds before any new start, at most",
     )
     parser.add_argument("command", nargs="+", help="after --: the command and its arguments")
     args = parser.parse_args()

@@ -138,7 +138,10 @@ def _describe_run(study: Study, record: Mapping[str, Any]) -> str:
 
 
 def write_report(
-    study: Study, records: Sequence[report.Record], folder: Path, command: str
+    study: Study,
+    records: Sequence[report.Record],
+    folder: Path,
+    command: str,
 ) -> list[Path]:
     """Writes table.md and the pictures.
 

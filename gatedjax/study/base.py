@@ -49,7 +49,11 @@ def text_config(
 def attention(**changes: Any) -> ConfigDict:
     """Softmax attention of the base model; gated at its best place unless `changes` differ."""
     return layer(
-        "gated_attention", num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM, **changes
+        "gated_attention",
+        num_heads=HEADS,
+        num_kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+        **changes,
     )
 
 

@@ -94,7 +94,11 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
                 if accuracy >= stop_at:
                     break
         return Trained(
-            cell=cell, run=run, params=params_for_evaluation(state), steps=step, metrics=metrics
+            cell=cell,
+            run=run,
+            params=params_for_evaluation(state),
+            steps=step,
+            metrics=metrics,
         )
 
 

@@ -163,7 +163,10 @@ def _count_right(
     """Tokens asked for that are predicted, and all that are asked for."""
     with nn.logical_axis_rules(RULES):
         outputs = LanguageModel(model).apply(
-            {"params": params}, batch.tokens, batch.positions, batch.segment_ids
+            {"params": params},
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
         )
     hidden = outputs[0]
     weights = head_weights(params)

@@ -58,7 +58,11 @@ def _row(labels: dict[str, Label], group: Sequence[Record], columns: Sequence[st
         spread[column] = summary.spread
     # Runs that diverged are counted, not averaged.
     return Row(
-        labels=labels, mean=mean, spread=spread, seeds=len(group), diverged=int((~survived).sum())
+        labels=labels,
+        mean=mean,
+        spread=spread,
+        seeds=len(group),
+        diverged=int((~survived).sum()),
     )
 
 
