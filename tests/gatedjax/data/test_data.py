@@ -211,9 +211,9 @@ def test_split_of_a_document_does_not_depend_on_the_others(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("share, split", [(1e-9, "validation"), (1 - 1e-9, "train")])
-def test_both_splits_get_a_document(tmp_path, share, split):
-    corpus = corpus_of(config(tmp_path, validation_fraction=share))
+@pytest.mark.parametrize("fraction, split", [(1e-9, "validation"), (1 - 1e-9, "train")])
+def test_both_splits_get_a_document(tmp_path, fraction, split):
+    corpus = corpus_of(config(tmp_path, validation_fraction=fraction))
     assert corpus.splits[split].documents == 1 and corpus.documents == 40
 
 
@@ -644,8 +644,8 @@ def stream(
     cfg, split="train", processes=1, batch_size=8, count=12, start=0, seed=0, **how
 ) -> list[data.Batch]:
     """Global batches, put together from the rows that each of `processes` reads."""
-    share = batch_size // processes
-    rows = [range(p * share, (p + 1) * share) for p in range(processes)]
+    rows_each = batch_size // processes
+    rows = [range(p * rows_each, (p + 1) * rows_each) for p in range(processes)]
     datasets = [
         data.make_dataset(cfg, split, batch_size=batch_size, rows=r, seed=seed) for r in rows
     ]
