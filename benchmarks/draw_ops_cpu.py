@@ -1,6 +1,6 @@
 """Draws what `ops_cpu.py` measured: time and temporary memory over the length of the sequence.
 
-python benchmarks/draw_ops_cpu.py [results/ops_cpu.json [docs/ops_by_length.png]]
+python benchmarks/draw_ops_cpu.py [results/ops_cpu.json [docs/pictures/ops_by_length.png]]
 """
 
 import json
@@ -48,7 +48,7 @@ def draw(results: dict) -> Figure:
 
 
 def main(
-    source: str = "benchmarks/results/ops_cpu.json", target: str = "docs/ops_by_length.png"
+    source: str = "benchmarks/results/ops_cpu.json", target: str = "docs/pictures/ops_by_length.png"
 ) -> None:
     draw(json.loads((ROOT / source).read_text())).savefig(ROOT / target)
     print(target)

@@ -1,4 +1,5 @@
-"""Writes docs/config.md from the dataclasses of the configuration: every key, its type, its default, its comment.
+"""Writes docs/config.md from the dataclasses of the configuration: every key, its type, its default
+and its comment.
 
 python docs/config_reference.py
 """
@@ -18,83 +19,103 @@ from gatedjax.config import FEED_FORWARDS, MIXERS, Config  # noqa: E402 (found t
 
 HEAD = """# Configuration
 
-Every key of a run. A file in `configs/` returns `config_dict()` with some of them changed; `--config.KEY=VALUE` on the
-command line changes one; a wrong key or type is refused at launch, with the nearest key named. This page is made from
-`gatedjax/config` by `python docs/config_reference.py`.
+Every key of a run. A file in `configs/` returns `config_dict()` with some of them changed;
+`--config.KEY=VALUE` on the command line changes one; a wrong key or type is refused at launch, with
+the nearest key named. This page is made from `gatedjax/config` by
+`python docs/config_reference.py`.
 """
+
+LAYERS = """## Layers
+
+Entries of `model.mixers` and `model.ffns`, made by `layer(kind, **values)`.
+"""
+
+# Markdown takes a bar for the border of a table's cell, in code too; this one it shows.
+BAR = "&#124;"
 
 
 def page() -> str:
     """Groups of the run first, then the kinds of layers."""
-    groups = [(f.name, typing.get_type_hints(Config)[f.name]) for f in dataclasses.fields(Config)]
-    parts = [HEAD, *(section(f"`config.{name}`", cls) for name, cls in groups)]
-    parts.append(
-        "## Layers\n\nEntries of `model.mixers` and `model.ffns`, made by `layer(kind, **values)`.\n"
-    )
-    parts += [
-        section(f'`layer("{kind}")`', cls, "###") for kind, cls in (MIXERS | FEED_FORWARDS).items()
-    ]
-    parts += [
-        section(f"`{cls.__name__}`", cls, "###")
-        for cls in nested([*MIXERS.values(), *FEED_FORWARDS.values()])
-    ]
+    hints = typing.get_type_hints(Config)
+    parts = [HEAD]
+    for field in dataclasses.fields(Config):
+        parts.append(section(f"`config.{field.name}`", hints[field.name]))
+    parts.append(LAYERS)
+    layers = MIXERS | FEED_FORWARDS
+    for kind, cls in layers.items():
+        parts.append(section(f'`layer("{kind}")`', cls, level="###"))
+    for cls in nested(layers.values()):
+        parts.append(section(f"`{cls.__name__}`", cls, level="###"))
     return "\n".join(parts)
 
 
-def nested(classes: list[type]) -> list[type]:
-    """Dataclasses that are values of fields."""
-    hints = [hint for cls in classes for hint in typing.get_type_hints(cls).values()]
-    return list(dict.fromkeys(h for h in hints if dataclasses.is_dataclass(h)))
+def nested(classes: typing.Iterable[type]) -> list[type]:
+    """Dataclasses that are values of fields, each once."""
+    found = {}
+    for cls in classes:
+        for hint in typing.get_type_hints(cls).values():
+            if dataclasses.is_dataclass(hint):
+                found[hint] = None
+    return list(found)
 
 
 def section(title: str, cls: type, level: str = "##") -> str:
     """One dataclass as a table."""
     comments = field_comments(inspect.getsource(cls))
     rows = ["| key | type | default | |", "|---|---|---|---|"]
-    for f in dataclasses.fields(cls):
-        if f.name != "kind":
-            rows.append(
-                f"| `{f.name}` | {type_text(f.type)} | {default_text(f)} | {comments.get(f.name, '')} |"
-            )
-    return "\n".join([f"{level} {title}", "", inspect.cleandoc(cls.__doc__ or ""), "", *rows, ""])
+    for field in dataclasses.fields(cls):
+        if field.name == "kind":
+            continue
+        name = code(field.name)
+        comment = comments.get(field.name, "")
+        rows.append(f"| {name} | {type_text(field.type)} | {default_text(field)} | {comment} |")
+    description = inspect.cleandoc(cls.__doc__ or "")
+    return "\n".join([f"{level} {title}", "", description, "", *rows, ""])
 
 
 def field_comments(source: str) -> dict[str, str]:
-    """The comment above a field and the one behind it."""
-    comments, above = {}, []
+    """field -> the comment above it and the one behind it."""
+    comments = {}
+    above: list[str] = []
     for line in textwrap.dedent(source).splitlines():
+        only_comment = re.match(r"    # (.*)", line)
+        if only_comment:
+            above.append(only_comment[1])
+            continue
         field = re.match(r"    (\w+): [^#]*(?:#\s*(.*))?$", line)
-        if only := re.match(r"    # (.*)", line):
-            above.append(only[1])
-        elif field:
-            comments[field[1]] = " ".join([*above, field[2] or ""]).strip().replace("|", "\\|")
-            above = []
-        else:
-            above = []
+        if field:
+            behind = field[2] or ""
+            text = " ".join([*above, behind]).strip()
+            comments[field[1]] = text.replace("|", BAR)
+        above = []
     return comments
 
 
-def type_text(annotation) -> str:
-    text = (
-        annotation
-        if isinstance(annotation, str)
-        else getattr(annotation, "__name__", str(annotation))
-    )
-    text = re.sub(
-        r"typing\.|collections\.abc\.|gatedjax\.(?:\w+\.)+|<class '|'>",
-        "",
-        text if "[" in text else str(annotation),
-    )
+def code(text: str) -> str:
+    """Code in a cell of a table."""
+    if "|" in text:
+        return f"<code>{text.replace('|', BAR)}</code>"
+    return f"`{text}`"
+
+
+def type_text(annotation: typing.Any) -> str:
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    if isinstance(annotation, type) and "[" not in text:
+        text = annotation.__name__
+    text = re.sub(r"typing\.|collections\.abc\.|gatedjax\.(?:\w+\.)+", "", text)
     choices = re.fullmatch(r"Literal\[(.*)\]", text)
-    shown = ", ".join(f"`{c.strip()}`" for c in choices[1].split(",")) if choices else f"`{text}`"
-    return shown.replace("|", "\\|")
+    if choices:
+        return ", ".join(code(choice.strip()) for choice in choices[1].split(","))
+    return code(text)
 
 
-def default_text(f: dataclasses.Field) -> str:
-    if f.default is not dataclasses.MISSING:
-        return f"`{f.default!r}`"
-    value = f.default_factory()
-    return "see below" if dataclasses.is_dataclass(value) else f"`{', '.join(value)}`"
+def default_text(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return code(repr(field.default))
+    value = field.default_factory()
+    if dataclasses.is_dataclass(value):
+        return "see below"
+    return code(", ".join(value))
 
 
 if __name__ == "__main__":
