@@ -23,7 +23,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # A command ends where its line does, or at a quote around it, a pipe, a redirection, a comment.
 COMMAND = re.compile(r"\bpython (?P<module>-m )?(?P<target>[\w./]+)(?P<arguments>[^\n\"|&>#]*)")
 # What fits the site's box for code.
-COLUMNS = 100
+COLUMNS = 94
 # Where the commands' common flags are defined.
 SHARED_FLAGS = sorted((ROOT / "gatedjax" / "runtime").glob("*.py"))
 
