@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md followed to the letter: a toy mixer in three places of a copy trains, is probed."""
+"""CONTRIBUTING.md followed to the letter: a toy mixer, in three places of a copy, trains."""
 
 import os
 import shutil
