@@ -38,7 +38,7 @@ room, tile, plan_room, forward_room, backward_room, tuning = (
     for name in ("op", "tile", "plan", "forward", "backward", "tuning")
 )
 Schedule = plan_room.Schedule
-ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
+ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.passes == 1]
 on_tpu = partial(value_and_gradients, implementation="tpu", interpret=True)
 
 
