@@ -23,7 +23,7 @@ from gpu_timing import device, inputs, median_seconds, sizes
 from report import table, write_json
 
 from gatedjax.aot.targets import target
-from kernels_pallas import linear_scan
+from kernels_pallas.ops import linear_scan
 
 _LENGTHS = flags.DEFINE_multi_integer(
     "length", [2048, 4096, 8192, 16384, 32768], "Sequence lengths T."

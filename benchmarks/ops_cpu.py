@@ -28,7 +28,7 @@ from jaxtyping import Float
 from report import cores, cpu_model, table, write_json
 
 from gatedjax.runtime import cli
-from kernels_pallas import attention, linear_scan
+from kernels_pallas.ops import attention, linear_scan
 
 _LENGTHS = flags.DEFINE_multi_integer(
     "length", [1024, 4096, 16384], "Sequence lengths T; at least two."

@@ -3,7 +3,7 @@
 
     python benchmarks/tune_grouped_matmul.py --target=tpu:v5e [--shape=M16384,K2048,N1024,G64] [--set=step=512,1024 ...]
 
-Settings are the fields of `tpu_tuning.Row`, outer_step as 1024x512; without --set those that
+Settings are the fields of `tpu_tuning.Tuning`, outer_step as 1024x512; without --set those that
 mattered. Every candidate is compiled for the chip and its schedule replayed, for equal groups and
 for Zipf-skewed ones: no TPU is needed, and a minute each. Prints candidates as they come, and the
 best of each kernel by the sum of both.
@@ -21,12 +21,12 @@ from gatedjax.aot import compile_and_replay
 from gatedjax.aot.cases import make_case
 from kernels_pallas.grouped_matmul.tpu import tuning as tpu_tuning
 
-SETTINGS = ["tile=256,512", "parts=64,128", "step=512,1024", "outer_step=1024x512,1024x1024"]
+SETTINGS = ["tile=256,512", "part=64,128", "step=512,1024", "outer_step=1024x512,1024x1024"]
 KERNELS = ("forward", "dlhs", "drhs")
 DEVICES = {"tpu:v5e": "TPU v5 lite", "tpu:v5p": "TPU v5", "tpu:v6e": "TPU v6 lite"}
 
 
-def candidates(base: tpu_tuning.Row, settings: list[str]) -> list[tpu_tuning.Row]:
+def candidates(base: tpu_tuning.Tuning, settings: list[str]) -> list[tpu_tuning.Tuning]:
     """ "step=512,1024" and the like, every combination of them."""
     axes = {
         name: [_value(v) for v in text.split(",")]
@@ -41,7 +41,7 @@ def _value(text: str):
     return tuple(map(int, text.split("x"))) if "x" in text else int(text)
 
 
-def microseconds(target: str, shape: str, row: tpu_tuning.Row) -> dict[tuple[str, str], float]:
+def microseconds(target: str, shape: str, row: tpu_tuning.Tuning) -> dict[tuple[str, str], float]:
     """Model time of each kernel for each kind of group sizes; empty if the candidate does not
     compile.
     """

@@ -25,7 +25,8 @@ from gatedjax.config import (
 )
 from gatedjax.layers import FEED_FORWARDS, MIXERS, TokenInfo
 from gatedjax.training.losses import chunked_cross_entropy
-from kernels_pallas import (
+from kernels_pallas.attention import NORMALIZERS
+from kernels_pallas.ops import (
     attention,
     attention_step,
     expert_mlp,
@@ -33,7 +34,6 @@ from kernels_pallas import (
     linear_scan,
     linear_scan_step,
 )
-from kernels_pallas.attention import NORMALIZERS
 
 DTYPES = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
 SIZES = (1, 3, 8, 16, 24, 32, 64)

@@ -25,8 +25,8 @@ from tiny_run import random_batch, replace, tiny
 
 from gatedjax.training.run import fresh_state, prepare
 from gatedjax.training.step import eval_step, params_for_evaluation, train_step
-from kernels_pallas import linear_scan
 from kernels_pallas.linear_scan import xla as linear_scan_xla
+from kernels_pallas.ops import linear_scan
 
 FUZZ_SEED = int(os.environ.get("FUSION_SEED", 0))
 FUZZ_CASES = int(os.environ.get("FUSION_CASES", 4))
