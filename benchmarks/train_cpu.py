@@ -163,7 +163,7 @@ def peers(config: Config, active: int) -> list[Model]:
         "hidden_size": c.width,
         "num_hidden_layers": c.num_layers,
         "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
+        "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         "max_position_embeddings": config.data.seq_len,
         "initializer_range": c.init_std,
@@ -174,7 +174,7 @@ def peers(config: Config, active: int) -> list[Model]:
             "full_attention" if c.layer(i)[0] == attention else "linear_attention" for i in layers
         ],
         "partial_rotary_factor": attention.rope_fraction,
-        "linear_num_key_heads": gla.num_kv_heads,
+        "linear_num_key_heads": gla.kv_heads,
         "linear_num_value_heads": gla.num_heads,
         "linear_key_head_dim": gla.key_dim,
         "linear_value_head_dim": gla.value_dim,
@@ -188,7 +188,7 @@ def peers(config: Config, active: int) -> list[Model]:
         "output_router_logits": True,  # the balance loss, which ours computes too
         "router_aux_loss_coef": moe.balance_loss,
     }
-    q, kv = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    q, kv = attention.num_heads * attention.head_dim, attention.kv_heads * attention.head_dim
     mixer_and_norms = 2 * c.width * (q + kv) + 2 * c.width
     for_mlps = active - c.vocab_size * c.width - c.width - c.num_layers * mixer_and_norms
     dense = {"intermediate_size": round(for_mlps / (c.num_layers * 3 * c.width) / 8) * 8}

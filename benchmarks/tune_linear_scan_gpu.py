@@ -33,13 +33,13 @@ CANDIDATES = {
     "scan_block_k": (32, 64, 128),
     "scan_warps": (2, 4, 8),
     "scan_stages": (1, 2, 3, 4),
-    "walks_per_core": (1, 2, 4),
-    "scores_block_k": (16, 32, 64, 128),
-    "scores_warps": (4, 8),
+    "programs_per_core": (1, 2, 4),
+    "intra_block_k": (16, 32, 64, 128),
+    "intra_warps": (4, 8),
     "back_block_k": (16, 32, 64),
     "back_block_v": (32, 64, 128),
     "back_warps": (4, 8),
-    "dscores_warps": (4, 8),
+    "dproducts_warps": (4, 8),
 }
 GAIN = 0.98
 

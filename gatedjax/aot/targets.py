@@ -188,3 +188,27 @@ def parse_slice(text: str) -> Slice:
         raise ValueError(f"slice: got {text!r}, expected {expected}")
     chip = TPUS[match[2]]
     return Slice(chip, f"{chip.topology.split(':')[0]}:{match[3]}", int(match[1] or 1))
+
+
+# Beginnings of jax's `device_kind` -> dense bfloat16 FLOP/s of such a device. TPU v4 has no target:
+# it is run on, not compiled for.
+PEAK_FLOPS_BY_KIND = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": TPUS["v5e"].peak_flops,
+    "TPU v5": TPUS["v5p"].peak_flops,
+    "TPU v6 lite": TPUS["v6e"].peak_flops,
+    "TPU v6e": TPUS["v6e"].peak_flops,
+    "TPU7x": TPUS["v7x"].peak_flops,
+    "NVIDIA A100": GPUS["a100"].peak_flops,
+    "NVIDIA H100": GPUS["h100"].peak_flops,
+    "NVIDIA H200": GPUS["h200"].peak_flops,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of one device that jax calls so; None if it is not in the table."""
+    names = [name for name in PEAK_FLOPS_BY_KIND if device_kind.startswith(name)]
+    if not names:
+        return None
+    # "TPU v5 lite" begins with "TPU v5" too.
+    return PEAK_FLOPS_BY_KIND[max(names, key=len)]

@@ -79,3 +79,9 @@ def default_scale(scale: float | None, K: int) -> float:
 def all_varying(*arrays: Array | None) -> tuple[Array | None, ...]:
     """`varying_together` of arrays that are arguments."""
     return varying_together(arrays)
+
+
+def check_bool(op: str, name: str, x: Array) -> None:
+    """Raises ValueError unless `x` is boolean."""
+    if x.dtype != jnp.bool_:
+        raise ValueError(f"{op}: {name}: got dtype {x.dtype}, expected bool")

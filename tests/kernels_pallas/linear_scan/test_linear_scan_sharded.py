@@ -91,7 +91,7 @@ def test_four_devices_equal_one(name):
 
 
 def test_a_state_that_is_not_passed_on_is_found(monkeypatch):
-    right = sharded._states_of_the_axis
-    monkeypatch.setattr(sharded, "_states_of_the_axis", lambda *a: (0 * right(*a)[0], right(*a)[1]))
+    right = sharded._exchange_states
+    monkeypatch.setattr(sharded, "_exchange_states", lambda *a: (0 * right(*a)[0], right(*a)[1]))
     with pytest.raises(AssertionError, match="e-"):
         compare("vector, reverse, segments")
