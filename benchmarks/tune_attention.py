@@ -21,7 +21,6 @@ import jax
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
 
-# `kernels_pallas.attention` is the function; its rooms are found by their full names.
 tpu_tuning = importlib.import_module("kernels_pallas.attention.tpu.tuning")
 Schedule = tpu_tuning.Schedule
 

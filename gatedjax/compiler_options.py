@@ -1,9 +1,10 @@
 """How evaluations and sampling are compiled on a CPU whose XLA breaks some fusions.
 
-The ops hide from XLA what its broken fusions need (`kernels_pallas.common.opaque`). This is the second
-protection, for programs whose result is a number that people read: of the "YNN" fusions, only those
-of a single matrix product are left, which are right. The training step is compiled without this: it
-would be 3 % slower (benchmarks/NOTES.md), and wrong arithmetic would show in its loss.
+The ops hide from XLA what its broken fusions need (`kernels_pallas.common.opaque`). This is the
+second protection, for programs whose result is a number that people read: of the "YNN" fusions,
+only those of a single matrix product are left, which are right. The training step is compiled
+without this: it would be 3 % slower (benchmarks/NOTES.md), and wrong arithmetic would show in its
+loss.
 
 The fault is described in docs/notes/xla_cpu_ynn_broadcast.md.
 """

@@ -70,6 +70,7 @@ class Block(nn.Module):
             info,
             router_logits,
         )
+        # Carried through the scan only where a router needs them: a carry must keep its structure.
         if router_logits is not None:
             router_logits = new_logits
         x = nn.with_logical_constraint(x + y, STREAM_AXES)
@@ -282,6 +283,7 @@ def layers_of(c: ModelConfig) -> nn.Module:
             policy=remat_policy(c.remat),
         )
     num_periods = c.num_layers // c.period
+    # Parameters and what is recorded get an axis of periods in front; caches are cut along theirs.
     scanned = nn.scan(
         period,
         variable_axes={"params": 0, COLLECTION: 0},

@@ -132,7 +132,7 @@ def test_killed_run_goes_on_to_the_bit(place, finished):
 
 @pytest.mark.slow
 def test_two_runs_of_one_command_print_equal_losses(place, monkeypatch):
-    """Compiled as users compile, not at the level of the other tests; rows are one chunk of a scan."""
+    """Compiled as users compile, not as the other tests; rows are one chunk of a scan."""
     monkeypatch.setenv("XLA_FLAGS", "")
     flags = ["--config.train.steps=3", "--config.train.eval_every=1"]
     printed = []

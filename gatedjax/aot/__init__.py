@@ -1,5 +1,6 @@
-"""Compiles for an accelerator that is not here, and reports what it will cost: `python -m
-gatedjax.aot`.
+"""Compiles for an accelerator that is not here, and reports what it will cost.
+
+From a shell: `python -m gatedjax.aot`.
 """
 
 from gatedjax.aot.compile import compile_and_replay, compile_for, report_compiled, slice_devices

@@ -4,7 +4,8 @@ arguments.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from kernels_pallas.attention.api import attention
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.grouped_matmul.api import grouped_matmul
 from kernels_pallas.linear_scan.api import linear_scan
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +31,33 @@ class Case:
         """Forward and backward as one program, as in training: the output's cotangent is its own
         last argument.
         """
-        floats = [i for i, a in enumerate(self.args) if jnp.issubdtype(a.dtype, jnp.floating)]
+        differentiated = [i for i, a in enumerate(self.args) if _is_float(a)]
 
-        def both(*args):
-            *args, cotangent = args
-            chosen = [args[i] for i in floats]
-            fill = lambda *new: [
-                new[floats.index(i)] if i in floats else a for i, a in enumerate(args)
-            ]
-            out, gradient = jax.vjp(lambda *new: self.forward(*fill(*new)), *chosen)
-            return out, gradient(cotangent)
+        def forward_and_backward(*args_and_cotangent):
+            *args, cotangent = args_and_cotangent
 
-        return both
+            def of_floats(*floats):
+                """The op as a function of its float arguments only."""
+                all_args = list(args)
+                for i, value in zip(differentiated, floats):
+                    all_args[i] = value
+                return self.forward(*all_args)
+
+            out, vjp = jax.vjp(of_floats, *[args[i] for i in differentiated])
+            return out, vjp(cotangent)
+
+        return forward_and_backward
 
     def backward_args(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return (*self.args, jax.eval_shape(self.forward, *self.args))
+        cotangent = jax.eval_shape(self.forward, *self.args)
+        return (*self.args, cotangent)
 
 
-def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
+def _is_float(a: jax.ShapeDtypeStruct) -> bool:
+    return jnp.issubdtype(a.dtype, jnp.floating)
+
+
+def linear_scan_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, str]) -> Case:
     """Axes B T H K V, and Hk, Hv where heads are grouped; decay = vector (float32), scalar,
     constant or none.
 
@@ -53,149 +65,245 @@ def linear_scan_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> C
     are [B, T, H, K] would spend half its time on copies from that layout, which in a model does not
     exist.
     """
-    B, T, H, K, V = (sizes[a] for a in ("B", "T", "H", "K", "V"))
-    shapes = {"vector": (B, T, H, K), "scalar": (B, T, H), "constant": (H,), "none": None}
-    decay = _one_of(options, "decay", "vector", shapes)
-    keys, values = sizes.get("Hk", H), sizes.get("Hv", H)
+    B, T, H, K, V = (sizes[axis] for axis in ("B", "T", "H", "K", "V"))
+    Hk = sizes.get("Hk", H)
+    Hv = sizes.get("Hv", H)
+    decay_shapes = {
+        "vector": (B, T, H, K),
+        "scalar": (B, T, H),
+        "constant": (H,),
+        "none": (),
+    }
+    decay = _one_of(options, "decay", "vector", decay_shapes)
     args = [
         _array(dtype, B, T, H * K),
-        _array(dtype, B, T, keys * K),
-        _array(dtype, B, T, values * V),
+        _array(dtype, B, T, Hk * K),
+        _array(dtype, B, T, Hv * V),
     ]
-    if decay != "none":
-        args.append(_array(jnp.float32, *((B, T, H * K) if decay == "vector" else shapes[decay])))
+    if decay == "vector":
+        args.append(_array(jnp.float32, B, T, H * K))
+    elif decay != "none":
+        args.append(_array(jnp.float32, *decay_shapes[decay]))
 
     def forward(q, k, v, log_decay=None):
-        heads = [x.reshape(B, T, -1, size) for x, size in ((q, K), (k, K), (v, V))]
-        log_decay = None if log_decay is None else log_decay.reshape(shapes[decay])
-        return linear_scan(*heads, log_decay, implementation=options.get("implementation")).reshape(
-            B, T, -1
+        if log_decay is not None:
+            log_decay = log_decay.reshape(decay_shapes[decay])
+        o = linear_scan(
+            q.reshape(B, T, H, K),
+            k.reshape(B, T, Hk, K),
+            v.reshape(B, T, Hv, V),
+            log_decay,
+            implementation=options.get("implementation"),
         )
+        assert isinstance(o, jax.Array)  # without a final state
+        return o.reshape(B, T, H * V)
 
     return Case(forward, tuple(args), {})
 
 
-def attention_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
+def attention_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, str]) -> Case:
     """Axes B T H D, and Hk where heads are grouped; causal unless causal = no.
 
     gate = none, head or element; window = a number; normalizer = a name; segments = yes; arrays as
     for linear_scan.
     """
-    B, T, H, D = (sizes[a] for a in ("B", "T", "H", "D"))
-    gate = _one_of(options, "gate", "none", {"none": None, "head": 1, "element": D})
-    yes = lambda name, default: _one_of(options, name, default, ("yes", "no")) == "yes"
-    keys = sizes.get("Hk", H)
+    B, T, H, D = (sizes[axis] for axis in ("B", "T", "H", "D"))
+    Hk = sizes.get("Hk", H)
+    gate_channels = {"none": 0, "head": 1, "element": D}
+    gate = _one_of(options, "gate", "none", gate_channels)
+    has_gate = gate != "none"
+    has_segments = _yes(options, "segments", "no")
+    is_causal = _yes(options, "causal", "yes")
+    window = _window(options)
     args = [
         _array(dtype, B, T, H * D),
-        _array(dtype, B, T, keys * D),
-        _array(dtype, B, T, keys * D),
+        _array(dtype, B, T, Hk * D),
+        _array(dtype, B, T, Hk * D),
     ]
-    args += [] if gate == "none" else [_array(dtype, B, T, H * (1 if gate == "head" else D))]
-    args += [_array(jnp.int32, B, T)] if (segments := yes("segments", "no")) else []
-    window = options.get("window")
-    if window is not None and not window.isdecimal():
-        raise ValueError(f"window: got {window!r}, expected a number of tokens")
-    fixed = dict(
-        window=window and int(window),
-        implementation=options.get("implementation"),
-        causal=yes("causal", "yes"),
-    )
-    fixed["normalizer"] = options.get("normalizer", "softmax")
+    if has_gate:
+        args.append(_array(dtype, B, T, H * gate_channels[gate]))
+    if has_segments:
+        args.append(_array(jnp.int32, B, T))
 
     def forward(q, k, v, *others):
-        others = list(others)
-        heads = [x.reshape(B, T, -1, D) for x in (q, k, v)]
-        gates = None if gate == "none" else others.pop(0).reshape(B, T, H, -1)
-        ids = others.pop(0) if segments else None
-        return attention(*heads, gate_logits=gates, segment_ids=ids, **fixed).reshape(B, T, -1)
+        remaining = list(others)
+        gate_logits = None
+        if has_gate:
+            gate_logits = remaining.pop(0).reshape(B, T, H, gate_channels[gate])
+        segment_ids = remaining.pop(0) if has_segments else None
+        o = attention(
+            q.reshape(B, T, H, D),
+            k.reshape(B, T, Hk, D),
+            v.reshape(B, T, Hk, D),
+            gate_logits=gate_logits,
+            segment_ids=segment_ids,
+            window=window,
+            causal=is_causal,
+            normalizer=options.get("normalizer", "softmax"),
+            implementation=options.get("implementation"),
+        )
+        return o.reshape(B, T, H * D)
 
     return Case(forward, tuple(args), {})
+
+
+def _window(options: dict[str, str]) -> int | None:
+    text = options.get("window")
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"window: got {text!r}, expected a number of tokens")
+    return int(text)
 
 
 def _groups(rows: int, G: int, options: dict[str, str]) -> np.ndarray:
     """sizes = equal (as far as G divides the rows) or zipf: the i-th group has 1 / i of the first
     one's rows.
     """
-    if _one_of(options, "sizes", "equal", ("equal", "zipf")) == "equal":
-        return np.full(G, rows // G, np.int32) + (np.arange(G) < rows % G).astype(np.int32)
-    share = 1 / np.arange(1, G + 1)
-    groups = np.floor(rows * share / share.sum()).astype(np.int32)
-    groups[0] += rows - groups.sum()
+    kind = _one_of(options, "sizes", "equal", ("equal", "zipf"))
+    if kind == "equal":
+        has_one_more = np.arange(G) < rows % G
+        return np.full(G, rows // G, np.int32) + has_one_more.astype(np.int32)
+    weights = 1 / np.arange(1, G + 1)
+    groups = np.floor(rows * weights / weights.sum()).astype(np.int32)
+    groups[0] += rows - groups.sum()  # what rounding down left over
     return groups
 
 
-def expert_mlp_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
+def expert_mlp_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, str]) -> Case:
     """Axes R M F G; sizes = equal or zipf; weights = yes for a router's, float32."""
-    R, M, F, G = (sizes[a] for a in ("R", "M", "F", "G"))
-    stack = _array(dtype, G, M, F)
-    args = (_array(dtype, R, M), stack, stack, _array(dtype, G, F, M), _array(jnp.int32, G))
-    if _one_of(options, "weights", "no", ("yes", "no")) == "yes":
-        args += (_array(jnp.float32, R),)
-    call = lambda *a: expert_mlp(*a, implementation=options.get("implementation"))
-    return Case(call, args, {4: _groups(R, G, options)})
+    R, M, F, G = (sizes[axis] for axis in ("R", "M", "F", "G"))
+    args = [
+        _array(dtype, R, M),
+        _array(dtype, G, M, F),
+        _array(dtype, G, M, F),
+        _array(dtype, G, F, M),
+        _array(jnp.int32, G),
+    ]
+    if _yes(options, "weights", "no"):
+        args.append(_array(jnp.float32, R))
+
+    def forward(*args):
+        return expert_mlp(*args, implementation=options.get("implementation"))
+
+    return Case(forward, tuple(args), {4: _groups(R, G, options)})
 
 
-def grouped_matmul_case(sizes: dict[str, int], dtype, options: dict[str, str]) -> Case:
+def grouped_matmul_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, str]) -> Case:
     """Axes M K N G; sizes = equal or zipf."""
-    M, K, N, G = (sizes[a] for a in ("M", "K", "N", "G"))
-    groups = _groups(M, G, options)
-    args = (_array(dtype, M, K), _array(dtype, G, K, N), _array(jnp.int32, G))
-    return Case(
-        lambda *a: grouped_matmul(*a, implementation=options.get("implementation")),
-        args,
-        {2: groups},
+    M, K, N, G = (sizes[axis] for axis in ("M", "K", "N", "G"))
+    args = (
+        _array(dtype, M, K),
+        _array(dtype, G, K, N),
+        _array(jnp.int32, G),
     )
 
+    def forward(*args):
+        return grouped_matmul(*args, implementation=options.get("implementation"))
 
-# Op -> its case, and the axes that a shape must give.
-CASES = {
-    "linear_scan": (linear_scan_case, ("B", "T", "H", "K", "V"), ("Hk", "Hv"), {"decay"}),
-    "attention": (
-        attention_case,
-        ("B", "T", "H", "D"),
-        ("Hk",),
-        {"gate", "window", "normalizer", "causal", "segments"},
+    return Case(forward, args, {2: _groups(M, G, options)})
+
+
+class _Builder(Protocol):
+    def __call__(
+        self, sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, str]
+    ) -> Case: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseKind:
+    """How an op's case is built, and what a person may say about it."""
+
+    build: _Builder
+    required: tuple[str, ...]  # axes that a shape must give
+    optional: tuple[str, ...]  # axes that it may give
+    options: frozenset[str]
+
+
+CASES: Mapping[str, CaseKind] = {
+    "linear_scan": CaseKind(
+        build=linear_scan_case,
+        required=("B", "T", "H", "K", "V"),
+        optional=("Hk", "Hv"),
+        options=frozenset({"decay"}),
     ),
-    "grouped_matmul": (grouped_matmul_case, ("M", "K", "N", "G"), (), {"sizes"}),
-    "expert_mlp": (expert_mlp_case, ("R", "M", "F", "G"), (), {"sizes", "weights"}),
+    "attention": CaseKind(
+        build=attention_case,
+        required=("B", "T", "H", "D"),
+        optional=("Hk",),
+        options=frozenset({"gate", "window", "normalizer", "causal", "segments"}),
+    ),
+    "grouped_matmul": CaseKind(
+        build=grouped_matmul_case,
+        required=("M", "K", "N", "G"),
+        optional=(),
+        options=frozenset({"sizes"}),
+    ),
+    "expert_mlp": CaseKind(
+        build=expert_mlp_case,
+        required=("R", "M", "F", "G"),
+        optional=(),
+        options=frozenset({"sizes", "weights"}),
+    ),
 }
 
 
 def make_case(op: str, shape: str, dtype: str, options: dict[str, str]) -> Case:
-    """The case of an op, from texts such as "B4,T4096,H16,K128,V128" and {"decay": "scalar"}.
+    """The case of an op.
+
+    Args:
+      op: a key of `CASES`.
+      shape: axes and sizes, such as "B4,T4096,H16,K128,V128".
+      dtype: of the arrays, by name.
+      options: such as {"decay": "scalar"}; also "implementation".
+
+    Returns:
+      The function and its abstract arguments.
 
     Raises:
       ValueError: an unknown op, axis, dtype or option, by name.
     """
     if op not in CASES:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(CASES)}")
-    build, required, optional, known = CASES[op]
+    kind = CASES[op]
+    sizes = _sizes(op, shape, kind)
+    unknown = options.keys() - kind.options - {"implementation"}
+    if unknown:
+        expected = ", ".join(sorted(kind.options)) or "nothing"
+        raise ValueError(f"set: got {min(unknown)!r}, expected one of {expected} for {op}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected bfloat16, float16 or float32")
+    return kind.build(sizes, jnp.dtype(dtype), options)
+
+
+def _sizes(op: str, shape: str, kind: CaseKind) -> dict[str, int]:
+    """By axis; refuses axes that the op does not have and shapes that lack one."""
     sizes = {}
     for part in shape.split(","):
         match = re.fullmatch(r"([A-Z][a-z]?)(\d+)", part.strip())
-        if not match or match[1] not in (*required, *optional):
-            expected = f"{','.join(f'{a}<size>' for a in required)}" + "".join(
-                f"[,{a}<size>]" for a in optional
-            )
-            raise ValueError(f"shape: got {part!r}, expected {expected} for {op}")
+        if match is None or match[1] not in (*kind.required, *kind.optional):
+            required = ",".join(f"{axis}<size>" for axis in kind.required)
+            optional = "".join(f"[,{axis}<size>]" for axis in kind.optional)
+            raise ValueError(f"shape: got {part!r}, expected {required}{optional} for {op}")
         sizes[match[1]] = int(match[2])
-    if missing := [a for a in required if a not in sizes]:
+    missing = [axis for axis in kind.required if axis not in sizes]
+    if missing:
         raise ValueError(f"shape: got {shape!r}, which lacks {', '.join(missing)}")
-    if unknown := options.keys() - known - {"implementation"}:
-        raise ValueError(
-            f"set: got {min(unknown)!r}, expected one of {', '.join(sorted(known)) or 'nothing'} for {op}"
-        )
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype: got {dtype!r}, expected bfloat16, float16 or float32")
-    return build(sizes, jnp.dtype(dtype), options)
+    return sizes
 
 
-def _array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _one_of(options: dict[str, str], name: str, default: str, choices) -> str:
+def _one_of(options: dict[str, str], name: str, default: str, choices: Iterable[str]) -> str:
+    """The option's value, if it is one of the choices."""
+    allowed = tuple(choices)
     value = options.get(name, default)
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
     return value
+
+
+def _yes(options: dict[str, str], name: str, default: str) -> bool:
+    return _one_of(options, name, default, ("yes", "no")) == "yes"

@@ -3,6 +3,7 @@ function.
 """
 
 import dataclasses
+from typing import Any
 
 from jax.extend import core as jax_core
 
@@ -27,32 +28,49 @@ class DeclaredCost:
         return DeclaredCost(*(count * x for x in dataclasses.astuple(self)))
 
 
-def declared_cost(jaxpr) -> DeclaredCost:
+def declared_cost(jaxpr: jax_core.Jaxpr) -> DeclaredCost:
     """The cost of a jaxpr's kernels. A `while` of unknown length counts once, of a `cond` the
     dearest branch counts.
     """
     total = DeclaredCost()
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            total += _of_kernel(eqn.params.get("cost_estimate"))
-            continue
-        inner = [declared_cost(j) for p in eqn.params.values() for j in _jaxprs(p)]
-        if eqn.primitive.name == "cond":
-            inner = [max(inner, key=lambda c: (c.flops, c.bytes), default=DeclaredCost())]
-        trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += sum(inner, DeclaredCost()).times(trips)
+        total += _of_equation(eqn)
     return total
 
 
-def _of_kernel(estimate) -> DeclaredCost:
+def _of_equation(eqn: jax_core.JaxprEqn) -> DeclaredCost:
+    name = eqn.primitive.name
+    if name == "pallas_call":
+        return _of_kernel(eqn.params.get("cost_estimate"))
+    inner = []
+    for param in eqn.params.values():
+        inner += [declared_cost(jaxpr) for jaxpr in _jaxprs(param)]
+    if name == "cond":
+        return max(inner, key=lambda cost: (cost.flops, cost.bytes), default=DeclaredCost())
+    total = sum(inner, DeclaredCost())
+    if name == "scan":
+        return total.times(eqn.params["length"])
+    return total
+
+
+def _of_kernel(estimate: Any) -> DeclaredCost:
+    """`estimate`: a `pl.CostEstimate` or None."""
     if estimate is None:
         return DeclaredCost(kernel_calls=1, undeclared=1)
-    return DeclaredCost(1, 0, estimate.flops, estimate.bytes_accessed, estimate.transcendentals)
+    return DeclaredCost(
+        kernel_calls=1,
+        flops=estimate.flops,
+        bytes=estimate.bytes_accessed,
+        transcendentals=estimate.transcendentals,
+    )
 
 
-def _jaxprs(param) -> list:
+def _jaxprs(param: Any) -> list[jax_core.Jaxpr]:
+    """Those in a primitive's parameter, which may be a tuple of them or something else."""
     if isinstance(param, jax_core.ClosedJaxpr):
         return [param.jaxpr]
     if isinstance(param, jax_core.Jaxpr):
         return [param]
-    return [j for p in param for j in _jaxprs(p)] if isinstance(param, tuple | list) else []
+    if isinstance(param, tuple | list):
+        return [jaxpr for item in param for jaxpr in _jaxprs(item)]
+    return []

@@ -20,13 +20,17 @@ from jax.experimental import topologies
 from gatedjax.aot.report import GpuKernel
 from gatedjax.aot.targets import Gpu
 
-_WARP, _REGISTER_UNIT, _MAX_BLOCKS, _SHARED_RESERVED = (
-    32,
-    256,
-    32,
-    1024,
-)  # of an SM, from NVIDIA's occupancy tables
+# Of a streaming multiprocessor, from NVIDIA's occupancy tables.
+_WARP = 32
+_REGISTER_UNIT = 256  # registers are given to a warp in units of this many
+_MAX_BLOCKS = 32
+_SHARED_RESERVED = 1024  # bytes of shared memory that every block takes on top of its own
+
+# Groups: the kernel's name, its parameters, its directives, its body.
 _ENTRY = re.compile(r"\.(?:visible )?\.?entry\s+([\w$]+)\s*\((.*?)\)(.*?)\n\{(.*?)\n\}", re.S)
+_LAUNCH = re.compile(
+    r"\]\s+([\w$.]+) grid: \[[\d, ]+\] threads: \[[\d, ]+\](?:\s+shared_memory: (\d+))?",
+)
 
 
 def devices(gpu: Gpu, count: int = 1) -> list:
@@ -37,7 +41,9 @@ def devices(gpu: Gpu, count: int = 1) -> list:
     """
     try:
         description = topologies.get_topology_desc(
-            platform="cuda", target_config=target_config(gpu), topology=f"1x1x{count}"
+            platform="cuda",
+            target_config=target_config(gpu),
+            topology=f"1x1x{count}",
         )
     except NotImplementedError:
         raise RuntimeError(
@@ -71,14 +77,17 @@ def target_config(gpu: Gpu) -> str:
     fields = " ".join(f"{name}: {value}" for name, value in info.items())
     capability = f"cuda_compute_capability {{ major: {major} minor: {minor} }}"
     return (
-        f"gpu_device_info {{ {fields} {capability} }} runtime_version: {{ major: 13 minor: 0 patch: 0 }} "
-        f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} '
+        f"gpu_device_info {{ {fields} {capability} }} "
+        "runtime_version: { major: 13 minor: 0 patch: 0 } "
+        'platform_name: "CUDA" '
+        "dnn_version_info { major: 9 minor: 10 } "
         f'device_description_str: "NVIDIA {gpu.name.upper()}"'
     )
 
 
 def compile_lowered(
-    lowered: jax.stages.Lowered, gpu: Gpu
+    lowered: jax.stages.Lowered,
+    gpu: Gpu,
 ) -> tuple[jax.stages.Compiled, tuple[GpuKernel, ...]]:
     """The compiled program, and its kernels from the PTX that the compiler dumps on the way."""
     with tempfile.TemporaryDirectory(prefix="gatedjax-aot-") as folder:
@@ -95,32 +104,65 @@ def compile_lowered(
 
 def kernels_of(folder: Path, gpu: Gpu) -> tuple[GpuKernel, ...]:
     """Every kernel of a dump, the one with the most matrix instructions first."""
-    dynamic = {}
-    for path in folder.glob("*thunk_sequence.txt"):
-        launch = (
-            r"\]\s+([\w$.]+) grid: \[[\d, ]+\] threads: \[[\d, ]+\](?:\s+shared_memory: (\d+))?"
-        )
-        dynamic |= {name: int(size or 0) for name, size in re.findall(launch, path.read_text())}
-    kernels = {}
+    dynamic_shared = _dynamic_shared_memory(folder)
+    kernels: dict[str, GpuKernel] = {}
     for path in sorted(folder.glob("*.ptx")):
         measured = assemble(path, gpu)
         for name, _, head, body in _ENTRY.findall(path.read_text()):
-            kernels.setdefault(
-                name, kernel(name, head, body, dynamic.get(name, 0), measured.get(name), gpu)
+            if name in kernels:
+                continue
+            kernels[name] = kernel(
+                name,
+                head,
+                body,
+                dynamic_shared.get(name, 0),
+                measured.get(name),
+                gpu,
             )
     return tuple(sorted(kernels.values(), key=lambda k: -(k.wgmma + k.mma)))
 
 
+def _dynamic_shared_memory(folder: Path) -> dict[str, int]:
+    """Bytes by kernel, from the dumped list of launches."""
+    found = {}
+    for path in folder.glob("*thunk_sequence.txt"):
+        for name, size in _LAUNCH.findall(path.read_text()):
+            found[name] = int(size or 0)
+    return found
+
+
 def kernel(
-    name: str, head: str, body: str, dynamic_shared: int, measured: dict | None, gpu: Gpu
+    name: str,
+    head: str,
+    body: str,
+    dynamic_shared: int,
+    measured: dict[str, int] | None,
+    gpu: Gpu,
 ) -> GpuKernel:
-    """A kernel from its PTX and what ptxas said of it."""
+    """A kernel from its PTX and what ptxas said of it.
+
+    Args:
+      name: of its entry.
+      head: the directives between its parameters and its body, where the block's size is.
+      body: its instructions.
+      dynamic_shared: bytes of shared memory that the launch asks for.
+      measured: what `parse_ptxas` found, None without ptxas.
+      gpu: on which blocks must fit.
+
+    Returns:
+      The kernel, with None for what ptxas would have told.
+    """
+    measured = measured or {}
     bound = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head)
     threads = int(bound[1]) if bound else None
-    measured = measured or {}
-    registers, shared = measured.get("registers"), dynamic_shared + measured.get("shared", 0)
-    blocks = resident_blocks(registers, threads, shared, gpu) if registers and threads else None
-    warps = None if blocks is None else blocks * -(-threads // _WARP)
+    registers = measured.get("registers")
+    shared = dynamic_shared + measured.get("shared", 0)
+    blocks = None
+    occupancy = None
+    if registers and threads:
+        blocks = resident_blocks(registers, threads, shared, gpu)
+        warps = blocks * _warps(threads)
+        occupancy = warps * _WARP / gpu.threads_per_core
     return GpuKernel(
         name=name,
         threads=threads,
@@ -128,25 +170,37 @@ def kernel(
         spill_bytes=measured.get("spills"),
         shared_memory_bytes=shared,
         blocks_per_core=blocks,
-        occupancy=None if warps is None else warps * _WARP / gpu.threads_per_core,
+        occupancy=occupancy,
         wgmma=len(re.findall(r"\bwgmma\.mma_async", body)),
         mma=len(re.findall(r"\bmma\.sync", body)),
     )
 
 
 def resident_blocks(registers: int, threads: int, shared: int, gpu: Gpu) -> int:
-    """Blocks that fit on one SM at a time: registers go out in units of 256 a warp, a block's
-    shared memory + 1 KiB.
+    """Blocks that fit on one SM at a time.
+
+    Args:
+      registers: of a thread; they are given out in units of 256 a warp.
+      threads: of a block.
+      shared: bytes of shared memory of a block, which takes 1 KiB on top.
+      gpu: whose SM it is.
+
+    Returns:
+      The smallest of what registers, shared memory, threads and the hardware allow.
     """
-    warps = -(-threads // _WARP)
-    per_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
-    by_shared = gpu.shared_memory_per_core // (shared + _SHARED_RESERVED)
+    units_per_warp = -(-registers * _WARP // _REGISTER_UNIT)
+    registers_per_block = units_per_warp * _REGISTER_UNIT * _warps(threads)
     return min(
-        gpu.registers_per_core // (per_warp * warps),
-        by_shared,
+        gpu.registers_per_core // registers_per_block,
+        gpu.shared_memory_per_core // (shared + _SHARED_RESERVED),
         gpu.threads_per_core // threads,
         _MAX_BLOCKS,
     )
+
+
+def _warps(threads: int) -> int:
+    """Of a block; the last may be half empty."""
+    return -(-threads // _WARP)
 
 
 def assemble(path: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
@@ -169,22 +223,28 @@ def assemble(path: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"aot: {done.stderr.strip().splitlines()[0]}")
+        first_line = done.stderr.strip().splitlines()[0]
+        raise RuntimeError(f"aot: {first_line}")
     return parse_ptxas(done.stderr + done.stdout)
 
 
 def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
     """The figures in the output of `ptxas -v`."""
-    found, current = {}, {}
+    found: dict[str, dict[str, int]] = {}
+    current: dict[str, int] = {}
     for line in text.splitlines():
-        if match := re.search(r"Compiling entry function '([^']+)'", line):
-            current = found.setdefault(match[1], {})
-        if match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            current["spills"] = int(match[1]) + int(match[2])
-        if match := re.search(r"Used (\d+) registers", line):
-            current["registers"] = int(match[1])
-        if match := re.search(r"(\d+) bytes smem", line):
-            current["shared"] = int(match[1])
+        name = re.search(r"Compiling entry function '([^']+)'", line)
+        if name is not None:
+            current = found.setdefault(name[1], {})
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        if spills is not None:
+            current["spills"] = int(spills[1]) + int(spills[2])
+        registers = re.search(r"Used (\d+) registers", line)
+        if registers is not None:
+            current["registers"] = int(registers[1])
+        shared = re.search(r"(\d+) bytes smem", line)
+        if shared is not None:
+            current["shared"] = int(shared[1])
     return found
 
 
@@ -193,4 +253,6 @@ def find_ptxas() -> str | None:
     PATH.
     """
     wheels = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")
-    return next((str(p) for p in sorted(wheels)), None) or shutil.which("ptxas")
+    for path in sorted(wheels):
+        return str(path)
+    return shutil.which("ptxas")

@@ -9,12 +9,60 @@ from collections import Counter
 
 import numpy as np
 
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "token": 0}
-_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*)$")
-_RESULT = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\([^=]*?\)|\S+) [\w\-]+\(")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
-_KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "triton_kernel_call")
+_BITS = {
+    "pred": 8,
+    "bf16": 16,
+    "f16": 16,
+    "f32": 32,
+    "f64": 64,
+    "c64": 64,
+    "token": 0,
+}
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "ragged-all-to-all",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_KERNEL_TARGETS = (
+    "tpu_custom_call",
+    "__gpu$xla.gpu.triton",
+    "mosaic_gpu",
+    "triton_kernel_call",
+)
+
+_NAME = r"%([\w.\-]+)"
+_ASSIGNED = rf"\s*(?:ROOT )?{_NAME} = "
+_INSTRUCTION = re.compile(rf"^{_ASSIGNED}(.*)$")
+_RESULT = re.compile(rf"^{_ASSIGNED}(\([^=]*?\)|\S+) [\w\-]+\(")
+_COMPUTATION = re.compile(rf"^(?:ENTRY )?{_NAME} \(.*\{{$")
+# Lines that begin something, though they are no instruction.
+_OTHER_START = re.compile(r"(ENTRY|%|HloModule|\w+Names|\w+Locations|StackFrames|\d+ )")
+# Groups: the result's type, the kind, whether it is an asynchronous start, the operands.
+_COLLECTIVE = re.compile(
+    rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(([^)]*)\)"
+)
+# Groups: the name, the type, the layout.
+_TYPED = re.compile(rf"{_ASSIGNED}(\w+\[[^\]]*\])(\{{[^}}]*\}})?")
+# Groups: the name, the operands, the target, the attributes.
+_CUSTOM_CALL = re.compile(
+    r'\s*(?:ROOT )?%(\S+) = .*? custom-call\((.*?)\), custom_call_target="([^"]+)"(.*)$'
+)
+_SCOPED_VMEM = re.compile(
+    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
+)
+_WHILE = re.compile(rf" while\(.*condition={_NAME}, body={_NAME}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CALLEE = re.compile(
+    rf"(?:to_apply|calls|branch_computations|true_computation)=\{{?{_NAME}",
+)
+_CONSTANT = re.compile(rf"\s*{_NAME} = s32\[\]\S* constant\((\d+)\)")
+_LESS_THAN = re.compile(
+    rf"\s*ROOT %\S+ = pred\S* compare\(%[\w.\-]+, {_NAME}\), direction=LT",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +99,18 @@ def joined(text: str) -> list[str]:
     """One instruction a line: attributes may hold line ends."""
     lines = []
     for line in text.splitlines():
-        starts = _INSTRUCTION.match(line) or not line.strip() or line.strip() == "}" or not lines
-        if starts or re.match(r"(ENTRY|%|HloModule|\w+Names|\w+Locations|StackFrames|\d+ )", line):
+        if not lines or _starts_something(line):
             lines.append(line)
         else:
             lines[-1] += f" {line}"
     return lines
+
+
+def _starts_something(line: str) -> bool:
+    """Whether the line does not go on with the instruction of the line before."""
+    if line.strip() in ("", "}"):
+        return True
+    return _INSTRUCTION.match(line) is not None or _OTHER_START.match(line) is not None
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
@@ -67,52 +121,65 @@ def collectives(text: str) -> tuple[Collective, ...]:
     name.
     """
     lines = joined(text)
-    count, total, trips, computation = Counter(), Counter(), _trips(lines), ""
-    result = {m[1]: sum(type_bytes(m[2])) for line in lines if (m := _RESULT.match(line))}
+    trips = _trips(lines)
+    result_bytes = _result_bytes(lines)
+    count = Counter()
+    total = Counter()
+    computation = ""
     for line in lines:
-        if head := _COMPUTATION.match(line):
+        head = _COMPUTATION.match(line)
+        if head is not None:
             computation = head[1]
-        match = re.match(
-            rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({_COLLECTIVES})(-start)?\(([^)]*)\)", line
-        )
+        match = _COLLECTIVE.match(line)
         if match is None:
             continue
-        kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else match[2]
-        parts = type_bytes(match[1])
+        result_type, kind, is_start, operands = match.groups()
+        if computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        parts = type_bytes(result_type)
         # An asynchronous start returns its operand beside its result.
-        received = max(parts) if match[3] and parts else sum(parts)
-        sent = sum(result.get(name, 0) for name in re.findall(r"%([\w.\-]+)", match[4]))
+        received = max(parts) if is_start and parts else sum(parts)
+        sent = sum(result_bytes.get(name, 0) for name in re.findall(_NAME, operands))
         times = trips.get(computation, 1)
         count[kind] += times
         total[kind] += times * max(received, sent)
     return tuple(Collective(kind, count[kind], total[kind]) for kind in sorted(count))
 
 
+def _result_bytes(lines: list[str]) -> dict[str, int]:
+    """The size of every instruction's result, by its name."""
+    found = {}
+    for line in lines:
+        match = _RESULT.match(line)
+        if match is not None:
+            found[match[1]] = sum(type_bytes(match[2]))
+    return found
+
+
 def kernel_calls(text: str) -> tuple[KernelCall, ...]:
     """Every Mosaic or Triton kernel of the program, in the order of the text."""
-    lines, types, calls = joined(text), {}, []
+    lines = joined(text)
+    types = {}
     for line in lines:
-        if match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (\w+\[[^\]]*\])(\{[^}]*\})?", line):
+        match = _TYPED.match(line)
+        if match is not None:
             types[match[1]] = (match[2], match[3] or "")
+    calls = []
     for line in lines:
-        match = re.match(
-            r'\s*(?:ROOT )?%(\S+) = .*? custom-call\((.*?)\), custom_call_target="([^"]+)"(.*)$',
-            line,
-        )
+        match = _CUSTOM_CALL.match(line)
         if match is None or match[3] not in _KERNEL_TARGETS:
             continue
-        operands = re.findall(r"%([\w.\-]+)", re.sub(r"/\*.*?\*/", "", match[2]))
-        vmem = re.search(
-            r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"',
-            match[4],
-        )
-        op_name = re.search(r'op_name="([^"]*)"', match[4])
+        name, operands, _, attributes = match.groups()
+        without_comments = re.sub(r"/\*.*?\*/", "", operands)
+        operand_names = re.findall(_NAME, without_comments)
+        vmem = _SCOPED_VMEM.search(attributes)
+        op_name = re.search(r'op_name="([^"]*)"', attributes)
         calls.append(
             KernelCall(
-                match[1],
-                op_name[1] if op_name else "",
-                tuple(types.get(o, ("?", "")) for o in operands),
-                int(vmem[1]) if vmem else None,
+                name=name,
+                op_name=op_name[1] if op_name else "",
+                operands=tuple(types.get(operand, ("?", "")) for operand in operand_names),
+                vmem_bytes=int(vmem[1]) if vmem else None,
             )
         )
     return tuple(calls)
@@ -124,62 +191,102 @@ def type_bytes(text: str) -> list[int]:
     """
     sizes = []
     for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text):
-        bits = _BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["0"])[0])
-        sizes.append(math.prod(int(d) for d in shape.split(",") if d) * bits // 8)
+        elements = math.prod(_integers(shape))
+        sizes.append(elements * _bits(dtype) // 8)
     return sizes
 
 
-def memory_words(array, layout: str) -> np.ndarray:
+def _bits(dtype: str) -> int:
+    """Of one element: types that are not in the table have it in their name, as s4 does."""
+    if dtype in _BITS:
+        return _BITS[dtype]
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 0
+
+
+def _integers(text: str) -> list[int]:
+    """ "2,1,0" -> [2, 1, 0]; "" -> []."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def memory_words(array: np.ndarray, layout: str) -> np.ndarray:
     """The 32-bit words of an array in an XLA layout such as "{2,1,0:T(8,128)(4,1)}"."""
-    a = np.asarray(array)
-    a = a.astype({np.dtype(bool): np.int8, np.dtype(np.int64): np.int32}.get(a.dtype, a.dtype))
     match = re.match(r"\{([\d,]*)(?::(.*))?\}", layout or "{}")
-    if order := [int(x) for x in match[1].split(",") if x]:
+    if match is None:
+        raise ValueError(f"layout: got {layout!r}, expected one such as {{1,0:T(8,128)}}")
+    a = _as_stored(np.asarray(array))
+    # The layout lists the axes from the fastest to the slowest; numpy has the fastest last.
+    order = _integers(match[1])
+    if order:
         a = a.transpose(order[::-1])
-    a = a.reshape(1) if a.ndim == 0 else a
-    for i, tile in enumerate(re.findall(r"\(([\d,]+)\)", re.sub(r"S\(\d+\)", "", match[2] or ""))):
-        sizes = [int(x) for x in tile.split(",")]
-        if i == 0 and len(sizes) > a.ndim:
-            a = a.reshape((1,) * (len(sizes) - a.ndim) + a.shape)
-        a = _tiled(a, sizes)
+    if a.ndim == 0:
+        a = a.reshape(1)
+    # S(5) and the like name a memory, and are no tiles.
+    tiles_text = re.sub(r"S\(\d+\)", "", match[2] or "")
+    tiles = [_integers(tile) for tile in re.findall(r"\(([\d,]+)\)", tiles_text)]
+    for i, tile in enumerate(tiles):
+        missing = len(tile) - a.ndim
+        if i == 0 and missing > 0:
+            a = a.reshape((1,) * missing + a.shape)
+        a = _tiled(a, tile)
     raw = np.ascontiguousarray(a).tobytes()
-    return np.frombuffer(raw + b"\0" * (-len(raw) % 4), np.int32)
+    padding = b"\0" * (-len(raw) % 4)
+    return np.frombuffer(raw + padding, np.int32)
+
+
+def _as_stored(a: np.ndarray) -> np.ndarray:
+    """In the type that the program has for it: predicates are bytes, long integers are int32."""
+    if a.dtype == np.bool_:
+        return a.astype(np.int8)
+    if a.dtype == np.int64:
+        return a.astype(np.int32)
+    return a
 
 
 def _tiled(a: np.ndarray, tile: list[int]) -> np.ndarray:
     """The last axes padded and cut into tiles, tiles' own axes last."""
-    lead, k = a.ndim - len(tile), len(tile)
-    a = np.pad(a, [(0, 0)] * lead + [(0, -size % t) for size, t in zip(a.shape[lead:], tile)])
-    cut = [n for size, t in zip(a.shape[lead:], tile) for n in (size // t, t)]
-    a = a.reshape(*a.shape[:lead], *cut)
-    return a.transpose(
-        *range(lead), *(lead + 2 * i for i in range(k)), *(lead + 2 * i + 1 for i in range(k))
-    )
+    lead = a.ndim - len(tile)
+    leading = a.shape[:lead]
+    padding = [(0, 0)] * lead
+    cut: list[int] = []
+    for size, t in zip(a.shape[lead:], tile):
+        padding.append((0, -size % t))
+        # An axis becomes two: which tile (rounded up), and where in it.
+        cut += [-(-size // t), t]
+    a = np.pad(a, padding).reshape(*leading, *cut)
+    which_tile = range(lead, a.ndim, 2)
+    inside_tile = range(lead + 1, a.ndim, 2)
+    return a.transpose(*range(lead), *which_tile, *inside_tile)
 
 
 def _trips(lines: list[str]) -> dict[str, int]:
     """How often each computation runs: a loop's body up to the limit of its counter, times the loop
     around it.
     """
-    limit = _counter_limits(lines)
-    own, caller, computation = {}, {}, ""
+    limits = _counter_limits(lines)
+    own: dict[str, int] = {}  # trips of a loop's body in one run of the loop
+    caller: dict[str, str] = {}
+    computation = ""
     for line in lines:
-        if head := _COMPUTATION.match(line):
+        head = _COMPUTATION.match(line)
+        if head is not None:
             computation = head[1]
-        if match := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            own[match[2]] = int(known[1]) if known else limit.get(match[1], 1)
-            caller[match[2]] = computation
-        else:
-            for callee in re.findall(
-                r"(?:to_apply|calls|branch_computations|true_computation)=\{?%([\w.\-]+)", line
-            ):
-                caller.setdefault(callee, computation)
-    trips = {}
+        loop = _WHILE.search(line)
+        if loop is not None:
+            condition, body = loop.groups()
+            known = _TRIP_COUNT.search(line)
+            own[body] = int(known[1]) if known else limits.get(condition, 1)
+            caller[body] = computation
+            continue
+        for callee in _CALLEE.findall(line):
+            caller.setdefault(callee, computation)
+    trips: dict[str, int] = {}
 
     def times(name: str) -> int:
+        """Own trips times those of the caller; remembered, as callers are shared."""
         if name not in trips:
-            trips[name] = own.get(name, 1) * (times(caller[name]) if name in caller else 1)
+            outer = times(caller[name]) if name in caller else 1
+            trips[name] = own.get(name, 1) * outer
         return trips[name]
 
     return {name: times(name) for name in {*own, *caller}}
@@ -189,14 +296,18 @@ def _counter_limits(lines: list[str]) -> dict[str, int]:
     """For loop conditions "counter < constant", as a scan has them (its counter starts at 0): the
     constant.
     """
-    limits, constants, computation = {}, {}, ""
+    limits: dict[str, int] = {}
+    constants: dict[str, int] = {}
+    computation = ""
     for line in lines:
-        if head := _COMPUTATION.match(line):
-            computation, constants = head[1], {}
-        if match := re.match(r"\s*%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", line):
-            constants[match[1]] = int(match[2])
-        if match := re.match(
-            r"\s*ROOT %\S+ = pred\S* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", line
-        ):
-            limits[computation] = constants.get(match[1], 1)
+        head = _COMPUTATION.match(line)
+        if head is not None:
+            computation = head[1]
+            constants = {}
+        constant = _CONSTANT.match(line)
+        if constant is not None:
+            constants[constant[1]] = int(constant[2])
+        less_than = _LESS_THAN.match(line)
+        if less_than is not None:
+            limits[computation] = constants.get(less_than[1], 1)
     return limits

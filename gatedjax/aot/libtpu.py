@@ -24,6 +24,7 @@ _NO_TPU = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process aborts on a lock file
 }
+# The folder that libtpu was told to write to; it lives as long as the process.
 _dump: tempfile.TemporaryDirectory | None = None
 
 
@@ -31,9 +32,10 @@ def quieten() -> None:
     """Keeps libtpu, if installed, from looking for a TPU on a machine that has none. Leaves a TPU
     machine alone.
     """
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
-        for name, value in _NO_TPU.items():
-            os.environ.setdefault(name, value)
+    if os.environ.get("TPU_SKIP_MDS_QUERY") != "1":
+        return
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
 
 
 def loaded() -> bool:
@@ -51,24 +53,32 @@ def start(schedule: bool) -> Path | None:
     """
     global _dump
     quieten()
-    if schedule and _dump is None:
-        if loaded():
-            raise RuntimeError(
-                "aot: schedule=True, but libtpu was loaded before without schedules; set JAX_PLATFORMS=cpu before jax "
-                "starts, and give schedule=True from the first compilation on"
-            )
-        _dump = tempfile.TemporaryDirectory(prefix="gatedjax-aot-")
-        flags = f"--xla_jf_dump_to={_dump.name} --xla_jf_dump_llo_text=true"
-        labels = f"--xla_jf_dump_llo_pass_label_regex={DUMP_LABELS}"
-        os.environ["LIBTPU_INIT_ARGS"] = (
-            f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags} {labels}".strip()
-        )
     if not schedule:
         return None
+    if _dump is None:
+        if loaded():
+            raise RuntimeError(
+                "aot: schedule=True, but libtpu was loaded before without schedules; set "
+                "JAX_PLATFORMS=cpu before jax starts, and give schedule=True from the first "
+                "compilation on"
+            )
+        _dump = tempfile.TemporaryDirectory(prefix="gatedjax-aot-")
+        _add_dump_flags(_dump.name)
     folder = Path(_dump.name)
     for path in folder.iterdir():
         path.unlink()
     return folder
+
+
+def _add_dump_flags(folder: str) -> None:
+    """Adds to the flags that libtpu reads from the environment when it is loaded."""
+    flags = [
+        os.environ.get("LIBTPU_INIT_ARGS", ""),
+        f"--xla_jf_dump_to={folder}",
+        "--xla_jf_dump_llo_text=true",
+        f"--xla_jf_dump_llo_pass_label_regex={DUMP_LABELS}",
+    ]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(flags).strip()
 
 
 def installed() -> bool:

@@ -18,10 +18,10 @@ class TpuKernel:
     seconds: float  # schedule and waits for HBM
     schedule_seconds: float
     bundles: int  # executed
-    matrix_busy: float  # share of the matrix units' cycles, 0 to 1
+    matrix_busy: float  # fraction of the matrix units' cycles, 0 to 1
     vector_spills: int  # registers stored and filled, executed
     hbm_bytes: int
-    slots: dict[str, float]  # share of each kind of issue slot, 0 to 1
+    slots: dict[str, float]  # fraction used of each kind of issue slot, 0 to 1
     unknown: dict[str, int]  # what the replay could not follow
 
 
@@ -77,29 +77,32 @@ class Report:
     @property
     def peak_bytes(self) -> int:
         """Memory of a device while the program runs."""
-        return (
-            self.argument_bytes
-            + self.output_bytes
-            - self.aliased_bytes
-            + self.temp_bytes
-            + self.code_bytes
-        )
+        new_output_bytes = self.output_bytes - self.aliased_bytes
+        return self.argument_bytes + new_output_bytes + self.temp_bytes + self.code_bytes
 
     def as_dict(self) -> dict:
         """For JSON."""
         return dataclasses.asdict(self) | {"peak_bytes": self.peak_bytes}
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        lines = _summary(self)
+        for rows in (_collective_table(self), _kernel_table(self.kernels), _slowest_table(self)):
+            if rows:
+                lines += ["", *rows]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns: the first one to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    line = lambda row: "  ".join(
-        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
-    ).rstrip()
-    return [line(row) for row in [header, *rows]]
+    all_rows = [header, *rows]
+    widths = [max(len(row[i]) for row in all_rows) for i in range(len(header))]
+    lines = []
+    for row in all_rows:
+        first = row[0].ljust(widths[0])
+        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join([first, *others]).rstrip())
+    return lines
 
 
 def size(count: float | None) -> str:
@@ -112,95 +115,111 @@ def size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
-def _lines(report: Report) -> list[str]:
-    r = report
+def _summary(report: Report) -> list[str]:
+    """The lines above the tables."""
     memory = {
-        "arguments": r.argument_bytes,
-        "outputs": r.output_bytes,
-        "of them aliased": r.aliased_bytes,
-        "temporaries": r.temp_bytes,
-        "peak": r.peak_bytes,
+        "arguments": report.argument_bytes,
+        "outputs": report.output_bytes,
+        "of them aliased": report.aliased_bytes,
+        "temporaries": report.temp_bytes,
+        "peak": report.peak_bytes,
     }
+    parts = ", ".join(f"{name} {size(count)}" for name, count in memory.items())
+    flops = _count(report.compiler_flops)
+    accessed = size(report.compiler_bytes)
     lines = [
-        f"{r.target}, {r.devices} device(s)",
-        "memory a device   " + ", ".join(f"{name} {size(count)}" for name, count in memory.items()),
-        f"compiler's count  {_count(r.compiler_flops)}FLOP, {size(r.compiler_bytes)} accessed",
+        f"{report.target}, {report.devices} device(s)",
+        f"memory a device   {parts}",
+        f"compiler's count  {flops}FLOP, {accessed} accessed",
     ]
-    if r.declared.kernel_calls:
-        d = r.declared
-        bare = f", {d.undeclared} without an estimate" if d.undeclared else ""
-        lines.append(
-            f"kernels declare   {_count(d.flops)}FLOP, {size(d.bytes)} accessed ({d.kernel_calls} calls{bare})"
+    declared = report.declared
+    if declared.kernel_calls:
+        calls = f"{declared.kernel_calls} calls"
+        if declared.undeclared:
+            calls += f", {declared.undeclared} without an estimate"
+        flops = _count(declared.flops)
+        accessed = size(declared.bytes)
+        lines.append(f"kernels declare   {flops}FLOP, {accessed} accessed ({calls})")
+    if report.program_seconds is not None:
+        time = _microseconds(report.program_seconds)
+        moved = size(report.program_hbm_bytes)
+        lines.append(f"model time        {time} us for the whole program, HBM {moved} a core")
+    return lines
+
+
+def _collective_table(report: Report) -> list[str]:
+    rows = [[c.kind, str(c.count), size(c.bytes)] for c in report.collectives]
+    return table(["collective", "count", "bytes"], rows) if rows else []
+
+
+def _slowest_table(report: Report) -> list[str]:
+    rows = []
+    for called in report.slowest:
+        rows.append(
+            [
+                called.name,
+                str(called.calls),
+                _microseconds(called.seconds),
+                _microseconds(called.stall_seconds),
+                size(called.hbm_bytes),
+            ]
         )
-    if r.program_seconds is not None:
-        moved = size(r.program_hbm_bytes)
-        lines.append(
-            f"model time        {1e6 * r.program_seconds:,.1f} us for the whole program, HBM {moved} a core"
-        )
-    if r.collectives:
-        rows = [[c.kind, str(c.count), size(c.bytes)] for c in r.collectives]
-        lines += ["", *table(["collective", "count", "bytes"], rows)]
-    if r.kernels:
-        lines += ["", *_kernel_table(r.kernels)]
-    if r.slowest:
-        times = lambda h: [
-            f"{1e6 * h.seconds:,.1f}",
-            f"{1e6 * h.stall_seconds:,.1f}",
-            size(h.hbm_bytes),
-        ]
-        rows = [[h.name, str(h.calls), *times(h)] for h in r.slowest]
-        lines += ["", *table(["slowest HLOs", "calls", "us", "of it waiting", "HBM"], rows)]
-    return [*lines, *(f"note: {note}" for note in r.notes)]
+    return table(["slowest HLOs", "calls", "us", "of it waiting", "HBM"], rows) if rows else []
 
 
 def _kernel_table(kernels: Sequence[TpuKernel | GpuKernel]) -> list[str]:
-    if isinstance(kernels[0], TpuKernel):
+    """A program's kernels are all of one machine."""
+    tpu_rows = [_tpu_row(k) for k in kernels if isinstance(k, TpuKernel)]
+    gpu_rows = [_gpu_row(k) for k in kernels if isinstance(k, GpuKernel)]
+    if tpu_rows:
         header = ["kernel", "us", "schedule", "bundles", "MXU", "spills", "HBM", "VMEM", "unknown"]
-        rows = [
-            [
-                k.name,
-                f"{1e6 * k.seconds:,.1f}",
-                f"{1e6 * k.schedule_seconds:,.1f}",
-                f"{k.bundles:,}",
-                f"{k.matrix_busy:.0%}",
-                f"{k.vector_spills:,}",
-                size(k.hbm_bytes),
-                size(k.vmem_bytes),
-                str(sum(k.unknown.values()) or "-"),
-            ]
-            for k in kernels
-        ]
-        return table(header, rows)
-    header = [
-        "kernel",
-        "threads",
-        "registers",
-        "spill B",
-        "shared",
-        "blocks/SM",
-        "occupancy",
-        "wgmma",
-        "mma",
+        return table(header, tpu_rows)
+    if gpu_rows:
+        header = ["kernel", "threads", "registers", "spill B", "shared", "blocks/SM", "occupancy"]
+        return table([*header, "wgmma", "mma"], gpu_rows)
+    return []
+
+
+def _tpu_row(kernel: TpuKernel) -> list[str]:
+    unknown = sum(kernel.unknown.values())
+    return [
+        kernel.name,
+        _microseconds(kernel.seconds),
+        _microseconds(kernel.schedule_seconds),
+        f"{kernel.bundles:,}",
+        f"{kernel.matrix_busy:.0%}",
+        f"{kernel.vector_spills:,}",
+        size(kernel.hbm_bytes),
+        size(kernel.vmem_bytes),
+        str(unknown or "-"),
     ]
-    cell = lambda x: "-" if x is None else f"{x}"
-    rows = [
-        [
-            k.name,
-            cell(k.threads),
-            cell(k.registers),
-            cell(k.spill_bytes),
-            size(k.shared_memory_bytes),
-            cell(k.blocks_per_core),
-            "-" if k.occupancy is None else f"{k.occupancy:.0%}",
-            cell(k.wgmma),
-            cell(k.mma),
-        ]
-        for k in kernels
+
+
+def _gpu_row(kernel: GpuKernel) -> list[str]:
+    occupancy = "-" if kernel.occupancy is None else f"{kernel.occupancy:.0%}"
+    return [
+        kernel.name,
+        _or_dash(kernel.threads),
+        _or_dash(kernel.registers),
+        _or_dash(kernel.spill_bytes),
+        size(kernel.shared_memory_bytes),
+        _or_dash(kernel.blocks_per_core),
+        occupancy,
+        str(kernel.wgmma),
+        str(kernel.mma),
     ]
-    return table(header, rows)
+
+
+def _or_dash(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:,.1f}"
 
 
 def _count(number: float | None) -> str:
+    """With the prefix of a unit that the caller writes behind it: "1.61 G"."""
     if number is None:
         return "- "
     for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):

@@ -4,7 +4,10 @@ program.
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from gatedjax.aot import hlo, replay
 from gatedjax.aot.bundles import find_listings, parse_listing, shared_listings
@@ -18,10 +21,10 @@ _STARTUP_BRANCHES = 2  # of every program, on values of the runtime
 class Called:
     """What the calls of one HLO took in a run of the program, together."""
 
-    calls: int
-    cycles: int
-    stall: int
-    hbm_bytes: int
+    calls: int = 0
+    cycles: int = 0
+    stall: int = 0
+    hbm_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +44,20 @@ class Dump:
     Args:
       folder: what libtpu wrote.
       text: the compiled HLO.
+      chip: for which it was compiled.
       scalars: of `prefetch.scalar_operands`, in the order of the program's kernels.
     """
 
-    def __init__(self, folder: Path, text: str, chip: Tpu, scalars=()):
-        self._chip, self._listings, self._shared = (
-            chip,
-            find_listings(folder),
-            shared_listings(folder),
-        )
+    def __init__(
+        self,
+        folder: Path,
+        text: str,
+        chip: Tpu,
+        scalars: Sequence[tuple[str, list[np.ndarray]]] = (),
+    ):
+        self._chip = chip
+        self._listings = find_listings(folder)
+        self._shared = shared_listings(folder)
         self._calls = {call.name: call for call in hlo.kernel_calls(text)}
         self._scalars = list(scalars)
         self._programs: dict[str, replay.Program | None] = {}
@@ -64,67 +72,98 @@ class Dump:
         cores = self._chip.cores if program.split_over_cores else 1
         runs = []
         for core in range(cores):
-            timeline = replay.Timeline(self._chip, 1 / cores)
+            timeline = replay.Timeline(self._chip, hbm_fraction=1 / cores)
             execution = replay.Execution(program, core, self._operands(name))
             execution.run(timeline)
             runs.append(replay.summarize(execution, timeline))
         slowest = max(runs, key=lambda run: run.cycles)
-        return dataclasses.replace(slowest, hbm_bytes=sum(run.hbm_bytes for run in runs))
+        moved = sum(run.hbm_bytes for run in runs)
+        return dataclasses.replace(slowest, hbm_bytes=moved)
 
     def program(self) -> ProgramRun | None:
         """The whole executable; None if it was not listed."""
         main = self._program(_PROGRAM)
         if main is None:
             return None
-        timeline = replay.Timeline(self._chip, 1 / self._chip.cores)
+        timeline = replay.Timeline(self._chip, hbm_fraction=1 / self._chip.cores)
         called: dict[str, Called] = {}
         missing: set[str] = set()
 
         def call(name: str, timeline: replay.Timeline) -> None:
+            """Runs a called HLO, and adds what it took to `called`."""
             program = self._program(name)
             if program is None:
                 missing.add(name)
                 return
-            before = (timeline.time, timeline.stall, timeline.hbm_bytes)
-            replay.Execution(program, 0, self._operands(name), call).run(timeline)
-            spent = [
-                a - b for a, b in zip((timeline.time, timeline.stall, timeline.hbm_bytes), before)
-            ]
-            old = called.get(name, Called(0, 0, 0, 0))
-            called[name] = Called(*(a + b for a, b in zip(dataclasses.astuple(old), (1, *spent))))
+            time = timeline.time
+            stall = timeline.stall
+            hbm_bytes = timeline.hbm_bytes
+            execution = replay.Execution(program, 0, self._operands(name), call)
+            execution.run(timeline)
+            before = called.get(name, Called())
+            called[name] = Called(
+                calls=before.calls + 1,
+                cycles=before.cycles + timeline.time - time,
+                stall=before.stall + timeline.stall - stall,
+                hbm_bytes=before.hbm_bytes + timeline.hbm_bytes - hbm_bytes,
+            )
 
         execution = replay.Execution(main, 0, call=call)
         execution.run(timeline)
-        unknown = max(0, execution.unknown["branch"] - _STARTUP_BRANCHES)
         return ProgramRun(
-            timeline.time, timeline.hbm_bytes, called, tuple(sorted(missing)), unknown
+            cycles=timeline.time,
+            hbm_bytes=timeline.hbm_bytes,
+            called=called,
+            missing=tuple(sorted(missing)),
+            unknown_branches=max(0, execution.unknown["branch"] - _STARTUP_BRANCHES),
         )
 
     def _program(self, name: str) -> replay.Program | None:
+        """Parsed once; under another HLO's name if libtpu found that their code is the same."""
         if name not in self._programs:
-            listed = next(
-                (n for n in (name, *self._shared.get(name, ())) if n in self._listings), None
-            )
-            parsed = (
-                replay.Program(parse_listing(name, *self._listings[listed]), self._chip)
-                if listed
-                else None
-            )
-            self._programs[name] = parsed
+            self._programs[name] = self._parse(name)
         return self._programs[name]
 
-    def _operands(self, name: str) -> dict[int, list[int]]:
+    def _parse(self, name: str) -> replay.Program | None:
+        for other in (name, *self._shared.get(name, ())):
+            if other in self._listings:
+                path, slot_use = self._listings[other]
+                listing = parse_listing(name, path, slot_use)
+                return replay.Program(listing, self._chip)
+        return None
+
+    def _operands(self, name: str) -> dict[int, np.ndarray]:
         """The words of the kernel's known scalar operands, which are its first; found by name, else
         by order.
         """
         call = self._calls.get(name)
         if call is None or not self._scalars:
             return {}
-        plain = lambda label: re.sub(r"[^A-Za-z0-9]", "_", re.sub(r"\.\d+$", "", label))
-        values = next(
-            (v for label, v in self._scalars if label and plain(label) == plain(name)), None
-        )
+        values = self._scalars_by_name(name)
         if values is None:
-            place = [n for n in self._calls if n in self._listings or n in self._shared].index(name)
-            values = self._scalars[place][1] if place < len(self._scalars) else []
-        return {i: hlo.memory_words(v, call.operands[i][1]) for i, v in enumerate(values)}
+            values = self._scalars_by_place(name)
+        words = {}
+        for index, value in enumerate(values):
+            _, layout = call.operands[index]
+            words[index] = hlo.memory_words(value, layout)
+        return words
+
+    def _scalars_by_name(self, name: str) -> list[np.ndarray] | None:
+        for label, values in self._scalars:
+            if label and _plain(label) == _plain(name):
+                return values
+        return None
+
+    def _scalars_by_place(self, name: str) -> list[np.ndarray]:
+        """Of the kernel in the same place of the traced function."""
+        listed = [n for n in self._calls if n in self._listings or n in self._shared]
+        place = listed.index(name)
+        if place >= len(self._scalars):
+            return []
+        _, values = self._scalars[place]
+        return values
+
+
+def _plain(label: str) -> str:
+    """A kernel's name without XLA's counter and without characters that XLA replaces."""
+    return re.sub(r"[^A-Za-z0-9]", "_", re.sub(r"\.\d+$", "", label))

@@ -8,6 +8,7 @@ the real one.
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,52 +65,70 @@ def compile_step(config: Config, where: Slice) -> tuple[Run, Report | str]:
     """
     try:
         devices = slice_devices(where)
-    except (ValueError, RuntimeError) as e:
-        raise InputError(f"--aot: {e}") from None
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--aot: {error}") from None
     run = prepare(config, devices)
     with jax.set_mesh(run.mesh):
         step = jit_train_step(run.config, run.tx, run.shardings)
-        lowered = step.trace(run.abstract, abstract_batch(run)).lower(lowering_platforms=("tpu",))
+        traced = step.trace(run.abstract, abstract_batch(run))
+        lowered = traced.lower(lowering_platforms=("tpu",))
         try:
             compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return run, str(e)
-    return run, report_compiled(f"tpu:{where.chip.name}", compiled, devices=len(devices))
+            return run, str(error)
+    report = report_compiled(f"tpu:{where.chip.name}", compiled, devices=len(devices))
+    return run, report
 
 
 def abstract_batch(run: Run) -> Batch:
     """The shapes and placement of a batch."""
     shape = (run.config.train.batch_size, run.config.data.seq_len)
     placed = sharding.batch_sharding(run.mesh)
-    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-    return Batch(**{f.name: array(jnp.int32) for f in dataclasses.fields(Batch)}).replace(
-        loss_mask=array(jnp.float32)
-    )
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
+    floats = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed)
+    # A tree with the structure of a batch, and shapes where a batch has arrays.
+    fields: dict[str, Any] = {f.name: integers for f in dataclasses.fields(Batch)}
+    fields["loss_mask"] = floats
+    return Batch(**fields)
 
 
 def roofline(run: Run, report: Report, where: Slice) -> Roofline:
     """Bounds from the chip's public figures."""
-    chip, c = where.chip, run.config
-    tokens = c.train.batch_size * c.data.seq_len
-    flops = train_flops_per_token(c.model, c.data.seq_len) * tokens
-    chips = run.mesh.size
-    network = sum(x.sent_bytes for x in report.collectives) / chip.ici_bytes_per_second
-    if where.num_slices > 1:
-        # Each chip sends and receives its part of the gradients once over the slower network.
-        parts = sum(_device_bytes(p) for p in jax.tree.leaves(run.abstract.params))
-        network = max(network, 2 * parts / chip.dcn_bytes_per_second)
-    hbm = (report.argument_bytes + report.output_bytes) / chip.hbm_bytes_per_second
-    model = flops / (chips * chip.peak_flops)
-    repeated = 4 / 3 if c.model.remat == "full" else 1.0
-    return Roofline(model, model * repeated, hbm, network)
+    chip = where.chip
+    config = run.config
+    tokens = config.train.batch_size * config.data.seq_len
+    flops = tokens * train_flops_per_token(config.model, config.data.seq_len)
+    model = flops / (run.mesh.size * chip.peak_flops)
+    # Full remat repeats the forward pass, a third of forward and backward.
+    repeated = 4 / 3 if config.model.remat == "full" else 1.0
+    state_bytes = report.argument_bytes + report.output_bytes
+    return Roofline(
+        model=model,
+        compute=model * repeated,
+        hbm=state_bytes / chip.hbm_bytes_per_second,
+        network=_network_seconds(run, report, where),
+    )
+
+
+def _network_seconds(run: Run, report: Report, where: Slice) -> float:
+    chip = where.chip
+    sent = sum(collective.sent_bytes for collective in report.collectives)
+    inside_slice = sent / chip.ici_bytes_per_second
+    if where.num_slices == 1:
+        return inside_slice
+    # Each chip sends and receives its part of the gradients once over the slower network.
+    gradients = sum(_device_bytes(p) for p in jax.tree.leaves(run.abstract.params))
+    between_slices = 2 * gradients / chip.dcn_bytes_per_second
+    return max(inside_slice, between_slices)
 
 
 def print_report(config: Config, text: str) -> bool:
     """Compiles, prints; returns whether the step fits into a chip's HBM.
 
     Args:
+      config: of the run.
       text: a slice such as "v5p:8x8x4", or "2*v5p:8x8x4" for two.
 
     Raises:
@@ -117,72 +136,84 @@ def print_report(config: Config, text: str) -> bool:
     """
     try:
         where = parse_slice(text)
-    except ValueError as e:
-        raise InputError(f"--aot: {e}") from None
+    except ValueError as error:
+        raise InputError(f"--aot: {error}") from None
     run, report = compile_step(config, where)
-    print(describe(run))
     if isinstance(report, str):
-        print("\n".join(_does_not_fit(report, where.chip)))
+        lines = _refused(report, where.chip)
+        fits = False
     else:
-        print("\n".join(_fits(run, report, where)))
-    print("\n".join(_largest(run)))
-    return not isinstance(report, str) and report.peak_bytes <= where.chip.hbm_bytes
+        lines = _compiled(run, report, where)
+        fits = report.peak_bytes <= where.chip.hbm_bytes
+    print("\n".join([describe(run), *lines, *_largest(run)]))
+    return fits
 
 
-def _fits(run: Run, report: Report, where: Slice) -> list[str]:
-    chip, bound = where.chip, roofline(run, report, where)
-    room = chip.hbm_bytes - report.peak_bytes
-    verdict = f"fits, {size(room)} free" if room >= 0 else f"DOES NOT FIT, {size(-room)} too much"
+def _compiled(run: Run, report: Report, where: Slice) -> list[str]:
+    """Of a program that was compiled; it may still need more than a chip has."""
     choices = ", ".join(f"{c.op}: {c.implementation}" for c in dispatch.choices())
+    rows = [[c.kind, str(c.count), size(c.bytes)] for c in report.collectives]
+    bound = roofline(run, report, where)
+    times = [f"{name} {time:.3f} s" for name, time in dataclasses.asdict(bound).items()]
+    return [
+        f"ops: {choices}",
+        _memory(report, where.chip),
+        "",
+        *table(["collective, a step and chip", "count", "bytes"], rows),
+        "",
+        f"roofline (public figures, not a measurement): {', '.join(times)}; "
+        f"a step takes at least {bound.step:.3f} s, so MFU is at most {bound.mfu_bound:.0%}",
+    ]
+
+
+def _memory(report: Report, chip: Tpu) -> str:
+    """What the step needs of a chip's memory, and what for."""
+    free = chip.hbm_bytes - report.peak_bytes
+    if free >= 0:
+        verdict = f"fits, {size(free)} free"
+    else:
+        verdict = f"DOES NOT FIT, {size(-free)} too much"
     parts = {
         "state and batch": report.argument_bytes,
         "temporaries": report.temp_bytes,
         "program": report.code_bytes,
         "outputs that reuse nothing": report.output_bytes - report.aliased_bytes,
     }
-    memory = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
-    rows = [[c.kind, str(c.count), size(c.bytes)] for c in report.collectives]
-    times = ", ".join(f"{f.name} {getattr(bound, f.name):.3f} s" for f in dataclasses.fields(bound))
-    return [
-        f"ops: {choices}",
-        f"memory a chip: {size(report.peak_bytes)} of {size(chip.hbm_bytes)}: {verdict} ({memory})",
-        "",
-        *table(["collective, a step and chip", "count", "bytes"], rows),
-        "",
-        f"roofline (public figures, not a measurement): {times}; a step takes at least {bound.step:.3f} s, "
-        f"so MFU is at most {bound.mfu_bound:.0%}",
-    ]
+    shown = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+    total = f"{size(report.peak_bytes)} of {size(chip.hbm_bytes)}"
+    return f"memory a chip: {total}: {verdict} ({shown})"
 
 
-def _does_not_fit(message: str, chip: Tpu) -> list[str]:
+def _refused(message: str, chip: Tpu) -> list[str]:
     """XLA's own words on what it would have needed: it gives up before there is a program to look
     into.
     """
-    needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
-    if needed is None:
-        return [
-            f"memory a chip: more than {size(chip.hbm_bytes)}: DOES NOT FIT ({message.splitlines()[0]})"
-        ]
-    wanted, there = float(needed[1]), float(needed[2])
-    over = f"{wanted - there:.1f} GiB too much"
+    found = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
+    if found is None:
+        first_line = message.splitlines()[0]
+        return [f"memory a chip: more than {size(chip.hbm_bytes)}: DOES NOT FIT ({first_line})"]
+    needed = float(found[1])
+    available = float(found[2])
+    over = f"{needed - available:.1f} GiB too much"
     return [
-        f"memory a chip: temporaries alone take {wanted} GiB of {there} GiB: DOES NOT FIT, {over}"
+        f"memory a chip: temporaries alone take {needed} GiB of {available} GiB: "
+        f"DOES NOT FIT, {over}"
     ]
 
 
 def _largest(run: Run) -> list[str]:
+    """A table of the state's largest arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(run.abstract)
     leaves.sort(key=lambda item: -_device_bytes(item[1]))
-    rows = [
-        [
-            jax.tree_util.keystr(path, simple=True, separator="."),
-            str(leaf.shape),
-            size(_device_bytes(leaf)),
-        ]
-        for path, leaf in leaves[:LARGEST]
-    ]
+    rows = []
+    for path, leaf in leaves[:LARGEST]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        rows.append([name, str(leaf.shape), size(_device_bytes(leaf))])
     return ["", *table(["largest arrays of the state", "shape", "a chip"], rows)]
 
 
 def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    """Of one device's part of an array."""
+    assert leaf.sharding is not None
+    local_shape = leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(local_shape) * leaf.dtype.itemsize

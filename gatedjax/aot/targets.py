@@ -1,5 +1,8 @@
 """The accelerators that can be compiled for: their public figures, and how to name a slice of them.
 
+This is the project's one table of chips: whatever needs a peak, a bandwidth or a memory size reads
+it here.
+
 TPU memory, bandwidth and peak are those of cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} (2026):
 capacities in GB as printed there, ICI as one direction of a chip's links together (half of the
 "bidirectional" figure), DCN as the pod's figure over its chips where none is given by chip. A clock
@@ -10,11 +13,13 @@ sheets (A100 80GB SXM, H100 SXM, H200 SXM), dense bfloat16.
 import dataclasses
 import re
 
+MIB = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One TPU generation. Figures are per chip, on v7x per TensorCore, which there is a device of
-    its own.
+    """One TPU generation. Figures are per chip; on v7x they are per TensorCore, because a
+    TensorCore is a device of its own there.
     """
 
     name: str
@@ -22,9 +27,9 @@ class Tpu:
     accelerator_type: str  # silences libtpu's questions; need not match the topology
     clock_hz: float
     cores: int  # TensorCores that share a program
-    mxus: int  # a core's matrix units
+    mxus: int  # matrix units of one core
     mxu_side: int
-    # of a float32 left-hand side through a matrix unit; bfloat16 packs 16 rows in twice that
+    # For a float32 left-hand side; bfloat16 packs 16 rows into twice as many cycles.
     cycles_per_8_rows: int
     branch_delay: int  # bundles after a branch that still run
     vmem_bytes: int
@@ -36,7 +41,7 @@ class Tpu:
 
     platform = "tpu"
     dma_granule = 32  # bytes that one unit of a DMA's size stands for
-    hbm_latency_cycles = 680  # fitted on one published v5e time (128-wide blocks at 4096)
+    hbm_latency_cycles = 680  # fitted to one published v5e time (128-wide blocks at 4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,93 +67,134 @@ class Gpu:
     def architecture(self) -> str:
         """ptxas's name: Hopper's matrix instructions need the "a"."""
         major, minor = self.compute_capability
-        return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+        suffix = "a" if major >= 9 else ""
+        return f"sm_{major}{minor}{suffix}"
 
 
-MIB = 2**20
-TPUS = {
-    t.name: t
-    for t in (
-        Tpu(
-            "v5e",
-            "v5e:2x2",
-            "v5litepod-4",
-            1.50e9,
-            1,
-            4,
-            128,
-            8,
-            4,
-            128 * MIB,
-            16e9,
-            819e9,
-            197e12,
-            200e9,
-            3.1e9,
-        ),
-        Tpu(
-            "v5p",
-            "v5p:2x2x1",
-            "v5p-8",
-            1.75e9,
-            2,
-            4,
-            128,
-            8,
-            4,
-            64 * MIB,
-            95e9,
-            2765e9,
-            459e12,
-            600e9,
-            6.25e9,
-        ),
-        Tpu(
-            "v6e",
-            "v6e:2x2",
-            "v6e-4",
-            1.75e9,
-            1,
-            2,
-            256,
-            4,
-            4,
-            128 * MIB,
-            32e9,
-            1640e9,
-            918e12,
-            400e9,
-            12.5e9,
-        ),
-        Tpu(
-            "v7x",
-            "tpu7x:2x2x1",
-            "tpu7x-8",
-            2.20e9,
-            1,
-            2,
-            256,
-            4,
-            6,
-            64 * MIB,
-            96e9,
-            3690e9,
-            1153.5e12,
-            300e9,
-            6.25e9,
-        ),
-    )
+V5E = Tpu(
+    name="v5e",
+    topology="v5e:2x2",
+    accelerator_type="v5litepod-4",
+    clock_hz=1.50e9,
+    cores=1,
+    mxus=4,
+    mxu_side=128,
+    cycles_per_8_rows=8,
+    branch_delay=4,
+    vmem_bytes=128 * MIB,
+    hbm_bytes=16e9,
+    hbm_bytes_per_second=819e9,
+    peak_flops=197e12,
+    ici_bytes_per_second=200e9,
+    dcn_bytes_per_second=3.1e9,
+)
+V5P = Tpu(
+    name="v5p",
+    topology="v5p:2x2x1",
+    accelerator_type="v5p-8",
+    clock_hz=1.75e9,
+    cores=2,
+    mxus=4,
+    mxu_side=128,
+    cycles_per_8_rows=8,
+    branch_delay=4,
+    vmem_bytes=64 * MIB,
+    hbm_bytes=95e9,
+    hbm_bytes_per_second=2765e9,
+    peak_flops=459e12,
+    ici_bytes_per_second=600e9,
+    dcn_bytes_per_second=6.25e9,
+)
+V6E = Tpu(
+    name="v6e",
+    topology="v6e:2x2",
+    accelerator_type="v6e-4",
+    clock_hz=1.75e9,
+    cores=1,
+    mxus=2,
+    mxu_side=256,
+    cycles_per_8_rows=4,
+    branch_delay=4,
+    vmem_bytes=128 * MIB,
+    hbm_bytes=32e9,
+    hbm_bytes_per_second=1640e9,
+    peak_flops=918e12,
+    ici_bytes_per_second=400e9,
+    dcn_bytes_per_second=12.5e9,
+)
+V7X = Tpu(
+    name="v7x",
+    topology="tpu7x:2x2x1",
+    accelerator_type="tpu7x-8",
+    clock_hz=2.20e9,
+    cores=1,
+    mxus=2,
+    mxu_side=256,
+    cycles_per_8_rows=4,
+    branch_delay=6,
+    vmem_bytes=64 * MIB,
+    hbm_bytes=96e9,
+    hbm_bytes_per_second=3690e9,
+    peak_flops=1153.5e12,
+    ici_bytes_per_second=300e9,
+    dcn_bytes_per_second=6.25e9,
+)
+A100 = Gpu(
+    name="a100",
+    compute_capability=(8, 0),
+    core_count=108,
+    core_clock_hz=1.41e9,
+    shared_memory_per_core=167_936,
+    shared_memory_per_block=166_912,
+    l2_bytes=40 * MIB,
+    hbm_bytes=80e9,
+    hbm_bytes_per_second=2039e9,
+    peak_flops=312e12,
+)
+H100 = Gpu(
+    name="h100",
+    compute_capability=(9, 0),
+    core_count=132,
+    core_clock_hz=1.98e9,
+    shared_memory_per_core=233_472,
+    shared_memory_per_block=232_448,
+    l2_bytes=50 * MIB,
+    hbm_bytes=80e9,
+    hbm_bytes_per_second=3350e9,
+    peak_flops=989.4e12,
+)
+H200 = Gpu(
+    name="h200",
+    compute_capability=(9, 0),
+    core_count=132,
+    core_clock_hz=1.98e9,
+    shared_memory_per_core=233_472,
+    shared_memory_per_block=232_448,
+    l2_bytes=60 * MIB,
+    hbm_bytes=141e9,
+    hbm_bytes_per_second=4800e9,
+    peak_flops=989.4e12,
+)
+
+TPUS = {chip.name: chip for chip in (V5E, V5P, V6E, V7X)}
+GPUS = {chip.name: chip for chip in (A100, H100, H200)}
+TARGETS: dict[str, Tpu | Gpu] = {
+    **{f"tpu:{name}": chip for name, chip in TPUS.items()},
+    **{f"cuda:{name}": chip for name, chip in GPUS.items()},
 }
-GPUS = {
-    g.name: g
-    for g in (
-        Gpu("a100", (8, 0), 108, 1.41e9, 167_936, 166_912, 41_943_040, 80e9, 2039e9, 312e12),
-        Gpu("h100", (9, 0), 132, 1.98e9, 233_472, 232_448, 52_428_800, 80e9, 3350e9, 989.4e12),
-        Gpu("h200", (9, 0), 132, 1.98e9, 233_472, 232_448, 62_914_560, 141e9, 4800e9, 989.4e12),
-    )
-}
-TARGETS = {f"tpu:{name}": t for name, t in TPUS.items()} | {
-    f"cuda:{name}": g for name, g in GPUS.items()
+
+# Beginnings of jax's `device_kind` -> dense bfloat16 FLOP/s of such a device. TPU v4 has no target:
+# it is not compiled for here, but runs are trained on it.
+PEAK_FLOPS_BY_KIND = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": V5E.peak_flops,
+    "TPU v5": V5P.peak_flops,
+    "TPU v6 lite": V6E.peak_flops,
+    "TPU v6e": V6E.peak_flops,
+    "TPU7x": V7X.peak_flops,
+    "NVIDIA A100": A100.peak_flops,
+    "NVIDIA H100": H100.peak_flops,
+    "NVIDIA H200": H200.peak_flops,
 }
 
 
@@ -163,10 +209,19 @@ def target(name: str) -> Tpu | Gpu:
     return TARGETS[name]
 
 
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of one device that jax calls so; None if it is not in the table."""
+    names = [name for name in PEAK_FLOPS_BY_KIND if device_kind.startswith(name)]
+    if not names:
+        return None
+    # "TPU v5 lite" begins with "TPU v5" too: the longest name is the chip's own.
+    return PEAK_FLOPS_BY_KIND[max(names, key=len)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that a program is compiled for: `num_slices` of the shape `topology`, joined by the
-    data center network.
+    """The chips that a program is compiled for: `num_slices` slices of the shape `topology`, joined
+    by the data center network.
     """
 
     chip: Tpu
@@ -181,34 +236,16 @@ def parse_slice(text: str) -> Slice:
       ValueError: not of that form, or of an unknown chip.
     """
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
-    if not match or match[2] not in TPUS or match[1] == "0":
-        expected = (
-            f"[SLICES*]CHIP:SHAPE such as v5p:8x8x4 or 2*v5e:16x16, CHIP one of {', '.join(TPUS)}"
-        )
-        raise ValueError(f"slice: got {text!r}, expected {expected}")
+    if match is None or match[2] not in TPUS or match[1] == "0":
+        example = "[SLICES*]CHIP:SHAPE such as v5p:8x8x4 or 2*v5e:16x16"
+        chips = ", ".join(TPUS)
+        raise ValueError(f"slice: got {text!r}, expected {example}, CHIP one of {chips}")
     chip = TPUS[match[2]]
-    return Slice(chip, f"{chip.topology.split(':')[0]}:{match[3]}", int(match[1] or 1))
-
-
-# Beginnings of jax's `device_kind` -> dense bfloat16 FLOP/s of such a device. TPU v4 has no target:
-# it is run on, not compiled for.
-PEAK_FLOPS_BY_KIND = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": TPUS["v5e"].peak_flops,
-    "TPU v5": TPUS["v5p"].peak_flops,
-    "TPU v6 lite": TPUS["v6e"].peak_flops,
-    "TPU v6e": TPUS["v6e"].peak_flops,
-    "TPU7x": TPUS["v7x"].peak_flops,
-    "NVIDIA A100": GPUS["a100"].peak_flops,
-    "NVIDIA H100": GPUS["h100"].peak_flops,
-    "NVIDIA H200": GPUS["h200"].peak_flops,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of one device that jax calls so; None if it is not in the table."""
-    names = [name for name in PEAK_FLOPS_BY_KIND if device_kind.startswith(name)]
-    if not names:
-        return None
-    # "TPU v5 lite" begins with "TPU v5" too.
-    return PEAK_FLOPS_BY_KIND[max(names, key=len)]
+    shape = match[3]
+    # libtpu calls v7x "tpu7x": its own name is what stands before the colon of the topology.
+    libtpu_name = chip.topology.split(":")[0]
+    return Slice(
+        chip=chip,
+        topology=f"{libtpu_name}:{shape}",
+        num_slices=int(match[1] or 1),
+    )

@@ -48,6 +48,7 @@ class GatedAttention(Mixer):
     ) -> tuple[Float[Array, "B T M"], KVCache | None]:
         c = self.config
         q, k, v, fused_logits = self._projections(x)
+        # The norm of queries and keys keeps the logits bounded, whatever their weights become.
         if c.qk_norm:
             q = self._normed("query_norm", q)
             k = self._normed("key_norm", k)
@@ -59,6 +60,7 @@ class GatedAttention(Mixer):
         q = self._rotated(q, info)
         k = self._rotated(k, info)
         if c.query_scale != "none" or c.logit_scale == "learned":
+            # Factors of tokens are put on the queries: the kernel has one scale for all.
             scale = QueryScale(
                 c,
                 self.init_std,
@@ -94,6 +96,7 @@ class GatedAttention(Mixer):
                 "head_dim": c.head_dim + gate_channels,
             },
         )
+        # Key and value heads may be fewer: each serves a group of query heads.
         kv_axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
         k = self._project("key", x, kv_axes)
         v = self._project("value", x, kv_axes)
@@ -155,6 +158,7 @@ class GatedAttention(Mixer):
         c = self.config
         if c.gate_position != position:
             return y
+        # The output has no heads: its gate is one of channels.
         if position == "output":
             axes = {"embed_act": y.shape[-1]}
         else:
@@ -268,6 +272,8 @@ class GatedAttention(Mixer):
             "logits_soft_cap": c.logits_soft_cap,
             "scale": logit_scale(c),
         }
+        # One token and a filled cache. The cache may be a ring, whose slots are in any order: what
+        # is visible is said slot by slot.
         if cache is not None and q.shape[1] == 1:
             cache, distances = append_token(
                 cache,
@@ -288,6 +294,7 @@ class GatedAttention(Mixer):
                 **options,
             )
             return o[:, None], cache
+        # What the probes measure the attention rows from, without the kernel ever storing them.
         record(self, "q", q)
         record(self, "k", k)
         o = attention_on_mesh(
@@ -353,6 +360,7 @@ class GatedAttention(Mixer):
         c = self.config
         q_channels = c.num_heads * c.head_dim
         kv_channels = c.kv_heads * c.head_dim
+        # What the gate multiplies, and so how many columns its projection has.
         gated_channels = {
             "none": 0,
             "sdpa": q_channels,
@@ -407,6 +415,7 @@ def attention_on_mesh(
       The output of the attention, gated if there are gate logits.
     """
     arrays = (q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes)
+    # Rows and heads are cut by the op itself; only tokens need the form that exchanges them.
     cuts_tokens = is_cut("length", q.shape[1])
 
     def attend(

@@ -36,6 +36,7 @@ class Mixer(nn.Module):
         info: TokenInfo | None = None,
     ) -> Float[Array, "B T M"]:
         """The layer's output. Without `info` every row is one document, at positions 0, 1, 2 ..."""
+        # A compact method may be called by another one; its parameters belong to the layer.
         y, _ = self.with_cache(x, info or default_info(x), None)
         return y
 

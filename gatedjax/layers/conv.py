@@ -29,6 +29,7 @@ def causal_conv(
     if segment_ids is not None and tail is not None:
         # The inputs before the row belong to the first token's segment.
         segment_tail = segment_ids[:, :1].repeat(width - 1, 1)
+    # A sum of shifted copies, one for each of the few taps.
     y = jnp.zeros(x.shape, jnp.float32)
     for w in range(width):
         lag = width - 1 - w

@@ -57,6 +57,7 @@ def apply_gate(
     Returns:
       The gated y, computed in float32, in y's dtype.
     """
+    # Float32 until the product: a bfloat16 sigmoid has few values near 1.
     gates = activated_gate(gate_logits, activation)
     y32 = y.astype(jnp.float32)
     gated = y32 + gates if mode == "additive" else y32 * gates
@@ -79,6 +80,7 @@ class GateLogits(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T ..."]:
+        # One logit a channel, or one a head: an axis of size 1 is broadcast over the channels.
         axes = dict(self.axes)
         if self.config.gate_granularity == "headwise":
             axes["head_dim"] = 1

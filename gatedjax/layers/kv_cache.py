@@ -54,6 +54,7 @@ def fill(
     """
     slots = cache.k.shape[1]
     length = k.shape[1]
+    # A prompt longer than the ring: only its last tokens have a slot.
     first_kept = length - min(slots, length)
     slot_of_token = jnp.arange(first_kept, length) % slots
 

@@ -111,6 +111,7 @@ class GatedLinearAttention(Mixer):
             c.kv_heads,
             c.value_dim,
         )
+        # The state and the convolution go on from where the tokens before ended.
         tail = None if cache is None else cache.conv_tail
         if c.conv_width:
             q, k, v, tail = self._convolved(
@@ -120,6 +121,7 @@ class GatedLinearAttention(Mixer):
                 info,
                 tail,
             )
+        # The feature map is what linear attention has in place of softmax's exponential.
         q = self._rotated(FEATURE_MAPS[c.feature_map](q), info)
         k = self._rotated(FEATURE_MAPS[c.feature_map](k), info)
         log_decay, v = self._decay(x, v)
@@ -133,6 +135,7 @@ class GatedLinearAttention(Mixer):
             info,
             cache,
         )
+        # Normed head by head: the state grows and shrinks with the decay, and its output with it.
         o = RMSNorm(
             self.norm_eps,
             axis_name="head_dim",
@@ -194,6 +197,7 @@ class GatedLinearAttention(Mixer):
             shape=[width, channels],
             init=nn.initializers.normal(width**-0.5),
         )
+        # Depthwise: no channel sees another, so one call serves all of them.
         mixed, tail = causal_conv(
             flat,
             kernel,
@@ -289,6 +293,7 @@ class GatedLinearAttention(Mixer):
             shape=shape,
             init=_log_decay_rate,
         )
+        # In float32: the step size is exponentiated in the decay.
         dt = jax.nn.softplus(logits.astype(jnp.float32) + bias)
         return -jnp.exp(a_log) * dt, (v * dt[..., None]).astype(v.dtype)
 
@@ -384,6 +389,7 @@ def scan_on_mesh(
     Returns:
       The output, and the state after the last token if one was given.
     """
+    # Along a mesh axis of tokens the states are sent on, not the tokens.
     cuts_tokens = is_cut("length", q.shape[1])
 
     def scan(

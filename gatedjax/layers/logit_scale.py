@@ -62,6 +62,7 @@ class QueryScale(nn.Module):
           seen: how many keys every token sees.
         """
         c = self.config
+        # One number for every token, the same in all heads: [B, T, 1].
         log_n = jnp.log(seen.astype(jnp.float32))[:, :, None]
         factor = jnp.float32(1.0)
         if c.query_scale == "log_length":
@@ -70,6 +71,7 @@ class QueryScale(nn.Module):
             length_scale = self._per_head("length_scale", 1 / mean_log(_training_length(c)))
             factor = length_scale * log_n
         if c.query_scale == "selective":
+            # Queries are sharpened token by token and by the length, values are scaled as they are.
             query_temperature = self._of_token(
                 "query_temperature",
                 x,

@@ -40,6 +40,7 @@ class GatedMLP(FeedForward):
         c = self.config
         width = {"embed": x.shape[-1]}
         hidden = {"mlp": c.hidden}
+        # Two projections, not one cut in half: each is cut over devices along its own columns.
         gate_logits = Projection(
             width,
             hidden,

@@ -18,6 +18,7 @@ def rms_norm(
     Returns x's dtype (arXiv 1910.07467).
     """
     x32 = x.astype(jnp.float32)
+    # Not centered: RMSNorm leaves the mean alone.
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     return (x32 * lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
 

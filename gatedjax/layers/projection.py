@@ -85,6 +85,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        # Input axes first, then output axes: [*in, *out].
         kernel = parameter(
             self,
             "kernel",

@@ -84,9 +84,11 @@ def apply_rope(
       x, rotated, in its dtype.
     """
     half = len(frequencies)
+    # One angle for every token and pair, the same in all heads.
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos = jnp.cos(angle) * magnitude
     sin = jnp.sin(angle) * magnitude
+    # The two halves of the rotated channels are the coordinates of the pairs.
     left = x[..., :half].astype(jnp.float32)
     right = x[..., half : 2 * half].astype(jnp.float32)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

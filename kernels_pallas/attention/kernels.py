@@ -64,7 +64,7 @@ def unsupported_arrays(
     V = v.shape[-1]
     if max(K, V) > max_channels:
         return f"takes K and V up to {max_channels}, not {K} and {V}"
-    if normalizer.walks > 1:
+    if normalizer.passes > 1:
         name = type(normalizer).__name__
         return f"takes normalizers that pass over the keys once, not {name}"
     return None

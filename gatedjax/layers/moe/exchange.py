@@ -85,6 +85,7 @@ def distributed_mixture(
         return lax.psum(mixture(*assigned, stacks, first), axis), none_dropped
     if lax.axis_size(axis) == 1:
         return mixture(*assigned, stacks), none_dropped
+    # The ring needs no plan: everybody sees everything and keeps its part.
     if exchange == "ring":
         return _ring(assigned, stacks, axis), none_dropped
     if exchange == "ragged_all_to_all" and target_platform() == "cpu":
@@ -94,6 +95,7 @@ def distributed_mixture(
         )
     devices = lax.axis_size(axis)
     flat_experts = assigned.experts.reshape(-1)
+    # One sort serves both ways: by expert is also by device.
     order, inverse, sizes = sort_by_group(flat_experts, devices * stacks.num_experts)
     tokens, k = assigned.experts.shape
     outgoing = Outgoing(
@@ -170,6 +172,7 @@ def _all_to_all(
     # Ids within the device that holds the expert; an empty slot is an empty place there.
     local_id = outgoing.experts[row_of_slot] % stacks.num_experts
     local_id = jnp.where(row_of_slot < 0, stacks.num_experts, local_id)
+    # There, through the experts, and back into the slots that the rows came from.
     received = swap(take_rows(outgoing.rows, row_of_slot, slot_of_row))
     y = swap(_by_expert(received, swap(local_id), stacks))
     dropped = jnp.sum(jnp.maximum(outgoing.counts - slots, 0))

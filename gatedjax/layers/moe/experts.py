@@ -162,6 +162,7 @@ def weight_of(
     Returns:
       A weight for every token and expert.
     """
+    # [..., k, E]: place against expert. k is small.
     hit = experts[..., None] == first + jnp.arange(count)
     return jnp.sum(jnp.where(hit, weights[..., None], 0.0), axis=-2)
 

@@ -37,6 +37,7 @@ def lora_experts(
     Returns:
       The weighted sum, float32.
     """
+    # All experts at once: E r columns are few beside the dense matrix.
     h = jnp.einsum("...i,eir->...er", x, a, preferred_element_type=jnp.float32)
     h = (weights[..., None] * h).astype(x.dtype)
     return jnp.einsum("...er,ero->...o", h, b, preferred_element_type=jnp.float32)
@@ -190,6 +191,7 @@ class LoRAMixture(FeedForward):
         width = ("embed", x.shape[-1])
         hidden = ("mlp", c.hidden)
         weights = self._shared_weights(x, info)
+        # All three matrices are frozen; what is trained are their experts.
         gate_logits = self._project("gate", width, hidden)(x, weights)
         up = self._project("up", width, hidden)(x, weights)
         h = gated_product(gate_logits, up, c.activation)

@@ -115,6 +115,7 @@ def router_losses(
         _, ffn = config.layer(i)
         if not isinstance(ffn, SparseMoEConfig):
             continue
+        # Of the batch so far: the load of one micro-batch alone would be noise.
         counts[name] = s["counts"] + before.get(name, 0.0)
         balance = balance_loss(counts[name], s["probability"], expert_weights(ffn))
         weighted = ffn.balance_loss * balance
@@ -152,6 +153,7 @@ def load_metrics(config: ModelConfig, counts: Mapping[str, Array]) -> dict[str, 
     most_experts = max(row.shape[0] for row in load_of_layer.values())
     rows = []
     for i in sorted(load_of_layer):
+        # Layers may have different numbers of experts; the table is as wide as the widest.
         missing = most_experts - load_of_layer[i].shape[0]
         rows.append(jnp.pad(load_of_layer[i], (0, missing), constant_values=jnp.nan))
     load = jnp.stack(rows)

@@ -110,6 +110,7 @@ def route(
     if config.selection == "gumbel" and key is not None:
         z = z + jax.random.gumbel(key, z.shape, jnp.float32)
     scores = SCORINGS[config.scoring](z)
+    # Softmax and sparsemax sum to 1 by themselves; sigmoids do not.
     router_probs = scores
     if config.scoring == "sigmoid":
         router_probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
@@ -215,6 +216,7 @@ def best_groups(
     Returns:
       True for the experts of the kept groups.
     """
+    # The choice has no gradient; the weights of what is chosen do.
     members = jax.lax.stop_gradient(preferred).reshape(*preferred.shape[:-1], groups, -1)
     best_members, _ = jax.lax.top_k(members, 2 if score == "sum_top2" else 1)
     chosen = top_experts(jnp.sum(best_members, axis=-1), kept)
@@ -235,9 +237,11 @@ def hash_experts(
     vocabularies) spread.
     """
     h = tokens.astype(jnp.uint32)
+    # Unsigned, so that shifts bring in zeros and products wrap around.
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     h = (h ^ (h >> 16)).astype(jnp.uint32)
+    # Neighbors of the first one, so that no token has an expert twice.
     first = h[..., None] % num_experts
     experts = (first + jnp.arange(k, dtype=jnp.uint32)) % num_experts
     return experts.astype(jnp.int32)
@@ -256,6 +260,7 @@ def expert_choice(
     """
     num_tokens, num_experts = scores.shape[-2:]
     capacity = min(num_tokens, math.ceil(k * num_tokens / num_experts))
+    # [B, E, T]: every expert ranks the tokens.
     by_expert = jnp.swapaxes(jax.lax.stop_gradient(scores), -1, -2)
     _, taken = jax.lax.top_k(by_expert, capacity)  # [B, E, capacity]
     nothing = jnp.zeros(by_expert.shape, bool)

@@ -62,6 +62,7 @@ def calibrated(
         raise ValueError(
             "calibrated: state has no importance, expected that of routers with a threshold above 0"
         )
+    # With an importance that no threshold reaches, the model is whole.
     nothing_skipped = flat | {path: jnp.full_like(flat[path], NEVER) for path in paths}
     whole = logits_of(unflatten_dict(nothing_skipped))
     log_p = jax.nn.log_softmax(whole.astype(jnp.float32))

@@ -70,6 +70,7 @@ def soft_experts(
     Returns:
       The outputs, in x's dtype.
     """
+    # Dispatch, in float32: means over all tokens of a row.
     slots = jnp.einsum("btes,btm->besm", dispatch, x.astype(jnp.float32)).astype(x.dtype)
     gate_logits = jnp.einsum("besm,emf->besf", slots, gate)
     hidden = gated_product(gate_logits, jnp.einsum("besm,emf->besf", slots, up), activation)

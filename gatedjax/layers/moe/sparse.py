@@ -53,6 +53,7 @@ class SparseMoE(FeedForward):
         logits = self._logits(x, router_logits)
         state = router_state.RouterState(c, name=router_state.NAME)()
         routing = self._routing(logits, state, info)
+        # Counted before any limit: the losses are about what the router wanted.
         chosen = count_places(routing.experts, c.total_experts)
         if c.capacity_factor:
             routing = limit_capacity(routing, capacities(c, x.shape[1]), c.capacity_order)
@@ -126,6 +127,7 @@ class SparseMoE(FeedForward):
         info: TokenInfo | None,
     ) -> Routing:
         router = self.config.router
+        # Without a random stream (evaluation) the choice is the most likely one.
         key = None
         if router.selection == "gumbel" and self.has_rng("router"):
             key = self.make_rng("router")
@@ -155,6 +157,7 @@ class SparseMoE(FeedForward):
         tokens = ("batch", "length", None)
         into_experts = ("expert", "embed", "mlp")
         out_of_experts = ("expert", "mlp", "embed")
+        # Every device sorts its own tokens by expert; a global sort would move all of them.
         on_device = per_shard(
             functools.partial(_device_mixture, c),
             in_axes=(tokens, tokens, tokens, into_experts, into_experts, out_of_experts),
@@ -201,6 +204,7 @@ class SparseMoE(FeedForward):
         first_copy = c.num_experts + c.zero_experts
         first_constant = first_copy + c.copy_experts
         copied = weight_of(routing.experts, routing.weights, first_copy, c.copy_experts)
+        # The zero experts add nothing, so they are not here at all.
         y = jnp.sum(copied, axis=-1, keepdims=True) * x.astype(jnp.float32)
         if c.constant_experts:
             width = x.shape[-1]
@@ -265,6 +269,7 @@ class SparseMoE(FeedForward):
         c = self.config
         # At balance, where experts that compute get their fraction of the assignments.
         computing = c.router.ffn_fraction or c.num_experts / c.total_experts
+        # The shared expert sees every token.
         hidden = c.experts_per_token * computing * c.hidden + c.shared_hidden
         return 6 * width * hidden + 2 * width * c.total_experts
 

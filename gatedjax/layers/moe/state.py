@@ -111,6 +111,7 @@ def updated(
     """
     if not state:
         return state
+    # Blocks of the period; every array in them is stacked over periods.
     blocks = {}
     for i, name in enumerate(config.block_names):
         _, ffn = config.layer(i)

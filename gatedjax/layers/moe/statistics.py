@@ -39,6 +39,7 @@ def router_statistics(
     """
     p = routing.router_probs
     num_experts = chosen.shape[-1]
+    # Means over a row first: the sequence loss is about rows.
     probability_by_row = jnp.mean(p, axis=1)
     assignments_by_row = jnp.sum(chosen, axis=-1, keepdims=True)
     load_by_row = jax.lax.stop_gradient(chosen / jnp.maximum(assignments_by_row, 1.0))

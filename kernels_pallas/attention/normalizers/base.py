@@ -71,7 +71,7 @@ class Normalizer:
     # The outputs whose product with do the backward pass needs.
     deltas: ClassVar[tuple[int, ...]] = (0,)
     # Passes over the keys, forward; more than one go with `prepare`.
-    walks: ClassVar[int] = 1
+    passes: ClassVar[int] = 1
     # Whether `start` knows what to do with a sink.
     takes_sinks: ClassVar[bool] = False
 

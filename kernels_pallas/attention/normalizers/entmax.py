@@ -44,7 +44,7 @@ class Entmax(Normalizer):
     # do times the mean of the values by u.
     deltas: ClassVar[tuple[int, ...]] = (1,)
     # About so many.
-    walks: ClassVar[int] = 12
+    passes: ClassVar[int] = 12
 
     def __post_init__(self) -> None:
         if not 1 < self.alpha <= 2:

@@ -42,7 +42,7 @@ class ClippedSoftmax(Normalizer):
     length: int | None = None
     deltas: ClassVar[tuple[int, ...]] = (1,)
     sums: ClassVar[int] = 2
-    walks: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.zeta < 1:
@@ -144,7 +144,7 @@ class ReweightedSoftplus(Normalizer):
     power: int = 15
     sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
-    walks: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not isinstance(self.power, int) or self.power < 2:
@@ -267,7 +267,7 @@ class AdaptiveTemperature(Normalizer):
     threshold: float = 0.5
     sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
-    walks: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
     def prepare(
         self,

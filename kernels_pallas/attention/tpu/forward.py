@@ -285,9 +285,9 @@ def _kernel(
     @pl.when(flags & LAST != 0)
     def end_rows() -> None:
         row = tuple(ref[...] for ref in statistics)
-        # outputs[0] is the ungated output.
         weighted_sums = [ref[...] for ref in sums]
         outputs, saved = normalizer.finish(row, weighted_sums)
+        # The first output is the ungated o.
         y = outputs[0]
         if plan.gate == "element":
             gate = tile.sigmoid(refs["gate"][0])

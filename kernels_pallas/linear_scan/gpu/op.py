@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded
+from kernels_pallas.common.precision import one_pass_allowed
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.gpu import backward as gpu_backward
 from kernels_pallas.linear_scan.gpu import intra_chunk, tuning
@@ -42,8 +43,6 @@ from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
 # Triton's indices are 32-bit.
 MAX_ELEMENTS = 2**31
-# Values of jax_default_matmul_precision under which one pass of the tensor core is enough.
-ONE_PASS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
 
 
 def unsupported(inputs: ScanInputs, options: ScanOptions) -> str | None:
@@ -170,7 +169,7 @@ def _matmuls(interpret: bool, *arrays: Array) -> tuple[Any, Any]:
     """The dtype of what is multiplied, and the precision. Interpreted matmuls round nothing."""
     if interpret:
         return jnp.dtype(jnp.float32), lax.Precision.HIGHEST
-    is_one_pass = jax.config.jax_default_matmul_precision in ONE_PASS
+    is_one_pass = one_pass_allowed()
     if is_one_pass and all(x.dtype == jnp.bfloat16 for x in arrays):
         return jnp.dtype(jnp.bfloat16), None
     preset = lax.DotAlgorithmPreset

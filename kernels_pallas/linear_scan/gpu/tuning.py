@@ -7,7 +7,7 @@ do not spill registers (float32 operands take twice the room, and may).
 
 from typing import NamedTuple
 
-from kernels_pallas.common.device import device_kind
+from kernels_pallas.common.gpu import chip as chip_of
 
 # A tile of the tensor core has 16 rows, and logs are summed in eights.
 MIN_CHUNK = 16
@@ -120,9 +120,5 @@ def block(most: int, size: int) -> int:
 
 
 def chip() -> str:
-    """The table's name of the device that the computation is compiled for; see `common.device`."""
-    kind = device_kind()
-    for name in TUNED:
-        if name in kind:
-            return name
-    return DEFAULT_CHIP
+    """The table's name of the device that the computation is compiled for; see `common.gpu`."""
+    return chip_of(TUNED, DEFAULT_CHIP)

@@ -17,7 +17,7 @@ from gatedjax.layers.rope import apply_rope, inverse_frequencies
 from gatedjax.layers.token_info import TokenInfo
 
 B, T, M = 2, 12, 16
-X = np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32))
 
 
 def sigmoid(x):

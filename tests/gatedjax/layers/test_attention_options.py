@@ -30,7 +30,7 @@ from kernels_pallas.attention import NORMALIZERS, Entmax, Sigmoid
 
 B, T, M = 2, 32, 16
 SMALL = dict(num_heads=4, num_kv_heads=2, head_dim=8)
-X = np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32))
 
 
 def positions(x=X):

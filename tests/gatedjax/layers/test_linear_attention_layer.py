@@ -21,7 +21,7 @@ from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import RULES, make_mesh
 
 B, T, M = 2, 12, 16
-X = np.random.default_rng(1).normal(size=(B, T, M)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, M)).astype(np.float32))
 BASE = dict(num_heads=4, num_kv_heads=4, key_dim=4, value_dim=8)
 VARIANTS = {
     "GLA": {},

@@ -63,7 +63,7 @@ def test_no_kernel_spills(shape):
 
 @needs_ptxas
 @pytest.mark.parametrize(
-    "normalizer", [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
+    "normalizer", [name for name, normalizer in NORMALIZERS.items() if normalizer.passes == 1]
 )
 def test_every_normalizer_of_one_walk_compiles(normalizer):
     case = make_case(

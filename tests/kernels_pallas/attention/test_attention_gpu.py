@@ -28,14 +28,13 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS
 from kernels_pallas.ops import RESIDUAL_NAMES, attention
 
-# `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (
     importlib.import_module(f"kernels_pallas.attention.gpu.{name}")
     for name in ("op", "tile", "plan", "forward", "backward", "tuning")
 )
 KernelConfig, Schedule = tuning.KernelConfig, tuning.Schedule
 slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbor of the same case also covers
-ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
+ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.passes == 1]
 on_gpu = partial(value_and_gradients, implementation="gpu", interpret=True)
 # Blocks of every kernel differ, so that each has its own edges.
 SMALL = Schedule(

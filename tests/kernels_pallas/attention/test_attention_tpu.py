@@ -32,13 +32,12 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS
 from kernels_pallas.ops import RESIDUAL_NAMES, attention
 
-# `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (
     importlib.import_module(f"kernels_pallas.attention.tpu.{name}")
     for name in ("op", "tile", "plan", "forward", "backward", "tuning")
 )
 Schedule = plan_room.Schedule
-ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
+ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.passes == 1]
 on_tpu = partial(value_and_gradients, implementation="tpu", interpret=True)
 
 

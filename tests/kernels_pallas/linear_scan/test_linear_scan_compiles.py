@@ -1,7 +1,7 @@
 """linear_scan's TPU kernels pass Mosaic's compiler with every option: interpreted kernels may ask
 what no TPU can do.
 
-python tests/kernels_pallas/linear_scan/test_linear_scan_compiles.py tpu:v6e [packed scalar ...]      what the test runs
+python tests/kernels_pallas/linear_scan/test_linear_scan_compiles.py tpu:v6e [packed ...]
 """
 
 import os

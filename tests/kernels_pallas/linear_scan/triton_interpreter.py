@@ -1,7 +1,8 @@
 """linear_scan's decoding step in Triton's own interpreter, on CPU and without torch: a program of
 its own.
 
-    TRITON_INTERPRET=1 JAX_PLATFORMS=cpu python tests/kernels_pallas/linear_scan/triton_interpreter.py [--plant]
+    export TRITON_INTERPRET=1 JAX_PLATFORMS=cpu
+    python tests/kernels_pallas/linear_scan/triton_interpreter.py [--plant]
 
 Prints {case: [rel. RMS of o, of the state]} as JSON, against the float64 recurrence. --plant: with
 a wrong scale.

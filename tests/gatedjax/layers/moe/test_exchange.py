@@ -14,7 +14,7 @@ from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.sharding import RULES, make_mesh, param_shardings
 
-X = np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32))
 WEIGHT = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
 # Experts of which some cost nothing, unequal loads, two that nobody chooses.
 CONFIG = SparseMoEConfig(

@@ -32,8 +32,8 @@ from gatedjax.layers.moe.state import NAME, split
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.model import LanguageModel, init_caches
 
-X = np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32)
-TOKENS = np.random.default_rng(1).integers(0, 30, (2, 24)).astype(np.int32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32))
+TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 30, (2, 24)).astype(np.int32))
 # Every way to make logits, scores, a selection and weights, and the models of the literature.
 VARIANTS = {
     "Mixtral": {},

@@ -18,7 +18,7 @@ from gatedjax.layers.moe.soft import SoftMoE
 from gatedjax.model import LanguageModel, init_caches, layers_of
 
 RNG = np.random.default_rng(0)
-X = RNG.normal(size=(2, 9, 8)).astype(np.float32)
+X = jnp.asarray(RNG.normal(size=(2, 9, 8)).astype(np.float32))
 
 
 def make(module):
