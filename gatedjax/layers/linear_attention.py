@@ -33,8 +33,9 @@ class ScanCache:
     The state has one more value column when the scan is normalized.
     """
 
-    state: Float[Array, "B H K V"]
-    conv_tail: Float[Array, "B W F"]
+    # Leading axes: the model stacks the caches of a layer over periods.
+    state: Float[Array, "... B H K V"]
+    conv_tail: Float[Array, "... B W F"]
 
 
 def logsigmoid_decay(logits: Float[Array, "..."], temperature: float) -> Float[Array, "..."]:
