@@ -17,8 +17,8 @@ class KVCache:
     Position p is in slot p mod S: a ring for windows.
     """
 
-    k: Float[Array, "B S Hk D"]
-    v: Float[Array, "B S Hk D"]
+    k: Float[Array, "... B S Hk D"]
+    v: Float[Array, "... B S Hk D"]
 
 
 def empty_cache(
