@@ -44,7 +44,8 @@ from report import known_rows, parser, run_row, table, write_json
 
 from gatedjax.aot import Report, compile_and_replay
 from gatedjax.aot.targets import Tpu, target
-from kernels_pallas import expert_mlp, grouped_matmul
+from kernels_pallas.expert_mlp.api import expert_mlp
+from kernels_pallas.grouped_matmul.api import grouped_matmul
 
 D, F, G = 2048, 1024, 64
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
@@ -157,7 +158,7 @@ def matmuls(kernel: str) -> int:
 def figures(op: str, chip: str, rows: int) -> dict:
     """All rows of one compilation, in this process."""
     fn, args = program(op, chip, rows)
-    where = [i for i, a in enumerate(args) if a.dtype == jnp.int32][0]
+    where = next(i for i, a in enumerate(args) if a.dtype == jnp.int32)  # the group sizes
     kinds = {name: {where: sizes} for name, sizes in group_sizes(rows).items()}
     device = target(chip)
     compiled, reports = compile_and_replay(chip, fn, *args, concretes=kinds)
