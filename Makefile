@@ -2,6 +2,7 @@
 # make test    the test suite (the slow ones too: make test-all)
 # make test-oracles   compares layers with those of torch (transformers, entmax)
 # make test-cuda-aot   compiles every op for an H200 that is not here
+# make test-types   a part of the suite with every annotation, shapes too, checked at every call
 # make docs    the site of docs/, in build/site
 # make lint    ruff;  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
 
@@ -13,7 +14,7 @@ export PYTHONUNBUFFERED := 1
 # A process a core: tests compile more than they compute, and a compilation has one thread. A file stays in one process.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-all test-oracles test-cuda-aot docs lint goldens bench clean
+.PHONY: train test test-types test-all test-oracles test-cuda-aot docs lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -23,6 +24,13 @@ test: .venv/installed lint
 
 test-all: .venv/installed lint
 	$(VENV)/python -m pytest $(PARALLEL)
+
+# What the annotations say of shapes and dtypes holds in these tests. One compilation a shape: slow ones add nothing.
+TYPED := tests/kernels_pallas/attention/test_attention.py tests/kernels_pallas/linear_scan/test_linear_scan.py \
+  tests/kernels_pallas/grouped_matmul/test_grouped_matmul.py tests/gatedjax/layers tests/gatedjax/test_model.py
+
+test-types: .venv/installed
+	GATEDJAX_TYPECHECK=1 $(VENV)/python -m pytest $(PARALLEL) -m "not slow" $(TYPED)
 
 # In an environment of its own: torch takes gigabytes.
 test-oracles: .venv-oracles/installed
@@ -40,6 +48,7 @@ docs: .venv/installed
 lint: .venv/installed
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+	$(VENV)/pyrefly check --output-format=min-text
 
 goldens: .venv/installed
 	$(VENV)/python -m pytest tests/gatedjax/config/test_config.py tests/gatedjax/training/test_train_step.py -k golden --refresh-goldens

@@ -33,7 +33,7 @@ from gpu_timing import (
 from report import installed_versions, table, write_json
 
 from gatedjax.aot.targets import target
-from kernels_pallas.attention.api import attention
+from kernels_pallas.ops import attention
 
 _LENGTHS = flags.DEFINE_multi_integer("length", [2048, 8192, 32768], "Sequence lengths T.")
 _HEADS = flags.DEFINE_multi_string(

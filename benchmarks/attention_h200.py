@@ -18,7 +18,7 @@ from report import parser, table, write_json
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
-from kernels_pallas.attention.api import attention_step
+from kernels_pallas.ops import attention_step
 
 TARGET = "cuda:h200"
 CASES = [

@@ -33,7 +33,7 @@ from gpu_timing import (
 from report import installed_versions, table, write_json
 
 from gatedjax.aot.targets import target
-from kernels_pallas.linear_scan.api import linear_scan
+from kernels_pallas.ops import linear_scan
 
 _LENGTHS = flags.DEFINE_multi_integer(
     "length",

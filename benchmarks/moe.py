@@ -44,8 +44,7 @@ from report import known_rows, parser, run_row, table, write_json
 
 from gatedjax.aot import Report, compile_and_replay
 from gatedjax.aot.targets import Tpu, target
-from kernels_pallas.expert_mlp.api import expert_mlp
-from kernels_pallas.grouped_matmul.api import grouped_matmul
+from kernels_pallas.ops import expert_mlp, grouped_matmul
 
 D, F, G = 2048, 1024, 64
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")

@@ -28,8 +28,7 @@ from jaxtyping import Float
 from report import cores, cpu_model, table, write_json
 
 from gatedjax.runtime import cli
-from kernels_pallas.attention.api import attention
-from kernels_pallas.linear_scan.api import linear_scan
+from kernels_pallas.ops import attention, linear_scan
 
 _LENGTHS = flags.DEFINE_multi_integer(
     "length",

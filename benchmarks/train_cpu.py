@@ -200,7 +200,7 @@ def shared_sizes(config: Config) -> dict:
         "hidden_size": model.width,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
+        "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         "max_position_embeddings": config.data.seq_len,
         "initializer_range": model.init_std,
@@ -225,7 +225,7 @@ def hybrid_sizes(config: Config) -> dict:
     return {
         "layer_types": layer_types,
         "partial_rotary_factor": attention.rope_fraction,
-        "linear_num_key_heads": gla.num_kv_heads,
+        "linear_num_key_heads": gla.kv_heads,
         "linear_num_value_heads": gla.num_heads,
         "linear_key_head_dim": gla.key_dim,
         "linear_value_head_dim": gla.value_dim,
@@ -246,7 +246,7 @@ def dense_hidden(config: Config, active: int) -> int:
     model = config.model
     attention = model.mixers["attention"]
     q = attention.num_heads * attention.head_dim
-    kv = attention.num_kv_heads * attention.head_dim
+    kv = attention.kv_heads * attention.head_dim
     mixer_and_norms = 2 * model.width * (q + kv) + 2 * model.width
     embedding_and_norm = model.vocab_size * model.width + model.width
     for_mlps = active - embedding_and_norm - model.num_layers * mixer_and_norms

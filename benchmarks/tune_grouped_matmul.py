@@ -4,7 +4,7 @@
     python benchmarks/tune_grouped_matmul.py --target=tpu:v5e [--shape=M16384,K2048,N1024,G64]
         [--set=step=512,1024 ...]
 
-Settings are the fields of a row of the table, outer_step as 1024x512; without --set those that
+Settings are the fields of the table's `Tuning`, outer_step as 1024x512; without --set those that
 mattered. Every candidate is compiled for the chip and its schedule replayed, for equal groups and
 for Zipf-skewed ones: no TPU is needed, and a minute each. Prints candidates as they come, and the
 best of each kernel by the sum of both.
@@ -12,7 +12,6 @@ best of each kernel by the sum of both.
 
 import argparse
 import os
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
@@ -21,9 +20,9 @@ from tuning import INFINITY, combinations
 
 from gatedjax.aot import compile_and_replay
 from gatedjax.aot.cases import make_case
-from kernels_pallas.grouped_matmul.tpu.tuning import TUNED
+from kernels_pallas.grouped_matmul.tpu.tuning import TUNED, Tuning
 
-SETTINGS = ["tile=256,512", "parts=64,128", "step=512,1024", "outer_step=1024x512,1024x1024"]
+SETTINGS = ["tile=256,512", "part=64,128", "step=512,1024", "outer_step=1024x512,1024x1024"]
 KERNELS = ("forward", "dlhs", "drhs")
 SIZES = ("equal", "zipf")
 DEVICES = {"tpu:v5e": "TPU v5 lite", "tpu:v5p": "TPU v5", "tpu:v6e": "TPU v6 lite"}
@@ -35,12 +34,12 @@ def value(text: str) -> int | tuple[int, ...]:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def candidates(base: Any, settings: list[str]) -> list:
-    """Rows of the table, named tuples, that differ from `base` in the settings."""
+def candidates(base: Tuning, settings: list[str]) -> list[Tuning]:
+    """`base` with every combination of the settings."""
     return [base._replace(**chosen) for chosen in combinations(settings, value)]
 
 
-def microseconds(target: str, shape: str, row: Any) -> dict[tuple[str, str], float]:
+def microseconds(target: str, shape: str, row: Tuning) -> dict[tuple[str, str], float]:
     """Model time of each kernel for each kind of group sizes; empty if the candidate does not
     compile.
     """
@@ -80,7 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     base = TUNED[DEVICES[args.target]]
     best_time = dict.fromkeys(KERNELS, INFINITY)
-    best_row: dict[str, Any] = dict.fromkeys(KERNELS)
+    best_row: dict[str, Tuning | None] = dict.fromkeys(KERNELS)
     for row in candidates(base, args.set or SETTINGS):
         times = microseconds(args.target, args.shape, row)
         shown = "  ".join(f"{name} {sizes} {time:,.1f}" for (name, sizes), time in times.items())

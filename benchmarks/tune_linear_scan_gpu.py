@@ -18,8 +18,8 @@ from absl import app, flags
 from gpu_timing import device, inputs, median_seconds
 from report import write_json
 
-from kernels_pallas.linear_scan.api import linear_scan
 from kernels_pallas.linear_scan.gpu import tuning as gpu_tuning
+from kernels_pallas.ops import linear_scan
 
 _SHAPE = flags.DEFINE_string("shape", "B4,T4096,H16,K128,V128", "Sizes of B, T, H, K and V.")
 _DECAY = flags.DEFINE_list("decay", ["vector", "scalar"], "Kinds of decay.")
@@ -37,13 +37,13 @@ CANDIDATES = {
     "scan_block_k": (32, 64, 128),
     "scan_warps": (2, 4, 8),
     "scan_stages": (1, 2, 3, 4),
-    "walks_per_core": (1, 2, 4),
-    "scores_block_k": (16, 32, 64, 128),
-    "scores_warps": (4, 8),
+    "programs_per_core": (1, 2, 4),
+    "intra_block_k": (16, 32, 64, 128),
+    "intra_warps": (4, 8),
     "back_block_k": (16, 32, 64),
     "back_block_v": (32, 64, 128),
     "back_warps": (4, 8),
-    "dscores_warps": (4, 8),
+    "dproducts_warps": (4, 8),
 }
 GAIN = 0.98  # a candidate has to take less than this fraction of the best time
 
@@ -58,8 +58,7 @@ def seconds(
     run.
     """
     kind = "vector" if decay == "vector" else "scalar"
-    _, _, schedules = gpu_tuning.TUNED[gpu_tuning.chip()]
-    schedules[kind] = schedule
+    gpu_tuning.TUNED[gpu_tuning.chip()].schedules[kind] = schedule
 
     def scan(*arrays):
         return linear_scan(*arrays, implementation="gpu", interpret=_DRY_RUN.value)

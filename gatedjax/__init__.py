@@ -1,22 +1,102 @@
 """gatedjax: gates in sequence models, in JAX and Flax.
 
-The axis legend, used by every docstring, einsum and shape annotation of the project:
+    layer = gatedjax.GatedAttention(gatedjax.GatedAttentionConfig(num_heads=4, head_dim=16))
+    y, params = layer.init_with_output(jax.random.key(0), x)
+    gates = gatedjax.gate_values(layer, params, x)
+
+The axis legend: every letter of a docstring, an einsum or a shape annotation, in both packages.
 
   B   batch: rows of a batch (a row may hold several packed documents)
   T   time: query positions; also plain sequence length
-  S   key positions, where they differ from T (a cache, a window)
+  S   key positions, where they differ from T (a cache, a window); slots of a buffer
   H   query heads;  Hk, Hv: key and value heads (each divides H: grouped heads)
   K   key and query channels of a head
   V   value channels of a head
   D   channels of a head where K = V
+  J   pairs of channels that rotate (rotary embeddings)
   M   model width (the residual stream)
-  F   feed-forward hidden width
-  E   experts;  k: experts chosen per token
-  L   layers;  P: layers in one period of the pattern
+  F   feed-forward hidden width; channels of a convolution
+  W   width of a convolution, in tokens
+  E   experts;  k: experts chosen per token;  s: slots of an expert of a soft mixture
+  R   rows: tokens of all rows of the batch, one after the other;  Rk: R k rows, one an assignment
+  I   channels into a matrix with low-rank experts, O: out of it;  r: the rank
+  L   layers;  P: periods of the layer pattern
   C   chunk: tokens per chunk of a scan;  N: number of chunks
   X   vocabulary entries
+  n   devices along a mesh axis
+  _   a size that is not named; ..., *name: any number of axes
 
-`grouped_matmul` alone uses M, K, N, G for rows, inner width, outer width and groups, as the matmul literature does.
+`grouped_matmul` alone uses M, K, N, G for rows, inner width, outer width and groups, as the matmul
+literature does.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatedjax.config import (
+        Config,
+        GatedAttentionConfig,
+        GatedLinearAttentionConfig,
+        GatedMLPConfig,
+        LoRAMixtureConfig,
+        ModelConfig,
+        RouterConfig,
+        SoftMoEConfig,
+        SparseMoEConfig,
+    )
+    from gatedjax.layers import (
+        GatedAttention,
+        GatedLinearAttention,
+        GatedMLP,
+        LoRAMixture,
+        SoftMoE,
+        SparseMoE,
+        TokenInfo,
+        gate_values,
+    )
+    from gatedjax.model import LanguageModel
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "GatedAttention",
+    "GatedAttentionConfig",
+    "GatedLinearAttention",
+    "GatedLinearAttentionConfig",
+    "GatedMLP",
+    "GatedMLPConfig",
+    "LanguageModel",
+    "LoRAMixture",
+    "LoRAMixtureConfig",
+    "ModelConfig",
+    "RouterConfig",
+    "SoftMoE",
+    "SoftMoEConfig",
+    "SparseMoE",
+    "SparseMoEConfig",
+    "TokenInfo",
+    "gate_values",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported when they are first asked for.
+
+    Commands set environment variables that jax reads when it is imported; `import gatedjax` must
+    not be earlier than they are.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module 'gatedjax' has no attribute {name!r}")
+    if name == "LanguageModel":
+        module = "gatedjax.model"
+    elif name == "Config" or name.endswith("Config"):
+        module = "gatedjax.config"
+    else:
+        module = "gatedjax.layers"
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

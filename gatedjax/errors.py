@@ -1,17 +1,27 @@
-"""The exceptions that entry points print as one line."""
+"""The exceptions that the commands print as one line."""
 
 from typing import Any
 
 
 class InputError(ValueError):
-    """What the user gave is wrong: the entry points print it as one line and exit 2."""
+    """The user's input is wrong: the commands print it as one line and exit with code 2."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on: the entry points print it as one line and exit 1."""
+    """A run cannot go on: the commands print it as one line and exit with code 1."""
 
 
 def require(ok: bool, name: str, value: Any, expected: str) -> None:
-    """Raises InputError, in the words all of them use, unless `ok`."""
+    """Raises an InputError in the project's one wording, unless `ok`.
+
+    Args:
+      ok: whether `value` is acceptable.
+      name: the argument or configuration key, as the user wrote it.
+      value: what was given.
+      expected: what would have been accepted, in words.
+
+    Raises:
+      InputError: "NAME: got VALUE, expected EXPECTED".
+    """
     if not ok:
         raise InputError(f"{name}: got {value!r}, expected {expected}")

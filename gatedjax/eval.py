@@ -2,9 +2,10 @@
 
     python eval.py --checkpoint=runs/tiny [--batches=64] [--probes]
 
-Prints loss, perplexity and bits per byte with standard errors, beside what gzip and xz need for the same text, and how
-fast the model reads (prefill) and writes (decode). With --probes instead: what attention, gates, states and experts
-do on the first batch of validation text (`gatedjax/evaluation/probes.py`), as JSON and pictures in the run directory.
+Prints loss, perplexity and bits per byte with standard errors, beside what gzip and xz need for the
+same text, and how fast the model reads (prefill) and writes (decode). With --probes instead: what
+attention, gates, states and experts do on the first batch of validation text
+(`gatedjax/evaluation/probes.py`), as JSON and pictures in the run directory.
 """
 
 import time
@@ -14,17 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jaxtyping import PyTree
 
-from gatedjax.config import Config
+from gatedjax.config import Config, DataConfig
 from gatedjax.data import load_tokenizer, validation_text
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.restore import restore_params
 from gatedjax.evaluation.sampling import forward
-from gatedjax.evaluation.validation import Validation
+from gatedjax.evaluation.validation import Evaluation, Validation
 from gatedjax.model import init_caches
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import write_report
 from gatedjax.runtime import cli, launch
+from gatedjax.training.run import Run
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
 _BATCHES = flags.DEFINE_integer(
@@ -46,49 +49,79 @@ def main(_) -> None:
     checkpoint = cli.required(_CHECKPOINT)
     launch.start()
     run, params = restore_params(checkpoint)
-    config = run.config
     if _PROBES.value:
-        with jax.set_mesh(run.mesh):
-            probes = Validation(run, 1).probes(params)
-        for path in write_report(probes, Path(_CHECKPOINT.value) / "probes"):
-            say(str(path))
+        write_probes(run, params, Path(checkpoint) / "probes")
         return
     with jax.set_mesh(run.mesh):
-        result = Validation(run, _BATCHES.value)(params)
-    say(
-        f"loss            {result.loss:.4f} ± {result.loss_error:.4f} nats per token ({result.tokens:,} tokens)"
-    )
-    say(f"perplexity      {result.perplexity:.3f}")
-    say(f"bits per byte   {result.bits_per_byte:.4f} ± {result.bits_per_byte_error:.4f}")
-    for name, bits in bits_per_byte_of_compressors(validation_text(config.data)).items():
-        say(f"{name:15} {bits:.4f} bits per byte, all of the validation text in one stream")
+        say_losses(Validation(run, _BATCHES.value)(params))
+    say_compressors(run.config.data)
     # A copy on one device: every process measures itself, the first one tells.
     params = jax.tree.map(lambda p: p.addressable_data(0), params)
-    prefill, decode = speed(config, params, _PROMPT_TOKENS.value, _DECODE_TOKENS.value)
-    say(f"prefill         {prefill:,.0f} tokens/s, one prompt of {_PROMPT_TOKENS.value} tokens")
+    prompt_tokens = _PROMPT_TOKENS.value
+    prefill, decode = speed(run.config, params, prompt_tokens, _DECODE_TOKENS.value)
+    say(f"prefill         {prefill:,.0f} tokens/s, one prompt of {prompt_tokens} tokens")
     say(f"decode          {decode:,.0f} tokens/s, one token at a time")
 
 
-def speed(config: Config, params, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
-    """Tokens per second of prefill and of decoding, batch 1, the best of three after compilation."""
-    vocab = load_tokenizer(config.data.tokenizer).vocab_size
-    prompt = jnp.asarray(np.random.default_rng(0).integers(0, vocab, (1, prompt_tokens)), jnp.int32)
-    rates = []
+def write_probes(run: Run, params: PyTree, folder: Path) -> None:
+    """The probes of the first validation batch, as JSON and pictures."""
+    with jax.set_mesh(run.mesh):
+        probes = Validation(run, 1).probes(params)
+    for path in write_report(probes, folder):
+        say(str(path))
+
+
+def say_losses(result: Evaluation) -> None:
+    """Loss, perplexity, bits per byte."""
+    loss = f"{result.loss:.4f} ± {result.loss_error:.4f}"
+    bits = f"{result.bits_per_byte:.4f} ± {result.bits_per_byte_error:.4f}"
+    say(f"loss            {loss} nats per token ({result.tokens:,} tokens)")
+    say(f"perplexity      {result.perplexity:.3f}")
+    say(f"bits per byte   {bits}")
+
+
+def say_compressors(data: DataConfig) -> None:
+    """What gzip and xz need for the same text."""
+    for name, bits in bits_per_byte_of_compressors(validation_text(data)).items():
+        say(f"{name:15} {bits:.4f} bits per byte, all of the validation text in one stream")
+
+
+def speed(
+    config: Config,
+    params: PyTree,
+    prompt_tokens: int,
+    decode_tokens: int,
+) -> tuple[float, float]:
+    """Tokens per second of prefill and of decoding, batch 1, the best of three.
+
+    Args:
+      config: the run's configuration.
+      params: on one device.
+      prompt_tokens: the length of the prompt, random tokens.
+      decode_tokens: how many are decoded after it.
+    """
+    vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, vocab_size, (1, prompt_tokens))
+    prompt = jnp.asarray(ids, jnp.int32)
+    prefill_rates = []
+    decode_rates = []
     for _ in range(4):
-        caches = jax.block_until_ready(init_caches(config.model, 1, prompt_tokens + decode_tokens))
+        caches = init_caches(config.model, 1, prompt_tokens + decode_tokens)
+        caches = jax.block_until_ready(caches)
         start = time.perf_counter()
-        scores, caches = jax.block_until_ready(forward(config.model, params, prompt, caches, vocab))
+        outputs = forward(config.model, params, prompt, caches, vocab_size)
+        logits, caches = jax.block_until_ready(outputs)
         middle = time.perf_counter()
         for _ in range(decode_tokens):
-            scores, caches = forward(
-                config.model, params, jnp.argmax(scores, -1)[:, None], caches, vocab
-            )
-        jax.block_until_ready(scores)
-        rates.append(
-            (prompt_tokens / (middle - start), decode_tokens / (time.perf_counter() - middle))
-        )
+            token = jnp.argmax(logits, axis=-1)[:, None]
+            logits, caches = forward(config.model, params, token, caches, vocab_size)
+        jax.block_until_ready(logits)
+        end = time.perf_counter()
+        prefill_rates.append(prompt_tokens / (middle - start))
+        decode_rates.append(decode_tokens / (end - middle))
     # The first round compiles.
-    return max(r[0] for r in rates[1:]), max(r[1] for r in rates[1:])
+    return max(prefill_rates[1:]), max(decode_rates[1:])
 
 
 def run() -> None:

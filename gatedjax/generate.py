@@ -3,8 +3,6 @@
 python -m gatedjax.generate --checkpoint=runs/tiny --prompt="def "
 """
 
-import sys
-
 from absl import flags
 
 from gatedjax.data import load_tokenizer
@@ -27,19 +25,29 @@ _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 
 def main(_) -> None:
     """Restores, then prints the prompt and its continuation as it is sampled."""
-    run, params = restore_params(cli.required(_CHECKPOINT))
-    tokenizer = load_tokenizer(run.config.data.tokenizer)
-    print(_PROMPT.value, end="", flush=True)
-    sampling = dict(
-        temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value
+    restored_run, params = restore_params(cli.required(_CHECKPOINT))
+    tokenizer = load_tokenizer(restored_run.config.data.tokenizer)
+    pieces = generate_text(
+        restored_run.config.model,
+        params,
+        tokenizer,
+        _PROMPT.value,
+        _TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        seed=_SEED.value,
     )
-    for piece in generate_text(
-        run.config.model, params, tokenizer, _PROMPT.value, _TOKENS.value, **sampling
-    ):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    print(_PROMPT.value, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
     print()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command: parses the flags, then calls `main`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

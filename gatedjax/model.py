@@ -1,5 +1,9 @@
 """The language model: embed -> scan over periods of the layer pattern -> norm -> logits."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,31 +13,29 @@ from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
-from gatedjax.layers import FEED_FORWARDS, MIXERS, TokenInfo
-from gatedjax.layers.moe.lora import xlora_weights
+from gatedjax.layers import FEED_FORWARDS, MIXERS, FeedForward, Mixer, TokenInfo
+from gatedjax.layers.gate_values import COLLECTION, record
+from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights
 from gatedjax.layers.norm import RMSNorm
-from gatedjax.layers.projection import parameter
-from kernels_pallas import RESIDUAL_NAMES
+from gatedjax.layers.parameters import parameter
+from gatedjax.ops import RESIDUAL_NAMES
 
-
-def remat_policy(name: str):
-    """The `jax.checkpoint` policy of `ModelConfig.remat`."""
-    return {
-        "full": checkpoint_policies.nothing_saveable,
-        "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "kernels": checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
-    }[name]
+# The residual stream, with the logical names of its axes.
+Stream = Float[Array, "B T M"]
+STREAM_AXES = ("batch", "length", "embed_act")
 
 
 @struct.dataclass
 class Caches:
-    """Decoding state: the number of tokens seen, and for each layer of the period its cache, stacked over periods.
+    """Decoding state: the number of tokens seen, and the cache of every block of the period.
+
+    layers: the caches by block, stacked over periods.
 
     first_pass: the same of the pass without experts, where there is one (`ModelConfig.first_pass`).
     """
 
     position: Int[Array, ""]
-    layers: dict[str, struct.PyTreeNode]
+    layers: dict[str, Any]
     first_pass: "Caches | None" = None
 
 
@@ -45,52 +47,111 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T M"], info: TokenInfo, cache, router_logits: Array | None
-    ):
+        self,
+        x: Stream,
+        info: TokenInfo,
+        cache: Any,
+        router_logits: Float[Array, "B T E"] | None,
+    ) -> tuple[Stream, Array | None, Any, dict[str, Array]]:
+        """(x, router logits, cache, statistics).
+
+        Router logits only where some router has a gating residual.
+        """
         c = self.config
-        dtype = jnp.dtype(c.dtype)
-        mixer, ffn = c.layer(self.index)
-        norm = lambda name: RMSNorm(c.norm_eps, c.zero_centered_norm, name=name)
-        mix = MIXERS[mixer.kind][0](mixer, c.norm_eps, c.init_std, dtype, name="mixer")
-        y, cache = mix(norm("mixer_norm")(x), info, cache)
+        mixer, feed_forward = block_layers(
+            c,
+            self.index,
+            names=("mixer", "ffn"),
+        )
+        y, cache = mixer.with_cache(self._norm("mixer_norm")(x), info, cache)
         x = x + y
-        feed_forward = FEED_FORWARDS[ffn.kind](ffn, c.init_std, dtype, name="ffn")
-        y, statistics, new_logits = feed_forward(norm("ffn_norm")(x), info, router_logits)
-        # Carried only by models whose routers have a gating residual.
-        router_logits = None if router_logits is None else new_logits
-        x = nn.with_logical_constraint(x + y, ("batch", "length", "embed_act"))
-        self.sow("probes", "residual", x)
+        y, statistics, new_logits = feed_forward.with_statistics(
+            self._norm("ffn_norm")(x),
+            info,
+            router_logits,
+        )
+        # Carried through the scan only where a router needs them: a carry must keep its structure.
+        if router_logits is not None:
+            router_logits = new_logits
+        x = nn.with_logical_constraint(x + y, STREAM_AXES)
+        record(self, "residual", x)
         return x, router_logits, cache, statistics
+
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(
+            self.config.norm_eps,
+            self.config.zero_centered_norm,
+            name=name,
+        )
+
+
+def block_layers(
+    config: ModelConfig,
+    index: int,
+    names: tuple[str | None, str | None] = (None, None),
+) -> tuple[Mixer, FeedForward]:
+    """The mixer and the feed-forward of block `index` of the period, as submodules `names`."""
+    mixer, feed_forward = config.layer(index)
+    dtype = jnp.dtype(config.dtype)
+    return (
+        MIXERS[mixer.kind](
+            mixer,
+            config.norm_eps,
+            config.init_std,
+            dtype,
+            name=names[0],
+        ),
+        FEED_FORWARDS[feed_forward.kind](
+            feed_forward,
+            config.init_std,
+            dtype,
+            name=names[1],
+        ),
+    )
 
 
 class Period(nn.Module):
-    """The layers after which the pattern repeats. One is compiled; `nn.scan` runs it num_layers / period times."""
+    """The layers after which the pattern repeats.
+
+    One is compiled; `nn.scan` runs it num_layers / period times.
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Float[Array, "B T M"], Array | None],
+        carry: tuple[Stream, Array | None],
         info: TokenInfo,
-        caches: dict | None,
+        caches: dict[str, Any] | None,
     ):
+        """((x, router logits), info, caches) -> (the same carry, (caches, statistics))."""
         x, router_logits = carry
-        new_caches, statistics = {}, {}
-        for i in range(self.config.period):
-            name = f"layer_{i}"
+        new_caches = {}
+        statistics = {}
+        for i, name in enumerate(self.config.block_names):
             cache = None if caches is None else caches[name]
-            block = Block(self.config, i, name=name)
-            x, router_logits, new_caches[name], statistics[name] = block(
-                x, info, cache, router_logits
+            block = Block(
+                self.config,
+                i,
+                name=name,
             )
-        return (x, router_logits), (None if caches is None else new_caches, statistics)
+            x, router_logits, new_caches[name], statistics[name] = block(
+                x,
+                info,
+                cache,
+                router_logits,
+            )
+        if caches is None:
+            return (x, router_logits), (None, statistics)
+        return (x, router_logits), (new_caches, statistics)
 
 
 class LanguageModel(nn.Module):
     """A decoder-only language model with any pattern of mixers and feed-forwards.
 
-    without_experts: weights of low-rank experts that a first pass would give are 0: this is that pass.
+    without_experts: low-rank experts whose weights a first pass would give add nothing: this is
+      that pass.
     """
 
     config: ModelConfig
@@ -103,104 +164,176 @@ class LanguageModel(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         caches: Caches | None = None,
-    ) -> tuple[Float[Array, "B T M"], Caches | None, dict[str, dict[str, Array]]]:
-        """Returns the normed hidden states (`logits` turns them into scores), the caches, and feed-forward statistics.
+    ) -> tuple[Stream, Caches | None, dict[str, dict[str, Array]]]:
+        """The hidden states of every token; `logits` turns them into those of the next token.
 
-        Without caches: training or scoring of (packed) rows. With empty caches: prefill. With filled ones and T = 1:
-        decoding; positions then come from the caches. Statistics are stacked over periods: [L / period, ...].
-        Routers that select with noise take it from the random stream "router", and do without where there is none.
+        Without caches: training or evaluation of (packed) rows. With empty caches: prefill. With
+        filled ones and T = 1: decoding. Routers that select with noise take it from the random
+        stream "router", and do without where there is none.
+
+        Args:
+          tokens: their ids.
+          positions: of the tokens within their documents; None counts on from the caches, or from
+            0.
+          segment_ids: the document of each token; None where a row is one document.
+          caches: of the tokens before.
+
+        Returns:
+          The normed hidden states, the caches, and the statistics of sparse layers, stacked over
+          periods: [L / period, ...].
         """
         c = self.config
-        start = 0 if caches is None else caches.position
         if positions is None:
-            positions = jnp.broadcast_to(
-                start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
-            )
-        init = nn.initializers.normal(c.init_std)
-        table = parameter(
-            self, "embedding", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init
+            start = 0 if caches is None else caches.position
+            positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to(positions, tokens.shape)
+        x = self._embedded(tokens)
+        lora_weights = None
+        first_pass_caches = None
+        if c.first_pass is not None and self.without_experts:
+            lora_weights = no_weights(tokens, c.first_pass)
+        elif c.first_pass is not None:
+            before = None if caches is None else caches.first_pass
+            inputs = (tokens, positions, segment_ids, before)
+            lora_weights, first_pass_caches = first_pass_weights(self, c.first_pass, *inputs)
+        info = TokenInfo(
+            positions,
+            segment_ids,
+            tokens,
+            lora_weights,
         )
-        if not c.tie_embeddings:
-            parameter(self, "head", ["vocab", "embed_vocab"], [c.vocab_size, c.width], init)
-        # Whole rows for the lookup: XLA can move a result cut along its width only by replicating it.
-        table = nn.with_logical_constraint(table.astype(c.dtype), ("vocab", None))
-        x = jnp.take(table, tokens, axis=0)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
-        layers = None if caches is None else caches.layers
-        first_logits = None
-        if c.router_residual:
-            first_logits = jnp.zeros((*tokens.shape, c.router_residual), jnp.float32)
-            first_logits = nn.with_logical_constraint(first_logits, ("batch", "length", None))
-        lora_weights, first = self._lora_weights(tokens, positions, segment_ids, caches)
-        info = TokenInfo(positions, segment_ids, tokens, lora_weights)
-        (x, _), (layers, statistics) = layers_of(c)((x, first_logits), info, layers)
-        x = RMSNorm(c.norm_eps, c.zero_centered_norm, name="final_norm")(x)
+        carry = (x, self._first_router_logits(tokens))
+        layer_caches = None if caches is None else caches.layers
+        (x, _), (layer_caches, statistics) = layers_of(c)(carry, info, layer_caches)
+        x = RMSNorm(
+            c.norm_eps,
+            c.zero_centered_norm,
+            name="final_norm",
+        )(x)
         if caches is not None:
-            caches = Caches(caches.position + tokens.shape[1], layers, first)
+            seen = caches.position + tokens.shape[1]
+            caches = Caches(seen, layer_caches, first_pass_caches)
         return x, caches, statistics
 
-    def _lora_weights(self, tokens, positions, segment_ids, caches: Caches | None):
-        """Weights of low-rank experts by the model's own last hidden states without them, None if no layer wants any;
-        and the caches of that pass. Gradients end at the classifier. Source: X-LoRA, arXiv 2402.07148.
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Stream:
+        """The rows of the embedding table.
+
+        The head is made here too, where it is another matrix.
         """
-        c = self.config.first_pass
-        if c is None:
-            return None, None
-        none = jnp.zeros((*tokens.shape, c.num_experts), jnp.float32)
-        shape, init = (
-            [self.config.width, c.num_experts],
-            nn.initializers.normal(self.config.init_std),
+        c = self.config
+        axes = ("vocab", "embed_vocab")
+        shape = (c.vocab_size, c.width)
+        init = nn.initializers.normal(c.init_std)
+        table = parameter(
+            self,
+            "embedding",
+            axes=axes,
+            shape=shape,
+            init=init,
         )
-        classifier = parameter(self, "lora_classifier", ["embed", "router"], shape, init)
-        if self.without_experts or self.is_initializing():
-            return none, None
-        # A module of its own, so that what the layers `sow` is of the second pass alone.
-        model = LanguageModel(self.config, without_experts=True, parent=None)
-        variables = jax.lax.stop_gradient({"params": self.variables["params"]})
-        hidden, first, _ = model.apply(
-            variables, tokens, positions, segment_ids, caches and caches.first_pass
+        if not c.tie_embeddings:
+            parameter(
+                self,
+                "head",
+                axes=axes,
+                shape=shape,
+                init=init,
+            )
+        # Whole rows for the lookup: XLA can move a result cut along its width only by replicating
+        # it.
+        table = nn.with_logical_constraint(table.astype(c.dtype), ("vocab", None))
+        x = jnp.take(
+            table,
+            tokens,
+            axis=0,
         )
-        return xlora_weights(hidden, classifier, c.temperature, c.experts_per_token), first
+        return nn.with_logical_constraint(x, STREAM_AXES)
+
+    def _first_router_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"] | None:
+        """Zeros, which the first router with a gating residual gets; None where there is none."""
+        experts = self.config.router_residual
+        if not experts:
+            return None
+        router_logits = jnp.zeros((*tokens.shape, experts), jnp.float32)
+        return nn.with_logical_constraint(router_logits, ("batch", "length", None))
+
+
+def remat_policy(name: str) -> Callable[..., Any]:
+    """The `jax.checkpoint` policy of `ModelConfig.remat`."""
+    policies = {
+        "full": checkpoint_policies.nothing_saveable,
+        "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "kernels": checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
+    }
+    return policies[name]
 
 
 def layers_of(c: ModelConfig) -> nn.Module:
-    """All layers, as a module "periods": ((x, router logits), info, caches) -> (the same, (caches, statistics))."""
-    # Outside a loop XLA would merge what is computed again with what was computed first, and keep it after all.
-    remat = lambda: nn.remat(Period, prevent_cse=not c.scan_layers, policy=remat_policy(c.remat))
-    period = Period if c.remat == "none" else remat()
-    periods = c.num_layers // c.period
+    """All layers, as a module "periods".
+
+    ((x, router logits), info, caches) -> (the same, (caches, statistics)).
+    """
+    period = Period
+    if c.remat != "none":
+        # Outside a loop XLA would merge what is computed again with what was computed first, and
+        # keep it after all.
+        period = nn.remat(
+            Period,
+            prevent_cse=not c.scan_layers,
+            policy=remat_policy(c.remat),
+        )
+    num_periods = c.num_layers // c.period
+    # Parameters and what is recorded get an axis of periods in front; caches are cut along theirs.
     scanned = nn.scan(
         period,
-        variable_axes={"params": 0, "probes": 0},
+        variable_axes={"params": 0, COLLECTION: 0},
         split_rngs={"params": True, "router": True},
         in_axes=(nn.broadcast, 0),
-        length=periods,
-        unroll=1 if c.scan_layers else periods,
+        length=num_periods,
+        unroll=1 if c.scan_layers else num_periods,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(c, name="periods")
 
 
-def head_weights(params) -> Float[Array, "X M"]:
+def head_weights(params: Any) -> Float[Array, "X M"]:
     """The output matrix: the head, or the embedding table when they are tied."""
     return params["head"] if "head" in params else params["embedding"]
 
 
 def logits(hidden: Float[Array, "... M"], weights: Float[Array, "X M"]) -> Float[Array, "... X"]:
-    """Scores of the next token, float32: operands in hidden's dtype, accumulated in float32."""
-    return jnp.einsum(
-        "...m,xm->...x", hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    """Logits of the next token, float32: operands in hidden's dtype, accumulated in float32."""
+    weights = weights.astype(hidden.dtype)
+    return jnp.einsum("...m,xm->...x", hidden, weights, preferred_element_type=jnp.float32)
 
 
-def init_caches(config: ModelConfig, batch: int, length: int) -> Caches:
+def init_caches(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+) -> Caches:
     """Empty caches for `length` tokens of `batch` rows."""
-    periods, dtype = config.num_layers // config.period, jnp.dtype(config.dtype)
+    caches = Caches(jnp.int32(0), _layer_caches(config, batch, length))
+    if config.first_pass is None:
+        return caches
+    # The buffers of the two passes must not be the same: both are donated.
+    first_pass = Caches(jnp.int32(0), _layer_caches(config, batch, length))
+    return dataclasses.replace(caches, first_pass=first_pass)
 
-    def stacked(i: int):
-        mixer, _ = config.layer(i)
-        cache = MIXERS[mixer.kind][1](mixer, batch, length, dtype)
-        return jax.tree.map(lambda x: jnp.zeros((periods, *x.shape), x.dtype), cache)
 
-    empty = lambda: Caches(jnp.int32(0), {f"layer_{i}": stacked(i) for i in range(config.period)})
-    return empty() if config.first_pass is None else empty().replace(first_pass=empty())
+def _layer_caches(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+) -> dict[str, Any]:
+    """The cache of every block, stacked over periods."""
+    num_periods = config.num_layers // config.period
+
+    def stacked(x: Array) -> Array:
+        return jnp.zeros((num_periods, *x.shape), x.dtype)
+
+    caches = {}
+    for i, name in enumerate(config.block_names):
+        mixer, _ = block_layers(config, i)
+        caches[name] = jax.tree.map(stacked, mixer.init_cache(batch, length))
+    return caches

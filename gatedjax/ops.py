@@ -1,24 +1,37 @@
-"""The ops for use in other codebases: plain functions of arrays, from `kernels_pallas`.
+"""The ops for use in other codebases: plain functions of arrays, from `kernels_pallas.ops`.
 
     from gatedjax.ops import attention, linear_scan
 
-`last_choice("attention")` says which implementation the last traced call was compiled to, and why.
+attention            softmax, sigmoid and other normalizers; the output gate is part of the kernel
+attention_step       the same for one decoded token and a cache of keys and values
+attention_sharded    the same inside `shard_map`, with the tokens split over a mesh axis
+linear_scan          gated linear attention in chunks, for any rank of decay
+linear_scan_step     the same for one decoded token and a state
+linear_scan_sharded  the same inside `shard_map`, with the tokens split over a mesh axis
+grouped_matmul       rows sorted by group, each times the matrix of its group
+expert_mlp           the gated MLPs of sparse experts, on rows sorted by expert
+sort_by_group        the permutation that sorts rows by group, its inverse and the group sizes
+permute_rows         rows copied and permuted, differentiable without a scatter
+last_choice          which implementation the last traced call of an op was compiled to, and why
+NORMALIZERS          the names that `attention` takes as `normalizer`
+RESIDUAL_NAMES       what a `jax.checkpoint` policy saves so that no op is computed twice
 """
 
-from kernels_pallas import (
+from kernels_pallas.ops import (
+    NORMALIZERS,
     RESIDUAL_NAMES,
     attention,
+    attention_sharded,
     attention_step,
     expert_mlp,
     grouped_matmul,
+    last_choice,
     linear_scan,
+    linear_scan_sharded,
     linear_scan_step,
     permute_rows,
     sort_by_group,
 )
-from kernels_pallas.attention import NORMALIZERS, attention_sharded
-from kernels_pallas.dispatch import last_choice
-from kernels_pallas.linear_scan import linear_scan_sharded
 
 __all__ = [
     "NORMALIZERS",

@@ -2,8 +2,9 @@
 
     python train.py --config=configs/tiny.py [--workdir=runs/tiny] [--config.optim.lr=3e-4 ...]
 
-Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit, on any number of
-processes and devices (docs/launch.md). SIGTERM to any process: all save the same step and exit 0.
+Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit,
+on any number of processes and devices (docs/launch.md). SIGTERM to any process: all save the same
+step and exit 0.
 """
 
 import sys
@@ -15,8 +16,9 @@ from ml_collections import config_flags
 
 from gatedjax import sharding
 from gatedjax.aot import step as aot
-from gatedjax.config import DataConfig, differing_keys, from_config_dict, to_dict
+from gatedjax.config import Config, DataConfig, differing_keys, from_config_dict, to_dict
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
+from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.sampling import generate_text
@@ -63,99 +65,160 @@ def main(_) -> None:
     launch.start()
     run = prepare(config)
     say(describe(run))
-    launch.require_same("configuration", to_dict(run.config))
-    texts = corpora(config.data)
-    for corpus in texts.values():
-        say(corpus.describe())
-    launch.require_same(
-        "text of data.sources", {name: corpus.sha256 for name, corpus in texts.items()}
-    )
-    keep = run.config.train.keep_checkpoints
-    with (
-        jax.set_mesh(run.mesh),
-        Checkpointer(workdir, to_dict(run.config), keep=keep, report=say) as checkpointer,
-    ):
-        restored = checkpointer.restore_latest(run.abstract)
-        say_resumed(run, restored)
-        state, start = (restored.state, restored.data_index) if restored else (fresh_state(run), 0)
-        writers = make_writers(workdir, run.config.train.steps, start)
-        with writers, Watchdog(run.config.train.stuck_seconds, workdir) as watchdog:
-            log = StepLog(run, writers, watchdog)
-            state, is_finished = loop(run, state, start, log, checkpointer, workdir / "profile")
-        if not is_finished:
-            return
+    require_same_on_all_processes(run.config)
+    state = train(run, workdir)
+    if state is None:
+        return
+    with jax.set_mesh(run.mesh):
         sample(run, state, tokenizer)
     if jax.process_index() == 0:
         draw_curves(workdir, config.data)
 
 
+def require_same_on_all_processes(config: Config) -> None:
+    """InputError if the processes came with different configurations or texts."""
+    launch.require_same("configuration", to_dict(config))
+    texts = corpora(config.data)
+    for corpus in texts.values():
+        say(corpus.describe())
+    digests = {name: corpus.sha256 for name, corpus in texts.items()}
+    launch.require_same("text of data.sources", digests)
+
+
+def train(run: Run, workdir: Path) -> TrainState | None:
+    """The state after the last step; None if the run was asked to stop before it."""
+    config = to_dict(run.config)
+    settings = run.config.train
+    with (
+        jax.set_mesh(run.mesh),
+        Checkpointer(
+            workdir,
+            config,
+            keep=settings.keep_checkpoints,
+            report=say,
+        ) as checkpointer,
+    ):
+        restored = checkpointer.restore_latest(run.abstract)
+        if restored is None:
+            state = fresh_state(run)
+            start = 0
+        else:
+            say_resumed(run, restored)
+            state = restored.state
+            start = restored.data_index
+        writers = make_writers(workdir, settings.steps, start)
+        with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog:
+            log = StepLog(run, writers, watchdog)
+            state, is_finished = loop(run, state, start, log, checkpointer, workdir / "profile")
+    return state if is_finished else None
+
+
 def loop(
-    run: Run, state: TrainState, start: int, log: StepLog, checkpointer: Checkpointer, profile: Path
-):
+    run: Run,
+    state: TrainState,
+    start: int,
+    log: StepLog,
+    checkpointer: Checkpointer,
+    profile: Path,
+) -> tuple[TrainState, bool]:
     """A batch, a step; now and then a line of the log, an evaluation, a checkpoint.
 
-    Returns the state and whether it is the last one; it is not if the run was asked to stop (SIGTERM).
+    Args:
+      run: what is trained.
+      state: before the first of these steps.
+      start: steps done before.
+      log: where metrics go.
+      checkpointer: where states go.
+      profile: the folder of a trace.
+
+    Returns:
+      The state, and whether it is the last one; it is not if the run was asked to stop (SIGTERM).
     """
-    train, data = run.config.train, run.config.data
-    rows = sharding.my_rows(run.mesh, train.batch_size)
-    dataset = make_dataset(data, "train", batch_size=train.batch_size, rows=rows, seed=data.seed)
-    validation = Validation(run, train.eval_batches)
+    settings = run.config.train
+    dataset = make_dataset(
+        run.config.data,
+        "train",
+        batch_size=settings.batch_size,
+        rows=sharding.my_rows(run.mesh, settings.batch_size),
+        seed=run.config.data.seed,
+    )
+    validation = Validation(run, settings.eval_batches)
     train_step = jit_train_step(run.config, run.tx, run.shardings)
     stream = batches(dataset, start)
-    for step in range(start + 1, train.steps + 1):
+    for step in range(start + 1, settings.steps + 1):
         with log.reading(step):
-            batch = sharding.global_batch(run.mesh, next(stream), train.batch_size)
+            batch = sharding.global_batch(run.mesh, next(stream), settings.batch_size)
         state, metrics = train_step(state, batch)
-        last, stop = step == train.steps, launch.preempted(step)
-        log.train(step, metrics, write=step % train.log_every == 0 or step == start + 1 or last)
-        if step % train.eval_every == 0 or last:
-            with log.evaluating(step):
-                params = params_for_evaluation(state)
-                log.validation(step, validation(params))
-                if _PROBES.value:
-                    log.probes(step, validation.probes(params))
-        if step % train.checkpoint_every == 0 or last or stop:
+        is_first = step == start + 1
+        is_last = step == settings.steps
+        stop = launch.preempted(step)
+        log.train(step, metrics, write=step % settings.log_every == 0 or is_first or is_last)
+        if step % settings.eval_every == 0 or is_last:
+            evaluate(step, state, validation, log)
+        if step % settings.checkpoint_every == 0 or is_last or stop:
             with log.saving(step):
                 checkpointer.save(step, state, data_index=stream.next_index, wait=stop)
-        if _PROFILE.value and step == max(_PROFILE.value, start + 2) - 1:
-            jax.profiler.start_trace(profile)
-        if _PROFILE.value and step == max(_PROFILE.value, start + 2) + 4:
-            jax.profiler.stop_trace()
-            say(f"profile of 5 steps: {profile}")
-        if stop and not last:
-            say(
-                f"stopped by SIGTERM: step {step} of {train.steps} is saved; the same command goes on from there"
-            )
+        trace(step, start, profile)
+        if stop and not is_last:
+            saved = f"step {step} of {settings.steps} is saved"
+            say(f"stopped by SIGTERM: {saved}; the same command goes on from there")
             return state, False
     return state, True
 
 
-def say_resumed(run: Run, restored: Restored | None) -> None:
-    """Where the run starts, and which keys of the configuration changed since the checkpoint."""
-    if restored is None:
+def evaluate(step: int, state: TrainState, validation: Validation, log: StepLog) -> None:
+    """The loss on validation text and, with --probes, what the layers do."""
+    with log.evaluating(step):
+        params = params_for_evaluation(state)
+        log.validation(step, validation(params))
+        if _PROBES.value:
+            log.probes(step, validation.probes(params))
+
+
+def trace(step: int, start: int, folder: Path) -> None:
+    """Called after each step: with --profile_step, starts and ends a trace of 5 steps."""
+    if not _PROFILE.value:
         return
+    # The first step compiles: there is nothing to see in it.
+    first = max(_PROFILE.value, start + 2)
+    if step == first - 1:
+        jax.profiler.start_trace(folder)
+    if step == first + 4:
+        jax.profiler.stop_trace()
+        say(f"profile of 5 steps: {folder}")
+
+
+def say_resumed(run: Run, restored: Restored) -> None:
+    """Where the run starts, and which keys of the configuration changed since the checkpoint."""
     say(f"resuming after step {restored.step} of {run.config.train.steps}")
-    for difference in differing_keys(restored.config, to_dict(run.config)):
-        say(f"changed since that checkpoint: {difference.replace(' and ', ' then, now ')}")
+    for key, before, after in differing_keys(restored.config, to_dict(run.config)):
+        say(f"changed since that checkpoint: {key}: {before!r} then, now {after!r}")
 
 
-def sample(run: Run, state: TrainState, tokenizer) -> None:
+def sample(run: Run, state: TrainState, tokenizer: Tokenizer) -> None:
     """A piece of text from the trained model."""
-    train = run.config.train
-    say(f"--- sample, temperature 0.8, prompt {train.sample_prompt!r}")
-    params = params_for_evaluation(state)
+    prompt = run.config.train.sample_prompt
+    say(f"--- sample, temperature 0.8, prompt {prompt!r}")
     pieces = generate_text(
-        run.config.model, params, tokenizer, train.sample_prompt, train.sample_tokens
+        run.config.model,
+        params_for_evaluation(state),
+        tokenizer,
+        prompt,
+        run.config.train.sample_tokens,
     )
-    say(train.sample_prompt + "".join(pieces) + "\n---")
+    say(prompt + "".join(pieces) + "\n---")
 
 
 def draw_curves(workdir: Path, data: DataConfig) -> None:
-    """The picture of the run. A finished training does not fail for want of matplotlib, or of its sources."""
+    """The picture of the run.
+
+    A finished training does not fail for want of matplotlib, or of its sources.
+    """
     try:
-        say(f"curves: {plot_run(workdir, bits_per_byte_of_compressors(validation_text(data)))}")
-    except InputError as e:
-        say(f"no picture: {e}")
+        compressors = bits_per_byte_of_compressors(validation_text(data))
+        say(f"curves: {plot_run(workdir, compressors)}")
+    except InputError as error:
+        say(f"no picture: {error}")
 
 
 def run() -> None:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import rel_rms
 
-from kernels_pallas import attention
-from kernels_pallas.attention import xla
+from kernels_pallas.attention import blocks, xla
+from kernels_pallas.ops import attention
 
 FLOAT32, BFLOAT16 = 1e-5, 2e-3
 EVERYTHING = dict(
@@ -96,4 +96,4 @@ def assert_close(actual, expected, tolerance):
 
 def force_tiles(monkeypatch, block_q, block_k, unrolled=1):
     monkeypatch.setattr(xla, "block_sizes", lambda T: (min(T, block_q), min(T, block_k)))
-    monkeypatch.setattr(xla, "UNROLLED_BLOCKS", unrolled)
+    monkeypatch.setattr(blocks, "UNROLLED_BLOCKS", unrolled)

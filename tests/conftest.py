@@ -17,6 +17,12 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 import jax
 import pytest
 
+if os.environ.get("GATEDJAX_TYPECHECK"):
+    # `make test-types`: every annotation, shapes too, is checked at every call.
+    from jaxtyping import install_import_hook
+
+    install_import_hook(["gatedjax", "kernels_pallas"], "beartype.beartype")
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import rel_rms
 
-from kernels_pallas import linear_scan
+from kernels_pallas.ops import linear_scan
 
 F32, BF16 = 2e-6, 2e-3
 OPTIONS = (

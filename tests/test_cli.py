@@ -131,6 +131,22 @@ def test_killed_run_goes_on_to_the_bit(place, finished):
 
 
 @pytest.mark.slow
+def test_two_runs_of_one_command_print_equal_losses(place, monkeypatch):
+    """Compiled as users compile, not as the other tests; rows are one chunk of a scan."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    flags = ["--config.train.steps=3", "--config.train.eval_every=1"]
+    printed = []
+    for workdir in ("first", "second"):
+        result = run(place, workdir, *flags)
+        assert result.returncode == 0, result.stderr
+        lines = (place / workdir / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        printed.append([(r["split"], r["step"], r["loss"]) for r in records])
+    assert {split for split, _, _ in printed[0]} == {"train", "validation"}
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(place, finished):
     source, damaged = place / "straight", place / "damaged"
     subprocess.run(["cp", "-r", source, damaged], check=True)

@@ -28,7 +28,7 @@ class Profiled(NamedTuple):
 def profiled(dry: bool) -> list[Profiled]:
     headline = cases.headline(dry)
     return [
-        Profiled(f"{headline.scan.case} both", "linear_scan_vector_scores"),
+        Profiled(f"{headline.scan.case} both", "linear_scan_vector_products"),
         Profiled(f"{headline.gated_attention.case} both", "attention_forward"),
     ]
 

@@ -16,7 +16,7 @@ from benchmarks.gpu.numeric_cases import (
     SCAN,
     NumericCase,
 )
-from kernels_pallas import attention, attention_step, expert_mlp, grouped_matmul, linear_scan
+from kernels_pallas.ops import attention, attention_step, expert_mlp, grouped_matmul, linear_scan
 
 # A log decay that forgets everything, and how often it comes.
 STRONGEST_DECAY = -1e4

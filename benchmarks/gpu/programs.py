@@ -10,7 +10,7 @@ from jax import Array
 
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import AttentionShape, Cost, GroupedShape, ScanShape, StepShape
-from kernels_pallas import attention, attention_step, grouped_matmul, linear_scan
+from kernels_pallas.ops import attention, attention_step, grouped_matmul, linear_scan
 
 Spec = jax.ShapeDtypeStruct
 Specs = tuple[Any, ...]

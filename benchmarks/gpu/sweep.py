@@ -25,13 +25,13 @@ SCAN_SETTINGS = [
     {"scan_block_v": 128, "scan_warps": 8},
     {"scan_stages": 1},
     {"scan_stages": 3},
-    {"scores_block_k": 32},
-    {"scores_block_k": 32, "scores_warps": 4},
+    {"intra_block_k": 32},
+    {"intra_block_k": 32, "intra_warps": 4},
     {"back_block_k": 32},
     {"back_block_v": 32},
     {"chunk": 32},
     {"scan_warps": 8},
-    {"walks_per_core": 2},
+    {"programs_per_core": 2},
 ]
 ATTENTION_SETTINGS = [
     {},

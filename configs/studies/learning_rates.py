@@ -10,14 +10,20 @@ from gatedjax.config import from_config_dict
 from gatedjax.study import Cell, Picture, Study
 from gatedjax.study.base import attention, text_config
 
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RATES_SMALL = (3e-3, 3e-2, 1e-1)
+GATES = ("none", "sdpa")
+STEPS = 150
+
 
 def get_study(small: bool) -> Study:
-    rates = (3e-3, 3e-2, 1e-1) if small else (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    """A cell for each gate and learning rate."""
     cells = []
-    for gate, position in (("none", "none"), ("sdpa", "sdpa")):
-        for lr in rates:
-            c = text_config({"attention": attention(gate_position=position)}, 150)
-            c.optim.lr, c.optim.clip_norm = lr, 0.0
+    for gate in GATES:
+        for lr in RATES_SMALL if small else RATES:
+            c = text_config({"attention": attention(gate_position=gate)}, STEPS)
+            c.optim.lr = lr
+            c.optim.clip_norm = 0.0
             cells.append(Cell({"gate": gate, "lr": lr}, from_config_dict(c)))
     return Study(
         title="Loss by learning rate, with and without the gate",

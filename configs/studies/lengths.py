@@ -1,4 +1,4 @@
-"""Trained on windows of 256, read in windows of up to 4,096: who can use more, and who breaks.
+"""Trained on windows of 256, evaluated on windows of up to 4,096: what can use more, what breaks.
 
     python -m gatedjax.study configs/studies/lengths.py [--small]
 
@@ -16,22 +16,29 @@ MIXERS = {
     "vector decay (GLA)": linear(),
     "constant decay (RetNet)": linear(decay="constant", rope_fraction=1.0),
 }
+MIXERS_SMALL = ("attention", "gated attention", "vector decay (GLA)")
+WITH_YARN = ("attention", "gated attention")
+
+WINDOWS = (LENGTH, 512, 1024, 2048, 4096)
+WINDOWS_SMALL = (LENGTH, 512, 1024)
 
 
 def get_study(small: bool) -> Study:
-    lengths = (LENGTH, 512, 1024) if small else (LENGTH, 512, 1024, 2048, 4096)
-    names = ("attention", "gated attention", "vector decay (GLA)") if small else tuple(MIXERS)
+    """A cell for each mixer; for attention, a second one with YaRN."""
+    lengths = WINDOWS_SMALL if small else WINDOWS
+    steps = 250 if small else 400
     cells = []
-    for name in names:
-        for yarn in (False, True) if "attention" in name else (False,):
-            config = from_config_dict(text_config({"mixer": MIXERS[name]}, 250 if small else 400))
-            labels = {"mixer": name + (" + YaRN" if yarn else "")}
-            cells.append(Cell(labels, config, lengths=lengths, yarn=yarn))
+    for name in MIXERS_SMALL if small else MIXERS:
+        config = from_config_dict(text_config({"mixer": MIXERS[name]}, steps))
+        cells.append(Cell({"mixer": name}, config, lengths=lengths))
+        if name in WITH_YARN:
+            labels = {"mixer": f"{name} + YaRN"}
+            cells.append(Cell(labels, config, lengths=lengths, yarn=True))
     return Study(
         title=f"Trained on windows of {LENGTH}, evaluated on longer ones",
         cells=tuple(cells),
         seeds=(0,) if small else (0, 1, 2),
         measures=("lengths",),
-        columns=tuple(f"loss@{T}" for T in lengths),
+        columns=tuple(f"loss@{length}" for length in lengths),
         pictures=(Picture("window", "loss@", line="mixer", log_x=True),),
     )

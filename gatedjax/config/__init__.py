@@ -13,6 +13,7 @@ from gatedjax.config.layers import (
 )
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.parse import (
+    Difference,
     config_dict,
     differing_keys,
     from_config_dict,
@@ -36,6 +37,7 @@ __all__ = [
     "MIXERS",
     "Config",
     "DataConfig",
+    "Difference",
     "FeedForwardConfig",
     "FrozenDict",
     "GatedAttentionConfig",

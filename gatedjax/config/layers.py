@@ -1,28 +1,45 @@
 """The configuration of mixers and feed-forwards.
 
-Layers come by kind: to add one, write its dataclass here, enter it in MixerConfig or FeedForwardConfig, and name its
-module in `gatedjax/layers/__init__.py` under the same kind.
+Layers come by kind: to add one, write its dataclass here, enter it in MixerConfig or
+FeedForwardConfig, and name its module in `gatedjax/layers/__init__.py` under the same kind.
 """
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from gatedjax.config.checks import (
+    Checked,
+    above_zero,
+    at_least,
+    divides,
+    fractions,
+    none_or_at_least,
+)
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
-from gatedjax.errors import require as _require
+from gatedjax.errors import require
+
+# Normalizers whose formula contains the length of a row.
+_NORMALIZERS_WITH_LENGTH = ("sigmoid", "relu", "relu_squared", "clipped_softmax")
 
 
 @dataclass(frozen=True)
-class GatedAttentionConfig:
-    """Gated softmax attention (arXiv 2505.06708). Defaults: the study's best variant, G1, elementwise sigmoid."""
+class GatedAttentionConfig(Checked):
+    """Gated softmax attention (arXiv 2505.06708).
+
+    Defaults: the study's best variant, G1 with an elementwise sigmoid.
+    """
 
     kind: Literal["gated_attention"] = "gated_attention"
     num_heads: int = 4
-    num_kv_heads: int = 4
+    # None: as many as num_heads
+    num_kv_heads: int | None = None
     head_dim: int = 32
-    # After SDPA (G1), value (G2), key (G3), query (G4), dense output (G5). Keys, queries: after QK-norm, before RoPE.
+    # After SDPA (G1), value (G2), key (G3), query (G4), dense output (G5). Keys and queries: after
+    # QK-norm, before RoPE.
     gate_position: Literal["none", "sdpa", "value", "key", "query", "output"] = "sdpa"
     gate_granularity: Literal["elementwise", "headwise"] = "elementwise"
-    gate_shared: bool = False  # scores averaged over heads, then applied to all of them
+    # one gate for all heads, the mean over heads of their gates
+    gate_shared: bool = False
     gate_mode: Literal["multiplicative", "additive"] = "multiplicative"
     gate_activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity"] = "sigmoid"
     # constant: a zero-initialized parameter, no input
@@ -32,17 +49,23 @@ class GatedAttentionConfig:
     qk_norm: bool = True
     # l2: queries and keys of length 1, without parameters
     qk_norm_kind: Literal["rms", "l2"] = "rms"
-    zero_centered_norm: bool = False  # the rms QK-norm scales by 1 + w
-    # What multiplies q k: head_dim^-0.5; a learned number, log2(L^2 - L) at the start (arXiv 2010.04245); log head_dim.
+    # the rms QK-norm scales by 1 + w
+    zero_centered_norm: bool = False
+    # What multiplies q k: head_dim^-0.5; a learned number, log2(L^2 - L) at the start
+    # (arXiv 2010.04245); log head_dim.
     logit_scale: Literal["inverse_sqrt", "learned", "log_dim"] = "inverse_sqrt"
-    # What queries are multiplied by, n the keys that a token sees: log n; s log n with a learned s per head (scalable
-    # softmax, arXiv 2501.19399); or by the token and log n, values by the token too (selective attention, 2411.12892).
+    # What queries are multiplied by, where n is the number of keys that a token sees: log n; s log
+    # n with a learned s per head (scalable softmax, arXiv 2501.19399); or by the token and log n,
+    # values by the token too (selective attention, arXiv 2411.12892).
     query_scale: Literal["none", "log_length", "scalable_softmax", "selective"] = "none"
-    rope_fraction: float = 1.0  # share of a head's channels that rotate; 0 for no position encoding
+    # fraction of a head's channels that rotate; 0 for no position encoding
+    rope_fraction: float = 1.0
     rope_base: float = 10_000.0
-    yarn_factor: float = 1.0  # context extension factor of YaRN (arXiv 2309.00071); 1 for none
+    # context extension factor of YaRN (arXiv 2309.00071); 1 for none
+    yarn_factor: float = 1.0
     yarn_original_length: int = 4096
-    window: int | None = None  # keys in (i - window, i]
+    # keys in (i - window, i]
+    window: int | None = None
     # How logits become weights: names of kernels_pallas.attention.NORMALIZERS.
     normalizer: Literal[
         "softmax",
@@ -59,116 +82,131 @@ class GatedAttentionConfig:
         "sparsemax",
         "entmax",
     ] = "softmax"
-    # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A constant, so that training
-    # and decoding agree: the length of training rows.
+    # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A
+    # constant, so that training and decoding agree: the length of training rows.
     normalizer_length: int | None = None
-    entmax_alpha: float = 1.5  # above 1 (softmax) up to 2 (sparsemax)
-    clip_alpha: float = 4.0  # of clipped softmax: gamma = -alpha / n
-    reweight_power: int = 15  # of reweighted softplus
-    sinks: bool = False  # one learned logit per head in the denominator
+    # above 1 (softmax) up to 2 (sparsemax)
+    entmax_alpha: float = 1.5
+    # of clipped softmax: gamma = -alpha / n
+    clip_alpha: float = 4.0
+    # of reweighted softplus
+    reweight_power: int = 15
+    # one learned logit per head in the denominator
+    sinks: bool = False
     logits_soft_cap: float | None = None
-    # Logits less slope x distance. fixed: slopes 2^(-8 h / H); balanced: 2^-h for one half of the heads, the negatives
-    # for the other (arXiv 2502.18845); learned: a parameter, fixed at the start.
+    # Logits less slope x distance. fixed: slopes 2^(-8 h / H); balanced: 2^-h for one half of the
+    # heads, the negatives for the other (arXiv 2502.18845); learned: a parameter, fixed at the
+    # start.
     alibi: Literal["none", "fixed", "balanced", "learned"] = "none"
 
-    def __post_init__(self):
-        _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
-        _require(
-            0.0 <= self.rope_fraction <= 1.0,
-            "rope_fraction",
-            self.rope_fraction,
-            "a fraction between 0 and 1",
-        )
-        _require(
-            self.rotary_dim % 2 == 0,
-            "rope_fraction",
-            self.rope_fraction,
-            "an even number of rotated channels",
-        )
-        _require(
-            self.window is None or self.window >= 1, "window", self.window, "None or at least 1"
-        )
-        _require(self.yarn_factor >= 1.0, "yarn_factor", self.yarn_factor, "at least 1")
-        has_heads = self.gate_position != "output" or (
-            self.gate_granularity == "elementwise" and not self.gate_shared
-        )
-        _require(
-            has_heads,
-            "gate_position",
-            "output",
-            "an elementwise gate, not shared: the output has no heads",
-        )
-        fusable = (
-            self.gate_position == "sdpa" and self.gate_input == "token" and not self.gate_shared
-        )
-        expected = (
-            "false: only a gate of tokens after sdpa that is not shared comes with the queries"
-        )
-        _require(fusable or not self.fused_gate, "fused_gate", True, expected)
+    def check(self) -> None:
+        at_least(self, 1, "num_heads", "head_dim", "yarn_factor", "yarn_original_length")
+        divides("num_kv_heads", self.kv_heads, self.num_heads)
+        above_zero(self, "rope_base")
+        none_or_at_least(self, 1, "window", "normalizer_length")
+        _check_rope(self)
+        self._check_gate()
         self._check_normalizer()
+        self._check_logits()
 
-    def _check_normalizer(self):
-        needs = {
-            f"normalizer {self.normalizer!r}": self.normalizer
-            in ("sigmoid", "relu", "relu_squared", "clipped_softmax"),
+    def _check_gate(self) -> None:
+        if self.gate_position == "output":
+            is_whole = self.gate_granularity == "elementwise" and not self.gate_shared
+            require(
+                is_whole,
+                "gate_position",
+                "output",
+                "an elementwise gate, not shared: the output has no heads",
+            )
+        if self.fused_gate:
+            is_of_tokens = self.gate_position == "sdpa" and self.gate_input == "token"
+            require(
+                is_of_tokens and not self.gate_shared,
+                "fused_gate",
+                True,
+                "false: only a gate of tokens after sdpa that is not shared comes with the queries",
+            )
+
+    def _check_normalizer(self) -> None:
+        needs_length = {
+            f"normalizer {self.normalizer!r}": self.normalizer in _NORMALIZERS_WITH_LENGTH,
             "query_scale 'scalable_softmax'": self.query_scale == "scalable_softmax",
             "logit_scale 'learned'": self.logit_scale == "learned",
         }
-        for what, needed in needs.items():
-            _require(
-                self.normalizer_length or not needed,
+        for option, is_needed in needs_length.items():
+            require(
+                self.normalizer_length is not None or not is_needed,
                 "normalizer_length",
                 self.normalizer_length,
-                f"a length for {what}",
+                f"a length for {option}",
             )
-        _require(
-            self.normalizer_length is None or self.normalizer_length >= 1,
-            "normalizer_length",
-            self.normalizer_length,
-            "at least 1",
-        )
-        _require(
+        require(
             self.normalizer == "softmax" or not self.sinks,
             "sinks",
-            True,
+            self.sinks,
             f"false with normalizer {self.normalizer!r}",
         )
-        _require(
+        require(
+            1 < self.entmax_alpha <= 2,
+            "entmax_alpha",
+            self.entmax_alpha,
+            "above 1 and at most 2",
+        )
+        at_least(self, 0, "clip_alpha")
+        at_least(self, 2, "reweight_power")
+
+    def _check_logits(self) -> None:
+        require(
             self.logits_soft_cap is None or self.logits_soft_cap > 0,
             "logits_soft_cap",
             self.logits_soft_cap,
             "None or above 0",
         )
-        _require(
-            1 < self.entmax_alpha <= 2, "entmax_alpha", self.entmax_alpha, "above 1 and at most 2"
+        # Logits of unit vectors are cosines: without a scale of their own they are too small.
+        is_unit = self.qk_norm and self.qk_norm_kind == "l2"
+        has_own_scale = self.logit_scale != "inverse_sqrt"
+        require(
+            is_unit == has_own_scale,
+            "logit_scale",
+            self.logit_scale,
+            "inverse_sqrt unless qk_norm is true of kind 'l2'; learned or log_dim if so",
         )
-        _require(self.clip_alpha >= 0, "clip_alpha", self.clip_alpha, "at least 0")
-        _require(self.reweight_power >= 2, "reweight_power", self.reweight_power, "at least 2")
-        unit = self.qk_norm and self.qk_norm_kind == "l2"
-        expected = "inverse_sqrt unless qk_norm is true of kind 'l2'; learned or log_dim if so"
-        _require(
-            unit == (self.logit_scale != "inverse_sqrt"), "logit_scale", self.logit_scale, expected
+        require(
+            self.alibi != "balanced" or self.num_heads % 2 == 0,
+            "alibi",
+            self.alibi,
+            f"an even number of heads, not {self.num_heads}",
         )
-        halves = self.alibi != "balanced" or self.num_heads % 2 == 0
-        _require(halves, "alibi", "balanced", f"an even number of heads, not {self.num_heads}")
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads: `num_kv_heads`, or `num_heads` where that is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def rotary_dim(self) -> int:
+        """Channels of a head that rotate."""
         return int(self.head_dim * self.rope_fraction)
 
 
 @dataclass(frozen=True)
-class GatedLinearAttentionConfig:
-    """Gated linear attention (arXiv 2312.06635) and its relatives by decay: RetNet, Mamba-2's core, plain linear."""
+class GatedLinearAttentionConfig(Checked):
+    """Gated linear attention (arXiv 2312.06635) and its relatives.
+
+    They differ by their decay: RetNet, Mamba-2's core, plain linear attention.
+    """
 
     kind: Literal["gated_linear_attention"] = "gated_linear_attention"
     num_heads: int = 4
-    num_kv_heads: int = 4
-    key_dim: int = 16  # channels per head; the paper has K = M / 2 / H, V = M / H
+    # None: as many as num_heads
+    num_kv_heads: int | None = None
+    # channels per head; the paper has K = M / 2 / H, V = M / H
+    key_dim: int = 16
     value_dim: int = 32
     decay: Literal["vector", "scalar", "constant", "none"] = "vector"
-    # logsigmoid: g = logsigmoid(x W1 W2 + b) / decay_temperature (GLA). softplus: g = -exp(A_log) softplus(x W + b),
-    # and values are multiplied by that softplus (Mamba-2). A constant decay is RetNet's log(1 - 2^(-5-h)).
+    # logsigmoid: g = logsigmoid(x W1 W2 + b) / decay_temperature (GLA). softplus: g = -exp(A_log)
+    # softplus(x W + b), and values are multiplied by that softplus (Mamba-2). A constant decay is
+    # RetNet's log(1 - 2^(-5-h)).
     decay_form: Literal["logsigmoid", "softplus"] = "logsigmoid"
     decay_rank: int = 16
     decay_temperature: float = 16.0
@@ -176,31 +214,42 @@ class GatedLinearAttentionConfig:
     # divide by the sum of the weights (linear attention with a positive feature map)
     normalize: bool = False
     output_gate: Literal["swish", "sigmoid", "none"] = "swish"
-    conv_width: int = 0  # causal depthwise convolution on q, k, v; 0 for none
-    rope_fraction: float = 0.0  # RetNet rotates q and k
+    # causal depthwise convolution on q, k, v; 0 for none
+    conv_width: int = 0
+    # RetNet rotates q and k
+    rope_fraction: float = 0.0
     rope_base: float = 10_000.0
     chunk_size: int | None = None
 
-    def __post_init__(self):
-        _require_divides("num_kv_heads", self.num_kv_heads, self.num_heads)
-        _require(
-            self.rotary_dim % 2 == 0,
-            "rope_fraction",
-            self.rope_fraction,
-            "an even number of rotated channels",
-        )
-        _require(self.conv_width >= 0, "conv_width", self.conv_width, "0 for none, or a width")
-        is_mamba = self.decay == "scalar" and self.num_kv_heads == self.num_heads
-        expected = "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads (Mamba-2)"
-        _require(self.decay_form != "softplus" or is_mamba, "decay_form", self.decay_form, expected)
+    def check(self) -> None:
+        at_least(self, 1, "num_heads", "key_dim", "value_dim", "decay_rank")
+        divides("num_kv_heads", self.kv_heads, self.num_heads)
+        at_least(self, 0, "conv_width")
+        above_zero(self, "decay_temperature", "rope_base")
+        none_or_at_least(self, 1, "chunk_size")
+        _check_rope(self)
+        if self.decay_form == "softplus":
+            is_mamba = self.decay == "scalar" and self.kv_heads == self.num_heads
+            require(
+                is_mamba,
+                "decay_form",
+                self.decay_form,
+                "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads (Mamba-2)",
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads: `num_kv_heads`, or `num_heads` where that is None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def rotary_dim(self) -> int:
+        """Channels of a head that rotate."""
         return int(self.key_dim * self.rope_fraction)
 
 
 @dataclass(frozen=True)
-class GatedMLPConfig:
+class GatedMLPConfig(Checked):
     """SwiGLU (activation silu) or GEGLU (gelu), arXiv 2002.05202."""
 
     kind: Literal["gated_mlp"] = "gated_mlp"
@@ -208,12 +257,21 @@ class GatedMLPConfig:
     activation: Literal["silu", "gelu"] = "silu"
     not_causal = None  # no token sees a later one
 
+    def check(self) -> None:
+        at_least(self, 1, "hidden")
+
 
 MixerConfig = GatedAttentionConfig | GatedLinearAttentionConfig
 FeedForwardConfig = GatedMLPConfig | SparseMoEConfig | SoftMoEConfig | LoRAMixtureConfig
-MIXERS: dict[str, type] = {c.kind: c for c in get_args(MixerConfig)}
-FEED_FORWARDS: dict[str, type] = {c.kind: c for c in get_args(FeedForwardConfig)}
+MIXERS: dict[str, type] = {config.kind: config for config in get_args(MixerConfig)}
+FEED_FORWARDS: dict[str, type] = {config.kind: config for config in get_args(FeedForwardConfig)}
 
 
-def _require_divides(name: str, part: int, whole: int) -> None:
-    _require(part >= 1 and whole % part == 0, name, part, f"a divisor of {whole}")
+def _check_rope(config: GatedAttentionConfig | GatedLinearAttentionConfig) -> None:
+    fractions(config, "rope_fraction")
+    require(
+        config.rotary_dim % 2 == 0,
+        "rope_fraction",
+        config.rope_fraction,
+        "an even number of rotated channels",
+    )

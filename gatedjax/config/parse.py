@@ -1,24 +1,31 @@
-"""ConfigDict, flags and JSON on one side, the frozen dataclasses on the other. ConfigDict stops here.
+"""From ConfigDict, flags and JSON to the frozen dataclasses, and back. ConfigDict stops here.
 
-A file in `configs/` returns `config_dict()` with some values changed, absl flags override single values
-(`--config.optim.lr=3e-4`), and `from_config_dict` turns the result into a `Config` or names the key that is wrong.
+A file in `configs/` returns `config_dict()` with some values changed, absl flags override single
+values (`--config.optim.lr=3e-4`), and `from_config_dict` turns the result into a `Config` or names
+the key that is wrong.
 """
 
 import dataclasses
 import difflib
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, get_args, get_origin
 
-from flax.core import FrozenDict
 from ml_collections import ConfigDict
 from ml_collections import config_dict as ml_config_dict
 
-from gatedjax.config.layers import FEED_FORWARDS, MIXERS, FeedForwardConfig, MixerConfig
+from gatedjax.config.checks import field_types, is_optional, is_union, not_none
+from gatedjax.config.layers import FEED_FORWARDS, MIXERS
 from gatedjax.config.moe import RouterConfig
 from gatedjax.config.run import Config
 from gatedjax.errors import InputError
+
+
+class Difference(NamedTuple):
+    """A dotted key at which two configurations differ."""
+
+    key: str
+    before: Any
+    after: Any
 
 
 def config_dict() -> ConfigDict:
@@ -27,151 +34,151 @@ def config_dict() -> ConfigDict:
 
 
 def layer(kind: str, **values: Any) -> ConfigDict:
-    """A mixer or a feed-forward of this kind, with `values` over its defaults: an entry of `mixers` or `ffns`.
+    """A mixer or a feed-forward of this kind, as an entry of `model.mixers` or `model.ffns`.
 
-    A group of values is a dict over the group's defaults: `layer("sparse_moe", router={"scoring": "sigmoid"})`.
+    Args:
+      kind: a key of `MIXERS` or `FEED_FORWARDS`.
+      **values: what differs from the defaults. A group of values is a dict over the defaults of the
+        group: `layer("sparse_moe", router={"scoring": "sigmoid"})`.
+
+    Raises:
+      InputError: an unknown kind or name, with the nearest known one.
     """
     kinds = MIXERS | FEED_FORWARDS
     if kind not in kinds:
         raise InputError(f"kind: {kind!r} is unknown{_nearest(kind, kinds)}")
     result = _to_config_dict(kinds[kind]())
-    for name, value in values.items():
-        if name not in result:
-            raise InputError(f"{kind}.{name}: unknown key{_nearest(name, result)}")
-        if isinstance(result[name], ConfigDict):
-            for inner, v in value.items():
-                if inner not in result[name]:
-                    raise InputError(
-                        f"{kind}.{name}.{inner}: unknown key{_nearest(inner, result[name])}"
-                    )
-                result[name][inner] = v
-        else:
-            result[name] = value
+    _update(result, values, kind)
     return result
 
 
-def from_config_dict(raw: Mapping[str, Any]) -> Config:
-    """Checks every key and type and returns the frozen configuration.
+def _update(group: ConfigDict, values: Mapping[str, Any], path: str) -> None:
+    for name, value in values.items():
+        if name not in group:
+            raise InputError(f"{path}.{name}: unknown key{_nearest(name, group)}")
+        if isinstance(group[name], ConfigDict):
+            _update(group[name], value, f"{path}.{name}")
+        else:
+            group[name] = value
+
+
+def from_config_dict(raw: Mapping[str, Any] | ConfigDict) -> Config:
+    """Checks every key and value and returns the frozen configuration.
 
     Raises:
-      InputError: one line naming the key, what came and what was expected; for an unknown key, the nearest known one.
+      InputError: one line naming the key, what was got and what was expected; for an unknown key,
+        the nearest known one.
     """
     return _build(Config, raw, "config")
 
 
 def to_dict(config: Any) -> Any:
-    """A configuration as plain dicts, lists and scalars, ready for JSON; `from_config_dict` is its inverse."""
+    """A configuration as plain dicts, lists and scalars, ready for JSON.
+
+    `from_config_dict` is its inverse.
+    """
     if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        names = [field.name for field in dataclasses.fields(config)]
+        return {name: to_dict(getattr(config, name)) for name in names}
     if isinstance(config, Mapping):
         return {name: to_dict(value) for name, value in config.items()}
     return list(config) if isinstance(config, tuple) else config
 
 
-def differing_keys(a: Any, b: Any, path: str = "config") -> list[str]:
+def differing_keys(before: Any, after: Any, path: str = "config") -> list[Difference]:
     """The dotted keys at which two `to_dict` results differ."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        names = list(a) + [n for n in b if n not in a]
-        return [key for n in names for key in differing_keys(a.get(n), b.get(n), f"{path}.{n}")]
-    return [] if a == b else [f"{path}: {a!r} and {b!r}"]
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return [] if before == after else [Difference(path, before, after)]
+    differences = []
+    for name in dict.fromkeys([*before, *after]):
+        differences += differing_keys(before.get(name), after.get(name), f"{path}.{name}")
+    return differences
 
 
 def nearest_key(key: str) -> str:
-    """For a dotted key such as `model.widht` that the configuration does not have: "; did you mean ...?", or ""."""
+    """For a dotted key that the configuration does not have, such as `model.widht`.
+
+    Returns: "; did you mean ...?", or "; known: ..." if no key is close.
+    """
     group, _, name = key.rpartition(".")
-    if group.startswith(("model.mixers.", "model.ffns.")):
-        kinds = [*MIXERS.values(), *FEED_FORWARDS.values(), RouterConfig]
-        return _nearest(
-            name, dict.fromkeys(f.name for kind in kinds for f in dataclasses.fields(kind))
-        )
-    return _nearest(key, [k for k, _ in _leaves(to_dict(Config()))])
+    if not group.startswith(("model.mixers.", "model.ffns.")):
+        return _nearest(key, _leaves(to_dict(Config())))
+    # A layer's kind is not known here: its key may be one of any kind.
+    kinds = [*MIXERS.values(), *FEED_FORWARDS.values(), RouterConfig]
+    known = [field_name for kind in kinds for field_name in field_types(kind)]
+    return _nearest(name, dict.fromkeys(known))
 
 
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}"
 
 
-def _leaves(tree: Any, path: str = ""):
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from _leaves(value, f"{path}.{name}" if path else name)
-    else:
-        yield path, tree
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all values that are no group."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _to_config_dict(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        hints = get_type_hints(type(value))
-        result = ConfigDict()
-        for f in dataclasses.fields(value):
-            v = getattr(value, f.name)
-            # A value that may be None keeps its type for the flags: --config....window=128 parses as int.
-            typed_none = ml_config_dict.placeholder
-            result[f.name] = (
-                typed_none(_optional_of(hints[f.name])) if v is None else _to_config_dict(v)
-            )
-        return result
     if isinstance(value, Mapping):
-        return ConfigDict({name: _to_config_dict(v) for name, v in value.items()})
-    return value
-
-
-def _optional_of(hint: Any) -> type:
-    return next(t for t in get_args(hint) if t is not types.NoneType)
+        return ConfigDict({name: _to_config_dict(entry) for name, entry in value.items()})
+    if not dataclasses.is_dataclass(value):
+        return value
+    result = ConfigDict()
+    for name, hint in field_types(type(value)).items():
+        entry = getattr(value, name)
+        if entry is None:
+            # It keeps its type for the flags: --config....window=128 parses as int.
+            result[name] = ml_config_dict.placeholder(not_none(hint))
+        else:
+            result[name] = _to_config_dict(entry)
+    return result
 
 
 def _build(cls: type, raw: Any, path: str) -> Any:
-    if not isinstance(raw, Mapping | ConfigDict):
+    """A dataclass from a group of keys. The dataclass checks the values; errors get their path."""
+    if not _is_group(raw):
         raise InputError(f"{path}: got {raw!r}, expected a group of keys")
-    hints = get_type_hints(cls)
+    hints = field_types(cls)
+    values = {}
     for name in raw:
         if name not in hints:
             raise InputError(f"{path}.{name}: unknown key{_nearest(name, hints)}")
-    values = {name: _convert(hints[name], raw[name], f"{path}.{name}") for name in raw}
+        values[name] = _build_groups(hints[name], raw[name], f"{path}.{name}")
     try:
         return cls(**values)
-    except InputError as e:
-        raise InputError(f"{path}.{e}" if not str(e).startswith("config.") else str(e)) from None
+    except InputError as error:
+        raise InputError(f"{path}.{error}") from None
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotation `hint` wants it, or InputError."""
-    origin, args = get_origin(hint), get_args(hint)
+def _build_groups(hint: Any, raw: Any, path: str) -> Any:
+    """Groups of keys inside a value become dataclasses; anything else stays as it is."""
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path)
-    if origin is Literal:
-        if value not in args:
-            raise InputError(f"{path}: got {value!r}, expected one of {', '.join(map(str, args))}")
-        return value
-    if hint in (MixerConfig, FeedForwardConfig):
-        return _build_kind({c.kind: c for c in args}, value, path)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(_optional_of(hint), value, path)
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise InputError(f"{path}: got {value!r}, expected a tuple of {args[0].__name__}")
-        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping | ConfigDict):
-            raise InputError(f"{path}: got {value!r}, expected named entries")
-        return FrozenDict(
-            {name: _convert(args[1], value[name], f"{path}.{name}") for name in value}
-        )
-    return _scalar(hint, value, path)
+        return _build(hint, raw, path)
+    if is_union(hint) and not is_optional(hint):
+        return _build_kind(get_args(hint), raw, path)
+    # Mapping[str, T]. ConfigDict is not a Mapping, so this also makes it one.
+    if get_origin(hint) is Mapping and _is_group(raw):
+        entry_hint = get_args(hint)[1]
+        return {name: _build_groups(entry_hint, raw[name], f"{path}.{name}") for name in raw}
+    return raw
 
 
-def _build_kind(kinds: Mapping[str, type], raw: Any, path: str) -> Any:
-    kind = raw.get("kind") if isinstance(raw, Mapping | ConfigDict) else None
+def _build_kind(classes: Iterable[Any], raw: Any, path: str) -> Any:
+    """One of several dataclasses, by the key `kind`."""
+    kinds = {cls.kind: cls for cls in classes}
+    kind = raw.get("kind") if _is_group(raw) else None
     if kind not in kinds:
         raise InputError(f"{path}.kind: got {kind!r}, expected one of {', '.join(kinds)}")
     return _build(kinds[kind], raw, path)
 
 
-def _scalar(hint: type, value: Any, path: str) -> Any:
-    # bool is an int in Python, but `steps=True` is a mistake; an int is a fine float.
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{path}: {value!r} is {type(value).__name__}, expected {hint.__name__}")
-    return value
+def _is_group(raw: Any) -> bool:
+    return isinstance(raw, Mapping | ConfigDict)

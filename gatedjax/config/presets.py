@@ -1,6 +1,6 @@
-"""Attention layers of the literature, as values of `GatedAttentionConfig`: `layer("gated_attention", **QWEN3_NEXT)`.
+"""Attention layers of the literature, as values: `layer("gated_attention", **QWEN3_NEXT)`.
 
-Sizes that a preset does not fix (heads, channels) are those of the configuration; any value can be changed after it.
+What a preset does not fix (heads, channels) is the default; any value can be changed after it.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from typing import Any
 
 Preset = Mapping[str, Any]
 
-# Qwen3-Next (transformers' Qwen3NextAttention): queries and gate in one projection, a quarter of the channels rotates,
-# norms scale by 1 + w.
+# Qwen3-Next (transformers' Qwen3NextAttention): queries and gate in one projection, a quarter of
+# the channels rotates, norms scale by 1 + w.
 QWEN3_NEXT: Preset = MappingProxyType(
     dict(
         num_heads=16,
@@ -26,13 +26,19 @@ QWEN3_NEXT: Preset = MappingProxyType(
     )
 )
 
-# gpt-oss, its windowed layers (every other one): a learned sink per head, no gate, no QK-norm. Its biases are left out.
+# gpt-oss, its windowed layers (every other one): a learned sink per head, no gate, no QK-norm. Its
+# biases are left out.
 GPT_OSS: Preset = MappingProxyType(
-    dict(gate_position="none", qk_norm=False, sinks=True, window=128)
+    dict(
+        gate_position="none",
+        qk_norm=False,
+        sinks=True,
+        window=128,
+    )
 )
 
-# SWAT (arXiv 2502.18845): sigmoid without -log n (a length of 1), slopes of both signs, rotation and a window, whose
-# size is a choice.
+# SWAT (arXiv 2502.18845): sigmoid without -log n (a length of 1), slopes of both signs, rotation
+# and a window, whose size is a choice.
 SWAT: Preset = MappingProxyType(
     dict(
         gate_position="none",
@@ -44,7 +50,8 @@ SWAT: Preset = MappingProxyType(
     )
 )
 
-# LSSAR (arXiv 2501.13428): softplus of cosines, times log head_dim and log n, weights reweighted by a power.
+# LSSAR (arXiv 2501.13428): softplus of cosines, times log head_dim and log n, weights reweighted by
+# a power.
 LSSAR: Preset = MappingProxyType(
     dict(
         gate_position="none",

@@ -1,8 +1,8 @@
-"""Text to batches: sources -> tokenizer -> token_cache -> batch (windows) -> pipeline."""
+"""From text to batches: sources -> tokenizer -> token_cache -> batch (windows) -> pipeline."""
 
 from gatedjax.data.batch import Batch
+from gatedjax.data.corpus import Corpus, SplitInfo
 from gatedjax.data.pipeline import BatchIterator, batches, corpora, make_dataset, validation_text
-from gatedjax.data.token_cache import Corpus, SplitInfo
 from gatedjax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
 
 __all__ = [

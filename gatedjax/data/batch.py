@@ -1,4 +1,4 @@
-"""What a step sees: `Batch`, and how a window of a token stream becomes one of its rows.
+"""`Batch`, the input of a step, and how a window of a token stream becomes one of its rows.
 
 A stream is the documents of a split one after another, each closed by the tokenizer's
 end-of-document token. Window i holds tokens i T .. (i + 1) T, both ends included: T inputs and T
@@ -6,10 +6,14 @@ targets. The last token of a window is the first of the next, so over one pass e
 input once and a target once.
 """
 
+import dataclasses
+
 import flax.struct
 import numpy as np
 from jax import Array
 from jaxtyping import Float32, Int, Int32, Integer
+
+from gatedjax.data.token_file import TokenFile
 
 
 @flax.struct.dataclass
@@ -19,7 +23,7 @@ class Batch:
     tokens, targets: token ids; `targets[t]` is the token after `tokens[t]`.
     segment_ids: 1, 2, 3, ... for the documents of the row, 0 for padding at its end.
     positions: 0 at the first token of a document, and at the start of the row for a document that
-    began before it.
+      began before it.
     loss_mask: 1.0 where the target is predicted, 0.0 where it belongs to another document or is
       padding. The end-of-document token belongs to its document and is predicted; the first token
       of a document never is. A float, so that a loss multiplies by it and a task may weigh its
@@ -34,14 +38,14 @@ class Batch:
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:
-    """Windows of `seq_len` targets that cover all tokens of a stream but its first; the last may be
-    padded.
-    """
-    return -(-(num_tokens - 1) // seq_len)
+    """Windows of `seq_len` targets that cover a stream of `num_tokens`; the last may be padded."""
+    # The first token of the stream is never a target.
+    num_targets = num_tokens - 1
+    return -(-num_targets // seq_len)
 
 
 def cut_window(
-    tokens: Integer[np.ndarray, "N"],
+    tokens: Integer[np.ndarray, "stream"] | TokenFile,
     document_ends: Int[np.ndarray, "documents"],
     index: int,
     seq_len: int,
@@ -49,40 +53,61 @@ def cut_window(
     """Window `index` of the stream as a row: arrays [T].
 
     Args:
-      tokens: the whole stream, any integer type, an array or a `TokenFile`.
+      tokens: the whole stream, of any integer type.
       document_ends: ascending; document d holds tokens document_ends[d - 1] .. document_ends[d],
         the end excluded.
-      index: in [0, num_windows(N, seq_len)).
+      index: at least 0 and below `num_windows(len(tokens), seq_len)`.
       seq_len: T.
+
+    Returns:
+      The row, padded with segment 0 where the stream ends inside the window.
     """
     start = index * seq_len
+    # T inputs and one more token, the last target; fewer in the last window of the stream.
     piece = np.asarray(tokens[start : start + seq_len + 1], np.int32)
-    length = len(piece) - 1  # targets that exist
+    length = len(piece) - 1
+
+    # Where a document begins inside this window: 1 <= begin <= length. One that begins at `length`
+    # has no input here, but its first token is the last target.
     first, last = np.searchsorted(document_ends, (start, start + length), side="right")
-    bounds = (
-        document_ends[first:last] - start
-    )  # where a document begins in this window, 1 <= bound <= length
+    begins = document_ends[first:last] - start
+
     row = empty_row(seq_len)
-    row.tokens[:length], row.targets[:length] = piece[:-1], piece[1:]
-    row.segment_ids[0] = 1
-    row.segment_ids[bounds[bounds < length]] = 1
-    row.segment_ids[:length] = np.cumsum(row.segment_ids[:length])
-    begins = np.concatenate(([0], bounds))
-    row.positions[:length] = np.arange(length) - begins[row.segment_ids[:length] - 1]
+    row.tokens[:length] = piece[:-1]
+    row.targets[:length] = piece[1:]
+
+    # A mark at the first token of every document; the running sum of the marks numbers them.
+    is_first = np.zeros(length, np.int32)
+    is_first[0] = 1
+    is_first[begins[begins < length]] = 1
+    segments = np.cumsum(is_first)
+    row.segment_ids[:length] = segments
+
+    # Segment 1 counts from the start of the row, segment s > 1 from its document's own begin.
+    begin_of_segment = np.concatenate(([0], begins))
+    row.positions[:length] = np.arange(length) - begin_of_segment[segments - 1]
+
     row.loss_mask[:length] = 1.0
-    row.loss_mask[bounds - 1] = 0.0
+    # The last token of a document would predict the first one of the next.
+    row.loss_mask[begins - 1] = 0.0
     return row
 
 
 def empty_row(seq_len: int) -> Batch:
     """A row [T] of padding: segment 0, nothing to predict."""
     return Batch(
-        *(np.zeros(seq_len, np.int32) for _ in range(4)), loss_mask=np.zeros(seq_len, np.float32)
+        tokens=np.zeros(seq_len, np.int32),
+        targets=np.zeros(seq_len, np.int32),
+        segment_ids=np.zeros(seq_len, np.int32),
+        positions=np.zeros(seq_len, np.int32),
+        loss_mask=np.zeros(seq_len, np.float32),
     )
 
 
 def stack_rows(rows: list[Batch]) -> Batch:
     """Rows of [T] arrays as one batch of [B, T] arrays."""
-    return Batch(
-        *(np.stack([getattr(row, name) for row in rows]) for name in Batch.__dataclass_fields__)
-    )
+    stacked = {}
+    for field in dataclasses.fields(Batch):
+        columns = [getattr(row, field.name) for row in rows]
+        stacked[field.name] = np.stack(columns)
+    return Batch(**stacked)

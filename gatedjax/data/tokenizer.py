@@ -5,15 +5,16 @@ whenever the ids could), `encode_batch`, `encode` and `decode`. `encode` adds no
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
 from gatedjax.errors import InputError
 
-# What tokenizers call the token that ends a document; the first that a file has is taken.
+# The usual names of the token that ends a document; the first one that a file has is taken.
 EOS_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -24,16 +25,23 @@ EOS_NAMES = (
     "<｜end▁of▁sentence｜>",
 )
 
+TokenIds = Sequence[int | np.integer] | np.ndarray
 
+
+@runtime_checkable
 class Tokenizer(Protocol):
+    """What the data pipeline and sampling ask of a tokenizer."""
+
     name: str
     vocab_size: int
     eos_id: int
     fingerprint: str
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]: ...
-    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "tokens"]]: ...
-    def decode(self, ids) -> str: ...
+
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]: ...
+
+    def decode(self, ids: TokenIds) -> str: ...
 
 
 class ByteTokenizer:
@@ -47,15 +55,19 @@ class ByteTokenizer:
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "tokens"]]:
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids) -> str:
-        """The text of `ids`: a character cut in two becomes U+FFFD; ids that are no byte (a padded
-        vocabulary) drop.
+    def decode(self, ids: TokenIds) -> str:
+        """The text of `ids`.
+
+        Half a character becomes U+FFFD. Ids that are no byte (the end of a document, the padding
+        of a vocabulary) are dropped.
         """
         ids = np.asarray(ids, np.int64)
-        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+        is_byte = (ids >= 0) & (ids < 256)
+        data = ids[is_byte].astype(np.uint8).tobytes()
+        return data.decode(errors="replace")
 
 
 class JsonTokenizer:
@@ -86,33 +98,39 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as e:  # the library raises bare Exception
             raise InputError(f"tokenizer: {path!r} is not a tokenizer.json ({e})") from None
+
+        # The file may ask for either; a document is encoded whole and alone.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        found = [name for name in EOS_NAMES if name in vocabulary]
-        if not found:
+        eos_names = [name for name in EOS_NAMES if name in vocabulary]
+        if not eos_names:
             raise InputError(
-                f"tokenizer: {path!r} has no end-of-document token; expected one of {', '.join(EOS_NAMES)}"
+                f"tokenizer: {path!r} has no end-of-document token; "
+                f"expected one of {', '.join(EOS_NAMES)}"
             )
         self.name = Path(path).name
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
-        self.eos_id = vocabulary[found[0]]
+        self.eos_id = vocabulary[eos_names[0]]
         self.fingerprint = "json-1-" + hashlib.sha256(data).hexdigest()
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "tokens"]]:
+    def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
-    def decode(self, ids) -> str:
-        return self._tokenizer.decode(
-            [int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True
-        )
+    def decode(self, ids: TokenIds) -> str:
+        """The text of `ids`, without special tokens and ids outside the vocabulary."""
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self._tokenizer.decode(known, skip_special_tokens=True)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that a configuration names: "bytes", or the path of a `tokenizer.json`."""
-    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(spec)
+    if spec == "bytes":
+        return ByteTokenizer()
+    return JsonTokenizer(spec)

@@ -1,4 +1,4 @@
-"""What general-purpose compressors need for a text: the first bar a language model of bytes has to clear."""
+"""What compressors need for a text: the first bar a language model of bytes has to clear."""
 
 import gzip
 import lzma
@@ -6,7 +6,8 @@ import lzma
 
 def bits_per_byte_of_compressors(text: bytes) -> dict[str, float]:
     """Bits per byte of `gzip -9` and `xz -9e` on all of `text` in one stream."""
-    return {
-        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
-        "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
+    compressed = {
+        "gzip -9": gzip.compress(text, 9),
+        "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
     }
+    return {name: 8 * len(stream) / len(text) for name, stream in compressed.items()}

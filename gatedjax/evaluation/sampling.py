@@ -2,60 +2,104 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
-from gatedjax.errors import InputError
-from gatedjax.model import Caches, LanguageModel, head_weights, init_caches, logits
+from gatedjax.data.tokenizer import Tokenizer
+from gatedjax.errors import require
+from gatedjax.model import Caches, LanguageModel, head_weights, init_caches
+from gatedjax.model import logits as compute_logits
 from gatedjax.sharding import RULES
 
 
-def filter_logits(scores: Float[Array, "B X"], top_k: int, top_p: float) -> Float[Array, "B X"]:
-    """-inf for tokens outside the k most likely and outside the nucleus of mass p (arXiv 1904.09751)."""
+def filter_logits(
+    logits: Float[Array, "B X"],
+    top_k: int,
+    top_p: float,
+) -> Float[Array, "B X"]:
+    """-inf for tokens outside the k most likely and outside the nucleus of mass p.
+
+    The nucleus is that of arXiv 1904.09751. top_k = 0 and top_p = 1 keep all tokens.
+    """
     if top_k:
-        smallest_kept = jax.lax.top_k(scores, min(top_k, scores.shape[-1]))[0][:, -1:]
-        scores = jnp.where(scores < smallest_kept, -jnp.inf, scores)
+        k = min(top_k, logits.shape[-1])
+        largest, _ = jax.lax.top_k(logits, k)
+        smallest_kept = largest[:, -1:]
+        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
     if top_p < 1.0:
-        ordered = jnp.sort(scores, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(
-            ordered, axis=-1
-        )
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # The token that crosses p is kept, so at least one always is.
-        smallest_kept = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        scores = jnp.where(scores < smallest_kept, -jnp.inf, scores)
-    return scores
+        kept = jnp.where(mass_before < top_p, ordered, jnp.inf)
+        smallest_kept = jnp.min(kept, axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
+    return logits
 
 
 def sample_token(
-    scores: Float[Array, "B X"], key: Array, temperature: float, top_k: int, top_p: float
+    logits: Float[Array, "B X"],
+    key: Array,
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> Int[Array, " B"]:
-    """One token per row. Temperature 0 is the argmax; the filters see the tempered scores."""
+    """One token per row.
+
+    Args:
+      logits: of the next token.
+      key: the randomness of this token.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: sample among the k most likely tokens; 0 for all.
+      top_p: sample among the fewest tokens whose probabilities reach p. Both filters see the logits
+        after the temperature.
+    """
     if temperature == 0:
-        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, filter_logits(scores / temperature, top_k, top_p)).astype(
-        jnp.int32
-    )
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    filtered = filter_logits(logits / temperature, top_k, top_p)
+    token = jax.random.categorical(key, filtered)
+    return token.astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(careful_jit, static_argnums=0, donate_argnums=3)
 def forward(
-    model: ModelConfig, params, tokens: Int[Array, "B T"], caches: Caches, vocab: Int[Array, ""]
-):
-    """Scores of the token after `tokens`, and the caches with `tokens` in them. Ids from `vocab` up are padding."""
+    model: ModelConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    caches: Caches,
+    vocab_size: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B X"], Caches]:
+    """Logits of the token after `tokens`, and the caches with `tokens` in them.
+
+    Args:
+      model: the model's configuration.
+      params: parameters and router state.
+      tokens: a prompt (prefill) or one token a row (decoding).
+      caches: what the model keeps of the tokens before. Their memory is reused.
+      vocab_size: of the tokenizer: ids from here on are padding and get -inf.
+    """
     with nn.logical_axis_rules(RULES):
-        hidden, caches, _ = LanguageModel(model).apply({"params": params}, tokens, caches=caches)
-    scores = logits(hidden[:, -1], head_weights(params))
-    return jnp.where(jnp.arange(scores.shape[-1]) < vocab, scores, -jnp.inf), caches
+        outputs: Any = LanguageModel(model).apply(
+            {"params": params},
+            tokens,
+            caches=caches,
+        )
+    hidden, caches, _ = outputs
+    logits = compute_logits(hidden[:, -1], head_weights(params))
+    is_token = jnp.arange(logits.shape[-1]) < vocab_size
+    return jnp.where(is_token, logits, -jnp.inf), caches
 
 
 def generate(
     model: ModelConfig,
-    params,
+    params: PyTree,
     prompt: Int[Array, "B T"],
     tokens: int,
     *,
@@ -67,37 +111,60 @@ def generate(
 ) -> Iterator[Int[Array, " B"]]:
     """Yields up to `tokens` sampled ids per row, one step at a time.
 
+    Args:
+      model: the model's configuration.
+      params: parameters and router state.
+      prompt: at least one token a row.
+      tokens: how many to sample.
+      vocab_size: of the tokenizer.
+      temperature, top_k, top_p: as of `sample_token`.
+      seed: same seed, same tokens.
+
     Raises:
-      ValueError: a sampling option outside its range, or an empty prompt.
+      InputError: a sampling option outside its range, or an empty prompt.
     """
-    for name, ok, wanted in (
-        ("temperature", temperature >= 0, "at least 0"),
-        ("top_k", top_k >= 0, "at least 0"),
-        ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
-        ("prompt", prompt.shape[1] > 0, "at least one token"),
-    ):
-        if not ok:
-            raise InputError(f"{name}: expected {wanted}")
+    require(temperature >= 0, "temperature", temperature, "at least 0")
+    require(top_k >= 0, "top_k", top_k, "at least 0")
+    require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+    rows, prompt_length = prompt.shape
+    require(prompt_length > 0, "prompt", "no token", "at least one token")
     # Lengths come in powers of two, so that few different caches are ever compiled for.
-    length = 1 << (prompt.shape[1] + tokens - 1).bit_length()
-    scores, caches = forward(
-        model, params, prompt, init_caches(model, prompt.shape[0], length), vocab_size
+    cache_length = 1 << (prompt_length + tokens - 1).bit_length()
+    caches = init_caches(model, rows, cache_length)
+    logits, caches = forward(model, params, prompt, caches, vocab_size)
+    sample = functools.partial(
+        sample_token,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
     )
-    sample = jax.jit(
-        functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
-    )
+    sample = jax.jit(sample)
     key = jax.random.key(seed)
     for step in range(tokens):
-        token = sample(scores, jax.random.fold_in(key, step))
+        token = sample(logits, jax.random.fold_in(key, step))
         yield token
-        scores, caches = forward(model, params, token[:, None], caches, vocab_size)
+        logits, caches = forward(model, params, token[:, None], caches, vocab_size)
 
 
 def generate_text(
-    model: ModelConfig, params, tokenizer, prompt: str, tokens: int, **sampling
+    model: ModelConfig,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    **sampling: Any,
 ) -> Iterator[str]:
-    """Yields pieces of text as they become whole characters; stops at the end of the document."""
-    # Documents start without a marker in training; only an empty prompt needs a token to start from.
+    """Yields pieces of text as they become whole characters.
+
+    Args:
+      model: the model's configuration.
+      params: parameters and router state.
+      tokenizer: the one that the model was trained with.
+      prompt: text to continue; empty starts a new document.
+      tokens: how many to sample at most; the end of the document ends the text.
+      **sampling: options of `generate`.
+    """
+    # Documents start without a marker in training; only an empty prompt needs a token to begin.
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
     steps = generate(
         model,
@@ -108,15 +175,17 @@ def generate_text(
         **sampling,
     )
     sampled: list[int] = []
-    shown = ""
+    text = ""
+    shown = 0  # characters of the text
     for token in steps:
-        if int(token[0]) == tokenizer.eos_id:
+        token_id = int(token[0])
+        if token_id == tokenizer.eos_id:
             break
-        sampled.append(int(token[0]))
+        sampled.append(token_id)
         text = tokenizer.decode(sampled)
-        # A multi-byte character in the making decodes to the replacement character: wait for the rest of it.
-        if not text.endswith("�"):
-            yield text[len(shown) :]
-            shown = text
-    if sampled and tokenizer.decode(sampled) != shown:
-        yield tokenizer.decode(sampled)[len(shown) :]
+        # An unfinished multi-byte character decodes to the replacement character: wait for more.
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    if len(text) > shown:
+        yield text[shown:]

@@ -1,30 +1,39 @@
-"""Loss over held-out text, with its uncertainty: what train.py does every so often and eval.py does at length."""
+"""Loss over held-out text, with its uncertainty: train.py and eval.py measure it."""
 
 import math
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from jaxtyping import Float, PyTree
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import DataConfig
-from gatedjax.data import batches, corpora, make_dataset
+from gatedjax.data import Batch, batches, corpora, make_dataset
 from gatedjax.evaluation.probes import Probes, measure
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.training.run import Run
 from gatedjax.training.step import eval_step
 
+_eval_step = careful_jit(eval_step, static_argnums=0)
+
 
 def tokens_per_byte(config: DataConfig) -> float:
-    """Predicted tokens per byte of validation text, over all sources: turns nats per token into bits per byte."""
+    """Predicted tokens per byte of validation text, over all sources.
+
+    Turns nats per token into bits per byte.
+    """
     splits = [corpus.splits["validation"] for corpus in corpora(config).values()]
-    return sum(s.targets for s in splits) / sum(s.bytes for s in splits)
-
-
-_eval_step = jax.jit(eval_step, static_argnums=0)
+    tokens = sum(split.targets for split in splits)
+    return tokens / sum(split.bytes for split in splits)
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per token. bits_per_byte: of text, comparable across tokenizers. Standard errors are over batches."""
+    """A loss, its uncertainty, and how many tokens it is a mean of.
+
+    loss: nats per token.
+    bits_per_byte: of text, comparable across tokenizers.
+    Standard errors are over batches.
+    """
 
     loss: float
     loss_error: float
@@ -34,45 +43,82 @@ class Evaluation(NamedTuple):
 
     @property
     def perplexity(self) -> float:
+        """exp(loss)."""
         return math.exp(self.loss)
 
 
 class Validation:
-    """The first `num_batches` batches of validation text (0: all of it), the same ones each time it is called."""
+    """Measures a model on the first `num_batches` batches of validation text (0: all of it)."""
 
     def __init__(self, run: Run, num_batches: int):
-        data, self._batch_size = run.config.data, run.config.train.batch_size
-        rows = my_rows(run.mesh, self._batch_size)
+        data = run.config.data
+        self._run = run
+        self._batch_size = run.config.train.batch_size
+        self._tokens_per_byte = tokens_per_byte(data)
         dataset = make_dataset(
-            data, "validation", batch_size=self._batch_size, rows=rows, seed=data.seed
+            data,
+            "validation",
+            batch_size=self._batch_size,
+            rows=my_rows(run.mesh, self._batch_size),
+            seed=data.seed,
         )
-        self._dataset = dataset[: min(num_batches or len(dataset), len(dataset))]
-        self._run, self._tokens_per_byte = run, tokens_per_byte(data)
+        count = min(num_batches or len(dataset), len(dataset))
+        self._dataset = dataset[:count]
 
-    def __call__(self, params) -> Evaluation:
+    def __call__(self, params: PyTree) -> Evaluation:
         """Mean loss per token; call it inside `jax.set_mesh(run.mesh)`."""
-        model, mesh = self._run.config.model, self._run.mesh
-        sums = [
-            _eval_step(model, params, global_batch(mesh, b, self._batch_size))
-            for b in batches(self._dataset)
-        ]
-        losses, counts = np.array([[float(s.cross_entropy), float(s.count)] for s in sums]).T
-        return summarize(losses, counts, self._tokens_per_byte)
+        losses = []
+        counts = []
+        model = self._run.config.model
+        for local in batches(self._dataset):
+            batch = self._global(local)
+            sums = _eval_step(model, params, batch)
+            losses.append(float(sums.cross_entropy))
+            counts.append(float(sums.count))
+        return summarize(np.array(losses), np.array(counts), self._tokens_per_byte)
 
-    def probes(self, params) -> Probes:
-        """What the layers do on the first batch (`gatedjax.evaluation.probes`); call it inside `jax.set_mesh(run.mesh)`."""
-        batch = global_batch(self._run.mesh, next(batches(self._dataset)), self._batch_size)
-        return measure(self._run.config.model, params, batch)
+    def probes(self, params: PyTree) -> Probes:
+        """What the layers do on the first batch (`gatedjax.evaluation.probes`).
+
+        Call it inside `jax.set_mesh(run.mesh)`.
+        """
+        first = next(batches(self._dataset))
+        return measure(self._run.config.model, params, self._global(first))
+
+    def _global(self, local: Batch) -> Batch:
+        return global_batch(self._run.mesh, local, self._batch_size)
 
 
-def summarize(losses: np.ndarray, counts: np.ndarray, tokens_per_byte: float) -> Evaluation:
-    """From summed losses (nats) and token counts per batch. The error is that of a ratio estimate, 0 for one batch."""
-    counted = counts > 0
-    losses, counts = losses[counted], counts[counted]
+def summarize(
+    losses: Float[np.ndarray, " batches"],
+    counts: Float[np.ndarray, " batches"],
+    tokens_per_byte: float,
+) -> Evaluation:
+    """The mean loss per token, from sums over batches.
+
+    The standard error is that of a ratio estimate; 0 for one batch.
+
+    Args:
+      losses: summed over the tokens of each batch, nats.
+      counts: tokens of each batch.
+      tokens_per_byte: of the validation text.
+    """
+    is_counted = counts > 0
+    losses = losses[is_counted]
+    counts = counts[is_counted]
     tokens = counts.sum()
     mean = losses.sum() / tokens
     n = len(losses)
-    residuals = losses - mean * counts
-    error = math.sqrt(n / max(n - 1, 1) * float(residuals @ residuals)) / tokens if n > 1 else 0.0
+    error = 0.0
+    if n > 1:
+        residuals = losses - mean * counts
+        squares = float(residuals @ residuals)
+        error = math.sqrt(n / (n - 1) * squares) / tokens
     bits = tokens_per_byte / math.log(2)
-    return Evaluation(float(mean), error, float(mean) * bits, error * bits, int(tokens))
+    return Evaluation(
+        loss=float(mean),
+        loss_error=float(error),
+        bits_per_byte=float(mean * bits),
+        bits_per_byte_error=float(error * bits),
+        tokens=int(tokens),
+    )

@@ -1,27 +1,43 @@
-"""Flax modules: they own parameters, names, logical axes and dtypes; the arithmetic is in plain functions.
+"""Flax modules: they own parameters, names, logical axes and dtypes; the arithmetic is in plain
+functions.
 
-A mixer is called as `(x, info, cache) -> (y, cache)`, a feed-forward as `(x, info, router_logits) -> (y,
-statistics, router_logits)`: what a sparse one tells the next sparse one, handed on by all others. To add one: a file
-here, a line below, and its dataclass in `config/layers.py` (CONTRIBUTING.md walks through it).
+`base.py` says what a model asks of a mixer and of a feed-forward. To add one: a file here, a line
+below, and its dataclass in `config/layers.py` (CONTRIBUTING.md does it step by step).
 """
 
-from gatedjax.layers import attention, linear_attention
 from gatedjax.layers.attention import GatedAttention
+from gatedjax.layers.base import FeedForward, Mixer
+from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mlp import GatedMLP
 from gatedjax.layers.moe.lora import LoRAMixture
 from gatedjax.layers.moe.soft import SoftMoE
 from gatedjax.layers.moe.sparse import SparseMoE
-from gatedjax.layers.token_info import TokenInfo as TokenInfo
+from gatedjax.layers.token_info import TokenInfo
 
-# By the config's `kind`. A mixer comes with the function that makes its empty decoding cache.
-MIXERS = {
-    "gated_attention": (GatedAttention, attention.init_cache),
-    "gated_linear_attention": (GatedLinearAttention, linear_attention.init_cache),
+# By the `kind` of their configuration.
+MIXERS: dict[str, type[Mixer]] = {
+    "gated_attention": GatedAttention,
+    "gated_linear_attention": GatedLinearAttention,
 }
-FEED_FORWARDS = {
+FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "gated_mlp": GatedMLP,
     "sparse_moe": SparseMoE,
     "soft_moe": SoftMoE,
     "lora_mixture": LoRAMixture,
 }
+
+__all__ = [
+    "FEED_FORWARDS",
+    "MIXERS",
+    "FeedForward",
+    "GatedAttention",
+    "GatedLinearAttention",
+    "GatedMLP",
+    "LoRAMixture",
+    "Mixer",
+    "SoftMoE",
+    "SparseMoE",
+    "TokenInfo",
+    "gate_values",
+]

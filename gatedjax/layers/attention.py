@@ -1,225 +1,459 @@
-"""Gated attention: projections, norms, positions, scales and the gate around `kernels_pallas.attention`."""
+"""Gated attention.
+
+Projections, norms, positions, scales and the gate around `kernels_pallas.attention`.
+"""
 
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig
-from gatedjax.layers.gate import GateLogits, apply_gate, gate_score
-from gatedjax.layers.logit_scale import (
-    QueryScale,
-    alibi_slopes,
-    keys_seen,
-    logit_scale,
-    unit_length,
-)
-from gatedjax.layers.norm import RMSNorm
-from gatedjax.layers.projection import Projection, parameter
+from gatedjax.layers.base import Mixer
+from gatedjax.layers.gate import GateLogits, activated_gate, apply_gate
+from gatedjax.layers.gate_values import record
+from gatedjax.layers.kv_cache import KVCache, append_token, empty_cache, fill
+from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale
+from gatedjax.layers.norm import RMSNorm, unit_length
+from gatedjax.layers.parameters import parameter
+from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
-from kernels_pallas import attention, attention_step
-from kernels_pallas.attention import NORMALIZERS, Normalizer, attention_sharded
+from kernels_pallas.attention import (
+    NORMALIZERS,
+    Normalizer,
+    attention,
+    attention_sharded,
+    attention_step,
+)
+
+Queries = Float[Array, "B T H D"]
+Keys = Float[Array, "B T Hk D"]
 
 
-@struct.dataclass
-class KVCache:
-    """Keys (after rotation) and values of past tokens. Position p lives in slot p mod S: a ring for windows."""
-
-    k: Float[Array, "B S Hk D"]
-    v: Float[Array, "B S Hk D"]
-
-
-class GatedAttention(nn.Module):
-    """Grouped-query attention with a gate at any of the five positions of arXiv 2505.06708 (table 1)."""
+class GatedAttention(Mixer):
+    """Grouped-query attention with a gate at any of five positions (arXiv 2505.06708, table 1)."""
 
     config: GatedAttentionConfig
-    norm_eps: float
-    std: float
-    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T M"], info: TokenInfo, cache: KVCache | None = None
+    def with_cache(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B T M"], KVCache | None]:
-        """Training: no cache. Prefill: T tokens into an empty cache. Decode: one token, T = 1, at info.positions."""
         c = self.config
         q, k, v, fused_logits = self._projections(x)
+        # The norm of queries and keys keeps the logits bounded, whatever their weights become.
         if c.qk_norm:
-            q, k = self._normed("query_norm", q), self._normed("key_norm", k)
-        # Keys and queries are gated after their norm, which would cancel a head-wise gate, and before rotation.
-        q, k, v = (self._gated(name, y, x) for name, y in (("query", q), ("key", k), ("value", v)))
-        q, k = self._rotated(q, info), self._rotated(k, info)
+            q = self._normed("query_norm", q)
+            k = self._normed("key_norm", k)
+        # Queries and keys are gated after their norm, which would cancel a head-wise gate, and
+        # before rotation.
+        q = self._gated("query", q, x)
+        k = self._gated("key", k, x)
+        v = self._gated("value", v, x)
+        q = self._rotated(q, info)
+        k = self._rotated(k, info)
         if c.query_scale != "none" or c.logit_scale == "learned":
-            scale = QueryScale(c, self.std, self.dtype, name="query_scale")
+            # Factors of tokens are put on the queries: the kernel has one scale for all.
+            scale = QueryScale(
+                c,
+                self.init_std,
+                self.dtype,
+                name="query_scale",
+            )
             q, v = scale(q, v, x, keys_seen(info.positions, c.window))
-        o, cache = self._attend(q, k, v, x, fused_logits, info, cache)
+        gate_logits = self._sdpa_logits(q, x, fused_logits)
+        o, cache = self._gated_attention(q, k, v, gate_logits, info, cache)
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
-        y = Projection(heads, {"embed": x.shape[-1]}, self.std, self.dtype, name="out")(o)
+        width = {"embed": x.shape[-1]}
+        y = Projection(
+            heads,
+            width,
+            self.init_std,
+            self.dtype,
+            name="out",
+        )(o)
         return self._gated("output", y, x), cache
 
-    def _projections(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
-        """Queries, keys, values, and the gate's logits if they come with the queries: [q | gate] in every head."""
+    def _projections(self, x: Array) -> tuple[Queries, Keys, Keys, Array | None]:
+        """Queries, keys, values; and the gate's logits if they come with the queries."""
         c = self.config
-        gate = 0 if not c.fused_gate else c.head_dim if c.gate_granularity == "elementwise" else 1
-        q = self._project("query", x, {"heads": c.num_heads, "head_dim": c.head_dim + gate})
-        k = self._project("key", x, {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim})
-        v = self._project("value", x, {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim})
-        return q[..., : c.head_dim], k, v, q[..., c.head_dim :] if gate else None
+        gate_channels = 0
+        if c.fused_gate:
+            gate_channels = c.head_dim if c.gate_granularity == "elementwise" else 1
+        # In every head the query comes first, then the gate: [q | gate], as Qwen3-Next has it.
+        q = self._project(
+            "query",
+            x,
+            {
+                "heads": c.num_heads,
+                "head_dim": c.head_dim + gate_channels,
+            },
+        )
+        # Key and value heads may be fewer: each serves a group of query heads.
+        kv_axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        k = self._project("key", x, kv_axes)
+        v = self._project("value", x, kv_axes)
+        fused_logits = q[..., c.head_dim :] if c.fused_gate else None
+        return q[..., : c.head_dim], k, v, fused_logits
+
+    def _project(
+        self,
+        name: str,
+        x: Array,
+        axes: dict[str, int],
+    ) -> Array:
+        width = {"embed": x.shape[-1]}
+        y = Projection(
+            width,
+            axes,
+            self.init_std,
+            self.dtype,
+            name=name,
+        )(x)
+        heads, _ = axes
+        return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 
     def _normed(self, name: str, y: Array) -> Array:
         if self.config.qk_norm_kind == "l2":
             return unit_length(y, self.norm_eps)
-        return RMSNorm(self.norm_eps, self.config.zero_centered_norm, "head_dim", name=name)(y)
+        norm = RMSNorm(
+            self.norm_eps,
+            self.config.zero_centered_norm,
+            "head_dim",
+            name=name,
+        )
+        return norm(y)
 
-    def _project(self, name: str, x: Array, axes: dict[str, int]) -> Array:
-        y = Projection({"embed": x.shape[-1]}, axes, self.std, self.dtype, name=name)(x)
-        return nn.with_logical_constraint(y, ("batch", "length", next(iter(axes)), None))
+    def _rotated(self, y: Array, info: TokenInfo) -> Array:
+        c = self.config
+        if c.rotary_dim == 0:
+            return y
+        frequencies = inverse_frequencies(
+            c.rotary_dim,
+            c.rope_base,
+            c.yarn_factor,
+            c.yarn_original_length,
+        )
+        return apply_rope(
+            y,
+            info.positions,
+            frequencies,
+            yarn_magnitude(c.yarn_factor),
+        )
 
-    def _gated(self, position: str, y: Array, x: Array) -> Array:
-        """`y`, gated if the gate sits here."""
+    def _gated(
+        self,
+        position: str,
+        y: Array,
+        x: Array,
+    ) -> Array:
+        """`y`, gated if the gate is at this position (but for "sdpa")."""
         c = self.config
         if c.gate_position != position:
             return y
-        axes = {"embed_act": y.shape[-1]} if position == "output" else self._head_axes(position, y)
-        logits = GateLogits(c, axes, self.std, self.dtype, name="gate")(x)
-        return apply_gate(y, logits, c.gate_activation, c.gate_mode)
-
-    def _head_axes(self, position: str, y: Array) -> dict[str, int]:
-        heads = "kv_heads" if position in ("key", "value") else "heads"
-        return {heads: y.shape[2], "head_dim": y.shape[3]}
-
-    def _rotated(self, x: Array, info: TokenInfo) -> Array:
-        c = self.config
-        if c.rotary_dim == 0:
-            return x
-        frequencies = inverse_frequencies(
-            c.rotary_dim, c.rope_base, c.yarn_factor, c.yarn_original_length
-        )
-        return apply_rope(x, info.positions, frequencies, yarn_magnitude(c.yarn_factor))
-
-    def _attend(self, q, k, v, x, logits: Array | None, info: TokenInfo, cache: KVCache | None):
-        """Attention and, at position "sdpa", the gate: inside the kernel where it is the kernel's sigmoid epilogue."""
-        c = self.config
-        gated_here = c.gate_position == "sdpa"
-        if gated_here and logits is None:
-            logits = GateLogits(c, self._head_axes("sdpa", q), self.std, self.dtype, name="gate")(x)
-        elif gated_here:
-            self.sow("probes", "score", gate_score(logits, c.gate_activation))
-        in_kernel = (
-            gated_here and c.gate_mode == "multiplicative" and c.gate_activation == "sigmoid"
-        )
-        epilogue = jnp.broadcast_to(logits, (*q.shape[:3], logits.shape[-1])) if in_kernel else None
-        arrays, options = (
-            self._of_heads(),
-            dict(
-                normalizer=normalizer_of(c), logits_soft_cap=c.logits_soft_cap, scale=logit_scale(c)
-            ),
-        )
-        if cache is not None and x.shape[1] == 1:
-            cache, distances = append_token(cache, k[:, 0], v[:, 0], info.positions[:, 0])
-            options |= {} if c.alibi == "none" else {"distances": distances}
-            gate, valid = None if epilogue is None else epilogue[:, 0], distances <= info.positions
-            o = attention_step(
-                q[:, 0], cache.k, cache.v, valid=valid, gate_logits=gate, **arrays, **options
-            )[:, None]
+        # The output has no heads: its gate is one of channels.
+        if position == "output":
+            axes = {"embed_act": y.shape[-1]}
         else:
-            self.sow("probes", "q", q)
-            self.sow("probes", "k", k)
-            o = attention_on_mesh(
-                q, k, v, epilogue, info.segment_ids, window=c.window, **arrays, **options
-            )
-            cache = cache if cache is None else fill(cache, k, v)
-        o = (
-            o
-            if in_kernel or not gated_here
-            else apply_gate(o, logits, c.gate_activation, c.gate_mode)
+            heads = "heads" if position == "query" else "kv_heads"
+            axes = {heads: y.shape[2], "head_dim": y.shape[3]}
+        logits = self._gate_logits(axes, x)
+        return apply_gate(
+            y,
+            logits,
+            c.gate_activation,
+            c.gate_mode,
         )
+
+    def _gate_logits(self, axes: dict[str, int], x: Array) -> Array:
+        logits = GateLogits(
+            self.config,
+            axes,
+            self.init_std,
+            self.dtype,
+            name="gate",
+        )(x)
+        record(self, "gates", activated_gate(logits, self.config.gate_activation))
+        return logits
+
+    def _sdpa_logits(
+        self,
+        q: Array,
+        x: Array,
+        fused_logits: Array | None,
+    ) -> Array | None:
+        """The logits of a gate at position "sdpa", on the output of the attention.
+
+        None if it is elsewhere.
+        """
+        c = self.config
+        if c.gate_position != "sdpa":
+            return None
+        if fused_logits is None:
+            return self._gate_logits(
+                {
+                    "heads": q.shape[2],
+                    "head_dim": q.shape[3],
+                },
+                x,
+            )
+        record(self, "gates", activated_gate(fused_logits, c.gate_activation))
+        return fused_logits
+
+    def _gated_attention(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Keys,
+        gate_logits: Array | None,
+        info: TokenInfo,
+        cache: KVCache | None,
+    ) -> tuple[Queries, KVCache | None]:
+        """Attention and its gate, which is inside the kernel where it is the kernel's sigmoid
+        epilogue.
+        """
+        c = self.config
+        if gate_logits is None:
+            return self._attention(
+                q,
+                k,
+                v,
+                None,
+                info,
+                cache,
+            )
+        if c.gate_mode == "multiplicative" and c.gate_activation == "sigmoid":
+            # Shared logits have one head; the kernel wants all of them.
+            shape = (*q.shape[:3], gate_logits.shape[-1])
+            return self._attention(
+                q,
+                k,
+                v,
+                jnp.broadcast_to(gate_logits, shape),
+                info,
+                cache,
+            )
+        o, cache = self._attention(
+            q,
+            k,
+            v,
+            None,
+            info,
+            cache,
+        )
+        return apply_gate(
+            o,
+            gate_logits,
+            c.gate_activation,
+            c.gate_mode,
+        ), cache
+
+    def _attention(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Keys,
+        gate_logits: Array | None,
+        info: TokenInfo,
+        cache: KVCache | None,
+    ) -> tuple[Queries, KVCache | None]:
+        """The op, on rows of tokens or on one token and the cache; the cache with these tokens."""
+        c = self.config
+        sink_logits, slopes = self._head_parameters()
+        options = {
+            "normalizer": normalizer_of(c),
+            "logits_soft_cap": c.logits_soft_cap,
+            "scale": logit_scale(c),
+        }
+        # One token and a filled cache. The cache may be a ring, whose slots are in any order: what
+        # is visible is said slot by slot.
+        if cache is not None and q.shape[1] == 1:
+            cache, distances = append_token(
+                cache,
+                k[:, 0],
+                v[:, 0],
+                info.positions[:, 0],
+            )
+            o = attention_step(
+                q[:, 0],
+                cache.k,
+                cache.v,
+                # A slot that lies further back than the document's first token holds nothing.
+                valid=distances <= info.positions,
+                gate_logits=None if gate_logits is None else gate_logits[:, 0],
+                sink_logits=sink_logits,
+                alibi_slopes=slopes,
+                distances=None if slopes is None else distances,
+                **options,
+            )
+            return o[:, None], cache
+        # What the probes measure the attention rows from, without the kernel ever storing them.
+        record(self, "q", q)
+        record(self, "k", k)
+        o = attention_on_mesh(
+            q,
+            k,
+            v,
+            gate_logits,
+            info.segment_ids,
+            sink_logits,
+            slopes,
+            window=c.window,
+            **options,
+        )
+        if cache is not None:
+            cache = fill(cache, k, v)
         return o, cache
 
-    def _of_heads(self) -> dict[str, Array | None]:
-        """Sinks and slopes, a number per head."""
-        c, zeros = self.config, nn.initializers.zeros
-        sinks = parameter(self, "sink_logits", ["heads"], [c.num_heads], zeros) if c.sinks else None
-        slopes = None if c.alibi == "none" else jnp.asarray(alibi_slopes(c))
+    def _head_parameters(self) -> tuple[Array | None, Array | None]:
+        """Sink logits and ALiBi slopes, a number for every head; None where there are none."""
+        c = self.config
+        axes, shape = ["heads"], [c.num_heads]
+        sink_logits = None
+        if c.sinks:
+            zeros = nn.initializers.zeros
+            sink_logits = parameter(
+                self,
+                "sink_logits",
+                axes=axes,
+                shape=shape,
+                init=zeros,
+            )
+        if c.alibi == "none":
+            return sink_logits, None
+
+        def start(
+            key: Array,
+            shape: tuple[int, ...],
+            dtype,
+        ) -> Array:
+            return jnp.asarray(alibi_slopes(c), dtype)
+
         if c.alibi == "learned":
-            start = lambda key, shape, dtype: jnp.asarray(alibi_slopes(c), dtype)
-            slopes = parameter(self, "alibi_slopes", ["heads"], [c.num_heads], start)
-        return {"sink_logits": sinks, "alibi_slopes": slopes}
+            return sink_logits, parameter(
+                self,
+                "alibi_slopes",
+                axes=axes,
+                shape=shape,
+                init=start,
+            )
+        return sink_logits, jnp.asarray(alibi_slopes(c))
+
+    @nn.nowrap
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        return empty_cache(
+            self.config,
+            batch,
+            length,
+            self.dtype,
+        )
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        c = self.config
+        q_channels = c.num_heads * c.head_dim
+        kv_channels = c.kv_heads * c.head_dim
+        # What the gate multiplies, and so how many columns its projection has.
+        gated_channels = {
+            "none": 0,
+            "sdpa": q_channels,
+            "query": q_channels,
+            "key": kv_channels,
+            "value": kv_channels,
+            "output": width,
+        }
+        gate_channels = gated_channels[c.gate_position]
+        if c.gate_input == "constant":
+            gate_channels = 0
+        if c.gate_granularity == "headwise":
+            gate_channels //= c.head_dim
+        temperatures = c.num_heads + c.kv_heads if c.query_scale == "selective" else 0
+        columns = 2 * q_channels + 2 * kv_channels + gate_channels + temperatures
+        # A causal row sees half the sequence on average, or its window.
+        seen = seq_len / 2 if c.window is None else min(c.window, seq_len / 2)
+        return 2 * width * columns + 4 * q_channels * seen
 
 
 def normalizer_of(c: GatedAttentionConfig) -> Normalizer:
     """The normalizer of `config.normalizer`, with the configuration's parameters."""
-    length = {"length": c.normalizer_length}
     parameters = {
-        "sigmoid": length,
-        "relu": length,
-        "relu_squared": length,
-        "clipped_softmax": {"alpha": c.clip_alpha, **length},
+        "sigmoid": {"length": c.normalizer_length},
+        "relu": {"length": c.normalizer_length},
+        "relu_squared": {"length": c.normalizer_length},
+        "clipped_softmax": {"alpha": c.clip_alpha, "length": c.normalizer_length},
         "reweighted_softplus": {"power": c.reweight_power},
         "entmax": {"alpha": c.entmax_alpha},
     }
     return dataclasses.replace(NORMALIZERS[c.normalizer], **parameters.get(c.normalizer, {}))
 
 
-def attention_on_mesh(q, k, v, gate, segment_ids, *, sink_logits, alibi_slopes, **options) -> Array:
-    """`attention`; where the ambient mesh cuts the tokens, every device attends for its share of the queries."""
-    if not is_cut("length", q.shape[1]):
-        by_head = dict(sink_logits=sink_logits, alibi_slopes=alibi_slopes)
-        return attention(q, k, v, gate_logits=gate, segment_ids=segment_ids, **by_head, **options)
+def attention_on_mesh(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T Hk D"],
+    v: Float[Array, "B T Hk D"],
+    gate_logits: Float[Array, "B T H _"] | None,
+    segment_ids: Array | None,
+    sink_logits: Float[Array, " H"] | None,
+    alibi_slopes: Float[Array, " H"] | None,
+    **options,
+) -> Float[Array, "B T H D"]:
+    """`attention`; where the ambient mesh cuts the tokens, every device attends for its part of the
+    queries.
 
-    def part(q, k, v, gate, segment_ids, sink_logits, alibi_slopes):
-        return attention_sharded(
+    Args:
+      q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes: as `kernels_pallas.attention`.
+      options: its static arguments.
+
+    Returns:
+      The output of the attention, gated if there are gate logits.
+    """
+    arrays = (q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes)
+    # Rows and heads are cut by the op itself; only tokens need the form that exchanges them.
+    cuts_tokens = is_cut("length", q.shape[1])
+
+    def attend(
+        q,
+        k,
+        v,
+        gate_logits,
+        segment_ids,
+        sink_logits,
+        alibi_slopes,
+    ):
+        inputs = {
+            "gate_logits": gate_logits,
+            "segment_ids": segment_ids,
+            "sink_logits": sink_logits,
+            "alibi_slopes": alibi_slopes,
+        }
+        if cuts_tokens:
+            return attention_sharded(
+                q,
+                k,
+                v,
+                axis_name=mesh_axis("length"),
+                **inputs,
+                **options,
+            )
+        return attention(
             q,
             k,
             v,
-            axis_name=mesh_axis("length"),
-            gate_logits=gate,
-            segment_ids=segment_ids,
-            sink_logits=sink_logits,
-            alibi_slopes=alibi_slopes,
+            **inputs,
             **options,
         )
 
-    queries, keys = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
-    in_axes = queries, keys, keys, queries, ("batch", "length"), ("heads",), ("heads",)
-    return per_shard(part, in_axes, queries)(q, k, v, gate, segment_ids, sink_logits, alibi_slopes)
-
-
-def init_cache(config: GatedAttentionConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache for `length` tokens; a window needs no more than its own slots."""
-    slots = length if config.window is None else min(config.window, length)
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def fill(cache: KVCache, k: Float[Array, "B T Hk D"], v: Float[Array, "B T Hk D"]) -> KVCache:
-    """The cache after a prompt of T tokens at positions 0 .. T-1: its last S tokens, each in slot position mod S."""
-    slots, length = cache.k.shape[1], k.shape[1]
-    kept = min(slots, length)
-    where = jnp.arange(length - kept, length) % slots
-    write = lambda old, new: old.at[:, where].set(new[:, length - kept :].astype(old.dtype))
-    return KVCache(write(cache.k, k), write(cache.v, v))
-
-
-def append_token(
-    cache: KVCache, k: Float[Array, "B Hk D"], v: Float[Array, "B Hk D"], position: Array
-):
-    """The cache with the token at `position` [B] written, and how far back the token of each slot is: int32 [B, S].
-
-    Slots that hold nothing yet are further back than the sequence is long.
-    """
-    slots = cache.k.shape[1]
-    write = jax.vmap(
-        lambda old, new, p: jax.lax.dynamic_update_index_in_dim(
-            old, new.astype(old.dtype), p % slots, 0
-        )
-    )
-    # Slot s holds the newest position <= p that is s modulo S; before the ring has gone round once, some hold nothing.
-    distances = (position[:, None] - jnp.arange(slots)) % slots
-    return KVCache(write(cache.k, k, position), write(cache.v, v, position)), distances
+    if not cuts_tokens:
+        return attend(*arrays)
+    tokens = ("batch", "length")
+    queries = (*tokens, "heads", None)
+    keys = (*tokens, "kv_heads", None)
+    in_axes = (queries, keys, keys, queries, tokens, ("heads",), ("heads",))
+    return per_shard(attend, in_axes, queries)(*arrays)

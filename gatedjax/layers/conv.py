@@ -14,32 +14,47 @@ def causal_conv(
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B W-1 F"]]:
     """`y_t = sum_w kernel[w] x_{t - (W-1) + w}`, per channel, over inputs of t's own segment only.
 
-    `tail`: the W-1 inputs before x (zeros if None). Returns y in x's dtype, summed in float32, and the new tail.
+    Args:
+      x: the inputs.
+      kernel: the weights of a token's last W inputs, its own last.
+      segment_ids: inputs of another segment count as zeros.
+      tail: the W-1 inputs before x; zeros if None.
+
+    Returns:
+      y in x's dtype, summed in float32; and the tail for the tokens after x.
     """
-    width, length = kernel.shape[0], x.shape[1]
+    width = kernel.shape[0]
+    length = x.shape[1]
+    segment_tail = None
+    if segment_ids is not None and tail is not None:
+        # The inputs before the row belong to the first token's segment.
+        segment_tail = segment_ids[:, :1].repeat(width - 1, 1)
+    # A sum of shifted copies, one for each of the few taps.
     y = jnp.zeros(x.shape, jnp.float32)
     for w in range(width):
         lag = width - 1 - w
         term = _lagged(x, lag, tail).astype(jnp.float32) * kernel[w]
         if segment_ids is not None and lag > 0:
-            # What stands before the row (the tail) belongs to the first token's segment.
-            earlier = _lagged(
-                segment_ids, lag, None if tail is None else segment_ids[:, :1].repeat(width - 1, 1)
-            )
-            term = jnp.where((earlier == segment_ids)[..., None], term, 0.0)
+            is_same = _lagged(segment_ids, lag, segment_tail) == segment_ids
+            term = jnp.where(is_same[..., None], term, 0.0)
         y = y + term
-    before = (
-        jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
-        if tail is None
-        else tail.astype(x.dtype)
-    )
-    return y.astype(x.dtype), jnp.concatenate([before, x], axis=1)[:, length:]
+    if tail is None:
+        tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
+    seen = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+    return y.astype(x.dtype), seen[:, length:]
 
 
-def _lagged(x: Array, lag: int, tail: Array | None) -> Array:
+def _lagged(
+    x: Array,
+    lag: int,
+    tail: Array | None,
+) -> Array:
     """[B, T, ..]: x of `lag` tokens ago; before the first the end of `tail`, or zeros."""
-    if tail is None:  # one pad: where T is cut over devices, XLA then sends no more than the edges
-        sides = [(lag, -lag, 0) if axis == 1 else (0, 0, 0) for axis in range(x.ndim)]
+    if tail is None:
+        # One pad: where T is cut over devices, XLA then sends no more than the edges.
+        sides = [(0, 0, 0)] * x.ndim
+        sides[1] = (lag, -lag, 0)
         return jax.lax.pad(x, jnp.zeros((), x.dtype), sides)
     start = tail.shape[1] - lag
-    return jnp.concatenate([tail.astype(x.dtype), x], axis=1)[:, start : start + x.shape[1]]
+    extended = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+    return extended[:, start : start + x.shape[1]]

@@ -1,62 +1,110 @@
-"""The gate of gated attention (arXiv 2505.06708, section 2.2): scores, and how they meet a tensor."""
+"""The gate of gated attention (arXiv 2505.06708, section 2.2).
+
+Its logits, its activation, its effect.
+"""
+
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig
-from gatedjax.layers.projection import Projection, parameter
+from gatedjax.layers.parameters import parameter
+from gatedjax.layers.projection import Projection
 
 
-def gate_score(logits: Float[Array, "..."], activation: str) -> Float[Array, "..."]:
-    """The activation of a gate, in float32. ns_sigmoid is the study's non-sparse 0.5 + 0.5 sigmoid, in [0.5, 1]."""
-    logits = logits.astype(jnp.float32)
-    return {
-        "sigmoid": jax.nn.sigmoid,
-        "silu": jax.nn.silu,
-        "ns_sigmoid": lambda x: 0.5 + 0.5 * jax.nn.sigmoid(x),
-        "identity": lambda x: x,
-    }[activation](logits)
+def ns_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The study's non-sparse sigmoid, 0.5 + 0.5 sigmoid(x): in [0.5, 1]."""
+    return 0.5 + 0.5 * jax.nn.sigmoid(x)
+
+
+def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The gate's logits as they are."""
+    return x
+
+
+GATE_ACTIVATIONS = {
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "ns_sigmoid": ns_sigmoid,
+    "identity": identity,
+}
+
+
+def activated_gate(gate_logits: Float[Array, "..."], activation: str) -> Float[Array, "..."]:
+    """The values of a gate, in float32."""
+    return GATE_ACTIVATIONS[activation](gate_logits.astype(jnp.float32))
 
 
 def apply_gate(
-    y: Float[Array, "..."], logits: Float[Array, "..."], activation: str, mode: str
+    y: Float[Array, "..."],
+    gate_logits: Float[Array, "..."],
+    activation: str,
+    mode: str,
 ) -> Float[Array, "..."]:
-    """`y * score` or, for the additive mode, `y + score`; in float32, returned in y's dtype."""
-    score = gate_score(logits, activation)
+    """`y` times its gate, or plus its gate.
+
+    Args:
+      y: what is gated.
+      gate_logits: the gate before its activation; broadcast over y.
+      activation: a name of `GATE_ACTIVATIONS`.
+      mode: "multiplicative" or "additive".
+
+    Returns:
+      The gated y, computed in float32, in y's dtype.
+    """
+    # Float32 until the product: a bfloat16 sigmoid has few values near 1.
+    gates = activated_gate(gate_logits, activation)
     y32 = y.astype(jnp.float32)
-    return (y32 + score if mode == "additive" else y32 * score).astype(y.dtype)
+    gated = y32 + gates if mode == "additive" else y32 * gates
+    return gated.astype(y.dtype)
 
 
 class GateLogits(nn.Module):
-    """Pre-activation scores, from the layer's input or from a constant.
+    """The gate's logits, from the layer's input or from a constant.
 
-    `axes` names the gated tensor's axes after [B, T]: `{"heads": H, "head_dim": D}`, or `{"embed_act": M}` at the
-    output. Head-wise scores have size 1 in place of the channels. Shared scores are averaged over the heads (the
-    parameters are not fewer, as in the study) and have size 1 in place of the heads.
+    `axes` names the gated tensor's axes after [B, T]: `{"heads": H, "head_dim": D}`, or
+    `{"embed_act": M}` at the output. Head-wise logits have size 1 in place of the channels. Shared
+    ones are averaged over the heads (the parameters are not fewer, as in the study) and have size 1
+    in place of the heads.
     """
 
     config: GatedAttentionConfig
-    axes: dict[str, int]
-    std: float
-    dtype: jnp.dtype
+    axes: Mapping[str, int]
+    init_std: float
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T ..."]:
+        # One logit a channel, or one a head: an axis of size 1 is broadcast over the channels.
         axes = dict(self.axes)
         if self.config.gate_granularity == "headwise":
             axes["head_dim"] = 1
         if self.config.gate_input == "constant":
-            # Zero at the start: sigmoid gives 0.5 everywhere, the study's input-independent variant.
-            logits = parameter(
-                self, "constant", list(axes), list(axes.values()), nn.initializers.zeros
-            )[None, None]
+            # Zero at the start: sigmoid gives 0.5 everywhere, the study's input-independent
+            # variant.
+            constant = parameter(
+                self,
+                "constant",
+                axes=list(axes),
+                shape=list(axes.values()),
+                init=nn.initializers.zeros,
+            )
+            logits = constant[None, None]
         else:
+            width = {"embed": x.shape[-1]}
             logits = Projection(
-                {"embed": x.shape[-1]}, axes, self.std, self.dtype, name="projection"
+                width,
+                axes,
+                self.init_std,
+                self.dtype,
+                name="projection",
             )(x)
-        logits = jnp.mean(logits, axis=2, keepdims=True) if self.config.gate_shared else logits
-        self.sow("probes", "score", gate_score(logits, self.config.gate_activation))
+        if self.config.gate_shared:
+            heads_axis = 2
+            logits = jnp.mean(logits, axis=heads_axis, keepdims=True)
         return logits

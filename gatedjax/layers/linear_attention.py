@@ -1,4 +1,9 @@
-"""Gated linear attention (arXiv 2312.06635) on `kernels_pallas.linear_scan`; RetNet and Mamba-2 by config."""
+"""Gated linear attention (arXiv 2312.06635) on `kernels_pallas.linear_scan`.
+
+RetNet and Mamba-2 by config.
+"""
+
+import math
 
 import flax.linen as nn
 import jax
@@ -9,106 +14,217 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedLinearAttentionConfig
+from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import causal_conv
+from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import RMSNorm
-from gatedjax.layers.projection import Projection, parameter
+from gatedjax.layers.parameters import parameter
+from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
-from kernels_pallas import linear_scan, linear_scan_step
-from kernels_pallas.linear_scan.sharded import linear_scan_sharded
+from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded, linear_scan_step
 
 
 @struct.dataclass
 class ScanCache:
-    """The matrix state of every head (one more value column when normalized), and the convolution's last inputs."""
+    """The matrix state of every head, and the convolution's last inputs.
+
+    The state has one more value column when the scan is normalized.
+    """
 
     state: Float[Array, "B H K V"]
     conv_tail: Float[Array, "B W F"]
 
 
 def logsigmoid_decay(logits: Float[Array, "..."], temperature: float) -> Float[Array, "..."]:
-    """GLA's log decay, `log sigmoid(logits) / temperature`, float32 (arXiv 2312.06635, section 4.4)."""
+    """GLA's log decay, `log sigmoid(logits) / temperature`, float32 (arXiv 2312.06635, section
+    4.4).
+    """
     return jax.nn.log_sigmoid(logits.astype(jnp.float32)) / temperature
 
 
 def retention_decay(num_heads: int) -> Float[np.ndarray, " H"]:
     """RetNet's log decay per head, `log(1 - 2^(-5 - h))` (arXiv 2307.08621, equation 8)."""
-    return np.log1p(-(2.0 ** (-5.0 - np.arange(num_heads)))).astype(np.float32)
+    exponents = -5.0 - np.arange(num_heads)
+    return np.log1p(-(2.0**exponents)).astype(np.float32)
+
+
+def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Queries and keys as they are."""
+    return x
+
+
+def elu_plus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The positive feature map of linear attention (arXiv 2006.16236)."""
+    return jax.nn.elu(x) + 1.0
 
 
 FEATURE_MAPS = {
-    "identity": lambda x: x,
+    "identity": identity,
     "silu": jax.nn.silu,
-    "elu_plus_one": lambda x: jax.nn.elu(x) + 1.0,
+    "elu_plus_one": elu_plus_one,
 }
+OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
+# Mamba-2's step sizes at the start, log-uniform between these, and its decay rates, uniform up to
+# this (the defaults of its published code).
+MIN_STEP_SIZE = 1e-3
+MAX_STEP_SIZE = 1e-1
+MAX_DECAY_RATE = 16.0
 
 
-class GatedLinearAttention(nn.Module):
-    """Low-rank vector gate, per-head norm, swish output gate (arXiv 2312.06635, 4.4); other decays by config."""
+class GatedLinearAttention(Mixer):
+    """Low-rank vector gate, per-head norm, swish output gate (arXiv 2312.06635, 4.4).
+
+    Other decays by config.
+    """
 
     config: GatedLinearAttentionConfig
-    norm_eps: float
-    std: float
-    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T M"], info: TokenInfo, cache: ScanCache | None = None
+    def with_cache(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        cache: ScanCache | None = None,
     ) -> tuple[Float[Array, "B T M"], ScanCache | None]:
-        """Training: no cache. Prefill: T tokens onto a cache. Decode: one token, T = 1."""
         c = self.config
-        q, k, v = self._projected(x)
-        q, k, v, tail = self._convolved(q, k, v, info, cache)
-        q, k = FEATURE_MAPS[c.feature_map](q), FEATURE_MAPS[c.feature_map](k)
-        if c.rotary_dim:
-            frequencies = inverse_frequencies(c.rotary_dim, c.rope_base)
-            q, k = (apply_rope(y, info.positions, frequencies) for y in (q, k))
+        q = self._project(
+            "query",
+            x,
+            "heads",
+            c.num_heads,
+            c.key_dim,
+        )
+        k = self._project(
+            "key",
+            x,
+            "kv_heads",
+            c.kv_heads,
+            c.key_dim,
+        )
+        v = self._project(
+            "value",
+            x,
+            "kv_heads",
+            c.kv_heads,
+            c.value_dim,
+        )
+        # The state and the convolution go on from where the tokens before ended.
+        tail = None if cache is None else cache.conv_tail
+        if c.conv_width:
+            q, k, v, tail = self._convolved(
+                q,
+                k,
+                v,
+                info,
+                tail,
+            )
+        # The feature map is what linear attention has in place of softmax's exponential.
+        q = self._rotated(FEATURE_MAPS[c.feature_map](q), info)
+        k = self._rotated(FEATURE_MAPS[c.feature_map](k), info)
         log_decay, v = self._decay(x, v)
         if log_decay is not None:
-            self.sow("probes", "log_decay", log_decay)
-        o, state = self._scan(q, k, v, log_decay, info, cache)
-        o = RMSNorm(self.norm_eps, axis_name="head_dim", name="norm")(o)
+            record(self, "log_decay", log_decay)
+        o, state = self._scan(
+            q,
+            k,
+            v,
+            log_decay,
+            info,
+            cache,
+        )
+        # Normed head by head: the state grows and shrinks with the decay, and its output with it.
+        o = RMSNorm(
+            self.norm_eps,
+            axis_name="head_dim",
+            name="norm",
+        )(o)
         if c.output_gate != "none":
-            gate = self._project("output_gate", x, "heads", c.num_heads, c.value_dim).astype(
-                jnp.float32
-            )
-            activation = jax.nn.silu if c.output_gate == "swish" else jax.nn.sigmoid
-            score = activation(gate)
-            self.sow("probes", "score", score)
-            o = (o.astype(jnp.float32) * score).astype(o.dtype)
+            o = self._gated(o, x)
         heads = {"heads": c.num_heads, "head_dim": c.value_dim}
-        y = Projection(heads, {"embed": x.shape[-1]}, self.std, self.dtype, name="out")(o)
-        return y, None if cache is None else ScanCache(state, tail)
+        width = {"embed": x.shape[-1]}
+        y = Projection(
+            heads,
+            width,
+            self.init_std,
+            self.dtype,
+            name="out",
+        )(o)
+        if state is None or tail is None:
+            return y, None
+        return y, ScanCache(state, tail)
 
-    def _project(self, name: str, x: Array, heads: str, num_heads: int, channels: int) -> Array:
+    def _project(
+        self,
+        name: str,
+        x: Array,
+        heads: str,
+        num_heads: int,
+        channels: int,
+    ) -> Array:
+        width = {"embed": x.shape[-1]}
         axes = {heads: num_heads, "head_dim": channels}
-        y = Projection({"embed": x.shape[-1]}, axes, self.std, self.dtype, name=name)(x)
+        y = Projection(
+            width,
+            axes,
+            self.init_std,
+            self.dtype,
+            name=name,
+        )(x)
         return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 
-    def _projected(self, x: Array) -> tuple[Array, Array, Array]:
-        c = self.config
-        q = self._project("query", x, "heads", c.num_heads, c.key_dim)
-        k = self._project("key", x, "kv_heads", c.num_kv_heads, c.key_dim)
-        v = self._project("value", x, "kv_heads", c.num_kv_heads, c.value_dim)
-        return q, k, v
-
-    def _convolved(self, q, k, v, info: TokenInfo, cache: ScanCache | None):
-        """q, k, v after the short convolution and SiLU, and the inputs that the next token will need."""
+    def _convolved(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        info: TokenInfo,
+        tail: Array | None,
+    ) -> tuple[Array, Array, Array, Array]:
+        """q, k, v after the short convolution and SiLU, and the inputs that the next token will
+        need.
+        """
         width = self.config.conv_width
-        if width == 0:
-            return q, k, v, cache.conv_tail if cache is not None else None
+        # One convolution over the channels of all heads of q, k and v.
         flat = jnp.concatenate([y.reshape(*y.shape[:2], -1) for y in (q, k, v)], axis=-1)
+        channels = flat.shape[-1]
         kernel = parameter(
-            self, "conv", [None, None], [width, flat.shape[-1]], nn.initializers.normal(width**-0.5)
+            self,
+            "conv",
+            axes=[None, None],
+            shape=[width, channels],
+            init=nn.initializers.normal(width**-0.5),
         )
-        tail = cache.conv_tail if cache is not None else None
-        mixed, tail = causal_conv(flat, kernel, info.segment_ids, tail)
-        parts = jnp.split(jax.nn.silu(mixed), np.cumsum([q[0, 0].size, k[0, 0].size]), axis=-1)
-        return *(part.reshape(y.shape) for part, y in zip(parts, (q, k, v))), tail
+        # Depthwise: no channel sees another, so one call serves all of them.
+        mixed, tail = causal_conv(
+            flat,
+            kernel,
+            info.segment_ids,
+            tail,
+        )
+        mixed = jax.nn.silu(mixed)
+        q_channels = math.prod(q.shape[2:])
+        k_channels = math.prod(k.shape[2:])
+        parts = jnp.split(
+            mixed,
+            [q_channels, q_channels + k_channels],
+            axis=-1,
+        )
+        q, k, v = (part.reshape(y.shape) for part, y in zip(parts, (q, k, v)))
+        return q, k, v, tail
+
+    def _rotated(self, y: Array, info: TokenInfo) -> Array:
+        c = self.config
+        if c.rotary_dim == 0:
+            return y
+        return apply_rope(y, info.positions, inverse_frequencies(c.rotary_dim, c.rope_base))
 
     def _decay(self, x: Array, v: Array) -> tuple[Array | None, Array]:
-        """The log decay in the rank that the scan wants, and the values, which Mamba-2's step size scales."""
+        """The log decay in the rank that the scan wants, and the values, which Mamba-2's step size
+        scales.
+        """
         c = self.config
         if c.decay == "none":
             return None, v
@@ -116,84 +232,241 @@ class GatedLinearAttention(nn.Module):
             return jnp.asarray(retention_decay(c.num_heads)), v
         if c.decay_form == "softplus":
             return self._softplus_decay(x, v)
-        out = {"heads": c.num_heads} | ({"head_dim": c.key_dim} if c.decay == "vector" else {})
+        # A low-rank map: down to `decay_rank` channels, up to a logit for every head, or for every
+        # key channel of every head.
+        width = {"embed": x.shape[-1]}
+        rank = {"rank": c.decay_rank}
+        axes = {"heads": c.num_heads}
+        if c.decay == "vector":
+            axes["head_dim"] = c.key_dim
         low = Projection(
-            {"embed": x.shape[-1]}, {"rank": c.decay_rank}, self.std, self.dtype, name="decay_down"
+            width,
+            rank,
+            self.init_std,
+            self.dtype,
+            name="decay_down",
         )(x)
-        logits = Projection({"rank": c.decay_rank}, out, self.std, self.dtype, name="decay_up")(low)
-        bias = parameter(self, "decay_bias", list(out), list(out.values()), nn.initializers.zeros)
+        logits = Projection(
+            rank,
+            axes,
+            self.init_std,
+            self.dtype,
+            name="decay_up",
+        )(low)
+        zeros = nn.initializers.zeros
+        shape = list(axes.values())
+        bias = parameter(
+            self,
+            "decay_bias",
+            axes=list(axes),
+            shape=shape,
+            init=zeros,
+        )
         return logsigmoid_decay(logits + bias, c.decay_temperature), v
 
     def _softplus_decay(self, x: Array, v: Array) -> tuple[Array, Array]:
-        """g = -exp(A_log) dt, and v dt; dt = softplus(x W + bias), float32 (arXiv 2405.21060 and its code)."""
-        c = self.config
-        raw = Projection(
-            {"embed": x.shape[-1]}, {"heads": c.num_heads}, self.std, self.dtype, name="dt"
+        """Mamba-2's log decay and values: -exp(A_log) dt and v dt (arXiv 2405.21060 and its code).
+
+        The step size is dt = softplus(x W + bias), float32.
+        """
+        heads = {"heads": self.config.num_heads}
+        width = {"embed": x.shape[-1]}
+        logits = Projection(
+            width,
+            heads,
+            self.init_std,
+            self.dtype,
+            name="dt",
         )(x)
+        shape = list(heads.values())
         bias = parameter(
-            self, "dt_bias", ["heads"], [c.num_heads], _inverse_softplus_of_log_uniform
+            self,
+            "dt_bias",
+            axes=["heads"],
+            shape=shape,
+            init=_step_size_bias,
         )
         a_log = parameter(
             self,
             "a_log",
-            ["heads"],
-            [c.num_heads],
-            lambda *a: jnp.log(1 + 15 * jax.random.uniform(*a)),
+            axes=["heads"],
+            shape=shape,
+            init=_log_decay_rate,
         )
-        dt = jax.nn.softplus(raw.astype(jnp.float32) + bias)
+        # In float32: the step size is exponentiated in the decay.
+        dt = jax.nn.softplus(logits.astype(jnp.float32) + bias)
         return -jnp.exp(a_log) * dt, (v * dt[..., None]).astype(v.dtype)
 
-    def _scan(self, q, k, v, log_decay, info: TokenInfo, cache: ScanCache | None):
+    def _gated(self, o: Array, x: Array) -> Array:
+        """`o` times the output gate, in float32."""
+        c = self.config
+        logits = self._project(
+            "output_gate",
+            x,
+            "heads",
+            c.num_heads,
+            c.value_dim,
+        )
+        gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
+        record(self, "gates", gates)
+        return (o.astype(jnp.float32) * gates).astype(o.dtype)
+
+    def _scan(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        log_decay: Array | None,
+        info: TokenInfo,
+        cache: ScanCache | None,
+    ) -> tuple[Array, Array | None]:
+        """The output of every token, and the state after the last one if there is a cache."""
         c = self.config
         if cache is not None and q.shape[1] == 1:
-            g = log_decay[:, 0] if log_decay is not None and log_decay.ndim > 1 else log_decay
+            # A decay of tokens has a time axis; RetNet's constant [H] has none.
+            has_time = log_decay is not None and log_decay.ndim > 1
+            log_decay = log_decay[:, 0] if has_time else log_decay
             o, state = linear_scan_step(
-                q[:, 0], k[:, 0], v[:, 0], cache.state, g, normalize=c.normalize
+                q[:, 0],
+                k[:, 0],
+                v[:, 0],
+                cache.state,
+                log_decay,
+                normalize=c.normalize,
             )
             return o[:, None], state
-        tokens = ("batch", "length")
-        heads, kv_heads = (*tokens, "heads", None), (*tokens, "kv_heads", None)
-        decay = () if log_decay is None else {1: ("heads",), 3: heads[:3], 4: heads}[log_decay.ndim]
-        state = ("batch", "heads", None, None)
-        options = dict(normalize=c.normalize, chunk_size=c.chunk_size)
+        return scan_on_mesh(
+            q,
+            k,
+            v,
+            log_decay,
+            info.segment_ids,
+            None if cache is None else cache.state,
+            normalize=c.normalize,
+            chunk_size=c.chunk_size,
+        )
 
-        def scan(q, k, v, log_decay, segment_ids, state=None):
-            kept = dict(
-                initial_state=state,
-                return_final_state=state is not None,
-                segment_ids=segment_ids,
+    @nn.nowrap
+    def init_cache(self, batch: int, length: int) -> ScanCache:
+        """An empty cache; its size does not depend on `length`."""
+        c = self.config
+        # The state of a normalized scan has one more value column, the sum of the weights.
+        value_columns = c.value_dim + int(c.normalize)
+        state = jnp.zeros((batch, c.num_heads, c.key_dim, value_columns), jnp.float32)
+        channels = c.num_heads * c.key_dim + c.kv_heads * (c.key_dim + c.value_dim)
+        tail_length = max(c.conv_width - 1, 0)
+        return ScanCache(state, jnp.zeros((batch, tail_length, channels), self.dtype))
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        c = self.config
+        q_channels = c.num_heads * c.key_dim
+        o_channels = c.num_heads * c.value_dim
+        kv_channels = c.kv_heads * (c.key_dim + c.value_dim)
+        gate_channels = 0 if c.output_gate == "none" else o_channels
+        projections = 2 * width * (q_channels + kv_channels + o_channels + gate_channels)
+        # The recurrence itself: k^T v and q S, 2 K V each per head. Chunkwise forms do more; that
+        # is their overhead.
+        return projections + 4 * q_channels * c.value_dim
+
+
+def scan_on_mesh(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
+    log_decay: Float[Array, "..."] | None,
+    segment_ids: Array | None,
+    state: Float[Array, "B H K _"] | None,
+    **options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K _"] | None]:
+    """`linear_scan`; on a mesh every device scans its own rows, heads and tokens.
+
+    Args:
+      q, k, v, log_decay, segment_ids: as `kernels_pallas.linear_scan`.
+      state: before the first token; None for zeros.
+      options: static arguments of the scan.
+
+    Returns:
+      The output, and the state after the last token if one was given.
+    """
+    # Along a mesh axis of tokens the states are sent on, not the tokens.
+    cuts_tokens = is_cut("length", q.shape[1])
+
+    def scan(
+        q,
+        k,
+        v,
+        log_decay,
+        segment_ids,
+        state=None,
+    ):
+        inputs = {
+            "initial_state": state,
+            "return_final_state": state is not None,
+            "segment_ids": segment_ids,
+        }
+        if cuts_tokens:
+            # The states go on from device to device.
+            axis = mesh_axis("length")
+            return linear_scan_sharded(
+                q,
+                k,
+                v,
+                log_decay,
+                axis_name=axis,
+                **inputs,
                 **options,
             )
-            if is_part:  # the states go on from device to device
-                return linear_scan_sharded(
-                    q, k, v, log_decay, axis_name=mesh_axis("length"), **kept
-                )
-            return linear_scan(q, k, v, log_decay, **kept)
-
-        # Every device scans its own rows, heads and tokens.
-        is_part = is_cut("length", q.shape[1])
-        inputs, axes = (
-            (q, k, v, log_decay, info.segment_ids),
-            (heads, kv_heads, kv_heads, decay, tokens),
+        return linear_scan(
+            q,
+            k,
+            v,
+            log_decay,
+            **inputs,
+            **options,
         )
-        if cache is None:
-            return per_shard(scan, axes, heads)(*inputs), None
-        return per_shard(scan, (*axes, state), [heads, state])(*inputs, cache.state)
+
+    tokens = ("batch", "length")
+    heads = (*tokens, "heads", None)
+    kv_heads = (*tokens, "kv_heads", None)
+    state_axes = ("batch", "heads", None, None)
+    # By rank: none, [H], [B, T, H], [B, T, H, K].
+    decay_axes = {
+        0: (),
+        1: ("heads",),
+        3: (*tokens, "heads"),
+        4: heads,
+    }
+    rank = 0 if log_decay is None else log_decay.ndim
+    in_axes = (heads, kv_heads, kv_heads, decay_axes[rank], tokens)
+    arrays = (q, k, v, log_decay, segment_ids)
+    if state is None:
+        return per_shard(scan, in_axes, heads)(*arrays), None
+    return per_shard(scan, (*in_axes, state_axes), [heads, state_axes])(*arrays, state)
 
 
-def init_cache(
-    config: GatedLinearAttentionConfig, batch: int, length: int, dtype: jnp.dtype
-) -> ScanCache:
-    """An empty cache; its size does not depend on `length`."""
-    c = config
-    state = (batch, c.num_heads, c.key_dim, c.value_dim + int(c.normalize))
-    channels = c.num_heads * c.key_dim + c.num_kv_heads * (c.key_dim + c.value_dim)
-    return ScanCache(
-        jnp.zeros(state, jnp.float32), jnp.zeros((batch, max(c.conv_width - 1, 0), channels), dtype)
+def _step_size_bias(
+    key: Array,
+    shape: tuple[int, ...],
+    dtype,
+) -> Array:
+    """b with softplus(b) log-uniform between the least and the largest step size."""
+    log_dt = jax.random.uniform(
+        key,
+        shape,
+        dtype,
+        np.log(MIN_STEP_SIZE),
+        np.log(MAX_STEP_SIZE),
     )
-
-
-def _inverse_softplus_of_log_uniform(key: Array, shape, dtype) -> Array:
-    """b with softplus(b) log-uniform in [1e-3, 1e-1]: Mamba-2's step sizes at the start."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, np.log(1e-3), np.log(1e-1)))
+    dt = jnp.exp(log_dt)
+    # The inverse of softplus.
     return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def _log_decay_rate(
+    key: Array,
+    shape: tuple[int, ...],
+    dtype,
+) -> Array:
+    """The log of a decay rate, uniform between 1 and the largest."""
+    return jnp.log(1 + (MAX_DECAY_RATE - 1) * jax.random.uniform(key, shape, dtype))

@@ -7,6 +7,8 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedMLPConfig
+from gatedjax.layers.base import FeedForward
+from gatedjax.layers.gate_values import record
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
 
@@ -14,37 +16,57 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
 def gated_product(
-    gate: Float[Array, "..."], up: Float[Array, "..."], activation: str
+    gate_logits: Float[Array, "..."],
+    up: Float[Array, "..."],
+    activation: str,
 ) -> Float[Array, "..."]:
-    """`activation(gate) * up`, in float32; returned in up's dtype."""
-    return (ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(
-        up.dtype
-    )
+    """`activation(gate_logits) * up`, in float32; returned in up's dtype."""
+    gates = ACTIVATIONS[activation](gate_logits.astype(jnp.float32))
+    return (gates * up.astype(jnp.float32)).astype(up.dtype)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(FeedForward):
     """`(activation(x W_gate) * (x W_up)) W_down`."""
 
     config: GatedMLPConfig
-    std: float
-    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
+    def with_statistics(
         self,
         x: Float[Array, "B T M"],
         info: TokenInfo | None = None,
-        router_logits: Array | None = None,
-    ):
-        """Returns y, no statistics (a sparse feed-forward has some), and the router logits as they came."""
-        hidden = {"mlp": self.config.hidden}
-        gate = Projection({"embed": x.shape[-1]}, hidden, self.std, self.dtype, name="gate")(x)
-        up = Projection({"embed": x.shape[-1]}, hidden, self.std, self.dtype, name="up")(x)
-        h = nn.with_logical_constraint(
-            gated_product(gate, up, self.config.activation), ("batch", "length", "mlp")
-        )
-        return (
-            Projection(hidden, {"embed": x.shape[-1]}, self.std, self.dtype, name="down")(h),
-            {},
-            router_logits,
-        )
+        router_logits: Float[Array, "B T E"] | None = None,
+    ) -> tuple[Array, dict[str, Array], Array | None]:
+        c = self.config
+        width = {"embed": x.shape[-1]}
+        hidden = {"mlp": c.hidden}
+        # Two projections, not one cut in half: each is cut over devices along its own columns.
+        gate_logits = Projection(
+            width,
+            hidden,
+            self.init_std,
+            self.dtype,
+            name="gate",
+        )(x)
+        up = Projection(
+            width,
+            hidden,
+            self.init_std,
+            self.dtype,
+            name="up",
+        )(x)
+        record(self, "gates", ACTIVATIONS[c.activation](gate_logits.astype(jnp.float32)))
+        h = gated_product(gate_logits, up, c.activation)
+        h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
+        y = Projection(
+            hidden,
+            width,
+            self.init_std,
+            self.dtype,
+            name="down",
+        )(h)
+        return y, {}, router_logits
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        return 6 * width * self.config.hidden

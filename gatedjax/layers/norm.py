@@ -1,19 +1,33 @@
-"""RMSNorm, plain and zero-centered."""
+"""RMSNorm, plain and zero-centered; vectors of length 1."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from gatedjax.layers.projection import parameter
+from gatedjax.layers.parameters import parameter
 
 
 def rms_norm(
-    x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"],
+    eps: float,
 ) -> Float[Array, "... D"]:
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32; returns x's dtype (arXiv 1910.07467)."""
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32.
+
+    Returns x's dtype (arXiv 1910.07467).
+    """
     x32 = x.astype(jnp.float32)
-    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale).astype(x.dtype)
+    # Not centered: RMSNorm leaves the mean alone.
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+
+
+def unit_length(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """`x / |x|` over the last axis, in float32; returns x's dtype."""
+    x32 = x.astype(jnp.float32)
+    square = jnp.sum(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * lax.rsqrt(square + eps)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -26,5 +40,12 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
-        w = parameter(self, "scale", [self.axis_name], [x.shape[-1]], init)
-        return rms_norm(x, 1.0 + w if self.zero_centered else w, self.eps)
+        w = parameter(
+            self,
+            "scale",
+            axes=[self.axis_name],
+            shape=[x.shape[-1]],
+            init=init,
+        )
+        scale = 1.0 + w if self.zero_centered else w
+        return rms_norm(x, scale, self.eps)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), on all or the first channels of a head, and YaRN."""
+"""Rotary position embedding (arXiv 2104.09864), on the first channels of a head, and YaRN."""
 
 import math
 
@@ -7,52 +7,101 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+# YaRN's bounds: pairs that make more full rotations than this over the original length are kept,
+# those that make fewer than one are slowed.
+FAST_ROTATIONS = 32.0
+SLOW_ROTATIONS = 1.0
+
 
 def inverse_frequencies(
-    rotary_dim: int, base: float, yarn_factor: float = 1.0, yarn_original_length: int = 4096
-):
-    """Radians per position for each of the rotary_dim / 2 pairs: base^(-2i / rotary_dim), float32.
+    rotary_dim: int,
+    base: float,
+    yarn_factor: float = 1.0,
+    yarn_original_length: int = 4096,
+) -> Float[np.ndarray, " J"]:
+    """Radians per position for each pair of rotated channels: base^(-2i / rotary_dim), float32.
 
-    With `yarn_factor` s > 1 (YaRN, arXiv 2309.00071, section 3.2): pairs that turn fewer than once over the original
-    length are slowed s times, those that turn more than 32 times are kept, those between are blended linearly.
+    Args:
+      rotary_dim: the number of channels that rotate.
+      base: the base of the frequencies.
+      yarn_factor: s of YaRN (arXiv 2309.00071, section 3.2). Above 1, pairs that rotate fewer than
+        once over the original length are slowed s times, those that rotate more than 32 times are
+        kept, those between are blended linearly.
+      yarn_original_length: the length that the model was trained with, before its extension.
+
+    Returns:
+      rotary_dim / 2 frequencies.
     """
     pairs = np.arange(rotary_dim // 2)
     frequencies = base ** (-2.0 * pairs / rotary_dim)
     if yarn_factor > 1.0:
-        fast, slow = (
-            _pair_that_turns(n, rotary_dim, base, yarn_original_length) for n in (32.0, 1.0)
+        fast = _pair_with_rotations(
+            FAST_ROTATIONS,
+            rotary_dim,
+            base,
+            yarn_original_length,
         )
-        low, high = max(math.floor(fast), 0), min(math.ceil(slow), rotary_dim - 1)
+        slow = _pair_with_rotations(
+            SLOW_ROTATIONS,
+            rotary_dim,
+            base,
+            yarn_original_length,
+        )
+        low = max(math.floor(fast), 0)
+        high = min(math.ceil(slow), rotary_dim - 1)
+        # 1 up to pair `low`, 0 from pair `high` on, a straight line between.
         kept = 1.0 - np.clip((pairs - low) / max(high - low, 1e-3), 0.0, 1.0)
         frequencies = frequencies * kept + frequencies / yarn_factor * (1.0 - kept)
     return frequencies.astype(np.float32)
 
 
 def yarn_magnitude(yarn_factor: float) -> float:
-    """What YaRN multiplies rotated queries and keys with: 0.1 ln(s) + 1 (its equation 22); 1 without extension."""
+    """What YaRN multiplies rotated queries and keys with: 0.1 ln(s) + 1 (its equation 22).
+
+    1 without extension.
+    """
     return 0.1 * math.log(yarn_factor) + 1.0
 
 
 def apply_rope(
     x: Float[Array, "B T H D"],
     positions: Int[Array, "B T"],
-    frequencies: Float[np.ndarray, " R"],
+    frequencies: Float[np.ndarray, " J"],
     magnitude: float = 1.0,
 ) -> Float[Array, "B T H D"]:
-    """Rotates the first 2R channels of each head by position x frequency, in float32; the others pass unchanged.
+    """Rotates the first channels of each head by position x frequency, in float32.
 
-    Channel i is paired with i + R (the rotate-half layout of Llama and Qwen checkpoints).
+    The others pass unchanged.
+
+    Args:
+      x: queries or keys.
+      positions: of the tokens, within their documents.
+      frequencies: J of them, for 2 J channels. Channel i is paired with i + J (the rotate-half
+        layout of Llama and Qwen checkpoints).
+      magnitude: what rotated channels are multiplied by.
+
+    Returns:
+      x, rotated, in its dtype.
     """
     half = len(frequencies)
+    # One angle for every token and pair, the same in all heads.
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
-    left, right = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(
-        x.dtype
-    )
-    return jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
+    cos = jnp.cos(angle) * magnitude
+    sin = jnp.sin(angle) * magnitude
+    # The two halves of the rotated channels are the coordinates of the pairs.
+    left = x[..., :half].astype(jnp.float32)
+    right = x[..., half : 2 * half].astype(jnp.float32)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    unrotated = x[..., 2 * half :]
+    return jnp.concatenate([rotated.astype(x.dtype), unrotated], axis=-1)
 
 
-def _pair_that_turns(turns: float, rotary_dim: int, base: float, length: int) -> float:
-    """The (fractional) pair index that makes this many full turns over `length` positions."""
-    return rotary_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+def _pair_with_rotations(
+    rotations: float,
+    rotary_dim: int,
+    base: float,
+    length: int,
+) -> float:
+    """The (fractional) index of the pair that makes so many rotations over `length` positions."""
+    wavelength = length / (rotations * 2 * math.pi)
+    return rotary_dim * math.log(wavelength) / (2 * math.log(base))

@@ -3,87 +3,132 @@
 import math
 import shutil
 import sys
-from collections.abc import Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-Scalars = Mapping[
-    str, Any
-]  # name -> a Python, NumPy or JAX number (or array), or None for "not known"
+# name -> a Python, NumPy or JAX number (or array), or None for "not known"
+Scalars = Mapping[str, Any]
+
 _CLEAR_LINE = "\r\x1b[K"
+_PREFIXES = ("", "k", "M", "G", "T", "P")
+
+MINUTE = 60
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
 
 
-def say(text: str, out: TextIO | None = None) -> None:
+@runtime_checkable
+class Stream(Protocol):
+    """What lines are written to, such as `sys.stdout`."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool: ...
+
+
+def say(text: str, out: Stream | None = None) -> None:
     """Prints a line on process 0, over the live progress line if there is one."""
+    if jax.process_index() != 0:
+        return
     out = out or sys.stdout
-    if jax.process_index() == 0:
-        print((_CLEAR_LINE if out.isatty() else "") + text, file=out, flush=True)
+    clear = _CLEAR_LINE if out.isatty() else ""
+    print(clear + text, file=out, flush=True)
 
 
 class Console:
-    """Progress. On a terminal, training redraws one live line; elsewhere, and for other splits,
-    each write adds one.
+    """Progress: the writer of `writers.py` that a person reads.
+
+    On a terminal, training redraws one live line; elsewhere, and for other splits, each write adds
+    a line.
     """
 
-    def __init__(self, total_steps: int, out: TextIO | None = None):
-        self._total, self._out = total_steps, out or sys.stdout
-        self._live = False
+    def __init__(self, total_steps: int, out: Stream | None = None):
+        self._total_steps = total_steps
+        self._out = out or sys.stdout
+        self._has_live_line = False
 
     def write(self, step: int, scalars: Scalars, split: str = "train") -> None:
-        line = format_step(step, self._total, scalars, split)
+        line = format_step(step, self._total_steps, scalars, split)
         if not self._out.isatty() or split != "train":
             say(line, self._out)
-            self._live = False
+            self._has_live_line = False
             return
-        width = (
-            shutil.get_terminal_size().columns - 1
-        )  # a longer line would wrap, and \r not reach its start
+        # A line of the full width would wrap, and "\r" not reach its start.
+        width = shutil.get_terminal_size().columns - 1
         self._out.write(_CLEAR_LINE + line[:width])
         self._out.flush()
-        self._live = True
+        self._has_live_line = True
 
     def close(self) -> None:
-        if self._live:
+        if self._has_live_line:
             self._out.write("\n")
             self._out.flush()
 
 
-def format_step(step: int, total_steps: int, scalars: Scalars, split: str = "train") -> str:
-    """A line such as "step  120/600  loss 2.134  bpb 3.080  41.2k tok/s  mfu 12.3%  eta 2m10s  grad 0.71".
+def format_step(
+    step: int,
+    total_steps: int,
+    scalars: Scalars,
+    split: str = "train",
+) -> str:
+    """A line such as "step  120/600  loss 2.134  bpb 3.080  41.2k tok/s  mfu 12.3%  eta 2m10s".
 
     Scalars that are absent or None are left out. Without an MFU, the model's FLOP/s; skipped steps
     only if there are.
+
+    Args:
+      step: the optimizer step.
+      total_steps: the last step of the run.
+      scalars: what is known of the step.
+      split: "train", or another split, which is then named.
+
+    Returns:
+      The line, without a line break.
     """
-    has = {name: x for name, x in scalars.items() if x is not None}
-    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
-    parts += [] if split == "train" else [split]
-    shown = {
-        "loss": lambda x: f"loss {x:.3f}",
-        "bits_per_byte": lambda x: f"bpb {x:.3f}",
-        "tokens_per_s": lambda x: f"{format_si(x)} tok/s",
-        "mfu": lambda x: f"mfu {100 * x:.1f}%",
-        "flops_per_s": lambda x: "" if "mfu" in has else f"{format_si(x, ' ')}FLOP/s",
-        "eta_s": lambda x: f"eta {format_duration(x)}",
-        "grad_norm": lambda x: f"grad {x:.2f}",
-        "skipped_steps": lambda x: f"skipped {x:.0f}" if x else "",
-    }
-    parts += [show(has[name]) for name, show in shown.items() if name in has]
-    return "  ".join(p for p in parts if p)
+    known = {name: value for name, value in scalars.items() if value is not None}
+    if "mfu" in known:
+        known.pop("flops_per_s", None)
+    if not known.get("skipped_steps"):
+        known.pop("skipped_steps", None)
+    width = len(str(total_steps))
+    parts = [f"step {step:>{width}}/{total_steps}"]
+    if split != "train":
+        parts.append(split)
+    for name, write in _WRITE_SCALAR.items():
+        if name in known:
+            parts.append(write(known[name]))
+    return "  ".join(parts)
+
+
+# The scalars that the console knows, in the order of the line.
+_WRITE_SCALAR: dict[str, Callable[[float], str]] = {
+    "loss": lambda x: f"loss {x:.3f}",
+    "bits_per_byte": lambda x: f"bpb {x:.3f}",
+    "tokens_per_s": lambda x: f"{format_si(x)} tok/s",
+    "mfu": lambda x: f"mfu {100 * x:.1f}%",
+    "flops_per_s": lambda x: f"{format_si(x, ' ')}FLOP/s",
+    "eta_s": lambda x: f"eta {format_duration(x)}",
+    "grad_norm": lambda x: f"grad {x:.2f}",
+    "skipped_steps": lambda x: f"skipped {x:.0f}",
+}
 
 
 def format_si(x: float, space: str = "") -> str:
-    """Three significant digits and a prefix: 41234 -> "41.2k"; with space " ", 1.2e11 -> "120
-    G".
-    """
+    """Three digits and a prefix: 41234 -> "41.2k"; with space " ", 1.2e11 -> "120 G"."""
     if not math.isfinite(x):
         return f"{x}{space}"
+    # Rounded to three digits first: 999.9 becomes 1.00e+03, which is 1.00k.
     mantissa, exponent = f"{x:.2e}".split("e")
-    power = min(max(int(exponent) // 3, 0), 5)
-    tens = int(exponent) - 3 * power
-    return (
-        f"{float(mantissa) * 10.0**tens:.{min(max(2 - tens, 0), 2)}f}{space}{['', *'kMGTP'][power]}"
-    )
+    power = int(exponent) // 3
+    power = min(max(power, 0), len(_PREFIXES) - 1)
+    digits_before_point = int(exponent) - 3 * power
+    scaled = float(mantissa) * 10.0**digits_before_point
+    decimals = min(max(2 - digits_before_point, 0), 2)
+    return f"{scaled:.{decimals}f}{space}{_PREFIXES[power]}"
 
 
 def format_duration(seconds: float) -> str:
@@ -91,10 +136,10 @@ def format_duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
     s = round(max(seconds, 0.0))
-    if s < 60:
+    if s < MINUTE:
         return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02}s"
-    if s < 86400:
-        return f"{s // 3600}h{s % 3600 // 60:02}m"
-    return f"{s // 86400}d{s % 86400 // 3600:02}h"
+    if s < HOUR:
+        return f"{s // MINUTE}m{s % MINUTE:02}s"
+    if s < DAY:
+        return f"{s // HOUR}h{s % HOUR // MINUTE:02}m"
+    return f"{s // DAY}d{s % DAY // HOUR:02}h"

@@ -4,103 +4,91 @@ python -c "from gatedjax.reporting.curves import plot_run; plot_run('runs/tiny',
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from gatedjax.errors import InputError
-from gatedjax.reporting.figure import moving_mean, new_figure
+from gatedjax.reporting.figure import moving_mean, new_figure, save
 from gatedjax.reporting.writers import METRICS_FILE, read_records
 
-Curve = tuple[np.ndarray, np.ndarray]  # steps, bits per byte
+# Steps and bits per byte.
+Curve = tuple[Float64[np.ndarray, "N"], Float64[np.ndarray, "N"]]
 
-_TRAIN, _VALIDATION, _REFERENCE = (
-    "#4477aa",
-    "#cc3311",
-    "#555555",
-)  # told apart by readers with any color vision
+# Told apart by readers with any color vision.
+_TRAIN_COLOR = "#4477aa"
+_VALIDATION_COLOR = "#cc3311"
+_REFERENCE_COLOR = "#555555"
+
+# Of the vertical axis: the interesting part is far below where training starts.
+_TICKS = [0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12]
+
+# Shorter curves are drawn as they are, longer ones as a moving mean over the records.
+_SMOOTHED_FROM = 100
 
 
 def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None = None) -> Path:
-    """Writes `curves.png` into the run directory: training and validation loss in bits per byte, by
-    step.
+    """Writes `curves.png` into the run directory: loss in bits per byte by step.
 
     Args:
       run_dir: a run's directory, with its metrics file.
       references: name -> bits per byte of horizontal lines, such as what gzip -9 makes of the
         validation text.
 
+    Returns:
+      The picture's path.
+
     Raises:
       InputError: no metrics, none of them a loss in bits per byte, no right to write, or matplotlib
         is not installed.
     """
-    path = Path(run_dir) / METRICS_FILE
-    records = read_records(path)
+    run_dir = Path(run_dir)
+    metrics_file = run_dir / METRICS_FILE
+    records = read_records(metrics_file)
     curves = {split: loss_curve(records, split) for split in ("train", "validation")}
     if not any(len(steps) for steps, _ in curves.values()):
-        raise InputError(f"{path}: holds no bits_per_byte to draw")
-    picture = Path(run_dir) / "curves.png"
-    try:
-        draw(curves, references or {}, Path(run_dir).resolve().name).savefig(picture)
-    except OSError as e:
-        raise InputError(f"could not write {picture}: {e.strerror}") from e
+        raise InputError(f"{metrics_file}: holds no bits_per_byte to draw")
+    picture = run_dir / "curves.png"
+    figure = draw(curves, references or {}, title=run_dir.resolve().name)
+    save(figure, picture)
     return picture
 
 
-def loss_curve(records: list[dict[str, Any]], split: str) -> Curve:
+def loss_curve(records: Sequence[Mapping[str, Any]], split: str) -> Curve:
     """Steps and bits per byte of one split; records without a finite value are left out."""
-    points = [
-        (r["step"], r["bits_per_byte"])
-        for r in records
-        if r.get("split") == split and r.get("bits_per_byte")
-    ]
-    steps, bits = np.array(points, np.float64).reshape(-1, 2).T
-    return steps, bits
+    steps = []
+    bits = []
+    for record in records:
+        # A value that was not finite is null in the file.
+        if record.get("split") == split and record.get("bits_per_byte"):
+            steps.append(record["step"])
+            bits.append(record["bits_per_byte"])
+    return np.array(steps, np.float64), np.array(bits, np.float64)
 
 
 def draw(curves: Mapping[str, Curve], references: Mapping[str, float], title: str) -> Any:
     """The matplotlib figure."""
     figure, axes = new_figure((8, 4.5))
-    _draw_training(axes, *curves["train"])
+    steps, bits = curves["train"]
+    if len(steps):
+        _draw_training(axes, steps, bits)
     steps, bits = curves["validation"]
     if len(steps):
-        axes.plot(
-            steps,
-            bits,
-            "o-",
-            color=_VALIDATION,
-            ms=4,
-            lw=1.4,
-            label=f"validation (last {bits[-1]:.3f})",
-        )
+        _draw_validation(axes, steps, bits)
     for name, value in references.items():
-        axes.axhline(value, color=_REFERENCE, ls="--", lw=1, zorder=1)
-        # In the margin, where no curve goes.
-        place = {
-            "xy": (1, value),
-            "xycoords": axes.get_yaxis_transform(),
-            "textcoords": "offset points",
-        }
-        axes.annotate(
-            f"{name}: {value:.2f}",
-            xytext=(4, 0),
-            va="center",
-            color=_REFERENCE,
-            fontsize=9,
-            **place,
-        )
-    axes.set(
-        xlabel="optimizer step", ylabel="loss (bits per byte, log scale)", title=title, yscale="log"
-    )
+        _draw_reference(axes, name, value)
+    axes.set_title(title)
+    axes.set_xlabel("optimizer step")
     axes.set_xlim(left=0)
-    ticks = [0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12]
-    axes.set_yticks(
-        ticks, [f"{t:g}" for t in ticks]
-    )  # the interesting part is far below where training starts
+    axes.set_ylabel("loss (bits per byte, log scale)")
+    axes.set_yscale("log")
+    axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axes.set_yticks([], minor=True)
-    axes.set_ylim(*_limits(curves, references))
+    bottom, top = _limits(curves, references)
+    axes.set_ylim(bottom, top)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -108,20 +96,75 @@ def draw(curves: Mapping[str, Curve], references: Mapping[str, float], title: st
 
 
 def _limits(curves: Mapping[str, Curve], references: Mapping[str, float]) -> tuple[float, float]:
-    shown = np.concatenate([bits for _, bits in curves.values()] + [list(references.values())])
-    return shown.min() / 1.08, shown.max() * 1.08
+    """Of the vertical axis: all that is shown, and a margin of 8 %."""
+    shown = [bits for _, bits in curves.values()]
+    shown.append(np.array(list(references.values()), np.float64))
+    values = np.concatenate(shown)
+    return values.min() / 1.08, values.max() * 1.08
 
 
-def _draw_training(axes: Any, steps: np.ndarray, bits: np.ndarray) -> None:
-    if not len(steps):
+def _draw_training(
+    axes: Any, steps: Float64[np.ndarray, "N"], bits: Float64[np.ndarray, "N"]
+) -> None:
+    if len(steps) < _SMOOTHED_FROM:
+        axes.plot(
+            steps,
+            bits,
+            color=_TRAIN_COLOR,
+            lw=1.4,
+            label="training",
+        )
         return
-    if len(steps) < 100:
-        axes.plot(steps, bits, color=_TRAIN, lw=1.4, label="training")
-        return
-    window = len(steps) // 50 // 2 * 2 + 1
-    half = window // 2
+    # About a fiftieth of the records, an odd number of them.
+    half = len(steps) // 100
+    window = 2 * half + 1
     means = moving_mean(bits, window)
-    axes.plot(steps, bits, color=_TRAIN, lw=0.6, alpha=0.35)
     axes.plot(
-        steps[half:-half], means, color=_TRAIN, lw=1.4, label=f"training (mean of {window} records)"
+        steps,
+        bits,
+        color=_TRAIN_COLOR,
+        lw=0.6,
+        alpha=0.35,
+    )
+    axes.plot(
+        steps[half:-half],
+        means,
+        color=_TRAIN_COLOR,
+        lw=1.4,
+        label=f"training (mean of {window} records)",
+    )
+
+
+def _draw_validation(
+    axes: Any, steps: Float64[np.ndarray, "N"], bits: Float64[np.ndarray, "N"]
+) -> None:
+    axes.plot(
+        steps,
+        bits,
+        "o-",
+        color=_VALIDATION_COLOR,
+        ms=4,
+        lw=1.4,
+        label=f"validation (last {bits[-1]:.3f})",
+    )
+
+
+def _draw_reference(axes: Any, name: str, value: float) -> None:
+    axes.axhline(
+        value,
+        color=_REFERENCE_COLOR,
+        ls="--",
+        lw=1,
+        zorder=1,
+    )
+    # The label is in the right margin, where no curve goes.
+    axes.annotate(
+        f"{name}: {value:.2f}",
+        xy=(1, value),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=_REFERENCE_COLOR,
+        fontsize=9,
     )

@@ -1,21 +1,25 @@
-"""What pictures of a run share."""
+"""What all pictures need: a matplotlib figure without a display, and a moving mean."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from gatedjax.errors import InputError
 
 
-def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Means over all whole windows (an odd number of values): the first belongs to place window //
-    2.
+def moving_mean(values: Float[np.ndarray, "N"], window: int) -> Float[np.ndarray, "means"]:
+    """Means over all whole windows of an odd number of values.
+
+    The first mean belongs to the value at `window // 2`.
     """
-    return np.convolve(values, np.full(window, 1.0 / window), mode="valid")
+    weights = np.full(window, 1.0 / window)
+    return np.convolve(values, weights, mode="valid")
 
 
-def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
-    """An empty matplotlib figure with one pair of axes.
+def empty_figure(inches: tuple[float, float], dpi: int = 150) -> Any:
+    """A matplotlib figure without axes.
 
     Raises:
       InputError: matplotlib is not installed.
@@ -25,8 +29,29 @@ def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise InputError("pictures need matplotlib: pip install gatedjax[plots]") from e
-    figure = Figure(
-        figsize=inches, dpi=150, layout="constrained"
-    )  # no pyplot: no global state, no display
+    # No pyplot: no global state, no display.
+    figure = Figure(figsize=inches, dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
+    """An empty matplotlib figure with one pair of axes.
+
+    Raises:
+      InputError: matplotlib is not installed.
+    """
+    figure = empty_figure(inches)
     return figure, figure.add_subplot()
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure.
+
+    Raises:
+      InputError: no right to write, or no place.
+    """
+    try:
+        figure.savefig(path)
+    except OSError as e:
+        raise InputError(f"could not write {path}: {e.strerror}") from e

@@ -1,12 +1,17 @@
-"""What the loop reports of each step, and when it gives up: between `train_step`'s metrics and the
-writers.
+"""What the training loop reports of each step, and when it gives up.
+
+It is between `train_step`'s metrics and the writers.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import jax
+from jax import Array
+
+from gatedjax.aot.targets import peak_flops
 from gatedjax.errors import TrainingError
 from gatedjax.evaluation.probes import Probes
 from gatedjax.evaluation.validation import Evaluation, tokens_per_byte
@@ -16,67 +21,88 @@ from gatedjax.reporting.throughput import Throughput
 from gatedjax.reporting.writers import Writers
 from gatedjax.runtime import cli
 from gatedjax.runtime.watchdog import Watchdog
-from gatedjax.training.flops import peak_flops, train_flops_per_token
+from gatedjax.training.flops import train_flops_per_token
 from gatedjax.training.optim import make_schedule
 from gatedjax.training.run import Run
 from kernels_pallas import dispatch
 
+Metrics = Mapping[str, Array]  # of a train step, on the device
+
 
 class StepLog:
-    """Turns device metrics into records: adds the learning rate, bits per byte, speed and what the
-    run waited for.
+    """Turns device metrics into records.
 
-    One per run of the loop, which it tells the watchdog about.
+    Adds the learning rate, bits per byte, speed and what the run waited for. One per run of the
+    loop, which it tells the watchdog about.
     """
 
     def __init__(self, run: Run, writers: Writers, watchdog: Watchdog):
-        c = run.config
-        self._config, self._writers = c, writers
-        self._schedule = make_schedule(c.optim, c.train.steps)
-        self._bits = tokens_per_byte(c.data) / math.log(2)
-        tokens = c.train.batch_size * c.data.seq_len
-        flops = train_flops_per_token(c.model, c.data.seq_len)
-        self._throughput = Throughput(tokens, flops, peak_flops(), c.train.steps)
-        self._previous: dict | None = None
-        self._watchdog, self._looked_at = watchdog, 0
-        self._steps, self._data_wait, self._saving = 0, 0.0, 0.0  # since the last record
+        config = run.config
+        self._max_skips = config.optim.max_skips
+        self._writers = writers
+        self._watchdog = watchdog
+        self._schedule = make_schedule(config.optim, config.train.steps)
+        device_peak = peak_flops(jax.devices()[0].device_kind)
+        peak = None if device_peak is None else device_peak * jax.device_count()
+        # From nats per token to bits per byte.
+        self._bits_per_nat = tokens_per_byte(config.data) / math.log(2)
+        self._throughput = Throughput(
+            tokens_per_step=config.train.batch_size * config.data.seq_len,
+            flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
+            peak_flops=peak,
+            total_steps=config.train.steps,
+        )
+        self._previous: Metrics | None = None
+        self._last_examined = 0  # step
+        # Since the last record: steps, and seconds that they waited.
+        self._steps = 0
+        self._data_wait = 0.0
+        self._saving = 0.0
 
-    def train(self, step: int, metrics: dict, write: bool) -> None:
+    def train(self, step: int, metrics: Metrics, write: bool) -> None:
         """After each step; writes a record if `write`.
 
         Raises:
           TrainingError: more than `max_skips` steps in a row were skipped.
         """
         self._steps += 1
+        is_first = self._previous is None
         if self._previous is None:
             for op, implementation, reason in dispatch.choices():
                 say(f"{op}: {implementation} ({reason})")
         else:
-            # Looking at the step before the one just dispatched never makes the device wait.
-            self._look_at(step - 1, self._previous)
-        first, self._previous = self._previous is None, metrics
+            # The step before the one just dispatched: its numbers never make the device wait.
+            self._examine(step - 1, self._previous)
+        self._previous = metrics
         if write:
-            self._look_at(step, metrics)
-            skipped = int(metrics["skipped_steps"])
-            loss = float(metrics["loss"])
-            derived = {
-                "bits_per_byte": loss * self._bits,
-                "lr": float(self._schedule(step - 1 - skipped)),
-            }
-            if first:
-                derived["first_step_s"] = time.monotonic() - cli.STARTED
-                say(f"first step done {derived['first_step_s']:.1f} s after the start")
-            self._writers.write(
-                step, metrics | derived | self._waits() | self._throughput.read(step)
-            )
+            self._examine(step, metrics)
+            self._write(step, metrics, is_first)
+
+    def _write(self, step: int, metrics: Metrics, is_first: bool) -> None:
+        # A skipped step does not count for the schedule.
+        schedule_step = step - 1 - int(metrics["skipped_steps"])
+        derived = {
+            "bits_per_byte": float(metrics["loss"]) * self._bits_per_nat,
+            "lr": float(self._schedule(schedule_step)),  # pyrefly: ignore  (optax: any number)
+        }
+        if is_first:
+            seconds = time.monotonic() - cli.STARTED
+            derived["first_step_s"] = seconds
+            say(f"first step done {seconds:.1f} s after the start")
+        # The loss has been read: the device is done with this step, and its speed can be.
+        speed = self._throughput.read(step)
+        self._writers.write(step, {**metrics, **derived, **self._waits(), **speed})
 
     def _waits(self) -> dict[str, float | None]:
+        """What the run waited for since the last record; None where it did not."""
         waits = {
             "data_wait_s": self._data_wait / self._steps,
             "checkpoint_s": self._saving or None,
             "stalls": self._watchdog.stalls or None,
         }
-        self._steps, self._data_wait, self._saving = 0, 0.0, 0.0
+        self._steps = 0
+        self._data_wait = 0.0
+        self._saving = 0.0
         return waits
 
     @contextlib.contextmanager
@@ -96,6 +122,11 @@ class StepLog:
             yield
         self._saving += time.perf_counter() - start
 
+    def evaluating(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Around an evaluation: it does not count against tokens per second."""
+        self._watchdog.beat(f"evaluation after step {step}")
+        return self._throughput.paused()
+
     def validation(self, step: int, result: Evaluation) -> None:
         """After an evaluation."""
         record = {
@@ -109,21 +140,20 @@ class StepLog:
         """As pictures in TensorBoard."""
         self._writers.pictures(step, images(probes))
 
-    def evaluating(self, step: int) -> contextlib.AbstractContextManager:
-        """Around an evaluation: it does not count against tokens per second."""
-        self._watchdog.beat(f"evaluation after step {step}")
-        return self._throughput.paused()
-
-    def _look_at(self, step: int, metrics: dict) -> None:
-        """Says of a skipped step that it was, once; gives up after too many in a row."""
-        in_a_row, limit = int(metrics["skipped_in_a_row"]), self._config.optim.max_skips
-        if step == self._looked_at or not in_a_row:
+    def _examine(self, step: int, metrics: Metrics) -> None:
+        """Reports a skipped step, once; gives up after too many in a row."""
+        in_a_row = int(metrics["skipped_in_a_row"])
+        if in_a_row == 0 or step == self._last_examined:
             return
-        self._looked_at = step
-        what = f"loss {float(metrics['loss']):.4g}, gradient norm {float(metrics['grad_norm']):.4g}"
-        say(f"step {step}: skipped, {what} ({int(metrics['skipped_steps'])} skipped in all)")
-        if in_a_row > limit:
+        self._last_examined = step
+        loss = float(metrics["loss"])
+        grad_norm = float(metrics["grad_norm"])
+        numbers = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+        skipped = int(metrics["skipped_steps"])
+        say(f"step {step}: skipped, {numbers} ({skipped} skipped in all)")
+        if in_a_row > self._max_skips:
             raise TrainingError(
-                f"step {step}: {in_a_row} steps in a row were skipped (config.optim.max_skips = {limit}), {what}; "
+                f"step {step}: {in_a_row} steps in a row were skipped "
+                f"(config.optim.max_skips = {self._max_skips}), {numbers}; "
                 "the last checkpoint is intact"
             )

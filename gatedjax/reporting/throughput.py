@@ -3,6 +3,14 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+
+class _Reading(NamedTuple):
+    """A step, and when its numbers were on the host."""
+
+    step: int
+    seconds: float
 
 
 class Throughput:
@@ -11,13 +19,6 @@ class Throughput:
     Read it after the step's numbers have arrived on the host: before, the device may still be
     computing. The first reading only starts the clock, so compilation is not counted; time spent
     `paused` is not part of the speed.
-
-    Args:
-      tokens_per_step: of the whole batch, over all devices.
-      flops_per_token: of the model, forward and backward (`flops.train_flops_per_token`).
-      peak_flops: FLOP/s of all devices together (`flops.peak_flops`), None if not known.
-      total_steps: the last step of the run.
-      clock: seconds.
     """
 
     def __init__(
@@ -28,31 +29,52 @@ class Throughput:
         total_steps: int,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._tokens_per_step, self._flops_per_token = tokens_per_step, flops_per_token
-        self._peak_flops, self._total_steps, self._clock = peak_flops, total_steps, clock
-        self._first: tuple[int, float] | None = None  # step and time of the first reading
-        self._last: tuple[int, float] | None = None
-        self._pauses = 0.0  # since the last reading
+        """Starts without a reading.
+
+        Args:
+          tokens_per_step: of the whole batch, over all devices.
+          flops_per_token: of the model, forward and backward (`flops.train_flops_per_token`).
+          peak_flops: FLOP/s of all devices together (`aot.targets.peak_flops`), None if not known.
+          total_steps: the last step of the run.
+          clock: seconds.
+        """
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._total_steps = total_steps
+        self._clock = clock
+        self._first: _Reading | None = None
+        self._last: _Reading | None = None
+        self._pauses = 0.0  # seconds since the last reading
 
     def read(self, step: int) -> dict[str, float | None]:
-        """tokens_per_s, flops_per_s, mfu since the last reading; eta_s from the mean since the
-        first, with pauses.
+        """tokens_per_s, flops_per_s and mfu since the last reading; eta_s.
+
+        The time left goes by the mean since the first reading, with pauses. Empty at the first
+        reading.
         """
-        now, pauses, last = self._clock(), self._pauses, self._last
-        self._last, self._pauses = (step, now), 0.0
-        if last is None or step <= last[0]:
-            self._first = self._first or (step, now)
+        first = self._first
+        last = self._last
+        pauses = self._pauses
+        now = _Reading(step, self._clock())
+        self._last = now
+        self._pauses = 0.0
+        if first is None:
+            self._first = now
+        if first is None or last is None or step <= last.step:
             return {}
-        seconds = max(now - last[1] - pauses, 1e-9)
-        tokens_per_s = (step - last[0]) * self._tokens_per_step / seconds
+
+        seconds = max(now.seconds - last.seconds - pauses, 1e-9)
+        tokens_per_s = (step - last.step) * self._tokens_per_step / seconds
         flops_per_s = tokens_per_s * self._flops_per_token
         mfu = flops_per_s / self._peak_flops if self._peak_flops else None
-        eta_s = (now - self._first[1]) / (step - self._first[0]) * max(self._total_steps - step, 0)
+        seconds_per_step = (now.seconds - first.seconds) / (step - first.step)
+        steps_left = max(self._total_steps - step, 0)
         return {
             "tokens_per_s": tokens_per_s,
             "flops_per_s": flops_per_s,
             "mfu": mfu,
-            "eta_s": eta_s,
+            "eta_s": seconds_per_step * steps_left,
         }
 
     @contextlib.contextmanager

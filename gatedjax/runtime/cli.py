@@ -1,4 +1,4 @@
-"""How every entry point starts and fails: bad input is one line on stderr and exit code 2."""
+"""How every command starts and fails: bad input is one line on stderr and exit code 2."""
 
 import errno
 import os
@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from gatedjax.aot import libtpu
 from gatedjax.config import nearest_key
@@ -18,8 +19,13 @@ from gatedjax.errors import InputError, TrainingError
 from gatedjax.runtime.host_memory import keep_freed_memory
 
 STARTED = time.monotonic()
-# The coordinator dies with process 0: it leaves last, so that the others can still say what went
-# wrong.
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# The coordinator dies with process 0: it leaves last, so that the others can still print their
+# error.
 _LEAVE_LAST_SECONDS = 2.0
 _PEER_LOST = re.compile(
     r"gloo|nccl|connection (reset|closed)|coordination.?service|heartbeat|socket closed|barrier",
@@ -40,21 +46,27 @@ _USER_ERRNOS = {
 def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
     """`absl.app.run` with one-line errors. A bug still shows its traceback and exits 1.
 
-    takes: how many arguments there may be besides flags; `main` gets them, after the program's
-    name.
+    Args:
+      main: gets the program's name and the arguments that are no flags.
+      takes: how many such arguments there may be.
     """
     keep_freed_memory()
     libtpu.quieten()
     _help_is_of(main.__module__)
-    app.run(
-        lambda argv: _guarded(lambda: main(argv)),
-        flags_parser=lambda argv: _guarded(lambda: _parse(argv, takes)),
-    )
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        return _guarded(lambda: _parse(argv, takes))
+
+    def guarded_main(argv: Sequence[str]) -> None:
+        _guarded(lambda: main(argv))
+
+    app.run(guarded_main, flags_parser=parse)
 
 
 def _help_is_of(module: str) -> None:
-    """`python train.py --help` shows the docstring and the flags of `gatedjax.train`, which is not
-    the main module.
+    """Makes `python train.py --help` show the docstring and the flags of `gatedjax.train`.
+
+    absl shows those of the main module, which imports the command and calls it.
     """
     if module == "__main__":
         return
@@ -63,34 +75,43 @@ def _help_is_of(module: str) -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
-def config_name(flag: flags.FlagHolder) -> str:
+def config_name(flag: flags.FlagHolder[Any]) -> str:
     """The name of the --config file, without folder, ending and argument."""
-    return Path(flags.FLAGS[flag.name].config_filename.split(":")[0]).stem
+    filename = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    without_argument = filename.split(":")[0]
+    return Path(without_argument).stem
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` (your own: what is in there is executed); nothing if it
-    is empty.
+    """Keeps compiled programs in `folder`; nothing if it is empty.
+
+    The folder must be your own: the programs in it are executed.
     """
     if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        path = Path(folder).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def required(flag: flags.FlagHolder[str | None]) -> str:
-    """The flag's value; InputError if it was not given."""
+def required(flag: flags.FlagHolder[Any]) -> Any:
+    """The flag's value.
+
+    Raises:
+      InputError: it was not given.
+    """
     if flag.value is None:
         raise InputError(f"--{flag.name} is required")
     return flag.value
 
 
-def required_config(flag: flags.FlagHolder) -> ConfigDict:
-    """The ConfigDict of a --config flag; InputError if the flag was not given or its file could not
-    be loaded.
+def required_config(flag: flags.FlagHolder[Any]) -> ConfigDict:
+    """The ConfigDict of a --config flag.
+
+    Raises:
+      InputError: the flag was not given, or its file could not be loaded.
     """
     config = required(flag)
-    if not isinstance(
-        config, ConfigDict
-    ):  # ml_collections' stand-in, which raises once it is looked into
+    if not isinstance(config, ConfigDict):
+        # A stand-in of ml_collections, which raises as soon as an attribute is read.
         try:
             config.model  # noqa: B018
         except OSError as e:
@@ -99,40 +120,49 @@ def required_config(flag: flags.FlagHolder) -> ConfigDict:
 
 
 def _unloadable(error: OSError) -> str:
-    """The last line of what ml_collections says; before it stand all the places where it looked."""
+    """The last line of ml_collections' message; the lines before list all the places it tried."""
     return f"--config: {str(error).splitlines()[-1].strip()}"
 
 
-def _guarded(call: Callable):
+def _guarded[T](call: Callable[[], T]) -> T:
+    """The result of `call`; ends the process with one line on what is not a bug of ours."""
     try:
         return call()
     except InputError as e:
-        leave(str(e), 2)
+        leave(str(e), EXIT_BAD_INPUT)
     except TrainingError as e:
-        leave(str(e), 1)
+        leave(str(e), EXIT_FAILED)
     except OSError as e:
         if e.errno not in _USER_ERRNOS:
             raise
-        leave(f"{e.strerror}: {e.filename}" if e.filename else str(e), 2)
-    except (
-        Exception
-    ) as e:  # the loss of a process comes as whatever the call of that moment makes of it
-        if not (_processes() > 1 and _PEER_LOST.search(str(e))):
+        message = f"{e.strerror}: {e.filename}" if e.filename else str(e)
+        leave(message, EXIT_BAD_INPUT)
+    except Exception as e:
+        # The loss of a process surfaces as whatever the current call makes of it.
+        if _processes() == 1 or not _PEER_LOST.search(str(e)):
             raise
-        leave(f"another process of this run was lost ({e}); the last checkpoint is intact", 1)
+        leave(
+            f"another process of this run was lost ({e}); the last checkpoint is intact",
+            EXIT_FAILED,
+        )
     except KeyboardInterrupt:
-        leave("interrupted; the last checkpoint is intact", 130)
+        leave("interrupted; the last checkpoint is intact", EXIT_INTERRUPTED)
 
 
 def _processes() -> int:
-    return jax.process_count() if jax.distributed.is_initialized() else 1
+    # Asking for the count of a run that has not been started would start jax's devices.
+    if not jax.distributed.is_initialized():
+        return 1
+    return jax.process_count()
 
 
-def leave(message: str, code: int) -> None:
+def leave(message: str, code: int) -> NoReturn:
     """Ends this process with one line on stderr, whatever its threads are doing."""
-    where = f"process {jax.process_index()}: " if _processes() > 1 else ""
-    print(f"error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
-    if where and jax.process_index() == 0:
+    several = _processes() > 1
+    where = f"process {jax.process_index()}: " if several else ""
+    one_line = " ".join(message.split())
+    print(f"error: {where}{one_line}", file=sys.stderr, flush=True)
+    if several and jax.process_index() == 0:
         time.sleep(_LEAVE_LAST_SECONDS)
     # Not sys.exit: checkpoint and data threads of a failed start must not keep the process alive.
     sys.stdout.flush()
@@ -140,7 +170,11 @@ def leave(message: str, code: int) -> None:
 
 
 def _parse(argv: Sequence[str], takes: int) -> Sequence[str]:
-    """Flags, with absl's and ml_collections' complaints turned into one line that names the key."""
+    """Parses the flags; returns the program's name and the other arguments.
+
+    Raises:
+      InputError: one line that names the key, in place of absl's and ml_collections' own messages.
+    """
     try:
         args = flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:
@@ -150,19 +184,24 @@ def _parse(argv: Sequence[str], takes: int) -> Sequence[str]:
     except (flags.Error, TypeError, ValueError) as e:
         raise InputError(f"flags: {e}") from None
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = (
-            logging.WARNING
-        )  # absl would take INFO, at which jax tells of every absent backend
+        # absl's default is INFO, at which jax tells of every absent backend.
+        flags.FLAGS.verbosity = logging.WARNING
     if len(args) > 1 + takes:
         raise InputError(f"flags: {args[1 + takes]!r} is not a flag; expected --name=value")
     return args
 
 
 def _unknown_key(argv: Sequence[str], error: Exception) -> str:
-    """ml_collections says little more than "'widht'": find the flag that it came from."""
+    """The message for a key that no configuration has.
+
+    ml_collections says little more than "'widht'": this finds the flag that holds it.
+    """
     name = re.search(r"[A-Za-z_]\w*", str(error))
     for arg in argv:
-        match = re.match(r"--config\.([\w.]+)", arg)
-        if match and name and name[0] in match[1].split("."):
-            return f"config.{match[1]}: unknown key{nearest_key(match[1])}"
+        flag = re.match(r"--config\.([\w.]+)", arg)
+        if name is None or flag is None:
+            continue
+        key = flag[1]
+        if name[0] in key.split("."):
+            return f"config.{key}: unknown key{nearest_key(key)}"
     return f"flags: {error}"

@@ -1,6 +1,4 @@
-"""Host memory of a run on CPU: kept for the next step instead of given back to the system after
-each.
-"""
+"""Host memory of a run on CPU: kept for the next step instead of given back to the system."""
 
 import ctypes
 import os
@@ -10,13 +8,20 @@ from pathlib import Path
 import jax
 
 # Parameters of glibc's mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_M_ARENA_MAX = -8
+
+_SETTINGS = (
+    (_M_ARENA_MAX, 1),  # the main arena alone: the others hold blocks of up to 64 MiB
+    (_M_MMAP_MAX, 0),  # large blocks come from the heap too
+    (_M_TRIM_THRESHOLD, 2**31 - 1),  # freed memory at the heap's end stays
+)
 _GPU_FILES = ("/dev/nvidia0", "/dev/kfd")
 
 
 def keep_freed_memory() -> bool:
     """Lets the allocator keep freed memory, if this process will compute on the CPU under glibc.
-    Returns whether.
 
     XLA on CPU allocates a program's temporary memory anew at every call. glibc maps blocks of that
     size and unmaps them when they are freed, so every step pays a page fault for each 4 KiB it
@@ -25,19 +30,22 @@ def keep_freed_memory() -> bool:
     compiling `configs/tiny.py` leaves it at 2.3 GB instead of 1.4.
 
     Call it before jax starts its threads: a thread keeps the arena of its first allocation.
+
+    Returns:
+      Whether the allocator was told.
     """
     if platform.libc_ver()[0] != "glibc" or not _computes_on_cpu():
         return False
     libc = ctypes.CDLL(None)
-    taken = [
-        libc.mallopt(*s)
-        for s in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
-    ]
-    return all(taken)
+    accepted = [libc.mallopt(parameter, value) for parameter, value in _SETTINGS]
+    return all(accepted)
 
 
 def _computes_on_cpu() -> bool:
     """Whether jax will find no accelerator. Asking jax itself would start its threads."""
-    wanted = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS")
+    platforms = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS")
+    if platforms == "cpu":
+        return True
     no_tpu = os.environ.get("TPU_SKIP_MDS_QUERY") == "1"  # set by jax when it is imported
-    return wanted == "cpu" or (no_tpu and not any(Path(f).exists() for f in _GPU_FILES))
+    no_gpu = not any(Path(file).exists() for file in _GPU_FILES)
+    return no_tpu and no_gpu

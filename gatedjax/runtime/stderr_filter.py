@@ -1,4 +1,4 @@
-"""Turns what jax's C++ says of a lost process, pages of it, into one line on stderr.
+"""Makes one line on stderr of jax's C++ messages about a lost process, which fill pages.
 
 jax's coordination service ends every process of a run when one of them is lost: by abort(), after a
 stack trace, from a thread of its own. No Python runs any more at that moment, so the filter is a
@@ -13,16 +13,26 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 
-LOST = "error: another process of this run was lost or cannot be reached ({reason}); the last checkpoint is intact"
+LOST = (
+    "error: another process of this run was lost or cannot be reached ({reason}); "
+    "the last checkpoint is intact"
+)
 
 _FATAL = re.compile(
-    r"^F\d{4} .*Terminating process because the JAX distributed service.*?(?:absl::Status: (.*))?$"
+    r"^F\d{4} .*Terminating process because the JAX distributed service.*?"
+    r"(?:absl::Status: (.*))?$"
 )
 _NOISE = re.compile(
-    r"^[EWI]\d{4} .*(coordination_service|preemption_|grpc)|^=== Source Location Trace|^external/xla|^RPC: /xla|"
-    r"^Additional GRPC error|^:UNAVAILABLE|^The tasks have crashed|^learning/|^\. This is only expected|"
-    r"^\[Gloo\] Rank|^:?\{.*grpc|^/?job:|^\s*$"
+    r"^[EWI]\d{4} .*(coordination_service|preemption_|grpc)"
+    r"|^=== Source Location Trace|^external/xla|^RPC: /xla"
+    r"|^Additional GRPC error|^:UNAVAILABLE|^The tasks have crashed"
+    r"|^learning/|^\. This is only expected"
+    r"|^\[Gloo\] Rank|^:?\{.*grpc|^/?job:|^\s*$"
 )
+_NUMBER = re.compile(r"^\d+$")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _installed = False
 
 
@@ -49,22 +59,27 @@ def install() -> None:
 
 def filtered(lines: Iterable[str]) -> Iterator[str]:
     """The lines worth reading. After a fatal one there is only its stack trace."""
-    fatal, number = False, re.compile(r"^\d+$")
+    is_past_fatal = False
     for line in lines:
         text = line.rstrip("\n")
-        found = _FATAL.match(text)
-        if found:
-            reason = (found[1] or "no answer").split(". ")[0].strip().rstrip(":")
+        fatal = _FATAL.match(text)
+        if fatal:
+            status = fatal[1] or "no answer"
+            reason = status.split(". ")[0].strip().rstrip(":")
             yield LOST.format(reason=reason) + "\n"
-            fatal = True
-        elif not (fatal or _NOISE.match(text) or number.match(text)):
+            is_past_fatal = True
+            continue
+        is_noise = _NOISE.match(text) or _NUMBER.match(text)
+        if not is_past_fatal and not is_noise:
             yield line
 
 
 def main() -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    lines = open(0, encoding="utf-8", errors="replace")  # noqa: SIM115 (the whole life of this process)
+    """Filters standard input to stderr until the run closes it."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # Bytes that are not UTF-8 must not end the filter.
+    lines = open(0, encoding="utf-8", errors="replace")  # noqa: SIM115 (open for its whole life)
     for line in filtered(lines):
         sys.stderr.write(line)
         sys.stderr.flush()

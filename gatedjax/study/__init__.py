@@ -1,4 +1,5 @@
 """Grids of small runs that ask one question: `python -m gatedjax.study configs/studies/NAME.py`.
+
 See `grid.py`.
 """
 

@@ -14,8 +14,10 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -25,26 +27,24 @@ from gatedjax.reporting.console import format_duration, say
 from gatedjax.runtime import cli
 from gatedjax.study import report
 from gatedjax.study.cell import run_cell
-from gatedjax.study.grid import Study, run_key
-
-_SMALL = flags.DEFINE_bool("small", False, "The ten-minute version.")
-_RESULTS = flags.DEFINE_string("results", "results", "Folder of all results.")
-_CACHE = flags.DEFINE_string(
-    "compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none."
-)
+from gatedjax.study.grid import Cell, Study, run_key
 
 
-def main(argv: list[str]) -> None:
-    """File -> study -> runs that are missing -> table and pictures."""
-    if len(argv) != 2:
-        raise InputError("study: got no file, expected one of configs/studies/")
-    path = Path(argv[1])
-    study = load_study(path, _SMALL.value)
-    cli.use_compilation_cache(_CACHE.value)
-    device = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
-    folder = Path(_RESULTS.value) / (path.stem + ("-small" if _SMALL.value else "")) / device
+def run_study(path: Path, small: bool, results: Path) -> None:
+    """File -> study -> runs that are missing -> table and pictures.
+
+    Raises:
+      InputError: see `load_study`.
+    """
+    study = load_study(path, small)
+    # The two sizes have different runs, and a folder each.
+    name = path.stem
+    command = f"python -m gatedjax.study {path}"
+    if small:
+        name += "-small"
+        command += " --small"
+    folder = results / name / _device_name()
     records = run_missing(study, folder)
-    command = f"python -m gatedjax.study {path}" + (" --small" if _SMALL.value else "")
     for written in write_report(study, records, folder, command):
         say(str(written))
 
@@ -60,6 +60,8 @@ def load_study(path: Path, small: bool) -> Study:
             f"study: got {path}, expected a Python file such as configs/studies/mqar.py"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"study: got {path}, expected a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_study"):
@@ -67,77 +69,162 @@ def load_study(path: Path, small: bool) -> Study:
     return module.get_study(small)
 
 
-def run_missing(study: Study, folder: Path) -> list[dict]:
-    """The records of all runs of the study, in its order; those that are not in runs.jsonl are run
-    now.
+class _PlannedRun(NamedTuple):
+    key: str
+    cell: Cell
+    seed: int
+
+
+def run_missing(study: Study, folder: Path) -> list[dict[str, Any]]:
+    """The records of all runs of the study, in its order.
+
+    Runs that are not in runs.jsonl are run now, and appended to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.jsonl"
-    known = (
-        {r["key"]: r for r in map(json.loads, path.read_text().splitlines())}
-        if path.exists()
-        else {}
-    )
-    plan = [
-        (cell, seed, run_key(cell, seed, study)) for cell in study.cells for seed in study.seeds
-    ]
-    missing = sum(key not in known for *_, key in plan)
-    say(f"{study.title}: {len(plan)} runs, {len(plan) - missing} of them done")
-    start, done = time.monotonic(), 0
-    for cell, seed, key in plan:
-        if key in known:
-            continue
-        values = run_cell(cell, seed, study)
-        known[key] = {
-            "key": key,
-            "labels": dict(cell.labels),
-            "seed": seed,
-            "values": _plain(values),
+    known = _read_runs(path)
+    plan = []
+    for cell in study.cells:
+        for seed in study.seeds:
+            key = run_key(cell, seed, study)
+            plan.append(_PlannedRun(key, cell, seed))
+    missing = [run for run in plan if run.key not in known]
+    num_known = len(plan) - len(missing)
+    say(f"{study.title}: {len(plan)} runs, {num_known} of them done")
+    start = time.monotonic()
+    for done, run in enumerate(missing, start=1):
+        values = run_cell(run.cell, run.seed, study)
+        record = {
+            "key": run.key,
+            "labels": dict(run.cell.labels),
+            "seed": run.seed,
+            "values": _json_values(values),
         }
+        # At once: a study that is stopped keeps its finished runs.
         with path.open("a") as file:
-            file.write(json.dumps(known[key]) + "\n")
-        done += 1
-        left = (time.monotonic() - start) / done * (missing - done)
-        labels = ", ".join(f"{n} {v}" for n, v in cell.labels.items())
-        shown = "  ".join(f"{c} {values.get(c, math.nan):.4g}" for c in study.columns)
-        say(
-            f"{done}/{missing}  {labels}, seed {seed}: {shown}  ({values['seconds']:.0f}s, eta {format_duration(left)})"
-        )
-    return [known[key] for *_, key in plan]
+            file.write(json.dumps(record) + "\n")
+        known[run.key] = record
+        seconds_per_run = (time.monotonic() - start) / done
+        runs_left = len(missing) - done
+        left = format_duration(seconds_per_run * runs_left)
+        description = _describe_run(study, record)
+        seconds = values["seconds"]
+        say(f"{done}/{len(missing)}  {description}  ({seconds:.0f}s, eta {left})")
+    return [known[run.key] for run in plan]
 
 
-def write_report(study: Study, records: list[dict], folder: Path, command: str) -> list[Path]:
-    """table.md and the pictures; returns their paths."""
-    found = report.rows(study, records)
-    seconds = sum(r["values"]["seconds"] for r in records)
-    versions = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax")
-    )
-    seeds = ", ".join(map(str, study.seeds))
-    notes = [
-        f"`{command}`; seeds {seeds} (mean ± standard deviation); {len(records)} runs, {format_duration(seconds)} on "
-        f"{_machine()}; {versions}, Python {sys.version.split()[0]}."
-    ]
-    paths = [folder / "table.md"]
-    paths[0].write_text(report.markdown(study, found, notes))
+def _read_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """The finished runs of a file, by key."""
+    if not path.exists():
+        return {}
+    runs = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        runs[record["key"]] = record
+    return runs
+
+
+def _describe_run(study: Study, record: Mapping[str, Any]) -> str:
+    """Labels, seed and the columns of the table."""
+    parts = [f"{name} {value}" for name, value in record["labels"].items()]
+    parts.append(f"seed {record['seed']}")
+    columns = []
+    for column in study.columns:
+        value = record["values"].get(column)
+        if value is None:
+            value = math.nan
+        columns.append(f"{column} {value:.4g}")
+    return ", ".join(parts) + ": " + "  ".join(columns)
+
+
+def write_report(
+    study: Study,
+    records: Sequence[report.Record],
+    folder: Path,
+    command: str,
+) -> list[Path]:
+    """Writes table.md and the pictures.
+
+    Args:
+      study: the question.
+      records: of all its runs.
+      folder: where the files go.
+      command: how to run the study again, for the table's note.
+
+    Returns:
+      The paths of the files.
+    """
+    rows = report.rows(study, records)
+    table = folder / "table.md"
+    note = _note(study, records, command)
+    table.write_text(report.markdown(study, rows, [note]))
+    paths = [table]
     for picture in study.pictures:
-        paths.append(folder / f"{re.sub(r'[^a-z0-9]+', '_', picture.y.lower()).strip('_')}.png")
-        report.draw(picture, found, study.title).savefig(paths[-1])
+        path = folder / f"{_file_name(picture.y)}.png"
+        report.draw(picture, rows, study.title).savefig(path)
+        paths.append(path)
     return paths
+
+
+def _note(study: Study, records: Sequence[report.Record], command: str) -> str:
+    """How the table was made."""
+    seconds = sum(record["values"]["seconds"] for record in records)
+    seeds = ", ".join(str(seed) for seed in study.seeds)
+    versions = []
+    for package in ("jax", "jaxlib", "flax", "optax"):
+        versions.append(f"{package} {metadata.version(package)}")
+    python = sys.version.split()[0]
+    versions.append(f"Python {python}")
+    parts = [
+        f"`{command}`",
+        f"seeds {seeds} (mean ± standard deviation)",
+        f"{len(records)} runs, {format_duration(seconds)} on {_machine()}",
+        ", ".join(versions),
+    ]
+    return "; ".join(parts) + "."
+
+
+def _file_name(column: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_")
+
+
+def _device_name() -> str:
+    return re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
 
 
 def _machine() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
-    # Not all of the machine's, if the run was pinned.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU core{'s' if cores != 1 else ''}"
+    if hasattr(os, "sched_getaffinity"):
+        # Not all of the machine's, if the run was pinned.
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count()
+    return "1 CPU core" if cores == 1 else f"{cores} CPU cores"
 
 
-def _plain(values: dict[str, float]) -> dict[str, float | None]:
-    return {n: float(x) if math.isfinite(x) else None for n, x in values.items()}
+def _json_values(values: Mapping[str, float]) -> dict[str, float | None]:
+    """None where not finite: JSON has no NaN."""
+    return {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
+
+
+def run() -> None:
+    """The command: defines its flags, then runs the study that is named."""
+    small = flags.DEFINE_bool("small", False, "The ten-minute version.")
+    results = flags.DEFINE_string("results", "results", "Folder of all results.")
+    cache = flags.DEFINE_string(
+        "compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none."
+    )
+
+    def main(argv: Sequence[str]) -> None:
+        if len(argv) != 2:
+            raise InputError("study: got no file, expected one of configs/studies/")
+        cli.use_compilation_cache(cache.value)
+        run_study(Path(argv[1]), small.value, Path(results.value))
+
+    cli.run(main, takes=1)
 
 
 if __name__ == "__main__":
-    cli.run(main, takes=1)
+    run()

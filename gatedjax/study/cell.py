@@ -3,106 +3,141 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
-from gatedjax.data import batches, load_tokenizer, make_dataset
+from gatedjax.data import BatchIterator, batches, load_tokenizer, make_dataset
 from gatedjax.data.recall import recall_dataset
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.grid import Cell, Study
 from gatedjax.study.measures import MEASURES, RecallValidation
+from gatedjax.study.trained import Trained
 from gatedjax.training.run import Run, fresh_state, prepare, with_vocab
-from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
+from gatedjax.training.step import jit_train_step, params_for_evaluation
 
-LOOK_EVERY = 25  # steps between looks at the loss
-
-
-@dataclasses.dataclass
-class Trained:
-    """A model at the end of its run. `metrics`: of the last step looked at, as plain numbers."""
-
-    cell: Cell
-    run: Run
-    params: dict
-    steps: int
-    metrics: dict[str, float]
+READ_EVERY = 25  # steps: reading the metrics waits for the device
 
 
 def run_cell(cell: Cell, seed: int, study: Study) -> dict[str, float]:
-    """Trains and measures: {"steps", "seconds", "diverged", ...}. A run that diverges has NaN for
-    all measures.
+    """Trains and measures: {"steps", "seconds", "diverged", ...}.
+
+    A run that diverges has no value for any measure.
     """
     start = time.monotonic()
     trained = train(seeded(cell, seed), study.stop_at)
-    values: dict[str, float] = {"steps": trained.steps, "diverged": float(_diverged(trained))}
-    with jax.set_mesh(trained.run.mesh):
-        for name in () if _diverged(trained) else study.measures:
-            values |= MEASURES[name](trained)
-    return values | {"seconds": time.monotonic() - start}
+    diverged = _diverged(trained)
+    values = {"steps": float(trained.steps), "diverged": float(diverged)}
+    if not diverged:
+        with jax.set_mesh(trained.run.mesh):
+            for name in study.measures:
+                measure = MEASURES[name]
+                values.update(measure(trained))
+    values["seconds"] = time.monotonic() - start
+    return values
 
 
 def seeded(cell: Cell, seed: int) -> Cell:
-    """The cell with every random choice drawn from `seed`: parameters, order of the text, the
-    task's examples.
+    """The cell with every random choice drawn from `seed`.
+
+    These are the parameters, the order of the text and the task's examples. The vocabulary is
+    settled too.
     """
-    c, change = cell.config, dataclasses.replace
-    c = change(c, train=change(c.train, seed=seed), data=change(c.data, seed=seed))
-    if cell.recall is not None:  # its tokens are numbers
-        c = change(c, model=change(c.model, vocab_size=cell.recall.vocab_size))
-        return change(cell, config=c, recall=change(cell.recall, seed=seed))
-    return change(cell, config=with_vocab(c, load_tokenizer(c.data.tokenizer)))
+    config = dataclasses.replace(
+        cell.config,
+        train=dataclasses.replace(cell.config.train, seed=seed),
+        data=dataclasses.replace(cell.config.data, seed=seed),
+    )
+    if cell.recall is None:
+        config = with_vocab(config, load_tokenizer(config.data.tokenizer))
+        return dataclasses.replace(cell, config=config)
+    # A task's tokens are numbers: there is no tokenizer.
+    model = dataclasses.replace(config.model, vocab_size=cell.recall.vocab_size)
+    return dataclasses.replace(
+        cell,
+        config=dataclasses.replace(config, model=model),
+        recall=dataclasses.replace(cell.recall, seed=seed),
+    )
 
 
 def train(cell: Cell, stop_at: float | None = None) -> Trained:
-    """The training loop without checkpoints. Ends early when no step is good any more, or at
-    accuracy `stop_at`.
+    """The training loop without checkpoints.
+
+    Ends early when no step is good any more, or at validation accuracy `stop_at` of a task.
     """
     run = prepare(cell.config)
-    c = run.config.train
+    config = run.config.train
     with jax.set_mesh(run.mesh):
-        state, step_fn = fresh_state(run), jit_train_step(run.config, run.tx, run.shardings)
-        recall = (
-            RecallValidation(cell.recall, run)
-            if cell.recall is not None and stop_at is not None
-            else None
-        )
+        state = fresh_state(run)
+        train_step = jit_train_step(run.config, run.tx, run.shardings)
+        # Nothing is validated during training unless it may end early.
+        recall = None
+        if cell.recall is not None and stop_at is not None:
+            recall = RecallValidation(cell.recall, run)
+        stream = _stream(cell, run)
         metrics: dict[str, float] = {}
-        for step, batch in enumerate(_stream(cell, run), start=1):
-            state, on_device = step_fn(state, global_batch(run.mesh, batch, c.batch_size))
-            if step % LOOK_EVERY == 0 or step == c.steps:
-                metrics = {name: float(x) for name, x in on_device.items() if x.ndim == 0}
-                if _stuck(run, metrics) or not math.isfinite(metrics["loss"]) or step == c.steps:
+        step = 0
+        while step < config.steps:
+            step += 1
+            batch = global_batch(run.mesh, next(stream), config.batch_size)
+            state, on_device = train_step(state, batch)
+            if step % READ_EVERY == 0 or step == config.steps:
+                metrics = _scalars(on_device)
+                # A loss that is no number, or only skipped steps: the run has diverged.
+                if _is_stuck(run, metrics) or not math.isfinite(metrics["loss"]):
                     break
-            if (
-                recall is not None
-                and step % c.eval_every == 0
-                and recall(_params(state)).accuracy >= stop_at
-            ):
-                break
-        return Trained(cell, run, _params(state), step, metrics)
+            if recall is None or stop_at is None or step == config.steps:
+                continue
+            if step % config.eval_every == 0:
+                accuracy = recall(params_for_evaluation(state)).accuracy
+                if accuracy >= stop_at:
+                    break
+        return Trained(
+            cell=cell,
+            run=run,
+            params=params_for_evaluation(state),
+            steps=step,
+            metrics=metrics,
+        )
 
 
-def _stream(cell: Cell, run: Run) -> Iterator:
-    data, size = run.config.data, run.config.train.batch_size
-    rows = my_rows(run.mesh, size)
+def _stream(cell: Cell, run: Run) -> BatchIterator:
+    """This process's rows of the training batches, without end."""
+    data = run.config.data
+    batch_size = run.config.train.batch_size
+    rows = my_rows(run.mesh, batch_size)
     if cell.recall is not None:
-        return batches(recall_dataset(cell.recall, "train", batch_size=size, rows=rows))
-    return batches(make_dataset(data, "train", batch_size=size, rows=rows, seed=data.seed))
+        dataset = recall_dataset(
+            cell.recall,
+            "train",
+            batch_size=batch_size,
+            rows=rows,
+        )
+    else:
+        dataset = make_dataset(
+            data,
+            "train",
+            batch_size=batch_size,
+            rows=rows,
+            seed=data.seed,
+        )
+    return batches(dataset)
 
 
-def _params(state: TrainState) -> dict:
-    return params_for_evaluation(state)
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(x) for name, x in metrics.items() if x.ndim == 0}
 
 
 def _diverged(trained: Trained) -> bool:
     """Worse than guessing, no number at all, or no step that could be taken any more."""
+    if _is_stuck(trained.run, trained.metrics):
+        return True
     guessing = math.log(trained.run.config.model.vocab_size)
-    return (
-        _stuck(trained.run, trained.metrics)
-        or not trained.metrics.get("loss", 0.0) <= guessing + 1.0
-    )
+    loss = trained.metrics.get("loss", 0.0)
+    # Not `loss > ...`: NaN has diverged.
+    return not loss <= guessing + 1.0
 
 
-def _stuck(run: Run, metrics: dict[str, float]) -> bool:
+def _is_stuck(run: Run, metrics: Mapping[str, float]) -> bool:
     return metrics.get("skipped_in_a_row", 0.0) > run.config.optim.max_skips

@@ -23,7 +23,7 @@ class Cell:
 
     labels: name -> value; they tell cells apart in the table.
     recall: a synthetic task in place of the configuration's text. `config.data.seq_len` is then the
-    task's.
+      task's.
     lengths: for the measure "lengths", window lengths to evaluate at.
     yarn: for the measure "lengths", rotary positions are scaled to each length (arXiv 2309.00071).
     """
@@ -37,11 +37,11 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Lines of `y` over the label `x`, one for each value of the label `line`; dots where `x` is
-    text.
+    """Lines of `y` over the label `x`; dots where `x` is text.
 
-    A `y` that ends in "@" stands for all columns that begin so ("loss@256", "loss@512"): `x` is
-    what follows.
+    y: a column. One that ends in "@" means all columns that begin so ("loss@256", "loss@512"): `x`
+      is then what follows.
+    line: a label; there is one line for each of its values.
     """
 
     x: str
@@ -70,8 +70,10 @@ class Study:
 
 def run_key(cell: Cell, seed: int, study: Study) -> str:
     """Names a run by all that its result depends on."""
-    recall = None if cell.recall is None else dataclasses.asdict(cell.recall)
-    parts = [
+    recall = None
+    if cell.recall is not None:
+        recall = dataclasses.asdict(cell.recall)
+    depends_on = [
         to_dict(cell.config),
         recall,
         cell.lengths,
@@ -80,4 +82,6 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
         study.measures,
         study.stop_at,
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    # Labels and titles are not part of it: they may be reworded without a new run.
+    text = json.dumps(depends_on, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,34 +1,45 @@
 """What a study takes of a trained model: named plain numbers.
 
 validation   loss (nats per token), loss_error, bits_per_byte
-recall       accuracy: share of the asked tokens that are right (the most likely token, over the validation rows)
-probes       first_token_fraction, effective_rank (means over layers and heads), max_activation (over layers),
-             kurtosis (largest of a layer), gate_mean (mean over attention layers and linear ones)
+recall       accuracy: fraction of the asked tokens that are right (the most likely token, over the
+             validation rows)
+probes       first_token_fraction, effective_rank (means over layers and heads), max_activation
+             (over layers), kurtosis (largest of a layer), gate_mean (mean over attention layers and
+             linear ones)
 lengths      loss@T for each of the cell's lengths: validation text in windows of T
 routing      load_max_over_mean, balance_loss of the last step
+
+Call them inside `jax.set_mesh(trained.run.mesh)`.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
 from gatedjax.evaluation.validation import Validation
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.sharding import RULES, global_batch, my_rows
+from gatedjax.study.trained import Trained
 from gatedjax.training.run import Run
 
+Values = dict[str, float]
 
-def validation(trained) -> dict[str, float]:
-    result = Validation(trained.run, trained.run.config.train.eval_batches)(trained.params)
+
+def validation(trained: Trained) -> Values:
+    """Loss over the configuration's number of validation batches."""
+    evaluate = Validation(trained.run, trained.run.config.train.eval_batches)
+    result = evaluate(trained.params)
     return {
         "loss": result.loss,
         "loss_error": result.loss_error,
@@ -36,56 +47,75 @@ def validation(trained) -> dict[str, float]:
     }
 
 
-def recall(trained) -> dict[str, float]:
-    return {"accuracy": RecallValidation(trained.cell.recall, trained.run)(trained.params).accuracy}
+def recall(trained: Trained) -> Values:
+    """Accuracy on the validation rows of the cell's task."""
+    assert trained.cell.recall is not None, "the measure 'recall' needs a cell with a task"
+    evaluate = RecallValidation(trained.cell.recall, trained.run)
+    return {"accuracy": evaluate(trained.params).accuracy}
 
 
-def probes(trained) -> dict[str, float]:
+# probe -> how its values, over all layers, become one number
+_SUMMARY_OF_PROBE: dict[str, Callable[[np.ndarray], Any]] = {
+    "first_token_fraction": np.mean,
+    "effective_rank": np.mean,
+    "max_activation": np.max,
+    "kurtosis": np.max,
+    "gate_mean": np.mean,
+}
+
+
+def probes(trained: Trained) -> Values:
+    """The probes that the model's layers have something for, each as one number."""
+    # On one batch, as `eval.py --probes`.
     found = Validation(trained.run, 1).probes(trained.params)
-    all_of = lambda name: np.concatenate([np.ravel(x) for x in found[name].values()])
-    takes = {
-        "first_token_fraction": np.mean,
-        "effective_rank": np.mean,
-        "max_activation": np.max,
-        "kurtosis": np.max,
-    }
-    return {
-        name: float(take(all_of(name)))
-        for name, take in (takes | {"gate_mean": np.mean}).items()
-        if name in found
-    }
+    values = {}
+    for name, summarize in _SUMMARY_OF_PROBE.items():
+        if name in found:
+            by_layer = [np.ravel(x) for x in found[name].values()]
+            of_all_layers = np.concatenate(by_layer)
+            values[name] = float(summarize(of_all_layers))
+    return values
 
 
-def lengths(trained) -> dict[str, float]:
+def lengths(trained: Trained) -> Values:
+    """Loss in windows of each of the cell's lengths."""
     return {f"loss@{T}": at_length(trained, T) for T in trained.cell.lengths}
 
 
-def at_length(trained, length: int) -> float:
-    """Loss over about as many validation tokens, in windows of `length`; YaRN's factor if the cell
-    wants it.
+def at_length(trained: Trained, length: int) -> float:
+    """Loss over about as many validation tokens, in windows of `length`.
+
+    With the cell's `yarn`, rotary positions are scaled to that length.
     """
-    c = trained.run.config
-    factor = max(1.0, length / c.data.seq_len) if trained.cell.yarn else 1.0
-    stretch = lambda m: (
-        dataclasses.replace(m, yarn_factor=factor, yarn_original_length=c.data.seq_len)
-        if isinstance(m, GatedAttentionConfig) and m.rotary_dim
-        else m
-    )
-    mixers = FrozenDict({name: stretch(m) for name, m in c.model.mixers.items()})
+    config = trained.run.config
+    seq_len = config.data.seq_len
+    factor = 1.0
+    if trained.cell.yarn:
+        # Windows shorter than those of training need no scaling.
+        factor = max(1.0, length / seq_len)
+    mixers = {}
+    for name, mixer in config.model.mixers.items():
+        if isinstance(mixer, GatedAttentionConfig) and mixer.rotary_dim:
+            mixer = dataclasses.replace(mixer, yarn_factor=factor, yarn_original_length=seq_len)
+        mixers[name] = mixer
     changed = dataclasses.replace(
-        c,
-        model=dataclasses.replace(c.model, mixers=mixers),
-        data=dataclasses.replace(c.data, seq_len=length),
+        config,
+        model=dataclasses.replace(config.model, mixers=FrozenDict(mixers)),
+        data=dataclasses.replace(config.data, seq_len=length),
     )
-    num_batches = max(1, c.train.eval_batches * c.data.seq_len // length)
-    return Validation(trained.run._replace(config=changed), num_batches)(trained.params).loss
+    # Fewer batches of longer windows: as many tokens.
+    num_batches = max(1, config.train.eval_batches * seq_len // length)
+    evaluate = Validation(trained.run._replace(config=changed), num_batches)
+    return evaluate(trained.params).loss
 
 
-def routing(trained) -> dict[str, float]:
-    return {name: trained.metrics[name] for name in ("load_max_over_mean", "balance_loss")}
+def routing(trained: Trained) -> Values:
+    """The balance of the experts at the last step of training."""
+    names = ("load_max_over_mean", "balance_loss")
+    return {name: trained.metrics[name] for name in names}
 
 
-MEASURES = {
+MEASURES: dict[str, Callable[[Trained], Values]] = {
     "validation": validation,
     "recall": recall,
     "probes": probes,
@@ -95,6 +125,8 @@ MEASURES = {
 
 
 class Recalled(NamedTuple):
+    """accuracy: the fraction of the `asked` tokens that are right."""
+
     accuracy: float
     asked: int
 
@@ -103,26 +135,44 @@ class RecallValidation:
     """Accuracy over all validation rows of a task."""
 
     def __init__(self, config: RecallConfig, run: Run):
-        self._run, self._size = run, run.config.train.batch_size
-        rows = my_rows(run.mesh, self._size)
-        self._dataset = recall_dataset(config, "validation", batch_size=self._size, rows=rows)
+        self._run = run
+        self._batch_size = run.config.train.batch_size
+        self._dataset = recall_dataset(
+            config,
+            "validation",
+            batch_size=self._batch_size,
+            rows=my_rows(run.mesh, self._batch_size),
+        )
 
-    def __call__(self, params) -> Recalled:
+    def __call__(self, params: Any) -> Recalled:
         """Call it inside `jax.set_mesh(run.mesh)`."""
-        model, mesh = self._run.config.model, self._run.mesh
-        each = [
-            _right(model, params, global_batch(mesh, b, self._size)) for b in batches(self._dataset)
-        ]
-        right, asked = np.sum(jax.device_get(each), axis=0)
+        mesh = self._run.mesh
+        model = self._run.config.model
+        counts = []
+        for rows in batches(self._dataset):
+            batch = global_batch(mesh, rows, self._batch_size)
+            counts.append(_count_right(model, params, batch))
+        # One transfer at the end: the device is never waited for in between.
+        right, asked = np.sum(jax.device_get(counts), axis=0)
         return Recalled(float(right / asked), int(asked))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _right(model: ModelConfig, params, batch: Batch) -> tuple[Array, Array]:
+@functools.partial(careful_jit, static_argnums=0)
+def _count_right(
+    model: ModelConfig, params: Any, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Tokens asked for that are predicted, and all that are asked for."""
     with nn.logical_axis_rules(RULES):
-        hidden, _, _ = LanguageModel(model).apply(
-            {"params": params}, batch.tokens, batch.positions, batch.segment_ids
+        outputs = LanguageModel(model).apply(
+            {"params": params},
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
         )
-    best = jnp.argmax(logits(hidden, head_weights(params)), axis=-1)
-    return jnp.sum((best == batch.targets) * batch.loss_mask), jnp.sum(batch.loss_mask)
+    hidden = outputs[0]
+    weights = head_weights(params)
+    best = jnp.argmax(logits(hidden, weights), axis=-1)
+    is_right = best == batch.targets
+    right = jnp.sum(is_right * batch.loss_mask)
+    asked = jnp.sum(batch.loss_mask)
+    return right, asked

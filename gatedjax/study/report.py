@@ -1,5 +1,6 @@
-"""From the records of a study's runs to a table (Markdown) and pictures. Every figure is a mean and
-a spread.
+"""From the records of a study's runs to a table (Markdown) and pictures.
+
+Every value is a mean and a spread over seeds.
 """
 
 import math
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float64
 
 from gatedjax.reporting.figure import new_figure
 from gatedjax.study.grid import Label, Picture, Study
@@ -15,8 +17,11 @@ Record = Mapping[str, Any]  # {"labels": {...}, "seed": 0, "values": {...}}
 
 
 class Row(NamedTuple):
-    """Runs with the same labels. spread: standard deviation over seeds, 0 for one seed; NaN: none
-    of them survived.
+    """Runs with the same labels.
+
+    mean: over the seeds that did not diverge; NaN if there are none.
+    spread: standard deviation over seeds, 0 for one seed.
+    seeds: how many there were, those that diverged too.
     """
 
     labels: dict[str, Label]
@@ -25,106 +30,210 @@ class Row(NamedTuple):
     seeds: int
     diverged: int
 
+    @property
+    def survivors(self) -> int:
+        """Seeds that did not diverge."""
+        return self.seeds - self.diverged
+
 
 def rows(study: Study, records: Sequence[Record]) -> list[Row]:
     """A row for each cell."""
     cells: dict[tuple, list[Record]] = {}
     for record in records:
-        cells.setdefault(tuple(record["labels"].items()), []).append(record)
+        labels = tuple(record["labels"].items())
+        cells.setdefault(labels, []).append(record)
     return [_row(dict(labels), group, study.columns) for labels, group in cells.items()]
 
 
 def _row(labels: dict[str, Label], group: Sequence[Record], columns: Sequence[str]) -> Row:
-    values = {
-        c: np.array([r["values"].get(c, math.nan) for r in group], np.float64) for c in columns
-    }
-    alive = np.array([not r["values"]["diverged"] for r in group])
-    mean = {c: float(x[alive].mean()) if alive.any() else math.nan for c, x in values.items()}
-    spread = {c: float(x[alive].std(ddof=1)) if alive.sum() > 1 else 0.0 for c, x in values.items()}
-    return Row(labels, mean, spread, len(group), int((~alive).sum()))
+    runs = [record["values"] for record in group]
+    survived = np.array([not run["diverged"] for run in runs], bool)
+    mean = {}
+    spread = {}
+    for column in columns:
+        # A value that was not finite is None, which becomes NaN.
+        values = np.array([run.get(column, math.nan) for run in runs], np.float64)
+        summary = _mean_and_spread(values, survived)
+        mean[column] = summary.mean
+        spread[column] = summary.spread
+    # Runs that diverged are counted, not averaged.
+    return Row(
+        labels=labels,
+        mean=mean,
+        spread=spread,
+        seeds=len(group),
+        diverged=int((~survived).sum()),
+    )
 
 
-def markdown(study: Study, found: Sequence[Row], notes: Sequence[str]) -> str:
+class _Summary(NamedTuple):
+    """Of one column, over the seeds of a cell."""
+
+    mean: float
+    spread: float
+
+
+def _mean_and_spread(
+    values: Float64[np.ndarray, "seeds"], survived: Bool[np.ndarray, "seeds"]
+) -> _Summary:
+    kept = values[survived]
+    if len(kept) == 0:
+        return _Summary(math.nan, 0.0)
+    mean = float(kept.mean())
+    # A sample's standard deviation needs two values.
+    spread = 0.0
+    if len(kept) > 1:
+        spread = float(kept.std(ddof=1))
+    return _Summary(mean, spread)
+
+
+def markdown(study: Study, table: Sequence[Row], notes: Sequence[str]) -> str:
     """The table, under the study's title and above the notes (command, versions, time)."""
-    names = list(found[0].labels)
-    lines = [f"# {study.title}", "", "| " + " | ".join([*names, *study.columns, "seeds"]) + " |"]
-    lines.append("|" + "---|" * (len(names) + len(study.columns) + 1))
-    for row in found:
-        seeds = f"{row.seeds}" + (f", {row.diverged} diverged" if row.diverged else "")
-        cells = (
-            [str(row.labels[n]) for n in names] + [_figure(row, c) for c in study.columns] + [seeds]
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *notes, ""])
+    names = list(table[0].labels)
+    header = [*names, *study.columns, "seeds"]
+    lines = [f"# {study.title}", "", _table_line(header), "|" + "---|" * len(header)]
+    for row in table:
+        cells = [str(row.labels[name]) for name in names]
+        cells += [_value(row, column) for column in study.columns]
+        cells.append(_seeds(row))
+        lines.append(_table_line(cells))
+    lines.append("")
+    lines.extend(notes)
+    return "\n".join(lines) + "\n"
 
 
-def _figure(row: Row, column: str) -> str:
-    mean, spread = row.mean[column], row.spread[column]
+def _table_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _value(row: Row, column: str) -> str:
+    mean = row.mean[column]
     if math.isnan(mean):
         return "-"
-    return f"{mean:.4g}" if row.seeds - row.diverged < 2 else f"{mean:.4g} ± {spread:.2g}"
+    if row.survivors < 2:
+        return f"{mean:.4g}"
+    return f"{mean:.4g} ± {row.spread[column]:.2g}"
 
 
-def draw(picture: Picture, found: Sequence[Row], title: str) -> Any:
+def _seeds(row: Row) -> str:
+    if row.diverged:
+        return f"{row.seeds}, {row.diverged} diverged"
+    return str(row.seeds)
+
+
+class Point(NamedTuple):
+    """A mean over seeds, and its spread, at a place of a picture."""
+
+    x: Label
+    y: float
+    spread: float
+
+
+Lines = dict[Label, list[Point]]  # what the legend says -> points
+
+
+def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
     """The matplotlib figure: error bars are the spread over seeds."""
     figure, axes = new_figure((7.0, 4.4))
-    lines: dict[Label, list[Point]] = {}
-    for row in found:
-        points = [p for p in _points(picture, row) if not math.isnan(p.y)]
-        lines.setdefault(row.labels[picture.line] if picture.line else picture.y, []).extend(points)
-    lines = {name: points for name, points in lines.items() if points}
-    xlabel, ylabel = picture.x, picture.y.removesuffix("@")
-    if any(isinstance(p.x, str) for points in lines.values() for p in points):
-        _dots(axes, lines)
-        xlabel, ylabel = ylabel, ""
+    lines = _lines(picture, table)
+    places = {point.x for points in lines.values() for point in points}
+    x_name = picture.x
+    y_name = picture.y.removesuffix("@")
+    if any(isinstance(place, str) for place in places):
+        # Dots lie on their side: the values are on the horizontal axis.
+        _draw_dots(axes, lines)
+        axes.set_xlabel(y_name)
     else:
-        for name, points in lines.items():
-            x, y, spread = zip(*sorted(points))
-            axes.errorbar(x, y, yerr=spread, marker="o", ms=4, lw=1.4, capsize=3, label=str(name))
+        _draw_lines(axes, lines)
+        axes.set_xlabel(x_name)
+        axes.set_ylabel(y_name)
         if picture.log_x:
             axes.set_xscale("log")
-            ticks = sorted({p.x for points in lines.values() for p in points})
-            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            ticks = sorted(places)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.set_xticks([], minor=True)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set_title(title)
     axes.grid(alpha=0.25)
     if picture.line:
         axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-class Point(NamedTuple):
-    x: Label
-    y: float
-    spread: float
+def _lines(picture: Picture, table: Sequence[Row]) -> Lines:
+    """The points of each line; lines and points without a value are left out."""
+    lines: Lines = {}
+    for row in table:
+        name: Label = picture.y
+        if picture.line:
+            name = row.labels[picture.line]
+        for point in _points(picture, row):
+            if not math.isnan(point.y):
+                lines.setdefault(name, []).append(point)
+    return lines
 
 
 def _points(picture: Picture, row: Row) -> list[Point]:
     if not picture.y.endswith("@"):
-        return [Point(row.labels[picture.x], row.mean[picture.y], row.spread[picture.y])]
-    columns = [c for c in row.mean if c.startswith(picture.y)]
-    return [Point(float(c.removeprefix(picture.y)), row.mean[c], row.spread[c]) for c in columns]
+        # One column: its place is a label of the cell.
+        point = Point(x=row.labels[picture.x], y=row.mean[picture.y], spread=row.spread[picture.y])
+        return [point]
+    # Several columns: each is a place.
+    points = []
+    for column in row.mean:
+        if column.startswith(picture.y):
+            point = Point(
+                x=float(column.removeprefix(picture.y)),
+                y=row.mean[column],
+                spread=row.spread[column],
+            )
+            points.append(point)
+    return points
 
 
-def _dots(axes: Any, lines: Mapping[Label, list[Point]]) -> None:
-    """A row for each name, a dot and its number: differences of a few percent, which bars from zero
-    would hide.
-    """
-    places = list(dict.fromkeys(p.x for points in lines.values() for p in points))
+def _draw_lines(axes: Any, lines: Lines) -> None:
     for name, points in lines.items():
-        at, spread = [places.index(p.x) for p in points], [p.spread for p in points]
+        # By x: the cells of a table may be in any order.
+        points = sorted(points)
         axes.errorbar(
-            [p.y for p in points], at, xerr=spread, fmt="o", ms=5, capsize=3, label=str(name)
+            [point.x for point in points],
+            [point.y for point in points],
+            yerr=[point.spread for point in points],
+            marker="o",
+            ms=4,
+            lw=1.4,
+            capsize=3,
+            label=str(name),
         )
-        for place, p in zip(at, points):
+
+
+def _draw_dots(axes: Any, lines: Lines) -> None:
+    """A row for each name, with a dot and its number.
+
+    Differences are of a few percent: bars from zero would hide them.
+    """
+    # A dict keeps the order of the table.
+    places = list(dict.fromkeys(point.x for points in lines.values() for point in points))
+    for name, points in lines.items():
+        heights = [places.index(point.x) for point in points]
+        axes.errorbar(
+            [point.y for point in points],
+            heights,
+            xerr=[point.spread for point in points],
+            fmt="o",
+            ms=5,
+            capsize=3,
+            label=str(name),
+        )
+        for height, point in zip(heights, points):
             axes.annotate(
-                f"{p.y:.3g}",
-                (p.y, place),
-                (0, 5),
+                f"{point.y:.3g}",
+                xy=(point.y, height),
+                xytext=(0, 5),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
             )
+    # The first row of the table on top.
     axes.set_yticks(range(len(places)), places)
     axes.invert_yaxis()
     axes.margins(y=0.08)

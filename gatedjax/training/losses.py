@@ -5,13 +5,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from gatedjax.model import logits as compute_logits
 
 
 class TokenLosses(NamedTuple):
-    """Sums over tokens, float32: divide by `count`, the number of tokens with a target, once it is global."""
+    """Sums over tokens, float32.
+
+    Divide by `count`, the number of tokens with a target, once it is global.
+    """
 
     cross_entropy: Float[Array, ""]
     z_loss: Float[Array, ""]
@@ -19,18 +22,29 @@ class TokenLosses(NamedTuple):
 
 
 def cross_entropy(
-    hidden: Float[Array, "R M"],
+    hidden: Float[Array, "tokens M"],
     weights: Float[Array, "X M"],
-    targets: Int[Array, " R"],
-    mask: Float[Array, " R"],
+    targets: Int[Array, " tokens"],
+    mask: Float[Array, " tokens"],
 ) -> TokenLosses:
-    """`logsumexp(logits) - logits[target]` in nats, and the z-loss `logsumexp(logits)^2` (arXiv 2204.02311), masked."""
-    scores = compute_logits(hidden, weights)
-    log_z = jax.nn.logsumexp(scores, axis=-1)
-    target_score = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+    """Masked sums of `logsumexp(logits) - logits[target]` in nats, and of the z-loss.
+
+    The z-loss is `logsumexp(logits)^2` (arXiv 2204.02311).
+
+    Args:
+      hidden: the model's last hidden states.
+      weights: the output matrix.
+      targets: the token to predict at each position.
+      mask: what each token counts, 1 or 0.
+    """
+    logits = compute_logits(hidden, weights)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     mask = mask.astype(jnp.float32)
     return TokenLosses(
-        jnp.sum((log_z - target_score) * mask), jnp.sum(log_z**2 * mask), jnp.sum(mask)
+        cross_entropy=jnp.sum((log_z - target_logits) * mask),
+        z_loss=jnp.sum(log_z**2 * mask),
+        count=jnp.sum(mask),
     )
 
 
@@ -41,30 +55,55 @@ def chunked_cross_entropy(
     mask: Float[Array, "B T"],
     chunk: int,
 ) -> TokenLosses:
-    """`cross_entropy` over the batch, with the logits of B x chunk' tokens at a time, recomputed in the backward pass.
+    """`cross_entropy` over the batch, with the logits of about `chunk` tokens at a time.
 
-    Cut along T, so that a batch sharded by rows stays sharded; chunk' is the number of positions that gives about
-    `chunk` tokens. `chunk = 0`: all at once.
+    They are computed again in the backward pass. Chunks are cut along T, so that a batch sharded by
+    rows stays sharded.
+
+    Args:
+      hidden: the model's last hidden states.
+      weights: the output matrix.
+      targets: the token to predict at each position.
+      mask: what each token counts, 1 or 0.
+      chunk: tokens whose logits exist at once; 0 for all of them.
     """
     rows, length = targets.shape
-    step = length if chunk == 0 else max(1, min(length, chunk // rows))
-    flat = lambda *arrays: [a.reshape(-1, *a.shape[2:]) for a in arrays]
-    if step == length:
-        h, t, m = flat(hidden, targets, mask)
-        return cross_entropy(h, weights, t, m)
-    pad = -length % step
-    cut = lambda a: jnp.moveaxis(
-        jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(
-            rows, -1, step, *a.shape[2:]
-        ),
-        1,
-        0,
-    )
+    # How many positions of each row make a chunk.
+    positions = length
+    if chunk > 0:
+        positions = max(1, min(length, chunk // rows))
+    if positions == length:
+        return cross_entropy(_flat(hidden), weights, _flat(targets), _flat(mask))
 
     @jax.checkpoint
-    def body(total: TokenLosses, part):
-        h, t, m = flat(*part)
-        return jax.tree.map(jnp.add, total, cross_entropy(h, weights, t, m)), None
+    def add_chunk(total: TokenLosses, part: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
+        hidden, targets, mask = part
+        losses = cross_entropy(_flat(hidden), weights, _flat(targets), _flat(mask))
+        return jax.tree.map(jnp.add, total, losses), None
 
-    zero = TokenLosses(*(jnp.zeros((), jnp.float32),) * 3)
-    return jax.lax.scan(body, zero, (cut(hidden), cut(targets), cut(mask)))[0]
+    zero = jnp.zeros((), jnp.float32)
+    parts = (
+        _chunks(hidden, positions),
+        _chunks(targets, positions),
+        _chunks(mask, positions),
+    )
+    total, _ = jax.lax.scan(add_chunk, TokenLosses(zero, zero, zero), parts)
+    return total
+
+
+def _flat(x: Shaped[Array, "B T *channels"]) -> Shaped[Array, "tokens *channels"]:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _chunks(
+    x: Shaped[Array, "B T *channels"],
+    positions: int,
+) -> Shaped[Array, "N B C *channels"]:
+    """Pieces of `positions` along T as the first axis. The last is filled with zeros."""
+    rows, length = x.shape[:2]
+    padding = -length % positions
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, padding)
+    padded = jnp.pad(x, widths)
+    pieces = padded.reshape(rows, -1, positions, *x.shape[2:])
+    return jnp.moveaxis(pieces, 1, 0)

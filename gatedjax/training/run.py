@@ -1,16 +1,19 @@
-"""From a configuration to all that a step needs besides data: mesh, optimizer, the state's shape and placement."""
+"""From a configuration to all that a step needs besides data: mesh, optimizer, placed state."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from gatedjax import sharding
 from gatedjax.config import Config
-from gatedjax.errors import InputError
+from gatedjax.data.tokenizer import Tokenizer
+from gatedjax.errors import require
 from gatedjax.layers.moe import state as router_state
 from gatedjax.training.flops import train_flops_per_token
 from gatedjax.training.optim import make_optimizer
@@ -21,7 +24,11 @@ VOCAB_MULTIPLE = 32
 
 
 class Run(NamedTuple):
-    """A configuration, made concrete on the devices at hand. `abstract`: the state's shapes, dtypes and shardings."""
+    """A configuration, made concrete on the devices at hand.
+
+    tx: the optimizer.
+    abstract: the state's shapes, dtypes and shardings.
+    """
 
     config: Config
     mesh: Mesh
@@ -29,72 +36,106 @@ class Run(NamedTuple):
     abstract: TrainState
 
     @property
-    def shardings(self):
+    def shardings(self) -> PyTree:
+        """The sharding of each array of the state."""
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
-def with_vocab(config: Config, tokenizer) -> Config:
+def with_vocab(config: Config, tokenizer: Tokenizer) -> Config:
     """The configuration with `model.vocab_size` settled: the tokenizer's, rounded up, if it was 0.
 
     Raises:
       InputError: a given size is too small for the tokenizer.
     """
-    size = config.model.vocab_size or -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if size < tokenizer.vocab_size:
-        raise InputError(
-            f"config.model.vocab_size: got {size}, expected at least the {tokenizer.vocab_size} entries of the "
-            f"tokenizer {config.data.tokenizer!r}"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    size = config.model.vocab_size
+    if size == 0:
+        multiples = -(-tokenizer.vocab_size // VOCAB_MULTIPLE)
+        size = multiples * VOCAB_MULTIPLE
+    entries = f"the {tokenizer.vocab_size} entries of the tokenizer {config.data.tokenizer!r}"
+    require(
+        size >= tokenizer.vocab_size,
+        "config.model.vocab_size",
+        size,
+        f"at least {entries}",
+    )
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(config, model=model)
 
 
 def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
-    """Mesh (over all devices, or those given), optimizer and the placement of the state. Allocates nothing.
+    """Mesh (over all devices, or those given), optimizer and the placement of the state.
+
+    Allocates nothing.
 
     Raises:
       InputError: the mesh does not divide the devices, the batch or a parameter.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
-    boxed = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
-    sharding.check_divides(mesh, boxed)
-    trained, _ = router_state.split(boxed)
-    tx = make_optimizer(config.optim, config.train.steps, param_axes(trained))
-    shapes = jax.eval_shape(lambda key: init_state(config, tx, key), jax.random.key(0))
-    params = sharding.param_shardings(mesh, trained)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = TrainState(
+    key = jax.random.key(0)
+    make_params = functools.partial(init_params, config.model)
+    boxed_params = jax.eval_shape(make_params, key)
+    sharding.check_divides(mesh, boxed_params)
+    trained, _ = router_state.split(boxed_params)
+    axes = param_axes(trained)
+    tx = make_optimizer(config.optim, config.train.steps, axes)
+    make_state = functools.partial(init_state, config, tx)
+    shapes = jax.eval_shape(make_state, key)
+    shardings = _state_shardings(mesh, trained, shapes)
+    abstract = jax.tree.map(_placed, shapes, shardings)
+    return Run(config, mesh, tx, abstract)
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _state_shardings(mesh: Mesh, boxed_params: PyTree, shapes: TrainState) -> TrainState:
+    """For each array of the state its sharding."""
+    # Any: the result has the state's structure, with a sharding in the place of each array.
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
+    params = sharding.param_shardings(mesh, boxed_params)
+    opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params)
+    return dataclasses.replace(
+        shapes,
         step=replicated,
         params=params,
-        opt_state=sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params),
-        ema=params if config.optim.ema_decay else None,
+        opt_state=opt_state,
+        ema=None if shapes.ema is None else params,
         guard=jax.tree.map(lambda _: replicated, shapes.guard),
         routers=jax.tree.map(lambda _: replicated, shapes.routers),
     )
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    return Run(config, mesh, tx, placed)
 
 
 def describe(run: Run) -> str:
     """One line: devices, mesh, parameters, FLOPs."""
-    c, devices = run.config, run.mesh.devices.flat
-    count = sum(p.size for p in jax.tree.leaves(run.abstract.params))
-    flops = train_flops_per_token(c.model, c.data.seq_len)
-    mesh = (
-        " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
-        or "one device"
-    )
-    across = sharding.across_slices(run.mesh.shape, list(devices))
-    slices = "".join(f", {n} slices along {axis}" for axis, n in across.items() if n > 1)
-    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return (
-        f"{len(devices)} {devices[0].device_kind} device(s){processes}, mesh {mesh}{slices}; jax {jax.__version__}; "
-        f"{count / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per token of training"
-    )
+    parameters = jax.tree.leaves(run.abstract.params)
+    size = sum(p.size for p in parameters)
+    config = run.config
+    flops = train_flops_per_token(config.model, config.data.seq_len)
+    parts = [
+        _devices_text(run.mesh),
+        f"jax {jax.__version__}",
+        f"{size / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per token of training",
+    ]
+    return "; ".join(parts)
+
+
+def _devices_text(mesh: Mesh) -> str:
+    devices = list(mesh.devices.flat)
+    text = f"{len(devices)} {devices[0].device_kind} device(s)"
+    if jax.process_count() > 1:
+        text += f" of {jax.process_count()} processes"
+    axes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+    text += f", mesh {' x '.join(axes) or 'one device'}"
+    for axis, slices in sharding.across_slices(mesh.shape, devices).items():
+        if slices > 1:
+            text += f", {slices} slices along {axis}"
+    return text
 
 
 def fresh_state(run: Run) -> TrainState:
-    """The state before the first step, made in place: no device ever holds more than its shards."""
-    make = jax.jit(lambda key: init_state(run.config, run.tx, key), out_shardings=run.shardings)
-    return make(jax.random.key(run.config.train.seed))
+    """The state before the first step, made in place: no device holds more than its shards."""
+
+    make_state = functools.partial(init_state, run.config, run.tx)
+    key = jax.random.key(run.config.train.seed)
+    return jax.jit(make_state, out_shardings=run.shardings)(key)

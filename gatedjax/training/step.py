@@ -1,6 +1,9 @@
-"""TrainState, `train_step(state, batch) -> (state, metrics)` and `eval_step(params, batch) -> sums`."""
+"""The train step: `train_step(state, batch) -> (state, metrics)`, and the evaluation step."""
 
+import dataclasses
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,196 +11,347 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from gatedjax.config import Config, ModelConfig, SparseMoEConfig
 from gatedjax.data import Batch
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import Statistics, load_metrics, router_losses
+from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.sharding import RULES, parts
 from gatedjax.training.losses import TokenLosses, chunked_cross_entropy
 from gatedjax.training.optim import evaluation_params
 from kernels_pallas import dispatch
 
+# Steps before the spike test trusts its running mean.
+GUARD_WARMUP = 20
+# The running mean of gradient norms looks back over about this many steps.
+GUARD_MEMORY = 100
+
+
+# A number in the state: an array of shape [], or its shape or sharding in a tree of those.
+Scalar = Any
+
 
 @struct.dataclass
 class Guard:
-    """What the guard against bad steps remembers."""
+    """What the guard against bad steps remembers: a float32 mean, int32 counts of steps."""
 
-    mean_grad_norm: Float[Array, ""]
-    accepted: Int[Array, ""]
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    mean_grad_norm: Scalar
+    accepted: Scalar
+    skipped: Scalar
+    skipped_in_a_row: Scalar
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes. `step` counts batches seen, skipped ones too."""
+    """Everything that a step changes.
 
-    step: Int[Array, ""]
-    params: dict
+    The same class holds the shapes and the shardings of a state (`run.prepare`).
+
+    step: batches seen, skipped ones too.
+    ema: the averaged parameters, None if the run keeps none.
+    routers: biases and the like (`layers.moe.state`), which no gradient reaches.
+    """
+
+    step: Scalar
+    params: PyTree
     opt_state: optax.OptState
-    ema: dict | None
+    ema: PyTree | None
     guard: Guard
-    routers: dict  # biases and the like (`router_state`), which no gradient reaches
+    routers: PyTree
 
 
-# Steps before the spike test trusts its running mean.
-GUARD_WARMUP = 20
-
-
-def init_params(config: ModelConfig, key: Array):
+def init_params(config: ModelConfig, key: Array) -> PyTree:
     """Boxed parameters and router state: each array carries the logical names of its axes."""
     tokens = jnp.zeros((1, 2), jnp.int32)
-    with nn.logical_axis_rules(RULES), dispatch.unrecorded():
+    with nn.logical_axis_rules(RULES), dispatch.unrecorded(), boxed_parameters():
         return LanguageModel(config).init(key, tokens)["params"]
 
 
-def param_axes(boxed_params):
+def param_axes(boxed_params: PyTree) -> PyTree:
     """For each parameter, the tuple of its logical axes."""
-    return jax.tree.map(
-        lambda p: tuple(p.names), boxed_params, is_leaf=lambda p: isinstance(p, nn.Partitioned)
-    )
+
+    def is_boxed(x: Any) -> bool:
+        return isinstance(x, nn.Partitioned)
+
+    return jax.tree.map(lambda p: tuple(p.names), boxed_params, is_leaf=is_boxed)
 
 
 def init_state(config: Config, tx: optax.GradientTransformation, key: Array) -> TrainState:
-    """The state before the first step; jit it with out_shardings so that no device ever holds all of it."""
+    """The state before the first step.
+
+    Jit it with out_shardings, so that no device ever holds all of it.
+    """
     params, routers = router_state.split(nn.meta.unbox(init_params(config.model, key)))
     zero = jnp.int32(0)
-    ema = params if config.optim.ema_decay else None
+    guard = Guard(
+        mean_grad_norm=jnp.float32(0.0),
+        accepted=zero,
+        skipped=zero,
+        skipped_in_a_row=zero,
+    )
     return TrainState(
-        zero, params, tx.init(params), ema, Guard(jnp.float32(0.0), zero, zero, zero), routers
+        step=zero,
+        params=params,
+        opt_state=tx.init(params),
+        ema=params if config.optim.ema_decay else None,
+        guard=guard,
+        routers=routers,
     )
 
 
 def batch_losses(
-    model: ModelConfig, params, batch: Batch, key: Array | None = None
+    model: ModelConfig,
+    params: PyTree,
+    batch: Batch,
+    key: Array | None = None,
 ) -> tuple[TokenLosses, Statistics]:
-    """Token loss sums of a batch, and what its routers did. `key`: randomness of routers that select with noise."""
+    """Token loss sums of a batch, and what its routers did.
+
+    Args:
+      model: the model's configuration.
+      params: parameters and router state.
+      batch: rows of packed documents.
+      key: randomness of routers that select with noise.
+    """
     rngs = None if key is None else {"router": key}
     with nn.logical_axis_rules(RULES):
-        hidden, _, statistics = LanguageModel(model).apply(
-            {"params": params}, batch.tokens, batch.positions, batch.segment_ids, rngs=rngs
+        outputs: Any = LanguageModel(model).apply(
+            {"params": params},
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            rngs=rngs,
         )
+        hidden, _, statistics = outputs
         # Gathered along the width before the loop over chunks, which would gather it for each.
-        weights = nn.with_logical_constraint(
-            head_weights(params).astype(hidden.dtype), ("vocab", None)
-        )
+        weights = head_weights(params).astype(hidden.dtype)
+        weights = nn.with_logical_constraint(weights, ("vocab", None))
+    # The configuration counts the tokens of a device, the loop those of the whole mesh.
     chunk = model.loss_chunk * parts("batch") * parts("length")
-    losses = chunked_cross_entropy(hidden, weights, batch.targets, batch.loss_mask, chunk)
+    losses = chunked_cross_entropy(
+        hidden,
+        weights,
+        targets=jnp.asarray(batch.targets),
+        mask=jnp.asarray(batch.loss_mask),
+        chunk=chunk,
+    )
     return losses, statistics
 
 
 def train_step(
-    config: Config, tx: optax.GradientTransformation, state: TrainState, batch: Batch
+    config: Config,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step over a global batch, in `accumulation_steps` micro-batches.
 
-    The loss is the sum over all tokens with a target, divided by their number in the whole batch, so neither the mesh
-    nor the number of micro-batches changes it. A step whose loss or gradient is not finite, or whose gradient norm
-    exceeds `skip_factor` times its running mean, leaves the state as it was and is counted.
+    The loss is the sum over all tokens with a target, divided by their number in the whole batch:
+    neither the mesh nor the number of micro-batches changes it. A step whose loss or gradient is
+    not finite, or whose gradient norm exceeds `skip_factor` times its running mean, leaves the
+    state as it was and is counted.
+
+    Args:
+      config: the run's configuration.
+      tx: the optimizer.
+      state: before the step.
+      batch: the rows of all devices.
+
+    Returns:
+      The state after the step, and the metrics of the step.
     """
     grads, metrics, counts = _accumulated_gradients(config, state, batch)
     grad_norm = optax.tree.norm(grads)
-    ok, guard = _guarded(config, state.guard, metrics["loss"], grad_norm)
+    is_good, guard = _guarded(config, state.guard, metrics["loss"], grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        decay = config.optim.ema_decay
-        ema = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, ema, params)
-    routers = router_state.updated(config.model, state.routers, counts, state.step + 1)
-    new, old = (
-        (params, opt_state, ema, routers),
-        (state.params, state.opt_state, state.ema, state.routers),
+    new = dataclasses.replace(
+        state,
+        params=params,
+        opt_state=opt_state,
+        ema=_updated_average(config, state.ema, params),
+        routers=router_state.updated(config.model, state.routers, counts, state.step + 1),
     )
-    params, opt_state, ema, routers = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    new = jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, state)
+    # The step and the guard count bad steps too.
+    new = dataclasses.replace(new, step=state.step + 1, guard=guard)
     metrics |= load_metrics(config.model, counts)
     metrics |= {
         "grad_norm": grad_norm,
         "skipped_steps": guard.skipped,
         "skipped_in_a_row": guard.skipped_in_a_row,
     }
-    return TrainState(state.step + 1, params, opt_state, ema, guard, routers), metrics
+    return new, metrics
 
 
-def _accumulated_gradients(config: Config, state: TrainState, batch: Batch):
-    """Gradients of the whole batch's loss, its metrics, and how often each expert was chosen: over micro-batches."""
-    parts = config.train.accumulation_steps
-    tokens = jnp.maximum(jnp.sum(batch.loss_mask.astype(jnp.float32)), 1.0)
+def _updated_average(config: Config, ema: PyTree | None, params: PyTree) -> PyTree | None:
+    if ema is None:
+        return None
+    decay = config.optim.ema_decay
+    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, ema, params)
 
-    def micro_loss(params, micro: Batch, index: Array, counts):
-        params = router_state.merge(params, state.routers)
-        losses, routers = batch_losses(
-            config.model, params, micro, _router_key(config, state.step * parts + index)
-        )
-        aux, means, counts = router_losses(config.model, routers, counts)
-        token_loss = (losses.cross_entropy + config.model.z_loss * losses.z_loss) / tokens
-        metrics = {"loss": losses.cross_entropy / tokens} | {k: v / parts for k, v in means.items()}
-        return token_loss + aux / parts, (metrics, counts)
 
-    gradient = jax.grad(micro_loss, has_aux=True)
-    if parts == 1:
-        grads, (metrics, counts) = gradient(state.params, batch, jnp.int32(0), {})
-        return grads, metrics | {"tokens": tokens}, counts
-    # Every device keeps its own rows: micro-batch a takes rows a, a + parts, ...
-    micros = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
-    shapes = jax.eval_shape(
-        gradient, state.params, jax.tree.map(lambda x: x[0], micros), jnp.int32(0), {}
-    )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+# Metrics of a batch by name, and for each sparse layer how often each expert was chosen.
+MetricsAndCounts = tuple[dict[str, Array], dict[str, Array]]
 
-    def add(total, micro):
+
+def _accumulated_gradients(
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
+    """Over micro-batches: gradients of the whole batch's loss, its metrics, counts of experts."""
+    steps = config.train.accumulation_steps
+    mask = batch.loss_mask.astype(jnp.float32)
+    tokens = jnp.maximum(jnp.sum(mask), 1.0)
+    loss = _micro_loss(config, state, tokens)
+    gradient = jax.grad(loss, has_aux=True)
+    if steps == 1:
+        first_index = jnp.int32(0)
+        grads, (metrics, counts) = gradient(state.params, batch, first_index, {})
+    else:
+        micros = _micro_batches(batch, steps)
+        grads, (metrics, counts) = _summed(gradient, state.params, micros, steps)
+    metrics["tokens"] = tokens
+    return grads, metrics, counts
+
+
+def _summed(
+    gradient: Callable[..., tuple[PyTree, MetricsAndCounts]],
+    params: PyTree,
+    micros: Batch,
+    steps: int,
+) -> tuple[PyTree, MetricsAndCounts]:
+    """Gradients and metrics summed over micro-batches, one after the other; counts of all."""
+
+    def add(
+        total: tuple[PyTree, MetricsAndCounts],
+        indexed_micro: tuple[Batch, Array],
+    ) -> tuple[tuple[PyTree, MetricsAndCounts], None]:
         grads, (metrics, counts) = total
-        new_grads, (new_metrics, counts) = gradient(state.params, *micro, counts)
-        return (
-            jax.tree.map(jnp.add, grads, new_grads),
-            (jax.tree.map(jnp.add, metrics, new_metrics), counts),
-        ), None
+        micro, index = indexed_micro
+        # The counts come back with this micro-batch's added.
+        new_grads, (new_metrics, counts) = gradient(params, micro, index, counts)
+        grads = jax.tree.map(jnp.add, grads, new_grads)
+        metrics = jax.tree.map(jnp.add, metrics, new_metrics)
+        return (grads, (metrics, counts)), None
 
-    (grads, (metrics, counts)), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(parts)))
-    return grads, metrics | {"tokens": tokens}, counts
+    first = jax.tree.map(lambda x: x[0], micros)
+    shapes = jax.eval_shape(gradient, params, first, jnp.int32(0), {})
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    indices = jnp.arange(steps)
+    total, _ = jax.lax.scan(add, zeros, (micros, indices))
+    return total
 
 
-def _router_key(config: Config, micro_step: Array) -> Array | None:
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """The batch as `count` micro-batches along a new first axis.
+
+    Every device keeps its own rows: micro-batch i takes rows i, i + count, ...
+    """
+
+    def cut(x: Array) -> Array:
+        rows = x.reshape(-1, count, *x.shape[1:])
+        return jnp.moveaxis(rows, 1, 0)
+
+    return jax.tree.map(cut, batch)
+
+
+def _micro_loss(
+    config: Config,
+    state: TrainState,
+    tokens: Float[Array, ""],
+) -> Callable[..., tuple[Array, MetricsAndCounts]]:
+    """The loss of a micro-batch as its part of the whole batch's loss: the parts add up to it.
+
+    tokens: with a target, in the whole batch.
+    """
+    steps = config.train.accumulation_steps
+
+    def loss(
+        params: PyTree,
+        micro: Batch,
+        index: Array,
+        counts_before: Mapping[str, Array],
+    ) -> tuple[Array, MetricsAndCounts]:
+        micro_step = state.step * steps + index
+        key = _router_key(config, micro_step)
+        params = router_state.merge(params, state.routers)
+        losses, statistics = batch_losses(config.model, params, micro, key)
+        aux_loss, means, counts = router_losses(config.model, statistics, counts_before)
+        z_loss = config.model.z_loss * losses.z_loss
+        token_loss = (losses.cross_entropy + z_loss) / tokens
+        metrics = {name: mean / steps for name, mean in means.items()}
+        metrics["loss"] = losses.cross_entropy / tokens
+        return token_loss + aux_loss / steps, (metrics, counts)
+
+    return loss
+
+
+def _router_key(config: Config, micro_step: Int[Array, ""]) -> Array | None:
     """Fresh noise for every micro-batch; None where no router selects with noise."""
-    sparse = [f for f in config.model.ffns.values() if isinstance(f, SparseMoEConfig)]
-    noisy = any(f.router.selection == "gumbel" for f in sparse)
-    return jax.random.fold_in(jax.random.key(config.train.seed), micro_step) if noisy else None
+    sparse = [ffn for ffn in config.model.ffns.values() if isinstance(ffn, SparseMoEConfig)]
+    if not any(ffn.router.selection == "gumbel" for ffn in sparse):
+        return None
+    return jax.random.fold_in(jax.random.key(config.train.seed), micro_step)
 
 
-def _guarded(config: Config, guard: Guard, loss: Array, grad_norm: Array) -> tuple[Array, Guard]:
+def _guarded(
+    config: Config,
+    guard: Guard,
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+) -> tuple[Bool[Array, ""], Guard]:
     """Whether to take this step, and the guard's new memory."""
-    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    is_good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if config.optim.skip_factor:
-        spike = grad_norm > config.optim.skip_factor * guard.mean_grad_norm
-        ok &= ~(spike & (guard.accepted >= GUARD_WARMUP))
-    count = guard.accepted + ok
-    # A plain mean at first, then an exponential one over about 100 steps.
-    share = 1.0 / jnp.clip(count, 1, 100).astype(jnp.float32)
-    mean = jnp.where(
-        ok, guard.mean_grad_norm + share * (grad_norm - guard.mean_grad_norm), guard.mean_grad_norm
+        limit = config.optim.skip_factor * guard.mean_grad_norm
+        is_known = guard.accepted >= GUARD_WARMUP
+        is_spike = is_known & (grad_norm > limit)
+        is_good &= ~is_spike
+    accepted = guard.accepted + is_good
+    # A plain mean at first, then an exponential one.
+    count = jnp.clip(accepted, 1, GUARD_MEMORY)
+    weight = 1.0 / count.astype(jnp.float32)
+    change = grad_norm - guard.mean_grad_norm
+    mean = guard.mean_grad_norm + weight * change
+    new_guard = Guard(
+        mean_grad_norm=jnp.where(is_good, mean, guard.mean_grad_norm),
+        accepted=accepted,
+        skipped=guard.skipped + (~is_good).astype(jnp.int32),
+        skipped_in_a_row=jnp.where(is_good, 0, guard.skipped_in_a_row + 1),
     )
-    bad = (~ok).astype(jnp.int32)
-    return ok, Guard(mean, count, guard.skipped + bad, jnp.where(ok, 0, guard.skipped_in_a_row + 1))
+    return is_good, new_guard
 
 
-def eval_step(model: ModelConfig, params, batch: Batch) -> TokenLosses:
+def eval_step(model: ModelConfig, params: PyTree, batch: Batch) -> TokenLosses:
     """Token loss sums of a batch."""
-    return batch_losses(model, params, batch)[0]
+    losses, _ = batch_losses(model, params, batch)
+    return losses
 
 
-def params_for_evaluation(state: TrainState):
-    """The averaged parameters if the run keeps an average (EMA or schedule-free), else the parameters; with the state
-    of the routers in its place among them."""
-    params = (
-        state.ema if state.ema is not None else evaluation_params(state.opt_state, state.params)
-    )
+def params_for_evaluation(state: TrainState) -> PyTree:
+    """The averaged parameters if the run keeps an average, else the parameters.
+
+    The average is an EMA or schedule-free's. The state of the routers is in its place among them.
+    """
+    params = state.ema
+    if params is None:
+        params = evaluation_params(state.opt_state, state.params)
     return router_state.merge(params, state.routers)
 
 
-def jit_train_step(config: Config, tx: optax.GradientTransformation, shardings):
-    """`train_step` compiled for a state placed as `shardings`, which it keeps; the old state's memory is reused."""
+def jit_train_step(
+    config: Config,
+    tx: optax.GradientTransformation,
+    shardings: PyTree,
+) -> jax.stages.Wrapped:
+    """`train_step` compiled for a state placed as `shardings`, which it keeps.
+
+    The old state's memory is reused.
+    """
     step = functools.partial(train_step, config, tx)
     return jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)

@@ -1,23 +1,22 @@
-"""Attention with a sigmoid gate as its epilogue and a choice of normalizers: grouped heads, windows, packed documents."""
+"""Attention with a sigmoid gate on its output, and a choice of normalizers."""
 
 from kernels_pallas.attention.api import attention, attention_step
-from kernels_pallas.attention.normalizers.base import (
-    Normalizer,
+from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
+from kernels_pallas.attention.normalizers.entmax import Entmax
+from kernels_pallas.attention.normalizers.multipass import (
+    AdaptiveTemperature,
+    ClippedSoftmax,
+    ReweightedSoftplus,
+)
+from kernels_pallas.attention.normalizers.named import NORMALIZERS
+from kernels_pallas.attention.normalizers.singlepass import (
     Relu,
     SelfAdjust,
     Sigmoid,
-    Softmax,
     Softpick,
     Softplus,
     StableMax,
 )
-from kernels_pallas.attention.normalizers.multipass import (
-    AdaptiveTemperature,
-    ClippedSoftmax,
-    Entmax,
-    ReweightedSoftplus,
-)
-from kernels_pallas.attention.normalizers.named import NORMALIZERS
 from kernels_pallas.attention.sharded import attention_sharded
 
 __all__ = [

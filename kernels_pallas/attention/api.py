@@ -1,23 +1,22 @@
-"""`attention` and `attention_step`: the public functions. Checks, defaults and the choice of implementation."""
+"""`attention` and `attention_step`: the public functions. They check, fill in and dispatch."""
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.attention import reference, xla
-from kernels_pallas.attention.gpu import op as gpu
-from kernels_pallas.attention.normalizers.base import Normalizer
-from kernels_pallas.attention.normalizers.named import NORMALIZERS
-from kernels_pallas.attention.tpu import op as tpu
-from kernels_pallas.common.checks import (
-    all_varying,
-    check_float,
-    check_integer,
-    check_interpret,
-    check_shape,
-    default_scale,
+from kernels_pallas.attention.checks import (
+    check_inputs,
+    check_step_inputs,
+    checked_options,
+    checked_step_options,
 )
+from kernels_pallas.attention.gpu import op as gpu
+from kernels_pallas.attention.gpu import step as gpu_step
+from kernels_pallas.attention.inputs import AttentionInputs, StepInputs
+from kernels_pallas.attention.normalizers.base import Normalizer
+from kernels_pallas.attention.tpu import op as tpu
+from kernels_pallas.common.checks import all_varying, check_interpret
 
 
 def attention(
@@ -34,29 +33,37 @@ def attention(
     alibi_slopes: Float[Array, "H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"]:
-    """Self-attention, its output multiplied by sigmoid(gate_logits). Memory is linear in T, forward and backward.
+    """Self-attention, its output multiplied by sigmoid(gate_logits).
 
-        s_ij = scale q_i k_j,  or c tanh(scale q_i k_j / c) with logits_soft_cap c;  less slope |i - j| with alibi_slopes
-        o_i = sum_j W_ij v_j,  j over the keys that i may see
-        W_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij))  for softmax; see `normalizers/base.py` for the others
+        s_ij = scale q_i k_j                            the logits
+        s_ij = c tanh(s_ij / c)                         with logits_soft_cap c
+        s_ij = s_ij - slope |i - j|                     with alibi_slopes
+        o_i = sum_j W_ij v_j                            over the keys j that i may see
+        W_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij))        for softmax
         y_i = o_i sigmoid(gate_i)
 
-    Differentiable in every float input. A token that may see nothing has o = 0 and no gradient.
+    The weights of the other normalizers are in `normalizers/`. Memory is linear in T, forward and
+    backward. Differentiable in every float input. A token that may see nothing has o = 0 and no
+    gradient.
 
     Args:
-      q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk divides H: query head h
-        uses key and value head h // (H / Hk). 16-bit inputs are multiplied as such; sums and the softmax are float32.
-      gate_logits: pre-activation of the gate on the output, element-wise or head-wise; the sigmoid is taken in float32.
-      normalizer: how logits become weights: a name of `NORMALIZERS`, or an object with other parameters, as Entmax(alpha=1.3).
+      q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64).
+        Hk divides H: query head h uses key and value head h // (H / Hk). 16-bit inputs are
+        multiplied as such; sums and the softmax are float32.
+      gate_logits: logits of the gate on the output, element-wise or head-wise; the sigmoid is
+        taken in float32.
+      normalizer: how logits become weights: a name of `NORMALIZERS`, or an object with other
+        parameters, such as Entmax(alpha=1.3).
       causal: token i sees j <= i only.
       window: w: token i sees j with i-w < j <= i, and |i-j| < w without `causal`.
       segment_ids: documents packed in a row: tokens see only those of equal id.
-      sink_logits: a logit per head that takes its share of the weight and has no value; softmax only. Zeros:
-        "softmax plus one".
-      alibi_slopes: per head, >= 0 to favor near keys (arXiv 2108.12409); learned or not. Added after the soft cap.
+      sink_logits: a logit per head that takes its part of the weight and has no value; softmax
+        only. Zeros are "softmax plus one".
+      alibi_slopes: per head, >= 0 to favor near keys (arXiv 2108.12409); learned or not. Added
+        after the soft cap.
       logits_soft_cap: c > 0.
       scale: a number, K**-0.5 if None.
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
@@ -69,40 +76,41 @@ def attention(
       ValueError: a shape, dtype or option that does not fit, by name.
       NotImplementedError: the implementation asked for does not cover this call.
 
-    Sources: the gate, position G1 of arXiv 2505.06708; online softmax 1805.02867; tiles recomputed in the backward pass
-    2205.14135; sinks as in gpt-oss.
+    Sources: the gate, position G1 of arXiv 2505.06708; online softmax 1805.02867; tiles recomputed
+    in the backward pass 2205.14135; sinks as in gpt-oss.
     """
     op = "attention"
-    normalizer = check_call(
+    inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
+    check_inputs(op, inputs)
+    options = checked_options(
         op,
-        q,
-        k,
-        v,
-        gate_logits,
-        normalizer,
-        window,
-        segment_ids,
-        sink_logits,
-        alibi_slopes,
-        logits_soft_cap,
-    )
-    check_interpret(op, interpret, implementation)
-    refusals = {
-        "tpu": tpu.unsupported(q, k, v, normalizer),
-        "gpu": gpu.unsupported(q, k, v, normalizer),
-    }
-    chosen = dispatch.choose(op, implementation, refusals)
-    room = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}[chosen]
-    arrays = all_varying(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
-    fixed = dict(
+        inputs,
+        normalizer=normalizer,
         causal=causal,
         window=window,
         logits_soft_cap=logits_soft_cap,
-        scale=default_scale(scale, q.shape[-1]),
+        scale=scale,
     )
-    if interpret:
-        fixed["interpret"] = interpret
-    return room.attention(*arrays, normalizer=normalizer.for_length(q.shape[1]), **fixed)
+    # Only here: a part of a sequence (`sharded.py`) does not know the number of keys by itself.
+    options = options.for_length(k.shape[1])
+    check_interpret(op, interpret, implementation)
+
+    # Why each kernel cannot take this call, or None. The reference and xla take every call.
+    refusals = {
+        "tpu": tpu.unsupported(inputs, options),
+        "gpu": gpu.unsupported(inputs, options),
+    }
+    chosen = dispatch.choose(op, implementation, refusals)
+    # Inside shard_map a custom derivative wants all of its inputs varying alike.
+    inputs = AttentionInputs._make(all_varying(*inputs))
+    if chosen == "reference":
+        return reference.attention(inputs, options)
+    if chosen == "xla":
+        return xla.attention(inputs, options)
+    if chosen == "tpu":
+        return tpu.attention(inputs, options, interpret=interpret)
+    # The one that is left.
+    return gpu.attention(inputs, options, interpret=interpret)
 
 
 def attention_step(
@@ -118,158 +126,61 @@ def attention_step(
     distances: Int[Array, "B S"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B H V"]:
-    """One token of `attention` against a cache, for decoding: the same formulas and arguments without T.
+    """One token of `attention` against a cache, for decoding: the same formulas without T.
 
-    `valid` says which of the S cache slots the token may see, itself included: causality, window and documents are
-    there. The order of the slots does not matter, so a ring buffer will do; `alibi_slopes` want the tokens' `distances`
-    from this one. A normalizer with a length (sigmoid, relu, clipped softmax) must be an object that has one, because the
-    number of slots says nothing. Differentiable. On GPU a kernel reads the cache, split over its length; elsewhere
-    XLA does. Returns y in v_cache's dtype.
+    Differentiable. On GPU a kernel reads the cache, split over its length; elsewhere XLA does.
+
+    Args:
+      q, k_cache, v_cache: one query, and the keys and values of S slots. The order of the slots
+        does not matter, so a ring buffer will do.
+      valid: which slots the token may see, itself included: causality, window and documents are
+        expressed here.
+      normalizer: as in `attention`. One that depends on the number of keys (sigmoid, relu, clipped
+        softmax) must be an object with a length, because the number of slots says nothing.
+      distances: how many tokens back each slot's key is; with `alibi_slopes`, and only then.
+      gate_logits, sink_logits, alibi_slopes, logits_soft_cap, scale: as in `attention`.
+      implementation, interpret: as in `attention`.
+
+    Returns:
+      y in v_cache's dtype.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
       NotImplementedError: the implementation asked for does not cover this call.
     """
     op = "attention_step"
-    _check_queries_and_keys(op, q, {"k_cache": k_cache, "v_cache": v_cache}, "S")
-    normalizer = _normalizer(op, normalizer, sink_logits)
-    if normalizer != normalizer.for_length(1):
-        raise ValueError(
-            f"{op}: normalizer: got {normalizer} without a length, expected {type(normalizer).__name__}(length=...)"
-        )
-    _check_row_options(
-        op,
-        q,
-        v_cache,
-        gate_logits,
-        {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes},
-        logits_soft_cap,
+    inputs = StepInputs(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        gate_logits=gate_logits,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        valid=valid,
+        distances=distances,
     )
-    if valid.shape != k_cache.shape[:2]:
-        raise ValueError(f"{op}: valid: got shape {valid.shape}, expected {k_cache.shape[:2]}")
-    if valid.dtype != jnp.bool_:
-        raise ValueError(f"{op}: valid: got dtype {valid.dtype}, expected bool")
-    if distances is not None:
-        check_shape(op, "distances", distances, k_cache.shape[:2])
-        check_integer(op, "distances", distances)
-    if (alibi_slopes is None) != (distances is None):
-        raise ValueError(
-            f"{op}: alibi_slopes, distances: got one of them, expected both or neither"
-        )
+    check_step_inputs(op, inputs)
+    options = checked_step_options(
+        op,
+        inputs,
+        normalizer=normalizer,
+        logits_soft_cap=logits_soft_cap,
+        scale=scale,
+    )
     check_interpret(op, interpret, implementation)
+
     refusals = {
         "tpu": tpu.unsupported_step(),
-        "gpu": gpu.unsupported_step(q, k_cache, v_cache, normalizer),
+        "gpu": gpu_step.unsupported(inputs, options),
     }
-    room = {"reference": reference, "xla": xla, "gpu": gpu}[
-        dispatch.choose(op, implementation, refusals)
-    ]
-    arrays = all_varying(
-        q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes, valid, distances
-    )
-    fixed = dict(logits_soft_cap=logits_soft_cap, scale=default_scale(scale, q.shape[-1]))
-    if interpret:
-        fixed["interpret"] = interpret
-    return room.attention_step(*arrays, normalizer=normalizer, **fixed)
-
-
-def check_call(
-    op,
-    q,
-    k,
-    v,
-    gate_logits,
-    normalizer,
-    window,
-    segment_ids,
-    sink_logits,
-    alibi_slopes,
-    logits_soft_cap,
-) -> Normalizer:
-    """The normalizer as an object. Raises ValueError for an argument of `attention` that does not fit, by name."""
-    _check_queries_and_keys(op, q, {"k": k, "v": v}, "T")
-    normalizer = _normalizer(op, normalizer, sink_logits)
-    _check_row_options(
-        op,
-        q,
-        v,
-        gate_logits,
-        {"sink_logits": sink_logits, "alibi_slopes": alibi_slopes},
-        logits_soft_cap,
-    )
-    if k.shape[1] != q.shape[1]:
-        raise ValueError(
-            f"{op}: k: got shape {k.shape}, expected {q.shape[1]} tokens as in q of shape {q.shape}"
-        )
-    if segment_ids is not None:
-        check_shape(op, "segment_ids", segment_ids, q.shape[:2])
-        check_integer(op, "segment_ids", segment_ids)
-    if window is not None and window < 1:
-        raise ValueError(
-            f"{op}: window: got {window}, expected None or a number of tokens from 1 on"
-        )
-    return normalizer
-
-
-def _normalizer(op: str, normalizer: str | Normalizer, sink_logits: Array | None) -> Normalizer:
-    if not isinstance(normalizer, Normalizer):
-        if normalizer not in NORMALIZERS:
-            raise ValueError(
-                f"{op}: normalizer: got {normalizer!r}, expected a Normalizer or one of {', '.join(NORMALIZERS)}"
-            )
-        normalizer = NORMALIZERS[normalizer]
-    if sink_logits is not None and not normalizer.takes_sinks:
-        raise ValueError(
-            f"{op}: sink_logits: got an array with normalizer={normalizer}, expected none: only softmax has sinks"
-        )
-    return normalizer
-
-
-def _check_queries_and_keys(op: str, q, keys: dict, time: str) -> None:
-    """q [B, (T,) H, K] against k and v [B, T or S, Hk, K or V], by the names that the caller gave them."""
-    query_axes = "[B, T, H, K]" if time == "T" else "[B, H, K]"
-    if q.ndim != query_axes.count(",") + 1 or 0 in q.shape:
-        raise ValueError(f"{op}: q: got shape {q.shape}, expected {query_axes} with no empty axis")
-    (k_name, k), (v_name, v) = keys.items()
-    for name, x, last in ((k_name, k, "K"), (v_name, v, "V")):
-        if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(
-                f"{op}: {name}: got shape {x.shape}, expected [B, {time}, Hk, {last}] with no empty axis"
-            )
-    B, *_, H, K = q.shape
-    if k.shape[0] != B or k.shape[3] != K or H % k.shape[2]:
-        expected = [B, time, f"a divisor of {H}", K]
-        raise ValueError(
-            f"{op}: {k_name}: got shape {k.shape}, expected {expected} for q of shape {q.shape}"
-        )
-    if v.shape[:3] != k.shape[:3]:
-        expected = [*k.shape[:3], "V"]
-        raise ValueError(
-            f"{op}: {v_name}: got shape {v.shape}, expected {expected} for {k_name} of shape {k.shape}"
-        )
-    for name, x in {"q": q, **keys}.items():
-        check_float(op, name, x)
-
-
-def _check_row_options(
-    op: str, q, v, gate_logits, by_head: dict, logits_soft_cap: float | None
-) -> None:
-    if gate_logits is not None:
-        shapes = ((*q.shape[:-1], v.shape[-1]), (*q.shape[:-1], 1))
-        if gate_logits.shape not in shapes:
-            raise ValueError(
-                f"{op}: gate_logits: got shape {gate_logits.shape}, expected {shapes[0]} or {shapes[1]}"
-            )
-        check_float(op, "gate_logits", gate_logits)
-    for name, x in by_head.items():
-        if x is not None:
-            if x.shape != q.shape[-2:-1]:
-                raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {q.shape[-2:-1]}")
-            check_float(op, name, x)
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(
-            f"{op}: logits_soft_cap: got {logits_soft_cap}, expected None or a number above 0"
-        )
+    chosen = dispatch.choose(op, implementation, refusals)
+    inputs = StepInputs._make(all_varying(*inputs))
+    if chosen == "reference":
+        return reference.attention_step(inputs, options)
+    if chosen == "xla":
+        return xla.attention_step(inputs, options)
+    # "tpu" is refused always: see `tpu.unsupported_step`.
+    return gpu_step.attention_step(inputs, options, interpret=interpret)

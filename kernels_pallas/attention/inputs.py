@@ -9,18 +9,23 @@ from kernels_pallas.attention.normalizers.base import Normalizer
 
 
 class AttentionInputs(NamedTuple):
-    """The arrays of one call of `attention`: T queries, each against the T keys of its row.
+    """The arrays of one call of `attention`: T queries against S keys.
+
+    S is T, except where `sharded.py` gives the xla backend a part of the queries.
 
     Attributes:
-      gate_logits: logits of the sigmoid gate on the output; the last axis is V, or 1 for a head-wise gate.
+      q, k, v: queries, keys and values. Hk divides H: query head h uses the key and value head
+        h // (H / Hk).
+      gate_logits: logits of the sigmoid gate on the output; the last axis is V, or 1 for a
+        head-wise gate.
       sink_logits: one logit a head that takes part in the softmax's denominator and has no value.
       alibi_slopes: one slope a head; logits lose slope * distance.
-      segment_ids: the packed document of every token; tokens see their own document only.
+      segment_ids: the packed document of every query; tokens see their own document only.
     """
 
     q: Float[Array, "B T H K"]
-    k: Float[Array, "B T Hk K"]
-    v: Float[Array, "B T Hk V"]
+    k: Float[Array, "B S Hk K"]
+    v: Float[Array, "B S Hk V"]
     gate_logits: Float[Array, "B T H #V"] | None = None
     sink_logits: Float[Array, "H"] | None = None
     alibi_slopes: Float[Array, "H"] | None = None
@@ -36,13 +41,19 @@ class AttentionOptions(NamedTuple):
     logits_soft_cap: float | None
     scale: float
 
+    def for_length(self, length: int) -> "AttentionOptions":
+        """The options for `length` keys: some normalizers divide by their number."""
+        # A length that the caller gave the normalizer stays.
+        return self._replace(normalizer=self.normalizer.for_length(length))
+
 
 class StepInputs(NamedTuple):
-    """The arrays of one call of `attention_step`: one query a row, against the S slots of a cache.
+    """The arrays of one call of `attention_step`: one query a row, against a cache of S slots.
 
     Attributes:
+      q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes: as in `AttentionInputs`.
       valid: whether a slot holds a key that the query may see.
-      distances: how many tokens back each slot's key is, for ALiBi.
+      distances: how many tokens back each slot's key is; needed by ALiBi only.
     """
 
     q: Float[Array, "B H K"]

@@ -1,10 +1,15 @@
 """`attention` with its tokens cut over a mesh axis: for sequences longer than one device holds.
 
-Keys and values are gathered, queries are not: with few key heads they are the smaller part, and one all-gather forward
-and one reduce-scatter backward can be overlapped with other work, where a ring has a step for every device. Causal rows
-see more the later they stand. So the sequence counts as 2 n pieces for n devices, and device d takes the queries of the
-pieces d and 2 n - 1 - d, which see 2 n + 1 pieces of keys together, the same on every device. The results travel back.
-With a window that is no longer than a device's tokens, only the last keys of the device before are fetched.
+Keys and values are gathered, queries are not: with few key heads they are the smaller part, and one
+all-gather forward and one reduce-scatter backward can be overlapped with other work, where a ring
+has a step for every device.
+
+Causal work is balanced. The later a row, the more keys it sees. So for n devices the sequence
+counts as 2 n pieces, and device d takes the queries of the pieces d and 2 n - 1 - d. Together these
+see 2 n + 1 pieces of keys, the same on every device. The results travel back.
+
+With a window that is no longer than a device's tokens, only the last keys of the device before are
+fetched.
 """
 
 from typing import NamedTuple
@@ -16,9 +21,10 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.attention import xla
-from kernels_pallas.attention.api import check_call
+from kernels_pallas.attention.checks import check_inputs, checked_options
+from kernels_pallas.attention.inputs import AttentionInputs
 from kernels_pallas.attention.normalizers.base import Normalizer
-from kernels_pallas.common.checks import all_varying, default_scale
+from kernels_pallas.common.checks import all_varying
 from kernels_pallas.common.mesh import varying_like
 
 
@@ -37,142 +43,191 @@ def attention_sharded(
     alibi_slopes: Float[Array, "H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "B T H V"]:
-    """`attention` inside `shard_map`, T cut over the mesh axis `axis_name`; the arguments and results of this device.
+    """`attention` inside `shard_map`, with T cut over the mesh axis `axis_name`.
 
-    Every device holds the keys and values of the whole sequence for the time of the call, unless a window is shorter
-    than its tokens. Gradients of keys and values are added up over devices in their own dtype. Work is balanced when
-    this device's T is even.
+    Every device holds the keys and values of the whole sequence for the time of the call, unless a
+    window is shorter than its tokens. Gradients of keys and values are added up over devices in
+    their own dtype. Work is balanced when this device's T is even.
+
+    Args:
+      axis_name: the mesh axis that cuts T.
+      q, k, v, gate_logits, segment_ids: as in `attention`: this device's tokens.
+      normalizer, causal, window, sink_logits, alibi_slopes, logits_soft_cap, scale: as in
+        `attention`, of the whole sequence.
+      implementation: None or "xla".
+
+    Returns:
+      y of this device's tokens, in v's dtype.
 
     Raises:
       ValueError: as `attention`.
       NotImplementedError: an implementation other than "xla" is asked for.
     """
-    op, (size, own), length = (
-        "attention",
-        (jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)),
-        q.shape[1],
-    )
-    normalizer = check_call(
+    op = "attention"
+    inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
+    check_inputs(op, inputs)
+    options = checked_options(
         op,
-        q,
-        k,
-        v,
-        gate_logits,
-        normalizer,
-        window,
-        segment_ids,
-        sink_logits,
-        alibi_slopes,
-        logits_soft_cap,
-    )
-    refused = "takes no queries that are a part of the sequence"
-    dispatch.choose(op, implementation, dict.fromkeys(("reference", "tpu", "gpu"), refused))
-    q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids = all_varying(
-        q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids
-    )
-    options = dict(
-        normalizer=normalizer.for_length(length * size),
+        inputs,
+        normalizer=normalizer,
         causal=causal,
         window=window,
         logits_soft_cap=logits_soft_cap,
-        scale=default_scale(scale, q.shape[-1]),
+        scale=scale,
     )
-    if causal and window is not None and window <= length:
-        k, v, ids, key_ids, first = _with_keys_before(k, v, segment_ids, window, axis_name)
-        return xla.attention(
-            q,
-            k,
-            v,
-            gate_logits,
-            sink_logits,
-            alibi_slopes,
-            ids,
-            key_segment_ids=key_ids,
-            first=first,
-            **options,
-        )
-    k, v, all_ids = (_gathered(x, axis_name) for x in (k, v, segment_ids))
+    # Only the xla backend takes queries that start later than the keys.
+    refusal = "takes no queries that are a part of the sequence"
+    dispatch.choose(op, implementation, dict.fromkeys(("reference", "tpu", "gpu"), refusal))
 
-    def attend(q, gate_logits, first):
-        ids = (
-            None
-            if all_ids is None
-            else jax.lax.dynamic_slice_in_dim(all_ids, first, q.shape[1], axis=1)
-        )
+    num_devices = jax.lax.axis_size(axis_name)
+    device = jax.lax.axis_index(axis_name)
+    tokens = q.shape[1]
+    # The length of the whole sequence.
+    options = options.for_length(num_devices * tokens)
+    inputs = AttentionInputs._make(all_varying(*inputs))
+    # A short window reaches no farther than the device before.
+    if causal and window is not None and window <= tokens:
+        keys = _keys_of_two_devices(inputs, window, axis_name)
+        inputs = inputs._replace(k=keys.k, v=keys.v, segment_ids=keys.query_segments)
         return xla.attention(
-            q,
-            k,
-            v,
-            gate_logits,
-            sink_logits,
-            alibi_slopes,
-            ids,
-            key_segment_ids=all_ids,
-            first=first,
-            **options,
+            inputs,
+            options,
+            first=keys.first,
+            key_segment_ids=keys.key_segments,
         )
 
-    if not causal or length % 2 or size == 1:
-        return attend(q, gate_logits, own * length)
-    half = length // 2
-    pieces = _Pieces(size, axis_name)
-    queries, gates = (
-        pieces.sent(q),
-        (None, None) if gate_logits is None else pieces.sent(gate_logits),
+    all_segments = inputs.segment_ids
+    if all_segments is not None:
+        all_segments = _gathered(all_segments, axis_name)
+    inputs = inputs._replace(
+        k=_gathered(inputs.k, axis_name),
+        v=_gathered(inputs.v, axis_name),
     )
-    numbers = pieces.numbers(own)
-    return pieces.returned(*(attend(x, g, i * half) for x, g, i in zip(queries, gates, numbers)))
+
+    def attend(
+        q: Array,
+        gate_logits: Array | None,
+        first: Array,
+    ) -> Array:
+        """Queries from position `first` on against all keys."""
+        # Cut from the gathered ones: these queries may be of another device.
+        segments = None
+        if all_segments is not None:
+            segments = jax.lax.dynamic_slice_in_dim(all_segments, first, q.shape[1], axis=1)
+        part = inputs._replace(q=q, gate_logits=gate_logits, segment_ids=segments)
+        return xla.attention(part, options, first=first, key_segment_ids=all_segments)
+
+    # Without `causal` every query sees as much as any other, and nothing needs to be exchanged.
+    if not causal or tokens % 2 == 1 or num_devices == 1:
+        return attend(inputs.q, inputs.gate_logits, device * tokens)
+
+    pieces = _Pieces(num_devices, axis_name)
+    queries = pieces.sent(inputs.q)
+    gates = (None, None)
+    if inputs.gate_logits is not None:
+        gates = pieces.sent(inputs.gate_logits)
+    outputs = []
+    for q_piece, gate, number in zip(queries, gates, pieces.numbers(device)):
+        # Pieces are half of a device's tokens, in the order of the sequence.
+        first = number * (tokens // 2)
+        outputs.append(attend(q_piece, gate, first))
+    return pieces.returned(*outputs)
 
 
 class _Pieces(NamedTuple):
-    """The exchange: the halves of device i's tokens are the pieces 2 i and 2 i + 1, of 2 n."""
+    """The exchange of queries: the halves of device i's tokens are the pieces 2 i and 2 i + 1."""
 
     size: int
     axis_name: str
 
     def holder(self, piece: int) -> int:
+        """The device that attends for a piece: the first n in order, the others in reverse."""
         return piece if piece < self.size else 2 * self.size - 1 - piece
 
     def numbers(self, own: Array) -> tuple[Array, Array]:
-        """The pieces that device `own` attends for: the even one, which was the first half of some tokens, first."""
-        low, high = own, 2 * self.size - 1 - own
-        return jnp.where(own % 2 == 0, low, high), jnp.where(own % 2 == 0, high, low)
+        """The pieces of device `own`: the even one, which was a first half, then the odd one.
+
+        Of d and 2 n - 1 - d exactly one is even.
+        """
+        low = own
+        high = 2 * self.size - 1 - own
+        low_is_even = own % 2 == 0
+        even = jnp.where(low_is_even, low, high)
+        odd = jnp.where(low_is_even, high, low)
+        return even, odd
 
     def sent(self, x: Array) -> tuple[Array, Array]:
         """x [B, T, ...] of this device -> the two pieces [B, T / 2, ...] that it attends for."""
-        halves = jnp.split(x, 2, axis=1)
-        return tuple(
-            jax.lax.ppermute(x, self.axis_name, self._routes(n)) for n, x in enumerate(halves)
+        # Everybody's first halves are the even pieces, of which each device attends for one.
+        first, second = jnp.split(x, 2, axis=1)
+        return (
+            jax.lax.ppermute(first, self.axis_name, self._routes(0)),
+            jax.lax.ppermute(second, self.axis_name, self._routes(1)),
         )
 
-    def returned(self, *pieces: Array) -> Array:
+    def returned(self, even: Array, odd: Array) -> Array:
         """The inverse of `sent`."""
-        back = lambda n: [(to, source) for source, to in self._routes(n)]
-        return jnp.concatenate(
-            [jax.lax.ppermute(x, self.axis_name, back(n)) for n, x in enumerate(pieces)], axis=1
-        )
+        first = jax.lax.ppermute(even, self.axis_name, self._routes_back(0))
+        second = jax.lax.ppermute(odd, self.axis_name, self._routes_back(1))
+        return jnp.concatenate([first, second], axis=1)
 
     def _routes(self, half: int) -> list[tuple[int, int]]:
+        """(source, destination) of everybody's first (0) or second (1) half."""
         return [(i, self.holder(2 * i + half)) for i in range(self.size)]
 
+    def _routes_back(self, half: int) -> list[tuple[int, int]]:
+        return [(destination, source) for source, destination in self._routes(half)]
 
-def _gathered(x: Array | None, axis_name: str) -> Array | None:
-    return None if x is None else jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
+
+def _gathered(x: Array, axis_name: str) -> Array:
+    """The whole sequence of `x` [B, T, ...]. Its transpose is a reduce-scatter."""
+    return jax.lax.all_gather(x, axis_name, axis=1, tiled=True)
 
 
-def _with_keys_before(
-    k: Array, v: Array, segment_ids: Array | None, window: int, axis_name: str
-) -> tuple:
-    """(k, v, the queries' ids, the keys' ids, the first query's place), the keys of the device before put in front."""
-    B, length = k.shape[:2]
+class _Keys(NamedTuple):
+    """This device's keys behind the last ones of the device before."""
+
+    k: Array
+    v: Array
+    # Of this device's tokens.
+    query_segments: Array
+    # Of all these keys.
+    key_segments: Array
+    # The position of the first query among these keys.
+    first: int
+
+
+def _keys_of_two_devices(
+    inputs: AttentionInputs,
+    window: int,
+    axis_name: str,
+) -> _Keys:
+    """What a short window may see."""
+    B, tokens = inputs.k.shape[:2]
+    # The first query sees itself and window - 1 keys before it; no slice is empty.
     reach = max(window - 1, 1)
-    steps = [(i, i + 1) for i in range(jax.lax.axis_size(axis_name) - 1)]
-    before = lambda x: jax.lax.ppermute(x[:, length - reach :], axis_name, steps)
-    ids = varying_like(jnp.zeros((B, length), jnp.int32), k) if segment_ids is None else segment_ids
-    # Before the first device there is nothing: what stands there belongs to no document.
-    nobody = jax.lax.axis_index(axis_name) == 0
-    ids_before = jnp.where(nobody, jnp.min(ids) - 1, before(ids))
-    joined = lambda x: jnp.concatenate([before(x), x], axis=1)
-    return joined(k), joined(v), ids, jnp.concatenate([ids_before, ids], axis=1), reach
+    num_devices = jax.lax.axis_size(axis_name)
+    # Nobody sends to the first device, which gets zeros.
+    to_the_next = [(i, i + 1) for i in range(num_devices - 1)]
+
+    def before(x: Array) -> Array:
+        """The last tokens of the device before; zeros on the first device."""
+        return jax.lax.ppermute(x[:, tokens - reach :], axis_name, to_the_next)
+
+    # Even without documents the first device must not see those zeros.
+    segments = inputs.segment_ids
+    if segments is None:
+        segments = varying_like(jnp.zeros((B, tokens), jnp.int32), inputs.k)
+    # What the first device has got belongs to no document.
+    is_first = jax.lax.axis_index(axis_name) == 0
+    no_document = jnp.min(segments) - 1
+    segments_before = jnp.where(is_first, no_document, before(segments))
+    return _Keys(
+        k=jnp.concatenate([before(inputs.k), inputs.k], axis=1),
+        v=jnp.concatenate([before(inputs.v), inputs.v], axis=1),
+        query_segments=segments,
+        key_segments=jnp.concatenate([segments_before, segments], axis=1),
+        first=reach,
+    )

@@ -1,18 +1,21 @@
-"""The mathematics of one tile of attention: R query rows against C keys, as pure functions of arrays.
+"""The mathematics of one tile of attention: R queries against C keys, as pure functions of arrays.
 
-Leading axes (`...`, batch and heads, or none inside a kernel) are carried along. What differs between machines is which
-tiles are visited and in what order; the formulas are these, and those that turn logits into weights: `normalizers/base.py`.
-Statistics and accumulators have `statistics_dtype`.
+Leading axes (`...`: batch and heads, or none inside a kernel) are carried along. Backends differ
+in which tiles they compute and in what order; the formulas are these, and those that turn logits
+into weights: `normalizers/`. Statistics and accumulators have `statistics_dtype`.
+
+The functions under "element by element" broadcast their arguments, so that a kernel can use them
+on tiles in either orientation: queries by keys, or transposed.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.attention.normalizers.base import Normalizer, Row
+from kernels_pallas.attention.normalizers.base import Added, Normalizer, Row
 
 
 def statistics_dtype(*inputs: Array) -> jnp.dtype:
@@ -20,116 +23,303 @@ def statistics_dtype(*inputs: Array) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, jnp.result_type(*inputs))
 
 
-def matmul(subscripts: str, x: Array, y: Array, dtype: jnp.dtype) -> Array:
+def matmul(
+    subscripts: str,
+    x: Array,
+    y: Array,
+    dtype: jnp.dtype,
+) -> Array:
     """An einsum of two operands, accumulated and returned in `dtype`.
 
-    Two of 16 bits are multiplied as such. One of 16 bits with one of 32 takes part in float32 at the machine's default
-    precision: exact on a CPU, TF32 on a GPU, rounded to bfloat16 by a TPU. Two of 32 bits are multiplied in float32
-    everywhere.
+    Two of 16 bits are multiplied as such. One of 16 bits with one of 32 takes part in float32 at
+    the machine's default precision: exact on a CPU, TF32 on a GPU, rounded to bfloat16 by a TPU.
+    Two of 32 bits are multiplied in float32 everywhere.
+
+    Args:
+      subscripts: as of `jnp.einsum`.
+      x, y: the operands, of any float dtypes.
+      dtype: of the accumulator and the result.
+
+    Returns:
+      The product.
+
+    Raises:
+      ValueError: shapes that the subscripts do not fit.
     """
-    precision = "highest" if min(x.dtype.itemsize, y.dtype.itemsize) > 2 else None
-    if x.dtype != y.dtype:
-        x, y = (z.astype(jnp.promote_types(x.dtype, y.dtype)) for z in (x, y))
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=dtype)
+    # None is the machine's default.
+    precision = None
+    if min(x.dtype.itemsize, y.dtype.itemsize) > 2:
+        precision = "highest"
+    common = jnp.promote_types(x.dtype, y.dtype)
+    return jnp.einsum(
+        subscripts,
+        x.astype(common),
+        y.astype(common),
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+
+
+# Element by element, in either orientation.
+
+
+def visible_pairs(
+    queries: Int[Array, "..."],
+    keys: Int[Array, "..."],
+    *,
+    length: int | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    query_segments: Int[Array, "..."] | None = None,
+    key_segments: Int[Array, "..."] | None = None,
+) -> Bool[Array, "..."] | None:
+    """Which keys a query may see, for positions that broadcast against each other.
+
+    Args:
+      queries, keys: positions, such as [R, 1] and [1, C], or transposed [1, R] and [C, 1].
+      length: keys at this position and beyond are padding; None if there are none.
+      causal: a query sees no later key.
+      window: w: query i sees keys j with i-w < j < i+w.
+      query_segments, key_segments: documents, in the shapes of the positions.
+
+    Returns:
+      The mask, or None if every pair is visible.
+    """
+    # How many tokens back the key is.
+    distance = queries - keys
+    conditions = []
+    if length is not None:
+        # Mosaic wants operands of `&` that have one shape.
+        conditions.append(jnp.broadcast_to(keys < length, distance.shape))
+    if causal:
+        conditions.append(distance >= 0)
+    if window is not None:
+        # With `causal`, the keys after a query are hidden already.
+        steps = distance if causal else jnp.abs(distance)
+        conditions.append(steps < window)
+    if query_segments is not None and key_segments is not None:
+        # Tokens see their own document only.
+        conditions.append(query_segments == key_segments)
+
+    if not conditions:
+        return None
+    # No `all` over a new axis: kernels have no such arrays.
+    mask = conditions[0]
+    for condition in conditions[1:]:
+        mask = mask & condition
+    return mask
+
+
+def soft_capped(s: Array, logits_soft_cap: float | None) -> Array:
+    """c tanh(s / c); s itself without a cap."""
+    if logits_soft_cap is None:
+        return s
+    # Multiplied by the reciprocal, a constant, instead of divided.
+    return logits_soft_cap * jnp.tanh(s * (1 / logits_soft_cap))
+
+
+def through_soft_cap(
+    ds: Array,
+    capped: Array,
+    logits_soft_cap: float | None,
+) -> Array:
+    """The gradient of the logits before the soft cap, from that of the `capped` ones."""
+    if logits_soft_cap is None:
+        return ds
+    # d/ds c tanh(s / c) = 1 - tanh(s / c)^2
+    tanh = capped * (1 / logits_soft_cap)
+    return ds * (1 - tanh**2)
+
+
+# Tiles [..., R, C], queries by keys.
 
 
 def visible(
-    rows: Array,
-    keys: Array,
+    rows: Int[Array, "R"],
+    keys: Int[Array, "C"],
     *,
     length: int,
     causal: bool,
     window: int | None,
-    row_segments=None,
-    key_segments=None,
-) -> Array:
-    """bool [..., R, C]: which keys a row may see. Positions rows [R], keys [C]; segments [..., R] and [..., C].
+    row_segments: Int[Array, "*batch R"] | None = None,
+    key_segments: Int[Array, "*batch C"] | None = None,
+) -> Bool[Array, "*batch R C"]:
+    """The mask of a tile: which keys a row may see.
 
-    With `window` w, i sees i-w < j <= i, and |i-j| < w without `causal`. Keys at `length` and beyond are padding.
+    Args:
+      rows, keys: positions of the tile's queries and keys.
+      length: keys at this position and beyond are padding.
+      causal, window: as of `visible_pairs`.
+      row_segments, key_segments: the documents of the queries and keys, both or neither.
+
+    Returns:
+      The mask; leading axes are those of the segments.
     """
-    distance = rows[:, None] - keys[None, :]
-    seen = (keys < length)[None, :]
-    if causal:
-        seen = seen & (distance >= 0)
-    if window is not None:
-        seen = seen & (jnp.abs(distance) < window)
-    if row_segments is not None:
-        seen = seen & (row_segments[..., :, None] == key_segments[..., None, :])
-    return seen
+    mask = visible_pairs(
+        rows[:, None],
+        keys[None, :],
+        length=length,
+        causal=causal,
+        window=window,
+        query_segments=None if row_segments is None else row_segments[..., :, None],
+        key_segments=None if key_segments is None else key_segments[..., None, :],
+    )
+    assert mask is not None, "a length is a condition"
+    return mask
 
 
-def distance(rows: Array, keys: Array, dtype: jnp.dtype) -> Array:
-    """[..., R, C]: |i - j| of positions [..., R] and [..., C], for `slopes`."""
+def distance(
+    rows: Int[Array, "*batch R"],
+    keys: Int[Array, "*batch C"],
+    dtype: jnp.dtype,
+) -> Float[Array, "*batch R C"]:
+    """|i - j| of positions, for ALiBi."""
     return jnp.abs(rows[..., :, None] - keys[..., None, :]).astype(dtype)
 
 
-class Logits(NamedTuple):
-    """A tile of logits before the mask, and what it was before slopes were added, which a soft cap's gradient needs."""
+class Alibi(NamedTuple):
+    """What ALiBi subtracts from a tile's logits: slope times distance."""
 
-    s: Array
-    capped: Array
+    # Of the row's head.
+    slopes: Float[Array, "... R 1"]
+    # [..., R, C], or [..., 1, C] where every row has the same position.
+    distances: Float[Array, "... C"]
+
+
+class Mask(NamedTuple):
+    """Where a tile lies among the queries and keys."""
+
+    # Which keys a row may see; None if every one.
+    seen: Bool[Array, "... R C"] | None
+    # The keys' positions, which tell them apart.
+    keys: Int[Array, "1 C"]
+    # None without slopes.
+    alibi: Alibi | None
+
+
+class Logits(NamedTuple):
+    """A tile of logits before the mask."""
+
+    # The logits.
+    s: Float[Array, "... R C"]
+    # The same before ALiBi, which the gradient of a soft cap needs.
+    capped: Float[Array, "... R C"]
 
 
 def logits(
-    q: Array,
-    k: Array,
+    q: Float[Array, "*batch R K"],
+    k: Float[Array, "*batch C K"],
+    alibi: Alibi | None,
     *,
     scale: float,
     logits_soft_cap: float | None,
     dtype: jnp.dtype,
-    slopes=None,
-    distances=None,
 ) -> Logits:
-    """[..., R, C]: scale q k^T; with `logits_soft_cap` c, c tanh(. / c); with `slopes` [..., R, 1], less slope * distance."""
-    s = matmul("...rk,...ck->...rc", q, k, dtype) * scale
-    capped = s if logits_soft_cap is None else logits_soft_cap * jnp.tanh(s / logits_soft_cap)
-    return Logits(capped if slopes is None else capped - slopes * distances, capped)
+    """scale q k^T, with the soft cap and ALiBi.
+
+    Args:
+      q, k: a tile's queries and keys.
+      alibi: slopes and distances, or None.
+      scale: what the products are multiplied by.
+      logits_soft_cap: c of c tanh(. / c), or None.
+      dtype: of the result.
+
+    Returns:
+      The logits, and what they were before ALiBi.
+    """
+    s = scale * matmul("...rk,...ck->...rc", q, k, dtype)
+    # The cap bounds what queries and keys say; distances are not bounded.
+    capped = soft_capped(s, logits_soft_cap)
+    if alibi is None:
+        return Logits(capped, capped)
+    return Logits(capped - alibi.slopes * alibi.distances, capped)
+
+
+def accumulate(
+    sums: Sequence[Array],
+    added: Added,
+    v: Float[Array, "*batch C V"],
+    product: Callable[[Array, Array], Array],
+) -> list[Array]:
+    """The sums of weighted values after a tile: keep * sums + weights v.
+
+    Args:
+      sums: the sums [..., R, V] before the tile.
+      added: what the normalizer made of the tile.
+      v: the tile's values.
+      product: the matrix product of weights and values, as the machine does it.
+
+    Returns:
+      The sums after the tile.
+    """
+    result = []
+    for before, weights in zip(sums, added.weights):
+        # A new maximum of the row makes all that was summed before smaller.
+        kept = before if added.keep is None else added.keep * before
+        result.append(kept + product(weights, v))
+    return result
+
+
+class RowGradient(NamedTuple):
+    """What the backward pass knows of a tile's rows."""
+
+    # The gradient of the ungated output.
+    do: Float[Array, "... R V"]
+    # sum(do * output) [..., R, 1] for each output in `Normalizer.deltas`.
+    deltas: Sequence[Array]
+    # What `Normalizer.finish` saved [..., R, 1].
+    saved: Row
 
 
 class TileGradients(NamedTuple):
-    """What a tile adds to each gradient. dq and dk lack `scale`: who adds the tiles up multiplies once, at the end."""
+    """What a tile adds to each gradient.
 
-    dq: Array
-    dk: Array
-    dv: Array
-    dslopes: Array | None  # [..., R, 1]
+    dq and dk lack the factor `scale`: whoever adds the tiles up multiplies once, at the end.
+    """
+
+    dq: Float[Array, "... R K"]
+    dk: Float[Array, "... C K"]
+    dv: Float[Array, "... C V"]
+    dslopes: Float[Array, "... R 1"] | None
 
 
 def gradients(
     normalizer: Normalizer,
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    saved: Row,
-    deltas: Sequence[Array],
-    seen: Array | None,
-    keys: Array,
+    q: Float[Array, "*batch R K"],
+    k: Float[Array, "*batch C K"],
+    v: Float[Array, "*batch C V"],
+    row: RowGradient,
+    mask: Mask,
     *,
     scale: float,
     logits_soft_cap: float | None,
     dtype: jnp.dtype,
-    slopes=None,
-    distances=None,
 ) -> TileGradients:
-    """A tile of the backward pass, recomputed from its inputs and what the forward pass saved of its rows."""
-    dot = partial(matmul, dtype=dtype)
-    s = logits(
-        q,
-        k,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        dtype=dtype,
-        slopes=slopes,
-        distances=distances,
-    )
-    weights, ds = normalizer.gradient(
-        s.s, seen, keys, dot("...rv,...cv->...rc", do, v), deltas, saved
-    )
-    dv = dot("...rc,...rv->...cv", weights, do)
-    dslopes = None if slopes is None else -jnp.sum(ds * distances, axis=-1, keepdims=True)
-    if logits_soft_cap is not None:
-        ds = ds * (1 - (s.capped / logits_soft_cap) ** 2)
-    return TileGradients(
-        dot("...rc,...ck->...rk", ds, k), dot("...rc,...rk->...ck", ds, q), dv, dslopes
-    )
+    """A tile of the backward pass, recomputed from its inputs and what was saved of its rows.
+
+    Args:
+      normalizer: how logits became weights.
+      q, k, v: a tile's queries, keys and values.
+      row: what is known of the queries' rows.
+      mask: where the tile lies.
+      scale, logits_soft_cap, dtype: as of `logits`.
+
+    Returns:
+      The tile's part of every gradient, in `dtype`.
+    """
+    # The logits of the forward pass again.
+    s = logits(q, k, mask.alibi, scale=scale, logits_soft_cap=logits_soft_cap, dtype=dtype)
+    dweights = matmul("...rv,...cv->...rc", row.do, v, dtype)
+    weights, ds = normalizer.gradient(s.s, mask.seen, mask.keys, dweights, row.deltas, row.saved)
+    dv = matmul("...rc,...rv->...cv", weights, row.do, dtype)
+
+    # Of s = capped - slope * distance; after the soft cap, so before its gradient.
+    dslopes = None
+    if mask.alibi is not None:
+        dslopes = -jnp.sum(ds * mask.alibi.distances, axis=-1, keepdims=True)
+
+    # From here on ds is the gradient of scale q k^T.
+    ds = through_soft_cap(ds, s.capped, logits_soft_cap)
+    dq = matmul("...rc,...ck->...rk", ds, k, dtype)
+    dk = matmul("...rc,...rk->...ck", ds, q, dtype)
+    return TileGradients(dq, dk, dv, dslopes)

@@ -1,1 +1,1 @@
-"""What several ops share, written once."""
+"""What the ops share, written once: see the docstring of each module."""

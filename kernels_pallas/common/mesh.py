@@ -1,36 +1,60 @@
-"""Kernels on a mesh under plain `jit`: every device computes its own rows and heads.
+"""How an op is split over a mesh: the one place that answers which mesh axes split rows and heads.
 
-XLA cannot cut a Mosaic kernel and refuses to compile one whose arguments are cut; libtpu does not know
-`custom_partitioning`, by which an op could learn how they are. So an op wraps itself in `shard_map` where the ambient
-mesh (`jax.set_mesh`) has more than one device. How arguments are cut is known while tracing for Explicit mesh axes
-only; for Auto ones their names tell: those of `mesh_axes`. Where the names mislead, results are right and XLA moves
-data to where it has to be. Inside a `shard_map` of the caller's nothing is done.
+XLA cannot split a Mosaic kernel, and refuses to compile one whose arguments are split. libtpu
+does not know `custom_partitioning`, by which an op could learn how they are. So an op wraps its
+kernel in `shard_map`: under plain `jit` on a mesh, every device computes its own rows and heads.
+The rules, in order:
+
+1. Without an ambient mesh (`jax.set_mesh`), on a mesh of one device, or inside a `shard_map` of the
+   caller's, nothing is split: the arrays are a device's own already.
+2. On a mesh with Explicit axes, the types of the arrays say which axes split them.
+3. On a mesh with Auto axes, that cannot be known while tracing, so the names of the axes tell. The
+   caller gives them by `mesh_axes(rows=..., heads=...)`. Without it, rows are split by axes called
+   data, fsdp, expert, batch or replica, and heads by tensor or model.
+4. Axes that do not divide the number of rows (or of heads) are not used for it: every device then
+   computes all of them.
+
+Names that do not fit cost time, not correctness: XLA moves data to where it has to be.
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Int
 
-_ROWS, _HEADS = ("data", "fsdp", "expert", "batch", "replica"), ("tensor", "model")
-_names: list[tuple[tuple[str, ...], tuple[str, ...]]] = [(_ROWS, _HEADS)]
+
+class MeshAxes(NamedTuple):
+    """Names of the mesh axes that split the rows of a batch, and of those that split heads."""
+
+    rows: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+# Rule 3 of the module's docstring.
+DEFAULT_AXES = MeshAxes(
+    rows=("data", "fsdp", "expert", "batch", "replica"),
+    heads=("tensor", "model"),
+)
+_auto_axes = ContextVar("auto_axes", default=DEFAULT_AXES)
 
 
 @contextlib.contextmanager
 def mesh_axes(rows: Sequence[str], heads: Sequence[str]) -> Iterator[None]:
-    """While an op is traced: the names of Auto mesh axes that cut the rows of a batch, and of those that cut heads.
-
-    Without it rows are cut by axes called data, fsdp, expert, batch or replica, heads by tensor or model.
-    """
-    _names.append((tuple(rows), tuple(heads)))
+    """Names the Auto mesh axes that split rows and heads, for the ops that are traced inside."""
+    # A context variable: another thread that traces at the same time keeps its own names.
+    token = _auto_axes.set(MeshAxes(tuple(rows), tuple(heads)))
     try:
         yield
     finally:
-        _names.pop()
+        _auto_axes.reset(token)
 
 
 def by_rows_and_heads(
@@ -40,102 +64,222 @@ def by_rows_and_heads(
     outputs: Sequence[str],
     heads: int,
 ) -> tuple[Array | None, ...]:
-    """`fn(*arrays)`, cut over the ambient mesh.
+    """`fn(*arrays)`, split over the ambient mesh by rows of the batch and by heads.
 
     Args:
-      fn: returns a tuple; of parts as well as of the whole.
-      inputs, outputs: the axes of every array, a letter each: "b" rows, "h" heads, "." never cut. Axes of size 1 are
-        never cut. The first array has all rows.
-      heads: what a number of parts must divide: the greatest common divisor of all numbers of heads.
+      fn: returns a tuple; of a part of the arrays as well as of the whole.
+      arrays: what `fn` takes. The first one has all rows.
+      inputs: the axes of every array, a letter each: "b" rows, "h" heads, "." never split. Axes of
+        size 1 are never split.
+      outputs: the same for every result of `fn`.
+      heads: what a number of parts must divide: the greatest common divisor of all head counts.
+
+    Returns:
+      What `fn` returns.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    mesh = _mesh_to_split_over()
+    if mesh is None:
         return fn(*arrays)
-    q, axes = arrays[0], inputs[0]
-    rows_by, heads_by = _axes_of(mesh, q, axes)
-    cut = {
-        "b": _dividing(mesh, rows_by, q.shape[axes.index("b")]),
-        "h": _dividing(mesh, heads_by, heads),
+    first = arrays[0]
+    first_axes = inputs[0]
+    assert first is not None, "the first array tells how the mesh splits all of them"
+    axes = _axes_that_split(mesh, first, first_axes)
+    num_rows = first.shape[first_axes.index("b")]
+    axes_of_letter = {
+        "b": _axes_that_divide(mesh, axes.rows, num_rows),
+        "h": _axes_that_divide(mesh, axes.heads, heads),
     }
-    spec = lambda letters, shape: PartitionSpec(
-        *(cut.get(a) if n > 1 else None for a, n in zip(letters, shape))
-    )
-    in_specs = tuple(None if x is None else spec(a, x.shape) for a, x in zip(inputs, arrays))
-    shapes = jax.eval_shape(
-        fn, *(None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
-    )
 
-    def part(*parts):
-        given = [x for x in parts if x is not None]
-        return fn(*(None if x is None else varying_like(x, *given) for x in parts))
+    def spec(letters: str, x: Array | jax.ShapeDtypeStruct | None) -> PartitionSpec | None:
+        if x is None:
+            return None
+        # An axis of size 1 is one that broadcasts.
+        entries = [
+            axes_of_letter.get(letter) if size > 1 else None
+            for letter, size in zip(letters, x.shape)
+        ]
+        return PartitionSpec(*entries)
 
-    out_specs = tuple(None if x is None else spec(a, x.shape) for a, x in zip(outputs, shapes))
-    return jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
+    def on_device(*parts: Array | None):
+        return fn(*varying_together(parts))
+
+    # The whole results' shapes tell which of their axes are of size 1.
+    results = jax.eval_shape(fn, *jax.tree.map(_shape_of, arrays))
+    split = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=tuple(map(spec, inputs, arrays)),
+        out_specs=tuple(map(spec, outputs, results)),
+    )
+    return split(*arrays)
 
 
 def by_sorted_rows(
     fn: Callable,
-    rows: Sequence[Array],
-    whole: Sequence[Array],
+    rows: Sequence[Any],
+    whole: Sequence[Any],
     group_sizes: Array,
     summed: bool = False,
-):
-    """`fn(*rows, *whole, group_sizes)`, one array or several, cut over the ambient mesh by rows, which are sorted.
+) -> Any:
+    """`fn(*rows, *whole, group_sizes)`, split over the ambient mesh by rows sorted by group.
 
-    Every device gets the part of each group that lies in its own rows. `summed`: the result is one of groups, not of
-    rows, and every device holds a part of the sum.
+    Every device gets the part of each group that lies in its own rows.
+
+    Args:
+      fn: returns an array or a pytree of arrays, whose first axis is rows unless `summed`.
+      rows: pytrees of arrays with all rows as their first axis.
+      whole: pytrees of arrays that every device gets whole.
+      group_sizes: how many rows each group has.
+      summed: the result has no rows, and every device computes one term of a sum.
+
+    Returns:
+      What `fn` returns.
     """
-    mesh, num_rows = jax.sharding.get_abstract_mesh(), rows[0].shape[0]
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    mesh = _mesh_to_split_over()
+    if mesh is None:
         return fn(*rows, *whole, group_sizes)
-    axes = _dividing(mesh, _axes_of(mesh, rows[0], "b.")[0], num_rows)
-    parts = math.prod(mesh.shape[a] for a in axes or ())
+    first = jax.tree.leaves(rows)[0]
+    num_rows = first.shape[0]
+    axes = _axes_that_divide(mesh, _axes_that_split(mesh, first, "b.").rows, num_rows)
+    rows_of_device = num_rows // _num_parts(mesh, axes)
 
-    def part(*arrays):
-        *arrays, sizes = [varying_like(x, *arrays) for x in arrays]
-        first = jax.lax.axis_index(axes) * (num_rows // parts) if axes else 0
-        ends = jnp.minimum(jnp.cumsum(sizes), num_rows)
-        edge = lambda row: jnp.clip(row - first, 0, num_rows // parts)
-        out = fn(*arrays, edge(ends) - edge(jnp.pad(ends[:-1], (1, 0))))
-        total = lambda x: jax.lax.psum(x.astype(jnp.float32), axes).astype(x.dtype)
-        return jax.tree.map(total, out) if summed and axes else out
+    def on_device(*arrays):
+        *others, sizes = varying_together(arrays)
+        # Over several axes the index counts in the order of the spec, as the rows do.
+        device = jax.lax.axis_index(axes) if axes else 0
+        first_row = device * rows_of_device
+        own_sizes = _sizes_within(sizes, num_rows, first_row, rows_of_device)
+        out = fn(*others, own_sizes)
+        if not summed or axes is None:
+            return out
+        return jax.tree.map(lambda x: _sum_over_devices(x, axes), out)
 
-    specs = *[PartitionSpec(axes)] * len(rows), *[PartitionSpec()] * (len(whole) + 1)
-    out_spec = PartitionSpec() if summed else PartitionSpec(axes)
-    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_spec)(
-        *rows, *whole, group_sizes
+    # A spec for each pytree holds for all arrays in it.
+    split_rows = PartitionSpec(axes)
+    copied = PartitionSpec()
+    row_specs = (split_rows,) * len(rows)
+    other_specs = (copied,) * (len(whole) + 1)  # group_sizes too
+    split = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=row_specs + other_specs,
+        out_specs=copied if summed else split_rows,
     )
+    return split(*rows, *whole, group_sizes)
 
 
-def _axes_of(mesh: Mesh, x: Array, axes: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _mesh_to_split_over() -> AbstractMesh | None:
+    """The ambient mesh, or None where nothing is to be split (rule 1)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return None
+    return mesh
+
+
+def _axes_that_split(
+    mesh: AbstractMesh,
+    x: Array,
+    letters: str,
+) -> MeshAxes:
+    """The mesh axes over which the rows and heads of `x` lie, as its type says or as named."""
     if AxisType.Explicit not in mesh.axis_types:
-        return _names[-1]
-    spec = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
-    named = lambda names: names if isinstance(names, tuple) else () if names is None else (names,)
-    by = lambda letter: named(spec[axes.index(letter)]) if letter in axes else ()
-    return by("b"), by("h")
+        return _auto_axes.get()
+    # A spec may be shorter than the array has axes: the others are not split.
+    spec = list(jax.typeof(x).sharding.spec)
+    spec += [None] * (x.ndim - len(spec))
+
+    def axes_of(letter: str) -> tuple[str, ...]:
+        if letter not in letters:
+            return ()
+        names = spec[letters.index(letter)]
+        if names is None:
+            return ()
+        # An entry is one name, or several that split the axis together.
+        if isinstance(names, str):
+            return (names,)
+        return tuple(names)
+
+    return MeshAxes(rows=axes_of("b"), heads=axes_of("h"))
 
 
-def _dividing(mesh: Mesh, names: Sequence[str], size: int) -> tuple[str, ...] | None:
-    """Those of `names` that the mesh has, or None where they do not divide `size`."""
-    names = tuple(n for n in names if n in mesh.axis_names)
-    return names if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None
+def _axes_that_divide(
+    mesh: AbstractMesh,
+    names: Sequence[str],
+    size: int,
+) -> tuple[str, ...] | None:
+    """Those of `names` that the mesh has; None if there are none or they do not divide `size`."""
+    known = tuple(name for name in names if name in mesh.axis_names)
+    if not known or size % _num_parts(mesh, known) != 0:
+        return None
+    return known
 
 
-# Values born inside `shard_map(check_vma=True)`, such as a scan's zero carry, must vary like the data they are used with.
+def _num_parts(mesh: AbstractMesh, axes: Sequence[str] | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes or ())
+
+
+def _sizes_within(
+    group_sizes: Int[Array, "G"],
+    num_rows: int,
+    first_row: Int[Array, ""] | int,
+    rows_of_device: int,
+) -> Int[Array, "G"]:
+    """How many rows of each group lie among the device's, which begin with `first_row`."""
+    ends = jnp.minimum(jnp.cumsum(group_sizes), num_rows)
+    starts = jnp.pad(ends[:-1], (1, 0))
+    # Clipped to the device's rows, a group that lies elsewhere is an empty one.
+    own_ends = jnp.clip(ends - first_row, 0, rows_of_device)
+    own_starts = jnp.clip(starts - first_row, 0, rows_of_device)
+    return own_ends - own_starts
+
+
+def _sum_over_devices(x: Array, axes: tuple[str, ...]) -> Array:
+    """The sum of every device's term, taken in float32."""
+    total = jax.lax.psum(x.astype(jnp.float32), axes)
+    return total.astype(x.dtype)
+
+
+def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+# Values that are made inside `shard_map(check_vma=True)`, such as a scan's zero carry, must vary
+# over the same mesh axes as the data that they are used with.
 
 
 def varying_axes(*arrays: Array) -> frozenset[str]:
     """The manual mesh axes over which any of `arrays` varies; empty outside `shard_map`."""
-    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    types = [jax.typeof(x).manual_axis_type for x in arrays]
+    return frozenset().union(*(axis_type.varying for axis_type in types))
 
 
 def varying_like(x: Array, *arrays: Array) -> Array:
-    """`x`, marked as varying over every manual mesh axis that any of `arrays` varies over. The values do not change."""
+    """`x`, marked as varying over every manual mesh axis that any of `arrays` varies over.
+
+    The values do not change.
+    """
+    # pcast refuses axes over which x varies already.
     missing = varying_axes(*arrays) - varying_axes(x)
-    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+    if not missing:
+        return x
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying")
 
 
-def like(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """An output that varies over the mesh axes that `x` varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+def varying_together[Tree](arrays: Tree) -> Tree:
+    """Inside `shard_map`, every array of a pytree varying over what any of them varies over.
+
+    A replicated input, such as sinks, must vary before it enters a custom_vjp: the transpose of
+    that cast is the sum of its gradient over the mesh axis.
+    """
+    leaves = jax.tree.leaves(arrays)
+    return jax.tree.map(lambda x: varying_like(x, *leaves), arrays)
+
+
+def like(
+    x: Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.ShapeDtypeStruct:
+    """A kernel's output of this shape, which varies over the mesh axes that `x` varies over."""
+    manual_axis_type = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual_axis_type)

@@ -1,30 +1,49 @@
-"""What the TPU kernels of several ops share: operands by name, padding, where arrays lie."""
+"""What the TPU kernels of several ops share: operands by name, where arrays lie, interpret mode."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-VMEM_LIMIT = (
-    56 * 2**20
-)  # of at least 64 MiB on every generation; the default of 16 MiB is too little for 8 heads
+from kernels_pallas.common.mesh import varying_axes
+
+# Of at least 64 MiB on every generation. The default of 16 MiB is too little for 8 heads.
+VMEM_LIMIT = 56 * 2**20
+
+# What a kernel gets for an array. Its type at run time is `jax.Ref`, which does not declare `at`.
+Ref = Any
+
+# What `pallas_call` takes as `interpret`.
+Interpret = bool | pltpu.InterpretParams
 
 
 class Operand(NamedTuple):
-    """One array of a kernel, by the name that the kernel knows it by. index(*grid indices, ...) -> block."""
+    """One array of a kernel, by the name that the kernel knows it by."""
 
     name: str
     array: Array | jax.ShapeDtypeStruct
     block: tuple[int, ...]
-    index: Callable
+    index: Callable  # (*grid indices, ...) -> block index
 
 
-def in_hbm(array: Array, interpret) -> Array:
+def in_hbm(array: Array, interpret: Interpret) -> Array:
     """Keeps XLA from moving a kernel's input to VMEM beforehand.
 
-    Beside another kernel that is bound by HBM that is no gain, and the input is moved twice: 67 MB and 80 us of v5e at
-    B4 T4096 H8 K128 V256.
+    Beside another kernel that is bound by HBM that is no gain, and the input is moved twice: 67 MB
+    and 80 us of v5e at B4 T4096 H8 K128 V256.
     """
-    return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+    if interpret:
+        return array
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+def interpret_params(interpret: Interpret, x: Array) -> Interpret:
+    """What `pallas_call` takes as `interpret` for inputs that vary as `x` does.
+
+    The plain interpreter is the quicker one, but does not know the varying axes of `shard_map`.
+    """
+    if interpret is True and varying_axes(x):
+        return pltpu.InterpretParams()
+    return interpret

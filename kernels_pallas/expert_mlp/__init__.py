@@ -1,4 +1,4 @@
-"""The gated MLPs of a sparse mixture's experts, on rows sorted by expert: three grouped matmuls as one op."""
+"""The gated MLPs of a sparse mixture's experts, on rows sorted by expert: one op."""
 
 from kernels_pallas.expert_mlp.api import expert_mlp
 

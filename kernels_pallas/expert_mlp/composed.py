@@ -1,31 +1,39 @@
-"""`expert_mlp` as three calls of `grouped_matmul`, each by the implementation named: reference, xla or gpu."""
+"""`expert_mlp` as three calls of `grouped_matmul`, by the reference, xla or gpu implementation."""
+
+from functools import partial
 
 from jax import Array
+from jaxtyping import Float
 
+from kernels_pallas.dispatch import Implementation
 from kernels_pallas.expert_mlp.gate import gated_product
+from kernels_pallas.expert_mlp.inputs import ExpertMlpInputs
 from kernels_pallas.grouped_matmul import grouped_matmul
 
 
 def expert_mlp(
-    rows,
-    gate,
-    up,
-    down,
-    group_sizes,
-    weights,
+    inputs: ExpertMlpInputs,
     *,
     activation: str,
-    implementation: str,
+    implementation: Implementation,
     interpret: bool,
-) -> Array:
+) -> Float[Array, "R M"]:
     """As `api.expert_mlp`, with every default filled in.
 
-    Weights multiply the product, not what becomes of it, which is the same: their gradient then needs the product and
-    its cotangent only, not the result.
+    The weights multiply the product of gate and up, not the result, which is the same: then their
+    gradient needs the product and its cotangent only.
     """
-    options = dict(implementation=implementation, interpret=interpret)
-    pre = (grouped_matmul(rows, matrix, group_sizes, **options) for matrix in (gate, up))
-    product = gated_product(activation, *pre)
-    if weights is not None:
-        product = product * weights.astype(product.dtype)[:, None]
-    return grouped_matmul(product.astype(rows.dtype), down, group_sizes, **options)
+    # What the three matmuls have in common.
+    matmul = partial(
+        grouped_matmul,
+        group_sizes=inputs.group_sizes,
+        implementation=implementation,
+        interpret=interpret,
+    )
+    gate = matmul(inputs.rows, inputs.gate)
+    up = matmul(inputs.rows, inputs.up)
+    # In float32 at least: it is rounded once, after the weights.
+    product = gated_product(activation, gate, up)
+    if inputs.weights is not None:
+        product = product * inputs.weights.astype(product.dtype)[:, None]
+    return matmul(product.astype(inputs.rows.dtype), inputs.down)

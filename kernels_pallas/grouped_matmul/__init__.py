@@ -1,4 +1,7 @@
-"""One matrix a group of rows: the experts' matmuls of a sparse mixture; and the permutation that sorts the rows."""
+"""One matrix for each group of rows, as a sparse mixture's experts need it.
+
+And the permutation that sorts rows by group.
+"""
 
 from kernels_pallas.grouped_matmul.api import grouped_matmul
 from kernels_pallas.grouped_matmul.permute import permute_rows, sort_by_group

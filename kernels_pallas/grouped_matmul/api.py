@@ -6,10 +6,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.common.checks import all_varying, check_float, check_integer, check_interpret
+from kernels_pallas.common.checks import (
+    check_float,
+    check_integer,
+    check_interpret,
+    check_same_dtype,
+)
+from kernels_pallas.common.mesh import varying_together
 from kernels_pallas.grouped_matmul import reference, xla
 from kernels_pallas.grouped_matmul.gpu import op as gpu
 from kernels_pallas.grouped_matmul.tpu import op as tpu
+
+OP = "grouped_matmul"
 
 
 def grouped_matmul(
@@ -18,22 +26,28 @@ def grouped_matmul(
     group_sizes: Int[Array, "G"],
     *,
     preferred_element_type: DTypeLike | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
-    """Rows sorted by group, each times the matrix of its group: the first group_sizes[0] rows times rhs[0], and so on.
+    """Rows sorted by group, each times the matrix of its group.
 
-    M, K, N, G are rows, inner width, outer width and groups. Group sizes are values of the run: none is padded to
-    another, no row is dropped. The forward pass and each of the two gradients cost about 2 M K N FLOPs, not G times
-    that.
+    The first group_sizes[0] rows are multiplied by rhs[0], the next group_sizes[1] by rhs[1], and
+    so on. M, K, N, G are rows, inner width, outer width and groups. Group sizes are values of the
+    run: none is padded to another, no row is dropped. The forward pass and each of the two
+    gradients cost about 2 M K N FLOPs, not G times that.
 
     Args:
-      lhs, rhs: one float dtype for both: float16, bfloat16, float32 (or float64 under x64). Sums are float32.
-      group_sizes: integers >= 0. Rows beyond their sum give zeros and get zero gradient; an empty group gets zero
-        gradient. Not checked: values are unknown under jit. Rows counted beyond M do not exist.
+      lhs: float16, bfloat16, float32 (or float64 under x64). Sums are float32.
+      rhs: one matrix for each group, of lhs's dtype.
+      group_sizes: integers >= 0. Rows beyond their sum give zeros and get zero gradient; an empty
+        group gets zero gradient. Not checked: values are unknown under jit. Rows counted beyond M
+        do not exist.
       preferred_element_type: dtype of the result; lhs's if None.
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+
+    Returns:
+      One row for each row of lhs.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
@@ -41,38 +55,47 @@ def grouped_matmul(
 
     Source: MegaBlocks, arXiv 2211.15841.
     """
-    op = "grouped_matmul"
-    _check(op, lhs, rhs, group_sizes)
-    check_interpret(op, interpret, implementation)
+    _check(lhs, rhs, group_sizes)
+    check_interpret(OP, interpret, implementation)
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if not jnp.issubdtype(out_dtype, jnp.floating):
         raise ValueError(
-            f"{op}: preferred_element_type: got {out_dtype}, expected None or a float dtype"
+            f"{OP}: preferred_element_type: got {out_dtype}, expected None or a float dtype"
         )
-    chosen = dispatch.choose(
-        op, implementation, {"tpu": tpu.unsupported(lhs, rhs), "gpu": gpu.unsupported(lhs)}
-    )
-    arrays = all_varying(lhs, rhs, group_sizes)
-    if chosen in ("tpu", "gpu"):
-        return {"tpu": tpu, "gpu": gpu}[chosen].grouped_matmul(
-            *arrays, out_dtype=out_dtype, interpret=interpret
-        )
-    room = reference if chosen == "reference" else xla
-    return room.grouped_matmul(*arrays, out_dtype=out_dtype)
+    # "reference" and "xla" take every call.
+    refusals = {
+        "tpu": tpu.unsupported(lhs, rhs),
+        "gpu": gpu.unsupported(lhs),
+    }
+    chosen = dispatch.choose(OP, implementation, refusals)
+    # Before any custom_vjp, so that gradients of replicated arrays are summed over the mesh.
+    arrays = varying_together((lhs, rhs, group_sizes))
+    if chosen == "tpu":
+        return tpu.grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
+    if chosen == "gpu":
+        return gpu.grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
+    if chosen == "xla":
+        return xla.grouped_matmul(*arrays, out_dtype=out_dtype)
+    return reference.grouped_matmul(*arrays, out_dtype=out_dtype)
 
 
-def _check(op: str, lhs, rhs, group_sizes) -> None:
+def _check(
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+) -> None:
+    """Raises ValueError for the first argument that does not fit."""
     if lhs.ndim != 2 or 0 in lhs.shape:
-        raise ValueError(f"{op}: lhs: got shape {lhs.shape}, expected [M, K] with no empty axis")
+        raise ValueError(f"{OP}: lhs: got shape {lhs.shape}, expected [M, K] with no empty axis")
     if rhs.ndim != 3 or 0 in rhs.shape or rhs.shape[1] != lhs.shape[1]:
         raise ValueError(
-            f"{op}: rhs: got shape {rhs.shape}, expected [G, {lhs.shape[1]}, N] for lhs of shape {lhs.shape}"
+            f"{OP}: rhs: got shape {rhs.shape}, "
+            f"expected [G, {lhs.shape[1]}, N] for lhs of shape {lhs.shape}"
         )
     if group_sizes.shape != rhs.shape[:1]:
         raise ValueError(
-            f"{op}: group_sizes: got shape {group_sizes.shape}, expected {rhs.shape[:1]}"
+            f"{OP}: group_sizes: got shape {group_sizes.shape}, expected {rhs.shape[:1]}"
         )
-    check_integer(op, "group_sizes", group_sizes)
-    check_float(op, "lhs", lhs)
-    if rhs.dtype != lhs.dtype:
-        raise ValueError(f"{op}: rhs: got dtype {rhs.dtype}, expected {lhs.dtype} as in lhs")
+    check_integer(OP, "group_sizes", group_sizes)
+    check_float(OP, "lhs", lhs)
+    check_same_dtype(OP, "rhs", rhs, "lhs", lhs)

@@ -1,50 +1,73 @@
-"""Rows into the order of their groups and back, with gathers both ways: a scatter-add is slow on every accelerator."""
+"""Rows into the order of their groups and back.
+
+With gathers both ways: a scatter-add, which the gradient of a gather would be, is slow on every
+accelerator.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.mesh import varying_like, varying_together
 
 
 def sort_by_group(
-    ids: Int[Array, "R"], num_groups: int
+    ids: Int[Array, "R"],
+    num_groups: int,
 ) -> tuple[Int[Array, "R"], Int[Array, "R"], Int[Array, "{num_groups}"]]:
-    """Returns (order, inverse, group_sizes): `ids[order]` is sorted, `order[inverse]` is 0, 1, 2, ...
+    """The permutation that sorts rows by their group.
 
-    Stable: rows of one group keep their order. An id of `num_groups` means no group: such rows come last and are not
-    counted, so that `grouped_matmul` gives zeros for them.
+    Stable: rows of one group keep their order. An id of `num_groups` means no group: such rows come
+    last and are not counted, so that `grouped_matmul` gives zeros for them.
+
+    Args:
+      ids: the group of each row.
+      num_groups: how many groups there are.
+
+    Returns:
+      (order, inverse, group_sizes): `ids[order]` is sorted, `order[inverse]` is 0, 1, 2, ...
 
     Raises:
       ValueError: `ids` is not a vector of integers.
     """
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
-            f"sort_by_group: ids: got shape {ids.shape} and dtype {ids.dtype}, expected [R] integers"
+            f"sort_by_group: ids: got shape {ids.shape} and dtype {ids.dtype}, "
+            "expected [R] integers"
         )
-    # Inside shard_map, jax takes the indices that argsort sorts along for the same on all devices (0.11, 0.12): told
-    # nothing else, it would sum gradients over devices before they are put back in order.
-    order = varying_like(jnp.argsort(ids, stable=True).astype(jnp.int32), ids)
-    inverse = varying_like(jnp.argsort(order).astype(jnp.int32), ids)
-    group_sizes = jnp.sum(ids[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
+    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
+    inverse = jnp.argsort(order).astype(jnp.int32)
+    # Inside shard_map, jax (0.11, 0.12) takes the indices that argsort sorts along for the same on
+    # all devices. Not told otherwise, it would sum gradients over devices before they are put back
+    # in order.
+    order = varying_like(order, ids)
+    inverse = varying_like(inverse, ids)
+    # Compared with every group: a histogram would be a scatter-add.
+    one_hot = ids[:, None] == jnp.arange(num_groups)
+    group_sizes = jnp.sum(one_hot, axis=0, dtype=jnp.int32)
     return order, inverse, group_sizes
 
 
 def permute_rows(
-    x: Float[Array, "R *D"], order: Int[Array, "Rk"], inverse: Int[Array, "Rk"]
+    x: Float[Array, "R *D"],
+    order: Int[Array, "Rk"],
+    inverse: Int[Array, "Rk"],
 ) -> Float[Array, "Rk *D"]:
-    """Each row of x repeated k times, k = len(order) / R, then taken in `order`: row i is x[order[i] // k].
+    """Each row of x repeated k times, k = len(order) / R, then taken in `order`.
 
-    To the experts: `permute_rows(x, order, inverse)` with `order` over the R k choices of R tokens. Back: with k = 1
-    and the two exchanged, `permute_rows(y, inverse, order)`. `order` must be a permutation and `inverse` its inverse,
-    as `sort_by_group` gives them: then dx is a gather by `inverse` and a sum over the k copies, in float32.
+    Row i of the result is x[order[i] // k]. To the experts: `permute_rows(x, order, inverse)` with
+    `order` over the R k choices of R tokens. Back: with k = 1 and the two exchanged,
+    `permute_rows(y, inverse, order)`.
+
+    `order` must be a permutation and `inverse` its inverse, as `sort_by_group` gives them. Then the
+    gradient of x is a gather by `inverse` and a sum over the k copies, in float32.
 
     Raises:
       ValueError: the lengths do not fit, by name.
     """
-    rows = x.shape[0] if x.ndim else 0
-    if order.ndim != 1 or rows == 0 or order.shape[0] % rows:
+    num_rows = x.shape[0] if x.ndim else 0
+    if order.ndim != 1 or num_rows == 0 or order.shape[0] % num_rows:
         raise ValueError(
             f"permute_rows: order: got shape {order.shape}, expected [k R] for x of shape {x.shape}"
         )
@@ -52,29 +75,43 @@ def permute_rows(
         raise ValueError(
             f"permute_rows: inverse: got shape {inverse.shape}, expected {order.shape}"
         )
-    return _permute_rows(*(varying_like(a, x, order, inverse) for a in (x, order, inverse)))
+    return _permute_rows(*varying_together((x, order, inverse)))
 
 
 @jax.custom_vjp
-def _permute_rows(x: Array, order: Array, inverse: Array) -> Array:
-    return _gather(x, order // (order.shape[0] // x.shape[0]))
+def _permute_rows(
+    x: Array,
+    order: Array,
+    inverse: Array,
+) -> Array:
+    # Copy j of row i is number i * copies + j.
+    copies = order.shape[0] // x.shape[0]
+    return _gather(x, order // copies)
 
 
-def _forward_saving(x, order, inverse):
+def _forward_saving(
+    x: Array,
+    order: Array,
+    inverse: Array,
+):
     return _permute_rows(x, order, inverse), (inverse, x.shape[0])
 
 
-def _backward(residuals, dy):
-    inverse, rows = residuals
+def _backward(residuals: tuple[Array, int], dy: Array):
+    inverse, num_rows = residuals
+    # Back in the order of the copies.
     dx = _gather(dy, inverse)
-    if rows != dy.shape[0]:
-        dx = dx.reshape(rows, -1, *dy.shape[1:])
-        dx = jnp.sum(dx, axis=1, dtype=jnp.promote_types(jnp.float32, dy.dtype)).astype(dy.dtype)
+    if num_rows != dy.shape[0]:
+        # The copies of a row are next to each other.
+        by_copy = dx.reshape(num_rows, -1, *dy.shape[1:])
+        sum_dtype = jnp.promote_types(jnp.float32, dy.dtype)
+        dx = jnp.sum(by_copy, axis=1, dtype=sum_dtype).astype(dy.dtype)
     return dx, None, None
 
 
 _permute_rows.defvjp(_forward_saving, _backward)
 
 
-def _gather(x: Array, index: Array) -> Array:
+def _gather(x: Array, index: Int[Array, "Rk"]) -> Array:
+    """x[index], without the check that every index lies in x."""
     return jnp.asarray(x).at[index].get(mode="promise_in_bounds")

@@ -1,17 +1,33 @@
-"""`grouped_matmul` as every row against every group's matrix, and a one-hot choice: G times the work, by intention.
+"""`grouped_matmul` as every row times every group's matrix, of which one is selected.
 
-Computes in float32, or in float64 when an input is float64.
+G times the work, by intention. Computes in float32, or in float64 when an input is float64.
 """
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 
-def grouped_matmul(lhs, rhs, group_sizes, *, out_dtype: jnp.dtype) -> Array:
+def grouped_matmul(
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    *,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "M N"]:
     """As `api.grouped_matmul`, with every default filled in."""
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(lhs, rhs))
     ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
     row = jnp.arange(lhs.shape[0])[:, None]
-    member = (ends - group_sizes <= row) & (row < ends)  # [M, G]; all False beyond the last group
-    every = jnp.einsum("mk,gkn->mgn", lhs.astype(dtype), rhs.astype(dtype), precision="highest")
-    return jnp.sum(jnp.where(member[:, :, None], every, 0), axis=1).astype(out_dtype)
+    # [M, G]: whether a row is of a group. Rows beyond the last group are of none.
+    is_member = (starts <= row) & (row < ends)
+    every_product = jnp.einsum(
+        "mk,gkn->mgn",
+        lhs.astype(dtype),
+        rhs.astype(dtype),
+        precision="highest",
+    )
+    # Selected, not multiplied by 0: a product with an unused matrix may be Inf.
+    selected = jnp.where(is_member[:, :, None], every_product, 0)
+    return jnp.sum(selected, axis=1).astype(out_dtype)

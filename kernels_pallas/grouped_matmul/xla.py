@@ -1,7 +1,8 @@
-"""`grouped_matmul` without Pallas: each group in tiles of its own rows, as many as its size asks for.
+"""`grouped_matmul` without Pallas: each group in tiles of its own rows, as many as it needs.
 
-A `lax.scan` goes over the groups, a loop inside it over the group's tiles: its length is a value of the run,
-ceil(size / block). So the forward pass and both gradients cost 2 M K N FLOPs each, plus at most block - 1 rows a group.
+A `lax.scan` goes over the groups, and a loop inside it over the group's tiles, whose number is a
+value of the run, ceil(size / block). So the forward pass and both gradients cost 2 M K N FLOPs
+each, plus at most block - 1 rows a group.
 """
 
 from functools import partial
@@ -16,115 +17,199 @@ from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
 
 
-class Plan(NamedTuple):
-    """What of a call is static."""
+class Options(NamedTuple):
+    """The static arguments of a call."""
 
     out_dtype: jnp.dtype
-    block: int
+    block: int  # rows in a tile
 
 
 def block_rows(M: int, G: int) -> int:
-    """Rows in a tile: about those of an average group, within 8 and 128. A larger tile pads more."""
-    return min(128, max(8, 1 << (M // G).bit_length() - 1)) if M >= G else 8
+    """Rows in a tile: about those of an average group, from 8 to 128. A larger tile pads more."""
+    # Most groups have a row or none.
+    if M < G:
+        return 8
+    # Rounded down: so that a group of about the average size is full tiles for the most part.
+    power_of_two = 1 << ((M // G).bit_length() - 1)
+    return min(128, max(8, power_of_two))
 
 
-def grouped_matmul(lhs, rhs, group_sizes, *, out_dtype: jnp.dtype) -> Array:
+def grouped_matmul(
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    *,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "M N"]:
     """As `api.grouped_matmul`, with every default filled in."""
-    return _grouped_matmul(
-        Plan(out_dtype, block_rows(lhs.shape[0], rhs.shape[0])), lhs, rhs, group_sizes
-    )
+    M = lhs.shape[0]
+    G = rhs.shape[0]
+    options = Options(out_dtype, block_rows(M, G))
+    return _grouped_matmul(options, lhs, rhs, group_sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(plan: Plan, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+def _grouped_matmul(
+    options: Options,
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+) -> Array:
+    # On CPUs, XLA's fusions read broadcast operands wrongly: see `opaque`.
     lhs, rhs = opaque((lhs, rhs))
-    return _times_groups(plan, "mk,kn->mn", lhs, rhs, group_sizes)
+    return _times_groups(options, "mk,kn->mn", lhs, rhs, group_sizes)
 
 
-def _forward_saving(plan: Plan, lhs, rhs, group_sizes):
-    return _grouped_matmul(plan, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+def _forward_saving(
+    options: Options,
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+):
+    return _grouped_matmul(options, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
-def _backward(plan: Plan, residuals, dout):
+def _backward(
+    options: Options,
+    residuals: tuple[Array, Array, Array],
+    dout: Array,
+):
     lhs, rhs, group_sizes = residuals
     lhs, rhs, dout = opaque((lhs, rhs, dout))
     dout = dout.astype(lhs.dtype)
-    dlhs = _times_groups(plan._replace(out_dtype=lhs.dtype), "mn,kn->mk", dout, rhs, group_sizes)
-    return dlhs, _outer_by_group(plan, lhs, dout, group_sizes).astype(rhs.dtype), None
+    back = options._replace(out_dtype=lhs.dtype)
+    dlhs = _times_groups(back, "mn,kn->mk", dout, rhs, group_sizes)
+    drhs = _outer_by_group(options, lhs, dout, group_sizes)
+    return dlhs, drhs.astype(rhs.dtype), None
 
 
 _grouped_matmul.defvjp(_forward_saving, _backward)
 
 
 def _times_groups(
-    plan: Plan, product: str, x: Float[Array, "M K"], rhs: Float[Array, "G K N"], group_sizes: Array
-):
-    """Each row of x times its group's matrix, or the matrix transposed, as `product` says."""
-    M, width = x.shape[0], rhs.shape[2 if product == "mk,kn->mn" else 1]
-    x = _padded(x, plan.block)
+    options: Options,
+    product: str,
+    x: Float[Array, "M I"],
+    rhs: Float[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+) -> Float[Array, "M O"]:
+    """Each row of x times its group's matrix, or the matrix transposed.
 
-    def group(out, group):
+    Args:
+      options: static.
+      product: of a tile of rows and a matrix: "mk,kn->mn", or "mn,kn->mk" with the matrix
+        transposed.
+      x: the rows, sorted by group.
+      rhs: one matrix for each group.
+      group_sizes: how many rows each group has.
+
+    Returns:
+      The products, zeros in rows beyond the groups.
+    """
+    M = x.shape[0]
+    block = options.block
+    width = rhs.shape[2] if product == "mk,kn->mn" else rhs.shape[1]
+    x = _with_spare_rows(x, block)
+
+    def add_group(out: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
         weight, start, end = group
 
-        def visit(i, out):
-            first = start + i * plan.block
-            rows = _rows(x, first, end, plan.block)
-            # Masked rows are written as zeros over rows of later groups, which are written after this one.
-            tile = _matmul(product, rows, weight).astype(plan.out_dtype)
+        def add_tile(i: Array, out: Array) -> Array:
+            first = start + i * block
+            rows = _rows_of_tile(x, first, end, block)
+            # Masked rows are written as zeros over rows of later groups: those are written later.
+            tile = _matmul(product, rows, weight).astype(options.out_dtype)
             return jax.lax.dynamic_update_slice_in_dim(out, tile, first, 0)
 
-        return jax.lax.fori_loop(0, tiles(end - start, plan.block), visit, out), None
+        # A value of the run: the loop's length is the group's own.
+        num_tiles = _num_tiles(end - start, block)
+        out = jax.lax.fori_loop(0, num_tiles, add_tile, out)
+        return out, None
 
-    out = varying_like(jnp.zeros((x.shape[0], width), plan.out_dtype), x)
-    return jax.lax.scan(group, out, (rhs, *bounds(group_sizes, M)))[0][:M]
+    # Rows beyond the groups are never written.
+    zeros = jnp.zeros((x.shape[0], width), options.out_dtype)
+    out = varying_like(zeros, x)
+    starts, ends = bounds(group_sizes, M)
+    out, _ = jax.lax.scan(add_group, out, (rhs, starts, ends))
+    return out[:M]
 
 
 def _outer_by_group(
-    plan: Plan, lhs: Float[Array, "M K"], dout: Float[Array, "M N"], group_sizes: Array
-):
-    """[G, K, N]: lhs^T dout over the rows of each group."""
-    M, (K, N) = lhs.shape[0], (lhs.shape[1], dout.shape[1])
-    lhs, dout = _padded(lhs, plan.block), _padded(dout, plan.block)
-    zeros = varying_like(jnp.zeros((K, N), _accumulator(lhs)), lhs)
+    options: Options,
+    lhs: Float[Array, "M K"],
+    dout: Float[Array, "M N"],
+    group_sizes: Int[Array, "G"],
+) -> Float[Array, "G K N"]:
+    """lhs^T dout over the rows of each group."""
+    M, K = lhs.shape
+    N = dout.shape[1]
+    block = options.block
+    lhs = _with_spare_rows(lhs, block)
+    dout = _with_spare_rows(dout, block)
+    # What the sum of a group begins with, and that of an empty one.
+    zeros = jnp.zeros((K, N), _accumulator(lhs))
+    zeros = varying_like(zeros, lhs)
 
-    def group(_, bounds):
-        start, end = bounds
+    def sum_of_group(_: None, group: tuple[Array, Array]) -> tuple[None, Array]:
+        start, end = group
 
-        def visit(i, total):
-            first = start + i * plan.block
-            rows = (_rows(x, first, end, plan.block) for x in (lhs, dout))
-            return total + _matmul("mk,mn->kn", *rows)
+        def add_tile(i: Array, total: Array) -> Array:
+            first = start + i * block
+            lhs_rows = _rows_of_tile(lhs, first, end, block)
+            dout_rows = _rows_of_tile(dout, first, end, block)
+            return total + _matmul("mk,mn->kn", lhs_rows, dout_rows)
 
-        return None, jax.lax.fori_loop(0, tiles(end - start, plan.block), visit, zeros)
+        num_tiles = _num_tiles(end - start, block)
+        total = jax.lax.fori_loop(0, num_tiles, add_tile, zeros)
+        return None, total
 
-    return jax.lax.scan(group, None, bounds(group_sizes, M))[1]
+    _, sums = jax.lax.scan(sum_of_group, None, bounds(group_sizes, M))
+    return sums
 
 
 def bounds(group_sizes: Int[Array, "G"], M: int) -> tuple[Int[Array, "G"], Int[Array, "G"]]:
     """The first row of each group, and the one after its last; never beyond M."""
+    # Sizes may count rows that do not exist.
     ends = jnp.minimum(jnp.cumsum(group_sizes), M)
-    return jnp.pad(ends[:-1], (1, 0)), ends
+    starts = jnp.pad(ends[:-1], (1, 0))
+    return starts, ends
 
 
-def tiles(size: Array, block: int) -> Array:
+def _num_tiles(size: Array, block: int) -> Array:
     return (size + block - 1) // block
 
 
-def _padded(x: Array, block: int) -> Array:
-    """A tile that begins in the last row must not be moved back by dynamic_slice."""
+def _with_spare_rows(x: Float[Array, "M K"], block: int) -> Float[Array, "M2 K"]:
+    """x and `block` rows more: dynamic_slice would move a tile that begins in the last row back."""
     return jnp.pad(x, ((0, block), (0, 0)))
 
 
-def _rows(x: Array, first: Array, end: Array, block: int) -> Array:
-    """Rows first .. first + block - 1 of x, zero from `end` on: they belong to another group."""
+def _rows_of_tile(
+    x: Array,
+    first: Array,
+    end: Array,
+    block: int,
+) -> Array:
+    """Rows first .. first + block - 1 of x, zero from `end` on: those belong to another group."""
     rows = jax.lax.dynamic_slice_in_dim(x, first, block)
-    return jnp.where(jnp.arange(block)[:, None] < end - first, rows, 0)
+    is_own = jnp.arange(block)[:, None] < end - first
+    return jnp.where(is_own, rows, 0)
 
 
-def _matmul(subscripts: str, x: Array, y: Array) -> Array:
+def _matmul(
+    subscripts: str,
+    x: Array,
+    y: Array,
+) -> Array:
     """One tile's product, accumulated in float32 or float64."""
-    precision = "highest" if x.dtype.itemsize > 2 else None
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=_accumulator(x))
+    return jnp.einsum(
+        subscripts,
+        x,
+        y,
+        # At the default, a TPU would round wider operands to bfloat16.
+        precision="highest" if x.dtype.itemsize > 2 else None,
+        preferred_element_type=_accumulator(x),
+    )
 
 
 def _accumulator(x: Array) -> jnp.dtype:

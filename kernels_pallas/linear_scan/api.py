@@ -1,25 +1,26 @@
-"""`linear_scan` and `linear_scan_step`: the public functions. Checks, defaults and the choice of implementation."""
+"""`linear_scan` and `linear_scan_step`: the public functions, with checks and defaults."""
 
 import math
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.common.checks import (
-    all_varying,
-    check_float,
-    check_integer,
-    check_interpret,
-    check_shape,
-    default_scale,
+from kernels_pallas.common.checks import check_interpret, default_scale
+from kernels_pallas.common.mesh import by_rows_and_heads, varying_together
+from kernels_pallas.linear_scan import reference, xla
+from kernels_pallas.linear_scan.checks import (
+    check_bonus,
+    check_chunk_size,
+    check_segment_ids,
+    check_state,
+    check_tokens,
 )
-from kernels_pallas.common.mesh import by_rows_and_heads
-from kernels_pallas.linear_scan import reference, tile, xla
 from kernels_pallas.linear_scan.gpu import op as gpu
 from kernels_pallas.linear_scan.gpu import step as gpu_step
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
 from kernels_pallas.linear_scan.tpu import op as tpu
 from kernels_pallas.linear_scan.tpu import step as tpu_step
 
@@ -32,213 +33,293 @@ def linear_scan(
     *,
     bonus: Float[Array, "H K"] | None = None,
     inclusive: bool = True,
-    initial_state: Float[Array, "B H K V"] | None = None,
+    initial_state: Float[Array, "B H K Vs"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     reverse: bool = False,
     normalize: bool = False,
     return_final_state: bool = False,
     chunk_size: int | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
-) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Gated linear attention: a matrix state a head, decayed along its key channels, written and read once a token.
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K Vs"]]:
+    """Gated linear attention: one matrix state per head, decayed per key channel at every token.
 
         S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t
-        o_t = scale q_t S_t                                  inclusive (linear attention, RetNet, Mamba-2, GLA, HGRN2)
-        o_t = scale q_t (S_{t-1} + diag(bonus) k_t^T v_t)    exclusive (RWKV-6): S_{t-1} before step t's decay
+        o_t = scale q_t S_t                                  inclusive
+        o_t = scale q_t (S_{t-1} + diag(bonus) k_t^T v_t)    exclusive: S_{t-1} before its decay
 
-    Differentiable in every float input and through the final state. Time and memory are linear in T. On a mesh
-    (`jax.set_mesh`) the TPU kernel runs on each device's own rows and heads, see `kernels_pallas.common.mesh`; for T cut
-    over devices see `linear_scan_sharded`.
+    Linear attention, RetNet, Mamba-2, GLA and HGRN2 are inclusive, RWKV-6 is exclusive.
+    Differentiable in every float input and through the final state. Time and memory are linear in
+    T. On a mesh (`jax.set_mesh`) the kernels run on each device's own rows and heads, see
+    `kernels_pallas.common.mesh`. If T is split over devices, use `linear_scan_sharded`.
 
     Args:
-      q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk and Hv divide H: query
-        head h uses key head h // (H / Hk) and value head h // (H / Hv).
-      log_decay: g, natural logs of decays, <= 0. Not checked: values are unknown under jit, and a positive one makes
-        the state grow. None (linear attention), [H] (RetNet), [B, T, H] (Mamba-2, simple GLA) or [B, T, H, K] (GLA,
-        HGRN2, RWKV-6). Any size down to -inf is safe; below -1000 a decay is exactly 0.
-      bonus: u of RWKV-6, the weight of a token's own write in its exclusive read; None is 0. Needs inclusive=False.
+      q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64). Hk and
+        Hv divide H: query head h uses key head h // (H / Hk) and value head h // (H / Hv).
+      log_decay: g, natural logs of decays, <= 0. None (linear attention), [H] (RetNet), [B, T, H]
+        (Mamba-2, simple GLA) or [B, T, H, K] (GLA, HGRN2, RWKV-6). Any size down to -inf is safe;
+        below -1000 a decay is exactly 0. The sign is not checked: values are unknown under jit, and
+        a positive log makes the state grow.
+      bonus: u of RWKV-6, the weight of a token's own write in its exclusive read; None is 0. Needs
+        inclusive=False.
       inclusive: whether a token reads the state after its own update or before it.
-      initial_state: the state before the first token met; zeros if None. With `normalize`, V + 1 columns.
-      segment_ids: documents packed in a row. The state is emptied where the id changes, so no token meets another
-        segment; `initial_state` belongs to the first segment met and the final state to the last.
+      initial_state: the state before the first token of the recurrence; zeros if None. With
+        `normalize`, V + 1 columns.
+      segment_ids: documents packed in a row. The state is reset where the id changes, so no token
+        sees another segment; `initial_state` belongs to the first segment of the recurrence and the
+        final state to the last.
       scale: a number, K**-0.5 if None.
-      reverse: run from the last token to the first: `initial_state` enters before token T-1, the final state leaves
-        after token 0.
-      normalize: divide by the sum of a query's weights. A column of ones is appended to v, so states have V + 1
-        columns, and o_t = num_t / max(|den_t|, 1e-6) with (num_t, den_t) = q_t S_t, unscaled: `scale` has no effect.
-      return_final_state: also return the state after the last token met.
-      chunk_size: tokens computed as one matrix, a power of two up to 512 (TPU: 16 to 128). The result does not depend
-        on it.
+      reverse: run from the last token to the first: `initial_state` enters before token T-1, the
+        final state leaves after token 0.
+      normalize: divide by the sum of a query's weights. A column of ones is appended to v, so
+        states have V + 1 columns, and o_t = num_t / max(|den_t|, 1e-6) with
+        (num_t, den_t) = q_t S_t, unscaled: `scale` has no effect.
+      return_final_state: also return the state after the last token of the recurrence.
+      chunk_size: tokens computed as one matrix, a power of two up to 512 (TPU: 16 to 128). The
+        result does not depend on it.
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
 
     Returns:
-      o in v's dtype, or (o, final state) with the state in float32 (float64 if an input is float64).
+      o in v's dtype, or (o, final state) with the state in float32, float64 if an input is.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
       NotImplementedError: the implementation asked for does not cover this call.
 
-    Sources: GLA, arXiv 2312.06635, section 4; RetNet 2307.08621; Mamba-2 2405.21060; HGRN2 2404.07904;
-    RWKV-6 2404.05892.
+    Sources: GLA, arXiv 2312.06635, section 4; RetNet 2307.08621; Mamba-2 2405.21060;
+    HGRN2 2404.07904; RWKV-6 2404.05892.
     """
     op = "linear_scan"
-    _check_inputs(op, q, k, v, log_decay, time=True)
-    _check_options(op, q, v, bonus, inclusive, "initial_state", initial_state, normalize)
-    _check_segments_and_chunk(op, q, segment_ids, chunk_size)
+    check_tokens(op, q, k, v, log_decay, has_time=True)
+    check_bonus(op, q, bonus, inclusive)
+    check_state(op, "initial_state", q, v, initial_state, normalize)
+    check_segment_ids(op, q, segment_ids)
+    check_chunk_size(op, chunk_size)
     check_interpret(op, interpret, implementation)
-    asked = (q, k, v, log_decay, initial_state, normalize, chunk_size)
-    chosen = dispatch.choose(
-        op, implementation, {"tpu": tpu.unsupported(*asked), "gpu": gpu.unsupported(*asked)}
-    )
+
     B, T, H, K = q.shape
-    if initial_state is None and chosen not in ("tpu", "gpu"):
-        initial_state = jnp.zeros((B, H, K, v.shape[-1] + normalize))
     if log_decay is not None and log_decay.ndim == 1:
+        # RetNet: one decay for all rows and tokens. Backends take the axes B and T, B may be 1.
         log_decay = jnp.broadcast_to(log_decay, (1, T, H))
-    arrays = _prepared(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    static = {
-        "inclusive": inclusive,
-        "scale": default_scale(scale, K),
-        "reverse": reverse,
-        "normalize": normalize,
+    inputs = ScanInputs(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        bonus=bonus,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+    )
+    options = ScanOptions(
+        inclusive=inclusive,
+        scale=1.0 if normalize else default_scale(scale, K),
+        reverse=reverse,
+        normalize=normalize,
+        chunk_size=chunk_size,
+        return_final_state=return_final_state,
+    )
+
+    # A backend says why it cannot take the call, or None.
+    refusals = {
+        "tpu": tpu.unsupported(inputs, options),
+        "gpu": gpu.unsupported(inputs, options),
     }
-    if chosen == "reference":
-        o, final_state = reference.linear_scan(*arrays, **static)
-    elif chosen in ("tpu", "gpu"):
-        room = tpu if chosen == "tpu" else gpu
-        kept = dict(
-            chunk_size=chunk_size, return_final_state=return_final_state, interpret=interpret
-        )
-        o, final_state = _on_mesh(partial(room.linear_scan, **static, **kept), arrays)
+    chosen = dispatch.choose(op, implementation, refusals)
+    if chosen in ("tpu", "gpu"):
+        kernel = tpu if chosen == "tpu" else gpu
+        inputs = _prepare_scan(inputs)
+
+        def run(*arrays: Array | None) -> tuple[Array, Array | None]:
+            return kernel.linear_scan(
+                ScanInputs._make(arrays),
+                options,
+                interpret=interpret,
+            )
+
+        o, final_state = _scan_on_mesh(run, inputs)
     else:
-        o, final_state = xla.linear_scan(*arrays, **static, chunk_size=chunk_size)
-    return (o, final_state) if return_final_state else o
+        # The kernels start from zeros in fast memory; the other two take an array.
+        if initial_state is None:
+            num_columns = v.shape[-1] + normalize
+            zeros = jnp.zeros((B, H, K, num_columns))
+            inputs = inputs._replace(initial_state=zeros)
+        inputs = _prepare_scan(inputs)
+        plain = reference if chosen == "reference" else xla
+        o, final_state = plain.linear_scan(inputs, options)
+    if not return_final_state:
+        return o
+    assert final_state is not None
+    return o, final_state
 
 
 def linear_scan_step(
     q: Float[Array, "B H K"],
     k: Float[Array, "B Hk K"],
     v: Float[Array, "B Hv V"],
-    state: Float[Array, "B H K V"],
+    state: Float[Array, "B H K Vs"],
     log_decay: Float[Array, "H"] | Float[Array, "B H"] | Float[Array, "B H K"] | None = None,
     *,
     bonus: Float[Array, "H K"] | None = None,
     inclusive: bool = True,
     scale: float | None = None,
     normalize: bool = False,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
-    """One token of `linear_scan`, for decoding: the same formulas and arguments without T. Returns (o, new state).
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K Vs"]]:
+    """One token of `linear_scan`, for decoding: the same formulas and arguments without T.
 
-    On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel updates the states in place: donate `state` to
-    the surrounding jit, or XLA copies it first.
-    `state` has V + 1 columns with `normalize`, as `linear_scan` returns it. o has v's dtype, the new state is float32
-    (float64 if an input is float64).
+    On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel updates the states in
+    place: donate `state` to the surrounding jit, or XLA copies it first.
+
+    Args:
+      q, k, v: the query, key and value of one token.
+      state: as `linear_scan` returns it; with `normalize` it has V + 1 columns.
+      log_decay: None, [H], [B, H] or [B, H, K], natural logs <= 0.
+      bonus, inclusive, scale, normalize: as in `linear_scan`.
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run the TPU kernel, named, in interpret mode on CPU.
+
+    Returns:
+      (o, new state): o in v's dtype, the state in float32 (float64 if an input is float64).
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
       NotImplementedError: the implementation asked for does not cover this call.
     """
     op = "linear_scan_step"
-    _check_inputs(op, q, k, v, log_decay, time=False)
-    _check_options(op, q, v, bonus, inclusive, "state", state, normalize)
+    check_tokens(op, q, k, v, log_decay, has_time=False)
+    check_bonus(op, q, bonus, inclusive)
+    check_state(op, "state", q, v, state, normalize)
     check_interpret(op, interpret, implementation)
-    asked = (q, k, v, state, log_decay, bonus)
-    refusals = {"tpu": tpu_step.unsupported(*asked), "gpu": gpu_step.unsupported(*asked, interpret)}
-    chosen = dispatch.choose(op, implementation, refusals)
+
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[None]
-    arrays = _prepared(q, k, v, log_decay, bonus, state)
-    static = {
-        "inclusive": inclusive,
-        "scale": default_scale(scale, q.shape[-1]),
-        "normalize": normalize,
+    inputs = StepInputs(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        bonus=bonus,
+        state=state,
+    )
+    options = StepOptions(
+        inclusive=inclusive,
+        scale=1.0 if normalize else default_scale(scale, q.shape[-1]),
+        normalize=normalize,
+    )
+
+    refusals = {
+        "tpu": tpu_step.unsupported(inputs, options),
+        "gpu": gpu_step.unsupported(inputs, options, interpret=interpret),
     }
+    chosen = dispatch.choose(op, implementation, refusals)
+    # From here on the state is in the dtype of the computation.
+    inputs = _prepare_step(inputs)
+
+    def run_on_tpu(*arrays: Array) -> tuple[Array, Array]:
+        return tpu_step.linear_scan_step(
+            StepInputs._make(arrays),
+            options,
+            interpret=interpret,
+        )
+
+    def run_on_gpu(*arrays: Array) -> tuple[Array, Array]:
+        return gpu_step.linear_scan_step(StepInputs._make(arrays), options)
+
     if chosen == "tpu":
-        return _on_mesh(
-            partial(tpu_step.linear_scan_step, **static, interpret=interpret), arrays, time=False
-        )
+        return _step_on_mesh(run_on_tpu, inputs)
     if chosen == "gpu":
-        return _on_mesh(partial(gpu_step.linear_scan_step, **static), arrays, time=False)
-    return (reference if chosen == "reference" else xla).linear_scan_step(*arrays, **static)
+        return _step_on_mesh(run_on_gpu, inputs)
+    plain = reference if chosen == "reference" else xla
+    return plain.linear_scan_step(inputs, options)
 
 
-def _on_mesh(kernel, arrays, time: bool = True) -> tuple[Array, Array | None]:
-    """A kernel of every device's own rows and heads: XLA cannot cut it. `arrays` as `_prepared` orders them."""
-    q, k, v, log_decay, *_ = arrays
-    tokens, state = "b.h." if time else "bh.", "bh.."
-    decay = tokens if log_decay is None else tokens[: log_decay.ndim]
-    axes = (tokens, tokens, tokens, decay, "h.", state, "b.")[: len(arrays)]
-    heads = math.gcd(*(x.shape[-2] for x in (q, k, v)))
-    return by_rows_and_heads(kernel, arrays, axes, (tokens, state), heads)
+# --- from the arguments to the arrays of a backend
 
 
-def _prepared(q, k, v, log_decay, bonus, state, *others) -> tuple[Array | None, ...]:
-    """The state in the dtype of computation; inside `shard_map`, everything varying over what any of them varies over.
+def _prepare_scan(inputs: ScanInputs) -> ScanInputs:
+    """The state in the dtype of the computation, and all arrays varying over the same mesh axes.
 
-    A replicated input, such as a bonus, must vary before it enters a custom_vjp or a scan: the transpose of that cast
-    is the sum of its gradient over the mesh axis.
+    A replicated input, such as a bonus, must vary inside `shard_map` before it enters a custom_vjp
+    or a scan: the transpose of that cast is the sum of its gradient over the mesh axis.
     """
-    floats = [x for x in (q, k, v, log_decay, bonus, state) if x is not None]
-    if state is not None:
-        state = state.astype(jnp.promote_types(jnp.float32, jnp.result_type(*floats)))
-    return all_varying(q, k, v, log_decay, bonus, state, *others)
+    if inputs.initial_state is not None:
+        dtype = _computation_dtype(inputs._replace(segment_ids=None))
+        inputs = inputs._replace(initial_state=inputs.initial_state.astype(dtype))
+    return varying_together(inputs)
 
 
-def _check_inputs(op: str, q, k, v, log_decay, time: bool) -> None:
-    axes = "[B, T, {}, {}]" if time else "[B, {}, {}]"
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.ndim != 3 + time or 0 in x.shape:
-            expected = axes.format(
-                {"q": "H", "k": "Hk", "v": "Hv"}[name], "V" if name == "v" else "K"
-            )
-            raise ValueError(
-                f"{op}: {name}: got shape {x.shape}, expected {expected} with no empty axis"
-            )
-        check_float(op, name, x)
-    *rows, H, K = q.shape
-    for name, x in {"k": k, "v": v}.items():
-        if [*x.shape[:-2]] != rows or H % x.shape[-2] or (name == "k" and x.shape[-1] != K):
-            expected = [*rows, f"a divisor of {H}", K if name == "k" else "V"]
-            raise ValueError(
-                f"{op}: {name}: got shape {x.shape}, expected {expected} for q of shape {q.shape}"
-            )
-    if log_decay is not None:
-        shapes = ((H,), (*rows, H), (*rows, H, K))
-        if log_decay.shape not in shapes:
-            raise ValueError(
-                f"{op}: log_decay: got shape {log_decay.shape}, expected one of {shapes}"
-            )
-        check_float(op, "log_decay", log_decay)
+def _prepare_step(inputs: StepInputs) -> StepInputs:
+    """As `_prepare_scan`, for one token."""
+    dtype = _computation_dtype(inputs)
+    inputs = inputs._replace(state=inputs.state.astype(dtype))
+    return varying_together(inputs)
 
 
-def _check_options(
-    op: str, q, v, bonus, inclusive: bool, state_name: str, state, normalize: bool
-) -> None:
-    B, H, K = q.shape[0], *q.shape[-2:]
-    if bonus is not None:
-        if inclusive:
-            raise ValueError(
-                f"{op}: bonus: got shape {bonus.shape} with inclusive=True, expected inclusive=False or no bonus"
-            )
-        check_shape(op, "bonus", bonus, (H, K))
-        check_float(op, "bonus", bonus)
-    if state is not None:
-        check_shape(op, state_name, state, (B, H, K, v.shape[-1] + normalize))
-        check_float(op, state_name, state)
+def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:
+    """float32, or float64 where any of `floats` is float64."""
+    # Half-precision inputs are accumulated in float32.
+    dtypes = [x.dtype for x in floats if x is not None]
+    return jnp.promote_types(jnp.float32, jnp.result_type(*dtypes))
 
 
-def _check_segments_and_chunk(op: str, q, segment_ids, chunk_size: int | None) -> None:
-    if segment_ids is not None:
-        check_shape(op, "segment_ids", segment_ids, q.shape[:2])
-        check_integer(op, "segment_ids", segment_ids)
-    if chunk_size is not None and not (
-        1 <= chunk_size <= tile.MAX_CHUNK and chunk_size & (chunk_size - 1) == 0
-    ):
-        raise ValueError(
-            f"{op}: chunk_size: got {chunk_size}, expected a power of two from 1 to {tile.MAX_CHUNK}"
-        )
+# --- kernels on a mesh: every device computes its own rows ("b") and heads ("h")
+
+
+def _scan_on_mesh(run: Callable, inputs: ScanInputs) -> tuple[Array, Array | None]:
+    log_decay = inputs.log_decay
+    is_scalar = log_decay is None or log_decay.ndim == 3
+    axes = (
+        "b.h.",  # q
+        "b.h.",  # k
+        "b.h.",  # v
+        "b.h" if is_scalar else "b.h.",  # log_decay
+        "h.",  # bonus
+        "bh..",  # initial_state
+        "b.",  # segment_ids
+    )
+    output_axes = ("b.h.", "bh..")
+    o, final_state = by_rows_and_heads(
+        run,
+        inputs,
+        axes,
+        output_axes,
+        _common_heads(inputs),
+    )
+    assert o is not None
+    return o, final_state
+
+
+def _step_on_mesh(run: Callable, inputs: StepInputs) -> tuple[Array, Array]:
+    log_decay = inputs.log_decay
+    is_scalar = log_decay is None or log_decay.ndim == 2
+    axes = (
+        "bh.",  # q
+        "bh.",  # k
+        "bh.",  # v
+        "bh" if is_scalar else "bh.",  # log_decay
+        "h.",  # bonus
+        "bh..",  # state
+    )
+    output_axes = ("bh.", "bh..")
+    o, new_state = by_rows_and_heads(
+        run,
+        inputs,
+        axes,
+        output_axes,
+        _common_heads(inputs),
+    )
+    assert o is not None
+    assert new_state is not None
+    return o, new_state
+
+
+def _common_heads(inputs: ScanInputs | StepInputs) -> int:
+    """The greatest number of parts into which query, key and value heads can all be split."""
+    return math.gcd(
+        inputs.q.shape[-2],
+        inputs.k.shape[-2],
+        inputs.v.shape[-2],
+    )

@@ -9,13 +9,15 @@ from jaxtyping import Float, Int
 class ScanInputs(NamedTuple):
     """The arrays of one call of `linear_scan`, as a backend gets them.
 
-    log_decay is None, [B, T, H] or [B, T, H, K], where B may be 1. With `normalize` the state has Vs = V + 1 columns.
+    log_decay is None, [B, T, H] or [B, T, H, K], where B may be 1. With `normalize` the state has
+    Vs = V + 1 columns.
 
     Attributes:
       log_decay: natural logs of the decays, <= 0.
       bonus: the weight of a token's own write in its exclusive read (RWKV-6).
-      initial_state: the state before the first token, in the dtype of the computation; None for zeros.
-      segment_ids: the packed document of every token; the state is emptied where it changes.
+      initial_state: the state before the first token, in the dtype of the computation. None for
+        zeros; only the kernels ("tpu", "gpu") get None.
+      segment_ids: the packed document of every token; the state is reset where it changes.
     """
 
     q: Float[Array, "B T H K"]
@@ -28,7 +30,11 @@ class ScanInputs(NamedTuple):
 
 
 class ScanOptions(NamedTuple):
-    """The static arguments of `linear_scan`, with every default filled in."""
+    """The static arguments of `linear_scan`, with every default filled in.
+
+    Attributes:
+      scale: what q is multiplied by; 1.0 with `normalize`, which divides it out.
+    """
 
     inclusive: bool
     scale: float
@@ -50,7 +56,11 @@ class StepInputs(NamedTuple):
 
 
 class StepOptions(NamedTuple):
-    """The static arguments of `linear_scan_step`, with every default filled in."""
+    """The static arguments of `linear_scan_step`, with every default filled in.
+
+    Attributes:
+      scale: what q is multiplied by; 1.0 with `normalize`, which divides it out.
+    """
 
     inclusive: bool
     scale: float

@@ -1,83 +1,128 @@
-"""The recurrence of `linear_scan`, one token at a time: the readable truth that every fast path is tested against.
+"""The recurrence of `linear_scan`, one token at a time.
 
-Heads are repeated, the state is read after every token and autodiff keeps all of it: slow and large, by intention.
-Computes in float32, or in float64 when an input is float64.
+This is the slow truth that every fast path is tested against. Heads are repeated, the state is read
+after every token, and autodiff keeps all of the states: slow and large, by intention. Computes in
+float32, or in float64 when an input is float64.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
-DENOMINATOR_FLOOR = 1e-6
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
+from kernels_pallas.linear_scan.normalize import DENOMINATOR_FLOOR
 
 
 def linear_scan_step(
-    q, k, v, log_decay, bonus, state, *, inclusive: bool, scale: float, normalize: bool
-):
-    """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
-    H, dtype, out_dtype = q.shape[1], state.dtype, v.dtype
-    q, k, v = q.astype(dtype), _repeat_heads(k, H).astype(dtype), _repeat_heads(v, H).astype(dtype)
-    if normalize:
-        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    inputs: StepInputs,
+    options: StepOptions,
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K Vs"]]:
+    """One token of the recurrence: returns (o, new state)."""
+    state = inputs.state
+    dtype = state.dtype
+    out_dtype = inputs.v.dtype
+    H = inputs.q.shape[1]
+    # Grouped heads: query head h uses key head h // (H / Hk), and likewise for values.
+    q = inputs.q.astype(dtype)
+    k = _repeat_heads(inputs.k, H).astype(dtype)
+    v = _repeat_heads(inputs.v, H).astype(dtype)
+    if options.normalize:
+        ones = jnp.ones_like(v[..., :1])
+        v = jnp.concatenate([v, ones], axis=-1)
+
+    # S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t, where k_t^T v_t is an outer product [K, V].
     write = k[..., :, None] * v[..., None, :]
-    decayed = state if log_decay is None else _decay(log_decay, dtype) * state
+    decayed = state
+    if inputs.log_decay is not None:
+        decayed = _decay(inputs.log_decay, dtype) * state
     new_state = decayed + write
-    if inclusive:
+
+    # What the query reads: S_t, or S_{t-1} + diag(bonus) k_t^T v_t.
+    if options.inclusive:
         read = new_state
+    elif inputs.bonus is None:
+        read = state
     else:
-        read = state if bonus is None else state + bonus.astype(dtype)[:, :, None] * write
+        read = state + inputs.bonus.astype(dtype)[:, :, None] * write
     o = jnp.einsum("bhk,bhkv->bhv", q, read)
-    if normalize:
-        o = o[..., :-1] / jnp.maximum(jnp.abs(o[..., -1:]), DENOMINATOR_FLOOR)
+
+    if options.normalize:
+        numerator = o[..., :-1]
+        denominator = jnp.abs(o[..., -1:])
+        o = numerator / jnp.maximum(denominator, DENOMINATOR_FLOOR)
     else:
-        o = scale * o
+        o = options.scale * o
     return o.astype(out_dtype), new_state
 
 
 def linear_scan(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    *,
-    inclusive: bool,
-    scale: float,
-    reverse: bool,
-    normalize: bool,
-) -> tuple[Array, Array]:
-    """As `api.linear_scan`, with the state given and log_decay None, [B, T, H] or [B, T, H, K] (B may be 1)."""
-    B, T = q.shape[:2]
-    starts = (
-        jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids, reverse)
+    inputs: ScanInputs,
+    options: ScanOptions,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K Vs"]]:
+    """As `api.linear_scan`, with the initial state given. Returns (o, final state)."""
+    initial_state = inputs.initial_state
+    assert initial_state is not None
+    B, T = inputs.q.shape[:2]
+    if inputs.segment_ids is None:
+        starts = jnp.zeros((B, T), bool)
+    else:
+        starts = segment_starts(inputs.segment_ids, options.reverse)
+    # What one token needs of the options.
+    step_options = StepOptions(
+        inclusive=options.inclusive,
+        scale=options.scale,
+        normalize=options.normalize,
     )
 
     def step(state, token):
-        *token, start = token
+        q, k, v, log_decay, start = token
+        # A segment starts from an empty state.
         state = jnp.where(start[:, None, None, None], 0.0, state)
-        o, state = linear_scan_step(
-            *token, bonus, state, inclusive=inclusive, scale=scale, normalize=normalize
+        step_inputs = StepInputs(
+            q=q,
+            k=k,
+            v=v,
+            log_decay=log_decay,
+            bonus=inputs.bonus,
+            state=state,
         )
-        return state, o
+        o, new_state = linear_scan_step(step_inputs, step_options)
+        return new_state, o
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay, starts))
-    final_state, o = jax.lax.scan(step, initial_state, tokens, reverse=reverse)
+    def time_first(x: Array) -> Array:
+        return jnp.moveaxis(x, 1, 0)
+
+    arrays = (inputs.q, inputs.k, inputs.v, inputs.log_decay, starts)
+    tokens = jax.tree.map(time_first, arrays)
+    final_state, o = jax.lax.scan(
+        step,
+        initial_state,
+        tokens,
+        reverse=options.reverse,
+    )
     return jnp.moveaxis(o, 0, 1), final_state
 
 
-def segment_starts(segment_ids: Array, reverse: bool) -> Array:
-    """bool [B, T]: where the state is emptied before the token. Not at the first token met: it owns initial_state."""
+def segment_starts(segment_ids: Int[Array, "B T"], reverse: bool) -> Bool[Array, "B T"]:
+    """Where the state is reset before the token.
+
+    Never at the first token of the recurrence (the last one of the row with `reverse`): that token
+    reads `initial_state`.
+    """
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changes, ((0, 0), (0, 1) if reverse else (1, 0)))
+    # Padded with False at the first token of the recurrence.
+    first_token = (0, 1) if reverse else (1, 0)
+    return jnp.pad(changes, ((0, 0), first_token))
 
 
-def _decay(log_decay: Array, dtype) -> Array:
+def _decay(log_decay: Array, dtype: jnp.dtype) -> Array:
     """[B, H] or [B, H, K], to a factor that broadcasts over the state [B, H, K, V]."""
     decay = jnp.exp(log_decay.astype(dtype))
-    return decay.reshape(*decay.shape[:2], -1, 1)
+    B, H = decay.shape[:2]
+    return decay.reshape(B, H, -1, 1)
 
 
 def _repeat_heads(x: Array, num_heads: int) -> Array:
+    """[B, heads, D] -> [B, num_heads, D]."""
     return jnp.repeat(x, num_heads // x.shape[1], axis=1)

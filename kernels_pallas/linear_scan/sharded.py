@@ -1,9 +1,11 @@
-"""`linear_scan` with its tokens cut over a mesh axis: for sequences longer than one device holds.
+"""`linear_scan` with its tokens split over a mesh axis: for sequences longer than one device holds.
 
-Every device scans its own tokens from an empty state. What it missed is linear in the state that the devices before it
-leave, so it is added afterwards: only states and their decays are exchanged, forward and backward.
+Every device scans its own tokens from an empty state. What is missing is linear in the state that
+the devices before it leave, so it is added afterwards: only states and their decays are exchanged,
+forward and backward.
 
-    S_first = S left by the devices before, decayed by those between;   o_t += scale q_t exp(logs met so far) S_first
+    before = the states left by the devices before, decayed by those between
+    o_t   += scale q_t exp(logs accumulated from the device's first token to the read of t) before
 
 Every exponent is a sum of logs <= 0: no decay overflows.
 """
@@ -13,14 +15,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.common.checks import default_scale
 from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.padding import padded, round_up
+from kernels_pallas.dispatch import Implementation
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.api import linear_scan
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
-from kernels_pallas.linear_scan.xla import _ratio, _with_ones
 
+# Tokens whose logs are summed by one matmul.
 CHUNK = 128
 
 
@@ -33,28 +39,43 @@ def linear_scan_sharded(
     axis_name: str,
     bonus: Float[Array, "H K"] | None = None,
     inclusive: bool = True,
-    initial_state: Float[Array, "B H K V"] | None = None,
+    initial_state: Float[Array, "B H K Vs"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     reverse: bool = False,
     normalize: bool = False,
     return_final_state: bool = False,
-    **how,
-) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """`linear_scan` inside `shard_map`, T cut over the mesh axis `axis_name`; the arguments and results of this device.
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H K Vs"]]:
+    """`linear_scan` inside `shard_map`, with T split over the mesh axis `axis_name`.
 
-    `initial_state` and the final state belong to the whole sequence and are the same on all of the axis. `how` is
-    chunk_size, implementation and interpret. The exchange is one all-gather of [B, H, K, V] float32 states.
+    The exchange is one all-gather of [B, H, K, V] float32 states.
+
+    Args:
+      q, k, v, log_decay, segment_ids: the tokens of this device, as `linear_scan` takes them.
+      axis_name: the mesh axis over which T is split, in order.
+      bonus, inclusive, scale, reverse, normalize: as in `linear_scan`.
+      initial_state: the state before the whole sequence, the same on every device of the axis.
+      return_final_state: also return the state after the whole sequence.
+      chunk_size, implementation, interpret: as in `linear_scan`, for each device's own scan.
+
+    Returns:
+      o of this device's tokens, or (o, final state); the final state is the same on every device.
 
     Raises:
-      ValueError, NotImplementedError: as `linear_scan`.
+      ValueError: as `linear_scan`.
+      NotImplementedError: as `linear_scan`.
     """
-    out_dtype, scale = v.dtype, q.shape[-1] ** -0.5 if scale is None else scale
-    if (
-        normalize
-    ):  # the two halves of a ratio: added up over devices, in float32, before they are divided
-        v, scale = _with_ones(v.astype(jnp.float32)), 1.0
-    o, state = linear_scan(
+    out_dtype = v.dtype
+    scale = default_scale(scale, q.shape[-1])
+    if normalize:
+        # Numerator and denominator are added up over devices, in float32, before they are divided.
+        v = append_ones(v.astype(jnp.float32))
+        scale = 1.0
+    # This device's own tokens, from an empty state.
+    local_o, local_state = linear_scan(
         q,
         k,
         v,
@@ -65,95 +86,204 @@ def linear_scan_sharded(
         scale=scale,
         reverse=reverse,
         return_final_state=True,
-        **how,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        interpret=interpret,
     )
-    met = _logs_met(q, log_decay, _starts(segment_ids, reverse, axis_name), inclusive, reverse)
-    first = jnp.zeros_like(state) if initial_state is None else initial_state.astype(state.dtype)
-    before, after = _states_of_the_axis(
-        met.total, state, varying_like(first, state), axis_name, reverse
+
+    starts = None
+    if segment_ids is not None:
+        starts = _segment_starts_on_axis(segment_ids, reverse, axis_name)
+    logs = _accumulated_logs(q, log_decay, starts, inclusive, reverse)
+    if initial_state is None:
+        initial_state = jnp.zeros_like(local_state)
+    first_state = varying_like(initial_state.astype(local_state.dtype), local_state)
+    state_before, final_state = _exchange_states(
+        logs.total,
+        local_state,
+        first_state,
+        axis_name,
+        reverse,
     )
+
+    # What this device's queries read of the state before its first token.
     precision = "highest" if q.dtype.itemsize > 2 else None
-    reads = scale * q.astype(before.dtype) * jnp.exp(met.by_reads)
-    missed = jnp.einsum("bthk,bhkv->bthv", reads, before, precision=precision)
-    o = o.astype(missed.dtype) + missed
-    o = (_ratio(o) if normalize else o).astype(out_dtype)
-    return (o, after) if return_final_state else o
-
-
-class _Met(NamedTuple):
-    by_reads: Float[Array, "#B T #H #K"]  # logs from the device's first token to a token's read
-    total: Float[Array, "#B #H #K"]  # and to its last token
-
-
-def _starts(segment_ids: Array | None, reverse: bool, axis_name: str) -> Array | None:
-    """bool [B, T], also where a device's first token begins a segment; never for the sequence's first."""
-    if segment_ids is None:
-        return None
-    size, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    edge, neighbor, step, first = (-1, 0, -1, size - 1) if reverse else (0, -1, 1, 0)
-    sent = segment_ids[:, neighbor]
-    before = jax.lax.ppermute(
-        sent, axis_name, [(i, i + step) for i in range(size) if 0 <= i + step < size]
+    reads = scale * q.astype(state_before.dtype) * jnp.exp(logs.at_reads)
+    from_before = jnp.einsum(
+        "bthk,bhkv->bthv",
+        reads,
+        state_before,
+        precision=precision,
     )
-    return (
-        segment_starts(segment_ids, reverse)
-        .at[:, edge]
-        .set((segment_ids[:, edge] != before) & (own != first))
+    o = local_o.astype(from_before.dtype) + from_before
+    if normalize:
+        o = divide_by_last(o)
+    o = o.astype(out_dtype)
+    return (o, final_state) if return_final_state else o
+
+
+def _segment_starts_on_axis(
+    segment_ids: Int[Array, "B T"],
+    reverse: bool,
+    axis_name: str,
+) -> Bool[Array, "B T"]:
+    """As `segment_starts`, also where a device's first token begins a segment.
+
+    Never at the first token of the whole sequence: that one reads `initial_state`.
+    """
+    num_devices = jax.lax.axis_size(axis_name)
+    device = jax.lax.axis_index(axis_name)
+    # Positions and devices in the order of the recurrence.
+    first_token = -1 if reverse else 0
+    last_token = 0 if reverse else -1
+    first_device = num_devices - 1 if reverse else 0
+    to_next_device = -1 if reverse else 1
+
+    # Every device but the first gets the id of the token just before its own.
+    pairs = []
+    for sender in range(num_devices):
+        receiver = sender + to_next_device
+        if 0 <= receiver < num_devices:
+            pairs.append((sender, receiver))
+    id_before = jax.lax.ppermute(
+        segment_ids[:, last_token],
+        axis_name,
+        pairs,
     )
 
+    changes = segment_ids[:, first_token] != id_before
+    is_start = changes & (device != first_device)
+    starts = segment_starts(segment_ids, reverse)
+    return starts.at[:, first_token].set(is_start)
 
-def _logs_met(
-    q: Array, log_decay: Array | None, starts: Array | None, inclusive: bool, reverse: bool
-) -> _Met:
-    T = q.shape[1]
-    if log_decay is None:
-        logs = jnp.zeros((1, T, 1, 1))
-    else:
-        logs = (
-            jnp.broadcast_to(log_decay, (1, T, len(log_decay)))
-            if log_decay.ndim == 1
-            else log_decay
-        )
-        logs = logs[..., None] if logs.ndim == 3 else logs
-    logs = jnp.maximum(logs.astype(jnp.promote_types(jnp.float32, logs.dtype)), tile.LOG_ZERO)
-    emptied = 0.0
+
+class _AccumulatedLogs(NamedTuple):
+    """Sums of logs from the device's first token, in the order of the recurrence.
+
+    Attributes:
+      at_reads: up to the read of each token.
+      total: up to the state after the device's last token.
+    """
+
+    at_reads: Float[Array, "#B T #H #K"]
+    total: Float[Array, "#B #H #K"]
+
+
+def _accumulated_logs(
+    q: Array,
+    log_decay: Array | None,
+    starts: Array | None,
+    inclusive: bool,
+    reverse: bool,
+) -> _AccumulatedLogs:
+    logs = _logs_with_all_axes(log_decay, q.shape[1])
+    logs = jnp.maximum(logs, tile.LOG_ZERO)
     if starts is not None:
         starts = starts[:, :, None, None]
-        logs, emptied = (
-            jnp.where(starts, tile.LOG_ZERO, logs),
-            jnp.where(starts, tile.LOG_ZERO, 0.0),
-        )
+        # A segment start empties the state: a decay of 0 to what comes before.
+        logs = jnp.where(starts, tile.LOG_ZERO, logs)
     sums = _running_sums(logs, reverse)
-    total = sums[:, 0] if reverse else sums[:, -1]
+    last_token = 0 if reverse else -1
+    # The last token of the recurrence has all logs in its sum.
+    total = sums[:, last_token]
     if inclusive:
-        return _Met(sums, total)
-    shifted = jnp.pad(sums, ((0, 0), (0, 1) if reverse else (1, 0), (0, 0), (0, 0)))
-    return _Met((shifted[:, 1:] if reverse else shifted[:, :-1]) + emptied, total)
+        return _AccumulatedLogs(sums, total)
+
+    # An exclusive read sees the sum up to the token before it, and nothing of another segment.
+    if reverse:
+        shifted = jnp.pad(sums, ((0, 0), (0, 1), (0, 0), (0, 0)))[:, 1:]
+    else:
+        shifted = jnp.pad(sums, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+    if starts is not None:
+        shifted = shifted + jnp.where(starts, tile.LOG_ZERO, 0.0)
+    return _AccumulatedLogs(shifted, total)
 
 
-def _running_sums(logs: Array, reverse: bool) -> Array:
-    """Along axis 1. Matmuls in chunks: XLA's cumsum of a long axis is slow on TPU."""
-    B, T, *rest = logs.shape
-    x = jnp.pad(logs, ((0, 0), (0, -T % CHUNK), (0, 0), (0, 0))).reshape(B, -1, CHUNK, *rest)
+def _logs_with_all_axes(log_decay: Array | None, T: int) -> Float[Array, "#B T #H #K"]:
+    """A log decay of any rank as [B or 1, T, H or 1, K or 1], in float32 or float64."""
+    if log_decay is None:
+        return jnp.zeros((1, T, 1, 1))
+    logs = log_decay.astype(jnp.promote_types(jnp.float32, log_decay.dtype))
+    if logs.ndim == 1:
+        H = logs.shape[0]
+        return jnp.broadcast_to(logs[:, None], (1, T, H, 1))
+    if logs.ndim == 3:
+        return logs[..., None]
+    return logs
+
+
+def _running_sums(logs: Float[Array, "B T H K"], reverse: bool) -> Float[Array, "B T H K"]:
+    """Sums along T, each token included; from the last token on with `reverse`.
+
+    By matmuls with triangles of ones, in chunks: XLA's cumsum of a long axis is slow on TPU.
+    """
+    B, T, H, K = logs.shape
+    chunks = padded(logs, 1, round_up(T, CHUNK)).reshape(B, -1, CHUNK, H, K)
+    num_chunks = chunks.shape[1]
+
+    # Row i has ones at the tokens of the chunk up to i.
     ones = jnp.ones((CHUNK, CHUNK), logs.dtype)
+    up_to_token = jnp.triu(ones) if reverse else jnp.tril(ones)
     inside = jnp.einsum(
-        "ij,bnj...->bni...", jnp.triu(ones) if reverse else jnp.tril(ones), x, precision="highest"
+        "ij,bnjhk->bnihk",
+        up_to_token,
+        chunks,
+        precision="highest",
     )
-    ones = jnp.ones((x.shape[1], x.shape[1]), logs.dtype)
-    before = jnp.triu(ones, 1) if reverse else jnp.tril(ones, -1)
-    chunks_before = jnp.einsum("ij,bj...->bi...", before, x.sum(2), precision="highest")
-    return (inside + chunks_before[:, :, None]).reshape(B, -1, *rest)[:, :T]
+
+    # Row i has ones at the chunks strictly before i.
+    ones = jnp.ones((num_chunks, num_chunks), logs.dtype)
+    before_chunk = jnp.triu(ones, 1) if reverse else jnp.tril(ones, -1)
+    chunk_totals = chunks.sum(2)
+    before = jnp.einsum(
+        "ij,bjhk->bihk",
+        before_chunk,
+        chunk_totals,
+        precision="highest",
+    )
+
+    # Chunks before, plus tokens of the own chunk.
+    sums = inside + before[:, :, None]
+    return sums.reshape(B, -1, H, K)[:, :T]
 
 
-def _states_of_the_axis(
-    log_total: Array, state: Array, first: Array, axis_name: str, reverse: bool
-):
-    """The state before this device's first token, and the one after the sequence's last: the same on all devices."""
-    size, own = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    decays, states = jax.lax.all_gather((jnp.exp(log_total)[..., None], state), axis_name)
-    running, before = first, jnp.zeros_like(state)
-    for i in range(size)[:: -1 if reverse else 1]:
-        before = jnp.where(own == i, running, before)
+def _exchange_states(
+    log_total: Float[Array, "#B #H #K"],
+    state: Float[Array, "B H K V"],
+    first_state: Float[Array, "B H K V"],
+    axis_name: str,
+    reverse: bool,
+) -> tuple[Float[Array, "B H K V"], Float[Array, "B H K V"]]:
+    """Combines the states of all devices.
+
+    Args:
+      log_total: the log of this device's total decay.
+      state: the state after this device's last token, from an empty state before its first.
+      first_state: the state before the whole sequence.
+      axis_name: the mesh axis.
+      reverse: whether the recurrence goes from the last device to the first.
+
+    Returns:
+      The state before this device's first token, and the one after the whole sequence. The latter
+      is the same on all devices.
+    """
+    num_devices = jax.lax.axis_size(axis_name)
+    device = jax.lax.axis_index(axis_name)
+    decay = jnp.exp(log_total)[..., None]
+    # [num_devices, B, H, ...]: small beside q, k and v of long sequences.
+    decays, states = jax.lax.all_gather((decay, state), axis_name)
+
+    # Every device runs the same short recurrence and keeps the state where its own tokens begin.
+    devices = list(range(num_devices))
+    if reverse:
+        devices.reverse()
+    running = first_state
+    before = jnp.zeros_like(state)
+    for i in devices:
+        before = jnp.where(device == i, running, before)
         running = decays[i] * running + states[i]
-    is_last = own == (0 if reverse else size - 1)
-    return before, jax.lax.psum(jnp.where(is_last, running, 0.0), axis_name)
+
+    # All devices have the same sum, but only a psum makes it known as such to shard_map.
+    last_device = 0 if reverse else num_devices - 1
+    after = jnp.where(device == last_device, running, 0.0)
+    return before, jax.lax.psum(after, axis_name)

@@ -79,13 +79,13 @@ class Process:
         if is_news:
             self._news.put(None)
 
-    def wait_for(self, wanted: Callable[[str], bool]) -> str:
-        """The first line on stdout from now on for which `wanted` holds."""
+    def wait_for(self, matches: Callable[[str], bool]) -> str:
+        """The first line on stdout from now on for which `matches` holds."""
         deadline = time.monotonic() + PATIENCE
         while True:
             line = self._news.get(timeout=max(deadline - time.monotonic(), 0.01))
             assert line is not None, "ended before its time:\n" + self.log()
-            if wanted(line):
+            if matches(line):
                 return line
 
     def wait(self) -> int:

@@ -86,7 +86,7 @@ def test_processes_with_different_flags_are_refused(place):
     running = run(place, "different", MESH, processes=2, each_flags=each)
     for process in running:
         assert process.wait() == 2, process.log()
-        assert "configuration: process 1 came with another one than process 0" in process.err[-1]
+        assert "configuration: got another value on process 1 than on process 0" in process.err[-1]
 
 
 # What jaxlib 0.12 writes on stderr when the coordinator is lost; shortened.

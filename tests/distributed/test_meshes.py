@@ -99,19 +99,19 @@ def check_bytes(run, state) -> None:
     boxed = jax.eval_shape(lambda key: init_params(run.config.model, key), jax.random.key(0))
     is_names = lambda x: isinstance(x, tuple)
     names = jax.tree.leaves(param_axes(boxed), is_leaf=is_names)
-    share = total = 0
+    local_bytes = total = 0
     for leaf, axes in zip(jax.tree.leaves(state.params), names):
         cut = {a for name in axes if name for a in np.atleast_1d(rules[name]) if a}
-        share += leaf.nbytes // math.prod(run.mesh.shape[a] for a in cut)
+        local_bytes += leaf.nbytes // math.prod(run.mesh.shape[a] for a in cut)
         total += leaf.nbytes
     scalars = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim == 0)
     for device in jax.devices():
-        assert held(state.params, device) == share
-        assert held(state.opt_state, device) == 2 * share + scalars, (
+        assert held(state.params, device) == local_bytes
+        assert held(state.opt_state, device) == 2 * local_bytes + scalars, (
             "AdamW's moments lie where their parameters lie"
         )
     if run.mesh.shape["fsdp"] == 8:
-        assert share < 1.05 * total / 8, "all but norms and biases is cut in eight"
+        assert local_bytes < 1.05 * total / 8, "all but norms and biases is cut in eight"
 
 
 def held(tree, device) -> int:
@@ -156,7 +156,7 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    ("slices", "mesh", "wanted"),
+    ("slices", "mesh", "expected"),
     [
         (1, dict(data=4, fsdp=2), {}),
         (2, dict(data=4, fsdp=2), {"data": 2}),
@@ -166,10 +166,10 @@ class Device:
         (2, dict(tensor=8), {"tensor": 2}),
     ],
 )
-def test_slices_are_joined_along_the_axes_that_talk_least(slices, mesh, wanted):
+def test_slices_are_joined_along_the_axes_that_talk_least(slices, mesh, expected):
     shape = dict.fromkeys(AXES, 1) | mesh
     devices = [Device(i * slices // 8) for i in range(8)]
-    assert {axis: n for axis, n in across_slices(shape, devices).items() if n > 1} == wanted
+    assert {axis: n for axis, n in across_slices(shape, devices).items() if n > 1} == expected
 
 
 def test_hosts_of_a_pod_hold_squares_of_chips_and_read_scattered_rows():

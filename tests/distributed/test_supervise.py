@@ -63,7 +63,10 @@ def test_bad_input_is_not_tried_again(tmp_path):
 
 
 def test_sigterm_goes_on_to_the_command_and_ends_both(tmp_path):
-    child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); print('up', flush=True); time.sleep(99)"
+    child = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); "
+        "print('up', flush=True); time.sleep(99)"
+    )
     command = [
         sys.executable,
         "-m",

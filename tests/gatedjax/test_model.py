@@ -42,7 +42,7 @@ MODEL = ModelConfig(
     init_std=0.2,
     dtype="float32",
 )
-TOKENS = np.random.default_rng(0).integers(0, 32, (2, 40)).astype(np.int32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 40)).astype(np.int32))
 
 
 def make(config=MODEL):

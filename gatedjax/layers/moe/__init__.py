@@ -1,1 +1,4 @@
-"""Sparse mixtures of experts: routers, experts, their exchange between devices, losses and state."""
+"""Sparse mixtures of experts.
+
+Routers, experts, their exchange between devices, losses and state.
+"""

@@ -1,15 +1,18 @@
-"""Experts over devices: how tokens and experts meet. For the body of a shard_map over the mesh axis `axis`.
+"""Experts over devices: how tokens and experts come together.
 
-Each device holds R tokens of its own and E / n of the E experts (n devices along the axis). All ways give the same
-result; they differ in what travels, counted here in rows of M channels, per device, one way:
+For the body of a shard_map over the mesh axis `axis`. Each device holds R tokens of its own and
+E / n of the E experts (n devices along the axis). All ways give the same result; they differ in
+what is sent, counted here in rows of M channels, per device, one way:
 
-  gather_weights      3 (n - 1) / n E F rows of weights, before this file is reached: nothing to do here
-  ragged_all_to_all   as many as there are assignments to other devices, about R k (n - 1) / n; TPU and GPU only
-  all_to_all          R min(k, E / n) (n - 1): room for the worst case; exchange_factor limits it, drops what is over
-  ring                R (n - 1): every token to every device, and the sums back; less than R k where k > n
+  gather_weights      3 (n - 1) / n E F rows of weights, before this file is reached: nothing to do
+  ragged_all_to_all   one for every assignment to another device, about R k (n - 1) / n; TPU and GPU
+  all_to_all          R min(k, E / n) (n - 1): buffers for the worst case; exchange_factor
+                      makes them smaller and drops what does not fit
+  ring                R (n - 1): every token to every device, and the sums back; less than R k where
+                      k > n
 
-Tokens that are the same on every device of the axis (a batch too small to be cut) go nowhere: each device computes what
-its experts contribute, and the contributions are summed.
+Tokens that are the same on every device of the axis (a batch too small to be cut) are not sent:
+each device computes what its experts contribute, and the contributions are summed.
 """
 
 from typing import NamedTuple
@@ -20,125 +23,283 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from gatedjax.layers.moe.experts import Stacks, combine, grouped_mlp, mixture, sorted_inputs
-from kernels_pallas import permute_rows, sort_by_group
 from kernels_pallas.common.mesh import varying_axes, varying_like
 from kernels_pallas.dispatch import target_platform
+from kernels_pallas.grouped_matmul import permute_rows, sort_by_group
 
 
 class Assigned(NamedTuple):
-    """The tokens of a device and where they go; ids count over all devices, E is an empty place."""
+    """The tokens of a device and their experts; ids count over all devices, E is an empty place."""
 
     x: Float[Array, "R M"]
     experts: Int[Array, "R k"]
     weights: Float[Array, "R k"]
 
 
+class Outgoing(NamedTuple):
+    """A device's assignments, sorted by expert and therefore by the device that holds it."""
+
+    rows: Float[Array, "Rk M"]
+    experts: Int[Array, " Rk"]
+    counts: Int[Array, " n"]  # rows for each device
+    most_per_device: int  # a token goes to a device at most once for each of its experts
+
+
+class Transfer(NamedTuple):
+    """The plan of one `ragged_all_to_all`, as its arguments have it.
+
+    A number for every other device.
+    """
+
+    input_offsets: Int[Array, " n"]
+    send_sizes: Int[Array, " n"]
+    output_offsets: Int[Array, " n"]
+    recv_sizes: Int[Array, " n"]
+
+
 def distributed_mixture(
-    assigned: Assigned, stacks: Stacks, axis: str, exchange: str, factor: float
+    assigned: Assigned,
+    stacks: Stacks,
+    axis: str,
+    exchange: str,
+    factor: float,
 ) -> tuple[Float[Array, "R M"], Float[Array, ""]]:
-    """`experts.mixture` over the experts of all devices of the axis; and the number of assignments dropped, on all
-    devices that hold tokens.
+    """`experts.mixture` over the experts of all devices of the axis.
+
+    Args:
+      assigned: this device's tokens.
+      stacks: this device's experts.
+      axis: the mesh axis of the experts.
+      exchange: "all_to_all", "ragged_all_to_all" or "ring".
+      factor: the size of the buffers, relative to an even load; 0 for the worst case.
+
+    Returns:
+      The weighted sums, float32; and the number of assignments dropped, on all devices with tokens.
 
     Raises:
       NotImplementedError: exchange "ragged_all_to_all" on CPU.
     """
+    none_dropped = jnp.float32(0.0)
     if axis not in varying_axes(assigned.x):
         first = lax.axis_index(axis) * stacks.num_experts
-        return lax.psum(mixture(*assigned, stacks, first), axis), jnp.float32(0.0)
+        return lax.psum(mixture(*assigned, stacks, first), axis), none_dropped
     if lax.axis_size(axis) == 1:
-        return mixture(*assigned, stacks), jnp.float32(0.0)
+        return mixture(*assigned, stacks), none_dropped
+    # The ring needs no plan: everybody sees everything and keeps its part.
     if exchange == "ring":
-        return _ring(assigned, stacks, axis), jnp.float32(0.0)
+        return _ring(assigned, stacks, axis), none_dropped
     if exchange == "ragged_all_to_all" and target_platform() == "cpu":
+        expected = "expected 'all_to_all' or 'ring'"
         raise NotImplementedError(
-            "exchange 'ragged_all_to_all' is not implemented on CPU, expected 'all_to_all' or 'ring'"
+            f"exchange 'ragged_all_to_all' is not implemented on CPU, {expected}"
         )
-    send = {"all_to_all": _through_buffers, "ragged_all_to_all": _one_by_one}[exchange]
-    ways = lax.axis_size(axis)
-    order, inverse, sizes = sort_by_group(assigned.experts.reshape(-1), ways * stacks.num_experts)
-    rows = sorted_inputs(assigned.x, assigned.weights, order, inverse, stacks)
-    ids = assigned.experts.reshape(-1)[order]
-    to = jnp.sum(sizes.reshape(ways, -1), axis=1)  # rows for each device, which come in this order
-    y, lost = send(rows, ids, to, assigned.experts.shape, stacks, axis, factor)
-    y = combine(permute_rows(y, inverse, order), assigned.weights, stacks)
-    return y, lax.psum(lost.astype(jnp.float32), tuple(varying_axes(lost)))
-
-
-def _ring(assigned: Assigned, stacks: Stacks, axis: str) -> Float[Array, "R M"]:
-    everything = (lax.all_gather(a, axis, tiled=True) for a in assigned)
-    y = mixture(*everything, stacks, lax.axis_index(axis) * stacks.num_experts)
-    return lax.psum_scatter(y, axis, tiled=True)
-
-
-def _through_buffers(
-    rows, ids, to: Int[Array, "n"], shape: tuple[int, int], stacks: Stacks, axis: str, factor: float
-):
-    """A buffer of equal room for every device; results come back in the same places."""
-    ways, room = to.shape[0], shape[0] * min(shape[1], stacks.num_experts)
-    if factor:
-        room = min(room, max(1, round(factor * rows.shape[0] / ways)))
-    start = jnp.cumsum(to) - to
-    slot = jnp.arange(room)
-    row_of_slot = jnp.where(slot < to[:, None], start[:, None] + slot, -1).reshape(-1)
-    device = jnp.minimum(ids // stacks.num_experts, ways - 1)
-    place = jnp.arange(rows.shape[0]) - start[device]
-    fits = (place < room) & (ids < ways * stacks.num_experts)
-    slot_of_row = jnp.where(fits, device * room + place, -1)
-    swap = lambda a: lax.all_to_all(a, axis, 0, 0, tiled=True)
-    local = jnp.where(row_of_slot < 0, stacks.num_experts, ids[row_of_slot] % stacks.num_experts)
-    y = swap(_by_expert(swap(take_rows(rows, row_of_slot, slot_of_row)), swap(local), stacks))
-    return take_rows(y, slot_of_row, row_of_slot), jnp.sum(jnp.maximum(to - room, 0))
-
-
-def _one_by_one(
-    rows, ids, to: Int[Array, "n"], shape: tuple[int, int], stacks: Stacks, axis: str, factor: float
-):
-    """Exactly the rows there are: received one sender after the other, returned to where they were."""
-    ways, me = to.shape[0], lax.axis_index(axis)
-    room = ways * shape[0] * min(shape[1], stacks.num_experts)
-    if factor:
-        room = min(room, max(1, round(factor * rows.shape[0])))
-    wanted = lax.all_gather(to, axis)  # [sender, receiver]
-    before = jnp.cumsum(wanted, axis=0) - wanted
-    sent = jnp.clip(room - before, 0, wanted)  # the receiver's room goes to the senders in order
-    at_receiver = jnp.minimum(before, room)
-    at_sender = jnp.cumsum(wanted, axis=1) - wanted
-    out = (at_sender[me], sent[me], at_receiver[me], sent[:, me])
-    back = (at_receiver[:, me], sent[:, me], at_sender[:, me], sent[me])
-    move = lambda a, fill, size, sizes: lax.ragged_all_to_all(
-        a, varying_like(jnp.full((size, *a.shape[1:]), fill, a.dtype), a), *sizes, axis_name=axis
+    devices = lax.axis_size(axis)
+    flat_experts = assigned.experts.reshape(-1)
+    # One sort serves both ways: by expert is also by device.
+    order, inverse, sizes = sort_by_group(flat_experts, devices * stacks.num_experts)
+    tokens, k = assigned.experts.shape
+    outgoing = Outgoing(
+        rows=sorted_inputs(
+            assigned.x,
+            assigned.weights,
+            order,
+            inverse,
+            stacks,
+        ),
+        experts=flat_experts[order],
+        # Experts are sorted, and a device holds neighbors: its rows are the sum of their groups.
+        counts=jnp.sum(sizes.reshape(devices, -1), axis=1),
+        most_per_device=tokens * min(k, stacks.num_experts),
     )
-    local = move(ids % stacks.num_experts, stacks.num_experts, room, out)
-    y = _by_expert(move(rows, 0, room, out), local, stacks)
-    return move(y, 0, rows.shape[0], back), jnp.sum(to - sent[me])
+    send = {
+        "all_to_all": _all_to_all,
+        "ragged_all_to_all": _ragged_all_to_all,
+    }[exchange]
+    y, dropped = send(
+        outgoing,
+        stacks,
+        axis,
+        factor,
+    )
+    y = combine(permute_rows(y, inverse, order), assigned.weights, stacks)
+    return y, lax.psum(dropped.astype(jnp.float32), tuple(varying_axes(dropped)))
+
+
+def _ring(
+    assigned: Assigned,
+    stacks: Stacks,
+    axis: str,
+) -> Float[Array, "R M"]:
+    everything = Assigned(*(lax.all_gather(a, axis, tiled=True) for a in assigned))
+    first = lax.axis_index(axis) * stacks.num_experts
+    return lax.psum_scatter(mixture(*everything, stacks, first), axis, tiled=True)
+
+
+def _all_to_all(
+    outgoing: Outgoing,
+    stacks: Stacks,
+    axis: str,
+    factor: float,
+) -> tuple[Float[Array, "Rk M"], Int[Array, ""]]:
+    """A buffer of equal size for every device; results come back in the same places."""
+    num_rows = outgoing.rows.shape[0]
+    devices = outgoing.counts.shape[0]
+    slots = outgoing.most_per_device
+    if factor:
+        slots = min(slots, max(1, round(factor * num_rows / devices)))
+    # The rows for device d are those from start[d] on, counts[d] of them.
+    start = jnp.cumsum(outgoing.counts) - outgoing.counts
+    # Slot s of the buffer for device d holds row start[d] + s, if there are so many.
+    slot = jnp.arange(slots)
+    is_filled = slot < outgoing.counts[:, None]
+    row_of_slot = jnp.where(is_filled, start[:, None] + slot, -1).reshape(-1)
+    # And the other way round. Empty places have an id past the last expert and belong to no device.
+    device = jnp.minimum(outgoing.experts // stacks.num_experts, devices - 1)
+    place = jnp.arange(num_rows) - start[device]
+    is_expert = outgoing.experts < devices * stacks.num_experts
+    slot_of_row = jnp.where((place < slots) & is_expert, device * slots + place, -1)
+
+    def swap(buffers: Array) -> Array:
+        """Every device gets from every other the buffer meant for it."""
+        return lax.all_to_all(
+            buffers,
+            axis,
+            split_axis=0,
+            concat_axis=0,
+            tiled=True,
+        )
+
+    # Ids within the device that holds the expert; an empty slot is an empty place there.
+    local_id = outgoing.experts[row_of_slot] % stacks.num_experts
+    local_id = jnp.where(row_of_slot < 0, stacks.num_experts, local_id)
+    # There, through the experts, and back into the slots that the rows came from.
+    received = swap(take_rows(outgoing.rows, row_of_slot, slot_of_row))
+    y = swap(_by_expert(received, swap(local_id), stacks))
+    dropped = jnp.sum(jnp.maximum(outgoing.counts - slots, 0))
+    return take_rows(y, slot_of_row, row_of_slot), dropped
+
+
+def _ragged_all_to_all(
+    outgoing: Outgoing,
+    stacks: Stacks,
+    axis: str,
+    factor: float,
+) -> tuple[Float[Array, "Rk M"], Int[Array, ""]]:
+    """Exactly the rows there are.
+
+    Received one sender after the other, returned to where they were.
+    """
+    num_rows = outgoing.rows.shape[0]
+    devices = outgoing.counts.shape[0]
+    me = lax.axis_index(axis)
+    capacity = devices * outgoing.most_per_device
+    if factor:
+        capacity = min(capacity, max(1, round(factor * num_rows)))
+    # Tables [sender, receiver]: rows that there are; where they begin at the receiver, which stores
+    # the senders' rows one after the other; and how many of them it has capacity for.
+    wanted = lax.all_gather(outgoing.counts, axis)
+    before = jnp.cumsum(wanted, axis=0) - wanted
+    sent = jnp.clip(capacity - before, 0, wanted)
+    at_receiver = jnp.minimum(before, capacity)
+    # Where the rows for a receiver begin at the sender, whose rows are sorted by receiver.
+    at_sender = jnp.cumsum(wanted, axis=1) - wanted
+    out = Transfer(
+        at_sender[me],
+        sent[me],
+        at_receiver[me],
+        sent[:, me],
+    )
+    back = Transfer(
+        at_receiver[:, me],
+        sent[:, me],
+        at_sender[:, me],
+        sent[me],
+    )
+
+    def move(
+        a: Array,
+        fill: int,
+        size: int,
+        transfer: Transfer,
+    ) -> Array:
+        """`size` rows: what is received, and `fill` where nothing is."""
+        empty = jnp.full((size, *a.shape[1:]), fill, a.dtype)
+        return lax.ragged_all_to_all(
+            a,
+            varying_like(empty, a),
+            *transfer,
+            axis_name=axis,
+        )
+
+    # Ids within the device that holds the expert; the id past the last marks an empty place.
+    local_id = outgoing.experts % stacks.num_experts
+    received_id = move(
+        local_id,
+        stacks.num_experts,
+        capacity,
+        out,
+    )
+    received = move(
+        outgoing.rows,
+        0,
+        capacity,
+        out,
+    )
+    y = _by_expert(received, received_id, stacks)
+    dropped = jnp.sum(outgoing.counts - sent[me])
+    return move(
+        y,
+        0,
+        num_rows,
+        back,
+    ), dropped
 
 
 def _by_expert(
-    rows: Float[Array, "S M"], ids: Int[Array, "S"], stacks: Stacks
-) -> Float[Array, "S M"]:
+    rows: Float[Array, "R M"],
+    ids: Int[Array, " R"],
+    stacks: Stacks,
+) -> Float[Array, "R M"]:
     """Received rows through this device's experts, in the order in which they came."""
     order, inverse, sizes = sort_by_group(ids, stacks.num_experts)
-    return permute_rows(
-        grouped_mlp(permute_rows(rows, order, inverse), sizes, stacks), inverse, order
-    )
+    y = grouped_mlp(permute_rows(rows, order, inverse), sizes, stacks)
+    return permute_rows(y, inverse, order)
 
 
 def take_rows(
-    x: Float[Array, "R M"], index: Int[Array, "S"], back: Int[Array, "R"]
+    x: Float[Array, "R M"],
+    index: Int[Array, " S"],
+    inverse: Int[Array, " R"],
 ) -> Float[Array, "S M"]:
-    """x[index], 0 where the index is -1. `back` is the way back: the place of row r in the result, -1 if it has none.
+    """x[index], 0 where the index is -1.
 
-    The gradient is then a gather as well.
+    `inverse` leads back: the place of row r in the result, -1 if it has none. With it the gradient
+    is a gather as well, not a scatter.
     """
-    return _take_rows(*(varying_like(a, x, index, back) for a in (x, index, back)))
+    arrays = (x, index, inverse)
+    return _take_rows(*(varying_like(a, *arrays) for a in arrays))
 
 
 @jax.custom_vjp
-def _take_rows(x: Array, index: Array, back: Array) -> Array:
+def _take_rows(
+    x: Array,
+    index: Array,
+    inverse: Array,
+) -> Array:
     return jnp.where(index[:, None] < 0, 0, x[index])
 
 
-_take_rows.defvjp(
-    lambda x, index, back: (_take_rows(x, index, back), (index, back)),
-    lambda residuals, dy: (_take_rows(dy, residuals[1], residuals[0]), None, None),
-)
+def _take_rows_forward(
+    x: Array,
+    index: Array,
+    inverse: Array,
+):
+    return _take_rows(x, index, inverse), (index, inverse)
+
+
+def _take_rows_backward(residuals: tuple[Array, Array], dy: Array):
+    index, inverse = residuals
+    return _take_rows(dy, inverse, index), None, None
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)

@@ -1,6 +1,9 @@
-"""Soft mixture of experts (arXiv 2308.00951): no token is routed; experts work on mixtures of all of them.
+"""Soft mixture of experts (arXiv 2308.00951).
 
-Not causal, and blind to document boundaries: for encoders. A causal model refuses it (`config/run.py`).
+No token is routed; experts work on mixtures of all of them.
+
+Not causal, and blind to document boundaries: for encoders. A causal model refuses it
+(`config/run.py`).
 """
 
 import flax.linen as nn
@@ -10,69 +13,144 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import SoftMoEConfig
+from gatedjax.layers.base import FeedForward
+from gatedjax.layers.gate_values import record
 from gatedjax.layers.mlp import gated_product
-from gatedjax.layers.projection import parameter
+from gatedjax.layers.norm import unit_length
+from gatedjax.layers.parameters import parameter
 from gatedjax.layers.token_info import TokenInfo
+
+EPS = 1e-6
 
 
 def slot_logits(
-    x: Float[Array, "B T M"], phi: Float[Array, "M E s"], scale: Float[Array, ""]
+    x: Float[Array, "B T M"],
+    phi: Float[Array, "M E s"],
+    scale: Float[Array, ""],
 ) -> Float[Array, "B T E s"]:
-    """Cosines of tokens and slots, times a learned scale (section 2.3): otherwise they would grow with the width."""
-    x, phi = x.astype(jnp.float32), phi.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
-    phi = phi * jax.lax.rsqrt(jnp.sum(phi * phi, axis=0, keepdims=True) + 1e-6)
+    """Cosines of tokens and slots, times a learned scale (section 2.3).
+
+    Otherwise they would grow with the width.
+    """
+    x = unit_length(x.astype(jnp.float32), EPS)
+    phi = phi.astype(jnp.float32)
+    phi = phi * jax.lax.rsqrt(jnp.sum(phi * phi, axis=0, keepdims=True) + EPS)
     return scale * jnp.einsum("btm,mes->btes", x, phi)
+
+
+def dispatch_weights(logits: Float[Array, "B T E s"]) -> Float[Array, "B T E s"]:
+    """What each slot takes of each token: a softmax over the tokens."""
+    return jax.nn.softmax(logits, axis=1)
+
+
+def combine_weights(logits: Float[Array, "B T E s"]) -> Float[Array, "B T E s"]:
+    """What each token takes of each slot: a softmax over the slots of all experts."""
+    flat = logits.reshape(*logits.shape[:2], -1)
+    return jax.nn.softmax(flat, axis=-1).reshape(logits.shape)
 
 
 def soft_experts(
     x: Float[Array, "B T M"],
-    logits: Float[Array, "B T E s"],
+    dispatch: Float[Array, "B T E s"],
+    combine: Float[Array, "B T E s"],
     gate: Float[Array, "E M F"],
     up: Float[Array, "E M F"],
     down: Float[Array, "E F M"],
     activation: str,
 ) -> Float[Array, "B T M"]:
-    """Slots are means of tokens (softmax over T), outputs are means of slots (softmax over E s); both in float32."""
-    dispatch = jax.nn.softmax(logits, axis=1)
-    combine = jax.nn.softmax(logits.reshape(*logits.shape[:2], -1), axis=-1).reshape(logits.shape)
+    """Slots are means of tokens, outputs are means of slots; both in float32.
+
+    Args:
+      x: the tokens.
+      dispatch: `dispatch_weights`.
+      combine: `combine_weights`.
+      gate, up, down: the matrices of the experts' gated MLPs.
+      activation: of the gate.
+
+    Returns:
+      The outputs, in x's dtype.
+    """
+    # Dispatch, in float32: means over all tokens of a row.
     slots = jnp.einsum("btes,btm->besm", dispatch, x.astype(jnp.float32)).astype(x.dtype)
-    into = lambda kernel: jnp.einsum("besm,emf->besf", slots, kernel)
-    y = jnp.einsum("besf,efm->besm", gated_product(into(gate), into(up), activation), down)
+    gate_logits = jnp.einsum("besm,emf->besf", slots, gate)
+    hidden = gated_product(gate_logits, jnp.einsum("besm,emf->besf", slots, up), activation)
+    y = jnp.einsum("besf,efm->besm", hidden, down)
     return jnp.einsum("btes,besm->btm", combine, y.astype(jnp.float32)).astype(x.dtype)
 
 
-class SoftMoE(nn.Module):
-    """E gated MLPs with s slots each; cost does not depend on how many experts there are, only on E s."""
+class SoftMoE(FeedForward):
+    """E gated MLPs with s slots each.
+
+    Cost does not depend on how many experts there are, only on E s.
+    """
 
     config: SoftMoEConfig
-    std: float
-    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
+    def with_statistics(
         self,
         x: Float[Array, "B T M"],
         info: TokenInfo | None = None,
-        router_logits: Array | None = None,
-    ):
-        """Returns y, no statistics (loads are even by construction), and the router logits as they came."""
-        c, width = self.config, x.shape[-1]
-        lecun = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        router_logits: Float[Array, "B T _"] | None = None,
+    ) -> tuple[Array, dict[str, Array], Array | None]:
+        """No statistics: loads are even by construction."""
+        c = self.config
+        width = x.shape[-1]
         phi = parameter(
             self,
             "phi",
-            ["embed", "router", None],
-            [width, c.num_experts, c.slots_per_expert],
-            lecun,
+            axes=["embed", "router", None],
+            shape=[width, c.num_experts, c.slots_per_expert],
+            init=nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)),
         )
-        scale = parameter(self, "scale", [], [], nn.initializers.ones)
-        stack = lambda name, axes, *shape: parameter(
-            self, name, ["expert", *axes], [c.num_experts, *shape], nn.initializers.normal(self.std)
-        ).astype(self.dtype)
-        gate, up = (stack(name, ("embed", "mlp"), width, c.hidden) for name in ("gate", "up"))
-        down = stack("down", ("mlp", "embed"), c.hidden, width)
+        scale = parameter(
+            self,
+            "scale",
+            axes=[],
+            shape=[],
+            init=nn.initializers.ones,
+        )
+        gate = self._stack("gate", ("embed", "mlp"), (width, c.hidden))
+        up = self._stack("up", ("embed", "mlp"), (width, c.hidden))
+        down = self._stack("down", ("mlp", "embed"), (c.hidden, width))
+        logits = slot_logits(x, phi, scale)
+        dispatch = dispatch_weights(logits)
+        combine = combine_weights(logits)
+        record(self, "dispatch", dispatch)
+        record(self, "combine", combine)
+        x = x.astype(self.dtype)
         y = soft_experts(
-            x.astype(self.dtype), slot_logits(x, phi, scale), gate, up, down, c.activation
+            x,
+            dispatch,
+            combine,
+            gate,
+            up,
+            down,
+            c.activation,
         )
         return y, {}, router_logits
+
+    def _stack(
+        self,
+        name: str,
+        axes: tuple[str, str],
+        shape: tuple[int, int],
+    ) -> Array:
+        """A matrix of every expert, in the dtype of the activations."""
+        stack = parameter(
+            self,
+            name,
+            axes=["expert", *axes],
+            shape=[self.config.num_experts, *shape],
+            init=nn.initializers.normal(self.init_std),
+        )
+        return stack.astype(self.dtype)
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        c = self.config
+        slots = c.num_experts * c.slots_per_expert
+        # Three products of tokens and slots: the logits, the slots' means, the outputs' means.
+        mixing = 3 * 2 * width * slots
+        # The experts' work does not depend on the number of tokens, which share it.
+        return mixing + 6 * width * c.hidden * slots / seq_len

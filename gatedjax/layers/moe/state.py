@@ -1,93 +1,216 @@
-"""What routers remember besides parameters: biases, a temperature, a layer's importance. Never seen by the optimizer.
+"""What routers remember besides parameters: biases, a temperature, a layer's importance.
 
-It lives in `TrainState.routers`, is put among the parameters (under `router_state`) wherever the model runs, and is
-changed once a step, by the loads of the whole batch on all devices.
+It is never seen by the optimizer. It lives in `TrainState.routers`, is put among the parameters
+(under `router_state`) wherever the model runs, and is changed once a step, by the loads of the
+whole batch on all devices.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
+from gatedjax.layers.parameters import parameter
+from gatedjax.layers.tree import flatten_dict, unflatten_dict
 
+# The submodule of a sparse layer that holds its router's state.
 NAME = "router_state"
 
+STATE_OF_RULE = {
+    "none": (),
+    "sign": ("bias",),
+    "pid": ("bias", "integral", "error"),
+}
 
-def split(params: Mapping) -> tuple[dict, dict]:
-    """(parameters, router state) of all that `LanguageModel.init` made. The state is {} where no router has any."""
+
+class RouterState(nn.Module):
+    """The state of one layer's router, by name; nothing that the configuration does not use.
+
+    bias [E], integral [E], error [E]: of the bias rule; the last two of "pid" only
+    temperature []: of the logits
+    importance []: of the layer, for skipping (MoDES calibrates it; 1 until then)
+    """
+
+    config: SparseMoEConfig
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        router = self.config.router
+        state = {}
+        for name in STATE_OF_RULE[router.bias_rule]:
+            state[name] = parameter(
+                self,
+                name,
+                axes=["router"],
+                shape=[self.config.total_experts],
+                init=nn.initializers.zeros,
+            )
+        if router.anneal_steps:
+            start = nn.initializers.constant(router.temperature)
+            state["temperature"] = parameter(
+                self,
+                "temperature",
+                axes=[],
+                shape=[],
+                init=start,
+            )
+        if router.threshold:
+            ones = nn.initializers.ones
+            state["importance"] = parameter(
+                self,
+                "importance",
+                axes=[],
+                shape=[],
+                init=ones,
+            )
+        return state
+
+
+def split(params: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict]:
+    """(parameters, router state) of all that `LanguageModel.init` made.
+
+    The state is {} where no router has any.
+    """
     flat = flatten_dict(params)
     state = {path: x for path, x in flat.items() if NAME in path}
     if not state:
         return params, {}
-    return unflatten_dict({p: x for p, x in flat.items() if p not in state}), unflatten_dict(state)
+    trained = {path: x for path, x in flat.items() if path not in state}
+    return unflatten_dict(trained), unflatten_dict(state)
 
 
-def merge(params: Mapping, state: Mapping) -> dict:
+def merge(params: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the model runs on: the inverse of `split`."""
-    return unflatten_dict(flatten_dict(params) | flatten_dict(state)) if state else params
+    if not state:
+        return params
+    return unflatten_dict(flatten_dict(params) | flatten_dict(state))
 
 
 def updated(
     config: ModelConfig,
-    state: Mapping,
+    state: Mapping[str, Any],
     counts: Mapping[str, Float[Array, "P E"]],
     step: Int[Array, ""],
-) -> dict:
+) -> Mapping[str, Any]:
     """The state after a step.
 
     Args:
-      counts: for each sparse layer of the period, the assignments of the whole batch, stacked over periods.
+      config: of the model.
+      state: before the step, of all layers.
+      counts: for each sparse layer of the period, the assignments of the whole batch, stacked over
+        periods.
       step: how many steps there have been, this one included.
+
+    Returns:
+      The new state, in the same places.
     """
-    flat = flatten_dict(state)
-    new = dict(flat)
-    for path, old in flat.items():
-        ffn = next(config.layer(int(name[6:]))[1] for name in path if name.startswith("layer_"))
-        layer = path[: path.index(NAME) + 1]
-        if path[-1] == "temperature":
-            new[path] = jnp.full_like(old, temperature(ffn.router, step))
-        elif path[-1] == "bias":
-            error = load_error(
-                counts[next(n for n in path if n.startswith("layer_"))], target_load(ffn)
-            )
-            if ffn.router.bias_rule == "sign":
-                new[path] = sign_update(old, error, ffn.router.bias_rate)
-            else:
-                terms = flat[(*layer, "integral")], flat[(*layer, "error")]
-                update = pid_update(*terms, error, ffn.router.pid_gains)
-                new |= {(*layer, name): x for name, x in zip(("bias", "integral", "error"), update)}
-    return unflatten_dict(new)
+    if not state:
+        return state
+    # Blocks of the period; every array in them is stacked over periods.
+    blocks = {}
+    for i, name in enumerate(config.block_names):
+        _, ffn = config.layer(i)
+        if name not in state["periods"] or not isinstance(ffn, SparseMoEConfig):
+            continue
+        old = state["periods"][name]["ffn"][NAME]
+        blocks[name] = {
+            "ffn": {
+                NAME: updated_layer(
+                    ffn,
+                    old,
+                    counts[name],
+                    step,
+                )
+            }
+        }
+    return {"periods": blocks}
+
+
+def updated_layer(
+    config: SparseMoEConfig,
+    state: Mapping[str, Array],
+    counts: Float[Array, "... E"],
+    step: Int[Array, ""],
+) -> dict[str, Array]:
+    """The state of one layer's router after a step.
+
+    Importances stay: `skipping.calibrated` sets them.
+
+    Args:
+      config: of the layer.
+      state: before the step.
+      counts: the assignments of the whole batch.
+      step: how many steps there have been, this one included.
+
+    Returns:
+      The new state, with the same names.
+    """
+    new = dict(state)
+    router = config.router
+    if "temperature" in state:
+        new["temperature"] = jnp.full_like(state["temperature"], temperature(router, step))
+    if router.bias_rule == "none":
+        return new
+    error = load_error(counts, target_load(config))
+    if router.bias_rule == "sign":
+        new["bias"] = sign_update(state["bias"], error, router.bias_rate)
+        return new
+    bias, integral, error = pid_update(
+        state["integral"],
+        state["error"],
+        error,
+        router.pid_gains,
+    )
+    return new | {
+        "bias": bias,
+        "integral": integral,
+        "error": error,
+    }
 
 
 def temperature(config: RouterConfig, step: Int[Array, ""]) -> Float[Array, ""]:
-    """From `temperature` to `final_temperature` over `anneal_steps` steps, by the same factor every step."""
+    """The temperature of a step: the same factor every step, until `anneal_steps`."""
     done = jnp.clip(step.astype(jnp.float32) / config.anneal_steps, 0.0, 1.0)
-    return config.temperature * (config.final_temperature / config.temperature) ** done
+    ratio = config.final_temperature / config.temperature
+    return config.temperature * ratio**done
 
 
 def target_load(config: SparseMoEConfig) -> Float[Array, " E"]:
-    """The share of assignments that each expert should have: all the same, or `ffn_fraction` to those that compute."""
-    ffn, free = config.num_experts, config.total_experts - config.num_experts
-    share = config.router.ffn_fraction or ffn / (ffn + free)
-    return jnp.asarray(
-        [share / max(ffn, 1)] * ffn + [(1.0 - share) / max(free, 1)] * free, jnp.float32
-    )
+    """The fraction of assignments that each expert should have.
+
+    All the same, or `ffn_fraction` to those that compute.
+    """
+    computing = config.num_experts
+    free = config.total_experts - computing
+    fraction = config.router.ffn_fraction or computing / (computing + free)
+    of_computing = [fraction / max(computing, 1)] * computing
+    of_free = [(1.0 - fraction) / max(free, 1)] * free
+    return jnp.asarray(of_computing + of_free, jnp.float32)
 
 
 def load_error(counts: Float[Array, "... E"], target: Float[Array, " E"]) -> Float[Array, "... E"]:
-    """How far each expert is below its target, relative to an even share: 1 if it had nothing of an even share."""
+    """How far each expert is below its target, relative to an even load.
+
+    1 if it had nothing of an even load.
+    """
     load = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     return (target - load) * target.shape[0]
 
 
 def sign_update(
-    bias: Float[Array, "... E"], error: Float[Array, "... E"], rate: float
+    bias: Float[Array, "... E"],
+    error: Float[Array, "... E"],
+    rate: float,
 ) -> Float[Array, "... E"]:
-    """`b + u sign(error)`: DeepSeek-V3's balancing without a loss (arXiv 2408.15664), u = 0.001 there."""
+    """`b + u sign(error)`.
+
+    DeepSeek-V3's balancing without a loss (arXiv 2408.15664), u = 0.001 there.
+    """
     return bias + rate * jnp.sign(error)
 
 
@@ -97,14 +220,21 @@ def pid_update(
     error: Float[Array, "... E"],
     gains: tuple[float, ...],
 ) -> tuple[Array, Array, Array]:
-    """(bias, integral, error): `b = Kp e + Ki sum e + Kd (e - e')`, in the manner of LongCat-Flash (arXiv 2509.01322).
+    """`b = Kp e + Ki sum e + Kd (e - e')`, in the manner of LongCat-Flash (arXiv 2509.01322).
 
-    The paper does not print its gains; these act on relative errors (`load_error`), so they do not depend on E.
+    The paper does not print its gains; these act on relative errors (`load_error`), so they do not
+    depend on E.
+
+    Args:
+      integral: the sum of the errors so far.
+      previous: e', the error of the step before.
+      error: e.
+      gains: Kp, Ki, Kd.
+
+    Returns:
+      (bias, integral, error), for the next step.
     """
     proportional, integrating, derivative = gains
     integral = integral + error
-    return (
-        proportional * error + integrating * integral + derivative * (error - previous),
-        integral,
-        error,
-    )
+    bias = proportional * error + integrating * integral + derivative * (error - previous)
+    return bias, integral, error

@@ -1,204 +1,447 @@
-"""The backward kernels of `attention` on GPU: tiles are recomputed, once for dq and once for dk and dv; no atomics.
+"""The backward kernels of `attention` on GPU.
 
-dq       a program owns a block of queries of one head, and walks the keys that it sees
-dk, dv   a program owns a block of keys of one key head, and walks the queries that see it, of every query head
-         of the group: nothing is added up in memory
+    dq        grid: (blocks of queries, query heads, batch). A program has one block of queries and
+              loops over the blocks of keys that they see.
+    dk, dv    grid: (blocks of keys, key heads, batch). A program has one block of keys and loops
+              over the blocks of queries that see them, of every query head of the group.
+
+Every tile is computed twice, once in each kernel, from the inputs and the statistics of rows that
+the forward pass saved. In return a program owns what it adds up: the sums stay in registers, in
+float32, and are written once. There are no atomic additions, so results do not vary from run to
+run. Where registers do not hold both sums, dk and dv are kernels of their own.
+
+In the kernel of dq a tile is [queries, keys]. In that of dk and dv it is transposed, [keys,
+queries], so that it multiplies do and queries as it is.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas.attention.gpu import plan, tile
-from kernels_pallas.attention.gpu.plan import Inputs, Plan
-from kernels_pallas.attention.gpu.tuning import Cut
+from kernels_pallas.attention import tile as attention_tile
+from kernels_pallas.attention.gpu import tile
+from kernels_pallas.attention.gpu.call import (
+    Operand,
+    block_positions,
+    by_head,
+    call,
+    load,
+    load_segments,
+    number_by_head,
+    segment_operands,
+    store,
+    whole,
+)
+from kernels_pallas.attention.gpu.plan import (
+    KernelInputs,
+    Plan,
+    Ref,
+    loop_over_tiles,
+    reach_of_queries,
+)
+from kernels_pallas.attention.gpu.tuning import KernelConfig
 from kernels_pallas.common.mesh import like
 
 
-def dq(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -> dict[str, Array]:
-    """dq as q; dslopes float32 [B, H, T] by row, where there are slopes."""
-    B, cut, key_head = x.q.shape[0], p.schedule.dq, lambda h: h // p.group
-    own = lambda a, D: (a, plan.tokens(p, p.H, lambda h: h, D))
+class RowGradients(NamedTuple):
+    """What the kernels know of rows, that is of queries."""
+
+    # The gradient of the ungated output, [B, T, H, V].
+    do: Array
+    # sum(do * output) for each output in `Normalizer.deltas`, float32 [B, H, T].
+    deltas: list[Array]
+    # What the normalizer saved, float32 [B, H, T] each.
+    saved: list[Array]
+
+
+# --- dq
+
+
+def dq(plan: Plan, inputs: KernelInputs, rows: RowGradients) -> tuple[Array, Array | None]:
+    """(dq as q; the gradient of the slopes by row, float32 [B, H, T], or None without slopes)."""
+    B = inputs.q.shape[0]
+    config = plan.schedule.dq
     ins = {
-        "q": own(x.q, p.K),
-        "k": (x.k, plan.tokens(p, p.Hk, key_head, p.K)),
-        "v": (x.v, plan.tokens(p, p.Hk, key_head, p.V)),
-        "do": own(do, p.V),
-        **_by_row(plan.numbers(p), saved, deltas),
-        **_options(x, cut.own, cut.other),
+        "q": by_head(plan, inputs.q),
+        "k": by_head(plan, inputs.k, plan.group),
+        "v": by_head(plan, inputs.v, plan.group),
+        "do": by_head(plan, rows.do),
     }
-    outs = {"dq": own(like(x.q, x.q.shape, x.q.dtype), p.K)}
-    if p.slopes:
-        outs["dslopes"] = like(x.q, (B, p.H, p.length), jnp.float32), plan.numbers(p)
-    pairs, grid = B * p.H * p.pairs, (p.length // cut.own, p.H, B)
-    cost = dict(flops=2 * pairs * (2 * p.K + p.V), exponentials=pairs)
-    return plan.call(p, partial(_dq, p), cut, grid, ins, outs, "attention_dq", **cost)
+    for name, array in _numbers_by_name(rows).items():
+        ins[name] = number_by_head(plan, array)
+    ins |= _slopes_and_segments(inputs, config.block_q, config.block_k)
 
-
-def dkv(p: Plan, x: Inputs, do: Array, saved: list[Array], deltas: list[Array]) -> dict[str, Array]:
-    """dk and dv as k and v."""
-    cuts = (
-        {("dk", "dv"): p.schedule.dkv}
-        if p.schedule.dv is None
-        else {("dk",): p.schedule.dkv, ("dv",): p.schedule.dv}
+    gradient = like(inputs.q, inputs.q.shape, inputs.q.dtype)
+    outs = {"dq": by_head(plan, gradient)}
+    if plan.slopes:
+        # By row: `op.py` adds them up.
+        dslopes = like(inputs.q, (B, plan.H, plan.length), jnp.float32)
+        outs["dslopes"] = number_by_head(plan, dslopes)
+    # Of queries and keys, of all heads and rows of the batch.
+    pairs = B * plan.H * plan.pairs
+    results = call(
+        plan,
+        partial(_dq_kernel, plan),
+        config,
+        grid=(plan.length // config.block_q, plan.H, B),
+        ins=ins,
+        outs=outs,
+        name="attention_dq",
+        # Logits and dq are products over K; dp is one over V.
+        flops=2 * pairs * (2 * plan.K + plan.V),
+        exponentials=pairs,
     )
-    found = {}
-    for names, cut in cuts.items():
-        found |= _of_keys(p, x, do, saved, deltas, names, cut)
-    return found
+    return results["dq"], results.get("dslopes")
 
 
-def _of_keys(
-    p: Plan, x: Inputs, do, saved, deltas, names: tuple[str, ...], cut: Cut
+class _QuerySums(NamedTuple):
+    """The carry of the loop over keys."""
+
+    # float32 [R, K]
+    dq: Array
+    # float32 [R]
+    dslopes: Array | None
+
+
+def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
+    """One program: a block of queries of one head."""
+    config = plan.schedule.dq
+    head = pl.program_id(1)
+    # The last queries see most keys, and start first.
+    n = plan.length // config.block_q - 1 - pl.program_id(0)
+    rows = block_positions(n, config.block_q)
+    queries = load(refs["q"], rows, plan.K)
+    do = load(refs["do"], rows, plan.V)
+    # The numbers of a query run down, [R, 1], as the queries do.
+    deltas_of_rows = _load_numbers(refs, "delta", rows)
+    saved_of_rows = _load_numbers(refs, "saved", rows)
+    deltas = [tile.as_column(x) for x in deltas_of_rows]
+    saved = tuple(tile.as_column(x) for x in saved_of_rows)
+    slope = pltriton.load(refs["slopes"].at[head]) if plan.slopes else None
+    query_segments = load_segments(refs, rows)
+
+    def add_tile(
+        by_position: bool,
+        _: Array,
+        k_block: Array,
+        sums: _QuerySums,
+    ) -> _QuerySums:
+        keys = block_positions(k_block, config.block_k)
+        key_segments = load_segments(refs, keys)
+        at = tile.positions(rows, keys, query_segments, key_segments)
+        k = load(refs["k"], keys, plan.K)
+        logits = tile.logits(
+            plan,
+            queries,
+            k,
+            slope,
+            at.distance(),
+        )
+        # dp = do v^T, the gradient of the weights.
+        v = load(refs["v"], keys, plan.V)
+        dp = tile.matmul(plan, do, v, trans_y=True)
+        mask = tile.visible(plan, at, by_position)
+        _, ds = plan.normalizer.gradient(
+            logits.values,
+            mask,
+            at.keys,
+            dp,
+            deltas,
+            saved,
+        )
+        dslopes = sums.dslopes
+        if dslopes is not None and logits.distance is not None:
+            # Logits lose slope * distance.
+            dslopes = dslopes - jnp.sum(ds * logits.distance, axis=1)
+        # From here on, of the logits before the soft cap.
+        ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
+        dq = sums.dq + tile.matmul(plan, ds, k)
+        return _QuerySums(dq, dslopes)
+
+    start = _QuerySums(
+        dq=jnp.zeros((config.block_q, plan.K), jnp.float32),
+        dslopes=jnp.zeros(config.block_q, jnp.float32) if plan.slopes else None,
+    )
+    sums = loop_over_tiles(
+        plan,
+        reach_of_queries(plan),
+        n,
+        config.block_q,
+        config.block_k,
+        refs.get("spans"),
+        add_tile,
+        start,
+    )
+    # The tiles' products lack the factor scale: once here instead of once a tile.
+    store(refs["dq"], rows, sums.dq * plan.scale)
+    if plan.slopes:
+        pltriton.store(refs["dslopes"].at[rows], sums.dslopes)
+
+
+# --- dk and dv
+
+
+def dkv(plan: Plan, inputs: KernelInputs, rows: RowGradients) -> tuple[Array, Array]:
+    """(dk as k, dv as v)."""
+    if plan.schedule.dv is None:
+        # Registers hold both sums.
+        results = _gradients_of_keys(
+            plan,
+            inputs,
+            rows,
+            ["dk", "dv"],
+            plan.schedule.dkv,
+        )
+        return results["dk"], results["dv"]
+    dk = _gradients_of_keys(
+        plan,
+        inputs,
+        rows,
+        ["dk"],
+        plan.schedule.dkv,
+    )
+    dv = _gradients_of_keys(
+        plan,
+        inputs,
+        rows,
+        ["dv"],
+        plan.schedule.dv,
+    )
+    return dk["dk"], dv["dv"]
+
+
+def _gradients_of_keys(
+    plan: Plan,
+    inputs: KernelInputs,
+    rows: RowGradients,
+    names: list[str],
+    config: KernelConfig,
 ) -> dict[str, Array]:
-    B = x.q.shape[0]
-    own = lambda a, D: (a, plan.tokens(p, p.Hk, lambda h: h, D))
-    group = lambda a, D: (
-        a,
-        pl.BlockSpec((None, p.length, p.group, D), lambda n, h, b: (b, 0, h, 0)),
-    )
-    rows = pl.BlockSpec((None, p.group, p.length), lambda n, h, b: (b, h, 0))
+    """Those of dk and dv that `names` has, from one kernel.
+
+    Args:
+      plan: the static arguments.
+      inputs: the arrays of the call.
+      rows: what is known of queries.
+      names: "dk", "dv" or both.
+      config: blocks and warps of the kernel.
+
+    Returns:
+      Gradients by name, as k and v.
+    """
+    B = inputs.q.shape[0]
     ins = {
-        "q": group(x.q, p.K),
-        "k": own(x.k, p.K),
-        "v": own(x.v, p.V),
-        "do": group(do, p.V),
-        **_by_row(rows, saved, deltas),
-        **_options(x, cut.own, cut.other),
+        "q": _by_group(plan, inputs.q),
+        "k": by_head(plan, inputs.k),
+        "v": by_head(plan, inputs.v),
+        "do": _by_group(plan, rows.do),
     }
-    outs = {
-        "dk": own(like(x.q, x.k.shape, x.k.dtype), p.K),
-        "dv": own(like(x.q, x.v.shape, x.v.dtype), p.V),
-    }
-    outs = {name: outs[name] for name in names}
-    pairs, grid = B * p.H * p.pairs, (p.length // cut.own, p.Hk, B)
-    multiplied = {"dk": 2 * p.K + p.V, "dv": p.V if len(names) > 1 else p.K + p.V}
-    cost = dict(flops=2 * pairs * sum(multiplied[name] for name in names), exponentials=pairs)
-    return plan.call(
-        p, partial(_dkv, p, cut), cut, grid, ins, outs, f"attention_{''.join(names)}", **cost
+    for name, array in _numbers_by_name(rows).items():
+        ins[name] = _number_by_group(plan, array)
+    ins |= _slopes_and_segments(inputs, config.block_k, config.block_q)
+
+    outs = {}
+    if "dk" in names:
+        dk = like(inputs.q, inputs.k.shape, inputs.k.dtype)
+        outs["dk"] = by_head(plan, dk)
+    if "dv" in names:
+        dv = like(inputs.q, inputs.v.shape, inputs.v.dtype)
+        outs["dv"] = by_head(plan, dv)
+    pairs = B * plan.H * plan.pairs
+    return call(
+        plan,
+        partial(_dkv_kernel, plan, config),
+        config,
+        grid=(plan.length // config.block_k, plan.Hk, B),
+        ins=ins,
+        outs=outs,
+        name="attention_" + "".join(names),
+        flops=2 * pairs * _multiplications(plan, names),
+        exponentials=pairs,
     )
 
 
-def _by_row(spec: pl.BlockSpec, saved: list[Array], deltas: list[Array]) -> dict:
-    named = [(f"saved{n}", a) for n, a in enumerate(saved)] + [
-        (f"delta{n}", a) for n, a in enumerate(deltas)
-    ]
-    return {name: (a, spec) for name, a in named}
+def _multiplications(plan: Plan, names: list[str]) -> int:
+    """Of a pair of a query and a key, in the kernel that computes `names`."""
+    # Logits in every kernel.
+    total = plan.K
+    if "dk" in names:
+        # dp over V, then dk over K.
+        total += plan.V + plan.K
+    if "dv" in names:
+        total += plan.V
+    return total
 
 
-def _options(x: Inputs, own: int, other: int) -> dict:
-    found = {}
-    if x.slopes is not None:
-        found["slopes"] = x.slopes, plan.whole(x.slopes)
-    if x.segments is not None:
-        spans = plan.shared_segments(x.segments, own, other)
-        found |= {
-            "segments": (x.segments, plan.by_batch(x.segments)),
-            "spans": (spans, plan.by_batch(spans)),
-        }
-    return found
+def _by_group(plan: Plan, array: Array) -> Operand:
+    """Of [B, T, H, width]: all tokens of the query heads of a program's key head."""
+    width = array.shape[3]
+
+    def index(n: Array, h: Array, b: Array) -> tuple:
+        return b, 0, h, 0
+
+    spec = pl.BlockSpec((None, plan.length, plan.group, width), index)
+    return Operand(array, spec)
 
 
-def _numbers(rows: dict, at) -> tuple[list[Array], tuple[Array, ...]]:
-    """(deltas, saved) of some queries, [R] each."""
-    take = lambda kind: [
-        pltriton.load(ref.at[at]) for name, ref in rows.items() if name.startswith(kind)
-    ]
-    return take("delta"), tuple(take("saved"))
+def _number_by_group(plan: Plan, array: Array) -> Operand:
+    """Of [B, H, T]: a number for every token, of the query heads of a program's key head."""
+
+    def index(n: Array, h: Array, b: Array) -> tuple:
+        return b, h, 0
+
+    spec = pl.BlockSpec((None, plan.group, plan.length), index)
+    return Operand(array, spec)
 
 
-def _dq(
-    p: Plan, q, k, v, do, dq, dslopes=None, slopes=None, segments=None, spans=None, **by_row
-) -> None:
-    cut, h = p.schedule.dq, pl.program_id(1)
-    n = (
-        p.length // cut.own - 1 - pl.program_id(0)
-    )  # the last queries see most keys, and start first
-    rows = plan.block(n, cut.own)
-    queries, dout = plan.load(q, rows, p.K), plan.load(do, rows, p.V)
-    deltas, saved = _numbers(by_row, rows)
-    deltas, saved = [d[:, None] for d in deltas], tuple(a[:, None] for a in saved)
-    slope = None if slopes is None else pltriton.load(slopes.at[h])
-    query_segments = None if segments is None else pltriton.load(segments.at[rows])[:, None]
+class _KeySums(NamedTuple):
+    """The carry of the loop over queries; None for what another kernel computes."""
 
-    def visit(masks: bool, _, j, carry):
-        dq, dslopes = carry
-        at = plan.block(j, cut.other)
-        key_segments = None if segments is None else pltriton.load(segments.at[at])[None, :]
-        places = tile.Places(rows[:, None], at[None, :], query_segments, key_segments)
-        keys = plan.load(k, at, p.K)
-        s = tile.logits(p, queries, keys, slope, jnp.abs(places.queries - places.keys))
-        dp = tile.matmul(p, dout, plan.load(v, at, p.V), trans_y=True)
-        _, ds = p.normalizer.gradient(
-            s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved
+    # float32 [C, K] and [C, V], for C keys.
+    dk: Array | None
+    dv: Array | None
+
+
+def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
+    """One program: a block of keys of one key head."""
+    key_head = pl.program_id(1)
+    # The first keys are seen by most queries, and start first.
+    n = pl.program_id(0)
+    keys = block_positions(n, config.block_k)
+    k = load(refs["k"], keys, plan.K)
+    # Only dk needs dp, and so the values.
+    v = load(refs["v"], keys, plan.V) if "dk" in refs else None
+    key_segments = load_segments(refs, keys)
+
+    def add_tile(
+        by_position: bool,
+        g: Array,
+        q_block: Array,
+        sums: _KeySums,
+    ) -> _KeySums:
+        # g is the query head within the group.
+        rows = block_positions(q_block, config.block_q)
+        slope = None
+        if plan.slopes:
+            head = key_head * plan.group + g
+            slope = pltriton.load(refs["slopes"].at[head])
+        query_segments = load_segments(refs, rows)
+        at = tile.positions(
+            rows,
+            keys,
+            query_segments,
+            key_segments,
+            transposed=True,
         )
-        if slope is not None:
-            dslopes -= jnp.sum(ds * s.distance, axis=1)
-        return dq + tile.matmul(p, tile.through_cap(p, s, ds), keys), dslopes
-
-    start = (
-        jnp.zeros((cut.own, p.K), jnp.float32),
-        None if slope is None else jnp.zeros(cut.own, jnp.float32),
-    )
-    ranges = plan.visits(p, plan.of_queries(p), n, cut.own, cut.other, plan.limits(spans, n))
-    total, total_slopes = plan.walked(ranges, visit, start)
-    plan.store(dq, rows, total * p.scale)
-    if slope is not None:
-        pltriton.store(dslopes.at[rows], total_slopes)
-
-
-def _dkv(
-    p: Plan,
-    cut: Cut,
-    q,
-    k,
-    v,
-    do,
-    dk=None,
-    dv=None,
-    slopes=None,
-    segments=None,
-    spans=None,
-    **by_row,
-) -> None:
-    h, n = pl.program_id(1), pl.program_id(0)
-    at = plan.block(n, cut.own)
-    keys, values = plan.load(k, at, p.K), None if dk is None else plan.load(v, at, p.V)
-    key_segments = None if segments is None else pltriton.load(segments.at[at])[:, None]
-
-    def visit(masks: bool, g, i, sums):
-        rows, (sum_k, sum_v) = plan.block(i, cut.other), sums
-        slope = None if slopes is None else pltriton.load(slopes.at[h * p.group + g])
-        query_segments = None if segments is None else pltriton.load(segments.at[rows])[None, :]
-        places = tile.Places(rows[None, :], at[:, None], query_segments, key_segments)
-        queries, dout = _of_head(q, rows, g, p.K), _of_head(do, rows, g, p.V)
-        deltas, saved = _numbers(by_row, (g, rows))
-        deltas, saved = [d[None, :] for d in deltas], tuple(a[None, :] for a in saved)
-        s = tile.logits(p, keys, queries, slope, jnp.abs(places.queries - places.keys))
-        # Weights do not depend on dp.
-        dp = jnp.zeros_like(s.s) if dk is None else tile.matmul(p, values, dout, trans_y=True)
-        weights, ds = p.normalizer.gradient(
-            s.s, tile.seen(p, places, masks), places.keys, dp, deltas, saved
+        queries = _load_of_head(refs["q"], rows, g, plan.K)
+        do = _load_of_head(refs["do"], rows, g, plan.V)
+        # The numbers of a query run along a row, [1, R], as the queries do.
+        deltas_of_rows = _load_numbers(refs, "delta", (g, rows))
+        saved_of_rows = _load_numbers(refs, "saved", (g, rows))
+        deltas = [tile.as_row(x) for x in deltas_of_rows]
+        saved = tuple(tile.as_row(x) for x in saved_of_rows)
+        logits = tile.logits(
+            plan,
+            k,
+            queries,
+            slope,
+            at.distance(),
         )
-        sum_v = None if dv is None else sum_v + tile.matmul(p, weights, dout)
-        return None if dk is None else sum_k + tile.matmul(
-            p, tile.through_cap(p, s, ds), queries
-        ), sum_v
+        if v is None:
+            # Only dv is computed, and weights do not depend on dp.
+            dp = jnp.zeros_like(logits.values)
+        else:
+            # dp = (do v^T)^T, the gradient of the weights.
+            dp = tile.matmul(plan, v, do, trans_y=True)
+        mask = tile.visible(plan, at, by_position)
+        weights, ds = plan.normalizer.gradient(
+            logits.values,
+            mask,
+            at.keys,
+            dp,
+            deltas,
+            saved,
+        )
 
-    zeros = lambda ref: None if ref is None else jnp.zeros((cut.own, ref.shape[1]), jnp.float32)
-    ranges = plan.visits(
-        p, plan.of_queries(p).turned(), n, cut.own, cut.other, plan.limits(spans, n)
+        dk = sums.dk
+        dv = sums.dv
+        if dv is not None:
+            # dv = weights^T do; the tile is transposed already.
+            dv = dv + tile.matmul(plan, weights, do)
+        if dk is not None:
+            ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
+            # dk = ds^T q; likewise.
+            dk = dk + tile.matmul(plan, ds, queries)
+        return _KeySums(dk, dv)
+
+    start = _KeySums(
+        dk=jnp.zeros((config.block_k, plan.K), jnp.float32) if "dk" in refs else None,
+        dv=jnp.zeros((config.block_k, plan.V), jnp.float32) if "dv" in refs else None,
     )
-    sum_k, sum_v = plan.walked(ranges, visit, (zeros(dk), zeros(dv)), p.group)
-    if dk is not None:
-        plan.store(dk, at, sum_k * p.scale)
-    if dv is not None:
-        plan.store(dv, at, sum_v)
+    sums = loop_over_tiles(
+        plan,
+        reach_of_queries(plan).transposed(),
+        n,
+        config.block_k,
+        config.block_q,
+        refs.get("spans"),
+        add_tile,
+        start,
+        heads=plan.group,
+    )
+    if sums.dk is not None:
+        # The factor scale, as in dq; dv has none.
+        store(refs["dk"], keys, sums.dk * plan.scale)
+    if sums.dv is not None:
+        store(refs["dv"], keys, sums.dv)
 
 
-def _of_head(ref, rows: Array, g, width: int) -> Array:
-    """[rows, width] of query head g of the group."""
-    return pltriton.load(ref.at[rows[:, None], g, lax.iota(jnp.int32, width)[None, :]])
+def _load_of_head(
+    ref: Ref,
+    rows: Array,
+    g: Array,
+    width: int,
+) -> Array:
+    """Some rows of query head g of the group, [rows, width]."""
+    # Of [T, group, width], the middle axis is one number: g is known only in the loop.
+    columns = lax.iota(jnp.int32, width)
+    return pltriton.load(ref.at[rows[:, None], g, columns[None, :]])
+
+
+# --- what both have
+
+
+def _numbers_by_name(rows: RowGradients) -> dict[str, Array]:
+    named = {}
+    for n, array in enumerate(rows.saved):
+        named[f"saved{n}"] = array
+    for n, array in enumerate(rows.deltas):
+        named[f"delta{n}"] = array
+    return named
+
+
+def _load_numbers(
+    refs: dict[str, Ref],
+    kind: str,
+    at: Array | tuple[Array, Array],
+) -> list[Array]:
+    """The deltas, or what was saved, of some queries: [R] each."""
+    # In the order of `_numbers_by_name`, which is that of the operands.
+    of_kind = [ref for name, ref in refs.items() if name.startswith(kind)]
+    return [pltriton.load(ref.at[at]) for ref in of_kind]
+
+
+def _slopes_and_segments(
+    inputs: KernelInputs,
+    block: int,
+    other_block: int,
+) -> dict[str, Operand]:
+    """The operands that a call may lack, for a program with one `block` of tokens."""
+    operands = segment_operands(inputs.segment_ids, block, other_block)
+    if inputs.alibi_slopes is not None:
+        operands["slopes"] = whole(inputs.alibi_slopes)
+    return operands

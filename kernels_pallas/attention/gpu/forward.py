@@ -1,7 +1,11 @@
-"""The forward kernel of `attention` on GPU: a program owns a block of queries of one head and walks the keys it sees.
+"""The forward kernel of `attention` on GPU.
 
-The running sums and what the normalizer keeps of a row stay in registers; the output gate is the last step. Tiles that the
-mask hides entirely are not visited, and only those that it cuts look at positions.
+Grid: (blocks of queries, heads, batch). A program has one block of queries of one head, loads it
+once, and loops over the blocks of keys and values that it sees (`plan.tile_ranges`). The running
+sums of weighted values and what the normalizer keeps of a row are the carry of that loop: they
+stay in registers, in float32. Keys and values come through shared memory, `num_stages` blocks of
+them in flight. After the loop the program ends the rows, multiplies by sigmoid(gate) and writes y.
+Nothing is recomputed here; the backward pass recomputes logits and weights from what is saved.
 """
 
 from functools import partial
@@ -12,89 +16,190 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas.attention.gpu import plan, tile
-from kernels_pallas.attention.gpu.plan import Inputs, Plan
+from kernels_pallas.attention import tile as attention_tile
+from kernels_pallas.attention.gpu import tile
+from kernels_pallas.attention.gpu.call import (
+    Operand,
+    block_positions,
+    by_head,
+    call,
+    load,
+    load_segments,
+    number_by_head,
+    segment_operands,
+    store,
+    whole,
+)
+from kernels_pallas.attention.gpu.plan import (
+    KernelInputs,
+    Plan,
+    Ref,
+    loop_over_tiles,
+    reach_of_queries,
+)
+from kernels_pallas.attention.gpu.tile import Rows
+from kernels_pallas.attention.kernels import (
+    ForwardResult,
+    forward_result,
+    saved_statistics,
+)
 from kernels_pallas.common.mesh import like
 
 
-def forward(p: Plan, x: Inputs, save: bool) -> dict[str, Array]:
-    """y [B, T, H, V]; if `save`, what the normalizer needs: float32 outputs [B, T, H, V], rows of numbers [B, H, T]."""
-    B, cut = x.q.shape[0], p.schedule.forward
-    own, key_head = (lambda h: h), (lambda h: h // p.group)
-    spans = None if x.segments is None else plan.shared_segments(x.segments, cut.own, cut.other)
-    by_batch = lambda a: (a, None if a is None else plan.by_batch(a))
-    whole = lambda a: (a, None if a is None else plan.whole(a))
-    ins = {
-        "q": (x.q, plan.tokens(p, p.H, own, p.K)),
-        "k": (x.k, plan.tokens(p, p.Hk, key_head, p.K)),
-        "v": (x.v, plan.tokens(p, p.Hk, key_head, p.V)),
-        "gate": (x.gate, plan.numbers(p) if p.gate == "head" else plan.tokens(p, p.H, own, p.V)),
-        "sinks": whole(x.sinks),
-        "slopes": whole(x.slopes),
-        "segments": by_batch(x.segments),
-        "spans": by_batch(spans),
+def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
+    """y [B, T, H, V], and with `save` what the backward kernels need.
+
+    Outputs are float32 [B, T, H, V], statistics of rows float32 [B, H, T].
+    """
+    B = inputs.q.shape[0]
+    config = plan.schedule.forward
+    # Of queries and keys, of all heads and rows of the batch.
+    pairs = B * plan.H * plan.pairs
+    results = call(
+        plan,
+        partial(_kernel, plan),
+        config,
+        grid=(plan.length // config.block_q, plan.H, B),
+        ins=_inputs(plan, inputs),
+        outs=_outputs(plan, inputs, save),
+        name="attention_forward",
+        # Logits are products over K, every sum of values one over V.
+        flops=2 * pairs * (plan.K + plan.normalizer.sums * plan.V),
+        exponentials=pairs,
+    )
+    return forward_result(results)
+
+
+def _inputs(plan: Plan, inputs: KernelInputs) -> dict[str, Operand]:
+    config = plan.schedule.forward
+    operands = {
+        "q": by_head(plan, inputs.q),
+        "k": by_head(plan, inputs.k, plan.group),
+        "v": by_head(plan, inputs.v, plan.group),
     }
-    wide = lambda dtype: (like(x.q, (B, p.length, p.H, p.V), dtype), plan.tokens(p, p.H, own, p.V))
-    outs = {"y": wide(p.out_dtype)}
-    if save:
-        outs |= {f"o{n}": wide(jnp.float32) for n in p.kept_outputs}
-        row = like(x.q, (B, p.H, p.length), jnp.float32), plan.numbers(p)
-        outs |= {f"saved{n}": row for n in range(saved_numbers(p.normalizer))}
-    pairs, grid = B * p.H * p.pairs, (p.length // cut.own, p.H, B)
-    cost = dict(flops=2 * pairs * (p.K + p.normalizer.sums * p.V), exponentials=pairs)
-    return plan.call(p, partial(_kernel, p), cut, grid, ins, outs, "attention_forward", **cost)
+    if inputs.gate_logits is not None and plan.gate == "head":
+        operands["gate"] = number_by_head(plan, inputs.gate_logits)
+    elif inputs.gate_logits is not None:
+        operands["gate"] = by_head(plan, inputs.gate_logits)
+    if inputs.sink_logits is not None:
+        operands["sinks"] = whole(inputs.sink_logits)
+    if inputs.alibi_slopes is not None:
+        operands["slopes"] = whole(inputs.alibi_slopes)
+    segments = segment_operands(inputs.segment_ids, config.block_q, config.block_k)
+    return operands | segments
 
 
-def saved_numbers(normalizer) -> int:
-    """How many numbers of a row the normalizer saves."""
-    column, wide = (jax.ShapeDtypeStruct((8, n), jnp.float32) for n in (1, 8))
-    row = jax.eval_shape(normalizer.start, column)
-    return len(jax.eval_shape(normalizer.finish, row, [wide] * normalizer.sums)[1])
+def _outputs(plan: Plan, inputs: KernelInputs, save: bool) -> dict[str, Operand]:
+    q = inputs.q
+    B = q.shape[0]
+    by_token = (B, plan.length, plan.H, plan.V)
+    y = like(q, by_token, plan.out_dtype)
+    operands = {"y": by_head(plan, y)}
+    if not save:
+        return operands
+    # In float32: rounded to 16 bits, the output would bring most of the error of dq.
+    output = like(q, by_token, jnp.float32)
+    for n in plan.saved_outputs:
+        operands[f"o{n}"] = by_head(plan, output)
+    statistic = like(q, (B, plan.H, plan.length), jnp.float32)
+    for n in range(saved_statistics(plan.normalizer)):
+        operands[f"saved{n}"] = number_by_head(plan, statistic)
+    return operands
 
 
-def _kernel(
-    p: Plan, q, k, v, y, gate=None, sinks=None, slopes=None, segments=None, spans=None, **saved
-) -> None:
-    normalizer, cut, h = p.normalizer, p.schedule.forward, pl.program_id(1)
-    # The last queries see most keys, and start first.
-    n = p.length // cut.own - 1 - pl.program_id(0)
-    rows, zero = plan.block(n, cut.own), jnp.zeros((cut.own, 1), jnp.float32)
-    queries = plan.load(q, rows, p.K)
-    slope = None if slopes is None else pltriton.load(slopes.at[h])
-    query_segments = None if segments is None else pltriton.load(segments.at[rows])[:, None]
+def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
+    """One program: a block of queries of one head."""
+    normalizer = plan.normalizer
+    config = plan.schedule.forward
+    head = pl.program_id(1)
+    # Where attention is causal, the last queries see most keys. They start first, so that no long
+    # program is left over when the others have ended.
+    n = plan.length // config.block_q - 1 - pl.program_id(0)
+    rows = block_positions(n, config.block_q)
+    zero = jnp.zeros((config.block_q, 1), jnp.float32)
+    queries = load(refs["q"], rows, plan.K)
+    slope = pltriton.load(refs["slopes"].at[head]) if plan.slopes else None
+    query_segments = load_segments(refs, rows)
+    product = partial(tile.matmul, plan)
 
-    def visit(masks: bool, _, j, carry):
-        row, sums = carry
-        at = plan.block(j, cut.other)
-        key_segments = None if segments is None else pltriton.load(segments.at[at])[None, :]
-        places = tile.Places(rows[:, None], at[None, :], query_segments, key_segments)
-        s = tile.logits(
-            p, queries, plan.load(k, at, p.K), slope, jnp.abs(places.queries - places.keys)
-        ).s
-        row, keep, weights = normalizer.add(row, s, tile.seen(p, places, masks), places.keys)
-        values = plan.load(v, at, p.V)
-        kept = sums if keep is None else [keep * x for x in sums]
-        return row, [x + tile.matmul(p, w, values) for x, w in zip(kept, weights)]
+    def add_tile(
+        by_position: bool,
+        _: Array,
+        k_block: Array,
+        carry: Rows,
+    ) -> Rows:
+        # Positions [R, 1] and [1, C], so that they broadcast to the tile.
+        keys = block_positions(k_block, config.block_k)
+        key_segments = load_segments(refs, keys)
+        at = tile.positions(rows, keys, query_segments, key_segments)
+        k = load(refs["k"], keys, plan.K)
+        logits = tile.logits(
+            plan,
+            queries,
+            k,
+            slope,
+            at.distance(),
+        )
+        mask = tile.visible(plan, at, by_position)
+        added = normalizer.add(
+            carry.statistics,
+            logits.values,
+            mask,
+            at.keys,
+        )
+        # Loaded where they are used, so that fewer registers are live before.
+        values = load(refs["v"], keys, plan.V)
+        sums = attention_tile.accumulate(carry.sums, added, values, product)
+        return Rows(added.row, sums)
 
-    sink = None if sinks is None else zero + pltriton.load(sinks.at[h])
-    start = (
-        normalizer.start(zero, (), sink),
-        [jnp.zeros((cut.own, p.V), jnp.float32)] * normalizer.sums,
+    sink = None
+    if "sinks" in refs:
+        # One logit for every row of the block.
+        sink = zero + pltriton.load(refs["sinks"].at[head])
+    zeros = jnp.zeros((config.block_q, plan.V), jnp.float32)
+    start = Rows(
+        statistics=normalizer.start(zero, (), sink),
+        sums=[zeros] * normalizer.sums,
     )
-    ranges = plan.visits(p, plan.of_queries(p), n, cut.own, cut.other, plan.limits(spans, n))
-    outputs, numbers = normalizer.finish(*plan.walked(ranges, visit, start))
-    for name, ref in saved.items():
-        if name.startswith("saved"):
-            pltriton.store(ref.at[rows], numbers[int(name[5:])].reshape(cut.own))
-        else:
-            plan.store(ref, rows, outputs[int(name[1:])])
-    plan.store(y, rows, _gated(p, outputs[0], gate, rows))
-
-
-def _gated(p: Plan, o: Array, gate, rows: Array) -> Array:
-    if gate is None:
-        return o
-    pre = (
-        plan.load(gate, rows, p.V) if p.gate == "element" else pltriton.load(gate.at[rows])[:, None]
+    end = loop_over_tiles(
+        plan,
+        reach_of_queries(plan),
+        n,
+        config.block_q,
+        config.block_k,
+        refs.get("spans"),
+        add_tile,
+        start,
     )
-    return o * jax.nn.sigmoid(pre.astype(jnp.float32))
+
+    # outputs[0] is the ungated output. Only what `_outputs` asked for is there to be written.
+    outputs, saved = normalizer.finish(end.statistics, end.sums)
+    for i, output in enumerate(outputs):
+        if f"o{i}" in refs:
+            store(refs[f"o{i}"], rows, output)
+    for i, statistic in enumerate(saved):
+        if f"saved{i}" in refs:
+            # [R, 1] -> [R]
+            by_query = statistic.reshape(config.block_q)
+            pltriton.store(refs[f"saved{i}"].at[rows], by_query)
+    y = _gated(plan, outputs[0], refs, rows)
+    store(refs["y"], rows, y)
+
+
+def _gated(
+    plan: Plan,
+    output: Array,
+    refs: dict[str, Ref],
+    rows: Array,
+) -> Array:
+    """The output times sigmoid(gate), of some rows."""
+    if plan.gate == "none":
+        return output
+    if plan.gate == "element":
+        gate_logits = load(refs["gate"], rows, plan.V)
+    else:
+        # One number a query: a column beside the channels of the output.
+        by_query = pltriton.load(refs["gate"].at[rows])
+        gate_logits = tile.as_column(by_query)
+    gate = jax.nn.sigmoid(gate_logits.astype(jnp.float32))
+    return output * gate

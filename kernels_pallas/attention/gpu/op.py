@@ -1,322 +1,254 @@
-"""`attention` on GPU (Pallas, Triton), forward and backward: what the kernels cover, views, padding, derivative.
+"""`attention` on GPU (Pallas, Triton): what the kernels cover, padding, the derivative.
 
     forward   `forward.py`: the output gate is its last step
-    arrival   here, in XLA: the gate's gradient, do, sum(do o), everything that depends on rows alone
+    by rows   here, in XLA: the gate's gradient, do, sum(do o), everything that needs no keys
     dq        `backward.py`
     dk, dv    `backward.py`
     decoding  `step.py`
 
-Saved for the backward pass: the inputs, the ungated output in float32 (by the name "attention_out", as is y) and the
-few numbers a row that the normalizer wants ("attention_lse"). Head sizes are padded to powers of two, T to whole blocks.
-
-With bfloat16 inputs matmuls are of bfloat16: weights and logits' gradients are rounded, as every flash kernel does.
-With float16 ones those keep the bits of TF32; with float32 inputs matmuls keep all bits, in three passes of TF32.
+`attention/kernels.py` says what is saved for the backward pass, `matmuls.py` how matrices are
+multiplied. Head sizes are padded to powers of two, T to whole blocks.
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import xla
-from kernels_pallas.attention.gpu import (
-    backward as gpu_backward,
-)
-from kernels_pallas.attention.gpu import (
-    step as gpu_step,
-)
-from kernels_pallas.attention.gpu import (
-    tuning as gpu_tuning,
-)
+from kernels_pallas.attention.gpu import backward
+from kernels_pallas.attention.gpu.backward import RowGradients
 from kernels_pallas.attention.gpu.forward import forward
-from kernels_pallas.attention.gpu.plan import Inputs, Plan
-from kernels_pallas.attention.gpu.tuning import MAX_D, MIN_BLOCK, Schedule, largest, schedule
-from kernels_pallas.attention.normalizers.base import Normalizer
-from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
-from kernels_pallas.common.mesh import by_rows_and_heads
-from kernels_pallas.common.padding import padded
+from kernels_pallas.attention.gpu.matmuls import matmuls, operands
+from kernels_pallas.attention.gpu.plan import KernelInputs, Plan, unsupported_by_kernels
+from kernels_pallas.attention.gpu.tuning import Schedule, largest, padded_channels, schedule
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
+from kernels_pallas.attention.kernels import (
+    Residuals,
+    gate_kind,
+    over_mesh,
+    residuals,
+)
+from kernels_pallas.common.padding import padded, round_up
 
 
-def unsupported(q, k, v, normalizer: Normalizer) -> str | None:
-    """Why this room cannot take a call of `attention`, or None when it can."""
-    refusal, most = unsupported_step(q, k, v, normalizer), largest(matmuls(q, k, v))
-    if refusal is None and max(q.shape[-1], v.shape[-1]) > most:
-        return f"takes K and V of {q.dtype} up to {most}, not {q.shape[-1]} and {v.shape[-1]}"
-    return refusal
-
-
-def unsupported_step(q, k, v, normalizer: Normalizer) -> str | None:
-    """Why this room cannot take a call of `attention_step`, or None when it can."""
-    if any(x.dtype == jnp.float64 for x in (q, k, v)):
-        return "does not compute in float64"
-    D = max(q.shape[-1], v.shape[-1])
-    if D > MAX_D:
-        return f"takes K and V up to {MAX_D}, not {q.shape[-1]} and {v.shape[-1]}"
-    if normalizer.walks > 1:
-        return f"takes normalizers that walk over the keys once, not {type(normalizer).__name__}"
-    elements = max(math.prod(x.shape[:-1]) * power_of_two(D) for x in (q, k))
-    if elements >= 2**31:
-        return f"takes arrays below 2**31 elements, not {elements}"
+def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    """Why this backend cannot take a call of `attention`, or None when it can."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    refusal = unsupported_by_kernels(q, k, v, options.normalizer)
+    if refusal is not None:
+        return refusal
+    most = largest(matmuls(q, k, v))
+    K = q.shape[-1]
+    V = v.shape[-1]
+    if max(K, V) > most:
+        return f"takes K and V of {q.dtype} up to {most}, not {K} and {V}"
     return None
 
 
 def attention(
-    q,
-    k,
-    v,
-    gate,
-    sink_logits,
-    alibi_slopes,
-    segment_ids,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
     *,
-    normalizer: Normalizer,
-    causal: bool,
-    window: int | None,
-    logits_soft_cap: float | None,
-    scale: float,
     interpret: bool = False,
 ) -> Array:
     """As `api.attention`, with every default filled in. Any T."""
-    options = dict(
-        normalizer=normalizer,
-        causal=causal,
-        window=window,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        interpret=interpret,
-    )
-    arrays = (q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
-    letters = ("b.h.", "b.h.", "b.h.", "b.h.", "h", "h", "b.")
-    part = lambda *parts: (_attend(*parts, **options),)
-    return by_rows_and_heads(part, arrays, letters, ("b.h.",), math.gcd(q.shape[2], k.shape[2]))[0]
+
+    def attend(part: AttentionInputs) -> Array:
+        return _attend(part, options, interpret)
+
+    return over_mesh(attend, inputs)
 
 
-def _attend(
-    q, k, v, gate, sinks, slopes, segments, *, interpret: bool, normalizer: Normalizer, **options
-) -> Array:
-    (_, T, H, K), V = q.shape, v.shape[3]
-    kind, wide = matmuls(q, k, v), (power_of_two(K), power_of_two(V))
+def _attend(inputs: AttentionInputs, options: AttentionOptions, interpret: bool) -> Array:
+    """y [B, T, H, V] of the rows and heads of one device."""
+    _, T, H, K = inputs.q.shape
+    Hk = inputs.k.shape[2]
+    V = inputs.v.shape[3]
+    padded_K = padded_channels(K)
+    padded_V = padded_channels(V)
+    kind = matmuls(inputs.q, inputs.k, inputs.v)
     operand, precision = operands(interpret, kind)
-    cuts = schedule(*wide, kind, normalizer.sums, T)
-    step = max(size for cut in cuts if cut for size in cut[:2])
+    kernel_schedule = schedule(
+        padded_K,
+        padded_V,
+        kind,
+        options.normalizer.sums,
+        T,
+    )
     plan = Plan(
-        **options,
-        normalizer=normalizer,
+        normalizer=options.normalizer,
+        causal=options.causal,
+        window=options.window,
+        logits_soft_cap=options.logits_soft_cap,
+        scale=options.scale,
         T=T,
-        length=-(-T // step) * step,
-        H=H,
-        Hk=k.shape[2],
-        K=wide[0],
-        V=wide[1],
-        gate="none" if gate is None else "head" if gate.shape[3] == 1 else "element",
-        segments=segments is not None,
-        slopes=slopes is not None,
-        operand=operand,
-        precision=precision,
-        out_dtype=jnp.dtype(v.dtype),
-        schedule=cuts,
-        interpret=interpret,
-    )
-    tokens = lambda x, D: padded(padded(x, 1, plan.length), 3, D)
-    if plan.gate == "head":
-        gate = padded(jnp.swapaxes(gate[..., 0], 1, 2).astype(jnp.float32), 2, plan.length)
-    elif plan.gate == "element":
-        gate = tokens(gate, plan.V)
-    numbers = lambda x: None if x is None else x.astype(jnp.float32)
-    if segments is not None:
-        segments = padded(segments.astype(jnp.int32), 1, plan.length, mode="edge")
-    x = Inputs(
-        tokens(q, plan.K),
-        tokens(k, plan.K),
-        tokens(v, plan.V),
-        gate,
-        numbers(sinks),
-        numbers(slopes),
-        segments,
-    )
-    return _attention(plan, x)[:, :T, :, :V]
-
-
-def power_of_two(D: int) -> int:
-    """The size of a tile's axis of D."""
-    return max(MIN_BLOCK, 1 << (D - 1).bit_length())
-
-
-OPERANDS = {
-    "bfloat16": (jnp.dtype(jnp.bfloat16), None),
-    "tf32": (jnp.dtype(jnp.float32), lax.DotAlgorithmPreset.TF32_TF32_F32),
-    "tf32_x3": (jnp.dtype(jnp.float32), lax.DotAlgorithmPreset.TF32_TF32_F32_X3),
-}
-
-
-def matmuls(*arrays: Array) -> str:
-    """How a call with these inputs multiplies: a name of `OPERANDS`."""
-    one_pass = jax.config.jax_default_matmul_precision in (
-        None,
-        "default",
-        "fastest",
-        "bfloat16",
-        "BF16_BF16_F32",
-    )
-    if one_pass and all(x.dtype == jnp.bfloat16 for x in arrays):
-        return "bfloat16"
-    return "tf32" if one_pass and all(x.dtype.itemsize == 2 for x in arrays) else "tf32_x3"
-
-
-def operands(interpret: bool, matmuls: str) -> tuple[jnp.dtype, object]:
-    """What is multiplied, and how exactly. Interpreted matmuls round nothing."""
-    return (jnp.dtype(jnp.float32), lax.Precision.HIGHEST) if interpret else OPERANDS[matmuls]
-
-
-# --- decoding
-
-
-def attention_step(
-    q,
-    k_cache,
-    v_cache,
-    gate,
-    sink_logits,
-    alibi_slopes,
-    valid,
-    distances,
-    *,
-    normalizer: Normalizer,
-    logits_soft_cap: float | None,
-    scale: float,
-    interpret: bool = False,
-) -> Array:
-    """As `api.attention_step`, with every default filled in."""
-    options = (normalizer, logits_soft_cap, scale, interpret)
-    letters = ("bh.", "b.h.", "b.h.", "bh.", "h", "h", "b.", "b.")
-    part = lambda *parts: (_step(options, parts[:6], parts[6:]),)
-    arrays = (q, k_cache, v_cache, gate, sink_logits, alibi_slopes, valid, distances)
-    return by_rows_and_heads(
-        part, arrays, letters, ("bh.",), math.gcd(q.shape[1], k_cache.shape[2])
-    )[0]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _step(options: tuple, floats: tuple, slots: tuple) -> Array:
-    (normalizer, logits_soft_cap, scale, interpret), (q, k, v, gate, sinks, slopes) = (
-        options,
-        floats,
-    )
-    (B, H, K), (_, S, Hk, V), (valid, distances) = q.shape, v.shape, slots
-    operand, precision = operands(interpret, matmuls(q, k, v))
-    wide = power_of_two(K), power_of_two(V)
-    cut = gpu_tuning.step(*wide)
-    plan = Plan(
-        normalizer=normalizer,
-        causal=False,
-        window=None,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        T=S,
-        length=S,
+        length=_padded_length(T, kernel_schedule),
         H=H,
         Hk=Hk,
-        K=wide[0],
-        V=wide[1],
-        gate="none",
-        segments=False,
-        slopes=slopes is not None,
+        K=padded_K,
+        V=padded_V,
+        gate=gate_kind(inputs.gate_logits),
+        segments=inputs.segment_ids is not None,
+        slopes=inputs.alibi_slopes is not None,
         operand=operand,
         precision=precision,
-        out_dtype=jnp.dtype(v.dtype),
-        schedule=Schedule(cut, cut, cut),
+        out_dtype=jnp.dtype(inputs.v.dtype),
+        schedule=kernel_schedule,
         interpret=interpret,
     )
-    rows = gpu_step.rows(H // Hk)
-    by_head = lambda x: (
-        None if x is None else padded(x.astype(jnp.float32).reshape(Hk, -1), 1, rows)
+    segment_ids = inputs.segment_ids
+    if segment_ids is not None:
+        # Padding with the last id does not widen the bounds of the last block.
+        segment_ids = segment_ids.astype(jnp.int32)
+        segment_ids = padded(segment_ids, 1, plan.length, mode="edge")
+    kernel_inputs = KernelInputs(
+        q=_padded_tokens(plan, inputs.q, padded_K),
+        k=_padded_tokens(plan, inputs.k, padded_K),
+        v=_padded_tokens(plan, inputs.v, padded_V),
+        gate_logits=_gate_for_kernel(plan, inputs.gate_logits),
+        sink_logits=as_float32(inputs.sink_logits),
+        alibi_slopes=as_float32(inputs.alibi_slopes),
+        segment_ids=segment_ids,
     )
-    queries = padded(padded(q.reshape(B, Hk, -1, K), 2, rows), 3, plan.K)
-    distances = None if distances is None else distances.astype(jnp.int32)
-    o = gpu_step.step(plan, queries, k, v, by_head(sinks), by_head(slopes), valid, distances)
-    o = o[:, :, : H // Hk, :V].reshape(B, H, V)
-    return (o if gate is None else o * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(v.dtype)
+    # Without the tokens and channels of padding.
+    y = _attention(plan, kernel_inputs)
+    return y[:, :T, :, :V]
 
 
-def _step_saving(options: tuple, floats: tuple, slots: tuple):
-    return _step(options, floats, slots), (floats, slots)
+def _padded_length(T: int, kernel_schedule: Schedule) -> int:
+    """T in whole blocks of every kernel: block sizes are powers of two, so of the largest."""
+    largest_block = 0
+    for config in kernel_schedule:
+        if config is not None:
+            largest_block = max(largest_block, config.block_q, config.block_k)
+    return round_up(T, largest_block)
 
 
-def _step_backward(options: tuple, residuals, dy: Array):
-    """Nobody trains by decoding: the gradients are XLA's."""
-    (normalizer, logits_soft_cap, scale, _), (floats, slots) = options, residuals
-    again = lambda floats: xla.attention_step(
-        *floats, *slots, normalizer=normalizer, logits_soft_cap=logits_soft_cap, scale=scale
-    )
-    return (*jax.vjp(again, floats)[1](dy), None)
+def _padded_tokens(plan: Plan, x: Array, width: int) -> Array:
+    """[B, T, heads, D] padded with zeros to [B, length, heads, width]."""
+    whole_blocks = padded(x, 1, plan.length)
+    return padded(whole_blocks, 3, width)
 
 
-_step.defvjp(_step_saving, _step_backward)
+def as_float32(x: Array | None) -> Array | None:
+    """In float32; None stays."""
+    return None if x is None else x.astype(jnp.float32)
+
+
+def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
+    """[B, length, H, V], or for a gate by head [B, H, length]."""
+    if gate_logits is None:
+        return None
+    if plan.gate == "element":
+        return _padded_tokens(plan, gate_logits, plan.V)
+    # [B, T, H, 1] -> [B, H, T]: consecutive tokens of a head are consecutive in memory.
+    by_head = jnp.swapaxes(gate_logits[..., 0], 1, 2)
+    return padded(by_head.astype(jnp.float32), 2, plan.length)
 
 
 # --- the derivative
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, x: Inputs) -> Array:
+def _attention(plan: Plan, inputs: KernelInputs) -> Array:
     """y [B, T, H, V]."""
-    return forward(plan, x, save=False)["y"]
+    return forward(plan, inputs, save=False).y
 
 
-def _forward(plan: Plan, x: Inputs):
-    out = forward(plan, x, save=True)
-    y = checkpoint_name(
-        out["y"], OUT_NAME
-    )  # who multiplies it by a matrix wants it again for that matrix's gradient
-    outputs = {n: checkpoint_name(out[f"o{n}"], OUT_NAME) for n in plan.kept_outputs}
-    saved = [
-        checkpoint_name(out[f"saved{n}"], STATISTIC_NAME)
-        for n in range(sum("saved" in name for name in out))
-    ]
-    return y, (x, y if plan.y_is_o else None, outputs, saved)
+def _forward(plan: Plan, inputs: KernelInputs) -> tuple[Array, Residuals]:
+    result = forward(plan, inputs, save=True)
+    return residuals(result, inputs, plan.normalizer)
 
 
-def _backward(plan: Plan, residuals, dy: Array):
-    x, y, outputs, saved = residuals
-    do, deltas, dgate = _arrival(plan, x.gate, outputs if y is None else {0: y} | outputs, dy)
-    through_q = gpu_backward.dq(plan, x, do, saved, deltas)
-    through_k = gpu_backward.dkv(plan, x, do, saved, deltas)
-    dsinks = None
-    if x.sinks is not None:
-        dsinks = plan.normalizer.sink_gradient(x.sinks[None, :, None], deltas, tuple(saved)).sum(
-            (0, 2)
-        )
-    dslopes = through_q["dslopes"].sum((0, 2)) if plan.slopes else None
-    return (
-        Inputs(through_q["dq"], through_k["dk"], through_k["dv"], dgate, dsinks, dslopes, None),
+def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
+    inputs: KernelInputs = saved.inputs
+    do, deltas, dgate = _gradients_by_row(
+        plan,
+        inputs.gate_logits,
+        saved.outputs,
+        dy,
     )
+    rows = RowGradients(do, deltas, saved.statistics)
+    dq, dslopes_by_row = backward.dq(plan, inputs, rows)
+    dk, dv = backward.dkv(plan, inputs, rows)
+    # A sink has no keys, so its gradient needs rows alone.
+    dsinks = None
+    if inputs.sink_logits is not None:
+        # [1, H, 1] against the rows' [B, H, T].
+        sinks = inputs.sink_logits[None, :, None]
+        by_row = plan.normalizer.sink_gradient(
+            sinks,
+            deltas,
+            tuple(saved.statistics),
+        )
+        dsinks = by_row.sum((0, 2))
+    dslopes = None
+    if dslopes_by_row is not None:
+        dslopes = dslopes_by_row.sum((0, 2))
+    gradients = KernelInputs(
+        q=dq,
+        k=dk,
+        v=dv,
+        gate_logits=dgate,
+        sink_logits=dsinks,
+        alibi_slopes=dslopes,
+        segment_ids=None,
+    )
+    return (gradients,)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _arrival(plan: Plan, gate: Array | None, outputs: dict[int, Array], dy: Array):
-    """(do, deltas [B, H, T] each, dgate): what the kernels want to know of rows.
+def _gradients_by_row(
+    plan: Plan,
+    gate_logits: Array | None,
+    outputs: dict[int, Array],
+    dy: Array,
+) -> tuple[Array, list[Array], Array | None]:
+    """What depends on rows alone.
 
-    With y = o sigmoid(gate) nothing is divided by a gate that may be 0.
+    y = o sigmoid(gate), so dgate = dy o sigmoid'(gate): nothing is divided by a gate that may be 0.
+
+    Args:
+      plan: the static arguments.
+      gate_logits: as the kernel takes them.
+      outputs: of the normalizer, by number, [B, T, H, V].
+      dy: the gradient of y, [B, T, H, V].
+
+    Returns:
+      do, the gradient of the ungated output; sum(do * output) for each output in
+      `Normalizer.deltas`, [B, H, T]; the gradient of gate_logits, or None.
     """
-    do, dy, dgate = dy, dy.astype(jnp.float32), None
-    seen = dy
-    if gate is not None:
-        opened = jax.nn.sigmoid(gate.astype(jnp.float32))
-        slope = opened * (1 - opened)
+    do = dy
+    dy = dy.astype(jnp.float32)
+    # do in float32, but with the values that the kernels multiply.
+    rounded_do = dy
+    dgate = None
+    if gate_logits is not None:
+        gate = jax.nn.sigmoid(gate_logits.astype(jnp.float32))
+        # sigmoid' = sigmoid (1 - sigmoid)
+        slope = gate * (1 - gate)
         if plan.gate == "head":
-            dgate = jnp.swapaxes(jnp.sum(dy * outputs[0], axis=3), 1, 2) * slope
-            opened = jnp.swapaxes(opened, 1, 2)[..., None]
+            # [B, T, H] -> [B, H, T], the layout of the kernel's gate.
+            products = jnp.sum(dy * outputs[0], axis=3)
+            dgate = jnp.swapaxes(products, 1, 2) * slope
+            # [B, H, T] -> [B, T, H, 1]
+            gate = jnp.swapaxes(gate, 1, 2)[..., None]
         else:
-            dgate = (dy * outputs[0] * slope).astype(gate.dtype)
-        seen = dy * opened
-        do = seen.astype(plan.operand)
-    # Of do as the tensor core will see it, or dp - delta has an error that does not cancel. XLA keeps this rounding.
+            dgate = (dy * outputs[0] * slope).astype(gate_logits.dtype)
+        rounded_do = dy * gate
+        # Once here, instead of in every tile that multiplies it.
+        do = rounded_do.astype(plan.operand)
     if do.dtype == jnp.bfloat16:
-        seen = lax.reduce_precision(seen, exponent_bits=8, mantissa_bits=7)
-    of_rows = lambda n: jnp.swapaxes(jnp.sum(seen * outputs[n], axis=3), 1, 2)
-    return do, [of_rows(n) for n in plan.normalizer.deltas], dgate
+        # The deltas are of do as the tensor core will see it. Otherwise dp - delta, which is small
+        # by cancellation, would have the error of the rounding. XLA may leave out a conversion to
+        # bfloat16 and back, but not this.
+        rounded_do = lax.reduce_precision(rounded_do, exponent_bits=8, mantissa_bits=7)
+    deltas = []
+    for n in plan.normalizer.deltas:
+        # [B, T, H] -> [B, H, T], the layout of statistics.
+        delta = jnp.sum(rounded_do * outputs[n], axis=3)
+        deltas.append(jnp.swapaxes(delta, 1, 2))
+    return do, deltas, dgate

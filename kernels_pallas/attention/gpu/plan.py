@@ -1,38 +1,60 @@
-"""What the GPU kernels of `attention` share: the plan of a call, its arrays, and which tiles a program visits."""
+"""The static arguments of the GPU kernels of `attention`, and which tiles a program computes.
 
+A program of a kernel has one block of tokens of its own: of queries in the kernels of y and dq, of
+keys in the kernels of dk and dv. It loops over the blocks of the other kind that they see, or that
+see them. Tiles that the mask hides entirely are not in the loop, and only those that the mask cuts
+compare positions.
+"""
+
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float, Int
 
-from kernels_pallas.attention.gpu.tuning import Cut, Schedule
+from kernels_pallas.attention.gpu.tuning import MAX_D, Schedule, padded_channels
+from kernels_pallas.attention.kernels import (
+    GateKind,
+    count_visible_pairs,
+    saved_outputs,
+    unsupported_arrays,
+)
 from kernels_pallas.attention.normalizers.base import Normalizer
-from kernels_pallas.common.gpu import moved
+
+# What a kernel gets for an array. Its type at run time is `jax.Ref`, which does not declare `at`.
+Ref = Any
 
 
 class Plan(NamedTuple):
-    """What of a call is static. T is the true number of tokens; arrays have `length` of them, whole blocks."""
+    """The static arguments of a call."""
 
     normalizer: Normalizer
     causal: bool
     window: int | None
     logits_soft_cap: float | None
     scale: float
+    # The true number of tokens.
     T: int
+    # The tokens that arrays have: whole blocks.
     length: int
     H: int
     Hk: int
+    # Padded to powers of two.
     K: int
     V: int
-    gate: str  # "none", "head" or "element"
+    # The kind of the output gate.
+    gate: GateKind
+    # Whether there are segment ids, and ALiBi slopes.
     segments: bool
     slopes: bool
-    operand: jnp.dtype  # what products are rounded to before they are multiplied again
-    precision: object  # of matmuls of float32 operands
+    # What products are rounded to before they are multiplied again.
+    operand: jnp.dtype
+    # Of matmuls of float32 operands, as `jax.lax.dot` takes it.
+    precision: lax.Precision | lax.DotAlgorithmPreset | None
+    # Of y.
     out_dtype: jnp.dtype
     schedule: Schedule
     interpret: bool
@@ -43,178 +65,241 @@ class Plan(NamedTuple):
         return self.H // self.Hk
 
     @property
-    def kept_outputs(self) -> list[int]:
-        """Which outputs of the normalizer the backward pass needs; not o where y is o, unrounded."""
-        wanted = sorted({*self.normalizer.deltas, *([] if self.gate == "none" else [0])})
-        return [n for n in wanted if n or not self.y_is_o]
-
-    @property
-    def y_is_o(self) -> bool:
-        return self.gate == "none" and self.out_dtype == jnp.float32
-
-    @property
     def pairs(self) -> int:
-        """Pairs of a query and a key that the mask lets meet, about, and without segments."""
-        reach = self.T if self.window is None else min(self.window, self.T)
-        before = reach * (self.T - reach) + reach * (reach + 1) // 2
-        return before if self.causal else 2 * before - self.T
+        """Pairs of a query and a key that the mask leaves, without segments."""
+        return count_visible_pairs(self.T, self.causal, self.window)
+
+    @property
+    def saved_outputs(self) -> list[int]:
+        """Which outputs of the normalizer the forward kernel writes for the backward kernels."""
+        return saved_outputs(self.normalizer, self.gate, self.out_dtype)
 
 
-class Inputs(NamedTuple):
+class KernelInputs(NamedTuple):
     """The arrays of a call, padded to whole blocks and to powers of two."""
 
     q: Float[Array, "B T H K"]
     k: Float[Array, "B T Hk K"]
     v: Float[Array, "B T Hk V"]
-    gate: Float[Array, "B T H V"] | Float[Array, "B H T"] | None
-    sinks: Float[Array, "H"] | None
-    slopes: Float[Array, "H"] | None
-    segments: Int[Array, "B T"] | None
+    gate_logits: Float[Array, "B T H V"] | Float[Array, "B H T"] | None
+    sink_logits: Float[Array, "H"] | None
+    alibi_slopes: Float[Array, "H"] | None
+    segment_ids: Int[Array, "B T"] | None
+
+
+def unsupported_by_kernels(
+    q: Array,
+    k: Array,
+    v: Array,
+    normalizer: Normalizer,
+) -> str | None:
+    """Why no kernel of this folder can take these arrays, or None if one can.
+
+    Args:
+      q: queries, [..., K].
+      k: keys, [..., K].
+      v: values, [..., V].
+      normalizer: how logits become weights.
+
+    Returns:
+      The end of a sentence that begins with the name of the backend.
+    """
+    refusal = unsupported_arrays(q, k, v, normalizer, MAX_D)
+    if refusal is not None:
+        return refusal
+    # Offsets are 32-bit integers in Triton.
+    width = padded_channels(max(q.shape[-1], v.shape[-1]))
+    elements = max(math.prod(x.shape[:-1]) * width for x in (q, k))
+    if elements >= 2**31:
+        return f"takes arrays below 2**31 elements, not {elements}"
+    return None
 
 
 # --- which tiles
 
 
 class Reach(NamedTuple):
-    """How far a token looks along the sequence, in tokens: a query at keys, or a key at the queries that see it."""
+    """How far a token sees along the sequence, or is seen from, in tokens."""
 
+    # Toward the start of the sequence, and toward its end.
     before: int
     after: int
 
-    def turned(self) -> "Reach":
-        return Reach(self.after, self.before)
+    def transposed(self) -> "Reach":
+        """The reach of keys: how far away the queries are that see a key."""
+        return Reach(before=self.after, after=self.before)
 
 
-def of_queries(p: Plan) -> Reach:
-    far = p.length if p.window is None else min(p.window - 1, p.length)
-    return Reach(far, 0 if p.causal else far)
+def reach_of_queries(plan: Plan) -> Reach:
+    """How far a query sees."""
+    far = plan.length
+    if plan.window is not None:
+        # |i - j| < window
+        far = min(plan.window - 1, plan.length)
+    return Reach(before=far, after=0 if plan.causal else far)
 
 
-def visits(p: Plan, reach: Reach, n, size: int, other: int, limits: tuple | None) -> list[tuple]:
-    """The blocks of `other` tokens that block n of `size` tokens meets: ranges (first, end, whether it needs masks).
+class TileRange(NamedTuple):
+    """Consecutive blocks of a loop."""
 
-    No range is of tiles that the mask hides entirely. `limits`: (first, end) of blocks that share a segment with this
-    one.
+    first: Array
+    # One after the last.
+    end: Array
+    # Whether positions can hide anything in these tiles.
+    by_position: bool
+
+
+def tile_ranges(
+    plan: Plan,
+    reach: Reach,
+    n: Array,
+    block: int,
+    other_block: int,
+    limits: tuple[Array, Array] | None,
+) -> list[TileRange]:
+    """The blocks that a program loops over; no range is of tiles that the mask hides entirely.
+
+    Args:
+      plan: the static arguments.
+      reach: of the tokens of the program's block.
+      n: the number of the program's block.
+      block: tokens in the program's block.
+      other_block: tokens in a block of the loop.
+      limits: (first, end) of the blocks that share a segment with the program's, or None.
+
+    Returns:
+      The ranges, in the order of the loop.
     """
-    start, last = n * size, n * size + size - 1
-    floor = lambda position: lax.div(jnp.int32(position), jnp.int32(other))
-    first = floor(jnp.maximum(start - reach.before, 0))
-    end = floor(jnp.minimum(last + reach.after + 1, p.T) + other - 1)
+
+    def block_of(position: Array) -> Array:
+        # Not //, which rounds down and so costs a comparison: positions are never negative.
+        return lax.div(jnp.int32(position), jnp.int32(other_block))
+
+    first_token = n * block
+    last_token = n * block + block - 1
+    # What any token of this block sees: from the first one's reach backward to the last one's
+    # forward. `end` is rounded up to whole blocks.
+    first = block_of(jnp.maximum(first_token - reach.before, 0))
+    end = block_of(jnp.minimum(last_token + reach.after + 1, plan.T) + other_block - 1)
     if limits is not None:
-        first, end = jnp.maximum(first, limits[0]), jnp.minimum(end, limits[1])
+        # Blocks of other segments are left out, of which no mask would leave anything.
+        first_of_segments, end_of_segments = limits
+        first = jnp.maximum(first, first_of_segments)
+        end = jnp.minimum(end, end_of_segments)
+    # Of padding alone there may be nothing to see; a count is never negative.
     end = jnp.maximum(first, end)
-    # In between, every token of this block meets every token of the other.
-    full_first = floor(jnp.maximum(last - reach.before, 0) + other - 1)
-    full_end = floor(jnp.minimum(start + reach.after + 1, p.T))
+
+    # In between are the blocks that every token of this block sees entirely: from the last token's
+    # reach backward, rounded up, to the first one's forward, rounded down.
+    full_first = block_of(jnp.maximum(last_token - reach.before, 0) + other_block - 1)
+    full_end = block_of(jnp.minimum(first_token + reach.after + 1, plan.T))
     full_first = jnp.clip(full_first, first, end)
     full_end = jnp.clip(full_end, full_first, end)
-    ranges = [(full_first, full_end, False), (full_end, end, True)]
-    return ranges if reach.before >= p.length else [(first, full_first, True), *ranges]
+
+    ranges = [
+        TileRange(full_first, full_end, by_position=False),
+        TileRange(full_end, end, by_position=True),
+    ]
+    if reach.before >= plan.length:
+        # Nothing is cut before the full blocks.
+        return ranges
+    return [TileRange(first, full_first, by_position=True), *ranges]
 
 
-def walked(ranges: list[tuple], visit: Callable, carry, heads: int = 1):
-    """carry = visit(masks, head, block, carry) for every block of every range, for each of `heads` heads.
+def loop_over_tiles(
+    plan: Plan,
+    reach: Reach,
+    n: Array,
+    block: int,
+    other_block: int,
+    spans: Ref | None,
+    add_tile: Callable[[bool, Array, Array, Any], Any],
+    carry: Any,
+    heads: int = 1,
+) -> Any:
+    """carry = add_tile(by_position, head, block, carry) for every tile of a program.
 
-    Heads and blocks are one loop: a nested one costs registers, and loads run ahead from one head into the next.
+    Args:
+      plan: the static arguments.
+      reach: of the tokens of the program's block.
+      n: the number of the program's block.
+      block: tokens in the program's block.
+      other_block: tokens in a block of the loop.
+      spans: of `segment_spans`, of the program's row of the batch; None without segments.
+      add_tile: computes one tile.
+      carry: before the first tile.
+      heads: the tiles are computed for each of so many heads.
+
+    Returns:
+      The carry after the last tile.
     """
-    for first, end, masks in ranges:
+    limits = None if spans is None else _limits(spans, n)
+    for first, end, by_position in tile_ranges(plan, reach, n, block, other_block, limits):
         count = end - first
 
-        def turn(t, carry, first=first, count=count, masks=masks):
+        def add_tile_number(
+            t: Array,
+            carry: Any,
+            first=first,
+            count=count,
+            masks=by_position,
+        ):
+            # Heads and blocks are one loop. A nested one would cost registers, and here the loads
+            # run ahead from one head into the next.
             head = lax.div(t, count) if heads > 1 else jnp.int32(0)
-            return visit(masks, head, first + t - head * count, carry)
+            other = first + t - head * count
+            return add_tile(masks, head, other, carry)
 
-        carry = lax.fori_loop(0, heads * count, turn, carry)
+        # A loop for each range: whether tiles are masked is known while the kernel is compiled.
+        carry = lax.fori_loop(0, heads * count, add_tile_number, carry)
     return carry
 
 
-def shared_segments(ids: Array, size: int, other: int) -> Int[Array, "B N 2"]:
-    """For every block of `size` tokens the first block of `other` that may share a segment, and one after the last.
+# --- segments
 
-    By the least and the largest id of blocks: exact where ids never fall, as in packed documents; else it is more.
+
+def segment_spans(
+    segment_ids: Int[Array, "B T"],
+    block: int,
+    other_block: int,
+) -> Int[Array, "B N 2"]:
+    """For every block of `block` tokens, which blocks of `other_block` may share a segment with it.
+
+    Blocks are compared by their least and largest ids. That is exact where ids never fall, as in
+    packed documents; otherwise the result may have more blocks than needed.
+
+    Args:
+      segment_ids: by token, whole blocks of both sizes.
+      block: tokens in a program's block.
+      other_block: tokens in a block of its loop.
+
+    Returns:
+      The first such block, and one after the last.
     """
-    bounds = lambda n: (lambda x: (x.min(2), x.max(2)))(ids.reshape(ids.shape[0], -1, n))
-    (least, most), (other_least, other_most) = bounds(size), bounds(other)
-    meet = (least[:, :, None] <= other_most[:, None, :]) & (
-        other_least[:, None, :] <= most[:, :, None]
+    least, most = _bounds(segment_ids, block)
+    other_least, other_most = _bounds(segment_ids, other_block)
+    # Two ranges of ids overlap if each begins before the other ends. [B, N, other N]
+    begins_before = least[:, :, None] <= other_most[:, None, :]
+    ends_after = other_least[:, None, :] <= most[:, :, None]
+    shares = begins_before & ends_after
+    first = jnp.argmax(shares, 2)
+    # argmax finds the first True; of the reversed array, the last.
+    end = shares.shape[2] - jnp.argmax(jnp.flip(shares, 2), 2)
+    return jnp.stack([first, end], 2).astype(jnp.int32)
+
+
+def _bounds(segment_ids: Int[Array, "B T"], block: int) -> tuple[Array, Array]:
+    """The least and the largest id in every block, [B, N]."""
+    blocks = segment_ids.reshape(
+        segment_ids.shape[0],
+        -1,
+        block,
     )
-    end = meet.shape[2] - jnp.argmax(jnp.flip(meet, 2), 2)
-    return jnp.stack([jnp.argmax(meet, 2), end], 2).astype(jnp.int32)
+    return blocks.min(2), blocks.max(2)
 
 
-def limits(spans, n) -> tuple | None:
-    """Block n's row of `shared_segments`, for `visits`."""
-    return (
-        None if spans is None else tuple(pltriton.load(spans.at[n, jnp.int32(i)]) for i in (0, 1))
-    )
-
-
-# --- where a program finds its own
-
-
-def tokens(p: Plan, heads: int, of: Callable, width: int) -> pl.BlockSpec:
-    """Of [B, T, heads, width]: all tokens of a program's head, by `of`(its second grid index)."""
-    return pl.BlockSpec((None, p.length, None, width), lambda n, h, b: (b, 0, of(h), 0))
-
-
-def numbers(p: Plan) -> pl.BlockSpec:
-    """Of [B, H, T]: those of a program's head."""
-    return pl.BlockSpec((None, None, p.length), lambda n, h, b: (b, h, 0))
-
-
-def by_batch(a: Array) -> pl.BlockSpec:
-    return pl.BlockSpec((None, *a.shape[1:]), lambda n, h, b: (b, *[0] * (a.ndim - 1)))
-
-
-def whole(a: Array) -> pl.BlockSpec:
-    return pl.BlockSpec(a.shape, lambda n, h, b: (0,) * a.ndim)
-
-
-def block(n, size: int) -> Array:
-    """The tokens of a block, [size]."""
-    return n * size + lax.iota(jnp.int32, size)
-
-
-def load(ref, rows: Array, width: int) -> Array:
-    """[rows, width]."""
-    return pltriton.load(ref.at[rows[:, None], lax.iota(jnp.int32, width)[None, :]])
-
-
-def store(ref, rows: Array, x: Array) -> None:
-    pltriton.store(
-        ref.at[rows[:, None], lax.iota(jnp.int32, x.shape[1])[None, :]], x.astype(ref.dtype)
-    )
-
-
-def call(
-    p: Plan,
-    kernel: Callable,
-    cut: Cut,
-    grid,
-    ins: dict,
-    outs: dict,
-    name: str,
-    *,
-    flops: int,
-    exponentials: int,
-) -> dict[str, Array]:
-    """Runs kernel(**refs by name). ins and outs: name -> (array, spec); what is None is left out."""
-    ins = {n: x for n, x in ins.items() if x[0] is not None}
-    arrays = [a for a, _ in ins.values()]
-    shapes = [a for a, _ in outs.values()]
-
-    def body(*refs):
-        kernel(**dict(zip([*ins, *outs], refs)))
-
-    results = pl.pallas_call(
-        body,
-        grid=grid,
-        in_specs=[spec for _, spec in ins.values()],
-        out_specs=[spec for _, spec in outs.values()],
-        out_shape=shapes,
-        compiler_params=pltriton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
-        cost_estimate=pl.CostEstimate(flops, exponentials, moved([*arrays, *shapes])),
-        interpret=p.interpret,
-        name=name,
-    )(*arrays)
-    return dict(zip(outs, results))
+def _limits(spans: Ref, n: Array) -> tuple[Array, Array]:
+    """Block n's row of `segment_spans`, for `tile_ranges`."""
+    first = pltriton.load(spans.at[n, jnp.int32(0)])
+    end = pltriton.load(spans.at[n, jnp.int32(1)])
+    return first, end

@@ -1,10 +1,17 @@
-"""One decoding step of `attention` on GPU, the cache split over its length: every slot is read once.
+"""One decoding step of `attention` on GPU, the cache split over its length.
 
-A program takes a part of the slots of one key head, with the query heads of its group as the rows of a tile, and leaves
-its sums and what the normalizer keeps of a row. These are small beside the cache: XLA merges them, ends the rows and gates.
+Grid: (parts of the cache, key heads, batch). A program loops over the slots of one part of one key
+head. The rows of its tile are the query heads of the group, so that every slot is read once, for
+all of them; they stay in registers with the running sums. The cache is read as it lies in memory:
+nothing of it is copied to be padded.
+
+A program leaves its sums and what the normalizer keeps of a row. These are small beside the cache:
+XLA merges them over the parts, ends the rows and multiplies by the gate.
 """
 
+import math
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,109 +19,417 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas.attention.gpu import plan, tile
-from kernels_pallas.attention.gpu.plan import Plan
-from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS
-from kernels_pallas.common.mesh import like
+from kernels_pallas.attention import tile as attention_tile
+from kernels_pallas.attention import xla
+from kernels_pallas.attention.gpu import tile
+from kernels_pallas.attention.gpu import tuning as gpu_tuning
+from kernels_pallas.attention.gpu.call import (
+    Operand,
+    block_positions,
+    by_row,
+    call,
+    load,
+    store,
+    whole,
+)
+from kernels_pallas.attention.gpu.matmuls import matmuls, operands
+from kernels_pallas.attention.gpu.plan import Plan, Ref, unsupported_by_kernels
+from kernels_pallas.attention.gpu.tile import Rows
+from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS, Schedule, padded_channels
+from kernels_pallas.attention.inputs import StepInputs, StepOptions
+from kernels_pallas.attention.kernels import Shaped, row_statistics
+from kernels_pallas.common.mesh import by_rows_and_heads, like
+from kernels_pallas.common.padding import padded, power_of_two
 
 
-def step(p: Plan, q, k_cache, v_cache, sinks, slopes, valid, distances) -> Array:
-    """The ungated o [B, Hk, R, V] float32, R rows of which the group's heads are the first.
+def unsupported(inputs: StepInputs, options: StepOptions) -> str | None:
+    """Why this backend cannot take a call of `attention_step`, or None when it can."""
+    return unsupported_by_kernels(
+        inputs.q,
+        inputs.k_cache,
+        inputs.v_cache,
+        options.normalizer,
+    )
 
-    q [B, Hk, R, K], sinks and slopes [Hk, R] or None, valid bool [B, S], distances int [B, S]. p: p.T is S.
+
+def attention_step(
+    inputs: StepInputs,
+    options: StepOptions,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """As `api.attention_step`, with every default filled in."""
+    axes = {
+        "q": "bh.",
+        "k_cache": "b.h.",
+        "v_cache": "b.h.",
+        "gate_logits": "bh.",
+        "sink_logits": "h",
+        "alibi_slopes": "h",
+        "valid": "b.",
+        "distances": "b.",
+    }
+
+    def step_part(*arrays: Any) -> tuple[Array]:
+        return (_step(options, interpret, StepInputs(*arrays)),)
+
+    # A device must hold the query heads of the key heads that it holds, so both are cut alike.
+    common_heads = math.gcd(inputs.q.shape[1], inputs.k_cache.shape[2])
+    (y,) = by_rows_and_heads(
+        step_part,
+        tuple(inputs),
+        [axes[name] for name in StepInputs._fields],
+        ["bh."],
+        common_heads,
+    )
+    assert y is not None
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _step(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array:
+    """y [B, H, V]."""
+    B, H, _ = inputs.q.shape
+    V = inputs.v_cache.shape[3]
+    # The query heads of a key head are consecutive.
+    output = _ungated(options, interpret, inputs)
+    output = output.reshape(B, H, V)
+    if inputs.gate_logits is not None:
+        gate_logits = inputs.gate_logits.astype(jnp.float32)
+        output = output * jax.nn.sigmoid(gate_logits)
+    return output.astype(inputs.v_cache.dtype)
+
+
+def _step_saving(
+    options: StepOptions,
+    interpret: bool,
+    inputs: StepInputs,
+) -> tuple[Array, StepInputs]:
+    return _step(options, interpret, inputs), inputs
+
+
+def _step_backward(
+    options: StepOptions,
+    interpret: bool,
+    inputs: StepInputs,
+    dy: Array,
+) -> tuple[StepInputs]:
+    """The gradients are those of the xla backend: nobody trains by decoding."""
+    # A kernel of the forward pass can be interpreted; the gradients come from none.
+    del interpret
+
+    def step_by_xla(inputs: StepInputs) -> Array:
+        return xla.attention_step(inputs, options)
+
+    _, pull_back = jax.vjp(step_by_xla, inputs)
+    return pull_back(dy)
+
+
+_step.defvjp(_step_saving, _step_backward)
+
+
+# --- the kernel's inputs and outputs
+
+
+class KernelInputs(NamedTuple):
+    """The arrays of a step as the kernel takes them.
+
+    There are R rows for each key head, of which the first are the query heads of its group.
     """
-    (B, Hk, R, K), (V, S) = q.shape, (v_cache.shape[3], p.T)
-    cut, normalizer = p.schedule.forward, p.normalizer
-    parts, blocks = split(B * Hk, -(-S // cut.other))
-    slots = lambda a: (a, None if a is None else plan.by_batch(a))
-    heads = lambda a: (a, None if a is None else plan.whole(a))
-    cache = lambda a: (a, pl.BlockSpec((None, S, None, a.shape[3]), lambda n, h, b: (b, 0, h, 0)))
-    ins = {
-        "q": (q, pl.BlockSpec((None, None, R, K), lambda n, h, b: (b, h, 0, 0))),
-        "k": cache(k_cache),
-        "v": cache(v_cache),
-        "valid": slots(valid.astype(jnp.int32)),
-        "sinks": heads(sinks),
-        "slopes": heads(slopes),
-        "distances": slots(distances),
-    }
 
-    def part(*shape):
-        spec = pl.BlockSpec(
-            (None, None, None, *shape), lambda n, h, b: (b, h, n, *[0] * len(shape))
-        )
-        return like(q, (B, Hk, parts, *shape), jnp.float32), spec
+    # [B, Hk, R, K], K a power of two.
+    q: Array
+    # [B, S, Hk, K] and [B, S, Hk, V], as the caller has them.
+    k_cache: Array
+    v_cache: Array
+    # float32 [Hk, R]
+    sink_logits: Array | None
+    alibi_slopes: Array | None
+    # int32 [B, S]
+    valid: Array
+    distances: Array | None
 
-    kept = len(jax.eval_shape(normalizer.start, jax.ShapeDtypeStruct((R, 1), jnp.float32)))
-    outs = {f"sum{n}": part(R, p.V) for n in range(normalizer.sums)} | {
-        f"row{n}": part(R) for n in range(kept)
-    }
-    cost = dict(
-        flops=2 * B * p.H * S * (k_cache.shape[3] + normalizer.sums * V), exponentials=B * p.H * S
+
+def _ungated(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array:
+    """The ungated output, float32 [B, Hk, H / Hk, V]."""
+    B, H, K = inputs.q.shape
+    _, _, Hk, V = inputs.v_cache.shape
+    group = H // Hk
+    plan = _plan(options, interpret, inputs)
+    num_rows = rows_of_tile(group)
+    by_key_head = inputs.q.reshape(B, Hk, group, K)
+    # Rows of padding compute something that nobody reads.
+    queries = padded(by_key_head, 2, num_rows)
+    distances = inputs.distances
+    if distances is not None:
+        distances = distances.astype(jnp.int32)
+    kernel_inputs = KernelInputs(
+        q=padded(queries, 3, plan.K),
+        k_cache=inputs.k_cache,
+        v_cache=inputs.v_cache,
+        sink_logits=_by_key_head(inputs.sink_logits, Hk, num_rows),
+        alibi_slopes=_by_key_head(inputs.alibi_slopes, Hk, num_rows),
+        valid=inputs.valid.astype(jnp.int32),
+        distances=distances,
     )
-    kernel = partial(_kernel, p, blocks)
-    out = plan.call(p, kernel, cut, (parts, Hk, B), ins, outs, "attention_step", **cost)
-    first = lambda name: jnp.moveaxis(out[name], 2, 0)
-    row = tuple(first(f"row{n}")[..., None] for n in range(kept))
-    outputs, _ = normalizer.finish(
-        *normalizer.merge(row, [first(f"sum{n}") for n in range(normalizer.sums)])
+    output = _over_parts(plan, kernel_inputs)
+    # Without the rows and channels of padding.
+    return output[:, :, :group, :V]
+
+
+def _plan(options: StepOptions, interpret: bool, inputs: StepInputs) -> Plan:
+    """The static arguments of a step: those of a call with S tokens, without a mask or a gate."""
+    _, H, K = inputs.q.shape
+    _, S, Hk, V = inputs.v_cache.shape
+    kind = matmuls(inputs.q, inputs.k_cache, inputs.v_cache)
+    operand, precision = operands(interpret, kind)
+    padded_K = padded_channels(K)
+    padded_V = padded_channels(V)
+    config = gpu_tuning.step(padded_K, padded_V)
+    return Plan(
+        normalizer=options.normalizer,
+        # Which slots are visible is in `valid`.
+        causal=False,
+        window=None,
+        logits_soft_cap=options.logits_soft_cap,
+        scale=options.scale,
+        T=S,
+        length=S,
+        H=H,
+        Hk=Hk,
+        K=padded_K,
+        V=padded_V,
+        # `_step` gates, after the parts are merged.
+        gate="none",
+        segments=False,
+        slopes=inputs.alibi_slopes is not None,
+        operand=operand,
+        precision=precision,
+        out_dtype=jnp.dtype(inputs.v_cache.dtype),
+        # The one kernel takes the configuration of the forward pass.
+        schedule=Schedule(forward=config, dq=config, dkv=config),
+        interpret=interpret,
     )
-    return outputs[0]
+
+
+def _by_key_head(x: Array | None, Hk: int, num_rows: int) -> Array | None:
+    """A number for each query head, [H] -> float32 [Hk, R]."""
+    if x is None:
+        return None
+    by_key_head = x.astype(jnp.float32).reshape(Hk, -1)
+    return padded(by_key_head, 1, num_rows)
+
+
+def rows_of_tile(group: int) -> int:
+    """The rows of a tile that the query heads of a key head fill."""
+    # A power of two, and no less than the matrix unit's tile.
+    return max(STEP.block_q, power_of_two(group))
 
 
 def split(heads: int, blocks: int) -> tuple[int, int]:
-    """(parts of a cache, blocks of slots in each): as many parts as fill the chip, with `heads` programs a part."""
-    each = -(-blocks // min(blocks, max(1, STEP_PROGRAMS // heads)))
-    return -(-blocks // each), each
+    """(parts of a cache, blocks of slots in each): as many parts as fill the chip.
+
+    `heads` programs read one part.
+    """
+    parts_that_fill = max(1, STEP_PROGRAMS // heads)
+    # Rounded up, so there may be fewer parts than would fill the chip, but none waits for another.
+    blocks_each = -(-blocks // min(blocks, parts_that_fill))
+    return -(-blocks // blocks_each), blocks_each
 
 
-def rows(group: int) -> int:
-    """Of a tile."""
-    return max(STEP.own, 1 << (group - 1).bit_length())
+def _over_parts(plan: Plan, inputs: KernelInputs) -> Array:
+    """The ungated output, float32 [B, Hk, R, V], merged over the parts of the cache."""
+    B, Hk, R, _ = inputs.q.shape
+    S = plan.T
+    normalizer = plan.normalizer
+    config = plan.schedule.forward
+    num_parts, blocks_each = split(B * Hk, -(-S // config.block_k))
+    num_statistics = row_statistics(normalizer)
+    # What a program leaves of its rows.
+    part_of_sums = like(inputs.q, (B, Hk, num_parts, R, plan.V), jnp.float32)
+    part_of_row = like(inputs.q, (B, Hk, num_parts, R), jnp.float32)
+    outs = {}
+    for n in range(normalizer.sums):
+        outs[f"sum{n}"] = _by_part(part_of_sums)
+    for n in range(num_statistics):
+        outs[f"row{n}"] = _by_part(part_of_row)
+
+    pairs = B * plan.H * S
+    K = inputs.k_cache.shape[3]
+    V = inputs.v_cache.shape[3]
+    results = call(
+        plan,
+        partial(_kernel, plan, blocks_each),
+        config,
+        grid=(num_parts, Hk, B),
+        ins=_operands(inputs),
+        outs=outs,
+        name="attention_step",
+        flops=2 * pairs * (K + normalizer.sums * V),
+        exponentials=pairs,
+    )
+    # Parts first, as `Normalizer.merge` takes them.
+    row = []
+    for n in range(num_statistics):
+        by_part = jnp.moveaxis(results[f"row{n}"], 2, 0)
+        # [parts, B, Hk, R, 1]
+        row.append(by_part[..., None])
+    sums = []
+    for n in range(normalizer.sums):
+        # [parts, B, Hk, R, V]
+        sums.append(jnp.moveaxis(results[f"sum{n}"], 2, 0))
+    merged_row, merged_sums = normalizer.merge(tuple(row), sums)
+    outputs, _ = normalizer.finish(merged_row, merged_sums)
+    return outputs[0]
 
 
-def _kernel(
-    p: Plan, blocks: int, q, k, v, valid, sinks=None, slopes=None, distances=None, **parts
-) -> None:
-    normalizer, C, (R, _) = p.normalizer, p.schedule.forward.other, q.shape
-    n, h = pl.program_id(0), pl.program_id(1)
-    row, zero = lax.iota(jnp.int32, R), jnp.zeros((R, 1), jnp.float32)
-    queries = plan.load(q, row, p.K)
-    of_rows = lambda ref: pltriton.load(ref.at[h, row])[:, None]
-    slope = None if slopes is None else of_rows(slopes)
+def _operands(inputs: KernelInputs) -> dict[str, Operand]:
+    """What a program reads. Grid indices: n part, h key head, b row of the batch."""
+    _, _, R, K = inputs.q.shape
 
-    def visit(j, carry):
-        kept, sums = carry
-        at = plan.block(j, C)
-        inside = at < p.T
-        seen = pltriton.load(valid.at[at], mask=inside, other=0)[None, :] != 0
-        apart = (
-            None
-            if distances is None
-            else pltriton.load(distances.at[at], mask=inside, other=0)[None, :]
+    def queries_index(n: Array, h: Array, b: Array) -> tuple:
+        return b, h, 0, 0
+
+    def cache_index(n: Array, h: Array, b: Array) -> tuple:
+        return b, 0, h, 0
+
+    def cache(array: Array) -> Operand:
+        # All slots of one head: the program loads those of its part.
+        S = array.shape[1]
+        width = array.shape[3]
+        spec = pl.BlockSpec((None, S, None, width), cache_index)
+        return Operand(array, spec)
+
+    queries_spec = pl.BlockSpec((None, None, R, K), queries_index)
+    operands = {
+        "q": Operand(inputs.q, queries_spec),
+        "k": cache(inputs.k_cache),
+        "v": cache(inputs.v_cache),
+        "valid": by_row(inputs.valid),
+    }
+    if inputs.sink_logits is not None:
+        operands["sinks"] = whole(inputs.sink_logits)
+    if inputs.alibi_slopes is not None:
+        operands["slopes"] = whole(inputs.alibi_slopes)
+    if inputs.distances is not None:
+        operands["distances"] = by_row(inputs.distances)
+    return operands
+
+
+def _by_part(array: Shaped) -> Operand:
+    """Of [B, Hk, parts, ...]: what one program writes."""
+    # [R, V] or [R]
+    shape = array.shape[3:]
+
+    def index(n: Array, h: Array, b: Array) -> tuple:
+        return b, h, n, *[0] * len(shape)
+
+    spec = pl.BlockSpec((None, None, None, *shape), index)
+    return Operand(array, spec)
+
+
+# --- the kernel
+
+
+def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
+    """One program: a part of the slots of one key head."""
+    normalizer = plan.normalizer
+    block = plan.schedule.forward.block_k
+    R = refs["q"].shape[0]
+    part = pl.program_id(0)
+    key_head = pl.program_id(1)
+    # Rows are query heads of the group.
+    row = lax.iota(jnp.int32, R)
+    zero = jnp.zeros((R, 1), jnp.float32)
+    queries = load(refs["q"], row, plan.K)
+    slope = _of_rows(refs["slopes"], key_head, row) if plan.slopes else None
+    product = partial(tile.matmul, plan)
+
+    def add_slots(slot_block: Array, carry: Rows) -> Rows:
+        slots = block_positions(slot_block, block)
+        # The last block may end after the cache.
+        inside = slots < plan.T
+        valid = pltriton.load(
+            refs["valid"].at[slots],
+            mask=inside,
+            other=0,
         )
-        s = tile.logits(p, queries, _slots(k, at, inside, p.K), slope, apart).s
-        kept, keep, weights = normalizer.add(kept, s, seen, at[None, :])
-        values = _slots(v, at, inside, p.V)
-        sums = sums if keep is None else [keep * x for x in sums]
-        return kept, [x + tile.matmul(p, w, values) for x, w in zip(sums, weights)]
+        visible = tile.as_row(valid) != 0
+        distances = None
+        if "distances" in refs:
+            distances = pltriton.load(
+                refs["distances"].at[slots],
+                mask=inside,
+                other=0,
+            )
+            distances = tile.as_row(distances)
+        k = _slots(refs["k"], slots, inside, plan.K)
+        logits = tile.logits(plan, queries, k, slope, distances)
+        keys = tile.as_row(slots)
+        added = normalizer.add(
+            carry.statistics,
+            logits.values,
+            visible,
+            keys,
+        )
+        values = _slots(refs["v"], slots, inside, plan.V)
+        sums = attention_tile.accumulate(carry.sums, added, values, product)
+        return Rows(added.row, sums)
 
-    # A sink has its place in one part only.
-    sink = None if sinks is None else jnp.where(n == 0, of_rows(sinks), -jnp.inf)
-    start = normalizer.start(zero, (), sink), [jnp.zeros((R, p.V), jnp.float32)] * normalizer.sums
-    end = jnp.minimum((n + 1) * blocks, -(-p.T // C))
-    kept, sums = lax.fori_loop(n * blocks, end, visit, start)
-    for i, x in enumerate(sums):
-        plan.store(parts[f"sum{i}"], row, x)
-    for i, x in enumerate(kept):
-        pltriton.store(parts[f"row{i}"].at[row], x.reshape(R))
+    sink = None
+    if "sinks" in refs:
+        # A sink counts once, so in one part only.
+        sink = jnp.where(
+            part == 0,
+            _of_rows(refs["sinks"], key_head, row),
+            -jnp.inf,
+        )
+    zeros = jnp.zeros((R, plan.V), jnp.float32)
+    start = Rows(
+        statistics=normalizer.start(zero, (), sink),
+        sums=[zeros] * normalizer.sums,
+    )
+    # The last part may be shorter than the others.
+    num_blocks = -(-plan.T // block)
+    first_block = part * blocks_each
+    end_block = jnp.minimum((part + 1) * blocks_each, num_blocks)
+    end = lax.fori_loop(first_block, end_block, add_slots, start)
+    for i, x in enumerate(end.sums):
+        store(refs[f"sum{i}"], row, x)
+    for i, x in enumerate(end.statistics):
+        pltriton.store(
+            refs[f"row{i}"].at[row],
+            x.reshape(R),
+        )
 
 
-def _slots(ref, at: Array, inside: Array, width: int) -> Array:
-    """[slots, width] of a cache as it lies in memory: nothing of it is copied to be padded."""
+def _of_rows(ref: Ref, key_head: Array, row: Array) -> Array:
+    """A number for each row, of [Hk, R]: [R, 1]."""
+    return tile.as_column(pltriton.load(ref.at[key_head, row]))
+
+
+def _slots(
+    ref: Ref,
+    slots: Array,
+    inside: Array,
+    width: int,
+) -> Array:
+    """Some slots of a cache, [slots, width].
+
+    Args:
+      ref: all slots of one head, [S, D].
+      slots: which.
+      inside: which of these the cache has.
+      width: D, or the next power of two: columns after D are zeros.
+
+    Returns:
+      Zeros where the cache has nothing.
+    """
     S, D = ref.shape
-    column = lax.iota(jnp.int32, width)
-    place = ref.at[at[:, None], column[None, :]]
-    if S % len(at) == 0 and width == D:
+    columns = lax.iota(jnp.int32, width)
+    place = ref.at[slots[:, None], columns[None, :]]
+    # No slot and no channel is missing, for any block: loads without a mask are wider.
+    if S % len(slots) == 0 and width == D:
         return pltriton.load(place)
-    return pltriton.load(place, mask=inside[:, None] & (column < D)[None, :], other=0)
+    has_data = inside[:, None] & (columns < D)[None, :]
+    return pltriton.load(place, mask=has_data, other=0)

@@ -1,93 +1,149 @@
 """Block sizes and warps of the GPU kernels of `attention`, as data.
 
-The rows were chosen without a device, by `ptxas`: the largest blocks that do not spill registers, and fit into shared
-memory. 128 rows of a block are as many as two warp groups of Hopper's matrix unit take, 64 as many as one.
+The rows were chosen without a device, by `ptxas`: the largest blocks that do not spill registers,
+and fit into shared memory. Two warp groups of Hopper's matrix unit take 128 rows of a block, and
+one takes 64.
 """
 
 from typing import NamedTuple
 
-from kernels_pallas.common.device import device_kind
+from kernels_pallas.common.gpu import chip
+from kernels_pallas.common.padding import power_of_two
 
 MAX_D = 256
-MIN_BLOCK = 16  # a tensor core's tile has 16 rows
+# A tensor core's tile has 16 rows.
+MIN_BLOCK = 16
 
 
-class Cut(NamedTuple):
+class KernelConfig(NamedTuple):
     """How a kernel is cut. Only its time and memory depend on this."""
 
-    own: int  # tokens of a program's block: queries; keys in the kernel of dk and dv
-    other: int  # tokens that it meets at a time
-    warps: int
-    stages: int  # tiles of the others in flight
+    # Queries in a tile. A program of forward and dq has one block of them.
+    block_q: int
+    # Keys in a tile. A program of dk and dv has one block of them.
+    block_k: int
+    # Warps that compute a tile together.
+    num_warps: int
+    # Tiles whose loads are in flight.
+    num_stages: int
 
 
 class Schedule(NamedTuple):
-    """One cut for each kernel."""
+    """One configuration for each kernel."""
 
-    forward: Cut
-    dq: Cut
-    dkv: Cut
-    # where registers hold only one of dk and dv: a kernel of its own, and dkv is of dk alone
-    dv: Cut | None = None
+    # y, and what is saved.
+    forward: KernelConfig
+    dq: KernelConfig
+    # dk and dv; dk alone where `dv` is given.
+    dkv: KernelConfig
+    # Of a kernel of its own, where registers hold only one of dk and dv.
+    dv: KernelConfig | None = None
 
     def fitted(self, T: int) -> "Schedule":
         """Blocks no larger than a short sequence."""
-        most = max(MIN_BLOCK, 1 << (T - 1).bit_length())
-        fit = lambda c: c and c._replace(own=min(c.own, most), other=min(c.other, most))
-        return Schedule(*map(fit, self))
+        # The power of two that T fits into.
+        most = max(MIN_BLOCK, power_of_two(T))
+        return Schedule(
+            forward=_at_most(self.forward, most),
+            dq=_at_most(self.dq, most),
+            dkv=_at_most(self.dkv, most),
+            dv=None if self.dv is None else _at_most(self.dv, most),
+        )
 
 
-# How matmuls are done -> the larger of K and V -> Schedule.
+def _at_most(config: KernelConfig, block: int) -> KernelConfig:
+    return config._replace(
+        block_q=min(config.block_q, block),
+        block_k=min(config.block_k, block),
+    )
+
+
+# fmt: off
+# How matmuls are done -> the larger of K and V -> forward, dq, dkv and, where it is a kernel of its
+# own, dv.
 HOPPER = {
     "bfloat16": {
-        64: Schedule(Cut(128, 64, 4, 3), Cut(128, 64, 8, 3), Cut(128, 64, 8, 3)),
-        128: Schedule(Cut(128, 64, 8, 3), Cut(128, 64, 8, 3), Cut(128, 32, 8, 2)),
-        256: Schedule(
-            Cut(128, 64, 8, 2), Cut(128, 32, 8, 2), Cut(128, 32, 8, 2), Cut(128, 64, 8, 2)
-        ),
+        64: Schedule(KernelConfig(128, 64, 4, 3), KernelConfig(128, 64, 8, 3),
+                     KernelConfig(64, 128, 8, 3)),
+        128: Schedule(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 3),
+                      KernelConfig(32, 128, 8, 2)),
+        256: Schedule(KernelConfig(128, 64, 8, 2), KernelConfig(128, 32, 8, 2),
+                      KernelConfig(32, 128, 8, 2), KernelConfig(64, 128, 8, 2)),
     },
     "tf32": {
-        64: Schedule(Cut(64, 32, 4, 2), Cut(64, 32, 4, 2), Cut(64, 32, 4, 2)),
-        128: Schedule(Cut(64, 32, 4, 2), Cut(64, 16, 4, 2), Cut(64, 16, 4, 2)),
-        256: Schedule(Cut(64, 16, 8, 1), Cut(64, 16, 8, 1), Cut(64, 16, 8, 1), Cut(64, 16, 8, 1)),
+        64: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 32, 4, 2),
+                     KernelConfig(32, 64, 4, 2)),
+        128: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 16, 4, 2),
+                      KernelConfig(16, 64, 4, 2)),
+        256: Schedule(KernelConfig(64, 16, 8, 1), KernelConfig(64, 16, 8, 1),
+                      KernelConfig(16, 64, 8, 1), KernelConfig(16, 64, 8, 1)),
     },
     "tf32_x3": {
-        64: Schedule(Cut(64, 32, 4, 2), Cut(64, 32, 4, 2), Cut(64, 16, 4, 2)),
-        128: Schedule(Cut(64, 16, 4, 1), Cut(64, 16, 8, 1), Cut(64, 16, 8, 1), Cut(64, 16, 8, 1)),
+        64: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 32, 4, 2),
+                     KernelConfig(16, 64, 4, 2)),
+        128: Schedule(KernelConfig(64, 16, 4, 1), KernelConfig(64, 16, 8, 1),
+                      KernelConfig(16, 64, 8, 1), KernelConfig(16, 64, 8, 1)),
     },
 }
 AMPERE = HOPPER | {
     "bfloat16": {
-        64: Schedule(Cut(128, 64, 4, 2), Cut(64, 64, 4, 2), Cut(64, 32, 4, 2)),
-        128: Schedule(Cut(128, 64, 8, 2), Cut(64, 32, 4, 2), Cut(64, 32, 8, 2)),
-        256: Schedule(Cut(64, 32, 8, 2), Cut(64, 32, 8, 2), Cut(64, 32, 8, 1), Cut(64, 32, 8, 1)),
+        64: Schedule(KernelConfig(128, 64, 4, 2), KernelConfig(64, 64, 4, 2),
+                     KernelConfig(32, 64, 4, 2)),
+        128: Schedule(KernelConfig(128, 64, 8, 2), KernelConfig(64, 32, 4, 2),
+                      KernelConfig(32, 64, 8, 2)),
+        256: Schedule(KernelConfig(64, 32, 8, 2), KernelConfig(64, 32, 8, 2),
+                      KernelConfig(32, 64, 8, 1), KernelConfig(32, 64, 8, 1)),
     },
 }
-# chip, as jax.Device.device_kind names it
+# fmt: on
+
+# By a part of jax.Device.device_kind.
 TUNED = {"H200": HOPPER, "H100": HOPPER, "A100": AMPERE}
 DEFAULT_CHIP = "H200"
 
-STEP = Cut(
-    16, 64, 4, 3
-)  # own: the least number of heads that are rows of a tile; other: slots, of up to 128 numbers
-STEP_PROGRAMS = 264  # so many share a cache: two a multiprocessor of an H200
+# Of `attention_step`. block_q: the least number of heads that are rows of a tile; block_k: slots of
+# up to 128 channels.
+STEP = KernelConfig(
+    block_q=16,
+    block_k=64,
+    num_warps=4,
+    num_stages=3,
+)
+# So many programs read a cache: two a multiprocessor of an H200.
+STEP_PROGRAMS = 264
 
 
-def schedule(K: int, V: int, matmuls: str, sums: int, T: int) -> Schedule:
-    """For a call on the device that it is compiled for; K and V are powers of two.
+def schedule(
+    K: int,
+    V: int,
+    matmuls: str,
+    sums: int,
+    T: int,
+) -> Schedule:
+    """The schedule of a call on the device that it is compiled for.
 
-    A normalizer with two sums holds half as many rows of each.
+    Args:
+      K: channels of a query and a key, a power of two.
+      V: channels of a value, a power of two.
+      matmuls: how matmuls are done: "bfloat16", "tf32" or "tf32_x3".
+      sums: of weighted values that the normalizer keeps of a row.
+      T: tokens in a row.
+
+    Returns:
+      Blocks no larger than T.
     """
-    found = TUNED[_chip()][matmuls][max(64, K, V)]
-    forward = found.forward
+    # Smaller heads use the row of 64: they have fewer bytes, not more rows.
+    chosen = TUNED[chip(TUNED, DEFAULT_CHIP)][matmuls][max(64, K, V)]
+    forward = chosen.forward
     if sums > 1 and max(K, V) > 64:
-        forward = forward._replace(own=forward.own // sums)
-    return found._replace(forward=forward).fitted(T)
+        # Registers hold as many sums in all, so half as many rows of two.
+        forward = forward._replace(block_q=forward.block_q // sums)
+    return chosen._replace(forward=forward).fitted(T)
 
 
-def step(K: int, V: int) -> Cut:
-    """For `attention_step`: as many bytes of the cache in flight for large heads."""
-    return STEP._replace(other=STEP.other * 128 // max(128, K, V))
+def step(K: int, V: int) -> KernelConfig:
+    """For `attention_step`: as many bytes of the cache are in flight for large heads."""
+    return STEP._replace(block_k=STEP.block_k * 128 // max(128, K, V))
 
 
 def largest(matmuls: str) -> int:
@@ -95,7 +151,6 @@ def largest(matmuls: str) -> int:
     return max(HOPPER[matmuls])
 
 
-def _chip() -> str:
-    """The table's name of the device that the surrounding computation is compiled for."""
-    kind = device_kind()
-    return next((name for name in TUNED if name in kind), DEFAULT_CHIP)
+def padded_channels(D: int) -> int:
+    """The size of a tile's axis of D channels: Triton has no others."""
+    return max(MIN_BLOCK, power_of_two(D))

@@ -1,9 +1,11 @@
-"""Normalizers that must know something of a row before they weigh it: they walk over its keys more than once.
+"""Normalizers that must know something of a row before they weigh it: several passes over its keys.
 
-Each walk before the last computes logits again and multiplies no values; what it finds is a number or two a row. So
-memory stays linear in T, and time grows with the walks. The contract is that of `normalizers/base.py`.
+Each pass before the last computes logits again and multiplies no values; what it finds is a number
+or two a row. So memory stays linear in T, and time grows with the passes. The contract is that of
+`base.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,12 +15,16 @@ from jax import Array
 
 from kernels_pallas.attention.normalizers.base import (
     Added,
+    KeyPass,
     Normalizer,
     Row,
     Softmax,
     finite,
     inverse,
     masked,
+    online_exp,
+    row_max,
+    row_sum,
     softplus,
 )
 
@@ -27,277 +33,355 @@ from kernels_pallas.attention.normalizers.base import (
 class ClippedSoftmax(Normalizer):
     """clip((zeta - gamma) softmax(s) + gamma, 0, 1) (arXiv 2306.12929), gamma = -alpha / n.
 
-    Weights that reach 0 or 1 have no gradient. n: the number of keys if None.
+    Weights that reach 0 or 1 have no gradient. n: the number of keys if None. The two sums are of
+    the weights, and of the softmax inside the clip, which the backward pass needs.
     """
 
     alpha: float = 4.0
     zeta: float = 1.0
     length: int | None = None
     deltas: ClassVar[tuple[int, ...]] = (1,)
-    sums: ClassVar[int] = 2  # of the weights, and of those inside the clip, for the backward pass
-    walks: ClassVar[int] = 2
+    sums: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.alpha < 0 or self.zeta < 1:
-            raise ValueError(
-                f"ClippedSoftmax: got alpha={self.alpha}, zeta={self.zeta}, expected at least 0 and at least 1"
-            )
+            got = f"alpha={self.alpha}, zeta={self.zeta}"
+            raise ValueError(f"ClippedSoftmax: got {got}, expected at least 0 and at least 1")
 
-    def for_length(self, length):
+    def for_length(self, length: int) -> "ClippedSoftmax":
         return self if self.length else replace(self, length=length)
 
-    def prepare(self, walk, zero):
-        m, total = walk(Softmax().start(zero), lambda *tile: Softmax().add(*tile).row)
-        return (m + jnp.log(total),)
+    def prepare(
+        self,
+        pass_over_keys: KeyPass,
+        zero: Array,
+    ) -> Row:
+        # The first pass finds the softmax's denominator, without values.
+        softmax = Softmax()
 
-    def start(self, zero, known=(), sink=None):
+        def add(
+            row: Row,
+            s: Array,
+            seen: Array | None,
+            keys: Array,
+        ) -> Row:
+            return softmax.add(row, s, seen, keys).row
+
+        m, total = pass_over_keys(softmax.start(zero), add)
+        lse = m + jnp.log(total)
+        return (lse,)
+
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         return known
 
-    def add(self, row, s, seen, keys):
-        _, weights, unclipped = self._weights(s, seen, row[0])
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
+        # The weights are final: they are not divided by anything in `finish`.
+        (lse,) = row
+        _, weights, unclipped = self._weights(s, seen, lse)
         return Added(row, None, (weights, unclipped))
 
-    def finish(self, row, sums):
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         return tuple(sums), row
 
-    def gradient(self, s, seen, keys, dp, deltas, saved):
-        p, weights, unclipped = self._weights(s, seen, saved[0])
+    def gradient(
+        self,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+        dp: Array,
+        deltas: Sequence[Array],
+        saved: Row,
+    ) -> tuple[Array, Array]:
+        (lse,) = saved
+        p, weights, unclipped = self._weights(s, seen, lse)
+        # With w = (zeta - gamma) p inside the clip, and constant outside of it:
+        # ds_j = w_j dp_j - p_j sum_i w_i dp_i, and that sum is sum(do * outputs[1]).
         return weights, unclipped * dp - p * deltas[0]
 
-    def _weights(self, s: Array, seen: Array | None, lse: Array) -> tuple[Array, Array, Array]:
-        """The softmax, its clipped stretch, and the softmax's share of that where it is not clipped."""
+    def _weights(
+        self,
+        s: Array,
+        seen: Array | None,
+        lse: Array,
+    ) -> tuple[Array, Array, Array]:
+        """The softmax p, its clipped stretch, and (zeta - gamma) p where that is not clipped."""
+        assert self.length is not None, "api.py fills it in"
         gamma = -self.alpha / self.length
         p = jnp.exp(masked(s, seen) - finite(lse))
-        stretched = (self.zeta - gamma) * p + gamma
+        # A key that is not seen has p = 0, and is clipped to 0: gamma is not positive.
+        scaled = (self.zeta - gamma) * p
+        stretched = scaled + gamma
         inside = (stretched > 0) & (stretched < 1)
-        return p, jnp.clip(stretched, 0, 1), jnp.where(inside, (self.zeta - gamma) * p, 0)
+        return p, jnp.clip(stretched, 0, 1), jnp.where(inside, scaled, 0)
 
 
 @dataclass(frozen=True)
 class ReweightedSoftplus(Normalizer):
-    """LSSAR (arXiv 2501.13428): A = softplus(s), A / sum A; then relu(n A - 1)^power, divided by its sum.
+    """LSSAR (arXiv 2501.13428): A = softplus(s), A / sum A; then relu(n A - 1)^power over its sum.
 
-    n: the keys that the row sees. Rows of 3 keys or fewer are not lessened by 1, as in the paper. The row's largest
-    n A - 1 is divided out before the power, which overflows otherwise. A row whose weights are all equal has nothing
-    above its mean: it ends as zeros.
+    n: the keys that the row sees. From rows of 3 keys or fewer no 1 is subtracted, as in the paper.
+    The row's largest n A - 1 is divided out before the power, which overflows otherwise. A row
+    whose weights are all equal has nothing above its mean: it ends as zeros. The two sums are of
+    the weights, and of d weights / d sum A.
     """
 
     power: int = 15
-    sums: ClassVar[int] = 2  # of the weights, and of d weights / d sum A
+    sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
-    walks: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.power, int) or self.power < 2:
-            raise ValueError(
-                f"ReweightedSoftplus: power: got {self.power}, expected an integer from 2 on"
-            )
+            expected = "an integer from 2 on"
+            raise ValueError(f"ReweightedSoftplus: power: got {self.power}, expected {expected}")
 
-    def prepare(self, walk, zero):
-        def add(row, s, seen, keys):
+    def prepare(
+        self,
+        pass_over_keys: KeyPass,
+        zero: Array,
+    ) -> Row:
+        def add(
+            row: Row,
+            s: Array,
+            seen: Array | None,
+            keys: Array,
+        ) -> Row:
             total, count, m = row
             s = masked(s, seen)
+            # How many keys a row sees: with `seen` None all of the tile.
             visible = (s > -jnp.inf).astype(s.dtype)
-            count = count + jnp.sum(visible, axis=-1, keepdims=True)
-            m = jnp.maximum(m, jnp.max(s, axis=-1, keepdims=True))
-            return total + jnp.sum(softplus(s), axis=-1, keepdims=True), count, m
+            count = count + row_sum(visible)
+            m = jnp.maximum(m, row_max(s))
+            total = total + row_sum(softplus(s))
+            return total, count, m
 
-        total, count, m = walk((zero, zero, zero - jnp.inf), add)
-        per_sum, less = inverse(total), (count > 3).astype(zero.dtype)
-        largest = softplus(m) * count * per_sum - less
+        total, count, m = pass_over_keys((zero, zero, zero - jnp.inf), add)
+        # n A is softplus(s) * per_mean.
+        per_sum = inverse(total)
+        per_mean = count * per_sum
+        subtracted = (count > 3).astype(zero.dtype)
+        largest = softplus(m) * count * per_sum - subtracted
         # Below this, what is left of n A - 1 is its rounding error.
-        return per_sum, count * per_sum, less, jnp.where(largest > 1e-6, inverse(largest), 0)
+        per_largest = jnp.where(largest > 1e-6, inverse(largest), 0)
+        return per_sum, per_mean, subtracted, per_largest
 
-    def start(self, zero, known=(), sink=None):
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         return (*known, zero, zero)
 
-    def add(self, row, s, seen, keys):
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
         *known, total, slopes = row
         s = masked(s, seen)
         steep, weights = self._weights(s, known)
+        # Proportional to d weight / d sum A: a weight depends on the sum by softplus(s) / sum A.
         slope = steep * softplus(s)
-        added = lambda sum_, x: sum_ + jnp.sum(x, axis=-1, keepdims=True)
-        return Added((*known, added(total, weights), added(slopes, slope)), None, (weights, slope))
+        total = total + row_sum(weights)
+        slopes = slopes + row_sum(slope)
+        return Added((*known, total, slopes), None, (weights, slope))
 
-    def finish(self, row, sums):
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
         *known, total, slopes = row
         per_total = inverse(total)
-        return tuple(x * per_total for x in sums), (*known, per_total, slopes * per_total)
+        # o, and the mean of the values by the slopes.
+        outputs = tuple(x * per_total for x in sums)
+        return outputs, (*known, per_total, slopes * per_total)
 
-    def gradient(self, s, seen, keys, dp, deltas, saved):
+    def gradient(
+        self,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+        dp: Array,
+        deltas: Sequence[Array],
+        saved: Row,
+    ) -> tuple[Array, Array]:
         *known, per_total, slopes = saved
         per_sum, per_mean, _, per_largest = known
         s = masked(s, seen)
         steep, weights = self._weights(s, known)
         # Through this key's own weight, and through the sum of A.
-        own, through_sum = (
-            steep * per_total * (dp - deltas[0]),
-            per_sum * (deltas[1] - deltas[0] * slopes),
-        )
-        da = per_mean * per_largest * self.power * (own - through_sum)
+        through_weight = steep * per_total * (dp - deltas[0])
+        through_sum = per_sum * (deltas[1] - deltas[0] * slopes)
+        # d x^power / d A = power x^(power - 1) n / largest; the largest is a constant factor of
+        # the row, which the division by the weights' sum takes out again.
+        da = per_mean * per_largest * self.power * (through_weight - through_sum)
+        # d softplus(s) / ds
         return weights * per_total, da * jax.nn.sigmoid(s)
 
-    def _weights(self, s: Array, known: Row) -> tuple[Array, Array]:
+    def _weights(
+        self,
+        s: Array,
+        known: Sequence[Array],
+    ) -> tuple[Array, Array]:
         """x^(power - 1) and x^power of x = relu(n A - 1) / its largest."""
-        _, per_mean, less, per_largest = known
-        x = jnp.maximum(softplus(s) * per_mean - less, 0) * per_largest
+        _, per_mean, subtracted, per_largest = known
+        x = jnp.maximum(softplus(s) * per_mean - subtracted, 0) * per_largest
+        # An integer power: 0 stays 0, and no logarithm is taken.
         steep = jax.lax.integer_pow(x, self.power - 1)
         return steep, steep * x
 
 
 @dataclass(frozen=True)
 class AdaptiveTemperature(Normalizer):
-    """softmax(beta s), beta >= 1 a polynomial of the entropy of softmax(s) (arXiv 2410.01104); its rows are sharper.
+    """softmax(beta s), beta >= 1 a polynomial of the entropy of softmax(s) (arXiv 2410.01104).
 
-    Meant for inference by its authors; the gradient is there all the same, through beta too.
+    Its rows are sharper. Meant for inference by its authors; the gradient is there all the same,
+    through beta too. The two sums are of the weights, and of d weights / d beta.
+
+    Attributes:
+      polynomial: coefficients, the highest power first.
+      threshold: rows of less entropy keep beta = 1.
     """
 
-    polynomial: tuple[float, ...] = (-0.037, 0.481, -2.3, 4.917, -1.791)  # highest power first
-    threshold: float = 0.5  # rows of less entropy keep beta = 1
-    sums: ClassVar[int] = 2  # of the weights, and of d weights / d beta
+    polynomial: tuple[float, ...] = (-0.037, 0.481, -2.3, 4.917, -1.791)
+    threshold: float = 0.5
+    sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
-    walks: ClassVar[int] = 2
+    passes: ClassVar[int] = 2
 
-    def prepare(self, walk, zero):
-        def add(row, s, seen, keys):
-            before, total, fallen = row
+    def prepare(
+        self,
+        pass_over_keys: KeyPass,
+        zero: Array,
+    ) -> Row:
+        def add(
+            row: Row,
+            s: Array,
+            seen: Array | None,
+            keys: Array,
+        ) -> Row:
+            before, total, gaps = row
             s = masked(s, seen)
-            m = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
-            shift = finite(m)
-            keep, rise = jnp.exp(before - shift), jnp.where(before == -jnp.inf, 0, shift - before)
-            p = jnp.exp(s - shift)
-            # The sum of exp(s - m) (m - s), whose terms are all positive.
-            fallen = keep * (fallen + total * rise) + jnp.sum(
-                p * _fall(s, shift), axis=-1, keepdims=True
-            )
-            return m, keep * total + jnp.sum(p, axis=-1, keepdims=True), fallen
+            m, p, keep = online_exp(before, s, row_max(s))
+            # How far the maximum rises; 0 in the first tile that a row sees something of.
+            rise = jnp.where(before == -jnp.inf, 0, finite(m) - before)
+            # The sum of exp(s - m) (m - s), whose terms are all positive: every m - s so far has
+            # grown by the rise of the maximum.
+            gaps = keep * (gaps + total * rise) + row_sum(p * _gap(s, finite(m)))
+            total = keep * total + row_sum(p)
+            return m, total, gaps
 
-        m, total, fallen = walk((zero - jnp.inf, zero, zero), add)
-        entropy = jnp.where(
-            total > 0, jnp.log(jnp.where(total > 0, total, 1)) + fallen * inverse(total), 0
-        )
+        m, total, gaps = pass_over_keys((zero - jnp.inf, zero, zero), add)
+        # With p = exp(s - m) / total, -sum p log p is log(total) + sum p (m - s).
+        log_total = jnp.log(jnp.where(total > 0, total, 1))
+        entropy = jnp.where(total > 0, log_total + gaps * inverse(total), 0)
         beta, slope = self._beta(entropy)
-        return finite(m), m + jnp.log(total), entropy, beta, slope
+        # beta is positive: where s is largest, beta s is too, and m serves both.
+        lse = m + jnp.log(total)
+        return finite(m), lse, entropy, beta, slope
 
-    def start(self, zero, known=(), sink=None):
+    def start(
+        self,
+        zero: Array,
+        known: Row = (),
+        sink: Array | None = None,
+    ) -> Row:
         return (*known, zero, zero)
 
-    def add(self, row, s, seen, keys):
-        *known, total, fallen = row
-        p, fall = self._weights(s, seen, known)
-        added = lambda sum_, x: sum_ + jnp.sum(x, axis=-1, keepdims=True)
-        return Added((*known, added(total, p), added(fallen, p * fall)), None, (p, p * fall))
+    def add(
+        self,
+        row: Row,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+    ) -> Added:
+        *known, total, gaps = row
+        p, gap = self._weights(s, seen, known)
+        # d exp(beta (s - m)) / d beta = -p gap
+        weighted_gap = p * gap
+        total = total + row_sum(p)
+        gaps = gaps + row_sum(weighted_gap)
+        return Added((*known, total, gaps), None, (p, weighted_gap))
 
-    def finish(self, row, sums):
-        *known, total, fallen = row
+    def finish(
+        self,
+        row: Row,
+        sums: Sequence[Array],
+    ) -> tuple[tuple[Array, ...], Row]:
+        *known, total, gaps = row
         per_total = inverse(total)
-        return tuple(x * per_total for x in sums), (*known, per_total, fallen * per_total)
+        # o, and the mean of the values by p gap.
+        outputs = tuple(x * per_total for x in sums)
+        return outputs, (*known, per_total, gaps * per_total)
 
-    def gradient(self, s, seen, keys, dp, deltas, saved):
-        *known, per_total, fallen = saved
+    def gradient(
+        self,
+        s: Array,
+        seen: Array | None,
+        keys: Array,
+        dp: Array,
+        deltas: Sequence[Array],
+        saved: Row,
+    ) -> tuple[Array, Array]:
+        *known, per_total, gaps = saved
         _, lse, entropy, beta, slope = known
         p, _ = self._weights(s, seen, known)
         p = p * per_total
-        # A fall is m - s, so that d weights / d beta has the opposite sign.
-        dentropy = slope * (deltas[0] * fallen - deltas[1])
+        # A gap is m - s, so that d weights / d beta has the opposite sign.
+        dentropy = slope * (deltas[0] * gaps - deltas[1])
         s = masked(s, seen)
-        plain, log_plain = jnp.exp(s - finite(lse)), -_fall(s, finite(lse))
-        return p, beta * p * (dp - deltas[0]) - dentropy * plain * (log_plain + entropy)
+        # The softmax without a temperature, and its logarithm.
+        plain = jnp.exp(s - finite(lse))
+        log_plain = -_gap(s, finite(lse))
+        # Through beta s, with a constant beta.
+        ds = beta * p * (dp - deltas[0])
+        # d entropy / ds = -plain (log plain + entropy)
+        ds = ds - dentropy * plain * (log_plain + entropy)
+        return p, ds
 
-    def _weights(self, s: Array, seen: Array | None, known: Row) -> tuple[Array, Array]:
+    def _weights(
+        self,
+        s: Array,
+        seen: Array | None,
+        known: Sequence[Array],
+    ) -> tuple[Array, Array]:
         """exp(beta (s - m)) and m - s, which is 0 where masked."""
         m, _, _, beta, _ = known
         s = masked(s, seen)
-        return jnp.exp(beta * (s - m)), _fall(s, m)
+        return jnp.exp(beta * (s - m)), _gap(s, m)
 
     def _beta(self, entropy: Array) -> tuple[Array, Array]:
-        """beta and its derivative."""
-        value, slope = jnp.zeros_like(entropy), jnp.zeros_like(entropy)
+        """beta and its derivative, by Horner's rule."""
+        value = jnp.zeros_like(entropy)
+        slope = jnp.zeros_like(entropy)
         for coefficient in self.polynomial:
-            value, slope = value * entropy + coefficient, slope * entropy + value
-        raised = (entropy > self.threshold) & (value > 1)
-        return jnp.where(raised, value, 1), jnp.where(raised, slope, 0)
+            slope = slope * entropy + value
+            value = value * entropy + coefficient
+        # Where beta stays 1, it has no gradient.
+        sharper = (entropy > self.threshold) & (value > 1)
+        return jnp.where(sharper, value, 1), jnp.where(sharper, slope, 0)
 
 
-@dataclass(frozen=True)
-class Entmax(Normalizer):
-    """alpha-entmax (arXiv 1905.05702): relu((alpha - 1) s - tau)^(1 / (alpha - 1)), tau such that a row sums to 1.
-
-    1 < alpha <= 2; 2 is sparsemax (1602.02068). The sum is convex and falls with tau, so Newton's steps from the left
-    never pass the root: no bisection is needed, and steps end when tau stands still (about 10 walks). The backward
-    pass needs sum u v / sum u, u = weights^(2 - alpha) (2502.12082).
-    """
-
-    alpha: float = 1.5
-    steps: int = 60  # at most
-    sums: ClassVar[int] = 2
-    deltas: ClassVar[tuple[int, ...]] = (1,)
-    walks: ClassVar[int] = 12  # about
-
-    def __post_init__(self):
-        if not 1 < self.alpha <= 2:
-            raise ValueError(
-                f"Entmax: alpha: got {self.alpha}, expected above 1 and at most 2 (1 is softmax)"
-            )
-
-    def prepare(self, walk, zero):
-        largest = lambda row, s, seen, keys: (
-            jnp.maximum(row[0], jnp.max(masked(s, seen), axis=-1, keepdims=True)),
-        )
-        (m,) = walk((zero - jnp.inf,), largest)
-        m, still = finite(m), 2 * jnp.finfo(zero.dtype).eps
-
-        def step(state):
-            i, tau, _ = state
-
-            def add(row, s, seen, keys):
-                p, u = self._weights(s, seen, (tau, m))
-                return tuple(
-                    sum_ + jnp.sum(x, axis=-1, keepdims=True) for sum_, x in zip(row, (p, u))
-                )
-
-            total, slope = walk((zero, zero), add)
-            rise = jnp.where(total > 1, (total - 1) * (self.alpha - 1) * inverse(slope), 0)
-            return i + 1, tau + rise, rise
-
-        moving = lambda state: (state[0] < self.steps) & jnp.any(state[2] > still)
-        # Logits count from their maximum, so tau lies in [-1, 0) however large they are.
-        _, tau, _ = jax.lax.while_loop(moving, step, (0, zero - 1, zero + 1))
-        return tau, m
-
-    def start(self, zero, known=(), sink=None):
-        return (*known, zero, zero)
-
-    def add(self, row, s, seen, keys):
-        tau, m, *totals = row
-        weights = self._weights(s, seen, (tau, m))
-        totals = [total + jnp.sum(x, axis=-1, keepdims=True) for total, x in zip(totals, weights)]
-        return Added((tau, m, *totals), None, weights)
-
-    def finish(self, row, sums):
-        tau, m, *totals = row
-        per_totals = [inverse(total) for total in totals]
-        return tuple(x * y for x, y in zip(sums, per_totals)), (tau, m, per_totals[0])
-
-    def gradient(self, s, seen, keys, dp, deltas, saved):
-        tau, m, per_total = saved
-        p, u = self._weights(s, seen, (tau, m))
-        return p * per_total, u * (dp - deltas[0])
-
-    def _weights(self, s: Array, seen: Array | None, known: Row) -> tuple[Array, Array]:
-        """The weights, and weights^(2 - alpha), which is 1 on the support for sparsemax."""
-        tau, m = known
-        y = jnp.maximum((self.alpha - 1) * (masked(s, seen) - m) - tau, 0)
-        if self.alpha == 2:
-            return y, (y > 0).astype(y.dtype)
-        if self.alpha == 1.5:
-            return y * y, y
-        log_y = jnp.log(jnp.where(y > 0, y, 1)) / (self.alpha - 1)
-        return jnp.where(y > 0, jnp.exp(log_y), 0), jnp.where(
-            y > 0, jnp.exp((2 - self.alpha) * log_y), 0
-        )
-
-
-def _fall(s: Array, m: Array) -> Array:
+def _gap(s: Array, m: Array) -> Array:
     """m - s, 0 where s is masked."""
     return jnp.where(s == -jnp.inf, 0, m - s)

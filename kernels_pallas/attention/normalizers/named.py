@@ -1,20 +1,19 @@
 """The normalizers by name, with their papers' parameters."""
 
-from kernels_pallas.attention.normalizers.base import (
-    Normalizer,
-    Relu,
-    SelfAdjust,
-    Sigmoid,
-    Softmax,
-    Softpick,
-    Softplus,
-    StableMax,
-)
+from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
+from kernels_pallas.attention.normalizers.entmax import Entmax
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
-    Entmax,
     ReweightedSoftplus,
+)
+from kernels_pallas.attention.normalizers.singlepass import (
+    Relu,
+    SelfAdjust,
+    Sigmoid,
+    Softpick,
+    Softplus,
+    StableMax,
 )
 
 NORMALIZERS: dict[str, Normalizer] = {

@@ -1,130 +1,239 @@
-"""Every normalizer as its paper writes it, on whole rows of logits, for autodiff: the truth behind `normalizers/base.py`.
+"""Every normalizer as its paper writes it, on whole rows of logits, for autodiff.
 
-`weights(normalizer, s, seen, sink)`: [..., T, S] from logits s and the mask `seen`. Rows that see nothing are zeros.
+The truth that the tiles of `base.py`, `singlepass.py` and `multipass.py` are tested against.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float
 
-from kernels_pallas.attention.normalizers.base import (
-    Normalizer,
+from kernels_pallas.attention.normalizers.base import Normalizer, Softmax, row_sum
+from kernels_pallas.attention.normalizers.entmax import Entmax
+from kernels_pallas.attention.normalizers.multipass import (
+    AdaptiveTemperature,
+    ClippedSoftmax,
+    ReweightedSoftplus,
+)
+from kernels_pallas.attention.normalizers.singlepass import (
     Relu,
     SelfAdjust,
     Sigmoid,
-    Softmax,
     Softpick,
     Softplus,
     StableMax,
 )
-from kernels_pallas.attention.normalizers.multipass import (
-    AdaptiveTemperature,
-    ClippedSoftmax,
-    Entmax,
-    ReweightedSoftplus,
-)
 
 
-def weights(normalizer: Normalizer, s: Array, seen: Array, sink: Array | None = None) -> Array:
-    """Raises NotImplementedError for a normalizer that is not written down here."""
+def weights(
+    normalizer: Normalizer,
+    s: Float[Array, "*batch T S"],
+    seen: Bool[Array, "..."],
+    sink: Float[Array, "..."] | None = None,
+) -> Float[Array, "*batch T S"]:
+    """The weights of whole rows.
+
+    Args:
+      normalizer: one of those of `NORMALIZERS`, with any parameters.
+      s: logits.
+      seen: which keys a row sees; broadcasts against `s`. Rows that see nothing are zeros.
+      sink: a logit without a value; broadcasts against `s`, softmax only.
+
+    Returns:
+      The weights, 0 where a key is not seen.
+
+    Raises:
+      NotImplementedError: a normalizer that is not written down here.
+    """
     if type(normalizer) not in _FORMULAS:
+        name = type(normalizer).__name__
         raise NotImplementedError(
-            f"attention: implementation='reference' has no formula for {type(normalizer).__name__}"
+            f"attention: implementation='reference' has no formula for {name}"
         )
     # Masked logits are 0, not -inf: no gradient of theirs is 0 times infinity.
     s = jnp.where(seen, s, 0)
     if isinstance(normalizer, Softmax):
         return _softmax(s, seen, sink)
-    return jnp.where(seen, _FORMULAS[type(normalizer)](normalizer, s, seen), 0)
+    formula = _FORMULAS[type(normalizer)]
+    return jnp.where(seen, formula(normalizer, s, seen), 0)
 
 
-def _softmax(s: Array, seen: Array, sink: Array | None = None) -> Array:
+def _softmax(
+    s: Array,
+    seen: Array,
+    sink: Array | None = None,
+) -> Array:
     m = _largest(s, seen)
-    m = lax.stop_gradient(m if sink is None else jnp.maximum(m, sink))
+    if sink is not None:
+        m = jnp.maximum(m, sink)
+    # The result does not depend on m.
+    m = lax.stop_gradient(m)
+    # The inner `where` keeps the exponential finite where it is not used.
     p = jnp.where(seen, jnp.exp(jnp.where(seen, s - m, 0)), 0)
-    total = _sum(p) if sink is None else _sum(p) + jnp.exp(sink - m)
+    total = row_sum(p)
+    if sink is not None:
+        # A key with no value.
+        total = total + jnp.exp(sink - m)
     return p / jnp.where(total == 0, 1, total)
 
 
-def _sigmoid(normalizer: Sigmoid, s: Array, seen: Array) -> Array:
+def _sigmoid(
+    normalizer: Sigmoid,
+    s: Array,
+    seen: Array,
+) -> Array:
+    assert normalizer.length is not None, "api.py fills it in"
     return jax.nn.sigmoid(s - jnp.log(normalizer.length))
 
 
-def _relu(normalizer: Relu, s: Array, seen: Array) -> Array:
+def _relu(
+    normalizer: Relu,
+    s: Array,
+    seen: Array,
+) -> Array:
+    assert normalizer.length is not None, "api.py fills it in"
     return jax.nn.relu(s) ** normalizer.power / normalizer.length
 
 
-def _softpick(normalizer: Softpick, s: Array, seen: Array) -> Array:
+def _softpick(
+    normalizer: Softpick,
+    s: Array,
+    seen: Array,
+) -> Array:
+    # A constant of the row, as in the paper.
     m = lax.stop_gradient(jnp.maximum(_largest(s, seen), 0))
-    # e^(s-m) - e^(-m), of whichever sign s has.
-    x = jnp.where(
-        s > 0, -jnp.exp(s - m) * jnp.expm1(-jnp.abs(s)), jnp.exp(-m) * jnp.expm1(-jnp.abs(s))
-    )
-    return jax.nn.relu(x) / (_sum(jnp.where(seen, jnp.abs(x), 0)) + normalizer.eps)
+    # e^(s-m) - e^(-m), by expm1 and for either sign of s.
+    expm1 = jnp.expm1(-jnp.abs(s))
+    x = jnp.where(s > 0, -jnp.exp(s - m) * expm1, jnp.exp(-m) * expm1)
+    total = row_sum(jnp.where(seen, jnp.abs(x), 0))
+    return jax.nn.relu(x) / (total + normalizer.eps)
 
 
-def _self_adjust(normalizer: SelfAdjust, s: Array, seen: Array) -> Array:
+def _self_adjust(
+    normalizer: SelfAdjust,
+    s: Array,
+    seen: Array,
+) -> Array:
     # argmin and argmax, so that of equal logits the first has the gradient.
-    at = lambda where: jnp.take_along_axis(s, where, axis=-1)
-    a = jnp.minimum(at(jnp.argmin(jnp.where(seen, s, jnp.inf), axis=-1, keepdims=True)), 0)
-    b = jnp.maximum(at(jnp.argmax(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True)), 0)
-    return (s - a) / (b - a + 1e-10) * _softmax(s, seen)
+    least_key = jnp.argmin(jnp.where(seen, s, jnp.inf), axis=-1, keepdims=True)
+    most_key = jnp.argmax(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True)
+    a = jnp.minimum(jnp.take_along_axis(s, least_key, axis=-1), 0)
+    b = jnp.maximum(jnp.take_along_axis(s, most_key, axis=-1), 0)
+    fraction = (s - a) / (b - a + 1e-10)
+    return fraction * _softmax(s, seen)
 
 
-def _stablemax(normalizer: StableMax, s: Array, seen: Array) -> Array:
-    return _normalized(jnp.where(s >= 0, s + 1, 1 / (1 - jnp.minimum(s, 0))), seen)
+def _stablemax(
+    normalizer: StableMax,
+    s: Array,
+    seen: Array,
+) -> Array:
+    # The minimum keeps the branch that is not taken, and its gradient, finite.
+    below = 1 / (1 - jnp.minimum(s, 0))
+    value = jnp.where(s >= 0, s + 1, below)
+    return _normalized(value, seen)
 
 
-def _softplus(normalizer: Softplus, s: Array, seen: Array) -> Array:
+def _softplus(
+    normalizer: Softplus | ReweightedSoftplus,
+    s: Array,
+    seen: Array,
+) -> Array:
     return _normalized(jax.nn.softplus(s), seen)
 
 
-def _clipped_softmax(normalizer: ClippedSoftmax, s: Array, seen: Array) -> Array:
+def _clipped_softmax(
+    normalizer: ClippedSoftmax,
+    s: Array,
+    seen: Array,
+) -> Array:
+    assert normalizer.length is not None, "api.py fills it in"
     gamma = -normalizer.alpha / normalizer.length
     stretched = (normalizer.zeta - gamma) * _softmax(s, seen) + gamma
-    return jnp.where(stretched < 0, 0, jnp.where(stretched > 1, 1, stretched))
+    # Not `clip`, which has half a gradient at the bounds.
+    at_most_one = jnp.where(stretched > 1, 1, stretched)
+    return jnp.where(stretched < 0, 0, at_most_one)
 
 
-def _reweighted_softplus(normalizer: ReweightedSoftplus, s: Array, seen: Array) -> Array:
-    count = _sum(seen.astype(s.dtype))
-    x = jax.nn.relu(_softplus(normalizer, s, seen) * count - (count > 3))
+def _reweighted_softplus(
+    normalizer: ReweightedSoftplus,
+    s: Array,
+    seen: Array,
+) -> Array:
+    count = row_sum(seen.astype(s.dtype))
+    # n A - 1; in rows of 3 keys or fewer n A.
+    above_mean = _softplus(normalizer, s, seen) * count - (count > 3)
+    x = jax.nn.relu(above_mean)
+    # Divided out: a constant factor of the row, which the sum takes out again.
     largest = lax.stop_gradient(_largest(x, seen))
-    return _normalized(
-        (jnp.where(largest > 1e-6, x, 0) / jnp.where(largest > 1e-6, largest, 1))
-        ** normalizer.power,
-        seen,
-    )
+    # What is left of a row whose weights are all equal is rounding error.
+    positive = largest > 1e-6
+    x = jnp.where(positive, x, 0) / jnp.where(positive, largest, 1)
+    return _normalized(x**normalizer.power, seen)
 
 
-def _adaptive_temperature(normalizer: AdaptiveTemperature, s: Array, seen: Array) -> Array:
+def _adaptive_temperature(
+    normalizer: AdaptiveTemperature,
+    s: Array,
+    seen: Array,
+) -> Array:
     p = _softmax(s, seen)
-    entropy = -_sum(p * jnp.log(jnp.where(p > 0, p, 1)))
-    beta = jnp.maximum(jnp.polyval(jnp.asarray(normalizer.polynomial, s.dtype), entropy), 1)
-    return _softmax(s * jnp.where(entropy > normalizer.threshold, beta, 1), seen)
+    # 0 log 0 is 0.
+    entropy = -row_sum(p * jnp.log(jnp.where(p > 0, p, 1)))
+    coefficients = jnp.asarray(normalizer.polynomial, s.dtype)
+    beta = jnp.maximum(jnp.polyval(coefficients, entropy), 1)
+    beta = jnp.where(entropy > normalizer.threshold, beta, 1)
+    return _softmax(s * beta, seen)
 
 
-def _entmax(normalizer: Entmax, s: Array, seen: Array) -> Array:
-    """Bisection of tau; then one Newton step, which moves it no more and makes its gradient that of the exact root."""
+def _entmax(
+    normalizer: Entmax,
+    s: Array,
+    seen: Array,
+) -> Array:
+    """Bisection of tau, then one Newton step.
+
+    The step moves tau no more, and makes its gradient that of the exact root.
+    """
     alpha = normalizer.alpha
-    z = (alpha - 1) * jnp.where(seen, s - lax.stop_gradient(_largest(s, seen)), 0)
-    above = lambda tau: jnp.where(seen, jax.nn.relu(z - tau), 0)
-    power = lambda y, e: jnp.where(y > 0, jnp.where(y > 0, y, 1) ** e, 0)
+    # Logits count from their maximum, so tau lies in [-1, 0).
+    m = lax.stop_gradient(_largest(s, seen))
+    z = (alpha - 1) * jnp.where(seen, s - m, 0)
 
-    def halve(_, bounds):
+    def above(tau: Array) -> Array:
+        """relu(z - tau)."""
+        return jnp.where(seen, jax.nn.relu(z - tau), 0)
+
+    def power(y: Array, exponent: float) -> Array:
+        """y^exponent, 0 at 0 with no gradient."""
+        positive = jnp.where(y > 0, y, 1)
+        return jnp.where(y > 0, positive**exponent, 0)
+
+    def total(tau: Array) -> Array:
+        return row_sum(power(above(tau), 1 / (alpha - 1)))
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
-        too_low = _sum(power(above(middle), 1 / (alpha - 1))) >= 1
+        # The sum falls with tau.
+        too_low = total(middle) >= 1
         return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
 
     low = jnp.full_like(s[..., :1], -1)
-    tau, _ = lax.fori_loop(0, 60, halve, lax.stop_gradient((low, jnp.zeros_like(low))))
+    high = jnp.zeros_like(low)
+    tau, _ = lax.fori_loop(0, 60, halve, lax.stop_gradient((low, high)))
     tau = lax.stop_gradient(tau)
-    slope = lax.stop_gradient(_sum(power(above(tau), (2 - alpha) / (alpha - 1)))) / (alpha - 1)
-    tau = tau + (_sum(power(above(tau), 1 / (alpha - 1))) - 1) / jnp.where(slope == 0, 1, slope)
+    slope = row_sum(power(above(tau), (2 - alpha) / (alpha - 1))) / (alpha - 1)
+    slope = lax.stop_gradient(slope)
+    # A row that sees nothing has slope 0.
+    tau = tau + (total(tau) - 1) / jnp.where(slope == 0, 1, slope)
     return power(above(tau), 1 / (alpha - 1))
 
 
-_FORMULAS = {
+_FORMULAS: dict[type[Normalizer], Callable[..., Any]] = {
     Softmax: _softmax,
     Sigmoid: _sigmoid,
     Relu: _relu,
@@ -139,10 +248,6 @@ _FORMULAS = {
 }
 
 
-def _sum(x: Array) -> Array:
-    return jnp.sum(x, axis=-1, keepdims=True)
-
-
 def _largest(s: Array, seen: Array) -> Array:
     """The row's largest seen logit; 0 in a row that sees none."""
     m = jnp.max(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True)
@@ -150,5 +255,7 @@ def _largest(s: Array, seen: Array) -> Array:
 
 
 def _normalized(x: Array, seen: Array) -> Array:
+    """x over the sum of what is seen."""
     x = jnp.where(seen, x, 0)
-    return x / jnp.where(_sum(x) == 0, 1, _sum(x))
+    total = row_sum(x)
+    return x / jnp.where(total == 0, 1, total)

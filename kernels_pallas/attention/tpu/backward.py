@@ -1,315 +1,480 @@
-"""The backward kernel: every tile is visited once, and all gradients come from that visit.
+"""The backward kernel of `attention` on TPU: every tile is computed once, for all gradients.
 
-The grid walks (batch, key heads, spans of keys, query heads of it, visits). dq is summed up while a block of queries
-stays; dk and dv of a whole span of keys are kept in VMEM, in float32, until the last query head has passed. Every
-further span costs a partial dq in HBM. What depends on rows alone (the gate's gradient, do, sum(do o)) is computed when
-a block of them arrives.
+Grid: (batch, key heads, spans of keys, query heads of the key head, tiles of the span). Within a
+span, the table of tiles goes through one block of queries after another.
 
-Tiles are turned over, keys by queries: what the forward pass saved of a row then lies along lanes.
+VMEM holds, in float32, dk and dv of a whole span of keys, until the last query head of the group
+has been through it, and dq of one block of queries, from its first tile of the span to its last.
+So neither is ever read back from HBM. A sequence of several spans costs a partial dq in HBM for
+each; they are added up afterwards.
+
+Logits and weights are recomputed from the inputs and the statistics of rows that the forward
+kernel saved. What depends on rows alone (the gate's gradient, do, sum(do o)) is computed when a
+block of queries arrives, at its first tile.
+
+Tiles are transposed, keys by queries. The saved statistics of queries then run along lanes, as
+they are stored, and are broadcast over sublanes for nothing. dk and dv are products of tiles as
+they are; only dq contracts over the rows.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.attention import tile as attention_tile
+from kernels_pallas.attention.kernel_tile import Logits, Positions
+from kernels_pallas.attention.kernels import Residuals
 from kernels_pallas.attention.tpu import tile
-from kernels_pallas.attention.tpu.call import Tables, call, segment_tables
+from kernels_pallas.attention.tpu.backward_operands import GridStep, Operands, Spans
+from kernels_pallas.attention.tpu.call import Tables, call, make_tables, without_padding
+from kernels_pallas.attention.tpu.forward import in_lag_order
 from kernels_pallas.attention.tpu.plan import (
     DIAGONAL,
+    EMPTY,
     FIRST,
     FLUSH,
+    KIND_BITS,
     LAST,
     MASKED,
-    NOTHING,
-    Inputs,
+    KernelInputs,
     Plan,
-    backward_visits,
-    pairs,
+    backward_tiles,
 )
-from kernels_pallas.common.mesh import like
-from kernels_pallas.common.padding import padded
-from kernels_pallas.common.tpu import Operand
+from kernels_pallas.common.padding import round_up
+from kernels_pallas.common.tpu import Ref
 
 
-def backward(
-    plan: Plan, x: Inputs, outputs: dict[int, Array], saved: list[Array], dy: Array
-) -> dict[str, Array]:
-    """dq, dk, dv, dgate as the inputs; dsinks and dslopes float32 [B, H, spans or 1, T], by row.
+def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
+    """The gradient of every float input, in the layout of the inputs.
 
-    outputs: of the normalizer, by number, float32 [B, T, H*V]; saved: [B, H, 1, T] each.
+    Args:
+      plan: the static arguments.
+      residuals: the inputs; outputs float32 [B, T, H*V]; statistics float32 [B, H, 1, T].
+      dy: the gradient of y, [B, T, H*V].
+
+    Returns:
+      Gradients with the dtypes of the inputs; None where an input is None, and for segments.
     """
-    B, block = x.q.shape[0], plan.backward.block
-    length = -(-plan.T // block) * block
-    visits, count, blocks = backward_visits(plan)
-    spans = len(visits.rows) // count
-    tables = Tables(visits, segment_tables(plan, x.segments, block, length), x.sinks, x.slopes)
-    at = lambda s, p: s * count + p
-    head = lambda h, g: h * plan.group + g
-    pad, along = partial(padded, axis=1, size=length), partial(padded, axis=3, size=length)
+    inputs: KernelInputs = residuals.inputs
+    B = inputs.q.shape[0]
+    block = plan.backward.block
+    padded_length = round_up(plan.T, block)
+    tiles, tiles_per_span, blocks_per_span = backward_tiles(plan)
+    num_spans = len(tiles.flags) // tiles_per_span
+    spans = Spans(num_spans, tiles_per_span, blocks_per_span)
+    operands = Operands(plan, spans, padded_length)
 
-    def tokens(name: str, a, D: int) -> Operand:
-        return Operand(
-            name, a, (1, block, D), lambda b, h, s, g, p, t: (b, t.rows[at(s, p)], head(h, g))
-        )
-
-    def keys(name: str, a, D: int) -> Operand:
-        return Operand(name, a, (1, block, D), lambda b, h, s, g, p, t: (b, t.keys[at(s, p)], h))
-
-    def numbers(name: str, a) -> Operand:
-        return Operand(
-            name, a, (1, 1, 1, block), lambda b, h, s, g, p, t: (b, head(h, g), 0, t.rows[at(s, p)])
-        )
-
-    def once(o: Operand) -> Operand:
-        """An output by rows that the first span writes; the others leave the last block where it is."""
-
-        def index(b, h, s, g, p, t):
-            end = o.index(b, h, 0, plan.group - 1, count - 1, t)
-            return tuple(jnp.where(s == 0, x, y) for x, y in zip(o.index(b, h, s, g, p, t), end))
-
-        return o._replace(index=index) if spans > 1 else o
-
-    def by_span(name: str, a, D: int) -> Operand:
-        return Operand(
-            name, a, (1, 1, block, D), lambda b, h, s, g, p, t: (s, b, t.rows[at(s, p)], head(h, g))
-        )
-
-    def flushed(name: str, a, D: int) -> Operand:
-        """Written while the last query head's last rows pass; before that, the span's first block is waiting."""
-
-        def index(b, h, s, g, p, t):
-            now = (t.what[at(s, p)] & FLUSH != 0) & (g == plan.group - 1)
-            return b, jnp.where(now, t.keys[at(s, p)], s * blocks), h
-
-        return Operand(name, a, (1, block, D), index)
-
-    ins = [tokens("q", pad(x.q), plan.K), keys("k", pad(x.k), plan.K), keys("v", pad(x.v), plan.V)]
-    ins += [tokens("dy", pad(dy), plan.V)]
-    ins += [tokens(f"o{n}", pad(o), plan.V) for n, o in outputs.items()]
-    ins += [numbers(f"saved{n}", along(a)) for n, a in enumerate(saved)]
-    if plan.gate == "element":
-        ins.append(tokens("gate", pad(x.gate), plan.V))
-    elif plan.gate == "head":
-        ins.append(numbers("gate", along(x.gate)))
-    if plan.segments:
-        ids = padded(x.segments, 2, length, mode="edge")
-        ins.append(
-            Operand(
-                "query_segments",
-                ids,
-                (1, 1, block),
-                lambda b, h, s, g, p, t: (b, 0, t.rows[at(s, p)]),
-            )
-        )
-        ins.append(
-            Operand(
-                "key_segments",
-                ids,
-                (1, 1, block),
-                lambda b, h, s, g, p, t: (b, 0, t.keys[at(s, p)]),
-            )
-        )
-    wide = lambda heads, D: (B, length, heads * D)
-    dq_dtype = x.q.dtype if spans == 1 else jnp.float32
-    outs = [
-        by_span("dq", like(x.q, (spans, *wide(plan.H, plan.K)), dq_dtype), plan.K),
-        flushed("dk", like(x.q, wide(plan.Hk, plan.K), x.k.dtype), plan.K),
-        flushed("dv", like(x.q, wide(plan.Hk, plan.V), x.v.dtype), plan.V),
-    ]
-    rows = like(x.q, (B, plan.H, 1, length), jnp.float32)
-    if plan.gate == "element":
-        outs.append(once(tokens("dgate", like(x.q, wide(plan.H, plan.V), x.gate.dtype), plan.V)))
-    elif plan.gate == "head":
-        outs.append(once(numbers("dgate", rows)))
-    if x.sinks is not None:
-        outs.append(once(numbers("dsinks", rows)))
-    if x.slopes is not None:
-        of_span = like(x.q, (spans, *rows.shape), jnp.float32)
-        row = lambda b, h, s, g, p, t: (s, b, head(h, g), 0, t.rows[at(s, p)])
-        outs.append(Operand("dslopes", of_span, (1, 1, 1, 1, block), row))
-    operand = jnp.bfloat16 if plan.rounds else jnp.float32
-    scratch = [
-        pltpu.VMEM((block, plan.K), jnp.float32),
-        pltpu.VMEM((blocks * block, plan.K), jnp.float32),
-        pltpu.VMEM((blocks * block, plan.V), jnp.float32),
-        pltpu.VMEM((block, plan.V), operand),
-        pltpu.VMEM((8, block), jnp.float32),
-    ]
-    kernel = partial(_kernel, plan, count, blocks, spans)
+    # The dtype in which the matrix unit will take do.
+    do_dtype = jnp.bfloat16 if plan.rounds else jnp.float32
+    keys_per_span = spans.blocks * block
+    scratch = _Scratch(
+        dq=pltpu.VMEM((block, plan.K), jnp.float32),
+        dk=pltpu.VMEM((keys_per_span, plan.K), jnp.float32),
+        dv=pltpu.VMEM((keys_per_span, plan.V), jnp.float32),
+        do=pltpu.VMEM((block, plan.V), do_dtype),
+        deltas=pltpu.VMEM((8, block), jnp.float32),
+    )
+    # Of queries and keys, of all heads and rows of the batch.
+    pairs = B * plan.H * plan.pairs
     results = call(
         plan,
-        kernel,
-        tables,
-        (B, plan.Hk, spans, plan.group, count),
-        ins,
-        outs,
-        scratch,
-        "attention_backward",
-        flops=2 * B * plan.H * pairs(plan) * (3 * plan.K + 2 * plan.V),
-        exponentials=B * plan.H * pairs(plan),
+        partial(_kernel, plan, spans),
+        make_tables(tiles, inputs, block, padded_length),
+        grid=(B, plan.Hk, spans.count, plan.group, spans.tiles),
+        ins=operands.inputs(residuals, dy),
+        outs=operands.gradients(inputs),
+        scratch=list(scratch),
+        name="attention_backward",
+        # dk, dq and the logits are products over K; dv and dp are products over V.
+        flops=2 * pairs * (3 * plan.K + 2 * plan.V),
+        exponentials=pairs,
+        # Spans, query heads and tiles of a key head share its sums, so they follow one another.
         parallel=2,
     )
+    results = _over_spans(results, inputs)
+    results = without_padding(results, plan.T)
+    return _summed_gradients(results)
+
+
+def _over_spans(results: dict[str, Array], inputs: KernelInputs) -> dict[str, Array]:
+    """The results without their axis of spans: the sum of what every span of keys added."""
+    summed = dict(results)
     dq = results["dq"]
-    results["dq"] = dq[0] if spans == 1 else dq.sum(0).astype(x.q.dtype)
+    summed["dq"] = dq[0] if dq.shape[0] == 1 else dq.sum(0).astype(inputs.q.dtype)
     if "dslopes" in results:
-        results["dslopes"] = results["dslopes"].sum(0)
-    return {
-        name: a[:, : plan.T] if a.ndim == 3 else a[..., : plan.T] for name, a in results.items()
-    }
+        summed["dslopes"] = results["dslopes"].sum(0)
+    return summed
+
+
+def _summed_gradients(results: dict[str, Array]) -> KernelInputs:
+    """Gradients as the inputs; those of numbers by head are sums over rows [B, H, 1, T]."""
+    by_head = {}
+    for name in ("dsinks", "dslopes"):
+        if name in results:
+            by_head[name] = results[name].sum((0, 2, 3))
+    return KernelInputs(
+        q=results["dq"],
+        k=results["dk"],
+        v=results["dv"],
+        gate_logits=results.get("dgate"),
+        sink_logits=by_head.get("dsinks"),
+        alibi_slopes=by_head.get("dslopes"),
+        segment_ids=None,
+    )
+
+
+# --- the kernel
+
+
+class _Scratch(NamedTuple):
+    """VMEM that stays from one grid step to the next."""
+
+    # float32 [block, K]: of the block of queries, until its last tile.
+    dq: Ref
+    # float32 [keys of a span, K] and [keys of a span, V], until the last query head has passed.
+    dk: Ref
+    dv: Ref
+    # [block, V]: the gradient of the ungated output, in the dtype of matmul operands.
+    do: Ref
+    # float32 [8, block]: sum(do * output) by query, along lanes; one delta a sublane.
+    deltas: Ref
 
 
 def _kernel(
-    plan: Plan, count: int, blocks: int, spans: int, tables: Tables, refs: dict, scratch: list
+    plan: Plan,
+    spans: Spans,
+    tables: Tables,
+    refs: dict[str, Ref],
+    scratch_refs: list[Ref],
 ) -> None:
-    b, h, s, g, p = (pl.program_id(n) for n in range(5))
-    dq_ref, dk_ref, dv_ref, do_ref, deltas_ref = scratch
-    block, step, head = plan.backward.block, s * count + p, h * plan.group + g
-    what, i, j = tables.visits.what[step], tables.visits.rows[step], tables.visits.keys[step]
+    """One grid step: a tile of one query head.
 
-    @pl.when((g == 0) & (p == 0))
-    def _():
-        dk_ref[...] = jnp.zeros_like(dk_ref)
-        dv_ref[...] = jnp.zeros_like(dv_ref)
+    Args:
+      plan: the static arguments.
+      spans: how the keys are cut.
+      tables: what is in SMEM.
+      refs: the operands by name.
+      scratch_refs: in the order of `_Scratch`.
+    """
+    step = GridStep(
+        plan,
+        spans,
+        b=pl.program_id(0),
+        key_head=pl.program_id(1),
+        s=pl.program_id(2),
+        g=pl.program_id(3),
+        p=pl.program_id(4),
+        tiles=tables.tiles,
+    )
+    scratch = _Scratch(*scratch_refs)
+    block = plan.backward.block
+    head = step.query_head
+    flags = step.flags
+    q_block = step.q_block
+    k_block = step.k_block
 
-    @pl.when(what & FIRST != 0)
-    def _():
-        dq_ref[...] = jnp.zeros_like(dq_ref)
+    # The first tile of the first query head of a span.
+    @pl.when((step.g == 0) & (step.p == 0))
+    def start_span() -> None:
+        scratch.dk[...] = jnp.zeros_like(scratch.dk)
+        scratch.dv[...] = jnp.zeros_like(scratch.dv)
+
+    @pl.when(flags & FIRST != 0)
+    def start_queries() -> None:
+        scratch.dq[...] = jnp.zeros_like(scratch.dq)
         if "dslopes" in refs:
+            # Summed up in its output block, which stays while the queries stay.
             refs["dslopes"][...] = jnp.zeros_like(refs["dslopes"])
-        opened = None if plan.gate == "none" else _opened(plan, refs)
-        _arrival(plan, refs, do_ref, deltas_ref, opened)
-        by_row = partial(_gradients_by_row, plan, tables, refs, deltas_ref, head, opened)
-        if spans == 1:
-            by_row()
+        gate = None if plan.gate == "none" else _sigmoid_of_gate(plan, refs)
+        _store_do_and_deltas(plan, refs, scratch, gate)
+        # Needs the deltas, so after they are stored.
+        write_by_row = partial(
+            _write_gradients_by_row,
+            plan,
+            tables,
+            refs,
+            scratch,
+            head,
+            gate,
+        )
+        if spans.count == 1:
+            write_by_row()
         else:
-            pl.when(s == 0)(by_row)
+            # Every span sees the same rows; one writes.
+            pl.when(step.s == 0)(write_by_row)
 
-    here = pl.ds(pl.multiple_of((j - s * blocks) * block, tile.LANES), block)
-    for kind in sorted(set(backward_visits(plan)[0].what & 3) - {NOTHING}):
-        due = (what & 3) == kind
-        if plan.segments:
-            due &= tables.segments.may_meet(b, i, j)
-        sums = dq_ref, dk_ref.at[here], dv_ref.at[here]
-        pl.when(due)(
-            partial(_tile, plan, tables, refs, sums, do_ref, deltas_ref, int(kind), head, i, j)
-        )
+    # The block of keys within the span, whose sums are in VMEM.
+    block_in_span = k_block - step.s * spans.blocks
+    first_key_in_span = pl.multiple_of(block_in_span * block, tile.LANES)
+    here = pl.ds(first_key_in_span, block)
+    # Each kind of tile is compiled by itself. Only the kinds that the table has are.
+    tiles, _, _ = backward_tiles(plan)
+    kinds = set(tiles.flags & KIND_BITS) - {EMPTY}
+    for kind in sorted(kinds):
+        is_due = (flags & KIND_BITS) == kind
+        if tables.segments is not None:
+            num_blocks = -(-plan.T // block)
+            is_due &= tables.segments.may_share_segment(
+                num_blocks,
+                step.b,
+                q_block,
+                k_block,
+            )
 
-    @pl.when(what & LAST != 0)
-    def _():
-        refs["dq"][0, 0] = (dq_ref[...] * plan.scale).astype(refs["dq"].dtype)
+        def add_tile(kind: int = int(kind)) -> None:
+            _add_tile(
+                plan,
+                refs,
+                scratch._replace(dk=scratch.dk.at[here], dv=scratch.dv.at[here]),
+                kind=kind,
+                slope=None if tables.alibi_slopes is None else tables.alibi_slopes[head],
+                first_query=q_block * block,
+                first_key=k_block * block,
+            )
 
-    @pl.when((what & FLUSH != 0) & (g == plan.group - 1))
-    def _():
-        refs["dk"][0] = (dk_ref[here] * plan.scale).astype(refs["dk"].dtype)
-        refs["dv"][0] = dv_ref[here].astype(refs["dv"].dtype)
+        pl.when(is_due)(add_tile)
+
+    @pl.when(flags & LAST != 0)
+    def end_queries() -> None:
+        # The tiles' products lack the factor scale: once here instead of once a tile.
+        dq = scratch.dq[...] * plan.scale
+        refs["dq"][0, 0] = dq.astype(refs["dq"].dtype)
+
+    # The last query head is at the last queries: dk and dv of this block have every product.
+    @pl.when((flags & FLUSH != 0) & (step.g == plan.group - 1))
+    def end_keys() -> None:
+        # As in `end_queries`; dv has no such factor.
+        dk = scratch.dk[here] * plan.scale
+        refs["dk"][0] = dk.astype(refs["dk"].dtype)
+        refs["dv"][0] = scratch.dv[here].astype(refs["dv"].dtype)
 
 
-def _arrival(plan: Plan, refs: dict, do_ref, deltas_ref, opened: Array | None) -> None:
-    """What a block of queries brings along: do, and its products with the normalizer's outputs."""
-    do = refs["dy"][0].astype(jnp.float32)
-    if opened is not None:
-        do = do * opened
-    do_ref[...] = do.astype(do_ref.dtype)
-    # Of do as the matrix unit will see it, or dp - delta has an error that does not cancel.
-    do = do_ref[...].astype(jnp.float32)
-    for n, of in enumerate(plan.normalizer.deltas):
-        deltas_ref[n : n + 1] = tile.as_row(jnp.sum(do * _output(refs, of), axis=-1, keepdims=True))
-
-
-def _gradients_by_row(
-    plan: Plan, tables: Tables, refs: dict, deltas_ref, head, opened: Array | None
-) -> None:
-    """Those of the gate and of a sink: nothing is divided by a gate that may be 0."""
+def _sigmoid_of_gate(plan: Plan, refs: dict[str, Ref]) -> Array:
+    """sigmoid(gate_logits) of a block of queries, [R, V] or [R, 1]."""
     if plan.gate == "element":
-        dgate = refs["dy"][0].astype(jnp.float32) * _output(refs, 0) * opened * (1 - opened)
-        refs["dgate"][0] = dgate.astype(refs["dgate"].dtype)
-    elif plan.gate == "head":
-        opened = tile.open_gate(refs["gate"][0, 0])  # along lanes, as the products' sums will be
-        products = refs["dy"][0].astype(jnp.float32) * _output(refs, 0)
-        refs["dgate"][0, 0] = (
-            tile.as_row(jnp.sum(products, axis=-1, keepdims=True)) * opened * (1 - opened)
-        )
-    if "dsinks" in refs:
-        sink = jnp.full((1, plan.backward.block), tables.sinks[head])
-        refs["dsinks"][0, 0] = plan.normalizer.sink_gradient(
-            sink, *_numbers(plan, refs, deltas_ref, slice(None))
-        )
+        return tile.sigmoid(refs["gate"][0])
+    # The gate of a head runs along lanes; rows of do run down.
+    return tile.as_column(tile.sigmoid(refs["gate"][0, 0]))
 
 
-def _opened(plan: Plan, refs: dict) -> Array:
-    """The open gate, [R, V] or [R, 1]."""
-    if plan.gate == "element":
-        return tile.open_gate(refs["gate"][0])
-    return tile.as_column(tile.open_gate(refs["gate"][0, 0]))
-
-
-def _output(refs: dict, n: int) -> Array:
+def _output(refs: dict[str, Ref], n: int) -> Array:
+    """Output n of the normalizer, of a block of queries, [R, V]."""
     return refs[f"o{n}"][0].astype(jnp.float32)
 
 
-def _numbers(
-    plan: Plan, refs: dict, deltas_ref, queries: slice
-) -> tuple[list[Array], tuple[Array, ...]]:
-    """(deltas, saved) of some queries, [1, R] each."""
-    deltas = [deltas_ref[n : n + 1, queries] for n in range(len(plan.normalizer.deltas))]
-    names = sorted(
-        (name for name in refs if name.startswith("saved")), key=lambda name: int(name[5:])
-    )
-    return deltas, tuple(refs[name][0, 0, :, queries] for name in names)
-
-
-def _tile(
-    plan: Plan, tables: Tables, refs: dict, sums: tuple, do_ref, deltas_ref, kind: int, head, i, j
+def _store_do_and_deltas(
+    plan: Plan,
+    refs: dict[str, Ref],
+    scratch: _Scratch,
+    gate: Array | None,
 ) -> None:
-    """A block of keys meets a block of queries, a group of keys after another."""
-    block, rows, normalizer = plan.backward.block, plan.backward.rows, plan.normalizer
-    slope = None if tables.slopes is None else tables.slopes[head]
-    dq_ref, dk_ref, dv_ref = sums
+    """Of a block of queries: do, and its products with the normalizer's outputs.
+
+    Args:
+      plan: the static arguments.
+      refs: the operands by name.
+      scratch: do and deltas are written.
+      gate: sigmoid(gate_logits), or None.
+    """
+    do = refs["dy"][0].astype(jnp.float32)
+    if gate is not None:
+        do = do * gate
+    scratch.do[...] = do.astype(scratch.do.dtype)
+    # The deltas are of do as the matrix unit will see it. Otherwise dp - delta, which is small by
+    # cancellation, would have the error of the rounding.
+    do = scratch.do[...].astype(jnp.float32)
+    for n, output in enumerate(plan.normalizer.deltas):
+        delta = jnp.sum(
+            do * _output(refs, output),
+            axis=-1,
+            keepdims=True,
+        )
+        scratch.deltas[n : n + 1] = tile.as_row(delta)
+
+
+def _write_gradients_by_row(
+    plan: Plan,
+    tables: Tables,
+    refs: dict[str, Ref],
+    scratch: _Scratch,
+    head: Array,
+    gate: Array | None,
+) -> None:
+    """The gradients of the gate and of a sink, which need no keys.
+
+    y = o sigmoid(gate), so dgate = dy o sigmoid'(gate): nothing is divided by a gate that may be 0.
+
+    Args:
+      plan: the static arguments.
+      tables: the sinks are read.
+      refs: the operands by name; dgate and dsinks are written.
+      scratch: the deltas are read.
+      head: the query head.
+      gate: sigmoid(gate_logits), or None.
+    """
+    if gate is not None and plan.gate == "element":
+        dy = refs["dy"][0].astype(jnp.float32)
+        # sigmoid' = sigmoid (1 - sigmoid)
+        dgate = dy * _output(refs, 0) * gate * (1 - gate)
+        refs["dgate"][0] = dgate.astype(refs["dgate"].dtype)
+    elif gate is not None:
+        # Along lanes, as the sums of the products will be.
+        gate = tile.sigmoid(refs["gate"][0, 0])
+        products = refs["dy"][0].astype(jnp.float32) * _output(refs, 0)
+        summed = tile.as_row(jnp.sum(products, axis=-1, keepdims=True))
+        refs["dgate"][0, 0] = summed * gate * (1 - gate)
+    if tables.sink_logits is not None:
+        # A sink is a logit of every query of the head; `_summed_gradients` adds these up.
+        sink = jnp.full((1, plan.backward.block), tables.sink_logits[head])
+        deltas, saved = _statistics(plan, refs, scratch, slice(None))
+        refs["dsinks"][0, 0] = plan.normalizer.sink_gradient(
+            sink,
+            deltas,
+            saved,
+        )
+
+
+def _statistics(
+    plan: Plan,
+    refs: dict[str, Ref],
+    scratch: _Scratch,
+    queries: slice,
+) -> tuple[list[Array], tuple[Array, ...]]:
+    """(deltas, what the forward pass saved) of some queries of the block, [1, R] each.
+
+    Args:
+      plan: the static arguments.
+      refs: the operands by name.
+      scratch: the deltas.
+      queries: which of the block.
+
+    Returns:
+      As `Normalizer.gradient` takes them.
+    """
+    # [1, R] slices of the scratch memory and of the operands.
+    num_deltas = len(plan.normalizer.deltas)
+    deltas = [scratch.deltas[n : n + 1, queries] for n in range(num_deltas)]
+    num_saved = sum(name.startswith("saved") for name in refs)
+    saved = tuple(refs[f"saved{n}"][0, 0, :, queries] for n in range(num_saved))
+    return deltas, saved
+
+
+def _add_tile(
+    plan: Plan,
+    refs: dict[str, Ref],
+    scratch: _Scratch,
+    *,
+    kind: int,
+    slope: Array | None,
+    first_query: Array,
+    first_key: Array,
+) -> None:
+    """Adds what a tile contributes to dq, dk, dv and dslopes, one group of keys after another.
+
+    Args:
+      plan: the static arguments.
+      refs: the kernel's operands by name.
+      scratch: dk and dv are those of the tile's keys; they and dq are added to.
+      kind: of the tile: FULL, DIAGONAL or MASKED.
+      slope: of this head, or None.
+      first_query: position of the first query of the tile.
+      first_key: position of the first key of the tile.
+    """
+    block = plan.backward.block
+    rows = plan.backward.rows
+    # FULL tiles need no mask of positions.
+    by_position = kind in (DIAGONAL, MASKED)
     starts = range(0, block, rows)
 
-    def queries(n: int) -> slice:
-        return slice(starts[n] if kind == DIAGONAL else 0, block)
+    def keys_of(start: int) -> slice:
+        return slice(start, start + rows)
 
-    def own(n: int) -> slice:
-        return slice(starts[n], starts[n] + rows)
+    def queries_of(start: int) -> slice:
+        # On the diagonal no query before a group's first key sees any of it.
+        return slice(start if kind == DIAGONAL else 0, block)
 
-    def place(n: int) -> tile.Positions:
-        first = queries(n).start
+    def positions(start: int) -> Positions:
+        queries = queries_of(start)
         at = tile.positions(
-            i * block + first, block - first, j * block + starts[n], rows, turned=True
+            first_query + queries.start,
+            block - queries.start,
+            first_key + start,
+            rows,
+            transposed=True,
         )
         if plan.segments:
-            column = tile.as_column(refs["key_segments"][0, :, own(n)])
-            at = at._replace(
-                query_segments=refs["query_segments"][0, :, queries(n)], key_segments=column
-            )
+            # They are stored along lanes; rows of this tile are keys.
+            key_segments = tile.as_column(refs["key_segments"][0, :, keys_of(start)])
+            query_segments = refs["query_segments"][0, :, queries]
+            at = at._replace(query_segments=query_segments, key_segments=key_segments)
         return at
 
-    def products(n: int) -> tuple[tile.Logits, Array]:
-        s = tile.logits(plan, refs["k"][0, own(n)], refs["q"][0, queries(n)], slope, place(n))
-        return s, tile.matmul(plan, refs["v"][0, own(n)], do_ref[queries(n)], tile.NT)
+    def logits_and_dp(start: int) -> tuple[Logits, Array]:
+        keys = keys_of(start)
+        queries = queries_of(start)
+        k = refs["k"][0, keys]
+        q = refs["q"][0, queries]
+        s = tile.logits(
+            plan,
+            k,
+            q,
+            slope,
+            positions(start),
+        )
+        # dp = (do v^T)^T, the gradient of the weights.
+        dp = tile.matmul(
+            plan,
+            refs["v"][0, keys],
+            scratch.do[queries],
+            tile.NT,
+        )
+        return s, dp
 
-    def gradients(n: int, s: tile.Logits, dp: Array) -> None:
-        at = place(n)
-        deltas, saved = _numbers(plan, refs, deltas_ref, queries(n))
-        mask = tile.seen(plan, at, kind in (DIAGONAL, MASKED))
-        weights, ds = normalizer.gradient(s.s, mask, at.keys, dp, deltas, saved)
-        dv_ref[own(n)] += tile.matmul(plan, weights, do_ref[queries(n)])
-        if slope is not None:
-            refs["dslopes"][0, 0, 0, :, queries(n)] -= jnp.sum(
-                ds * s.distance, axis=0, keepdims=True
+    def add_gradients(start: int, logits_and_dp: tuple[Logits, Array]) -> None:
+        logits, dp = logits_and_dp
+        at = positions(start)
+        keys = keys_of(start)
+        queries = queries_of(start)
+        deltas, saved = _statistics(plan, refs, scratch, queries)
+        mask = tile.visible(plan, at, by_position)
+        weights, ds = plan.normalizer.gradient(
+            logits.values,
+            mask,
+            at.keys,
+            dp,
+            deltas,
+            saved,
+        )
+        # dv = weights^T do. The tile is transposed, so this is a plain product.
+        scratch.dv[keys] += tile.matmul(
+            plan,
+            weights,
+            scratch.do[queries],
+        )
+        if logits.distance is not None:
+            # A query's logits lose slope * distance; keys run down the rows.
+            dslopes = jnp.sum(
+                ds * logits.distance,
+                axis=0,
+                keepdims=True,
             )
-        if plan.logits_soft_cap is not None:
-            ds = ds * (1 - (s.capped * (1 / plan.logits_soft_cap)) ** 2)
-        dk_ref[own(n)] += tile.matmul(plan, ds, refs["q"][0, queries(n)])
-        dq_ref[queries(n)] += tile.matmul(plan, ds, refs["k"][0, own(n)], tile.TN)
+            refs["dslopes"][0, 0, 0, :, queries] -= dslopes
+        ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
+        # dk = ds^T q, a plain product too; dq = ds k contracts over the rows, which are keys.
+        scratch.dk[keys] += tile.matmul(
+            plan,
+            ds,
+            refs["q"][0, queries],
+        )
+        scratch.dq[queries] += tile.matmul(
+            plan,
+            ds,
+            refs["k"][0, keys],
+            tile.TN,
+        )
 
-    ahead = {}
-    for turn in range(len(starts) + plan.backward.lag):
-        if turn < len(starts):
-            ahead[turn] = products(turn)
-        if turn >= plan.backward.lag:
-            gradients(turn - plan.backward.lag, *ahead.pop(turn - plan.backward.lag))
+    in_lag_order(starts, plan.backward.lag, logits_and_dp, add_gradients)

@@ -1,7 +1,7 @@
 """How the TPU kernels of `attention` are called: operands by name, tables in SMEM, costs."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,98 +9,179 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.tpu.plan import Plan, Visits
+from kernels_pallas.attention.tpu.plan import KernelInputs, Plan, TileTable
+from kernels_pallas.common.cost import moved
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded
-from kernels_pallas.common.tpu import VMEM_LIMIT, Operand, in_hbm
+from kernels_pallas.common.tpu import VMEM_LIMIT, Operand, Ref, in_hbm
+
+# kernel(tables, references by name, scratch memory)
+Kernel = Callable[["Tables", dict[str, Ref], list[Ref]], None]
 
 
-class SegmentTables(NamedTuple):
+class SegmentBounds(NamedTuple):
     """The least and the largest segment id in every block of tokens, [B * blocks]."""
 
     least: Array
     most: Array
-    blocks: int
 
-    def may_meet(self, b, i, j):
-        """False only if no query of block i and no key of block j are of one segment."""
-        i, j = b * self.blocks + i, b * self.blocks + j
+    def may_share_segment(
+        self,
+        num_blocks: int,
+        b: Array,
+        q_block: Array,
+        k_block: Array,
+    ) -> Array:
+        """Whether a query of one block and a key of another can be of one segment.
+
+        Args:
+          num_blocks: blocks in a row of the batch.
+          b: the row of the batch.
+          q_block: the block of queries.
+          k_block: the block of keys.
+
+        Returns:
+          False only if no such pair is of one segment, whatever the order of the ids.
+        """
+        i = b * num_blocks + q_block
+        j = b * num_blocks + k_block
+        # Two ranges overlap if each begins before the other ends.
         return (self.least[i] <= self.most[j]) & (self.least[j] <= self.most[i])
 
 
 class Tables(NamedTuple):
-    """What a kernel reads from SMEM; arrays outside, refs inside."""
+    """What a kernel reads from SMEM: arrays outside of it, references inside."""
 
-    visits: Visits
-    segments: SegmentTables | None
-    sinks: Array | None
-    slopes: Array | None
+    tiles: TileTable
+    segments: SegmentBounds | None
+    sink_logits: Array | None
+    alibi_slopes: Array | None
 
 
-def segment_tables(
-    plan: Plan, segments: Array | None, block: int, length: int
-) -> SegmentTables | None:
-    if not plan.segments:
-        return None
-    blocks = padded(segments, 2, length, mode="edge").reshape(segments.shape[0], -1, block)
-    return SegmentTables(blocks.min(2).reshape(-1), blocks.max(2).reshape(-1), blocks.shape[1])
+def make_tables(
+    tiles: TileTable,
+    inputs: KernelInputs,
+    block: int,
+    padded_length: int,
+) -> Tables:
+    """The tables of a call.
+
+    Args:
+      tiles: the tiles in the order of the grid.
+      inputs: the arrays of the call.
+      block: tokens in a block.
+      padded_length: tokens of a row, in whole blocks.
+
+    Returns:
+      Arrays for SMEM.
+    """
+    segments = None
+    if inputs.segment_ids is not None:
+        ids = padded(inputs.segment_ids, 2, padded_length, mode="edge")
+        # [B, blocks, block]
+        blocks = ids.reshape(
+            ids.shape[0],
+            -1,
+            block,
+        )
+        segments = SegmentBounds(
+            least=blocks.min(2).reshape(-1),
+            most=blocks.max(2).reshape(-1),
+        )
+    return Tables(tiles, segments, inputs.sink_logits, inputs.alibi_slopes)
+
+
+def without_padding(results: dict[str, Array], T: int) -> dict[str, Array]:
+    """The first T tokens of every result: of [B, T, width], or of [..., T]."""
+    trimmed = {}
+    for name, array in results.items():
+        trimmed[name] = array[:, :T] if array.ndim == 3 else array[..., :T]
+    return trimmed
 
 
 def call(
     plan: Plan,
-    kernel: Callable,
+    kernel: Kernel,
     tables: Tables,
     grid: tuple[int, ...],
     ins: list[Operand],
     outs: list[Operand],
-    scratch: list,
+    scratch: list[Any],
     name: str,
     *,
     flops: int,
     exponentials: int,
     parallel: int,
 ) -> dict[str, Array]:
-    """Runs kernel(tables, refs by name, scratch) over the grid."""
-    static_blocks = None if tables.segments is None else tables.segments.blocks
-    arrays = (
-        tables if tables.segments is None else tables._replace(segments=tuple(tables.segments[:2]))
-    )
-    scalars, tree = jax.tree.flatten(arrays)
-    names = [o.name for o in (*ins, *outs)]
+    """Runs a kernel over a grid.
 
-    def rebuilt(refs) -> Tables:
-        found = jax.tree.unflatten(tree, refs)
-        if static_blocks is None:
-            return found
-        return found._replace(segments=SegmentTables(*found.segments, static_blocks))
+    Args:
+      plan: the static arguments.
+      kernel: called as kernel(tables, references by name, scratch).
+      tables: what the kernel and the index maps read from SMEM.
+      grid: its size along every axis.
+      ins: inputs; their index maps get the grid's indices and the table of tiles.
+      outs: outputs, likewise.
+      scratch: memory that a kernel keeps from one grid step to the next.
+      name: of the kernel, in profiles.
+      flops: of matrix products.
+      exponentials: how many there are.
+      parallel: how many leading axes of the grid may be split over cores.
 
-    def body(*refs):
-        given, rest = refs[: len(scalars)], refs[len(scalars) :]
-        kernel(rebuilt(given), dict(zip(names, rest)), list(rest[len(names) :]))
+    Returns:
+      The outputs by name.
+    """
+    # The tables are arguments of the call, one after another; the kernel gets them as they were.
+    scalars, tree = jax.tree.flatten(tables)
+    num_scalars = len(scalars)
+    names = [operand.name for operand in (*ins, *outs)]
 
-    def spec(o: Operand) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            o.block, lambda *at: o.index(*at[: len(grid)], rebuilt(at[len(grid) :]).visits)
+    def body(*refs: Ref) -> None:
+        tables_in_smem = jax.tree.unflatten(tree, refs[:num_scalars])
+        # Then inputs, outputs and scratch memory.
+        rest = refs[num_scalars:]
+        by_name = dict(zip(names, rest))
+        kernel(
+            tables_in_smem,
+            by_name,
+            list(rest[len(names) :]),
         )
 
-    semantics = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
-    moved = sum(o.array.size * jnp.dtype(o.array.dtype).itemsize for o in (*ins, *outs))
-    scalars = [varying_like(jnp.asarray(x), ins[0].array) for x in scalars]
+    def block_spec(operand: Operand) -> pl.BlockSpec:
+        def index(*indices: Any) -> tuple[Any, ...]:
+            # The scalars of `PrefetchScalarGridSpec` follow the grid's indices.
+            grid_indices = indices[: len(grid)]
+            tables_in_smem = jax.tree.unflatten(tree, indices[len(grid) :])
+            return operand.index(*grid_indices, tables_in_smem.tiles)
+
+        return pl.BlockSpec(operand.block, index)
+
+    # Every array once: a block that is fetched again for another tile is not counted again.
+    bytes_moved = moved(operand.array for operand in (*ins, *outs))
+    # The other axes carry sums from one step to the next, so their order matters.
+    sequential = len(grid) - parallel
+    # Only outputs are shapes without values.
+    arrays = [cast(Array, operand.array) for operand in ins]
     results = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=num_scalars,
             grid=grid,
-            in_specs=[spec(o) for o in ins],
-            out_specs=[spec(o) for o in outs],
+            in_specs=[block_spec(operand) for operand in ins],
+            out_specs=[block_spec(operand) for operand in outs],
             scratch_shapes=scratch,
         ),
-        out_shape=[o.array for o in outs],
+        out_shape=[operand.array for operand in outs],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * sequential,
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
-        cost_estimate=pl.CostEstimate(flops, exponentials, moved),
+        cost_estimate=pl.CostEstimate(flops, exponentials, bytes_moved),
         interpret=plan.interpret,
         name=name,
-    )(*scalars, *(in_hbm(o.array, plan.interpret) for o in ins))
-    return dict(zip((o.name for o in outs), results))
+    )(
+        # Inside `shard_map` every argument must vary over the same mesh axes.
+        *[varying_like(jnp.asarray(x), arrays[0]) for x in scalars],
+        *[in_hbm(array, plan.interpret) for array in arrays],
+    )
+    return dict(zip((operand.name for operand in outs), results))

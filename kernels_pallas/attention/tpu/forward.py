@@ -1,205 +1,414 @@
-"""The forward kernel: a block of queries stays in VMEM while the key blocks that it sees pass by.
+"""The forward kernel of `attention` on TPU.
 
-The grid walks (batch, heads, visits); which tile a visit is about stands in tables in SMEM, so what the mask hides
-entirely is not even a grid step. A block's rows are worked on in groups: while one's weights are computed, the matrix
-unit is given the logits of the next. On the diagonal a group stops at its last visible key.
+Grid: (batch, heads, tiles). The tiles of a head come from a table in SMEM, one block of queries
+after another, so that tiles which the mask hides entirely are not even grid steps.
+
+VMEM holds one block each of queries, keys and values (Pallas fetches the next one meanwhile), and,
+from the first tile of a block of queries to its last, the block's weighted sums of values and what
+the normalizer keeps of a row, in float32. The last tile ends the rows, multiplies by sigmoid(gate)
+and writes the block of y.
+
+A block of queries is computed in groups of rows. While the weights of one group are computed, the
+matrix unit already has the logits of the next ones (`Schedule.lag` of them): they stand before it
+in program order, which is what lets the compiler overlap them. On the diagonal a group stops at
+the last key that it sees. Nothing is recomputed here; the backward pass recomputes logits and
+weights from what this kernel saves.
 """
 
+from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.attention.kernel_tile import Positions
+from kernels_pallas.attention.kernels import (
+    ForwardResult,
+    Shaped,
+    forward_result,
+    row_statistics,
+    saved_statistics,
+)
 from kernels_pallas.attention.tpu import tile
-from kernels_pallas.attention.tpu.call import Tables, call, segment_tables
+from kernels_pallas.attention.tpu.call import Tables, call, make_tables, without_padding
 from kernels_pallas.attention.tpu.plan import (
     DIAGONAL,
     FIRST,
+    KIND_BITS,
     LAST,
     MASKED,
-    Inputs,
+    KernelInputs,
     Plan,
-    forward_visits,
-    pairs,
+    TileTable,
+    forward_tiles,
 )
 from kernels_pallas.common.mesh import like
-from kernels_pallas.common.padding import padded
-from kernels_pallas.common.tpu import Operand
+from kernels_pallas.common.padding import padded, round_up
+from kernels_pallas.common.tpu import Operand, Ref
 
 
-def forward(plan: Plan, x: Inputs, save: bool) -> dict[str, Array]:
-    """y [B, T, H*V]; if `save`, what the normalizer needs: float32 outputs [B, T, H*V], rows of numbers [B, H, 1, T]."""
-    B, normalizer, block = x.q.shape[0], plan.normalizer, plan.forward.block
-    length = -(-plan.T // block) * block
-    visits = forward_visits(plan)
-    tables = Tables(visits, segment_tables(plan, x.segments, block, length), x.sinks, x.slopes)
-    tokens = lambda name, a, D, head: Operand(
-        name, a, (1, block, D), lambda b, h, p, t: (b, t.rows[p], head(h))
-    )
-    keys = lambda name, a, D: Operand(
-        name, a, (1, block, D), lambda b, h, p, t: (b, t.keys[p], h // plan.group)
-    )
-    numbers = lambda name, a: Operand(
-        name, a, (1, 1, 1, block), lambda b, h, p, t: (b, h, 0, t.rows[p])
-    )
-    pad = partial(padded, axis=1, size=length)
-    own = lambda h: h
-    ins = [
-        tokens("q", pad(x.q), plan.K, own),
-        keys("k", pad(x.k), plan.K),
-        keys("v", pad(x.v), plan.V),
-    ]
-    if plan.gate == "element":
-        ins.append(tokens("gate", pad(x.gate), plan.V, own))
-    elif plan.gate == "head":
-        ins.append(numbers("gate", padded(x.gate, 3, length)))
-    if plan.segments:
-        along = padded(x.segments, 2, length, mode="edge")
-        ins.append(
-            Operand("query_segments", along, (1, 1, block), lambda b, h, p, t: (b, 0, t.rows[p]))
-        )
-        ins.append(
-            Operand("key_segments", along, (1, 1, block), lambda b, h, p, t: (b, 0, t.keys[p]))
-        )
-    wide = like(x.q, (B, length, plan.H * plan.V), jnp.float32)
-    outs = [tokens("y", like(x.q, wide.shape, plan.out_dtype), plan.V, own)]
-    if save:
-        outs += [tokens(f"o{n}", wide, plan.V, own) for n in kept_outputs(plan)]
-        count = saved_numbers(normalizer)
-        outs += [
-            numbers(f"saved{n}", like(x.q, (B, plan.H, 1, length), jnp.float32))
-            for n in range(count)
-        ]
-    statistics = len(_statistics(normalizer))
-    scratch = [pltpu.VMEM((block, plan.V), jnp.float32)] * normalizer.sums
-    scratch += [pltpu.VMEM((block, tile.lanes(normalizer)), jnp.float32)] * statistics
-    multiplied = 2 * B * plan.H * pairs(plan) * (plan.K + normalizer.sums * plan.V)
+def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
+    """y [B, T, H*V], and with `save` what the backward kernel needs.
+
+    Outputs are float32 [B, T, H*V], statistics of rows float32 [B, H, 1, T].
+    """
+    B = inputs.q.shape[0]
+    block = plan.forward.block
+    # Whole blocks. The mask hides keys of padding; queries of padding are cut off at the end.
+    padded_length = round_up(plan.T, block)
+    normalizer = plan.normalizer
+    tiles = forward_tiles(plan)
+
+    # In the scratch memory, by block of queries: sums of weighted values, then statistics of rows.
+    sums = pltpu.VMEM((block, plan.V), jnp.float32)
+    statistics = pltpu.VMEM((block, tile.lanes(normalizer)), jnp.float32)
+    scratch = [sums] * normalizer.sums + [statistics] * row_statistics(normalizer)
+
+    # Of queries and keys, of all heads and rows of the batch.
+    pairs = B * plan.H * plan.pairs
     results = call(
         plan,
         partial(_kernel, plan),
-        tables,
-        (B, plan.H, len(visits.rows)),
-        ins,
-        outs,
-        scratch,
-        "attention_forward",
-        flops=multiplied,
-        exponentials=B * plan.H * pairs(plan),
+        make_tables(tiles, inputs, block, padded_length),
+        grid=(B, plan.H, len(tiles.flags)),
+        ins=_inputs(plan, inputs, padded_length),
+        outs=_outputs(plan, inputs, padded_length, save),
+        scratch=scratch,
+        name="attention_forward",
+        # Logits are products over K, every sum of values one over V.
+        flops=2 * pairs * (plan.K + normalizer.sums * plan.V),
+        exponentials=pairs,
+        # The tiles of a head follow one another: they share its sums.
         parallel=2,
     )
-    return {
-        name: a[:, : plan.T] if a.ndim == 3 else a[..., : plan.T] for name, a in results.items()
-    }
+    return forward_result(without_padding(results, plan.T))
 
 
-def kept_outputs(plan: Plan) -> list[int]:
-    """Which outputs of the normalizer the backward pass needs; not o where y is o, unrounded."""
-    kept = sorted({*plan.normalizer.deltas, *([0] if plan.keeps_o else [])})
-    return [n for n in kept if n or plan.gate != "none" or plan.out_dtype != jnp.float32]
+# --- operands. Grid indices: b row of the batch, h query head, p entry of the table of tiles.
 
 
-def _statistics(normalizer) -> tuple:
-    return jax.eval_shape(
-        normalizer.start, jax.ShapeDtypeStruct((8, tile.lanes(normalizer)), jnp.float32)
+def _by_query(
+    plan: Plan,
+    name: str,
+    array: Shaped,
+    width: int,
+) -> Operand:
+    """Of [B, T, H * width]: the tile's queries, of the program's head."""
+
+    def index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
+        return b, tiles.q_blocks[p], h
+
+    return Operand(
+        name,
+        array,
+        (1, plan.forward.block, width),
+        index,
     )
 
 
-def saved_numbers(normalizer) -> int:
-    """How many numbers of a row the normalizer saves."""
-    column, wide = (jax.ShapeDtypeStruct((8, n), jnp.float32) for n in (1, 8))
-    return len(
-        jax.eval_shape(
-            normalizer.finish,
-            tuple(column for _ in _statistics(normalizer)),
-            [wide] * normalizer.sums,
-        )[1]
+def _by_key(
+    plan: Plan,
+    name: str,
+    array: Shaped,
+    width: int,
+) -> Operand:
+    """Of [B, T, Hk * width]: the tile's keys, of the key head that the program's head uses."""
+
+    def index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
+        return b, tiles.k_blocks[p], h // plan.group
+
+    return Operand(
+        name,
+        array,
+        (1, plan.forward.block, width),
+        index,
     )
 
 
-def _kernel(plan: Plan, tables: Tables, refs: dict, scratch: list) -> None:
-    normalizer, (b, h, p) = plan.normalizer, (pl.program_id(n) for n in range(3))
-    sums, row = scratch[: normalizer.sums], scratch[normalizer.sums :]
-    what, i, j = tables.visits.what[p], tables.visits.rows[p], tables.visits.keys[p]
+def _number_by_query(plan: Plan, name: str, array: Shaped) -> Operand:
+    """Of [B, H, 1, T]: a number for each of the tile's queries, along lanes."""
 
-    @pl.when(what & FIRST != 0)
-    def _():
+    def index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
+        return b, h, 0, tiles.q_blocks[p]
+
+    return Operand(
+        name,
+        array,
+        (1, 1, 1, plan.forward.block),
+        index,
+    )
+
+
+def _segments(plan: Plan, segment_ids: Array) -> list[Operand]:
+    """Of [B, 1, T]: the segment ids of the tile's queries, and of its keys."""
+
+    def query_index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
+        return b, 0, tiles.q_blocks[p]
+
+    def key_index(
+        b: Array,
+        h: Array,
+        p: Array,
+        tiles: TileTable,
+    ) -> tuple:
+        return b, 0, tiles.k_blocks[p]
+
+    block = (1, 1, plan.forward.block)
+    return [
+        Operand("query_segments", segment_ids, block, query_index),
+        Operand("key_segments", segment_ids, block, key_index),
+    ]
+
+
+def _inputs(plan: Plan, inputs: KernelInputs, padded_length: int) -> list[Operand]:
+    pad_tokens = partial(padded, axis=1, size=padded_length)
+    operands = [
+        _by_query(plan, "q", pad_tokens(inputs.q), plan.K),
+        _by_key(plan, "k", pad_tokens(inputs.k), plan.K),
+        _by_key(plan, "v", pad_tokens(inputs.v), plan.V),
+    ]
+    gate_logits = inputs.gate_logits
+    if gate_logits is not None and plan.gate == "element":
+        operand = _by_query(plan, "gate", pad_tokens(gate_logits), plan.V)
+        operands.append(operand)
+    elif gate_logits is not None:
+        by_head = padded(gate_logits, 3, padded_length)
+        operand = _number_by_query(plan, "gate", by_head)
+        operands.append(operand)
+    if inputs.segment_ids is not None:
+        # Padding with the last id does not widen the bounds of the last block.
+        ids = padded(inputs.segment_ids, 2, padded_length, mode="edge")
+        operands += _segments(plan, ids)
+    return operands
+
+
+def _outputs(
+    plan: Plan,
+    inputs: KernelInputs,
+    padded_length: int,
+    save: bool,
+) -> list[Operand]:
+    B = inputs.q.shape[0]
+    by_token = (B, padded_length, plan.H * plan.V)
+    y = like(inputs.q, by_token, plan.out_dtype)
+    operands = [_by_query(plan, "y", y, plan.V)]
+    if not save:
+        return operands
+    output = like(inputs.q, by_token, jnp.float32)
+    for n in plan.saved_outputs:
+        operands.append(_by_query(plan, f"o{n}", output, plan.V))
+    statistic = like(
+        inputs.q,
+        (B, plan.H, 1, padded_length),
+        jnp.float32,
+    )
+    for n in range(saved_statistics(plan.normalizer)):
+        operands.append(_number_by_query(plan, f"saved{n}", statistic))
+    return operands
+
+
+# --- the kernel
+
+
+def _kernel(
+    plan: Plan,
+    tables: Tables,
+    refs: dict[str, Ref],
+    scratch: list[Ref],
+) -> None:
+    """One grid step: a tile of one head."""
+    normalizer = plan.normalizer
+    b = pl.program_id(0)
+    h = pl.program_id(1)
+    p = pl.program_id(2)
+    # In the order of `forward`.
+    sums = scratch[: normalizer.sums]
+    statistics = scratch[normalizer.sums :]
+    flags = tables.tiles.flags[p]
+    q_block = tables.tiles.q_blocks[p]
+    k_block = tables.tiles.k_blocks[p]
+
+    @pl.when(flags & FIRST != 0)
+    def start_rows() -> None:
+        # The shape of what the normalizer keeps of a block's rows.
         zero = jnp.zeros((plan.forward.block, tile.lanes(normalizer)), jnp.float32)
-        sink = None if tables.sinks is None else zero + tables.sinks[h]
-        for ref, x in zip(row, normalizer.start(zero, (), sink)):
-            ref[...] = x
+        sink = None if tables.sink_logits is None else zero + tables.sink_logits[h]
+        for ref, start in zip(statistics, normalizer.start(zero, (), sink)):
+            ref[...] = start
         for ref in sums:
             ref[...] = jnp.zeros_like(ref)
 
-    for kind in sorted(set(forward_visits(plan).what & 3)):
-        due = (what & 3) == kind
-        if plan.segments:
-            due &= tables.segments.may_meet(b, i, j)
-        pl.when(due)(partial(_tile, plan, tables, refs, sums, row, int(kind), h, i, j))
+    # Each kind of tile is compiled by itself. Only the kinds that the table has are.
+    kinds = set(forward_tiles(plan).flags & KIND_BITS)
+    for kind in sorted(kinds):
+        is_due = (flags & KIND_BITS) == kind
+        if tables.segments is not None:
+            num_blocks = -(-plan.T // plan.forward.block)
+            is_due &= tables.segments.may_share_segment(num_blocks, b, q_block, k_block)
 
-    @pl.when(what & LAST != 0)
-    def _():
-        outputs, saved = normalizer.finish(
-            tuple(ref[...] for ref in row), [ref[...] for ref in sums]
-        )
+        def add_tile(kind: int = int(kind)) -> None:
+            _add_tile(
+                plan,
+                refs,
+                sums,
+                statistics,
+                kind=kind,
+                slope=None if tables.alibi_slopes is None else tables.alibi_slopes[h],
+                first_query=q_block * plan.forward.block,
+                first_key=k_block * plan.forward.block,
+            )
+
+        pl.when(is_due)(add_tile)
+
+    @pl.when(flags & LAST != 0)
+    def end_rows() -> None:
+        row = tuple(ref[...] for ref in statistics)
+        weighted_sums = [ref[...] for ref in sums]
+        outputs, saved = normalizer.finish(row, weighted_sums)
+        # The first output is the ungated o.
         y = outputs[0]
         if plan.gate == "element":
-            y = y * tile.open_gate(refs["gate"][0])
+            gate = tile.sigmoid(refs["gate"][0])
+            y = y * gate
         elif plan.gate == "head":
-            y = y * tile.as_column(tile.open_gate(refs["gate"][0, 0]))
+            # The gate of a head runs along lanes; rows of y run down.
+            gate = tile.sigmoid(refs["gate"][0, 0])
+            y = y * tile.as_column(gate)
         refs["y"][0] = y.astype(plan.out_dtype)
-        for n, o in enumerate(outputs):
+        # Only what `_outputs` asked for is there to be written.
+        for n, output in enumerate(outputs):
             if f"o{n}" in refs:
-                refs[f"o{n}"][0] = o
+                refs[f"o{n}"][0] = output
         for n, column in enumerate(saved):
             if f"saved{n}" in refs:
+                # A column in HBM would fill 128 lanes for each number.
                 refs[f"saved{n}"][0, 0] = tile.as_row(column)
 
 
-def _tile(
-    plan: Plan, tables: Tables, refs: dict, sums: list, row: list, kind: int, h, i, j
+def _add_tile(
+    plan: Plan,
+    refs: dict[str, Ref],
+    sums: list[Ref],
+    statistics: list[Ref],
+    *,
+    kind: int,
+    slope: Array | None,
+    first_query: Array,
+    first_key: Array,
 ) -> None:
-    """A block of queries meets a block of keys."""
-    normalizer, block, rows = plan.normalizer, plan.forward.block, plan.forward.rows
-    slope = None if tables.slopes is None else tables.slopes[h]
-    groups = range(0, block, rows)
-    ends = [start + rows if kind == DIAGONAL else block for start in groups]
+    """Adds a block of keys and values to the sums of a block of queries.
 
-    def place(start: int, end: int) -> tile.Positions:
-        at = tile.positions(i * block + start, rows, j * block, end, turned=False)
+    Args:
+      plan: the static arguments.
+      refs: the kernel's operands by name.
+      sums: of weighted values, [block, V] each; added to.
+      statistics: what the normalizer keeps of a row, [block, 1 or lanes] each; updated.
+      kind: of the tile: FULL, DIAGONAL or MASKED.
+      slope: of this head, or None.
+      first_query: position of the first query of the tile.
+      first_key: position of the first key of the tile.
+    """
+    normalizer = plan.normalizer
+    block = plan.forward.block
+    rows = plan.forward.rows
+    # FULL tiles need no mask of positions.
+    by_position = kind in (DIAGONAL, MASKED)
+    starts = range(0, block, rows)
+
+    def group_rows(start: int) -> slice:
+        return slice(start, start + rows)
+
+    def num_keys(start: int) -> int:
+        # On the diagonal the keys after a group's last query are hidden from all of it.
+        return start + rows if kind == DIAGONAL else block
+
+    def positions(start: int) -> Positions:
+        end = num_keys(start)
+        at = tile.positions(
+            first_query + start,
+            rows,
+            first_key,
+            end,
+            transposed=False,
+        )
         if plan.segments:
-            own = tile.as_column(refs["query_segments"][0, :, start : start + rows])
-            at = at._replace(query_segments=own, key_segments=refs["key_segments"][0, :, :end])
+            # They are stored along lanes; rows of this tile are queries.
+            query_segments = tile.as_column(refs["query_segments"][0, :, group_rows(start)])
+            key_segments = refs["key_segments"][0, :, :end]
+            at = at._replace(query_segments=query_segments, key_segments=key_segments)
         return at
 
-    def logits(n: int) -> Array:
-        start, end = groups[n], ends[n]
-        at = place(start, end)
-        return tile.logits(
-            plan, refs["q"][0, start : start + rows], refs["k"][0, :end], slope, at
-        ).s
+    def logits(start: int) -> Array:
+        at = positions(start)
+        q = refs["q"][0, group_rows(start)]
+        k = refs["k"][0, : num_keys(start)]
+        return tile.logits(plan, q, k, slope, at).values
 
-    def weigh(n: int, s: Array) -> None:
-        start, end = groups[n], ends[n]
-        at, own = place(start, end), slice(start, start + rows)
-        added = normalizer.add(
-            tuple(ref[own] for ref in row),
-            s,
-            tile.seen(plan, at, kind in (DIAGONAL, MASKED)),
-            at.keys,
-        )
-        for ref, x in zip(row, added.row):
-            ref[own] = x
+    def add_values(start: int, s: Array) -> None:
+        at = positions(start)
+        group = group_rows(start)
+        # What the normalizer knows of these rows, from the tiles before.
+        row = tuple(ref[group] for ref in statistics)
+        mask = tile.visible(plan, at, by_position)
+        added = normalizer.add(row, s, mask, at.keys)
+        for ref, statistic in zip(statistics, added.row):
+            ref[group] = statistic
         for ref, weights in zip(sums, added.weights):
-            product = tile.matmul(plan, weights, refs["v"][0, :end])
-            kept = ref[own] if added.keep is None else tile.across(added.keep, plan.V) * ref[own]
-            ref[own] = kept + product
+            product = tile.matmul(
+                plan,
+                weights,
+                refs["v"][0, : num_keys(start)],
+            )
+            kept = ref[group]
+            if added.keep is not None:
+                # The sums so far were weighted relative to another maximum.
+                kept = tile.across(added.keep, plan.V) * kept
+            ref[group] = kept + product
 
+    in_lag_order(starts, plan.forward.lag, logits, add_values)
+
+
+def in_lag_order[T](
+    starts: range,
+    lag: int,
+    first: Callable[[int], T],
+    second: Callable[[int, T], None],
+) -> None:
+    """second(start, first(start)) of every group of rows, `first` being `lag` groups ahead.
+
+    Args:
+      starts: the first row of every group.
+      lag: how many groups the products of `first` are ahead of `second`, in program order.
+      first: begins a group: its matrix products.
+      second: ends a group, given what `first` made of it.
+    """
     ahead = {}
-    for turn in range(len(groups) + plan.forward.lag):
-        if turn < len(groups):
-            ahead[turn] = logits(turn)
-        if turn >= plan.forward.lag:
-            weigh(turn - plan.forward.lag, ahead.pop(turn - plan.forward.lag))
+    # This loop runs while the kernel is traced: it decides the order of instructions.
+    for n in range(len(starts) + lag):
+        if n < len(starts):
+            ahead[n] = first(starts[n])
+        done = n - lag
+        if done >= 0:
+            second(starts[done], ahead.pop(done))

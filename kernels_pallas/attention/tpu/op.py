@@ -1,180 +1,187 @@
-"""`attention` on TPU (Pallas, Mosaic), forward and backward: what the kernels cover, views, derivative.
+"""`attention` on TPU (Pallas, Mosaic): what the kernels cover, their views, the derivative.
 
-One kernel each way, each tile visited once (`forward.py`, `backward.py`); the mathematics is in `normalizers/base.py` and
-`tile.py`, block sizes in `tuning.py`. The output gate is the forward kernel's last step and the backward
-kernel's first. Saved for the backward pass: the inputs, the ungated output in float32 (by the name "attention_out", as
-is y: a policy that keeps both runs no kernel again) and the few numbers a row that the normalizer wants ("attention_lse").
+One kernel each way, which computes each tile once: `forward.py`, `backward.py`. How logits become
+weights is in `normalizers/base.py`, the mathematics of a tile in `tile.py`, block sizes in
+`tuning.py`; `attention/kernels.py` says what is saved for the backward pass. The output gate is the
+forward kernel's last step and the backward kernel's first.
 
-Matrix units multiply bfloat16. With float16 or float32 inputs every operand keeps all its bits, in several passes. With
-bfloat16 inputs a matmul is one pass and rounds weights and logits' gradients, as every flash kernel does. Under
-`jax.default_matmul_precision("highest")` they too keep their bits; and in interpret mode, which rounds nothing.
+Matrix units multiply bfloat16. With float16 or float32 inputs every operand keeps all its bits, in
+several passes. With bfloat16 inputs a matmul is one pass and rounds weights and the gradients of
+logits, as every flash kernel does. Under `jax.default_matmul_precision("highest")` they too keep
+their bits; and in interpret mode, which rounds nothing.
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.normalizers.base import Normalizer
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
+from kernels_pallas.attention.kernels import (
+    Residuals,
+    gate_kind,
+    over_mesh,
+    residuals,
+    unsupported_arrays,
+)
 from kernels_pallas.attention.tpu.backward import backward
-from kernels_pallas.attention.tpu.forward import forward, kept_outputs
-from kernels_pallas.attention.tpu.plan import LANES, Inputs, Plan
+from kernels_pallas.attention.tpu.forward import forward
+from kernels_pallas.attention.tpu.plan import LANES, KernelInputs, Plan
 from kernels_pallas.attention.tpu.tile import on_tpu
 from kernels_pallas.attention.tpu.tuning import MAX_D, schedules
-from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
-from kernels_pallas.common.mesh import by_rows_and_heads, varying_axes
+from kernels_pallas.common.padding import padded, round_up
+from kernels_pallas.common.precision import one_bfloat16_pass
+from kernels_pallas.common.tpu import Interpret, interpret_params
 
 
-def unsupported(q, k, v, normalizer: Normalizer) -> str | None:
-    """Why this room cannot take a call, or None when it can."""
-    if any(x.dtype == jnp.float64 for x in (q, k, v)):
-        return "does not compute in float64"
-    if max(q.shape[-1], v.shape[-1]) > MAX_D:
-        return f"takes K and V up to {MAX_D}, not {q.shape[-1]} and {v.shape[-1]}"
-    if normalizer.walks > 1:
-        return f"takes normalizers that walk over the keys once, not {type(normalizer).__name__}"
-    return None
+def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    """Why this backend cannot take a call, or None when it can."""
+    return unsupported_arrays(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        options.normalizer,
+        MAX_D,
+    )
 
 
 def unsupported_step() -> str:
-    """Why this room does not take `attention_step`."""
+    """Why this backend does not take `attention_step`."""
     return (
         "has no kernel for one token against a cache: XLA reads the cache once, as a kernel would"
     )
 
 
 def attention(
-    q,
-    k,
-    v,
-    gate,
-    sink_logits,
-    alibi_slopes,
-    segment_ids,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
     *,
-    normalizer: Normalizer,
-    causal: bool,
-    window: int | None,
-    logits_soft_cap: float | None,
-    scale: float,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> Array:
     """As `api.attention`, with every default filled in. Any T."""
-    options = dict(
-        normalizer=normalizer,
-        causal=causal,
-        window=window,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        interpret=interpret,
-    )
-    arrays = (q, k, v, gate, sink_logits, alibi_slopes, segment_ids)
-    letters = ("b.h.", "b.h.", "b.h.", "b.h.", "h", "h", "b.")
-    part = lambda *parts: (_attend(*parts, **options),)
-    return by_rows_and_heads(part, arrays, letters, ("b.h.",), math.gcd(q.shape[2], k.shape[2]))[0]
+
+    def attend(part: AttentionInputs) -> Array:
+        return _attend(part, options, interpret)
+
+    return over_mesh(attend, inputs)
 
 
-def _attend(q, k, v, gate, sinks, slopes, segments, *, interpret, **options) -> Array:
-    (B, T, H, K), Hk, V, out_dtype = q.shape, k.shape[2], v.shape[3], v.dtype
-    # Mosaic does not convert to or from float16.
-    known = lambda x: x.astype(jnp.float32) if x is not None and x.dtype == jnp.float16 else x
-    q, k, v, gate = map(known, (q, k, v, gate))
-    wide = [-(-D // LANES) * LANES for D in (K, V)]
-    kind = "none" if gate is None else "head" if gate.shape[-1] == 1 else "element"
-    options["normalizer"] = on_tpu(options["normalizer"])
+def _attend(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    interpret: Interpret,
+) -> Array:
+    """y [B, T, H, V] of the rows and heads of one device."""
+    B, T, H, K = inputs.q.shape
+    Hk = inputs.k.shape[2]
+    V = inputs.v.shape[3]
+    q = _without_float16(inputs.q)
+    k = _without_float16(inputs.k)
+    v = _without_float16(inputs.v)
+    # A block is a range of columns, which must begin and end at whole registers.
+    padded_K = round_up(K, LANES)
+    padded_V = round_up(V, LANES)
     plan = Plan(
-        **options,
+        normalizer=on_tpu(options.normalizer),
+        causal=options.causal,
+        window=options.window,
+        logits_soft_cap=options.logits_soft_cap,
+        scale=options.scale,
         T=T,
         H=H,
         Hk=Hk,
-        K=wide[0],
-        V=wide[1],
-        gate=kind,
-        segments=segments is not None,
-        slopes=slopes is not None,
+        K=padded_K,
+        V=padded_V,
+        gate=gate_kind(inputs.gate_logits),
+        segments=inputs.segment_ids is not None,
+        slopes=inputs.alibi_slopes is not None,
         rounds=_rounds(interpret, q, k, v),
         out_dtype=jnp.dtype(v.dtype),
-        interpret=_interpret(interpret, q),
-        **schedules(T, *wide, options["window"]),
+        interpret=interpret_params(interpret, q),
+        **schedules(T, padded_K, padded_V, options.window),
     )
-    numbers = lambda x: None if x is None else x.astype(jnp.float32)
-    if kind == "head":
-        gate = numbers(jnp.swapaxes(gate, 1, 2).reshape(B, H, 1, T))
-    elif kind == "element":
-        gate = _flat(gate, plan.V)
-    segments = None if segments is None else segments[:, None].astype(jnp.int32)
-    x = Inputs(
-        _flat(q, plan.K),
-        _flat(k, plan.K),
-        _flat(v, plan.V),
-        gate,
-        numbers(sinks),
-        numbers(slopes),
-        segments,
+    segment_ids = inputs.segment_ids
+    if segment_ids is not None:
+        # [B, 1, T]: tokens along lanes, as every number by token.
+        segment_ids = segment_ids[:, None].astype(jnp.int32)
+    kernel_inputs = KernelInputs(
+        q=_heads_as_columns(q, padded_K),
+        k=_heads_as_columns(k, padded_K),
+        v=_heads_as_columns(v, padded_V),
+        gate_logits=_gate_for_kernel(plan, inputs.gate_logits),
+        sink_logits=_as_float32(inputs.sink_logits),
+        alibi_slopes=_as_float32(inputs.alibi_slopes),
+        segment_ids=segment_ids,
     )
-    return _attention(plan, x).reshape(B, T, H, plan.V)[..., :V].astype(out_dtype)
+    y = _attention(plan, kernel_inputs).reshape(
+        B,
+        T,
+        H,
+        padded_V,
+    )
+    # Without the channels of padding.
+    return y[..., :V].astype(inputs.v.dtype)
 
 
-def _rounds(interpret, *arrays: Array) -> bool:
+def _without_float16(x: Array) -> Array:
+    """Float16 as float32: Mosaic does not convert to or from float16."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+
+
+def _as_float32(x: Array | None) -> Array | None:
+    return None if x is None else x.astype(jnp.float32)
+
+
+def _heads_as_columns(x: Array, width: int) -> Array:
+    """[B, T, heads, D] -> [B, T, heads * width], the channels of every head padded with zeros."""
+    B, T, _, _ = x.shape
+    return padded(x, 3, width).reshape(
+        B,
+        T,
+        -1,
+    )
+
+
+def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
+    """[B, T, H*V], or for a gate by head [B, H, 1, T]: tokens along lanes."""
+    if gate_logits is None:
+        return None
+    if plan.gate == "element":
+        return _heads_as_columns(_without_float16(gate_logits), plan.V)
+    B, T, H, _ = gate_logits.shape
+    # [B, T, H, 1] -> [B, H, 1, T]
+    by_head = jnp.swapaxes(gate_logits, 1, 2).reshape(
+        B,
+        H,
+        1,
+        T,
+    )
+    return by_head.astype(jnp.float32)
+
+
+def _rounds(interpret: Interpret, *arrays: Array) -> bool:
     """Whether matmuls are one pass of bfloat16."""
-    one_pass = jax.config.jax_default_matmul_precision in (
-        None,
-        "default",
-        "fastest",
-        "bfloat16",
-        "BF16_BF16_F32",
-    )
-    return not interpret and one_pass and all(x.dtype == jnp.bfloat16 for x in arrays)
+    # The interpreter rounds nothing, so that tests can compare with the reference closely.
+    return not interpret and one_bfloat16_pass(*arrays)
 
 
-def _interpret(interpret: bool, x: Array):
-    """The plain interpreter is the quicker one, but knows nothing of varying axes."""
-    return pltpu.InterpretParams() if interpret is True and varying_axes(x) else interpret
-
-
-def _flat(x: Array, D: int) -> Array:
-    """[B, T, heads, d] -> [B, T, heads * D]."""
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, D - x.shape[3]))) if x.shape[3] < D else x
-    return x.reshape(*x.shape[:2], -1)
+# --- the derivative
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, x: Inputs) -> Array:
+def _attention(plan: Plan, inputs: KernelInputs) -> Array:
     """y [B, T, H*V]."""
-    return forward(plan, x, save=False)["y"]
+    return forward(plan, inputs, save=False).y
 
 
-def _forward(plan: Plan, x: Inputs):
-    out = forward(plan, x, save=True)
-    y = checkpoint_name(
-        out["y"], OUT_NAME
-    )  # who multiplies it by a matrix wants it again for that matrix's gradient
-    outputs = {n: checkpoint_name(out[f"o{n}"], OUT_NAME) for n in kept_outputs(plan)}
-    saved = [
-        checkpoint_name(out[f"saved{n}"], STATISTIC_NAME)
-        for n in range(sum("saved" in name for name in out))
-    ]
-    return y, (x, y if _y_is_o(plan) else None, outputs, saved)
+def _forward(plan: Plan, inputs: KernelInputs) -> tuple[Array, Residuals]:
+    result = forward(plan, inputs, save=True)
+    return residuals(result, inputs, plan.normalizer)
 
 
-def _backward(plan: Plan, residuals, dy: Array):
-    x, y, outputs, saved = residuals
-    d = backward(plan, x, outputs if y is None else {0: y} | outputs, saved, dy)
-    by_head = lambda name: d[name].sum((0, 2, 3)) if name in d else None
-    return (
-        Inputs(
-            d["dq"], d["dk"], d["dv"], d.get("dgate"), by_head("dsinks"), by_head("dslopes"), None
-        ),
-    )
+def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
+    return (backward(plan, saved, dy),)
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _y_is_o(plan: Plan) -> bool:
-    """Whether the output itself, unrounded and without a gate, is what the backward pass needs."""
-    return plan.keeps_o and 0 not in kept_outputs(plan)

@@ -1,6 +1,10 @@
-"""What of a call the TPU kernels of `attention` know while they are compiled: the plan, and which tiles they visit."""
+"""The static arguments of the TPU kernels of `attention`, and the tables of tiles they loop over.
 
-import math
+Both kernels cut the sequence into blocks, as many of queries as of keys. A tile is a block of
+queries against a block of keys. The last axis of a kernel's grid counts the entries of a table of
+tiles, made here while the call is traced: tiles that the mask hides entirely are not in it.
+"""
+
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,56 +12,78 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from kernels_pallas.attention.kernels import GateKind, count_visible_pairs, saved_outputs
 from kernels_pallas.attention.normalizers.base import Normalizer
+from kernels_pallas.common.padding import round_up
+from kernels_pallas.common.tpu import Interpret
 
 LANES = 128
 
-# What a visit computes. Only MASKED looks at positions in every part of its tile.
-FULL, DIAGONAL, MASKED, NOTHING = range(4)
-FIRST, LAST, FLUSH = (
-    4,
-    8,
-    16,
-)  # bits: of the visits of a row block; of a key block, whose sums are complete then
+# What there is to compute in a tile. FULL tiles hide nothing by position; the keys of a DIAGONAL
+# tile begin where its queries begin, so half of it is hidden; MASKED ones are cut in another way.
+FULL, DIAGONAL, MASKED, EMPTY = range(4)
+# The kind of a tile is in the lowest two bits of its flags, and these are the others.
+KIND_BITS = 3
+FIRST = 4  # the first tile of its block of queries (in a span of keys, in the backward pass)
+LAST = 8  # the last tile of its block of queries
+FLUSH = 16  # backward: with this tile the gradients of its block of keys are complete
 
 
 class Schedule(NamedTuple):
     """How a kernel is cut. Only its time and memory depend on this."""
 
-    block: int  # queries, and keys, in a grid step
-    rows: int  # of a block that are worked on together: queries forward, keys backward
-    lag: int = 1  # how many such groups the matrix unit is ahead, in program order
-    span: int = 1 << 30  # backward: keys whose gradients are summed up in VMEM
+    # Queries, and keys, in a tile.
+    block: int
+    # Of a block, those that are computed together: queries forward, keys backward.
+    rows: int
+    # How many such groups the matrix unit is ahead, in program order.
+    lag: int = 1
+    # Backward: how many keys have their gradients summed up in VMEM at a time.
+    span: int = 1 << 30
 
     def fitted(self, T: int) -> "Schedule":
-        """Blocks that cover T with as little padding as their groups allow."""
-        rows = min(self.rows, _up(T, LANES))
-        count = -(-T // max(self.block, rows))
-        block = _up(-(-T // count), rows)
-        return self._replace(block=block, rows=rows, span=max(1, self.span // block) * block)
+        """Blocks that cover T tokens with as little padding as their groups allow."""
+        # A short sequence may be less than a group; groups are whole registers.
+        rows = min(self.rows, round_up(T, LANES))
+        num_blocks = -(-T // max(self.block, rows))
+        # As many blocks as before, of equal size: none is mostly padding.
+        block = round_up(-(-T // num_blocks), rows)
+        blocks_in_span = max(1, self.span // block)
+        return self._replace(
+            block=block,
+            rows=rows,
+            span=blocks_in_span * block,
+        )
 
 
 class Plan(NamedTuple):
-    """What of a call is static. K and V are as the kernels see them, T is the true length."""
+    """The static arguments of a call."""
 
     normalizer: Normalizer
     causal: bool
     window: int | None
     logits_soft_cap: float | None
     scale: float
+    # The true length, without padding.
     T: int
     H: int
     Hk: int
+    # Padded to whole registers, as the kernels see them.
     K: int
     V: int
-    gate: str  # "none", "head" or "element"
+    # The kind of the output gate.
+    gate: GateKind
+    # Whether there are segment ids, and ALiBi slopes.
     segments: bool
     slopes: bool
-    rounds: bool  # matmuls are one pass of bfloat16
+    # Whether matmuls round their operands to bfloat16, in one pass.
+    rounds: bool
+    # Of y, before `op.py` converts it to v's dtype.
     out_dtype: jnp.dtype
     forward: Schedule
     backward: Schedule
-    interpret: object  # as pallas_call takes it
+    # As `pallas_call` takes it.
+    interpret: Interpret
 
     @property
     def group(self) -> int:
@@ -65,103 +91,144 @@ class Plan(NamedTuple):
         return self.H // self.Hk
 
     @property
-    def keeps_o(self) -> bool:
-        """Whether the backward pass needs the ungated output."""
-        return self.gate != "none" or 0 in self.normalizer.deltas
+    def pairs(self) -> int:
+        """Pairs of a query and a key that the mask leaves, without segments."""
+        return count_visible_pairs(self.T, self.causal, self.window)
+
+    @property
+    def saved_outputs(self) -> list[int]:
+        """Which outputs of the normalizer the forward kernel writes for the backward kernel."""
+        return saved_outputs(self.normalizer, self.gate, self.out_dtype)
 
 
-class Inputs(NamedTuple):
-    """The arrays of a call. The last axis fills registers; rows of numbers run along it."""
+class KernelInputs(NamedTuple):
+    """The arrays of a call as the kernels take them.
+
+    A head is a range of columns, so that the last axis fills registers; numbers that belong to
+    a token have tokens as their last axis.
+    """
 
     q: Float[Array, "B T H*K"]
     k: Float[Array, "B T Hk*K"]
     v: Float[Array, "B T Hk*V"]
-    gate: Float[Array, "B T H*V"] | Float[Array, "B H 1 T"] | None
-    sinks: Float[Array, "H"] | None
-    slopes: Float[Array, "H"] | None
-    segments: Int[Array, "B 1 T"] | None
+    gate_logits: Float[Array, "B T H*V"] | Float[Array, "B H 1 T"] | None
+    sink_logits: Float[Array, "H"] | None
+    alibi_slopes: Float[Array, "H"] | None
+    segment_ids: Int[Array, "B 1 T"] | None
 
 
-class Visits(NamedTuple):
-    """The tiles that a kernel visits, in order; those of the backward pass, span after span."""
+class TileTable(NamedTuple):
+    """The tiles of a kernel in the order of its grid; inside the kernel, references to SMEM."""
 
-    rows: Int[np.ndarray, "N"]
-    keys: Int[np.ndarray, "N"]
-    what: Int[np.ndarray, "N"]
+    q_blocks: Int[np.ndarray, "N"]
+    k_blocks: Int[np.ndarray, "N"]
+    flags: Int[np.ndarray, "N"]
 
 
-def kinds(plan: Plan, block: int) -> Int[np.ndarray, "Nq Nk"]:
-    """What there is to compute in every tile."""
-    n = -(-plan.T // block)
-    i, j = np.arange(n)[:, None] * block, np.arange(n)[None, :] * block
-    nearest, farthest = (
-        i - (j + block - 1),
-        i + block - 1 - j,
-    )  # the least and the largest distance row - key
-    some, all_of_it = np.full((n, n), True), np.broadcast_to(j + block <= plan.T, (n, n))
+def tile_kinds(plan: Plan, block: int) -> Int[np.ndarray, "N N"]:
+    """What there is to compute in every tile, by its block of queries and its block of keys."""
+    num_blocks = -(-plan.T // block)
+    first_query = np.arange(num_blocks)[:, None] * block
+    first_key = np.arange(num_blocks)[None, :] * block
+    last_query = first_query + block - 1
+    last_key = first_key + block - 1
+    # The least and the largest distance query - key in a tile.
+    nearest = first_query - last_key
+    farthest = last_query - first_key
+
+    # Is any pair of the tile visible, and is every one?
+    shape = (num_blocks, num_blocks)
+    some_visible = np.full(shape, True)
+    all_visible = np.broadcast_to(last_key < plan.T, shape)
     if plan.causal:
-        some, all_of_it = some & (farthest >= 0), nearest >= 0
+        some_visible = farthest >= 0
+        # This hides keys of padding as well: they come after every query.
+        all_visible = nearest >= 0
     if plan.window is not None:
-        some &= (nearest < plan.window) & (farthest > -plan.window)
-        all_of_it = all_of_it & (farthest < plan.window) & (nearest > -plan.window)
-    if (
-        plan.slopes and plan.T % block
-    ):  # rows of padding would weigh keys by a slope alone, which may be negative
-        all_of_it = all_of_it & (i + block <= plan.T)
-    found = np.where(some, np.where(all_of_it, FULL, MASKED), NOTHING)
+        # |distance| < window, of the nearest and of the farthest pair.
+        some_visible = some_visible & (nearest < plan.window) & (farthest > -plan.window)
+        all_visible = all_visible & (farthest < plan.window) & (nearest > -plan.window)
+    if plan.slopes and plan.T % block:
+        # Queries of padding would weigh keys by a slope alone. It may be negative, and then large
+        # distances overflow.
+        all_visible = all_visible & (last_query < plan.T)
+
+    kinds = np.full(shape, EMPTY)
+    kinds[some_visible] = MASKED
+    kinds[some_visible & all_visible] = FULL
+    # On the diagonal no other condition than causality cuts, if the window is at least a block.
     if plan.causal and (plan.window is None or plan.window >= block):
-        np.fill_diagonal(found, DIAGONAL)
-    return found
+        np.fill_diagonal(kinds, DIAGONAL)
+    return kinds
 
 
-def forward_visits(plan: Plan) -> Visits:
-    """Row block after row block."""
-    found = kinds(plan, plan.forward.block)
-    visits = []
-    for i, row in enumerate(found):
-        keys = np.flatnonzero(row != NOTHING)
+def forward_tiles(plan: Plan) -> TileTable:
+    """The tiles of the forward kernel: for one block of queries after another, the keys it sees."""
+    kinds = tile_kinds(plan, plan.forward.block)
+    tiles = []
+    for i, kinds_of_row in enumerate(kinds):
+        keys = np.flatnonzero(kinds_of_row != EMPTY).tolist()
         for j in keys:
-            visits.append((i, j, row[j] | FIRST * (j == keys[0]) | LAST * (j == keys[-1])))
-    return Visits(*np.array(visits, np.int32).T)
+            flags = int(kinds_of_row[j]) | _first_and_last(j, keys)
+            tiles.append((i, j, flags))
+    return _table(tiles)
 
 
-def backward_visits(plan: Plan) -> tuple[Visits, int, int]:
-    """The visits of every span of key blocks, as many for each; how many, and the blocks of a span.
+def backward_tiles(plan: Plan) -> tuple[TileTable, int, int]:
+    """The tiles of the backward kernel, one span of key blocks after another.
 
-    In every span every row block is visited, if only to write zeros, and the last one meets every key block.
+    In every span every block of queries has a tile, if only to write zeros to its dq, and the last
+    block of queries has a tile with every block of keys, which completes dk and dv.
+
+    Returns:
+      The table; how many entries a span has, the same for each; how many blocks a span has.
     """
-    found = kinds(plan, plan.backward.block)
-    n = len(found)
-    length = min(n, plan.backward.span // plan.backward.block)
+    kinds = tile_kinds(plan, plan.backward.block)
+    num_blocks = len(kinds)
+    blocks_per_span = min(num_blocks, plan.backward.span // plan.backward.block)
     spans = []
-    for start in range(0, n, length):
-        visits, inside = [], range(start, min(start + length, n))
-        for i in range(n):
-            keys = [j for j in inside if found[i, j] != NOTHING or i == n - 1] or [start]
-            for j in keys:
-                flags = FIRST * (j == keys[0]) | LAST * (j == keys[-1]) | FLUSH * (i == n - 1)
-                visits.append((i, j, found[i, j] | flags))
-        spans.append(visits)
-    most = max(map(len, spans))
-    idle = lambda visits: [(visits[-1][0], visits[-1][1], NOTHING)] * (most - len(visits))
-    every = [v for visits in spans for v in (*visits, *idle(visits))]
-    return Visits(*np.array(every, np.int32).T), most, length
+    for start in range(0, num_blocks, blocks_per_span):
+        span = range(start, min(start + blocks_per_span, num_blocks))
+        spans.append(_tiles_of_span(kinds, span))
+
+    tiles_per_span = max(len(tiles) for tiles in spans)
+    tiles = []
+    for of_span in spans:
+        tiles += of_span
+        # Shorter spans end by repeating their last tile without computing anything.
+        last_q_block, last_k_block, _ = of_span[-1]
+        idle = (last_q_block, last_k_block, EMPTY)
+        tiles += [idle] * (tiles_per_span - len(of_span))
+    return _table(tiles), tiles_per_span, blocks_per_span
 
 
-def pairs(plan: Plan) -> int:
-    """Pairs of a query and a key that the mask lets meet, without segments."""
-    i = np.arange(plan.T)
-    least = np.zeros_like(i) if plan.window is None else np.maximum(i - plan.window + 1, 0)
-    most = i + 1 if plan.causal else np.full_like(i, plan.T)
-    if plan.window is not None and not plan.causal:
-        most = np.minimum(i + plan.window, plan.T)
-    return int(np.sum(most - least))
+def _tiles_of_span(kinds: Int[np.ndarray, "N N"], span: range) -> list[tuple[int, int, int]]:
+    """(block of queries, block of keys, flags) of every tile of one span of key blocks."""
+    num_blocks = len(kinds)
+    tiles = []
+    for i in range(num_blocks):
+        if i == num_blocks - 1:
+            # The last queries of a span: with them every block of its keys is complete.
+            keys = list(span)
+            flush = FLUSH
+        else:
+            visible = [j for j in span if kinds[i, j] != EMPTY]
+            # A block of queries that sees nothing here still has dq to write: zeros.
+            keys = visible or [span.start]
+            flush = 0
+        for j in keys:
+            flags = int(kinds[i, j]) | _first_and_last(j, keys) | flush
+            tiles.append((i, j, flags))
+    return tiles
 
 
-def exact_scale(scale: float) -> bool:
-    """Whether multiplying by it rounds nothing."""
-    return math.frexp(scale)[0] in (0.5, -0.5)
+def _first_and_last(j: int, keys: list[int]) -> int:
+    """The flags of key block j in the order of its block of queries."""
+    first = FIRST if j == keys[0] else 0
+    last = LAST if j == keys[-1] else 0
+    return first | last
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _table(tiles: list[tuple[int, int, int]]) -> TileTable:
+    q_blocks, k_blocks, flags = np.array(tiles, np.int32).T
+    return TileTable(q_blocks, k_blocks, flags)

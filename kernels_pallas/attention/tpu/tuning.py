@@ -1,14 +1,17 @@
 """Block sizes of the TPU kernels of `attention`, as data.
 
-`benchmarks/tune_attention.py` fills the table by model time. A schedule changes only the time of a call.
+`benchmarks/tune_attention.py` fills the table by model time. A schedule changes only the time of a
+call.
 """
 
 from kernels_pallas.attention.tpu.plan import LANES, Schedule
 from kernels_pallas.common.device import device_kind
+from kernels_pallas.common.padding import round_up
 
 MAX_D = 256
 
-# device kind -> lanes of the larger of K and V -> (forward, backward). The device kind is jax.Device.device_kind's.
+# device kind -> lanes of the larger of K and V -> (forward, backward). The device kind is that of
+# jax.Device.device_kind.
 TUNED = {
     "TPU v5 lite": {
         128: (Schedule(block=2048, rows=128), Schedule(block=2048, rows=128)),
@@ -23,20 +26,47 @@ TUNED = {
         256: (Schedule(block=1024, rows=256), Schedule(block=1024, rows=256)),
     },
 }
-DEFAULT_KIND = "TPU v6 lite"  # the nearest to later ones: a matrix unit of 256
-SPAN_BYTES = 16 * 2**20  # of float32 sums of dk and dv in VMEM
+# For chips without a row of their own: later ones have a matrix unit of 256, as v6e has.
+DEFAULT_KIND = "TPU v6 lite"
+# Of VMEM, for the float32 sums of dk and dv of a span of keys.
+SPAN_BYTES = 16 * 2**20
 
 
-def schedules(T: int, K: int, V: int, window: int | None) -> dict[str, Schedule]:
-    """{"forward", "backward"} for a call on the device that it is compiled for."""
-    forward, backward = TUNED.get(device_kind(), TUNED[DEFAULT_KIND])[max(K, V)]
-    backward = backward._replace(span=SPAN_BYTES // (4 * (K + V)))
-    return {"forward": _fitted(forward, T, window), "backward": _fitted(backward, T, window)}
+def schedules(
+    T: int,
+    K: int,
+    V: int,
+    window: int | None,
+) -> dict[str, Schedule]:
+    """The schedules of a call on the device that it is compiled for.
+
+    Args:
+      T: tokens in a row.
+      K: channels of a query and a key, in whole lanes.
+      V: channels of a value, in whole lanes.
+      window: of the call.
+
+    Returns:
+      {"forward": ..., "backward": ...}
+    """
+    table = TUNED.get(device_kind(), TUNED[DEFAULT_KIND])
+    forward, backward = table[max(K, V)]
+    # A row of dk and a row of dv, in float32.
+    bytes_per_key = 4 * (K + V)
+    backward = backward._replace(span=SPAN_BYTES // bytes_per_key)
+    return {
+        "forward": _fitted(forward, T, window),
+        "backward": _fitted(backward, T, window),
+    }
 
 
 def _fitted(schedule: Schedule, T: int, window: int | None) -> Schedule:
-    """A block much larger than the window would mostly compute what the mask hides."""
+    """The schedule for T tokens, with blocks not much larger than the window."""
     if window is not None:
-        most = max(2 * LANES, -(-window // LANES) * LANES)
-        schedule = schedule._replace(block=min(schedule.block, most), rows=min(schedule.rows, most))
+        # A larger block would mostly compute what the mask hides.
+        most = max(2 * LANES, round_up(window, LANES))
+        schedule = schedule._replace(
+            block=min(schedule.block, most),
+            rows=min(schedule.rows, most),
+        )
     return schedule.fitted(T)

@@ -1,309 +1,509 @@
 """lhs^T dout over the rows of each group, on TPU: the gradient of the matrices.
 
-One walk over the tiles of the rows for each block of the result. A group's sum stays in VMEM, float32, while its rows
-pass: a group whose rows fit into a tile is one matmul with nothing added up. Rows of the neighbors are zeroed in VMEM,
-at the ends of a group only.
+The grid is the blocks of one group's [K, N] result, `inner` x `columns`. For its block a program
+loops over the tiles of all rows, as `tiles.py` lists them, and so over the groups.
+
+In VMEM are, for each of `buffers` tiles, the rows of the left operands and of dout, of which only
+the block's columns; the float32 sum of one group; and for each of `buffers` groups its finished
+block, on its way to HBM. A group's sum stays while its rows pass; a group whose rows fit into one
+tile is one matmul with nothing added up. The rows are read once for each block; nothing is
+recomputed.
+
+Rows of neighboring groups are in a group's first and last registers. They are zeroed in VMEM, at
+the ends of a group only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.common.cost import moved
 from kernels_pallas.common.mesh import like
-from kernels_pallas.grouped_matmul.tpu import per_row as tpu_per_row
-from kernels_pallas.grouped_matmul.tpu import visits as tpu_visits
-from kernels_pallas.grouped_matmul.tpu.per_row import LANES
-from kernels_pallas.grouped_matmul.tpu.rows import matmul
-from kernels_pallas.grouped_matmul.tpu.visits import ROWS, Count, Visit, Walk
+from kernels_pallas.common.tpu import Interpret, Ref
+from kernels_pallas.grouped_matmul.tpu import per_row, tiles
+from kernels_pallas.grouped_matmul.tpu.tiles import ROWS, Count, Tile, TileList
 
 
 class Schedule(NamedTuple):
-    """How the kernel is cut. Only its time depends on this."""
+    """How the kernel is split into blocks. Only its time depends on this."""
 
-    tile: int  # rows at a time
+    tile_rows: int  # a power of two
     inner: int  # rows of the result at a time
     columns: int  # columns of the result at a time
-    ahead: int  # tiles of rows and results in VMEM; a power of two
-    step: tuple[int, int]  # rows and columns of one matmul
-    parts: tuple[
-        int, ...
-    ]  # sizes of a tile, ascending: a group's last rows take the least that holds them
+    buffers: int  # tiles of rows and results in VMEM; a power of two
+    step: tuple[int, int]  # rows and columns of the result of one matmul
+    # Row counts of a matmul, ascending: a group's last rows take the least that holds them.
+    row_counts: tuple[int, ...]
     vmem: int  # bytes that the compiler may take
 
 
-class Call(NamedTuple):
-    """What of a call is static."""
+class OuterOptions(NamedTuple):
+    """The static arguments of `outer_by_group`."""
 
-    schedule: Schedule
-    out_dtype: jnp.dtype
-    interpret: object
     name: str
-    # (part of each left operand, each scale) -> what is multiplied, elementwise
-    operand: Callable | None = None
+    interpret: Interpret
+    # (part of each left operand, scale) -> what is multiplied in their place, elementwise
+    operand: Callable[..., Array] | None = None
+
+
+class OuterInputs(NamedTuple):
+    """The arrays of `outer_by_group`: R rows, sorted by group."""
+
+    lefts: Sequence[Float[Array, "R K"]]  # one, or several that `operand` makes one of
+    dout: Float[Array, "R N"]
+    group_sizes: Int[Array, "G"]
+    scale: Float[Array, "R"] | Float[Array, "L 128"] | None = None  # one number for each row
 
 
 def outer_by_group(
-    call: Call,
-    lefts: tuple[Float[Array, "R K"], ...],
-    dout: Float[Array, "R N"],
-    sizes: Int[Array, "G"],
-    scales: tuple[Float[Array, "L 128"], ...] = (),
+    options: OuterOptions,
+    schedule: Schedule,
+    inputs: OuterInputs,
 ) -> Float[Array, "G K N"]:
-    """Rows sorted by group; R a multiple of `ROWS`, K and N of 128. Zeros for groups of no rows.
+    """The kernel's call.
 
-    One left operand, or several that `call.operand` makes one of; it may take scales, `per_row.in_lines`.
+    Args:
+      options: static.
+      schedule: static; see `tuning.outer_schedule`.
+      inputs: R a multiple of `ROWS`, K and N of 128; the scale as `per_row.in_lines` has it.
+
+    Returns:
+      lhs^T dout for each group, in dout's dtype; zeros for groups without rows.
     """
-    lhs = lefts[0]
-    (R, K), N, G = lhs.shape, dout.shape[1], len(sizes)
-    s = call.schedule
-    scratch = dict(
-        lhs=[pltpu.VMEM((s.ahead, s.tile, s.inner), x.dtype) for x in lefts],
-        dout=pltpu.VMEM((s.ahead, s.tile, s.columns), dout.dtype),
-        total=pltpu.VMEM((s.inner, s.columns), jnp.float32),
-        out=pltpu.VMEM((s.ahead, s.inner, s.columns), call.out_dtype),
-        walk=Walk.scratch(R, s.tile, G),
-        in_sem=pltpu.SemaphoreType.DMA((len(lefts) + 1, s.ahead)),
-        out_sem=pltpu.SemaphoreType.DMA((s.ahead,)),
-    )
-    leaves, tree = jax.tree.flatten(scratch)
-
-    def kernel(sizes, *refs):
-        (*arrays, out), rest = refs[: (n := len(lefts) + len(scales) + 2)], refs[n:]
-        (*left, dout), lines = arrays[: len(lefts) + 1], arrays[len(lefts) + 1 :]
-        block = [
-            pl.ds(pl.multiple_of(pl.program_id(i) * n, LANES), n)
-            for i, n in enumerate((s.inner, s.columns))
-        ]
-        _kernel(
-            _Refs(call, *block, sizes, left, dout, lines, out, **jax.tree.unflatten(tree, rest))
-        )
-
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    item = lhs.dtype.itemsize
-    moved = (
-        R * (len(lefts) * K * (N // s.columns) + N * (K // s.inner)) * item
-        + G * K * N * call.out_dtype.itemsize
-    )
-    return pl.pallas_call(
-        kernel,
+    lefts, dout, group_sizes, scale = inputs
+    R, K = lefts[0].shape
+    N = dout.shape[1]
+    inner_blocks = K // schedule.inner
+    column_blocks = N // schedule.columns
+    G = len(group_sizes)
+    out = like(dout, (G, K, N), dout.dtype)
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    scale_spec = None
+    if scale is not None:
+        scale_spec = pl.BlockSpec(scale.shape, lambda *_: (0, 0))
+    # Every block reads all rows, but of each operand its own columns only.
+    bytes_of_lefts = moved(lefts) * column_blocks
+    bytes_of_dout = moved([dout]) * inner_blocks
+    call = pl.pallas_call(
+        partial(_kernel, options, schedule),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(K // s.inner, N // s.columns),
-            in_specs=[anywhere] * (len(lefts) + 1)
-            + [pl.BlockSpec(x.shape, lambda *_: (0, 0)) for x in scales],
-            out_specs=anywhere,
-            scratch_shapes=leaves,
+            grid=(inner_blocks, column_blocks),
+            in_specs=[[in_hbm] * len(lefts), in_hbm, scale_spec],
+            out_specs=in_hbm,
+            scratch_shapes=[_scratch(schedule, inputs)],
         ),
-        out_shape=like(lhs, (G, K, N), call.out_dtype),
+        out_shape=out,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"),
-            vmem_limit_bytes=s.vmem,
+            vmem_limit_bytes=schedule.vmem,
+            # As in `rows.py`: rows and groups are clamped to the arrays.
             disable_bounds_checks=True,
         ),
-        cost_estimate=pl.CostEstimate(2 * R * K * N, 0, moved),
-        interpret=call.interpret,
-        name=call.name,
-    )(sizes, *lefts, dout, *scales)
+        cost_estimate=pl.CostEstimate(
+            flops=2 * R * K * N,
+            transcendentals=0,
+            bytes_accessed=bytes_of_lefts + bytes_of_dout + moved([out]),
+        ),
+        interpret=options.interpret,
+        name=options.name,
+    )
+    return call(
+        group_sizes,
+        list(lefts),
+        dout,
+        scale,
+    )
+
+
+class _Scratch(NamedTuple):
+    """VMEM, SMEM and semaphores of the kernel."""
+
+    lefts: list[Ref]  # VMEM [buffers, tile_rows, inner]; the first becomes what is multiplied
+    dout: Ref  # VMEM [buffers, tile_rows, columns]
+    total: Ref  # VMEM [inner, columns], float32
+    out: Ref  # VMEM [buffers, inner, columns]
+    tile_list: TileList  # SMEM
+    in_sem: Ref
+    out_sem: Ref
+
+    @property
+    def operands(self) -> tuple[Ref, Ref]:
+        """Both operands of the matmul."""
+        return self.lefts[0], self.dout
+
+
+def _scratch(schedule: Schedule, inputs: OuterInputs) -> _Scratch:
+    """The shapes of the scratch memory."""
+    buffers = schedule.buffers
+    tile_rows = schedule.tile_rows
+    inner = schedule.inner
+    columns = schedule.columns
+    dout = inputs.dout
+    num_rows = dout.shape[0]
+    num_groups = len(inputs.group_sizes)
+    return _Scratch(
+        lefts=tiles.vmem_like(inputs.lefts, buffers, tile_rows, inner),
+        dout=pltpu.VMEM((buffers, tile_rows, columns), dout.dtype),
+        total=pltpu.VMEM((inner, columns), jnp.float32),
+        out=pltpu.VMEM((buffers, inner, columns), dout.dtype),
+        tile_list=TileList.scratch(num_rows, tile_rows, num_groups),
+        # One semaphore for each copy that may be under way.
+        in_sem=pltpu.SemaphoreType.DMA((len(inputs.lefts) + 1, buffers)),
+        out_sem=pltpu.SemaphoreType.DMA((buffers,)),
+    )
 
 
 class _Refs(NamedTuple):
-    """Everything that the kernel can reach."""
+    """Everything that a program of the kernel can reach, and how its copies are described."""
 
-    call: Call
-    inner: object  # the block of the result that this walk makes: its rows ...
-    columns: object  # ... and its columns
-    sizes: object
-    lefts_hbm: list
-    dout_hbm: object
-    scales: list  # VMEM [L, 128]
-    out_hbm: object
-    lhs: list  # [ahead, tile, inner] each; the first becomes what is multiplied
-    dout: object  # [ahead, tile, columns]
-    total: object  # [inner, columns] float32
-    out: object  # [ahead, inner, columns]
-    walk: Walk
-    in_sem: object
-    out_sem: object
+    options: OuterOptions
+    schedule: Schedule
+    inner: pl.Slice  # rows of the result that the program computes
+    columns: pl.Slice  # columns of the result that it computes
+    group_sizes: Ref  # SMEM [G]
+    lefts: list[Ref]  # HBM [R, K]
+    dout: Ref  # HBM [R, N]
+    scale: Ref | None  # VMEM [L, 128]
+    out: Ref  # HBM [G, K, N]
+    scratch: _Scratch
 
-    def move_in(self, v: Visit, do: str) -> None:
-        slot, tile = v.index % self.call.schedule.ahead, self.call.schedule.tile
-        pairs = [(source, to, self.inner) for source, to in zip(self.lefts_hbm, self.lhs)]
-        pairs.append((self.dout_hbm, self.dout, self.columns))
-        for i, (source, to, columns) in enumerate(pairs):
+    def tile(self, index: tiles.Scalar) -> Tile:
+        """A tile of the list."""
+        return tiles.read_tile(self.scratch.tile_list, index)
 
-            def copy(first, size, i=i, source=source, to=to, columns=columns):
-                rows = source.at[pl.ds(pl.multiple_of(v.row + first, ROWS), size), columns]
-                at = to.at[slot, pl.ds(first, size)]
-                getattr(pltpu.make_async_copy(rows, at, self.in_sem.at[i, slot]), do)()
+    def tile_slot(self, tile: Tile) -> tiles.Scalar:
+        """Which of the buffers of rows a tile has: they are taken in turn."""
+        return tile.index % self.schedule.buffers
 
-            tpu_visits.copy_rows(
-                copy, tpu_visits.aligned(v.used(tile) + ROWS - 1), tile, source.shape[0]
+    def copy_in(
+        self,
+        tile: Tile,
+        action: tiles.CopyAction,
+    ) -> None:
+        """HBM to VMEM: the tile's rows of the left operands and of dout."""
+        scratch = self.scratch
+        for i, (source, to) in enumerate(zip(self.lefts, scratch.lefts)):
+            self._copy_in(tile, action, source, to, self.inner, i)
+        self._copy_in(
+            tile,
+            action,
+            self.dout,
+            scratch.dout,
+            self.columns,
+            len(self.lefts),
+        )
+
+    def _copy_in(
+        self,
+        tile: Tile,
+        action: tiles.CopyAction,
+        source: Ref,
+        to: Ref,
+        columns: pl.Slice,
+        semaphore: int,
+    ) -> None:
+        slot = self.tile_slot(tile)
+        tile_rows = self.schedule.tile_rows
+
+        def copy(first: Array, size: int) -> None:
+            rows_in_array = tiles.row_slice(tile.row + first, size)
+            rows_in_tile = tiles.row_slice(first, size)
+            action(
+                pltpu.make_async_copy(
+                    source.at[rows_in_array, columns],
+                    to.at[slot, rows_in_tile],
+                    self.scratch.in_sem.at[semaphore, slot],
+                )
             )
 
-    def move_out(self, place, do: str) -> None:
-        slot = place % self.call.schedule.ahead
-        to = self.out_hbm.at[self.walk.group[place], self.inner, self.columns]
-        getattr(pltpu.make_async_copy(self.out.at[slot], to, self.out_sem.at[slot]), do)()
+        count = tiles.align_up(tile.used_rows(tile_rows))
+        tiles.copy_rows(
+            copy,
+            count,
+            tile_rows,
+            source.shape[0],
+        )
+
+    def copy_out(
+        self,
+        place: Array,
+        action: tiles.CopyAction,
+    ) -> None:
+        """VMEM to HBM: the block of the result of the group at a place of the list."""
+        slot = place % self.schedule.buffers
+        group = self.scratch.tile_list.group[place]
+        action(
+            pltpu.make_async_copy(
+                self.scratch.out.at[slot],
+                self.out.at[group, self.inner, self.columns],
+                self.scratch.out_sem.at[slot],
+            )
+        )
 
 
-def _kernel(refs: _Refs) -> None:
-    s, walk = refs.call.schedule, refs.walk
-    rows = 0, refs.dout_hbm.shape[0]
-    at = lambda index: tpu_visits.visit(walk, index)
+def _kernel(
+    options: OuterOptions,
+    schedule: Schedule,
+    group_sizes: Ref,
+    lefts: list[Ref],
+    dout: Ref,
+    scale: Ref | None,
+    out: Ref,
+    scratch: _Scratch,
+) -> None:
+    """One program: a block of every group's result."""
+    refs = _Refs(
+        options,
+        schedule,
+        tiles.column_slice(pl.program_id(0), schedule.inner),
+        tiles.column_slice(pl.program_id(1), schedule.columns),
+        group_sizes,
+        lefts,
+        dout,
+        scale,
+        out,
+        scratch,
+    )
+    _loop_over_tiles(refs, _list_and_start(refs))
 
-    def begin(before: Count, after: Count) -> None:
-        @pl.when(before.tiles < s.ahead - 1)
+
+def _list_and_start(refs: _Refs) -> Count:
+    """Lists the tiles, and starts the copies of the first ones on the way.
+
+    A group without rows is a tile too: its result must be written, as zeros.
+    """
+    schedule = refs.schedule
+    ahead = schedule.buffers - 1
+
+    def start_copies(before: Count, after: Count, i: int) -> None:
+        @pl.when((before.tiles <= i) & (i < after.tiles))
         def _():
-            for i in range(s.ahead - 1):
+            refs.copy_in(refs.tile(i), tiles.start)
 
-                @pl.when((before.tiles <= i) & (i < after.tiles))
-                def _(i=i):
-                    refs.move_in(at(i), "start")
+    def after_group(before: Count, after: Count) -> None:
+        @pl.when(before.tiles < ahead)
+        def _():
+            for i in range(ahead):
+                start_copies(before, after, i)
 
-    groups = tpu_visits.plan(
-        walk, refs.sizes, refs.sizes.shape[0], rows, s.tile, empty=True, found=begin
+    return tiles.list_tiles(
+        refs.scratch.tile_list,
+        refs.group_sizes,
+        0,
+        refs.dout.shape[0],
+        schedule.tile_rows,
+        list_empty=True,
+        after_group=after_group,
     )
 
-    @pl.loop(0, groups.tiles)
+
+def _loop_over_tiles(refs: _Refs, count: Count) -> None:
+    """Sums over every tile of the list, with copies of later tiles and earlier results under way.
+
+    The order of a step: start what a later step needs, wait until the group's result buffer is free
+    again, wait for the tile's rows, compute, start the copy of a finished result. A buffer of rows
+    is overwritten in the step after the one that reads it.
+    """
+    buffers = refs.schedule.buffers
+    tile_rows = refs.schedule.tile_rows
+    ahead = buffers - 1
+    out = refs.scratch.out
+
+    @pl.loop(0, count.tiles)
     def _(index):
-        v = at(index)
+        tile = refs.tile(index)
 
-        @pl.when(index + s.ahead - 1 < groups.tiles)
+        @pl.when(index + ahead < count.tiles)
         def _():
-            refs.move_in(at(index + s.ahead - 1), "start")
+            refs.copy_in(refs.tile(index + ahead), tiles.start)
 
-        @pl.when(v.last(s.tile) & (v.place >= s.ahead))
+        @pl.when(tile.is_last(tile_rows) & (tile.place >= buffers))
         def _():
-            refs.move_out(v.place - s.ahead, "wait")
+            refs.copy_out(tile.place - buffers, tiles.wait)
 
-        refs.move_in(v, "wait")
-        _operand(refs, v)
-        used = _fold(refs, v)
+        refs.copy_in(tile, tiles.wait)
+        _make_operand(refs, tile)
+        used = _fold_last_rows(refs, tile)
 
         @pl.when(used <= 0)
         def _():
-            refs.out[v.place % s.ahead] = jnp.zeros(refs.out.shape[1:], refs.out.dtype)
+            slot = tile.place % buffers
+            out[slot] = jnp.zeros(out.shape[1:], out.dtype)
 
-        tpu_visits.cases(used, s.parts, lambda size: _multiply(refs, v, used, size))
+        tiles.run_smallest_case(
+            used,
+            refs.schedule.row_counts,
+            partial(_multiply, refs, tile, used),
+        )
 
-        @pl.when(v.last(s.tile))
+        @pl.when(tile.is_last(tile_rows))
         def _():
-            refs.move_out(v.place, "start")
+            refs.copy_out(tile.place, tiles.start)
 
-    for back in range(s.ahead, 0, -1):
+    # What is still under way: at most one copy for each buffer, the oldest first.
+    def wait_for(back: int) -> None:
+        @pl.when(count.groups >= back)
+        def _():
+            refs.copy_out(count.groups - back, tiles.wait)
 
-        @pl.when(groups.groups >= back)
-        def _(back=back):
-            refs.move_out(groups.groups - back, "wait")
-
-
-def _operand(refs: _Refs, v: Visit) -> None:
-    """Makes one left operand of all."""
-    if refs.call.operand:
-
-        @pl.loop(0, jnp.maximum(v.used(refs.call.schedule.tile), 0), step=ROWS)
-        def _(first):
-            first = pl.multiple_of(first, ROWS)
-            at = (v.index % refs.call.schedule.ahead, pl.ds(first, ROWS))
-            scales = [tpu_per_row.column(lines, v.row + first, ROWS) for lines in refs.scales]
-            refs.lhs[0][at] = refs.call.operand(*(x[at] for x in refs.lhs), *scales).astype(
-                refs.lhs[0].dtype
-            )
+    for back in range(buffers, 0, -1):
+        wait_for(back)
 
 
-def _fold(refs: _Refs, v: Visit) -> Array:
-    """Rows of the tile that are summed over; a group's last rows may take the places of its neighbor's in front.
+def _make_operand(refs: _Refs, tile: Tile) -> None:
+    """Makes one left operand of all, in the place of the first, a register's rows at a time."""
+    make = refs.options.operand
+    if make is None:
+        return
+    lefts = refs.scratch.lefts
+    slot = refs.tile_slot(tile)
 
-    The order of rows does not matter to a sum, and a matrix unit sums over 128 at a time: a group whose rows in its
-    first and last registers fit into one would often need a unit's pass more for them.
+    used = tile.used_rows(refs.schedule.tile_rows)
+
+    @pl.loop(0, jnp.maximum(used, 0), step=ROWS)
+    def _(first):
+        part = (slot, tiles.row_slice(first, ROWS))
+        scale = None
+        if refs.scale is not None:
+            scale = per_row.column(refs.scale, tile.row + first, ROWS)
+        operand = make(*(x[part] for x in lefts), scale)
+        lefts[0][part] = operand.astype(lefts[0].dtype)
+
+
+def _fold_last_rows(refs: _Refs, tile: Tile) -> Array:
+    """Moves a group's last rows to the places of its neighbor's in front, where they fit.
+
+    The order of rows does not matter to a sum, and a matrix unit sums over 128 rows at a time. A
+    group whose rows in its first and last registers fit into one would often need a pass of the
+    unit more for them.
+
+    Returns:
+      How many rows of the tile are summed over.
     """
-    tile = refs.call.schedule.tile
-    used, before = v.used(tile), v.start - v.row
-    last = v.end % ROWS
-    folded = v.first & v.last(tile) & (used > ROWS) & (last > 0) & (last <= before)
-    slot, at = v.index % refs.call.schedule.ahead, tpu_visits.aligned(jnp.maximum(used, 0))
+    tile_rows = refs.schedule.tile_rows
+    used = tile.used_rows(tile_rows)
+    rows_in_front = tile.group_start - tile.row  # the neighbor's, in the first register
+    last_rows = tile.group_end % ROWS  # the group's, in its last register
+    is_only_tile = tile.is_first & tile.is_last(tile_rows)
+    fits = (used > ROWS) & (last_rows > 0) & (last_rows <= rows_in_front)
+    folded = is_only_tile & fits
+    slot = refs.tile_slot(tile)
+    last_register = tiles.align_down(jnp.maximum(used, 0))
 
     @pl.when(folded)
     def _():
-        rows = tpu_visits.rows_of(ROWS, 0)
-        for x in (refs.lhs[0], refs.dout):
-            head, tail = (x[slot, pl.ds(first, ROWS)] for first in (0, pl.multiple_of(at, ROWS)))
-            tail = jnp.where(rows < last, tail.astype(jnp.float32), 0.0)
-            x[slot, pl.ds(0, ROWS)] = jnp.where(
-                rows >= before, head.astype(jnp.float32), tail
-            ).astype(x.dtype)
+        row = tiles.row_numbers(ROWS, 0)
+        head = pl.ds(0, ROWS)
+        tail = tiles.row_slice(last_register, ROWS)
+        for x in refs.scratch.operands:
+            # Packed 16-bit rows cannot be masked one by one: select in float32.
+            first_rows = x[slot, head].astype(jnp.float32)
+            moved_rows = x[slot, tail].astype(jnp.float32)
+            moved_rows = jnp.where(row < last_rows, moved_rows, 0.0)
+            both = jnp.where(row >= rows_in_front, first_rows, moved_rows)
+            x[slot, head] = both.astype(x.dtype)
 
-    return jnp.where(folded, at, used)
+    return jnp.where(folded, last_register, used)
 
 
-def _multiply(refs: _Refs, v: Visit, used: Array, size: int) -> None:
-    """Adds the first `size` rows of the tile to the group's sum; the group's last tile leaves it in `out`."""
-    s = refs.call.schedule
-    slot = v.index % s.ahead
-    _zero_neighbors(refs, v, used, size)
-    rows, (inner_step, column_step) = pl.ds(0, size), s.step
+def _multiply(
+    refs: _Refs,
+    tile: Tile,
+    used: Array,
+    size: int,
+) -> None:
+    """Adds the first `size` rows of the tile to the group's sum.
 
-    def walk(store):
-        @pl.loop(0, s.inner // inner_step)
+    The group's last tile leaves the sum in its result's buffer, any other one in `total`. `used` is
+    what `_fold_last_rows` returned.
+    """
+    schedule = refs.schedule
+    scratch = refs.scratch
+    slot = refs.tile_slot(tile)
+    rows = pl.ds(0, size)
+    inner_step, column_step = schedule.step
+    _zero_neighbors(refs, tile, used, size)
+
+    def accumulate(store: Callable[[pl.Slice, pl.Slice, Array], None]) -> None:
+        @pl.loop(0, schedule.inner // inner_step)
         def _(i):
-            inner = pl.ds(pl.multiple_of(i * inner_step, LANES), inner_step)
-            lhs = refs.lhs[0][slot, rows, inner]
+            inner = tiles.column_slice(i, inner_step)
+            lhs = scratch.lefts[0][slot, rows, inner]
 
-            @pl.loop(0, s.columns // column_step)
+            @pl.loop(0, schedule.columns // column_step)
             def _(j):
-                columns = pl.ds(pl.multiple_of(j * column_step, LANES), column_step)
-                product = matmul(lhs, refs.dout[slot, rows, columns], ((0,), (0,)))
-                before = jnp.where(v.first, 0.0, refs.total[inner, columns])
+                columns = tiles.column_slice(j, column_step)
+                dout = scratch.dout[slot, rows, columns]
+                product = tiles.matmul(lhs, dout, 0, 0)
+                # At a group's first tile, `total` still holds another group's sum.
+                total = scratch.total[inner, columns]
+                before = jnp.where(tile.is_first, 0.0, total)
                 store(inner, columns, product + before)
 
-    @pl.when(v.last(s.tile))
+    @pl.when(tile.is_last(schedule.tile_rows))
     def _():
-        def store(inner, columns, value):
-            refs.out[v.place % s.ahead, inner, columns] = value.astype(refs.out.dtype)
+        def store(inner: pl.Slice, columns: pl.Slice, value: Array) -> None:
+            out = scratch.out
+            slot = tile.place % schedule.buffers
+            out[slot, inner, columns] = value.astype(out.dtype)
 
-        walk(store)
+        accumulate(store)
 
-    @pl.when(jnp.logical_not(v.last(s.tile)))
+    @pl.when(jnp.logical_not(tile.is_last(schedule.tile_rows)))
     def _():
-        def store(inner, columns, value):
-            refs.total[inner, columns] = value
+        def store(inner: pl.Slice, columns: pl.Slice, value: Array) -> None:
+            scratch.total[inner, columns] = value
 
-        walk(store)
+        accumulate(store)
 
 
-def _zero_neighbors(refs: _Refs, v: Visit, used: Array, size: int) -> None:
-    """Rows of other groups among the first `size` of the tile, in both operands: what is there may be anything.
+def _zero_neighbors(
+    refs: _Refs,
+    tile: Tile,
+    used: Array,
+    size: int,
+) -> None:
+    """Zeroes rows of other groups among the first `size` of the tile, in both operands.
 
-    The group's end lies `used` rows into the tile. Rows in front of it are its neighbor's only if none were folded.
+    In both, as what is there may be anything, NaN too. The group's end lies `used` rows into the
+    tile. Rows in front of the group are its neighbor's only if none were folded into their places.
     """
-    slot = v.index % refs.call.schedule.ahead
+    operands = refs.scratch.operands
+    slot = refs.tile_slot(tile)
 
-    def select(first, keep):
-        rows = tpu_visits.rows_of(ROWS, first)
-        for x in (refs.lhs[0], refs.dout):
-            at = x[slot, pl.ds(first, ROWS)]
-            x[slot, pl.ds(first, ROWS)] = jnp.where(keep(rows), at.astype(jnp.float32), 0.0).astype(
-                x.dtype
-            )
+    def keep_rows(
+        first: tiles.Scalar, is_kept: Callable[[Int[Array, "16 1"]], Bool[Array, "16 1"]]
+    ) -> None:
+        register = pl.ds(first, ROWS)
+        row = tiles.row_numbers(ROWS, first)
+        for x in operands:
+            values = x[slot, register].astype(jnp.float32)
+            kept = jnp.where(is_kept(row), values, 0.0)
+            x[slot, register] = kept.astype(x.dtype)
 
-    @pl.when(v.first & (v.row < v.start) & (used == v.used(refs.call.schedule.tile)))
+    nothing_folded = used == tile.used_rows(refs.schedule.tile_rows)
+
+    @pl.when(tile.is_first & (tile.row < tile.group_start) & nothing_folded)
     def _():
-        select(0, lambda rows: rows >= v.start - v.row)
+        keep_rows(0, lambda row: row >= tile.group_start - tile.row)
 
     @pl.when(used < size)
     def _():
-        edge = pl.multiple_of(tpu_visits.aligned(used), ROWS)
-        select(edge, lambda rows: rows < used)
+        # The group's last register, of which it has some rows or none.
+        edge = pl.multiple_of(tiles.align_down(used), ROWS)
+        keep_rows(edge, lambda row: row < used)
 
+        # Whole registers after the group's last one.
         @pl.loop(edge + ROWS, size, step=ROWS)
         def _(first):
-            for x in (refs.lhs[0], refs.dout):
-                x[slot, pl.ds(pl.multiple_of(first, ROWS), ROWS)] = jnp.zeros(
-                    (ROWS, x.shape[2]), x.dtype
-                )
+            register = tiles.row_slice(first, ROWS)
+            for x in operands:
+                zeros = jnp.zeros((ROWS, x.shape[2]), x.dtype)
+                x[slot, register] = zeros

@@ -1,12 +1,14 @@
-"""`linear_scan` on GPU (Pallas, Triton), forward and backward: what the kernels cover, views,
-padding, derivative.
+"""`linear_scan` on GPU (Pallas, Triton): coverage, padding, and the derivative around the kernels.
 
-Three stages forward and four backward, so that none needs more registers than a thread has:
+Two kernels forward and three backward, so that none needs more registers than a thread has:
 
-    scores           parallel over chunks    scores in a chunk, decayed reads and writes
-    scan             walks the chunks        o and the states; where B x H is small, segments of T side by side
-    scan, backward   walks them back         dv and the states' cotangents
-    through scores   parallel over chunks    dq, dk, the logs' cotangents
+    products           parallel over chunks    products in a chunk, decayed reads and writes
+    scan               through the chunks      o and the states
+    products again, then the scan backward     dv and the states' cotangents
+    through products   parallel over chunks    dq, dk, the logs' cotangents
+
+Where B x H is small, segments of T are scanned side by side, in two passes: each segment alone from
+an empty state, then all of them from the states that follow from that.
 
 Saved for the backward pass: the inputs, and the state before each chunk. With bfloat16 inputs what
 is multiplied is rounded to bfloat16, with float16 ones to TF32; with float32 inputs matmuls keep
@@ -14,121 +16,117 @@ all bits, in three passes of TF32.
 """
 
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Bool, Float
 
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded
+from kernels_pallas.common.precision import one_pass_allowed
 from kernels_pallas.linear_scan import tile
-from kernels_pallas.linear_scan.gpu import (
-    backward as gpu_back,
-)
-from kernels_pallas.linear_scan.gpu import (
-    scan as gpu_scan,
-)
-from kernels_pallas.linear_scan.gpu import (
-    scores as gpu_scores,
-)
-from kernels_pallas.linear_scan.gpu import (
-    tuning as gpu_tuning,
-)
+from kernels_pallas.linear_scan.gpu import backward as gpu_backward
+from kernels_pallas.linear_scan.gpu import intra_chunk, tuning
+from kernels_pallas.linear_scan.gpu import scan as gpu_scan
+from kernels_pallas.linear_scan.gpu.intra_chunk import Decays
 from kernels_pallas.linear_scan.gpu.plan import Inputs, Plan
-from kernels_pallas.linear_scan.gpu.scan import Walk
-from kernels_pallas.linear_scan.gpu.scores import Decays
+from kernels_pallas.linear_scan.gpu.scan import Chunks
 from kernels_pallas.linear_scan.gpu.tile import SUBTOTAL
 from kernels_pallas.linear_scan.gpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
-from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME, _ratio, _with_ones
+from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
+
+# Triton's indices are 32-bit.
+MAX_ELEMENTS = 2**31
 
 
-def unsupported(
-    q, k, v, log_decay, initial_state, normalize: bool, chunk_size: int | None
-) -> str | None:
-    """Why this room cannot take a call, or None when it can."""
-    if any(x is not None and x.dtype == jnp.float64 for x in (q, k, v, log_decay, initial_state)):
+def unsupported(inputs: ScanInputs, options: ScanOptions) -> str | None:
+    """Why this backend cannot take a call, or None when it can."""
+    q, k, v, log_decay, bonus, initial_state, _ = inputs
+    floats = (q, k, v, log_decay, bonus, initial_state)
+    if any(x is not None and x.dtype == jnp.float64 for x in floats):
         return "does not compute in float64"
-    if max(q.shape[-1], v.shape[-1] + normalize) > MAX_D:
-        return f"takes K and V up to {MAX_D} (with normalize up to {MAX_D - 1}), not {q.shape[-1]} and {v.shape[-1]}"
+    K = q.shape[-1]
+    V = v.shape[-1]
+    if max(K, V + options.normalize) > MAX_D:
+        most = f"K and V up to {MAX_D} (with normalize up to {MAX_D - 1})"
+        return f"takes {most}, not {K} and {V}"
+    chunk_size = options.chunk_size
     if chunk_size is not None and not MIN_CHUNK <= chunk_size <= MAX_CHUNK:
         return f"takes a chunk_size from {MIN_CHUNK} to {MAX_CHUNK}, not {chunk_size}"
-    plan = _plan(q, k, v, log_decay, None, chunk_size, interpret=False)
-    largest = q.shape[0] * plan.H * max(plan.T * max(plan.K, plan.V), plan.chunks * plan.K * plan.V)
-    if largest >= 2**31:
-        return (
-            f"takes arrays, states before each chunk included, below 2**31 elements, not {largest}"
-        )
+    plan = _plan(inputs, options, interpret=False)
+    tokens = plan.T * max(plan.K, plan.V)
+    states = plan.chunks * plan.K * plan.V
+    largest = q.shape[0] * plan.H * max(tokens, states)
+    if largest >= MAX_ELEMENTS:
+        return f"takes arrays and saved states below 2**31 elements, not {largest}"
     return None
 
 
 def linear_scan(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    *,
-    inclusive: bool,
-    scale: float,
-    reverse: bool,
-    normalize: bool,
-    chunk_size: int | None,
-    return_final_state: bool,
-    interpret: bool,
+    inputs: ScanInputs, options: ScanOptions, *, interpret: bool = False
 ) -> tuple[Array, Array | None]:
-    """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns
-    (o, final state).
+    """As `api.linear_scan`.
+
+    Args:
+      inputs: log_decay is None, [B, T, H] or [B, T, H, K], where B may be 1.
+      options: the static arguments.
+      interpret: whether the kernels run in interpret mode.
+
+    Returns:
+      o [B, T, H, V] in v's dtype, and the final state or None.
     """
-    (_, T, _, K), V, out_dtype = q.shape, v.shape[-1] + normalize, v.dtype
-    if normalize:
-        v = _with_ones(v)
-    plan = _plan(q, k, v, log_decay, segment_ids, chunk_size, interpret)._replace(
-        inclusive=inclusive,
-        reverse=reverse,
-        scale=1.0 if normalize else scale,
-        out_dtype=jnp.dtype(jnp.float32)
-        if normalize
-        else v.dtype,  # a ratio's halves keep float32 until divided
-    )
-    starts = None if segment_ids is None else segment_starts(segment_ids, reverse)
-    logs = _logs(plan, q, log_decay, starts)
-    keep_starts = starts is not None and not inclusive
+    q, _, v, log_decay, bonus, initial_state, segment_ids = inputs
+    T, K = q.shape[1], q.shape[3]
+    out_dtype = v.dtype
+    if options.normalize:
+        v = append_ones(v)
+        inputs = inputs._replace(v=v)
+    V = v.shape[3]
+    plan = _plan(inputs, options, interpret)
+    starts = None
+    if segment_ids is not None:
+        starts = segment_starts(segment_ids, options.reverse)
     x = Inputs(
-        q=padded(padded(q, 1, plan.T), 3, plan.K),
-        k=padded(padded(k, 1, plan.T), 3, plan.K),
-        v=padded(padded(v, 1, plan.T), 3, plan.V),
-        logs=logs,
-        starts=_in_order(plan, padded(starts, 1, plan.T), 1).astype(jnp.float32)
-        if keep_starts
-        else None,
+        q=_padded_tokens(plan, q, plan.K),
+        k=_padded_tokens(plan, inputs.k, plan.K),
+        v=_padded_tokens(plan, v, plan.V),
+        logs=_logs(plan, q, log_decay, starts),
+        starts=_read_starts(plan, starts),
         bonus=None if bonus is None else padded(bonus, 1, plan.K),
-        state=None
-        if initial_state is None
-        else padded(padded(initial_state, 2, plan.K), 3, plan.V),
+        state=_padded_state(plan, initial_state),
     )
-    o, final_state = _scan(plan, return_final_state, x)
+    o, final_state = _scan(plan, options.return_final_state, x)
     if final_state is not None:
         final_state = final_state[:, :, :K, :V]
     o = o[:, :T, :, :V]
-    return (_ratio(o) if normalize else o).astype(out_dtype), final_state
+    if options.normalize:
+        o = divide_by_last(o)
+    return o.astype(out_dtype), final_state
 
 
-def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret: bool) -> Plan:
-    """The plan as far as the inputs alone decide it."""
-    (B, T, H, _), (K, V) = q.shape, (_whole_blocks(x.shape[3]) for x in (q, v))
-    decay = "none" if log_decay is None and segment_ids is None else "scalar"
-    if log_decay is not None and log_decay.ndim == 4:
-        decay = "vector"
-    schedule = gpu_tuning.schedule(decay)
-    chunk = min(chunk_size or schedule.chunk, max(MIN_CHUNK, 1 << (T - 1).bit_length()))
-    walks = B * H * (V // gpu_tuning.scan_block_v(schedule, K, V))
-    segments = gpu_tuning.segments(schedule, walks, -(-T // chunk))
+def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
+    """The static arguments and the sizes that they and the shapes decide."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    B, T, H, _ = q.shape
+    K = _whole_blocks(q.shape[3])
+    V = _whole_blocks(v.shape[3])
+    decay = _decay_kind(inputs)
+    schedule = tuning.schedule(decay)
+    # A short sequence is one chunk, of a power of two.
+    shortest = max(MIN_CHUNK, 1 << (T - 1).bit_length())
+    chunk = min(options.chunk_size or schedule.chunk, shortest)
+    programs = B * H * (V // tuning.scan_block_v(schedule, K, V))
+    segments = tuning.segments(schedule, programs, -(-T // chunk))
     operand, precision = _matmuls(interpret, q, k, v)
     length = chunk * segments
+    # The two halves of a fraction keep float32 until they are divided.
+    out_dtype = jnp.dtype(jnp.float32) if options.normalize else v.dtype
     return Plan(
         T=-(-T // length) * length,
         H=H,
@@ -137,40 +135,61 @@ def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret: bo
         K=K,
         V=V,
         decay=decay,
-        inclusive=True,
-        reverse=False,
-        scale=1.0,
+        inclusive=options.inclusive,
+        reverse=options.reverse,
+        scale=1.0 if options.normalize else options.scale,
         chunk=chunk,
         segments=segments,
         operand=operand,
         precision=precision,
-        out_dtype=v.dtype,
+        out_dtype=out_dtype,
         schedule=schedule,
         interpret=interpret,
     )
 
 
+def _decay_kind(inputs: ScanInputs) -> Literal["vector", "scalar", "none"]:
+    """Segments without decays are scalar decays: 0 where a document begins, else 1."""
+    log_decay = inputs.log_decay
+    if log_decay is not None and log_decay.ndim == 4:
+        return "vector"
+    if log_decay is None and inputs.segment_ids is None:
+        return "none"
+    return "scalar"
+
+
 def _whole_blocks(D: int) -> int:
-    """Blocks are powers of two from 16 on; more than 32 wide ones are filled to halves of 64."""
-    return max(16, 1 << (D - 1).bit_length()) if D <= 32 else -(-D // 32) * 32
+    """D filled up to a power of two from 16 on, or above 32 to a multiple of 32."""
+    if D <= 32:
+        return max(16, 1 << (D - 1).bit_length())
+    return -(-D // 32) * 32
 
 
-def _matmuls(interpret: bool, *arrays: Array) -> tuple[jnp.dtype, object]:
-    """What is multiplied, and how exactly. Interpreted matmuls round nothing."""
+def _matmuls(interpret: bool, *arrays: Array) -> tuple[Any, Any]:
+    """The dtype of what is multiplied, and the precision. Interpreted matmuls round nothing."""
     if interpret:
         return jnp.dtype(jnp.float32), lax.Precision.HIGHEST
-    one_pass = jax.config.jax_default_matmul_precision in (
-        None,
-        "default",
-        "fastest",
-        "bfloat16",
-        "BF16_BF16_F32",
-    )
-    if one_pass and all(x.dtype == jnp.bfloat16 for x in arrays):
+    is_one_pass = one_pass_allowed()
+    if is_one_pass and all(x.dtype == jnp.bfloat16 for x in arrays):
         return jnp.dtype(jnp.bfloat16), None
-    narrow = one_pass and all(x.dtype.itemsize == 2 for x in arrays)
     preset = lax.DotAlgorithmPreset
-    return jnp.dtype(jnp.float32), preset.TF32_TF32_F32 if narrow else preset.TF32_TF32_F32_X3
+    # float16 has 10 bits of fraction, as TF32.
+    if is_one_pass and all(x.dtype.itemsize == 2 for x in arrays):
+        return jnp.dtype(jnp.float32), preset.TF32_TF32_F32
+    return jnp.dtype(jnp.float32), preset.TF32_TF32_F32_X3
+
+
+# --- arrays as the kernels take them
+
+
+def _padded_tokens(plan: Plan, x: Array, width: int) -> Array:
+    return padded(padded(x, 1, plan.T), 3, width)
+
+
+def _padded_state(plan: Plan, state: Array | None) -> Array | None:
+    if state is None:
+        return None
+    return padded(padded(state, 2, plan.K), 3, plan.V)
 
 
 def _in_order(plan: Plan, x: Array, axis: int) -> Array:
@@ -178,130 +197,69 @@ def _in_order(plan: Plan, x: Array, axis: int) -> Array:
     return jnp.flip(x, axis) if plan.reverse else x
 
 
-def _logs(plan: Plan, q: Array, log_decay: Array | None, starts: Array | None) -> Array | None:
-    """What the state meets, differentiable: [B, T, H, K] as in memory, or float32 [B or 1, H, T] in
-    order.
-    """
+def _read_starts(plan: Plan, starts: Bool[Array, "B T"] | None) -> Float[Array, "B Tp"] | None:
+    """`Inputs.starts`: inclusive reads need none, since their logs have the resets."""
+    if starts is None or plan.inclusive:
+        return None
+    in_order = _in_order(plan, padded(starts, 1, plan.T), 1)
+    return in_order.astype(jnp.float32)
+
+
+def _logs(
+    plan: Plan, q: Array, log_decay: Array | None, starts: Bool[Array, "B T"] | None
+) -> Array | None:
+    """`Inputs.logs`, with the resets of segments in them. Differentiable."""
     if plan.decay == "none":
         return None
-    if log_decay is None:  # segments alone
+    if log_decay is None:
+        # Segments alone.
         log_decay = varying_like(jnp.zeros((1, *q.shape[1:3])), q)
     logs = jnp.maximum(log_decay, tile.LOG_ZERO)
     if starts is not None:
-        logs = jnp.where(
-            starts.reshape(*starts.shape, *[1] * (logs.ndim - 2)),
-            jnp.asarray(tile.LOG_ZERO, logs.dtype),
-            logs,
-        )
+        of_token = starts.reshape(*starts.shape, *[1] * (logs.ndim - 2))
+        logs = jnp.where(of_token, jnp.asarray(tile.LOG_ZERO, logs.dtype), logs)
     if plan.decay == "vector":
-        return padded(padded(logs, 1, plan.T), 3, plan.K)
-    return _in_order(plan, padded(jnp.swapaxes(logs.astype(jnp.float32), 1, 2), 2, plan.T), 2)
-
-
-# --- the derivative
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(plan: Plan, return_final_state: bool, x: Inputs) -> tuple[Array, Array | None]:
-    """(o [B, T, H, V] in plan.out_dtype, final state [B, H, K, V] float32)."""
-    out, _ = _run(plan, x, return_final_state, save=False)
-    return out
-
-
-def _forward(plan: Plan, return_final_state: bool, x: Inputs):
-    (o, final), states = _run(plan, x, return_final_state, save=True)
-    return (checkpoint_name(o, OUT_NAME), final), (x, checkpoint_name(states, STATES_NAME))
-
-
-def _run(plan: Plan, x: Inputs, return_final_state: bool, save: bool):
-    decays = _decays(plan, x)
-    walk = _walk(plan, x, decays, gpu_scores.scores(plan, x, decays))
-    out = _walked(
-        plan,
-        walk,
-        decays,
-        x.state,
-        plan.out_dtype,
-        backward=False,
-        save=save,
-        final=return_final_state,
-    )
-    return (out["o"], out.get("final")), out.get("states")
-
-
-def _walk(plan: Plan, x: Inputs, decays: Decays, scored: dict[str, Array]) -> Walk:
-    reads, writes = (scored["reads"], scored["writes"]) if plan.decay == "vector" else (x.q, x.k)
-    return Walk(
-        reads,
-        writes,
-        scored["out"],
-        x.v,
-        decays.total,
-        decays.read_factor,
-        decays.write_factor,
-        None,
-    )
-
-
-def _walked(
-    plan: Plan,
-    walk: Walk,
-    decays: Decays,
-    first: Array | None,
-    dtype,
-    *,
-    backward: bool,
-    save: bool,
-    final: bool,
-):
-    """The scan kernel; in two passes over segments where there are several. `final` is then [B, H,
-    K, V].
-    """
-    if plan.segments == 1:
-        walk = walk._replace(initial=None if first is None else first[:, :, None])
-        out = gpu_scan.scan(plan, walk, dtype, backward=backward, save=save, final=final)
-        return out | ({"final": out["final"][:, :, 0]} if final else {})
-    alone = walk._replace(scores=None)
-    summaries = gpu_scan.scan(plan, alone, dtype, backward=backward, save=False, final=True)[
-        "final"
-    ]
-    initial, last = gpu_scan.combined(_segment_logs(plan, decays), summaries, first, backward)
-    out = gpu_scan.scan(
-        plan, walk._replace(initial=initial), dtype, backward=backward, save=save, final=False
-    )
-    return out | ({"final": last} if final else {})
-
-
-def _segment_logs(plan: Plan, decays: Decays) -> Array | None:
-    """[B or 1, H, segments, K or 1]: the logs of all of a segment."""
-    if decays.log_total is None:
-        return None
-    logs = decays.log_total
-    return logs.reshape(*logs.shape[:2], plan.segments, -1, logs.shape[3]).sum(3)
+        return _padded_tokens(plan, logs, plan.K)
+    heads_first = jnp.swapaxes(logs.astype(jnp.float32), 1, 2)
+    return _in_order(plan, padded(heads_first, 2, plan.T), 2)
 
 
 def _decays(plan: Plan, x: Inputs) -> Decays:
-    """What the kernels read of the logs. Beside q these arrays are small: 1/8 of the logs, or one
-    number a token.
+    """What the kernels read of the logs.
+
+    Beside q these arrays are small: 1/8 of the logs, or a few numbers a token.
     """
     if plan.decay == "none":
         return Decays()
+    assert x.logs is not None
     if plan.decay == "vector":
-        eights = (
-            x.logs.astype(jnp.float32)
-            .reshape(x.logs.shape[0], -1, SUBTOTAL, *x.logs.shape[2:])
-            .sum(2)
-        )
-        log_total = eights.reshape(eights.shape[0], plan.chunks, -1, *eights.shape[2:]).sum(2)
-        log_total = jnp.swapaxes(_in_order(plan, log_total, 1), 1, 2)
-        return Decays(logs=x.logs, subtotals=eights, starts=x.starts, log_total=log_total)
-    in_chunks = lambda rows: rows.reshape(*rows.shape[:2], plan.chunks, plan.chunk)
-    logs = reads = in_chunks(x.logs)
+        return _vector_decays(plan, x.logs, x.starts)
+    return _scalar_decays(plan, x.logs, x.starts)
+
+
+def _vector_decays(plan: Plan, logs: Array, starts: Array | None) -> Decays:
+    rows, _, H, K = logs.shape
+    eights = logs.astype(jnp.float32).reshape(rows, -1, SUBTOTAL, H, K)
+    subtotals = eights.sum(2)
+    log_total = subtotals.reshape(rows, plan.chunks, -1, H, K).sum(2)
+    log_total = jnp.swapaxes(_in_order(plan, log_total, 1), 1, 2)
+    return Decays(logs=logs, subtotals=subtotals, starts=starts, log_total=log_total)
+
+
+def _scalar_decays(plan: Plan, logs: Array, starts: Array | None) -> Decays:
+    def in_chunks(rows: Array) -> Array:
+        return rows.reshape(*rows.shape[:2], plan.chunks, plan.chunk)
+
+    logs = in_chunks(logs)
+    reads = logs
     if not plan.inclusive:
+        # An exclusive read includes nothing of its own log, but the reset of its segment.
         reads = jnp.zeros_like(logs)
-        if x.starts is not None:
-            reads = reads + jnp.where(in_chunks(x.starts[:, None]) > 0, tile.LOG_ZERO, 0.0)
+        if starts is not None:
+            is_start = in_chunks(starts[:, None]) > 0
+            reads = reads + jnp.where(is_start, tile.LOG_ZERO, 0.0)
             logs = jnp.broadcast_to(logs, reads.shape)
+    # Coarse and fine parts, [2, B, H, N, C] each.
     reads, ends = tile.running_sums(logs, reads)
     last = ends[..., -1:]
     return Decays(
@@ -312,68 +270,183 @@ def _decays(plan: Plan, x: Inputs) -> Decays:
     )
 
 
+# --- the derivative
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(plan: Plan, return_final_state: bool, x: Inputs) -> tuple[Array, Array | None]:
+    """(o [B, T, H, V] in plan.out_dtype, final state [B, H, K, V] float32)."""
+    outputs, _ = _run(plan, x, return_final_state, save=False)
+    return outputs
+
+
+def _forward(plan: Plan, return_final_state: bool, x: Inputs):
+    (o, final_state), states = _run(plan, x, return_final_state, save=True)
+    outputs = (checkpoint_name(o, OUT_NAME), final_state)
+    return outputs, (x, checkpoint_name(states, STATES_NAME))
+
+
+def _run(plan: Plan, x: Inputs, return_final_state: bool, save: bool):
+    """((o, final state), the state before each chunk or None)."""
+    decays = _decays(plan, x)
+    out = _scan_segments(
+        plan,
+        _chunks(plan, x, decays),
+        decays,
+        x.state,
+        plan.out_dtype,
+        backward=False,
+        save=save,
+        final=return_final_state,
+    )
+    return (out["o"], out.get("final")), out.get("states")
+
+
+def _chunks(plan: Plan, x: Inputs, decays: Decays) -> Chunks:
+    """Runs the kernel of products, and gathers what the forward scan goes through."""
+    made = intra_chunk.products(plan, x, decays)
+    # With scalar decays reads are q and writes are k, and factors do the rest.
+    return Chunks(
+        reads=made.get("reads", x.q),
+        writes=made.get("writes", x.k),
+        products=made["out"],
+        values=x.v,
+        total=decays.total,
+        read_factor=decays.read_factor,
+        write_factor=decays.write_factor,
+        initial=None,
+    )
+
+
+def _scan_segments(
+    plan: Plan,
+    chunks: Chunks,
+    decays: Decays,
+    first: Array | None,
+    out_dtype,
+    *,
+    backward: bool,
+    save: bool,
+    final: bool,
+) -> dict[str, Array]:
+    """The scan kernel, in two passes where there are several segments.
+
+    Args:
+      first: the state before the first segment [B, H, K, V]; None for zeros.
+      out_dtype, backward, save, final: as `scan.scan`; the `final` that is returned is
+        [B, H, K, V].
+    """
+    scan = partial(gpu_scan.scan, plan, backward=backward)
+    if plan.segments == 1:
+        initial = None if first is None else first[:, :, None]
+        out = scan(chunks._replace(initial=initial), out_dtype, save=save, final=final)
+        if final:
+            out["final"] = out["final"][:, :, 0]
+        return out
+    # Each segment from zeros, without outputs; their final states tell where each begins.
+    alone = scan(chunks._replace(products=None), out_dtype, save=False, final=True)
+    segment_logs = _segment_logs(plan, decays)
+    initial, last = gpu_scan.combined(segment_logs, alone["final"], first, backward)
+    out = scan(chunks._replace(initial=initial), out_dtype, save=save, final=False)
+    if final:
+        out["final"] = last
+    return out
+
+
+def _segment_logs(plan: Plan, decays: Decays) -> Float[Array, "_ H G _"] | None:
+    """The logs of each whole segment."""
+    logs = decays.log_total
+    if logs is None:
+        return None
+    rows, H, _, width = logs.shape
+    return logs.reshape(rows, H, plan.segments, -1, width).sum(3)
+
+
 def _backward(plan: Plan, return_final_state: bool, residuals, cotangents):
     x, states = residuals
     do, dfinal = cotangents
     decays = _decays(plan, x)
-    walk = _walk(plan, x, decays, gpu_scores.scores(plan, x, decays))
-    back = Walk(
-        reads=walk.writes,
-        writes=walk.reads,
-        scores=walk.scores,
+    forward = _chunks(plan, x, decays)
+    assert forward.reads is not None
+    # dv = A^T do + writes dS: the forward scan with reads and writes, v and do exchanged.
+    exchanged = forward._replace(
+        reads=forward.writes,
+        writes=forward.reads,
         values=do,
-        total=walk.total,
-        read_factor=walk.write_factor,
-        write_factor=walk.read_factor,
-        initial=None,
+        read_factor=forward.write_factor,
+        write_factor=forward.read_factor,
     )
-    dtype = x.v.dtype if plan.Hv == plan.H else jnp.float32
-    out = _walked(
-        plan, back, decays, dfinal, dtype, backward=True, save=True, final=x.state is not None
+    # Query heads that share a value head add up their parts afterwards: in float32.
+    dv_dtype = x.v.dtype if plan.Hv == plan.H else jnp.float32
+    out = _scan_segments(
+        plan,
+        exchanged,
+        decays,
+        dfinal,
+        dv_dtype,
+        backward=True,
+        save=True,
+        final=x.state is not None,
     )
-    through = gpu_back.through_scores(plan, x, decays, do, states, out["states"])
-    return (
-        Inputs(
-            q=through["dq"],
-            k=_sum_of_heads(through["dk"], x.k),
-            v=_sum_of_heads(out["o"], x.v),
-            logs=_logs_cotangent(plan, x.logs, through),
-            starts=None,
-            bonus=None if x.bonus is None else through["dbonus"].sum((0, 2)).astype(x.bonus.dtype),
-            state=out.get("final"),
-        ),
+    through = gpu_backward.through_products(plan, x, decays, do, states, out["states"])
+    dbonus = None
+    if x.bonus is not None:
+        dbonus = through["dbonus"].sum((0, 2)).astype(x.bonus.dtype)
+    gradients = Inputs(
+        q=through["dq"],
+        k=_sum_of_heads(through["dk"], x.k),
+        v=_sum_of_heads(out["o"], x.v),
+        logs=_dlogs(plan, x.logs, through),
+        starts=None,
+        bonus=dbonus,
+        state=out.get("final"),
     )
+    return (gradients,)
 
 
 _scan.defvjp(_forward, _backward)
 
 
-def _sum_of_heads(parts: Array, x: Array) -> Array:
-    """Shared heads: a part from each query head [B, T, H, D] float32 -> [B, T, Hx, D] in x's
-    dtype.
-    """
+def _sum_of_heads(parts: Float[Array, "B T H D"], x: Float[Array, "B T Hx D"]) -> Array:
+    """Sums the parts that query heads contribute to a shared head, in x's dtype."""
     if parts.shape == x.shape:
         return parts
     B, T, heads, D = x.shape
-    return parts.reshape(B, T, heads, -1, D).sum(3).astype(x.dtype)
+    return (
+        parts.reshape(
+            B,
+            T,
+            heads,
+            -1,
+            D,
+        )
+        .sum(3)
+        .astype(x.dtype)
+    )
 
 
-def _logs_cotangent(plan: Plan, logs: Array | None, through: dict[str, Array]) -> Array | None:
-    """Scalar ones from what is left of each token, see `backward`: the formula is
-    `tile.vector_dlogs`.
+def _dlogs(plan: Plan, logs: Array | None, through: dict[str, Array]) -> Array | None:
+    """What each log receives. The formula is `gpu.tile.vector_dlogs`.
+
+    The kernel has done it for vector decays. For scalar ones it left four numbers of each token, in
+    blocks of K.
     """
     if plan.decay != "scalar":
         return through.get("dlogs")
-    readers, writers, writes, total = jnp.moveaxis(
-        through["rows"].sum(3), 3, 0
-    )  # [B, H, N, C] each
-    C, precise = plan.chunk, partial(jnp.einsum, "ij,...j->...i", precision="highest")
-    later, balance = jnp.triu(jnp.ones((C, C)), 1), readers - writers
-    dlogs = (
-        total
-        + precise(later, balance)
-        + precise(later.T, writes)
-        + (balance if plan.inclusive else -writers)
-    )
+    assert logs is not None
+    of_tokens = through["rows"].sum(3)
+    # [B, H, N, C] each.
+    readers, writers, writes, total = jnp.moveaxis(of_tokens, 3, 0)
+    later = jnp.triu(jnp.ones((plan.chunk, plan.chunk)), 1)
+    balance = readers - writers
+
+    def summed(which: Array, rows: Array) -> Array:
+        return jnp.einsum("ij,...j->...i", which, rows, precision="highest")
+
+    own = balance if plan.inclusive else -writers
+    dlogs = total + summed(later, balance) + summed(later.T, writes) + own
     dlogs = dlogs.reshape(*dlogs.shape[:2], plan.T)
-    return dlogs.sum(0, keepdims=True) if len(logs) == 1 else dlogs
+    if logs.shape[0] == 1:
+        # One row of logs for the whole batch.
+        return dlogs.sum(0, keepdims=True)
+    return dlogs

@@ -1,8 +1,9 @@
-"""What the GPU kernels of `linear_scan` share: the plan of a call, its arrays, and where a program
-finds its own.
+"""What the GPU kernels of `linear_scan` share.
+
+The plan of a call, its arrays as the kernels take them, and where a program finds its own tile.
 """
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -14,7 +15,14 @@ from kernels_pallas.linear_scan.gpu.tuning import Schedule
 
 
 class Plan(NamedTuple):
-    """What of a call is static. T, K and V are as the kernels see them: whole chunks and blocks."""
+    """The static arguments of a call. T, K and V are padded to whole chunks and blocks.
+
+    Attributes:
+      chunk: tokens in a chunk.
+      segments: parts of the sequence that are scanned side by side.
+      operand: the dtype of what is multiplied, and of what kernels pass to each other.
+      precision: of products of float32 operands.
+    """
 
     T: int
     H: int
@@ -22,15 +30,15 @@ class Plan(NamedTuple):
     Hv: int
     K: int
     V: int
-    decay: str  # "vector", "scalar" or "none"
+    decay: Literal["vector", "scalar", "none"]
     inclusive: bool
     reverse: bool
     scale: float
     chunk: int
-    segments: int  # parts of the sequence that are walked side by side
-    operand: jnp.dtype  # of what is multiplied, and of what kernels hand to each other
-    precision: object  # of matmuls of float32 operands
-    out_dtype: jnp.dtype
+    segments: int
+    operand: Any
+    precision: Any
+    out_dtype: Any
     schedule: Schedule
     interpret: bool
 
@@ -43,13 +51,15 @@ class Plan(NamedTuple):
         return Tile(self.operand, self.precision, self.inclusive)
 
     def key_head(self, h):
+        """The key head of query head h."""
         return h // (self.H // self.Hk)
 
     def value_head(self, h):
+        """The value head of query head h."""
         return h // (self.H // self.Hv)
 
     def place(self, n):
-        """The n-th chunk in the order of the recurrence, as it lies in memory."""
+        """Where the n-th chunk in the order of the recurrence lies in memory."""
         return self.chunks - 1 - n if self.reverse else n
 
     def rows(self) -> Array:
@@ -59,28 +69,39 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Big arrays run along T as the caller's, small ones (factors, sums) in the order of the
-    recurrence.
+    """The arrays of a call, padded.
+
+    Large arrays run along T as the caller's. Small ones, scalar logs and `starts`, are in the order
+    of the recurrence.
+
+    Attributes:
+      logs: vector logs [B, T, H, K], scalar ones [B, H, T].
+      starts: 1 where the state is reset before the token; None with inclusive reads, whose logs
+        tell it already.
     """
 
     q: Float[Array, "B T H K"]
     k: Float[Array, "B T Hk K"]
     v: Float[Array, "B T Hv V"]
-    logs: (
-        Float[Array, "B T H K"] | Float[Array, "#B H T"] | None
-    )  # scalar ones in the order of the recurrence
-    starts: (
-        Float[Array, "B T"] | None
-    )  # 1 where the state is emptied before the token; in that order too
+    logs: Float[Array, "#B T H K"] | Float[Array, "#B H T"] | None
+    starts: Float[Array, "B T"] | None
     bonus: Float[Array, "H K"] | None
     state: Float[Array, "B H K V"] | None
 
 
-def block_rows(rows: Array, first, size: int):
-    """The index of a tile: those rows, `size` columns from `first`."""
-    return rows[:, None], (first + lax.iota(jnp.int32, size))[None, :]
+def block_rows(rows: Array, first, size: int) -> tuple[Array, Array]:
+    """The index of a tile: these rows, and `size` columns from `first` on."""
+    columns = first + lax.iota(jnp.int32, size)
+    return rows[:, None], columns[None, :]
 
 
 def load(ref, *index) -> Array:
     """A tile in float32."""
     return pltriton.load(ref.at[index]).astype(jnp.float32)
+
+
+def over_blocks(count: int, body, carry):
+    """carry = body(block, carry) for each block; a single one needs no loop."""
+    if count == 1:
+        return body(0, carry)
+    return lax.fori_loop(0, count, body, carry)

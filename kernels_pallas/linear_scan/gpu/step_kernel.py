@@ -1,10 +1,12 @@
-"""The Triton kernel of one decoding step. Imports triton, which only a machine that decodes on a
-GPU has to have.
+"""The Triton kernel of one decoding step.
+
+Imports triton, which only a machine that decodes on a GPU has to have.
 
     S' = diag(exp(g)) S + k^T v;   o = scale q S', or exclusive scale (q S + (q bonus k) v)
 
-A program owns a block of V of one state: read once, written once in place. Everything else is small
-beside it.
+The grid is (row of the batch and head, block of V). A program has a block of V of one state, read
+once and written once, in place; everything else is small beside it. Masks cut K and V, which need
+not be powers of two.
 """
 
 import triton
@@ -33,25 +35,32 @@ def step_kernel(
     INCLUSIVE: tl.constexpr,
     BONUS: tl.constexpr,
 ):
-    """state [B, H, K, V] float32, updated; q [B, H, K], k and v of H // their group heads, o [B, H,
-    V].
+    """Updates a state and reads it.
 
-    log_decay: by DECAY "none", "scalar" [DECAY_ROWS, H] or "vector" [DECAY_ROWS, H, K], where
-    DECAY_ROWS is 1 or B.
+    Args:
+      state: [B, H, K, V] float32, updated.
+      q: [B, H, K]; k and v of H // KEY_GROUP and H // VALUE_GROUP heads.
+      log_decay: unused, [DECAY_ROWS, H] or [DECAY_ROWS, H, K] as DECAY says; DECAY_ROWS is 1 or B.
+      o: [B, H, V], written.
     """
-    row = tl.program_id(0).to(tl.int64)  # of [B, H]
-    batch, head = row // H, row % H
+    # The row of [B, H]; 64 bits, since state's offsets pass 2**31.
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // H
+    head = row % H
     key = batch * (H // KEY_GROUP) + head // KEY_GROUP
     value = batch * (H // VALUE_GROUP) + head // VALUE_GROUP
     decay_row = head if DECAY_ROWS == 1 else row
-    at_k, at_v = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_k, in_v = at_k < K, at_v < V
+    at_k = tl.arange(0, BLOCK_K)
+    at_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_k = at_k < K
+    in_v = at_v < V
     inside = in_k[:, None] & in_v[None, :]
     here = state + row * K * V + at_k[:, None] * V + at_v[None, :]
     old = tl.load(here, mask=inside, other=0.0)
     q_row = tl.load(q + row * K + at_k, mask=in_k, other=0.0).to(tl.float32) * scale
     k_row = tl.load(k + key * K + at_k, mask=in_k, other=0.0).to(tl.float32)
     v_row = tl.load(v + value * V + at_v, mask=in_v, other=0.0).to(tl.float32)
+    # Decay before the write: the new token is not decayed by its own step.
     new = old
     if DECAY == "scalar":
         new = old * tl.exp(tl.load(log_decay + decay_row).to(tl.float32))
@@ -61,6 +70,7 @@ def step_kernel(
     new += k_row[:, None] * v_row[None, :]
     read = tl.sum(q_row[:, None] * (new if INCLUSIVE else old), axis=0)
     if BONUS:
+        # The token's own write, weighed by the bonus, without a second state.
         weight = tl.load(bonus + head * K + at_k, mask=in_k, other=0.0).to(tl.float32)
         read += tl.sum(q_row * weight * k_row, axis=0) * v_row
     tl.store(here, new, mask=inside)

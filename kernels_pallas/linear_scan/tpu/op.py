@@ -1,12 +1,14 @@
-"""`linear_scan` on TPU (Pallas, Mosaic), forward and backward: what the kernels cover, views, padding, derivative.
+"""`linear_scan` on TPU (Pallas, Mosaic): what the kernels cover, views, padding, derivative.
 
-One kernel each way, each moving every input and output once (`kernel.py`); the mathematics is in `tile.py`,
-block sizes in `tuning.py`. Saved for the backward pass: the inputs, and the state before each chunk.
+One kernel each way (`forward.py`, `backward.py`), each moving every input and output once. The
+mathematics is in `tile.py`, `scalar_decay.py` and `vector_decay.py`, block sizes in `tuning.py`.
+Saved for the backward pass: the inputs, and the state before each chunk.
 
-Matrix units multiply bfloat16. With float16 or float32 inputs every operand keeps all its bits, in several passes. With
-bfloat16 inputs a matmul is one pass, as by XLA's default, and rounds what is multiplied: outputs and gradients are then
-2.3e-3 to 3.2e-3 off (relative RMS), where the rounding of a bfloat16 output alone is 1.7e-3. Under
-`jax.default_matmul_precision("highest")` they too keep their bits; and in interpret mode, which rounds nothing.
+Matrix units multiply bfloat16. With float16 or float32 inputs every operand keeps all its bits, in
+several passes. With bfloat16 inputs a matmul is one pass, as by XLA's default, and rounds its
+operands: outputs and gradients are then 2.3e-3 to 3.2e-3 off (relative RMS), where the rounding of
+a bfloat16 output alone is 1.7e-3. They keep their bits too under
+`jax.default_matmul_precision("highest")`, and in interpret mode, which rounds nothing.
 """
 
 from functools import partial
@@ -15,222 +17,296 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float
 
-from kernels_pallas.common.mesh import varying_axes, varying_like
-from kernels_pallas.common.padding import padded
+from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.padding import padded, power_of_two, round_up
+from kernels_pallas.common.precision import one_bfloat16_pass
+from kernels_pallas.common.tpu import interpret_params
 from kernels_pallas.linear_scan import tile
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
-from kernels_pallas.linear_scan.tpu import kernel as tpu_kernel
-from kernels_pallas.linear_scan.tpu.plan import Inputs, Plan
+from kernels_pallas.linear_scan.tpu import backward as backward_kernel
+from kernels_pallas.linear_scan.tpu import forward as forward_kernel
+from kernels_pallas.linear_scan.tpu.plan import KernelInputs, Plan
 from kernels_pallas.linear_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
-from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME, _ratio, _with_ones
+from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
+# Lanes of a register: channels are padded to a multiple.
 LANES = 128
 
 
-def unsupported(
-    q, k, v, log_decay, initial_state, normalize: bool, chunk_size: int | None
-) -> str | None:
-    """Why this room cannot take a call, or None when it can."""
-    if any(x is not None and x.dtype == jnp.float64 for x in (q, k, v, log_decay, initial_state)):
+def unsupported(inputs: ScanInputs, options: ScanOptions) -> str | None:
+    """Why this backend cannot take a call, or None when it can."""
+    floats = inputs._replace(segment_ids=None)
+    if any(x is not None and x.dtype == jnp.float64 for x in floats):
         return "does not compute in float64"
-    if max(q.shape[-1], v.shape[-1] + normalize) > MAX_D:
-        return f"takes K and V up to {MAX_D} (with normalize up to {MAX_D - 1}), not {q.shape[-1]} and {v.shape[-1]}"
+    K = inputs.q.shape[-1]
+    V = inputs.v.shape[-1]
+    if K > MAX_D or V + options.normalize > MAX_D:
+        return f"takes K and V up to {MAX_D} (with normalize up to {MAX_D - 1}), not {K} and {V}"
+    chunk_size = options.chunk_size
     if chunk_size is not None and not MIN_CHUNK <= chunk_size <= MAX_CHUNK:
         return f"takes a chunk_size from {MIN_CHUNK} to {MAX_CHUNK}, not {chunk_size}"
     return None
 
 
 def linear_scan(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
+    inputs: ScanInputs,
+    options: ScanOptions,
     *,
-    inclusive: bool,
-    scale: float,
-    reverse: bool,
-    normalize: bool,
-    chunk_size: int | None,
-    return_final_state: bool,
-    interpret: bool,
-) -> tuple[Array, Array | None]:
-    """As `api.linear_scan`, with log_decay None, [B, T, H] or [B, T, H, K] (B may be 1). Returns (o, final state)."""
-    (B, T, H, K), V, out_dtype = q.shape, v.shape[-1] + normalize, v.dtype
-    if normalize:
-        v = _with_ones(v)
-    # Mosaic does not convert to or from float16.
-    known = lambda x: x.astype(jnp.float32) if x is not None and x.dtype == jnp.float16 else x
-    q, k, v, log_decay, bonus = map(known, (q, k, v, log_decay, bonus))
-    plan = _plan(q, k, v, log_decay, segment_ids, chunk_size, interpret)._replace(
-        inclusive=inclusive,
-        reverse=reverse,
-        scale=1.0 if normalize else scale,
-        out_dtype=jnp.dtype(jnp.float32)
-        if normalize
-        else v.dtype,  # a ratio's halves keep float32 until divided
-        return_final_state=return_final_state,
-        interpret=_interpret(interpret, q),
-    )
-    rows = max(T, _longest_step(plan))
-    flat = partial(_flat, rows=rows)
-    starts = None if segment_ids is None else segment_starts(segment_ids, reverse)
-    x = Inputs(
-        q=flat(q, plan.K),
-        k=flat(k, plan.K),
-        v=flat(v, plan.V),
-        decay=_logs(plan, q, log_decay, rows),
-        starts=None if starts is None else padded(starts, 1, rows)[:, None].astype(jnp.float32),
-        bonus=None if bonus is None else padded(bonus, 1, plan.K).reshape(1, -1),
-        state=None
-        if initial_state is None
-        else padded(padded(jnp.swapaxes(initial_state, 2, 3), 2, plan.V), 3, plan.K),
-    )
-    o, final_state = _scan(plan._replace(T=rows), x)
-    o = o.reshape(B, rows, H, plan.V)[:, :T, :, :V]
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K Vs"] | None]:
+    """As `api.linear_scan`: returns (o, final state)."""
+    out_dtype = inputs.v.dtype
+    B, T, H, K = inputs.q.shape
+    inputs = _supported_arrays(inputs, options)
+    V = inputs.v.shape[-1]
+    plan = _plan(inputs, options, interpret)
+
+    # The derivative is that of the padded views; reshapes and padding are XLA's.
+    o, final_state = _scan(plan, _views(plan, inputs))
+    # Drop the padding of T and of channels.
+    o = o.reshape(B, plan.T, H, plan.V)[:, :T, :, :V]
     if final_state is not None:
+        # [V, K] in the kernels, [K, V] outside.
         final_state = jnp.swapaxes(final_state[:, :, :V, :K], 2, 3)
-    return (_ratio(o) if normalize else o).astype(out_dtype), final_state
+    if options.normalize:
+        o = divide_by_last(o)
+    return o.astype(out_dtype), final_state
 
 
-def _plan(q, k, v, log_decay, segment_ids, chunk_size: int | None, interpret) -> Plan:
-    """The plan as far as the inputs alone decide it."""
-    (_, T, H, _), Hk, Hv = q.shape, k.shape[2], v.shape[2]
-    K, V = (-(-x.shape[3] // LANES) * LANES for x in (q, v))
-    decay = "none" if log_decay is None and segment_ids is None else "scalar"
-    if log_decay is not None and log_decay.ndim == 4:
-        decay = "vector"
-    chunk = min(chunk_size or MAX_CHUNK, max(MIN_CHUNK, 1 << (T - 1).bit_length()))
+def _supported_arrays(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
+    """The column of ones, and dtypes that Mosaic knows: it does not convert float16."""
+
+    def convert(x: Array | None) -> Array | None:
+        if x is None or x.dtype != jnp.float16:
+            return x
+        return x.astype(jnp.float32)
+
+    if options.normalize:
+        inputs = inputs._replace(v=append_ones(inputs.v))
+    return ScanInputs._make(convert(x) for x in inputs)
+
+
+# --- the static arguments
+
+
+def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
+    _, T, H, K = inputs.q.shape
+    Hk = inputs.k.shape[2]
+    Hv, V = inputs.v.shape[2:]
+    K = round_up(K, LANES)
+    V = round_up(V, LANES)
+    decay = _kind_of_decay(inputs)
+    # A chunk is a power of two, and not much longer than T.
+    chunk = min(options.chunk_size or MAX_CHUNK, max(MIN_CHUNK, power_of_two(T)))
+    forward, backward = schedules(decay, T, H, Hk, Hv, K, V, chunk)
+    # A block must not be longer than the array: this matters for the shortest T only.
+    longest_step = chunk * max(forward.chunks, backward.chunks)
+    # Numerator and denominator keep float32 until they are divided.
+    out_dtype = jnp.dtype(jnp.float32) if options.normalize else inputs.v.dtype
     return Plan(
-        T=T,
+        T=max(T, longest_step),
         H=H,
         Hk=Hk,
         Hv=Hv,
         K=K,
         V=V,
         decay=decay,
+        inclusive=options.inclusive,
+        reverse=options.reverse,
+        scale=options.scale,
         chunk=chunk,
-        rounds=not interpret and _rounds(q, k, v),
-        inclusive=True,
-        reverse=False,
-        scale=1.0,
-        out_dtype=v.dtype,
-        return_final_state=False,
-        interpret=False,
-        **schedules(decay, T, H, Hk, Hv, K, V, chunk),
+        # Interpreted matmuls round nothing.
+        rounds=not interpret and one_bfloat16_pass(inputs.q, inputs.k, inputs.v),
+        out_dtype=out_dtype,
+        return_final_state=options.return_final_state,
+        forward=forward,
+        backward=backward,
+        interpret=interpret_params(interpret, inputs.q),
     )
 
 
-def _rounds(*arrays: Array) -> bool:
-    """Whether matmuls are one pass of bfloat16."""
-    one_pass = jax.config.jax_default_matmul_precision in (
-        None,
-        "default",
-        "fastest",
-        "bfloat16",
-        "BF16_BF16_F32",
-    )
-    return one_pass and all(x.dtype == jnp.bfloat16 for x in arrays)
-
-
-def _interpret(interpret: bool, x: Array):
-    """The plain interpreter is the quicker one, but knows nothing of varying axes."""
-    return pltpu.InterpretParams() if interpret is True and varying_axes(x) else interpret
-
-
-def _flat(x: Array, D: int, rows: int) -> Array:
-    """[B, T, heads, d] -> [B, rows, heads * D]. rows is T but for the shortest T."""
-    x = padded(padded(x, 1, rows), 3, D)
-    return x.reshape(x.shape[0], rows, -1)
-
-
-def _logs(plan: Plan, q: Array, log_decay: Array | None, rows: int) -> Array | None:
-    """[B, T, H*K] for vector decays, float32 [B or 1, H, T] for scalar ones."""
-    if plan.decay == "none":
-        return None
-    if plan.decay == "vector":
-        return _flat(log_decay, plan.K, rows)
-    if log_decay is None:  # segments alone
-        log_decay = varying_like(jnp.zeros((1, *q.shape[1:3])), q)
-    return padded(jnp.swapaxes(log_decay, 1, 2).astype(jnp.float32), 2, rows)
+def _kind_of_decay(inputs: ScanInputs) -> str:
+    """ "vector", "scalar" or "none"; segments alone are a scalar decay of 1 or 0."""
+    if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
+        return "vector"
+    if inputs.log_decay is None and inputs.segment_ids is None:
+        return "none"
+    return "scalar"
 
 
 def _longest_step(plan: Plan) -> int:
-    """Tokens in a grid step; the shorter of the two divides it."""
+    """Tokens in a grid step; the shorter one of the two kernels divides it."""
     return plan.chunk * max(plan.forward.chunks, plan.backward.chunks)
+
+
+# --- views of the arrays
+
+
+def _views(plan: Plan, inputs: ScanInputs) -> KernelInputs:
+    """What the derivative is taken of: padded views, with logs in `decay` whatever its kind."""
+    starts = None
+    if inputs.segment_ids is not None:
+        starts = segment_starts(inputs.segment_ids, plan.reverse)
+        # [B, 1, T]: an axis of heads, all alike. Padding does not start segments.
+        starts = padded(starts, 1, plan.T)[:, None].astype(jnp.float32)
+    bonus = inputs.bonus
+    if bonus is not None:
+        # [H, K] -> [1, H * K]
+        bonus = padded(bonus, 1, plan.K).reshape(1, -1)
+    state = inputs.initial_state
+    if state is not None:
+        # Transposed, so that a decay of the keys is a row in the kernels.
+        state = jnp.swapaxes(state, 2, 3)
+        state = padded(padded(state, 2, plan.V), 3, plan.K)
+    return KernelInputs(
+        q=_tokens_view(plan, inputs.q, plan.K),
+        k=_tokens_view(plan, inputs.k, plan.K),
+        v=_tokens_view(plan, inputs.v, plan.V),
+        decay=_logs_view(plan, inputs),
+        starts=starts,
+        bonus=bonus,
+        state=state,
+    )
+
+
+def _tokens_view(plan: Plan, x: Array, D: int) -> Array:
+    """[B, T, heads, d] -> [B, plan.T, heads * D]."""
+    # Padded channels are 0: they add nothing to scores, and states there stay 0.
+    x = padded(padded(x, 1, plan.T), 3, D)
+    return x.reshape(x.shape[0], plan.T, -1)
+
+
+def _logs_view(plan: Plan, inputs: ScanInputs) -> Array | None:
+    """[B, plan.T, H*K] for vector decays, float32 [B or 1, H, plan.T] for scalar ones."""
+    log_decay = inputs.log_decay
+    if plan.decay == "none":
+        return None
+    if log_decay is None:
+        # Segments alone.
+        zeros = jnp.zeros((1, *inputs.q.shape[1:3]))
+        log_decay = varying_like(zeros, inputs.q)
+    if plan.decay == "vector":
+        return _tokens_view(plan, log_decay, plan.K)
+    # Tokens along lanes: one row of C for each chunk of each head.
+    heads_first = jnp.swapaxes(log_decay, 1, 2).astype(jnp.float32)
+    return padded(heads_first, 2, plan.T)
+
+
+def _kernel_inputs(plan: Plan, x: KernelInputs) -> KernelInputs:
+    """Scalar decays become running sums of logs in a chunk; these and starts are split into chunks.
+
+    They are the inputs that run along lanes, where a block may not end inside the array. Beside q
+    they are small.
+    """
+    length = round_up(plan.T, _longest_step(plan))
+
+    def split_into_chunks(rows: Array) -> Array:
+        """[B, heads, T] -> [B, heads, N, C]."""
+        rows = padded(rows, 2, length)
+        return rows.reshape(*rows.shape[:2], -1, plan.chunk)
+
+    starts = x.starts
+    if starts is not None:
+        starts = split_into_chunks(starts)
+    if plan.decay != "scalar":
+        if starts is not None:
+            # [B, 1, N, C] -> [B, N, 1, C]: a row of C for each chunk.
+            starts = jnp.swapaxes(starts, 1, 2)
+        return x._replace(starts=starts)
+
+    assert x.decay is not None
+    log_decay = jnp.maximum(split_into_chunks(x.decay), tile.LOG_ZERO)
+    log_read = log_decay if plan.inclusive else jnp.zeros_like(log_decay)
+    if starts is not None:
+        log_decay = jnp.where(starts > 0, tile.LOG_ZERO, log_decay)
+        log_read = jnp.where(starts > 0, tile.LOG_ZERO, log_read)
+    at_reads, at_ends = tile.running_sums(
+        log_decay,
+        log_read,
+        plan.reverse,
+    )
+    # Inclusive reads see the sums that the state does.
+    sums = at_ends if plan.inclusive else jnp.concatenate([at_ends, at_reads])
+    # [R, B, H, N, C] -> [B, H, N, R, C]. The starts are in the sums now.
+    return x._replace(decay=jnp.moveaxis(sums, 0, 3), starts=None)
 
 
 # --- the derivative
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan: Plan, x: Inputs) -> tuple[Array, Array | None]:
-    """(o [B, T, H*V], final state [B, H, V, K]). `x.decay` are logs, of every kind."""
-    out = tpu_kernel.forward(plan, _kernel_inputs(plan, x), save=False)
+def _scan(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:
+    """(o [B, T, H*V], final state [B, H, V, K]), of `_views`."""
+    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=False)
     return out["o"], out.get("final")
 
 
-def _forward(plan: Plan, x: Inputs):
-    out = tpu_kernel.forward(plan, _kernel_inputs(plan, x), save=True)
-    return (checkpoint_name(out["o"], OUT_NAME), out.get("final")), (
-        x,
-        checkpoint_name(out["states"], STATES_NAME),
-    )
+def _forward(plan: Plan, x: KernelInputs):
+    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=True)
+    outputs = (checkpoint_name(out["o"], OUT_NAME), out.get("final"))
+    residuals = (x, checkpoint_name(out["states"], STATES_NAME))
+    return outputs, residuals
 
 
-def _backward(plan: Plan, residuals, cotangents):
+def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
     x, states = residuals
     do, dfinal = cotangents
-    out = tpu_kernel.backward(plan, _kernel_inputs(plan, x), states, do, dfinal)
-    return (
-        Inputs(
-            q=out["dq"],
-            k=_sum_of_parts(out["dk"], x.k, plan.Hk),
-            v=_sum_of_parts(out["dv"], x.v, plan.Hv),
-            decay=_logs_cotangent(plan, x.decay, out.get("ddecay")),
-            starts=None,
-            bonus=None if x.bonus is None else out["dbonus"].sum(0).astype(x.bonus.dtype),
-            state=out.get("dinitial"),
-        ),
+    out = backward_kernel.backward(
+        plan,
+        _kernel_inputs(plan, x),
+        states,
+        do,
+        dfinal,
     )
+    # Blocks of query heads that share a head left one part each.
+    dk = _sum_of_parts(out["dk"], x.k, plan.Hk)
+    dv = _sum_of_parts(out["dv"], x.v, plan.Hv)
+    ddecay = _dlog_decay(plan, x.decay, out.get("ddecay"))
+    dbonus = None
+    if x.bonus is not None:
+        # The kernel leaves one part for each row.
+        dbonus = out["dbonus"].sum(0).astype(x.bonus.dtype)
+    dx = KernelInputs(
+        q=out["dq"],
+        k=dk,
+        v=dv,
+        decay=ddecay,
+        starts=None,
+        bonus=dbonus,
+        state=out.get("dinitial"),
+    )
+    return (dx,)
 
 
 _scan.defvjp(_forward, _backward)
-
-
-def _kernel_inputs(plan: Plan, x: Inputs) -> Inputs:
-    """Scalar decays become running sums of logs in a chunk; these and starts are cut into chunks.
-
-    They are the inputs that run along lanes, where a block may not end inside the array. Beside q they are small.
-    """
-    length = -(-plan.T // _longest_step(plan)) * _longest_step(plan)
-    in_chunks = lambda rows: padded(rows, 2, length).reshape(*rows.shape[:2], -1, plan.chunk)
-    starts = None if x.starts is None else in_chunks(x.starts)
-    if plan.decay != "scalar":
-        return x._replace(starts=None if starts is None else jnp.swapaxes(starts, 1, 2))
-    logs = jnp.maximum(in_chunks(x.decay), tile.LOG_ZERO)
-    reads = logs if plan.inclusive else jnp.zeros_like(logs)
-    if starts is not None:
-        logs, reads = (jnp.where(starts > 0, tile.LOG_ZERO, l) for l in (logs, reads))
-    reads, ends = tile.running_sums(logs, reads, plan.reverse)
-    sums = ends if plan.inclusive else jnp.concatenate([ends, reads])
-    return x._replace(decay=jnp.moveaxis(sums, 0, 3), starts=None)
 
 
 def _sum_of_parts(parts: Array, x: Array, num_heads: int) -> Array:
     """Shared heads: [B, T, heads * parts * D] float32 -> [B, T, heads * D] in x's dtype."""
     if parts.shape == x.shape:
         return parts
-    parts = parts.reshape(*x.shape[:2], num_heads, -1, x.shape[2] // num_heads)
+    B, T, width = x.shape
+    # The parts of one head are next to each other: [..., heads, parts, D].
+    parts = parts.reshape(B, T, num_heads, -1, width // num_heads)
     return parts.sum(3).reshape(x.shape).astype(x.dtype)
 
 
-def _logs_cotangent(plan: Plan, logs: Array | None, ddecay: Array | None) -> Array | None:
-    if plan.decay != "scalar":
+def _dlog_decay(
+    plan: Plan,
+    logs: Array | None,
+    ddecay: Array | None,
+) -> Array | None:
+    """The kernel's "ddecay" in the shape of `_logs_view`."""
+    if logs is None or ddecay is None or plan.decay == "vector":
         return ddecay
-    ddecay = ddecay.reshape(*ddecay.shape[:2], -1)[:, :, : plan.T]
-    return ddecay.sum(0, keepdims=True) if len(logs) == 1 else ddecay
+    B, H = ddecay.shape[:2]
+    # [B, H, N, 1, C] -> [B, H, T]
+    ddecay = ddecay.reshape(B, H, -1)[:, :, : plan.T]
+    if logs.shape[0] == 1:
+        # All rows have the same decay.
+        return ddecay.sum(0, keepdims=True)
+    return ddecay

@@ -1,35 +1,57 @@
-"""What the TPU kernels of `linear_scan` are told: the static plan, the arrays, and the way over blocks of tokens.
+"""What the TPU kernels of `linear_scan` are told: static arguments, arrays, and the grid.
 
-Arrays are views [B, T, heads * D] of the op's [B, T, heads, D], so that the last axis fills registers. States are
-[V, K]: a decay of the keys is then a row. `reverse` and T that ends inside a block are index maps here, and masks in
-`tokens.py`.
+Arrays are views [B, T, heads * D] of the op's [B, T, heads, D], so that the last axis fills
+registers. States are [V, K]: a decay of the keys is then a row. `reverse`, and a T that ends inside
+a block, are index maps here and masks in `tokens.py`.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from kernels_pallas.common.tpu import Operand
-from kernels_pallas.linear_scan.tpu.tile import Tile
+from kernels_pallas.common.tpu import Interpret, Operand
+from kernels_pallas.linear_scan.tpu.tile import TileOptions
+
+type ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 
 class Schedule(NamedTuple):
-    """How a kernel is cut. Only its time depends on this."""
+    """How the work of a kernel is divided. Only its time depends on this.
 
-    heads: int  # in a grid step
-    chunks: int  # in a grid step
-    lag: int | None  # turns between the starts of two heads, see `tile.staggered`
-    # where the matrix unit rounds operands: keep them as it will see them
+    Attributes:
+      heads: query heads in a grid step.
+      chunks: chunks in a grid step.
+      lag: turns between the starts of two heads, see `tile.interleave`; None for one by one.
+      round_early: where the matrix unit rounds operands, keep them as it will see them.
+      stack: see `tile.TileOptions`.
+      transpose: in the backward pass, whether the scores' cotangent is transposed rather than
+        multiplied out twice.
+    """
+
+    heads: int
+    chunks: int
+    lag: int | None
     round_early: bool = False
-    stack: bool = False  # see `tile.Tile`
-    # backward: the scores' cotangent is transposed rather than multiplied out twice
+    stack: bool = False
     transpose: bool = True
 
 
 class Plan(NamedTuple):
-    """What of a call is static. K and V are as the kernel sees them, T is the true length."""
+    """The static arguments of both kernels.
+
+    Attributes:
+      T: the length of the arrays.
+      K, V: channels, padded to whole registers.
+      decay: "vector", "scalar" or "none".
+      chunk: tokens in a chunk.
+      rounds: whether the matrix unit rounds operands to bfloat16, see `op.py`. The states that are
+        saved are then kept in bfloat16, as it will see them.
+      forward, backward: the schedules of the two kernels.
+      interpret: as `pallas_call` takes it.
+    """
 
     T: int
     H: int
@@ -37,119 +59,209 @@ class Plan(NamedTuple):
     Hv: int
     K: int
     V: int
-    decay: str  # "vector", "scalar" or "none"
+    decay: str
     inclusive: bool
     reverse: bool
     scale: float
     chunk: int
-    rounds: bool  # the matrix unit rounds operands to bfloat16, see `tpu.py`; saved states are kept as it will see them
+    rounds: bool
     out_dtype: jnp.dtype
     return_final_state: bool
     forward: Schedule
     backward: Schedule
-    interpret: object  # as pallas_call takes it
+    interpret: Interpret
 
-    def tile(self, schedule: Schedule) -> Tile:
-        early = self.rounds and schedule.round_early
-        operand = jnp.dtype(jnp.bfloat16 if early else jnp.float32)
-        return Tile(self.rounds, operand, self.inclusive, self.reverse, schedule.stack)
+    def tile_options(self, schedule: Schedule) -> TileOptions:
+        """The static arguments of a chunk."""
+        # Where matmuls keep all bits there is nothing to round.
+        rounds_early = self.rounds and schedule.round_early
+        operand = jnp.bfloat16 if rounds_early else jnp.float32
+        return TileOptions(
+            rounds=self.rounds,
+            operand=jnp.dtype(operand),
+            inclusive=self.inclusive,
+            reverse=self.reverse,
+            stack=schedule.stack,
+        )
 
 
-class Inputs(NamedTuple):
+class KernelInputs(NamedTuple):
+    """The arrays of a kernel, as views that fill registers.
+
+    Attributes:
+      decay: for vector decays logs [B, T, H*K]; for scalar ones R rows of running sums of logs in
+        each of N chunks, [B or 1, H, N, R, C].
+      starts: 1 where the state is reset before the token; vector decays only.
+    """
+
     q: Float[Array, "B T H*K"]
     k: Float[Array, "B T Hk*K"]
     v: Float[Array, "B T Hv*V"]
-    decay: (
-        Float[Array, "B T H*K"] | Float[Array, "#B H N R C"] | None
-    )  # logs, or R running sums of logs in N chunks
-    starts: (
-        Float[Array, "B N 1 C"] | None
-    )  # 1 where the state is emptied before the token; vector decays only
+    decay: Float[Array, "B T H*K"] | Float[Array, "#B H N R C"] | None
+    starts: Float[Array, "B N 1 C"] | None
     bonus: Float[Array, "1 H*K"] | None
     state: Float[Array, "B H V K"] | None
 
 
-class Walk(NamedTuple):
-    """The way of one kernel over the tokens."""
+class Grid(NamedTuple):
+    """The grid of one kernel: (B, blocks of heads, blocks of tokens).
+
+    The last axis runs in order, so that the state can stay in fast memory. The methods that return
+    an `Operand` say which block of an array a grid step (b, h, t) sees.
+    """
 
     plan: Plan
     schedule: Schedule
-    backward: bool
+    is_backward: bool
+
+    # --- tokens
 
     @property
-    def step(self) -> int:
+    def step_length(self) -> int:
+        """Tokens in a grid step."""
         return self.schedule.chunks * self.plan.chunk
 
     @property
-    def steps(self) -> int:
-        return -(-self.plan.T // self.step)
+    def num_steps(self) -> int:
+        """Grid steps along T; the last may end beyond T."""
+        return -(-self.plan.T // self.step_length)
 
     @property
-    def downwards(self) -> bool:
-        return self.plan.reverse != self.backward
+    def starts_at_end(self) -> bool:
+        """Whether the kernel takes the tokens from the last to the first."""
+        return self.plan.reverse != self.is_backward
 
-    def block(self, t):
-        return self.steps - 1 - t if self.downwards else t
+    def token_block(self, t):
+        """The block of tokens of grid step t; t may be traced."""
+        return self.num_steps - 1 - t if self.starts_at_end else t
 
-    def chunks(self) -> range:
-        order = range(self.schedule.chunks)
-        return order[::-1] if self.downwards else order
+    def chunk_order(self) -> range:
+        """The chunks of a grid step, in the order in which the kernel takes them."""
+        chunks = range(self.schedule.chunks)
+        return chunks[::-1] if self.starts_at_end else chunks
 
-    def group(self, num_heads: int) -> int:
+    # --- grouped heads: several query heads share one key or value head
+
+    def group_size(self, num_heads: int) -> int:
         """Query heads that share one of `num_heads` heads."""
         return self.plan.H // num_heads
 
     def slot(self, head: int, num_heads: int) -> int:
-        """Which of the block's `num_heads`-kind heads belongs to query head `head` of the block."""
-        return head // self.group(num_heads) if self.group(num_heads) <= self.schedule.heads else 0
+        """Where the block holds the head, one of `num_heads`, that query head `head` uses.
 
-    def slots(self, num_heads: int) -> int:
-        return max(1, self.schedule.heads // self.group(num_heads))
+        `head` counts from the first query head of the block.
+        """
+        group_size = self.group_size(num_heads)
+        if group_size > self.schedule.heads:
+            # All query heads of the block use the same one.
+            return 0
+        return head // group_size
 
-    def tokens(self, name: str, array, num_heads: int, D: int, partial: bool = False) -> Operand:
-        """[B, T, heads * D]. `partial`: an output that each block of query heads has its own of."""
-        shared = 1 if partial else max(1, self.group(num_heads) // self.schedule.heads)
-        block = (1, self.step, self.slots(num_heads) * D)
-        return Operand(name, array, block, lambda b, h, t: (b, self.block(t), h // shared))
+    def num_slots(self, num_heads: int) -> int:
+        """How many of `num_heads` heads a block holds."""
+        return max(1, self.schedule.heads // self.group_size(num_heads))
 
-    def sums(self, name: str, array) -> Operand:
+    # --- blocks of arrays
+
+    def tokens(
+        self,
+        name: str,
+        array: ArrayOrShape,
+        num_heads: int,
+        D: int,
+        is_partial: bool = False,
+    ) -> Operand:
+        """[B, T, heads * D].
+
+        Args:
+          name: what the kernel calls it.
+          array: the array, or the shape of an output.
+          num_heads: heads of the array.
+          D: channels of a head.
+          is_partial: for an output of which every block of query heads has a part of its own, also
+            where these query heads share a head.
+
+        Returns:
+          The operand.
+        """
+        # How many neighboring blocks of query heads see the same block.
+        sharing_blocks = 1
+        if not is_partial:
+            sharing_blocks = max(1, self.group_size(num_heads) // self.schedule.heads)
+        # One row, the tokens of a step, and the heads that the step's query heads use.
+        block = (1, self.step_length, self.num_slots(num_heads) * D)
+        return Operand(
+            name,
+            array,
+            block,
+            lambda b, h, t: (b, self.token_block(t), h // sharing_blocks),
+        )
+
+    def running_sums(self, name: str, array: ArrayOrShape) -> Operand:
         """[B or 1, H, chunks, R, C]."""
-        every = 0 if array.shape[0] == 1 else 1
+        # Index 0 for every row where the rows share one.
+        row_stride = 0 if array.shape[0] == 1 else 1
+        # The sums of whole chunks: T is padded, so every block lies inside the array.
         block = (1, self.schedule.heads, self.schedule.chunks, *array.shape[3:])
-        return Operand(name, array, block, lambda b, h, t: (b * every, h, self.block(t), 0, 0))
+        return Operand(
+            name,
+            array,
+            block,
+            lambda b, h, t: (b * row_stride, h, self.token_block(t), 0, 0),
+        )
 
-    def starts(self, array) -> Operand:
-        """[B, chunks, 1, C]."""
+    def starts(self, array: ArrayOrShape) -> Operand:
+        """[B, chunks, 1, C], the same for all heads."""
         block = (1, self.schedule.chunks, 1, self.plan.chunk)
-        return Operand("starts", array, block, lambda b, h, t: (b, self.block(t), 0, 0))
+        return Operand(
+            "starts",
+            array,
+            block,
+            lambda b, h, t: (b, self.token_block(t), 0, 0),
+        )
 
-    def state(self, name: str, array) -> Operand:
-        """[B, H, V, K]: one block for the whole walk."""
+    def state(self, name: str, array: ArrayOrShape) -> Operand:
+        """[B, H, V, K]: one block for all grid steps along T."""
+        # The index does not depend on t: it is moved once for each block of heads.
         block = (1, self.schedule.heads, self.plan.V, self.plan.K)
         return Operand(name, array, block, lambda b, h, t: (b, h, 0, 0))
 
-    def states(self, array) -> Operand:
-        """[B, H, chunks, V, K]."""
+    def states(self, array: ArrayOrShape) -> Operand:
+        """[B, H, chunks, V, K]: the state before each chunk."""
         block = (1, self.schedule.heads, self.schedule.chunks, self.plan.V, self.plan.K)
-        return Operand("states", array, block, lambda b, h, t: (b, h, self.block(t), 0, 0))
+        return Operand(
+            "states",
+            array,
+            block,
+            lambda b, h, t: (b, h, self.token_block(t), 0, 0),
+        )
 
-    def bonus(self, name: str, array) -> Operand:
-        """[1 or B, H * K] as [.., 1, H * K]."""
-        every = 0 if array.shape[0] == 1 else 1
+    def bonus(self, name: str, array: ArrayOrShape) -> Operand:
+        """[1 or B, 1, H * K]."""
+        row_stride = 0 if array.shape[0] == 1 else 1
+        # The same channels for all tokens.
         block = (1, 1, self.schedule.heads * self.plan.K)
-        return Operand(name, array, block, lambda b, h, t: (b * every, 0, h))
+        return Operand(
+            name,
+            array,
+            block,
+            lambda b, h, t: (b * row_stride, 0, h),
+        )
 
-    def inputs(self, x: Inputs) -> list[Operand]:
-        p = self.plan
+    def inputs(self, x: KernelInputs) -> list[Operand]:
+        """What both kernels read: all of `x` but the state."""
+        plan = self.plan
+        # The order of the kernel's arguments; it finds them by name.
         operands = [
-            self.tokens("q", x.q, p.H, p.K),
-            self.tokens("k", x.k, p.Hk, p.K),
-            self.tokens("v", x.v, p.Hv, p.V),
+            self.tokens("q", x.q, plan.H, plan.K),
+            self.tokens("k", x.k, plan.Hk, plan.K),
+            self.tokens("v", x.v, plan.Hv, plan.V),
         ]
-        if p.decay == "vector":
-            operands.append(self.tokens("decay", x.decay, p.H, p.K))
-        elif p.decay == "scalar":
-            operands.append(self.sums("decay", x.decay))
+        if x.decay is not None:
+            if plan.decay == "vector":
+                operands.append(self.tokens("decay", x.decay, plan.H, plan.K))
+            else:
+                operands.append(self.running_sums("decay", x.decay))
         if x.starts is not None:
             operands.append(self.starts(x.starts))
         if x.bonus is not None:

@@ -1,9 +1,11 @@
 """One decoding step of `linear_scan` on TPU: every state is read once, written once, in place.
 
-    S' = diag(exp(g)) S + k^T v;  o = scale q S', or exclusive scale (q S + (q bonus k) v)
+    S' = diag(exp(g)) S + k^T v
+    o = scale q S'                            inclusive
+    o = scale (q S + (q bonus k) v)           exclusive
 
-A step is bound by moving the states: everything else is packed into one small row array by XLA, and the arithmetic is
-element-wise, in float32, so nothing is rounded by the matrix unit.
+A step is bound by moving the states. Everything else is packed into one small array of rows by XLA,
+and the arithmetic is element-wise, in float32, so nothing is rounded by the matrix unit.
 """
 
 import jax
@@ -11,94 +13,166 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float
 
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import VMEM_LIMIT, in_hbm
-from kernels_pallas.linear_scan.xla import _ratio, _with_ones
+from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
+from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 
-STATE_BYTES_IN_STEP = 2**21  # a grid step's states; in and out, each twice in flight: 8 MiB
-ROWS, LANES = 8, 128
+# The states of a grid step; input and output, each twice in flight: 8 MiB of VMEM.
+STATE_BYTES_IN_STEP = 2**21
+# The shape of a float32 register.
+ROWS = 8
+LANES = 128
 
 
-def unsupported(*arrays: Array | None) -> str | None:
-    """Why this room cannot take one decoding step, or None when it can."""
-    if any(x is not None and x.dtype == jnp.float64 for x in arrays):
+def unsupported(inputs: StepInputs, options: StepOptions) -> str | None:
+    """Why this backend cannot take one decoding step, or None when it can."""
+    if any(x is not None and x.dtype == jnp.float64 for x in inputs):
         return "does not compute in float64"
     return None
 
 
 def linear_scan_step(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    state,
+    inputs: StepInputs,
+    options: StepOptions,
     *,
-    inclusive: bool,
-    scale: float,
-    normalize: bool,
-    interpret: bool,
-) -> tuple[Array, Array]:
-    """One token: q [B, H, K], k [B, Hk, K], v [B, Hv, V], state [B, H, K, V]. Returns (o [B, H, V], new state)."""
-    (B, H, K), out_dtype = q.shape, v.dtype
-    if normalize:
-        v, scale = _with_ones(v), 1.0
-    q, k, v = (jnp.repeat(x.astype(jnp.float32), H // x.shape[1], axis=1) for x in (q, k, v))
-    q = q * scale
+    interpret: bool = False,
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K Vs"]]:
+    """As `api.linear_scan_step`: returns (o, new state)."""
+    B, H, K = inputs.q.shape
+    out_dtype = inputs.v.dtype
+    v = inputs.v
+    if options.normalize:
+        v = append_ones(v)
+    q = _repeat_heads(inputs.q, H)
+    k = _repeat_heads(inputs.k, H)
+    v = _repeat_heads(v, H)
+    # The bonus's part below is scaled too.
+    q = q * options.scale
+
+    # q, k and the decay as rows of one array, a register high.
     rows = [q, k]
-    if log_decay is not None:
-        decay = jnp.exp(log_decay.astype(jnp.float32))
-        rows.append(jnp.broadcast_to(decay[..., None] if decay.ndim == 2 else decay, (B, H, K)))
-    rows = jnp.stack(rows, axis=2)
-    padding = ((0, 0), (0, 0), (0, ROWS - rows.shape[2]), (0, -K % LANES))
+    is_decayed = inputs.log_decay is not None
+    if inputs.log_decay is not None:
+        decay = jnp.exp(inputs.log_decay.astype(jnp.float32))
+        if decay.ndim == 2:
+            # One decay for all channels of a head.
+            decay = decay[..., None]
+        rows.append(jnp.broadcast_to(decay, (B, H, K)))
+    # [B, H, 2 or 3, K], padded to whole registers.
+    packed = jnp.stack(rows, axis=2)
+    missing_rows = ROWS - packed.shape[2]
+    missing_lanes = -K % LANES
+    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, missing_rows), (0, missing_lanes)))
+
     read, new_state = _call(
-        jnp.pad(rows, padding), v[:, :, None], state, log_decay is not None, inclusive, interpret
+        packed,
+        v[:, :, None],
+        inputs.state,
+        is_decayed,
+        options.inclusive,
+        interpret,
     )
     o = read[:, :, 0]
-    if bonus is not None:
-        o += jnp.sum(q * bonus.astype(jnp.float32) * k, axis=-1, keepdims=True) * v
-    return (_ratio(o) if normalize else o).astype(out_dtype), new_state
+    if inputs.bonus is not None:
+        bonus = inputs.bonus.astype(jnp.float32)
+        # The exclusive read of the token's own write.
+        o += jnp.sum(q * bonus * k, axis=-1, keepdims=True) * v
+    if options.normalize:
+        o = divide_by_last(o)
+    return o.astype(out_dtype), new_state
+
+
+def _repeat_heads(x: Array, num_heads: int) -> Array:
+    """[B, heads, D] -> float32 [B, num_heads, D]."""
+    return jnp.repeat(
+        x.astype(jnp.float32),
+        num_heads // x.shape[1],
+        axis=1,
+    )
 
 
 def _call(
-    rows: Array, v: Array, state: Array, decayed: bool, inclusive: bool, interpret
-) -> tuple[Array, Array]:
-    """(q S' or q S [B, H, 1, V], S'). rows [B, H, 8, K padded]: q, k and, if `decayed`, the decay."""
-    B, H, K, V = state.shape
-    most = max(1, STATE_BYTES_IN_STEP // (K * V * 4))
-    heads = max(n for n in range(1, min(H, most) + 1) if H % n == 0)
-    batch = max(n for n in range(1, min(B, most // heads) + 1) if B % n == 0)
+    rows: Float[Array, "B H 8 lanes"],
+    v: Float[Array, "B H 1 V"],
+    state: Float[Array, "B H K V"],
+    is_decayed: bool,
+    inclusive: bool,
+    interpret: bool,
+) -> tuple[Float[Array, "B H 1 V"], Float[Array, "B H K V"]]:
+    """Runs the kernel.
 
-    def kernel(rows_ref, v_ref, state_ref, o_ref, new_ref):
-        def one(i, _):
-            where = i // heads, i % heads
-            columns = jnp.transpose(rows_ref[where])[:K]
-            old = state_ref[where]
-            new = old * columns[:, 2:3] if decayed else old
-            new = new + columns[:, 1:2] * v_ref[where]
-            new_ref[where] = new
-            o_ref[where] = jnp.sum(
-                columns[:, :1] * (new if inclusive else old), axis=0, keepdims=True
-            )
+    The grid is (blocks of B, blocks of heads); a step holds as many states as fit. A loop over them
+    multiplies and adds whole states, with the rows transposed so that each is a column of K.
+
+    Args:
+      rows: q, k and, if `is_decayed`, the decay.
+      v: the values.
+      state: the states, which are updated in place.
+      is_decayed: whether there is a decay.
+      inclusive: whether q reads the new state.
+      interpret: run in interpret mode.
+
+    Returns:
+      (q S' or q S, S').
+    """
+    B, H, K, V = state.shape
+    # Blocks divide B and H, so that no step is partly outside.
+    max_states = max(1, STATE_BYTES_IN_STEP // (K * V * 4))
+    heads = _largest_divisor(H, max_states)
+    batch = _largest_divisor(B, max_states // heads)
+
+    def kernel(rows_ref, v_ref, state_ref, o_ref, new_state_ref):
+        def update(i, _):
+            # Row and head of the block.
+            index = i // heads, i % heads
+            # [8, K padded] -> [K, 8]: q, k and the decay as columns beside a state [K, V].
+            columns = jnp.transpose(rows_ref[index])[:K]
+            q = columns[:, :1]
+            k = columns[:, 1:2]
+            decay = columns[:, 2:3]
+            old_state = state_ref[index]
+            decayed = old_state * decay if is_decayed else old_state
+            new_state = decayed + k * v_ref[index]
+            new_state_ref[index] = new_state
+            read_state = new_state if inclusive else old_state
+            o_ref[index] = jnp.sum(q * read_state, axis=0, keepdims=True)
             return 0
 
-        jax.lax.fori_loop(0, batch * heads, one, 0, unroll=8)
+        jax.lax.fori_loop(0, batch * heads, update, 0, unroll=8)
 
-    spec = lambda *shape: pl.BlockSpec((batch, heads, *shape), lambda b, h: (b, h, 0, 0))
-    return pl.pallas_call(
+    def spec(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((batch, heads, *shape), lambda b, h: (b, h, 0, 0))
+
+    compiler_params = pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel"),
+        vmem_limit_bytes=VMEM_LIMIT,
+    )
+    # Five operations for an element of the state, which is read and written once.
+    num_moved = 2 * state.size + rows.size + 2 * v.size
+    cost = pl.CostEstimate(
+        flops=5 * state.size,
+        transcendentals=0,
+        bytes_accessed=4 * num_moved,
+    )
+    run = pl.pallas_call(
         kernel,
         grid=(B // batch, H // heads),
         in_specs=[spec(ROWS, rows.shape[3]), spec(1, V), spec(K, V)],
         out_specs=[spec(1, V), spec(K, V)],
-        out_shape=[like(x, x.shape, x.dtype) for x in (v, state)],
+        out_shape=[like(v, v.shape, v.dtype), like(state, state.shape, state.dtype)],
+        # The state, input 2, becomes output 1.
         input_output_aliases={2: 1},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT
-        ),
-        cost_estimate=pl.CostEstimate(
-            5 * state.size, 0, 4 * (2 * state.size + rows.size + 2 * v.size)
-        ),
+        compiler_params=compiler_params,
+        cost_estimate=cost,
         interpret=interpret,
         name="linear_scan_step",
-    )(rows, v, in_hbm(state, interpret))
+    )
+    return run(rows, v, in_hbm(state, interpret))
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`."""
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)

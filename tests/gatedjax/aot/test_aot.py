@@ -236,7 +236,8 @@ ptxas info    : Used 168 registers, used 1 barriers, 1024 bytes smem, 576 bytes 
 def test_gpu_figures_from_ptxas():
     measured = gpu.parse_ptxas(PTXAS)["scan"]
     assert measured == {"spills": 32, "registers": 168, "shared": 1024}
-    body = "wgmma.mma_async.sync.aligned.m64n128k16\nwgmma.mma_async.sync.aligned.m64n128k16\nmma.sync.aligned.m16n8k16"
+    wgmma = "wgmma.mma_async.sync.aligned.m64n128k16"
+    body = f"{wgmma}\n{wgmma}\nmma.sync.aligned.m16n8k16"
     k = gpu.kernel("scan", ".reqntid 128, 1, 1", body, 64 * 1024, measured, target("cuda:h200"))
     assert (k.threads, k.wgmma, k.mma, k.shared_memory_bytes) == (128, 2, 1, 65 * 1024)
     assert k.blocks_per_core == 3  # of registers; 233,472 // (66,560 + 1,024) is 3 too
@@ -301,7 +302,8 @@ x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 reports = {"kernel": compile_for("tpu:v5e", matmul_kernel, x, x)[1]}
 for op in CASES:
     case = make_case(op, SHAPES[op], "bfloat16", {})
-    reports[op] = compile_for("tpu:v5e", case.backward(), *case.backward_args(), concrete=case.concrete)[1]
+    program = case.backward()
+    reports[op] = compile_for("tpu:v5e", program, *case.backward_args(), concrete=case.concrete)[1]
 print(json.dumps({name: r.as_dict() for name, r in reports.items()}))
 """
 

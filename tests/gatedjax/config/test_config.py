@@ -1,16 +1,30 @@
-"""Every config builds, resolves to its committed golden, and passes under eval_shape; wrong ones
-name the key.
-"""
+"""Each config builds, resolves to its golden and passes eval_shape; wrong ones name the key."""
 
+import dataclasses
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gatedjax.config import (
+    FEED_FORWARDS,
+    MIXERS,
+    Config,
+    DataConfig,
+    FrozenDict,
+    GatedAttentionConfig,
+    GatedMLPConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RouterConfig,
+    SourceConfig,
+    TrainConfig,
     config_dict,
     differing_keys,
     from_config_dict,
@@ -18,6 +32,7 @@ from gatedjax.config import (
     nearest_key,
     to_dict,
 )
+from gatedjax.config.checks import field_types, is_optional, not_none
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.training.run import with_vocab
@@ -81,11 +96,11 @@ def test_json_round_trip():
         ),
         (
             lambda c: c["optim"].update({"lr": "fast"}),
-            "config.optim.lr: 'fast' is str, expected float",
+            "config.optim.lr: got 'fast', expected float",
         ),
         (
             lambda c: c["train"].update({"steps": True}),
-            "config.train.steps: True is bool, expected int",
+            "config.train.steps: got True, expected int",
         ),
         (
             lambda c: c["train"].update({"steps": 0}),
@@ -123,6 +138,79 @@ def test_wrong_input_names_the_key(change, message):
     with pytest.raises(InputError) as e:
         from_config_dict(raw)
     assert message in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "cls, values, message",
+    [
+        (GatedAttentionConfig, dict(num_heads="4"), "num_heads: got '4', expected int"),
+        (GatedAttentionConfig, dict(num_heads=0), "num_heads: got 0, expected at least 1"),
+        (
+            GatedAttentionConfig,
+            dict(rope_fraction=1.5),
+            "rope_fraction: got 1.5, expected a fraction",
+        ),
+        (OptimConfig, dict(lr=-1), "lr: got -1.0, expected above 0"),
+        (OptimConfig, dict(clip_norm=-1.0), "clip_norm: got -1.0, expected at least 0"),
+        (OptimConfig, dict(beta1=2.0), "beta1: got 2.0, expected a fraction from 0 to below 1"),
+        (TrainConfig, dict(steps=0.5), "steps: got 0.5, expected int"),
+        (TrainConfig, dict(accumulation_steps=0), "accumulation_steps: got 0, expected at least 1"),
+        (TrainConfig, dict(seed=2**70), "seed: got 1180591620717411303424, expected between 0"),
+        (GatedMLPConfig, dict(activation="relu6"), "activation: got 'relu6', expected one of silu"),
+        (ModelConfig, dict(dtype="f8"), "dtype: got 'f8', expected one of bfloat16, float32"),
+        (
+            ModelConfig,
+            dict(pattern="attention"),
+            "pattern: got 'attention', expected a tuple of str",
+        ),
+        (ModelConfig, dict(width=-8), "width: got -8, expected at least 1"),
+        (ModelConfig, dict(mixers={"attention": 3}), "mixers.attention: got 3, expected GatedAtt"),
+        (SourceConfig, dict(kind="csv"), "kind: got 'csv', expected one of python_stdlib"),
+    ],
+)
+def test_a_dataclass_built_directly_names_the_field(cls, values, message):
+    with pytest.raises(InputError) as e:
+        cls(**values)
+    assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+
+ALL_CLASSES = [
+    Config,
+    ModelConfig,
+    DataConfig,
+    SourceConfig,
+    OptimConfig,
+    MeshConfig,
+    TrainConfig,
+    RouterConfig,
+    *MIXERS.values(),
+    *FEED_FORWARDS.values(),
+]
+
+
+@pytest.mark.parametrize("cls", ALL_CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_is_checked(cls):
+    """No field takes an object of no meaning, a float that is no number, or a negative number."""
+    for name, hint in field_types(cls).items():
+        wrong = [object()]
+        scalar = not_none(hint) if is_optional(hint) else hint
+        if scalar is float:
+            wrong += [math.nan, math.inf, -1.0]
+        if scalar is int:
+            wrong += [True, -1, 1.5]
+        for value in wrong:
+            with pytest.raises(InputError, match=rf"^{name}(: got|\.)"):
+                cls(**{name: value})
+
+
+def test_equal_values_of_another_type_make_an_equal_configuration():
+    attention = GatedAttentionConfig(num_heads=2)
+    lists = ModelConfig(mixers={"attention": attention}, pattern=["attention"], z_loss=0)
+    frozen = ModelConfig(mixers=FrozenDict(attention=attention), pattern=("attention",), z_loss=0.0)
+    assert lists == frozen and hash(lists) == hash(frozen)
+    numbers = OptimConfig(lr=np.float64(0.5), warmup_steps=np.int64(3))
+    assert numbers == OptimConfig(lr=0.5, warmup_steps=3)
+    assert {type(x) for x in dataclasses.astuple(numbers)} <= {str, int, float}
 
 
 def test_layer_rejects_unknown_names():

@@ -1,6 +1,4 @@
-"""Filters by value, greedy decoding against the full forward pass, and the error bar of an
-evaluation.
-"""
+"""Filters by value, greedy decoding against the full forward pass, an evaluation's error bar."""
 
 import math
 

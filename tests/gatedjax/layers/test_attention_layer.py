@@ -11,12 +11,13 @@ from helpers import rel_rms
 
 from gatedjax.config import GatedAttentionConfig
 from gatedjax.config.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
-from gatedjax.layers.attention import GatedAttention, append_token, fill, init_cache
+from gatedjax.layers.attention import GatedAttention
+from gatedjax.layers.kv_cache import append_token, fill
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
 from gatedjax.layers.token_info import TokenInfo
 
 B, T, M = 2, 12, 16
-X = np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32))
 
 
 def sigmoid(x):
@@ -72,7 +73,7 @@ def run(module, params, x=X, info=None, cache=None):
 
 @functools.cache
 def jitted(module):
-    return jax.jit(module.apply)
+    return jax.jit(functools.partial(module.apply, method="with_cache"))
 
 
 def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
@@ -131,7 +132,7 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
             ]
         )
         v = v * (temperature("value_temperature") + 1)[..., None]
-    group = c.num_heads // c.num_kv_heads
+    group = c.num_heads // c.kv_heads
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
     times = {
         "inverse_sqrt": c.head_dim**-0.5,
@@ -245,7 +246,7 @@ def test_prefill_then_decode_equals_full_forward(name):
     module, params = init(config)
     full, _ = run(module, params)
     prompt = 5
-    y, cache = run(module, params, X[:, :prompt], cache=init_cache(config, B, T, jnp.float32))
+    y, cache = run(module, params, X[:, :prompt], cache=module.init_cache(B, T))
     assert rel_rms(y, full[:, :prompt]) < 1e-5
     for t in range(prompt, T):
         y, cache = run(module, params, X[:, t : t + 1], TokenInfo(jnp.full((B, 1), t)), cache)
@@ -256,7 +257,7 @@ def test_prefill_then_decode_equals_full_forward(name):
 
 def test_ring_cache_holds_the_last_tokens():
     config = GatedAttentionConfig(**BASE, window=4)
-    cache = init_cache(config, 1, 100, jnp.float32)
+    cache = GatedAttention(config).init_cache(1, 100)
     tokens = jnp.arange(7.0)[None, :, None, None] * jnp.ones((1, 7, 2, 8))
     cache = fill(cache, tokens, tokens)
     cache, distances = append_token(cache, tokens[:, 0] + 7, tokens[:, 0] + 7, jnp.array([7]))

@@ -32,15 +32,26 @@ def steps_in(run_dir):
     return [r["step"] for r in read_records(run_dir / "metrics.jsonl")]
 
 
-# ---- formats
-# --------------------------------------------------------------------------------------------------------
+# --- formats
 
 
 @pytest.mark.parametrize(
     ("x", "text"),
-    [(0, "0.00"), (0.5, "0.50"), (9.999, "10.0"), (999.4, "999"), (999.9, "1.00k"), (41234, "41.2k"), (1e6, "1.00M"),
-     (1.2e11, "120G"), (3.3e12, "3.30T"), (2e18, "2000P"), (-41234, "-41.2k"), (math.nan, "nan")],
-)  # fmt: skip
+    [
+        (0, "0.00"),
+        (0.5, "0.50"),
+        (9.999, "10.0"),
+        (999.4, "999"),
+        (999.9, "1.00k"),
+        (41234, "41.2k"),
+        (1e6, "1.00M"),
+        (1.2e11, "120G"),
+        (3.3e12, "3.30T"),
+        (2e18, "2000P"),
+        (-41234, "-41.2k"),
+        (math.nan, "nan"),
+    ],
+)
 def test_format_si(x, text):
     assert format_si(x) == text
 
@@ -86,8 +97,7 @@ def test_format_step_shows_what_is_known():
     )
 
 
-# ---- throughput
-# -----------------------------------------------------------------------------------------------------
+# --- throughput
 
 
 def test_throughput_leaves_out_compilation_and_pauses_and_keeps_pauses_in_the_time_left():
@@ -119,8 +129,7 @@ def test_throughput_without_a_known_peak_has_no_mfu():
     assert speed.read(4) == {"tokens_per_s": 5, "flops_per_s": 10, "mfu": None, "eta_s": 2.0}
 
 
-# ---- console
-# --------------------------------------------------------------------------------------------------------
+# --- console
 
 
 def test_console_writes_plain_lines_where_there_is_no_terminal():
@@ -145,8 +154,7 @@ def test_console_redraws_one_live_line_on_a_terminal(monkeypatch):
     assert out.getvalue() == live[0] + live[1] + clear + "checkpoint\n" + live[2] + "\n"
 
 
-# ---- files
-# ----------------------------------------------------------------------------------------------------------
+# --- files
 
 
 def test_records_round_trip_and_are_valid_json(tmp_path):
@@ -264,8 +272,7 @@ def test_make_writers_writes_everywhere_and_only_on_the_first_process(
     assert capsys.readouterr().out == "" and not (tmp_path / "b").exists()
 
 
-# ---- the picture
-# ----------------------------------------------------------------------------------------------------
+# --- the picture
 
 
 def write_run(run_dir, steps):

@@ -163,4 +163,4 @@ def test_the_studies_of_the_repository_can_be_made(path, small):
     assert len(set(labels)) == len(labels) and found.title and found.columns
     assert all(p.y.endswith("@") or p.y in found.columns for p in found.pictures)
     keys = {run_key(c, s, found) for c in found.cells for s in found.seeds}
-    assert len(keys) == len(found.cells) * len(found.seeds), "no run stands for two cells"
+    assert len(keys) == len(found.cells) * len(found.seeds), "no two cells have the same run"

@@ -118,8 +118,7 @@ def files_of_step(directory, step):
     return [p.relative_to(directory) for p in sorted(files, key=lambda p: -p.stat().st_size)]
 
 
-# ---- what is restored
-# -----------------------------------------------------------------------------------------------
+# --- what is restored
 
 
 def test_newest_step_comes_back_to_the_bit(three_steps, states):
@@ -176,8 +175,7 @@ def test_configuration_is_read_without_the_state(three_steps, tmp_path):
         read_config(tmp_path / "nowhere")
 
 
-# ---- a target that differs is no damage
-# -----------------------------------------------------------------------------
+# --- a target that differs is no damage
 
 
 def _replace_gate(state, **changes):
@@ -245,8 +243,7 @@ def test_leaves_that_are_no_plain_arrays_or_share_a_name_are_refused(tmp_path):
             checkpointer.save(1, {"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, data_index=0)
 
 
-# ---- damage
-# ---------------------------------------------------------------------------------------------------------
+# --- damage
 
 
 def _flip_bytes(path):
@@ -428,13 +425,15 @@ def test_links_and_oversized_descriptions_are_refused_unread(run_dir, tmp_path, 
 
 def test_keys_of_another_configuration_are_named(run_dir, states):
     other = {"model": {"width": 32, "norm_eps": 1e-6}, "name": "test"}
-    wanted = r"params\.gate is bfloat16\[8\] there, expected bfloat16\[9\]; config\.model\.width: 16 there, now 32$"
+    wanted = (
+        r"params\.gate is bfloat16\[8\] there, expected bfloat16\[9\]; "
+        r"config\.model\.width: 16 there, now 32$"
+    )
     with Checkpointer(run_dir, other) as checkpointer, pytest.raises(InputError, match=wanted):
         checkpointer.restore_latest(_replace_gate(states[3], shape=(9,)))
 
 
-# ---- the digest
-# -----------------------------------------------------------------------------------------------------
+# --- the digest
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
@@ -474,8 +473,7 @@ def test_digest_is_of_bits_and_follows_its_definition():
     assert digests["zero"] != digests["minus"]
 
 
-# ---- the directory
-# --------------------------------------------------------------------------------------------------
+# --- the directory
 
 
 def test_second_run_on_a_directory_is_refused(tmp_path):

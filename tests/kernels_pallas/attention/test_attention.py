@@ -28,8 +28,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import attention_step, dispatch
-from kernels_pallas.attention import NORMALIZERS, tile, xla
+from kernels_pallas import dispatch
+from kernels_pallas.attention import NORMALIZERS, blocks, tile, xla
+from kernels_pallas.ops import attention_step
 
 CASES = {
     "causal": {},
@@ -123,15 +124,22 @@ def test_result_does_not_depend_on_tiles(monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
 def test_only_tiles_with_something_to_see_are_visited(causal, window):
     for T, block_q, block_k in [(64, 16, 16), (65, 16, 8), (70, 8, 32), (5, 5, 5)]:
-        plan = xla.Plan(NORMALIZERS["softmax"], causal, window, None, 1.0, block_q, block_k)
+        plan = blocks.Plan(NORMALIZERS["softmax"], causal, window, None, 1.0, block_q, block_k)
         for i in range(-(-T // block_q)):
             rows = np.arange(i * block_q, min((i + 1) * block_q, T))
-            visited = range(*xla._visits(plan, T, i * block_q))
-            traced = xla._visits(plan, T, jnp.int32(i * block_q))
+            visited = range(*blocks.key_range(plan, T, i * block_q))
+            traced = blocks.key_range(plan, T, jnp.int32(i * block_q))
             assert (int(traced[0]), int(traced[1])) == (visited.start, visited.stop)
             for j in range(-(-T // block_k)):
                 keys = np.arange(j * block_k, (j + 1) * block_k)
-                seen = tile.visible(rows, keys, length=T, causal=causal, window=window).any()
+                mask = tile.visible(
+                    jnp.asarray(rows),
+                    jnp.asarray(keys),
+                    length=T,
+                    causal=causal,
+                    window=window,
+                )
+                seen = mask.any()
                 assert bool(seen) == (j in visited), (T, i, j)
 
 

@@ -16,8 +16,9 @@ from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
 from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
-from kernels_pallas import attention, dispatch
+from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS, attention_step
+from kernels_pallas.ops import attention
 
 pytestmark = needs_cuda_plugin
 needs_ptxas = pytest.mark.skipif(
@@ -62,7 +63,7 @@ def test_no_kernel_spills(shape):
 
 @needs_ptxas
 @pytest.mark.parametrize(
-    "normalizer", [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
+    "normalizer", [name for name, normalizer in NORMALIZERS.items() if normalizer.passes == 1]
 )
 def test_every_normalizer_of_one_walk_compiles(normalizer):
     case = make_case(

@@ -26,7 +26,7 @@ TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
 ONE_PASS = {
     name: normalizer.for_length(300)
     for name, normalizer in NORMALIZERS.items()
-    if normalizer.walks == 1
+    if normalizer.passes == 1
 }
 
 

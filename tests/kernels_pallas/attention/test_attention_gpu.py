@@ -24,20 +24,24 @@ from helpers import rel_rms
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import RESIDUAL_NAMES, attention, dispatch
+from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS
+from kernels_pallas.ops import RESIDUAL_NAMES, attention
 
-# `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (
     importlib.import_module(f"kernels_pallas.attention.gpu.{name}")
     for name in ("op", "tile", "plan", "forward", "backward", "tuning")
 )
-Cut, Schedule = tuning.Cut, tuning.Schedule
+KernelConfig, Schedule = tuning.KernelConfig, tuning.Schedule
 slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbor of the same case also covers
-ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
+ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.passes == 1]
 on_gpu = partial(value_and_gradients, implementation="gpu", interpret=True)
 # Blocks of every kernel differ, so that each has its own edges.
-SMALL = Schedule(Cut(32, 16, 4, 1), Cut(16, 32, 4, 1), Cut(32, 16, 4, 1))
+SMALL = Schedule(
+    forward=KernelConfig(block_q=32, block_k=16, num_warps=4, num_stages=1),
+    dq=KernelConfig(block_q=16, block_k=32, num_warps=4, num_stages=1),
+    dkv=KernelConfig(block_q=16, block_k=32, num_warps=4, num_stages=1),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +127,7 @@ def test_huge_logits():
 
 def test_a_kernel_each_for_dk_and_dv(monkeypatch):
     """As with large heads, where registers hold only one of them."""
-    monkeypatch.setattr(room, "schedule", lambda *a: SMALL._replace(dv=Cut(16, 32, 4, 1)))
+    monkeypatch.setattr(room, "schedule", lambda *a: SMALL._replace(dv=KernelConfig(32, 16, 4, 1)))
     compare(T=50, B=1, H=2, Hk=1, logits_soft_cap=3.0, slopes=True)
 
 
@@ -185,10 +189,10 @@ def test_visits_are_the_tiles_that_the_mask_leaves(causal, window):
     assert p.pairs == mask.sum()
     cut = lambda m, n, k: m[n * size : (n + 1) * size, k * other : (k + 1) * other]
     for reach, found in (
-        (plan_room.of_queries(p), mask),
-        (plan_room.of_queries(p).turned(), mask.T),
+        (plan_room.reach_of_queries(p), mask),
+        (plan_room.reach_of_queries(p).transposed(), mask.T),
     ):
-        ranges = plan_room.visits(p, reach, jnp.arange(16), size, other, None)
+        ranges = plan_room.tile_ranges(p, reach, jnp.arange(16), size, other, None)
         ranges = [(*np.broadcast_arrays(first, end), masks) for first, end, masks in ranges]
         for n in range(16):
             visited = [(k, masks) for first, end, masks in ranges for k in range(first[n], end[n])]
@@ -201,13 +205,13 @@ def test_visits_are_the_tiles_that_the_mask_leaves(causal, window):
 
 def test_documents_are_walked_alone():
     ids = jnp.asarray(np.repeat(np.arange(4), 64)[None], jnp.int32)
-    spans = plan_room.shared_segments(ids, 32, 16)
+    spans = plan_room.segment_spans(ids, 32, 16)
     assert spans.tolist()[0] == [[4 * (n // 2), 4 * (n // 2) + 4] for n in range(8)]
 
 
 def test_blocks_are_no_larger_than_a_short_sequence():
     assert tuning.schedule(128, 128, "bfloat16", 1, 20).forward[:2] == (32, 32)
-    assert tuning.schedule(128, 128, "bfloat16", 1, 4096).forward.own >= 64
+    assert tuning.schedule(128, 128, "bfloat16", 1, 4096).forward.block_q >= 64
 
 
 # --- what the tests above would miss: are they able to fail?
@@ -228,24 +232,24 @@ def _without_correction(right):
 
 
 PLANTED = {
-    "no mask": (tile, "seen", lambda right: lambda p, at, masks: right(p, at, False)),
-    "a tile not visited": (plan_room, "visits", _a_tile_less),
+    "no mask": (tile, "visible", lambda right: lambda p, at, masks: right(p, at, False)),
+    "a tile not visited": (plan_room, "tile_ranges", _a_tile_less),
     "sums of another maximum": (type(NORMALIZERS["softmax"]), "add", _without_correction),
     "gate's gradient flipped": (
         room,
-        "_arrival",
+        "_gradients_by_row",
         lambda right: lambda *a: (lambda do, deltas, dgate: (do, deltas, -dgate))(*right(*a)),
     ),
     "delta forgotten": (
         room,
-        "_arrival",
+        "_gradients_by_row",
         lambda right: (
             lambda *a: (lambda do, deltas, dgate: (do, [0 * d for d in deltas], dgate))(*right(*a))
         ),
     ),
     "another head's queries": (
         backward_room,
-        "_of_head",
+        "_load_of_head",
         lambda right: lambda ref, rows, g, width: right(ref, rows, 0 * g, width),
     ),
 }
@@ -349,7 +353,7 @@ def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type, interpreter_in_shar
     "D, options, message",
     [
         (257, {}, "K and V up to 256, not 257"),
-        (8, dict(normalizer="entmax"), "walk over the keys once, not Entmax"),
+        (8, dict(normalizer="entmax"), "pass over the keys once, not Entmax"),
     ],
 )
 def test_what_the_kernel_refuses_by_name(D, options, message):

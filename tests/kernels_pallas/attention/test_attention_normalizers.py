@@ -22,10 +22,10 @@ from attention_cases import (
 )
 from helpers import rel_rms
 
-from kernels_pallas import attention, attention_step
 from kernels_pallas.attention import NORMALIZERS, Entmax, Normalizer, Relu, Sigmoid
 from kernels_pallas.attention.normalizers import multipass
 from kernels_pallas.attention.normalizers.reference import weights
+from kernels_pallas.ops import attention, attention_step
 
 OTHERS = {
     "entmax 1.3": Entmax(alpha=1.3),

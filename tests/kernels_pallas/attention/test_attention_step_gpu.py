@@ -26,7 +26,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbor of the s
 ONE_PASS = {
     name: normalizer.for_length(S)
     for name, normalizer in NORMALIZERS.items()
-    if normalizer.walks == 1
+    if normalizer.passes == 1
 }
 QUICK = ("softmax", "self_adjust")
 
@@ -178,7 +178,7 @@ def test_on_a_mesh(interpreter_in_shard_map):
 def test_other_normalizers_are_refused_by_name_and_fall_to_xla():
     arrays, *masks = draw()
     arrays = cast(arrays, jnp.float32)
-    with pytest.raises(NotImplementedError, match="walk over the keys once, not Entmax"):
+    with pytest.raises(NotImplementedError, match="pass over the keys once, not Entmax"):
         run(arrays, *masks, normalizer="entmax", implementation="gpu")
     with pytest.raises(ValueError, match="interpret: got True with implementation=None"):
         run(arrays, *masks, interpret=True)

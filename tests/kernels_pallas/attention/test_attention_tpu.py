@@ -28,16 +28,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import RESIDUAL_NAMES, attention, dispatch
+from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS
+from kernels_pallas.ops import RESIDUAL_NAMES, attention
 
-# `kernels_pallas.attention` is the function; its rooms are found by their full names.
 room, tile, plan_room, forward_room, backward_room, tuning = (
     importlib.import_module(f"kernels_pallas.attention.tpu.{name}")
     for name in ("op", "tile", "plan", "forward", "backward", "tuning")
 )
 Schedule = plan_room.Schedule
-ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.walks == 1]
+ONE_PASS = [name for name, normalizer in NORMALIZERS.items() if normalizer.passes == 1]
 on_tpu = partial(value_and_gradients, implementation="tpu", interpret=True)
 
 
@@ -174,11 +174,11 @@ def test_visits_are_the_tiles_that_the_mask_leaves(causal, window):
     mask = (j <= i) | (not causal)
     if window is not None:
         mask &= np.abs(i - j) < window
-    assert plan_room.pairs(plan) == mask.sum()
+    assert plan.pairs == mask.sum()
     cut = lambda i, j: mask[i * block : (i + 1) * block, j * block : (j + 1) * block]
     wanted = {(i, j) for i in range(8) for j in range(8) if cut(i, j).any()}
-    for visits in (plan_room.forward_visits(plan), plan_room.backward_visits(plan)[0]):
-        computed = [(i, j, w & 3) for i, j, w in zip(*visits) if w & 3 != plan_room.NOTHING]
+    for visits in (plan_room.forward_tiles(plan), plan_room.backward_tiles(plan)[0]):
+        computed = [(i, j, w & 3) for i, j, w in zip(*visits) if w & 3 != plan_room.EMPTY]
         assert len(computed) == len(wanted) and {(i, j) for i, j, _ in computed} == wanted
         assert all(cut(i, j).all() for i, j, kind in computed if kind == plan_room.FULL)
 
@@ -198,7 +198,7 @@ def _seen_without_masks(right):
 def _first_span_only(right):
     def spans(*args):
         visits, count, blocks = right(*args)
-        return plan_room.Visits(*(x[:count] for x in visits)), count, blocks
+        return plan_room.TileTable(*(x[:count] for x in visits)), count, blocks
 
     return spans
 
@@ -206,19 +206,21 @@ def _first_span_only(right):
 def _a_tile_less(right):
     def visits(plan):
         found = right(plan)
-        return plan_room.Visits(*(x[(found.rows != 2) | (found.keys != 1)] for x in found))
+        return plan_room.TileTable(
+            *(x[(found.q_blocks != 2) | (found.k_blocks != 1)] for x in found)
+        )
 
     return visits
 
 
 PLANTED = {
-    "no mask": (tile, "seen", _seen_without_masks),
+    "no mask": (tile, "visible", _seen_without_masks),
     "lanes' sums of another maximum": (tile, "finite", lambda right: lambda m: 0.999 * right(m)),
-    "one span of keys": (backward_room, "backward_visits", _first_span_only),
-    "a tile not visited": (forward_room, "forward_visits", _a_tile_less),
+    "one span of keys": (backward_room, "backward_tiles", _first_span_only),
+    "a tile not visited": (forward_room, "forward_tiles", _a_tile_less),
     "gate open in the gradient": (
         tile,
-        "open_gate",
+        "sigmoid",
         lambda right: lambda x: jnp.clip(right(x), 0.01, 0.9),
     ),
     "turned rows": (tile, "as_row", lambda right: lambda x: jnp.roll(right(x), 1, axis=1)),
@@ -360,7 +362,7 @@ def test_compiles(chip, shape):
     "D, options, message",
     [
         (257, {}, "K and V up to 256, not 257"),
-        (8, dict(normalizer="entmax"), "walk over the keys once, not Entmax"),
+        (8, dict(normalizer="entmax"), "pass over the keys once, not Entmax"),
     ],
 )
 def test_what_the_kernel_refuses_by_name(D, options, message):

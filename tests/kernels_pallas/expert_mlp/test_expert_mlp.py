@@ -12,10 +12,11 @@ from helpers import rel_rms
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import dispatch, expert_mlp
+from kernels_pallas import dispatch
 from kernels_pallas.expert_mlp.gate import ACTIVATIONS, gated_product, gated_product_cotangents
 from kernels_pallas.expert_mlp.tpu import op as tpu
 from kernels_pallas.grouped_matmul.tpu import tuning as tpu_tuning
+from kernels_pallas.ops import expert_mlp
 
 R, M, F, G = 60, 12, 20, 4
 NAMES = ("rows", "gate", "up", "down")
@@ -24,10 +25,10 @@ SIZES = [33, 0, 1, 20]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    row = tpu_tuning.Row(
-        cores=1, tile=32, parts=32, depth=32, step=128, outer_step=(128, 128), vmem=2**26
+    row = tpu_tuning.Tuning(
+        cores=1, tile=32, part=32, outer_part=32, step=128, outer_step=(128, 128), vmem=2**26
     )
-    monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
+    monkeypatch.setattr(tpu_tuning, "tuned", lambda: row)
 
 
 def draw(dtype, rows=R):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import dispatch, grouped_matmul, permute_rows, sort_by_group
+from kernels_pallas import dispatch
 from kernels_pallas.grouped_matmul import xla
+from kernels_pallas.ops import grouped_matmul, permute_rows, sort_by_group
 
 M, K, N, G = 200, 12, 20, 5
 SIZES = {

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_grouped_matmul import SIZES, G, M, assert_close, cast, draw, truth, value_and_gradients
 
-from kernels_pallas import grouped_matmul
 from kernels_pallas.grouped_matmul.gpu import op as gpu
+from kernels_pallas.ops import grouped_matmul
 
 on_gpu = functools.partial(grouped_matmul, implementation="gpu", interpret=True)
 run = jax.jit(functools.partial(value_and_gradients, f=on_gpu))

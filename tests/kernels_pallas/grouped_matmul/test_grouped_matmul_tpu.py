@@ -28,7 +28,7 @@ from test_grouped_matmul import (
     value_and_gradients,
 )
 
-from kernels_pallas import dispatch, grouped_matmul
+from kernels_pallas import dispatch
 from kernels_pallas.grouped_matmul.tpu import (
     op as tpu,
 )
@@ -42,11 +42,12 @@ from kernels_pallas.grouped_matmul.tpu import (
     rows as tpu_rows,
 )
 from kernels_pallas.grouped_matmul.tpu import (
-    tuning as tpu_tuning,
+    tiles as tpu_tiles,
 )
 from kernels_pallas.grouped_matmul.tpu import (
-    visits as tpu_visits,
+    tuning as tpu_tuning,
 )
+from kernels_pallas.ops import grouped_matmul
 
 on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 
@@ -54,10 +55,10 @@ on_tpu = functools.partial(grouped_matmul, implementation="tpu", interpret=True)
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Many small tiles, so that small arrays go every way through the kernels."""
-    row = tpu_tuning.Row(
-        cores=2, tile=64, parts=16, depth=32, step=128, outer_step=(128, 128), vmem=2**26
+    row = tpu_tuning.Tuning(
+        cores=2, tile=64, part=16, outer_part=32, step=128, outer_step=(128, 128), vmem=2**26
     )
-    monkeypatch.setattr(tpu_tuning, "_tuned", lambda: row)
+    monkeypatch.setattr(tpu_tuning, "tuned", lambda: row)
 
 
 @functools.cache
@@ -192,12 +193,12 @@ def kernels(sizes, interpret):
         jnp.float32
     )
     sizes = jnp.asarray(sizes, jnp.int32)
-    work = tpu.Rows("forward", interpret, (jnp.dtype(jnp.float32),))
-    (out,) = jax.jit(lambda *a: tpu.rows_times_groups(work, a[:1], a[1:2], a[2]))(
-        *arrays.values(), sizes
+    options = tpu.RowsOptions("forward", interpret, (jnp.dtype(jnp.float32),))
+    (out,), _ = jax.jit(functools.partial(tpu.rows_times_groups, options))(
+        tpu.RowsInputs([arrays["lhs"]], [arrays["rhs"]], sizes)
     )
-    drhs = jax.jit(lambda *a: tpu.outer_by_group("drhs", interpret, a[:1], *a[1:]))(
-        arrays["lhs"], dout, sizes
+    drhs = jax.jit(functools.partial(tpu.outer_by_group, tpu.OuterOptions("drhs", interpret)))(
+        tpu.OuterInputs([arrays["lhs"]], dout, sizes)
     )
     return {"out": out, "rhs": drhs}, {
         n: x for n, x in truth(arrays, sizes.tolist()).items() if n != "lhs"
@@ -222,12 +223,17 @@ def test_no_races():
 
 
 PLANTED = {
-    "rows shared with the next group are lost": (tpu_rows, "_share", lambda *args: None, "out"),
+    "rows shared with the next group are lost": (
+        tpu_rows,
+        "_join_boundary",
+        lambda *args: None,
+        "out",
+    ),
     "neighbors' rows are summed over": (tpu_outer, "_zero_neighbors", lambda *args: None, "rhs"),
     "last rows are left out, folded nowhere": (
         tpu_outer,
-        "_fold",
-        lambda refs, v: tpu_visits.aligned(v.used(64)),
+        "_fold_last_rows",
+        lambda refs, tile: tpu_tiles.align_down(tile.used_rows(64)),
         "rhs",
     ),
 }
@@ -277,10 +283,10 @@ def test_one_number_for_each_row():
 
 def test_sizes_of_a_tile():
     """Fine where groups end, coarse where a tile is nearly full; the last is the tile."""
-    assert tpu_tuning._parts(512, 32) == (*range(32, 321, 32), 384, 448, 512)
-    assert tpu_tuning._parts(64, 32) == (32, 64) and tpu_tuning._parts(32, 32) == tpu_tuning._parts(
-        32, 64
-    ) == (32,)
+    assert tpu_tuning._row_counts(512, 32) == (*range(32, 321, 32), 384, 448, 512)
+    assert tpu_tuning._row_counts(64, 32) == (32, 64) and tpu_tuning._row_counts(
+        32, 32
+    ) == tpu_tuning._row_counts(32, 64) == (32,)
 
 
 def test_what_ran_and_what_is_refused():

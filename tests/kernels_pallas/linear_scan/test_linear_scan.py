@@ -27,8 +27,8 @@ from scan_cases import (
     total,
 )
 
-from kernels_pallas import linear_scan, linear_scan_step
 from kernels_pallas.linear_scan import tile
+from kernels_pallas.ops import linear_scan, linear_scan_step
 
 
 @pytest.mark.parametrize("decay", DECAYS)

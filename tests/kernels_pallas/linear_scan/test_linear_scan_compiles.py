@@ -1,7 +1,7 @@
 """linear_scan's TPU kernels pass Mosaic's compiler with every option: interpreted kernels may ask
 what no TPU can do.
 
-python tests/kernels_pallas/linear_scan/test_linear_scan_compiles.py tpu:v6e [packed scalar ...]      what the test runs
+python tests/kernels_pallas/linear_scan/test_linear_scan_compiles.py tpu:v6e [packed ...]
 """
 
 import os
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 from gatedjax.aot import compile_for, libtpu
-from kernels_pallas import linear_scan, linear_scan_step
+from kernels_pallas.ops import linear_scan, linear_scan_step
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 VARIANTS = {

@@ -16,14 +16,15 @@ from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
 from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
-from kernels_pallas import dispatch, linear_scan
+from kernels_pallas import dispatch
+from kernels_pallas.ops import linear_scan
 
 pytestmark = needs_cuda_plugin
 needs_ptxas = pytest.mark.skipif(
     not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)"
 )
 SHAPES = ("B4,T4096,H16,K128,V128", "B8,T2048,H4,K256,V512", "B1,T32768,H16,K128,V128")
-STAGES = ("scores", "forward", "dscores", "backward", "backward_scores")
+STAGES = ("products", "forward", "dproducts", "backward", "backward_products")
 
 
 def stage(kernel: str) -> str:
@@ -135,4 +136,4 @@ def test_on_a_mesh_of_two(axis_type):
         for program in programs:
             lowered = jax.jit(program).trace(*x).lower(lowering_platforms=("cuda",))
             text = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
-            assert "all-gather" not in text and "linear_scan_vector_scores" in text
+            assert "all-gather" not in text and "linear_scan_vector_products" in text

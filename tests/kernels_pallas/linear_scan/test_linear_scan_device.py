@@ -14,8 +14,9 @@ import pytest
 from helpers import rel_rms
 from scan_cases import DECAYS, make
 
-from kernels_pallas import dispatch, linear_scan, linear_scan_step
+from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import tuning as gpu_tuning
+from kernels_pallas.ops import linear_scan, linear_scan_step
 
 INTERPRET = os.environ.get("DEVICE_TESTS") == "interpret"
 pytestmark = pytest.mark.skipif(

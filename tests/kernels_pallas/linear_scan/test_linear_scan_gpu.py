@@ -24,9 +24,12 @@ from scan_cases import (
     total,
 )
 
-from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
+from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import (
     backward as gpu_back,
+)
+from kernels_pallas.linear_scan.gpu import (
+    intra_chunk as gpu_intra,
 )
 from kernels_pallas.linear_scan.gpu import (
     op as gpu,
@@ -35,15 +38,13 @@ from kernels_pallas.linear_scan.gpu import (
     scan as gpu_scan,
 )
 from kernels_pallas.linear_scan.gpu import (
-    scores as gpu_scores,
-)
-from kernels_pallas.linear_scan.gpu import (
     tile as gpu_tile,
 )
 from kernels_pallas.linear_scan.gpu import (
     tuning as gpu_tuning,
 )
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
+from kernels_pallas.ops import RESIDUAL_NAMES, linear_scan
 
 compare_gpu = partial(compare, implementation="gpu", chunk_size=16)
 scan_gpu = partial(linear_scan, implementation="gpu", interpret=True, chunk_size=16)
@@ -103,10 +104,10 @@ def test_segments_of_the_sequence_side_by_side(rank, monkeypatch):
 
 def test_a_short_chip_is_filled_by_segments():
     schedule = gpu_tuning.Schedule()
-    assert gpu_tuning.segments(schedule, walks=32, chunks=512) == 4
-    assert gpu_tuning.segments(schedule, walks=128, chunks=64) == 1
+    assert gpu_tuning.segments(schedule, programs=32, chunks=512) == 4
+    assert gpu_tuning.segments(schedule, programs=128, chunks=64) == 1
     assert (
-        gpu_tuning.segments(schedule, walks=1, chunks=40) == 4
+        gpu_tuning.segments(schedule, programs=1, chunks=40) == 4
     )  # no segment shorter than 8 chunks
 
 
@@ -150,7 +151,7 @@ def test_bfloat16_as_the_tensor_core_rounds(rank, decay, monkeypatch):
     """
     monkeypatch.setattr(gpu, "_matmuls", lambda *_: (jnp.dtype(jnp.bfloat16), None))
     monkeypatch.setattr(gpu_tile, "matmul", rounded_matmul)
-    for room in (gpu_scan, gpu_scores, gpu_back):
+    for room in (gpu_scan, gpu_intra, gpu_back):
         monkeypatch.setattr(room, "matmul", rounded_matmul)
     x = make(B=1, H=1, K=8, V=16, rank=rank, decay=decay)
     compare_gpu(x, dtype=jnp.bfloat16, tolerance=5e-3, trace="rounding")
@@ -171,14 +172,14 @@ def test_float16():
 
 
 def scaled_scores(tile, *args):
-    scores, reads, writes = gpu_tile_vector_scores(tile, *args)
+    scores, reads, writes = gpu_tile_vector_products(tile, *args)
     return scores, reads * (1 + 1e-5), writes
 
 
-gpu_tile_vector_scores = gpu_tile.vector_scores
+gpu_tile_vector_products = gpu_tile.vector_products
 without = lambda name: lambda c, **kw: c._replace(**{name: jnp.zeros_like(c.dq)})
 PLANTED = {
-    "reads 1e-5 too large": (gpu_tile, "vector_scores", lambda f: scaled_scores),
+    "reads 1e-5 too large": (gpu_tile, "vector_products", lambda f: scaled_scores),
     "state not decayed": (gpu_scan, "_decayed", lambda f: lambda S, *a: S),
     "scale forgotten": (
         gpu_scan,

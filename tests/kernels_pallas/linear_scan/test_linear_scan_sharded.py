@@ -13,8 +13,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from scan_cases import F32, MAKE_KEYS, fast_jit, make
 
-from kernels_pallas import linear_scan
 from kernels_pallas.linear_scan import sharded
+from kernels_pallas.ops import linear_scan
 
 # A segment over all of device 1, one that begins with device 2, one that begins inside device 3; a
 # row without any.
@@ -91,7 +91,7 @@ def test_four_devices_equal_one(name):
 
 
 def test_a_state_that_is_not_passed_on_is_found(monkeypatch):
-    right = sharded._states_of_the_axis
-    monkeypatch.setattr(sharded, "_states_of_the_axis", lambda *a: (0 * right(*a)[0], right(*a)[1]))
+    right = sharded._exchange_states
+    monkeypatch.setattr(sharded, "_exchange_states", lambda *a: (0 * right(*a)[0], right(*a)[1]))
     with pytest.raises(AssertionError, match="e-"):
         compare("vector, reverse, segments")

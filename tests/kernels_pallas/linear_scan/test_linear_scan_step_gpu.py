@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec as P
 from gatedjax.aot import compile_for
 from gatedjax.aot.gpu import devices
 from gatedjax.aot.targets import GPUS
-from kernels_pallas import dispatch, linear_scan_step
+from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import step as gpu_step
+from kernels_pallas.ops import linear_scan_step
 
 ROOT = Path(__file__).parents[3]
 has = lambda name: importlib.util.find_spec(name) is not None

@@ -26,10 +26,12 @@ from scan_cases import (
     total,
 )
 
-from kernels_pallas import RESIDUAL_NAMES, dispatch, linear_scan
+from kernels_pallas import dispatch
 from kernels_pallas.common.mesh import mesh_axes
+from kernels_pallas.linear_scan.tpu import scalar_decay, vector_decay_backward
 from kernels_pallas.linear_scan.tpu import tile as tpu_tile
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
+from kernels_pallas.ops import RESIDUAL_NAMES, linear_scan
 
 compare_tpu = partial(compare, implementation="tpu", chunk_size=16)
 scan_tpu = partial(linear_scan, implementation="tpu", interpret=True, chunk_size=16)
@@ -132,10 +134,18 @@ def test_float16():
 # --- what the tests above would miss: are they able to fail?
 
 
+MODULES = {
+    "read_and_update": tpu_tile,
+    "read_and_update_backward": tpu_tile,
+    "backward": vector_decay_backward,
+    "dlog_decay_of_pairs": scalar_decay,
+}
+
+
 def replaced(name: str, change):
-    """tpu_tile.<name> with its result changed; generators stay generators."""
-    right = getattr(tpu_tile, name)
-    if name in ("read_and_update", "straddling_sums"):
+    """The function with its result changed; generators stay generators."""
+    right = getattr(MODULES[name], name)
+    if name in ("read_and_update", "dlog_decay_of_pairs"):
         return change(right)
 
     def generator(*args):
@@ -155,10 +165,10 @@ PLANTED = {
         "read_and_update",
         lambda f: lambda t, s, *a: f(t, times(s, reads=1 + 1e-5), *a),
     ),
-    "state gate gradient lost": ("from_state", lambda d: times(d, dlog_total=0.0)),
-    "state cotangent lost": ("from_state", lambda d: times(d, dstate=0.0)),
-    "gate gradient flipped": ("vector_descend", lambda d: (*d[:2], -d[2])),
-    "scalar gate gradient flipped": ("straddling_sums", lambda f: lambda *a: -f(*a)),
+    "state gate gradient lost": ("read_and_update_backward", lambda d: times(d, dlog_total=0.0)),
+    "state cotangent lost": ("read_and_update_backward", lambda d: times(d, dstate=0.0)),
+    "gate gradient flipped": ("backward", lambda d: (*d[:2], -d[2])),
+    "scalar gate gradient flipped": ("dlog_decay_of_pairs", lambda f: lambda *a: -f(*a)),
 }
 
 
@@ -166,11 +176,11 @@ PLANTED = {
 @pytest.mark.parametrize("error", PLANTED)
 def test_planted_errors_are_found(error, monkeypatch):
     name, change = PLANTED[error]
-    monkeypatch.setattr(tpu_tile, name, replaced(name, change))
+    monkeypatch.setattr(MODULES[name], name, replaced(name, change))
     with pytest.raises(
         AssertionError, match=r"'o': |non-finite"
     ):  # an error of some size, not a crash
-        compare_tpu(make(B=1, H=1, T=40, rank=4 if name == "vector_descend" else 3), trace=error)
+        compare_tpu(make(B=1, H=1, T=40, rank=4 if name == "backward" else 3), trace=error)
 
 
 # --- transformations

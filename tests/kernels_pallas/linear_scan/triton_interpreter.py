@@ -1,7 +1,8 @@
 """linear_scan's decoding step in Triton's own interpreter, on CPU and without torch: a program of
 its own.
 
-    TRITON_INTERPRET=1 JAX_PLATFORMS=cpu python tests/kernels_pallas/linear_scan/triton_interpreter.py [--plant]
+    export TRITON_INTERPRET=1 JAX_PLATFORMS=cpu
+    python tests/kernels_pallas/linear_scan/triton_interpreter.py [--plant]
 
 Prints {case: [rel. RMS of o, of the state]} as JSON, against the float64 recurrence. --plant: with
 a wrong scale.
@@ -19,6 +20,7 @@ from helpers import rel_rms
 from kernels_pallas.linear_scan import reference
 from kernels_pallas.linear_scan.gpu import step as gpu_step
 from kernels_pallas.linear_scan.gpu.step_kernel import step_kernel
+from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 
 
 class Storage:
@@ -75,7 +77,8 @@ def run(
     q, k, v, log_decay, bonus, state, inclusive: bool, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(o, new state): the kernel as `step` launches it."""
-    options = gpu_step.launch(q, k, v, log_decay, bonus, inclusive, scale)
+    inputs = StepInputs(q, k, v, log_decay, bonus, state)
+    options = gpu_step.launch(inputs, StepOptions(inclusive, scale, normalize=False))
     grid = options.pop("grid")
     rows = (q, k, v, q if log_decay is None else log_decay, q if bonus is None else bonus)
     state, *_, o = tensors = [
@@ -100,7 +103,8 @@ def errors(rank: int, mode: str, dtype, shape, seed: int, plant: bool) -> list[f
             None if x is None else jax.numpy.asarray(np.asarray(x, np.float64))
             for x in (q, k, v, decay, bonus, state)
         ]
-        want = reference.linear_scan_step(*high, inclusive=inclusive, scale=scale, normalize=False)
+        step_options = StepOptions(inclusive=inclusive, scale=scale, normalize=False)
+        want = reference.linear_scan_step(StepInputs(*high), step_options)
     return [rel_rms(a, b) for a, b in zip(got, want)]
 
 

@@ -11,9 +11,10 @@ from helpers import rel_rms
 
 from gatedjax.config import MeshConfig, RouterConfig, SparseMoEConfig
 from gatedjax.layers.moe.sparse import SparseMoE
+from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.sharding import RULES, make_mesh, param_shardings
 
-X = np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32))
 WEIGHT = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
 # Experts of which some cost nothing, unequal loads, two that nobody chooses.
 CONFIG = SparseMoEConfig(
@@ -58,12 +59,13 @@ def run(config, mesh: dict, devices=None, x=X):
     module = SparseMoE(config, 0.3, jnp.float32)
     mesh = make_mesh(MeshConfig(**mesh), devices)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        boxed = jax.jit(lambda key: module.init(key, X))(jax.random.key(0))["params"]
+        with boxed_parameters():
+            boxed = jax.jit(lambda key: module.init(key, X))(jax.random.key(0))["params"]
         params = jax.device_put(nn.meta.unbox(boxed), param_shardings(mesh, boxed))
         params["router_bias"] += np.array([2, 1, 0, 0, 0, 1, -30, -30, 1], np.float32)
 
         def loss(p, x):
-            y, statistics, logits = module.apply({"params": p}, x)
+            y, statistics, logits = module.apply({"params": p}, x, method="with_statistics")
             return jnp.sum(y * WEIGHT[: x.shape[0]]) + jnp.sum(statistics["probability"] ** 2), (
                 y,
                 statistics,

@@ -24,15 +24,16 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.errors import InputError
+from gatedjax.layers.moe.capacity import capacities, limit_capacity
 from gatedjax.layers.moe.experts import Stacks, mixture, weight_of
-from gatedjax.layers.moe.routing import Routing, capacities, limit_capacity, route
+from gatedjax.layers.moe.routing import Routing, route
 from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.moe.state import NAME, split
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.model import LanguageModel, init_caches
 
-X = np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32)
-TOKENS = np.random.default_rng(1).integers(0, 30, (2, 24)).astype(np.int32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 16)).astype(np.float32))
+TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 30, (2, 24)).astype(np.int32))
 # Every way to make logits, scores, a selection and weights, and the models of the literature.
 VARIANTS = {
     "Mixtral": {},
@@ -123,6 +124,10 @@ def make(config):
     return module, *(jax.tree_util.tree_map_with_path(shift, tree) for tree in (params, state))
 
 
+def with_statistics(module):
+    return functools.partial(module.apply, method="with_statistics")
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_router_equals_ranks_and_masks(name):
     """Combine weights, and their gradient by the logits; every fourth token has nothing but
@@ -171,7 +176,9 @@ def test_sparse_equals_dense_with_gradients(name):
     )
 
     def sparse(p, x):
-        y, *_ = module.apply({"params": p | state}, x, TokenInfo(TOKENS, None, TOKENS), previous)
+        y, *_ = with_statistics(module)(
+            {"params": p | state}, x, TokenInfo(TOKENS, None, TOKENS), previous
+        )
         return jnp.sum(y * weight), y
 
     def dense(p, x):
@@ -189,7 +196,7 @@ def test_sparse_equals_dense_with_gradients(name):
 def test_permuting_tokens_permutes_outputs(name):
     module, params, state = make(configure(**VARIANTS[name]))
     order = np.random.default_rng(2).permutation(24)
-    apply = jax.jit(lambda x: module.apply({"params": params | state}, x))
+    apply = jax.jit(lambda x: with_statistics(module)({"params": params | state}, x))
     (y, statistics, _), (z, permuted, _) = apply(X), apply(X[:, order])
     assert rel_rms(z, y[:, order]) < 1e-6
     for key in statistics:
@@ -209,7 +216,7 @@ def test_only_free_experts_equal_their_closed_form():
     expected = of_x[..., None] * X + jnp.einsum(
         "btn,nm->btm", w[..., 2:] * a[..., 1], params["constant"]
     )
-    y, statistics, _ = jax.jit(module.apply)({"params": params}, X)
+    y, statistics, _ = jax.jit(with_statistics(module))({"params": params}, X)
     assert rel_rms(y, expected) < 1e-6
     np.testing.assert_array_equal(statistics["counts"], [48] * 4)
 
@@ -221,7 +228,7 @@ def test_capacity_drops_those_who_come_last(order):
     """
     config = configure(capacity_factor=0.7, capacity_order=order, router=dict(renormalize=False))
     module, params, _ = make(config)
-    y, statistics, _ = jax.jit(module.apply)({"params": params}, X)
+    y, statistics, _ = jax.jit(with_statistics(module))({"params": params}, X)
     p = np.asarray(jax.nn.softmax(X @ params["router"]["kernel"]))
     capacity, weights, dropped = 7, np.zeros_like(p), 0  # ceil(2 * 24 / 5 * 0.7)
     for b in range(2):
@@ -256,7 +263,9 @@ def test_straight_through_noise_has_the_softmax_gradient():
     )
 
     def loss(p, key):
-        y, statistics, _ = module.apply({"params": p}, X, rngs={"router": jax.random.key(key)})
+        y, statistics, _ = with_statistics(module)(
+            {"params": p}, X, rngs={"router": jax.random.key(key)}
+        )
         return jnp.sum(y**2), (y, statistics)
 
     apply = jax.jit(jax.grad(loss, has_aux=True))

@@ -88,7 +88,7 @@ def test_equals_transformers(name, given, theirs):
     module = SparseMoE(config, 0.3, jnp.float32)
 
     def loss(p, x):
-        y, statistics, _ = module.apply({"params": p}, x)
+        y, statistics, _ = module.apply({"params": p}, x, method="with_statistics")
         return jnp.sum(y * given["weight"]), (y, statistics)
 
     (dp, dx), (y, statistics) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(

@@ -15,7 +15,7 @@ from gatedjax.config import FrozenDict, ModelConfig, RouterConfig, SparseMoEConf
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import balance_loss, load_metrics, router_losses, weight_here
 from gatedjax.layers.moe.routing import Routing, count_places
-from gatedjax.layers.moe.sparse import statistics
+from gatedjax.layers.moe.statistics import router_statistics
 
 E, K, L, T = 6, 2, 3, 40
 RNG = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def test_statistics_formulas():
     """Rows are sequences; entropy, z-loss and the sequence loss beside NumPy."""
     z, p = LOGITS[:2].astype(np.float32), P[:2]
     routing = Routing(jnp.asarray(CHOSEN[:2]), None, jnp.asarray(p, jnp.float32))
-    s = statistics(z, routing, count_places(routing.experts, E), jnp.float32(0))
+    s = router_statistics(z, routing, count_places(routing.experts, E), jnp.float32(0))
     np.testing.assert_array_equal(s["counts"], ONE_HOT[:2].sum((0, 1, 2)))
     np.testing.assert_allclose(
         s["z_loss"], np.mean(np.log(np.exp(LOGITS[:2]).sum(-1)) ** 2), rtol=1e-5

@@ -22,7 +22,7 @@ from gatedjax.layers.moe.skipping import calibrated, chosen_scores, skip_thresho
 from gatedjax.layers.moe.state import merge, split
 from gatedjax.model import LanguageModel
 
-TOKENS = np.random.default_rng(0).integers(0, 30, (2, 8)).astype(np.int32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 8)).astype(np.int32))
 
 
 def test_importance_is_what_a_layer_without_its_experts_changes():

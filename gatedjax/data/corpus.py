@@ -1,0 +1,84 @@
+"""A tokenized source: what is known of it, its token streams and its validation text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from gatedjax.data.splits import Split
+from gatedjax.data.token_file import TokenFile
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """Counts of one split.
+
+    bytes: of UTF-8 text.
+    tokens: with one end-of-document token per document.
+    """
+
+    documents: int
+    bytes: int
+    tokens: int
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted in one pass: all but the first of each document."""
+        return self.tokens - self.documents
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes per predicted token.
+
+        Bits per byte are the mean loss in nats / ln 2 / this, exact over a whole split.
+        """
+        return self.bytes / self.targets
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized source.
+
+    sha256: of all its text, in order, a zero byte after each document.
+    skipped: files that are not UTF-8.
+    dtype: of the token files.
+    path: the folder of the token cache.
+    """
+
+    name: str
+    kind: str
+    documents: int
+    bytes: int
+    sha256: str
+    skipped: int
+    tokenizer: str
+    dtype: str
+    splits: dict[str, SplitInfo]
+    path: Path
+
+    def describe(self) -> str:
+        """One line for the log."""
+        splits = []
+        for name, split in self.splits.items():
+            size = f"{split.tokens:,} tokens ({split.bytes_per_token:.3f} bytes each)"
+            splits.append(f"{name} {size}")
+        skipped = ""
+        if self.skipped:
+            skipped = f", {self.skipped} files not UTF-8 left out"
+        return (
+            f"{self.name}: {self.kind}, {self.documents:,} documents, {self.bytes:,} bytes, "
+            f"sha256 {self.sha256[:12]}{skipped}; "
+            f"{self.tokenizer}: {', '.join(splits)}; cache {self.path}"
+        )
+
+    def stream(self, split: Split) -> tuple[TokenFile, Int[np.ndarray, "documents"]]:
+        """The tokens of a split, on disk, and the offset behind each document."""
+        ends = np.load(self.path / f"{split}.ends.npy", allow_pickle=False)
+        length = self.splits[split].tokens
+        tokens = TokenFile(self.path / f"{split}.tokens", self.dtype, length)
+        return tokens, ends
+
+    def validation_text(self) -> bytes:
+        """The documents of the validation split one after another, UTF-8."""
+        return (self.path / "validation.txt").read_bytes()

@@ -1,0 +1,262 @@
+"""File formats of text: one small class each, all of them sequences of documents."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+from gatedjax.errors import InputError
+
+JSONL_SCAN_BYTES = 1 << 26
+READ_ROWS = 1024  # rows or records that are held in memory at a time
+
+
+@runtime_checkable
+class Documents(Protocol):
+    """The documents of one file.
+
+    A text is None where the file is not UTF-8: it is counted and left out.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[str | None]: ...
+
+
+class TextFile:
+    """One document: the whole file, line ends untouched."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[str | None]:
+        try:
+            yield self.path.read_bytes().decode()
+        except UnicodeDecodeError:
+            yield None
+
+
+class JsonLines:
+    """A JSON object per line, the document under `field`. Blank lines are skipped.
+
+    Random access works by an index of line offsets.
+
+    Raises:
+      InputError: naming file and line, where a line is not a JSON object with a string under
+        `field`.
+    """
+
+    def __init__(self, path: Path, field: str):
+        self.path = path
+        self.field = field
+        self._bytes = _map_bytes(path)
+        # Every line ends before its line break; a last line may lack one.
+        breaks = _line_breaks(self._bytes)
+        ends = np.concatenate([breaks, [len(self._bytes)]]).astype(np.int64)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        is_text = _holds_text(self._bytes, starts, ends)
+        self._starts = starts[is_text]
+        self._ends = ends[is_text]
+        self._line_numbers = np.flatnonzero(is_text) + 1
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> str:
+        line = self._bytes[self._starts[i] : self._ends[i]].tobytes()
+        where = f"{self.path}, line {self._line_numbers[i]}"
+        return _json_text(line, self.field, where)
+
+    def __iter__(self) -> Iterator[str | None]:
+        return (self[i] for i in range(len(self)))
+
+
+def _map_bytes(path: Path) -> UInt8[np.ndarray, "bytes"]:
+    # An empty file cannot be mapped.
+    if path.stat().st_size == 0:
+        return np.zeros(0, np.uint8)
+    return np.memmap(path, np.uint8, mode="r")
+
+
+def _line_breaks(data: UInt8[np.ndarray, "bytes"]) -> Int[np.ndarray, "breaks"]:
+    """Offsets of all line breaks. In pieces: the comparison makes an array of the piece's size."""
+    breaks = [np.zeros(0, np.int64)]
+    for start in range(0, len(data), JSONL_SCAN_BYTES):
+        piece = data[start : start + JSONL_SCAN_BYTES]
+        breaks.append(np.flatnonzero(piece == ord("\n")) + start)
+    return np.concatenate(breaks)
+
+
+def _holds_text(
+    data: UInt8[np.ndarray, "bytes"],
+    starts: Int[np.ndarray, "lines"],
+    ends: Int[np.ndarray, "lines"],
+) -> Bool[np.ndarray, "lines"]:
+    """Which lines are not blank: a line of "\\r" alone is."""
+    lengths = ends - starts
+    holds_text = lengths > 1
+    single = np.flatnonzero(lengths == 1)
+    holds_text[single] = data[starts[single]] != ord("\r")
+    return holds_text
+
+
+class ParquetFile:
+    """One document per row, the string column `field`."""
+
+    def __init__(self, path: Path, field: str):
+        parquet = _optional("pyarrow.parquet", "parquet")
+        try:
+            self._file = parquet.ParquetFile(path, memory_map=True)
+        except Exception as e:  # pyarrow raises its own tree of errors
+            raise InputError(f"{path}: not a Parquet file ({one_line(e)})") from None
+        self.path = path
+        self.field = field
+        _require_column(field, self._file.schema_arrow.names, path)
+
+    def __len__(self) -> int:
+        return self._file.metadata.num_rows
+
+    def __iter__(self) -> Iterator[str | None]:
+        return _texts_of_rows(self._rows(), self.field, self.path)
+
+    def _rows(self) -> Iterator[Any]:
+        for batch in self._file.iter_batches(READ_ROWS, columns=[self.field]):
+            yield from batch.column(0).to_pylist()
+
+
+class ArrayRecordFile:
+    """One document per record: a JSON object with `field`, or with `field = ""` the text itself."""
+
+    def __init__(self, path: Path, field: str):
+        module = _optional("array_record.python.array_record_module", "array_record")
+        self._reader = module.ArrayRecordReader(str(path))
+        if not self._reader.ok():
+            raise InputError(f"{path}: not an ArrayRecord file")
+        self.path = path
+        self.field = field
+
+    def __len__(self) -> int:
+        return self._reader.num_records()
+
+    def __iter__(self) -> Iterator[str | None]:
+        for start in range(0, len(self), READ_ROWS):
+            stop = min(start + READ_ROWS, len(self))
+            records = self._reader.read(start, stop)
+            for i, record in enumerate(records, start):
+                yield self._text(record, f"{self.path}, record {i}")
+
+    def _text(self, record: bytes, where: str) -> str:
+        if self.field:
+            hint = "; for records of plain text set field to ''"
+            return _json_text(record, self.field, where, hint)
+        try:
+            return record.decode()
+        except UnicodeDecodeError as e:
+            raise InputError(f"{where}: not UTF-8 ({e.reason} at byte {e.start})") from None
+
+
+class SavedDataset:
+    """A Dataset of Hugging Face `datasets`, of `save_to_disk`: the string column `field`."""
+
+    def __init__(self, path: Path, field: str):
+        datasets = _optional("datasets", "hf_disk")
+        try:
+            self._dataset = datasets.load_from_disk(str(path))
+        except Exception as e:  # the library raises many kinds
+            raise InputError(
+                f"{path}: not a dataset written by save_to_disk ({one_line(e)})"
+            ) from None
+        if isinstance(self._dataset, dict):
+            splits = ", ".join(self._dataset)
+            raise InputError(f"{path}: holds the splits {splits}; give the folder of one of them")
+        self.path = path
+        self.field = field
+        _require_column(field, self._dataset.column_names, path)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[str | None]:
+        return _texts_of_rows(self._rows(), self.field, self.path)
+
+    def _rows(self) -> Iterator[Any]:
+        column = self._dataset.select_columns([self.field])
+        for chunk in column.iter(READ_ROWS):
+            yield from chunk[self.field]
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    message = str(error).strip()
+    if not message:
+        return type(error).__name__
+    return message.splitlines()[0]
+
+
+def _texts_of_rows(rows: Iterable[Any], field: str, path: Path) -> Iterator[str]:
+    for i, value in enumerate(rows):
+        yield _require_text(value, field, f"{path}, row {i}")
+
+
+def _json_text(
+    line: bytes,
+    field: str,
+    where: str,
+    hint: str = "",
+) -> str:
+    """The string under `field` of a JSON object.
+
+    Args:
+      line: the object's UTF-8 text.
+      field: the key.
+      where: file and line, for the message.
+      hint: what else the user may have meant, appended to the message.
+
+    Returns:
+      The document.
+
+    Raises:
+      InputError: not JSON, not an object, no such field, or not a string.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where}: not JSON ({one_line(e)}){hint}") from None
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{where}: got {type(record).__name__}, expected an object with field {field!r}{hint}"
+        )
+    if field not in record:
+        raise InputError(f"{where}: no field {field!r}; it has {', '.join(record)}")
+    return _require_text(record[field], field, where)
+
+
+def _require_text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise InputError(f"{where}: field {field!r} holds {kind}, expected a string")
+    return value
+
+
+def _require_column(field: str, columns: list[str], path: Path) -> None:
+    if field not in columns:
+        raise InputError(f"{path}: no field {field!r}; it has {', '.join(columns)}")
+
+
+def _optional(module: str, kind: str) -> ModuleType:
+    """A module of an optional library, imported when the first file of its kind is opened."""
+    try:
+        # A non-empty fromlist makes __import__ return the submodule, not its package.
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        library = module.split(".")[0]
+        raise InputError(
+            f"kind {kind} needs the {library} library: pip install 'gatedjax[data]'"
+        ) from None

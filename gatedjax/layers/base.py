@@ -1,0 +1,109 @@
+"""What a model asks of its layers: the two base classes. CONTRIBUTING.md adds a layer step by step.
+
+`layer(x)` is for people. The model calls `with_cache` and `with_statistics`, which hand on what a
+model needs besides y; a layer implements one of the two as its `@nn.compact` method.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from gatedjax.layers.token_info import TokenInfo, default_info
+
+
+class Mixer(nn.Module):
+    """A layer that mixes tokens.
+
+    Attributes:
+      config: the mixer's dataclass of `config/layers.py`.
+      norm_eps: added to the mean square in norms.
+      init_std: of the normal distribution that matrices start from.
+      dtype: of the activations; parameters are float32.
+    """
+
+    config: Any
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    dtype: DTypeLike = jnp.float32
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo | None = None,
+    ) -> Float[Array, "B T M"]:
+        """The layer's output. Without `info` every row is one document, at positions 0, 1, 2 ..."""
+        # A compact method may be called by another one; its parameters belong to the layer.
+        y, _ = self.with_cache(x, info or default_info(x), None)
+        return y
+
+    def with_cache(
+        self, x: Float[Array, "B T M"], info: TokenInfo, cache: Any
+    ) -> tuple[Array, Any]:
+        """(y, cache).
+
+        Without a cache: training on (packed) rows; the second result is None. With an empty one:
+        prefill, T tokens. With a filled one: decoding, T = 1, at `info.positions`.
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def init_cache(self, batch: int, length: int) -> Any:
+        """An empty decoding cache for `length` tokens of `batch` rows."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        """FLOPs of one forward pass, 2 per multiply-add: matrices and mixing.
+
+        Norms and gates not counted.
+        """
+        raise NotImplementedError
+
+
+class FeedForward(nn.Module):
+    """A layer that works on every token by itself, or (the mixtures) on what a router sends it.
+
+    Attributes:
+      config: the feed-forward's dataclass of `config/layers.py` or `config/moe.py`.
+      init_std: of the normal distribution that matrices start from.
+      dtype: of the activations; parameters are float32.
+    """
+
+    config: Any
+    init_std: float = 0.02
+    dtype: DTypeLike = jnp.float32
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo | None = None,
+    ) -> Float[Array, "B T M"]:
+        """The layer's output. Without `info` every row is one document, at positions 0, 1, 2 ..."""
+        y, _, _ = self.with_statistics(x, info or default_info(x), None)
+        return y
+
+    def with_statistics(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        router_logits: Float[Array, "B T E"] | None,
+    ) -> tuple[Array, dict[str, Array], Array | None]:
+        """(y, statistics, router_logits).
+
+        Args:
+          router_logits: of the sparse layer before, for routers with a gating residual.
+
+        Returns:
+          y; what losses and log need of a sparse layer, {} of any other; and the router logits for
+          the next layer: a sparse layer's own, or those that came in.
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        """FLOPs of one forward pass, 2 per multiply-add: matrices; norms and gates not counted."""
+        raise NotImplementedError

@@ -1,0 +1,22 @@
+"""A model at the end of its run: what the measures are taken of."""
+
+import dataclasses
+from typing import Any
+
+from gatedjax.study.grid import Cell
+from gatedjax.training.run import Run
+
+
+@dataclasses.dataclass
+class Trained:
+    """A model at the end of its run.
+
+    steps: that were taken; fewer than planned where training ended early.
+    metrics: of the last step whose metrics were read, as plain numbers.
+    """
+
+    cell: Cell
+    run: Run
+    params: Any
+    steps: int
+    metrics: dict[str, float]

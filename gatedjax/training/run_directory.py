@@ -1,0 +1,138 @@
+"""A run's directory: one writer at a time, and errors that are one line on all processes."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gatedjax.errors import InputError
+
+# Errors of reading that say that files are missing or broken. Any other errno (permission, limit of
+# open files) says nothing of the files themselves.
+_ERRNOS_OF_DAMAGE = (errno.ENOENT, errno.EIO, errno.ENOTDIR, errno.EISDIR)
+
+
+class DamagedError(Exception):
+    """A step on disk that is not what was saved."""
+
+
+def lock_on_first_process(run_dir: Path) -> IO | None:
+    """The open lock file on the first process, None on the others.
+
+    Raises:
+      InputError: on all processes, if another run is writing to the directory.
+    """
+    lock = None
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            lock = _take_lock(run_dir)
+        except InputError as error:
+            problem = error
+    raise_together(problem)
+    return lock
+
+
+def _take_lock(run_dir: Path) -> IO:
+    """Two runs in one directory would each resume from the other's steps."""
+    with plain_errors(f"could not lock the run directory {run_dir}"):
+        lock = open(run_dir / "lock", "a+")  # noqa: SIM115 (open as long as the run)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip()
+            lock.close()
+            message = f"{run_dir}: another run is writing to this directory ({holder})"
+            raise InputError(message) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        return lock
+
+
+def raise_together(problem: DamagedError | InputError | None) -> None:
+    """Raises `problem`, or on processes that had none the worst kind of problem of the others.
+
+    All processes must take the same path: a collective that some of them skip never ends.
+    """
+    severity = _severity(problem)
+    worst = severity
+    if jax.process_count() > 1:
+        everybodys = multihost_utils.process_allgather(np.asarray(severity))
+        worst = int(np.max(everybodys))
+    if problem is not None and severity == worst:
+        raise problem
+    if worst == 0:
+        return
+    message = "another process could not use the run directory; its own message says why"
+    if worst == 1:
+        raise DamagedError(message)
+    raise InputError(message)
+
+
+def _severity(problem: DamagedError | InputError | None) -> int:
+    """0 for none, 1 for damage (an older step may do), 2 for an error that ends the run."""
+    if problem is None:
+        return 0
+    return 1 if isinstance(problem, DamagedError) else 2
+
+
+@contextlib.contextmanager
+def plain_errors(attempt: str) -> Iterator[None]:
+    """An error of the operating system becomes an InputError: the attempt that failed, and why.
+
+    Anything else is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        code = _errno_of(error)
+        if code is None:
+            raise
+        raise InputError(f"{attempt}: {os.strerror(code)}") from error
+
+
+@contextlib.contextmanager
+def failures_as_damage(what: str) -> Iterator[None]:
+    """Any failure to read `what` becomes a DamagedError.
+
+    Except a failure that says nothing of the files: memory, permission, the limit of open files.
+    """
+    try:
+        yield
+    except (DamagedError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        code = _errno_of(error)
+        if code is not None and code not in _ERRNOS_OF_DAMAGE:
+            raise InputError(f"could not read {what}: {os.strerror(code)}") from error
+        raise DamagedError(_first_line(error)) from error
+
+
+def _errno_of(error: Exception) -> int | None:
+    """The errno of an exception, None if it has none.
+
+    Array files are read and written by tensorstore, which says it in the text.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    first = lines[0][:200] if lines else ""
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,244 @@
+"""Checks of the arguments of attention, and the defaults of its static ones.
+
+What does not fit is a ValueError that names the op, the argument, what was got and what was
+expected.
+"""
+
+from jax import Array
+
+from kernels_pallas.attention.inputs import (
+    AttentionInputs,
+    AttentionOptions,
+    StepInputs,
+    StepOptions,
+)
+from kernels_pallas.attention.normalizers.base import Normalizer
+from kernels_pallas.attention.normalizers.named import NORMALIZERS
+from kernels_pallas.common.checks import (
+    check_bool,
+    check_float,
+    check_integer,
+    check_shape,
+    default_scale,
+)
+
+
+def check_inputs(op: str, inputs: AttentionInputs) -> None:
+    """Raises ValueError for an array of `attention` that does not fit."""
+    q = inputs.q
+    k = inputs.k
+    v = inputs.v
+    # The number of axes comes first: what follows reads them by their places.
+    _check_axes(op, "q", q, "[B, T, H, K]")
+    _check_axes(op, "k", k, "[B, T, Hk, K]")
+    _check_axes(op, "v", v, "[B, T, Hk, V]")
+    _check_keys(op, "k", k, "v", v, q, length="T")
+    # This op is self-attention: queries and keys are of the same tokens.
+    if k.shape[1] != q.shape[1]:
+        expected = f"{q.shape[1]} tokens as in q of shape {q.shape}"
+        raise ValueError(f"{op}: k: got shape {k.shape}, expected {expected}")
+
+    _check_gate_logits(op, inputs.gate_logits, q, v)
+    _check_by_head(op, "sink_logits", inputs.sink_logits, q)
+    _check_by_head(op, "alibi_slopes", inputs.alibi_slopes, q)
+    if inputs.segment_ids is not None:
+        check_shape(op, "segment_ids", inputs.segment_ids, q.shape[:2])
+        check_integer(op, "segment_ids", inputs.segment_ids)
+
+
+def check_step_inputs(op: str, inputs: StepInputs) -> None:
+    """Raises ValueError for an array of `attention_step` that does not fit."""
+    q = inputs.q
+    k = inputs.k_cache
+    v = inputs.v_cache
+    _check_axes(op, "q", q, "[B, H, K]")
+    _check_axes(op, "k_cache", k, "[B, S, Hk, K]")
+    _check_axes(op, "v_cache", v, "[B, S, Hk, V]")
+    _check_keys(op, "k_cache", k, "v_cache", v, q, length="S")
+
+    _check_gate_logits(op, inputs.gate_logits, q, v)
+    _check_by_head(op, "sink_logits", inputs.sink_logits, q)
+    _check_by_head(op, "alibi_slopes", inputs.alibi_slopes, q)
+    check_shape(op, "valid", inputs.valid, k.shape[:2])
+    check_bool(op, "valid", inputs.valid)
+    if inputs.distances is not None:
+        check_shape(op, "distances", inputs.distances, k.shape[:2])
+        check_integer(op, "distances", inputs.distances)
+    # Slots are in no order, so their positions do not tell the distances.
+    if (inputs.alibi_slopes is None) != (inputs.distances is None):
+        problem = "got one of them, expected both or neither"
+        raise ValueError(f"{op}: alibi_slopes, distances: {problem}")
+
+
+def checked_options(
+    op: str,
+    inputs: AttentionInputs,
+    *,
+    normalizer: str | Normalizer,
+    causal: bool,
+    window: int | None,
+    logits_soft_cap: float | None,
+    scale: float | None,
+) -> AttentionOptions:
+    """The static arguments of `attention`, checked, with their defaults.
+
+    Args:
+      op: the public name, for the errors.
+      inputs: the arrays of the call, checked.
+      normalizer, causal, window, logits_soft_cap, scale: as in `api.attention`.
+
+    Returns:
+      The options. The normalizer is an object, and does not know the number of keys yet.
+
+    Raises:
+      ValueError: an argument that does not fit.
+    """
+    normalizer = _normalizer_object(op, normalizer, inputs.sink_logits)
+    # A window of 1 is a token alone.
+    if window is not None and window < 1:
+        expected = "None or a number of tokens from 1 on"
+        raise ValueError(f"{op}: window: got {window}, expected {expected}")
+    _check_soft_cap(op, logits_soft_cap)
+    return AttentionOptions(
+        normalizer=normalizer,
+        causal=causal,
+        window=window,
+        logits_soft_cap=logits_soft_cap,
+        scale=default_scale(scale, inputs.q.shape[-1]),
+    )
+
+
+def checked_step_options(
+    op: str,
+    inputs: StepInputs,
+    *,
+    normalizer: str | Normalizer,
+    logits_soft_cap: float | None,
+    scale: float | None,
+) -> StepOptions:
+    """The static arguments of `attention_step`, checked, with their defaults.
+
+    Args:
+      op: the public name, for the errors.
+      inputs: the arrays of the call, checked.
+      normalizer, logits_soft_cap, scale: as in `api.attention`.
+
+    Returns:
+      The options.
+
+    Raises:
+      ValueError: an argument that does not fit.
+    """
+    normalizer = _normalizer_object(op, normalizer, inputs.sink_logits)
+    # The number of slots says nothing about the number of keys. Whatever changes with a length
+    # has none yet.
+    if normalizer != normalizer.for_length(1):
+        expected = f"{type(normalizer).__name__}(length=...)"
+        raise ValueError(
+            f"{op}: normalizer: got {normalizer} without a length, expected {expected}"
+        )
+    _check_soft_cap(op, logits_soft_cap)
+    return StepOptions(
+        normalizer=normalizer,
+        logits_soft_cap=logits_soft_cap,
+        scale=default_scale(scale, inputs.q.shape[-1]),
+    )
+
+
+def _normalizer_object(
+    op: str,
+    normalizer: str | Normalizer,
+    sink_logits: Array | None,
+) -> Normalizer:
+    """The normalizer of that name; an object is returned as it is."""
+    if not isinstance(normalizer, Normalizer):
+        if normalizer not in NORMALIZERS:
+            expected = f"a Normalizer or one of {', '.join(NORMALIZERS)}"
+            raise ValueError(f"{op}: normalizer: got {normalizer!r}, expected {expected}")
+        normalizer = NORMALIZERS[normalizer]
+    # Other normalizers have no denominator, or one in which exp(sink) has no meaning.
+    if sink_logits is not None and not normalizer.takes_sinks:
+        got = f"an array with normalizer={normalizer}"
+        expected = "none: only softmax has sinks"
+        raise ValueError(f"{op}: sink_logits: got {got}, expected {expected}")
+    return normalizer
+
+
+def _check_axes(
+    op: str,
+    name: str,
+    x: Array,
+    axes: str,
+) -> None:
+    """`axes` as they are printed, such as "[B, T, H, K]"."""
+    num_axes = axes.count(",") + 1
+    # An empty axis is refused too: a softmax over no keys has no meaning.
+    if x.ndim != num_axes or 0 in x.shape:
+        raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {axes} with no empty axis")
+
+
+def _check_keys(
+    op: str,
+    k_name: str,
+    k: Array,
+    v_name: str,
+    v: Array,
+    q: Array,
+    *,
+    length: str,
+) -> None:
+    """k [B, T or S, Hk, K] and v [B, T or S, Hk, V] against q [B, (T,) H, K]."""
+    B = q.shape[0]
+    H, K = q.shape[-2:]
+    # Grouped heads: H / Hk query heads share a key head.
+    Hk = k.shape[2]
+    if k.shape[0] != B or k.shape[3] != K or H % Hk != 0:
+        expected = [B, length, f"a divisor of {H}", K]
+        raise ValueError(
+            f"{op}: {k_name}: got shape {k.shape}, expected {expected} for q of shape {q.shape}"
+        )
+    # Values have heads like keys, and channels of their own.
+    if v.shape[:3] != k.shape[:3]:
+        expected = f"{[*k.shape[:3], 'V']} for {k_name} of shape {k.shape}"
+        raise ValueError(f"{op}: {v_name}: got shape {v.shape}, expected {expected}")
+    check_float(op, "q", q)
+    check_float(op, k_name, k)
+    check_float(op, v_name, v)
+
+
+def _check_gate_logits(
+    op: str,
+    gate_logits: Array | None,
+    q: Array,
+    v: Array,
+) -> None:
+    if gate_logits is None:
+        return
+    # A gate a channel of the output, or one a head.
+    element_wise = (*q.shape[:-1], v.shape[-1])
+    head_wise = (*q.shape[:-1], 1)
+    if gate_logits.shape not in (element_wise, head_wise):
+        expected = f"{element_wise} or {head_wise}"
+        raise ValueError(f"{op}: gate_logits: got shape {gate_logits.shape}, expected {expected}")
+    check_float(op, "gate_logits", gate_logits)
+
+
+def _check_by_head(
+    op: str,
+    name: str,
+    x: Array | None,
+    q: Array,
+) -> None:
+    """One number a head."""
+    if x is None:
+        return
+    H = q.shape[-2]
+    check_shape(op, name, x, (H,))
+    check_float(op, name, x)
+
+
+def _check_soft_cap(op: str, logits_soft_cap: float | None) -> None:
+    # Also NaN is refused: it is not above 0.
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        expected = "None or a number above 0"
+        raise ValueError(f"{op}: logits_soft_cap: got {logits_soft_cap}, expected {expected}")

@@ -1,0 +1,198 @@
+"""What the TPU and GPU backends share around their kernels: refusals, the mesh, what is saved.
+
+The forward pass saves for the backward pass, beside its inputs:
+
+    the ungated output in float32 (or y, where that is the same array), and other outputs of the
+        normalizer that its gradient needs; by the name "attention_out", as is y
+    a few statistics of every row, such as the log-sum-exp; by the name "attention_lse"
+
+A checkpoint policy that keeps both names runs no kernel again.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas.attention.inputs import AttentionInputs
+from kernels_pallas.attention.normalizers.base import Normalizer
+from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
+from kernels_pallas.common.mesh import by_rows_and_heads
+
+# An input of a kernel, or the shape and dtype of an output.
+Shaped = Array | jax.ShapeDtypeStruct
+
+GateKind = Literal["none", "head", "element"]
+
+
+def gate_kind(gate_logits: Array | None) -> GateKind:
+    """Whether there is an output gate, and whether it has one value a head or one an element."""
+    if gate_logits is None:
+        return "none"
+    return "head" if gate_logits.shape[-1] == 1 else "element"
+
+
+# --- what no kernel covers
+
+
+def unsupported_arrays(
+    q: Array,
+    k: Array,
+    v: Array,
+    normalizer: Normalizer,
+    max_channels: int,
+) -> str | None:
+    """Why a kernel cannot take these arrays, or None if it can.
+
+    Args:
+      q: queries, [..., K].
+      k: keys, [..., K].
+      v: values, [..., V].
+      normalizer: how logits become weights.
+      max_channels: the largest K and V that the kernel's blocks are made for.
+
+    Returns:
+      The end of a sentence that begins with the name of the backend.
+    """
+    if any(x.dtype == jnp.float64 for x in (q, k, v)):
+        return "does not compute in float64"
+    K = q.shape[-1]
+    V = v.shape[-1]
+    if max(K, V) > max_channels:
+        return f"takes K and V up to {max_channels}, not {K} and {V}"
+    if normalizer.passes > 1:
+        name = type(normalizer).__name__
+        return f"takes normalizers that pass over the keys once, not {name}"
+    return None
+
+
+# --- on a mesh
+
+
+def over_mesh(attend: Callable[[AttentionInputs], Array], inputs: AttentionInputs) -> Array:
+    """attend(inputs) where every device of the ambient mesh computes its own rows and heads."""
+    axes = {
+        "q": "b.h.",
+        "k": "b.h.",
+        "v": "b.h.",
+        "gate_logits": "b.h.",
+        "sink_logits": "h",
+        "alibi_slopes": "h",
+        "segment_ids": "b.",
+    }
+
+    def attend_part(*arrays: Any) -> tuple[Array]:
+        return (attend(AttentionInputs(*arrays)),)
+
+    # A device must hold the query heads of the key heads that it holds, so both are cut alike.
+    common_heads = math.gcd(inputs.q.shape[2], inputs.k.shape[2])
+    (y,) = by_rows_and_heads(
+        attend_part,
+        tuple(inputs),
+        [axes[name] for name in AttentionInputs._fields],
+        ["b.h."],
+        common_heads,
+    )
+    assert y is not None
+    return y
+
+
+# --- the cost of a call
+
+
+def count_visible_pairs(T: int, causal: bool, window: int | None) -> int:
+    """Pairs of a query and a key that the mask leaves, without segments."""
+    reach = T if window is None else min(window, T)
+    # The first `reach` queries see 1, 2, ... keys up to themselves, and every later one `reach`.
+    up_to_itself = reach * (T - reach) + reach * (reach + 1) // 2
+    # Without causality a query also sees keys after it, as many in all; itself is counted once.
+    return up_to_itself if causal else 2 * up_to_itself - T
+
+
+# --- what the backward pass gets
+
+
+def row_statistics(normalizer: Normalizer) -> int:
+    """How many numbers of a row the normalizer keeps while the kernel loops over the keys."""
+    column = jax.ShapeDtypeStruct((8, 1), jnp.float32)
+    return len(jax.eval_shape(normalizer.start, column))
+
+
+def saved_statistics(normalizer: Normalizer) -> int:
+    """How many numbers of a row the normalizer saves for the backward pass."""
+    column = jax.ShapeDtypeStruct((8, 1), jnp.float32)
+    weighted_sum = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    _, saved = jax.eval_shape(
+        normalizer.finish,
+        (column,) * row_statistics(normalizer),
+        [weighted_sum] * normalizer.sums,
+    )
+    return len(saved)
+
+
+def y_is_output(gate: GateKind, out_dtype: jnp.dtype) -> bool:
+    """Whether y is the normalizer's first output itself: not gated and not rounded."""
+    return gate == "none" and out_dtype == jnp.float32
+
+
+def saved_outputs(normalizer: Normalizer, gate: GateKind, out_dtype: jnp.dtype) -> list[int]:
+    """Which outputs of the normalizer the forward kernel writes out for the backward pass."""
+    needed = set(normalizer.deltas)
+    if gate != "none":
+        # The gradient of the gate is a product with the ungated output.
+        needed.add(0)
+    if y_is_output(gate, out_dtype):
+        needed.discard(0)
+    return sorted(needed)
+
+
+class ForwardResult(NamedTuple):
+    """What a forward kernel returns.
+
+    Attributes:
+      y: the gated output.
+      outputs: ungated outputs of the normalizer in float32, by their number: `saved_outputs`.
+      statistics: what the normalizer saves of every row, float32.
+    """
+
+    y: Array
+    outputs: dict[int, Array]
+    statistics: list[Array]
+
+
+def forward_result(results: dict[str, Array]) -> ForwardResult:
+    """From a kernel's results by name: "y", "o0", "o1", ..., "saved0", "saved1", ..."""
+    outputs = {}
+    statistics = []
+    for name, array in results.items():
+        if name.startswith("saved"):
+            statistics.append(array)
+        elif name.startswith("o"):
+            outputs[int(name.removeprefix("o"))] = array
+    return ForwardResult(results["y"], outputs, statistics)
+
+
+class Residuals(NamedTuple):
+    """What the backward pass gets: the kernel's inputs, and what the forward pass saved."""
+
+    inputs: Any
+    outputs: dict[int, Array]
+    statistics: list[Array]
+
+
+def residuals(
+    result: ForwardResult, inputs: Any, normalizer: Normalizer
+) -> tuple[Array, Residuals]:
+    """(y, what the backward pass gets), with the names that a checkpoint policy can keep."""
+    # A layer multiplies y by a matrix and needs it again for that matrix's gradient.
+    y = checkpoint_name(result.y, OUT_NAME)
+    outputs = {n: checkpoint_name(o, OUT_NAME) for n, o in result.outputs.items()}
+    if 0 in normalizer.deltas and 0 not in outputs:
+        # `saved_outputs` left it out because y is the same array.
+        outputs[0] = y
+    statistics = [checkpoint_name(x, STATISTIC_NAME) for x in result.statistics]
+    return y, Residuals(inputs, outputs, statistics)

@@ -1,0 +1,21 @@
+"""`linear_scan(normalize=True)`: a column of ones in v, and the division by what it accumulates."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+DENOMINATOR_FLOOR = 1e-6
+
+
+def append_ones(v: Float[Array, "*rows V"]) -> Float[Array, "*rows V+1"]:
+    """Adds a column of ones to v, so that the last column of o is the sum of a query's weights."""
+    ones = jnp.ones_like(v[..., :1])
+    return jnp.concatenate([v, ones], axis=-1)
+
+
+def divide_by_last(o: Float[Array, "*rows Vs"]) -> Float[Array, "*rows Vs-1"]:
+    """Divides the columns of o by its last one, the sum of weights, kept away from 0."""
+    # |den|, not den: weights q k may be negative.
+    numerator = o[..., :-1]
+    denominator = jnp.abs(o[..., -1:])
+    return numerator / jnp.maximum(denominator, DENOMINATOR_FLOOR)

@@ -1,0 +1,38 @@
+"""The ops, to import from one place: `from kernels_pallas.ops import attention, linear_scan`."""
+
+from kernels_pallas.attention import NORMALIZERS, attention, attention_sharded, attention_step
+from kernels_pallas.attention.xla import OUT_NAME as ATTENTION_OUT_NAME
+from kernels_pallas.attention.xla import STATISTIC_NAME
+from kernels_pallas.dispatch import last_choice
+from kernels_pallas.expert_mlp import expert_mlp
+from kernels_pallas.expert_mlp.tpu.op import PRE_ACTIVATIONS_NAME
+from kernels_pallas.grouped_matmul import grouped_matmul, permute_rows, sort_by_group
+from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded, linear_scan_step
+from kernels_pallas.linear_scan.xla import OUT_NAME as LINEAR_SCAN_OUT_NAME
+from kernels_pallas.linear_scan.xla import STATES_NAME
+
+# What the ops name with `checkpoint_name`. A `jax.checkpoint` policy that saves these recomputes no
+# op in the backward pass.
+RESIDUAL_NAMES = (
+    ATTENTION_OUT_NAME,
+    STATISTIC_NAME,
+    LINEAR_SCAN_OUT_NAME,
+    STATES_NAME,
+    PRE_ACTIVATIONS_NAME,
+)
+
+__all__ = [
+    "NORMALIZERS",
+    "RESIDUAL_NAMES",
+    "attention",
+    "attention_sharded",
+    "attention_step",
+    "expert_mlp",
+    "grouped_matmul",
+    "last_choice",
+    "linear_scan",
+    "linear_scan_sharded",
+    "linear_scan_step",
+    "permute_rows",
+    "sort_by_group",
+]
