@@ -5,7 +5,7 @@ arguments.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -205,20 +205,15 @@ def grouped_matmul_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[s
     return Case(forward, args, {2: _groups(M, G, options)})
 
 
-class _Builder(Protocol):
-    def __call__(
-        self,
-        sizes: dict[str, int],
-        dtype: jnp.dtype,
-        options: dict[str, str],
-    ) -> Case: ...
+# Of (sizes by axis, dtype, options).
+type Builder = Callable[[dict[str, int], jnp.dtype, dict[str, str]], Case]
 
 
 @dataclasses.dataclass(frozen=True)
 class CaseKind:
     """How an op's case is built, and what a person may say about it."""
 
-    build: _Builder
+    build: Builder
     required: tuple[str, ...]  # axes that a shape must give
     optional: tuple[str, ...]  # axes that it may give
     options: frozenset[str]
