@@ -21,7 +21,7 @@ if os.environ.get("GATEDJAX_TYPECHECK"):
     # `make test-types`: every annotation, shapes too, is checked at every call.
     from jaxtyping import install_import_hook
 
-    install_import_hook(["gatedjax", "kernels_pallas"], "beartype.beartype")
+    install_import_hook(["gatedjax", "kernels_pallas"], "typechecker.check")
 
 jax.config.update("jax_num_cpu_devices", 8)
 

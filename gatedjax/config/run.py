@@ -162,13 +162,12 @@ class SourceConfig(Checked):
     )
     # a folder or file; the standard library needs none
     path: str = ""
-    # of a JSON record or a table
+    # of a JSON record or a table; "" for an ArrayRecord of plain text
     field: str = "text"
     # how often it is drawn from, relative to the other sources
     weight: float = 1.0
 
     def check(self) -> None:
-        require(self.field != "", "field", self.field, "a name")
         above_zero(self, "weight")
 
 

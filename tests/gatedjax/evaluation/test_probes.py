@@ -7,9 +7,9 @@ import pytest
 from helpers import rel_rms
 from tiny_run import LENGTH, random_batch, tiny
 
-from gatedjax.evaluation import probes
+from gatedjax.evaluation import attention_rows as rows
+from gatedjax.evaluation.attention_rows import attention_rows
 from gatedjax.evaluation.probes import (
-    attention_rows,
     effective_rank,
     half_life,
     kurtosis,
@@ -57,7 +57,7 @@ def plain_rows(
     "options", [{}, dict(window=7, relu=True), dict(logits_soft_cap=2.0, slopes=np.full(4, 0.1))]
 )
 def test_attention_rows_equal_the_plain_formula(options, monkeypatch):
-    monkeypatch.setattr(probes, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(rows, "QUERY_BLOCK", 16)
     B, T, H, D = 2, 41, 4, 8
     q, k = 2 * R.normal(size=(B, T, H, D)), R.normal(size=(B, T, 2, D))
     ends = np.array([[20, 41], [5, 37]])
