@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gatedjax.config import FEED_FORWARDS, MIXERS, Config  # noqa: E402 (found through the line above)
+# Found through the line above.
+from gatedjax.config import FEED_FORWARDS, MIXERS, Config  # noqa: E402
 
 HEAD = """# Configuration
 

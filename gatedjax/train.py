@@ -61,7 +61,7 @@ def main(_) -> None:
     config = with_vocab(config, tokenizer)
     if _AOT.value:
         sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
-    # Not for --aot: a stored program cannot be read without its device, and jax warns that it tried.
+    # Not for --aot: without its device a stored program cannot be read, and jax warns.
     cli.use_compilation_cache(_CACHE.value)
     launch.start()
     run = prepare(config)
