@@ -1,5 +1,5 @@
-"""Writes docs/config.md from the dataclasses of the configuration: every key, its type, its
-default, its comment.
+"""Writes docs/config.md from the dataclasses of the configuration: every key, its type, its default
+and its comment.
 
 python docs/config_reference.py
 """
@@ -10,14 +10,12 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-# Found through the line above.
-from gatedjax.config import FEED_FORWARDS, MIXERS, Config  # noqa: E402
+from gatedjax.config import FEED_FORWARDS, MIXERS, Config  # noqa: E402 (found through the line above)
 
 HEAD = """# Configuration
 
@@ -26,39 +24,39 @@ Every key of a run. A file in `configs/` returns `config_dict()` with some of th
 the nearest key named. This page is made from `gatedjax/config` by
 `python docs/config_reference.py`.
 """
+
 LAYERS = """## Layers
 
 Entries of `model.mixers` and `model.ffns`, made by `layer(kind, **values)`.
 """
-FIELD = re.compile(r"    (\w+): [^#]*(?:#\s*(.*))?$")
-COMMENT_LINE = re.compile(r"    # (.*)")
-# What a reader of the page does not need of a type's name.
-MODULES = re.compile(r"typing\.|collections\.abc\.|gatedjax\.(?:\w+\.)+|<class '|'>")
+
+# Markdown takes a bar for the border of a table's cell, in code too; this one it shows.
+BAR = "&#124;"
 
 
 def page() -> str:
     """Groups of the run first, then the kinds of layers."""
-    parts = [HEAD]
     hints = typing.get_type_hints(Config)
+    parts = [HEAD]
     for field in dataclasses.fields(Config):
         parts.append(section(f"`config.{field.name}`", hints[field.name]))
     parts.append(LAYERS)
     layers = MIXERS | FEED_FORWARDS
     for kind, cls in layers.items():
-        parts.append(section(f'`layer("{kind}")`', cls, "###"))
+        parts.append(section(f'`layer("{kind}")`', cls, level="###"))
     for cls in nested(layers.values()):
-        parts.append(section(f"`{cls.__name__}`", cls, "###"))
+        parts.append(section(f"`{cls.__name__}`", cls, level="###"))
     return "\n".join(parts)
 
 
-def nested(classes: Iterable[type]) -> list[type]:
+def nested(classes: typing.Iterable[type]) -> list[type]:
     """Dataclasses that are values of fields, each once."""
-    found = []
+    found = {}
     for cls in classes:
         for hint in typing.get_type_hints(cls).values():
-            if dataclasses.is_dataclass(hint) and hint not in found:
-                found.append(hint)
-    return found
+            if dataclasses.is_dataclass(hint):
+                found[hint] = None
+    return list(found)
 
 
 def section(title: str, cls: type, level: str = "##") -> str:
@@ -68,53 +66,56 @@ def section(title: str, cls: type, level: str = "##") -> str:
     for field in dataclasses.fields(cls):
         if field.name == "kind":
             continue
-        cells = [
-            f"`{field.name}`",
-            type_text(field.type),
-            default_text(field),
-            comments.get(field.name, ""),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
+        name = code(field.name)
+        comment = comments.get(field.name, "")
+        rows.append(f"| {name} | {type_text(field.type)} | {default_text(field)} | {comment} |")
     description = inspect.cleandoc(cls.__doc__ or "")
     return "\n".join([f"{level} {title}", "", description, "", *rows, ""])
 
 
 def field_comments(source: str) -> dict[str, str]:
-    """The comment above a field and the one behind it."""
+    """field -> the comment above it and the one behind it."""
     comments = {}
     above: list[str] = []
     for line in textwrap.dedent(source).splitlines():
-        comment = COMMENT_LINE.match(line)
-        if comment is not None:
-            above.append(comment[1])
+        only_comment = re.match(r"    # (.*)", line)
+        if only_comment:
+            above.append(only_comment[1])
             continue
-        field = FIELD.match(line)
-        if field is not None:
-            name, behind = field.groups()
-            text = " ".join([*above, behind or ""]).strip()
-            comments[name] = text.replace("|", "\\|")
+        field = re.match(r"    (\w+): [^#]*(?:#\s*(.*))?$", line)
+        if field:
+            behind = field[2] or ""
+            text = " ".join([*above, behind]).strip()
+            comments[field[1]] = text.replace("|", BAR)
         above = []
     return comments
 
 
-def type_text(annotation: object) -> str:
-    """As a cell of the table; of a Literal its choices."""
-    text = MODULES.sub("", str(annotation))
+def code(text: str) -> str:
+    """Code in a cell of a table."""
+    if "|" in text:
+        return f"<code>{text.replace('|', BAR)}</code>"
+    return f"`{text}`"
+
+
+def type_text(annotation: typing.Any) -> str:
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    if isinstance(annotation, type) and "[" not in text:
+        text = annotation.__name__
+    text = re.sub(r"typing\.|collections\.abc\.|gatedjax\.(?:\w+\.)+", "", text)
     choices = re.fullmatch(r"Literal\[(.*)\]", text)
-    if choices is None:
-        shown = f"`{text}`"
-    else:
-        shown = ", ".join(f"`{choice.strip()}`" for choice in choices[1].split(","))
-    return shown.replace("|", "\\|")
+    if choices:
+        return ", ".join(code(choice.strip()) for choice in choices[1].split(","))
+    return code(text)
 
 
 def default_text(field: dataclasses.Field) -> str:
     if field.default is not dataclasses.MISSING:
-        return f"`{field.default!r}`"
+        return code(repr(field.default))
     value = field.default_factory()
     if dataclasses.is_dataclass(value):
         return "see below"
-    return f"`{', '.join(value)}`"
+    return code(", ".join(value))
 
 
 if __name__ == "__main__":

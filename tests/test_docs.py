@@ -1,9 +1,14 @@
-"""The documentation is true: each block of Python on it runs, each link leads somewhere, generated
-pages are fresh.
+"""The documentation is true: its Python runs, its commands exist, its links lead somewhere, and
+generated pages are fresh.
 """
 
+import ast
 import importlib.util
 import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,37 +16,179 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
+INLINE = re.compile(r"`((?:python|make|pip) [^`]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+# A command ends where its line does, or at a quote around it, a pipe, a redirection, a comment.
+COMMAND = re.compile(r"\bpython (?P<module>-m )?(?P<target>[\w./]+)(?P<arguments>[^\n\"|&>#]*)")
+# What fits the site's box for code.
+COLUMNS = 94
+# Where the commands' common flags are defined.
+SHARED_FLAGS = sorted((ROOT / "gatedjax" / "runtime").glob("*.py"))
 
 
-def blocks(page: Path) -> list[str]:
-    return BLOCK.findall(page.read_text())
+def text_of(page: Path) -> str:
+    return page.read_text()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.stem)
+def python_blocks(page: Path) -> list[str]:
+    return PYTHON.findall(text_of(page))
+
+
+def shell_blocks(page: Path) -> list[str]:
+    return SHELL.findall(text_of(page))
+
+
+def shell_text(page: Path) -> str:
+    """The commands of a page, in blocks and in sentences, each on one line."""
+    commands = [*shell_blocks(page), *INLINE.findall(text_of(page))]
+    return "\n".join(commands).replace("\\\n", " ")
+
+
+def source_of(target: str, is_module: bool) -> Path:
+    """The file that a command runs."""
+    if not is_module:
+        path = ROOT / target
+        # The scripts of the root hand over to the package.
+        package_path = ROOT / "gatedjax" / target
+        return package_path if path.exists() and package_path.exists() else path
+    path = ROOT / target.replace(".", "/")
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def flags_in(source: Path) -> set[str]:
+    """Names of the flags that a file defines, with absl or argparse."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        function = node.func.attr
+        if function == "add_argument" or function.startswith("DEFINE_"):
+            names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            found.update(str(name).removeprefix("--") for name in names[:1])
+    return found
+
+
+def get_config(path: str) -> Mapping:
+    """What `--config=PATH` gives; PATH:STRING hands the string on."""
+    name, _, argument = path.partition(":")
+    spec = importlib.util.spec_from_file_location("a_config", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def is_placeholder(text: str) -> bool:
+    """NAME, DIR, MY_FOLDER, $VARIABLE, '...': what readers replace."""
+    return "..." in text or "$" in text or re.search(r"\b[A-Z][A-Z_]+\b", text) is not None
+
+
+def check_command(source: Path, arguments: list[str]) -> None:
+    known = set().union(*(flags_in(file) for file in [source, *SHARED_FLAGS]))
+    config = None
+    for argument in arguments:
+        if not argument.startswith("--") or argument == "--":
+            continue
+        flag, _, value = argument.removeprefix("--").partition("=")
+        if flag == "config" and not is_placeholder(value):
+            config = get_config(value)
+        if flag.startswith("config."):
+            group = config
+            for key in flag.split(".")[1:]:
+                assert group is None or key in group, argument
+                group = group and group[key]
+        else:
+            assert flag in known, f"{source} has no flag --{flag}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda p: p.stem)
 def test_code_runs(page):
     """The blocks of a page, one after the other, as a reader would paste them."""
     namespace = {"__name__": "page"}
-    for block in blocks(page):
+    for block in python_blocks(page):
         exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if shell_blocks(p)], ids=lambda p: p.stem)
+def test_shell_parses(page):
+    for block in shell_blocks(page):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_exist(page):
+    """Scripts and modules are there, and know the flags and the keys of configurations."""
+    text = shell_text(page)
+    for command in COMMAND.finditer(text):
+        target = command["target"]
+        if is_placeholder(target) or target.startswith("python"):
+            continue
+        source = source_of(target, command["module"] is not None)
+        assert source.exists(), command[0]
+        arguments = shlex.split(command["arguments"])
+        if "--" in arguments:
+            # Behind it is another command, found by itself.
+            arguments = arguments[: arguments.index("--")]
+        check_command(source, arguments)
+
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([\w-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extras in re.findall(r"'\.\[([\w,-]+)\]'", text):
+        assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_code_fits_its_box(page):
+    for block in [*python_blocks(page), *shell_blocks(page)]:
+        assert max(len(line) for line in block.splitlines()) <= COLUMNS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page):
     local = [
-        link
-        for link in LINK.findall(page.read_text())
-        if not re.match(r"https?://|#|mailto:", link)
+        link for link in LINK.findall(text_of(page)) if not re.match(r"https?://|#|mailto:", link)
     ]
     missing = [link for link in local if not (page.parent / link.split("#")[0]).exists()]
     assert not missing
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
 
 
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
         assert str(page.relative_to(ROOT / "docs")) in menu
+
+
+def test_pages_of_the_api_name_what_exists():
+    """`::: a.b.c`: a module and a name of it."""
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)", text_of(page), re.M):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pytest.mark.parametrize(
+    "study, picture",
+    [
+        ("mqar", "accuracy"),
+        ("gate_positions", "bits_per_byte"),
+        ("lengths", "loss"),
+        ("learning_rates", "bits_per_byte"),
+        ("routing", "load_max_over_mean"),
+    ],
+)
+def test_pictures_of_studies_are_fresh(study, picture):
+    """The site shows copies of pictures in results/."""
+    result = ROOT / "results" / study / "cpu" / f"{picture}.png"
+    shown = ROOT / "docs" / "pictures" / "studies" / f"{study}.png"
+    assert result.read_bytes() == shown.read_bytes(), f"run: cp {result} {shown}"
 
 
 def test_the_configuration_reference_is_fresh():
