@@ -1,8 +1,8 @@
 """attention compiled for TPUs that are not there, beside jax's splash and flash kernels with their
 best block sizes.
 
-    python benchmarks/attention.py [--target=tpu:v6e ...] [--shape=B4,T4096,H16,D128 ...] [--op=tpu,splash]
-                                   [--json=benchmarks/results/attention_tpu.json]
+    python benchmarks/attention.py [--target=tpu:v6e ...] [--shape=B4,T4096,H16,D128 ...]
+        [--op=tpu,splash] [--json=benchmarks/results/attention_tpu.json]
 
 Causal, bfloat16. For every shape, chip and pass: model time of the whole program (bwd: forward and
 backward), HBM traffic, temporaries. Times are the schedule's replay, not measurements;
@@ -18,17 +18,18 @@ is its fused one.
 
 import argparse
 import importlib
+import itertools
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
 import jax
 import jax.numpy as jnp
-from report import known_rows, table, write_json
+from report import known_rows, parser, run_row, table, write_json
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
@@ -37,6 +38,8 @@ from gatedjax.aot.targets import target
 SHAPES = ("B4,T4096,H16,D128", "B1,T32768,H16,Hk2,D256")  # a dense model's; Qwen3-Next's
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
 OPS = ("tpu", "tpu_gate", "tpu_then_gate", "splash", "flash")
+KEYS = ("op", "target", "shape", "pass")
+HEADER = ("shape", "target", "pass", "op", "us", "MXU busy", "HBM MB", "temp MiB")
 
 # The quickest found by model time at the first shape: queries, keys, keys at a time; forward, then
 # backward.
@@ -55,59 +58,74 @@ PALLAS_OPS = "jax.experimental.pallas.ops.tpu"
 
 def case_of(op: str, shape: str, chip: str) -> Case:
     """Ours: arrays [B, T, H * D], as projections make them. Peers: [B, H, T, D]."""
-    sizes = {part.rstrip("0123456789"): int(part.lstrip("BTHDk")) for part in shape.split(",")}
-    B, T, H, D = (sizes[a] for a in "BTHD")
-    if op in ("tpu", "tpu_gate"):
-        gate = "element" if op == "tpu_gate" else "none"
-        return make_case("attention", shape, "bfloat16", {"gate": gate, "implementation": "tpu"})
+    if op == "tpu":
+        return ours(shape, gate="none")
+    if op == "tpu_gate":
+        return ours(shape, gate="element")
     if op == "tpu_then_gate":
-        bare = make_case("attention", shape, "bfloat16", {"implementation": "tpu"})
-        gated = lambda q, k, v, g: (
-            bare.forward(q, k, v) * jax.nn.sigmoid(g.astype(jnp.float32)).astype(jnp.bfloat16)
-        )
-        return Case(gated, (*bare.args, bare.args[0]), {})
-    array = lambda heads: jax.ShapeDtypeStruct((B, heads, T, D), jnp.bfloat16)
-    keys = sizes.get("Hk", H)
-    return Case(
-        {"splash": splash, "flash": flash}[op](chip, T, H, keys, D),
-        (array(H), array(keys), array(keys)),
-        {},
-    )
+        return gated_by_xla(shape)
+    sizes = {part.rstrip("0123456789"): int(part.lstrip("BTHDk")) for part in shape.split(",")}
+    B, T, H, D = (sizes[axis] for axis in "BTHD")
+    Hk = sizes.get("Hk", H)
+    make = splash if op == "splash" else flash
+    queries = jax.ShapeDtypeStruct((B, H, T, D), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((B, Hk, T, D), jnp.bfloat16)
+    return Case(make(chip, T, H, Hk, D), (queries, keys, keys), {})
 
 
-def splash(chip: str, T: int, H: int, Hk: int, D: int):
+def ours(shape: str, gate: str) -> Case:
+    return make_case("attention", shape, "bfloat16", {"gate": gate, "implementation": "tpu"})
+
+
+def gated_by_xla(shape: str) -> Case:
+    """Our kernel without a gate, and the gate outside of it."""
+    bare = ours(shape, gate="none")
+
+    def gated(q, k, v, gate_logits):
+        gate = jax.nn.sigmoid(gate_logits.astype(jnp.float32)).astype(jnp.bfloat16)
+        return bare.forward(q, k, v) * gate
+
+    queries = bare.args[0]
+    return Case(gated, (*bare.args, queries), {})
+
+
+def splash(chip: str, T: int, H: int, Hk: int, D: int) -> Callable:
     kernel = importlib.import_module(f"{PALLAS_OPS}.splash_attention.splash_attention_kernel")
     masks = importlib.import_module(f"{PALLAS_OPS}.splash_attention.splash_attention_mask")
-    (q, k, kc), (q_back, k_back, kc_back) = SPLASH[chip]
+    (q, k, k_compute), (q_back, k_back, k_compute_back) = SPLASH[chip]
     blocks = kernel.BlockSizes(
         block_q=q,
         block_kv=k,
-        block_kv_compute=kc,
+        block_kv_compute=k_compute,
         block_q_dkv=q_back,
         block_kv_dkv=k_back,
-        block_kv_dkv_compute=kc_back,
+        block_kv_dkv_compute=k_compute_back,
         use_fused_bwd_kernel=True,
     )
-    mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * (H // Hk if Hk < H else H))
-    make = kernel.make_splash_mqa if Hk < H else kernel.make_splash_mha
+    is_grouped = Hk < H
+    heads_of_a_call = H // Hk if is_grouped else H
+    mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * heads_of_a_call)
+    make = kernel.make_splash_mqa if is_grouped else kernel.make_splash_mha
     with jax.default_device(jax.devices("cpu")[0]):
         attend = make(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
-    if Hk == H:
-        return lambda q, k, v: jax.vmap(attend)(q * D**-0.5, k, v)
-    grouped = jax.vmap(jax.vmap(attend))
+
+    def all_heads(q, k, v):
+        return jax.vmap(attend)(q * D**-0.5, k, v)
 
     def queries_of_a_key_head(q, k, v):
-        return grouped((q * D**-0.5).reshape(q.shape[0], Hk, -1, T, D), k, v).reshape(q.shape)
+        """Over rows and key heads: a call has one key head and its queries."""
+        grouped_q = (q * D**-0.5).reshape(q.shape[0], Hk, -1, T, D)
+        return jax.vmap(jax.vmap(attend))(grouped_q, k, v).reshape(q.shape)
 
-    return queries_of_a_key_head
+    return queries_of_a_key_head if is_grouped else all_heads
 
 
-def flash(chip: str, T: int, H: int, Hk: int, D: int):
+def flash(chip: str, T: int, H: int, Hk: int, D: int) -> Callable:
     if Hk < H:
         raise ValueError("flash: takes as many heads of keys as of queries")
-    room = importlib.import_module(f"{PALLAS_OPS}.flash_attention")
+    module = importlib.import_module(f"{PALLAS_OPS}.flash_attention")
     (q, k_major, k), (q_dq, k_major_dq, k_dq), dkv = FLASH[chip]
-    blocks = room.BlockSizes(
+    blocks = module.BlockSizes(
         block_q=q,
         block_k_major=k_major,
         block_k=k,
@@ -120,90 +138,98 @@ def flash(chip: str, T: int, H: int, Hk: int, D: int):
         block_k_dq=k_dq,
         block_q_dq=q_dq,
     )
-    return lambda q, k, v: room.flash_attention(
-        q, k, v, causal=True, sm_scale=D**-0.5, block_sizes=blocks
-    )
+
+    def attend(q, k, v):
+        return module.flash_attention(
+            q,
+            k,
+            v,
+            causal=True,
+            sm_scale=D**-0.5,
+            block_sizes=blocks,
+        )
+
+    return attend
 
 
-def figures(op: str, chip: str, shape: str, way: str) -> dict:
+def figures(op: str, chip: str, shape: str, pass_name: str) -> dict:
     """One row, in this process."""
     case = case_of(op, shape, chip)
-    fn, args = (
-        (case.forward, case.args) if way == "fwd" else (case.backward(), case.backward_args())
-    )
-    _, report = compile_for(chip, fn, *args)
+    if pass_name == "fwd":
+        _, report = compile_for(chip, case.forward, *case.args)
+    else:
+        _, report = compile_for(chip, case.backward(), *case.backward_args())
+    kernels = {}
+    for kernel in report.kernels:
+        kernels[kernel.name] = {
+            "microseconds": 1e6 * kernel.seconds,
+            "matrix_busy": kernel.matrix_busy,
+            "spills": kernel.vector_spills,
+        }
     return {
         "microseconds": 1e6 * report.program_seconds,
         "hbm_bytes": report.program_hbm_bytes * target(chip).cores,
         "temporary_bytes": report.temp_bytes,
-        "kernels": {
-            k.name: {
-                "microseconds": 1e6 * k.seconds,
-                "matrix_busy": k.matrix_busy,
-                "spills": k.vector_spills,
-            }
-            for k in report.kernels
-        },
+        "kernels": kernels,
         "notes": list(report.notes),
     }
 
 
-def in_a_process(*row: str) -> dict:
-    """libtpu reads its flags once and keeps its memory: one compilation a process. {"error": ...}
-    if it fails.
-    """
-    command = [sys.executable, __file__, "--row", *row]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-KEYS = ("op", "target", "shape", "pass")
-
-
-def line(row: tuple[str, ...], f: dict) -> list[str]:
+def line(row: tuple[str, ...], found: dict) -> list[str]:
     """Of the table."""
-    op, chip, shape, way = row
-    if "error" in f:
-        return [shape, chip, way, op, f["error"][:60], "", "", ""]
-    busy = "/".join(f"{k['matrix_busy']:.0%}" for k in f["kernels"].values())
-    time, moved, temporaries = f["microseconds"], f["hbm_bytes"] / 1e6, f["temporary_bytes"] / 2**20
-    return [shape, chip, way, op, f"{time:,.0f}", busy, f"{moved:,.0f}", f"{temporaries:,.0f}"]
+    op, chip, shape, pass_name = row
+    head = [shape, chip, pass_name, op]
+    if "error" in found:
+        return [*head, found["error"][:60], "", "", ""]
+    busy = "/".join(f"{kernel['matrix_busy']:.0%}" for kernel in found["kernels"].values())
+    return [
+        *head,
+        f"{found['microseconds']:,.0f}",
+        busy,
+        f"{found['hbm_bytes'] / 1e6:,.0f}",
+        f"{found['temporary_bytes'] / 2**20:,.0f}",
+    ]
+
+
+def flags() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--target", action="append")
+    made.add_argument("--shape", action="append")
+    made.add_argument("--op", default=",".join(OPS))
+    made.add_argument(
+        "--pass",
+        dest="passes",
+        default="fwd,bwd",
+        help="bwd is forward and backward in one program",
+    )
+    made.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
+    return made.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", action="append")
-    parser.add_argument("--shape", action="append")
-    parser.add_argument("--op", default=",".join(OPS))
-    parser.add_argument(
-        "--pass", dest="ways", default="fwd,bwd", help="bwd is forward and backward in one program"
-    )
-    parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = flags()
     if args.row:
         print(json.dumps(figures(*args.row)))
         return
     versions = {"libtpu": metadata.version("libtpu")}
     known = known_rows(args.json, KEYS, versions)
-    lines, rows = [], dict(known)
-    for shape in args.shape or SHAPES:
-        for chip in args.target or TARGETS:
-            for way in args.ways.split(","):
-                for op in args.op.split(","):
-                    row = op, chip, shape, way
-                    found = known.get(row) or in_a_process(*row)
-                    rows[row] = found
-                    lines.append(line(row, found))
-                    print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-                    if args.json:
-                        written = [dict(zip(KEYS, r)) | f for r, f in rows.items()]
-                        write_json(args.json, {"rows": written}, versions)
-    print(table(["shape", "target", "pass", "op", "us", "MXU busy", "HBM MB", "temp MiB"], lines))
+    rows = dict(known)
+    lines = []
+    every_row = itertools.product(
+        args.shape or SHAPES,
+        args.target or TARGETS,
+        args.passes.split(","),
+        args.op.split(","),
+    )
+    for shape, chip, pass_name, op in every_row:
+        row = (op, chip, shape, pass_name)
+        rows[row] = known.get(row) or run_row(__file__, *row)
+        lines.append(line(row, rows[row]))
+        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
+        if args.json:  # after every row: a run takes long
+            written = [dict(zip(KEYS, key)) | found for key, found in rows.items()]
+            write_json(args.json, {"rows": written}, versions)
+    print(table(HEADER, lines))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,18 @@ Forward and backward in one program, bfloat16, causal; and a decoding step. Stat
 Needs jax's CUDA plugin (make test-cuda-aot builds an environment) and ptxas.
 """
 
-import argparse
 import os
+from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on a device
 
 import jax
 import jax.numpy as jnp
-from report import table, write_json
+from report import parser, table, write_json
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
-from gatedjax.aot.report import GpuKernel
-from kernels_pallas.attention import attention_step
+from kernels_pallas.ops import attention_step
 
 TARGET = "cuda:h200"
 CASES = [
@@ -30,54 +29,69 @@ CASES = [
     ("B1,T32768,H16,Hk2,D256", {"gate": "element"}),
 ]
 STEPS = [(32, 8192, 16, 2, 128), (1, 32768, 16, 2, 256)]  # B, slots, H, Hk, D
+FIGURES = (
+    "registers",
+    "spill_bytes",
+    "shared_memory_bytes",
+    "blocks_per_core",
+    "threads",
+    "wgmma",
+    "mma",
+)
+COLUMNS = (
+    "case",
+    "kernel",
+    "registers",
+    "spill_bytes",
+    "shared_memory_bytes",
+    "blocks_per_core",
+    "wgmma",
+)
 
 
-def figures(k: GpuKernel) -> dict[str, object]:
-    names = (
-        "registers",
-        "spill_bytes",
-        "shared_memory_bytes",
-        "blocks_per_core",
-        "threads",
-        "wgmma",
-        "mma",
-    )
-    return {"kernel": k.name} | {name: getattr(k, name) for name in names}
-
-
-def compiled(label: str, fn, *args) -> list[dict[str, object]]:
+def compiled(label: str, fn: Callable, *args: jax.ShapeDtypeStruct) -> list[dict[str, object]]:
+    """A row for each of our kernels in the program."""
     _, report = compile_for(TARGET, fn, *args)
-    ours = sorted(
-        (k for k in report.kernels if k.name.startswith("attention")), key=lambda k: k.name
-    )
-    return [{"case": label, **figures(k), "program_temp_bytes": report.temp_bytes} for k in ours]
+    ours = [kernel for kernel in report.kernels if kernel.name.startswith("attention")]
+    rows = []
+    for kernel in sorted(ours, key=lambda kernel: kernel.name):
+        figures = {name: getattr(kernel, name) for name in FIGURES}
+        rows.append(
+            {
+                "case": label,
+                "kernel": kernel.name,
+                **figures,
+                "program_temp_bytes": report.temp_bytes,
+            }
+        )
+    return rows
+
+
+def step(q, k_cache, v_cache, valid):
+    return attention_step(q, k_cache, v_cache, valid=valid, implementation="gpu")
+
+
+def step_rows(B: int, S: int, H: int, Hk: int, D: int) -> list[dict[str, object]]:
+    """Of one decoding step against a cache of S slots."""
+    q = jax.ShapeDtypeStruct((B, H, D), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((B, S, Hk, D), jnp.bfloat16)
+    valid = jax.ShapeDtypeStruct((B, S), jnp.bool_)
+    return compiled(f"step B{B},S{S},H{H},Hk{Hk},D{D}", step, q, cache, cache, valid)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", help="also write the figures to this file")
-    path, rows = parser.parse_args().json, []
+    args = parser(__doc__).parse_args()
+    rows = []
     for shape, options in CASES:
         case = make_case("attention", shape, "bfloat16", {"implementation": "gpu", **options})
-        label = " ".join([shape, *(f"{n}={x}" for n, x in options.items())])
+        settings = [f"{name}={value}" for name, value in options.items()]
+        label = " ".join([shape, *settings])
         rows += compiled(label, case.backward(), *case.backward_args())
-    for B, S, H, Hk, D in STEPS:
-        array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        step = lambda q, k, v, valid: attention_step(q, k, v, valid=valid, implementation="gpu")
-        valid = jax.ShapeDtypeStruct((B, S), jnp.bool_)
-        rows += compiled(
-            f"step B{B},S{S},H{H},Hk{Hk},D{D}",
-            step,
-            array(B, H, D),
-            *[array(B, S, Hk, D)] * 2,
-            valid,
-        )
-    columns = [name for name in rows[0] if name not in ("threads", "mma", "program_temp_bytes")]
-    print(table(columns, [[row[name] for name in columns] for row in rows]))
-    if path:
-        write_json(path, {"target": TARGET, "rows": rows}, {})
+    for sizes in STEPS:
+        rows += step_rows(*sizes)
+    print(table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows]))
+    if args.json:
+        write_json(args.json, {"target": TARGET, "rows": rows}, {})
 
 
 if __name__ == "__main__":

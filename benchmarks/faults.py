@@ -31,7 +31,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "distributed"))
 import processes  # noqa: E402 (what starts processes for the tests starts them here)
 
-STEPS, EVERY, LIFE = 60, 5, 7  # steps of the run, between saves, of the longest life
+STEPS = 60
+EVERY = 5  # steps between saves
+LIFE = 7  # steps of the longest life
 HEARTBEAT = 10
 FLAGS = [
     f"--config.train.steps={STEPS}",
@@ -51,36 +53,44 @@ def undisturbed(place: Path) -> dict[int, float]:
 def life(place: Path, rng: random.Random, in_save: bool) -> dict:
     """Starts the run where it was, kills one process, waits for the other."""
     directory = place / "killed" / "checkpoints"
-    saved = max(processes.steps_on_disk(place, "killed"), default=0) if directory.exists() else 0
+    saved = 0
+    if directory.exists():
+        saved = max(processes.steps_on_disk(place, "killed"), default=0)
     until = min(saved + rng.randint(1, LIFE), STEPS - 1)
     victim = rng.randrange(2)
     with processes.started(place, "killed", *FLAGS, processes=2, devices=1) as running:
         if in_save:
-            while not list(directory.glob("*-tmp")) if directory.exists() else True:
+            while not is_saving(directory):
                 assert running[0].popen.poll() is None, running[0].log()
                 time.sleep(0.0005)
             time.sleep(rng.random() * 0.1)
         else:
             running[0].wait_for(processes.is_step(until))
             time.sleep(rng.random() * 0.05)
-        hit = bool(list(directory.glob("*-tmp")))
+        was_saving = is_saving(directory)
         running[victim].popen.kill()
         start = time.monotonic()
         other = running[1 - victim]
         code = other.wait()
         seconds = time.monotonic() - start
         said = [line for line in other.err if line.strip()]
-        is_clean = code not in (0, 2) and len(said) == 1 and said[0].startswith("error: ")
+        is_one_line = len(said) == 1 and said[0].startswith("error: ")
+        is_clean = code not in (0, 2) and is_one_line
         return {
             "victim": victim,
-            "in_save": hit,
+            "in_save": was_saving,
             "resumed_after": saved,
             "reached": max(processes.losses(place, "killed"), default=0),
             "seconds_to_stop": round(seconds, 1),
             "exit_code": code,
             "clean": is_clean,
-            "said": said if not is_clean else said[0][:200],
+            "said": said[0][:200] if is_clean else said,
         }
+
+
+def is_saving(directory: Path) -> bool:
+    """Whether a checkpoint is being written: until it is whole it has a name of its own."""
+    return directory.exists() and any(directory.glob("*-tmp"))
 
 
 def kills(place: Path, number: int, rng: random.Random, reference: dict[int, float]) -> list[dict]:
@@ -89,10 +99,11 @@ def kills(place: Path, number: int, rng: random.Random, reference: dict[int, flo
     """
     lives = []
     for i in range(number):
-        lives.append(life(place, rng, in_save=i % 3 == 2))
-        came = processes.losses(place, "killed")
-        lives[-1]["same_losses"] = all(reference[step] == loss for step, loss in came.items())
-        print(f"kill {i + 1}/{number}: {json.dumps(lives[-1])}", flush=True)
+        one = life(place, rng, in_save=i % 3 == 2)
+        losses = processes.losses(place, "killed")
+        one["same_losses"] = all(reference[step] == loss for step, loss in losses.items())
+        lives.append(one)
+        print(f"kill {i + 1}/{number}: {json.dumps(one)}", flush=True)
     for process in processes.run(place, "killed", *FLAGS, processes=2, devices=1):
         assert process.popen.returncode == 0, process.log()
     return lives
@@ -100,9 +111,8 @@ def kills(place: Path, number: int, rng: random.Random, reference: dict[int, flo
 
 def digests(place: Path, workdir: str) -> dict[str, str]:
     """Of every array of the newest checkpoint, as its manifest has them."""
-    manifest = json.loads(
-        (place / workdir / "checkpoints" / str(STEPS) / "manifest" / "metadata").read_text()
-    )
+    step = place / workdir / "checkpoints" / str(STEPS)
+    manifest = json.loads((step / "manifest" / "metadata").read_text())
     return {name: leaf["digest"] for name, leaf in manifest["body"]["leaves"].items()}
 
 
@@ -112,14 +122,12 @@ def flips(place: Path, number: int, rng: random.Random) -> dict[str, int]:
     """
     good = place / "undisturbed"
     run = prepare(from_config_dict({**read_config(good), "mesh": {}}))
-    files = [
-        p
-        for p in (good / "checkpoints" / str(STEPS)).rglob("*")
-        if p.is_file() and p.stat().st_size
-    ]
-    sizes = [p.stat().st_size for p in files]
+    step = good / "checkpoints" / str(STEPS)
+    files = [path for path in step.rglob("*") if path.is_file() and path.stat().st_size]
+    sizes = [path.stat().st_size for path in files]
     with Checkpointer(good, read_only=True) as checkpointer:
-        right = digests_of(named_leaves(checkpointer.restore(STEPS, run.abstract).state))
+        restored = checkpointer.restore(STEPS, run.abstract)
+        right = digests_of(named_leaves(restored.state))
     outcome = {"found": 0, "changed nothing that is read": 0, "wrong values, silently": 0}
     while outcome["found"] + outcome["wrong values, silently"] < number:
         path = rng.choices(files, sizes)[0]
@@ -148,7 +156,8 @@ def main() -> None:
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "faults.json"))
     args = parser.parse_args()
     processes.PATIENCE = 1200.0
-    rng, place = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="gatedjax-faults-"))
+    rng = random.Random(args.seed)
+    place = Path(tempfile.mkdtemp(prefix="gatedjax-faults-"))
     try:
         processes.write_text(place)
         reference = undisturbed(place)
@@ -159,37 +168,57 @@ def main() -> None:
         flipped = flips(place, args.flips, rng)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    survived = sum(x["same_losses"] and is_same_end and is_same_state for x in lives)
-    in_save = sum(x["in_save"] for x in lives)
-    clean = sum(x["clean"] for x in lives)
-    longest = max((x["seconds_to_stop"] for x in lives), default=0.0)
-    rows = [
-        ["kills survived: losses and final state to the bit", f"{survived} of {len(lives)}"],
-        ["  of them while a checkpoint was being written", in_save],
-        ["  the other process stopped with one line, not 0", f"{clean} of {len(lives)}"],
-        [f"  and at most so long after (heartbeat {HEARTBEAT} s)", f"{longest} s"],
-        [
-            "bit flips found",
-            f"{flipped['found']} of {flipped['found'] + flipped['wrong values, silently']}",
-        ],
-        ["  others changed nothing that is read", flipped["changed nothing that is read"]],
-    ]
-    print(table(["fault", "result"], rows))
+    survived = 0
+    if is_same_end and is_same_state:
+        survived = sum(life["same_losses"] for life in lives)
     figures = {
         "kills": len(lives),
         "survived": survived,
-        "in_save": in_save,
-        "stopped_cleanly": clean,
-    }
-    figures |= {
-        "longest_stop_seconds": longest,
+        "in_save": sum(life["in_save"] for life in lives),
+        "stopped_cleanly": sum(life["clean"] for life in lives),
+        "longest_stop_seconds": max((life["seconds_to_stop"] for life in lives), default=0.0),
         "heartbeat_seconds": HEARTBEAT,
         "flips": flipped,
         "lives": lives,
     }
+    print(table(["fault", "result"], rows(figures)))
     write_json(args.output, figures, {})
-    is_lossless = survived == clean == len(lives) and not flipped["wrong values, silently"]
+    all_survived = survived == figures["stopped_cleanly"] == len(lives)
+    is_lossless = all_survived and not flipped["wrong values, silently"]
     sys.exit(0 if is_lossless else 1)
+
+
+def rows(figures: dict) -> list[list[object]]:
+    """Of the table."""
+    kills = figures["kills"]
+    flipped = figures["flips"]
+    counted = flipped["found"] + flipped["wrong values, silently"]
+    return [
+        [
+            "kills survived: losses and final state to the bit",
+            f"{figures['survived']} of {kills}",
+        ],
+        [
+            "  of them while a checkpoint was being written",
+            figures["in_save"],
+        ],
+        [
+            "  the other process stopped with one line, not 0",
+            f"{figures['stopped_cleanly']} of {kills}",
+        ],
+        [
+            f"  and at most so long after (heartbeat {HEARTBEAT} s)",
+            f"{figures['longest_stop_seconds']} s",
+        ],
+        [
+            "bit flips found",
+            f"{flipped['found']} of {counted}",
+        ],
+        [
+            "  others changed nothing that is read",
+            flipped["changed nothing that is read"],
+        ],
+    ]
 
 
 if __name__ == "__main__":

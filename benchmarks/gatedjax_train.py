@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -32,69 +33,83 @@ def main() -> None:
     keep_freed_memory()
     libtpu.quieten()
     run = prepare(from_config_dict(json.loads(sys.argv[1])))
-    train = run.config.train
     batches = [random_batch(run.config, seed) for seed in range(BATCHES)]
     with jax.set_mesh(run.mesh):
-        state, train_step = fresh_state(run), jit_train_step(run.config, run.tx, run.shardings)
+        state = fresh_state(run)
+        train_step = jit_train_step(run.config, run.tx, run.shardings)
 
         def steps(state, count: int):
+            """That many steps over the batches by turns: the new state, the last metrics."""
             for i in range(count):
-                batch = sharding.global_batch(run.mesh, batches[i % BATCHES], train.batch_size)
+                local = batches[i % BATCHES]
+                batch = sharding.global_batch(run.mesh, local, run.config.train.batch_size)
                 state, metrics = train_step(state, batch)
             return jax.block_until_ready((state, metrics))
 
         state, _ = steps(state, WARMUP_STEPS)
-        total, active = parameter_counts(run)
-        implementations = {c.op: c.implementation for c in dispatch.choices()}
-        versions = {"jax": jax.__version__}
-        say(
-            {
-                "total": total,
-                "active": active,
-                "implementations": implementations,
-                "versions": versions,
-            }
-        )
+        say(about(run))
         for line in sys.stdin:
             start = time.perf_counter()
             state, metrics = steps(state, int(line))
             seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-            say({"seconds": seconds, "loss": float(metrics["loss"]), "peak_rss_bytes": peak})
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            say(
+                {
+                    "seconds": seconds,
+                    "loss": float(metrics["loss"]),
+                    "peak_rss_bytes": usage.ru_maxrss * 1024,  # KiB on Linux
+                }
+            )
+
+
+def about(run: Run) -> dict:
+    """What was compiled."""
+    total, active = parameter_counts(run)
+    return {
+        "total": total,
+        "active": active,
+        "implementations": {c.op: c.implementation for c in dispatch.choices()},
+        "versions": {"jax": jax.__version__},
+    }
 
 
 def random_batch(config: Config, seed: int) -> Batch:
     """Rows of one document each: every token has a target."""
-    shape = (config.train.batch_size, config.data.seq_len)
-    tokens = np.random.default_rng(seed).integers(
-        0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32
-    )
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    B = config.train.batch_size
+    T = config.data.seq_len
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, config.model.vocab_size, (B, T + 1), np.int32)
     return Batch(
-        tokens[:, :-1],
-        tokens[:, 1:],
-        np.ones(shape, np.int32),
-        positions,
-        np.ones(shape, np.float32),
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segment_ids=np.ones((B, T), np.int32),
+        positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+        loss_mask=np.ones((B, T), np.float32),
     )
 
 
 def parameter_counts(run: Run) -> tuple[int, int]:
-    """Parameters, and those that a token meets: of the experts only the chosen ones."""
-    model, total, idle = run.config.model, 0, 0
+    """Parameters, and those that take part in one token: of the experts only the chosen ones."""
+    model = run.config.model
     total = sum(p.size for p in jax.tree.leaves(run.abstract.params))
+    idle = 0
     for i in range(model.num_layers):
-        ffn = model.layer(i)[1]
+        _, ffn = model.layer(i)
         if isinstance(ffn, SparseMoEConfig):
-            idle += (ffn.num_experts - ffn.experts_per_token) * 3 * model.width * ffn.hidden
+            idle_experts = ffn.num_experts - ffn.experts_per_token
+            idle += idle_experts * 3 * model.width * ffn.hidden
     return total, total - idle
 
 
-def _protocol():
+def _protocol() -> Callable[[dict], None]:
     """Prints JSON lines on stdout; whatever libraries print goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    return lambda message: print(json.dumps(message), file=out, flush=True)
+
+    def say(message: dict) -> None:
+        print(json.dumps(message), file=out, flush=True)
+
+    return say
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Grouped matmuls of sparse experts, compiled for accelerators that are not there, beside megablox
 and lax.ragged_dot.
 
-    python benchmarks/moe.py [--target=tpu:v5e ...] [--rows=16384,131072] [--op=grouped_matmul,megablox,...]
-                             [--json=benchmarks/results/moe_tpu.json]
+    python benchmarks/moe.py [--target=tpu:v5e ...] [--rows=16384,131072]
+        [--op=grouped_matmul,megablox,...] [--json=benchmarks/results/moe_tpu.json]
 
 64 experts of d 2048 and ff 1024 in bfloat16; 131,072 rows are 16,384 tokens with 8 experts each.
 For every kernel of a forward and backward pass: model time, beside the least there could be (every
@@ -25,24 +25,24 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from importlib import metadata
 
-os.environ.setdefault(
-    "JAX_PLATFORMS", "cpu"
-)  # the accelerators' compilers are loaded to compile, not to run
+# The accelerators' compilers are loaded to compile, not to run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import known_rows, table, write_json
+from report import known_rows, parser, run_row, table, write_json
 
-from gatedjax.aot import compile_and_replay
+from gatedjax.aot import Report, compile_and_replay
 from gatedjax.aot.targets import Tpu, target
 from kernels_pallas.ops import expert_mlp, grouped_matmul
 
@@ -50,6 +50,7 @@ D, F, G = 2048, 1024, 64
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
 KEYS = ("op", "target", "rows")
 OPS = ("grouped_matmul", "megablox", "tokamax", "expert_mlp", "ragged_dot")
+HEADER = ("op", "target", "rows", "sizes", "kernel", "us", "least us", "ratio", "FLOPs")
 # Rows, inner width and columns of megablox's tiles, the best of those tried on each chip: forward,
 # dlhs, drhs.
 TILES = {
@@ -62,150 +63,142 @@ TILES = {
 def group_sizes(rows: int) -> dict[str, np.ndarray]:
     """int32 [G] each, of sum `rows`."""
     rng = np.random.default_rng(0)
-    zipf = rng.permutation(1 / np.arange(1, G + 1))
-    skewed = np.floor(rows * zipf / zipf.sum()).astype(np.int32)
+    weights = rng.permutation(1 / np.arange(1, G + 1))
+    skewed = np.floor(rows * weights / weights.sum()).astype(np.int32)
     skewed[np.argmax(skewed)] += rows - skewed.sum()
+    even = np.full(G, 1 / G)
     return {
         "balanced": np.full(G, rows // G, np.int32),
-        "multinomial": rng.multinomial(rows, np.full(G, 1 / G)).astype(np.int32),
+        "multinomial": rng.multinomial(rows, even).astype(np.int32),
         "zipf": skewed,
     }
 
 
-def forward_and_backward(f):
+def forward_and_backward(op: Callable) -> Callable:
     """The cotangent of the output is the last argument, the group sizes the one before."""
 
     def both(*args):
         *floats, sizes, cotangent = args
-        out, pull = jax.vjp(lambda *floats: f(*floats, sizes), *floats)
-        return out, pull(cotangent)
+
+        def of_floats(*floats):
+            return op(*floats, sizes)
+
+        out, vjp = jax.vjp(of_floats, *floats)
+        return out, vjp(cotangent)
 
     return both
 
 
-def megablox(chip: str):
+def megablox(chip: str) -> Callable:
     """Its three kernels, each with tiles of its own."""
     backend = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     forward, dlhs, drhs = TILES[chip]
     common = dict(preferred_element_type=jnp.bfloat16)
 
     def both(lhs, rhs, sizes, cotangent):
+        transposed = lhs.swapaxes(0, 1)
         return (
             backend.gmm(lhs, rhs, sizes, tiling=forward, **common),
             backend.gmm(cotangent, rhs, sizes, tiling=dlhs, transpose_rhs=True, **common),
-            backend.tgmm(lhs.swapaxes(0, 1), cotangent, sizes, tiling=drhs, **common),
+            backend.tgmm(transposed, cotangent, sizes, tiling=drhs, **common),
         )
 
     return both
 
 
-def tokamax():
+def tokamax() -> Callable:
     """Its ragged_dot and gradients; it has to be told that the device is not here."""
     package = importlib.import_module("tokamax")
-    f = forward_and_backward(lambda *a: package.ragged_dot(*a, implementation="mosaic"))
+
+    def ragged_dot(lhs, rhs, sizes):
+        return package.ragged_dot(lhs, rhs, sizes, implementation="mosaic")
 
     def both(*args):
         with package.config.cross_compile(True):
-            return f(*args)
+            return forward_and_backward(ragged_dot)(*args)
 
     return both
 
 
-def program(op: str, chip: str, rows: int):
-    """(function, its arguments, FLOPs of one matmul of the op)."""
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+def program(op: str, chip: str, rows: int) -> tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]:
+    """A function of forward and backward pass, and its arguments."""
+    implementation = "tpu" if chip.startswith("tpu") else "gpu"
+    wide = jax.ShapeDtypeStruct((rows, D), jnp.bfloat16)
+    narrow = jax.ShapeDtypeStruct((rows, F), jnp.bfloat16)
+    up = jax.ShapeDtypeStruct((G, D, F), jnp.bfloat16)
+    down = jax.ShapeDtypeStruct((G, F, D), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
-    kernel = "tpu" if chip.startswith("tpu") else "gpu"
+
+    def our_mlp(x, gate, up, down, weights, sizes):
+        return expert_mlp(x, gate, up, down, sizes, weights, implementation=implementation)
+
+    def our_matmul(lhs, rhs, sizes):
+        return grouped_matmul(lhs, rhs, sizes, implementation=implementation)
+
     if op == "expert_mlp":
         weights = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        args = (
-            array(rows, D),
-            array(G, D, F),
-            array(G, D, F),
-            array(G, F, D),
-            weights,
-            sizes,
-            array(rows, D),
-        )
-        call = lambda *a: expert_mlp(*a[:4], a[5], a[4], implementation=kernel)
-        return forward_and_backward(call), args
-    args = array(rows, D), array(G, D, F), sizes, array(rows, F)
-    if op in ("megablox", "tokamax"):
-        return megablox(chip) if op == "megablox" else tokamax(), args
-    f = (
-        jax.lax.ragged_dot
-        if op == "ragged_dot"
-        else lambda *a: grouped_matmul(*a, implementation=kernel)
-    )
-    return forward_and_backward(f), args
+        return forward_and_backward(our_mlp), (wide, up, up, down, weights, sizes, wide)
+    functions = {
+        "grouped_matmul": lambda: forward_and_backward(our_matmul),
+        "ragged_dot": lambda: forward_and_backward(jax.lax.ragged_dot),
+        "megablox": lambda: megablox(chip),
+        "tokamax": tokamax,
+    }
+    return functions[op](), (wide, up, sizes, narrow)
 
 
 def matmuls(kernel: str) -> int:
     """How many of 2 M K N FLOPs a kernel is asked for."""
-    return (
-        2
-        if any(name in kernel for name in ("pre_activations", "drows")) and "dpre" not in kernel
-        else 1
-    )
+    if "dpre" in kernel:
+        return 1
+    return 2 if "pre_activations" in kernel or "drows" in kernel else 1
 
 
 def figures(op: str, chip: str, rows: int) -> dict:
     """All rows of one compilation, in this process."""
     fn, args = program(op, chip, rows)
-    where = next(i for i, a in enumerate(args) if a.dtype == jnp.int32)
+    where = next(i for i, a in enumerate(args) if a.dtype == jnp.int32)  # the group sizes
     kinds = {name: {where: sizes} for name, sizes in group_sizes(rows).items()}
     device = target(chip)
     compiled, reports = compile_and_replay(chip, fn, *args, concretes=kinds)
-    one, flops = reports["balanced"], 2 * rows * D * F
+    balanced = reports["balanced"]
+    one_matmul = 2 * rows * D * F
+    in_dots = balanced.compiler_flops or dot_flops(compiled.as_text())
     found = {
-        "temporary_bytes": one.temp_bytes,
-        "program_dot_flops_over_one_matmul": (one.compiler_flops or dot_flops(compiled.as_text()))
-        / flops,
-        "declared_flops_over_one_matmul": one.declared.flops / flops,
+        "temporary_bytes": balanced.temp_bytes,
+        "program_dot_flops_over_one_matmul": in_dots / one_matmul,
+        "declared_flops_over_one_matmul": balanced.declared.flops / one_matmul,
     }
-    if not isinstance(device, Tpu):
-        return found | {
-            "kernels": [dataclasses.asdict(k) for k in one.kernels if "grouped_matmul" in k.name]
+    if isinstance(device, Tpu):
+        found["sizes"] = {
+            name: of_sizes(report, device, one_matmul) for name, report in reports.items()
         }
-    found["sizes"] = {name: of_sizes(report, device, flops) for name, report in reports.items()}
+    else:
+        ours = [kernel for kernel in balanced.kernels if "grouped_matmul" in kernel.name]
+        found["kernels"] = [dataclasses.asdict(kernel) for kernel in ours]
     return found
 
 
-def of_sizes(report, device: Tpu, flops: float) -> dict:
+def of_sizes(report: Report, device: Tpu, one_matmul: float) -> dict:
     """The figures of one replay. Of a kernel whose steering values the replay does not know there
     is no time: None.
     """
-    executed = {
-        k.name: k.matrix_busy * k.schedule_seconds * device.peak_flops for k in report.kernels
-    }
-    kernels = {
-        k.name: {
-            "microseconds": 1e6 * k.seconds if executed[k.name] else None,
-            "executed_over_useful_flops": executed[k.name] / (flops * matmuls(k.name)),
-            "hbm_bytes": k.hbm_bytes,
-            "unknown": sum(n for what, n in k.unknown.items() if what != "vpop.sfrf"),
+    kernels = {}
+    is_followed = True
+    for kernel in report.kernels:
+        executed = kernel.matrix_busy * kernel.schedule_seconds * device.peak_flops
+        is_followed = is_followed and executed > 0
+        unknown = {what: n for what, n in kernel.unknown.items() if what != "vpop.sfrf"}
+        kernels[kernel.name] = {
+            "microseconds": 1e6 * kernel.seconds if executed else None,
+            "executed_over_useful_flops": executed / (one_matmul * matmuls(kernel.name)),
+            "hbm_bytes": kernel.hbm_bytes,
+            "unknown": sum(unknown.values()),
         }
-        for k in report.kernels
-    }
     return {
-        "program_microseconds": 1e6 * report.program_seconds if all(executed.values()) else None,
+        "program_microseconds": 1e6 * report.program_seconds if is_followed else None,
         "kernels": kernels,
     }
-
-
-def dot_flops(text: str) -> int:
-    """Of the matrix products in a compiled program's text, for compilers that do not count: kernels
-    are not in it.
-    """
-    shapes = {name: [int(n) for n in dims.split(",") if n] for name, dims in SHAPE.findall(text)}
-    total = 0
-    for name, lhs, contracted in DOT.findall(text):
-        total += (
-            2
-            * math.prod(shapes[name])
-            * math.prod(shapes[lhs][int(i)] for i in contracted.split(","))
-        )
-    return total
 
 
 SHAPE = re.compile(r"%([\w.\-]+) = \w+\[([\d,]*)\]")
@@ -214,30 +207,38 @@ DOT = re.compile(
 )
 
 
+def dot_flops(text: str) -> int:
+    """Of the matrix products in a compiled program's text, for compilers that do not count: kernels
+    are not in it.
+    """
+    shapes = {}
+    for name, dims in SHAPE.findall(text):
+        shapes[name] = [int(n) for n in dims.split(",") if n]
+    total = 0
+    for name, lhs, contracting in DOT.findall(text):
+        contracted = [shapes[lhs][int(axis)] for axis in contracting.split(",")]
+        total += 2 * math.prod(shapes[name]) * math.prod(contracted)
+    return total
+
+
 def least_microseconds(op: str, kernel: str, chip: str, rows: int) -> float:
     """Every operand of the kernel once at the chip's bandwidth, or its FLOPs at the chip's peak:
     the longer.
     """
-    wide, narrow, matrices = 2 * rows * D, 2 * rows * F, 2 * G * D * F
+    wide = 2 * rows * D
+    narrow = 2 * rows * F
+    matrices = 2 * G * D * F
     moved = wide + narrow + matrices
     if op == "expert_mlp":
-        moved += {2: matrices + narrow, 1: 0}[matmuls(kernel)]
-        moved += narrow * sum(name in kernel for name in ("dpre", "_down", "ddown"))
-        moved += 2 * narrow * ("dpre" in kernel)
+        if matmuls(kernel) == 2:  # gate and up, or their gradients, in one kernel
+            moved += matrices + narrow
+        if "dpre" in kernel:  # reads both pre-activations and a gradient, writes two
+            moved += 3 * narrow
+        if "_down" in kernel or "ddown" in kernel:  # reads both pre-activations
+            moved += narrow
     flops = 2 * rows * D * F * matmuls(kernel)
-    return 1e6 * max(moved / target(chip).hbm_bytes_per_second, flops / target(chip).peak_flops)
-
-
-def in_a_process(*row: str) -> dict:
-    """One compilation a process: the compilers read their flags once. {"error": ...} if it
-    fails.
-    """
-    done = subprocess.run(
-        [sys.executable, __file__, "--row", *row], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    device = target(chip)
+    return 1e6 * max(moved / device.hbm_bytes_per_second, flops / device.peak_flops)
 
 
 def lines(op: str, chip: str, rows: int, found: dict) -> list[list[str]]:
@@ -247,74 +248,78 @@ def lines(op: str, chip: str, rows: int, found: dict) -> list[list[str]]:
         return [[*head, "", found["error"][:60], "", "", "", ""]]
     out = []
     for kind, of_size in found.get("sizes", {}).items():
-        for name, k in of_size["kernels"].items():
-            if k["microseconds"] is None:
-                out.append([*head, kind, name, "not followed", "", "", ""])
-                continue
-            floor = least_microseconds(op, name, chip, rows)
-            out.append(
-                [
-                    *head,
-                    kind,
-                    name,
-                    f"{k['microseconds']:,.0f}",
-                    f"{floor:,.0f}",
-                    f"{k['microseconds'] / floor:.2f}",
-                    f"{k['executed_over_useful_flops']:.2f}",
-                ]
-            )
+        kernels = of_size["kernels"]
+        for name, kernel in kernels.items():
+            least = least_microseconds(op, name, chip, rows)
+            out.append([*head, kind, name, *kernel_cells(kernel, least)])
         if of_size["program_microseconds"] is not None:
-            total = sum(k["microseconds"] for k in of_size["kernels"].values())
+            total = sum(kernel["microseconds"] for kernel in kernels.values())
             out.append([*head, kind, "all kernels", f"{total:,.0f}", "", "", ""])
     if op == "ragged_dot" or not out:
-        dots, declared = (
-            found[f"{of}_flops_over_one_matmul"] for of in ("program_dot", "declared")
-        )
+        dots = found["program_dot_flops_over_one_matmul"]
+        declared = found["declared_flops_over_one_matmul"]
         text = f"dots outside kernels {dots:.1f}, kernels {declared:.1f} x 2 M K N"
         out.append([*head, "", text, "", "", "", f"{dots + declared:.1f}"])
     return out
 
 
+def kernel_cells(kernel: dict, least: float) -> list[str]:
+    """Time, the least time, their ratio, FLOPs."""
+    time = kernel["microseconds"]
+    if time is None:
+        return ["not followed", "", "", ""]
+    flops = kernel["executed_over_useful_flops"]
+    return [f"{time:,.0f}", f"{least:,.0f}", f"{time / least:.2f}", f"{flops:.2f}"]
+
+
+def is_here(op: str, chip: str) -> bool:
+    """Whether the op is installed and has a kernel for the chip."""
+    if op == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        return False
+    return chip.startswith("tpu") or op not in ("megablox", "tokamax")
+
+
+def versions(targets: Iterable[str]) -> dict[str, str]:
+    """Of the compilers."""
+    names = {"libtpu" if chip.startswith("tpu") else "jax-cuda13-plugin" for chip in targets}
+    if importlib.util.find_spec("tokamax"):
+        names.add("tokamax")
+    return {name: metadata.version(name) for name in sorted(names)}
+
+
+def flags() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--target", action="append")
+    made.add_argument("--rows", default="16384,131072")
+    made.add_argument("--op", default=",".join(OPS), help="comma-separated")
+    made.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    return made.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", action="append")
-    parser.add_argument("--rows", default="16384,131072")
-    parser.add_argument("--op", default=",".join(OPS), help="comma-separated")
-    parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = flags()
     if args.row:
         op, chip, rows = args.row
         print(json.dumps(figures(op, chip, int(rows))))
         return
-    used = versions(args.target or TARGETS)
+    targets = args.target or TARGETS
+    used = versions(targets)
     known = known_rows(args.json, KEYS, used)
-    shown, record = [], dict(known)
-    for rows in map(int, args.rows.split(",")):
-        for chip in args.target or TARGETS:
-            for op in args.op.split(","):
-                here = op != "tokamax" or importlib.util.find_spec(op)
-                if not here or (op in ("megablox", "tokamax") and not chip.startswith("tpu")):
-                    continue
-                found = known.get((op, chip, rows)) or in_a_process(op, chip, str(rows))
-                record[op, chip, rows] = found
-                new = lines(op, chip, rows, found)
-                shown += new
-                print("\n".join("  ".join(line) for line in new), file=sys.stderr, flush=True)
-                if args.json:  # after every row: a run takes long
-                    written = [dict(zip(KEYS, key)) | row for key, row in record.items()]
-                    write_json(args.json, {"d": D, "ff": F, "experts": G, "rows": written}, used)
-    header = ["op", "target", "rows", "sizes", "kernel", "us", "least us", "ratio", "FLOPs"]
-    print(table(header, shown))
-
-
-def versions(targets) -> dict[str, str]:
-    """Of the compilers."""
-    names = {"libtpu" if chip.startswith("tpu") else "jax-cuda13-plugin" for chip in targets}
-    names |= {"tokamax"} if importlib.util.find_spec("tokamax") else set()
-    return {name: metadata.version(name) for name in sorted(names)}
+    record = dict(known)
+    shown = []
+    every_rows = [int(rows) for rows in args.rows.split(",")]
+    for rows, chip, op in itertools.product(every_rows, targets, args.op.split(",")):
+        if not is_here(op, chip):
+            continue
+        found = known.get((op, chip, rows)) or run_row(__file__, op, chip, str(rows))
+        record[op, chip, rows] = found
+        new = lines(op, chip, rows, found)
+        shown += new
+        print("\n".join("  ".join(line) for line in new), file=sys.stderr, flush=True)
+        if args.json:  # after every row: a run takes long
+            written = [dict(zip(KEYS, key)) | row for key, row in record.items()]
+            write_json(args.json, {"d": D, "ff": F, "experts": G, "rows": written}, used)
+    print(table(HEADER, shown))
 
 
 if __name__ == "__main__":

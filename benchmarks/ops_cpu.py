@@ -31,67 +31,94 @@ from gatedjax.runtime import cli
 from kernels_pallas.ops import attention, linear_scan
 
 _LENGTHS = flags.DEFINE_multi_integer(
-    "length", [1024, 4096, 16384], "Sequence lengths T; at least two."
+    "length",
+    [1024, 4096, 16384],
+    "Sequence lengths T; at least two.",
 )
 _REPEATS = flags.DEFINE_integer(
-    "repeats", 5, "Runs of each, of which the fastest counts.", lower_bound=1
+    "repeats",
+    5,
+    "Runs of each, of which the fastest counts.",
+    lower_bound=1,
 )
 _MAX_GIB = flags.DEFINE_float(
-    "max_gib", 6.0, "What would need more temporary memory than this is not run."
+    "max_gib",
+    6.0,
+    "What would need more temporary memory than this is not run.",
 )
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 B, H, D = 1, 4, 64
+KEYS = ("milliseconds", "temporary_bytes", "rss_growth_bytes")
+SCALES = (1.0, 2.0**20, 2.0**20)  # of the table
 
 
-def plain_attention(q: Float[Array, "B T H D"], k, v, gate) -> Float[Array, "B T H D"]:
+def plain_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    gate_logits: Float[Array, "B T H D"],
+) -> Float[Array, "B T H D"]:
     """Causal gated softmax attention with whole [T, T] matrices."""
     T = q.shape[1]
-    s = jnp.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5
-    p = jax.nn.softmax(jnp.where(jnp.arange(T)[:, None] >= jnp.arange(T), s, -jnp.inf), axis=-1)
-    return jnp.einsum("bhij,bjhv->bihv", p, v) * jax.nn.sigmoid(gate)
+    logits = jnp.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5
+    is_visible = jnp.arange(T)[:, None] >= jnp.arange(T)
+    weights = jax.nn.softmax(jnp.where(is_visible, logits, -jnp.inf), axis=-1)
+    return jnp.einsum("bhij,bjhv->bihv", weights, v) * jax.nn.sigmoid(gate_logits)
 
 
 def scan(q, k, v, log_decay) -> Float[Array, "B T H D"]:
     return linear_scan(q, k, v, log_decay, implementation="xla")
 
 
-def gated_attention(q, k, v, gate) -> Float[Array, "B T H D"]:
-    return attention(q, k, v, gate_logits=gate, implementation="xla")
+def gated_attention(q, k, v, gate_logits) -> Float[Array, "B T H D"]:
+    return attention(q, k, v, gate_logits=gate_logits, implementation="xla")
+
+
+def vector_decay(x: np.ndarray) -> np.ndarray:
+    return -abs(x) / 16
+
+
+def scalar_decay(x: np.ndarray) -> np.ndarray:
+    return -abs(x[..., 0]) / 16
+
+
+def unchanged(x: np.ndarray) -> np.ndarray:
+    return x
 
 
 # name -> the op on (q, k, v, x), and how x is made from standard normal numbers [B, T, H, D]: log
-# decays, or a gate.
+# decays, or a gate's logits.
 OPS: dict[str, tuple[Callable, Callable]] = {
-    "linear_scan, vector decay": (scan, lambda x: -abs(x) / 16),
-    "linear_scan, scalar decay": (scan, lambda x: -abs(x[..., 0]) / 16),
-    "attention": (gated_attention, lambda x: x),
-    "plain attention": (plain_attention, lambda x: x),
+    "linear_scan, vector decay": (scan, vector_decay),
+    "linear_scan, scalar decay": (scan, scalar_decay),
+    "attention": (gated_attention, unchanged),
+    "plain attention": (plain_attention, unchanged),
 }
 
 
 def main(_) -> None:
     """Every op at every length, each in a process of its own; table; growth."""
-    figures = {}
+    max_bytes = _MAX_GIB.value * 2**30
+    figures: dict[str, dict[int, dict]] = {}
     for name in OPS:
         figures[name] = {}
         for length in _LENGTHS.value:
-            figures[name][length] = in_child(
-                measure, name, length, _REPEATS.value, _MAX_GIB.value * 2**30
-            )
-    print(
-        f"{cpu_model()}, {cores()} cores, jax {jax.__version__}; B {B}, H {H}, K = V = {D}, float32"
-    )
+            point = in_child(measure, name, length, _REPEATS.value, max_bytes)
+            figures[name][length] = point
+    machine = f"{cpu_model()}, {cores()} cores, jax {jax.__version__}"
+    print(f"{machine}; B {B}, H {H}, K = V = {D}, float32")
     print(show(figures))
     if _JSON.value:
-        shape = {"B": B, "H": H, "K": D, "V": D, "dtype": "float32"}
-        growth = {
-            name: {key: exponent(points, key) for key in KEYS} for name, points in figures.items()
+        growth = {}
+        for name, points in figures.items():
+            growth[name] = {key: exponent(points, key) for key in KEYS}
+        record = {
+            "shape": {"B": B, "H": H, "K": D, "V": D, "dtype": "float32"},
+            "points": figures,
+            "exponents": growth,
         }
-        write_json(_JSON.value, {"shape": shape, "points": figures, "exponents": growth}, {})
-
-
-KEYS = ("milliseconds", "temporary_bytes", "rss_growth_bytes")
+        write_json(_JSON.value, record, {})
 
 
 def measure(name: str, length: int, repeats: int, max_bytes: float) -> dict[str, float | None]:
@@ -103,8 +130,8 @@ def measure(name: str, length: int, repeats: int, max_bytes: float) -> dict[str,
 
     def forward_and_backward(*arguments):
         *inputs, do = arguments
-        o, pull = jax.vjp(op, *inputs)
-        return o, pull(do)
+        o, vjp = jax.vjp(op, *inputs)
+        return o, vjp(do)
 
     compiled = jax.jit(forward_and_backward).lower(*arguments).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
@@ -113,13 +140,15 @@ def measure(name: str, length: int, repeats: int, max_bytes: float) -> dict[str,
         return result
     before = start_of_peak()
     jax.block_until_ready(compiled(*arguments))
-    result["rss_growth_bytes"] = None if before is None else _memory("VmHWM") - before
+    if before is not None:
+        result["rss_growth_bytes"] = _memory("VmHWM") - before
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
         times.append(time.perf_counter() - start)
-    return result | {"milliseconds": 1e3 * min(times)}
+    result["milliseconds"] = 1e3 * min(times)
+    return result
 
 
 def start_of_peak() -> int | None:
@@ -127,9 +156,8 @@ def start_of_peak() -> int | None:
     Linux is not.
     """
     try:
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what compilation freed goes back, or else the run would hide in it
+        # What compilation freed goes back, or else the run would hide in it.
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         return _memory("VmRSS")
     except (OSError, AttributeError):
@@ -137,10 +165,12 @@ def start_of_peak() -> int | None:
 
 
 def _memory(field: str) -> int:
-    line = next(
-        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
-    )
-    return int(line.split()[1]) * 1024
+    """A line of the process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            kib = int(line.split()[1])
+            return kib * 1024
+    raise OSError(f"no {field} in /proc/self/status")
 
 
 def in_child(function: Callable, *arguments):
@@ -162,17 +192,19 @@ def exponent(points: dict[int, dict], key: str) -> float | None:
 
 def show(figures: dict[str, dict[int, dict]]) -> str:
     """One row for each op and length, and one with the exponents."""
-    rows, scales = [], (1.0, 2.0**20, 2.0**20)
-    number = lambda x, form: "-" if x is None else format(x, form)
+    rows = []
     for name, points in figures.items():
         for length, point in points.items():
-            cells = [
-                None if point[key] is None else point[key] / scale
-                for key, scale in zip(KEYS, scales)
-            ]
-            rows.append([name, f"{length:,}", *(number(c, ",.1f") for c in cells)])
-        rows.append(["", "exponent", *(number(exponent(points, key), ".2f") for key in KEYS)])
+            cells = [number(point[key], scale, ",.1f") for key, scale in zip(KEYS, SCALES)]
+            rows.append([name, f"{length:,}", *cells])
+        growth = [number(exponent(points, key), 1.0, ".2f") for key in KEYS]
+        rows.append(["", "exponent", *growth])
     return table(["forward + backward", "T", "ms", "temporary MiB", "RSS MiB"], rows)
+
+
+def number(x: float | None, scale: float, form: str) -> str:
+    """A cell of the table, in units of `scale`."""
+    return "-" if x is None else format(x / scale, form)
 
 
 if __name__ == "__main__":

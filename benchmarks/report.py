@@ -1,57 +1,97 @@
-"""What the benchmarks share: a table for the eye, and a JSON file for the record."""
+"""What the benchmarks share: a table for the eye, a JSON file for the record, a process of its own
+for each compilation.
+"""
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """Of a benchmark's flags: its docstring as it is written, and --json."""
+    made = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--json", help="also write the figures to this file")
+    return made
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns as wide as their widest cell: the first one left-aligned, the others
     right-aligned.
     """
-    cells = [[str(c) for c in row] for row in (header, *rows)]
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    align = lambda i, c: c.ljust(widths[i]) if i == 0 else c.rjust(widths[i])
-    return "\n".join("  ".join(align(i, c) for i, c in enumerate(row)).rstrip() for row in cells)
+    lines = []
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)
 
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_model() -> str:
     """The processor's name, as the operating system tells it."""
     try:
-        return re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        ).group(1)
-    except (OSError, AttributeError):
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    if match is None:
         return platform.processor() or platform.machine()
+    return match[1]
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def write_json(path: str, figures: Mapping[str, object], versions: Mapping[str, str]) -> None:
     """The figures, and what they were measured with: processor, versions, command, date."""
-    ours = {name: metadata.version(name) for name in ("jax", "jaxlib")}
+    arguments = [_without_folders(argument) for argument in sys.argv]
     record = {
-        "command": " ".join(["python", *(_without_folders(a) for a in sys.argv)]),
+        "command": " ".join(["python", *arguments]),
         "date": datetime.date.today().isoformat(),
         "device": cpu_model(),
         "cores": cores(),
-        "versions": {"python": platform.python_version(), **ours, **versions},
+        "versions": {
+            "python": platform.python_version(),
+            "jax": metadata.version("jax"),
+            "jaxlib": metadata.version("jaxlib"),
+            **versions,
+        },
         **figures,
     }
     Path(path).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def known_rows(
-    path: str | None, keys: Sequence[str], versions: Mapping[str, str]
+    path: str | None,
+    keys: Sequence[str],
+    versions: Mapping[str, str],
 ) -> dict[tuple, dict]:
     """The `rows` that an earlier run with these versions wrote, failures aside: values of keys ->
     figures.
@@ -59,17 +99,34 @@ def known_rows(
     if not path or not Path(path).exists():
         return {}
     before = json.loads(Path(path).read_text())
-    if any(before["versions"].get(name) != version for name, version in versions.items()):
-        return {}
-    figures = lambda row: {name: x for name, x in row.items() if name not in keys}
-    return {
-        tuple(row[key] for key in keys): figures(row)
-        for row in before["rows"]
-        if "error" not in row
-    }
+    for name, version in versions.items():
+        if before["versions"].get(name) != version:
+            return {}
+    found = {}
+    for row in before["rows"]:
+        if "error" not in row:
+            key = tuple(row[name] for name in keys)
+            found[key] = {name: value for name, value in row.items() if name not in keys}
+    return found
+
+
+def run_row(script: str, *row: str) -> dict:
+    """What `python SCRIPT --row ...` prints as JSON, or {"error": ...} if it fails.
+
+    libtpu reads its flags once and keeps its memory, so every compilation has a process of its own.
+    """
+    command = [sys.executable, script, "--row", *row]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    said = done.stderr.strip().splitlines() or ["no message"]
+    errors = [line for line in said if "Error: " in line]
+    return {"error": (errors or said)[-1][:300]}
 
 
 def _without_folders(argument: str) -> str:
     """An absolute path means nothing on another machine: its last part stays."""
     name, equals, value = argument.rpartition("=")
-    return name + equals + (Path(value).name if Path(value).is_absolute() else value)
+    if Path(value).is_absolute():
+        value = Path(value).name
+    return f"{name}{equals}{value}"

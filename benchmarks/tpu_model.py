@@ -9,7 +9,6 @@ no evidence of their own); the latency of HBM was fitted on the 4096 row with bl
 other rows are independent of the model.
 """
 
-import argparse
 import dataclasses
 import os
 from importlib import metadata
@@ -20,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from report import table, write_json
+from report import parser, table, write_json
 
 from gatedjax.aot import compile_for
 
 DISPATCH_MS = 0.11
+HEADER = ("size", "blocks", "measured ms", "less dispatch", "model ms", "model / measured")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +54,34 @@ def matmul(x: jax.Array, y: jax.Array, blocks: tuple[int, int, int]) -> jax.Arra
     """The tutorial's kernel: a float32 accumulator in scratch, written out after the last inner
     block.
     """
-    (m, k), (_, n), (bm, bk, bn) = x.shape, y.shape, blocks
+    m, k = x.shape
+    _, n = y.shape
+    block_m, block_k, block_n = blocks
 
-    def kernel(x_ref, y_ref, out_ref, acc_ref):
+    def kernel(x_ref, y_ref, out_ref, accumulator_ref):
         @pl.when(pl.program_id(2) == 0)
         def _():
-            acc_ref[...] = jnp.zeros_like(acc_ref)
+            accumulator_ref[...] = jnp.zeros_like(accumulator_ref)
 
-        acc_ref[...] += jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
+        product = jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
+        accumulator_ref[...] += product
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
         def _():
-            out_ref[...] = acc_ref[...].astype(out_ref.dtype)
+            out_ref[...] = accumulator_ref[...].astype(out_ref.dtype)
 
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
-        grid=(m // bm, n // bn, k // bk),
+        grid=(m // block_m, n // block_n, k // block_k),
         in_specs=[
-            pl.BlockSpec((bm, bk), lambda i, j, l: (i, l)),
-            pl.BlockSpec((bk, bn), lambda i, j, l: (l, j)),
+            pl.BlockSpec((block_m, block_k), lambda i, j, l: (i, l)),
+            pl.BlockSpec((block_k, block_n), lambda i, j, l: (l, j)),
         ],
-        out_specs=pl.BlockSpec((bm, bn), lambda i, j, l: (i, j)),
-        scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
+        out_specs=pl.BlockSpec((block_m, block_n), lambda i, j, l: (i, j)),
+        scratch_shapes=[pltpu.VMEM((block_m, block_n), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
         ),
         name="matmul",
     )(x, y)
@@ -86,47 +89,40 @@ def matmul(x: jax.Array, y: jax.Array, blocks: tuple[int, int, int]) -> jax.Arra
 
 def model_milliseconds(case: Measured) -> float:
     """The replay's time: of the kernel, or of the whole program where XLA computes."""
+    blocks = case.blocks
     x = jax.ShapeDtypeStruct((case.size, case.size), jnp.bfloat16)
-    fn = (lambda a, b: a @ b) if case.blocks is None else (lambda a, b: matmul(a, b, case.blocks))
-    _, report = compile_for("tpu:v5e", fn, x, x)
-    return 1e3 * (report.program_seconds if case.blocks is None else report.kernels[0].seconds)
+    if blocks is None:
+        _, report = compile_for("tpu:v5e", jnp.matmul, x, x)
+        return 1e3 * report.program_seconds
+
+    def product(x, y):
+        return matmul(x, y, blocks)
+
+    _, report = compile_for("tpu:v5e", product, x, x)
+    return 1e3 * report.kernels[0].seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", help="also write the figures to this file")
-    args = parser.parse_args()
-    rows, figures = [], []
+    args = parser(__doc__).parse_args()
+    rows = []
+    figures = []
     for case in MEASURED:
         model = model_milliseconds(case)
         net = case.milliseconds - DISPATCH_MS
-        blocks = "XLA" if case.blocks is None else "/".join(map(str, case.blocks))
-        rows.append(
-            [
-                case.size,
-                blocks,
-                f"{case.milliseconds:.3f}",
-                f"{net:.3f}",
-                f"{model:.3f}",
-                f"{model / net:.3f}",
-            ]
-        )
+        blocks = "XLA" if case.blocks is None else "/".join(str(size) for size in case.blocks)
+        times = [f"{ms:.3f}" for ms in (case.milliseconds, net, model)]
+        rows.append([case.size, blocks, *times, f"{model / net:.3f}"])
         figures.append(
-            dataclasses.asdict(case) | {"model_milliseconds": model, "ratio": model / net}
+            {
+                **dataclasses.asdict(case),
+                "model_milliseconds": model,
+                "ratio": model / net,
+            }
         )
-    print(
-        table(
-            ["size", "blocks", "measured ms", "less dispatch", "model ms", "model / measured"], rows
-        )
-    )
+    print(table(HEADER, rows))
     if args.json:
-        write_json(
-            args.json,
-            {"target": "tpu:v5e (model)", "rows": figures},
-            {"libtpu": metadata.version("libtpu")},
-        )
+        record = {"target": "tpu:v5e (model)", "rows": figures}
+        write_json(args.json, record, {"libtpu": metadata.version("libtpu")})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ this CPU.
 Two peers, float32, AdamW with gradient clipping, the same batch, as many threads as there are cores
 for everybody:
 
-  qwen3_next   the nearest relative: gated attention and Gated DeltaNet by turns, sparse experts; our sizes one by one
-  llama        the strongest simple one: dense, no scan, no experts; as many parameters as a token meets in ours
+  qwen3_next   the nearest relative: gated attention and Gated DeltaNet by turns, sparse experts;
+               our sizes one by one
+  llama        the strongest simple one: dense, no scan, no experts; as many parameters as take part
+               in one token of ours
 
 A step is forward, backward and optimizer. Each model lives in a process of its own; rounds take
 turns: ours, peer, ours, peer ... The figure is the median of the rounds, and the ratio is ours /
@@ -35,7 +37,9 @@ from gatedjax.training.run import with_vocab
 
 HERE = Path(__file__).resolve().parent
 _PEER_PYTHON = flags.DEFINE_string(
-    "peer_python", sys.executable, "An interpreter that has torch and transformers."
+    "peer_python",
+    sys.executable,
+    "An interpreter that has torch and transformers.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of every model.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
@@ -48,6 +52,8 @@ _EXPERTS = flags.DEFINE_enum(
 _COMPILE = flags.DEFINE_bool("peer_compile", False, "Also measure the peers under torch.compile.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
+HEADER = ("model", "parameters", "active", "tokens/s", "of rounds", "peak RSS MiB", "ours / it")
+
 
 class Model(NamedTuple):
     """One contestant: the command of its worker."""
@@ -59,42 +65,46 @@ class Model(NamedTuple):
 def main(_) -> None:
     """Workers -> rounds by turns -> table and ratios."""
     check_peer_python(_PEER_PYTHON.value)
-    config = from_config_dict(
-        runpy.run_path(str(HERE.parent / "configs" / "tiny.py"))["get_config"]()
-    )
-    config = with_vocab(config, load_tokenizer(config.data.tokenizer))
-    ours = Worker(
-        Model(
-            "gatedjax",
-            [sys.executable, str(HERE / "gatedjax_train.py"), json.dumps(to_dict(config))],
-        )
-    )
-    workers = [ours, *(Worker(m) for m in peers(config, ours.about["active"]))]
+    config = tiny_config()
+    command = [sys.executable, str(HERE / "gatedjax_train.py"), json.dumps(to_dict(config))]
+    ours = Worker(Model("gatedjax", command))
+    workers = [ours]
+    for peer in peers(config, ours.about["active"]):
+        workers.append(Worker(peer))
     for _ in range(_ROUNDS.value):
         for worker in workers:
             worker.round(_STEPS.value)
     for worker in workers:
         worker.close()
     tokens = config.train.batch_size * config.data.seq_len * _STEPS.value
-    results = {w.name: w.result(tokens) for w in workers}
-    print(
-        f"{cpu_model()}, {cores()} cores; {_ROUNDS.value} rounds of {_STEPS.value} steps; {versions(workers)}"
-    )
+    results = {worker.name: worker.result(tokens) for worker in workers}
+    rounds = f"{_ROUNDS.value} rounds of {_STEPS.value} steps"
+    print(f"{cpu_model()}, {cores()} cores; {rounds}; {versions(workers)}")
     print(show(results))
     if _JSON.value:
-        write_json(
-            _JSON.value,
-            {"rounds": _ROUNDS.value, "steps": _STEPS.value, "models": results},
-            versions(workers),
-        )
+        figures = {
+            "rounds": _ROUNDS.value,
+            "steps": _STEPS.value,
+            "models": results,
+        }
+        write_json(_JSON.value, figures, versions(workers))
+
+
+def tiny_config() -> Config:
+    """configs/tiny.py, with its vocabulary."""
+    file = runpy.run_path(str(HERE.parent / "configs" / "tiny.py"))
+    config = from_config_dict(file["get_config"]())
+    return with_vocab(config, load_tokenizer(config.data.tokenizer))
 
 
 class Worker:
     """A model in a process of its own, which idles until it is asked for a round."""
 
     def __init__(self, model: Model):
-        self.name, self.rounds = model.name, []
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process that writes it
+        self.name = model.name
+        self.rounds: list[dict] = []
+        # Lives as long as the process that writes it.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             model.command,
             stdin=subprocess.PIPE,
@@ -128,58 +138,99 @@ class Worker:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
+            code = self._process.wait()
             self._errors.seek(0)
-            raise InputError(
-                f"{self.name} ended with code {self._process.wait()}: {self._errors.read()[-2000:]}"
-            )
+            said = self._errors.read()
+            raise InputError(f"{self.name} ended with code {code}: {said[-2000:]}")
         return json.loads(line)
 
 
 def check_peer_python(python: str) -> None:
     """InputError in one line unless this interpreter imports torch and transformers."""
+    command = [python, "-c", "import torch, transformers"]
     try:
-        done = subprocess.run(
-            [python, "-c", "import torch, transformers"], capture_output=True, text=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        failure = error.strerror
+    else:
         failure = done.stderr.strip().splitlines()[-1] if done.returncode else None
-    except OSError as e:
-        failure = e.strerror
     if failure:
-        wanted = "an interpreter with both (pip install torch transformers)"
         raise InputError(
-            f"peer_python: {python} cannot import torch and transformers ({failure}), expected {wanted}"
+            f"peer_python: {python} cannot import torch and transformers ({failure}), expected an "
+            "interpreter with both (pip install torch transformers)"
         )
 
 
 def peers(config: Config, active: int) -> list[Model]:
-    """Qwen3-Next with our sizes one by one, and a Llama with as many parameters as a token meets in
-    ours.
+    """Qwen3-Next with our sizes one by one, and a Llama with as many parameters as take part in one
+    token of ours.
     """
-    c = config.model
-    attention, gla, mlp, moe = c.mixers["attention"], c.mixers["gla"], c.ffns["mlp"], c.ffns["moe"]
-    layers = range(c.num_layers)
-    shared = {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.num_layers,
+    hybrid = shared_sizes(config) | hybrid_sizes(config)
+    dense = shared_sizes(config) | {"intermediate_size": dense_hidden(config, active)}
+    found = []
+    for compiled in (False, True) if _COMPILE.value else (False,):
+        suffix = " compiled" if compiled else ""
+        found += [
+            _peer(
+                config,
+                name=f"qwen3_next{suffix}",
+                architecture="Qwen3NextForCausalLM",
+                sizes=hybrid,
+                experts=_EXPERTS.value,
+                compiled=compiled,
+            ),
+            _peer(
+                config,
+                name=f"llama{suffix}",
+                architecture="LlamaForCausalLM",
+                sizes=dense,
+                experts=None,
+                compiled=compiled,
+            ),
+        ]
+    return found
+
+
+def shared_sizes(config: Config) -> dict:
+    """In transformers' names, of both peers."""
+    model = config.model
+    attention = model.mixers["attention"]
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.num_layers,
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         "max_position_embeddings": config.data.seq_len,
-        "initializer_range": c.init_std,
-        "tie_word_embeddings": c.tie_embeddings,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
     }
-    hybrid = {
-        "layer_types": [
-            "full_attention" if c.layer(i)[0] == attention else "linear_attention" for i in layers
-        ],
+
+
+def hybrid_sizes(config: Config) -> dict:
+    """In transformers' names, of Qwen3-Next's own parts."""
+    model = config.model
+    attention = model.mixers["attention"]
+    gla = model.mixers["gla"]
+    mlp = model.ffns["mlp"]
+    moe = model.ffns["moe"]
+    layer_types = []
+    mlp_only_layers = []
+    for i in range(model.num_layers):
+        mixer, ffn = model.layer(i)
+        layer_types.append("full_attention" if mixer == attention else "linear_attention")
+        if ffn == mlp:
+            mlp_only_layers.append(i)
+    return {
+        "layer_types": layer_types,
         "partial_rotary_factor": attention.rope_fraction,
         "linear_num_key_heads": gla.kv_heads,
         "linear_num_value_heads": gla.num_heads,
         "linear_key_head_dim": gla.key_dim,
         "linear_value_head_dim": gla.value_dim,
         "linear_conv_kernel_dim": gla.conv_width,
-        "mlp_only_layers": [i for i in layers if c.layer(i)[1] == mlp],
+        "mlp_only_layers": mlp_only_layers,
         "intermediate_size": mlp.hidden,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.experts_per_token,
@@ -188,23 +239,30 @@ def peers(config: Config, active: int) -> list[Model]:
         "output_router_logits": True,  # the balance loss, which ours computes too
         "router_aux_loss_coef": moe.balance_loss,
     }
-    q, kv = attention.num_heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    mixer_and_norms = 2 * c.width * (q + kv) + 2 * c.width
-    for_mlps = active - c.vocab_size * c.width - c.width - c.num_layers * mixer_and_norms
-    dense = {"intermediate_size": round(for_mlps / (c.num_layers * 3 * c.width) / 8) * 8}
-    return [
-        _peer(config, f"{name}{suffix}", architecture, shared | own, experts, compiled)
-        for suffix, compiled in [("", False), *([(" compiled", True)] if _COMPILE.value else [])]
-        for name, architecture, own, experts in (
-            ("qwen3_next", "Qwen3NextForCausalLM", hybrid, _EXPERTS.value),
-            ("llama", "LlamaForCausalLM", dense, None),
-        )
-    ]
+
+
+def dense_hidden(config: Config, active: int) -> int:
+    """The feed-forward width, a multiple of 8, with which a dense model has `active` parameters."""
+    model = config.model
+    attention = model.mixers["attention"]
+    q = attention.num_heads * attention.head_dim
+    kv = attention.kv_heads * attention.head_dim
+    mixer_and_norms = 2 * model.width * (q + kv) + 2 * model.width
+    embedding_and_norm = model.vocab_size * model.width + model.width
+    for_mlps = active - embedding_and_norm - model.num_layers * mixer_and_norms
+    hidden = for_mlps / (model.num_layers * 3 * model.width)
+    return round(hidden / 8) * 8
 
 
 def _peer(
-    config: Config, name: str, architecture: str, sizes: dict, experts: str | None, compiled: bool
+    config: Config,
+    name: str,
+    architecture: str,
+    sizes: dict,
+    experts: str | None,
+    compiled: bool,
 ) -> Model:
+    """The command of a worker in transformers; `experts`: how it computes them."""
     optim = config.optim
     spec = {
         "architecture": architecture,
@@ -222,9 +280,8 @@ def _peer(
         },
         "clip_norm": optim.clip_norm,
     }
-    return Model(
-        name, [_PEER_PYTHON.value, str(HERE / "peers" / "transformers_train.py"), json.dumps(spec)]
-    )
+    script = str(HERE / "peers" / "transformers_train.py")
+    return Model(name, [_PEER_PYTHON.value, script, json.dumps(spec)])
 
 
 def show(results: dict[str, dict]) -> str:
@@ -246,14 +303,15 @@ def show(results: dict[str, dict]) -> str:
                 f"{ours / r['tokens_per_second']:.2f}",
             ]
         )
-    return table(
-        ["model", "parameters", "active", "tokens/s", "of rounds", "peak RSS MiB", "ours / it"],
-        rows,
-    )
+    return table(HEADER, rows)
 
 
 def versions(workers: list[Worker]) -> dict[str, str]:
-    return {name: version for w in workers for name, version in w.about["versions"].items()}
+    """Of the libraries of all workers."""
+    found = {}
+    for worker in workers:
+        found |= worker.about["versions"]
+    return found
 
 
 if __name__ == "__main__":

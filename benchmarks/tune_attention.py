@@ -1,7 +1,8 @@
 """Chooses schedules of attention's TPU kernels by model time, for
 `kernels_pallas/attention/tpu/tuning.py`.
 
-    python benchmarks/tune_attention.py --target=tpu:v5e [--shape=B4,T4096,H16,D128] [--forward=rows=128,256] [...]
+    python benchmarks/tune_attention.py --target=tpu:v5e [--shape=B4,T4096,H16,D128]
+        [--forward=rows=128,256] [--backward=block=1024,2048]
 
 Without --forward and --backward the settings that mattered. Every candidate is compiled for the
 chip and its schedule replayed: no TPU is needed, and half a minute each. Prints candidates as they
@@ -9,20 +10,15 @@ come, and the best.
 """
 
 import argparse
-import itertools
 import os
+from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
-import importlib
+from tuning import PASSES, combinations, search, seconds_of_passes
 
-import jax
-
-from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
-
-tpu_tuning = importlib.import_module("kernels_pallas.attention.tpu.tuning")
-Schedule = tpu_tuning.Schedule
+from kernels_pallas.attention.tpu.tuning import TUNED, Schedule
 
 SETTINGS = {
     "forward": ["block=1024,2048", "rows=128,256,512"],
@@ -31,50 +27,37 @@ SETTINGS = {
 
 
 def candidates(settings: list[str]) -> list[Schedule]:
-    """ "rows=128,256" and the like, every combination of them."""
-    axes = {name: text.split(",") for name, text in (s.split("=") for s in settings)}
-    fixed = dict(block=1024, rows=256)
-    return [
-        Schedule(**fixed | dict(zip(axes, map(int, c)))) for c in itertools.product(*axes.values())
-    ]
+    default = {"block": 1024, "rows": 256}
+    return [Schedule(**default | chosen) for chosen in combinations(settings)]
 
 
 def seconds(target: str, shape: str, forward: Schedule, backward: Schedule) -> dict[str, float]:
-    """Model seconds of each kernel in one program of forward and backward pass; inf if it does not
-    compile.
-    """
-    for row in tpu_tuning.TUNED.values():
+    """Model seconds of each pass under these schedules."""
+    for row in TUNED.values():
         row.update(dict.fromkeys(row, (forward, backward)))
     case = make_case("attention", shape, "bfloat16", {"implementation": "tpu"})
-    try:
-        _, report = compile_for(target, case.backward(), *case.backward_args())
-    except jax.errors.JaxRuntimeError as error:  # too much VMEM
-        print(str(error).splitlines()[0])
-        return dict.fromkeys(SETTINGS, float("inf"))
-    return {way: k.seconds for k in report.kernels for way in SETTINGS if way in k.name}
+    return seconds_of_passes(target, case)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", required=True, help="tpu:v5e, tpu:v5p, tpu:v6e or tpu:v7x")
     parser.add_argument("--shape", default="B4,T4096,H16,D128")
-    for way in SETTINGS:
+    for pass_name in PASSES:
         parser.add_argument(
-            f"--{way}", action="append", help="a setting and its values: rows=128,256"
+            f"--{pass_name}",
+            action="append",
+            help="a setting and its values: rows=128,256",
         )
     args = parser.parse_args()
-    tried = {way: candidates(getattr(args, way) or SETTINGS[way]) for way in SETTINGS}
-    best = {way: (float("inf"), None) for way in SETTINGS}
-    for pair in itertools.zip_longest(*tried.values()):
-        pair = [one or best[way][1] for one, way in zip(pair, SETTINGS)]
-        times = seconds(args.target, args.shape, *pair)
-        for way, schedule in zip(SETTINGS, pair):
-            print(f"{args.target} {way:8s} {1e6 * times[way]:8.1f} us  {schedule}", flush=True)
-            best[way] = min(best[way], (times[way], schedule), key=lambda b: b[0])
-    for way, (time, schedule) in best.items():
-        print(f"best {way}: {1e6 * time:.1f} us with {schedule}")
+    tried = {}
+    for pass_name in PASSES:
+        settings = getattr(args, pass_name) or SETTINGS[pass_name]
+        tried[pass_name] = candidates(settings)
+    search(args.target, tried, partial(seconds, args.target, args.shape))
 
 
 if __name__ == "__main__":

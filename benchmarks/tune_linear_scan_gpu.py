@@ -1,7 +1,8 @@
 """Chooses schedules of linear_scan's GPU kernels by time on this GPU, for
 `kernels_pallas/linear_scan/gpu/tuning.py`.
 
-    python benchmarks/tune_linear_scan_gpu.py [--shape=B4,T4096,H16,K128,V128] [--decay=vector,scalar] [--json=FILE]
+    python benchmarks/tune_linear_scan_gpu.py [--shape=B4,T4096,H16,K128,V128]
+        [--decay=vector,scalar] [--json=FILE]
 
 One setting of the Schedule after the other, forward and backward together, from the table's row; a
 setting stays when it is at least 2 % faster. Prints what was tried and the row to put into the
@@ -10,6 +11,7 @@ shape, interpreted on the CPU, to try the program itself.
 """
 
 import math
+from collections.abc import Iterator
 
 import jax
 from absl import app, flags
@@ -23,7 +25,9 @@ _SHAPE = flags.DEFINE_string("shape", "B4,T4096,H16,K128,V128", "Sizes of B, T, 
 _DECAY = flags.DEFINE_list("decay", ["vector", "scalar"], "Kinds of decay.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "A tiny shape, interpreted on the CPU, two candidates."
+    "dry_run",
+    False,
+    "A tiny shape, interpreted on the CPU, two candidates.",
 )
 
 # In this order: what the passes share first.
@@ -41,47 +45,76 @@ CANDIDATES = {
     "back_warps": (4, 8),
     "dproducts_warps": (4, 8),
 }
-GAIN = 0.98
+GAIN = 0.98  # a candidate has to take less than this fraction of the best time
 
 
-def seconds(schedule: gpu_tuning.Schedule, decay: str, arrays, cotangent) -> float:
-    """Median seconds of one forward and backward pass under a schedule; inf where it cannot run."""
-    chip, kind = gpu_tuning.chip(), "vector" if decay == "vector" else "scalar"
-    gpu_tuning.TUNED[chip][2][kind] = schedule
+def seconds(
+    schedule: gpu_tuning.Schedule,
+    decay: str,
+    arrays: tuple[jax.Array, ...],
+    cotangent: jax.Array,
+) -> float:
+    """Median seconds of one forward and backward pass under a schedule; infinity where it cannot
+    run.
+    """
+    kind = "vector" if decay == "vector" else "scalar"
+    gpu_tuning.TUNED[gpu_tuning.chip()].schedules[kind] = schedule
+
+    def scan(*arrays):
+        return linear_scan(*arrays, implementation="gpu", interpret=_DRY_RUN.value)
 
     def both(*arrays):
-        run = lambda *a: linear_scan(*a, implementation="gpu", interpret=_DRY_RUN.value)
-        o, vjp = jax.vjp(run, *arrays)
+        o, vjp = jax.vjp(scan, *arrays)
         return o, vjp(cotangent)
 
+    samples = 2 if _DRY_RUN.value else 15
     try:
-        return median_seconds(jax.jit(both), *arrays, samples=2 if _DRY_RUN.value else 15)
+        return median_seconds(jax.jit(both), *arrays, samples=samples)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        print(f"  {str(error).splitlines()[0][:150]}")
+        first_line = str(error).splitlines()[0]
+        print(f"  {first_line[:150]}")
         return math.inf
 
 
 def tune(decay: str, shape: str) -> tuple[gpu_tuning.Schedule, list[dict]]:
     """The best schedule found, and everything tried."""
-    q, k, v, g = inputs(shape, decay)
-    arrays, cotangent = (q, k, v) if g is None else (q, k, v, g), v
+    q, k, v, log_decay = inputs(shape, decay)
+    arrays = (q, k, v) if log_decay is None else (q, k, v, log_decay)
     best = gpu_tuning.schedule(decay)
-    fastest = seconds(best, decay, arrays, cotangent)
+    fastest = seconds(best, decay, arrays, v)
     tried = [{"schedule": best._asdict(), "seconds": fastest}]
     print(f"{decay} {shape} {fastest * 1e6:.0f} us with {best}", flush=True)
-    for name, values in list(CANDIDATES.items())[: 1 if _DRY_RUN.value else None]:
-        for value in (16, 32) if _DRY_RUN.value else values:
-            candidate = best._replace(**{name: value})
-            if candidate == best:
-                continue
-            time = seconds(candidate, decay, arrays, cotangent)
-            tried.append(
-                {"schedule": candidate._asdict(), "seconds": time if math.isfinite(time) else None}
-            )
-            print(f"  {name}={value}: {time * 1e6:.0f} us", flush=True)
-            if time < GAIN * fastest:
-                best, fastest = candidate, time
+    for name, value in settings():
+        candidate = best._replace(**{name: value})
+        if candidate == best:
+            continue
+        time = seconds(candidate, decay, arrays, v)
+        finite_time = time if math.isfinite(time) else None
+        tried.append({"schedule": candidate._asdict(), "seconds": finite_time})
+        print(f"  {name}={value}: {time * 1e6:.0f} us", flush=True)
+        if time < GAIN * fastest:
+            best = candidate
+            fastest = time
     return best, tried
+
+
+def settings() -> Iterator[tuple[str, int]]:
+    """A field of the schedule and its value, in the order in which they are tried."""
+    if _DRY_RUN.value:
+        yield from [("chunk", 16), ("chunk", 32)]
+        return
+    for name, values in CANDIDATES.items():
+        for value in values:
+            yield name, value
+
+
+def row_of_table(decay: str, schedule: gpu_tuning.Schedule) -> str:
+    """As it is written in the table: what differs from the defaults."""
+    changed = []
+    for name, value in schedule._asdict().items():
+        if value != gpu_tuning.Schedule._field_defaults[name]:
+            changed.append(f"{name}={value}")
+    return f'"{decay}": Schedule({", ".join(changed)}),'
 
 
 def main(_) -> None:
@@ -89,17 +122,18 @@ def main(_) -> None:
     found = {decay: tune(decay, shape) for decay in _DECAY.value}
     print(f'put into TUNED["{gpu_tuning.chip()}"] of kernels_pallas/linear_scan/gpu/tuning.py:')
     for decay, (best, _) in found.items():
-        changed = {
-            n: v for n, v in best._asdict().items() if v != gpu_tuning.Schedule._field_defaults[n]
-        }
-        print(f'    "{decay}": Schedule({", ".join(f"{n}={v}" for n, v in changed.items())}),')
+        print(f"    {row_of_table(decay, best)}")
     if _JSON.value:
-        rows = {d: {"best": best._asdict(), "tried": tried} for d, (best, tried) in found.items()}
-        write_json(
-            _JSON.value,
-            {"device": device(), "shape": shape, "dtype": "bfloat16", "decays": rows},
-            {},
-        )
+        decays = {}
+        for decay, (best, tried) in found.items():
+            decays[decay] = {"best": best._asdict(), "tried": tried}
+        figures = {
+            "device": device(),
+            "shape": shape,
+            "dtype": "bfloat16",
+            "decays": decays,
+        }
+        write_json(_JSON.value, figures, {})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Gated attention (G1, elementwise sigmoid), dense 1.7B, as in arXiv 2505.06708, table 2 (28 layers, 400B tokens).
+r"""Gated attention (G1, elementwise sigmoid), dense 1.7B, as in arXiv 2505.06708, table 2 (28
+layers, 400B tokens).
 
     python train.py --config=configs/gated_attention_1p7b.py --config.mesh.fsdp=16 \
-      --config.data.tokenizer=tokenizer.json --config.data.sources.main.kind=parquet --config.data.sources.main.path=DIR
+      --config.data.tokenizer=tokenizer.json --config.data.sources.main.kind=parquet \
+      --config.data.sources.main.path=DIR
 
 Hardware: not run here; one TPU v5p-32 or 16 H100. The paper's perplexity on its own data is 7.404
-(7.499 without the gate). The feed-forward is narrowed from 6144 to pay for the gate's parameters, as in the paper.
+(7.499 without the gate). The feed-forward is narrowed from 6144 to pay for the gate's parameters,
+as in the paper.
 """
 
 from gatedjax.config import config_dict, layer
@@ -16,7 +19,12 @@ def get_config():
     c.model.width = 2048
     c.model.num_layers = 28
     c.model.mixers = {
-        "attention": layer("gated_attention", num_heads=16, num_kv_heads=8, head_dim=128)
+        "attention": layer(
+            "gated_attention",
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=128,
+        )
     }
     c.model.pattern = ("attention",)
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=5504)}

@@ -1,7 +1,9 @@
-"""Gated linear attention, 1.3B, trained on 100B tokens as in arXiv 2312.06635 (batches of 2M tokens, length 2048).
+r"""Gated linear attention, 1.3B, trained on 100B tokens as in arXiv 2312.06635 (batches of 2M
+tokens, length 2048).
 
-    python train.py --config=configs/gla_1p3b.py --config.mesh.fsdp=8 --config.data.tokenizer=tokenizer.json \
-      --config.data.sources.main.kind=parquet --config.data.sources.main.path=DIR
+    python train.py --config=configs/gla_1p3b.py --config.mesh.fsdp=8 \
+      --config.data.tokenizer=tokenizer.json --config.data.sources.main.kind=parquet \
+      --config.data.sources.main.path=DIR
 
 Hardware: not run here; one TPU v5p-32 or 16 H100. Wikitext perplexity in the paper: 17.22
 (SlimPajama, Mistral tokenizer).
@@ -17,7 +19,11 @@ def get_config():
     c.model.num_layers = 24
     c.model.mixers = {
         "gla": layer(
-            "gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=256, value_dim=512
+            "gated_linear_attention",
+            num_heads=4,
+            num_kv_heads=4,
+            key_dim=256,
+            value_dim=512,
         ),
     }
     c.model.pattern = ("gla",)

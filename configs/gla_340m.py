@@ -1,7 +1,9 @@
-"""Gated linear attention, 340M, trained on 15B tokens as in arXiv 2312.06635 (batches of 0.5M tokens, length 2048).
+r"""Gated linear attention, 340M, trained on 15B tokens as in arXiv 2312.06635 (batches of 0.5M
+tokens, length 2048).
 
-    python train.py --config=configs/gla_340m.py --config.mesh.fsdp=8 --config.data.tokenizer=tokenizer.json \
-      --config.data.sources.main.kind=parquet --config.data.sources.main.path=DIR
+    python train.py --config=configs/gla_340m.py --config.mesh.fsdp=8 \
+      --config.data.tokenizer=tokenizer.json --config.data.sources.main.kind=parquet \
+      --config.data.sources.main.path=DIR
 
 Hardware: not run here; one TPU v5p-8 or 8 H100. Wikitext perplexity in the paper: 28.65
 (SlimPajama, Mistral tokenizer).
@@ -17,7 +19,11 @@ def get_config():
     c.model.num_layers = 24
     c.model.mixers = {
         "gla": layer(
-            "gated_linear_attention", num_heads=4, num_kv_heads=4, key_dim=128, value_dim=256
+            "gated_linear_attention",
+            num_heads=4,
+            num_kv_heads=4,
+            key_dim=128,
+            value_dim=256,
         ),
     }
     c.model.pattern = ("gla",)

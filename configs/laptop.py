@@ -24,7 +24,12 @@ def get_config():
             value_dim=32,
             conv_width=4,
         ),
-        "attention": layer("gated_attention", num_heads=4, num_kv_heads=2, head_dim=32),
+        "attention": layer(
+            "gated_attention",
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+        ),
     }
     c.model.pattern = ("gla", "gla", "attention")
     c.model.ffns = {"mlp": layer("gated_mlp", hidden=384)}

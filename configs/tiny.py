@@ -23,13 +23,22 @@ def get_config():
             value_dim=32,
             conv_width=4,
         ),
-        "attention": layer("gated_attention", num_heads=4, num_kv_heads=2, head_dim=32),
+        "attention": layer(
+            "gated_attention",
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+        ),
     }
     c.model.pattern = ("gla", "attention")
     c.model.ffns = {
         "mlp": layer("gated_mlp", hidden=384),
         "moe": layer(
-            "sparse_moe", num_experts=8, experts_per_token=2, hidden=128, shared_hidden=128
+            "sparse_moe",
+            num_experts=8,
+            experts_per_token=2,
+            hidden=128,
+            shared_hidden=128,
         ),
     }
     c.model.ffn_pattern = ("mlp", "moe")

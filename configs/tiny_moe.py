@@ -2,8 +2,9 @@
 bias rule.
 
     python train.py --config=configs/tiny_moe.py            (the balance loss)
-    python train.py --config=configs/tiny_moe.py:bias       (DeepSeek-V3's router: sigmoid scores, the sign rule)
-    python -m gatedjax.reporting.expert_load --workdir=runs/tiny_moe       (the picture of the loads)
+    python train.py --config=configs/tiny_moe.py:bias       (DeepSeek-V3's router: the sigmoid, the
+                                                             sign rule)
+    python -m gatedjax.reporting.expert_load --workdir=runs/tiny_moe   (the picture of the loads)
 
 Hardware: a laptop, 2 cores, 2 minutes.
 """
@@ -26,7 +27,12 @@ def get_config(arg: str = "loss"):
             value_dim=32,
             conv_width=4,
         ),
-        "attention": layer("gated_attention", num_heads=4, num_kv_heads=2, head_dim=32),
+        "attention": layer(
+            "gated_attention",
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+        ),
     }
     c.model.pattern = ("gla", "attention")
     # 16 experts, 4 of which see a token.

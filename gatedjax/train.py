@@ -57,11 +57,12 @@ def main(_) -> None:
     """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
     config = from_config_dict(cli.required_config(_CONFIG))
     workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}")
-    cli.use_compilation_cache(_CACHE.value)
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocab(config, tokenizer)
     if _AOT.value:
         sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
+    # Not for --aot: without its device a stored program cannot be read, and jax warns.
+    cli.use_compilation_cache(_CACHE.value)
     launch.start()
     run = prepare(config)
     say(describe(run))

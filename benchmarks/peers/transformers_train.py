@@ -66,7 +66,7 @@ def build(spec: dict) -> torch.nn.Module:
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters, and those that a token meets: of the experts only the chosen ones."""
+    """Parameters, and those that take part in one token: of the experts only the chosen ones."""
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     if experts:

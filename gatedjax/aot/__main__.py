@@ -1,6 +1,6 @@
-"""Compiles an op for an accelerator that is not here, and prints what it will cost.
+r"""Compiles an op for an accelerator that is not here, and prints what it will cost.
 
-    python -m gatedjax.aot --op=linear_scan --target=tpu:v5p \\
+    python -m gatedjax.aot --op=linear_scan --target=tpu:v5p \
         --shape=B4,T4096,H16,K128,V128 --pass=fwd,bwd
 
 Passes: fwd is the forward pass, bwd the program that runs forward and backward, as in training.

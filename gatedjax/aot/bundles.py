@@ -15,7 +15,7 @@ DUMP_LABELS = "(packed-bundles-post-ra|pre-delay.*|deduplication-map)"
 _LISTING = re.compile(r"^(\d+)-(.*)-(\d+)-packed-bundles-post-ra\.txt$")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|\d+)\s+[A-Z: >]*\{")
 _COMMENT = re.compile(r"/\*(.*?)\*/", re.S)
-# Where a predicate stands: `(%p1, %s9), ...` in front, `[...] (%p1), ...` behind an address, or
+# Where the predicate is: `(%p1, %s9), ...` in front, `[...] (%p1), ...` behind an address, or
 # `... (%p1)` at the end of a scalar load.
 _PREDICATE_IN_FRONT = re.compile(r"^\((!?%p\w+)(?:,\s*([^)]+))?\)\s*,?\s*")
 _PREDICATE_BEHIND_ADDRESS = re.compile(r"\]\s*\((!?%p\w+)\)\s*,")
@@ -135,7 +135,7 @@ def parse_op(text: str) -> Op | None:
 
 
 def split_args(text: str) -> list[str]:
-    """Splits at the commas that stand outside brackets."""
+    """Splits at the commas outside brackets."""
     parts = []
     depth = 0
     start = 0

@@ -5,13 +5,14 @@ arguments.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention.api import attention
+from kernels_pallas.dispatch import Implementation
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.grouped_matmul.api import grouped_matmul
 from kernels_pallas.linear_scan.api import linear_scan
@@ -93,7 +94,7 @@ def linear_scan_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str,
             k.reshape(B, T, Hk, K),
             v.reshape(B, T, Hv, V),
             log_decay,
-            implementation=options.get("implementation"),
+            implementation=_implementation(options),
         )
         assert isinstance(o, jax.Array)  # without a final state
         return o.reshape(B, T, H * V)
@@ -140,7 +141,7 @@ def attention_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, s
             window=window,
             causal=is_causal,
             normalizer=options.get("normalizer", "softmax"),
-            implementation=options.get("implementation"),
+            implementation=_implementation(options),
         )
         return o.reshape(B, T, H * D)
 
@@ -184,7 +185,7 @@ def expert_mlp_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, 
         args.append(_array(jnp.float32, R))
 
     def forward(*args):
-        return expert_mlp(*args, implementation=options.get("implementation"))
+        return expert_mlp(*args, implementation=_implementation(options))
 
     return Case(forward, tuple(args), {4: _groups(R, G, options)})
 
@@ -199,22 +200,20 @@ def grouped_matmul_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[s
     )
 
     def forward(*args):
-        return grouped_matmul(*args, implementation=options.get("implementation"))
+        return grouped_matmul(*args, implementation=_implementation(options))
 
     return Case(forward, args, {2: _groups(M, G, options)})
 
 
-class _Builder(Protocol):
-    def __call__(
-        self, sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, str]
-    ) -> Case: ...
+# Of (sizes by axis, dtype, options).
+type Builder = Callable[[dict[str, int], jnp.dtype, dict[str, str]], Case]
 
 
 @dataclasses.dataclass(frozen=True)
 class CaseKind:
     """How an op's case is built, and what a person may say about it."""
 
-    build: _Builder
+    build: Builder
     required: tuple[str, ...]  # axes that a shape must give
     optional: tuple[str, ...]  # axes that it may give
     options: frozenset[str]
@@ -303,6 +302,11 @@ def _one_of(options: dict[str, str], name: str, default: str, choices: Iterable[
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
     return value
+
+
+def _implementation(options: dict[str, str]) -> Implementation | None:
+    """As a person wrote it: the op itself refuses a name that it does not know."""
+    return cast(Implementation | None, options.get("implementation"))
 
 
 def _yes(options: dict[str, str], name: str, default: str) -> bool:

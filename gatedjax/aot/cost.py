@@ -29,8 +29,8 @@ class DeclaredCost:
 
 
 def declared_cost(jaxpr: jax_core.Jaxpr) -> DeclaredCost:
-    """The cost of a jaxpr's kernels. A `while` of unknown length counts once, of a `cond` the
-    dearest branch counts.
+    """The cost of a jaxpr's kernels. A `while` of unknown length counts once, a `cond` as its
+    most expensive branch.
     """
     total = DeclaredCost()
     for eqn in jaxpr.eqns:

@@ -244,7 +244,7 @@ def _as_stored(a: np.ndarray) -> np.ndarray:
 
 
 def _tiled(a: np.ndarray, tile: list[int]) -> np.ndarray:
-    """The last axes padded and cut into tiles, tiles' own axes last."""
+    """The last axes padded and cut into tiles, the axes inside a tile last."""
     lead = a.ndim - len(tile)
     leading = a.shape[:lead]
     padding = [(0, 0)] * lead
@@ -264,7 +264,7 @@ def _trips(lines: list[str]) -> dict[str, int]:
     around it.
     """
     limits = _counter_limits(lines)
-    own: dict[str, int] = {}  # trips of a loop's body in one run of the loop
+    loop_trips: dict[str, int] = {}  # of a loop's body, in one run of the loop
     caller: dict[str, str] = {}
     computation = ""
     for line in lines:
@@ -275,7 +275,7 @@ def _trips(lines: list[str]) -> dict[str, int]:
         if loop is not None:
             condition, body = loop.groups()
             known = _TRIP_COUNT.search(line)
-            own[body] = int(known[1]) if known else limits.get(condition, 1)
+            loop_trips[body] = int(known[1]) if known else limits.get(condition, 1)
             caller[body] = computation
             continue
         for callee in _CALLEE.findall(line):
@@ -283,13 +283,13 @@ def _trips(lines: list[str]) -> dict[str, int]:
     trips: dict[str, int] = {}
 
     def times(name: str) -> int:
-        """Own trips times those of the caller; remembered, as callers are shared."""
+        """The loop's trips times those of its caller; remembered, as callers repeat."""
         if name not in trips:
             outer = times(caller[name]) if name in caller else 1
-            trips[name] = own.get(name, 1) * outer
+            trips[name] = loop_trips.get(name, 1) * outer
         return trips[name]
 
-    return {name: times(name) for name in {*own, *caller}}
+    return {name: times(name) for name in {*loop_trips, *caller}}
 
 
 def _counter_limits(lines: list[str]) -> dict[str, int]:

@@ -49,7 +49,7 @@ def start(schedule: bool) -> Path | None:
     or None.
 
     Raises:
-      RuntimeError: schedules are wanted, but libtpu was loaded without them.
+      RuntimeError: `schedule` is set, but libtpu was loaded without them.
     """
     global _dump
     quieten()

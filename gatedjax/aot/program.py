@@ -310,10 +310,14 @@ class Program:
         return f"signed({base}+{self._value(offset)})"
 
     def _dma(self, kind: str, args: list[str], offset: int, predicate: str) -> list[str]:
+        """The start of a DMA, whose arguments are source, size, destination and semaphore. Only
+        what arrives in SMEM is copied: nothing else is read by scalar code.
+        """
         if kind == "smem_to_host_iova":
             return []
         source, size, dest, semaphore = (self._value(arg) for arg in args[:4])
-        lines = [f"T.start({kind!r},t0+{offset},{size},{semaphore},{predicate})"]
+        now = f"t0+{offset}"
+        lines = [f"T.start({kind!r},{now},{size},{semaphore},{predicate})"]
         if kind.endswith("_to_smem") or kind == "general":
             lines.append(f"X.fill_smem({source},{dest},{size})")
         return lines

@@ -96,7 +96,8 @@ class Report:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns: the first one to the left, numbers to the right."""
     all_rows = [header, *rows]
-    widths = [max(len(row[i]) for row in all_rows) for i in range(len(header))]
+    columns = zip(*all_rows)
+    widths = [max(len(cell) for cell in column) for column in columns]
     lines = []
     for row in all_rows:
         first = row[0].ljust(widths[0])

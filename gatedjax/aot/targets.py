@@ -242,7 +242,7 @@ def parse_slice(text: str) -> Slice:
         raise ValueError(f"slice: got {text!r}, expected {example}, CHIP one of {chips}")
     chip = TPUS[match[2]]
     shape = match[3]
-    # libtpu calls v7x "tpu7x": its own name is what stands before the colon of the topology.
+    # libtpu calls v7x "tpu7x": the part of the topology before the colon is its name.
     libtpu_name = chip.topology.split(":")[0]
     return Slice(
         chip=chip,

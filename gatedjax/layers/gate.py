@@ -79,7 +79,7 @@ class GateLogits(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T ..."]:
+    def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "#B #T ..."]:
         # One logit a channel, or one a head: an axis of size 1 is broadcast over the channels.
         axes = dict(self.axes)
         if self.config.gate_granularity == "headwise":

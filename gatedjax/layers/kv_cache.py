@@ -17,8 +17,9 @@ class KVCache:
     Position p is in slot p mod S: a ring for windows.
     """
 
-    k: Float[Array, "B S Hk D"]
-    v: Float[Array, "B S Hk D"]
+    # Leading axes: the model stacks the caches of a layer over periods.
+    k: Float[Array, "... B S Hk D"]
+    v: Float[Array, "... B S Hk D"]
 
 
 def empty_cache(

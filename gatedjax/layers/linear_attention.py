@@ -33,8 +33,8 @@ class ScanCache:
     The state has one more value column when the scan is normalized.
     """
 
-    state: Float[Array, "B H K V"]
-    conv_tail: Float[Array, "B W F"]
+    state: Float[Array, "... B H K V"]
+    conv_tail: Float[Array, "... B _ F"]
 
 
 def logsigmoid_decay(logits: Float[Array, "..."], temperature: float) -> Float[Array, "..."]:

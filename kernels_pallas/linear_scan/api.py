@@ -218,14 +218,14 @@ def linear_scan_step(
     # From here on the state is in the dtype of the computation.
     inputs = _prepare_step(inputs)
 
-    def run_on_tpu(*arrays: Array) -> tuple[Array, Array]:
+    def run_on_tpu(*arrays: Array | None) -> tuple[Array, Array]:
         return tpu_step.linear_scan_step(
             StepInputs._make(arrays),
             options,
             interpret=interpret,
         )
 
-    def run_on_gpu(*arrays: Array) -> tuple[Array, Array]:
+    def run_on_gpu(*arrays: Array | None) -> tuple[Array, Array]:
         return gpu_step.linear_scan_step(StepInputs._make(arrays), options)
 
     if chosen == "tpu":

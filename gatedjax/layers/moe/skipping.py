@@ -85,7 +85,7 @@ def divergence(log_p: Float[Array, "... X"], logits: Float[Array, "... X"]) -> F
 
 def chosen_scores(
     config: RouterConfig,
-    logits: Float[Array, "... E"],
+    logits: Float[Array | np.ndarray, "... E"],
     k: int,
     **inputs: Array,
 ) -> Float[Array, "... k"]:
@@ -109,20 +109,28 @@ def chosen_scores(
     )
     return route(
         plain,
-        logits,
+        jnp.asarray(logits),
         k,
         **inputs,
     ).weights
 
 
 def skip_threshold(
-    importance: Float[Array, " L"],
-    scores: Float[Array, "L ..."],
+    importance: Array | np.ndarray,
+    scores: Array | np.ndarray,
     skip_rate: float,
 ) -> float:
     """The least threshold by which at least `skip_rate` of all places are skipped.
 
     Places are those of all layers together.
+
+    Args:
+      importance: [L], of every layer.
+      scores: [L, ...], of the chosen experts of every layer.
+      skip_rate: the fraction of places to be skipped.
+
+    Returns:
+      The threshold.
 
     Raises:
       ValueError: a skip rate outside [0, 1], or lengths that differ.

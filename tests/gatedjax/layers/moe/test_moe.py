@@ -169,10 +169,8 @@ def test_sparse_equals_dense_with_gradients(name):
     config = configure(**VARIANTS[name])
     module, params, state = make(config)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=X.shape), jnp.float32)
-    previous = (
-        np.random.default_rng(2)
-        .normal(size=(*X.shape[:2], config.total_experts))
-        .astype(np.float32)
+    previous = jnp.asarray(
+        np.random.default_rng(2).normal(size=(*X.shape[:2], config.total_experts)), jnp.float32
     )
 
     def sparse(p, x):

@@ -74,7 +74,7 @@ def test_balance_loss_is_one_at_balance_and_e_at_collapse():
 
 def test_statistics_formulas():
     """Rows are sequences; entropy, z-loss and the sequence loss beside NumPy."""
-    z, p = LOGITS[:2].astype(np.float32), P[:2]
+    z, p = jnp.asarray(LOGITS[:2], jnp.float32), P[:2]
     routing = Routing(jnp.asarray(CHOSEN[:2]), None, jnp.asarray(p, jnp.float32))
     s = router_statistics(z, routing, count_places(routing.experts, E), jnp.float32(0))
     np.testing.assert_array_equal(s["counts"], ONE_HOT[:2].sum((0, 1, 2)))
@@ -153,7 +153,7 @@ def test_bias_rules_follow_their_formulas():
     np.testing.assert_allclose(
         router_state.sign_update(jnp.zeros(3), error, 0.01), [0.01, 0, -0.01]
     )
-    bias, integral, last = np.zeros(3), np.zeros(3), np.zeros(3)
+    bias, integral, last = jnp.zeros(3), jnp.zeros(3), jnp.zeros(3)
     total = np.zeros(3)
     for e in (error, 2 * error, -error):
         bias, integral, new = router_state.pid_update(integral, last, e, (0.1, 0.02, 0.5))

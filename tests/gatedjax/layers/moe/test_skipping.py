@@ -61,8 +61,8 @@ def test_importance_is_what_a_layer_without_its_experts_changes():
 def test_threshold_skips_what_was_wanted_and_no_more(rate):
     rng = np.random.default_rng(1)
     logits, importance = (
-        rng.normal(size=(3, 2, 50, 6)).astype(np.float32),
-        np.array([0.2, 3.0, 0.7], np.float32),
+        jnp.asarray(rng.normal(size=(3, 2, 50, 6)), jnp.float32),
+        jnp.asarray([0.2, 3.0, 0.7], jnp.float32),
     )
     config = RouterConfig(scoring="sigmoid", scale=2.5)
     scores = chosen_scores(config, logits, 2)

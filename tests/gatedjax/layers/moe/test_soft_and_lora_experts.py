@@ -176,7 +176,7 @@ def test_only_xlora_has_a_first_pass():
 
 
 def test_phatgoose_ignores_the_length_of_its_vectors():
-    gates = RNG.normal(size=(4, 8)).astype(np.float32)
+    gates = jnp.asarray(RNG.normal(size=(4, 8)), jnp.float32)
     scaled = gates * np.array([[1.0], [9.0], [3.0], [0.5]], np.float32)
     np.testing.assert_allclose(
         phatgoose_weights(X, gates, 2), phatgoose_weights(X, scaled, 2), rtol=2e-3, atol=1e-5
