@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -19,38 +20,44 @@ def draw(results: dict) -> Figure:
     """Two panels, both axes logarithmic; a hollow point was compiled but not run."""
     figure = Figure(figsize=(9, 3.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    ticks = sorted({int(T) for points in results["points"].values() for T in points})
     for axes, (key, scale, label) in zip(figure.subplots(1, 2), PANELS):
         for (name, points), color in zip(results["points"].items(), COLORS):
-            known = [
-                (int(T), p[key] / scale, p["milliseconds"] is not None)
-                for T, p in points.items()
-                if p[key]
-            ]
-            lengths, values, _ = zip(*known)
-            axes.plot(lengths, values, color=color, lw=1.4, label=name)
-            for T, value, was_run in known:
-                axes.plot(
-                    T, value, "o", ms=5, color=color, markerfacecolor=color if was_run else "white"
-                )
-        axes.set(xscale="log", yscale="log", xlabel="T", ylabel=label)
-        axes.set_xticks(ticks, [f"{T:,}" for T in ticks])
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+            draw_op(axes, name, points, color, key, scale)
+        draw_axes(axes, results, label)
     figure.axes[0].legend(frameon=False, fontsize=8)
-    s = results["shape"]
-    shape = f"B {s['B']}, H {s['H']}, K = V = {s['K']}, {s['dtype']}"
-    figure.suptitle(
-        f"Forward and backward on {results['cores']} cores of a CPU ({shape})", fontsize=10
-    )
+    sizes = results["shape"]
+    shape = f"B {sizes['B']}, H {sizes['H']}, K = V = {sizes['K']}, {sizes['dtype']}"
+    title = f"Forward and backward on {results['cores']} cores of a CPU ({shape})"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
+def draw_op(axes: Axes, name: str, points: dict, color: str, key: str, scale: float) -> None:
+    """One op's line: `key` of its points, in units of `scale`."""
+    known = {int(T): point for T, point in points.items() if point[key]}
+    values = [point[key] / scale for point in known.values()]
+    axes.plot(list(known), values, color=color, lw=1.4, label=name)
+    for (T, point), value in zip(known.items(), values):
+        was_run = point["milliseconds"] is not None
+        fill = color if was_run else "white"
+        axes.plot(T, value, "o", ms=5, color=color, markerfacecolor=fill)
+
+
+def draw_axes(axes: Axes, results: dict, label: str) -> None:
+    ticks = sorted({int(T) for points in results["points"].values() for T in points})
+    axes.set(xscale="log", yscale="log", xlabel="T", ylabel=label)
+    axes.set_xticks(ticks, [f"{T:,}" for T in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def main(
-    source: str = "benchmarks/results/ops_cpu.json", target: str = "docs/pictures/ops_by_length.png"
+    source: str = "benchmarks/results/ops_cpu.json",
+    target: str = "docs/pictures/ops_by_length.png",
 ) -> None:
-    draw(json.loads((ROOT / source).read_text())).savefig(ROOT / target)
+    results = json.loads((ROOT / source).read_text())
+    draw(results).savefig(ROOT / target)
     print(target)
 
 
