@@ -25,12 +25,14 @@ test: .venv/installed lint
 test-all: .venv/installed lint
 	$(VENV)/python -m pytest $(PARALLEL)
 
-# What the annotations say of shapes and dtypes holds in these tests. One compilation a shape: slow ones add nothing.
+# What the annotations say of shapes and dtypes holds in these tests: ops, layers, the model and the training step.
+# Tests of bad input hand over wrong types on purpose, and have it in their names.
 TYPED := tests/kernels_pallas/attention/test_attention.py tests/kernels_pallas/linear_scan/test_linear_scan.py \
-  tests/kernels_pallas/grouped_matmul/test_grouped_matmul.py tests/gatedjax/layers tests/gatedjax/test_model.py
+  tests/kernels_pallas/grouped_matmul/test_grouped_matmul.py tests/gatedjax/layers tests/gatedjax/test_model.py \
+  tests/gatedjax/training/test_train_step.py
 
 test-types: .venv/installed
-	GATEDJAX_TYPECHECK=1 $(VENV)/python -m pytest $(PARALLEL) -m "not slow" $(TYPED)
+	GATEDJAX_TYPECHECK=1 $(VENV)/python -m pytest $(PARALLEL) -m "not slow" -k "not (bad or wrong or refus or named)" $(TYPED)
 
 # In an environment of its own: torch takes gigabytes.
 test-oracles: .venv-oracles/installed

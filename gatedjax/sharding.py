@@ -311,10 +311,12 @@ def _spec(names: Names, axes_of: Mapping[str, tuple[str, ...]]) -> PartitionSpec
 
 
 def _gathered(
-    x: Array,
+    x: Array | None,
     names: Names,
     gathered: set[str],
-) -> Array:
+) -> Array | None:
+    if x is None:
+        return None
     for i, name in enumerate(names):
         if name in gathered:
             x = jax.lax.all_gather(x, mesh_axes(name), axis=i, tiled=True)

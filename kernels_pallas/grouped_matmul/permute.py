@@ -6,6 +6,7 @@ accelerator.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -50,7 +51,7 @@ def sort_by_group(
 
 
 def permute_rows(
-    x: Float[Array, "R *D"],
+    x: Float[Array | np.ndarray, "R *D"],
     order: Int[Array, "Rk"],
     inverse: Int[Array, "Rk"],
 ) -> Float[Array, "Rk *D"]:

@@ -99,7 +99,7 @@ def test_no_token_sees_the_future(params):
         # tokens 0..31 look themselves up: the table's rows are the inputs
         rows = params | {"embedding": embeddings}
         return jnp.sum(
-            LanguageModel(MODEL).apply({"params": rows}, np.arange(32)[None])[0][0, t] ** 2
+            LanguageModel(MODEL).apply({"params": rows}, jnp.arange(32)[None])[0][0, t] ** 2
         )
 
     gradient = jax.jit(jax.grad(at), static_argnums=1)(params["embedding"], 20)
