@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -438,20 +437,17 @@ def layer_case(draw: Draw, kind: str) -> Case:
     dtype = draw.of("float32", "float32", "bfloat16")
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     info = TokenInfo(positions, draw.segments(B, T), np.zeros((B, T), np.int32))
-    if kind in MIXERS:
-        module = MIXERS[kind][0](config, 1e-6, 0.3, jnp.dtype(dtype))
-    else:
-        module = FEED_FORWARDS[kind](config, 0.3, jnp.dtype(dtype))
+    layer_class = (MIXERS | FEED_FORWARDS)[kind]
+    module = layer_class(config, init_std=0.3, dtype=jnp.dtype(dtype))
     x = draw.normal(B, T, M)
     key = jax.random.key(draw.of(*range(99)))
     made_inside = draw.of(True, False, False)
 
     def made(arrays):
-        y, variables = module.init_with_output(key, arrays["x"], info)
-        return y[0], variables
+        return module.init_with_output(key, arrays["x"], info)
 
     def applied(arrays):
-        return module.apply({"params": arrays["params"]}, arrays["x"], info)[0]
+        return module.apply({"params": arrays["params"]}, arrays["x"], info)
 
     loss = draw.loss()
     # A router's choice among equal tokens may turn on the last bit: its input is no broadcast.
@@ -463,7 +459,7 @@ def layer_case(draw: Draw, kind: str) -> Case:
     else:
         inner = applied
         init = jax.jit(module.init, compiler_options={"xla_backend_optimization_level": 0})
-        params = nn.meta.unbox(init(key, x, info))["params"]
+        params = init(key, x, info)["params"]
         shift = draw.of(0.0, 0.1)
         arrays = {
             "params": jax.tree.map(lambda p: p + shift * draw.normal(*p.shape), params),

@@ -9,7 +9,7 @@ from benchmarks.gpu.guard import WorkerOptions, run_each
 from benchmarks.gpu.programs import Program, programs
 from benchmarks.gpu.records import append_record, one_line
 from benchmarks.gpu.timing import compile_program, time_program
-from kernels_pallas.attention.gpu.tuning import HOPPER, Cut
+from kernels_pallas.attention.gpu.tuning import HOPPER, KernelConfig
 from kernels_pallas.grouped_matmul.gpu import op as grouped_gpu
 from kernels_pallas.linear_scan.gpu.tuning import TUNED
 
@@ -35,14 +35,14 @@ SCAN_SETTINGS = [
 ]
 ATTENTION_SETTINGS = [
     {},
-    {"forward": Cut(128, 128, 8, 2)},
-    {"forward": Cut(64, 64, 4, 3)},
-    {"forward": Cut(128, 64, 8, 2)},
-    {"dq": Cut(64, 64, 4, 2)},
-    {"dq": Cut(128, 64, 8, 2)},
-    {"dkv": Cut(64, 64, 4, 2)},
-    {"dkv": Cut(64, 32, 4, 3)},
-    {"dkv": Cut(128, 32, 8, 3)},
+    {"forward": KernelConfig(128, 128, 8, 2)},
+    {"forward": KernelConfig(64, 64, 4, 3)},
+    {"forward": KernelConfig(128, 64, 8, 2)},
+    {"dq": KernelConfig(64, 64, 4, 2)},
+    {"dq": KernelConfig(128, 64, 8, 2)},
+    {"dkv": KernelConfig(64, 64, 4, 2)},
+    {"dkv": KernelConfig(32, 64, 4, 3)},
+    {"dkv": KernelConfig(32, 128, 8, 3)},
 ]
 GROUPED_SETTINGS = [
     {},
