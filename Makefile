@@ -1,5 +1,5 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
-# make test    the test suite (the slow ones too: make test-all)
+# make test    lint, then the test suite (the slow ones too: make test-all)
 # make test-oracles   compares layers with those of torch (transformers, entmax)
 # make test-cuda-aot   compiles every op for an H200 that is not here
 # make test-types   a part of the suite with every annotation, shapes too, checked at every call
@@ -20,19 +20,21 @@ train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
 
 test: .venv/installed lint
+	$(TYPECHECK) $(TYPED)
 	$(VENV)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: .venv/installed lint
 	$(VENV)/python -m pytest $(PARALLEL)
 
-# What the annotations say of shapes and dtypes holds in these tests: ops, layers, the model and the training step.
-# Tests of bad input hand over wrong types on purpose, and have it in their names.
-TYPED := tests/kernels_pallas/attention/test_attention.py tests/kernels_pallas/linear_scan/test_linear_scan.py \
-  tests/kernels_pallas/grouped_matmul/test_grouped_matmul.py tests/gatedjax/layers tests/gatedjax/test_model.py \
-  tests/gatedjax/training/test_train_step.py
+# What the annotations say of shapes and dtypes holds in these tests: ops, layers, the model and the training step;
+# `make test` takes the first line. Tests of bad input pass wrong types on purpose, and have it in their names.
+TYPED := tests/gatedjax/layers/test_face.py tests/gatedjax/test_model.py tests/gatedjax/training/test_train_step.py
+TYPED_ALL := $(TYPED) tests/gatedjax/layers tests/kernels_pallas/attention/test_attention.py \
+  tests/kernels_pallas/linear_scan/test_linear_scan.py tests/kernels_pallas/grouped_matmul/test_grouped_matmul.py
+TYPECHECK = GATEDJAX_TYPECHECK=1 $(VENV)/python -m pytest $(PARALLEL) -m "not slow" -k "not (bad or wrong or refus or named)"
 
 test-types: .venv/installed
-	GATEDJAX_TYPECHECK=1 $(VENV)/python -m pytest $(PARALLEL) -m "not slow" -k "not (bad or wrong or refus or named)" $(TYPED)
+	$(TYPECHECK) $(TYPED_ALL)
 
 # In an environment of its own: torch takes gigabytes.
 test-oracles: .venv-oracles/installed

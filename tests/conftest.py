@@ -18,10 +18,22 @@ import jax
 import pytest
 
 if os.environ.get("GATEDJAX_TYPECHECK"):
-    # `make test-types`: every annotation, shapes too, is checked at every call.
+    # `make test-types`: every annotation, shapes too, is checked at every call. The configuration
+    # checks itself and converts what it gets (a list where a tuple is annotated).
     from jaxtyping import install_import_hook
 
-    install_import_hook(["gatedjax", "kernels_pallas"], "typechecker.check")
+    CHECKED = (
+        "gatedjax.aot",
+        "gatedjax.evaluation",
+        "gatedjax.layers",
+        "gatedjax.model",
+        "gatedjax.reporting",
+        "gatedjax.sharding",
+        "gatedjax.study",
+        "gatedjax.training",
+        "kernels_pallas",
+    )
+    install_import_hook(CHECKED, "typechecker.check")
 
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -76,6 +76,7 @@ def permute_rows(
         raise ValueError(
             f"permute_rows: inverse: got shape {inverse.shape}, expected {order.shape}"
         )
+    x = jnp.asarray(x)
     return _permute_rows(*varying_together((x, order, inverse)))
 
 

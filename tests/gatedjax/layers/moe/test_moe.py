@@ -146,7 +146,7 @@ def test_every_router_equals_ranks_and_masks(name):
     noise = 0.0 if key is None else jax.random.gumbel(key, z.shape)
 
     def sorted_form(z):
-        given = bias if r.bias_rule != "none" else None
+        given = jnp.asarray(bias) if r.bias_rule != "none" else None
         routing = route(r, z, k, bias=given, importance=0.9, tokens=TOKENS, key=key)
         return weight_of(routing.experts, routing.weights, 0, E)
 
@@ -394,6 +394,12 @@ def test_capacities_of_unlike_experts():
 
 
 STACK = np.random.default_rng(7).normal(size=(3, 16, 8)).astype(np.float32) * 0.3
-STACKS = Stacks(STACK, STACK, STACK.swapaxes(1, 2), "silu", False)
+STACKS = Stacks(
+    jnp.asarray(STACK),
+    jnp.asarray(STACK),
+    jnp.asarray(STACK.swapaxes(1, 2)),
+    "silu",
+    False,
+)
 MIXTURE = jax.jit(lambda x, experts, weights, first: mixture(x, experts, weights, STACKS, first))
 CAPACITY = {o: jax.jit(functools.partial(limit_capacity, order=o)) for o in ("position", "choice")}

@@ -53,8 +53,10 @@ def theirs(codebase: str) -> float:
 )
 def test_weights_convert_from_every_codebase(codebase):
     layers = [0] * L if codebase == "huggingface" else range(L)
-    eta = ETA if codebase == "moe++" else 1.0
-    ours = sum(float(balance_loss(ONE_HOT[i].sum((0, 1)), P[i].mean(0), eta)) for i in layers)
+    eta = jnp.asarray(ETA) if codebase == "moe++" else 1.0
+    counts = jnp.asarray(ONE_HOT.sum((1, 2)))
+    probs = jnp.asarray(P.mean(1))
+    ours = sum(float(balance_loss(counts[i], probs[i], eta)) for i in layers)
     assert 0.01 * theirs(codebase) == pytest.approx(
         weight_here(codebase, 0.01, E, K, L) * ours, rel=1e-5
     )
