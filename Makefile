@@ -4,7 +4,7 @@
 # make test-cuda-aot   compiles every op for an H200 that is not here
 # make test-types   a part of the suite with every annotation, shapes too, checked at every call
 # make docs    the site of docs/, in build/site
-# make lint    ruff;  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
+# make lint    ruff, its format, types (pyrefly);  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
 
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \

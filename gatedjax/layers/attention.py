@@ -17,16 +17,14 @@ from gatedjax.layers.gate_values import record
 from gatedjax.layers.kv_cache import KVCache, append_token, empty_cache, fill
 from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale
 from gatedjax.layers.norm import RMSNorm, unit_length
+from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
 from gatedjax.layers.token_info import TokenInfo
-from gatedjax.sharding import is_cut, mesh_axis, per_shard
 from kernels_pallas.attention import (
     NORMALIZERS,
     Normalizer,
-    attention,
-    attention_sharded,
     attention_step,
 )
 
@@ -392,68 +390,3 @@ def normalizer_of(c: GatedAttentionConfig) -> Normalizer:
         "entmax": {"alpha": c.entmax_alpha},
     }
     return dataclasses.replace(NORMALIZERS[c.normalizer], **parameters.get(c.normalizer, {}))
-
-
-def attention_on_mesh(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T Hk D"],
-    v: Float[Array, "B T Hk D"],
-    gate_logits: Float[Array, "B T H _"] | None,
-    segment_ids: Array | None,
-    sink_logits: Float[Array, " H"] | None,
-    alibi_slopes: Float[Array, " H"] | None,
-    **options,
-) -> Float[Array, "B T H D"]:
-    """`attention`; where the ambient mesh cuts the tokens, every device attends for its part of the
-    queries.
-
-    Args:
-      q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes: as `kernels_pallas.attention`.
-      options: its static arguments.
-
-    Returns:
-      The output of the attention, gated if there are gate logits.
-    """
-    arrays = (q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes)
-    # Rows and heads are cut by the op itself; only tokens need the form that exchanges them.
-    cuts_tokens = is_cut("length", q.shape[1])
-
-    def attend(
-        q,
-        k,
-        v,
-        gate_logits,
-        segment_ids,
-        sink_logits,
-        alibi_slopes,
-    ):
-        inputs = {
-            "gate_logits": gate_logits,
-            "segment_ids": segment_ids,
-            "sink_logits": sink_logits,
-            "alibi_slopes": alibi_slopes,
-        }
-        if cuts_tokens:
-            return attention_sharded(
-                q,
-                k,
-                v,
-                axis_name=mesh_axis("length"),
-                **inputs,
-                **options,
-            )
-        return attention(
-            q,
-            k,
-            v,
-            **inputs,
-            **options,
-        )
-
-    if not cuts_tokens:
-        return attend(*arrays)
-    tokens = ("batch", "length")
-    queries = (*tokens, "heads", None)
-    keys = (*tokens, "kv_heads", None)
-    in_axes = (queries, keys, keys, queries, tokens, ("heads",), ("heads",))
-    return per_shard(attend, in_axes, queries)(*arrays)

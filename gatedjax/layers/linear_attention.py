@@ -18,12 +18,12 @@ from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import causal_conv
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import RMSNorm
+from gatedjax.layers.on_mesh import scan_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
 from gatedjax.layers.token_info import TokenInfo
-from gatedjax.sharding import is_cut, mesh_axis, per_shard
-from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded, linear_scan_step
+from kernels_pallas.linear_scan import linear_scan_step
 
 
 @struct.dataclass
@@ -368,81 +368,6 @@ class GatedLinearAttention(Mixer):
         # The recurrence itself: k^T v and q S, 2 K V each per head. Chunkwise forms do more; that
         # is their overhead.
         return projections + 4 * q_channels * c.value_dim
-
-
-def scan_on_mesh(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T Hk K"],
-    v: Float[Array, "B T Hk V"],
-    log_decay: Float[Array, "..."] | None,
-    segment_ids: Array | None,
-    state: Float[Array, "B H K _"] | None,
-    **options,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K _"] | None]:
-    """`linear_scan`; on a mesh every device scans its own rows, heads and tokens.
-
-    Args:
-      q, k, v, log_decay, segment_ids: as `kernels_pallas.linear_scan`.
-      state: before the first token; None for zeros.
-      options: static arguments of the scan.
-
-    Returns:
-      The output, and the state after the last token if one was given.
-    """
-    # Along a mesh axis of tokens the states are sent on, not the tokens.
-    cuts_tokens = is_cut("length", q.shape[1])
-
-    def scan(
-        q,
-        k,
-        v,
-        log_decay,
-        segment_ids,
-        state=None,
-    ):
-        inputs = {
-            "initial_state": state,
-            "return_final_state": state is not None,
-            "segment_ids": segment_ids,
-        }
-        if cuts_tokens:
-            # The states go on from device to device.
-            axis = mesh_axis("length")
-            return linear_scan_sharded(
-                q,
-                k,
-                v,
-                log_decay,
-                axis_name=axis,
-                **inputs,
-                **options,
-            )
-        return linear_scan(
-            q,
-            k,
-            v,
-            log_decay,
-            **inputs,
-            **options,
-        )
-
-    tokens = ("batch", "length")
-    heads = (*tokens, "heads", None)
-    kv_heads = (*tokens, "kv_heads", None)
-    state_axes = ("batch", "heads", None, None)
-    # By rank: none, [H], [B, T, H], [B, T, H, K].
-    decay_axes = {
-        0: (),
-        1: ("heads",),
-        3: (*tokens, "heads"),
-        4: heads,
-    }
-    rank = 0 if log_decay is None else log_decay.ndim
-    in_axes = (heads, kv_heads, kv_heads, decay_axes[rank], tokens)
-    arrays = (q, k, v, log_decay, segment_ids)
-    if state is None:
-        return per_shard(scan, in_axes, heads)(*arrays), None
-    return per_shard(scan, (*in_axes, state_axes), [heads, state_axes])(*arrays, state)
 
 
 def _step_size_bias(

@@ -1,0 +1,152 @@
+"""The ops of mixers where the ambient mesh may cut the tokens of a row over devices.
+
+Rows and heads are cut by the ops themselves (`kernels_pallas.common.mesh`). Tokens need the form of
+an op that exchanges keys or states between devices.
+"""
+
+from jax import Array
+from jaxtyping import Float
+
+from gatedjax.sharding import is_cut, mesh_axis, per_shard
+from kernels_pallas.attention import attention, attention_sharded
+from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded
+
+
+def attention_on_mesh(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T Hk D"],
+    v: Float[Array, "B T Hk D"],
+    gate_logits: Float[Array, "B T H _"] | None,
+    segment_ids: Array | None,
+    sink_logits: Float[Array, " H"] | None,
+    alibi_slopes: Float[Array, " H"] | None,
+    **options,
+) -> Float[Array, "B T H D"]:
+    """`attention`; where the ambient mesh cuts the tokens, every device attends for its part of the
+    queries.
+
+    Args:
+      q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes: as `kernels_pallas.attention`.
+      options: its static arguments.
+
+    Returns:
+      The output of the attention, gated if there are gate logits.
+    """
+    arrays = (q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes)
+    # Rows and heads are cut by the op itself; only tokens need the form that exchanges them.
+    cuts_tokens = is_cut("length", q.shape[1])
+
+    def attend(
+        q,
+        k,
+        v,
+        gate_logits,
+        segment_ids,
+        sink_logits,
+        alibi_slopes,
+    ):
+        inputs = {
+            "gate_logits": gate_logits,
+            "segment_ids": segment_ids,
+            "sink_logits": sink_logits,
+            "alibi_slopes": alibi_slopes,
+        }
+        if cuts_tokens:
+            return attention_sharded(
+                q,
+                k,
+                v,
+                axis_name=mesh_axis("length"),
+                **inputs,
+                **options,
+            )
+        return attention(
+            q,
+            k,
+            v,
+            **inputs,
+            **options,
+        )
+
+    if not cuts_tokens:
+        return attend(*arrays)
+    tokens = ("batch", "length")
+    queries = (*tokens, "heads", None)
+    keys = (*tokens, "kv_heads", None)
+    in_axes = (queries, keys, keys, queries, tokens, ("heads",), ("heads",))
+    return per_shard(attend, in_axes, queries)(*arrays)
+
+
+def scan_on_mesh(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
+    log_decay: Float[Array, "..."] | None,
+    segment_ids: Array | None,
+    state: Float[Array, "B H K _"] | None,
+    **options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K _"] | None]:
+    """`linear_scan`; on a mesh every device scans its own rows, heads and tokens.
+
+    Args:
+      q, k, v, log_decay, segment_ids: as `kernels_pallas.linear_scan`.
+      state: before the first token; None for zeros.
+      options: static arguments of the scan.
+
+    Returns:
+      The output, and the state after the last token if one was given.
+    """
+    # Along a mesh axis of tokens the states are sent on, not the tokens.
+    cuts_tokens = is_cut("length", q.shape[1])
+
+    def scan(
+        q,
+        k,
+        v,
+        log_decay,
+        segment_ids,
+        state=None,
+    ):
+        inputs = {
+            "initial_state": state,
+            "return_final_state": state is not None,
+            "segment_ids": segment_ids,
+        }
+        if cuts_tokens:
+            # The states go on from device to device.
+            axis = mesh_axis("length")
+            return linear_scan_sharded(
+                q,
+                k,
+                v,
+                log_decay,
+                axis_name=axis,
+                **inputs,
+                **options,
+            )
+        return linear_scan(
+            q,
+            k,
+            v,
+            log_decay,
+            **inputs,
+            **options,
+        )
+
+    tokens = ("batch", "length")
+    heads = (*tokens, "heads", None)
+    kv_heads = (*tokens, "kv_heads", None)
+    state_axes = ("batch", "heads", None, None)
+    # By rank: none, [H], [B, T, H], [B, T, H, K].
+    decay_axes = {
+        0: (),
+        1: ("heads",),
+        3: (*tokens, "heads"),
+        4: heads,
+    }
+    rank = 0 if log_decay is None else log_decay.ndim
+    in_axes = (heads, kv_heads, kv_heads, decay_axes[rank], tokens)
+    arrays = (q, k, v, log_decay, segment_ids)
+    if state is None:
+        return per_shard(scan, in_axes, heads)(*arrays), None
+    return per_shard(scan, (*in_axes, state_axes), [heads, state_axes])(*arrays, state)
