@@ -117,7 +117,8 @@ def train(run: Run, workdir: Path, stop: Stop) -> TrainState | None:
             state = restored.state
             start = restored.data_index
         writers = make_writers(workdir, settings.steps, start)
-        tracing = StepTrace(_PROFILE.value, start, workdir / "profile", say)
+        folder = workdir / "profile"
+        tracing = StepTrace(_PROFILE.value, start, settings.steps, folder, say)
         with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog, tracing as trace:
             log = StepLog(run, writers, watchdog)
             stop.between_steps(run.mesh)

@@ -14,17 +14,26 @@ class StepTrace:
     However the loop ends, a trace that has begun is written.
     """
 
-    def __init__(self, first: int, start: int, folder: Path, report: Callable[[str], None]):
+    def __init__(
+        self,
+        first: int,
+        start: int,
+        last: int,
+        folder: Path,
+        report: Callable[[str], None],
+    ):
         """Does nothing yet.
 
         Args:
           first: the first step of the trace; 0 for none.
           start: steps done before the loop. The first step after them compiles: there is nothing
             to see in it, and the trace begins later.
+          last: the last step of the loop.
           folder: where the trace goes.
           report: called with one line when it is written, or when no step was traced.
         """
         self._first = max(first, start + 2) if first else 0
+        self._last = last
         self._folder = folder
         self._report = report
         self._traced: int | None = None  # steps since the trace began
@@ -38,7 +47,7 @@ class StepTrace:
             self._traced += 1
             if self._traced == STEPS:
                 self._finish()
-        elif step == self._first - 1:
+        elif step == self._first - 1 and step < self._last:
             jax.profiler.start_trace(self._folder)
             self._traced = 0
 

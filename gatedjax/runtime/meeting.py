@@ -159,7 +159,7 @@ def _join(place: Place, seconds: float, deadline: float) -> None:
 def _reason_of_silence(deadline: float) -> str:
     """Why a connection gave no answer of ours."""
     if time.monotonic() >= deadline:
-        return "process 0 did not let this process go on, as it does when all have come,"
+        return "what answers did not let this process go on, as process 0 does when all have come,"
     return "something answers that is no process 0 waiting for others"
 
 

@@ -19,14 +19,19 @@ def open_absent() -> None:
     Otherwise the next file that is opened becomes standard output, and what a library prints goes
     into it.
     """
+    vacant = [descriptor for _, descriptor, _ in _STREAMS if _occupy(descriptor)]
     for name, descriptor, mode in _STREAMS:
-        _occupy(descriptor)
-        if getattr(sys, name) is None:
-            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (open as long as we)
-            setattr(sys, name, stream)
+        if getattr(sys, name) is not None:
+            continue
+        # If not vacant, a file that is in use has that number by now.
+        place = descriptor if descriptor in vacant else os.devnull
+        closes = place == os.devnull
+        stream = open(place, mode, encoding="utf-8", closefd=closes)  # noqa: SIM115 (stays open)
+        setattr(sys, name, stream)
 
 
-def _occupy(descriptor: int) -> None:
+def _occupy(descriptor: int) -> bool:
+    """Opens the descriptor if it is closed; whether it was."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -34,6 +39,8 @@ def _occupy(descriptor: int) -> None:
         if nothing != descriptor:
             os.dup2(nothing, descriptor)
             os.close(nothing)
+        return True
+    return False
 
 
 def write_any_text() -> None:
