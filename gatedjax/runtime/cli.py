@@ -154,28 +154,6 @@ def _guarded[T](call: Callable[[], T]) -> T:
     """The result of `call`; ends the process with one line on what is not a bug of ours."""
     try:
         return call()
-    except StorageError as e:
-        leave(str(e), EXIT_FAILED)
-    except InputError as e:
-        leave(str(e), EXIT_BAD_INPUT)
-    except TrainingError as e:
-        leave(str(e), EXIT_FAILED)
-    except BrokenPipeError:
-        # `| head -1` has read enough, and wants no message.
-        streams.connect_to_nothing(sys.stdout)
-        _end(EXIT_NO_READER)
-    except OSError as e:
-        message = f"{e.strerror}: {e.filename}" if e.filename else str(e)
-        if e.errno in PASSING_ERRNOS:
-            leave(message, EXIT_FAILED)
-        if e.errno not in _USER_ERRNOS:
-            raise
-        leave(message, EXIT_BAD_INPUT)
-    except jax.errors.JaxRuntimeError as e:
-        # The loss of a process surfaces as whatever the current call makes of it.
-        if _processes() == 1 or not _PEER_LOST.search(str(e)):
-            raise
-        leave(f"another process of this run was lost ({e})", EXIT_FAILED)
     except Stopped as e:
         # Nothing had to be finished: that is what was asked for.
         interrupted = e.number == signal.SIGINT
@@ -183,6 +161,48 @@ def _guarded[T](call: Callable[[], T]) -> T:
         _end(EXIT_INTERRUPTED if interrupted else 0)
     except KeyboardInterrupt:
         leave("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # `| head -1` has read enough, and wants no message.
+        streams.connect_to_nothing(sys.stdout)
+        _end(EXIT_NO_READER)
+    except Exception as e:
+        end = _plain(e)
+        if end is None:
+            raise
+        leave(*end)
+
+
+def _plain(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit code of an error that is no bug of ours; None of a bug."""
+    if isinstance(error, StorageError | TrainingError):
+        return str(error), EXIT_FAILED
+    if isinstance(error, InputError):
+        return str(error), EXIT_BAD_INPUT
+    loss = _loss_of_a_process(error)
+    if loss is not None:
+        return f"another process of this run was lost ({loss})", EXIT_FAILED
+    if not isinstance(error, OSError):
+        return None
+    message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    if error.errno in PASSING_ERRNOS:
+        return message, EXIT_FAILED
+    return (message, EXIT_BAD_INPUT) if error.errno in _USER_ERRNOS else None
+
+
+def _loss_of_a_process(error: BaseException) -> BaseException | None:
+    """What jax's runtime said when another process was lost, if that is behind the error.
+
+    It surfaces as whatever the current call makes of it: orbax raises a TimeoutError from it.
+    """
+    if _processes() == 1:
+        return None
+    cause: BaseException | None = error
+    while cause is not None:
+        of_runtime = isinstance(cause, jax.errors.JaxRuntimeError)
+        if of_runtime and _PEER_LOST.search(str(cause)):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def _processes() -> int:

@@ -4,7 +4,6 @@ ROUNDS says how many. With several processes another one gets the signal in each
 that is not stopped ends after its last step, with "lost".
 """
 
-import functools
 import os
 import random
 import signal
@@ -27,7 +26,6 @@ from gatedjax.training.run import prepare, with_vocab
 
 LONGEST_WAIT = 0.12  # seconds: some twenty steps, with five checkpoints
 chance = random.Random(0)  # the same on all processes
-make_step = functools.cache(train.jit_train_step)
 
 
 def send_later(delay, times):
@@ -55,7 +53,7 @@ def main(_):
     config = with_vocab(config, load_tokenizer(config.data.tokenizer))
     launch.start()
     run = prepare(config)
-    step = make_step(run.config, run.tx, run.shardings)
+    step = train.jit_train_step(run.config, run.tx, run.shardings)
     for number in range(int(os.environ["ROUNDS"])):
         delay = chance.random() * LONGEST_WAIT
         is_mine = number % jax.process_count() == jax.process_index()

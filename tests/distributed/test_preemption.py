@@ -101,7 +101,8 @@ def test_a_killed_process_ends_the_others_within_the_heartbeat(place, victim):
     with started(
         place, f"killed-{victim}", MESH, LONG, "--heartbeat_seconds=10", processes=2
     ) as running:
-        running[0].wait_for(is_step(5))
+        # Step 8 is saved when step 4 has been.
+        running[0].wait_for(is_step(9))
         running[victim].popen.send_signal(signal.SIGKILL)
         start = time.monotonic()
         other = running[1 - victim]

@@ -131,6 +131,15 @@ def test_a_lost_process_is_one_line(ended, words, saved):
     assert ended(jax.errors.JaxRuntimeError(words))[1].endswith("; the last checkpoint is intact\n")
 
 
+@pytest.mark.usefixtures("of_several")
+def test_a_lost_process_behind_another_error_is_found(ended):
+    """As orbax raises it: an OSError without an errno."""
+    error = TimeoutError("Timeout waiting at barrier 'save'")
+    error.__cause__ = jax.errors.JaxRuntimeError(LOSSES[1])
+    code, err = ended(error)
+    assert code == 1 and "another process of this run was lost" in err
+
+
 @pytest.mark.parametrize("end", [TrainingError("diverged"), KeyboardInterrupt(), StorageError("x")])
 def test_only_who_has_a_checkpoint_says_so(ended, saved, tmp_path, end):
     """Of training: a folder without steps, or with half of one, is none."""
