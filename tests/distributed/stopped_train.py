@@ -24,7 +24,7 @@ from gatedjax.runtime import cli, launch
 from gatedjax.runtime.stop import Stop
 from gatedjax.training.run import prepare, with_vocab
 
-LONGEST_WAIT = 0.12  # seconds: some twenty steps, with five checkpoints
+LONGEST_WAIT = 0.4  # seconds: up to a hundred steps, with a checkpoint at every fourth
 chance = random.Random(0)  # the same on all processes
 
 

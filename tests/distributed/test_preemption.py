@@ -72,7 +72,7 @@ def test_no_sigterm_is_lost(place, processes):
     ends = rounds(running)
     assert [end for end, _ in ends[0]] == ["stopped"] * count
     assert all(of_process == ends[0] for of_process in ends)
-    assert len({step for _, step in ends[0]}) > 5, "the moments differ"
+    assert len({step for _, step in ends[0]}) > 1, "the moments differ"
 
 
 @pytest.mark.slow
