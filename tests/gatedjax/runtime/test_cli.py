@@ -103,7 +103,7 @@ OURS = [
 
 
 @pytest.mark.parametrize("bug", OURS, ids=str)
-@pytest.mark.usefixtures("of_several")
+@pytest.mark.usefixtures("of_several", "ended")
 def test_a_bug_that_mentions_other_processes_keeps_its_traceback(bug):
     def call():
         raise bug
