@@ -43,6 +43,8 @@ _PEER_LOST = re.compile(
 )
 # What the operating system says about the user's disks and paths, rather than about our code.
 _USER_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
