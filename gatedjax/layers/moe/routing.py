@@ -226,8 +226,8 @@ def _weights(
         weights = chosen
     if config.selection == "gumbel":
         # Straight through (arXiv 1308.3432, 1611.01144): 1 going forward, the softmax's gradient
-        # going backward.
-        weights = 1.0 + weights - jax.lax.stop_gradient(weights)
+        # going backward. The difference first: it is exactly 0.
+        weights = 1.0 + (weights - jax.lax.stop_gradient(weights))
     if config.renormalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return config.scale * weights

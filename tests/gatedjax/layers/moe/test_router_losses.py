@@ -7,15 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import rel_rms
 from tiny_run import plain, random_batch, run_steps
 
 from gatedjax.config import FrozenDict, ModelConfig, RouterConfig, SparseMoEConfig
+from gatedjax.data import Batch
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import balance_loss, load_metrics, router_losses, weight_here
 from gatedjax.layers.moe.routing import Routing, count_places
 from gatedjax.layers.moe.statistics import Extent, as_part, router_statistics
+from gatedjax.training.step import _accumulated_gradients, init_state
 
 E, K, L, T = 6, 2, 3, 40
 RNG = np.random.default_rng(0)
@@ -295,6 +298,53 @@ def test_state_moves_with_counts_of_the_whole_batch(alone):
         if path[-1].key == "error"
     ]
     np.testing.assert_allclose(errors[0][0], 1.0 - log[0]["expert_load"][0], atol=1e-6)
+
+
+def padded_batch(i):
+    """Rows of unequal length, two of them empty."""
+    batch = batches(i)
+    length = np.array([0, 32, 5, 31, 17, 9, 3, 30] * 2)[:, None]
+    is_token = np.arange(32) < length
+    keep = lambda a: np.where(is_token, a, 0).astype(a.dtype)
+    return Batch(*(keep(getattr(batch, f.name)) for f in dataclasses.fields(batch)))
+
+
+def gradient_of_step(parts, **losses):
+    """Of one layer whose routers have some losses: gradients, metrics and counts."""
+    config = routed({}, **losses)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, accumulation_steps=parts)
+    )
+    state = jax.eval_shape(lambda: init_state(config, optax.sgd(1.0), jax.random.key(0)))
+    values = np.random.default_rng(0)
+    state = jax.tree.map(lambda s: (0.3 * values.normal(size=s.shape)).astype(s.dtype), state)
+    batch = jax.tree.map(jnp.asarray, padded_batch(0))
+    run = jax.jit(lambda state: _accumulated_gradients(config, state, batch))
+    return jax.device_get(run(state))
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        dict(balance_loss=10.0, sequence_loss=5.0, z_loss=1.0),
+        pytest.param(
+            dict(balance_loss=10.0, z_loss=0.0, capacity_factor=0.5, copy_experts=2),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(balance_loss=0.0, z_loss=1.0), marks=pytest.mark.slow),
+    ],
+)
+def test_micro_batches_make_no_difference_to_router_losses(losses):
+    """Gradients and log of one batch of unequal rows: in one piece, and in eight of two rows."""
+    whole, log, counts = gradient_of_step(1, **losses)
+    assert log["aux_loss"] > 0.1
+    grads, metrics, counts_of_parts = gradient_of_step(8, **losses)
+    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(whole)):
+        assert rel_rms(a, e) < 1e-5, jax.tree_util.keystr(path)
+    assert metrics.keys() == log.keys()
+    for name in log:
+        np.testing.assert_allclose(metrics[name], log[name], rtol=2e-5, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, counts_of_parts, counts)
 
 
 def test_a_skipped_step_leaves_the_state_alone():
