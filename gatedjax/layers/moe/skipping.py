@@ -99,7 +99,7 @@ def chosen_scores(
     config: RouterConfig,
     logits: Float[Array | np.ndarray, "... E"],
     k: int,
-    **inputs: Array,
+    **inputs: Any,
 ) -> Float[Array, "... k"]:
     """The scores of each token's experts, which the threshold is compared with.
 

@@ -7,7 +7,6 @@ document, not over the row that it is packed in, and padding is in none of them.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -105,7 +104,10 @@ def soft_experts_of_documents(
     dispatch: Float[Array, "B T E s"],
     combine: Float[Array, "B T E s"],
     documents: Documents,
-    *experts: Any,
+    gate: Float[Array, "E M F"],
+    up: Float[Array, "E M F"],
+    down: Float[Array, "E F M"],
+    activation: str,
 ) -> Float[Array, "B T M"]:
     """`soft_experts` of every document of packed rows, by itself: the first of every row, then the
     second, and so on. Other documents are selected away, not multiplied by 0.
@@ -115,7 +117,8 @@ def soft_experts_of_documents(
       dispatch: `dispatch_weights`.
       combine: `combine_weights`.
       documents: of the rows.
-      experts: the further arguments of `soft_experts`.
+      gate, up, down: the matrices of the experts' gated MLPs.
+      activation: of the gate.
 
     Returns:
       The outputs, 0 for padding.
@@ -126,7 +129,14 @@ def soft_experts_of_documents(
     def of_document(number: Array, arrays: tuple[Array, Array, Array]) -> Array:
         mask = documents.is_token & (documents.index == number)
         own = [without_padding(array, mask) for array in arrays]
-        return without_padding(soft_experts(*own, *experts), mask)
+        y = soft_experts(
+            *own,
+            gate,
+            up,
+            down,
+            activation,
+        )
+        return without_padding(y, mask)
 
     def add(y: Array, number: Array) -> tuple[Array, None]:
         arrays = (x, dispatch, combine)
@@ -186,16 +196,26 @@ class SoftMoE(FeedForward):
         record(self, "dispatch", dispatch)
         record(self, "combine", combine)
         x = x.astype(self.dtype)
-        experts = (gate, up, down, c.activation)
         if documents is None:
-            y = soft_experts(x, dispatch, combine, *experts)
+            y = soft_experts(
+                x,
+                dispatch,
+                combine,
+                gate,
+                up,
+                down,
+                c.activation,
+            )
         else:
             y = soft_experts_of_documents(
                 x,
                 dispatch,
                 combine,
                 documents,
-                *experts,
+                gate,
+                up,
+                down,
+                c.activation,
             )
         return y, {}, router_logits
 
