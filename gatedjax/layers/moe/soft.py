@@ -128,9 +128,11 @@ def soft_experts_of_documents(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_document(number: Array, arrays: tuple[Array, Array, Array]) -> Array:
         mask = documents.is_token & (documents.index == number)
-        own = [without_padding(array, mask) for array in arrays]
+        own_x, own_dispatch, own_combine = (without_padding(array, mask) for array in arrays)
         y = soft_experts(
-            *own,
+            own_x,
+            own_dispatch,
+            own_combine,
             gate,
             up,
             down,
