@@ -96,6 +96,15 @@ def test_any_bias_is_added_exactly(scoring, grouped):
             assert list(experts) == order or gap < 2e-7 * max(map(abs, preferred)), logits
 
 
+def test_a_bias_decides_beyond_the_digits_of_one():
+    """1 - 2.1e-9 + 3e-9 is above 1 - 2e-22 + 1e-20, and that above 1 - 4e-18."""
+    router = RouterConfig(scoring="sigmoid", bias_rule="sign")
+    bias = jnp.asarray([3e-9, 0.0, 0.0, 1e-20])
+    np.testing.assert_array_equal(
+        chosen(router, [[[20.0, 30, 40, 50]]], 3, bias=bias), [[[0, 3, 2]]]
+    )
+
+
 def test_ties_go_to_the_lower_id_and_nan_is_no_reason_to_fail():
     for name, values in ROUTERS.items():
         tied = chosen(RouterConfig(**values), np.zeros((1, 1, 4)), bias=jnp.zeros(4))
