@@ -5,9 +5,9 @@ does not know `custom_partitioning`, by which an op could learn how they are. So
 kernel in `shard_map`: under plain `jit` on a mesh, every device computes its own rows and heads.
 The rules, in order:
 
-1. Without a mesh, on a mesh of one device, or inside a `shard_map` of the caller's, nothing is split:
-   the arrays are a device's own already. The mesh is the ambient one (`jax.set_mesh`), or else that
-   of the arrays' types.
+1. Without a mesh, on a mesh of one device, or inside a `shard_map` of the caller's, nothing is
+   split: the arrays are a device's own already. The mesh is the ambient one (`jax.set_mesh`), or
+   else that of the arrays' types.
 2. On a mesh with Explicit axes, the types of the arrays say which axes split them. Arrays that are
    split otherwise, over tokens or channels, are moved first.
 3. On a mesh with Auto axes, that cannot be known while tracing, so the names of the axes tell. The
