@@ -375,8 +375,9 @@ def _input_gradients(
     dsink = None
     if inputs.sink_logits is not None:
         assert constants.sink is not None
-        # By row; the rows of a head share its sink.
-        dsink = plan.normalizer.sink_gradient(constants.sink, row.deltas, row.saved)
+        # By row, of all blocks; the rows of a head share its sink.
+        sink = constants.sink[None]
+        dsink = plan.normalizer.sink_gradient(sink, row.deltas, row.saved)
         dsink = blocks.sum_by_head(dsink, plan.block_q).astype(inputs.sink_logits.dtype)
     if inputs.alibi_slopes is not None:
         dslopes = blocks.sum_by_head(dslopes, plan.block_q).astype(inputs.alibi_slopes.dtype)

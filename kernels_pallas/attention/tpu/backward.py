@@ -246,7 +246,7 @@ def _kernel(
         )
 
         def fast_or_careful(add_tile: Callable[..., None] = add_tile) -> None:
-            careful = tile.has_large(refs["k"][0]) | tile.has_large(refs["v"][0])
+            careful = tile.has_large(refs["k"][0], refs["v"][0])
             careful = careful | (scratch.careful[0] != 0)
             lax.cond(careful, partial(add_tile, careful=True), add_tile)
 
@@ -318,10 +318,7 @@ def _queries_have_large(
 ) -> Array:
     """Whether a block of queries, its do or a statistic of its rows needs careful products."""
     deltas, saved = _statistics(plan, refs, scratch, slice(None))
-    found = tile.has_large(refs["q"][0]) | tile.has_large(scratch.do[...])
-    for row in (*deltas, *saved):
-        found = found | tile.has_large(row)
-    return found
+    return tile.has_large(refs["q"][0], scratch.do[...], *deltas, *saved)
 
 
 def _write_gradients_by_row(

@@ -73,12 +73,21 @@ def matmul(
 LARGE_EXPONENT = 59
 
 
-def has_large(x: Array) -> Array:
-    """Whether any number of a block is NaN, infinite, or at least 2^59: a scalar bool.
+def has_large(*blocks: Array) -> Array:
+    """Whether any number of some blocks is NaN, infinite, or at least 2^59: a scalar bool.
 
     By integers, so that NaN needs no care: what is added to a number's exponent carries into the
-    place of its sign if the exponent is as large. Of bfloat16 two are tested in one lane.
+    place of its sign if the exponent is as large. Of bfloat16 two are tested in one lane. What is
+    slow is the way from lanes to a scalar, and all blocks go it together.
     """
+    found = _large_by_lane(blocks[0])
+    for x in blocks[1:]:
+        found = jnp.maximum(found, _large_by_lane(x))
+    return jnp.max(found) > 0
+
+
+def _large_by_lane(x: Array) -> Array:
+    """1 where `has_large` is true of a number in that place of a register, [8 or 1, 128]."""
     # The exponent of 2^59 is 59 + 127; the sign is 256 beyond an exponent of 0.
     to_sign = 256 - (LARGE_EXPONENT + 127)
     if x.dtype == jnp.bfloat16:
@@ -92,15 +101,16 @@ def has_large(x: Array) -> Array:
         carry = to_sign << 23
         signs = 0x80000000 - 2**32
     carried = (x & exponents) + carry
-    # Rows are folded onto the sublanes of a register.
-    while carried.shape[0] > 8:
+    # Registers are folded onto one: in halves, and what is odd one by one.
+    while carried.shape[0] % 16 == 0:
         half = carried.shape[0] // 2
-        rest = carried[2 * half :]
-        carried = carried[:half] | carried[half : 2 * half]
-        if rest.shape[0]:
-            carried = jnp.concatenate([carried, rest])
-    found = (carried & signs != 0).astype(jnp.float32)
-    return jnp.max(found) > 0
+        carried = carried[:half] | carried[half:]
+    rows = min(8, carried.shape[0])
+    folded = jnp.zeros((rows, LANES), jnp.int32)
+    for row in range(0, carried.shape[0], rows):
+        for lane in range(0, carried.shape[1], LANES):
+            folded = folded | carried[row : row + rows, lane : lane + LANES]
+    return (folded & signs != 0).astype(jnp.float32)
 
 
 def selecting_product(
