@@ -169,8 +169,13 @@ def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Array:
             alibi_slopes=inputs.alibi_slopes,
             segment_ids=inputs.q_segments,
         ),
-        # The plan begins with the options.
-        AttentionOptions(*plan[: len(AttentionOptions._fields)]),
+        AttentionOptions(
+            normalizer=plan.normalizer,
+            causal=plan.causal,
+            window=plan.window,
+            logits_soft_cap=plan.logits_soft_cap,
+            scale=plan.scale,
+        ),
         first=inputs.first,
         key_segment_ids=inputs.k_segments,
         distances=inputs.distances,

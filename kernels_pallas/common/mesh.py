@@ -119,11 +119,13 @@ def by_rows_and_heads(
 
     # Types must say what the specs say. Under `jit`, because outside of it a mesh without devices
     # will not do.
+    shardings = [None if spec is None else NamedSharding(mesh, spec) for spec in in_specs]
+
     @jax.jit
     def moved_and_split(*arrays: Array | None):
         moved = [
-            None if x is None else jax.sharding.reshard(x, NamedSharding(mesh, spec))
-            for x, spec in zip(arrays, in_specs)
+            None if x is None else jax.sharding.reshard(x, sharding)
+            for x, sharding in zip(arrays, shardings)
         ]
         return split(*moved)
 

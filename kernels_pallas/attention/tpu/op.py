@@ -198,9 +198,9 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Array:
     """`_attention` for second derivatives."""
     B = inputs.q.shape[0]
     gate_logits = inputs.gate_logits
-    if plan.gate == "element":
+    if gate_logits is not None and plan.gate == "element":
         gate_logits = _columns_as_heads(gate_logits, plan.V)
-    elif plan.gate == "head":
+    elif gate_logits is not None:
         # [B, H, 1, T] -> [B, T, H, 1]
         gate_logits = jnp.moveaxis(gate_logits, 3, 1)
     segment_ids = inputs.segment_ids
