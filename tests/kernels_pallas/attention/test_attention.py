@@ -308,7 +308,14 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        pytest.param("reference", marks=pytest.mark.slow),
+        pytest.param("tpu", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("how", EXPLICIT)
 def test_explicit_axes(how, implementation):
     """On `jax.make_mesh`'s default axes, however the arrays lie on it: values and gradients."""
