@@ -197,7 +197,7 @@ def _write_dq(
 ) -> None:
     # The tiles' products lack the factor scale: once here instead of once a tile.
     store(refs["dq"], rows, sums.dq * plan.scale)
-    if plan.slopes:
+    if sums.dslopes is not None:
         pltriton.store(refs["dslopes"].at[rows], sums.dslopes)
 
 
