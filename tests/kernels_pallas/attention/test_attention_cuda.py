@@ -92,14 +92,14 @@ def test_no_size_and_dtype_that_is_claimed_spills(target, dtype, D):
 
 
 # What a warp issues for a tile, at D = 128 on Hopper; with the exponential of CUDA's library it was
-# 631, 576 and 418.
+# 627, 576 and 446, and ptxas serialized the matrix instructions of dkdv (C7515).
 TILE_INSTRUCTIONS = {"forward": 420, "dq": 382, "dkdv": 388}
 
 
 @needs_ptxas
 @pytest.mark.skipif(not find_nvdisasm(), reason="there is no nvdisasm (pip install triton)")
 def test_instructions_of_a_tile():
-    case = make_case("attention", "B1,T4096,H2,D128", "bfloat16", {})
+    case = make_case("attention", "B4,T4096,H16,D128", "bfloat16", {})
     kernels = kernels_of("cuda:h100", case.backward(), *case.backward_args())
     counts = {k.name.removeprefix("attention_"): k.tile_instructions for k in kernels}
     assert counts.keys() == TILE_INSTRUCTIONS.keys()
