@@ -4,6 +4,7 @@ Projections, norms, positions, scales and the gate around `kernels_pallas.attent
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -377,7 +378,7 @@ class GatedAttention(Mixer):
 
 def normalizer_of(c: GatedAttentionConfig) -> Normalizer:
     """The normalizer of `config.normalizer`, with the configuration's parameters."""
-    parameters = {
+    parameters: dict[str, dict[str, Any]] = {
         "sigmoid": {"length": c.normalizer_length},
         "relu": {"length": c.normalizer_length},
         "relu_squared": {"length": c.normalizer_length},
