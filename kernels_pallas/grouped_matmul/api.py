@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.common.checks import (
+    FLOATS,
+    as_bounded_int32,
     check_float,
     check_integer,
     check_interpret,
@@ -39,9 +41,10 @@ def grouped_matmul(
     Args:
       lhs: float16, bfloat16, float32 (or float64 under x64). Sums are float32.
       rhs: one matrix for each group, of lhs's dtype.
-      group_sizes: integers >= 0. Rows beyond their sum give zeros and get zero gradient; an empty
-        group gets zero gradient. Not checked: values are unknown under jit. Rows counted beyond M
-        do not exist.
+      group_sizes: integers >= 0, of any width and sign. Rows beyond their sum give zeros and get
+        zero gradient; an empty group gets zero gradient. Not checked: values are unknown under jit.
+        A negative size is one of 0, and rows counted beyond M do not exist. What is in rows beyond
+        the sum does not matter, NaN neither.
       preferred_element_type: dtype of the result; lhs's if None.
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
@@ -55,10 +58,13 @@ def grouped_matmul(
 
     Source: MegaBlocks, arXiv 2211.15841.
     """
+    lhs = jnp.asarray(lhs)
+    rhs = jnp.asarray(rhs)
     _check(lhs, rhs, group_sizes)
+    group_sizes = as_bounded_int32(OP, "group_sizes", group_sizes, most=lhs.shape[0])
     check_interpret(OP, interpret, implementation)
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
-    if not jnp.issubdtype(out_dtype, jnp.floating):
+    if out_dtype not in FLOATS:
         raise ValueError(
             f"{OP}: preferred_element_type: got {out_dtype}, expected None or a float dtype"
         )

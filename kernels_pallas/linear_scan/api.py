@@ -8,15 +8,15 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.common.checks import check_interpret, default_scale
+from kernels_pallas.common.checks import as_array, as_ids, check_interpret, default_scale
 from kernels_pallas.common.mesh import by_rows_and_heads, varying_together
 from kernels_pallas.linear_scan import reference, xla
 from kernels_pallas.linear_scan.checks import (
     check_bonus,
-    check_chunk_size,
     check_segment_ids,
     check_state,
     check_tokens,
+    checked_chunk_size,
 )
 from kernels_pallas.linear_scan.gpu import op as gpu
 from kernels_pallas.linear_scan.gpu import step as gpu_step
@@ -92,11 +92,14 @@ def linear_scan(
     HGRN2 2404.07904; RWKV-6 2404.05892.
     """
     op = "linear_scan"
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    log_decay, bonus, initial_state = map(as_array, (log_decay, bonus, initial_state))
+    segment_ids = as_ids(op, "segment_ids", segment_ids)
     check_tokens(op, q, k, v, log_decay, has_time=True)
     check_bonus(op, q, bonus, inclusive)
     check_state(op, "initial_state", q, v, initial_state, normalize)
     check_segment_ids(op, q, segment_ids)
-    check_chunk_size(op, chunk_size)
+    chunk_size = checked_chunk_size(op, chunk_size)
     check_interpret(op, interpret, implementation)
 
     B, T, H, K = q.shape
@@ -189,6 +192,8 @@ def linear_scan_step(
       NotImplementedError: the implementation asked for does not cover this call.
     """
     op = "linear_scan_step"
+    q, k, v, state = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(state)
+    log_decay, bonus = map(as_array, (log_decay, bonus))
     check_tokens(op, q, k, v, log_decay, has_time=False)
     check_bonus(op, q, bonus, inclusive)
     check_state(op, "state", q, v, state, normalize)
