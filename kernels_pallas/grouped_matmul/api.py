@@ -1,5 +1,7 @@
 """`grouped_matmul`: the public function. Checks, defaults and the choice of implementation."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -14,7 +16,7 @@ from kernels_pallas.common.checks import (
     check_interpret,
     check_same_dtype,
 )
-from kernels_pallas.common.mesh import varying_together
+from kernels_pallas.common.mesh import by_sorted_rows, has_explicit_axes, varying_together
 from kernels_pallas.grouped_matmul import reference, xla
 from kernels_pallas.grouped_matmul.gpu import op as gpu
 from kernels_pallas.grouped_matmul.tpu import op as tpu
@@ -80,9 +82,15 @@ def grouped_matmul(
         return tpu.grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
     if chosen == "gpu":
         return gpu.grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
-    if chosen == "xla":
-        return xla.grouped_matmul(*arrays, out_dtype=out_dtype)
-    return reference.grouped_matmul(*arrays, out_dtype=out_dtype)
+    plain = partial(
+        xla.grouped_matmul if chosen == "xla" else reference.grouped_matmul,
+        out_dtype=out_dtype,
+    )
+    if not has_explicit_axes():
+        # On Auto axes XLA splits it.
+        return plain(*arrays)
+    lhs, rhs, group_sizes = arrays
+    return by_sorted_rows(plain, [lhs], [rhs], group_sizes)
 
 
 def _check(

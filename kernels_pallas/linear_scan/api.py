@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.common.checks import as_array, as_ids, check_interpret, default_scale
-from kernels_pallas.common.mesh import by_rows_and_heads, varying_together
+from kernels_pallas.common.derivative import differentiated_as
+from kernels_pallas.common.mesh import by_rows_and_heads, has_explicit_axes, varying_together
 from kernels_pallas.linear_scan import reference, xla
 from kernels_pallas.linear_scan.checks import (
     check_bonus,
@@ -150,7 +151,13 @@ def linear_scan(
             inputs = inputs._replace(initial_state=zeros)
         inputs = _prepare_scan(inputs)
         plain = reference if chosen == "reference" else xla
-        o, final_state = plain.linear_scan(inputs, options)
+
+        def run_plain(*arrays: Array | None) -> tuple[Array, Array]:
+            return plain.linear_scan(ScanInputs._make(arrays), options)
+
+        # On Auto axes XLA splits it.
+        split = _scan_on_mesh if has_explicit_axes() else _whole
+        o, final_state = split(run_plain, inputs)
     if not return_final_state:
         return o
     assert final_state is not None
@@ -174,7 +181,8 @@ def linear_scan_step(
     """One token of `linear_scan`, for decoding: the same formulas and arguments without T.
 
     On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel updates the states in
-    place: donate `state` to the surrounding jit, or XLA copies it first.
+    place: donate `state` to the surrounding jit, or XLA copies it first. Differentiable everywhere:
+    the gradient of a kernel is that of the plain step.
 
     Args:
       q, k, v: the query, key and value of one token.
@@ -233,12 +241,24 @@ def linear_scan_step(
     def run_on_gpu(*arrays: Array | None) -> tuple[Array, Array]:
         return gpu_step.linear_scan_step(StepInputs._make(arrays), options)
 
-    if chosen == "tpu":
-        return _step_on_mesh(run_on_tpu, inputs)
-    if chosen == "gpu":
-        return _step_on_mesh(run_on_gpu, inputs)
-    plain = reference if chosen == "reference" else xla
-    return plain.linear_scan_step(inputs, options)
+    def run_on_xla(*arrays: Array | None) -> tuple[Array, Array]:
+        return xla.linear_scan_step(StepInputs._make(arrays), options)
+
+    def run_reference(*arrays: Array | None) -> tuple[Array, Array]:
+        return reference.linear_scan_step(StepInputs._make(arrays), options)
+
+    if chosen in ("tpu", "gpu"):
+        kernel = run_on_tpu if chosen == "tpu" else run_on_gpu
+        # One token is quickly computed once more.
+        return _step_on_mesh(differentiated_as(kernel, run_on_xla), inputs)
+    plain = run_reference if chosen == "reference" else run_on_xla
+    split = _step_on_mesh if has_explicit_axes() else _whole
+    return split(plain, inputs)
+
+
+def _whole(run: Callable, inputs: ScanInputs | StepInputs) -> tuple[Array, Array]:
+    """As `_scan_on_mesh`, where nothing is to be split."""
+    return run(*inputs)
 
 
 # --- from the arguments to the arrays of a backend

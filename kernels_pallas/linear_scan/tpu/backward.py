@@ -360,7 +360,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
     # Queries, cotangents and decays go into dstate and stay there; keys and values into dq.
     total = jnp.sum(after_ref[...]) + grid.sum_of_events(refs) + jnp.sum(checks[0])
 
-    @pl.when(tile.is_suspect(total))
+    @tile.unless_finite(total)
     def _():
         after_ref[...] = before_ref[...]
         if "dbonus" in refs:

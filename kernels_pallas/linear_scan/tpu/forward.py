@@ -139,7 +139,9 @@ def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:
         from_ref = after_ref
 
     # Every key, value and decay went into the state, and NaN and Inf stay there.
-    @pl.when(tile.is_suspect(jnp.sum(after_ref[...]) + grid.sum_of_events(refs)))
+    total = jnp.sum(after_ref[...]) + grid.sum_of_events(refs)
+
+    @tile.unless_finite(total)
     def _():
         after_ref[...] = before_ref[...]
         grid.for_each_chunk_and_head(head_with_nan)

@@ -14,12 +14,12 @@ independent heads by itself.
 `reverse` swaps which of two tokens is the earlier one; nothing else changes.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from kernels_pallas.linear_scan import nonfinite
 
@@ -107,10 +107,18 @@ def row(column: Float[Array, "C 1"]) -> Float[Array, "1 C"]:
     return jnp.transpose(lanes)[:1]
 
 
-def is_suspect(total: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether a sum is not finite, as a comparison of scalars."""
-    # NaN compares as false.
-    return jnp.logical_not(jnp.abs(total) < jnp.inf)
+def unless_finite(total: Float[Array, ""]) -> Callable[[Callable[[], None]], None]:
+    """As `pl.when`, for a sum that is hardly ever NaN or infinite."""
+
+    def nothing() -> None:
+        pass
+
+    def decorate(body: Callable[[], None]) -> None:
+        # NaN compares as false. The usual case first: the replay of a schedule (`gatedjax.aot`)
+        # takes a branch that depends on data as not taken.
+        lax.cond(jnp.abs(total) < jnp.inf, nothing, body)
+
+    return decorate
 
 
 def merge_levels(chunk: int, reverse: bool) -> Int[Array, "C C"]:
