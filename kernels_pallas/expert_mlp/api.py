@@ -78,7 +78,8 @@ def expert_mlp(
         "tpu": tpu.unsupported(inputs),
         "gpu": gpu.unsupported(rows),
     }
-    chosen = dispatch.choose(OP, implementation, refusals)
+    chosen = dispatch.choose(OP, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(OP, chosen, interpret, inputs)
     if chosen == "tpu":
         # `composed` leaves this to `grouped_matmul`.
         return tpu.expert_mlp(

@@ -75,9 +75,11 @@ def grouped_matmul(
         "tpu": tpu.unsupported(lhs, rhs),
         "gpu": gpu.unsupported(lhs),
     }
-    chosen = dispatch.choose(OP, implementation, refusals)
+    inputs = (lhs, rhs, group_sizes)
+    chosen = dispatch.choose(OP, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(OP, chosen, interpret, inputs)
     # Before any custom_vjp, so that gradients of replicated arrays are summed over the mesh.
-    arrays = varying_together((lhs, rhs, group_sizes))
+    arrays = varying_together(inputs)
     if chosen == "tpu":
         return tpu.grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
     if chosen == "gpu":

@@ -130,7 +130,8 @@ def linear_scan(
         "tpu": tpu.unsupported(inputs, options),
         "gpu": gpu.unsupported(inputs, options),
     }
-    chosen = dispatch.choose(op, implementation, refusals)
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     if chosen in ("tpu", "gpu"):
         kernel = tpu if chosen == "tpu" else gpu
         inputs = _prepare_scan(inputs)
@@ -227,7 +228,8 @@ def linear_scan_step(
         "tpu": tpu_step.unsupported(inputs, options),
         "gpu": gpu_step.unsupported(inputs, options, interpret=interpret),
     }
-    chosen = dispatch.choose(op, implementation, refusals)
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     # From here on the state is in the dtype of the computation.
     inputs = _prepare_step(inputs)
 

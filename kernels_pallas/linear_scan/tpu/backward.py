@@ -9,6 +9,7 @@ something that is not finite is taken once more, as in the forward kernel.
 
 from collections.abc import Callable, Generator
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -130,7 +131,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
     # As in the forward kernel: the cotangent after the step stays, in case it is taken once more.
     # Asked for once: inside a condition the interpreter does not know it.
     step = pl.program_id(2)
-    half = step % 2
+    half = jax.lax.rem(step, jnp.int32(2))
     before_ref = dstate_ref.at[half]
     after_ref = dstate_ref.at[1 - half]
 
@@ -296,14 +297,13 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         elif dlog_decay is not None:
             tokens.store_scalar_dlog_decay(dlog_decay)
 
-    # Sums of what shows that a key or value is not finite: [8, K], and a row for scalar decays.
-    checks: list[Array] = []
-
     def head(chunk: int, h: int, from_ref: Ref, sums: dict) -> Generator:
         tokens = Tokens(grid, refs, step, chunk, h)
 
         def keep_dstate(dstate: Array) -> None:
             after_ref[h] = dstate
+            if chunk == chunks[-1]:
+                check.add(dstate)
 
         # The state before the chunk, and the cotangent of the one after it.
         state = refs["states"][0, h, chunk]
@@ -314,11 +314,11 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             keep_dstate,
         )
         store(tokens, dq, dk, dv, dlog_decay, sums)
-        first, *others = tile.split_rows(dq)
-        check = jnp.sum(sum(others, first), axis=0, keepdims=True)
+        # Queries, cotangents and decays go into dstate and stay there; keys and values into dq, or
+        # only into the decays' gradient.
+        check.add(dq)
         if plan.decay == "scalar":
-            check = check + jnp.sum(dlog_decay, axis=1, keepdims=True)
-        checks[:] = [check if not checks else checks[0] + check]
+            check_of_decays.add(dlog_decay)
 
     def head_with_nan(chunk: Array, h: Array) -> Generator:
         tokens = Tokens(grid, refs, step, chunk, h, clean=True)
@@ -350,15 +350,17 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             tokens.poison_dbonus(is_bad.dbonus)
 
     from_ref = before_ref
-    for chunk in grid.chunk_order():
+    chunks = grid.chunk_order()
+    check = tile.Check()
+    check_of_decays = tile.Check()
+    for chunk in chunks:
         # Parts of dk and dv, of query heads that share a key or value head.
         sums: dict = {}
         heads = [head(chunk, h, from_ref, sums) for h in range(grid.schedule.heads)]
         tile.interleave(heads, grid.schedule.lag)
         from_ref = after_ref
 
-    # Queries, cotangents and decays go into dstate and stay there; keys and values into dq.
-    total = jnp.sum(after_ref[...]) + grid.sum_of_events(refs) + jnp.sum(checks[0])
+    total = check.total() + check_of_decays.total() + grid.sum_of_events(refs)
 
     @tile.unless_finite(total)
     def _():

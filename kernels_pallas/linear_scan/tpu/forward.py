@@ -10,6 +10,7 @@ Inf reach only what sees them (`../nonfinite.py`).
 
 from collections.abc import Generator
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -58,7 +59,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:
     # The state before the step stays, in case the step has to be taken once more.
     # Asked for once: inside a condition the interpreter does not know it.
     step = pl.program_id(2)
-    half = step % 2
+    half = jax.lax.rem(step, jnp.int32(2))
     before_ref = state_ref.at[half]
     after_ref = state_ref.at[1 - half]
 
@@ -112,6 +113,8 @@ def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:
             from_ref[h],
         )
         after_ref[h] = new_state
+        if chunk == chunks[-1]:
+            check.add(new_state)
         tokens.store("o", plan.H, plan.V, o)
 
     def head_with_nan(chunk: Array, h: Array) -> Generator:
@@ -132,14 +135,16 @@ def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:
         tokens.store("o", plan.H, plan.V, poisoned(is_bad.o > 0, o))
 
     from_ref = before_ref
-    for chunk in grid.chunk_order():
+    chunks = grid.chunk_order()
+    check = tile.Check()
+    for chunk in chunks:
         # One chunk after the other, as the state goes through them; heads are independent.
         heads = [head(chunk, h, from_ref) for h in range(grid.schedule.heads)]
         tile.interleave(heads, grid.schedule.lag)
         from_ref = after_ref
 
     # Every key, value and decay went into the state, and NaN and Inf stay there.
-    total = jnp.sum(after_ref[...]) + grid.sum_of_events(refs)
+    total = check.total() + grid.sum_of_events(refs)
 
     @tile.unless_finite(total)
     def _():

@@ -174,7 +174,7 @@ class Grid(NamedTuple):
         """Query heads that share one of `num_heads` heads."""
         return self.plan.H // num_heads
 
-    def slot(self, head: int, num_heads: int) -> int:
+    def slot(self, head: int | Array, num_heads: int) -> int | Array:
         """Where the block holds the head, one of `num_heads`, that query head `head` uses.
 
         `head` counts from the first query head of the block.
@@ -183,7 +183,10 @@ class Grid(NamedTuple):
         if group_size > self.schedule.heads:
             # All query heads of the block use the same one.
             return 0
-        return head // group_size
+        if isinstance(head, int):
+            return head // group_size
+        # Not jnp's division, which asks for a sign, whose lowering asks for the kind of TPU.
+        return jax.lax.div(head, jnp.int32(group_size))
 
     def num_slots(self, num_heads: int) -> int:
         """How many of `num_heads` heads a block holds."""

@@ -166,7 +166,7 @@ class Tokens:
         total_ref = self.refs[f"sum_of_{name}"]
         heads = self.grid.schedule.heads
         num_sharing = min(self.grid.group_size(num_heads), heads)
-        place = self.head % num_sharing
+        place = jax.lax.rem(self.head, jnp.int32(num_sharing))
         total = jnp.where(place == 0, x, total_ref[...] + x)
         total_ref[...] = total
 
