@@ -22,3 +22,23 @@ def differentiated_as(fn: Callable, twin: Callable) -> Callable:
 
     run.defvjp(forward, backward)
     return run
+
+
+def once(op: str, fn: Callable, *args: Any) -> Any:
+    """`fn(*args)`, a kernel of a derivative, which has none itself.
+
+    Raises:
+      NotImplementedError: a second derivative is asked for.
+    """
+
+    @jax.custom_jvp
+    def run(*args: Any) -> Any:
+        return fn(*args)
+
+    @run.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{op}: this kernel has no second derivative; implementation='xla' has one"
+        )
+
+    return run(*args)

@@ -19,6 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from kernels_pallas.common.derivative import once
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
@@ -259,7 +260,8 @@ def _scan(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:
 
 
 def _forward(plan: Plan, x: KernelInputs):
-    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=True)
+    save = partial(forward_kernel.forward, plan, save=True)
+    out = once("linear_scan", save, _kernel_inputs(plan, x))
     outputs = (checkpoint_name(out["o"], OUT_NAME), out.get("final"))
     residuals = (x, checkpoint_name(out["states"], STATES_NAME))
     return outputs, residuals
@@ -268,8 +270,9 @@ def _forward(plan: Plan, x: KernelInputs):
 def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
     x, states = residuals
     do, dfinal = cotangents
-    out = backward_kernel.backward(
-        plan,
+    out = once(
+        "linear_scan",
+        partial(backward_kernel.backward, plan),
         _kernel_inputs(plan, x),
         states,
         do,

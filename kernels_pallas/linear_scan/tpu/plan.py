@@ -221,12 +221,13 @@ class Grid(NamedTuple):
             sharing_blocks = max(1, self.group_size(num_heads) // self.schedule.heads)
         # One row, the tokens of a step, and the heads that the step's query heads use.
         block = (1, self.step_length, self.num_slots(num_heads) * D)
-        return Operand(
-            name,
-            array,
-            block,
-            lambda b, h, t: (b, self.token_block(t), h // sharing_blocks),
-        )
+
+        def index(b, h, t):
+            # As in `slot`.
+            heads = h if sharing_blocks == 1 else jax.lax.div(h, jnp.int32(sharing_blocks))
+            return b, self.token_block(t), heads
+
+        return Operand(name, array, block, index)
 
     def running_sums(self, name: str, array: ArrayOrShape) -> Operand:
         """[B or 1, H, chunks, R, C]."""
