@@ -203,6 +203,8 @@ def _as_specified(
 
     def split(tree: Any, spec: PartitionSpec | None) -> Any:
         # One spec holds for all arrays of a pytree; None where there is none.
+        if spec is None:
+            return tree
         return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), tree)
 
     return tuple(map(split, arrays, specs))

@@ -158,7 +158,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         dstate: Array,
         keep_dstate: Callable[[Array], None],
         segments: nonfinite.Segments | None = None,
-    ) -> Generator:
+    ) -> Generator[None, None, tuple[Array, Array, Array, Array | None]]:
         # `segments` are given where something is not finite.
         run = vector_head if plan.decay == "vector" else scalar_head
         do = tokens.do
@@ -292,9 +292,11 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         tokens.store("dq", plan.H, plan.K, dq)
         tokens.store_sum("dk", plan.Hk, plan.K, dk, sums)
         tokens.store_sum("dv", plan.Hv, plan.V, dv, sums)
+        if dlog_decay is None:
+            return
         if plan.decay == "vector":
             tokens.store("ddecay", plan.H, plan.K, dlog_decay)
-        elif dlog_decay is not None:
+        else:
             tokens.store_scalar_dlog_decay(dlog_decay)
 
     def head(chunk: int, h: int, from_ref: Ref, sums: dict) -> Generator:
