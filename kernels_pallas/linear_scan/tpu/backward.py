@@ -319,7 +319,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         # Queries, cotangents and decays go into dstate and stay there; keys and values into dq, or
         # only into the decays' gradient.
         check.add(dq)
-        if plan.decay == "scalar":
+        if plan.decay == "scalar" and dlog_decay is not None:
             check_of_decays.add(dlog_decay)
 
     def head_with_nan(chunk: Array, h: Array) -> Generator:
@@ -343,7 +343,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         dq = poisoned(is_bad.dq > 0, dq)
         dk = poisoned(is_bad.dk > 0, dk)
         dv = poisoned(is_bad.dv > 0, dv)
-        if plan.decay == "vector":
+        if dlog_decay is not None and plan.decay == "vector":
             dlog_decay = poisoned(is_bad.dlog_decay > 0, dlog_decay)
         elif dlog_decay is not None:
             dlog_decay = poisoned(tile.row(is_bad.dlog_decay) > 0, dlog_decay)
