@@ -30,13 +30,12 @@ from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu import backward as backward_kernel
 from kernels_pallas.linear_scan.tpu import forward as forward_kernel
-from kernels_pallas.linear_scan.tpu.plan import (
-    EVENT_BAD,
-    EVENT_BAD_START,
-    EVENT_START,
-    KernelInputs,
-    Plan,
+from kernels_pallas.linear_scan.tpu.again import (
+    gradients_again,
+    outputs_again,
+    rows_to_compute_again,
 )
+from kernels_pallas.linear_scan.tpu.plan import KernelInputs, Plan
 from kernels_pallas.linear_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
@@ -226,27 +225,23 @@ def _kernel_inputs(plan: Plan, x: KernelInputs) -> KernelInputs:
         return x._replace(starts=starts)
 
     assert x.decay is not None
-    log_decay = split_into_chunks(x.decay)
-    is_good = nonfinite.is_good_log(log_decay)
-    # A sum would carry NaN to other segments and, made by a matmul, to earlier tokens.
-    log_decay = jnp.where(is_good, jnp.maximum(log_decay, tile.LOG_ZERO), 0.0)
-    events = jnp.where(is_good, 0.0, EVENT_BAD)
+    log_decay = jnp.maximum(split_into_chunks(x.decay), tile.LOG_ZERO)
     log_read = log_decay if plan.inclusive else jnp.zeros_like(log_decay)
     if starts is not None:
-        log_decay = jnp.where(starts > 0, tile.LOG_ZERO, log_decay)
-        log_read = jnp.where(starts > 0, tile.LOG_ZERO, log_read)
-        of_starts = jnp.where(is_good, EVENT_START, EVENT_BAD_START)
-        events = jnp.where(starts > 0, of_starts, events)
+        # Logs that are NaN or +inf stay what they are: the state must show them.
+        is_good = nonfinite.is_good_log(log_decay)
+        is_start = starts > 0
+        log_decay = jnp.where(is_start & is_good, tile.LOG_ZERO, log_decay)
+        log_read = jnp.where(is_start & is_good, tile.LOG_ZERO, log_read)
     at_reads, at_ends = tile.running_sums(
         log_decay,
         log_read,
         plan.reverse,
     )
     # Inclusive reads see the sums that the state does.
-    sums = [at_ends] if plan.inclusive else [at_ends, at_reads]
-    rows = jnp.concatenate([*sums, events[None]])
+    sums = at_ends if plan.inclusive else jnp.concatenate([at_ends, at_reads])
     # [R, B, H, N, C] -> [B, H, N, R, C]. The starts are in the sums now.
-    return x._replace(decay=jnp.moveaxis(rows, 0, 3), starts=None)
+    return x._replace(decay=jnp.moveaxis(sums, 0, 3), starts=None)
 
 
 # --- the derivative
@@ -255,47 +250,89 @@ def _kernel_inputs(plan: Plan, x: KernelInputs) -> KernelInputs:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:
     """(o [B, T, H*V], final state [B, H, V, K]), of `_views`."""
-    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=False)
+    out = _run_forward(plan, x, save=False)
     return out["o"], out.get("final")
 
 
+def _run_forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
+    """As the forward kernel, with the rows that it spoiled; "again" says which these were."""
+    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save)
+    again = rows_to_compute_again(out.pop("check"))
+    out["o"], final_state = outputs_again(
+        plan,
+        x,
+        again,
+        out["o"],
+        out.get("final"),
+    )
+    if final_state is not None:
+        out["final"] = final_state
+    return out | {"again": again}
+
+
 def _forward(plan: Plan, x: KernelInputs):
-    save = partial(forward_kernel.forward, plan, save=True)
-    out = once("linear_scan", save, _kernel_inputs(plan, x))
+    run = partial(_run_forward, plan, save=True)
+    out = once("linear_scan", run, x)
     outputs = (checkpoint_name(out["o"], OUT_NAME), out.get("final"))
-    residuals = (x, checkpoint_name(out["states"], STATES_NAME))
+    # The states of rows that were computed again are those that the kernel saved: of no use.
+    saved = (out["states"], out["again"])
+    residuals = (x, *checkpoint_name(saved, STATES_NAME))
     return outputs, residuals
 
 
 def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
-    x, states = residuals
-    do, dfinal = cotangents
-    out = once(
-        "linear_scan",
-        partial(backward_kernel.backward, plan),
+    run = partial(_run_backward, plan)
+    return (once("linear_scan", run, *residuals, *cotangents),)
+
+
+def _run_backward(
+    plan: Plan,
+    x: KernelInputs,
+    states: Array,
+    again: Array,
+    do: Array,
+    dfinal: Array | None,
+) -> KernelInputs:
+    """The gradients of `_views`."""
+    out = backward_kernel.backward(
+        plan,
         _kernel_inputs(plan, x),
         states,
         do,
         dfinal,
     )
+    ddecay = out.get("ddecay")
+    if plan.decay == "scalar":
+        # [B, H, N, 1, C] -> [B, H, T]
+        ddecay = out["ddecay"].reshape(do.shape[0], plan.H, -1)[:, :, : plan.T]
     # Blocks of query heads that share a head left one part each.
-    dk = _sum_of_parts(out["dk"], x.k, plan.Hk)
-    dv = _sum_of_parts(out["dv"], x.v, plan.Hv)
-    ddecay = _dlog_decay(plan, x.decay, out.get("ddecay"))
-    dbonus = None
-    if x.bonus is not None:
-        # The kernel leaves one part for each row.
-        dbonus = out["dbonus"].sum(0).astype(x.bonus.dtype)
     dx = KernelInputs(
         q=out["dq"],
-        k=dk,
-        v=dv,
+        k=_sum_of_parts(out["dk"], x.k, plan.Hk),
+        v=_sum_of_parts(out["dv"], x.v, plan.Hv),
         decay=ddecay,
         starts=None,
-        bonus=dbonus,
+        bonus=out.get("dbonus"),
         state=out.get("dinitial"),
     )
-    return (dx,)
+    dx = gradients_again(
+        plan,
+        x,
+        again | rows_to_compute_again(out["check"]),
+        do,
+        dfinal,
+        dx,
+    )
+
+    # One part for each row, of what all rows share.
+    if dx.bonus is not None:
+        assert x.bonus is not None
+        dx = dx._replace(bonus=dx.bonus.sum(0).astype(x.bonus.dtype))
+    if dx.decay is not None:
+        assert x.decay is not None
+        if x.decay.shape[0] != dx.decay.shape[0]:
+            dx = dx._replace(decay=dx.decay.sum(0, keepdims=True))
+    return dx
 
 
 _scan.defvjp(_forward, _backward)
@@ -309,20 +346,3 @@ def _sum_of_parts(parts: Array, x: Array, num_heads: int) -> Array:
     # The parts of one head are next to each other: [..., heads, parts, D].
     parts = parts.reshape(B, T, num_heads, -1, width // num_heads)
     return parts.sum(3).reshape(x.shape).astype(x.dtype)
-
-
-def _dlog_decay(
-    plan: Plan,
-    logs: Array | None,
-    ddecay: Array | None,
-) -> Array | None:
-    """The kernel's "ddecay" in the shape of `_logs_view`."""
-    if logs is None or ddecay is None or plan.decay == "vector":
-        return ddecay
-    B, H = ddecay.shape[:2]
-    # [B, H, N, 1, C] -> [B, H, T]
-    ddecay = ddecay.reshape(B, H, -1)[:, :, : plan.T]
-    if logs.shape[0] == 1:
-        # All rows have the same decay.
-        return ddecay.sum(0, keepdims=True)
-    return ddecay

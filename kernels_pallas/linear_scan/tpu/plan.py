@@ -5,23 +5,16 @@ registers. States are [V, K]: a decay of the keys is then a row. `reverse`, and 
 a block, are index maps here and masks in `tokens.py`.
 """
 
-from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 from jaxtyping import Float
 
-from kernels_pallas.common.tpu import Interpret, Operand, Ref
-from kernels_pallas.linear_scan.tpu.tile import TileOptions, interleave
-
-# What the last row of a scalar decay says of a token, beside 0. That something is bad shows in the
-# sum of a row.
-EVENT_START = 1.0  # the state is reset before the token
-EVENT_BAD = float("inf")  # its log decay is NaN or +inf
-EVENT_BAD_START = float("-inf")
+from kernels_pallas.common.mesh import like
+from kernels_pallas.common.tpu import Interpret, Operand
+from kernels_pallas.linear_scan.tpu.tile import LANES, ROWS, TileOptions
 
 type ArrayOrShape = Array | jax.ShapeDtypeStruct
 
@@ -97,8 +90,8 @@ class KernelInputs(NamedTuple):
     """The arrays of a kernel, as views that fill registers.
 
     Attributes:
-      decay: for vector decays logs [B, T, H*K]; for scalar ones R rows for each of N chunks,
-        [B or 1, H, N, R, C]: running sums of logs, and at last the `EVENT_*` of each token.
+      decay: for vector decays logs [B, T, H*K]; for scalar ones R rows of running sums of logs in
+        each of N chunks, [B or 1, H, N, R, C].
       starts: 1 where the state is reset before the token; vector decays only.
     """
 
@@ -148,33 +141,13 @@ class Grid(NamedTuple):
         chunks = range(self.schedule.chunks)
         return chunks[::-1] if self.starts_at_end else chunks
 
-    def for_each_chunk_and_head(self, run: Callable[[Array, Array], Generator]) -> None:
-        """Runs generators to their ends in loops, which take less code and more time."""
-        num_chunks = self.schedule.chunks
-
-        @pl.loop(0, num_chunks)
-        def _(i):
-            chunk = num_chunks - 1 - i if self.starts_at_end else i
-
-            @pl.loop(0, self.schedule.heads)
-            def _(h):
-                interleave([run(chunk, h)], None)
-
-    def sum_of_events(self, refs: dict[str, Ref]) -> Array | float:
-        """Not finite if a scalar decay of the step is bad."""
-        if self.plan.decay != "scalar":
-            return 0.0
-        rows = refs["decay"]
-        last = rows.shape[3] - 1
-        return jnp.sum(rows[0, :, :, last:])
-
     # --- grouped heads: several query heads share one key or value head
 
     def group_size(self, num_heads: int) -> int:
         """Query heads that share one of `num_heads` heads."""
         return self.plan.H // num_heads
 
-    def slot(self, head: int | Array, num_heads: int) -> int | Array:
+    def slot(self, head: int, num_heads: int) -> int:
         """Where the block holds the head, one of `num_heads`, that query head `head` uses.
 
         `head` counts from the first query head of the block.
@@ -183,10 +156,7 @@ class Grid(NamedTuple):
         if group_size > self.schedule.heads:
             # All query heads of the block use the same one.
             return 0
-        if isinstance(head, int):
-            return head // group_size
-        # Not jnp's division, which asks for a sign, whose lowering asks for the kind of TPU.
-        return jax.lax.div(head, jnp.int32(group_size))
+        return head // group_size
 
     def num_slots(self, num_heads: int) -> int:
         """How many of `num_heads` heads a block holds."""
@@ -223,7 +193,7 @@ class Grid(NamedTuple):
         block = (1, self.step_length, self.num_slots(num_heads) * D)
 
         def index(b, h, t):
-            # As in `slot`.
+            # Not jnp's division, which asks for a sign, whose lowering asks for the kind of TPU.
             heads = h if sharing_blocks == 1 else jax.lax.div(h, jnp.int32(sharing_blocks))
             return b, self.token_block(t), heads
 
@@ -279,6 +249,13 @@ class Grid(NamedTuple):
             block,
             lambda b, h, t: (b * row_stride, 0, h),
         )
+
+    def check(self, x: KernelInputs) -> Operand:
+        """An output [B, blocks of heads, 8, 128]: sums that are finite if everything was."""
+        num_head_blocks = self.plan.H // self.schedule.heads
+        array = like(x.q, (x.q.shape[0], num_head_blocks, ROWS, LANES), jnp.float32)
+        # One register for all grid steps along T.
+        return Operand("check", array, (1, 1, ROWS, LANES), lambda b, h, t: (b, h, 0, 0))
 
     def inputs(self, x: KernelInputs) -> list[Operand]:
         """What both kernels read: all of `x` but the state."""

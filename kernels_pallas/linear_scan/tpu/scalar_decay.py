@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from kernels_pallas.common.finite import cleaned, poisoned
-from kernels_pallas.linear_scan import nonfinite
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 from kernels_pallas.linear_scan.tpu.tile import (
     NT,
@@ -69,18 +67,16 @@ def decayed(
       options: the static arguments.
       levels: of `merge_levels`.
       rows: two rows of running sums to the state after each token; then for exclusive reads two
-        rows of sums to each read. Inclusive reads see the decays that the state does. The last row
-        is none of the sums.
+        rows of sums to each read. Inclusive reads see the decays that the state does.
       K: the lanes of reads and writes.
 
     Returns:
       The factors.
     """
-    C = rows.shape[1]
-    num_rows = rows.shape[0] - 1
+    num_rows, C = rows.shape
     # Only whole registers can be transposed: fill them up with zeros.
     padding = jnp.zeros((ROWS - num_rows, C), rows.dtype)
-    columns = jnp.transpose(jnp.concatenate([rows[:num_rows], padding]))
+    columns = jnp.transpose(jnp.concatenate([rows, padding]))
 
     def broadcast_columns(first: int, lanes: int) -> _Sums:
         coarse = jnp.broadcast_to(columns[:, first : first + 1], (C, lanes))
@@ -150,9 +146,7 @@ def chunk_terms(
     Returns:
       The terms.
     """
-    products = matmul(options, q, k, NT)
-    # Selected first: the product of tokens that do not see each other may overflow.
-    scores = jnp.where(factors.mask > 0, products, 0.0) * factors.mask
+    scores = matmul(options, q, k, NT) * factors.mask
     if diagonal is not None:
         scores = jnp.where(levels == 0, diagonal, scores)
     return ChunkTerms(
@@ -183,7 +177,6 @@ def dlog_decay(
     levels: Int[Array, "C C"],
     terms: ChunkTerms,
     cotangents: ChunkCotangents,
-    careful: bool = False,
 ) -> Float[Array, "1 C"]:
     """The cotangents of the logs: what each receives from the products that it is part of."""
     # d/dlog of a decayed product is the product itself.
@@ -196,7 +189,6 @@ def dlog_decay(
         weights,
         of_reads,
         of_writes,
-        careful,
     )
     # Every log is part of the chunk's total.
     of_keys = jnp.sum(cotangents.dlog_total, axis=0, keepdims=True)
@@ -214,7 +206,6 @@ def dlog_decay_of_pairs(
     weights: Float[Array, "C C"],
     of_reads: Float[Array, "C 1"],
     of_writes: Float[Array, "C 1"],
-    careful: bool = False,
 ) -> Float[Array, "1 C"]:
     """What each token's log decay receives from the pairs, reads and writes of the chunk.
 
@@ -227,7 +218,6 @@ def dlog_decay_of_pairs(
       weights: scores times their cotangents, 0 where j is later than i.
       of_reads: reads times their cotangents, summed over K.
       of_writes: writes times their cotangents, summed over K.
-      careful: whether a weight may be infinite, or NaN.
 
     Returns:
       One row: the cotangents of the logs, without that of the total.
@@ -239,17 +229,10 @@ def dlog_decay_of_pairs(
     after_row = is_after.astype(jnp.float32)
 
     # Row i, column t: the pairs (i, j) with t after j, and the read of i ...
-    if careful:
-        # A product of gradients may have overflowed: 0 times that is not 0.
-        is_bad = nonfinite.bad_elements(weights)
-        inside = matmul(options, cleaned(weights), after_row)
-        inside = poisoned(matmul(options, is_bad, after_row) > 0, inside)
-    else:
-        inside = matmul(options, weights, after_row)
-    received = inside + of_reads
+    received = matmul(options, weights, after_row) + of_reads
     # ... count if t is at most i (exclusive: before i).
     is_contained = levels >= 0 if options.inclusive else levels > 0
     received = jnp.where(is_contained, received, 0.0)
     # The write of row j contains the logs of the tokens t after it.
-    received = received + jnp.where(is_after, of_writes, 0.0)
+    received = received + after_row * of_writes
     return jnp.sum(received, axis=0, keepdims=True)
