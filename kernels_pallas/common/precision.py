@@ -3,9 +3,17 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 # Values of `jax_default_matmul_precision` that allow one pass of a matrix unit for 16-bit numbers.
 _ONE_PASS = (None, "default", "fastest", "bfloat16", "BF16_BF16_F32")
+
+
+def accumulator_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """float32, or float64 where any of `dtypes` is: in what numbers of these dtypes are summed."""
+    # Not `jnp.promote_types`, which asks for casts where the caller's mode is strict.
+    has_float64 = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if has_float64 else jnp.float32)
 
 
 def one_pass_allowed() -> bool:

@@ -3,9 +3,10 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
+
+from kernels_pallas.common.precision import accumulator_dtype
 
 # jax.nn.gelu is the tanh form unless told otherwise.
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
@@ -17,7 +18,7 @@ def gated_product(
     up: Float[Array, "*rows F"],
 ) -> Float[Array, "*rows F"]:
     """activation(gate) * up, in float32 at least."""
-    dtype = jnp.promote_types(jnp.float32, gate.dtype)
+    dtype = accumulator_dtype(gate.dtype)
     return ACTIVATIONS[activation](gate.astype(dtype)) * up.astype(dtype)
 
 
@@ -28,7 +29,7 @@ def gated_product_cotangents(
     dproduct: Float[Array, "*rows F"],
 ) -> tuple[Float[Array, "*rows F"], Float[Array, "*rows F"]]:
     """The cotangents of gate and up for that of the product, in float32 at least."""
-    dtype = jnp.promote_types(jnp.float32, gate.dtype)
+    dtype = accumulator_dtype(gate.dtype)
     # Of the same function, so that the two cannot disagree. It also runs inside a kernel.
     _, pull_back = jax.vjp(
         partial(gated_product, activation),

@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas.common.mesh import on_auto_axes, varying_like, varying_together
+from kernels_pallas.common.precision import accumulator_dtype
 
 
 def sort_by_group(
@@ -110,7 +111,7 @@ def _backward(residuals: tuple[Array, int], dy: Array):
     if num_rows != dy.shape[0]:
         # The copies of a row are next to each other.
         by_copy = dx.reshape(num_rows, -1, *dy.shape[1:])
-        sum_dtype = jnp.promote_types(jnp.float32, dy.dtype)
+        sum_dtype = accumulator_dtype(dy.dtype)
         dx = jnp.sum(by_copy, axis=1, dtype=sum_dtype).astype(dy.dtype)
     return dx, None, None
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from kernels_pallas.common.precision import accumulator_dtype
 from kernels_pallas.grouped_matmul.xla import bounds
 
 
@@ -18,11 +19,11 @@ def grouped_matmul(
     out_dtype: jnp.dtype,
 ) -> Float[Array, "M N"]:
     """As `api.grouped_matmul`, with every default filled in."""
-    dtype = jnp.promote_types(jnp.float32, jnp.result_type(lhs, rhs))
+    dtype = accumulator_dtype(lhs.dtype, rhs.dtype)
     starts, ends = bounds(group_sizes, lhs.shape[0])
     row = jnp.arange(lhs.shape[0])[:, None]
     # [M, G]: whether a row is of a group. Rows beyond the last group are of none.
-    is_member = (starts <= row) & (row < ends)
+    is_member = (starts[None] <= row) & (row < ends[None])
     # Selected before and after, not multiplied by 0: a row or matrix of another group may be NaN,
     # and the gradients sum over all rows and groups.
     lhs_of_groups = jnp.where(is_member[:, :, None], lhs.astype(dtype)[:, None], 0)

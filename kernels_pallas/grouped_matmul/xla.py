@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
+from kernels_pallas.common.precision import accumulator_dtype
 
 
 class Options(NamedTuple):
@@ -269,4 +270,4 @@ def _matmul(
 
 
 def _accumulator(x: Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.float32, x.dtype)
+    return accumulator_dtype(x.dtype)

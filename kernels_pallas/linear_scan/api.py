@@ -11,6 +11,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common.checks import as_array, as_ids, check_interpret, default_scale
 from kernels_pallas.common.derivative import differentiated_as
 from kernels_pallas.common.mesh import by_rows_and_heads, on_explicit_axes, varying_together
+from kernels_pallas.common.precision import accumulator_dtype
 from kernels_pallas.linear_scan import reference, xla
 from kernels_pallas.linear_scan.checks import (
     check_bonus,
@@ -148,7 +149,7 @@ def linear_scan(
         # The kernels start from zeros in fast memory; the other two take an array.
         if initial_state is None:
             num_columns = v.shape[-1] + normalize
-            zeros = jnp.zeros((B, H, K, num_columns))
+            zeros = jnp.zeros((B, H, K, num_columns), jnp.float32)
             inputs = inputs._replace(initial_state=zeros)
         inputs = _prepare_scan(inputs)
         plain = reference if chosen == "reference" else xla
@@ -288,8 +289,7 @@ def _prepare_step(inputs: StepInputs) -> StepInputs:
 def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:
     """float32, or float64 where any of `floats` is float64."""
     # Half-precision inputs are accumulated in float32.
-    dtypes = [x.dtype for x in floats if x is not None]
-    return jnp.promote_types(jnp.float32, jnp.result_type(*dtypes))
+    return accumulator_dtype(*(x.dtype for x in floats if x is not None))
 
 
 # --- kernels on a mesh: every device computes its own rows ("b") and heads ("h")

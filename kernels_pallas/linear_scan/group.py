@@ -278,7 +278,7 @@ def _bad(group: Tokens, bonus: Array | None, state: Array) -> nonfinite.Bad:
         repeated = jnp.repeat(rows, H // rows.shape[2], axis=2)
         return jnp.moveaxis(repeated, 2, 1)
 
-    decay = jnp.zeros((1, 1, 1, 1))
+    decay = jnp.zeros((1, 1, 1, 1), jnp.float32)
     if group.log_decay is not None:
         logs = group.log_decay
         logs = logs.reshape(*logs.shape[:3], -1)
@@ -286,7 +286,7 @@ def _bad(group: Tokens, bonus: Array | None, state: Array) -> nonfinite.Bad:
         decay = heads_first(is_bad_log.astype(jnp.float32))
     bad_bonus = None
     if bonus is not None:
-        bad_bonus = nonfinite.bad_rows(bonus)[:, :, None]
+        bad_bonus = nonfinite.bad_rows(bonus)[None, :, :, None]
     return nonfinite.Bad(
         query=heads_first(nonfinite.bad_rows(group.q)),
         key=heads_first(nonfinite.bad_rows(group.k)),

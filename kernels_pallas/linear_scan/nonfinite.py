@@ -69,8 +69,10 @@ def segments(
       reverse: whether the recurrence runs from the last token to the first.
     """
     C = starts_row.shape[-1]
-    i = jax.lax.broadcasted_iota(jnp.int32, (C, C), 0)
-    j = jax.lax.broadcasted_iota(jnp.int32, (C, C), 1)
+    # As many axes as the starts have.
+    pairs = (1,) * (starts_row.ndim - 2) + (C, C)
+    i = jax.lax.broadcasted_iota(jnp.int32, pairs, len(pairs) - 2)
+    j = jax.lax.broadcasted_iota(jnp.int32, pairs, len(pairs) - 1)
     j_comes_first = j > i if reverse else j < i
     i_comes_first = j < i if reverse else j > i
     # How many segments have begun at each token: as a column for i, as a row for j.

@@ -44,7 +44,7 @@ def linear_scan_step(
     elif inputs.bonus is None:
         read = state
     else:
-        read = state + inputs.bonus.astype(dtype)[:, :, None] * write
+        read = state + inputs.bonus.astype(dtype)[None, :, :, None] * write
     o = jnp.einsum("bhk,bhkv->bhv", q, read)
 
     if options.normalize:

@@ -22,6 +22,7 @@ from kernels_pallas.common.checks import default_scale
 from kernels_pallas.common.finite import any_nonfinite, is_finite, poisoned
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, round_up
+from kernels_pallas.common.precision import accumulator_dtype
 from kernels_pallas.dispatch import Implementation
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.api import linear_scan
@@ -217,8 +218,8 @@ def _accumulated_logs(
 def _logs_with_all_axes(log_decay: Array | None, T: int) -> Float[Array, "#B T #H #K"]:
     """A log decay of any rank as [B or 1, T, H or 1, K or 1], in float32 or float64."""
     if log_decay is None:
-        return jnp.zeros((1, T, 1, 1))
-    logs = log_decay.astype(jnp.promote_types(jnp.float32, log_decay.dtype))
+        return jnp.zeros((1, T, 1, 1), jnp.float32)
+    logs = log_decay.astype(accumulator_dtype(log_decay.dtype))
     if logs.ndim == 1:
         H = logs.shape[0]
         return jnp.broadcast_to(logs[:, None], (1, T, H, 1))

@@ -327,5 +327,8 @@ def diagonal_scores(
 
     weight is None for inclusive reads, else the bonus, in a shape that broadcasts over q.
     """
-    products = q * k if weight is None else q * weight * k
-    return jnp.sum(products, axis=-1)
+    if weight is None:
+        return jnp.sum(q * k, axis=-1)
+    # As many axes as q has.
+    weight = jnp.expand_dims(weight, tuple(range(q.ndim - weight.ndim)))
+    return jnp.sum(q * weight * k, axis=-1)

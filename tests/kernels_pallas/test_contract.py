@@ -137,10 +137,12 @@ def test_bad_rows_of_another_group_do_not_matter():
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("mode", ["nans", "x64"])
+@pytest.mark.parametrize("mode", ["nans", "infs", "x64"])
 def test_modes(mode, implementation):
     modes = {
         "nans": jax.debug_nans(True),
+        # Arguments may be infinite, such as logs; no result is where it should be finite.
+        "infs": jax.debug_infs(True),
         "x64": jax.enable_x64(True),
     }
     scan = kernel(linear_scan, implementation)
@@ -161,6 +163,83 @@ def test_modes(mode, implementation):
             jax.grad(lambda x: kernel(expert_mlp, implementation)(x, *EXPERTS[1:], SIZES).sum())
         )(EXPERTS[0])
         assert np.isfinite(dx).all()
+
+
+def losses(implementation, dtype):
+    """Every op as a function of its float arguments, and these, in `dtype`."""
+    scan = kernel(linear_scan, implementation)
+    q, k, v, logs = (jnp.asarray(x, dtype) for x in (Q, K, V, LOGS))
+    bonus = q[0, 0]
+    state = jnp.asarray(normal(2, 2, 4, 3))
+    ids = np.array([[0] * 5 + [1] * 7] * 2)
+
+    def of_scan(q, k, v, log_decay=None, **options):
+        o, state = scan(q, k, v, log_decay, segment_ids=ids, return_final_state=True, **options)
+        return o.astype("float32").sum() + state.sum()
+
+    yield partial(of_scan, normalize=True), (q, k, v)
+    yield of_scan, (q, k, v, jnp.asarray(LOGS[0, 0, :, 0]))
+    yield partial(of_scan, reverse=True), (q, k, v, logs[..., 0])
+    yield partial(of_scan, inclusive=False, bonus=bonus), (q, k, v, logs)
+    yield partial(of_scan, initial_state=state), (q, k, v, jnp.asarray(LOGS))
+
+    def of_step(q, k, v, state, log_decay):
+        step = kernel(linear_scan_step, implementation)
+        o, state = step(q, k, v, state, log_decay, inclusive=False, bonus=bonus)
+        return o.astype("float32").sum() + state.sum()
+
+    tokens = (q[:, 0], k[:, 0], v[:, 0], state)
+    yield of_step, (*tokens, logs[:, 0])
+    yield of_step, (*tokens, jnp.asarray(LOGS[:, 0, :, 0]))
+
+    lhs, rhs = jnp.asarray(LHS[:14], dtype), jnp.asarray(RHS, dtype)
+
+    def of_product(lhs, rhs, sizes, **options):
+        y = kernel(grouped_matmul, implementation)(lhs, rhs, jnp.asarray(sizes), **options)
+        return (y.astype("float32") ** 2).sum()
+
+    for sizes in (SIZES.astype(width) for width in ("int32", "uint8", "int16", "uint32")):
+        yield partial(of_product, sizes=sizes), (lhs, rhs)
+    yield partial(of_product, sizes=SIZES, preferred_element_type="bfloat16"), (lhs, rhs)
+
+    def of_gradient(lhs, rhs):
+        gradient = jax.grad(partial(of_product, sizes=SIZES))(lhs, rhs)
+        return (gradient.astype("float32") ** 2).sum()
+
+    yield of_gradient, (lhs, rhs)
+
+    def of_experts(weights, *arrays):
+        y = kernel(expert_mlp, implementation)(*arrays, jnp.asarray(SIZES), weights)
+        return (y.astype("float32") ** 2).sum()
+
+    yield of_experts, (jnp.ones(14), *(jnp.asarray(x, dtype) for x in EXPERTS))
+
+    def of_order(x):
+        order, inverse, _ = sort_by_group(jnp.arange(28) % 3, 3)
+        return (permute_rows(x, order, inverse).astype("float32") ** 2).sum()
+
+    yield of_order, (lhs,)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+def test_strict_promotion_of_dtypes_and_ranks(implementation):
+    """Nothing inside is converted or broadcast behind the caller's back, gradients neither."""
+    for dtype in ("float32", "bfloat16"):
+        for loss, arrays in losses(implementation, dtype):
+            gradient = jax.value_and_grad(loss, tuple(range(len(arrays))))
+            with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+                strict = jax.eval_shape(gradient, *arrays)
+            assert strict == jax.eval_shape(gradient, *arrays)
+
+
+def test_strict_promotion_leaves_values_as_they_are():
+    cases = list(losses("xla", "bfloat16"))
+    for loss, arrays in (cases[2], cases[-3]):
+        gradient = jax.value_and_grad(loss, tuple(range(len(arrays))))
+        want = jax.jit(gradient)(*arrays)
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            got = jax.jit(gradient)(*arrays)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])

@@ -160,7 +160,7 @@ def append_group(
 
     return Count(
         row=end,
-        groups=count.groups + (tiles > 0),
+        groups=count.groups + (tiles > 0).astype(jnp.int32),
         tiles=count.tiles + tiles,
     )
 

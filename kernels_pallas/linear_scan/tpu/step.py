@@ -77,7 +77,7 @@ def linear_scan_step(
     )
     o = read[:, :, 0]
     if inputs.bonus is not None:
-        bonus = inputs.bonus.astype(jnp.float32)
+        bonus = inputs.bonus.astype(jnp.float32)[None]
         # The exclusive read of the token's own write.
         o += jnp.sum(q * bonus * k, axis=-1, keepdims=True) * v
     if options.normalize:
