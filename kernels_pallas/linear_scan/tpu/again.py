@@ -4,7 +4,8 @@ A kernel multiplies a chunk as a whole, with zeros where a token does not see an
 NaN is NaN. It cannot afford to look for that in every step, so it only leaves sums behind that are
 not finite where anything was not ("check"). Rows of the batch with such sums are computed again by
 a path where NaN and Inf reach what sees them, and nothing else (`../nonfinite.py`). The loop over
-them has no turn where all is finite: it costs a look at B flags, and its carry stays where it lies.
+them has no turn where all is finite: it costs a look at one number, and its carry stays where it
+lies.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from kernels_pallas.common.finite import is_finite
 from kernels_pallas.common.mesh import varying_like
@@ -20,31 +21,29 @@ from kernels_pallas.linear_scan import xla
 from kernels_pallas.linear_scan.group import Tokens
 from kernels_pallas.linear_scan.tpu.plan import KernelInputs, Plan
 
-
-def rows_to_compute_again(check: Float[Array, "B blocks 8 128"]) -> Bool[Array, "B"]:
-    """The rows of the batch in which a kernel found something that is not finite."""
-    return ~is_finite(jnp.sum(check, axis=(1, 2, 3)))
+# Sums of a kernel by row and block of heads, see `Grid.check`.
+type Check = Float[Array, "B blocks 8 128"]
 
 
 def outputs_again(
     plan: Plan,
     x: KernelInputs,
-    again: Bool[Array, "B"],
+    check: Check,
     o: Float[Array, "B T H*V"],
     final_state: Float[Array, "B H V K"] | None,
 ) -> tuple[Array, Array | None]:
-    """(o, final state) of the forward kernel, with the rows `again` computed once more."""
+    """(o, final state) of the forward kernel, with spoiled rows computed again."""
 
     def outputs_of(row: Array) -> tuple[Array, Array | None]:
         return _outputs(plan, _row_of(x, row))
 
-    return _replace_rows(again, outputs_of, (o, final_state))
+    return _replace_rows(check, outputs_of, (o, final_state))
 
 
 def gradients_again(
     plan: Plan,
     x: KernelInputs,
-    again: Bool[Array, "B"],
+    check: Check,
     do: Float[Array, "B T H*V"],
     dfinal: Float[Array, "B H V K"] | None,
     dx: KernelInputs,
@@ -54,7 +53,7 @@ def gradients_again(
     Args:
       plan: the static arguments.
       x: the arrays of the call, as views.
-      again: the rows.
+      check: the sum of what both kernels found: the saved states of spoiled rows are spoiled too.
       do, dfinal: the cotangents of o and of the final state.
       dx: the gradients, one part for each row also of what all rows share.
 
@@ -72,23 +71,26 @@ def gradients_again(
             dbonus = dbonus[None]
         return dx_of_row._replace(starts=None, bonus=dbonus)
 
-    return _replace_rows(again, gradients_of, dx)
+    return _replace_rows(check, gradients_of, dx)
 
 
 def _replace_rows[Arrays](
-    again: Bool[Array, "B"],
+    check: Check,
     compute: Callable[[Int[Array, ""]], Arrays],
     arrays: Arrays,
 ) -> Arrays:
-    """Arrays of B rows each, with `compute(row)` in place of the rows `again`."""
+    """Arrays of B rows each, with `compute(row)` in place of the rows that are spoiled."""
+    num_rows = check.shape[0]
 
-    def any_left(carry: tuple[Array, Arrays]) -> Array:
-        return jnp.any(carry[0])
+    def is_any_left(carry: tuple[Array, Array, Arrays]) -> Array:
+        return carry[0]
 
-    def replace_one(carry: tuple[Array, Arrays]) -> tuple[Array, Arrays]:
-        left, arrays = carry
+    def replace_one(carry: tuple[Array, Array, Arrays]) -> tuple[Array, Array, Arrays]:
+        _, next_row, arrays = carry
+        is_spoiled = ~is_finite(jnp.sum(check, axis=(1, 2, 3)))
+        is_left = is_spoiled & (jnp.arange(num_rows, dtype=jnp.int32) >= next_row)
         # The first of those that are left.
-        row = jnp.argmax(left)
+        row = jnp.argmax(is_left).astype(jnp.int32)
 
         def replaced(whole: Array, part: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(
@@ -98,10 +100,14 @@ def _replace_rows[Arrays](
                 axis=0,
             )
 
-        is_other = jnp.arange(left.shape[0]) != row
-        return left & is_other, jax.tree.map(replaced, arrays, compute(row))
+        arrays = jax.tree.map(replaced, arrays, compute(row))
+        return jnp.sum(is_left, dtype=jnp.int32) > 1, row + 1, arrays
 
-    return jax.lax.while_loop(any_left, replace_one, (again, arrays))[1]
+    # One sum is all that is looked at where everything is finite: what a loop begins with takes
+    # about a microsecond for each operation, however small.
+    is_any = ~is_finite(jnp.sum(check))
+    next_row = varying_like(jnp.int32(0), check)
+    return jax.lax.while_loop(is_any_left, replace_one, (is_any, next_row, arrays))[2]
 
 
 def _row_of(x: KernelInputs, row: Array) -> KernelInputs:

@@ -30,11 +30,7 @@ from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu import backward as backward_kernel
 from kernels_pallas.linear_scan.tpu import forward as forward_kernel
-from kernels_pallas.linear_scan.tpu.again import (
-    gradients_again,
-    outputs_again,
-    rows_to_compute_again,
-)
+from kernels_pallas.linear_scan.tpu.again import gradients_again, outputs_again
 from kernels_pallas.linear_scan.tpu.plan import KernelInputs, Plan
 from kernels_pallas.linear_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
@@ -255,19 +251,18 @@ def _scan(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:
 
 
 def _run_forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
-    """As the forward kernel, with the rows that it spoiled; "again" says which these were."""
+    """As the forward kernel, with spoiled rows of "o" and "final" computed again."""
     out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save)
-    again = rows_to_compute_again(out.pop("check"))
     out["o"], final_state = outputs_again(
         plan,
         x,
-        again,
+        out["check"],
         out["o"],
         out.get("final"),
     )
     if final_state is not None:
         out["final"] = final_state
-    return out | {"again": again}
+    return out
 
 
 def _forward(plan: Plan, x: KernelInputs):
@@ -275,7 +270,7 @@ def _forward(plan: Plan, x: KernelInputs):
     out = once("linear_scan", run, x)
     outputs = (checkpoint_name(out["o"], OUT_NAME), out.get("final"))
     # The states of rows that were computed again are those that the kernel saved: of no use.
-    saved = (out["states"], out["again"])
+    saved = (out["states"], out["check"])
     residuals = (x, *checkpoint_name(saved, STATES_NAME))
     return outputs, residuals
 
@@ -289,7 +284,7 @@ def _run_backward(
     plan: Plan,
     x: KernelInputs,
     states: Array,
-    again: Array,
+    check: Array,
     do: Array,
     dfinal: Array | None,
 ) -> KernelInputs:
@@ -318,7 +313,7 @@ def _run_backward(
     dx = gradients_again(
         plan,
         x,
-        again | rows_to_compute_again(out["check"]),
+        check + out["check"],
         do,
         dfinal,
         dx,
