@@ -2,8 +2,9 @@
 
 An op's `api.py` asks its kernel backends (`tpu/op.py`, `gpu/op.py`) whether they cover the call,
 and passes the answers to `choose`. None picks the best for the device that the call is compiled
-for; a named implementation runs or raises. What was chosen is kept per op, for the training log and
-for a person at a prompt: `last_choice("attention")`.
+for, as far as that is known while it is traced (`jax.export` for another platform does not tell:
+`lowering_for` does); a named implementation runs or raises. What was chosen is kept per op, for the
+training log and for a person at a prompt: `last_choice("attention")`.
 """
 
 import contextlib

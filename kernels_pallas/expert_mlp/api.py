@@ -40,7 +40,8 @@ def expert_mlp(
     x is a row of group g. Rows are sorted by group as in `grouped_matmul`: the first group_sizes[0]
     rows go through the first matrices, and so on. On TPU it is two kernels forward and five
     backward. The only arrays [R, F] that exist are the two pre-activations, which are saved, and in
-    whose place the backward pass puts their cotangents.
+    whose place the backward pass puts their cotangents. These kernels are differentiated once; the
+    other implementations are as `grouped_matmul` is.
 
     Args:
       rows: float16, bfloat16, float32 (or float64 under x64). Sums are float32, pre-activations and

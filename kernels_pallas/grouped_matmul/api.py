@@ -38,7 +38,8 @@ def grouped_matmul(
     The first group_sizes[0] rows are multiplied by rhs[0], the next group_sizes[1] by rhs[1], and
     so on. M, K, N, G are rows, inner width, outer width and groups. Group sizes are values of the
     run: none is padded to another, no row is dropped. The forward pass and each of the two
-    gradients cost about 2 M K N FLOPs, not G times that.
+    gradients cost about 2 M K N FLOPs, not G times that. Reverse mode works to any order (on GPU:
+    once), forward mode with the reference only.
 
     Args:
       lhs: float16, bfloat16, float32 (or float64 under x64). Sums are float32.

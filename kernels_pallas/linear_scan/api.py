@@ -52,7 +52,8 @@ def linear_scan(
         o_t = scale q_t (S_{t-1} + diag(bonus) k_t^T v_t)    exclusive: S_{t-1} before its decay
 
     Linear attention, RetNet, Mamba-2, GLA and HGRN2 are inclusive, RWKV-6 is exclusive.
-    Differentiable in every float input and through the final state. Time and memory are linear in
+    Differentiable in every float input and through the final state: the kernels once, the other two
+    any number of times; forward mode is the reference's only. Time and memory are linear in
     T. On a mesh (`jax.set_mesh`) the kernels run on each device's own rows and heads, see
     `kernels_pallas.common.mesh`. If T is split over devices, use `linear_scan_sharded`.
 

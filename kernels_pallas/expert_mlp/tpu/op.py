@@ -201,7 +201,11 @@ def _forward_once(options: Options, inputs: ExpertMlpInputs):
     return once("expert_mlp", partial(_forward_saving, options), inputs)
 
 
-_expert_mlp.defvjp(_forward_once, _backward)
+def _backward_once(options: Options, residuals: Residuals, dy: Array):
+    return once("expert_mlp", partial(_backward, options), residuals, dy)
+
+
+_expert_mlp.defvjp(_forward_once, _backward_once)
 
 
 def _pre_activation_cotangents(

@@ -3,12 +3,14 @@
 A kernel multiplies a chunk as a whole, with zeros where a token does not see another, and 0 times
 NaN is NaN. It cannot afford to look for that in every step, so it only leaves sums behind that are
 not finite where anything was not ("check"). Rows of the batch with such sums are computed again by
-a path where NaN and Inf reach what sees them, and nothing else (`../nonfinite.py`). The loop over
-them has no turn where all is finite: it costs a look at one number, and its carry stays where it
-lies.
+a path where NaN and Inf reach what sees them, and nothing else (`../nonfinite.py`), a few heads at
+a time: XLA sets memory aside for it whether it runs or not. The loop over them has no turn where
+all is finite: it costs a look at one number, and its carry stays where it lies.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +36,10 @@ def outputs_again(
 ) -> tuple[Array, Array | None]:
     """(o, final state) of the forward kernel, with spoiled rows computed again."""
 
-    def outputs_of(row: Array) -> tuple[Array, Array | None]:
-        return _outputs(plan, _row_of(x, row))
+    def outputs_of(place: _Place) -> tuple[Array, Array | None]:
+        return _outputs(plan, _inputs_at(plan, x, place))
 
-    return _replace_rows(check, outputs_of, (o, final_state))
+    return _replace_parts(plan, check, outputs_of, (o, final_state), (2, 1))
 
 
 def gradients_again(
@@ -61,77 +63,109 @@ def gradients_again(
       As `dx`.
     """
 
-    def gradients_of(row: Array) -> KernelInputs:
-        _, vjp = jax.vjp(lambda x: _outputs(plan, x), _row_of(x, row))
-        dfinal_of_row = None if dfinal is None else _slice(dfinal, row)
-        (dx_of_row,) = vjp((_slice(do, row), dfinal_of_row))
-        dbonus = dx_of_row.bonus
+    def gradients_of(place: _Place) -> KernelInputs:
+        _, vjp = jax.vjp(lambda x: _outputs(plan, x), _inputs_at(plan, x, place))
+        dfinal_here = None if dfinal is None else place.slice(dfinal, 1)
+        (dx_here,) = vjp((place.slice(do, 2), dfinal_here))
+        dbonus = dx_here.bonus
         if dbonus is not None:
-            # [1, H*K] -> [1, 1, H*K]
+            # [1, heads * K] -> [1, 1, heads * K]
             dbonus = dbonus[None]
-        return dx_of_row._replace(starts=None, bonus=dbonus)
+        return dx_here._replace(starts=None, bonus=dbonus)
 
-    return _replace_rows(check, gradients_of, dx)
+    axes = _head_axes(plan, bonus_axis=2)
+    return _replace_parts(plan, check, gradients_of, dx, axes)
 
 
-def _replace_rows[Arrays](
+class _Place(NamedTuple):
+    """One row of the batch, and one of `num_groups` groups of heads."""
+
+    row: Int[Array, ""]
+    group: Int[Array, ""]
+    num_groups: int
+
+    def slice(self, x: Array, head_axis: int | None) -> Array:
+        """What of `x` lies there, as a row. Arrays that all rows share have one row."""
+        starts, sizes = self._bounds(x, head_axis)
+        return jax.lax.dynamic_slice(x, starts, sizes)
+
+    def update(self, x: Array, part: Array, head_axis: int | None) -> Array:
+        """`x` with `part` there."""
+        starts, _ = self._bounds(x, head_axis)
+        return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), starts)
+
+    def _bounds(self, x: Array, head_axis: int | None) -> tuple[list[Array], list[int]]:
+        zero = jnp.int32(0)
+        starts = [zero] * x.ndim
+        sizes = list(x.shape)
+        if x.shape[0] > 1:
+            starts[0] = self.row
+            sizes[0] = 1
+        if head_axis is not None:
+            sizes[head_axis] //= self.num_groups
+            starts[head_axis] = self.group * jnp.int32(sizes[head_axis])
+        return starts, sizes
+
+
+def _num_groups(plan: Plan) -> int:
+    """Into how many parts query, key and value heads can all be split."""
+    return math.gcd(plan.H, plan.Hk, plan.Hv)
+
+
+def _head_axes(plan: Plan, bonus_axis: int) -> tuple[int | None, ...]:
+    """The axis of every array of `KernelInputs` along which its heads lie."""
+    decay_axis = 2 if plan.decay == "vector" else 1
+    # q, k, v, decay, starts, bonus, state
+    return 2, 2, 2, decay_axis, None, bonus_axis, 1
+
+
+def _inputs_at(plan: Plan, x: KernelInputs, place: _Place) -> KernelInputs:
+    parts = []
+    for array, axis in zip(x, _head_axes(plan, bonus_axis=1)):
+        parts.append(None if array is None else place.slice(array, axis))
+    return KernelInputs._make(parts)
+
+
+def _replace_parts[Arrays: tuple](
+    plan: Plan,
     check: Check,
-    compute: Callable[[Int[Array, ""]], Arrays],
+    compute: Callable[[_Place], Arrays],
     arrays: Arrays,
+    head_axes: tuple[int | None, ...],
 ) -> Arrays:
-    """Arrays of B rows each, with `compute(row)` in place of the rows that are spoiled."""
-    num_rows = check.shape[0]
+    """Arrays of B rows each, with `compute` of them in place of the rows that are spoiled."""
+    num_groups = _num_groups(plan)
+    number = jnp.arange(check.shape[0] * num_groups, dtype=jnp.int32)
 
     def is_any_left(carry: tuple[Array, Array, Arrays]) -> Array:
         return carry[0]
 
     def replace_one(carry: tuple[Array, Array, Arrays]) -> tuple[Array, Array, Arrays]:
-        _, next_row, arrays = carry
+        _, next_part, arrays = carry
         is_spoiled = ~is_finite(jnp.sum(check, axis=(1, 2, 3)))
-        is_left = is_spoiled & (jnp.arange(num_rows, dtype=jnp.int32) >= next_row)
+        is_left = jnp.repeat(is_spoiled, num_groups) & (number >= next_part)
         # The first of those that are left.
-        row = jnp.argmax(is_left).astype(jnp.int32)
+        part = jnp.argmax(is_left).astype(jnp.int32)
+        divisor = jnp.int32(num_groups)
+        place = _Place(jax.lax.div(part, divisor), jax.lax.rem(part, divisor), num_groups)
 
-        def replaced(whole: Array, part: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(
-                whole,
-                part.astype(whole.dtype),
-                row,
-                axis=0,
-            )
-
-        arrays = jax.tree.map(replaced, arrays, compute(row))
-        return jnp.sum(is_left, dtype=jnp.int32) > 1, row + 1, arrays
+        replaced = []
+        for whole, new, axis in zip(arrays, compute(place), head_axes):
+            replaced.append(None if whole is None else place.update(whole, new, axis))
+        arrays = jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(replaced))
+        return jnp.sum(is_left, dtype=jnp.int32) > 1, part + 1, arrays
 
     # One sum is all that is looked at where everything is finite: what a loop begins with takes
     # about a microsecond for each operation, however small.
     is_any = ~is_finite(jnp.sum(check))
-    next_row = varying_like(jnp.int32(0), check)
-    return jax.lax.while_loop(is_any_left, replace_one, (is_any, next_row, arrays))[2]
-
-
-def _row_of(x: KernelInputs, row: Array) -> KernelInputs:
-    """One row of the batch, of length 1. The bonus is that of all rows, and decays may be."""
-    decay = x.decay
-    if decay is not None and decay.shape[0] > 1:
-        decay = _slice(decay, row)
-    return KernelInputs(
-        q=_slice(x.q, row),
-        k=_slice(x.k, row),
-        v=_slice(x.v, row),
-        decay=decay,
-        starts=None if x.starts is None else _slice(x.starts, row),
-        bonus=x.bonus,
-        state=None if x.state is None else _slice(x.state, row),
-    )
-
-
-def _slice(x: Array, row: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0)
+    next_part = varying_like(jnp.int32(0), check)
+    return jax.lax.while_loop(is_any_left, replace_one, (is_any, next_part, arrays))[2]
 
 
 def _outputs(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:
-    """What the forward kernel computes, by the XLA path."""
+    """What the forward kernel computes of some of the heads, by the XLA path."""
+    num_groups = _num_groups(plan)
+    H = plan.H // num_groups
 
     def heads(x: Array, num_heads: int) -> Array:
         """[B, T, heads * D] -> [B, T, heads, D]"""
@@ -139,24 +173,24 @@ def _outputs(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:
 
     log_decay = x.decay
     if log_decay is not None and plan.decay == "vector":
-        log_decay = heads(log_decay, plan.H)
+        log_decay = heads(log_decay, H)
     elif log_decay is not None:
         # [B, H, T] -> [B, T, H]
         log_decay = jnp.swapaxes(log_decay, 1, 2)
     tokens = Tokens(
-        q=heads(x.q, plan.H),
-        k=heads(x.k, plan.Hk),
-        v=heads(x.v, plan.Hv),
+        q=heads(x.q, H),
+        k=heads(x.k, plan.Hk // num_groups),
+        v=heads(x.v, plan.Hv // num_groups),
         log_decay=log_decay,
         starts=None if x.starts is None else x.starts[:, 0] > 0,
     )
     state = x.state
     if state is None:
-        zeros = jnp.zeros((x.q.shape[0], plan.H, plan.V, plan.K), jnp.float32)
+        zeros = jnp.zeros((1, H, plan.V, plan.K), jnp.float32)
         state = varying_like(zeros, x.q)
     o, final_state = xla.recurrence(
         tokens,
-        None if x.bonus is None else x.bonus.reshape(plan.H, plan.K),
+        None if x.bonus is None else x.bonus.reshape(H, plan.K),
         # [V, K] in the kernels, [K, V] outside.
         jnp.swapaxes(state, 2, 3),
         inclusive=plan.inclusive,

@@ -138,9 +138,9 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         dq, dk, dv, dscores = yield from run(tokens, h, state, dstate, do)
         # What a token reads of its own write is no part of the halving.
         dq, dk = tokens.add_diagonal_backward(levels, dscores, dq, dk)
-        # Products of tokens that do not see each other, which are multiplied by 0 later, end here.
-        check.add(dq)
-        check.add(dk)
+        if plan.decay == "none" or not plan.inclusive:
+            # What no log sees: without decay a later token, else the first token's read.
+            check.add(dq)
         # Tokens.q is scaled, so its cotangent is that of q times the scale.
         tokens.store("dq", plan.H, plan.K, dq * plan.scale)
         tokens.store_sum("dk", plan.Hk, plan.K, dk, sums)
@@ -197,8 +197,9 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             # The token's own read sees its decay too.
             dlog_decay += dq * tokens.q
         tokens.store("ddecay", plan.H, plan.K, dlog_decay)
-        # A product of two states, which only the logs see.
-        check.add(cotangents.dlog_total)
+        # Everything that a decay of 0 hides is multiplied by 0 on its way to the logs: cotangents
+        # of reads, writes and states that overflowed are NaN here.
+        check.add(dlog_decay)
         return dq, dk, cotangents.dv, cotangents.dscores
 
     def scalar_head(
@@ -239,7 +240,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         if plan.decay == "scalar":
             row = scalar_decay.dlog_decay(options, levels, terms, cotangents)
             tokens.store_scalar_dlog_decay(row)
-            # The total's part of it is a product of two states, which only the logs see.
+            # As in `vector_head`.
             check.add(row)
         return dq, dk, cotangents.dv, cotangents.dscores
 
