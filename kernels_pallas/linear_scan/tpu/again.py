@@ -138,10 +138,10 @@ def _replace_parts[Arrays: tuple](
     number = jnp.arange(check.shape[0] * num_groups, dtype=jnp.int32)
 
     def is_any_left(carry: tuple[Array, Array, Arrays]) -> Array:
-        return carry[0]
+        return ~is_finite(carry[0])
 
     def replace_one(carry: tuple[Array, Array, Arrays]) -> tuple[Array, Array, Arrays]:
-        _, next_part, arrays = carry
+        total, next_part, arrays = carry
         is_spoiled = ~is_finite(jnp.sum(check, axis=(1, 2, 3)))
         is_left = jnp.repeat(is_spoiled, num_groups) & (number >= next_part)
         # The first of those that are left.
@@ -153,13 +153,14 @@ def _replace_parts[Arrays: tuple](
         for whole, new, axis in zip(arrays, compute(place), head_axes):
             replaced.append(None if whole is None else place.update(whole, new, axis))
         arrays = jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(replaced))
-        return jnp.sum(is_left, dtype=jnp.int32) > 1, part + 1, arrays
+        total = jnp.where(jnp.sum(is_left, dtype=jnp.int32) > 1, jnp.nan, jnp.zeros_like(total))
+        return total, part + 1, arrays
 
     # One sum is all that is looked at where everything is finite: what a loop begins with takes
     # about a microsecond for each operation, however small.
-    is_any = ~is_finite(jnp.sum(check))
+    total = jnp.sum(check)
     next_part = varying_like(jnp.int32(0), check)
-    return jax.lax.while_loop(is_any_left, replace_one, (is_any, next_part, arrays))[2]
+    return jax.lax.while_loop(is_any_left, replace_one, (total, next_part, arrays))[2]
 
 
 def _outputs(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:
