@@ -5,7 +5,7 @@ NaN is NaN. It cannot afford to look for that in every step, so it only leaves s
 not finite where anything was not ("check"). Rows of the batch with such sums are computed again by
 a path where NaN and Inf reach what sees them, and nothing else (`../nonfinite.py`), a few heads at
 a time: XLA sets memory aside for it whether it runs or not. The loop over them has no turn where
-all is finite: it costs a look at one number, and its carry stays where it lies.
+all is finite: it costs a look at B numbers, and its carry stays where it lies.
 """
 
 import math
@@ -135,32 +135,33 @@ def _replace_parts[Arrays: tuple](
 ) -> Arrays:
     """Arrays of B rows each, with `compute` of them in place of the rows that are spoiled."""
     num_groups = _num_groups(plan)
-    number = jnp.arange(check.shape[0] * num_groups, dtype=jnp.int32)
+    row_numbers = jnp.arange(check.shape[0], dtype=jnp.int32)
 
     def is_any_left(carry: tuple[Array, Array, Arrays]) -> Array:
-        return ~is_finite(carry[0])
+        return jnp.any(~is_finite(carry[0]))
 
     def replace_one(carry: tuple[Array, Array, Arrays]) -> tuple[Array, Array, Arrays]:
-        total, next_part, arrays = carry
-        is_spoiled = ~is_finite(jnp.sum(check, axis=(1, 2, 3)))
-        is_left = jnp.repeat(is_spoiled, num_groups) & (number >= next_part)
-        # The first of those that are left.
-        part = jnp.argmax(is_left).astype(jnp.int32)
-        divisor = jnp.int32(num_groups)
-        place = _Place(jax.lax.div(part, divisor), jax.lax.rem(part, divisor), num_groups)
+        sums, group, arrays = carry
+        # The first row that is left.
+        row = jnp.argmax(~is_finite(sums)).astype(jnp.int32)
+        place = _Place(row, group, num_groups)
 
         replaced = []
         for whole, new, axis in zip(arrays, compute(place), head_axes):
             replaced.append(None if whole is None else place.update(whole, new, axis))
         arrays = jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(replaced))
-        total = jnp.where(jnp.sum(is_left, dtype=jnp.int32) > 1, jnp.nan, jnp.zeros_like(total))
-        return total, part + 1, arrays
 
-    # One sum is all that is looked at where everything is finite: what a loop begins with takes
+        # A row is left until its last group of heads.
+        is_last = group == num_groups - 1
+        is_done = is_last & (row_numbers == row)
+        sums = jnp.where(is_done, jnp.zeros_like(sums), sums)
+        return sums, jnp.where(is_last, 0, group + 1), arrays
+
+    # B sums are all that is looked at where everything is finite: what a loop begins with takes
     # about a microsecond for each operation, however small.
-    total = jnp.sum(check)
-    next_part = varying_like(jnp.int32(0), check)
-    return jax.lax.while_loop(is_any_left, replace_one, (total, next_part, arrays))[2]
+    sums = jnp.sum(check, axis=(1, 2, 3))
+    first_group = varying_like(jnp.int32(0), check)
+    return jax.lax.while_loop(is_any_left, replace_one, (sums, first_group, arrays))[2]
 
 
 def _outputs(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:

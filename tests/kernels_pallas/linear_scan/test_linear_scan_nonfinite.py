@@ -135,6 +135,31 @@ def test_tpu(name):
         check(ours(y), reference(y), clean, clean_want, exact=False)
 
 
+def test_tpu_computes_only_spoiled_rows_again():
+    """Each row and group of heads at its own place; rows without NaN keep their bits."""
+    r = np.random.default_rng(0)
+    shapes = {"q": K, "k": K, "v": V, "do": V}
+    x = {name: r.normal(size=(3, T, 2, d)).astype(np.float32) for name, d in shapes.items()}
+    x["log_decay"] = -0.2 * np.abs(r.normal(size=(3, T, 2))).astype(np.float32)
+    x["initial_state"], x["dstate"] = r.normal(size=(2, 3, 2, K, V)).astype(np.float32)
+    y = {name: array.copy() for name, array in x.items()}
+    y["v"][1, 18, 1, 0] = np.nan
+    y["do"][2, 3, 0, 0] = np.inf
+    ours = partial(run, segments=False, implementation="tpu")
+    clean, got = ours(x), ours(y)
+    want = run(y, False, "reference")
+    for name in got:
+        np.testing.assert_array_equal(got[name][0], clean[name][0], err_msg=name)
+        finite = np.isfinite(want[name])
+        spoiled_too = np.isfinite(got[name]) != finite
+        # A row of one token's values is spoiled as a whole.
+        assert spoiled_too.mean() < 0.2 and not (spoiled_too & ~finite).any(), name
+        both = finite & ~spoiled_too
+        np.testing.assert_allclose(
+            np.asarray(got[name])[both], np.asarray(want[name])[both], 1e-4, 1e-4, err_msg=name
+        )
+
+
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
 @pytest.mark.parametrize("rank", [0, 3, 4])
 def test_an_overflow_ends_with_its_segment(rank, implementation):
