@@ -169,14 +169,15 @@ def visible_pairs(
     Returns:
       The mask, or None if every pair is visible.
     """
+    conditions = []
     # How many tokens back the key is.
     distance = queries - keys
-    conditions = []
     if length is not None:
         # Mosaic wants operands of `&` that have one shape.
         conditions.append(jnp.broadcast_to(keys < length, distance.shape))
     if causal:
-        conditions.append(distance >= 0)
+        # Not distance >= 0: a subtraction less for each pair.
+        conditions.append(queries >= keys)
     if window is not None:
         # With `causal`, the keys after a query are hidden already.
         steps = distance if causal else jnp.abs(distance)
