@@ -281,6 +281,7 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
     constants = blocks.row_constants(plan, inputs)
     dtype = constants.zero.dtype
     product = partial(tile.matmul, "...rc,...cv->...rv", dtype=dtype)
+    any_special = tile.has_special(inputs.v)
     empty_sum = jnp.broadcast_to(constants.zero, (*constants.zero.shape[:-1], V))
 
     def attend(_: None, rows: QueryBlocks):
@@ -314,7 +315,7 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
             s, seen, positions = masked_logits(j, keys)
             added = normalizer.add(row, s, seen, positions)
             # The values are multiplied by weights that are not normalized yet.
-            sums = tile.accumulate(sums, added, keys.v, product, seen)
+            sums = tile.accumulate(sums, added, keys.v, product, seen, any_special)
             if largest is not None:
                 # Softmax takes this maximum anyway, and XLA takes it once.
                 largest = jnp.maximum(largest, row_max(masked(s, seen)))
@@ -372,6 +373,7 @@ def _input_gradients(
     key_blocks = blocks.cut_keys(plan, inputs)
     constants = blocks.row_constants(plan, inputs)
     dtype = constants.zero.dtype
+    any_special = tile.has_special(inputs.q, inputs.k, row.do)
     no_dslopes = None if constants.slopes is None else constants.zero
 
     def zeros_like(x: Array) -> Array:
@@ -391,6 +393,7 @@ def _input_gradients(
                 keys.v,
                 row,
                 blocks.tile_mask(plan, inputs, constants, rows, j, keys),
+                any_special,
                 scale=plan.scale,
                 logits_soft_cap=plan.logits_soft_cap,
                 dtype=dtype,

@@ -177,27 +177,33 @@ def test_what_is_seen_shows():
     places, _ = bad_rows()
     y = check_shows("softmax")
     assert np.isnan(y[places.index(("q", 3, -np.inf)), 3, 0]).all()
-    check_shows("entmax")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalizer", sorted(set(NORMALIZERS) - {"softmax", "entmax"}))
+@pytest.mark.parametrize("normalizer", sorted(set(NORMALIZERS) - {"softmax"}))
 def test_what_is_seen_shows_in_every_normalizer(normalizer):
     check_shows(normalizer)
 
 
 def test_a_sink_is_above_minus_infinity():
     """A row whose every logit is minus infinity is all sink; without one it is 0 / 0."""
-    q = jnp.full((1, 3, 1, 1), -np.inf)
-    ones = jnp.ones_like(q)
+    q = np.full((1, 3, 1, 1), -np.inf, np.float32)
+    ones = np.ones_like(q)
+
+    @jax.jit
+    def both(sinks, valid):
+        options = dict(sink_logits=sinks, implementation="xla")
+        step = attention_step(q[:, 0], ones, ones, valid=valid, **options)
+        return attention(q, ones, ones, **options), step
+
+    some = np.asarray([[True, False, True]])
     for sink, expected in ((None, np.nan), (-np.inf, np.nan), (-3.0, 0)):
-        sinks = None if sink is None else jnp.asarray([sink])
-        y = attention(q, ones, ones, sink_logits=sinks, implementation="xla")
+        sinks = None if sink is None else np.asarray([sink], np.float32)
+        y, step = both(sinks, some)
         np.testing.assert_array_equal(y, np.full(y.shape, expected))
-        valid = jnp.asarray([[True, False, True]])
-        step = partial(attention_step, q[:, 0], ones, ones, sink_logits=sinks, implementation="xla")
-        np.testing.assert_array_equal(step(valid=valid), np.full((1, 1, 1), expected))
-        assert not np.any(step(valid=~valid & valid))
+        np.testing.assert_array_equal(step, np.full(step.shape, expected))
+        # A token that sees no slot has zeros.
+        assert not np.any(both(sinks, some & False)[1])
 
 
 def test_tpu_in_whole_blocks():
