@@ -158,9 +158,10 @@ def selecting_products(
     plain = [product(weights, x) for weights, x, product in factors]
     if seen is None or any_special is None:
         return plain
+    mask = seen
 
     def careful() -> list[Array]:
-        return [selecting_product(weights, seen, x, product) for weights, x, product in factors]
+        return [selecting_product(weights, mask, x, product) for weights, x, product in factors]
 
     return jax.lax.cond(any_special, careful, lambda: plain)
 

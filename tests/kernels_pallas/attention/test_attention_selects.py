@@ -101,7 +101,9 @@ def check(backend, mask, normalizer="softmax", places=((3, np.nan), (CUT + 3, -n
 @pytest.mark.parametrize(
     "backend, mask",
     [
-        *[("xla", mask) for mask in MASKS],
+        ("xla", "causal"),
+        ("xla", "window"),
+        ("xla", "documents"),
         ("tpu", "causal"),
         ("tpu", "window"),
         ("tpu", "documents"),
@@ -116,6 +118,7 @@ def test_what_is_not_seen_changes_no_bit(backend, mask):
 @pytest.mark.parametrize(
     "backend, mask",
     [
+        ("xla", "documents, not causal"),
         ("tpu", "documents, not causal"),
         ("reference", "causal"),
         ("reference", "window"),
