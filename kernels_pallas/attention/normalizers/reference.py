@@ -188,7 +188,9 @@ def _adaptive_temperature(
     beta = jnp.maximum(jnp.polyval(coefficients, entropy), 1)
     beta = jnp.where(entropy > normalizer.threshold, beta, 1)
     # Of a weight of 0 the temperature's derivative is 0, and not 0 times infinity.
-    return _softmax(jnp.where(s == -jnp.inf, s, s * beta), seen)
+    is_nothing = s == -jnp.inf
+    sharper = jnp.where(is_nothing, 0, s) * beta
+    return _softmax(jnp.where(is_nothing, s, sharper), seen)
 
 
 def _entmax(
