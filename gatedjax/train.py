@@ -19,16 +19,18 @@ from gatedjax.aot import step as aot
 from gatedjax.config import Config, DataConfig, differing_keys, from_config_dict, to_dict
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
 from gatedjax.data.tokenizer import Tokenizer
-from gatedjax.errors import InputError
+from gatedjax.errors import ExplodedError, InputError, TrainingError
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
+from gatedjax.files import require_utf8, user_path
 from gatedjax.reporting.console import say
 from gatedjax.reporting.curves import plot_run
 from gatedjax.reporting.step_log import StepLog
 from gatedjax.reporting.writers import make_writers
 from gatedjax.runtime import cli, launch
 from gatedjax.runtime.watchdog import Watchdog
+from gatedjax.training import identity
 from gatedjax.training.checkpoint import Checkpointer, Restored
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
@@ -48,6 +50,9 @@ _PROBES = flags.DEFINE_bool(
 _AOT = flags.DEFINE_string(
     "aot", None, "Compile the step for an absent TPU slice (v5p:8x8x4, 2*v5e:16x16), report, end."
 )
+_CHANGED_DATA = flags.DEFINE_bool(
+    "changed_data", False, "Go on with another text than the checkpoint's, from its first row on."
+)
 _CACHE = flags.DEFINE_string(
     "compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none."
 )
@@ -56,7 +61,10 @@ _CACHE = flags.DEFINE_string(
 def main(_) -> None:
     """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
     config = from_config_dict(cli.required_config(_CONFIG))
-    workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}")
+    default_workdir = f"runs/{cli.config_name(_CONFIG)}"
+    workdir = default_workdir if _WORKDIR.value is None else _WORKDIR.value
+    workdir = user_path("--workdir", workdir)
+    require_utf8("--workdir", workdir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocab(config, tokenizer)
     if _AOT.value:
@@ -67,7 +75,7 @@ def main(_) -> None:
     run = prepare(config)
     say(describe(run))
     require_same_on_all_processes(run.config)
-    state = train(run, workdir)
+    state = train(run, workdir, tokenizer)
     if state is None:
         return
     with jax.set_mesh(run.mesh):
@@ -86,15 +94,17 @@ def require_same_on_all_processes(config: Config) -> None:
     launch.require_same("text of data.sources", digests)
 
 
-def train(run: Run, workdir: Path) -> TrainState | None:
+def train(run: Run, workdir: Path, tokenizer: Tokenizer) -> TrainState | None:
     """The state after the last step; None if the run was asked to stop before it."""
     config = to_dict(run.config)
+    data = identity.identity_of(run.config.data, tokenizer)
     settings = run.config.train
     with (
         jax.set_mesh(run.mesh),
         Checkpointer(
             workdir,
             config,
+            data=data,
             keep=settings.keep_checkpoints,
             report=say,
         ) as checkpointer,
@@ -103,21 +113,72 @@ def train(run: Run, workdir: Path) -> TrainState | None:
         if restored is None:
             state = fresh_state(run)
             start = 0
+            first_row = 0
         else:
             say_resumed(run, restored)
+            identity.require_same_tokenizer(restored.data, tokenizer, workdir)
             state = restored.state
-            start = restored.data_index
+            start = restored.step
+            first_row = row_to_go_on(run, restored, data)
+        if jax.process_index() == 0:
+            identity.keep_tokenizer(workdir, tokenizer)
         writers = make_writers(workdir, settings.steps, start)
         with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog:
             log = StepLog(run, writers, watchdog)
-            state, is_finished = loop(run, state, start, log, checkpointer, workdir / "profile")
+            try:
+                state, is_finished = loop(
+                    run,
+                    state,
+                    start,
+                    first_row,
+                    log,
+                    checkpointer,
+                    workdir / "profile",
+                )
+            except ExplodedError as error:
+                sound = checkpointer.set_aside_exploded()
+                raise TrainingError(f"{error}; {went_wrong_after(sound)}") from None
     return state if is_finished else None
+
+
+def went_wrong_after(sound: int | None) -> str:
+    """What is left after an explosion, for the last line of the run."""
+    if sound is None:
+        return "no checkpoint from before it is left"
+    return (
+        f"the checkpoint of step {sound} is from before it and intact, the same command goes on "
+        "from there; give it other values, or it will go the same way"
+    )
+
+
+def row_to_go_on(run: Run, restored: Restored, data: identity.Identity) -> int:
+    """The row of the data's order that comes next.
+
+    Raises:
+      InputError: the text is not the one that the checkpoint was trained on, without
+        --changed_data.
+    """
+    if not restored.data:
+        say("that checkpoint does not say what its text was: it is not compared")
+    difference = identity.text_difference(restored.data, data)
+    if difference is not None and not _CHANGED_DATA.value:
+        raise InputError(
+            f"{difference}; put the old text back, give another --workdir, or --changed_data to go "
+            "on with this text from its first row on"
+        )
+    if difference is not None:
+        say(f"{difference}; going on with the first row of this text")
+        return 0
+    # Rows of another length are other rows: the place is as many tokens into the data.
+    before = restored.config.get("data", {}).get("seq_len", run.config.data.seq_len)
+    return restored.data_index * before // run.config.data.seq_len
 
 
 def loop(
     run: Run,
     state: TrainState,
     start: int,
+    first_row: int,
     log: StepLog,
     checkpointer: Checkpointer,
     profile: Path,
@@ -128,6 +189,7 @@ def loop(
       run: what is trained.
       state: before the first of these steps.
       start: steps done before.
+      first_row: of the data's order, that the first of these steps begins with.
       log: where metrics go.
       checkpointer: where states go.
       profile: the folder of a trace.
@@ -145,7 +207,7 @@ def loop(
     )
     validation = Validation(run, settings.eval_batches)
     train_step = jit_train_step(run.config, run.tx, run.shardings)
-    stream = batches(dataset, start)
+    stream = batches(dataset, first_row)
     for step in range(start + 1, settings.steps + 1):
         with log.reading(step):
             batch = sharding.global_batch(run.mesh, next(stream), settings.batch_size)
@@ -158,7 +220,14 @@ def loop(
             evaluate(step, state, validation, log)
         if step % settings.checkpoint_every == 0 or is_last or stop:
             with log.saving(step):
-                checkpointer.save(step, state, data_index=stream.next_index, wait=stop)
+                checkpointer.save(
+                    step,
+                    state,
+                    data_index=stream.next_index,
+                    wait=stop,
+                    loss=float(metrics["loss"]),
+                    skipped_in_a_row=int(metrics["skipped_in_a_row"]),
+                )
         trace(step, start, profile)
         if stop and not is_last:
             saved = f"step {step} of {settings.steps} is saved"

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from gatedjax.aot import libtpu
 from gatedjax.config import nearest_key
-from gatedjax.errors import InputError, TrainingError
+from gatedjax.errors import InputError, TrainingError, printable
 from gatedjax.runtime.host_memory import keep_freed_memory
 
 STARTED = time.monotonic()
@@ -27,6 +27,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # The coordinator dies with process 0: it leaves last, so that the others can still print their
 # error.
 _LEAVE_LAST_SECONDS = 2.0
+_LONGEST_LINE = 4000
 _PEER_LOST = re.compile(
     r"gloo|nccl|connection (reset|closed)|coordination.?service|heartbeat|socket closed|barrier",
     re.IGNORECASE,
@@ -160,7 +161,8 @@ def leave(message: str, code: int) -> NoReturn:
     """Ends this process with one line on stderr, whatever its threads are doing."""
     several = _processes() > 1
     where = f"process {jax.process_index()}: " if several else ""
-    one_line = " ".join(message.split())
+    # A message may quote names and values of a stranger's file, of any length.
+    one_line = printable(" ".join(message.split()))[:_LONGEST_LINE]
     print(f"error: {where}{one_line}", file=sys.stderr, flush=True)
     if several and jax.process_index() == 0:
         time.sleep(_LEAVE_LAST_SECONDS)
