@@ -120,7 +120,7 @@ class Checkpointer:
         elif not self.directory.is_dir():
             raise InputError(f"{run_dir}: holds no checkpoints")
         self._place = self._identity_of_place()
-        with plain_errors(f"could not read {self.directory}"):
+        with self._quiet, plain_errors(f"could not read {self.directory}"):
             self._manager = _open_manager(self.directory, self._preservation, read_only)
 
     def steps(self) -> list[int]:
@@ -175,7 +175,7 @@ class Checkpointer:
         manifest = manifests.make_manifest(step, contents, leaves)
         self._preservation.note(step, loss, is_sound)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(leaves),
+            state=ocp.args.PyTreeSave(leaves),
             manifest=ocp.args.JsonSave(manifest),
         )
         self._step_in_flight = step
@@ -443,11 +443,16 @@ class Checkpointer:
         unread: Collection[str],
     ) -> Leaves:
         """The arrays of a step by name, without those in `unread`."""
-        targets = {}
-        for name, leaf in wanted.items():
-            is_read = name not in unread
-            targets[name] = _with_sharding(name, leaf) if is_read else ocp.PLACEHOLDER
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
+        read = {name: leaf for name, leaf in wanted.items() if name not in unread}
+        targets = {name: _with_sharding(name, leaf) for name, leaf in read.items()}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+        for name in wanted:
+            if name in unread:
+                targets[name] = ocp.PLACEHOLDER
+                restore_args[name] = ocp.RestoreArgs()
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
+        )
         with failures_as_damage(f"the arrays of step {step} in {self.directory}"):
             stored = self._manager.item_metadata(step)["state"].tree
             manifests.require_stored_as_described(stored, described)
@@ -522,7 +527,7 @@ def _open_manager(
         save_root_metadata=False,
     )
     handlers = {
-        "state": ocp.StandardCheckpointHandler(),
+        "state": ocp.PyTreeCheckpointHandler(),
         "manifest": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
