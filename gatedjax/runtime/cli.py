@@ -16,6 +16,8 @@ from ml_collections import ConfigDict, config_flags
 from gatedjax.aot import libtpu
 from gatedjax.config import nearest_key
 from gatedjax.errors import InputError, TrainingError, printable
+from gatedjax.files import user_path
+from gatedjax.runtime import compile_cache
 from gatedjax.runtime.host_memory import keep_freed_memory
 
 STARTED = time.monotonic()
@@ -89,8 +91,8 @@ def use_compilation_cache(folder: str) -> None:
     The folder must be your own: the programs in it are executed.
     """
     if folder:
-        path = Path(folder).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(path))
+        path = user_path("--compile_cache", folder)
+        compile_cache.use(path)
 
 
 def required(flag: flags.FlagHolder[Any]) -> Any:

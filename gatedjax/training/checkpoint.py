@@ -13,15 +13,18 @@ A run directory holds
   tokenizer.json              the tokenizer, where it is a file (`identity`)
 
 orbax writes a step under a temporary name and renames it when it is complete, so a kill at any
-moment leaves only whole steps. It does not notice bits that change later: hence a digest per array,
-taken on the devices from what is saved and from what comes back. Nothing is unpickled: arrays are
-read as numbers into a target that the caller names.
+moment leaves only whole steps. Its manager looks into all steps at once, so it is opened only to
+save, and only after every step was found to hold plain files. orbax does not notice bits that
+change later: hence a digest per array, taken on the devices from what is saved and from what
+comes back.
+Nothing is unpickled: arrays are read as numbers into a target that the caller names.
 """
 
 import contextlib
 import json
 import logging as std_logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
@@ -48,6 +52,9 @@ from gatedjax.training.run_directory import (
     plain_errors,
     raise_together,
 )
+
+# How orbax names a committed step.
+_STEP_NAME = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,13 @@ class Checkpointer:
         elif not self.directory.is_dir():
             raise InputError(f"{run_dir}: holds no checkpoints")
         self._place = self._identity_of_place()
-        with self._quiet, plain_errors(f"could not read {self.directory}"):
-            self._manager = _open_manager(self.directory, self._preservation, read_only)
+        self._manager_if_open: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
         """The committed steps on disk, oldest first; a damaged one counts until it is set aside."""
-        self._manager.reload()
-        return sorted(self._manager.all_steps())
+        with plain_errors(f"could not read {self.directory}"):
+            names = os.listdir(self.directory)
+        return sorted(int(name) for name in names if _STEP_NAME.fullmatch(name))
 
     def save(
         self,
@@ -178,12 +185,13 @@ class Checkpointer:
             state=ocp.args.PyTreeSave(leaves),
             manifest=ocp.args.JsonSave(manifest),
         )
+        manager = self._manager()
         self._step_in_flight = step
         self._quiet.start()
         with self._save_errors(step):
             # force: orbax would otherwise skip, silently, a step that is not newer than the newest
             # on disk.
-            self._manager.save(step, args=items, force=True)
+            manager.save(step, args=items, force=True)
         if wait:
             self.wait()
 
@@ -193,7 +201,8 @@ class Checkpointer:
         self._step_in_flight = None
         try:
             with self._save_errors(step):
-                self._manager.wait_until_finished()
+                if self._manager_if_open is not None:
+                    self._manager_if_open.wait_until_finished()
         finally:
             self._quiet.stop()
 
@@ -292,7 +301,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._quiet.stop()
-            self._manager.close()
+            if self._manager_if_open is not None:
+                self._manager_if_open.close()
             if self._lock is not None:
                 self._lock.close()
 
@@ -385,10 +395,10 @@ class Checkpointer:
     def _manifest(self, step: int) -> dict[str, Any]:
         """The verified body of a step's manifest."""
         with failures_as_damage(f"the manifest of step {step} in {self.directory}"):
-            manifests.require_plain_files(self.directory / str(step))
-            items = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=items)
-            return manifests.verified_body(restored["manifest"], step)
+            step_dir = self.directory / str(step)
+            manifests.require_plain_files(step_dir)
+            text = (step_dir / "manifest" / "metadata").read_bytes()
+            return manifests.verified_body(json.loads(text), step)
 
     def _read(
         self,
@@ -450,14 +460,13 @@ class Checkpointer:
             if name in unread:
                 targets[name] = ocp.PLACEHOLDER
                 restore_args[name] = ocp.RestoreArgs()
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
-        )
-        with failures_as_damage(f"the arrays of step {step} in {self.directory}"):
-            stored = self._manager.item_metadata(step)["state"].tree
+        args = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
+        place = epath.Path(self.directory / str(step) / "state")
+        handler = ocp.PyTreeCheckpointHandler()
+        with self._quiet, failures_as_damage(f"the arrays of step {step} in {self.directory}"):
+            stored = handler.metadata(place).tree
             manifests.require_stored_as_described(stored, described)
-            with self._quiet:
-                arrays = self._manager.restore(step, args=items)["state"]
+            arrays = handler.restore(place, args=args)
         return {name: array for name, array in arrays.items() if name not in unread}
 
     def _set_aside(self, steps: list[int], why: str) -> None:
@@ -473,7 +482,28 @@ class Checkpointer:
             except InputError as error:
                 problem = error
         raise_together(problem)  # the others look at the directory only after the renames
-        self._manager.reload()
+        if self._manager_if_open is not None:
+            self._manager_if_open.reload()
+
+    def _manager(self) -> ocp.CheckpointManager:
+        """orbax's manager, opened at the first save.
+
+        It reads a file of every step: one that it could not read is set aside before.
+        """
+        if self._manager_if_open is None:
+            unreadable = []
+            for step in self.steps():
+                try:
+                    with failures_as_damage(f"step {step} in {self.directory}"):
+                        manifests.require_plain_files(self.directory / str(step))
+                        manifests.require_orbax_metadata(self.directory / str(step))
+                except DamagedError as error:
+                    self._report(f"{self._damage(step, error)}; it is set aside")
+                    unreadable.append(step)
+            self._set_aside(unreadable, "damaged")
+            with self._quiet, plain_errors(f"could not read {self.directory}"):
+                self._manager_if_open = _open_manager(self.directory, self._preservation)
+        return self._manager_if_open
 
     def _free_name(self, step: int, why: str) -> Path:
         free = self.directory / f"{why}-{step}"
@@ -515,14 +545,11 @@ def _with_sharding(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
 def _open_manager(
     directory: Path,
     preservation: NewestAndSound,
-    read_only: bool,
 ) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation,
-        read_only=read_only,
-        create=not read_only,
         # What a killed run left; the lock says that nobody is writing it.
-        cleanup_tmp_directories=not read_only,
+        cleanup_tmp_directories=True,
         lightweight_initialize=True,
         save_root_metadata=False,
     )

@@ -132,8 +132,9 @@ def require_plain_files(step_dir: Path) -> None:
 
     Called before anything of a step is opened: a pipe would never answer, a link leads elsewhere.
     """
-    if step_dir.is_symlink():
-        raise DamagedError("the step is a link")
+    mode = step_dir.lstat().st_mode
+    if not stat.S_ISDIR(mode):
+        raise DamagedError(f"the step is {kind_of(mode)}")
     for folder, folders, files in os.walk(step_dir):
         for name in [*folders, *files]:
             path = Path(folder, name)
@@ -146,6 +147,19 @@ def require_plain_files(step_dir: Path) -> None:
             is_data = path.parent.name == _DATA_FOLDER
             if not is_data and status.st_size > _LARGEST_DESCRIPTION:
                 raise DamagedError(f"{shown} has {status.st_size:,} bytes")
+
+
+def require_orbax_metadata(step_dir: Path) -> None:
+    """DamagedError if orbax could not read its own account of a step, which is a plain file."""
+    metadata = json.loads((step_dir / "_CHECKPOINT_METADATA").read_bytes())
+    if not isinstance(metadata, dict):
+        raise DamagedError("_CHECKPOINT_METADATA is no object")
+    handlers = metadata.get("item_handlers")
+    if not isinstance(handlers, dict | str | None):
+        raise DamagedError("_CHECKPOINT_METADATA has no item_handlers")
+    for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
+        if not isinstance(metadata.get(key), int | None):
+            raise DamagedError(f"_CHECKPOINT_METADATA has no {key}")
 
 
 def require_stored_sizes(step_dir: Path, described: Mapping[str, Any]) -> None:
