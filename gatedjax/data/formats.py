@@ -222,7 +222,7 @@ def _require_own_files(path: Path) -> None:
         raise InputError(f"{listing}: cannot be read ({one_line(e)})") from None
     for name in names:
         is_plain = isinstance(name, str) and name == Path(name).name
-        if not is_plain:
+        if not is_plain or name == "..":
             raise InputError(f"{listing}: names the file {name!r}, expected one of this folder")
         if (path / name).is_symlink():
             raise InputError(f"{path / name}: is a link, expected a file of this folder")
