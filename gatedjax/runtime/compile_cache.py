@@ -39,7 +39,7 @@ class NamedCache(CacheInterface):
         self._cache = cache
         self._path = cache._path
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> bytes | None:  # pyrefly: ignore  (jax says nothing of the result)
         """The entry of this name; None if there is none, or one that is not of this name."""
         entry = self._cache.get(key)
         if entry is None:

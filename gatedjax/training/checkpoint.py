@@ -454,7 +454,7 @@ class Checkpointer:
     ) -> Leaves:
         """The arrays of a step by name, without those in `unread`."""
         read = {name: leaf for name, leaf in wanted.items() if name not in unread}
-        targets = {name: _with_sharding(name, leaf) for name, leaf in read.items()}
+        targets: dict[str, Any] = {name: _with_sharding(name, leaf) for name, leaf in read.items()}
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
         for name in wanted:
             if name in unread:

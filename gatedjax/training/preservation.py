@@ -60,5 +60,7 @@ class NewestAndSound:
         """For each checkpoint, oldest first, whether it stays."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = set(sorted(steps)[-self._keep :])
-        kept.add(self.newest_sound(steps))
+        sound = self.newest_sound(steps)
+        if sound is not None:
+            kept.add(sound)
         return [step in kept for step in steps]

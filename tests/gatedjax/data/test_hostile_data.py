@@ -1,4 +1,4 @@
-"""Text, tokenizers and caches that are something else than they should be, and whose text is whose."""
+"""Text, tokenizers and caches that are something else than they should be; what is held out."""
 
 import itertools
 import json

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 
 import jax
@@ -64,18 +63,6 @@ def save(place, config, name="run"):
         checkpointer.save(1, state, data_index=8, wait=True)
     identity.keep_tokenizer(place / name, tokenizer)
     return run, state
-
-
-@pytest.fixture(scope="module", autouse=True)
-def state_home(tmp_path_factory):
-    """The key that tells own checkpoints from others lies in a home of its own."""
-    before = os.environ.get("XDG_STATE_HOME")
-    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
-    yield
-    if before is None:
-        del os.environ["XDG_STATE_HOME"]
-    else:
-        os.environ["XDG_STATE_HOME"] = before
 
 
 @pytest.fixture(scope="module")
