@@ -155,10 +155,11 @@ def _require_batch_fits(config: Config) -> None:
     if tokens * _HOST_BYTES_PER_TOKEN > host:
         raise InputError(f"--checkpoint: its batches have {shape}: more than this machine can hold")
     devices = jax.device_count()
-    # With a loss in chunks only the hidden states of a whole batch exist at once.
-    channels = config.model.width
+    # The least that a forward pass holds at once: the hidden states with one layer's work on them;
+    # and, where the loss is not in chunks, the logits and their exponentials.
+    channels = 4 * config.model.width
     if not config.model.loss_chunk:
-        channels += config.model.vocab_size
+        channels += 2 * config.model.vocab_size
     needed = 4 * tokens * channels / devices
     available = _device_memory()
     if available is not None and needed > available:
