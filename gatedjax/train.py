@@ -65,7 +65,7 @@ def main(_) -> None:
     workdir = default_workdir if _WORKDIR.value is None else _WORKDIR.value
     workdir = user_path("--workdir", workdir)
     require_utf8("--workdir", workdir)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of(config.data, workdir)
     config = with_vocab(config, tokenizer)
     if _AOT.value:
         sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
@@ -82,6 +82,21 @@ def main(_) -> None:
         sample(run, state, tokenizer)
     if jax.process_index() == 0:
         draw_curves(workdir, config.data)
+
+
+def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:
+    """The tokenizer that the configuration names.
+
+    Raises:
+      InputError: it cannot be read; if the run keeps a copy of its own, that is the way out.
+    """
+    try:
+        return load_tokenizer(data.tokenizer)
+    except InputError as error:
+        own = identity.tokenizer_of_run(workdir, data.tokenizer)
+        if own is None:
+            raise
+        raise InputError(f"{error}; the run keeps its own: --config.data.tokenizer={own}") from None
 
 
 def require_same_on_all_processes(config: Config) -> None:
