@@ -135,8 +135,7 @@ def train(run: Run, workdir: Path, tokenizer: Tokenizer) -> TrainState | None:
             state = restored.state
             start = restored.step
             first_row = row_to_go_on(run, restored, data)
-        if jax.process_index() == 0:
-            identity.keep_tokenizer(workdir, tokenizer)
+        identity.keep_tokenizer(workdir, tokenizer)
         writers = make_writers(workdir, settings.steps, start)
         with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog:
             log = StepLog(run, writers, watchdog)

@@ -26,6 +26,7 @@ import logging as std_logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,7 @@ class Checkpointer:
             manifest=ocp.args.JsonSave(manifest),
         )
         manager = self._manager()
+        _drop_late_callbacks()
         self._step_in_flight = step
         self._quiet.start()
         with self._save_errors(step):
@@ -492,6 +494,7 @@ class Checkpointer:
         """
         if self._manager_if_open is None:
             unreadable = []
+            problem = None
             for step in self.steps():
                 try:
                     with failures_as_damage(f"step {step} in {self.directory}"):
@@ -500,6 +503,9 @@ class Checkpointer:
                 except DamagedError as error:
                     self._report(f"{self._damage(step, error)}; it is set aside")
                     unreadable.append(step)
+                except InputError as error:
+                    problem = error
+            raise_together(problem)
             self._set_aside(unreadable, "damaged")
             with self._quiet, plain_errors(f"could not read {self.directory}"):
                 self._manager_if_open = _open_manager(self.directory, self._preservation)
@@ -582,6 +588,30 @@ class _QuietOrbax(std_logging.Filter):
 
     def filter(self, record: std_logging.LogRecord) -> bool:
         return f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname
+
+
+# The hooks that `_drop_late_callbacks` installed.
+_late_callbacks_hook: list[Callable[[Any], None]] = []
+
+
+def _drop_late_callbacks() -> None:
+    """Keeps off stderr what tensorstore's threads print after a save has failed.
+
+    The writes that were under way end later, and tell an event loop that orbax has closed: a
+    traceback for each, after the error that counts. Installed once; all else is printed.
+    """
+    previous = sys.unraisablehook
+    if previous in _late_callbacks_hook:
+        return
+
+    def hook(unraisable: Any) -> None:
+        is_late = isinstance(unraisable.exc_value, RuntimeError) and unraisable.object is None
+        if is_late and str(unraisable.exc_value) == "Event loop is closed":
+            return
+        previous(unraisable)
+
+    _late_callbacks_hook.append(hook)
+    sys.unraisablehook = hook
 
 
 def _log_warning(line: str) -> None:

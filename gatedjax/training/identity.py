@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from gatedjax.config import DataConfig
 from gatedjax.data import JsonTokenizer, corpora, load_tokenizer
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError
-from gatedjax.training.run_directory import plain_errors, replace_file
+from gatedjax.training.run_directory import plain_errors, raise_together, replace_file
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -69,17 +71,23 @@ def _difference(before: Any, after: Mapping[str, str] | None) -> str:
 
 
 def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
-    """Writes the tokenizer's file into the run directory, unless it is there already.
+    """The first process writes the tokenizer's file into the run directory, if it is not there.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: on all processes, if it cannot be written.
     """
     if not isinstance(tokenizer, JsonTokenizer):
         return
     path = run_dir / TOKENIZER_FILE
-    with plain_errors(f"could not write {path}"):
-        if not path.is_file() or path.read_bytes() != tokenizer.data:
-            replace_file(path, tokenizer.data)
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            with plain_errors(f"could not write {path}"):
+                if not path.is_file() or path.read_bytes() != tokenizer.data:
+                    replace_file(path, tokenizer.data)
+        except InputError as error:
+            problem = error
+    raise_together(problem)
 
 
 def tokenizer_of_run(run_dir: str | os.PathLike, spec: str) -> str | None:

@@ -6,7 +6,9 @@ import logging as std_logging
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from gatedjax.errors import InputError
-from gatedjax.training import run_directory
+from gatedjax.training import checkpoint, run_directory
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.manifest import rows_taken
 
@@ -376,3 +378,31 @@ def test_only_orbax_is_kept_off_the_log_and_only_while_ours_is_at_work(tmp_path)
         checkpointer.wait()
         assert passes(orbax)
     assert logger.filters == before
+
+
+def test_only_late_callbacks_of_a_failed_save_are_dropped(monkeypatch):
+    passed = []
+    monkeypatch.setattr(sys, "unraisablehook", passed.append)
+    checkpoint._drop_late_callbacks()
+    checkpoint._drop_late_callbacks()
+
+    def unraisable(error, origin=None):
+        return SimpleNamespace(exc_value=error, object=origin)
+
+    closed = RuntimeError("Event loop is closed")
+    sys.unraisablehook(unraisable(closed))
+    assert passed == []
+    for other in (unraisable(closed, "a library"), unraisable(RuntimeError("x")), unraisable(None)):
+        sys.unraisablehook(other)
+    assert len(passed) == 3
+
+
+def test_a_pipe_in_an_older_step_does_not_stop_the_saves(run_dir):
+    (metadata,) = (run_dir / "checkpoints" / "1").glob("_CHECKPOINT_METADATA")
+    become_pipe(metadata)
+    said = []
+    with Checkpointer(run_dir, CONFIG, report=said.append) as checkpointer:
+        assert checkpointer.restore_latest(TARGET).step == 2 and said == []
+        checkpointer.save(3, STATE, data_index=0, wait=True)
+        assert checkpointer.steps() == [2, 3]
+    assert len(said) == 1 and "_CHECKPOINT_METADATA is a pipe; it is set aside" in said[0]
