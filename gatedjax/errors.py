@@ -1,6 +1,8 @@
 """The exceptions that the commands print as one line, and what of a text may be printed."""
 
+import errno
 import re
+import reprlib
 from typing import Any
 
 # What a terminal acts on: control characters except tab and line feed, and those that turn the
@@ -9,9 +11,45 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+# A value in a message: whole where it is of ordinary size; a file may hold anything.
+_short = reprlib.Repr(
+    maxlevel=3,
+    maxtuple=20,
+    maxlist=20,
+    maxdict=20,
+    maxstring=200,
+    maxlong=60,
+    maxother=200,
+)
+
+# Of the disk, and not of the path: the same call may succeed later.
+PASSING_ERRNOS = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ENFILE,
+        errno.EMFILE,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+    }
+)
+
 
 class InputError(ValueError):
     """The user's input is wrong: the commands print it as one line and exit with code 2."""
+
+
+class StorageError(InputError):
+    """A disk could not be written or read, and may work again: one line and exit code 1.
+
+    A disk or a file server that does not answer: the same command may succeed later, so what
+    supervises a run starts it again. A full disk does not empty itself: that is an InputError.
+    """
 
 
 class TrainingError(RuntimeError):
@@ -35,7 +73,12 @@ def require(ok: bool, name: str, value: Any, expected: str) -> None:
       InputError: "NAME: got VALUE, expected EXPECTED".
     """
     if not ok:
-        raise InputError(f"{name}: got {value!r}, expected {expected}")
+        raise InputError(f"{name}: got {shown(value)}, expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """The value as Python writes it, on one line and cut to a readable length."""
+    return _short.repr(value)
 
 
 def printable(text: str) -> str:

@@ -35,8 +35,8 @@ from gatedjax.evaluation.restore import (
 )
 from gatedjax.evaluation.sampling import forward
 from gatedjax.evaluation.validation import Evaluation, Validation
-from gatedjax.files import user_path
 from gatedjax.model import init_caches
+from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import write_report
 from gatedjax.runtime import cli, launch
@@ -69,7 +69,7 @@ _DECODE_TOKENS = flags.DEFINE_integer(
 
 def main(_) -> None:
     """Restore -> loss over validation batches -> compressors -> speed."""
-    checkpoint = cli.required(_CHECKPOINT)
+    checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
     launch.start()
     run, params = restore_params(
         checkpoint,
@@ -81,7 +81,7 @@ def main(_) -> None:
     if _SOURCE.value is None:
         require_same_text(run, checkpoint)
     if _PROBES.value:
-        write_probes(run, params, user_path("--checkpoint", checkpoint) / "probes")
+        write_probes(run, params, checkpoint / "probes")
         return
     with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
         say_losses(Validation(run, _BATCHES.value)(params))

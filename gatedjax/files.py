@@ -22,31 +22,6 @@ _KINDS = (
 )
 
 
-def user_path(name: str, text: str | os.PathLike) -> Path:
-    """The path that a person wrote, with `~` expanded, which a shell leaves in `--workdir=~/run`.
-
-    Args:
-      name: the flag or configuration key, for the message.
-      text: the path.
-
-    Raises:
-      InputError: empty, a URL, no home directory to expand, or not a name that files can have.
-    """
-    given = os.fspath(text)
-    if not given:
-        raise InputError(f"{name}: got an empty path, expected a file or folder")
-    if "://" in given:
-        raise InputError(f"{name}: got {given}, expected a path; mount a bucket to use it")
-    if "\0" in given:
-        raise InputError(f"{name}: got {given!r}, expected a path without zero bytes")
-    try:
-        return Path(given).expanduser()
-    except RuntimeError:
-        raise InputError(
-            f"{name}: got {given!r}, but its ~ has no home directory; give the whole path"
-        ) from None
-
-
 def require_utf8(name: str, path: Path) -> None:
     """InputError if the path holds bytes that are not UTF-8: C++ libraries cannot be given it."""
     try:

@@ -3,10 +3,11 @@
     python train.py --config=configs/tiny.py [--workdir=runs/tiny] [--config.optim.lr=3e-4 ...]
 
 Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit,
-on any number of processes and devices (docs/launch.md). SIGTERM to any process: all save the same
-step and exit 0.
+on any number of processes and devices (docs/launch.md). SIGTERM, SIGHUP or Ctrl-C to any process:
+all save the same step and end.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -23,15 +24,19 @@ from gatedjax.errors import ExplodedError, InputError, TrainingError
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
-from gatedjax.files import require_utf8, user_path
+from gatedjax.files import require_utf8
+from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.curves import plot_run
+from gatedjax.reporting.profile import StepTrace
 from gatedjax.reporting.step_log import StepLog
 from gatedjax.reporting.writers import make_writers
-from gatedjax.runtime import cli, launch
+from gatedjax.runtime import cli, launch, streams
+from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
 from gatedjax.training import identity
 from gatedjax.training.checkpoint import Checkpointer, Restored
+from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
 
@@ -42,7 +47,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>."
 )
 _PROFILE = flags.DEFINE_integer(
-    "profile_step", 0, "Trace 5 steps from this one on into the workdir; 0 for none."
+    "profile_step",
+    0,
+    "Trace 5 steps from this one on into the workdir; 0 for none.",
+    lower_bound=0,
 )
 _PROBES = flags.DEFINE_bool(
     "probes", False, "At every evaluation, pictures of what the layers do, for TensorBoard."
@@ -62,8 +70,8 @@ def main(_) -> None:
     """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
     config = from_config_dict(cli.required_config(_CONFIG))
     default_workdir = f"runs/{cli.config_name(_CONFIG)}"
-    workdir = default_workdir if _WORKDIR.value is None else _WORKDIR.value
-    workdir = user_path("--workdir", workdir)
+    given = default_workdir if _WORKDIR.value is None else _WORKDIR.value
+    workdir = expand(given, "--workdir")
     require_utf8("--workdir", workdir)
     tokenizer = tokenizer_of(config.data, workdir)
     config = with_vocab(config, tokenizer)
@@ -71,17 +79,22 @@ def main(_) -> None:
         sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
     # Not for --aot: without its device a stored program cannot be read, and jax warns.
     cli.use_compilation_cache(_CACHE.value)
-    launch.start()
-    run = prepare(config)
-    say(describe(run))
-    require_same_on_all_processes(run.config)
-    state = train(run, workdir, tokenizer)
-    if state is None:
-        return
-    with jax.set_mesh(run.mesh):
-        sample(run, state, tokenizer)
-    if jax.process_index() == 0:
-        draw_curves(workdir, config.data)
+    cli.saves_to(workdir / "checkpoints")
+    with streams.lasting_stdout(f"the run goes on, its log is in {workdir}"), Stop() as stop:
+        launch.start(workdir / "checkpoints")
+        stop.outside_steps()
+        run = prepare(config)
+        say(describe(run))
+        require_memory(run)
+        require_same_on_all_processes(run.config, workdir)
+        state = train(run, workdir, tokenizer, stop)
+        if state is not None:
+            with jax.set_mesh(run.mesh):
+                sample(run, state, tokenizer)
+            if jax.process_index() == 0:
+                draw_curves(workdir, config.data)
+    if state is None and stop.obeyed == signal.SIGINT:
+        sys.exit(cli.EXIT_INTERRUPTED)
 
 
 def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:
@@ -99,9 +112,10 @@ def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:
         raise InputError(f"{error}; the run keeps its own: --config.data.tokenizer={own}") from None
 
 
-def require_same_on_all_processes(config: Config) -> None:
-    """InputError if the processes came with different configurations or texts."""
+def require_same_on_all_processes(config: Config, workdir: Path) -> None:
+    """InputError if the processes came with different configurations, folders or texts."""
     launch.require_same("configuration", to_dict(config))
+    launch.require_same_folder("--workdir", workdir)
     texts = corpora(config.data)
     for corpus in texts.values():
         say(corpus.describe())
@@ -109,7 +123,12 @@ def require_same_on_all_processes(config: Config) -> None:
     launch.require_same("text of data.sources", digests)
 
 
-def train(run: Run, workdir: Path, tokenizer: Tokenizer) -> TrainState | None:
+def train(
+    run: Run,
+    workdir: Path,
+    tokenizer: Tokenizer,
+    stop: Stop,
+) -> TrainState | None:
     """The state after the last step; None if the run was asked to stop before it."""
     config = to_dict(run.config)
     data = identity.identity_of(run.config.data, tokenizer)
@@ -137,8 +156,11 @@ def train(run: Run, workdir: Path, tokenizer: Tokenizer) -> TrainState | None:
             first_row = row_to_go_on(run, restored, data)
         identity.keep_tokenizer(workdir, tokenizer)
         writers = make_writers(workdir, settings.steps, start)
-        with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog:
+        folder = workdir / "profile"
+        tracing = StepTrace(_PROFILE.value, start, settings.steps, folder, say)
+        with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog, tracing as trace:
             log = StepLog(run, writers, watchdog)
+            stop.between_steps(run.mesh)
             try:
                 state, is_finished = loop(
                     run,
@@ -147,11 +169,13 @@ def train(run: Run, workdir: Path, tokenizer: Tokenizer) -> TrainState | None:
                     first_row,
                     log,
                     checkpointer,
-                    workdir / "profile",
+                    trace,
+                    stop,
                 )
             except ExplodedError as error:
                 sound = checkpointer.set_aside_exploded()
                 raise TrainingError(f"{error}; {went_wrong_after(sound)}") from None
+    stop.outside_steps()
     return state if is_finished else None
 
 
@@ -195,7 +219,8 @@ def loop(
     first_row: int,
     log: StepLog,
     checkpointer: Checkpointer,
-    profile: Path,
+    trace: StepTrace,
+    stop: Stop,
 ) -> tuple[TrainState, bool]:
     """A batch, a step; now and then a line of the log, an evaluation, a checkpoint.
 
@@ -206,10 +231,11 @@ def loop(
       first_row: of the data's order, that the first of these steps begins with.
       log: where metrics go.
       checkpointer: where states go.
-      profile: the folder of a trace.
+      trace: told of each step.
+      stop: asked after each step.
 
     Returns:
-      The state, and whether it is the last one; it is not if the run was asked to stop (SIGTERM).
+      The state, and whether it is the last one; it is not if the run was asked to stop.
     """
     settings = run.config.train
     dataset = make_dataset(
@@ -228,24 +254,25 @@ def loop(
         state, metrics = train_step(state, batch)
         is_first = step == start + 1
         is_last = step == settings.steps
-        stop = launch.preempted(step)
+        signal_number = stop.requested()
         log.train(step, metrics, write=step % settings.log_every == 0 or is_first or is_last)
         if step % settings.eval_every == 0 or is_last:
             evaluate(step, state, validation, log)
-        if step % settings.checkpoint_every == 0 or is_last or stop:
+        if step % settings.checkpoint_every == 0 or is_last or signal_number:
             with log.saving(step):
                 checkpointer.save(
                     step,
                     state,
                     data_index=stream.next_index,
-                    wait=stop,
+                    wait=signal_number != 0,
                     loss=float(metrics["loss"]),
                     skipped_in_a_row=int(metrics["skipped_in_a_row"]),
                 )
-        trace(step, start, profile)
-        if stop and not is_last:
+        trace.after(step)
+        if signal_number and not is_last:
             saved = f"step {step} of {settings.steps} is saved"
-            say(f"stopped by SIGTERM: {saved}; the same command goes on from there")
+            what = name_of(signal_number)
+            say(f"stopped by {what}: {saved}; the same command goes on from there")
             return state, False
     return state, True
 
@@ -257,19 +284,6 @@ def evaluate(step: int, state: TrainState, validation: Validation, log: StepLog)
         log.validation(step, validation(params))
         if _PROBES.value:
             log.probes(step, validation.probes(params))
-
-
-def trace(step: int, start: int, folder: Path) -> None:
-    """Called after each step: with --profile_step, starts and ends a trace of 5 steps."""
-    if not _PROFILE.value:
-        return
-    # The first step compiles: there is nothing to see in it.
-    first = max(_PROFILE.value, start + 2)
-    if step == first - 1:
-        jax.profiler.start_trace(folder)
-    if step == first + 4:
-        jax.profiler.stop_trace()
-        say(f"profile of 5 steps: {folder}")
 
 
 def say_resumed(run: Run, restored: Restored) -> None:

@@ -23,7 +23,8 @@ from gatedjax.data.formats import (
     one_line,
 )
 from gatedjax.errors import InputError
-from gatedjax.files import kind_of, user_path
+from gatedjax.files import kind_of
+from gatedjax.paths import expand
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -117,7 +118,7 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
             f"sources.{name}.path: empty, expected a file or folder for kind {cfg.kind}"
         )
     key = f"sources.{name}.path"
-    path = user_path(key, cfg.path).absolute()
+    path = expand(cfg.path, key).absolute()
     mode = _mode_of(key, path)
     file_format = _FORMATS[cfg.kind]
 

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from gatedjax.errors import InputError
-from gatedjax.files import read_plain, user_path
+from gatedjax.files import read_plain
+from gatedjax.paths import expand
 
 # Token ids are int32 in a batch.
 LARGEST_VOCABULARY = 2**31 - 1
@@ -141,7 +142,7 @@ class JsonTokenizer:
 
 def _bytes_of_file(path: str) -> bytes:
     try:
-        return read_plain(user_path("tokenizer", path), LARGEST_TOKENIZER_FILE)
+        return read_plain(expand(path, "tokenizer"), LARGEST_TOKENIZER_FILE)
     except OSError as e:
         raise InputError(
             f"tokenizer: {path!r} cannot be read ({e.strerror or e}); expected 'bytes' or a file"

@@ -23,10 +23,11 @@ from gatedjax import sharding
 from gatedjax.config import Config, DataConfig, MeshConfig, SourceConfig, from_config_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
-from gatedjax.files import user_path
+from gatedjax.paths import expand
 from gatedjax.training import identity, ownership
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.digests import named_leaves
+from gatedjax.training.memory import device_memory
 from gatedjax.training.run import Run, prepare
 from gatedjax.training.step import TrainState, params_for_evaluation
 
@@ -62,12 +63,13 @@ def restore_params(
       InputError: no checkpoint there, none intact, a configuration that makes no model, a model or
         batch that does not fit, or a tokenizer that is not the run's.
     """
-    run_dir = user_path("--checkpoint", directory)
+    run_dir = expand(directory, "--checkpoint")
     with Checkpointer(run_dir, read_only=True) as checkpointer:
         manifest = checkpointer.manifest()
         config = _configuration(manifest["config"], mesh)
         data = _data_of(run_dir, config.data, manifest, source, trust_paths)
         config = dataclasses.replace(config, data=data)
+        _require_vocabulary(config)
         with _no_model():
             run = prepare(config)
         unread = _unread(run.abstract)
@@ -84,7 +86,7 @@ def fitting_mesh(directory: str | os.PathLike) -> MeshConfig:
 
     Else all devices hold copies.
     """
-    with Checkpointer(user_path("--checkpoint", directory), read_only=True) as checkpointer:
+    with Checkpointer(expand(directory, "--checkpoint"), read_only=True) as checkpointer:
         saved = checkpointer.config().get("mesh")
     try:
         mesh = MeshConfig(**{**saved, "data": 0}) if isinstance(saved, dict) else MeshConfig()
@@ -99,7 +101,7 @@ def require_same_text(run: Run, directory: str | os.PathLike) -> None:
 
     Its held-out text would be another one, part of it trained on.
     """
-    run_dir = user_path("--checkpoint", directory)
+    run_dir = expand(directory, "--checkpoint")
     with Checkpointer(run_dir, read_only=True) as checkpointer:
         saved = checkpointer.manifest().get("data")
     if not isinstance(saved, dict):
@@ -132,6 +134,15 @@ def _configuration(saved: Mapping[str, Any], mesh: MeshConfig | None) -> Config:
         )
     _require_batch_fits(config)
     return dataclasses.replace(config, mesh=mesh or MeshConfig())
+
+
+def _require_vocabulary(config: Config) -> None:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"config.model.vocab_size: the checkpoint has {config.model.vocab_size} entries, "
+            f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size}"
+        )
 
 
 def _require_sensible_numbers(value: Any, path: str) -> None:
@@ -340,14 +351,8 @@ def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _device_memory() -> int | None:
-    """Bytes of a device, None if it does not say."""
-    device = jax.local_devices()[0]
-    statistics = device.memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return statistics["bytes_limit"]
-    if device.platform == "cpu":
-        return _host_memory()
-    return None
+    """Bytes of a device, None if nobody says."""
+    return device_memory(jax.local_devices()[0])
 
 
 def _host_memory() -> int:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gatedjax.errors import InputError
-from gatedjax.files import read_plain, user_path
+from gatedjax.files import read_plain
+from gatedjax.paths import expand
 
 _KEY_BYTES = 32
 
@@ -43,7 +44,7 @@ def _sign(key: bytes, data: Mapping[str, Any]) -> str:
 def _key_path() -> Path | None:
     folder = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     try:
-        return user_path("XDG_STATE_HOME", folder).absolute() / "gatedjax" / "key"
+        return expand(folder, "XDG_STATE_HOME").absolute() / "gatedjax" / "key"
     except InputError:
         return None
 

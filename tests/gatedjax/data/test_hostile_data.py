@@ -13,7 +13,8 @@ from gatedjax import data
 from gatedjax.config import DataConfig, FrozenDict, SourceConfig
 from gatedjax.data import formats, token_cache
 from gatedjax.errors import InputError, printable
-from gatedjax.files import open_plain, read_plain, user_path
+from gatedjax.files import open_plain, read_plain
+from gatedjax.paths import expand
 
 
 def write_texts(folder, texts):
@@ -192,12 +193,12 @@ def test_paths_that_lead_nowhere_are_one_line(tmp_path, monkeypatch):
     assert "zero bytes" in refusal(config(tmp_path, a="/a\0b"))
     assert "mount a bucket" in refusal(config(tmp_path, a="gs://a/b"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert user_path("x", "~/a") == tmp_path / "a"
+    assert expand("~/a", "x") == tmp_path / "a"
     write_texts(tmp_path / "at home", texts(5))
     assert data.corpora(config(tmp_path, a="~/at home"))["a"].documents == 5
     for name in ("", "s3://x"):
         with pytest.raises(InputError, match=r"--workdir: got"):
-            user_path("--workdir", name)
+            expand(name, "--workdir")
 
 
 def test_a_saved_dataset_that_names_files_elsewhere(tmp_path):
