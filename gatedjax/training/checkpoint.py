@@ -345,9 +345,13 @@ class Checkpointer:
             raise
 
     def _identity_of_place(self) -> list[tuple[int, int]]:
-        """What stays the same as long as nobody moves the directories under the run."""
+        """What stays the same as long as nobody moves or empties the directories under the run."""
+        places = [self.directory.parent, self.directory]
+        if self._lock is not None:
+            # A directory that was emptied while the run wrote to it is the same one, without it.
+            places.append(self.directory.parent / "lock")
         with plain_errors(f"could not read {self.directory}"):
-            statuses = [os.stat(path) for path in (self.directory.parent, self.directory)]
+            statuses = [os.stat(path) for path in places]
         return [(status.st_dev, status.st_ino) for status in statuses]
 
     def _require_place(self) -> None:

@@ -297,7 +297,10 @@ def test_a_directory_that_goes_away_is_one_line(tmp_path):
         run_dir.rename(run_dir.with_name("old"))
         (run_dir / "checkpoints").mkdir(parents=True)
 
-    for i, change in enumerate((vanish, move, replace)):
+    def empty(run_dir):
+        (run_dir / "lock").unlink()
+
+    for i, change in enumerate((vanish, move, replace, empty)):
         run_dir = tmp_path / str(i) / "run"
         checkpointer = Checkpointer(run_dir)
         checkpointer.save(1, STATE, data_index=0, wait=True)
