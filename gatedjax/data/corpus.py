@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
-from gatedjax.data.splits import Split
+from gatedjax.data.splits import Exceptional, Split
 from gatedjax.data.token_file import TokenFile
 
 
@@ -16,11 +16,13 @@ class SplitInfo:
 
     bytes: of UTF-8 text.
     tokens: with one end-of-document token per document.
+    sha256: of its text, in order, a zero byte after each document.
     """
 
     documents: int
     bytes: int
     tokens: int
+    sha256: str
 
     @property
     def targets(self) -> int:
@@ -43,6 +45,7 @@ class Corpus:
     sha256: of all its text, in order, a zero byte after each document.
     skipped: files that are not UTF-8.
     dtype: of the token files.
+    exception: the document that is not where the hash of its text would have it, if there is one.
     path: the folder of the token cache.
     """
 
@@ -55,6 +58,7 @@ class Corpus:
     tokenizer: str
     dtype: str
     splits: dict[str, SplitInfo]
+    exception: Exceptional | None
     path: Path
 
     def describe(self) -> str:
@@ -78,6 +82,10 @@ class Corpus:
         length = self.splits[split].tokens
         tokens = TokenFile(self.path / f"{split}.tokens", self.dtype, length)
         return tokens, ends
+
+    def document_hashes(self) -> UInt64[np.ndarray, "documents"]:
+        """The `splits.content_hash` of every document, in order."""
+        return np.load(self.path / "documents.npy", allow_pickle=False)
 
     def validation_text(self) -> bytes:
         """The documents of the validation split one after another, UTF-8."""
