@@ -35,17 +35,50 @@ def cross_entropy(
       hidden: the model's last hidden states.
       weights: the output matrix.
       targets: the token to predict at each position.
-      mask: what each token counts, 1 or 0.
+      mask: what each token counts, at least 0. Where it is 0, target and hidden state may be
+        anything. A target that counts and is not in the vocabulary makes the loss NaN.
     """
-    logits = compute_logits(hidden, weights)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     mask = mask.astype(jnp.float32)
+    nats, log_z = token_nats(hidden, weights, targets, mask)
     return TokenLosses(
-        cross_entropy=jnp.sum((log_z - target_logits) * mask),
+        cross_entropy=jnp.sum(nats * mask),
         z_loss=jnp.sum(log_z**2 * mask),
         count=jnp.sum(mask),
     )
+
+
+def token_nats(
+    hidden: Float[Array, "tokens M"],
+    weights: Float[Array, "X M"],
+    targets: Int[Array, " tokens"],
+    mask: Float[Array, " tokens"],
+) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
+    """`logsumexp(logits) - logits[target]` of every token, and its `logsumexp(logits)`.
+
+    Args:
+      hidden: the model's last hidden states.
+      weights: the output matrix.
+      targets: the token to predict at each position.
+      mask: where it is 0, both results are 0, forward and backward, whatever stands there.
+    """
+    # Selected, not multiplied: 0 x NaN is NaN. Hidden states are selected before the product,
+    # whose gradient would multiply them.
+    is_counted = mask != 0
+    hidden = jnp.where(is_counted[:, None], hidden, 0)
+    logits = compute_logits(hidden, weights)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # Below 0 is outside of the vocabulary too, not counted from its end.
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)
+    targets = jnp.where(is_counted, targets, 0)
+    target_logits = jnp.take_along_axis(
+        logits,
+        targets[:, None],
+        axis=-1,
+        mode="fill",
+        fill_value=jnp.nan,
+    )[:, 0]
+    nats = jnp.where(is_counted, log_z - target_logits, 0.0)
+    return nats, jnp.where(is_counted, log_z, 0.0)
 
 
 def chunked_cross_entropy(
