@@ -169,7 +169,7 @@ def _require_text_in_each(splits: Mapping[Split, SplitInfo], skipped: int, sourc
     total = sum(split.documents for split in splits.values())
     left_out = f", {skipped} files that are not UTF-8" if skipped else ""
     for name, split in splits.items():
-        if split.targets == 0:
+        if split.tokens == 0:
             raise InputError(
                 f"sources.{source.name}: no text for the {name} split: "
                 f"{total} documents{left_out} in {source.root}"

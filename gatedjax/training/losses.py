@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from gatedjax.model import logits as compute_logits
 
@@ -39,27 +39,40 @@ def cross_entropy(
         anything. A target that counts and is not in the vocabulary makes the loss NaN.
     """
     mask = mask.astype(jnp.float32)
-    nats, log_z = token_nats(hidden, weights, targets, mask)
+    tokens = predicted(hidden, weights, targets, mask)
     return TokenLosses(
-        cross_entropy=jnp.sum(nats * mask),
-        z_loss=jnp.sum(log_z**2 * mask),
+        cross_entropy=jnp.sum(tokens.nats * mask),
+        z_loss=jnp.sum(tokens.log_z**2 * mask),
         count=jnp.sum(mask),
     )
 
 
-def token_nats(
+class Predicted(NamedTuple):
+    """What is said of every target; zeros and False where none is asked for.
+
+    nats: `logsumexp(logits) - logits[target]`.
+    log_z: `logsumexp(logits)`.
+    is_best: the target is the most likely token.
+    """
+
+    nats: Float[Array, " tokens"]
+    log_z: Float[Array, " tokens"]
+    is_best: Bool[Array, " tokens"]
+
+
+def predicted(
     hidden: Float[Array, "tokens M"],
     weights: Float[Array, "X M"],
     targets: Int[Array, " tokens"],
     mask: Float[Array, " tokens"],
-) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
-    """`logsumexp(logits) - logits[target]` of every token, and its `logsumexp(logits)`.
+) -> Predicted:
+    """How each target is predicted.
 
     Args:
       hidden: the model's last hidden states.
       weights: the output matrix.
       targets: the token to predict at each position.
-      mask: where it is 0, both results are 0, forward and backward, whatever stands there.
+      mask: where it is 0, hidden states and targets have no part, whatever stands there.
     """
     # Selected, not multiplied: 0 x NaN is NaN. Hidden states are selected before the product,
     # whose gradient would multiply them.
@@ -77,8 +90,11 @@ def token_nats(
         mode="fill",
         fill_value=jnp.nan,
     )[:, 0]
-    nats = jnp.where(is_counted, log_z - target_logits, 0.0)
-    return nats, jnp.where(is_counted, log_z, 0.0)
+    return Predicted(
+        nats=jnp.where(is_counted, log_z - target_logits, 0.0),
+        log_z=jnp.where(is_counted, log_z, 0.0),
+        is_best=is_counted & (jnp.argmax(logits, axis=-1) == targets),
+    )
 
 
 def chunked_cross_entropy(
