@@ -217,7 +217,7 @@ class LanguageModel(nn.Module):
             lora_weights, first_pass_caches = first_pass_weights(self, c.first_pass, *inputs)
             if order is not None:
                 lora_weights = in_order(lora_weights, order)
-        info = info.replace(lora_weights=lora_weights)
+        info = dataclasses.replace(info, lora_weights=lora_weights)
         carry = (x, self._first_router_logits(tokens))
         layer_caches = None if caches is None else caches.layers
         (x, _), (layer_caches, statistics) = layers_of(c)(carry, info, layer_caches)

@@ -50,7 +50,8 @@ def filter_logits(
     k = min(top_k, vocabulary) if top_k else vocabulary
     if k == vocabulary and top_p >= 1.0:
         return logits
-    # From the most likely on; of equals the one with the lower id first.
+    # From the most likely on; of equals the one with the lower id first. 0 and -0 are equal.
+    logits = jnp.where(logits == 0, 0.0, logits)
     ordered, token_ids = jax.lax.top_k(logits, k)
     if top_p < 1.0:
         probabilities = jax.nn.softmax(ordered, axis=-1)
@@ -232,7 +233,10 @@ def padded_on_the_right(
     tokens: Int[np.ndarray, "B T"],
     segment_ids: Int[Array | np.ndarray, "B T"] | None,
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
-    """Rows and their segment ids at one of a few lengths: padding costs a quarter at most."""
+    """Rows and their segment ids at one of a few lengths.
+
+    Padding is a quarter of a long row at most.
+    """
     length = tokens.shape[1]
     if segment_ids is None:
         segment_ids = np.ones(tokens.shape, np.int32)

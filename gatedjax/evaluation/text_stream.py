@@ -6,7 +6,6 @@ them, and the text that is new is handed out. A window of tokens is enough for t
 token does not depend on how many came before.
 """
 
-import os
 from collections.abc import Sequence
 
 from gatedjax.data.tokenizer import Tokenizer
@@ -47,7 +46,7 @@ class TextStream:
             if self._waiting < MOST_WAITING:
                 return ""
         self._waiting = 0
-        start = len(os.path.commonprefix([text, self._shown]))
+        start = _common_length(text, self._shown)
         end = max(start, len(text) - _unfinished(text))
         self._shown = text[:end]
         if len(self._window) > LONGEST_WINDOW:
@@ -57,7 +56,7 @@ class TextStream:
     def rest(self) -> str:
         """What was not certain, when no token comes any more."""
         text = self._tokenizer.decode(self._window)
-        start = len(os.path.commonprefix([text, self._shown]))
+        start = _common_length(text, self._shown)
         return text[start:]
 
     def _shorten(self, text: str) -> None:
@@ -78,3 +77,11 @@ def _unfinished(text: str) -> int:
     """How many characters at the end of a text may still become another one."""
     replacements = len(text) - len(text.rstrip(REPLACEMENT))
     return replacements if replacements <= 2 * UNFINISHED else UNFINISHED
+
+
+def _common_length(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    length = min(len(a), len(b))
+    while length and a[:length] != b[:length]:
+        length -= 1
+    return length

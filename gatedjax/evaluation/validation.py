@@ -18,9 +18,10 @@ _eval_step = careful_jit(eval_step, static_argnums=0)
 
 
 def tokens_per_byte(config: DataConfig) -> float:
-    """Tokens per byte of validation text, over all sources: turns nats per token into bits per byte.
+    """Tokens per byte of validation text, over all sources.
 
-    Every token is predicted, the ends of documents too, and every byte is counted.
+    Turns nats per token into bits per byte: every token is predicted, the ends of documents too,
+    and every byte is counted.
     """
     splits = [corpus.splits["validation"] for corpus in corpora(config).values()]
     tokens = sum(split.tokens for split in splits)

@@ -487,9 +487,7 @@ def _row_of_piece(
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
     earlier = held.k.shape[1]
 
-    def after_zeros(x: Array | None) -> Array | None:
-        if x is None:
-            return None
+    def after_zeros(x: Array) -> Array:
         widths = [(0, 0)] * x.ndim
         widths[1] = (earlier, 0)
         return jnp.pad(x, widths)
@@ -498,7 +496,7 @@ def _row_of_piece(
         q=after_zeros(q),
         k=jnp.concatenate([held.k.astype(k.dtype), k], axis=1),
         v=jnp.concatenate([held.v.astype(v.dtype), v], axis=1),
-        gate_logits=after_zeros(gate_logits),
+        gate_logits=None if gate_logits is None else after_zeros(gate_logits),
         segment_ids=jnp.concatenate([is_held.astype(jnp.int32), segment_ids], axis=1),
     )
 

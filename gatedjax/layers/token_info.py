@@ -12,6 +12,7 @@ Who is a token, and what is a document (docs/tokens.md):
 `arranged` brings every input into one form, once; layers rely on that form.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -88,7 +89,7 @@ def numbered(info: TokenInfo) -> TokenInfo:
     """The same with documents numbered 1, 2, 3 ... in each row: an id that comes back is new."""
     if info.segment_ids is None:
         return info
-    return info.replace(segment_ids=document_numbers(info.segment_ids))
+    return dataclasses.replace(info, segment_ids=document_numbers(info.segment_ids))
 
 
 def document_numbers(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
