@@ -388,9 +388,7 @@ def _check_caches(
         capacity = mixer.capacity(caches.layers[name])
         if capacity is not None:
             most = capacity if most is None else min(most, capacity)
-    if most is None or isinstance(caches.history.tokens, jax.core.Tracer):
-        return
-    if isinstance(segment_ids, jax.core.Tracer):
+    if most is None or not _is_known(caches.history.tokens) or not _is_known(segment_ids):
         return
     added = np.full(tokens.shape[0], tokens.shape[1])
     if segment_ids is not None:
@@ -398,3 +396,8 @@ def _check_caches(
     longest = int(np.max(np.asarray(caches.history.tokens) + added))
     if longest > most:
         raise ValueError(f"caches: got room for {most} tokens a row, expected at least {longest}")
+
+
+def _is_known(x: Array | None) -> bool:
+    """Whether its numbers can be looked at now, by this process."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)

@@ -178,8 +178,8 @@ def generate(
     has_tokens = prompt.ndim == 2 and bool(is_token.any(axis=1).all())
     require(has_tokens, "prompt", "no token", "at least one token a row")
     ids = prompt[is_token]
-    is_known = bool(((ids >= 0) & (ids < model.vocab_size)).all())
-    require(is_known, "prompt", ids.tolist(), f"ids from 0 to {model.vocab_size - 1}")
+    unknown = ids[(ids < 0) | (ids >= model.vocab_size)].tolist()
+    require(not unknown, "prompt", unknown[:3], f"ids from 0 to {model.vocab_size - 1}")
     sampling = (temperature, top_k, top_p)
     return _generate(
         model,

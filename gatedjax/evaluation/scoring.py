@@ -50,8 +50,9 @@ def log_likelihoods(
 ) -> list[Score]:
     """The score of each continuation.
 
-    Context and continuation are tokenized together, and cut where the tokens of the context alone
-    end: the spaces at the seam are those of the text.
+    Context and continuation are tokenized together: the spaces at the seam are those of the text.
+    The continuation begins with the first token that the context alone does not have; a space at
+    the end of a context may become part of it.
 
     Args:
       model: the model's configuration.
@@ -69,7 +70,11 @@ def log_likelihoods(
     for context, continuation in pairs:
         context = as_text(context)
         whole = tokenizer.encode(context + as_text(continuation)).tolist()
-        seam = len(tokenizer.encode(context))
+        seam = 0
+        for token, of_context in zip(whole, tokenizer.encode(context).tolist()):
+            if token != of_context:
+                break
+            seam += 1
         of_tokens.append((whole[:seam], [*whole[seam:], *end]))
     return log_likelihoods_of_tokens(
         model,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,22 @@ def test_scores_by_hand(params, log_p):
         CONFIG.model, params, TOKENIZER, [("", text), ("", text[:5]), (text[:5], text[5:])]
     )
     assert whole.log_likelihood == pytest.approx(first.log_likelihood + second.log_likelihood, 1e-5)
+
+
+class Words(ByteTokenizer):
+    """A space belongs to the word after it; one at the end is a token."""
+
+    def encode(self, text):
+        words = re.findall(r" ?\w+| ", text)
+        return np.array([sum(word.encode()) % 256 for word in words], np.int32)
+
+
+def test_a_space_at_the_seam_belongs_to_the_continuation(params):
+    """It is one token with the word after it: the context "to " ends in a token that is not there."""
+    with_space, without = log_likelihoods(
+        CONFIG.model, params, Words(), [("to ", "be"), ("to", " be")]
+    )
+    assert with_space == without and with_space.tokens == 1
 
 
 def test_a_greedy_continuation_is_greedy(params):
