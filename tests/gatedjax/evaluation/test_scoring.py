@@ -75,7 +75,7 @@ class Words(ByteTokenizer):
 
 
 def test_a_space_at_the_seam_belongs_to_the_continuation(params):
-    """It is one token with the word after it: the context "to " ends in a token that is not there."""
+    """One token with the word after it: the text has none that is the space alone."""
     with_space, without = log_likelihoods(
         CONFIG.model, params, Words(), [("to ", "be"), ("to", " be")]
     )
