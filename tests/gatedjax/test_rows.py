@@ -200,6 +200,7 @@ def test_documents_are_runs():
     np.testing.assert_array_equal(document_numbers(ids), expected)
 
 
+@pytest.mark.slow
 def test_a_first_pass_has_rows_of_its_own():
     """X-LoRA runs the model twice: both passes keep every row at its place."""
     mixture = LoRAMixtureConfig(
