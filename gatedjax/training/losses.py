@@ -11,9 +11,9 @@ from gatedjax.model import logits as compute_logits
 
 
 class TokenLosses(NamedTuple):
-    """Sums over tokens, float32.
+    """Weighted sums over tokens, float32.
 
-    Divide by `count`, the number of tokens with a target, once it is global.
+    Divide by `count`, the sum of the weights, once it is global.
     """
 
     cross_entropy: Float[Array, ""]
@@ -27,16 +27,17 @@ def cross_entropy(
     targets: Int[Array, " tokens"],
     mask: Float[Array, " tokens"],
 ) -> TokenLosses:
-    """Masked sums of `logsumexp(logits) - logits[target]` in nats, and of the z-loss.
+    """Weighted sums of `logsumexp(logits) - logits[target]` in nats, and of the z-loss.
 
-    The z-loss is `logsumexp(logits)^2` (arXiv 2204.02311).
+    The z-loss is `logsumexp(logits)^2` (arXiv 2204.02311). What has no weight is left out: its
+    target may be any number, its hidden state NaN. A target outside of the vocabulary that has a
+    weight makes the loss NaN.
 
     Args:
       hidden: the model's last hidden states.
       weights: the output matrix.
       targets: the token to predict at each position.
-      mask: what each token counts, at least 0. Where it is 0, target and hidden state may be
-        anything. A target that counts and is not in the vocabulary makes the loss NaN.
+      mask: the weight of each token, 0 or more: 1 if it has a target, 0 if not.
     """
     mask = mask.astype(jnp.float32)
     tokens = predicted(hidden, weights, targets, mask)
@@ -113,7 +114,7 @@ def chunked_cross_entropy(
       hidden: the model's last hidden states.
       weights: the output matrix.
       targets: the token to predict at each position.
-      mask: what each token counts, 1 or 0.
+      mask: the weight of each token.
       chunk: tokens whose logits exist at once; 0 for all of them.
     """
     rows, length = targets.shape
