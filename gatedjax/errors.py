@@ -1,5 +1,6 @@
 """The exceptions that the commands print as one line."""
 
+import errno
 import reprlib
 from typing import Any
 
@@ -14,9 +15,34 @@ _short = reprlib.Repr(
     maxother=200,
 )
 
+# Of the disk, and not of the path: the same call may succeed later.
+PASSING_ERRNOS = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ENFILE,
+        errno.EMFILE,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+    }
+)
+
 
 class InputError(ValueError):
     """The user's input is wrong: the commands print it as one line and exit with code 2."""
+
+
+class StorageError(InputError):
+    """A disk could not be written or read, and may work again: one line and exit code 1.
+
+    A disk or a file server that does not answer: the same command may succeed later, so what
+    supervises a run starts it again. A full disk does not empty itself: that is an InputError.
+    """
 
 
 class TrainingError(RuntimeError):

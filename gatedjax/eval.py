@@ -24,6 +24,7 @@ from gatedjax.evaluation.restore import restore_params
 from gatedjax.evaluation.sampling import forward
 from gatedjax.evaluation.validation import Evaluation, Validation
 from gatedjax.model import init_caches
+from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import write_report
 from gatedjax.runtime import cli, launch
@@ -46,11 +47,11 @@ _DECODE_TOKENS = flags.DEFINE_integer(
 
 def main(_) -> None:
     """Restore -> loss over validation batches -> compressors -> speed."""
-    checkpoint = cli.required(_CHECKPOINT)
+    checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
     launch.start()
     run, params = restore_params(checkpoint)
     if _PROBES.value:
-        write_probes(run, params, Path(checkpoint) / "probes")
+        write_probes(run, params, checkpoint / "probes")
         return
     with jax.set_mesh(run.mesh):
         say_losses(Validation(run, _BATCHES.value)(params))

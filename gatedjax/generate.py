@@ -8,6 +8,7 @@ from absl import flags
 from gatedjax.data import load_tokenizer
 from gatedjax.evaluation.restore import restore_params
 from gatedjax.evaluation.sampling import generate_text
+from gatedjax.paths import expand
 from gatedjax.runtime import cli
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
@@ -25,7 +26,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 
 def main(_) -> None:
     """Restores, then prints the prompt and its continuation as it is sampled."""
-    restored_run, params = restore_params(cli.required(_CHECKPOINT))
+    checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
+    restored_run, params = restore_params(checkpoint)
     tokenizer = load_tokenizer(restored_run.config.data.tokenizer)
     pieces = generate_text(
         restored_run.config.model,

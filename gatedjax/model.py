@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from gatedjax.config import ModelConfig
 from gatedjax.layers import FEED_FORWARDS, MIXERS, FeedForward, Mixer, TokenInfo
 from gatedjax.layers.gate_values import COLLECTION, record
-from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights
+from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.token_info import (
@@ -53,6 +53,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     index: int  # within the period
+    training: bool = False
 
     @nn.compact
     def __call__(
@@ -71,6 +72,7 @@ class Block(nn.Module):
             c,
             self.index,
             names=("mixer", "ffn"),
+            training=self.training,
         )
         y, cache = mixer.with_cache(self._norm("mixer_norm")(x), info, cache)
         x = x + y
@@ -98,6 +100,7 @@ def block_layers(
     config: ModelConfig,
     index: int,
     names: tuple[str | None, str | None] = (None, None),
+    training: bool = False,
 ) -> tuple[Mixer, FeedForward]:
     """The mixer and the feed-forward of block `index` of the period, as submodules `names`."""
     mixer, feed_forward = config.layer(index)
@@ -114,6 +117,7 @@ def block_layers(
             feed_forward,
             config.init_std,
             dtype,
+            training,
             name=names[1],
         ),
     )
@@ -126,15 +130,17 @@ class Period(nn.Module):
     """
 
     config: ModelConfig
+    training: bool = False
 
     @nn.compact
     def __call__(
         self,
         carry: tuple[Stream, Array | None],
         info: TokenInfo,
+        lora_weights: dict[str, Array] | None,
         caches: dict[str, Any] | None,
     ):
-        """((x, router logits), info, caches) -> (the same carry, (caches, statistics))."""
+        """((x, router logits), info, LoRA weights, caches) -> (the carry, (caches, statistics))."""
         x, router_logits = carry
         new_caches = {}
         statistics = {}
@@ -143,11 +149,15 @@ class Period(nn.Module):
             block = Block(
                 self.config,
                 i,
+                self.training,
                 name=name,
             )
+            block_info = info
+            if lora_weights is not None and name in lora_weights:
+                block_info = dataclasses.replace(info, lora_weights=lora_weights[name])
             x, router_logits, new_caches[name], statistics[name] = block(
                 x,
-                info,
+                block_info,
                 cache,
                 router_logits,
             )
@@ -161,10 +171,12 @@ class LanguageModel(nn.Module):
 
     without_experts: low-rank experts whose weights a first pass would give add nothing: this is
       that pass.
+    training: experts with a capacity drop what is beyond it, as in a train step.
     """
 
     config: ModelConfig
     without_experts: bool = False
+    training: bool = False
 
     @nn.compact
     def __call__(
@@ -210,17 +222,18 @@ class LanguageModel(nn.Module):
         lora_weights = None
         first_pass_caches = None
         if c.first_pass is not None and self.without_experts:
-            lora_weights = no_weights(tokens, c.first_pass)
+            lora_weights = no_weights(tokens, c)
         elif c.first_pass is not None:
             caches_before = None if caches is None else caches.first_pass
             inputs = (tokens, positions, segment_ids, caches_before)
-            lora_weights, first_pass_caches = first_pass_weights(self, c.first_pass, *inputs)
+            lora_weights, first_pass_caches = first_pass_weights(self, *inputs)
             if order is not None:
                 lora_weights = in_order(lora_weights, order)
-        info = dataclasses.replace(info, lora_weights=lora_weights)
         carry = (x, self._first_router_logits(tokens))
         layer_caches = None if caches is None else caches.layers
-        (x, _), (layer_caches, statistics) = layers_of(c)(carry, info, layer_caches)
+        layers = layers_of(c, self.training)
+        of_block = weights_by_block(c, lora_weights)
+        (x, _), (layer_caches, statistics) = layers(carry, info, of_block, layer_caches)
         x = RMSNorm(
             c.norm_eps,
             c.zero_centered_norm,
@@ -296,10 +309,11 @@ def remat_policy(name: str) -> Callable[..., Any]:
     return policies[name]
 
 
-def layers_of(c: ModelConfig) -> nn.Module:
+def layers_of(c: ModelConfig, training: bool = False) -> nn.Module:
     """All layers, as a module "periods".
 
-    ((x, router logits), info, caches) -> (the same, (caches, statistics)).
+    ((x, router logits), info, LoRA weights, caches) -> (the carry, (caches, statistics)). The
+    weights of low-rank experts are those of a first pass (`first_pass.weights_by_block`), or None.
     """
     period = Period
     if c.remat != "none":
@@ -311,17 +325,18 @@ def layers_of(c: ModelConfig) -> nn.Module:
             policy=remat_policy(c.remat),
         )
     num_periods = c.num_layers // c.period
-    # Parameters and what is recorded get an axis of periods in front; caches are cut along theirs.
+    # Parameters and what is recorded get an axis of periods in front; caches and the weights of
+    # low-rank experts are cut along theirs.
     scanned = nn.scan(
         period,
         variable_axes={"params": 0, COLLECTION: 0},
         split_rngs={"params": True, "router": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, 0),
         length=num_periods,
         unroll=1 if c.scan_layers else num_periods,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(c, name="periods")
+    return scanned(c, training, name="periods")
 
 
 def head_weights(params: Any) -> Float[Array, "X M"]:

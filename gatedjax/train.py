@@ -3,10 +3,11 @@
     python train.py --config=configs/tiny.py [--workdir=runs/tiny] [--config.optim.lr=3e-4 ...]
 
 Started again on the same --workdir, it goes on where the newest intact checkpoint ends, to the bit,
-on any number of processes and devices (docs/launch.md). SIGTERM to any process: all save the same
-step and exit 0.
+on any number of processes and devices (docs/launch.md). SIGTERM, SIGHUP or Ctrl-C to any process:
+all save the same step and end.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -23,11 +24,14 @@ from gatedjax.errors import InputError
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
+from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.curves import plot_run
+from gatedjax.reporting.profile import StepTrace
 from gatedjax.reporting.step_log import StepLog
 from gatedjax.reporting.writers import make_writers
-from gatedjax.runtime import cli, launch
+from gatedjax.runtime import cli, launch, streams
+from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
 from gatedjax.training.checkpoint import Checkpointer, Restored
 from gatedjax.training.memory import require_memory
@@ -60,30 +64,35 @@ _CACHE = flags.DEFINE_string(
 def main(_) -> None:
     """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
     config = from_config_dict(cli.required_config(_CONFIG))
-    workdir = Path(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}")
+    workdir = expand(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}", "--workdir")
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocab(config, tokenizer)
     if _AOT.value:
         sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
     # Not for --aot: without its device a stored program cannot be read, and jax warns.
     cli.use_compilation_cache(_CACHE.value)
-    launch.start()
-    run = prepare(config)
-    say(describe(run))
-    require_memory(run)
-    require_same_on_all_processes(run.config)
-    state = train(run, workdir)
-    if state is None:
-        return
-    with jax.set_mesh(run.mesh):
-        sample(run, state, tokenizer)
-    if jax.process_index() == 0:
-        draw_curves(workdir, config.data)
+    cli.saves_to(workdir / "checkpoints")
+    with streams.lasting_stdout(f"the run goes on, its log is in {workdir}"), Stop() as stop:
+        launch.start(workdir / "checkpoints")
+        stop.outside_steps()
+        run = prepare(config)
+        say(describe(run))
+        require_memory(run)
+        require_same_on_all_processes(run.config, workdir)
+        state = train(run, workdir, stop)
+        if state is not None:
+            with jax.set_mesh(run.mesh):
+                sample(run, state, tokenizer)
+            if jax.process_index() == 0:
+                draw_curves(workdir, config.data)
+    if state is None and stop.obeyed == signal.SIGINT:
+        sys.exit(cli.EXIT_INTERRUPTED)
 
 
-def require_same_on_all_processes(config: Config) -> None:
-    """InputError if the processes came with different configurations or texts."""
+def require_same_on_all_processes(config: Config, workdir: Path) -> None:
+    """InputError if the processes came with different configurations, folders or texts."""
     launch.require_same("configuration", to_dict(config))
+    launch.require_same_folder("--workdir", workdir)
     texts = corpora(config.data)
     for corpus in texts.values():
         say(corpus.describe())
@@ -91,7 +100,7 @@ def require_same_on_all_processes(config: Config) -> None:
     launch.require_same("text of data.sources", digests)
 
 
-def train(run: Run, workdir: Path) -> TrainState | None:
+def train(run: Run, workdir: Path, stop: Stop) -> TrainState | None:
     """The state after the last step; None if the run was asked to stop before it."""
     config = to_dict(run.config)
     settings = run.config.train
@@ -113,9 +122,13 @@ def train(run: Run, workdir: Path) -> TrainState | None:
             state = restored.state
             start = restored.data_index
         writers = make_writers(workdir, settings.steps, start)
-        with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog:
+        folder = workdir / "profile"
+        tracing = StepTrace(_PROFILE.value, start, settings.steps, folder, say)
+        with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog, tracing as trace:
             log = StepLog(run, writers, watchdog)
-            state, is_finished = loop(run, state, start, log, checkpointer, workdir / "profile")
+            stop.between_steps(run.mesh)
+            state, is_finished = loop(run, state, start, log, checkpointer, trace, stop)
+    stop.outside_steps()
     return state if is_finished else None
 
 
@@ -125,7 +138,8 @@ def loop(
     start: int,
     log: StepLog,
     checkpointer: Checkpointer,
-    profile: Path,
+    trace: StepTrace,
+    stop: Stop,
 ) -> tuple[TrainState, bool]:
     """A batch, a step; now and then a line of the log, an evaluation, a checkpoint.
 
@@ -135,10 +149,11 @@ def loop(
       start: steps done before.
       log: where metrics go.
       checkpointer: where states go.
-      profile: the folder of a trace.
+      trace: told of each step.
+      stop: asked after each step.
 
     Returns:
-      The state, and whether it is the last one; it is not if the run was asked to stop (SIGTERM).
+      The state, and whether it is the last one; it is not if the run was asked to stop.
     """
     settings = run.config.train
     dataset = make_dataset(
@@ -157,17 +172,19 @@ def loop(
         state, metrics = train_step(state, batch)
         is_first = step == start + 1
         is_last = step == settings.steps
-        stop = launch.preempted(step)
+        signal_number = stop.requested()
         log.train(step, metrics, write=step % settings.log_every == 0 or is_first or is_last)
         if step % settings.eval_every == 0 or is_last:
             evaluate(step, state, validation, log)
-        if step % settings.checkpoint_every == 0 or is_last or stop:
+        if step % settings.checkpoint_every == 0 or is_last or signal_number:
             with log.saving(step):
-                checkpointer.save(step, state, data_index=stream.next_index, wait=stop)
-        trace(step, start, profile)
-        if stop and not is_last:
+                stops = signal_number != 0
+                checkpointer.save(step, state, data_index=stream.next_index, wait=stops)
+        trace.after(step)
+        if signal_number and not is_last:
             saved = f"step {step} of {settings.steps} is saved"
-            say(f"stopped by SIGTERM: {saved}; the same command goes on from there")
+            what = name_of(signal_number)
+            say(f"stopped by {what}: {saved}; the same command goes on from there")
             return state, False
     return state, True
 
@@ -179,19 +196,6 @@ def evaluate(step: int, state: TrainState, validation: Validation, log: StepLog)
         log.validation(step, validation(params))
         if _PROBES.value:
             log.probes(step, validation.probes(params))
-
-
-def trace(step: int, start: int, folder: Path) -> None:
-    """Called after each step: with --profile_step, starts and ends a trace of 5 steps."""
-    if not _PROFILE.value:
-        return
-    # The first step compiles: there is nothing to see in it.
-    first = max(_PROFILE.value, start + 2)
-    if step == first - 1:
-        jax.profiler.start_trace(folder)
-    if step == first + 4:
-        jax.profiler.stop_trace()
-        say(f"profile of 5 steps: {folder}")
 
 
 def say_resumed(run: Run, restored: Restored) -> None:

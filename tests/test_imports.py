@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # by their own names.
 ORDER = (
     ("errors",),
+    ("paths",),
     ("config",),
     ("sharding",),
     ("data", "layers"),

@@ -26,6 +26,7 @@ from gatedjax.data.token_cache import tokenize
 from gatedjax.data.token_file import TokenFile
 from gatedjax.data.tokenizer import load_tokenizer
 from gatedjax.errors import InputError
+from gatedjax.paths import expand
 
 # One order for all runs: the first batches are a fair sample, the same in each run.
 VALIDATION_SEED = 0
@@ -234,9 +235,9 @@ def validation_text(cfg: DataConfig) -> bytes:
 
 def _cache_dir(cfg: DataConfig) -> Path:
     if cfg.cache_dir:
-        return Path(cfg.cache_dir).expanduser().absolute()
+        return expand(cfg.cache_dir, "config.data.cache_dir").absolute()
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(user_cache).expanduser() / "gatedjax"
+    return expand(user_cache, "config.data.cache_dir, XDG_CACHE_HOME") / "gatedjax"
 
 
 def _source_seed(seed: int, name: str) -> int:

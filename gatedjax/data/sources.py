@@ -22,6 +22,7 @@ from gatedjax.data.formats import (
     one_line,
 )
 from gatedjax.errors import InputError
+from gatedjax.paths import expand
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -108,7 +109,7 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
         raise InputError(
             f"sources.{name}.path: empty, expected a file or folder for kind {cfg.kind}"
         )
-    path = Path(cfg.path).expanduser().absolute()
+    path = expand(cfg.path, f"sources.{name}.path").absolute()
     _require_exists(name, path)
     file_format = _FORMATS[cfg.kind]
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from gatedjax.errors import InputError
+from gatedjax.paths import expand
 
 # The usual names of the token that ends a document; the first one that a file has is taken.
 EOS_NAMES = (
@@ -89,7 +90,7 @@ class JsonTokenizer:
                 "tokenizer: a file needs the tokenizers library: pip install 'gatedjax[data]'"
             ) from None
         try:
-            data = Path(path).read_bytes()
+            data = expand(path, "tokenizer").read_bytes()
         except OSError as e:
             raise InputError(
                 f"tokenizer: {path!r} cannot be read ({e.strerror}); expected 'bytes' or a file"

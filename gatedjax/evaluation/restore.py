@@ -14,7 +14,7 @@ from gatedjax.training.run import Run, prepare
 from gatedjax.training.step import params_for_evaluation
 
 
-def restore_params(directory: str) -> tuple[Run, PyTree]:
+def restore_params(directory: str | os.PathLike) -> tuple[Run, PyTree]:
     """A run, as its checkpoint describes it, and the parameters of its newest intact checkpoint.
 
     The mesh is this machine's (all devices on the data axis), not the one that it was trained on.

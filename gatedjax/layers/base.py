@@ -88,11 +88,13 @@ class FeedForward(nn.Module):
       config: the feed-forward's dataclass of `config/layers.py` or `config/moe.py`.
       init_std: of the normal distribution that matrices start from.
       dtype: of the activations; parameters are float32.
+      training: what only training does is done: experts drop what is beyond their capacity.
     """
 
     config: Any
     init_std: float = 0.02
     dtype: DTypeLike = jnp.float32
+    training: bool = False
 
     def __call__(
         self,
@@ -112,6 +114,8 @@ class FeedForward(nn.Module):
         """(y, statistics, router_logits).
 
         Args:
+          x: the tokens.
+          info: about them. Padding (segment id 0) takes no part, whatever it holds, and gives 0.
           router_logits: of the sparse layer before, for routers with a gating residual.
 
         Returns:

@@ -154,6 +154,5 @@ class StepLog:
         if in_a_row > self._max_skips:
             raise TrainingError(
                 f"step {step}: {in_a_row} steps in a row were skipped "
-                f"(config.optim.max_skips = {self._max_skips}), {numbers}; "
-                "the last checkpoint is intact"
+                f"(config.optim.max_skips = {self._max_skips}), {numbers}"
             )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gatedjax.errors import InputError
+from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError
 
 # Errors of reading that say that files are missing or broken. Any other errno (permission, limit of
 # open files) says nothing of the files themselves.
@@ -75,21 +75,26 @@ def raise_together(problem: DamagedError | InputError | None) -> None:
     if worst == 0:
         return
     message = "another process could not use the run directory; its own message says why"
-    if worst == 1:
-        raise DamagedError(message)
-    raise InputError(message)
+    raise _KINDS[worst - 1](message)
+
+
+# From the mildest: an older step may do; the same command may succeed later; it will not.
+_KINDS = (DamagedError, StorageError, InputError)
 
 
 def _severity(problem: DamagedError | InputError | None) -> int:
-    """0 for none, 1 for damage (an older step may do), 2 for an error that ends the run."""
+    """0 for none, else the place of its kind in `_KINDS`, from 1."""
     if problem is None:
         return 0
-    return 1 if isinstance(problem, DamagedError) else 2
+    kinds = [i for i, kind in enumerate(_KINDS, start=1) if isinstance(problem, kind)]
+    return min(kinds)
 
 
 @contextlib.contextmanager
 def plain_errors(attempt: str) -> Iterator[None]:
     """An error of the operating system becomes an InputError: the attempt that failed, and why.
+
+    A StorageError, if the disk may work again.
 
     Anything else is a bug and keeps its traceback.
     """
@@ -101,7 +106,8 @@ def plain_errors(attempt: str) -> Iterator[None]:
         code = _errno_of(error)
         if code is None:
             raise
-        raise InputError(f"{attempt}: {os.strerror(code)}") from error
+        kind = StorageError if code in PASSING_ERRNOS else InputError
+        raise kind(f"{attempt}: {os.strerror(code)}") from error
 
 
 @contextlib.contextmanager
@@ -117,7 +123,8 @@ def failures_as_damage(what: str) -> Iterator[None]:
     except Exception as error:
         code = _errno_of(error)
         if code is not None and code not in _ERRNOS_OF_DAMAGE:
-            raise InputError(f"could not read {what}: {os.strerror(code)}") from error
+            kind = StorageError if code in PASSING_ERRNOS else InputError
+            raise kind(f"could not read {what}: {os.strerror(code)}") from error
         raise DamagedError(_first_line(error)) from error
 
 

@@ -5,9 +5,11 @@ does not know `custom_partitioning`, by which an op could learn how they are. So
 kernel in `shard_map`: under plain `jit` on a mesh, every device computes its own rows and heads.
 The rules, in order:
 
-1. Without an ambient mesh (`jax.set_mesh`), on a mesh of one device, or inside a `shard_map` of the
-   caller's, nothing is split: the arrays are a device's own already.
-2. On a mesh with Explicit axes, the types of the arrays say which axes split them.
+1. Without a mesh, on a mesh of one device, or inside a `shard_map` of the caller's, nothing is
+   split: the arrays are a device's own already. The mesh is the ambient one (`jax.set_mesh`), or
+   else that of the arrays' types.
+2. On a mesh with Explicit axes, the types of the arrays say which axes split them. Arrays that are
+   split otherwise, over tokens or channels, are moved first.
 3. On a mesh with Auto axes, that cannot be known while tracing, so the names of the axes tell. The
    caller gives them by `mesh_axes(rows=..., heads=...)`. Without it, rows are split by axes called
    data, fsdp, expert, batch or replica, and heads by tensor or model.
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
@@ -77,7 +79,7 @@ def by_rows_and_heads(
     Returns:
       What `fn` returns.
     """
-    mesh = _mesh_to_split_over()
+    mesh = _mesh_to_split_over(*arrays)
     if mesh is None:
         return fn(*arrays)
     first = arrays[0]
@@ -105,13 +107,38 @@ def by_rows_and_heads(
 
     # The whole results' shapes tell which of their axes are of size 1.
     results = jax.eval_shape(fn, *jax.tree.map(_shape_of, arrays))
+    in_specs = tuple(map(spec, inputs, arrays))
     split = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=tuple(map(spec, inputs, arrays)),
+        in_specs=in_specs,
         out_specs=tuple(map(spec, outputs, results)),
     )
-    return split(*arrays)
+    if AxisType.Explicit not in mesh.axis_types:
+        return split(*arrays)
+
+    # Types must say what the specs say. Under `jit`, because outside of it a mesh without devices
+    # will not do.
+    shardings = [None if spec is None else NamedSharding(mesh, spec) for spec in in_specs]
+
+    @jax.jit
+    def moved_and_split(*arrays: Array | None):
+        moved = [
+            None if x is None else jax.sharding.reshard(x, sharding)
+            for x, sharding in zip(arrays, shardings)
+        ]
+        return split(*moved)
+
+    return moved_and_split(*arrays)
+
+
+def on_explicit_axes(*arrays: Array | None) -> bool:
+    """Whether the types of arrays say how a mesh splits them.
+
+    Then an op must be split by `by_rows_and_heads` even where XLA could split it.
+    """
+    mesh = _mesh_to_split_over(*arrays)
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
 
 
 def by_sorted_rows(
@@ -168,9 +195,13 @@ def by_sorted_rows(
     return split(*rows, *whole, group_sizes)
 
 
-def _mesh_to_split_over() -> AbstractMesh | None:
-    """The ambient mesh, or None where nothing is to be split (rule 1)."""
+def _mesh_to_split_over(*arrays: Array | None) -> AbstractMesh | None:
+    """The mesh, or None where nothing is to be split (rule 1)."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        meshes = [jax.typeof(x).sharding.mesh for x in arrays if x is not None]
+        # Some arrays may have been made without a mesh.
+        mesh = next((found for found in meshes if not found.empty), mesh)
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return None
     return mesh
