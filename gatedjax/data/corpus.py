@@ -15,7 +15,7 @@ class SplitInfo:
     """Counts of one split.
 
     bytes: of UTF-8 text.
-    tokens: with one end-of-document token per document.
+    tokens: with one end-of-document token per document. Each is predicted once in a pass.
     sha256: of its text, in order, a zero byte after each document.
     """
 
@@ -25,17 +25,9 @@ class SplitInfo:
     sha256: str
 
     @property
-    def targets(self) -> int:
-        """Tokens that are predicted in one pass: all but the first of each document."""
-        return self.tokens - self.documents
-
-    @property
     def bytes_per_token(self) -> float:
-        """Bytes per predicted token.
-
-        Bits per byte are the mean loss in nats / ln 2 / this, exact over a whole split.
-        """
-        return self.bytes / self.targets
+        """Bits per byte are the mean loss in nats / ln 2 / this, exact over a whole split."""
+        return self.bytes / self.tokens
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,8 @@ def test_every_kind_keeps_every_document(tmp_path, kind):
     assert data.validation_text(cfg) == "".join(parts["validation"]).encode()
     # With bytes, what is predicted (every token but the first of a document) is as many as the
     # bytes.
-    assert corpus.splits["train"].bytes_per_token == 1.0
+    train = corpus.splits["train"]
+    assert train.tokens == train.bytes + train.documents, "a byte a token, and the ends"
     assert "sha256" in corpus.describe() and "\n" not in corpus.describe()
     assert corpus_of(cfg) == corpus
 
@@ -305,7 +306,7 @@ def test_json_tokenizer_cache(tmp_path):
     texts = documents_of(corpus, "train", tokenizer) + documents_of(corpus, "validation", tokenizer)
     assert sorted(texts) == sorted(TEXTS)
     info = corpus.splits["train"]
-    assert info.bytes_per_token == info.bytes / (info.tokens - info.documents) > 1.5
+    assert info.bytes_per_token == info.bytes / info.tokens > 1.5
     assert (
         corpus.path
         != corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.3)).path
@@ -591,36 +592,46 @@ def slow_windows(documents: list[list[int]], seq_len: int) -> list[list[tuple]]:
     """Token by token: windows of (token, target, segment, position, weight), straight from the
     documents.
     """
-    stream = [(token, d) for d, document in enumerate(documents) for token in document]
+    end = documents[0][-1]
+    pairs = [
+        (token, target, place == 0)
+        for document in documents
+        for place, (token, target) in enumerate(zip([end, *document], document))
+    ]
     windows = []
-    for start in range(0, len(stream) - 1, seq_len):
+    for start in range(0, len(pairs), seq_len):
         window, segment, position = [], 0, 0
         for t in range(start, start + seq_len):
-            if t + 1 >= len(stream):
+            if t >= len(pairs):
                 window.append((0, 0, 0, 0, 0.0))
                 continue
-            (token, document), (target, next_document) = stream[t], stream[t + 1]
-            is_new = t == start or stream[t - 1][1] != document
+            token, target, is_first = pairs[t]
+            is_new = t == start or is_first
             segment, position = (segment + 1, 0) if is_new else (segment, position + 1)
-            window.append((token, target, segment, position, float(next_document == document)))
+            window.append((token, target, segment, position, 1.0))
         windows.append(window)
     return windows
 
 
 def test_window_by_hand():
-    # Documents (1 2 3 |) (4 |) (5 6 7 |), "|" = 9 ends each.
+    # Documents (1 2 3 |) (4 |) (5 6 7 |), "|" = 9 ends each, and stands before each.
     stream, ends = np.array([1, 2, 3, 9, 4, 9, 5, 6, 7, 9], np.uint16), np.array([4, 6, 10])
-    first, second = cut_window(stream, ends, 0, 5), cut_window(stream, ends, 1, 5)
-    np.testing.assert_array_equal(first.tokens, [1, 2, 3, 9, 4])
-    np.testing.assert_array_equal(first.targets, [2, 3, 9, 4, 9])
-    np.testing.assert_array_equal(first.segment_ids, [1, 1, 1, 1, 2])
-    np.testing.assert_array_equal(first.positions, [0, 1, 2, 3, 0])
-    np.testing.assert_array_equal(first.loss_mask, [1, 1, 1, 0, 1])
-    np.testing.assert_array_equal(second.tokens, [9, 5, 6, 7, 0])
-    np.testing.assert_array_equal(second.targets, [5, 6, 7, 9, 0])
-    np.testing.assert_array_equal(second.segment_ids, [1, 2, 2, 2, 0])
-    np.testing.assert_array_equal(second.positions, [0, 0, 1, 2, 0])
-    np.testing.assert_array_equal(second.loss_mask, [0, 1, 1, 1, 0])
+    first, second, third = (cut_window(stream, ends, i, 4) for i in range(3))
+    np.testing.assert_array_equal(first.tokens, [9, 1, 2, 3])
+    np.testing.assert_array_equal(first.targets, [1, 2, 3, 9])
+    np.testing.assert_array_equal(first.segment_ids, [1, 1, 1, 1])
+    np.testing.assert_array_equal(first.positions, [0, 1, 2, 3])
+    np.testing.assert_array_equal(second.tokens, [9, 4, 9, 5])
+    np.testing.assert_array_equal(second.targets, [4, 9, 5, 6])
+    np.testing.assert_array_equal(second.segment_ids, [1, 1, 2, 2])
+    np.testing.assert_array_equal(second.positions, [0, 1, 0, 1])
+    np.testing.assert_array_equal(second.loss_mask, [1, 1, 1, 1])
+    # Begins in the middle of a document, and ends with the stream.
+    np.testing.assert_array_equal(third.tokens, [6, 7, 0, 0])
+    np.testing.assert_array_equal(third.targets, [7, 9, 0, 0])
+    np.testing.assert_array_equal(third.segment_ids, [1, 1, 0, 0])
+    np.testing.assert_array_equal(third.positions, [0, 1, 0, 0])
+    np.testing.assert_array_equal(third.loss_mask, [1, 1, 0, 0])
 
 
 @given(
@@ -639,8 +650,9 @@ def test_windows_match_the_slow_reference(documents, seq_len):
         data.Batch.__dataclass_fields__, np.moveaxis(np.array(expected), -1, 0)
     ):
         np.testing.assert_array_equal(getattr(actual, name), column, err_msg=name)
-    # Every token is predicted once, except the first of each document.
-    assert actual.loss_mask.sum() == len(stream) - len(documents)
+    # Every token is predicted once.
+    assert actual.loss_mask.sum() == len(stream)
+    np.testing.assert_array_equal(actual.targets[actual.loss_mask == 1], stream)
 
 
 # The stream of global batches
@@ -737,7 +749,7 @@ def test_validation_is_finite_and_drops_nothing(tmp_path):
         == count
         == len(data.make_dataset(cfg, "validation", batch_size=8, rows=range(2), seed=0))
     )
-    assert sum(b.loss_mask.sum() for b in batches) == info.targets
+    assert sum(b.loss_mask.sum() for b in batches) == info.tokens
     tokens, ends = corpus_of(cfg).stream("validation")
     windows = [
         tuple(cut_window(tokens, ends, i, 16).tokens.tolist())
@@ -761,8 +773,11 @@ def test_mixture_follows_the_weights(tmp_path):
     sorted_cfg = config(tmp_path, paths["a"], sources=dict(sorted(mixed.items())))
     chex.assert_trees_all_equal(stream(sorted_cfg, batch_size=10, count=40, processes=5), batches)
     validation = stream(cfg, "validation", batch_size=10, count=1000)
-    targets = sum(c.splits["validation"].targets for c in data.corpora(cfg).values())
-    assert sum(b.loss_mask.sum() for b in validation) == targets == len(data.validation_text(cfg))
+    splits = [c.splits["validation"] for c in data.corpora(cfg).values()]
+    targets = sum(split.tokens for split in splits)
+    ends = sum(split.documents for split in splits)
+    assert sum(b.loss_mask.sum() for b in validation) == targets
+    assert targets == len(data.validation_text(cfg)) + ends
 
 
 def test_sources_shuffle_apart(tmp_path):
@@ -778,7 +793,7 @@ def test_sources_shuffle_apart(tmp_path):
 def test_a_corpus_of_less_than_one_window(tmp_path):
     cfg = config(tmp_path, write_text(tmp_path / "tiny", ["ab", "cd"]), seq_len=64)
     (batch,) = stream(cfg, count=1, batch_size=2)
-    assert batch.loss_mask.sum() == 2 * 2 and batch.segment_ids[0].tolist() == [1, 1] + [0] * 62
+    assert batch.loss_mask.sum() == 2 * 3 and batch.segment_ids[0].tolist() == [1, 1, 1] + [0] * 61
 
 
 def test_a_cache_that_vanishes_or_shrinks_under_a_run(tmp_path):
