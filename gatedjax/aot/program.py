@@ -65,8 +65,8 @@ _SIMPLE = {
     # the ordinary, such as NaN, and 0 says no.
     "spop": "0",
 }
-# Their results come from the runtime: unknown, and nothing to report.
-_DATA_OPS = ("scalar_parameter_address",)
+# Their results come from vector data or from the runtime: unknown, and nothing to report.
+_DATA_OPS = ("scalar_parameter_address", "sadd.f32")
 
 
 @dataclasses.dataclass
@@ -272,6 +272,9 @@ class Program:
             return self._binary(base, kinds, args)
         if base == "scmp" and kinds[1] in ("s32", "u32", "f32"):
             return self._comparison(kinds, args)
+        if base == "scmp" and kinds[:2] == ["lt", "f32"] and args[1] == "inf":
+            # Whether a number is finite: data is.
+            return "True"
         if op.name == "sld":
             return self._load(op, args)
         if base == "scalar_lea":

@@ -4,7 +4,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import reference, xla
+from kernels_pallas.attention import cudnn, reference, xla
 from kernels_pallas.attention.checks import (
     check_inputs,
     check_step_inputs,
@@ -75,7 +75,8 @@ def attention(
         after the soft cap.
       logits_soft_cap: c > 0.
       scale: a number, K**-0.5 if None.
-      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      implementation: None, "reference", "xla", "tpu", "gpu" or "cudnn" (never chosen by None); see
+        `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
 
     Returns:
@@ -110,8 +111,10 @@ def attention(
     refusals = {
         "tpu": tpu.unsupported(inputs, options),
         "gpu": gpu.unsupported(inputs, options),
+        "cudnn": cudnn.unsupported(inputs, options),
     }
-    chosen = dispatch.choose(op, implementation, refusals)
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     # Inside shard_map a custom derivative wants all of its inputs varying alike.
     inputs = AttentionInputs._make(all_varying(*inputs))
     if chosen in ("reference", "xla"):
@@ -126,6 +129,8 @@ def attention(
         return attend(inputs)
     if chosen == "tpu":
         return tpu.attention(inputs, options, interpret=interpret)
+    if chosen == "cudnn":
+        return cudnn.attention(inputs, options)
     # The one that is left.
     return gpu.attention(inputs, options, interpret=interpret)
 
@@ -195,7 +200,8 @@ def attention_step(
         "tpu": tpu.unsupported_step(),
         "gpu": gpu_step.unsupported(inputs, options),
     }
-    chosen = dispatch.choose(op, implementation, refusals)
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     inputs = StepInputs._make(all_varying(*inputs))
     if chosen in ("reference", "xla"):
         plain = reference.attention_step if chosen == "reference" else xla.attention_step

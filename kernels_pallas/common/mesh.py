@@ -117,28 +117,12 @@ def by_rows_and_heads(
     if AxisType.Explicit not in mesh.axis_types:
         return split(*arrays)
 
-    # Types must say what the specs say. Under `jit`, because outside of it a mesh without devices
-    # will not do.
-    shardings = [None if spec is None else NamedSharding(mesh, spec) for spec in in_specs]
-
+    # Under `jit`, because outside of it a mesh without devices will not do.
     @jax.jit
     def moved_and_split(*arrays: Array | None):
-        moved = [
-            None if x is None else jax.sharding.reshard(x, sharding)
-            for x, sharding in zip(arrays, shardings)
-        ]
-        return split(*moved)
+        return split(*_as_specified(mesh, arrays, in_specs))
 
     return moved_and_split(*arrays)
-
-
-def on_explicit_axes(*arrays: Array | None) -> bool:
-    """Whether the types of arrays say how a mesh splits them.
-
-    Then an op must be split by `by_rows_and_heads` even where XLA could split it.
-    """
-    mesh = _mesh_to_split_over(*arrays)
-    return mesh is not None and AxisType.Explicit in mesh.axis_types
 
 
 def by_sorted_rows(
@@ -192,7 +176,48 @@ def by_sorted_rows(
         in_specs=row_specs + other_specs,
         out_specs=copied if summed else split_rows,
     )
-    return split(*rows, *whole, group_sizes)
+    arrays = (*rows, *whole, group_sizes)
+    return split(*_as_specified(mesh, arrays, row_specs + other_specs))
+
+
+def on_explicit_axes(*arrays: Array | None) -> bool:
+    """Whether the types of arrays say how a mesh, ambient or theirs, splits them (rule 2).
+
+    XLA does not split an op by itself then: every backend has to, by the functions above.
+    """
+    mesh = _mesh_to_split_over(*arrays)
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def on_auto_axes(fn: Callable, like: Array, *arrays: Array) -> Any:
+    """`fn(*arrays)`, which XLA splits as it likes; results are split along rows as `like` is.
+
+    For gathers across devices, where types of arrays cannot say how.
+    """
+    if not on_explicit_axes():
+        return fn(*arrays)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = PartitionSpec(*jax.typeof(like).sharding.spec[:1])
+    out_sharding = NamedSharding(mesh, rows)
+    return jax.sharding.auto_axes(fn, out_sharding=out_sharding)(*arrays)
+
+
+def _as_specified(
+    mesh: AbstractMesh,
+    arrays: Sequence[Any],
+    specs: Sequence[PartitionSpec | None],
+) -> tuple[Any, ...]:
+    """The arrays split as `shard_map` wants them, which it does not see to on Explicit axes."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return tuple(arrays)
+
+    def split(tree: Any, spec: PartitionSpec | None) -> Any:
+        # One spec holds for all arrays of a pytree; None where there is none.
+        if spec is None:
+            return tree
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), tree)
+
+    return tuple(map(split, arrays, specs))
 
 
 def _mesh_to_split_over(*arrays: Array | None) -> AbstractMesh | None:
