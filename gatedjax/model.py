@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 from jax.ad_checkpoint import checkpoint_policies
@@ -18,6 +19,13 @@ from gatedjax.layers.gate_values import COLLECTION, record
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.token_info import (
+    History,
+    arranged,
+    empty_history,
+    in_order,
+    out_of_order,
+)
 from gatedjax.ops import RESIDUAL_NAMES
 
 # The residual stream, with the logical names of its axes.
@@ -27,14 +35,15 @@ STREAM_AXES = ("batch", "length", "embed_act")
 
 @struct.dataclass
 class Caches:
-    """Decoding state: the number of tokens seen, and the cache of every block of the period.
+    """Decoding state: what is held of every row, and the cache of every block of the period.
 
+    history: how many tokens, of which document, at which position: every row at its own place.
     layers: the caches by block, stacked over periods.
 
     first_pass: the same of the pass without experts, where there is one (`ModelConfig.first_pass`).
     """
 
-    position: Int[Array, ""]
+    history: History
     layers: dict[str, Any]
     first_pass: "Caches | None" = None
 
@@ -180,39 +189,46 @@ class LanguageModel(nn.Module):
         """The hidden states of every token; `logits` turns them into those of the next token.
 
         Without caches: training or evaluation of (packed) rows. With empty caches: prefill. With
-        filled ones and T = 1: decoding. Routers that select with noise take it from the random
-        stream "router", and do without where there is none.
+        filled ones: decoding (T = 1), or a further piece of the prompt. Rows may have different
+        lengths: padding has segment id 0, on either side. What a token and a document are, also
+        across calls, stands in `layers.token_info`. Routers that select with noise take it from the
+        random stream "router", and do without where there is none.
 
         Args:
-          tokens: their ids.
-          positions: of the tokens within their documents; None counts on from the caches, or from
-            0.
-          segment_ids: the document of each token; None where a row is one document.
+          tokens: their ids. Those of padding may be any number; a token's own that is not in the
+            vocabulary has NaN for its vector.
+          positions: of the tokens within their documents; None counts them, on from the caches
+            where a document goes on.
+          segment_ids: the document of each token, 0 for padding; None where a row is one document,
+            or goes on with the last one of the caches.
           caches: of the tokens before.
 
         Returns:
           The normed hidden states, the caches, and the statistics of sparse layers, stacked over
           periods: [L / period, ...].
+
+        Raises:
+          ValueError: caches without room for the tokens, where their number is known; in a compiled
+            program the hidden states of such rows are NaN. Documents, padding or a further piece
+            with caches, for a mixer that does not take them.
         """
         c = self.config
-        if positions is None:
-            start = 0 if caches is None else caches.position
-            positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            positions = jnp.broadcast_to(positions, tokens.shape)
-        x = self._embedded(tokens)
+        before = None
+        if caches is not None:
+            before = caches.history
+            _check_caches(c, caches, tokens, segment_ids)
+        info, after, order = arranged(tokens, positions, segment_ids, before)
+        x = self._embedded(info.tokens, info.segment_ids)
         lora_weights = None
         first_pass_caches = None
         if c.first_pass is not None and self.without_experts:
             lora_weights = no_weights(tokens, c)
         elif c.first_pass is not None:
-            before = None if caches is None else caches.first_pass
-            inputs = (tokens, positions, segment_ids, before)
+            caches_before = None if caches is None else caches.first_pass
+            inputs = (tokens, positions, segment_ids, caches_before)
             lora_weights, first_pass_caches = first_pass_weights(self, *inputs)
-        info = TokenInfo(
-            positions,
-            segment_ids,
-            tokens,
-        )
+            if order is not None:
+                lora_weights = in_order(lora_weights, order)
         carry = (x, self._first_router_logits(tokens))
         layer_caches = None if caches is None else caches.layers
         layers = layers_of(c, self.training)
@@ -223,13 +239,18 @@ class LanguageModel(nn.Module):
             c.zero_centered_norm,
             name="final_norm",
         )(x)
-        if caches is not None:
-            seen = caches.position + tokens.shape[1]
-            caches = Caches(seen, layer_caches, first_pass_caches)
+        if order is not None:
+            x = out_of_order(x, order)
+        if after is not None:
+            caches = Caches(after, layer_caches, first_pass_caches)
         return x, caches, statistics
 
-    def _embedded(self, tokens: Int[Array, "B T"]) -> Stream:
-        """The rows of the embedding table.
+    def _embedded(
+        self,
+        tokens: Any,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Stream:
+        """The rows of the embedding table; zeros for padding.
 
         The head is made here too, where it is another matrix.
         """
@@ -255,11 +276,18 @@ class LanguageModel(nn.Module):
         # Whole rows for the lookup: XLA can move a result cut along its width only by replicating
         # it.
         table = nn.with_logical_constraint(table.astype(c.dtype), ("vocab", None))
+        # Below 0 is outside of the vocabulary too, not counted from its end.
+        tokens = jnp.where(tokens < 0, c.vocab_size, tokens)
         x = jnp.take(
             table,
             tokens,
             axis=0,
+            mode="fill",
+            fill_value=jnp.nan,
         )
+        if segment_ids is not None:
+            is_token = segment_ids != 0
+            x = jnp.where(is_token[..., None], x, 0)
         return nn.with_logical_constraint(x, STREAM_AXES)
 
     def _first_router_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"] | None:
@@ -328,11 +356,11 @@ def init_caches(
     length: int,
 ) -> Caches:
     """Empty caches for `length` tokens of `batch` rows."""
-    caches = Caches(jnp.int32(0), _layer_caches(config, batch, length))
+    caches = Caches(empty_history(batch), _layer_caches(config, batch, length))
     if config.first_pass is None:
         return caches
     # The buffers of the two passes must not be the same: both are donated.
-    first_pass = Caches(jnp.int32(0), _layer_caches(config, batch, length))
+    first_pass = Caches(empty_history(batch), _layer_caches(config, batch, length))
     return dataclasses.replace(caches, first_pass=first_pass)
 
 
@@ -352,3 +380,39 @@ def _layer_caches(
         mixer, _ = block_layers(config, i)
         caches[name] = jax.tree.map(stacked, mixer.init_cache(batch, length))
     return caches
+
+
+def _check_caches(
+    config: ModelConfig,
+    caches: Caches,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> None:
+    """Refuses what the caches cannot take, as far as that is known now."""
+    most = None
+    is_simple = segment_ids is None and (tokens.shape[1] == 1 or caches.history.is_empty)
+    for i, name in enumerate(config.block_names):
+        mixer_config, _ = config.layer(i)
+        # Not a submodule of the model that asks.
+        mixer = MIXERS[mixer_config.kind](mixer_config, parent=None)
+        if not is_simple and not mixer.takes_pieces:
+            raise ValueError(
+                "caches: got segment_ids or a further piece of a prompt, expected neither: "
+                f"{mixer_config.kind} takes one prompt and then single tokens"
+            )
+        capacity = mixer.capacity(caches.layers[name])
+        if capacity is not None:
+            most = capacity if most is None else min(most, capacity)
+    if most is None or not _is_known(caches.history.tokens) or not _is_known(segment_ids):
+        return
+    added = np.full(tokens.shape[0], tokens.shape[1])
+    if segment_ids is not None:
+        added = np.sum(np.asarray(segment_ids) != 0, axis=1)
+    longest = int(np.max(np.asarray(caches.history.tokens) + added))
+    if longest > most:
+        raise ValueError(f"caches: got room for {most} tokens a row, expected at least {longest}")
+
+
+def _is_known(x: Array | None) -> bool:
+    """Whether its numbers can be looked at now, by this process."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
