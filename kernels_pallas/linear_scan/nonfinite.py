@@ -15,7 +15,8 @@ other. What the recurrence sees:
                                                 unless t+1 begins a segment; exclusive reads of t
                                                 are part of dS_{t-1}
 
-Everything is 0 or 1 in float32, in matmuls, because the kernels have no other sums over tokens.
+Everything is 0 or 1 in float32, and sums over tokens are matmuls. The kernels leave this to the XLA
+path: see their `again.py`.
 """
 
 from typing import NamedTuple
