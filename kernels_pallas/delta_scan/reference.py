@@ -5,10 +5,12 @@ after every token, and autodiff keeps all of the states: slow and large, by inte
 float32, or in float64 when an input is float64.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from kernels_pallas.delta_scan.inputs import (
     DeltaInputs,
@@ -65,29 +67,45 @@ def delta_scan(
     """As `api.delta_scan`, with the initial state given. Returns (o, final state)."""
     initial_state = inputs.initial_state
     assert initial_state is not None
-    B, T = inputs.q.shape[:2]
-    if inputs.segment_ids is None:
-        starts = jnp.zeros((B, T), bool)
-    else:
-        starts = segment_starts(inputs.segment_ids, reverse=False)
     # What one token needs of the options.
     step_options = DeltaStepOptions(scale=options.scale, l2_norm=options.l2_norm)
+    starts = None
+    if inputs.segment_ids is not None:
+        starts = segment_starts(inputs.segment_ids, reverse=False)
+    return recurrence(inputs[:7], starts, initial_state, step_options)
+
+
+def recurrence(
+    arrays: Sequence[Array | None],
+    starts: Bool[Array, "B T"] | None,
+    state: Float[Array, "B H K V"],
+    options: DeltaStepOptions,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """One token after the other.
+
+    Args:
+      arrays: those that run along T, in the order of `DeltaStepInputs`.
+      starts: where the state is reset before the token.
+      state: before the first token.
+      options: of every token.
+
+    Returns:
+      (o in v's dtype, the state after the last token).
+    """
 
     def step(state, token):
         arrays, start = token
-        # A segment starts from an empty state.
-        state = jnp.where(start[:, None, None, None], 0.0, state)
-        step_inputs = DeltaStepInputs(*arrays, state=state)
-        o, new_state = delta_scan_step(step_inputs, step_options)
+        if start is not None:
+            # A segment starts from an empty state.
+            state = jnp.where(start[:, None, None, None], 0.0, state)
+        o, new_state = delta_scan_step(DeltaStepInputs(*arrays, state=state), options)
         return new_state, o
 
     def time_first(x: Array) -> Array:
         return jnp.moveaxis(x, 1, 0)
 
-    # All arrays that run along T, in the order of DeltaStepInputs.
-    arrays = tuple(inputs[:7])
-    tokens = jax.tree.map(time_first, (arrays, starts))
-    final_state, o = jax.lax.scan(step, initial_state, tokens)
+    tokens = jax.tree.map(time_first, (tuple(arrays), starts))
+    final_state, o = jax.lax.scan(step, state, tokens)
     return jnp.moveaxis(o, 0, 1), final_state
 
 

@@ -303,8 +303,8 @@ def solve(
     """W of (I + A_e) W = rows, by the inverse that is at hand.
 
     The derivative is that of the solution: with (I + A_e)^T dZ = dW, it is drows = dZ and
-    dA_e = -strict_lower(dZ W^T). The inverse itself gets none: no gradient flows through its
-    blocks, which saves four matmuls of [C, C].
+    dA_e = -strict_lower(dZ W^T). No gradient flows through the blocks of the inverse, which saves
+    four matmuls of [C, C]; a second derivative does flow through them.
 
     Args:
       precision: of the matmuls, as `jnp.einsum` takes it.
@@ -343,7 +343,8 @@ def _solve_backward(precision: str | None, residuals, dsolution: Array):
         solution,
         precision=precision,
     )
-    return -jnp.tril(products, -1), jnp.zeros_like(inverse_matrix), drows
+    # None: the inverse is a function of the scores, whose whole derivative is here already.
+    return -jnp.tril(products, -1), None, drows
 
 
 solve.defvjp(_solve_saving, _solve_backward)

@@ -6,8 +6,13 @@ Memory is linear in T, forward and backward. The sequence is split into groups o
 chunk to chunk. The forward pass keeps the state at the start of each group; the backward pass goes
 over the groups from the last to the first, recomputes a group from that state and differentiates it
 with `jax.vjp`.
+
+A matmul with a mask or a decay of 0 lets a NaN through, since 0 * NaN is NaN: into other documents,
+and back to earlier tokens. So a group whose results are not all finite is computed once more, token
+by token as the reference does, where nothing multiplies what it must not see.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -27,6 +32,7 @@ from kernels_pallas.delta_scan.inputs import (
     DeltaStepOptions,
 )
 from kernels_pallas.delta_scan.normalize import l2_normalized
+from kernels_pallas.delta_scan.reference import recurrence
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 
@@ -121,7 +127,7 @@ def _forward(
     tokens, state = opaque((tokens, state))
 
     def step(state, group):
-        o, new_state = _group(plan, group, state)
+        o, new_state = _checked_group(plan, group, state)
         saved_state = state if save else None
         return new_state, (o.astype(plan.out_dtype), saved_state)
 
@@ -144,15 +150,11 @@ def _backward(plan: Plan, residuals, cotangents):
 
     def step(dstate, group_arrays):
         group, state, do = group_arrays
-        starts = group.starts
-
-        def run(floats: Tokens, state):
-            return _group(plan, floats._replace(starts=starts), state)
-
-        # `starts` are bools: they take no part in the derivative.
-        floats = group._replace(starts=None)
-        _, vjp = jax.vjp(run, floats, state)
-        dgroup, dstate = vjp((do.astype(state.dtype), dstate))
+        cotangents = (do.astype(state.dtype), dstate)
+        dgroup, dstate = _checked(
+            _group_gradient(plan, _group, group, state, cotangents),
+            lambda: _group_gradient(plan, _token_by_token, group, state, cotangents),
+        )
         return dstate, dgroup
 
     groups = _split_into_groups(plan, tokens)
@@ -169,6 +171,25 @@ def _backward(plan: Plan, residuals, cotangents):
 
 
 _scan.defvjp(_forward_saving, _backward)
+
+
+def _group_gradient(
+    plan: Plan,
+    compute: Callable,
+    group: Tokens,
+    state: Array,
+    cotangents: tuple[Array, Array],
+) -> tuple[Tokens, Array]:
+    """The cotangents of a group's tokens and of the state before it, by `compute`'s derivative."""
+    starts = group.starts
+
+    def run(floats: Tokens, state):
+        return compute(plan, floats._replace(starts=starts), state)
+
+    # `starts` are bools: they take no part in the derivative.
+    floats = group._replace(starts=None)
+    _, vjp = jax.vjp(run, floats, state)
+    return vjp(cotangents)
 
 
 def _split_into_groups(plan: Plan, arrays):
@@ -193,6 +214,32 @@ def _join_groups(x: Array, T: int) -> Array:
     _, B, _, *rest = x.shape
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(B, -1, *rest)[:, :T]
+
+
+# --- non-finite numbers
+
+
+def _checked_group(plan: Plan, group: Tokens, state: Array) -> tuple[Array, Array]:
+    """`_group`, token by token where its results are not finite."""
+    return _checked(
+        _group(plan, group, state),
+        lambda: _token_by_token(plan, group, state),
+    )
+
+
+def _checked[Tree](results: Tree, careful: Callable[[], Tree]) -> Tree:
+    """`results` if all of their numbers are finite, else those of `careful`."""
+    is_finite = jnp.array(True)
+    for x in jax.tree.leaves(results):
+        is_finite &= jnp.all(jnp.isfinite(x))
+    return jax.lax.cond(is_finite, lambda: results, careful)
+
+
+def _token_by_token(plan: Plan, group: Tokens, state: Array) -> tuple[Array, Array]:
+    """As `_group`, by the recurrence."""
+    options = DeltaStepOptions(scale=plan.scale, l2_norm=plan.l2_norm)
+    o, new_state = recurrence(group[:7], group.starts, state, options)
+    return o.astype(state.dtype), new_state
 
 
 # --- one group of chunks. Arrays are [B, H, n, C, D]: n chunks of C tokens
@@ -228,7 +275,7 @@ def _group(
     written = _weighted(v, write_weight)
 
     terms = _chunk_terms(plan, group, q, erase, k, precision)
-    inverse = jax.lax.stop_gradient(tile.inverse(terms.erase_scores, precision_of_inverse))
+    inverse = tile.inverse(terms.erase_scores, precision_of_inverse)
 
     # The one sequential part: what each chunk changes, and the state before it.
     changes = []

@@ -93,7 +93,7 @@ def linear_scan_sharded(
 
     starts = None
     if segment_ids is not None:
-        starts = _segment_starts_on_axis(segment_ids, reverse, axis_name)
+        starts = segment_starts_on_axis(segment_ids, reverse, axis_name)
     logs = _accumulated_logs(q, log_decay, starts, inclusive, reverse)
     if initial_state is None:
         initial_state = jnp.zeros_like(local_state)
@@ -122,7 +122,7 @@ def linear_scan_sharded(
     return (o, final_state) if return_final_state else o
 
 
-def _segment_starts_on_axis(
+def segment_starts_on_axis(
     segment_ids: Int[Array, "B T"],
     reverse: bool,
     axis_name: str,
