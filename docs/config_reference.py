@@ -6,6 +6,7 @@ python docs/config_reference.py
 
 import dataclasses
 import inspect
+import math
 import re
 import sys
 import textwrap
@@ -15,13 +16,22 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gatedjax.config import FEED_FORWARDS, MIXERS, Config  # noqa: E402 (found through the line above)
+# Found through the line above.
+from gatedjax.config import FEED_FORWARDS, MIXERS, Config  # noqa: E402
+from gatedjax.config.checks import (  # noqa: E402
+    Range,
+    field_ranges,
+    field_types,
+    is_optional,
+    not_none,
+)
 
 HEAD = """# Configuration
 
 Every key of a run. A file in `configs/` returns `config_dict()` with some of them changed;
-`--config.KEY=VALUE` on the command line changes one; a wrong key or type is refused at launch, with
-the nearest key named. This page is made from `gatedjax/config` by
+`--config.KEY=VALUE` on the command line changes one; a wrong key, type or number is refused in one
+line that names the key, however the configuration was made. A range [1, 10) holds 1 and not 10; a
+float is taken as the float32 that it becomes. This page is made from `gatedjax/config` by
 `python docs/config_reference.py`.
 """
 
@@ -62,13 +72,20 @@ def nested(classes: typing.Iterable[type]) -> list[type]:
 def section(title: str, cls: type, level: str = "##") -> str:
     """One dataclass as a table."""
     comments = field_comments(inspect.getsource(cls))
-    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    rows = ["| key | type | range | default | |", "|---|---|---|---|---|"]
+    hints = field_types(cls)
+    ranges = field_ranges(cls)
     for field in dataclasses.fields(cls):
         if field.name == "kind":
             continue
-        name = code(field.name)
-        comment = comments.get(field.name, "")
-        rows.append(f"| {name} | {type_text(field.type)} | {default_text(field)} | {comment} |")
+        cells = [
+            code(field.name),
+            type_text(hints[field.name]),
+            interval(ranges[field.name]) if field.name in ranges else "",
+            default_text(field),
+            comments.get(field.name, ""),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     description = inspect.cleandoc(cls.__doc__ or "")
     return "\n".join([f"{level} {title}", "", description, "", *rows, ""])
 
@@ -99,6 +116,8 @@ def code(text: str) -> str:
 
 
 def type_text(annotation: typing.Any) -> str:
+    if is_optional(annotation):
+        return code(f"{not_none(annotation).__name__} | None")
     text = annotation if isinstance(annotation, str) else str(annotation)
     if isinstance(annotation, type) and "[" not in text:
         text = annotation.__name__
@@ -107,6 +126,23 @@ def type_text(annotation: typing.Any) -> str:
     if choices:
         return ", ".join(code(choice.strip()) for choice in choices[1].split(","))
     return code(text)
+
+
+def interval(allowed: Range) -> str:
+    """A range as an interval: [1, 2^24], (0, inf)."""
+    left = "[" if allowed.includes_low else "("
+    is_closed = allowed.includes_high and allowed.high < math.inf
+    right = "]" if is_closed else ")"
+    return f"{left}{number(allowed.low)}, {number(allowed.high)}{right}"
+
+
+def number(x: float) -> str:
+    """The larger powers of two as such."""
+    for offset, suffix in ((0, ""), (1, " - 1")):
+        power = x + offset
+        if 2**16 <= power < math.inf and math.log2(power).is_integer():
+            return f"2^{int(math.log2(power))}{suffix}"
+    return f"{x:g}"
 
 
 def default_text(field: dataclasses.Field) -> str:

@@ -1,6 +1,18 @@
 """The exceptions that the commands print as one line."""
 
+import reprlib
 from typing import Any
+
+# A value in a message: whole where it is of ordinary size; a file may hold anything.
+_short = reprlib.Repr(
+    maxlevel=3,
+    maxtuple=20,
+    maxlist=20,
+    maxdict=20,
+    maxstring=200,
+    maxlong=60,
+    maxother=200,
+)
 
 
 class InputError(ValueError):
@@ -24,4 +36,9 @@ def require(ok: bool, name: str, value: Any, expected: str) -> None:
       InputError: "NAME: got VALUE, expected EXPECTED".
     """
     if not ok:
-        raise InputError(f"{name}: got {value!r}, expected {expected}")
+        raise InputError(f"{name}: got {shown(value)}, expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """The value as Python writes it, on one line and cut to a readable length."""
+    return _short.repr(value)

@@ -1,4 +1,7 @@
-"""Mesh axes, logical rules, state shardings: the only place with physical axis names.
+"""Mesh axes, logical rules, state shardings: where logical axes become axes of the mesh.
+
+Nothing else in gatedjax names an axis of the mesh, but `MeshConfig`, whose keys they are. (The ops
+know the usual names of other projects too: `kernels_pallas/common/mesh.py`.)
 
 data     rows of the batch; parameters are copies
 fsdp     rows of the batch; parameters are cut along the model width
@@ -42,6 +45,8 @@ RULES = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("head_dim", None),
+    ("query_and_gate", None),
+    ("query_and_headwise_gate", None),
     ("rank", None),
     ("router", None),
     ("router_in", None),
@@ -49,6 +54,7 @@ RULES = (
     ("vocab", "tensor"),
     ("embed_vocab", ("fsdp", "context")),
     ("expert", "expert"),
+    ("constant_expert", None),
     ("layers", None),
 )
 

@@ -30,6 +30,7 @@ from gatedjax.reporting.writers import make_writers
 from gatedjax.runtime import cli, launch
 from gatedjax.runtime.watchdog import Watchdog
 from gatedjax.training.checkpoint import Checkpointer, Restored
+from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
 
@@ -40,7 +41,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>."
 )
 _PROFILE = flags.DEFINE_integer(
-    "profile_step", 0, "Trace 5 steps from this one on into the workdir; 0 for none."
+    "profile_step",
+    0,
+    "Trace 5 steps from this one on into the workdir; 0 for none.",
+    lower_bound=0,
 )
 _PROBES = flags.DEFINE_bool(
     "probes", False, "At every evaluation, pictures of what the layers do, for TensorBoard."
@@ -66,6 +70,7 @@ def main(_) -> None:
     launch.start()
     run = prepare(config)
     say(describe(run))
+    require_memory(run)
     require_same_on_all_processes(run.config)
     state = train(run, workdir)
     if state is None:

@@ -25,17 +25,25 @@ def load_config(name: str) -> Config:
 
 
 def replace(config, **changes):
-    """`dataclasses.replace` with dotted names: replace(c, optim__lr=1.0)."""
+    """`dataclasses.replace` with dotted names: replace(c, optim__lr=1.0).
+
+    Changes of one group are made at once: what goes together is checked together.
+    """
+    values, groups = {}, {}
     for name, value in changes.items():
         head, _, rest = name.partition("__")
-        inner = getattr(config, head)
-        if rest and isinstance(inner, FrozenDict):
-            key, _, tail = rest.partition("__")
-            value = FrozenDict({**inner, key: replace(inner[key], **{tail: value})})
-        elif rest:
-            value = replace(inner, **{rest: value})
-        config = dataclasses.replace(config, **{head: value})
-    return config
+        if rest:
+            groups.setdefault(head, {})[rest] = value
+        else:
+            values[head] = value
+    for head, inner_changes in groups.items():
+        inner = values.get(head, config[head] if isinstance(config, FrozenDict) else None)
+        if inner is None:
+            inner = getattr(config, head)
+        values[head] = replace(inner, **inner_changes)
+    if isinstance(config, FrozenDict):
+        return FrozenDict({**config, **values})
+    return dataclasses.replace(config, **values)
 
 
 def tiny(**changes) -> Config:

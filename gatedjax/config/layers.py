@@ -5,18 +5,22 @@ FeedForwardConfig, and name its module in `gatedjax/layers/__init__.py` under th
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from gatedjax.config.checks import (
     Checked,
-    above_zero,
-    at_least,
+    Count,
+    Fraction,
+    NonNegative,
+    Range,
+    Size,
     divides,
-    fractions,
-    none_or_at_least,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.errors import require
+
+# Below 1 the slowest channels would rotate the fastest, and overflow.
+RopeBase = Annotated[float, Range(1)]
 
 # Normalizers whose formula contains the length of a row.
 _NORMALIZERS_WITH_LENGTH = ("sigmoid", "relu", "relu_squared", "clipped_softmax")
@@ -30,10 +34,10 @@ class GatedAttentionConfig(Checked):
     """
 
     kind: Literal["gated_attention"] = "gated_attention"
-    num_heads: int = 4
+    num_heads: Size = 4
     # None: as many as num_heads
-    num_kv_heads: int | None = None
-    head_dim: int = 32
+    num_kv_heads: Size | None = None
+    head_dim: Size = 32
     # After SDPA (G1), value (G2), key (G3), query (G4), dense output (G5). Keys and queries: after
     # QK-norm, before RoPE.
     gate_position: Literal["none", "sdpa", "value", "key", "query", "output"] = "sdpa"
@@ -59,13 +63,13 @@ class GatedAttentionConfig(Checked):
     # values by the token too (selective attention, arXiv 2411.12892).
     query_scale: Literal["none", "log_length", "scalable_softmax", "selective"] = "none"
     # fraction of a head's channels that rotate; 0 for no position encoding
-    rope_fraction: float = 1.0
-    rope_base: float = 10_000.0
+    rope_fraction: Fraction = 1.0
+    rope_base: RopeBase = 10_000.0
     # context extension factor of YaRN (arXiv 2309.00071); 1 for none
-    yarn_factor: float = 1.0
-    yarn_original_length: int = 4096
+    yarn_factor: Annotated[float, Range(1)] = 1.0
+    yarn_original_length: Count = 4096
     # keys in (i - window, i]
-    window: int | None = None
+    window: Count | None = None
     # How logits become weights: names of kernels_pallas.attention.NORMALIZERS.
     normalizer: Literal[
         "softmax",
@@ -84,26 +88,23 @@ class GatedAttentionConfig(Checked):
     ] = "softmax"
     # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A
     # constant, so that training and decoding agree: the length of training rows.
-    normalizer_length: int | None = None
+    normalizer_length: Count | None = None
     # above 1 (softmax) up to 2 (sparsemax)
-    entmax_alpha: float = 1.5
+    entmax_alpha: Annotated[float, Range(1, 2, includes_low=False)] = 1.5
     # of clipped softmax: gamma = -alpha / n
-    clip_alpha: float = 4.0
+    clip_alpha: NonNegative = 4.0
     # of reweighted softplus
-    reweight_power: int = 15
+    reweight_power: Annotated[int, Range(2, 100)] = 15
     # one learned logit per head in the denominator
     sinks: bool = False
-    logits_soft_cap: float | None = None
+    logits_soft_cap: Annotated[float, Range(1e-3)] | None = None
     # Logits less slope x distance. fixed: slopes 2^(-8 h / H); balanced: 2^-h for one half of the
     # heads, the negatives for the other (arXiv 2502.18845); learned: a parameter, fixed at the
     # start.
     alibi: Literal["none", "fixed", "balanced", "learned"] = "none"
 
     def check(self) -> None:
-        at_least(self, 1, "num_heads", "head_dim", "yarn_factor", "yarn_original_length")
         divides("num_kv_heads", self.kv_heads, self.num_heads)
-        above_zero(self, "rope_base")
-        none_or_at_least(self, 1, "window", "normalizer_length")
         _check_rope(self)
         self._check_gate()
         self._check_normalizer()
@@ -146,22 +147,8 @@ class GatedAttentionConfig(Checked):
             self.sinks,
             f"false with normalizer {self.normalizer!r}",
         )
-        require(
-            1 < self.entmax_alpha <= 2,
-            "entmax_alpha",
-            self.entmax_alpha,
-            "above 1 and at most 2",
-        )
-        at_least(self, 0, "clip_alpha")
-        at_least(self, 2, "reweight_power")
 
     def _check_logits(self) -> None:
-        require(
-            self.logits_soft_cap is None or self.logits_soft_cap > 0,
-            "logits_soft_cap",
-            self.logits_soft_cap,
-            "None or above 0",
-        )
         # Logits of unit vectors are cosines: without a scale of their own they are too small.
         is_unit = self.qk_norm and self.qk_norm_kind == "l2"
         has_own_scale = self.logit_scale != "inverse_sqrt"
@@ -193,48 +180,44 @@ class GatedAttentionConfig(Checked):
 class GatedLinearAttentionConfig(Checked):
     """Gated linear attention (arXiv 2312.06635) and its relatives.
 
-    They differ by their decay: RetNet, Mamba-2's core, plain linear attention.
+    They differ by their decay: RetNet's, Mamba-2's, none at all (plain linear attention).
     """
 
     kind: Literal["gated_linear_attention"] = "gated_linear_attention"
-    num_heads: int = 4
+    num_heads: Size = 4
     # None: as many as num_heads
-    num_kv_heads: int | None = None
+    num_kv_heads: Size | None = None
     # channels per head; the paper has K = M / 2 / H, V = M / H
-    key_dim: int = 16
-    value_dim: int = 32
+    key_dim: Size = 16
+    value_dim: Size = 32
     decay: Literal["vector", "scalar", "constant", "none"] = "vector"
     # logsigmoid: g = logsigmoid(x W1 W2 + b) / decay_temperature (GLA). softplus: g = -exp(A_log)
-    # softplus(x W + b), and values are multiplied by that softplus (Mamba-2). A constant decay is
-    # RetNet's log(1 - 2^(-5-h)).
+    # softplus(x W + b), and values are multiplied by that softplus (as in Mamba-2). A constant
+    # decay is RetNet's log(1 - 2^(-5-h)).
     decay_form: Literal["logsigmoid", "softplus"] = "logsigmoid"
-    decay_rank: int = 16
-    decay_temperature: float = 16.0
+    decay_rank: Size = 16
+    decay_temperature: Annotated[float, Range(1e-3)] = 16.0
     feature_map: Literal["identity", "silu", "elu_plus_one"] = "identity"
     # divide by the sum of the weights (linear attention with a positive feature map)
     normalize: bool = False
     output_gate: Literal["swish", "sigmoid", "none"] = "swish"
     # causal depthwise convolution on q, k, v; 0 for none
-    conv_width: int = 0
+    conv_width: Annotated[int, Range(0, 256)] = 0
     # RetNet rotates q and k
-    rope_fraction: float = 0.0
-    rope_base: float = 10_000.0
-    chunk_size: int | None = None
+    rope_fraction: Fraction = 0.0
+    rope_base: RopeBase = 10_000.0
+    chunk_size: Size | None = None
 
     def check(self) -> None:
-        at_least(self, 1, "num_heads", "key_dim", "value_dim", "decay_rank")
         divides("num_kv_heads", self.kv_heads, self.num_heads)
-        at_least(self, 0, "conv_width")
-        above_zero(self, "decay_temperature", "rope_base")
-        none_or_at_least(self, 1, "chunk_size")
         _check_rope(self)
         if self.decay_form == "softplus":
-            is_mamba = self.decay == "scalar" and self.kv_heads == self.num_heads
+            is_scalar = self.decay == "scalar" and self.kv_heads == self.num_heads
             require(
-                is_mamba,
+                is_scalar,
                 "decay_form",
                 self.decay_form,
-                "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads (Mamba-2)",
+                "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads",
             )
 
     @property
@@ -253,12 +236,9 @@ class GatedMLPConfig(Checked):
     """SwiGLU (activation silu) or GEGLU (gelu), arXiv 2002.05202."""
 
     kind: Literal["gated_mlp"] = "gated_mlp"
-    hidden: int = 256
+    hidden: Size = 256
     activation: Literal["silu", "gelu"] = "silu"
     not_causal = None  # no token sees a later one
-
-    def check(self) -> None:
-        at_least(self, 1, "hidden")
 
 
 MixerConfig = GatedAttentionConfig | GatedLinearAttentionConfig
@@ -268,7 +248,6 @@ FEED_FORWARDS: dict[str, type] = {config.kind: config for config in get_args(Fee
 
 
 def _check_rope(config: GatedAttentionConfig | GatedLinearAttentionConfig) -> None:
-    fractions(config, "rope_fraction")
     require(
         config.rotary_dim % 2 == 0,
         "rope_fraction",

@@ -21,10 +21,22 @@ the literature, as values over the defaults:
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from gatedjax.config.checks import Checked, above_zero, at_least, below_one
+from gatedjax.config.checks import (
+    BelowOne,
+    Checked,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    Range,
+    Size,
+    SizeOrZero,
+)
 from gatedjax.errors import require
+
+# Logits are divided by it: below this float32 would overflow.
+Temperature = Annotated[float, Range(1e-6)]
 
 
 @dataclass(frozen=True)
@@ -39,45 +51,42 @@ class RouterConfig(Checked):
     # a learned b
     affine: bool = False
     # at the first step; high is dense
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     # from step anneal_steps on, reached exponentially; low is sparse
-    final_temperature: float = 1.0
+    final_temperature: Temperature = 1.0
     # 0: the temperature stays as it is
-    anneal_steps: int = 0
+    anneal_steps: CountOrZero = 0
     # how logits become router probabilities
     scoring: Literal["softmax", "sigmoid", "sparsemax"] = "softmax"
     # by probability + bias; among equals the lower expert id. expert_choice is not causal.
     selection: Literal["topk", "grouped_topk", "gumbel", "hash", "expert_choice"] = "topk"
     # grouped_topk: experts come in this many groups, of which
-    num_groups: int = 1
+    num_groups: Size = 1
     # these with the best score may be selected from
-    kept_groups: int = 1
+    kept_groups: Size = 1
     # DeepSeek-V3, DeepSeek-V2
     group_score: Literal["sum_top2", "max"] = "sum_top2"
     # a selected expert is skipped where importance * probability is below (MoDES); 0 for none
-    threshold: float = 0.0
+    threshold: NonNegative = 0.0
     # of the outputs. scores: the router probabilities; selected: `scoring` over the selected
     # logits alone; uniform: 1 / k.
     weighting: Literal["scores", "selected", "uniform"] = "scores"
     # weights sum to 1
     renormalize: bool = True
     # times the weights, after everything else
-    scale: float = 1.0
+    scale: Positive = 1.0
     # weights multiply what goes into the experts, not what comes out (Llama 4)
     weight_input: bool = False
     # a bias on each expert's selection, changed after every step by the loads of the whole batch
     bias_rule: Literal["none", "sign", "pid"] = "none"
     # of the sign rule
-    bias_rate: float = 0.001
+    bias_rate: NonNegative = 0.001
     # proportional, integral, derivative
-    pid_gains: tuple[float, ...] = (0.05, 0.01, 0.0)
+    pid_gains: tuple[NonNegative, ...] = (0.05, 0.01, 0.0)
     # of all assignments, wanted for experts that compute; 0: the same load for every expert
-    ffn_fraction: float = 0.0
+    ffn_fraction: BelowOne = 0.0
 
     def check(self) -> None:
-        above_zero(self, "temperature", "final_temperature", "scale")
-        at_least(self, 0, "anneal_steps", "threshold", "bias_rate")
-        below_one(self, "ffn_fraction")
         require(len(self.pid_gains) == 3, "pid_gains", self.pid_gains, "three numbers")
         is_annealed = self.anneal_steps > 0 or self.final_temperature == self.temperature
         require(
@@ -97,7 +106,6 @@ class RouterConfig(Checked):
         self._check_selection()
 
     def _check_groups(self) -> None:
-        at_least(self, 1, "num_groups")
         is_grouped = self.selection == "grouped_topk"
         require(
             is_grouped or self.num_groups == 1,
@@ -153,34 +161,34 @@ class SparseMoEConfig(Checked):
 
     kind: Literal["sparse_moe"] = "sparse_moe"
     # that compute (gated MLPs)
-    num_experts: int = 8
+    num_experts: SizeOrZero = 8
     # whose output is 0
-    zero_experts: int = 0
+    zero_experts: SizeOrZero = 0
     # whose output is x (LongCat-Flash's identity experts)
-    copy_experts: int = 0
+    copy_experts: SizeOrZero = 0
     # whose output is a1 x + a2 v, (a1, a2) = softmax(W_c x)
-    constant_experts: int = 0
-    experts_per_token: int = 2
+    constant_experts: SizeOrZero = 0
+    experts_per_token: Size = 2
     # of one expert
-    hidden: int = 128
+    hidden: Size = 128
     activation: Literal["silu", "gelu"] = "silu"
     router: RouterConfig = field(default_factory=RouterConfig)
     # a shared expert of this width sees every token; 0 for none
-    shared_hidden: int = 0
+    shared_hidden: SizeOrZero = 0
     # sigmoid(x w) on the shared expert, as Qwen2-MoE
     shared_gate: bool = True
     # Weights of the losses. Each loss is 1 at perfect balance; `layers/moe/losses.py` converts the
     # weights of other projects.
-    balance_loss: float = 0.01
+    balance_loss: NonNegative = 0.01
     # MoE++'s tau: weight of experts that cost nothing within the balance loss
-    zero_computation_weight: float = 1.0
+    zero_computation_weight: Positive = 1.0
     # the balance loss within every row of the batch (DeepSeek-V3)
-    sequence_loss: float = 0.0
+    sequence_loss: NonNegative = 0.0
     # of mean logsumexp(logits)^2
-    z_loss: float = 0.001
+    z_loss: NonNegative = 0.001
     # An expert takes at most ceil(k T / E * capacity_factor) assignments from a row of T tokens;
     # 0: no limit. With tau, experts that compute take tau times as many as the others (MoE++).
-    capacity_factor: float = 0.0
+    capacity_factor: NonNegative = 0.0
     # Which assignments are kept first. position: earlier tokens. choice: all first choices (V-MoE).
     # priority: larger weights (batch prioritized routing). In the last two a later token can
     # displace an earlier one, so they are not causal.
@@ -194,14 +202,9 @@ class SparseMoEConfig(Checked):
     # all_to_all: a device sends another at most this many times its even fraction of assignments;
     # ragged_all_to_all: it receives at most this many times its even fraction. More are dropped
     # and counted. 0: nothing is dropped.
-    exchange_factor: float = 0.0
+    exchange_factor: NonNegative = 0.0
 
     def check(self) -> None:
-        at_least(self, 0, "num_experts", "zero_experts", "copy_experts", "constant_experts")
-        at_least(self, 0, "shared_hidden", "balance_loss", "sequence_loss", "z_loss")
-        at_least(self, 0, "capacity_factor", "exchange_factor")
-        at_least(self, 1, "hidden")
-        above_zero(self, "zero_computation_weight")
         total = self.total_experts
         require(total >= 1, "num_experts", self.num_experts, "at least 1 expert of any sort")
         require(
@@ -293,15 +296,12 @@ class SoftMoEConfig(Checked):
     """
 
     kind: Literal["soft_moe"] = "soft_moe"
-    num_experts: int = 8
-    slots_per_expert: int = 1
+    num_experts: Size = 8
+    slots_per_expert: Size = 1
     # of one expert
-    hidden: int = 128
+    hidden: Size = 128
     activation: Literal["silu", "gelu"] = "silu"
     not_causal = "kind 'soft_moe': every slot is a mean over all tokens, later ones too"
-
-    def check(self) -> None:
-        at_least(self, 1, "num_experts", "slots_per_expert", "hidden")
 
 
 @dataclass(frozen=True)
@@ -310,12 +310,12 @@ class LoRAMixtureConfig(Checked):
 
     kind: Literal["lora_mixture"] = "lora_mixture"
     # of the frozen MLP
-    hidden: int = 256
+    hidden: Size = 256
     activation: Literal["silu", "gelu"] = "silu"
-    num_experts: int = 4
-    rank: int = 16
+    num_experts: Size = 4
+    rank: Size = 16
     # an expert's product is scaled by alpha / rank
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     # xlora: softmax(x W / temperature), one for the layer. phatgoose: softmax of normalized <x, v>
     # over the best experts_per_token, one for each matrix. sigmoid: sigmoid(<x, v>), which trains
     # the v of phatgoose.
@@ -324,13 +324,11 @@ class LoRAMixtureConfig(Checked):
     # published, and the weights are the same in all layers; otherwise x is the input of the layer.
     first_pass: bool = False
     # 0: all
-    experts_per_token: int = 0
-    temperature: float = 1.0
+    experts_per_token: SizeOrZero = 0
+    temperature: Temperature = 1.0
     not_causal = None  # no token sees a later one
 
     def check(self) -> None:
-        at_least(self, 1, "hidden", "num_experts", "rank")
-        above_zero(self, "alpha", "temperature")
         require(
             0 <= self.experts_per_token <= self.num_experts,
             "experts_per_token",

@@ -17,7 +17,7 @@ from gatedjax.config.checks import field_types, is_optional, is_union, not_none
 from gatedjax.config.layers import FEED_FORWARDS, MIXERS
 from gatedjax.config.moe import RouterConfig
 from gatedjax.config.run import Config
-from gatedjax.errors import InputError
+from gatedjax.errors import InputError, require, shown
 
 
 class Difference(NamedTuple):
@@ -109,8 +109,17 @@ def nearest_key(key: str) -> str:
     return _nearest(name, dict.fromkeys(known))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _readable(name: Any) -> str:
+    """A key as it is, unless a terminal would act on it: then as Python writes it."""
+    if isinstance(name, str) and name.isprintable() and len(name) <= 100:
+        return name
+    return shown(name)
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
     names = list(known)
+    # difflib takes quadratic time; no key is so long.
+    name = str(name)[:100]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
@@ -145,12 +154,12 @@ def _to_config_dict(value: Any) -> Any:
 def _build(cls: type, raw: Any, path: str) -> Any:
     """A dataclass from a group of keys. The dataclass checks the values; errors get their path."""
     if not _is_group(raw):
-        raise InputError(f"{path}: got {raw!r}, expected a group of keys")
+        raise InputError(f"{path}: got {shown(raw)}, expected a group of keys")
     hints = field_types(cls)
     values = {}
     for name in raw:
         if name not in hints:
-            raise InputError(f"{path}.{name}: unknown key{_nearest(name, hints)}")
+            raise InputError(f"{path}.{_readable(name)}: unknown key{_nearest(name, hints)}")
         values[name] = _build_groups(hints[name], raw[name], f"{path}.{name}")
     try:
         return cls(**values)
@@ -167,7 +176,9 @@ def _build_groups(hint: Any, raw: Any, path: str) -> Any:
     # Mapping[str, T]. ConfigDict is not a Mapping, so this also makes it one.
     if get_origin(hint) is Mapping and _is_group(raw):
         entry_hint = get_args(hint)[1]
-        return {name: _build_groups(entry_hint, raw[name], f"{path}.{name}") for name in raw}
+        return {
+            name: _build_groups(entry_hint, raw[name], f"{path}.{_readable(name)}") for name in raw
+        }
     return raw
 
 
@@ -175,8 +186,9 @@ def _build_kind(classes: Iterable[Any], raw: Any, path: str) -> Any:
     """One of several dataclasses, by the key `kind`."""
     kinds = {cls.kind: cls for cls in classes}
     kind = raw.get("kind") if _is_group(raw) else None
-    if kind not in kinds:
-        raise InputError(f"{path}.kind: got {kind!r}, expected one of {', '.join(kinds)}")
+    # A kind may be anything that JSON can say, a list that has no hash included.
+    is_known = isinstance(kind, str) and kind in kinds
+    require(is_known, f"{path}.kind", kind, f"one of {', '.join(kinds)}")
     return _build(kinds[kind], raw, path)
 
 

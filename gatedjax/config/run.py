@@ -3,12 +3,25 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from flax.core import FrozenDict
 
-from gatedjax.config import checks
-from gatedjax.config.checks import Checked, above_zero, at_least, below_one, fractions
+from gatedjax.config.checks import (
+    LARGEST_COUNT,
+    LARGEST_SIZE,
+    BelowOne,
+    Checked,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Size,
+    SizeOrZero,
+)
 from gatedjax.config.layers import (
     FeedForwardConfig,
     GatedAttentionConfig,
@@ -19,6 +32,18 @@ from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
 from gatedjax.errors import require
 
 Remat = Literal["none", "full", "dots", "kernels"]
+
+# Both splits of the data have documents.
+ProperFraction = Annotated[
+    float,
+    Range(
+        0,
+        1,
+        includes_low=False,
+        includes_high=False,
+        words="a fraction between 0 and 1",
+    ),
+]
 
 
 def _one_attention() -> Mapping[str, MixerConfig]:
@@ -37,17 +62,17 @@ class ModelConfig(Checked):
     """
 
     # 0: what the tokenizer has
-    vocab_size: int = 0
-    width: int = 128
-    num_layers: int = 2
+    vocab_size: SizeOrZero = 0
+    width: Size = 128
+    num_layers: Annotated[int, Range(1, 4096)] = 2
     mixers: Mapping[str, MixerConfig] = field(default_factory=_one_attention)
     pattern: tuple[str, ...] = ("attention",)
     ffns: Mapping[str, FeedForwardConfig] = field(default_factory=_one_mlp)
     ffn_pattern: tuple[str, ...] = ("mlp",)
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Range(0, 1, includes_low=False)] = 1e-6
     zero_centered_norm: bool = False
     tie_embeddings: bool = True
-    init_std: float = 0.02
+    init_std: NonNegative = 0.02
     # of activations; parameters are float32
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # What the backward pass finds in memory. none: everything; kernels: only what the kernels name;
@@ -56,14 +81,11 @@ class ModelConfig(Checked):
     # false: every layer compiled by itself; small models run faster (nothing is stacked)
     scan_layers: bool = True
     # tokens of a device whose logits exist at once; 0 for all of them
-    loss_chunk: int = 0
+    loss_chunk: CountOrZero = 0
     # weight of logsumexp(logits)^2
-    z_loss: float = 0.0
+    z_loss: NonNegative = 0.0
 
     def check(self) -> None:
-        at_least(self, 0, "vocab_size", "init_std", "loss_chunk", "z_loss")
-        at_least(self, 1, "width", "num_layers")
-        above_zero(self, "norm_eps")
         self._check_patterns()
         self._check_sparse()
         require(
@@ -165,10 +187,7 @@ class SourceConfig(Checked):
     # of a JSON record or a table; "" for an ArrayRecord of plain text
     field: str = "text"
     # how often it is drawn from, relative to the other sources
-    weight: float = 1.0
-
-    def check(self) -> None:
-        above_zero(self, "weight")
+    weight: Positive = 1.0
 
 
 def _standard_library() -> Mapping[str, SourceConfig]:
@@ -182,24 +201,15 @@ class DataConfig(Checked):
     sources: Mapping[str, SourceConfig] = field(default_factory=_standard_library)
     # or the path of a tokenizer.json
     tokenizer: str = "bytes"
-    seq_len: int = 256
-    validation_fraction: float = 0.05
+    seq_len: Annotated[int, Range(2, LARGEST_SIZE)] = 256
+    validation_fraction: ProperFraction = 0.05
     # "": gatedjax under the user's cache directory
     cache_dir: str = ""
-    seed: int = 0
+    seed: Seed = 0
 
     def check(self) -> None:
         require(len(self.sources) > 0, "sources", "none", "at least one")
         require(self.tokenizer != "", "tokenizer", self.tokenizer, "'bytes' or a path")
-        at_least(self, 2, "seq_len")
-        is_proper = 0.0 < self.validation_fraction < 1.0
-        require(
-            is_proper,
-            "validation_fraction",
-            self.validation_fraction,
-            "a fraction between 0 and 1",
-        )
-        checks.seed(self)
 
 
 @dataclass(frozen=True)
@@ -207,74 +217,112 @@ class OptimConfig(Checked):
     """Optimizer, schedule and the guard against bad steps."""
 
     name: Literal["adamw", "muon", "lion", "adabelief", "schedule_free"] = "adamw"
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_steps: int = 20
+    warmup_steps: CountOrZero = 20
     # of the peak rate, at the last step
-    final_lr_fraction: float = 0.1
+    final_lr_fraction: Fraction = 0.1
     # wsd: fraction of the steps that decay
-    decay_fraction: float = 0.2
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    decay_fraction: Fraction = 0.2
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
     # 0 for none
-    clip_norm: float = 1.0
+    clip_norm: NonNegative = 1.0
     # of the averaged parameters kept for evaluation; 0 for none
-    ema_decay: float = 0.0
+    ema_decay: BelowOne = 0.0
     # a step whose gradient norm exceeds this many times its running mean is skipped; 0: never
-    skip_factor: float = 0.0
+    skip_factor: NonNegative = 0.0
     # in a row; one more ends the run
-    max_skips: int = 10
+    max_skips: CountOrZero = 10
 
     def check(self) -> None:
-        above_zero(self, "lr", "eps")
-        # A negative clip_norm would reverse the gradient, silently.
-        at_least(self, 0, "warmup_steps", "weight_decay", "clip_norm", "skip_factor", "max_skips")
-        fractions(self, "final_lr_fraction", "decay_fraction")
-        below_one(self, "beta1", "beta2", "ema_decay")
+        # A limit below the mean itself would skip most steps of a healthy run.
+        require(
+            self.skip_factor == 0 or self.skip_factor > 1,
+            "skip_factor",
+            self.skip_factor,
+            "0, or above 1",
+        )
+        if self.name == "schedule_free":
+            self._check_schedule_free()
+
+    def _check_schedule_free(self) -> None:
+        require(
+            self.schedule == "constant",
+            "schedule",
+            self.schedule,
+            "'constant' with schedule_free",
+        )
+        # The average is (y - (1 - beta1) z) / beta1: rounding errors grow as 1 / beta1.
+        require(
+            self.beta1 >= 0.1,
+            "beta1",
+            self.beta1,
+            "at least 0.1 with schedule_free",
+        )
+
+    def decay_steps(self, steps: int) -> int:
+        """Of a run of `steps`: how many at the end decay under the schedule wsd."""
+        return max(1, round(steps * self.decay_fraction))
+
+    def check_schedule(self, steps: int, prefix: str = "") -> None:
+        """InputError unless warm-up and decay fit into a run of `steps`.
+
+        Args:
+          steps: of the run.
+          prefix: of the keys, for the message.
+        """
+        require(
+            self.warmup_steps < steps,
+            f"{prefix}warmup_steps",
+            self.warmup_steps,
+            f"fewer than train.steps = {steps}",
+        )
+        if self.schedule == "wsd":
+            most = steps - self.decay_steps(steps)
+            left = f"the {steps} steps without the {self.decay_steps(steps)} that decay"
+            require(
+                self.warmup_steps <= most,
+                f"{prefix}warmup_steps",
+                self.warmup_steps,
+                f"at most {most}: {left}",
+            )
 
 
 @dataclass(frozen=True)
 class MeshConfig(Checked):
     """Devices along each axis. `data = 0` takes all devices that the others leave."""
 
-    data: int = 0
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
-    expert: int = 1
-
-    def check(self) -> None:
-        at_least(self, 0, "data")
-        at_least(self, 1, "fsdp", "context", "tensor", "expert")
+    data: SizeOrZero = 0
+    fsdp: Size = 1
+    context: Size = 1
+    tensor: Size = 1
+    expert: Size = 1
 
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):
     """The loop."""
 
-    steps: int = 100
+    steps: Count = 100
     # rows of a whole optimizer step, over all devices and micro-batches
-    batch_size: int = 8
+    batch_size: Size = 8
     # micro-batches of an optimizer step
-    accumulation_steps: int = 1
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 100
-    eval_batches: int = 8
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 3
+    accumulation_steps: Size = 1
+    seed: Seed = 0
+    log_every: Count = 10
+    eval_every: Count = 100
+    eval_batches: Count = 8
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 3
     # without progress: stacks are written; after as many again the run ends; 0: never
-    stuck_seconds: float = 1800.0
+    stuck_seconds: Annotated[float, Range(0, 1e8)] = 1800.0
     sample_prompt: str = "def "
-    sample_tokens: int = 200
+    sample_tokens: SizeOrZero = 200
 
     def check(self) -> None:
-        at_least(self, 1, "steps", "batch_size", "accumulation_steps", "log_every", "eval_every")
-        at_least(self, 1, "eval_batches", "checkpoint_every", "keep_checkpoints")
-        at_least(self, 0, "stuck_seconds", "sample_tokens")
-        checks.seed(self)
         require(
             self.batch_size % self.accumulation_steps == 0,
             "batch_size",
@@ -292,3 +340,14 @@ class Config(Checked):
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self) -> None:
+        self.optim.check_schedule(self.train.steps, prefix="optim.")
+        # Positions of a batch are counted in int32.
+        tokens = self.train.batch_size * self.data.seq_len
+        require(
+            tokens <= LARGEST_COUNT,
+            "train.batch_size",
+            self.train.batch_size,
+            f"at most {LARGEST_COUNT // self.data.seq_len} rows of data.seq_len tokens",
+        )

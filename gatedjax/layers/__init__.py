@@ -1,8 +1,8 @@
 """Flax modules: they own parameters, names, logical axes and dtypes; the arithmetic is in plain
 functions.
 
-`base.py` says what a model asks of a mixer and of a feed-forward. To add one: a file here, a line
-below, and its dataclass in `config/layers.py` (CONTRIBUTING.md does it step by step).
+`base.py` says what a model asks of a mixer and of a feed-forward. To add one: a file here, its
+import and a line below, its dataclass in `config/layers.py` (CONTRIBUTING.md does it step by step).
 """
 
 from gatedjax.layers.attention import GatedAttention

@@ -82,18 +82,14 @@ class GatedAttention(Mixer):
     def _projections(self, x: Array) -> tuple[Queries, Keys, Keys, Array | None]:
         """Queries, keys, values; and the gate's logits if they come with the queries."""
         c = self.config
-        gate_channels = 0
-        if c.fused_gate:
-            gate_channels = c.head_dim if c.gate_granularity == "elementwise" else 1
-        # In every head the query comes first, then the gate: [q | gate], as Qwen3-Next has it.
-        q = self._project(
-            "query",
-            x,
-            {
-                "heads": c.num_heads,
-                "head_dim": c.head_dim + gate_channels,
-            },
-        )
+        # In every head the query comes first, then the gate: [q | gate], as Qwen3-Next has it. The
+        # axis has a name of its own, so that Muon takes the two for two matrices.
+        channels = {"head_dim": c.head_dim}
+        if c.fused_gate and c.gate_granularity == "elementwise":
+            channels = {"query_and_gate": 2 * c.head_dim}
+        elif c.fused_gate:
+            channels = {"query_and_headwise_gate": c.head_dim + 1}
+        q = self._project("query", x, {"heads": c.num_heads, **channels})
         # Key and value heads may be fewer: each serves a group of query heads.
         kv_axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
         k = self._project("key", x, kv_axes)

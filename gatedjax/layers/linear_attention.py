@@ -1,6 +1,7 @@
 """Gated linear attention (arXiv 2312.06635) on `kernels_pallas.linear_scan`.
 
-RetNet and Mamba-2 by config.
+RetNet by config, and layers with Mamba-2's decay. Those are not Mamba-2, which also adds D x to its
+output, gates before its norm, and has one B and C for all heads.
 """
 
 import math
@@ -67,8 +68,8 @@ FEATURE_MAPS = {
 }
 OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
-# Mamba-2's step sizes at the start, log-uniform between these, and its decay rates, uniform up to
-# this (the defaults of its published code).
+# Of decay_form softplus, as in Mamba-2 (the defaults of its published code): step sizes at the
+# start, log-uniform between these, and decay rates, uniform up to this.
 MIN_STEP_SIZE = 1e-3
 MAX_STEP_SIZE = 1e-1
 MAX_DECAY_RATE = 16.0
@@ -265,7 +266,7 @@ class GatedLinearAttention(Mixer):
         return logsigmoid_decay(logits + bias, c.decay_temperature), v
 
     def _softplus_decay(self, x: Array, v: Array) -> tuple[Array, Array]:
-        """Mamba-2's log decay and values: -exp(A_log) dt and v dt (arXiv 2405.21060 and its code).
+        """Log decay and values: -exp(A_log) dt and v dt, as Mamba-2's (arXiv 2405.21060).
 
         The step size is dt = softplus(x W + bias), float32.
         """

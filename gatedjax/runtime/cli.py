@@ -182,13 +182,28 @@ def _parse(argv: Sequence[str], takes: int) -> Sequence[str]:
     except OSError as e:
         raise InputError(_unloadable(e)) from None
     except (flags.Error, TypeError, ValueError) as e:
-        raise InputError(f"flags: {e}") from None
+        raise InputError(_wrong_flag(argv, e)) from None
     if flags.FLAGS["verbosity"].using_default_value:
         # absl's default is INFO, at which jax tells of every absent backend.
         flags.FLAGS.verbosity = logging.WARNING
     if len(args) > 1 + takes:
         raise InputError(f"flags: {args[1 + takes]!r} is not a flag; expected --name=value")
     return args
+
+
+def _wrong_flag(argv: Sequence[str], error: Exception) -> str:
+    """The message for a value that a flag, or the --config file itself, does not take."""
+    text = str(error)
+    if "Error whilst parsing config file" not in text:
+        return f"flags: {text}"
+    # ml_collections hands on the whole traceback of the file; its last line says what is wrong.
+    reason = text.strip().splitlines()[-1].strip()
+    reason = reason.removeprefix("gatedjax.errors.InputError: ")
+    with_argument = [arg for arg in argv if re.match(r"--?config=[^:]*:", arg)]
+    if with_argument and re.search(r"get_config\(\) takes 0 positional", reason):
+        got = with_argument[-1].partition("=")[2]
+        return f"--config: got {got!r}, expected no argument after ':': get_config() takes none"
+    return f"--config: {reason}"
 
 
 def _unknown_key(argv: Sequence[str], error: Exception) -> str:

@@ -2,9 +2,9 @@
 
     python -m gatedjax.study configs/studies/mqar.py [--small] [--results=results]
 
-Each finished run is a line of results/NAME/DEVICE/runs.jsonl (NAME-small with --small); a run that
-is there, with the same configuration, is not run again. table.md and the pictures are made anew
-each time.
+Each finished run is a line of results/NAME/DEVICE/runs.jsonl (NAME-small with --small), which says
+where and when it was made; a run that is there, with the same configuration, is not run again.
+table.md and the pictures are made anew each time, from those lines alone.
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +100,7 @@ def run_missing(study: Study, folder: Path) -> list[dict[str, Any]]:
             "labels": dict(run.cell.labels),
             "seed": run.seed,
             "values": _json_values(values),
+            "made": _here_and_now(),
         }
         # At once: a study that is stopped keeps its finished runs.
         with path.open("a") as file:
@@ -167,21 +169,49 @@ def write_report(
 
 
 def _note(study: Study, records: Sequence[report.Record], command: str) -> str:
-    """How the table was made."""
+    """How the table was made: where and when its records were, not where it is written now."""
     seconds = sum(record["values"]["seconds"] for record in records)
     seeds = ", ".join(str(seed) for seed in study.seeds)
+    runs = f"{len(records)} runs, {format_duration(seconds)}"
+    places: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        made = record.get("made", {})
+        place = (made.get("machine", "a machine not recorded"), made.get("versions", ""))
+        places.setdefault(place, []).append(made.get("date", ""))
+    described = [_place(*place, dates) for place, dates in places.items()]
+    if len(described) > 1:
+        counts = [len(dates) for dates in places.values()]
+        described = [f"{count} {text}" for count, text in zip(counts, described)]
+        runs += ":"
+    parts = [
+        f"`{command}`",
+        f"seeds {seeds} (mean ± standard deviation)",
+        f"{runs} {'; '.join(described)}",
+    ]
+    return "; ".join(parts) + "."
+
+
+def _place(machine: str, versions: str, dates: Sequence[str]) -> str:
+    """Where and when some records were made; what is not known is left out."""
+    parts = [f"on {machine}", versions]
+    days = sorted({date for date in dates if date})
+    if days:
+        parts.append(days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}")
+    return "; ".join(part for part in parts if part)
+
+
+def _here_and_now() -> dict[str, str]:
+    """Where and when a run is made, as its record keeps it."""
     versions = []
     for package in ("jax", "jaxlib", "flax", "optax"):
         versions.append(f"{package} {metadata.version(package)}")
     python = sys.version.split()[0]
     versions.append(f"Python {python}")
-    parts = [
-        f"`{command}`",
-        f"seeds {seeds} (mean ± standard deviation)",
-        f"{len(records)} runs, {format_duration(seconds)} on {_machine()}",
-        ", ".join(versions),
-    ]
-    return "; ".join(parts) + "."
+    return {
+        "machine": _machine(),
+        "versions": ", ".join(versions),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def _file_name(column: str) -> str:

@@ -14,6 +14,7 @@ from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.grid import Cell, Study
 from gatedjax.study.measures import MEASURES, RecallValidation
 from gatedjax.study.trained import Trained
+from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, fresh_state, prepare, with_vocab
 from gatedjax.training.step import jit_train_step, params_for_evaluation
 
@@ -67,6 +68,7 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
     Ends early when no step is good any more, or at validation accuracy `stop_at` of a task.
     """
     run = prepare(cell.config)
+    require_memory(run)
     config = run.config.train
     with jax.set_mesh(run.mesh):
         state = fresh_state(run)

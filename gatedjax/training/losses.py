@@ -11,9 +11,9 @@ from gatedjax.model import logits as compute_logits
 
 
 class TokenLosses(NamedTuple):
-    """Sums over tokens, float32.
+    """Weighted sums over tokens, float32.
 
-    Divide by `count`, the number of tokens with a target, once it is global.
+    Divide by `count`, the sum of the weights, once it is global.
     """
 
     cross_entropy: Float[Array, ""]
@@ -27,20 +27,33 @@ def cross_entropy(
     targets: Int[Array, " tokens"],
     mask: Float[Array, " tokens"],
 ) -> TokenLosses:
-    """Masked sums of `logsumexp(logits) - logits[target]` in nats, and of the z-loss.
+    """Weighted sums of `logsumexp(logits) - logits[target]` in nats, and of the z-loss.
 
-    The z-loss is `logsumexp(logits)^2` (arXiv 2204.02311).
+    The z-loss is `logsumexp(logits)^2` (arXiv 2204.02311). What has no weight is left out: its
+    target may be any number, its hidden state NaN. A target outside of the vocabulary that has a
+    weight makes the loss NaN.
 
     Args:
       hidden: the model's last hidden states.
       weights: the output matrix.
       targets: the token to predict at each position.
-      mask: what each token counts, 1 or 0.
+      mask: the weight of each token, 0 or more: 1 if it has a target, 0 if not.
     """
+    mask = mask.astype(jnp.float32)
+    # Selected before anything is computed of it, so that the backward pass sees no NaN either.
+    is_counted = mask != 0.0
+    hidden = jnp.where(is_counted[:, None], hidden, 0)
+    targets = jnp.where(is_counted, targets, 0)
     logits = compute_logits(hidden, weights)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    mask = mask.astype(jnp.float32)
+    # A negative target would count from the end.
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)
+    target_logits = jnp.take_along_axis(
+        logits,
+        targets[:, None],
+        axis=-1,
+        mode="fill",
+    )[:, 0]
     return TokenLosses(
         cross_entropy=jnp.sum((log_z - target_logits) * mask),
         z_loss=jnp.sum(log_z**2 * mask),
@@ -64,7 +77,7 @@ def chunked_cross_entropy(
       hidden: the model's last hidden states.
       weights: the output matrix.
       targets: the token to predict at each position.
-      mask: what each token counts, 1 or 0.
+      mask: the weight of each token.
       chunk: tokens whose logits exist at once; 0 for all of them.
     """
     rows, length = targets.shape

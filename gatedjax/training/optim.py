@@ -4,60 +4,66 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
-from optax.contrib import MuonDimensionNumbers, muon, schedule_free, schedule_free_eval_params
+from optax.contrib import MuonDimensionNumbers, schedule_free, schedule_free_eval_params
 
 from gatedjax.config import OptimConfig
-from gatedjax.errors import InputError, require
+from gatedjax.training.muon import GateChannels, Matrices, scale_by_muon
 
 # A parameter with one of these axes is a matrix; norms, biases, sinks and decays have none of them.
-MATRIX_AXES = {"embed", "embed_vocab", "rank", "mlp"}
+MATRIX_AXES = {"embed", "embed_vocab", "rank", "router_in", "mlp"}
 # A parameter of this name is never changed.
 FROZEN = "frozen"
 # Axes along which a stack of matrices is stacked.
-STACK_AXES = {"layers", "expert"}
+STACK_AXES = {"layers", "expert", "constant_expert"}
+# Axes along which a query and its gate lie side by side, and how many channels are the gate's.
+FUSED_GATES: dict[str | None, GateChannels] = {
+    "query_and_gate": "half",
+    "query_and_headwise_gate": "one",
+}
 
 # The logical axes of a parameter.
 Axes = tuple[str | None, ...]
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by optimizer step: linear warm-up to `lr`, then what `config.schedule` names.
+    """Learning rate by optimizer steps done before: the first step sees rate(0), the last of the
+    run rate(steps - 1).
 
-    All schedules but constant end at `final_lr_fraction` of the peak at the last step. wsd
-    (warm-up, stable, decay; arXiv 2404.06395) holds the peak and decays linearly over the last
-    `decay_fraction` of the steps.
+    Warm-up rises by equal amounts from `lr / (warmup_steps + 1)` at the first step, so that it
+    already moves; step `warmup_steps + 1` is the first with all of `lr`. From there `linear` and
+    `cosine` fall to `final_lr_fraction` of it at the last step; `wsd` (warm-up, stable, decay;
+    arXiv 2404.06395) holds it and falls linearly over the last `decay_fraction` of the steps.
     """
+    config.check_schedule(steps, prefix="config.optim.")
     warmup = config.warmup_steps
-    require(
-        warmup < steps,
-        "config.optim.warmup_steps",
-        warmup,
-        f"fewer than config.train.steps = {steps}",
-    )
-    after_warmup = _schedule_after_warmup(config, steps)
-    if warmup == 0:
-        return after_warmup
-    # Starts one step above zero, so that the first step already moves.
-    start = config.lr / (warmup + 1)
-    ramp = optax.linear_schedule(start, config.lr, warmup)
-    return optax.join_schedules([ramp, after_warmup], [warmup])
-
-
-def _schedule_after_warmup(config: OptimConfig, steps: int) -> optax.Schedule:
     peak = config.lr
     final = peak * config.final_lr_fraction
-    rest = steps - config.warmup_steps
-    if config.schedule == "constant":
-        return optax.constant_schedule(peak)
-    if config.schedule == "linear":
-        return optax.linear_schedule(peak, final, rest)
-    if config.schedule == "cosine":
-        return optax.cosine_decay_schedule(peak, rest, config.final_lr_fraction)
-    decay_steps = max(1, int(steps * config.decay_fraction))
-    decay_steps = min(decay_steps, rest)
-    return optax.linear_schedule(peak, final, decay_steps, transition_begin=rest - decay_steps)
+    last = steps - 1
+    # The step before the first that is lower than the peak.
+    start = warmup
+    if config.schedule == "wsd":
+        start = last - config.decay_steps(steps)
+    # A run that ends as it reaches the peak ends with the final rate all the same.
+    length = max(last - start, 1)
+
+    def rate(count: ArrayLike) -> Array:
+        done = jnp.asarray(count, jnp.float32)
+        warming = peak * (done + 1.0) / (warmup + 1.0)
+        if config.schedule == "constant":
+            return jnp.minimum(warming, peak)
+        # 1 at `start` and before, 0 at the last step and after.
+        left = jnp.clip((last - done) / length, 0.0, 1.0)
+        if config.schedule == "cosine":
+            left = 0.5 - 0.5 * jnp.cos(jnp.pi * left)
+        decaying = final + (peak - final) * left
+        return jnp.where(done < warmup, warming, decaying)
+
+    return rate
 
 
 def make_optimizer(
@@ -65,7 +71,10 @@ def make_optimizer(
     steps: int,
     axes: PyTree,
 ) -> optax.GradientTransformation:
-    """The chain: clip by global norm, then the optimizer with decoupled weight decay on matrices.
+    """The chain: clip by global norm, then the optimizer with decoupled weight decay.
+
+    One rule for all optimizers: matrices decay, embedding table and head included (`is_matrix`).
+    Norms, biases, sinks, decay rates, convolutions and what is frozen do not.
 
     Args:
       config: the optimizer's name and numbers.
@@ -101,25 +110,42 @@ def _optimizer(
         return optax.adamw(rate, **adam, **decay)
     if config.name == "lion":
         return optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
+    if config.name == "schedule_free":
+        return _schedule_free(config, rate, decay)
     if config.name == "adabelief":
-        # optax.adabelief takes no weight decay.
-        return optax.chain(
-            optax.scale_by_belief(**adam),
-            optax.add_decayed_weights(**decay),
-            optax.scale_by_learning_rate(rate),
-        )
-    if config.name == "muon":
-        return muon(
-            rate,
-            beta=0.95,
-            weight_decay=config.weight_decay,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            muon_weight_dimension_numbers=jax.tree.map(muon_dimensions, axes, is_leaf=_is_axes),
-            # Makes a matrix update as large as Adam's (arXiv 2502.16982), so one rate serves both.
-            consistent_rms=0.2,
-        )
-    return _schedule_free(config, rate, decay)
+        scaled = optax.scale_by_belief(**adam)
+    else:
+        scaled = _muon_and_adam(axes, adam)
+    # optax.adabelief takes no weight decay, and optax's muon gives none to what Adam updates.
+    return optax.chain(
+        scaled,
+        optax.add_decayed_weights(**decay),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _muon_and_adam(axes: PyTree, adam: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Muon on matrices, Adam on tables and vectors.
+
+    Not optax.contrib.muon: its Adam has Nesterov momentum, and Muon's eps.
+    """
+
+    def label(axes: Axes) -> str:
+        return "adam" if muon_dimensions(axes) is None else "muon"
+
+    def matrices(axes: Axes) -> Matrices | optax.MaskedNode:
+        dimensions: Any = muon_dimensions(axes)
+        if dimensions is None:
+            return optax.MaskedNode()
+        return Matrices(dimensions[0], dimensions[1], FUSED_GATES.get(axes[-1], "none"))
+
+    return optax.partition(
+        {
+            "muon": scale_by_muon(jax.tree.map(matrices, axes, is_leaf=_is_axes)),
+            "adam": optax.scale_by_adam(**adam),
+        },
+        jax.tree.map(label, axes, is_leaf=_is_axes),
+    )
 
 
 def _schedule_free(
@@ -127,12 +153,15 @@ def _schedule_free(
     rate: optax.Schedule,
     decay: Mapping[str, Any],
 ) -> optax.GradientTransformation:
-    if config.schedule != "constant":
-        expected = "expected 'constant' with schedule_free"
-        raise InputError(f"config.optim.schedule: got {config.schedule!r}, {expected}")
     # Its averaging takes the place of Adam's first moment (arXiv 2405.15682).
     base = optax.adamw(rate, b1=0.0, b2=config.beta2, eps=config.eps, **decay)
-    return schedule_free(base, rate, b1=config.beta1)
+
+    def rate_of_average(count: ArrayLike) -> ArrayLike:
+        # optax counts the average's steps from 1 and Adam's from 0. A step must weigh in the
+        # average what its own rate says.
+        return rate(jnp.asarray(count) - 1)
+
+    return schedule_free(base, rate_of_average, b1=config.beta1)
 
 
 def evaluation_params(opt_state: optax.OptState, params: PyTree) -> PyTree:
@@ -150,7 +179,7 @@ def is_matrix(axes: Axes) -> bool:
 
 
 def muon_dimensions(axes: Axes) -> MuonDimensionNumbers | None:
-    """Which axes Muon contracts and which it produces.
+    """Which axes Muon contracts and which it produces; the others count matrices.
 
     None sends the parameter (tables, vectors) to Adam. Left to itself, optax would send every stack
     of matrices to Adam: layers under scan, and experts.
@@ -158,6 +187,10 @@ def muon_dimensions(axes: Axes) -> MuonDimensionNumbers | None:
     if not is_matrix(axes) or "embed_vocab" in axes:
         return None
     matrix = [i for i, name in enumerate(axes) if name not in STACK_AXES]
+    # Behind an input axis "router" is the output of a router, one column for each expert. In front
+    # of a whole matrix it counts experts that every device has (LoRA).
+    if axes[matrix[0]] == "router" and len(matrix) > 2:
+        matrix = matrix[1:]
     # An output projection [heads, head_dim, embed] contracts all axes but the last; every other
     # matrix [embed, ...] contracts its first.
     is_output = axes[matrix[-1]] == "embed"

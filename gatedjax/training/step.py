@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -149,8 +150,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step over a global batch, in `accumulation_steps` micro-batches.
 
-    The loss is the sum over all tokens with a target, divided by their number in the whole batch:
-    neither the mesh nor the number of micro-batches changes it. A step whose loss or gradient is
+    The loss is the weighted sum over all tokens, divided by the sum of the weights in the whole
+    batch (`loss_mask`: 1 for a token with a target): neither the mesh nor the number of
+    micro-batches changes it. A step whose loss or gradient is
     not finite, or whose gradient norm exceeds `skip_factor` times its running mean, leaves the
     state as it was and is counted.
 
@@ -172,7 +174,7 @@ def train_step(
         state,
         params=params,
         opt_state=opt_state,
-        ema=_updated_average(config, state.ema, params),
+        ema=_updated_average(config, state.ema, evaluation_params(opt_state, params), guard),
         routers=router_state.updated(config.model, state.routers, counts, state.step + 1),
     )
     new = jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, state)
@@ -187,11 +189,27 @@ def train_step(
     return new, metrics
 
 
-def _updated_average(config: Config, ema: PyTree | None, params: PyTree) -> PyTree | None:
+def _updated_average(
+    config: Config,
+    ema: PyTree | None,
+    params: PyTree,
+    guard: Guard,
+) -> PyTree | None:
+    """The mean of the parameters after each step that was taken, the random start not among them.
+
+    The parameters after step t of n weigh (1 - d) d^(n - t) / (1 - d^n): an exponential average,
+    corrected for its start. Its first value is the parameters after the first step.
+    """
     if ema is None:
         return None
     decay = config.optim.ema_decay
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, ema, params)
+    # Steps that were skipped do not count.
+    steps = jnp.maximum(guard.accepted, 1).astype(jnp.float32)
+    # 1 - d^n without its cancellation for a d near 1.
+    correction = -jnp.expm1(steps * math.log(decay))
+    # Exactly 1 at the first step: of the start nothing is left, however large it was.
+    weight = jnp.where(steps == 1.0, 1.0, (1.0 - decay) / correction)
+    return jax.tree.map(lambda a, p: (1.0 - weight) * a + weight * p, ema, params)
 
 
 # Metrics of a batch by name, and for each sparse layer how often each expert was chosen.
@@ -206,7 +224,10 @@ def _accumulated_gradients(
     """Over micro-batches: gradients of the whole batch's loss, its metrics, counts of experts."""
     steps = config.train.accumulation_steps
     mask = batch.loss_mask.astype(jnp.float32)
-    tokens = jnp.maximum(jnp.sum(mask), 1.0)
+    tokens = jnp.sum(mask)
+    # Not max(tokens, 1): weights that sum to less are no smaller loss. A batch without targets has
+    # the loss 0, and no gradient.
+    tokens = jnp.where(tokens == 0.0, 1.0, tokens)
     loss = _micro_loss(config, state, tokens)
     gradient = jax.grad(loss, has_aux=True)
     if steps == 1:

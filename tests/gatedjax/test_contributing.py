@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md followed to the letter: a toy mixer, in three places of a copy, trains."""
+"""CONTRIBUTING.md followed to the letter: a toy mixer, in three files of a copy, trains."""
 
 import os
 import shutil
@@ -82,11 +82,11 @@ def running_sum(value: Float[Array, "B T F"], info: TokenInfo) -> Float[Array, "
 # 2. gatedjax/config/layers.py
 CONFIG = '''
 @dataclass(frozen=True)
-class RunningMeanConfig:
+class RunningMeanConfig(Checked):
     """A gated mean over the tokens so far."""
 
     kind: Literal["running_mean"] = "running_mean"
-    channels: int = 8
+    channels: Size = 8
 
 
 MixerConfig = RunningMeanConfig | '''
@@ -161,7 +161,7 @@ def replace_once(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def test_a_mixer_in_three_places(tmp_path):
+def test_a_mixer_in_three_files(tmp_path):
     for package in ("gatedjax", "kernels_pallas"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
@@ -179,3 +179,13 @@ def test_a_mixer_in_three_places(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", use]
     subprocess.run(command, check=True, timeout=600, cwd=tmp_path, env=environment)
+
+
+def test_every_op_has_the_files_that_contributing_names():
+    """All have an api and kernels for TPUs; the others as far as it says."""
+    ops = {path.parent for path in (ROOT / "kernels_pallas").glob("*/api.py")}
+    assert len(ops) >= 4
+    for op in ops:
+        assert (op / "tpu" / "op.py").is_file(), op
+        assert (op / "reference.py").is_file() or op.name == "expert_mlp", op
+        assert (op / "gpu" / "op.py").is_file() == (op / "gpu").is_dir(), op

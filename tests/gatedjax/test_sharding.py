@@ -2,14 +2,17 @@
 are named.
 """
 
+import ast
+import dataclasses
+
 import jax
 import pytest
 from helpers import slow
-from tiny_run import run_steps, tiny
+from tiny_run import ROOT, run_steps, tiny
 
 from gatedjax.config import MeshConfig
 from gatedjax.errors import InputError
-from gatedjax.sharding import make_mesh, my_rows
+from gatedjax.sharding import AXES, make_mesh, my_rows
 from gatedjax.training.run import fresh_state, prepare
 
 MESHES = {
@@ -85,3 +88,15 @@ def test_batch_that_does_not_divide_is_named():
         InputError, match="batch_size: got 6, expected a multiple of data x fsdp x expert = 8"
     ):
         my_rows(make_mesh(MeshConfig()), 6)
+
+
+def test_mesh_axes_are_named_in_one_file():
+    """ "data" and "expert" are words of other meanings too; the other three are not."""
+    names = set(AXES) - {"data", "expert"}
+    found = set()
+    for path in (ROOT / "gatedjax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in names:
+                found.add(path.relative_to(ROOT).as_posix())
+    assert found == {"gatedjax/sharding.py"}
+    assert set(AXES) == {field.name for field in dataclasses.fields(MeshConfig)}

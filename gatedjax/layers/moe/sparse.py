@@ -212,7 +212,7 @@ class SparseMoE(FeedForward):
             mixer = parameter(
                 self,
                 "constant_mixer",
-                axes=["embed", "router", None],
+                axes=["embed", "constant_expert", None],
                 shape=[width, c.constant_experts, 2],
                 init=init,
             )

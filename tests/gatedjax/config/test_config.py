@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import typing
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ from gatedjax.config import (
     nearest_key,
     to_dict,
 )
-from gatedjax.config.checks import field_types, is_optional, not_none
+from gatedjax.config.checks import Checked, field_ranges, field_types, is_optional, not_none
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.training.run import with_vocab
@@ -201,6 +202,162 @@ def test_every_field_is_checked(cls):
         for value in wrong:
             with pytest.raises(InputError, match=rf"^{name}(: got|\.)"):
                 cls(**{name: value})
+
+
+def numbers():
+    """Every number of the configuration: its class, name, range, and whether it is an int."""
+    for cls in ALL_CLASSES:
+        for name, hint in field_types(cls).items():
+            scalar = not_none(hint) if is_optional(hint) else hint
+            if typing.get_origin(scalar) is tuple:
+                scalar = typing.get_args(scalar)[0]
+            if scalar in (int, float):
+                yield pytest.param(cls, name, scalar, id=f"{cls.__name__}.{name}")
+
+
+def test_all_classes_of_the_configuration_are_here():
+    assert {cls for cls in Checked.__subclasses__() if cls.__module__.startswith("gatedjax.")} == (
+        set(ALL_CLASSES)
+    )
+
+
+def out_of_range(allowed, scalar):
+    """Random numbers below the range and above it, and those that no number may be."""
+    rng = np.random.default_rng(0)
+    distances = 10.0 ** rng.uniform(-3, 25, 8)
+    far = [allowed.low - d for d in distances] + [-1e300, -math.inf, math.inf, math.nan]
+    # What float32 does not hold, and what it rounds to an end that is not included.
+    far += [1e39, -1e39]
+    if not allowed.includes_low:
+        far += [allowed.low, allowed.low + 1e-50]
+    if allowed.high < math.inf:
+        far += [allowed.high * 1.001 + d for d in distances]
+    if not allowed.includes_high:
+        far += [allowed.high, allowed.high - 1e-9]
+    if scalar is float:
+        return far
+    whole = [math.floor(x) for x in far if math.isfinite(x) and x < allowed.low]
+    whole += [math.ceil(x) for x in far if math.isfinite(x) and x > allowed.high]
+    return [*whole, 2**70, -(2**70), 10**400, math.nan, math.inf, 0.5]
+
+
+@pytest.mark.parametrize("cls, name, scalar", numbers())
+def test_every_number_is_held_to_its_range(cls, name, scalar):
+    """Built directly, and from the dict of a file or of flags: one line that names the key. A key
+    without a range fails here.
+    """
+    ranges = field_ranges(cls)
+    assert name in ranges, f"{cls.__name__}.{name}: declare its range, such as {name}: Size"
+    is_tuple = isinstance(getattr(cls, name, None), tuple)
+    for value in [*out_of_range(ranges[name], scalar), True, np.True_, "7", [1], {"a": 1}]:
+        given = (value, value, value) if is_tuple else value
+        with pytest.raises(InputError) as e:
+            cls(**{name: given})
+        place = f"{name}[0]" if is_tuple else name
+        assert str(e.value).startswith(f"{place}: got "), e.value
+        assert "expected" in str(e.value) and len(str(e.value).splitlines()) == 1
+        assert len(str(e.value)) < 300
+    config, path = config_with(cls)
+    group = config
+    for key in path.split(".")[1:]:
+        group = group[key]
+    group[name] = [-1.0] * 3 if is_tuple else ranges[name].low - 1
+    with pytest.raises(InputError) as e:
+        from_config_dict(config)
+    assert str(e.value).startswith(f"{path}.{name}"), e.value
+
+
+def config_with(cls):
+    """A whole configuration as dicts that holds this class, and where."""
+    raw = to_dict(Config())
+    of_run = {"ModelConfig": "model", "DataConfig": "data", "OptimConfig": "optim"}
+    of_run |= {"MeshConfig": "mesh", "TrainConfig": "train"}
+    if cls.__name__ in of_run:
+        return raw, f"config.{of_run[cls.__name__]}"
+    if cls is SourceConfig:
+        return raw, "config.data.sources.main"
+    if cls is RouterConfig:
+        raw["model"]["ffns"]["mine"] = to_dict(FEED_FORWARDS["sparse_moe"]())
+        return raw, "config.model.ffns.mine.router"
+    group = "mixers" if cls in MIXERS.values() else "ffns"
+    raw["model"][group]["mine"] = to_dict(cls())
+    return raw, f"config.model.{group}.mine"
+
+
+def test_the_ends_of_a_range_are_in_it():
+    for cls in ALL_CLASSES:
+        for name, allowed in field_ranges(cls).items():
+            assert (allowed.low in allowed) == allowed.includes_low, name
+            if allowed.high < math.inf:
+                assert (allowed.high in allowed) == allowed.includes_high, name
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (
+            lambda: Config(train=TrainConfig(steps=20)),
+            "optim.warmup_steps: got 20, expected fewer than train.steps = 20",
+        ),
+        (
+            lambda: Config(optim=OptimConfig(schedule="wsd", decay_fraction=0.9)),
+            "optim.warmup_steps: got 20, expected at most 10: the 100 steps without the 90 that",
+        ),
+        (
+            lambda: Config(train=TrainConfig(batch_size=2**20), data=DataConfig(seq_len=2**12)),
+            "train.batch_size: got 1048576, expected at most 524287 rows of data.seq_len tokens",
+        ),
+        (lambda: OptimConfig(skip_factor=0.9), "skip_factor: got 0.9, expected 0, or above 1"),
+        (lambda: ModelConfig(pattern=(3,)), "pattern[0]: got 3, expected str"),
+        (lambda: ModelConfig(pattern=()), "pattern: got (), expected at least one layer"),
+        (lambda: ModelConfig(dtype=["bfloat16"]), "dtype: got ['bfloat16'], expected one of"),
+        (lambda: ModelConfig(remat=np.arange(3)), "remat: got array([0, 1, 2]), expected one of"),
+    ],
+)
+def test_what_goes_together(build, message):
+    with pytest.raises(InputError) as e:
+        build()
+    assert str(e.value).startswith(message)
+
+
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "value", [nested(900), ["a", "b"], {"b": 1}, None, 3, True, "x" * 10**6, "\x1b]0;pwned\x07"]
+)
+@pytest.mark.parametrize(
+    "path",
+    ["model", "model.mixers", "model.mixers.gla.kind", "optim", "optim.lr", "train.steps"],
+)
+def test_whatever_stands_in_a_file_is_refused_in_one_line(path, value):
+    raw = to_dict(load("tiny"))
+    *groups, last = path.split(".")
+    group = raw
+    for name in groups:
+        group = group[name]
+    group[last] = value
+    if path == "optim.lr" and value == 3:
+        return
+    if path == "train.steps" and value == 3:
+        group["steps"] = 3.5
+    with pytest.raises(InputError) as e:
+        from_config_dict(raw)
+    text = str(e.value)
+    assert (
+        text.isprintable() and len(text) < 1000 and text.startswith(f"config.{path.split('.')[0]}")
+    )
+
+
+def test_an_unknown_key_cannot_reach_the_terminal():
+    raw = to_dict(load("tiny")) | {"\x1b]0;pwned\x07\x1b[2J": 1}
+    with pytest.raises(InputError, match=r"unknown key") as e:
+        from_config_dict(raw)
+    assert str(e.value).isprintable()
 
 
 def test_equal_values_of_another_type_make_an_equal_configuration():

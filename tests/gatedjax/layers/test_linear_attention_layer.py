@@ -27,7 +27,7 @@ VARIANTS = {
     "GLA": {},
     "GLA with convolution, grouped": dict(conv_width=4, num_kv_heads=2),
     "scalar": dict(decay="scalar"),
-    "Mamba-2": dict(decay="scalar", decay_form="softplus", conv_width=4),
+    "Mamba-2's decay": dict(decay="scalar", decay_form="softplus", conv_width=4),
     "RetNet": dict(decay="constant", rope_fraction=1.0),
     "linear attention": dict(
         decay="none", feature_map="elu_plus_one", normalize=True, output_gate="none"

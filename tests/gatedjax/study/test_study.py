@@ -142,6 +142,44 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     assert len(keys) == 4
 
 
+def test_a_rerun_says_where_the_records_were_made(tmp_path, monkeypatch):
+    """On another machine, another day and with other versions: the table is the same to the byte,
+    unless a run was missing, which is then told apart.
+    """
+    cell = Cell({"lr": 0.01}, config(), recall=TASK)
+    asked = study(cell)
+    values = dict(accuracy=0.5, seconds=1.0, diverged=0.0)
+    monkeypatch.setattr(command, "run_cell", lambda *_: dict(values))
+
+    def table(of):
+        records = command.run_missing(of, tmp_path)
+        return command.write_report(of, records, tmp_path, "command")[0].read_text()
+
+    first = table(asked)
+    elsewhere = {"machine": "8 x TPU v9", "versions": "jax 9.9", "date": "2031-02-03"}
+    monkeypatch.setattr(command, "_here_and_now", lambda: elsewhere)
+    monkeypatch.setattr(command, "_machine", lambda: "8 x TPU v9")
+    assert table(asked) == first and "CPU core" in first and "jax 9.9" not in first
+    more = table(dataclasses.replace(asked, seeds=(0, 1)))
+    assert "2 runs, 2s: 1 on " in more
+    assert more.rstrip().endswith("1 on 8 x TPU v9; jax 9.9; 2031-02-03.")
+
+
+@pytest.mark.parametrize(
+    "table", sorted((ROOT / "results").glob("*/*/table.md")), ids=lambda p: p.parts[-3]
+)
+def test_tables_of_the_repository_say_what_their_records_say(table):
+    name = table.parts[-3]
+    small = name.endswith("-small")
+    path = ROOT / "configs" / "studies" / f"{name.removesuffix('-small')}.py"
+    asked = command.load_study(path, small)
+    known = command._read_runs(table.parent / "runs.jsonl")
+    keys = [run_key(cell, seed, asked) for cell in asked.cells for seed in asked.seeds]
+    note = table.read_text().rstrip().splitlines()[-1]
+    typed = note.split("`")[1]
+    assert command._note(asked, [known[key] for key in keys], typed) == note
+
+
 @pytest.mark.parametrize(
     "content, message", [(None, "expected a Python file"), ("x = 1", r"no get_study\(small\)")]
 )

@@ -1,0 +1,134 @@
+"""The loss against float64 numpy, for weights of any size; what has no weight is not looked at."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import rel_rms
+from tiny_run import plain, random_batch
+
+from gatedjax.training.losses import chunked_cross_entropy
+from gatedjax.training.step import _accumulated_gradients, init_state
+
+ROWS, LENGTH, WIDTH, VOCAB = 2, 7, 8, 16
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32)
+    weights = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
+    targets = rng.integers(0, VOCAB, (ROWS, LENGTH))
+    return hidden, weights, targets
+
+
+def expected(hidden, weights, targets, mask):
+    """Cross-entropy, z-loss and count, and the gradient of the first, in float64."""
+    h, w = hidden.reshape(-1, WIDTH).astype(np.float64), weights.astype(np.float64)
+    t, m = targets.ravel(), mask.ravel().astype(np.float64)
+    counted = m != 0
+    h, t, m = h[counted], t[counted], m[counted]
+    logits = h @ w.T
+    log_z = np.log(np.exp(logits).sum(1))
+    rows = np.arange(len(t))
+    d = np.exp(logits - log_z[:, None])
+    d[rows, t] -= 1
+    gradient = np.zeros((ROWS * LENGTH, WIDTH))
+    gradient[counted] = (m[:, None] * d) @ w
+    sums = (m @ (log_z - logits[rows, t]), m @ log_z**2, m.sum())
+    return sums, gradient.reshape(hidden.shape)
+
+
+MASKS = {
+    "ones": np.ones((ROWS, LENGTH)),
+    "less than one in all": np.full((ROWS, LENGTH), 1e-3),
+    "tiny": np.full((ROWS, LENGTH), 1e-20),
+    "any": np.random.default_rng(1).exponential(size=(ROWS, LENGTH)) * 10,
+    "some": (np.random.default_rng(2).random((ROWS, LENGTH)) < 0.5) * 2.5,
+    "none": np.zeros((ROWS, LENGTH)),
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 6])
+@pytest.mark.parametrize("name", MASKS)
+def test_weighted_sums_and_gradients(name, chunk):
+    hidden, weights, targets = inputs()
+    mask = MASKS[name].astype(np.float32)
+    right, gradient = expected(hidden, weights, targets, mask)
+
+    def loss(hidden):
+        losses = chunked_cross_entropy(hidden, weights, targets, mask, chunk)
+        return losses.cross_entropy, losses
+
+    actual_gradient, losses = jax.grad(loss, has_aux=True)(jnp.asarray(hidden))
+    np.testing.assert_allclose(losses, right, rtol=1e-5)
+    np.testing.assert_allclose(actual_gradient, gradient, rtol=1e-4, atol=1e-6 * mask.max())
+
+
+@pytest.mark.parametrize("chunk", [0, 6])
+@pytest.mark.parametrize("target", [-100, -1, VOCAB, 10**6])
+def test_without_weight_anything_may_stand_there(target, chunk):
+    hidden, weights, targets = inputs()
+    mask = np.ones((ROWS, LENGTH), np.float32)
+    mask[0, 3:], mask[1, 0] = 0, 0
+    right, gradient = expected(hidden, weights, targets, mask)
+    targets[mask == 0] = target
+    hidden[mask == 0] = np.nan
+    hidden[0, 4] = np.inf
+
+    def loss(hidden, weights):
+        return chunked_cross_entropy(hidden, weights, targets, mask, chunk).cross_entropy
+
+    value, (dh, dw) = jax.value_and_grad(loss, (0, 1))(jnp.asarray(hidden), jnp.asarray(weights))
+    assert float(value) == pytest.approx(right[0], rel=1e-5)
+    np.testing.assert_allclose(dh, gradient, rtol=1e-4, atol=1e-6)
+    assert np.isfinite(np.asarray(dw)).all()
+
+
+@pytest.mark.parametrize("target", [-1, VOCAB])
+def test_a_counted_target_outside_the_vocabulary_is_no_loss(target):
+    hidden, weights, targets = inputs()
+    targets[0, 0] = target
+    mask = np.ones((ROWS, LENGTH), np.float32)
+    assert np.isnan(chunked_cross_entropy(hidden, weights, targets, mask, 0).cross_entropy)
+
+
+@functools.cache
+def gradients_of(parts: int):
+    config = plain(
+        optim__ema_decay=0.0,
+        train__accumulation_steps=parts,
+        model__z_loss=1e-3,
+        model__remat="none",
+    )
+    state = init_state(config, optax.sgd(1.0), jax.random.key(0))
+    return jax.jit(lambda batch: _accumulated_gradients(config, state, batch))
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def test_the_step_divides_by_the_weights_of_the_whole_batch():
+    """Weights of another size are the same mean; micro-batches of unequal weights (of none at all)
+    add up to the whole batch.
+    """
+    batch = random_batch(0)
+    mask = batch.loss_mask * np.linspace(0, 3, 8, dtype=np.float32)[:, None]
+    mask[[1, 5]] = 0  # rows of one of four micro-batches
+    whole, metrics, _ = gradients_of(1)(batch.replace(loss_mask=mask))
+    for factor in (1e-6, 1e-2, 1e3):
+        scaled = batch.replace(loss_mask=mask * np.float32(factor))
+        for parts in (1, 4):
+            grads, m, _ = gradients_of(parts)(scaled)
+            assert rel_rms(flat(grads), flat(whole)) < 1e-4, (factor, parts)
+            assert float(m["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_batch_without_weights_has_no_gradient(parts):
+    batch = random_batch(0)
+    grads, metrics, _ = gradients_of(parts)(batch.replace(loss_mask=0 * batch.loss_mask))
+    assert float(metrics["loss"]) == 0.0 and not flat(grads).any()
