@@ -53,7 +53,6 @@ class TokenFile:
         if len(data) != size:
             raise TrainingError(
                 f"{self._path}: {len(data)} bytes could be read, expected {size}{problem}; "
-                "the token cache was changed while the run was reading it. "
-                "The last checkpoint is intact"
+                "the token cache was changed while the run was reading it"
             )
         return np.frombuffer(data, self._dtype)

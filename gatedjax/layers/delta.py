@@ -146,8 +146,15 @@ class DeltaAttention(Mixer):
             bias_shape = heads
             bias_axes = ["heads"]
         else:
-            logits = self._project(x, "decay", "heads", *heads, c.key_dim, c.decay_rank)
-            bias_shape = [*heads, c.key_dim]
+            logits = self._project(
+                x,
+                "decay",
+                "heads",
+                c.num_heads,
+                c.key_dim,
+                c.decay_rank,
+            )
+            bias_shape = [c.num_heads, c.key_dim]
             bias_axes = ["heads", "head_dim"]
         bias = parameter(
             self,

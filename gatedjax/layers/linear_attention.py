@@ -4,7 +4,7 @@ RetNet by config, and layers with Mamba-2's decay. Those are not Mamba-2, which 
 output, gates before its norm, and has one B and C for all heads.
 """
 
-import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,13 +16,15 @@ from jaxtyping import Float
 
 from gatedjax.config import GatedLinearAttentionConfig
 from gatedjax.layers.base import Mixer
-from gatedjax.layers.conv import causal_conv
+from gatedjax.layers.conv import short_conv
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.on_mesh import scan_on_mesh
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.layers.step_size import log_decay_rate, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 from kernels_pallas.linear_scan import linear_scan_step
 
@@ -68,18 +70,14 @@ FEATURE_MAPS = {
 }
 OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
-# Of decay_form softplus, as in Mamba-2 (the defaults of its published code): step sizes at the
-# start, log-uniform between these, and decay rates, uniform up to this.
-MIN_STEP_SIZE = 1e-3
-MAX_STEP_SIZE = 1e-1
-MAX_DECAY_RATE = 16.0
-
 
 class GatedLinearAttention(Mixer):
     """Low-rank vector gate, per-head norm, swish output gate (arXiv 2312.06635, 4.4).
 
     Other decays by config.
     """
+
+    takes_pieces: ClassVar[bool] = True
 
     config: GatedLinearAttentionConfig
 
@@ -115,11 +113,11 @@ class GatedLinearAttention(Mixer):
         # The state and the convolution go on from where the tokens before ended.
         tail = None if cache is None else cache.conv_tail
         if c.conv_width:
-            q, k, v, tail = self._convolved(
-                q,
-                k,
-                v,
-                info,
+            (q, k, v), tail = short_conv(
+                self,
+                (q, k, v),
+                c.conv_width,
+                info.segment_ids,
                 tail,
             )
         # The feature map is what linear attention has in place of softmax's exponential.
@@ -175,46 +173,6 @@ class GatedLinearAttention(Mixer):
             name=name,
         )(x)
         return nn.with_logical_constraint(y, ("batch", "length", heads, None))
-
-    def _convolved(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        info: TokenInfo,
-        tail: Array | None,
-    ) -> tuple[Array, Array, Array, Array]:
-        """q, k, v after the short convolution and SiLU, and the inputs that the next token will
-        need.
-        """
-        width = self.config.conv_width
-        # One convolution over the channels of all heads of q, k and v.
-        flat = jnp.concatenate([y.reshape(*y.shape[:2], -1) for y in (q, k, v)], axis=-1)
-        channels = flat.shape[-1]
-        kernel = parameter(
-            self,
-            "conv",
-            axes=[None, None],
-            shape=[width, channels],
-            init=nn.initializers.normal(width**-0.5),
-        )
-        # Depthwise: no channel sees another, so one call serves all of them.
-        mixed, tail = causal_conv(
-            flat,
-            kernel,
-            info.segment_ids,
-            tail,
-        )
-        mixed = jax.nn.silu(mixed)
-        q_channels = math.prod(q.shape[2:])
-        k_channels = math.prod(k.shape[2:])
-        parts = jnp.split(
-            mixed,
-            [q_channels, q_channels + k_channels],
-            axis=-1,
-        )
-        q, k, v = (part.reshape(y.shape) for part, y in zip(parts, (q, k, v)))
-        return q, k, v, tail
 
     def _rotated(self, y: Array, info: TokenInfo) -> Array:
         c = self.config
@@ -285,14 +243,14 @@ class GatedLinearAttention(Mixer):
             "dt_bias",
             axes=["heads"],
             shape=shape,
-            init=_step_size_bias,
+            init=step_size_bias,
         )
         a_log = parameter(
             self,
             "a_log",
             axes=["heads"],
             shape=shape,
-            init=_log_decay_rate,
+            init=log_decay_rate,
         )
         # In float32: the step size is exponentiated in the decay.
         dt = jax.nn.softplus(logits.astype(jnp.float32) + bias)
@@ -323,7 +281,17 @@ class GatedLinearAttention(Mixer):
     ) -> tuple[Array, Array | None]:
         """The output of every token, and the state after the last one if there is a cache."""
         c = self.config
-        if cache is not None and q.shape[1] == 1:
+        segment_ids = info.segment_ids
+        state = None if cache is None else cache.state
+        if state is not None and segment_ids is not None:
+            k, v, log_decay, state, segment_ids = past_padding(
+                k,
+                v,
+                log_decay,
+                state,
+                segment_ids,
+            )
+        if state is not None and q.shape[1] == 1:
             # A decay of tokens has a time axis; RetNet's constant [H] has none.
             has_time = log_decay is not None and log_decay.ndim > 1
             log_decay = log_decay[:, 0] if has_time else log_decay
@@ -331,7 +299,7 @@ class GatedLinearAttention(Mixer):
                 q[:, 0],
                 k[:, 0],
                 v[:, 0],
-                cache.state,
+                state,
                 log_decay,
                 normalize=c.normalize,
             )
@@ -341,8 +309,8 @@ class GatedLinearAttention(Mixer):
             k,
             v,
             log_decay,
-            info.segment_ids,
-            None if cache is None else cache.state,
+            segment_ids,
+            state,
             normalize=c.normalize,
             chunk_size=c.chunk_size,
         )
@@ -369,30 +337,3 @@ class GatedLinearAttention(Mixer):
         # The recurrence itself: k^T v and q S, 2 K V each per head. Chunkwise forms do more; that
         # is their overhead.
         return projections + 4 * q_channels * c.value_dim
-
-
-def _step_size_bias(
-    key: Array,
-    shape: tuple[int, ...],
-    dtype,
-) -> Array:
-    """b with softplus(b) log-uniform between the least and the largest step size."""
-    log_dt = jax.random.uniform(
-        key,
-        shape,
-        dtype,
-        np.log(MIN_STEP_SIZE),
-        np.log(MAX_STEP_SIZE),
-    )
-    dt = jnp.exp(log_dt)
-    # The inverse of softplus.
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def _log_decay_rate(
-    key: Array,
-    shape: tuple[int, ...],
-    dtype,
-) -> Array:
-    """The log of a decay rate, uniform between 1 and the largest."""
-    return jnp.log(1 + (MAX_DECAY_RATE - 1) * jax.random.uniform(key, shape, dtype))

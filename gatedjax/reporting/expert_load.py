@@ -16,6 +16,7 @@ from absl import flags
 from jaxtyping import Float, Float64, Int, Int64
 
 from gatedjax.errors import InputError
+from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.figure import empty_figure, save
 from gatedjax.reporting.writers import METRICS_FILE, read_records
@@ -147,7 +148,7 @@ def run() -> None:
     workdir = flags.DEFINE_string("workdir", None, "Run directory, as --workdir of train.py.")
 
     def main(_: Sequence[str]) -> None:
-        picture = plot_expert_load(cli.required(workdir))
+        picture = plot_expert_load(expand(cli.required(workdir), "--workdir"))
         say(f"expert load: {picture}")
 
     cli.run(main)

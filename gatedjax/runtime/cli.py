@@ -1,8 +1,10 @@
 """How every command starts and fails: bad input is one line on stderr and exit code 2."""
 
+import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,21 +17,30 @@ from ml_collections import ConfigDict, config_flags
 
 from gatedjax.aot import libtpu
 from gatedjax.config import nearest_key
-from gatedjax.errors import InputError, TrainingError
+from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError, TrainingError, printable
+from gatedjax.paths import expand
+from gatedjax.runtime import compile_cache, streams
 from gatedjax.runtime.host_memory import keep_freed_memory
+from gatedjax.runtime.stderr_filter import intact
+from gatedjax.runtime.stop import Stopped, ignore_stop_signals
 
 STARTED = time.monotonic()
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_NO_READER = 141  # 128 + SIGPIPE
 
 # The coordinator dies with process 0: it leaves last, so that the others can still print their
 # error.
 _LEAVE_LAST_SECONDS = 2.0
+_LONGEST_LINE = 4000
+# What jax's runtime says when another process is gone. Its other errors, such as one of a kernel
+# with a barrier, and all errors of ours are bugs.
 _PEER_LOST = re.compile(
-    r"gloo|nccl|connection (reset|closed)|coordination.?service|heartbeat|socket closed|barrier",
-    re.IGNORECASE,
+    r"gloo|nccl.*(remote|system error|closed)|connection (reset|closed|refused)"
+    r"|coordination.?service|heartbeat|socket closed|barrier.*(timed out|failed|error)",
+    re.IGNORECASE | re.DOTALL,
 )
 # What the operating system says about the user's disks and paths, rather than about our code.
 _USER_ERRNOS = {
@@ -42,6 +53,8 @@ _USER_ERRNOS = {
     errno.ENOTDIR,
 }
 
+_checkpoints: Path | None = None  # where this command saves steps, if it does
+
 
 def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
     """`absl.app.run` with one-line errors. A bug still shows its traceback and exits 1.
@@ -50,6 +63,9 @@ def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
       main: gets the program's name and the arguments that are no flags.
       takes: how many such arguments there may be.
     """
+    streams.open_absent()
+    streams.start_again_in_utf8()
+    streams.write_any_text()
     keep_freed_memory()
     libtpu.quieten()
     _help_is_of(main.__module__)
@@ -59,6 +75,7 @@ def run(main: Callable[[Sequence[str]], None], takes: int = 0) -> None:
 
     def guarded_main(argv: Sequence[str]) -> None:
         _guarded(lambda: main(argv))
+        ignore_stop_signals()
 
     app.run(guarded_main, flags_parser=parse)
 
@@ -87,9 +104,21 @@ def use_compilation_cache(folder: str) -> None:
 
     The folder must be your own: the programs in it are executed.
     """
-    if folder:
-        path = Path(folder).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(path))
+    if not folder:
+        return
+    try:
+        path = expand(folder, "--compile_cache")
+    except InputError as e:
+        # The default, in a container without users: no reason not to run.
+        streams.print_error(f"warning: no compiled programs are kept: {e}")
+        return
+    compile_cache.use(path)
+
+
+def saves_to(checkpoints: Path) -> None:
+    """This command saves steps in that folder: whether there is one belongs to an error's line."""
+    global _checkpoints
+    _checkpoints = checkpoints
 
 
 def required(flag: flags.FlagHolder[Any]) -> Any:
@@ -128,25 +157,55 @@ def _guarded[T](call: Callable[[], T]) -> T:
     """The result of `call`; ends the process with one line on what is not a bug of ours."""
     try:
         return call()
-    except InputError as e:
-        leave(str(e), EXIT_BAD_INPUT)
-    except TrainingError as e:
-        leave(str(e), EXIT_FAILED)
-    except OSError as e:
-        if e.errno not in _USER_ERRNOS:
-            raise
-        message = f"{e.strerror}: {e.filename}" if e.filename else str(e)
-        leave(message, EXIT_BAD_INPUT)
-    except Exception as e:
-        # The loss of a process surfaces as whatever the current call makes of it.
-        if _processes() == 1 or not _PEER_LOST.search(str(e)):
-            raise
-        leave(
-            f"another process of this run was lost ({e}); the last checkpoint is intact",
-            EXIT_FAILED,
-        )
+    except Stopped as e:
+        # Nothing had to be finished: that is what was asked for.
+        interrupted = e.number == signal.SIGINT
+        streams.print_error(f"stopped by {e}{intact(_checkpoints)}")
+        _end(EXIT_INTERRUPTED if interrupted else 0)
     except KeyboardInterrupt:
-        leave("interrupted; the last checkpoint is intact", EXIT_INTERRUPTED)
+        leave("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # `| head -1` has read enough, and wants no message.
+        streams.connect_to_nothing(sys.stdout)
+        _end(EXIT_NO_READER)
+    except Exception as e:
+        end = _plain(e)
+        if end is None:
+            raise
+        leave(*end)
+
+
+def _plain(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit code of an error that is no bug of ours; None of a bug."""
+    if isinstance(error, StorageError | TrainingError):
+        return str(error), EXIT_FAILED
+    if isinstance(error, InputError):
+        return str(error), EXIT_BAD_INPUT
+    loss = _loss_of_a_process(error)
+    if loss is not None:
+        return f"another process of this run was lost ({loss})", EXIT_FAILED
+    if not isinstance(error, OSError):
+        return None
+    message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    if error.errno in PASSING_ERRNOS:
+        return message, EXIT_FAILED
+    return (message, EXIT_BAD_INPUT) if error.errno in _USER_ERRNOS else None
+
+
+def _loss_of_a_process(error: BaseException) -> BaseException | None:
+    """What jax's runtime said when another process was lost, if that is behind the error.
+
+    It surfaces as whatever the current call makes of it: orbax raises a TimeoutError from it.
+    """
+    if _processes() == 1:
+        return None
+    cause: BaseException | None = error
+    while cause is not None:
+        of_runtime = isinstance(cause, jax.errors.JaxRuntimeError)
+        if of_runtime and _PEER_LOST.search(str(cause)):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def _processes() -> int:
@@ -160,12 +219,19 @@ def leave(message: str, code: int) -> NoReturn:
     """Ends this process with one line on stderr, whatever its threads are doing."""
     several = _processes() > 1
     where = f"process {jax.process_index()}: " if several else ""
-    one_line = " ".join(message.split())
-    print(f"error: {where}{one_line}", file=sys.stderr, flush=True)
+    # A message may quote names and values of a stranger's file, of any length.
+    one_line = printable(" ".join(message.split()))[:_LONGEST_LINE]
+    kept = "" if code == EXIT_BAD_INPUT else intact(_checkpoints)
+    streams.print_error(f"error: {where}{one_line}{kept}")
     if several and jax.process_index() == 0:
         time.sleep(_LEAVE_LAST_SECONDS)
-    # Not sys.exit: checkpoint and data threads of a failed start must not keep the process alive.
-    sys.stdout.flush()
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """Not sys.exit: checkpoint and data threads of a failed start must not keep us alive."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(code)
 
 

@@ -1,29 +1,28 @@
-"""From one process to a pod: starts `jax.distributed`, and notices a coming preemption.
+"""From one process to a pod: starts `jax.distributed` where there are several processes.
 
 The same command runs everywhere. Under Slurm, Open MPI, on TPU VMs and in GKE jobs jax finds the
-other processes by itself; elsewhere --coordinator, --num_processes and --process_id name them;
-alone, a run is its own coordinator. It is always started, for one process too: only then does
-SIGTERM mean "save and stop" instead of death.
+other processes by itself; elsewhere --coordinator, --num_processes and --process_id name them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import sys
-import tempfile
-import uuid
+import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from gatedjax.errors import InputError
+from gatedjax.errors import InputError, TrainingError
 from gatedjax.runtime import stderr_filter
+from gatedjax.runtime.meeting import Place, meet, split_address
 
-# Defined on import: every command that can run on several processes has the same four.
+# Defined on import: every command that can run on several processes has them.
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0, where jax does not find it by itself."
 )
@@ -45,6 +44,12 @@ _HEARTBEAT = flags.DEFINE_integer(
     "A process that is silent for so long is lost, and the others stop.",
     lower_bound=5,
 )
+_JOIN = flags.DEFINE_integer(
+    "join_seconds",
+    45,
+    "How long the processes that meet at --coordinator wait for each other.",
+    lower_bound=1,
+)
 
 # Set by launchers that jax does not know. A size above 1, or an index above 0: others run the same
 # command.
@@ -57,41 +62,33 @@ _SIZES = (
 )
 _INDICES = ("PMI_RANK", "RANK", "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
 
-_PROXIES = ("http_proxy", "https_proxy", "grpc_proxy")
+# A file that one process made is seen by the others at once, or, over NFS, when its cached
+# directory is older than this.
+_VISIBLE_SECONDS = 15.0
+# For processes that have met: what is left is jax's own start.
+_JAX_START_SECONDS = 60
 
 
-class _Place(NamedTuple):
-    """The place of this process in its run, as the flags give it."""
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-
-
-def start() -> None:
+def start(checkpoints: Path | None = None) -> None:
     """Joins the other processes of this run; call it before anything asks jax for devices.
+
+    Args:
+      checkpoints: where this command saves steps, for the message when another process is lost.
 
     Raises:
       InputError: flags that do not belong together, or a launcher started several processes that
         jax does not find.
+      TrainingError: another process is not there.
     """
+    # Its handler of SIGTERM would take the place of ours (see stop.py).
+    jax.config.update("jax_enable_preemption_service", False)
     place = _given_place()
     if place is not None:
-        _start_at(place)
+        _start_at(place, checkpoints)
     elif not _found_by_jax():
         _require_alone()
-        _start_alone()
     if jax.process_count() > 1:
-        stderr_filter.install()
-
-
-def preempted(step: int) -> bool:
-    """Whether to save after this step and stop.
-
-    True if some process got SIGTERM, and all processes agreed on this step. Every process calls it
-    after each of its steps. A notice takes up to a second to be seen.
-    """
-    return multihost_utils.reached_preemption_sync_point(step)
+        stderr_filter.install(checkpoints)
 
 
 def require_same(what: str, value: object) -> None:
@@ -116,7 +113,58 @@ def require_same(what: str, value: object) -> None:
         )
 
 
-def _given_place() -> _Place | None:
+def require_same_folder(what: str, folder: Path) -> None:
+    """Checks that all processes see the same files in a folder; it is made if it does not exist.
+
+    Raises:
+      InputError: they do not, or process 0 cannot write there; on all processes.
+    """
+    if jax.process_count() == 1:
+        return
+    random = np.frombuffer(secrets.token_bytes(8), np.uint32)
+    of_first = multihost_utils.broadcast_one_to_all(random)
+    mark = folder / f".process-0-{of_first.tobytes().hex()}"
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as e:
+            problem = f"{what}: process 0 cannot write to {folder}: {e.strerror}"
+    _raise_on_all(problem)
+    if not _becomes_visible(mark):
+        problem = (
+            f"{what}: process {jax.process_index()} does not see in {folder} what process 0 writes "
+            "there, expected one folder for all"
+        )
+    try:
+        _raise_on_all(problem)
+    finally:
+        if jax.process_index() == 0:
+            mark.unlink(missing_ok=True)
+
+
+def _becomes_visible(file: Path) -> bool:
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _raise_on_all(problem: str) -> None:
+    """InputError on all processes if one of them has a problem: none goes on alone."""
+    has_problem = np.asarray(bool(problem))
+    everybodys = np.atleast_1d(multihost_utils.process_allgather(has_problem))
+    if problem:
+        raise InputError(problem)
+    if everybodys.any():
+        numbers = ", ".join(map(str, np.flatnonzero(everybodys)))
+        raise InputError(f"process {numbers} has a problem; its own message says which")
+
+
+def _given_place() -> Place | None:
     """What the three flags say, or None where none of them is given.
 
     Raises:
@@ -134,33 +182,39 @@ def _given_place() -> _Place | None:
         )
     if process_id >= num_processes:
         raise InputError(f"--process_id: got {process_id}, expected below {num_processes}")
-    if not coordinator.rpartition(":")[2].isdigit():
+    if split_address(coordinator) is None:
         raise InputError(f"--coordinator: got {coordinator!r}, expected host:port")
-    return _Place(coordinator, num_processes, process_id)
+    return Place(coordinator, num_processes, process_id)
 
 
-def _start_at(place: _Place) -> None:
+def _start_at(place: Place, checkpoints: Path | None) -> None:
     if place.num_processes > 1:
-        # Before the start: an address where nobody answers ends in pages of C++.
-        stderr_filter.install()
+        meet(place, _JOIN.value)
+        # Before the start: a process that is lost in it ends the others in pages of C++.
+        stderr_filter.install(checkpoints)
     local = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     local_device_ids = None
     if local:
         local_device_ids = [int(i) for i in local.split(",")]
-    jax.distributed.initialize(
-        place.coordinator,
-        place.num_processes,
-        place.process_id,
-        local_device_ids,
-        cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=_HEARTBEAT.value,
-    )
+    with _plain_start_errors():
+        jax.distributed.initialize(
+            place.coordinator,
+            place.num_processes,
+            place.process_id,
+            local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=_JAX_START_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT.value,
+            # jax would listen at all addresses of the machine.
+            coordinator_bind_address=place.bind_address,
+        )
 
 
 def _found_by_jax() -> bool:
     """Starts on what jax knows of clusters; False where it knows of none."""
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT.value)
+        with _plain_start_errors():
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT.value)
     except ValueError as e:
         # jax's words for a coordinator, a count or an index that it could not find.
         if "should be defined" in str(e) or "must be defined" in str(e):
@@ -169,31 +223,13 @@ def _found_by_jax() -> bool:
     return True
 
 
-def _start_alone() -> None:
-    """Starts with a coordinator on a socket without a port.
-
-    Nobody else can take it, and no network is needed.
-    """
-    name = f"gatedjax-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    if sys.platform == "linux":
-        address = f"unix-abstract:{name}"
-    else:
-        address = f"unix:{Path(tempfile.gettempdir(), name)}"
-    # gRPC would ask a proxy for that socket, and wait for ever.
-    proxies = {}
-    for variable in list(os.environ):
-        if variable.lower() in _PROXIES:
-            proxies[variable] = os.environ.pop(variable)
+@contextlib.contextmanager
+def _plain_start_errors() -> Iterator[None]:
+    """Such as a port that is in use: one line."""
     try:
-        jax.distributed.initialize(
-            address,
-            num_processes=1,
-            process_id=0,
-            coordinator_bind_address=address,
-            cluster_detection_method="deactivate",
-        )
-    finally:
-        os.environ.update(proxies)
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        raise TrainingError(f"jax could not join the processes of this run: {e}") from None
 
 
 def _require_alone() -> None:

@@ -6,25 +6,48 @@
 Exit code 0 (finished, or stopped by SIGTERM) and 2 (bad input: it would fail again) end it, with
 that code. All others are crashes: the command is started again after `wait` seconds, twice as long
 after each further crash, and given up after `tries` crashes in a row. A command that ran for ten
-minutes has made progress: the counting starts over. SIGTERM and SIGINT are forwarded to the
-command. On several machines, run one on each: when a process is lost the others stop by themselves,
-and all join again at the coordinator.
+minutes has made progress: the counting starts over.
+
+SIGTERM, SIGINT and SIGHUP are passed on to the command and everything it started, once each, and
+then nothing is started again. The command runs in a process group of its own, so that a terminal
+does not send it the same signal a second time. If this process dies without a word (kill -9), Linux
+sends the command SIGTERM; elsewhere it is left running. On several machines, run one on each: when
+a process is lost the others stop by themselves, and all join again at the coordinator.
 
 Imports nothing but the standard library: a broken environment must not keep it from reporting.
 """
 
 import argparse
+import contextlib
+import ctypes
+import errno
+import math
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 PROGRESS_SECONDS = 600.0
 FINAL_CODES = (0, 2)
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_NOT_STARTED = 126  # shells' code for a command that is there and could not be started
+# Why no start of the command can succeed. Any other failure of a start may pass.
+_FINAL_ERRNOS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOEXEC,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.E2BIG,
+    errno.ENAMETOOLONG,
+)
 
 
 def supervise(
@@ -33,7 +56,7 @@ def supervise(
     wait: float,
     longest_wait: float,
 ) -> int:
-    """Runs `command` until it ends for good.
+    """Runs `command` until it ends for good. Call it in the main thread.
 
     Args:
       command: the program and its arguments.
@@ -43,66 +66,164 @@ def supervise(
 
     Returns:
       The exit code of the command (128 + n after signal n).
+
+    Raises:
+      OSError: the command cannot be started, and never will.
     """
-    stop_signals: list[int] = []  # those that this process got
-    crashes = 0
-    while True:
-        start = time.monotonic()
-        code = _run(command, stop_signals)
-        if code in FINAL_CODES or stop_signals:
-            return code
-        if time.monotonic() - start > PROGRESS_SECONDS:
-            crashes = 0
-        crashes += 1
-        end = _describe(code)
-        if crashes > tries:
-            _say(f"{end}; {crashes} crashes in a row, giving up")
-            return code
-        seconds = min(wait * 2 ** (crashes - 1), longest_wait)
-        _say(f"{end}; crash {crashes} in a row, starting again in {seconds:g} s")
-        if _sleep(seconds, stop_signals):
-            return code
+    with _Forwarder() as forwarder:
+        crashes = 0
+        while True:
+            start = time.monotonic()
+            status = forwarder.run(command)
+            # Popen gives -n after signal n, shells 128 + n.
+            code = 128 - status if status < 0 else status
+            if code in FINAL_CODES or forwarder.has_signal:
+                return code
+            if time.monotonic() - start > PROGRESS_SECONDS:
+                crashes = 0
+            crashes += 1
+            end = _describe(status)
+            if crashes > tries:
+                _say(f"{end}; {crashes} crashes in a row, giving up")
+                return code
+            # The exponent is bounded: a float has an end.
+            seconds = min(wait * 2.0 ** min(crashes - 1, 60), longest_wait)
+            _say(f"{end}; crash {crashes} in a row, starting again in {seconds:g} s")
+            if forwarder.sleep(seconds):
+                return code
 
 
-def _run(command: Sequence[str], stop_signals: list[int]) -> int:
-    """Runs the command once, forwarding signals to it; returns its exit code."""
-    process = subprocess.Popen(command)
+class _Forwarder:
+    """Runs commands and passes the stop signals of this process on to them.
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        stop_signals.append(number)
-        process.send_signal(number)
+    The handlers stand from before the first start to after the last end: a signal that comes while
+    a command is being started waits in `_pending` until it has a process.
+    """
 
-    for number in _STOP_SIGNALS:
-        signal.signal(number, forward)
-    code = process.wait()
-    # Popen gives -n after signal n, shells 128 + n.
-    return 128 - code if code < 0 else code
+    def __init__(self):
+        self.has_signal = False
+        self._pending: list[int] = []
+        self._process: subprocess.Popen | None = None
+        self._handlers_before: dict[int, object] = {}
+
+    def __enter__(self) -> "_Forwarder":
+        for number in _STOP_SIGNALS:
+            before = signal.getsignal(number)
+            # What nohup, or a shell for its background jobs, switched off stays off.
+            if before == signal.SIG_IGN and number != signal.SIGTERM:
+                continue
+            self._handlers_before[number] = before or signal.SIG_DFL
+            signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, before in self._handlers_before.items():
+            signal.signal(number, before)  # pyrefly: ignore  (what getsignal gave)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Runs the command once; returns its exit code, or -n after signal n."""
+        try:
+            process = subprocess.Popen(
+                command,
+                process_group=0,
+                preexec_fn=_end_with_parent(),
+            )
+        except OSError as error:
+            if error.errno in _FINAL_ERRNOS:
+                raise
+            _say(f"{command[0]}: {error.strerror}")
+            return _NOT_STARTED
+        self._process = process
+        self._pass_on()
+        status = process.wait()
+        self._process = None
+        return status
+
+    def sleep(self, seconds: float) -> bool:
+        """Waits; returns early, and True, if this process got a signal."""
+        end = time.monotonic() + seconds
+        while not self.has_signal and (left := end - time.monotonic()) > 0:
+            time.sleep(min(0.1, left))
+        return self.has_signal
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.has_signal = True
+        self._pending.append(number)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Sends what is pending. A handler may interrupt this: each signal is taken out once."""
+        process = self._process
+        while process is not None and process.returncode is None and self._pending:
+            number = self._pending.pop(0)
+            # Nobody is left, or the command became another user's: its end says how it went.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
 
 
-def _sleep(seconds: float, stop_signals: list[int]) -> bool:
-    """Waits; returns early, and True, if this process got a signal."""
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a new process of the command does first, on Linux: SIGTERM when this process dies."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        stop_signals.append(number)
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            # It died before we asked.
+            os._exit(128 + signal.SIGTERM)
 
-    for number in _STOP_SIGNALS:
-        signal.signal(number, remember)
-    end = time.monotonic() + seconds
-    while not stop_signals and time.monotonic() < end:
-        left = max(end - time.monotonic(), 0.0)
-        time.sleep(min(0.1, left))
-    return bool(stop_signals)
+    return ask
 
 
-def _describe(code: int) -> str:
-    if code <= 128:
-        return f"exit code {code}"
-    number = code - 128
-    return f"signal {number} ({signal.Signals(number).name})"
+def _describe(status: int) -> str:
+    """An exit code, or a signal; shells, and our own runs in them, turn signal n into 128 + n."""
+    number = -status if status < 0 else status - 128
+    if number not in signal.valid_signals():
+        return f"exit code {status}"
+    return f"signal {number} ({_signal_name(number)})"
+
+
+def _signal_name(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    # The real-time signals in between have no names of their own.
+    return f"SIGRTMIN+{number - signal.SIGRTMIN}"
 
 
 def _say(text: str) -> None:
-    print(f"supervise: {text}", file=sys.stderr, flush=True)
+    # Who reads stderr may be gone; the command must not be left alone for that.
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        print(f"supervise: {text}", file=sys.stderr, flush=True)
+
+
+def _seconds(text: str) -> float:
+    """A flag's value.
+
+    Raises:
+      argparse.ArgumentTypeError: not a number of seconds.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of seconds, at least 0")
+    return seconds
+
+
+def _count(text: str) -> int:
+    """A flag's value.
+
+    Raises:
+      argparse.ArgumentTypeError: not a number of tries.
+    """
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least 0")
+    return int(text)
 
 
 def main() -> None:
@@ -112,19 +233,19 @@ def main() -> None:
     )
     parser.add_argument(
         "--tries",
-        type=int,
+        type=_count,
         default=5,
         help="crashes in a row before it gives up",
     )
     parser.add_argument(
         "--wait",
-        type=float,
+        type=_seconds,
         default=10.0,
         help="seconds before the first new start",
     )
     parser.add_argument(
         "--longest_wait",
-        type=float,
+        type=_seconds,
         default=600.0,
         help="seconds before any new start, at most",
     )

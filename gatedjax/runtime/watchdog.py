@@ -2,7 +2,6 @@
 
 import datetime
 import faulthandler
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 
 from gatedjax.runtime.cli import EXIT_FAILED, leave
+from gatedjax.runtime.streams import print_error
 
 
 class Watchdog:
@@ -64,7 +64,7 @@ class Watchdog:
             silence = time.monotonic() - last_beat
             is_reported = stalled_since == last_beat
             if silence > 2 * self._seconds and is_reported:
-                self._end(f"{self._stalled(silence)}; the last checkpoint is intact", EXIT_FAILED)
+                self._end(self._stalled(silence), EXIT_FAILED)
             elif silence > self._seconds and not is_reported:
                 stalled_since = last_beat
                 self.stalls += 1
@@ -85,4 +85,4 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as e:
             where = f"stacks could not be written to {self._path}: {e.strerror}"
-        print(f"warning: {stalled}; {where}", file=sys.stderr, flush=True)
+        print_error(f"warning: {stalled}; {where}")

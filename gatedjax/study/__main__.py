@@ -24,6 +24,7 @@ import jax
 from absl import flags
 
 from gatedjax.errors import InputError
+from gatedjax.paths import expand
 from gatedjax.reporting.console import format_duration, say
 from gatedjax.runtime import cli
 from gatedjax.study import report
@@ -103,7 +104,7 @@ def run_missing(study: Study, folder: Path) -> list[dict[str, Any]]:
             "made": _here_and_now(),
         }
         # At once: a study that is stopped keeps its finished runs.
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         known[run.key] = record
         seconds_per_run = (time.monotonic() - start) / done
@@ -120,7 +121,7 @@ def _read_runs(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     runs = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         runs[record["key"]] = record
     return runs
@@ -159,7 +160,7 @@ def write_report(
     rows = report.rows(study, records)
     table = folder / "table.md"
     note = _note(study, records, command)
-    table.write_text(report.markdown(study, rows, [note]))
+    table.write_text(report.markdown(study, rows, [note]), encoding="utf-8")
     paths = [table]
     for picture in study.pictures:
         path = folder / f"{_file_name(picture.y)}.png"
@@ -251,7 +252,8 @@ def run() -> None:
         if len(argv) != 2:
             raise InputError("study: got no file, expected one of configs/studies/")
         cli.use_compilation_cache(cache.value)
-        run_study(Path(argv[1]), small.value, Path(results.value))
+        file = expand(argv[1], "study")
+        run_study(file, small.value, expand(results.value, "--results"))
 
     cli.run(main, takes=1)
 

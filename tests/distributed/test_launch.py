@@ -68,16 +68,21 @@ def test_one_process_of_such_a_launcher_is_alone(monkeypatch):
     launch._require_alone()
 
 
-def test_a_proxy_in_the_environment_is_no_obstacle_for_one_process():
-    """gRPC would send the talk of a process with itself to the proxy, and wait for an answer for
-    ever.
-    """
-    code = "from gatedjax.runtime import launch; launch._start_alone(); print(launch.preempted(1))"
+def test_one_process_needs_no_coordinator():
+    """Nothing listens that a stranger could join, and no proxy is asked."""
+    code = """
+import jax
+from absl import flags
+from gatedjax.runtime import launch
+flags.FLAGS(["x"])
+launch.start()
+print(jax.process_count(), jax.distributed.is_initialized())
+"""
     env = os.environ | {"http_proxy": "http://localhost:1", "HTTPS_PROXY": "http://localhost:1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "1 False\n"), done.stderr
 
 
 @pytest.mark.slow
@@ -87,6 +92,37 @@ def test_processes_with_different_flags_are_refused(place):
     for process in running:
         assert process.wait() == 2, process.log()
         assert "configuration: got another value on process 1 than on process 0" in process.err[-1]
+
+
+@pytest.mark.slow
+def test_processes_with_different_folders_are_refused(place):
+    each = [[f"--workdir={place / name}"] for name in ("folder-0", "folder-1")]
+    running = run(place, "unused", MESH, processes=2, each_flags=each)
+    assert [process.wait() for process in running] == [2, 2], running[0].log()
+    for process in running:
+        assert sum(line.startswith("error: ") for line in process.err) == 1, process.log()
+    assert "--workdir: process 1 does not see in" in running[1].err[-1]
+    assert not (place / "folder-0" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second", "codes", "message"),
+    [
+        ([], ["--process_id=0"], [2, 2], "--process_id: got 0 on two processes"),
+        ([], ["--num_processes=3"], [2, 2], "--num_processes: got 3 on process 1"),
+        ([], ["--coordinator=localhost:9"], [1, 1], "process 1 of 2 did not come"),
+        (["--coordinator=192.0.2.1:7000"], [], [2, 1], "process 0 cannot listen at 192.0.2.1"),
+    ],
+)
+def test_processes_that_do_not_meet_end_with_a_line(place, first, second, codes, message):
+    """Each within seconds: jax alone waits for five minutes, and then prints a stack trace."""
+    each = [["--join_seconds=20", *first], ["--join_seconds=20", *second]]
+    running = run(place, "unmet", MESH, processes=2, each_flags=each)
+    assert [process.wait() for process in running] == codes, running[0].log() + running[1].log()
+    for process in running:
+        assert len(process.err) == 1 and process.err[0].startswith("error: "), process.log()
+    assert message in running[0].err[0]
 
 
 # What jaxlib 0.12 writes on stderr when the coordinator is lost; shortened.

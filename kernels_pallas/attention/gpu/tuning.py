@@ -1,8 +1,21 @@
 """Block sizes and warps of the GPU kernels of `attention`, as data.
 
-The rows were chosen without a device, by `ptxas`: the largest blocks that do not spill registers,
-and fit into shared memory. Two warp groups of Hopper's matrix unit take 128 rows of a block, and
-one takes 64.
+The rows were chosen without a device, by what `ptxas` and `nvdisasm` count for each chip
+(`benchmarks/gpu_report.py`): no matrix instruction serialized, no register spilled, two programs of
+four warps or one of eight on a multiprocessor at least, and then few instructions issued for a pair
+of a query and a key. Nothing was timed. Where the chips differ, and why:
+
+    Hopper  Two warp groups of the matrix unit take 128 rows of a block, and one takes 64. It reads
+            its operands from shared memory, of which there are 227 KiB: two or three stages.
+    A100    Operands of the matrix unit are registers, so blocks are half as large; 163 KiB of
+            shared memory hold one stage less.
+
+At D = 64 on Hopper blocks of 128 by 128 issue 10 % (forward) and 16 % (dq) fewer instructions for a
+pair, and leave half as many warps for dq: not taken without a clock.
+With two stages ptxas serializes the matrix instructions of dk and dv at D = 128 (C7515, for some
+numbers of heads): three.
+Three passes of TF32 keep every operand twice. At 64 rows that is 1.9 KB of spilled registers a
+thread at D = 128; 32 by 32 spill at most 44 B, and issue a quarter less for a pair.
 """
 
 from typing import NamedTuple
@@ -66,7 +79,7 @@ HOPPER = {
         64: Schedule(KernelConfig(128, 64, 4, 3), KernelConfig(128, 64, 8, 3),
                      KernelConfig(64, 128, 8, 3)),
         128: Schedule(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 3),
-                      KernelConfig(32, 128, 8, 2)),
+                      KernelConfig(32, 128, 8, 3)),
         256: Schedule(KernelConfig(128, 64, 8, 2), KernelConfig(128, 32, 8, 2),
                       KernelConfig(32, 128, 8, 2), KernelConfig(64, 128, 8, 2)),
     },
@@ -75,14 +88,14 @@ HOPPER = {
                      KernelConfig(32, 64, 4, 2)),
         128: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 16, 4, 2),
                       KernelConfig(16, 64, 4, 2)),
-        256: Schedule(KernelConfig(64, 16, 8, 1), KernelConfig(64, 16, 8, 1),
-                      KernelConfig(16, 64, 8, 1), KernelConfig(16, 64, 8, 1)),
+        256: Schedule(KernelConfig(64, 16, 8, 1), KernelConfig(32, 32, 8, 1),
+                      KernelConfig(32, 32, 8, 1), KernelConfig(16, 64, 8, 1)),
     },
     "tf32_x3": {
         64: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 32, 4, 2),
                      KernelConfig(16, 64, 4, 2)),
-        128: Schedule(KernelConfig(64, 16, 4, 1), KernelConfig(64, 16, 8, 1),
-                      KernelConfig(16, 64, 8, 1), KernelConfig(16, 64, 8, 1)),
+        128: Schedule(KernelConfig(64, 16, 4, 1), KernelConfig(32, 32, 8, 1),
+                      KernelConfig(32, 32, 8, 1), KernelConfig(16, 64, 8, 1)),
     },
 }
 AMPERE = HOPPER | {
@@ -93,6 +106,11 @@ AMPERE = HOPPER | {
                       KernelConfig(32, 64, 8, 2)),
         256: Schedule(KernelConfig(64, 32, 8, 2), KernelConfig(64, 32, 8, 2),
                       KernelConfig(32, 64, 8, 1), KernelConfig(32, 64, 8, 1)),
+    },
+    # Two stages of dq are 96 KiB: one program on a multiprocessor instead of two.
+    "tf32_x3": HOPPER["tf32_x3"] | {
+        64: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 32, 4, 1),
+                     KernelConfig(16, 64, 4, 2)),
     },
 }
 # fmt: on

@@ -86,6 +86,23 @@ def test_a_loop_runs_as_often_as_its_counter_says():
     assert schedule.unknown == {}
 
 
+def test_a_number_made_of_vector_data_counts_as_0():
+    """A kernel's question whether a tile has something out of the ordinary: no."""
+    execution, _ = run_listing(
+        "%s1 = spop %21660",
+        "%p2 = scmp.gt.f32.partialorder %s1, 0.0",
+        "sbr.rel (!%p2), target bundleno = 8 (0x8)",
+        "",
+        "",
+        "",
+        "",
+        "%s3 = smov 7",
+        "%s9 = smov 7",
+    )
+    assert not execution.unknown
+    assert execution.executions() == [1] * 7 + [0, 1]
+
+
 def test_a_branch_on_vector_data_is_unknown_and_not_taken():
     execution, _ = run_listing(
         "%s1 = vpop.something %v3",
@@ -248,6 +265,38 @@ def test_gpu_figures_from_ptxas():
         and unmeasured.spill_bytes is None
         and unmeasured.occupancy is None
     )
+
+
+def test_warnings_of_ptxas():
+    line = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources for the wgmma pipeline in function '{}'"
+    )
+    text = "\n".join([line.format("dkdv"), line.format("dkdv"), line.format("scan"), PTXAS])
+    assert gpu.parse_warnings(text) == {"dkdv": ("C7515",), "scan": ("C7515",)}
+    assert gpu.parse_warnings(PTXAS) == {}
+
+
+NVDISASM = """	.section	.text.scan,"ax",@progbits
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   BRA `(.L_x_2) ;
+.L_x_2:
+        /*0050*/               @P1 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+	.section	.text.copy,"ax",@progbits
+.L_x_3:
+        /*0000*/                   BRA `(.L_x_3);
+"""
+
+
+def test_instructions_of_a_loop():
+    """Of the shortest loop with a matrix instruction: not the one around it, nor the last."""
+    assert gpu.parse_code(NVDISASM) == {"scan": gpu.Code(7, 3), "copy": gpu.Code(1, None)}
 
 
 @pytest.mark.parametrize(
