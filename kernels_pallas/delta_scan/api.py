@@ -1,6 +1,7 @@
 """`delta_scan` and `delta_scan_step`: the public functions, with checks and defaults."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,7 +9,7 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.common.checks import check_interpret, default_scale
-from kernels_pallas.common.mesh import varying_together
+from kernels_pallas.common.mesh import by_rows_and_heads, varying_together
 from kernels_pallas.delta_scan import reference, xla
 from kernels_pallas.delta_scan.checks import check_state, check_tokens, check_weights
 from kernels_pallas.delta_scan.inputs import (
@@ -17,6 +18,7 @@ from kernels_pallas.delta_scan.inputs import (
     DeltaStepInputs,
     DeltaStepOptions,
 )
+from kernels_pallas.delta_scan.tpu import op as tpu
 from kernels_pallas.linear_scan.checks import check_chunk_size, check_segment_ids
 
 _NO_KERNEL = "has no kernel for this op"
@@ -77,8 +79,8 @@ def delta_scan(
       return_final_state: also return the state after the last token.
       chunk_size: tokens computed as one matrix, a power of two up to 512. The result does not
         depend on it.
-      implementation: None, "reference" or "xla"; see `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla" or "tpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu") in interpret mode, on CPU.
 
     Returns:
       o in v's dtype, or (o, final state) with the state in float32, float64 if an input is.
@@ -98,10 +100,9 @@ def delta_scan(
     check_chunk_size(op, chunk_size)
     check_interpret(op, interpret, implementation)
 
-    if initial_state is None:
-        B, _, H, V = v.shape
-        initial_state = jnp.zeros((B, H, q.shape[-1], V))
-    floats = (q, k, v, beta, log_decay, erase, write, initial_state)
+    if initial_state is not None:
+        floats = (q, k, v, beta, log_decay, erase, write, initial_state)
+        initial_state = initial_state.astype(_computation_dtype(floats))
     inputs = DeltaInputs(
         q=q,
         k=k,
@@ -110,7 +111,7 @@ def delta_scan(
         log_decay=log_decay,
         erase=erase,
         write=write,
-        initial_state=initial_state.astype(_computation_dtype(floats)),
+        initial_state=initial_state,
         segment_ids=segment_ids,
     )
     options = DeltaOptions(
@@ -119,12 +120,35 @@ def delta_scan(
         chunk_size=chunk_size,
         return_final_state=return_final_state,
     )
-    # Inside `shard_map`, every array varies over the same mesh axes.
-    inputs = varying_together(inputs)
-    chosen = dispatch.choose(op, implementation, {"tpu": _NO_KERNEL, "gpu": _NO_KERNEL})
-    plain = reference if chosen == "reference" else xla
-    o, final_state = plain.delta_scan(inputs, options)
-    return (o, final_state) if return_final_state else o
+    # A backend says why it cannot take the call, or None.
+    refusals = {"tpu": tpu.unsupported(inputs, options), "gpu": _NO_KERNEL}
+    chosen = dispatch.choose(op, implementation, refusals)
+    if chosen == "tpu":
+        inputs = varying_together(inputs)
+
+        def run(*arrays: Array | None) -> tuple[Array, Array | None]:
+            return tpu.delta_scan(
+                DeltaInputs._make(arrays),
+                options,
+                interpret=interpret,
+            )
+
+        o, final_state = _scan_on_mesh(run, inputs)
+    else:
+        # The kernel starts from zeros in fast memory; the other two take an array.
+        if initial_state is None:
+            floats = (q, k, v, beta, log_decay, erase, write)
+            B, _, H, V = v.shape
+            zeros = jnp.zeros((B, H, q.shape[-1], V), _computation_dtype(floats))
+            inputs = inputs._replace(initial_state=zeros)
+        # Inside `shard_map`, every array varies over the same mesh axes.
+        inputs = varying_together(inputs)
+        plain = reference if chosen == "reference" else xla
+        o, final_state = plain.delta_scan(inputs, options)
+    if not return_final_state:
+        return o
+    assert final_state is not None
+    return o, final_state
 
 
 def delta_scan_step(
@@ -185,6 +209,47 @@ def delta_scan_step(
     chosen = dispatch.choose(op, implementation, {"tpu": _NO_KERNEL, "gpu": _NO_KERNEL})
     plain = reference if chosen == "reference" else xla
     return plain.delta_scan_step(inputs, options)
+
+
+# --- kernels on a mesh: every device computes its own rows ("b") and heads ("h")
+
+
+def _scan_on_mesh(run: Callable, inputs: DeltaInputs) -> tuple[Array, Array | None]:
+    log_decay = inputs.log_decay
+    is_scalar = log_decay is None or log_decay.ndim == 3
+    axes = (
+        "b.h.",  # q
+        "b.h.",  # k
+        "b.h.",  # v
+        "b.h",  # beta
+        "b.h" if is_scalar else "b.h.",  # log_decay
+        "b.h.",  # erase
+        "b.h.",  # write
+        "bh..",  # initial_state
+        "b.",  # segment_ids
+    )
+    output_axes = ("b.h.", "bh..")
+    o, final_state = by_rows_and_heads(
+        run,
+        inputs,
+        axes,
+        output_axes,
+        _common_heads(inputs),
+    )
+    assert o is not None
+    return o, final_state
+
+
+def _common_heads(inputs: DeltaInputs | DeltaStepInputs) -> int:
+    """The greatest number of parts into which states, query and key heads can all be split."""
+    return math.gcd(
+        inputs.q.shape[-2],
+        inputs.k.shape[-2],
+        inputs.v.shape[-2],
+    )
+
+
+# --- from the arguments to the arrays of a backend
 
 
 def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:
