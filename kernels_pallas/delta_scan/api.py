@@ -19,6 +19,7 @@ from kernels_pallas.delta_scan.inputs import (
     DeltaStepOptions,
 )
 from kernels_pallas.delta_scan.tpu import op as tpu
+from kernels_pallas.delta_scan.tpu import step as tpu_step
 from kernels_pallas.linear_scan.checks import check_chunk_size, check_segment_ids
 
 _NO_KERNEL = "has no kernel for this op"
@@ -168,14 +169,15 @@ def delta_scan_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of `delta_scan`, for decoding: the same formulas and arguments without T.
 
-    Donate `state` to the surrounding jit to have it updated in place.
+    Donate `state` to the surrounding jit to have it updated in place. On TPU a kernel reads and
+    writes every state once; it has no derivative.
 
     Args:
       q, k, v: the query, key and value of one token.
       state: as `delta_scan` returns it.
       beta, log_decay, erase, write, scale, l2_norm: as in `delta_scan`.
-      implementation: None, "reference" or "xla"; see `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla" or "tpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu") in interpret mode, on CPU.
 
     Returns:
       (o, new state): o in v's dtype, the state in float32 (float64 if an input is float64).
@@ -205,8 +207,19 @@ def delta_scan_step(
         scale=default_scale(scale, q.shape[-1]),
         l2_norm=l2_norm,
     )
+    refusals = {"tpu": tpu_step.unsupported(inputs), "gpu": _NO_KERNEL}
+    chosen = dispatch.choose(op, implementation, refusals)
     inputs = varying_together(inputs)
-    chosen = dispatch.choose(op, implementation, {"tpu": _NO_KERNEL, "gpu": _NO_KERNEL})
+
+    def run_on_tpu(*arrays: Array | None) -> tuple[Array, Array]:
+        return tpu_step.delta_scan_step(
+            DeltaStepInputs._make(arrays),
+            options,
+            interpret=interpret,
+        )
+
+    if chosen == "tpu":
+        return _step_on_mesh(run_on_tpu, inputs)
     plain = reference if chosen == "reference" else xla
     return plain.delta_scan_step(inputs, options)
 
@@ -238,6 +251,32 @@ def _scan_on_mesh(run: Callable, inputs: DeltaInputs) -> tuple[Array, Array | No
     )
     assert o is not None
     return o, final_state
+
+
+def _step_on_mesh(run: Callable, inputs: DeltaStepInputs) -> tuple[Array, Array]:
+    log_decay = inputs.log_decay
+    is_scalar = log_decay is None or log_decay.ndim == 2
+    axes = (
+        "bh.",  # q
+        "bh.",  # k
+        "bh.",  # v
+        "bh",  # beta
+        "bh" if is_scalar else "bh.",  # log_decay
+        "bh.",  # erase
+        "bh.",  # write
+        "bh..",  # state
+    )
+    output_axes = ("bh.", "bh..")
+    o, new_state = by_rows_and_heads(
+        run,
+        inputs,
+        axes,
+        output_axes,
+        _common_heads(inputs),
+    )
+    assert o is not None
+    assert new_state is not None
+    return o, new_state
 
 
 def _common_heads(inputs: DeltaInputs | DeltaStepInputs) -> int:

@@ -1,8 +1,8 @@
 """`delta_scan` on TPU (Pallas, Mosaic): what the kernels cover, views, padding, derivative.
 
-The forward kernel (`forward.py`) moves every input and output once. The mathematics is in
-`tile.py`, `scalar_decay.py` and `vector_decay.py`, block sizes in `tuning.py`. Saved for the
-backward pass: the inputs, and the state before each chunk.
+One kernel each way (`forward.py`, `backward.py`), each moving every input and output once. The
+mathematics is in `tile.py`, `scalar_decay.py` and `vector_decay.py`, block sizes in `tuning.py`.
+Saved for the backward pass: the inputs, and the state before each chunk.
 
 Matrix units multiply bfloat16. With float16 or float32 inputs every operand keeps all its bits, in
 several passes. With bfloat16 inputs a matmul is one pass and rounds its operands, except for the
@@ -30,12 +30,14 @@ from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.tpu import interpret_params
 from kernels_pallas.delta_scan import xla
 from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
+from kernels_pallas.delta_scan.tpu import backward as backward_kernel
 from kernels_pallas.delta_scan.tpu import forward as forward_kernel
 from kernels_pallas.delta_scan.tpu.plan import KernelInputs, Plan
 from kernels_pallas.delta_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
 from kernels_pallas.delta_scan.xla import OUT_NAME, STATES_NAME
 from kernels_pallas.linear_scan import tile as scan_tile
 from kernels_pallas.linear_scan.reference import segment_starts
+from kernels_pallas.linear_scan.tpu.op import sum_of_parts
 
 # Lanes of a register: channels are padded to a multiple.
 LANES = 128
@@ -277,8 +279,48 @@ def _forward(plan: Plan, x: Views):
 
 def _backward(plan: Plan, residuals, cotangents) -> tuple[Views]:
     x, states, flags = residuals
-    del states, flags
-    return (_gradient_by_xla(plan, x, cotangents),)
+    do, dfinal = cotangents
+    out = backward_kernel.backward(
+        plan,
+        _kernel_inputs(plan, x),
+        states,
+        do,
+        dfinal,
+    )
+    # Values that are not finite reach the states only, and queries and cotangents only dstate.
+    dx = _checked(
+        jnp.concatenate([flags.ravel(), out["flags"].ravel()]),
+        _gradient(plan, x, out),
+        lambda: _gradient_by_xla(plan, x, cotangents),
+    )
+    return (dx,)
+
+
+def _gradient(plan: Plan, x: Views, out: dict[str, Array]) -> Views:
+    """The kernel's results in the shapes of the views."""
+
+    def per_token(rows: Array | None) -> Array | None:
+        """[B, H, N, 1, C] -> [B, T, H]."""
+        if rows is None:
+            return None
+        B = rows.shape[0]
+        return jnp.swapaxes(rows.reshape(B, plan.H, -1), 1, 2)[:, : plan.T]
+
+    ddecay = out.get("ddecay")
+    if plan.decay == "scalar":
+        ddecay = per_token(out["dlog"])
+    return Views(
+        # Blocks of states that share a head left one part each.
+        q=sum_of_parts(out["dq"], x.q, plan.Hq),
+        k=sum_of_parts(out["dk"], x.k, plan.Hk),
+        v=out["dv"],
+        beta=per_token(out.get("dbeta")),
+        decay=ddecay,
+        erase=out.get("derase"),
+        write=out.get("dwrite"),
+        starts=None,
+        state=out.get("dinitial"),
+    )
 
 
 _scan.defvjp(_forward, _backward)

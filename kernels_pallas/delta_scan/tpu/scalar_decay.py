@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.delta_scan.tpu.tile import ChunkTerms
-from kernels_pallas.linear_scan.tpu.tile import NT, TileOptions, join_rows, matmul
+from kernels_pallas.delta_scan.tpu.tile import ChunkCotangents, ChunkTerms
+from kernels_pallas.linear_scan.tpu.scalar_decay import dlog_decay_of_pairs
+from kernels_pallas.linear_scan.tpu.tile import NT, TN, TileOptions, join_rows, matmul
 
 
 class Factors(NamedTuple):
@@ -72,3 +73,47 @@ def chunk_terms(
         writes=k * factors.write,
         total=factors.total,
     )
+
+
+def backward(
+    options: TileOptions,
+    q: Float[Array, "C K"],
+    erase: Float[Array, "C K"],
+    k: Float[Array, "C K"],
+    factors: Factors,
+    cotangents: ChunkCotangents,
+) -> tuple[Float[Array, "C K"], Float[Array, "C K"], Float[Array, "C K"]]:
+    """The cotangents of q, erase and k, as `chunk_terms` takes them."""
+    C = q.shape[0]
+    of_reads = cotangents.dread_scores * factors.mask
+    of_erases = cotangents.derase_scores * factors.mask
+    dproducts = join_rows((of_reads, of_erases))
+    drows = matmul(options, dproducts, k)
+    dq = drows[:C] + cotangents.dreads * factors.read
+    derase = drows[C:] + cotangents.derases * factors.read
+    of_keys = matmul(options, dproducts, join_rows((q, erase)), TN)
+    return dq, derase, of_keys + cotangents.dwrites * factors.write
+
+
+def dlog_decay(
+    options: TileOptions,
+    levels: Int[Array, "C C"],
+    terms: ChunkTerms,
+    cotangents: ChunkCotangents,
+) -> Float[Array, "1 C"]:
+    """The cotangents of the logs: what each receives from the products that it is part of."""
+    # d/dlog of a decayed product is the product itself.
+    weights = cotangents.dread_scores * terms.read_scores
+    weights += cotangents.derase_scores * terms.erase_scores
+    of_reads = terms.reads * cotangents.dreads + terms.erases * cotangents.derases
+    of_writes = terms.writes * cotangents.dwrites
+    inside = dlog_decay_of_pairs(
+        options,
+        levels,
+        weights,
+        jnp.sum(of_reads, axis=1, keepdims=True),
+        jnp.sum(of_writes, axis=1, keepdims=True),
+    )
+    # Every log is part of the chunk's total.
+    of_keys = jnp.sum(cotangents.dlog_total, axis=0, keepdims=True)
+    return inside + jnp.sum(of_keys, axis=1, keepdims=True)

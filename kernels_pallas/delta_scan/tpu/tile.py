@@ -208,3 +208,83 @@ def read_and_update(
     yield
     new_state = state * terms.total + matmul(options, changes, terms.writes, TN)
     return o, new_state
+
+
+class ChunkCotangents(NamedTuple):
+    """The cotangents of what was written, of the terms of a chunk and of the state before it.
+
+    Attributes:
+      dlog_total: that of the log of the total decay; its 8 rows are still to be summed.
+    """
+
+    dwritten: Float[Array, "C V"]
+    dread_scores: Float[Array, "C C"]
+    derase_scores: Float[Array, "C C"]
+    dreads: Float[Array, "C K"]
+    derases: Float[Array, "C K"]
+    dwrites: Float[Array, "C K"]
+    dlog_total: Float[Array, "8 K"]
+    dstate: Float[Array, "V K"]
+
+
+def read_and_update_backward(
+    options: TileOptions,
+    levels: Int[Array, "C C"],
+    terms: ChunkTerms,
+    inverse_matrix: Float[Array, "C C"],
+    written: Float[Array, "C V"],
+    do: Float[Array, "C V"],
+    state: Float[Array, "V K"],
+    dstate: Float[Array, "V K"],
+) -> Generator[None, None, ChunkCotangents]:
+    """The derivative of `read_and_update`, and of the inverse with it.
+
+    With (I + A_e)^T dZ = dW, what was written receives dZ and A_e receives -dZ W^T: the inverse
+    itself is never differentiated.
+
+    Args:
+      options: the static arguments.
+      levels: of `merge_levels`.
+      terms: of the chunk.
+      inverse_matrix: `inverse` of its erase scores.
+      written: what each token writes where nothing is erased.
+      do: the cotangent of o.
+      state: the state before the chunk.
+      dstate: the cotangent of the state after the chunk.
+
+    Returns:
+      The cotangents (a generator).
+    """
+    C = do.shape[0]
+    # W once more, and its cotangent.
+    found = matmul(options, terms.erases, state, NT)
+    of_scores = matmul(options, terms.read_scores, do, TN)
+    of_update = matmul(options, terms.writes, dstate, NT)
+    yield
+    changes = matmul(options, inverse_matrix, written - found)
+    dwritten = matmul(options, inverse_matrix, of_scores + of_update, TN)
+    yield
+    # o = A_q W + reads S^T and W = T (written - erases S^T): the same right operands for both.
+    both = join_rows((do.astype(jnp.float32), -dwritten))
+    dscores = matmul(options, both, changes, NT)
+    dread_scores = jnp.where(levels >= 0, dscores[:C], 0.0)
+    derase_scores = jnp.where(levels > 0, dscores[C:], 0.0)
+    yield
+    drows = matmul(options, both, state)
+    dwrites = matmul(options, changes, dstate)
+    yield
+    # total * dtotal, a column of the state at a time: what the log of the total receives.
+    first, *others = split_rows(state.astype(jnp.float32) * dstate)
+    dlog_total = sum(others, first) * terms.total
+    rows = join_rows((terms.reads, terms.erases))
+    dstate_before = dstate * terms.total + matmul(options, both, rows, TN)
+    return ChunkCotangents(
+        dwritten=dwritten,
+        dread_scores=dread_scores,
+        derase_scores=derase_scores,
+        dreads=drows[:C],
+        derases=drows[C:],
+        dwrites=dwrites,
+        dlog_total=dlog_total,
+        dstate=dstate_before,
+    )

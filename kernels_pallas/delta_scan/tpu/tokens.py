@@ -15,6 +15,8 @@ from kernels_pallas.delta_scan.tpu.plan import Grid, Plan
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 from kernels_pallas.linear_scan.tpu.tile import ROWS
 
+LANES = 128
+
 
 class VectorDecays(NamedTuple):
     """The decays of a chunk with one decay per key channel: of each token, and of the whole."""
@@ -46,8 +48,8 @@ class Tokens:
         self.chunk = chunk
         self.head = head
         self._columns = self._transposed_rows()
-        q, self._inverse_length_of_q = self._normalized("q", plan.Hq)
-        self.q = q * plan.scale
+        self._unscaled_q, self._inverse_length_of_q = self._normalized("q", plan.Hq)
+        self.q = self._unscaled_q * plan.scale
         self.k, self._inverse_length_of_k = self._normalized("k", plan.Hk)
         if "erase" in refs:
             self.erase = self.load("erase", plan.H, plan.K)
@@ -57,6 +59,10 @@ class Tokens:
     @property
     def v(self) -> Float[Array, "C V"]:
         return self.load("v", self.plan.H, self.plan.V)
+
+    @property
+    def do(self) -> Float[Array, "C V"]:
+        return self.load("do", self.plan.H, self.plan.V)
 
     @property
     def write_weight(self) -> Float[Array, "C V"] | Float[Array, "C 1"]:
@@ -103,6 +109,41 @@ class Tokens:
         ref = self.refs[name]
         ref[self._index(num_heads, D)] = x.astype(ref.dtype)
 
+    def store_sum(
+        self,
+        name: str,
+        num_heads: int,
+        x: Float[Array, "C K"],
+        sums: dict,
+    ) -> None:
+        """Adds up the states that share one of `num_heads` heads of q or k, in float32.
+
+        Writes after the last of them in this block of heads.
+
+        Args:
+          name: of the output.
+          num_heads: heads of the output.
+          x: this state's part.
+          sums: the parts so far, the same dict for all heads of the chunk.
+        """
+        slot = self.grid.slot(self.head, num_heads)
+        slots = [self.grid.slot(h, num_heads) for h in range(self.grid.schedule.heads)]
+        # Kept as values, not in the block: it may hold fewer bits than float32.
+        parts = sums.setdefault((name, slot), [])
+        parts.append(x)
+        if len(parts) == slots.count(slot):
+            first, *others = parts
+            self.store(name, num_heads, self.plan.K, sum(others, first))
+
+    def store_row(self, name: str, row: Float[Array, "1 C"]) -> None:
+        """Writes one number for each token."""
+        self.refs[name][0, self.head, self.chunk] = row
+
+    def store_column(self, name: str, column: Float[Array, "C 1"]) -> None:
+        """As `store_row`; Mosaic transposes whole registers only."""
+        lanes = jnp.broadcast_to(column, (column.shape[0], LANES))
+        self.store_row(name, jnp.transpose(lanes)[:1])
+
     # --- lengths
 
     def _normalized(
@@ -117,6 +158,14 @@ class Tokens:
         squares = jnp.sum(x * x, axis=1, keepdims=True)
         inverse_length = jax.lax.rsqrt(squares + L2_EPSILON)
         return x * inverse_length, inverse_length
+
+    def unnormalized_dq(self, dq: Float[Array, "C K"]) -> Float[Array, "C K"]:
+        """From the cotangent of `q` to that of the array q."""
+        return _unnormalized(self._unscaled_q, dq * self.plan.scale, self._inverse_length_of_q)
+
+    def unnormalized_dk(self, dk: Float[Array, "C K"]) -> Float[Array, "C K"]:
+        """From the cotangent of `k` to that of the array k."""
+        return _unnormalized(self.k, dk, self._inverse_length_of_k)
 
     # --- rows: one number a token
 
@@ -179,3 +228,15 @@ class Tokens:
             # The chunk's last token has the sum of all its logs.
             total=jnp.exp(coarse[:, -1:] + fine[:, -1:]),
         )
+
+
+def _unnormalized(
+    unit: Float[Array, "C K"],
+    dunit: Float[Array, "C K"],
+    inverse_length: Float[Array, "C 1"] | None,
+) -> Float[Array, "C K"]:
+    """The derivative of `unit = x * inverse_length`, whose length does not see x's."""
+    if inverse_length is None:
+        return dunit
+    along = jnp.sum(unit * dunit, axis=1, keepdims=True)
+    return inverse_length * (dunit - unit * along)
