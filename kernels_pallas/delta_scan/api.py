@@ -1,14 +1,16 @@
 """`delta_scan` and `delta_scan_step`: the public functions, with checks and defaults."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.common.checks import check_interpret, default_scale
-from kernels_pallas.common.mesh import varying_together
+from kernels_pallas.common.checks import as_array, as_ids, check_interpret, default_scale
+from kernels_pallas.common.derivative import differentiated_as
+from kernels_pallas.common.mesh import by_rows_and_heads, on_explicit_axes, varying_together
 from kernels_pallas.delta_scan import reference, xla
 from kernels_pallas.delta_scan.checks import check_state, check_tokens, check_weights
 from kernels_pallas.delta_scan.inputs import (
@@ -17,7 +19,9 @@ from kernels_pallas.delta_scan.inputs import (
     DeltaStepInputs,
     DeltaStepOptions,
 )
-from kernels_pallas.linear_scan.checks import check_chunk_size, check_segment_ids
+from kernels_pallas.delta_scan.tpu import op as tpu
+from kernels_pallas.delta_scan.tpu import step as tpu_step
+from kernels_pallas.linear_scan.checks import check_segment_ids, checked_chunk_size
 
 _NO_KERNEL = "has no kernel for this op"
 
@@ -77,8 +81,8 @@ def delta_scan(
       return_final_state: also return the state after the last token.
       chunk_size: tokens computed as one matrix, a power of two up to 512. The result does not
         depend on it.
-      implementation: None, "reference" or "xla"; see `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla" or "tpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu") in interpret mode, on CPU.
 
     Returns:
       o in v's dtype, or (o, final state) with the state in float32, float64 if an input is.
@@ -91,17 +95,20 @@ def delta_scan(
     Comba 2506.02475; Gated DeltaNet-2 2605.22791.
     """
     op = "delta_scan"
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    beta, log_decay, erase, write = map(as_array, (beta, log_decay, erase, write))
+    initial_state = as_array(initial_state)
+    segment_ids = as_ids(op, "segment_ids", segment_ids)
     check_tokens(op, q, k, v, has_time=True)
     check_weights(op, q, v, beta, log_decay, erase, write)
     check_state(op, "initial_state", q, v, initial_state)
     check_segment_ids(op, q, segment_ids)
-    check_chunk_size(op, chunk_size)
+    chunk_size = checked_chunk_size(op, chunk_size)
     check_interpret(op, interpret, implementation)
 
-    if initial_state is None:
-        B, _, H, V = v.shape
-        initial_state = jnp.zeros((B, H, q.shape[-1], V))
-    floats = (q, k, v, beta, log_decay, erase, write, initial_state)
+    if initial_state is not None:
+        floats = (q, k, v, beta, log_decay, erase, write, initial_state)
+        initial_state = initial_state.astype(_computation_dtype(floats))
     inputs = DeltaInputs(
         q=q,
         k=k,
@@ -110,7 +117,7 @@ def delta_scan(
         log_decay=log_decay,
         erase=erase,
         write=write,
-        initial_state=initial_state.astype(_computation_dtype(floats)),
+        initial_state=initial_state,
         segment_ids=segment_ids,
     )
     options = DeltaOptions(
@@ -119,12 +126,42 @@ def delta_scan(
         chunk_size=chunk_size,
         return_final_state=return_final_state,
     )
-    # Inside `shard_map`, every array varies over the same mesh axes.
-    inputs = varying_together(inputs)
-    chosen = dispatch.choose(op, implementation, {"tpu": _NO_KERNEL, "gpu": _NO_KERNEL})
-    plain = reference if chosen == "reference" else xla
-    o, final_state = plain.delta_scan(inputs, options)
-    return (o, final_state) if return_final_state else o
+    # A backend says why it cannot take the call, or None.
+    refusals = {"tpu": tpu.unsupported(inputs, options), "gpu": _NO_KERNEL}
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
+    if chosen == "tpu":
+        inputs = varying_together(inputs)
+
+        def run(*arrays: Array | None) -> tuple[Array, Array | None]:
+            return tpu.delta_scan(
+                DeltaInputs._make(arrays),
+                options,
+                interpret=interpret,
+            )
+
+        o, final_state = _scan_on_mesh(run, inputs)
+    else:
+        # The kernel starts from zeros in fast memory; the other two take an array.
+        if initial_state is None:
+            floats = (q, k, v, beta, log_decay, erase, write)
+            B, _, H, V = v.shape
+            zeros = jnp.zeros((B, H, q.shape[-1], V), _computation_dtype(floats))
+            inputs = inputs._replace(initial_state=zeros)
+        # Inside `shard_map`, every array varies over the same mesh axes.
+        inputs = varying_together(inputs)
+        plain = reference if chosen == "reference" else xla
+
+        def run_plain(*arrays: Array | None) -> tuple[Array, Array]:
+            return plain.delta_scan(DeltaInputs._make(arrays), options)
+
+        # On Auto axes XLA splits it.
+        split = _scan_on_mesh if on_explicit_axes() else _whole
+        o, final_state = split(run_plain, inputs)
+    if not return_final_state:
+        return o
+    assert final_state is not None
+    return o, final_state
 
 
 def delta_scan_step(
@@ -144,14 +181,15 @@ def delta_scan_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of `delta_scan`, for decoding: the same formulas and arguments without T.
 
-    Donate `state` to the surrounding jit to have it updated in place.
+    Donate `state` to the surrounding jit to have it updated in place. On TPU a kernel reads and
+    writes every state once.
 
     Args:
       q, k, v: the query, key and value of one token.
       state: as `delta_scan` returns it.
       beta, log_decay, erase, write, scale, l2_norm: as in `delta_scan`.
-      implementation: None, "reference" or "xla"; see `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla" or "tpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu") in interpret mode, on CPU.
 
     Returns:
       (o, new state): o in v's dtype, the state in float32 (float64 if an input is float64).
@@ -161,6 +199,8 @@ def delta_scan_step(
       NotImplementedError: the implementation asked for does not cover this call.
     """
     op = "delta_scan_step"
+    q, k, v, state = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(state)
+    beta, log_decay, erase, write = map(as_array, (beta, log_decay, erase, write))
     check_tokens(op, q, k, v, has_time=False)
     check_weights(op, q, v, beta, log_decay, erase, write)
     check_state(op, "state", q, v, state)
@@ -181,10 +221,102 @@ def delta_scan_step(
         scale=default_scale(scale, q.shape[-1]),
         l2_norm=l2_norm,
     )
+    refusals = {"tpu": tpu_step.unsupported(inputs), "gpu": _NO_KERNEL}
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     inputs = varying_together(inputs)
-    chosen = dispatch.choose(op, implementation, {"tpu": _NO_KERNEL, "gpu": _NO_KERNEL})
-    plain = reference if chosen == "reference" else xla
-    return plain.delta_scan_step(inputs, options)
+
+    def run_on_tpu(*arrays: Array | None) -> tuple[Array, Array]:
+        return tpu_step.delta_scan_step(
+            DeltaStepInputs._make(arrays),
+            options,
+            interpret=interpret,
+        )
+
+    def run_on_xla(*arrays: Array | None) -> tuple[Array, Array]:
+        return xla.delta_scan_step(DeltaStepInputs._make(arrays), options)
+
+    def run_reference(*arrays: Array | None) -> tuple[Array, Array]:
+        return reference.delta_scan_step(DeltaStepInputs._make(arrays), options)
+
+    if chosen == "tpu":
+        # One token is quickly computed once more.
+        return _step_on_mesh(differentiated_as(run_on_tpu, run_on_xla), inputs)
+    plain = run_reference if chosen == "reference" else run_on_xla
+    split = _step_on_mesh if on_explicit_axes() else _whole
+    return split(plain, inputs)
+
+
+def _whole(run: Callable, inputs: DeltaInputs | DeltaStepInputs) -> tuple[Array, Array]:
+    """As `_scan_on_mesh`, where nothing is to be split."""
+    return run(*inputs)
+
+
+# --- kernels on a mesh: every device computes its own rows ("b") and heads ("h")
+
+
+def _scan_on_mesh(run: Callable, inputs: DeltaInputs) -> tuple[Array, Array | None]:
+    log_decay = inputs.log_decay
+    is_scalar = log_decay is None or log_decay.ndim == 3
+    axes = (
+        "b.h.",  # q
+        "b.h.",  # k
+        "b.h.",  # v
+        "b.h",  # beta
+        "b.h" if is_scalar else "b.h.",  # log_decay
+        "b.h.",  # erase
+        "b.h.",  # write
+        "bh..",  # initial_state
+        "b.",  # segment_ids
+    )
+    output_axes = ("b.h.", "bh..")
+    o, final_state = by_rows_and_heads(
+        run,
+        inputs,
+        axes,
+        output_axes,
+        _common_heads(inputs),
+    )
+    assert o is not None
+    return o, final_state
+
+
+def _step_on_mesh(run: Callable, inputs: DeltaStepInputs) -> tuple[Array, Array]:
+    log_decay = inputs.log_decay
+    is_scalar = log_decay is None or log_decay.ndim == 2
+    axes = (
+        "bh.",  # q
+        "bh.",  # k
+        "bh.",  # v
+        "bh",  # beta
+        "bh" if is_scalar else "bh.",  # log_decay
+        "bh.",  # erase
+        "bh.",  # write
+        "bh..",  # state
+    )
+    output_axes = ("bh.", "bh..")
+    o, new_state = by_rows_and_heads(
+        run,
+        inputs,
+        axes,
+        output_axes,
+        _common_heads(inputs),
+    )
+    assert o is not None
+    assert new_state is not None
+    return o, new_state
+
+
+def _common_heads(inputs: DeltaInputs | DeltaStepInputs) -> int:
+    """The greatest number of parts into which states, query and key heads can all be split."""
+    return math.gcd(
+        inputs.q.shape[-2],
+        inputs.k.shape[-2],
+        inputs.v.shape[-2],
+    )
+
+
+# --- from the arguments to the arrays of a backend
 
 
 def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:

@@ -67,8 +67,8 @@ def backward(
     dq = like(x.q, x.q.shape, x.q.dtype)
     outputs = [
         grid.tokens("dq", dq, plan.H, plan.K),
-        _shared_heads_output(grid, "dk", x.k, x.q, plan.Hk, plan.K),
-        _shared_heads_output(grid, "dv", x.v, x.q, plan.Hv, plan.V),
+        shared_heads_output(grid, "dk", x.k, x.q, plan.Hk, plan.K),
+        shared_heads_output(grid, "dv", x.v, x.q, plan.Hv, plan.V),
     ]
     if x.decay is not None and plan.decay == "vector":
         # A log for every channel: written like q.
@@ -106,7 +106,7 @@ def backward(
     )
 
 
-def _shared_heads_output(
+def shared_heads_output(
     grid: Grid,
     name: str,
     array: Array,

@@ -279,8 +279,8 @@ def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
         dfinal,
     )
     # Blocks of query heads that share a head left one part each.
-    dk = _sum_of_parts(out["dk"], x.k, plan.Hk)
-    dv = _sum_of_parts(out["dv"], x.v, plan.Hv)
+    dk = sum_of_parts(out["dk"], x.k, plan.Hk)
+    dv = sum_of_parts(out["dv"], x.v, plan.Hv)
     ddecay = _dlog_decay(plan, x.decay, out.get("ddecay"))
     dbonus = None
     if x.bonus is not None:
@@ -301,7 +301,7 @@ def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
 _scan.defvjp(_forward, _backward)
 
 
-def _sum_of_parts(parts: Array, x: Array, num_heads: int) -> Array:
+def sum_of_parts(parts: Array, x: Array, num_heads: int) -> Array:
     """Shared heads: [B, T, heads * parts * D] float32 -> [B, T, heads * D] in x's dtype."""
     if parts.shape == x.shape:
         return parts

@@ -1,0 +1,193 @@
+"""One chunk with one decay per key channel inside the TPU kernels: multiplicative halving.
+
+This is `../tile.py:vector_decay` in terms of 8-row registers: the halving of
+`linear_scan/tpu/vector_decay.py` with two sets of rows that read, queries and erase keys. The
+derivative is in `vector_decay_backward.py`.
+"""
+
+from collections.abc import Generator
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from kernels_pallas.delta_scan.tpu.tile import ChunkTerms
+from kernels_pallas.linear_scan.tpu.tile import (
+    NT,
+    ROWS,
+    Registers,
+    TileOptions,
+    join_rows,
+    matmul,
+    split_rows,
+)
+from kernels_pallas.linear_scan.tpu.vector_decay import (
+    diagonal_scores,
+    is_later_block,
+    pack_pairs,
+    partner_totals,
+    place_scores,
+    row_has_bit,
+    unpack_pairs,
+)
+
+
+class Merge(NamedTuple):
+    """The operands of one merge, in the dtype of a matmul's operands.
+
+    Attributes:
+      h: rows of a block before the merge.
+      later_reads: the rows of later blocks that read, queries and erase keys, see `_later_reads`.
+      writes: all keys.
+      reads, erases: all rows; for the derivative only.
+      partners: of `partner_totals`.
+    """
+
+    h: int
+    later_reads: Float[Array, "C K"]
+    writes: Float[Array, "C K"]
+    reads: Float[Array, "C K"] | None
+    erases: Float[Array, "C K"] | None
+    partners: Registers
+
+
+def chunk_terms(
+    options: TileOptions,
+    levels: Int[Array, "C C"],
+    reads: Float[Array, "C K"],
+    erases: Float[Array, "C K"],
+    k: Float[Array, "C K"],
+    decay: Float[Array, "C K"],
+    total: Float[Array, "1 K"],
+    diagonal: Float[Array, "C 1"],
+    keep: bool,
+) -> Generator[None, None, tuple[ChunkTerms, list[Merge]]]:
+    """The terms of a chunk (a generator).
+
+    Args:
+      options: the static arguments.
+      levels: of `merge_levels`.
+      reads, erases: q and e times the decay of their own token.
+      k: the keys.
+      decay: of each token and channel.
+      total: the decay of the whole chunk, as the exponential of the sum of logs.
+      diagonal: what each query reads of its own token's write.
+      keep: whether the merges keep what only the derivative needs.
+
+    Returns:
+      The terms, and the merges in order.
+    """
+    # A block of one token: its read counts from its own start, its write to its own end.
+    read_rows = split_rows(reads)
+    erase_rows = split_rows(erases)
+    write_rows = split_rows(k)
+    totals = split_rows(decay)
+
+    def operand(rows: Registers) -> Array:
+        return join_rows(rows).astype(options.operand)
+
+    # Element-wise work first: the rows of every merge.
+    merges = []
+    h = 1
+    while h < k.shape[0]:
+        yield
+        partners = partner_totals(totals, h)
+        merge = Merge(
+            h=h,
+            later_reads=operand(_later_reads(read_rows, erase_rows, h)),
+            writes=operand(write_rows),
+            reads=operand(read_rows) if keep else None,
+            erases=operand(erase_rows) if keep else None,
+            partners=partners,
+        )
+        merges.append(merge)
+        of_reads, of_writes = _factors(partners, h, len(read_rows))
+        read_rows = _multiplied(read_rows, of_reads)
+        erase_rows = _multiplied(erase_rows, of_reads)
+        write_rows = _multiplied(write_rows, of_writes)
+        if h < ROWS:
+            totals = [t * p for t, p in zip(totals, partners)]
+        else:
+            totals = [a * b for a, b in zip(totals[::2], totals[1::2])]
+        h *= 2
+
+    # Then the matmuls, and the places of their results in the scores of the chunk.
+    level_rows = split_rows(levels)
+    read_scores = diagonal_scores(diagonal, level_rows)
+    erase_scores = diagonal_scores(None, level_rows)
+    for merge in merges:
+        yield
+        product = matmul(options, merge.later_reads, merge.writes, NT)
+        yield
+        # In order of h: larger blocks overwrite what is not theirs.
+        new_reads, new_erases = _split_later_reads(split_rows(product), merge.h)
+        read_scores = place_scores(read_scores, new_reads, merge.h, level_rows, False)
+        erase_scores = place_scores(erase_scores, new_erases, merge.h, level_rows, False)
+    terms = ChunkTerms(
+        read_scores=join_rows(read_scores),
+        erase_scores=join_rows(erase_scores),
+        reads=join_rows(read_rows),
+        erases=join_rows(erase_rows),
+        writes=join_rows(write_rows),
+        total=total,
+    )
+    return terms, merges
+
+
+def _factors(
+    partners: Registers,
+    h: int,
+    num_registers: int,
+) -> tuple[list[Array | None], list[Array | None]]:
+    """What a merge multiplies reads (and erases) and writes by, for each register; None for 1.
+
+    Rows of later blocks read through the partner's decay; rows of earlier ones write through it.
+    """
+    of_reads: list[Array | None] = []
+    of_writes: list[Array | None] = []
+    if h < ROWS:
+        is_later = row_has_bit(h, partners[0])
+        for partner in partners:
+            of_reads.append(jnp.where(is_later, partner, 1.0))
+            of_writes.append(jnp.where(is_later, 1.0, partner))
+        return of_reads, of_writes
+    for i in range(num_registers):
+        partner = partners[i * ROWS // h]
+        is_later_register = is_later_block(i, h, False)
+        of_reads.append(partner if is_later_register else None)
+        of_writes.append(None if is_later_register else partner)
+    return of_reads, of_writes
+
+
+def _multiplied(rows: Registers, factors: list[Array | None]) -> Registers:
+    """Row by row; None stands for 1."""
+    return [x if factor is None else x * factor for x, factor in zip(rows, factors)]
+
+
+def _later_reads(reads: Registers, erases: Registers, h: int) -> Registers:
+    """The rows of later blocks of both: C rows. The inverse, of scores: `_split_later_reads`."""
+    if h < ROWS:
+        # Half of the rows of each register: a query's and an erase key's fill one.
+        alternating = [x for pair in zip(reads, erases) for x in pair]
+        return pack_pairs(alternating, h, True)
+    return later_registers(reads, h) + later_registers(erases, h)
+
+
+def _split_later_reads(scores: Registers, h: int) -> tuple[Registers, Registers]:
+    """(those of queries, those of erase keys): all rows for h < 8, else those of later blocks."""
+    if h < ROWS:
+        alternating = unpack_pairs(scores, h, True)
+        return alternating[::2], alternating[1::2]
+    half = len(scores) // 2
+    return scores[:half], scores[half:]
+
+
+def later_registers(xs: Registers, h: int) -> Registers:
+    """Those of later blocks of h >= 8 rows."""
+    return [x for i, x in enumerate(xs) if is_later_block(i, h, False)]
+
+
+def earlier_registers(xs: Registers, h: int) -> Registers:
+    """Those of earlier blocks of h >= 8 rows."""
+    return [x for i, x in enumerate(xs) if not is_later_block(i, h, False)]
