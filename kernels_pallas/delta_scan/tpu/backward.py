@@ -112,13 +112,14 @@ def _kernel(
 
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
+    ones = tile.blocks_of_ones(plan.chunk)
     levels_transposed = merge_levels(plan.chunk, reverse=True)
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
         tokens = Tokens(plan, grid, refs, chunk, h)
         terms, merges, decays = yield from chunk_terms(plan, options, levels, tokens, keep=True)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms.erase_scores)
+        inverse_matrix = yield from tile.inverse(options, terms.erase_scores, ones)
         yield
         # The state before the chunk, and the cotangent of the one after it.
         cotangents = yield from tile.read_and_update_backward(

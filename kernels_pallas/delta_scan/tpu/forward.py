@@ -137,12 +137,13 @@ def _kernel(
 
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
+    ones = tile.blocks_of_ones(plan.chunk)
 
     def head(chunk: int, h: int) -> Generator:
         tokens = Tokens(plan, grid, refs, chunk, h)
         terms, _, _ = yield from chunk_terms(plan, options, levels, tokens, keep=False)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms.erase_scores)
+        inverse_matrix = yield from tile.inverse(options, terms.erase_scores, ones)
         yield
         # Save the state before it is updated.
         if "states" in refs:

@@ -61,16 +61,21 @@ def chunk_terms(
     factors: Factors,
 ) -> ChunkTerms:
     """The terms of a chunk: of scaled queries, erase keys and keys."""
+
+    def operand(x: Array) -> Array:
+        """As matmuls see it."""
+        return x.astype(options.operand)
+
     C = q.shape[0]
     products = matmul(options, join_rows((q, erase)), k, NT)
     # A token erases before it writes.
     erase_scores = jnp.where(levels > 0, products[C:] * factors.mask, 0.0)
     return ChunkTerms(
-        read_scores=products[:C] * factors.mask,
+        read_scores=operand(products[:C] * factors.mask),
         erase_scores=erase_scores,
-        reads=q * factors.read,
-        erases=erase * factors.read,
-        writes=k * factors.write,
+        reads=operand(q * factors.read),
+        erases=operand(erase * factors.read),
+        writes=operand(k * factors.write),
         total=factors.total,
     )
 

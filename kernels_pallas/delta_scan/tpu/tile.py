@@ -48,21 +48,17 @@ class ChunkTerms(NamedTuple):
 # --- the inverse of I + A_e
 
 
-def _careful_matmul(options: TileOptions, a: Array, b: Array) -> Array:
-    """a b in three passes of bfloat16 where other matmuls take one, else with all bits."""
-    precision = lax.Precision.HIGH if options.rounds else lax.Precision.HIGHEST
-    return lax.dot_general(
-        a,
-        b,
-        NN,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+def blocks_of_ones(C: int) -> Float[Array, "C C"]:
+    """1 where row and column lie in the same block of 8, for `inverse`."""
+    i = lax.broadcasted_iota(jnp.int32, (C, C), 0)
+    j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
+    return (i // ROWS == j // ROWS).astype(jnp.float32)
 
 
 def inverse(
     options: TileOptions,
     erase_scores: Float[Array, "C C"],
+    ones: Float[Array, "C C"],
 ) -> Generator[None, None, Float[Array, "C C"]]:
     """(I + A_e)^-1, from the inverses of its diagonal blocks, which double in every level.
 
@@ -74,6 +70,7 @@ def inverse(
     Args:
       options: the static arguments.
       erase_scores: A_e, strictly lower triangular.
+      ones: `blocks_of_ones`, the same for all heads.
 
     Returns:
       The inverse (a generator).
@@ -81,28 +78,24 @@ def inverse(
     scores = split_rows(erase_scores)
     C = erase_scores.shape[1]
     lane = lax.broadcasted_iota(jnp.int32, (ROWS, C), 1)
-    packed = [(yield from _inverse_of_registers(options, scores, lane))]
+    packed = [(yield from _inverse_of_registers(options, scores, ones, lane))]
     h = ROWS
     while h < C:
         yield
         # Of every pair of blocks the right one, R, has bit h.
         is_right = (lane & h) != 0
-        left_columns = [jnp.where(is_right, 0.0, x) for x in _pack_below(scores, h, lane)]
-        product = _careful_matmul(
-            options,
-            join_rows(left_columns),
-            join_rows(_unpack(packed, h, C, lane)),
-        )
-        yield
-        rights = [jnp.where(is_right, x, 0.0) for x in packed]
-        cross = _careful_matmul(
-            options,
-            join_rows(rights),
-            join_rows(_unpack_below(split_rows(product), h, C, lane)),
-        )
         lefts = [jnp.where(is_right, 0.0, x) for x in packed]
-        lower = [right - x for right, x in zip(rights, split_rows(cross))]
-        packed = lefts + lower
+        rights = [jnp.where(is_right, x, 0.0) for x in packed]
+        below = [jnp.where(is_right, 0.0, x) for x in _pack_below(scores, h, lane)]
+        # A_e[R, L] T_L, then T_R times that.
+        left_blocks = [_unpack(part, h, C, lane, is_right=False) for part in _parts(options, lefts)]
+        product = _careful_matmul(options, below, left_blocks)
+        yield
+        right_blocks = [
+            _unpack(part, h, C, lane, is_right=True) for part in _parts(options, product)
+        ]
+        cross = _careful_matmul(options, rights, right_blocks)
+        packed = lefts + [right - x for right, x in zip(rights, cross)]
         h *= 2
     return join_rows(packed)
 
@@ -110,28 +103,78 @@ def inverse(
 def _inverse_of_registers(
     options: TileOptions,
     scores: Registers,
+    ones: Float[Array, "C C"],
     lane: Int[Array, "8 C"],
 ) -> Generator[None, None, Float[Array, "8 C"]]:
     """The inverses of all blocks of 8 rows, side by side: by substitution, in float32."""
-    C = lane.shape[1]
     row = lax.broadcasted_iota(jnp.int32, lane.shape, 0)
     blocks = jnp.zeros(lane.shape, jnp.float32)
     for i, score in enumerate(scores):
-        blocks = jnp.where(lane // ROWS == i, score, blocks)
+        blocks = jnp.where(_is_block(lane, i, ROWS), score, blocks)
     # Column j of every block, in all lanes of the block: one matmul with blocks of ones.
-    columns = [jnp.where(lane % ROWS == j, blocks, 0.0) for j in range(ROWS)]
-    i = lax.broadcasted_iota(jnp.int32, (C, C), 0)
-    j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
-    is_same_block = i // ROWS == j // ROWS
-    spread = split_rows(
-        _careful_matmul(options, join_rows(columns), is_same_block.astype(jnp.float32))
-    )
+    column_of_block = lane & (ROWS - 1)
+    columns = [jnp.where(column_of_block == j, blocks, 0.0) for j in range(ROWS)]
+    spread = _careful_matmul(options, columns, [split_rows(ones)])
     yield
     # Row j of the inverse is final when the rows before it have been taken from it.
-    solved = (lane % ROWS == row).astype(jnp.float32)
+    solved = (column_of_block == row).astype(jnp.float32)
     for j in range(ROWS - 1):
         solved = solved - spread[j] * solved[j : j + 1]
     return solved
+
+
+def _parts(options: TileOptions, rows: Registers) -> list[Registers]:
+    """Numbers as sums of numbers that bfloat16 holds, where the matrix unit multiplies these."""
+    if not options.rounds:
+        return [rows]
+    high = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in rows]
+    return [high, [x - part for x, part in zip(rows, high)]]
+
+
+def _careful_matmul(
+    options: TileOptions,
+    left: Registers,
+    right_parts: list[Registers],
+) -> Registers:
+    """left right: in three passes of bfloat16 where other matmuls take one, else with all bits.
+
+    Args:
+      options: the static arguments.
+      left: the left operand.
+      right_parts: the right operand's `_parts`; one of them if it has no more bits.
+
+    Returns:
+      The product.
+    """
+    right, *rests = [join_rows(part) for part in right_parts]
+    if not options.rounds:
+        return split_rows(_dot(join_rows(left), right, lax.Precision.HIGHEST))
+    high, low = _parts(options, left)
+    # Of four products of parts the one of both low parts is too small to matter.
+    both = _dot(
+        join_rows(high + low).astype(jnp.bfloat16),
+        right.astype(jnp.bfloat16),
+        lax.Precision.DEFAULT,
+    )
+    num_rows = both.shape[0] // 2
+    product = both[:num_rows] + both[num_rows:]
+    for rest in rests:
+        product = product + _dot(
+            join_rows(high).astype(jnp.bfloat16),
+            rest.astype(jnp.bfloat16),
+            lax.Precision.DEFAULT,
+        )
+    return split_rows(product)
+
+
+def _dot(a: Array, b: Array, precision: lax.Precision) -> Array:
+    return lax.dot_general(
+        a,
+        b,
+        NN,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _is_block(lane: Int[Array, "8 C"], block: int, h: int) -> Bool[Array, "8 C"]:
@@ -144,12 +187,26 @@ def _unpack(
     h: int,
     C: int,
     lane: Int[Array, "8 C"],
+    is_right: bool,
 ) -> Registers:
-    """Blocks of h rows that are side by side -> on the diagonal of [C, C]."""
+    """Blocks of h rows that are side by side -> in [C, C], each in the rows of a block of its pair.
+
+    Args:
+      packed: the blocks, each in the lanes of one of its pair; all other lanes are of no meaning.
+      h: rows of a block.
+      C: rows of the result.
+      lane: of every element.
+      is_right: whether the rows are those of the right blocks. The others are 0.
+
+    Returns:
+      The rows. Left blocks are on the diagonal; right ones are below it.
+    """
+    zeros = [jnp.zeros_like(x) for x in packed]
     rows = []
-    for block in range(C // h):
-        is_block = _is_block(lane, block, h)
-        rows += [jnp.where(is_block, x, 0.0) for x in packed]
+    for left in range(0, C // h, 2):
+        is_left = _is_block(lane, left, h)
+        blocks = [jnp.where(is_left, x, 0.0) for x in packed]
+        rows += zeros + blocks if is_right else blocks + zeros
     return rows
 
 
@@ -168,22 +225,6 @@ def _pack_below(
         is_left = _is_block(lane, right - 1, h)
         packed = [jnp.where(is_left, x, p) for x, p in zip(block, packed)]
     return packed
-
-
-def _unpack_below(
-    packed: Registers,
-    h: int,
-    C: int,
-    lane: Int[Array, "8 C"],
-) -> Registers:
-    """The inverse of `_pack_below`, with zeros in all other blocks."""
-    zeros = [jnp.zeros_like(x) for x in packed]
-    rows = []
-    for left in range(0, C // h, 2):
-        is_left = _is_block(lane, left, h)
-        rows += zeros
-        rows += [jnp.where(is_left, x, 0.0) for x in packed]
-    return rows
 
 
 # --- the state: [V, K], transposed so that a decay of the keys is a row

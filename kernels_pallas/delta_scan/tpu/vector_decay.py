@@ -125,11 +125,12 @@ def chunk_terms(
         read_scores = place_scores(read_scores, new_reads, merge.h, level_rows, False)
         erase_scores = place_scores(erase_scores, new_erases, merge.h, level_rows, False)
     terms = ChunkTerms(
-        read_scores=join_rows(read_scores),
+        # Kept as matmuls see them, half as large: until the inverse is there they only wait.
+        read_scores=operand(read_scores),
         erase_scores=join_rows(erase_scores),
-        reads=join_rows(read_rows),
-        erases=join_rows(erase_rows),
-        writes=join_rows(write_rows),
+        reads=operand(read_rows),
+        erases=operand(erase_rows),
+        writes=operand(write_rows),
         total=total,
     )
     return terms, merges
