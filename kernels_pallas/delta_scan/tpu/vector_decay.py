@@ -87,11 +87,22 @@ def chunk_terms(
     def operand(rows: Registers) -> Array:
         return join_rows(rows).astype(options.operand)
 
-    # Element-wise work first: the rows of every merge.
+    level_rows = split_rows(levels)
+    read_scores = diagonal_scores(diagonal, level_rows)
+    erase_scores = diagonal_scores(None, level_rows)
+
+    def place(product: Array, h: int) -> None:
+        """In order of h: larger blocks overwrite what is not theirs."""
+        nonlocal read_scores, erase_scores
+        new_reads, new_erases = _split_later_reads(split_rows(product), h)
+        read_scores = place_scores(read_scores, new_reads, h, level_rows, False)
+        erase_scores = place_scores(erase_scores, new_erases, h, level_rows, False)
+
     merges = []
+    # The product of the merge before, which is placed while the next one is multiplied.
+    pending = None
     h = 1
     while h < k.shape[0]:
-        yield
         partners = partner_totals(totals, h)
         merge = Merge(
             h=h,
@@ -102,6 +113,7 @@ def chunk_terms(
             partners=partners,
         )
         merges.append(merge)
+        product = matmul(options, merge.later_reads, merge.writes, NT)
         of_reads, of_writes = _factors(partners, h, len(read_rows))
         read_rows = _multiplied(read_rows, of_reads)
         erase_rows = _multiplied(erase_rows, of_reads)
@@ -110,20 +122,13 @@ def chunk_terms(
             totals = [t * p for t, p in zip(totals, partners)]
         else:
             totals = [a * b for a, b in zip(totals[::2], totals[1::2])]
+        if pending is not None:
+            place(*pending)
+        pending = product, h
         h *= 2
-
-    # Then the matmuls, and the places of their results in the scores of the chunk.
-    level_rows = split_rows(levels)
-    read_scores = diagonal_scores(diagonal, level_rows)
-    erase_scores = diagonal_scores(None, level_rows)
-    for merge in merges:
-        yield
-        product = matmul(options, merge.later_reads, merge.writes, NT)
-        yield
-        # In order of h: larger blocks overwrite what is not theirs.
-        new_reads, new_erases = _split_later_reads(split_rows(product), merge.h)
-        read_scores = place_scores(read_scores, new_reads, merge.h, level_rows, False)
-        erase_scores = place_scores(erase_scores, new_erases, merge.h, level_rows, False)
+    if pending is not None:
+        place(*pending)
+    yield
     terms = ChunkTerms(
         # Kept as matmuls see them, half as large: until the inverse is there they only wait.
         read_scores=operand(read_scores),
