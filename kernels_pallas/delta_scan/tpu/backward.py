@@ -119,7 +119,7 @@ def _kernel(
         tokens = Tokens(plan, grid, refs, chunk, h)
         terms, merges, decays = yield from chunk_terms(plan, options, levels, tokens, keep=True)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms.erase_scores, ones)
+        inverse_matrix = yield from tile.inverse(options, terms, ones)
         yield
         # The state before the chunk, and the cotangent of the one after it.
         cotangents = yield from tile.read_and_update_backward(
@@ -145,7 +145,7 @@ def _kernel(
                 cotangents,
             )
             yield
-            # reads = q * decay, erases = e * decay.
+            # reads = q * decay, and so the erase keys.
             dq = dreads * decays.decay
             derase = derases * decays.decay
             dlog_decay += dq * tokens.q + derase * tokens.erase
@@ -179,14 +179,14 @@ def _kernel(
         dwritten: Array,
         sums: dict,
     ) -> None:
-        """From erase = beta k and written = beta v, or weights of their own, to the inputs."""
+        """From erase = -beta k and written = beta v, or weights of their own, to the inputs."""
         dweights = tokens.v * dwritten
         dbeta = jnp.zeros((plan.chunk, 1), jnp.float32)
         if "derase" in refs:
-            tokens.store("derase", plan.H, plan.K, derase)
+            tokens.store("derase", plan.H, plan.K, -derase)
         else:
-            dk = dk + tokens.column("beta") * derase
-            dbeta += jnp.sum(tokens.k * derase, axis=1, keepdims=True)
+            dk = dk + tokens.column("minus_beta") * derase
+            dbeta -= jnp.sum(tokens.k * derase, axis=1, keepdims=True)
         if "dwrite" in refs:
             tokens.store("dwrite", plan.H, plan.V, dweights)
         else:

@@ -143,7 +143,7 @@ def _kernel(
         tokens = Tokens(plan, grid, refs, chunk, h)
         terms, _, _ = yield from chunk_terms(plan, options, levels, tokens, keep=False)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms.erase_scores, ones)
+        inverse_matrix = yield from tile.inverse(options, terms, ones)
         yield
         # Save the state before it is updated.
         if "states" in refs:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.delta_scan.tpu.tile import ChunkCotangents, ChunkTerms
+from kernels_pallas.delta_scan.tpu.tile import ChunkCotangents, ChunkTerms, pack_diagonal
 from kernels_pallas.linear_scan.tpu.scalar_decay import dlog_decay_of_pairs
-from kernels_pallas.linear_scan.tpu.tile import NT, TN, TileOptions, join_rows, matmul
+from kernels_pallas.linear_scan.tpu.tile import NT, TN, TileOptions, join_rows, matmul, split_rows
 
 
 class Factors(NamedTuple):
@@ -60,7 +60,7 @@ def chunk_terms(
     k: Float[Array, "C K"],
     factors: Factors,
 ) -> ChunkTerms:
-    """The terms of a chunk: of scaled queries, erase keys and keys."""
+    """The terms of a chunk: of scaled queries, negative erase keys and keys."""
 
     def operand(x: Array) -> Array:
         """As matmuls see it."""
@@ -73,6 +73,7 @@ def chunk_terms(
     return ChunkTerms(
         read_scores=operand(products[:C] * factors.mask),
         erase_scores=erase_scores,
+        erase_blocks=pack_diagonal(split_rows(erase_scores), C),
         reads=operand(q * factors.read),
         erases=operand(erase * factors.read),
         writes=operand(k * factors.write),

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.linear_scan.tpu.tile import (
@@ -30,22 +31,65 @@ from kernels_pallas.linear_scan.tpu.tile import (
 
 
 class ChunkTerms(NamedTuple):
-    """The terms of a chunk, as `../tile.py` defines them.
+    """The terms of a chunk, as `../tile.py` defines them, with the sign of the erase keys changed.
+
+    What the negative of an erase key finds is added, and nothing has to be negated:
+    (I - N) W = U + (-e.G) S, with N = -A_e.
 
     Attributes:
       read_scores: A_q with its diagonal.
-      erase_scores: A_e, strictly lower triangular.
+      erase_scores: N, of which the blocks of 8 on the diagonal are of no meaning.
+      erase_blocks: these blocks side by side, strictly lower triangular, see `pack_diagonal`.
+      erases: -e.G.
     """
 
     read_scores: Float[Array, "C C"]
     erase_scores: Float[Array, "C C"]
+    erase_blocks: Float[Array, "8 C"]
     reads: Float[Array, "C K"]
     erases: Float[Array, "C K"]
     writes: Float[Array, "C K"]
     total: Float[Array, "1 K"] | Float[Array, "1 1"] | float
 
 
-# --- the inverse of I + A_e
+# --- blocks on the diagonal of [C, C], and the same side by side
+
+
+def lanes_of(C: int) -> Int[Array, "8 C"]:
+    """The lane of every element of a register."""
+    return lax.broadcasted_iota(jnp.int32, (ROWS, C), 1)
+
+
+def _is_block(lane: Int[Array, "8 C"], block: int, h: int) -> Bool[Array, "8 C"]:
+    """The lanes of a block of h."""
+    return (lane >= block * h) & (lane < block * h + h)
+
+
+def pack_diagonal(xs: Registers, C: int) -> Array:
+    """The blocks of 8 rows on the diagonal of [C, C], side by side in one register.
+
+    Args:
+      xs: the rows; columns [8, 1] stand for a row of equal numbers.
+      C: rows and columns.
+
+    Returns:
+      [8, C]: block b in lanes 8 b to 8 b + 7.
+    """
+    lane = lanes_of(C)
+    packed = jnp.broadcast_to(xs[0], lane.shape)
+    for block, x in enumerate(xs[1:], 1):
+        packed = jnp.where(_is_block(lane, block, ROWS), x, packed)
+    return packed
+
+
+def unpack_diagonal(packed: Float[Array, "8 C"]) -> Registers:
+    """The inverse of `pack_diagonal`, with zeros in all other places."""
+    C = packed.shape[1]
+    lane = lanes_of(C)
+    return [jnp.where(_is_block(lane, block, ROWS), packed, 0.0) for block in range(C // ROWS)]
+
+
+# --- the inverse of I - N
 
 
 def blocks_of_ones(C: int) -> Float[Array, "C C"]:
@@ -57,103 +101,103 @@ def blocks_of_ones(C: int) -> Float[Array, "C C"]:
 
 def inverse(
     options: TileOptions,
-    erase_scores: Float[Array, "C C"],
+    terms: ChunkTerms,
     ones: Float[Array, "C C"],
 ) -> Generator[None, None, Float[Array, "C C"]]:
-    """(I + A_e)^-1, from the inverses of its diagonal blocks, which double in every level.
+    """(I - N)^-1, from the inverses of its diagonal blocks, which double in every level.
 
-        T = [[T_L, 0], [-T_R A_e[R, L] T_L, T_R]]
+        T = [[T_L, 0], [T_R N[R, L] T_L, T_R]]
 
     Blocks are kept packed, side by side in h rows: block b of h rows in lanes b h to b h + h. So
     the left operand of a matmul has h rows, not C.
 
     Args:
       options: the static arguments.
-      erase_scores: A_e, strictly lower triangular.
+      terms: the terms of the chunk, with N.
       ones: `blocks_of_ones`, the same for all heads.
 
     Returns:
       The inverse (a generator).
     """
-    scores = split_rows(erase_scores)
-    C = erase_scores.shape[1]
-    lane = lax.broadcasted_iota(jnp.int32, (ROWS, C), 1)
-    packed = [(yield from _inverse_of_registers(options, scores, ones, lane))]
+    scores = split_rows(terms.erase_scores)
+    C = terms.erase_scores.shape[1]
+    lane = lanes_of(C)
+    packed = [(yield from _inverse_of_registers(options, terms.erase_blocks, ones, lane))]
     h = ROWS
     while h < C:
         yield
+        parts = _parts(options, packed)
+        # N[R, L] T_L, then T_R times that. The right operands have nothing but the blocks that are
+        # wanted, so it does not matter what else is in the left ones.
+        below = _parts(options, _pack_below(scores, h, lane))
+        lefts = [_unpack(options, part, h, lane, is_right=False) for part in parts]
+        product = _careful_matmul(options, below, lefts)
+        yield
+        product_parts = _parts(options, product)
+        rights = [_unpack(options, part, h, lane, is_right=True) for part in product_parts]
+        cross = _careful_matmul(options, parts, rights)
         # Of every pair of blocks the right one, R, has bit h.
         is_right = (lane & h) != 0
-        lefts = [jnp.where(is_right, 0.0, x) for x in packed]
-        rights = [jnp.where(is_right, x, 0.0) for x in packed]
-        below = [jnp.where(is_right, 0.0, x) for x in _pack_below(scores, h, lane)]
-        # A_e[R, L] T_L, then T_R times that.
-        left_blocks = [_unpack(part, h, C, lane, is_right=False) for part in _parts(options, lefts)]
-        product = _careful_matmul(options, below, left_blocks)
-        yield
-        right_blocks = [
-            _unpack(part, h, C, lane, is_right=True) for part in _parts(options, product)
-        ]
-        cross = _careful_matmul(options, rights, right_blocks)
-        packed = lefts + [right - x for right, x in zip(rights, cross)]
+        upper = [jnp.where(is_right, 0.0, x) for x in packed]
+        lower = [jnp.where(is_right, x, c) for x, c in zip(packed, cross)]
+        packed = upper + lower
         h *= 2
     return join_rows(packed)
 
 
 def _inverse_of_registers(
     options: TileOptions,
-    scores: Registers,
+    blocks: Float[Array, "8 C"],
     ones: Float[Array, "C C"],
     lane: Int[Array, "8 C"],
 ) -> Generator[None, None, Float[Array, "8 C"]]:
     """The inverses of all blocks of 8 rows, side by side: by substitution, in float32."""
     row = lax.broadcasted_iota(jnp.int32, lane.shape, 0)
-    blocks = jnp.zeros(lane.shape, jnp.float32)
-    for i, score in enumerate(scores):
-        blocks = jnp.where(_is_block(lane, i, ROWS), score, blocks)
     # Column j of every block, in all lanes of the block: one matmul with blocks of ones.
     column_of_block = lane & (ROWS - 1)
     columns = [jnp.where(column_of_block == j, blocks, 0.0) for j in range(ROWS)]
-    spread = _careful_matmul(options, columns, [split_rows(ones)])
+    spread = _careful_matmul(options, _parts(options, columns), [ones])
     yield
-    # Row j of the inverse is final when the rows before it have been taken from it.
+    # Row j of the inverse is final when the rows before it have been added to it.
     solved = (column_of_block == row).astype(jnp.float32)
     for j in range(ROWS - 1):
-        solved = solved - spread[j] * solved[j : j + 1]
+        solved = solved + spread[j] * solved[j : j + 1]
     return solved
 
 
 def _parts(options: TileOptions, rows: Registers) -> list[Registers]:
-    """Numbers as sums of numbers that bfloat16 holds, where the matrix unit multiplies these."""
+    """Numbers as sums of two that bfloat16 holds (nearly), where the matrix unit rounds to it."""
     if not options.rounds:
         return [rows]
-    high = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in rows]
+    # The upper half of the bits, and what is missing.
+    upper_half = jnp.int32(-(2**16))
+    high = [pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & upper_half, jnp.float32) for x in rows]
     return [high, [x - part for x, part in zip(rows, high)]]
 
 
 def _careful_matmul(
     options: TileOptions,
-    left: Registers,
-    right_parts: list[Registers],
+    left_parts: list[Registers],
+    right_parts: list[Array],
 ) -> Registers:
     """left right: in three passes of bfloat16 where other matmuls take one, else with all bits.
 
     Args:
       options: the static arguments.
-      left: the left operand.
-      right_parts: the right operand's `_parts`; one of them if it has no more bits.
+      left_parts: the left operand's `_parts`.
+      right_parts: the right operand's; one of them if it has no more bits.
 
     Returns:
       The product.
     """
-    right, *rests = [join_rows(part) for part in right_parts]
     if not options.rounds:
-        return split_rows(_dot(join_rows(left), right, lax.Precision.HIGHEST))
-    high, low = _parts(options, left)
+        return split_rows(_dot(join_rows(left_parts[0]), right_parts[0], lax.Precision.HIGHEST))
+    high, low = left_parts
+    right, *rests = [x.astype(jnp.bfloat16) for x in right_parts]
     # Of four products of parts the one of both low parts is too small to matter.
     both = _dot(
         join_rows(high + low).astype(jnp.bfloat16),
-        right.astype(jnp.bfloat16),
+        right,
         lax.Precision.DEFAULT,
     )
     num_rows = both.shape[0] // 2
@@ -161,7 +205,7 @@ def _careful_matmul(
     for rest in rests:
         product = product + _dot(
             join_rows(high).astype(jnp.bfloat16),
-            rest.astype(jnp.bfloat16),
+            rest,
             lax.Precision.DEFAULT,
         )
     return split_rows(product)
@@ -177,37 +221,37 @@ def _dot(a: Array, b: Array, precision: lax.Precision) -> Array:
     )
 
 
-def _is_block(lane: Int[Array, "8 C"], block: int, h: int) -> Bool[Array, "8 C"]:
-    """The lanes of a block of h."""
-    return (lane >= block * h) & (lane < block * h + h)
-
-
 def _unpack(
+    options: TileOptions,
     packed: Registers,
     h: int,
-    C: int,
     lane: Int[Array, "8 C"],
     is_right: bool,
-) -> Registers:
+) -> Float[Array, "C C"]:
     """Blocks of h rows that are side by side -> in [C, C], each in the rows of a block of its pair.
 
     Args:
-      packed: the blocks, each in the lanes of one of its pair; all other lanes are of no meaning.
+      options: the static arguments.
+      packed: the blocks, in the lanes of the left ones; all other lanes are of no meaning.
       h: rows of a block.
-      C: rows of the result.
       lane: of every element.
-      is_right: whether the rows are those of the right blocks. The others are 0.
+      is_right: whether the rows are those of the right blocks, else those of the left ones.
 
     Returns:
-      The rows. Left blocks are on the diagonal; right ones are below it.
+      The matrix, with zeros in all other places; in bfloat16 where the matrix unit rounds to it.
     """
+    C = lane.shape[1]
     zeros = [jnp.zeros_like(x) for x in packed]
+    pair = zeros + packed if is_right else packed + zeros
+    if options.rounds:
+        # Two rows of bfloat16 in one of words: half the work.
+        pair = split_rows(pltpu.bitcast(join_rows(pair).astype(jnp.bfloat16), jnp.int32))
     rows = []
     for left in range(0, C // h, 2):
         is_left = _is_block(lane, left, h)
-        blocks = [jnp.where(is_left, x, 0.0) for x in packed]
-        rows += zeros + blocks if is_right else blocks + zeros
-    return rows
+        rows += [jnp.where(is_left, x, jnp.zeros_like(x)) for x in pair]
+    matrix = join_rows(rows)
+    return pltpu.bitcast(matrix, jnp.bfloat16) if options.rounds else matrix
 
 
 def _pack_below(
@@ -239,11 +283,11 @@ def read_and_update(
 ) -> Generator[None, None, tuple[Float[Array, "C V"], Float[Array, "V K"]]]:
     """o, and the state after the chunk (a generator)."""
     C = written.shape[0]
-    # Queries and erase keys read the same state.
+    # Queries and (negative) erase keys read the same state.
     rows = join_rows((terms.reads, terms.erases))
     found = matmul(options, rows, state, NT)
     yield
-    changes = matmul(options, inverse_matrix, written - found[C:])
+    changes = matmul(options, inverse_matrix, written + found[C:])
     yield
     o = found[:C] + matmul(options, terms.read_scores, changes)
     yield
@@ -280,14 +324,14 @@ def read_and_update_backward(
 ) -> Generator[None, None, ChunkCotangents]:
     """The derivative of `read_and_update`, and of the inverse with it.
 
-    With (I + A_e)^T dZ = dW, what was written receives dZ and A_e receives -dZ W^T: the inverse
-    itself is never differentiated.
+    With (I - N)^T dZ = dW, what was written receives dZ and N receives dZ W^T: the inverse itself
+    is never differentiated.
 
     Args:
       options: the static arguments.
       levels: of `merge_levels`.
       terms: of the chunk.
-      inverse_matrix: `inverse` of its erase scores.
+      inverse_matrix: `inverse` of these.
       written: what each token writes where nothing is erased.
       do: the cotangent of o.
       state: the state before the chunk.
@@ -302,11 +346,11 @@ def read_and_update_backward(
     of_scores = matmul(options, terms.read_scores, do, TN)
     of_update = matmul(options, terms.writes, dstate, NT)
     yield
-    changes = matmul(options, inverse_matrix, written - found)
+    changes = matmul(options, inverse_matrix, written + found)
     dwritten = matmul(options, inverse_matrix, of_scores + of_update, TN)
     yield
-    # o = A_q W + reads S^T and W = T (written - erases S^T): the same right operands for both.
-    both = join_rows((do.astype(jnp.float32), -dwritten))
+    # o = A_q W + reads S^T and W = T (written + erases S^T): the same right operands for both.
+    both = join_rows((do, dwritten))
     dscores = matmul(options, both, changes, NT)
     dread_scores = jnp.where(levels >= 0, dscores[:C], 0.0)
     derase_scores = jnp.where(levels > 0, dscores[C:], 0.0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.delta_scan.tpu.tile import ChunkTerms
+from kernels_pallas.delta_scan.tpu.tile import ChunkTerms, pack_diagonal, unpack_diagonal
 from kernels_pallas.linear_scan.tpu.tile import (
     NT,
     ROWS,
@@ -23,7 +23,6 @@ from kernels_pallas.linear_scan.tpu.tile import (
     split_rows,
 )
 from kernels_pallas.linear_scan.tpu.vector_decay import (
-    diagonal_scores,
     is_later_block,
     pack_pairs,
     partner_totals,
@@ -38,7 +37,8 @@ class Merge(NamedTuple):
 
     Attributes:
       h: rows of a block before the merge.
-      later_reads: the rows of later blocks that read, queries and erase keys, see `_later_reads`.
+      later_reads: the rows of later blocks that read, queries and erase keys, see
+        `_later_reads`.
       writes: all keys.
       reads, erases: all rows; for the derivative only.
       partners: of `partner_totals`.
@@ -68,7 +68,7 @@ def chunk_terms(
     Args:
       options: the static arguments.
       levels: of `merge_levels`.
-      reads, erases: q and e times the decay of their own token.
+      reads, erases: q and -e times the decay of their own token.
       k: the keys.
       decay: of each token and channel.
       total: the decay of the whole chunk, as the exponential of the sum of logs.
@@ -87,22 +87,37 @@ def chunk_terms(
     def operand(rows: Registers) -> Array:
         return join_rows(rows).astype(options.operand)
 
+    C = k.shape[0]
     level_rows = split_rows(levels)
-    read_scores = diagonal_scores(diagonal, level_rows)
-    erase_scores = diagonal_scores(None, level_rows)
+    # Scores inside of 8 rows, side by side in one register, then all others.
+    block_levels = pack_diagonal(level_rows, C)
+    on_diagonal = pack_diagonal(split_rows(diagonal), C)
+    read_blocks = jnp.where(block_levels == 0, on_diagonal, 0.0)
+    erase_blocks = jnp.zeros_like(read_blocks)
+    read_scores = []
+    erase_scores = [jnp.zeros_like(read_blocks) for _ in level_rows]
 
     def place(product: Array, h: int) -> None:
         """In order of h: larger blocks overwrite what is not theirs."""
-        nonlocal read_scores, erase_scores
-        new_reads, new_erases = _split_later_reads(split_rows(product), h)
-        read_scores = place_scores(read_scores, new_reads, h, level_rows, False)
-        erase_scores = place_scores(erase_scores, new_erases, h, level_rows, False)
+        nonlocal read_blocks, erase_blocks, read_scores, erase_scores
+        rows = split_rows(product)
+        if h < ROWS:
+            of_reads, of_erases = unpack_pairs([pack_diagonal(rows, C)], h, True)
+            is_of_merge = block_levels == h.bit_length()
+            read_blocks = jnp.where(is_of_merge, of_reads, read_blocks)
+            erase_blocks = jnp.where(is_of_merge, of_erases, erase_blocks)
+            if 2 * h == ROWS:
+                read_scores = unpack_diagonal(read_blocks)
+            return
+        half = len(rows) // 2
+        read_scores = place_scores(read_scores, rows[:half], h, level_rows, False)
+        erase_scores = place_scores(erase_scores, rows[half:], h, level_rows, False)
 
     merges = []
     # The product of the merge before, which is placed while the next one is multiplied.
     pending = None
     h = 1
-    while h < k.shape[0]:
+    while h < C:
         partners = partner_totals(totals, h)
         merge = Merge(
             h=h,
@@ -133,6 +148,7 @@ def chunk_terms(
         # Kept as matmuls see them, half as large: until the inverse is there they only wait.
         read_scores=operand(read_scores),
         erase_scores=join_rows(erase_scores),
+        erase_blocks=erase_blocks,
         reads=operand(read_rows),
         erases=operand(erase_rows),
         writes=operand(write_rows),
@@ -172,21 +188,12 @@ def _multiplied(rows: Registers, factors: list[Array | None]) -> Registers:
 
 
 def _later_reads(reads: Registers, erases: Registers, h: int) -> Registers:
-    """The rows of later blocks of both: C rows. The inverse, of scores: `_split_later_reads`."""
+    """The rows of later blocks of both: C rows."""
     if h < ROWS:
         # Half of the rows of each register: a query's and an erase key's fill one.
         alternating = [x for pair in zip(reads, erases) for x in pair]
         return pack_pairs(alternating, h, True)
     return later_registers(reads, h) + later_registers(erases, h)
-
-
-def _split_later_reads(scores: Registers, h: int) -> tuple[Registers, Registers]:
-    """(those of queries, those of erase keys): all rows for h < 8, else those of later blocks."""
-    if h < ROWS:
-        alternating = unpack_pairs(scores, h, True)
-        return alternating[::2], alternating[1::2]
-    half = len(scores) // 2
-    return scores[:half], scores[half:]
 
 
 def later_registers(xs: Registers, h: int) -> Registers:
