@@ -136,7 +136,7 @@ def _kernel(
         dstate_ref[h] = cotangents.dstate
         yield
         if plan.decay == "vector":
-            dreads, derases, dk, dlog_decay = yield from vector_decay_backward.backward(
+            dreads, derases, dk, dlog_decay = vector_decay_backward.backward(
                 options,
                 levels,
                 levels_transposed,

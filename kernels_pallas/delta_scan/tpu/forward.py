@@ -106,9 +106,10 @@ def chunk_terms(
             keep,
         )
         return terms, merges, decays
+    yield
     factors = tokens.scalar_factors(levels)
     yield
-    terms = scalar_decay.chunk_terms(
+    terms = yield from scalar_decay.chunk_terms(
         options,
         levels,
         tokens.q,

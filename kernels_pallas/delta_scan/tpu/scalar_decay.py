@@ -4,6 +4,7 @@ The kernels get running sums of logs, made by `linear_scan/tile.py:running_sums`
 two rows of C, a coarse and a fine part.
 """
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -59,8 +60,8 @@ def chunk_terms(
     erase: Float[Array, "C K"],
     k: Float[Array, "C K"],
     factors: Factors,
-) -> ChunkTerms:
-    """The terms of a chunk: of scaled queries, negative erase keys and keys."""
+) -> Generator[None, None, ChunkTerms]:
+    """The terms of a chunk, of scaled queries, negative erase keys and keys (a generator)."""
 
     def operand(x: Array) -> Array:
         """As matmuls see it."""
@@ -68,6 +69,7 @@ def chunk_terms(
 
     C = q.shape[0]
     products = matmul(options, join_rows((q, erase)), k, NT)
+    yield
     # A token erases before it writes.
     erase_scores = jnp.where(levels > 0, products[C:] * factors.mask, 0.0)
     return ChunkTerms(

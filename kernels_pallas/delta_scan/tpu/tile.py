@@ -119,23 +119,21 @@ def inverse(
     Returns:
       The inverse (a generator).
     """
-    scores = split_rows(terms.erase_scores)
+    score_parts = _parts(options, split_rows(terms.erase_scores))
     C = terms.erase_scores.shape[1]
     lane = lanes_of(C)
     packed = [(yield from _inverse_of_registers(options, terms.erase_blocks, ones, lane))]
     h = ROWS
     while h < C:
         yield
+        # T_R N[R, L], then that times T_L. The right operands are known before the left ones, and
+        # have only the blocks that are wanted: what else is in the left ones does not matter.
         parts = _parts(options, packed)
-        # N[R, L] T_L, then T_R times that. The right operands have nothing but the blocks that are
-        # wanted, so it does not matter what else is in the left ones.
-        below = _parts(options, _pack_below(scores, h, lane))
-        lefts = [_unpack(options, part, h, lane, is_right=False) for part in parts]
-        product = _careful_matmul(options, below, lefts)
+        below = [_blocks_below(options, part, h, lane) for part in score_parts]
+        product = _careful_matmul(options, parts, below)
         yield
-        product_parts = _parts(options, product)
-        rights = [_unpack(options, part, h, lane, is_right=True) for part in product_parts]
-        cross = _careful_matmul(options, parts, rights)
+        lefts = [_left_blocks(options, part, h, lane) for part in parts]
+        cross = _careful_matmul(options, _parts(options, product), lefts)
         # Of every pair of blocks the right one, R, has bit h.
         is_right = (lane & h) != 0
         upper = [jnp.where(is_right, 0.0, x) for x in packed]
@@ -221,54 +219,60 @@ def _dot(a: Array, b: Array, precision: lax.Precision) -> Array:
     )
 
 
-def _unpack(
+def _left_blocks(
     options: TileOptions,
     packed: Registers,
     h: int,
     lane: Int[Array, "8 C"],
-    is_right: bool,
 ) -> Float[Array, "C C"]:
-    """Blocks of h rows that are side by side -> in [C, C], each in the rows of a block of its pair.
+    """Of blocks of h rows that are side by side the left ones of all pairs, on the diagonal.
 
     Args:
       options: the static arguments.
-      packed: the blocks, in the lanes of the left ones; all other lanes are of no meaning.
+      packed: the blocks.
       h: rows of a block.
       lane: of every element.
-      is_right: whether the rows are those of the right blocks, else those of the left ones.
 
     Returns:
-      The matrix, with zeros in all other places; in bfloat16 where the matrix unit rounds to it.
+      [C, C] with zeros in all other places; in bfloat16 where the matrix unit rounds to it.
     """
-    C = lane.shape[1]
     zeros = [jnp.zeros_like(x) for x in packed]
-    pair = zeros + packed if is_right else packed + zeros
-    if options.rounds:
-        # Two rows of bfloat16 in one of words: half the work.
-        pair = split_rows(pltpu.bitcast(join_rows(pair).astype(jnp.bfloat16), jnp.int32))
-    rows = []
-    for left in range(0, C // h, 2):
-        is_left = _is_block(lane, left, h)
-        rows += [jnp.where(is_left, x, jnp.zeros_like(x)) for x in pair]
-    matrix = join_rows(rows)
-    return pltpu.bitcast(matrix, jnp.bfloat16) if options.rounds else matrix
+    num_pairs = lane.shape[1] // (2 * h)
+    return _in_lanes_of_left(options, [packed + zeros] * num_pairs, h, lane)
 
 
-def _pack_below(
+def _blocks_below(
+    options: TileOptions,
     scores: Registers,
     h: int,
     lane: Int[Array, "8 C"],
-) -> Registers:
-    """The blocks [R, L] of [C, C] side by side, each in the lanes of its L."""
-    registers_in_block = h // ROWS
-    num_blocks = len(scores) // registers_in_block
-    packed = scores[registers_in_block : 2 * registers_in_block]
-    for right in range(3, num_blocks, 2):
-        first = right * registers_in_block
-        block = scores[first : first + registers_in_block]
-        is_left = _is_block(lane, right - 1, h)
-        packed = [jnp.where(is_left, x, p) for x, p in zip(block, packed)]
-    return packed
+) -> Float[Array, "C C"]:
+    """The blocks [R, L] of all pairs of blocks of h rows; as `_left_blocks`."""
+    registers = h // ROWS
+    zeros = [jnp.zeros_like(x) for x in scores[:registers]]
+    pairs = []
+    for first in range(registers, len(scores), 2 * registers):
+        pairs.append(zeros + scores[first : first + registers])
+    return _in_lanes_of_left(options, pairs, h, lane)
+
+
+def _in_lanes_of_left(
+    options: TileOptions,
+    pairs: list[Registers],
+    h: int,
+    lane: Int[Array, "8 C"],
+) -> Float[Array, "C C"]:
+    """The rows of pairs of blocks, with zeros outside the lanes of their left block."""
+    rows = []
+    for pair, registers in enumerate(pairs):
+        is_left = _is_block(lane, 2 * pair, h)
+        if options.rounds:
+            # Two rows of bfloat16 in one of words: half the work.
+            words = pltpu.bitcast(join_rows(registers).astype(jnp.bfloat16), jnp.int32)
+            registers = split_rows(words)
+        rows += [jnp.where(is_left, x, jnp.zeros_like(x)) for x in registers]
+    matrix = join_rows(rows)
+    return pltpu.bitcast(matrix, jnp.bfloat16) if options.rounds else matrix
 
 
 # --- the state: [V, K], transposed so that a decay of the keys is a row

@@ -129,7 +129,7 @@ PLANTED = {
     "state not decayed": (tpu_tile, "read_and_update", dict(total=1.0)),
     "state not read by erase keys": (tpu_tile, "read_and_update", dict(erases=0.0)),
     "scores of erase keys not inverted": (tpu_tile, "inverse", 0.0),
-    "one part in 1e5 of the scores": (tpu_tile, "inverse", 1 + 1e-5),
+    "scores 1e-4 too large": (tpu_tile, "inverse", 1 + 1e-4),
 }
 PLANTED_IN_GRADIENTS = {
     "erase scores get no gradient": ("derase_scores", 0.0),
@@ -149,8 +149,9 @@ def test_planted_errors_are_found(error, monkeypatch):
         changed = {n: f * getattr(terms, n) if f == 0 else f for n, f in change.items()}
         return (yield from right(options, terms._replace(**changed), *args))
 
-    def wrong_inverse(options, scores):
-        return (yield from right(options, change * scores))
+    def wrong_inverse(options, terms, ones):
+        changed = {n: change * getattr(terms, n) for n in ("erase_scores", "erase_blocks")}
+        return (yield from right(options, terms._replace(**changed), ones))
 
     monkeypatch.setattr(module, name, wrong_update if name != "inverse" else wrong_inverse)
     with pytest.raises(AssertionError, match="'o': "):
@@ -183,7 +184,7 @@ def test_a_flipped_gate_gradient_is_found(module, monkeypatch):
         return -right(*args)
 
     def wrong_rows(*args):
-        *others, dlog_decay = yield from right(*args)
+        *others, dlog_decay = right(*args)
         return *others, -dlog_decay
 
     monkeypatch.setattr(module, name, wrong_row if module is scalar_decay else wrong_rows)
