@@ -117,7 +117,7 @@ def _kernel(
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
         tokens = Tokens(plan, grid, refs, chunk, h)
-        terms, merges, decays = yield from chunk_terms(plan, options, levels, tokens, keep=True)
+        terms, merges, decays = yield from chunk_terms(plan, options, levels, tokens)
         yield
         inverse_matrix = yield from tile.inverse(options, terms, ones)
         yield

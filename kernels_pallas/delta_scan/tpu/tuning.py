@@ -9,19 +9,19 @@ MIN_CHUNK = 16
 MAX_CHUNK = 128
 MAX_D = 256
 # heads * (K + V) that a step was tuned for; more would not fit into VMEM.
-LANES_IN_STEP = 8 * (128 + 128)
+LANES_IN_STEP = 16 * (128 + 128)
 
 # Device kind -> kind of decay -> (forward, backward). The device kind is what
 # jax.Device.device_kind says.
 TUNED = {
     "TPU v6 lite": {
         "vector": (
-            Schedule(heads=8, chunks=1, lag=4, round_early=True),
-            Schedule(heads=4, chunks=1, lag=4, round_early=True),
+            Schedule(heads=16, chunks=1, lag=0, round_early=True),
+            Schedule(heads=8, chunks=1, lag=0, round_early=True),
         ),
         "scalar": (
-            Schedule(heads=8, chunks=1, lag=4, round_early=True),
-            Schedule(heads=4, chunks=1, lag=4, round_early=True),
+            Schedule(heads=16, chunks=1, lag=0, round_early=True),
+            Schedule(heads=8, chunks=1, lag=0, round_early=True),
         ),
     },
 }

@@ -40,15 +40,15 @@ class Merge(NamedTuple):
       later_reads: the rows of later blocks that read, queries and erase keys, see
         `_later_reads`.
       writes: all keys.
-      reads, erases: all rows; for the derivative only.
+      reads, erases: all rows, which only the derivative needs.
       partners: of `partner_totals`.
     """
 
     h: int
     later_reads: Float[Array, "C K"]
     writes: Float[Array, "C K"]
-    reads: Float[Array, "C K"] | None
-    erases: Float[Array, "C K"] | None
+    reads: Float[Array, "C K"]
+    erases: Float[Array, "C K"]
     partners: Registers
 
 
@@ -61,7 +61,6 @@ def chunk_terms(
     decay: Float[Array, "C K"],
     total: Float[Array, "1 K"],
     diagonal: Float[Array, "C 1"],
-    keep: bool,
 ) -> Generator[None, None, tuple[ChunkTerms, list[Merge]]]:
     """The terms of a chunk (a generator).
 
@@ -73,7 +72,6 @@ def chunk_terms(
       decay: of each token and channel.
       total: the decay of the whole chunk, as the exponential of the sum of logs.
       diagonal: what each query reads of its own token's write.
-      keep: whether the merges keep what only the derivative needs.
 
     Returns:
       The terms, and the merges in order.
@@ -123,8 +121,8 @@ def chunk_terms(
             h=h,
             later_reads=operand(_later_reads(read_rows, erase_rows, h)),
             writes=operand(write_rows),
-            reads=operand(read_rows) if keep else None,
-            erases=operand(erase_rows) if keep else None,
+            reads=operand(read_rows),
+            erases=operand(erase_rows),
             partners=partners,
         )
         merges.append(merge)

@@ -258,8 +258,6 @@ def _times_both(
     of_erases: Registers,
 ) -> Registers:
     """of_reads reads + of_erases erases, of one merge, as one matmul of twice the depth."""
-    assert merge.reads is not None
-    assert merge.erases is not None
     left = jnp.concatenate([join_rows(of_reads), join_rows(of_erases)], axis=1)
     right = join_rows((merge.reads, merge.erases))
     return split_rows(matmul(options, left, right))
