@@ -105,7 +105,19 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
         rows.append("start")
     # A chunk is a power of two, and not much longer than T.
     chunk = min(options.chunk_size or MAX_CHUNK, max(MIN_CHUNK, power_of_two(T)))
-    forward, backward = schedules(decay, T, H, Hq, Hk, K, V, chunk)
+    # Interpreted matmuls round nothing.
+    rounds = not interpret and one_bfloat16_pass(inputs.q, inputs.k, inputs.v)
+    forward, backward = schedules(
+        decay,
+        T,
+        H,
+        Hq,
+        Hk,
+        K,
+        V,
+        chunk,
+        rounds,
+    )
     # A block must not be longer than the array: this matters for the shortest T only.
     longest_step = chunk * max(forward.chunks, backward.chunks)
     return Plan(
@@ -120,8 +132,7 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
         scale=options.scale,
         l2_norm=options.l2_norm,
         chunk=chunk,
-        # Interpreted matmuls round nothing.
-        rounds=not interpret and one_bfloat16_pass(inputs.q, inputs.k, inputs.v),
+        rounds=rounds,
         out_dtype=inputs.v.dtype,
         return_final_state=options.return_final_state,
         forward=forward,

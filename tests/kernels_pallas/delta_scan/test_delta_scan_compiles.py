@@ -25,9 +25,11 @@ VARIANTS = {
     "vector, packed, state": dict(segments=True, state=True),
     "scalar, packed, l2 norm, grouped": dict(rank=3, segments=True, l2_norm=True, Hq=1, Hk=1),
     "none, float32": dict(rank=0, dtype=F32, log_dtype=BF16),
+    "float32, as many heads as a step takes": dict(H=8, dtype=F32),
+    "as many heads as a step takes": dict(H=16),
     "channels, K 96 V 192": dict(K=96, V=192, rule="channels"),
     "float16, length 63": dict(rank=3, T=63, dtype=jnp.float16),
-    "K 256 V 256, chunks of 64": dict(rank=3, K=256, V=256, chunk_size=64),
+    "K 256 V 256": dict(H=8, K=256, V=256),
     "chunks of 16, length 1": dict(T=1, chunk_size=16),
 }
 
