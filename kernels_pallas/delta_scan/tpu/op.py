@@ -33,7 +33,7 @@ from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
 from kernels_pallas.delta_scan.tpu import backward as backward_kernel
 from kernels_pallas.delta_scan.tpu import forward as forward_kernel
 from kernels_pallas.delta_scan.tpu.plan import KernelInputs, Plan
-from kernels_pallas.delta_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
+from kernels_pallas.delta_scan.tpu.tuning import MAX_CHUNK, MAX_K, MAX_V, MIN_CHUNK, schedules
 from kernels_pallas.delta_scan.xla import OUT_NAME, STATES_NAME
 from kernels_pallas.linear_scan import tile as scan_tile
 from kernels_pallas.linear_scan.reference import segment_starts
@@ -50,8 +50,8 @@ def unsupported(inputs: DeltaInputs, options: DeltaOptions) -> str | None:
         return "does not compute in float64"
     K = inputs.q.shape[-1]
     V = inputs.v.shape[-1]
-    if K > MAX_D or V > MAX_D:
-        return f"takes K and V up to {MAX_D}, not {K} and {V}"
+    if K > MAX_K or V > MAX_V:
+        return f"takes K up to {MAX_K} and V up to {MAX_V}, not {K} and {V}"
     chunk_size = options.chunk_size
     if chunk_size is not None and not MIN_CHUNK <= chunk_size <= MAX_CHUNK:
         return f"takes a chunk_size from {MIN_CHUNK} to {MAX_CHUNK}, not {chunk_size}"

@@ -11,7 +11,9 @@ from kernels_pallas.linear_scan.tpu.tuning import fitted
 # 16 rows fill a bfloat16 register, and 128 scores a row of one.
 MIN_CHUNK = 16
 MAX_CHUNK = 128
-MAX_D = 256
+MAX_K = 256
+# For the maps of `delta_scan_sharded` too, states of V + K columns.
+MAX_V = 512
 # heads * (K + V) that a step was tuned for; more would not fit into VMEM. The backward kernel keeps
 # twice as much for each head.
 LANES_IN_FORWARD_STEP = 16 * (128 + 128)
