@@ -112,13 +112,14 @@ def _kernel(
 
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
+    ones = tile.blocks_of_ones(plan.chunk)
     levels_transposed = merge_levels(plan.chunk, reverse=True)
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
         tokens = Tokens(plan, grid, refs, chunk, h)
-        terms, merges, decays = yield from chunk_terms(plan, options, levels, tokens, keep=True)
+        terms, merges, decays = yield from chunk_terms(plan, options, levels, tokens)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms.erase_scores)
+        inverse_matrix = yield from tile.inverse(options, terms, ones)
         yield
         # The state before the chunk, and the cotangent of the one after it.
         cotangents = yield from tile.read_and_update_backward(
@@ -135,7 +136,7 @@ def _kernel(
         dstate_ref[h] = cotangents.dstate
         yield
         if plan.decay == "vector":
-            dreads, derases, dk, dlog_decay = yield from vector_decay_backward.backward(
+            dreads, derases, dk, dlog_decay = vector_decay_backward.backward(
                 options,
                 levels,
                 levels_transposed,
@@ -144,7 +145,7 @@ def _kernel(
                 cotangents,
             )
             yield
-            # reads = q * decay, erases = e * decay.
+            # reads = q * decay, and so the erase keys.
             dq = dreads * decays.decay
             derase = derases * decays.decay
             dlog_decay += dq * tokens.q + derase * tokens.erase
@@ -178,14 +179,14 @@ def _kernel(
         dwritten: Array,
         sums: dict,
     ) -> None:
-        """From erase = beta k and written = beta v, or weights of their own, to the inputs."""
+        """From erase = -beta k and written = beta v, or weights of their own, to the inputs."""
         dweights = tokens.v * dwritten
         dbeta = jnp.zeros((plan.chunk, 1), jnp.float32)
         if "derase" in refs:
-            tokens.store("derase", plan.H, plan.K, derase)
+            tokens.store("derase", plan.H, plan.K, -derase)
         else:
-            dk = dk + tokens.column("beta") * derase
-            dbeta += jnp.sum(tokens.k * derase, axis=1, keepdims=True)
+            dk = dk + tokens.column("minus_beta") * derase
+            dbeta -= jnp.sum(tokens.k * derase, axis=1, keepdims=True)
         if "dwrite" in refs:
             tokens.store("dwrite", plan.H, plan.V, dweights)
         else:

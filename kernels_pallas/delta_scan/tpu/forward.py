@@ -7,6 +7,7 @@ backward pass it also writes the state before each chunk to HBM; all else is rec
 """
 
 from collections.abc import Generator
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -79,15 +80,13 @@ def chunk_terms(
     options: TileOptions,
     levels: Array,
     tokens: Tokens,
-    keep: bool,
-) -> Generator:
+) -> Generator[None, None, tuple[tile.ChunkTerms, list[vector_decay.Merge], Any]]:
     """The terms of a chunk, its merges and the factors of its decay, by the kind of decay.
 
     Args:
       plan, options: the static arguments.
       levels: of `merge_levels`.
       tokens: of the chunk.
-      keep: as in `vector_decay.chunk_terms`.
 
     Returns:
       (terms, merges of a vector decay, its decays or the factors of a scalar one): a generator.
@@ -103,12 +102,12 @@ def chunk_terms(
             decays.decay,
             decays.total,
             tokens.diagonal(),
-            keep,
         )
         return terms, merges, decays
+    yield
     factors = tokens.scalar_factors(levels)
     yield
-    terms = scalar_decay.chunk_terms(
+    terms = yield from scalar_decay.chunk_terms(
         options,
         levels,
         tokens.q,
@@ -137,12 +136,13 @@ def _kernel(
 
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
+    ones = tile.blocks_of_ones(plan.chunk)
 
     def head(chunk: int, h: int) -> Generator:
         tokens = Tokens(plan, grid, refs, chunk, h)
-        terms, _, _ = yield from chunk_terms(plan, options, levels, tokens, keep=False)
+        terms, _, _ = yield from chunk_terms(plan, options, levels, tokens)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms.erase_scores)
+        inverse_matrix = yield from tile.inverse(options, terms, ones)
         yield
         # Save the state before it is updated.
         if "states" in refs:

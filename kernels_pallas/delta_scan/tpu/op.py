@@ -33,7 +33,7 @@ from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
 from kernels_pallas.delta_scan.tpu import backward as backward_kernel
 from kernels_pallas.delta_scan.tpu import forward as forward_kernel
 from kernels_pallas.delta_scan.tpu.plan import KernelInputs, Plan
-from kernels_pallas.delta_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
+from kernels_pallas.delta_scan.tpu.tuning import MAX_CHUNK, MAX_K, MAX_V, MIN_CHUNK, schedules
 from kernels_pallas.delta_scan.xla import OUT_NAME, STATES_NAME
 from kernels_pallas.linear_scan import tile as scan_tile
 from kernels_pallas.linear_scan.reference import segment_starts
@@ -50,8 +50,8 @@ def unsupported(inputs: DeltaInputs, options: DeltaOptions) -> str | None:
         return "does not compute in float64"
     K = inputs.q.shape[-1]
     V = inputs.v.shape[-1]
-    if K > MAX_D or V > MAX_D:
-        return f"takes K and V up to {MAX_D}, not {K} and {V}"
+    if K > MAX_K or V > MAX_V:
+        return f"takes K up to {MAX_K} and V up to {MAX_V}, not {K} and {V}"
     chunk_size = options.chunk_size
     if chunk_size is not None and not MIN_CHUNK <= chunk_size <= MAX_CHUNK:
         return f"takes a chunk_size from {MIN_CHUNK} to {MAX_CHUNK}, not {chunk_size}"
@@ -105,7 +105,19 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
         rows.append("start")
     # A chunk is a power of two, and not much longer than T.
     chunk = min(options.chunk_size or MAX_CHUNK, max(MIN_CHUNK, power_of_two(T)))
-    forward, backward = schedules(decay, T, H, Hq, Hk, K, V, chunk)
+    # Interpreted matmuls round nothing.
+    rounds = not interpret and one_bfloat16_pass(inputs.q, inputs.k, inputs.v)
+    forward, backward = schedules(
+        decay,
+        T,
+        H,
+        Hq,
+        Hk,
+        K,
+        V,
+        chunk,
+        rounds,
+    )
     # A block must not be longer than the array: this matters for the shortest T only.
     longest_step = chunk * max(forward.chunks, backward.chunks)
     return Plan(
@@ -120,8 +132,7 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
         scale=options.scale,
         l2_norm=options.l2_norm,
         chunk=chunk,
-        # Interpreted matmuls round nothing.
-        rounds=not interpret and one_bfloat16_pass(inputs.q, inputs.k, inputs.v),
+        rounds=rounds,
         out_dtype=inputs.v.dtype,
         return_final_state=options.return_final_state,
         forward=forward,

@@ -4,15 +4,16 @@ The kernels get running sums of logs, made by `linear_scan/tile.py:running_sums`
 two rows of C, a coarse and a fine part.
 """
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.delta_scan.tpu.tile import ChunkCotangents, ChunkTerms
+from kernels_pallas.delta_scan.tpu.tile import ChunkCotangents, ChunkTerms, pack_diagonal
 from kernels_pallas.linear_scan.tpu.scalar_decay import dlog_decay_of_pairs
-from kernels_pallas.linear_scan.tpu.tile import NT, TN, TileOptions, join_rows, matmul
+from kernels_pallas.linear_scan.tpu.tile import NT, TN, TileOptions, join_rows, matmul, split_rows
 
 
 class Factors(NamedTuple):
@@ -59,18 +60,25 @@ def chunk_terms(
     erase: Float[Array, "C K"],
     k: Float[Array, "C K"],
     factors: Factors,
-) -> ChunkTerms:
-    """The terms of a chunk: of scaled queries, erase keys and keys."""
+) -> Generator[None, None, ChunkTerms]:
+    """The terms of a chunk, of scaled queries, negative erase keys and keys (a generator)."""
+
+    def operand(x: Array) -> Array:
+        """As matmuls see it."""
+        return x.astype(options.operand)
+
     C = q.shape[0]
     products = matmul(options, join_rows((q, erase)), k, NT)
+    yield
     # A token erases before it writes.
     erase_scores = jnp.where(levels > 0, products[C:] * factors.mask, 0.0)
     return ChunkTerms(
-        read_scores=products[:C] * factors.mask,
+        read_scores=operand(products[:C] * factors.mask),
         erase_scores=erase_scores,
-        reads=q * factors.read,
-        erases=erase * factors.read,
-        writes=k * factors.write,
+        erase_blocks=pack_diagonal(split_rows(erase_scores), C),
+        reads=operand(q * factors.read),
+        erases=operand(erase * factors.read),
+        writes=operand(k * factors.write),
         total=factors.total,
     )
 

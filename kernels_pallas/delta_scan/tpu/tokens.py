@@ -30,7 +30,7 @@ class Tokens:
 
     Attributes:
       q, k: queries and keys, of length one with `l2_norm`; q is scaled.
-      erase: the key that reads the state and erases.
+      erase: the negative of the key that reads the state and erases: what it finds is added.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Tokens:
         self.q = self._unscaled_q * plan.scale
         self.k, self._inverse_length_of_k = self._normalized("k", plan.Hk)
         if "erase" in refs:
-            self.erase = self.load("erase", plan.H, plan.K)
+            self.erase = -self.load("erase", plan.H, plan.K)
         else:
-            self.erase = self.column("beta") * self.k
+            self.erase = self.column("minus_beta") * self.k
 
     @property
     def v(self) -> Float[Array, "C V"]:
@@ -180,6 +180,8 @@ class Tokens:
 
     def _transposed_rows(self) -> dict[str, Float[Array, "C 1"]]:
         rows = {name: self.row(name) for name in self.plan.rows}
+        if "beta" in rows:
+            rows["minus_beta"] = -rows["beta"]
         if self.plan.decay == "scalar":
             # Exponentials of a row are cheaper than those of a column.
             coarse = rows["coarse"]
@@ -197,7 +199,7 @@ class Tokens:
 
     def vector_decays(self) -> VectorDecays:
         """The decays of the chunk, one per key channel."""
-        log_decay = jnp.maximum(self.load("decay", self.plan.H, self.plan.K), LOG_ZERO)
+        log_decay = self.load("decay", self.plan.H, self.plan.K)
         if "start" in self.plan.rows:
             log_decay = jnp.where(self.column("start") > 0, LOG_ZERO, log_decay)
         # One exponential of the sum: a product of decays is rounded at every token.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.delta_scan.tpu.tile import ChunkTerms
+from kernels_pallas.delta_scan.tpu.tile import ChunkTerms, pack_diagonal, unpack_diagonal
 from kernels_pallas.linear_scan.tpu.tile import (
     NT,
     ROWS,
@@ -23,7 +23,6 @@ from kernels_pallas.linear_scan.tpu.tile import (
     split_rows,
 )
 from kernels_pallas.linear_scan.tpu.vector_decay import (
-    diagonal_scores,
     is_later_block,
     pack_pairs,
     partner_totals,
@@ -38,17 +37,18 @@ class Merge(NamedTuple):
 
     Attributes:
       h: rows of a block before the merge.
-      later_reads: the rows of later blocks that read, queries and erase keys, see `_later_reads`.
+      later_reads: the rows of later blocks that read, queries and erase keys, see
+        `_later_reads`.
       writes: all keys.
-      reads, erases: all rows; for the derivative only.
+      reads, erases: all rows, which only the derivative needs.
       partners: of `partner_totals`.
     """
 
     h: int
     later_reads: Float[Array, "C K"]
     writes: Float[Array, "C K"]
-    reads: Float[Array, "C K"] | None
-    erases: Float[Array, "C K"] | None
+    reads: Float[Array, "C K"]
+    erases: Float[Array, "C K"]
     partners: Registers
 
 
@@ -61,19 +61,17 @@ def chunk_terms(
     decay: Float[Array, "C K"],
     total: Float[Array, "1 K"],
     diagonal: Float[Array, "C 1"],
-    keep: bool,
 ) -> Generator[None, None, tuple[ChunkTerms, list[Merge]]]:
     """The terms of a chunk (a generator).
 
     Args:
       options: the static arguments.
       levels: of `merge_levels`.
-      reads, erases: q and e times the decay of their own token.
+      reads, erases: q and -e times the decay of their own token.
       k: the keys.
       decay: of each token and channel.
       total: the decay of the whole chunk, as the exponential of the sum of logs.
       diagonal: what each query reads of its own token's write.
-      keep: whether the merges keep what only the derivative needs.
 
     Returns:
       The terms, and the merges in order.
@@ -87,21 +85,48 @@ def chunk_terms(
     def operand(rows: Registers) -> Array:
         return join_rows(rows).astype(options.operand)
 
-    # Element-wise work first: the rows of every merge.
+    C = k.shape[0]
+    level_rows = split_rows(levels)
+    # Scores inside of 8 rows, side by side in one register, then all others.
+    block_levels = pack_diagonal(level_rows, C)
+    on_diagonal = pack_diagonal(split_rows(diagonal), C)
+    read_blocks = jnp.where(block_levels == 0, on_diagonal, 0.0)
+    erase_blocks = jnp.zeros_like(read_blocks)
+    read_scores = []
+    erase_scores = [jnp.zeros_like(read_blocks) for _ in level_rows]
+
+    def place(product: Array, h: int) -> None:
+        """In order of h: larger blocks overwrite what is not theirs."""
+        nonlocal read_blocks, erase_blocks, read_scores, erase_scores
+        rows = split_rows(product)
+        if h < ROWS:
+            of_reads, of_erases = unpack_pairs([pack_diagonal(rows, C)], h, True)
+            is_of_merge = block_levels == h.bit_length()
+            read_blocks = jnp.where(is_of_merge, of_reads, read_blocks)
+            erase_blocks = jnp.where(is_of_merge, of_erases, erase_blocks)
+            if 2 * h == ROWS:
+                read_scores = unpack_diagonal(read_blocks)
+            return
+        half = len(rows) // 2
+        read_scores = place_scores(read_scores, rows[:half], h, level_rows, False)
+        erase_scores = place_scores(erase_scores, rows[half:], h, level_rows, False)
+
     merges = []
+    # The product of the merge before, which is placed while the next one is multiplied.
+    pending = None
     h = 1
-    while h < k.shape[0]:
-        yield
+    while h < C:
         partners = partner_totals(totals, h)
         merge = Merge(
             h=h,
             later_reads=operand(_later_reads(read_rows, erase_rows, h)),
             writes=operand(write_rows),
-            reads=operand(read_rows) if keep else None,
-            erases=operand(erase_rows) if keep else None,
+            reads=operand(read_rows),
+            erases=operand(erase_rows),
             partners=partners,
         )
         merges.append(merge)
+        product = matmul(options, merge.later_reads, merge.writes, NT)
         of_reads, of_writes = _factors(partners, h, len(read_rows))
         read_rows = _multiplied(read_rows, of_reads)
         erase_rows = _multiplied(erase_rows, of_reads)
@@ -110,26 +135,21 @@ def chunk_terms(
             totals = [t * p for t, p in zip(totals, partners)]
         else:
             totals = [a * b for a, b in zip(totals[::2], totals[1::2])]
+        if pending is not None:
+            place(*pending)
+        pending = product, h
         h *= 2
-
-    # Then the matmuls, and the places of their results in the scores of the chunk.
-    level_rows = split_rows(levels)
-    read_scores = diagonal_scores(diagonal, level_rows)
-    erase_scores = diagonal_scores(None, level_rows)
-    for merge in merges:
-        yield
-        product = matmul(options, merge.later_reads, merge.writes, NT)
-        yield
-        # In order of h: larger blocks overwrite what is not theirs.
-        new_reads, new_erases = _split_later_reads(split_rows(product), merge.h)
-        read_scores = place_scores(read_scores, new_reads, merge.h, level_rows, False)
-        erase_scores = place_scores(erase_scores, new_erases, merge.h, level_rows, False)
+    if pending is not None:
+        place(*pending)
+    yield
     terms = ChunkTerms(
-        read_scores=join_rows(read_scores),
+        # Kept as matmuls see them, half as large: until the inverse is there they only wait.
+        read_scores=operand(read_scores),
         erase_scores=join_rows(erase_scores),
-        reads=join_rows(read_rows),
-        erases=join_rows(erase_rows),
-        writes=join_rows(write_rows),
+        erase_blocks=erase_blocks,
+        reads=operand(read_rows),
+        erases=operand(erase_rows),
+        writes=operand(write_rows),
         total=total,
     )
     return terms, merges
@@ -166,21 +186,12 @@ def _multiplied(rows: Registers, factors: list[Array | None]) -> Registers:
 
 
 def _later_reads(reads: Registers, erases: Registers, h: int) -> Registers:
-    """The rows of later blocks of both: C rows. The inverse, of scores: `_split_later_reads`."""
+    """The rows of later blocks of both: C rows."""
     if h < ROWS:
         # Half of the rows of each register: a query's and an erase key's fill one.
         alternating = [x for pair in zip(reads, erases) for x in pair]
         return pack_pairs(alternating, h, True)
     return later_registers(reads, h) + later_registers(erases, h)
-
-
-def _split_later_reads(scores: Registers, h: int) -> tuple[Registers, Registers]:
-    """(those of queries, those of erase keys): all rows for h < 8, else those of later blocks."""
-    if h < ROWS:
-        alternating = unpack_pairs(scores, h, True)
-        return alternating[::2], alternating[1::2]
-    half = len(scores) // 2
-    return scores[:half], scores[half:]
 
 
 def later_registers(xs: Registers, h: int) -> Registers:

@@ -12,7 +12,6 @@ sends to the log of total[E] what total's log received plus sum(reads' dreads) o
 and erase keys, and to the log of total[L] the same plus sum(writes' dwrites) over E.
 """
 
-from collections.abc import Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -69,8 +68,8 @@ def backward(
     merges: list[Merge],
     terms: ChunkTerms,
     cotangents: ChunkCotangents,
-) -> Generator[None, None, tuple[Array, Array, Array, Array]]:
-    """The derivative of `chunk_terms` (a generator).
+) -> tuple[Array, Array, Array, Array]:
+    """The derivative of `chunk_terms`.
 
     Args:
       options: the static arguments.
@@ -104,16 +103,13 @@ def backward(
     results = [(merge.reads, merge.erases, merge.writes) for merge in merges[1:]]
     results.append((terms.reads, terms.erases, terms.writes))
     for merge, results_of_merge in zip(reversed(merges), reversed(results)):
-        yield
         rows = _Rows._make(split_rows(x.astype(jnp.float32)) for x in results_of_merge)
         if merge.h < ROWS:
             dlog = _split_dlog_in_registers(merge.h, dlog, rows, drows)
-            yield
-            drows = yield from _unmerge_in_registers(options, merge, scores, drows)
+            drows = _unmerge_in_registers(options, merge, scores, drows)
         else:
             dlog = _split_dlog_of_blocks(merge.h, dlog, rows, drows)
-            yield
-            drows = yield from _unmerge_blocks(options, merge, scores, drows)
+            drows = _unmerge_blocks(options, merge, scores, drows)
     return (
         join_rows(drows.reads),
         join_rows(drows.erases),
@@ -175,8 +171,8 @@ def _unmerge_in_registers(
     merge: Merge,
     scores: _Scores,
     drows: _Rows,
-) -> Generator[None, None, _Rows]:
-    """The cotangents after a merge of blocks of h < 8 rows -> before it (a generator)."""
+) -> _Rows:
+    """The cotangents after a merge of blocks of h < 8 rows -> before it."""
     h = merge.h
 
     def of_merge(dscores: Registers, levels: Registers) -> Registers:
@@ -190,7 +186,6 @@ def _unmerge_in_registers(
     alternating = [x for pair in zip(of_reads, of_erases) for x in pair]
     packed = join_rows(pack_pairs(alternating, h, True))
     from_writes = unpack_pairs(split_rows(matmul(options, packed, merge.writes)), h, True)
-    yield
     # Side by side in the depth: dwrites[E] = dread_scores^T reads + derase_scores^T erases.
     of_reads = of_merge(scores.reads_transposed, scores.levels_transposed)
     of_erases = of_merge(scores.erases_transposed, scores.levels_transposed)
@@ -201,7 +196,6 @@ def _unmerge_in_registers(
         pack_pairs(of_erases, h, False),
     )
     from_reads = unpack_pairs(from_reads, h, False)
-    yield
     # The merge multiplied later reads and earlier writes with their partner's total.
     is_later = row_has_bit(h, drows.reads[0])
     dreads = []
@@ -222,8 +216,8 @@ def _unmerge_blocks(
     merge: Merge,
     scores: _Scores,
     drows: _Rows,
-) -> Generator[None, None, _Rows]:
-    """The cotangents after a merge of blocks of h >= 8 rows -> before it (a generator)."""
+) -> _Rows:
+    """The cotangents after a merge of blocks of h >= 8 rows -> before it."""
     h = merge.h
 
     def of_merge(dscores: Registers) -> Registers:
@@ -233,14 +227,12 @@ def _unmerge_blocks(
     of_reads = later_registers(of_merge(scores.reads), h)
     of_erases = later_registers(of_merge(scores.erases), h)
     from_writes = split_rows(matmul(options, join_rows(of_reads + of_erases), merge.writes))
-    yield
     from_reads = _times_both(
         options,
         merge,
         earlier_registers(of_merge(scores.reads_transposed), h),
         earlier_registers(of_merge(scores.erases_transposed), h),
     )
-    yield
     half = len(from_writes) // 2
     to_reads = iter(from_writes[:half])
     to_erases = iter(from_writes[half:])
@@ -266,8 +258,6 @@ def _times_both(
     of_erases: Registers,
 ) -> Registers:
     """of_reads reads + of_erases erases, of one merge, as one matmul of twice the depth."""
-    assert merge.reads is not None
-    assert merge.erases is not None
     left = jnp.concatenate([join_rows(of_reads), join_rows(of_erases)], axis=1)
     right = join_rows((merge.reads, merge.erases))
     return split_rows(matmul(options, left, right))

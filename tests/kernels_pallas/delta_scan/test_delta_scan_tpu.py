@@ -70,7 +70,7 @@ def test_lengths_at_the_default_chunk(T, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("K, V", [(96, 192), (160, 16), (256, 130)])
+@pytest.mark.parametrize("K, V", [(96, 192), (160, 16), (256, 300)])
 def test_sizes(K, V):
     """Channels that fill no whole register, and more than one."""
     compare_tpu(make(B=1, H=1, T=20, K=K, V=V, rank=3))
@@ -129,7 +129,7 @@ PLANTED = {
     "state not decayed": (tpu_tile, "read_and_update", dict(total=1.0)),
     "state not read by erase keys": (tpu_tile, "read_and_update", dict(erases=0.0)),
     "scores of erase keys not inverted": (tpu_tile, "inverse", 0.0),
-    "one part in 1e5 of the scores": (tpu_tile, "inverse", 1 + 1e-5),
+    "scores 1e-4 too large": (tpu_tile, "inverse", 1 + 1e-4),
 }
 PLANTED_IN_GRADIENTS = {
     "erase scores get no gradient": ("derase_scores", 0.0),
@@ -149,8 +149,9 @@ def test_planted_errors_are_found(error, monkeypatch):
         changed = {n: f * getattr(terms, n) if f == 0 else f for n, f in change.items()}
         return (yield from right(options, terms._replace(**changed), *args))
 
-    def wrong_inverse(options, scores):
-        return (yield from right(options, change * scores))
+    def wrong_inverse(options, terms, ones):
+        changed = {n: change * getattr(terms, n) for n in ("erase_scores", "erase_blocks")}
+        return (yield from right(options, terms._replace(**changed), ones))
 
     monkeypatch.setattr(module, name, wrong_update if name != "inverse" else wrong_inverse)
     with pytest.raises(AssertionError, match="'o': "):
@@ -183,7 +184,7 @@ def test_a_flipped_gate_gradient_is_found(module, monkeypatch):
         return -right(*args)
 
     def wrong_rows(*args):
-        *others, dlog_decay = yield from right(*args)
+        *others, dlog_decay = right(*args)
         return *others, -dlog_decay
 
     monkeypatch.setattr(module, name, wrong_row if module is scalar_decay else wrong_rows)
@@ -252,12 +253,17 @@ def test_vmap():
 @pytest.mark.slow
 def test_residuals_have_names_and_checkpoint_recomputes():
     x = low(make(B=1, H=1, T=20, rank=3))
-    text = str(jax.make_jaxpr(jax.grad(total_tpu))(x))
+
+    def loss(x):
+        """Of o alone: a final state that is used has no name and is computed again."""
+        return (delta_scan(**x, chunk_size=16, **tpu) ** 2).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(x))
     assert all(name in text for name in (OUT_NAME, STATES_NAME))
     policy = jax.checkpoint_policies.save_only_these_names(OUT_NAME, STATES_NAME)
-    again = jax.make_jaxpr(jax.grad(jax.checkpoint(total_tpu, policy=policy)))(x)
+    again = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(x)
     assert str(again).count("name=delta_scan_forward") == 1, "the forward kernel runs again"
-    close(fast_jit(jax.grad(jax.checkpoint(total_tpu)))(x), fast_jit(jax.grad(total_tpu))(x))
+    close(fast_jit(jax.grad(jax.checkpoint(loss)))(x), fast_jit(jax.grad(loss))(x))
 
 
 @pytest.mark.slow
@@ -314,7 +320,7 @@ def test_no_races(rank):
 @pytest.mark.parametrize(
     "shape, options, message",
     [
-        ((1, 4, 1, 257), {}, "K and V up to 256"),
+        ((1, 4, 1, 257), {}, "K up to 256 and V up to 512"),
         ((1, 4, 1, 8), dict(chunk_size=8), "chunk_size from 16 to 128, not 8"),
         ((1, 4, 1, 8), dict(chunk_size=256), "chunk_size from 16 to 128, not 256"),
     ],
