@@ -353,7 +353,8 @@ def _chunk_terms(
         # [B, L] -> [B, L, 1] or [B, L, 1, 1]
         ones = (1,) * (log_decay.ndim - 2)
         starts = group.starts.reshape(*group.starts.shape, *ones)
-        log_decay = jnp.where(starts, LOG_ZERO, log_decay)
+        # A NaN at a start is kept: the recurrence multiplies the empty state by it.
+        log_decay = jnp.where(starts & ~jnp.isnan(log_decay), LOG_ZERO, log_decay)
 
     heads = log_decay.shape[2]
     if log_decay.ndim == 4:
