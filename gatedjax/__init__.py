@@ -9,7 +9,8 @@ The axis legend: every letter of a docstring, an einsum or a shape annotation, i
   B   batch: rows of a batch (a row may hold several packed documents)
   T   time: query positions; also plain sequence length
   S   key positions, where they differ from T (a cache, a window); slots of a buffer
-  H   query heads;  Hk, Hv: key and value heads (each divides H: grouped heads)
+  H   query heads;  Hk, Hv: key and value heads (each divides H: grouped heads);  Hq: query heads
+      where H counts states (delta_scan)
   K   key and query channels of a head
   V   value channels of a head
   D   channels of a head where K = V
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gatedjax.config import (
         Config,
+        DeltaAttentionConfig,
         GatedAttentionConfig,
         GatedLinearAttentionConfig,
         GatedMLPConfig,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         SparseMoEConfig,
     )
     from gatedjax.layers import (
+        DeltaAttention,
         GatedAttention,
         GatedLinearAttention,
         GatedMLP,
@@ -61,6 +64,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Config",
+    "DeltaAttention",
+    "DeltaAttentionConfig",
     "GatedAttention",
     "GatedAttentionConfig",
     "GatedLinearAttention",

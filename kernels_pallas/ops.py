@@ -3,6 +3,15 @@
 from kernels_pallas.attention import NORMALIZERS, attention, attention_sharded, attention_step
 from kernels_pallas.attention.xla import OUT_NAME as ATTENTION_OUT_NAME
 from kernels_pallas.attention.xla import STATISTIC_NAME
+from kernels_pallas.delta_scan import (
+    delta_product_scan,
+    delta_scan,
+    delta_scan_sharded,
+    delta_scan_step,
+    rwkv7_scan,
+)
+from kernels_pallas.delta_scan.xla import OUT_NAME as DELTA_SCAN_OUT_NAME
+from kernels_pallas.delta_scan.xla import STATES_NAME as DELTA_STATES_NAME
 from kernels_pallas.dispatch import last_choice
 from kernels_pallas.expert_mlp import expert_mlp
 from kernels_pallas.expert_mlp.tpu.op import PRE_ACTIVATIONS_NAME
@@ -18,6 +27,8 @@ RESIDUAL_NAMES = (
     STATISTIC_NAME,
     LINEAR_SCAN_OUT_NAME,
     STATES_NAME,
+    DELTA_SCAN_OUT_NAME,
+    DELTA_STATES_NAME,
     PRE_ACTIVATIONS_NAME,
 )
 
@@ -27,6 +38,10 @@ __all__ = [
     "attention",
     "attention_sharded",
     "attention_step",
+    "delta_product_scan",
+    "delta_scan",
+    "delta_scan_sharded",
+    "delta_scan_step",
     "expert_mlp",
     "grouped_matmul",
     "last_choice",
@@ -34,5 +49,6 @@ __all__ = [
     "linear_scan_sharded",
     "linear_scan_step",
     "permute_rows",
+    "rwkv7_scan",
     "sort_by_group",
 ]

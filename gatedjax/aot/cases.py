@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention.api import attention
+from kernels_pallas.delta_scan.api import delta_scan
 from kernels_pallas.dispatch import Implementation
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.grouped_matmul.api import grouped_matmul
@@ -94,6 +95,45 @@ def linear_scan_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str,
             k.reshape(B, T, Hk, K),
             v.reshape(B, T, Hv, V),
             log_decay,
+            implementation=_implementation(options),
+        )
+        assert isinstance(o, jax.Array)  # without a final state
+        return o.reshape(B, T, H * V)
+
+    return Case(forward, tuple(args), {})
+
+
+def delta_scan_case(sizes: dict[str, int], dtype: jnp.dtype, options: dict[str, str]) -> Case:
+    """Axes B T H K V, and Hq, Hk where heads are grouped; decay = vector (float32), scalar or none;
+    l2 = yes for keys and queries of length one; arrays as for linear_scan.
+    """
+    B, T, H, K, V = (sizes[axis] for axis in ("B", "T", "H", "K", "V"))
+    Hq = sizes.get("Hq", H)
+    Hk = sizes.get("Hk", H)
+    decay_shapes = {"vector": (B, T, H, K), "scalar": (B, T, H), "none": ()}
+    decay = _one_of(options, "decay", "vector", decay_shapes)
+    l2_norm = _yes(options, "l2", "no")
+    args = [
+        _array(dtype, B, T, Hq * K),
+        _array(dtype, B, T, Hk * K),
+        _array(dtype, B, T, H * V),
+        _array(jnp.float32, B, T, H),
+    ]
+    if decay == "vector":
+        args.append(_array(jnp.float32, B, T, H * K))
+    elif decay == "scalar":
+        args.append(_array(jnp.float32, B, T, H))
+
+    def forward(q, k, v, beta, log_decay=None):
+        if log_decay is not None:
+            log_decay = log_decay.reshape(decay_shapes[decay])
+        o = delta_scan(
+            q.reshape(B, T, Hq, K),
+            k.reshape(B, T, Hk, K),
+            v.reshape(B, T, H, V),
+            beta,
+            log_decay,
+            l2_norm=l2_norm,
             implementation=_implementation(options),
         )
         assert isinstance(o, jax.Array)  # without a final state
@@ -225,6 +265,12 @@ CASES: Mapping[str, CaseKind] = {
         required=("B", "T", "H", "K", "V"),
         optional=("Hk", "Hv"),
         options=frozenset({"decay"}),
+    ),
+    "delta_scan": CaseKind(
+        build=delta_scan_case,
+        required=("B", "T", "H", "K", "V"),
+        optional=("Hq", "Hk"),
+        options=frozenset({"decay", "l2"}),
     ),
     "attention": CaseKind(
         build=attention_case,

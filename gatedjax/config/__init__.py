@@ -5,6 +5,7 @@ from flax.core import FrozenDict
 from gatedjax.config.layers import (
     FEED_FORWARDS,
     MIXERS,
+    DeltaAttentionConfig,
     FeedForwardConfig,
     GatedAttentionConfig,
     GatedLinearAttentionConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "MIXERS",
     "Config",
     "DataConfig",
+    "DeltaAttentionConfig",
     "Difference",
     "FeedForwardConfig",
     "FrozenDict",

@@ -232,6 +232,67 @@ class GatedLinearAttentionConfig(Checked):
 
 
 @dataclass(frozen=True)
+class DeltaAttentionConfig(Checked):
+    """The delta rule: DeltaNet (arXiv 2406.06484) and what gates it.
+
+    Gated DeltaNet (2412.06464), the default; Kimi Delta Attention (2510.26692): decay "vector", a
+    sigmoid output gate; Gated DeltaNet-2 (2605.22791): erase_and_write "channels" too.
+    """
+
+    kind: Literal["delta_attention"] = "delta_attention"
+    # one state, one value and one output per head
+    num_heads: Size = 4
+    # query and key heads; None: as many as num_heads
+    num_key_heads: Size | None = None
+    key_dim: Size = 32
+    value_dim: Size = 32
+    # none: DeltaNet; one decay per head or per key channel
+    decay: Literal["none", "scalar", "vector"] = "scalar"
+    # softplus: -exp(A_log) softplus(x W + b); bounded: decay_lower_bound sigmoid(exp(A_log) (x W +
+    # b)), KDA's safe gate
+    decay_form: Literal["softplus", "bounded"] = "softplus"
+    decay_lower_bound: Annotated[float, Range(-1000, 0)] = -5.0
+    # channels between the two matrices of a vector decay; None: one matrix
+    decay_rank: Size | None = None
+    # channels: an erase gate for each key channel and a write gate for each value channel
+    erase_and_write: Literal["heads", "channels"] = "heads"
+    # beta up to 2: a state may change its sign (arXiv 2411.12537)
+    negative_eigenvalues: bool = False
+    output_gate: Literal["swish", "sigmoid", "none"] = "swish"
+    # channels between the two matrices of the output gate; None: one matrix
+    output_gate_rank: Size | None = None
+    # causal depthwise convolution and SiLU on q, k, v; 0 for none
+    conv_width: Annotated[int, Range(0, 256)] = 4
+    chunk_size: Size | None = None
+
+    def check(self) -> None:
+        divides("num_key_heads", self.key_heads, self.num_heads)
+        require(
+            self.decay_form == "softplus" or self.decay == "vector",
+            "decay_form",
+            self.decay_form,
+            "softplus unless decay is 'vector'",
+        )
+        require(
+            self.decay_rank is None or self.decay == "vector",
+            "decay_rank",
+            self.decay_rank,
+            "none unless decay is 'vector'",
+        )
+        require(
+            self.output_gate_rank is None or self.output_gate != "none",
+            "output_gate_rank",
+            self.output_gate_rank,
+            "none without an output gate",
+        )
+
+    @property
+    def key_heads(self) -> int:
+        """The number of query and key heads: `num_key_heads`, or `num_heads` where it is None."""
+        return self.num_heads if self.num_key_heads is None else self.num_key_heads
+
+
+@dataclass(frozen=True)
 class GatedMLPConfig(Checked):
     """SwiGLU (activation silu) or GEGLU (gelu), arXiv 2002.05202."""
 
@@ -241,7 +302,7 @@ class GatedMLPConfig(Checked):
     not_causal = None  # no token sees a later one
 
 
-MixerConfig = GatedAttentionConfig | GatedLinearAttentionConfig
+MixerConfig = GatedAttentionConfig | GatedLinearAttentionConfig | DeltaAttentionConfig
 FeedForwardConfig = GatedMLPConfig | SparseMoEConfig | SoftMoEConfig | LoRAMixtureConfig
 MIXERS: dict[str, type] = {config.kind: config for config in get_args(MixerConfig)}
 FEED_FORWARDS: dict[str, type] = {config.kind: config for config in get_args(FeedForwardConfig)}

@@ -7,6 +7,7 @@ import and a line below, its dataclass in `config/layers.py` (CONTRIBUTING.md do
 
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
+from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mlp import GatedMLP
@@ -19,6 +20,7 @@ from gatedjax.layers.token_info import TokenInfo
 MIXERS: dict[str, type[Mixer]] = {
     "gated_attention": GatedAttention,
     "gated_linear_attention": GatedLinearAttention,
+    "delta_attention": DeltaAttention,
 }
 FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "gated_mlp": GatedMLP,
@@ -30,6 +32,7 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
 __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
+    "DeltaAttention",
     "FeedForward",
     "GatedAttention",
     "GatedLinearAttention",

@@ -1,9 +1,53 @@
 """The short causal depthwise convolution in front of linear mixers."""
 
+import itertools
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
+
+from gatedjax.layers.parameters import parameter
+
+
+def short_conv(
+    module: nn.Module,
+    arrays: Sequence[Float[Array, "B T ..."]],
+    width: int,
+    segment_ids: Int[Array, "B T"] | None,
+    tail: Float[Array, "B _ F"] | None,
+) -> tuple[list[Array], Float[Array, "B _ F"]]:
+    """Queries, keys and values after a causal depthwise convolution and SiLU.
+
+    Args:
+      module: owns the kernel, its parameter "conv" [W, F] over the channels of all arrays.
+      arrays: [B, T, heads, channels] each.
+      width: tokens that the convolution sees.
+      segment_ids: as in `causal_conv`.
+      tail: the inputs before the first token; zeros if None.
+
+    Returns:
+      The arrays, and the inputs that the next token will need.
+    """
+    # One convolution over the channels of all heads.
+    flat = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], axis=-1)
+    kernel = parameter(
+        module,
+        "conv",
+        axes=[None, None],
+        shape=[width, flat.shape[-1]],
+        init=nn.initializers.normal(width**-0.5),
+    )
+    # Depthwise: no channel sees another, so one call serves all of them.
+    mixed, tail = causal_conv(flat, kernel, segment_ids, tail)
+    mixed = jax.nn.silu(mixed)
+    sizes = [math.prod(x.shape[2:]) for x in arrays]
+    ends = list(itertools.accumulate(sizes))
+    parts = jnp.split(mixed, ends[:-1], axis=-1)
+    return [part.reshape(x.shape) for part, x in zip(parts, arrays)], tail
 
 
 def causal_conv(

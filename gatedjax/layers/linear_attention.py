@@ -4,8 +4,7 @@ RetNet by config, and layers with Mamba-2's decay. Those are not Mamba-2, which 
 output, gates before its norm, and has one B and C for all heads.
 """
 
-import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from gatedjax.config import GatedLinearAttentionConfig
 from gatedjax.layers.base import Mixer
-from gatedjax.layers.conv import causal_conv
+from gatedjax.layers.conv import short_conv
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.on_mesh import scan_on_mesh
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.layers.step_size import log_decay_rate, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 from kernels_pallas.linear_scan import linear_scan_step
 
@@ -69,12 +70,6 @@ FEATURE_MAPS = {
 }
 OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
-# Of decay_form softplus, as in Mamba-2 (the defaults of its published code): step sizes at the
-# start, log-uniform between these, and decay rates, uniform up to this.
-MIN_STEP_SIZE = 1e-3
-MAX_STEP_SIZE = 1e-1
-MAX_DECAY_RATE = 16.0
-
 
 class GatedLinearAttention(Mixer):
     """Low-rank vector gate, per-head norm, swish output gate (arXiv 2312.06635, 4.4).
@@ -118,11 +113,11 @@ class GatedLinearAttention(Mixer):
         # The state and the convolution go on from where the tokens before ended.
         tail = None if cache is None else cache.conv_tail
         if c.conv_width:
-            q, k, v, tail = self._convolved(
-                q,
-                k,
-                v,
-                info,
+            (q, k, v), tail = short_conv(
+                self,
+                (q, k, v),
+                c.conv_width,
+                info.segment_ids,
                 tail,
             )
         # The feature map is what linear attention has in place of softmax's exponential.
@@ -178,46 +173,6 @@ class GatedLinearAttention(Mixer):
             name=name,
         )(x)
         return nn.with_logical_constraint(y, ("batch", "length", heads, None))
-
-    def _convolved(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        info: TokenInfo,
-        tail: Array | None,
-    ) -> tuple[Array, Array, Array, Array]:
-        """q, k, v after the short convolution and SiLU, and the inputs that the next token will
-        need.
-        """
-        width = self.config.conv_width
-        # One convolution over the channels of all heads of q, k and v.
-        flat = jnp.concatenate([y.reshape(*y.shape[:2], -1) for y in (q, k, v)], axis=-1)
-        channels = flat.shape[-1]
-        kernel = parameter(
-            self,
-            "conv",
-            axes=[None, None],
-            shape=[width, channels],
-            init=nn.initializers.normal(width**-0.5),
-        )
-        # Depthwise: no channel sees another, so one call serves all of them.
-        mixed, tail = causal_conv(
-            flat,
-            kernel,
-            info.segment_ids,
-            tail,
-        )
-        mixed = jax.nn.silu(mixed)
-        q_channels = math.prod(q.shape[2:])
-        k_channels = math.prod(k.shape[2:])
-        parts = jnp.split(
-            mixed,
-            [q_channels, q_channels + k_channels],
-            axis=-1,
-        )
-        q, k, v = (part.reshape(y.shape) for part, y in zip(parts, (q, k, v)))
-        return q, k, v, tail
 
     def _rotated(self, y: Array, info: TokenInfo) -> Array:
         c = self.config
@@ -288,14 +243,14 @@ class GatedLinearAttention(Mixer):
             "dt_bias",
             axes=["heads"],
             shape=shape,
-            init=_step_size_bias,
+            init=step_size_bias,
         )
         a_log = parameter(
             self,
             "a_log",
             axes=["heads"],
             shape=shape,
-            init=_log_decay_rate,
+            init=log_decay_rate,
         )
         # In float32: the step size is exponentiated in the decay.
         dt = jax.nn.softplus(logits.astype(jnp.float32) + bias)
@@ -382,73 +337,3 @@ class GatedLinearAttention(Mixer):
         # The recurrence itself: k^T v and q S, 2 K V each per head. Chunkwise forms do more; that
         # is their overhead.
         return projections + 4 * q_channels * c.value_dim
-
-
-class ScanInputs(NamedTuple):
-    """Of a scan that goes on from a state, over rows with documents and padding."""
-
-    k: Float[Array, "B T Hk K"]
-    v: Float[Array, "B T Hk V"]
-    log_decay: Float[Array, "B T ..."] | None
-    state: Float[Array, "B H K _"]
-    segment_ids: Int[Array, "B T"]
-
-
-def past_padding(
-    k: Float[Array, "B T Hk K"],
-    v: Float[Array, "B T Hk V"],
-    log_decay: Float[Array, "..."] | None,
-    state: Float[Array, "B H K _"],
-    segment_ids: Int[Array, "B T"],
-) -> ScanInputs:
-    """A scan whose state at the end is the one after each row's last token.
-
-    Padding writes nothing, forgets nothing and ends no document: the state passes it unchanged.
-
-    Args:
-      k, v: keys and values.
-      log_decay: None, of heads or of tokens.
-      state: after the tokens before, of segment 1.
-      segment_ids: numbered, with padding at the end of rows (`token_info.arranged`).
-    """
-    is_token = segment_ids != 0
-    k = jnp.where(is_token[:, :, None, None], k, 0)
-    v = jnp.where(is_token[:, :, None, None], v, 0)
-    if log_decay is not None:
-        if log_decay.ndim == 1:
-            log_decay = jnp.broadcast_to(log_decay, (*segment_ids.shape, log_decay.shape[0]))
-        of_token = is_token.reshape(*is_token.shape, *[1] * (log_decay.ndim - 2))
-        log_decay = jnp.where(of_token, log_decay, 0)
-    # A row that begins with another document forgets the one before.
-    begins = segment_ids[:, 0] > 1
-    state = jnp.where(begins[:, None, None, None], 0, state)
-    last_segment = jnp.max(segment_ids, axis=1, keepdims=True)
-    segment_ids = jnp.where(is_token, segment_ids, last_segment)
-    return ScanInputs(k, v, log_decay, state, segment_ids)
-
-
-def _step_size_bias(
-    key: Array,
-    shape: tuple[int, ...],
-    dtype,
-) -> Array:
-    """b with softplus(b) log-uniform between the least and the largest step size."""
-    log_dt = jax.random.uniform(
-        key,
-        shape,
-        dtype,
-        np.log(MIN_STEP_SIZE),
-        np.log(MAX_STEP_SIZE),
-    )
-    dt = jnp.exp(log_dt)
-    # The inverse of softplus.
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def _log_decay_rate(
-    key: Array,
-    shape: tuple[int, ...],
-    dtype,
-) -> Array:
-    """The log of a decay rate, uniform between 1 and the largest."""
-    return jnp.log(1 + (MAX_DECAY_RATE - 1) * jax.random.uniform(key, shape, dtype))

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
 from kernels_pallas.attention import attention, attention_sharded
+from kernels_pallas.delta_scan import delta_scan, delta_scan_sharded
 from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded
 
 
@@ -147,6 +148,77 @@ def scan_on_mesh(
     rank = 0 if log_decay is None else log_decay.ndim
     in_axes = (heads, kv_heads, kv_heads, decay_axes[rank], tokens)
     arrays = (q, k, v, log_decay, segment_ids)
+    if state is None:
+        return per_shard(scan, in_axes, heads)(*arrays), None
+    return per_shard(scan, (*in_axes, state_axes), [heads, state_axes])(*arrays, state)
+
+
+def delta_scan_on_mesh(
+    q: Float[Array, "B T Hk K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"] | None,
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None,
+    erase: Float[Array, "B T H K"] | None,
+    write: Float[Array, "B T H V"] | None,
+    segment_ids: Array | None,
+    state: Float[Array, "B H K V"] | None,
+    **options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"] | None]:
+    """`delta_scan`; on a mesh every device scans its own rows, heads and tokens.
+
+    Args:
+      q, k, v, beta, log_decay, erase, write, segment_ids: as `kernels_pallas.delta_scan`.
+      state: before the first token; None for zeros.
+      options: static arguments of the scan.
+
+    Returns:
+      The output, and the state after the last token if one was given.
+    """
+    # Along a mesh axis of tokens maps of states are sent on, not the tokens.
+    cuts_tokens = is_cut("length", q.shape[1])
+
+    def scan(
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        erase,
+        write,
+        segment_ids,
+        state=None,
+    ):
+        inputs = {
+            "erase": erase,
+            "write": write,
+            "initial_state": state,
+            "return_final_state": state is not None,
+            "segment_ids": segment_ids,
+        }
+        arrays = (q, k, v, beta, log_decay)
+        if cuts_tokens:
+            axis = mesh_axis("length")
+            return delta_scan_sharded(*arrays, axis_name=axis, **inputs, **options)
+        return delta_scan(*arrays, **inputs, **options)
+
+    tokens = ("batch", "length")
+    of_heads = (*tokens, "heads")
+    heads = (*of_heads, None)
+    key_heads = (*tokens, "kv_heads", None)
+    state_axes = ("batch", "heads", None, None)
+    has_vector_decay = log_decay is not None and log_decay.ndim == 4
+    in_axes = (
+        key_heads,  # q
+        key_heads,  # k
+        heads,  # v
+        of_heads,  # beta
+        heads if has_vector_decay else of_heads,  # log_decay
+        heads,  # erase
+        heads,  # write
+        tokens,  # segment_ids
+    )
+    arrays = (q, k, v, beta, log_decay, erase, write, segment_ids)
     if state is None:
         return per_shard(scan, in_axes, heads)(*arrays), None
     return per_shard(scan, (*in_axes, state_axes), [heads, state_axes])(*arrays, state)

@@ -96,7 +96,7 @@ def linear_scan_sharded(
 
     starts = None
     if segment_ids is not None:
-        starts = _segment_starts_on_axis(segment_ids, reverse, axis_name)
+        starts = segment_starts_on_axis(segment_ids, reverse, axis_name)
     sees_before = jnp.ones((1, q.shape[1]), bool)
     if starts is not None:
         # Tokens before the first start.
@@ -138,7 +138,7 @@ def linear_scan_sharded(
     return (o, final_state) if return_final_state else o
 
 
-def _segment_starts_on_axis(
+def segment_starts_on_axis(
     segment_ids: Int[Array, "B T"],
     reverse: bool,
     axis_name: str,

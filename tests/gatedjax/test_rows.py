@@ -15,6 +15,7 @@ import pytest
 from helpers import rel_rms, slow
 
 from gatedjax.config import (
+    DeltaAttentionConfig,
     FrozenDict,
     GatedAttentionConfig,
     GatedLinearAttentionConfig,
@@ -35,6 +36,7 @@ GLA = GatedLinearAttentionConfig(
     decay_rank=4,
     chunk_size=16,
 )
+DELTA = DeltaAttentionConfig(num_heads=2, num_key_heads=1, key_dim=8, value_dim=4, chunk_size=16)
 change = dataclasses.replace
 MIXERS = {
     "attention": ATTENTION,
@@ -51,11 +53,13 @@ MIXERS = {
         normalize=True,
         output_gate="none",
     ),
+    "delta": DELTA,
+    "delta by channels": change(DELTA, decay="vector", erase_and_write="channels"),
     "mamba": change(GLA, decay="scalar", decay_form="softplus", num_kv_heads=2),
 }
 # Every path of a cache in one model; the mixers one by one in `make test-all`.
 PATTERNS = {
-    "mixed": ("gla", "window", "log length", "retnet"),
+    "mixed": ("gla", "window", "log length", "retnet", "delta"),
     **{name: (name,) for name in MIXERS},
 }
 NAMES = ["mixed", *(slow(name) for name in MIXERS)]

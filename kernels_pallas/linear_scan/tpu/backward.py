@@ -63,8 +63,8 @@ def backward(
     dq = like(x.q, x.q.shape, x.q.dtype)
     outputs = [
         grid.tokens("dq", dq, plan.H, plan.K),
-        _shared_heads_output(grid, "dk", x.k, x.q, plan.Hk, plan.K),
-        _shared_heads_output(grid, "dv", x.v, x.q, plan.Hv, plan.V),
+        shared_heads_output(grid, "dk", x.k, x.q, plan.Hk, plan.K),
+        shared_heads_output(grid, "dv", x.v, x.q, plan.Hv, plan.V),
         grid.check(x),
     ]
     if x.decay is not None and plan.decay == "vector":
@@ -89,7 +89,7 @@ def backward(
     return call(grid, _kernel, inputs, outputs, "linear_scan_backward")
 
 
-def _shared_heads_output(
+def shared_heads_output(
     grid: Grid,
     name: str,
     array: Array,

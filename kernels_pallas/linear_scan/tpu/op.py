@@ -303,8 +303,8 @@ def _run_backward(
     # Blocks of query heads that share a head left one part each.
     dx = KernelInputs(
         q=out["dq"],
-        k=_sum_of_parts(out["dk"], x.k, plan.Hk),
-        v=_sum_of_parts(out["dv"], x.v, plan.Hv),
+        k=sum_of_parts(out["dk"], x.k, plan.Hk),
+        v=sum_of_parts(out["dv"], x.v, plan.Hv),
         decay=ddecay,
         starts=None,
         bonus=out.get("dbonus"),
@@ -333,7 +333,7 @@ def _run_backward(
 _scan.defvjp(_forward, _backward)
 
 
-def _sum_of_parts(parts: Array, x: Array, num_heads: int) -> Array:
+def sum_of_parts(parts: Array, x: Array, num_heads: int) -> Array:
     """Shared heads: [B, T, heads * parts * D] float32 -> [B, T, heads * D] in x's dtype."""
     if parts.shape == x.shape:
         return parts

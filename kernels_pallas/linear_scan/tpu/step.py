@@ -46,9 +46,9 @@ def linear_scan_step(
     v = inputs.v
     if options.normalize:
         v = append_ones(v)
-    q = _repeat_heads(inputs.q, H)
-    k = _repeat_heads(inputs.k, H)
-    v = _repeat_heads(v, H)
+    q = repeat_heads(inputs.q, H)
+    k = repeat_heads(inputs.k, H)
+    v = repeat_heads(v, H)
     # The bonus's part below is scaled too.
     q = q * options.scale
 
@@ -67,7 +67,7 @@ def linear_scan_step(
     missing_lanes = -K % LANES
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, missing_rows), (0, missing_lanes)))
 
-    read, new_state = _call(
+    read, new_state = update_states(
         packed,
         v[:, :, None],
         inputs.state,
@@ -85,7 +85,7 @@ def linear_scan_step(
     return o.astype(out_dtype), new_state
 
 
-def _repeat_heads(x: Array, num_heads: int) -> Array:
+def repeat_heads(x: Array, num_heads: int) -> Array:
     """[B, heads, D] -> float32 [B, num_heads, D]."""
     return jnp.repeat(
         x.astype(jnp.float32),
@@ -94,13 +94,14 @@ def _repeat_heads(x: Array, num_heads: int) -> Array:
     )
 
 
-def _call(
+def update_states(
     rows: Float[Array, "B H 8 lanes"],
     v: Float[Array, "B H 1 V"],
     state: Float[Array, "B H K V"],
     is_decayed: bool,
     inclusive: bool,
     interpret: bool,
+    erases: bool = False,
 ) -> tuple[Float[Array, "B H 1 V"], Float[Array, "B H K V"]]:
     """Runs the kernel.
 
@@ -108,12 +109,13 @@ def _call(
     multiplies and adds whole states, with the rows transposed so that each is a column of K.
 
     Args:
-      rows: q, k and, if `is_decayed`, the decay.
+      rows: q, k and the decay, if `is_decayed`; the erase key of the delta rule is the fourth row.
       v: the values.
       state: the states, which are updated in place.
       is_decayed: whether there is a decay.
       inclusive: whether q reads the new state.
       interpret: run in interpret mode.
+      erases: whether what the erase key finds in the decayed state is taken from v (`delta_scan`).
 
     Returns:
       (q S' or q S, S').
@@ -135,7 +137,11 @@ def _call(
             decay = columns[:, 2:3]
             old_state = state_ref[index]
             decayed = old_state * decay if is_decayed else old_state
-            new_state = decayed + k * v_ref[index]
+            change = v_ref[index]
+            if erases:
+                erase = columns[:, 3:4]
+                change -= jnp.sum(erase * decayed, axis=0, keepdims=True)
+            new_state = decayed + k * change
             new_state_ref[index] = new_state
             read_state = new_state if inclusive else old_state
             o_ref[index] = jnp.sum(q * read_state, axis=0, keepdims=True)
@@ -150,10 +156,10 @@ def _call(
         dimension_semantics=("parallel", "parallel"),
         vmem_limit_bytes=VMEM_LIMIT,
     )
-    # Five operations for an element of the state, which is read and written once.
+    # Five operations for an element of the state, which is read and written once; two to erase.
     num_moved = 2 * state.size + rows.size + 2 * v.size
     cost = pl.CostEstimate(
-        flops=5 * state.size,
+        flops=(7 if erases else 5) * state.size,
         transcendentals=0,
         bytes_accessed=4 * num_moved,
     )
@@ -168,7 +174,7 @@ def _call(
         compiler_params=compiler_params,
         cost_estimate=cost,
         interpret=interpret_params(interpret, state),
-        name="linear_scan_step",
+        name="delta_scan_step" if erases else "linear_scan_step",
     )
     return run(rows, v, in_hbm(state, interpret))
 

@@ -80,12 +80,12 @@ def schedules(
     forward, backward = schedules_of_device["vector" if decay == "vector" else "scalar"]
     max_heads = max(1, LANES_IN_STEP // (K + V))
     return (
-        _fitted(forward, T, H, Hk, Hv, max_heads, chunk),
-        _fitted(backward, T, H, Hk, Hv, max_heads, chunk),
+        fitted(forward, T, H, Hk, Hv, max_heads, chunk),
+        fitted(backward, T, H, Hk, Hv, max_heads, chunk),
     )
 
 
-def _fitted(
+def fitted(
     schedule: Schedule,
     T: int,
     H: int,

@@ -84,7 +84,7 @@ def is_later_block(register: int, h: int, reverse: bool) -> bool:
     return has_bit != reverse
 
 
-def _blocks_with_bit(x: Array, h: int, bit: bool) -> list[Array]:
+def blocks_with_bit(x: Array, h: int, bit: bool) -> list[Array]:
     """The blocks of h >= 8 rows whose bit is `bit`: every second one."""
     # Blocks alternate: without the bit, with the bit.
     first = h if bit else 0
@@ -94,7 +94,7 @@ def _blocks_with_bit(x: Array, h: int, bit: bool) -> list[Array]:
 # --- up the halving
 
 
-def _partner_totals(totals: Registers, h: int) -> Registers:
+def partner_totals(totals: Registers, h: int) -> Registers:
     """For every register of totals that of its block's partner. See `_merge` for their number."""
     if h < ROWS:
         return [swap_partners(total, h) for total in totals]
@@ -116,7 +116,7 @@ def _merge(
       h: rows of a block before the merge.
       reads, writes: one register for 8 tokens.
       totals: one register for a block of h >= 8 tokens, else one for 8 tokens.
-      partners: of `_partner_totals`.
+      partners: of `partner_totals`.
       reverse: as in `TileOptions`.
 
     Returns:
@@ -145,14 +145,14 @@ def _merge(
     return reads, writes, totals
 
 
-def _diagonal_scores(diagonal: Array | None, levels: Registers) -> Registers:
+def diagonal_scores(diagonal: Array | None, levels: Registers) -> Registers:
     """Scores [8, C] that hold nothing but each token's score with itself."""
     if diagonal is None:
         return [jnp.zeros(level.shape, jnp.float32) for level in levels]
     return [jnp.where(l == 0, d, 0.0) for l, d in zip(levels, split_rows(diagonal))]
 
 
-def _place_scores(
+def place_scores(
     scores: Registers,
     new: Registers,
     h: int,
@@ -232,7 +232,7 @@ def chunk_terms(
     write_rows = split_rows(k)
     read_rows = split_rows(reads)
     totals = split_rows(decay)
-    scores = _diagonal_scores(diagonal, level_rows)
+    scores = diagonal_scores(diagonal, level_rows)
     later_bit = not options.reverse
 
     # Element-wise work first: reads and writes of every merge.
@@ -252,7 +252,7 @@ def chunk_terms(
         writes = join_rows(write_rows).astype(options.operand)
         pending.append(_Operands(h, later_reads, writes))
         # After the operands are kept, the merge itself.
-        partners = _partner_totals(totals, h)
+        partners = partner_totals(totals, h)
         read_rows, write_rows, totals = _merge(
             h,
             read_rows,
@@ -279,7 +279,7 @@ def chunk_terms(
         new = split_rows(product)
         if h < ROWS:
             new = unpack_pairs(new, h, later_bit)
-        scores = _place_scores(scores, new, h, level_rows, options.reverse)
+        scores = place_scores(scores, new, h, level_rows, options.reverse)
     return ChunkTerms(
         join_rows(scores),
         join_rows(read_rows),
@@ -313,7 +313,7 @@ class Merge(NamedTuple):
     Attributes:
       h: rows of a block before the merge.
       reads, writes: before the merge, in the dtype of a matmul's operands.
-      partners: of `_partner_totals`.
+      partners: of `partner_totals`.
     """
 
     h: int
@@ -346,7 +346,7 @@ def chunk_terms_and_merges(
     h = 1
     while h < k.shape[0]:
         yield
-        partners = _partner_totals(totals, h)
+        partners = partner_totals(totals, h)
         merge = Merge(
             h=h,
             reads=join_rows(read_rows).astype(options.operand),
@@ -365,16 +365,16 @@ def chunk_terms_and_merges(
         h *= 2
 
     level_rows = split_rows(levels)
-    scores = _diagonal_scores(diagonal, level_rows)
+    scores = diagonal_scores(diagonal, level_rows)
     for merge in merges:
         yield
         # For h < 8 all rows, as packing would cost more than it saves here.
         later_reads = merge.reads
         if merge.h >= ROWS:
             later_bit = not options.reverse
-            later_reads = join_rows(_blocks_with_bit(merge.reads, merge.h, later_bit))
+            later_reads = join_rows(blocks_with_bit(merge.reads, merge.h, later_bit))
         product = matmul(options, later_reads, merge.writes, NT)
-        scores = _place_scores(
+        scores = place_scores(
             scores,
             split_rows(product),
             merge.h,

@@ -257,7 +257,7 @@ def _unmerge_blocks(
         rows = []
         for i, dscore in enumerate(dscores):
             if is_later[i] == rows_are_later:
-                rows.append(_partner_lanes(dscore, i, h))
+                rows.append(partner_lanes(dscore, i, h))
         return iter(split_rows(matmul(options, join_rows(rows), operand)))
 
     # scores[L, E] = reads[L] writes[E]^T, as in `_unmerge_in_registers`.
@@ -277,7 +277,7 @@ def _unmerge_blocks(
     return new_dreads, new_dwrites
 
 
-def _partner_lanes(
+def partner_lanes(
     x: Float[Array, "8 C"],
     register: int,
     h: int,

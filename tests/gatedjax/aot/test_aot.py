@@ -25,6 +25,7 @@ from gatedjax.aot.prefetch import scalar_operands
 ROOT = Path(__file__).parents[3]
 SHAPES = {
     "linear_scan": "B1,T256,H2,K128,V128",
+    "delta_scan": "B1,T128,H1,K128,V128",
     "attention": "B1,T256,H2,D128",
     "grouped_matmul": "M256,K128,N128,G4",
     "expert_mlp": "R256,M128,F128,G4",

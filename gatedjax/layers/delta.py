@@ -1,0 +1,303 @@
+"""The delta rule as a mixer, on `kernels_pallas.delta_scan`.
+
+One layer for DeltaNet (arXiv 2406.06484), Gated DeltaNet (2412.06464), Kimi Delta Attention
+(2510.26692) and Gated DeltaNet-2 (2605.22791), by configuration.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jaxtyping import Float
+
+from gatedjax.config import DeltaAttentionConfig
+from gatedjax.layers.base import Mixer
+from gatedjax.layers.conv import short_conv
+from gatedjax.layers.gate_values import record
+from gatedjax.layers.norm import RMSNorm
+from gatedjax.layers.on_mesh import delta_scan_on_mesh
+from gatedjax.layers.parameters import parameter
+from gatedjax.layers.past_padding import past_padding
+from gatedjax.layers.projection import Projection
+from gatedjax.layers.step_size import log_decay_rate, step_size_bias
+from gatedjax.layers.token_info import TokenInfo
+from kernels_pallas.delta_scan import delta_scan_step, l2_normalized
+
+OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
+
+@struct.dataclass
+class DeltaCache:
+    """The matrix state of every head, and the convolution's last inputs."""
+
+    state: Float[Array, "... B H K V"]
+    conv_tail: Float[Array, "... B _ F"]
+
+
+class Weights(NamedTuple):
+    """How much each token erases and writes: one number a head, or one a channel."""
+
+    beta: Float[Array, "B T H"] | None
+    erase: Float[Array, "B T H K"] | None
+    write: Float[Array, "B T H V"] | None
+
+
+def softplus_decay(
+    logits: Float[Array, "..."],
+    log_rate: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """The log decay `-exp(A_log) softplus(logits)` of Mamba-2, Gated DeltaNet and KDA, float32."""
+    return -jnp.exp(log_rate) * jax.nn.softplus(logits.astype(jnp.float32))
+
+
+def bounded_decay(
+    logits: Float[Array, "..."],
+    log_rate: Float[Array, "..."],
+    lower_bound: float,
+) -> Float[Array, "..."]:
+    """The log decay `lower_bound sigmoid(exp(A_log) logits)`, KDA's safe gate, float32."""
+    return lower_bound * jax.nn.sigmoid(jnp.exp(log_rate) * logits.astype(jnp.float32))
+
+
+class DeltaAttention(Mixer):
+    """Short convolution, unit keys, the delta rule, per-head norm, output gate."""
+
+    takes_pieces: ClassVar[bool] = True
+
+    config: DeltaAttentionConfig
+
+    @nn.compact
+    def with_cache(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        cache: DeltaCache | None = None,
+    ) -> tuple[Float[Array, "B T M"], DeltaCache | None]:
+        c = self.config
+        q = self._project(x, "query", "kv_heads", c.key_heads, c.key_dim)
+        k = self._project(x, "key", "kv_heads", c.key_heads, c.key_dim)
+        v = self._project(x, "value", "heads", c.num_heads, c.value_dim)
+        # The state and the convolution go on from where the tokens before ended.
+        tail = None if cache is None else cache.conv_tail
+        if c.conv_width:
+            (q, k, v), tail = short_conv(
+                self,
+                (q, k, v),
+                c.conv_width,
+                info.segment_ids,
+                tail,
+            )
+        log_decay = self._log_decay(x)
+        if log_decay is not None:
+            record(self, "log_decay", log_decay)
+        weights = self._weights(x, k)
+        o, state = self._scan(q, k, v, log_decay, weights, info, cache)
+        # Normed head by head: how large a state grows depends on its keys and decays.
+        o = RMSNorm(self.norm_eps, axis_name="head_dim", name="norm")(o)
+        if c.output_gate != "none":
+            o = self._gated(o, x)
+        heads = {"heads": c.num_heads, "head_dim": c.value_dim}
+        width = {"embed": x.shape[-1]}
+        y = Projection(heads, width, self.init_std, self.dtype, name="out")(o)
+        if state is None or tail is None:
+            return y, None
+        return y, DeltaCache(state, tail)
+
+    def _project(
+        self,
+        x: Array,
+        name: str,
+        heads: str,
+        num_heads: int,
+        channels: int,
+        rank: int | None = None,
+    ) -> Array:
+        """[B, T, num_heads, channels]; with `rank` through that many channels first."""
+        axes = {heads: num_heads, "head_dim": channels}
+        inputs = {"embed": x.shape[-1]}
+        if rank is not None:
+            low = {"rank": rank}
+            x = Projection(inputs, low, self.init_std, self.dtype, name=f"{name}_down")(x)
+            inputs = low
+            name = f"{name}_up"
+        y = Projection(inputs, axes, self.init_std, self.dtype, name=name)(x)
+        return nn.with_logical_constraint(y, ("batch", "length", heads, None))
+
+    def _of_heads(self, x: Array, name: str) -> Float[Array, "B T H"]:
+        """One number for each head, float32."""
+        inputs = {"embed": x.shape[-1]}
+        heads = {"heads": self.config.num_heads}
+        y = Projection(inputs, heads, self.init_std, self.dtype, name=name)(x)
+        return y.astype(jnp.float32)
+
+    # --- the gates
+
+    def _log_decay(self, x: Array) -> Float[Array, "B T H"] | Float[Array, "B T H K"] | None:
+        """One log decay for each head or for each key channel; None for DeltaNet."""
+        c = self.config
+        if c.decay == "none":
+            return None
+        heads = [c.num_heads]
+        if c.decay == "scalar":
+            logits = self._of_heads(x, "decay")
+            bias_shape = heads
+            bias_axes = ["heads"]
+        else:
+            logits = self._project(
+                x,
+                "decay",
+                "heads",
+                c.num_heads,
+                c.key_dim,
+                c.decay_rank,
+            )
+            bias_shape = [c.num_heads, c.key_dim]
+            bias_axes = ["heads", "head_dim"]
+        bias = parameter(
+            self,
+            "dt_bias",
+            axes=bias_axes,
+            shape=bias_shape,
+            init=step_size_bias,
+        )
+        is_bounded = c.decay_form == "bounded"
+        log_rate = parameter(
+            self,
+            "a_log",
+            axes=["heads"],
+            shape=heads,
+            init=nn.initializers.zeros if is_bounded else log_decay_rate,
+        )
+        if c.decay == "vector":
+            # The same rate for all channels of a head.
+            log_rate = log_rate[:, None]
+        logits = logits.astype(jnp.float32) + bias
+        if is_bounded:
+            return bounded_decay(logits, log_rate, c.decay_lower_bound)
+        return softplus_decay(logits, log_rate)
+
+    def _weights(self, x: Array, k: Float[Array, "B T Hk K"]) -> Weights:
+        c = self.config
+        largest = 2.0 if c.negative_eigenvalues else 1.0
+        if c.erase_and_write == "heads":
+            beta = largest * jax.nn.sigmoid(self._of_heads(x, "beta"))
+            record(self, "gates", beta)
+            return Weights(beta, None, None)
+        # One weight for each channel of the key that erases, and of the value that is written.
+        erase = self._project(x, "erase", "heads", c.num_heads, c.key_dim)
+        write = self._project(x, "write", "heads", c.num_heads, c.value_dim)
+        erase = largest * jax.nn.sigmoid(erase.astype(jnp.float32))
+        write = jax.nn.sigmoid(write.astype(jnp.float32))
+        record(self, "gates", erase)
+        # The erase key is normalized as the scan normalizes keys.
+        keys = jnp.repeat(l2_normalized(k.astype(jnp.float32)), c.num_heads // c.key_heads, axis=2)
+        return Weights(None, erase * keys, write)
+
+    def _gated(self, o: Array, x: Array) -> Array:
+        """`o` times the output gate, in float32."""
+        c = self.config
+        logits = self._project(
+            x,
+            "output_gate",
+            "heads",
+            c.num_heads,
+            c.value_dim,
+            c.output_gate_rank,
+        )
+        gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
+        record(self, "output_gates", gates)
+        return (o.astype(jnp.float32) * gates).astype(o.dtype)
+
+    # --- the scan
+
+    def _scan(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        log_decay: Array | None,
+        weights: Weights,
+        info: TokenInfo,
+        cache: DeltaCache | None,
+    ) -> tuple[Array, Array | None]:
+        """The output of every token, and the state after the last one if there is a cache."""
+        segment_ids = info.segment_ids
+        state = None if cache is None else cache.state
+        if state is not None and segment_ids is not None:
+            # A key of zeros erases and writes nothing.
+            k, v, log_decay, state, segment_ids = past_padding(
+                k,
+                v,
+                log_decay,
+                state,
+                segment_ids,
+            )
+        if state is not None and q.shape[1] == 1:
+            token = jax.tree.map(lambda y: y[:, 0], (q, k, v, log_decay, weights))
+            q, k, v, log_decay, weights = token
+            o, state = delta_scan_step(
+                q,
+                k,
+                v,
+                state,
+                weights.beta,
+                log_decay,
+                erase=weights.erase,
+                write=weights.write,
+                l2_norm=True,
+            )
+            return o[:, None], state
+        return delta_scan_on_mesh(
+            q,
+            k,
+            v,
+            weights.beta,
+            log_decay,
+            weights.erase,
+            weights.write,
+            segment_ids,
+            state,
+            l2_norm=True,
+            chunk_size=self.config.chunk_size,
+        )
+
+    @nn.nowrap
+    def init_cache(self, batch: int, length: int) -> DeltaCache:
+        """An empty cache; its size does not depend on `length`."""
+        c = self.config
+        state = jnp.zeros((batch, c.num_heads, c.key_dim, c.value_dim), jnp.float32)
+        channels = 2 * c.key_heads * c.key_dim + c.num_heads * c.value_dim
+        tail_length = max(c.conv_width - 1, 0)
+        return DeltaCache(state, jnp.zeros((batch, tail_length, channels), self.dtype))
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        c = self.config
+        keys = c.key_heads * c.key_dim
+        states = c.num_heads * c.key_dim
+        values = c.num_heads * c.value_dim
+        channels = 2 * keys + 2 * values
+        if c.decay == "scalar":
+            channels += c.num_heads
+        projections = 2 * width * channels
+        if c.decay == "vector":
+            projections += _through(width, c.decay_rank, states)
+        if c.erase_and_write == "heads":
+            projections += 2 * width * c.num_heads
+        else:
+            projections += 2 * width * (states + values)
+        if c.output_gate != "none":
+            projections += _through(width, c.output_gate_rank, values)
+        # The recurrence itself: k^T u, e S and q S, 2 K V each per head. Chunkwise forms do more;
+        # that is their overhead.
+        return projections + 6 * states * c.value_dim
+
+
+def _through(width: int, rank: int | None, channels: int) -> float:
+    """FLOPs of a projection from the model width, through `rank` channels if it has a rank."""
+    if rank is None:
+        return 2 * width * channels
+    return 2 * rank * (width + channels)

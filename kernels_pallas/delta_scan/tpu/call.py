@@ -1,0 +1,107 @@
+"""The `pallas_call` of both TPU kernels of `delta_scan`, and its cost.
+
+The grid is (B, blocks of heads, blocks of tokens). The state of a block of heads (in the backward
+kernel its cotangent) stays in VMEM scratch while its tokens pass; every input and output moves
+between HBM and VMEM once.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.common.cost import moved
+from kernels_pallas.common.tpu import VMEM_LIMIT, Operand, in_hbm
+from kernels_pallas.delta_scan.tpu.plan import Grid, Plan
+
+
+def call(
+    plan: Plan,
+    grid: Grid,
+    kernel: Callable,
+    inputs: list[Operand],
+    outputs: list[Operand],
+    name: str,
+) -> dict[str, Array]:
+    """Runs a kernel.
+
+    Args:
+      plan: the static arguments.
+      grid: of the kernel.
+      kernel: called as kernel(plan, grid, refs, state_ref) in each grid step: the blocks by name,
+        and the scratch [heads, V, K] that lives through all steps along T.
+      inputs: arrays.
+      outputs: shapes.
+      name: of the kernel in a profile.
+
+    Returns:
+      The outputs by name.
+    """
+    heads = grid.schedule.heads
+    B = inputs[0].array.shape[0]
+    operand_names = [operand.name for operand in (*inputs, *outputs)]
+
+    def body(*refs):
+        # Inputs, outputs, then the scratch.
+        *operand_refs, state_ref = refs
+        kernel(plan, grid, dict(zip(operand_names, operand_refs)), state_ref)
+
+    def spec(operand: Operand) -> pl.BlockSpec:
+        return pl.BlockSpec(operand.block, operand.index)
+
+    def input_array(operand: Operand) -> Array:
+        # Only outputs are mere shapes.
+        assert isinstance(operand.array, Array)
+        return in_hbm(operand.array, plan.interpret)
+
+    compiler_params = pltpu.CompilerParams(
+        # The state goes from one step along T to the next, so these steps stay in order.
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=VMEM_LIMIT,
+    )
+    run = pl.pallas_call(
+        body,
+        grid=(B, plan.H // heads, grid.num_steps),
+        in_specs=[spec(operand) for operand in inputs],
+        out_specs=[spec(operand) for operand in outputs],
+        out_shape=[operand.array for operand in outputs],
+        scratch_shapes=[pltpu.VMEM((heads, plan.V, plan.K), jnp.float32)],
+        compiler_params=compiler_params,
+        cost_estimate=_cost(plan, grid, [*inputs, *outputs], B),
+        interpret=plan.interpret,
+        name=name,
+    )
+    results = run(*(input_array(operand) for operand in inputs))
+    output_names = [operand.name for operand in outputs]
+    return dict(zip(output_names, results))
+
+
+def _cost(
+    plan: Plan,
+    grid: Grid,
+    operands: list[Operand],
+    B: int,
+) -> pl.CostEstimate:
+    """Every operand moves once. FLOPs as the matrix unit does them, unused scores included."""
+    C = plan.chunk
+    # Matmuls of a token. Both scores, in every merge of the halving, and the inverse in three
+    # passes; the scores and the inverse with values; reads, erases and writes with the state.
+    num_merges = C.bit_length() - 1
+    merges = num_merges if plan.decay == "vector" else 1
+    scores = 2 * merges * C * plan.K + 6 * C * C
+    through_scores = 4 * C * plan.V
+    through_state = 6 * plan.K * plan.V
+    flops_of_token = scores + through_scores + through_state
+    if grid.is_backward:
+        flops_of_token = 3 * scores + 3 * through_scores + 3 * through_state
+    # Exponentials of a token: of its logs, or of its row of the mask.
+    exponentials = {"vector": plan.K, "scalar": C, "none": 0}
+
+    num_tokens = B * plan.H * plan.T
+    return pl.CostEstimate(
+        flops=num_tokens * flops_of_token,
+        transcendentals=num_tokens * exponentials[plan.decay],
+        bytes_accessed=moved(operand.array for operand in operands),
+    )

@@ -1,0 +1,170 @@
+"""The forward kernel of `delta_scan` on TPU.
+
+The grid is (B, blocks of heads, blocks of tokens), see `call.py`. In each step the kernel takes the
+chunks of its block in order, and the heads of a chunk interleaved. It computes the terms of the
+chunk and the inverse of its triangular system, reads the state in VMEM, and updates it. For the
+backward pass it also writes the state before each chunk to HBM; all else is recomputed there.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from kernels_pallas.common.mesh import like
+from kernels_pallas.common.tpu import Operand, Ref
+from kernels_pallas.delta_scan.tpu import scalar_decay, tile, vector_decay
+from kernels_pallas.delta_scan.tpu.call import call
+from kernels_pallas.delta_scan.tpu.plan import Grid, KernelInputs, Plan, grid_of
+from kernels_pallas.delta_scan.tpu.tokens import Tokens
+from kernels_pallas.linear_scan.tpu.tile import TileOptions, interleave, merge_levels
+
+
+def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
+    """Runs the kernel.
+
+    Returns:
+      "o" [B, T, H*V]; "flags" float32 [B, blocks of heads, 8, 128], not 0 where the final state has
+      a number that is not finite; "final" float32 [B, H, V, K] if asked for; "states"
+      [B, H, chunks, V, K], the state before each chunk, if `save`.
+    """
+    grid = grid_of(plan, plan.forward, is_backward=False)
+    B = x.q.shape[0]
+    inputs = grid.delta_inputs(plan, x)
+    if x.state is not None:
+        inputs.append(grid.state("initial", x.state))
+
+    # Shapes that vary over the mesh axes that q varies over.
+    o = like(x.q, (B, plan.T, plan.H * plan.V), plan.out_dtype)
+    outputs = [grid.tokens("o", o, plan.H, plan.V), flags_output(plan, grid, x)]
+    if plan.return_final_state:
+        final_state = like(x.q, (B, plan.H, plan.V, plan.K), jnp.float32)
+        outputs.append(grid.state("final", final_state))
+    if save:
+        num_chunks = grid.num_steps * grid.schedule.chunks
+        # Where matmuls round the state anyway, half the bytes are enough.
+        dtype = jnp.bfloat16 if plan.rounds else jnp.float32
+        states = like(x.q, (B, plan.H, num_chunks, plan.V, plan.K), dtype)
+        outputs.append(grid.states(states))
+    return call(
+        plan,
+        grid,
+        _kernel,
+        inputs,
+        outputs,
+        "delta_scan_forward",
+    )
+
+
+def flags_output(plan: Plan, grid: Grid, x: KernelInputs) -> Operand:
+    """One register for each block of heads: whether its last state is finite."""
+    shape = (x.q.shape[0], plan.H // grid.schedule.heads, 8, 128)
+    return grid.flags(like(x.q, shape, jnp.float32))
+
+
+def store_flags(refs: dict[str, Ref], state_ref: Ref) -> None:
+    """Writes 1 to "flags" if a state is not finite, else 0.
+
+    Whatever goes into a state and is not finite stays there, so the last state tells of all tokens.
+    """
+    state = state_ref[...]
+    # NaN compares as false.
+    is_bad = jnp.where(jnp.abs(state) < jnp.inf, 0.0, 1.0)
+    refs["flags"][...] = jnp.full((1, 1, 8, 128), jnp.max(is_bad))
+
+
+def chunk_terms(
+    plan: Plan,
+    options: TileOptions,
+    levels: Array,
+    tokens: Tokens,
+) -> Generator[None, None, tuple[tile.ChunkTerms, list[vector_decay.Merge], Any]]:
+    """The terms of a chunk, its merges and the factors of its decay, by the kind of decay.
+
+    Args:
+      plan, options: the static arguments.
+      levels: of `merge_levels`.
+      tokens: of the chunk.
+
+    Returns:
+      (terms, merges of a vector decay, its decays or the factors of a scalar one): a generator.
+    """
+    if plan.decay == "vector":
+        decays = tokens.vector_decays()
+        terms, merges = yield from vector_decay.chunk_terms(
+            options,
+            levels,
+            tokens.q * decays.decay,
+            tokens.erase * decays.decay,
+            tokens.k,
+            decays.decay,
+            decays.total,
+            tokens.diagonal(),
+        )
+        return terms, merges, decays
+    yield
+    factors = tokens.scalar_factors(levels)
+    yield
+    terms = yield from scalar_decay.chunk_terms(
+        options,
+        levels,
+        tokens.q,
+        tokens.erase,
+        tokens.k,
+        factors,
+    )
+    return terms, [], factors
+
+
+def _kernel(
+    plan: Plan,
+    grid: Grid,
+    refs: dict[str, Ref],
+    state_ref: Ref,
+) -> None:
+    options = plan.tile_options(grid.schedule)
+
+    # The scratch holds another block of heads' state when T begins again.
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        if "initial" in refs:
+            state_ref[...] = refs["initial"][0]
+        else:
+            state_ref[...] = jnp.zeros_like(state_ref)
+
+    # The same for all heads and chunks.
+    levels = merge_levels(plan.chunk, reverse=False)
+    ones = tile.blocks_of_ones(plan.chunk)
+
+    def head(chunk: int, h: int) -> Generator:
+        tokens = Tokens(plan, grid, refs, chunk, h)
+        terms, _, _ = yield from chunk_terms(plan, options, levels, tokens)
+        yield
+        inverse_matrix = yield from tile.inverse(options, terms, ones)
+        yield
+        # Save the state before it is updated.
+        if "states" in refs:
+            refs["states"][0, h, chunk] = state_ref[h].astype(refs["states"].dtype)
+        o, new_state = yield from tile.read_and_update(
+            options,
+            terms,
+            inverse_matrix,
+            tokens.written,
+            state_ref[h],
+        )
+        state_ref[h] = new_state
+        tokens.store("o", plan.H, plan.V, o)
+
+    for chunk in grid.chunk_order():
+        # One chunk after the other, as the state goes through them; heads are independent.
+        heads = [head(chunk, h) for h in range(grid.schedule.heads)]
+        interleave(heads, grid.schedule.lag)
+
+    # After the last block of tokens the state is final.
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        store_flags(refs, state_ref)
+        if "final" in refs:
+            refs["final"][0] = state_ref[...]

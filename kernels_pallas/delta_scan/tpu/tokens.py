@@ -1,0 +1,244 @@
+"""One chunk of one head inside the TPU kernels: what is read from and written to VMEM."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jaxtyping import Bool, Float, Int
+
+from kernels_pallas.common.tpu import Ref
+from kernels_pallas.delta_scan.normalize import L2_EPSILON
+from kernels_pallas.delta_scan.tpu import scalar_decay
+from kernels_pallas.delta_scan.tpu.plan import Grid, Plan
+from kernels_pallas.linear_scan.tile import LOG_ZERO
+from kernels_pallas.linear_scan.tpu.tile import ROWS
+
+LANES = 128
+
+
+class VectorDecays(NamedTuple):
+    """The decays of a chunk with one decay per key channel: of each token, and of the whole."""
+
+    decay: Float[Array, "C K"]
+    total: Float[Array, "1 K"]
+
+
+class Tokens:
+    """One chunk of one head, as float32 [C, D] arrays that are 0 beyond T.
+
+    Attributes:
+      q, k: queries and keys, of length one with `l2_norm`; q is scaled.
+      erase: the negative of the key that reads the state and erases: what it finds is added.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        grid: Grid,
+        refs: dict[str, Ref],
+        chunk: int,
+        head: int,
+    ):
+        """`refs` are the kernel's blocks by name; chunk and head count from the block's first."""
+        self.plan = plan
+        self.grid = grid
+        self.refs = refs
+        self.chunk = chunk
+        self.head = head
+        self._columns = self._transposed_rows()
+        self._unscaled_q, self._inverse_length_of_q = self._normalized("q", plan.Hq)
+        self.q = self._unscaled_q * plan.scale
+        self.k, self._inverse_length_of_k = self._normalized("k", plan.Hk)
+        if "erase" in refs:
+            self.erase = -self.load("erase", plan.H, plan.K)
+        else:
+            self.erase = self.column("minus_beta") * self.k
+
+    @property
+    def v(self) -> Float[Array, "C V"]:
+        return self.load("v", self.plan.H, self.plan.V)
+
+    @property
+    def do(self) -> Float[Array, "C V"]:
+        return self.load("do", self.plan.H, self.plan.V)
+
+    @property
+    def write_weight(self) -> Float[Array, "C V"] | Float[Array, "C 1"]:
+        """What v is multiplied by."""
+        if "write" in self.refs:
+            return self.load("write", self.plan.H, self.plan.V)
+        return self.column("beta")
+
+    @property
+    def written(self) -> Float[Array, "C V"]:
+        """u, what is written where nothing is erased."""
+        return self.write_weight * self.v
+
+    # --- blocks [1, tokens, heads * D]
+
+    def _index(self, num_heads: int, D: int) -> tuple:
+        """Where this chunk of this head lies in a block of an array with `num_heads` heads."""
+        C = self.plan.chunk
+        # States of a group use the same slot.
+        slot = self.grid.slot(self.head, num_heads)
+        rows = pl.ds(self.chunk * C, C)
+        lanes = pl.ds(slot * D, D)
+        return 0, rows, lanes
+
+    def load(self, name: str, num_heads: int, D: int) -> Float[Array, "C D"]:
+        """The block `name`, one chunk of one head."""
+        x = self.refs[name][self._index(num_heads, D)].astype(jnp.float32)
+        if self.plan.T % self.grid.step_length == 0:
+            return x
+        # A select, not a product: what lies beyond T may be anything, NaN too.
+        return jnp.where(self._is_inside(), x, 0.0)
+
+    def _is_inside(self) -> Bool[Array, "C 1"]:
+        """Which tokens of the chunk exist: those before T."""
+        C = self.plan.chunk
+        # The number in the array of the chunk's first token.
+        block = self.grid.token_block(pl.program_id(2))
+        first = block * self.grid.step_length + self.chunk * C
+        token = first + jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0)
+        return token < self.plan.T
+
+    def store(self, name: str, num_heads: int, D: int, x: Array) -> None:
+        """Writes to the block of output `name`, in its dtype."""
+        ref = self.refs[name]
+        ref[self._index(num_heads, D)] = x.astype(ref.dtype)
+
+    def store_sum(
+        self,
+        name: str,
+        num_heads: int,
+        x: Float[Array, "C K"],
+        sums: dict,
+    ) -> None:
+        """Adds up the states that share one of `num_heads` heads of q or k, in float32.
+
+        Writes after the last of them in this block of heads.
+
+        Args:
+          name: of the output.
+          num_heads: heads of the output.
+          x: this state's part.
+          sums: the parts so far, the same dict for all heads of the chunk.
+        """
+        slot = self.grid.slot(self.head, num_heads)
+        slots = [self.grid.slot(h, num_heads) for h in range(self.grid.schedule.heads)]
+        # Kept as values, not in the block: it may hold fewer bits than float32.
+        parts = sums.setdefault((name, slot), [])
+        parts.append(x)
+        if len(parts) == slots.count(slot):
+            first, *others = parts
+            self.store(name, num_heads, self.plan.K, sum(others, first))
+
+    def store_row(self, name: str, row: Float[Array, "1 C"]) -> None:
+        """Writes one number for each token."""
+        self.refs[name][0, self.head, self.chunk] = row
+
+    def store_column(self, name: str, column: Float[Array, "C 1"]) -> None:
+        """As `store_row`; Mosaic transposes whole registers only."""
+        lanes = jnp.broadcast_to(column, (column.shape[0], LANES))
+        self.store_row(name, jnp.transpose(lanes)[:1])
+
+    # --- lengths
+
+    def _normalized(
+        self,
+        name: str,
+        num_heads: int,
+    ) -> tuple[Float[Array, "C K"], Float[Array, "C 1"] | None]:
+        """q or k, and the inverse of its length before; None where the length stays."""
+        x = self.load(name, num_heads, self.plan.K)
+        if not self.plan.l2_norm:
+            return x, None
+        squares = jnp.sum(x * x, axis=1, keepdims=True)
+        inverse_length = jax.lax.rsqrt(squares + L2_EPSILON)
+        return x * inverse_length, inverse_length
+
+    def unnormalized_dq(self, dq: Float[Array, "C K"]) -> Float[Array, "C K"]:
+        """From the cotangent of `q` to that of the array q."""
+        return _unnormalized(self._unscaled_q, dq * self.plan.scale, self._inverse_length_of_q)
+
+    def unnormalized_dk(self, dk: Float[Array, "C K"]) -> Float[Array, "C K"]:
+        """From the cotangent of `k` to that of the array k."""
+        return _unnormalized(self.k, dk, self._inverse_length_of_k)
+
+    # --- rows: one number a token
+
+    def row(self, name: str) -> Float[Array, "1 C"]:
+        """A row of `Plan.rows`."""
+        i = self.plan.rows.index(name)
+        return self.refs["rows"][0, self.head, self.chunk, i : i + 1]
+
+    def column(self, name: str) -> Float[Array, "C 1"]:
+        """A row of `Plan.rows`, or one that `_transposed_rows` adds, as a column."""
+        return self._columns[name]
+
+    def _transposed_rows(self) -> dict[str, Float[Array, "C 1"]]:
+        rows = {name: self.row(name) for name in self.plan.rows}
+        if "beta" in rows:
+            rows["minus_beta"] = -rows["beta"]
+        if self.plan.decay == "scalar":
+            # Exponentials of a row are cheaper than those of a column.
+            coarse = rows["coarse"]
+            fine = rows["fine"]
+            rows["read"] = jnp.exp(coarse + fine)
+            rows["write"] = jnp.exp((coarse[:, -1:] - coarse) + (fine[:, -1:] - fine))
+        if not rows:
+            return {}
+        # Mosaic transposes whole registers only: fill one up with zeros.
+        padding = jnp.zeros((ROWS - len(rows), self.plan.chunk), jnp.float32)
+        columns = jnp.transpose(jnp.concatenate([*rows.values(), padding]))
+        return {name: columns[:, i : i + 1] for i, name in enumerate(rows)}
+
+    # --- decays
+
+    def vector_decays(self) -> VectorDecays:
+        """The decays of the chunk, one per key channel."""
+        log_decay = self.load("decay", self.plan.H, self.plan.K)
+        if "start" in self.plan.rows:
+            log_decay = jnp.where(self.column("start") > 0, LOG_ZERO, log_decay)
+        # One exponential of the sum: a product of decays is rounded at every token.
+        total = jnp.exp(jnp.sum(log_decay, axis=0, keepdims=True))
+        return VectorDecays(jnp.exp(log_decay), total)
+
+    def diagonal(self) -> Float[Array, "C 1"]:
+        """What each query reads of its own token's write."""
+        return jnp.sum(self.q * self.k, axis=1, keepdims=True)
+
+    def scalar_factors(self, levels: Int[Array, "C C"]) -> scalar_decay.Factors:
+        """The decays of the chunk, one per token, or none."""
+        if self.plan.decay == "none":
+            return scalar_decay.undecayed(levels)
+        coarse = self.row("coarse")
+        fine = self.row("fine")
+        mask = scalar_decay.mask_of_sums(
+            levels,
+            coarse,
+            fine,
+            self.column("coarse"),
+            self.column("fine"),
+        )
+        return scalar_decay.Factors(
+            mask=mask,
+            read=self.column("read"),
+            write=self.column("write"),
+            # The chunk's last token has the sum of all its logs.
+            total=jnp.exp(coarse[:, -1:] + fine[:, -1:]),
+        )
+
+
+def _unnormalized(
+    unit: Float[Array, "C K"],
+    dunit: Float[Array, "C K"],
+    inverse_length: Float[Array, "C 1"] | None,
+) -> Float[Array, "C K"]:
+    """The derivative of `unit = x * inverse_length`, whose length does not see x's."""
+    if inverse_length is None:
+        return dunit
+    along = jnp.sum(unit * dunit, axis=1, keepdims=True)
+    return inverse_length * (dunit - unit * along)
