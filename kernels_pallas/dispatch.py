@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple, get_args
 
 from kernels_pallas.common.device import target_platform
 
-# What `implementation` of every op may be, beside None for the best one available.
-Implementation = Literal["reference", "xla", "tpu", "gpu"]
+# What `implementation` of an op may be, beside None for the best one available. Every op has the
+# first two; "cudnn" is one of attention's, and never chosen by itself.
+Implementation = Literal["reference", "xla", "tpu", "gpu", "cudnn"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 _KERNEL_OF_PLATFORM: dict[str, Implementation] = {
@@ -63,7 +64,9 @@ def choose(
             f"expected None or one of {IMPLEMENTATIONS}"
         )
     else:
-        refusal = refusals.get(implementation)
+        refusal = None
+        if implementation not in ("reference", "xla"):
+            refusal = refusals.get(implementation, "is not one of this op's")
         if refusal is not None:
             raise NotImplementedError(f"{op}: implementation={implementation!r} {refusal}")
         choice = Choice(op, implementation, "asked for by name")

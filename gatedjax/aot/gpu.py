@@ -1,18 +1,21 @@
 """Compiles for an absent NVIDIA GPU, and reads what the code of each kernel needs: registers,
-spills, shared memory.
+spills, shared memory, instructions.
 
 Static facts only: no trip counts, no latencies, no model of caches or HBM, hence no time. Without
 autotuning (which needs the device) XLA's own matrix products are compiled with default tiles: look
-at the Pallas kernels, not at those. Registers and spills come from NVIDIA's `ptxas`, if there is
-one on the PATH or in the environment's wheels.
+at the Pallas kernels, not at those. Registers, spills and warnings come from NVIDIA's `ptxas`,
+counts of instructions from its `nvdisasm`, if they are on the PATH or in the environment's wheels
+(triton brings an nvdisasm).
 """
 
+import dataclasses
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -31,6 +34,29 @@ _ENTRY = re.compile(r"\.(?:visible )?\.?entry\s+([\w$]+)\s*\((.*?)\)(.*?)\n\{(.*
 _LAUNCH = re.compile(
     r"\]\s+([\w$.]+) grid: \[[\d, ]+\] threads: \[[\d, ]+\](?:\s+shared_memory: (\d+))?",
 )
+# A machine instruction after its address: /*0010*/ @!P0 BRA `(.L_x_1) ;
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);")
+_LABEL = re.compile(r"\s*\.(L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA\b.*\.(L_x_\d+)")
+_MATRIX = re.compile(r"\b(?:HG?MMA|QG?MMA|IG?MMA)\b")
+# ptxas names a warning by a code, and the function it is about: (C7515) Potential Performance Loss
+_WARNING = re.compile(r"\((C75\d\d)\).*function '([^']+)'")
+
+
+class Code(NamedTuple):
+    """Counts of a kernel's machine code."""
+
+    instructions: int
+    # Of the shortest loop that multiplies matrices; None without one.
+    tile_instructions: int | None
+
+
+class Assembled(NamedTuple):
+    """What the assembler tells of the kernels of a file, by their names."""
+
+    measured: dict[str, dict[str, int]]
+    warnings: dict[str, tuple[str, ...]]
+    code: dict[str, Code]
 
 
 def devices(gpu: Gpu, count: int = 1) -> list:
@@ -107,17 +133,24 @@ def kernels_of(folder: Path, gpu: Gpu) -> tuple[GpuKernel, ...]:
     dynamic_shared = _dynamic_shared_memory(folder)
     kernels: dict[str, GpuKernel] = {}
     for path in sorted(folder.glob("*.ptx")):
-        measured = assemble(path, gpu)
+        assembled = assemble(path, gpu)
         for name, _, head, body in _ENTRY.findall(path.read_text()):
             if name in kernels:
                 continue
-            kernels[name] = kernel(
+            found = kernel(
                 name,
                 head,
                 body,
                 dynamic_shared.get(name, 0),
-                measured.get(name),
+                assembled.measured.get(name),
                 gpu,
+            )
+            code = assembled.code.get(name)
+            kernels[name] = dataclasses.replace(
+                found,
+                instructions=None if code is None else code.instructions,
+                tile_instructions=None if code is None else code.tile_instructions,
+                warnings=assembled.warnings.get(name, ()),
             )
     return tuple(sorted(kernels.values(), key=lambda k: -(k.wgmma + k.mma)))
 
@@ -203,29 +236,81 @@ def _warps(threads: int) -> int:
     return -(-threads // _WARP)
 
 
-def assemble(path: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
-    """By kernel: registers, spills (bytes stored and loaded) and static shared memory; empty
-    without ptxas.
+def assemble(path: Path, gpu: Gpu) -> Assembled:
+    """What ptxas and nvdisasm tell of a file of PTX; empty without them.
 
     Raises:
       RuntimeError: ptxas refuses the code.
     """
     ptxas = find_ptxas()
     if ptxas is None:
-        return {}
+        return Assembled({}, {}, {})
+    cubin = path.with_suffix(".cubin")
     command = [
         ptxas,
         "-v",
         f"-arch={gpu.architecture}",
         str(path),
         "-o",
-        str(path.with_suffix(".cubin")),
+        str(cubin),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first_line = done.stderr.strip().splitlines()[0]
         raise RuntimeError(f"aot: {first_line}")
-    return parse_ptxas(done.stderr + done.stdout)
+    said = done.stderr + done.stdout
+    return Assembled(parse_ptxas(said), parse_warnings(said), disassemble(cubin))
+
+
+def disassemble(cubin: Path) -> dict[str, Code]:
+    """Counts of the machine code by kernel; empty without nvdisasm, or with one that is too old."""
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        return {}
+    done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
+    return {} if done.returncode else parse_code(done.stdout)
+
+
+def parse_code(text: str) -> dict[str, Code]:
+    """Counts by kernel from the output of `nvdisasm -c`."""
+    found = {}
+    for section in re.split(r"\.section\s+\.text\.", text)[1:]:
+        name = re.match(r"[\w$]+", section)
+        assert name is not None
+        found[name[0]] = _counts(section.splitlines())
+    return found
+
+
+def _counts(lines: list[str]) -> Code:
+    """Of one kernel."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    shortest = None
+    for line in lines:
+        label = _LABEL.match(line)
+        if label is not None:
+            labels[label[1]] = len(instructions)
+        instruction = _INSTRUCTION.search(line)
+        if instruction is None:
+            continue
+        instructions.append(instruction[1])
+        branch = _BRANCH.search(instruction[1])
+        # A branch to a label that was there before closes a loop.
+        if branch is None or branch[1] not in labels:
+            continue
+        body = instructions[labels[branch[1]] :]
+        if any(_MATRIX.search(x) for x in body):
+            shortest = min(shortest or len(body), len(body))
+    return Code(len(instructions), shortest)
+
+
+def parse_warnings(text: str) -> dict[str, tuple[str, ...]]:
+    """The codes of ptxas's warnings about performance (C75xx), by kernel."""
+    found: dict[str, tuple[str, ...]] = {}
+    for code, name in _WARNING.findall(text):
+        codes = {*found.get(name, ()), code}
+        found[name] = tuple(sorted(codes))
+    return found
 
 
 def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
@@ -256,3 +341,14 @@ def find_ptxas() -> str | None:
     for path in sorted(wheels):
         return str(path)
     return shutil.which("ptxas")
+
+
+def find_nvdisasm() -> str | None:
+    """In triton's or NVIDIA's wheels, or on the PATH."""
+    packages = Path(sys.prefix).glob("lib/python3*/site-packages")
+    for folder in packages:
+        wheels = [*folder.glob("triton/backends/nvidia/bin/nvdisasm")]
+        wheels += folder.glob("nvidia/*/bin/nvdisasm")
+        for path in wheels:
+            return str(path)
+    return shutil.which("nvdisasm")

@@ -38,6 +38,10 @@ class GpuKernel:
     occupancy: float | None  # resident warps over the most that fit, 0 to 1
     wgmma: int  # instructions in the text
     mma: int
+    instructions: int | None = None  # of the machine; None without nvdisasm
+    # Of the shortest loop that multiplies matrices: what a warp issues for a tile.
+    tile_instructions: int | None = None
+    warnings: tuple[str, ...] = ()  # of ptxas, such as C7515: it serialized matrix instructions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +181,8 @@ def _kernel_table(kernels: Sequence[TpuKernel | GpuKernel]) -> list[str]:
         return table(header, tpu_rows)
     if gpu_rows:
         header = ["kernel", "threads", "registers", "spill B", "shared", "blocks/SM", "occupancy"]
-        return table([*header, "wgmma", "mma"], gpu_rows)
+        others = ["wgmma", "mma", "instructions", "a tile", "warnings"]
+        return table([*header, *others], gpu_rows)
     return []
 
 
@@ -208,6 +213,9 @@ def _gpu_row(kernel: GpuKernel) -> list[str]:
         occupancy,
         str(kernel.wgmma),
         str(kernel.mma),
+        _or_dash(kernel.instructions),
+        _or_dash(kernel.tile_instructions),
+        " ".join(kernel.warnings) or "-",
     ]
 
 

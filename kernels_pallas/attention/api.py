@@ -4,7 +4,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import reference, xla
+from kernels_pallas.attention import cudnn, reference, xla
 from kernels_pallas.attention.checks import (
     check_inputs,
     check_step_inputs,
@@ -66,7 +66,8 @@ def attention(
         after the soft cap.
       logits_soft_cap: c > 0.
       scale: a number, K**-0.5 if None.
-      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      implementation: None, "reference", "xla", "tpu", "gpu" or "cudnn" (never chosen by None); see
+        `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
 
     Returns:
@@ -99,6 +100,7 @@ def attention(
     refusals = {
         "tpu": tpu.unsupported(inputs, options),
         "gpu": gpu.unsupported(inputs, options),
+        "cudnn": cudnn.unsupported(inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals)
     # Inside shard_map a custom derivative wants all of its inputs varying alike.
@@ -109,6 +111,8 @@ def attention(
         return xla.attention(inputs, options)
     if chosen == "tpu":
         return tpu.attention(inputs, options, interpret=interpret)
+    if chosen == "cudnn":
+        return cudnn.attention(inputs, options)
     # The one that is left.
     return gpu.attention(inputs, options, interpret=interpret)
 

@@ -40,6 +40,8 @@ from kernels_pallas.attention.gpu.plan import (
     KernelInputs,
     Plan,
     Ref,
+    few_rows_at_a_time,
+    loop_over_heads,
     loop_over_tiles,
     reach_of_queries,
 )
@@ -121,7 +123,7 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
     saved_of_rows = _load_numbers(refs, "saved", rows)
     deltas = [tile.as_column(x) for x in deltas_of_rows]
     saved = tuple(tile.as_column(x) for x in saved_of_rows)
-    slope = pltriton.load(refs["slopes"].at[head]) if plan.slopes else None
+    slope = tile.slope_of_head(plan, refs, head)
     query_segments = load_segments(refs, rows)
 
     def add_tile(
@@ -162,11 +164,7 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
         dq = sums.dq + tile.matmul(plan, ds, k)
         return _QuerySums(dq, dslopes)
 
-    start = _QuerySums(
-        dq=jnp.zeros((config.block_q, plan.K), jnp.float32),
-        dslopes=jnp.zeros(config.block_q, jnp.float32) if plan.slopes else None,
-    )
-    sums = loop_over_tiles(
+    end = loop_over_tiles(
         plan,
         reach_of_queries(plan),
         n,
@@ -174,12 +172,97 @@ def _dq_kernel(plan: Plan, refs: dict[str, Ref]) -> None:
         config.block_k,
         refs.get("spans"),
         add_tile,
-        start,
+        _start_of_queries(plan, rows),
     )
+    tile.write_or_repeat(
+        plan,
+        [end.dq],
+        write=lambda: _write_dq(plan, refs, rows, end),
+        repeat=lambda: _repeat_dq(plan, refs, n, head),
+    )
+
+
+def _start_of_queries(plan: Plan, rows: Array) -> _QuerySums:
+    return _QuerySums(
+        dq=jnp.zeros((*rows.shape, plan.K), jnp.float32),
+        dslopes=jnp.zeros(rows.shape, jnp.float32) if plan.slopes else None,
+    )
+
+
+def _write_dq(
+    plan: Plan,
+    refs: dict[str, Ref],
+    rows: Array,
+    sums: _QuerySums,
+) -> None:
     # The tiles' products lack the factor scale: once here instead of once a tile.
     store(refs["dq"], rows, sums.dq * plan.scale)
-    if plan.slopes:
+    if sums.dslopes is not None:
         pltriton.store(refs["dslopes"].at[rows], sums.dslopes)
+
+
+def _repeat_dq(
+    plan: Plan,
+    refs: dict[str, Ref],
+    n: Array,
+    head: Array,
+) -> None:
+    """The program again, key by key, for `tile.write_or_repeat`."""
+    config = plan.schedule.dq
+    slope = tile.slope_of_head(plan, refs, head)
+
+    def compute(rows: Array, first: Array, end: Array) -> None:
+        queries = load(refs["q"], rows, plan.K)
+        do = load(refs["do"], rows, plan.V)
+        deltas = [tile.as_column(x) for x in _load_numbers(refs, "delta", rows)]
+        saved = tuple(tile.as_column(x) for x in _load_numbers(refs, "saved", rows))
+        query_segments = load_segments(refs, rows)
+
+        def add_key(position: Array, sums: _QuerySums) -> _QuerySums:
+            # As `add_tile` of `_dq_kernel`: a tile [R, 1].
+            key = block_positions(position, 1)
+            at = tile.positions(rows, key, query_segments, load_segments(refs, key))
+            k = load(refs["k"], key, plan.K)
+            logits = tile.logits_of_token(
+                plan,
+                queries,
+                k,
+                slope,
+                at.distance(),
+            )
+            v = load(refs["v"], key, plan.V)
+            dp = tile.products_with(do, v)
+            mask = tile.visible(plan, at, by_position=True)
+            _, ds = plan.normalizer.gradient(
+                logits.values,
+                mask,
+                at.keys,
+                dp,
+                deltas,
+                saved,
+            )
+            # dp of a key that is not seen may be NaN.
+            ds = tile.if_seen(mask, ds)
+            dslopes = sums.dslopes
+            if dslopes is not None and logits.distance is not None:
+                dslopes = dslopes - jnp.sum(ds * logits.distance, axis=1)
+            ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
+            dq = sums.dq + tile.product_if_seen(mask, ds, k)
+            return _QuerySums(dq, dslopes)
+
+        sums = lax.fori_loop(first, end, add_key, _start_of_queries(plan, rows))
+        _write_dq(plan, refs, rows, sums)
+
+    few_rows_at_a_time(
+        plan,
+        config,
+        reach_of_queries(plan),
+        n,
+        config.block_q,
+        config.block_k,
+        refs.get("spans"),
+        compute,
+    )
 
 
 # --- dk and dv
@@ -325,10 +408,7 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
     ) -> _KeySums:
         # g is the query head within the group.
         rows = block_positions(q_block, config.block_q)
-        slope = None
-        if plan.slopes:
-            head = key_head * plan.group + g
-            slope = pltriton.load(refs["slopes"].at[head])
+        slope = tile.slope_of_head(plan, refs, key_head * plan.group + g)
         query_segments = load_segments(refs, rows)
         at = tile.positions(
             rows,
@@ -378,11 +458,7 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
             dk = dk + tile.matmul(plan, ds, queries)
         return _KeySums(dk, dv)
 
-    start = _KeySums(
-        dk=jnp.zeros((config.block_k, plan.K), jnp.float32) if "dk" in refs else None,
-        dv=jnp.zeros((config.block_k, plan.V), jnp.float32) if "dv" in refs else None,
-    )
-    sums = loop_over_tiles(
+    end = loop_over_tiles(
         plan,
         reach_of_queries(plan).transposed(),
         n,
@@ -390,14 +466,114 @@ def _dkv_kernel(plan: Plan, config: KernelConfig, refs: dict[str, Ref]) -> None:
         config.block_q,
         refs.get("spans"),
         add_tile,
-        start,
+        _start_of_keys(plan, refs, keys),
         heads=plan.group,
     )
+    tile.write_or_repeat(
+        plan,
+        [x for x in end if x is not None],
+        write=lambda: _write_dkv(plan, refs, keys, end),
+        repeat=lambda: _repeat_dkv(plan, config, refs, n, key_head),
+    )
+
+
+def _start_of_keys(plan: Plan, refs: dict[str, Ref], keys: Array) -> _KeySums:
+    return _KeySums(
+        dk=jnp.zeros((*keys.shape, plan.K), jnp.float32) if "dk" in refs else None,
+        dv=jnp.zeros((*keys.shape, plan.V), jnp.float32) if "dv" in refs else None,
+    )
+
+
+def _write_dkv(
+    plan: Plan,
+    refs: dict[str, Ref],
+    keys: Array,
+    sums: _KeySums,
+) -> None:
     if sums.dk is not None:
         # The factor scale, as in dq; dv has none.
         store(refs["dk"], keys, sums.dk * plan.scale)
     if sums.dv is not None:
         store(refs["dv"], keys, sums.dv)
+
+
+def _repeat_dkv(
+    plan: Plan,
+    config: KernelConfig,
+    refs: dict[str, Ref],
+    n: Array,
+    key_head: Array,
+) -> None:
+    """The program again, query by query, for `tile.write_or_repeat`."""
+
+    def compute(keys: Array, first: Array, end: Array) -> None:
+        k = load(refs["k"], keys, plan.K)
+        v = load(refs["v"], keys, plan.V) if "dk" in refs else None
+        key_segments = load_segments(refs, keys)
+
+        def add_query(g: Array, position: Array, sums: _KeySums) -> _KeySums:
+            # As `add_tile` of `_dkv_kernel`: a tile [C, 1].
+            query = block_positions(position, 1)
+            slope = tile.slope_of_head(plan, refs, key_head * plan.group + g)
+            at = tile.positions(
+                query,
+                keys,
+                load_segments(refs, query),
+                key_segments,
+                transposed=True,
+            )
+            q = _load_of_head(refs["q"], query, g, plan.K)
+            do = _load_of_head(refs["do"], query, g, plan.V)
+            deltas = [tile.as_row(x) for x in _load_numbers(refs, "delta", (g, query))]
+            saved = tuple(tile.as_row(x) for x in _load_numbers(refs, "saved", (g, query)))
+            logits = tile.logits_of_token(
+                plan,
+                k,
+                q,
+                slope,
+                at.distance(),
+            )
+            if v is None:
+                dp = jnp.zeros_like(logits.values)
+            else:
+                dp = tile.products_with(v, do)
+            mask = tile.visible(plan, at, by_position=True)
+            weights, ds = plan.normalizer.gradient(
+                logits.values,
+                mask,
+                at.keys,
+                dp,
+                deltas,
+                saved,
+            )
+            dk = sums.dk
+            dv = sums.dv
+            if dv is not None:
+                dv = dv + tile.product_if_seen(mask, weights, do)
+            if dk is not None:
+                ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
+                dk = dk + tile.product_if_seen(mask, ds, q)
+            return _KeySums(dk, dv)
+
+        sums = loop_over_heads(
+            plan.group,
+            first,
+            end,
+            add_query,
+            _start_of_keys(plan, refs, keys),
+        )
+        _write_dkv(plan, refs, keys, sums)
+
+    few_rows_at_a_time(
+        plan,
+        config,
+        reach_of_queries(plan).transposed(),
+        n,
+        config.block_k,
+        config.block_q,
+        refs.get("spans"),
+        compute,
+    )
 
 
 def _load_of_head(

@@ -6,13 +6,15 @@ sums of weighted values and what the normalizer keeps of a row are the carry of 
 stay in registers, in float32. Keys and values come through shared memory, `num_stages` blocks of
 them in flight. After the loop the program ends the rows, multiplies by sigmoid(gate) and writes y.
 Nothing is recomputed here; the backward pass recomputes logits and weights from what is saved.
+Where a sum ends as NaN or infinite, the program starts over, key by key: see
+`tile.write_or_repeat`.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
@@ -34,6 +36,7 @@ from kernels_pallas.attention.gpu.plan import (
     KernelInputs,
     Plan,
     Ref,
+    few_rows_at_a_time,
     loop_over_tiles,
     reach_of_queries,
 )
@@ -116,9 +119,8 @@ def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
     # program is left over when the others have ended.
     n = plan.length // config.block_q - 1 - pl.program_id(0)
     rows = block_positions(n, config.block_q)
-    zero = jnp.zeros((config.block_q, 1), jnp.float32)
     queries = load(refs["q"], rows, plan.K)
-    slope = pltriton.load(refs["slopes"].at[head]) if plan.slopes else None
+    slope = tile.slope_of_head(plan, refs, head)
     query_segments = load_segments(refs, rows)
     product = partial(tile.matmul, plan)
 
@@ -152,15 +154,6 @@ def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
         sums = attention_tile.accumulate(carry.sums, added, values, product)
         return Rows(added.row, sums)
 
-    sink = None
-    if "sinks" in refs:
-        # One logit for every row of the block.
-        sink = zero + pltriton.load(refs["sinks"].at[head])
-    zeros = jnp.zeros((config.block_q, plan.V), jnp.float32)
-    start = Rows(
-        statistics=normalizer.start(zero, (), sink),
-        sums=[zeros] * normalizer.sums,
-    )
     end = loop_over_tiles(
         plan,
         reach_of_queries(plan),
@@ -169,18 +162,104 @@ def _kernel(plan: Plan, refs: dict[str, Ref]) -> None:
         config.block_k,
         refs.get("spans"),
         add_tile,
-        start,
+        _start(plan, refs, rows, head),
+    )
+    tile.write_or_repeat(
+        plan,
+        end.sums,
+        write=lambda: _write(plan, refs, rows, end),
+        repeat=lambda: _repeat(plan, refs, n, head),
     )
 
+
+def _start(
+    plan: Plan,
+    refs: dict[str, Ref],
+    rows: Array,
+    head: Array,
+) -> Rows:
+    """Rows that have seen nothing."""
+    zero = jnp.zeros((*rows.shape, 1), jnp.float32)
+    sink = None
+    if "sinks" in refs:
+        # One logit for every row of the block.
+        sink = zero + plan.unit * pltriton.load(refs["sinks"].at[head])
+    zeros = jnp.zeros((*rows.shape, plan.V), jnp.float32)
+    return Rows(
+        statistics=plan.normalizer.start(zero, (), sink),
+        sums=[zeros] * plan.normalizer.sums,
+    )
+
+
+def _repeat(
+    plan: Plan,
+    refs: dict[str, Ref],
+    n: Array,
+    head: Array,
+) -> None:
+    """The program again, key by key, for `tile.write_or_repeat`."""
+    config = plan.schedule.forward
+    slope = tile.slope_of_head(plan, refs, head)
+
+    def attend(rows: Array, first: Array, end: Array) -> None:
+        queries = load(refs["q"], rows, plan.K)
+        query_segments = load_segments(refs, rows)
+
+        def add_key(position: Array, carry: Rows) -> Rows:
+            # As `add_tile` of `_kernel`: a tile [R, 1].
+            key = block_positions(position, 1)
+            at = tile.positions(rows, key, query_segments, load_segments(refs, key))
+            k = load(refs["k"], key, plan.K)
+            logits = tile.logits_of_token(
+                plan,
+                queries,
+                k,
+                slope,
+                at.distance(),
+            )
+            mask = tile.visible(plan, at, by_position=True)
+            added = plan.normalizer.add(
+                carry.statistics,
+                logits.values,
+                mask,
+                at.keys,
+            )
+            value = load(refs["v"], key, plan.V)
+            product = partial(tile.product_if_seen, mask)
+            sums = attention_tile.accumulate(carry.sums, added, value, product)
+            return Rows(added.row, sums)
+
+        start = _start(plan, refs, rows, head)
+        _write(plan, refs, rows, lax.fori_loop(first, end, add_key, start))
+
+    few_rows_at_a_time(
+        plan,
+        config,
+        reach_of_queries(plan),
+        n,
+        config.block_q,
+        config.block_k,
+        refs.get("spans"),
+        attend,
+    )
+
+
+def _write(
+    plan: Plan,
+    refs: dict[str, Ref],
+    rows: Array,
+    end: Rows,
+) -> None:
+    """Ends some rows and writes them."""
     # outputs[0] is the ungated output. Only what `_outputs` asked for is there to be written.
-    outputs, saved = normalizer.finish(end.statistics, end.sums)
+    outputs, saved = plan.normalizer.finish(end.statistics, end.sums)
     for i, output in enumerate(outputs):
         if f"o{i}" in refs:
             store(refs[f"o{i}"], rows, output)
     for i, statistic in enumerate(saved):
         if f"saved{i}" in refs:
             # [R, 1] -> [R]
-            by_query = statistic.reshape(config.block_q)
+            by_query = statistic.reshape(rows.shape)
             pltriton.store(refs[f"saved{i}"].at[rows], by_query)
     y = _gated(plan, outputs[0], refs, rows)
     store(refs["y"], rows, y)

@@ -20,11 +20,14 @@ class Operands(NamedTuple):
     precision: lax.Precision | lax.DotAlgorithmPreset | None
 
 
+# All bits of float32.
+EXACT = "tf32_x3"
+
 # The names are also those of the rows of `tuning.py`.
 OPERANDS = {
     "bfloat16": Operands(jnp.dtype(jnp.bfloat16), None),
     "tf32": Operands(jnp.dtype(jnp.float32), lax.DotAlgorithmPreset.TF32_TF32_F32),
-    "tf32_x3": Operands(jnp.dtype(jnp.float32), lax.DotAlgorithmPreset.TF32_TF32_F32_X3),
+    EXACT: Operands(jnp.dtype(jnp.float32), lax.DotAlgorithmPreset.TF32_TF32_F32_X3),
 }
 
 
@@ -32,13 +35,13 @@ def matmuls(*arrays: Array) -> str:
     """How a call with these inputs multiplies: a name of `OPERANDS`."""
     # As asked for by `jax.default_matmul_precision`, whatever the dtypes.
     if not one_pass_allowed():
-        return "tf32_x3"
+        return EXACT
     if all(x.dtype == jnp.bfloat16 for x in arrays):
         return "bfloat16"
     # Float16 among them: TF32 has its 10 bits of mantissa, bfloat16 has 7.
     if all(x.dtype.itemsize == 2 for x in arrays):
         return "tf32"
-    return "tf32_x3"
+    return EXACT
 
 
 def operands(interpret: bool, matmuls: str) -> Operands:

@@ -18,8 +18,9 @@ from jax import Array, lax
 
 from kernels_pallas.attention.gpu import backward
 from kernels_pallas.attention.gpu.backward import RowGradients
+from kernels_pallas.attention.gpu.exponentials import exponentials, in_unit
 from kernels_pallas.attention.gpu.forward import forward
-from kernels_pallas.attention.gpu.matmuls import matmuls, operands
+from kernels_pallas.attention.gpu.matmuls import EXACT, matmuls, operands
 from kernels_pallas.attention.gpu.plan import KernelInputs, Plan, unsupported_by_kernels
 from kernels_pallas.attention.gpu.tuning import Schedule, largest, padded_channels, schedule
 from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
@@ -76,12 +77,15 @@ def _attend(inputs: AttentionInputs, options: AttentionOptions, interpret: bool)
         options.normalizer.sums,
         T,
     )
+    taken = exponentials(options.normalizer, exact=kind == EXACT, interpret=interpret)
     plan = Plan(
-        normalizer=options.normalizer,
+        normalizer=taken.in_kernel,
+        normalizer_around=taken.around,
         causal=options.causal,
         window=options.window,
-        logits_soft_cap=options.logits_soft_cap,
+        logits_soft_cap=in_unit(options.logits_soft_cap, taken.unit),
         scale=options.scale,
+        unit=taken.unit,
         T=T,
         length=_padded_length(T, kernel_schedule),
         H=H,
@@ -176,8 +180,8 @@ def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
     dsinks = None
     if inputs.sink_logits is not None:
         # [1, H, 1] against the rows' [B, H, T].
-        sinks = inputs.sink_logits[None, :, None]
-        by_row = plan.normalizer.sink_gradient(
+        sinks = plan.unit * inputs.sink_logits[None, :, None]
+        by_row = plan.normalizer_around.sink_gradient(
             sinks,
             deltas,
             tuple(saved.statistics),

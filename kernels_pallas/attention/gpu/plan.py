@@ -15,7 +15,13 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float, Int
 
-from kernels_pallas.attention.gpu.tuning import MAX_D, Schedule, padded_channels
+from kernels_pallas.attention.gpu.tuning import (
+    MAX_D,
+    MIN_BLOCK,
+    KernelConfig,
+    Schedule,
+    padded_channels,
+)
 from kernels_pallas.attention.kernels import (
     GateKind,
     count_visible_pairs,
@@ -31,11 +37,16 @@ Ref = Any
 class Plan(NamedTuple):
     """The static arguments of a call."""
 
+    # In the kernels, and for what XLA computes of rows around them (`exponentials.py`).
     normalizer: Normalizer
+    normalizer_around: Normalizer
     causal: bool
     window: int | None
+    # Times `unit`, as it bounds logits that are.
     logits_soft_cap: float | None
     scale: float
+    # What logits are multiplied by.
+    unit: float
     # The true number of tokens.
     T: int
     # The tokens that arrays have: whole blocks.
@@ -68,6 +79,12 @@ class Plan(NamedTuple):
     def pairs(self) -> int:
         """Pairs of a query and a key that the mask leaves, without segments."""
         return count_visible_pairs(self.T, self.causal, self.window)
+
+    @property
+    def hides_pairs(self) -> bool:
+        """Whether any tile has a pair that the mask hides."""
+        is_cut = self.causal or self.window is not None or self.length > self.T
+        return is_cut or self.segments
 
     @property
     def saved_outputs(self) -> list[int]:
@@ -235,24 +252,73 @@ def loop_over_tiles(
     """
     limits = None if spans is None else _limits(spans, n)
     for first, end, by_position in tile_ranges(plan, reach, n, block, other_block, limits):
-        count = end - first
 
-        def add_tile_number(
-            t: Array,
+        def add_block(
+            head: Array,
+            other: Array,
             carry: Any,
-            first=first,
-            count=count,
             masks=by_position,
-        ):
-            # Heads and blocks are one loop. A nested one would cost registers, and here the loads
-            # run ahead from one head into the next.
-            head = lax.div(t, count) if heads > 1 else jnp.int32(0)
-            other = first + t - head * count
+        ) -> Any:
             return add_tile(masks, head, other, carry)
 
         # A loop for each range: whether tiles are masked is known while the kernel is compiled.
-        carry = lax.fori_loop(0, heads * count, add_tile_number, carry)
+        carry = loop_over_heads(heads, first, end, add_block, carry)
     return carry
+
+
+def loop_over_heads(
+    heads: int,
+    first: Array,
+    end: Array,
+    add: Callable[[Array, Array, Any], Any],
+    carry: Any,
+) -> Any:
+    """carry = add(head, i, carry) for i from `first` to before `end`, for every head."""
+    count = end - first
+
+    def add_number(t: Array, carry: Any) -> Any:
+        # Heads and blocks are one loop. A nested one would cost registers, and here the loads run
+        # ahead from one head into the next.
+        head = lax.div(t, count) if heads > 1 else jnp.int32(0)
+        other = first + t - head * count
+        return add(head, other, carry)
+
+    return lax.fori_loop(0, heads * count, add_number, carry)
+
+
+def few_rows_at_a_time(
+    plan: Plan,
+    config: KernelConfig,
+    reach: Reach,
+    n: Array,
+    block: int,
+    other_block: int,
+    spans: Ref | None,
+    compute: Callable[[Array, Array, Array], None],
+) -> None:
+    """compute(rows, first, end) for the tokens of a program's block, a few at a time.
+
+    Args:
+      plan, reach, n, block, other_block, spans: as of `loop_over_tiles`.
+      config: of the kernel.
+      compute: computes and writes what belongs to the tokens at the positions `rows`; the tiles of
+        `loop_over_tiles` have the tokens from `first` to before `end`.
+    """
+    limits = None if spans is None else _limits(spans, n)
+    ranges = tile_ranges(plan, reach, n, block, other_block, limits)
+    first = ranges[0].first * other_block
+    end = ranges[-1].end * other_block
+    # As many as registers hold: 8 elements a thread of each array.
+    few = 8 * 32 * config.num_warps // max(plan.K, plan.V)
+    few = min(block, max(MIN_BLOCK, few))
+    parts = block // few
+
+    def compute_part(i: Array, carry: None) -> None:
+        rows = (n * parts + i) * few + lax.iota(jnp.int32, few)
+        compute(rows, first, end)
+        return carry
+
+    lax.fori_loop(0, parts, compute_part, None)
 
 
 # --- segments

@@ -32,7 +32,8 @@ from kernels_pallas.attention.gpu.call import (
     store,
     whole,
 )
-from kernels_pallas.attention.gpu.matmuls import matmuls, operands
+from kernels_pallas.attention.gpu.exponentials import exponentials, in_unit
+from kernels_pallas.attention.gpu.matmuls import EXACT, matmuls, operands
 from kernels_pallas.attention.gpu.plan import Plan, Ref, unsupported_by_kernels
 from kernels_pallas.attention.gpu.tile import Rows
 from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS, Schedule, padded_channels
@@ -186,13 +187,16 @@ def _plan(options: StepOptions, interpret: bool, inputs: StepInputs) -> Plan:
     padded_K = padded_channels(K)
     padded_V = padded_channels(V)
     config = gpu_tuning.step(padded_K, padded_V)
+    taken = exponentials(options.normalizer, exact=kind == EXACT, interpret=interpret)
     return Plan(
-        normalizer=options.normalizer,
+        normalizer=taken.in_kernel,
+        normalizer_around=taken.around,
         # Which slots are visible is in `valid`.
         causal=False,
         window=None,
-        logits_soft_cap=options.logits_soft_cap,
+        logits_soft_cap=in_unit(options.logits_soft_cap, taken.unit),
         scale=options.scale,
+        unit=taken.unit,
         T=S,
         length=S,
         H=H,
@@ -241,7 +245,7 @@ def _over_parts(plan: Plan, inputs: KernelInputs) -> Array:
     """The ungated output, float32 [B, Hk, R, V], merged over the parts of the cache."""
     B, Hk, R, _ = inputs.q.shape
     S = plan.T
-    normalizer = plan.normalizer
+    normalizer = plan.normalizer_around
     config = plan.schedule.forward
     num_parts, blocks_each = split(B * Hk, -(-S // config.block_k))
     num_statistics = row_statistics(normalizer)
@@ -342,7 +346,7 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
     row = lax.iota(jnp.int32, R)
     zero = jnp.zeros((R, 1), jnp.float32)
     queries = load(refs["q"], row, plan.K)
-    slope = _of_rows(refs["slopes"], key_head, row) if plan.slopes else None
+    slope = plan.unit * _of_rows(refs["slopes"], key_head, row) if plan.slopes else None
     product = partial(tile.matmul, plan)
 
     def add_slots(slot_block: Array, carry: Rows) -> Rows:
@@ -354,7 +358,9 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
             mask=inside,
             other=0,
         )
-        visible = tile.as_row(valid) != 0
+        # What a slot that is not valid holds is not read: it may be anything.
+        holds_key = valid != 0
+        visible = tile.as_row(holds_key)
         distances = None
         if "distances" in refs:
             distances = pltriton.load(
@@ -363,7 +369,7 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
                 other=0,
             )
             distances = tile.as_row(distances)
-        k = _slots(refs["k"], slots, inside, plan.K)
+        k = _slots(refs["k"], slots, holds_key, plan.K)
         logits = tile.logits(plan, queries, k, slope, distances)
         keys = tile.as_row(slots)
         added = normalizer.add(
@@ -372,7 +378,7 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
             visible,
             keys,
         )
-        values = _slots(refs["v"], slots, inside, plan.V)
+        values = _slots(refs["v"], slots, holds_key, plan.V)
         sums = attention_tile.accumulate(carry.sums, added, values, product)
         return Rows(added.row, sums)
 
@@ -381,7 +387,7 @@ def _kernel(plan: Plan, blocks_each: int, refs: dict[str, Ref]) -> None:
         # A sink counts once, so in one part only.
         sink = jnp.where(
             part == 0,
-            _of_rows(refs["sinks"], key_head, row),
+            plan.unit * _of_rows(refs["sinks"], key_head, row),
             -jnp.inf,
         )
     zeros = jnp.zeros((R, plan.V), jnp.float32)
@@ -411,7 +417,7 @@ def _of_rows(ref: Ref, key_head: Array, row: Array) -> Array:
 def _slots(
     ref: Ref,
     slots: Array,
-    inside: Array,
+    holds_key: Array,
     width: int,
 ) -> Array:
     """Some slots of a cache, [slots, width].
@@ -419,17 +425,16 @@ def _slots(
     Args:
       ref: all slots of one head, [S, D].
       slots: which.
-      inside: which of these the cache has.
+      holds_key: which of these the cache has, and the query may see.
       width: D, or the next power of two: columns after D are zeros.
 
     Returns:
-      Zeros where the cache has nothing.
+      Zeros for the other slots, whatever is in them: a weight of 0 times NaN would be NaN.
     """
-    S, D = ref.shape
+    _, D = ref.shape
     columns = lax.iota(jnp.int32, width)
     place = ref.at[slots[:, None], columns[None, :]]
-    # No slot and no channel is missing, for any block: loads without a mask are wider.
-    if S % len(slots) == 0 and width == D:
-        return pltriton.load(place)
-    has_data = inside[:, None] & (columns < D)[None, :]
+    has_data = jnp.broadcast_to(holds_key[:, None], (len(slots), width))
+    if width != D:
+        has_data = has_data & (columns < D)[None, :]
     return pltriton.load(place, mask=has_data, other=0)

@@ -1,8 +1,17 @@
 """Block sizes and warps of the GPU kernels of `attention`, as data.
 
-The rows were chosen without a device, by `ptxas`: the largest blocks that do not spill registers,
-and fit into shared memory. Two warp groups of Hopper's matrix unit take 128 rows of a block, and
-one takes 64.
+The rows were chosen without a device, by what `ptxas` and `nvdisasm` count for each chip
+(`benchmarks/gpu_report.py`): no register spilled and no matrix instruction serialized, then the
+fewest instructions issued for a pair of a query and a key among the blocks that leave eight warps
+or more on a multiprocessor. Nothing was timed. Where the chips differ, and why:
+
+    Hopper  Two warp groups of the matrix unit take 128 rows of a block, and one takes 64. It reads
+            its operands from shared memory, of which there are 227 KiB: two or three stages.
+    A100    Operands of the matrix unit are registers, so blocks are half as large; 163 KiB of
+            shared memory hold one stage less.
+
+Three passes of TF32 keep every operand twice. At 64 rows that is 1.9 KB of spilled registers a
+thread at D = 128; 32 by 32 spill at most 44 B, and issue a quarter less for a pair.
 """
 
 from typing import NamedTuple
@@ -75,14 +84,14 @@ HOPPER = {
                      KernelConfig(32, 64, 4, 2)),
         128: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 16, 4, 2),
                       KernelConfig(16, 64, 4, 2)),
-        256: Schedule(KernelConfig(64, 16, 8, 1), KernelConfig(64, 16, 8, 1),
-                      KernelConfig(16, 64, 8, 1), KernelConfig(16, 64, 8, 1)),
+        256: Schedule(KernelConfig(64, 16, 8, 1), KernelConfig(32, 32, 8, 1),
+                      KernelConfig(32, 32, 8, 1), KernelConfig(16, 64, 8, 1)),
     },
     "tf32_x3": {
         64: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 32, 4, 2),
                      KernelConfig(16, 64, 4, 2)),
-        128: Schedule(KernelConfig(64, 16, 4, 1), KernelConfig(64, 16, 8, 1),
-                      KernelConfig(16, 64, 8, 1), KernelConfig(16, 64, 8, 1)),
+        128: Schedule(KernelConfig(64, 16, 4, 1), KernelConfig(32, 32, 8, 1),
+                      KernelConfig(32, 32, 8, 1), KernelConfig(16, 64, 8, 1)),
     },
 }
 AMPERE = HOPPER | {
@@ -93,6 +102,11 @@ AMPERE = HOPPER | {
                       KernelConfig(32, 64, 8, 2)),
         256: Schedule(KernelConfig(64, 32, 8, 2), KernelConfig(64, 32, 8, 2),
                       KernelConfig(32, 64, 8, 1), KernelConfig(32, 64, 8, 1)),
+    },
+    # Two stages of dq are 96 KiB: one program on a multiprocessor instead of two.
+    "tf32_x3": HOPPER["tf32_x3"] | {
+        64: Schedule(KernelConfig(64, 32, 4, 2), KernelConfig(64, 32, 4, 1),
+                     KernelConfig(16, 64, 4, 2)),
     },
 }
 # fmt: on

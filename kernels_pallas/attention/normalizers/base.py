@@ -34,9 +34,10 @@ gradients.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -46,6 +47,15 @@ Row = tuple[Array, ...]
 AddTile = Callable[[Row, Array, Array | None, Array], Row]
 # pass_over_keys(start, add): the row after every tile of its keys.
 KeyPass = Callable[[Row, AddTile], Row]
+
+
+class Elementary(NamedTuple):
+    """The elementary functions that weights are made of. A kernel may have faster ones."""
+
+    exp: Callable[[Array], Array] = jnp.exp
+    # The inverse of `exp`.
+    log: Callable[[Array], Array] = jnp.log
+    sigmoid: Callable[[Array], Array] = jax.nn.sigmoid
 
 
 class Added(NamedTuple):
@@ -74,6 +84,8 @@ class Normalizer:
     passes: ClassVar[int] = 1
     # Whether `start` knows what to do with a sink.
     takes_sinks: ClassVar[bool] = False
+    # How a kernel takes exponentials; no part of what the normalizer is.
+    functions: Elementary = field(default=Elementary(), kw_only=True, repr=False)
 
     def for_length(self, length: int) -> "Normalizer":
         """The normalizer with what depends on the number of keys filled in."""
@@ -193,7 +205,7 @@ class Softmax(Normalizer):
         before, total = row
         s = masked(s, seen)
         # Masked logits are -inf, and their p is 0.
-        m, p, keep = online_exp(before, s, row_max(s))
+        m, p, keep = online_exp(before, s, row_max(s), self.functions.exp)
         total = keep * total + row_sum(p)
         return Added((m, total), keep, (p,))
 
@@ -202,7 +214,7 @@ class Softmax(Normalizer):
         row: Row,
         sums: Sequence[Array],
     ) -> tuple[Row, list[Array]]:
-        m, total, *sums = at_one_maximum(*row, *sums)
+        m, total, *sums = at_one_maximum(*row, *sums, exp=self.functions.exp)
         return (m, total), sums
 
     def finish(
@@ -213,7 +225,7 @@ class Softmax(Normalizer):
         m, total = row
         o = sums[0] * inverse(total)
         # One number a row is enough to compute its weights again; -inf if it saw nothing.
-        lse = m + jnp.log(total)
+        lse = m + self.functions.log(total)
         return (o,), (lse,)
 
     def gradient(
@@ -226,7 +238,7 @@ class Softmax(Normalizer):
         saved: Row,
     ) -> tuple[Array, Array]:
         (lse,) = saved
-        p = jnp.exp(masked(s, seen) - finite(lse))
+        p = self.functions.exp(masked(s, seen) - finite(lse))
         # ds_j = p_j (dp_j - sum_i p_i dp_i), and that sum is sum(do * o).
         return p, p * (dp - deltas[0])
 
@@ -238,7 +250,7 @@ class Softmax(Normalizer):
     ) -> Array:
         # As ds of a key whose value is 0, and so its dp.
         (lse,) = saved
-        return -jnp.exp(sink - finite(lse)) * deltas[0]
+        return -self.functions.exp(sink - finite(lse)) * deltas[0]
 
 
 # Arithmetic that normalizers share.
@@ -270,9 +282,14 @@ def inverse(total: Array) -> Array:
     return jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
 
 
-def softplus(s: Array) -> Array:
+def relu(s: Array) -> Array:
+    """max(s, 0); NaN stays NaN, which the maximum of a GPU would make 0."""
+    return jnp.where(s < 0, 0, s)
+
+
+def softplus(s: Array, exp: Callable[[Array], Array] = jnp.exp) -> Array:
     """log(1 + e^s), without overflow."""
-    return jnp.maximum(s, 0) + jnp.log1p(jnp.exp(-jnp.abs(s)))
+    return jnp.maximum(s, 0) + jnp.log1p(exp(-jnp.abs(s)))
 
 
 class OnlineExp(NamedTuple):
@@ -290,22 +307,34 @@ def online_exp(
     before: Array,
     s: Array,
     largest: Array,
+    exp: Callable[[Array], Array] = jnp.exp,
 ) -> OnlineExp:
     """Moves a row to a new maximum.
 
-    `before` [R, 1] is the maximum before the tile, `largest` [R, 1] that of the masked logits `s`.
+    Args:
+      before: the maximum before the tile, [R, 1].
+      s: the masked logits.
+      largest: the maximum of `s`, [R, 1].
+      exp: how exponentials are taken.
+
+    Returns:
+      The tile's exponentials.
     """
     m = jnp.maximum(before, largest)
     # A row that has seen nothing has m = -inf, and p = keep = 0.
     shift = finite(m)
-    p = jnp.exp(s - shift)
-    keep = jnp.exp(before - shift)
+    p = exp(s - shift)
+    keep = exp(before - shift)
     return OnlineExp(m, p, keep)
 
 
-def at_one_maximum(m: Array, *sums: Array) -> tuple[Array, ...]:
+def at_one_maximum(
+    m: Array,
+    *sums: Array,
+    exp: Callable[[Array], Array] = jnp.exp,
+) -> tuple[Array, ...]:
     """The largest of N parts' maxima [N, R, 1]; then their sums [N, ...], added up at that one."""
     most = jnp.max(m, axis=0)
     # 0 for a part that has seen nothing.
-    keep = jnp.exp(m - finite(most))
+    keep = exp(m - finite(most))
     return most, *(jnp.sum(keep * x, axis=0) for x in sums)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -18,6 +17,7 @@ from kernels_pallas.attention.normalizers.base import (
     inverse,
     masked,
     online_exp,
+    relu,
     row_max,
     row_sum,
     softplus,
@@ -72,7 +72,7 @@ class Sigmoid(_Elementwise):
     def _weights(self, s: Array, seen: Array | None) -> Array:
         assert self.length is not None, "api.py fills it in"
         # sigmoid(-inf) is 0.
-        return jax.nn.sigmoid(masked(s, seen) - math.log(self.length))
+        return self.functions.sigmoid(masked(s, seen) - math.log(self.length))
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class Relu(_Elementwise):
     ) -> tuple[Array, Array]:
         assert self.length is not None, "api.py fills it in"
         # d relu(s)^power / ds, 0 where a key is not seen.
-        x = jnp.maximum(masked(s, seen), 0)
+        x = relu(masked(s, seen))
         slope = (x > 0).astype(s.dtype) if self.power == 1 else 2 * x
         ds = slope * dp * (1 / self.length)
         return self._weights(s, seen), ds
 
     def _weights(self, s: Array, seen: Array | None) -> Array:
         assert self.length is not None, "api.py fills it in"
-        x = jnp.maximum(masked(s, seen), 0) * (1 / self.length)
+        x = relu(masked(s, seen)) * (1 / self.length)
         # (s / n)^2 n = s^2 / n, which overflows later.
         return x if self.power == 1 else x * x * self.length
 
@@ -143,12 +143,12 @@ class Softpick(Normalizer):
         s = masked(s, seen)
         m = jnp.maximum(before, row_max(s))
         # (e^s - 1) e^(-m), of either sign.
-        x = jnp.tanh(0.5 * s) * (jnp.exp(s - m) + jnp.exp(-m))
+        x = jnp.tanh(0.5 * s) * (self.functions.exp(s - m) + self.functions.exp(-m))
         if seen is not None:
             # At -inf it is -e^(-m), which is not 0.
             x = jnp.where(seen, x, 0)
         # What was summed so far has the factor e^(-before).
-        keep = jnp.exp(before - m)
+        keep = self.functions.exp(before - m)
         total = keep * total + row_sum(jnp.abs(x))
         return Added((m, total), keep, (jnp.maximum(x, 0),))
 
@@ -182,10 +182,10 @@ class Softpick(Normalizer):
     ) -> tuple[Array, Array]:
         (log_denominator,) = saved
         # e^s over the denominator is the slope of e^s - 1 over it.
-        slope = jnp.exp(masked(s, seen) - log_denominator)
+        slope = self.functions.exp(masked(s, seen) - log_denominator)
         positive = s > 0
         # (e^s - 1) / denominator, by tanh as in `add`.
-        x = jnp.tanh(0.5 * s) * (slope + jnp.exp(-log_denominator))
+        x = jnp.tanh(0.5 * s) * (slope + self.functions.exp(-log_denominator))
         p = jnp.where(positive, x, 0)
         if seen is not None:
             p = jnp.where(seen, p, 0)
@@ -239,7 +239,7 @@ class SelfAdjust(Normalizer):
         # Of equal logits the first one stays: a later tile must have a larger maximum.
         most_key = jnp.where(most > m_before, first_key(s_most == most), most_key)
         least_key = jnp.where(least < least_before, first_key(s_least == least), least_key)
-        m, p, keep = online_exp(m_before, s_most, most)
+        m, p, keep = online_exp(m_before, s_most, most, self.functions.exp)
         least = jnp.minimum(least_before, least)
         total = keep * total + row_sum(p)
         # 0 where p is: -inf * 0 would be NaN.
@@ -293,7 +293,7 @@ class SelfAdjust(Normalizer):
     ) -> tuple[Array, Array]:
         lse, a, per_range, least_key, most_key = saved
         delta, delta_softmax = deltas
-        p = jnp.exp(masked(s, seen) - finite(lse))
+        p = self.functions.exp(masked(s, seen) - finite(lse))
         # Where the logit is between the bounds, from 0 to 1.
         fraction = (s - a) * per_range
         positions = keys.astype(s.dtype)
@@ -377,8 +377,8 @@ class StableMax(_Summed):
     """f(s) = s + 1 for s >= 0, 1 / (1 - s) below (arXiv 2501.04697)."""
 
     def _value_and_slope(self, s: Array) -> tuple[Array, Array]:
-        # The minimum keeps the branch that is not taken finite.
-        below = 1 / (1 - jnp.minimum(s, 0))
+        # The branch that is not taken stays finite: min(s, 0), and NaN stays NaN as in `relu`.
+        below = 1 / (1 + relu(-s))
         value = jnp.where(s >= 0, s + 1, below)
         # d (1 - s)^-1 / ds = (1 - s)^-2
         slope = jnp.where(s >= 0, 1.0, below * below)
@@ -394,4 +394,4 @@ class Softplus(_Summed):
     """
 
     def _value_and_slope(self, s: Array) -> tuple[Array, Array]:
-        return softplus(s), jax.nn.sigmoid(s)
+        return softplus(s, self.functions.exp), self.functions.sigmoid(s)

@@ -250,6 +250,38 @@ def test_gpu_figures_from_ptxas():
     )
 
 
+def test_warnings_of_ptxas():
+    line = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources for the wgmma pipeline in function '{}'"
+    )
+    text = "\n".join([line.format("dkdv"), line.format("dkdv"), line.format("scan"), PTXAS])
+    assert gpu.parse_warnings(text) == {"dkdv": ("C7515",), "scan": ("C7515",)}
+    assert gpu.parse_warnings(PTXAS) == {}
+
+
+NVDISASM = """	.section	.text.scan,"ax",@progbits
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   BRA `(.L_x_2) ;
+.L_x_2:
+        /*0050*/               @P1 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+	.section	.text.copy,"ax",@progbits
+.L_x_3:
+        /*0000*/                   BRA `(.L_x_3);
+"""
+
+
+def test_instructions_of_a_loop():
+    """Of the shortest loop with a matrix instruction: not the one around it, nor the last."""
+    assert gpu.parse_code(NVDISASM) == {"scan": gpu.Code(7, 3), "copy": gpu.Code(1, None)}
+
+
 @pytest.mark.parametrize(
     "registers, threads, shared, blocks",
     [

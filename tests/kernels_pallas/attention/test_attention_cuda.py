@@ -1,5 +1,5 @@
-"""attention's GPU kernels compiled for an H200 that is not here: no register spills, types checked
-on a mesh.
+"""attention's GPU kernels compiled for GPUs that are not here: no register spills, no matrix
+instructions that ptxas serializes, counts of instructions, types checked on a mesh.
 """
 
 import re
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
-from gatedjax.aot.gpu import devices, find_ptxas
+from gatedjax.aot.gpu import devices, find_nvdisasm, find_ptxas
 from gatedjax.aot.targets import GPUS
 from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS, attention_step
@@ -37,6 +37,8 @@ def kernels_of(target: str, fn, *args) -> list:
     kernels = [k for k in report.kernels if k.name.startswith("attention")]
     limit = GPUS[target.removeprefix("cuda:")].shared_memory_per_block
     assert all(k.wgmma + k.mma > 0 and k.shared_memory_bytes <= limit for k in kernels)
+    # C75xx: ptxas gave up on running matrix instructions beside others.
+    assert {k.name: k.warnings for k in kernels if k.warnings} == {}
     return kernels
 
 
@@ -59,6 +61,55 @@ def test_no_kernel_spills(shape):
     assert stages(kernels) == STAGES[int(shape.rpartition("D")[2])] and spills(kernels) == {}
     assert all(k.wgmma > 0 for k in kernels)
     assert dispatch.last_choice("attention").implementation == "gpu"
+
+
+CLAIMED = [("bfloat16", D) for D in (32, 64, 96, 128, 256)]
+CLAIMED += [("float16", D) for D in (32, 64, 96, 128, 256)]
+CLAIMED += [("float32", D) for D in (32, 64, 96, 128)]
+
+
+@needs_ptxas
+@pytest.mark.parametrize("target", ["cuda:h100", "cuda:a100"])
+@pytest.mark.parametrize("dtype, D", CLAIMED)
+def test_no_size_and_dtype_that_is_claimed_spills(dtype, D, target):
+    """The forward kernel alone, and the kernels of a training step; chosen by dispatch."""
+    case = make_case("attention", f"B1,T4096,H2,D{D}", dtype, {"gate": "element"})
+    alone = kernels_of(target, case.forward, *case.args)
+    both = kernels_of(target, case.backward(), *case.backward_args())
+    assert stages(alone) == {"forward"} and stages(both) >= {"forward", "dq"}
+    assert spills(alone) == spills(both) == {}
+    assert dispatch.last_choice("attention").implementation == "gpu"
+
+
+# What a warp issues for a tile, at D = 128 on Hopper; with the exponential of CUDA's library it was
+# 631, 576 and 418.
+TILE_INSTRUCTIONS = {"forward": 420, "dq": 382, "dkdv": 388}
+
+
+@needs_ptxas
+@pytest.mark.skipif(not find_nvdisasm(), reason="there is no nvdisasm (pip install triton)")
+def test_instructions_of_a_tile():
+    case = make_case("attention", "B1,T4096,H2,D128", "bfloat16", {})
+    kernels = kernels_of("cuda:h100", case.backward(), *case.backward_args())
+    counts = {k.name.removeprefix("attention_"): k.tile_instructions for k in kernels}
+    assert counts.keys() == TILE_INSTRUCTIONS.keys()
+    assert all(0 < counts[name] <= most for name, most in TILE_INSTRUCTIONS.items()), counts
+
+
+def exponentials(kernel: str, dtype: str) -> bool:
+    """Whether the kernel's text has 2^x as one instruction."""
+    case = make_case("attention", "B1,T128,H1,D64", dtype, {"implementation": "gpu"})
+    mesh = Mesh(np.array(devices(GPUS["h100"])), ("x",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(case.forward).trace(*case.args).lower(lowering_platforms=("cuda",))
+    assert kernel in lowered.as_text()
+    return "ex2.approx.ftz" in lowered.as_text()
+
+
+def test_16_bit_inputs_have_the_instruction_and_float32_the_library():
+    assert exponentials("attention_forward", "bfloat16")
+    assert exponentials("attention_forward", "float16")
+    assert not exponentials("attention_forward", "float32")
 
 
 @needs_ptxas

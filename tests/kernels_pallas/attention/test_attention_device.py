@@ -76,3 +76,47 @@ def test_a_decoding_step(normalizer):
     options = dict(valid=jnp.asarray(r.random((2, 3000)) < 0.5), normalizer=ONE_PASS[normalizer])
     got = attention_step(q, k, v, **options, implementation="gpu", interpret=INTERPRET)
     assert rel_rms(got, attention_step(q, k, v, **options, implementation="reference")) <= 1e-4
+
+
+@pytest.mark.parametrize("H, Hk", [(8, 2), (6, 1), (40, 2)])
+@pytest.mark.parametrize("slots", [100, 200])
+def test_a_decoding_step_of_grouped_heads_across_blocks(slots, H, Hk):
+    """A cache that ends in its second block of slots, or its fourth; what is not valid is NaN."""
+    if INTERPRET and (slots, H) != (100, 6):
+        pytest.skip("one case when interpreted")
+    r = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)
+    q, k, v = normal(2, H, 64), normal(2, slots, Hk, 64), normal(2, slots, Hk, 96)
+    valid = r.random((2, slots)) < 0.5
+    want = attention_step(q, k, v, valid=jnp.asarray(valid), implementation="reference")
+    unused = ~valid[:, :, None, None]
+    k, v = jnp.where(unused, jnp.nan, k), jnp.where(unused, jnp.nan, v)
+    options = dict(implementation="gpu", interpret=INTERPRET)
+    got = attention_step(q, k, v, valid=jnp.asarray(valid), **options)
+    assert rel_rms(got, want) <= 1e-4
+
+
+@pytest.mark.parametrize("T", [65, 129, 150])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_lengths_that_cross_into_another_block(dtype, T):
+    """By one token, of grouped heads; blocks have 16 to 128 tokens."""
+    if INTERPRET:
+        pytest.skip("tests/kernels_pallas/attention/test_attention_gpu.py has these")
+    compare(dtype, T=T, B=1, H=4, Hk=2, K=64, V=64, gate="element-wise", segments=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_is_not_seen_may_be_nan(dtype):
+    """A bad token of the first document changes nothing in the second, and shows in its own."""
+    if INTERPRET:
+        pytest.skip("tests/kernels_pallas/attention/test_attention_gpu.py has this")
+    arrays, _ = draw(B=1, T=200, H=2, Hk=1, K=64, V=64, gate="element-wise")
+    arrays = cast(arrays, dtype)
+    ids = jnp.asarray([[0] * 90 + [1] * 110], jnp.int32)
+    options = dict(segment_ids=ids, implementation="gpu", interpret=INTERPRET)
+    clean = value_and_gradients(arrays, **options)
+    for name in "qkv":
+        bad = arrays | {name: arrays[name].at[0, 50, 0, 3].set(jnp.nan)}
+        got = value_and_gradients(bad, **options)
+        assert all(rel_rms(got[n][:, 90:], clean[n][:, 90:]) <= TOLERANCE[dtype] for n in clean)
+        assert not np.isfinite(np.asarray(got["y"], np.float32)[0, 50, 0, 3])

@@ -115,6 +115,24 @@ def test_the_gradient_is_xlas():
     assert max(rel_rms(got[n], want[n]) for n in want) < FLOAT32
 
 
+def test_a_slot_that_is_not_valid_may_hold_anything():
+    """Not read at all; and what is valid shows."""
+    arrays, valid, _ = draw(B=2, gate=None)
+    arrays = cast(arrays, jnp.float32)
+    step = jax.jit(partial(run, implementation="gpu", interpret=True))
+    want = step(arrays, valid, None)
+    unused = ~valid[:, :, None, None]
+    for bad in (np.nan, np.inf):
+        garbage = {n: jnp.where(unused, bad, arrays[n]) for n in ("k_cache", "v_cache")}
+        assert (step(arrays | garbage, valid, None) == want).all()
+    # Of the first row, slots that the query sees: a value's channel, every one by a key.
+    [slot, *_] = np.flatnonzero(valid[0])
+    for name in ("k_cache", "v_cache"):
+        seen = arrays | {name: arrays[name].at[0, slot, 1, 5].set(np.nan)}
+        hidden = np.isfinite(step(seen, valid, None))
+        assert hidden[0, :2].all() and not hidden[0, 2:, 5].any() and hidden[1].all()
+
+
 PLANTED = {
     "parts of other maxima": (
         normalizers_room,
