@@ -7,9 +7,16 @@ for a person at a prompt: `last_choice("attention")`.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from kernels_pallas.common.device import lowering_for as lowering_for
 from kernels_pallas.common.device import target_platform
 
 # What `implementation` of an op may be, beside None for the best one available. Every op has the
@@ -40,6 +47,7 @@ def choose(
     op: str,
     implementation: Implementation | None,
     refusals: Mapping[str, str | None],
+    arrays: Iterable[Array | None] = (),
 ) -> Implementation:
     """Returns the implementation that runs, and records it.
 
@@ -48,6 +56,7 @@ def choose(
       implementation: None for the best available, or one of `IMPLEMENTATIONS`.
       refusals: for each kernel backend, why it cannot take this call, or None when it can.
         "reference" and "xla" take every call and need no entry.
+      arrays: of the call; outside of `jit` they tell the device that it runs on.
 
     Returns:
       One of `IMPLEMENTATIONS`.
@@ -57,7 +66,7 @@ def choose(
       NotImplementedError: a named kernel does not cover this call.
     """
     if implementation is None:
-        choice = _best(op, refusals)
+        choice = _best(op, refusals, target_platform(*arrays))
     elif implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{op}: implementation: got {implementation!r}, "
@@ -74,9 +83,8 @@ def choose(
     return choice.implementation
 
 
-def _best(op: str, refusals: Mapping[str, str | None]) -> Choice:
+def _best(op: str, refusals: Mapping[str, str | None], platform: str) -> Choice:
     """The kernel of the platform that the call is compiled for, or "xla" where there is none."""
-    platform = target_platform()
     kernel = _KERNEL_OF_PLATFORM.get(platform)
     if kernel is None:
         return Choice(op, "xla", f"no kernel for platform {platform!r}")
@@ -84,6 +92,69 @@ def _best(op: str, refusals: Mapping[str, str | None]) -> Choice:
     if refusal is not None:
         return Choice(op, "xla", f"the {kernel} kernel {refusal}")
     return Choice(op, kernel, f"kernel for platform {platform!r}")
+
+
+# --- a kernel that is lowered for a platform where it is not
+
+
+def for_its_platform[Inputs: tuple](
+    op: str,
+    implementation: Implementation,
+    interpret: bool,
+    inputs: Inputs,
+) -> Inputs:
+    """`inputs`, which refuse to be lowered for a platform where the kernel is not.
+
+    Args:
+      op: the op's public name.
+      implementation: what runs.
+      interpret: whether it runs anywhere.
+      inputs: the arrays of the call, a named tuple or another; the first is no None.
+
+    Returns:
+      The same arrays.
+
+    Raises:
+      NotImplementedError: when they are lowered, which is when the platform is known.
+    """
+    if interpret or implementation not in ("tpu", "gpu"):
+        return inputs
+    first = _checked_when_lowered(op, implementation, inputs[0])
+    others = inputs[1:]
+    if hasattr(inputs, "_make"):
+        return inputs._make((first, *others))
+    return (first, *others)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _checked_when_lowered(op: str, implementation: str, x: Array) -> Array:
+    return _lowered.bind(x, op=op, implementation=implementation)
+
+
+@_checked_when_lowered.defjvp
+def _derivative(op: str, implementation: str, primals: tuple, tangents: tuple):
+    return _checked_when_lowered(op, implementation, *primals), tangents[0]
+
+
+# The identity.
+_lowered = Primitive("lowered_for_its_platform")
+_lowered.def_abstract_eval(lambda x, **_: x)
+_lowered.def_impl(lambda x, **static: jax.jit(partial(_lowered.bind, **static))(x))
+batching.defvectorized(_lowered)
+
+
+def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, op: str, implementation: str) -> list:
+    platforms = ctx.module_context.platforms
+    for platform in platforms:
+        if _KERNEL_OF_PLATFORM.get(platform) != implementation:
+            raise NotImplementedError(
+                f"{op}: implementation={implementation!r} is not there on platform {platform!r}; "
+                "interpret=True runs it anywhere"
+            )
+    return [x]
+
+
+mlir.register_lowering(_lowered, _lower)
 
 
 def last_choice(op: str) -> Choice | None:

@@ -63,7 +63,7 @@ _SIMPLE = {
     "reloc": "0",
 }
 # Their results come from vector data or from the runtime: unknown, and nothing to report.
-_DATA_OPS = ("spop", "scalar_parameter_address")
+_DATA_OPS = ("spop", "scalar_parameter_address", "sadd.f32")
 
 
 @dataclasses.dataclass
@@ -269,6 +269,9 @@ class Program:
             return self._binary(base, kinds, args)
         if base == "scmp" and kinds[1] in ("s32", "u32"):
             return self._comparison(kinds, args)
+        if base == "scmp" and kinds[:2] == ["lt", "f32"] and args[1] == "inf":
+            # Whether a number is finite: data is.
+            return "True"
         if op.name == "sld":
             return self._load(op, args)
         if base == "scalar_lea":

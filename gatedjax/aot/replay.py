@@ -12,7 +12,7 @@ v6e and v7x share the mechanism but were never checked against hardware. Not mod
 narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared with DMA, instruction fetch of huge
 bodies, barriers between two cores, the interconnect, clock throttling, and the host's 0.1 ms a
 call. Differences below 5 % are noise. A branch or size that depends on data is reported as unknown,
-and the branch taken as not taken.
+and the branch taken as not taken; but that a number is below infinity is taken as true.
 
 `bundles.py` parses the listing, `program.py` turns it into functions, `timeline.py` is the model of
 the memory, `values.py` the arithmetic.

@@ -102,7 +102,8 @@ def attention(
         "gpu": gpu.unsupported(inputs, options),
         "cudnn": cudnn.unsupported(inputs, options),
     }
-    chosen = dispatch.choose(op, implementation, refusals)
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     # Inside shard_map a custom derivative wants all of its inputs varying alike.
     inputs = AttentionInputs._make(all_varying(*inputs))
     if chosen == "reference":
@@ -180,7 +181,8 @@ def attention_step(
         "tpu": tpu.unsupported_step(),
         "gpu": gpu_step.unsupported(inputs, options),
     }
-    chosen = dispatch.choose(op, implementation, refusals)
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     inputs = StepInputs._make(all_varying(*inputs))
     if chosen == "reference":
         return reference.attention_step(inputs, options)

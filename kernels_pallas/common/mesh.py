@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
@@ -105,13 +105,14 @@ def by_rows_and_heads(
 
     # The whole results' shapes tell which of their axes are of size 1.
     results = jax.eval_shape(fn, *jax.tree.map(_shape_of, arrays))
+    in_specs = tuple(map(spec, inputs, arrays))
     split = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=tuple(map(spec, inputs, arrays)),
+        in_specs=in_specs,
         out_specs=tuple(map(spec, outputs, results)),
     )
-    return split(*arrays)
+    return split(*_as_specified(mesh, arrays, in_specs))
 
 
 def by_sorted_rows(
@@ -165,7 +166,46 @@ def by_sorted_rows(
         in_specs=row_specs + other_specs,
         out_specs=copied if summed else split_rows,
     )
-    return split(*rows, *whole, group_sizes)
+    arrays = (*rows, *whole, group_sizes)
+    return split(*_as_specified(mesh, arrays, row_specs + other_specs))
+
+
+def has_explicit_axes() -> bool:
+    """Whether the types of arrays say how the ambient mesh splits them (rule 2).
+
+    XLA does not split an op by itself then: every backend has to.
+    """
+    mesh = _mesh_to_split_over()
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def on_auto_axes(fn: Callable, like: Array, *arrays: Array) -> Any:
+    """`fn(*arrays)`, which XLA splits as it likes; results are split along rows as `like` is.
+
+    For gathers across devices, where types of arrays cannot say how.
+    """
+    if not has_explicit_axes():
+        return fn(*arrays)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = PartitionSpec(*jax.typeof(like).sharding.spec[:1])
+    out_sharding = NamedSharding(mesh, rows)
+    return jax.sharding.auto_axes(fn, out_sharding=out_sharding)(*arrays)
+
+
+def _as_specified(
+    mesh: AbstractMesh,
+    arrays: Sequence[Any],
+    specs: Sequence[PartitionSpec | None],
+) -> tuple[Any, ...]:
+    """The arrays split as `shard_map` wants them, which it does not see to on Explicit axes."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return tuple(arrays)
+
+    def split(tree: Any, spec: PartitionSpec | None) -> Any:
+        # One spec holds for all arrays of a pytree; None where there is none.
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), tree)
+
+    return tuple(map(split, arrays, specs))
 
 
 def _mesh_to_split_over() -> AbstractMesh | None:

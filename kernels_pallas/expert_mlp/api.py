@@ -6,6 +6,8 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.common.checks import (
+    as_array,
+    as_bounded_int32,
     check_float,
     check_integer,
     check_interpret,
@@ -46,9 +48,7 @@ def expert_mlp(
       gate: one matrix for each group, of the rows' dtype.
       up: as `gate`.
       down: one matrix for each group, of the rows' dtype.
-      group_sizes: integers >= 0. Rows beyond their sum give zeros and get zero gradient; an empty
-        group gets zero gradient. Not checked: values are unknown under jit. Rows counted beyond R
-        do not exist.
+      group_sizes: as in `grouped_matmul`, with R for M.
       weights: of each row's result, as a router gives them; any float dtype, multiplied in float32
         (or float64) before the last matmul. All 1 if None. Their gradient is computed on the way to
         the rows' and divides by nothing.
@@ -71,14 +71,15 @@ def expert_mlp(
         group_sizes,
         weights,
     )
-    _check(inputs, activation)
+    inputs = _checked(inputs, activation)
     check_interpret(OP, interpret, implementation)
     # The gpu backend is `composed` with the GPU's grouped matmuls.
     refusals = {
         "tpu": tpu.unsupported(inputs),
         "gpu": gpu.unsupported(rows),
     }
-    chosen = dispatch.choose(OP, implementation, refusals)
+    chosen = dispatch.choose(OP, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(OP, chosen, interpret, inputs)
     if chosen == "tpu":
         # `composed` leaves this to `grouped_matmul`.
         return tpu.expert_mlp(
@@ -94,8 +95,10 @@ def expert_mlp(
     )
 
 
-def _check(inputs: ExpertMlpInputs, activation: str) -> None:
-    """Raises ValueError for the first argument that does not fit."""
+def _checked(inputs: ExpertMlpInputs, activation: str) -> ExpertMlpInputs:
+    """The inputs as arrays, sizes bounded; ValueError for the first argument that does not fit."""
+    sizes = inputs.group_sizes
+    inputs = ExpertMlpInputs._make(as_array(x) for x in inputs)._replace(group_sizes=sizes)
     rows = inputs.rows
     gate = inputs.gate
     if rows.ndim != 2 or 0 in rows.shape:
@@ -121,6 +124,8 @@ def _check(inputs: ExpertMlpInputs, activation: str) -> None:
         raise ValueError(
             f"{OP}: activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
         )
+    bounded = as_bounded_int32(OP, "group_sizes", sizes, most=len(rows))
+    return inputs._replace(group_sizes=bounded)
 
 
 def _check_shape_by_gate(

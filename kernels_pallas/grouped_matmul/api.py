@@ -1,5 +1,7 @@
 """`grouped_matmul`: the public function. Checks, defaults and the choice of implementation."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -7,12 +9,14 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.common.checks import (
+    FLOATS,
+    as_bounded_int32,
     check_float,
     check_integer,
     check_interpret,
     check_same_dtype,
 )
-from kernels_pallas.common.mesh import varying_together
+from kernels_pallas.common.mesh import by_sorted_rows, has_explicit_axes, varying_together
 from kernels_pallas.grouped_matmul import reference, xla
 from kernels_pallas.grouped_matmul.gpu import op as gpu
 from kernels_pallas.grouped_matmul.tpu import op as tpu
@@ -39,9 +43,10 @@ def grouped_matmul(
     Args:
       lhs: float16, bfloat16, float32 (or float64 under x64). Sums are float32.
       rhs: one matrix for each group, of lhs's dtype.
-      group_sizes: integers >= 0. Rows beyond their sum give zeros and get zero gradient; an empty
-        group gets zero gradient. Not checked: values are unknown under jit. Rows counted beyond M
-        do not exist.
+      group_sizes: integers >= 0, of any width and sign. Rows beyond their sum give zeros and get
+        zero gradient; an empty group gets zero gradient. Not checked: values are unknown under jit.
+        A negative size is one of 0, and rows counted beyond M do not exist. What is in rows beyond
+        the sum does not matter, NaN neither.
       preferred_element_type: dtype of the result; lhs's if None.
       implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
@@ -55,10 +60,13 @@ def grouped_matmul(
 
     Source: MegaBlocks, arXiv 2211.15841.
     """
+    lhs = jnp.asarray(lhs)
+    rhs = jnp.asarray(rhs)
     _check(lhs, rhs, group_sizes)
+    group_sizes = as_bounded_int32(OP, "group_sizes", group_sizes, most=lhs.shape[0])
     check_interpret(OP, interpret, implementation)
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
-    if not jnp.issubdtype(out_dtype, jnp.floating):
+    if out_dtype not in FLOATS:
         raise ValueError(
             f"{OP}: preferred_element_type: got {out_dtype}, expected None or a float dtype"
         )
@@ -67,16 +75,24 @@ def grouped_matmul(
         "tpu": tpu.unsupported(lhs, rhs),
         "gpu": gpu.unsupported(lhs),
     }
-    chosen = dispatch.choose(OP, implementation, refusals)
+    inputs = (lhs, rhs, group_sizes)
+    chosen = dispatch.choose(OP, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(OP, chosen, interpret, inputs)
     # Before any custom_vjp, so that gradients of replicated arrays are summed over the mesh.
-    arrays = varying_together((lhs, rhs, group_sizes))
+    arrays = varying_together(inputs)
     if chosen == "tpu":
         return tpu.grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
     if chosen == "gpu":
         return gpu.grouped_matmul(*arrays, out_dtype=out_dtype, interpret=interpret)
-    if chosen == "xla":
-        return xla.grouped_matmul(*arrays, out_dtype=out_dtype)
-    return reference.grouped_matmul(*arrays, out_dtype=out_dtype)
+    plain = partial(
+        xla.grouped_matmul if chosen == "xla" else reference.grouped_matmul,
+        out_dtype=out_dtype,
+    )
+    if not has_explicit_axes():
+        # On Auto axes XLA splits it.
+        return plain(*arrays)
+    lhs, rhs, group_sizes = arrays
+    return by_sorted_rows(plain, [lhs], [rhs], group_sizes)
 
 
 def _check(

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.common.mesh import varying_like, varying_together
+from kernels_pallas.common.mesh import on_auto_axes, varying_like, varying_together
 
 
 def sort_by_group(
@@ -37,17 +37,21 @@ def sort_by_group(
             f"sort_by_group: ids: got shape {ids.shape} and dtype {ids.dtype}, "
             "expected [R] integers"
         )
-    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
-    inverse = jnp.argsort(order).astype(jnp.int32)
+    order = on_auto_axes(_order, ids, ids)
+    inverse = on_auto_axes(_order, ids, order)
     # Inside shard_map, jax (0.11, 0.12) takes the indices that argsort sorts along for the same on
     # all devices. Not told otherwise, it would sum gradients over devices before they are put back
     # in order.
     order = varying_like(order, ids)
     inverse = varying_like(inverse, ids)
     # Compared with every group: a histogram would be a scatter-add.
-    one_hot = ids[:, None] == jnp.arange(num_groups)
+    one_hot = ids[:, None] == jnp.arange(num_groups)[None]
     group_sizes = jnp.sum(one_hot, axis=0, dtype=jnp.int32)
     return order, inverse, group_sizes
+
+
+def _order(ids: Int[Array, "R"]) -> Int[Array, "R"]:
+    return jnp.argsort(ids, stable=True).astype(jnp.int32)
 
 
 def permute_rows(
@@ -116,4 +120,8 @@ _permute_rows.defvjp(_forward_saving, _backward)
 
 def _gather(x: Array, index: Int[Array, "Rk"]) -> Array:
     """x[index], without the check that every index lies in x."""
-    return jnp.asarray(x).at[index].get(mode="promise_in_bounds")
+
+    def gather(x: Array, index: Array) -> Array:
+        return x.at[index].get(mode="promise_in_bounds")
+
+    return on_auto_axes(gather, index, jnp.asarray(x), index)

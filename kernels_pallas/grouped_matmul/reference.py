@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from kernels_pallas.grouped_matmul.xla import bounds
+
 
 def grouped_matmul(
     lhs: Float[Array, "M K"],
@@ -17,17 +19,18 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """As `api.grouped_matmul`, with every default filled in."""
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(lhs, rhs))
-    ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
+    starts, ends = bounds(group_sizes, lhs.shape[0])
     row = jnp.arange(lhs.shape[0])[:, None]
     # [M, G]: whether a row is of a group. Rows beyond the last group are of none.
     is_member = (starts <= row) & (row < ends)
+    # Selected before and after, not multiplied by 0: a row or matrix of another group may be NaN,
+    # and the gradients sum over all rows and groups.
+    lhs_of_groups = jnp.where(is_member[:, :, None], lhs.astype(dtype)[:, None], 0)
     every_product = jnp.einsum(
-        "mk,gkn->mgn",
-        lhs.astype(dtype),
+        "mgk,gkn->mgn",
+        lhs_of_groups,
         rhs.astype(dtype),
         precision="highest",
     )
-    # Selected, not multiplied by 0: a product with an unused matrix may be Inf.
     selected = jnp.where(is_member[:, :, None], every_product, 0)
     return jnp.sum(selected, axis=1).astype(out_dtype)

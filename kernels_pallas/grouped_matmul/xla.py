@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
@@ -45,45 +45,91 @@ def grouped_matmul(
     M = lhs.shape[0]
     G = rhs.shape[0]
     options = Options(out_dtype, block_rows(M, G))
-    return _grouped_matmul(options, lhs, rhs, group_sizes)
+    return _product(options, False, lhs, rhs, group_sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(
+# The products are derivatives of each other, so each has derivatives of any order.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
     options: Options,
-    lhs: Array,
+    transposed: bool,
+    x: Array,
     rhs: Array,
     group_sizes: Array,
 ) -> Array:
+    """Rows times the matrices of their groups, or these transposed."""
     # On CPUs, XLA's fusions read broadcast operands wrongly: see `opaque`.
-    lhs, rhs = opaque((lhs, rhs))
-    return _times_groups(options, "mk,kn->mn", lhs, rhs, group_sizes)
+    x, rhs = opaque((x, rhs))
+    subscripts = "mn,kn->mk" if transposed else "mk,kn->mn"
+    return _times_groups(options, subscripts, x, rhs, group_sizes)
 
 
-def _forward_saving(
+def _product_saving(
     options: Options,
-    lhs: Array,
+    transposed: bool,
+    x: Array,
     rhs: Array,
     group_sizes: Array,
 ):
-    return _grouped_matmul(options, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    return _product(options, transposed, x, rhs, group_sizes), (x, rhs, group_sizes)
 
 
-def _backward(
+def _product_backward(
     options: Options,
+    transposed: bool,
     residuals: tuple[Array, Array, Array],
     dout: Array,
 ):
-    lhs, rhs, group_sizes = residuals
-    lhs, rhs, dout = opaque((lhs, rhs, dout))
-    dout = dout.astype(lhs.dtype)
-    back = options._replace(out_dtype=lhs.dtype)
-    dlhs = _times_groups(back, "mn,kn->mk", dout, rhs, group_sizes)
-    drhs = _outer_by_group(options, lhs, dout, group_sizes)
-    return dlhs, drhs.astype(rhs.dtype), None
+    x, rhs, group_sizes = residuals
+    dout = dout.astype(x.dtype)
+    back = options._replace(out_dtype=x.dtype)
+    dx = _product(back, not transposed, dout, rhs, group_sizes)
+    # Of a matrix [K, N]: its K side first.
+    left, right = (dout, x) if transposed else (x, dout)
+    drhs = _outer(options, left, right, group_sizes)
+    return dx, drhs.astype(rhs.dtype), None
 
 
-_grouped_matmul.defvjp(_forward_saving, _backward)
+_product.defvjp(_product_saving, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _outer(
+    options: Options,
+    left: Array,
+    right: Array,
+    group_sizes: Array,
+) -> Array:
+    """left^T right over the rows of each group."""
+    left, right = opaque((left, right))
+    return _outer_by_group(options, left, right, group_sizes)
+
+
+def _outer_saving(
+    options: Options,
+    left: Array,
+    right: Array,
+    group_sizes: Array,
+):
+    return _outer(options, left, right, group_sizes), (left, right, group_sizes)
+
+
+def _outer_backward(
+    options: Options,
+    residuals: tuple[Array, Array, Array],
+    dmatrices: Array,
+):
+    left, right, group_sizes = residuals
+    dmatrices = dmatrices.astype(left.dtype)
+    back = options._replace(out_dtype=left.dtype)
+    dleft = _product(back, True, right, dmatrices, group_sizes)
+    dright = _product(back, False, left, dmatrices, group_sizes)
+    return dleft, dright, None
+
+
+_outer.defvjp(_outer_saving, _outer_backward)
 
 
 def _times_groups(
@@ -119,6 +165,8 @@ def _times_groups(
             rows = _rows_of_tile(x, first, end, block)
             # Masked rows are written as zeros over rows of later groups: those are written later.
             tile = _matmul(product, rows, weight).astype(options.out_dtype)
+            # Rows beyond all groups are not, and 0 times a matrix that is not finite is NaN.
+            tile = jnp.where(_is_own(first, end, block), tile, 0)
             return jax.lax.dynamic_update_slice_in_dim(out, tile, first, 0)
 
         # A value of the run: the loop's length is the group's own.
@@ -192,8 +240,16 @@ def _rows_of_tile(
 ) -> Array:
     """Rows first .. first + block - 1 of x, zero from `end` on: those belong to another group."""
     rows = jax.lax.dynamic_slice_in_dim(x, first, block)
-    is_own = jnp.arange(block)[:, None] < end - first
-    return jnp.where(is_own, rows, 0)
+    return jnp.where(_is_own(first, end, block), rows, 0)
+
+
+def _is_own(
+    first: Array,
+    end: Array,
+    block: int,
+) -> Bool[Array, "{block} 1"]:
+    """Which rows of a tile are its group's."""
+    return jnp.arange(block)[:, None] < end - first
 
 
 def _matmul(

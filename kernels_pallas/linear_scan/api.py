@@ -8,15 +8,16 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.common.checks import check_interpret, default_scale
-from kernels_pallas.common.mesh import by_rows_and_heads, varying_together
+from kernels_pallas.common.checks import as_array, as_ids, check_interpret, default_scale
+from kernels_pallas.common.derivative import differentiated_as
+from kernels_pallas.common.mesh import by_rows_and_heads, has_explicit_axes, varying_together
 from kernels_pallas.linear_scan import reference, xla
 from kernels_pallas.linear_scan.checks import (
     check_bonus,
-    check_chunk_size,
     check_segment_ids,
     check_state,
     check_tokens,
+    checked_chunk_size,
 )
 from kernels_pallas.linear_scan.gpu import op as gpu
 from kernels_pallas.linear_scan.gpu import step as gpu_step
@@ -92,11 +93,14 @@ def linear_scan(
     HGRN2 2404.07904; RWKV-6 2404.05892.
     """
     op = "linear_scan"
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    log_decay, bonus, initial_state = map(as_array, (log_decay, bonus, initial_state))
+    segment_ids = as_ids(op, "segment_ids", segment_ids)
     check_tokens(op, q, k, v, log_decay, has_time=True)
     check_bonus(op, q, bonus, inclusive)
     check_state(op, "initial_state", q, v, initial_state, normalize)
     check_segment_ids(op, q, segment_ids)
-    check_chunk_size(op, chunk_size)
+    chunk_size = checked_chunk_size(op, chunk_size)
     check_interpret(op, interpret, implementation)
 
     B, T, H, K = q.shape
@@ -126,7 +130,8 @@ def linear_scan(
         "tpu": tpu.unsupported(inputs, options),
         "gpu": gpu.unsupported(inputs, options),
     }
-    chosen = dispatch.choose(op, implementation, refusals)
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     if chosen in ("tpu", "gpu"):
         kernel = tpu if chosen == "tpu" else gpu
         inputs = _prepare_scan(inputs)
@@ -147,7 +152,13 @@ def linear_scan(
             inputs = inputs._replace(initial_state=zeros)
         inputs = _prepare_scan(inputs)
         plain = reference if chosen == "reference" else xla
-        o, final_state = plain.linear_scan(inputs, options)
+
+        def run_plain(*arrays: Array | None) -> tuple[Array, Array]:
+            return plain.linear_scan(ScanInputs._make(arrays), options)
+
+        # On Auto axes XLA splits it.
+        split = _scan_on_mesh if has_explicit_axes() else _whole
+        o, final_state = split(run_plain, inputs)
     if not return_final_state:
         return o
     assert final_state is not None
@@ -171,7 +182,8 @@ def linear_scan_step(
     """One token of `linear_scan`, for decoding: the same formulas and arguments without T.
 
     On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel updates the states in
-    place: donate `state` to the surrounding jit, or XLA copies it first.
+    place: donate `state` to the surrounding jit, or XLA copies it first. Differentiable everywhere:
+    the gradient of a kernel is that of the plain step.
 
     Args:
       q, k, v: the query, key and value of one token.
@@ -189,6 +201,8 @@ def linear_scan_step(
       NotImplementedError: the implementation asked for does not cover this call.
     """
     op = "linear_scan_step"
+    q, k, v, state = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(state)
+    log_decay, bonus = map(as_array, (log_decay, bonus))
     check_tokens(op, q, k, v, log_decay, has_time=False)
     check_bonus(op, q, bonus, inclusive)
     check_state(op, "state", q, v, state, normalize)
@@ -214,7 +228,8 @@ def linear_scan_step(
         "tpu": tpu_step.unsupported(inputs, options),
         "gpu": gpu_step.unsupported(inputs, options, interpret=interpret),
     }
-    chosen = dispatch.choose(op, implementation, refusals)
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     # From here on the state is in the dtype of the computation.
     inputs = _prepare_step(inputs)
 
@@ -228,12 +243,24 @@ def linear_scan_step(
     def run_on_gpu(*arrays: Array | None) -> tuple[Array, Array]:
         return gpu_step.linear_scan_step(StepInputs._make(arrays), options)
 
-    if chosen == "tpu":
-        return _step_on_mesh(run_on_tpu, inputs)
-    if chosen == "gpu":
-        return _step_on_mesh(run_on_gpu, inputs)
-    plain = reference if chosen == "reference" else xla
-    return plain.linear_scan_step(inputs, options)
+    def run_on_xla(*arrays: Array | None) -> tuple[Array, Array]:
+        return xla.linear_scan_step(StepInputs._make(arrays), options)
+
+    def run_reference(*arrays: Array | None) -> tuple[Array, Array]:
+        return reference.linear_scan_step(StepInputs._make(arrays), options)
+
+    if chosen in ("tpu", "gpu"):
+        kernel = run_on_tpu if chosen == "tpu" else run_on_gpu
+        # One token is quickly computed once more.
+        return _step_on_mesh(differentiated_as(kernel, run_on_xla), inputs)
+    plain = run_reference if chosen == "reference" else run_on_xla
+    split = _step_on_mesh if has_explicit_axes() else _whole
+    return split(plain, inputs)
+
+
+def _whole(run: Callable, inputs: ScanInputs | StepInputs) -> tuple[Array, Array]:
+    """As `_scan_on_mesh`, where nothing is to be split."""
+    return run(*inputs)
 
 
 # --- from the arguments to the arrays of a backend

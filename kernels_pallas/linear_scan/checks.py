@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from jax import Array
 
-from kernels_pallas.common.checks import check_float, check_integer, check_shape
+from kernels_pallas.common.checks import as_integer, check_float, check_integer, check_shape
 from kernels_pallas.linear_scan.tile import MAX_CHUNK
 
 
@@ -109,13 +109,15 @@ def check_segment_ids(op: str, q: Array, segment_ids: Array | None) -> None:
     check_integer(op, "segment_ids", segment_ids)
 
 
-def check_chunk_size(op: str, chunk_size: int | None) -> None:
+def checked_chunk_size(op: str, chunk_size: int | None) -> int | None:
     """chunk_size: a power of two, because blocks are merged in pairs."""
     if chunk_size is None:
-        return
+        return None
+    chunk_size = as_integer(op, "chunk_size", chunk_size)
     # A power of two has one bit.
     is_power_of_two = chunk_size > 0 and chunk_size & (chunk_size - 1) == 0
     if not is_power_of_two or chunk_size > MAX_CHUNK:
         raise ValueError(
             f"{op}: chunk_size: got {chunk_size}, expected a power of two from 1 to {MAX_CHUNK}"
         )
+    return chunk_size

@@ -10,6 +10,7 @@ forward and backward.
 Every exponent is a sum of logs <= 0: no decay overflows.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.common.checks import default_scale
+from kernels_pallas.common.finite import any_nonfinite, is_finite, poisoned
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, round_up
 from kernels_pallas.dispatch import Implementation
@@ -94,12 +96,21 @@ def linear_scan_sharded(
     starts = None
     if segment_ids is not None:
         starts = _segment_starts_on_axis(segment_ids, reverse, axis_name)
+    sees_before = jnp.ones((1, q.shape[1]), bool)
+    if starts is not None:
+        # Tokens before the first start.
+        order = jnp.flip(starts, 1) if reverse else starts
+        sees_before = jnp.cumsum(order, 1) == 0
+        if reverse:
+            sees_before = jnp.flip(sees_before, 1)
+    sees_before = varying_like(sees_before, q)
     logs = _accumulated_logs(q, log_decay, starts, inclusive, reverse)
     if initial_state is None:
         initial_state = jnp.zeros_like(local_state)
     first_state = varying_like(initial_state.astype(local_state.dtype), local_state)
     state_before, final_state = _exchange_states(
         logs.total,
+        sees_before[:, -1 if not reverse else 0],
         local_state,
         first_state,
         axis_name,
@@ -108,13 +119,17 @@ def linear_scan_sharded(
 
     # What this device's queries read of the state before its first token.
     precision = "highest" if q.dtype.itemsize > 2 else None
+    # Selected before and after the product, for its sake and its gradient's.
+    sees = sees_before[:, :, None, None]
     reads = scale * q.astype(state_before.dtype) * jnp.exp(logs.at_reads)
+    reads = jnp.where(sees, reads, 0.0)
     from_before = jnp.einsum(
         "bthk,bhkv->bthv",
         reads,
         state_before,
         precision=precision,
     )
+    from_before = jnp.where(sees, from_before, 0.0)
     o = local_o.astype(from_before.dtype) + from_before
     if normalize:
         o = divide_by_last(o)
@@ -224,31 +239,54 @@ def _running_sums(logs: Float[Array, "B T H K"], reverse: bool) -> Float[Array, 
     # Row i has ones at the tokens of the chunk up to i.
     ones = jnp.ones((CHUNK, CHUNK), logs.dtype)
     up_to_token = jnp.triu(ones) if reverse else jnp.tril(ones)
-    inside = jnp.einsum(
-        "ij,bnjhk->bnihk",
-        up_to_token,
-        chunks,
-        precision="highest",
-    )
+    inside = _sums("ij,bnjhk->bnihk", up_to_token, chunks)
 
     # Row i has ones at the chunks strictly before i.
     ones = jnp.ones((num_chunks, num_chunks), logs.dtype)
     before_chunk = jnp.triu(ones, 1) if reverse else jnp.tril(ones, -1)
     chunk_totals = chunks.sum(2)
-    before = jnp.einsum(
-        "ij,bjhk->bihk",
-        before_chunk,
-        chunk_totals,
-        precision="highest",
-    )
+    before = _sums("ij,bjhk->bihk", before_chunk, chunk_totals)
 
     # Chunks before, plus tokens of the own chunk.
     sums = inside + before[:, :, None]
     return sums.reshape(B, -1, H, K)[:, :T]
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(
+    subscripts: str,
+    ones: Float[Array, "C C"],
+    logs: Array,
+) -> Array:
+    """A matmul with a matrix of 0 and 1, in which 0 times NaN is 0, and so in its derivative."""
+
+    def product(x: Array) -> Array:
+        return jnp.einsum(subscripts, ones, x, precision="highest")
+
+    is_bad = ~is_finite(logs)
+
+    def with_nan(sums: Array) -> Array:
+        return poisoned(product(is_bad.astype(logs.dtype)) > 0, sums)
+
+    sums = product(jnp.where(is_bad, 0.0, logs))
+    return jax.lax.cond(any_nonfinite(logs), with_nan, lambda sums: sums, sums)
+
+
+def _sums_forward(subscripts: str, ones: Array, logs: Array):
+    return _sums(subscripts, ones, logs), ones
+
+
+def _sums_backward(subscripts: str, ones: Array, dsums: Array):
+    # The same with the matrix transposed: of what comes after, where it was before.
+    return jnp.zeros_like(ones), _sums(subscripts, ones.T, dsums)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
 def _exchange_states(
     log_total: Float[Array, "#B #H #K"],
+    is_unbroken: Bool[Array, "#B"],
     state: Float[Array, "B H K V"],
     first_state: Float[Array, "B H K V"],
     axis_name: str,
@@ -258,6 +296,7 @@ def _exchange_states(
 
     Args:
       log_total: the log of this device's total decay.
+      is_unbroken: whether no segment begins on this device.
       state: the state after this device's last token, from an empty state before its first.
       first_state: the state before the whole sequence.
       axis_name: the mesh axis.
@@ -271,7 +310,8 @@ def _exchange_states(
     device = jax.lax.axis_index(axis_name)
     decay = jnp.exp(log_total)[..., None]
     # [num_devices, B, H, ...]: small beside q, k and v of long sequences.
-    decays, states = jax.lax.all_gather((decay, state), axis_name)
+    gathered = jax.lax.all_gather((decay, state, is_unbroken), axis_name)
+    decays, states, unbroken = gathered
 
     # Every device runs the same short recurrence and keeps the state where its own tokens begin.
     devices = list(range(num_devices))
@@ -281,7 +321,9 @@ def _exchange_states(
     before = jnp.zeros_like(state)
     for i in devices:
         before = jnp.where(device == i, running, before)
-        running = decays[i] * running + states[i]
+        # Selected, not multiplied by a decay of 0: the state may be NaN or have overflowed.
+        seen = jnp.where(unbroken[i][:, None, None, None], running, 0.0)
+        running = decays[i] * seen + states[i]
 
     # All devices have the same sum, but only a psum makes it known as such to shard_map.
     last_device = 0 if reverse else num_devices - 1

@@ -22,7 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+
+from kernels_pallas.common.finite import is_finite, poisoned
 
 # exp(LOG_ZERO) is exactly 0 in float32 and float64, and sums of it stay finite: 0 * LOG_ZERO is 0,
 # where 0 * -inf is NaN.
@@ -77,6 +79,8 @@ def scalar_decay(
     """
     factors = scalar_factors(log_decay, log_read)
     products = jnp.einsum("...ik,...jk->...ij", q, k, precision=precision)
+    # Selected first: the product of tokens that do not see each other may overflow.
+    products = jnp.where(factors.mask == 0, 0.0, products)
     return ChunkTerms(
         scores=products * factors.mask,
         reads=q * factors.read[..., None],
@@ -101,11 +105,16 @@ class ScalarFactors(NamedTuple):
     total: Float[Array, "..."]
 
 
+@jax.custom_vjp
 def scalar_factors(
     log_decay: Float[Array, "... C"],
     log_read: Float[Array, "... C"],
 ) -> ScalarFactors:
-    """The decays of a chunk with one decay per token. See `running_sums` for the two parts."""
+    """The decays of a chunk with one decay per token. See `running_sums` for the two parts.
+
+    The derivative adds up what contains each log, and takes no difference: what one token sends to
+    the logs that it sees leaves all others as they are, to the bit.
+    """
     at_reads, at_ends = running_sums(log_decay, log_read)
     # Row i, column j: the logs after the write of j, up to the read of i.
     between = at_reads[..., :, None] - at_ends[..., None, :]
@@ -120,6 +129,56 @@ def scalar_factors(
         write=jnp.exp((last - at_ends).sum(0)),
         total=jnp.exp(last.sum(0))[..., 0],
     )
+
+
+def _scalar_factors_forward(log_decay: Array, log_read: Array):
+    factors = scalar_factors(log_decay, log_read)
+    return factors, factors
+
+
+def _scalar_factors_backward(
+    factors: ScalarFactors,
+    cotangents: ScalarFactors,
+) -> tuple[Array, Array]:
+    # d/dlog of an exponential is the exponential itself.
+    of_pairs, of_reads, of_writes, of_total = jax.tree.map(jnp.multiply, factors, cotangents)
+    dlog_read = jnp.sum(of_pairs, -1) + of_reads
+
+    C = of_reads.shape[-1]
+    i = jax.lax.broadcasted_iota(jnp.int32, (C, C), 0)
+    t = jax.lax.broadcasted_iota(jnp.int32, (C, C), 1)
+    is_after_row = t > i
+    # Row i, column t: the pairs (i, j) with t after j, and the read of i ...
+    received = _sums_over_earlier(of_pairs, is_after_row) + of_reads[..., None]
+    # ... count if t comes before i. The log of i itself is log_read.
+    received = jnp.where(t < i, received, 0.0)
+    # The write of row j contains the logs of the tokens t after it.
+    received = received + jnp.where(is_after_row, of_writes[..., None], 0.0)
+    # Every log is part of the chunk's total.
+    return jnp.sum(received, -2) + of_total[..., None], dlog_read
+
+
+def _sums_over_earlier(
+    pairs: Float[Array, "... C C"],
+    is_after_row: Bool[Array, "C C"],
+) -> Float[Array, "... C C"]:
+    """Row i, column t: the sum of the pairs (i, j) with j before t, and of no other pair."""
+    ones = is_after_row.astype(pairs.dtype)
+
+    def sums(x: Array) -> Array:
+        return jnp.einsum("...ij,jt->...it", x, ones, precision="highest")
+
+    is_bad = ~is_finite(pairs)
+
+    def with_nan(total: Array) -> Array:
+        return poisoned(sums(is_bad.astype(pairs.dtype)) > 0, total)
+
+    # A product of gradients may have overflowed: 0 times that is not 0.
+    total = sums(jnp.where(is_bad, 0.0, pairs))
+    return jax.lax.cond(jnp.any(is_bad), with_nan, lambda total: total, total)
+
+
+scalar_factors.defvjp(_scalar_factors_forward, _scalar_factors_backward)
 
 
 def running_sums(

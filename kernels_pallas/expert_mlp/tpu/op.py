@@ -23,6 +23,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from kernels_pallas.common.derivative import once
 from kernels_pallas.common.tpu import Interpret
 from kernels_pallas.expert_mlp.gate import gated_product, gated_product_cotangents
 from kernels_pallas.expert_mlp.inputs import ExpertMlpInputs
@@ -196,7 +197,11 @@ def _backward(
     )
 
 
-_expert_mlp.defvjp(_forward_saving, _backward)
+def _forward_once(options: Options, inputs: ExpertMlpInputs):
+    return once("expert_mlp", partial(_forward_saving, options), inputs)
+
+
+_expert_mlp.defvjp(_forward_once, _backward)
 
 
 def _pre_activation_cotangents(

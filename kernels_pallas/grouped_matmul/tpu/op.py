@@ -62,8 +62,9 @@ def grouped_matmul(
     # The kernels write what Mosaic can; any other dtype is converted outside.
     kernel_dtype = jnp.dtype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32)
     options = Options(kernel_dtype, interpret)
-    out = _grouped_matmul(
+    out = _product(
         options,
+        False,
         lhs,
         rhs,
         group_sizes.astype(jnp.int32),
@@ -71,50 +72,93 @@ def grouped_matmul(
     return out.astype(out_dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(
+# The products are derivatives of each other, so each has derivatives of any order.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
     options: Options,
-    lhs: Array,
+    transposed: bool,
+    x: Array,
     rhs: Array,
     group_sizes: Array,
 ) -> Array:
-    forward = RowsOptions("grouped_matmul_forward", options.interpret, (options.out_dtype,))
-    (out,), _ = rows_times_groups(forward, RowsInputs([lhs], [rhs], group_sizes))
+    """Rows times the matrices of their groups, or these transposed."""
+    name = "grouped_matmul_dlhs" if transposed else "grouped_matmul_forward"
+    rows_options = RowsOptions(
+        name,
+        options.interpret,
+        (options.out_dtype,),
+        transposed=transposed,
+    )
+    (out,), _ = rows_times_groups(rows_options, RowsInputs([x], [rhs], group_sizes))
     return out
 
 
-def _forward_saving(
+def _product_saving(
     options: Options,
-    lhs: Array,
+    transposed: bool,
+    x: Array,
     rhs: Array,
     group_sizes: Array,
 ):
-    return _grouped_matmul(options, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    return _product(options, transposed, x, rhs, group_sizes), (x, rhs, group_sizes)
 
 
-def _backward(
+def _product_backward(
     options: Options,
+    transposed: bool,
     residuals: tuple[Array, Array, Array],
     dout: Array,
 ):
-    lhs, rhs, group_sizes = residuals
+    x, rhs, group_sizes = residuals
     # Both operands of a matmul have one dtype.
-    dout = dout.astype(lhs.dtype)
-    back = RowsOptions(
-        "grouped_matmul_dlhs",
-        options.interpret,
-        (lhs.dtype,),
-        transposed=True,
-    )
-    (dlhs,), _ = rows_times_groups(back, RowsInputs([dout], [rhs], group_sizes))
-    drhs = outer_by_group(
+    dout = dout.astype(x.dtype)
+    back = options._replace(out_dtype=x.dtype)
+    dx = _product(back, not transposed, dout, rhs, group_sizes)
+    # Of a matrix [K, N]: its K side first.
+    left, right = (dout, x) if transposed else (x, dout)
+    return dx, _outer(back, left, right, group_sizes), None
+
+
+_product.defvjp(_product_saving, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _outer(
+    options: Options,
+    left: Array,
+    right: Array,
+    group_sizes: Array,
+) -> Array:
+    """left^T right over the rows of each group."""
+    return outer_by_group(
         OuterOptions("grouped_matmul_drhs", options.interpret),
-        OuterInputs([lhs], dout, group_sizes),
+        OuterInputs([left], right, group_sizes),
     )
-    return dlhs, drhs, None
 
 
-_grouped_matmul.defvjp(_forward_saving, _backward)
+def _outer_saving(
+    options: Options,
+    left: Array,
+    right: Array,
+    group_sizes: Array,
+):
+    return _outer(options, left, right, group_sizes), (left, right, group_sizes)
+
+
+def _outer_backward(
+    options: Options,
+    residuals: tuple[Array, Array, Array],
+    dmatrices: Array,
+):
+    left, right, group_sizes = residuals
+    dleft = _product(options, True, right, dmatrices, group_sizes)
+    dright = _product(options, False, left, dmatrices, group_sizes)
+    return dleft, dright, None
+
+
+_outer.defvjp(_outer_saving, _outer_backward)
 
 
 def rows_times_groups(

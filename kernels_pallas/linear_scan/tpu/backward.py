@@ -3,17 +3,22 @@
 The grid is (B, blocks of heads, blocks of tokens), see `call.py`, with tokens in the opposite order
 of the forward kernel. The cotangent of the state stays in VMEM scratch. In each chunk the kernel
 reads the saved state before the chunk, recomputes the chunk's terms from q, k and the decays, and
-takes their derivative by hand. All gradients of a chunk come from this one pass.
+takes their derivative by hand. All gradients of a chunk come from this one pass. A step with
+something that is not finite is taken once more, as in the forward kernel.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.common.finite import cleaned, poisoned
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Operand, Ref
+from kernels_pallas.linear_scan import nonfinite
 from kernels_pallas.linear_scan.tpu import (
     scalar_decay,
     tile,
@@ -24,8 +29,8 @@ from kernels_pallas.linear_scan.tpu.call import call
 from kernels_pallas.linear_scan.tpu.plan import Grid, KernelInputs, Plan
 from kernels_pallas.linear_scan.tpu.tokens import Tokens
 
-# A generator that returns dq, dk, dv and dscores of one chunk of one head.
-type _Head = Generator[None, None, tuple[Array, Array, Array, Array]]
+# A generator that returns dq, dk, dv, dscores and dlog_decay of one chunk of one head.
+type _Head = Generator[None, None, tuple[Array, Array, Array, Array, Array | None]]
 
 
 def backward(
@@ -84,7 +89,21 @@ def backward(
     if x.state is not None:
         dinitial = like(x.q, x.state.shape, jnp.float32)
         outputs.append(grid.state("dinitial", dinitial))
-    return call(grid, _kernel, inputs, outputs, "linear_scan_backward")
+    # For a step that is taken once more.
+    scratch = {
+        "sum_of_dk": pltpu.VMEM((plan.chunk, plan.K), jnp.float32),
+        "sum_of_dv": pltpu.VMEM((plan.chunk, plan.V), jnp.float32),
+    }
+    if x.bonus is not None:
+        scratch["dbonus_before"] = pltpu.VMEM((1, 1, grid.schedule.heads * plan.K), jnp.float32)
+    return call(
+        grid,
+        _kernel,
+        inputs,
+        outputs,
+        "linear_scan_backward",
+        scratch,
+    )
 
 
 def _shared_heads_output(
@@ -109,42 +128,60 @@ def _shared_heads_output(
 def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
     plan = grid.plan
     options = plan.tile_options(grid.schedule)
+    # As in the forward kernel: the cotangent after the step stays, in case it is taken once more.
+    # Asked for once: inside a condition the interpreter does not know it.
+    step = pl.program_id(2)
+    half = jax.lax.rem(step, jnp.int32(2))
+    before_ref = dstate_ref.at[half]
+    after_ref = dstate_ref.at[1 - half]
 
     # Step 0 is where the recurrence ended. The scratch still holds another block of heads.
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(step == 0)
     def _():
         if "dfinal" in refs:
-            dstate_ref[...] = refs["dfinal"][0]
+            before_ref[...] = refs["dfinal"][0]
         else:
-            dstate_ref[...] = jnp.zeros_like(dstate_ref)
+            before_ref[...] = jnp.zeros_like(before_ref)
         if "dbonus" in refs:
             refs["dbonus"][...] = jnp.zeros_like(refs["dbonus"])
+
+    if "dbonus" in refs:
+        refs["dbonus_before"][...] = refs["dbonus"][...]
 
     # The same for all heads and chunks.
     levels = tile.merge_levels(plan.chunk, plan.reverse)
     levels_transposed = tile.merge_levels(plan.chunk, not plan.reverse)
 
-    def head(chunk: int, h: int, sums: dict) -> Generator:
-        tokens = Tokens(grid, refs, chunk, h)
-        # The state before the chunk, and the cotangent of the one after it.
-        state = refs["states"][0, h, chunk]
-        dstate = dstate_ref[h]
-        do = tokens.do
+    def gradients(
+        tokens: Tokens,
+        state: Array,
+        dstate: Array,
+        keep_dstate: Callable[[Array], None],
+        segments: nonfinite.Segments | None = None,
+    ) -> Generator:
+        # `segments` are given where something is not finite.
         run = vector_head if plan.decay == "vector" else scalar_head
-        dq, dk, dv, dscores = yield from run(tokens, h, state, dstate, do)
+        do = tokens.do
+        dq, dk, dv, dscores, dlog_decay = yield from run(
+            tokens,
+            state,
+            dstate,
+            do,
+            keep_dstate,
+            segments,
+        )
         # What a token reads of its own write is no part of the halving.
         dq, dk = tokens.add_diagonal_backward(levels, dscores, dq, dk)
         # Tokens.q is scaled, so its cotangent is that of q times the scale.
-        tokens.store("dq", plan.H, plan.K, dq * plan.scale)
-        tokens.store_sum("dk", plan.Hk, plan.K, dk, sums)
-        tokens.store_sum("dv", plan.Hv, plan.V, dv, sums)
+        return dq * plan.scale, dk, dv, dlog_decay
 
     def vector_head(
         tokens: Tokens,
-        h: int,
         state: Array,
         dstate: Array,
         do: Array,
+        keep_dstate: Callable[[Array], None],
+        segments: nonfinite.Segments | None,
     ) -> _Head:
         # Up the halving, keeping the operands of every merge.
         decays = tokens.vector_decays()
@@ -157,6 +194,8 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             decays.total,
             tokens.diagonal(),
         )
+        if segments is not None:
+            terms = tile.visible(terms, segments)
         yield
         cotangents = yield from tile.read_and_update_backward(
             options,
@@ -165,12 +204,13 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             do,
             state,
             dstate,
+            segments,
         )
         # The next chunk, or grid step, goes on from here.
-        dstate_ref[h] = cotangents.dstate
+        keep_dstate(cotangents.dstate)
         yield
         # Down the halving rows of dscores are used for dreads, columns for dwrites.
-        if grid.schedule.transpose:
+        if grid.schedule.transpose or segments is not None:
             dscores_transposed = jnp.transpose(cotangents.dscores)
         else:
             # (do v^T)^T = v do^T: a second matmul in place of a transposition.
@@ -189,15 +229,15 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         if plan.inclusive:
             # The token's own read sees its decay too.
             dlog_decay += dq * tokens.q
-        tokens.store("ddecay", plan.H, plan.K, dlog_decay)
-        return dq, dk, cotangents.dv, cotangents.dscores
+        return dq, dk, cotangents.dv, cotangents.dscores, dlog_decay
 
     def scalar_head(
         tokens: Tokens,
-        h: int,
         state: Array,
         dstate: Array,
         do: Array,
+        keep_dstate: Callable[[Array], None],
+        segments: nonfinite.Segments | None,
     ) -> _Head:
         factors = tokens.scalar_factors(options, levels)
         yield
@@ -209,6 +249,8 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             factors,
             tokens.scalar_diagonal(),
         )
+        if segments is not None:
+            terms = tile.visible(terms, segments)
         yield
         cotangents = yield from tile.read_and_update_backward(
             options,
@@ -217,8 +259,9 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             do,
             state,
             dstate,
+            segments,
         )
-        dstate_ref[h] = cotangents.dstate
+        keep_dstate(cotangents.dstate)
         yield
         dq, dk = scalar_decay.backward(
             options,
@@ -227,20 +270,108 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             factors,
             cotangents,
         )
+        dlog_decay = None
         if plan.decay == "scalar":
-            row = scalar_decay.dlog_decay(options, levels, terms, cotangents)
-            tokens.store_scalar_dlog_decay(row)
-        return dq, dk, cotangents.dv, cotangents.dscores
+            dlog_decay = scalar_decay.dlog_decay(
+                options,
+                levels,
+                terms,
+                cotangents,
+                careful=segments is not None,
+            )
+        return dq, dk, cotangents.dv, cotangents.dscores, dlog_decay
 
-    for chunk in grid.chunk_order():
+    def store(
+        tokens: Tokens,
+        dq: Array,
+        dk: Array,
+        dv: Array,
+        dlog_decay: Array | None,
+        sums: dict,
+    ) -> None:
+        tokens.store("dq", plan.H, plan.K, dq)
+        tokens.store_sum("dk", plan.Hk, plan.K, dk, sums)
+        tokens.store_sum("dv", plan.Hv, plan.V, dv, sums)
+        if plan.decay == "vector":
+            tokens.store("ddecay", plan.H, plan.K, dlog_decay)
+        elif dlog_decay is not None:
+            tokens.store_scalar_dlog_decay(dlog_decay)
+
+    def head(chunk: int, h: int, from_ref: Ref, sums: dict) -> Generator:
+        tokens = Tokens(grid, refs, step, chunk, h)
+
+        def keep_dstate(dstate: Array) -> None:
+            after_ref[h] = dstate
+            if chunk == chunks[-1]:
+                check.add(dstate)
+
+        # The state before the chunk, and the cotangent of the one after it.
+        state = refs["states"][0, h, chunk]
+        dq, dk, dv, dlog_decay = yield from gradients(
+            tokens,
+            state,
+            from_ref[h],
+            keep_dstate,
+        )
+        store(tokens, dq, dk, dv, dlog_decay, sums)
+        # Queries, cotangents and decays go into dstate and stay there; keys and values into dq, or
+        # only into the decays' gradient.
+        check.add(dq)
+        if plan.decay == "scalar":
+            check_of_decays.add(dlog_decay)
+
+    def head_with_nan(chunk: Array, h: Array) -> Generator:
+        tokens = Tokens(grid, refs, step, chunk, h, clean=True)
+        state = refs["states"][0, h, chunk]
+        dstate = after_ref[h]
+        segments = tokens.segments()
+        bad = tokens.bad_with_cotangents(state, dstate)
+        is_bad = nonfinite.backward(segments, bad, plan.inclusive)
+
+        def keep_dstate(new_dstate: Array) -> None:
+            after_ref[h] = poisoned(tile.column(is_bad.dstate) > 0, new_dstate)
+
+        dq, dk, dv, dlog_decay = yield from gradients(
+            tokens,
+            cleaned(state),
+            cleaned(dstate),
+            keep_dstate,
+            segments,
+        )
+        dq = poisoned(is_bad.dq > 0, dq)
+        dk = poisoned(is_bad.dk > 0, dk)
+        dv = poisoned(is_bad.dv > 0, dv)
+        if plan.decay == "vector":
+            dlog_decay = poisoned(is_bad.dlog_decay > 0, dlog_decay)
+        elif dlog_decay is not None:
+            dlog_decay = poisoned(tile.row(is_bad.dlog_decay) > 0, dlog_decay)
+        store(tokens, dq, dk, dv, dlog_decay, {})
+        if "dbonus" in refs:
+            tokens.poison_dbonus(is_bad.dbonus)
+
+    from_ref = before_ref
+    chunks = grid.chunk_order()
+    check = tile.Check()
+    check_of_decays = tile.Check()
+    for chunk in chunks:
         # Parts of dk and dv, of query heads that share a key or value head.
         sums: dict = {}
-        heads = [head(chunk, h, sums) for h in range(grid.schedule.heads)]
+        heads = [head(chunk, h, from_ref, sums) for h in range(grid.schedule.heads)]
         tile.interleave(heads, grid.schedule.lag)
+        from_ref = after_ref
+
+    total = check.total() + check_of_decays.total() + grid.sum_of_events(refs)
+
+    @tile.unless_finite(total)
+    def _():
+        after_ref[...] = before_ref[...]
+        if "dbonus" in refs:
+            refs["dbonus"][...] = refs["dbonus_before"][...]
+        grid.for_each_chunk_and_head(head_with_nan)
 
     # The last step is the beginning of the recurrence.
     if "dinitial" in refs:
 
-        @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+        @pl.when(step == pl.num_programs(2) - 1)
         def _():
-            refs["dinitial"][0] = dstate_ref[...]
+            refs["dinitial"][0] = after_ref[...]

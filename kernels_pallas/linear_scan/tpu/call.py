@@ -6,6 +6,7 @@ between HBM and VMEM once.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,16 +24,19 @@ def call(
     inputs: list[Operand],
     outputs: list[Operand],
     name: str,
+    scratch: dict[str, Any] | None = None,
 ) -> dict[str, Array]:
     """Runs a kernel.
 
     Args:
       grid: of the kernel.
       kernel: called as kernel(grid, refs, state_ref) in each grid step: the blocks by name, and the
-        scratch [heads, V, K] that lives through all steps along T.
+        scratch [2, heads, V, K] that lives through all steps along T, of which each step reads one
+        half and writes the other.
       inputs: arrays.
       outputs: shapes.
       name: of the kernel in a profile.
+      scratch: other scratch memory, by the name that the kernel finds it under among the blocks.
 
     Returns:
       The outputs by name.
@@ -40,12 +44,14 @@ def call(
     plan = grid.plan
     heads = grid.schedule.heads
     B = inputs[0].array.shape[0]
-    operand_names = [operand.name for operand in (*inputs, *outputs)]
+    scratch = scratch or {}
+    names = [operand.name for operand in (*inputs, *outputs)]
+    names.extend(scratch)
 
     def body(*refs):
-        # Inputs, outputs, then the scratch.
-        *operand_refs, state_ref = refs
-        kernel(grid, dict(zip(operand_names, operand_refs)), state_ref)
+        # Inputs, outputs, then the scratch, the state last.
+        *named_refs, state_ref = refs
+        kernel(grid, dict(zip(names, named_refs)), state_ref)
 
     def spec(operand: Operand) -> pl.BlockSpec:
         return pl.BlockSpec(operand.block, operand.index)
@@ -60,13 +66,14 @@ def call(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
         vmem_limit_bytes=VMEM_LIMIT,
     )
+    state = pltpu.VMEM((2, heads, plan.V, plan.K), jnp.float32)
     run = pl.pallas_call(
         body,
         grid=(B, plan.H // heads, grid.num_steps),
         in_specs=[spec(operand) for operand in inputs],
         out_specs=[spec(operand) for operand in outputs],
         out_shape=[operand.array for operand in outputs],
-        scratch_shapes=[pltpu.VMEM((heads, plan.V, plan.K), jnp.float32)],
+        scratch_shapes=[*scratch.values(), state],
         compiler_params=compiler_params,
         cost_estimate=_cost(grid, [*inputs, *outputs], B),
         interpret=plan.interpret,

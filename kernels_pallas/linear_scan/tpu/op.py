@@ -19,17 +19,24 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from kernels_pallas.common.derivative import once
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.tpu import interpret_params
-from kernels_pallas.linear_scan import tile
+from kernels_pallas.linear_scan import nonfinite, tile
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu import backward as backward_kernel
 from kernels_pallas.linear_scan.tpu import forward as forward_kernel
-from kernels_pallas.linear_scan.tpu.plan import KernelInputs, Plan
+from kernels_pallas.linear_scan.tpu.plan import (
+    EVENT_BAD,
+    EVENT_BAD_START,
+    EVENT_START,
+    KernelInputs,
+    Plan,
+)
 from kernels_pallas.linear_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
@@ -219,20 +226,27 @@ def _kernel_inputs(plan: Plan, x: KernelInputs) -> KernelInputs:
         return x._replace(starts=starts)
 
     assert x.decay is not None
-    log_decay = jnp.maximum(split_into_chunks(x.decay), tile.LOG_ZERO)
+    log_decay = split_into_chunks(x.decay)
+    is_good = nonfinite.is_good_log(log_decay)
+    # A sum would carry NaN to other segments and, made by a matmul, to earlier tokens.
+    log_decay = jnp.where(is_good, jnp.maximum(log_decay, tile.LOG_ZERO), 0.0)
+    events = jnp.where(is_good, 0.0, EVENT_BAD)
     log_read = log_decay if plan.inclusive else jnp.zeros_like(log_decay)
     if starts is not None:
         log_decay = jnp.where(starts > 0, tile.LOG_ZERO, log_decay)
         log_read = jnp.where(starts > 0, tile.LOG_ZERO, log_read)
+        of_starts = jnp.where(is_good, EVENT_START, EVENT_BAD_START)
+        events = jnp.where(starts > 0, of_starts, events)
     at_reads, at_ends = tile.running_sums(
         log_decay,
         log_read,
         plan.reverse,
     )
     # Inclusive reads see the sums that the state does.
-    sums = at_ends if plan.inclusive else jnp.concatenate([at_ends, at_reads])
+    sums = [at_ends] if plan.inclusive else [at_ends, at_reads]
+    rows = jnp.concatenate([*sums, events[None]])
     # [R, B, H, N, C] -> [B, H, N, R, C]. The starts are in the sums now.
-    return x._replace(decay=jnp.moveaxis(sums, 0, 3), starts=None)
+    return x._replace(decay=jnp.moveaxis(rows, 0, 3), starts=None)
 
 
 # --- the derivative
@@ -246,7 +260,8 @@ def _scan(plan: Plan, x: KernelInputs) -> tuple[Array, Array | None]:
 
 
 def _forward(plan: Plan, x: KernelInputs):
-    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=True)
+    save = partial(forward_kernel.forward, plan, save=True)
+    out = once("linear_scan", save, _kernel_inputs(plan, x))
     outputs = (checkpoint_name(out["o"], OUT_NAME), out.get("final"))
     residuals = (x, checkpoint_name(out["states"], STATES_NAME))
     return outputs, residuals
@@ -255,8 +270,9 @@ def _forward(plan: Plan, x: KernelInputs):
 def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
     x, states = residuals
     do, dfinal = cotangents
-    out = backward_kernel.backward(
-        plan,
+    out = once(
+        "linear_scan",
+        partial(backward_kernel.backward, plan),
         _kernel_inputs(plan, x),
         states,
         do,

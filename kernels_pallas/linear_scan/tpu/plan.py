@@ -5,15 +5,23 @@ registers. States are [V, K]: a decay of the keys is then a row. `reverse`, and 
 a block, are index maps here and masks in `tokens.py`.
 """
 
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jaxtyping import Float
 
-from kernels_pallas.common.tpu import Interpret, Operand
-from kernels_pallas.linear_scan.tpu.tile import TileOptions
+from kernels_pallas.common.tpu import Interpret, Operand, Ref
+from kernels_pallas.linear_scan.tpu.tile import TileOptions, interleave
+
+# What the last row of a scalar decay says of a token, beside 0. That something is bad shows in the
+# sum of a row.
+EVENT_START = 1.0  # the state is reset before the token
+EVENT_BAD = float("inf")  # its log decay is NaN or +inf
+EVENT_BAD_START = float("-inf")
 
 type ArrayOrShape = Array | jax.ShapeDtypeStruct
 
@@ -89,8 +97,8 @@ class KernelInputs(NamedTuple):
     """The arrays of a kernel, as views that fill registers.
 
     Attributes:
-      decay: for vector decays logs [B, T, H*K]; for scalar ones R rows of running sums of logs in
-        each of N chunks, [B or 1, H, N, R, C].
+      decay: for vector decays logs [B, T, H*K]; for scalar ones R rows for each of N chunks,
+        [B or 1, H, N, R, C]: running sums of logs, and at last the `EVENT_*` of each token.
       starts: 1 where the state is reset before the token; vector decays only.
     """
 
@@ -140,13 +148,33 @@ class Grid(NamedTuple):
         chunks = range(self.schedule.chunks)
         return chunks[::-1] if self.starts_at_end else chunks
 
+    def for_each_chunk_and_head(self, run: Callable[[Array, Array], Generator]) -> None:
+        """Runs generators to their ends in loops, which take less code and more time."""
+        num_chunks = self.schedule.chunks
+
+        @pl.loop(0, num_chunks)
+        def _(i):
+            chunk = num_chunks - 1 - i if self.starts_at_end else i
+
+            @pl.loop(0, self.schedule.heads)
+            def _(h):
+                interleave([run(chunk, h)], None)
+
+    def sum_of_events(self, refs: dict[str, Ref]) -> Array | float:
+        """Not finite if a scalar decay of the step is bad."""
+        if self.plan.decay != "scalar":
+            return 0.0
+        rows = refs["decay"]
+        last = rows.shape[3] - 1
+        return jnp.sum(rows[0, :, :, last:])
+
     # --- grouped heads: several query heads share one key or value head
 
     def group_size(self, num_heads: int) -> int:
         """Query heads that share one of `num_heads` heads."""
         return self.plan.H // num_heads
 
-    def slot(self, head: int, num_heads: int) -> int:
+    def slot(self, head: int | Array, num_heads: int) -> int | Array:
         """Where the block holds the head, one of `num_heads`, that query head `head` uses.
 
         `head` counts from the first query head of the block.
@@ -155,7 +183,10 @@ class Grid(NamedTuple):
         if group_size > self.schedule.heads:
             # All query heads of the block use the same one.
             return 0
-        return head // group_size
+        if isinstance(head, int):
+            return head // group_size
+        # Not jnp's division, which asks for a sign, whose lowering asks for the kind of TPU.
+        return jax.lax.div(head, jnp.int32(group_size))
 
     def num_slots(self, num_heads: int) -> int:
         """How many of `num_heads` heads a block holds."""
@@ -190,12 +221,13 @@ class Grid(NamedTuple):
             sharing_blocks = max(1, self.group_size(num_heads) // self.schedule.heads)
         # One row, the tokens of a step, and the heads that the step's query heads use.
         block = (1, self.step_length, self.num_slots(num_heads) * D)
-        return Operand(
-            name,
-            array,
-            block,
-            lambda b, h, t: (b, self.token_block(t), h // sharing_blocks),
-        )
+
+        def index(b, h, t):
+            # As in `slot`.
+            heads = h if sharing_blocks == 1 else jax.lax.div(h, jnp.int32(sharing_blocks))
+            return b, self.token_block(t), heads
+
+        return Operand(name, array, block, index)
 
     def running_sums(self, name: str, array: ArrayOrShape) -> Operand:
         """[B or 1, H, chunks, R, C]."""

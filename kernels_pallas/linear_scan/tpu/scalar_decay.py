@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from kernels_pallas.common.finite import cleaned, poisoned
+from kernels_pallas.linear_scan import nonfinite
+from kernels_pallas.linear_scan.tile import LOG_ZERO
 from kernels_pallas.linear_scan.tpu.tile import (
     NT,
     ROWS,
@@ -66,16 +69,18 @@ def decayed(
       options: the static arguments.
       levels: of `merge_levels`.
       rows: two rows of running sums to the state after each token; then for exclusive reads two
-        rows of sums to each read. Inclusive reads see the decays that the state does.
+        rows of sums to each read. Inclusive reads see the decays that the state does. The last row
+        is none of the sums.
       K: the lanes of reads and writes.
 
     Returns:
       The factors.
     """
-    num_rows, C = rows.shape
+    C = rows.shape[1]
+    num_rows = rows.shape[0] - 1
     # Only whole registers can be transposed: fill them up with zeros.
     padding = jnp.zeros((ROWS - num_rows, C), rows.dtype)
-    columns = jnp.transpose(jnp.concatenate([rows, padding]))
+    columns = jnp.transpose(jnp.concatenate([rows[:num_rows], padding]))
 
     def broadcast_columns(first: int, lanes: int) -> _Sums:
         coarse = jnp.broadcast_to(columns[:, first : first + 1], (C, lanes))
@@ -119,13 +124,10 @@ def _mask(
     """`Factors.mask`, from sums up to the read of row i and up to the state after column j."""
     # Row i, column j: the logs after the write of j up to the read of i.
     between = (at_reads.coarse - at_ends.coarse) + (at_reads.fine - at_ends.fine)
-    is_earlier = levels > 0
-    # Select before the exponential too: a later j has a positive difference, which may overflow.
-    decays = jnp.exp(jnp.where(is_earlier, between, 0.0))
-    mask = jnp.where(is_earlier, decays, 0.0)
-    if options.inclusive:
-        return jnp.where(levels == 0, 1.0, mask)
-    return mask
+    # An inclusive read of the token's own write has no log in between, a difference of exactly 0.
+    is_visible = levels >= 0 if options.inclusive else levels > 0
+    # Select before the exponential: a later j has a positive difference, which may overflow.
+    return jnp.exp(jnp.where(is_visible, between, LOG_ZERO))
 
 
 def chunk_terms(
@@ -148,7 +150,9 @@ def chunk_terms(
     Returns:
       The terms.
     """
-    scores = matmul(options, q, k, NT) * factors.mask
+    products = matmul(options, q, k, NT)
+    # Selected first: the product of tokens that do not see each other may overflow.
+    scores = jnp.where(factors.mask > 0, products, 0.0) * factors.mask
     if diagonal is not None:
         scores = jnp.where(levels == 0, diagonal, scores)
     return ChunkTerms(
@@ -179,6 +183,7 @@ def dlog_decay(
     levels: Int[Array, "C C"],
     terms: ChunkTerms,
     cotangents: ChunkCotangents,
+    careful: bool = False,
 ) -> Float[Array, "1 C"]:
     """The cotangents of the logs: what each receives from the products that it is part of."""
     # d/dlog of a decayed product is the product itself.
@@ -191,6 +196,7 @@ def dlog_decay(
         weights,
         of_reads,
         of_writes,
+        careful,
     )
     # Every log is part of the chunk's total.
     of_keys = jnp.sum(cotangents.dlog_total, axis=0, keepdims=True)
@@ -208,6 +214,7 @@ def dlog_decay_of_pairs(
     weights: Float[Array, "C C"],
     of_reads: Float[Array, "C 1"],
     of_writes: Float[Array, "C 1"],
+    careful: bool = False,
 ) -> Float[Array, "1 C"]:
     """What each token's log decay receives from the pairs, reads and writes of the chunk.
 
@@ -220,6 +227,7 @@ def dlog_decay_of_pairs(
       weights: scores times their cotangents, 0 where j is later than i.
       of_reads: reads times their cotangents, summed over K.
       of_writes: writes times their cotangents, summed over K.
+      careful: whether a weight may be infinite, or NaN.
 
     Returns:
       One row: the cotangents of the logs, without that of the total.
@@ -231,10 +239,17 @@ def dlog_decay_of_pairs(
     after_row = is_after.astype(jnp.float32)
 
     # Row i, column t: the pairs (i, j) with t after j, and the read of i ...
-    received = matmul(options, weights, after_row) + of_reads
+    if careful:
+        # A product of gradients may have overflowed: 0 times that is not 0.
+        is_bad = nonfinite.bad_elements(weights)
+        inside = matmul(options, cleaned(weights), after_row)
+        inside = poisoned(matmul(options, is_bad, after_row) > 0, inside)
+    else:
+        inside = matmul(options, weights, after_row)
+    received = inside + of_reads
     # ... count if t is at most i (exclusive: before i).
     is_contained = levels >= 0 if options.inclusive else levels > 0
     received = jnp.where(is_contained, received, 0.0)
     # The write of row j contains the logs of the tokens t after it.
-    received = received + after_row * of_writes
+    received = received + jnp.where(is_after, of_writes, 0.0)
     return jnp.sum(received, axis=0, keepdims=True)

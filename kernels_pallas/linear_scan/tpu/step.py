@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from kernels_pallas.common.mesh import like
-from kernels_pallas.common.tpu import VMEM_LIMIT, in_hbm
+from kernels_pallas.common.tpu import VMEM_LIMIT, in_hbm, interpret_params
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 
@@ -167,7 +167,7 @@ def _call(
         input_output_aliases={2: 1},
         compiler_params=compiler_params,
         cost_estimate=cost,
-        interpret=interpret,
+        interpret=interpret_params(interpret, state),
         name="linear_scan_step",
     )
     return run(rows, v, in_hbm(state, interpret))

@@ -14,15 +14,19 @@ independent heads by itself.
 `reverse` swaps which of two tokens is the earlier one; nothing else changes.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jaxtyping import Float, Int
 
-# Rows of a float32 register.
+from kernels_pallas.linear_scan import nonfinite
+
+# Rows and lanes of a float32 register.
 ROWS = 8
+LANES = 128
 # A [C, K] array as C/8 registers, [8, K] each.
 type Registers = list[Array]
 
@@ -98,6 +102,39 @@ def column(row: Float[Array, "1 C"]) -> Float[Array, "C 1"]:
     return jnp.transpose(register)[:, :1]
 
 
+def row(column: Float[Array, "C 1"]) -> Float[Array, "1 C"]:
+    """Transposes a column."""
+    lanes = jnp.broadcast_to(column, (column.shape[0], LANES))
+    return jnp.transpose(lanes)[:1]
+
+
+class Check:
+    """A running sum of arrays with K columns, to see whether all of them are finite.
+
+    One register, added to where the arrays are in registers anyway.
+    """
+
+    def __init__(self):
+        self._sum: Array | None = None
+
+    def add(self, x: Float[Array, "C K"]) -> None:
+        """Adds the rows of `x`."""
+        first, *others = split_rows(x)
+        rows = sum(others, first)
+        self._sum = rows if self._sum is None else self._sum + rows
+
+    def total(self) -> Array | float:
+        """The sum of all elements, NaN or infinite if one of them is."""
+        return 0.0 if self._sum is None else jnp.sum(self._sum)
+
+
+def unless_finite(total: Float[Array, ""]) -> Callable[[Callable[[], None]], None]:
+    """As `pl.when`, for a sum that is hardly ever NaN or infinite."""
+
+    # NaN compares as false. The replay of a schedule (`gatedjax.aot`) knows this comparison.
+    return pl.when(jnp.logical_not(jnp.abs(total) < jnp.inf))
+
+
 def merge_levels(chunk: int, reverse: bool) -> Int[Array, "C C"]:
     """For every pair of tokens the merge that computes its score.
 
@@ -159,6 +196,15 @@ def read_and_update(
     return o, new_state
 
 
+def visible(terms: ChunkTerms, tokens: nonfinite.Segments) -> ChunkTerms:
+    """The terms with exact zeros between tokens that do not see each other."""
+    return terms._replace(
+        scores=jnp.where(tokens.is_same, terms.scores, 0.0),
+        reads=jnp.where(tokens.sees_state > 0, terms.reads, 0.0),
+        writes=jnp.where(tokens.reaches_end > 0, terms.writes, 0.0),
+    )
+
+
 class ChunkCotangents(NamedTuple):
     """The cotangents of v, of the terms of a chunk and of the state before it.
 
@@ -181,6 +227,7 @@ def read_and_update_backward(
     do: Float[Array, "C V"],
     state: Float[Array, "V K"],
     dstate: Float[Array, "V K"],
+    tokens: nonfinite.Segments | None = None,
 ) -> Generator[None, None, ChunkCotangents]:
     """The derivative of `read_and_update`.
 
@@ -191,6 +238,8 @@ def read_and_update_backward(
       do: the cotangent of o.
       state: the state before the chunk.
       dstate: the cotangent of the state after the chunk.
+      tokens: the segments, where what is not of one segment is to be selected away. Otherwise it is
+        multiplied by decays of 0.
 
     Returns:
       The cotangents (a generator).
@@ -207,6 +256,12 @@ def read_and_update_backward(
     # total * dtotal, a column of the state at a time: what the log of the total receives.
     first, *others = split_rows(state.astype(jnp.float32) * dstate)
     dlog_total = sum(others, first) * terms.total
+    if tokens is not None:
+        # Products of two segments may overflow.
+        dscores = jnp.where(tokens.is_same, dscores, 0.0)
+        dreads = jnp.where(tokens.sees_state > 0, dreads, 0.0)
+        dwrites = jnp.where(tokens.reaches_end > 0, dwrites, 0.0)
+        dlog_total = jnp.where(tokens.is_unbroken > 0, dlog_total, 0.0)
     dstate_before = dstate * terms.total + matmul(options, do, terms.reads, TN)
     return ChunkCotangents(
         dv=dv,
