@@ -52,6 +52,16 @@ CASES: dict[str, list[Line]] = {
         Line("B1,T32768,H16,Hk2,D256", options=("gate=element",)),
         Line("B4,T4096,H16,D128", "float32"),
     ],
+    "linear_scan": [
+        Line("B4,T4096,H16,K64,V64", options=("decay=vector",)),
+        Line("B4,T4096,H16,K128,V128", options=("decay=vector",)),
+        Line("B4,T4096,H16,K128,V128", options=("decay=scalar",)),
+        Line("B4,T4096,H16,K128,V128", "float32", options=("decay=vector",)),
+    ],
+    "grouped_matmul": [
+        Line("M65536,K2048,N1024,G64"),
+        Line("M65536,K2048,N1024,G64", "float32"),
+    ],
 }
 # Slots of a cache, query and key heads, channels: one decoding step of 4 rows.
 STEPS = {"attention": [(8192, 16, 2, 128)]}
