@@ -2,7 +2,7 @@
 
 `benchmarks/tune_linear_scan_gpu.py` fills the table on a device. A schedule changes only the time
 of a call. The rows here were chosen without a device, by what `ptxas` says: the largest blocks that
-do not spill registers (float32 operands take twice the room, and may).
+do not spill registers. Operands of 32 bits take twice the room, and get smaller blocks by a rule.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ class Schedule(NamedTuple):
     scan_stages: int = 2
     programs_per_core: int = 1
     back_block_k: int = 64
-    back_block_v: int = 64
+    back_block_v: int = 32
     back_warps: int = 8
     dproducts_warps: int = 4
 
@@ -55,19 +55,40 @@ class Chip(NamedTuple):
     schedules: dict[str, Schedule]
 
 
+# The A100 has half of Hopper's registers for what it multiplies: they hold the operands too.
+A100_VECTOR = Schedule(back_block_k=32)
+
 # By the name that jax.Device.device_kind contains.
 TUNED = {
     "H200": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
     "H100": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
-    "A100": Chip(108, 166_912, {"vector": Schedule(), "scalar": Schedule()}),
+    "A100": Chip(108, 166_912, {"vector": A100_VECTOR, "scalar": Schedule()}),
 }
 DEFAULT_CHIP = "H200"
 
 
-def schedule(decay: str) -> Schedule:
-    """The schedule of a call on the device that it is compiled for."""
+def schedule(decay: str, operand_bytes: int) -> Schedule:
+    """The schedule of a call on the device that it is compiled for.
+
+    Args:
+      decay: the kind of decay.
+      operand_bytes: of one number that the tensor core multiplies.
+    """
     kind = "vector" if decay == "vector" else "scalar"
-    return TUNED[chip()].schedules[kind]
+    row = TUNED[chip()].schedules[kind]
+    return row if operand_bytes == 2 else _for_wide_operands(row)
+
+
+def _for_wide_operands(row: Schedule) -> Schedule:
+    """Smaller blocks, or the same in more threads: else registers spill."""
+    return row._replace(
+        intra_block_k=min(32, row.intra_block_k),
+        scan_block_k=min(32, row.scan_block_k),
+        scan_block_v=min(32, row.scan_block_v),
+        scan_warps=8,
+        back_block_k=min(16, row.back_block_k),
+        back_block_v=min(32, row.back_block_v),
+    )
 
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
