@@ -1,8 +1,15 @@
-"""The exceptions that the commands print as one line."""
+"""The exceptions that the commands print as one line, and what of a text may be printed."""
 
 import errno
+import re
 import reprlib
 from typing import Any
+
+# What a terminal acts on: control characters except tab and line feed, and those that turn the
+# direction of writing; and lone surrogates, which cannot be encoded.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 # A value in a message: whole where it is of ordinary size; a file may hold anything.
 _short = reprlib.Repr(
@@ -49,6 +56,10 @@ class TrainingError(RuntimeError):
     """A run cannot go on: the commands print it as one line and exit with code 1."""
 
 
+class ExplodedError(TrainingError):
+    """Too many steps in a row were bad: the newest checkpoints may be of the broken stretch."""
+
+
 def require(ok: bool, name: str, value: Any, expected: str) -> None:
     """Raises an InputError in the project's one wording, unless `ok`.
 
@@ -68,3 +79,16 @@ def require(ok: bool, name: str, value: Any, expected: str) -> None:
 def shown(value: Any) -> str:
     """The value as Python writes it, on one line and cut to a readable length."""
     return _short.repr(value)
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would act on written out, such as \\x1b.
+
+    File names, keys of a configuration and what a model writes may hold escape sequences. Every
+    message and every line of the console goes through here.
+    """
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")

@@ -1,11 +1,14 @@
 """Evaluates a trained model on held-out text.
 
-    python eval.py --checkpoint=runs/tiny [--batches=64] [--probes]
+    python eval.py --checkpoint=runs/tiny [--batches=64] [--probes] [--source=text:/data/wiki]
 
 Prints loss, perplexity and bits per byte with standard errors, beside what gzip and xz need for the
 same text, and how fast the model reads (prefill) and writes (decode). With --probes instead: what
 attention, gates, states and experts do on the first batch of validation text
 (`gatedjax/evaluation/probes.py`), as JSON and pictures in the run directory.
+
+The text is the run's own, if it is what it was when the run was trained, or the one that --source
+names. The paths in a checkpoint that somebody else wrote are not used unless --trust_paths says so.
 """
 
 import time
@@ -15,12 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from gatedjax.config import Config, DataConfig
+from gatedjax.config import Config, DataConfig, MeshConfig
 from gatedjax.data import load_tokenizer, validation_text
+from gatedjax.errors import InputError
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
-from gatedjax.evaluation.restore import restore_params
+from gatedjax.evaluation.restore import (
+    fits_one_device,
+    fitting_mesh,
+    memory_errors,
+    require_same_text,
+    require_text,
+    restore_params,
+)
 from gatedjax.evaluation.sampling import forward
 from gatedjax.evaluation.validation import Evaluation, Validation
 from gatedjax.model import init_caches
@@ -28,6 +40,7 @@ from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import write_report
 from gatedjax.runtime import cli, launch
+from gatedjax.sharding import AXES
 from gatedjax.training.run import Run
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
@@ -36,6 +49,15 @@ _BATCHES = flags.DEFINE_integer(
 )
 _PROBES = flags.DEFINE_bool(
     "probes", False, "Measure what the layers do, into CHECKPOINT/probes, and end."
+)
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Text to evaluate on, KIND or KIND:PATH (text:/data/wiki); default: the run's."
+)
+_TRUST = flags.DEFINE_bool(
+    "trust_paths", False, "Use the paths in a checkpoint that somebody else wrote."
+)
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Such as fsdp=8,tensor=2; default: the run's, if these devices can form it."
 )
 _PROMPT_TOKENS = flags.DEFINE_integer(
     "prompt_tokens", 512, "Prompt length of the speed measurement.", lower_bound=1
@@ -49,14 +71,49 @@ def main(_) -> None:
     """Restore -> loss over validation batches -> compressors -> speed."""
     checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
     launch.start()
-    run, params = restore_params(checkpoint)
+    run, params = restore_params(
+        checkpoint,
+        source=_SOURCE.value,
+        trust_paths=_TRUST.value,
+        mesh=given_mesh() or fitting_mesh(checkpoint),
+    )
+    require_text(run)
+    if _SOURCE.value is None:
+        require_same_text(run, checkpoint)
     if _PROBES.value:
         write_probes(run, params, checkpoint / "probes")
         return
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
         say_losses(Validation(run, _BATCHES.value)(params))
     say_compressors(run.config.data)
-    # A copy on one device: every process measures itself, the first one tells.
+    say_speed(run, params)
+
+
+def given_mesh() -> MeshConfig | None:
+    """The mesh of --mesh; None if it is not given."""
+    if _MESH.value is None:
+        return None
+    axes = {}
+    for part in _MESH.value.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdigit():
+            raise InputError(
+                f"--mesh: got {part!r}, expected AXIS=DEVICES with an axis of {', '.join(AXES)}"
+            )
+        axes[axis] = int(size)
+    try:
+        return MeshConfig(**axes)
+    except InputError as error:
+        raise InputError(f"--mesh: {error}") from None
+
+
+def say_speed(run: Run, params: PyTree) -> None:
+    """Prefill and decoding on one device: every process measures itself, the first one tells."""
+    if not fits_one_device(run):
+        say("prefill, decode: not measured, the parameters do not fit one device")
+        return
+    copies = NamedSharding(run.mesh, PartitionSpec())
+    params = jax.jit(lambda p: p, out_shardings=copies)(params)
     params = jax.tree.map(lambda p: p.addressable_data(0), params)
     prompt_tokens = _PROMPT_TOKENS.value
     prefill, decode = speed(run.config, params, prompt_tokens, _DECODE_TOKENS.value)
@@ -66,10 +123,18 @@ def main(_) -> None:
 
 def write_probes(run: Run, params: PyTree, folder: Path) -> None:
     """The probes of the first validation batch, as JSON and pictures."""
-    with jax.set_mesh(run.mesh):
+    require_no_links(folder)
+    with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
         probes = Validation(run, 1).probes(params)
     for path in write_report(probes, folder):
         say(str(path))
+
+
+def require_no_links(folder: Path) -> None:
+    """InputError if a link in the checkpoint would lead what is written to another place."""
+    for path in [folder, *folder.glob("*")]:
+        if path.is_symlink():
+            raise InputError(f"{path}: is a link, expected a folder of plain files; remove it")
 
 
 def say_losses(result: Evaluation) -> None:

@@ -3,9 +3,12 @@
 python -m gatedjax.generate --checkpoint=runs/tiny --prompt="def "
 """
 
+import sys
+
 from absl import flags
 
 from gatedjax.data import load_tokenizer
+from gatedjax.errors import printable
 from gatedjax.evaluation.restore import restore_params
 from gatedjax.evaluation.sampling import generate_text
 from gatedjax.paths import expand
@@ -21,13 +24,16 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens
 _TOP_P = flags.DEFINE_float(
     "top_p", 1.0, "Sample among the fewest tokens whose probabilities reach p."
 )
+_TRUST = flags.DEFINE_bool(
+    "trust_paths", False, "Use the tokenizer's path in a checkpoint that somebody else wrote."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 
 
 def main(_) -> None:
     """Restores, then prints the prompt and its continuation as it is sampled."""
     checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
-    restored_run, params = restore_params(checkpoint)
+    restored_run, params = restore_params(checkpoint, trust_paths=_TRUST.value)
     tokenizer = load_tokenizer(restored_run.config.data.tokenizer)
     pieces = generate_text(
         restored_run.config.model,
@@ -40,9 +46,11 @@ def main(_) -> None:
         top_p=_TOP_P.value,
         seed=_SEED.value,
     )
+    # A model may write escape sequences: a terminal must not act on them. A file gets every byte.
+    shown = printable if sys.stdout.isatty() else str
     print(_PROMPT.value, end="", flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print()
 
 

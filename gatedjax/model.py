@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 from jax.ad_checkpoint import checkpoint_policies
@@ -15,9 +16,16 @@ from jaxtyping import Float, Int
 from gatedjax.config import ModelConfig
 from gatedjax.layers import FEED_FORWARDS, MIXERS, FeedForward, Mixer, TokenInfo
 from gatedjax.layers.gate_values import COLLECTION, record
-from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights
+from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.token_info import (
+    History,
+    arranged,
+    empty_history,
+    in_order,
+    out_of_order,
+)
 from gatedjax.ops import RESIDUAL_NAMES
 
 # The residual stream, with the logical names of its axes.
@@ -27,14 +35,15 @@ STREAM_AXES = ("batch", "length", "embed_act")
 
 @struct.dataclass
 class Caches:
-    """Decoding state: the number of tokens seen, and the cache of every block of the period.
+    """Decoding state: what is held of every row, and the cache of every block of the period.
 
+    history: how many tokens, of which document, at which position: every row at its own place.
     layers: the caches by block, stacked over periods.
 
     first_pass: the same of the pass without experts, where there is one (`ModelConfig.first_pass`).
     """
 
-    position: Int[Array, ""]
+    history: History
     layers: dict[str, Any]
     first_pass: "Caches | None" = None
 
@@ -44,6 +53,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     index: int  # within the period
+    training: bool = False
 
     @nn.compact
     def __call__(
@@ -62,6 +72,7 @@ class Block(nn.Module):
             c,
             self.index,
             names=("mixer", "ffn"),
+            training=self.training,
         )
         y, cache = mixer.with_cache(self._norm("mixer_norm")(x), info, cache)
         x = x + y
@@ -89,6 +100,7 @@ def block_layers(
     config: ModelConfig,
     index: int,
     names: tuple[str | None, str | None] = (None, None),
+    training: bool = False,
 ) -> tuple[Mixer, FeedForward]:
     """The mixer and the feed-forward of block `index` of the period, as submodules `names`."""
     mixer, feed_forward = config.layer(index)
@@ -105,6 +117,7 @@ def block_layers(
             feed_forward,
             config.init_std,
             dtype,
+            training,
             name=names[1],
         ),
     )
@@ -117,15 +130,17 @@ class Period(nn.Module):
     """
 
     config: ModelConfig
+    training: bool = False
 
     @nn.compact
     def __call__(
         self,
         carry: tuple[Stream, Array | None],
         info: TokenInfo,
+        lora_weights: dict[str, Array] | None,
         caches: dict[str, Any] | None,
     ):
-        """((x, router logits), info, caches) -> (the same carry, (caches, statistics))."""
+        """((x, router logits), info, LoRA weights, caches) -> (the carry, (caches, statistics))."""
         x, router_logits = carry
         new_caches = {}
         statistics = {}
@@ -134,11 +149,15 @@ class Period(nn.Module):
             block = Block(
                 self.config,
                 i,
+                self.training,
                 name=name,
             )
+            block_info = info
+            if lora_weights is not None and name in lora_weights:
+                block_info = dataclasses.replace(info, lora_weights=lora_weights[name])
             x, router_logits, new_caches[name], statistics[name] = block(
                 x,
-                info,
+                block_info,
                 cache,
                 router_logits,
             )
@@ -152,10 +171,12 @@ class LanguageModel(nn.Module):
 
     without_experts: low-rank experts whose weights a first pass would give add nothing: this is
       that pass.
+    training: experts with a capacity drop what is beyond it, as in a train step.
     """
 
     config: ModelConfig
     without_experts: bool = False
+    training: bool = False
 
     @nn.compact
     def __call__(
@@ -168,55 +189,68 @@ class LanguageModel(nn.Module):
         """The hidden states of every token; `logits` turns them into those of the next token.
 
         Without caches: training or evaluation of (packed) rows. With empty caches: prefill. With
-        filled ones and T = 1: decoding. Routers that select with noise take it from the random
-        stream "router", and do without where there is none.
+        filled ones: decoding (T = 1), or a further piece of the prompt. Rows may have different
+        lengths: padding has segment id 0, on either side. What a token and a document are, also
+        across calls, stands in `layers.token_info`. Routers that select with noise take it from the
+        random stream "router", and do without where there is none.
 
         Args:
-          tokens: their ids.
-          positions: of the tokens within their documents; None counts on from the caches, or from
-            0.
-          segment_ids: the document of each token; None where a row is one document.
+          tokens: their ids. Those of padding may be any number; a token's own that is not in the
+            vocabulary has NaN for its vector.
+          positions: of the tokens within their documents; None counts them, on from the caches
+            where a document goes on.
+          segment_ids: the document of each token, 0 for padding; None where a row is one document,
+            or goes on with the last one of the caches.
           caches: of the tokens before.
 
         Returns:
           The normed hidden states, the caches, and the statistics of sparse layers, stacked over
           periods: [L / period, ...].
+
+        Raises:
+          ValueError: caches without room for the tokens, where their number is known; in a compiled
+            program the hidden states of such rows are NaN. Documents, padding or a further piece
+            with caches, for a mixer that does not take them.
         """
         c = self.config
-        if positions is None:
-            start = 0 if caches is None else caches.position
-            positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            positions = jnp.broadcast_to(positions, tokens.shape)
-        x = self._embedded(tokens)
+        before = None
+        if caches is not None:
+            before = caches.history
+            _check_caches(c, caches, tokens, segment_ids)
+        info, after, order = arranged(tokens, positions, segment_ids, before)
+        x = self._embedded(info.tokens, info.segment_ids)
         lora_weights = None
         first_pass_caches = None
         if c.first_pass is not None and self.without_experts:
-            lora_weights = no_weights(tokens, c.first_pass)
+            lora_weights = no_weights(tokens, c)
         elif c.first_pass is not None:
-            before = None if caches is None else caches.first_pass
-            inputs = (tokens, positions, segment_ids, before)
-            lora_weights, first_pass_caches = first_pass_weights(self, c.first_pass, *inputs)
-        info = TokenInfo(
-            positions,
-            segment_ids,
-            tokens,
-            lora_weights,
-        )
+            caches_before = None if caches is None else caches.first_pass
+            inputs = (tokens, positions, segment_ids, caches_before)
+            lora_weights, first_pass_caches = first_pass_weights(self, *inputs)
+            if order is not None:
+                lora_weights = in_order(lora_weights, order)
         carry = (x, self._first_router_logits(tokens))
         layer_caches = None if caches is None else caches.layers
-        (x, _), (layer_caches, statistics) = layers_of(c)(carry, info, layer_caches)
+        layers = layers_of(c, self.training)
+        of_block = weights_by_block(c, lora_weights)
+        (x, _), (layer_caches, statistics) = layers(carry, info, of_block, layer_caches)
         x = RMSNorm(
             c.norm_eps,
             c.zero_centered_norm,
             name="final_norm",
         )(x)
-        if caches is not None:
-            seen = caches.position + tokens.shape[1]
-            caches = Caches(seen, layer_caches, first_pass_caches)
+        if order is not None:
+            x = out_of_order(x, order)
+        if after is not None:
+            caches = Caches(after, layer_caches, first_pass_caches)
         return x, caches, statistics
 
-    def _embedded(self, tokens: Int[Array, "B T"]) -> Stream:
-        """The rows of the embedding table.
+    def _embedded(
+        self,
+        tokens: Any,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Stream:
+        """The rows of the embedding table; zeros for padding.
 
         The head is made here too, where it is another matrix.
         """
@@ -242,11 +276,18 @@ class LanguageModel(nn.Module):
         # Whole rows for the lookup: XLA can move a result cut along its width only by replicating
         # it.
         table = nn.with_logical_constraint(table.astype(c.dtype), ("vocab", None))
+        # Below 0 is outside of the vocabulary too, not counted from its end.
+        tokens = jnp.where(tokens < 0, c.vocab_size, tokens)
         x = jnp.take(
             table,
             tokens,
             axis=0,
+            mode="fill",
+            fill_value=jnp.nan,
         )
+        if segment_ids is not None:
+            is_token = segment_ids != 0
+            x = jnp.where(is_token[..., None], x, 0)
         return nn.with_logical_constraint(x, STREAM_AXES)
 
     def _first_router_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"] | None:
@@ -268,10 +309,11 @@ def remat_policy(name: str) -> Callable[..., Any]:
     return policies[name]
 
 
-def layers_of(c: ModelConfig) -> nn.Module:
+def layers_of(c: ModelConfig, training: bool = False) -> nn.Module:
     """All layers, as a module "periods".
 
-    ((x, router logits), info, caches) -> (the same, (caches, statistics)).
+    ((x, router logits), info, LoRA weights, caches) -> (the carry, (caches, statistics)). The
+    weights of low-rank experts are those of a first pass (`first_pass.weights_by_block`), or None.
     """
     period = Period
     if c.remat != "none":
@@ -283,17 +325,18 @@ def layers_of(c: ModelConfig) -> nn.Module:
             policy=remat_policy(c.remat),
         )
     num_periods = c.num_layers // c.period
-    # Parameters and what is recorded get an axis of periods in front; caches are cut along theirs.
+    # Parameters and what is recorded get an axis of periods in front; caches and the weights of
+    # low-rank experts are cut along theirs.
     scanned = nn.scan(
         period,
         variable_axes={"params": 0, COLLECTION: 0},
         split_rngs={"params": True, "router": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, 0),
         length=num_periods,
         unroll=1 if c.scan_layers else num_periods,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(c, name="periods")
+    return scanned(c, training, name="periods")
 
 
 def head_weights(params: Any) -> Float[Array, "X M"]:
@@ -313,11 +356,11 @@ def init_caches(
     length: int,
 ) -> Caches:
     """Empty caches for `length` tokens of `batch` rows."""
-    caches = Caches(jnp.int32(0), _layer_caches(config, batch, length))
+    caches = Caches(empty_history(batch), _layer_caches(config, batch, length))
     if config.first_pass is None:
         return caches
     # The buffers of the two passes must not be the same: both are donated.
-    first_pass = Caches(jnp.int32(0), _layer_caches(config, batch, length))
+    first_pass = Caches(empty_history(batch), _layer_caches(config, batch, length))
     return dataclasses.replace(caches, first_pass=first_pass)
 
 
@@ -337,3 +380,39 @@ def _layer_caches(
         mixer, _ = block_layers(config, i)
         caches[name] = jax.tree.map(stacked, mixer.init_cache(batch, length))
     return caches
+
+
+def _check_caches(
+    config: ModelConfig,
+    caches: Caches,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> None:
+    """Refuses what the caches cannot take, as far as that is known now."""
+    most = None
+    is_simple = segment_ids is None and (tokens.shape[1] == 1 or caches.history.is_empty)
+    for i, name in enumerate(config.block_names):
+        mixer_config, _ = config.layer(i)
+        # Not a submodule of the model that asks.
+        mixer = MIXERS[mixer_config.kind](mixer_config, parent=None)
+        if not is_simple and not mixer.takes_pieces:
+            raise ValueError(
+                "caches: got segment_ids or a further piece of a prompt, expected neither: "
+                f"{mixer_config.kind} takes one prompt and then single tokens"
+            )
+        capacity = mixer.capacity(caches.layers[name])
+        if capacity is not None:
+            most = capacity if most is None else min(most, capacity)
+    if most is None or not _is_known(caches.history.tokens) or not _is_known(segment_ids):
+        return
+    added = np.full(tokens.shape[0], tokens.shape[1])
+    if segment_ids is not None:
+        added = np.sum(np.asarray(segment_ids) != 0, axis=1)
+    longest = int(np.max(np.asarray(caches.history.tokens) + added))
+    if longest > most:
+        raise ValueError(f"caches: got room for {most} tokens a row, expected at least {longest}")
+
+
+def _is_known(x: Array | None) -> bool:
+    """Whether its numbers can be looked at now, by this process."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)

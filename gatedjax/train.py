@@ -20,10 +20,11 @@ from gatedjax.aot import step as aot
 from gatedjax.config import Config, DataConfig, differing_keys, from_config_dict, to_dict
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
 from gatedjax.data.tokenizer import Tokenizer
-from gatedjax.errors import InputError
+from gatedjax.errors import ExplodedError, InputError, TrainingError
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
+from gatedjax.files import require_utf8
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.curves import plot_run
@@ -33,6 +34,7 @@ from gatedjax.reporting.writers import make_writers
 from gatedjax.runtime import cli, launch, streams
 from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
+from gatedjax.training import identity
 from gatedjax.training.checkpoint import Checkpointer, Restored
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
@@ -56,6 +58,9 @@ _PROBES = flags.DEFINE_bool(
 _AOT = flags.DEFINE_string(
     "aot", None, "Compile the step for an absent TPU slice (v5p:8x8x4, 2*v5e:16x16), report, end."
 )
+_CHANGED_DATA = flags.DEFINE_bool(
+    "changed_data", False, "Go on with another text than the checkpoint's, from its first row on."
+)
 _CACHE = flags.DEFINE_string(
     "compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none."
 )
@@ -64,8 +69,11 @@ _CACHE = flags.DEFINE_string(
 def main(_) -> None:
     """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
     config = from_config_dict(cli.required_config(_CONFIG))
-    workdir = expand(_WORKDIR.value or f"runs/{cli.config_name(_CONFIG)}", "--workdir")
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    default_workdir = f"runs/{cli.config_name(_CONFIG)}"
+    given = default_workdir if _WORKDIR.value is None else _WORKDIR.value
+    workdir = expand(given, "--workdir")
+    require_utf8("--workdir", workdir)
+    tokenizer = tokenizer_of(config.data, workdir)
     config = with_vocab(config, tokenizer)
     if _AOT.value:
         sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
@@ -79,7 +87,7 @@ def main(_) -> None:
         say(describe(run))
         require_memory(run)
         require_same_on_all_processes(run.config, workdir)
-        state = train(run, workdir, stop)
+        state = train(run, workdir, tokenizer, stop)
         if state is not None:
             with jax.set_mesh(run.mesh):
                 sample(run, state, tokenizer)
@@ -87,6 +95,21 @@ def main(_) -> None:
                 draw_curves(workdir, config.data)
     if state is None and stop.obeyed == signal.SIGINT:
         sys.exit(cli.EXIT_INTERRUPTED)
+
+
+def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:
+    """The tokenizer that the configuration names.
+
+    Raises:
+      InputError: it cannot be read; if the run keeps a copy of its own, that is the way out.
+    """
+    try:
+        return load_tokenizer(data.tokenizer)
+    except InputError as error:
+        own = identity.tokenizer_of_run(workdir, data.tokenizer)
+        if own is None:
+            raise
+        raise InputError(f"{error}; the run keeps its own: --config.data.tokenizer={own}") from None
 
 
 def require_same_on_all_processes(config: Config, workdir: Path) -> None:
@@ -100,15 +123,22 @@ def require_same_on_all_processes(config: Config, workdir: Path) -> None:
     launch.require_same("text of data.sources", digests)
 
 
-def train(run: Run, workdir: Path, stop: Stop) -> TrainState | None:
+def train(
+    run: Run,
+    workdir: Path,
+    tokenizer: Tokenizer,
+    stop: Stop,
+) -> TrainState | None:
     """The state after the last step; None if the run was asked to stop before it."""
     config = to_dict(run.config)
+    data = identity.identity_of(run.config.data, tokenizer)
     settings = run.config.train
     with (
         jax.set_mesh(run.mesh),
         Checkpointer(
             workdir,
             config,
+            data=data,
             keep=settings.keep_checkpoints,
             report=say,
         ) as checkpointer,
@@ -117,25 +147,76 @@ def train(run: Run, workdir: Path, stop: Stop) -> TrainState | None:
         if restored is None:
             state = fresh_state(run)
             start = 0
+            first_row = 0
         else:
             say_resumed(run, restored)
+            identity.require_same_tokenizer(restored.data, tokenizer, workdir)
             state = restored.state
-            start = restored.data_index
+            start = restored.step
+            first_row = row_to_go_on(run, restored, data)
+        identity.keep_tokenizer(workdir, tokenizer)
         writers = make_writers(workdir, settings.steps, start)
         folder = workdir / "profile"
         tracing = StepTrace(_PROFILE.value, start, settings.steps, folder, say)
         with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog, tracing as trace:
             log = StepLog(run, writers, watchdog)
             stop.between_steps(run.mesh)
-            state, is_finished = loop(run, state, start, log, checkpointer, trace, stop)
+            try:
+                state, is_finished = loop(
+                    run,
+                    state,
+                    start,
+                    first_row,
+                    log,
+                    checkpointer,
+                    trace,
+                    stop,
+                )
+            except ExplodedError as error:
+                sound = checkpointer.set_aside_exploded()
+                raise TrainingError(f"{error}; {went_wrong_after(sound)}") from None
     stop.outside_steps()
     return state if is_finished else None
+
+
+def went_wrong_after(sound: int | None) -> str:
+    """What is left after an explosion, for the last line of the run."""
+    if sound is None:
+        return "no checkpoint from before it is left"
+    return (
+        f"the checkpoint of step {sound} is from before it and intact, the same command goes on "
+        "from there; give it other values, or it will go the same way"
+    )
+
+
+def row_to_go_on(run: Run, restored: Restored, data: identity.Identity) -> int:
+    """The row of the data's order that comes next.
+
+    Raises:
+      InputError: the text is not the one that the checkpoint was trained on, without
+        --changed_data.
+    """
+    if not restored.data:
+        say("that checkpoint does not say what its text was: it is not compared")
+    difference = identity.text_difference(restored.data, data)
+    if difference is not None and not _CHANGED_DATA.value:
+        raise InputError(
+            f"{difference}; put the old text back, give another --workdir, or --changed_data to go "
+            "on with this text from its first row on"
+        )
+    if difference is not None:
+        say(f"{difference}; going on with the first row of this text")
+        return 0
+    # Rows of another length are other rows: the place is as many tokens into the data.
+    before = restored.config.get("data", {}).get("seq_len", run.config.data.seq_len)
+    return restored.data_index * before // run.config.data.seq_len
 
 
 def loop(
     run: Run,
     state: TrainState,
     start: int,
+    first_row: int,
     log: StepLog,
     checkpointer: Checkpointer,
     trace: StepTrace,
@@ -147,6 +228,7 @@ def loop(
       run: what is trained.
       state: before the first of these steps.
       start: steps done before.
+      first_row: of the data's order, that the first of these steps begins with.
       log: where metrics go.
       checkpointer: where states go.
       trace: told of each step.
@@ -165,7 +247,7 @@ def loop(
     )
     validation = Validation(run, settings.eval_batches)
     train_step = jit_train_step(run.config, run.tx, run.shardings)
-    stream = batches(dataset, start)
+    stream = batches(dataset, first_row)
     for step in range(start + 1, settings.steps + 1):
         with log.reading(step):
             batch = sharding.global_batch(run.mesh, next(stream), settings.batch_size)
@@ -178,8 +260,14 @@ def loop(
             evaluate(step, state, validation, log)
         if step % settings.checkpoint_every == 0 or is_last or signal_number:
             with log.saving(step):
-                stops = signal_number != 0
-                checkpointer.save(step, state, data_index=stream.next_index, wait=stops)
+                checkpointer.save(
+                    step,
+                    state,
+                    data_index=stream.next_index,
+                    wait=signal_number != 0,
+                    loss=float(metrics["loss"]),
+                    skipped_in_a_row=int(metrics["skipped_in_a_row"]),
+                )
         trace.after(step)
         if signal_number and not is_last:
             saved = f"step {step} of {settings.steps} is saved"

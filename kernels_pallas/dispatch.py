@@ -97,12 +97,12 @@ def _best(op: str, refusals: Mapping[str, str | None], platform: str) -> Choice:
 # --- a kernel that is lowered for a platform where it is not
 
 
-def for_its_platform[Inputs: tuple](
+def for_its_platform(
     op: str,
     implementation: Implementation,
     interpret: bool,
-    inputs: Inputs,
-) -> Inputs:
+    inputs: Any,
+) -> Any:
     """`inputs`, which refuse to be lowered for a platform where the kernel is not.
 
     Args:

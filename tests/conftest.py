@@ -47,6 +47,12 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory):
+    """The key that runs sign their paths with: not the one in the home of who runs the tests."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Tests that compile the same program, in one process or in several, compile it once."""
     base = Path(tmp_path_factory.getbasetemp())

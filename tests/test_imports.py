@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # by their own names.
 ORDER = (
     ("errors",),
-    ("paths",),
+    ("files", "paths"),
     ("config",),
     ("sharding",),
     ("data", "layers"),

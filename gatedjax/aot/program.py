@@ -61,9 +61,12 @@ _SIMPLE = {
     "sdivrem.s32": "divrem({0},{1})",
     "spop.drf": "X.pop({0})",
     "reloc": "0",
+    # A number that a kernel made of vector data. Ours ask by it whether a tile has something out of
+    # the ordinary, such as NaN, and 0 says no.
+    "spop": "0",
 }
 # Their results come from vector data or from the runtime: unknown, and nothing to report.
-_DATA_OPS = ("spop", "scalar_parameter_address", "sadd.f32")
+_DATA_OPS = ("scalar_parameter_address", "sadd.f32")
 
 
 @dataclasses.dataclass
@@ -267,7 +270,7 @@ class Program:
         base, *kinds = op.name.split(".")
         if base in _BINARY and len(args) == 2 and "f32" not in kinds:
             return self._binary(base, kinds, args)
-        if base == "scmp" and kinds[1] in ("s32", "u32"):
+        if base == "scmp" and kinds[1] in ("s32", "u32", "f32"):
             return self._comparison(kinds, args)
         if base == "scmp" and kinds[:2] == ["lt", "f32"] and args[1] == "inf":
             # Whether a number is finite: data is.
@@ -279,7 +282,7 @@ class Program:
         values = [self._value(arg) for arg in args]
         if op.name in _SIMPLE:
             return _SIMPLE[op.name].format(*values)
-        # A comparison of floats depends on data; any other op is one that was never seen before.
+        # Any other op is one that was never seen before.
         if op.name not in _DATA_OPS and base != "scmp":
             self.unhandled[op.name] += 1
         return "UNKNOWN"
@@ -377,6 +380,9 @@ class Program:
             return self._address(token)
         if re.fullmatch(r"-?\d+|0x[0-9a-f]+", token):
             return str(signed(int(token, 0)))
+        if token == "0.0":
+            # Of floats only the bits are kept: those of no other number are needed.
+            return "0"
         if token in ("true", "false"):
             return token.capitalize()
         return "UNKNOWN"

@@ -58,7 +58,9 @@ class RouterConfig(Checked):
     anneal_steps: CountOrZero = 0
     # how logits become router probabilities
     scoring: Literal["softmax", "sigmoid", "sparsemax"] = "softmax"
-    # by probability + bias; among equals the lower expert id. expert_choice is not causal.
+    # by probability + bias, not rounded; among equals the larger logit, then the lower expert id.
+    # gumbel: by logits + noise, so that the temperature does not change how often an expert is
+    # drawn. expert_choice is not causal.
     selection: Literal["topk", "grouped_topk", "gumbel", "hash", "expert_choice"] = "topk"
     # grouped_topk: experts come in this many groups, of which
     num_groups: Size = 1
@@ -182,16 +184,18 @@ class SparseMoEConfig(Checked):
     balance_loss: NonNegative = 0.01
     # MoE++'s tau: weight of experts that cost nothing within the balance loss
     zero_computation_weight: Positive = 1.0
-    # the balance loss within every row of the batch (DeepSeek-V3)
+    # the balance loss within every row of the batch, documents of a row together (DeepSeek-V3)
     sequence_loss: NonNegative = 0.0
     # of mean logsumexp(logits)^2
     z_loss: NonNegative = 0.001
-    # An expert takes at most ceil(k T / E * capacity_factor) assignments from a row of T tokens;
-    # 0: no limit. With tau, experts that compute take tau times as many as the others (MoE++).
+    # In training an expert takes at most ceil(k T / E * capacity_factor) assignments from a
+    # document of T tokens; 0: no limit. Evaluation and decoding drop nothing (DeepSeek-V2). With
+    # tau, experts that compute take tau times as many as the others (MoE++).
     capacity_factor: NonNegative = 0.0
-    # Which assignments are kept first. position: earlier tokens. choice: all first choices (V-MoE).
-    # priority: larger weights (batch prioritized routing). In the last two a later token can
-    # displace an earlier one, so they are not causal.
+    # Which assignments are kept first. position: earlier tokens; of later ones only the number
+    # matters. choice: all first choices (V-MoE). priority: tokens with a larger probability of
+    # their best expert (batch prioritized routing). In the last two a later token can displace an
+    # earlier one, so they are not causal.
     capacity_order: Literal["position", "choice", "priority"] = "position"
     # Over the devices of the `expert` axis. gather_weights: experts come to the tokens. The others:
     # tokens go to the experts, sent one by one (not on CPU), in buffers, or around a ring (for many
@@ -292,7 +296,7 @@ class SparseMoEConfig(Checked):
 class SoftMoEConfig(Checked):
     """Soft mixture of experts (arXiv 2308.00951).
 
-    Experts work on slots, weighted means of all tokens of a row.
+    Experts work on slots, weighted means of all tokens of a document.
     """
 
     kind: Literal["soft_moe"] = "soft_moe"
@@ -316,12 +320,12 @@ class LoRAMixtureConfig(Checked):
     rank: Size = 16
     # an expert's product is scaled by alpha / rank
     alpha: Positive = 16.0
-    # xlora: softmax(x W / temperature), one for the layer. phatgoose: softmax of normalized <x, v>
+    # xlora: softmax(x W / temperature), one for each layer. phatgoose: softmax of normalized <x, v>
     # over the best experts_per_token, one for each matrix. sigmoid: sigmoid(<x, v>), which trains
     # the v of phatgoose.
     gate: Literal["xlora", "phatgoose", "sigmoid"] = "xlora"
     # xlora: x are the last hidden states of a first pass of the whole model without experts, as
-    # published, and the weights are the same in all layers; otherwise x is the input of the layer.
+    # published, and every layer has a W of its own; otherwise x is the input of the layer.
     first_pass: bool = False
     # 0: all
     experts_per_token: SizeOrZero = 0

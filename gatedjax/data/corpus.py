@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
-from gatedjax.data.splits import Split
+from gatedjax.data.splits import Exceptional, Split
 from gatedjax.data.token_file import TokenFile
 
 
@@ -15,25 +15,19 @@ class SplitInfo:
     """Counts of one split.
 
     bytes: of UTF-8 text.
-    tokens: with one end-of-document token per document.
+    tokens: with one end-of-document token per document. Each is predicted once in a pass.
+    sha256: of its text, in order, a zero byte after each document.
     """
 
     documents: int
     bytes: int
     tokens: int
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are predicted in one pass: all but the first of each document."""
-        return self.tokens - self.documents
+    sha256: str
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes per predicted token.
-
-        Bits per byte are the mean loss in nats / ln 2 / this, exact over a whole split.
-        """
-        return self.bytes / self.targets
+        """Bits per byte are the mean loss in nats / ln 2 / this, exact over a whole split."""
+        return self.bytes / self.tokens
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,7 @@ class Corpus:
     sha256: of all its text, in order, a zero byte after each document.
     skipped: files that are not UTF-8.
     dtype: of the token files.
+    exception: the document that is not where the hash of its text would have it, if there is one.
     path: the folder of the token cache.
     """
 
@@ -55,6 +50,7 @@ class Corpus:
     tokenizer: str
     dtype: str
     splits: dict[str, SplitInfo]
+    exception: Exceptional | None
     path: Path
 
     def describe(self) -> str:
@@ -78,6 +74,10 @@ class Corpus:
         length = self.splits[split].tokens
         tokens = TokenFile(self.path / f"{split}.tokens", self.dtype, length)
         return tokens, ends
+
+    def document_hashes(self) -> UInt64[np.ndarray, "documents"]:
+        """The `splits.content_hash` of every document, in order."""
+        return np.load(self.path / "documents.npy", allow_pickle=False)
 
     def validation_text(self) -> bytes:
         """The documents of the validation split one after another, UTF-8."""

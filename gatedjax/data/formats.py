@@ -10,8 +10,13 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from gatedjax.errors import InputError
+from gatedjax.files import open_plain, require_no_holes
 
 JSONL_SCAN_BYTES = 1 << 26
+# A document is held whole, and tokenized in one piece.
+LARGEST_DOCUMENT = 1 << 31
+# Of a saved Dataset's state.json, which lists its files.
+LARGEST_LISTING = 1 << 28
 READ_ROWS = 1024  # rows or records that are held in memory at a time
 
 
@@ -37,8 +42,11 @@ class TextFile:
         return 1
 
     def __iter__(self) -> Iterator[str | None]:
+        with open_plain(self.path, LARGEST_DOCUMENT) as file:
+            require_no_holes(file)
+            data = file.read()
         try:
-            yield self.path.read_bytes().decode()
+            yield data.decode()
         except UnicodeDecodeError:
             yield None
 
@@ -70,8 +78,11 @@ class JsonLines:
         return len(self._starts)
 
     def __getitem__(self, i: int) -> str:
-        line = self._bytes[self._starts[i] : self._ends[i]].tobytes()
         where = f"{self.path}, line {self._line_numbers[i]}"
+        size = self._ends[i] - self._starts[i]
+        if size > LARGEST_DOCUMENT:
+            raise InputError(f"{where}: {size:,} bytes, expected at most {LARGEST_DOCUMENT:,}")
+        line = self._bytes[self._starts[i] : self._ends[i]].tobytes()
         return _json_text(line, self.field, where)
 
     def __iter__(self) -> Iterator[str | None]:
@@ -79,10 +90,12 @@ class JsonLines:
 
 
 def _map_bytes(path: Path) -> UInt8[np.ndarray, "bytes"]:
-    # An empty file cannot be mapped.
-    if path.stat().st_size == 0:
-        return np.zeros(0, np.uint8)
-    return np.memmap(path, np.uint8, mode="r")
+    with open_plain(path) as file:
+        require_no_holes(file)
+        # An empty file cannot be mapped.
+        if path.stat().st_size == 0:
+            return np.zeros(0, np.uint8)
+        return np.memmap(file, np.uint8, mode="r")
 
 
 def _line_breaks(data: UInt8[np.ndarray, "bytes"]) -> Int[np.ndarray, "breaks"]:
@@ -167,6 +180,7 @@ class SavedDataset:
 
     def __init__(self, path: Path, field: str):
         datasets = _optional("datasets", "hf_disk")
+        _require_own_files(path)
         try:
             self._dataset = datasets.load_from_disk(str(path))
         except Exception as e:  # the library raises many kinds
@@ -192,7 +206,29 @@ class SavedDataset:
             yield from chunk[self.field]
 
 
-def one_line(error: Exception) -> str:
+def _require_own_files(path: Path) -> None:
+    """InputError if a saved Dataset names a file that is not one of its own folder.
+
+    The library opens whatever its state.json names. It refuses a folder without one by itself.
+    """
+    listing = path / "state.json"
+    if not listing.exists():
+        return
+    try:
+        with open_plain(listing, LARGEST_LISTING) as file:
+            state = json.load(file)
+        names = [entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise InputError(f"{listing}: cannot be read ({one_line(e)})") from None
+    for name in names:
+        is_plain = isinstance(name, str) and name == Path(name).name
+        if not is_plain or name == "..":
+            raise InputError(f"{listing}: names the file {name!r}, expected one of this folder")
+        if (path / name).is_symlink():
+            raise InputError(f"{path / name}: is a link, expected a file of this folder")
+
+
+def one_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     message = str(error).strip()
     if not message:

@@ -1,15 +1,17 @@
 """From a configuration to batches: the windows of each source, mixed, cut into this process's rows.
 
-Element i of a dataset is the i-th global batch, whatever ran before: the state of the pipeline is
-one number, the next index. Row j of global batch i is window i * batch_size + j of one global
-order, and a process reads its own rows of it, so the global batches are the same for any number of
-processes and threads.
+All rows stand in one global order, whatever ran before: the state of the pipeline is one number,
+the row that comes next. Row j of a global batch that begins at row n is window n + j of that order,
+and a process reads its own rows of it. So the global batches are the same for any number of
+processes and threads, and a run that goes on with another batch size neither repeats rows nor skips
+any.
 """
 
+import itertools
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from gatedjax.config import DataConfig
 from gatedjax.data.batch import Batch, cut_window, empty_row, num_windows, stack_rows
 from gatedjax.data.corpus import Corpus
 from gatedjax.data.sources import open_source
-from gatedjax.data.splits import SPLITS, Split
+from gatedjax.data.splits import SPLITS, Split, side_of
 from gatedjax.data.token_cache import tokenize
 from gatedjax.data.token_file import TokenFile
 from gatedjax.data.tokenizer import load_tokenizer
@@ -66,7 +68,8 @@ class Windows(grain.MapDataset[Batch]):
 class Block(grain.MapDataset[Batch]):
     """Global batches of `batch_size` rows of `parent`, of which this process holds `rows`.
 
-    Where the parent ends inside a batch, rows of padding fill it.
+    The first batch begins at row `first_row` of the parent, the last one ends before `end_row`.
+    Where the rows end inside a batch, rows of padding fill it.
     """
 
     def __init__(
@@ -75,24 +78,42 @@ class Block(grain.MapDataset[Batch]):
         batch_size: int,
         rows: Sequence[int],
         seq_len: int,
+        first_row: int = 0,
+        end_row: int | None = None,
     ):
         super().__init__(parent)
-        self._batch_size = batch_size
         self._rows = rows
         self._seq_len = seq_len
+        # For an endless parent, `len` is sys.maxsize: nothing is past its end.
+        self._end_row = len(parent) if end_row is None else min(end_row, len(parent))
+        self.batch_size = batch_size
+        self.first_row = first_row
+
+    def between(self, first_row: int, end_row: int | None = None) -> "Block":
+        """The batches of these rows of the global order."""
+        return Block(
+            self._parent,
+            self.batch_size,
+            self._rows,
+            self._seq_len,
+            first_row,
+            self._end_row if end_row is None else end_row,
+        )
 
     def __len__(self) -> int:
-        return -(-len(self._parent) // self._batch_size)
+        num_rows = max(self._end_row - self.first_row, 0)
+        return -(-num_rows // self.batch_size)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self.slice(index)
-        # For an endless parent, `len` is sys.maxsize: nothing is past its end.
-        num_parent_rows = len(self._parent)
+            start, stop, step = index.indices(len(self))
+            assert step == 1, "global batches are read in order"
+            first_row = self.first_row + start * self.batch_size
+            return self.between(first_row, self.first_row + stop * self.batch_size)
         block = []
         for row in self._rows:
-            parent_index = index * self._batch_size + row
-            if parent_index < num_parent_rows:
+            parent_index = self.first_row + index * self.batch_size + row
+            if parent_index < self._end_row:
                 block.append(self._parent[parent_index])
             else:
                 block.append(empty_row(self._seq_len))
@@ -123,7 +144,27 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
             cfg.validation_fraction,
             cache_dir,
         )
+    _require_disjoint(tokenized, cfg.validation_fraction)
     return tokenized
+
+
+def _require_disjoint(corpora: Mapping[str, Corpus], validation_fraction: float) -> None:
+    """InputError if one source trains on a document that another one holds out.
+
+    The hash of its text puts a document on one side in all sources; only the exceptions of small
+    sources can contradict that.
+    """
+    for exceptional, other in itertools.permutations(corpora.values(), 2):
+        exception = exceptional.exception
+        if exception is None or exception.document not in other.document_hashes():
+            continue
+        there = side_of(exception.document, validation_fraction, other.exception)
+        if there != exception.side:
+            raise InputError(
+                f"sources.{exceptional.name}: is so small that a document of it had to change "
+                f"sides, and sources.{other.name} holds the same document: it would be trained on "
+                "and held out; leave it out of one of them, or give a larger source"
+            )
 
 
 def make_dataset(
@@ -133,7 +174,7 @@ def make_dataset(
     batch_size: int,
     rows: Sequence[int],
     seed: int,
-) -> grain.MapDataset[Batch]:
+) -> Block:
     """The global batches of a split, of which this process holds `rows`.
 
     train: endless. Each source gives its windows in an order that is new in each epoch; rows are
@@ -182,21 +223,23 @@ def make_dataset(
 class BatchIterator(Iterator[Batch]):
     """Global batches in order.
 
-    `next_index` is the whole state: `batches(dataset, next_index)` goes on from here.
+    `next_index`, the row of the global order that comes next, is the whole state:
+    `batches(dataset, next_index)` goes on from here, also for a dataset of another batch size.
     """
 
-    def __init__(self, iterator: Iterator[Batch], next_index: int):
+    def __init__(self, iterator: Iterator[Batch], next_index: int, batch_size: int):
         self._iterator = iterator
+        self._batch_size = batch_size
         self.next_index = next_index
 
     def __next__(self) -> Batch:
         batch = next(self._iterator)
-        self.next_index += 1
+        self.next_index += self._batch_size
         return batch
 
 
 def batches(
-    dataset: grain.MapDataset[Batch],
+    dataset: Block,
     start: int = 0,
     *,
     num_threads: int = 1,
@@ -206,12 +249,12 @@ def batches(
 
     Args:
       dataset: of `make_dataset` or `recall_dataset`.
-      start: the first batch.
+      start: the row of the global order that the first batch begins with.
       num_threads: that read ahead; 0 reads in the caller's thread.
       prefetch: batches that are read ahead.
 
     Returns:
-      The iterator, which also says the index of its next batch.
+      The iterator, which also says the row that comes next.
 
     Raises:
       ValueError: a negative start.
@@ -221,8 +264,9 @@ def batches(
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
     )
-    iterator = iter(dataset[start:].to_iter_dataset(options))
-    return BatchIterator(iterator, start)
+    blocks = dataset.between(start) if start else dataset
+    iterator = iter(blocks.to_iter_dataset(options))
+    return BatchIterator(iterator, blocks.first_row, dataset.batch_size)
 
 
 def validation_text(cfg: DataConfig) -> bytes:

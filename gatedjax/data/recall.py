@@ -120,7 +120,7 @@ def recall_dataset(
     batch_size: int,
     rows: Sequence[int],
     row: RowGenerator | None = None,
-) -> grain.MapDataset[Batch]:
+) -> Block:
     """Global batches of a task, of which this process holds `rows`.
 
     The counterpart of `pipeline.make_dataset` for text. train: endless, `train_examples` rows in an

@@ -6,6 +6,7 @@ tokenized. The order of documents is fixed: files by relative path, rows in the 
 
 import contextlib
 import os
+import stat
 import sysconfig
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from gatedjax.data.formats import (
     one_line,
 )
 from gatedjax.errors import InputError
+from gatedjax.files import kind_of
 from gatedjax.paths import expand
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
@@ -55,12 +57,13 @@ class Source:
         files = self.files
         if self.kind == "hf_disk":
             # A saved Dataset is opened as a folder; the files in it are what changes.
-            files = _files_under(self.root, _any_file)
+            with _naming_errors(self.root):
+                files = _files_under(self.root, _any_file)
         entries = []
         with _naming_errors(self.root):
             for file in files:
-                stat = file.stat()
-                entries.append((self.relative(file), stat.st_size, stat.st_mtime_ns))
+                status = file.stat()
+                entries.append((self.relative(file), status.st_size, status.st_mtime_ns))
         return entries
 
     def parts(self) -> list[tuple[str, Documents]]:
@@ -70,6 +73,11 @@ class Source:
             with _naming_errors(file):
                 parts.append((self.relative(file), self.open(file)))
         return parts
+
+    def texts(self) -> Iterator[str | None]:
+        """The texts of all parts in order; None where a file is not UTF-8."""
+        for name, documents in self.parts():
+            yield from self.read(name, documents)
 
     def read(self, name: str, documents: Documents) -> Iterator[str | None]:
         """The texts of one part; whatever fails below becomes an InputError that names the file."""
@@ -109,8 +117,9 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
         raise InputError(
             f"sources.{name}.path: empty, expected a file or folder for kind {cfg.kind}"
         )
-    path = expand(cfg.path, f"sources.{name}.path").absolute()
-    _require_exists(name, path)
+    key = f"sources.{name}.path"
+    path = expand(cfg.path, key).absolute()
+    mode = _mode_of(key, path)
     file_format = _FORMATS[cfg.kind]
 
     def open_file(file: Path) -> Documents:
@@ -120,14 +129,17 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
         # A saved Dataset is a folder that is opened as one.
         root = path
         files = (path,)
-    elif path.is_file():
+    elif stat.S_ISREG(mode):
         root = path.parent
         files = (path,)
-    else:
+    elif stat.S_ISDIR(mode):
         root = path
-        files = _files_under(path, file_format.belongs)
+        with _naming_errors(path):
+            files = _files_under(path, file_format.belongs)
+    else:
+        raise InputError(f"{key}: {cfg.path!r} is {kind_of(mode)}, expected a file or folder")
     if not files:
-        raise InputError(f"sources.{name}.path: {cfg.path!r} holds no file of kind {cfg.kind}")
+        raise InputError(f"{key}: {cfg.path!r} holds no file of kind {cfg.kind}")
     return Source(
         name=name,
         kind=cfg.kind,
@@ -141,12 +153,13 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
 def _python_stdlib(name: str) -> Source:
     """The source files of the standard library of this Python, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    _require_exists(name, root)
+    with _naming_errors(root):
+        files = _files_under(root, _is_python, TEST_FOLDERS | NOT_STDLIB)
     return Source(
         name=name,
         kind="python_stdlib",
         root=root,
-        files=_files_under(root, _is_python, TEST_FOLDERS | NOT_STDLIB),
+        files=files,
         field="",
         open=TextFile,
     )
@@ -192,15 +205,23 @@ def _files_under(
     """The files under `root` that `belongs` accepts, by relative path.
 
     Hidden files and folders are left out, and folders named in `left_out`.
+
+    Raises:
+      OSError: a subfolder that cannot be read, or a file whose state cannot be asked.
+      InputError: a pipe, a device or a socket among the files.
     """
     found = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_refuse):
         # os.walk descends into what is left in its list.
         subfolders[:] = [f for f in subfolders if f not in left_out and not f.startswith(".")]
         for name in names:
             file = Path(folder, name)
-            if not name.startswith(".") and file.is_file() and belongs(file):
-                found.append(file)
+            if name.startswith(".") or not belongs(file):
+                continue
+            mode = file.stat().st_mode
+            if not stat.S_ISREG(mode):
+                raise InputError(f"{file}: is {kind_of(mode)}, expected files and folders")
+            found.append(file)
 
     def relative(file: Path) -> str:
         return file.relative_to(root).as_posix()
@@ -215,10 +236,19 @@ def _naming_errors(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, MemoryError) as e:
         raise InputError(f"{path}: cannot be read ({one_line(e)})") from None
 
 
-def _require_exists(name: str, path: Path) -> None:
-    if not path.exists():
-        raise InputError(f"sources.{name}.path: {str(path)!r} does not exist")
+def _refuse(error: OSError) -> None:
+    """What os.walk calls on a folder that it cannot read; left alone, it would go on without."""
+    raise error
+
+
+def _mode_of(key: str, path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{key}: {str(path)!r} does not exist") from None
+    except OSError as e:
+        raise InputError(f"{key}: {str(path)[:200]!r} cannot be used ({e.strerror})") from None

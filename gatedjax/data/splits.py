@@ -1,66 +1,95 @@
-"""Which documents of a source are for training and which for validation."""
+"""Which documents of a source are for training and which for validation.
+
+The hash of a document's text decides, and nothing else: the same text is on the same side in every
+source, under any name, and a document's side does not depend on the others. Two exceptions, for
+sources so small that one side would stay empty: the document nearest to that side crosses over, and
+a source of one text (however often it stands there) is cut in two. `pipeline.corpora` refuses
+sources that contradict each other through an exception.
+"""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, get_args
-
-import numpy as np
-from jaxtyping import Bool
-
-from gatedjax.data.sources import Source
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 HASH_BYTES = 8
-HASH_RANGE = 2.0**64
+HASH_RANGE = 2**64
+
+# Where an exception puts a document.
+Side = Literal["train", "validation", "cut"]
 
 
-def labeled_documents(
-    source: Source, validation_fraction: float
-) -> Iterator[tuple[str | None, bool]]:
-    """(text, whether it is for validation) of each document, in order.
-
-    A text is None where a file is not UTF-8. A source of one document is cut in two.
-    """
-    parts = source.parts()
-    keys = []
-    for name, documents in parts:
-        keys.extend(f"{name}:{row}" for row in range(len(documents)))
-    texts = (text for name, documents in parts for text in source.read(name, documents))
-    if len(keys) != 1:
-        yield from zip(texts, is_validation(keys, validation_fraction).tolist())
-        return
-    whole = next(texts)
-    if not whole:
-        yield whole, False
-        return
-    train, validation = cut_in_two(whole, validation_fraction)
-    yield train, False
-    yield validation, True
+def content_hash(data: bytes) -> int:
+    """A document's hash, uniform below 2^64; `data` is its text in UTF-8."""
+    digest = hashlib.sha256(data).digest()
+    return int.from_bytes(digest[:HASH_BYTES], "big")
 
 
-def is_validation(keys: Sequence[str], validation_fraction: float) -> Bool[np.ndarray, "documents"]:
-    """For the key of each document, whether it is for validation.
+def by_hash(document: int, validation_fraction: float) -> Split:
+    """The side of the document with this hash."""
+    is_validation = document / HASH_RANGE < validation_fraction
+    return "validation" if is_validation else "train"
 
-    The hash of a key decides, so a document's split does not depend on the others; but of several
-    documents at least one is on either side.
-    """
-    first_bytes = b""
-    for key in keys:
-        # File names may hold bytes that are not UTF-8.
-        digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
-        first_bytes += digest[:HASH_BYTES]
-    # Uniform in [0, 1).
-    hashes = np.frombuffer(first_bytes, ">u8") / HASH_RANGE
-    chosen = hashes < validation_fraction
-    if len(keys) > 1:
-        # The document nearest to the other side crosses over, if that side is empty.
-        if not chosen.any():
-            chosen[hashes.argmin()] = True
-        if chosen.all():
-            chosen[hashes.argmax()] = False
-    return chosen
+
+@dataclass(frozen=True)
+class Exceptional:
+    """A document that the rule does not decide: its hash, and where it goes."""
+
+    document: int
+    side: Side
+
+
+class Splitter:
+    """Sends documents to their side, and remembers what an exception is decided by."""
+
+    def __init__(self, validation_fraction: float, exception: Exceptional | None = None):
+        self.exception = exception
+        self._fraction = validation_fraction
+        self._found: set[Split] = set()
+        self._lowest = HASH_RANGE
+        self._highest = -1
+
+    def parts(self, text: str, data: bytes) -> Iterator[tuple[Split, str, bytes]]:
+        """(side, text, the same in UTF-8) of a document, or of the two parts of a cut one."""
+        document = content_hash(data)
+        self._lowest = min(self._lowest, document)
+        self._highest = max(self._highest, document)
+        side = side_of(document, self._fraction, self.exception)
+        if side == "cut":
+            pieces = cut_in_two(text, self._fraction)
+            for split, piece in zip(SPLITS, pieces):
+                self._found.add(split)
+                yield split, piece, piece.encode()
+        else:
+            self._found.add(side)
+            yield side, text, data
+
+    def missing(self) -> Exceptional | None:
+        """After all documents: the exception without which one side would have none.
+
+        None if no exception is needed, or there are no documents.
+        """
+        if self._lowest > self._highest or len(self._found) == len(SPLITS):
+            return None
+        if self._lowest == self._highest:
+            return Exceptional(self._lowest, "cut")
+        if "validation" in self._found:
+            return Exceptional(self._highest, "train")
+        return Exceptional(self._lowest, "validation")
+
+
+def side_of(
+    document: int,
+    validation_fraction: float,
+    exception: Exceptional | None,
+) -> Side:
+    """Where a source with this exception puts the document with this hash."""
+    if exception is not None and document == exception.document:
+        return exception.side
+    return by_hash(document, validation_fraction)
 
 
 def cut_in_two(text: str, validation_fraction: float) -> tuple[str, str]:

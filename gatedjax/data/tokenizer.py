@@ -13,7 +13,13 @@ import numpy as np
 from jaxtyping import Int32
 
 from gatedjax.errors import InputError
+from gatedjax.files import read_plain
 from gatedjax.paths import expand
+
+# Token ids are int32 in a batch.
+LARGEST_VOCABULARY = 2**31 - 1
+# The largest published ones have some 40 MB.
+LARGEST_TOKENIZER_FILE = 1 << 28
 
 # The usual names of the token that ends a document; the first one that a file has is taken.
 EOS_NAMES = (
@@ -89,15 +95,12 @@ class JsonTokenizer:
             raise InputError(
                 "tokenizer: a file needs the tokenizers library: pip install 'gatedjax[data]'"
             ) from None
-        try:
-            data = expand(path, "tokenizer").read_bytes()
-        except OSError as e:
-            raise InputError(
-                f"tokenizer: {path!r} cannot be read ({e.strerror}); expected 'bytes' or a file"
-            ) from None
+        data = _bytes_of_file(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as e:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # bare Exception, and BaseException where its Rust panics
             raise InputError(f"tokenizer: {path!r} is not a tokenizer.json ({e})") from None
 
         # The file may ask for either; a document is encoded whole and alone.
@@ -114,8 +117,15 @@ class JsonTokenizer:
             )
         self.name = Path(path).name
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
+        if self.vocab_size > LARGEST_VOCABULARY:
+            expected = f"at most {LARGEST_VOCABULARY:,}"
+            raise InputError(
+                f"tokenizer: {path!r} has ids to {self.vocab_size - 1:,}, expected {expected}"
+            )
         self.eos_id = vocabulary[eos_names[0]]
         self.fingerprint = "json-1-" + hashlib.sha256(data).hexdigest()
+        # The file itself: a run keeps a copy (`training.identity`).
+        self.data = data
 
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
         return self.encode_batch([text])[0]
@@ -128,6 +138,15 @@ class JsonTokenizer:
         """The text of `ids`, without special tokens and ids outside the vocabulary."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
+
+
+def _bytes_of_file(path: str) -> bytes:
+    try:
+        return read_plain(expand(path, "tokenizer"), LARGEST_TOKENIZER_FILE)
+    except OSError as e:
+        raise InputError(
+            f"tokenizer: {path!r} cannot be read ({e.strerror or e}); expected 'bytes' or a file"
+        ) from None
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -1,4 +1,8 @@
-"""What compressors need for a text: the first bar a language model of bytes has to clear."""
+"""What compressors need for a text: the first bar a language model of bytes has to clear.
+
+They get the documents one after another, without marks between them. A model also predicts where
+each one ends, and has to pay for that.
+"""
 
 import gzip
 import lzma

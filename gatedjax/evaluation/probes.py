@@ -2,7 +2,9 @@
 
     python eval.py --checkpoint=runs/tiny --probes     JSON and pictures, in runs/tiny/probes
 
-  first_token_fraction  of the attention of later tokens, what goes to their document's first one
+  first_token_fraction  of the attention of later tokens, what goes to their document's first one:
+                        the end-of-document token that stands before it, or what comes first of a
+                        document that began before the row
                         (F-Attn, the attention sink; arXiv 2505.06708, table 4: 0.467 without a
                         gate, 0.048 with it)
   attention_entropy     nats, by position in the document; log(position + 1) would be an even look
@@ -22,6 +24,7 @@ Layers `sow` what is measured here into the collection "probes", which costs not
 for. `attention_rows.py` computes the first two.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -41,6 +44,7 @@ from gatedjax.data import Batch
 from gatedjax.evaluation.attention_rows import attention_rows, entropy_of
 from gatedjax.layers.attention import normalizer_of
 from gatedjax.layers.logit_scale import alibi_slopes, logit_scale
+from gatedjax.layers.token_info import document_numbers
 from gatedjax.model import LanguageModel
 from gatedjax.sharding import RULES
 
@@ -77,6 +81,9 @@ def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[int, dic
             mutable=["probes"],
         )
     (_, _, statistics), variables = outputs
+    # As the layers see them: an id that comes back is another document.
+    numbers = document_numbers(jnp.asarray(batch.segment_ids))
+    batch = dataclasses.replace(batch, segment_ids=numbers)
     sown = variables["probes"]["periods"]
     result = {}
     for index, name in enumerate(config.block_names):
@@ -117,15 +124,10 @@ def _layer(mixer: MixerConfig, batch: Batch, values: _LayerValues) -> dict[str, 
         result |= _attention(mixer, of_mixer, values.mixer_params, batch)
     gates = _sown(of_mixer, "gates")
     if gates is not None:
-        counts, edges = jnp.histogram(gates, BINS)
-        result |= {
-            "gate_mean": jnp.mean(gates),
-            "gate_histogram": counts / gates.size,
-            "gate_edges": edges,
-        }
+        result |= gate_statistics(gates, is_real)
     log_decay = _sown(of_mixer, "log_decay")
     if log_decay is not None:
-        result["half_life"] = half_life(log_decay)
+        result["half_life"] = half_life(log_decay, is_real)
     if "counts" in values.statistics:
         counts = values.statistics["counts"]
         result["expert_load"] = counts / jnp.sum(counts) * counts.shape[-1]
@@ -218,13 +220,47 @@ def effective_rank(
     return jnp.exp(entropy_of(singular_values / total))
 
 
+def gate_statistics(
+    gates: Float[Array, "#B #T ..."],
+    is_real: Bool[Array | np.ndarray, "B T"],
+) -> dict[str, Array]:
+    """Mean and histogram of the gates at real tokens, with the histogram's edges."""
+    of_token = is_real.reshape(*is_real.shape, *[1] * (gates.ndim - 2))
+    # Gates that do not depend on the token have one of their own: every token counts it.
+    shape = jnp.broadcast_shapes(gates.shape, of_token.shape)
+    gates = jnp.broadcast_to(gates, shape)
+    is_counted = jnp.broadcast_to(of_token, shape)
+    count = jnp.maximum(jnp.sum(is_counted), 1)
+    lowest = jnp.min(jnp.where(is_counted, gates, jnp.inf))
+    highest = jnp.max(jnp.where(is_counted, gates, -jnp.inf))
+    counts, edges = jnp.histogram(
+        jnp.where(is_counted, gates, lowest),
+        BINS,
+        range=(lowest, highest),
+        weights=is_counted,
+    )
+    return {
+        "gate_mean": jnp.sum(jnp.where(is_counted, gates, 0.0)) / count,
+        "gate_histogram": counts / count,
+        "gate_edges": edges,
+    }
+
+
 def half_life(
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | Float[Array, " H"],
+    is_real: Bool[Array | np.ndarray, "B T"] | None = None,
 ) -> Float[Array, " channels"]:
-    """log 2 over the mean of -log_decay, in tokens, for every channel that decays by itself."""
+    """log 2 over the mean of -log_decay, in tokens, for every channel that decays by itself.
+
+    The mean is over real tokens; all are, without `is_real`.
+    """
     mean = log_decay.astype(jnp.float32)
     if mean.ndim > 1:
-        mean = jnp.mean(mean, axis=(0, 1)).reshape(-1)
+        if is_real is None:
+            is_real = jnp.ones(mean.shape[:2], bool)
+        of_token = is_real.reshape(*is_real.shape, *[1] * (mean.ndim - 2))
+        total = jnp.sum(jnp.where(of_token, mean, 0.0), axis=(0, 1))
+        mean = (total / jnp.maximum(jnp.sum(is_real), 1)).reshape(-1)
     return math.log(2.0) / jnp.maximum(-mean, 1e-12)
 
 

@@ -1,55 +1,347 @@
-"""From a run directory back to a configuration and parameters: for eval.py and generate."""
+"""From a run directory back to a configuration and parameters: for eval.py and generate.
 
+A checkpoint from elsewhere is data, not trust. Of its configuration only the numbers count, and
+those are checked against what this machine can hold before anything is allocated. The paths in it
+are used if this user's own run wrote it (`training.ownership`), or if the user says so; otherwise
+the user names the text. Its tokenizer is the file that travels with it.
+"""
+
+import contextlib
+import dataclasses
 import math
 import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from gatedjax.config import from_config_dict
+from gatedjax import sharding
+from gatedjax.config import Config, DataConfig, MeshConfig, SourceConfig, from_config_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
-from gatedjax.training.checkpoint import Checkpointer, read_config
+from gatedjax.paths import expand
+from gatedjax.training import identity, ownership
+from gatedjax.training.checkpoint import Checkpointer
+from gatedjax.training.digests import named_leaves
+from gatedjax.training.memory import device_memory
 from gatedjax.training.run import Run, prepare
-from gatedjax.training.step import params_for_evaluation
+from gatedjax.training.step import TrainState, params_for_evaluation
+
+# Beyond these it is no model that this code has trained. They bound what is traced layer by layer
+# before its size is known.
+_MOST_TRACED_LAYERS = 1024
+_LARGEST_NUMBER = 2**40
+
+# A batch on the host: tokens, targets, segments, positions and mask, four bytes each; several are
+# read ahead.
+_HOST_BYTES_PER_TOKEN = 20 * 8
 
 
-def restore_params(directory: str | os.PathLike) -> tuple[Run, PyTree]:
+def restore_params(
+    directory: str | os.PathLike,
+    *,
+    source: str | None = None,
+    trust_paths: bool = False,
+    mesh: MeshConfig | None = None,
+) -> tuple[Run, PyTree]:
     """A run, as its checkpoint describes it, and the parameters of its newest intact checkpoint.
 
-    The mesh is this machine's (all devices on the data axis), not the one that it was trained on.
+    Only what evaluation needs is read: of the optimizer nothing, unless its state is where the
+    averaged parameters are.
+
+    Args:
+      directory: the run directory.
+      source: text to evaluate on in place of the run's, as KIND or KIND:PATH (`text:/data/wiki`).
+      trust_paths: use the paths in the checkpoint's configuration, whoever wrote it.
+      mesh: how the parameters are placed; None for copies on all devices.
 
     Raises:
-      InputError: no checkpoint there, none intact, or a vocabulary that is not the tokenizer's.
+      InputError: no checkpoint there, none intact, a configuration that makes no model, a model or
+        batch that does not fit, or a tokenizer that is not the run's.
     """
-    saved = {**read_config(directory), "mesh": {}}
-    config = from_config_dict(saved)
+    run_dir = expand(directory, "--checkpoint")
+    with Checkpointer(run_dir, read_only=True) as checkpointer:
+        manifest = checkpointer.manifest()
+        config = _configuration(manifest["config"], mesh)
+        data = _data_of(run_dir, config.data, manifest, source, trust_paths)
+        config = dataclasses.replace(config, data=data)
+        _require_vocabulary(config)
+        with _no_model():
+            run = prepare(config)
+        unread = _unread(run.abstract)
+        require_memory(run, unread)
+        with jax.set_mesh(run.mesh):
+            restored = checkpointer.restore_latest(run.abstract, unread)
+            if restored is None:
+                raise InputError(f"--checkpoint: {run_dir} holds no checkpoint")
+            return run, _params(run, restored.state, unread)
+
+
+def fitting_mesh(directory: str | os.PathLike) -> MeshConfig:
+    """The mesh that the run was trained on, if these devices can form it with more or fewer copies.
+
+    Else all devices hold copies.
+    """
+    with Checkpointer(expand(directory, "--checkpoint"), read_only=True) as checkpointer:
+        saved = checkpointer.config().get("mesh")
+    try:
+        mesh = MeshConfig(**{**saved, "data": 0}) if isinstance(saved, dict) else MeshConfig()
+        sharding.make_mesh(mesh)
+    except (InputError, TypeError):
+        return MeshConfig()
+    return mesh
+
+
+def require_same_text(run: Run, directory: str | os.PathLike) -> None:
+    """InputError if the run's sources are not what they were when it was trained.
+
+    Its held-out text would be another one, part of it trained on.
+    """
+    run_dir = expand(directory, "--checkpoint")
+    with Checkpointer(run_dir, read_only=True) as checkpointer:
+        saved = checkpointer.manifest().get("data")
+    if not isinstance(saved, dict):
+        return
+    tokenizer = load_tokenizer(run.config.data.tokenizer)
+    difference = identity.text_difference(saved, identity.identity_of(run.config.data, tokenizer))
+    if difference is not None:
+        raise InputError(
+            f"{difference}; put the old text back, or name the text to evaluate on with "
+            "--source=KIND:PATH"
+        )
+
+
+def _configuration(saved: Mapping[str, Any], mesh: MeshConfig | None) -> Config:
+    """The configuration of a checkpoint, on this machine's mesh.
+
+    Raises:
+      InputError: it is none, or asks for sizes that no model has.
+    """
+    _require_sensible_numbers(saved, "config")
+    with _no_model():
+        config = from_config_dict({**saved, "mesh": {}})
+    model = config.model
+    # Under scan the layers of one period stand for all.
+    traced = model.period if model.scan_layers else model.num_layers
+    if traced > _MOST_TRACED_LAYERS:
+        raise InputError(
+            f"--checkpoint: config.model.num_layers: got {traced:,} layers of their own, "
+            f"expected at most {_MOST_TRACED_LAYERS:,}"
+        )
+    _require_batch_fits(config)
+    return dataclasses.replace(config, mesh=mesh or MeshConfig())
+
+
+def _require_vocabulary(config: Config) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"config.model.vocab_size: the checkpoint has {config.model.vocab_size} entries, "
             f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size}"
         )
-    run = prepare(config)
-    require_memory(run)
-    with Checkpointer(directory, read_only=True) as checkpointer, jax.set_mesh(run.mesh):
-        restored = checkpointer.restore_latest(run.abstract)
-    if restored is None:
-        raise InputError(f"--checkpoint: {directory} holds no checkpoint")
-    return run, jax.jit(params_for_evaluation)(restored.state)
 
 
-def require_memory(run: Run) -> None:
+def _require_sensible_numbers(value: Any, path: str) -> None:
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            _require_sensible_numbers(entry, f"{path}.{name}")
+    elif isinstance(value, list):
+        for i, entry in enumerate(value):
+            _require_sensible_numbers(entry, f"{path}[{i}]")
+    elif isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        expected = f"at most {_LARGEST_NUMBER:,}"
+        # Not the number itself: it may have thousands of digits.
+        raise InputError(f"--checkpoint: {path}: got a larger number, expected {expected}")
+
+
+def _require_batch_fits(config: Config) -> None:
+    """InputError if a batch of the run's shape cannot be held, or its logits."""
+    tokens = config.train.batch_size * config.data.seq_len
+    shape = f"{config.train.batch_size:,} rows of {config.data.seq_len:,} tokens"
+    host = _host_memory()
+    if tokens * _HOST_BYTES_PER_TOKEN > host:
+        raise InputError(f"--checkpoint: its batches have {shape}: more than this machine can hold")
+    devices = jax.device_count()
+    # The least that a forward pass holds at once: the hidden states with one layer's work on them;
+    # and, where the loss is not in chunks, the logits and their exponentials.
+    channels = 4 * config.model.width
+    if not config.model.loss_chunk:
+        channels += 2 * config.model.vocab_size
+    needed = 4 * tokens * channels / devices
+    available = _device_memory()
+    if available is not None and needed > available:
+        raise InputError(
+            f"--checkpoint: its batches have {shape}: their activations take "
+            f"{needed / 2**30:,.1f} GiB a device, there are {available / 2**30:,.1f} GiB"
+        )
+
+
+@contextlib.contextmanager
+def _no_model() -> Iterator[None]:
+    """What fails while a model is built from a stranger's configuration, in one line.
+
+    The model is abstract at that time: nothing has been allocated.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"--checkpoint: {error}") from error
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0][:200]}"
+        raise InputError(f"--checkpoint: its configuration makes no model ({reason})") from error
+
+
+@contextlib.contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """A lack of memory becomes an InputError: `what` does not fit."""
+    try:
+        yield
+    except MemoryError:
+        raise InputError(f"--checkpoint: {what} does not fit this machine's memory") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"--checkpoint: {what} does not fit a device's memory") from error
+
+
+def _data_of(
+    run_dir: Path,
+    data: DataConfig,
+    manifest: Mapping[str, Any],
+    source: str | None,
+    trust_paths: bool,
+) -> DataConfig:
+    """The data to evaluate on: the run's own, or those that the user names.
+
+    Args:
+      run_dir: of the checkpoint.
+      data: as the checkpoint says.
+      manifest: of the checkpoint.
+      source: what the user names, KIND or KIND:PATH.
+      trust_paths: whether the user trusts the checkpoint's paths.
+
+    Returns:
+      A configuration without any path of a stranger.
+    """
+    is_trusted = trust_paths or ownership.is_own(
+        manifest["config"].get("data", {}), manifest.get("data_signature")
+    )
+    tokenizer = identity.tokenizer_of_run(run_dir, data.tokenizer)
+    if tokenizer is None:
+        if not is_trusted:
+            raise InputError(
+                f"--checkpoint: {run_dir} does not hold its tokenizer ({identity.TOKENIZER_FILE}), "
+                "and was not written by you: copy the tokenizer there, or give --trust_paths to "
+                "use the path in its configuration"
+            )
+        tokenizer = data.tokenizer
+    data = dataclasses.replace(data, tokenizer=tokenizer)
+    saved = manifest.get("data")
+    if isinstance(saved, dict):
+        identity.require_same_tokenizer(saved, load_tokenizer(tokenizer), run_dir)
+    if source is not None:
+        return dataclasses.replace(data, sources={"main": _source(source)}, cache_dir="")
+    if is_trusted:
+        return data
+    # Without their paths the sources cannot be read: who tries is told to name a text.
+    nowhere = {}
+    for name, described in data.sources.items():
+        nowhere[name] = dataclasses.replace(described, path="")
+    return dataclasses.replace(data, sources=nowhere, cache_dir="")
+
+
+def require_text(run: Run) -> None:
+    """InputError if the run has no text to evaluate on: its paths are a stranger's."""
+    for name, source in run.config.data.sources.items():
+        if source.kind != "python_stdlib" and not source.path:
+            raise InputError(
+                f"--checkpoint: it was not written by you, so the path of its data.sources.{name} "
+                "is not read: name a text with --source=KIND:PATH (such as text:/data/wiki), or "
+                "give --trust_paths"
+            )
+
+
+def _source(text: str) -> SourceConfig:
+    """The source that the flag --source names."""
+    kind, _, path = text.partition(":")
+    try:
+        return SourceConfig(kind=kind, path=path)  # pyrefly: ignore  (checked by the dataclass)
+    except InputError as error:
+        raise InputError(f"--source: {error}") from None
+
+
+def _unread(abstract: TrainState) -> set[str]:
+    """The names of the leaves that `params_for_evaluation` does not use."""
+    leaves = named_leaves(abstract)
+    jaxpr = jax.make_jaxpr(params_for_evaluation)(abstract).jaxpr
+    used = {id(x) for x in jaxpr.outvars}
+    for equation in jaxpr.eqns:
+        used.update(id(x) for x in equation.invars)
+    return {name for name, x in zip(leaves, jaxpr.invars) if id(x) not in used}
+
+
+def _params(run: Run, state: TrainState, unread: set[str]) -> PyTree:
+    """`params_for_evaluation` of a state of which `unread` was not read."""
+    leaves = named_leaves(state)
+    structure = jax.tree.structure(state)
+    read = {name: leaf for name, leaf in leaves.items() if name not in unread}
+
+    def from_read(read: Mapping[str, jax.Array]) -> PyTree:
+        whole = []
+        for name, leaf in leaves.items():
+            # Zeros stand for what was not read; nothing uses them, and XLA never makes them.
+            whole.append(read[name] if name in read else jnp.zeros(leaf.shape, leaf.dtype))
+        return params_for_evaluation(jax.tree.unflatten(structure, whole))
+
+    shardings = _shardings_for_evaluation(run.abstract)
+    with warnings.catch_warnings():
+        # Donated, so that the parameters exist once; what the result has no room for is freed.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return jax.jit(from_read, out_shardings=shardings, donate_argnums=0)(read)
+
+
+def _shardings_for_evaluation(abstract: TrainState) -> PyTree:
+    """The sharding of each parameter, and of the state of the routers in its place among them."""
+    by_path = {}
+    for tree in (abstract.params, abstract.routers):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            by_path[jax.tree_util.keystr(path)] = leaf.sharding
+
+    def place(path: tuple, _: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        return by_path[jax.tree_util.keystr(path)]
+
+    shapes = jax.eval_shape(params_for_evaluation, abstract)
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def require_memory(run: Run, unread: set[str] | None = None) -> None:
     """InputError if a device could not hold the state: a checkpoint may claim any size.
 
     Compressed on disk, a terabyte of zeros is small. Nothing has been read when this is asked.
     """
-    needed = sum(_bytes_on_a_device(x) for x in jax.tree.leaves(run.abstract))
+    leaves = named_leaves(run.abstract)
+    needed = sum(_bytes_on_a_device(x) for name, x in leaves.items() if name not in (unread or ()))
     available = _device_memory()
     if available is None or needed <= available:
         return
-    state = f"its state takes {needed / 2**30:,.1f} GiB a device"
-    raise InputError(f"--checkpoint: {state}, there are {available / 2**30:,.1f} GiB")
+    parameters = f"its parameters take {needed / 2**30:,.1f} GiB a device"
+    raise InputError(
+        f"--checkpoint: {parameters}, there are {available / 2**30:,.1f} GiB; "
+        "a mesh cuts them (eval.py --mesh=fsdp=8)"
+    )
+
+
+def fits_one_device(run: Run) -> bool:
+    """Whether one device could hold all parameters and, for a moment, its part of them."""
+    parameters = jax.tree.leaves(run.abstract.params)
+    needed = sum(x.size * x.dtype.itemsize + _bytes_on_a_device(x) for x in parameters)
+    available = _device_memory()
+    return available is None or needed <= available
 
 
 def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
@@ -59,11 +351,9 @@ def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _device_memory() -> int | None:
-    """Bytes of a device, None if it does not say."""
-    device = jax.local_devices()[0]
-    statistics = device.memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return statistics["bytes_limit"]
-    if device.platform == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    """Bytes of a device, None if nobody says."""
+    return device_memory(jax.local_devices()[0])
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

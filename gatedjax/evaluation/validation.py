@@ -18,12 +18,13 @@ _eval_step = careful_jit(eval_step, static_argnums=0)
 
 
 def tokens_per_byte(config: DataConfig) -> float:
-    """Predicted tokens per byte of validation text, over all sources.
+    """Tokens per byte of validation text, over all sources.
 
-    Turns nats per token into bits per byte.
+    Turns nats per token into bits per byte: every token is predicted, the ends of documents too,
+    and every byte is counted.
     """
     splits = [corpus.splits["validation"] for corpus in corpora(config).values()]
-    tokens = sum(split.targets for split in splits)
+    tokens = sum(split.tokens for split in splits)
     return tokens / sum(split.bytes for split in splits)
 
 

@@ -4,24 +4,33 @@ Projections, norms, positions, scales and the gate around `kernels_pallas.attent
 """
 
 import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gatedjax.config import GatedAttentionConfig
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.gate import GateLogits, activated_gate, apply_gate
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.kv_cache import KVCache, append_token, empty_cache, fill
+from gatedjax.layers.kv_cache import (
+    KVCache,
+    append,
+    capacity,
+    distances_of_slots,
+    empty_cache,
+    in_time_order,
+    num_tokens,
+)
 from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale
 from gatedjax.layers.norm import RMSNorm, unit_length
 from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
-from gatedjax.layers.token_info import TokenInfo
+from gatedjax.layers.token_info import History, TokenInfo, history_of
 from kernels_pallas.attention import (
     NORMALIZERS,
     Normalizer,
@@ -34,6 +43,8 @@ Keys = Float[Array, "B T Hk D"]
 
 class GatedAttention(Mixer):
     """Grouped-query attention with a gate at any of five positions (arXiv 2505.06708, table 1)."""
+
+    takes_pieces: ClassVar[bool] = True
 
     config: GatedAttentionConfig
 
@@ -258,7 +269,7 @@ class GatedAttention(Mixer):
         info: TokenInfo,
         cache: KVCache | None,
     ) -> tuple[Queries, KVCache | None]:
-        """The op, on rows of tokens or on one token and the cache; the cache with these tokens."""
+        """The op, on rows of tokens or on new tokens and the cache; the cache with these tokens."""
         c = self.config
         sink_logits, slopes = self._head_parameters()
         options = {
@@ -266,45 +277,100 @@ class GatedAttention(Mixer):
             "logits_soft_cap": c.logits_soft_cap,
             "scale": logit_scale(c),
         }
-        # One token and a filled cache. The cache may be a ring, whose slots are in any order: what
-        # is visible is said slot by slot.
-        if cache is not None and q.shape[1] == 1:
-            cache, distances = append_token(
-                cache,
-                k[:, 0],
-                v[:, 0],
-                info.positions[:, 0],
+        if cache is None:
+            # What the probes measure the attention rows from, without the kernel ever storing them.
+            record(self, "q", q)
+            record(self, "k", k)
+            o = attention_on_mesh(
+                q,
+                k,
+                v,
+                gate_logits,
+                info.segment_ids,
+                sink_logits,
+                slopes,
+                window=c.window,
+                **options,
+            )
+            return o, None
+
+        before = history_of(info)
+        self._require_room(cache, q, info)
+        new_cache = append(
+            cache,
+            k,
+            v,
+            before,
+            info.segment_ids,
+        )
+        if q.shape[1] == 1:
+            # The cache may be a ring, whose slots are in any order: what is visible is said slot by
+            # slot.
+            distances, valid = distances_of_slots(
+                cache.k.shape[1],
+                before,
+                info.segment_ids,
             )
             o = attention_step(
                 q[:, 0],
-                cache.k,
-                cache.v,
-                # A slot that lies further back than the document's first token holds nothing.
-                valid=distances <= info.positions,
+                new_cache.k,
+                new_cache.v,
+                valid=valid,
                 gate_logits=None if gate_logits is None else gate_logits[:, 0],
                 sink_logits=sink_logits,
                 alibi_slopes=slopes,
                 distances=None if slopes is None else distances,
                 **options,
+            )[:, None]
+        else:
+            row = _row_of_piece(
+                q,
+                k,
+                v,
+                gate_logits,
+                info.segment_ids,
+                cache,
+                before,
             )
-            return o[:, None], cache
-        # What the probes measure the attention rows from, without the kernel ever storing them.
-        record(self, "q", q)
-        record(self, "k", k)
-        o = attention_on_mesh(
-            q,
-            k,
-            v,
-            gate_logits,
-            info.segment_ids,
-            sink_logits,
-            slopes,
-            window=c.window,
-            **options,
-        )
-        if cache is not None:
-            cache = fill(cache, k, v)
-        return o, cache
+            o = attention_on_mesh(
+                *row,
+                sink_logits,
+                slopes,
+                window=c.window,
+                **options,
+            )
+            o = o[:, -q.shape[1] :]
+        return self._where_there_is_room(o, cache, before, info), new_cache
+
+    def _require_room(
+        self,
+        cache: KVCache,
+        q: Queries,
+        info: TokenInfo,
+    ) -> None:
+        """Refuses what can never fit, whatever the cache holds."""
+        most = self.capacity(cache)
+        length = q.shape[1]
+        if most is not None and info.segment_ids is None and length > most:
+            raise ValueError(f"cache: got room for {most} tokens, expected at least {length}")
+
+    def _where_there_is_room(
+        self,
+        o: Queries,
+        cache: KVCache,
+        before: History,
+        info: TokenInfo,
+    ) -> Queries:
+        """`o`, and NaN in rows that have become longer than the cache.
+
+        How many tokens a cache holds is not known when a program is compiled, and a program cannot
+        raise; a cache that silently forgot would be worse.
+        """
+        most = self.capacity(cache)
+        if most is None:
+            return o
+        is_full = before.tokens + num_tokens(o, info.segment_ids) > most
+        return jnp.where(is_full[:, None, None, None], jnp.nan, o)
 
     def _head_parameters(self) -> tuple[Array | None, Array | None]:
         """Sink logits and ALiBi slopes, a number for every head; None where there are none."""
@@ -350,6 +416,10 @@ class GatedAttention(Mixer):
         )
 
     @nn.nowrap
+    def capacity(self, cache: KVCache) -> int | None:
+        return capacity(self.config, cache)
+
+    @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         c = self.config
         q_channels = c.num_heads * c.head_dim
@@ -375,9 +445,61 @@ class GatedAttention(Mixer):
         return 2 * width * columns + 4 * q_channels * seen
 
 
+class _Row(NamedTuple):
+    """What `attention_on_mesh` is called with, of a piece and what the cache holds before it."""
+
+    q: Queries
+    k: Keys
+    v: Keys
+    gate_logits: Array | None
+    segment_ids: Int[Array, "B T"] | None
+
+
+def _row_of_piece(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    gate_logits: Array | None,
+    segment_ids: Int[Array, "B T"] | None,
+    cache: KVCache,
+    before: History,
+) -> _Row:
+    """A piece of several tokens after those of the cache, as one row of self-attention.
+
+    The queries of the tokens in the cache are gone and not wanted: theirs are zeros. That computes
+    more than needed, and makes a piece what one longer prompt is: window, distances and documents
+    are where they always were.
+
+    Args:
+      q, k, v, gate_logits: of the piece.
+      segment_ids: numbered documents of the piece; None if it goes on with the cache's.
+      cache: the tokens before.
+      before: what it holds.
+    """
+    if before.is_empty:
+        return _Row(q, k, v, gate_logits, segment_ids)
+    held, is_held = in_time_order(cache, before)
+    if segment_ids is None:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+    earlier = held.k.shape[1]
+
+    def after_zeros(x: Array) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[1] = (earlier, 0)
+        return jnp.pad(x, widths)
+
+    return _Row(
+        q=after_zeros(q),
+        k=jnp.concatenate([held.k.astype(k.dtype), k], axis=1),
+        v=jnp.concatenate([held.v.astype(v.dtype), v], axis=1),
+        gate_logits=None if gate_logits is None else after_zeros(gate_logits),
+        segment_ids=jnp.concatenate([is_held.astype(jnp.int32), segment_ids], axis=1),
+    )
+
+
 def normalizer_of(c: GatedAttentionConfig) -> Normalizer:
     """The normalizer of `config.normalizer`, with the configuration's parameters."""
-    parameters = {
+    parameters: dict[str, dict[str, Any]] = {
         "sigmoid": {"length": c.normalizer_length},
         "relu": {"length": c.normalizer_length},
         "relu_squared": {"length": c.normalizer_length},

@@ -4,7 +4,7 @@
 model needs besides y; a layer implements one of the two as its `@nn.compact` method.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from gatedjax.layers.token_info import TokenInfo, default_info
+from gatedjax.layers.token_info import TokenInfo, default_info, numbered
 
 
 class Mixer(nn.Module):
@@ -23,7 +23,14 @@ class Mixer(nn.Module):
       norm_eps: added to the mean square in norms.
       init_std: of the normal distribution that matrices start from.
       dtype: of the activations; parameters are float32.
+
+    Class attributes:
+      takes_pieces: with a cache it takes what the model may be given: padding at the end of a row,
+        several documents, several tokens after others. A model refuses those for a mixer that does
+        not say so; whole prompts and single tokens are left.
     """
+
+    takes_pieces: ClassVar[bool] = False
 
     config: Any
     norm_eps: float = 1e-6
@@ -37,7 +44,7 @@ class Mixer(nn.Module):
     ) -> Float[Array, "B T M"]:
         """The layer's output. Without `info` every row is one document, at positions 0, 1, 2 ..."""
         # A compact method may be called by another one; its parameters belong to the layer.
-        y, _ = self.with_cache(x, info or default_info(x), None)
+        y, _ = self.with_cache(x, _info(x, info), None)
         return y
 
     def with_cache(
@@ -46,7 +53,12 @@ class Mixer(nn.Module):
         """(y, cache).
 
         Without a cache: training on (packed) rows; the second result is None. With an empty one:
-        prefill, T tokens. With a filled one: decoding, T = 1, at `info.positions`.
+        prefill, T tokens. With a filled one: decoding, T = 1, or a further piece of T tokens.
+
+        Args:
+          x: the vectors of the tokens.
+          info: about them, in the form of `token_info.arranged`.
+          cache: of the tokens before.
         """
         raise NotImplementedError
 
@@ -54,6 +66,11 @@ class Mixer(nn.Module):
     def init_cache(self, batch: int, length: int) -> Any:
         """An empty decoding cache for `length` tokens of `batch` rows."""
         raise NotImplementedError
+
+    @nn.nowrap
+    def capacity(self, cache: Any) -> int | None:
+        """The most tokens a row that `cache` has room for; None for any number."""
+        return None
 
     @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
@@ -71,11 +88,13 @@ class FeedForward(nn.Module):
       config: the feed-forward's dataclass of `config/layers.py` or `config/moe.py`.
       init_std: of the normal distribution that matrices start from.
       dtype: of the activations; parameters are float32.
+      training: what only training does is done: experts drop what is beyond their capacity.
     """
 
     config: Any
     init_std: float = 0.02
     dtype: DTypeLike = jnp.float32
+    training: bool = False
 
     def __call__(
         self,
@@ -83,7 +102,7 @@ class FeedForward(nn.Module):
         info: TokenInfo | None = None,
     ) -> Float[Array, "B T M"]:
         """The layer's output. Without `info` every row is one document, at positions 0, 1, 2 ..."""
-        y, _, _ = self.with_statistics(x, info or default_info(x), None)
+        y, _, _ = self.with_statistics(x, _info(x, info), None)
         return y
 
     def with_statistics(
@@ -95,6 +114,8 @@ class FeedForward(nn.Module):
         """(y, statistics, router_logits).
 
         Args:
+          x: the tokens.
+          info: about them. Padding (segment id 0) takes no part, whatever it holds, and gives 0.
           router_logits: of the sparse layer before, for routers with a gating residual.
 
         Returns:
@@ -107,3 +128,7 @@ class FeedForward(nn.Module):
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         """FLOPs of one forward pass, 2 per multiply-add: matrices; norms and gates not counted."""
         raise NotImplementedError
+
+
+def _info(x: Float[Array, "B T M"], info: TokenInfo | None) -> TokenInfo:
+    return default_info(x) if info is None else numbered(info)

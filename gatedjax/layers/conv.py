@@ -17,31 +17,51 @@ def causal_conv(
     Args:
       x: the inputs.
       kernel: the weights of a token's last W inputs, its own last.
-      segment_ids: inputs of another segment count as zeros.
-      tail: the W-1 inputs before x; zeros if None.
+      segment_ids: inputs of another segment count as zeros. With a tail they are numbered, and
+        padding comes last (`token_info.arranged`).
+      tail: the W-1 inputs before x, of segment 1; zeros if None.
 
     Returns:
       y in x's dtype, summed in float32; and the tail for the tokens after x.
     """
     width = kernel.shape[0]
-    length = x.shape[1]
     segment_tail = None
     if segment_ids is not None and tail is not None:
-        # The inputs before the row belong to the first token's segment.
-        segment_tail = segment_ids[:, :1].repeat(width - 1, 1)
+        segment_tail = jnp.ones(tail.shape[:2], segment_ids.dtype)
     # A sum of shifted copies, one for each of the few taps.
     y = jnp.zeros(x.shape, jnp.float32)
     for w in range(width):
         lag = width - 1 - w
-        term = _lagged(x, lag, tail).astype(jnp.float32) * kernel[w]
+        lagged = _lagged(x, lag, tail).astype(jnp.float32)
         if segment_ids is not None and lag > 0:
             is_same = _lagged(segment_ids, lag, segment_tail) == segment_ids
-            term = jnp.where(is_same[..., None], term, 0.0)
-        y = y + term
+            # Selected before it is multiplied: what is not finite over there reaches neither y nor
+            # the gradient of the kernel.
+            lagged = jnp.where(is_same[..., None], lagged, 0.0)
+        y = y + lagged * kernel[w]
     if tail is None:
         tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
+    return y.astype(x.dtype), _next_tail(x, tail, segment_ids)
+
+
+def _next_tail(
+    x: Float[Array, "B T F"],
+    tail: Float[Array, "B W F"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B W F"]:
+    """The last inputs of each row's last document; zeros where it is shorter than that."""
+    width = tail.shape[1]
     seen = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-    return y.astype(x.dtype), seen[:, length:]
+    if segment_ids is None:
+        return seen[:, x.shape[1] :]
+    count = jnp.sum(segment_ids != 0, axis=1)
+    last = count[:, None] + jnp.arange(width)
+    # Segments of a row ascend; a row without a token goes on with segment 1.
+    last_segment = jnp.maximum(jnp.max(segment_ids, axis=1, keepdims=True), 1)
+    segments = jnp.concatenate([jnp.ones_like(last), segment_ids], axis=1)
+    is_same = jnp.take_along_axis(segments, last, axis=1) == last_segment
+    inputs = jnp.take_along_axis(seen, last[..., None], axis=1)
+    return jnp.where(is_same[..., None], inputs, 0)
 
 
 def _lagged(

@@ -1,20 +1,25 @@
-"""The decoding cache of attention: a ring of keys and values."""
+"""The decoding cache of attention: a ring of keys and values.
+
+Slots are counted in tokens of the row, over all of its documents, so every row is at its own place.
+A document's tokens stand next to each other: what a query may see is said by distances alone.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from gatedjax.config import GatedAttentionConfig
+from gatedjax.layers.token_info import History
 
 
 @struct.dataclass
 class KVCache:
     """Keys (after rotation) and values of past tokens.
 
-    Position p is in slot p mod S: a ring for windows.
+    The row's token i (from 0) is in slot i mod S: a ring for windows.
     """
 
     # Leading axes: the model stacks the caches of a layer over periods.
@@ -44,47 +49,37 @@ def empty_cache(
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def fill(
+def capacity(config: GatedAttentionConfig, cache: KVCache) -> int | None:
+    """The most tokens that a row may have; None where the cache is a ring of a whole window."""
+    slots = cache.k.shape[-3]
+    is_ring = config.window is not None and slots >= config.window
+    return None if is_ring else slots
+
+
+def append(
     cache: KVCache,
     k: Float[Array, "B T Hk D"],
     v: Float[Array, "B T Hk D"],
+    before: History,
+    segment_ids: Int[Array, "B T"] | None,
 ) -> KVCache:
-    """The cache after a prompt of T tokens, at positions from 0 on.
-
-    It holds the last S of them, each in slot position mod S.
-    """
-    slots = cache.k.shape[1]
-    length = k.shape[1]
-    # A prompt longer than the ring: only its last tokens have a slot.
-    first_kept = length - min(slots, length)
-    slot_of_token = jnp.arange(first_kept, length) % slots
-
-    def write(old: Array, new: Array) -> Array:
-        return old.at[:, slot_of_token].set(new[:, first_kept:].astype(old.dtype))
-
-    return KVCache(write(cache.k, k), write(cache.v, v))
-
-
-def append_token(
-    cache: KVCache,
-    k: Float[Array, "B Hk D"],
-    v: Float[Array, "B Hk D"],
-    position: Int[Array, " B"],
-) -> tuple[KVCache, Int[Array, "B S"]]:
-    """The cache with one more token, and how far back the token of each slot is.
+    """The cache with T more tokens of each row.
 
     Args:
       cache: keys and values of the tokens before.
-      k: the token's key.
-      v: the token's value.
-      position: where the token is in its document.
-
-    Returns:
-      The new cache, and the distances. Slots that hold nothing yet are further back than the
-      document is long.
+      k: of the new tokens.
+      v: of the new tokens.
+      before: what the cache holds.
+      segment_ids: 0 for padding, which comes last and is not kept; None for no padding.
     """
     slots = cache.k.shape[1]
-    slot = position % slots
+    count = num_tokens(k, segment_ids)[:, None]
+    place = jnp.arange(k.shape[1])
+    slot = (before.tokens[:, None] + place) % slots
+    # Of more tokens than there are slots, only the last ones have one.
+    is_kept = (place < count) & (place >= count - slots)
+    # A slot that does not exist: dropped.
+    slot = jnp.where(is_kept, slot, slots)
 
     @jax.vmap
     def write(
@@ -92,14 +87,57 @@ def append_token(
         new: Array,
         slot: Array,
     ) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(
-            old,
-            new.astype(old.dtype),
-            slot,
-            axis=0,
-        )
+        return old.at[slot].set(new.astype(old.dtype), mode="drop")
 
-    # Slot s holds the newest position <= p that is s modulo S; before the ring has gone round once,
-    # some slots hold nothing.
-    distances = (position[:, None] - jnp.arange(slots)) % slots
-    return KVCache(write(cache.k, k, slot), write(cache.v, v, slot)), distances
+    return KVCache(write(cache.k, k, slot), write(cache.v, v, slot))
+
+
+def distances_of_slots(
+    slots: int,
+    before: History,
+    segment_ids: Int[Array, "B 1"] | None,
+) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """How far back the token of each slot is from the one that was just added, and if it is seen.
+
+    Args:
+      slots: S.
+      before: what the cache held before that token.
+      segment_ids: of that token; None if it goes on with the row's document.
+    """
+    in_document = before.in_document
+    if segment_ids is not None:
+        in_document = jnp.where(segment_ids[:, 0] == 1, in_document, 0)
+    # Slot s holds the newest token that is s modulo S; before the ring has gone round once, some
+    # slots hold nothing. They are further back than the document is long.
+    distances = (before.tokens[:, None] - jnp.arange(slots)) % slots
+    return distances, distances <= in_document[:, None]
+
+
+def in_time_order(
+    cache: KVCache,
+    before: History,
+) -> tuple[KVCache, Bool[Array, "B S"]]:
+    """Keys and values with the newest token last, and which of them the row's document has.
+
+    What is not of that document is zero: a slot that was never written may hold anything.
+    """
+    slots = cache.k.shape[1]
+    # The row's tokens tokens - S .. tokens - 1; negative ones were never there.
+    index = before.tokens[:, None] - slots + jnp.arange(slots)
+    is_held = index >= (before.tokens - before.in_document)[:, None]
+
+    def ordered(x: Array) -> Array:
+        by_time = jnp.take_along_axis(x, (index % slots)[:, :, None, None], axis=1)
+        return jnp.where(is_held[:, :, None, None], by_time, 0)
+
+    return KVCache(ordered(cache.k), ordered(cache.v)), is_held
+
+
+def num_tokens(
+    x: Float[Array, "B T ..."],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Int[Array, " B"]:
+    """The tokens of each row, without padding."""
+    if segment_ids is None:
+        return jnp.full(x.shape[0], x.shape[1], jnp.int32)
+    return jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)

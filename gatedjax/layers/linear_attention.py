@@ -5,6 +5,7 @@ output, gates before its norm, and has one B and C for all heads.
 """
 
 import math
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gatedjax.config import GatedLinearAttentionConfig
 from gatedjax.layers.base import Mixer
@@ -80,6 +81,8 @@ class GatedLinearAttention(Mixer):
 
     Other decays by config.
     """
+
+    takes_pieces: ClassVar[bool] = True
 
     config: GatedLinearAttentionConfig
 
@@ -323,7 +326,17 @@ class GatedLinearAttention(Mixer):
     ) -> tuple[Array, Array | None]:
         """The output of every token, and the state after the last one if there is a cache."""
         c = self.config
-        if cache is not None and q.shape[1] == 1:
+        segment_ids = info.segment_ids
+        state = None if cache is None else cache.state
+        if state is not None and segment_ids is not None:
+            k, v, log_decay, state, segment_ids = past_padding(
+                k,
+                v,
+                log_decay,
+                state,
+                segment_ids,
+            )
+        if state is not None and q.shape[1] == 1:
             # A decay of tokens has a time axis; RetNet's constant [H] has none.
             has_time = log_decay is not None and log_decay.ndim > 1
             log_decay = log_decay[:, 0] if has_time else log_decay
@@ -331,7 +344,7 @@ class GatedLinearAttention(Mixer):
                 q[:, 0],
                 k[:, 0],
                 v[:, 0],
-                cache.state,
+                state,
                 log_decay,
                 normalize=c.normalize,
             )
@@ -341,8 +354,8 @@ class GatedLinearAttention(Mixer):
             k,
             v,
             log_decay,
-            info.segment_ids,
-            None if cache is None else cache.state,
+            segment_ids,
+            state,
             normalize=c.normalize,
             chunk_size=c.chunk_size,
         )
@@ -369,6 +382,49 @@ class GatedLinearAttention(Mixer):
         # The recurrence itself: k^T v and q S, 2 K V each per head. Chunkwise forms do more; that
         # is their overhead.
         return projections + 4 * q_channels * c.value_dim
+
+
+class ScanInputs(NamedTuple):
+    """Of a scan that goes on from a state, over rows with documents and padding."""
+
+    k: Float[Array, "B T Hk K"]
+    v: Float[Array, "B T Hk V"]
+    log_decay: Float[Array, "B T ..."] | None
+    state: Float[Array, "B H K _"]
+    segment_ids: Int[Array, "B T"]
+
+
+def past_padding(
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
+    log_decay: Float[Array, "..."] | None,
+    state: Float[Array, "B H K _"],
+    segment_ids: Int[Array, "B T"],
+) -> ScanInputs:
+    """A scan whose state at the end is the one after each row's last token.
+
+    Padding writes nothing, forgets nothing and ends no document: the state passes it unchanged.
+
+    Args:
+      k, v: keys and values.
+      log_decay: None, of heads or of tokens.
+      state: after the tokens before, of segment 1.
+      segment_ids: numbered, with padding at the end of rows (`token_info.arranged`).
+    """
+    is_token = segment_ids != 0
+    k = jnp.where(is_token[:, :, None, None], k, 0)
+    v = jnp.where(is_token[:, :, None, None], v, 0)
+    if log_decay is not None:
+        if log_decay.ndim == 1:
+            log_decay = jnp.broadcast_to(log_decay, (*segment_ids.shape, log_decay.shape[0]))
+        of_token = is_token.reshape(*is_token.shape, *[1] * (log_decay.ndim - 2))
+        log_decay = jnp.where(of_token, log_decay, 0)
+    # A row that begins with another document forgets the one before.
+    begins = segment_ids[:, 0] > 1
+    state = jnp.where(begins[:, None, None, None], 0, state)
+    last_segment = jnp.max(segment_ids, axis=1, keepdims=True)
+    segment_ids = jnp.where(is_token, segment_ids, last_segment)
+    return ScanInputs(k, v, log_decay, state, segment_ids)
 
 
 def _step_size_bias(

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from gatedjax.config import GatedMLPConfig
 from gatedjax.layers.base import FeedForward
+from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
@@ -38,6 +39,8 @@ class GatedMLP(FeedForward):
         router_logits: Float[Array, "B T E"] | None = None,
     ) -> tuple[Array, dict[str, Array], Array | None]:
         c = self.config
+        # Zeros in give zeros out, and no NaN of padding gets into the matrices' gradients.
+        x = without_padding(x, is_token(info))
         width = {"embed": x.shape[-1]}
         hidden = {"mlp": c.hidden}
         # Two projections, not one cut in half: each is cut over devices along its own columns.

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from gatedjax.errors import printable
+
 # name -> a Python, NumPy or JAX number (or array), or None for "not known"
 Scalars = Mapping[str, Any]
 
@@ -36,7 +38,7 @@ def say(text: str, out: Stream | None = None) -> None:
         return
     out = out or sys.stdout
     clear = _CLEAR_LINE if out.isatty() else ""
-    print(clear + text, file=out, flush=True)
+    print(clear + printable(text), file=out, flush=True)
 
 
 class Console:

@@ -12,7 +12,7 @@ import jax
 from jax import Array
 
 from gatedjax.aot.targets import peak_flops
-from gatedjax.errors import TrainingError
+from gatedjax.errors import ExplodedError
 from gatedjax.evaluation.probes import Probes
 from gatedjax.evaluation.validation import Evaluation, tokens_per_byte
 from gatedjax.reporting.console import say
@@ -63,7 +63,7 @@ class StepLog:
         """After each step; writes a record if `write`.
 
         Raises:
-          TrainingError: more than `max_skips` steps in a row were skipped.
+          ExplodedError: more than `max_skips` steps in a row were skipped.
         """
         self._steps += 1
         is_first = self._previous is None
@@ -152,7 +152,7 @@ class StepLog:
         skipped = int(metrics["skipped_steps"])
         say(f"step {step}: skipped, {numbers} ({skipped} skipped in all)")
         if in_a_row > self._max_skips:
-            raise TrainingError(
+            raise ExplodedError(
                 f"step {step}: {in_a_row} steps in a row were skipped "
                 f"(config.optim.max_skips = {self._max_skips}), {numbers}"
             )

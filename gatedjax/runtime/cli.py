@@ -17,9 +17,9 @@ from ml_collections import ConfigDict, config_flags
 
 from gatedjax.aot import libtpu
 from gatedjax.config import nearest_key
-from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError, TrainingError
+from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError, TrainingError, printable
 from gatedjax.paths import expand
-from gatedjax.runtime import streams
+from gatedjax.runtime import compile_cache, streams
 from gatedjax.runtime.host_memory import keep_freed_memory
 from gatedjax.runtime.stderr_filter import intact
 from gatedjax.runtime.stop import Stopped, ignore_stop_signals
@@ -34,6 +34,7 @@ EXIT_NO_READER = 141  # 128 + SIGPIPE
 # The coordinator dies with process 0: it leaves last, so that the others can still print their
 # error.
 _LEAVE_LAST_SECONDS = 2.0
+_LONGEST_LINE = 4000
 # What jax's runtime says when another process is gone. Its other errors, such as one of a kernel
 # with a barrier, and all errors of ours are bugs.
 _PEER_LOST = re.compile(
@@ -111,7 +112,7 @@ def use_compilation_cache(folder: str) -> None:
         # The default, in a container without users: no reason not to run.
         streams.print_error(f"warning: no compiled programs are kept: {e}")
         return
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    compile_cache.use(path)
 
 
 def saves_to(checkpoints: Path) -> None:
@@ -218,7 +219,8 @@ def leave(message: str, code: int) -> NoReturn:
     """Ends this process with one line on stderr, whatever its threads are doing."""
     several = _processes() > 1
     where = f"process {jax.process_index()}: " if several else ""
-    one_line = " ".join(message.split())
+    # A message may quote names and values of a stranger's file, of any length.
+    one_line = printable(" ".join(message.split()))[:_LONGEST_LINE]
     kept = "" if code == EXIT_BAD_INPUT else intact(_checkpoints)
     streams.print_error(f"error: {where}{one_line}{kept}")
     if several and jax.process_index() == 0:

@@ -8,17 +8,26 @@ A run directory holds
                               `manifest` (JSON, ours)
   checkpoints/damaged-<step>  a step that did not verify, set aside when an older one took over;
                               we never delete it
+  checkpoints/exploded-<step> a step of a run that gave up, saved after it had begun to explode;
+                              the next one of that number replaces it
+  tokenizer.json              the tokenizer, where it is a file (`identity`)
 
 orbax writes a step under a temporary name and renames it when it is complete, so a kill at any
-moment leaves only whole steps. It does not notice bits that change later: hence a digest per array,
-taken on the devices from what is saved and from what comes back. Nothing is unpickled: arrays are
-read as numbers into a target that the caller names.
+moment leaves only whole steps. Its manager looks into all steps at once, so it is opened only to
+save, and only after every step was found to hold plain files. orbax does not notice bits that
+change later: hence a digest per array, taken on the devices from what is saved and from what
+comes back.
+Nothing is unpickled: arrays are read as numbers into a target that the caller names.
 """
 
+import contextlib
 import json
 import logging as std_logging
 import os
-from collections.abc import Callable, Mapping
+import re
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +36,16 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from gatedjax.errors import InputError, TrainingError
+from gatedjax.errors import InputError, TrainingError, printable
+from gatedjax.files import require_utf8
 from gatedjax.training import manifest as manifests
+from gatedjax.training import ownership
 from gatedjax.training.digests import Leaves, named_leaves
+from gatedjax.training.preservation import NewestAndSound
 from gatedjax.training.run_directory import (
     DamagedError,
     failures_as_damage,
@@ -41,18 +54,23 @@ from gatedjax.training.run_directory import (
     raise_together,
 )
 
+# How orbax names a committed step.
+_STEP_NAME = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
+
 
 @dataclass(frozen=True)
 class Restored:
     """A verified checkpoint.
 
-    data_index: how many batches the data iterator had given when it was saved.
+    data_index: how many rows of the data the run had been given when it was saved.
+    data: what the data were (`identity.Identity`); {} if the checkpoint does not say.
     """
 
     step: int
     state: PyTree
     data_index: int
     config: Mapping[str, Any]
+    data: Mapping[str, Any]
 
 
 class Checkpointer:
@@ -64,7 +82,9 @@ class Checkpointer:
     Args:
       run_dir: a local or mounted directory, made if it does not exist.
       config: the resolved configuration (`config.to_dict`), stored as JSON with each step.
-      keep: how many of the newest steps stay. With 1 there is none to fall back on.
+      data: what the data are (`identity.identity_of`), stored likewise.
+      keep: how many of the newest steps stay, besides the newest sound one (`preservation`). With 1
+        there is none to fall back on.
       read_only: for evaluation beside a running training: takes no lock, changes nothing, cannot
         save.
       report: called with one line when a damaged step is found.
@@ -78,9 +98,10 @@ class Checkpointer:
         run_dir: str | os.PathLike,
         config: Mapping[str, Any] | None = None,
         *,
+        data: Mapping[str, Any] | None = None,
         keep: int = 3,
         read_only: bool = False,
-        report: Callable[[str], None] = logging.warning,
+        report: Callable[[str], None] | None = None,
     ):
         place = os.fspath(run_dir)
         if "://" in place:
@@ -89,59 +110,90 @@ class Checkpointer:
         if keep < 1:
             raise InputError(f"keep: got {keep}, expected at least 1")
         self.directory = Path(run_dir).absolute() / "checkpoints"
+        require_utf8("run directory", self.directory)
         # The round trip through JSON leaves what a checkpoint will give back: lists, not tuples.
         self._config = json.loads(json.dumps(dict(config or {})))
+        self._data = dict(data or {})
         self._read_only = read_only
-        self._report = report
+        self._report_line = report or _log_warning
         self._step_in_flight: int | None = None
         self._lock = None
-        # A failed save raises here, in one line; orbax would also log it, with its traceback, from
-        # each of its threads.
-        std_logging.getLogger("absl").addFilter(_not_from_orbax)
+        self._is_noted = False
+        self._preservation = NewestAndSound(keep)
+        self._quiet = _QuietOrbax()
         if not read_only:
             with plain_errors(f"could not write to the run directory {run_dir}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock = lock_on_first_process(self.directory.parent)
+                self._lock = lock_on_first_process(self.directory.parent, self._report)
         elif not self.directory.is_dir():
             raise InputError(f"{run_dir}: holds no checkpoints")
-        self._manager = _open_manager(self.directory, keep, read_only)
+        self._place = self._identity_of_place()
+        self._manager_if_open: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
         """The committed steps on disk, oldest first; a damaged one counts until it is set aside."""
-        self._manager.reload()
-        return sorted(self._manager.all_steps())
+        with plain_errors(f"could not read {self.directory}"):
+            names = os.listdir(self.directory)
+        return sorted(int(name) for name in names if _STEP_NAME.fullmatch(name))
 
-    def save(self, step: int, state: PyTree, *, data_index: int, wait: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        data_index: int,
+        wait: bool = False,
+        loss: float | None = None,
+        skipped_in_a_row: int = 0,
+    ) -> None:
         """Starts saving. Returns once the state is copied off the devices and may be changed.
 
         Args:
           step: optimizer steps done.
           state: a pytree of arrays, of any sharding.
-          data_index: batches taken from the data iterator.
+          data_index: rows taken from the data (`BatchIterator.next_index`).
           wait: return only when the step is committed.
+          loss: of this step, by which a later explosion is recognized; None if it is not known.
+          skipped_in_a_row: the steps up to this one that the guard skipped.
 
         Raises:
           InputError: this save, or the one before it, could not be written (disk full, no
-            permission).
-          ValueError: the step exists already, or a leaf is not an array or has a name that no file
-            should have.
+            permission, the directory is gone), or something of this step's name is there already.
+          ValueError: a leaf is not an array or has a name that no file should have.
         """
         self.wait()
         if self._read_only:
             raise ValueError(f"step {step}: opened read-only")
+        self._require_place()
         if step in self.steps():
-            raise ValueError(f"step {step}: is saved already")
+            raise InputError(f"{self.directory}: step {step}: is saved already")
         leaves = named_leaves(state)
-        manifest = manifests.make_manifest(step, data_index, self._config, leaves)
+        self._note_steps_on_disk()
+        is_sound = self._preservation.judge(loss, skipped_in_a_row)
+        data_config = self._config.get("data")
+        signed = ownership.signature(data_config) if isinstance(data_config, dict) else None
+        contents = {
+            "data_index": data_index,
+            "data": self._data,
+            "data_signature": signed,
+            "loss": loss if is_sound else None,
+            "is_sound": is_sound,
+            "config": self._config,
+        }
+        manifest = manifests.make_manifest(step, contents, leaves)
+        self._preservation.note(step, loss, is_sound)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(leaves),
+            state=ocp.args.PyTreeSave(leaves),
             manifest=ocp.args.JsonSave(manifest),
         )
+        manager = self._manager()
+        _drop_late_callbacks()
         self._step_in_flight = step
-        with plain_errors(self._save_of(step)):
+        self._quiet.start()
+        with self._save_errors(step):
             # force: orbax would otherwise skip, silently, a step that is not newer than the newest
             # on disk.
-            self._manager.save(step, args=items, force=True)
+            manager.save(step, args=items, force=True)
         if wait:
             self.wait()
 
@@ -149,10 +201,35 @@ class Checkpointer:
         """Returns when no save is in flight; InputError if the last one could not be written."""
         step = self._step_in_flight
         self._step_in_flight = None
-        with plain_errors(self._save_of(step)):
-            self._manager.wait_until_finished()
+        try:
+            with self._save_errors(step):
+                if self._manager_if_open is not None:
+                    self._manager_if_open.wait_until_finished()
+        finally:
+            self._quiet.stop()
 
-    def restore_latest(self, target: PyTree) -> Restored | None:
+    def set_aside_exploded(self) -> int | None:
+        """After a run gave up: sets aside the steps that are newer than the newest sound one.
+
+        The same command then goes on from there.
+
+        Returns:
+          The newest sound step; None, and nothing is set aside, if none is left.
+        """
+        self.wait()
+        self._note_steps_on_disk()
+        steps = self.steps()
+        sound = self._preservation.newest_sound(steps)
+        if sound is None:
+            return None
+        self._set_aside([step for step in steps if step > sound], "exploded")
+        return sound
+
+    def restore_latest(
+        self,
+        target: PyTree,
+        unread: Collection[str] = (),
+    ) -> Restored | None:
         """The newest step that verifies, or None where nothing was ever saved.
 
         A damaged step is reported, and the one before it is tried. When one verifies, the damaged
@@ -161,21 +238,23 @@ class Checkpointer:
         Args:
           target: a pytree of `jax.ShapeDtypeStruct` with shardings (or of arrays): where and how
             the state comes back.
+          unread: names of leaves (`digests.named_leaves`) that are compared by shape and dtype, and
+            not read: a `jax.ShapeDtypeStruct` comes back in their place.
 
         Raises:
           InputError: a leaf of the target differs from the checkpoint's, named, with both shapes
-            and dtypes; or every step is damaged.
+            and dtypes; the optimizer is another one; or every step is damaged.
         """
         self.wait()
         damaged = []
         for step in reversed(self.steps()):
             try:
-                restored = self._read(step, target)
+                restored = self._read(step, target, unread)
             except DamagedError as error:
                 self._report(f"{self._damage(step, error)}; trying the one before it")
                 damaged.append(step)
             else:
-                self._set_aside(damaged)
+                self._set_aside(damaged, "damaged")
                 return restored
         if damaged:
             steps = ", ".join(map(str, damaged))
@@ -191,12 +270,16 @@ class Checkpointer:
         self.wait()
         self._require_step(step)
         try:
-            return self._read(step, target)
+            return self._read(step, target, ())
         except DamagedError as error:
             raise InputError(self._damage(step, error)) from None
 
     def config(self, step: int | None = None) -> Mapping[str, Any]:
-        """The configuration saved with a step.
+        """The configuration saved with a step; see `manifest`."""
+        return self.manifest(step)["config"]
+
+    def manifest(self, step: int | None = None) -> Mapping[str, Any]:
+        """What a step says of itself: `config`, `data`, `leaves` and more.
 
         Args:
           step: which one; by default the newest step whose manifest is intact.
@@ -208,7 +291,7 @@ class Checkpointer:
             candidates = [step]
         for candidate in candidates:
             try:
-                return self._manifest(candidate)["config"]
+                return self._manifest(candidate)
             except DamagedError as error:
                 place = f"manifest of step {candidate} in {self.directory}"
                 self._report(f"{place} is damaged: {error}")
@@ -219,7 +302,9 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._quiet.stop()
+            if self._manager_if_open is not None:
+                self._manager_if_open.close()
             if self._lock is not None:
                 self._lock.close()
 
@@ -243,8 +328,66 @@ class Checkpointer:
             # The exception that ends the run matters more.
             self._report(str(error))
 
-    def _save_of(self, step: int | None) -> str:
-        return f"could not write the checkpoint of step {step} to {self.directory}"
+    def _report(self, line: str) -> None:
+        self._report_line(printable(line))
+
+    @contextlib.contextmanager
+    def _save_errors(self, step: int | None) -> Iterator[None]:
+        """What fails while a step is written, as one line."""
+        try:
+            with plain_errors(f"could not write the checkpoint of step {step} to {self.directory}"):
+                yield
+        except InputError:
+            raise
+        except Exception:
+            # orbax does not always name the operating system's error.
+            self._require_place()
+            raise
+
+    def _identity_of_place(self) -> list[tuple[int, int]]:
+        """What stays the same as long as nobody moves or empties the directories under the run."""
+        places = [self.directory.parent, self.directory]
+        if self._lock is not None:
+            # A directory that was emptied while the run wrote to it is the same one, without it.
+            places.append(self.directory.parent / "lock")
+        with plain_errors(f"could not read {self.directory}"):
+            statuses = [os.stat(path) for path in places]
+        return [(status.st_dev, status.st_ino) for status in statuses]
+
+    def _require_place(self) -> None:
+        """InputError, on all processes, if the run directory is no longer the one that was opened.
+
+        What is saved into another one that has taken its place would be lost, or overwrite it.
+        """
+        problem = None
+        try:
+            place = self._identity_of_place()
+        except InputError:
+            place = None
+        if place != self._place:
+            run_dir = self.directory.parent
+            problem = InputError(
+                f"{run_dir}: was removed, renamed or replaced while the run was writing to it"
+            )
+        raise_together(problem)
+
+    def _note_steps_on_disk(self) -> None:
+        """Once: which of the steps that are there already are sound."""
+        if self._is_noted:
+            return
+        self._is_noted = True
+        for step in self.steps():
+            try:
+                body = self._manifest(step)
+            except (DamagedError, InputError):
+                self._preservation.note(step, None, is_sound=False)
+                continue
+            loss = body.get("loss")
+            self._preservation.note(
+                step,
+                loss if isinstance(loss, float) else None,
+                is_sound=body.get("is_sound", True) is True,
+            )
 
     def _damage(self, step: int, error: DamagedError) -> str:
         return f"checkpoint of step {step} in {self.directory} is damaged: {error}"
@@ -258,13 +401,18 @@ class Checkpointer:
     def _manifest(self, step: int) -> dict[str, Any]:
         """The verified body of a step's manifest."""
         with failures_as_damage(f"the manifest of step {step} in {self.directory}"):
-            manifests.require_plain_files(self.directory / str(step))
-            items = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=items)
-            return manifests.verified_body(restored["manifest"], step)
+            step_dir = self.directory / str(step)
+            manifests.require_plain_files(step_dir)
+            text = (step_dir / "manifest" / "metadata").read_bytes()
+            return manifests.verified_body(json.loads(text), step)
 
-    def _read(self, step: int, target: PyTree) -> Restored:
-        """A step, verified on all processes together."""
+    def _read(
+        self,
+        step: int,
+        target: PyTree,
+        unread: Collection[str],
+    ) -> Restored:
+        """A step, verified on all processes together; the leaves in `unread` are not read."""
         wanted = named_leaves(target)
         body = {}
         leaves = {}
@@ -277,43 +425,105 @@ class Checkpointer:
                 wanted,
                 self._config,
             )
-            leaves = self._arrays(step, body["leaves"], wanted)
+            manifests.require_same_optimizer(self.directory / str(step), body, self._config)
+            manifests.require_stored_sizes(self.directory / str(step), body["leaves"])
+            leaves = self._arrays(
+                step,
+                body["leaves"],
+                wanted,
+                unread,
+            )
         except (DamagedError, InputError) as error:
             problem = error
         # The digests are a collective: all processes come to it, or none.
         raise_together(problem)
         manifests.require_same_digests(body, leaves)
-        in_order = [leaves[name] for name in wanted]
-        state = jax.tree.unflatten(jax.tree.structure(target), in_order)
-        return Restored(step, state, body["data_index"], body["config"])
+        in_order = []
+        for name, leaf in wanted.items():
+            absent = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            in_order.append(leaves.get(name, absent))
+        data = body.get("data")
+        return Restored(
+            step=step,
+            state=jax.tree.unflatten(jax.tree.structure(target), in_order),
+            data_index=manifests.rows_taken(body),
+            config=body["config"],
+            data=data if isinstance(data, dict) else {},
+        )
 
-    def _arrays(self, step: int, described: Mapping[str, Any], wanted: Leaves) -> Leaves:
-        targets = {name: _with_sharding(name, leaf) for name, leaf in wanted.items()}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
-        with failures_as_damage(f"the arrays of step {step} in {self.directory}"):
-            stored = self._manager.item_metadata(step)["state"].tree
+    def _arrays(
+        self,
+        step: int,
+        described: Mapping[str, Any],
+        wanted: Leaves,
+        unread: Collection[str],
+    ) -> Leaves:
+        """The arrays of a step by name, without those in `unread`."""
+        read = {name: leaf for name, leaf in wanted.items() if name not in unread}
+        targets: dict[str, Any] = {name: _with_sharding(name, leaf) for name, leaf in read.items()}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+        for name in wanted:
+            if name in unread:
+                targets[name] = ocp.PLACEHOLDER
+                restore_args[name] = ocp.RestoreArgs()
+        args = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
+        place = epath.Path(self.directory / str(step) / "state")
+        handler = ocp.PyTreeCheckpointHandler()
+        with self._quiet, failures_as_damage(f"the arrays of step {step} in {self.directory}"):
+            stored = handler.metadata(place).tree
             manifests.require_stored_as_described(stored, described)
-            return self._manager.restore(step, args=items)["state"]
+            arrays = handler.restore(place, args=args)
+        return {name: array for name, array in arrays.items() if name not in unread}
 
-    def _set_aside(self, damaged: list[int]) -> None:
-        """Renames damaged steps, so that their numbers are free again."""
-        if self._read_only or not damaged:
+    def _set_aside(self, steps: list[int], why: str) -> None:
+        """Renames steps to `<why>-<step>`, so that their numbers are free again."""
+        if self._read_only or not steps:
             return
+        problem = None
         if jax.process_index() == 0:
-            for step in damaged:
-                with plain_errors(
-                    f"could not set aside the damaged step {step} in {self.directory}"
-                ):
-                    (self.directory / str(step)).rename(self._free_name(step))
-        raise_together(None)  # the others look at the directory only after the renames
-        self._manager.reload()
+            try:
+                for step in steps:
+                    with plain_errors(f"could not set aside the step {step} in {self.directory}"):
+                        (self.directory / str(step)).rename(self._free_name(step, why))
+            except InputError as error:
+                problem = error
+        raise_together(problem)  # the others look at the directory only after the renames
+        if self._manager_if_open is not None:
+            self._manager_if_open.reload()
 
-    def _free_name(self, step: int) -> Path:
-        free = self.directory / f"damaged-{step}"
+    def _manager(self) -> ocp.CheckpointManager:
+        """orbax's manager, opened at the first save.
+
+        It reads a file of every step: one that it could not read is set aside before.
+        """
+        if self._manager_if_open is None:
+            unreadable = []
+            problem = None
+            for step in self.steps():
+                try:
+                    with failures_as_damage(f"step {step} in {self.directory}"):
+                        manifests.require_plain_files(self.directory / str(step))
+                        manifests.require_orbax_metadata(self.directory / str(step))
+                except DamagedError as error:
+                    self._report(f"{self._damage(step, error)}; it is set aside")
+                    unreadable.append(step)
+                except InputError as error:
+                    problem = error
+            raise_together(problem)
+            self._set_aside(unreadable, "damaged")
+            with self._quiet, plain_errors(f"could not read {self.directory}"):
+                self._manager_if_open = _open_manager(self.directory, self._preservation)
+        return self._manager_if_open
+
+    def _free_name(self, step: int, why: str) -> Path:
+        free = self.directory / f"{why}-{step}"
+        if why == "exploded":
+            # A run that is started again and again explodes again and again.
+            shutil.rmtree(free, ignore_errors=True)
         count = 0
         while free.exists():
             count += 1
-            free = self.directory / f"damaged-{step}-{count}"
+            free = self.directory / f"{why}-{step}-{count}"
         return free
 
 
@@ -342,22 +552,71 @@ def _with_sharding(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _open_manager(directory: Path, keep: int, read_only: bool) -> ocp.CheckpointManager:
+def _open_manager(
+    directory: Path,
+    preservation: NewestAndSound,
+) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-        read_only=read_only,
-        create=not read_only,
+        preservation_policy=preservation,
         # What a killed run left; the lock says that nobody is writing it.
-        cleanup_tmp_directories=not read_only,
+        cleanup_tmp_directories=True,
         lightweight_initialize=True,
         save_root_metadata=False,
     )
     handlers = {
-        "state": ocp.StandardCheckpointHandler(),
+        "state": ocp.PyTreeCheckpointHandler(),
         "manifest": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
-def _not_from_orbax(record: std_logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname
+class _QuietOrbax(std_logging.Filter):
+    """Keeps orbax's own account of a failure off the log while one of our checkpoints is at work.
+
+    The failure raises here, in one line; orbax would also log it, with its traceback, from each of
+    its threads. Nothing else is kept off, and nothing at any other time: the whole process shares
+    this logger, absl's.
+    """
+
+    def start(self) -> None:
+        std_logging.getLogger("absl").addFilter(self)
+
+    def stop(self) -> None:
+        std_logging.getLogger("absl").removeFilter(self)
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def filter(self, record: std_logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname
+
+
+# The hooks that `_drop_late_callbacks` installed.
+_late_callbacks_hook: list[Callable[[Any], None]] = []
+
+
+def _drop_late_callbacks() -> None:
+    """Keeps off stderr what tensorstore's threads print after a save has failed.
+
+    The writes that were under way end later, and tell an event loop that orbax has closed: a
+    traceback for each, after the error that counts. Installed once; all else is printed.
+    """
+    previous = sys.unraisablehook
+    if previous in _late_callbacks_hook:
+        return
+
+    def hook(unraisable: Any) -> None:
+        is_late = isinstance(unraisable.exc_value, RuntimeError) and unraisable.object is None
+        if is_late and str(unraisable.exc_value) == "Event loop is closed":
+            return
+        previous(unraisable)
+
+    _late_callbacks_hook.append(hook)
+    sys.unraisablehook = hook
+
+
+def _log_warning(line: str) -> None:
+    logging.warning("%s", line)

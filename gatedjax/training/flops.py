@@ -7,8 +7,9 @@ from gatedjax.model import block_layers
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward per token: three times the forward pass.
 
-    What is computed again in the backward pass is not counted. A first pass for the weights of
-    experts has no logits and no backward pass.
+    Padding is no token: it goes through no expert. What is computed again in the backward pass is
+    not counted, nor is the pass that counts loads before the gradients of micro-batches. A first
+    pass for the weights of experts has no logits and no backward pass.
     """
     forward = forward_flops_per_token(config, seq_len)
     first_pass = 0.0

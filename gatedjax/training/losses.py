@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from gatedjax.model import logits as compute_logits
 
@@ -40,24 +40,61 @@ def cross_entropy(
       mask: the weight of each token, 0 or more: 1 if it has a target, 0 if not.
     """
     mask = mask.astype(jnp.float32)
-    # Selected before anything is computed of it, so that the backward pass sees no NaN either.
-    is_counted = mask != 0.0
+    tokens = predicted(hidden, weights, targets, mask)
+    return TokenLosses(
+        cross_entropy=jnp.sum(tokens.nats * mask),
+        z_loss=jnp.sum(tokens.log_z**2 * mask),
+        count=jnp.sum(mask),
+    )
+
+
+class Predicted(NamedTuple):
+    """What is said of every target; zeros and False where none is asked for.
+
+    nats: `logsumexp(logits) - logits[target]`.
+    log_z: `logsumexp(logits)`.
+    is_best: the target is the most likely token.
+    """
+
+    nats: Float[Array, " tokens"]
+    log_z: Float[Array, " tokens"]
+    is_best: Bool[Array, " tokens"]
+
+
+def predicted(
+    hidden: Float[Array, "tokens M"],
+    weights: Float[Array, "X M"],
+    targets: Int[Array, " tokens"],
+    mask: Float[Array, " tokens"],
+) -> Predicted:
+    """How each target is predicted.
+
+    Args:
+      hidden: the model's last hidden states.
+      weights: the output matrix.
+      targets: the token to predict at each position.
+      mask: where it is 0, hidden states and targets have no part, whatever stands there.
+    """
+    # Selected, not multiplied: 0 x NaN is NaN. Hidden states are selected before the product,
+    # whose gradient would multiply them.
+    is_counted = mask != 0
     hidden = jnp.where(is_counted[:, None], hidden, 0)
-    targets = jnp.where(is_counted, targets, 0)
     logits = compute_logits(hidden, weights)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A negative target would count from the end.
+    # Below 0 is outside of the vocabulary too, not counted from its end.
     targets = jnp.where(targets < 0, logits.shape[-1], targets)
+    targets = jnp.where(is_counted, targets, 0)
     target_logits = jnp.take_along_axis(
         logits,
         targets[:, None],
         axis=-1,
         mode="fill",
+        fill_value=jnp.nan,
     )[:, 0]
-    return TokenLosses(
-        cross_entropy=jnp.sum((log_z - target_logits) * mask),
-        z_loss=jnp.sum(log_z**2 * mask),
-        count=jnp.sum(mask),
+    return Predicted(
+        nats=jnp.where(is_counted, log_z - target_logits, 0.0),
+        log_z=jnp.where(is_counted, log_z, 0.0),
+        is_best=is_counted & (jnp.argmax(logits, axis=-1) == targets),
     )
 
 

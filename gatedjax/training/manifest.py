@@ -1,40 +1,52 @@
 """The manifest of a checkpoint: what a step says of itself, checked before its arrays are read.
 
-The manifest is JSON: step, data position, configuration, and for each array its shape, dtype and
-digest, under a checksum of the whole. A checkpoint may come from elsewhere: before any of it is
-trusted, its files are plain files of a sensible size, and its array store describes the same arrays
-as the manifest.
+The manifest is JSON: step, position in the data, what the data are (`identity`), configuration, and
+for each array its shape, dtype and digest, under a checksum of the whole. A stranger may have made
+it. Before any of it is trusted, its files are plain files of a sensible size, the manifest has the
+shape that we give it, and the array store describes the same arrays as the manifest.
 """
 
 import hashlib
 import json
+import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from gatedjax.config import differing_keys
 from gatedjax.errors import InputError
+from gatedjax.files import kind_of
 from gatedjax.training.digests import Leaves, describe, digests_of
 from gatedjax.training.run_directory import DamagedError
 
-# Files of a step that are parsed as a whole. A leaf takes about 500 bytes in them.
-_DESCRIPTIONS = ("manifest/metadata", "state/_METADATA", "state/_sharding", "_CHECKPOINT_METADATA")
+# Counts up with the meaning of a manifest. 1 (without this key): data_index counted batches.
+FORMAT = 2
+
+# Files of a step are parsed as a whole, except those of the array store's data. A leaf takes about
+# 500 bytes in them.
+_DATA_FOLDER = "d"
 _LARGEST_DESCRIPTION = 1 << 28
+# The array store compresses; what does not compress takes a little more than its bytes.
+_STORE_OVERHEAD = 1 << 24
+
+# Groups within groups of a configuration. Ours have six.
+_DEEPEST_CONFIG = 32
+
+# What a manifest holds, and of which type.
+_BODY_TYPES = {"step": int, "data_index": int, "config": dict, "leaves": dict}
+_LEAF_TYPES = {"shape": list, "dtype": str, "digest": str}
 
 
-def make_manifest(
-    step: int,
-    data_index: int,
-    config: Mapping[str, Any],
-    leaves: Leaves,
-) -> dict[str, Any]:
+def make_manifest(step: int, contents: Mapping[str, Any], leaves: Leaves) -> dict[str, Any]:
     """The manifest of a step that is about to be saved.
 
     Args:
       step: optimizer steps done.
-      data_index: batches taken from the data iterator.
-      config: the resolved configuration, as JSON has it.
+      contents: what else is saved with the step, as JSON has it: `data_index`, `config` and more.
       leaves: the arrays of the state by name.
 
     Returns:
@@ -45,37 +57,129 @@ def make_manifest(
     for name, leaf in leaves.items():
         described[name] = {**describe(leaf), "digest": digests[name]}
     body = {
+        "format": FORMAT,
         "step": step,
-        "data_index": data_index,
-        "config": config,
+        **contents,
         "leaves": described,
     }
     return {"body": body, "sha256": _sha256(body)}
 
 
-def verified_body(manifest: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The body of a manifest that was read. Raises DamagedError if it is not what was saved."""
+def verified_body(manifest: Any, step: int) -> dict[str, Any]:
+    """The body of a manifest that was read.
+
+    Raises:
+      DamagedError: it is not what was saved, or has not the shape of a manifest. The checksum is no
+        secret: it says nothing of who wrote it.
+    """
+    _require_types("the manifest", manifest, {"body": dict, "sha256": str})
     body = manifest["body"]
-    if manifest["sha256"] != _sha256(body) or body["step"] != step:
+    if manifest["sha256"] != _sha256(body):
         raise DamagedError("the manifest does not match its checksum")
+    _require_types("the manifest", body, _BODY_TYPES)
+    if body["step"] != step:
+        raise DamagedError(f"the manifest is of step {body['step']}")
+    if body["data_index"] < 0:
+        raise DamagedError(f"the manifest has data_index {body['data_index']}")
+    if _depth(body["config"]) > _DEEPEST_CONFIG:
+        raise DamagedError(f"the configuration is nested more than {_DEEPEST_CONFIG} deep")
+    for name, leaf in body["leaves"].items():
+        _require_types(f"leaf {name} of the manifest", leaf, _LEAF_TYPES)
+        if not all(type(size) is int and size >= 0 for size in leaf["shape"]):
+            raise DamagedError(f"leaf {name} of the manifest has no shape")
     return body
 
 
-def require_plain_files(step_dir: Path) -> None:
-    """DamagedError if a step holds a link that leads elsewhere, or a description too large.
+def _require_types(what: str, value: Any, types: Mapping[str, type]) -> None:
+    if not isinstance(value, dict):
+        raise DamagedError(f"{what} is {type(value).__name__}, expected an object")
+    for key, expected in types.items():
+        if key not in value:
+            raise DamagedError(f"{what} has no {key!r}")
+        # type(): a bool is an int in Python, but no step.
+        if type(value[key]) is not expected:
+            kind = type(value[key]).__name__
+            raise DamagedError(f"{what} has {kind} under {key!r}, expected {expected.__name__}")
 
-    Called before anything of a step is read.
+
+def _depth(value: Any) -> int:
+    """How deep groups and lists are nested, counted to a little more than the deepest allowed."""
+    level = [value]
+    depth = 0
+    while level and depth <= _DEEPEST_CONFIG:
+        depth += 1
+        inner = []
+        for entry in level:
+            if isinstance(entry, dict):
+                inner.extend(entry.values())
+            elif isinstance(entry, list):
+                inner.extend(entry)
+        level = [entry for entry in inner if isinstance(entry, dict | list)]
+    return depth
+
+
+def rows_taken(body: Mapping[str, Any]) -> int:
+    """Rows that had been taken from the data, also of a manifest that counted batches."""
+    if body.get("format", 1) != 1:
+        return body["data_index"]
+    train = body["config"].get("train")
+    batch_size = train.get("batch_size", 1) if isinstance(train, dict) else 1
+    return body["data_index"] * batch_size
+
+
+def require_plain_files(step_dir: Path) -> None:
+    """DamagedError if a step holds anything but plain files, or a description too large.
+
+    Called before anything of a step is opened: a pipe would never answer, a link leads elsewhere.
     """
+    mode = step_dir.lstat().st_mode
+    if not stat.S_ISDIR(mode):
+        raise DamagedError(f"the step is {kind_of(mode)}")
     for folder, folders, files in os.walk(step_dir):
         for name in [*folders, *files]:
             path = Path(folder, name)
-            if path.is_symlink():
-                raise DamagedError(f"{path.relative_to(step_dir)} is a link")
-    for name in _DESCRIPTIONS:
-        path = step_dir / name
-        size = path.stat().st_size if path.is_file() else 0
-        if size > _LARGEST_DESCRIPTION:
-            raise DamagedError(f"{name} has {size:,} bytes")
+            status = path.lstat()
+            shown = path.relative_to(step_dir)
+            if stat.S_ISDIR(status.st_mode):
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise DamagedError(f"{shown} is {kind_of(status.st_mode)}")
+            is_data = path.parent.name == _DATA_FOLDER
+            if not is_data and status.st_size > _LARGEST_DESCRIPTION:
+                raise DamagedError(f"{shown} has {status.st_size:,} bytes")
+
+
+def require_orbax_metadata(step_dir: Path) -> None:
+    """DamagedError if orbax could not read its own account of a step, which is a plain file."""
+    metadata = json.loads((step_dir / "_CHECKPOINT_METADATA").read_bytes())
+    if not isinstance(metadata, dict):
+        raise DamagedError("_CHECKPOINT_METADATA is no object")
+    handlers = metadata.get("item_handlers")
+    if not isinstance(handlers, dict | str | None):
+        raise DamagedError("_CHECKPOINT_METADATA has no item_handlers")
+    for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
+        if not isinstance(metadata.get(key), int | None):
+            raise DamagedError(f"_CHECKPOINT_METADATA has no {key}")
+
+
+def require_stored_sizes(step_dir: Path, described: Mapping[str, Any]) -> None:
+    """DamagedError if the files of the arrays are larger than what the manifest describes."""
+    expected = 0
+    for name, leaf in described.items():
+        expected += math.prod(leaf["shape"]) * _itemsize(name, leaf["dtype"])
+    largest = 2 * expected + _STORE_OVERHEAD
+    for path in (step_dir / "state").rglob(f"{_DATA_FOLDER}/*"):
+        size = path.lstat().st_size
+        if size > largest:
+            shown = path.relative_to(step_dir)
+            raise DamagedError(f"{shown} has {size:,} bytes, its arrays have {expected:,}")
+
+
+def _itemsize(name: str, dtype: str) -> int:
+    try:
+        return jnp.dtype(dtype).itemsize
+    except TypeError:
+        raise DamagedError(f"leaf {name} of the manifest has no dtype: {dtype[:40]!r}") from None
 
 
 def require_stored_as_described(stored: Mapping[str, Any], described: Mapping[str, Any]) -> None:
@@ -134,6 +238,32 @@ def require_same_leaves(
             f"{step_dir} does not fit this configuration: "
             f"{name} is {there} there, expected {expected}{''.join(reasons)}"
         )
+
+
+def require_same_optimizer(
+    step_dir: Path,
+    body: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> None:
+    """InputError if the state of another optimizer would be taken for this one's.
+
+    Two optimizers can keep arrays of the same names and shapes (AdamW and AdaBelief do), and
+    schedule-free's parameters lie between two averages by beta1: their numbers would be read, and
+    mean something else.
+    """
+    before = body["config"].get("optim")
+    now = config.get("optim")
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return
+    keys = ["name"]
+    if now.get("name") == "schedule_free":
+        keys.append("beta1")
+    for key in keys:
+        if before.get(key) != now.get(key):
+            raise InputError(
+                f"config.optim.{key}: got {now.get(key)!r}, but the optimizer state in {step_dir} "
+                f"is of {before.get(key)!r}; set it back, or give another --workdir"
+            )
 
 
 def require_same_digests(body: Mapping[str, Any], leaves: Leaves) -> None:

@@ -5,8 +5,10 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import socket
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -15,18 +17,24 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError
+from gatedjax.files import kind_of
 
 # Errors of reading that say that files are missing or broken. Any other errno (permission, limit of
 # open files) says nothing of the files themselves.
 _ERRNOS_OF_DAMAGE = (errno.ENOENT, errno.EIO, errno.ENOTDIR, errno.EISDIR)
+# What flock says on a file system that has no locks, such as Lustre mounted without them.
+_ERRNOS_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_LARGEST_HOLDER = 200
 
 
 class DamagedError(Exception):
     """A step on disk that is not what was saved."""
 
 
-def lock_on_first_process(run_dir: Path) -> IO | None:
+def lock_on_first_process(run_dir: Path, report: Callable[[str], None]) -> IO | None:
     """The open lock file on the first process, None on the others.
+
+    `report` is called with a line where the file system has no locks.
 
     Raises:
       InputError: on all processes, if another run is writing to the directory.
@@ -35,29 +43,74 @@ def lock_on_first_process(run_dir: Path) -> IO | None:
     problem = None
     if jax.process_index() == 0:
         try:
-            lock = _take_lock(run_dir)
+            lock = _take_lock(run_dir, report)
         except InputError as error:
             problem = error
     raise_together(problem)
     return lock
 
 
-def _take_lock(run_dir: Path) -> IO:
+def _take_lock(run_dir: Path, report: Callable[[str], None]) -> IO:
     """Two runs in one directory would each resume from the other's steps."""
     with plain_errors(f"could not lock the run directory {run_dir}"):
-        lock = open(run_dir / "lock", "a+")  # noqa: SIM115 (open as long as the run)
+        lock = _open_lock(run_dir / "lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip()
+            holder = lock.read(_LARGEST_HOLDER).strip()
             lock.close()
             message = f"{run_dir}: another run is writing to this directory ({holder})"
             raise InputError(message) from None
+        except OSError as error:
+            if error.errno not in _ERRNOS_WITHOUT_LOCKS:
+                raise
+            report(
+                f"{run_dir}: this file system has no locks ({error.strerror}); "
+                "nothing but you keeps a second run out of this directory"
+            )
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         return lock
+
+
+def _open_lock(path: Path) -> IO:
+    """Opens the lock, made if it is not there. It is emptied later: it must be a file of its own.
+
+    Raises:
+      InputError: a link, a pipe, or one of several names of a file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        # Looked at before it is opened: to open some devices is to act on them.
+        _require_own_file(path, path.lstat())
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        _require_own_file(path, os.fstat(descriptor))
+    except InputError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
+
+
+def _require_own_file(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: is {kind_of(status.st_mode)}, expected a file; remove it")
+    if status.st_nlink > 1:
+        raise InputError(f"{path}: is another name of some other file; remove it")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader, or a crash, finds the old content or the new one."""
+    partial = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def raise_together(problem: DamagedError | InputError | None) -> None:

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int, PyTree
 from gatedjax.config import Config, ModelConfig, SparseMoEConfig
 from gatedjax.data import Batch
 from gatedjax.layers.moe import state as router_state
-from gatedjax.layers.moe.losses import Statistics, load_metrics, router_losses
+from gatedjax.layers.moe.losses import load_metrics, router_losses
+from gatedjax.layers.moe.statistics import Extent, Statistics, as_part, extent
 from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.sharding import RULES, parts
@@ -108,6 +109,7 @@ def batch_losses(
     params: PyTree,
     batch: Batch,
     key: Array | None = None,
+    training: bool = False,
 ) -> tuple[TokenLosses, Statistics]:
     """Token loss sums of a batch, and what its routers did.
 
@@ -116,17 +118,16 @@ def batch_losses(
       params: parameters and router state.
       batch: rows of packed documents.
       key: randomness of routers that select with noise.
+      training: experts with a capacity drop what is beyond it.
     """
-    rngs = None if key is None else {"router": key}
     with nn.logical_axis_rules(RULES):
-        outputs: Any = LanguageModel(model).apply(
-            {"params": params},
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            rngs=rngs,
+        hidden, statistics = _hidden_states(
+            model,
+            params,
+            batch,
+            key,
+            training,
         )
-        hidden, _, statistics = outputs
         # Gathered along the width before the loop over chunks, which would gather it for each.
         weights = head_weights(params).astype(hidden.dtype)
         weights = nn.with_logical_constraint(weights, ("vocab", None))
@@ -142,6 +143,26 @@ def batch_losses(
     return losses, statistics
 
 
+def _hidden_states(
+    model: ModelConfig,
+    params: PyTree,
+    batch: Batch,
+    key: Array | None,
+    training: bool,
+) -> tuple[Float[Array, "B T M"], Statistics]:
+    """The model's last hidden states of a batch, and what its routers did."""
+    rngs = None if key is None else {"router": key}
+    outputs: Any = LanguageModel(model, training=training).apply(
+        {"params": params},
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        rngs=rngs,
+    )
+    hidden, _, statistics = outputs
+    return hidden, statistics
+
+
 def train_step(
     config: Config,
     tx: optax.GradientTransformation,
@@ -152,9 +173,11 @@ def train_step(
 
     The loss is the weighted sum over all tokens, divided by the sum of the weights in the whole
     batch (`loss_mask`: 1 for a token with a target): neither the mesh nor the number of
-    micro-batches changes it. A step whose loss or gradient is
-    not finite, or whose gradient norm exceeds `skip_factor` times its running mean, leaves the
-    state as it was and is counted.
+    micro-batches changes it. The same holds for the losses of routers, which are about all tokens.
+    A balance loss multiplies the loads of the whole batch: with several micro-batches a forward
+    pass over all of them counts those first. A step whose losses or gradient are not finite (a
+    token that is NaN makes them so), or whose gradient norm exceeds `skip_factor` times its running
+    mean, leaves the state as it was and is counted.
 
     Args:
       config: the run's configuration.
@@ -167,7 +190,9 @@ def train_step(
     """
     grads, metrics, counts = _accumulated_gradients(config, state, batch)
     grad_norm = optax.tree.norm(grads)
-    is_good, guard = _guarded(config, state.guard, metrics["loss"], grad_norm)
+    # Losses of routers too, which are not in what is logged as the loss.
+    loss = metrics["loss"] + metrics.get("aux_loss", 0.0)
+    is_good, guard = _guarded(config, state.guard, loss, grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = dataclasses.replace(
@@ -212,8 +237,8 @@ def _updated_average(
     return jax.tree.map(lambda a, p: (1.0 - weight) * a + weight * p, ema, params)
 
 
-# Metrics of a batch by name, and for each sparse layer how often each expert was chosen.
-MetricsAndCounts = tuple[dict[str, Array], dict[str, Array]]
+# Metrics of a batch by name, and its part of the step's router statistics.
+MetricsAndStatistics = tuple[dict[str, Array], Statistics]
 
 
 def _accumulated_gradients(
@@ -223,45 +248,88 @@ def _accumulated_gradients(
 ) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
     """Over micro-batches: gradients of the whole batch's loss, its metrics, counts of experts."""
     steps = config.train.accumulation_steps
+    model = config.model
     mask = batch.loss_mask.astype(jnp.float32)
     tokens = jnp.sum(mask)
     # Not max(tokens, 1): weights that sum to less are no smaller loss. A batch without targets has
     # the loss 0, and no gradient.
     tokens = jnp.where(tokens == 0.0, 1.0, tokens)
-    loss = _micro_loss(config, state, tokens)
-    gradient = jax.grad(loss, has_aux=True)
+    whole = extent(jnp.asarray(batch.segment_ids))
     if steps == 1:
+        gradient = jax.grad(_micro_loss(config, state, tokens, whole, None), has_aux=True)
         first_index = jnp.int32(0)
-        grads, (metrics, counts) = gradient(state.params, batch, first_index, {})
+        grads, (metrics, statistics) = gradient(state.params, batch, first_index)
     else:
         micros = _micro_batches(batch, steps)
-        grads, (metrics, counts) = _summed(gradient, state.params, micros, steps)
+        counts_of_step = None
+        if any(ffn.balance_loss for ffn in _sparse_layers(model)):
+            counts_of_step = _assignments(config, state, micros)
+        loss = _micro_loss(config, state, tokens, whole, counts_of_step)
+        gradient = jax.grad(loss, has_aux=True)
+        grads, (metrics, statistics) = _summed(gradient, state.params, micros, steps)
+    # The parts have added up to the statistics of the step.
+    _, of_routers = router_losses(model, statistics)
+    metrics |= of_routers
     metrics["tokens"] = tokens
-    return grads, metrics, counts
+    return grads, metrics, _counts(statistics)
+
+
+def _counts(statistics: Statistics) -> dict[str, Array]:
+    """Of each sparse layer, by block: how often each expert was chosen."""
+    return {name: of_block["counts"] for name, of_block in statistics.items() if of_block}
+
+
+def _assignments(
+    config: Config,
+    state: TrainState,
+    micros: Batch,
+) -> dict[str, Array]:
+    """How often each expert is chosen in all micro-batches: their forward pass, without logits.
+
+    The loads of a balance loss are those of the whole step, and every micro-batch's gradient needs
+    them. No gradient goes through them.
+    """
+    params = router_state.merge(state.params, state.routers)
+
+    def counts_of(micro: Batch, index: Array) -> dict[str, Array]:
+        key = _router_key(config, state, index)
+        with nn.logical_axis_rules(RULES):
+            _, statistics = _hidden_states(
+                config.model,
+                params,
+                micro,
+                key,
+                training=True,
+            )
+        return _counts(statistics)
+
+    def add(total: dict[str, Array], indexed_micro: tuple[Batch, Array]):
+        return jax.tree.map(jnp.add, total, counts_of(*indexed_micro)), None
+
+    steps = config.train.accumulation_steps
+    first = jax.tree.map(lambda x: x[0], micros)
+    shapes = jax.eval_shape(counts_of, first, jnp.int32(0))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (micros, jnp.arange(steps)))
+    return jax.lax.stop_gradient(total)
 
 
 def _summed(
-    gradient: Callable[..., tuple[PyTree, MetricsAndCounts]],
+    gradient: Callable[..., tuple[PyTree, MetricsAndStatistics]],
     params: PyTree,
     micros: Batch,
     steps: int,
-) -> tuple[PyTree, MetricsAndCounts]:
-    """Gradients and metrics summed over micro-batches, one after the other; counts of all."""
+) -> tuple[PyTree, MetricsAndStatistics]:
+    """Gradients, metrics and statistics summed over micro-batches, one after the other."""
 
     def add(
-        total: tuple[PyTree, MetricsAndCounts],
+        total: tuple[PyTree, MetricsAndStatistics],
         indexed_micro: tuple[Batch, Array],
-    ) -> tuple[tuple[PyTree, MetricsAndCounts], None]:
-        grads, (metrics, counts) = total
-        micro, index = indexed_micro
-        # The counts come back with this micro-batch's added.
-        new_grads, (new_metrics, counts) = gradient(params, micro, index, counts)
-        grads = jax.tree.map(jnp.add, grads, new_grads)
-        metrics = jax.tree.map(jnp.add, metrics, new_metrics)
-        return (grads, (metrics, counts)), None
+    ) -> tuple[tuple[PyTree, MetricsAndStatistics], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *indexed_micro)), None
 
     first = jax.tree.map(lambda x: x[0], micros)
-    shapes = jax.eval_shape(gradient, params, first, jnp.int32(0), {})
+    shapes = jax.eval_shape(gradient, params, first, jnp.int32(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     indices = jnp.arange(steps)
     total, _ = jax.lax.scan(add, zeros, (micros, indices))
@@ -285,38 +353,59 @@ def _micro_loss(
     config: Config,
     state: TrainState,
     tokens: Float[Array, ""],
-) -> Callable[..., tuple[Array, MetricsAndCounts]]:
+    whole: Extent,
+    counts: Mapping[str, Array] | None,
+) -> Callable[..., tuple[Array, MetricsAndStatistics]]:
     """The loss of a micro-batch as its part of the whole batch's loss: the parts add up to it.
 
-    tokens: with a target, in the whole batch.
+    Args:
+      config: of the run.
+      state: before the step.
+      tokens: with a target, in the whole batch.
+      whole: the extent of the whole batch.
+      counts: of experts, in the whole batch; None where the micro-batch is all of it.
     """
-    steps = config.train.accumulation_steps
 
     def loss(
         params: PyTree,
         micro: Batch,
         index: Array,
-        counts_before: Mapping[str, Array],
-    ) -> tuple[Array, MetricsAndCounts]:
-        micro_step = state.step * steps + index
-        key = _router_key(config, micro_step)
+    ) -> tuple[Array, MetricsAndStatistics]:
+        key = _router_key(config, state, index)
         params = router_state.merge(params, state.routers)
-        losses, statistics = batch_losses(config.model, params, micro, key)
-        aux_loss, means, counts = router_losses(config.model, statistics, counts_before)
+        losses, statistics = batch_losses(
+            config.model,
+            params,
+            micro,
+            key,
+            training=True,
+        )
+        part = extent(jnp.asarray(micro.segment_ids))
+        statistics = as_part(statistics, part, whole)
+        aux_loss, _ = router_losses(config.model, statistics, counts)
         z_loss = config.model.z_loss * losses.z_loss
         token_loss = (losses.cross_entropy + z_loss) / tokens
-        metrics = {name: mean / steps for name, mean in means.items()}
-        metrics["loss"] = losses.cross_entropy / tokens
-        return token_loss + aux_loss / steps, (metrics, counts)
+        metrics = {"loss": losses.cross_entropy / tokens}
+        return token_loss + aux_loss, (metrics, statistics)
 
     return loss
 
 
-def _router_key(config: Config, micro_step: Int[Array, ""]) -> Array | None:
+def _sparse_layers(model: ModelConfig) -> list[SparseMoEConfig]:
+    """The sparse feed-forwards that the model uses."""
+    used = [model.ffns[name] for name in model.ffn_pattern]
+    return [ffn for ffn in used if isinstance(ffn, SparseMoEConfig)]
+
+
+def _router_key(
+    config: Config,
+    state: TrainState,
+    index: Int[Array, ""],
+) -> Array | None:
     """Fresh noise for every micro-batch; None where no router selects with noise."""
-    sparse = [ffn for ffn in config.model.ffns.values() if isinstance(ffn, SparseMoEConfig)]
-    if not any(ffn.router.selection == "gumbel" for ffn in sparse):
+    if not any(ffn.router.selection == "gumbel" for ffn in _sparse_layers(config.model)):
         return None
+    micro_step = state.step * config.train.accumulation_steps + index
     return jax.random.fold_in(jax.random.key(config.train.seed), micro_step)
 
 

@@ -11,12 +11,15 @@ from kernels_pallas.attention.checks import (
     checked_options,
     checked_step_options,
 )
+from kernels_pallas.attention.documents import document_numbers
 from kernels_pallas.attention.gpu import op as gpu
 from kernels_pallas.attention.gpu import step as gpu_step
 from kernels_pallas.attention.inputs import AttentionInputs, StepInputs
+from kernels_pallas.attention.kernels import over_mesh, step_over_mesh
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.tpu import op as tpu
 from kernels_pallas.common.checks import all_varying, check_interpret
+from kernels_pallas.common.mesh import on_explicit_axes
 
 
 def attention(
@@ -46,8 +49,11 @@ def attention(
         y_i = o_i sigmoid(gate_i)
 
     The weights of the other normalizers are in `normalizers/`. Memory is linear in T, forward and
-    backward. Differentiable in every float input. A token that may see nothing has o = 0 and no
-    gradient.
+    backward. Differentiable in every float input.
+
+    Masks select. Whatever a token may not see (another document, what comes later, what is outside
+    of the window) may be NaN or infinite: the token's output and gradients are the same bits. What
+    it sees shows: its output is not finite then.
 
     Args:
       q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64).
@@ -58,8 +64,10 @@ def attention(
       normalizer: how logits become weights: a name of `NORMALIZERS`, or an object with other
         parameters, such as Entmax(alpha=1.3).
       causal: token i sees j <= i only.
-      window: w: token i sees j with i-w < j <= i, and |i-j| < w without `causal`.
-      segment_ids: documents packed in a row: tokens see only those of equal id.
+      window: w >= 1: token i sees j with i-w < j <= i, and |i-j| < w without `causal`. None, or
+        any number from T on, is no limit.
+      segment_ids: documents packed in a row, integers of any dtype. A document is a run of equal
+        ids, and tokens see only their own; an id that comes back later is another document.
       sink_logits: a logit per head that takes its part of the weight and has no value; softmax
         only. Zeros are "softmax plus one".
       alibi_slopes: per head, >= 0 to favor near keys (arXiv 2108.12409); learned or not. Added
@@ -83,6 +91,8 @@ def attention(
     op = "attention"
     inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
     check_inputs(op, inputs)
+    if segment_ids is not None:
+        inputs = inputs._replace(segment_ids=document_numbers(segment_ids))
     options = checked_options(
         op,
         inputs,
@@ -106,10 +116,16 @@ def attention(
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     # Inside shard_map a custom derivative wants all of its inputs varying alike.
     inputs = AttentionInputs._make(all_varying(*inputs))
-    if chosen == "reference":
-        return reference.attention(inputs, options)
-    if chosen == "xla":
-        return xla.attention(inputs, options)
+    if chosen in ("reference", "xla"):
+        plain = reference.attention if chosen == "reference" else xla.attention
+
+        def attend(inputs: AttentionInputs) -> Array:
+            return plain(inputs, options)
+
+        # XLA splits these by itself, but not where types must say how each array is split.
+        if on_explicit_axes(*inputs):
+            return over_mesh(attend, inputs)
+        return attend(inputs)
     if chosen == "tpu":
         return tpu.attention(inputs, options, interpret=interpret)
     if chosen == "cudnn":
@@ -142,10 +158,12 @@ def attention_step(
       q, k_cache, v_cache: one query, and the keys and values of S slots. The order of the slots
         does not matter, so a ring buffer will do.
       valid: which slots the token may see, itself included: causality, window and documents are
-        expressed here.
+        expressed here. The other slots may hold anything, NaN too. A token that sees no slot has
+        o = 0 and no gradient.
       normalizer: as in `attention`. One that depends on the number of keys (sigmoid, relu, clipped
         softmax) must be an object with a length, because the number of slots says nothing.
-      distances: how many tokens back each slot's key is; with `alibi_slopes`, and only then.
+      distances: how many tokens back each slot's key is, integers of any dtype; with
+        `alibi_slopes`, and only then.
       gate_logits, sink_logits, alibi_slopes, logits_soft_cap, scale: as in `attention`.
       implementation, interpret: as in `attention`.
 
@@ -184,9 +202,15 @@ def attention_step(
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     inputs = StepInputs._make(all_varying(*inputs))
-    if chosen == "reference":
-        return reference.attention_step(inputs, options)
-    if chosen == "xla":
-        return xla.attention_step(inputs, options)
+    if chosen in ("reference", "xla"):
+        plain = reference.attention_step if chosen == "reference" else xla.attention_step
+
+        def attend(inputs: StepInputs) -> Array:
+            return plain(inputs, options)
+
+        # As in `attention`.
+        if on_explicit_axes(*inputs):
+            return step_over_mesh(attend, inputs)
+        return attend(inputs)
     # "tpu" is refused always: see `tpu.unsupported_step`.
     return gpu_step.attention_step(inputs, options, interpret=interpret)

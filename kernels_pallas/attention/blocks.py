@@ -252,8 +252,7 @@ def tile_mask(
     tokens = jnp.arange(num_rows) % plan.block_q
     queries = first_position(plan, inputs, rows.number) + tokens
     positions = j * plan.block_k + jnp.arange(plan.block_k)
-    # Keys of padding are at `length` and beyond. Rows of padding may see keys: their do is 0,
-    # and their outputs are cut off.
+    # Keys of padding are at `length` and beyond.
     seen = tile.visible(
         queries,
         positions,
@@ -263,17 +262,24 @@ def tile_mask(
         row_segments=rows.segments,
         key_segments=keys.segments,
     )
+    # [1 or B, 1, R, C], as the logits have batch and heads.
+    seen = seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
+    T = inputs.q.shape[1]
+    if T % plan.block_q:
+        # Queries of padding see nothing: their 0 times an infinite key is NaN.
+        is_real = rows.number * plan.block_q + tokens < T
+        seen = seen & is_real[None, None, :, None]
     alibi = None
     if constants.slopes is not None:
         dtype = constants.slopes.dtype
         if keys.distances is None:
-            # [R, C]
-            distances = tile.distance(queries, positions, dtype)
+            # [1, 1, R, C]
+            distances = tile.distance(queries, positions, dtype)[None, None]
         else:
             # [B, 1, 1, C]: the single query's.
             distances = keys.distances[..., None, :].astype(dtype)
         alibi = tile.Alibi(constants.slopes, distances)
-    return tile.Mask(seen, positions[None, :], alibi)
+    return tile.Mask(seen, positions[None, None, None, :], alibi)
 
 
 # Loops.

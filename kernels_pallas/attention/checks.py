@@ -4,6 +4,12 @@ What does not fit is a ValueError that names the op, the argument, what was got 
 expected.
 """
 
+import math
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kernels_pallas.attention.inputs import (
@@ -16,10 +22,13 @@ from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.normalizers.named import NORMALIZERS
 from kernels_pallas.common.checks import (
     check_bool,
-    check_float,
     check_integer,
     check_shape,
     default_scale,
+)
+
+_FLOAT_DTYPES = tuple(
+    jnp.dtype(dtype) for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 )
 
 
@@ -94,17 +103,14 @@ def checked_options(
       ValueError: an argument that does not fit.
     """
     normalizer = _normalizer_object(op, normalizer, inputs.sink_logits)
-    # A window of 1 is a token alone.
-    if window is not None and window < 1:
-        expected = "None or a number of tokens from 1 on"
-        raise ValueError(f"{op}: window: got {window}, expected {expected}")
-    _check_soft_cap(op, logits_soft_cap)
+    if not isinstance(causal, bool | np.bool_):
+        raise ValueError(f"{op}: causal: got {causal!r}, expected True or False")
     return AttentionOptions(
         normalizer=normalizer,
-        causal=causal,
-        window=window,
-        logits_soft_cap=logits_soft_cap,
-        scale=default_scale(scale, inputs.q.shape[-1]),
+        causal=bool(causal),
+        window=_checked_window(op, window),
+        logits_soft_cap=_checked_soft_cap(op, logits_soft_cap),
+        scale=_checked_scale(op, scale, inputs.q.shape[-1]),
     )
 
 
@@ -137,11 +143,10 @@ def checked_step_options(
         raise ValueError(
             f"{op}: normalizer: got {normalizer} without a length, expected {expected}"
         )
-    _check_soft_cap(op, logits_soft_cap)
     return StepOptions(
         normalizer=normalizer,
-        logits_soft_cap=logits_soft_cap,
-        scale=default_scale(scale, inputs.q.shape[-1]),
+        logits_soft_cap=_checked_soft_cap(op, logits_soft_cap),
+        scale=_checked_scale(op, scale, inputs.q.shape[-1]),
     )
 
 
@@ -201,9 +206,9 @@ def _check_keys(
     if v.shape[:3] != k.shape[:3]:
         expected = f"{[*k.shape[:3], 'V']} for {k_name} of shape {k.shape}"
         raise ValueError(f"{op}: {v_name}: got shape {v.shape}, expected {expected}")
-    check_float(op, "q", q)
-    check_float(op, k_name, k)
-    check_float(op, v_name, v)
+    _check_float(op, "q", q)
+    _check_float(op, k_name, k)
+    _check_float(op, v_name, v)
 
 
 def _check_gate_logits(
@@ -220,7 +225,7 @@ def _check_gate_logits(
     if gate_logits.shape not in (element_wise, head_wise):
         expected = f"{element_wise} or {head_wise}"
         raise ValueError(f"{op}: gate_logits: got shape {gate_logits.shape}, expected {expected}")
-    check_float(op, "gate_logits", gate_logits)
+    _check_float(op, "gate_logits", gate_logits)
 
 
 def _check_by_head(
@@ -234,11 +239,69 @@ def _check_by_head(
         return
     H = q.shape[-2]
     check_shape(op, name, x, (H,))
-    check_float(op, name, x)
+    _check_float(op, name, x)
 
 
-def _check_soft_cap(op: str, logits_soft_cap: float | None) -> None:
-    # Also NaN is refused: it is not above 0.
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        expected = "None or a number above 0"
-        raise ValueError(f"{op}: logits_soft_cap: got {logits_soft_cap}, expected {expected}")
+def _check_float(op: str, name: str, x: Array) -> None:
+    """Float16, bfloat16, float32 or float64: narrower floats are formats of storage."""
+    if x.dtype not in _FLOAT_DTYPES:
+        expected = ", ".join(dtype.name for dtype in _FLOAT_DTYPES)
+        raise ValueError(f"{op}: {name}: got dtype {x.dtype}, expected one of {expected}")
+
+
+def _checked_window(op: str, window: Any) -> int | None:
+    """The window as a Python integer, from any kind of integer."""
+    if window is None:
+        return None
+    expected = "None or an integer from 1 on"
+    # To Python a bool is an integer too.
+    if isinstance(window, bool | np.bool_):
+        raise ValueError(f"{op}: window: got {window}, expected {expected}")
+    try:
+        number = operator.index(window)
+    except TypeError as error:
+        raise ValueError(f"{op}: window: got {window}, expected {expected}") from error
+    # A window of 1 is a token alone.
+    if number < 1:
+        raise ValueError(f"{op}: window: got {window}, expected {expected}")
+    return number
+
+
+def _checked_number(
+    op: str,
+    name: str,
+    x: Any,
+    expected: str,
+) -> float:
+    """A finite number as a Python float."""
+    message = f"{op}: {name}: got {x!r}, expected {expected}"
+    if isinstance(x, bool | np.bool_ | str | bytes):
+        raise ValueError(message)
+    try:
+        number = float(x)
+    except TypeError as error:
+        raise ValueError(message) from error
+    if not math.isfinite(number):
+        raise ValueError(message)
+    return number
+
+
+def _checked_soft_cap(op: str, logits_soft_cap: Any) -> float | None:
+    if logits_soft_cap is None:
+        return None
+    expected = "None or a number above 0"
+    number = _checked_number(op, "logits_soft_cap", logits_soft_cap, expected)
+    if number <= 0:
+        got = f"got {logits_soft_cap}"
+        raise ValueError(f"{op}: logits_soft_cap: {got}, expected {expected}")
+    return number
+
+
+def _checked_scale(
+    op: str,
+    scale: Any,
+    K: int,
+) -> float:
+    if scale is not None:
+        scale = _checked_number(op, "scale", scale, "None or a number")
+    return default_scale(scale, K)

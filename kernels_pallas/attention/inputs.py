@@ -20,7 +20,8 @@ class AttentionInputs(NamedTuple):
         head-wise gate.
       sink_logits: one logit a head that takes part in the softmax's denominator and has no value.
       alibi_slopes: one slope a head; logits lose slope * distance.
-      segment_ids: the packed document of every query; tokens see their own document only.
+      segment_ids: the number of every query's document: `documents.py`. Tokens see their own
+        document only.
     """
 
     q: Float[Array, "B T H K"]
@@ -43,8 +44,12 @@ class AttentionOptions(NamedTuple):
 
     def for_length(self, length: int) -> "AttentionOptions":
         """The options for `length` keys: some normalizers divide by their number."""
-        # A length that the caller gave the normalizer stays.
-        return self._replace(normalizer=self.normalizer.for_length(length))
+        # A length that the caller gave the normalizer stays. A window that reaches everywhere is
+        # none, however large its number is.
+        window = self.window
+        if window is not None and window >= length:
+            window = None
+        return self._replace(normalizer=self.normalizer.for_length(length), window=window)
 
 
 class StepInputs(NamedTuple):

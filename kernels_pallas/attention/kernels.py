@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention.inputs import AttentionInputs
+from kernels_pallas.attention.inputs import AttentionInputs, StepInputs
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads
@@ -95,6 +95,35 @@ def over_mesh(attend: Callable[[AttentionInputs], Array], inputs: AttentionInput
         tuple(inputs),
         [axes[name] for name in AttentionInputs._fields],
         ["b.h."],
+        common_heads,
+    )
+    assert y is not None
+    return y
+
+
+def step_over_mesh(attend: Callable[[StepInputs], Array], inputs: StepInputs) -> Array:
+    """`over_mesh` of one token against a cache."""
+    axes = {
+        "q": "bh.",
+        "k_cache": "b.h.",
+        "v_cache": "b.h.",
+        "gate_logits": "bh.",
+        "sink_logits": "h",
+        "alibi_slopes": "h",
+        "valid": "b.",
+        "distances": "b.",
+    }
+
+    def attend_part(*arrays: Any) -> tuple[Array]:
+        return (attend(StepInputs(*arrays)),)
+
+    # As in `over_mesh`.
+    common_heads = math.gcd(inputs.q.shape[1], inputs.k_cache.shape[2])
+    (y,) = by_rows_and_heads(
+        attend_part,
+        tuple(inputs),
+        [axes[name] for name in StepInputs._fields],
+        ["bh."],
         common_heads,
     )
     assert y is not None

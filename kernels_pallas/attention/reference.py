@@ -1,7 +1,7 @@
 """`attention` with its [T, T] logits: the readable truth that every fast path is tested against.
 
-Heads are repeated and autodiff keeps every weight: slow and large, by intention. Computes in
-float32, or in float64 when an input is float64.
+Heads are repeated, every query has its own copy of the keys that it sees, and autodiff keeps every
+weight: slow and large, by intention. Computes in float32, or in float64 when an input is float64.
 """
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.attention import tile
 from kernels_pallas.attention.inputs import (
     AttentionInputs,
     AttentionOptions,
@@ -16,29 +17,106 @@ from kernels_pallas.attention.inputs import (
     StepOptions,
 )
 from kernels_pallas.attention.normalizers.reference import weights
+from kernels_pallas.common.padding import padded
 
 
-def attention(inputs: AttentionInputs, options: AttentionOptions) -> Float[Array, "B T H V"]:
-    """As `api.attention`, with every default filled in."""
+def attention(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    *,
+    first: Int[Array, ""] | int | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    distances: Int[Array, "B S"] | None = None,
+) -> Float[Array, "B T H V"]:
+    """As `api.attention`, with every default filled in.
+
+    Args:
+      inputs: the arrays. The queries may be a part of the sequence.
+      options: the static arguments.
+      first: the position of the first query among the keys; 0 if None.
+      key_segment_ids: the documents of the keys, where they are not those of the queries.
+      distances: of keys in no order from a single query; None if positions tell them.
+
+    Returns:
+      y in v's dtype.
+    """
     T = inputs.q.shape[1]
-    # Query i [T, 1] against key j [1, T].
-    i = jnp.arange(T)[:, None]
-    j = jnp.arange(T)[None, :]
-    # [1, T, T], or [B, T, T] with segments.
-    seen = jnp.ones((1, T, T), bool)
+    S = inputs.k.shape[1]
+    # Query i [T, 1] against key j [1, S].
+    i = jnp.arange(T)[:, None] + (0 if first is None else first)
+    j = jnp.arange(S)[None, :]
+    # [1, T, S], or [B, T, S] with segments.
+    seen = jnp.ones((1, T, S), bool)
     if options.causal:
-        seen = seen & (j <= i)
+        seen = seen & (j <= i)[None]
     if options.window is not None:
         # To both sides; `causal` hides the later ones.
         not_too_early = i - options.window < j
         not_too_late = j < i + options.window
-        seen = seen & not_too_early & not_too_late
+        seen = seen & (not_too_early & not_too_late)[None]
     if inputs.segment_ids is not None:
-        query_segments = inputs.segment_ids[:, :, None]
-        key_segments = inputs.segment_ids[:, None, :]
-        seen = seen & (query_segments == key_segments)
-    distances = jnp.abs(i - j)[None]
-    return _attend(inputs, options, seen, distances)
+        key_segments = inputs.segment_ids if key_segment_ids is None else key_segment_ids
+        seen = seen & (inputs.segment_ids[:, :, None] == key_segments[:, None, :])
+    of_pairs = jnp.abs(i - j)[None] if distances is None else distances[:, None]
+    return _attend(inputs, options, seen, of_pairs)
+
+
+def attention_by_blocks(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    *,
+    first: Int[Array, ""] | int | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    distances: Int[Array, "B S"] | None = None,
+    block: int = 16,
+) -> Float[Array, "B T H V"]:
+    """`attention` of a few queries at a time, which autodiff computes again.
+
+    Memory is linear in T, in derivatives of any order: those of the fast backends, from the second
+    one on.
+
+    Args:
+      inputs, options, first, key_segment_ids, distances: as of `attention`.
+      block: how many queries at a time.
+
+    Returns:
+      y in v's dtype.
+    """
+    T = inputs.q.shape[1]
+    block = min(T, block)
+    num_blocks = -(-T // block)
+
+    def in_blocks(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        # [B, T, ...] -> [N, B, block, ...]
+        x = padded(x, 1, num_blocks * block)
+        x = x.reshape(x.shape[0], num_blocks, block, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    @jax.checkpoint
+    def attend(part: tuple) -> Array:
+        q, gate_logits, segment_ids, number = part
+        queries = inputs._replace(q=q, gate_logits=gate_logits, segment_ids=segment_ids)
+        return attention(
+            queries,
+            options,
+            first=number * block + (0 if first is None else first),
+            key_segment_ids=key_segments,
+            distances=distances,
+        )
+
+    key_segments = inputs.segment_ids if key_segment_ids is None else key_segment_ids
+    parts = (
+        in_blocks(inputs.q),
+        in_blocks(inputs.gate_logits),
+        in_blocks(inputs.segment_ids),
+        jnp.arange(num_blocks),
+    )
+    y = jax.lax.map(attend, parts)
+    # [N, B, block, H, V] -> [B, T, H, V], without the padding.
+    y = jnp.moveaxis(y, 0, 1)
+    return y.reshape(y.shape[0], num_blocks * block, *y.shape[3:])[:, :T]
 
 
 def attention_step(inputs: StepInputs, options: StepOptions) -> Float[Array, "B H V"]:
@@ -66,29 +144,38 @@ def _attend(
     distances: Int[Array, "#B T S"] | None,
 ) -> Float[Array, "B T H V"]:
     """T queries against S keys; `seen` says which keys a query may see."""
-    input_dtype = jnp.result_type(inputs.q, inputs.k, inputs.v)
-    dtype = jnp.promote_types(jnp.float32, input_dtype)
+    dtype = tile.statistics_dtype(inputs.q, inputs.k, inputs.v)
     num_heads = inputs.q.shape[2]
-    q = inputs.q.astype(dtype)
-    k = _repeat_heads(inputs.k, num_heads).astype(dtype)
-    v = _repeat_heads(inputs.v, num_heads).astype(dtype)
+    # [B, T, 1, H, .] and [B, 1, S, H, .]
+    q = inputs.q.astype(dtype)[:, :, None]
+    k = _repeat_heads(inputs.k, num_heads).astype(dtype)[:, None]
+    v = _repeat_heads(inputs.v, num_heads).astype(dtype)[:, None]
+    # Every query has keys and values of its own here: zeros for those that it does not see. No
+    # matrix product would do, because there 0 times NaN is NaN.
+    pairs = seen[..., None, None]
+    k = jnp.where(pairs, k, 0)
+    v = jnp.where(pairs, v, 0)
 
     # Logits [B, H, T, S].
-    s = options.scale * jnp.einsum("bthk,bshk->bhts", q, k, precision="highest")
+    s = jnp.moveaxis(options.scale * jnp.sum(q * k, axis=-1), -1, 1)
+    # An infinite query times a zero from above is NaN, whose gradients would come back.
+    s = jnp.where(seen[:, None], s, 0)
     if options.logits_soft_cap is not None:
         s = options.logits_soft_cap * jnp.tanh(s / options.logits_soft_cap)
     if inputs.alibi_slopes is not None:
         assert distances is not None, "api.py checks that slopes come with distances"
-        # Slopes [H, 1, 1] times distances [B, 1, T, S].
-        slopes = inputs.alibi_slopes.astype(dtype)[:, None, None]
+        # Slopes [1, H, 1, 1] times distances [B, 1, T, S].
+        slopes = inputs.alibi_slopes.astype(dtype)[None, :, None, None]
         s = s - slopes * distances[:, None].astype(dtype)
 
-    # The sink of a head [H, 1, 1].
+    # The sink of a head [1, H, 1, 1].
     sink = None
     if inputs.sink_logits is not None:
-        sink = inputs.sink_logits.astype(dtype)[:, None, None]
+        sink = inputs.sink_logits.astype(dtype)[None, :, None, None]
     w = weights(options.normalizer, s, seen[:, None], sink)
-    o = jnp.einsum("bhts,bshv->bthv", w, v, precision="highest")
+    # [B, H, T, S] -> [B, T, S, H, 1]
+    w = jnp.moveaxis(w, 1, -1)[..., None]
+    o = jnp.sum(jnp.where(pairs, w * v, 0), axis=2)
     # The gate comes last, on the output of every head.
     if inputs.gate_logits is not None:
         o = o * jax.nn.sigmoid(inputs.gate_logits.astype(dtype))

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from kernels_pallas import dispatch
 from kernels_pallas.attention import xla
 from kernels_pallas.attention.checks import check_inputs, checked_options
+from kernels_pallas.attention.documents import document_numbers
 from kernels_pallas.attention.inputs import AttentionInputs
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.common.checks import all_varying
@@ -87,8 +88,9 @@ def attention_sharded(
     # The length of the whole sequence.
     options = options.for_length(num_devices * tokens)
     inputs = AttentionInputs._make(all_varying(*inputs))
+    window = options.window
     # A short window reaches no farther than the device before.
-    if causal and window is not None and window <= tokens:
+    if options.causal and window is not None and window <= tokens:
         keys = _keys_of_two_devices(inputs, window, axis_name)
         inputs = inputs._replace(k=keys.k, v=keys.v, segment_ids=keys.query_segments)
         return xla.attention(
@@ -100,7 +102,8 @@ def attention_sharded(
 
     all_segments = inputs.segment_ids
     if all_segments is not None:
-        all_segments = _gathered(all_segments, axis_name)
+        # A document may begin on another device.
+        all_segments = document_numbers(_gathered(all_segments, axis_name))
     inputs = inputs._replace(
         k=_gathered(inputs.k, axis_name),
         v=_gathered(inputs.v, axis_name),
@@ -120,7 +123,7 @@ def attention_sharded(
         return xla.attention(part, options, first=first, key_segment_ids=all_segments)
 
     # Without `causal` every query sees as much as any other, and nothing needs to be exchanged.
-    if not causal or tokens % 2 == 1 or num_devices == 1:
+    if not options.causal or tokens % 2 == 1 or num_devices == 1:
         return attend(inputs.q, inputs.gate_logits, device * tokens)
 
     pieces = _Pieces(num_devices, axis_name)
@@ -220,14 +223,15 @@ def _keys_of_two_devices(
     segments = inputs.segment_ids
     if segments is None:
         segments = varying_like(jnp.zeros((B, tokens), jnp.int32), inputs.k)
+    numbers = document_numbers(jnp.concatenate([before(segments), segments], axis=1))
     # What the first device has got belongs to no document.
     is_first = jax.lax.axis_index(axis_name) == 0
-    no_document = jnp.min(segments) - 1
-    segments_before = jnp.where(is_first, no_document, before(segments))
+    numbers_before = jnp.where(is_first, -1, numbers[:, :reach])
+    own_numbers = numbers[:, reach:]
     return _Keys(
         k=jnp.concatenate([before(inputs.k), inputs.k], axis=1),
         v=jnp.concatenate([before(inputs.v), inputs.v], axis=1),
-        query_segments=segments,
-        key_segments=jnp.concatenate([segments_before, segments], axis=1),
+        query_segments=own_numbers,
+        key_segments=jnp.concatenate([numbers_before, own_numbers], axis=1),
         first=reach,
     )

@@ -11,6 +11,7 @@ on tiles in either orientation: queries by keys, or transposed.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -20,7 +21,9 @@ from kernels_pallas.attention.normalizers.base import Added, Normalizer, Row
 
 def statistics_dtype(*inputs: Array) -> jnp.dtype:
     """Float32, or float64 if an input is float64."""
-    return jnp.promote_types(jnp.float32, jnp.result_type(*inputs))
+    # Not `promote_types`, which refuses mixed inputs under strict promotion.
+    any_float64 = any(x.dtype == jnp.float64 for x in inputs)
+    return jnp.dtype(jnp.float64 if any_float64 else jnp.float32)
 
 
 def matmul(
@@ -50,7 +53,8 @@ def matmul(
     precision = None
     if min(x.dtype.itemsize, y.dtype.itemsize) > 2:
         precision = "highest"
-    common = jnp.promote_types(x.dtype, y.dtype)
+    # Of float16 with bfloat16 only float32 has every number.
+    common = x.dtype if x.dtype == y.dtype else statistics_dtype(x, y)
     return jnp.einsum(
         subscripts,
         x.astype(common),
@@ -58,6 +62,86 @@ def matmul(
         precision=precision,
         preferred_element_type=dtype,
     )
+
+
+# Products that select: what a row does not see is left out, whatever it holds. A weight of 0 is not
+# enough, because 0 times NaN is NaN.
+
+
+def without_special(x: Array) -> Array:
+    """`x` with zeros for what is not finite."""
+    # NaN is not below infinity either.
+    return jnp.where(jnp.abs(x) < jnp.inf, x, 0)
+
+
+def special_products(
+    weights: Array,
+    seen: Array,
+    x: Array,
+    product: Callable[[Array, Array], Array],
+) -> Array:
+    """What the entries of `x` that are not finite add to product(weights, x), by IEEE's rules.
+
+    Only pairs that are seen count. A weight of 0 makes NaN of an infinity, and so do infinities of
+    both signs.
+
+    Args:
+      weights: 0 where a pair is not seen.
+      seen: the mask, of the shape of `weights`.
+      x: the other operand.
+      product: the matrix product, which must be exact for small integers.
+
+    Returns:
+      0, infinity or NaN everywhere, of the product's shape.
+    """
+    dtype = weights.dtype
+    x = x.astype(dtype)
+    is_special = jnp.logical_not(jnp.abs(x) < jnp.inf).astype(dtype)
+    infinity = (x == jnp.inf).astype(dtype) - (x == -jnp.inf).astype(dtype)
+    sign = jnp.where(seen, jnp.sign(weights), 0)
+    # How many special entries each sum meets, and how many infinities with their signs.
+    count = product(seen.astype(dtype), is_special)
+    balance = product(sign, infinity)
+    # All of one sign, or else NaN: there was a NaN, a weight of 0 or the other sign.
+    one_sign = jnp.abs(balance) == count
+    special = jnp.where(one_sign, balance * jnp.inf, jnp.nan)
+    return jnp.where(count == 0, 0, special)
+
+
+def selecting_product(
+    weights: Array,
+    seen: Array | None,
+    x: Array,
+    product: Callable[[Array, Array], Array],
+) -> Array:
+    """product(weights, x), in which a row of `x` that is not seen does not count.
+
+    Where all of `x` is finite, that is the product itself, bit for bit, and costs the same.
+
+    Args:
+      weights: of a tile's pairs, 0 where a pair is not seen.
+      seen: the mask, which broadcasts to the weights; None if every pair is seen.
+      x: the other operand, a row for each key or for each query of the tile.
+      product: the matrix product, as the machine does it, over one axis of the weights.
+
+    Returns:
+      The product, of which entries that are not finite are in the rows that see one of `x`.
+    """
+    if seen is None:
+        return product(weights, x)
+    finite_sum = product(weights, without_special(x))
+    mask = jnp.broadcast_to(seen, weights.shape)
+
+    def with_special() -> Array:
+        return finite_sum + special_products(weights, mask, x, product).astype(finite_sum.dtype)
+
+    any_special = jnp.logical_not(jnp.all(jnp.abs(x) < jnp.inf))
+    return jax.lax.cond(any_special, with_special, lambda: finite_sum)
+
+
+def selected(x: Array, seen: Array | None) -> Array:
+    """`x`, 0 where a pair is not seen."""
+    return x if seen is None else jnp.where(seen, x, 0)
 
 
 # Element by element, in either orientation.
@@ -155,9 +239,11 @@ def visible(
     Returns:
       The mask; leading axes are those of the segments.
     """
+    # As many leading axes as the segments have.
+    leading = (1,) * (0 if row_segments is None else row_segments.ndim - 1)
     mask = visible_pairs(
-        rows[:, None],
-        keys[None, :],
+        rows.reshape(*leading, -1, 1),
+        keys.reshape(*leading, 1, -1),
         length=length,
         causal=causal,
         window=window,
@@ -182,7 +268,7 @@ class Alibi(NamedTuple):
 
     # Of the row's head.
     slopes: Float[Array, "... R 1"]
-    # [..., R, C], or [..., 1, C] where every row has the same position.
+    # [1, 1, R, C], or [B, 1, 1, C] where every row has the same position.
     distances: Float[Array, "... C"]
 
 
@@ -192,7 +278,7 @@ class Mask(NamedTuple):
     # Which keys a row may see; None if every one.
     seen: Bool[Array, "... R C"] | None
     # The keys' positions, which tell them apart.
-    keys: Int[Array, "1 C"]
+    keys: Int[Array, "... 1 C"]
     # None without slopes.
     alibi: Alibi | None
 
@@ -240,6 +326,7 @@ def accumulate(
     added: Added,
     v: Float[Array, "*batch C V"],
     product: Callable[[Array, Array], Array],
+    seen: Bool[Array, "... R C"] | None = None,
 ) -> list[Array]:
     """The sums of weighted values after a tile: keep * sums + weights v.
 
@@ -248,6 +335,7 @@ def accumulate(
       added: what the normalizer made of the tile.
       v: the tile's values.
       product: the matrix product of weights and values, as the machine does it.
+      seen: the mask; values that are not seen may be anything then. None if all are finite.
 
     Returns:
       The sums after the tile.
@@ -256,7 +344,7 @@ def accumulate(
     for before, weights in zip(sums, added.weights):
         # A new maximum of the row makes all that was summed before smaller.
         kept = before if added.keep is None else added.keep * before
-        result.append(kept + product(weights, v))
+        result.append(kept + selecting_product(weights, seen, v, product))
     return result
 
 
@@ -311,7 +399,17 @@ def gradients(
     s = logits(q, k, mask.alibi, scale=scale, logits_soft_cap=logits_soft_cap, dtype=dtype)
     dweights = matmul("...rv,...cv->...rc", row.do, v, dtype)
     weights, ds = normalizer.gradient(s.s, mask.seen, mask.keys, dweights, row.deltas, row.saved)
-    dv = matmul("...rc,...rv->...cv", weights, row.do, dtype)
+    # A row whose statistics are NaN, or a value that is, says nothing about what is not seen.
+    weights = selected(weights, mask.seen)
+    ds = selected(ds, mask.seen)
+
+    def over_queries(x: Array, y: Array) -> Array:
+        return matmul("...rc,...rd->...cd", x, y, dtype)
+
+    def over_keys(x: Array, y: Array) -> Array:
+        return matmul("...rc,...cd->...rd", x, y, dtype)
+
+    dv = selecting_product(weights, mask.seen, row.do, over_queries)
 
     # Of s = capped - slope * distance; after the soft cap, so before its gradient.
     dslopes = None
@@ -320,6 +418,8 @@ def gradients(
 
     # From here on ds is the gradient of scale q k^T.
     ds = through_soft_cap(ds, s.capped, logits_soft_cap)
-    dq = matmul("...rc,...ck->...rk", ds, k, dtype)
-    dk = matmul("...rc,...rk->...ck", ds, q, dtype)
+    # The cap's slope is NaN where a logit is, seen or not.
+    ds = selected(ds, mask.seen)
+    dq = selecting_product(ds, mask.seen, k, over_keys)
+    dk = selecting_product(ds, mask.seen, q, over_queries)
     return TileGradients(dq, dk, dv, dslopes)

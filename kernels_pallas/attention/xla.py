@@ -15,7 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from kernels_pallas.attention import blocks, tile
+from kernels_pallas.attention import blocks, reference, tile
 from kernels_pallas.attention.blocks import KeyBlocks, Plan, QueryBlocks, UngatedInputs
 from kernels_pallas.attention.inputs import (
     AttentionInputs,
@@ -26,6 +26,7 @@ from kernels_pallas.attention.inputs import (
 from kernels_pallas.attention.normalizers.base import AddTile, Row
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
+from kernels_pallas.common.second_order import differentiable_gradient
 
 # What the op names with `checkpoint_name`.
 OUT_NAME = "attention_out"
@@ -134,11 +135,10 @@ def _attention_fwd(
     inputs: UngatedInputs,
     gate_logits: Array | None,
 ) -> tuple[Array, _Residuals]:
-    outputs, saved = _forward(plan, inputs)
+    y, outputs, saved = _saving(plan, inputs, gate_logits)
     # A checkpoint policy that saves these names runs no forward loop again.
     outputs = tuple(checkpoint_name(o, OUT_NAME) for o in outputs)
     saved = tuple(checkpoint_name(x, STATISTIC_NAME) for x in saved)
-    y = _gated(outputs[0], gate_logits).astype(inputs.v.dtype)
     return y, _Residuals(inputs, gate_logits, outputs, saved)
 
 
@@ -147,6 +147,47 @@ def _attention_bwd(
     residuals: _Residuals,
     dy: Array,
 ) -> tuple[UngatedInputs, Array | None]:
+    return differentiable_gradient(
+        partial(_gradients, plan),
+        partial(_plain, plan),
+        residuals,
+        (residuals.inputs, residuals.gate_logits),
+        dy,
+    )
+
+
+def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Array:
+    """The same function for second derivatives."""
+    inputs, gate_logits = arrays
+    return reference.attention_by_blocks(
+        AttentionInputs(
+            q=inputs.q,
+            k=inputs.k,
+            v=inputs.v,
+            gate_logits=gate_logits,
+            sink_logits=inputs.sink_logits,
+            alibi_slopes=inputs.alibi_slopes,
+            segment_ids=inputs.q_segments,
+        ),
+        AttentionOptions(
+            normalizer=plan.normalizer,
+            causal=plan.causal,
+            window=plan.window,
+            logits_soft_cap=plan.logits_soft_cap,
+            scale=plan.scale,
+        ),
+        first=inputs.first,
+        key_segment_ids=inputs.k_segments,
+        distances=inputs.distances,
+    )
+
+
+def _gradients(
+    plan: Plan,
+    residuals: _Residuals,
+    dy: Array,
+) -> tuple[UngatedInputs, Array | None]:
+    """The backward pass: the gradients of the inputs and of the gate."""
     outputs = residuals.outputs
     # dy is the broadcast of a number if the loss is a sum: see `opaque`.
     inputs, dy = opaque((residuals.inputs, dy))
@@ -166,6 +207,44 @@ def _attention_bwd(
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _saving(
+    plan: Plan,
+    inputs: UngatedInputs,
+    gate_logits: Array | None,
+) -> tuple[Array, tuple[Array, ...], Row]:
+    """(y, what the backward pass needs of the outputs, and of rows).
+
+    Second derivatives differentiate the forward pass of the first ones, so this has a derivative
+    too: that of y. The rest depends on the inputs as well, but `differentiable_gradient` counts
+    that as the inputs' own.
+    """
+    outputs, saved = _forward(plan, inputs)
+    y = _gated(outputs[0], gate_logits).astype(inputs.v.dtype)
+    return y, outputs, saved
+
+
+def _saving_fwd(
+    plan: Plan,
+    inputs: UngatedInputs,
+    gate_logits: Array | None,
+) -> tuple[tuple, _Residuals]:
+    results = _saving(plan, inputs, gate_logits)
+    _, outputs, saved = results
+    return results, _Residuals(inputs, gate_logits, outputs, saved)
+
+
+def _saving_bwd(
+    plan: Plan,
+    residuals: _Residuals,
+    cotangents: tuple,
+) -> tuple[UngatedInputs, Array | None]:
+    return _attention_bwd(plan, residuals, cotangents[0])
+
+
+_saving.defvjp(_saving_fwd, _saving_bwd)
 
 
 # The forward pass.
@@ -218,9 +297,10 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
         def add_block(j, carry: tuple[Row, list[Array]]) -> tuple[Row, list[Array]]:
             row, sums = carry
             keys = blocks.take(key_blocks, j)
-            added = normalizer.add(row, *masked_logits(j, keys))
+            s, seen, positions = masked_logits(j, keys)
+            added = normalizer.add(row, s, seen, positions)
             # The values are multiplied by weights that are not normalized yet.
-            sums = tile.accumulate(sums, added, keys.v, product)
+            sums = tile.accumulate(sums, added, keys.v, product, seen)
             return added.row, sums
 
         # Most normalizers know nothing before, and make no other pass.
@@ -300,8 +380,9 @@ def _input_gradients(
     dsink = None
     if inputs.sink_logits is not None:
         assert constants.sink is not None
-        # By row; the rows of a head share its sink.
-        dsink = plan.normalizer.sink_gradient(constants.sink, row.deltas, row.saved)
+        # By row, of all blocks; the rows of a head share its sink.
+        sink = constants.sink[None]
+        dsink = plan.normalizer.sink_gradient(sink, row.deltas, row.saved)
         dsink = blocks.sum_by_head(dsink, plan.block_q).astype(inputs.sink_logits.dtype)
     if inputs.alibi_slopes is not None:
         dslopes = blocks.sum_by_head(dslopes, plan.block_q).astype(inputs.alibi_slopes.dtype)

@@ -57,7 +57,7 @@ def check_float(
 def check_integer(
     op: str,
     name: str,
-    x: Array,
+    x: Array | np.ndarray,
 ) -> None:
     """Checks that `x` holds integers."""
     if not jnp.issubdtype(x.dtype, jnp.integer):

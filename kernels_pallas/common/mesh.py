@@ -5,9 +5,11 @@ does not know `custom_partitioning`, by which an op could learn how they are. So
 kernel in `shard_map`: under plain `jit` on a mesh, every device computes its own rows and heads.
 The rules, in order:
 
-1. Without an ambient mesh (`jax.set_mesh`), on a mesh of one device, or inside a `shard_map` of the
-   caller's, nothing is split: the arrays are a device's own already.
-2. On a mesh with Explicit axes, the types of the arrays say which axes split them.
+1. Without a mesh, on a mesh of one device, or inside a `shard_map` of the caller's, nothing is
+   split: the arrays are a device's own already. The mesh is the ambient one (`jax.set_mesh`), or
+   else that of the arrays' types.
+2. On a mesh with Explicit axes, the types of the arrays say which axes split them. Arrays that are
+   split otherwise, over tokens or channels, are moved first.
 3. On a mesh with Auto axes, that cannot be known while tracing, so the names of the axes tell. The
    caller gives them by `mesh_axes(rows=..., heads=...)`. Without it, rows are split by axes called
    data, fsdp, expert, batch or replica, and heads by tensor or model.
@@ -77,7 +79,7 @@ def by_rows_and_heads(
     Returns:
       What `fn` returns.
     """
-    mesh = _mesh_to_split_over()
+    mesh = _mesh_to_split_over(*arrays)
     if mesh is None:
         return fn(*arrays)
     first = arrays[0]
@@ -112,7 +114,15 @@ def by_rows_and_heads(
         in_specs=in_specs,
         out_specs=tuple(map(spec, outputs, results)),
     )
-    return split(*_as_specified(mesh, arrays, in_specs))
+    if AxisType.Explicit not in mesh.axis_types:
+        return split(*arrays)
+
+    # Under `jit`, because outside of it a mesh without devices will not do.
+    @jax.jit
+    def moved_and_split(*arrays: Array | None):
+        return split(*_as_specified(mesh, arrays, in_specs))
+
+    return moved_and_split(*arrays)
 
 
 def by_sorted_rows(
@@ -170,12 +180,12 @@ def by_sorted_rows(
     return split(*_as_specified(mesh, arrays, row_specs + other_specs))
 
 
-def has_explicit_axes() -> bool:
-    """Whether the types of arrays say how the ambient mesh splits them (rule 2).
+def on_explicit_axes(*arrays: Array | None) -> bool:
+    """Whether the types of arrays say how a mesh, ambient or theirs, splits them (rule 2).
 
-    XLA does not split an op by itself then: every backend has to.
+    XLA does not split an op by itself then: every backend has to, by the functions above.
     """
-    mesh = _mesh_to_split_over()
+    mesh = _mesh_to_split_over(*arrays)
     return mesh is not None and AxisType.Explicit in mesh.axis_types
 
 
@@ -184,7 +194,7 @@ def on_auto_axes(fn: Callable, like: Array, *arrays: Array) -> Any:
 
     For gathers across devices, where types of arrays cannot say how.
     """
-    if not has_explicit_axes():
+    if not on_explicit_axes():
         return fn(*arrays)
     mesh = jax.sharding.get_abstract_mesh()
     rows = PartitionSpec(*jax.typeof(like).sharding.spec[:1])
@@ -203,14 +213,20 @@ def _as_specified(
 
     def split(tree: Any, spec: PartitionSpec | None) -> Any:
         # One spec holds for all arrays of a pytree; None where there is none.
+        if spec is None:
+            return tree
         return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), tree)
 
     return tuple(map(split, arrays, specs))
 
 
-def _mesh_to_split_over() -> AbstractMesh | None:
-    """The ambient mesh, or None where nothing is to be split (rule 1)."""
+def _mesh_to_split_over(*arrays: Array | None) -> AbstractMesh | None:
+    """The mesh, or None where nothing is to be split (rule 1)."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        meshes = [jax.typeof(x).sharding.mesh for x in arrays if x is not None]
+        # Some arrays may have been made without a mesh.
+        mesh = next((found for found in meshes if not found.empty), mesh)
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return None
     return mesh

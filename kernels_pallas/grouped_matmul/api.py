@@ -16,7 +16,7 @@ from kernels_pallas.common.checks import (
     check_interpret,
     check_same_dtype,
 )
-from kernels_pallas.common.mesh import by_sorted_rows, has_explicit_axes, varying_together
+from kernels_pallas.common.mesh import by_sorted_rows, on_explicit_axes, varying_together
 from kernels_pallas.grouped_matmul import reference, xla
 from kernels_pallas.grouped_matmul.gpu import op as gpu
 from kernels_pallas.grouped_matmul.tpu import op as tpu
@@ -88,7 +88,7 @@ def grouped_matmul(
         xla.grouped_matmul if chosen == "xla" else reference.grouped_matmul,
         out_dtype=out_dtype,
     )
-    if not has_explicit_axes():
+    if not on_explicit_axes():
         # On Auto axes XLA splits it.
         return plain(*arrays)
     lhs, rhs, group_sizes = arrays

@@ -124,4 +124,6 @@ def _gather(x: Array, index: Int[Array, "Rk"]) -> Array:
     def gather(x: Array, index: Array) -> Array:
         return x.at[index].get(mode="promise_in_bounds")
 
-    return on_auto_axes(gather, index, jnp.asarray(x), index)
+    # Split as x is, so that its gradient is, too.
+    x = jnp.asarray(x)
+    return on_auto_axes(gather, x, x, index)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from kernels_pallas import dispatch
 from kernels_pallas.common.checks import as_array, as_ids, check_interpret, default_scale
 from kernels_pallas.common.derivative import differentiated_as
-from kernels_pallas.common.mesh import by_rows_and_heads, has_explicit_axes, varying_together
+from kernels_pallas.common.mesh import by_rows_and_heads, on_explicit_axes, varying_together
 from kernels_pallas.linear_scan import reference, xla
 from kernels_pallas.linear_scan.checks import (
     check_bonus,
@@ -157,7 +157,7 @@ def linear_scan(
             return plain.linear_scan(ScanInputs._make(arrays), options)
 
         # On Auto axes XLA splits it.
-        split = _scan_on_mesh if has_explicit_axes() else _whole
+        split = _scan_on_mesh if on_explicit_axes() else _whole
         o, final_state = split(run_plain, inputs)
     if not return_final_state:
         return o
@@ -254,7 +254,7 @@ def linear_scan_step(
         # One token is quickly computed once more.
         return _step_on_mesh(differentiated_as(kernel, run_on_xla), inputs)
     plain = run_reference if chosen == "reference" else run_on_xla
-    split = _step_on_mesh if has_explicit_axes() else _whole
+    split = _step_on_mesh if on_explicit_axes() else _whole
     return split(plain, inputs)
 
 

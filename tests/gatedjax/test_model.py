@@ -42,6 +42,7 @@ MODEL = ModelConfig(
     init_std=0.2,
     dtype="float32",
 )
+DENSE = dataclasses.replace(MODEL, ffn_pattern=("mlp",), num_layers=2)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 40)).astype(np.int32))
 
 
@@ -73,7 +74,7 @@ def test_prefill_then_decode_equals_full_forward(params):
     for t in range(33, 40):
         y, caches, _ = hidden(params, TOKENS[:, t : t + 1], caches=caches)
         assert rel_rms(y[:, 0], full[:, t]) < 1e-5
-    assert int(caches.position) == 40
+    assert caches.history.tokens.tolist() == [40, 40]
 
 
 def test_packed_documents_equal_separate_ones(params):
@@ -160,6 +161,24 @@ def test_cross_entropy_is_the_negative_log_likelihood(params):
         losses.cross_entropy, -(log_p[range(5), range(5)] * mask).sum(), rtol=1e-5
     )
     assert losses.count == 3
+
+
+def test_padding_reaches_no_parameter(params):
+    """Ids outside of the vocabulary in padding: loss and gradients of a step as without them."""
+    segments = np.where(np.arange(40) < 25, 1, 0)[None].repeat(2, 0)
+    mask = (segments > 0).astype(np.float32)
+
+    def loss(params, tokens):
+        h, _, _ = LanguageModel(DENSE).apply({"params": params}, tokens, None, segments)
+        return chunked_cross_entropy(h, head_weights(params), tokens, mask, 0).cross_entropy
+
+    dense = make(DENSE)
+    value_and_gradients = jax.jit(jax.value_and_grad(loss))
+    expected = value_and_gradients(dense, TOKENS)
+    for bad in (-1, 32, -(2**31)):
+        actual = value_and_gradients(dense, np.where(segments == 0, bad, TOKENS))
+        for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+            assert rel_rms(a, e) < 1e-6
 
 
 def test_untied_head_has_its_own_weights():

@@ -83,6 +83,8 @@ def mixture(
     is_local = (local >= 0) & (local < stacks.num_experts)
     # The id past the last expert is an empty place: it is sorted behind all groups.
     ids = jnp.where(is_local, local, stacks.num_experts)
+    # A weight of another device's experts may be NaN; selected, it stays out of the sums here.
+    weights = jnp.where(is_local, weights, 0.0)
     order, inverse, sizes = sort_by_group(ids.reshape(-1), stacks.num_experts)
     rows = sorted_inputs(
         x,

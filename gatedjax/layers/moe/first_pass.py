@@ -1,6 +1,7 @@
 """X-LoRA's first pass.
 
-The experts' weights come from the model's own last hidden states without experts.
+The experts' weights come from the model's own last hidden states without experts: for every token
+and every layer with such experts a set of its own (the layer-wise scalings of arXiv 2402.07148).
 """
 
 from typing import Any
@@ -11,57 +12,94 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from gatedjax.config import LoRAMixtureConfig
+from gatedjax.config import LoRAMixtureConfig, ModelConfig
 from gatedjax.layers.moe.lora import xlora_weights
 from gatedjax.layers.parameters import parameter
 
 
-def no_weights(tokens: Int[Array, "B T"], config: LoRAMixtureConfig) -> Float[Array, "B T E"]:
+def mixture_blocks(config: ModelConfig) -> list[str]:
+    """The blocks of the period whose experts get their weights from the first pass."""
+    blocks = []
+    for i, name in enumerate(config.block_names):
+        _, ffn = config.layer(i)
+        if isinstance(ffn, LoRAMixtureConfig) and ffn.first_pass:
+            blocks.append(name)
+    return blocks
+
+
+def num_mixtures(config: ModelConfig) -> int:
+    """L, the layers of the whole model whose experts get their weights from the first pass."""
+    periods = config.num_layers // config.period
+    return periods * len(mixture_blocks(config))
+
+
+def no_weights(tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T L E"]:
     """Weights by which no expert adds anything: those of the first pass itself."""
-    return jnp.zeros((*tokens.shape, config.num_experts), jnp.float32)
+    assert config.first_pass is not None
+    sizes = (num_mixtures(config), config.first_pass.num_experts)
+    return jnp.zeros((*tokens.shape, *sizes), jnp.float32)
+
+
+def weights_by_block(
+    config: ModelConfig,
+    weights: Float[Array, "B T L E"] | None,
+) -> dict[str, Float[Array, "P B T E"]] | None:
+    """The weights of each block of the period, stacked over periods; None if there are none."""
+    if weights is None:
+        return None
+    blocks = mixture_blocks(config)
+    # Layers count through the first period, then through the second.
+    by_layer = jnp.moveaxis(weights, 2, 0)
+    by_period = by_layer.reshape(-1, len(blocks), *by_layer.shape[1:])
+    return {name: by_period[:, i] for i, name in enumerate(blocks)}
 
 
 def first_pass_weights(
     model: Any,
-    config: LoRAMixtureConfig,
     tokens: Int[Array, "B T"],
     *inputs: Any,
-) -> tuple[Float[Array, "B T E"], Any]:
-    """The weights of low-rank experts for every token, the same in all layers.
+) -> tuple[Float[Array, "B T L E"], Any]:
+    """The weights of low-rank experts for every token, in every layer that has them.
 
     X-LoRA, arXiv 2402.07148. Gradients end at the classifier.
 
     Args:
       model: the `LanguageModel` that asks, inside its own call.
-      config: the mixture.
       tokens: the tokens.
       inputs: the further arguments of the model's call: positions, segments, caches of this pass.
 
     Returns:
       The weights, and the caches of the first pass.
     """
+    config = model.config
+    mixture = config.first_pass
+    # One matrix for each layer, stacked as layers are: Muon takes each by itself.
     classifier = parameter(
         model,
         "lora_classifier",
-        axes=["embed", "router"],
-        shape=[model.config.width, config.num_experts],
-        init=nn.initializers.normal(model.config.init_std),
+        axes=["layers", "embed", "router"],
+        shape=[num_mixtures(config), config.width, mixture.num_experts],
+        init=nn.initializers.normal(config.init_std),
     )
     if model.is_initializing():
         return no_weights(tokens, config), None
     # A module of its own, so that what the layers record is of the second pass alone.
     without_experts = type(model)(
-        model.config,
+        config,
         without_experts=True,
+        training=model.training,
         parent=None,
     )
     variables = jax.lax.stop_gradient({"params": model.variables["params"]})
     output: Any = without_experts.apply(variables, tokens, *inputs)
     hidden, caches, _ = output
-    weights = xlora_weights(
-        hidden,
-        classifier,
-        config.temperature,
-        config.experts_per_token,
-    )
-    return weights, caches
+    weights = [
+        xlora_weights(
+            hidden,
+            of_layer,
+            mixture.temperature,
+            mixture.experts_per_token,
+        )
+        for of_layer in classifier
+    ]
+    return jnp.stack(weights, axis=2), caches

@@ -12,8 +12,10 @@ from jaxtyping import Bool, Float
 
 from gatedjax.config import LoRAMixtureConfig
 from gatedjax.layers.base import FeedForward
+from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.mlp import gated_product
+from gatedjax.layers.moe.routing import check_places
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import contract
 from gatedjax.layers.token_info import TokenInfo
@@ -39,7 +41,9 @@ def lora_experts(
     """
     # All experts at once: E r columns are few beside the dense matrix.
     h = jnp.einsum("...i,eir->...er", x, a, preferred_element_type=jnp.float32)
-    h = (weights[..., None] * h).astype(x.dtype)
+    # An expert without weight is left out, not multiplied by 0: its product may have overflowed.
+    weight = weights[..., None]
+    h = (weight * jnp.where(weight == 0, 0.0, h)).astype(x.dtype)
     return jnp.einsum("...er,ero->...o", h, b, preferred_element_type=jnp.float32)
 
 
@@ -52,8 +56,8 @@ def xlora_weights(
     """`softmax(x W / temperature)` (X-LoRA, arXiv 2402.07148).
 
     Args:
-      x: the last hidden states of a first pass without experts, as published, or a layer's own
-        input.
+      x: the last hidden states of a first pass without experts, as published (where every layer
+        has a classifier of its own), or a layer's own input.
       classifier: W.
       temperature: of the softmax.
       k: all but the k largest are set to 0, not renormalized; 0 keeps all.
@@ -61,8 +65,10 @@ def xlora_weights(
     Returns:
       The weights, float32.
     """
-    weights = jax.nn.softmax(x.astype(jnp.float32) @ classifier / temperature, axis=-1)
-    return weights * _is_largest(weights, k)
+    logits = x.astype(jnp.float32) @ classifier / temperature
+    weights = jax.nn.softmax(logits, axis=-1)
+    # By logits: several weights may have rounded to 0.
+    return jnp.where(_is_largest(logits, k), weights, 0.0)
 
 
 def phatgoose_weights(
@@ -91,6 +97,7 @@ def _standardized(x: Float[Array, "... I"]) -> Float[Array, "... I"]:
 
 def _is_largest(values: Float[Array, "... E"], k: int) -> Bool[Array, "... E"]:
     """The k largest of the last axis, the lower index first among equals; everything for k = 0."""
+    check_places("experts_per_token", k or values.shape[-1], values.shape[-1])
     if not k:
         return jnp.ones(values.shape, bool)
     _, best = jax.lax.top_k(jax.lax.stop_gradient(values), k)
@@ -188,6 +195,7 @@ class LoRAMixture(FeedForward):
         router_logits: Float[Array, "B T _"] | None = None,
     ) -> tuple[Array, dict[str, Array], Array | None]:
         c = self.config
+        x = without_padding(x, is_token(info))
         width = ("embed", x.shape[-1])
         hidden = ("mlp", c.hidden)
         weights = self._shared_weights(x, info)

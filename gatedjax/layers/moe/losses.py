@@ -3,8 +3,9 @@
 One normalization for all: `E sum_i f_i P_i`, f_i the fraction of all assignments that expert i got,
 P_i its mean router probability. Both sum to 1, so the loss is 1 at perfect balance and E when one
 expert gets everything. It is taken over the global batch, all devices and all micro-batches (arXiv
-2501.11873), for every layer by itself; layers are summed. Elsewhere the same loss has another size;
-a weight w from there becomes `weight_here(codebase, w, ...)` here:
+2501.11873), for every layer by itself; layers are summed. Every token counts once, whatever it
+weighs in the model's own loss; padding does not count. Elsewhere the same loss has another size; a
+weight w from there becomes `weight_here(codebase, w, ...)` here:
 
   codebase       its loss                                            at balance    its loss / ours
   switch         E sum f P (f of first choices; summed over layers)  1             1
@@ -27,6 +28,7 @@ from jaxtyping import Float
 
 from gatedjax.config import ModelConfig, SparseMoEConfig
 from gatedjax.layers.moe.statistics import Statistics as Statistics
+from gatedjax.layers.moe.statistics import fraction, loads
 
 
 def weight_here(
@@ -75,8 +77,8 @@ def balance_loss(
 
     arXiv 2101.03961, eq. 4; eta: 2410.07348, eq. 7.
     """
-    load = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
-    return counts.shape[-1] * jnp.sum(eta * jax.lax.stop_gradient(load) * probability, axis=-1)
+    load = jax.lax.stop_gradient(loads(counts))
+    return counts.shape[-1] * jnp.sum(eta * load * probability, axis=-1)
 
 
 def expert_weights(config: SparseMoEConfig) -> Float[Array, " E"]:
@@ -89,20 +91,23 @@ def expert_weights(config: SparseMoEConfig) -> Float[Array, " E"]:
 def router_losses(
     config: ModelConfig,
     statistics: Statistics,
-    before: Mapping[str, Array],
-) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Array]]:
-    """The router losses of one micro-batch.
+    counts: Mapping[str, Array] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The router losses of a step, or of a micro-batch of it.
+
+    They are linear in the statistics once the counts are given: the losses of micro-batches, with
+    statistics that are parts of the step's (`statistics.as_part`) and the counts of all of them,
+    add up to the loss of the step.
 
     Args:
       config: of the model, with the losses' weights.
-      statistics: of the micro-batch.
-      before: counts of the micro-batches before this one: loads are those of the batch so far.
+      statistics: of the step, or a micro-batch's part of them.
+      counts: of the whole step, by block; None where they are those of `statistics`.
 
     Returns:
-      The weighted sum of all losses, means for the log, and the counts so far.
+      The weighted sum of all losses, and means for the log; {} without sparse layers.
     """
     total = jnp.float32(0.0)
-    counts = {}
     # For the log: a value for every layer, in arrays of one block each.
     logged = {
         "balance_loss": [],
@@ -115,22 +120,25 @@ def router_losses(
         _, ffn = config.layer(i)
         if not isinstance(ffn, SparseMoEConfig):
             continue
-        # Of the batch so far: the load of one micro-batch alone would be noise.
-        counts[name] = s["counts"] + before.get(name, 0.0)
-        balance = balance_loss(counts[name], s["probability"], expert_weights(ffn))
-        weighted = ffn.balance_loss * balance
-        weighted = weighted + ffn.sequence_loss * s["sequence_loss"]
-        weighted = weighted + ffn.z_loss * s["z_loss"]
-        total = total + jnp.sum(weighted)
-        assignments = jnp.maximum(jnp.sum(s["counts"], axis=-1), 1.0)
+        of_step = s["counts"] if counts is None else counts[name]
+        balance = balance_loss(of_step, s["probability"], expert_weights(ffn))
+        weighted = [
+            (ffn.balance_loss, balance),
+            (ffn.sequence_loss, s["sequence_loss"]),
+            (ffn.z_loss, s["z_loss"]),
+        ]
+        for weight, loss in weighted:
+            # A loss that is turned off is left out: 0 times what may not be finite is not 0.
+            if weight:
+                total = total + jnp.sum(weight * loss)
         logged["balance_loss"].append(balance)
         logged["router_z_loss"].append(s["z_loss"])
         logged["router_entropy"].append(s["entropy"])
-        logged["dropped_fraction"].append(s["dropped"] / assignments)
-    if not counts:
-        return total, {}, {}
+        logged["dropped_fraction"].append(fraction(s["dropped"], jnp.sum(s["counts"], axis=-1)))
+    if not logged["balance_loss"]:
+        return total, {}
     means = {name: jnp.mean(jnp.concatenate(blocks)) for name, blocks in logged.items()}
-    return total, {"aux_loss": total} | means, counts
+    return total, {"aux_loss": total} | means
 
 
 def load_metrics(config: ModelConfig, counts: Mapping[str, Array]) -> dict[str, Array]:
@@ -146,8 +154,7 @@ def load_metrics(config: ModelConfig, counts: Mapping[str, Array]) -> dict[str, 
     for i, name in enumerate(config.block_names):
         if name not in counts:
             continue
-        assignments = jnp.maximum(jnp.sum(counts[name], axis=-1, keepdims=True), 1.0)
-        load = counts[name] / assignments * counts[name].shape[-1]
+        load = loads(counts[name]) * counts[name].shape[-1]
         for period, row in enumerate(load):
             load_of_layer[period * config.period + i] = row
     most_experts = max(row.shape[0] for row in load_of_layer.values())

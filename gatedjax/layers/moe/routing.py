@@ -2,18 +2,28 @@
 
 A token has k places, each with an expert id and a weight. The id E, one past the last expert, marks
 an empty place: its weight is 0, it costs no expert any work, and sorting puts it last
-(`sort_by_group`).
+(`sort_by_group`). All places of padding are empty.
 """
 
-import math
+import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from gatedjax.config.moe import RouterConfig
+from gatedjax.errors import require
+from gatedjax.layers.documents import Documents
+from gatedjax.layers.moe.selection import (
+    across_tokens,
+    best_groups,
+    expert_choice,
+    most_preferred,
+    preferences,
+    sparsemax_threshold,
+)
 from gatedjax.layers.norm import unit_length
 
 
@@ -55,14 +65,7 @@ def sparsemax(logits: Float[Array, "... E"]) -> Float[Array, "... E"]:
     Like softmax, but with exact zeros.
     """
     z = logits.astype(jnp.float32)
-    ordered = jnp.sort(z, axis=-1, descending=True)
-    total = jnp.cumsum(ordered, axis=-1)
-    rank = jnp.arange(1, z.shape[-1] + 1, dtype=jnp.float32)
-    # How many experts have more than 0.
-    size = jnp.sum(1.0 + rank * ordered > total, axis=-1, keepdims=True)
-    # The threshold by which theirs sum to 1.
-    threshold = (jnp.take_along_axis(total, size - 1, axis=-1) - 1.0) / size
-    return jnp.maximum(z - threshold, 0.0)
+    return jnp.maximum(z - sparsemax_threshold(z), 0.0)
 
 
 def softmax(logits: Float[Array, "... E"]) -> Float[Array, "... E"]:
@@ -83,10 +86,12 @@ def route(
     logits: Float[Array, "... E"],
     experts_per_token: int,
     *,
+    temperature: Float[Array, ""] | float | None = None,
     bias: Float[Array, " E"] | None = None,
     importance: Float[Array, ""] | float = 1.0,
     tokens: Int[Array, "..."] | None = None,
     key: Array | None = None,
+    documents: Documents | None = None,
 ) -> Routing:
     """The composed router: `config` says of which parts.
 
@@ -94,33 +99,45 @@ def route(
       config: the router.
       logits: [B, T, E], already divided by the temperature.
       experts_per_token: k.
+      temperature: what the logits were divided by; None for `config.temperature`. Noise is divided
+        by it too, once: `softmax((h + g) / temperature)` (arXiv 1611.01144), so the temperature
+        does not change how often an expert is drawn.
       bias: added to the scores for selection, never to the weights (DeepSeek-V3).
       importance: of this layer; a chosen expert is skipped where importance x score <
         `config.threshold`.
       tokens: token ids [B, T], for selection "hash".
       key: randomness of selection "gumbel"; None (evaluation) selects without noise.
+      documents: of packed rows, and where they are padding; None where every row is one document.
 
     Returns:
       The experts of every token, their weights, and the probabilities of all experts.
 
     Raises:
+      InputError: `experts_per_token` is no number of experts.
       ValueError: selection "hash" without `tokens`.
     """
+    num_experts = logits.shape[-1]
+    check_places("experts_per_token", experts_per_token, num_experts)
     z = logits.astype(jnp.float32)
     if config.selection == "gumbel" and key is not None:
-        z = z + jax.random.gumbel(key, z.shape, jnp.float32)
+        noise = jax.random.gumbel(key, z.shape, jnp.float32)
+        z = z + noise / (config.temperature if temperature is None else temperature)
     scores = SCORINGS[config.scoring](z)
     # Softmax and sparsemax sum to 1 by themselves; sigmoids do not.
     router_probs = scores
     if config.scoring == "sigmoid":
-        router_probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
+        router_probs = _normalized_sigmoids(z)
     if config.selection == "expert_choice":
-        experts, weights = expert_choice(scores, experts_per_token)
+        experts, weights = expert_choice(
+            scores,
+            across_tokens(config.scoring, z),
+            experts_per_token,
+            documents,
+        )
         return Routing(experts, config.scale * weights, router_probs)
     experts = _selected(
         config,
         z,
-        scores,
         experts_per_token,
         bias,
         tokens,
@@ -132,41 +149,65 @@ def route(
         chosen,
         experts,
     )
+    is_empty = jnp.zeros(experts.shape, bool)
     if config.threshold:
-        skipped = importance * chosen < config.threshold
-        empty = z.shape[-1]
-        experts = jnp.where(skipped, empty, experts)
-        weights = jnp.where(skipped, 0.0, weights)
+        is_empty = importance * chosen < config.threshold
+    if documents is not None:
+        is_empty = is_empty | ~documents.is_token[..., None]
+    if config.threshold or documents is not None:
+        experts = jnp.where(is_empty, num_experts, experts)
+        weights = jnp.where(is_empty, 0.0, weights)
     return Routing(experts, weights, router_probs)
+
+
+def check_places(name: str, k: int, num_experts: int) -> None:
+    """Raises InputError unless k is an integer from 1 to the number of experts."""
+    is_integer = isinstance(k, numbers.Integral) and not isinstance(k, bool)
+    is_fine = is_integer and 1 <= k <= num_experts
+    require(is_fine, name, k, f"an integer between 1 and the number of experts, {num_experts}")
+
+
+def _normalized_sigmoids(z: Float[Array, "... E"]) -> Float[Array, "... E"]:
+    """Each sigmoid over their sum; logits far below 0, where all of them round to 0, too."""
+    return jax.nn.softmax(jax.nn.log_sigmoid(z), axis=-1)
 
 
 def _selected(
     config: RouterConfig,
     z: Float[Array, "... E"],
-    scores: Float[Array, "... E"],
     k: int,
     bias: Float[Array, " E"] | None,
     tokens: Int[Array, "..."] | None,
 ) -> Int[Array, "... k"]:
     """The experts of every token, by their scores (and a bias), or by the token's id."""
     if config.selection == "hash":
-        if tokens is None:
-            message = 'route: tokens: got None, expected the ids [B, T] for selection="hash"'
-            raise ValueError(message)
-        return hash_experts(tokens, z.shape[-1], k)
-    preferred = scores if bias is None else scores + jax.lax.stop_gradient(bias)
-    if config.selection == "grouped_topk":
-        is_kept = best_groups(
-            preferred,
-            config.num_groups,
-            config.kept_groups,
-            config.group_score,
-        )
-        return top_experts(jnp.where(is_kept, preferred, -jnp.inf), k)
-    # By logits where they order alike: scores that rounded to 0 would all tie.
-    if bias is None and config.scoring != "sparsemax":
-        return top_experts(z, k)
-    return top_experts(preferred, k)
+        return hash_experts(_hashed_ids(tokens), z.shape[-1], k)
+    # Without a bias logits order as scores do, and do not round to the same 0 or 1.
+    if bias is None and config.selection != "grouped_topk":
+        _, ids = jax.lax.top_k(jax.lax.stop_gradient(z), k)
+        return ids
+    preference = preferences(config.scoring, z, bias)
+    if config.selection != "grouped_topk":
+        return most_preferred(preference, k)
+    is_kept = best_groups(
+        preference,
+        config.scoring,
+        config.num_groups,
+        config.kept_groups,
+        config.group_score,
+    )
+    return most_preferred(preference, k, is_kept)
+
+
+def _hashed_ids(tokens: Int[Array, "..."] | None) -> Int[Array, "..."]:
+    """The ids that experts are hashed from, or a ValueError."""
+    if tokens is None:
+        message = 'route: tokens: got None, expected the ids [B, T] for selection="hash"'
+        raise ValueError(message)
+    ids = jnp.asarray(tokens)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"route: tokens: got dtype {ids.dtype}, expected integers")
+    return ids
 
 
 def _weights(
@@ -185,43 +226,11 @@ def _weights(
         weights = chosen
     if config.selection == "gumbel":
         # Straight through (arXiv 1308.3432, 1611.01144): 1 going forward, the softmax's gradient
-        # going backward.
-        weights = 1.0 + weights - jax.lax.stop_gradient(weights)
+        # going backward. The difference first: it is exactly 0.
+        weights = 1.0 + (weights - jax.lax.stop_gradient(weights))
     if config.renormalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return config.scale * weights
-
-
-def top_experts(preferred: Float[Array, "... E"], k: int) -> Int[Array, "... k"]:
-    """Ids of the k largest, largest first; among equals the lower id first, on every platform."""
-    _, ids = jax.lax.top_k(jax.lax.stop_gradient(preferred), k)
-    return ids
-
-
-def best_groups(
-    preferred: Float[Array, "... E"],
-    groups: int,
-    kept: int,
-    score: str,
-) -> Bool[Array, "... E"]:
-    """Which experts lie in the best groups of neighbors.
-
-    Args:
-      preferred: the score of every expert.
-      groups: how many equal groups there are.
-      kept: how many of them are kept.
-      score: a group's score is its best expert's ("max", DeepSeek-V2, arXiv 2405.04434) or the sum
-        of its best two ("sum_top2", DeepSeek-V3, arXiv 2412.19437).
-
-    Returns:
-      True for the experts of the kept groups.
-    """
-    # The choice has no gradient; the weights of what is chosen do.
-    members = jax.lax.stop_gradient(preferred).reshape(*preferred.shape[:-1], groups, -1)
-    best_members, _ = jax.lax.top_k(members, 2 if score == "sum_top2" else 1)
-    chosen = top_experts(jnp.sum(best_members, axis=-1), kept)
-    is_kept = jnp.any(chosen[..., None] == jnp.arange(groups), axis=-2)
-    return jnp.repeat(is_kept, members.shape[-1], axis=-1)
 
 
 def hash_experts(
@@ -245,29 +254,6 @@ def hash_experts(
     first = h[..., None] % num_experts
     experts = (first + jnp.arange(k, dtype=jnp.uint32)) % num_experts
     return experts.astype(jnp.int32)
-
-
-def expert_choice(
-    scores: Float[Array, "B T E"],
-    k: int,
-) -> tuple[Int[Array, "B T E"], Float[Array, "B T E"]]:
-    """Every expert takes its ceil(k T / E) best tokens of each row (arXiv 2202.09368).
-
-    The balance is perfect, and the choice is not causal.
-
-    A token may have any number of experts: it gets E places, those not filled are empty. Ties go to
-    earlier tokens.
-    """
-    num_tokens, num_experts = scores.shape[-2:]
-    capacity = min(num_tokens, math.ceil(k * num_tokens / num_experts))
-    # [B, E, T]: every expert ranks the tokens.
-    by_expert = jnp.swapaxes(jax.lax.stop_gradient(scores), -1, -2)
-    _, taken = jax.lax.top_k(by_expert, capacity)  # [B, E, capacity]
-    nothing = jnp.zeros(by_expert.shape, bool)
-    is_taken = jnp.put_along_axis(nothing, taken, True, axis=-1, inplace=False)
-    is_taken = jnp.swapaxes(is_taken, -1, -2)
-    experts = jnp.where(is_taken, jnp.arange(num_experts), num_experts)
-    return experts, jnp.where(is_taken, scores, 0.0)
 
 
 def count_places(experts: Int[Array, "B T k"], num_experts: int) -> Float[Array, "B E"]:

@@ -5,11 +5,12 @@ layer x score < threshold. Both are found once, on
 a batch of held-out text, with a model whose router has any threshold above 0 (so that it has the
 state):
 
-    routers = calibrated(lambda routers: logits_of(params, routers, batch), state.routers)
+    is_token = batch.segment_ids != 0
+    routers = calibrated(lambda routers: logits_of(params, routers, batch), state.routers, is_token)
     # [L, B, T, k], layers as in the importances
     scores = chosen_scores(router, router_logits, k)
     # for config.router.threshold
-    threshold = skip_threshold(importances, scores, skip_rate=0.8)
+    threshold = skip_threshold(importances, scores, skip_rate=0.8, is_token=is_token)
 
 The paper minimizes the divergence over thresholds that skip at least the wanted fraction. Both grow
 with a threshold, so for one kind of tokens the least threshold that skips enough is the best one;
@@ -25,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from gatedjax.config.moe import RouterConfig
 from gatedjax.layers.moe.routing import route
+from gatedjax.layers.moe.statistics import fraction
 from gatedjax.layers.tree import flatten_dict, unflatten_dict
 
 # The importance of a layer of which nothing is skipped.
@@ -38,6 +40,7 @@ NEVER = 1e30
 def calibrated(
     logits_of: Callable[[Mapping], Float[Array, "B T X"]],
     state: Mapping[str, Any],
+    is_token: Bool[Array | np.ndarray, "B T"] | None = None,
 ) -> dict:
     """The router state with every layer's importance.
 
@@ -49,6 +52,7 @@ def calibrated(
     Args:
       logits_of: the model's logits with a router state; routers with a threshold above 0.
       state: `TrainState.routers`; importances are [P], a number for each period.
+      is_token: False for padding, which is not counted; None where there is none.
 
     Returns:
       The state, importances replaced.
@@ -72,22 +76,30 @@ def calibrated(
             # An importance of 0 is below every threshold: all experts of this layer are skipped.
             without_layer = dict(nothing_skipped)
             without_layer[path] = without_layer[path].at[period].set(0.0)
-            moved = divergence(log_p, logits_of(unflatten_dict(without_layer)))
+            moved = divergence(log_p, logits_of(unflatten_dict(without_layer)), is_token)
             found[path] = found[path].at[period].set(moved)
     return unflatten_dict(found)
 
 
-def divergence(log_p: Float[Array, "... X"], logits: Float[Array, "... X"]) -> Float[Array, ""]:
-    """`mean KL(p || softmax(logits))`, nats, float32."""
+def divergence(
+    log_p: Float[Array, "... X"],
+    logits: Float[Array, "... X"],
+    is_token: Bool[Array | np.ndarray, "..."] | None = None,
+) -> Float[Array, ""]:
+    """`mean KL(p || softmax(logits))` over tokens, nats, float32; 0 without any."""
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+    of_token = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    if is_token is None:
+        return jnp.mean(of_token)
+    number = jnp.sum(jnp.asarray(is_token), dtype=jnp.float32)
+    return fraction(jnp.sum(jnp.where(is_token, of_token, 0.0)), number)
 
 
 def chosen_scores(
     config: RouterConfig,
     logits: Float[Array | np.ndarray, "... E"],
     k: int,
-    **inputs: Array,
+    **inputs: Any,
 ) -> Float[Array, "... k"]:
     """The scores of each token's experts, which the threshold is compared with.
 
@@ -119,6 +131,7 @@ def skip_threshold(
     importance: Array | np.ndarray,
     scores: Array | np.ndarray,
     skip_rate: float,
+    is_token: Array | np.ndarray | None = None,
 ) -> float:
     """The least threshold by which at least `skip_rate` of all places are skipped.
 
@@ -128,21 +141,34 @@ def skip_threshold(
       importance: [L], of every layer.
       scores: [L, ...], of the chosen experts of every layer.
       skip_rate: the fraction of places to be skipped.
+      is_token: [...] without the places, False for padding, which is not counted; None where there
+        is none.
 
     Returns:
       The threshold.
 
     Raises:
-      ValueError: a skip rate outside [0, 1], or lengths that differ.
+      ValueError: a skip rate outside [0, 1], shapes that do not fit, scores that are not finite.
     """
-    if not 0 <= skip_rate <= 1:
+    if isinstance(skip_rate, bool | np.bool_) or not 0 <= skip_rate <= 1:
         raise ValueError(f"skip_threshold: skip_rate: got {skip_rate}, expected 0 to 1")
     if importance.ndim != 1 or scores.shape[:1] != importance.shape:
         expected = f"[L, ...], L of {importance.shape}"
         raise ValueError(f"skip_threshold: scores: got shape {scores.shape}, expected {expected}")
     by_layer = np.asarray(importance, np.float32)
     by_layer = by_layer.reshape(-1, *[1] * (scores.ndim - 1))
-    ordered = np.sort(by_layer * np.asarray(scores, np.float32), axis=None)
+    products = by_layer * np.asarray(scores, np.float32)
+    if is_token is not None:
+        mask = np.asarray(is_token, bool)
+        if mask.shape != scores.shape[1:-1]:
+            expected = f"{scores.shape[1:-1]} for scores of shape {scores.shape}"
+            raise ValueError(
+                f"skip_threshold: is_token: got shape {mask.shape}, expected {expected}"
+            )
+        products = products[:, mask]
+    if not np.all(np.isfinite(products)):
+        raise ValueError("skip_threshold: scores: got NaN or Inf, expected finite numbers")
+    ordered = np.sort(products, axis=None)
     skipped = math.ceil(skip_rate * ordered.size)
     if not skipped:
         return 0.0

@@ -2,18 +2,21 @@
 
 No token is routed; experts work on mixtures of all of them.
 
-Not causal, and blind to document boundaries: for encoders. A causal model refuses it
-(`config/run.py`).
+Not causal: for encoders; a causal model refuses it (`config/run.py`). Slots are means over a
+document, not over the row that it is packed in, and padding is in none of them.
 """
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gatedjax.config import SoftMoEConfig
 from gatedjax.layers.base import FeedForward
+from gatedjax.layers.documents import Documents, documents_of, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.mlp import gated_product
 from gatedjax.layers.norm import unit_length
@@ -38,9 +41,27 @@ def slot_logits(
     return scale * jnp.einsum("btm,mes->btes", x, phi)
 
 
-def dispatch_weights(logits: Float[Array, "B T E s"]) -> Float[Array, "B T E s"]:
-    """What each slot takes of each token: a softmax over the tokens."""
-    return jax.nn.softmax(logits, axis=1)
+def dispatch_weights(
+    logits: Float[Array, "B T E s"],
+    documents: Documents | None = None,
+) -> Float[Array, "B T E s"]:
+    """What each slot takes of each token: a softmax over the tokens of a document.
+
+    Args:
+      logits: of tokens and slots.
+      documents: of the rows; None where every row is one.
+    """
+    if documents is None:
+        return jax.nn.softmax(logits, axis=1)
+    num_tokens = logits.shape[1]
+
+    def softmax_of_row(logits: Float[Array, "T E s"], index: Int[Array, " T"]) -> Array:
+        largest = jax.ops.segment_max(jax.lax.stop_gradient(logits), index, num_tokens)
+        exps = jnp.exp(logits - largest[index])
+        return exps / jax.ops.segment_sum(exps, index, num_tokens)[index]
+
+    dispatch = jax.vmap(softmax_of_row)(logits, documents.index)
+    return without_padding(dispatch, documents.is_token)
 
 
 def combine_weights(logits: Float[Array, "B T E s"]) -> Float[Array, "B T E s"]:
@@ -58,7 +79,7 @@ def soft_experts(
     down: Float[Array, "E F M"],
     activation: str,
 ) -> Float[Array, "B T M"]:
-    """Slots are means of tokens, outputs are means of slots; both in float32.
+    """Slots are means of tokens, outputs are means of slots; both in float32. One document a row.
 
     Args:
       x: the tokens.
@@ -78,10 +99,65 @@ def soft_experts(
     return jnp.einsum("btes,besm->btm", combine, y.astype(jnp.float32)).astype(x.dtype)
 
 
+def soft_experts_of_documents(
+    x: Float[Array, "B T M"],
+    dispatch: Float[Array, "B T E s"],
+    combine: Float[Array, "B T E s"],
+    documents: Documents,
+    gate: Float[Array, "E M F"],
+    up: Float[Array, "E M F"],
+    down: Float[Array, "E F M"],
+    activation: str,
+) -> Float[Array, "B T M"]:
+    """`soft_experts` of every document of packed rows, by itself: the first of every row, then the
+    second, and so on. Other documents are selected away, not multiplied by 0.
+
+    Args:
+      x: the tokens.
+      dispatch: `dispatch_weights`.
+      combine: `combine_weights`.
+      documents: of the rows.
+      gate, up, down: the matrices of the experts' gated MLPs.
+      activation: of the gate.
+
+    Returns:
+      The outputs, 0 for padding.
+    """
+
+    # What lies between is computed again in the backward pass, and not kept for each document.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_document(number: Array, arrays: tuple[Array, Array, Array]) -> Array:
+        mask = documents.is_token & (documents.index == number)
+        own_x, own_dispatch, own_combine = (without_padding(array, mask) for array in arrays)
+        y = soft_experts(
+            own_x,
+            own_dispatch,
+            own_combine,
+            gate,
+            up,
+            down,
+            activation,
+        )
+        return without_padding(y, mask)
+
+    def add(y: Array, number: Array) -> tuple[Array, None]:
+        arrays = (x, dispatch, combine)
+        # The loop is as long as a row; the documents mostly are fewer.
+        is_there = jnp.any(documents.is_token & (documents.index == number))
+        nothing = jnp.zeros_like(y)
+        return y + jax.lax.cond(
+            is_there, lambda: of_document(number, arrays), lambda: nothing
+        ), None
+
+    y, _ = jax.lax.scan(add, jnp.zeros_like(x), jnp.arange(x.shape[1]))
+    return y
+
+
 class SoftMoE(FeedForward):
     """E gated MLPs with s slots each.
 
-    Cost does not depend on how many experts there are, only on E s.
+    Cost does not depend on how many experts there are, only on E s (and on the number of documents,
+    each of which has its own slots).
     """
 
     config: SoftMoEConfig
@@ -113,21 +189,36 @@ class SoftMoE(FeedForward):
         gate = self._stack("gate", ("embed", "mlp"), (width, c.hidden))
         up = self._stack("up", ("embed", "mlp"), (width, c.hidden))
         down = self._stack("down", ("mlp", "embed"), (c.hidden, width))
+        documents = documents_of(info)
+        if documents is not None:
+            x = without_padding(x, documents.is_token)
         logits = slot_logits(x, phi, scale)
-        dispatch = dispatch_weights(logits)
+        dispatch = dispatch_weights(logits, documents)
         combine = combine_weights(logits)
         record(self, "dispatch", dispatch)
         record(self, "combine", combine)
         x = x.astype(self.dtype)
-        y = soft_experts(
-            x,
-            dispatch,
-            combine,
-            gate,
-            up,
-            down,
-            c.activation,
-        )
+        if documents is None:
+            y = soft_experts(
+                x,
+                dispatch,
+                combine,
+                gate,
+                up,
+                down,
+                c.activation,
+            )
+        else:
+            y = soft_experts_of_documents(
+                x,
+                dispatch,
+                combine,
+                documents,
+                gate,
+                up,
+                down,
+                c.activation,
+            )
         return y, {}, router_logits
 
     def _stack(

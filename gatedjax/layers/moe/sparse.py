@@ -13,13 +13,15 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import GatedMLPConfig, SparseMoEConfig
 from gatedjax.layers.base import FeedForward
+from gatedjax.layers.documents import Documents, documents_of, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.mlp import GatedMLP
 from gatedjax.layers.moe import state as router_state
-from gatedjax.layers.moe.capacity import capacities, limit_capacity
+from gatedjax.layers.moe.capacity import capacity_of_places, limit_capacity
 from gatedjax.layers.moe.exchange import Assigned, distributed_mixture
 from gatedjax.layers.moe.experts import Stacks, constant_experts, mixture, weight_of
 from gatedjax.layers.moe.routing import ACTIVATIONS, Routing, count_places, modified_input, route
+from gatedjax.layers.moe.selection import across_tokens
 from gatedjax.layers.moe.statistics import router_statistics
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
@@ -28,7 +30,7 @@ from gatedjax.sharding import manual_axes, per_shard
 
 
 class SparseMoE(FeedForward):
-    """Each token goes to its k experts.
+    """Each token goes to its k experts. Padding goes to none, and its output is 0.
 
     A shared expert may see every token, behind its own gate.
     """
@@ -46,17 +48,29 @@ class SparseMoE(FeedForward):
 
         Args:
           x: the tokens.
-          info: its `tokens` are what selection "hash" goes by.
+          info: its `segment_ids` say what is padding and what is a document, its `tokens` are what
+            selection "hash" goes by.
           router_logits: of the sparse layer before, for the gating residual; None in the first.
         """
         c = self.config
+        documents = documents_of(info)
+        mask = None if documents is None else documents.is_token
+        x = without_padding(x, mask)
+        if router_logits is not None:
+            router_logits = without_padding(router_logits, mask)
         logits = self._logits(x, router_logits)
         state = router_state.RouterState(c, name=router_state.NAME)()
-        routing = self._routing(logits, state, info)
+        routing = self._routing(logits, state, info, documents)
         # Counted before any limit: the losses are about what the router wanted.
         chosen = count_places(routing.experts, c.total_experts)
-        if c.capacity_factor:
-            routing = limit_capacity(routing, capacities(c, x.shape[1]), c.capacity_order)
+        if c.capacity_factor and self.training:
+            routing = limit_capacity(
+                routing,
+                capacity_of_places(c, routing.experts, documents),
+                c.capacity_order,
+                documents=documents,
+                priority=self._priority(logits, routing),
+            )
         record(self, "router_probs", routing.router_probs)
         record(self, "experts", routing.experts)
         record(self, "expert_weights", routing.weights)
@@ -74,6 +88,7 @@ class SparseMoE(FeedForward):
                 routing,
                 chosen,
                 dropped,
+                mask,
             ),
             logits,
         )
@@ -125,21 +140,43 @@ class SparseMoE(FeedForward):
         logits: Float[Array, "B T E"],
         state: dict[str, Array],
         info: TokenInfo | None,
+        documents: Documents | None,
     ) -> Routing:
         router = self.config.router
         # Without a random stream (evaluation) the choice is the most likely one.
         key = None
         if router.selection == "gumbel" and self.has_rng("router"):
             key = self.make_rng("router")
+        temperature = state.get("temperature", router.temperature)
         return route(
             router,
-            logits / state.get("temperature", router.temperature),
+            logits / temperature,
             self.config.experts_per_token,
+            temperature=temperature,
             bias=state.get("bias"),
             importance=state.get("importance", 1.0),
             tokens=None if info is None else info.tokens,
             key=key,
+            documents=documents,
         )
+
+    def _priority(
+        self,
+        logits: Float[Array, "B T E"],
+        routing: Routing,
+    ) -> Float[Array, "B T"] | None:
+        """Which tokens come first where experts have a capacity: those most sure of their best."""
+        c = self.config
+        if c.capacity_order != "priority":
+            return None
+        ordered_by = across_tokens(c.router.scoring, logits)
+        of_places = jnp.take_along_axis(
+            ordered_by,
+            jnp.minimum(routing.experts, c.total_experts - 1),
+            axis=-1,
+        )
+        is_filled = routing.experts < c.total_experts
+        return jnp.max(jnp.where(is_filled, of_places, -jnp.inf), axis=-1)
 
     def _experts(
         self,

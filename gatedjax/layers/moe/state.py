@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
+from gatedjax.layers.moe.statistics import loads
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.tree import flatten_dict, unflatten_dict
 
@@ -196,10 +197,10 @@ def target_load(config: SparseMoEConfig) -> Float[Array, " E"]:
 def load_error(counts: Float[Array, "... E"], target: Float[Array, " E"]) -> Float[Array, "... E"]:
     """How far each expert is below its target, relative to an even load.
 
-    1 if it had nothing of an even load.
+    1 if it had nothing of an even load; 0 where nothing was assigned to any expert.
     """
-    load = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
-    return (target - load) * target.shape[0]
+    is_something = jnp.sum(counts, axis=-1, keepdims=True) > 0
+    return jnp.where(is_something, (target - loads(counts)) * target.shape[0], 0.0)
 
 
 def sign_update(

@@ -35,10 +35,11 @@ gradients.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 # What is kept of a row: [R, 1] each.
@@ -251,6 +252,42 @@ class Softmax(Normalizer):
         # As ds of a key whose value is 0, and so its dp.
         (lse,) = saved
         return -self.functions.exp(sink - finite(lse)) * deltas[0]
+
+
+# Parameters that normalizers share.
+
+
+def checked_integer(
+    name: str,
+    value: Any,
+    least: int,
+) -> int:
+    """An integer parameter of a normalizer as a Python number.
+
+    Args:
+      name: the normalizer and the parameter, for the error.
+      value: what the caller gave.
+      least: the least that has a meaning.
+
+    Returns:
+      The integer.
+
+    Raises:
+      ValueError: it is none, or less.
+    """
+    # To Python a bool is an integer too.
+    is_bool = isinstance(value, bool | np.bool_)
+    if is_bool or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected an integer from {least} on")
+    return int(value)
+
+
+def set_length(normalizer: Normalizer, length: Any) -> None:
+    """Checks the number of keys that a normalizer is made for; None if it is not known yet."""
+    if length is not None:
+        name = f"{type(normalizer).__name__}: length"
+        # The dataclass is frozen, so that it is hashable.
+        object.__setattr__(normalizer, "length", checked_integer(name, length, 1))
 
 
 # Arithmetic that normalizers share.

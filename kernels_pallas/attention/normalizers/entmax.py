@@ -16,6 +16,7 @@ from kernels_pallas.attention.normalizers.base import (
     KeyPass,
     Normalizer,
     Row,
+    checked_integer,
     finite,
     inverse,
     masked,
@@ -50,6 +51,8 @@ class Entmax(Normalizer):
         if not 1 < self.alpha <= 2:
             expected = "above 1 and at most 2 (1 is softmax)"
             raise ValueError(f"Entmax: alpha: got {self.alpha}, expected {expected}")
+        # The dataclass is frozen, so that it is hashable.
+        object.__setattr__(self, "steps", checked_integer("Entmax: steps", self.steps, 1))
 
     def prepare(
         self,
@@ -157,11 +160,12 @@ class Entmax(Normalizer):
         y = jnp.maximum((self.alpha - 1) * (masked(s, seen) - m) - tau, 0)
         # y^(1 / (alpha - 1)) and y^((2 - alpha) / (alpha - 1)), which two cases have in short.
         if self.alpha == 2:
-            return y, (y > 0).astype(y.dtype)
+            # 0, 1 or NaN.
+            return y, jnp.sign(y)
         if self.alpha == 1.5:
             return y * y, y
-        # By logarithms; 0 stays 0.
-        log_weight = jnp.log(jnp.where(y > 0, y, 1)) / (self.alpha - 1)
-        weight = jnp.where(y > 0, jnp.exp(log_weight), 0)
-        u = jnp.where(y > 0, jnp.exp((2 - self.alpha) * log_weight), 0)
+        # By logarithms; 0 stays 0, and NaN stays NaN.
+        log_weight = jnp.log(jnp.where(y == 0, 1, y)) / (self.alpha - 1)
+        weight = jnp.where(y == 0, 0, jnp.exp(log_weight))
+        u = jnp.where(y == 0, 0, jnp.exp((2 - self.alpha) * log_weight))
         return weight, u

@@ -5,6 +5,7 @@ or two a row. So memory stays linear in T, and time grows with the passes. The c
 `base.py`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -19,12 +20,14 @@ from kernels_pallas.attention.normalizers.base import (
     Normalizer,
     Row,
     Softmax,
+    checked_integer,
     finite,
     inverse,
     masked,
     online_exp,
     row_max,
     row_sum,
+    set_length,
     softplus,
 )
 
@@ -45,9 +48,11 @@ class ClippedSoftmax(Normalizer):
     passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or self.zeta < 1:
+        # Written so that NaN is refused too.
+        if not (0 <= self.alpha < math.inf and 1 <= self.zeta < math.inf):
             got = f"alpha={self.alpha}, zeta={self.zeta}"
             raise ValueError(f"ClippedSoftmax: got {got}, expected at least 0 and at least 1")
+        set_length(self, self.length)
 
     def for_length(self, length: int) -> "ClippedSoftmax":
         return self if self.length else replace(self, length=length)
@@ -147,9 +152,9 @@ class ReweightedSoftplus(Normalizer):
     passes: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.power, int) or self.power < 2:
-            expected = "an integer from 2 on"
-            raise ValueError(f"ReweightedSoftplus: power: got {self.power}, expected {expected}")
+        power = checked_integer("ReweightedSoftplus: power", self.power, 2)
+        # The dataclass is frozen, so that it is hashable.
+        object.__setattr__(self, "power", power)
 
     def prepare(
         self,
@@ -163,10 +168,10 @@ class ReweightedSoftplus(Normalizer):
             keys: Array,
         ) -> Row:
             total, count, m = row
-            s = masked(s, seen)
             # How many keys a row sees: with `seen` None all of the tile.
-            visible = (s > -jnp.inf).astype(s.dtype)
+            visible = jnp.ones_like(s) if seen is None else jnp.where(seen, 1, jnp.zeros_like(s))
             count = count + row_sum(visible)
+            s = masked(s, seen)
             m = jnp.maximum(m, row_max(s))
             total = total + row_sum(softplus(s))
             return total, count, m
@@ -265,9 +270,18 @@ class AdaptiveTemperature(Normalizer):
 
     polynomial: tuple[float, ...] = (-0.037, 0.481, -2.3, 4.917, -1.791)
     threshold: float = 0.5
+    # The weights, and d weights / d beta.
     sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
     passes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        numbers = (*self.polynomial, self.threshold)
+        if not all(math.isfinite(x) for x in numbers):
+            got = f"polynomial={self.polynomial}, threshold={self.threshold}"
+            raise ValueError(f"AdaptiveTemperature: got {got}, expected finite numbers")
+        # A static argument must be hashable, so no list.
+        object.__setattr__(self, "polynomial", tuple(self.polynomial))
 
     def prepare(
         self,

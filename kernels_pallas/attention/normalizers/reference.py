@@ -95,7 +95,7 @@ def _relu(
     seen: Array,
 ) -> Array:
     assert normalizer.length is not None, "api.py fills it in"
-    return jax.nn.relu(s) ** normalizer.power / normalizer.length
+    return _positive_part(s) ** normalizer.power / normalizer.length
 
 
 def _softpick(
@@ -109,7 +109,7 @@ def _softpick(
     expm1 = jnp.expm1(-jnp.abs(s))
     x = jnp.where(s > 0, -jnp.exp(s - m) * expm1, jnp.exp(-m) * expm1)
     total = row_sum(jnp.where(seen, jnp.abs(x), 0))
-    return jax.nn.relu(x) / (total + normalizer.eps)
+    return _positive_part(x) / (total + normalizer.eps)
 
 
 def _self_adjust(
@@ -166,12 +166,12 @@ def _reweighted_softplus(
     count = row_sum(seen.astype(s.dtype))
     # n A - 1; in rows of 3 keys or fewer n A.
     above_mean = _softplus(normalizer, s, seen) * count - (count > 3)
-    x = jax.nn.relu(above_mean)
+    x = _positive_part(above_mean)
     # Divided out: a constant factor of the row, which the sum takes out again.
     largest = lax.stop_gradient(_largest(x, seen))
-    # What is left of a row whose weights are all equal is rounding error.
-    positive = largest > 1e-6
-    x = jnp.where(positive, x, 0) / jnp.where(positive, largest, 1)
+    # What is left of a row whose weights are all equal is rounding error. NaN is not.
+    is_nothing = largest <= 1e-6
+    x = jnp.where(is_nothing, 0, x) / jnp.where(is_nothing, 1, largest)
     return _normalized(x**normalizer.power, seen)
 
 
@@ -194,9 +194,10 @@ def _entmax(
     s: Array,
     seen: Array,
 ) -> Array:
-    """Bisection of tau, then one Newton step.
+    """Bisection of tau, then two Newton steps.
 
-    The step moves tau no more, and makes its gradient that of the exact root.
+    The steps move tau no more. The first makes its gradient that of the exact root, the second its
+    second derivative.
     """
     alpha = normalizer.alpha
     # Logits count from their maximum, so tau lies in [-1, 0).
@@ -205,12 +206,12 @@ def _entmax(
 
     def above(tau: Array) -> Array:
         """relu(z - tau)."""
-        return jnp.where(seen, jax.nn.relu(z - tau), 0)
+        return jnp.where(seen, _positive_part(z - tau), 0)
 
     def power(y: Array, exponent: float) -> Array:
-        """y^exponent, 0 at 0 with no gradient."""
-        positive = jnp.where(y > 0, y, 1)
-        return jnp.where(y > 0, positive**exponent, 0)
+        """y^exponent, 0 at 0 with no gradient; NaN stays."""
+        positive = jnp.where(y == 0, 1, y)
+        return jnp.where(y == 0, 0, positive**exponent)
 
     def total(tau: Array) -> Array:
         return row_sum(power(above(tau), 1 / (alpha - 1)))
@@ -226,10 +227,10 @@ def _entmax(
     high = jnp.zeros_like(low)
     tau, _ = lax.fori_loop(0, 60, halve, lax.stop_gradient((low, high)))
     tau = lax.stop_gradient(tau)
-    slope = row_sum(power(above(tau), (2 - alpha) / (alpha - 1))) / (alpha - 1)
-    slope = lax.stop_gradient(slope)
-    # A row that sees nothing has slope 0.
-    tau = tau + (total(tau) - 1) / jnp.where(slope == 0, 1, slope)
+    for _ in range(2):
+        slope = row_sum(power(above(tau), (2 - alpha) / (alpha - 1))) / (alpha - 1)
+        # A row that sees nothing has slope 0.
+        tau = tau + (total(tau) - 1) / jnp.where(slope == 0, 1, slope)
     return power(above(tau), 1 / (alpha - 1))
 
 
@@ -248,10 +249,16 @@ _FORMULAS: dict[type[Normalizer], Callable[..., Any]] = {
 }
 
 
+def _positive_part(x: Array) -> Array:
+    """relu(x), with NaN's gradient where x is NaN: that of `jax.nn.relu` is 0 there."""
+    return jnp.where(x <= 0, 0, x)
+
+
 def _largest(s: Array, seen: Array) -> Array:
     """The row's largest seen logit; 0 in a row that sees none."""
     m = jnp.max(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(m == -jnp.inf, 0, m)
+    # Not where m is -inf: of a row that sees only that, softmax is NaN.
+    return jnp.where(jnp.any(seen, axis=-1, keepdims=True), m, 0)
 
 
 def _normalized(x: Array, seen: Array) -> Array:

@@ -20,6 +20,7 @@ from kernels_pallas.attention.normalizers.base import (
     relu,
     row_max,
     row_sum,
+    set_length,
     softplus,
 )
 
@@ -54,6 +55,9 @@ class Sigmoid(_Elementwise):
 
     length: int | None = None
 
+    def __post_init__(self) -> None:
+        set_length(self, self.length)
+
     def for_length(self, length: int) -> "Sigmoid":
         return self if self.length else replace(self, length=length)
 
@@ -83,8 +87,9 @@ class Relu(_Elementwise):
     length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.power not in (1, 2):
+        if isinstance(self.power, bool) or self.power not in (1, 2):
             raise ValueError(f"Relu: power: got {self.power}, expected 1 or 2")
+        set_length(self, self.length)
 
     def for_length(self, length: int) -> "Relu":
         return self if self.length else replace(self, length=length)
@@ -101,7 +106,8 @@ class Relu(_Elementwise):
         assert self.length is not None, "api.py fills it in"
         # d relu(s)^power / ds, 0 where a key is not seen.
         x = relu(masked(s, seen))
-        slope = (x > 0).astype(s.dtype) if self.power == 1 else 2 * x
+        # Of what is not negative, the sign is 0 or 1, and of NaN it is NaN.
+        slope = jnp.sign(x) if self.power == 1 else 2 * x
         ds = slope * dp * (1 / self.length)
         return self._weights(s, seen), ds
 
@@ -122,6 +128,10 @@ class Softpick(Normalizer):
     """
 
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"Softpick: eps: got {self.eps}, expected a number above 0")
 
     def start(
         self,
@@ -150,7 +160,7 @@ class Softpick(Normalizer):
         # What was summed so far has the factor e^(-before).
         keep = self.functions.exp(before - m)
         total = keep * total + row_sum(jnp.abs(x))
-        return Added((m, total), keep, (jnp.maximum(x, 0),))
+        return Added((m, total), keep, (relu(x),))
 
     def merge(
         self,
@@ -186,7 +196,8 @@ class Softpick(Normalizer):
         positive = s > 0
         # (e^s - 1) / denominator, by tanh as in `add`.
         x = jnp.tanh(0.5 * s) * (slope + self.functions.exp(-log_denominator))
-        p = jnp.where(positive, x, 0)
+        # Not `where(positive, x, 0)`: NaN stays.
+        p = relu(x)
         if seen is not None:
             p = jnp.where(seen, p, 0)
         # Negative logits have no weight, but their |e^s - 1| is in the denominator.

@@ -15,13 +15,18 @@ block of queries arrives, at its first tile.
 Tiles are transposed, keys by queries. The saved statistics of queries then run along lanes, as
 they are stored, and are broadcast over sublanes for nothing. dk and dv are products of tiles as
 they are; only dq contracts over the rows.
+
+A tile in which something is hidden looks at its numbers first: if one is NaN, infinite or so large
+that products may be, the careful version of the same code runs, whose products select. The finite
+case pays for the look alone: of keys and values at every such tile, of queries at their first.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -77,6 +82,7 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
         dv=pltpu.VMEM((keys_per_span, plan.V), jnp.float32),
         do=pltpu.VMEM((block, plan.V), do_dtype),
         deltas=pltpu.VMEM((8, block), jnp.float32),
+        careful=pltpu.SMEM((1,), jnp.int32),
     )
     # Of queries and keys, of all heads and rows of the batch.
     pairs = B * plan.H * plan.pairs
@@ -142,6 +148,8 @@ class _Scratch(NamedTuple):
     do: Ref
     # float32 [8, block]: sum(do * output) by query, along lanes; one delta a sublane.
     deltas: Ref
+    # int32 [1]: whether the block of queries, or what is known of it, has large numbers.
+    careful: Ref
 
 
 def _kernel(
@@ -191,6 +199,7 @@ def _kernel(
             refs["dslopes"][...] = jnp.zeros_like(refs["dslopes"])
         gate = None if plan.gate == "none" else _sigmoid_of_gate(plan, refs)
         _store_do_and_deltas(plan, refs, scratch, gate)
+        scratch.careful[0] = _queries_have_large(plan, refs, scratch).astype(jnp.int32)
         # Needs the deltas, so after they are stored.
         write_by_row = partial(
             _write_gradients_by_row,
@@ -225,18 +234,24 @@ def _kernel(
                 k_block,
             )
 
-        def add_tile(kind: int = int(kind)) -> None:
-            _add_tile(
-                plan,
-                refs,
-                scratch._replace(dk=scratch.dk.at[here], dv=scratch.dv.at[here]),
-                kind=kind,
-                slope=None if tables.alibi_slopes is None else tables.alibi_slopes[head],
-                first_query=q_block * block,
-                first_key=k_block * block,
-            )
+        add_tile = partial(
+            _add_tile,
+            plan,
+            refs,
+            scratch._replace(dk=scratch.dk.at[here], dv=scratch.dv.at[here]),
+            kind=int(kind),
+            slope=None if tables.alibi_slopes is None else tables.alibi_slopes[head],
+            first_query=q_block * block,
+            first_key=k_block * block,
+        )
 
-        pl.when(is_due)(add_tile)
+        def fast_or_careful(add_tile: Callable[..., None] = add_tile) -> None:
+            careful = tile.has_large(refs["k"][0], refs["v"][0])
+            careful = careful | (scratch.careful[0] != 0)
+            lax.cond(careful, partial(add_tile, careful=True), add_tile)
+
+        # Where every pair is visible, NaN goes where it belongs by itself.
+        pl.when(is_due)(fast_or_careful if plan.hides(int(kind)) else add_tile)
 
     @pl.when(flags & LAST != 0)
     def end_queries() -> None:
@@ -294,6 +309,16 @@ def _store_do_and_deltas(
             keepdims=True,
         )
         scratch.deltas[n : n + 1] = tile.as_row(delta)
+
+
+def _queries_have_large(
+    plan: Plan,
+    refs: dict[str, Ref],
+    scratch: _Scratch,
+) -> Array:
+    """Whether a block of queries, its do or a statistic of its rows needs careful products."""
+    deltas, saved = _statistics(plan, refs, scratch, slice(None))
+    return tile.has_large(refs["q"][0], scratch.do[...], *deltas, *saved)
 
 
 def _write_gradients_by_row(
@@ -372,6 +397,7 @@ def _add_tile(
     slope: Array | None,
     first_query: Array,
     first_key: Array,
+    careful: bool = False,
 ) -> None:
     """Adds what a tile contributes to dq, dk, dv and dslopes, one group of keys after another.
 
@@ -383,6 +409,7 @@ def _add_tile(
       slope: of this head, or None.
       first_query: position of the first query of the tile.
       first_key: position of the first key of the tile.
+      careful: whether what is not seen may be NaN, infinite or so large that products are.
     """
     block = plan.backward.block
     rows = plan.backward.rows
@@ -449,10 +476,15 @@ def _add_tile(
             deltas,
             saved,
         )
+        # What the products must select by; without it they take all.
+        seen = mask if careful else None
+        weights = attention_tile.selected(weights, seen)
+        ds = attention_tile.selected(ds, seen)
         # dv = weights^T do. The tile is transposed, so this is a plain product.
-        scratch.dv[keys] += tile.matmul(
+        scratch.dv[keys] += tile.selecting_product(
             plan,
             weights,
+            seen,
             scratch.do[queries],
         )
         if logits.distance is not None:
@@ -464,15 +496,19 @@ def _add_tile(
             )
             refs["dslopes"][0, 0, 0, :, queries] -= dslopes
         ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
+        # The cap's slope is NaN where a logit is, seen or not.
+        ds = attention_tile.selected(ds, seen)
         # dk = ds^T q, a plain product too; dq = ds k contracts over the rows, which are keys.
-        scratch.dk[keys] += tile.matmul(
+        scratch.dk[keys] += tile.selecting_product(
             plan,
             ds,
+            seen,
             refs["q"][0, queries],
         )
-        scratch.dq[queries] += tile.matmul(
+        scratch.dq[queries] += tile.selecting_product(
             plan,
             ds,
+            seen,
             refs["k"][0, keys],
             tile.TN,
         )

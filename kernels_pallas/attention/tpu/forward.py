@@ -11,7 +11,13 @@ and writes the block of y.
 A block of queries is computed in groups of rows. While the weights of one group are computed, the
 matrix unit already has the logits of the next ones (`Schedule.lag` of them): they stand before it
 in program order, which is what lets the compiler overlap them. On the diagonal a group stops at
-the last key that it sees. Nothing is recomputed here; the backward pass recomputes logits and
+the last key that it sees.
+
+A weight of 0 makes NaN of a value that is NaN. So a tile in which something is hidden looks whether
+its values are finite first, and if not, its products are the careful ones, which select: a second
+version of the same code, that costs nothing while it is not needed.
+
+Nothing is recomputed here; the backward pass recomputes logits and
 weights from what this kernel saves.
 """
 
@@ -19,7 +25,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -268,19 +274,24 @@ def _kernel(
             num_blocks = -(-plan.T // plan.forward.block)
             is_due &= tables.segments.may_share_segment(num_blocks, b, q_block, k_block)
 
-        def add_tile(kind: int = int(kind)) -> None:
-            _add_tile(
-                plan,
-                refs,
-                sums,
-                statistics,
-                kind=kind,
-                slope=None if tables.alibi_slopes is None else tables.alibi_slopes[h],
-                first_query=q_block * plan.forward.block,
-                first_key=k_block * plan.forward.block,
-            )
+        add_tile = partial(
+            _add_tile,
+            plan,
+            refs,
+            sums,
+            statistics,
+            kind=int(kind),
+            slope=None if tables.alibi_slopes is None else tables.alibi_slopes[h],
+            first_query=q_block * plan.forward.block,
+            first_key=k_block * plan.forward.block,
+        )
 
-        pl.when(is_due)(add_tile)
+        def fast_or_careful(add_tile: Callable[..., None] = add_tile) -> None:
+            careful = tile.has_large(refs["v"][0])
+            lax.cond(careful, partial(add_tile, careful=True), add_tile)
+
+        # Where every key is seen, NaN goes where it belongs by itself.
+        pl.when(is_due)(fast_or_careful if plan.hides(int(kind)) else add_tile)
 
     @pl.when(flags & LAST != 0)
     def end_rows() -> None:
@@ -317,6 +328,7 @@ def _add_tile(
     slope: Array | None,
     first_query: Array,
     first_key: Array,
+    careful: bool = False,
 ) -> None:
     """Adds a block of keys and values to the sums of a block of queries.
 
@@ -329,6 +341,7 @@ def _add_tile(
       slope: of this head, or None.
       first_query: position of the first query of the tile.
       first_key: position of the first key of the tile.
+      careful: whether values that are not seen may be NaN or infinite.
     """
     normalizer = plan.normalizer
     block = plan.forward.block
@@ -376,9 +389,10 @@ def _add_tile(
         for ref, statistic in zip(statistics, added.row):
             ref[group] = statistic
         for ref, weights in zip(sums, added.weights):
-            product = tile.matmul(
+            product = tile.selecting_product(
                 plan,
                 weights,
+                mask if careful else None,
                 refs["v"][0, : num_keys(start)],
             )
             kept = ref[group]

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.attention import reference
 from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.kernels import (
+    ForwardResult,
     Residuals,
     gate_kind,
     over_mesh,
@@ -28,10 +30,11 @@ from kernels_pallas.attention.kernels import (
 from kernels_pallas.attention.tpu.backward import backward
 from kernels_pallas.attention.tpu.forward import forward
 from kernels_pallas.attention.tpu.plan import LANES, KernelInputs, Plan
-from kernels_pallas.attention.tpu.tile import on_tpu
+from kernels_pallas.attention.tpu.tile import off_tpu, on_tpu
 from kernels_pallas.attention.tpu.tuning import MAX_D, schedules
 from kernels_pallas.common.padding import padded, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
+from kernels_pallas.common.second_order import differentiable_gradient
 from kernels_pallas.common.tpu import Interpret, interpret_params
 
 
@@ -176,12 +179,93 @@ def _attention(plan: Plan, inputs: KernelInputs) -> Array:
 
 
 def _forward(plan: Plan, inputs: KernelInputs) -> tuple[Array, Residuals]:
-    result = forward(plan, inputs, save=True)
+    result = _saving(plan, inputs)
     return residuals(result, inputs, plan.normalizer)
 
 
 def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
-    return (backward(plan, saved, dy),)
+    gradients = differentiable_gradient(
+        partial(backward, plan),
+        partial(_plain, plan),
+        saved,
+        saved.inputs,
+        dy,
+    )
+    return (gradients,)
+
+
+def _plain(plan: Plan, inputs: KernelInputs) -> Array:
+    """`_attention` for second derivatives."""
+    B = inputs.q.shape[0]
+    gate_logits = inputs.gate_logits
+    if gate_logits is not None and plan.gate == "element":
+        gate_logits = _columns_as_heads(gate_logits, plan.V)
+    elif gate_logits is not None:
+        # [B, H, 1, T] -> [B, T, H, 1]
+        gate_logits = jnp.moveaxis(gate_logits, 3, 1)
+    segment_ids = inputs.segment_ids
+    y = reference.attention_by_blocks(
+        AttentionInputs(
+            q=_columns_as_heads(inputs.q, plan.K),
+            k=_columns_as_heads(inputs.k, plan.K),
+            v=_columns_as_heads(inputs.v, plan.V),
+            gate_logits=gate_logits,
+            sink_logits=inputs.sink_logits,
+            alibi_slopes=inputs.alibi_slopes,
+            segment_ids=None if segment_ids is None else segment_ids[:, 0],
+        ),
+        AttentionOptions(
+            normalizer=off_tpu(plan.normalizer),
+            causal=plan.causal,
+            window=plan.window,
+            logits_soft_cap=plan.logits_soft_cap,
+            scale=plan.scale,
+        ),
+    )
+    return y.reshape(
+        B,
+        plan.T,
+        -1,
+    )
+
+
+def _columns_as_heads(x: Array, width: int) -> Array:
+    """[B, T, heads * width] -> [B, T, heads, width]."""
+    B, T, _ = x.shape
+    return x.reshape(
+        B,
+        T,
+        -1,
+        width,
+    )
 
 
 _attention.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _saving(plan: Plan, inputs: KernelInputs) -> ForwardResult:
+    """y and what the backward pass needs.
+
+    Second derivatives differentiate the forward pass of the first ones, so this has a derivative
+    too: that of y. The rest depends on the inputs as well, but `differentiable_gradient` counts
+    that as the inputs' own.
+    """
+    return forward(plan, inputs, save=True)
+
+
+def _saving_forward(plan: Plan, inputs: KernelInputs) -> tuple[ForwardResult, Residuals]:
+    result = _saving(plan, inputs)
+    _, saved = residuals(result, inputs, plan.normalizer)
+    return result, saved
+
+
+def _saving_backward(
+    plan: Plan,
+    saved: Residuals,
+    cotangents: ForwardResult,
+) -> tuple[KernelInputs]:
+    return _backward(plan, saved, cotangents.y)
+
+
+_saving.defvjp(_saving_forward, _saving_backward)

@@ -95,6 +95,10 @@ class Plan(NamedTuple):
         """Pairs of a query and a key that the mask leaves, without segments."""
         return count_visible_pairs(self.T, self.causal, self.window)
 
+    def hides(self, kind: int) -> bool:
+        """Whether a tile of this kind may have a pair that is not visible."""
+        return kind in (DIAGONAL, MASKED) or self.segments
+
     @property
     def saved_outputs(self) -> list[int]:
         """Which outputs of the normalizer the forward kernel writes for the backward kernel."""
@@ -148,9 +152,8 @@ def tile_kinds(plan: Plan, block: int) -> Int[np.ndarray, "N N"]:
         # |distance| < window, of the nearest and of the farthest pair.
         some_visible = some_visible & (nearest < plan.window) & (farthest > -plan.window)
         all_visible = all_visible & (farthest < plan.window) & (nearest > -plan.window)
-    if plan.slopes and plan.T % block:
-        # Queries of padding would weigh keys by a slope alone. It may be negative, and then large
-        # distances overflow.
+    if plan.T % block:
+        # Queries of padding must see nothing: see `tile.visible`.
         all_visible = all_visible & (last_query < plan.T)
 
     kinds = np.full(shape, EMPTY)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import kernel_tile
 from kernels_pallas.attention import tile as attention_tile
@@ -65,6 +66,71 @@ def matmul(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+
+
+# A magnitude from which on a product may overflow. Below it dp = do v^T is finite, and a weight of
+# 0 makes 0 of it; sums of 256 products of two such numbers stay below 2^127.
+LARGE_EXPONENT = 59
+
+
+def has_large(*blocks: Array) -> Array:
+    """Whether any number of some blocks is NaN, infinite, or at least 2^59: a scalar bool.
+
+    By integers, so that NaN needs no care: what is added to a number's exponent carries into the
+    place of its sign if the exponent is as large. Of bfloat16 two are tested in one lane. What is
+    slow is the way from lanes to a scalar, and all blocks go it together.
+    """
+    found = _large_by_lane(blocks[0])
+    for x in blocks[1:]:
+        found = jnp.maximum(found, _large_by_lane(x))
+    return jnp.max(found) > 0
+
+
+def _large_by_lane(x: Array) -> Array:
+    """1 where `has_large` is true of a number in that place of a register, [8 or 1, 128]."""
+    # The exponent of 2^59 is 59 + 127; the sign is 256 beyond an exponent of 0.
+    to_sign = 256 - (LARGE_EXPONENT + 127)
+    if x.dtype == jnp.bfloat16:
+        x = pltpu.bitcast(x, jnp.int32)
+        exponents = 0x7F807F80
+        carry = (to_sign << 23) | (to_sign << 7)
+        signs = 0x80008000 - 2**32
+    else:
+        x = lax.bitcast_convert_type(x, jnp.int32)
+        exponents = 0x7F800000
+        carry = to_sign << 23
+        signs = 0x80000000 - 2**32
+    carried = (x & exponents) + carry
+    # Registers are folded onto one: in halves, and what is odd one by one.
+    while carried.shape[0] % 16 == 0:
+        half = carried.shape[0] // 2
+        carried = carried[:half] | carried[half:]
+    rows = min(8, carried.shape[0])
+    folded = jnp.zeros((rows, LANES), jnp.int32)
+    for row in range(0, carried.shape[0], rows):
+        for lane in range(0, carried.shape[1], LANES):
+            folded = folded | carried[row : row + rows, lane : lane + LANES]
+    return (folded & signs != 0).astype(jnp.float32)
+
+
+def selecting_product(
+    plan: Plan,
+    weights: Array,
+    seen: Array | None,
+    x: Array,
+    contraction: Contraction = NN,
+) -> Array:
+    """`matmul` of weights and x that leaves out rows of x that are not seen, whatever they hold."""
+
+    def product(x: Array, y: Array) -> Array:
+        return matmul(plan, x, y, contraction)
+
+    if seen is None:
+        return product(weights, x)
+    # A vector unit may know no bfloat16.
+    x = x.astype(jnp.float32)
+    special = attention_tile.special_products(weights, seen, x, product)
+    return product(weights, attention_tile.without_special(x)) + special
 
 
 def positions(
@@ -129,9 +195,10 @@ def visible(plan: Plan, at: Positions, by_position: bool) -> Array | None:
         query_segments=at.query_segments,
         key_segments=at.key_segments,
     )
-    if not plan.slopes:
+    if plan.T % plan.forward.block == 0 and plan.T % plan.backward.block == 0:
         return mask
-    # Queries of padding would weigh keys by a slope alone, which may be negative: exp overflows.
+    # Queries of padding are zeros, and see nothing: 0 times an infinite key is NaN, and weights by
+    # a slope alone, which may be negative, overflow.
     tile_shape = jnp.broadcast_shapes(at.queries.shape, at.keys.shape)
     real = jnp.broadcast_to(at.queries < plan.T, tile_shape)
     return real if mask is None else mask & real
@@ -219,6 +286,11 @@ class LaneSoftmax(Softmax):
 def on_tpu(normalizer: Normalizer) -> Normalizer:
     """The normalizer in the form that is fastest here."""
     return LaneSoftmax() if type(normalizer) is Softmax else normalizer
+
+
+def off_tpu(normalizer: Normalizer) -> Normalizer:
+    """The inverse of `on_tpu`."""
+    return Softmax() if type(normalizer) is LaneSoftmax else normalizer
 
 
 def lanes(normalizer: Normalizer) -> int:

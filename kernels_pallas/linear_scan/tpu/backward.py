@@ -158,7 +158,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         dstate: Array,
         keep_dstate: Callable[[Array], None],
         segments: nonfinite.Segments | None = None,
-    ) -> Generator:
+    ) -> Generator[None, None, tuple[Array, Array, Array, Array | None]]:
         # `segments` are given where something is not finite.
         run = vector_head if plan.decay == "vector" else scalar_head
         do = tokens.do
@@ -292,9 +292,11 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         tokens.store("dq", plan.H, plan.K, dq)
         tokens.store_sum("dk", plan.Hk, plan.K, dk, sums)
         tokens.store_sum("dv", plan.Hv, plan.V, dv, sums)
+        if dlog_decay is None:
+            return
         if plan.decay == "vector":
             tokens.store("ddecay", plan.H, plan.K, dlog_decay)
-        elif dlog_decay is not None:
+        else:
             tokens.store_scalar_dlog_decay(dlog_decay)
 
     def head(chunk: int, h: int, from_ref: Ref, sums: dict) -> Generator:
@@ -317,7 +319,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         # Queries, cotangents and decays go into dstate and stay there; keys and values into dq, or
         # only into the decays' gradient.
         check.add(dq)
-        if plan.decay == "scalar":
+        if plan.decay == "scalar" and dlog_decay is not None:
             check_of_decays.add(dlog_decay)
 
     def head_with_nan(chunk: Array, h: Array) -> Generator:
@@ -341,7 +343,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         dq = poisoned(is_bad.dq > 0, dq)
         dk = poisoned(is_bad.dk > 0, dk)
         dv = poisoned(is_bad.dv > 0, dv)
-        if plan.decay == "vector":
+        if dlog_decay is not None and plan.decay == "vector":
             dlog_decay = poisoned(is_bad.dlog_decay > 0, dlog_decay)
         elif dlog_decay is not None:
             dlog_decay = poisoned(tile.row(is_bad.dlog_decay) > 0, dlog_decay)

@@ -74,7 +74,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:
     # The same for all heads and chunks.
     levels = tile.merge_levels(plan.chunk, plan.reverse)
 
-    def chunk_terms(tokens: Tokens) -> Generator:
+    def chunk_terms(tokens: Tokens) -> Generator[None, None, tile.ChunkTerms]:
         if plan.decay == "vector":
             decays = tokens.vector_decays()
             return (

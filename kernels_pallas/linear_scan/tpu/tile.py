@@ -128,7 +128,7 @@ class Check:
         return 0.0 if self._sum is None else jnp.sum(self._sum)
 
 
-def unless_finite(total: Float[Array, ""]) -> Callable[[Callable[[], None]], None]:
+def unless_finite(total: Array | float) -> Callable[[Callable[[], None]], None]:
     """As `pl.when`, for a sum that is hardly ever NaN or infinite."""
 
     # NaN compares as false. The replay of a schedule (`gatedjax.aot`) knows this comparison.

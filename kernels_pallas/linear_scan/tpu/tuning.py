@@ -20,21 +20,21 @@ LANES_IN_STEP = 8 * (128 + 256)
 TUNED = {
     "TPU v5 lite": {
         "vector": (
-            Schedule(heads=8, chunks=2, lag=None),
+            Schedule(heads=8, chunks=4, lag=None),
             Schedule(heads=8, chunks=1, lag=6),
         ),
         "scalar": (
-            Schedule(heads=8, chunks=2, lag=0),
+            Schedule(heads=8, chunks=4, lag=0),
             Schedule(heads=8, chunks=2, lag=0),
         ),
     },
     "TPU v5": {
         "vector": (
-            Schedule(heads=8, chunks=2, lag=None),
+            Schedule(heads=8, chunks=4, lag=None),
             Schedule(heads=8, chunks=1, lag=6),
         ),
         "scalar": (
-            Schedule(heads=8, chunks=2, lag=0),
+            Schedule(heads=8, chunks=4, lag=0),
             Schedule(heads=8, chunks=2, lag=0),
         ),
     },

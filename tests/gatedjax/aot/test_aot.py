@@ -86,6 +86,23 @@ def test_a_loop_runs_as_often_as_its_counter_says():
     assert schedule.unknown == {}
 
 
+def test_a_number_made_of_vector_data_counts_as_0():
+    """A kernel's question whether a tile has something out of the ordinary: no."""
+    execution, _ = run_listing(
+        "%s1 = spop %21660",
+        "%p2 = scmp.gt.f32.partialorder %s1, 0.0",
+        "sbr.rel (!%p2), target bundleno = 8 (0x8)",
+        "",
+        "",
+        "",
+        "",
+        "%s3 = smov 7",
+        "%s9 = smov 7",
+    )
+    assert not execution.unknown
+    assert execution.executions() == [1] * 7 + [0, 1]
+
+
 def test_a_branch_on_vector_data_is_unknown_and_not_taken():
     execution, _ = run_listing(
         "%s1 = vpop.something %v3",

@@ -1,5 +1,6 @@
 """Filters by value, greedy decoding against the full forward pass, an evaluation's error bar."""
 
+import itertools
 import math
 
 import flax.linen as nn
@@ -10,7 +11,8 @@ import pytest
 from tiny_run import VOCAB, plain
 
 from gatedjax.errors import InputError
-from gatedjax.evaluation.sampling import filter_logits, generate, sample_token
+from gatedjax.evaluation import sampling
+from gatedjax.evaluation.sampling import filter_logits, forward, generate, sample_token
 from gatedjax.evaluation.validation import summarize
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.training.step import init_params
@@ -63,10 +65,110 @@ def test_padding_entries_of_the_vocabulary_are_never_sampled():
     assert set(sampled) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}])
+def kept_by_numpy(scores, top_k, top_p):
+    """The k first of a stable order, and of those the fewest whose mass reaches p; float64."""
+    kept = np.zeros(scores.shape, bool)
+    for row, of_row in enumerate(scores.astype(np.float64)):
+        order = np.argsort(-of_row, kind="stable")[: top_k or None]
+        p = np.exp(of_row[order] - of_row.max())
+        reached = np.flatnonzero(np.cumsum(p) / p.sum() >= top_p)
+        last = reached[0] if top_p < 1 else len(order) - 1
+        kept[row, order[: last + 1]] = True
+    return kept
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+def test_filters_equal_numpy(decimals):
+    """With many ties (few decimals) and none: exactly k, exactly the nucleus, lower ids first."""
+    rng = np.random.default_rng(decimals)
+    scores = np.round(2 * rng.normal(size=(4, 30)), decimals).astype(np.float32)
+    scores[1, 20:] = -np.inf
+    scores[2] = 1.5
+    for top_k in (0, 1, 2, 7, 29, 30, 99):
+        for top_p in (1e-60, 1e-3, 0.123, 0.5, 0.77, 0.999, 1.0):
+            filtered = np.asarray(filter_logits(jnp.asarray(scores), top_k, top_p))
+            expected = np.where(kept_by_numpy(scores, top_k, top_p), scores, -np.inf)
+            np.testing.assert_array_equal(filtered, expected, err_msg=f"{top_k} {top_p}")
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-6, 1e6, 1e38, 1e300])
+def test_any_positive_temperature(temperature):
+    """The limits are the most likely token, and any token of the vocabulary."""
+    scores = jnp.array([[5.0, -2.0, 3e4, -jnp.inf, 7.0, 2.9e4]])
+    draw = jax.vmap(lambda key: sample_token(scores, key, temperature, 0, 1.0)[0])
+    tokens = set(np.asarray(draw(jax.random.split(jax.random.key(0), 200))).tolist())
+    assert tokens == ({2} if temperature < 1 else {0, 1, 2, 4, 5})
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The shapes of what the model is run on."""
+    shapes = []
+
+    def counted(model, params, tokens, *args):
+        shapes.append(tokens.shape)
+        return forward(model, params, tokens, *args)
+
+    monkeypatch.setattr(sampling, "forward", counted)
+    return shapes
+
+
+def test_nothing_runs_after_the_last_token(forwards):
+    config = plain().model
+    params = nn.meta.unbox(init_params(config, jax.random.key(0)))
+    for prompt_length in (1, 5, 16):
+        prompt = np.zeros((1, prompt_length), int)
+        assert len(list(generate(config, params, prompt, 3, vocab_size=VOCAB))) == 3
+        assert forwards == [(1, 16), (1, 1), (1, 1)], "and one program for all these prompts"
+        forwards.clear()
+    assert list(generate(config, params, prompt, 0, vocab_size=VOCAB)) == []
+    assert len(list(itertools.islice(generate(config, params, prompt, 9, vocab_size=VOCAB), 1)))
+    assert forwards == [(1, 16)], "nor after the token where the reader stops"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_unequal_prompts_are_continued_as_each_alone(side):
+    config = plain(model__init_std=0.3).model
+    params = nn.meta.unbox(init_params(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    lengths = (2, 7, 5)
+    prompts = [rng.integers(0, VOCAB, length) for length in lengths]
+    rows, ids = np.full((3, 7), -1), np.zeros((3, 7), int)
+    for row, prompt in enumerate(prompts):
+        place = slice(7 - len(prompt), 7) if side == "left" else slice(0, len(prompt))
+        rows[row, place], ids[row, place] = prompt, 1
+    options = dict(vocab_size=VOCAB, temperature=0.0)
+    together = np.stack(list(generate(config, params, rows, 6, segment_ids=ids, **options)), 1)
+    for row, prompt in enumerate(prompts):
+        alone = [int(t[0]) for t in generate(config, params, prompt[None], 6, **options)]
+        assert together[row].tolist() == alone
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": math.nan},
+        {"top_k": -1},
+        {"seed": 2**70},
+    ],
+)
 def test_options_out_of_range_are_named(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         next(generate(plain().model, {}, jnp.zeros((1, 1), int), 1, vocab_size=3, **wrong))
+
+
+@pytest.mark.parametrize(
+    "prompt, segment_ids",
+    [([[]], None), ([[1, VOCAB]], None), ([[-1]], None), ([[1, 2], [3, 4]], [[1, 0], [0, 0]])],
+)
+def test_prompts_that_are_none_are_named(prompt, segment_ids):
+    with pytest.raises(InputError, match="prompt: got"):
+        generate(plain().model, {}, np.array(prompt, int), 1, vocab_size=3, segment_ids=segment_ids)
 
 
 def test_error_bar_is_that_of_repeated_samples():

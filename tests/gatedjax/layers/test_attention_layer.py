@@ -12,9 +12,9 @@ from helpers import rel_rms
 from gatedjax.config import GatedAttentionConfig
 from gatedjax.config.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
 from gatedjax.layers.attention import GatedAttention
-from gatedjax.layers.kv_cache import append_token, fill
+from gatedjax.layers.kv_cache import append, distances_of_slots, in_time_order
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
-from gatedjax.layers.token_info import TokenInfo
+from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
 
 B, T, M = 2, 12, 16
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32))
@@ -255,14 +255,44 @@ def test_prefill_then_decode_equals_full_forward(name):
         assert cache.k.shape[1] == config.window, "a window's cache must not grow with the text"
 
 
+def test_a_layer_by_itself_takes_a_prompt_in_pieces():
+    """Without a history the row is one document, of which positions say how much came before."""
+    config = GatedAttentionConfig(**BASE | VARIANTS["window"])
+    module, params = init(config)
+    full, _ = run(module, params)
+    cache, pieces = module.init_cache(B, T), []
+    for first, last in ((0, 5), (5, 9), (9, 10), (10, T)):
+        info = TokenInfo(jnp.broadcast_to(jnp.arange(first, last), (B, last - first)))
+        y, cache = run(module, params, X[:, first:last], info, cache)
+        pieces.append(y)
+    assert rel_rms(jnp.concatenate(pieces, 1), full) < 1e-5
+    info = TokenInfo(info.positions, jnp.ones((B, 2), jnp.int32))
+    with pytest.raises(ValueError, match=r"info.before: got None with segment_ids and a cache"):
+        run(module, params, X[:, :2], info, cache)
+
+
 def test_ring_cache_holds_the_last_tokens():
+    """Of rows at different places; what the ring holds of another document is not seen."""
     config = GatedAttentionConfig(**BASE, window=4)
-    cache = GatedAttention(config).init_cache(1, 100)
-    tokens = jnp.arange(7.0)[None, :, None, None] * jnp.ones((1, 7, 2, 8))
-    cache = fill(cache, tokens, tokens)
-    cache, distances = append_token(cache, tokens[:, 0] + 7, tokens[:, 0] + 7, jnp.array([7]))
-    assert sorted(cache.k[0, :, 0, 0].tolist()) == [4.0, 5.0, 6.0, 7.0]
-    assert (7 - distances[0]).tolist() == cache.k[0, :, 0, 0].tolist()
+    cache = GatedAttention(config).init_cache(2, 100)
+    ids = jnp.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 0, 0]])
+    tokens = jnp.broadcast_to(jnp.arange(7.0)[None, :, None, None], (2, 7, 2, 8))
+    info, after, _ = arranged(ids, None, ids, empty_history(2))
+    cache = append(cache, tokens, tokens, info.before, info.segment_ids)
+    assert sorted(cache.k[0, :, 0, 0].tolist()) == [3.0, 4.0, 5.0, 6.0]
+    assert sorted(cache.k[1, :, 0, 0].tolist()) == [1.0, 2.0, 3.0, 4.0]
+    ordered, is_held = in_time_order(cache, after)
+    assert ordered.k[:, :, 0, 0].tolist() == [[3.0, 4.0, 5.0, 6.0], [0.0, 2.0, 3.0, 4.0]]
+    assert is_held.tolist() == [[True] * 4, [False, True, True, True]]
+
+    new = jnp.broadcast_to(jnp.array([7.0, 5.0])[:, None, None, None], (2, 1, 2, 8))
+    cache = append(cache, new, new, after, None)
+    distances, valid = distances_of_slots(4, after, None)
+    assert valid.all(), "in row 1 the ring's last slot of document 1 was overwritten"
+    newest = np.array([[7.0], [5.0]])
+    np.testing.assert_array_equal(newest - distances, cache.k[:, :, 0, 0])
+    _, valid = distances_of_slots(4, after, jnp.array([[1], [2]]))
+    assert valid.sum(axis=1).tolist() == [4, 1], "a document that begins sees itself only"
 
 
 def test_rope_scores_depend_on_distance_only():

@@ -299,6 +299,61 @@ def test_jit_on_a_mesh(monkeypatch):
     assert "all-gather" not in compiled.as_text()
 
 
+EXPLICIT = {
+    "rows and heads": P("data", None, "model"),
+    "rows by both": P(("data", "model")),
+    "nothing": P(),
+    "tokens": P(None, "data"),
+    "channels": P(None, None, None, "model"),
+}
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        pytest.param("reference", marks=pytest.mark.slow),
+        pytest.param("tpu", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("how", EXPLICIT)
+def test_explicit_axes(how, implementation):
+    """On `jax.make_mesh`'s default axes, however the arrays lie on it: values and gradients."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    arrays, options = draw(B=4, T=16, H=4, Hk=2, gate="head-wise", sinks=True, segments=True)
+    arrays = cast(arrays, jnp.float32)
+    interpret = implementation == "tpu"
+    options |= dict(implementation=implementation, interpret=interpret)
+    expected = value_and_gradients(arrays, **options)
+    placed = {name: jax.device_put(x, NamedSharding(mesh, P())) for name, x in arrays.items()}
+    for name in "qkv":
+        placed[name] = jax.device_put(arrays[name], NamedSharding(mesh, EXPLICIT[how]))
+    # With an ambient mesh and without.
+    actual = value_and_gradients(placed, **options)
+    assert_close(actual, expected, 1e-6)
+    if how == "rows and heads":
+        with jax.set_mesh(mesh):
+            assert_close(value_and_gradients(placed, **options), expected, 1e-6)
+            assert_close({"y": call(placed, **options)}, {"y": expected["y"]}, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_step_on_explicit_axes(implementation):
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    arrays, _ = draw(B=4, T=16, H=4, Hk=2)
+    a = cast(arrays, jnp.float32)
+    a["q"] = a["q"][:, 0]
+    valid = jnp.arange(16)[None] < jnp.asarray([[3], [16], [0], [9]])
+
+    def step(a):
+        return attention_step(a["q"], a["k"], a["v"], valid=valid, implementation=implementation)
+
+    expected = value_and_gradients(a, step)
+    specs = dict(q=P("data", "model"), k=P("data"), v=P("data", None, "model"))
+    placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in a.items()}
+    assert_close(value_and_gradients(placed, step), expected, 1e-6)
+
+
 def test_checkpoint_keeps_the_named_residuals(monkeypatch):
     """With the op's names saved, the backward pass does not walk the forward tiles again."""
     force_tiles(monkeypatch, 16, 16)

@@ -99,6 +99,31 @@ def test_bfloat16():
     compare(jnp.bfloat16, BFLOAT16, T=50, B=1, H=2, Hk=1, gate="element-wise")
 
 
+def in_powers_of_two():
+    """With 16-bit inputs logits are multiplied by log2(e): sinks, slopes and the cap as well."""
+    compare(jnp.bfloat16, BFLOAT16, **EVERYTHING | dict(T=40, B=1, H=2, Hk=1))
+
+
+def test_exponentials_of_16_bit_inputs():
+    in_powers_of_two()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", ["the cap of other logits", "slopes of other logits"])
+def test_planted_errors_of_the_unit_are_found(planted, monkeypatch):
+    if planted == "the cap of other logits":
+        monkeypatch.setattr(room, "in_unit", lambda cap, unit: cap)
+    else:
+        right = tile.slope_of_head
+        monkeypatch.setattr(
+            tile,
+            "slope_of_head",
+            lambda plan, refs, head: right(plan._replace(unit=1.0), refs, head),
+        )
+    with pytest.raises(AssertionError, match="q"):
+        in_powers_of_two()
+
+
 def test_bfloat16_as_the_tensor_core_rounds(monkeypatch):
     """Interpreted matmuls round nothing. On the machine weights and ds are bfloat16: so the errors
     there.

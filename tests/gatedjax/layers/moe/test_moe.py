@@ -106,11 +106,11 @@ def configure(**values) -> SparseMoEConfig:
     return SparseMoEConfig(**dict(num_experts=5, hidden=12) | values, router=router)
 
 
-def make(config):
+def make(config, **attributes):
     """The module, its parameters and its state; biases and importance are moved from where they
     start.
     """
-    module = SparseMoE(config, 0.3, jnp.float32)
+    module = SparseMoE(config, 0.3, jnp.float32, **attributes)
     init = jax.jit(
         lambda key: module.init(key, X, TokenInfo(TOKENS, None, TOKENS))
     )  # jit leaves out the layer itself
@@ -225,7 +225,7 @@ def test_capacity_drops_those_who_come_last(order):
     and give 0.
     """
     config = configure(capacity_factor=0.7, capacity_order=order, router=dict(renormalize=False))
-    module, params, _ = make(config)
+    module, params, _ = make(config, training=True)
     y, statistics, _ = jax.jit(with_statistics(module))({"params": params}, X)
     p = np.asarray(jax.nn.softmax(X @ params["router"]["kernel"]))
     capacity, weights, dropped = 7, np.zeros_like(p), 0  # ceil(2 * 24 / 5 * 0.7)
@@ -362,7 +362,8 @@ def test_any_group_sizes(ids, capacity, order):
     weights = jnp.asarray(np.random.default_rng(len(set(ids))).random((1, 12, 3)), jnp.float32)
     weights = jnp.where(experts == 5, 0.0, weights)
     room = capacity + np.arange(5) % 2  # every second expert takes one more
-    limited = CAPACITY[order](Routing(experts, weights, jnp.zeros((1, 12, 5))), room)
+    of_places = np.append(room, 0)[np.asarray(experts)]
+    limited = CAPACITY[order](Routing(experts, weights, jnp.zeros((1, 12, 5))), of_places)
     queue = sorted(range(36), key=lambda i: i if order == "position" else (i % 3, i))
     seen, fits = [0] * 6, np.zeros(36, bool)
     for i in queue:

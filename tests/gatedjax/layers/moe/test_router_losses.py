@@ -7,15 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import rel_rms
 from tiny_run import plain, random_batch, run_steps
 
 from gatedjax.config import FrozenDict, ModelConfig, RouterConfig, SparseMoEConfig
+from gatedjax.data import Batch
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import balance_loss, load_metrics, router_losses, weight_here
 from gatedjax.layers.moe.routing import Routing, count_places
-from gatedjax.layers.moe.statistics import router_statistics
+from gatedjax.layers.moe.statistics import Extent, as_part, router_statistics
+from gatedjax.training.step import _accumulated_gradients, init_state
 
 E, K, L, T = 6, 2, 3, 40
 RNG = np.random.default_rng(0)
@@ -113,27 +116,57 @@ def layer_statistics(seed):
     }
 
 
-def test_the_buffer_makes_loads_those_of_the_batch_so_far():
-    """Second micro-batch: f over both, P of its own; and the weighted sum over two layers, MoE++'s
-    eta within.
-    """
-    model, (a, b) = (
-        sparse_model(zero_computation_weight=0.3),
-        (layer_statistics(1), layer_statistics(2)),
-    )
-    _, _, counts = router_losses(model, {"layer_0": {}, "layer_1": a}, {})
-    total, log, counts = router_losses(model, {"layer_0": {}, "layer_1": b}, counts)
-    both = np.asarray(a["counts"] + b["counts"])
-    np.testing.assert_array_equal(counts["layer_1"], both)
-    balance = E * (ETA * both / both.sum(-1, keepdims=True) * np.asarray(b["probability"])).sum(-1)
-    expected = (
-        0.1 * balance + 0.5 * np.asarray(b["sequence_loss"]) + 0.01 * np.asarray(b["z_loss"])
-    ).sum()
-    np.testing.assert_allclose(total, expected, rtol=1e-5)
-    np.testing.assert_allclose(log["balance_loss"], balance.mean(), rtol=1e-5)
+def test_micro_batches_add_up_to_the_step():
+    """f over both, P and the means by tokens, the sequence loss by rows; MoE++'s eta within."""
+    model = sparse_model(zero_computation_weight=0.3)
+    extents = [
+        Extent(jnp.float32(30.0), jnp.float32(1.0)),
+        Extent(jnp.float32(10.0), jnp.float32(3)),
+    ]
+    whole = Extent(jnp.float32(40.0), jnp.float32(4.0))
+    given = [layer_statistics(1), layer_statistics(2)]
+    parts = [as_part({"layer_0": {}, "layer_1": g}, e, whole) for g, e in zip(given, extents)]
+    step = jax.tree.map(jnp.add, *parts)
+    total, log = router_losses(model, step)
+    both = np.asarray(given[0]["counts"] + given[1]["counts"])
+    mean = lambda name, a, b: a * np.asarray(given[0][name]) + b * np.asarray(given[1][name])
+    p = mean("probability", 0.75, 0.25)
+    balance = E * (ETA * both / both.sum(-1, keepdims=True) * p).sum(-1)
+    sequence = mean("sequence_loss", 0.25, 0.75)
+    z_loss = mean("z_loss", 0.75, 0.25)
     np.testing.assert_allclose(
-        log["dropped_fraction"], 3.0 / np.asarray(b["counts"])[0].sum() / 2, rtol=1e-5
+        total, (0.1 * balance + 0.5 * sequence + 0.01 * z_loss).sum(), rtol=1e-5
     )
+    np.testing.assert_allclose(log["balance_loss"], balance.mean(), rtol=1e-5)
+    np.testing.assert_allclose(log["router_z_loss"], z_loss.mean(), rtol=1e-5)
+    np.testing.assert_allclose(log["dropped_fraction"], 6.0 / both[0].sum() / 2, rtol=1e-5)
+    # With the counts of the step, each part's loss is its part of the loss.
+    of_parts = [router_losses(model, part, {"layer_1": jnp.asarray(both)})[0] for part in parts]
+    np.testing.assert_allclose(sum(of_parts), total, rtol=1e-5)
+
+
+def test_what_is_turned_off_may_be_infinite():
+    """A loss with weight 0 is not in the sum: 0 times Inf is NaN."""
+    model = sparse_model()
+    ffn = dataclasses.replace(model.ffns["moe"], z_loss=0.0, sequence_loss=0.0)
+    model = dataclasses.replace(model, ffns=FrozenDict(moe=ffn, mlp=model.ffns["mlp"]))
+    statistics = layer_statistics(1) | dict.fromkeys(
+        ["z_loss", "sequence_loss"], jnp.full(2, jnp.inf)
+    )
+    total, _ = router_losses(model, {"layer_0": {}, "layer_1": statistics})
+    assert np.isfinite(total)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_loads_are_fractions_of_whatever_they_sum_to(scale):
+    """Not divided by 1 where they sum to less; and of nothing comes nothing, no rule moves."""
+    counts, p = jnp.array([3.0, 1.0, 0.0, 0.0]) * scale, jnp.array([0.4, 0.3, 0.2, 0.1])
+    assert balance_loss(counts, p) == pytest.approx(4 * (0.75 * 0.4 + 0.25 * 0.3))
+    target = jnp.full(4, 0.25)
+    error = router_state.load_error(counts, target)
+    np.testing.assert_allclose(error, [-2.0, 0.0, 1.0, 1.0], rtol=1e-5)
+    assert not np.any(router_state.load_error(0.0 * counts, target))
+    assert balance_loss(0.0 * counts, p) == 0
 
 
 def test_load_metrics_come_in_the_order_of_layers():
@@ -265,6 +298,53 @@ def test_state_moves_with_counts_of_the_whole_batch(alone):
         if path[-1].key == "error"
     ]
     np.testing.assert_allclose(errors[0][0], 1.0 - log[0]["expert_load"][0], atol=1e-6)
+
+
+def padded_batch(i):
+    """Rows of unequal length, two of them empty."""
+    batch = batches(i)
+    length = np.array([0, 32, 5, 31, 17, 9, 3, 30] * 2)[:, None]
+    is_token = np.arange(32) < length
+    keep = lambda a: np.where(is_token, a, 0).astype(a.dtype)
+    return Batch(*(keep(getattr(batch, f.name)) for f in dataclasses.fields(batch)))
+
+
+def gradient_of_step(parts, **losses):
+    """Of one layer whose routers have some losses: gradients, metrics and counts."""
+    config = routed({}, **losses)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, accumulation_steps=parts)
+    )
+    state = jax.eval_shape(lambda: init_state(config, optax.sgd(1.0), jax.random.key(0)))
+    values = np.random.default_rng(0)
+    state = jax.tree.map(lambda s: (0.3 * values.normal(size=s.shape)).astype(s.dtype), state)
+    batch = jax.tree.map(jnp.asarray, padded_batch(0))
+    run = jax.jit(lambda state: _accumulated_gradients(config, state, batch))
+    return jax.device_get(run(state))
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        dict(balance_loss=10.0, sequence_loss=5.0, z_loss=1.0),
+        pytest.param(
+            dict(balance_loss=10.0, z_loss=0.0, capacity_factor=0.5, copy_experts=2),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(balance_loss=0.0, z_loss=1.0), marks=pytest.mark.slow),
+    ],
+)
+def test_micro_batches_make_no_difference_to_router_losses(losses):
+    """Gradients and log of one batch of unequal rows: in one piece, and in eight of two rows."""
+    whole, log, counts = gradient_of_step(1, **losses)
+    assert log["aux_loss"] > 0.1
+    grads, metrics, counts_of_parts = gradient_of_step(8, **losses)
+    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(whole)):
+        assert rel_rms(a, e) < 1e-5, jax.tree_util.keystr(path)
+    assert metrics.keys() == log.keys()
+    for name in log:
+        np.testing.assert_allclose(metrics[name], log[name], rtol=2e-5, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, counts_of_parts, counts)
 
 
 def test_a_skipped_step_leaves_the_state_alone():

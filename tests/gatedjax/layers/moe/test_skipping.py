@@ -18,7 +18,7 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.layers.moe.routing import route
-from gatedjax.layers.moe.skipping import calibrated, chosen_scores, skip_threshold
+from gatedjax.layers.moe.skipping import calibrated, chosen_scores, divergence, skip_threshold
 from gatedjax.layers.moe.state import merge, split
 from gatedjax.model import LanguageModel
 
@@ -83,7 +83,29 @@ def test_threshold_skips_what_was_wanted_and_no_more(rate):
     )
 
 
+def test_padding_is_not_counted():
+    """NaN where there is no token: thresholds and divergences of the tokens alone."""
+    rng = np.random.default_rng(2)
+    mask = rng.random((2, 20)) < 0.6
+    scores = rng.random((3, 2, 20, 2)).astype(np.float32)
+    importance = np.array([0.2, 3.0, 0.7], np.float32)
+    padded = np.where(mask[..., None], scores, np.nan)
+    expected = skip_threshold(importance, scores[:, mask], 0.4)
+    assert skip_threshold(importance, padded, 0.4, is_token=mask) == expected
+    log_p, logits = jax.nn.log_softmax(rng.normal(size=(2, 20, 5))), rng.normal(size=(2, 20, 5))
+    everywhere = divergence(log_p[mask][None], jnp.asarray(logits[mask][None]))
+    broken = jnp.asarray(np.where(mask[..., None], logits, np.nan))
+    assert divergence(log_p, broken, mask) == pytest.approx(float(everywhere), rel=1e-5)
+    assert divergence(log_p, broken, np.zeros_like(mask)) == 0
+    with pytest.raises(ValueError, match="scores: got NaN or Inf, expected finite"):
+        skip_threshold(importance, padded, 0.4)
+    with pytest.raises(ValueError, match="is_token: got shape"):
+        skip_threshold(importance, padded, 0.4, is_token=mask[:1])
+
+
 def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match="skip_rate: got True"):
+        skip_threshold(np.ones(2), np.ones((2, 3)), True)
     with pytest.raises(ValueError, match="skip_rate: got"):
         skip_threshold(np.ones(2), np.ones((2, 3)), 1.5)
     with pytest.raises(ValueError, match="scores: got shape"):

@@ -114,12 +114,13 @@ def first_pass_model(**changes):
 
 
 def second_pass(config, params, tokens, weights):
-    """The model's hidden states, with the experts' weights given: embedding, layers, final norm."""
-    info = TokenInfo(
-        jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens, weights
-    )
+    """The model's hidden states, with the experts' weights [L, B, T, E] given: embedding, layers,
+    final norm.
+    """
+    info = TokenInfo(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens)
     x = params["embedding"][tokens], None
-    (x, _), _ = layers_of(config).apply({"params": params["periods"]}, x, info, None)
+    given = {"layer_0": weights}
+    (x, _), _ = layers_of(config).apply({"params": params["periods"]}, x, info, given, None)
     return (
         x
         * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
@@ -128,12 +129,15 @@ def second_pass(config, params, tokens, weights):
 
 
 def test_the_first_pass_is_the_model_without_experts():
-    """Values; and gradients as if the weights were given, but for the classifier's."""
+    """Values; and gradients as if the weights were given, but for the classifier's. Each of the two
+    layers has weights of its own.
+    """
     config, params, tokens = first_pass_model()
 
     def by_hand(p):
-        hidden = second_pass(config, p, tokens, jnp.zeros((*tokens.shape, 3)))
-        weights = xlora_weights(jax.lax.stop_gradient(hidden), p["lora_classifier"], 1.0, 2)
+        hidden = second_pass(config, p, tokens, jnp.zeros((2, *tokens.shape, 3)))
+        fixed = jax.lax.stop_gradient(hidden)
+        weights = jnp.stack([xlora_weights(fixed, c, 1.0, 2) for c in p["lora_classifier"]])
         y = second_pass(config, p, tokens, weights)
         return jnp.sum(jnp.sin(y)), (y, hidden)
 
@@ -147,6 +151,8 @@ def test_the_first_pass_is_the_model_without_experts():
     (_, y), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
     assert rel_rms(y, expected) < 1e-5
     assert rel_rms(y, hidden) > 0.01  # the experts matter here
+    swapped = params | {"lora_classifier": params["lora_classifier"][::-1]}
+    assert rel_rms(jax.jit(ours)(swapped)[1], y) > 0.01  # which layer gets which matters too
     assert float(jnp.abs(grads["lora_classifier"]).max()) > 1e-4
     for (path, g), e in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads)

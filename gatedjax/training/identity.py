@@ -1,0 +1,104 @@
+"""What a run was trained on: its text and its tokenizer, saved with it and compared later.
+
+A checkpoint holds the tokenizer's fingerprint and, for each source, the hashes of its training and
+its validation text. Paths are no part of it: the same content elsewhere is the same data. The
+tokenizer itself travels with the run, as `tokenizer.json` in its directory.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gatedjax.config import DataConfig
+from gatedjax.data import JsonTokenizer, corpora, load_tokenizer
+from gatedjax.data.tokenizer import Tokenizer
+from gatedjax.errors import InputError
+from gatedjax.training.run_directory import plain_errors, raise_together, replace_file
+
+TOKENIZER_FILE = "tokenizer.json"
+
+# {"tokenizer": fingerprint, "sources": {name: {"train": sha256, "validation": sha256}}}
+Identity = Mapping[str, Any]
+
+
+def identity_of(data: DataConfig, tokenizer: Tokenizer) -> Identity:
+    """What this configuration trains on, as a checkpoint holds it."""
+    sources = {}
+    for name, corpus in corpora(data).items():
+        sources[name] = {split: info.sha256 for split, info in corpus.splits.items()}
+    return {"tokenizer": tokenizer.fingerprint, "sources": sources}
+
+
+def require_same_tokenizer(saved: Identity, tokenizer: Tokenizer, run_dir: Path) -> None:
+    """InputError if the run was trained with another tokenizer: its ids mean another text."""
+    before = saved.get("tokenizer")
+    if before is None or before == tokenizer.fingerprint:
+        return
+    right = "bytes" if before == load_tokenizer("bytes").fingerprint else run_dir / TOKENIZER_FILE
+    raise InputError(
+        f"config.data.tokenizer: {tokenizer.name} is not the tokenizer that {run_dir} was trained "
+        f"with: the same ids would mean other text; that one is --config.data.tokenizer={right}, "
+        "or give another --workdir"
+    )
+
+
+def text_difference(saved: Identity, now: Identity) -> str | None:
+    """Names the first source whose text is not the one that the run was trained on.
+
+    None if all are the same, or if the checkpoint (`saved`) says nothing of its data.
+    """
+    sources = saved.get("sources")
+    if not isinstance(sources, Mapping):
+        return None
+    for name in dict.fromkeys([*sources, *now["sources"]]):
+        before = sources.get(name)
+        after = now["sources"].get(name)
+        if before != after:
+            return f"data.sources.{name}: {_difference(before, after)}"
+    return None
+
+
+def _difference(before: Any, after: Mapping[str, str] | None) -> str:
+    if after is None:
+        return "the checkpoint was trained on it, and it is missing now"
+    if not isinstance(before, Mapping):
+        return "the checkpoint was not trained on this source"
+    splits = [split for split in after if before.get(split) != after[split]]
+    return f"the {' and '.join(splits)} text is not the checkpoint's, it has changed since"
+
+
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+    """The first process writes the tokenizer's file into the run directory, if it is not there.
+
+    Raises:
+      InputError: on all processes, if it cannot be written.
+    """
+    if not isinstance(tokenizer, JsonTokenizer):
+        return
+    path = run_dir / TOKENIZER_FILE
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            with plain_errors(f"could not write {path}"):
+                if not path.is_file() or path.read_bytes() != tokenizer.data:
+                    replace_file(path, tokenizer.data)
+        except InputError as error:
+            problem = error
+    raise_together(problem)
+
+
+def tokenizer_of_run(run_dir: str | os.PathLike, spec: str) -> str | None:
+    """What names the tokenizer of a run: "bytes", or the file that travels with it.
+
+    None if the run has none: an older one, whose configuration names a path outside.
+    """
+    if spec == "bytes":
+        return spec
+    path = Path(run_dir) / TOKENIZER_FILE
+    # Not even a link: it could lead to any file.
+    if path.is_symlink() or not path.is_file():
+        return None
+    return str(path)
