@@ -57,13 +57,15 @@ def if_bad[Tree](
     def choose(slow: Array, quick: Array) -> Array:
         return jnp.where(is_finite(slow) & is_finite(quick), quick, slow)
 
-    return jax.lax.cond(
-        is_bad,
-        lambda args, fast: jax.tree.map(choose, careful(*args), fast),
-        lambda _, fast: fast,
-        args,
-        fast,
-    )
+    def step(carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
+        flag, results = carry
+        # And: the type of the flag inside of a `shard_map` stays.
+        return flag & False, jax.tree.map(choose, careful(*args), results)
+
+    # A loop of one step or none, whose results lie where the fast path has put them. The results of
+    # a `cond` are another array: XLA copies the fast path's.
+    _, results = jax.lax.while_loop(lambda carry: carry[0], step, (is_bad, fast))
+    return results
 
 
 @jax.custom_batching.custom_vmap

@@ -45,7 +45,7 @@ def kernel(fn, implementation, **options):
 # --- the caller's numbers
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu"])
 def test_sizes_of_any_width(implementation):
     multiply = jax.jit(kernel(grouped_matmul, implementation))
     for dtype in ("int8", "uint8", "int16", "uint32", "int64", "uint64"):
@@ -111,7 +111,7 @@ def test_bad_rows_of_another_group_do_not_matter():
         return (y, z, dlhs, dweights, drows), (drhs, *dmatrices)
 
     lhs, rhs, dout, weights, dy = LHS[:14], RHS, normal(14, 5), normal(14), normal(14, 4)
-    for implementation in ("reference", "xla", "tpu"):
+    for implementation in ("reference", "xla", "tpu", "gpu"):
         run = jax.jit(partial(results, implementation))
         rows, matrices = run(lhs, rhs, dout, EXPERTS, weights, dy)
         bad = [x.copy() for x in (lhs, dout, EXPERTS[0], weights, dy)]
@@ -163,7 +163,7 @@ def test_modes(mode, implementation):
         assert np.isfinite(dx).all()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
 def test_second_derivatives_of_grouped_matmul(implementation):
     def second(implementation, argument):
         def value(x):

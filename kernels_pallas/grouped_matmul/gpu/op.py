@@ -279,13 +279,15 @@ def rows_times_groups(
     G = group_sizes.shape[0]
     out_axis = 1 if transposed else 2
     out_width = matrices[0].shape[out_axis]
+    num_outs = len(matrices) if len(xs) == 1 else 1
     b = ROWS_BLOCKS if xs[0].dtype.itemsize == 2 else ROWS_BLOCKS_32
+    # Sums of several results fit into the registers of one.
+    b = b._replace(columns=b.columns // power_of_two(num_outs))
     multiples = (1, b.columns, b.inner) if transposed else (1, b.inner, b.columns)
     xs = [padded_to_multiples(x, 1, b.inner) for x in xs]
     matrices = [padded_to_multiples(matrix, *multiples) for matrix in matrices]
     padded_width = matrices[0].shape[out_axis]
     tiles = _tiles(plan, group_sizes, M, b.rows)
-    num_outs = len(matrices) if len(xs) == 1 else 1
     # The interpreter knows no rows that a mask leaves out: a last tile needs room.
     out_rows = M + b.rows if plan.interpret else M
     out = like(xs[0], (out_rows, padded_width), plan.out_dtype)
@@ -428,8 +430,7 @@ def _rows_kernel(
     # Unused tiles have group G + 1.
     @pl.when(group <= G)
     def _():
-        # Rows of no group (group G) are not read.
-        is_read = (rows < end) & (group < G)
+        is_read = rows < end
         # An address that is there, for rows that the mask leaves out.
         safe_rows = jnp.where(rows < M, rows, np.int32(M - 1))
         matrix = jnp.minimum(group, np.int32(G - 1))
@@ -457,15 +458,16 @@ def _rows_kernel(
             return tuple(totals)
 
         zeros = jnp.zeros((b.rows, b.columns), jnp.float32)
-        steps = np.int32(x_refs[0].shape[1] // b.inner)
+        # Rows of no group (group G) are zeros: with 0 in their place, a matrix that is not finite
+        # would make NaN. Selected behind the loop, ptxas would serialize its matrix products.
+        inner_blocks = np.int32(x_refs[0].shape[1] // b.inner)
+        steps = jnp.where(group < G, inner_blocks, np.int32(0))
         totals = lax.fori_loop(np.int32(0), steps, step, (zeros,) * len(out_refs))
         out_columns = column + _iota(b.columns)
         for total, out_ref in zip(totals, out_refs):
-            # A row of no group: 0 times a matrix that is not finite would be NaN.
-            selected = jnp.where(group < G, total, zeros)
             pltriton.store(
                 out_ref.at[rows[:, None], out_columns[None, :]],
-                selected.astype(out_ref.dtype),
+                total.astype(out_ref.dtype),
                 mask=(rows < end)[:, None],
             )
 

@@ -1,8 +1,9 @@
 """What `linear_scan` on GPU falls back on where something is not finite: the recurrence itself.
 
 Token by token, NaN and Inf reach the tokens that see them and no other. Its time does not matter.
-Its memory and the size of its program do: every program with the op has it beside the kernels. The
-backward pass keeps the states before blocks of tokens, and those inside of one block at a time.
+Its memory and the size of its program do: every program with the op has it beside the kernels. So
+the rows of the batch go one by one, and the backward pass keeps the states before blocks of tokens,
+and those inside of one block at a time.
 """
 
 from typing import NamedTuple
@@ -84,6 +85,31 @@ def _scan(
     floats: _Floats,
 ) -> tuple[Array, Array]:
     """(o, final state), for these values of the inputs."""
+    B = x.q.shape[0]
+    logs = floats.logs
+    if logs is not None:
+        # Of one row for the whole batch.
+        logs = jnp.broadcast_to(logs, (B, *logs.shape[1:]))
+    state = floats.state
+    if state is None:
+        zeros = jnp.zeros((B, plan.H, plan.K, plan.V), jnp.float32)
+        state = varying_like(zeros, x.q)
+
+    def of_row(row: tuple[_Floats, Array | None]) -> tuple[Array, Array]:
+        row_floats, starts = jax.tree.map(lambda array: array[None], row)
+        o, final_state = _scan_rows(plan, row_floats._replace(bonus=floats.bonus), starts)
+        return o[0], final_state[0]
+
+    rows = floats._replace(logs=logs, state=state, bonus=None)
+    return lax.map(jax.checkpoint(of_row), (rows, x.starts))
+
+
+def _scan_rows(
+    plan: Plan,
+    floats: _Floats,
+    starts: Array | None,
+) -> tuple[Array, Array]:
+    """(o, final state) of some rows of the batch."""
     options = StepOptions(plan.inclusive, plan.scale, normalize=False)
 
     def step(state: Array, token: _Token) -> tuple[Array, Array]:
@@ -109,20 +135,17 @@ def _scan(
         first = jnp.moveaxis(rows, 1, 0)
         return first.reshape(plan.chunks, plan.chunk, *first.shape[1:])
 
-    state = floats.state
-    if state is None:
-        zeros = jnp.zeros((x.q.shape[0], plan.H, plan.K, plan.V), jnp.float32)
-        state = varying_like(zeros, x.q)
-    tokens = jax.tree.map(in_blocks, _tokens(plan, x, floats))
-    final_state, o = lax.scan(jax.checkpoint(block), state, tokens)
+    assert floats.state is not None
+    tokens = jax.tree.map(in_blocks, _tokens(plan, floats, starts))
+    final_state, o = lax.scan(jax.checkpoint(block), floats.state, tokens)
     o = o.reshape(plan.T, *o.shape[2:])
     return _in_order(plan, jnp.moveaxis(o, 0, 1)), final_state
 
 
 def _tokens(
     plan: Plan,
-    x: Inputs,
     floats: _Floats,
+    starts: Array | None,
 ) -> _Token:
     """[B, T, ...] each, in the order of the recurrence."""
     logs = floats.logs
@@ -136,7 +159,7 @@ def _tokens(
         # A fraction's halves are not rounded to v's dtype.
         v=_in_order(plan, floats.v).astype(jnp.float32),
         log_decay=logs,
-        start=x.starts,
+        start=starts,
     )
 
 

@@ -126,13 +126,13 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
     V = _whole_blocks(v.shape[3])
     decay = _decay_kind(inputs)
     operand, precision = _matmuls(interpret, q, k, v)
-    schedule = tuning.schedule(decay, operand.itemsize)
+    is_exact = precision == lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    schedule = tuning.schedule(decay, operand.itemsize, is_exact)
     # A short sequence is one chunk, of a power of two.
     shortest = max(MIN_CHUNK, 1 << (T - 1).bit_length())
     chunk = min(options.chunk_size or schedule.chunk, shortest)
     programs = B * H * (V // tuning.scan_block_v(schedule, K, V))
     segments = tuning.segments(schedule, programs, -(-T // chunk))
-    is_exact = precision == lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     length = chunk * segments
     # The two halves of a fraction keep float32 until they are divided.
     out_dtype = jnp.dtype(jnp.float32) if options.normalize else v.dtype

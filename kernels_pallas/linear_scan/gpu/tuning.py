@@ -67,23 +67,33 @@ TUNED = {
 DEFAULT_CHIP = "H200"
 
 
-def schedule(decay: str, operand_bytes: int) -> Schedule:
+def schedule(
+    decay: str,
+    operand_bytes: int,
+    is_exact: bool,
+) -> Schedule:
     """The schedule of a call on the device that it is compiled for.
 
     Args:
       decay: the kind of decay.
       operand_bytes: of one number that the tensor core multiplies.
+      is_exact: whether its products take three passes.
+
+    Returns:
+      The row of the table; for operands of 32 bits with blocks that fit.
     """
     kind = "vector" if decay == "vector" else "scalar"
     row = TUNED[chip()].schedules[kind]
-    return row if operand_bytes == 2 else _for_wide_operands(row)
+    return row if operand_bytes == 2 else _for_wide_operands(row, is_exact)
 
 
-def _for_wide_operands(row: Schedule) -> Schedule:
-    """Smaller blocks, or the same in more threads: else registers spill."""
+def _for_wide_operands(row: Schedule, is_exact: bool) -> Schedule:
+    """Smaller blocks in more threads: else registers spill."""
+    # Three passes keep both halves of every operand. Few large products spill less than many small.
+    scan_block_k = 128 if is_exact else 32
     return row._replace(
         intra_block_k=min(32, row.intra_block_k),
-        scan_block_k=min(32, row.scan_block_k),
+        scan_block_k=scan_block_k,
         scan_block_v=min(32, row.scan_block_v),
         scan_warps=8,
         back_block_k=min(16, row.back_block_k),

@@ -119,17 +119,6 @@ def test_what_is_not_finite_stays_in_its_group():
         assert not np.isfinite(got["rhs"][2]).all()
 
 
-def test_a_second_derivative():
-    arrays, sizes = cast(draw(rows=40), jnp.float32), jnp.asarray([9, 0, 20, 3, 4])
-
-    def of_gradient(f):
-        loss = lambda a: (f(a["lhs"], a["rhs"], sizes) ** 2).sum()
-        return jax.jit(jax.grad(lambda a: sum((g**2).sum() for g in jax.grad(loss)(a).values())))
-
-    plain = functools.partial(grouped_matmul, implementation="reference")
-    assert_close(of_gradient(on_gpu)(arrays), of_gradient(plain)(arrays), 1e-5)
-
-
 @pytest.mark.slow
 def test_a_planted_error_is_seen(monkeypatch):
     """A tile that begins one row too late."""
