@@ -55,14 +55,14 @@ class Chip(NamedTuple):
     schedules: dict[str, Schedule]
 
 
-# The A100 has half of Hopper's registers for what it multiplies: they hold the operands too.
-A100_VECTOR = Schedule(back_block_k=32)
+# Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
+A100 = Schedule(back_block_k=32)
 
 # By the name that jax.Device.device_kind contains.
 TUNED = {
     "H200": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
     "H100": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
-    "A100": Chip(108, 166_912, {"vector": A100_VECTOR, "scalar": Schedule()}),
+    "A100": Chip(108, 166_912, {"vector": A100, "scalar": A100}),
 }
 DEFAULT_CHIP = "H200"
 
@@ -90,7 +90,7 @@ def schedule(
 def _for_wide_operands(row: Schedule, is_exact: bool) -> Schedule:
     """Smaller blocks in more threads: else registers spill."""
     # Three passes keep both halves of every operand. Few large products spill less than many small.
-    scan_block_k = 128 if is_exact else 32
+    scan_block_k = 128 if is_exact else 64
     return row._replace(
         intra_block_k=min(32, row.intra_block_k),
         scan_block_k=scan_block_k,
