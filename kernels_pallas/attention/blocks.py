@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention import tile
 from kernels_pallas.attention.normalizers.base import Normalizer
@@ -37,6 +37,8 @@ class Plan(NamedTuple):
     # Queries of one head, and keys, in a tile.
     block_q: int
     block_k: int
+    # Whether every query is among the keys, and so sees one at least.
+    sees_itself: bool = True
 
 
 class UngatedInputs(NamedTuple):
@@ -238,6 +240,18 @@ def key_range(
     return first_block, end_block
 
 
+def is_no_padding(
+    plan: Plan,
+    inputs: UngatedInputs,
+    rows: QueryBlocks,
+) -> Bool[Array, "1 1 R 1"]:
+    """Which rows of a query block are queries of the caller."""
+    # Row g * block_q + t is token t of the block.
+    tokens = jnp.arange(rows.q.shape[-2]) % plan.block_q
+    is_real = rows.number * plan.block_q + tokens < inputs.q.shape[1]
+    return is_real[None, None, :, None]
+
+
 def tile_mask(
     plan: Plan,
     inputs: UngatedInputs,
@@ -264,11 +278,9 @@ def tile_mask(
     )
     # [1 or B, 1, R, C], as the logits have batch and heads.
     seen = seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
-    T = inputs.q.shape[1]
-    if T % plan.block_q:
+    if inputs.q.shape[1] % plan.block_q:
         # Queries of padding see nothing: their 0 times an infinite key is NaN.
-        is_real = rows.number * plan.block_q + tokens < T
-        seen = seen & is_real[None, None, :, None]
+        seen = seen & is_no_padding(plan, inputs, rows)
     alibi = None
     if constants.slopes is not None:
         dtype = constants.slopes.dtype

@@ -110,33 +110,66 @@ def special_products(
 
 def selecting_product(
     weights: Array,
-    seen: Array | None,
+    seen: Array,
     x: Array,
     product: Callable[[Array, Array], Array],
 ) -> Array:
     """product(weights, x), in which a row of `x` that is not seen does not count.
 
-    Where all of `x` is finite, that is the product itself, bit for bit, and costs the same.
+    Where all of `x` is finite, that is the product itself, bit for bit.
 
     Args:
       weights: of a tile's pairs, 0 where a pair is not seen.
-      seen: the mask, which broadcasts to the weights; None if every pair is seen.
+      seen: the mask, which broadcasts to the weights.
       x: the other operand, a row for each key or for each query of the tile.
       product: the matrix product, as the machine does it, over one axis of the weights.
 
     Returns:
       The product, of which entries that are not finite are in the rows that see one of `x`.
     """
-    if seen is None:
-        return product(weights, x)
     finite_sum = product(weights, without_special(x))
     mask = jnp.broadcast_to(seen, weights.shape)
+    return finite_sum + special_products(weights, mask, x, product).astype(finite_sum.dtype)
 
-    def with_special() -> Array:
-        return finite_sum + special_products(weights, mask, x, product).astype(finite_sum.dtype)
 
-    any_special = jnp.logical_not(jnp.all(jnp.abs(x) < jnp.inf))
-    return jax.lax.cond(any_special, with_special, lambda: finite_sum)
+class Factors(NamedTuple):
+    """The operands of a product, as `selecting_product` takes them."""
+
+    weights: Array
+    x: Array
+    product: Callable[[Array, Array], Array]
+
+
+def selecting_products(
+    factors: Sequence[Factors],
+    seen: Array | None,
+    any_special: Array | None,
+) -> list[Array]:
+    """`selecting_product` of each of some factors, at the cost of plain ones where all is finite.
+
+    Args:
+      factors: of all products of a tile, which share one branch.
+      seen: the mask; None if every pair is seen.
+      any_special: whether any `x` may have an entry that is not finite.
+
+    Returns:
+      The products.
+    """
+    plain = [product(weights, x) for weights, x, product in factors]
+    if seen is None or any_special is None:
+        return plain
+    mask = seen
+
+    def careful() -> list[Array]:
+        return [selecting_product(weights, mask, x, product) for weights, x, product in factors]
+
+    return jax.lax.cond(any_special, careful, lambda: plain)
+
+
+def has_special(*arrays: Array) -> Bool[Array, ""]:
+    """Whether any entry of some arrays is NaN or infinite."""
+    found = [jnp.logical_not(jnp.all(jnp.abs(x) < jnp.inf)) for x in arrays]
+    return jnp.any(jnp.stack(found))
 
 
 def selected(x: Array, seen: Array | None) -> Array:
@@ -169,14 +202,15 @@ def visible_pairs(
     Returns:
       The mask, or None if every pair is visible.
     """
+    conditions = []
     # How many tokens back the key is.
     distance = queries - keys
-    conditions = []
     if length is not None:
         # Mosaic wants operands of `&` that have one shape.
         conditions.append(jnp.broadcast_to(keys < length, distance.shape))
     if causal:
-        conditions.append(distance >= 0)
+        # Not distance >= 0: a subtraction less for each pair.
+        conditions.append(queries >= keys)
     if window is not None:
         # With `causal`, the keys after a query are hidden already.
         steps = distance if causal else jnp.abs(distance)
@@ -327,6 +361,7 @@ def accumulate(
     v: Float[Array, "*batch C V"],
     product: Callable[[Array, Array], Array],
     seen: Bool[Array, "... R C"] | None = None,
+    any_special: Bool[Array, ""] | None = None,
 ) -> list[Array]:
     """The sums of weighted values after a tile: keep * sums + weights v.
 
@@ -335,16 +370,19 @@ def accumulate(
       added: what the normalizer made of the tile.
       v: the tile's values.
       product: the matrix product of weights and values, as the machine does it.
-      seen: the mask; values that are not seen may be anything then. None if all are finite.
+      seen: the mask; None if every pair is seen.
+      any_special: whether values may be NaN or infinite; None if they are finite where not seen.
 
     Returns:
       The sums after the tile.
     """
+    factors = [Factors(weights, v, product) for weights in added.weights]
+    products = selecting_products(factors, seen, any_special)
     result = []
-    for before, weights in zip(sums, added.weights):
+    for before, of_tile in zip(sums, products):
         # A new maximum of the row makes all that was summed before smaller.
         kept = before if added.keep is None else added.keep * before
-        result.append(kept + selecting_product(weights, seen, v, product))
+        result.append(kept + of_tile)
     return result
 
 
@@ -378,6 +416,7 @@ def gradients(
     v: Float[Array, "*batch C V"],
     row: RowGradient,
     mask: Mask,
+    any_special: Bool[Array, ""],
     *,
     scale: float,
     logits_soft_cap: float | None,
@@ -390,6 +429,7 @@ def gradients(
       q, k, v: a tile's queries, keys and values.
       row: what is known of the queries' rows.
       mask: where the tile lies.
+      any_special: whether queries, keys or do may be NaN or infinite.
       scale, logits_soft_cap, dtype: as of `logits`.
 
     Returns:
@@ -409,8 +449,6 @@ def gradients(
     def over_keys(x: Array, y: Array) -> Array:
         return matmul("...rc,...cd->...rd", x, y, dtype)
 
-    dv = selecting_product(weights, mask.seen, row.do, over_queries)
-
     # Of s = capped - slope * distance; after the soft cap, so before its gradient.
     dslopes = None
     if mask.alibi is not None:
@@ -418,8 +456,16 @@ def gradients(
 
     # From here on ds is the gradient of scale q k^T.
     ds = through_soft_cap(ds, s.capped, logits_soft_cap)
-    # The cap's slope is NaN where a logit is, seen or not.
-    ds = selected(ds, mask.seen)
-    dq = selecting_product(ds, mask.seen, k, over_keys)
-    dk = selecting_product(ds, mask.seen, q, over_queries)
+    if logits_soft_cap is not None:
+        # The cap's slope is NaN where a logit is, seen or not.
+        ds = selected(ds, mask.seen)
+    dv, dq, dk = selecting_products(
+        [
+            Factors(weights, row.do, over_queries),
+            Factors(ds, k, over_keys),
+            Factors(ds, q, over_queries),
+        ],
+        mask.seen,
+        any_special,
+    )
     return TileGradients(dq, dk, dv, dslopes)

@@ -23,7 +23,7 @@ from kernels_pallas.attention.inputs import (
     StepInputs,
     StepOptions,
 )
-from kernels_pallas.attention.normalizers.base import AddTile, Row
+from kernels_pallas.attention.normalizers.base import AddTile, Row, masked, row_max
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
 from kernels_pallas.common.second_order import differentiable_gradient
@@ -88,6 +88,7 @@ def attention_step(inputs: StepInputs, options: StepOptions) -> Float[Array, "B 
         scale=options.scale,
         block_q=1,
         block_k=inputs.k_cache.shape[1],
+        sees_itself=False,
     )
     # The query is in document 0, and so is every slot that it may see.
     q_segments = jnp.zeros_like(inputs.valid[:, :1], jnp.int32)
@@ -250,6 +251,19 @@ _saving.defvjp(_saving_fwd, _saving_bwd)
 # The forward pass.
 
 
+class _Carry(NamedTuple):
+    """What the rows of a query block know after some key blocks."""
+
+    # The normalizer's statistics.
+    row: Row
+    # Of weighted values.
+    sums: list[Array]
+    # The largest logit or sink [B, Hk, R, 1]; None if the normalizer does without.
+    largest: Array | None
+    # Whether the row sees a key; None if it sees itself.
+    sees: Array | None
+
+
 def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]:
     """The normalizer's ungated outputs [B, T, H, V], and what it saves [Nq, B, Hk, R, 1].
 
@@ -267,6 +281,7 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
     constants = blocks.row_constants(plan, inputs)
     dtype = constants.zero.dtype
     product = partial(tile.matmul, "...rc,...cv->...rv", dtype=dtype)
+    any_special = tile.has_special(inputs.v)
     empty_sum = jnp.broadcast_to(constants.zero, (*constants.zero.shape[:-1], V))
 
     def attend(_: None, rows: QueryBlocks):
@@ -294,21 +309,46 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
 
             return blocks.loop(first, end, add_block, start)
 
-        def add_block(j, carry: tuple[Row, list[Array]]) -> tuple[Row, list[Array]]:
-            row, sums = carry
+        def add_block(j, carry: _Carry) -> _Carry:
+            row, sums, largest, sees = carry
             keys = blocks.take(key_blocks, j)
             s, seen, positions = masked_logits(j, keys)
             added = normalizer.add(row, s, seen, positions)
             # The values are multiplied by weights that are not normalized yet.
-            sums = tile.accumulate(sums, added, keys.v, product, seen)
-            return added.row, sums
+            sums = tile.accumulate(sums, added, keys.v, product, seen, any_special)
+            if largest is not None:
+                # Softmax takes this maximum anyway, and XLA takes it once.
+                largest = jnp.maximum(largest, row_max(masked(s, seen)))
+            if sees is not None and seen is not None:
+                sees = sees | jnp.any(seen, axis=-1, keepdims=True)
+            return _Carry(added.row, sums, largest, sees)
+
+        def is_undefined(end: _Carry) -> Array | None:
+            """The rows that see something, but no logit above -inf: 0 / 0. None if none can be."""
+            if end.largest is None:
+                return None
+            undefined = end.largest == -jnp.inf
+            if end.sees is not None:
+                undefined = undefined & end.sees
+            if T % plan.block_q:
+                undefined = undefined & blocks.is_no_padding(plan, inputs, rows)
+            return undefined
 
         # Most normalizers know nothing before, and make no other pass.
         known = normalizer.prepare(pass_over_keys, constants.zero)
         row = normalizer.start(constants.zero, known, constants.sink)
         sums = [empty_sum] * normalizer.sums
-        row, sums = blocks.loop(first, end, add_block, (row, sums))
-        outputs, saved = normalizer.finish(row, sums)
+        largest = None
+        sees = None
+        if normalizer.from_maximum:
+            largest = constants.zero - jnp.inf if constants.sink is None else constants.sink
+            sees = None if plan.sees_itself else constants.zero > 0
+        last = blocks.loop(first, end, add_block, _Carry(row, sums, largest, sees))
+        outputs, saved = normalizer.finish(last.row, last.sums)
+        undefined = is_undefined(last)
+        if undefined is not None:
+            outputs = tuple(jnp.where(undefined, jnp.nan, o) for o in outputs)
+            saved = tuple(jnp.where(undefined, jnp.nan, x) for x in saved)
         # o, and what the backward pass multiplies by do.
         kept = [o for n, o in enumerate(outputs) if n == 0 or n in normalizer.deltas]
         return None, (kept, saved)
@@ -333,6 +373,7 @@ def _input_gradients(
     key_blocks = blocks.cut_keys(plan, inputs)
     constants = blocks.row_constants(plan, inputs)
     dtype = constants.zero.dtype
+    any_special = tile.has_special(inputs.q, inputs.k, row.do)
     no_dslopes = None if constants.slopes is None else constants.zero
 
     def zeros_like(x: Array) -> Array:
@@ -352,6 +393,7 @@ def _input_gradients(
                 keys.v,
                 row,
                 blocks.tile_mask(plan, inputs, constants, rows, j, keys),
+                any_special,
                 scale=plan.scale,
                 logits_soft_cap=plan.logits_soft_cap,
                 dtype=dtype,

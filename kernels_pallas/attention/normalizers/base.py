@@ -30,7 +30,8 @@ do neither.
 
 Normalizers of this file and of `singlepass.py` need one pass over the keys. Those of `multipass.py`
 learn something of a row first (`prepare`). A row that sees nothing ends as zeros, with zero
-gradients.
+gradients; one that sees logits of -inf alone does too, and if that should be NaN (`from_maximum`)
+the xla backend says so.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,6 +86,10 @@ class Normalizer:
     passes: ClassVar[int] = 1
     # Whether `start` knows what to do with a sink.
     takes_sinks: ClassVar[bool] = False
+    # Whether logits count from their row's maximum: then a row whose every logit is -inf is NaN.
+    from_maximum: ClassVar[bool] = False
+    # Whether a key whose logit is -inf is as good as one that is not seen, in every method.
+    hidden_by_logit: ClassVar[bool] = False
     # How a kernel takes exponentials; no part of what the normalizer is.
     functions: Elementary = field(default=Elementary(), kw_only=True, repr=False)
 
@@ -181,6 +186,8 @@ class Softmax(Normalizer):
     """
 
     takes_sinks: ClassVar[bool] = True
+    from_maximum: ClassVar[bool] = True
+    hidden_by_logit: ClassVar[bool] = True
 
     def start(
         self,

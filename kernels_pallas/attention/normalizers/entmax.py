@@ -46,6 +46,7 @@ class Entmax(Normalizer):
     deltas: ClassVar[tuple[int, ...]] = (1,)
     # About so many.
     passes: ClassVar[int] = 12
+    from_maximum: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 < self.alpha <= 2:

@@ -46,6 +46,7 @@ class ClippedSoftmax(Normalizer):
     deltas: ClassVar[tuple[int, ...]] = (1,)
     sums: ClassVar[int] = 2
     passes: ClassVar[int] = 2
+    from_maximum: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # Written so that NaN is refused too.
@@ -274,6 +275,7 @@ class AdaptiveTemperature(Normalizer):
     sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
     passes: ClassVar[int] = 2
+    from_maximum: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         numbers = (*self.polynomial, self.threshold)

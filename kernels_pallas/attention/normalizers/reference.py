@@ -169,9 +169,10 @@ def _reweighted_softplus(
     x = _positive_part(above_mean)
     # Divided out: a constant factor of the row, which the sum takes out again.
     largest = lax.stop_gradient(_largest(x, seen))
-    # What is left of a row whose weights are all equal is rounding error. NaN is not.
+    # What is left of a row whose weights are all equal is rounding error. NaN is not: it stays,
+    # although XLA on a CPU may take the maximum of a row without its NaN.
     is_nothing = largest <= 1e-6
-    x = jnp.where(is_nothing, 0, x) / jnp.where(is_nothing, 1, largest)
+    x = jnp.where(is_nothing, 0 * x, x) / jnp.where(is_nothing, 1, largest)
     return _normalized(x**normalizer.power, seen)
 
 
@@ -186,7 +187,10 @@ def _adaptive_temperature(
     coefficients = jnp.asarray(normalizer.polynomial, s.dtype)
     beta = jnp.maximum(jnp.polyval(coefficients, entropy), 1)
     beta = jnp.where(entropy > normalizer.threshold, beta, 1)
-    return _softmax(s * beta, seen)
+    # Of a weight of 0 the temperature's derivative is 0, and not 0 times infinity.
+    is_nothing = s == -jnp.inf
+    sharper = jnp.where(is_nothing, 0, s) * beta
+    return _softmax(jnp.where(is_nothing, s, sharper), seen)
 
 
 def _entmax(

@@ -31,6 +31,7 @@ class _Elementwise(Normalizer):
 
     # ds needs nothing of the row either.
     deltas: ClassVar[tuple[int, ...]] = ()
+    hidden_by_logit: ClassVar[bool] = True
 
     def add(
         self,
@@ -217,6 +218,7 @@ class SelfAdjust(Normalizer):
 
     sums: ClassVar[int] = 2
     deltas: ClassVar[tuple[int, ...]] = (0, 1)
+    from_maximum: ClassVar[bool] = True
 
     def start(
         self,
@@ -326,6 +328,8 @@ class _Summed(Normalizer):
 
     Rows whose every f underflows end as zeros.
     """
+
+    hidden_by_logit: ClassVar[bool] = True
 
     def start(
         self,

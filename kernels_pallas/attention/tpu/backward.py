@@ -415,6 +415,8 @@ def _add_tile(
     rows = plan.backward.rows
     # FULL tiles need no mask of positions.
     by_position = kind in (DIAGONAL, MASKED)
+    # Careful products need the mask itself.
+    triangles = tile.only_triangles(plan, kind) and not careful
     starts = range(0, block, rows)
 
     def keys_of(start: int) -> slice:
@@ -467,9 +469,14 @@ def _add_tile(
         keys = keys_of(start)
         queries = queries_of(start)
         deltas, saved = _statistics(plan, refs, scratch, queries)
-        mask = tile.visible(plan, at, by_position)
+        mask = None
+        values = logits.values
+        if triangles:
+            values = tile.below_diagonal(values, transposed=True)
+        else:
+            mask = tile.visible(plan, at, by_position)
         weights, ds = plan.normalizer.gradient(
-            logits.values,
+            values,
             mask,
             at.keys,
             dp,

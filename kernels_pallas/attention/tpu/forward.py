@@ -348,6 +348,8 @@ def _add_tile(
     rows = plan.forward.rows
     # FULL tiles need no mask of positions.
     by_position = kind in (DIAGONAL, MASKED)
+    # Careful products need the mask itself.
+    triangles = tile.only_triangles(plan, kind) and not careful
     starts = range(0, block, rows)
 
     def group_rows(start: int) -> slice:
@@ -384,7 +386,11 @@ def _add_tile(
         group = group_rows(start)
         # What the normalizer knows of these rows, from the tiles before.
         row = tuple(ref[group] for ref in statistics)
-        mask = tile.visible(plan, at, by_position)
+        mask = None
+        if triangles:
+            s = tile.below_diagonal(s, transposed=False)
+        else:
+            mask = tile.visible(plan, at, by_position)
         added = normalizer.add(row, s, mask, at.keys)
         for ref, statistic in zip(statistics, added.row):
             ref[group] = statistic

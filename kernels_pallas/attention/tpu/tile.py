@@ -24,7 +24,7 @@ from kernels_pallas.attention.normalizers.base import (
     finite,
     masked,
 )
-from kernels_pallas.attention.tpu.plan import LANES, Plan
+from kernels_pallas.attention.tpu.plan import DIAGONAL, LANES, Plan
 
 # Contracted axes of the two operands of a matrix product.
 NN = ((1,), (0,))  # x y
@@ -202,6 +202,39 @@ def visible(plan: Plan, at: Positions, by_position: bool) -> Array | None:
     tile_shape = jnp.broadcast_shapes(at.queries.shape, at.keys.shape)
     real = jnp.broadcast_to(at.queries < plan.T, tile_shape)
     return real if mask is None else mask & real
+
+
+def only_triangles(plan: Plan, kind: int) -> bool:
+    """Whether `below_diagonal` hides all that there is to hide in a tile of this kind."""
+    # Queries of padding must see nothing.
+    is_padded = plan.T % plan.forward.block or plan.T % plan.backward.block
+    by_causality = kind == DIAGONAL and not plan.segments and not is_padded
+    return by_causality and plan.normalizer.hidden_by_logit
+
+
+def below_diagonal(s: Array, transposed: bool) -> Array:
+    """Logits of a group of rows on the diagonal, -inf where the query comes before the key.
+
+    Only as many columns as there are rows are cut by the diagonal: the last ones, or if the tile is
+    transposed the first ones. The others, which are most of a tile, cost no comparison.
+
+    Args:
+      s: logits [R, C], C >= R, of which only causality hides any.
+      transposed: whether rows are keys.
+
+    Returns:
+      The logits, for a normalizer that is `hidden_by_logit`.
+    """
+    rows, columns = s.shape
+    row = lax.broadcasted_iota(jnp.int32, (rows, rows), 0)
+    column = lax.broadcasted_iota(jnp.int32, (rows, rows), 1)
+    if transposed:
+        cut = jnp.where(column >= row, s[:, :rows], -jnp.inf)
+        parts = [cut, s[:, rows:]]
+    else:
+        cut = jnp.where(row >= column, s[:, columns - rows :], -jnp.inf)
+        parts = [s[:, : columns - rows], cut]
+    return cut if rows == columns else jnp.concatenate(parts, axis=1)
 
 
 def logits(

@@ -116,7 +116,12 @@ def test_a_traced_window_is_refused():
 
 @pytest.mark.parametrize(
     "backend, x64",
-    [("reference", False), ("xla", True), ("tpu", False), ("tpu", True)],
+    [
+        ("reference", False),
+        ("xla", True),
+        pytest.param("tpu", False, marks=pytest.mark.slow),
+        ("tpu", True),
+    ],
 )
 def test_strict_modes(backend, x64):
     """The right numbers where jax refuses to promote dtypes and ranks."""
@@ -128,8 +133,8 @@ def test_strict_modes(backend, x64):
     def both():
         run = lambda a: call(a, **options, **on(backend))
         found = value_and_gradients(a, run)
-        step = attention_step(a["q"][:, 0], a["k"], a["v"], **step_options)
-        return {**found, "step": step}
+        step = jax.jit(lambda q, k, v: attention_step(q, k, v, **step_options))
+        return {**found, "step": step(a["q"][:, 0], a["k"], a["v"])}
 
     expected = both()
     with (
