@@ -43,7 +43,7 @@ class Line(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-# By op; kernels of ours begin with the op's name.
+# By op.
 CASES: dict[str, list[Line]] = {
     "attention": [
         Line("B4,T4096,H16,D64"),
@@ -52,7 +52,20 @@ CASES: dict[str, list[Line]] = {
         Line("B1,T32768,H16,Hk2,D256", options=("gate=element",)),
         Line("B4,T4096,H16,D128", "float32"),
     ],
+    "linear_scan": [
+        Line("B4,T4096,H16,K64,V64", options=("decay=vector",)),
+        Line("B4,T4096,H16,K128,V128", options=("decay=vector",)),
+        Line("B4,T4096,H16,K128,V128", options=("decay=scalar",)),
+        Line("B4,T4096,H16,K128,V128", "float32", options=("decay=vector",)),
+    ],
+    "grouped_matmul": [
+        Line("M65536,K2048,N1024,G64"),
+        Line("M65536,K2048,N1024,G64", "float32"),
+    ],
+    "expert_mlp": [Line("R65536,M2048,F1024,G64")],
 }
+# How the names of an op's kernels begin, where not with its own.
+PREFIXES = {"expert_mlp": "grouped_matmul"}
 # Slots of a cache, query and key heads, channels: one decoding step of 4 rows.
 STEPS = {"attention": [(8192, 16, 2, 128)]}
 KEYS = ("target", "case", "kernel")
@@ -92,7 +105,8 @@ def compiled(
     _, report = compile_for(target, fn, *args)
     rows = []
     for kernel in report.kernels:
-        if isinstance(kernel, GpuKernel) and kernel.name.startswith(op):
+        prefix = PREFIXES.get(op, op)
+        if isinstance(kernel, GpuKernel) and kernel.name.startswith(prefix):
             # Of several calls each has a number.
             name = kernel.name.partition("__")[0]
             keys = dict(zip(KEYS, (target, label, name)))

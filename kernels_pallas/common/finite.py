@@ -5,10 +5,13 @@ operands, the fast paths multiply all the same, and look at a result that every 
 value that is not finite there means that a careful path has to compute the piece once more.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 
 def any_nonfinite(*arrays: Array | None) -> Bool[Array, ""]:
@@ -22,6 +25,47 @@ def any_nonfinite(*arrays: Array | None) -> Bool[Array, ""]:
             total = jnp.sum(jax.lax.stop_gradient(x).astype(jnp.float32))
             flag = flag | ~jnp.isfinite(total)
     return _any_of_batch(flag)
+
+
+def any_counted(*counts: Int[Array, "*axes"]) -> Bool[Array, ""]:
+    """Whether a kernel has counted anything: one flag, also under `vmap`."""
+    flag = jnp.zeros((), bool)
+    for count in counts:
+        flag = flag | jnp.any(count > 0)
+    return _any_of_batch(flag)
+
+
+def if_bad[Tree](
+    is_bad: Bool[Array, ""],
+    careful: Callable[..., Tree],
+    fast: Tree,
+    *args: Any,
+) -> Tree:
+    """`fast`, or where something in it is bad, `careful(*args)`.
+
+    Args:
+      is_bad: whether anything is; one flag, or both would always be computed.
+      careful: gives the same as the fast path, and NaN where it belongs.
+      fast: the fast path's results.
+      *args: of `careful`.
+
+    Returns:
+      The results. A number that is finite on both paths was not reached by one that is not: there
+      it is the fast path's, to the bit what it always is.
+    """
+
+    def choose(slow: Array, quick: Array) -> Array:
+        return jnp.where(is_finite(slow) & is_finite(quick), quick, slow)
+
+    def step(carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
+        flag, results = carry
+        # And: the type of the flag inside of a `shard_map` stays.
+        return flag & False, jax.tree.map(choose, careful(*args), results)
+
+    # A loop of one step or none, whose results lie where the fast path has put them. The results of
+    # a `cond` are another array: XLA copies the fast path's.
+    _, results = jax.lax.while_loop(lambda carry: carry[0], step, (is_bad, fast))
+    return results
 
 
 @jax.custom_batching.custom_vmap

@@ -1,9 +1,28 @@
 """What the GPU kernels of several ops share."""
 
+import math
 from collections.abc import Iterable
+
+import jax
+from jax import Array
+from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas.common.cost import moved as moved
 from kernels_pallas.common.device import device_kind
+
+LOG2_E = math.log2(math.e)
+
+
+def exp2(x: Array) -> Array:
+    """2^x by one instruction. Only a compiled kernel can call it; its twin is `jnp.exp2`."""
+    [power] = pltriton.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return power
 
 
 def chip(names: Iterable[str], default: str) -> str:

@@ -46,7 +46,7 @@ def kernel(fn, implementation, **options):
 # --- the caller's numbers
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", slow("tpu")])
+@pytest.mark.parametrize("implementation", ["reference", "xla", slow("tpu"), "gpu"])
 def test_sizes_of_any_width(implementation):
     multiply = jax.jit(kernel(grouped_matmul, implementation))
     for dtype in ("int8", "uint8", "int16", "uint32", "int64", "uint64"):
@@ -101,7 +101,7 @@ def test_numbers_of_numpy_as_options():
     np.testing.assert_allclose(got, linear_scan(Q, K, V, scale=0.5), atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", slow("tpu")])
+@pytest.mark.parametrize("implementation", ["reference", "xla", slow("tpu"), "gpu"])
 def test_bad_rows_of_another_group_do_not_matter(implementation):
     def results(implementation, lhs, rhs, dout, experts, weights, dy):
         y, vjp = jax.vjp(lambda a, b: kernel(grouped_matmul, implementation)(a, b, SIZES), lhs, rhs)
@@ -242,7 +242,7 @@ def test_strict_promotion_leaves_values_as_they_are():
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
 def test_second_derivatives_of_grouped_matmul(implementation):
     def second(implementation, argument):
         def value(x):

@@ -12,29 +12,13 @@ are those of the logits without the factor.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas.attention.normalizers.base import Elementary, Normalizer, Softmax
-
-LOG2_E = math.log2(math.e)
-
-
-def exp2(x: Array) -> Array:
-    """2^x by one instruction. Only a compiled kernel can call it; its twin is `jnp.exp2`."""
-    [power] = pltriton.elementwise_inline_asm(
-        "ex2.approx.ftz.f32 $0, $1;",
-        args=[x],
-        constraints="=f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-    )
-    return power
+from kernels_pallas.common.gpu import LOG2_E, exp2
 
 
 def _exp(x: Array) -> Array:

@@ -27,11 +27,20 @@ from kernels_pallas.linear_scan.gpu.intra_chunk import (
     num_levels,
     operands,
     own_weight,
+    starts_of,
     sums_of,
 )
-from kernels_pallas.linear_scan.gpu.plan import Inputs, Plan, block_rows, load, over_blocks
+from kernels_pallas.linear_scan.gpu.plan import (
+    Inputs,
+    Plan,
+    block_rows,
+    count_bad,
+    load,
+    over_blocks,
+)
 from kernels_pallas.linear_scan.gpu.tile import matmul
 from kernels_pallas.linear_scan.gpu.tuning import block
+from kernels_pallas.linear_scan.tile import LOG_ZERO
 
 # Numbers of each token that scalar logs need, see `_kernel`: of readers, writers, writes, total.
 ROW_SUMS = 4
@@ -49,6 +58,7 @@ def through_products(
 
     Returns:
       dq [B, T, H, K] in q's dtype; dk likewise, but float32 where heads share a key;
+      bad [B, H, N, blocks]: how many elements of these are not finite;
       dbonus [B, H, N, K] float32, if there is a bonus;
       dlogs [B, T, H, K] of vector decays, or of scalar ones rows [B, H, N, blocks, ROW_SUMS, C].
     """
@@ -112,15 +122,20 @@ def _outputs(p: Plan, x: Inputs, block_k: int) -> Operands:
     tokens = pl.BlockSpec((None, C, None, block_k), lambda c, n, h, b: (b, p.place(n), h, c))
     # Query heads that share a key add up their parts afterwards: in float32.
     dk_dtype = x.k.dtype if p.Hk == p.H else jnp.float32
+    blocks = p.K // block_k
     outputs = {
         "dq": (like(x.q, x.q.shape, x.q.dtype), tokens),
         "dk": (like(x.q, x.q.shape, dk_dtype), tokens),
+        "bad": (
+            like(x.q, (B, p.H, p.chunks, blocks), jnp.int32),
+            pl.BlockSpec((None,) * 4, lambda c, n, h, b: (b, h, n, c)),
+        ),
     }
     if p.decay == "vector":
         assert x.logs is not None
         outputs["dlogs"] = (like(x.q, x.logs.shape, x.logs.dtype), tokens)
     elif p.decay == "scalar":
-        shape = (B, p.H, p.chunks, p.K // block_k, ROW_SUMS, C)
+        shape = (B, p.H, p.chunks, blocks, ROW_SUMS, C)
         spec = pl.BlockSpec(
             (None, None, None, None, ROW_SUMS, C), lambda c, n, h, b: (b, h, n, c, 0, 0)
         )
@@ -180,6 +195,7 @@ def _kernel(
     dproducts,
     dq,
     dk,
+    bad,
     logs=None,
     subtotals=None,
     starts=None,
@@ -218,13 +234,21 @@ def _kernel(
         mirrored = pltriton.load(dproducts.at[jnp.maximum(i, j), jnp.minimum(i, j)])
         c = tile.vector_cotangents(p.tile, q_tile, k_tile, block_logs, mirrored, from_states)
         dlogs_tile = tile.vector_dlogs(p.tile, c, dlog_total)
+        # A log that the kernels have replaced receives nothing.
+        is_replaced = load(logs, *here) < LOG_ZERO
+        if starts is not None:
+            is_replaced = is_replaced | starts_of(starts, row)
+        dlogs_tile = jnp.where(is_replaced, jnp.zeros_like(dlogs_tile), dlogs_tile)
+        # NaN and Inf stay what they are in a sum.
+        seen = dlogs_tile
         pltriton.store(dlogs.at[here], dlogs_tile.astype(dlogs.dtype))
     else:
         dreads, dwrites = from_states()
-        masked = load(dproducts, i, j) * tile.scalar_mask(C, sums_of(sums, C))
+        masked = tile.scalar_masked(p.tile, load(dproducts, i, j), sums_of(sums, C))
         dread_q = _factor(read_factor, row) * dreads
         dwrite_k = _factor(write_factor, row) * dwrites
         c = tile.scalar_cotangents(p.tile, q_tile, k_tile, masked, dread_q, dwrite_k)
+        seen = c.of_writes
         if rows is not None:
             assert dlog_total is not None
             # A scalar log receives sums over channels; over tokens `op._dlogs` sums them.
@@ -243,6 +267,7 @@ def _kernel(
         if dbonus is not None:
             column = lax.iota(jnp.int32, block_k)
             pltriton.store(dbonus.at[column], jnp.sum(d_own * q_tile * k_tile, axis=0))
+    bad[...] = count_bad(seen + dq_tile + dk_tile)
     pltriton.store(dq.at[here], (dq_tile * p.scale).astype(dq.dtype))
     pltriton.store(dk.at[here], dk_tile.astype(dk.dtype))
 

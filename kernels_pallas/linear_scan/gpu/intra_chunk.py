@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from kernels_pallas.common.gpu import moved
 from kernels_pallas.common.mesh import like
@@ -32,11 +32,11 @@ class Decays(NamedTuple):
 
     Attributes:
       logs: vector decays, as in memory.
-      subtotals: sums of SUBTOTAL neighbors of `logs`, as in memory.
+      subtotals: sums of SUBTOTAL neighbors of `clamped_logs`, as in memory.
       log_total: of a whole chunk.
       sums: scalar decays: the four rows of sums of `tile.scalar_mask`.
       read_factor, write_factor: scalar decays: start of the chunk -> read, write -> its end.
-      starts: vector decays with exclusive reads only: 1 where the state is reset.
+      starts: vector decays only: 1 where the state is reset.
     """
 
     logs: Float[Array, "_ T H K"] | None = None
@@ -252,7 +252,7 @@ def _scalar_kernel(p: Plan, q, k, out, sums=None, bonus=None) -> None:
 
     zeros = (jnp.zeros((C, C), jnp.float32), jnp.zeros((C,), jnp.float32))
     total, own = over_blocks(p.K // block_k, of_block, zeros)
-    masked = total * tile.scalar_mask(C, sums_of(sums, C)) + tile.diagonal(own)
+    masked = tile.scalar_masked(p.tile, total, sums_of(sums, C)) + tile.diagonal(own)
     _store_products(out, masked * p.scale)
 
 
@@ -263,27 +263,56 @@ def _store_products(out, products: Array) -> None:
     pltriton.store(out.at[here], products.astype(out.dtype))
 
 
-def logs_of(p: Plan, logs, subtotals, starts, first, block_k: int) -> tile.Logs:
+def clamped_logs(
+    logs: Float[Array, "*axes"],
+    is_start: Bool[Array, "*broadcast"] | None,
+) -> Float[Array, "*axes"]:
+    """Logs no less than LOG_ZERO, and LOG_ZERO where a segment starts. NaN and +inf remain."""
+    # Comparisons, which are false for NaN: Triton's maximum would leave NaN out.
+    is_zero = logs < LOG_ZERO
+    if is_start is not None:
+        is_zero = is_zero | (is_start & (logs < jnp.inf))
+    return jnp.where(is_zero, jnp.asarray(LOG_ZERO, logs.dtype), logs)
+
+
+def logs_of(
+    p: Plan,
+    logs,
+    subtotals,
+    starts,
+    first,
+    block_k: int,
+) -> tile.Logs:
     """The logs of a program's chunk, for the channels from `first` on."""
     C = p.chunk
 
-    def at(ref, size: int) -> Callable:
-        def rows_at(row: Array) -> Array:
-            # A row of the chunk, or of its subtotals, as it lies in memory.
-            in_memory = size - 1 - row if p.reverse else row
-            return load(ref, *block_rows(in_memory, first, block_k))
+    def in_memory(row: Array, size: int) -> tuple[Array, Array]:
+        """The index of rows of the chunk, or of its subtotals."""
+        at = size - 1 - row if p.reverse else row
+        return block_rows(at, first, block_k)
 
-        return rows_at
+    def log_at(row: Array) -> Array:
+        is_start = None if starts is None else starts_of(starts, row)
+        return clamped_logs(load(logs, *in_memory(row, C)), is_start)
 
+    def subtotal_at(row: Array) -> Array:
+        return load(subtotals, *in_memory(row, C // SUBTOTAL))
+
+    rows = lax.iota(jnp.int32, C)
     if p.inclusive:
-        log_read = load(logs, *block_rows(p.rows(), first, block_k))
+        log_read = log_at(rows)
     else:
         log_read = jnp.zeros((C, block_k), jnp.float32)
         if starts is not None:
             # An exclusive read of a segment's first token finds an empty state.
-            is_start = pltriton.load(starts.at[lax.iota(jnp.int32, C)]) > 0
-            log_read += jnp.where(is_start, LOG_ZERO, 0.0)[:, None]
-    return tile.Logs(log_read, at(logs, C), at(subtotals, C // SUBTOTAL))
+            log_zero = jnp.asarray(LOG_ZERO, jnp.float32)
+            log_read = jnp.where(starts_of(starts, rows), log_zero, log_read)
+    return tile.Logs(log_read, log_at, subtotal_at)
+
+
+def starts_of(starts, row: Array) -> Bool[Array, "C 1"]:
+    """Whether the state is reset before these tokens of the chunk."""
+    return (pltriton.load(starts.at[row]) > 0)[:, None]
 
 
 def _own_products(

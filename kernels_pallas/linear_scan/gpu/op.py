@@ -12,7 +12,12 @@ an empty state, then all of them from the states that follow from that.
 
 Saved for the backward pass: the inputs, and the state before each chunk. With bfloat16 inputs what
 is multiplied is rounded to bfloat16, with float16 ones to TF32; with float32 inputs matmuls keep
-all bits, in three passes of TF32.
+all bits, in three passes of TF32. Exponentials are then those of CUDA's library, and else a single
+instruction of the chip.
+
+The kernels multiply whole chunks, in which NaN and Inf of a token would reach tokens that do not
+see it. They count what is not finite at the end: in the state, which keeps what went through it,
+and in the gradients. Where there is any, `careful` computes the call again, token by token.
 """
 
 from functools import partial
@@ -24,14 +29,16 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
+from kernels_pallas.common.derivative import once
+from kernels_pallas.common.finite import any_counted, if_bad
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded
 from kernels_pallas.common.precision import one_pass_allowed
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.gpu import backward as gpu_backward
-from kernels_pallas.linear_scan.gpu import intra_chunk, tuning
+from kernels_pallas.linear_scan.gpu import careful, intra_chunk, tuning
 from kernels_pallas.linear_scan.gpu import scan as gpu_scan
-from kernels_pallas.linear_scan.gpu.intra_chunk import Decays
+from kernels_pallas.linear_scan.gpu.intra_chunk import Decays, clamped_logs
 from kernels_pallas.linear_scan.gpu.plan import Inputs, Plan
 from kernels_pallas.linear_scan.gpu.scan import Chunks
 from kernels_pallas.linear_scan.gpu.tile import SUBTOTAL
@@ -41,6 +48,7 @@ from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
+OP = "linear_scan"
 # Triton's indices are 32-bit.
 MAX_ELEMENTS = 2**31
 
@@ -97,7 +105,7 @@ def linear_scan(
         k=_padded_tokens(plan, inputs.k, plan.K),
         v=_padded_tokens(plan, v, plan.V),
         logs=_logs(plan, q, log_decay, starts),
-        starts=_read_starts(plan, starts),
+        starts=_starts_in_order(plan, starts),
         bonus=None if bonus is None else padded(bonus, 1, plan.K),
         state=_padded_state(plan, initial_state),
     )
@@ -117,13 +125,14 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
     K = _whole_blocks(q.shape[3])
     V = _whole_blocks(v.shape[3])
     decay = _decay_kind(inputs)
-    schedule = tuning.schedule(decay)
+    operand, precision = _matmuls(interpret, q, k, v)
+    is_exact = precision == lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    schedule = tuning.schedule(decay, operand.itemsize, is_exact)
     # A short sequence is one chunk, of a power of two.
     shortest = max(MIN_CHUNK, 1 << (T - 1).bit_length())
     chunk = min(options.chunk_size or schedule.chunk, shortest)
     programs = B * H * (V // tuning.scan_block_v(schedule, K, V))
     segments = tuning.segments(schedule, programs, -(-T // chunk))
-    operand, precision = _matmuls(interpret, q, k, v)
     length = chunk * segments
     # The two halves of a fraction keep float32 until they are divided.
     out_dtype = jnp.dtype(jnp.float32) if options.normalize else v.dtype
@@ -142,6 +151,8 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
         segments=segments,
         operand=operand,
         precision=precision,
+        # Interpreted there is no such instruction.
+        fast_exp=not (interpret or is_exact),
         out_dtype=out_dtype,
         schedule=schedule,
         interpret=interpret,
@@ -197,30 +208,38 @@ def _in_order(plan: Plan, x: Array, axis: int) -> Array:
     return jnp.flip(x, axis) if plan.reverse else x
 
 
-def _read_starts(plan: Plan, starts: Bool[Array, "B T"] | None) -> Float[Array, "B Tp"] | None:
-    """`Inputs.starts`: inclusive reads need none, since their logs have the resets."""
-    if starts is None or plan.inclusive:
+def _starts_in_order(
+    plan: Plan,
+    starts: Bool[Array, "B T"] | None,
+) -> Float[Array, "B Tp"] | None:
+    """`Inputs.starts`."""
+    if starts is None:
         return None
     in_order = _in_order(plan, padded(starts, 1, plan.T), 1)
     return in_order.astype(jnp.float32)
 
 
 def _logs(
-    plan: Plan, q: Array, log_decay: Array | None, starts: Bool[Array, "B T"] | None
+    plan: Plan,
+    q: Array,
+    log_decay: Array | None,
+    starts: Bool[Array, "B T"] | None,
 ) -> Array | None:
-    """`Inputs.logs`, with the resets of segments in them. Differentiable."""
+    """`Inputs.logs`. Differentiable."""
     if plan.decay == "none":
         return None
+    if plan.decay == "vector":
+        assert log_decay is not None
+        return _padded_tokens(plan, log_decay, plan.K)
     if log_decay is None:
         # Segments alone.
-        log_decay = varying_like(jnp.zeros((1, *q.shape[1:3])), q)
-    logs = jnp.maximum(log_decay, tile.LOG_ZERO)
+        zeros = jnp.zeros((1, *q.shape[1:3]), jnp.float32)
+        log_decay = varying_like(zeros, q)
+    logs = jnp.maximum(log_decay.astype(jnp.float32), tile.LOG_ZERO)
     if starts is not None:
-        of_token = starts.reshape(*starts.shape, *[1] * (logs.ndim - 2))
-        logs = jnp.where(of_token, jnp.asarray(tile.LOG_ZERO, logs.dtype), logs)
-    if plan.decay == "vector":
-        return _padded_tokens(plan, logs, plan.K)
-    heads_first = jnp.swapaxes(logs.astype(jnp.float32), 1, 2)
+        # The lesser of the two, so that a log that is NaN remains one.
+        logs = jnp.where(starts[:, :, None], jnp.minimum(logs, tile.LOG_ZERO), logs)
+    heads_first = jnp.swapaxes(logs, 1, 2)
     return _in_order(plan, padded(heads_first, 2, plan.T), 2)
 
 
@@ -237,16 +256,29 @@ def _decays(plan: Plan, x: Inputs) -> Decays:
     return _scalar_decays(plan, x.logs, x.starts)
 
 
-def _vector_decays(plan: Plan, logs: Array, starts: Array | None) -> Decays:
+def _vector_decays(
+    plan: Plan,
+    logs: Array,
+    starts: Array | None,
+) -> Decays:
     rows, _, H, K = logs.shape
-    eights = logs.astype(jnp.float32).reshape(rows, -1, SUBTOTAL, H, K)
+    is_start = None
+    if starts is not None:
+        is_start = _in_order(plan, starts, 1)[:, :, None, None] > 0
+    # As the kernels do it: never an array of its own.
+    clamped = clamped_logs(logs.astype(jnp.float32), is_start)
+    eights = clamped.reshape(rows, -1, SUBTOTAL, H, K)
     subtotals = eights.sum(2)
     log_total = subtotals.reshape(rows, plan.chunks, -1, H, K).sum(2)
     log_total = jnp.swapaxes(_in_order(plan, log_total, 1), 1, 2)
     return Decays(logs=logs, subtotals=subtotals, starts=starts, log_total=log_total)
 
 
-def _scalar_decays(plan: Plan, logs: Array, starts: Array | None) -> Decays:
+def _scalar_decays(
+    plan: Plan,
+    logs: Array,
+    starts: Array | None,
+) -> Decays:
     def in_chunks(rows: Array) -> Array:
         return rows.reshape(*rows.shape[:2], plan.chunks, plan.chunk)
 
@@ -257,7 +289,8 @@ def _scalar_decays(plan: Plan, logs: Array, starts: Array | None) -> Decays:
         reads = jnp.zeros_like(logs)
         if starts is not None:
             is_start = in_chunks(starts[:, None]) > 0
-            reads = reads + jnp.where(is_start, tile.LOG_ZERO, 0.0)
+            log_zero = jnp.asarray(tile.LOG_ZERO, logs.dtype)
+            reads = jnp.where(is_start, log_zero, reads)
             logs = jnp.broadcast_to(logs, reads.shape)
     # Coarse and fine parts, [2, B, H, N, C] each.
     reads, ends = tile.running_sums(logs, reads)
@@ -274,20 +307,45 @@ def _scalar_decays(plan: Plan, logs: Array, starts: Array | None) -> Decays:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(plan: Plan, return_final_state: bool, x: Inputs) -> tuple[Array, Array | None]:
+def _scan(
+    plan: Plan,
+    return_final_state: bool,
+    x: Inputs,
+) -> tuple[Array, Array | None]:
     """(o [B, T, H, V] in plan.out_dtype, final state [B, H, K, V] float32)."""
-    outputs, _ = _run(plan, x, return_final_state, save=False)
+    outputs, _ = _checked(plan, return_final_state, x, save=False)
     return outputs
 
 
 def _forward(plan: Plan, return_final_state: bool, x: Inputs):
-    (o, final_state), states = _run(plan, x, return_final_state, save=True)
-    outputs = (checkpoint_name(o, OUT_NAME), final_state)
-    return outputs, (x, checkpoint_name(states, STATES_NAME))
+    (o, final_state), saved = _checked(plan, return_final_state, x, save=True)
+    # The name also of the flag, or it alone would have the kernel run again.
+    residuals = [checkpoint_name(array, STATES_NAME) for array in saved]
+    return (checkpoint_name(o, OUT_NAME), final_state), (x, *residuals)
 
 
-def _run(plan: Plan, x: Inputs, return_final_state: bool, save: bool):
-    """((o, final state), the state before each chunk or None)."""
+def _checked(
+    plan: Plan,
+    return_final_state: bool,
+    x: Inputs,
+    *,
+    save: bool,
+) -> tuple[tuple[Array, Array | None], tuple[Array | None, Bool[Array, ""]]]:
+    """((o, final state), (the state before each chunk or None, whether one is not finite))."""
+    run = partial(_run, plan, return_final_state=return_final_state, save=save)
+    outputs, states, is_bad = once(OP, run, x)
+    carefully = partial(careful.outputs, plan, return_final_state)
+    return if_bad(is_bad, partial(once, OP, carefully), outputs, x), (states, is_bad)
+
+
+def _run(
+    plan: Plan,
+    x: Inputs,
+    *,
+    return_final_state: bool,
+    save: bool,
+) -> tuple[tuple[Array, Array | None], Array | None, Bool[Array, ""]]:
+    """((o, final state), the state before each chunk or None, whether one is not finite)."""
     decays = _decays(plan, x)
     out = _scan_segments(
         plan,
@@ -299,7 +357,7 @@ def _run(plan: Plan, x: Inputs, return_final_state: bool, save: bool):
         save=save,
         final=return_final_state,
     )
-    return (out["o"], out.get("final")), out.get("states")
+    return (out["o"], out.get("final")), out.get("states"), any_counted(out["bad"])
 
 
 def _chunks(plan: Plan, x: Inputs, decays: Decays) -> Chunks:
@@ -363,7 +421,22 @@ def _segment_logs(plan: Plan, decays: Decays) -> Float[Array, "_ H G _"] | None:
 
 
 def _backward(plan: Plan, return_final_state: bool, residuals, cotangents):
-    x, states = residuals
+    x, states, is_bad = residuals
+    gradients, is_bad_here = once(OP, partial(_gradients, plan), x, states, cotangents)
+
+    # What was not finite on the way forward is not counted again on the way back.
+    is_bad = is_bad | is_bad_here
+    carefully = partial(careful.gradients, plan)
+    return (if_bad(is_bad, partial(once, OP, carefully), gradients, x, cotangents),)
+
+
+def _gradients(
+    plan: Plan,
+    x: Inputs,
+    states: Array,
+    cotangents: tuple[Array, Array | None],
+) -> tuple[Inputs, Bool[Array, ""]]:
+    """The cotangents of the inputs, by the kernels, and whether one is not finite."""
     do, dfinal = cotangents
     decays = _decays(plan, x)
     forward = _chunks(plan, x, decays)
@@ -397,11 +470,11 @@ def _backward(plan: Plan, return_final_state: bool, residuals, cotangents):
         k=_sum_of_heads(through["dk"], x.k),
         v=_sum_of_heads(out["o"], x.v),
         logs=_dlogs(plan, x.logs, through),
-        starts=None,
+        starts=None if x.starts is None else jnp.zeros_like(x.starts),
         bonus=dbonus,
         state=out.get("final"),
     )
-    return (gradients,)
+    return gradients, any_counted(out["bad"], through["bad"])
 
 
 _scan.defvjp(_forward, _backward)
@@ -437,7 +510,7 @@ def _dlogs(plan: Plan, logs: Array | None, through: dict[str, Array]) -> Array |
     of_tokens = through["rows"].sum(3)
     # [B, H, N, C] each.
     readers, writers, writes, total = jnp.moveaxis(of_tokens, 3, 0)
-    later = jnp.triu(jnp.ones((plan.chunk, plan.chunk)), 1)
+    later = jnp.triu(jnp.ones((plan.chunk, plan.chunk), jnp.float32), 1)
     balance = readers - writers
 
     def summed(which: Array, rows: Array) -> Array:

@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from kernels_pallas.common.finite import is_finite
 from kernels_pallas.linear_scan.gpu.tile import Tile
 from kernels_pallas.linear_scan.gpu.tuning import Schedule
 
@@ -22,6 +23,7 @@ class Plan(NamedTuple):
       segments: parts of the sequence that are scanned side by side.
       operand: the dtype of what is multiplied, and of what kernels pass to each other.
       precision: of products of float32 operands.
+      fast_exp: whether exponentials are one instruction, with a relative error of 2^-22.
     """
 
     T: int
@@ -38,6 +40,7 @@ class Plan(NamedTuple):
     segments: int
     operand: Any
     precision: Any
+    fast_exp: bool
     out_dtype: Any
     schedule: Schedule
     interpret: bool
@@ -48,7 +51,7 @@ class Plan(NamedTuple):
 
     @property
     def tile(self) -> Tile:
-        return Tile(self.operand, self.precision, self.inclusive)
+        return Tile(self.operand, self.precision, self.inclusive, self.fast_exp)
 
     def key_head(self, h):
         """The key head of query head h."""
@@ -75,9 +78,9 @@ class Inputs(NamedTuple):
     of the recurrence.
 
     Attributes:
-      logs: vector logs [B, T, H, K], scalar ones [B, H, T].
-      starts: 1 where the state is reset before the token; None with inclusive reads, whose logs
-        tell it already.
+      logs: vector logs [B, T, H, K] as the caller gave them, scalar ones [B, H, T] with the resets
+        of segments in them, and no less than LOG_ZERO.
+      starts: 1 where the state is reset before the token.
     """
 
     q: Float[Array, "B T H K"]
@@ -105,3 +108,9 @@ def over_blocks(count: int, body, carry):
     if count == 1:
         return body(0, carry)
     return lax.fori_loop(0, count, body, carry)
+
+
+def count_bad(x: Array) -> Int[Array, ""]:
+    """How many elements of a tile are NaN or infinite."""
+    is_bad = jnp.logical_not(is_finite(x))
+    return jnp.sum(is_bad.astype(jnp.int32), dtype=jnp.int32)

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from kernels_pallas.common.gpu import moved
 from kernels_pallas.common.mesh import like
-from kernels_pallas.linear_scan.gpu.plan import Plan, block_rows, load
+from kernels_pallas.linear_scan.gpu.plan import Plan, block_rows, count_bad, load
 from kernels_pallas.linear_scan.gpu.tile import matmul
 from kernels_pallas.linear_scan.gpu.tuning import block, scan_block_v, scan_stages
 
@@ -58,8 +58,9 @@ def scan(
       final: whether the state after each segment is returned.
 
     Returns:
-      o [B, T, H, V] where there are products; states [B, H, N, K, V]; final [B, H, G, K, V],
-      float32.
+      o [B, T, H, V] and bad [B, H, G, blocks of V] where there are products; states
+      [B, H, N, K, V]; final [B, H, G, K, V], float32. `bad` is how many elements of the final
+      states are not finite: a state keeps whatever NaN or Inf went into it.
     """
     s = p.schedule
     block_v = scan_block_v(s, p.K, p.V)
@@ -145,6 +146,9 @@ def _outputs(
     if x.products is not None:
         o = like(x.values, (B, p.T, H, p.V), out_dtype)
         outputs["o"] = (o, _values_spec(p, H, block_v))
+        blocks = p.V // block_v
+        bad = like(x.values, (B, H, p.segments, blocks), jnp.int32)
+        outputs["bad"] = (bad, pl.BlockSpec((None,) * 4, lambda i, g, h, b: (b, h, g, i)))
     if save:
         states = like(x.values, (B, H, p.chunks, p.K, p.V), p.operand)
         shape = (None, None, p.chunks, p.K, block_v)
@@ -167,6 +171,7 @@ def _kernel(
     write_factor=None,
     initial=None,
     o=None,
+    bad=None,
     states=None,
     final=None,
 ):
@@ -231,6 +236,9 @@ def _kernel(
     if final is not None:
         for first, S in zip(first_rows, state):
             pltriton.store(final.at[state_tile(first)], S)
+    if bad is not None:
+        counts = [count_bad(S) for S in state]
+        bad[...] = sum(counts)
 
 
 def _scaled(x: Array, factor, scale: float | None, n, row: Array) -> Array:

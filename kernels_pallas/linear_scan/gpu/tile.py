@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float
 
-from kernels_pallas.linear_scan.tile import LOG_ZERO
+from kernels_pallas.common.gpu import LOG2_E, exp2
 
 # Logs are also given as sums of 8 neighbors: a block's total is then few loads.
 SUBTOTAL = 8
@@ -35,11 +35,16 @@ class Tile(NamedTuple):
     Attributes:
       operand: the dtype of what the tensor core multiplies.
       precision: of a product of float32 operands.
+      fast_exp: as in `Plan`.
     """
 
     operand: Any
     precision: Any
     inclusive: bool
+    fast_exp: bool
+
+    def exp(self, x: Array) -> Array:
+        return exp2(x * LOG2_E) if self.fast_exp else jnp.exp(x)
 
 
 def matmul(
@@ -87,6 +92,7 @@ class Logs(NamedTuple):
 
 
 def _over_levels(
+    tile: Tile,
     C: int,
     logs: Logs,
     level: Callable,
@@ -117,7 +123,7 @@ def _over_levels(
             carry = level(
                 h * unit,
                 later,
-                jnp.exp(jnp.where(later, F, R)),
+                tile.exp(jnp.where(later, F, R)),
                 carry,
             )
             # The sibling block: flip bit t, then go to the block's first unit.
@@ -138,7 +144,7 @@ def _over_levels(
     state = levels(logs.at, 1, num_fine_levels, state)
     state = levels(logs.subtotals_at, SUBTOTAL, num_levels - num_fine_levels, state)
     F, R, carry = state
-    return carry, (jnp.exp(F), jnp.exp(R))
+    return carry, (tile.exp(F), tile.exp(R))
 
 
 def _merged(h, C: int) -> Array:
@@ -175,7 +181,7 @@ def vector_products(
         )
 
     zeros = jnp.zeros((C, C), jnp.float32)
-    products, (read_factors, write_factors) = _over_levels(C, logs, level, zeros)
+    products, (read_factors, write_factors) = _over_levels(tile, C, logs, level, zeros)
     return products, q * read_factors, k * write_factors
 
 
@@ -221,7 +227,7 @@ def vector_cotangents(
         return dq + jnp.where(later, dy, 0.0), dk + jnp.where(later, 0.0, dy)
 
     zeros = (jnp.zeros_like(q), jnp.zeros_like(k))
-    (dq, dk), (read_factors, write_factors) = _over_levels(C, logs, level, zeros)
+    (dq, dk), (read_factors, write_factors) = _over_levels(tile, C, logs, level, zeros)
     # Not before the levels: registers are short, and these would stay alive through all of them.
     dreads, dwrites = from_states()
     from_reads = read_factors * dreads
@@ -264,21 +270,34 @@ def _rows_summed(tile: Tile, which: Array, x: Array) -> Array:
 # --- scalar decay, or none
 
 
-def scalar_mask(C: int, sums: tuple[Array, ...] | None) -> Float[Array, "C C"]:
-    """Decays from j to i, 0 unless j < i.
+def scalar_masked(
+    tile: Tile,
+    products: Float[Array, "C C"],
+    sums: tuple[Array, ...] | None,
+) -> Float[Array, "C C"]:
+    """Products of tokens times the decay from j to i, 0 unless j < i.
+
+    Selected, not only multiplied: the product of two tokens that do not see each other may
+    overflow.
 
     Args:
+      tile: how exponentials are taken.
+      products: of every pair of tokens.
       sums: of `linear_scan.tile.running_sums`: the coarse and the fine part of the sums up to a
         read, then those up to a token's end; None where nothing decays.
     """
-    i, j = rows_and_columns(C)
+    i, j = rows_and_columns(products.shape[0])
+    zeros = jnp.zeros_like(products)
     if sums is None:
-        return jnp.where(j < i, 1.0, 0.0)
+        return jnp.where(j < i, products, zeros)
     read_coarse, read_fine, end_coarse, end_fine = sums
     # Coarse parts are exact multiples of a power of two: their difference loses nothing.
     coarse = read_coarse[:, None] - end_coarse[None, :]
     fine = read_fine[:, None] - end_fine[None, :]
-    return jnp.exp(jnp.where(j < i, coarse + fine, LOG_ZERO))
+    mask = tile.exp(coarse + fine)
+    # NaN decays are visible: the comparison is false for them.
+    is_hidden = (j >= i) | (mask == 0)
+    return jnp.where(is_hidden, zeros, products * mask)
 
 
 def scalar_cotangents(

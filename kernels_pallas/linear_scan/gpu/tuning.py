@@ -2,7 +2,7 @@
 
 `benchmarks/tune_linear_scan_gpu.py` fills the table on a device. A schedule changes only the time
 of a call. The rows here were chosen without a device, by what `ptxas` says: the largest blocks that
-do not spill registers (float32 operands take twice the room, and may).
+do not spill registers. Operands of 32 bits take twice the room, and get smaller blocks by a rule.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ class Schedule(NamedTuple):
     scan_stages: int = 2
     programs_per_core: int = 1
     back_block_k: int = 64
-    back_block_v: int = 64
+    back_block_v: int = 32
     back_warps: int = 8
     dproducts_warps: int = 4
 
@@ -55,19 +55,50 @@ class Chip(NamedTuple):
     schedules: dict[str, Schedule]
 
 
+# Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
+A100 = Schedule(back_block_k=32)
+
 # By the name that jax.Device.device_kind contains.
 TUNED = {
     "H200": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
     "H100": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
-    "A100": Chip(108, 166_912, {"vector": Schedule(), "scalar": Schedule()}),
+    "A100": Chip(108, 166_912, {"vector": A100, "scalar": A100}),
 }
 DEFAULT_CHIP = "H200"
 
 
-def schedule(decay: str) -> Schedule:
-    """The schedule of a call on the device that it is compiled for."""
+def schedule(
+    decay: str,
+    operand_bytes: int,
+    is_exact: bool,
+) -> Schedule:
+    """The schedule of a call on the device that it is compiled for.
+
+    Args:
+      decay: the kind of decay.
+      operand_bytes: of one number that the tensor core multiplies.
+      is_exact: whether its products take three passes.
+
+    Returns:
+      The row of the table; for operands of 32 bits with blocks that fit.
+    """
     kind = "vector" if decay == "vector" else "scalar"
-    return TUNED[chip()].schedules[kind]
+    row = TUNED[chip()].schedules[kind]
+    return row if operand_bytes == 2 else _for_wide_operands(row, is_exact)
+
+
+def _for_wide_operands(row: Schedule, is_exact: bool) -> Schedule:
+    """Smaller blocks in more threads: else registers spill."""
+    # Three passes keep both halves of every operand. Few large products spill less than many small.
+    scan_block_k = 128 if is_exact else 64
+    return row._replace(
+        intra_block_k=min(32, row.intra_block_k),
+        scan_block_k=scan_block_k,
+        scan_block_v=min(32, row.scan_block_v),
+        scan_warps=8,
+        back_block_k=min(16, row.back_block_k),
+        back_block_v=min(32, row.back_block_v),
+    )
 
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:

@@ -124,6 +124,21 @@ def test_tpu_without_a_derivative():
     assert dispatch.last_choice("expert_mlp").implementation == "tpu"
 
 
+@pytest.mark.parametrize("rows, sizes", [(R, SIZES), (200, [70, 0, 65, 40])])
+def test_gpu_kernels(rows, sizes):
+    """Gate and up by one kernel, their cotangents' way back by another; a group of two tiles."""
+    arrays = draw(jnp.float32, rows) | weights(rows)
+    options = dict(implementation="gpu", interpret=True)
+    run = jax.jit(functools.partial(value_and_gradients, **options))
+    sizes = np.asarray(sizes, np.int32)
+    actual = run(arrays, sizes)
+    assert_close(actual, truth(arrays, sizes), 2e-6)
+    assert not np.any(actual["y"][sum(sizes) :])
+    text = str(jax.make_jaxpr(functools.partial(value_and_gradients, **options))(arrays, sizes))
+    assert text.count("name=grouped_matmul_forward") == 2, "the rows are read twice"
+    assert text.count("name=grouped_matmul_dlhs") == 2
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_composed(implementation):
     arrays = draw(jnp.float32) | weights()

@@ -280,6 +280,32 @@ def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type, interpreter_in_shar
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
 
+# A constant decay exclusive, a scalar one, none with segments, and one a channel.
+TRACED = [(1, False, False), (3, True, True), (0, True, True), (4, True, False)]
+
+
+@pytest.mark.parametrize("rank, inclusive, segments", TRACED)
+@pytest.mark.parametrize("mode", ["x64", "strict", "ranks"])
+def test_float32_inputs_in_other_modes_of_jax(mode, rank, inclusive, segments):
+    """Traced only: what goes wrong there is a dtype or a rank, also inside of a kernel."""
+    modes = {
+        "x64": jax.enable_x64(True),
+        "strict": jax.numpy_dtype_promotion("strict"),
+        "ranks": jax.numpy_rank_promotion("raise"),
+    }
+    x = low(make(B=1, H=1, T=40, rank=rank))
+    ids = jnp.asarray(SEGMENTS[:1]) if segments else None
+    options = dict(inclusive=inclusive, segment_ids=ids, return_final_state=True)
+
+    def gradients(x):
+        outputs, vjp = jax.vjp(lambda x: scan_gpu(**x, **options), x)
+        return outputs, vjp(outputs)
+
+    with modes[mode]:
+        found = jax.eval_shape(gradients, x)
+    assert {array.dtype for array in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+
+
 # --- refusals
 
 
