@@ -15,6 +15,8 @@ from processes import ROOT
 
 from gatedjax.runtime import supervise as supervisor
 
+pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
+
 COUNTING = """
 import pathlib, sys, time
 log = pathlib.Path(sys.argv[1])

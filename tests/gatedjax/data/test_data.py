@@ -213,7 +213,7 @@ def test_split_of_a_document_does_not_depend_on_the_others(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("fraction, split", [(1e-9, "validation"), (1 - 1e-9, "train")])
+@pytest.mark.parametrize("fraction, split", [(1e-9, "validation"), (1 - 1e-6, "train")])
 def test_both_splits_get_a_document(tmp_path, fraction, split):
     corpus = corpus_of(config(tmp_path, validation_fraction=fraction))
     assert corpus.splits[split].documents == 1 and corpus.documents == 40

@@ -94,7 +94,7 @@ def test_presets_are_valid(name):
             "alibi: got 'balanced', expected an even number",
         ),
         (dict(entmax_alpha=1.0), "entmax_alpha: got 1.0, expected above 1"),
-        (dict(logits_soft_cap=0.0), "logits_soft_cap: got 0.0, expected None or above 0"),
+        (dict(logits_soft_cap=0.0), "logits_soft_cap: got 0.0, expected at least 0.001"),
         (dict(normalizer_length=0), "normalizer_length: got 0, expected at least 1"),
     ],
 )

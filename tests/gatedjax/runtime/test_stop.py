@@ -19,7 +19,7 @@ MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
 
 
 @pytest.fixture
-def stop():
+def stop(signals_of_a_terminal):
     """Between steps. What pytest had for the signals comes back."""
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     with Stop() as stop:

@@ -141,6 +141,6 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(gpu_step.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match="needs jax-triton"):
         by_name()
-    monkeypatch.setattr(dispatch, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "target_platform", lambda *arrays: "gpu")
     linear_scan_step(x, x, x, state)
     assert dispatch.last_choice("linear_scan_step").implementation == "xla"
