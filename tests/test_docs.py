@@ -86,10 +86,8 @@ def is_placeholder(text: str) -> bool:
 
 def check_command(source: Path, arguments: list[str]) -> None:
     shared = [source, *SHARED_FLAGS]
-    if (
-        "benchmarks import report" in source.read_text()
-        or "benchmarks.report" in source.read_text()
-    ):
+    if "
+from report import" in source.read_text():
         shared.append(ROOT / "benchmarks" / "report.py")
     known = set().union(*(flags_in(file) for file in shared))
     config = None

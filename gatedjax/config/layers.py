@@ -12,6 +12,7 @@ from gatedjax.config.checks import (
     Count,
     Fraction,
     NonNegative,
+    Positive,
     Range,
     Size,
     divides,
@@ -248,10 +249,10 @@ class DeltaAttentionConfig(Checked):
     value_dim: Size = 32
     # none: DeltaNet; one decay per head or per key channel
     decay: Literal["none", "scalar", "vector"] = "scalar"
-    # softplus: -exp(A_log) softplus(x W + b); bounded: decay_lower_bound sigmoid(exp(A_log) (x W +
-    # b)), KDA's safe gate
+    # softplus: -exp(A_log) softplus(x W + b); bounded: -decay_bound sigmoid(exp(A_log) (x W + b)),
+    # KDA's safe gate
     decay_form: Literal["softplus", "bounded"] = "softplus"
-    decay_lower_bound: Annotated[float, Range(-1000, 0)] = -5.0
+    decay_bound: Positive = 5.0
     # channels between the two matrices of a vector decay; None: one matrix
     decay_rank: Size | None = None
     # channels: an erase gate for each key channel and a write gate for each value channel

@@ -56,10 +56,10 @@ def softplus_decay(
 def bounded_decay(
     logits: Float[Array, "..."],
     log_rate: Float[Array, "..."],
-    lower_bound: float,
+    bound: float,
 ) -> Float[Array, "..."]:
-    """The log decay `lower_bound sigmoid(exp(A_log) logits)`, KDA's safe gate, float32."""
-    return lower_bound * jax.nn.sigmoid(jnp.exp(log_rate) * logits.astype(jnp.float32))
+    """The log decay `-bound sigmoid(exp(A_log) logits)`, KDA's safe gate, float32."""
+    return -bound * jax.nn.sigmoid(jnp.exp(log_rate) * logits.astype(jnp.float32))
 
 
 class DeltaAttention(Mixer):
@@ -176,7 +176,7 @@ class DeltaAttention(Mixer):
             log_rate = log_rate[:, None]
         logits = logits.astype(jnp.float32) + bias
         if is_bounded:
-            return bounded_decay(logits, log_rate, c.decay_lower_bound)
+            return bounded_decay(logits, log_rate, c.decay_bound)
         return softplus_decay(logits, log_rate)
 
     def _weights(self, x: Array, k: Float[Array, "B T Hk K"]) -> Weights:

@@ -241,7 +241,7 @@ def out_of_range(allowed, scalar):
     return [*whole, 2**70, -(2**70), 10**400, math.nan, math.inf, 0.5]
 
 
-@pytest.mark.parametrize("cls, name, scalar", numbers())
+@pytest.mark.parametrize("cls, name, scalar", list(numbers()))
 def test_every_number_is_held_to_its_range(cls, name, scalar):
     """Built directly, and from the dict of a file or of flags: one line that names the key. A key
     without a range fails here.
