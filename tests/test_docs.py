@@ -86,8 +86,7 @@ def is_placeholder(text: str) -> bool:
 
 def check_command(source: Path, arguments: list[str]) -> None:
     shared = [source, *SHARED_FLAGS]
-    if "
-from report import" in source.read_text():
+    if "from report import" in source.read_text():
         shared.append(ROOT / "benchmarks" / "report.py")
     known = set().union(*(flags_in(file) for file in shared))
     config = None
