@@ -79,6 +79,7 @@ def test_lengths(T):
     compare(make(B=1, T=T, rank=3), chunk_size=None)
 
 
+@pytest.mark.slow
 def test_chunk_size_does_not_matter():
     inputs, options = case_of("KDA, mixture of decays")
     results = [compare(inputs, **options, chunk_size=C) for C in (1, 4, 64)]
@@ -87,7 +88,8 @@ def test_chunk_size_does_not_matter():
         assert rel_rms(results[2][name], results[0][name]) < 2e-6
 
 
-@settings(max_examples=4, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_any_shape(data):
     draw = data.draw

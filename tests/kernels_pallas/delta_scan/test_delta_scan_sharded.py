@@ -16,7 +16,7 @@ from kernels_pallas.ops import delta_scan, delta_scan_sharded
 # A document over all of device 1, one that begins with device 2, one that begins inside device 3; a
 # row without any.
 SEGMENTS = np.array([[0] * 8 + [1] * 2 + [0] * 14 + [2] * 8 + [1] * 3 + [3] * 5, [7] * 40])
-NAMES = ["KDA, segments", "Gated DeltaNet", "Gated DeltaNet-2", slow("DeltaNet, segments")]
+NAMES = ["KDA, segments", slow("Gated DeltaNet"), "Gated DeltaNet-2", slow("DeltaNet, segments")]
 NAMES += [slow("KDA, mixture of decays"), slow("grouped keys")]
 
 
