@@ -8,6 +8,11 @@ attention_sharded    the same inside `shard_map`, with the tokens split over a m
 linear_scan          gated linear attention in chunks, for any rank of decay
 linear_scan_step     the same for one decoded token and a state
 linear_scan_sharded  the same inside `shard_map`, with the tokens split over a mesh axis
+delta_scan           the delta rule in chunks, exact for any decay and any keys
+delta_scan_step      the same for one decoded token and a state
+delta_scan_sharded   the same inside `shard_map`, with the tokens split over a mesh axis
+rwkv7_scan           RWKV-7, by two steps of the delta rule a token
+delta_product_scan   DeltaProduct, by several steps of the delta rule a token
 grouped_matmul       rows sorted by group, each times the matrix of its group
 expert_mlp           the gated MLPs of sparse experts, on rows sorted by expert
 sort_by_group        the permutation that sorts rows by group, its inverse and the group sizes
@@ -23,6 +28,10 @@ from kernels_pallas.ops import (
     attention,
     attention_sharded,
     attention_step,
+    delta_product_scan,
+    delta_scan,
+    delta_scan_sharded,
+    delta_scan_step,
     expert_mlp,
     grouped_matmul,
     last_choice,
@@ -30,6 +39,7 @@ from kernels_pallas.ops import (
     linear_scan_sharded,
     linear_scan_step,
     permute_rows,
+    rwkv7_scan,
     sort_by_group,
 )
 
@@ -39,6 +49,10 @@ __all__ = [
     "attention",
     "attention_sharded",
     "attention_step",
+    "delta_product_scan",
+    "delta_scan",
+    "delta_scan_sharded",
+    "delta_scan_step",
     "expert_mlp",
     "grouped_matmul",
     "last_choice",
@@ -46,5 +60,6 @@ __all__ = [
     "linear_scan_sharded",
     "linear_scan_step",
     "permute_rows",
+    "rwkv7_scan",
     "sort_by_group",
 ]
