@@ -17,6 +17,7 @@ from kernels_pallas.attention.inputs import (
     StepOptions,
 )
 from kernels_pallas.attention.normalizers.reference import weights
+from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.common.padding import padded
 
 
@@ -148,8 +149,8 @@ def _attend(
     num_heads = inputs.q.shape[2]
     # [B, T, 1, H, .] and [B, 1, S, H, .]
     q = inputs.q.astype(dtype)[:, :, None]
-    k = _repeat_heads(inputs.k, num_heads).astype(dtype)[:, None]
-    v = _repeat_heads(inputs.v, num_heads).astype(dtype)[:, None]
+    k = repeat_heads(inputs.k, num_heads).astype(dtype)[:, None]
+    v = repeat_heads(inputs.v, num_heads).astype(dtype)[:, None]
     # Every query has keys and values of its own here: zeros for those that it does not see. No
     # matrix product would do, because there 0 times NaN is NaN.
     pairs = seen[..., None, None]
@@ -180,8 +181,3 @@ def _attend(
     if inputs.gate_logits is not None:
         o = o * jax.nn.sigmoid(inputs.gate_logits.astype(dtype))
     return o.astype(inputs.v.dtype)
-
-
-def _repeat_heads(x: Float[Array, "B S Hk D"], num_heads: int) -> Float[Array, "B S H D"]:
-    # Query head h uses key head h // (H / Hk).
-    return jnp.repeat(x, num_heads // x.shape[2], axis=2)

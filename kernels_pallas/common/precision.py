@@ -1,5 +1,7 @@
 """How exactly the kernels multiply: what `jax.default_matmul_precision` asks for."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,6 +16,11 @@ def accumulator_dtype(*dtypes: DTypeLike) -> jnp.dtype:
     # Not `jnp.promote_types`, which asks for casts where the caller's mode is strict.
     has_float64 = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
     return jnp.dtype(jnp.float64 if has_float64 else jnp.float32)
+
+
+def computation_dtype(arrays: Iterable[Array | None]) -> jnp.dtype:
+    """`accumulator_dtype` of the floats of a call; None where an argument was left out."""
+    return accumulator_dtype(*(x.dtype for x in arrays if x is not None))
 
 
 def one_pass_allowed() -> bool:

@@ -1,7 +1,7 @@
 """`delta_scan` and `delta_scan_step`: the public functions, with checks and defaults."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,6 +11,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common.checks import as_array, as_ids, check_interpret, default_scale
 from kernels_pallas.common.derivative import differentiated_as
 from kernels_pallas.common.mesh import by_rows_and_heads, on_explicit_axes, varying_together
+from kernels_pallas.common.precision import computation_dtype
 from kernels_pallas.delta_scan import reference, xla
 from kernels_pallas.delta_scan.checks import check_state, check_tokens, check_weights
 from kernels_pallas.delta_scan.inputs import (
@@ -108,7 +109,7 @@ def delta_scan(
 
     if initial_state is not None:
         floats = (q, k, v, beta, log_decay, erase, write, initial_state)
-        initial_state = initial_state.astype(_computation_dtype(floats))
+        initial_state = initial_state.astype(computation_dtype(floats))
     inputs = DeltaInputs(
         q=q,
         k=k,
@@ -146,7 +147,7 @@ def delta_scan(
         if initial_state is None:
             floats = (q, k, v, beta, log_decay, erase, write)
             B, _, H, V = v.shape
-            zeros = jnp.zeros((B, H, q.shape[-1], V), _computation_dtype(floats))
+            zeros = jnp.zeros((B, H, q.shape[-1], V), computation_dtype(floats))
             inputs = inputs._replace(initial_state=zeros)
         # Inside `shard_map`, every array varies over the same mesh axes.
         inputs = varying_together(inputs)
@@ -215,7 +216,7 @@ def delta_scan_step(
         log_decay=log_decay,
         erase=erase,
         write=write,
-        state=state.astype(_computation_dtype(floats)),
+        state=state.astype(computation_dtype(floats)),
     )
     options = DeltaStepOptions(
         scale=default_scale(scale, q.shape[-1]),
@@ -314,13 +315,3 @@ def _common_heads(inputs: DeltaInputs | DeltaStepInputs) -> int:
         inputs.k.shape[-2],
         inputs.v.shape[-2],
     )
-
-
-# --- from the arguments to the arrays of a backend
-
-
-def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:
-    """float32, or float64 where any of `floats` is float64."""
-    # Half-precision inputs are accumulated in float32.
-    dtypes = [x.dtype for x in floats if x is not None]
-    return jnp.promote_types(jnp.float32, jnp.result_type(*dtypes))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.delta_scan.inputs import (
     DeltaInputs,
     DeltaOptions,
@@ -30,8 +31,8 @@ def delta_scan_step(
     state = inputs.state
     dtype = state.dtype
     H = state.shape[1]
-    q = _repeat_heads(inputs.q, H).astype(dtype)
-    k = _repeat_heads(inputs.k, H).astype(dtype)
+    q = repeat_heads(inputs.q, H).astype(dtype)
+    k = repeat_heads(inputs.k, H).astype(dtype)
     v = inputs.v.astype(dtype)
     if options.l2_norm:
         q = l2_normalized(q)
@@ -114,8 +115,3 @@ def _decay(log_decay: Array, dtype: jnp.dtype) -> Array:
     decay = jnp.exp(log_decay.astype(dtype))
     B, H = decay.shape[:2]
     return decay.reshape(B, H, -1, 1)
-
-
-def _repeat_heads(x: Array, num_heads: int) -> Array:
-    """[B, heads, D] -> [B, num_heads, D]."""
-    return jnp.repeat(x, num_heads // x.shape[1], axis=1)

@@ -22,6 +22,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
+from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.common.opaque import opaque
 from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.delta_scan import tile
@@ -387,8 +388,8 @@ def delta_scan_step(
     state = opaque(inputs.state)
     dtype = state.dtype
     H = state.shape[1]
-    q = _repeat_heads(inputs.q, H).astype(dtype)
-    k = _repeat_heads(inputs.k, H).astype(dtype)
+    q = repeat_heads(inputs.q, H).astype(dtype)
+    k = repeat_heads(inputs.k, H).astype(dtype)
     v = inputs.v.astype(dtype)
     if options.l2_norm:
         q = l2_normalized(q)
@@ -407,8 +408,3 @@ def delta_scan_step(
     new_state = state + k[..., :, None] * change[..., None, :]
     o = options.scale * jnp.einsum("bhk,bhkv->bhv", q, new_state, precision="highest")
     return o.astype(inputs.v.dtype), new_state
-
-
-def _repeat_heads(x: Array, num_heads: int) -> Array:
-    """[B, heads, D] -> [B, num_heads, D]."""
-    return jnp.repeat(x, num_heads // x.shape[1], axis=1)

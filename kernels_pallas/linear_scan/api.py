@@ -1,7 +1,7 @@
 """`linear_scan` and `linear_scan_step`: the public functions, with checks and defaults."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,7 +11,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.common.checks import as_array, as_ids, check_interpret, default_scale
 from kernels_pallas.common.derivative import differentiated_as
 from kernels_pallas.common.mesh import by_rows_and_heads, on_explicit_axes, varying_together
-from kernels_pallas.common.precision import accumulator_dtype
+from kernels_pallas.common.precision import computation_dtype
 from kernels_pallas.linear_scan import reference, xla
 from kernels_pallas.linear_scan.checks import (
     check_bonus,
@@ -275,22 +275,16 @@ def _prepare_scan(inputs: ScanInputs) -> ScanInputs:
     or a scan: the transpose of that cast is the sum of its gradient over the mesh axis.
     """
     if inputs.initial_state is not None:
-        dtype = _computation_dtype(inputs._replace(segment_ids=None))
+        dtype = computation_dtype(inputs._replace(segment_ids=None))
         inputs = inputs._replace(initial_state=inputs.initial_state.astype(dtype))
     return varying_together(inputs)
 
 
 def _prepare_step(inputs: StepInputs) -> StepInputs:
     """As `_prepare_scan`, for one token."""
-    dtype = _computation_dtype(inputs)
+    dtype = computation_dtype(inputs)
     inputs = inputs._replace(state=inputs.state.astype(dtype))
     return varying_together(inputs)
-
-
-def _computation_dtype(floats: Sequence[Array | None]) -> jnp.dtype:
-    """float32, or float64 where any of `floats` is float64."""
-    # Half-precision inputs are accumulated in float32.
-    return accumulator_dtype(*(x.dtype for x in floats if x is not None))
 
 
 # --- kernels on a mesh: every device computes its own rows ("b") and heads ("h")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
 from kernels_pallas.linear_scan.normalize import DENOMINATOR_FLOOR
 
@@ -25,8 +26,8 @@ def linear_scan_step(
     H = inputs.q.shape[1]
     # Grouped heads: query head h uses key head h // (H / Hk), and likewise for values.
     q = inputs.q.astype(dtype)
-    k = _repeat_heads(inputs.k, H).astype(dtype)
-    v = _repeat_heads(inputs.v, H).astype(dtype)
+    k = repeat_heads(inputs.k, H).astype(dtype)
+    v = repeat_heads(inputs.v, H).astype(dtype)
     if options.normalize:
         ones = jnp.ones_like(v[..., :1])
         v = jnp.concatenate([v, ones], axis=-1)
@@ -121,8 +122,3 @@ def _decay(log_decay: Array, dtype: jnp.dtype) -> Array:
     decay = jnp.exp(log_decay.astype(dtype))
     B, H = decay.shape[:2]
     return decay.reshape(B, H, -1, 1)
-
-
-def _repeat_heads(x: Array, num_heads: int) -> Array:
-    """[B, heads, D] -> [B, num_heads, D]."""
-    return jnp.repeat(x, num_heads // x.shape[1], axis=1)

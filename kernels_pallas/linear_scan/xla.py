@@ -16,6 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
 from kernels_pallas.common.padding import padded, power_of_two, round_up
@@ -259,8 +260,8 @@ def linear_scan_step(
     if options.normalize:
         v = append_ones(v)
     q = inputs.q.astype(dtype) * options.scale
-    k = _repeat_heads(inputs.k, H).astype(dtype)
-    v = _repeat_heads(v, H).astype(dtype)
+    k = repeat_heads(inputs.k, H).astype(dtype)
+    v = repeat_heads(v, H).astype(dtype)
 
     # k^T v, then the decayed state.
     new_state = k[..., :, None] * v[..., None, :]
@@ -280,8 +281,3 @@ def linear_scan_step(
     if options.normalize:
         o = divide_by_last(o)
     return o.astype(out_dtype), new_state
-
-
-def _repeat_heads(x: Array, num_heads: int) -> Array:
-    """[B, heads, D] -> [B, num_heads, D]."""
-    return jnp.repeat(x, num_heads // x.shape[1], axis=1)

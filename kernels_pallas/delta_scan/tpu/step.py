@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.delta_scan.inputs import DeltaStepInputs, DeltaStepOptions
 from kernels_pallas.delta_scan.normalize import l2_normalized
-from kernels_pallas.linear_scan.tpu.step import LANES, ROWS, repeat_heads, update_states
+from kernels_pallas.linear_scan.tpu.step import LANES, ROWS, update_states
 
 
 def unsupported(inputs: DeltaStepInputs) -> str | None:
@@ -31,8 +32,8 @@ def delta_scan_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """As `api.delta_scan_step`: returns (o, new state)."""
     B, H, K, _ = inputs.state.shape
-    q = repeat_heads(inputs.q, H)
-    k = repeat_heads(inputs.k, H)
+    q = repeat_heads(inputs.q.astype(jnp.float32), H)
+    k = repeat_heads(inputs.k.astype(jnp.float32), H)
     v = inputs.v.astype(jnp.float32)
     if options.l2_norm:
         q = l2_normalized(q)

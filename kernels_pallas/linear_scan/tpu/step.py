@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import VMEM_LIMIT, in_hbm, interpret_params
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
@@ -46,9 +47,9 @@ def linear_scan_step(
     v = inputs.v
     if options.normalize:
         v = append_ones(v)
-    q = repeat_heads(inputs.q, H)
-    k = repeat_heads(inputs.k, H)
-    v = repeat_heads(v, H)
+    q = repeat_heads(inputs.q.astype(jnp.float32), H)
+    k = repeat_heads(inputs.k.astype(jnp.float32), H)
+    v = repeat_heads(v.astype(jnp.float32), H)
     # The bonus's part below is scaled too.
     q = q * options.scale
 
@@ -83,15 +84,6 @@ def linear_scan_step(
     if options.normalize:
         o = divide_by_last(o)
     return o.astype(out_dtype), new_state
-
-
-def repeat_heads(x: Array, num_heads: int) -> Array:
-    """[B, heads, D] -> float32 [B, num_heads, D]."""
-    return jnp.repeat(
-        x.astype(jnp.float32),
-        num_heads // x.shape[1],
-        axis=1,
-    )
 
 
 def update_states(

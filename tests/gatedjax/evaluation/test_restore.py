@@ -193,7 +193,7 @@ def test_an_own_run_is_evaluated_on_its_own_text(run_dir):
 
 HOSTILE_PATHS = {
     "private folder": ("data.sources.main.path", "/etc"),
-    "cache of the author's choice": ("data.cache_dir", "/tmp/attacker"),
+    "cache of the author's choice": ("data.cache_dir", "attacker"),
     "another kind": ("data.sources.main.kind", "jsonl"),
 }
 
