@@ -22,9 +22,15 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
+from kernels_pallas.common.chunks import (
+    Grouping,
+    grouping,
+    join_groups,
+    split_into_chunks,
+    split_into_groups,
+)
 from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.common.opaque import opaque
-from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.delta_scan import tile
 from kernels_pallas.delta_scan.inputs import (
     DeltaInputs,
@@ -41,17 +47,13 @@ from kernels_pallas.linear_scan.tile import LOG_ZERO
 OUT_NAME = "delta_scan_out"
 STATES_NAME = "delta_scan_states"
 
-DEFAULT_CHUNK = 64
-MAX_CHUNKS_IN_GROUP = 4
-
 
 class Plan(NamedTuple):
     """The static arguments of the recurrence."""
 
     scale: float
     l2_norm: bool
-    chunk: int  # tokens in a chunk
-    chunks: int  # chunks in a group
+    groups: Grouping
     out_dtype: jnp.dtype
 
 
@@ -80,27 +82,14 @@ def delta_scan(
         starts = segment_starts(inputs.segment_ids, reverse=False)
     # The arrays along T come first in DeltaInputs, in the order of Tokens.
     tokens = Tokens(*inputs[:7], starts=starts)
-    chunk, chunks = _chunks_and_groups(inputs.q.shape[1], options.chunk_size)
+    groups = grouping(inputs.q.shape[1], options.chunk_size)
     plan = Plan(
         scale=options.scale,
         l2_norm=options.l2_norm,
-        chunk=chunk,
-        chunks=chunks,
+        groups=groups,
         out_dtype=inputs.v.dtype,
     )
     return _scan(plan, tokens, initial_state)
-
-
-def _chunks_and_groups(T: int, chunk_size: int | None) -> tuple[int, int]:
-    """Tokens in a chunk and chunks in a group.
-
-    Groups are made equal, so that there is less than one chunk of padding per group.
-    """
-    chunk = min(chunk_size or DEFAULT_CHUNK, power_of_two(T))
-    num_chunks = -(-T // chunk)
-    num_groups = -(-num_chunks // MAX_CHUNKS_IN_GROUP)
-    chunks_in_group = -(-num_chunks // num_groups)
-    return chunk, chunks_in_group
 
 
 # --- the recurrence over groups, and its derivative
@@ -132,10 +121,10 @@ def _forward(
         saved_state = state if save else None
         return new_state, (o.astype(plan.out_dtype), saved_state)
 
-    groups = _split_into_groups(plan, tokens)
+    groups = split_into_groups(plan.groups, tokens)
     final_state, (o, states) = jax.lax.scan(step, state, groups)
     T = tokens.q.shape[1]
-    return (_join_groups(o, T), final_state), states
+    return (join_groups(o, T), final_state), states
 
 
 def _forward_saving(plan: Plan, tokens: Tokens, state: Array):
@@ -158,8 +147,8 @@ def _backward(plan: Plan, residuals, cotangents):
         )
         return dstate, dgroup
 
-    groups = _split_into_groups(plan, tokens)
-    do = _split_into_groups(plan, do)
+    groups = split_into_groups(plan.groups, tokens)
+    do = split_into_groups(plan.groups, do)
     dstate, dgroups = jax.lax.scan(
         step,
         dfinal_state,
@@ -167,7 +156,7 @@ def _backward(plan: Plan, residuals, cotangents):
         reverse=True,
     )
     T = tokens.q.shape[1]
-    dtokens = jax.tree.map(lambda x: _join_groups(x, T), dgroups)
+    dtokens = jax.tree.map(lambda x: join_groups(x, T), dgroups)
     return dtokens, dstate
 
 
@@ -191,30 +180,6 @@ def _group_gradient(
     floats = group._replace(starts=None)
     _, vjp = jax.vjp(run, floats, state)
     return vjp(cotangents)
-
-
-def _split_into_groups(plan: Plan, arrays):
-    """[B, T, ...] -> [N, B, L, ...] for a tree of arrays, with L tokens in each of N groups.
-
-    Zeros at the end: tokens that erase and write nothing and do not decay the state.
-    """
-    L = plan.chunk * plan.chunks
-
-    def split(x: Array) -> Array:
-        B, T, *rest = x.shape
-        x = padded(x, 1, round_up(T, L))
-        # Groups first: `lax.scan` runs over axis 0.
-        groups = x.reshape(B, -1, L, *rest)
-        return jnp.moveaxis(groups, 1, 0)
-
-    return jax.tree.map(split, arrays)
-
-
-def _join_groups(x: Array, T: int) -> Array:
-    """[N, B, L, ...] -> [B, T, ...]."""
-    _, B, _, *rest = x.shape
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(B, -1, *rest)[:, :T]
 
 
 # --- non-finite numbers
@@ -261,7 +226,7 @@ def _group(
     precision_of_inverse = "highest" if is_wide else "high"
 
     def in_chunks(x: Array) -> Array:
-        return _split_into_chunks(plan, x, H).astype(dtype)
+        return split_into_chunks(plan.groups, x, H).astype(dtype)
 
     q = in_chunks(group.q)
     k = in_chunks(group.k)
@@ -281,7 +246,7 @@ def _group(
     # The one sequential part: what each chunk changes, and the state before it.
     changes = []
     states_before = []
-    for n in range(plan.chunks):
+    for n in range(plan.groups.chunks):
         states_before.append(state)
         found = jnp.einsum(
             "bhck,bhkv->bhcv",
@@ -307,7 +272,7 @@ def _group(
 
     # A token reads its own change, too: the diagonal of A_q.
     diagonal = jnp.sum(q * k, axis=-1)
-    read_scores = terms.read_scores + diagonal[..., None] * jnp.eye(plan.chunk, dtype=dtype)
+    read_scores = terms.read_scores + diagonal[..., None] * jnp.eye(plan.groups.chunk, dtype=dtype)
     from_chunk = jnp.einsum(
         "bhnij,bhnjv->bhniv",
         read_scores,
@@ -359,22 +324,10 @@ def _chunk_terms(
 
     heads = log_decay.shape[2]
     if log_decay.ndim == 4:
-        log_decay = _split_into_chunks(plan, log_decay, heads)
+        log_decay = split_into_chunks(plan.groups, log_decay, heads)
         return tile.vector_decay(q, erase, k, log_decay, precision)
-    log_decay = _split_into_chunks(plan, log_decay[..., None], heads)[..., 0]
+    log_decay = split_into_chunks(plan.groups, log_decay[..., None], heads)[..., 0]
     return tile.scalar_decay(q, erase, k, log_decay, precision)
-
-
-def _split_into_chunks(plan: Plan, x: Array, num_heads: int) -> Array:
-    """[B, L, heads, D] -> [B, num_heads, n, C, D].
-
-    Heads are repeated over one group only, never over T.
-    """
-    B, _, heads, D = x.shape
-    x = x.reshape(B, plan.chunks, plan.chunk, heads, D)
-    # [B, n, C, heads, D] -> [B, heads, n, C, D]
-    x = jnp.moveaxis(x, 3, 1)
-    return jnp.repeat(x, num_heads // heads, axis=1)
 
 
 # --- one token

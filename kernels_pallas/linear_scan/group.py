@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from kernels_pallas.common.chunks import Grouping, split_into_chunks
 from kernels_pallas.common.finite import cleaned, poisoned
 from kernels_pallas.linear_scan import nonfinite, tile
 
@@ -21,8 +22,7 @@ class Plan(NamedTuple):
 
     inclusive: bool
     scale: float
-    chunk: int  # tokens in a chunk
-    chunks: int  # chunks in a group
+    groups: Grouping
     out_dtype: jnp.dtype
 
 
@@ -48,9 +48,9 @@ def _group(
     # 16-bit inputs are exact in one bfloat16 or TF32 pass where such a pass is the default; float32
     # inputs are not.
     precision = "highest" if group.q.dtype.itemsize > 2 else None
-    q = _split_into_chunks(plan, group.q, H).astype(dtype)
-    k = _split_into_chunks(plan, group.k, H).astype(dtype)
-    v = _split_into_chunks(plan, group.v, H).astype(dtype)
+    q = split_into_chunks(plan.groups, group.q, H).astype(dtype)
+    k = split_into_chunks(plan.groups, group.k, H).astype(dtype)
+    v = split_into_chunks(plan.groups, group.v, H).astype(dtype)
     q = q * plan.scale
 
     scores, reads, writes, total = _chunk_terms(
@@ -67,7 +67,7 @@ def _group(
             weight = bonus.astype(dtype)[:, None, None, :]
         diagonal = tile.diagonal_scores(q, k, weight)
         # The tile's scores are strictly lower triangular.
-        is_diagonal = jnp.eye(plan.chunk, dtype=bool)
+        is_diagonal = jnp.eye(plan.groups.chunk, dtype=bool)
         scores = jnp.where(is_diagonal, diagonal[..., None], scores)
     visible = _visible(plan, group)
     if visible is not None:
@@ -83,7 +83,7 @@ def _group(
         precision=precision,
     )
     states_before = []
-    for n in range(plan.chunks):
+    for n in range(plan.groups.chunks):
         states_before.append(state)
         if visible is not None:
             state = jnp.where(visible.unbroken[:, :, n], state, 0.0)
@@ -138,11 +138,11 @@ def _chunk_terms(
 
     H = log_decay.shape[2]
     if log_decay.ndim == 4:
-        log_decay = _split_into_chunks(plan, log_decay, H)
-        log_read = _split_into_chunks(plan, log_read, H)
+        log_decay = split_into_chunks(plan.groups, log_decay, H)
+        log_read = split_into_chunks(plan.groups, log_read, H)
         return tile.vector_decay(q, k, log_decay, log_read, precision)
-    log_decay = _split_into_chunks(plan, log_decay[..., None], H)[..., 0]
-    log_read = _split_into_chunks(plan, log_read[..., None], H)[..., 0]
+    log_decay = split_into_chunks(plan.groups, log_decay[..., None], H)[..., 0]
+    log_read = split_into_chunks(plan.groups, log_read[..., None], H)[..., 0]
     return tile.scalar_decay(q, k, log_decay, log_read, precision)
 
 
@@ -163,7 +163,7 @@ def _visible(plan: Plan, group: Tokens) -> _Visible | None:
     if group.starts is None:
         return None
     starts = group.starts.astype(jnp.float32)
-    starts = starts.reshape(starts.shape[0], 1, plan.chunks, plan.chunk)
+    starts = starts.reshape(starts.shape[0], 1, plan.groups.chunks, plan.groups.chunk)
     of_chunks = nonfinite.segments(starts[..., None], starts[..., None, :])
     return _Visible(
         scores=of_chunks.is_same,
@@ -325,15 +325,3 @@ def _per_shared_head(flags: Bool[Array, "#B H L d"], x: Array) -> Bool[Array, "#
     B, H, L, d = flags.shape
     heads = x.shape[2]
     return _per_token(jnp.any(flags.reshape(B, heads, H // heads, L, d), 2))
-
-
-def _split_into_chunks(plan: Plan, x: Array, num_heads: int) -> Array:
-    """[B, L, heads, D] -> [B, num_heads, n, C, D].
-
-    Heads are repeated over one group only, never over T.
-    """
-    B, _, heads, D = x.shape
-    x = x.reshape(B, plan.chunks, plan.chunk, heads, D)
-    # [B, n, C, heads, D] -> [B, heads, n, C, D]
-    x = jnp.moveaxis(x, 3, 1)
-    return jnp.repeat(x, num_heads // heads, axis=1)

@@ -16,10 +16,10 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from kernels_pallas.common.chunks import grouping, join_groups, split_into_groups
 from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
-from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.linear_scan import tile
 from kernels_pallas.linear_scan.group import Plan, Tokens, group_gradients, group_output
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
@@ -29,9 +29,6 @@ from kernels_pallas.linear_scan.reference import segment_starts
 # Names of `checkpoint_name`, for policies that save these arrays instead of recomputing the op.
 OUT_NAME = "linear_scan_out"
 STATES_NAME = "linear_scan_states"
-
-DEFAULT_CHUNK = 64
-MAX_CHUNKS_IN_GROUP = 4
 
 
 def linear_scan(
@@ -95,12 +92,11 @@ def recurrence(
     """
     if reverse:
         tokens = jax.tree.map(_flip_time, tokens)
-    chunk, chunks = _chunks_and_groups(tokens.q.shape[1], chunk_size)
+    groups = grouping(tokens.q.shape[1], chunk_size)
     plan = Plan(
         inclusive=inclusive,
         scale=scale,
-        chunk=chunk,
-        chunks=chunks,
+        groups=groups,
         out_dtype=jnp.dtype(out_dtype),
     )
     o, final_state = _scan(plan, tokens, bonus, state)
@@ -111,20 +107,6 @@ def recurrence(
 
 def _flip_time(x: Array) -> Array:
     return jnp.flip(x, 1)
-
-
-def _chunks_and_groups(T: int, chunk_size: int | None) -> tuple[int, int]:
-    """Tokens in a chunk and chunks in a group.
-
-    For every rank of log_decay within 10 to 20 % of the fastest on CPU: groups of one chunk cost up
-    to 1.6 x, groups of sixteen up to 1.8 x. Groups are made equal, so that there is less than one
-    chunk of padding per group.
-    """
-    chunk = min(chunk_size or DEFAULT_CHUNK, power_of_two(T))
-    num_chunks = -(-T // chunk)
-    num_groups = -(-num_chunks // MAX_CHUNKS_IN_GROUP)
-    chunks_in_group = -(-num_chunks // num_groups)
-    return chunk, chunks_in_group
 
 
 # --- the recurrence over groups, and its derivative
@@ -158,10 +140,10 @@ def _forward(
         saved_state = state if save else None
         return new_state, (o.astype(plan.out_dtype), saved_state)
 
-    groups = _split_into_groups(plan, tokens)
+    groups = split_into_groups(plan.groups, tokens)
     final_state, (o, states) = jax.lax.scan(step, state, groups)
     T = tokens.q.shape[1]
-    return (_join_groups(o, T), final_state), states
+    return (join_groups(o, T), final_state), states
 
 
 def _forward_saving(
@@ -205,8 +187,8 @@ def _backward(plan: Plan, residuals, cotangents):
 
     # Maps over trees: None where there is no bonus.
     dbonus = jax.tree.map(zeros_of, bonus)
-    groups = _split_into_groups(plan, tokens)
-    do = _split_into_groups(plan, do)
+    groups = split_into_groups(plan.groups, tokens)
+    do = split_into_groups(plan.groups, do)
     (dstate, dbonus), dgroups = jax.lax.scan(
         step,
         (dfinal_state, dbonus),
@@ -214,35 +196,11 @@ def _backward(plan: Plan, residuals, cotangents):
         reverse=True,
     )
     T = tokens.q.shape[1]
-    dtokens = jax.tree.map(lambda x: _join_groups(x, T), dgroups)
+    dtokens = jax.tree.map(lambda x: join_groups(x, T), dgroups)
     return dtokens, dbonus, dstate
 
 
 _scan.defvjp(_forward_saving, _backward)
-
-
-def _split_into_groups(plan: Plan, arrays):
-    """[B, T, ...] -> [N, B, L, ...] for a tree of arrays, with L tokens in each of N groups.
-
-    Zeros at the end: tokens that write nothing and do not decay the state.
-    """
-    L = plan.chunk * plan.chunks
-
-    def split(x: Array) -> Array:
-        B, T, *rest = x.shape
-        x = padded(x, 1, round_up(T, L))
-        # Groups first: `lax.scan` runs over axis 0.
-        groups = x.reshape(B, -1, L, *rest)
-        return jnp.moveaxis(groups, 1, 0)
-
-    return jax.tree.map(split, arrays)
-
-
-def _join_groups(x: Array, T: int) -> Array:
-    """[N, B, L, ...] -> [B, T, ...]."""
-    _, B, _, *rest = x.shape
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(B, -1, *rest)[:, :T]
 
 
 # --- one token
