@@ -166,10 +166,11 @@ def test_cross_entropy_is_the_negative_log_likelihood(params):
 def test_padding_reaches_no_parameter(params):
     """Ids outside of the vocabulary in padding: loss and gradients of a step as without them."""
     segments = np.where(np.arange(40) < 25, 1, 0)[None].repeat(2, 0)
-    mask = (segments > 0).astype(np.float32)
+    mask = jnp.asarray(segments > 0, jnp.float32)
 
     def loss(params, tokens):
-        h, _, _ = LanguageModel(DENSE).apply({"params": params}, tokens, None, segments)
+        ids = jnp.asarray(segments)
+        h, _, _ = LanguageModel(DENSE).apply({"params": params}, tokens, None, ids)
         return chunked_cross_entropy(h, head_weights(params), tokens, mask, 0).cross_entropy
 
     dense = make(DENSE)
