@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-TEXT = [f"document {i}\n" + "wörds and ünïts " * (i % 7) for i in range(40)]
+TEXTS = [f"document {i}\n" + "wörds and ünïts " * (i % 7) for i in range(40)]
 
 
 def train_json_tokenizer(path: Path, special_tokens=("<|endoftext|>",)) -> str:
@@ -19,6 +19,6 @@ def train_json_tokenizer(path: Path, special_tokens=("<|endoftext|>",)) -> str:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.save(str(path))
     return str(path)

@@ -8,7 +8,6 @@ the user names the text. Its tokenizer is the file that travels with it.
 
 import contextlib
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,7 @@ from gatedjax.paths import expand
 from gatedjax.training import identity, ownership
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.digests import named_leaves
-from gatedjax.training.memory import device_memory
+from gatedjax.training.memory import bytes_on_a_device, device_memory, host_memory
 from gatedjax.training.run import Run, prepare
 from gatedjax.training.step import TrainState, params_for_evaluation
 
@@ -162,7 +161,7 @@ def _require_batch_fits(config: Config) -> None:
     """InputError if a batch of the run's shape cannot be held, or its logits."""
     tokens = config.train.batch_size * config.data.seq_len
     shape = f"{config.train.batch_size:,} rows of {config.data.seq_len:,} tokens"
-    host = _host_memory()
+    host = host_memory()
     if tokens * _HOST_BYTES_PER_TOKEN > host:
         raise InputError(f"--checkpoint: its batches have {shape}: more than this machine can hold")
     devices = jax.device_count()
@@ -325,7 +324,7 @@ def require_memory(run: Run, unread: set[str] | None = None) -> None:
     Compressed on disk, a terabyte of zeros is small. Nothing has been read when this is asked.
     """
     leaves = named_leaves(run.abstract)
-    needed = sum(_bytes_on_a_device(x) for name, x in leaves.items() if name not in (unread or ()))
+    needed = sum(bytes_on_a_device(x) for name, x in leaves.items() if name not in (unread or ()))
     available = _device_memory()
     if available is None or needed <= available:
         return
@@ -339,21 +338,11 @@ def require_memory(run: Run, unread: set[str] | None = None) -> None:
 def fits_one_device(run: Run) -> bool:
     """Whether one device could hold all parameters and, for a moment, its part of them."""
     parameters = jax.tree.leaves(run.abstract.params)
-    needed = sum(x.size * x.dtype.itemsize + _bytes_on_a_device(x) for x in parameters)
+    needed = sum(x.size * x.dtype.itemsize + bytes_on_a_device(x) for x in parameters)
     available = _device_memory()
     return available is None or needed <= available
-
-
-def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
-    assert x.sharding is not None, "the abstract state is placed"
-    shard = x.sharding.shard_shape(x.shape)
-    return math.prod(shard) * x.dtype.itemsize
 
 
 def _device_memory() -> int | None:
     """Bytes of a device, None if nobody says."""
     return device_memory(jax.local_devices()[0])
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

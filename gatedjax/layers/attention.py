@@ -108,23 +108,6 @@ class GatedAttention(Mixer):
         fused_logits = q[..., c.head_dim :] if c.fused_gate else None
         return q[..., : c.head_dim], k, v, fused_logits
 
-    def _project(
-        self,
-        name: str,
-        x: Array,
-        axes: dict[str, int],
-    ) -> Array:
-        width = {"embed": x.shape[-1]}
-        y = Projection(
-            width,
-            axes,
-            self.init_std,
-            self.dtype,
-            name=name,
-        )(x)
-        heads, _ = axes
-        return nn.with_logical_constraint(y, ("batch", "length", heads, None))
-
     def _normed(self, name: str, y: Array) -> Array:
         if self.config.qk_norm_kind == "l2":
             return unit_length(y, self.norm_eps)

@@ -4,6 +4,7 @@
 model needs besides y; a layer implements one of the two as its `@nn.compact` method.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo, default_info, numbered
 
 
@@ -61,6 +63,18 @@ class Mixer(nn.Module):
           cache: of the tokens before.
         """
         raise NotImplementedError
+
+    def _project(
+        self,
+        name: str,
+        x: Float[Array, "B T M"],
+        axes: Mapping[str, int],
+    ) -> Float[Array, "B T heads D"]:
+        """`x` to heads. `axes`: logical names and sizes, of the heads, then of the channels."""
+        width = {"embed": x.shape[-1]}
+        y = Projection(width, axes, self.init_std, self.dtype, name=name)(x)
+        heads, _ = axes
+        return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Any:

@@ -17,6 +17,7 @@ from gatedjax.config import DeltaAttentionConfig
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import short_conv
 from gatedjax.layers.gate_values import record
+from gatedjax.layers.linear_attention import OUTPUT_GATES
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.on_mesh import delta_scan_on_mesh
 from gatedjax.layers.parameters import parameter
@@ -25,8 +26,6 @@ from gatedjax.layers.projection import Projection
 from gatedjax.layers.step_size import log_decay_rate, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 from kernels_pallas.delta_scan import delta_scan_step, l2_normalized
-
-OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 @struct.dataclass
@@ -77,9 +76,11 @@ class DeltaAttention(Mixer):
         cache: DeltaCache | None = None,
     ) -> tuple[Float[Array, "B T M"], DeltaCache | None]:
         c = self.config
-        q = self._project(x, "query", "kv_heads", c.key_heads, c.key_dim)
-        k = self._project(x, "key", "kv_heads", c.key_heads, c.key_dim)
-        v = self._project(x, "value", "heads", c.num_heads, c.value_dim)
+        keys = {"kv_heads": c.key_heads, "head_dim": c.key_dim}
+        values = {"heads": c.num_heads, "head_dim": c.value_dim}
+        q = self._project("query", x, keys)
+        k = self._project("key", x, keys)
+        v = self._project("value", x, values)
         # The state and the convolution go on from where the tokens before ended.
         tail = None if cache is None else cache.conv_tail
         if c.conv_width:
@@ -99,32 +100,28 @@ class DeltaAttention(Mixer):
         o = RMSNorm(self.norm_eps, axis_name="head_dim", name="norm")(o)
         if c.output_gate != "none":
             o = self._gated(o, x)
-        heads = {"heads": c.num_heads, "head_dim": c.value_dim}
         width = {"embed": x.shape[-1]}
-        y = Projection(heads, width, self.init_std, self.dtype, name="out")(o)
+        y = Projection(values, width, self.init_std, self.dtype, name="out")(o)
         if state is None or tail is None:
             return y, None
         return y, DeltaCache(state, tail)
 
-    def _project(
+    def _project_low(
         self,
-        x: Array,
         name: str,
-        heads: str,
-        num_heads: int,
+        x: Array,
         channels: int,
-        rank: int | None = None,
-    ) -> Array:
-        """[B, T, num_heads, channels]; with `rank` through that many channels first."""
-        axes = {heads: num_heads, "head_dim": channels}
-        inputs = {"embed": x.shape[-1]}
-        if rank is not None:
-            low = {"rank": rank}
-            x = Projection(inputs, low, self.init_std, self.dtype, name=f"{name}_down")(x)
-            inputs = low
-            name = f"{name}_up"
-        y = Projection(inputs, axes, self.init_std, self.dtype, name=name)(x)
-        return nn.with_logical_constraint(y, ("batch", "length", heads, None))
+        rank: int | None,
+    ) -> Float[Array, "B T H D"]:
+        """Channels of every head; through `rank` of them first, if there is a rank."""
+        axes = {"heads": self.config.num_heads, "head_dim": channels}
+        if rank is None:
+            return self._project(name, x, axes)
+        width = {"embed": x.shape[-1]}
+        low = {"rank": rank}
+        x = Projection(width, low, self.init_std, self.dtype, name=f"{name}_down")(x)
+        y = Projection(low, axes, self.init_std, self.dtype, name=f"{name}_up")(x)
+        return nn.with_logical_constraint(y, ("batch", "length", "heads", None))
 
     def _of_heads(self, x: Array, name: str) -> Float[Array, "B T H"]:
         """One number for each head, float32."""
@@ -146,14 +143,7 @@ class DeltaAttention(Mixer):
             bias_shape = heads
             bias_axes = ["heads"]
         else:
-            logits = self._project(
-                x,
-                "decay",
-                "heads",
-                c.num_heads,
-                c.key_dim,
-                c.decay_rank,
-            )
+            logits = self._project_low("decay", x, c.key_dim, c.decay_rank)
             bias_shape = [c.num_heads, c.key_dim]
             bias_axes = ["heads", "head_dim"]
         bias = parameter(
@@ -187,8 +177,8 @@ class DeltaAttention(Mixer):
             record(self, "gates", beta)
             return Weights(beta, None, None)
         # One weight for each channel of the key that erases, and of the value that is written.
-        erase = self._project(x, "erase", "heads", c.num_heads, c.key_dim)
-        write = self._project(x, "write", "heads", c.num_heads, c.value_dim)
+        erase = self._project_low("erase", x, c.key_dim, None)
+        write = self._project_low("write", x, c.value_dim, None)
         erase = largest * jax.nn.sigmoid(erase.astype(jnp.float32))
         write = jax.nn.sigmoid(write.astype(jnp.float32))
         record(self, "gates", erase)
@@ -199,14 +189,7 @@ class DeltaAttention(Mixer):
     def _gated(self, o: Array, x: Array) -> Array:
         """`o` times the output gate, in float32."""
         c = self.config
-        logits = self._project(
-            x,
-            "output_gate",
-            "heads",
-            c.num_heads,
-            c.value_dim,
-            c.output_gate_rank,
-        )
+        logits = self._project_low("output_gate", x, c.value_dim, c.output_gate_rank)
         gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
         record(self, "output_gates", gates)
         return (o.astype(jnp.float32) * gates).astype(o.dtype)

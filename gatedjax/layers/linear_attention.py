@@ -89,27 +89,9 @@ class GatedLinearAttention(Mixer):
         cache: ScanCache | None = None,
     ) -> tuple[Float[Array, "B T M"], ScanCache | None]:
         c = self.config
-        q = self._project(
-            "query",
-            x,
-            "heads",
-            c.num_heads,
-            c.key_dim,
-        )
-        k = self._project(
-            "key",
-            x,
-            "kv_heads",
-            c.kv_heads,
-            c.key_dim,
-        )
-        v = self._project(
-            "value",
-            x,
-            "kv_heads",
-            c.kv_heads,
-            c.value_dim,
-        )
+        q = self._project("query", x, {"heads": c.num_heads, "head_dim": c.key_dim})
+        k = self._project("key", x, {"kv_heads": c.kv_heads, "head_dim": c.key_dim})
+        v = self._project("value", x, {"kv_heads": c.kv_heads, "head_dim": c.value_dim})
         # The state and the convolution go on from where the tokens before ended.
         tail = None if cache is None else cache.conv_tail
         if c.conv_width:
@@ -154,25 +136,6 @@ class GatedLinearAttention(Mixer):
         if state is None or tail is None:
             return y, None
         return y, ScanCache(state, tail)
-
-    def _project(
-        self,
-        name: str,
-        x: Array,
-        heads: str,
-        num_heads: int,
-        channels: int,
-    ) -> Array:
-        width = {"embed": x.shape[-1]}
-        axes = {heads: num_heads, "head_dim": channels}
-        y = Projection(
-            width,
-            axes,
-            self.init_std,
-            self.dtype,
-            name=name,
-        )(x)
-        return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 
     def _rotated(self, y: Array, info: TokenInfo) -> Array:
         c = self.config
@@ -259,13 +222,8 @@ class GatedLinearAttention(Mixer):
     def _gated(self, o: Array, x: Array) -> Array:
         """`o` times the output gate, in float32."""
         c = self.config
-        logits = self._project(
-            "output_gate",
-            x,
-            "heads",
-            c.num_heads,
-            c.value_dim,
-        )
+        axes = {"heads": c.num_heads, "head_dim": c.value_dim}
+        logits = self._project("output_gate", x, axes)
         gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
         record(self, "gates", gates)
         return (o.astype(jnp.float32) * gates).astype(o.dtype)

@@ -4,6 +4,8 @@ Rows and heads are cut by the ops themselves (`kernels_pallas.common.mesh`). Tok
 an op that exchanges keys or states between devices.
 """
 
+from collections.abc import Callable, Sequence
+
 from jax import Array
 from jaxtyping import Float
 
@@ -137,7 +139,6 @@ def scan_on_mesh(
     tokens = ("batch", "length")
     heads = (*tokens, "heads", None)
     kv_heads = (*tokens, "kv_heads", None)
-    state_axes = ("batch", "heads", None, None)
     # By rank: none, [H], [B, T, H], [B, T, H, K].
     decay_axes = {
         0: (),
@@ -148,9 +149,7 @@ def scan_on_mesh(
     rank = 0 if log_decay is None else log_decay.ndim
     in_axes = (heads, kv_heads, kv_heads, decay_axes[rank], tokens)
     arrays = (q, k, v, log_decay, segment_ids)
-    if state is None:
-        return per_shard(scan, in_axes, heads)(*arrays), None
-    return per_shard(scan, (*in_axes, state_axes), [heads, state_axes])(*arrays, state)
+    return _with_state(scan, arrays, in_axes, state)
 
 
 def delta_scan_on_mesh(
@@ -206,7 +205,6 @@ def delta_scan_on_mesh(
     of_heads = (*tokens, "heads")
     heads = (*of_heads, None)
     key_heads = (*tokens, "kv_heads", None)
-    state_axes = ("batch", "heads", None, None)
     has_vector_decay = log_decay is not None and log_decay.ndim == 4
     in_axes = (
         key_heads,  # q
@@ -219,6 +217,18 @@ def delta_scan_on_mesh(
         tokens,  # segment_ids
     )
     arrays = (q, k, v, beta, log_decay, erase, write, segment_ids)
+    return _with_state(scan, arrays, in_axes, state)
+
+
+def _with_state(
+    scan: Callable,
+    arrays: Sequence[Array | None],
+    in_axes: Sequence[tuple],
+    state: Float[Array, "B H K _"] | None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K _"] | None]:
+    """`scan` on every device's part; with a state before the first token also the one after."""
+    heads = ("batch", "length", "heads", None)
+    state_axes = ("batch", "heads", None, None)
     if state is None:
-        return per_shard(scan, in_axes, heads)(*arrays), None
+        return per_shard(scan, tuple(in_axes), heads)(*arrays), None
     return per_shard(scan, (*in_axes, state_axes), [heads, state_axes])(*arrays, state)

@@ -32,12 +32,12 @@ def require_memory(run: Run) -> None:
         return
     # Simulated devices share the memory of the host.
     sharing = jax.local_device_count() if device.platform == "cpu" else 1
-    state = sharing * sum(_bytes_on_a_device(x) for x in jax.tree.leaves(run.abstract))
+    state = sharing * sum(bytes_on_a_device(x) for x in jax.tree.leaves(run.abstract))
     there_is = f"at most the {size(available)} of this machine's {device.device_kind}"
     if state > available:
         got = f"got parameters and optimizer state of {size(state)}"
         raise InputError(f"config.model: {got}, expected {there_is}")
-    hidden = sharing * _hidden_bytes_on_a_device(run)
+    hidden = sharing * _hiddenbytes_on_a_device(run)
     if state + hidden > available:
         got = f"got hidden states of {size(hidden)} beside a state of {size(state)}"
         raise InputError(
@@ -53,6 +53,11 @@ def device_memory(device: jax.Device) -> int | None:
         return statistics["bytes_limit"]
     if device.platform != "cpu":
         return None
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of the machine, or of the container that this runs in."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in map(Path, _CGROUP_LIMITS):
         text = file.read_text().strip() if file.is_file() else ""
@@ -66,13 +71,14 @@ def size(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB"
 
 
-def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
+def bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
+    """Of an abstract array, the part that one device holds."""
     assert x.sharding is not None, "the abstract state is placed"
     shard = x.sharding.shard_shape(x.shape)
     return math.prod(shard) * x.dtype.itemsize
 
 
-def _hidden_bytes_on_a_device(run: Run) -> int:
+def _hiddenbytes_on_a_device(run: Run) -> int:
     config = run.config
     rows = config.train.batch_size // config.train.accumulation_steps
     with jax.set_mesh(run.mesh):

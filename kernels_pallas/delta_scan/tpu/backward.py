@@ -8,6 +8,7 @@ pass.
 """
 
 from collections.abc import Generator
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
@@ -16,11 +17,12 @@ from jax.experimental import pallas as pl
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Operand, Ref
 from kernels_pallas.delta_scan.tpu import scalar_decay, tile, vector_decay_backward
-from kernels_pallas.delta_scan.tpu.call import call
+from kernels_pallas.delta_scan.tpu.cost import scan_cost
 from kernels_pallas.delta_scan.tpu.forward import chunk_terms, flags_output, store_flags
 from kernels_pallas.delta_scan.tpu.plan import Grid, KernelInputs, Plan, grid_of
 from kernels_pallas.delta_scan.tpu.tokens import Tokens
 from kernels_pallas.linear_scan.tpu.backward import shared_heads_output
+from kernels_pallas.linear_scan.tpu.call import call
 from kernels_pallas.linear_scan.tpu.tile import interleave, merge_levels
 
 
@@ -54,12 +56,12 @@ def backward(
     if dfinal is not None:
         inputs.append(grid.state("dfinal", dfinal))
     return call(
-        plan,
         grid,
-        _kernel,
+        partial(_kernel, plan),
         inputs,
         _outputs(plan, grid, x),
         "delta_scan_backward",
+        partial(scan_cost, plan, grid),
     )
 
 

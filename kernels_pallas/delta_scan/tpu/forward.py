@@ -7,6 +7,7 @@ backward pass it also writes the state before each chunk to HBM; all else is rec
 """
 
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from jax.experimental import pallas as pl
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Operand, Ref
 from kernels_pallas.delta_scan.tpu import scalar_decay, tile, vector_decay
-from kernels_pallas.delta_scan.tpu.call import call
+from kernels_pallas.delta_scan.tpu.cost import scan_cost
 from kernels_pallas.delta_scan.tpu.plan import Grid, KernelInputs, Plan, grid_of
 from kernels_pallas.delta_scan.tpu.tokens import Tokens
+from kernels_pallas.linear_scan.tpu.call import call
 from kernels_pallas.linear_scan.tpu.tile import TileOptions, interleave, merge_levels
 
 
@@ -49,12 +51,12 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         states = like(x.q, (B, plan.H, num_chunks, plan.V, plan.K), dtype)
         outputs.append(grid.states(states))
     return call(
-        plan,
         grid,
-        _kernel,
+        partial(_kernel, plan),
         inputs,
         outputs,
         "delta_scan_forward",
+        partial(scan_cost, plan, grid),
     )
 
 

@@ -8,6 +8,7 @@ NaN and Inf, as in the forward kernel.
 """
 
 from collections.abc import Generator
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
@@ -21,7 +22,7 @@ from kernels_pallas.linear_scan.tpu import (
     vector_decay,
     vector_decay_backward,
 )
-from kernels_pallas.linear_scan.tpu.call import call
+from kernels_pallas.linear_scan.tpu.call import call, scan_cost
 from kernels_pallas.linear_scan.tpu.plan import Grid, KernelInputs, Plan
 from kernels_pallas.linear_scan.tpu.tokens import Tokens
 
@@ -86,7 +87,8 @@ def backward(
     if x.state is not None:
         dinitial = like(x.q, x.state.shape, jnp.float32)
         outputs.append(grid.state("dinitial", dinitial))
-    return call(grid, _kernel, inputs, outputs, "linear_scan_backward")
+    cost = partial(scan_cost, grid)
+    return call(grid, _kernel, inputs, outputs, "linear_scan_backward", cost)
 
 
 def shared_heads_output(

@@ -1,4 +1,4 @@
-"""The `pallas_call` of both TPU kernels of `linear_scan`, and its cost.
+"""The `pallas_call` of the TPU kernels of `linear_scan` and of `delta_scan`.
 
 The grid is (B, blocks of heads, blocks of tokens). The state of a block of heads (in the backward
 kernel its cotangent) stays in VMEM scratch while its tokens pass; every input and output moves
@@ -23,6 +23,7 @@ def call(
     inputs: list[Operand],
     outputs: list[Operand],
     name: str,
+    cost: Callable[[list[Operand]], pl.CostEstimate],
 ) -> dict[str, Array]:
     """Runs a kernel.
 
@@ -33,6 +34,7 @@ def call(
       inputs: arrays.
       outputs: shapes.
       name: of the kernel in a profile.
+      cost: what it costs, from all of its operands.
 
     Returns:
       The outputs by name.
@@ -68,7 +70,7 @@ def call(
         out_shape=[operand.array for operand in outputs],
         scratch_shapes=[pltpu.VMEM((heads, plan.V, plan.K), jnp.float32)],
         compiler_params=compiler_params,
-        cost_estimate=_cost(grid, [*inputs, *outputs], B),
+        cost_estimate=cost([*inputs, *outputs]),
         interpret=plan.interpret,
         name=name,
     )
@@ -77,8 +79,11 @@ def call(
     return dict(zip(output_names, results))
 
 
-def _cost(grid: Grid, operands: list[Operand], B: int) -> pl.CostEstimate:
-    """Every operand moves once. FLOPs as the matrix unit does them, unused scores included."""
+def scan_cost(grid: Grid, operands: list[Operand]) -> pl.CostEstimate:
+    """Of a kernel of `linear_scan`, whose operands all move once.
+
+    FLOPs as the matrix unit does them, unused scores included.
+    """
     plan = grid.plan
     C = plan.chunk
     # Matmuls of a token: with the chunk's keys, once in every merge of the halving; of its scores
@@ -95,6 +100,7 @@ def _cost(grid: Grid, operands: list[Operand], B: int) -> pl.CostEstimate:
     # Exponentials of a token: of its logs, or of its row of the mask.
     exponentials = {"vector": plan.K, "scalar": C, "none": 0}
 
+    B = operands[0].array.shape[0]
     num_tokens = B * plan.H * plan.T
     return pl.CostEstimate(
         flops=num_tokens * flops_of_token,

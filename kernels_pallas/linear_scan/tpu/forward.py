@@ -9,6 +9,7 @@ output "check" tells, and `again.py` sees to it.
 """
 
 from collections.abc import Generator
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Ref
 from kernels_pallas.linear_scan.tpu import scalar_decay, tile, vector_decay
-from kernels_pallas.linear_scan.tpu.call import call
+from kernels_pallas.linear_scan.tpu.call import call, scan_cost
 from kernels_pallas.linear_scan.tpu.plan import Grid, KernelInputs, Plan
 from kernels_pallas.linear_scan.tpu.tokens import Tokens
 
@@ -47,7 +48,8 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         dtype = jnp.bfloat16 if plan.rounds else jnp.float32
         states = like(x.q, (B, plan.H, num_chunks, plan.V, plan.K), dtype)
         outputs.append(grid.states(states))
-    return call(grid, _kernel, inputs, outputs, "linear_scan_forward")
+    cost = partial(scan_cost, grid)
+    return call(grid, _kernel, inputs, outputs, "linear_scan_forward", cost)
 
 
 def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_file import TEXTS, train_json_tokenizer
 
 from gatedjax import data
 from gatedjax.config import DataConfig, SourceConfig
 from gatedjax.data import formats, sources, token_cache
 from gatedjax.data.batch import cut_window, num_windows, stack_rows
 from gatedjax.errors import InputError, TrainingError
-
-TEXTS = [f"document {i}\n" + "wörds and ünïts " * (i % 7) for i in range(40)]
 
 
 def write_text(folder: Path, texts=TEXTS) -> str:
@@ -101,23 +100,6 @@ def documents_of(corpus: data.Corpus, split: str, tokenizer=None) -> list[str]:
     assert ends[-1] == len(tokens) == corpus.splits[split].tokens
     assert all(tokens[end - 1] == tokenizer.eos_id for end in ends)
     return [tokenizer.decode(tokens[a:b]) for a, b in itertools.pairwise([0, *ends])]
-
-
-def train_json_tokenizer(path: Path, special_tokens=("<|endoftext|>",)) -> str:
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=list(special_tokens),
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.save(str(path))
-    return str(path)
 
 
 # Tokenizers
