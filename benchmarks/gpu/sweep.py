@@ -28,7 +28,7 @@ SCAN_SETTINGS = [
     {"intra_block_k": 32},
     {"intra_block_k": 32, "intra_warps": 4},
     {"back_block_k": 32},
-    {"back_block_v": 32},
+    {"back_block_v": 64},
     {"chunk": 32},
     {"scan_warps": 8},
     {"programs_per_core": 2},
