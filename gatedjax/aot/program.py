@@ -272,9 +272,6 @@ class Program:
             return self._binary(base, kinds, args)
         if base == "scmp" and kinds[1] in ("s32", "u32", "f32"):
             return self._comparison(kinds, args)
-        if base == "scmp" and kinds[:2] == ["lt", "f32"] and args[1] == "inf":
-            # Whether a number is finite: data is.
-            return "True"
         if op.name == "sld":
             return self._load(op, args)
         if base == "scalar_lea":

@@ -41,6 +41,18 @@ def check_shape(
         raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {expected}")
 
 
+def check_axes(
+    op: str,
+    name: str,
+    x: Array,
+    axes: str,
+) -> None:
+    """Checks that `x` has these axes, "[B, T, H, K]", none of them empty, and holds floats."""
+    if x.ndim != 1 + axes.count(",") or 0 in x.shape:
+        raise ValueError(f"{op}: {name}: got shape {x.shape}, expected {axes} with no empty axis")
+    check_float(op, name, x)
+
+
 def check_float(
     op: str,
     name: str,

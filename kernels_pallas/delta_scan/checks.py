@@ -5,7 +5,7 @@ A failed check is a ValueError that names op and argument, what was got and what
 
 from jax import Array
 
-from kernels_pallas.common.checks import check_float, check_shape
+from kernels_pallas.common.checks import check_axes, check_float, check_shape
 
 
 def check_tokens(
@@ -22,14 +22,8 @@ def check_tokens(
         "k": f"[{leading}, Hk, K]",
         "v": f"[{leading}, H, V]",
     }
-    num_axes = 4 if has_time else 3
     for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.ndim != num_axes or 0 in x.shape:
-            expected = expected_axes[name]
-            raise ValueError(
-                f"{op}: {name}: got shape {x.shape}, expected {expected} with no empty axis"
-            )
-        check_float(op, name, x)
+        check_axes(op, name, x, expected_axes[name])
 
     # rows are B, or B and T: the same for all three.
     *rows, H, _ = v.shape

@@ -20,7 +20,7 @@ from kernels_pallas.delta_scan.inputs import (
     DeltaStepOptions,
 )
 from kernels_pallas.delta_scan.normalize import l2_normalized
-from kernels_pallas.linear_scan.reference import segment_starts
+from kernels_pallas.linear_scan.reference import decay_factor, segment_starts
 
 
 def delta_scan_step(
@@ -53,7 +53,7 @@ def delta_scan_step(
     # S_t = D_t S_{t-1} + k_t^T (u_t - e_t D_t S_{t-1})
     decayed = state
     if inputs.log_decay is not None:
-        decayed = _decay(inputs.log_decay, dtype) * state
+        decayed = decay_factor(inputs.log_decay, dtype) * state
     found = jnp.einsum("bhk,bhkv->bhv", erase, decayed, precision="highest")
     change = written - found
     new_state = decayed + k[..., :, None] * change[..., None, :]
@@ -108,10 +108,3 @@ def recurrence(
     tokens = jax.tree.map(time_first, (tuple(arrays), starts))
     final_state, o = jax.lax.scan(step, state, tokens)
     return jnp.moveaxis(o, 0, 1), final_state
-
-
-def _decay(log_decay: Array, dtype: jnp.dtype) -> Array:
-    """[B, H] or [B, H, K], to a factor that broadcasts over the state [B, H, K, V]."""
-    decay = jnp.exp(log_decay.astype(dtype))
-    B, H = decay.shape[:2]
-    return decay.reshape(B, H, -1, 1)

@@ -29,6 +29,7 @@ from kernels_pallas.common.chunks import (
     split_into_chunks,
     split_into_groups,
 )
+from kernels_pallas.common.finite import any_nonfinite
 from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.common.opaque import opaque
 from kernels_pallas.delta_scan import tile
@@ -195,10 +196,9 @@ def _checked_group(plan: Plan, group: Tokens, state: Array) -> tuple[Array, Arra
 
 def _checked[Tree](results: Tree, careful: Callable[[], Tree]) -> Tree:
     """`results` if all of their numbers are finite, else those of `careful`."""
-    is_finite = jnp.array(True)
-    for x in jax.tree.leaves(results):
-        is_finite &= jnp.all(jnp.isfinite(x))
-    return jax.lax.cond(is_finite, lambda: results, careful)
+    # Not `finite.if_bad`: its loop has no second derivative, and this path has one.
+    is_bad = any_nonfinite(*jax.tree.leaves(results))
+    return jax.lax.cond(is_bad, careful, lambda: results)
 
 
 def _token_by_token(plan: Plan, group: Tokens, state: Array) -> tuple[Array, Array]:

@@ -7,7 +7,13 @@ from typing import NoReturn
 
 from jax import Array
 
-from kernels_pallas.common.checks import as_integer, check_float, check_integer, check_shape
+from kernels_pallas.common.checks import (
+    as_integer,
+    check_axes,
+    check_float,
+    check_integer,
+    check_shape,
+)
 from kernels_pallas.linear_scan.tile import MAX_CHUNK
 
 
@@ -26,14 +32,8 @@ def check_tokens(
         "k": f"[{leading}, Hk, K]",
         "v": f"[{leading}, Hv, V]",
     }
-    num_axes = 4 if has_time else 3
     for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.ndim != num_axes or 0 in x.shape:
-            expected = expected_axes[name]
-            raise ValueError(
-                f"{op}: {name}: got shape {x.shape}, expected {expected} with no empty axis"
-            )
-        check_float(op, name, x)
+        check_axes(op, name, x, expected_axes[name])
 
     # rows are B, or B and T: the same for all three.
     *rows, H, K = q.shape

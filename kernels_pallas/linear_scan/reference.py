@@ -36,7 +36,7 @@ def linear_scan_step(
     write = k[..., :, None] * v[..., None, :]
     decayed = state
     if inputs.log_decay is not None:
-        decayed = _decay(inputs.log_decay, dtype) * state
+        decayed = decay_factor(inputs.log_decay, dtype) * state
     new_state = decayed + write
 
     # What the query reads: S_t, or S_{t-1} + diag(bonus) k_t^T v_t.
@@ -117,7 +117,7 @@ def segment_starts(segment_ids: Int[Array, "B T"], reverse: bool) -> Bool[Array,
     return jnp.pad(changes, ((0, 0), first_token))
 
 
-def _decay(log_decay: Array, dtype: jnp.dtype) -> Array:
+def decay_factor(log_decay: Array, dtype: jnp.dtype) -> Array:
     """[B, H] or [B, H, K], to a factor that broadcasts over the state [B, H, K, V]."""
     decay = jnp.exp(log_decay.astype(dtype))
     B, H = decay.shape[:2]

@@ -24,6 +24,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from kernels_pallas.common.finite import any_counted
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
@@ -342,7 +343,7 @@ _scan.defvjp(_forward, _backward)
 
 def _checked[Tree](flags: Array, results: Tree, careful: Callable[[], Tree]) -> Tree:
     """`results` if all flags are 0, else those of `careful`."""
-    return jax.lax.cond(jnp.all(flags == 0), lambda: results, careful)
+    return jax.lax.cond(any_counted(flags), careful, lambda: results)
 
 
 def _by_xla(plan: Plan, x: Views) -> tuple[Array, Array | None]:
