@@ -1,3 +1,12 @@
-from setuptools import setup
+"""The packages; all else is in pyproject.toml. `configs/` installs as `gatedjax.configs`."""
 
-setup()
+from setuptools import find_packages, setup
+
+setup(
+    packages=[
+        *find_packages(include=["gatedjax*", "kernels_pallas*"]),
+        "gatedjax.configs",
+        "gatedjax.configs.studies",
+    ],
+    package_dir={"gatedjax.configs": "configs"},
+)

@@ -17,10 +17,10 @@ from ml_collections import config_flags
 
 from gatedjax import sharding
 from gatedjax.aot import step as aot
-from gatedjax.config import Config, DataConfig, differing_keys, from_config_dict, to_dict
+from gatedjax.config import Config, DataConfig, differing_keys, flat, from_config_dict, to_dict
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
 from gatedjax.data.tokenizer import Tokenizer
-from gatedjax.errors import ExplodedError, InputError, TrainingError
+from gatedjax.errors import ExplodedError, InputError, TrainingError, printable
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
@@ -41,11 +41,14 @@ from gatedjax.training.run import Run, describe, fresh_state, prepare, with_voca
 from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; dotted flags change single values."
+    "config",
+    None,
+    "tiny or another name of configs/, a file or a module; dotted flags change single values.",
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Checkpoints, logs and pictures; default runs/<name of the config>."
+    "workdir", None, "Checkpoints, logs and pictures; default runs/NAME of the config."
 )
+_PRINT = flags.DEFINE_bool("print", False, "Print the resolved configuration, and end.")
 _PROFILE = flags.DEFINE_integer(
     "profile_step",
     0,
@@ -69,7 +72,10 @@ _CACHE = flags.DEFINE_string(
 def main(_) -> None:
     """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
     config = from_config_dict(cli.required_config(_CONFIG))
-    default_workdir = f"runs/{cli.config_name(_CONFIG)}"
+    if _PRINT.value:
+        print_config(config)
+        return
+    default_workdir = f"runs/{cli.run_name(_CONFIG)}"
     given = default_workdir if _WORKDIR.value is None else _WORKDIR.value
     workdir = expand(given, "--workdir")
     require_utf8("--workdir", workdir)
@@ -95,6 +101,12 @@ def main(_) -> None:
                 draw_curves(workdir, config.data)
     if state is None and stop.obeyed == signal.SIGINT:
         sys.exit(cli.EXIT_INTERRUPTED)
+
+
+def print_config(config: Config) -> None:
+    """Every key and value, a line each: what a flag of that name would change."""
+    for key, value in flat(to_dict(config)):
+        print(printable(f"config.{key} = {value!r}"))
 
 
 def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:

@@ -85,6 +85,15 @@ def to_dict(config: Any) -> Any:
     return list(config) if isinstance(config, tuple) else config
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a `to_dict` result with their values; an empty group is a value."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def differing_keys(before: Any, after: Any, path: str = "config") -> list[Difference]:
     """The dotted keys at which two `to_dict` results differ."""
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
@@ -102,7 +111,7 @@ def nearest_key(key: str) -> str:
     """
     group, _, name = key.rpartition(".")
     if not group.startswith(("model.mixers.", "model.ffns.")):
-        return _nearest(key, _leaves(to_dict(Config())))
+        return _nearest(key, [known for known, _ in flat(to_dict(Config()))])
     # A layer's kind is not known here: its key may be one of any kind.
     kinds = [*MIXERS.values(), *FEED_FORWARDS.values(), RouterConfig]
     known = [field_name for kind in kinds for field_name in field_types(kind)]
@@ -124,15 +133,6 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(names)}"
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of all values that are no group."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def _to_config_dict(value: Any) -> Any:

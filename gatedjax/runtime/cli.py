@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gatedjax.aot import libtpu
+from gatedjax.config import files as config_files
 from gatedjax.config import nearest_key
 from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError, TrainingError, printable
 from gatedjax.paths import expand
@@ -92,11 +93,11 @@ def _help_is_of(module: str) -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
-def config_name(flag: flags.FlagHolder[Any]) -> str:
-    """The name of the --config file, without folder, ending and argument."""
+def run_name(flag: flags.FlagHolder[Any]) -> str:
+    """A folder's name for runs of the --config file: its name without folder, and its argument."""
     filename = config_flags.get_config_filename(flags.FLAGS[flag.name])
-    without_argument = filename.split(":")[0]
-    return Path(without_argument).stem
+    name, _, argument = filename.partition(":")
+    return config_files.run_name(Path(name), argument)
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -241,6 +242,10 @@ def _parse(argv: Sequence[str], takes: int) -> Sequence[str]:
     Raises:
       InputError: one line that names the key, in place of absl's and ml_collections' own messages.
     """
+    if "config" in flags.FLAGS:
+        # In place: ml_collections looks at sys.argv once more.
+        sys.argv[1:] = config_files.located(sys.argv[1:])
+        argv = sys.argv
     try:
         args = flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:

@@ -1,7 +1,8 @@
 """Runs a study, or what is left of it, and writes its table and pictures.
 
-    python -m gatedjax.study configs/studies/mqar.py [--small] [--results=results]
+    python -m gatedjax.study mqar [--small] [--results=results]
 
+The study is one of configs/studies, a file of your own or a module (`gatedjax/config/files.py`).
 Each finished run is a line of results/NAME/DEVICE/runs.jsonl (NAME-small with --small), which says
 where and when it was made; a run that is there, with the same configuration, is not run again.
 table.md and the pictures are made anew each time, from those lines alone.
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
+from gatedjax.config import files as config_files
 from gatedjax.errors import InputError
 from gatedjax.paths import expand
 from gatedjax.reporting.console import format_duration, say
@@ -32,20 +34,21 @@ from gatedjax.study.cell import run_cell
 from gatedjax.study.grid import Cell, Study, run_key
 
 
-def run_study(path: Path, small: bool, results: Path) -> None:
-    """File -> study -> runs that are missing -> table and pictures.
+def run_study(name: str, small: bool, results: Path) -> None:
+    """Name or file -> study -> runs that are missing -> table and pictures.
 
     Raises:
-      InputError: see `load_study`.
+      InputError: see `config.files.find` and `load_study`.
     """
+    path = config_files.find(name, "study", "studies")
     study = load_study(path, small)
     # The two sizes have different runs, and a folder each.
-    name = path.stem
-    command = f"python -m gatedjax.study {path}"
+    folder_name = path.stem
+    command = f"python -m gatedjax.study {name}"
     if small:
-        name += "-small"
+        folder_name += "-small"
         command += " --small"
-    folder = results / name / _device_name()
+    folder = results / folder_name / _device_name()
     records = run_missing(study, folder)
     for written in write_report(study, records, folder, command):
         say(str(written))
@@ -58,9 +61,7 @@ def load_study(path: Path, small: bool) -> Study:
       InputError: no such file, or one without `get_study`.
     """
     if not path.is_file():
-        raise InputError(
-            f"study: got {path}, expected a Python file such as configs/studies/mqar.py"
-        )
+        raise InputError(f"study: got {path}, expected a Python file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise InputError(f"study: got {path}, expected a Python file (.py)")
@@ -250,10 +251,10 @@ def run() -> None:
 
     def main(argv: Sequence[str]) -> None:
         if len(argv) != 2:
-            raise InputError("study: got no file, expected one of configs/studies/")
+            known = ", ".join(config_files.own_names("studies"))
+            raise InputError(f"study: got no name, expected a Python file or one of {known}")
         cli.use_compilation_cache(cache.value)
-        file = expand(argv[1], "study")
-        run_study(file, small.value, expand(results.value, "--results"))
+        run_study(argv[1], small.value, expand(results.value, "--results"))
 
     cli.run(main, takes=1)
 
