@@ -3,6 +3,7 @@
 # make test-oracles   compares layers with those of torch (transformers, entmax)
 # make test-cuda-aot   compiles every op for an H200 that is not here
 # make test-types   a part of the suite with every annotation, shapes too, checked at every call
+# make wheel   dist/: the source distribution and the wheel;  make smoke  installs the wheel elsewhere, trains, evaluates, generates
 # make docs    the site of docs/, in build/site
 # make lint    ruff, its format, types (pyrefly);  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
 
@@ -14,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 # A process a core: tests compile more than they compute, and a compilation has one thread. A file stays in one process.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-types test-all test-oracles test-cuda-aot docs lint goldens bench clean
+.PHONY: train test test-types test-all test-oracles test-cuda-aot wheel smoke docs lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -44,10 +45,17 @@ test-oracles: .venv-oracles/installed
 test-cuda-aot: .venv-cuda/installed
 	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py tests/kernels_pallas/attention/test_attention_cuda.py
 
+wheel: .venv/installed
+	rm -rf build/lib build/bdist.*
+	$(VENV)/python -m build
+
+smoke: .venv/installed
+	$(VENV)/python -m pytest tests/test_install.py
+
 docs: .venv/installed
 	$(VENV)/pip install --quiet -e '.[docs]'
 	$(VENV)/python docs/config_reference.py
-	$(VENV)/mkdocs build --strict
+	$(VENV)/zensical build --strict
 
 lint: .venv/installed
 	$(VENV)/ruff check .
@@ -79,4 +87,4 @@ bench: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-cuda .venv-oracles build *.egg-info
+	rm -rf .venv .venv-cuda .venv-oracles .cache build dist *.egg-info

@@ -31,13 +31,15 @@ from gatedjax.reporting.curves import plot_run
 from gatedjax.reporting.profile import StepTrace
 from gatedjax.reporting.step_log import StepLog
 from gatedjax.reporting.writers import make_writers
-from gatedjax.runtime import cli, launch, streams
+from gatedjax.runtime import cli, launch, run_log, streams
 from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
 from gatedjax.training import identity
 from gatedjax.training.checkpoint import Checkpointer, Restored
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
+from gatedjax.training.run_directory import set_aside
+from gatedjax.training.run_record import keep_record
 from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -47,6 +49,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Checkpoints, logs and pictures; default runs/NAME of the config."
+)
+_FRESH = flags.DEFINE_bool(
+    "fresh", False, "Begin anew; a run that is in the workdir is kept, under another name."
 )
 _PRINT = flags.DEFINE_bool("print", False, "Print the resolved configuration, and end.")
 _PROFILE = flags.DEFINE_integer(
@@ -86,14 +91,17 @@ def main(_) -> None:
     # Not for --aot: without its device a stored program cannot be read, and jax warns.
     cli.use_compilation_cache(_CACHE.value)
     cli.saves_to(workdir / "checkpoints")
-    with streams.lasting_stdout(f"the run goes on, its log is in {workdir}"), Stop() as stop:
+    goes_on = f"the run goes on, its log is in {workdir}"
+    with streams.lasting_stdout(goes_on), run_log.keep() as log_file, Stop() as stop:
         launch.start(workdir / "checkpoints")
         stop.outside_steps()
         run = prepare(config)
         say(describe(run))
         require_memory(run)
         require_same_on_all_processes(run.config, workdir)
-        state = train(run, workdir, tokenizer, stop)
+        if _FRESH.value:
+            set_aside(workdir, say)
+        state = train(run, workdir, tokenizer, stop, log_file)
         if state is not None:
             with jax.set_mesh(run.mesh):
                 sample(run, state, tokenizer)
@@ -140,8 +148,24 @@ def train(
     workdir: Path,
     tokenizer: Tokenizer,
     stop: Stop,
+    log_file: run_log.RunLog,
 ) -> TrainState | None:
-    """The state after the last step; None if the run was asked to stop before it."""
+    """From the newest checkpoint, or from the start, to the last step.
+
+    Args:
+      run: what is trained.
+      workdir: the run directory.
+      tokenizer: of its text.
+      stop: asked whether to stop.
+      log_file: which is opened once the directory is this run's.
+
+    Returns:
+      The state after the last step; None if the run was asked to stop before it.
+
+    Raises:
+      InputError: what is in the directory does not fit this run.
+      TrainingError: the model diverged.
+    """
     config = to_dict(run.config)
     data = identity.identity_of(run.config.data, tokenizer)
     settings = run.config.train
@@ -161,12 +185,16 @@ def train(
             start = 0
             first_row = 0
         else:
+            require_something_to_train(run, restored, workdir)
             say_resumed(run, restored)
             identity.require_same_tokenizer(restored.data, tokenizer, workdir)
             state = restored.state
             start = restored.step
             first_row = row_to_go_on(run, restored, data)
         identity.keep_tokenizer(workdir, tokenizer)
+        keep_record(workdir, config, step=start, devices=describe(run), data=data)
+        if jax.process_index() == 0:
+            log_file.open(workdir)
         writers = make_writers(workdir, settings.steps, start)
         folder = workdir / "profile"
         tracing = StepTrace(_PROFILE.value, start, settings.steps, folder, say)
@@ -189,6 +217,31 @@ def train(
                 raise TrainingError(f"{error}; {went_wrong_after(sound)}") from None
     stop.outside_steps()
     return state if is_finished else None
+
+
+def require_something_to_train(run: Run, restored: Restored, workdir: Path) -> None:
+    """InputError if the run is finished and this configuration is another one.
+
+    Nothing would be trained with it. The same configuration is no error: a scheduler may start the
+    command once more. The mesh is no part of what is trained.
+    """
+    if restored.step < run.config.train.steps:
+        return
+    try:
+        # As this version writes it: it may have keys that were not there then.
+        before = to_dict(from_config_dict(restored.config))
+    except InputError:
+        before = restored.config
+    changes = []
+    for key, then, now in differing_keys(before, to_dict(run.config)):
+        if not key.startswith("config.mesh."):
+            changes.append(f"{key}: {then!r} then, now {now!r}")
+    if changes:
+        raise InputError(
+            f"{workdir}: this run is finished, after step {restored.step}, with another "
+            f"configuration ({'; '.join(changes)}): give another --workdir, or --fresh to begin "
+            "anew and keep it under another name, or a larger --config.train.steps to go on with it"
+        )
 
 
 def went_wrong_after(sound: int | None) -> str:

@@ -47,6 +47,7 @@ def find(name: str, flag: str, subfolder: str = "") -> Path:
     Raises:
       InputError: there is none.
     """
+    import_from_working_folder()
     path = expand(name, flag)
     is_path = path.suffix == ".py" or len(path.parts) > 1
     if is_path and path.is_file():
@@ -86,7 +87,6 @@ def _module_file(name: str, flag: str) -> Path | None:
     """The file of a module; None if there is none of that name."""
     if not all(part.isidentifier() for part in name.split(".")):
         return None
-    import_from_working_folder()
     try:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:

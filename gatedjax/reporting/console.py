@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from gatedjax.errors import printable
+from gatedjax.runtime import run_log
 
 # name -> a Python, NumPy or JAX number (or array), or None for "not known"
 Scalars = Mapping[str, Any]
@@ -33,9 +34,10 @@ class Stream(Protocol):
 
 
 def say(text: str, out: Stream | None = None) -> None:
-    """Prints a line on process 0, over the live progress line if there is one."""
+    """Prints a line on process 0, over the live progress line if there is one; logs it too."""
     if jax.process_index() != 0:
         return
+    run_log.note(text)
     out = out or sys.stdout
     clear = _CLEAR_LINE if out.isatty() else ""
     print(clear + printable(text), file=out, flush=True)
@@ -59,6 +61,7 @@ class Console:
             say(line, self._out)
             self._has_live_line = False
             return
+        run_log.note(line)
         # A line of the full width would wrap, and "\r" not reach its start.
         width = shutil.get_terminal_size().columns - 1
         self._out.write(_CLEAR_LINE + line[:width])

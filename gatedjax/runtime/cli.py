@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from gatedjax.config import files as config_files
 from gatedjax.config import nearest_key
 from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError, TrainingError, printable
 from gatedjax.paths import expand
-from gatedjax.runtime import compile_cache, streams
+from gatedjax.runtime import compile_cache, run_log, streams
 from gatedjax.runtime.host_memory import keep_freed_memory
 from gatedjax.runtime.stderr_filter import intact
 from gatedjax.runtime.stop import Stopped, ignore_stop_signals
@@ -172,6 +173,7 @@ def _guarded[T](call: Callable[[], T]) -> T:
     except Exception as e:
         end = _plain(e)
         if end is None:
+            _note_in_log(traceback.format_exc())
             raise
         leave(*end)
 
@@ -223,10 +225,18 @@ def leave(message: str, code: int) -> NoReturn:
     # A message may quote names and values of a stranger's file, of any length.
     one_line = printable(" ".join(message.split()))[:_LONGEST_LINE]
     kept = "" if code == EXIT_BAD_INPUT else intact(_checkpoints)
-    streams.print_error(f"error: {where}{one_line}{kept}")
+    line = f"error: {where}{one_line}{kept}"
+    _note_in_log(line)
+    streams.print_error(line)
     if several and jax.process_index() == 0:
         time.sleep(_LEAVE_LAST_SECONDS)
     _end(code)
+
+
+def _note_in_log(text: str) -> None:
+    """How the run ended. That the log cannot be written must not hide it."""
+    with contextlib.suppress(InputError):
+        run_log.note(text)
 
 
 def _end(code: int) -> NoReturn:

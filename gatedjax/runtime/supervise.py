@@ -251,6 +251,9 @@ def main() -> None:
     )
     parser.add_argument("command", nargs="+", help="after --: the command and its arguments")
     args = parser.parse_args()
+    if "--fresh" in args.command:
+        _say("--fresh: every start would begin anew; give it once, to the command alone")
+        sys.exit(2)
     try:
         code = supervise(
             args.command,

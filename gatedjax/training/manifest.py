@@ -234,6 +234,8 @@ def require_same_leaves(
         reasons = [
             f"; {key}: {before!r} there, now {after!r}" for key, before, after in differences
         ]
+        if differences:
+            reasons.append("; give another --workdir, or --fresh to begin anew")
         raise InputError(
             f"{step_dir} does not fit this configuration: "
             f"{name} is {there} there, expected {expected}{''.join(reasons)}"

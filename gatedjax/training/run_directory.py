@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import re
 import secrets
@@ -25,6 +26,8 @@ _ERRNOS_OF_DAMAGE = (errno.ENOENT, errno.EIO, errno.ENOTDIR, errno.EISDIR)
 # What flock says on a file system that has no locks, such as Lustre mounted without them.
 _ERRNOS_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _LARGEST_HOLDER = 200
+# A directory without any of these holds no run.
+_OF_A_RUN = ("checkpoints", "metrics.jsonl")
 
 
 class DamagedError(Exception):
@@ -98,6 +101,43 @@ def _require_own_file(path: Path, status: os.stat_result) -> None:
         raise InputError(f"{path}: is {kind_of(status.st_mode)}, expected a file; remove it")
     if status.st_nlink > 1:
         raise InputError(f"{path}: is another name of some other file; remove it")
+
+
+def set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
+    """Gives the run in a directory another name: NAME.1, NAME.2 ... Nothing where there is no run.
+
+    `report` is called with a line that says so. On several processes all return after the rename.
+
+    Raises:
+      InputError: on all processes, if another run is writing to the directory, if it is the working
+        folder or above it, or if it cannot be renamed.
+    """
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            _set_aside(run_dir, report)
+        except InputError as error:
+            problem = error
+    raise_together(problem)
+
+
+def _set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
+    if not any((run_dir / name).exists() for name in _OF_A_RUN):
+        return
+    if Path.cwd().is_relative_to(run_dir.resolve()):
+        raise InputError(f"--fresh: {run_dir} is the working folder, or above it: move it yourself")
+    with _take_lock(run_dir, report), plain_errors(f"--fresh: could not rename {run_dir}"):
+        free = _free_name(run_dir.absolute())
+        os.rename(run_dir.absolute(), free)
+    report(f"--fresh: the run in {run_dir} is kept as {run_dir.with_name(free.name)}")
+
+
+def _free_name(path: Path) -> Path:
+    for number in itertools.count(1):
+        free = path.with_name(f"{path.name}.{number}")
+        if not os.path.lexists(free):
+            return free
+    raise AssertionError("numbers have no end")
 
 
 def replace_file(path: Path, data: bytes) -> None:

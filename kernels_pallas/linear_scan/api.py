@@ -183,9 +183,9 @@ def linear_scan_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K Vs"]]:
     """One token of `linear_scan`, for decoding: the same formulas and arguments without T.
 
-    On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel updates the states in
-    place: donate `state` to the surrounding jit, or XLA copies it first. Differentiable everywhere:
-    the gradient of a kernel is that of the plain step.
+    On TPU and GPU (there through jax-triton, the extra `[gpu-kernels]`) a kernel updates the states
+    in place: donate `state` to the surrounding jit, or XLA copies it first. Differentiable
+    everywhere: the gradient of a kernel is that of the plain step.
 
     Args:
       q, k, v: the query, key and value of one token.

@@ -1,7 +1,7 @@
 """One decoding step of `linear_scan` on GPU: every state is read once and written once, in place.
 
 Through jax-triton, jax's official way to Triton: Pallas' own Triton back end will be removed. It is
-an extra package (`pip install gatedjax[gpu]`), and without it the step runs as plain XLA.
+an extra package (`pip install gatedjax[gpu-kernels]`), and without it the step runs as plain XLA.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ def unsupported(inputs: StepInputs, options: StepOptions, *, interpret: bool) ->
     if K > MAX_K:
         return f"takes K up to {MAX_K}, not {K}"
     if importlib.util.find_spec("jax_triton") is None:
-        return "needs jax-triton (pip install 'gatedjax[gpu]')"
+        return "needs jax-triton (pip install 'gatedjax[gpu-kernels]')"
     return None
 
 
