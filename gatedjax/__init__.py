@@ -94,6 +94,8 @@ def __getattr__(name: str) -> Any:
     """
     if name not in __all__:
         raise AttributeError(f"module 'gatedjax' has no attribute {name!r}")
+    # First: it says which jax is needed, where a module of ours would only miss some name.
+    importlib.import_module("kernels_pallas")
     if name == "LanguageModel":
         module = "gatedjax.model"
     elif name == "Config" or name.endswith("Config"):

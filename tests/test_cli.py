@@ -4,12 +4,14 @@ nothing overwritten.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from helpers import slow
 
@@ -104,6 +106,74 @@ def test_a_run_shows_and_leaves_what_it_should(place, finished):
     assert any((workdir / "tensorboard").iterdir())
     assert any((workdir / "profile").rglob("*.xplane.pb"))
     assert sorted(losses(place, "straight")) == list(range(1, 25))
+
+
+def test_a_run_directory_explains_itself(place, finished):
+    """Configuration, command, versions, what it was trained on, and all that was said."""
+    workdir = place / "straight"
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["train"]["steps"] == 24 and config["model"]["vocab_size"] >= 257
+    (start,) = map(json.loads, (workdir / "starts.jsonl").read_text().splitlines())
+    assert start["step"] == 0 and "--profile_step=14" in start["command"]
+    assert start["versions"]["jax"] == jax.__version__ and "cpu" in start["devices"].lower()
+    assert start["data"]["tokenizer"] == "bytes-1"
+    assert len(start["data"]["sources"]["main"]["train"]) == 64
+    logged = [line.partition("  ")[2] for line in (workdir / "log.txt").read_text().splitlines()]
+    said = [line for line in finished.stdout.splitlines() if line.startswith("step")]
+    assert said and set(said) <= set(logged)
+
+
+def test_a_finished_run_is_not_trained_with_another_configuration(place, finished):
+    """Not in silence; and nothing of it is touched."""
+    before = {path: path.stat().st_mtime_ns for path in (place / "straight").iterdir()}
+    result = run(place, "straight", "--config.optim.lr=1e-4")
+    assert result.returncode == 2, result.stdout
+    error = result.stderr.splitlines()[-1]
+    for piece in (
+        "this run is finished, after step 24",
+        "config.optim.lr: 0.003 then, now 0.0001",
+        "--workdir",
+        "--fresh",
+        "--config.train.steps",
+    ):
+        assert piece in error
+    after = {path: path.stat().st_mtime_ns for path in (place / "straight").iterdir()}
+    del before[place / "straight" / "lock"], after[place / "straight" / "lock"]
+    assert after == before
+
+
+@pytest.mark.slow
+def test_what_a_finished_run_may_be_started_with(place, finished):
+    """The same command, another mesh (of one device: its name), more steps, or --fresh."""
+    folder = place / "again"
+    shutil.copytree(place / "straight", folder)
+    assert run(place, "again").returncode == 0
+    result = run(place, "again", "--config.train.steps=26", "--config.optim.lr=1e-4")
+    assert result.returncode == 0 and "changed since that checkpoint" in result.stdout
+    assert max(losses(place, "again")) == 26
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 24, 24]
+    result = run(place, "again", "--fresh", "--config.train.steps=4")
+    assert result.returncode == 0, result.stderr
+    assert f"the run in {folder} is kept as {folder}.1" in result.stdout
+    assert max(losses(place, "again")) == 4 and max(losses(place, "again.1")) == 26
+
+
+@pytest.mark.slow
+def test_a_copied_run_on_another_machine(place, finished, tmp_path, monkeypatch):
+    """Another user, and the text is not there."""
+    shutil.copytree(place / "straight", tmp_path / "copy")
+    shutil.copytree(place / "text", tmp_path / "text")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    checkpoint = f"--checkpoint={tmp_path / 'copy'}"
+    few = ["--batches=2", "--prompt_tokens=16", "--decode_tokens=4"]
+    result = run(place, "", checkpoint, "--tokens=4", script="-m gatedjax.generate")
+    assert result.returncode == 0, result.stderr
+    result = run(place, "", checkpoint, *few, script="eval.py")
+    assert result.returncode == 2 and "--source=KIND:PATH" in result.stderr
+    source = f"--source=text:{tmp_path / 'text'}"
+    result = run(place, "", checkpoint, source, *few, script="eval.py")
+    assert result.returncode == 0 and "bits per byte" in result.stdout, result.stderr
 
 
 def test_killed_run_goes_on_to_the_bit(place, finished):

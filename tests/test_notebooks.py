@@ -10,10 +10,12 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -36,16 +38,157 @@ def test_there_are_five():
     assert [p.stem[:2] for p in PAGES] == ["01", "02", "03", "04", "05"]
 
 
+def updater():
+    spec = importlib.util.spec_from_file_location("update", ROOT / "notebooks" / "update.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @every_notebook
-def test_the_first_cell_installs_what_is_missing(page, monkeypatch):
-    first, asked = compile(plain(code_cells(page)[0]), page.name, "exec"), []
-    exec(first, {"magic": asked.append})
-    assert asked == [], "gatedjax is here"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    exec(first, namespace := {"magic": asked.append})
-    assert asked == ['pip install --quiet "{REQUIREMENT}"']
-    extras = re.search(r"\[(.*?)\]", namespace["REQUIREMENT"])[1].split(",")
-    assert extras == (["plots", "aot"] if page.stem.startswith("05") else ["plots"])
+def test_badge_and_first_cell_are_those_of_the_source(page):
+    notebook = json.loads(page.read_text())
+    assert updater().updated(page.stem, notebook) == notebook, "run: python notebooks/update.py"
+    assert updater().badge(page.stem) in "".join(notebook["cells"][0]["source"])
+
+
+class Machine:
+    """What the first cell asks of a machine, and what it tells pip."""
+
+    def __init__(self, monkeypatch, smi="", capability="8.9"):
+        self.smi, self.capability, self.installed = smi, capability, []
+        monkeypatch.setattr(subprocess, "run", self.run)
+        monkeypatch.setattr(shutil, "which", lambda name: name if smi else None)
+        monkeypatch.delenv("COLAB_TPU_ADDR", raising=False)
+        monkeypatch.setattr(Path, "glob", lambda *_: [])
+
+    def run(self, command, **_):
+        said = ""
+        if command[0] == "nvidia-smi":
+            said = self.smi if len(command) == 1 else f"{self.capability}\n"
+        elif "install" in command:
+            self.installed.append(command[-1])
+        return subprocess.CompletedProcess(command, 0, said)
+
+
+MACHINES = {
+    "cpu": (dict(), ""),
+    "no driver": (dict(smi="NVIDIA-SMI has failed"), ""),
+    "T4, Colab": (dict(smi="| CUDA Version: 12.4 |", capability="7.5"), ",cuda12"),
+    "H100": (dict(smi="| CUDA Version: 13.0 |", capability="9.0"), ",cuda13"),
+    "new driver": (dict(smi="| CUDA UMD Version: 13.2 |"), ",cuda13"),
+    "P100, Kaggle": (dict(smi="| CUDA Version: 13.0 |", capability="6.0"), ",cuda12"),
+}
+
+
+def first_cell(page: Path, missing: bool, monkeypatch) -> None:
+    code = compile("".join(code_cells(page)[0]["source"]), page.name, "exec")
+    if missing:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(code, {})
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_first_cell_installs_for_the_accelerator(name, monkeypatch, tmp_path, capsys):
+    described, extra = MACHINES[name]
+    monkeypatch.chdir(tmp_path)
+    machine = Machine(monkeypatch, **described)
+    first_cell(PAGES[0], True, monkeypatch)
+    assert machine.installed == [f"gatedjax[plots{extra}] @ git+{updater().repository()}"]
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"gatedjax \S+, jax \S+, runs on cpu: \d+ x cpu", lines[0])
+    # The tests have a CPU, whatever this machine says it has.
+    assert len(lines) == (2 if extra else 1)
+
+
+def test_the_first_cell_on_a_tpu_in_a_clone_and_without_need(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch)
+    first_cell(PAGES[0], False, monkeypatch)
+    assert machine.installed == [], "gatedjax is here"
+    monkeypatch.setenv("COLAB_TPU_ADDR", "here")
+    (tmp_path / "gatedjax").mkdir()
+    (tmp_path / "gatedjax" / "__init__.py").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    first_cell(PAGES[0], True, monkeypatch)
+    assert machine.installed.pop() == f"gatedjax[plots,tpu] @ {tmp_path.as_uri()}"
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    first_cell(PAGES[4], True, monkeypatch)
+    assert machine.installed.pop() == f"gatedjax[plots,aot] @ {tmp_path.as_uri()}", "for no TPU"
+
+
+def test_the_first_cell_says_what_a_person_must_do(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Machine(monkeypatch)
+    monkeypatch.setattr(np, "__version__", "1.0")
+    with pytest.raises(
+        SystemExit, match="restart the runtime, then run this cell again: old numpy"
+    ):
+        first_cell(PAGES[0], True, monkeypatch)
+    monkeypatch.setattr(sys, "version_info", (3, 11))
+    with pytest.raises(SystemExit, match=r"gatedjax needs Python 3\.12 or newer, this is"):
+        first_cell(PAGES[0], True, monkeypatch)
+
+
+def a_repository(folder: Path) -> None:
+    """This tree as the only commit of a git repository."""
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv*", ".cache", ".*_cache", "build", "dist", "runs", "results", "*.egg-info"
+    )
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["python3.12", "python3.13"])
+def test_the_first_cell_in_a_hosted_runtime(python, tmp_path):
+    """An older jax is there, the working folder is empty; pip fetches from the real address, which
+    git takes from this tree.
+    """
+    version = subprocess.run([python, "--version"], capture_output=True, text=True)
+    if version.returncode != 0:
+        pytest.skip(f"{python} is not here")
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "jax==0.7.2", "flax==0.11.2", "absl-py==1.4.0"], check=True)
+    a_repository(tmp_path / "repository")
+    (tmp_path / "content").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+
+    def run(code, **more):
+        return subprocess.run(
+            [python, "-c", code],
+            cwd=tmp_path / "content",
+            env=environment | {"JAX_PLATFORMS": "cpu"} | more,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+
+    older = run("import gatedjax.ops", PYTHONPATH=str(ROOT))
+    said = "ImportError: kernels_pallas: got jax 0.7.2, expected 0.11.2 or newer: pip install -U"
+    assert older.returncode == 1 and older.stderr.splitlines()[-1].startswith(said)
+    cell = "".join(code_cells(PAGES[0])[0]["source"])
+    use = (
+        "\nimport importlib.metadata as m\n"
+        "from gatedjax.ops import attention, linear_scan\n"
+        "q = jax.random.normal(jax.random.key(0), (1, 20, 2, 16))\n"
+        "print(attention(q, q, q, gate_logits=q).shape, linear_scan(q, q, q).shape)\n"
+        "print('absl', m.version('absl-py'))\n"
+    )
+    installed = run(
+        cell + use,
+        GIT_CONFIG_COUNT="1",
+        GIT_CONFIG_KEY_0=f"url.file://{tmp_path / 'repository'}.insteadOf",
+        GIT_CONFIG_VALUE_0=updater().repository(),
+    )
+    assert installed.returncode == 0, installed.stderr
+    first, shapes, absl = installed.stdout.splitlines()
+    assert re.fullmatch(r"gatedjax \S+, jax 0\.1[12]\.\S+, runs on cpu: 1 x cpu", first)
+    assert shapes == "(1, 20, 2, 16) (1, 20, 2, 16)" and absl == "absl 1.4.0"
 
 
 @every_notebook

@@ -33,7 +33,8 @@ def own_folder() -> Path:
 
 def own_names(subfolder: str = "") -> list[str]:
     """The names of gatedjax's own configurations, or studies."""
-    return sorted(path.stem for path in (own_folder() / subfolder).glob("*.py"))
+    paths = (own_folder() / subfolder).glob("[!_]*.py")
+    return sorted(path.stem for path in paths)
 
 
 def find(name: str, flag: str, subfolder: str = "") -> Path:
@@ -80,7 +81,7 @@ def _own_file(name: str, path: Path, subfolder: str) -> Path | None:
         return None
     # Only what is there by that very name: no way out of the folder, on no file system.
     folder = own_folder()
-    return folder / inside if folder / inside in folder.rglob("*.py") else None
+    return folder / inside if folder / inside in folder.rglob("[!_]*.py") else None
 
 
 def _module_file(name: str, flag: str) -> Path | None:

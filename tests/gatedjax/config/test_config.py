@@ -34,6 +34,7 @@ from gatedjax.config import (
     to_dict,
 )
 from gatedjax.config.checks import Checked, field_ranges, field_types, is_optional, not_none
+from gatedjax.config.files import own_names
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.training.run import with_vocab
@@ -41,7 +42,7 @@ from gatedjax.training.step import init_params, param_axes
 
 ROOT = Path(__file__).parents[3]
 GOLDENS = Path(__file__).parents[1] / "goldens"
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+CONFIGS = own_names()
 # What the names promise, in billions of parameters, embeddings included.
 BILLIONS = {"gated_attention_1p7b": 1.7, "gla_340m": 0.34, "gla_1p3b": 1.3, "moe_15b_a2p5b": 15.0}
 

@@ -1,0 +1,1 @@
+"""One file a question: `gatedjax-study NAME`."""
