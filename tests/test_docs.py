@@ -13,15 +13,23 @@ from pathlib import Path
 
 import pytest
 
+from gatedjax.config import files
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
-INLINE = re.compile(r"`((?:python|make|pip) [^`]+)`")
+INLINE = re.compile(r"`((?:python|make|pip|gatedjax-(?:train|eval|generate|study|aot)\b) [^`]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # A command ends where its line does, or at a quote around it, a pipe, a redirection, a comment.
-COMMAND = re.compile(r"\bpython (?P<module>-m )?(?P<target>[\w./]+)(?P<arguments>[^\n\"|&>#]*)")
+COMMAND = re.compile(
+    r"\b(?:python (?P<module>-m )?(?P<target>[\w./]+)"
+    r"|(?P<script>gatedjax-(?:train|eval|generate|study|aot)\b))"
+    r"(?P<arguments>[^\n\"|&>#]*)"
+)
+# Files of commands beside the pages.
+SCRIPTS = sorted((ROOT / "docs" / "launch").glob("*.sh"))
 # What fits the site's box for code.
 COLUMNS = 94
 # Where the commands' common flags are defined.
@@ -41,13 +49,19 @@ def shell_blocks(page: Path) -> list[str]:
 
 
 def shell_text(page: Path) -> str:
-    """The commands of a page, in blocks and in sentences, each on one line."""
-    commands = [*shell_blocks(page), *INLINE.findall(text_of(page))]
+    """The commands of a page, in blocks and in sentences, or of a script; each on one line."""
+    if page.suffix == ".sh":
+        commands = [text_of(page)]
+    else:
+        commands = [*shell_blocks(page), *INLINE.findall(text_of(page))]
     return "\n".join(commands).replace("\\\n", " ")
 
 
 def source_of(target: str, is_module: bool) -> Path:
     """The file that a command runs."""
+    if target.startswith("gatedjax-"):
+        target = project()["scripts"][target].partition(":")[0]
+        is_module = True
     if not is_module:
         path = ROOT / target
         # The scripts of the root hand over to the package.
@@ -55,6 +69,10 @@ def source_of(target: str, is_module: bool) -> Path:
         return package_path if path.exists() and package_path.exists() else path
     path = ROOT / target.replace(".", "/")
     return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def project() -> Mapping:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def flags_in(source: Path) -> set[str]:
@@ -73,7 +91,7 @@ def flags_in(source: Path) -> set[str]:
 def get_config(path: str) -> Mapping:
     """What `--config=PATH` gives; PATH:STRING hands the string on."""
     name, _, argument = path.partition(":")
-    spec = importlib.util.spec_from_file_location("a_config", ROOT / name)
+    spec = importlib.util.spec_from_file_location("a_config", files.find(name, "--config"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(argument) if argument else module.get_config()
@@ -113,18 +131,20 @@ def test_code_runs(page):
         exec(compile(block, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if shell_blocks(p)], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [*(p for p in PAGES if shell_blocks(p)), *SCRIPTS], ids=lambda p: p.stem
+)
 def test_shell_parses(page):
-    for block in shell_blocks(page):
+    for block in [text_of(page)] if page.suffix == ".sh" else shell_blocks(page):
         subprocess.run(["bash", "-n"], input=block, text=True, check=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda p: p.name)
 def test_commands_exist(page):
     """Scripts and modules are there, and know the flags and the keys of configurations."""
     text = shell_text(page)
     for command in COMMAND.finditer(text):
-        target = command["target"]
+        target = command["target"] or command["script"]
         if is_placeholder(target) or target.startswith("python"):
             continue
         source = source_of(target, command["module"] is not None)
@@ -139,9 +159,8 @@ def test_commands_exist(page):
     for target in re.findall(r"\bmake ([\w-]+)", text):
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for extras in re.findall(r"'\.\[([\w,-]+)\]'", text):
-        assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    for extras in re.findall(r"(?:gatedjax|'\.)\[([\w,-]+)\]", text):
+        assert set(extras.split(",")) <= set(project()["optional-dependencies"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

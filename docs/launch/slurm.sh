@@ -5,7 +5,7 @@
 #SBATCH --signal=TERM@120 --array=1-10%1
 #SBATCH --output=gla-%A-%a.log
 set -euo pipefail
-source "$HOME/gatedjax-env/bin/activate"
+source "$HOME/env/bin/activate"
 srun --kill-on-bad-exit=1 \
   gatedjax-train --config=gla_1p3b --workdir="$SCRATCH/runs/gla" \
     --config.data.cache_dir="$SCRATCH/cache" --compile_cache="$SCRATCH/xla"

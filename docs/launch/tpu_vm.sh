@@ -18,7 +18,7 @@ on_all_hosts() {
 }
 
 # The image's Python is older than 3.12: uv brings one.
-on_all_hosts "pip3 install --user --quiet uv && ~/.local/bin/uv venv --python 3.12 ~/env && \
+on_all_hosts "pip3 install --user --quiet uv && ~/.local/bin/uv venv --python=3.12 ~/env && \
   ~/.local/bin/uv pip install --python ~/env/bin/python 'gatedjax[tpu] @ git+$REPOSITORY'"
 on_all_hosts "mkdir -p ~/bucket && (mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket)"
 

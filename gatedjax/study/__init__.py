@@ -1,4 +1,4 @@
-"""Grids of small runs that ask one question: `python -m gatedjax.study configs/studies/NAME.py`.
+"""Grids of small runs that ask one question: `python -m gatedjax.study NAME`.
 
 See `grid.py`.
 """
