@@ -102,6 +102,16 @@ def test_a_tpu_is_asked_for_set_up_and_started(place):
     assert "HOME/bucket" in on_hosts[2] and any(w.endswith("bin/gatedjax-train") for w in words)
 
 
+def test_xpk_attaches_the_bucket_and_starts_the_command(place):
+    place.recorder("xpk")
+    attach, create = place.run("xpk.sh", CLUSTER="c", IMAGE="i", BUCKET="b")
+    assert attach[1][:3] == ["storage", "attach", "gla-bucket"]
+    assert create[1][:2] == ["workload", "create"] and "--storage=gla-bucket" in create[1]
+    command = create[1][-1].removeprefix("--command=")
+    # xpk's shell hands its SIGTERM to the shell around the command.
+    assert shlex.split(command)[:2] == ["exec", "gatedjax-train"] and "\n" not in command
+
+
 @pytest.mark.parametrize("recipe", ["ssh.sh", "tpu_vm.sh", "xpk.sh"])
 def test_what_is_missing_is_named(recipe, tmp_path):
     """A script without its variables says which, and starts nothing."""
