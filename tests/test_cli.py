@@ -171,6 +171,12 @@ def test_a_copied_run_on_another_machine(place, finished, tmp_path, monkeypatch)
     assert result.returncode == 0, result.stderr
     result = run(place, "", checkpoint, *few, script="eval.py")
     assert result.returncode == 2 and "--source=KIND:PATH" in result.stderr
+    # The user's own run, but its text was moved.
+    monkeypatch.delenv("XDG_STATE_HOME")
+    (place / "text").rename(place / "moved")
+    result = run(place, "", checkpoint, *few, script="eval.py")
+    (place / "moved").rename(place / "text")
+    assert result.returncode == 2 and "--source=KIND:PATH" in result.stderr
     source = f"--source=text:{tmp_path / 'text'}"
     result = run(place, "", checkpoint, source, *few, script="eval.py")
     assert result.returncode == 0 and "bits per byte" in result.stdout, result.stderr

@@ -106,7 +106,12 @@ def require_same_text(run: Run, directory: str | os.PathLike) -> None:
     if not isinstance(saved, dict):
         return
     tokenizer = load_tokenizer(run.config.data.tokenizer)
-    difference = identity.text_difference(saved, identity.identity_of(run.config.data, tokenizer))
+    try:
+        now = identity.identity_of(run.config.data, tokenizer)
+        difference = identity.text_difference(saved, now)
+    except InputError as error:
+        # The text of a run that was copied or moved may not be where it was.
+        difference = str(error)
     if difference is not None:
         raise InputError(
             f"{difference}; put the old text back, or name the text to evaluate on with "

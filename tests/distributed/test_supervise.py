@@ -57,6 +57,16 @@ def test_crashes_are_started_again_with_growing_pauses(tmp_path):
     )
 
 
+def test_a_command_that_begins_anew_each_time_is_refused(monkeypatch, capsys):
+    command = ["supervise", "--", "gatedjax-train", "--config=tiny", "--fresh"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        supervisor.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("supervise: --fresh: every start would begin")
+    assert error.count("\n") == 1
+
+
 def test_it_gives_up_and_keeps_the_code(tmp_path):
     result, starts = supervise(tmp_path, "7", "--wait=0.05", "--tries=2", "--longest_wait=0.05")
     assert (result.returncode, len(starts)) == (
