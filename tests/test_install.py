@@ -22,6 +22,7 @@ SMALL = [
     "--config.model.ffns.mlp.hidden=32",
     "--config.model.ffns.moe.hidden=16",
     "--config.data.seq_len=32",
+    "--config.optim.warmup_steps=2",
     "--config.train.steps=10",
     "--config.train.eval_batches=2",
     "--config.train.sample_tokens=8",
@@ -119,7 +120,7 @@ def test_configurations_by_name_path_and_module(place):
         assert "config.model.ffns.moe.router.bias_rule = 'sign'\n" in result.stdout
     mine = place / "work" / "mine"
     mine.mkdir()
-    (mine / "base.py").write_text("STEPS = 7\n")
+    (mine / "base.py").write_text("STEPS = 70\n")
     (mine / "experiment.py").write_text(
         "from gatedjax.configs import tiny\n"
         "from mine.base import STEPS\n\n\n"
@@ -130,7 +131,9 @@ def test_configurations_by_name_path_and_module(place):
     )
     for name in ("mine.experiment", "mine/experiment.py"):
         result = run(place, "gatedjax-train", f"--config={name}", "--print")
-        assert result.returncode == 0 and "config.train.steps = 7\n" in result.stdout, result.stderr
+        assert result.returncode == 0 and "config.train.steps = 70\n" in result.stdout, (
+            result.stderr
+        )
     result = run(place, "gatedjax-train", "--config=tny", "--print")
     assert result.returncode == 2 and result.stderr.startswith("error: --config: got 'tny'")
 

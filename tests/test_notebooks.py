@@ -225,10 +225,11 @@ def test_every_name_of_the_library_exists(page):
         tree = ast.parse(plain(cell))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                known |= {
-                    a.asname or a.name.split(".")[0]: importlib.import_module(a.name)
-                    for a in node.names
-                }
+                for a in node.names:
+                    module = importlib.import_module(a.name)
+                    top = a.name.split(".")[0]
+                    # `import a.b` binds a.
+                    known[a.asname or top] = module if a.asname else sys.modules[top]
             elif isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module)
                 known |= {a.asname or a.name: getattr(module, a.name) for a in node.names}

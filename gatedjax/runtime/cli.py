@@ -253,9 +253,9 @@ def _parse(argv: Sequence[str], takes: int) -> Sequence[str]:
       InputError: one line that names the key, in place of absl's and ml_collections' own messages.
     """
     if "config" in flags.FLAGS:
-        # In place: ml_collections looks at sys.argv once more.
-        sys.argv[1:] = config_files.located(sys.argv[1:])
-        argv = sys.argv
+        argv = [argv[0], *config_files.located(argv[1:])]
+        # ml_collections looks there for the overrides.
+        sys.argv = argv
     try:
         args = flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:
