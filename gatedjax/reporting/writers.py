@@ -26,6 +26,7 @@ to the JSON line only, as nested lists. Only process 0 writes.
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -187,6 +188,8 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path, resume_step: int = 0):
         folder = run_dir / "tensorboard"
+        # It warns of every number that is not finite; the step log says so once, in one line.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         try:
             self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
         except OSError as e:

@@ -1,7 +1,7 @@
 """Saved on 2 processes x 4 devices, resumed on others: the same batches, the same losses."""
 
 import pytest
-from processes import MESH, losses, run
+from processes import losses, run
 
 # Of the loss: sums of float32 in another order, over eight steps. Processes add up in another
 # order than the devices of one, so the same mesh in one process is no exception.
