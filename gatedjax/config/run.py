@@ -33,17 +33,7 @@ from gatedjax.errors import require
 
 Remat = Literal["none", "full", "dots", "kernels"]
 
-# Both splits of the data have documents.
-ProperFraction = Annotated[
-    float,
-    Range(
-        0,
-        1,
-        includes_low=False,
-        includes_high=False,
-        words="a fraction between 0 and 1",
-    ),
-]
+HeldOut = Annotated[float, Range(0, 1, includes_low=False, words="a fraction from above 0 to 1")]
 
 
 def _one_attention() -> Mapping[str, MixerConfig]:
@@ -202,7 +192,8 @@ class DataConfig(Checked):
     # or the path of a tokenizer.json
     tokenizer: str = "bytes"
     seq_len: Annotated[int, Range(2, LARGEST_SIZE)] = 256
-    validation_fraction: ProperFraction = 0.05
+    # 1 holds out every document: there is nothing left to train on, and all of it to evaluate
+    validation_fraction: HeldOut = 0.05
     # "": gatedjax under the user's cache directory
     cache_dir: str = ""
     seed: Seed = 0

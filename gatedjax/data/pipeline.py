@@ -203,6 +203,8 @@ def make_dataset(
         )
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected 'train' or 'validation'")
+    if split == "train" and cfg.validation_fraction == 1:
+        raise InputError("config.data.validation_fraction: got 1.0, expected below 1 to train")
     windows = {}
     for name, corpus in corpora(cfg).items():
         tokens, document_ends = corpus.stream(split)

@@ -201,6 +201,23 @@ def test_both_splits_get_a_document(tmp_path, fraction, split):
     assert corpus.splits[split].documents == 1 and corpus.documents == 40
 
 
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1]])
+def test_all_of_a_text_can_be_held_out(tmp_path, texts):
+    cfg = config(tmp_path, write_text(tmp_path / "corpus", texts), validation_fraction=1.0)
+    corpus = corpus_of(cfg)
+    assert corpus.exception is None and corpus.splits["train"].documents == 0
+    assert corpus.splits["validation"].documents == sum(1 for text in texts if text)
+    assert data.validation_text(cfg) == "".join(texts).encode()
+    assert "train" not in corpus.describe().split("bytes: ")[-1].split("cache")[0]
+    dataset = data.make_dataset(cfg, "validation", batch_size=2, rows=range(2), seed=0)
+    assert (
+        sum(batch.loss_mask.sum() for batch in data.batches(dataset))
+        == corpus.splits["validation"].tokens
+    )
+    with pytest.raises(InputError, match="validation_fraction: got 1"):
+        data.make_dataset(cfg, "train", batch_size=2, rows=range(2), seed=0)
+
+
 def test_one_document_is_cut_at_a_line_end(tmp_path):
     (tmp_path / "one.txt").write_text("".join(f"line {i}\n" for i in range(100)))
     corpus = corpus_of(config(tmp_path, str(tmp_path / "one.txt"), validation_fraction=0.1))
