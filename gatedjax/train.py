@@ -109,7 +109,7 @@ def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:
       InputError: it cannot be read; if the run keeps a copy of its own, that is the way out.
     """
     try:
-        return load_tokenizer(data.tokenizer)
+        return load_tokenizer(data.tokenizer, data.end_of_document)
     except InputError as error:
         own = identity.tokenizer_of_run(workdir, data.tokenizer)
         if own is None:

@@ -189,8 +189,10 @@ class DataConfig(Checked):
     """What is read, and how it is cut into windows."""
 
     sources: Mapping[str, SourceConfig] = field(default_factory=_standard_library)
-    # or the path of a tokenizer.json
+    # or the path of a tokenizer.json or of its folder, or a name on the Hugging Face hub
     tokenizer: str = "bytes"
+    # the tokenizer's token for it; "": the first of the usual names that it has
+    end_of_document: str = ""
     seq_len: Annotated[int, Range(2, LARGEST_SIZE)] = 256
     # 1 holds out every document: there is nothing left to train on, and all of it to evaluate
     validation_fraction: HeldOut = 0.05
@@ -200,7 +202,12 @@ class DataConfig(Checked):
 
     def check(self) -> None:
         require(len(self.sources) > 0, "sources", "none", "at least one")
-        require(self.tokenizer != "", "tokenizer", self.tokenizer, "'bytes' or a path")
+        require(
+            self.tokenizer != "",
+            "tokenizer",
+            self.tokenizer,
+            "'bytes', a path or a name on the hub",
+        )
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def require_same_text(run: Run, directory: str | os.PathLike) -> None:
         saved = checkpointer.manifest().get("data")
     if not isinstance(saved, dict):
         return
-    tokenizer = load_tokenizer(run.config.data.tokenizer)
+    tokenizer = load_tokenizer(run.config.data.tokenizer, run.config.data.end_of_document)
     difference = identity.text_difference(saved, identity.identity_of(run.config.data, tokenizer))
     if difference is not None:
         raise InputError(
@@ -168,7 +168,7 @@ def _configuration(saved: Mapping[str, Any], mesh: MeshConfig | None) -> Config:
 
 
 def _require_vocabulary(config: Config) -> None:
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"config.model.vocab_size: the checkpoint has {config.model.vocab_size} entries, "
@@ -276,7 +276,9 @@ def _data_of(
     data = dataclasses.replace(data, tokenizer=tokenizer)
     saved = manifest.get("data")
     if isinstance(saved, dict):
-        identity.require_same_tokenizer(saved, load_tokenizer(tokenizer), run_dir)
+        identity.require_same_tokenizer(
+            saved, load_tokenizer(tokenizer, data.end_of_document), run_dir
+        )
     if source is not None and text is not None:
         raise InputError("--text: got --source too, expected one of them")
     if text is not None:

@@ -38,7 +38,7 @@ def speed(
       prompt_tokens: the length of the prompt, random tokens.
       decode_tokens: how many are decoded after it.
     """
-    vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+    vocab_size = load_tokenizer(config.data.tokenizer, config.data.end_of_document).vocab_size
     generator = np.random.default_rng(0)
     ids = generator.integers(0, vocab_size, (1, prompt_tokens))
     prompt = jnp.asarray(ids, jnp.int32)

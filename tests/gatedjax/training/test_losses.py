@@ -73,8 +73,8 @@ def test_sums_by_row(chunk):
     mask = MASKS["some"].astype(np.float32)
     by_row = chunked_cross_entropy(hidden, weights, targets, mask, chunk, by_row=True)
     for row in range(ROWS):
-        one = slice(row, row + 1)
-        right, _ = expected(hidden[one], weights, targets[one], mask[one])
+        of_row = mask * (np.arange(ROWS) == row)[:, None]
+        right, _ = expected(hidden, weights, targets, of_row)
         np.testing.assert_allclose([x[row] for x in by_row], right, rtol=1e-5)
 
 
