@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 from tiny_run import plain
@@ -95,7 +96,9 @@ def test_workers_that_always_die_end_the_study(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(len(workers._cores()) < 2, reason="needs two CPU cores")
 def test_ray_with_two_workers_one_of_which_is_killed(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
+    # Its workers do not find this file.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     expected = table(Here(), tmp_path / "here")
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
     monkeypatch.setattr(workers, "make", dies_once)
