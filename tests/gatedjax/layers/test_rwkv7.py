@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +18,8 @@ from gatedjax.config import (
 from gatedjax.errors import InputError
 from gatedjax.layers import RWKV7, GatedAttention, RWKV7ChannelMix
 from gatedjax.layers.depth import Depth
-from gatedjax.layers.norm import rms_norm
 from gatedjax.layers.token_info import TokenInfo
-from gatedjax.model import LanguageModel
+from gatedjax.model import LanguageModel, init_caches
 
 B, T, M = 2, 9, 16
 RNG = np.random.default_rng(1)
@@ -36,7 +34,6 @@ CONFIG = RWKV7Config(
     output_gate_rank=3,
     chunk_size=4,
 )
-LATER = Depth(index=2, first_values=jnp.asarray(FIRST), first=1, num_layers=4)
 
 
 def perturbed(params):
@@ -48,7 +45,7 @@ def perturbed(params):
 @functools.cache
 def made():
     module = RWKV7(CONFIG)
-    return module, perturbed(module.init(jax.random.key(0), X[:, :2])["params"])
+    return module, perturbed(jax.jit(module.init)(jax.random.key(0), X[:, :2])["params"])
 
 
 @functools.cache
@@ -56,10 +53,10 @@ def jitted(module, method):
     return jax.jit(functools.partial(module.apply, method=method))
 
 
-def call(x=X, cache=None, start=0, segment_ids=None, depth=None):
+def call(x=X, cache=None, start=0, segment_ids=None):
     module, params = made()
     positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape[:2])
-    info = TokenInfo(positions, segment_ids, depth=depth)
+    info = TokenInfo(positions, segment_ids)
     return jitted(module, "with_values")({"params": params}, x, info, cache)
 
 
@@ -116,36 +113,37 @@ def expected(params, x, first_values=None):
     return y, first.reshape(x.shape)
 
 
-def test_equals_the_paper():
-    _, params = made()
-    y, _, values = call()
+def test_equals_the_paper_in_documents_and_token_by_token():
+    module, params = made()
     by_hand, first = expected(params, X)
-    assert rel_rms(y, by_hand) < 1e-5 and rel_rms(values, first) < 1e-5
-    y, _, values = call(depth=LATER)
-    by_hand, _ = expected(params, X, FIRST)
-    assert rel_rms(y, by_hand) < 1e-5 and rel_rms(values, FIRST) == 0
+    y, _, values = call(segment_ids=jnp.asarray([[1] * 4 + [2] * 5] * B))
+    assert rel_rms(y[:, :4], by_hand[:, :4]) < 1e-5 and rel_rms(values[:, :4], first[:, :4]) < 1e-5
+    assert rel_rms(y[:, 4:], expected(params, X[:, 4:])[0]) < 1e-5
+    y, cache, _ = call(X[:, :6], module.init_cache(B, T))
+    parts = [y]
+    for t in range(6, T):
+        y, cache, _ = call(X[:, t : t + 1], cache, t)
+        parts.append(y)
+    assert rel_rms(np.concatenate(parts, 1), by_hand) < 1e-5
 
 
-def test_gradients_equal_differences_of_the_paper():
+def test_a_later_layer_equals_the_paper_and_its_gradients_equal_differences():
     """Of every parameter, the input and the first layer's values: along one direction each."""
     module, params = made()
     weight = np.random.default_rng(2).normal(size=X.shape)
     given = {"params": params, "x": jnp.asarray(X), "first": jnp.asarray(FIRST)}
 
-    @jax.jit
-    def gradient(given):
-        def loss(given):
-            depth = Depth(index=1, first_values=given["first"])
-            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-            info = TokenInfo(positions, depth=depth)
-            y, _ = module.apply({"params": given["params"]}, given["x"], info, method="with_cache")
-            return jnp.sum(y * weight)
+    def loss(given):
+        depth = Depth(index=2, first_values=given["first"], first=1, num_layers=4)
+        info = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)), depth=depth)
+        y, _ = module.apply({"params": given["params"]}, given["x"], info, method="with_cache")
+        return jnp.sum(y * weight), y
 
-        return jax.grad(loss)(given)
-
+    gradient, y = jax.jit(jax.grad(loss, has_aux=True))(given)
+    assert rel_rms(y, expected(params, X, FIRST)[0]) < 1e-5
     leaves, tree = jax.tree.flatten(float64(given))
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(given)]
-    for i, found in enumerate(jax.tree.leaves(gradient(given))):
+    for i, found in enumerate(jax.tree.leaves(gradient)):
         direction = np.random.default_rng(i).normal(size=leaves[i].shape)
 
         def moved(step, i=i, direction=direction):
@@ -161,20 +159,6 @@ def test_gradients_equal_differences_of_the_paper():
         assert error < 2e-5 * size + 1e-6, names[i]
 
 
-def test_documents_and_decoding_equal_each_alone():
-    ids = jnp.asarray([[1] * 4 + [2] * 5] * B)
-    packed, *_ = call(segment_ids=ids)
-    alone, *_ = call(X[:, 4:])
-    assert rel_rms(packed[:, 4:], alone) < 1e-5
-    whole, *_ = call()
-    module, _ = made()
-    y, cache, _ = call(X[:, :6], module.init_cache(B, T))
-    assert rel_rms(y, whole[:, :6]) < 1e-5
-    for t in range(6, T):
-        y, cache, _ = call(X[:, t : t + 1], cache, t)
-        assert rel_rms(y, whole[:, t : t + 1]) < 1e-5
-
-
 def channel_mix(params, x):
     p, x = float64(params), np.asarray(x, np.float64)
     before = np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], 1)
@@ -184,72 +168,98 @@ def channel_mix(params, x):
 
 def test_channel_mixing_equals_the_paper_packed_and_decoded():
     module = RWKV7ChannelMix(RWKV7ChannelMixConfig(hidden=24))
-    params = perturbed(module.init(jax.random.key(0), X[:, :2])["params"])
+    params = perturbed(jax.jit(module.init)(jax.random.key(0), X[:, :2])["params"])
     run = lambda x, ids, cache: jitted(module, "with_cache")(
         {"params": params}, x, TokenInfo(jnp.zeros(x.shape[:2], jnp.int32), ids), cache
     )
-    whole, _ = run(X, None, None)
-    assert rel_rms(whole, channel_mix(params, X)) < 1e-5
-    packed, _ = run(X, jnp.asarray([[1] * 4 + [2] * 5] * B), None)
-    assert rel_rms(packed[:, 4:], channel_mix(params, X[:, 4:])) < 1e-5
-    y, cache = run(X[:, :6], None, module.init_cache(B, M))
-    parts = [y]
-    for t in range(6, T):
-        y, cache = run(X[:, t : t + 1], None, cache)
-        parts.append(y)
-    assert rel_rms(np.concatenate(parts, 1), whole) < 1e-5
+    whole = channel_mix(params, X)
+    y, _ = run(X, jnp.asarray([[1] * 4 + [2] * 5] * B), None)
+    assert rel_rms(y[:, :4], whole[:, :4]) < 1e-5
+    assert rel_rms(y[:, 4:], channel_mix(params, X[:, 4:])) < 1e-5
+    y, cache = run(X[:, :8], None, module.init_cache(B, M))
+    assert rel_rms(y, whole[:, :8]) < 1e-5
+    y, _ = run(X[:, 8:], None, cache)
+    assert rel_rms(y, whole[:, 8:]) < 1e-5
 
 
-def test_a_model_hands_on_the_values_of_its_first_such_layer():
-    """Layers of a scanned model, called one by one: attention, RWKV-7, attention, RWKV-7."""
+def model_of(pattern, num_layers):
+    """(config, model, parameters, tokens)."""
     config = ModelConfig(
         vocab_size=32,
         width=M,
-        num_layers=4,
-        mixers=FrozenDict(
-            attention=GatedAttentionConfig(num_heads=2, head_dim=8),
-            rwkv=CONFIG,
-        ),
-        pattern=("attention", "rwkv"),
+        num_layers=num_layers,
+        mixers=FrozenDict(attention=GatedAttentionConfig(num_heads=2, head_dim=8), rwkv=CONFIG),
+        pattern=pattern,
         ffns=FrozenDict(mix=RWKV7ChannelMixConfig(hidden=24)),
         ffn_pattern=("mix",),
         dtype="float32",
     )
     tokens = np.random.default_rng(3).integers(0, 32, (B, T))
     model = LanguageModel(config)
-    variables = jax.jit(model.init)(jax.random.key(0), tokens)
-    starts = variables["params"]["periods"]["layer_1"]["mixer"]
+    return config, model, jax.jit(model.init)(jax.random.key(0), tokens)["params"], tokens
+
+
+def normed(x, scale):
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(scale)
+
+
+def block_of(params, layer, period):
+    """The parameters of a layer, and what its mixer sees, given the residual stream."""
+    at, index = divmod(layer, period)
+    return jax.tree.map(lambda p: p[at], params["periods"][f"layer_{index}"])
+
+
+def test_a_model_hands_on_the_values_of_its_first_layer():
+    _, model, params, tokens = model_of(("rwkv",), 2)
+    scale = params["periods"]["layer_0"]["mixer"]["norm_scale"]
+    np.testing.assert_allclose(scale[:, 0, 0], [0.5**0.7, 1.0], rtol=1e-6)
+    params = perturbed(params)
+    hidden, *_ = jax.jit(model.apply)({"params": params}, tokens)
+    x = np.asarray(params["embedding"], np.float64)[tokens]
+    first = None
+    for layer in range(2):
+        block = block_of(params, layer, 1)
+        y, first = expected(block["mixer"], normed(x, block["mixer_norm"]["scale"]), first)
+        x = x + y
+        x = x + channel_mix(block["ffn"], normed(x, block["ffn_norm"]["scale"]))
+    assert rel_rms(hidden, normed(x, params["final_norm"]["scale"])) < 2e-5
+
+
+@pytest.mark.slow
+def test_the_first_such_layer_need_not_be_the_first_of_the_model():
+    """Attention, RWKV-7, attention, RWKV-7; then the same, decoded."""
+    config, model, params, tokens = model_of(("attention", "rwkv"), 4)
+    starts = params["periods"]["layer_1"]["mixer"]
     # The depth that the starts depend on is that of the model: layers 1 and 3 of 4.
     np.testing.assert_allclose(starts["norm_scale"][:, 0, 0], [0.5**0.7, 1.0], rtol=1e-6)
-    place = np.arange(M) / M
-    mean = 1 - place ** (0.7 * np.array([[0.75], [0.25]]))
+    mean = 1 - (np.arange(M) / M) ** (0.7 * np.array([[0.75], [0.25]]))
     np.testing.assert_allclose(starts["key_shift"], mean, atol=1e-6)
-
-    params = nn.meta.unbox(perturbed(variables["params"]))
-    hidden, *_ = jax.jit(model.apply)({"params": params}, tokens)
-    x = params["embedding"][tokens]
-    first = jnp.zeros_like(x)
+    params = perturbed(params)
+    run = jax.jit(lambda tokens, caches: model.apply({"params": params}, tokens, caches=caches)[:2])
+    hidden, _ = run(tokens, None)
+    x = np.asarray(params["embedding"], np.float64)[tokens]
+    first = None
     for layer in range(4):
-        period, index = divmod(layer, 2)
-        block = jax.tree.map(lambda p, i=period: p[i], params["periods"][f"layer_{index}"])
-        normed = rms_norm(x, block["mixer_norm"]["scale"], config.norm_eps)
-        depth = Depth(index=layer, first_values=first, first=1, num_layers=4)
-        info = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)), depth=depth)
-        mixer, _ = config.layer(layer)
-        if mixer is CONFIG:
-            arguments = ({"params": block["mixer"]}, normed, info, None)
-            y, _, first = jitted(RWKV7(CONFIG), "with_values")(*arguments)
+        block = block_of(params, layer, 2)
+        inputs = normed(x, block["mixer_norm"]["scale"])
+        if layer % 2:
+            y, first = expected(block["mixer"], inputs, first)
         else:
-            y = GatedAttention(mixer).apply({"params": block["mixer"]}, normed, info)
+            attention = GatedAttention(config.mixers["attention"])
+            y = attention.apply({"params": block["mixer"]}, inputs.astype(np.float32))
         x = x + y
-        normed = rms_norm(x, block["ffn_norm"]["scale"], config.norm_eps)
-        x = x + channel_mix(block["ffn"], normed).astype(np.float32)
-    assert rel_rms(hidden, rms_norm(x, params["final_norm"]["scale"], config.norm_eps)) < 2e-5
+        x = x + channel_mix(block["ffn"], normed(x, block["ffn_norm"]["scale"]))
+    assert rel_rms(hidden, normed(x, params["final_norm"]["scale"])) < 2e-5
+    # The first layer's values are of the token itself: decoding needs no cache of them.
+    _, caches = run(tokens[:, :-1], init_caches(config, B, T))
+    last, _ = run(tokens[:, -1:], caches)
+    assert rel_rms(last, hidden[:, -1:]) < 2e-5
 
 
 def test_published_starts():
     config = RWKV7Config(num_heads=2, head_dim=8)
-    params = RWKV7(config).init(jax.random.key(0), X[:, :2])["params"]
+    params = jax.jit(RWKV7(config).init)(jax.random.key(0), X[:, :2])["params"]
     n, C = np.arange(16), 16
     linear = (n / (C - 1) - 0.5).reshape(2, 8)
     ramp = (n % 8 - 3.5) / 3.5
