@@ -163,7 +163,7 @@ class Mamba2(Mixer):
         q: Array,
         k: Array,
         v: Array,
-        log_decay: Array,
+        log_decay: Array | None,
         info: TokenInfo,
         cache: Mamba2Cache | None,
     ) -> tuple[Array, Array | None]:
@@ -181,6 +181,7 @@ class Mamba2(Mixer):
                 state,
                 segment_ids,
             )
+        assert log_decay is not None
         if state is not None and q.shape[1] == 1:
             o, state = linear_scan_step(
                 q[:, 0],

@@ -254,7 +254,7 @@ class RWKV7(Mixer):
         r: Array,
         k: Array,
         v: Array,
-        log_decay: Array,
+        log_decay: Array | None,
         removal_key: Array,
         rate: Array,
         info: TokenInfo,
@@ -273,6 +273,7 @@ class RWKV7(Mixer):
                 state,
                 segment_ids,
             )
+        assert log_decay is not None
         arrays = (r, k, v, log_decay, removal_key, rate)
         if state is not None and r.shape[1] == 1:
             r, k, v, *gates = (y[:, 0] for y in arrays)

@@ -89,7 +89,7 @@ def removal_scale(key: Array, shape: tuple[int, ...], dtype) -> Array:
 
 def norm_scale(depth: Depth) -> Initializer:
     """Deeper layers add more to the residual stream."""
-    return constant(((depth.index + 1) / depth.num_layers) ** 0.7)
+    return constant(jnp.asarray((depth.index + 1) / depth.num_layers) ** 0.7)
 
 
 def orthogonal(gain: float, num_in: int = 1) -> Initializer:
