@@ -23,6 +23,7 @@ from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.step_size import log_decay_rate, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
+from gatedjax.sharding import parts
 from kernels_pallas.linear_scan import linear_scan_step
 
 
@@ -87,7 +88,7 @@ class Mamba2(Mixer):
     ) -> tuple[Float[Array, "B T M"], Mamba2Cache | None]:
         c = self.config
         values = {"heads": c.num_heads, "head_dim": c.head_dim}
-        groups = {"kv_heads": c.num_groups, "head_dim": c.state_dim}
+        groups = {"groups": c.num_groups, "head_dim": c.state_dim}
         z = self._project("output_gate", x, values)
         v = self._project("value", x, values)
         k = self._project("key", x, groups)
@@ -172,7 +173,11 @@ class Mamba2(Mixer):
         segment_ids = info.segment_ids
         state = None if cache is None else cache.state
         # The scan has a state for each query head, so the heads of a group get C each.
-        q = jnp.repeat(q, c.num_heads // c.num_groups, axis=2)
+        per_group = c.num_heads // c.num_groups
+        q = jnp.repeat(q, per_group, axis=2)
+        if c.num_groups > 1 and parts("heads") > 1:
+            # A device with some of the heads could not tell whose B is whose.
+            k = jnp.repeat(k, per_group, axis=2)
         if state is not None and segment_ids is not None:
             k, v, log_decay, state, segment_ids = past_padding(
                 k,

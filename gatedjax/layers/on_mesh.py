@@ -83,7 +83,7 @@ def attention_on_mesh(
 def scan_on_mesh(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T Hk K"],
-    v: Float[Array, "B T Hk V"],
+    v: Float[Array, "B T Hv V"],
     log_decay: Float[Array, "..."] | None,
     segment_ids: Array | None,
     state: Float[Array, "B H K _"] | None,
@@ -139,6 +139,9 @@ def scan_on_mesh(
     tokens = ("batch", "length")
     heads = (*tokens, "heads", None)
     kv_heads = (*tokens, "kv_heads", None)
+    # Keys may be of fewer heads than values (Mamba-2): those of all heads are cut as queries are.
+    key_axes = heads if k.shape[2] == q.shape[2] else kv_heads
+    value_axes = heads if v.shape[2] == q.shape[2] else kv_heads
     # By rank: none, [H], [B, T, H], [B, T, H, K].
     decay_axes = {
         0: (),
@@ -147,7 +150,7 @@ def scan_on_mesh(
         4: heads,
     }
     rank = 0 if log_decay is None else log_decay.ndim
-    in_axes = (heads, kv_heads, kv_heads, decay_axes[rank], tokens)
+    in_axes = (heads, key_axes, value_axes, decay_axes[rank], tokens)
     arrays = (q, k, v, log_decay, segment_ids)
     return _with_state(scan, arrays, in_axes, state)
 

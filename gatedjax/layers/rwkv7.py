@@ -46,8 +46,9 @@ def shifted(
     previous: Float[Array, "B T M"],
     amount: Float[Array, " M"],
 ) -> Float[Array, "B T M"]:
-    """Between a token (amount 0) and the one before it (1), in every channel."""
-    return x + (previous - x) * amount
+    """Between a token (amount 0) and the one before it (1), in every channel, float32."""
+    own = x.astype(jnp.float32)
+    return own + (previous.astype(jnp.float32) - own) * amount
 
 
 def bounded_log_decay(logits: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -131,7 +132,7 @@ class RWKV7(Mixer):
 
         removal_scale = self._of_heads("removal_scale", starts.removal_scale)
         removal_key = removal_direction(k, removal_scale)
-        # A channel that learns fast writes its whole key, one that does not as little as 1 - w.
+        # A channel that learns fast (rate 1) writes its whole key.
         rate_weight = self._of_heads("rate_weight", starts.constant(1.02))
         k = (k.astype(jnp.float32) * (1.0 + (rate - 1.0) * rate_weight)).astype(self.dtype)
 

@@ -16,7 +16,10 @@ from gatedjax.sharding import RULES, make_mesh
 
 B, T, M = 2, 256, 16
 LAYERS = {
-    "Mamba-2": Mamba2(Mamba2Config(num_heads=4, head_dim=4, state_dim=4, num_groups=2), 1e-5, 0.4),
+    "Mamba-2": Mamba2(Mamba2Config(num_heads=4, head_dim=4, state_dim=4), 1e-5, 0.4),
+    "two groups": Mamba2(
+        Mamba2Config(num_heads=4, head_dim=4, state_dim=4, num_groups=2), 1e-5, 0.4
+    ),
     "RWKV-7": RWKV7(RWKV7Config(num_heads=4, head_dim=4, decay_rank=2)),
     "channel mixing": RWKV7ChannelMix(RWKV7ChannelMixConfig(hidden=32)),
 }
