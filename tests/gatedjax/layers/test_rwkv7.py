@@ -247,7 +247,7 @@ def test_the_first_such_layer_need_not_be_the_first_of_the_model():
             y, first = expected(block["mixer"], inputs, first)
         else:
             attention = GatedAttention(config.mixers["attention"])
-            y = attention.apply({"params": block["mixer"]}, inputs.astype(np.float32))
+            y = attention.apply({"params": block["mixer"]}, jnp.asarray(inputs, jnp.float32))
         x = x + y
         x = x + channel_mix(block["ffn"], normed(x, block["ffn_norm"]["scale"]))
     assert rel_rms(hidden, normed(x, params["final_norm"]["scale"])) < 2e-5
