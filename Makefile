@@ -1,6 +1,6 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    lint, then the test suite (the slow ones too: make test-all)
-# make test-oracles   compares layers with those of torch (transformers, entmax)
+# make test-oracles   compares layers with those of torch (transformers, fla-core, rwkv, entmax)
 # make test-cuda-aot   compiles every op for an H200 that is not here
 # make test-types   a part of the suite with every annotation, shapes too, checked at every call
 # make wheel   dist/: the source distribution and the wheel;  make smoke  installs the wheel elsewhere, trains, evaluates, generates
@@ -39,7 +39,7 @@ test-types: .venv/installed
 
 # In an environment of its own: torch takes gigabytes.
 test-oracles: .venv-oracles/installed
-	.venv-oracles/bin/python -m pytest tests/kernels_pallas/attention/test_attention_normalizers.py tests/gatedjax/layers/test_attention_options.py tests/gatedjax/layers/moe/test_moe_peers.py -k equals
+	.venv-oracles/bin/python -m pytest tests/kernels_pallas/attention/test_attention_normalizers.py tests/gatedjax/layers/test_attention_options.py tests/gatedjax/layers/moe/test_moe_peers.py tests/gatedjax/layers/test_recurrent_peers.py -k equals
 
 # In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
 test-cuda-aot: .venv-cuda/installed
@@ -68,6 +68,7 @@ goldens: .venv/installed
 bench: .venv/installed
 	$(VENV)/python benchmarks/ops_cpu.py
 	$(VENV)/python benchmarks/train_cpu.py
+	$(VENV)/python benchmarks/train_cpu.py --model=gated_deltanet
 	$(VENV)/python benchmarks/tpu_model.py
 
 .venv/installed: pyproject.toml

@@ -1,15 +1,21 @@
-"""Training speed of configs/tiny.py beside models of transformers and torch of the same size, on
-this CPU.
+"""Training speed of a small model beside models of transformers and torch of the same size, on this
+CPU.
 
-    python benchmarks/train_cpu.py [--peer_python=/path/to/python] [--json=FILE]
+    python benchmarks/train_cpu.py [--model=gated_deltanet] [--peer_python=/path/to/python] \
+      [--json=FILE]
 
-Two peers, float32, AdamW with gradient clipping, the same batch, as many threads as there are cores
-for everybody:
+Everybody has float32, AdamW with gradient clipping, the same batch, as many threads as there are
+cores. --model=tiny is configs/tiny.py, with two peers:
 
   qwen3_next   the nearest relative: gated attention and Gated DeltaNet by turns, sparse experts;
                our sizes one by one
   llama        the strongest simple one: dense, no scan, no experts; as many parameters as take part
                in one token of ours
+
+--model=gated_deltanet is two layers of Gated DeltaNet with dense feed-forwards, and has one:
+
+  qwen3_next   the same layers, all sizes the same; its delta rule is transformers' torch function,
+               which is what it has on a CPU
 
 A step is forward, backward and optimizer. Each model lives in a process of its own; rounds take
 turns: ours, peer, ours, peer ... The figure is the median of the rounds, and the ratio is ours /
@@ -29,7 +35,7 @@ from typing import NamedTuple
 from absl import flags
 from report import cores, cpu_model, table, write_json
 
-from gatedjax.config import Config, from_config_dict, to_dict
+from gatedjax.config import Config, config_dict, from_config_dict, layer, to_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.runtime import cli
@@ -41,6 +47,7 @@ _PEER_PYTHON = flags.DEFINE_string(
     sys.executable,
     "An interpreter that has torch and transformers.",
 )
+_MODEL = flags.DEFINE_enum("model", "tiny", ["tiny", "gated_deltanet"], "What is trained.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of every model.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps of a round.", lower_bound=1)
 _EXPERTS = flags.DEFINE_enum(
@@ -65,7 +72,7 @@ class Model(NamedTuple):
 def main(_) -> None:
     """Workers -> rounds by turns -> table and ratios."""
     check_peer_python(_PEER_PYTHON.value)
-    config = tiny_config()
+    config = tiny_config() if _MODEL.value == "tiny" else deltanet_config()
     command = [sys.executable, str(HERE / "gatedjax_train.py"), json.dumps(to_dict(config))]
     ours = Worker(Model("gatedjax", command))
     workers = [ours]
@@ -95,6 +102,35 @@ def tiny_config() -> Config:
     file = runpy.run_path(str(HERE.parent / "configs" / "tiny.py"))
     config = from_config_dict(file["get_config"]())
     return with_vocab(config, load_tokenizer(config.data.tokenizer))
+
+
+def deltanet_config() -> Config:
+    """Two layers of Gated DeltaNet with dense feed-forwards, at the other sizes of configs/tiny.py.
+
+    As in Qwen3-Next a key head serves two value heads.
+    """
+    tiny = tiny_config()
+    c = config_dict()
+    c.model.vocab_size = tiny.model.vocab_size
+    c.model.width = 256
+    c.model.num_layers = 2
+    c.model.mixers = {
+        "delta": layer(
+            "delta_attention",
+            num_heads=4,
+            num_key_heads=2,
+            key_dim=64,
+            value_dim=64,
+        ),
+    }
+    c.model.pattern = ("delta",)
+    c.model.ffns.mlp.hidden = 768
+    c.model.init_std = tiny.model.init_std
+    c.model.dtype = tiny.model.dtype
+    c.model.scan_layers = False
+    c.data.seq_len = tiny.data.seq_len
+    c.train.batch_size = tiny.train.batch_size
+    return from_config_dict(c)
 
 
 class Worker:
@@ -162,13 +198,26 @@ def check_peer_python(python: str) -> None:
 
 
 def peers(config: Config, active: int) -> list[Model]:
-    """Qwen3-Next with our sizes one by one, and a Llama with as many parameters as take part in one
-    token of ours.
+    """Qwen3-Next with our sizes one by one; beside `tiny` also a Llama with as many parameters as
+    take part in one token of ours.
     """
+    if _MODEL.value == "gated_deltanet":
+        sizes = deltanet_sizes(config)
+        return [
+            _peer(
+                config,
+                name="qwen3_next compiled" if compiled else "qwen3_next",
+                architecture="Qwen3NextForCausalLM",
+                sizes=sizes,
+                experts=None,
+                compiled=compiled,
+            )
+            for compiled in _compiled()
+        ]
     hybrid = shared_sizes(config) | hybrid_sizes(config)
     dense = shared_sizes(config) | {"intermediate_size": dense_hidden(config, active)}
     found = []
-    for compiled in (False, True) if _COMPILE.value else (False,):
+    for compiled in _compiled():
         suffix = " compiled" if compiled else ""
         found += [
             _peer(
@@ -191,20 +240,47 @@ def peers(config: Config, active: int) -> list[Model]:
     return found
 
 
-def shared_sizes(config: Config) -> dict:
-    """In transformers' names, of both peers."""
+def _compiled() -> tuple[bool, ...]:
+    """Whether a peer is compiled, for each of its runs."""
+    return (False, True) if _COMPILE.value else (False,)
+
+
+def model_sizes(config: Config) -> dict:
+    """In transformers' names, of the model around the layers."""
     model = config.model
-    attention = model.mixers["attention"]
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
         "num_hidden_layers": model.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
         "max_position_embeddings": config.data.seq_len,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def shared_sizes(config: Config) -> dict:
+    """In transformers' names, of both peers of `tiny`."""
+    attention = config.model.mixers["attention"]
+    return model_sizes(config) | {
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+    }
+
+
+def deltanet_sizes(config: Config) -> dict:
+    """In transformers' names, of a Qwen3-Next without attention and without experts."""
+    model = config.model
+    delta = model.mixers["delta"]
+    return model_sizes(config) | {
+        "layer_types": ["linear_attention"] * model.num_layers,
+        "linear_num_key_heads": delta.key_heads,
+        "linear_num_value_heads": delta.num_heads,
+        "linear_key_head_dim": delta.key_dim,
+        "linear_value_head_dim": delta.value_dim,
+        "linear_conv_kernel_dim": delta.conv_width,
+        "mlp_only_layers": list(range(model.num_layers)),
+        "intermediate_size": model.ffns["mlp"].hidden,
     }
 
 

@@ -14,7 +14,15 @@ from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
-from gatedjax.layers import FEED_FORWARDS, MIXERS, FeedForward, Mixer, TokenInfo
+from gatedjax.layers import (
+    FEED_FORWARDS,
+    MIXERS,
+    FeedForward,
+    Mixer,
+    NoFeedForward,
+    TokenInfo,
+)
+from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import COLLECTION, record
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.norm import RMSNorm
@@ -48,6 +56,14 @@ class Caches:
     first_pass: "Caches | None" = None
 
 
+@struct.dataclass
+class BlockCache:
+    """The cache of a block whose feed-forward has one, too."""
+
+    mixer: Any
+    feed_forward: Any
+
+
 class Block(nn.Module):
     """Pre-norm mixer and pre-norm feed-forward, each on the residual stream."""
 
@@ -62,31 +78,53 @@ class Block(nn.Module):
         info: TokenInfo,
         cache: Any,
         router_logits: Float[Array, "B T E"] | None,
-    ) -> tuple[Stream, Array | None, Any, dict[str, Array]]:
-        """(x, router logits, cache, statistics).
+        depth: Depth | None,
+    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array]]:
+        """(x, router logits, depth of the next block, cache, statistics).
 
-        Router logits only where some router has a gating residual.
+        Router logits only where some router has a gating residual, the depth where layers ask.
         """
         c = self.config
+        info = dataclasses.replace(info, depth=depth)
         mixer, feed_forward = block_layers(
             c,
             self.index,
             names=("mixer", "ffn"),
             training=self.training,
         )
-        y, cache = mixer.with_cache(self._norm("mixer_norm")(x), info, cache)
+        ffn_cache = None
+        if isinstance(cache, BlockCache):
+            ffn_cache = cache.feed_forward
+            cache = cache.mixer
+        normed = self._norm("mixer_norm")(x)
+        if mixer.shares_values and depth is not None:
+            y, cache, values = mixer.with_values(normed, info, cache)
+            depth = dataclasses.replace(depth, first_values=values)
+        else:
+            y, cache = mixer.with_cache(normed, info, cache)
         x = x + y
-        y, statistics, new_logits = feed_forward.with_statistics(
-            self._norm("ffn_norm")(x),
-            info,
-            router_logits,
-        )
-        # Carried through the scan only where a router needs them: a carry must keep its structure.
-        if router_logits is not None:
-            router_logits = new_logits
-        x = nn.with_logical_constraint(x + y, STREAM_AXES)
+        statistics = {}
+        if feed_forward.has_cache:
+            y, ffn_cache = feed_forward.with_cache(self._norm("ffn_norm")(x), info, ffn_cache)
+            if ffn_cache is not None:
+                cache = BlockCache(cache, ffn_cache)
+            x = x + y
+        elif not isinstance(feed_forward, NoFeedForward):
+            y, statistics, new_logits = feed_forward.with_statistics(
+                self._norm("ffn_norm")(x),
+                info,
+                router_logits,
+            )
+            # Carried through the scan only where a router needs them: a carry must keep its
+            # structure.
+            if router_logits is not None:
+                router_logits = new_logits
+            x = x + y
+        x = nn.with_logical_constraint(x, STREAM_AXES)
         record(self, "residual", x)
-        return x, router_logits, cache, statistics
+        if depth is not None:
+            depth = dataclasses.replace(depth, index=depth.index + 1)
+        return x, router_logits, depth, cache, statistics
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(
@@ -135,13 +173,16 @@ class Period(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Stream, Array | None],
+        carry: tuple[Stream, Array | None, Depth | None],
         info: TokenInfo,
         lora_weights: dict[str, Array] | None,
         caches: dict[str, Any] | None,
     ):
-        """((x, router logits), info, LoRA weights, caches) -> (the carry, (caches, statistics))."""
-        x, router_logits = carry
+        """(carry, info, LoRA weights, caches) -> (the carry, (caches, statistics)).
+
+        The carry is (x, router logits, depth).
+        """
+        x, router_logits, depth = carry
         new_caches = {}
         statistics = {}
         for i, name in enumerate(self.config.block_names):
@@ -155,15 +196,17 @@ class Period(nn.Module):
             block_info = info
             if lora_weights is not None and name in lora_weights:
                 block_info = dataclasses.replace(info, lora_weights=lora_weights[name])
-            x, router_logits, new_caches[name], statistics[name] = block(
+            x, router_logits, depth, new_caches[name], statistics[name] = block(
                 x,
                 block_info,
                 cache,
                 router_logits,
+                depth,
             )
+        carry = (x, router_logits, depth)
         if caches is None:
-            return (x, router_logits), (None, statistics)
-        return (x, router_logits), (new_caches, statistics)
+            return carry, (None, statistics)
+        return carry, (new_caches, statistics)
 
 
 class LanguageModel(nn.Module):
@@ -229,11 +272,11 @@ class LanguageModel(nn.Module):
             lora_weights, first_pass_caches = first_pass_weights(self, *inputs)
             if order is not None:
                 lora_weights = in_order(lora_weights, order)
-        carry = (x, self._first_router_logits(tokens))
+        carry = (x, self._first_router_logits(tokens), self._first_depth(x))
         layer_caches = None if caches is None else caches.layers
         layers = layers_of(c, self.training)
         of_block = weights_by_block(c, lora_weights)
-        (x, _), (layer_caches, statistics) = layers(carry, info, of_block, layer_caches)
+        (x, _, _), (layer_caches, statistics) = layers(carry, info, of_block, layer_caches)
         x = RMSNorm(
             c.norm_eps,
             c.zero_centered_norm,
@@ -298,6 +341,21 @@ class LanguageModel(nn.Module):
         router_logits = jnp.zeros((*tokens.shape, experts), jnp.float32)
         return nn.with_logical_constraint(router_logits, ("batch", "length", None))
 
+    def _first_depth(self, x: Stream) -> Depth | None:
+        """The place of the first layer; None where no layer asks for its own."""
+        c = self.config
+        if not c.starts_by_depth:
+            return None
+        index = jnp.zeros((), jnp.int32)
+        if c.first_rwkv7 is None:
+            return Depth(index, num_layers=c.num_layers)
+        return Depth(
+            index,
+            first_values=jnp.zeros_like(x),
+            first=c.first_rwkv7,
+            num_layers=c.num_layers,
+        )
+
 
 def remat_policy(name: str) -> Callable[..., Any]:
     """The `jax.checkpoint` policy of `ModelConfig.remat`."""
@@ -312,8 +370,9 @@ def remat_policy(name: str) -> Callable[..., Any]:
 def layers_of(c: ModelConfig, training: bool = False) -> nn.Module:
     """All layers, as a module "periods".
 
-    ((x, router logits), info, LoRA weights, caches) -> (the carry, (caches, statistics)). The
-    weights of low-rank experts are those of a first pass (`first_pass.weights_by_block`), or None.
+    (carry, info, LoRA weights, caches) -> (the carry, (caches, statistics)), with the carry (x,
+    router logits, depth). The weights of low-rank experts are those of a first pass
+    (`first_pass.weights_by_block`), or None.
     """
     period = Period
     if c.remat != "none":
@@ -377,8 +436,11 @@ def _layer_caches(
 
     caches = {}
     for i, name in enumerate(config.block_names):
-        mixer, _ = block_layers(config, i)
-        caches[name] = jax.tree.map(stacked, mixer.init_cache(batch, length))
+        mixer, feed_forward = block_layers(config, i)
+        cache = mixer.init_cache(batch, length)
+        if feed_forward.has_cache:
+            cache = BlockCache(cache, feed_forward.init_cache(batch, config.width))
+        caches[name] = jax.tree.map(stacked, cache)
     return caches
 
 
@@ -400,7 +462,10 @@ def _check_caches(
                 "caches: got segment_ids or a further piece of a prompt, expected neither: "
                 f"{mixer_config.kind} takes one prompt and then single tokens"
             )
-        capacity = mixer.capacity(caches.layers[name])
+        cache = caches.layers[name]
+        if isinstance(cache, BlockCache):
+            cache = cache.mixer
+        capacity = mixer.capacity(cache)
         if capacity is not None:
             most = capacity if most is None else min(most, capacity)
     if most is None or not _is_known(caches.history.tokens) or not _is_known(segment_ids):

@@ -12,6 +12,7 @@ delta_scan           the delta rule in chunks, exact for any decay and any keys
 delta_scan_step      the same for one decoded token and a state
 delta_scan_sharded   the same inside `shard_map`, with the tokens split over a mesh axis
 rwkv7_scan           RWKV-7, by two steps of the delta rule a token
+rwkv7_scan_step      the same for one decoded token and a state
 delta_product_scan   DeltaProduct, by several steps of the delta rule a token
 grouped_matmul       rows sorted by group, each times the matrix of its group
 expert_mlp           the gated MLPs of sparse experts, on rows sorted by expert
@@ -40,6 +41,7 @@ from kernels_pallas.ops import (
     linear_scan_step,
     permute_rows,
     rwkv7_scan,
+    rwkv7_scan_step,
     sort_by_group,
 )
 
@@ -61,5 +63,6 @@ __all__ = [
     "linear_scan_step",
     "permute_rows",
     "rwkv7_scan",
+    "rwkv7_scan_step",
     "sort_by_group",
 ]

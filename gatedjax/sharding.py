@@ -44,6 +44,7 @@ RULES = (
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    ("groups", None),
     ("head_dim", None),
     ("query_and_gate", None),
     ("query_and_headwise_gate", None),

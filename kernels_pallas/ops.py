@@ -9,6 +9,7 @@ from kernels_pallas.delta_scan import (
     delta_scan_sharded,
     delta_scan_step,
     rwkv7_scan,
+    rwkv7_scan_step,
 )
 from kernels_pallas.delta_scan.xla import OUT_NAME as DELTA_SCAN_OUT_NAME
 from kernels_pallas.delta_scan.xla import STATES_NAME as DELTA_STATES_NAME
@@ -50,5 +51,6 @@ __all__ = [
     "linear_scan_step",
     "permute_rows",
     "rwkv7_scan",
+    "rwkv7_scan_step",
     "sort_by_group",
 ]

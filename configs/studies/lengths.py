@@ -8,15 +8,17 @@ arXiv 2505.06708 (table 5): extended by YaRN from 32k to 128k, the gated model l
 
 from gatedjax.config import from_config_dict
 from gatedjax.study import Cell, Picture, Study
-from gatedjax.study.base import LENGTH, attention, linear, text_config
+from gatedjax.study.base import LENGTH, attention, delta, linear, text_config
 
 MIXERS = {
     "attention": attention(gate_position="none"),
     "gated attention": attention(),
     "vector decay (GLA)": linear(),
     "constant decay (RetNet)": linear(decay="constant", rope_fraction=1.0),
+    "Gated DeltaNet": delta(),
+    "Kimi Delta Attention": delta(decay="vector", output_gate="sigmoid"),
 }
-MIXERS_SMALL = ("attention", "gated attention", "vector decay (GLA)")
+MIXERS_SMALL = ("attention", "gated attention", "vector decay (GLA)", "Gated DeltaNet")
 WITH_YARN = ("attention", "gated attention")
 
 WINDOWS = (LENGTH, 512, 1024, 2048, 4096)

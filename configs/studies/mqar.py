@@ -4,8 +4,8 @@
 
 Multi-query associative recall: two layers of one mixer each (hybrid: a linear one, then gated
 attention), as in arXiv 2312.04927, with a smaller vocabulary and fewer examples; linear mixers have
-the short convolution of that study's later version. Linear mixers are trained at several key
-widths: K x V numbers of state in each of the heads of a layer.
+the short convolution of that study's later version. Linear mixers, and those with the delta rule,
+are trained at several key widths: K x V numbers of state in each of the heads of a layer.
 """
 
 import dataclasses
@@ -33,10 +33,13 @@ KEY_DIMS_SMALL = (4, 16)
 
 ATTENTION_GATES = {"attention": "none", "gated attention": "sdpa"}
 DECAYS = {"linear attention": "none", "scalar decay": "scalar", "vector decay (GLA)": "vector"}
+# The same decays with the delta rule: a token erases what its key finds before it writes.
+DELTA_DECAYS = {"DeltaNet": "none", "Gated DeltaNet": "scalar", "Kimi Delta Attention": "vector"}
+DELTA_SMALL = ("Gated DeltaNet",)
 
 
 def get_study(small: bool) -> Study:
-    """Cells of attention, and of each linear mixer and the hybrid at several sizes of state."""
+    """Cells of attention, and of each other mixer and the hybrid at several sizes of state."""
     task = TASK
     if small:
         task = dataclasses.replace(TASK, train_examples=TRAIN_EXAMPLES_SMALL)
@@ -70,6 +73,10 @@ def get_study(small: bool) -> Study:
         labels = {"mixer": "hybrid", "state": state}
         hybrid = {"l": linear(key_dim, "vector"), "a": attention("sdpa")}
         cells.append(cell(labels, task, hybrid, ("l", "a"), steps))
+        for name in DELTA_SMALL if small else DELTA_DECAYS:
+            labels = {"mixer": name, "state": state}
+            mixers = {"d": delta(key_dim, DELTA_DECAYS[name])}
+            cells.append(cell(labels, task, mixers, ("d", "d"), steps))
     return Study(
         title=f"Multi-query associative recall, {task.num_pairs} pairs in {task.seq_len} tokens",
         cells=tuple(cells),
@@ -99,6 +106,18 @@ def linear(key_dim: int, decay: str) -> ConfigDict:
         feature_map="silu",
         num_heads=HEADS,
         num_kv_heads=HEADS,
+        key_dim=key_dim,
+        value_dim=HEAD_DIM,
+        conv_width=4,
+        decay=decay,
+    )
+
+
+def delta(key_dim: int, decay: str) -> ConfigDict:
+    """The delta rule with `key_dim` key channels a head."""
+    return layer(
+        "delta_attention",
+        num_heads=HEADS,
         key_dim=key_dim,
         value_dim=HEAD_DIM,
         conv_width=4,

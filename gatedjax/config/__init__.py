@@ -11,6 +11,7 @@ from gatedjax.config.layers import (
     GatedLinearAttentionConfig,
     GatedMLPConfig,
     MixerConfig,
+    NoFeedForwardConfig,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.parse import (
@@ -23,6 +24,7 @@ from gatedjax.config.parse import (
     nearest_key,
     to_dict,
 )
+from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.run import (
     Config,
     DataConfig,
@@ -47,10 +49,14 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
     "LoRAMixtureConfig",
+    "Mamba2Config",
     "MeshConfig",
     "MixerConfig",
     "ModelConfig",
+    "NoFeedForwardConfig",
     "OptimConfig",
+    "RWKV7ChannelMixConfig",
+    "RWKV7Config",
     "Remat",
     "RouterConfig",
     "SoftMoEConfig",

@@ -18,6 +18,7 @@ from gatedjax.config.checks import (
     divides,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.errors import require
 
 # Below 1 the slowest channels would rotate the fastest, and overflow.
@@ -181,7 +182,8 @@ class GatedAttentionConfig(Checked):
 class GatedLinearAttentionConfig(Checked):
     """Gated linear attention (arXiv 2312.06635) and its relatives.
 
-    They differ by their decay: RetNet's, Mamba-2's, none at all (plain linear attention).
+    They differ by their decay: RetNet's, one like Mamba-2's, none at all (plain linear attention).
+    The layer of Mamba-2 itself is `mamba2`.
     """
 
     kind: Literal["gated_linear_attention"] = "gated_linear_attention"
@@ -303,8 +305,29 @@ class GatedMLPConfig(Checked):
     not_causal = None  # no token sees a later one
 
 
-MixerConfig = GatedAttentionConfig | GatedLinearAttentionConfig | DeltaAttentionConfig
-FeedForwardConfig = GatedMLPConfig | SparseMoEConfig | SoftMoEConfig | LoRAMixtureConfig
+@dataclass(frozen=True)
+class NoFeedForwardConfig(Checked):
+    """A block that is a mixer alone, as Mamba-2's."""
+
+    kind: Literal["none"] = "none"
+    not_causal = None  # no token sees a later one
+
+
+MixerConfig = (
+    GatedAttentionConfig
+    | GatedLinearAttentionConfig
+    | DeltaAttentionConfig
+    | Mamba2Config
+    | RWKV7Config
+)
+FeedForwardConfig = (
+    GatedMLPConfig
+    | SparseMoEConfig
+    | SoftMoEConfig
+    | LoRAMixtureConfig
+    | RWKV7ChannelMixConfig
+    | NoFeedForwardConfig
+)
 MIXERS: dict[str, type] = {config.kind: config for config in get_args(MixerConfig)}
 FEED_FORWARDS: dict[str, type] = {config.kind: config for config in get_args(FeedForwardConfig)}
 

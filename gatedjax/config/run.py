@@ -29,6 +29,7 @@ from gatedjax.config.layers import (
     MixerConfig,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
+from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.errors import require
 
 Remat = Literal["none", "full", "dots", "kernels"]
@@ -102,6 +103,15 @@ class ModelConfig(Checked):
                 "a causal feed-forward: this model predicts the next token",
             )
 
+        for name in self.pattern:
+            mixer = self.mixers[name]
+            require(
+                not isinstance(mixer, RWKV7Config) or mixer.width == self.width,
+                f"mixers.{name}.num_heads",
+                mixer.num_heads,
+                f"num_heads x head_dim = width = {self.width}",
+            )
+
     def _check_sparse(self) -> None:
         sparse = self._sparse_ffns()
         numbers_of_experts = {ffn.total_experts for ffn in sparse}
@@ -157,6 +167,20 @@ class ModelConfig(Checked):
         None if there is no such mixture.
         """
         return next(iter(self._first_passes()), None)
+
+    @property
+    def first_rwkv7(self) -> int | None:
+        """The first layer with RWKV-7's mixer, whose values the others see; None without one."""
+        for i, name in enumerate(self.pattern):
+            if isinstance(self.mixers[name], RWKV7Config):
+                return i
+        return None
+
+    @property
+    def starts_by_depth(self) -> bool:
+        """Whether a layer's parameters start by its place in the model."""
+        has_channel_mix = any(isinstance(ffn, RWKV7ChannelMixConfig) for ffn in self._used_ffns())
+        return has_channel_mix or self.first_rwkv7 is not None
 
     def layer(self, i: int) -> tuple[MixerConfig, FeedForwardConfig]:
         """The mixer and the feed-forward of layer i."""

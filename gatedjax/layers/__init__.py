@@ -7,13 +7,16 @@ import and a line below, its dataclass in `config/layers.py` (CONTRIBUTING.md do
 
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
+from gatedjax.layers.channel_mix import RWKV7ChannelMix
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.linear_attention import GatedLinearAttention
-from gatedjax.layers.mlp import GatedMLP
+from gatedjax.layers.mamba2 import Mamba2
+from gatedjax.layers.mlp import GatedMLP, NoFeedForward
 from gatedjax.layers.moe.lora import LoRAMixture
 from gatedjax.layers.moe.soft import SoftMoE
 from gatedjax.layers.moe.sparse import SparseMoE
+from gatedjax.layers.rwkv7 import RWKV7
 from gatedjax.layers.token_info import TokenInfo
 
 # By the `kind` of their configuration.
@@ -21,24 +24,32 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_attention": GatedAttention,
     "gated_linear_attention": GatedLinearAttention,
     "delta_attention": DeltaAttention,
+    "mamba2": Mamba2,
+    "rwkv7": RWKV7,
 }
 FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "gated_mlp": GatedMLP,
     "sparse_moe": SparseMoE,
     "soft_moe": SoftMoE,
     "lora_mixture": LoRAMixture,
+    "rwkv7_channel_mix": RWKV7ChannelMix,
+    "none": NoFeedForward,
 }
 
 __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
+    "RWKV7",
     "DeltaAttention",
     "FeedForward",
     "GatedAttention",
     "GatedLinearAttention",
     "GatedMLP",
     "LoRAMixture",
+    "Mamba2",
     "Mixer",
+    "NoFeedForward",
+    "RWKV7ChannelMix",
     "SoftMoE",
     "SparseMoE",
     "TokenInfo",

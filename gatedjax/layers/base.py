@@ -1,7 +1,8 @@
 """What a model asks of its layers: the two base classes. CONTRIBUTING.md adds a layer step by step.
 
 `layer(x)` is for people. The model calls `with_cache` and `with_statistics`, which hand on what a
-model needs besides y; a layer implements one of the two as its `@nn.compact` method.
+model needs besides y; a layer implements one of the two as its `@nn.compact` method. (RWKV-7's two
+layers are more than that: its mixer shares values with later ones, its feed-forward has a cache.)
 """
 
 from collections.abc import Mapping
@@ -30,9 +31,12 @@ class Mixer(nn.Module):
       takes_pieces: with a cache it takes what the model may be given: padding at the end of a row,
         several documents, several tokens after others. A model refuses those for a mixer that does
         not say so; whole prompts and single tokens are left.
+      shares_values: the layers of this kind see the values of the first of them; the model calls
+        `with_values`.
     """
 
     takes_pieces: ClassVar[bool] = False
+    shares_values: ClassVar[bool] = False
 
     config: Any
     norm_eps: float = 1e-6
@@ -60,6 +64,20 @@ class Mixer(nn.Module):
         Args:
           x: the vectors of the tokens.
           info: about them, in the form of `token_info.arranged`.
+          cache: of the tokens before.
+        """
+        raise NotImplementedError
+
+    def with_values(
+        self, x: Float[Array, "B T M"], info: TokenInfo, cache: Any
+    ) -> tuple[Array, Any, Array]:
+        """(y, cache, values): as `with_cache`, for a mixer with `shares_values`.
+
+        The values are those of the first such layer, its own if it is the first.
+
+        Args:
+          x: the vectors of the tokens.
+          info: about them; `info.depth` holds the values of the first layer.
           cache: of the tokens before.
         """
         raise NotImplementedError
@@ -103,7 +121,13 @@ class FeedForward(nn.Module):
       init_std: of the normal distribution that matrices start from.
       dtype: of the activations; parameters are float32.
       training: what only training does is done: experts drop what is beyond their capacity.
+
+    Class attributes:
+      has_cache: it sees tokens before its own, and decodes with a cache: the model calls
+        `with_cache`.
     """
+
+    has_cache: ClassVar[bool] = False
 
     config: Any
     init_std: float = 0.02
@@ -136,6 +160,23 @@ class FeedForward(nn.Module):
           y; what losses and log need of a sparse layer, {} of any other; and the router logits for
           the next layer: a sparse layer's own, or those that came in.
         """
+        raise NotImplementedError
+
+    def with_cache(
+        self, x: Float[Array, "B T M"], info: TokenInfo, cache: Any
+    ) -> tuple[Array, Any]:
+        """(y, cache) of a feed-forward with `has_cache`; as a mixer's `with_cache`.
+
+        Args:
+          x: the tokens.
+          info: about them.
+          cache: of the tokens before; None in training.
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def init_cache(self, batch: int, width: int) -> Any:
+        """An empty decoding cache of `batch` rows of a model of this width."""
         raise NotImplementedError
 
     @nn.nowrap

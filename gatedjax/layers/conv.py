@@ -1,8 +1,11 @@
-"""The short causal depthwise convolution in front of linear mixers."""
+"""What linear mixers see of the tokens just before: the short causal depthwise convolution, and
+RWKV's token shift.
+"""
 
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -19,6 +22,7 @@ def short_conv(
     width: int,
     segment_ids: Int[Array, "B T"] | None,
     tail: Float[Array, "B _ F"] | None,
+    has_bias: bool = False,
 ) -> tuple[list[Array], Float[Array, "B _ F"]]:
     """Queries, keys and values after a causal depthwise convolution and SiLU.
 
@@ -28,6 +32,7 @@ def short_conv(
       width: tokens that the convolution sees.
       segment_ids: as in `causal_conv`.
       tail: the inputs before the first token; zeros if None.
+      has_bias: add a parameter "conv_bias" [F] before the SiLU (Mamba-2).
 
     Returns:
       The arrays, and the inputs that the next token will need.
@@ -41,8 +46,23 @@ def short_conv(
         shape=[width, flat.shape[-1]],
         init=nn.initializers.normal(width**-0.5),
     )
+    bias = None
+    if has_bias:
+        bias = parameter(
+            module,
+            "conv_bias",
+            axes=[None],
+            shape=[flat.shape[-1]],
+            init=partial(_uniform, bound=width**-0.5),
+        )
     # Depthwise: no channel sees another, so one call serves all of them.
-    mixed, tail = causal_conv(flat, kernel, segment_ids, tail)
+    mixed, tail = causal_conv(
+        flat,
+        kernel,
+        segment_ids,
+        tail,
+        bias,
+    )
     mixed = jax.nn.silu(mixed)
     sizes = [math.prod(x.shape[2:]) for x in arrays]
     ends = list(itertools.accumulate(sizes))
@@ -55,8 +75,9 @@ def causal_conv(
     kernel: Float[Array, "W F"],
     segment_ids: Int[Array, "B T"] | None = None,
     tail: Float[Array, "B W-1 F"] | None = None,
+    bias: Float[Array, " F"] | None = None,
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B W-1 F"]]:
-    """`y_t = sum_w kernel[w] x_{t - (W-1) + w}`, per channel, over inputs of t's own segment only.
+    """`y_t = b + sum_w kernel[w] x_{t - (W-1) + w}`, per channel, over t's own segment only.
 
     Args:
       x: the inputs.
@@ -64,28 +85,62 @@ def causal_conv(
       segment_ids: inputs of another segment count as zeros. With a tail they are numbered, and
         padding comes last (`token_info.arranged`).
       tail: the W-1 inputs before x, of segment 1; zeros if None.
+      bias: b; zeros if None.
 
     Returns:
       y in x's dtype, summed in float32; and the tail for the tokens after x.
     """
     width = kernel.shape[0]
-    segment_tail = None
-    if segment_ids is not None and tail is not None:
-        segment_tail = jnp.ones(tail.shape[:2], segment_ids.dtype)
     # A sum of shifted copies, one for each of the few taps.
     y = jnp.zeros(x.shape, jnp.float32)
     for w in range(width):
-        lag = width - 1 - w
-        lagged = _lagged(x, lag, tail).astype(jnp.float32)
-        if segment_ids is not None and lag > 0:
-            is_same = _lagged(segment_ids, lag, segment_tail) == segment_ids
-            # Selected before it is multiplied: what is not finite over there reaches neither y nor
-            # the gradient of the kernel.
-            lagged = jnp.where(is_same[..., None], lagged, 0.0)
-        y = y + lagged * kernel[w]
+        lagged = _lagged_in_segment(x, width - 1 - w, segment_ids, tail)
+        y = y + lagged.astype(jnp.float32) * kernel[w]
+    if bias is not None:
+        y = y + bias
     if tail is None:
         tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
     return y.astype(x.dtype), _next_tail(x, tail, segment_ids)
+
+
+def previous_inputs(
+    x: Float[Array, "B T F"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    tail: Float[Array, "B 1 F"] | None = None,
+) -> tuple[Float[Array, "B T F"], Float[Array, "B 1 F"]]:
+    """RWKV's token shift: the input of the token before, zeros where a document begins.
+
+    Args:
+      x: the inputs.
+      segment_ids: as in `causal_conv`.
+      tail: the input before x, of segment 1; zeros if None.
+
+    Returns:
+      The inputs one token earlier, and the tail for the tokens after x.
+    """
+    previous = _lagged_in_segment(x, 1, segment_ids, tail)
+    if tail is None:
+        tail = jnp.zeros((x.shape[0], 1, x.shape[2]), x.dtype)
+    return previous, _next_tail(x, tail, segment_ids)
+
+
+def _lagged_in_segment(
+    x: Float[Array, "B T F"],
+    lag: int,
+    segment_ids: Int[Array, "B T"] | None,
+    tail: Float[Array, "B _ F"] | None,
+) -> Float[Array, "B T F"]:
+    """x of `lag` tokens ago; zeros where that token is of another segment."""
+    lagged = _lagged(x, lag, tail)
+    if segment_ids is None or lag == 0:
+        return lagged
+    segment_tail = None
+    if tail is not None:
+        segment_tail = jnp.ones(tail.shape[:2], segment_ids.dtype)
+    is_same = _lagged(segment_ids, lag, segment_tail) == segment_ids
+    # Selected before it is multiplied: what is not finite over there reaches neither the output nor
+    # the gradient of what it is multiplied by.
+    return jnp.where(is_same[..., None], lagged, 0)
 
 
 def _next_tail(
@@ -122,3 +177,13 @@ def _lagged(
     start = tail.shape[1] - lag
     extended = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
     return extended[:, start : start + x.shape[1]]
+
+
+def _uniform(
+    key: Array,
+    shape: tuple[int, ...],
+    dtype,
+    bound: float,
+) -> Array:
+    """Uniform between -bound and bound, as PyTorch starts the bias of a convolution."""
+    return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -1,7 +1,7 @@
 """Gated linear attention (arXiv 2312.06635) on `kernels_pallas.linear_scan`.
 
-RetNet by config, and layers with Mamba-2's decay. Those are not Mamba-2, which also adds D x to its
-output, gates before its norm, and has one B and C for all heads.
+RetNet by config, and layers with Mamba-2's decay. Those are not Mamba-2 (`mamba2.py`), which also
+adds D x to its output, gates before its norm, and shares B and C among heads.
 """
 
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Gated feed-forward: SwiGLU and GEGLU (arXiv 2002.05202)."""
+"""Gated feed-forward: SwiGLU and GEGLU (arXiv 2002.05202); and none at all."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from gatedjax.config import GatedMLPConfig
+from gatedjax.config import GatedMLPConfig, NoFeedForwardConfig
 from gatedjax.layers.base import FeedForward
 from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
@@ -73,3 +73,21 @@ class GatedMLP(FeedForward):
     @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         return 6 * width * self.config.hidden
+
+
+class NoFeedForward(FeedForward):
+    """Nothing: a block that is a mixer alone. A model does without its norm, too."""
+
+    config: NoFeedForwardConfig
+
+    def with_statistics(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        router_logits: Float[Array, "B T E"] | None,
+    ) -> tuple[Array, dict[str, Array], Array | None]:
+        return jnp.zeros_like(x), {}, router_logits
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        return 0.0

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
 from kernels_pallas.attention import attention, attention_sharded
-from kernels_pallas.delta_scan import delta_scan, delta_scan_sharded
+from kernels_pallas.delta_scan import delta_scan, delta_scan_sharded, rwkv7_scan
 from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded
 
 
@@ -83,7 +83,7 @@ def attention_on_mesh(
 def scan_on_mesh(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T Hk K"],
-    v: Float[Array, "B T Hk V"],
+    v: Float[Array, "B T Hv V"],
     log_decay: Float[Array, "..."] | None,
     segment_ids: Array | None,
     state: Float[Array, "B H K _"] | None,
@@ -139,6 +139,9 @@ def scan_on_mesh(
     tokens = ("batch", "length")
     heads = (*tokens, "heads", None)
     kv_heads = (*tokens, "kv_heads", None)
+    # Keys may be of fewer heads than values (Mamba-2): those of all heads are cut as queries are.
+    key_axes = heads if k.shape[2] == q.shape[2] else kv_heads
+    value_axes = heads if v.shape[2] == q.shape[2] else kv_heads
     # By rank: none, [H], [B, T, H], [B, T, H, K].
     decay_axes = {
         0: (),
@@ -147,7 +150,7 @@ def scan_on_mesh(
         4: heads,
     }
     rank = 0 if log_decay is None else log_decay.ndim
-    in_axes = (heads, kv_heads, kv_heads, decay_axes[rank], tokens)
+    in_axes = (heads, key_axes, value_axes, decay_axes[rank], tokens)
     arrays = (q, k, v, log_decay, segment_ids)
     return _with_state(scan, arrays, in_axes, state)
 
@@ -217,6 +220,60 @@ def delta_scan_on_mesh(
         tokens,  # segment_ids
     )
     arrays = (q, k, v, beta, log_decay, erase, write, segment_ids)
+    return _with_state(scan, arrays, in_axes, state)
+
+
+def rwkv7_scan_on_mesh(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H K"],
+    removal_key: Float[Array, "B T H K"],
+    rate: Float[Array, "B T H K"],
+    segment_ids: Array | None,
+    state: Float[Array, "B H K V"] | None,
+    **options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"] | None]:
+    """`rwkv7_scan`; on a mesh every device scans its own rows, heads and tokens.
+
+    Args:
+      q, k, v, log_decay, removal_key, rate, segment_ids: as `kernels_pallas.delta_scan.rwkv7_scan`.
+      state: before the first token; None for zeros.
+      options: static arguments of the scan.
+
+    Returns:
+      The output, and the state after the last token if one was given.
+    """
+    axis_name = mesh_axis("length") if is_cut("length", q.shape[1]) else None
+
+    def scan(
+        q,
+        k,
+        v,
+        log_decay,
+        removal_key,
+        rate,
+        segment_ids,
+        state=None,
+    ):
+        return rwkv7_scan(
+            q,
+            k,
+            v,
+            log_decay,
+            removal_key,
+            rate,
+            segment_ids=segment_ids,
+            axis_name=axis_name,
+            initial_state=state,
+            return_final_state=state is not None,
+            **options,
+        )
+
+    tokens = ("batch", "length")
+    heads = (*tokens, "heads", None)
+    in_axes = (heads, heads, heads, heads, heads, heads, tokens)
+    arrays = (q, k, v, log_decay, removal_key, rate, segment_ids)
     return _with_state(scan, arrays, in_axes, state)
 
 

@@ -4,7 +4,7 @@ Any group of axes in, any group of axes out, with logical names.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -75,13 +75,15 @@ class Projection(nn.Module):
 
     `in_axes` and `out_axes` map logical names to sizes, for example `{"embed": M}` to
     `{"heads": H, "head_dim": D}`: the names place the parameter on the mesh (`sharding.py`) and
-    tell Muon which side is which (`training/optim.py`).
+    tell Muon which side is which (`training/optim.py`). The kernel starts from a normal
+    distribution, or from `kernel_init`.
     """
 
     in_axes: Mapping[str, int]
     out_axes: Mapping[str, int]
     init_std: float
     dtype: DTypeLike
+    kernel_init: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -91,7 +93,7 @@ class Projection(nn.Module):
             "kernel",
             axes=(*self.in_axes, *self.out_axes),
             shape=(*self.in_axes.values(), *self.out_axes.values()),
-            init=nn.initializers.normal(self.init_std),
+            init=self.kernel_init or nn.initializers.normal(self.init_std),
         )
         x = x.astype(self.dtype)
         return contract(x, kernel.astype(self.dtype), len(self.in_axes))

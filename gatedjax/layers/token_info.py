@@ -21,6 +21,8 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from gatedjax.layers.depth import Depth
+
 
 @struct.dataclass
 class History:
@@ -57,6 +59,7 @@ class TokenInfo:
       before: what the caches hold. None without caches. A layer that is called by itself with a
         cache may leave it out: the row is then one document, of which `positions[:, 0]` tokens
         came before.
+      depth: where the layer stands in the model; None where no layer asks for it.
     """
 
     positions: Int[Array, "B T"]
@@ -64,6 +67,7 @@ class TokenInfo:
     tokens: Int[Array, "B T"] | None = None
     lora_weights: Float[Array, "B T E"] | None = None
     before: History | None = None
+    depth: Depth | None = None
 
 
 class Arranged(NamedTuple):

@@ -70,3 +70,14 @@ def linear(**changes: Any) -> ConfigDict:
         "conv_width": 4,
     }
     return layer("gated_linear_attention", **{**values, **changes})
+
+
+def delta(**changes: Any) -> ConfigDict:
+    """The delta rule of the base model, at the sizes of `linear`."""
+    values = {
+        "num_heads": HEADS,
+        "key_dim": HEAD_DIM // 2,
+        "value_dim": HEAD_DIM,
+        "conv_width": 4,
+    }
+    return layer("delta_attention", **{**values, **changes})

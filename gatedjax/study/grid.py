@@ -16,6 +16,10 @@ from gatedjax.data.recall import RecallConfig
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
 Label = str | int | float
 
+# Keys of the configuration that are younger than results: (group, key) -> the value that changes
+# nothing. A run with that value is the one that it was without the key.
+ADDED = {("data", "end_of_document"): ""}
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -73,8 +77,12 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
     recall = None
     if cell.recall is not None:
         recall = dataclasses.asdict(cell.recall)
+    config = to_dict(cell.config)
+    for (group, key), unchanged in ADDED.items():
+        if config[group][key] == unchanged:
+            del config[group][key]
     depends_on = [
-        to_dict(cell.config),
+        config,
         recall,
         cell.lengths,
         cell.yarn,

@@ -5,6 +5,7 @@ them and the query to the last, whose outputs are kept. A scan over n T tokens c
 over T; there is no kernel of its own for these rules.
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels_pallas.common.checks import check_float, check_shape
-from kernels_pallas.delta_scan.api import delta_scan
+from kernels_pallas.delta_scan.api import delta_scan, delta_scan_step
+from kernels_pallas.delta_scan.sharded import delta_scan_sharded
 
 
 def rwkv7_scan(
@@ -25,6 +27,7 @@ def rwkv7_scan(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = 1.0,
+    axis_name: str | None = None,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
     """RWKV-7: S_t = (D_t - (removal . rate)^T removal) S_{t-1} + k^T v, o_t = scale q_t S_t.
@@ -40,6 +43,7 @@ def rwkv7_scan(
       rate: the in-context learning rate a of each channel, in [0, 1].
       segment_ids: as in `delta_scan`.
       scale: a number; RWKV-7 uses 1.
+      axis_name: inside `shard_map`, the mesh axis over which T is split (`delta_scan_sharded`).
       **options: initial_state, return_final_state, chunk_size, implementation and interpret of
         `delta_scan`.
 
@@ -56,10 +60,8 @@ def rwkv7_scan(
         check_shape(op, name, x, k.shape)
         check_float(op, name, x)
     nothing = jnp.zeros_like
-    dtype = jnp.promote_types(jnp.float32, log_decay.dtype)
-    log_decay = log_decay.astype(dtype)
-    erase = removal_key.astype(dtype) * jnp.exp(-log_decay)
-    write = jnp.ones(v.shape, dtype)
+    log_decay, erase = _decay_and_erase(log_decay, removal_key)
+    write = jnp.ones(v.shape, log_decay.dtype)
     return _over_sub_steps(
         op,
         q,
@@ -70,8 +72,70 @@ def rwkv7_scan(
         erase=_interleaved([erase, nothing(erase)]),
         write=_interleaved([nothing(write), write]),
         scale=scale,
+        axis_name=axis_name,
         **options,
     )
+
+
+def rwkv7_scan_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B H V"],
+    state: Float[Array, "B H K V"],
+    log_decay: Float[Array, "B H K"],
+    removal_key: Float[Array, "B H K"],
+    rate: Float[Array, "B H K"],
+    *,
+    scale: float | None = 1.0,
+    **options: Any,
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """One token of `rwkv7_scan`, for decoding: the same formula and arguments without T.
+
+    Args:
+      q, k, v, log_decay, removal_key, rate, scale: as in `rwkv7_scan`.
+      state: as `rwkv7_scan` returns it.
+      **options: implementation and interpret of `delta_scan_step`.
+
+    Returns:
+      (o, new state), as `delta_scan_step`.
+
+    Raises:
+      ValueError: as `delta_scan_step`.
+    """
+    op = "rwkv7_scan_step"
+    for name, x in {"log_decay": log_decay, "removal_key": removal_key, "rate": rate}.items():
+        check_shape(op, name, x, k.shape)
+        check_float(op, name, x)
+    log_decay, erase = _decay_and_erase(log_decay, removal_key)
+    write = jnp.ones(v.shape, log_decay.dtype)
+    # Decay and removal; nothing is read.
+    _, state = delta_scan_step(
+        jnp.zeros_like(q),
+        (removal_key * rate).astype(k.dtype),
+        jnp.zeros_like(v),
+        state,
+        log_decay=log_decay,
+        erase=erase,
+        write=write,
+        **options,
+    )
+    return delta_scan_step(
+        q,
+        k,
+        v,
+        state,
+        erase=jnp.zeros_like(erase),
+        write=write,
+        scale=scale,
+        **options,
+    )
+
+
+def _decay_and_erase(log_decay: Array, removal_key: Array) -> tuple[Array, Array]:
+    """The log decay, at least float32, and the key that erases after it as before it."""
+    dtype = jnp.promote_types(jnp.float32, log_decay.dtype)
+    log_decay = log_decay.astype(dtype)
+    return log_decay, removal_key.astype(dtype) * jnp.exp(-log_decay)
 
 
 def delta_product_scan(
@@ -129,6 +193,7 @@ def _over_sub_steps(
     values: list[Array],
     log_decays: list[Array] | None,
     segment_ids: Array | None,
+    axis_name: str | None = None,
     **options: Any,
 ) -> Array | tuple[Array, Array]:
     """`delta_scan` over the sub-steps of all tokens; outputs of each token's last one."""
@@ -140,7 +205,11 @@ def _over_sub_steps(
     if segment_ids is not None:
         # A document starts at the first sub-step of its first token.
         segment_ids = jnp.repeat(segment_ids, num_steps, axis=1)
-    result = delta_scan(
+    scan = delta_scan
+    if axis_name is not None:
+        # Each device has all the sub-steps of its tokens.
+        scan = partial(delta_scan_sharded, axis_name=axis_name)
+    result = scan(
         _interleaved(queries),
         _interleaved(keys),
         _interleaved(values),

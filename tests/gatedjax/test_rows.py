@@ -21,7 +21,10 @@ from gatedjax.config import (
     GatedLinearAttentionConfig,
     GatedMLPConfig,
     LoRAMixtureConfig,
+    Mamba2Config,
     ModelConfig,
+    RWKV7ChannelMixConfig,
+    RWKV7Config,
 )
 from gatedjax.layers.token_info import document_numbers
 from gatedjax.model import LanguageModel, init_caches
@@ -55,8 +58,19 @@ MIXERS = {
     ),
     "delta": DELTA,
     "delta by channels": change(DELTA, decay="vector", erase_and_write="channels"),
-    "mamba": change(GLA, decay="scalar", decay_form="softplus", num_kv_heads=2),
+    "mamba's decay": change(GLA, decay="scalar", decay_form="softplus", num_kv_heads=2),
+    "mamba2": Mamba2Config(num_heads=2, head_dim=8, state_dim=4, chunk_size=16),
+    "rwkv7": RWKV7Config(
+        num_heads=2,
+        head_dim=8,
+        decay_rank=4,
+        rate_rank=4,
+        value_rank=4,
+        output_gate_rank=4,
+        chunk_size=16,
+    ),
 }
+FFNS = {"rwkv7": RWKV7ChannelMixConfig(hidden=16)}
 # Every path of a cache in one model; the mixers one by one in `make test-all`.
 PATTERNS = {
     "mixed": ("gla", "window", "log length", "retnet", "delta"),
@@ -76,7 +90,7 @@ def config_of(pattern, **changes):
         num_layers=len(PATTERNS[pattern]),
         mixers=FrozenDict({name: MIXERS[name] for name in PATTERNS[pattern]}),
         pattern=PATTERNS[pattern],
-        ffns=FrozenDict(mlp=GatedMLPConfig(hidden=16)),
+        ffns=FrozenDict(mlp=FFNS.get(pattern, GatedMLPConfig(hidden=16))),
         ffn_pattern=("mlp",),
         init_std=0.3,
         dtype="float32",

@@ -44,7 +44,14 @@ ROOT = Path(__file__).parents[3]
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CONFIGS = own_names()
 # What the names promise, in billions of parameters, embeddings included.
-BILLIONS = {"gated_attention_1p7b": 1.7, "gla_340m": 0.34, "gla_1p3b": 1.3, "moe_15b_a2p5b": 15.0}
+BILLIONS = {
+    "gated_attention_1p7b": 1.7,
+    "gla_340m": 0.34,
+    "gla_1p3b": 1.3,
+    "mamba2_370m": 0.37,
+    "moe_15b_a2p5b": 15.0,
+    "rwkv7_191m": 0.191,
+}
 
 
 def load(name: str):

@@ -24,7 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.delta_scan import tile
-from kernels_pallas.ops import delta_product_scan, delta_scan, delta_scan_step, rwkv7_scan
+from kernels_pallas.ops import (
+    delta_product_scan,
+    delta_scan,
+    delta_scan_step,
+    rwkv7_scan,
+    rwkv7_scan_step,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -249,6 +255,14 @@ def test_rwkv7():
     arrays = [jnp.float32(x) for x in (q, k, v, log_decay, removal, rate)]
     o = rwkv7_scan(*arrays, segment_ids=ids, chunk_size=4)
     assert rel_rms(o, want) < 2e-6
+    step = jax.jit(rwkv7_scan_step)
+    state = jnp.zeros((B, H, K, V))
+    for t in range(6):
+        q_t, k_t, v_t, *gates = (x[:, t] for x in arrays)
+        o_t, state = step(q_t, k_t, v_t, state, *gates)
+        assert rel_rms(o_t, want[:, t]) < 2e-6
+    with pytest.raises(ValueError, match="rwkv7_scan_step: rate: got shape"):
+        rwkv7_scan_step(q_t, k_t, v_t, state, *gates[:2], gates[2][..., :1])
 
 
 @pytest.mark.parametrize("gated", [False, True])

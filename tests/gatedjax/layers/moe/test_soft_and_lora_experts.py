@@ -118,9 +118,9 @@ def second_pass(config, params, tokens, weights):
     final norm.
     """
     info = TokenInfo(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens)
-    x = params["embedding"][tokens], None
+    x = params["embedding"][tokens], None, None
     given = {"layer_0": weights}
-    (x, _), _ = layers_of(config).apply({"params": params["periods"]}, x, info, given, None)
+    (x, _, _), _ = layers_of(config).apply({"params": params["periods"]}, x, info, given, None)
     return (
         x
         * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
