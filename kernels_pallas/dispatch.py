@@ -21,8 +21,8 @@ from kernels_pallas.common.device import lowering_for as lowering_for
 from kernels_pallas.common.device import target_platform
 
 # What `implementation` of an op may be, beside None for the best one available. Every op has the
-# first two; "cudnn" is one of attention's, and never chosen by itself.
-Implementation = Literal["reference", "xla", "tpu", "gpu", "cudnn"]
+# first two; "cudnn" and "mosaic_gpu" are attention's, and never chosen by themselves.
+Implementation = Literal["reference", "xla", "tpu", "gpu", "cudnn", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 _KERNEL_OF_PLATFORM: dict[str, Implementation] = {
@@ -30,6 +30,12 @@ _KERNEL_OF_PLATFORM: dict[str, Implementation] = {
     "gpu": "gpu",
     "cuda": "gpu",
     "rocm": "gpu",
+}
+# Where a kernel can be lowered that is interpreted elsewhere.
+_PLATFORMS_OF_KERNEL: dict[str, tuple[str, ...]] = {
+    "tpu": ("tpu",),
+    "gpu": ("gpu", "cuda", "rocm"),
+    "mosaic_gpu": ("gpu", "cuda"),
 }
 
 
@@ -118,7 +124,7 @@ def for_its_platform(
     Raises:
       NotImplementedError: when they are lowered, which is when the platform is known.
     """
-    if interpret or implementation not in ("tpu", "gpu"):
+    if interpret or implementation not in _PLATFORMS_OF_KERNEL:
         return inputs
     first = _checked_when_lowered(op, implementation, inputs[0])
     others = inputs[1:]
@@ -147,7 +153,7 @@ batching.defvectorized(_lowered)
 def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, op: str, implementation: str) -> list:
     platforms = ctx.module_context.platforms
     for platform in platforms:
-        if _KERNEL_OF_PLATFORM.get(platform) != implementation:
+        if platform not in _PLATFORMS_OF_KERNEL[implementation]:
             raise NotImplementedError(
                 f"{op}: implementation={implementation!r} is not there on platform {platform!r}; "
                 "interpret=True runs it anywhere"
