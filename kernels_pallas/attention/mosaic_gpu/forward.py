@@ -95,28 +95,26 @@ def _outputs(plan: Plan, q: Array, save: bool) -> dict[str, Shaped]:
 def _shared_memory(plan: Plan) -> dict[str, Any]:
     """What a program has in shared memory, by name: `plan.py` counts the bytes."""
     config = plan.config
-    # As matrix instructions read it: tiles of 8 rows of 128 bytes, whose 16-byte pieces are
-    # permuted so that a column lies in different banks.
-    columns = SWIZZLE_BYTES // plan.dtype.itemsize
-    swizzled = (
-        plgpu.TilingTransform((8, columns)),
-        plgpu.SwizzleTransform(SWIZZLE_BYTES),
-    )
 
     def tiles(*shape: int) -> Any:
+        # As matrix instructions read it: tiles of 8 rows of 128 bytes, whose 16-byte pieces are
+        # permuted so that a column lies in different banks.
+        row_bytes = min(SWIZZLE_BYTES, shape[-1] * plan.dtype.itemsize)
+        swizzled = (
+            plgpu.TilingTransform((8, row_bytes // plan.dtype.itemsize)),
+            plgpu.SwizzleTransform(row_bytes),
+        )
         return plgpu.SMEM(shape, plan.dtype, transforms=swizzled)
 
-    # A slot's values come as several copies, each of which arrives at the barrier.
-    parts = len(plan.parts)
     return {
         # A warp group's queries; its y when all is done.
         "queries": tiles(COMPUTING, ROWS, plan.D),
         "weights": tiles(COMPUTING, ROWS, config.block_k),
         "keys": tiles(config.stages, config.block_k, plan.D),
-        "values": tiles(config.stages, parts, config.block_k, plan.part),
+        "values": tiles(config.stages, config.block_k, plan.D),
         "queries_there": plgpu.Barrier(num_barriers=COMPUTING),
         "keys_there": plgpu.Barrier(num_barriers=config.stages),
-        "values_there": plgpu.Barrier(num_barriers=config.stages, num_arrivals=parts),
+        "values_there": plgpu.Barrier(num_barriers=config.stages),
         "keys_free": plgpu.Barrier(num_barriers=config.stages, num_arrivals=COMPUTING),
         "values_free": plgpu.Barrier(num_barriers=config.stages, num_arrivals=COMPUTING),
     }
@@ -223,12 +221,11 @@ def _copy(
             shared["keys"].at[slot],
             shared["keys_there"].at[slot],
         )
-        for n, channels in enumerate(plan.parts):
-            plgpu.copy_gmem_to_smem(
-                refs["v"].at[place.row, tokens, place.key_head, channels],
-                shared["values"].at[slot, n],
-                shared["values_there"].at[slot],
-            )
+        plgpu.copy_gmem_to_smem(
+            refs["v"].at[place.row, tokens, place.key_head],
+            shared["values"].at[slot],
+            shared["values_there"].at[slot],
+        )
         return carry
 
     def leave_free(block: Array, carry: None) -> None:
@@ -284,12 +281,13 @@ def _compute(
         # Before the matrix unit reads what threads have written.
         plgpu.commit_smem()
         plgpu.barrier_wait(shared["values_there"].at[slot])
-        sums = []
-        for n, before in enumerate(rows.sums):
-            added = _product(weights, shared["values"].at[slot, n])
-            sums.append(before * tile.by_row(weighted.keep, plan.part) + added)
+        added = _product(weights, shared["values"].at[slot])
         plgpu.barrier_arrive(shared["values_free"].at[slot])
-        return tile.Rows(weighted.largest, weighted.total, sums)
+        return tile.Rows(
+            largest=weighted.largest,
+            total=weighted.total,
+            sum=rows.sum * tile.by_row(weighted.keep, plan.D) + added,
+        )
 
     rows = tile.start(plan)
     for first, end, by_position in place.ranges:
@@ -328,27 +326,25 @@ def _write(
       tokens: the positions of the rows.
       rows: after the last tile.
     """
-    inverse = tile.inverse(rows.total)
-    for channels, weighted_sum in zip(plan.parts, rows.sums):
-        output = weighted_sum * tile.by_row(inverse, plan.part)
-        if "o0" in refs:
-            refs["o0"][place.row, tokens, place.head, channels] = output
-        if plan.gate == "element":
-            gate_logits = plgpu.load(
-                refs["gate"].at[place.row, tokens, place.head, channels],
-                layout=tile.TILE,
-                optimized=False,
-            )
-            output = output * tile.gate(gate_logits)
-        elif plan.gate == "head":
-            # A number a query.
-            gate_logits = plgpu.load(
-                refs["gate"].at[place.row, place.head, tokens],
-                layout=tile.ROW,
-                optimized=False,
-            )
-            output = output * tile.by_row(tile.gate(gate_logits), plan.part)
-        staging[:, channels] = output.astype(plan.dtype)
+    output = rows.sum * tile.by_row(tile.inverse(rows.total), plan.D)
+    if "o0" in refs:
+        refs["o0"][place.row, tokens, place.head] = output
+    if plan.gate == "element":
+        gate_logits = plgpu.load(
+            refs["gate"].at[place.row, tokens, place.head],
+            layout=tile.TILE,
+            optimized=False,
+        )
+        output = output * tile.gate(gate_logits)
+    elif plan.gate == "head":
+        # A number a query.
+        gate_logits = plgpu.load(
+            refs["gate"].at[place.row, place.head, tokens],
+            layout=tile.ROW,
+            optimized=False,
+        )
+        output = output * tile.by_row(tile.gate(gate_logits), plan.D)
+    staging[...] = output.astype(plan.dtype)
     if "saved0" in refs:
         refs["saved0"][place.row, place.head, tokens] = tile.log_sum_exp(rows)
     plgpu.commit_smem()

@@ -1,14 +1,16 @@
 """The static arguments of the Mosaic GPU kernel of `attention`, and its block sizes as data.
 
-What fits, for `KernelConfig.stages` blocks of keys and as many of values, in the 227 KiB of shared
-memory of a program (16-bit numbers; D is K and V, padded to one power of two):
+What fits, for `stages` blocks of keys and as many of values, into the 227 KiB of shared memory of a
+program (16-bit numbers; D is K and V, padded to one power of two):
 
-    queries, later y     2 warp groups x 64 rows x D        16, 32, 64 KiB at D = 64, 128, 256
-    weights              2 x 64 x block_k                    16 KiB for every 64 keys
-    keys and values      stages x 2 x block_k x D
+    queries, later y     2 warp groups x 64 rows x D        16 or 32 KiB at D = 64 or 128
+    weights              2 x 64 x block_k                   16 KiB for every 64 keys
+    keys and values      stages x 2 x block_k x D           32 or 64 KiB a stage of 128 keys
 
-and in the registers of a warp group's 128 threads: a sum is D / 2 of them, a tile of logits
-block_k / 2, the product that is added to a part of the sum PART / 2. Nothing was timed.
+and into the registers of a warp group's 128 threads, of which each computing one has 232: a sum is
+D / 2 of them, the product that is added to it as many, a tile of logits block_k / 2. D = 256 is too
+much: 144 bytes a thread and more were spilled, whatever block_k, so it has no row. Nothing was
+timed.
 """
 
 from typing import Any, NamedTuple
@@ -33,9 +35,7 @@ BLOCK_Q = COMPUTING * ROWS
 # A swizzled tile of shared memory has rows of 128 bytes.
 SWIZZLE_BYTES = 128
 MIN_D = 64
-MAX_D = 256
-# Channels of a sum that are multiplied at a time.
-PART = 128
+MAX_D = 128
 
 
 class KernelConfig(NamedTuple):
@@ -45,7 +45,8 @@ class KernelConfig(NamedTuple):
     block_k: int
     # Blocks of keys, and of values, in shared memory.
     stages: int
-    # Registers of a thread that computes, and of one that copies: multiples of 8, 504 in all.
+    # Registers of a thread that computes, and of one that copies: multiples of 8. Twice the one and
+    # the other are at most 65,536 / 128.
     computing_registers: int
     copying_registers: int
 
@@ -54,7 +55,6 @@ class KernelConfig(NamedTuple):
 TUNED = {
     64: KernelConfig(128, 3, 232, 40),
     128: KernelConfig(128, 2, 232, 40),
-    256: KernelConfig(64, 2, 240, 24),
 }
 
 
@@ -95,16 +95,6 @@ class Plan(NamedTuple):
     def pairs(self) -> int:
         """Pairs of a query and a key that the mask leaves."""
         return count_visible_pairs(self.T, self.causal, self.window)
-
-    @property
-    def part(self) -> int:
-        """Channels of a sum that are multiplied at a time."""
-        return min(self.D, PART)
-
-    @property
-    def parts(self) -> list[slice]:
-        """The channels of every part of a sum."""
-        return [slice(start, start + self.part) for start in range(0, self.D, self.part)]
 
 
 class KernelInputs(NamedTuple):

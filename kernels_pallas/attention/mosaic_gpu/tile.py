@@ -27,12 +27,12 @@ class Rows(NamedTuple):
     Attributes:
       largest: the largest logit, in the unit of `exp2`; -inf before the first.
       total: of weights.
-      sums: of weighted values, part by part of the channels.
+      sum: of weighted values.
     """
 
     largest: Float[Array, "R"]
     total: Float[Array, "R"]
-    sums: list[Float[Array, "R part"]]
+    sum: Float[Array, "R D"]
 
 
 class Weighted(NamedTuple):
@@ -40,7 +40,7 @@ class Weighted(NamedTuple):
 
     largest: Float[Array, "R"]
     total: Float[Array, "R"]
-    # What the sums so far are multiplied by.
+    # What the sum so far is multiplied by.
     keep: Float[Array, "R"]
     weights: Float[Array, "R C"]
 
@@ -48,11 +48,11 @@ class Weighted(NamedTuple):
 def start(plan: Plan) -> Rows:
     """Rows that have seen nothing."""
     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-    empty = plgpu.layout_cast(jnp.zeros((ROWS, plan.part), jnp.float32), TILE)
+    empty = plgpu.layout_cast(jnp.zeros((ROWS, plan.D), jnp.float32), TILE)
     return Rows(
         largest=plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW),
         total=zero,
-        sums=[empty] * len(plan.parts),
+        sum=empty,
     )
 
 
