@@ -189,14 +189,15 @@ def test_arrays_are_refused_by_name(message, case):
 def test_other_platforms_and_a_jax_without_it_are_refused_by_name(monkeypatch):
     with pytest.raises(NotImplementedError, match="'mosaic_gpu' is not there on platform 'cpu'"):
         jax.jit(by_name).lower(*shapes())
+    # Each time another function, which jax has not traced before.
     with (
         jax.default_matmul_precision("highest"),
         pytest.raises(NotImplementedError, match="one pass"),
     ):
-        jax.eval_shape(by_name, *shapes())
+        jax.eval_shape(partial(by_name), *shapes())
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.mosaic_gpu", None)
     with pytest.raises(NotImplementedError, match=r"needs jax.*mosaic_gpu, which jax .* not have"):
-        jax.eval_shape(by_name, *shapes())
+        jax.eval_shape(partial(by_name), *shapes())
 
 
 def test_it_is_attentions_alone_and_never_chosen(monkeypatch):
