@@ -34,6 +34,7 @@ from kernels_pallas.attention.mosaic_gpu.plan import (
 )
 from kernels_pallas.attention.xla import Saved
 from kernels_pallas.common.finite import any_nonfinite, if_bad
+from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import round_up
 
 
@@ -86,6 +87,8 @@ def _run(plan: Plan, inputs: AttentionInputs, save: bool) -> ForwardResult:
         gate_logits=gate_for_kernel(inputs.gate_logits, plan.length, plan.D),
     )
     result = forward(plan, kernel_inputs, save)
+    # `plgpu.kernel` forgets over which mesh axes its results vary.
+    result = jax.tree.map(lambda x: varying_like(x, inputs.q), result)
     V = inputs.v.shape[3]
     return ForwardResult(
         y=result.y[:, : plan.T, :, :V],
