@@ -3,6 +3,10 @@
 `benchmarks/tune_linear_scan_gpu.py` fills the table on a device. A schedule changes only the time
 of a call. The rows here were chosen without a device, by what `ptxas` says: the largest blocks that
 do not spill registers. Operands of 32 bits take twice the room, and get smaller blocks by a rule.
+
+The scan kernel copies chunks ahead (LDGSTS) only where two stages fit into shared memory, and on
+Hopper only with all of K in one block does ptxas not complain: with two blocks it serializes the
+matrix instructions (C7517).
 """
 
 from typing import NamedTuple
@@ -14,8 +18,11 @@ MIN_CHUNK = 16
 MAX_CHUNK = 128
 # The largest K and V.
 MAX_D = 512
-# Programs of the scan kernel that the registers of a multiprocessor hold.
-MAX_RESIDENTS = 3
+# Programs of the scan kernel that are to share a multiprocessor. Hopper's registers have room for a
+# third one, but then its shared memory has none for copies ahead.
+MAX_RESIDENTS = 2
+# Bytes of shared memory that every program takes on top of its own.
+RESERVED = 1024
 # The fewest chunks that are scanned as one part.
 SEGMENT_CHUNKS = 8
 
@@ -53,16 +60,20 @@ class Chip(NamedTuple):
     multiprocessors: int
     shared_memory: int  # bytes that one program can have
     schedules: dict[str, Schedule]
+    # Whether matrix instructions read shared memory: then the chunk that is computed stays there
+    # beside those that are on their way.
+    reads_shared: bool = True
 
 
+HOPPER = Schedule(scan_block_k=128)
 # Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
 A100 = Schedule(back_block_k=32)
 
 # By the name that jax.Device.device_kind contains.
 TUNED = {
-    "H200": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
-    "H100": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
-    "A100": Chip(108, 166_912, {"vector": A100, "scalar": A100}),
+    "H200": Chip(132, 232_448, {"vector": HOPPER, "scalar": HOPPER}),
+    "H100": Chip(132, 232_448, {"vector": HOPPER, "scalar": HOPPER}),
+    "A100": Chip(108, 166_912, {"vector": A100, "scalar": A100}, reads_shared=False),
 }
 DEFAULT_CHIP = "H200"
 
@@ -126,9 +137,16 @@ def scan_stages(
     """
     device = TUNED[chip()]
     residents = min(MAX_RESIDENTS, -(-programs // device.multiprocessors))
+    memory = (device.shared_memory + RESERVED) // residents - RESERVED
     tiles = chunk * (2 * K + chunk + block_v) * operand_bytes
-    # Triton was seen to take up to half a chunk's tiles more than those of the chunks in flight.
-    fitting = int(device.shared_memory / residents / tiles - 0.5)
+    if operand_bytes > 2:
+        # Triton was seen to take up to half a chunk's tiles more.
+        return max(1, min(schedule.scan_stages, int(memory / tiles - 0.5)))
+    # A block of the state, rounded for the product with the reads.
+    state = block(schedule.scan_block_k, K) * block_v * operand_bytes
+    fitting = (memory - state) // tiles
+    if not device.reads_shared:
+        fitting += 1
     return max(1, min(schedule.scan_stages, fitting))
 
 
