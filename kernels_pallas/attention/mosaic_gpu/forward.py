@@ -121,11 +121,11 @@ def _shared_memory(plan: Plan) -> dict[str, Any]:
 
 
 def _interpreter(plan: Plan) -> Any:
-    """For `plgpu.kernel`: False to compile, or a machine that raises where threads race."""
+    """For `plgpu.kernel`: False to compile, or a machine that finds where threads race."""
     return plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else False
 
 
-def _declared(cost: pl.CostEstimate) -> dict[str, pl.CostEstimate]:
+def _declared(cost: pl.CostEstimate) -> dict[str, Any]:
     """As an argument of `plgpu.kernel`, which has it from jax 0.12 on."""
     known = inspect.signature(plgpu.kernel).parameters
     return {"cost_estimate": cost} if "cost_estimate" in known else {}

@@ -3,6 +3,7 @@ for a GPU that is not here.
 """
 
 import dataclasses
+import re
 import sys
 from functools import partial
 
@@ -140,8 +141,11 @@ def test_a_race_is_found(planted, monkeypatch):
     monkeypatch.setattr(plgpu, planted, lambda *args: None)
     arrays, options = draw(T=140, B=1, H=1, Hk=1)
     try:
-        with pytest.raises(Exception, match=r"(?i)race|barrier|commit|wait"):
-            jax.block_until_ready(interpreted(cast(arrays, jnp.bfloat16), **options))
+        jax.block_until_ready(interpreted(cast(arrays, jnp.bfloat16), **options))
+        # By jax 0.11, which tells and goes on.
+        assert interpret_pallas_call.get_races().races_found
+    except jax.errors.JaxRuntimeError as error:
+        assert re.search("(?i)race|barrier|commit|wait", str(error))
     finally:
         interpret_pallas_call.reset_gpu_interpret_mode_state()
 
