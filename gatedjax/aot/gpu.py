@@ -44,6 +44,8 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);")
 _LABEL = re.compile(r"\s*\.(L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*\.(L_x_\d+)")
 _MATRIX = re.compile(r"\b(?:HG?MMA|QG?MMA|IG?MMA)\b")
+# Of Ampere, and of the copy engine of Hopper: tiles, and bytes in a row.
+_ASYNC_COPY = re.compile(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b")
 # ptxas names a warning by a code, and the function it is about: (C7515) Potential Performance Loss
 _WARNING = re.compile(r"\((C75\d\d)\).*function '([^']+)'")
 
@@ -54,6 +56,8 @@ class Code(NamedTuple):
     instructions: int
     # Of the shortest loop that multiplies matrices; None without one.
     tile_instructions: int | None
+    # Instructions that copy from memory to shared memory while others run.
+    async_copies: int = 0
 
 
 class Assembled(NamedTuple):
@@ -177,6 +181,7 @@ def kernels_of(folder: Path, gpu: Gpu) -> tuple[GpuKernel, ...]:
                 found,
                 instructions=None if code is None else code.instructions,
                 tile_instructions=None if code is None else code.tile_instructions,
+                async_copies=None if code is None else code.async_copies,
                 warnings=assembled.warnings.get(name, ()),
             )
     return tuple(sorted(kernels.values(), key=lambda k: -(k.wgmma + k.mma)))
@@ -341,7 +346,8 @@ def _counts(lines: list[str]) -> Code:
         body = instructions[labels[branch[1]] :]
         if any(_MATRIX.search(x) for x in body):
             shortest = min(shortest or len(body), len(body))
-    return Code(len(instructions), shortest)
+    copies = sum(1 for x in instructions if _ASYNC_COPY.search(x))
+    return Code(len(instructions), shortest, copies)
 
 
 def parse_warnings(text: str) -> dict[str, tuple[str, ...]]:
