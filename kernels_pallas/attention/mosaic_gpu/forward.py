@@ -326,7 +326,8 @@ def _write(
       tokens: the positions of the rows.
       rows: after the last tile.
     """
-    output = rows.sum * tile.by_row(tile.inverse(rows.total), plan.D)
+    # A row whose every logit is -inf has no weights: 0 times 1 / 0 is NaN, as it should be.
+    output = rows.sum * tile.by_row(1 / rows.total, plan.D)
     if "o0" in refs:
         refs["o0"][place.row, tokens, place.head] = output
     if plan.gate == "element":

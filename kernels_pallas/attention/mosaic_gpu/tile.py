@@ -125,11 +125,6 @@ def weigh(
     return Weighted(new_largest, new_total, keep, weights)
 
 
-def inverse(total: Float[Array, "R"]) -> Float[Array, "R"]:
-    """1 / total, and 0 for a row that has seen nothing."""
-    return jnp.where(total > 0, 1 / total, 0.0)
-
-
 def log_sum_exp(rows: Rows) -> Float[Array, "R"]:
     """In the unit of the natural logarithm; -inf for a row that has seen nothing."""
     return (rows.largest + jnp.log2(rows.total)) * (1 / LOG2_E)
