@@ -33,7 +33,9 @@ class Schedule(NamedTuple):
     Attributes:
       intra_*: the kernel of products inside a chunk.
       scan_*: the scan over chunks. `scan_stages` is an upper bound too: chunks in flight, as far as
-        they fit into shared memory.
+        they fit into shared memory. `scan_stores_late`: the state before a chunk is stored after
+        the products with it, whose shared memory the store then takes over on its way to another
+        layout; more registers are live.
       programs_per_core: a sequence is cut into segments until there are so many programs of the
         scan kernel a multiprocessor.
       back_*: the way back through a chunk.
@@ -47,6 +49,7 @@ class Schedule(NamedTuple):
     scan_block_v: int = 64
     scan_warps: int = 4
     scan_stages: int = 2
+    scan_stores_late: bool = False
     programs_per_core: int = 1
     back_block_k: int = 64
     back_block_v: int = 32
@@ -65,8 +68,10 @@ class Chip(NamedTuple):
     reads_shared: bool = True
 
 
-HOPPER = Schedule(scan_block_k=128)
+# Stored early, states take 8 KiB more at K = V = 128: one program of two stages and not two.
+HOPPER = Schedule(scan_block_k=128, scan_stores_late=True)
 # Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
+# Stored late, states would cost 36 bytes of spilled registers.
 A100 = Schedule(back_block_k=32)
 
 # By the name that jax.Device.device_kind contains.
@@ -107,6 +112,7 @@ def _for_wide_operands(row: Schedule, is_exact: bool) -> Schedule:
         scan_block_k=scan_block_k,
         scan_block_v=min(32, row.scan_block_v),
         scan_warps=8,
+        scan_stores_late=False,
         back_block_k=min(16, row.back_block_k),
         back_block_v=min(32, row.back_block_v),
     )
