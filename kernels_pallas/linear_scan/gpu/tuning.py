@@ -69,7 +69,7 @@ class Chip(NamedTuple):
 
 
 # Stored early, states take 8 KiB more at K = V = 128: one program of two stages and not two.
-HOPPER = Schedule(scan_block_k=128, scan_stores_late=True)
+HOPPER = Schedule(scan_block_k=256, scan_stores_late=True)
 # Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
 # Stored late, states would cost 36 bytes of spilled registers.
 A100 = Schedule(back_block_k=32)
