@@ -14,13 +14,14 @@ from kernels_pallas.grouped_matmul.gpu import op as grouped_gpu
 from kernels_pallas.linear_scan.gpu.tuning import TUNED
 
 # The rows of the tables as they are, from which each setting departs.
-SCAN_ROWS = {chip: dict(schedules) for chip, (_, _, schedules) in TUNED.items()}
+SCAN_ROWS = {name: dict(chip.schedules) for name, chip in TUNED.items()}
 ATTENTION_ROWS = dict(HOPPER["bfloat16"])
 GROUPED_ROW = grouped_gpu.ROWS_BLOCKS
 
 AS_IT_IS = "as it is"
 SCAN_SETTINGS = [
     {},
+    {"scan_block_k": 64},
     {"scan_block_v": 32},
     {"scan_block_v": 128, "scan_warps": 8},
     {"scan_stages": 1},
