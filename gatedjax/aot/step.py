@@ -20,8 +20,7 @@ from gatedjax.aot.targets import Slice, Tpu
 from gatedjax.config import Config
 from gatedjax.data import Batch
 from gatedjax.errors import InputError
-from gatedjax.training.flops import train_flops_per_token
-from gatedjax.training.run import Run, describe, prepare
+from gatedjax.training.run import Run, describe, flops_per_token, prepare
 from gatedjax.training.step import jit_train_step
 from kernels_pallas import dispatch
 
@@ -99,7 +98,7 @@ def roofline(run: Run, report: Report, where: Slice) -> Roofline:
     chip = where.chip
     config = run.config
     tokens = config.train.batch_size * config.data.seq_len
-    flops = tokens * train_flops_per_token(config.model, config.data.seq_len)
+    flops = tokens * flops_per_token(run)
     model = flops / (run.mesh.size * chip.peak_flops)
     # Full remat repeats the forward pass, a third of forward and backward.
     repeated = 4 / 3 if config.model.remat == "full" else 1.0

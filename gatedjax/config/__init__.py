@@ -25,6 +25,7 @@ from gatedjax.config.parse import (
 from gatedjax.config.run import (
     Config,
     DataConfig,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "LoRAConfig",
     "LoRAMixtureConfig",
     "MeshConfig",
     "MixerConfig",

@@ -4,6 +4,7 @@ Any group of axes in, any group of axes out, with logical names.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -12,7 +13,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from gatedjax.config import LoRAConfig
+from gatedjax.layers import low_rank
 from gatedjax.layers.parameters import parameter
+from kernels_pallas.common.opaque import opaque
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -75,7 +79,8 @@ class Projection(nn.Module):
 
     `in_axes` and `out_axes` map logical names to sizes, for example `{"embed": M}` to
     `{"heads": H, "head_dim": D}`: the names place the parameter on the mesh (`sharding.py`) and
-    tell Muon which side is which (`training/optim.py`).
+    tell Muon which side is which (`training/optim.py`). Where `ModelConfig.lora` names it, a
+    low-rank update is added (`low_rank.py`).
     """
 
     in_axes: Mapping[str, int]
@@ -94,4 +99,30 @@ class Projection(nn.Module):
             init=nn.initializers.normal(self.init_std),
         )
         x = x.astype(self.dtype)
-        return contract(x, kernel.astype(self.dtype), len(self.in_axes))
+        y = contract(x, kernel.astype(self.dtype), len(self.in_axes))
+        lora = low_rank.update_of(self.path)
+        if lora is None:
+            return y
+        return y + self._update(x, lora)
+
+    def _update(self, x: Float[Array, "..."], lora: LoRAConfig) -> Float[Array, "..."]:
+        """`(alpha / rank) x A B`: zero until B has trained."""
+        fan_in = math.prod(self.in_axes.values())
+        a = parameter(
+            self,
+            low_rank.A,
+            axes=(*self.in_axes, "rank"),
+            shape=(*self.in_axes.values(), lora.rank),
+            init=nn.initializers.normal(fan_in**-0.5),
+        )
+        b = parameter(
+            self,
+            low_rank.B,
+            axes=("rank", *self.out_axes),
+            shape=(lora.rank, *self.out_axes.values()),
+            init=nn.initializers.zeros,
+        )
+        # Where parameters are made in the same program, the compiler sees that b is all zeros.
+        b = opaque(b)
+        low = contract(x, a.astype(self.dtype), len(self.in_axes))
+        return lora.alpha / lora.rank * contract(low, b.astype(self.dtype), 1)
