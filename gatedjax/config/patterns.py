@@ -2,7 +2,7 @@
 
 A name is the path to a parameter, such as `periods.layer_0.mixer.query.kernel`: dots are text like
 any other, so `*.mixer.*` holds for everything inside of a mixer. A rule is one string with an
-arrow, `*.lora_b -> 16`: where several rules hold for a name, the first one counts.
+arrow, `*.lora.b -> 16`: where several rules hold for a name, the first one counts.
 """
 
 import re

@@ -21,8 +21,8 @@ from gatedjax.errors import require
 from gatedjax.layers.tree import Path, flatten_dict, unflatten_dict
 
 KERNEL = "kernel"
-A = "lora_a"
-B = "lora_b"
+# The submodule of a projection that holds its A and B.
+UPDATE = "lora"
 # Names in a message.
 SHOWN = 5
 
@@ -52,14 +52,12 @@ def update_of(projection: Path) -> LoRAConfig | None:
 
 def is_update(path: Path) -> bool:
     """Whether a parameter is the A or B of a low-rank update."""
-    return path[-1] in (A, B)
+    return UPDATE in path
 
 
 def updated_projections(params: Mapping[str, Any]) -> list[Path]:
     """The projections that have an update, by the parameters of a model."""
-    flat = flatten_dict(params)
-    # The experts of a LoRAMixture have no kernel beside them.
-    return [path[:-1] for path in flat if path[-1] == KERNEL and (*path[:-1], A) in flat]
+    return [path[:-2] for path in flatten_dict(params) if path[-2:] == (UPDATE, "a")]
 
 
 def require_targets(config: LoRAConfig, params: Mapping[str, Any]) -> None:
@@ -94,8 +92,8 @@ def merged(params: Mapping[str, Any], config: LoRAConfig) -> Mapping[str, Any]:
     """
     flat = flatten_dict(params)
     for projection in updated_projections(params):
-        a = flat.pop((*projection, A))
-        b = flat.pop((*projection, B))
+        a = flat.pop((*projection, UPDATE, "a"))
+        b = flat.pop((*projection, UPDATE, "b"))
         kernel = flat[*projection, KERNEL]
         update = _product(a, b, kernel.ndim)
         flat[*projection, KERNEL] = kernel + config.alpha / config.rank * update

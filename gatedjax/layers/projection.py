@@ -103,26 +103,44 @@ class Projection(nn.Module):
         lora = low_rank.update_of(self.path)
         if lora is None:
             return y
-        return y + self._update(x, lora)
+        # A module of its own: its random numbers are none of the kernel's.
+        update = LowRankUpdate(
+            lora,
+            self.in_axes,
+            self.out_axes,
+            self.dtype,
+            name=low_rank.UPDATE,
+        )
+        return y + update(x)
 
-    def _update(self, x: Float[Array, "..."], lora: LoRAConfig) -> Float[Array, "..."]:
-        """`(alpha / rank) x A B`: zero until B has trained."""
+
+class LowRankUpdate(nn.Module):
+    """`(alpha / rank) x A B`: zero until B has trained."""
+
+    config: LoRAConfig
+    in_axes: Mapping[str, int]
+    out_axes: Mapping[str, int]
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        c = self.config
         fan_in = math.prod(self.in_axes.values())
         a = parameter(
             self,
-            low_rank.A,
+            "a",
             axes=(*self.in_axes, "rank"),
-            shape=(*self.in_axes.values(), lora.rank),
+            shape=(*self.in_axes.values(), c.rank),
             init=nn.initializers.normal(fan_in**-0.5),
         )
         b = parameter(
             self,
-            low_rank.B,
+            "b",
             axes=("rank", *self.out_axes),
-            shape=(lora.rank, *self.out_axes.values()),
+            shape=(c.rank, *self.out_axes.values()),
             init=nn.initializers.zeros,
         )
         # Where parameters are made in the same program, the compiler sees that b is all zeros.
         b = opaque(b)
         low = contract(x, a.astype(self.dtype), len(self.in_axes))
-        return lora.alpha / lora.rank * contract(low, b.astype(self.dtype), 1)
+        return c.alpha / c.rank * contract(low, b.astype(self.dtype), 1)

@@ -48,12 +48,8 @@ def _logits_flops(config: ModelConfig) -> float:
 
 def low_rank_flops_per_token(params: Mapping[str, Any]) -> float:
     """FLOPs of one forward pass of the low-rank updates, which layers do not know of."""
-    flat = flatten_dict(params)
-    total = 0.0
-    for projection in low_rank.updated_projections(params):
-        for name in (low_rank.A, low_rank.B):
-            total += 2.0 * flat[*projection, name].size
-    return total
+    sizes = [p.size for path, p in flatten_dict(params).items() if low_rank.is_update(path)]
+    return 2.0 * sum(sizes)
 
 
 def frozen_flops_per_token(config: ModelConfig, frozen: Mapping[str, Any]) -> float:

@@ -1,14 +1,14 @@
 """Schedule, optax chain, decay mask. Logical axes tell which parameters are matrices."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 from optax.contrib import MuonDimensionNumbers, schedule_free, schedule_free_eval_params
 
 from gatedjax.config import OptimConfig
@@ -208,6 +208,26 @@ def evaluation_params(opt_state: optax.OptState, params: PyTree) -> PyTree:
             trained, frozen = divided(params, averaged.__contains__)
             return united(schedule_free_eval_params(state, trained), frozen)
     return params
+
+
+def schedule_free_average(
+    y: Float[Array, "..."],
+    z: Float[Array, "..."],
+    beta: Float[Array, ""],
+) -> Float[Array, "..."]:
+    """The average x of one parameter, from what schedule-free keeps: `y = beta x + (1 - beta) z`.
+
+    It is `evaluation_params` for arrays that are not in a state.
+    """
+    state: Any = _Averaging(beta, z)
+    return schedule_free_eval_params(state, y)
+
+
+class _Averaging(NamedTuple):
+    """What `schedule_free_eval_params` asks of a state."""
+
+    b1: Array
+    z: Array
 
 
 def is_matrix(axes: Axes) -> bool:
