@@ -2,9 +2,9 @@
 
     python -m gatedjax.merge_lora --checkpoint=runs/tuned --workdir=runs/merged
 
-The newest intact checkpoint, as evaluation reads it (averaged, if the run keeps an average), becomes
-the first checkpoint of a new run directory, without updates: eval.py, generate and another run's
-train.init_from take it like any other.
+The newest intact checkpoint, as evaluation reads it (averaged, if the run keeps an average),
+becomes the first checkpoint of a new run directory, without updates: eval.py, generate and another
+run's train.init_from take it like any other.
 """
 
 import dataclasses
@@ -45,11 +45,16 @@ def main(_) -> None:
     with Checkpointer(checkpoint, read_only=True) as checkpointer:
         manifest = checkpointer.manifest()
     step = manifest["step"]
+    data = manifest.get("data")
     projections = low_rank.updated_projections(params)
     run, state = merged(run, params, step)
     with (
         jax.set_mesh(run.mesh),
-        Checkpointer(workdir, to_dict(run.config), data=manifest["data"]) as checkpointer,
+        Checkpointer(
+            workdir,
+            to_dict(run.config),
+            data=data if isinstance(data, dict) else None,
+        ) as checkpointer,
     ):
         checkpointer.save(step, state, data_index=manifest["data_index"], wait=True)
     identity.keep_tokenizer(workdir, load_tokenizer(run.config.data.tokenizer))
