@@ -120,8 +120,9 @@ def find(
     report(f"weights: {len(left_over)} left over there: {_listed(left_over, _MOST_SAID)}")
     if any(UPDATE in name.split(".") for name in left_over):
         report("weights: low-rank updates are among those; gatedjax.merge_lora merges them")
-    for line in _differences(manifest["config"], run)[:_MOST_SAID]:
-        report(f"weights: {line}")
+    differences = _differences(manifest["config"], run)
+    if differences:
+        report(f"weights: the model differs: {_listed(differences, _MOST_SAID)}")
     return GivenWeights(run_dir, step, places)
 
 

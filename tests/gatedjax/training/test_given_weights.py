@@ -158,7 +158,8 @@ def test_names_are_mapped_and_what_is_new_starts_fresh(base):
     assert said[1] == f"weights: 8 start fresh: {', '.join(sorted('.'.join(p) for p in fresh))}"
     assert said[2] == "weights: 1 left over there: final_norm.scale"
     # Another function may have the same arrays: what differs is said.
-    assert any(line.startswith("weights: config.model.ffns.mlp.kind: ") for line in said)
+    kind = "config.model.ffns.mlp.kind: 'gated_mlp' there, 'lora_mixture' here"
+    assert said[3].startswith(f"weights: the model differs: {kind}, ")
 
 
 def test_updates_are_new_and_left_over_ones_are_told_of(base, tmp_path):
