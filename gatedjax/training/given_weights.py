@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gatedjax.config import differing_keys, to_dict
 from gatedjax.config.patterns import matches_any, renamed, sides, unmatched
 from gatedjax.data.tokenizer import Tokenizer
-from gatedjax.errors import InputError, StorageError, require
+from gatedjax.errors import InputError, StorageError, require, shown
 from gatedjax.layers import tree
 from gatedjax.layers.low_rank import UPDATE
 from gatedjax.paths import expand
@@ -280,7 +280,7 @@ def _differences(before: Mapping[str, Any], run: Run) -> list[str]:
     if not isinstance(saved, Mapping):
         return []
     found = differing_keys(saved, now, "config.model")
-    return [f"{key}: {then!r} there, {value!r} here" for key, then, value in found]
+    return [f"{key}: {shown(then)} there, {shown(value)} here" for key, then, value in found]
 
 
 def _names(paths: Iterable[tree.Path]) -> list[str]:
