@@ -197,12 +197,17 @@ def test_schedule_free_averages_what_trains_alone():
     trained = {"a": {"w": jnp.ones((3, 4))}}
     frozen = {"a": {"v": jnp.full(3, 0.1)}, "c": {"w": jnp.full(3, 0.3)}}
     state = tx.init(trained)
-    updates, state = tx.update(jax.tree.map(jnp.ones_like, trained), state, trained)
-    moved = jax.tree.map(jnp.add, trained, updates)
+    moved = trained
+    # After the first step the average is that step's: two.
+    for gradient in (1.0, -0.5):
+        grads = {"a": {"w": jnp.full((3, 4), gradient)}}
+        updates, state = tx.update(grads, state, moved)
+        moved = jax.tree.map(jnp.add, moved, updates)
     whole = united(moved, frozen)
     alone = evaluation_params(state, moved)
     evaluated = evaluation_params(state, whole)
     np.testing.assert_array_equal(evaluated["a"]["w"], alone["a"]["w"])
+    assert rel_rms(moved["a"]["w"], alone["a"]["w"]) > 1e-5
     assert evaluated["a"]["v"] is frozen["a"]["v"] and evaluated["c"]["w"] is frozen["c"]["w"]
 
 
