@@ -39,12 +39,11 @@ def main(_) -> None:
     launch.start()
     if has_steps(workdir):
         raise InputError(f"--workdir: got {workdir}, which holds a run, expected a new folder")
-    run, params = restore_params(checkpoint, mesh=fitting_mesh(checkpoint))
+    run, params, step = restore_params(checkpoint, mesh=fitting_mesh(checkpoint))
     if not run.config.model.lora.rank:
         raise InputError(f"--checkpoint: {checkpoint} has no low-rank updates (model.lora)")
     with Checkpointer(checkpoint, read_only=True) as checkpointer:
-        manifest = checkpointer.manifest()
-    step = manifest["step"]
+        manifest = checkpointer.manifest(step)
     data = manifest.get("data")
     projections = low_rank.updated_projections(params)
     run, state = merged(run, params, step)
@@ -57,7 +56,8 @@ def main(_) -> None:
         ) as checkpointer,
     ):
         checkpointer.save(step, state, data_index=manifest["data_index"], wait=True)
-    identity.keep_tokenizer(workdir, load_tokenizer(run.config.data.tokenizer))
+    tokenizer = load_tokenizer(run.config.data.tokenizer, run.config.data.end_of_document)
+    identity.keep_tokenizer(workdir, tokenizer)
     say(f"{len(projections)} projections merged: step {step} of {checkpoint} is now in {workdir}")
 
 

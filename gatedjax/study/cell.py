@@ -114,7 +114,7 @@ def _tokenizer(cell: Cell) -> Tokenizer | None:
     """Of the cell's text; a task has none."""
     if cell.recall is not None:
         return None
-    return load_tokenizer(cell.config.data.tokenizer)
+    return load_tokenizer(cell.config.data.tokenizer, cell.config.data.end_of_document)
 
 
 def _stream(cell: Cell, run: Run) -> BatchIterator:

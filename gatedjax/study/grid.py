@@ -17,6 +17,7 @@ from gatedjax.data.recall import RecallConfig
 # their defaults is the run that it was before.
 ADDED_LATER = (
     ("model", "lora"),
+    ("data", "end_of_document"),
     ("optim", "lr_by_name"),
     ("optim", "trainable"),
     ("train", "init_from"),
