@@ -16,8 +16,8 @@ from gatedjax.data.recall import RecallConfig
 # Keys that the configuration was given after results had been recorded. A run that leaves them at
 # their defaults is the run that it was before.
 ADDED_LATER = (
-    ("model", "lora"),
     ("data", "end_of_document"),
+    ("model", "lora"),
     ("optim", "lr_by_name"),
     ("optim", "trainable"),
     ("train", "init_from"),
