@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     for i in range(8):
         lines = [f"line {j} of file {i}: {j * i}\n" for j in range(80)]
         (folder / "text" / f"{i}.txt").write_text("".join(lines))
-    trained = train(folder, "base", "--config=configs/xlora.py:base")
+    trained = train(folder, "base", "base")
     assert trained.returncode == 0, trained.stderr
     return folder
 
@@ -57,10 +57,11 @@ def python(place: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def train(place: Path, workdir: str, *flags: str) -> subprocess.CompletedProcess:
+def train(place: Path, workdir: str, phase: str, *flags: str) -> subprocess.CompletedProcess:
     return python(
         place,
         "train.py",
+        f"--config=configs/xlora.py:{phase}",
         *SMALL,
         f"--config.data.sources.main.path={place / 'text'}",
         f"--config.data.cache_dir={place / 'tokens'}",
@@ -98,11 +99,11 @@ def optimizer_leaves(place: Path, workdir: str) -> list[str]:
 
 
 def test_xlora_in_two_phases(place):
-    experts = train(place, "experts", "--config=configs/xlora.py:experts", from_(place, "base"))
+    experts = train(place, "experts", "experts", from_(place, "base"))
     assert experts.returncode == 0, experts.stderr
     assert f"of step 24 of {place / 'base'}" in experts.stdout
     assert "7 start fresh: lora_classifier, periods.layer_0.ffn.down.lora_a" in experts.stdout
-    router = train(place, "router", "--config=configs/xlora.py:router", from_(place, "experts"))
+    router = train(place, "router", "router", from_(place, "experts"))
     assert router.returncode == 0, router.stderr
 
     base, after_experts, after_router = (
@@ -124,7 +125,7 @@ def test_low_rank_updates_are_trained_and_merged(place):
     tuned = train(
         place,
         "tuned",
-        "--config=configs/xlora.py:base",
+        "base",
         from_(place, "base"),
         "--config.train.init_fresh=('*.lora.*',)",
         "--config.model.lora.rank=4",
@@ -168,7 +169,7 @@ def test_low_rank_updates_are_trained_and_merged(place):
 
 
 def test_a_run_that_goes_on_does_not_look_there_again(place):
-    flags = ["--config=configs/xlora.py:base", from_(place, "gone")]
+    flags = ["base", from_(place, "gone")]
     (place / "base").rename(place / "gone")
     try:
         first = train(place, "more", *flags, "--config.train.steps=8")
@@ -213,7 +214,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(place, flags, message):
     def filled(text: str) -> str:
         return text.replace("NONE", str(place / "none")).replace("BASE", str(place / "base"))
 
-    result = train(place, "bad", "--config=configs/xlora.py:base", *map(filled, flags))
+    result = train(place, "bad", "base", *map(filled, flags))
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(lines) == 1, result.stderr
     assert lines[0].startswith(f"error: {filled(message)}")
