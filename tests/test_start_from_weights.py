@@ -169,7 +169,7 @@ def test_low_rank_updates_are_trained_and_merged(place):
 
 
 def test_a_run_that_goes_on_does_not_look_there_again(place):
-    flags = ["base", from_(place, "gone")]
+    flags = ["base", from_(place, "gone"), "--config.optim.trainable=('*.ffn.*',)"]
     (place / "base").rename(place / "gone")
     try:
         first = train(place, "more", *flags, "--config.train.steps=8")
@@ -181,6 +181,11 @@ def test_a_run_that_goes_on_does_not_look_there_again(place):
     assert second.returncode == 0, second.stderr
     assert "resuming after step 8 of 24" in second.stdout
     assert "weights: " not in second.stdout
+    before, after = digests(place, "base"), digests(place, "more")
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {name for name in after if ".ffn." in name}
+    kept = optimizer_leaves(place, "more")
+    assert kept and all(".ffn." in name for name in kept)
 
 
 @pytest.mark.parametrize(
