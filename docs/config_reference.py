@@ -54,7 +54,8 @@ def page() -> str:
     layers = MIXERS | FEED_FORWARDS
     for kind, cls in layers.items():
         parts.append(section(f'`layer("{kind}")`', cls, level="###"))
-    for cls in nested(layers.values()):
+    groups = [hints[field.name] for field in dataclasses.fields(Config)]
+    for cls in nested([*groups, *layers.values()]):
         parts.append(section(f"`{cls.__name__}`", cls, level="###"))
     return "\n".join(parts)
 

@@ -24,6 +24,7 @@ from gatedjax.layers import (
 )
 from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import COLLECTION, record
+from gatedjax.layers.low_rank import low_rank_updates
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.parameters import parameter
@@ -276,7 +277,8 @@ class LanguageModel(nn.Module):
         layer_caches = None if caches is None else caches.layers
         layers = layers_of(c, self.training)
         of_block = weights_by_block(c, lora_weights)
-        (x, _, _), (layer_caches, statistics) = layers(carry, info, of_block, layer_caches)
+        with low_rank_updates(c.lora):
+            (x, _, _), (layer_caches, statistics) = layers(carry, info, of_block, layer_caches)
         x = RMSNorm(
             c.norm_eps,
             c.zero_centered_norm,

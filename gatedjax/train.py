@@ -34,8 +34,8 @@ from gatedjax.reporting.writers import make_writers
 from gatedjax.runtime import cli, launch, run_log, streams
 from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
-from gatedjax.training import identity
-from gatedjax.training.checkpoint import Checkpointer, Restored
+from gatedjax.training import given_weights, identity
+from gatedjax.training.checkpoint import Checkpointer, Restored, has_steps
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.training.run_directory import set_aside
@@ -174,6 +174,10 @@ def train(
     config = to_dict(run.config)
     data = identity.identity_of(run.config.data, tokenizer)
     settings = run.config.train
+    weights = None
+    # A run that goes on has its own: the others may have gone by then.
+    if not has_steps(workdir):
+        weights = given_weights.find(run, tokenizer, say)
     with (
         jax.set_mesh(run.mesh),
         Checkpointer(
@@ -187,7 +191,7 @@ def train(
         doing("preparing the state")
         restored = checkpointer.restore_latest(run.abstract)
         if restored is None:
-            state = fresh_state(run)
+            state = fresh_state(run, given_weights.read(run, weights))
             start = 0
             first_row = 0
         else:

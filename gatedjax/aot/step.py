@@ -20,8 +20,8 @@ from gatedjax.aot.targets import Slice, Tpu
 from gatedjax.config import Config
 from gatedjax.data import Batch
 from gatedjax.errors import InputError
-from gatedjax.training.flops import train_flops_per_token
-from gatedjax.training.run import Run, describe, prepare
+from gatedjax.training import trainable
+from gatedjax.training.run import Run, describe, flops_per_token, prepare
 from gatedjax.training.step import jit_train_step
 from kernels_pallas import dispatch
 
@@ -99,7 +99,7 @@ def roofline(run: Run, report: Report, where: Slice) -> Roofline:
     chip = where.chip
     config = run.config
     tokens = config.train.batch_size * config.data.seq_len
-    flops = tokens * train_flops_per_token(config.model, config.data.seq_len)
+    flops = tokens * flops_per_token(run)
     model = flops / (run.mesh.size * chip.peak_flops)
     # Full remat repeats the forward pass, a third of forward and backward.
     repeated = 4 / 3 if config.model.remat == "full" else 1.0
@@ -119,7 +119,8 @@ def _network_seconds(run: Run, report: Report, where: Slice) -> float:
     if where.num_slices == 1:
         return inside_slice
     # Each chip sends and receives its part of the gradients once over the slower network.
-    gradients = sum(_device_bytes(p) for p in jax.tree.leaves(run.abstract.params))
+    trained, _ = trainable.split(run.config, run.abstract.params)
+    gradients = sum(_device_bytes(p) for p in jax.tree.leaves(trained))
     between_slices = 2 * gradients / chip.dcn_bytes_per_second
     return max(inside_slice, between_slices)
 

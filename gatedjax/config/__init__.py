@@ -28,6 +28,7 @@ from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7
 from gatedjax.config.run import (
     Config,
     DataConfig,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "LoRAConfig",
     "LoRAMixtureConfig",
     "Mamba2Config",
     "MeshConfig",

@@ -29,6 +29,7 @@ from gatedjax.config.layers import (
     MixerConfig,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
+from gatedjax.config.patterns import check_factors, check_renaming
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.errors import require
 
@@ -46,6 +47,33 @@ def _one_mlp() -> Mapping[str, FeedForwardConfig]:
 
 
 @dataclass(frozen=True)
+class LoRAConfig(Checked):
+    """Low-rank updates of projections (LoRA, arXiv 2106.09685): `x W + (alpha / rank) x A B`.
+
+    A and B train, and beside them only what `optim.trainable` names. Off where the rank is 0.
+    """
+
+    rank: SizeOrZero = 0
+    alpha: Positive = 16.0
+    # patterns of projections: "*.mixer.query", "*.ffn.*", "*"
+    targets: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        require(
+            self.rank > 0 or not self.targets,
+            "rank",
+            self.rank,
+            f"at least 1 with targets = {self.targets}",
+        )
+        require(
+            len(self.targets) > 0 or not self.rank,
+            "targets",
+            self.targets,
+            f"at least one pattern with rank = {self.rank}",
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig(Checked):
     """A decoder: `pattern` names entries of `mixers`, `ffn_pattern` of `ffns`.
 
@@ -60,6 +88,7 @@ class ModelConfig(Checked):
     pattern: tuple[str, ...] = ("attention",)
     ffns: Mapping[str, FeedForwardConfig] = field(default_factory=_one_mlp)
     ffn_pattern: tuple[str, ...] = ("mlp",)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     norm_eps: Annotated[float, Range(0, 1, includes_low=False)] = 1e-6
     zero_centered_norm: bool = False
     tie_embeddings: bool = True
@@ -240,6 +269,10 @@ class OptimConfig(Checked):
 
     name: Literal["adamw", "muon", "lion", "adabelief", "schedule_free"] = "adamw"
     lr: Positive = 1e-3
+    # rules "PATTERN -> FACTOR" of parameter names: the first that holds multiplies the rate
+    lr_by_name: tuple[str, ...] = ()
+    # patterns of parameter names; all others are frozen. (): all train, or with lora its A and B
+    trainable: tuple[str, ...] = ()
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: CountOrZero = 20
     # of the peak rate, at the last step
@@ -267,6 +300,7 @@ class OptimConfig(Checked):
             self.skip_factor,
             "0, or above 1",
         )
+        check_factors("lr_by_name", self.lr_by_name)
         if self.name == "schedule_free":
             self._check_schedule_free()
 
@@ -329,6 +363,12 @@ class TrainConfig(Checked):
     """The loop."""
 
     steps: Count = 100
+    # a run directory, or one step of it (RUN/checkpoints/400): a new run starts from its weights
+    init_from: str = ""
+    # rules "OLD -> NEW": how the names there become those of this model
+    init_rename: tuple[str, ...] = ()
+    # patterns of parameters that start fresh all the same
+    init_fresh: tuple[str, ...] = ()
     # rows of a whole optimizer step, over all devices and micro-batches
     batch_size: Size = 8
     # micro-batches of an optimizer step
@@ -351,6 +391,10 @@ class TrainConfig(Checked):
             self.batch_size,
             f"a multiple of accumulation_steps = {self.accumulation_steps}",
         )
+        check_renaming("init_rename", self.init_rename)
+        for name in ("init_rename", "init_fresh"):
+            rules = getattr(self, name)
+            require(bool(self.init_from) or not rules, name, rules, "none without init_from")
 
 
 @dataclass(frozen=True)

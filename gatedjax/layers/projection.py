@@ -4,6 +4,7 @@ Any group of axes in, any group of axes out, with logical names.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
@@ -12,7 +13,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from gatedjax.config import LoRAConfig
+from gatedjax.layers import low_rank
 from gatedjax.layers.parameters import parameter
+from kernels_pallas.common.opaque import opaque
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -76,7 +80,8 @@ class Projection(nn.Module):
     `in_axes` and `out_axes` map logical names to sizes, for example `{"embed": M}` to
     `{"heads": H, "head_dim": D}`: the names place the parameter on the mesh (`sharding.py`) and
     tell Muon which side is which (`training/optim.py`). The kernel starts from a normal
-    distribution, or from `kernel_init`.
+    distribution, or from `kernel_init`. Where `ModelConfig.lora` names it, a low-rank update is
+    added (`low_rank.py`).
     """
 
     in_axes: Mapping[str, int]
@@ -96,4 +101,48 @@ class Projection(nn.Module):
             init=self.kernel_init or nn.initializers.normal(self.init_std),
         )
         x = x.astype(self.dtype)
-        return contract(x, kernel.astype(self.dtype), len(self.in_axes))
+        y = contract(x, kernel.astype(self.dtype), len(self.in_axes))
+        lora = low_rank.update_of(self.path)
+        if lora is None:
+            return y
+        # A module of its own: its random numbers are none of the kernel's.
+        update = LowRankUpdate(
+            lora,
+            self.in_axes,
+            self.out_axes,
+            self.dtype,
+            name=low_rank.UPDATE,
+        )
+        return y + update(x)
+
+
+class LowRankUpdate(nn.Module):
+    """`(alpha / rank) x A B`: zero until B has trained."""
+
+    config: LoRAConfig
+    in_axes: Mapping[str, int]
+    out_axes: Mapping[str, int]
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        c = self.config
+        fan_in = math.prod(self.in_axes.values())
+        a = parameter(
+            self,
+            "a",
+            axes=(*self.in_axes, "rank"),
+            shape=(*self.in_axes.values(), c.rank),
+            init=nn.initializers.normal(fan_in**-0.5),
+        )
+        b = parameter(
+            self,
+            "b",
+            axes=("rank", *self.out_axes),
+            shape=(c.rank, *self.out_axes.values()),
+            init=nn.initializers.zeros,
+        )
+        # Where parameters are made in the same program, the compiler sees that b is all zeros.
+        b = opaque(b)
+        low = contract(x, a.astype(self.dtype), len(self.in_axes))
+        return c.alpha / c.rank * contract(low, b.astype(self.dtype), 1)

@@ -22,9 +22,8 @@ from gatedjax.reporting.throughput import Throughput
 from gatedjax.reporting.writers import Writers
 from gatedjax.runtime import cli
 from gatedjax.runtime.watchdog import Watchdog
-from gatedjax.training.flops import train_flops_per_token
 from gatedjax.training.optim import make_schedule
-from gatedjax.training.run import Run
+from gatedjax.training.run import Run, flops_per_token
 from kernels_pallas import dispatch
 
 Metrics = Mapping[str, Array]  # of a train step, on the device
@@ -50,7 +49,7 @@ class StepLog:
         self._bits_per_nat = tokens_per_byte(config.data) / math.log(2)
         self._throughput = Throughput(
             tokens_per_step=config.train.batch_size * config.data.seq_len,
-            flops_per_token=train_flops_per_token(config.model, config.data.seq_len),
+            flops_per_token=flops_per_token(run),
             peak_flops=peak,
             total_steps=config.train.steps,
         )

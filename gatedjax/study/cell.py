@@ -10,10 +10,13 @@ import jax
 
 from gatedjax.data import BatchIterator, batches, load_tokenizer, make_dataset
 from gatedjax.data.recall import recall_dataset
+from gatedjax.data.tokenizer import Tokenizer
+from gatedjax.reporting.console import say
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.grid import Cell, Study
 from gatedjax.study.measures import MEASURES, RecallValidation
 from gatedjax.study.trained import Trained
+from gatedjax.training import given_weights
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, fresh_state, prepare, with_vocab
 from gatedjax.training.step import jit_train_step, params_for_evaluation
@@ -73,7 +76,8 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
     require_memory(run)
     config = run.config.train
     with jax.set_mesh(run.mesh):
-        state = fresh_state(run)
+        weights = given_weights.find(run, _tokenizer(cell), say)
+        state = fresh_state(run, given_weights.read(run, weights))
         train_step = jit_train_step(run.config, run.tx, run.shardings)
         # Nothing is validated during training unless it may end early.
         recall = None
@@ -104,6 +108,13 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
             steps=step,
             metrics=metrics,
         )
+
+
+def _tokenizer(cell: Cell) -> Tokenizer | None:
+    """Of the cell's text; a task has none."""
+    if cell.recall is not None:
+        return None
+    return load_tokenizer(cell.config.data.tokenizer, cell.config.data.end_of_document)
 
 
 def _stream(cell: Cell, run: Run) -> BatchIterator:

@@ -8,17 +8,25 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from gatedjax.config import Config, to_dict
 from gatedjax.data.recall import RecallConfig
 
+# Keys that the configuration was given after results had been recorded. A run that leaves them at
+# their defaults is the run that it was before.
+ADDED_LATER = (
+    ("data", "end_of_document"),
+    ("model", "lora"),
+    ("optim", "lr_by_name"),
+    ("optim", "trainable"),
+    ("train", "init_from"),
+    ("train", "init_rename"),
+    ("train", "init_fresh"),
+)
+
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
 Label = str | int | float
-
-# Keys of the configuration that are younger than results: (group, key) -> the value that changes
-# nothing. A run with that value is the one that it was without the key.
-ADDED = {("data", "end_of_document"): ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +85,8 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
     recall = None
     if cell.recall is not None:
         recall = dataclasses.asdict(cell.recall)
-    config = to_dict(cell.config)
-    for (group, key), unchanged in ADDED.items():
-        if config[group][key] == unchanged:
-            del config[group][key]
     depends_on = [
-        config,
+        _lasting_dict(cell.config),
         recall,
         cell.lengths,
         cell.yarn,
@@ -93,3 +97,13 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
     # Labels and titles are not part of it: they may be reworded without a new run.
     text = json.dumps(depends_on, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _lasting_dict(config: Config) -> dict[str, Any]:
+    """A configuration as it was written before it had the keys that are at their defaults."""
+    values = to_dict(config)
+    defaults = to_dict(Config())
+    for group, key in ADDED_LATER:
+        if values[group][key] == defaults[group][key]:
+            del values[group][key]
+    return values

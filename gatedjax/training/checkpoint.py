@@ -284,6 +284,43 @@ class Checkpointer:
         except DamagedError as error:
             raise InputError(self._damage(step, error)) from None
 
+    def read_leaves(self, step: int, wanted: Leaves) -> Leaves:
+        """Some arrays of a step by name, verified, and no others.
+
+        Args:
+          step: which one.
+          wanted: names of `manifest(step)["leaves"]`, each with a `jax.ShapeDtypeStruct` of the
+            shape and dtype that stand there, and with a sharding.
+
+        Raises:
+          InputError: the step is absent or damaged.
+        """
+        self._require_step(step)
+        body = {}
+        leaves = {}
+        problem = None
+        try:
+            body = self._manifest(step)
+            described = body["leaves"]
+            manifests.require_stored_sizes(self.directory / str(step), described)
+            leaves = self._arrays(
+                step,
+                described,
+                {**described, **wanted},
+                described.keys() - wanted.keys(),
+            )
+        except DamagedError as error:
+            problem = InputError(self._damage(step, error))
+        except InputError as error:
+            problem = error
+        # The digests are a collective: all processes come to it, or none.
+        raise_together(problem)
+        try:
+            manifests.require_same_digests(body, leaves)
+        except DamagedError as error:
+            raise InputError(self._damage(step, error)) from None
+        return leaves
+
     def config(self, step: int | None = None) -> Mapping[str, Any]:
         """The configuration saved with a step; see `manifest`."""
         return self.manifest(step)["config"]
@@ -535,6 +572,22 @@ class Checkpointer:
             count += 1
             free = self.directory / f"{why}-{step}-{count}"
         return free
+
+
+def has_steps(run_dir: str | os.PathLike) -> bool:
+    """Whether a run has saved something there, which the same command would go on from."""
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        return False
+    with plain_errors(f"could not read {folder}"):
+        return any(_STEP_NAME.fullmatch(name) for name in os.listdir(folder))
+
+
+def named_step(path: Path) -> tuple[Path, int | None]:
+    """(run directory, step) of RUN/checkpoints/STEP; (RUN, None) of a run directory itself."""
+    if path.parent.name == "checkpoints" and _STEP_NAME.fullmatch(path.name):
+        return path.parent.parent, int(path.name)
+    return path, None
 
 
 def read_config(run_dir: str | os.PathLike, step: int | None = None) -> Mapping[str, Any]:

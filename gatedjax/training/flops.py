@@ -1,7 +1,18 @@
 """Analytic FLOPs of the model. XLA's own count sees a scan's body only once."""
 
-from gatedjax.config import ModelConfig
+from collections.abc import Mapping
+from typing import Any
+
+from gatedjax.config import ModelConfig, SparseMoEConfig
+from gatedjax.layers import low_rank
+from gatedjax.layers.tree import Path, flatten_dict
 from gatedjax.model import block_layers
+
+# Parameters that every token is multiplied with: kernels of projections, and the dense matrices of
+# a `LoRAMixture`.
+_DENSE = ("kernel", "frozen")
+# The stacks of sparse experts: a token is multiplied with some of them.
+_EXPERTS = ("gate", "up", "down")
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -33,3 +44,45 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def _logits_flops(config: ModelConfig) -> float:
     return 2.0 * config.width * config.vocab_size
+
+
+def low_rank_flops_per_token(params: Mapping[str, Any]) -> float:
+    """FLOPs of one forward pass of the low-rank updates, which layers do not know of."""
+    sizes = [p.size for path, p in flatten_dict(params).items() if low_rank.is_update(path)]
+    return 2.0 * sum(sizes)
+
+
+def frozen_flops_per_token(config: ModelConfig, frozen: Mapping[str, Any]) -> float:
+    """FLOPs of the gradients of frozen matrices, which are not computed: 2 for each weight.
+
+    The gradients of activations are counted in every layer, also below the first one that trains.
+    Small matrices that the count of the forward pass leaves out (those of decay rates) are no
+    exception here.
+
+    Args:
+      config: of the model.
+      frozen: the parameters that do not train, arrays or their shapes.
+    """
+    total = 0.0
+    for path, parameter in flatten_dict(frozen).items():
+        total += 2.0 * parameter.size * _times_used(config, path)
+    return total
+
+
+def _times_used(config: ModelConfig, path: Path) -> float:
+    """How often a token is multiplied with each weight of a parameter, on average."""
+    if path[-1] in _DENSE or path == _head(config):
+        return 1.0
+    if path[-1] not in _EXPERTS or path[-2] != "ffn":
+        return 0.0
+    _, block, *_ = path
+    _, ffn = config.layer(config.block_names.index(block))
+    if not isinstance(ffn, SparseMoEConfig):
+        return 0.0
+    # As in the forward pass: experts that compute get their fraction of the assignments.
+    computing = ffn.router.ffn_fraction or ffn.num_experts / ffn.total_experts
+    return ffn.experts_per_token * computing / ffn.num_experts
+
+
+def _head(config: ModelConfig) -> Path:
+    return ("embedding",) if config.tie_embeddings else ("head",)

@@ -1,23 +1,23 @@
 """Schedule, optax chain, decay mask. Logical axes tell which parameters are matrices."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 from optax.contrib import MuonDimensionNumbers, schedule_free, schedule_free_eval_params
 
 from gatedjax.config import OptimConfig
+from gatedjax.config.patterns import factor, matches, sides
+from gatedjax.layers.tree import divided, flatten_dict, united
 from gatedjax.training.muon import GateChannels, Matrices, scale_by_muon
 
 # A parameter with one of these axes is a matrix; norms, biases, sinks and decays have none of them.
 MATRIX_AXES = {"embed", "embed_vocab", "rank", "router_in", "mlp"}
-# A parameter of this name is never changed.
-FROZEN = "frozen"
 # Axes along which a stack of matrices is stacked.
 STACK_AXES = {"layers", "expert", "constant_expert"}
 # Axes along which a query and its gate lie side by side, and how many channels are the gate's.
@@ -74,19 +74,17 @@ def make_optimizer(
     """The chain: clip by global norm, then the optimizer with decoupled weight decay.
 
     One rule for all optimizers: matrices decay, embedding table and head included (`is_matrix`).
-    Norms, biases, sinks, decay rates, convolutions and what is frozen do not.
+    Norms, biases, sinks, decay rates and convolutions do not. A factor of `lr_by_name` multiplies
+    the rate of a parameter, and with it its decay.
 
     Args:
       config: the optimizer's name and numbers.
       steps: optimizer steps of the run.
-      axes: for each parameter the tuple of its logical axes (`step.param_axes`), same tree as the
-        parameters.
+      axes: for each parameter that trains the tuple of its logical axes (`step.param_axes`), same
+        tree as those parameters.
     """
     rate = make_schedule(config, steps)
-    frozen = jax.tree_util.tree_map_with_path(_is_frozen, axes, is_leaf=_is_axes)
-    tx = _optimizer(config, rate, axes, frozen)
-    if any(jax.tree.leaves(frozen)):
-        tx = optax.chain(tx, optax.transforms.freeze(frozen))
+    tx = _optimizer(config, rate, axes)
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     return tx
@@ -96,32 +94,63 @@ def _optimizer(
     config: OptimConfig,
     rate: optax.Schedule,
     axes: PyTree,
-    frozen: PyTree,
 ) -> optax.GradientTransformation:
-    """The optimizer of `config.name`, with weight decay."""
-
-    def decays(axes: Axes, is_frozen: bool) -> bool:
-        return is_matrix(axes) and not is_frozen
-
-    mask = jax.tree.map(decays, axes, frozen, is_leaf=_is_axes)
+    """The optimizer of `config.name`, with weight decay and the factors of `lr_by_name`."""
+    mask = jax.tree.map(is_matrix, axes, is_leaf=_is_axes)
+    factors = None
+    if config.lr_by_name:
+        factors = _rate_factors(config.lr_by_name, axes)
     decay = {"weight_decay": config.weight_decay, "mask": mask}
     adam = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps}
-    if config.name == "adamw":
-        return optax.adamw(rate, **adam, **decay)
-    if config.name == "lion":
-        return optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
     if config.name == "schedule_free":
-        return _schedule_free(config, rate, decay)
+        return _schedule_free(config, rate, decay, factors)
+    if config.name == "adamw":
+        return _scaled(optax.adamw(rate, **adam, **decay), factors)
+    if config.name == "lion":
+        lion = optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
+        return _scaled(lion, factors)
     if config.name == "adabelief":
         scaled = optax.scale_by_belief(**adam)
     else:
         scaled = _muon_and_adam(axes, adam)
     # optax.adabelief takes no weight decay, and optax's muon gives none to what Adam updates.
-    return optax.chain(
+    with_decay = optax.chain(
         scaled,
         optax.add_decayed_weights(**decay),
         optax.scale_by_learning_rate(rate),
     )
+    return _scaled(with_decay, factors)
+
+
+def _rate_factors(rules: Sequence[str], axes: PyTree) -> PyTree:
+    """For each parameter the factor of the first rule `PATTERN -> FACTOR` that holds for it."""
+
+    def factor_of(path: tuple[Any, ...], _: Axes) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        for rule in rules:
+            if matches(sides(rule)[0], name):
+                return factor(rule)
+        return 1.0
+
+    return jax.tree_util.tree_map_with_path(factor_of, axes, is_leaf=_is_axes)
+
+
+def _scaled(
+    tx: optax.GradientTransformation,
+    factors: PyTree | None,
+) -> optax.GradientTransformation:
+    """`tx` with its updates multiplied.
+
+    Its state is that of `tx`, so that factors may be given, changed or taken away between runs.
+    """
+    if factors is None:
+        return tx
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = tx.update(updates, state, params)
+        return jax.tree.map(jnp.multiply, updates, factors), state
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _muon_and_adam(axes: PyTree, adam: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -152,9 +181,12 @@ def _schedule_free(
     config: OptimConfig,
     rate: optax.Schedule,
     decay: Mapping[str, Any],
+    factors: PyTree | None,
 ) -> optax.GradientTransformation:
     # Its averaging takes the place of Adam's first moment (arXiv 2405.15682).
-    base = optax.adamw(rate, b1=0.0, b2=config.beta2, eps=config.eps, **decay)
+    adam = optax.adamw(rate, b1=0.0, b2=config.beta2, eps=config.eps, **decay)
+    # Inside: what is averaged are the steps as they were taken.
+    base = _scaled(adam, factors)
 
     def rate_of_average(count: ArrayLike) -> ArrayLike:
         # optax counts the average's steps from 1 and Adam's from 0. A step must weigh in the
@@ -165,12 +197,37 @@ def _schedule_free(
 
 
 def evaluation_params(opt_state: optax.OptState, params: PyTree) -> PyTree:
-    """The parameters to evaluate: schedule-free's average if the optimizer keeps one."""
-    states = jax.tree.leaves(opt_state, is_leaf=_keeps_average)
+    """The parameters to evaluate: schedule-free's average if the optimizer keeps one.
+
+    It keeps one of the parameters that train; of the others there is nothing to average.
+    """
+    states: Any = jax.tree.leaves(opt_state, is_leaf=_keeps_average)
     for state in states:
         if _keeps_average(state):
-            return schedule_free_eval_params(state, params)
+            averaged = flatten_dict(state.z)
+            trained, frozen = divided(params, averaged.__contains__)
+            return united(schedule_free_eval_params(state, trained), frozen)
     return params
+
+
+def schedule_free_average(
+    y: Float[Array, "..."],
+    z: Float[Array, "..."],
+    beta: Float[Array, ""],
+) -> Float[Array, "..."]:
+    """The average x of one parameter, from what schedule-free keeps: `y = beta x + (1 - beta) z`.
+
+    It is `evaluation_params` for arrays that are not in a state.
+    """
+    state: Any = _Averaging(beta, z)
+    return schedule_free_eval_params(state, y)
+
+
+class _Averaging(NamedTuple):
+    """What `schedule_free_eval_params` asks of a state."""
+
+    b1: Array
+    z: Array
 
 
 def is_matrix(axes: Axes) -> bool:
@@ -191,19 +248,15 @@ def muon_dimensions(axes: Axes) -> MuonDimensionNumbers | None:
     # of a whole matrix it counts experts that every device has (LoRA).
     if axes[matrix[0]] == "router" and len(matrix) > 2:
         matrix = matrix[1:]
-    # An output projection [heads, head_dim, embed] contracts all axes but the last; every other
-    # matrix [embed, ...] contracts its first.
-    is_output = axes[matrix[-1]] == "embed"
+    # An output projection [heads, head_dim, embed] contracts all axes but the last, and so does its
+    # A [heads, head_dim, rank]; every other matrix [embed, ...] contracts its first.
+    is_output = axes[matrix[-1]] in ("embed", "rank")
     split = len(matrix) - 1 if is_output else 1
     return MuonDimensionNumbers(tuple(matrix[:split]), tuple(matrix[split:]))
 
 
 def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple)
-
-
-def _is_frozen(path: tuple[Any, ...], axes: Axes) -> bool:
-    return path[-1].key == FROZEN
 
 
 def _keeps_average(state: Any) -> bool:

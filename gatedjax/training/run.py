@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -15,7 +16,13 @@ from gatedjax.config import Config
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import require
 from gatedjax.layers.moe import state as router_state
-from gatedjax.training.flops import train_flops_per_token
+from gatedjax.layers.tree import Path, divided, flatten_dict
+from gatedjax.training import trainable
+from gatedjax.training.flops import (
+    frozen_flops_per_token,
+    low_rank_flops_per_token,
+    train_flops_per_token,
+)
 from gatedjax.training.optim import make_optimizer
 from gatedjax.training.step import TrainState, init_params, init_state, param_axes
 
@@ -68,19 +75,22 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     Allocates nothing.
 
     Raises:
-      InputError: the mesh does not divide the devices, the batch or a parameter.
+      InputError: the mesh does not divide the devices, the batch or a parameter; a pattern of
+        parameter names holds for none.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     key = jax.random.key(0)
     make_params = functools.partial(init_params, config.model)
     boxed_params = jax.eval_shape(make_params, key)
     sharding.check_divides(mesh, boxed_params)
-    trained, _ = router_state.split(boxed_params)
+    params, _ = router_state.split(boxed_params)
+    trainable.require_names(config, params)
+    trained, _ = trainable.split(config, params)
     axes = param_axes(trained)
     tx = make_optimizer(config.optim, config.train.steps, axes)
     make_state = functools.partial(init_state, config, tx)
     shapes = jax.eval_shape(make_state, key)
-    shardings = _state_shardings(mesh, trained, shapes)
+    shardings = _state_shardings(mesh, params, shapes)
     abstract = jax.tree.map(_placed, shapes, shardings)
     return Run(config, mesh, tx, abstract)
 
@@ -95,29 +105,48 @@ def _state_shardings(mesh: Mesh, boxed_params: PyTree, shapes: TrainState) -> Tr
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     params = sharding.param_shardings(mesh, boxed_params)
     opt_state = sharding.optimizer_shardings(mesh, shapes.opt_state, shapes.params, params)
+    ema: Any = None
+    if shapes.ema is not None:
+        averaged = flatten_dict(shapes.ema)
+        ema, _ = divided(params, averaged.__contains__)
     return dataclasses.replace(
         shapes,
         step=replicated,
         params=params,
         opt_state=opt_state,
-        ema=None if shapes.ema is None else params,
+        ema=ema,
         guard=jax.tree.map(lambda _: replicated, shapes.guard),
         routers=jax.tree.map(lambda _: replicated, shapes.routers),
     )
 
 
+def flops_per_token(run: Run) -> float:
+    """FLOPs of a train step per token, of this run's parameters (`flops.py`)."""
+    config = run.config
+    _, frozen = trainable.split(config, run.abstract.params)
+    whole = train_flops_per_token(config.model, config.data.seq_len)
+    updates = 3.0 * low_rank_flops_per_token(run.abstract.params)
+    return whole + updates - frozen_flops_per_token(config.model, frozen)
+
+
 def describe(run: Run) -> str:
     """One line: devices, mesh, parameters, FLOPs."""
-    parameters = jax.tree.leaves(run.abstract.params)
-    size = sum(p.size for p in parameters)
-    config = run.config
-    flops = train_flops_per_token(config.model, config.data.seq_len)
+    trained, frozen = trainable.split(run.config, run.abstract.params)
+    size = _size(trained)
+    what = f"{size / 1e6:.2f}M parameters"
+    if frozen:
+        all_sizes = size + _size(frozen)
+        what = f"{all_sizes / 1e6:.2f}M parameters, {size / 1e6:.2f}M of which train"
     parts = [
         _devices_text(run.mesh),
         f"jax {jax.__version__}",
-        f"{size / 1e6:.2f}M parameters, {flops / 1e6:.1f} MFLOP per token of training",
+        f"{what}, {flops_per_token(run) / 1e6:.1f} MFLOP per token of training",
     ]
     return "; ".join(parts)
+
+
+def _size(params: PyTree) -> int:
+    return sum(p.size for p in jax.tree.leaves(params))
 
 
 def _devices_text(mesh: Mesh) -> str:
@@ -133,9 +162,20 @@ def _devices_text(mesh: Mesh) -> str:
     return text
 
 
-def fresh_state(run: Run) -> TrainState:
-    """The state before the first step, made in place: no device holds more than its shards."""
+def fresh_state(run: Run, given: Mapping[Path, Array] | None = None) -> TrainState:
+    """The state before the first step, made in place: no device holds more than its shards.
 
-    make_state = functools.partial(init_state, run.config, run.tx)
+    Args:
+      run: of which it is the state.
+      given: parameters that are not made here, by path, placed as the run has them. Their memory is
+        taken over.
+    """
     key = jax.random.key(run.config.train.seed)
-    return jax.jit(make_state, out_shardings=run.shardings)(key)
+
+    def make_state(key: Array, given: list[Array]) -> TrainState:
+        of_path = dict(zip(paths, given))
+        return init_state(run.config, run.tx, key, of_path)
+
+    paths = list(given or {})
+    make = jax.jit(make_state, out_shardings=run.shardings, donate_argnums=1)
+    return make(key, list((given or {}).values()))

@@ -20,8 +20,10 @@ from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import load_metrics, router_losses
 from gatedjax.layers.moe.statistics import Extent, Statistics, as_part, extent
 from gatedjax.layers.parameters import boxed_parameters
+from gatedjax.layers.tree import Path, divided, flatten_dict, unflatten_dict, united
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.sharding import RULES, parts
+from gatedjax.training import trainable
 from gatedjax.training.losses import TokenLosses, chunked_cross_entropy
 from gatedjax.training.optim import evaluation_params
 from kernels_pallas import dispatch
@@ -53,7 +55,8 @@ class TrainState:
     The same class holds the shapes and the shardings of a state (`run.prepare`).
 
     step: batches seen, skipped ones too.
-    ema: the averaged parameters, None if the run keeps none.
+    opt_state: of the parameters that train (`training.trainable`).
+    ema: the averages of those, None if the run keeps none.
     routers: biases and the like (`layers.moe.state`), which no gradient reaches.
     """
 
@@ -81,12 +84,25 @@ def param_axes(boxed_params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: tuple(p.names), boxed_params, is_leaf=is_boxed)
 
 
-def init_state(config: Config, tx: optax.GradientTransformation, key: Array) -> TrainState:
+def init_state(
+    config: Config,
+    tx: optax.GradientTransformation,
+    key: Array,
+    given: Mapping[Path, Array] | None = None,
+) -> TrainState:
     """The state before the first step.
 
     Jit it with out_shardings, so that no device ever holds all of it.
+
+    Args:
+      config: the run's configuration.
+      tx: the optimizer of the parameters that train.
+      key: randomness of the parameters that are made here.
+      given: parameters, and state of routers, that are not: by path.
     """
-    params, routers = router_state.split(nn.meta.unbox(init_params(config.model, key)))
+    made = flatten_dict(nn.meta.unbox(init_params(config.model, key)))
+    params, routers = router_state.split(unflatten_dict(made | dict(given or {})))
+    trained, _ = trainable.split(config, params)
     zero = jnp.int32(0)
     guard = Guard(
         mean_grad_norm=jnp.float32(0.0),
@@ -97,8 +113,8 @@ def init_state(config: Config, tx: optax.GradientTransformation, key: Array) -> 
     return TrainState(
         step=zero,
         params=params,
-        opt_state=tx.init(params),
-        ema=params if config.optim.ema_decay else None,
+        opt_state=tx.init(trained),
+        ema=trained if config.optim.ema_decay else None,
         guard=guard,
         routers=routers,
     )
@@ -192,17 +208,18 @@ def train_step(
       The state after the step, and the metrics of the step.
     """
     grads, metrics, counts = _accumulated_gradients(config, state, batch)
+    trained, frozen = trainable.split(config, state.params)
     grad_norm = optax.tree.norm(grads)
     # Losses of routers too, which are not in what is logged as the loss.
     loss = metrics["loss"] + metrics.get("aux_loss", 0.0)
     is_good, guard = _guarded(config, state.guard, loss, grad_norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    moved: Any = optax.apply_updates(trained, updates)
     new = dataclasses.replace(
         state,
-        params=params,
+        params=united(moved, frozen),
         opt_state=opt_state,
-        ema=_updated_average(config, state.ema, evaluation_params(opt_state, params), guard),
+        ema=_updated_average(config, state.ema, evaluation_params(opt_state, moved), guard),
         routers=router_state.updated(config.model, state.routers, counts, state.step + 1),
     )
     new = jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, state)
@@ -249,7 +266,10 @@ def _accumulated_gradients(
     state: TrainState,
     batch: Batch,
 ) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
-    """Over micro-batches: gradients of the whole batch's loss, its metrics, counts of experts."""
+    """Over micro-batches: gradients of the whole batch's loss, its metrics, counts of experts.
+
+    Gradients are of the parameters that train.
+    """
     steps = config.train.accumulation_steps
     model = config.model
     mask = batch.loss_mask.astype(jnp.float32)
@@ -258,10 +278,11 @@ def _accumulated_gradients(
     # the loss 0, and no gradient.
     tokens = jnp.where(tokens == 0.0, 1.0, tokens)
     whole = extent(jnp.asarray(batch.segment_ids))
+    trained, _ = trainable.split(config, state.params)
     if steps == 1:
         gradient = jax.grad(_micro_loss(config, state, tokens, whole, None), has_aux=True)
         first_index = jnp.int32(0)
-        grads, (metrics, statistics) = gradient(state.params, batch, first_index)
+        grads, (metrics, statistics) = gradient(trained, batch, first_index)
     else:
         micros = _micro_batches(batch, steps)
         counts_of_step = None
@@ -269,7 +290,7 @@ def _accumulated_gradients(
             counts_of_step = _assignments(config, state, micros)
         loss = _micro_loss(config, state, tokens, whole, counts_of_step)
         gradient = jax.grad(loss, has_aux=True)
-        grads, (metrics, statistics) = _summed(gradient, state.params, micros, steps)
+        grads, (metrics, statistics) = _summed(gradient, trained, micros, steps)
     # The parts have added up to the statistics of the step.
     _, of_routers = router_losses(model, statistics)
     metrics |= of_routers
@@ -369,13 +390,15 @@ def _micro_loss(
       counts: of experts, in the whole batch; None where the micro-batch is all of it.
     """
 
+    _, frozen = trainable.split(config, state.params)
+
     def loss(
-        params: PyTree,
+        trained: PyTree,
         micro: Batch,
         index: Array,
     ) -> tuple[Array, MetricsAndStatistics]:
         key = _router_key(config, state, index)
-        params = router_state.merge(params, state.routers)
+        params = united(trained, frozen, state.routers)
         losses, statistics = batch_losses(
             config.model,
             params,
@@ -459,9 +482,12 @@ def params_for_evaluation(state: TrainState) -> PyTree:
 
     The average is an EMA or schedule-free's. The state of the routers is in its place among them.
     """
-    params = state.ema
-    if params is None:
+    if state.ema is None:
         params = evaluation_params(state.opt_state, state.params)
+    else:
+        # What does not train has no average of its own.
+        frozen, _ = divided(state.params, lambda path: path not in flatten_dict(state.ema))
+        params = united(frozen, state.ema)
     return router_state.merge(params, state.routers)
 
 

@@ -126,7 +126,7 @@ class LoRAProjection(nn.Module):
         c = self.config
         in_name, in_size = self.in_axis
         out_name, out_size = self.out_axis
-        # By this name the optimizer knows to leave it alone (`training/optim.py`).
+        # By this name it is known that it never trains (`training/trainable.py`).
         frozen = parameter(
             self,
             "frozen",

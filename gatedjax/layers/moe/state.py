@@ -17,7 +17,7 @@ from gatedjax.config import ModelConfig
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
 from gatedjax.layers.moe.statistics import loads
 from gatedjax.layers.parameters import parameter
-from gatedjax.layers.tree import flatten_dict, unflatten_dict
+from gatedjax.layers.tree import divided, united
 
 # The submodule of a sparse layer that holds its router's state.
 NAME = "router_state"
@@ -77,19 +77,13 @@ def split(params: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict]:
 
     The state is {} where no router has any.
     """
-    flat = flatten_dict(params)
-    state = {path: x for path, x in flat.items() if NAME in path}
-    if not state:
-        return params, {}
-    trained = {path: x for path, x in flat.items() if path not in state}
-    return unflatten_dict(trained), unflatten_dict(state)
+    state, trained = divided(params, lambda path: NAME in path)
+    return trained, dict(state)
 
 
 def merge(params: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the model runs on: the inverse of `split`."""
-    if not state:
-        return params
-    return unflatten_dict(flatten_dict(params) | flatten_dict(state))
+    return united(params, state)
 
 
 def updated(

@@ -211,3 +211,9 @@ def test_the_studies_of_the_repository_can_be_made(path, small):
     assert all(p.y.endswith("@") or p.y in found.columns for p in found.pictures)
     keys = {run_key(c, s, found) for c in found.cells for s in found.seeds}
     assert len(keys) == len(found.cells) * len(found.seeds), "no two cells have the same run"
+    # A key of the configuration that is added must not make recorded runs unknown.
+    folder = ROOT / "results" / (f"{path.stem}-small" if small else path.stem)
+    recorded = set()
+    for file in folder.rglob("runs.jsonl"):
+        recorded |= {json.loads(line)["key"] for line in file.read_text().splitlines()}
+    assert not recorded or keys <= recorded

@@ -1,0 +1,117 @@
+"""LoRA (arXiv 2106.09685): which projections have a low-rank update, and what it is once merged.
+
+`y = x W + (alpha / rank) x A B`, with A random and B zero at first: the first pass is the one
+without it, to the bit. W is a parameter as ever; that it does not train is the optimizer's matter
+(`training.trainable`).
+"""
+
+import contextlib
+import contextvars
+import string
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from gatedjax.config import LoRAConfig
+from gatedjax.config.patterns import matches_any, unmatched
+from gatedjax.errors import require
+from gatedjax.layers.tree import Path, flatten_dict, unflatten_dict
+
+KERNEL = "kernel"
+# The submodule of a projection that holds its A and B.
+UPDATE = "lora"
+# Names in a message.
+SHOWN = 5
+
+_config: contextvars.ContextVar[LoRAConfig | None] = contextvars.ContextVar("lora", default=None)
+
+
+@contextlib.contextmanager
+def low_rank_updates(config: LoRAConfig) -> Iterator[None]:
+    """Inside this block, the projections that `config.targets` names have a low-rank update.
+
+    Not an argument of every layer: no layer does anything with it.
+    """
+    token = _config.set(config)
+    try:
+        yield
+    finally:
+        _config.reset(token)
+
+
+def update_of(projection: Path) -> LoRAConfig | None:
+    """What the update of a projection is; None if it has none."""
+    config = _config.get()
+    if config is None or not matches_any(config.targets, ".".join(projection)):
+        return None
+    return config
+
+
+def is_update(path: Path) -> bool:
+    """Whether a parameter is the A or B of a low-rank update."""
+    return UPDATE in path
+
+
+def updated_projections(params: Mapping[str, Any]) -> list[Path]:
+    """The projections that have an update, by the parameters of a model."""
+    return [path[:-2] for path in flatten_dict(params) if path[-2:] == (UPDATE, "a")]
+
+
+def require_targets(config: LoRAConfig, params: Mapping[str, Any]) -> None:
+    """InputError if one of the patterns names no projection of the model.
+
+    Args:
+      config: of the updates.
+      params: of the model, arrays or their shapes.
+    """
+    names = [".".join(path) for path in updated_projections(params)]
+    pattern = unmatched(config.targets, names)
+    if pattern is not None:
+        kernels = [path[:-1] for path in flatten_dict(params) if path[-1] == KERNEL]
+        known = ", ".join(".".join(path) for path in kernels[:SHOWN])
+        require(
+            False,
+            "config.model.lora.targets",
+            pattern,
+            f"a pattern of projections, such as {known}",
+        )
+
+
+def merged(params: Mapping[str, Any], config: LoRAConfig) -> Mapping[str, Any]:
+    """The parameters of the model without updates that computes the same.
+
+    Args:
+      params: of a model with updates.
+      config: of the updates.
+
+    Returns:
+      The parameters without A and B, each W with `(alpha / rank) A B` added to it.
+    """
+    flat = flatten_dict(params)
+    for projection in updated_projections(params):
+        a = flat.pop((*projection, UPDATE, "a"))
+        b = flat.pop((*projection, UPDATE, "b"))
+        kernel = flat[*projection, KERNEL]
+        update = _product(a, b, kernel.ndim)
+        flat[*projection, KERNEL] = kernel + config.alpha / config.rank * update
+    return unflatten_dict(flat)
+
+
+def _product(a: Array, b: Array, ndim: int) -> Float[Array, "..."]:
+    """`A [*stack, *in, r] B [*stack, r, *out] -> [*stack, *in, *out]`, of `ndim` axes."""
+    # The axes of the stack (layers under scan) are those that both have beside the rank's.
+    num_stacked = a.ndim + b.ndim - 2 - ndim
+    letters = iter(string.ascii_lowercase)
+    stack = "".join(next(letters) for _ in range(num_stacked))
+    inputs = "".join(next(letters) for _ in range(a.ndim - num_stacked - 1))
+    outputs = "".join(next(letters) for _ in range(b.ndim - num_stacked - 1))
+    rank = next(letters)
+    return jnp.einsum(
+        f"{stack}{inputs}{rank},{stack}{rank}{outputs}->{stack}{inputs}{outputs}",
+        a,
+        b,
+        precision="highest",
+    )
