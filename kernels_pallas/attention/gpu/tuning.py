@@ -100,7 +100,7 @@ HOPPER = {
 }
 AMPERE = HOPPER | {
     "bfloat16": {
-        64: Schedule(KernelConfig(128, 64, 4, 2), KernelConfig(64, 64, 4, 2),
+        64: Schedule(KernelConfig(128, 64, 8, 2), KernelConfig(64, 64, 4, 2),
                      KernelConfig(32, 64, 4, 2)),
         128: Schedule(KernelConfig(128, 64, 8, 2), KernelConfig(64, 32, 4, 2),
                       KernelConfig(32, 64, 8, 2)),
