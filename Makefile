@@ -41,9 +41,10 @@ test-types: .venv/installed
 test-oracles: .venv-oracles/installed
 	.venv-oracles/bin/python -m pytest tests/kernels_pallas/attention/test_attention_normalizers.py tests/gatedjax/layers/test_attention_options.py tests/gatedjax/layers/moe/test_moe_peers.py -k equals
 
-# In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
+# In an environment of its own: the CUDA plugin and NVIDIA's assembler take 1.5 GB, and the plugin looks for a driver
+# whenever jax starts. A test is a compilation or two: they are dealt out one by one.
 test-cuda-aot: .venv-cuda/installed
-	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py tests/kernels_pallas/attention/test_attention_cuda.py
+	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/*/test_*_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py
 
 # On a machine with an NVIDIA GPU: the kernels there, values and gradients.
 test-gpu: .venv/installed
@@ -81,7 +82,7 @@ bench: .venv/installed
 
 .venv-cuda/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --quiet -e '.[cuda-aot]' pytest hypothesis
+	.venv-cuda/bin/pip install --quiet -e '.[cuda-aot]' pytest pytest-xdist hypothesis
 	@touch $@
 
 clean:

@@ -7,8 +7,8 @@ of a query and a key. Nothing was timed. Where the chips differ, and why:
 
     Hopper  Two warp groups of the matrix unit take 128 rows of a block, and one takes 64. It reads
             its operands from shared memory, of which there are 227 KiB: two or three stages.
-    A100    Operands of the matrix unit are registers, so blocks are half as large; 163 KiB of
-            shared memory hold one stage less.
+    A100    Operands of the matrix unit are registers, so blocks are half as large, or have twice as
+            many warps; 163 KiB of shared memory hold one stage less.
 
 At D = 64 on Hopper blocks of 128 by 128 issue 10 % (forward) and 16 % (dq) fewer instructions for a
 pair, and leave half as many warps for dq: not taken without a clock.
