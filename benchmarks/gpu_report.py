@@ -172,7 +172,7 @@ def main() -> None:
     flags.add_argument("--target", action="append", help=f"{', '.join(TARGETS)} if not given")
     flags.add_argument("--before", help="the JSON file of an earlier run")
     args = flags.parse_args()
-    # The kernels alone, without the recurrence beside them, which is XLA's and takes long to compile.
+    # The kernels alone, without the recurrence beside them, which is XLA's and compiles for long.
     linear_scan_gpu.if_bad = lambda is_bad, careful, fast, *arrays: fast
     rows: list[dict[str, object]] = []
     for op in args.op or CASES:

@@ -12,8 +12,8 @@ of a query and a key. Nothing was timed. Where the chips differ, and why:
 
 At D = 64 on Hopper blocks of 128 by 128 issue 10 % (forward) and 16 % (dq) fewer instructions for a
 pair, and leave half as many warps for dq: not taken without a clock.
-With two stages ptxas serializes the matrix instructions of dk and dv at D = 128 (C7515, for some
-numbers of heads): three.
+With two stages ptxas 13.0 serializes the matrix instructions of dk and dv at D = 128 (C7515, for
+some numbers of heads): three, of which ptxas 13.5 does so with all options at once.
 Three passes of TF32 keep every operand twice. At 64 rows that is 1.9 KB of spilled registers a
 thread at D = 128; 32 by 32 spill at most 44 B, and issue a quarter less for a pair.
 """
