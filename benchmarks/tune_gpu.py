@@ -78,6 +78,12 @@ VALUES = {
         "stages": (2, 3, 4, 5),
     },
 }
+# Parts of a row, one for each kernel that the program has; None where a row has no parts.
+KERNELS: dict[str, tuple[str | None, ...]] = {
+    "linear_scan": (None,),
+    "attention": ("forward", "dq", "dkv", "dv"),
+    "grouped_matmul": ("rows", "outer"),
+}
 HEADLINES = {"linear_scan": "scan", "attention": "attention", "grouped_matmul": "grouped"}
 # NamedTuples: a table's row, or one kernel's part of it.
 Row = Any
@@ -105,10 +111,10 @@ class Value(NamedTuple):
 
 def values(op: str, row: Row, dry: bool) -> Iterator[Value]:
     """In the order in which they are tried."""
-    kernels: list[str | None] = [None]
-    if op != "linear_scan":
-        kernels = [name for name, part in row._asdict().items() if part is not None]
-    for kernel in kernels:
+    for kernel in KERNELS[op]:
+        # dk and dv are one kernel where registers hold both.
+        if kernel is not None and getattr(row, kernel) is None:
+            continue
         for field, tried in VALUES[op].items():
             for value in tried[: DRY_VALUES if dry else None]:
                 yield Value(kernel, field, value)

@@ -260,7 +260,8 @@ def rows_times_groups(
     out_axis = 1 if transposed else 2
     out_width = matrices[0].shape[out_axis]
     num_outs = len(matrices) if len(xs) == 1 else 1
-    b = schedule(xs[0].dtype.itemsize).rows
+    row = schedule(xs[0].dtype.itemsize)
+    b = row.rows if len(xs) == 1 else row.gathered
     # Sums of several results fit into the registers of one.
     b = b._replace(columns=b.columns // power_of_two(num_outs))
     multiples = (1, b.columns, b.inner) if transposed else (1, b.inner, b.columns)
