@@ -27,6 +27,7 @@ import jax, jax.numpy as jnp
 import gatedjax.model, gatedjax.ops
 from kernels_pallas import dispatch, ops
 
+print(asked)
 x = jnp.ones((1, 16, 1, 16))
 token = x[:, 0]
 rows, matrix, sizes = jnp.ones((4, 8)), jnp.ones((1, 8, 8)), jnp.array([4])
@@ -39,7 +40,6 @@ calls = [
 ]
 for op, *arguments in calls:
     jax.eval_shape(op, *arguments)
-print(asked)
 for op, *arguments in calls:
     try:
         op(*arguments, implementation="gpu")
@@ -52,7 +52,7 @@ print(*dispatch.last_choice("attention"))
 
 
 def test_without_it_everything_else_works():
-    """Imports, the ops on a CPU, a GPU's calls by XLA; it is not even asked for before."""
+    """Imports, which do not even ask for it, the ops on a CPU, a GPU's calls by XLA."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT,

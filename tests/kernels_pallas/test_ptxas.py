@@ -74,17 +74,22 @@ def test_it_is_said_once_when_a_kernel_is_first_used(
     monkeypatch.setattr(ptxas, "ptxas", lambda: Ptxas("/bin/ptxas", version))
     monkeypatch.setattr(ptxas, "device_kind", lambda: kind)
     x = jnp.ones((1, 16, 1, 16))
+    refusals = {"tpu": lambda: "cannot", "gpu": lambda: None}
+
+    def use(implementation: str, interpret: bool) -> None:
+        dispatch.choose("attention", implementation, refusals)
+
+        def identity(x):
+            return dispatch.for_its_platform("attention", implementation, interpret, [x])[0]
+
+        jax.eval_shape(identity, x)
+
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
-        for implementation in ("xla", "gpu", "gpu"):
-            dispatch.for_its_platform("attention", implementation, interpret=True, inputs=(x,))
-            assert caplog.records == []
-        for _ in range(2):
-            jax.eval_shape(
-                lambda x: dispatch.for_its_platform(
-                    "attention", "gpu", interpret=False, inputs=[x]
-                )[0],
-                x,
-            )
+        use("xla", interpret=False)
+        use("gpu", interpret=True)
+        assert caplog.records == []
+        use("gpu", interpret=False)
+        use("gpu", interpret=False)
     [record] = caplog.records
     assert record.levelname == level
     assert words in record.getMessage()

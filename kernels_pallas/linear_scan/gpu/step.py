@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.common.device import absent_device_kind
+from kernels_pallas.common.device import absent_device_kind, target_platform
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
@@ -41,15 +41,14 @@ def unsupported(inputs: StepInputs, options: StepOptions, *, interpret: bool) ->
         return f"takes K up to {MAX_K}, not {K}"
     if importlib.util.find_spec("jax_triton") is None:
         return "needs jax-triton (pip install 'gatedjax[gpu]')"
-    return _unusable_triton()
+    refusal = _unusable_triton()
+    if refusal is not None and target_platform(*inputs) == "gpu":
+        _warn(refusal)
+    return refusal
 
 
-@functools.cache
 def _unusable_triton() -> str | None:
-    """Why jax-triton cannot compile a kernel with the Triton that is installed, or None.
-
-    Warns the first time: who has installed jax-triton expects the kernel.
-    """
+    """Why jax-triton cannot compile a kernel with the Triton that is installed, or None."""
     try:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -57,12 +56,16 @@ def _unusable_triton() -> str | None:
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers >= OLDEST_TRITON:
         return None
-    refusal = f"needs triton 3.7 or newer for jax-triton, got {version}"
+    return f"needs triton 3.7 or newer for jax-triton, got {version}"
+
+
+@functools.cache
+def _warn(refusal: str) -> None:
+    """Once: who has installed jax-triton expects the kernel."""
     warnings.warn(
         f"linear_scan_step: the gpu kernel {refusal}; without one the step runs as plain XLA",
         stacklevel=2,
     )
-    return refusal
 
 
 def linear_scan_step(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:

@@ -154,7 +154,8 @@ def test_an_older_triton_is_said_once(monkeypatch):
     monkeypatch.setattr(gpu_step.importlib.util, "find_spec", lambda name: "there")
     monkeypatch.setattr(gpu_step.metadata, "version", lambda name: "3.6.0+git1")
     monkeypatch.setattr(dispatch, "target_platform", lambda *arrays: "gpu")
-    gpu_step._unusable_triton.cache_clear()
+    monkeypatch.setattr(gpu_step, "target_platform", lambda *arrays: "gpu")
+    gpu_step._warn.cache_clear()
     with pytest.warns(UserWarning, match=r"needs triton 3\.7 or newer for jax-triton, got 3\.6\.0"):
         linear_scan_step(x, x, x, state)
     with warnings.catch_warnings():
@@ -165,6 +166,4 @@ def test_an_older_triton_is_said_once(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"'gpu' needs triton 3\.7"):
         linear_scan_step(x, x, x, state, implementation="gpu")
     monkeypatch.setattr(gpu_step.metadata, "version", lambda name: "3.10.1")
-    gpu_step._unusable_triton.cache_clear()
     assert gpu_step._unusable_triton() is None
-    gpu_step._unusable_triton.cache_clear()
