@@ -25,6 +25,7 @@ from gatedjax.runtime.watchdog import Watchdog
 from gatedjax.training.optim import make_schedule
 from gatedjax.training.run import Run, flops_per_token
 from kernels_pallas import dispatch
+from kernels_pallas.common import ptxas
 
 Metrics = Mapping[str, Array]  # of a train step, on the device
 
@@ -69,8 +70,12 @@ class StepLog:
         self._steps += 1
         is_first = self._previous is None
         if self._previous is None:
-            for choice in dispatch.choices():
+            chosen = dispatch.choices()
+            for choice in chosen:
                 say(f"{choice.op}: {choice.implementation} ({choice.reason})")
+            if any(choice.implementation == "gpu" for choice in chosen):
+                _, assembler = ptxas.remark()
+                say(assembler)
         else:
             # The step before the one just dispatched: its numbers never make the device wait.
             self._examine(step - 1, self._previous)
