@@ -14,6 +14,7 @@ from kernels_pallas.common.mesh import by_rows_and_heads, on_explicit_axes, vary
 from kernels_pallas.common.precision import computation_dtype
 from kernels_pallas.delta_scan import reference, xla
 from kernels_pallas.delta_scan.checks import check_state, check_tokens, check_weights
+from kernels_pallas.delta_scan.gpu import op as gpu
 from kernels_pallas.delta_scan.inputs import (
     DeltaInputs,
     DeltaOptions,
@@ -82,8 +83,8 @@ def delta_scan(
       return_final_state: also return the state after the last token.
       chunk_size: tokens computed as one matrix, a power of two up to 512. The result does not
         depend on it.
-      implementation: None, "reference", "xla" or "tpu"; see `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
 
     Returns:
       o in v's dtype, or (o, final state) with the state in float32, float64 if an input is.
@@ -128,14 +129,18 @@ def delta_scan(
         return_final_state=return_final_state,
     )
     # A backend says why it cannot take the call, or None.
-    refusals = {"tpu": tpu.unsupported(inputs, options), "gpu": _NO_KERNEL}
+    refusals = {
+        "tpu": tpu.unsupported(inputs, options),
+        "gpu": gpu.unsupported(inputs, options),
+    }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
-    if chosen == "tpu":
+    if chosen in ("tpu", "gpu"):
+        kernel = tpu if chosen == "tpu" else gpu
         inputs = varying_together(inputs)
 
         def run(*arrays: Array | None) -> tuple[Array, Array | None]:
-            return tpu.delta_scan(
+            return kernel.delta_scan(
                 DeltaInputs._make(arrays),
                 options,
                 interpret=interpret,
@@ -143,7 +148,7 @@ def delta_scan(
 
         o, final_state = _scan_on_mesh(run, inputs)
     else:
-        # The kernel starts from zeros in fast memory; the other two take an array.
+        # The kernels start from zeros in fast memory; the other two take an array.
         if initial_state is None:
             floats = (q, k, v, beta, log_decay, erase, write)
             B, _, H, V = v.shape
