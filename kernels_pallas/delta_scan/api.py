@@ -15,6 +15,7 @@ from kernels_pallas.common.precision import computation_dtype
 from kernels_pallas.delta_scan import reference, xla
 from kernels_pallas.delta_scan.checks import check_state, check_tokens, check_weights
 from kernels_pallas.delta_scan.gpu import op as gpu
+from kernels_pallas.delta_scan.gpu import step as gpu_step
 from kernels_pallas.delta_scan.inputs import (
     DeltaInputs,
     DeltaOptions,
@@ -24,8 +25,6 @@ from kernels_pallas.delta_scan.inputs import (
 from kernels_pallas.delta_scan.tpu import op as tpu
 from kernels_pallas.delta_scan.tpu import step as tpu_step
 from kernels_pallas.linear_scan.checks import check_segment_ids, checked_chunk_size
-
-_NO_KERNEL = "has no kernel for this op"
 
 
 def delta_scan(
@@ -187,15 +186,15 @@ def delta_scan_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of `delta_scan`, for decoding: the same formulas and arguments without T.
 
-    Donate `state` to the surrounding jit to have it updated in place. On TPU a kernel reads and
-    writes every state once.
+    On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel reads and writes every
+    state once, in place: donate `state` to the surrounding jit, or XLA copies it first.
 
     Args:
       q, k, v: the query, key and value of one token.
       state: as `delta_scan` returns it.
       beta, log_decay, erase, write, scale, l2_norm: as in `delta_scan`.
-      implementation: None, "reference", "xla" or "tpu"; see `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run the TPU kernel, named, in interpret mode on CPU.
 
     Returns:
       (o, new state): o in v's dtype, the state in float32 (float64 if an input is float64).
@@ -227,7 +226,10 @@ def delta_scan_step(
         scale=default_scale(scale, q.shape[-1]),
         l2_norm=l2_norm,
     )
-    refusals = {"tpu": tpu_step.unsupported(inputs), "gpu": _NO_KERNEL}
+    refusals = {
+        "tpu": tpu_step.unsupported(inputs),
+        "gpu": gpu_step.unsupported(inputs, interpret=interpret),
+    }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     inputs = varying_together(inputs)
@@ -239,15 +241,19 @@ def delta_scan_step(
             interpret=interpret,
         )
 
+    def run_on_gpu(*arrays: Array | None) -> tuple[Array, Array]:
+        return gpu_step.delta_scan_step(DeltaStepInputs._make(arrays), options)
+
     def run_on_xla(*arrays: Array | None) -> tuple[Array, Array]:
         return xla.delta_scan_step(DeltaStepInputs._make(arrays), options)
 
     def run_reference(*arrays: Array | None) -> tuple[Array, Array]:
         return reference.delta_scan_step(DeltaStepInputs._make(arrays), options)
 
-    if chosen == "tpu":
+    if chosen in ("tpu", "gpu"):
+        kernel = run_on_tpu if chosen == "tpu" else run_on_gpu
         # One token is quickly computed once more.
-        return _step_on_mesh(differentiated_as(run_on_tpu, run_on_xla), inputs)
+        return _step_on_mesh(differentiated_as(kernel, run_on_xla), inputs)
     plain = run_reference if chosen == "reference" else run_on_xla
     split = _step_on_mesh if on_explicit_axes() else _whole
     return split(plain, inputs)

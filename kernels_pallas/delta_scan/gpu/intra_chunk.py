@@ -304,17 +304,24 @@ def _inverse_kernel(p: Plan, erase_scores, below) -> None:
     count = p.chunk // size
     of_block = lax.iota(jnp.int32, size)
 
-    def place(row: int, column: int) -> tuple[Array, Array]:
+    def place(row, column) -> tuple[Array, Array]:
         return block_rows(row * size + of_block, column * size, size)
 
-    def scores_at(row: int, column: int) -> Array:
+    def scores_at(row, column) -> Array:
         return pltriton.load(erase_scores.at[place(row, column)])
 
-    found = tile.inverse(scores_at, 0, count, p.precision_of_inverse)
+    def of_diagonal(n, inverses: tuple[Array, ...]) -> tuple[Array, ...]:
+        made = tile.inverse_of_block(scores_at(n, n), p.precision_of_inverse)
+        return tuple(jnp.where(n == m, made, other) for m, other in enumerate(inverses))
+
+    # A loop, or the compiler has all blocks in registers at once.
+    zeros = jnp.zeros((size, size), jnp.float32)
+    inverses = lax.fori_loop(0, count, of_diagonal, (zeros,) * count)
+    found = tile.merged_inverse(inverses, scores_at, p.precision_of_inverse)
     i, j = rows_and_columns(size)
     for row in range(count):
         for column in range(count):
-            result = found.get((row, column), jnp.zeros((size, size), jnp.float32))
+            result = found.get((row, column), zeros)
             if row == column:
                 result = jnp.where(j < i, result, jnp.zeros_like(result))
             pltriton.store(below.at[place(row, column)], result.astype(below.dtype))

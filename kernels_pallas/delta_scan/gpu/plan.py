@@ -57,7 +57,7 @@ class Plan(NamedTuple):
 
     @property
     def precision_of_inverse(self) -> Any:
-        """All bits of float32, whatever the inputs: see `tile.inverse`."""
+        """All bits of float32, whatever the inputs: see `tile.merged_inverse`."""
         if self.interpret:
             return lax.Precision.HIGHEST
         return lax.DotAlgorithmPreset.TF32_TF32_F32_X3

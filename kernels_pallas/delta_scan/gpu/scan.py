@@ -27,7 +27,7 @@ from jaxtyping import Float
 from kernels_pallas.common.gpu import Operands, kernel_call
 from kernels_pallas.common.mesh import like
 from kernels_pallas.delta_scan.gpu.plan import Plan
-from kernels_pallas.delta_scan.gpu.tuning import scan_block_v
+from kernels_pallas.delta_scan.gpu.tuning import scan_block_v, scan_stages
 from kernels_pallas.linear_scan.gpu.plan import block_rows, count_bad, load
 from kernels_pallas.linear_scan.gpu.scan import decayed
 from kernels_pallas.linear_scan.gpu.tile import matmul
@@ -164,6 +164,14 @@ def _call(
     needless = _NEEDLESS.get((backward, purpose), ())
     inputs = _inputs(p, x._replace(**dict.fromkeys(needless)), block_v)
     outputs = _outputs(p, x.values, block_v, columns, out_dtype, save, final)
+    stages = scan_stages(
+        p.schedule,
+        math.prod(grid),
+        p.chunk,
+        p.K,
+        block_v,
+        p.operand.itemsize,
+    )
     chunk_flops = 2 * p.chunk * columns * (2 * p.K + p.chunk)
     if purpose == "all" or backward:
         chunk_flops += 2 * p.chunk * columns * (p.K + p.chunk)
@@ -175,7 +183,7 @@ def _call(
         inputs,
         outputs,
         warps=p.schedule.scan_warps,
-        stages=p.schedule.scan_stages,
+        stages=stages,
         flops=math.prod((B, p.H, p.chunks, chunk_flops)),
         exponentials=0,
         interpret=p.interpret,

@@ -175,13 +175,13 @@ def joined(
 # --- the triangular system
 
 
-def inverse(
+def merged_inverse(
+    inverses: tuple[Array, ...],
     scores_at: Callable[[int, int], Array],
-    first: int,
-    count: int,
     precision: Any,
+    first: int = 0,
 ) -> dict[tuple[int, int], Array]:
-    """(I + A_e)^-1 for `count` blocks of BLOCK rows, from the inverses of its diagonal blocks.
+    """(I + A_e)^-1 for blocks of BLOCK rows, from the inverses of its diagonal blocks.
 
         T = [[T_L, 0], [-T_R A_e[R, L] T_L, T_R]]
 
@@ -189,38 +189,44 @@ def inverse(
     for any inputs: they are small, and errors here would grow with correlated keys.
 
     Args:
-      scores_at: row and column of a block -> that block of A_e, strictly lower triangular.
-      first: the first block's number.
-      count: a power of two.
+      inverses: of the diagonal blocks from the first on; their number is a power of two.
+      scores_at: row and column of a block -> that block of A_e.
       precision: of the products.
+      first: the first block's number.
 
     Returns:
       The blocks on the diagonal and below, by row and column.
     """
+    count = len(inverses)
     if count == 1:
-        return {(first, first): _inverse_of_block(scores_at(first, first), precision)}
+        return {(first, first): inverses[0]}
     half = count // 2
     middle = first + half
     end = first + count
-    left = inverse(scores_at, first, half, precision)
-    right = inverse(scores_at, middle, half, precision)
+    left = merged_inverse(inverses[:half], scores_at, precision, first)
+    right = merged_inverse(inverses[half:], scores_at, precision, middle)
     found = left | right
     for column in range(first, middle):
-        # A_e[R, L] T_L: block (m, column) of T_L is 0 above the diagonal.
+        # A_e[R, L] T_L: the blocks (m, column) of T_L are 0 above the diagonal.
         products = {}
         for row in range(middle, end):
-            terms = [
-                _dot(scores_at(row, m), left[m, column], precision) for m in range(column, middle)
-            ]
+            terms = []
+            for m in range(column, middle):
+                terms.append(_dot(scores_at(row, m), left[m, column], precision))
             products[row] = sum(terms[1:], terms[0])
         for row in range(middle, end):
-            terms = [_dot(right[row, m], products[m], precision) for m in range(middle, row + 1)]
+            terms = []
+            for m in range(middle, row + 1):
+                terms.append(_dot(right[row, m], products[m], precision))
             found[row, column] = -sum(terms[1:], terms[0])
     return found
 
 
-def _inverse_of_block(scores: Float[Array, "n n"], precision: Any) -> Float[Array, "n n"]:
-    """The same recursion within one tile, by masks: T <- T - T A T, where A is of one level."""
+def inverse_of_block(scores: Float[Array, "n n"], precision: Any) -> Float[Array, "n n"]:
+    """The inverse of I + scores, by the same recursion in one tile: T <- T - T A T.
+
+    In a step A is what the scores have between the two blocks of each pair.
+    """
     n = scores.shape[0]
     i, j = rows_and_columns(n)
 

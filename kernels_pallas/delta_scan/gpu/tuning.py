@@ -8,7 +8,7 @@ room, and get smaller blocks by a rule.
 from typing import NamedTuple
 
 from kernels_pallas.common.gpu import chip as chip_of
-from kernels_pallas.linear_scan.gpu.tuning import DEFAULT_CHIP, block
+from kernels_pallas.linear_scan.gpu.tuning import DEFAULT_CHIP, block, fitting_stages
 from kernels_pallas.linear_scan.gpu.tuning import TUNED as SCAN_CHIPS
 
 # A tile of the tensor core has 16 rows. The inverse of more than 64 is too long a program.
@@ -29,7 +29,8 @@ class Schedule(NamedTuple):
     Attributes:
       intra_*: the kernel of the scores inside a chunk.
       inverse_warps: the kernel of the inverses.
-      scan_*: the scan over chunks, forward and backward.
+      scan_*: the scan over chunks, forward and backward. `scan_stages` is an upper bound too: chunks
+        in flight, as far as they fit into shared memory.
       programs_per_core: a sequence is cut into segments until there are so many programs of the
         scan kernel a multiprocessor.
       changes_*: the first kernel of the way back through a chunk.
@@ -41,9 +42,9 @@ class Schedule(NamedTuple):
     intra_warps: int = 8
     inverse_warps: int = 1
     scan_block_k: int = 64
-    scan_block_v: int = 32
+    scan_block_v: int = 64
     scan_warps: int = 4
-    scan_stages: int = 1
+    scan_stages: int = 2
     programs_per_core: int = 1
     changes_block_k: int = 64
     changes_block_v: int = 32
@@ -53,11 +54,19 @@ class Schedule(NamedTuple):
     back_warps: int = 8
 
 
+# Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
+A100 = Schedule(
+    intra_block_k=16,
+    scan_block_v=32,
+    back_block_k=16,
+    back_block_v=16,
+)
+
 # By the name that jax.Device.device_kind contains: the schedules by the kind of decay.
 TUNED = {
     "H200": {"vector": Schedule(), "scalar": Schedule()},
     "H100": {"vector": Schedule(), "scalar": Schedule()},
-    "A100": {"vector": Schedule(), "scalar": Schedule()},
+    "A100": {"vector": A100, "scalar": A100},
 }
 
 
@@ -98,6 +107,27 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
         # As many registers as at K = 128.
         most = max(16, most // 2)
     return block(most, V)
+
+
+def scan_stages(
+    schedule: Schedule,
+    programs: int,
+    chunk: int,
+    K: int,
+    block_v: int,
+    operand_bytes: int,
+) -> int:
+    """Chunks in flight in the scan kernel, as far as they fit into shared memory.
+
+    Args:
+      schedule: gives the most.
+      programs: of the whole grid.
+      chunk, K, block_v: the sizes of a program's tiles.
+      operand_bytes: of one number in them.
+    """
+    # Reads, erases and writes, two squares, and values.
+    tiles = chunk * (3 * K + 2 * chunk + block_v) * operand_bytes
+    return fitting_stages(schedule.scan_stages, programs, tiles)
 
 
 def segments(schedule: Schedule, programs: int, chunks: int) -> int:

@@ -5,6 +5,7 @@ an extra package (`pip install gatedjax[gpu]`), and without it the step runs as 
 """
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,13 +26,18 @@ PTX_VERSION = 86
 
 def unsupported(inputs: StepInputs, options: StepOptions, *, interpret: bool) -> str | None:
     """Why this backend cannot take one decoding step, or None when it can."""
-    if interpret:
-        return "cannot be interpreted inside jax: Triton's interpreter runs it in the tests"
-    if any(x is not None and x.dtype == jnp.float64 for x in inputs):
-        return "does not compute in float64"
     K = inputs.q.shape[-1]
     if K > MAX_K:
         return f"takes K up to {MAX_K}, not {K}"
+    return no_kernel(inputs, interpret=interpret)
+
+
+def no_kernel(arrays: Iterable[Array | None], *, interpret: bool) -> str | None:
+    """Why no kernel by jax-triton can run on these arrays, or None when one can."""
+    if interpret:
+        return "cannot be interpreted inside jax: Triton's interpreter runs it in the tests"
+    if any(x is not None and x.dtype == jnp.float64 for x in arrays):
+        return "does not compute in float64"
     if importlib.util.find_spec("jax_triton") is None:
         return "needs jax-triton (pip install 'gatedjax[gpu]')"
     return None
@@ -68,7 +74,7 @@ def _call(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:
             *rows,
             kernel=step_kernel,
             out_type=out_type,
-            compute_capability=_absent_capability(),
+            compute_capability=absent_capability(),
             backend_options={"ptx_version": PTX_VERSION},
             name="linear_scan_step",
             **launch(inputs, options),
@@ -116,7 +122,7 @@ def launch(inputs: StepInputs, options: StepOptions) -> dict[str, Any]:
     )
 
 
-def _absent_capability() -> int | None:
+def absent_capability() -> int | None:
     """The compute capability of a chip that is not here; None where jax-triton asks the device."""
     kind = absent_device_kind()
     if kind is None:

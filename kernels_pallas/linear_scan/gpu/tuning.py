@@ -124,12 +124,17 @@ def scan_stages(
       chunk, K, block_v: the sizes of a program's tiles.
       operand_bytes: of one number in them.
     """
+    tiles = chunk * (2 * K + chunk + block_v) * operand_bytes
+    return fitting_stages(schedule.scan_stages, programs, tiles)
+
+
+def fitting_stages(most: int, programs: int, chunk_bytes: int) -> int:
+    """How many chunks of `chunk_bytes`, up to `most`, a program may have in flight."""
     device = TUNED[chip()]
     residents = min(MAX_RESIDENTS, -(-programs // device.multiprocessors))
-    tiles = chunk * (2 * K + chunk + block_v) * operand_bytes
     # Triton was seen to take up to half a chunk's tiles more than those of the chunks in flight.
-    fitting = int(device.shared_memory / residents / tiles - 0.5)
-    return max(1, min(schedule.scan_stages, fitting))
+    fitting = int(device.shared_memory / residents / chunk_bytes - 0.5)
+    return max(1, min(most, fitting))
 
 
 def segments(schedule: Schedule, programs: int, chunks: int) -> int:
