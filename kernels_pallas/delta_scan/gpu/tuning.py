@@ -29,8 +29,8 @@ class Schedule(NamedTuple):
     Attributes:
       intra_*: the kernel of the scores inside a chunk.
       inverse_warps: the kernel of the inverses.
-      scan_*: the scan over chunks, forward and backward. `scan_stages` is an upper bound too: chunks
-        in flight, as far as they fit into shared memory.
+      scan_*: the scan over chunks, forward and backward. `scan_stages` is an upper bound too:
+        chunks in flight, as far as they fit into shared memory.
       programs_per_core: a sequence is cut into segments until there are so many programs of the
         scan kernel a multiprocessor.
       changes_*: the first kernel of the way back through a chunk.

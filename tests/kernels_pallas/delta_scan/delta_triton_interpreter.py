@@ -1,5 +1,5 @@
-"""delta_scan's decoding step in Triton's own interpreter, on CPU and without torch: a program of its
-own.
+"""delta_scan's decoding step in Triton's own interpreter, on CPU and without torch: a program of
+its own.
 
     export TRITON_INTERPRET=1 JAX_PLATFORMS=cpu
     python tests/kernels_pallas/delta_scan/delta_triton_interpreter.py [--plant]
@@ -37,9 +37,7 @@ def token(dtype, **case) -> DeltaStepInputs:
     """The first token of a case, its operands in `dtype`, the rest in float32."""
     drawn = {name: x[:, 0] for name, x in make(T=1, **case).items() if name != "initial_state"}
     drawn["state"] = make(T=1, **case)["initial_state"]
-    arrays = {
-        name: x.astype(dtype if name in "qkv" else np.float32) for name, x in drawn.items()
-    }
+    arrays = {name: x.astype(dtype if name in "qkv" else np.float32) for name, x in drawn.items()}
     missing = dict.fromkeys(DeltaStepInputs._fields)
     return DeltaStepInputs(**missing | arrays)
 
@@ -54,9 +52,7 @@ def errors(inputs: DeltaStepInputs, l2_norm: bool, plant: bool) -> list[float]:
     step_kernel[grid](*tensors, **launched)
     got = tensors[-1].a, tensors[0].a
     with jax.enable_x64(True):
-        high = [
-            None if x is None else jax.numpy.asarray(np.asarray(x, np.float64)) for x in inputs
-        ]
+        high = [None if x is None else jax.numpy.asarray(np.asarray(x, np.float64)) for x in inputs]
         want = reference.delta_scan_step(DeltaStepInputs(*high), options)
     return [rel_rms(a, b) for a, b in zip(got, want)]
 

@@ -103,10 +103,10 @@ def test_refusals(monkeypatch):
     state = jnp.zeros((1, 2, 16, 16))
     beta = jnp.ones((1, 2))
     by_name = partial(delta_scan_step, x, x, x, state, beta, implementation="gpu")
-    with pytest.raises(NotImplementedError, match="delta_scan_step.*Triton's interpreter"):
+    with pytest.raises(NotImplementedError, match=r"delta_scan_step.*Triton's interpreter"):
         by_name(interpret=True)
     monkeypatch.setattr(scan_step.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotImplementedError, match="delta_scan_step.*needs jax-triton"):
+    with pytest.raises(NotImplementedError, match=r"delta_scan_step.*needs jax-triton"):
         by_name()
     monkeypatch.setattr(dispatch, "target_platform", lambda *arrays: "gpu")
     delta_scan_step(x, x, x, state, beta)
