@@ -42,7 +42,7 @@ test-oracles: .venv-oracles/installed
 
 # In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
 test-cuda-aot: .venv-cuda/installed
-	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py tests/kernels_pallas/attention/test_attention_cuda.py
+	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py tests/kernels_pallas/delta_scan/test_delta_scan_cuda.py tests/kernels_pallas/delta_scan/test_delta_scan_step_gpu.py tests/kernels_pallas/attention/test_attention_cuda.py
 
 docs: .venv/installed
 	$(VENV)/pip install --quiet -e '.[docs]'
