@@ -86,12 +86,12 @@ def schedule(decay: str, operand_bytes: int) -> Schedule:
 
 
 def _for_wide_operands(row: Schedule) -> Schedule:
-    """Smaller blocks in more threads: else registers spill."""
+    """Shorter chunks and smaller blocks: else registers spill."""
     return row._replace(
+        chunk=min(32, row.chunk),
         intra_block_k=min(16, row.intra_block_k),
         scan_block_k=min(32, row.scan_block_k),
         scan_block_v=min(16, row.scan_block_v),
-        scan_warps=8,
         changes_block_k=min(32, row.changes_block_k),
         changes_block_v=min(16, row.changes_block_v),
         changes_warps=8,
