@@ -59,6 +59,29 @@ class ScanShape(NamedTuple):
         return {"fwd": Cost(0, tokens * forward), "both": Cost(0, tokens * both)}
 
 
+class DeltaShape(NamedTuple):
+    """delta_scan: as a scan, with a beta [B, T, H] and keys divided by their length."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    decay: str = "vector"
+
+    @property
+    def case(self) -> str:
+        return f"delta_{self.decay} B{self.B},T{self.T},H{self.H},K{self.K},V{self.V}"
+
+    def costs(self) -> dict[str, Cost]:
+        """A scan's, and beta, which moves as often as the log decays."""
+        tokens = self.B * self.T * self.H
+        scan = ScanShape(*self).costs()
+        forward = scan["fwd"].bytes + F32 * tokens
+        both = scan["both"].bytes + 3 * F32 * tokens
+        return {"fwd": Cost(0, forward), "both": Cost(0, both)}
+
+
 class AttentionShape(NamedTuple):
     """attention: q [B, T, H, D], k, v [B, T, Hk, D], causal; the gate has q's shape."""
 
@@ -118,7 +141,7 @@ class StepShape(NamedTuple):
         return Cost(0, 2 * BF16 * self.B * self.S * self.Hk * self.D)
 
 
-type Shape = ScanShape | AttentionShape | GroupedShape | StepShape
+type Shape = ScanShape | DeltaShape | AttentionShape | GroupedShape | StepShape
 
 
 class Timed(NamedTuple):
@@ -147,6 +170,8 @@ SCALAR_SCAN = ScanShape(8, 4096, 16, 128, 128, "scalar")
 GLA_340M_SCAN = ScanShape(16, 2048, 4, 128, 256)
 LONG_SCAN = ScanShape(1, 32768, 16, 128, 128)
 NARROW_SCAN = ScanShape(8, 4096, 16, 64, 64)
+KDA = DeltaShape(8, 4096, 16, 128, 128)
+GATED_DELTANET = DeltaShape(8, 4096, 16, 128, 128, "scalar")
 LONG_GROUPED_HEADS = AttentionShape(1, 32768, 16, 2, 256, gated=True)
 NARROW_ATTENTION = AttentionShape(8, 4096, 16, 16, 64)
 MANY_EXPERTS = GroupedShape(131072, 2048, 768, 128)
@@ -159,6 +184,8 @@ TIMED = [
     Timed(SCALAR_SCAN, (OURS, JLA)),
     Timed(HEADLINE.gated_attention, (OURS, CUDNN)),
     Timed(HEADLINE.grouped, (OURS, RAGGED_DOT, JLA, DENSE)),
+    Timed(KDA, (OURS,)),
+    Timed(GATED_DELTANET, (OURS,)),
     Timed(GLA_340M_SCAN, (OURS,)),
     Timed(LONG_SCAN, (OURS, JLA)),
     Timed(LONG_GROUPED_HEADS, (OURS, CUDNN)),
@@ -174,6 +201,8 @@ TORCH_TIMED = [
     Timed(SCALAR_SCAN, (FLA,)),
     Timed(HEADLINE.attention, (TORCH_FLASH, TORCH_CUDNN, FLA_ATTENTION)),
     Timed(HEADLINE.grouped, (TORCH_GROUPED,)),
+    Timed(KDA, (FLA,)),
+    Timed(GATED_DELTANET, (FLA,)),
     Timed(GLA_340M_SCAN, (FLA,)),
     Timed(LONG_SCAN, (FLA,)),
     Timed(LONG_GROUPED_HEADS._replace(gated=False), (TORCH_FLASH, TORCH_CUDNN)),
@@ -190,6 +219,7 @@ DRY_HEADLINE = Headline(
 )
 DRY_TIMED = [
     Timed(DRY_HEADLINE.scan, (OURS, OUR_XLA)),
+    Timed(DeltaShape(1, 32, 1, 16, 16, "scalar"), (OURS,)),
     Timed(DRY_HEADLINE.attention, (OURS,)),
     Timed(DRY_HEADLINE.gated_attention, (OURS,)),
     Timed(DRY_HEADLINE.grouped, (OURS, RAGGED_DOT, DENSE)),
@@ -197,6 +227,7 @@ DRY_TIMED = [
 ]
 DRY_TORCH_TIMED = [
     Timed(ScanShape(1, 64, 2, 16, 16), (FLA,)),
+    Timed(DeltaShape(1, 64, 2, 16, 16), (FLA,)),
     Timed(AttentionShape(1, 64, 2, 1, 16), (TORCH_FLASH, TORCH_CUDNN, FLA_ATTENTION)),
     Timed(DRY_HEADLINE.grouped, (TORCH_GROUPED,)),
 ]

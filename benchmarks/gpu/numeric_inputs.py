@@ -11,12 +11,20 @@ from jax import Array
 from benchmarks.gpu.numeric_cases import (
     ATTENTION,
     ATTENTION_STEP,
+    DELTA,
     EXPERT,
     GROUPED,
     SCAN,
     NumericCase,
 )
-from kernels_pallas.ops import attention, attention_step, expert_mlp, grouped_matmul, linear_scan
+from kernels_pallas.ops import (
+    attention,
+    attention_step,
+    delta_scan,
+    expert_mlp,
+    grouped_matmul,
+    linear_scan,
+)
 
 # A log decay that forgets everything, and how often it comes.
 STRONGEST_DECAY = -1e4
@@ -71,6 +79,7 @@ def draw(case: NumericCase) -> Drawn:
     """The same for the same case."""
     functions = {
         SCAN: draw_scan,
+        DELTA: draw_delta,
         ATTENTION: draw_attention,
         ATTENTION_STEP: draw_attention_step,
         GROUPED: draw_grouped,
@@ -90,11 +99,7 @@ def draw_scan(case: NumericCase, source: Source) -> Drawn:
         "state": source.single(source.random.standard_normal((B, H, K, V))),
     }
     if options["rank"]:
-        shape = (B, T, H, K) if options["rank"] == 4 else (B, T, H)
-        strongest = source.random.random(shape) < STRONGEST_FRACTION
-        # log sigmoid(x) / 16, of GLA's size.
-        usual = -np.logaddexp(0, -source.random.standard_normal(shape)) / 16
-        inputs["log_decay"] = source.single(np.where(strongest, STRONGEST_DECAY, usual))
+        inputs["log_decay"] = _log_decays(case, source)
     if options.get("bonus"):
         inputs["bonus"] = source.single(source.random.standard_normal((H, K)))
     segment_ids = source.segment_ids(B, T, 4) if options.get("segments") else None
@@ -110,6 +115,49 @@ def draw_scan(case: NumericCase, source: Source) -> Drawn:
             initial_state=x["state"],
             segment_ids=segment_ids,
             reverse=options.get("reverse", False),
+            return_final_state=True,
+            **how,
+        )
+        return {"out": out, "final_state": state}
+
+    return Drawn(inputs, call, ("q", "k", "v"))
+
+
+def _log_decays(case: NumericCase, source: Source) -> np.ndarray:
+    """[B, T, H, K], or [B, T, H] where the rank is 3; some forget everything."""
+    B, T, H, K, _ = case.sizes
+    shape = (B, T, H, K) if case.options["rank"] == 4 else (B, T, H)
+    strongest = source.random.random(shape) < STRONGEST_FRACTION
+    # log sigmoid(x) / 16, of GLA's size.
+    usual = -np.logaddexp(0, -source.random.standard_normal(shape)) / 16
+    return source.single(np.where(strongest, STRONGEST_DECAY, usual))
+
+
+def draw_delta(case: NumericCase, source: Source) -> Drawn:
+    """With an initial state; keys and queries are given any length, and divided by it."""
+    B, T, H, K, V = case.sizes
+    options = case.options
+    inputs = {
+        "q": source.normal(B, T, H, K),
+        "k": source.normal(B, T, options.get("Hk", H), K),
+        "v": source.normal(B, T, H, V),
+        "beta": source.single(options.get("beta", 1.0) * source.random.random((B, T, H))),
+        "state": source.single(source.random.standard_normal((B, H, K, V))),
+    }
+    if options["rank"]:
+        inputs["log_decay"] = _log_decays(case, source)
+    segment_ids = source.segment_ids(B, T, 4) if options.get("segments") else None
+
+    def call(x: Arrays, **how) -> Arrays:
+        out, state = delta_scan(
+            x["q"],
+            x["k"],
+            x["v"],
+            x["beta"],
+            x.get("log_decay"),
+            initial_state=x["state"],
+            segment_ids=segment_ids,
+            l2_norm=True,
             return_final_state=True,
             **how,
         )

@@ -9,8 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from benchmarks.gpu import cases
-from benchmarks.gpu.cases import AttentionShape, Cost, GroupedShape, ScanShape, StepShape
-from kernels_pallas.ops import attention, attention_step, grouped_matmul, linear_scan
+from benchmarks.gpu.cases import (
+    AttentionShape,
+    Cost,
+    DeltaShape,
+    GroupedShape,
+    ScanShape,
+    StepShape,
+)
+from kernels_pallas.ops import attention, attention_step, delta_scan, grouped_matmul, linear_scan
 
 Spec = jax.ShapeDtypeStruct
 Specs = tuple[Any, ...]
@@ -57,6 +64,10 @@ def _programs(shape: cases.Shape, implementation: str, dry: bool) -> list[Progra
         case ScanShape():
             function = scan_function(shape, implementation, dry)
             specs = scan_specs(shape)
+            differentiable = tuple(range(len(specs)))
+        case DeltaShape():
+            function = delta_function(implementation, dry)
+            specs = delta_specs(shape)
             differentiable = tuple(range(len(specs)))
         case AttentionShape():
             function = attention_function(implementation, dry)
@@ -151,6 +162,21 @@ def _jla_scalar_scan(*arrays: Array) -> Array:
     from jla.ops.mosaic_gpu.scalar_gate import simple_gla
 
     return simple_gla(*arrays)[0]
+
+
+# --- delta_scan
+
+
+def delta_specs(shape: DeltaShape) -> Specs:
+    """q, k, v, beta, log decays."""
+    *qkv, logs = scan_specs(ScanShape(*shape))
+    return (*qkv, Spec((shape.B, shape.T, shape.H), jnp.float32), logs)
+
+
+def delta_function(implementation: str, dry: bool) -> Callable:
+    if implementation == cases.OURS:
+        return partial(delta_scan, l2_norm=True, **kernel_options(dry))
+    raise ValueError(f"implementation of delta_scan: got {implementation!r}")
 
 
 # --- attention

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.gpu import guard, ncu, numerics, programs, sweep
 from benchmarks.gpu.cases import OURS, timed
 from benchmarks.gpu.guard import WorkerOptions, run_each
-from benchmarks.gpu.numeric_cases import ATTENTION_STEP, GROUPED, numeric_cases
+from benchmarks.gpu.numeric_cases import ATTENTION_STEP, DELTA, GROUPED, numeric_cases
 from benchmarks.gpu.numeric_inputs import draw
 from benchmarks.gpu.processes import Job, run_together
 from benchmarks.gpu.records import append_record, read_records
@@ -95,7 +95,9 @@ def test_the_main_process_imports_no_jax():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("op", [GROUPED, ATTENTION_STEP])
+@pytest.mark.parametrize(
+    "op", [GROUPED, ATTENTION_STEP, pytest.param(DELTA, marks=pytest.mark.slow)]
+)
 def test_numerics(op):
     case = next(case for case in numeric_cases(dry=True) if case.op == op)
     found = numerics.check_case(case, dry=True)
