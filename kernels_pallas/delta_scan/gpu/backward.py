@@ -158,12 +158,14 @@ def _changes_kernel(
         weighted = scaled_rows(v_tile, value_factor) if weights is None else v_tile * weights
         rest = weighted - scaled_rows(found_in_state(c * block_v), erase_factor)
         change = rest + matmul(p.tile, pltriton.load(below.at[whole]), rest)
+        # Rounded once: the scores and the next kernel see the same numbers.
         change = change.astype(p.operand)
         pltriton.store(changes.at[here], change)
         do_tile = pltriton.load(do.at[here])
         du_tile = pltriton.load(dwritten.at[here])
         dread += matmul(p.tile, do_tile, change, trans_b=True)
         derase -= matmul(p.tile, du_tile, change, trans_b=True)
+        # What is written is v times beta, or times weights of its own.
         du_tile = du_tile.astype(jnp.float32)
         if weights is None:
             of_beta += jnp.sum(du_tile * v_tile, axis=1)
@@ -374,6 +376,7 @@ def _terms_kernel(
         seen = dlogs_tile
         pltriton.store(dlogs.at[here], dlogs_tile.astype(dlogs.dtype))
     else:
+        # Undecayed products times the mask of the decays, as on the way forward.
         all_sums = sums_of(sums, C)
         dread, dfound = dscores()
         of_pairs = tile.scalar_cotangents(
@@ -409,6 +412,7 @@ def _terms_kernel(
         pltriton.store(derase.at[here], c.derase.astype(derase.dtype))
         seen += c.derase
     bad[...] = count_bad(seen + dq_tile + dk_tile)
+    # So far those of the scaled q and k.
     pltriton.store(dq.at[here], scaled_rows(dq_tile, q_factor).astype(dq.dtype))
     pltriton.store(dk.at[here], scaled_rows(dk_tile, k_factor).astype(dk.dtype))
 

@@ -53,6 +53,7 @@ def _scan(plan: Plan, x: Inputs) -> tuple[Array, Array]:
         zeros = jnp.zeros((x.q.shape[0], plan.H, plan.K, plan.V), jnp.float32)
         state = varying_like(zeros, x.q)
 
+    # A row at a time: its states are what takes the memory.
     def of_row(row: Inputs) -> tuple[Array, Array]:
         one = jax.tree.map(lambda array: array[None], row)
         o, final_state = _scan_rows(plan, one)
@@ -67,6 +68,7 @@ def _scan_rows(plan: Plan, x: Inputs) -> tuple[Array, Array]:
 
     def block(state: Array, tokens: tuple) -> tuple[Array, Array]:
         *arrays, starts = tokens
+        # 1 where the state is reset.
         is_start = None if starts is None else starts > 0
         o, new_state = recurrence(arrays, is_start, state, options)
         return new_state, o.astype(plan.out_dtype)

@@ -145,6 +145,7 @@ def _scores(p: Plan, x: Inputs, rows: Rows) -> dict[str, Array]:
         for name in ("reads", "erases", "writes"):
             outputs[name] = (like(x.q, (B, p.T, p.H, p.K), p.operand), tokens)
     tokens_of_heads = B * p.H * p.T
+    # One for queries, one for erase keys; with vector decays at every level of the halving.
     matmuls = 2 * (num_levels(C) if is_vector else 1)
     return kernel_call(
         partial(_vector_kernel if is_vector else _scalar_kernel, p),
@@ -189,6 +190,7 @@ def _vector_kernel(
         scores, own = carry
         first = c * block_k
         here = block_rows(row, first, block_k)
+        # float32 until the tensor core takes them: decays multiply them first.
         q_tile = scaled_rows(load(q, *here), q_factor)
         k_tile = scaled_rows(load(k, *here), k_factor)
         erase_tile = None if erase is None else load(erase, *here)
@@ -255,6 +257,7 @@ def _scalar_kernel(
     of_queries, of_erases, own = carry
     # Rows are queries and erase keys, columns are keys.
     of_queries = scaled_rows(of_queries + _diagonal_only(own, of_queries), q_factor)
+    # Erase keys of their own have no such factors.
     if erase is None:
         of_erases = scaled_rows(scaled_rows(of_erases, k_factor), beta)
     if k_factor is not None:
@@ -319,6 +322,7 @@ def _inverse_kernel(p: Plan, erase_scores, below) -> None:
     inverses = lax.fori_loop(0, count, of_diagonal, (zeros,) * count)
     found = tile.merged_inverse(inverses, scores_at, p.precision_of_inverse)
     i, j = rows_and_columns(size)
+    # Blocks above the diagonal are written too: the scan multiplies whole tiles.
     for row in range(count):
         for column in range(count):
             result = found.get((row, column), zeros)

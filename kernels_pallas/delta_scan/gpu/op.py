@@ -206,6 +206,7 @@ def _rows(plan: Plan, x: Inputs) -> Rows:
 
     def one_over_length(tokens: Array) -> Array:
         """[B, T, heads, K] -> [B, heads, N, C]."""
+        # Small beside q: the kernels multiply q as it lies in memory.
         squares = jnp.sum(jnp.square(tokens.astype(jnp.float32)), axis=-1)
         return in_chunks(jnp.swapaxes(lax.rsqrt(squares + L2_EPSILON), 1, 2))
 
@@ -359,6 +360,7 @@ def _gradients(
     do, dfinal = cotangents
     rows = _rows(plan, x)
     chunks = _chunks(plan, x, rows)
+    # The scan backward goes through the cotangents of o in place of v.
     of_cotangents = chunks._replace(
         values=do,
         value_weights=None,
@@ -373,6 +375,7 @@ def _gradients(
         save=True,
         final=x.state is not None,
     )
+    # dU has the place that o has on the way forward.
     dwritten = out["out"]
     changed = gpu_backward.through_changes(plan, x, chunks, do, dwritten, states)
     through = gpu_backward.through_terms(

@@ -14,9 +14,9 @@ M. Their composition gives the state from which each segment starts in the secon
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -132,12 +132,14 @@ def combined(
     """
     num_segments = maps.shape[2]
     running = jnp.zeros_like(from_zeros[:, :, 0]) if first is None else first
+    # The way back comes to the last segment first.
     order = list(range(num_segments))
     if last_first:
         order.reverse()
     before = {}
     for g in order:
         before[g] = running
+        # All bits: this error would be that of everything after.
         mapped = jnp.einsum("bhij,bhjv->bhiv", maps[:, :, g], running, precision="highest")
         running = mapped + from_zeros[:, :, g]
     in_memory = [before[g] for g in range(num_segments)]
@@ -161,8 +163,7 @@ def _call(
     columns = p.K if purpose == "map" else p.V
     block_v = scan_block_v(p.schedule, p.K, columns)
     grid = (columns // block_v, p.segments, p.H, B)
-    needless = _NEEDLESS.get((backward, purpose), ())
-    inputs = _inputs(p, x._replace(**dict.fromkeys(needless)), block_v)
+    inputs = _inputs(p, x, _NEEDLESS.get((backward, purpose), ()), block_v)
     outputs = _outputs(p, x.values, block_v, columns, out_dtype, save, final)
     stages = scan_stages(
         p.schedule,
@@ -191,7 +192,7 @@ def _call(
     )
 
 
-def _inputs(p: Plan, x: Chunks, block_v: int) -> Operands:
+def _inputs(p: Plan, x: Chunks, needless: Sequence[str], block_v: int) -> Operands:
     """A program's part of each array: all tokens of one head, a block of V of values and states."""
 
     def of_tokens(array: Array) -> pl.BlockSpec:
@@ -213,8 +214,11 @@ def _inputs(p: Plan, x: Chunks, block_v: int) -> Operands:
             return _state_spec(p, block_v)
         return of_head(array)
 
-    given = {name: array for name, array in x._asdict().items() if array is not None}
-    return {name: (array, spec(name, array)) for name, array in given.items()}
+    found: Operands = {}
+    for name, array in x._asdict().items():
+        if array is not None and name not in needless:
+            found[name] = (array, spec(name, array))
+    return found
 
 
 def _values_spec(p: Plan, block_v: int) -> pl.BlockSpec:
@@ -259,23 +263,23 @@ def _outputs(
 class _Refs(NamedTuple):
     """The references of a program; None for what this scan does not read or write."""
 
-    erases: Array
-    writes: Array
-    below: Array
-    reads: Array | None = None
-    read_scores: Array | None = None
-    values: Array | None = None
-    value_weights: Array | None = None
-    value_factor: Array | None = None
-    total: Array | None = None
-    read_factor: Array | None = None
-    erase_factor: Array | None = None
-    write_factor: Array | None = None
-    initial: Array | None = None
-    out: Array | None = None
-    bad: Array | None = None
-    states: Array | None = None
-    final: Array | None = None
+    erases: Any
+    writes: Any
+    below: Any
+    reads: Any = None
+    read_scores: Any = None
+    values: Any = None
+    value_weights: Any = None
+    value_factor: Any = None
+    total: Any = None
+    read_factor: Any = None
+    erase_factor: Any = None
+    write_factor: Any = None
+    initial: Any = None
+    out: Any = None
+    bad: Any = None
+    states: Any = None
+    final: Any = None
 
 
 def _kernel(
@@ -390,6 +394,7 @@ def _step(p: Plan, r: _Refs, n, state: tuple[Array, ...]) -> tuple[Array, ...]:
     # The inverse has ones on its diagonal, which are not rounded.
     changes = rest + matmul(p.tile, _square(p, r.below, n), rest)
     if r.out is not None:
+        # From the state before the chunk, and from the changes of its own tokens.
         read = _scaled(p, _times_state(p, r.reads, n, state), r.read_factor, n)
         out = read + matmul(p.tile, _square(p, r.read_scores, n), changes)
         pltriton.store(r.out.at[here], out.astype(r.out.dtype))
@@ -405,6 +410,7 @@ def _step_back(p: Plan, r: _Refs, n, state: tuple[Array, ...]) -> tuple[Array, .
     """One chunk on the way back; `state` is the cotangent of the state after it."""
     block_k, block_v = state[0].shape
     here = block_rows(_rows_of(p, n), 0, block_v)
+    # A change goes into the state after the chunk, and into the outputs of its own tokens.
     dchanges = _scaled(p, _times_state(p, r.writes, n, state), r.write_factor, n)
     do = None
     if r.values is not None:
@@ -413,11 +419,13 @@ def _step_back(p: Plan, r: _Refs, n, state: tuple[Array, ...]) -> tuple[Array, .
     dwritten = dchanges + matmul(p.tile, _square(p, r.below, n), dchanges, trans_a=True)
     if r.out is not None:
         pltriton.store(r.out.at[here], dwritten.astype(r.out.dtype))
+    # Rows of what the state receives: cotangents times the factors of their tokens.
     if do is not None:
         do = _scaled(p, do, r.read_factor, n)
     dwritten = _scaled(p, dwritten, r.erase_factor, n)
     new_state = []
     for first, dS in zip(_first_rows(p), state):
+        # The state before the chunk is read by erase keys, with a minus, and by queries.
         update = -_outer(p, r.erases, n, dwritten, first, block_k)
         if do is not None:
             update += _outer(p, r.reads, n, do, first, block_k)

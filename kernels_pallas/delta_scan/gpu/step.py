@@ -61,7 +61,8 @@ def delta_scan_step(inputs: DeltaStepInputs, options: DeltaStepOptions) -> tuple
 
 def rows_of(inputs: DeltaStepInputs) -> list[Array]:
     """All arrays but the state; where one is missing its pointer is not read, and q serves."""
-    return [inputs.q if x is None else x for x in inputs._replace(state=None)[:7]]
+    # The state is the last of the inputs.
+    return [inputs.q if x is None else x for x in inputs[:-1]]
 
 
 def launch(inputs: DeltaStepInputs, options: DeltaStepOptions) -> dict[str, Any]:

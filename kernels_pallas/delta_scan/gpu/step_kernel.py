@@ -67,6 +67,7 @@ def step_kernel(
         q_row = q_row * tl.rsqrt(tl.sum(q_row * q_row, axis=0) + EPSILON)
         k_row = k_row * tl.rsqrt(tl.sum(k_row * k_row, axis=0) + EPSILON)
     erase_row = k_row
+    strength = 1.0
     if BETA:
         strength = tl.load(beta + row).to(tl.float32)
         erase_row = k_row * strength

@@ -115,6 +115,7 @@ def vector_cotangents(
         writes = (k * factors).astype(tile.operand)
         dq += factors * matmul(tile, dread, writes)
         derase += factors * matmul(tile, dfound, writes)
+        # A key is read by the queries and by the erase keys of later tokens.
         dwrites = matmul(tile, dread, q * factors, trans_a=True)
         dwrites += matmul(tile, dfound, erase * factors, trans_a=True)
         return dq, derase, dk + factors * dwrites
@@ -200,6 +201,7 @@ def merged_inverse(
     count = len(inverses)
     if count == 1:
         return {(first, first): inverses[0]}
+    # Left and right half of the diagonal, and the square [R, L] between them.
     half = count // 2
     middle = first + half
     end = first + count
@@ -235,6 +237,8 @@ def inverse_of_block(scores: Float[Array, "n n"], precision: Any) -> Float[Array
 
     # Blocks of one row have the inverse 1, so the first level needs no product.
     result = jnp.where(i == j, 1.0, 0.0) - of_level(1)
+    # Then blocks of 2, 4 and 8 rows. The result is 0 outside of the blocks inverted so far, so both
+    # products stay between the two blocks of a pair.
     h = 2
     while h < n:
         result -= _dot(result, _dot(of_level(h), result, precision), precision)

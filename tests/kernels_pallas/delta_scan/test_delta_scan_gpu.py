@@ -143,10 +143,18 @@ def rounded_matmul(tile, a, b, trans_a=False, trans_b=False):
     return jnp.dot(a, b, precision="highest")
 
 
+# In one chunk of 64 the changes that erase a large initial state are rounded once for all tokens;
+# with more chunks the later ones erase the errors of the earlier ones too.
+BF16_ONE_CHUNK = 8e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3, 4])
-@pytest.mark.parametrize("cosine, tolerance", [(0.0, BF16), (0.9, BF16_CORRELATED)])
-def test_bfloat16_as_the_tensor_core_rounds(rank, cosine, tolerance, monkeypatch):
+@pytest.mark.parametrize(
+    "cosine, chunk_size, tolerance",
+    [(0.0, 16, BF16), (0.9, 16, BF16_CORRELATED), (0.0, 64, BF16_ONE_CHUNK)],
+)
+def test_bfloat16_as_the_tensor_core_rounds(rank, cosine, chunk_size, tolerance, monkeypatch):
     """Interpreted matmuls round nothing; here the operands are rounded as on the machine, but for
     those of the inverse.
     """
@@ -155,7 +163,13 @@ def test_bfloat16_as_the_tensor_core_rounds(rank, cosine, tolerance, monkeypatch
         monkeypatch.setattr(room, "matmul", rounded_matmul)
     inputs = make(B=1, H=1, T=64, K=16, V=16, rank=rank, cosine=cosine)
     # Another scale, so that nothing is found in the cache of jit.
-    compare_gpu(inputs, dtype=jnp.bfloat16, tolerance=tolerance, scale=0.2501, chunk_size=64)
+    compare_gpu(
+        inputs,
+        dtype=jnp.bfloat16,
+        tolerance=tolerance,
+        scale=0.2501,
+        chunk_size=chunk_size,
+    )
 
 
 # --- what the tests above would miss: are they able to fail?
@@ -306,9 +320,10 @@ def test_planted_errors_of_non_finite_numbers_are_found(error, monkeypatch):
     room, name, change = PLANTED_OF_NON_FINITE[error]
     monkeypatch.setattr(room, name, change(getattr(room, name)))
     scale = 0.5 + 1e-3 * list(PLANTED_OF_NON_FINITE).index(error)
-    # Of the way back, only a cotangent tells.
+    # Of the way back, only a cotangent tells; a state is in the first of the documents.
+    spoiled = {"the way back is not looked at": "do", "segments are forgotten": "initial_state"}
     with pytest.raises(AssertionError):
-        check_what_sees("do" if "way back" in error else "v", np.nan, 3, scale=scale)
+        check_what_sees(spoiled.get(error, "v"), np.nan, 3, scale=scale)
 
 
 # --- transformations
