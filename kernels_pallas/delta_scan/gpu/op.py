@@ -276,7 +276,7 @@ def _chunks(plan: Plan, x: Inputs, rows: Rows) -> Chunks:
     )
 
 
-def _product(plan: Plan, *factors: Float[Array, "B Hx N C"] | None) -> Array | None:
+def _product(plan: Plan, *factors: Float[Array, "B _ N C"] | None) -> Array | None:
     """The product of factors of shared heads and of own ones, one for each state."""
     product = None
     for factor in factors:

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from kernels_pallas.common.gpu import Operands, kernel_call
 from kernels_pallas.common.mesh import like
 from kernels_pallas.delta_scan.gpu.plan import Plan
-from kernels_pallas.delta_scan.gpu.tuning import scan_block_v, scan_stages
+from kernels_pallas.delta_scan.gpu.tuning import scan_block_v, scan_stages, scan_warps
 from kernels_pallas.linear_scan.gpu.plan import block_rows, count_bad, load
 from kernels_pallas.linear_scan.gpu.scan import decayed
 from kernels_pallas.linear_scan.gpu.tile import matmul
@@ -183,7 +183,7 @@ def _call(
         grid,
         inputs,
         outputs,
-        warps=p.schedule.scan_warps,
+        warps=scan_warps(p.schedule, p.K),
         stages=stages,
         flops=math.prod((B, p.H, p.chunks, chunk_flops)),
         exponentials=0,

@@ -109,6 +109,13 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
     return block(most, V)
 
 
+def scan_warps(schedule: Schedule, K: int) -> int:
+    """Warps of a program of the scan kernel."""
+    # A state of 96 rows is three small tiles, not one of 64 and a half: with four warps it spills.
+    is_cut_small = K > 64 and K % 64 > 0
+    return max(8, schedule.scan_warps) if is_cut_small else schedule.scan_warps
+
+
 def scan_stages(
     schedule: Schedule,
     programs: int,
