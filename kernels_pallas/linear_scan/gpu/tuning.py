@@ -142,8 +142,7 @@ def scan_stages(
       operand_bytes: of one number in them.
     """
     device = TUNED[chip()]
-    residents = min(MAX_RESIDENTS, -(-programs // device.multiprocessors))
-    memory = (device.shared_memory + RESERVED) // residents - RESERVED
+    memory = memory_of_program(programs)
     tiles = chunk * (2 * K + chunk + block_v) * operand_bytes
     if operand_bytes > 2:
         # Triton was seen to take up to half a chunk's tiles more.
@@ -154,6 +153,13 @@ def scan_stages(
     if not device.reads_shared:
         fitting += 1
     return max(1, min(schedule.scan_stages, fitting))
+
+
+def memory_of_program(programs: int) -> int:
+    """Bytes of shared memory of a program, of so many of the whole grid."""
+    device = TUNED[chip()]
+    residents = min(MAX_RESIDENTS, -(-programs // device.multiprocessors))
+    return (device.shared_memory + RESERVED) // residents - RESERVED
 
 
 def segments(schedule: Schedule, programs: int, chunks: int) -> int:
