@@ -119,7 +119,7 @@ def _kernel(
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
         tokens = Tokens(plan, grid, refs, chunk, h)
-        terms, merges, decays = yield from chunk_terms(plan, options, levels, tokens)
+        terms, saved, decays = yield from chunk_terms(plan, options, levels, tokens)
         yield
         inverse_matrix = yield from tile.inverse(options, terms, ones)
         yield
@@ -142,7 +142,7 @@ def _kernel(
                 options,
                 levels,
                 levels_transposed,
-                merges,
+                saved,
                 terms,
                 cotangents,
             )
@@ -168,7 +168,7 @@ def _kernel(
             )
             yield
             if plan.decay == "scalar":
-                row = scalar_decay.dlog_decay(options, levels, terms, cotangents)
+                row = scalar_decay.dlog_decay(options, levels, terms, saved, cotangents)
                 tokens.store_row("dlog", row)
         yield
         store_gradients(tokens, dq, derase, dk, cotangents.dwritten, sums)

@@ -13,10 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Operand, Ref
-from kernels_pallas.delta_scan.tpu import scalar_decay, tile, vector_decay
+from kernels_pallas.delta_scan.tpu import scalar_decay, strided_halving, tile, vector_decay
 from kernels_pallas.delta_scan.tpu.cost import scan_cost
 from kernels_pallas.delta_scan.tpu.plan import Grid, KernelInputs, Plan, grid_of
 from kernels_pallas.delta_scan.tpu.tokens import Tokens
@@ -50,6 +51,10 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         dtype = jnp.bfloat16 if plan.rounds else jnp.float32
         states = like(x.q, (B, plan.H, num_chunks, plan.V, plan.K), dtype)
         outputs.append(grid.states(states))
+    scratch = []
+    if _is_strided(plan):
+        shape = strided_halving.scratch_shape(grid.schedule.heads, plan.K)
+        scratch.append(pltpu.VMEM(shape, jnp.float32))
     return call(
         grid,
         partial(_kernel, plan),
@@ -57,6 +62,7 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         outputs,
         "delta_scan_forward",
         partial(scan_cost, plan, grid),
+        scratch,
     )
 
 
@@ -82,8 +88,8 @@ def chunk_terms(
     options: TileOptions,
     levels: Array,
     tokens: Tokens,
-) -> Generator[None, None, tuple[tile.ChunkTerms, list[vector_decay.Merge], Any]]:
-    """The terms of a chunk, its merges and the factors of its decay, by the kind of decay.
+) -> Generator[None, None, tuple[tile.ChunkTerms, Any, Any]]:
+    """The terms of a chunk, by the kind of decay, with what their derivative needs.
 
     Args:
       plan, options: the static arguments.
@@ -91,7 +97,8 @@ def chunk_terms(
       tokens: of the chunk.
 
     Returns:
-      (terms, merges of a vector decay, its decays or the factors of a scalar one): a generator.
+      (terms, merges of a vector decay or erase scores of a scalar one, decays or factors): a
+      generator.
     """
     if plan.decay == "vector":
         decays = tokens.vector_decays()
@@ -102,14 +109,14 @@ def chunk_terms(
             tokens.erase * decays.decay,
             tokens.k,
             decays.decay,
-            decays.total,
+            *decays.totals,
             tokens.diagonal(),
         )
         return terms, merges, decays
     yield
     factors = tokens.scalar_factors(levels)
     yield
-    terms = yield from scalar_decay.chunk_terms(
+    terms, erase_scores = yield from scalar_decay.chunk_terms(
         options,
         levels,
         tokens.q,
@@ -117,7 +124,20 @@ def chunk_terms(
         tokens.k,
         factors,
     )
-    return terms, [], factors
+    return terms, erase_scores, factors
+
+
+def _num_spans(plan: Plan) -> int:
+    """How often a chunk updates the state.
+
+    The inverse of a longer span costs more than a second update, and two spans side by side fill
+    the lanes of registers.
+    """
+    return 2 if plan.chunk == strided_halving.CHUNK else 1
+
+
+def _is_strided(plan: Plan) -> bool:
+    return plan.decay == "vector" and plan.chunk == strided_halving.CHUNK
 
 
 def _kernel(
@@ -125,8 +145,10 @@ def _kernel(
     grid: Grid,
     refs: dict[str, Ref],
     state_ref: Ref,
+    *scratch_refs: Ref,
 ) -> None:
     options = plan.tile_options(grid.schedule)
+    num_spans = _num_spans(plan)
 
     # The scratch holds another block of heads' state when T begins again.
     @pl.when(pl.program_id(2) == 0)
@@ -141,10 +163,23 @@ def _kernel(
     ones = tile.blocks_of_ones(plan.chunk)
 
     def head(chunk: int, h: int) -> Generator:
-        tokens = Tokens(plan, grid, refs, chunk, h)
-        terms, _, _ = yield from chunk_terms(plan, options, levels, tokens)
+        tokens = Tokens(plan, grid, refs, chunk, h, num_spans)
+        if _is_strided(plan):
+            decays = tokens.vector_decays()
+            terms = yield from strided_halving.chunk_terms(
+                options,
+                tokens.q * decays.decay,
+                tokens.erase * decays.decay,
+                tokens.k,
+                decays.decay,
+                decays.totals,
+                tokens.diagonal(),
+                scratch_refs[0].at[h],
+            )
+        else:
+            terms, _, _ = yield from chunk_terms(plan, options, levels, tokens)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms, ones)
+        inverses = yield from tile.inverse(options, terms, ones)
         yield
         # Save the state before it is updated.
         if "states" in refs:
@@ -152,7 +187,7 @@ def _kernel(
         o, new_state = yield from tile.read_and_update(
             options,
             terms,
-            inverse_matrix,
+            inverses,
             tokens.written,
             state_ref[h],
         )

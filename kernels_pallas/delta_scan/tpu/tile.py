@@ -28,6 +28,7 @@ from kernels_pallas.linear_scan.tpu.tile import (
     matmul,
     split_rows,
 )
+from kernels_pallas.linear_scan.tpu.vector_decay import is_later_block
 
 
 class ChunkTerms(NamedTuple):
@@ -36,20 +37,32 @@ class ChunkTerms(NamedTuple):
     What the negative of an erase key finds is added, and nothing has to be negated:
     (I - N) W = U + (-e.G) S, with N = -A_e.
 
+    The state is updated once every S tokens: S = C, or two spans of C / 2 lie side by side, so that
+    they fill registers. Then decays are those from and to the ends of a span, and what scores say
+    of tokens of two spans is of no meaning.
+
     Attributes:
       read_scores: A_q with its diagonal.
-      erase_scores: N, of which the blocks of 8 on the diagonal are of no meaning.
-      erase_blocks: these blocks side by side, strictly lower triangular, see `pack_diagonal`.
+      erase_blocks: the blocks of 8 on N's diagonal side by side, strictly lower triangular, see
+        `pack_diagonal`.
+      erase_rows: for blocks of h = 8, 16, ... S / 2 the rows of N of every second, later block.
+        Only the columns of the block before it are meant.
       erases: -e.G.
+      totals: the decay of every span.
     """
 
     read_scores: Float[Array, "C C"]
-    erase_scores: Float[Array, "C C"]
     erase_blocks: Float[Array, "8 C"]
+    erase_rows: tuple[Registers, ...]
     reads: Float[Array, "C K"]
     erases: Float[Array, "C K"]
     writes: Float[Array, "C K"]
-    total: Float[Array, "1 K"] | Float[Array, "1 1"] | float
+    totals: tuple[Float[Array, "1 K"] | Float[Array, "1 1"] | float, ...]
+
+    @property
+    def span(self) -> int:
+        """Tokens between two updates of the state."""
+        return self.reads.shape[0] // len(self.totals)
 
 
 # --- blocks on the diagonal of [C, C], and the same side by side
@@ -89,6 +102,19 @@ def unpack_diagonal(packed: Float[Array, "8 C"]) -> Registers:
     return [jnp.where(_is_block(lane, block, ROWS), packed, 0.0) for block in range(C // ROWS)]
 
 
+# --- blocks of whole registers
+
+
+def later_registers(xs: Registers, h: int) -> Registers:
+    """Those of later blocks of h >= 8 rows."""
+    return [x for i, x in enumerate(xs) if is_later_block(i, h, False)]
+
+
+def earlier_registers(xs: Registers, h: int) -> Registers:
+    """Those of earlier blocks of h >= 8 rows."""
+    return [x for i, x in enumerate(xs) if not is_later_block(i, h, False)]
+
+
 # --- the inverse of I - N
 
 
@@ -103,8 +129,8 @@ def inverse(
     options: TileOptions,
     terms: ChunkTerms,
     ones: Float[Array, "C C"],
-) -> Generator[None, None, Float[Array, "C C"]]:
-    """(I - N)^-1, from the inverses of its diagonal blocks, which double in every level.
+) -> Generator[None, None, Float[Array, "S C"]]:
+    """(I - N)^-1 of every span, from the inverses of diagonal blocks, which double in every level.
 
         T = [[T_L, 0], [T_R N[R, L] T_L, T_R]]
 
@@ -117,19 +143,18 @@ def inverse(
       ones: `blocks_of_ones`, the same for all heads.
 
     Returns:
-      The inverse (a generator).
+      The inverses, side by side (a generator).
     """
-    score_parts = _parts(options, split_rows(terms.erase_scores))
-    C = terms.erase_scores.shape[1]
-    lane = lanes_of(C)
+    lane = lanes_of(terms.erase_blocks.shape[1])
     packed = [(yield from _inverse_of_registers(options, terms.erase_blocks, ones, lane))]
     h = ROWS
-    while h < C:
+    for erase_rows in terms.erase_rows:
         yield
         # T_R N[R, L], then that times T_L. The right operands are known before the left ones, and
         # have only the blocks that are wanted: what else is in the left ones does not matter.
         parts = _parts(options, packed)
-        below = [_blocks_below(options, part, h, lane) for part in score_parts]
+        erase_parts = _parts(options, erase_rows)
+        below = [_blocks_below(options, part, h, lane) for part in erase_parts]
         product = _careful_matmul(options, parts, below)
         yield
         lefts = [_left_blocks(options, part, h, lane) for part in parts]
@@ -243,16 +268,16 @@ def _left_blocks(
 
 def _blocks_below(
     options: TileOptions,
-    scores: Registers,
+    later_rows: Registers,
     h: int,
     lane: Int[Array, "8 C"],
 ) -> Float[Array, "C C"]:
     """The blocks [R, L] of all pairs of blocks of h rows; as `_left_blocks`."""
     registers = h // ROWS
-    zeros = [jnp.zeros_like(x) for x in scores[:registers]]
+    zeros = [jnp.zeros_like(x) for x in later_rows[:registers]]
     pairs = []
-    for first in range(registers, len(scores), 2 * registers):
-        pairs.append(zeros + scores[first : first + registers])
+    for first in range(0, len(later_rows), registers):
+        pairs.append(zeros + later_rows[first : first + registers])
     return _in_lanes_of_left(options, pairs, h, lane)
 
 
@@ -281,22 +306,35 @@ def _in_lanes_of_left(
 def read_and_update(
     options: TileOptions,
     terms: ChunkTerms,
-    inverse_matrix: Float[Array, "C C"],
+    inverses: Float[Array, "S C"],
     written: Float[Array, "C V"],
     state: Float[Array, "V K"],
 ) -> Generator[None, None, tuple[Float[Array, "C V"], Float[Array, "V K"]]]:
     """o, and the state after the chunk (a generator)."""
-    C = written.shape[0]
-    # Queries and (negative) erase keys read the same state.
-    rows = join_rows((terms.reads, terms.erases))
-    found = matmul(options, rows, state, NT)
-    yield
-    changes = matmul(options, inverse_matrix, written + found[C:])
-    yield
-    o = found[:C] + matmul(options, terms.read_scores, changes)
-    yield
-    new_state = state * terms.total + matmul(options, changes, terms.writes, TN)
-    return o, new_state
+    S = terms.span
+
+    def only_span(x: Float[Array, "S V"]) -> Float[Array, "C V"]:
+        """Zeros in the rows of other spans."""
+        x = x.astype(options.operand)
+        others = [jnp.zeros_like(x)] * len(terms.totals)
+        others[n] = x
+        return join_rows(others)
+
+    outputs = []
+    for n, total in enumerate(terms.totals):
+        span = slice(n * S, n * S + S)
+        # Queries and (negative) erase keys read the same state.
+        rows = join_rows((terms.reads[span], terms.erases[span]))
+        found = matmul(options, rows, state, NT)
+        yield
+        changes = matmul(options, inverses, only_span(written[span] + found[S:]))
+        yield
+        from_span = matmul(options, terms.read_scores[span], only_span(changes))
+        outputs.append(found[:S] + from_span)
+        yield
+        update = matmul(options, changes, terms.writes[span], TN)
+        state = state * total + update
+    return join_rows(outputs), state
 
 
 class ChunkCotangents(NamedTuple):
@@ -345,6 +383,7 @@ def read_and_update_backward(
       The cotangents (a generator).
     """
     C = do.shape[0]
+    (total,) = terms.totals
     # W once more, and its cotangent.
     found = matmul(options, terms.erases, state, NT)
     of_scores = matmul(options, terms.read_scores, do, TN)
@@ -364,9 +403,9 @@ def read_and_update_backward(
     yield
     # total * dtotal, a column of the state at a time: what the log of the total receives.
     first, *others = split_rows(state.astype(jnp.float32) * dstate)
-    dlog_total = sum(others, first) * terms.total
+    dlog_total = sum(others, first) * total
     rows = join_rows((terms.reads, terms.erases))
-    dstate_before = dstate * terms.total + matmul(options, both, rows, TN)
+    dstate_before = dstate * total + matmul(options, both, rows, TN)
     return ChunkCotangents(
         dwritten=dwritten,
         dread_scores=dread_scores,

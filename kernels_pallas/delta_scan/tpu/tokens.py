@@ -19,10 +19,10 @@ LANES = 128
 
 
 class VectorDecays(NamedTuple):
-    """The decays of a chunk with one decay per key channel: of each token, and of the whole."""
+    """The decays of a chunk with one decay per key channel: of each token, and of every span."""
 
     decay: Float[Array, "C K"]
-    total: Float[Array, "1 K"]
+    totals: tuple[Float[Array, "1 K"], ...]
 
 
 class Tokens:
@@ -40,13 +40,23 @@ class Tokens:
         refs: dict[str, Ref],
         chunk: int,
         head: int,
+        num_spans: int = 1,
     ):
-        """`refs` are the kernel's blocks by name; chunk and head count from the block's first."""
+        """Loads q, k and what there is one number of for each token.
+
+        Args:
+          plan, grid: the static arguments.
+          refs: the kernel's blocks by name.
+          chunk, head: counted from the block's first.
+          num_spans: after how many equal parts of the chunk the state is updated.
+        """
         self.plan = plan
         self.grid = grid
         self.refs = refs
         self.chunk = chunk
         self.head = head
+        self._span = plan.chunk // num_spans
+        self._spans = [slice(n * self._span, (n + 1) * self._span) for n in range(num_spans)]
         self._columns = self._transposed_rows()
         self._unscaled_q, self._inverse_length_of_q = self._normalized("q", plan.Hq)
         self.q = self._unscaled_q * plan.scale
@@ -186,14 +196,30 @@ class Tokens:
             # Exponentials of a row are cheaper than those of a column.
             coarse = rows["coarse"]
             fine = rows["fine"]
-            rows["read"] = jnp.exp(coarse + fine)
-            rows["write"] = jnp.exp((coarse[:, -1:] - coarse) + (fine[:, -1:] - fine))
+            rows["read"] = jnp.exp(self._since_start(coarse) + self._since_start(fine))
+            rows["write"] = jnp.exp(self._until_end(coarse) + self._until_end(fine))
         if not rows:
             return {}
         # Mosaic transposes whole registers only: fill one up with zeros.
         padding = jnp.zeros((ROWS - len(rows), self.plan.chunk), jnp.float32)
         columns = jnp.transpose(jnp.concatenate([*rows.values(), padding]))
         return {name: columns[:, i : i + 1] for i, name in enumerate(rows)}
+
+    def _since_start(self, sums: Float[Array, "1 C"]) -> Float[Array, "1 C"]:
+        """Running sums that begin again with every span: by subtraction, so coarse or fine ones."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 1)
+        for span in self._spans[1:]:
+            before = sums[:, span.start - 1 : span.start]
+            sums = jnp.where(lane >= span.start, sums - before, sums)
+        return sums
+
+    def _until_end(self, sums: Float[Array, "1 C"]) -> Float[Array, "1 C"]:
+        """What the running sums still grow by until their span ends."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 1)
+        last = sums[:, -1:]
+        for span in self._spans[-2::-1]:
+            last = jnp.where(lane < span.stop, sums[:, span.stop - 1 : span.stop], last)
+        return last - sums
 
     # --- decays
 
@@ -203,8 +229,8 @@ class Tokens:
         if "start" in self.plan.rows:
             log_decay = jnp.where(self.column("start") > 0, LOG_ZERO, log_decay)
         # One exponential of the sum: a product of decays is rounded at every token.
-        total = jnp.exp(jnp.sum(log_decay, axis=0, keepdims=True))
-        return VectorDecays(jnp.exp(log_decay), total)
+        totals = [jnp.exp(jnp.sum(log_decay[s], axis=0, keepdims=True)) for s in self._spans]
+        return VectorDecays(jnp.exp(log_decay), tuple(totals))
 
     def diagonal(self) -> Float[Array, "C 1"]:
         """What each query reads of its own token's write."""
@@ -213,7 +239,7 @@ class Tokens:
     def scalar_factors(self, levels: Int[Array, "C C"]) -> scalar_decay.Factors:
         """The decays of the chunk, one per token, or none."""
         if self.plan.decay == "none":
-            return scalar_decay.undecayed(levels)
+            return scalar_decay.undecayed(levels, len(self._spans))
         coarse = self.row("coarse")
         fine = self.row("fine")
         mask = scalar_decay.mask_of_sums(
@@ -227,9 +253,18 @@ class Tokens:
             mask=mask,
             read=self.column("read"),
             write=self.column("write"),
-            # The chunk's last token has the sum of all its logs.
-            total=jnp.exp(coarse[:, -1:] + fine[:, -1:]),
+            totals=tuple(self._total(coarse, fine, span) for span in self._spans),
         )
+
+    def _total(
+        self,
+        coarse: Float[Array, "1 C"],
+        fine: Float[Array, "1 C"],
+        span: slice,
+    ) -> Float[Array, "1 1"]:
+        """The decay of a span: its last token has the sum of all its logs."""
+        parts = [self._since_start(sums)[:, span.stop - 1 : span.stop] for sums in (coarse, fine)]
+        return jnp.exp(sum(parts[1:], parts[0]))
 
 
 def _unnormalized(
