@@ -114,14 +114,13 @@ def _kernel(
 
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
-    ones = tile.blocks_of_ones(plan.chunk)
     levels_transposed = merge_levels(plan.chunk, reverse=True)
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
         tokens = Tokens(plan, grid, refs, chunk, h)
         terms, saved, decays = yield from chunk_terms(plan, options, levels, tokens)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms, ones)
+        inverse_matrix = yield from tile.inverse(options, terms)
         yield
         # The state before the chunk, and the cotangent of the one after it.
         cotangents = yield from tile.read_and_update_backward(

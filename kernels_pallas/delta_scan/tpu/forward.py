@@ -160,7 +160,6 @@ def _kernel(
 
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
-    ones = tile.blocks_of_ones(plan.chunk)
 
     def head(chunk: int, h: int) -> Generator:
         tokens = Tokens(plan, grid, refs, chunk, h, num_spans)
@@ -174,12 +173,13 @@ def _kernel(
                 decays.decay,
                 decays.totals,
                 tokens.diagonal(),
-                scratch_refs[0].at[h],
+                scratch_refs[0],
+                h,
             )
         else:
             terms, _, _ = yield from chunk_terms(plan, options, levels, tokens)
         yield
-        inverses = yield from tile.inverse(options, terms, ones)
+        inverses = yield from tile.inverse(options, terms)
         yield
         # Save the state before it is updated.
         if "states" in refs:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.delta_scan.tpu.tile import (
     ChunkCotangents,
@@ -33,7 +33,8 @@ class Factors(NamedTuple):
     """The decays of a chunk.
 
     Attributes:
-      mask: from the write of j to the read of i; 1 on the diagonal, 0 where j is later.
+      mask: from the write of j to the read of i; 1 on the diagonal, 0 where j is later or in
+        another span.
       read: from the start of i's span to the read of i.
       write: from the write of j to the end of its span.
       totals: of every span.
@@ -47,7 +48,15 @@ class Factors(NamedTuple):
 
 def undecayed(levels: Int[Array, "C C"], num_spans: int) -> Factors:
     """The factors of the delta rule without decay: a causal mask."""
-    return Factors((levels >= 0).astype(jnp.float32), 1.0, 1.0, (1.0,) * num_spans)
+    mask = (in_span(levels, num_spans) & (levels >= 0)).astype(jnp.float32)
+    return Factors(mask, 1.0, 1.0, (1.0,) * num_spans)
+
+
+def in_span(levels: Int[Array, "C C"], num_spans: int) -> Bool[Array, "C C"]:
+    """Which pairs of tokens lie in the same of equal spans."""
+    span = levels.shape[0] // num_spans
+    # Blocks of 2**level tokens hold both.
+    return levels <= span.bit_length() - 1
 
 
 def mask_of_sums(
@@ -56,6 +65,7 @@ def mask_of_sums(
     fine_row: Float[Array, "1 C"],
     coarse_column: Float[Array, "C 1"],
     fine_column: Float[Array, "C 1"],
+    num_spans: int,
 ) -> Float[Array, "C C"]:
     """`Factors.mask`, from running sums up to token i (columns) and up to token j (rows)."""
     # Differences part by part: coarse ones are exact, fine ones small.
@@ -63,7 +73,7 @@ def mask_of_sums(
     is_earlier = levels > 0
     # Select before the exponential too: a later j has a positive difference, which may overflow.
     decays = jnp.exp(jnp.where(is_earlier, between, 0.0))
-    return jnp.where(levels >= 0, decays, 0.0)
+    return jnp.where((levels >= 0) & in_span(levels, num_spans), decays, 0.0)
 
 
 def chunk_terms(

@@ -44,47 +44,58 @@ PITCH = BLOCK + 1
 NUM_ARRAYS = 6
 
 
-def scratch_shape(heads: int, K: int) -> tuple[int, ...]:
+def scratch_shape(heads: int, K: int) -> tuple[int, int]:
     """Of the memory in which rows change their order."""
-    return heads, NUM_ARRAYS, max(K, CHUNK) // LANES, ROWS * PITCH, LANES
+    return heads * NUM_ARRAYS * _tiles(K) * ROWS * PITCH, LANES
+
+
+def _tiles(K: int) -> int:
+    """Registers that the lanes of one array take; scores have CHUNK of them."""
+    return max(K, CHUNK) // LANES
 
 
 class _Order:
     """One array [CHUNK, D] in memory, row s * PITCH + r for token BLOCK s + r."""
 
-    def __init__(self, ref: Ref, array: int):
+    def __init__(self, ref: Ref, K: int, head: int, array: int):
         self._ref = ref
-        self._array = array
+        self._first_tile = (head * NUM_ARRAYS + array) * _tiles(K)
 
     def store(self, rows: Registers) -> None:
         """Registers of tokens in their order."""
         for i, x in enumerate(rows):
             s, r = divmod(i * ROWS, BLOCK)
-            self._store(pl.ds(s * PITCH + r, ROWS), x)
+            self._store(s * PITCH + r, 1, x)
 
     def load(self, D: int) -> Registers:
         """Registers of tokens in their order."""
         rows = []
         for i in range(BLOCK):
             s, r = divmod(i * ROWS, BLOCK)
-            rows.append(self._load(pl.ds(s * PITCH + r, ROWS), D))
+            rows.append(self._load(s * PITCH + r, 1, D))
         return rows
 
     def store_strided(self, rows: Registers) -> None:
         """Register r has the tokens of number r in their blocks."""
         for r, x in enumerate(rows):
-            self._store(pl.ds(r, ROWS, stride=PITCH), x)
+            self._store(r, PITCH, x)
 
     def load_strided(self, D: int) -> Registers:
         """Register r has the tokens of number r in their blocks."""
-        return [self._load(pl.ds(r, ROWS, stride=PITCH), D) for r in range(BLOCK)]
+        return [self._load(r, PITCH, D) for r in range(BLOCK)]
 
-    def _store(self, rows: pl.Slice, x: Float[Array, "8 D"]) -> None:
+    def _rows(self, tile: int, start: int, stride: int) -> pl.Slice:
+        """ROWS rows of a tile of 128 lanes."""
+        first = (self._first_tile + tile) * ROWS * PITCH
+        return pl.ds(first + start, ROWS, stride=stride)
+
+    def _store(self, start: int, stride: int, x: Float[Array, "8 D"]) -> None:
         for tile in range(x.shape[1] // LANES):
-            self._ref[self._array, tile, rows] = x[:, tile * LANES : (tile + 1) * LANES]
+            lanes = slice(tile * LANES, (tile + 1) * LANES)
+            self._ref[self._rows(tile, start, stride)] = x[:, lanes]
 
-    def _load(self, rows: pl.Slice, D: int) -> Float[Array, "8 D"]:
-        tiles = [self._ref[self._array, tile, rows] for tile in range(D // LANES)]
+    def _load(self, start: int, stride: int, D: int) -> Float[Array, "8 D"]:
+        tiles = [self._ref[self._rows(tile, start, stride)] for tile in range(D // LANES)]
         return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
 
 
@@ -97,6 +108,7 @@ def chunk_terms(
     totals: tuple[Float[Array, "1 K"], ...],
     diagonal: Float[Array, "C 1"],
     ref: Ref,
+    head: int,
 ) -> Generator[None, None, ChunkTerms]:
     """The terms of a chunk of 128 tokens (a generator).
 
@@ -107,13 +119,15 @@ def chunk_terms(
       decay: of each token and channel.
       totals: the decay of every span, as the exponential of the sum of logs.
       diagonal: what each query reads of its own token's write.
-      ref: memory of this head, of `scratch_shape` without its first axis.
+      ref: memory of `scratch_shape`.
+      head: of the block, to have a part of `ref` of its own.
 
     Returns:
       The terms.
     """
     K = k.shape[1]
-    orders = [_Order(ref, array) for array in range(NUM_ARRAYS)]
+    span = CHUNK // len(totals)
+    orders = [_Order(ref, K, head, array) for array in range(NUM_ARRAYS)]
     for order, x in zip(orders, (reads, erases, k, decay)):
         order.store(split_rows(x))
     read_rows, erase_rows, write_rows, block_totals = [x.load_strided(K) for x in orders[:4]]
@@ -176,7 +190,7 @@ def chunk_terms(
     rows_of_erases = [[erase_blocks[1]] * ROWS]
     words_in_block = len(read_words) // ROWS
     h = BLOCK
-    while h < CHUNK // len(totals):
+    while h < span:
         new_reads, new_erases = product(
             later_registers(read_rows, h),
             later_registers(erase_rows, h),
@@ -187,7 +201,9 @@ def chunk_terms(
         for i in range(len(read_words)):
             first_token = i // words_in_block * BLOCK
             if first_token & h:
-                is_earlier = lane < first_token // h * h
+                # Not of another span.
+                first_of_span = first_token // span * span
+                is_earlier = (lane >= first_of_span) & (lane < first_token // h * h)
                 read_words[i] = jnp.where(is_earlier, next(new_words), read_words[i])
         for i in range(BLOCK):
             partner = block_totals[i * ROWS // h ^ 1]

@@ -38,11 +38,10 @@ class ChunkTerms(NamedTuple):
     (I - N) W = U + (-e.G) S, with N = -A_e.
 
     The state is updated once every S tokens: S = C, or two spans of C / 2 lie side by side, so that
-    they fill registers. Then decays are those from and to the ends of a span, and what scores say
-    of tokens of two spans is of no meaning.
+    they fill registers. Then decays are those from and to the ends of a span.
 
     Attributes:
-      read_scores: A_q with its diagonal.
+      read_scores: A_q with its diagonal, 0 for tokens of two spans.
       erase_blocks: the blocks of 8 on N's diagonal side by side, strictly lower triangular, see
         `pack_diagonal`.
       erase_rows: for blocks of h = 8, 16, ... S / 2 the rows of N of every second, later block.
@@ -118,17 +117,9 @@ def earlier_registers(xs: Registers, h: int) -> Registers:
 # --- the inverse of I - N
 
 
-def blocks_of_ones(C: int) -> Float[Array, "C C"]:
-    """1 where row and column lie in the same block of 8, for `inverse`."""
-    i = lax.broadcasted_iota(jnp.int32, (C, C), 0)
-    j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
-    return (i // ROWS == j // ROWS).astype(jnp.float32)
-
-
 def inverse(
     options: TileOptions,
     terms: ChunkTerms,
-    ones: Float[Array, "C C"],
 ) -> Generator[None, None, Float[Array, "S C"]]:
     """(I - N)^-1 of every span, from the inverses of diagonal blocks, which double in every level.
 
@@ -140,13 +131,12 @@ def inverse(
     Args:
       options: the static arguments.
       terms: the terms of the chunk, with N.
-      ones: `blocks_of_ones`, the same for all heads.
 
     Returns:
       The inverses, side by side (a generator).
     """
     lane = lanes_of(terms.erase_blocks.shape[1])
-    packed = [(yield from _inverse_of_registers(options, terms.erase_blocks, ones, lane))]
+    packed = [_inverse_of_registers(terms.erase_blocks, lane)]
     h = ROWS
     for erase_rows in terms.erase_rows:
         yield
@@ -169,22 +159,19 @@ def inverse(
 
 
 def _inverse_of_registers(
-    options: TileOptions,
     blocks: Float[Array, "8 C"],
-    ones: Float[Array, "C C"],
     lane: Int[Array, "8 C"],
-) -> Generator[None, None, Float[Array, "8 C"]]:
+) -> Float[Array, "8 C"]:
     """The inverses of all blocks of 8 rows, side by side: by substitution, in float32."""
     row = lax.broadcasted_iota(jnp.int32, lane.shape, 0)
-    # Column j of every block, in all lanes of the block: one matmul with blocks of ones.
     column_of_block = lane & (ROWS - 1)
-    columns = [jnp.where(column_of_block == j, blocks, 0.0) for j in range(ROWS)]
-    spread = _careful_matmul(options, _parts(options, columns), [ones])
-    yield
     # Row j of the inverse is final when the rows before it have been added to it.
     solved = (column_of_block == row).astype(jnp.float32)
     for j in range(ROWS - 1):
-        solved = solved + spread[j] * solved[j : j + 1]
+        # Column j of every block, in all lanes of the block.
+        source = lane - column_of_block + j
+        column = jnp.take_along_axis(blocks, source, axis=1, mode="promise_in_bounds")
+        solved = solved + column * solved[j : j + 1]
     return solved
 
 
@@ -208,30 +195,27 @@ def _careful_matmul(
     Args:
       options: the static arguments.
       left_parts: the left operand's `_parts`.
-      right_parts: the right operand's; one of them if it has no more bits.
+      right_parts: the right operand's.
 
     Returns:
       The product.
     """
     if not options.rounds:
         return split_rows(_dot(join_rows(left_parts[0]), right_parts[0], lax.Precision.HIGHEST))
-    high, low = left_parts
-    right, *rests = [x.astype(jnp.bfloat16) for x in right_parts]
-    # Of four products of parts the one of both low parts is too small to matter.
-    both = _dot(
-        join_rows(high + low).astype(jnp.bfloat16),
-        right,
-        lax.Precision.DEFAULT,
+    high, low = (join_rows(part).astype(jnp.bfloat16) for part in left_parts)
+    # Of four products of parts the one of both low parts is too small to matter. The other three
+    # are one matmul of twice the depth: [[high, high], [low, 0]] [right_high; right_low].
+    left = jnp.concatenate(
+        [
+            jnp.concatenate([high, low], axis=0),
+            jnp.concatenate([high, jnp.zeros_like(low)], axis=0),
+        ],
+        axis=1,
     )
+    right = join_rows([x.astype(jnp.bfloat16) for x in right_parts])
+    both = _dot(left, right, lax.Precision.DEFAULT)
     num_rows = both.shape[0] // 2
-    product = both[:num_rows] + both[num_rows:]
-    for rest in rests:
-        product = product + _dot(
-            join_rows(high).astype(jnp.bfloat16),
-            rest,
-            lax.Precision.DEFAULT,
-        )
-    return split_rows(product)
+    return split_rows(both[:num_rows] + both[num_rows:])
 
 
 def _dot(a: Array, b: Array, precision: lax.Precision) -> Array:
@@ -313,28 +297,23 @@ def read_and_update(
     """o, and the state after the chunk (a generator)."""
     S = terms.span
 
-    def only_span(x: Float[Array, "S V"]) -> Float[Array, "C V"]:
-        """Zeros in the rows of other spans."""
-        x = x.astype(options.operand)
-        others = [jnp.zeros_like(x)] * len(terms.totals)
-        others[n] = x
-        return join_rows(others)
-
-    outputs = []
+    from_state = []
+    changes = []
     for n, total in enumerate(terms.totals):
         span = slice(n * S, n * S + S)
         # Queries and (negative) erase keys read the same state.
         rows = join_rows((terms.reads[span], terms.erases[span]))
         found = matmul(options, rows, state, NT)
         yield
-        changes = matmul(options, inverses, only_span(written[span] + found[S:]))
+        change = matmul(options, inverses[:, span], written[span] + found[S:])
         yield
-        from_span = matmul(options, terms.read_scores[span], only_span(changes))
-        outputs.append(found[:S] + from_span)
-        yield
-        update = matmul(options, changes, terms.writes[span], TN)
+        from_state.append(found[:S])
+        changes.append(change.astype(options.operand))
+        update = matmul(options, changes[n], terms.writes[span], TN)
         state = state * total + update
-    return join_rows(outputs), state
+        yield
+    from_spans = matmul(options, terms.read_scores, join_rows(changes))
+    return join_rows(from_state) + from_spans, state
 
 
 class ChunkCotangents(NamedTuple):

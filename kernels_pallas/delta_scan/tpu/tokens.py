@@ -248,6 +248,7 @@ class Tokens:
             fine,
             self.column("coarse"),
             self.column("fine"),
+            len(self._spans),
         )
         return scalar_decay.Factors(
             mask=mask,

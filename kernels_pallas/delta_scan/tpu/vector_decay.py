@@ -98,7 +98,7 @@ def chunk_terms(
     read_blocks = jnp.where(block_levels == 0, on_diagonal, 0.0)
     erase_blocks = jnp.zeros_like(read_blocks)
     read_scores = []
-    erase_rows = []
+    rows_of_erases = []
 
     def place(product: Array, h: int) -> None:
         """In order of h: larger blocks overwrite what is not theirs."""
@@ -114,7 +114,7 @@ def chunk_terms(
             return
         half = len(rows) // 2
         read_scores = place_scores(read_scores, rows[:half], h, level_rows, False)
-        erase_rows.append(rows[half:])
+        rows_of_erases.append(rows[half:])
 
     merges = []
     # The product of the merge before, which is placed while the next one is multiplied.
@@ -151,7 +151,7 @@ def chunk_terms(
         # Kept as matmuls see them, half as large: until the inverse is there they only wait.
         read_scores=operand(read_scores),
         erase_blocks=erase_blocks,
-        erase_rows=tuple(erase_rows),
+        erase_rows=tuple(rows_of_erases),
         reads=operand(read_rows),
         erases=operand(erase_rows),
         writes=operand(write_rows),
