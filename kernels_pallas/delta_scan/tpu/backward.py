@@ -116,8 +116,9 @@ def _kernel(
     levels = merge_levels(plan.chunk, reverse=False)
     levels_transposed = merge_levels(plan.chunk, reverse=True)
 
-    def head(chunk: int, h: int, sums: dict) -> Generator:
-        tokens = Tokens(plan, grid, refs, chunk, h)
+    def head(tokens: Tokens, sums: dict) -> Generator:
+        chunk = tokens.chunk
+        h = tokens.head
         terms, saved, decays = yield from chunk_terms(plan, options, levels, tokens)
         yield
         inverse_matrix = yield from tile.inverse(options, terms)
@@ -201,7 +202,9 @@ def _kernel(
     for chunk in grid.chunk_order():
         # Parts of dq and dk, of states that share a query or key head.
         sums: dict = {}
-        heads = [head(chunk, h, sums) for h in range(grid.schedule.heads)]
+        tokens = [Tokens(plan, grid, refs, chunk, h) for h in range(grid.schedule.heads)]
+        Tokens.transpose_rows(tokens)
+        heads = [head(tokens_of_head, sums) for tokens_of_head in tokens]
         interleave(heads, grid.schedule.lag)
 
     # The last step is the beginning of the recurrence.

@@ -17,9 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Operand, Ref
-from kernels_pallas.delta_scan.tpu import scalar_decay, strided_halving, tile, vector_decay
+from kernels_pallas.delta_scan.tpu import scalar_decay, strided, strided_halving, tile, vector_decay
 from kernels_pallas.delta_scan.tpu.cost import scan_cost
 from kernels_pallas.delta_scan.tpu.plan import Grid, KernelInputs, Plan, grid_of
+from kernels_pallas.delta_scan.tpu.strided import StridedTokens
 from kernels_pallas.delta_scan.tpu.tokens import Tokens
 from kernels_pallas.linear_scan.tpu.call import call
 from kernels_pallas.linear_scan.tpu.tile import TileOptions, interleave, merge_levels
@@ -53,7 +54,7 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         outputs.append(grid.states(states))
     scratch = []
     if _is_strided(plan):
-        shape = strided_halving.scratch_shape(grid.schedule.heads, plan.K)
+        shape = strided.scratch_shape(grid.schedule.heads, plan.K)
         scratch.append(pltpu.VMEM(shape, jnp.float32))
     return call(
         grid,
@@ -133,11 +134,11 @@ def _num_spans(plan: Plan) -> int:
     The inverse of a longer span costs more than a second update, and two spans side by side fill
     the lanes of registers.
     """
-    return 2 if plan.chunk == strided_halving.CHUNK else 1
+    return 2 if plan.chunk == strided.CHUNK else 1
 
 
 def _is_strided(plan: Plan) -> bool:
-    return plan.decay == "vector" and plan.chunk == strided_halving.CHUNK
+    return plan.decay == "vector" and plan.chunk == strided.CHUNK
 
 
 def _kernel(
@@ -161,19 +162,20 @@ def _kernel(
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
 
-    def head(chunk: int, h: int) -> Generator:
-        tokens = Tokens(plan, grid, refs, chunk, h, num_spans)
-        if _is_strided(plan):
-            decays = tokens.vector_decays()
+    def head(tokens: Tokens, strided_tokens: StridedTokens | None) -> Generator:
+        chunk = tokens.chunk
+        h = tokens.head
+        if strided_tokens is not None:
+            decays = strided_tokens.vector_decays()
             terms = yield from strided_halving.chunk_terms(
                 options,
-                tokens.q * decays.decay,
-                tokens.erase * decays.decay,
-                tokens.k,
+                strided_tokens.q * decays.decay,
+                strided_tokens.erase * decays.decay,
+                strided_tokens.k,
                 decays.decay,
                 decays.totals,
-                tokens.diagonal(),
-                scratch_refs[0],
+                strided_tokens.diagonal(),
+                *scratch_refs,
                 h,
             )
         else:
@@ -188,7 +190,7 @@ def _kernel(
             options,
             terms,
             inverses,
-            tokens.written,
+            lambda: tokens.written,
             state_ref[h],
         )
         state_ref[h] = new_state
@@ -196,8 +198,16 @@ def _kernel(
 
     for chunk in grid.chunk_order():
         # One chunk after the other, as the state goes through them; heads are independent.
-        heads = [head(chunk, h) for h in range(grid.schedule.heads)]
-        interleave(heads, grid.schedule.lag)
+        block = range(grid.schedule.heads)
+        tokens = [Tokens(plan, grid, refs, chunk, h, num_spans) for h in block]
+        Tokens.transpose_rows(tokens)
+        strided_tokens: list[StridedTokens] | list[None] = [None] * len(tokens)
+        if _is_strided(plan):
+            strided_tokens = [
+                StridedTokens(plan, grid, refs, chunk, h, num_spans, *scratch_refs) for h in block
+            ]
+            StridedTokens.transpose_rows(strided_tokens)
+        interleave(list(map(head, tokens, strided_tokens)), grid.schedule.lag)
 
     # After the last block of tokens the state is final.
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)

@@ -6,26 +6,29 @@ order: register r holds, in row s, token 16 s + r. Then the partner of a block i
 in these merges too. After them the rows go back into their order for the merges of 16 tokens and
 more, which want whole registers of neighbors.
 
-Rows change their order on the way through VMEM, where a load may skip rows: stores and loads cost
-the vector units nothing. Token 16 s + r lies in row 17 s + r, as rows 17 apart are in different
-banks of memory, and rows 16 apart are not.
-
-The scores of the first four merges, rows and columns in the other order, go the same way. Only
+The scores of the first four merges, rows and columns in the other order, go back the same way. Only
 pairs of tokens in the same block of 16, which have the same s, are meant.
 """
 
 from collections.abc import Generator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from kernels_pallas.common.tpu import Ref
-from kernels_pallas.delta_scan.tpu.tile import ChunkTerms, lanes_of, later_registers
+from kernels_pallas.delta_scan.tpu.strided import (
+    BLOCK,
+    CHUNK,
+    SPAN,
+    Order,
+    is_in_block,
+    tokens_of_lanes,
+)
+from kernels_pallas.delta_scan.tpu.tile import ChunkTerms, lanes_of
 from kernels_pallas.linear_scan.tpu.tile import (
-    LANES,
     NT,
     ROWS,
     Registers,
@@ -34,69 +37,6 @@ from kernels_pallas.linear_scan.tpu.tile import (
     matmul,
     split_rows,
 )
-from kernels_pallas.linear_scan.tpu.vector_decay import is_later_block
-
-# Tokens of a chunk, and registers of one: blocks of BLOCK tokens have one row in each register.
-CHUNK = 128
-BLOCK = CHUNK // ROWS
-PITCH = BLOCK + 1
-# The arrays that change their order: reads, erases, writes and decays, then both scores.
-NUM_ARRAYS = 6
-
-
-def scratch_shape(heads: int, K: int) -> tuple[int, int]:
-    """Of the memory in which rows change their order."""
-    return heads * NUM_ARRAYS * _tiles(K) * ROWS * PITCH, LANES
-
-
-def _tiles(K: int) -> int:
-    """Registers that the lanes of one array take; scores have CHUNK of them."""
-    return max(K, CHUNK) // LANES
-
-
-class _Order:
-    """One array [CHUNK, D] in memory, row s * PITCH + r for token BLOCK s + r."""
-
-    def __init__(self, ref: Ref, K: int, head: int, array: int):
-        self._ref = ref
-        self._first_tile = (head * NUM_ARRAYS + array) * _tiles(K)
-
-    def store(self, rows: Registers) -> None:
-        """Registers of tokens in their order."""
-        for i, x in enumerate(rows):
-            s, r = divmod(i * ROWS, BLOCK)
-            self._store(s * PITCH + r, 1, x)
-
-    def load(self, D: int) -> Registers:
-        """Registers of tokens in their order."""
-        rows = []
-        for i in range(BLOCK):
-            s, r = divmod(i * ROWS, BLOCK)
-            rows.append(self._load(s * PITCH + r, 1, D))
-        return rows
-
-    def store_strided(self, rows: Registers) -> None:
-        """Register r has the tokens of number r in their blocks."""
-        for r, x in enumerate(rows):
-            self._store(r, PITCH, x)
-
-    def load_strided(self, D: int) -> Registers:
-        """Register r has the tokens of number r in their blocks."""
-        return [self._load(r, PITCH, D) for r in range(BLOCK)]
-
-    def _rows(self, tile: int, start: int, stride: int) -> pl.Slice:
-        """ROWS rows of a tile of 128 lanes."""
-        first = (self._first_tile + tile) * ROWS * PITCH
-        return pl.ds(first + start, ROWS, stride=stride)
-
-    def _store(self, start: int, stride: int, x: Float[Array, "8 D"]) -> None:
-        for tile in range(x.shape[1] // LANES):
-            lanes = slice(tile * LANES, (tile + 1) * LANES)
-            self._ref[self._rows(tile, start, stride)] = x[:, lanes]
-
-    def _load(self, start: int, stride: int, D: int) -> Float[Array, "8 D"]:
-        tiles = [self._ref[self._rows(tile, start, stride)] for tile in range(D // LANES)]
-        return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
 
 
 def chunk_terms(
@@ -114,11 +54,11 @@ def chunk_terms(
 
     Args:
       options: the static arguments.
-      reads, erases: q and -e times the decay of their own token.
-      k: the keys.
-      decay: of each token and channel.
+      reads, erases: q and -e times the decay of their own token, in the order of `strided.py`.
+      k: the keys, in this order.
+      decay: of each token and channel, in this order.
       totals: the decay of every span, as the exponential of the sum of logs.
-      diagonal: what each query reads of its own token's write.
+      diagonal: what each query reads of its own token's write, in this order.
       ref: memory of `scratch_shape`.
       head: of the block, to have a part of `ref` of its own.
 
@@ -126,155 +66,216 @@ def chunk_terms(
       The terms.
     """
     K = k.shape[1]
-    span = CHUNK // len(totals)
-    orders = [_Order(ref, K, head, array) for array in range(NUM_ARRAYS)]
-    for order, x in zip(orders, (reads, erases, k, decay)):
-        order.store(split_rows(x))
-    read_rows, erase_rows, write_rows, block_totals = [x.load_strided(K) for x in orders[:4]]
-    yield
-
-    def product(later_reads: Registers, later_erases: Registers, writes: Registers):
-        """The scores of later blocks: rows of queries, and rows of erase keys."""
-        rows = join_rows(later_reads + later_erases)
-        found = split_rows(matmul(options, rows, join_rows(writes), NT))
-        return found[: len(later_reads)], found[len(later_reads) :]
-
-    # Blocks of h tokens, which are blocks of h registers.
+    is_rounded = options.operand == jnp.bfloat16
+    rows = _Rows(*map(split_rows, (reads, erases, k, decay)))
     lane = lanes_of(CHUNK)
     zeros = jnp.zeros(lane.shape, jnp.float32)
-    read_scores = [zeros] * BLOCK
+    read_scores = [
+        jnp.where(is_in_block(lane, r, ROWS), own, zeros)
+        for r, own in enumerate(split_rows(diagonal))
+    ]
     erase_scores = [zeros] * BLOCK
-    h = 1
-    while h < BLOCK:
-        later = [r for r in range(BLOCK) if r & h]
-        new_reads, new_erases = product(
-            [read_rows[r] for r in later],
-            [erase_rows[r] for r in later],
-            write_rows,
-        )
-        for r, read_score, erase_score in zip(later, new_reads, new_erases):
-            # Everything on the earlier side of the row's block: what is too early for this merge is
-            # overwritten by the merge where it belongs.
-            is_earlier = lane < r // h * h * ROWS
-            read_scores[r] = jnp.where(is_earlier, read_score, read_scores[r])
-            erase_scores[r] = jnp.where(is_earlier, erase_score, erase_scores[r])
-        for r in range(BLOCK):
-            partner = block_totals[r // h ^ 1]
-            if r & h:
-                read_rows[r] = read_rows[r] * partner
-                erase_rows[r] = erase_rows[r] * partner
-            else:
-                write_rows[r] = write_rows[r] * partner
-        block_totals = [a * b for a, b in zip(block_totals[::2], block_totals[1::2])]
-        h *= 2
+    # Blocks of 1 and 2, then of 4 and 8 tokens, which are as many registers.
+    for first_h in (1, 4):
+        rows, product = _two_merges(options, rows, first_h)
         yield
+        for h, new in _scores_of(product, first_h):
+            _place(read_scores, new.reads, h, lane)
+            _place(erase_scores, new.erases, h, lane)
 
     # Back into the order of tokens.
-    for order, rows in zip(orders, (read_rows, erase_rows, write_rows)):
-        order.store_strided(rows)
-    read_rows, erase_rows, write_rows = [x.load(K) for x in orders[:3]]
-    read_blocks = _side_by_side(orders[4], read_scores)
-    erase_blocks = _side_by_side(orders[5], erase_scores)
-    read_blocks = _with_diagonal(read_blocks, split_rows(diagonal))
-    (all_totals,) = block_totals
-    # One row [1, K] for each block.
+    def order(array: int, num_rows: int = BLOCK) -> Order:
+        return Order(ref, K, head, array, num_rows)
+
+    orders = [order(4), order(5), order(6)]
+    for x, registers in zip(orders, rows[:3]):
+        x.store_strided(registers)
+    # The scores of queries are kept as matmuls see them, two rows of bfloat16 in one of words.
+    order_of_reads = order(7, BLOCK // 2 if is_rounded else BLOCK)
+    order_of_reads.store_strided(_pairs_in_words(read_scores) if is_rounded else read_scores)
+    order_of_erases = order(8)
+    order_of_erases.store_strided(erase_scores)
+    # One row [1, K] for each block of 16 tokens.
+    (all_totals,) = rows.totals
     block_totals = [all_totals[s : s + 1] for s in range(ROWS)]
     yield
-
-    # The scores of queries as matmuls see them, two rows of bfloat16 in one of words.
+    rows = _Rows(*(x.load(K) for x in orders), block_totals)
+    read_blocks = _side_by_side(order_of_reads.load(CHUNK))
+    erase_blocks = _side_by_side(order_of_erases.load(CHUNK))
     read_words = [
-        jnp.where((lane >= BLOCK * s) & (lane < BLOCK * (s + 1)), x, jnp.zeros_like(x))
-        for s in range(ROWS)
-        for x in _words(options, read_blocks)
+        jnp.where(is_in_block(lane, s, BLOCK), x, zeros) for s in range(ROWS) for x in read_blocks
     ]
+    # Blocks of 16 and 32 tokens: of 2 and 4 registers.
+    rows, product = _two_merges(options, rows, BLOCK // ROWS)
+    yield
     rows_of_erases = [[erase_blocks[1]] * ROWS]
-    words_in_block = len(read_words) // ROWS
-    h = BLOCK
-    while h < span:
-        new_reads, new_erases = product(
-            later_registers(read_rows, h),
-            later_registers(erase_rows, h),
-            write_rows,
-        )
-        rows_of_erases.append(new_erases)
-        new_words = iter(_words(options, new_reads))
-        for i in range(len(read_words)):
-            first_token = i // words_in_block * BLOCK
-            if first_token & h:
-                # Not of another span.
-                first_of_span = first_token // span * span
-                is_earlier = (lane >= first_of_span) & (lane < first_token // h * h)
-                read_words[i] = jnp.where(is_earlier, next(new_words), read_words[i])
-        for i in range(BLOCK):
-            partner = block_totals[i * ROWS // h ^ 1]
-            if is_later_block(i, h, False):
-                read_rows[i] = read_rows[i] * partner
-                erase_rows[i] = erase_rows[i] * partner
-            else:
-                write_rows[i] = write_rows[i] * partner
-        block_totals = [a * b for a, b in zip(block_totals[::2], block_totals[1::2])]
-        h *= 2
-        yield
+    for h, new in _scores_of(product, BLOCK // ROWS):
+        rows_of_erases.append(new.erases)
+        new_words = _words(new.reads) if is_rounded else new.reads
+        size = h * len(read_words) // BLOCK
+        _place(read_words, new_words, size, lane, SPAN)
 
-    def operand(rows: Registers) -> Array:
-        return join_rows(rows).astype(options.operand)
+    def operand(registers: Registers) -> Array:
+        return join_rows(registers).astype(options.operand)
 
     return ChunkTerms(
-        read_scores=_from_words(options, read_words),
+        read_scores=_from_words(read_words) if is_rounded else join_rows(read_words),
         # Blocks of 8: the left one of each block of 16, and the right one.
         erase_blocks=jnp.where((lane & ROWS) == 0, erase_blocks[0], erase_blocks[1]),
         erase_rows=tuple(rows_of_erases),
-        reads=operand(read_rows),
-        erases=operand(erase_rows),
-        writes=operand(write_rows),
+        reads=operand(rows.reads),
+        erases=operand(rows.erases),
+        writes=operand(rows.writes),
         totals=totals,
     )
 
 
-def _side_by_side(order: _Order, scores: Registers) -> Registers:
-    """The blocks of 16 rows on the diagonal of scores, side by side in two registers."""
-    order.store_strided(scores)
-    # Registers 2 s and 2 s + 1 have the rows of block s; columns of it are lanes 8 j + s.
-    by_block = order.load(CHUNK)
+class _Rows(NamedTuple):
+    """Registers of a chunk, and the total decay of every block."""
+
+    reads: Registers
+    erases: Registers
+    writes: Registers
+    totals: Registers
+
+
+class _Scores(NamedTuple):
+    """The scores of one merge: registers of later blocks, against all tokens."""
+
+    reads: Registers
+    erases: Registers
+
+
+def _two_merges(
+    options: TileOptions,
+    rows: _Rows,
+    h: int,
+) -> tuple[_Rows, Float[Array, "rows C"]]:
+    """Merges blocks of h registers, then of 2 h.
+
+    A merge's scores want the writes of earlier blocks only, half of them. So both halves go into
+    the matrix unit as one operand, which takes longer to load than to multiply by.
+
+    Args:
+      options: the static arguments.
+      rows: before.
+      h: registers in a block.
+
+    Returns:
+      rows after both, and all scores, see `_scores_of`.
+    """
+    num_registers = len(rows.reads)
+    later_rows = []
+    writes = []
+    sizes = (h, 2 * h)
+    for size in sizes:
+        later_rows += [x for r, x in enumerate(rows.reads) if r & size]
+        later_rows += [x for r, x in enumerate(rows.erases) if r & size]
+        writes.append(rows.writes)
+        rows = _merged(rows, size)
+    columns = []
+    for r in range(num_registers):
+        if not r & 2 * h:
+            columns.append(writes[1][r])
+        elif not r & h:
+            columns.append(writes[0][r])
+        else:
+            # Where neither merge has anything: what the second merge has pushed out of its place.
+            columns.append(writes[0][r - 3 * h])
+    return rows, matmul(options, join_rows(later_rows), join_rows(columns), NT)
+
+
+def _scores_of(product: Float[Array, "rows C"], h: int) -> list[tuple[int, _Scores]]:
+    """The scores of both of `_two_merges`, each with its h, in the lanes of their tokens."""
+    registers = split_rows(product)
+    num_later = len(registers) // 4
+    parts = [registers[n * num_later : (n + 1) * num_later] for n in range(4)]
+    later = [r for r in range(2 * num_later) if r & h]
+    for part in parts[:2]:
+        for i, r in enumerate(later):
+            if not r & 2 * h:
+                # Back from where the second merge had left room.
+                part[i] = pltpu.roll(part[i], CHUNK - 3 * h * ROWS, 1)
+    return [(h, _Scores(*parts[:2])), (2 * h, _Scores(*parts[2:]))]
+
+
+def _merged(rows: _Rows, h: int) -> _Rows:
+    """Rows after a merge of blocks of h registers."""
+    reads = list(rows.reads)
+    erases = list(rows.erases)
+    writes = list(rows.writes)
+    for r in range(len(reads)):
+        partner = rows.totals[r // h ^ 1]
+        if r & h:
+            reads[r] = reads[r] * partner
+            erases[r] = erases[r] * partner
+        else:
+            writes[r] = writes[r] * partner
+    totals = [a * b for a, b in zip(rows.totals[::2], rows.totals[1::2])]
+    return _Rows(reads, erases, writes, totals)
+
+
+def _place(
+    scores: Registers,
+    new: Registers,
+    h: int,
+    lane: Int[Array, "8 C"],
+    span: int = CHUNK,
+) -> None:
+    """Writes a merge's scores into those of the chunk.
+
+    A row takes everything on the earlier side of its block, but nothing of another span. What is
+    too early for this merge is overwritten by the merge where it belongs, as they come in order.
+
+    Args:
+      scores: registers of the chunk, changed in place.
+      new: those of later blocks.
+      h: registers in a block.
+      lane: of every element.
+      span: tokens of a span.
+    """
+    tokens_in_register = CHUNK // len(scores)
+    new_registers = iter(new)
+    for r in range(len(scores)):
+        if r & h:
+            start = r // h * h * tokens_in_register
+            is_earlier = lane < start
+            if span < CHUNK:
+                is_earlier &= lane >= start // span * span
+            scores[r] = jnp.where(is_earlier, next(new_registers), scores[r])
+
+
+def _side_by_side(by_block: Registers) -> Registers:
+    """The blocks on the diagonal of scores, side by side, from the rows of one block after the
+    other, of which the columns of block s are lanes 8 j + s.
+    """
     lane = lanes_of(CHUNK)
+    num_registers = len(by_block) // ROWS
     packed = []
-    for half in range(2):
-        x = by_block[half]
+    for i in range(num_registers):
+        x = by_block[i]
         for s in range(1, ROWS):
-            x = jnp.where((lane & (ROWS - 1)) == s, by_block[2 * s + half], x)
-        packed.append(_with_lanes_in_order(x))
+            x = jnp.where((lane & (ROWS - 1)) == s, by_block[num_registers * s + i], x)
+        source = tokens_of_lanes(lane)
+        packed.append(jnp.take_along_axis(x, source, axis=1, mode="promise_in_bounds"))
     return packed
 
 
-def _with_lanes_in_order(x: Float[Array, "8 C"]) -> Float[Array, "8 C"]:
-    """Lane 8 j + s becomes lane 16 s + j."""
-    lane = lanes_of(CHUNK)
-    source = ROWS * (lane % BLOCK) + lane // BLOCK
-    return jnp.take_along_axis(x, source, axis=1, mode="promise_in_bounds")
+def _words(rows: Registers) -> Registers:
+    """Rows as bfloat16, two in one of words, which are called float32."""
+    words = pltpu.bitcast(join_rows(rows).astype(jnp.bfloat16), jnp.float32)
+    return split_rows(words)
 
 
-def _with_diagonal(blocks: Registers, diagonal: Registers) -> Registers:
-    """Writes columns [8, 1] onto the diagonals of blocks that lie side by side."""
-    lane = lanes_of(CHUNK)
-    row = lax.broadcasted_iota(jnp.int32, lane.shape, 0)
-    result = []
-    for half, x in enumerate(blocks):
-        is_diagonal = (lane & (BLOCK - 1)) == row + half * ROWS
-        of_rows = jnp.broadcast_to(diagonal[half], lane.shape)
-        for s in range(1, ROWS):
-            of_rows = jnp.where(lane >= s * BLOCK, diagonal[2 * s + half], of_rows)
-        result.append(jnp.where(is_diagonal, of_rows, x))
-    return result
+def _pairs_in_words(rows: Registers) -> Registers:
+    """As `_words`, of row s of two registers instead of two neighbors."""
+    words = []
+    for pair in zip(rows[::2], rows[1::2]):
+        packed = pltpu.pack_elementwise(pair, packed_dtype=jnp.bfloat16)
+        words.append(lax.bitcast_convert_type(packed, jnp.float32))
+    return words
 
 
-def _words(options: TileOptions, rows: Registers) -> list[Array]:
-    """Registers as matmuls see them: two of bfloat16 are one of words."""
-    if options.operand != jnp.bfloat16:
-        return rows
-    return split_rows(pltpu.bitcast(join_rows(rows).astype(jnp.bfloat16), jnp.int32))
-
-
-def _from_words(options: TileOptions, words: list[Array]) -> Array:
+def _from_words(words: Registers) -> Array:
     """The inverse of `_words`, joined."""
-    matrix = join_rows(words)
-    return pltpu.bitcast(matrix, jnp.bfloat16) if options.operand == jnp.bfloat16 else matrix
+    return pltpu.bitcast(join_rows(words), jnp.bfloat16)

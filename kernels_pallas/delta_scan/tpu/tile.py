@@ -9,7 +9,7 @@ make differences of large numbers. It is multiplied in three passes of bfloat16,
 where the inputs are. Everything else is one pass for bfloat16 inputs.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -291,7 +291,7 @@ def read_and_update(
     options: TileOptions,
     terms: ChunkTerms,
     inverses: Float[Array, "S C"],
-    written: Float[Array, "C V"],
+    written: Callable[[], Float[Array, "C V"]],
     state: Float[Array, "V K"],
 ) -> Generator[None, None, tuple[Float[Array, "C V"], Float[Array, "V K"]]]:
     """o, and the state after the chunk (a generator)."""
@@ -305,7 +305,7 @@ def read_and_update(
         rows = join_rows((terms.reads[span], terms.erases[span]))
         found = matmul(options, rows, state, NT)
         yield
-        change = matmul(options, inverses[:, span], written[span] + found[S:])
+        change = matmul(options, inverses[:, span], written()[span] + found[S:])
         yield
         from_state.append(found[:S])
         changes.append(change.astype(options.operand))
