@@ -1,8 +1,8 @@
 """How far the outputs of `delta_scan` and of other kernels are from float64 on keys that are alike:
 no decay, beta 1, bfloat16 arrays, as a TPU would multiply.
 
-    python benchmarks/delta_errors.py [--op=tpu,xla,tokamax,deltanet_tpu] [--cosine=0,0.5,0.9]
-        [--tokens=256] [--json=FILE]
+    python benchmarks/delta_errors.py [--op=tpu,xla,tokamax,deltanet_tpu] [--decay=vector,scalar]
+        [--cosine=0,0.5,0.9] [--tokens=256] [--json=FILE]
 
 Runs on a CPU, where a Pallas kernel is interpreted and no matmul rounds. So every matmul of float32
 operands that asks for one pass rounds them to bfloat16 first, and one that asks for three keeps 16
@@ -11,12 +11,13 @@ its times.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
+from collections.abc import Mapping
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("PALLAS_INTERPRET", "1")  # of tokamax; deltanet-tpu interprets on a CPU
 
 import jax.numpy as jnp
 import numpy as np
@@ -110,10 +111,10 @@ def by_recurrence(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.stack(outputs, 1) / np.sqrt(CHANNELS)
 
 
-def run(op: str, q: Array, k: Array, v: Array) -> Array:
-    """o [B, T, H, V], with a decay for each channel, of 1."""
+def run(op: str, decay: str, q: Array, k: Array, v: Array) -> Array:
+    """o [B, T, H, V], with decays of 1: for each channel ("vector") or head ("scalar")."""
     beta = jnp.ones(q.shape[:3])
-    log_decay = jnp.zeros(q.shape)
+    log_decay = jnp.zeros(q.shape if decay == "vector" else q.shape[:3])
     if op == "tokamax":
         import tokamax
         from tokamax._src.ops.kda import api
@@ -127,7 +128,8 @@ def run(op: str, q: Array, k: Array, v: Array) -> Array:
     if op == "deltanet_tpu":
         import deltanet_tpu
 
-        o = deltanet_tpu.chunk_kda(q, k, v, log_decay, beta)
+        chunked = deltanet_tpu.chunk_kda if decay == "vector" else deltanet_tpu.chunk_gdn
+        o = chunked(q, k, v, log_decay, beta)
         assert isinstance(o, Array)
         return o
     return delta_scan(
@@ -147,43 +149,60 @@ def round_as_on_a_tpu() -> None:
     tpu_op._plan = lambda *args: make_plan(*args)._replace(rounds=True)
 
 
-def error(op: str, cosine: float, num_tokens: int) -> float:
+def error(op: str, decay: str, cosine: float, num_tokens: int) -> float:
     """Root mean square of o's error over that of o."""
+    # tokamax asks for it; deltanet-tpu interprets its kernels on a CPU.
+    os.environ["PALLAS_INTERPRET"] = "1"
     multiply_as_a_tpu()
     round_as_on_a_tpu()
     arrays = inputs_of(cosine, num_tokens)
     expected = by_recurrence(**arrays)
-    found = np.asarray(run(op, *(jnp.asarray(x) for x in arrays.values())), np.float64)
+    found = np.asarray(run(op, decay, *(jnp.asarray(x) for x in arrays.values())), np.float64)
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+def row_of(op: str, decay: str, cosine: str, num_tokens: str) -> dict:
+    """`error`, in a process of its own: a matmul that rounds is for the whole process."""
+    return run_row(__file__, op, decay, cosine, num_tokens)
+
+
+def is_offered(op: str, decay: str, versions: Mapping[str, str]) -> bool:
+    """Whether what we compare with is installed, and has this kind of decay."""
+    if op == "tokamax" and decay != "vector":
+        return False
+    return op not in PEERS or PEERS[op] in versions
 
 
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--op", default="tpu,xla,tokamax,deltanet_tpu", help="comma-separated")
+    made.add_argument("--decay", default="vector,scalar", help="of vector and scalar")
     made.add_argument("--cosine", default="0,0.5,0.9", help="mean cosines of keys")
     made.add_argument("--tokens", default="256")
-    made.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    made.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     args = made.parse_args()
     if args.row:
-        op, cosine, num_tokens = args.row
-        print(json.dumps({"error_of_o": error(op, float(cosine), int(num_tokens))}))
+        op, decay, cosine, num_tokens = args.row
+        print(json.dumps({"error_of_o": error(op, decay, float(cosine), int(num_tokens))}))
         return
-    asked_for = args.op.split(",")
-    versions = installed_versions(PEERS[op] for op in asked_for if op in PEERS)
-    ops = [op for op in asked_for if op not in PEERS or PEERS[op] in versions]
+    cosines = args.cosine.split(",")
+    versions = installed_versions(PEERS.values())
     rows = []
     lines = []
-    for op in ops:
-        line = [op]
-        for cosine in args.cosine.split(","):
-            found = run_row(__file__, op, cosine, args.tokens)
-            rows.append({"op": op, "cosine": cosine, "tokens": args.tokens} | found)
+    for decay, op in itertools.product(args.decay.split(","), args.op.split(",")):
+        if not is_offered(op, decay, versions):
+            continue
+        line = [op, decay]
+        for cosine in cosines:
+            found = row_of(op, decay, cosine, args.tokens)
+            key = {"op": op, "decay": decay, "cosine": cosine, "tokens": args.tokens}
+            rows.append(key | found)
             line.append(f"{found['error_of_o']:.1e}" if "error_of_o" in found else found["error"])
         print("  ".join(line), file=sys.stderr, flush=True)
         lines.append(line)
         if args.json:
             write_json(args.json, {"rows": rows}, versions)
-    print(table(["error of o", *args.cosine.split(",")], lines))
+    print(table(["error of o", "decay", *cosines], lines))
 
 
 if __name__ == "__main__":
