@@ -2,8 +2,9 @@
 
 The grid is (B, blocks of heads, blocks of tokens), see `call.py`. In each step the kernel takes the
 chunks of its block in order, and the heads of a chunk interleaved. It computes the terms of the
-chunk and the inverse of its triangular system, reads the state in VMEM, and updates it. For the
-backward pass it also writes the state before each chunk to HBM; all else is recomputed there.
+chunk and the inverses of its triangular systems, one for each span of 64 tokens, reads the state in
+VMEM, and updates it, once a span. For the backward pass it also writes the state before each chunk
+to HBM; all else is recomputed there.
 """
 
 from collections.abc import Generator
@@ -103,6 +104,7 @@ def chunk_terms(
     """
     if plan.decay == "vector":
         decays = tokens.vector_decays()
+        (total,) = decays.totals
         terms, merges = yield from vector_decay.chunk_terms(
             options,
             levels,
@@ -110,7 +112,7 @@ def chunk_terms(
             tokens.erase * decays.decay,
             tokens.k,
             decays.decay,
-            *decays.totals,
+            total,
             tokens.diagonal(),
         )
         return terms, merges, decays
@@ -128,16 +130,8 @@ def chunk_terms(
     return terms, erase_scores, factors
 
 
-def _num_spans(plan: Plan) -> int:
-    """How often a chunk updates the state.
-
-    The inverse of a longer span costs more than a second update, and two spans side by side fill
-    the lanes of registers.
-    """
-    return 2 if plan.chunk == strided.CHUNK else 1
-
-
 def _is_strided(plan: Plan) -> bool:
+    """Whether the halving takes tokens in the order of `strided.py`."""
     return plan.decay == "vector" and plan.chunk == strided.CHUNK
 
 
@@ -149,7 +143,7 @@ def _kernel(
     *scratch_refs: Ref,
 ) -> None:
     options = plan.tile_options(grid.schedule)
-    num_spans = _num_spans(plan)
+    num_spans = plan.forward_spans
 
     # The scratch holds another block of heads' state when T begins again.
     @pl.when(pl.program_id(2) == 0)
@@ -175,7 +169,7 @@ def _kernel(
                 decays.decay,
                 decays.totals,
                 strided_tokens.diagonal(),
-                *scratch_refs,
+                scratch_refs[0],
                 h,
             )
         else:
@@ -204,7 +198,7 @@ def _kernel(
         strided_tokens: list[StridedTokens] | list[None] = [None] * len(tokens)
         if _is_strided(plan):
             strided_tokens = [
-                StridedTokens(plan, grid, refs, chunk, h, num_spans, *scratch_refs) for h in block
+                StridedTokens(plan, grid, refs, chunk, h, num_spans, scratch_refs[0]) for h in block
             ]
             StridedTokens.transpose_rows(strided_tokens)
         interleave(list(map(head, tokens, strided_tokens)), grid.schedule.lag)

@@ -20,8 +20,6 @@ from kernels_pallas.linear_scan.tpu.tile import LANES, ROWS, Registers, join_row
 # Tokens of a chunk, and registers of one: blocks of BLOCK tokens have one row in each register.
 CHUNK = 128
 BLOCK = CHUNK // ROWS
-# Tokens between two updates of the state: see `forward.py`.
-SPAN = 64
 # Rows of memory for all rows of an array.
 ARRAY_ROWS = ROWS * (BLOCK + 1)
 # Arrays of a head that change their order: q, k, decays, erase keys; then, back into the order of

@@ -19,10 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from kernels_pallas.common.tpu import Ref
+from kernels_pallas.delta_scan.tpu.plan import SPAN
 from kernels_pallas.delta_scan.tpu.strided import (
     BLOCK,
     CHUNK,
-    SPAN,
     Order,
     is_in_block,
     tokens_of_lanes,
@@ -99,7 +99,8 @@ def chunk_terms(
     (all_totals,) = rows.totals
     block_totals = [all_totals[s : s + 1] for s in range(ROWS)]
     yield
-    rows = _Rows(*(x.load(K) for x in orders), block_totals)
+    reads_again, erases_again, writes_again = (x.load(K) for x in orders)
+    rows = _Rows(reads_again, erases_again, writes_again, block_totals)
     read_blocks = _side_by_side(order_of_reads.load(CHUNK))
     erase_blocks = _side_by_side(order_of_erases.load(CHUNK))
     read_words = [

@@ -9,11 +9,11 @@ from helpers import rel_rms
 
 from kernels_pallas.delta_scan import tile
 from kernels_pallas.delta_scan.tpu import strided, strided_halving
+from kernels_pallas.delta_scan.tpu.plan import SPAN
 from kernels_pallas.delta_scan.tpu.tile import inverse
 from kernels_pallas.linear_scan.tpu.tile import TileOptions
 
 CHUNK = strided.CHUNK
-SPAN = strided.SPAN
 K = 128
 F32 = TileOptions(
     rounds=False,
@@ -77,7 +77,9 @@ def tokens(seed: int) -> dict[str, np.ndarray]:
     """Of one chunk, with decays of every size."""
     rng = np.random.default_rng(seed)
     q, erase, k = rng.normal(size=(3, CHUNK, K))
-    logs = rng.choice([-1e4, -50.0, -1.0, -0.05, 0.0], p=[0.05, 0.05, 0.3, 0.3, 0.3], size=(CHUNK, K))
+    logs = rng.choice(
+        [-1e4, -50.0, -1.0, -0.05, 0.0], p=[0.05, 0.05, 0.3, 0.3, 0.3], size=(CHUNK, K)
+    )
     return {"q": q, "erase": erase / K, "k": k, "log_decay": logs}
 
 
