@@ -1,8 +1,9 @@
 """delta_scan compiled for TPUs that are not there, beside plain XLA and, where installed, tokamax's
-Kimi Delta Attention.
+and deltanet-tpu's kernels; and how far each is from float64 on keys that are alike.
 
     python benchmarks/delta_scan.py [--target=tpu:v6e ...] [--shape=B1,T8192,H32,K128,V128 ...]
-        [--op=tpu,xla,tokamax] [--decay=vector,scalar] [--pass=fwd,bwd] [--json=FILE]
+        [--op=tpu,xla,tokamax,deltanet_tpu] [--decay=vector,scalar] [--pass=fwd,bwd]
+        [--cosine=0.5,0.9] [--tokens=128] [--json=FILE]
 
 For every shape, decay, chip and pass: model time of the kernels (plain XLA: of the program), and
 the time that the compulsory bytes take, every input and output of the program moved once. Times are
@@ -10,7 +11,9 @@ the schedule's replay, not measurements; `gatedjax/aot` says how far to trust th
 programs also hold a path for numbers that are not finite, which costs nothing where it is not
 taken and is no part of the times. Each row compiles in a process of its own, in a minute or more.
 
-tokamax demands decays above -5 a token and rounds its inverse to bfloat16.
+Errors are those of `delta_errors.py`, by emulation on a CPU: of o, for keys of these mean cosines,
+no decay and beta 1. tokamax demands decays above -5 a token and rounds its inverse to bfloat16.
+deltanet-tpu 0.3.0 asks for jax below 0.12.
 """
 
 import argparse
@@ -22,7 +25,10 @@ from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
+import delta_errors
+import jax
 import jax.numpy as jnp
+from delta_errors import PEERS, is_offered
 from linear_scan import array
 from report import installed_versions, parser, run_row, table, write_json
 
@@ -32,7 +38,6 @@ from gatedjax.aot.targets import target
 
 SHAPES = ("B1,T8192,H32,K128,V128",)
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
-PEERS = {"tokamax": "tokamax"}
 KEYS = ("op", "target", "shape", "decay", "pass")
 HEADER = ("shape", "decay", "target", "pass", "op", "us", "compulsory us", "ratio")
 
@@ -41,10 +46,30 @@ def case_of(op: str, shape: str, decay: str) -> Case:
     """Ours: arrays [B, T, H * D], as projections make them. Peers: the layout that each takes."""
     if op in ("tpu", "xla"):
         return make_case("delta_scan", shape, "bfloat16", {"decay": decay, "implementation": op})
+    B, T, H, K, V = (int(part[1:]) for part in shape.split(","))
+    if op == "deltanet_tpu":
+        return deltanet_tpu_case(B, T, H, K, V, decay)
     if decay != "vector":
         raise ValueError(f"decay: got {decay!r}, expected vector for {op}")
-    B, T, H, K, V = (int(part[1:]) for part in shape.split(","))
     return tokamax_case(B, T, H, K, V)
+
+
+def deltanet_tpu_case(B: int, T: int, H: int, K: int, V: int, decay: str) -> Case:
+    import deltanet_tpu
+
+    # It would interpret its kernels here.
+    jax.default_backend = lambda: "tpu"
+    chunked = {"vector": deltanet_tpu.chunk_kda, "scalar": deltanet_tpu.chunk_gdn}[decay]
+
+    def delta(q, k, v, log_decay, beta):
+        return chunked(q, k, v, log_decay, beta)
+
+    queries = array(B, T, H, K)
+    values = array(B, T, H, V)
+    shape_of_decays = (B, T, H, K) if decay == "vector" else (B, T, H)
+    log_decays = array(*shape_of_decays, dtype=jnp.float32)
+    betas = array(B, T, H, dtype=jnp.float32)
+    return Case(delta, (queries, queries, values, log_decays, betas), {})
 
 
 def tokamax_case(B: int, T: int, H: int, K: int, V: int) -> Case:
@@ -93,15 +118,31 @@ def figures(op: str, chip: str, shape: str, decay: str, pass_name: str) -> dict:
     }
 
 
-def line(row: tuple[str, ...], found: dict) -> list[str]:
+def errors_of(op: str, decay: str, cosines: list[str], num_tokens: str) -> dict:
+    """By cosine, the error of o, or why there is none."""
+    errors = {}
+    if decay == "none":
+        return errors
+    for cosine in cosines:
+        found = delta_errors.row_of(op, decay, cosine, num_tokens)
+        errors[cosine] = found.get("error_of_o", found.get("error"))
+    return errors
+
+
+def line(row: tuple[str, ...], found: dict, cosines: list[str]) -> list[str]:
     """Of the table."""
     op, chip, shape, decay, pass_name = row
     head = [shape, decay, chip, pass_name, op]
+    errors = []
+    for cosine in cosines:
+        error = found["errors_of_o"].get(cosine, "")
+        errors.append(f"{error:.1e}" if isinstance(error, float) else error[:20])
     if "error" in found:
-        return [*head, found["error"][:60], "", ""]
+        return [*head, found["error"][:60], "", "", *errors]
     time = found["microseconds"]
     least_time = found["compulsory_microseconds"]
-    return [*head, f"{time:,.0f}", f"{least_time:,.0f}", f"{time / least_time:.2f}"]
+    ratio = time / least_time
+    return [*head, f"{time:,.0f}", f"{least_time:,.0f}", f"{ratio:.2f}", *errors]
 
 
 def flags() -> argparse.Namespace:
@@ -110,7 +151,7 @@ def flags() -> argparse.Namespace:
     made.add_argument("--shape", action="append")
     made.add_argument(
         "--op",
-        default="tpu,xla,tokamax",
+        default="tpu,xla,tokamax,deltanet_tpu",
         help="comma-separated; peers that are absent are skipped",
     )
     made.add_argument("--decay", default="vector,scalar", help="of vector, scalar and none")
@@ -120,6 +161,8 @@ def flags() -> argparse.Namespace:
         default="fwd,bwd",
         help="bwd is forward and backward in one program",
     )
+    made.add_argument("--cosine", default="0.5,0.9", help="mean cosines of keys, for the errors")
+    made.add_argument("--tokens", default="128", help="for the errors")
     made.add_argument("--row", nargs=5, help=argparse.SUPPRESS)
     return made.parse_args()
 
@@ -129,10 +172,9 @@ def main() -> None:
     if args.row:
         print(json.dumps(figures(*args.row)))
         return
-    asked_for = args.op.split(",")
-    peers = [PEERS[op] for op in asked_for if op in PEERS]
-    versions = {"libtpu": metadata.version("libtpu")} | installed_versions(peers)
-    ops = [op for op in asked_for if op not in PEERS or PEERS[op] in versions]
+    versions = {"libtpu": metadata.version("libtpu")} | installed_versions(PEERS.values())
+    cosines = args.cosine.split(",")
+    errors: dict[tuple[str, str], dict] = {}
     lines = []
     rows = []
     every_row = itertools.product(
@@ -140,19 +182,23 @@ def main() -> None:
         args.decay.split(","),
         args.target or TARGETS,
         args.passes.split(","),
-        ops,
+        args.op.split(","),
     )
     for shape, decay, chip, pass_name, op in every_row:
-        if op in PEERS and decay != "vector":
+        if not is_offered(op, decay, versions):
             continue
         row = (op, chip, shape, decay, pass_name)
         found = run_row(__file__, *row)
+        if (op, decay) not in errors:
+            errors[op, decay] = errors_of(op, decay, cosines, args.tokens)
+        found["errors_of_o"] = errors[op, decay]
         rows.append(dict(zip(KEYS, row)) | found)
-        lines.append(line(row, found))
+        lines.append(line(row, found, cosines))
         print("  ".join(lines[-1]), file=sys.stderr, flush=True)
         if args.json:  # after every row: a long run may be cut short
             write_json(args.json, {"rows": rows}, versions)
-    print(table(HEADER, lines))
+    header = [*HEADER, *(f"error at {cosine}" for cosine in cosines)]
+    print(table(header, lines))
 
 
 if __name__ == "__main__":

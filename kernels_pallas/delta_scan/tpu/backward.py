@@ -114,14 +114,14 @@ def _kernel(
 
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
-    ones = tile.blocks_of_ones(plan.chunk)
     levels_transposed = merge_levels(plan.chunk, reverse=True)
 
-    def head(chunk: int, h: int, sums: dict) -> Generator:
-        tokens = Tokens(plan, grid, refs, chunk, h)
-        terms, merges, decays = yield from chunk_terms(plan, options, levels, tokens)
+    def head(tokens: Tokens, sums: dict) -> Generator:
+        chunk = tokens.chunk
+        h = tokens.head
+        terms, saved, decays = yield from chunk_terms(plan, options, levels, tokens)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms, ones)
+        inverse_matrix = yield from tile.inverse(options, terms)
         yield
         # The state before the chunk, and the cotangent of the one after it.
         cotangents = yield from tile.read_and_update_backward(
@@ -142,7 +142,7 @@ def _kernel(
                 options,
                 levels,
                 levels_transposed,
-                merges,
+                saved,
                 terms,
                 cotangents,
             )
@@ -168,7 +168,7 @@ def _kernel(
             )
             yield
             if plan.decay == "scalar":
-                row = scalar_decay.dlog_decay(options, levels, terms, cotangents)
+                row = scalar_decay.dlog_decay(options, levels, terms, saved, cotangents)
                 tokens.store_row("dlog", row)
         yield
         store_gradients(tokens, dq, derase, dk, cotangents.dwritten, sums)
@@ -202,7 +202,9 @@ def _kernel(
     for chunk in grid.chunk_order():
         # Parts of dq and dk, of states that share a query or key head.
         sums: dict = {}
-        heads = [head(chunk, h, sums) for h in range(grid.schedule.heads)]
+        tokens = [Tokens(plan, grid, refs, chunk, h) for h in range(grid.schedule.heads)]
+        Tokens.transpose_rows(tokens)
+        heads = [head(tokens_of_head, sums) for tokens_of_head in tokens]
         interleave(heads, grid.schedule.lag)
 
     # The last step is the beginning of the recurrence.

@@ -14,11 +14,12 @@ def scan_cost(
 ) -> pl.CostEstimate:
     """Every operand moves once. FLOPs as the matrix unit does them, unused scores included."""
     C = plan.chunk
+    span = C if grid.is_backward else C // plan.forward_spans
     # Matmuls of a token. Both scores, in every merge of the halving, and the inverse in three
     # passes; the scores and the inverse with values; reads, erases and writes with the state.
-    num_merges = C.bit_length() - 1
+    num_merges = span.bit_length() - 1
     merges = num_merges if plan.decay == "vector" else 1
-    scores = 2 * merges * C * plan.K + 6 * C * C
+    scores = 2 * merges * C * plan.K + 6 * C * span
     through_scores = 4 * C * plan.V
     through_state = 6 * plan.K * plan.V
     flops_of_token = scores + through_scores + through_state

@@ -2,8 +2,9 @@
 
 The grid is (B, blocks of heads, blocks of tokens), see `call.py`. In each step the kernel takes the
 chunks of its block in order, and the heads of a chunk interleaved. It computes the terms of the
-chunk and the inverse of its triangular system, reads the state in VMEM, and updates it. For the
-backward pass it also writes the state before each chunk to HBM; all else is recomputed there.
+chunk and the inverses of its triangular systems, one for each span of 64 tokens, reads the state in
+VMEM, and updates it, once a span. For the backward pass it also writes the state before each chunk
+to HBM; all else is recomputed there.
 """
 
 from collections.abc import Generator
@@ -13,12 +14,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.tpu import Operand, Ref
-from kernels_pallas.delta_scan.tpu import scalar_decay, tile, vector_decay
+from kernels_pallas.delta_scan.tpu import scalar_decay, strided, strided_halving, tile, vector_decay
 from kernels_pallas.delta_scan.tpu.cost import scan_cost
 from kernels_pallas.delta_scan.tpu.plan import Grid, KernelInputs, Plan, grid_of
+from kernels_pallas.delta_scan.tpu.strided import StridedTokens
 from kernels_pallas.delta_scan.tpu.tokens import Tokens
 from kernels_pallas.linear_scan.tpu.call import call
 from kernels_pallas.linear_scan.tpu.tile import TileOptions, interleave, merge_levels
@@ -50,6 +53,10 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         dtype = jnp.bfloat16 if plan.rounds else jnp.float32
         states = like(x.q, (B, plan.H, num_chunks, plan.V, plan.K), dtype)
         outputs.append(grid.states(states))
+    scratch = []
+    if _is_strided(plan):
+        shape = strided.scratch_shape(grid.schedule.heads, plan.K)
+        scratch.append(pltpu.VMEM(shape, jnp.float32))
     return call(
         grid,
         partial(_kernel, plan),
@@ -57,6 +64,7 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         outputs,
         "delta_scan_forward",
         partial(scan_cost, plan, grid),
+        scratch,
     )
 
 
@@ -82,8 +90,8 @@ def chunk_terms(
     options: TileOptions,
     levels: Array,
     tokens: Tokens,
-) -> Generator[None, None, tuple[tile.ChunkTerms, list[vector_decay.Merge], Any]]:
-    """The terms of a chunk, its merges and the factors of its decay, by the kind of decay.
+) -> Generator[None, None, tuple[tile.ChunkTerms, Any, Any]]:
+    """The terms of a chunk, by the kind of decay, with what their derivative needs.
 
     Args:
       plan, options: the static arguments.
@@ -91,10 +99,12 @@ def chunk_terms(
       tokens: of the chunk.
 
     Returns:
-      (terms, merges of a vector decay, its decays or the factors of a scalar one): a generator.
+      (terms, merges of a vector decay or erase scores of a scalar one, decays or factors): a
+      generator.
     """
     if plan.decay == "vector":
         decays = tokens.vector_decays()
+        (total,) = decays.totals
         terms, merges = yield from vector_decay.chunk_terms(
             options,
             levels,
@@ -102,14 +112,14 @@ def chunk_terms(
             tokens.erase * decays.decay,
             tokens.k,
             decays.decay,
-            decays.total,
+            total,
             tokens.diagonal(),
         )
         return terms, merges, decays
     yield
     factors = tokens.scalar_factors(levels)
     yield
-    terms = yield from scalar_decay.chunk_terms(
+    terms, erase_scores = yield from scalar_decay.chunk_terms(
         options,
         levels,
         tokens.q,
@@ -117,7 +127,12 @@ def chunk_terms(
         tokens.k,
         factors,
     )
-    return terms, [], factors
+    return terms, erase_scores, factors
+
+
+def _is_strided(plan: Plan) -> bool:
+    """Whether the halving takes tokens in the order of `strided.py`."""
+    return plan.decay == "vector" and plan.chunk == strided.CHUNK
 
 
 def _kernel(
@@ -125,8 +140,10 @@ def _kernel(
     grid: Grid,
     refs: dict[str, Ref],
     state_ref: Ref,
+    *scratch_refs: Ref,
 ) -> None:
     options = plan.tile_options(grid.schedule)
+    num_spans = plan.forward_spans
 
     # The scratch holds another block of heads' state when T begins again.
     @pl.when(pl.program_id(2) == 0)
@@ -138,13 +155,27 @@ def _kernel(
 
     # The same for all heads and chunks.
     levels = merge_levels(plan.chunk, reverse=False)
-    ones = tile.blocks_of_ones(plan.chunk)
 
-    def head(chunk: int, h: int) -> Generator:
-        tokens = Tokens(plan, grid, refs, chunk, h)
-        terms, _, _ = yield from chunk_terms(plan, options, levels, tokens)
+    def head(tokens: Tokens, strided_tokens: StridedTokens | None) -> Generator:
+        chunk = tokens.chunk
+        h = tokens.head
+        if strided_tokens is not None:
+            decays = strided_tokens.vector_decays()
+            terms = yield from strided_halving.chunk_terms(
+                options,
+                strided_tokens.q * decays.decay,
+                strided_tokens.erase * decays.decay,
+                strided_tokens.k,
+                decays.decay,
+                decays.totals,
+                strided_tokens.diagonal(),
+                scratch_refs[0],
+                h,
+            )
+        else:
+            terms, _, _ = yield from chunk_terms(plan, options, levels, tokens)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms, ones)
+        inverses = yield from tile.inverse(options, terms)
         yield
         # Save the state before it is updated.
         if "states" in refs:
@@ -152,8 +183,8 @@ def _kernel(
         o, new_state = yield from tile.read_and_update(
             options,
             terms,
-            inverse_matrix,
-            tokens.written,
+            inverses,
+            lambda: tokens.written,
             state_ref[h],
         )
         state_ref[h] = new_state
@@ -161,8 +192,16 @@ def _kernel(
 
     for chunk in grid.chunk_order():
         # One chunk after the other, as the state goes through them; heads are independent.
-        heads = [head(chunk, h) for h in range(grid.schedule.heads)]
-        interleave(heads, grid.schedule.lag)
+        block = range(grid.schedule.heads)
+        tokens = [Tokens(plan, grid, refs, chunk, h, num_spans) for h in block]
+        Tokens.transpose_rows(tokens)
+        strided_tokens: list[StridedTokens] | list[None] = [None] * len(tokens)
+        if _is_strided(plan):
+            strided_tokens = [
+                StridedTokens(plan, grid, refs, chunk, h, num_spans, scratch_refs[0]) for h in block
+            ]
+            StridedTokens.transpose_rows(strided_tokens)
+        interleave(list(map(head, tokens, strided_tokens)), grid.schedule.lag)
 
     # After the last block of tokens the state is final.
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)

@@ -16,6 +16,10 @@ from kernels_pallas.linear_scan.tpu import plan as scan_plan
 from kernels_pallas.linear_scan.tpu.plan import ArrayOrShape, Schedule
 from kernels_pallas.linear_scan.tpu.tile import TileOptions
 
+# Tokens between two updates of the state in the forward kernel. The inverse of a longer span costs
+# more than another update, and two spans side by side fill the lanes of registers.
+SPAN = 64
+
 
 class Plan(NamedTuple):
     """The static arguments of both kernels.
@@ -56,6 +60,11 @@ class Plan(NamedTuple):
     def reverse(self) -> bool:
         """Tokens come in order; `linear_scan` can run the other way."""
         return False
+
+    @property
+    def forward_spans(self) -> int:
+        """How often a chunk updates the state in the forward kernel."""
+        return max(1, self.chunk // SPAN)
 
     def tile_options(self, schedule: Schedule) -> TileOptions:
         """The static arguments of a chunk."""

@@ -9,32 +9,54 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.delta_scan.tpu.tile import ChunkCotangents, ChunkTerms, pack_diagonal
+from kernels_pallas.delta_scan.tpu.tile import (
+    ChunkCotangents,
+    ChunkTerms,
+    later_registers,
+    pack_diagonal,
+)
 from kernels_pallas.linear_scan.tpu.scalar_decay import dlog_decay_of_pairs
-from kernels_pallas.linear_scan.tpu.tile import NT, TN, TileOptions, join_rows, matmul, split_rows
+from kernels_pallas.linear_scan.tpu.tile import (
+    NT,
+    ROWS,
+    TN,
+    TileOptions,
+    join_rows,
+    matmul,
+    split_rows,
+)
 
 
 class Factors(NamedTuple):
     """The decays of a chunk.
 
     Attributes:
-      mask: from the write of j to the read of i; 1 on the diagonal, 0 where j is later.
-      read: from the chunk's start to the read of i.
-      write: from the write of j to the chunk's end.
-      total: of the whole chunk.
+      mask: from the write of j to the read of i; 1 on the diagonal, 0 where j is later or in
+        another span.
+      read: from the start of i's span to the read of i.
+      write: from the write of j to the end of its span.
+      totals: of every span.
     """
 
     mask: Float[Array, "C C"]
     read: Float[Array, "C 1"] | float
     write: Float[Array, "C 1"] | float
-    total: Float[Array, "1 1"] | float
+    totals: tuple[Float[Array, "1 1"] | float, ...]
 
 
-def undecayed(levels: Int[Array, "C C"]) -> Factors:
+def undecayed(levels: Int[Array, "C C"], num_spans: int) -> Factors:
     """The factors of the delta rule without decay: a causal mask."""
-    return Factors((levels >= 0).astype(jnp.float32), 1.0, 1.0, 1.0)
+    mask = (in_span(levels, num_spans) & (levels >= 0)).astype(jnp.float32)
+    return Factors(mask, 1.0, 1.0, (1.0,) * num_spans)
+
+
+def in_span(levels: Int[Array, "C C"], num_spans: int) -> Bool[Array, "C C"]:
+    """Which pairs of tokens lie in the same of equal spans."""
+    span = levels.shape[0] // num_spans
+    # Blocks of 2**level tokens hold both.
+    return levels <= span.bit_length() - 1
 
 
 def mask_of_sums(
@@ -43,6 +65,7 @@ def mask_of_sums(
     fine_row: Float[Array, "1 C"],
     coarse_column: Float[Array, "C 1"],
     fine_column: Float[Array, "C 1"],
+    num_spans: int,
 ) -> Float[Array, "C C"]:
     """`Factors.mask`, from running sums up to token i (columns) and up to token j (rows)."""
     # Differences part by part: coarse ones are exact, fine ones small.
@@ -50,7 +73,7 @@ def mask_of_sums(
     is_earlier = levels > 0
     # Select before the exponential too: a later j has a positive difference, which may overflow.
     decays = jnp.exp(jnp.where(is_earlier, between, 0.0))
-    return jnp.where(levels >= 0, decays, 0.0)
+    return jnp.where((levels >= 0) & in_span(levels, num_spans), decays, 0.0)
 
 
 def chunk_terms(
@@ -60,8 +83,10 @@ def chunk_terms(
     erase: Float[Array, "C K"],
     k: Float[Array, "C K"],
     factors: Factors,
-) -> Generator[None, None, ChunkTerms]:
-    """The terms of a chunk, of scaled queries, negative erase keys and keys (a generator)."""
+) -> Generator[None, None, tuple[ChunkTerms, Float[Array, "C C"]]]:
+    """The terms of a chunk, of scaled queries, negative erase keys and keys, and all erase scores
+    (a generator).
+    """
 
     def operand(x: Array) -> Array:
         """As matmuls see it."""
@@ -72,15 +97,22 @@ def chunk_terms(
     yield
     # A token erases before it writes.
     erase_scores = jnp.where(levels > 0, products[C:] * factors.mask, 0.0)
-    return ChunkTerms(
+    rows = split_rows(erase_scores)
+    erase_rows = []
+    h = ROWS
+    while h < C // len(factors.totals):
+        erase_rows.append(later_registers(rows, h))
+        h *= 2
+    terms = ChunkTerms(
         read_scores=operand(products[:C] * factors.mask),
-        erase_scores=erase_scores,
-        erase_blocks=pack_diagonal(split_rows(erase_scores), C),
+        erase_blocks=pack_diagonal(rows, C),
+        erase_rows=tuple(erase_rows),
         reads=operand(q * factors.read),
         erases=operand(erase * factors.read),
         writes=operand(k * factors.write),
-        total=factors.total,
+        totals=factors.totals,
     )
+    return terms, erase_scores
 
 
 def backward(
@@ -107,12 +139,23 @@ def dlog_decay(
     options: TileOptions,
     levels: Int[Array, "C C"],
     terms: ChunkTerms,
+    erase_scores: Float[Array, "C C"],
     cotangents: ChunkCotangents,
 ) -> Float[Array, "1 C"]:
-    """The cotangents of the logs: what each receives from the products that it is part of."""
+    """The cotangents of the logs: what each receives from the products that it is part of.
+
+    Args:
+      options: the static arguments.
+      levels: of `merge_levels`.
+      terms, erase_scores: of `chunk_terms`.
+      cotangents: those of the terms.
+
+    Returns:
+      One row.
+    """
     # d/dlog of a decayed product is the product itself.
     weights = cotangents.dread_scores * terms.read_scores
-    weights += cotangents.derase_scores * terms.erase_scores
+    weights += cotangents.derase_scores * erase_scores
     of_reads = terms.reads * cotangents.dreads + terms.erases * cotangents.derases
     of_writes = terms.writes * cotangents.dwrites
     inside = dlog_decay_of_pairs(

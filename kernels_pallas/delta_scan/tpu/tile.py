@@ -9,7 +9,7 @@ make differences of large numbers. It is multiplied in three passes of bfloat16,
 where the inputs are. Everything else is one pass for bfloat16 inputs.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from kernels_pallas.linear_scan.tpu.tile import (
     matmul,
     split_rows,
 )
+from kernels_pallas.linear_scan.tpu.vector_decay import is_later_block
 
 
 class ChunkTerms(NamedTuple):
@@ -36,20 +37,31 @@ class ChunkTerms(NamedTuple):
     What the negative of an erase key finds is added, and nothing has to be negated:
     (I - N) W = U + (-e.G) S, with N = -A_e.
 
+    The state is updated once every S tokens: S = C, or two spans of C / 2 lie side by side, so that
+    they fill registers. Then decays are those from and to the ends of a span.
+
     Attributes:
-      read_scores: A_q with its diagonal.
-      erase_scores: N, of which the blocks of 8 on the diagonal are of no meaning.
-      erase_blocks: these blocks side by side, strictly lower triangular, see `pack_diagonal`.
+      read_scores: A_q with its diagonal, 0 for tokens of two spans.
+      erase_blocks: the blocks of 8 on N's diagonal side by side, strictly lower triangular, see
+        `pack_diagonal`.
+      erase_rows: for blocks of h = 8, 16, ... S / 2 the rows of N of every second, later block.
+        Only the columns of the block before it are meant.
       erases: -e.G.
+      totals: the decay of every span.
     """
 
     read_scores: Float[Array, "C C"]
-    erase_scores: Float[Array, "C C"]
     erase_blocks: Float[Array, "8 C"]
+    erase_rows: tuple[Registers, ...]
     reads: Float[Array, "C K"]
     erases: Float[Array, "C K"]
     writes: Float[Array, "C K"]
-    total: Float[Array, "1 K"] | Float[Array, "1 1"] | float
+    totals: tuple[Float[Array, "1 K"] | Float[Array, "1 1"] | float, ...]
+
+    @property
+    def span(self) -> int:
+        """Tokens between two updates of the state."""
+        return self.reads.shape[0] // len(self.totals)
 
 
 # --- blocks on the diagonal of [C, C], and the same side by side
@@ -89,22 +101,27 @@ def unpack_diagonal(packed: Float[Array, "8 C"]) -> Registers:
     return [jnp.where(_is_block(lane, block, ROWS), packed, 0.0) for block in range(C // ROWS)]
 
 
+# --- blocks of whole registers
+
+
+def later_registers(xs: Registers, h: int) -> Registers:
+    """Those of later blocks of h >= 8 rows."""
+    return [x for i, x in enumerate(xs) if is_later_block(i, h, False)]
+
+
+def earlier_registers(xs: Registers, h: int) -> Registers:
+    """Those of earlier blocks of h >= 8 rows."""
+    return [x for i, x in enumerate(xs) if not is_later_block(i, h, False)]
+
+
 # --- the inverse of I - N
-
-
-def blocks_of_ones(C: int) -> Float[Array, "C C"]:
-    """1 where row and column lie in the same block of 8, for `inverse`."""
-    i = lax.broadcasted_iota(jnp.int32, (C, C), 0)
-    j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
-    return (i // ROWS == j // ROWS).astype(jnp.float32)
 
 
 def inverse(
     options: TileOptions,
     terms: ChunkTerms,
-    ones: Float[Array, "C C"],
-) -> Generator[None, None, Float[Array, "C C"]]:
-    """(I - N)^-1, from the inverses of its diagonal blocks, which double in every level.
+) -> Generator[None, None, Float[Array, "S C"]]:
+    """(I - N)^-1 of every span, from the inverses of diagonal blocks, which double in every level.
 
         T = [[T_L, 0], [T_R N[R, L] T_L, T_R]]
 
@@ -114,22 +131,20 @@ def inverse(
     Args:
       options: the static arguments.
       terms: the terms of the chunk, with N.
-      ones: `blocks_of_ones`, the same for all heads.
 
     Returns:
-      The inverse (a generator).
+      The inverses, side by side (a generator).
     """
-    score_parts = _parts(options, split_rows(terms.erase_scores))
-    C = terms.erase_scores.shape[1]
-    lane = lanes_of(C)
-    packed = [(yield from _inverse_of_registers(options, terms.erase_blocks, ones, lane))]
+    lane = lanes_of(terms.erase_blocks.shape[1])
+    packed = [_inverse_of_registers(terms.erase_blocks, lane)]
     h = ROWS
-    while h < C:
+    for erase_rows in terms.erase_rows:
         yield
         # T_R N[R, L], then that times T_L. The right operands are known before the left ones, and
         # have only the blocks that are wanted: what else is in the left ones does not matter.
         parts = _parts(options, packed)
-        below = [_blocks_below(options, part, h, lane) for part in score_parts]
+        erase_parts = _parts(options, erase_rows)
+        below = [_blocks_below(options, part, h, lane) for part in erase_parts]
         product = _careful_matmul(options, parts, below)
         yield
         lefts = [_left_blocks(options, part, h, lane) for part in parts]
@@ -144,22 +159,19 @@ def inverse(
 
 
 def _inverse_of_registers(
-    options: TileOptions,
     blocks: Float[Array, "8 C"],
-    ones: Float[Array, "C C"],
     lane: Int[Array, "8 C"],
-) -> Generator[None, None, Float[Array, "8 C"]]:
+) -> Float[Array, "8 C"]:
     """The inverses of all blocks of 8 rows, side by side: by substitution, in float32."""
     row = lax.broadcasted_iota(jnp.int32, lane.shape, 0)
-    # Column j of every block, in all lanes of the block: one matmul with blocks of ones.
     column_of_block = lane & (ROWS - 1)
-    columns = [jnp.where(column_of_block == j, blocks, 0.0) for j in range(ROWS)]
-    spread = _careful_matmul(options, _parts(options, columns), [ones])
-    yield
     # Row j of the inverse is final when the rows before it have been added to it.
     solved = (column_of_block == row).astype(jnp.float32)
     for j in range(ROWS - 1):
-        solved = solved + spread[j] * solved[j : j + 1]
+        # Column j of every block, in all lanes of the block.
+        source = lane - column_of_block + j
+        column = jnp.take_along_axis(blocks, source, axis=1, mode="promise_in_bounds")
+        solved = solved + column * solved[j : j + 1]
     return solved
 
 
@@ -183,30 +195,27 @@ def _careful_matmul(
     Args:
       options: the static arguments.
       left_parts: the left operand's `_parts`.
-      right_parts: the right operand's; one of them if it has no more bits.
+      right_parts: the right operand's.
 
     Returns:
       The product.
     """
     if not options.rounds:
         return split_rows(_dot(join_rows(left_parts[0]), right_parts[0], lax.Precision.HIGHEST))
-    high, low = left_parts
-    right, *rests = [x.astype(jnp.bfloat16) for x in right_parts]
-    # Of four products of parts the one of both low parts is too small to matter.
-    both = _dot(
-        join_rows(high + low).astype(jnp.bfloat16),
-        right,
-        lax.Precision.DEFAULT,
+    high, low = (join_rows(part).astype(jnp.bfloat16) for part in left_parts)
+    # Of four products of parts the one of both low parts is too small to matter. The other three
+    # are one matmul of twice the depth: [[high, high], [low, 0]] [right_high; right_low].
+    left = jnp.concatenate(
+        [
+            jnp.concatenate([high, low], axis=0),
+            jnp.concatenate([high, jnp.zeros_like(low)], axis=0),
+        ],
+        axis=1,
     )
+    right = join_rows([x.astype(jnp.bfloat16) for x in right_parts])
+    both = _dot(left, right, lax.Precision.DEFAULT)
     num_rows = both.shape[0] // 2
-    product = both[:num_rows] + both[num_rows:]
-    for rest in rests:
-        product = product + _dot(
-            join_rows(high).astype(jnp.bfloat16),
-            rest,
-            lax.Precision.DEFAULT,
-        )
-    return split_rows(product)
+    return split_rows(both[:num_rows] + both[num_rows:])
 
 
 def _dot(a: Array, b: Array, precision: lax.Precision) -> Array:
@@ -243,16 +252,16 @@ def _left_blocks(
 
 def _blocks_below(
     options: TileOptions,
-    scores: Registers,
+    later_rows: Registers,
     h: int,
     lane: Int[Array, "8 C"],
 ) -> Float[Array, "C C"]:
     """The blocks [R, L] of all pairs of blocks of h rows; as `_left_blocks`."""
     registers = h // ROWS
-    zeros = [jnp.zeros_like(x) for x in scores[:registers]]
+    zeros = [jnp.zeros_like(x) for x in later_rows[:registers]]
     pairs = []
-    for first in range(registers, len(scores), 2 * registers):
-        pairs.append(zeros + scores[first : first + registers])
+    for first in range(0, len(later_rows), registers):
+        pairs.append(zeros + later_rows[first : first + registers])
     return _in_lanes_of_left(options, pairs, h, lane)
 
 
@@ -281,22 +290,30 @@ def _in_lanes_of_left(
 def read_and_update(
     options: TileOptions,
     terms: ChunkTerms,
-    inverse_matrix: Float[Array, "C C"],
-    written: Float[Array, "C V"],
+    inverses: Float[Array, "S C"],
+    written: Callable[[], Float[Array, "C V"]],
     state: Float[Array, "V K"],
 ) -> Generator[None, None, tuple[Float[Array, "C V"], Float[Array, "V K"]]]:
     """o, and the state after the chunk (a generator)."""
-    C = written.shape[0]
-    # Queries and (negative) erase keys read the same state.
-    rows = join_rows((terms.reads, terms.erases))
-    found = matmul(options, rows, state, NT)
-    yield
-    changes = matmul(options, inverse_matrix, written + found[C:])
-    yield
-    o = found[:C] + matmul(options, terms.read_scores, changes)
-    yield
-    new_state = state * terms.total + matmul(options, changes, terms.writes, TN)
-    return o, new_state
+    S = terms.span
+
+    from_state = []
+    changes = []
+    for n, total in enumerate(terms.totals):
+        span = slice(n * S, n * S + S)
+        # Queries and (negative) erase keys read the same state.
+        rows = join_rows((terms.reads[span], terms.erases[span]))
+        found = matmul(options, rows, state, NT)
+        yield
+        change = matmul(options, inverses[:, span], written()[span] + found[S:])
+        yield
+        from_state.append(found[:S])
+        changes.append(change.astype(options.operand))
+        update = matmul(options, changes[n], terms.writes[span], TN)
+        state = state * total + update
+        yield
+    from_spans = matmul(options, terms.read_scores, join_rows(changes))
+    return join_rows(from_state) + from_spans, state
 
 
 class ChunkCotangents(NamedTuple):
@@ -345,6 +362,7 @@ def read_and_update_backward(
       The cotangents (a generator).
     """
     C = do.shape[0]
+    (total,) = terms.totals
     # W once more, and its cotangent.
     found = matmul(options, terms.erases, state, NT)
     of_scores = matmul(options, terms.read_scores, do, TN)
@@ -364,9 +382,9 @@ def read_and_update_backward(
     yield
     # total * dtotal, a column of the state at a time: what the log of the total receives.
     first, *others = split_rows(state.astype(jnp.float32) * dstate)
-    dlog_total = sum(others, first) * terms.total
+    dlog_total = sum(others, first) * total
     rows = join_rows((terms.reads, terms.erases))
-    dstate_before = dstate * terms.total + matmul(options, both, rows, TN)
+    dstate_before = dstate * total + matmul(options, both, rows, TN)
     return ChunkCotangents(
         dwritten=dwritten,
         dread_scores=dread_scores,

@@ -1,5 +1,7 @@
 """One chunk of one head inside the TPU kernels: what is read from and written to VMEM."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
@@ -19,19 +21,14 @@ LANES = 128
 
 
 class VectorDecays(NamedTuple):
-    """The decays of a chunk with one decay per key channel: of each token, and of the whole."""
+    """The decays of a chunk with one decay per key channel: of each token, and of every span."""
 
     decay: Float[Array, "C K"]
-    total: Float[Array, "1 K"]
+    totals: tuple[Float[Array, "1 K"], ...]
 
 
 class Tokens:
-    """One chunk of one head, as float32 [C, D] arrays that are 0 beyond T.
-
-    Attributes:
-      q, k: queries and keys, of length one with `l2_norm`; q is scaled.
-      erase: the negative of the key that reads the state and erases: what it finds is added.
-    """
+    """One chunk of one head, as float32 [C, D] arrays that are 0 beyond T."""
 
     def __init__(
         self,
@@ -40,21 +37,49 @@ class Tokens:
         refs: dict[str, Ref],
         chunk: int,
         head: int,
+        num_spans: int = 1,
     ):
-        """`refs` are the kernel's blocks by name; chunk and head count from the block's first."""
+        """Columns are there after `transpose_rows` only.
+
+        Args:
+          plan, grid: the static arguments.
+          refs: the kernel's blocks by name.
+          chunk, head: counted from the block's first.
+          num_spans: after how many equal parts of the chunk the state is updated.
+        """
         self.plan = plan
         self.grid = grid
         self.refs = refs
         self.chunk = chunk
         self.head = head
-        self._columns = self._transposed_rows()
-        self._unscaled_q, self._inverse_length_of_q = self._normalized("q", plan.Hq)
-        self.q = self._unscaled_q * plan.scale
-        self.k, self._inverse_length_of_k = self._normalized("k", plan.Hk)
-        if "erase" in refs:
-            self.erase = -self.load("erase", plan.H, plan.K)
-        else:
-            self.erase = self.column("minus_beta") * self.k
+        self._span = plan.chunk // num_spans
+        self._spans = [slice(n * self._span, (n + 1) * self._span) for n in range(num_spans)]
+        self._columns: dict[str, Float[Array, "C 1"]] = {}
+
+    @cached_property
+    def _normalized_q(self) -> tuple[Float[Array, "C K"], Float[Array, "C 1"] | None]:
+        return self._normalized("q", self.plan.Hq)
+
+    @cached_property
+    def _normalized_k(self) -> tuple[Float[Array, "C K"], Float[Array, "C 1"] | None]:
+        return self._normalized("k", self.plan.Hk)
+
+    @cached_property
+    def q(self) -> Float[Array, "C K"]:
+        """Of length one with `l2_norm`, and scaled."""
+        return self._normalized_q[0] * self.plan.scale
+
+    @property
+    def k(self) -> Float[Array, "C K"]:
+        """Of length one with `l2_norm`."""
+        return self._normalized_k[0]
+
+    @cached_property
+    def erase(self) -> Float[Array, "C K"]:
+        """The negative of the key that reads the state and erases: what it finds is added."""
+        if "erase" in self.refs:
+            return -self.load("erase", self.plan.H, self.plan.K)
+        return self.column("minus_beta") * self.k
 
     @property
     def v(self) -> Float[Array, "C V"]:
@@ -89,11 +114,14 @@ class Tokens:
 
     def load(self, name: str, num_heads: int, D: int) -> Float[Array, "C D"]:
         """The block `name`, one chunk of one head."""
-        x = self.refs[name][self._index(num_heads, D)].astype(jnp.float32)
+        x = self._loaded(name, num_heads, D)
         if self.plan.T % self.grid.step_length == 0:
             return x
         # A select, not a product: what lies beyond T may be anything, NaN too.
         return jnp.where(self._is_inside(), x, 0.0)
+
+    def _loaded(self, name: str, num_heads: int, D: int) -> Float[Array, "C D"]:
+        return self.refs[name][self._index(num_heads, D)].astype(jnp.float32)
 
     def _is_inside(self) -> Bool[Array, "C 1"]:
         """Which tokens of the chunk exist: those before T."""
@@ -101,8 +129,11 @@ class Tokens:
         # The number in the array of the chunk's first token.
         block = self.grid.token_block(pl.program_id(2))
         first = block * self.grid.step_length + self.chunk * C
-        token = first + jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0)
-        return token < self.plan.T
+        return first + self._tokens_of_rows() < self.plan.T
+
+    def _tokens_of_rows(self) -> Int[Array, "C 1"]:
+        """Which token of the chunk each row is."""
+        return jax.lax.broadcasted_iota(jnp.int32, (self.plan.chunk, 1), 0)
 
     def store(self, name: str, num_heads: int, D: int, x: Array) -> None:
         """Writes to the block of output `name`, in its dtype."""
@@ -161,11 +192,13 @@ class Tokens:
 
     def unnormalized_dq(self, dq: Float[Array, "C K"]) -> Float[Array, "C K"]:
         """From the cotangent of `q` to that of the array q."""
-        return _unnormalized(self._unscaled_q, dq * self.plan.scale, self._inverse_length_of_q)
+        unit, inverse_length = self._normalized_q
+        return _unnormalized(unit, dq * self.plan.scale, inverse_length)
 
     def unnormalized_dk(self, dk: Float[Array, "C K"]) -> Float[Array, "C K"]:
         """From the cotangent of `k` to that of the array k."""
-        return _unnormalized(self.k, dk, self._inverse_length_of_k)
+        unit, inverse_length = self._normalized_k
+        return _unnormalized(unit, dk, inverse_length)
 
     # --- rows: one number a token
 
@@ -175,10 +208,10 @@ class Tokens:
         return self.refs["rows"][0, self.head, self.chunk, i : i + 1]
 
     def column(self, name: str) -> Float[Array, "C 1"]:
-        """A row of `Plan.rows`, or one that `_transposed_rows` adds, as a column."""
+        """A row of `Plan.rows`, or one that `_rows_for_columns` adds, as a column."""
         return self._columns[name]
 
-    def _transposed_rows(self) -> dict[str, Float[Array, "C 1"]]:
+    def _rows_for_columns(self) -> dict[str, Float[Array, "1 C"]]:
         rows = {name: self.row(name) for name in self.plan.rows}
         if "beta" in rows:
             rows["minus_beta"] = -rows["beta"]
@@ -186,14 +219,52 @@ class Tokens:
             # Exponentials of a row are cheaper than those of a column.
             coarse = rows["coarse"]
             fine = rows["fine"]
-            rows["read"] = jnp.exp(coarse + fine)
-            rows["write"] = jnp.exp((coarse[:, -1:] - coarse) + (fine[:, -1:] - fine))
+            rows["read"] = jnp.exp(self._since_start(coarse) + self._since_start(fine))
+            rows["write"] = jnp.exp(self._until_end(coarse) + self._until_end(fine))
+        return rows
+
+    @classmethod
+    def _in_order(cls, rows: Float[Array, "R C"]) -> Float[Array, "R C"]:
+        """The lanes in the order of the rows of this class's arrays."""
+        return rows
+
+    @classmethod
+    def transpose_rows(cls, heads: Sequence["Tokens"]) -> None:
+        """Makes the columns of all heads of a chunk.
+
+        By one transposition, as one of few rows takes as long as one of many.
+        """
+        rows = []
+        places = []
+        for head in heads:
+            for name, row in head._rows_for_columns().items():
+                places.append((head, name))
+                rows.append(row)
         if not rows:
-            return {}
-        # Mosaic transposes whole registers only: fill one up with zeros.
-        padding = jnp.zeros((ROWS - len(rows), self.plan.chunk), jnp.float32)
-        columns = jnp.transpose(jnp.concatenate([*rows.values(), padding]))
-        return {name: columns[:, i : i + 1] for i, name in enumerate(rows)}
+            return
+        # Mosaic transposes whole registers only: fill up with zeros.
+        padding = jnp.zeros((-len(rows) % ROWS, rows[0].shape[1]), jnp.float32)
+        if padding.shape[0]:
+            rows.append(padding)
+        columns = jnp.transpose(cls._in_order(jnp.concatenate(rows)))
+        for i, (head, name) in enumerate(places):
+            head._columns[name] = columns[:, i : i + 1]
+
+    def _since_start(self, sums: Float[Array, "1 C"]) -> Float[Array, "1 C"]:
+        """Running sums that begin again with every span: by subtraction, so coarse or fine ones."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 1)
+        for span in self._spans[1:]:
+            before = sums[:, span.start - 1 : span.start]
+            sums = jnp.where(lane >= span.start, sums - before, sums)
+        return sums
+
+    def _until_end(self, sums: Float[Array, "1 C"]) -> Float[Array, "1 C"]:
+        """What the running sums still grow by until their span ends."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 1)
+        last = sums[:, -1:]
+        for span in self._spans[-2::-1]:
+            last = jnp.where(lane < span.stop, sums[:, span.stop - 1 : span.stop], last)
+        return last - sums
 
     # --- decays
 
@@ -203,8 +274,11 @@ class Tokens:
         if "start" in self.plan.rows:
             log_decay = jnp.where(self.column("start") > 0, LOG_ZERO, log_decay)
         # One exponential of the sum: a product of decays is rounded at every token.
-        total = jnp.exp(jnp.sum(log_decay, axis=0, keepdims=True))
-        return VectorDecays(jnp.exp(log_decay), total)
+        totals = [jnp.exp(log_total) for log_total in self._sums_of_spans(log_decay)]
+        return VectorDecays(jnp.exp(log_decay), tuple(totals))
+
+    def _sums_of_spans(self, x: Float[Array, "C K"]) -> list[Float[Array, "1 K"]]:
+        return [jnp.sum(x[span], axis=0, keepdims=True) for span in self._spans]
 
     def diagonal(self) -> Float[Array, "C 1"]:
         """What each query reads of its own token's write."""
@@ -213,7 +287,7 @@ class Tokens:
     def scalar_factors(self, levels: Int[Array, "C C"]) -> scalar_decay.Factors:
         """The decays of the chunk, one per token, or none."""
         if self.plan.decay == "none":
-            return scalar_decay.undecayed(levels)
+            return scalar_decay.undecayed(levels, len(self._spans))
         coarse = self.row("coarse")
         fine = self.row("fine")
         mask = scalar_decay.mask_of_sums(
@@ -222,14 +296,24 @@ class Tokens:
             fine,
             self.column("coarse"),
             self.column("fine"),
+            len(self._spans),
         )
         return scalar_decay.Factors(
             mask=mask,
             read=self.column("read"),
             write=self.column("write"),
-            # The chunk's last token has the sum of all its logs.
-            total=jnp.exp(coarse[:, -1:] + fine[:, -1:]),
+            totals=tuple(self._total(coarse, fine, span) for span in self._spans),
         )
+
+    def _total(
+        self,
+        coarse: Float[Array, "1 C"],
+        fine: Float[Array, "1 C"],
+        span: slice,
+    ) -> Float[Array, "1 1"]:
+        """The decay of a span: its last token has the sum of all its logs."""
+        parts = [self._since_start(sums)[:, span.stop - 1 : span.stop] for sums in (coarse, fine)]
+        return jnp.exp(sum(parts[1:], parts[0]))
 
 
 def _unnormalized(

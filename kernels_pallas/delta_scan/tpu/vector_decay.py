@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels_pallas.delta_scan.tpu.tile import ChunkTerms, pack_diagonal, unpack_diagonal
+from kernels_pallas.delta_scan.tpu.tile import (
+    ChunkTerms,
+    later_registers,
+    pack_diagonal,
+    unpack_diagonal,
+)
 from kernels_pallas.linear_scan.tpu.tile import (
     NT,
     ROWS,
@@ -93,11 +98,11 @@ def chunk_terms(
     read_blocks = jnp.where(block_levels == 0, on_diagonal, 0.0)
     erase_blocks = jnp.zeros_like(read_blocks)
     read_scores = []
-    erase_scores = [jnp.zeros_like(read_blocks) for _ in level_rows]
+    rows_of_erases = []
 
     def place(product: Array, h: int) -> None:
         """In order of h: larger blocks overwrite what is not theirs."""
-        nonlocal read_blocks, erase_blocks, read_scores, erase_scores
+        nonlocal read_blocks, erase_blocks, read_scores
         rows = split_rows(product)
         if h < ROWS:
             of_reads, of_erases = unpack_pairs([pack_diagonal(rows, C)], h, True)
@@ -109,7 +114,7 @@ def chunk_terms(
             return
         half = len(rows) // 2
         read_scores = place_scores(read_scores, rows[:half], h, level_rows, False)
-        erase_scores = place_scores(erase_scores, rows[half:], h, level_rows, False)
+        rows_of_erases.append(rows[half:])
 
     merges = []
     # The product of the merge before, which is placed while the next one is multiplied.
@@ -145,12 +150,12 @@ def chunk_terms(
     terms = ChunkTerms(
         # Kept as matmuls see them, half as large: until the inverse is there they only wait.
         read_scores=operand(read_scores),
-        erase_scores=join_rows(erase_scores),
         erase_blocks=erase_blocks,
+        erase_rows=tuple(rows_of_erases),
         reads=operand(read_rows),
         erases=operand(erase_rows),
         writes=operand(write_rows),
-        total=total,
+        totals=(total,),
     )
     return terms, merges
 
@@ -192,13 +197,3 @@ def _later_reads(reads: Registers, erases: Registers, h: int) -> Registers:
         alternating = [x for pair in zip(reads, erases) for x in pair]
         return pack_pairs(alternating, h, True)
     return later_registers(reads, h) + later_registers(erases, h)
-
-
-def later_registers(xs: Registers, h: int) -> Registers:
-    """Those of later blocks of h >= 8 rows."""
-    return [x for i, x in enumerate(xs) if is_later_block(i, h, False)]
-
-
-def earlier_registers(xs: Registers, h: int) -> Registers:
-    """Those of earlier blocks of h >= 8 rows."""
-    return [x for i, x in enumerate(xs) if not is_later_block(i, h, False)]

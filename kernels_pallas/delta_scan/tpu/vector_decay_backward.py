@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-from kernels_pallas.delta_scan.tpu.tile import ChunkCotangents, ChunkTerms
-from kernels_pallas.delta_scan.tpu.vector_decay import (
-    Merge,
+from kernels_pallas.delta_scan.tpu.tile import (
+    ChunkCotangents,
+    ChunkTerms,
     earlier_registers,
     later_registers,
 )
+from kernels_pallas.delta_scan.tpu.vector_decay import Merge
 from kernels_pallas.linear_scan.tpu.tile import (
     ROWS,
     Registers,

@@ -5,7 +5,8 @@ kernel its cotangent) stays in VMEM scratch while its tokens pass; every input a
 between HBM and VMEM once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -24,6 +25,7 @@ def call(
     outputs: list[Operand],
     name: str,
     cost: Callable[[list[Operand]], pl.CostEstimate],
+    scratch: Sequence[Any] = (),
 ) -> dict[str, Array]:
     """Runs a kernel.
 
@@ -35,6 +37,7 @@ def call(
       outputs: shapes.
       name: of the kernel in a profile.
       cost: what it costs, from all of its operands.
+      scratch: more memory for the kernel, whose references follow state_ref.
 
     Returns:
       The outputs by name.
@@ -46,8 +49,9 @@ def call(
 
     def body(*refs):
         # Inputs, outputs, then the scratch.
-        *operand_refs, state_ref = refs
-        kernel(grid, dict(zip(operand_names, operand_refs)), state_ref)
+        operand_refs = refs[: len(operand_names)]
+        scratch_refs = refs[len(operand_names) :]
+        kernel(grid, dict(zip(operand_names, operand_refs)), *scratch_refs)
 
     def spec(operand: Operand) -> pl.BlockSpec:
         return pl.BlockSpec(operand.block, operand.index)
@@ -68,7 +72,7 @@ def call(
         in_specs=[spec(operand) for operand in inputs],
         out_specs=[spec(operand) for operand in outputs],
         out_shape=[operand.array for operand in outputs],
-        scratch_shapes=[pltpu.VMEM((heads, plan.V, plan.K), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((heads, plan.V, plan.K), jnp.float32), *scratch],
         compiler_params=compiler_params,
         cost_estimate=cost([*inputs, *outputs]),
         interpret=plan.interpret,

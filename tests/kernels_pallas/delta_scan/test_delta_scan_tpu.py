@@ -106,16 +106,18 @@ def test_half_precision(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3, 4])
 @pytest.mark.parametrize("cosine, tolerance", [(0.0, BF16), (0.9, BF16_CORRELATED)])
-def test_bfloat16_as_the_matrix_unit_rounds(rank, cosine, tolerance, monkeypatch):
+@pytest.mark.parametrize("T, chunk_size", [(64, 16), (130, None)])
+def test_bfloat16_as_the_matrix_unit_rounds(rank, cosine, tolerance, T, chunk_size, monkeypatch):
     """Interpreted matmuls round nothing; here the operands are rounded as on the machine, but for
     those of the inverse.
     """
     room = importlib.import_module("kernels_pallas.delta_scan.tpu.op")
     plan = room._plan
     monkeypatch.setattr(room, "_plan", lambda *args: plan(*args)._replace(rounds=True))
-    inputs = make(B=1, H=1, T=64, K=16, V=16, rank=rank, cosine=cosine)
+    inputs = make(B=1, H=1, T=T, K=16, V=16, rank=rank, cosine=cosine)
     # Another scale, so that nothing is found in the cache of jit.
-    compare_tpu(inputs, dtype=jnp.bfloat16, tolerance=tolerance, scale=0.2501)
+    options = dict(chunk_size=chunk_size, scale=0.2501)
+    compare_tpu(inputs, dtype=jnp.bfloat16, tolerance=tolerance, **options)
 
 
 def test_decoding_step():
@@ -135,7 +137,7 @@ def test_decoding_step():
 
 # Every one with a scale of its own: nothing of another is found in the cache of jit.
 PLANTED = {
-    "state not decayed": (tpu_tile, "read_and_update", dict(total=1.0)),
+    "state not decayed": (tpu_tile, "read_and_update", dict(totals=(1.0,))),
     "state not read by erase keys": (tpu_tile, "read_and_update", dict(erases=0.0)),
     "scores of erase keys not inverted": (tpu_tile, "inverse", 0.0),
     "scores 1e-4 too large": (tpu_tile, "inverse", 1 + 1e-4),
@@ -158,9 +160,12 @@ def test_planted_errors_are_found(error, monkeypatch):
         changed = {n: f * getattr(terms, n) if f == 0 else f for n, f in change.items()}
         return (yield from right(options, terms._replace(**changed), *args))
 
-    def wrong_inverse(options, terms, ones):
-        changed = {n: change * getattr(terms, n) for n in ("erase_scores", "erase_blocks")}
-        return (yield from right(options, terms._replace(**changed), ones))
+    def wrong_inverse(options, terms):
+        changed = terms._replace(
+            erase_blocks=change * terms.erase_blocks,
+            erase_rows=tuple([change * x for x in rows] for rows in terms.erase_rows),
+        )
+        return (yield from right(options, changed))
 
     monkeypatch.setattr(module, name, wrong_update if name != "inverse" else wrong_inverse)
     with pytest.raises(AssertionError, match="'o': "):
@@ -317,11 +322,15 @@ def test_jit_on_a_mesh_cuts_rows_and_heads(names, axis_type):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [3, 4])
-def test_no_races(rank):
-    """The TPU interpreter follows DMAs and semaphores; a read before its copy has ended raises."""
-    x = low(make(B=1, H=1, T=48, rank=rank))
+@pytest.mark.parametrize("T, chunk_size", [(48, 16), (130, 128)])
+def test_no_races(rank, T, chunk_size):
+    """The TPU interpreter follows DMAs and semaphores; a read before its copy has ended raises.
+
+    Forward and backward, in chunks that change the order of tokens in memory too.
+    """
+    x = low(make(B=1, H=1, T=T, rank=rank))
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    run = partial(total, chunk_size=16, implementation="tpu")
+    run = partial(total, chunk_size=chunk_size, implementation="tpu")
     got = jax.grad(partial(run, interpret=interpret))(x)
     close(got, fast_jit(jax.grad(partial(run, interpret=True)))(x), 1e-6)
 
