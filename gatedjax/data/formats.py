@@ -101,10 +101,12 @@ class CompressedJsonLines:
     def __init__(self, path: Path, field: str):
         self.path = path
         self.field = field
-        self._module = gzip if path.suffix == ".gz" else _zstandard()
+        self._module: ModuleType = gzip
         # EOFError where the file was cut short; the others where it is damaged or something else.
-        errors = zlib.error if path.suffix == ".gz" else self._module.ZstdError
-        self._damage = (EOFError, gzip.BadGzipFile, errors)
+        self._damage = (EOFError, gzip.BadGzipFile, zlib.error)
+        if path.suffix == ".zst":
+            self._module = _zstandard()
+            self._damage = (EOFError, self._module.ZstdError)
         self._documents = sum(1 for _ in self._lines())
 
     def __len__(self) -> int:
