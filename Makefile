@@ -2,6 +2,7 @@
 # make test    lint, then the test suite (the slow ones too: make test-all)
 # make test-oracles   compares layers with those of torch (transformers, entmax)
 # make test-cuda-aot   compiles every op for an H200 that is not here
+# make test-gpu   the kernels on this machine's NVIDIA GPU: values and gradients
 # make test-types   a part of the suite with every annotation, shapes too, checked at every call
 # make docs    the site of docs/, in build/site
 # make lint    ruff, its format, types (pyrefly);  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
@@ -14,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 # A process a core: tests compile more than they compute, and a compilation has one thread. A file stays in one process.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-types test-all test-oracles test-cuda-aot docs lint goldens bench clean
+.PHONY: train test test-types test-all test-oracles test-cuda-aot test-gpu docs lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -40,9 +41,15 @@ test-types: .venv/installed
 test-oracles: .venv-oracles/installed
 	.venv-oracles/bin/python -m pytest tests/kernels_pallas/attention/test_attention_normalizers.py tests/gatedjax/layers/test_attention_options.py tests/gatedjax/layers/moe/test_moe_peers.py -k equals
 
-# In an environment of its own: the CUDA plugin takes 400 MB, and looks for a driver whenever jax starts.
+# In an environment of its own: the CUDA plugin and NVIDIA's assembler take 1.5 GB, and the plugin looks for a driver
+# whenever jax starts. A test is a compilation or two: they are dealt out one by one.
 test-cuda-aot: .venv-cuda/installed
-	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py tests/kernels_pallas/attention/test_attention_cuda.py
+	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/*/test_*_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py
+
+# On a machine with an NVIDIA GPU: the kernels there, values and gradients.
+test-gpu: .venv/installed
+	$(VENV)/pip install --quiet -e '.[cuda,gpu]'
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_backend_optimization_level=3 $(VENV)/python -m pytest tests/kernels_pallas/*/test_*_device.py
 
 docs: .venv/installed
 	$(VENV)/pip install --quiet -e '.[docs]'
@@ -75,7 +82,7 @@ bench: .venv/installed
 
 .venv-cuda/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --quiet -e '.[cuda-aot]' pytest hypothesis
+	.venv-cuda/bin/pip install --quiet -e '.[cuda-aot]' pytest pytest-xdist hypothesis
 	@touch $@
 
 clean:

@@ -6,10 +6,10 @@ spills, warnings, matrix instructions. The table of docs/performance.md.
         [--json=benchmarks/results/gpu_report.json]
 
 A program is the forward and backward pass, as in training, or a decoding step. "a tile": what a
-warp issues for a tile, the shortest loop with matrix instructions. Static facts, no times. With
---before every figure that has changed since that run is printed as "before -> now". Needs jax's
-CUDA plugin, ptxas and nvdisasm (make test-cuda-aot builds an environment). Of another op: a line of
-`CASES`.
+warp issues for a tile, the shortest loop with matrix instructions. Static facts, no times. The
+ptxas is the one that XLA takes (kernels_pallas/common/ptxas.py). With --before every figure that
+has changed since that run is printed as "before → now". Needs jax's CUDA plugin, ptxas and nvdisasm
+(make test-cuda-aot builds an environment). Of another op: a line of `CASES`.
 """
 
 import json
@@ -29,6 +29,8 @@ from report import parser, write_json
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
 from gatedjax.aot.report import GpuKernel
+from kernels_pallas.common.ptxas import ptxas
+from kernels_pallas.linear_scan.gpu import op as linear_scan_gpu
 from kernels_pallas.ops import attention_step
 
 TARGETS = ("cuda:h100", "cuda:a100")
@@ -76,7 +78,7 @@ FIGURES = {
     "in all": "instructions",
     "registers": "registers",
     "spilled bytes": "spill_bytes",
-    "blocks an SM": "blocks_per_core",
+    "programs an SM": "blocks_per_core",
     "async copies": "async_copies",
     "warnings": "warnings",
     "wgmma, mma": "matrix_instructions",
@@ -114,7 +116,7 @@ def compiled(
             # Of several calls each has a number.
             name = kernel.name.partition("__")[0]
             keys = dict(zip(KEYS, (target, label, name)))
-            rows.append(keys | figures_of(kernel))
+            rows.append({"op": op} | keys | figures_of(kernel))
     return sorted(rows, key=lambda row: str(row["kernel"]))
 
 
@@ -145,19 +147,44 @@ def text_of(figure: object) -> str:
     return "-" if figure is None else f"{figure:,}"
 
 
+def cells_of(row: dict, earlier: dict) -> list[str]:
+    """Of one kernel; a figure that has changed is "before → now"."""
+    cells = []
+    for name in FIGURES.values():
+        now = text_of(row[name])
+        old = text_of(earlier.get(name, row[name]))
+        cells.append(now if old == now else f"{old} → {now}")
+    return cells
+
+
 def markdown(rows: list[dict], before: dict[tuple, dict]) -> str:
-    """A table; a figure that has changed is "before -> now"."""
-    lines = ["| " + " | ".join([*KEYS, *FIGURES]) + " |", "|---" * (len(KEYS) + len(FIGURES)) + "|"]
+    """A table for each op and target; kernels of the same figures are one line."""
+    tables: dict[str, list[str]] = {}
+    last_case = None
     for row in rows:
-        keys = [str(row[name]) for name in KEYS]
-        earlier = before.get(tuple(keys), {})
-        cells = []
-        for name in FIGURES.values():
-            now = text_of(row[name])
-            old = text_of(earlier.get(name, row[name]))
-            cells.append(now if old == now else f"{old} → {now}")
-        lines.append("| " + " | ".join([*keys, *cells]) + " |")
-    return "\n".join(lines)
+        keys = tuple(row[name] for name in KEYS)
+        title = f"{row['op']}, {row['target']}"
+        if title not in tables:
+            columns = [title, *FIGURES]
+            tables[title] = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            last_case = None
+        # Underscores are of names; bfloat16 is meant where nothing is said.
+        kernel = row["kernel"].removeprefix(PREFIXES.get(row["op"], row["op"])).replace("_", " ")
+        case = row["case"].replace(" bfloat16", "")
+        name = kernel.strip() if case == last_case else f"{case}: {kernel.strip()}"
+        line = f"| {' | '.join([name, *cells_of(row, before.get(keys, {}))])} |"
+        if line not in tables[title][-2:]:
+            tables[title].append(line)
+        last_case = case
+    return "\n\n".join("\n".join(lines) for lines in tables.values())
+
+
+def add(rows: list[dict], found: list[dict], path: str | None) -> None:
+    """Rows are kept as soon as they are known: a program takes a minute on a busy machine."""
+    rows += found
+    if path:
+        assembler = ptxas()
+        write_json(path, {"rows": rows}, {"ptxas": str(assembler and assembler.version)})
 
 
 def main() -> None:
@@ -166,20 +193,20 @@ def main() -> None:
     flags.add_argument("--target", action="append", help=f"{', '.join(TARGETS)} if not given")
     flags.add_argument("--before", help="the JSON file of an earlier run")
     args = flags.parse_args()
-    rows = []
-    for target in args.target or TARGETS:
-        for op in args.op or CASES:
+    # The kernels alone, without the recurrence beside them, which is XLA's and compiles for long.
+    linear_scan_gpu.if_bad = lambda is_bad, careful, fast, *arrays: fast
+    rows: list[dict[str, object]] = []
+    for op in args.op or CASES:
+        for target in args.target or TARGETS:
             for line in CASES[op]:
-                rows += training_rows(op, target, line)
+                add(rows, training_rows(op, target, line), args.json)
             for sizes in STEPS.get(op, []):
-                rows += step_rows(target, *sizes)
+                add(rows, step_rows(target, *sizes), args.json)
     before = {}
     if args.before:
         for row in json.loads(Path(args.before).read_text())["rows"]:
             before[tuple(row[name] for name in KEYS)] = row
     print(markdown(rows, before))
-    if args.json:
-        write_json(args.json, {"rows": rows}, {})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Which implementation of an op runs, and why.
 
-An op's `api.py` asks its kernel backends (`tpu/op.py`, `gpu/op.py`) whether they cover the call,
-and passes the answers to `choose`. None picks the best for the device that the call is compiled
-for, as far as that is known while it is traced (`jax.export` for another platform does not tell:
-`lowering_for` does); a named implementation runs or raises. What was chosen is kept per op, for the
-training log and for a person at a prompt: `last_choice("attention")`.
+An op's `api.py` passes to `choose` how to ask its kernel backends (`tpu/op.py`, `gpu/op.py`)
+whether they cover the call; one that cannot run is not asked. None picks the best for the device
+that the call is compiled for, as far as that is known while it is traced (`jax.export` for another
+platform does not tell: `lowering_for` does); a named implementation runs or raises. What was chosen
+is kept per op, for the training log and for a person at a prompt: `last_choice("attention")`.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -20,6 +20,7 @@ from jax.interpreters import batching, mlir
 
 from kernels_pallas.common.device import lowering_for as lowering_for
 from kernels_pallas.common.device import target_platform
+from kernels_pallas.common.ptxas import announce
 
 # What `implementation` of an op may be, beside None for the best one available. Every op has the
 # first two; "cudnn" and "mosaic_gpu" are attention's, and never chosen by themselves.
@@ -50,13 +51,17 @@ class Choice(NamedTuple):
     instead: tuple[str, ...] = ()
 
 
+# Asked of a backend that may run, here or where the program is lowered later: it imports what it
+# needs for that.
+Refusal = Callable[[], str | None]
+
 _choices: dict[str, Choice] = {}
 
 
 def choose(
     op: str,
     implementation: Implementation | None,
-    refusals: Mapping[str, str | None],
+    refusals: Mapping[str, Refusal],
     arrays: Iterable[Array | None] = (),
 ) -> Implementation:
     """Returns the implementation that runs, and records it.
@@ -64,8 +69,8 @@ def choose(
     Args:
       op: the op's public name.
       implementation: None for the best available, or one of `IMPLEMENTATIONS`.
-      refusals: for each kernel backend, why it cannot take this call, or None when it can.
-        "reference" and "xla" take every call and need no entry.
+      refusals: for each kernel backend, a function that tells why it cannot take this call, or
+        None when it can. "reference" and "xla" take every call and need no entry.
       arrays: of the call; outside of `jit` they tell the device that it runs on.
 
     Returns:
@@ -83,9 +88,7 @@ def choose(
             f"expected None or one of {IMPLEMENTATIONS}"
         )
     else:
-        # The two plain ones take every call, unless an op says otherwise.
-        always = implementation in ("reference", "xla")
-        refusal = refusals.get(implementation, None if always else "is not one of this op's")
+        refusal = _refusal(implementation, refusals)
         if refusal is not None:
             raise NotImplementedError(f"{op}: implementation={implementation!r} {refusal}")
         choice = Choice(op, implementation, "asked for by name")
@@ -93,13 +96,22 @@ def choose(
     return choice.implementation
 
 
-def _best(op: str, refusals: Mapping[str, str | None], platform: str) -> Choice:
+def _refusal(implementation: Implementation, refusals: Mapping[str, Refusal]) -> str | None:
+    """Why a named implementation cannot take a call."""
+    if implementation in refusals:
+        return refusals[implementation]()
+    # The two plain ones take every call, unless an op says otherwise.
+    is_plain = implementation in ("reference", "xla")
+    return None if is_plain else "is not one of this op's"
+
+
+def _best(op: str, refusals: Mapping[str, Refusal], platform: str) -> Choice:
     """The kernel of the platform that the call is compiled for, or "xla" where there is none."""
     kernel = _KERNEL_OF_PLATFORM.get(platform)
     if kernel is None:
-        instead = tuple(name for name in ("tpu", "gpu") if refusals[name] is None)
+        instead = tuple(name for name in ("tpu", "gpu") if refusals[name]() is None)
         return Choice(op, "xla", f"no kernel for platform {platform!r}", instead)
-    refusal = refusals[kernel]
+    refusal = refusals[kernel]()
     if refusal is not None:
         return Choice(op, "xla", f"the {kernel} kernel {refusal}")
     return Choice(op, kernel, f"kernel for platform {platform!r}")
@@ -134,6 +146,8 @@ def for_its_platform(
     is_kernel = implementation in _PLATFORMS_OF_KERNEL and not interpret
     if not is_kernel and not _choices[op].instead:
         return inputs
+    if is_kernel and implementation == "gpu":
+        announce()
     first = _checked_when_lowered(_choices[op], inputs[0])
     others = inputs[1:]
     if hasattr(inputs, "_make"):

@@ -1,8 +1,8 @@
-"""The mark of tests that compile for an NVIDIA GPU that is not here."""
+"""The marks of tests that compile for an NVIDIA GPU that is not here."""
 
 import pytest
 
-from gatedjax.aot.gpu import devices
+from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
 
 
@@ -15,4 +15,7 @@ def plugin_missing() -> bool:
 
 needs_cuda_plugin = pytest.mark.skipif(
     plugin_missing(), reason="jax's CUDA plugin is not installed (make test-cuda-aot)"
+)
+needs_ptxas = pytest.mark.skipif(
+    not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)"
 )

@@ -3,7 +3,7 @@
 A shape has one name in programs of jax and of torch, so that their lines can be compared.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Bytes of a number: inputs and outputs are bfloat16, log decays float32.
 BF16 = 2
@@ -15,6 +15,9 @@ CUDNN = "cudnn (jax.nn)"
 RAGGED_DOT = "lax.ragged_dot"
 DENSE = "dense matmul"
 JLA = "jax-linear-attention"
+
+# Those of ours: what fails of them is a failure of the run.
+OWN = (OURS, OUR_XLA)
 
 FLA = "fla"
 FLA_ATTENTION = "fla parallel_attn"
@@ -60,7 +63,11 @@ class ScanShape(NamedTuple):
 
 
 class AttentionShape(NamedTuple):
-    """attention: q [B, T, H, D], k, v [B, T, Hk, D], causal; the gate has q's shape."""
+    """attention: q [B, T, H, D], k, v [B, T, Hk, D], causal; the gate has q's shape.
+
+    Options are pairs of a name and a value: window, normalizer, logits_soft_cap; sinks, slopes;
+    documents, the length of each.
+    """
 
     B: int
     T: int
@@ -68,15 +75,22 @@ class AttentionShape(NamedTuple):
     Hk: int
     D: int
     gated: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def case(self) -> str:
         suffix = " gate" if self.gated else ""
+        for name, value in self.options:
+            suffix += f" {name}" if value is True else f" {name}={value}"
         return f"attention B{self.B},T{self.T},H{self.H},Hk{self.Hk},D{self.D}{suffix}"
 
     def costs(self) -> dict[str, Cost]:
         """Two products forward, seven in both passes. No bytes: matrix units bound them."""
-        pairs = self.T * (self.T + 1) // 2
+        options = dict(self.options)
+        # Tokens that a query sees, itself included; of documents each is a sequence.
+        length = min(options.get("documents", self.T), self.T)
+        most = min(options.get("window", length), length)
+        pairs = (most * (most + 1) // 2 + (length - most) * most) * (self.T // length)
         product = 2 * self.B * self.H * pairs * self.D
         return {"fwd": Cost(2 * product, 0), "both": Cost(7 * product, 0)}
 
@@ -118,7 +132,74 @@ class StepShape(NamedTuple):
         return Cost(0, 2 * BF16 * self.B * self.S * self.Hk * self.D)
 
 
-type Shape = ScanShape | AttentionShape | GroupedShape | StepShape
+class ExpertShape(NamedTuple):
+    """expert_mlp: rows [R, M], three matrices [M, F] or [F, M] for each of G groups."""
+
+    R: int
+    M: int
+    F: int
+    G: int
+
+    @property
+    def case(self) -> str:
+        return f"expert_mlp R{self.R},M{self.M},F{self.F},G{self.G}"
+
+    def costs(self) -> dict[str, Cost]:
+        """Three products forward, nine in both passes; pre-activations are written and read."""
+        flops = 3 * 2 * self.R * self.M * self.F
+        rows = 2 * self.R * self.M + 3 * self.R * self.F
+        moved = BF16 * (rows + 3 * self.G * self.M * self.F)
+        return {"fwd": Cost(flops, moved), "both": Cost(3 * flops, 3 * moved)}
+
+
+class DeltaShape(NamedTuple):
+    """delta_scan: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H]; decays as of ScanShape.
+
+    The implementation is the one that dispatch chooses.
+    """
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    decay: str = "vector"
+
+    @property
+    def case(self) -> str:
+        return f"delta_{self.decay} B{self.B},T{self.T},H{self.H},K{self.K},V{self.V}"
+
+    def costs(self) -> dict[str, Cost]:
+        """Those of linear_scan, and a weight a token."""
+        of_scan = ScanShape(*self).costs()
+        beta = F32 * self.B * self.T * self.H
+        found = {}
+        for name, times in (("fwd", 1), ("both", 3)):
+            found[name] = Cost(0, of_scan[name].bytes + times * beta)
+        return found
+
+
+class ScanStepShape(NamedTuple):
+    """linear_scan_step: a token of each row; steps in a loop, which updates states in place."""
+
+    B: int
+    H: int
+    K: int
+    V: int
+    steps: int = 8
+
+    @property
+    def case(self) -> str:
+        return f"linear_scan_step B{self.B},H{self.H},K{self.K},V{self.V} x{self.steps}"
+
+    def cost(self) -> Cost:
+        """Every state is read once and written once."""
+        return Cost(0, 2 * F32 * self.steps * self.B * self.H * self.K * self.V)
+
+
+type Shape = (
+    ScanShape | AttentionShape | GroupedShape | StepShape | ExpertShape | DeltaShape | ScanStepShape
+)
 
 
 class Timed(NamedTuple):
@@ -151,6 +232,24 @@ LONG_GROUPED_HEADS = AttentionShape(1, 32768, 16, 2, 256, gated=True)
 NARROW_ATTENTION = AttentionShape(8, 4096, 16, 16, 64)
 MANY_EXPERTS = GroupedShape(131072, 2048, 768, 128)
 LONG_CACHE = StepShape(32, 8192, 16, 2, 128)
+MHA_CACHE = StepShape(32, 4096, 16, 16, 128)
+STATES = ScanStepShape(128, 16, 128, 128)
+EXPERTS = ExpertShape(65536, 2048, 1024, 64)
+DELTA = DeltaShape(1, 8192, 32, 128, 128)
+SCALAR_DELTA = DELTA._replace(decay="scalar")
+WINDOW = HEADLINE.attention._replace(options=(("window", 1024),))
+# As gpt-oss has them.
+WINDOW_AND_SINKS = AttentionShape(4, 4096, 64, 8, 64, options=(("window", 128), ("sinks", True)))
+OTHER_OPTIONS = [
+    HEADLINE.attention._replace(options=(option,))
+    for option in (
+        ("documents", 512),
+        ("slopes", True),
+        ("logits_soft_cap", 30.0),
+        ("normalizer", "sigmoid"),
+        ("normalizer", "softpick"),
+    )
+]
 
 # In the order in which they run, most wanted first: the stage may end before the last.
 TIMED = [
@@ -165,7 +264,15 @@ TIMED = [
     Timed(MANY_EXPERTS, (OURS, RAGGED_DOT, JLA, DENSE)),
     Timed(NARROW_ATTENTION, (OURS, CUDNN)),
     Timed(LONG_CACHE, (OURS, OUR_XLA)),
+    Timed(STATES, (OURS, OUR_XLA)),
+    Timed(EXPERTS, (OURS, OUR_XLA)),
+    Timed(WINDOW, (OURS, CUDNN)),
+    Timed(WINDOW_AND_SINKS, (OURS,)),
+    *[Timed(shape, (OURS,)) for shape in OTHER_OPTIONS],
+    Timed(DELTA, (OURS,)),
+    Timed(SCALAR_DELTA, (OURS,)),
     Timed(NARROW_SCAN, (OURS, JLA)),
+    Timed(MHA_CACHE, (OURS, OUR_XLA)),
     Timed(HEADLINE.scan, (OUR_XLA,)),
 ]
 # torch's attention has no gate: it is timed at the shape without one.
@@ -192,8 +299,17 @@ DRY_TIMED = [
     Timed(DRY_HEADLINE.scan, (OURS, OUR_XLA)),
     Timed(DRY_HEADLINE.attention, (OURS,)),
     Timed(DRY_HEADLINE.gated_attention, (OURS,)),
+    Timed(
+        DRY_HEADLINE.attention._replace(
+            options=(("window", 8), ("sinks", True), ("slopes", True), ("documents", 16)),
+        ),
+        (OURS,),
+    ),
     Timed(DRY_HEADLINE.grouped, (OURS, RAGGED_DOT, DENSE)),
+    Timed(ExpertShape(64, 16, 16, 2), (OURS, OUR_XLA)),
     Timed(StepShape(1, 64, 2, 1, 16), (OURS, OUR_XLA)),
+    Timed(ScanStepShape(1, 1, 16, 16), (OUR_XLA,)),
+    Timed(DeltaShape(1, 32, 1, 16, 16), (OURS,)),
 ]
 DRY_TORCH_TIMED = [
     Timed(ScanShape(1, 64, 2, 16, 16), (FLA,)),

@@ -11,10 +11,14 @@ TOLERANCES = {
 }
 
 SCAN = "scan"
+SCAN_STEP = "scan_step"
+DELTA = "delta"
 ATTENTION = "attention"
 ATTENTION_STEP = "attention_step"
 GROUPED = "grouped"
 EXPERT = "expert"
+# By the implementation that dispatch chooses, with which they cannot be interpreted.
+AS_DISPATCHED = (SCAN_STEP, DELTA)
 
 
 class NumericCase(NamedTuple):
@@ -38,11 +42,14 @@ class NumericCase(NamedTuple):
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.op} {self.dtype} {sizes} {options}".strip()
 
-    @property
-    def tolerance(self) -> float:
-        """An expert rounds its hidden activations too."""
-        roundings = 2 if self.op == EXPERT else 1
-        return TOLERANCES[self.dtype] * roundings
+    def tolerance(self, axes: int) -> float:
+        """Of a result with so many axes.
+
+        An expert rounds its hidden activations too, and so does the delta rule what it finds under
+        a key. The gradient of a number a head is a sum of many terms that cancel.
+        """
+        roundings = 2 if self.op in (EXPERT, DELTA) else 1
+        return TOLERANCES[self.dtype] * roundings * (5 if axes == 1 else 1)
 
 
 class Shapes(NamedTuple):
@@ -79,11 +86,27 @@ ATTENTION_OPTIONS = {
     "window": 30,
     "segments": True,
     "logits_soft_cap": 20.0,
+    "sinks": True,
+    "slopes": True,
 }
+# Those of one pass over the keys, beside softmax.
+NORMALIZERS = (
+    "sigmoid",
+    "relu",
+    "relu_squared",
+    "softpick",
+    "self_adjust",
+    "stablemax",
+    "softplus",
+)
 # The largest heads, and a sequence of many chunks.
 LARGE = [
     NumericCase(ATTENTION, "bfloat16", (1, 1000, 4, 2, 256), {"gate": "element"}),
     NumericCase(SCAN, "bfloat16", (1, 4096, 1, 128, 128), {"rank": 4}),
+    *[
+        NumericCase(ATTENTION, "bfloat16", (1, 300, 4, 2, 64), {"normalizer": name})
+        for name in NORMALIZERS
+    ],
 ]
 
 
@@ -109,10 +132,14 @@ def _cases_of(dtype: str, shapes: Shapes) -> list[NumericCase]:
     for gate in (None, "element"):
         for sizes in shapes.attention:
             found.append(NumericCase(ATTENTION, dtype, sizes, {"gate": gate}))
+    for rank in (4, 3):
+        found.append(NumericCase(DELTA, dtype, shapes.scan[0], {"rank": rank}))
     for sizes in shapes.grouped:
         found.append(NumericCase(GROUPED, dtype, sizes, {}))
     found.append(NumericCase(SCAN, dtype, shapes.scan[0], SCAN_OPTIONS))
     found.append(NumericCase(ATTENTION, dtype, shapes.attention[0], ATTENTION_OPTIONS))
     found.append(NumericCase(EXPERT, dtype, shapes.grouped[0], {}))
     found.append(NumericCase(ATTENTION_STEP, dtype, shapes.step, {}))
+    B, _, H, K, V = shapes.scan[0]
+    found.append(NumericCase(SCAN_STEP, dtype, (B, H, K, V), {}))
     return found

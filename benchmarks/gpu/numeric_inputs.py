@@ -11,12 +11,23 @@ from jax import Array
 from benchmarks.gpu.numeric_cases import (
     ATTENTION,
     ATTENTION_STEP,
+    DELTA,
     EXPERT,
     GROUPED,
     SCAN,
+    SCAN_STEP,
     NumericCase,
 )
-from kernels_pallas.ops import attention, attention_step, expert_mlp, grouped_matmul, linear_scan
+from kernels_pallas.ops import (
+    NORMALIZERS,
+    attention,
+    attention_step,
+    delta_scan,
+    expert_mlp,
+    grouped_matmul,
+    linear_scan,
+    linear_scan_step,
+)
 
 # A log decay that forgets everything, and how often it comes.
 STRONGEST_DECAY = -1e4
@@ -71,6 +82,8 @@ def draw(case: NumericCase) -> Drawn:
     """The same for the same case."""
     functions = {
         SCAN: draw_scan,
+        SCAN_STEP: draw_scan_step,
+        DELTA: draw_delta,
         ATTENTION: draw_attention,
         ATTENTION_STEP: draw_attention_step,
         GROUPED: draw_grouped,
@@ -118,6 +131,62 @@ def draw_scan(case: NumericCase, source: Source) -> Drawn:
     return Drawn(inputs, call, ("q", "k", "v"))
 
 
+def draw_scan_step(case: NumericCase, source: Source) -> Drawn:
+    B, H, K, V = case.sizes
+    decays = -np.abs(source.random.standard_normal((B, H, K)))
+    inputs = {
+        "q": source.normal(B, H, K),
+        "k": source.normal(B, H, K),
+        "v": source.normal(B, H, V),
+        "state": source.single(source.random.standard_normal((B, H, K, V))),
+        "log_decay": source.single(decays),
+    }
+
+    def call(x: Arrays, **how) -> Arrays:
+        out, state = linear_scan_step(
+            x["q"],
+            x["k"],
+            x["v"],
+            x["state"],
+            x["log_decay"],
+            **how,
+        )
+        return {"out": out, "new_state": state}
+
+    return Drawn(inputs, call, ("q", "k", "v"))
+
+
+def draw_delta(case: NumericCase, source: Source) -> Drawn:
+    """Weights in (0, 1), keys of length one."""
+    B, T, H, K, V = case.sizes
+    shape = (B, T, H, K) if case.options["rank"] == 4 else (B, T, H)
+    decays = -np.logaddexp(0, -source.random.standard_normal(shape)) / 16
+    inputs = {
+        "q": source.normal(B, T, H, K),
+        "k": source.normal(B, T, H, K),
+        "v": source.normal(B, T, H, V),
+        "beta": source.operand(source.random.random((B, T, H))),
+        "state": source.single(source.random.standard_normal((B, H, K, V))),
+        "log_decay": source.single(decays),
+    }
+
+    def call(x: Arrays, **how) -> Arrays:
+        out, state = delta_scan(
+            x["q"],
+            x["k"],
+            x["v"],
+            x["beta"],
+            x["log_decay"],
+            initial_state=x["state"],
+            l2_norm=True,
+            return_final_state=True,
+            **how,
+        )
+        return {"out": out, "final_state": state}
+
+    return Drawn(inputs, call, ("q", "k", "v", "beta"))
+
+
 def draw_attention(case: NumericCase, source: Source) -> Drawn:
     B, T, H, Hk, D = case.sizes
     options = case.options
@@ -126,10 +195,18 @@ def draw_attention(case: NumericCase, source: Source) -> Drawn:
         "k": source.normal(B, T, Hk, D),
         "v": source.normal(B, T, Hk, D),
     }
-    if options["gate"]:
+    operands = ["q", "k", "v"]
+    if options.get("gate"):
         gates = D if options["gate"] == "element" else 1
         inputs["gate_logits"] = source.normal(B, T, H, gates)
+        operands.append("gate_logits")
+    if options.get("sinks"):
+        inputs["sink_logits"] = source.single(source.random.standard_normal(H))
+    if options.get("slopes"):
+        inputs["alibi_slopes"] = source.single(source.random.random(H))
     segment_ids = source.segment_ids(B, T, 3) if options.get("segments") else None
+    # Some depend on the number of keys.
+    normalizer = NORMALIZERS[options.get("normalizer", "softmax")].for_length(T)
 
     def call(x: Arrays, **how) -> Arrays:
         out = attention(
@@ -137,6 +214,9 @@ def draw_attention(case: NumericCase, source: Source) -> Drawn:
             x["k"],
             x["v"],
             gate_logits=x.get("gate_logits"),
+            sink_logits=x.get("sink_logits"),
+            alibi_slopes=x.get("alibi_slopes"),
+            normalizer=normalizer,
             window=options.get("window"),
             segment_ids=segment_ids,
             logits_soft_cap=options.get("logits_soft_cap"),
@@ -144,7 +224,7 @@ def draw_attention(case: NumericCase, source: Source) -> Drawn:
         )
         return {"out": out}
 
-    return Drawn(inputs, call, tuple(inputs))
+    return Drawn(inputs, call, tuple(operands))
 
 
 def draw_attention_step(case: NumericCase, source: Source) -> Drawn:

@@ -19,7 +19,7 @@ done
 mkdir -p .dev/wheels
 cat >.dev/run.sh <<'RUN'
 #!/usr/bin/env bash
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../benchmarks/gpu/run.sh" "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../benchmarks/gpu.sh" "$@"
 RUN
 
 # The wheels of an older packages.txt would be installed too.

@@ -21,11 +21,13 @@ class Job:
       label: its name in records.
       command: program and arguments.
       environment: variables that differ from those of every process of the run.
+      companion: runs as long as the others, and is ended with them.
     """
 
     label: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    companion: bool = False
 
 
 def worker_job(
@@ -68,14 +70,15 @@ def run_together(settings: Settings, stage: str, jobs: list[Job], limit: float) 
         with open(settings.out / LOG, "ab") as log:
             for job in jobs:
                 processes.append(_start(settings, job, log))
-        while time.monotonic() - began < limit and any(p.poll() is None for p in processes):
+        awaited = [p for job, p in zip(jobs, processes) if not job.companion]
+        while time.monotonic() - began < limit and any(p.poll() is None for p in awaited):
             time.sleep(0.1)
     finally:
         late = [process.poll() is None for process in processes]
         for process in processes:
             _kill(process)
     for job, process, was_late in zip(jobs, processes, late):
-        if was_late or process.returncode:
+        if not job.companion and (was_late or process.returncode):
             append_record(
                 settings.out,
                 stage=stage,

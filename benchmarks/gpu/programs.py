@@ -9,8 +9,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from benchmarks.gpu import cases
-from benchmarks.gpu.cases import AttentionShape, Cost, GroupedShape, ScanShape, StepShape
-from kernels_pallas.ops import attention, attention_step, grouped_matmul, linear_scan
+from benchmarks.gpu.cases import (
+    AttentionShape,
+    Cost,
+    DeltaShape,
+    ExpertShape,
+    GroupedShape,
+    ScanShape,
+    ScanStepShape,
+    StepShape,
+)
+from kernels_pallas.ops import (
+    attention,
+    attention_step,
+    delta_scan,
+    expert_mlp,
+    grouped_matmul,
+    linear_scan,
+    linear_scan_step,
+)
 
 Spec = jax.ShapeDtypeStruct
 Specs = tuple[Any, ...]
@@ -42,24 +59,29 @@ def kernel_options(dry: bool) -> dict[str, Any]:
     return {"implementation": "gpu"}
 
 
+def our_options(implementation: str, dry: bool) -> dict[str, Any]:
+    """The arguments by which an op takes one of our two implementations."""
+    return kernel_options(dry) if implementation == cases.OURS else {"implementation": "xla"}
+
+
 def programs(dry: bool) -> list[Program]:
     """All of them, in the order of `cases.timed`."""
     found = []
     for shape, implementations in cases.timed(dry):
         for implementation in implementations:
-            found += _programs(shape, implementation, dry)
+            found += programs_of(shape, implementation, dry)
     return found
 
 
-def _programs(shape: cases.Shape, implementation: str, dry: bool) -> list[Program]:
-    """One for each pass."""
+def programs_of(shape: cases.Shape, implementation: str, dry: bool) -> list[Program]:
+    """Those of an implementation at a shape: one for each pass."""
     match shape:
         case ScanShape():
             function = scan_function(shape, implementation, dry)
             specs = scan_specs(shape)
             differentiable = tuple(range(len(specs)))
         case AttentionShape():
-            function = attention_function(implementation, dry)
+            function = attention_function(shape, implementation, dry)
             specs = attention_specs(shape)
             differentiable = tuple(range(len(specs)))
         case GroupedShape() if implementation == cases.DENSE:
@@ -68,8 +90,18 @@ def _programs(shape: cases.Shape, implementation: str, dry: bool) -> list[Progra
             function = grouped_function(implementation, dry)
             specs = grouped_specs(shape)
             differentiable = (0, 1)  # not the group sizes
+        case ExpertShape():
+            function = partial(expert_mlp, **our_options(implementation, dry))
+            specs = expert_specs(shape)
+            differentiable = (0, 1, 2, 3)
+        case DeltaShape():
+            function = _our_delta_scan
+            specs = delta_specs(shape)
+            differentiable = tuple(range(len(specs)))
         case StepShape():
             return [_step_program(shape, implementation, dry)]
+        case ScanStepShape():
+            return [_scan_step_program(shape, implementation)]
     costs = shape.costs()
     forward = partial(Built, function, specs, costs[FORWARD])
     both = partial(_build_both, function, specs, differentiable, costs[BOTH])
@@ -130,10 +162,8 @@ def scan_specs(shape: ScanShape) -> Specs:
 
 def scan_function(shape: ScanShape, implementation: str, dry: bool) -> Callable:
     match implementation:
-        case cases.OURS:
-            return partial(linear_scan, **kernel_options(dry))
-        case cases.OUR_XLA:
-            return partial(linear_scan, implementation="xla")
+        case cases.OURS | cases.OUR_XLA:
+            return partial(linear_scan, **our_options(implementation, dry))
         case cases.JLA if shape.decay == "vector":
             return _jla_vector_scan
         case cases.JLA:
@@ -157,45 +187,60 @@ def _jla_scalar_scan(*arrays: Array) -> Array:
 
 
 def attention_specs(shape: AttentionShape) -> Specs:
-    """q, k, v and, of gated ones, the gate's logits."""
-    B, T, H, Hk, D, gated = shape
+    """q, k, v and, where there are any, the logits of the gate and of the sinks."""
+    B, T, H, Hk, D, gated, options = shape
     q = Spec((B, T, H, D), jnp.bfloat16)
     k = Spec((B, T, Hk, D), jnp.bfloat16)
-    return (q, k, k, q) if gated else (q, k, k)
+    specs = [q, k, k]
+    if gated:
+        specs.append(q)
+    if "sinks" in dict(options):
+        specs.append(Spec((H,), jnp.float32))
+    return tuple(specs)
 
 
-def attention_function(implementation: str, dry: bool) -> Callable:
+def attention_function(shape: AttentionShape, implementation: str, dry: bool) -> Callable:
     match implementation:
         case cases.OURS:
-            return partial(_our_attention, dry)
+            return partial(_our_attention, shape, kernel_options(dry))
         case cases.CUDNN:
-            return _cudnn_attention
+            # It has no gate: XLA fuses that into a pass over the output.
+            return partial(_our_attention, shape, {"implementation": "cudnn"})
         case cases.JLA:
             return _jla_attention
     raise ValueError(f"implementation of attention: got {implementation!r}")
 
 
 def _our_attention(
-    dry: bool,
+    shape: AttentionShape,
+    how: dict[str, Any],
     q: Array,
     k: Array,
     v: Array,
-    gate_logits: Array | None = None,
+    *others: Array,
 ) -> Array:
-    return attention(q, k, v, gate_logits=gate_logits, **kernel_options(dry))
+    """The op with the options of a shape.
 
-
-def _cudnn_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    gate_logits: Array | None = None,
-) -> Array:
-    """cuDNN has no gate: XLA fuses it into a pass over the output."""
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    if gate_logits is None:
-        return out
-    return out * jax.nn.sigmoid(gate_logits)
+    Args:
+      shape: says which options there are.
+      how: the arguments that choose the implementation.
+      q, k, v: as of the op.
+      *others: the remaining arrays of `attention_specs`.
+    """
+    left = list(others)
+    options = dict(shape.options)
+    arrays: dict[str, Array] = {}
+    if shape.gated:
+        arrays["gate_logits"] = left.pop(0)
+    if options.pop("sinks", False):
+        arrays["sink_logits"] = left.pop(0)
+    if options.pop("slopes", False):
+        # ALiBi's: 2^(-8 h / H).
+        arrays["alibi_slopes"] = 2.0 ** (-8 * jnp.arange(1, shape.H + 1) / shape.H)
+    if "documents" in options:
+        document = jnp.arange(shape.T, dtype=jnp.int32) // options.pop("documents")
+        arrays["segment_ids"] = jnp.broadcast_to(document, (shape.B, shape.T))
+    return attention(q, k, v, **arrays, **options, **how)
 
 
 def _jla_attention(q: Array, k: Array, v: Array) -> Array:
@@ -247,12 +292,98 @@ def _dense_program(shape: GroupedShape) -> Program:
     )
 
 
+# --- expert_mlp
+
+
+def expert_specs(shape: ExpertShape) -> Specs:
+    """Rows, the matrices of gate, up and down, group sizes."""
+    R, M, F, G = shape
+    up = Spec((G, M, F), jnp.bfloat16)
+    return (
+        Spec((R, M), jnp.bfloat16),
+        up,
+        up,
+        Spec((G, F, M), jnp.bfloat16),
+        Spec((G,), jnp.int32),
+    )
+
+
+# --- delta_scan
+
+
+def delta_specs(shape: DeltaShape) -> Specs:
+    """q, k, v, logits of beta, log decays."""
+    q, k, v, logs = scan_specs(ScanShape(*shape))
+    beta = Spec(q.shape[:3], jnp.bfloat16)
+    return q, k, v, beta, logs
+
+
+def _our_delta_scan(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta_logits: Array,
+    log_decay: Array,
+) -> Array:
+    """By the implementation that dispatch chooses. The weights of a token are below 1."""
+    return delta_scan(q, k, v, jax.nn.sigmoid(beta_logits), log_decay, l2_norm=True)
+
+
+# --- linear_scan_step
+
+
+def _scan_step_program(shape: ScanStepShape, implementation: str) -> Program:
+    name = "gpu" if implementation == cases.OURS else "xla"
+    return Program(
+        shape.case,
+        implementation,
+        partial(
+            Built, partial(_scan_steps, shape.steps, name), scan_step_specs(shape), shape.cost()
+        ),
+    )
+
+
+def scan_step_specs(shape: ScanStepShape) -> Specs:
+    """q, k, v of a token, log decays, the states."""
+    B, H, K, V, _ = shape
+    return (
+        Spec((B, H, K), jnp.bfloat16),
+        Spec((B, H, K), jnp.bfloat16),
+        Spec((B, H, V), jnp.bfloat16),
+        Spec((B, H, K), jnp.float32),
+        Spec((B, H, K, V), jnp.float32),
+    )
+
+
+def _scan_steps(
+    steps: int,
+    implementation: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    state: Array,
+) -> tuple[Array, Array]:
+    """Steps in a loop, whose carry is updated in place. The last states, and the outputs.
+
+    Args:
+      steps: how many.
+      implementation: of the op.
+      q, k, v, log_decay, state: as of the op, the same token at every step.
+    """
+
+    def step(state: Array, _: None) -> tuple[Array, Array]:
+        o, state = linear_scan_step(q, k, v, state, log_decay, implementation=implementation)
+        return state, o
+
+    return jax.lax.scan(step, state, None, length=steps)
+
+
 # --- attention_step
 
 
 def _step_program(shape: StepShape, implementation: str, dry: bool) -> Program:
-    options = kernel_options(dry) if implementation == cases.OURS else {"implementation": "xla"}
-    function = partial(_our_step, options)
+    function = partial(_our_step, our_options(implementation, dry))
     return Program(
         shape.case,
         implementation,

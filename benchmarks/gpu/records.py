@@ -1,12 +1,12 @@
-"""results.jsonl: one line for each thing found, written as soon as it is known. Imports no jax."""
+"""The results: one line for each thing found, written as soon as it is known. Imports no jax."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = "results.jsonl"
-LOG = "log.txt"
-SUMMARY = "summary.txt"
+RESULTS = "gpu_results.jsonl"
+LOG = "gpu_log.txt"
+SUMMARY = "gpu_summary.txt"
 
 
 def append_record(out: Path, **fields: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKED = REPOSITORY / ".dev"
-DEFAULT_OUT = REPOSITORY / "build" / "gpu_kit"
+DEFAULT_OUT = REPOSITORY / "benchmarks" / "results"
 
 # XLA runs the ptxas of the PATH; the CUDA of an image may not be on it.
 CUDA_FOLDERS = ("cuda", "cuda-13*")
@@ -20,7 +20,7 @@ class Settings:
     """What every process of a run is told.
 
     Attributes:
-      out: folder of results.jsonl, log.txt and summary.txt.
+      out: folder of the results, of what the processes print, and of the summary.
       scratch: folder of unpacked wheels, compiled programs and training runs. A second run on the
         same machine finds there what the first has compiled.
       dry: tiny shapes, kernels interpreted on the CPU: to try the kit itself.

@@ -2,7 +2,7 @@
 
 import os
 
-from benchmarks.gpu import ncu, training
+from benchmarks.gpu import clocks, ncu, training
 from benchmarks.gpu.processes import Job, run_together, worker_job
 from benchmarks.gpu.settings import Settings, packed_ptxas
 
@@ -10,7 +10,7 @@ from benchmarks.gpu.settings import Settings, packed_ptxas
 LIMITS = {
     "versions": 40,
     "parallel": 190,
-    "time": 120,
+    "time": 140,
     "torch": 110,
     "sweep": 50,
     "train": 120,
@@ -32,13 +32,16 @@ def run_stage(settings: Settings, name: str, limit: float) -> None:
     """
     match name:
         case "versions" | "time" | "torch" | "sweep":
-            run_together(settings, name, [worker_job(settings, name)], limit)
+            jobs = [worker_job(settings, name), *clocks.companion(settings, name)]
+            run_together(settings, name, jobs, limit)
+            clocks.record(settings, name)
         case "parallel":
             run_together(settings, name, parallel_jobs(settings), limit)
         case "train":
             job = training.job(settings)
-            run_together(settings, name, [job], limit)
+            run_together(settings, name, [job, *clocks.companion(settings, name)], limit)
             training.record(settings)
+            clocks.record(settings, name)
         case "ncu":
             jobs = ncu.jobs(settings)
             for job in jobs:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.cases import OWN
 from benchmarks.gpu.records import read_records
 
 Record = dict[str, Any]
@@ -11,6 +12,7 @@ Record = dict[str, Any]
 # The text is cut at the front: its end has the stages, and whether any was late.
 MOST_CHARACTERS = 11_500
 MOST_WRONG_CASES = 12
+MOST_FAILURES = 12
 AS_IT_IS = "as it is"
 
 
@@ -26,6 +28,7 @@ def summary(out: Path, seconds: float) -> str:
         sweep_lines,
         ncu_lines,
         stage_lines,
+        failure_lines,
     )
     for section in sections:
         lines += section(found)
@@ -42,6 +45,8 @@ def machine_lines(records: list[Record]) -> Iterator[str]:
         packages = ", ".join(f"{name} {version}" for name, version in r["packages"].items())
         yield f"{r['device']}; {packages}"
         yield f"ptxas: {r['ptxas']}; nvidia-smi: {r['nvidia_smi']}"
+    for r in of_kind(records, "clocks"):
+        yield f"clocks, lowest, median, highest: {r['stage']}: {_fields(r)}"
     for r in of_kind(records, "ptxas"):
         yield f"XLA takes ({r['ptxas']}): {r['taken']}"[:200]
     for r in of_kind(records, "ceiling"):
@@ -70,7 +75,8 @@ def time_lines(records: list[Record]) -> Iterator[str]:
             rates = f"{r['tflops']:8.0f} {r['gbs']:7.0f}"
             yield f"{names} {r['ms']:9.3f} {rates} {r['spread']:7.1%}"
         else:
-            yield f"{names} {r['error'][:70]}"
+            verb = "FAILED" if is_failure(r) else "left out:"
+            yield f"{names} {verb} {r['error'][:70]}"
 
 
 def train_lines(records: list[Record]) -> Iterator[str]:
@@ -102,6 +108,27 @@ def stage_lines(records: list[Record]) -> Iterator[str]:
         yield f"stage {r['stage']}: {_fields(r)}"
     for r in of_kind(records, "process"):
         yield f"  process {r['process'][:100]}: late {r['late']}, exit code {r['exit_code']}"
+
+
+def is_failure(record: Record) -> bool:
+    """Whether it says that something of ours is wrong, or did not run."""
+    match record.get("kind"):
+        case "numerics":
+            return not record["ok"]
+        case "time":
+            return "error" in record and record["implementation"] in OWN
+        case "train":
+            return "error" in record
+    return False
+
+
+def failure_lines(records: list[Record]) -> Iterator[str]:
+    """What is wrong with our own kernels. Other libraries may be missing, or refuse a shape."""
+    failed = [r for r in records if is_failure(r)]
+    for r in failed[:MOST_FAILURES]:
+        what = r.get("case") or r["stage"]
+        yield f"  {r['kind']} {what}: {r.get('error') or r.get('errors')}"[:230]
+    yield f"failures of gatedjax: {len(failed)}"
 
 
 def _fields(record: Record) -> str:

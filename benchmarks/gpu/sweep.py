@@ -9,14 +9,15 @@ from benchmarks.gpu.guard import WorkerOptions, run_each
 from benchmarks.gpu.programs import Program, programs
 from benchmarks.gpu.records import append_record, one_line
 from benchmarks.gpu.timing import compile_program, time_program
-from kernels_pallas.attention.gpu.tuning import HOPPER, KernelConfig
-from kernels_pallas.grouped_matmul.gpu import op as grouped_gpu
-from kernels_pallas.linear_scan.gpu.tuning import TUNED
+from kernels_pallas.attention.gpu import tuning as tuning_of_attention
+from kernels_pallas.attention.gpu.tuning import KernelConfig
+from kernels_pallas.grouped_matmul.gpu import tuning as tuning_of_grouped
+from kernels_pallas.linear_scan.gpu import tuning as tuning_of_scan
 
-# The rows of the tables as they are, from which each setting departs.
-SCAN_ROWS = {name: dict(chip.schedules) for name, chip in TUNED.items()}
-ATTENTION_ROWS = dict(HOPPER["bfloat16"])
-GROUPED_ROW = grouped_gpu.ROWS_BLOCKS
+# The rows of the tables as they are, by chip, from which each setting departs.
+SCAN_ROWS = {chip: dict(row.schedules) for chip, row in tuning_of_scan.TUNED.items()}
+ATTENTION_ROWS = {chip: dict(row["bfloat16"]) for chip, row in tuning_of_attention.TUNED.items()}
+GROUPED_ROWS = {chip: row[2] for chip, row in tuning_of_grouped.TUNED.items()}
 
 AS_IT_IS = "as it is"
 SCAN_SETTINGS = [
@@ -66,20 +67,23 @@ class Setting(NamedTuple):
 
 def set_scan(changes: dict[str, Any]) -> None:
     """In the rows of every chip and kind of decay."""
-    for chip, (_, _, schedules) in TUNED.items():
-        for decay, row in SCAN_ROWS[chip].items():
-            schedules[decay] = row._replace(**changes)
+    for chip, rows in SCAN_ROWS.items():
+        for decay, row in rows.items():
+            tuning_of_scan.TUNED[chip].schedules[decay] = row._replace(**changes)
 
 
 def set_attention(changes: dict[str, Any]) -> None:
-    """In the rows of bfloat16 on Hopper."""
-    for size, row in ATTENTION_ROWS.items():
-        HOPPER["bfloat16"][size] = row._replace(**changes)
+    """In the rows of bfloat16, of every chip and size of heads."""
+    for chip, rows in ATTENTION_ROWS.items():
+        for size, row in rows.items():
+            tuning_of_attention.TUNED[chip]["bfloat16"][size] = row._replace(**changes)
 
 
 def set_grouped(changes: dict[str, Any]) -> None:
-    """In the blocks of rows times their group's matrix."""
-    grouped_gpu.ROWS_BLOCKS = GROUPED_ROW._replace(**changes)
+    """In the blocks of rows times their group's matrix, of 16 bits, of every chip."""
+    for chip, row in GROUPED_ROWS.items():
+        blocks = row.rows._replace(**changes)
+        tuning_of_grouped.TUNED[chip][2] = row._replace(rows=blocks)
 
 
 def settings_of_sweep(dry: bool) -> list[Setting]:

@@ -89,7 +89,7 @@ def build_scan(shape: ScanShape, device: str) -> TorchBuilt:
 
 
 def build_attention(shape: AttentionShape, implementation: str, device: str) -> TorchBuilt:
-    B, T, H, Hk, D, _ = shape
+    B, T, H, Hk, D, _, _ = shape
     inputs = [
         normal(B, T, H, D, device=device),
         normal(B, T, Hk, D, device=device),

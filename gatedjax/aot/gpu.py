@@ -5,7 +5,7 @@ Static facts only: no trip counts, no latencies, no model of caches or HBM, henc
 autotuning (which needs the device) XLA's own matrix products are compiled with default tiles: look
 at the Pallas kernels, not at those. Registers, spills and warnings come from NVIDIA's `ptxas`,
 counts of instructions from its `nvdisasm`, if they are on the PATH or in the environment's wheels
-(triton brings an nvdisasm).
+(triton brings an nvdisasm). The ptxas is the one that XLA takes: `kernels_pallas.common.ptxas`.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from jax.experimental import topologies
 
 from gatedjax.aot.report import GpuKernel
 from gatedjax.aot.targets import Gpu
+from kernels_pallas.common.ptxas import find_ptxas
 
 # Of a streaming multiprocessor, from NVIDIA's occupancy tables.
 _WARP = 32
@@ -377,16 +378,6 @@ def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
         if shared is not None:
             current["shared"] = int(shared[1])
     return found
-
-
-def find_ptxas() -> str | None:
-    """In NVIDIA's wheels, for whose version XLA writes its PTX where they are installed, or on the
-    PATH.
-    """
-    wheels = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/*/bin/ptxas")
-    for path in sorted(wheels):
-        return str(path)
-    return shutil.which("ptxas")
 
 
 def find_nvdisasm() -> str | None:

@@ -26,6 +26,7 @@ from gatedjax.training.flops import train_flops_per_token
 from gatedjax.training.optim import make_schedule
 from gatedjax.training.run import Run
 from kernels_pallas import dispatch
+from kernels_pallas.common import ptxas
 
 Metrics = Mapping[str, Array]  # of a train step, on the device
 
@@ -70,8 +71,12 @@ class StepLog:
         self._steps += 1
         is_first = self._previous is None
         if self._previous is None:
-            for choice in dispatch.choices():
+            chosen = dispatch.choices()
+            for choice in chosen:
                 say(f"{choice.op}: {choice.implementation} ({choice.reason})")
+            if any(choice.implementation == "gpu" for choice in chosen):
+                _, assembler = ptxas.remark()
+                say(assembler)
         else:
             # The step before the one just dispatched: its numbers never make the device wait.
             self._examine(step - 1, self._previous)

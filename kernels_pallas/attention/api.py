@@ -1,10 +1,12 @@
 """`attention` and `attention_step`: the public functions. They check, fill in and dispatch."""
 
+from functools import partial
+
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import cudnn, mosaic_gpu, reference, xla
+from kernels_pallas.attention import cudnn, gpu, mosaic_gpu, reference, xla
 from kernels_pallas.attention.checks import (
     check_inputs,
     check_step_inputs,
@@ -12,8 +14,6 @@ from kernels_pallas.attention.checks import (
     checked_step_options,
 )
 from kernels_pallas.attention.documents import document_numbers
-from kernels_pallas.attention.gpu import op as gpu
-from kernels_pallas.attention.gpu import step as gpu_step
 from kernels_pallas.attention.inputs import AttentionInputs, StepInputs
 from kernels_pallas.attention.kernels import over_mesh, step_over_mesh
 from kernels_pallas.attention.normalizers.base import Normalizer
@@ -107,12 +107,13 @@ def attention(
     options = options.for_length(k.shape[1])
     check_interpret(op, interpret, implementation)
 
-    # Why each kernel cannot take this call, or None. The reference and xla take every call.
+    # A kernel that is asked says why it cannot take this call, or None. The reference and xla take
+    # every call.
     refusals = {
-        "tpu": tpu.unsupported(inputs, options),
-        "gpu": gpu.unsupported(inputs, options),
-        "cudnn": cudnn.unsupported(inputs, options),
-        "mosaic_gpu": mosaic_gpu.unsupported(inputs, options),
+        "tpu": partial(tpu.unsupported, inputs, options),
+        "gpu": partial(gpu.unsupported, inputs, options),
+        "cudnn": partial(cudnn.unsupported, inputs, options),
+        "mosaic_gpu": partial(mosaic_gpu.unsupported, inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
@@ -200,8 +201,8 @@ def attention_step(
     check_interpret(op, interpret, implementation)
 
     refusals = {
-        "tpu": tpu.unsupported_step(),
-        "gpu": gpu_step.unsupported(inputs, options),
+        "tpu": tpu.unsupported_step,
+        "gpu": partial(gpu.unsupported_step, inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
@@ -217,4 +218,4 @@ def attention_step(
             return step_over_mesh(attend, inputs)
         return attend(inputs)
     # "tpu" is refused always: see `tpu.unsupported_step`.
-    return gpu_step.attention_step(inputs, options, interpret=interpret)
+    return gpu.attention_step(inputs, options, interpret=interpret)

@@ -79,8 +79,7 @@ def attention_sharded(
         scale=scale,
     )
     # Only the xla backend takes queries that start later than the keys.
-    refusal = "takes no queries that are a part of the sequence"
-    dispatch.choose(op, implementation, dict.fromkeys(("reference", "tpu", "gpu"), refusal))
+    dispatch.choose(op, implementation, dict.fromkeys(("reference", "tpu", "gpu"), _refusal))
 
     num_devices = jax.lax.axis_size(axis_name)
     device = jax.lax.axis_index(axis_name)
@@ -182,6 +181,11 @@ class _Pieces(NamedTuple):
 
     def _routes_back(self, half: int) -> list[tuple[int, int]]:
         return [(destination, source) for source, destination in self._routes(half)]
+
+
+def _refusal() -> str:
+    """Why no other backend takes the call: their queries do not start later than the keys."""
+    return "takes no queries that are a part of the sequence"
 
 
 def _gathered(x: Array, axis_name: str) -> Array:

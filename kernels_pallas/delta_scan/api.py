@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,8 +24,6 @@ from kernels_pallas.delta_scan.inputs import (
 from kernels_pallas.delta_scan.tpu import op as tpu
 from kernels_pallas.delta_scan.tpu import step as tpu_step
 from kernels_pallas.linear_scan.checks import check_segment_ids, checked_chunk_size
-
-_NO_KERNEL = "has no kernel for this op"
 
 
 def delta_scan(
@@ -128,7 +127,7 @@ def delta_scan(
         return_final_state=return_final_state,
     )
     # A backend says why it cannot take the call, or None.
-    refusals = {"tpu": tpu.unsupported(inputs, options), "gpu": _NO_KERNEL}
+    refusals = {"tpu": partial(tpu.unsupported, inputs, options), "gpu": _no_kernel}
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     if chosen == "tpu":
@@ -222,7 +221,7 @@ def delta_scan_step(
         scale=default_scale(scale, q.shape[-1]),
         l2_norm=l2_norm,
     )
-    refusals = {"tpu": tpu_step.unsupported(inputs), "gpu": _NO_KERNEL}
+    refusals = {"tpu": partial(tpu_step.unsupported, inputs), "gpu": _no_kernel}
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     inputs = varying_together(inputs)
@@ -251,6 +250,11 @@ def delta_scan_step(
 def _whole(run: Callable, inputs: DeltaInputs | DeltaStepInputs) -> tuple[Array, Array]:
     """As `_scan_on_mesh`, where nothing is to be split."""
     return run(*inputs)
+
+
+def _no_kernel() -> str:
+    """Why there is no GPU backend."""
+    return "has no kernel for this op"
 
 
 # --- kernels on a mesh: every device computes its own rows ("b") and heads ("h")

@@ -1,5 +1,7 @@
 """`expert_mlp`: the public function. Checks, defaults and the choice of implementation."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -18,7 +20,7 @@ from kernels_pallas.expert_mlp import composed
 from kernels_pallas.expert_mlp.gate import ACTIVATIONS
 from kernels_pallas.expert_mlp.inputs import ExpertMlpInputs
 from kernels_pallas.expert_mlp.tpu import op as tpu
-from kernels_pallas.grouped_matmul.gpu import op as gpu
+from kernels_pallas.grouped_matmul import gpu
 
 OP = "expert_mlp"
 
@@ -76,8 +78,8 @@ def expert_mlp(
     check_interpret(OP, interpret, implementation)
     # The gpu backend is `composed` with the GPU's grouped matmuls.
     refusals = {
-        "tpu": tpu.unsupported(inputs),
-        "gpu": gpu.unsupported(rows),
+        "tpu": partial(tpu.unsupported, inputs),
+        "gpu": partial(gpu.unsupported, inputs.rows),
     }
     chosen = dispatch.choose(OP, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(OP, chosen, interpret, inputs)

@@ -12,8 +12,7 @@ from kernels_pallas.common.mesh import varying_together
 from kernels_pallas.dispatch import Implementation
 from kernels_pallas.expert_mlp.gate import gated_product
 from kernels_pallas.expert_mlp.inputs import ExpertMlpInputs
-from kernels_pallas.grouped_matmul import grouped_matmul
-from kernels_pallas.grouped_matmul.gpu import op as gpu
+from kernels_pallas.grouped_matmul import gpu, grouped_matmul
 
 
 def expert_mlp(

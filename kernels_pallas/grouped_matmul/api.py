@@ -17,8 +17,7 @@ from kernels_pallas.common.checks import (
     check_same_dtype,
 )
 from kernels_pallas.common.mesh import by_sorted_rows, on_explicit_axes, varying_together
-from kernels_pallas.grouped_matmul import reference, xla
-from kernels_pallas.grouped_matmul.gpu import op as gpu
+from kernels_pallas.grouped_matmul import gpu, reference, xla
 from kernels_pallas.grouped_matmul.tpu import op as tpu
 
 OP = "grouped_matmul"
@@ -73,8 +72,8 @@ def grouped_matmul(
         )
     # "reference" and "xla" take every call.
     refusals = {
-        "tpu": tpu.unsupported(lhs, rhs),
-        "gpu": gpu.unsupported(lhs),
+        "tpu": partial(tpu.unsupported, lhs, rhs),
+        "gpu": partial(gpu.unsupported, lhs),
     }
     inputs = (lhs, rhs, group_sizes)
     chosen = dispatch.choose(OP, implementation, refusals, inputs)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,7 +13,7 @@ from kernels_pallas.common.checks import as_array, as_ids, check_interpret, defa
 from kernels_pallas.common.derivative import differentiated_as
 from kernels_pallas.common.mesh import by_rows_and_heads, on_explicit_axes, varying_together
 from kernels_pallas.common.precision import computation_dtype
-from kernels_pallas.linear_scan import reference, xla
+from kernels_pallas.linear_scan import gpu, reference, xla
 from kernels_pallas.linear_scan.checks import (
     check_bonus,
     check_segment_ids,
@@ -20,7 +21,6 @@ from kernels_pallas.linear_scan.checks import (
     check_tokens,
     checked_chunk_size,
 )
-from kernels_pallas.linear_scan.gpu import op as gpu
 from kernels_pallas.linear_scan.gpu import step as gpu_step
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
 from kernels_pallas.linear_scan.tpu import op as tpu
@@ -127,10 +127,10 @@ def linear_scan(
         return_final_state=return_final_state,
     )
 
-    # A backend says why it cannot take the call, or None.
+    # A backend that is asked says why it cannot take the call, or None.
     refusals = {
-        "tpu": tpu.unsupported(inputs, options),
-        "gpu": gpu.unsupported(inputs, options),
+        "tpu": partial(tpu.unsupported, inputs, options),
+        "gpu": partial(gpu.unsupported, inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
@@ -227,8 +227,8 @@ def linear_scan_step(
     )
 
     refusals = {
-        "tpu": tpu_step.unsupported(inputs, options),
-        "gpu": gpu_step.unsupported(inputs, options, interpret=interpret),
+        "tpu": partial(tpu_step.unsupported, inputs, options),
+        "gpu": partial(gpu_step.unsupported, inputs, options, interpret=interpret),
     }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)

@@ -31,28 +31,8 @@ from jaxtyping import Float, Int
 from kernels_pallas.common.gpu import moved
 from kernels_pallas.common.mesh import by_sorted_rows, like
 from kernels_pallas.common.padding import padded_to_multiples, power_of_two, round_up
+from kernels_pallas.grouped_matmul.gpu.tuning import Blocks, schedule
 
-
-class Blocks(NamedTuple):
-    """Sizes of a program's tile, powers of two. Only its time depends on them.
-
-    Attributes:
-      inner: of the axis that is summed (rows times groups), or of K (the matrices' gradient).
-      columns: of the result.
-    """
-
-    rows: int
-    inner: int
-    columns: int
-    warps: int
-    stages: int
-
-
-# Of 16-bit operands, and of 32-bit ones, which take twice the room.
-ROWS_BLOCKS = Blocks(rows=128, inner=64, columns=128, warps=8, stages=3)
-ROWS_BLOCKS_32 = Blocks(rows=64, inner=32, columns=64, warps=4, stages=2)
-OUTER_BLOCKS = Blocks(rows=64, inner=128, columns=128, warps=8, stages=3)
-OUTER_BLOCKS_32 = Blocks(rows=32, inner=64, columns=64, warps=4, stages=2)
 # Pairs of tile and group that a program of the table of tiles compares.
 TABLE_ELEMENTS = 8192
 
@@ -280,7 +260,8 @@ def rows_times_groups(
     out_axis = 1 if transposed else 2
     out_width = matrices[0].shape[out_axis]
     num_outs = len(matrices) if len(xs) == 1 else 1
-    b = ROWS_BLOCKS if xs[0].dtype.itemsize == 2 else ROWS_BLOCKS_32
+    row = schedule(xs[0].dtype.itemsize)
+    b = row.rows if len(xs) == 1 else row.gathered
     # Sums of several results fit into the registers of one.
     b = b._replace(columns=b.columns // power_of_two(num_outs))
     multiples = (1, b.columns, b.inner) if transposed else (1, b.inner, b.columns)
@@ -485,7 +466,7 @@ def outer_by_group(
     M, K = lhs.shape
     N = dout.shape[1]
     G = group_sizes.shape[0]
-    b = OUTER_BLOCKS if lhs.dtype.itemsize == 2 else OUTER_BLOCKS_32
+    b = schedule(lhs.dtype.itemsize).outer
     lhs = padded_to_multiples(lhs, 1, b.inner)
     dout = padded_to_multiples(dout, 1, b.columns)
     padded_K = lhs.shape[1]

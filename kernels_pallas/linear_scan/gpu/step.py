@@ -1,17 +1,22 @@
 """One decoding step of `linear_scan` on GPU: every state is read once and written once, in place.
 
 Through jax-triton, jax's official way to Triton: Pallas' own Triton back end will be removed. It is
-an extra package (`pip install gatedjax[gpu]`), and without it the step runs as plain XLA.
+an extra package (`pip install gatedjax[gpu]`), and without it the step runs as plain XLA. So it
+does with an older Triton, which torch may pin: that is said once.
 """
 
+import functools
 import importlib.util
+import re
+import warnings
+from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.common.device import absent_device_kind
+from kernels_pallas.common.device import absent_device_kind, target_platform
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
@@ -19,6 +24,8 @@ from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 MAX_K = 512
 # Elements of a state in one program: 64 registers of each of its 128 threads.
 STATE_IN_PROGRAM = 8192
+# The first that jax-triton compiles with.
+OLDEST_TRITON = (3, 7)
 # Newer ones than the driver's assembler knows are refused. 8.6 came with CUDA 12.7.
 PTX_VERSION = 86
 
@@ -34,7 +41,31 @@ def unsupported(inputs: StepInputs, options: StepOptions, *, interpret: bool) ->
         return f"takes K up to {MAX_K}, not {K}"
     if importlib.util.find_spec("jax_triton") is None:
         return "needs jax-triton (pip install 'gatedjax[gpu]')"
-    return None
+    refusal = _unusable_triton()
+    if refusal is not None and target_platform(*inputs) == "gpu":
+        _warn(refusal)
+    return refusal
+
+
+def _unusable_triton() -> str | None:
+    """Why jax-triton cannot compile a kernel with the Triton that is installed, or None."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        version = "none"
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers >= OLDEST_TRITON:
+        return None
+    return f"needs triton 3.7 or newer for jax-triton, got {version}"
+
+
+@functools.cache
+def _warn(refusal: str) -> None:
+    """Once: who has installed jax-triton expects the kernel."""
+    warnings.warn(
+        f"linear_scan_step: the gpu kernel {refusal}; without one the step runs as plain XLA",
+        stacklevel=2,
+    )
 
 
 def linear_scan_step(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:

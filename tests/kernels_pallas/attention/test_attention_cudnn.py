@@ -145,5 +145,5 @@ def test_it_is_attentions_alone_and_never_chosen(on_cuda, monkeypatch):
     with pytest.raises(NotImplementedError, match="linear_scan: implementation='cudnn' is not one"):
         linear_scan(x, x, x, implementation="cudnn")
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
-    refusals = {"gpu": "refuses", "cudnn": None}
+    refusals = {"gpu": lambda: "refuses", "cudnn": lambda: None}
     assert dispatch.choose("attention", None, refusals) == "xla"

@@ -1,28 +1,15 @@
-"""attention's kernels on the GPU of this machine: values and gradients. Run by benchmarks/gpu.sh.
+"""attention's kernels on the GPU of this machine: values and gradients (gpu_device.py)."""
 
-Elsewhere skipped; with DEVICE_TESTS=interpret a few cases run interpreted on the CPU, to try this
-file itself.
-"""
-
-import os
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import EVERYTHING, cast, draw, truth, value_and_gradients
+from gpu_device import INTERPRET, TOLERANCE, needs_gpu
 from helpers import rel_rms
 
 from kernels_pallas.attention import NORMALIZERS, attention_step
 
-INTERPRET = os.environ.get("DEVICE_TESTS") == "interpret"
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "gpu" and not INTERPRET,
-    reason="there is no GPU here (benchmarks/gpu.sh)",
-)
-# float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded
-# to them.
-TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
+pytestmark = needs_gpu
 ONE_PASS = {
     name: normalizer.for_length(300)
     for name, normalizer in NORMALIZERS.items()

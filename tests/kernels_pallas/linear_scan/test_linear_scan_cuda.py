@@ -8,22 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_plugin import needs_cuda_plugin
+from cuda_plugin import needs_cuda_plugin, needs_ptxas
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import make_case
-from gatedjax.aot.gpu import devices, find_nvdisasm, find_ptxas
+from gatedjax.aot.gpu import devices, find_nvdisasm
 from gatedjax.aot.targets import GPUS
 from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import op as gpu
 from kernels_pallas.ops import linear_scan
 
 pytestmark = needs_cuda_plugin
-needs_ptxas = pytest.mark.skipif(
-    not find_ptxas(), reason="there is no ptxas (pip install nvidia-cuda-nvcc)"
-)
 SHAPES = ("B4,T4096,H16,K128,V128", "B8,T2048,H4,K256,V512", "B1,T32768,H16,K128,V128")
 STAGES = ("products", "forward", "dproducts", "backward", "backward_products")
 

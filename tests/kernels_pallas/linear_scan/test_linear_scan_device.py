@@ -1,16 +1,12 @@
-"""linear_scan's kernels on the GPU of this machine: values and gradients. Run by benchmarks/gpu.sh.
+"""linear_scan's kernels on the GPU of this machine: values and gradients (gpu_device.py)."""
 
-Elsewhere skipped; with DEVICE_TESTS=interpret a few cases run interpreted on the CPU, to try this
-file itself.
-"""
-
-import os
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_device import INTERPRET, TOLERANCE, needs_gpu
 from helpers import rel_rms
 from scan_cases import DECAYS, make
 
@@ -18,14 +14,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import tuning as gpu_tuning
 from kernels_pallas.ops import linear_scan, linear_scan_step
 
-INTERPRET = os.environ.get("DEVICE_TESTS") == "interpret"
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "gpu" and not INTERPRET,
-    reason="there is no GPU here (benchmarks/gpu.sh)",
-)
-# float32: three passes of TF32 and the chip's exponential. 16 bits: what is multiplied is rounded
-# to them.
-TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 6e-3}
+pytestmark = needs_gpu
 OPTIONS = {
     "inclusive": {},
     "exclusive, bonus, packed, reversed": dict(
@@ -99,6 +88,16 @@ def test_sizes_of_heads(K, V):
     if INTERPRET:
         pytest.skip("large")
     compare("bfloat16", 200, K, V, 4, "gla", {})
+
+
+@pytest.mark.parametrize("T", [65, 128, 129, 150])
+@pytest.mark.parametrize("rank", [0, 3, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_lengths_that_cross_into_another_chunk(dtype, rank, T):
+    """By one token, and a third one; chunks have 64. K and V of two blocks and a part."""
+    if INTERPRET and (dtype, rank, T) != ("float32", 4, 65):
+        pytest.skip("one case when interpreted")
+    compare(dtype, T, 144, 80, rank, "gla", {})
 
 
 @pytest.mark.parametrize("rank", [3, 4])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -144,3 +145,25 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(dispatch, "target_platform", lambda *arrays: "gpu")
     linear_scan_step(x, x, x, state)
     assert dispatch.last_choice("linear_scan_step").implementation == "xla"
+
+
+def test_an_older_triton_is_said_once(monkeypatch):
+    """torch pins one that jax-triton cannot compile with: then the step is XLA's."""
+    x = jnp.ones((1, 2, 16))
+    state = jnp.zeros((1, 2, 16, 16))
+    monkeypatch.setattr(gpu_step.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(gpu_step.metadata, "version", lambda name: "3.6.0+git1")
+    monkeypatch.setattr(dispatch, "target_platform", lambda *arrays: "gpu")
+    monkeypatch.setattr(gpu_step, "target_platform", lambda *arrays: "gpu")
+    gpu_step._warn.cache_clear()
+    with pytest.warns(UserWarning, match=r"needs triton 3\.7 or newer for jax-triton, got 3\.6\.0"):
+        linear_scan_step(x, x, x, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear_scan_step(x, x, x, state)
+    choice = dispatch.last_choice("linear_scan_step")
+    assert choice.implementation == "xla" and "triton 3.7" in choice.reason
+    with pytest.raises(NotImplementedError, match=r"'gpu' needs triton 3\.7"):
+        linear_scan_step(x, x, x, state, implementation="gpu")
+    monkeypatch.setattr(gpu_step.metadata, "version", lambda name: "3.10.1")
+    assert gpu_step._unusable_triton() is None
