@@ -85,8 +85,8 @@ FIGURES = {
     "in all": "instructions",
     "registers": "registers",
     "spilled bytes": "spill_bytes",
-    "async copies": "async_copies",
     "programs an SM": "blocks_per_core",
+    "async copies": "async_copies",
     "warnings": "warnings",
     "wgmma, mma": "matrix_instructions",
 }
