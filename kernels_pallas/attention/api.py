@@ -54,7 +54,7 @@ def attention(
     Masks select. Whatever a token may not see (another document, what comes later, what is outside
     of the window) may be NaN or infinite: the token's output and gradients are the same bits. What
     it sees shows: of NaN comes NaN. Infinite logits give what the formula gives: a weight of 0, or
-    NaN, as in a row of softmax whose every logit is -inf (which is 0 on TPU and GPU).
+    NaN, as in a row of softmax whose every logit is -inf.
 
     Args:
       q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64).

@@ -26,7 +26,7 @@ def check_interpret(
     if interpret and implementation not in ("tpu", "gpu", "mosaic_gpu"):
         raise ValueError(
             f"{op}: interpret: got True with implementation={implementation!r}, "
-            'expected "tpu" or "gpu"'
+            'expected the name of a kernel: "tpu", "gpu" or "mosaic_gpu"'
         )
 
 
