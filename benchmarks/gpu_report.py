@@ -58,6 +58,8 @@ CASES: dict[str, list[Line]] = {
         Line("B4,T4096,H16,K64,V64", options=("decay=vector",)),
         Line("B4,T4096,H16,K128,V128", options=("decay=vector",)),
         Line("B4,T4096,H16,K128,V128", options=("decay=scalar",)),
+        # More programs of the scan than an H100 has multiprocessors.
+        Line("B8,T4096,H16,K128,V128", options=("decay=vector",)),
         Line("B4,T4096,H16,K128,V128", "float32", options=("decay=vector",)),
     ],
     "grouped_matmul": [
@@ -77,6 +79,7 @@ FIGURES = {
     "registers": "registers",
     "spilled bytes": "spill_bytes",
     "programs an SM": "blocks_per_core",
+    "async copies": "async_copies",
     "warnings": "warnings",
     "wgmma, mma": "matrix_instructions",
 }
@@ -91,6 +94,7 @@ def figures_of(kernel: GpuKernel) -> dict[str, object]:
         "spill_bytes": kernel.spill_bytes,
         "blocks_per_core": kernel.blocks_per_core,
         "shared_memory_bytes": kernel.shared_memory_bytes,
+        "async_copies": kernel.async_copies,
         "warnings": list(kernel.warnings),
         "matrix_instructions": [kernel.wgmma, kernel.mma],
     }

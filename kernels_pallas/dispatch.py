@@ -23,8 +23,8 @@ from kernels_pallas.common.device import target_platform
 from kernels_pallas.common.ptxas import announce
 
 # What `implementation` of an op may be, beside None for the best one available. Every op has the
-# first two; "cudnn" is one of attention's, and never chosen by itself.
-Implementation = Literal["reference", "xla", "tpu", "gpu", "cudnn"]
+# first two; "cudnn" and "mosaic_gpu" are attention's, and never chosen by themselves.
+Implementation = Literal["reference", "xla", "tpu", "gpu", "cudnn", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 _KERNEL_OF_PLATFORM: dict[str, Implementation] = {
@@ -32,6 +32,12 @@ _KERNEL_OF_PLATFORM: dict[str, Implementation] = {
     "gpu": "gpu",
     "cuda": "gpu",
     "rocm": "gpu",
+}
+# Where a kernel can be lowered that is interpreted elsewhere.
+_PLATFORMS_OF_KERNEL: dict[str, tuple[str, ...]] = {
+    "tpu": ("tpu",),
+    "gpu": ("gpu", "cuda", "rocm"),
+    "mosaic_gpu": ("gpu", "cuda"),
 }
 
 
@@ -137,7 +143,7 @@ def for_its_platform(
     Raises:
       NotImplementedError: when they are lowered, which is when the platform is known.
     """
-    is_kernel = implementation in ("tpu", "gpu") and not interpret
+    is_kernel = implementation in _PLATFORMS_OF_KERNEL and not interpret
     if not is_kernel and not _choices[op].instead:
         return inputs
     if is_kernel and implementation == "gpu":
@@ -177,7 +183,8 @@ def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, choice: Choice) -> list:
     op = choice.op
     for platform in ctx.module_context.platforms:
         kernel = _KERNEL_OF_PLATFORM.get(platform)
-        if choice.implementation != "xla" and kernel != choice.implementation:
+        platforms_of_it = _PLATFORMS_OF_KERNEL.get(choice.implementation)
+        if platforms_of_it is not None and platform not in platforms_of_it:
             raise NotImplementedError(
                 f"{op}: implementation={choice.implementation!r} is not there on platform "
                 f"{platform!r}; interpret=True runs it anywhere"

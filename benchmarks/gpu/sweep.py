@@ -22,6 +22,7 @@ GROUPED_ROWS = {chip: row[2] for chip, row in tuning_of_grouped.TUNED.items()}
 AS_IT_IS = "as it is"
 SCAN_SETTINGS = [
     {},
+    {"scan_block_k": 64},
     {"scan_block_v": 32},
     {"scan_block_v": 128, "scan_warps": 8},
     {"scan_stages": 1},

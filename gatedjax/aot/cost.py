@@ -40,7 +40,8 @@ def declared_cost(jaxpr: jax_core.Jaxpr) -> DeclaredCost:
 
 def _of_equation(eqn: jax_core.JaxprEqn) -> DeclaredCost:
     name = eqn.primitive.name
-    if name == "pallas_call":
+    # A kernel of Mosaic GPU is the second.
+    if name in ("pallas_call", "mpmd_map"):
         return _of_kernel(eqn.params.get("cost_estimate"))
     inner = []
     for param in eqn.params.values():

@@ -8,12 +8,15 @@ counts of instructions from its `nvdisasm`, if they are on the PATH or in the en
 (triton brings an nvdisasm). The ptxas is the one that XLA takes: `kernels_pallas.common.ptxas`.
 """
 
+import contextlib
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +38,15 @@ _ENTRY = re.compile(r"\.(?:visible )?\.?entry\s+([\w$]+)\s*\((.*?)\)(.*?)\n\{(.*
 _LAUNCH = re.compile(
     r"\]\s+([\w$.]+) grid: \[[\d, ]+\] threads: \[[\d, ]+\](?:\s+shared_memory: (\d+))?",
 )
+# The name of the constant that a launch by Mosaic GPU has for its shared memory.
+_MOSAIC_SHARED = re.compile(r"\bdynamic_shared_memory_size (%\w+)")
 # A machine instruction after its address: /*0010*/ @!P0 BRA `(.L_x_1) ;
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);")
 _LABEL = re.compile(r"\s*\.(L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*\.(L_x_\d+)")
 _MATRIX = re.compile(r"\b(?:HG?MMA|QG?MMA|IG?MMA)\b")
+# Of Ampere, and of the copy engine of Hopper: tiles, and bytes in a row.
+_ASYNC_COPY = re.compile(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b")
 # ptxas names a warning by a code, and the function it is about: (C7515) Potential Performance Loss
 _WARNING = re.compile(r"\((C75\d\d)\).*function '([^']+)'")
 
@@ -50,6 +57,8 @@ class Code(NamedTuple):
     instructions: int
     # Of the shortest loop that multiplies matrices; None without one.
     tile_instructions: int | None
+    # Instructions that copy from memory to shared memory while others run.
+    async_copies: int = 0
 
 
 class Assembled(NamedTuple):
@@ -125,8 +134,29 @@ def compile_lowered(
             "xla_gpu_autotune_level": 0,  # there is nothing to tune on
             "xla_gpu_enable_command_buffer": "",
         }
-        compiled = lowered.compile(compiler_options=options)
+        with _mosaic_dumps(folder):
+            compiled = lowered.compile(compiler_options=options)
         return compiled, kernels_of(Path(folder), gpu)
+
+
+@contextlib.contextmanager
+def _mosaic_dumps(folder: str) -> Iterator[None]:
+    """Mosaic GPU writes its PTX here too: it compiles by itself, and has no other option."""
+    changed = {"MOSAIC_GPU_DUMP_TO": folder}
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is not None:
+        # It writes machine code as well, and complains where bin/ of this has no nvdisasm.
+        changed["MOSAIC_GPU_CUDA_ROOT"] = str(Path(nvdisasm).parents[1])
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def kernels_of(folder: Path, gpu: Gpu) -> tuple[GpuKernel, ...]:
@@ -135,6 +165,7 @@ def kernels_of(folder: Path, gpu: Gpu) -> tuple[GpuKernel, ...]:
     kernels: dict[str, GpuKernel] = {}
     for path in sorted(folder.glob("*.ptx")):
         assembled = assemble(path, gpu)
+        mosaic_shared = _mosaic_shared_memory(path)
         for name, _, head, body in _ENTRY.findall(path.read_text()):
             if name in kernels:
                 continue
@@ -142,7 +173,7 @@ def kernels_of(folder: Path, gpu: Gpu) -> tuple[GpuKernel, ...]:
                 name,
                 head,
                 body,
-                dynamic_shared.get(name, 0),
+                dynamic_shared.get(name, mosaic_shared),
                 assembled.measured.get(name),
                 gpu,
             )
@@ -151,6 +182,7 @@ def kernels_of(folder: Path, gpu: Gpu) -> tuple[GpuKernel, ...]:
                 found,
                 instructions=None if code is None else code.instructions,
                 tile_instructions=None if code is None else code.tile_instructions,
+                async_copies=None if code is None else code.async_copies,
                 warnings=assembled.warnings.get(name, ()),
             )
     return tuple(sorted(kernels.values(), key=lambda k: -(k.wgmma + k.mma)))
@@ -163,6 +195,19 @@ def _dynamic_shared_memory(folder: Path) -> dict[str, int]:
         for name, size in _LAUNCH.findall(path.read_text()):
             found[name] = int(size or 0)
     return found
+
+
+def _mosaic_shared_memory(path: Path) -> int:
+    """Bytes of the kernel that Mosaic GPU wrote this PTX of; 0 for one of XLA or Triton."""
+    passes = path.with_suffix(".mlir-passes.log")
+    if not passes.exists():
+        return 0
+    text = passes.read_text()
+    size = _MOSAIC_SHARED.search(text)
+    if size is None:
+        return 0
+    constant = re.search(rf"{size[1]} = arith.constant (\d+)", text)
+    return 0 if constant is None else int(constant[1])
 
 
 def kernel(
@@ -302,7 +347,8 @@ def _counts(lines: list[str]) -> Code:
         body = instructions[labels[branch[1]] :]
         if any(_MATRIX.search(x) for x in body):
             shortest = min(shortest or len(body), len(body))
-    return Code(len(instructions), shortest)
+    copies = sum(1 for x in instructions if _ASYNC_COPY.search(x))
+    return Code(len(instructions), shortest, copies)
 
 
 def parse_warnings(text: str) -> dict[str, tuple[str, ...]]:

@@ -41,6 +41,7 @@ class GpuKernel:
     instructions: int | None = None  # of the machine; None without nvdisasm
     # Of the shortest loop that multiplies matrices: what a warp issues for a tile.
     tile_instructions: int | None = None
+    async_copies: int | None = None  # instructions: to shared memory, while others run
     warnings: tuple[str, ...] = ()  # of ptxas, such as C7515: it serialized matrix instructions
 
 

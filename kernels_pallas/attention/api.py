@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import cudnn, gpu, reference, xla
+from kernels_pallas.attention import cudnn, gpu, mosaic_gpu, reference, xla
 from kernels_pallas.attention.checks import (
     check_inputs,
     check_step_inputs,
@@ -75,9 +75,9 @@ def attention(
         after the soft cap.
       logits_soft_cap: c > 0.
       scale: a number, K**-0.5 if None.
-      implementation: None, "reference", "xla", "tpu", "gpu" or "cudnn" (never chosen by None); see
-        `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla", "tpu", "gpu", "cudnn" or "mosaic_gpu" (the last two
+        are never chosen by None); see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu", "gpu", "mosaic_gpu") in interpret mode, on CPU.
 
     Returns:
       y in v's dtype.
@@ -113,6 +113,7 @@ def attention(
         "tpu": partial(tpu.unsupported, inputs, options),
         "gpu": partial(gpu.unsupported, inputs, options),
         "cudnn": partial(cudnn.unsupported, inputs, options),
+        "mosaic_gpu": partial(mosaic_gpu.unsupported, inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
@@ -132,6 +133,8 @@ def attention(
         return tpu.attention(inputs, options, interpret=interpret)
     if chosen == "cudnn":
         return cudnn.attention(inputs, options)
+    if chosen == "mosaic_gpu":
+        return mosaic_gpu.attention(inputs, options, interpret=interpret)
     # The one that is left.
     return gpu.attention(inputs, options, interpret=interpret)
 

@@ -22,6 +22,7 @@ from kernels_pallas.attention.inputs import AttentionInputs, StepInputs
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads
+from kernels_pallas.common.padding import padded
 
 # An input of a kernel, or the shape and dtype of an output.
 Shaped = Array | jax.ShapeDtypeStruct
@@ -68,6 +69,30 @@ def unsupported_arrays(
         name = type(normalizer).__name__
         return f"takes normalizers that pass over the keys once, not {name}"
     return None
+
+
+# --- what kernels of a GPU get
+
+
+def padded_tokens(x: Array, length: int, width: int) -> Array:
+    """[B, T, heads, D] padded with zeros to [B, length, heads, width]."""
+    whole_blocks = padded(x, 1, length)
+    return padded(whole_blocks, 3, width)
+
+
+def gate_for_kernel(
+    gate_logits: Array | None,
+    length: int,
+    width: int,
+) -> Array | None:
+    """[B, length, H, width], or for a gate by head [B, H, length] in float32."""
+    if gate_logits is None:
+        return None
+    if gate_kind(gate_logits) == "element":
+        return padded_tokens(gate_logits, length, width)
+    # [B, T, H, 1] -> [B, H, T]: consecutive tokens of a head are consecutive in memory.
+    by_head = jnp.swapaxes(gate_logits[..., 0], 1, 2)
+    return padded(by_head.astype(jnp.float32), 2, length)
 
 
 # --- on a mesh

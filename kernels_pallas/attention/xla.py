@@ -61,6 +61,17 @@ def attention(
     Returns:
       y in v's dtype.
     """
+    plan, ungated = _without_gate(inputs, options, first, key_segment_ids)
+    return _attention(plan, ungated, inputs.gate_logits)
+
+
+def _without_gate(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    first: Int[Array, ""] | int | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+) -> tuple[Plan, UngatedInputs]:
+    """The static arguments of a call of `attention`, and what decides its ungated output."""
     block_q, _ = block_sizes(inputs.q.shape[1])
     _, block_k = block_sizes(inputs.k.shape[1])
     plan = Plan(*options, block_q=block_q, block_k=block_k)
@@ -75,7 +86,7 @@ def attention(
         k_segments=key_segments,
         first=first,
     )
-    return _attention(plan, ungated, inputs.gate_logits)
+    return plan, ungated
 
 
 def attention_step(inputs: StepInputs, options: StepOptions) -> Float[Array, "B H V"]:
@@ -246,6 +257,62 @@ def _saving_bwd(
 
 
 _saving.defvjp(_saving_fwd, _saving_bwd)
+
+
+# For a backend whose forward pass alone is a kernel.
+
+
+class Saved(NamedTuple):
+    """y, and what the backward pass needs beside the inputs. Of a normalizer with one statistic.
+
+    Attributes:
+      y: the gated output.
+      output: the ungated one, not rounded to 16 bits.
+      statistic: what the normalizer saves of a row, such as the log-sum-exp.
+    """
+
+    y: Float[Array, "B T H V"]
+    output: Float[Array, "B T H V"]
+    statistic: Float[Array, "B T H"]
+
+
+def attention_saving(inputs: AttentionInputs, options: AttentionOptions) -> Saved:
+    """`attention`, and what `gradient` needs."""
+    plan, ungated = _without_gate(inputs, options)
+    y, (output,), (statistic,) = _saving(plan, ungated, inputs.gate_logits)
+    by_token = blocks.join(statistic, plan.block_q, inputs.q.shape[1])
+    return Saved(y, output, by_token[..., 0])
+
+
+def gradient(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    saved: Saved,
+    dy: Float[Array, "B T H V"],
+) -> AttentionInputs:
+    """The gradients of `attention`, whose forward pass some backend has computed.
+
+    Args:
+      inputs: the arrays of the call.
+      options: its static arguments.
+      saved: the results.
+      dy: the gradient of y.
+
+    Returns:
+      Those of the floats in `inputs`, None for the rest. They have derivatives of their own.
+    """
+    plan, ungated = _without_gate(inputs, options)
+    statistic = blocks.split(saved.statistic[..., None], inputs.k.shape[2], plan.block_q)
+    residuals = _Residuals(ungated, inputs.gate_logits, (saved.output,), (statistic,))
+    gradients, dgate = _attention_bwd(plan, residuals, dy)
+    return AttentionInputs(
+        q=gradients.q,
+        k=gradients.k,
+        v=gradients.v,
+        gate_logits=dgate,
+        sink_logits=gradients.sink_logits,
+        alibi_slopes=gradients.alibi_slopes,
+    )
 
 
 # The forward pass.

@@ -23,7 +23,7 @@ def check_interpret(
 ) -> None:
     """Interpret mode is a way to run a kernel, so a kernel must have been named."""
     # With None, what runs would depend on the device, which interpret mode has nothing to do with.
-    if interpret and implementation not in ("tpu", "gpu"):
+    if interpret and implementation not in ("tpu", "gpu", "mosaic_gpu"):
         raise ValueError(
             f"{op}: interpret: got True with implementation={implementation!r}, "
             'expected "tpu" or "gpu"'

@@ -43,9 +43,9 @@ from kernels_pallas.attention.gpu.plan import (
     few_rows_at_a_time,
     loop_over_heads,
     loop_over_tiles,
-    reach_of_queries,
 )
 from kernels_pallas.attention.gpu.tuning import KernelConfig
+from kernels_pallas.attention.tile_ranges import reach_of_queries
 from kernels_pallas.common.mesh import like
 
 

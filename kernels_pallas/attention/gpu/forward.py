@@ -1,7 +1,7 @@
 """The forward kernel of `attention` on GPU.
 
 Grid: (blocks of queries, heads, batch). A program has one block of queries of one head, loads it
-once, and loops over the blocks of keys and values that it sees (`plan.tile_ranges`). The running
+once, and loops over the blocks of keys and values that it sees (`tile_ranges.py`). The running
 sums of weighted values and what the normalizer keeps of a row are the carry of that loop: they
 stay in registers, in float32. Keys and values come through shared memory, `num_stages` blocks of
 them in flight. After the loop the program ends the rows, multiplies by sigmoid(gate) and writes y.
@@ -38,7 +38,6 @@ from kernels_pallas.attention.gpu.plan import (
     Ref,
     few_rows_at_a_time,
     loop_over_tiles,
-    reach_of_queries,
 )
 from kernels_pallas.attention.gpu.tile import Rows
 from kernels_pallas.attention.kernels import (
@@ -47,6 +46,7 @@ from kernels_pallas.attention.kernels import (
     saved_statistics,
 )
 from kernels_pallas.attention.normalizers.base import undefined_as_nan
+from kernels_pallas.attention.tile_ranges import reach_of_queries
 from kernels_pallas.common.mesh import like
 
 

@@ -26,8 +26,10 @@ from kernels_pallas.attention.gpu.tuning import Schedule, largest, padded_channe
 from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.kernels import (
     Residuals,
+    gate_for_kernel,
     gate_kind,
     over_mesh,
+    padded_tokens,
     residuals,
 )
 from kernels_pallas.common.padding import padded, round_up
@@ -107,10 +109,10 @@ def _attend(inputs: AttentionInputs, options: AttentionOptions, interpret: bool)
         segment_ids = segment_ids.astype(jnp.int32)
         segment_ids = padded(segment_ids, 1, plan.length, mode="edge")
     kernel_inputs = KernelInputs(
-        q=_padded_tokens(plan, inputs.q, padded_K),
-        k=_padded_tokens(plan, inputs.k, padded_K),
-        v=_padded_tokens(plan, inputs.v, padded_V),
-        gate_logits=_gate_for_kernel(plan, inputs.gate_logits),
+        q=padded_tokens(inputs.q, plan.length, padded_K),
+        k=padded_tokens(inputs.k, plan.length, padded_K),
+        v=padded_tokens(inputs.v, plan.length, padded_V),
+        gate_logits=gate_for_kernel(inputs.gate_logits, plan.length, padded_V),
         sink_logits=as_float32(inputs.sink_logits),
         alibi_slopes=as_float32(inputs.alibi_slopes),
         segment_ids=segment_ids,
@@ -129,26 +131,9 @@ def _padded_length(T: int, kernel_schedule: Schedule) -> int:
     return round_up(T, largest_block)
 
 
-def _padded_tokens(plan: Plan, x: Array, width: int) -> Array:
-    """[B, T, heads, D] padded with zeros to [B, length, heads, width]."""
-    whole_blocks = padded(x, 1, plan.length)
-    return padded(whole_blocks, 3, width)
-
-
 def as_float32(x: Array | None) -> Array | None:
     """In float32; None stays."""
     return None if x is None else x.astype(jnp.float32)
-
-
-def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
-    """[B, length, H, V], or for a gate by head [B, H, length]."""
-    if gate_logits is None:
-        return None
-    if plan.gate == "element":
-        return _padded_tokens(plan, gate_logits, plan.V)
-    # [B, T, H, 1] -> [B, H, T]: consecutive tokens of a head are consecutive in memory.
-    by_head = jnp.swapaxes(gate_logits[..., 0], 1, 2)
-    return padded(by_head.astype(jnp.float32), 2, plan.length)
 
 
 # --- the derivative

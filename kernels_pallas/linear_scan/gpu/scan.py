@@ -198,6 +198,15 @@ def _kernel(
         columns = lax.iota(jnp.int32, block_v)
         return rows[:, None], columns[None, :]
 
+    late = p.schedule.scan_stores_late
+
+    def store_states(n, state):
+        """The state before the n-th chunk, where it is wanted."""
+        if states is None:
+            return
+        for first, S in zip(first_rows, state):
+            pltriton.store(states.at[(n, *state_tile(first))], S.astype(states.dtype))
+
     def chunk(m, state):
         # The m-th chunk that this program comes to.
         in_order = chunks_in_segment - 1 - m if backward else m
@@ -205,9 +214,8 @@ def _kernel(
         rows = p.place(n) * C + p.rows()
         here = block_rows(rows, 0, block_v)
         v = pltriton.load(values.at[here])
-        if states is not None:
-            for first, S in zip(first_rows, state):
-                pltriton.store(states.at[(n, *state_tile(first))], S.astype(states.dtype))
+        if not late:
+            store_states(n, state)
         if o is not None:
             assert products is not None and reads is not None
             of_chunk = pltriton.load(products.at[block_rows(n * C + row, 0, C)])
@@ -218,6 +226,8 @@ def _kernel(
                 read += matmul(p.tile, reads_tile, S)
             out = inside + _scaled(read, read_factor, read_scale, n, row)
             pltriton.store(o.at[here], out.astype(o.dtype))
+        if late:
+            store_states(n, state)
         v = _scaled(v, write_factor, write_scale, n, row)
         new_state = []
         for first, S in zip(first_rows, state):

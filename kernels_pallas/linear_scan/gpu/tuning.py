@@ -3,6 +3,10 @@
 `benchmarks/tune_linear_scan_gpu.py` fills the table on a device. A schedule changes only the time
 of a call. The rows here were chosen without a device, by what `ptxas` says: the largest blocks that
 do not spill registers. Operands of 32 bits take twice the room, and get smaller blocks by a rule.
+
+The scan kernel copies chunks ahead (LDGSTS) only where two stages fit into shared memory, and on
+Hopper only with all of K in one block does ptxas not complain: with two blocks it serializes the
+matrix instructions (C7517).
 """
 
 from typing import NamedTuple
@@ -14,8 +18,11 @@ MIN_CHUNK = 16
 MAX_CHUNK = 128
 # The largest K and V.
 MAX_D = 512
-# Programs of the scan kernel that the registers of a multiprocessor hold.
-MAX_RESIDENTS = 3
+# Programs of the scan kernel that are to share a multiprocessor. Hopper's registers have room for a
+# third one, but then its shared memory has none for copies ahead.
+MAX_RESIDENTS = 2
+# Bytes of shared memory that every program takes on top of its own.
+RESERVED = 1024
 # The fewest chunks that are scanned as one part.
 SEGMENT_CHUNKS = 8
 
@@ -26,7 +33,9 @@ class Schedule(NamedTuple):
     Attributes:
       intra_*: the kernel of products inside a chunk.
       scan_*: the scan over chunks. `scan_stages` is an upper bound too: chunks in flight, as far as
-        they fit into shared memory.
+        they fit into shared memory. `scan_stores_late`: the state before a chunk is stored after
+        the products with it, whose shared memory the store then takes over on its way to another
+        layout; more registers are live.
       programs_per_core: a sequence is cut into segments until there are so many programs of the
         scan kernel a multiprocessor.
       back_*: the way back through a chunk.
@@ -40,6 +49,7 @@ class Schedule(NamedTuple):
     scan_block_v: int = 64
     scan_warps: int = 4
     scan_stages: int = 2
+    scan_stores_late: bool = False
     programs_per_core: int = 1
     back_block_k: int = 64
     back_block_v: int = 32
@@ -53,16 +63,22 @@ class Chip(NamedTuple):
     multiprocessors: int
     shared_memory: int  # bytes that one program can have
     schedules: dict[str, Schedule]
+    # Whether matrix instructions read shared memory: then the chunk that is computed stays there
+    # beside those that are on their way.
+    reads_shared: bool = True
 
 
+# Stored early, states take 8 KiB more at K = V = 128: one program of two stages and not two.
+HOPPER = Schedule(scan_block_k=256, scan_stores_late=True)
 # Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
+# Stored late, states would cost 36 bytes of spilled registers.
 A100 = Schedule(back_block_k=32)
 
 # By the name that jax.Device.device_kind contains.
 TUNED = {
-    "H200": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
-    "H100": Chip(132, 232_448, {"vector": Schedule(), "scalar": Schedule()}),
-    "A100": Chip(108, 166_912, {"vector": A100, "scalar": A100}),
+    "H200": Chip(132, 232_448, {"vector": HOPPER, "scalar": HOPPER}),
+    "H100": Chip(132, 232_448, {"vector": HOPPER, "scalar": HOPPER}),
+    "A100": Chip(108, 166_912, {"vector": A100, "scalar": A100}, reads_shared=False),
 }
 DEFAULT_CHIP = "H200"
 
@@ -96,6 +112,7 @@ def _for_wide_operands(row: Schedule, is_exact: bool) -> Schedule:
         scan_block_k=scan_block_k,
         scan_block_v=min(32, row.scan_block_v),
         scan_warps=8,
+        scan_stores_late=False,
         back_block_k=min(16, row.back_block_k),
         back_block_v=min(32, row.back_block_v),
     )
@@ -126,9 +143,16 @@ def scan_stages(
     """
     device = TUNED[chip()]
     residents = min(MAX_RESIDENTS, -(-programs // device.multiprocessors))
+    memory = (device.shared_memory + RESERVED) // residents - RESERVED
     tiles = chunk * (2 * K + chunk + block_v) * operand_bytes
-    # Triton was seen to take up to half a chunk's tiles more than those of the chunks in flight.
-    fitting = int(device.shared_memory / residents / tiles - 0.5)
+    if operand_bytes > 2:
+        # Triton was seen to take up to half a chunk's tiles more.
+        return max(1, min(schedule.scan_stages, int(memory / tiles - 0.5)))
+    # A block of the state, rounded for the product with the reads.
+    state = block(schedule.scan_block_k, K) * block_v * operand_bytes
+    fitting = (memory - state) // tiles
+    if not device.reads_shared:
+        fitting += 1
     return max(1, min(schedule.scan_stages, fitting))
 
 

@@ -290,14 +290,15 @@ NVDISASM = """	.section	.text.scan,"ax",@progbits
         /*0050*/               @P1 BRA `(.L_x_0) ;
         /*0060*/                   EXIT ;
 	.section	.text.copy,"ax",@progbits
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R4.64] ;
 .L_x_3:
-        /*0000*/                   BRA `(.L_x_3);
+        /*0010*/                   BRA `(.L_x_3);
 """
 
 
 def test_instructions_of_a_loop():
     """Of the shortest loop with a matrix instruction: not the one around it, nor the last."""
-    assert gpu.parse_code(NVDISASM) == {"scan": gpu.Code(7, 3), "copy": gpu.Code(1, None)}
+    assert gpu.parse_code(NVDISASM) == {"scan": gpu.Code(7, 3), "copy": gpu.Code(2, None, 1)}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import dispatch
 from kernels_pallas.attention import NORMALIZERS
+from kernels_pallas.attention.tile_ranges import reach_of_queries
 from kernels_pallas.ops import RESIDUAL_NAMES, attention
 
 room, tile, plan_room, forward_room, backward_room, tuning = (
@@ -320,8 +321,8 @@ def test_visits_are_the_tiles_that_the_mask_leaves(causal, window):
     assert p.pairs == mask.sum()
     cut = lambda m, n, k: m[n * size : (n + 1) * size, k * other : (k + 1) * other]
     for reach, found in (
-        (plan_room.reach_of_queries(p), mask),
-        (plan_room.reach_of_queries(p).transposed(), mask.T),
+        (reach_of_queries(p), mask),
+        (reach_of_queries(p).transposed(), mask.T),
     ):
         ranges = plan_room.tile_ranges(p, reach, jnp.arange(16), size, other, None)
         ranges = [(*np.broadcast_arrays(first, end), masks) for first, end, masks in ranges]

@@ -65,6 +65,19 @@ def test_no_size_that_is_claimed_spills(D, dtype, decay, target, monkeypatch):
     assert dispatch.last_choice("linear_scan").implementation == "gpu"
 
 
+@needs_ptxas
+@pytest.mark.skipif(not find_nvdisasm(), reason="there is no nvdisasm (pip install triton)")
+@pytest.mark.parametrize("target", ["cuda:h100", "cuda:a100"])
+def test_chunks_are_copied_ahead_where_programs_share_a_multiprocessor(target, monkeypatch):
+    """256 programs of the scan: two fit beside each other, with two stages each."""
+    monkeypatch.setattr(gpu, "if_bad", lambda is_bad, careful, fast, *args: fast)
+    case = make_case("linear_scan", "B8,T1024,H16,K128,V128", "bfloat16", {"decay": "vector"})
+    _, report = compile_for(target, case.backward(), *case.backward_args())
+    scans = [k for k in report.kernels if stage(k.name) in ("forward", "backward")]
+    assert scans and all(k.async_copies > 0 and k.blocks_per_core >= 2 for k in scans)
+    assert all(k.spill_bytes == 0 and k.warnings == () for k in scans)
+
+
 # A warp's instructions for a level of a chunk and 64 channels, at K = V = 128 on Hopper; with the
 # exponential of CUDA's library it was 675. An exponential is taken at each of six levels.
 LEVEL_INSTRUCTIONS = 320

@@ -119,12 +119,16 @@ SLOW_CASES = (
 )
 
 
-def test_chunks_in_flight_fit_into_shared_memory():
+def test_chunks_in_flight_fit_into_shared_memory(monkeypatch):
     stages = lambda programs, K, size: gpu_tuning.scan_stages(
-        gpu_tuning.Schedule(), programs, 64, K, 64, size
+        gpu_tuning.TUNED[gpu_tuning.chip()].schedules["vector"], programs, 64, K, 64, size
     )
-    assert stages(128, 128, 2) == 2  # one program a multiprocessor, 120 KiB
+    assert stages(128, 128, 2) == 2  # one program a multiprocessor, 112 KiB
+    assert stages(256, 128, 2) == stages(512, 128, 2) == 2  # two of them, in 227 KiB
     assert stages(512, 256, 2) == stages(128, 512, 2) == stages(128, 256, 4) == 1
+    monkeypatch.setattr(gpu_tuning, "chip", lambda: "A100")
+    assert stages(512, 128, 2) == 2  # two of 56 KiB, in 163
+    assert stages(512, 512, 2) == stages(512, 128, 4) == 1
 
 
 @pytest.mark.parametrize("name", [slow(n) if n in SLOW_CASES else n for n in CASES])

@@ -1,0 +1,56 @@
+"""Which calls of `attention` the Mosaic GPU kernel takes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
+from kernels_pallas.attention.mosaic_gpu.plan import MAX_D, padded_channels
+from kernels_pallas.attention.normalizers.base import Softmax
+from kernels_pallas.common.device import device_kind, target_platform
+from kernels_pallas.common.precision import one_pass_allowed
+
+# Parts of `jax.Device.device_kind` of the chips of compute capability 9.0: matrix instructions of a
+# warp group (wgmma) came with it, and went with the next.
+HOPPER = ("H100", "H200", "H800", "H20")
+
+
+def unsupported_call(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    """Why the kernel cannot take a call of `attention`, or None when it can."""
+    refusal = _unsupported_options(inputs, options)
+    if refusal is not None:
+        return refusal
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes q, k and v all bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}"
+    if not one_pass_allowed():
+        precision = jax.config.jax_default_matmul_precision
+        return f"multiplies 16 bits in one pass, not with matmul precision {precision!r}"
+    K = q.shape[-1]
+    V = v.shape[-1]
+    if max(K, V) > MAX_D:
+        return f"takes K and V up to {MAX_D}, not {K} and {V}"
+    # Offsets into arrays are 32-bit integers, as in gpu/.
+    elements = math.prod(q.shape[:-1]) * padded_channels(max(K, V))
+    if elements >= 2**31:
+        return f"takes arrays below 2**31 elements, not {elements}"
+    if target_platform() not in ("gpu", "cuda"):
+        # Not known before the call is lowered, or interpreted: see `dispatch.for_its_platform`.
+        return None
+    kind = device_kind()
+    if not any(name in kind for name in HOPPER):
+        return f"runs on Hopper GPUs ({', '.join(HOPPER)}), not on {kind!r}"
+    return None
+
+
+def _unsupported_options(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    if type(options.normalizer) is not Softmax:
+        return f"takes softmax, not {type(options.normalizer).__name__}"
+    if inputs.alibi_slopes is not None:
+        return "takes no alibi_slopes"
+    if inputs.sink_logits is not None:
+        return "takes no sink_logits"
+    if inputs.segment_ids is not None:
+        return "takes no segment_ids"
+    return None
