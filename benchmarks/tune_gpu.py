@@ -52,7 +52,7 @@ VALUES = {
     "linear_scan": {
         "chunk": (32, 64, 128),
         "scan_block_v": (16, 32, 64, 128),
-        "scan_block_k": (32, 64, 128),
+        "scan_block_k": (32, 64, 128, 256),
         "scan_warps": (2, 4, 8),
         "scan_stages": (1, 2, 3, 4),
         "programs_per_core": (1, 2, 4),

@@ -1,6 +1,6 @@
 """Block sizes and warps of the GPU kernels, as data.
 
-`benchmarks/tune_linear_scan_gpu.py` fills the table on a device. A schedule changes only the time
+`benchmarks/tune_gpu.py` fills the table on a device. A schedule changes only the time
 of a call. The rows here were chosen without a device, by what `ptxas` says: the largest blocks that
 do not spill registers. Operands of 32 bits take twice the room, and get smaller blocks by a rule.
 
