@@ -62,6 +62,13 @@ CASES: dict[str, list[Line]] = {
         Line("B8,T4096,H16,K128,V128", options=("decay=vector",)),
         Line("B4,T4096,H16,K128,V128", "float32", options=("decay=vector",)),
     ],
+    "delta_scan": [
+        Line("B4,T4096,H16,K64,V64", options=("decay=vector",)),
+        Line("B4,T4096,H16,K128,V128", options=("decay=vector",)),
+        Line("B4,T4096,H16,K128,V128", options=("decay=scalar",)),
+        Line("B4,T4096,H16,K256,V256", options=("decay=vector",)),
+        Line("B4,T4096,H16,K128,V128", "float32", options=("decay=vector",)),
+    ],
     "grouped_matmul": [
         Line("M65536,K2048,N1024,G64"),
         Line("M65536,K2048,N1024,G64", "float32"),

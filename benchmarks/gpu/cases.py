@@ -62,6 +62,29 @@ class ScanShape(NamedTuple):
         return {"fwd": Cost(0, tokens * forward), "both": Cost(0, tokens * both)}
 
 
+class DeltaShape(NamedTuple):
+    """delta_scan: as a scan, with a beta [B, T, H] and keys divided by their length."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    decay: str = "vector"
+
+    @property
+    def case(self) -> str:
+        return f"delta_{self.decay} B{self.B},T{self.T},H{self.H},K{self.K},V{self.V}"
+
+    def costs(self) -> dict[str, Cost]:
+        """A scan's, and beta, which moves as often as the log decays."""
+        tokens = self.B * self.T * self.H
+        scan = ScanShape(*self).costs()
+        forward = scan["fwd"].bytes + F32 * tokens
+        both = scan["both"].bytes + 3 * F32 * tokens
+        return {"fwd": Cost(0, forward), "both": Cost(0, both)}
+
+
 class AttentionShape(NamedTuple):
     """attention: q [B, T, H, D], k, v [B, T, Hk, D], causal; the gate has q's shape.
 
@@ -152,33 +175,6 @@ class ExpertShape(NamedTuple):
         return {"fwd": Cost(flops, moved), "both": Cost(3 * flops, 3 * moved)}
 
 
-class DeltaShape(NamedTuple):
-    """delta_scan: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H]; decays as of ScanShape.
-
-    The implementation is the one that dispatch chooses.
-    """
-
-    B: int
-    T: int
-    H: int
-    K: int
-    V: int
-    decay: str = "vector"
-
-    @property
-    def case(self) -> str:
-        return f"delta_{self.decay} B{self.B},T{self.T},H{self.H},K{self.K},V{self.V}"
-
-    def costs(self) -> dict[str, Cost]:
-        """Those of linear_scan, and a weight a token."""
-        of_scan = ScanShape(*self).costs()
-        beta = F32 * self.B * self.T * self.H
-        found = {}
-        for name, times in (("fwd", 1), ("both", 3)):
-            found[name] = Cost(0, of_scan[name].bytes + times * beta)
-        return found
-
-
 class ScanStepShape(NamedTuple):
     """linear_scan_step: a token of each row; steps in a loop, which updates states in place."""
 
@@ -228,6 +224,8 @@ SCALAR_SCAN = ScanShape(8, 4096, 16, 128, 128, "scalar")
 GLA_340M_SCAN = ScanShape(16, 2048, 4, 128, 256)
 LONG_SCAN = ScanShape(1, 32768, 16, 128, 128)
 NARROW_SCAN = ScanShape(8, 4096, 16, 64, 64)
+KDA = DeltaShape(8, 4096, 16, 128, 128)
+GATED_DELTANET = DeltaShape(8, 4096, 16, 128, 128, "scalar")
 LONG_GROUPED_HEADS = AttentionShape(1, 32768, 16, 2, 256, gated=True)
 NARROW_ATTENTION = AttentionShape(8, 4096, 16, 16, 64)
 MANY_EXPERTS = GroupedShape(131072, 2048, 768, 128)
@@ -235,8 +233,6 @@ LONG_CACHE = StepShape(32, 8192, 16, 2, 128)
 MHA_CACHE = StepShape(32, 4096, 16, 16, 128)
 STATES = ScanStepShape(128, 16, 128, 128)
 EXPERTS = ExpertShape(65536, 2048, 1024, 64)
-DELTA = DeltaShape(1, 8192, 32, 128, 128)
-SCALAR_DELTA = DELTA._replace(decay="scalar")
 WINDOW = HEADLINE.attention._replace(options=(("window", 1024),))
 # As gpt-oss has them.
 WINDOW_AND_SINKS = AttentionShape(4, 4096, 64, 8, 64, options=(("window", 128), ("sinks", True)))
@@ -258,6 +254,8 @@ TIMED = [
     Timed(SCALAR_SCAN, (OURS, JLA)),
     Timed(HEADLINE.gated_attention, (OURS, CUDNN)),
     Timed(HEADLINE.grouped, (OURS, RAGGED_DOT, JLA, DENSE)),
+    Timed(KDA, (OURS,)),
+    Timed(GATED_DELTANET, (OURS,)),
     Timed(GLA_340M_SCAN, (OURS,)),
     Timed(LONG_SCAN, (OURS, JLA)),
     Timed(LONG_GROUPED_HEADS, (OURS, CUDNN)),
@@ -269,8 +267,6 @@ TIMED = [
     Timed(WINDOW, (OURS, CUDNN)),
     Timed(WINDOW_AND_SINKS, (OURS,)),
     *[Timed(shape, (OURS,)) for shape in OTHER_OPTIONS],
-    Timed(DELTA, (OURS,)),
-    Timed(SCALAR_DELTA, (OURS,)),
     Timed(NARROW_SCAN, (OURS, JLA)),
     Timed(MHA_CACHE, (OURS, OUR_XLA)),
     Timed(HEADLINE.scan, (OUR_XLA,)),
@@ -281,6 +277,8 @@ TORCH_TIMED = [
     Timed(SCALAR_SCAN, (FLA,)),
     Timed(HEADLINE.attention, (TORCH_FLASH, TORCH_CUDNN, FLA_ATTENTION)),
     Timed(HEADLINE.grouped, (TORCH_GROUPED,)),
+    Timed(KDA, (FLA,)),
+    Timed(GATED_DELTANET, (FLA,)),
     Timed(GLA_340M_SCAN, (FLA,)),
     Timed(LONG_SCAN, (FLA,)),
     Timed(LONG_GROUPED_HEADS._replace(gated=False), (TORCH_FLASH, TORCH_CUDNN)),
@@ -297,6 +295,7 @@ DRY_HEADLINE = Headline(
 )
 DRY_TIMED = [
     Timed(DRY_HEADLINE.scan, (OURS, OUR_XLA)),
+    Timed(DeltaShape(1, 32, 1, 16, 16, "scalar"), (OURS,)),
     Timed(DRY_HEADLINE.attention, (OURS,)),
     Timed(DRY_HEADLINE.gated_attention, (OURS,)),
     Timed(
@@ -309,10 +308,10 @@ DRY_TIMED = [
     Timed(ExpertShape(64, 16, 16, 2), (OURS, OUR_XLA)),
     Timed(StepShape(1, 64, 2, 1, 16), (OURS, OUR_XLA)),
     Timed(ScanStepShape(1, 1, 16, 16), (OUR_XLA,)),
-    Timed(DeltaShape(1, 32, 1, 16, 16), (OURS,)),
 ]
 DRY_TORCH_TIMED = [
     Timed(ScanShape(1, 64, 2, 16, 16), (FLA,)),
+    Timed(DeltaShape(1, 64, 2, 16, 16), (FLA,)),
     Timed(AttentionShape(1, 64, 2, 1, 16), (TORCH_FLASH, TORCH_CUDNN, FLA_ATTENTION)),
     Timed(DRY_HEADLINE.grouped, (TORCH_GROUPED,)),
 ]

@@ -18,7 +18,7 @@ ATTENTION_STEP = "attention_step"
 GROUPED = "grouped"
 EXPERT = "expert"
 # By the implementation that dispatch chooses, with which they cannot be interpreted.
-AS_DISPATCHED = (SCAN_STEP, DELTA)
+AS_DISPATCHED = (SCAN_STEP,)
 
 
 class NumericCase(NamedTuple):
@@ -99,6 +99,12 @@ NORMALIZERS = (
     "stablemax",
     "softplus",
 )
+DELTA_OPTIONS = {
+    "rank": 4,
+    "segments": True,
+    "Hk": 1,
+    "beta": 2.0,
+}
 # The largest heads, and a sequence of many chunks.
 LARGE = [
     NumericCase(ATTENTION, "bfloat16", (1, 1000, 4, 2, 256), {"gate": "element"}),
@@ -107,6 +113,7 @@ LARGE = [
         NumericCase(ATTENTION, "bfloat16", (1, 300, 4, 2, 64), {"normalizer": name})
         for name in NORMALIZERS
     ],
+    NumericCase(DELTA, "bfloat16", (1, 4096, 1, 128, 128), {"rank": 4}),
 ]
 
 
@@ -129,14 +136,14 @@ def _cases_of(dtype: str, shapes: Shapes) -> list[NumericCase]:
     for rank in (4, 3, 0):
         for sizes in shapes.scan:
             found.append(NumericCase(SCAN, dtype, sizes, {"rank": rank}))
+            found.append(NumericCase(DELTA, dtype, sizes, {"rank": rank}))
     for gate in (None, "element"):
         for sizes in shapes.attention:
             found.append(NumericCase(ATTENTION, dtype, sizes, {"gate": gate}))
-    for rank in (4, 3):
-        found.append(NumericCase(DELTA, dtype, shapes.scan[0], {"rank": rank}))
     for sizes in shapes.grouped:
         found.append(NumericCase(GROUPED, dtype, sizes, {}))
     found.append(NumericCase(SCAN, dtype, shapes.scan[0], SCAN_OPTIONS))
+    found.append(NumericCase(DELTA, dtype, shapes.scan[0], DELTA_OPTIONS))
     found.append(NumericCase(ATTENTION, dtype, shapes.attention[0], ATTENTION_OPTIONS))
     found.append(NumericCase(EXPERT, dtype, shapes.grouped[0], {}))
     found.append(NumericCase(ATTENTION_STEP, dtype, shapes.step, {}))

@@ -103,11 +103,7 @@ def draw_scan(case: NumericCase, source: Source) -> Drawn:
         "state": source.single(source.random.standard_normal((B, H, K, V))),
     }
     if options["rank"]:
-        shape = (B, T, H, K) if options["rank"] == 4 else (B, T, H)
-        strongest = source.random.random(shape) < STRONGEST_FRACTION
-        # log sigmoid(x) / 16, of GLA's size.
-        usual = -np.logaddexp(0, -source.random.standard_normal(shape)) / 16
-        inputs["log_decay"] = source.single(np.where(strongest, STRONGEST_DECAY, usual))
+        inputs["log_decay"] = _log_decays(case, source)
     if options.get("bonus"):
         inputs["bonus"] = source.single(source.random.standard_normal((H, K)))
     segment_ids = source.segment_ids(B, T, 4) if options.get("segments") else None
@@ -156,19 +152,30 @@ def draw_scan_step(case: NumericCase, source: Source) -> Drawn:
     return Drawn(inputs, call, ("q", "k", "v"))
 
 
-def draw_delta(case: NumericCase, source: Source) -> Drawn:
-    """Weights in (0, 1), keys of length one."""
-    B, T, H, K, V = case.sizes
+def _log_decays(case: NumericCase, source: Source) -> np.ndarray:
+    """[B, T, H, K], or [B, T, H] where the rank is 3; some forget everything."""
+    B, T, H, K, _ = case.sizes
     shape = (B, T, H, K) if case.options["rank"] == 4 else (B, T, H)
-    decays = -np.logaddexp(0, -source.random.standard_normal(shape)) / 16
+    strongest = source.random.random(shape) < STRONGEST_FRACTION
+    # log sigmoid(x) / 16, of GLA's size.
+    usual = -np.logaddexp(0, -source.random.standard_normal(shape)) / 16
+    return source.single(np.where(strongest, STRONGEST_DECAY, usual))
+
+
+def draw_delta(case: NumericCase, source: Source) -> Drawn:
+    """With an initial state; keys and queries are given any length, and divided by it."""
+    B, T, H, K, V = case.sizes
+    options = case.options
     inputs = {
         "q": source.normal(B, T, H, K),
-        "k": source.normal(B, T, H, K),
+        "k": source.normal(B, T, options.get("Hk", H), K),
         "v": source.normal(B, T, H, V),
-        "beta": source.operand(source.random.random((B, T, H))),
+        "beta": source.single(options.get("beta", 1.0) * source.random.random((B, T, H))),
         "state": source.single(source.random.standard_normal((B, H, K, V))),
-        "log_decay": source.single(decays),
     }
+    if options["rank"]:
+        inputs["log_decay"] = _log_decays(case, source)
+    segment_ids = source.segment_ids(B, T, 4) if options.get("segments") else None
 
     def call(x: Arrays, **how) -> Arrays:
         out, state = delta_scan(
@@ -176,15 +183,16 @@ def draw_delta(case: NumericCase, source: Source) -> Drawn:
             x["k"],
             x["v"],
             x["beta"],
-            x["log_decay"],
+            x.get("log_decay"),
             initial_state=x["state"],
+            segment_ids=segment_ids,
             l2_norm=True,
             return_final_state=True,
             **how,
         )
         return {"out": out, "final_state": state}
 
-    return Drawn(inputs, call, ("q", "k", "v", "beta"))
+    return Drawn(inputs, call, ("q", "k", "v"))
 
 
 def draw_attention(case: NumericCase, source: Source) -> Drawn:

@@ -80,6 +80,10 @@ def programs_of(shape: cases.Shape, implementation: str, dry: bool) -> list[Prog
             function = scan_function(shape, implementation, dry)
             specs = scan_specs(shape)
             differentiable = tuple(range(len(specs)))
+        case DeltaShape():
+            function = delta_function(implementation, dry)
+            specs = delta_specs(shape)
+            differentiable = tuple(range(len(specs)))
         case AttentionShape():
             function = attention_function(shape, implementation, dry)
             specs = attention_specs(shape)
@@ -94,10 +98,6 @@ def programs_of(shape: cases.Shape, implementation: str, dry: bool) -> list[Prog
             function = partial(expert_mlp, **our_options(implementation, dry))
             specs = expert_specs(shape)
             differentiable = (0, 1, 2, 3)
-        case DeltaShape():
-            function = _our_delta_scan
-            specs = delta_specs(shape)
-            differentiable = tuple(range(len(specs)))
         case StepShape():
             return [_step_program(shape, implementation, dry)]
         case ScanStepShape():
@@ -181,6 +181,21 @@ def _jla_scalar_scan(*arrays: Array) -> Array:
     from jla.ops.mosaic_gpu.scalar_gate import simple_gla
 
     return simple_gla(*arrays)[0]
+
+
+# --- delta_scan
+
+
+def delta_specs(shape: DeltaShape) -> Specs:
+    """q, k, v, beta, log decays."""
+    *qkv, logs = scan_specs(ScanShape(*shape))
+    return (*qkv, Spec((shape.B, shape.T, shape.H), jnp.float32), logs)
+
+
+def delta_function(implementation: str, dry: bool) -> Callable:
+    if implementation == cases.OURS:
+        return partial(delta_scan, l2_norm=True, **kernel_options(dry))
+    raise ValueError(f"implementation of delta_scan: got {implementation!r}")
 
 
 # --- attention
@@ -306,27 +321,6 @@ def expert_specs(shape: ExpertShape) -> Specs:
         Spec((G, F, M), jnp.bfloat16),
         Spec((G,), jnp.int32),
     )
-
-
-# --- delta_scan
-
-
-def delta_specs(shape: DeltaShape) -> Specs:
-    """q, k, v, logits of beta, log decays."""
-    q, k, v, logs = scan_specs(ScanShape(*shape))
-    beta = Spec(q.shape[:3], jnp.bfloat16)
-    return q, k, v, beta, logs
-
-
-def _our_delta_scan(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta_logits: Array,
-    log_decay: Array,
-) -> Array:
-    """By the implementation that dispatch chooses. The weights of a token are below 1."""
-    return delta_scan(q, k, v, jax.nn.sigmoid(beta_logits), log_decay, l2_norm=True)
 
 
 # --- linear_scan_step

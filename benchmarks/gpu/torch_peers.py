@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import cases
-from benchmarks.gpu.cases import AttentionShape, Cost, GroupedShape, ScanShape
+from benchmarks.gpu.cases import (
+    AttentionShape,
+    Cost,
+    DeltaShape,
+    GroupedShape,
+    ScanShape,
+)
 
 BACKENDS = {
     cases.TORCH_FLASH: SDPBackend.FLASH_ATTENTION,
@@ -43,6 +49,8 @@ def torch_programs(dry: bool) -> list[TorchProgram]:
             match shape:
                 case ScanShape():
                     build = partial(build_scan, shape, device)
+                case DeltaShape():
+                    build = partial(build_delta, shape, device)
                 case AttentionShape():
                     build = partial(build_attention, shape, implementation, device)
                 case GroupedShape():
@@ -84,6 +92,31 @@ def build_scan(shape: ScanShape, device: str) -> TorchBuilt:
 
     def function(*arguments: Tensor) -> Tensor:
         return op(*arguments)[0]
+
+    return TorchBuilt(inputs, function)
+
+
+def build_delta(shape: DeltaShape, device: str) -> TorchBuilt:
+    """fla's chunkwise gated delta rule, and its Kimi Delta Attention."""
+    B, T, H, K, V, decay = shape
+    if decay == "vector":
+        from fla.ops.kda import chunk_kda as op
+
+        logs = log_decays(B, T, H, K, device=device)
+    else:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as op
+
+        logs = log_decays(B, T, H, device=device)
+    inputs = [
+        normal(B, T, H, K, device=device),
+        normal(B, T, H, K, device=device),
+        normal(B, T, H, V, device=device),
+        logs,
+        torch.rand(B, T, H, device=device, dtype=torch.float32).requires_grad_(),
+    ]
+
+    def function(*arguments: Tensor) -> Tensor:
+        return op(*arguments, use_qk_l2norm_in_kernel=True)[0]
 
     return TorchBuilt(inputs, function)
 

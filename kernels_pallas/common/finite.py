@@ -27,7 +27,7 @@ def any_nonfinite(*arrays: Array | None) -> Bool[Array, ""]:
     return _any_of_batch(flag)
 
 
-def any_counted(*counts: Int[Array, "*axes"]) -> Bool[Array, ""]:
+def any_counted(*counts: Int[Array, "..."]) -> Bool[Array, ""]:
     """Whether a kernel has counted anything: one flag, also under `vmap`."""
     flag = jnp.zeros((), bool)
     for count in counts:

@@ -13,8 +13,9 @@ from kernels_pallas.common.checks import as_array, as_ids, check_interpret, defa
 from kernels_pallas.common.derivative import differentiated_as
 from kernels_pallas.common.mesh import by_rows_and_heads, on_explicit_axes, varying_together
 from kernels_pallas.common.precision import computation_dtype
-from kernels_pallas.delta_scan import reference, xla
+from kernels_pallas.delta_scan import gpu, reference, xla
 from kernels_pallas.delta_scan.checks import check_state, check_tokens, check_weights
+from kernels_pallas.delta_scan.gpu import step as gpu_step
 from kernels_pallas.delta_scan.inputs import (
     DeltaInputs,
     DeltaOptions,
@@ -81,8 +82,8 @@ def delta_scan(
       return_final_state: also return the state after the last token.
       chunk_size: tokens computed as one matrix, a power of two up to 512. The result does not
         depend on it.
-      implementation: None, "reference", "xla" or "tpu"; see `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run a named kernel ("tpu", "gpu") in interpret mode, on CPU.
 
     Returns:
       o in v's dtype, or (o, final state) with the state in float32, float64 if an input is.
@@ -127,14 +128,18 @@ def delta_scan(
         return_final_state=return_final_state,
     )
     # A backend says why it cannot take the call, or None.
-    refusals = {"tpu": partial(tpu.unsupported, inputs, options), "gpu": _no_kernel}
+    refusals = {
+        "tpu": partial(tpu.unsupported, inputs, options),
+        "gpu": partial(gpu.unsupported, inputs, options),
+    }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
-    if chosen == "tpu":
+    if chosen in ("tpu", "gpu"):
+        kernel = tpu if chosen == "tpu" else gpu
         inputs = varying_together(inputs)
 
         def run(*arrays: Array | None) -> tuple[Array, Array | None]:
-            return tpu.delta_scan(
+            return kernel.delta_scan(
                 DeltaInputs._make(arrays),
                 options,
                 interpret=interpret,
@@ -142,7 +147,7 @@ def delta_scan(
 
         o, final_state = _scan_on_mesh(run, inputs)
     else:
-        # The kernel starts from zeros in fast memory; the other two take an array.
+        # The kernels start from zeros in fast memory; the other two take an array.
         if initial_state is None:
             floats = (q, k, v, beta, log_decay, erase, write)
             B, _, H, V = v.shape
@@ -181,15 +186,15 @@ def delta_scan_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of `delta_scan`, for decoding: the same formulas and arguments without T.
 
-    Donate `state` to the surrounding jit to have it updated in place. On TPU a kernel reads and
-    writes every state once.
+    On TPU and GPU (there through jax-triton, the extra `[gpu]`) a kernel reads and writes every
+    state once, in place: donate `state` to the surrounding jit, or XLA copies it first.
 
     Args:
       q, k, v: the query, key and value of one token.
       state: as `delta_scan` returns it.
       beta, log_decay, erase, write, scale, l2_norm: as in `delta_scan`.
-      implementation: None, "reference", "xla" or "tpu"; see `kernels_pallas.dispatch`.
-      interpret: run a named kernel ("tpu") in interpret mode, on CPU.
+      implementation: None, "reference", "xla", "tpu" or "gpu"; see `kernels_pallas.dispatch`.
+      interpret: run the TPU kernel, named, in interpret mode on CPU.
 
     Returns:
       (o, new state): o in v's dtype, the state in float32 (float64 if an input is float64).
@@ -221,7 +226,10 @@ def delta_scan_step(
         scale=default_scale(scale, q.shape[-1]),
         l2_norm=l2_norm,
     )
-    refusals = {"tpu": partial(tpu_step.unsupported, inputs), "gpu": _no_kernel}
+    refusals = {
+        "tpu": partial(tpu_step.unsupported, inputs),
+        "gpu": partial(gpu_step.unsupported, inputs, interpret=interpret),
+    }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
     inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     inputs = varying_together(inputs)
@@ -233,15 +241,19 @@ def delta_scan_step(
             interpret=interpret,
         )
 
+    def run_on_gpu(*arrays: Array | None) -> tuple[Array, Array]:
+        return gpu_step.delta_scan_step(DeltaStepInputs._make(arrays), options)
+
     def run_on_xla(*arrays: Array | None) -> tuple[Array, Array]:
         return xla.delta_scan_step(DeltaStepInputs._make(arrays), options)
 
     def run_reference(*arrays: Array | None) -> tuple[Array, Array]:
         return reference.delta_scan_step(DeltaStepInputs._make(arrays), options)
 
-    if chosen == "tpu":
+    if chosen in ("tpu", "gpu"):
+        kernel = run_on_tpu if chosen == "tpu" else run_on_gpu
         # One token is quickly computed once more.
-        return _step_on_mesh(differentiated_as(run_on_tpu, run_on_xla), inputs)
+        return _step_on_mesh(differentiated_as(kernel, run_on_xla), inputs)
     plain = run_reference if chosen == "reference" else run_on_xla
     split = _step_on_mesh if on_explicit_axes() else _whole
     return split(plain, inputs)
@@ -250,11 +262,6 @@ def delta_scan_step(
 def _whole(run: Callable, inputs: DeltaInputs | DeltaStepInputs) -> tuple[Array, Array]:
     """As `_scan_on_mesh`, where nothing is to be split."""
     return run(*inputs)
-
-
-def _no_kernel() -> str:
-    """Why there is no GPU backend."""
-    return "has no kernel for this op"
 
 
 # --- kernels on a mesh: every device computes its own rows ("b") and heads ("h")

@@ -219,7 +219,8 @@ def _kernel(
     row = lax.iota(jnp.int32, C)
     dlog_total = None
     if log_total is not None:
-        dlog_total = _dlog_total(p, states, dstates, log_total, block_k)
+        block_v = block(p.schedule.back_block_v, p.V)
+        dlog_total = total_cotangent(p.V, block_v, block_k, states, dstates, log_total)
     q_tile = load(q, *here) * p.scale
     k_tile = load(k, *here)
     i, j = tile.rows_and_columns(C)
@@ -245,13 +246,13 @@ def _kernel(
     else:
         dreads, dwrites = from_states()
         masked = tile.scalar_masked(p.tile, load(dproducts, i, j), sums_of(sums, C))
-        dread_q = _factor(read_factor, row) * dreads
-        dwrite_k = _factor(write_factor, row) * dwrites
+        dread_q = factor_of(read_factor, row) * dreads
+        dwrite_k = factor_of(write_factor, row) * dwrites
         c = tile.scalar_cotangents(p.tile, q_tile, k_tile, masked, dread_q, dwrite_k)
         seen = c.of_writes
         if rows is not None:
             assert dlog_total is not None
-            # A scalar log receives sums over channels; over tokens `op._dlogs` sums them.
+            # A scalar log receives sums over channels; over tokens `op.dlogs_of` sums them.
             pltriton.store(rows.at[0, row], jnp.sum(c.of_readers, axis=1))
             pltriton.store(rows.at[1, row], jnp.sum(c.of_writers, axis=1))
             pltriton.store(rows.at[2, row], jnp.sum(c.of_writes, axis=1))
@@ -272,7 +273,7 @@ def _kernel(
     pltriton.store(dk.at[here], dk_tile.astype(dk.dtype))
 
 
-def _factor(factor, row: Array):
+def factor_of(factor, row: Array) -> Array | float:
     """A factor of each token [C, 1], or 1."""
     if factor is None:
         return 1.0
@@ -315,15 +316,15 @@ def _from_states(
     return over_blocks(p.V // block_v, of_block, (zeros, zeros))
 
 
-def _dlog_total(
-    p: Plan,
+def total_cotangent(
+    V: int,
+    block_v: int,
+    block_k: int,
     states,
     dstates,
     log_total,
-    block_k: int,
 ) -> Float[Array, "K"]:
-    """total sum_v S dS, in one pass over both."""
-    block_v = block(p.schedule.back_block_v, p.V)
+    """total sum_v S dS of a program's `block_k` channels, in one pass over both states."""
 
     def of_block(c, total):
         of_state = block_rows(lax.iota(jnp.int32, block_k), c * block_v, block_v)
@@ -331,7 +332,7 @@ def _dlog_total(
         dS = load(dstates, *of_state)
         return total + jnp.sum(S * dS, axis=1)
 
-    total = over_blocks(p.V // block_v, of_block, jnp.zeros((block_k,), jnp.float32))
+    total = over_blocks(V // block_v, of_block, jnp.zeros((block_k,), jnp.float32))
     # One log for all channels, or one each.
     column = lax.iota(jnp.int32, log_total.shape[0])
     return total * jnp.exp(pltriton.load(log_total.at[column]))

@@ -7,7 +7,8 @@ which has to go through the chunks one after another, has nothing to do but matr
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -15,16 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Bool, Float
 
-from kernels_pallas.common.gpu import moved
+from kernels_pallas.common.gpu import Operands, kernel_call
 from kernels_pallas.common.mesh import like
 from kernels_pallas.linear_scan.gpu import tile
 from kernels_pallas.linear_scan.gpu.plan import Inputs, Plan, block_rows, load, over_blocks
 from kernels_pallas.linear_scan.gpu.tile import SUBTOTAL, matmul
 from kernels_pallas.linear_scan.gpu.tuning import block
 from kernels_pallas.linear_scan.tile import LOG_ZERO
-
-# name -> (array or its shape, the block of it that a program gets)
-Operands = dict[str, tuple[Any, pl.BlockSpec]]
 
 
 class Decays(NamedTuple):
@@ -127,25 +125,17 @@ def call(
       flops, exponentials: declared to XLA, beside the bytes of all arrays.
       name: of the kernel in profiles.
     """
-    names = [*inputs, *outputs]
-    arrays = [array for array, _ in inputs.values()]
-    results = [array for array, _ in outputs.values()]
-
-    def body(*refs):
-        kernel(p, **dict(zip(names, refs)))
-
-    made = pl.pallas_call(
-        body,
-        grid=grid,
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
-        out_shape=results,
-        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1),
-        cost_estimate=pl.CostEstimate(flops, exponentials, moved([*arrays, *results])),
+    return kernel_call(
+        partial(kernel, p),
+        grid,
+        inputs,
+        outputs,
+        warps=warps,
+        flops=flops,
+        exponentials=exponentials,
         interpret=p.interpret,
         name=name,
-    )(*arrays)
-    return dict(zip(outputs, made))
+    )
 
 
 # --- forward

@@ -122,10 +122,10 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
     """The static arguments and the sizes that they and the shapes decide."""
     q, k, v = inputs.q, inputs.k, inputs.v
     B, T, H, _ = q.shape
-    K = _whole_blocks(q.shape[3])
-    V = _whole_blocks(v.shape[3])
+    K = whole_blocks(q.shape[3])
+    V = whole_blocks(v.shape[3])
     decay = _decay_kind(inputs)
-    operand, precision = _matmuls(interpret, q, k, v)
+    operand, precision = matmuls(interpret, q, k, v)
     is_exact = precision == lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     schedule = tuning.schedule(decay, operand.itemsize, is_exact)
     # A short sequence is one chunk, of a power of two.
@@ -169,14 +169,14 @@ def _decay_kind(inputs: ScanInputs) -> Literal["vector", "scalar", "none"]:
     return "scalar"
 
 
-def _whole_blocks(D: int) -> int:
+def whole_blocks(D: int) -> int:
     """D filled up to a power of two from 16 on, or above 32 to a multiple of 32."""
     if D <= 32:
         return max(16, 1 << (D - 1).bit_length())
     return -(-D // 32) * 32
 
 
-def _matmuls(interpret: bool, *arrays: Array) -> tuple[Any, Any]:
+def matmuls(interpret: bool, *arrays: Array) -> tuple[Any, Any]:
     """The dtype of what is multiplied, and the precision. Interpreted matmuls round nothing."""
     if interpret:
         return jnp.dtype(jnp.float32), lax.Precision.HIGHEST
@@ -252,11 +252,11 @@ def _decays(plan: Plan, x: Inputs) -> Decays:
         return Decays()
     assert x.logs is not None
     if plan.decay == "vector":
-        return _vector_decays(plan, x.logs, x.starts)
-    return _scalar_decays(plan, x.logs, x.starts)
+        return vector_decays(plan, x.logs, x.starts)
+    return scalar_decays(plan, x.logs, x.starts)
 
 
-def _vector_decays(
+def vector_decays(
     plan: Plan,
     logs: Array,
     starts: Array | None,
@@ -274,7 +274,7 @@ def _vector_decays(
     return Decays(logs=logs, subtotals=subtotals, starts=starts, log_total=log_total)
 
 
-def _scalar_decays(
+def scalar_decays(
     plan: Plan,
     logs: Array,
     starts: Array | None,
@@ -467,9 +467,9 @@ def _gradients(
         dbonus = through["dbonus"].sum((0, 2)).astype(x.bonus.dtype)
     gradients = Inputs(
         q=through["dq"],
-        k=_sum_of_heads(through["dk"], x.k),
-        v=_sum_of_heads(out["o"], x.v),
-        logs=_dlogs(plan, x.logs, through),
+        k=sum_of_heads(through["dk"], x.k),
+        v=sum_of_heads(out["o"], x.v),
+        logs=dlogs_of(plan, x.logs, through),
         starts=None if x.starts is None else jnp.zeros_like(x.starts),
         bonus=dbonus,
         state=out.get("final"),
@@ -480,7 +480,7 @@ def _gradients(
 _scan.defvjp(_forward, _backward)
 
 
-def _sum_of_heads(parts: Float[Array, "B T H D"], x: Float[Array, "B T Hx D"]) -> Array:
+def sum_of_heads(parts: Float[Array, "B T H D"], x: Float[Array, "B T Hx D"]) -> Array:
     """Sums the parts that query heads contribute to a shared head, in x's dtype."""
     if parts.shape == x.shape:
         return parts
@@ -498,7 +498,7 @@ def _sum_of_heads(parts: Float[Array, "B T H D"], x: Float[Array, "B T Hx D"]) -
     )
 
 
-def _dlogs(plan: Plan, logs: Array | None, through: dict[str, Array]) -> Array | None:
+def dlogs_of(plan: Plan, logs: Array | None, through: dict[str, Array]) -> Array | None:
     """What each log receives. The formula is `gpu.tile.vector_dlogs`.
 
     The kernel has done it for vector decays. For scalar ones it left four numbers of each token, in

@@ -233,7 +233,7 @@ def _kernel(
         for first, S in zip(first_rows, state):
             writes_tile = pltriton.load(writes.at[block_rows(rows, first, block_k)])
             written = matmul(p.tile, writes_tile, v, trans_a=True)
-            new_state.append(_decayed(S, total, n, first) + written)
+            new_state.append(decayed(S, total, n, first) + written)
         return tuple(new_state)
 
     def start(first: int) -> Array:
@@ -263,7 +263,7 @@ def _scaled(x: Array, factor, scale: float | None, n, row: Array) -> Array:
     return x.astype(jnp.float32) * scale
 
 
-def _decayed(S: Array, total, n, first: int) -> Array:
+def decayed(S: Array, total, n, first: int) -> Array:
     """The state's rows from `first` on, decayed by the n-th chunk."""
     if total is None:
         return S

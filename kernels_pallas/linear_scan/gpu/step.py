@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import re
 import warnings
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -32,17 +33,22 @@ PTX_VERSION = 86
 
 def unsupported(inputs: StepInputs, options: StepOptions, *, interpret: bool) -> str | None:
     """Why this backend cannot take one decoding step, or None when it can."""
-    if interpret:
-        return "cannot be interpreted inside jax: Triton's interpreter runs it in the tests"
-    if any(x is not None and x.dtype == jnp.float64 for x in inputs):
-        return "does not compute in float64"
     K = inputs.q.shape[-1]
     if K > MAX_K:
         return f"takes K up to {MAX_K}, not {K}"
+    return no_kernel(inputs, interpret=interpret)
+
+
+def no_kernel(arrays: Iterable[Array | None], *, interpret: bool) -> str | None:
+    """Why no kernel by jax-triton can run on these arrays, or None when one can."""
+    if interpret:
+        return "cannot be interpreted inside jax: Triton's interpreter runs it in the tests"
+    if any(x is not None and x.dtype == jnp.float64 for x in arrays):
+        return "does not compute in float64"
     if importlib.util.find_spec("jax_triton") is None:
         return "needs jax-triton (pip install 'gatedjax[gpu]')"
     refusal = _unusable_triton()
-    if refusal is not None and target_platform(*inputs) == "gpu":
+    if refusal is not None and target_platform(*arrays) == "gpu":
         _warn(refusal)
     return refusal
 
@@ -63,7 +69,7 @@ def _unusable_triton() -> str | None:
 def _warn(refusal: str) -> None:
     """Once: who has installed jax-triton expects the kernel."""
     warnings.warn(
-        f"linear_scan_step: the gpu kernel {refusal}; without one the step runs as plain XLA",
+        f"decoding steps of scans: the gpu kernel {refusal}; without one they run as plain XLA",
         stacklevel=2,
     )
 
@@ -99,7 +105,7 @@ def _call(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:
             *rows,
             kernel=step_kernel,
             out_type=out_type,
-            compute_capability=_absent_capability(),
+            compute_capability=absent_capability(),
             backend_options={"ptx_version": PTX_VERSION},
             name="linear_scan_step",
             **launch(inputs, options),
@@ -147,7 +153,7 @@ def launch(inputs: StepInputs, options: StepOptions) -> dict[str, Any]:
     )
 
 
-def _absent_capability() -> int | None:
+def absent_capability() -> int | None:
     """The compute capability of a chip that is not here; None where jax-triton asks the device."""
     kind = absent_device_kind()
     if kind is None:

@@ -91,7 +91,7 @@ class Logs(NamedTuple):
     subtotals_at: Callable
 
 
-def _over_levels(
+def over_levels(
     tile: Tile,
     C: int,
     logs: Logs,
@@ -147,7 +147,7 @@ def _over_levels(
     return carry, (tile.exp(F), tile.exp(R))
 
 
-def _merged(h, C: int) -> Array:
+def merged(h, C: int) -> Array:
     """Pairs of rows, in both orders, that the level of blocks of h rows merges."""
     i, j = rows_and_columns(C)
     # Rows lie in sibling blocks of h rows exactly if h is the highest bit that tells them apart.
@@ -170,7 +170,7 @@ def vector_products(
     def level(h, later, factors, products):
         y = (jnp.where(later, q, k) * factors).astype(tile.operand)
         return jnp.where(
-            _merged(h, C),
+            merged(h, C),
             matmul(
                 tile,
                 y,
@@ -181,7 +181,7 @@ def vector_products(
         )
 
     zeros = jnp.zeros((C, C), jnp.float32)
-    products, (read_factors, write_factors) = _over_levels(tile, C, logs, level, zeros)
+    products, (read_factors, write_factors) = over_levels(tile, C, logs, level, zeros)
     return products, q * read_factors, k * write_factors
 
 
@@ -222,12 +222,12 @@ def vector_cotangents(
     def level(h, later, factors, carry):
         dq, dk = carry
         y = jnp.where(later, q, k) * factors
-        of_level = jnp.where(_merged(h, C), dproducts, jnp.zeros_like(dproducts))
+        of_level = jnp.where(merged(h, C), dproducts, jnp.zeros_like(dproducts))
         dy = matmul(tile, of_level, y) * factors
         return dq + jnp.where(later, dy, 0.0), dk + jnp.where(later, 0.0, dy)
 
     zeros = (jnp.zeros_like(q), jnp.zeros_like(k))
-    (dq, dk), (read_factors, write_factors) = _over_levels(tile, C, logs, level, zeros)
+    (dq, dk), (read_factors, write_factors) = over_levels(tile, C, logs, level, zeros)
     # Not before the levels: registers are short, and these would stay alive through all of them.
     dreads, dwrites = from_states()
     from_reads = read_factors * dreads

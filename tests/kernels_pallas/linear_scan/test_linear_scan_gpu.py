@@ -153,7 +153,7 @@ def test_bfloat16_as_the_tensor_core_rounds(rank, decay, monkeypatch):
     """Interpreted matmuls round nothing. On the machine operands are bfloat16: so the errors there,
     not below BF16.
     """
-    monkeypatch.setattr(gpu, "_matmuls", lambda *_: (jnp.dtype(jnp.bfloat16), None))
+    monkeypatch.setattr(gpu, "matmuls", lambda *_: (jnp.dtype(jnp.bfloat16), None))
     monkeypatch.setattr(gpu_tile, "matmul", rounded_matmul)
     for room in (gpu_scan, gpu_intra, gpu_back):
         monkeypatch.setattr(room, "matmul", rounded_matmul)
@@ -184,7 +184,7 @@ gpu_tile_vector_products = gpu_tile.vector_products
 without = lambda name: lambda c, **kw: c._replace(**{name: jnp.zeros_like(c.dq)})
 PLANTED = {
     "reads 1e-5 too large": (gpu_tile, "vector_products", lambda f: scaled_scores),
-    "state not decayed": (gpu_scan, "_decayed", lambda f: lambda S, *a: S),
+    "state not decayed": (gpu_scan, "decayed", lambda f: lambda S, *a: S),
     "scale forgotten": (
         gpu_scan,
         "_scaled",
@@ -195,7 +195,11 @@ PLANTED = {
         "vector_dlogs",
         lambda f: lambda t, c, d: -f(t, c, d),
     ),
-    "gate gradient of the state lost": (gpu_back, "_dlog_total", lambda f: lambda *a: 0 * f(*a)),
+    "gate gradient of the state lost": (
+        gpu_back,
+        "total_cotangent",
+        lambda f: lambda *a: 0 * f(*a),
+    ),
     "final state's cotangent lost": (
         gpu_scan,
         "combined",

@@ -3,10 +3,6 @@ an H200 not here.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,6 +14,7 @@ import pytest
 from cuda_plugin import plugin_missing
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from triton_stand_in import interpreted
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.gpu import devices
@@ -26,7 +23,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.linear_scan.gpu import step as gpu_step
 from kernels_pallas.ops import linear_scan_step
 
-ROOT = Path(__file__).parents[3]
+PROGRAM = Path(__file__).with_name("triton_interpreter.py")
 has = lambda name: importlib.util.find_spec(name) is not None
 needs_triton = pytest.mark.skipif(
     not has("triton"), reason="triton is not installed (make test-cuda-aot)"
@@ -37,27 +34,12 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
-def interpreted(*arguments: str) -> dict[str, list[float]]:
-    program = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(Path(__file__).with_name("triton_interpreter.py")),
-        *arguments,
-    ]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(program, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @needs_triton
 def test_values_in_tritons_interpreter():
     """Every kind of decay, inclusive, exclusive and with a bonus, heads grouped, K and V no powers
     of two.
     """
-    errors = interpreted()
+    errors = interpreted(PROGRAM)
     assert len(errors) == 13 and all(state <= 2e-6 for _, state in errors.values())
     assert all(o <= (4e-3 if "bfloat16" in case else 2e-6) for case, (o, _) in errors.items()), (
         errors
@@ -67,7 +49,7 @@ def test_values_in_tritons_interpreter():
 @pytest.mark.slow
 @needs_triton
 def test_a_planted_error_is_found():
-    assert all(o > 2e-5 for case, (o, _) in interpreted("--plant").items())
+    assert all(o > 2e-5 for case, (o, _) in interpreted(PROGRAM, "--plant").items())
 
 
 def arrays(

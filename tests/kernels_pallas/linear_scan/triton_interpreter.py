@@ -16,61 +16,12 @@ import jax
 import ml_dtypes
 import numpy as np
 from helpers import rel_rms
+from triton_stand_in import Tensor
 
 from kernels_pallas.linear_scan import reference
 from kernels_pallas.linear_scan.gpu import step as gpu_step
 from kernels_pallas.linear_scan.gpu.step_kernel import step_kernel
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
-
-
-class Storage:
-    def __init__(self, a):
-        self.a = a
-
-    def data_ptr(self):
-        return self.a.ctypes.data
-
-    def cpu(self):
-        return self
-
-    def copy_(self, other):
-        assert other.a is self.a
-        return self
-
-
-class Tensor:
-    """The part of torch.Tensor that the interpreter touches, over a numpy array."""
-
-    def __init__(self, a):
-        self.a = np.ascontiguousarray(a)
-
-    dtype = property(lambda self: self.a.dtype.name)
-    shape = property(lambda self: self.a.shape)
-
-    def data_ptr(self):
-        return self.a.ctypes.data
-
-    def untyped_storage(self):
-        return Storage(self.a)
-
-    def new_empty(self, *_, **__):
-        return Tensor(np.empty(0, self.a.dtype))
-
-    def set_(self, storage, offset, size, stride):
-        self.a = storage.a
-        return self
-
-    def storage_offset(self):
-        return 0
-
-    def size(self):
-        return self.a.shape
-
-    def stride(self):
-        return tuple(s // self.a.itemsize for s in self.a.strides)
-
-    def element_size(self):
-        return self.a.itemsize
 
 
 def run(
