@@ -27,7 +27,7 @@ VISIBLE = {"\n": "⏎", " ": "·"}
 
 
 def main(checkpoint: str) -> None:
-    run, params = restore_params(checkpoint)
+    run, params, _ = restore_params(checkpoint)
     config = run.config.model
     token_ids = np.frombuffer(TEXT.encode(), np.uint8).astype(np.int32)
     tokens = jnp.asarray(token_ids)[None]

@@ -1,28 +1,32 @@
 """Evaluates a trained model on held-out text.
 
-    python eval.py --checkpoint=runs/tiny [--batches=64] [--probes] [--source=text:/data/wiki]
+    python eval.py --checkpoint=runs/tiny [--batches=64] [--lengths=256,1024] [--step=400] [--json]
+        [--text=book.txt] [--source=text:/data/wiki] [--config.train.batch_size=4] [--probes]
 
 Prints loss, perplexity and bits per byte with standard errors, beside what gzip and xz need for the
 same text, and how fast the model reads (prefill) and writes (decode). With --probes instead: what
 attention, gates, states and experts do on the first batch of validation text
 (`gatedjax/evaluation/probes.py`), as JSON and pictures in the run directory.
 
-The text is the run's own, if it is what it was when the run was trained, or the one that --source
-names. The paths in a checkpoint that somebody else wrote are not used unless --trust_paths says so.
+The text is what the run held out, if its sources are what they were when it was trained; what it
+would have held out of the text that --source names; or all of the text that --text names, which the
+model should never have seen. The paths in a checkpoint that somebody else wrote are not used unless
+--trust_paths says so.
 """
 
-import time
+import json
+import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from gatedjax.config import Config, DataConfig, MeshConfig
-from gatedjax.data import load_tokenizer, validation_text
+from gatedjax.config import MeshConfig
+from gatedjax.config.checks import LARGEST_SIZE
+from gatedjax.data import validation_text
 from gatedjax.errors import InputError
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.restore import (
@@ -33,9 +37,8 @@ from gatedjax.evaluation.restore import (
     require_text,
     restore_params,
 )
-from gatedjax.evaluation.sampling import forward
-from gatedjax.evaluation.validation import Evaluation, Validation
-from gatedjax.model import init_caches
+from gatedjax.evaluation.speed import Speed, speed
+from gatedjax.evaluation.validation import Evaluation, Validation, with_length
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import write_report
@@ -50,9 +53,36 @@ _BATCHES = flags.DEFINE_integer(
 _PROBES = flags.DEFINE_bool(
     "probes", False, "Measure what the layers do, into CHECKPOINT/probes, and end."
 )
-_SOURCE = flags.DEFINE_string(
-    "source", None, "Text to evaluate on, KIND or KIND:PATH (text:/data/wiki); default: the run's."
+_STEP = flags.DEFINE_integer(
+    "step", None, "Which checkpoint; default: the newest intact one.", lower_bound=0
 )
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "Where the run's text is, KIND or KIND:PATH (text:/data/wiki); default: as then.",
+)
+_TEXT = flags.DEFINE_string(
+    "text", None, "A file or folder of new text, all of which is evaluated."
+)
+_LENGTHS = flags.DEFINE_list(
+    "lengths", None, "Window lengths in tokens, such as 256,1024,4096; default: that of training."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print the results as one line of JSON.")
+# Keys of the run's configuration that an evaluation may have other values of.
+_CHANGES = {
+    ("data", "seq_len"): flags.DEFINE_integer(
+        "config.data.seq_len", None, "Tokens of a window, in place of the run's."
+    ),
+    ("data", "validation_fraction"): flags.DEFINE_float(
+        "config.data.validation_fraction", None, "How much is held out, in place of the run's."
+    ),
+    ("data", "cache_dir"): flags.DEFINE_string(
+        "config.data.cache_dir", None, "Where tokenized text is kept, in place of the run's."
+    ),
+    ("train", "batch_size"): flags.DEFINE_integer(
+        "config.train.batch_size", None, "Rows of a batch, in place of the run's."
+    ),
+}
 _TRUST = flags.DEFINE_bool(
     "trust_paths", False, "Use the paths in a checkpoint that somebody else wrote."
 )
@@ -70,23 +100,77 @@ _DECODE_TOKENS = flags.DEFINE_integer(
 def main(_) -> None:
     """Restore -> loss over validation batches -> compressors -> speed."""
     checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
+    lengths = given_lengths()
     launch.start()
-    run, params = restore_params(
+    run, params, step = restore_params(
         checkpoint,
+        step=_STEP.value,
         source=_SOURCE.value,
+        text=_TEXT.value,
         trust_paths=_TRUST.value,
         mesh=given_mesh() or fitting_mesh(checkpoint),
+        changes=given_changes(),
     )
     require_text(run)
-    if _SOURCE.value is None:
+    if _SOURCE.value is None and _TEXT.value is None:
         require_same_text(run, checkpoint)
     if _PROBES.value:
         write_probes(run, params, checkpoint / "probes")
         return
+    evaluations = {}
     with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
-        say_losses(Validation(run, _BATCHES.value)(params))
-    say_compressors(run.config.data)
-    say_speed(run, params)
+        for length in lengths or [run.config.data.seq_len]:
+            evaluate = Validation(*with_length(run, length, _BATCHES.value))
+            evaluations[length] = evaluate(params)
+            if not _JSON.value:
+                say_losses(evaluations[length], length if lengths else None)
+    text = validation_text(run.config.data)
+    report = Report(
+        step=step,
+        evaluations=evaluations,
+        compressors=bits_per_byte_of_compressors(text),
+        speed=speed_on_one_device(run, params),
+    )
+    if _JSON.value:
+        say(as_json(report))
+    else:
+        say_references(report)
+
+
+class Report(NamedTuple):
+    """What is printed.
+
+    step: of the checkpoint.
+    evaluations: by length of the windows, tokens.
+    compressors: bits per byte by name.
+    speed: None where the parameters do not fit one device.
+    """
+
+    step: int
+    evaluations: dict[int, Evaluation]
+    compressors: dict[str, float]
+    speed: Speed | None
+
+
+def given_lengths() -> list[int]:
+    """The windows of --lengths; none if it is not given."""
+    lengths = []
+    for text in _LENGTHS.value or ():
+        if not text.strip().isdigit() or not 2 <= int(text) <= LARGEST_SIZE:
+            raise InputError(
+                f"--lengths: got {text!r}, expected tokens from 2 on, such as 256,1024"
+            )
+        lengths.append(int(text))
+    return lengths
+
+
+def given_changes() -> dict[str, dict[str, Any]]:
+    """The keys of the configuration that --config... gives, by section."""
+    changes: dict[str, dict[str, Any]] = {}
+    for (section, key), flag in _CHANGES.items():
+        if flag.value is not None:
+            changes.setdefault(section, {})[key] = flag.value
+    return changes
 
 
 def given_mesh() -> MeshConfig | None:
@@ -107,20 +191,6 @@ def given_mesh() -> MeshConfig | None:
         raise InputError(f"--mesh: {error}") from None
 
 
-def say_speed(run: Run, params: PyTree) -> None:
-    """Prefill and decoding on one device: every process measures itself, the first one tells."""
-    if not fits_one_device(run):
-        say("prefill, decode: not measured, the parameters do not fit one device")
-        return
-    copies = NamedSharding(run.mesh, PartitionSpec())
-    params = jax.jit(lambda p: p, out_shardings=copies)(params)
-    params = jax.tree.map(lambda p: p.addressable_data(0), params)
-    prompt_tokens = _PROMPT_TOKENS.value
-    prefill, decode = speed(run.config, params, prompt_tokens, _DECODE_TOKENS.value)
-    say(f"prefill         {prefill:,.0f} tokens/s, one prompt of {prompt_tokens} tokens")
-    say(f"decode          {decode:,.0f} tokens/s, one token at a time")
-
-
 def write_probes(run: Run, params: PyTree, folder: Path) -> None:
     """The probes of the first validation batch, as JSON and pictures."""
     require_no_links(folder)
@@ -137,57 +207,64 @@ def require_no_links(folder: Path) -> None:
             raise InputError(f"{path}: is a link, expected a folder of plain files; remove it")
 
 
-def say_losses(result: Evaluation) -> None:
-    """Loss, perplexity, bits per byte."""
+def say_losses(result: Evaluation, length: int | None) -> None:
+    """Loss, perplexity, bits per byte; in one line for each length, if lengths were asked for."""
     loss = f"{result.loss:.4f} ± {result.loss_error:.4f}"
     bits = f"{result.bits_per_byte:.4f} ± {result.bits_per_byte_error:.4f}"
+    if length is not None:
+        say(f"length {length:<8} {loss} nats per token, {bits} bits per byte ({result.tokens:,})")
+        return
     say(f"loss            {loss} nats per token ({result.tokens:,} tokens)")
     say(f"perplexity      {result.perplexity:.3f}")
     say(f"bits per byte   {bits}")
 
 
-def say_compressors(data: DataConfig) -> None:
-    """What gzip and xz need for the same text."""
-    for name, bits in bits_per_byte_of_compressors(validation_text(data)).items():
-        say(f"{name:15} {bits:.4f} bits per byte, all of the validation text in one stream")
+def say_references(report: Report) -> None:
+    """What gzip and xz need for the same text, and how fast the model reads and writes."""
+    for name, bits in report.compressors.items():
+        say(f"{name:15} {bits:.4f} bits per byte, all of the text in one stream")
+    if report.speed is None:
+        say("prefill, decode: not measured, the parameters do not fit one device")
+        return
+    prompt = f"one prompt of {_PROMPT_TOKENS.value} tokens"
+    say(f"prefill         {report.speed.prefill:,.0f} tokens/s, {prompt}")
+    say(f"decode          {report.speed.decode:,.0f} tokens/s, one token at a time")
 
 
-def speed(
-    config: Config,
-    params: PyTree,
-    prompt_tokens: int,
-    decode_tokens: int,
-) -> tuple[float, float]:
-    """Tokens per second of prefill and of decoding, batch 1, the best of three.
+def as_json(report: Report) -> str:
+    """The report as one line of JSON; a number that is not finite is null."""
+    evaluations = []
+    for length, result in report.evaluations.items():
+        numbers = {"perplexity": result.perplexity, **result._asdict()}
+        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        evaluations.append({"length": length, **finite})
+    speed = report.speed
+    values = {
+        "step": report.step,
+        "evaluations": evaluations,
+        "compressors_bits_per_byte": report.compressors,
+        "prefill_tokens_per_s": None if speed is None else speed.prefill,
+        "decode_tokens_per_s": None if speed is None else speed.decode,
+    }
+    return json.dumps(values)
 
-    Args:
-      config: the run's configuration.
-      params: on one device.
-      prompt_tokens: the length of the prompt, random tokens.
-      decode_tokens: how many are decoded after it.
+
+def speed_on_one_device(run: Run, params: PyTree) -> Speed | None:
+    """Prefill and decoding on one device; None if the parameters do not fit one.
+
+    Every process measures itself.
     """
-    vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, vocab_size, (1, prompt_tokens))
-    prompt = jnp.asarray(ids, jnp.int32)
-    prefill_rates = []
-    decode_rates = []
-    for _ in range(4):
-        caches = init_caches(config.model, 1, prompt_tokens + decode_tokens)
-        caches = jax.block_until_ready(caches)
-        start = time.perf_counter()
-        outputs = forward(config.model, params, prompt, caches, vocab_size)
-        logits, caches = jax.block_until_ready(outputs)
-        middle = time.perf_counter()
-        for _ in range(decode_tokens):
-            token = jnp.argmax(logits, axis=-1)[:, None]
-            logits, caches = forward(config.model, params, token, caches, vocab_size)
-        jax.block_until_ready(logits)
-        end = time.perf_counter()
-        prefill_rates.append(prompt_tokens / (middle - start))
-        decode_rates.append(decode_tokens / (end - middle))
-    # The first round compiles.
-    return max(prefill_rates[1:]), max(decode_rates[1:])
+    if not fits_one_device(run):
+        return None
+    copies = NamedSharding(run.mesh, PartitionSpec())
+    params = jax.jit(lambda p: p, out_shardings=copies)(params)
+    params = jax.tree.map(lambda p: p.addressable_data(0), params)
+    return speed(
+        run.config,
+        params,
+        _PROMPT_TOKENS.value,
+        _DECODE_TOKENS.value,
+    )
 
 
 def run() -> None:

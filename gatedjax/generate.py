@@ -33,8 +33,10 @@ _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 def main(_) -> None:
     """Restores, then prints the prompt and its continuation as it is sampled."""
     checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
-    restored_run, params = restore_params(checkpoint, trust_paths=_TRUST.value)
-    tokenizer = load_tokenizer(restored_run.config.data.tokenizer)
+    restored_run, params, _ = restore_params(checkpoint, trust_paths=_TRUST.value)
+    tokenizer = load_tokenizer(
+        restored_run.config.data.tokenizer, restored_run.config.data.end_of_document
+    )
     pieces = generate_text(
         restored_run.config.model,
         params,

@@ -26,7 +26,7 @@ from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
 from gatedjax.files import require_utf8
 from gatedjax.paths import expand
-from gatedjax.reporting.console import say
+from gatedjax.reporting.console import doing, live_bar, say
 from gatedjax.reporting.curves import plot_run
 from gatedjax.reporting.profile import StepTrace
 from gatedjax.reporting.step_log import StepLog
@@ -54,6 +54,9 @@ _PROFILE = flags.DEFINE_integer(
 )
 _PROBES = flags.DEFINE_bool(
     "probes", False, "At every evaluation, pictures of what the layers do, for TensorBoard."
+)
+_TRACKERS = flags.DEFINE_list(
+    "trackers", [], "Trackers to write to as well: wandb, trackio, mlflow."
 )
 _AOT = flags.DEFINE_string(
     "aot", None, "Compile the step for an absent TPU slice (v5p:8x8x4, 2*v5e:16x16), report, end."
@@ -86,8 +89,10 @@ def main(_) -> None:
         run = prepare(config)
         say(describe(run))
         require_memory(run)
-        require_same_on_all_processes(run.config, workdir)
-        state = train(run, workdir, tokenizer, stop)
+        with live_bar(run.config.train.steps):
+            doing("tokenizing")
+            require_same_on_all_processes(run.config, workdir)
+            state = train(run, workdir, tokenizer, stop)
         if state is not None:
             with jax.set_mesh(run.mesh):
                 sample(run, state, tokenizer)
@@ -104,7 +109,7 @@ def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:
       InputError: it cannot be read; if the run keeps a copy of its own, that is the way out.
     """
     try:
-        return load_tokenizer(data.tokenizer)
+        return load_tokenizer(data.tokenizer, data.end_of_document)
     except InputError as error:
         own = identity.tokenizer_of_run(workdir, data.tokenizer)
         if own is None:
@@ -143,6 +148,7 @@ def train(
             report=say,
         ) as checkpointer,
     ):
+        doing("preparing the state")
         restored = checkpointer.restore_latest(run.abstract)
         if restored is None:
             state = fresh_state(run)
@@ -155,7 +161,13 @@ def train(
             start = restored.step
             first_row = row_to_go_on(run, restored, data)
         identity.keep_tokenizer(workdir, tokenizer)
-        writers = make_writers(workdir, settings.steps, start)
+        writers = make_writers(
+            workdir,
+            settings.steps,
+            start,
+            config,
+            trackers=_TRACKERS.value,
+        )
         folder = workdir / "profile"
         tracing = StepTrace(_PROFILE.value, start, settings.steps, folder, say)
         with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog, tracing as trace:

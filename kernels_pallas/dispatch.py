@@ -8,6 +8,7 @@ training log and for a person at a prompt: `last_choice("attention")`.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -39,6 +40,8 @@ class Choice(NamedTuple):
     op: str
     implementation: Implementation
     reason: str
+    # The kernels that would take the call on their platforms, where it has none.
+    instead: tuple[str, ...] = ()
 
 
 _choices: dict[str, Choice] = {}
@@ -88,14 +91,15 @@ def _best(op: str, refusals: Mapping[str, str | None], platform: str) -> Choice:
     """The kernel of the platform that the call is compiled for, or "xla" where there is none."""
     kernel = _KERNEL_OF_PLATFORM.get(platform)
     if kernel is None:
-        return Choice(op, "xla", f"no kernel for platform {platform!r}")
+        instead = tuple(name for name in ("tpu", "gpu") if refusals[name] is None)
+        return Choice(op, "xla", f"no kernel for platform {platform!r}", instead)
     refusal = refusals[kernel]
     if refusal is not None:
         return Choice(op, "xla", f"the {kernel} kernel {refusal}")
     return Choice(op, kernel, f"kernel for platform {platform!r}")
 
 
-# --- a kernel that is lowered for a platform where it is not
+# --- what is lowered for another platform than it was chosen for
 
 
 def for_its_platform(
@@ -105,6 +109,9 @@ def for_its_platform(
     inputs: Any,
 ) -> Any:
     """`inputs`, which refuse to be lowered for a platform where the kernel is not.
+
+    An xla path that was chosen for a platform without kernels warns when it is lowered for one that
+    has a kernel for the call.
 
     Args:
       op: the op's public name.
@@ -118,39 +125,55 @@ def for_its_platform(
     Raises:
       NotImplementedError: when they are lowered, which is when the platform is known.
     """
-    if interpret or implementation not in ("tpu", "gpu"):
+    is_kernel = implementation in ("tpu", "gpu") and not interpret
+    if not is_kernel and not _choices[op].instead:
         return inputs
-    first = _checked_when_lowered(op, implementation, inputs[0])
+    first = _checked_when_lowered(_choices[op], inputs[0])
     others = inputs[1:]
     if hasattr(inputs, "_make"):
         return inputs._make((first, *others))
     return (first, *others)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _checked_when_lowered(op: str, implementation: str, x: Array) -> Array:
-    return _lowered.bind(x, op=op, implementation=implementation)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _checked_when_lowered(choice: Choice, x: Array) -> Array:
+    return _lowered.bind(x, choice=choice)
 
 
 @_checked_when_lowered.defjvp
-def _derivative(op: str, implementation: str, primals: tuple, tangents: tuple):
-    return _checked_when_lowered(op, implementation, *primals), tangents[0]
+def _derivative(choice: Choice, primals: tuple, tangents: tuple):
+    return _checked_when_lowered(choice, *primals), tangents[0]
 
 
 # The identity.
 _lowered = Primitive("lowered_for_its_platform")
 _lowered.def_abstract_eval(lambda x, **_: x)
-_lowered.def_impl(lambda x, **static: jax.jit(partial(_lowered.bind, **static))(x))
 batching.defvectorized(_lowered)
 
 
-def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, op: str, implementation: str) -> list:
-    platforms = ctx.module_context.platforms
-    for platform in platforms:
-        if _KERNEL_OF_PLATFORM.get(platform) != implementation:
+@_lowered.def_impl
+def _run(x: Array, *, choice: Choice) -> Array:
+    """Outside of `jit`, where the arrays told the platform to `choose`."""
+    if choice.implementation == "xla":
+        return x
+    return jax.jit(partial(_lowered.bind, choice=choice))(x)
+
+
+def _lower(ctx: mlir.LoweringRuleContext, x: Any, *, choice: Choice) -> list:
+    op = choice.op
+    for platform in ctx.module_context.platforms:
+        kernel = _KERNEL_OF_PLATFORM.get(platform)
+        if choice.implementation != "xla" and kernel != choice.implementation:
             raise NotImplementedError(
-                f"{op}: implementation={implementation!r} is not there on platform {platform!r}; "
-                "interpret=True runs it anywhere"
+                f"{op}: implementation={choice.implementation!r} is not there on platform "
+                f"{platform!r}; interpret=True runs it anywhere"
+            )
+        if kernel in choice.instead:
+            warnings.warn(
+                f"{op}: traced for another platform and now lowered for {platform!r}, it takes the "
+                f"xla path; pass implementation={kernel!r}, or trace it inside "
+                f"kernels_pallas.dispatch.lowering_for({platform!r})",
+                stacklevel=2,
             )
     return [x]
 

@@ -2,6 +2,7 @@
 goldens.
 """
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -62,6 +63,20 @@ def signals_of_a_terminal():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+# Linux lets a process map 65,530 pieces of memory, and XLA segfaults on the next one.
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Forgets the compiled programs of a process, dozens of maps each, before they are too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

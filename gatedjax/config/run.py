@@ -33,17 +33,7 @@ from gatedjax.errors import require
 
 Remat = Literal["none", "full", "dots", "kernels"]
 
-# Both splits of the data have documents.
-ProperFraction = Annotated[
-    float,
-    Range(
-        0,
-        1,
-        includes_low=False,
-        includes_high=False,
-        words="a fraction between 0 and 1",
-    ),
-]
+HeldOut = Annotated[float, Range(0, 1, includes_low=False, words="a fraction from above 0 to 1")]
 
 
 def _one_attention() -> Mapping[str, MixerConfig]:
@@ -199,17 +189,25 @@ class DataConfig(Checked):
     """What is read, and how it is cut into windows."""
 
     sources: Mapping[str, SourceConfig] = field(default_factory=_standard_library)
-    # or the path of a tokenizer.json
+    # or the path of a tokenizer.json or of its folder, or a name on the Hugging Face hub
     tokenizer: str = "bytes"
+    # the tokenizer's token for it; "": the first of the usual names that it has
+    end_of_document: str = ""
     seq_len: Annotated[int, Range(2, LARGEST_SIZE)] = 256
-    validation_fraction: ProperFraction = 0.05
+    # 1 holds out every document: there is nothing left to train on, and all of it to evaluate
+    validation_fraction: HeldOut = 0.05
     # "": gatedjax under the user's cache directory
     cache_dir: str = ""
     seed: Seed = 0
 
     def check(self) -> None:
         require(len(self.sources) > 0, "sources", "none", "at least one")
-        require(self.tokenizer != "", "tokenizer", self.tokenizer, "'bytes' or a path")
+        require(
+            self.tokenizer != "",
+            "tokenizer",
+            self.tokenizer,
+            "'bytes', a path or a name on the hub",
+        )
 
 
 @dataclass(frozen=True)

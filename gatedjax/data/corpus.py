@@ -57,6 +57,8 @@ class Corpus:
         """One line for the log."""
         splits = []
         for name, split in self.splits.items():
+            if split.tokens == 0:
+                continue
             size = f"{split.tokens:,} tokens ({split.bytes_per_token:.3f} bytes each)"
             splits.append(f"{name} {size}")
         skipped = ""

@@ -1,6 +1,9 @@
 """File formats of text: one small class each, all of them sequences of documents."""
 
+import gzip
+import importlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +90,56 @@ class JsonLines:
 
     def __iter__(self) -> Iterator[str | None]:
         return (self[i] for i in range(len(self)))
+
+
+class CompressedJsonLines:
+    """As `JsonLines`, of a file that is compressed by gzip or Zstandard (.gz, .zst).
+
+    It is read from its beginning, twice: once to count its documents.
+    """
+
+    def __init__(self, path: Path, field: str):
+        self.path = path
+        self.field = field
+        self._module = gzip if path.suffix == ".gz" else _zstandard()
+        # EOFError where the file was cut short; the others where it is damaged or something else.
+        errors = zlib.error if path.suffix == ".gz" else self._module.ZstdError
+        self._damage = (EOFError, gzip.BadGzipFile, errors)
+        self._documents = sum(1 for _ in self._lines())
+
+    def __len__(self) -> int:
+        return self._documents
+
+    def __iter__(self) -> Iterator[str | None]:
+        for number, line in self._lines():
+            yield _json_text(line, self.field, f"{self.path}, line {number}")
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Line number and text of the lines that are not blank."""
+        try:
+            yield from self._decompressed_lines()
+        except self._damage as e:
+            reason = one_line(e)
+            raise InputError(f"{self.path}: not a whole compressed file ({reason})") from None
+
+    def _decompressed_lines(self) -> Iterator[tuple[int, bytes]]:
+        with open_plain(self.path) as compressed, self._module.open(compressed, "rb") as file:
+            # A little file may hold a line of a terabyte.
+            lines = iter(lambda: file.readline(LARGEST_DOCUMENT + 1), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > LARGEST_DOCUMENT:
+                    limit = f"expected at most {LARGEST_DOCUMENT:,} bytes"
+                    raise InputError(f"{self.path}, line {number}: is longer, {limit}")
+                if line.strip(b"\r\n"):
+                    yield number, line
+
+
+def _zstandard() -> ModuleType:
+    """Of Python since 3.14."""
+    try:
+        return importlib.import_module("compression.zstd")
+    except ImportError:
+        return _optional("backports.zstd", "jsonl in .zst files")
 
 
 def _map_bytes(path: Path) -> UInt8[np.ndarray, "bytes"]:

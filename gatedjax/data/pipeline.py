@@ -132,7 +132,7 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
     for name, source in configs.items():
         if not 0 < source.weight < math.inf:
             raise InputError(f"sources.{name}.weight: got {source.weight!r}, expected above 0")
-    tokenizer = load_tokenizer(cfg.tokenizer)
+    tokenizer = load_tokenizer(cfg.tokenizer, cfg.end_of_document)
     cache_dir = _cache_dir(cfg)
     # A bad source is found before the first one is tokenized, which takes time.
     sources = {name: open_source(name, source) for name, source in configs.items()}
@@ -203,6 +203,8 @@ def make_dataset(
         )
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected 'train' or 'validation'")
+    if split == "train" and cfg.validation_fraction == 1:
+        raise InputError("config.data.validation_fraction: got 1.0, expected below 1 to train")
     windows = {}
     for name, corpus in corpora(cfg).items():
         tokens, document_ends = corpus.stream(split)

@@ -5,6 +5,8 @@ tokenized. The order of documents is fixed: files by relative path, rows in the 
 """
 
 import contextlib
+import glob
+import itertools
 import os
 import stat
 import sysconfig
@@ -15,6 +17,7 @@ from pathlib import Path
 from gatedjax.config import SourceConfig
 from gatedjax.data.formats import (
     ArrayRecordFile,
+    CompressedJsonLines,
     Documents,
     JsonLines,
     ParquetFile,
@@ -119,12 +122,22 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
         )
     key = f"sources.{name}.path"
     path = expand(cfg.path, key).absolute()
-    mode = _mode_of(key, path)
     file_format = _FORMATS[cfg.kind]
 
     def open_file(file: Path) -> Documents:
         return file_format.open(file, cfg.field)
 
+    if glob.has_magic(cfg.path) and not path.exists():
+        root, files = _matching(key, path)
+        return Source(
+            name=name,
+            kind=cfg.kind,
+            root=root,
+            files=files,
+            field=cfg.field,
+            open=open_file,
+        )
+    mode = _mode_of(key, path)
     if cfg.kind == "hf_disk":
         # A saved Dataset is a folder that is opened as one.
         root = path
@@ -165,6 +178,29 @@ def _python_stdlib(name: str) -> Source:
     )
 
 
+def _matching(key: str, pattern: Path) -> tuple[Path, tuple[Path, ...]]:
+    """The folder before the first wildcard of a pattern, and the files that it matches, in order.
+
+    Raises:
+      InputError: it matches none, or something that is no file.
+    """
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    root = Path(*fixed)
+    matches = glob.glob(str(pattern), recursive=True)
+    files = []
+    for match in matches:
+        path = Path(match)
+        mode = _mode_of(key, path)
+        # With ** folders match too.
+        if not stat.S_ISDIR(mode):
+            if not stat.S_ISREG(mode):
+                raise InputError(f"{path}: is {kind_of(mode)}, expected files and folders")
+            files.append(path)
+    if not files:
+        raise InputError(f"{key}: {str(pattern)!r} matches no file")
+    return root, tuple(sorted(files, key=lambda file: file.relative_to(root).as_posix()))
+
+
 def _any_file(file: Path) -> bool:
     return True
 
@@ -174,7 +210,14 @@ def _is_python(file: Path) -> bool:
 
 
 def _is_json_lines(file: Path) -> bool:
-    return file.suffix in (".jsonl", ".ndjson")
+    name = file.name.removesuffix(".gz").removesuffix(".zst")
+    return name.endswith((".jsonl", ".ndjson"))
+
+
+def _open_json_lines(file: Path, field: str) -> Documents:
+    if file.suffix in (".gz", ".zst"):
+        return CompressedJsonLines(file, field)
+    return JsonLines(file, field)
 
 
 def _is_parquet(file: Path) -> bool:
@@ -192,7 +235,7 @@ def _open_text(file: Path, field: str) -> Documents:
 
 _FORMATS = {
     "text": Format(_any_file, _open_text),
-    "jsonl": Format(_is_json_lines, JsonLines),
+    "jsonl": Format(_is_json_lines, _open_json_lines),
     "parquet": Format(_is_parquet, ParquetFile),
     "array_record": Format(_is_array_record, ArrayRecordFile),
     "hf_disk": Format(_any_file, SavedDataset),

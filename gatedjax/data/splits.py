@@ -74,6 +74,9 @@ class Splitter:
         """
         if self._lowest > self._highest or len(self._found) == len(SPLITS):
             return None
+        if self._fraction == 1:
+            # Everything is held out, and that is meant.
+            return None
         if self._lowest == self._highest:
             return Exceptional(self._lowest, "cut")
         if "validation" in self._found:

@@ -26,7 +26,7 @@ import shutil
 import socket
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,8 @@ def _build(
         if exception is not None:
             # A small source: one side is empty. Once more, with its exception.
             meta = _write(partial, source, tokenizer, Splitter(validation_fraction, exception))
-        _require_text_in_each(meta["splits"], meta["skipped"], source)
+        needed = SPLITS if validation_fraction < 1 else ("validation",)
+        _require_text_in_each(needed, meta, source)
         checksums = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
         body = {**meta, "checksums": checksums}
         (partial / "meta.json").write_text(json.dumps({**body, "sha256_of_this": _sha256(body)}))
@@ -225,12 +226,16 @@ def _write(
 
 
 def _require_text_in_each(
-    splits: Mapping[Split, Mapping[str, Any]], skipped: int, source: Source
+    needed: Sequence[Split],
+    meta: Mapping[str, Any],
+    source: Source,
 ) -> None:
+    splits = meta["splits"]
     total = sum(split["documents"] for split in splits.values())
+    skipped = meta["skipped"]
     left_out = f", {skipped} files that are not UTF-8" if skipped else ""
-    for name, split in splits.items():
-        if split["tokens"] == split["documents"]:
+    for name in needed:
+        if splits[name]["tokens"] == splits[name]["documents"]:
             raise InputError(
                 f"sources.{source.name}: no text for the {name} split: "
                 f"{total} documents{left_out} in {source.root}"
@@ -368,7 +373,8 @@ def _require_whole(corpus: Corpus, checksums: Mapping[str, int]) -> None:
     for name, info in corpus.splits.items():
         ends = np.load(corpus.path / f"{name}.ends.npy", allow_pickle=False)
         is_ascending = len(ends) == info.documents and bool(np.all(np.diff(ends) > 0))
-        if not is_ascending or ends[-1] != info.tokens:
+        last_end = ends[-1] if len(ends) else 0
+        if not is_ascending or last_end != info.tokens:
             raise ValueError(f"{name}.ends.npy does not end {info.documents:,} documents in order")
 
 

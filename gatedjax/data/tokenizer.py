@@ -1,10 +1,11 @@
-"""Text to token ids and back: bytes, or any `tokenizer.json`.
+"""Text to token ids and back: bytes, or any `tokenizer.json`, here or on the Hugging Face hub.
 
 A tokenizer here has `name`, `vocab_size`, `eos_id` (closes every document), `fingerprint` (changes
 whenever the ids could), `encode_batch`, `encode` and `decode`. `encode` adds no special token.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,6 +21,10 @@ from gatedjax.paths import expand
 LARGEST_VOCABULARY = 2**31 - 1
 # The largest published ones have some 40 MB.
 LARGEST_TOKENIZER_FILE = 1 << 28
+
+FILE_NAME = "tokenizer.json"
+# REPOSITORY or OWNER/REPOSITORY.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # The usual names of the token that ends a document; the first one that a file has is taken.
 EOS_NAMES = (
@@ -85,10 +90,16 @@ class JsonTokenizer:
     (normalizers lose information).
 
     Raises:
-      InputError: the file is missing, is not a tokenizer.json, or has no token among `EOS_NAMES`.
+      InputError: the file is missing, is not a tokenizer.json, or has no such token.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, end_of_document: str = ""):
+        """Reads the file.
+
+        Args:
+          path: of a tokenizer.json, of a folder with one, or a name on the hub.
+          end_of_document: the token; "" for the first of `EOS_NAMES` that the file has.
+        """
         try:
             import tokenizers
         except ImportError:
@@ -109,11 +120,14 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True
 
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        eos_names = [name for name in EOS_NAMES if name in vocabulary]
+        wanted = [end_of_document] if end_of_document else EOS_NAMES
+        eos_names = [name for name in wanted if name in vocabulary]
+        if not eos_names and end_of_document:
+            raise InputError(f"end_of_document: {path!r} has no token {end_of_document!r}")
         if not eos_names:
             raise InputError(
-                f"tokenizer: {path!r} has no end-of-document token; "
-                f"expected one of {', '.join(EOS_NAMES)}"
+                f"tokenizer: {path!r} has no end-of-document token; expected one of "
+                f"{', '.join(EOS_NAMES)}, or its name as end_of_document"
             )
         self.name = Path(path).name
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
@@ -124,6 +138,10 @@ class JsonTokenizer:
             )
         self.eos_id = vocabulary[eos_names[0]]
         self.fingerprint = "json-1-" + hashlib.sha256(data).hexdigest()
+        usual = [name for name in EOS_NAMES if name in vocabulary]
+        if eos_names != usual[:1] and end_of_document:
+            # Another end is another stream of tokens.
+            self.fingerprint += f"-{self.eos_id}"
         # The file itself: a run keeps a copy (`training.identity`).
         self.data = data
 
@@ -140,17 +158,57 @@ class JsonTokenizer:
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
 
-def _bytes_of_file(path: str) -> bytes:
+def _bytes_of_file(spec: str) -> bytes:
+    path = expand(spec, "tokenizer")
+    if path.is_dir():
+        path = path / FILE_NAME
+    elif not path.exists() and _HUB_NAME.fullmatch(spec):
+        path = _downloaded(spec)
     try:
-        return read_plain(expand(path, "tokenizer"), LARGEST_TOKENIZER_FILE)
+        return read_plain(path, LARGEST_TOKENIZER_FILE)
     except OSError as e:
         raise InputError(
-            f"tokenizer: {path!r} cannot be read ({e.strerror or e}); expected 'bytes' or a file"
+            f"tokenizer: {spec!r} cannot be read ({e.strerror or e}); expected 'bytes', a file or "
+            "a name on the hub"
         ) from None
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that a configuration names: "bytes", or the path of a `tokenizer.json`."""
+def _downloaded(name: str) -> Path:
+    """The tokenizer.json of a repository on the hub, from the user's cache or downloaded now.
+
+    Raises:
+      InputError: there is none, or nobody answers.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(
+            f"tokenizer: no file {name!r} here, and a name on the hub needs the huggingface_hub "
+            "library: pip install 'gatedjax[data]'"
+        ) from None
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, FILE_NAME))
+    except Exception as e:  # the library's own errors, and those of its connections
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(
+            f"tokenizer: no file {name!r} here, and not to be had from the hub ({reason})"
+        ) from None
+
+
+def load_tokenizer(spec: str, end_of_document: str = "") -> Tokenizer:
+    """The tokenizer that a configuration names.
+
+    Args:
+      spec: "bytes", the path of a `tokenizer.json` or of its folder, or a name on the hub.
+      end_of_document: its token for that; "" for the first of `EOS_NAMES` that it has.
+
+    Raises:
+      InputError: there is none, or it has no such token.
+    """
     if spec == "bytes":
+        if end_of_document:
+            raise InputError(
+                f"end_of_document: got {end_of_document!r}, expected '' for tokenizer 'bytes'"
+            )
         return ByteTokenizer()
-    return JsonTokenizer(spec)
+    return JsonTokenizer(spec, end_of_document)

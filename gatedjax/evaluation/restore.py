@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from gatedjax.training.memory import bytes_on_a_device, device_memory, host_memo
 from gatedjax.training.run import Run, prepare
 from gatedjax.training.step import TrainState, params_for_evaluation
 
+# Section -> key -> value.
+Changes = Mapping[str, Mapping[str, Any]]
+
 # Beyond these it is no model that this code has trained. They bound what is traced layer by layer
 # before its size is known.
 _MOST_TRACED_LAYERS = 1024
@@ -40,23 +43,38 @@ _LARGEST_NUMBER = 2**40
 _HOST_BYTES_PER_TOKEN = 20 * 8
 
 
+class RestoredRun(NamedTuple):
+    """A run, as its checkpoint describes it, its parameters, and the step they are of."""
+
+    run: Run
+    params: PyTree
+    step: int
+
+
 def restore_params(
     directory: str | os.PathLike,
     *,
+    step: int | None = None,
     source: str | None = None,
+    text: str | None = None,
     trust_paths: bool = False,
     mesh: MeshConfig | None = None,
-) -> tuple[Run, PyTree]:
-    """A run, as its checkpoint describes it, and the parameters of its newest intact checkpoint.
+    changes: Changes | None = None,
+) -> RestoredRun:
+    """A run and the parameters of one of its checkpoints.
 
     Only what evaluation needs is read: of the optimizer nothing, unless its state is where the
     averaged parameters are.
 
     Args:
       directory: the run directory.
-      source: text to evaluate on in place of the run's, as KIND or KIND:PATH (`text:/data/wiki`).
+      step: which checkpoint; None for the newest intact one.
+      source: where the run's text is now, as KIND or KIND:PATH (`text:/data/wiki`). What the run
+        would have held out of it is evaluated.
+      text: a file or folder of text that the run never saw. All of it is evaluated.
       trust_paths: use the paths in the checkpoint's configuration, whoever wrote it.
       mesh: how the parameters are placed; None for copies on all devices.
+      changes: of the configuration, by section, such as `{"data": {"seq_len": 512}}`.
 
     Raises:
       InputError: no checkpoint there, none intact, a configuration that makes no model, a model or
@@ -64,9 +82,9 @@ def restore_params(
     """
     run_dir = expand(directory, "--checkpoint")
     with Checkpointer(run_dir, read_only=True) as checkpointer:
-        manifest = checkpointer.manifest()
-        config = _configuration(manifest["config"], mesh)
-        data = _data_of(run_dir, config.data, manifest, source, trust_paths)
+        manifest = checkpointer.manifest(step)
+        config = _configuration(_changed(manifest["config"], changes or {}), mesh)
+        data = _data_of(run_dir, config.data, manifest, source, text, trust_paths)
         config = dataclasses.replace(config, data=data)
         _require_vocabulary(config)
         with _no_model():
@@ -74,10 +92,14 @@ def restore_params(
         unread = _unread(run.abstract)
         require_memory(run, unread)
         with jax.set_mesh(run.mesh):
-            restored = checkpointer.restore_latest(run.abstract, unread)
+            if step is None:
+                restored = checkpointer.restore_latest(run.abstract, unread)
+            else:
+                restored = checkpointer.restore(step, run.abstract, unread)
             if restored is None:
                 raise InputError(f"--checkpoint: {run_dir} holds no checkpoint")
-            return run, _params(run, restored.state, unread)
+            params = _params(run, restored.state, unread)
+            return RestoredRun(run, params, restored.step)
 
 
 def fitting_mesh(directory: str | os.PathLike) -> MeshConfig:
@@ -105,13 +127,23 @@ def require_same_text(run: Run, directory: str | os.PathLike) -> None:
         saved = checkpointer.manifest().get("data")
     if not isinstance(saved, dict):
         return
-    tokenizer = load_tokenizer(run.config.data.tokenizer)
+    tokenizer = load_tokenizer(run.config.data.tokenizer, run.config.data.end_of_document)
     difference = identity.text_difference(saved, identity.identity_of(run.config.data, tokenizer))
     if difference is not None:
         raise InputError(
             f"{difference}; put the old text back, or name the text to evaluate on with "
             "--source=KIND:PATH"
         )
+
+
+def _changed(saved: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """A saved configuration with other values of some keys."""
+    changed = dict(saved)
+    for section, values in changes.items():
+        before = saved.get(section)
+        if isinstance(before, Mapping):
+            changed[section] = {**before, **values}
+    return changed
 
 
 def _configuration(saved: Mapping[str, Any], mesh: MeshConfig | None) -> Config:
@@ -136,7 +168,7 @@ def _configuration(saved: Mapping[str, Any], mesh: MeshConfig | None) -> Config:
 
 
 def _require_vocabulary(config: Config) -> None:
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"config.model.vocab_size: the checkpoint has {config.model.vocab_size} entries, "
@@ -213,6 +245,7 @@ def _data_of(
     data: DataConfig,
     manifest: Mapping[str, Any],
     source: str | None,
+    text: str | None,
     trust_paths: bool,
 ) -> DataConfig:
     """The data to evaluate on: the run's own, or those that the user names.
@@ -221,7 +254,8 @@ def _data_of(
       run_dir: of the checkpoint.
       data: as the checkpoint says.
       manifest: of the checkpoint.
-      source: what the user names, KIND or KIND:PATH.
+      source: what the user names, KIND or KIND:PATH; held out as the run would have.
+      text: what the user names, a path; all of it is held out.
       trust_paths: whether the user trusts the checkpoint's paths.
 
     Returns:
@@ -242,7 +276,14 @@ def _data_of(
     data = dataclasses.replace(data, tokenizer=tokenizer)
     saved = manifest.get("data")
     if isinstance(saved, dict):
-        identity.require_same_tokenizer(saved, load_tokenizer(tokenizer), run_dir)
+        identity.require_same_tokenizer(
+            saved, load_tokenizer(tokenizer, data.end_of_document), run_dir
+        )
+    if source is not None and text is not None:
+        raise InputError("--text: got --source too, expected one of them")
+    if text is not None:
+        unseen = {"main": SourceConfig(kind="text", path=text)}
+        return dataclasses.replace(data, sources=unseen, validation_fraction=1.0, cache_dir="")
     if source is not None:
         return dataclasses.replace(data, sources={"main": _source(source)}, cache_dir="")
     if is_trusted:

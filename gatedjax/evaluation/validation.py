@@ -1,5 +1,6 @@
 """Loss over held-out text, with its uncertainty: train.py and eval.py measure it."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -12,9 +13,9 @@ from gatedjax.data import Batch, batches, corpora, make_dataset
 from gatedjax.evaluation.probes import Probes, measure
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.training.run import Run
-from gatedjax.training.step import eval_step
+from gatedjax.training.step import eval_step_by_row
 
-_eval_step = careful_jit(eval_step, static_argnums=0)
+_eval_step = careful_jit(eval_step_by_row, static_argnums=0)
 
 
 def tokens_per_byte(config: DataConfig) -> float:
@@ -33,7 +34,7 @@ class Evaluation(NamedTuple):
 
     loss: nats per token.
     bits_per_byte: of text, comparable across tokenizers.
-    Standard errors are over batches.
+    Standard errors are over rows, so one batch has them too; infinite for one row.
     """
 
     loss: float
@@ -46,6 +47,23 @@ class Evaluation(NamedTuple):
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(self.loss)
+
+
+def with_length(run: Run, length: int, num_batches: int) -> tuple[Run, int]:
+    """The run in windows of `length`, and how many batches of them have as many tokens.
+
+    Args:
+      run: as it is.
+      length: tokens of a window.
+      num_batches: of the run's own windows; 0 for all of the text.
+    """
+    data = run.config.data
+    changed = dataclasses.replace(
+        run.config,
+        data=dataclasses.replace(data, seq_len=length),
+    )
+    of_length = num_batches * data.seq_len // length
+    return run._replace(config=changed), max(of_length, min(num_batches, 1))
 
 
 class Validation:
@@ -74,9 +92,9 @@ class Validation:
         for local in batches(self._dataset):
             batch = self._global(local)
             sums = _eval_step(model, params, batch)
-            losses.append(float(sums.cross_entropy))
-            counts.append(float(sums.count))
-        return summarize(np.array(losses), np.array(counts), self._tokens_per_byte)
+            losses.append(np.asarray(sums.cross_entropy, np.float64))
+            counts.append(np.asarray(sums.count, np.float64))
+        return summarize(np.concatenate(losses), np.concatenate(counts), self._tokens_per_byte)
 
     def probes(self, params: PyTree) -> Probes:
         """What the layers do on the first batch (`gatedjax.evaluation.probes`).
@@ -91,17 +109,17 @@ class Validation:
 
 
 def summarize(
-    losses: Float[np.ndarray, " batches"],
-    counts: Float[np.ndarray, " batches"],
+    losses: Float[np.ndarray, " rows"],
+    counts: Float[np.ndarray, " rows"],
     tokens_per_byte: float,
 ) -> Evaluation:
-    """The mean loss per token, from sums over batches.
+    """The mean loss per token, from sums over rows.
 
-    The standard error is that of a ratio estimate; 0 for one batch.
+    The standard error is that of a ratio estimate. One row tells nothing of it: infinity.
 
     Args:
-      losses: summed over the tokens of each batch, nats.
-      counts: tokens of each batch.
+      losses: summed over the tokens of each row, nats.
+      counts: tokens of each row; rows without any are left out.
       tokens_per_byte: of the validation text.
     """
     is_counted = counts > 0
@@ -110,7 +128,7 @@ def summarize(
     tokens = counts.sum()
     mean = losses.sum() / tokens
     n = len(losses)
-    error = 0.0
+    error = math.inf
     if n > 1:
         residuals = losses - mean * counts
         squares = float(residuals @ residuals)

@@ -1,19 +1,20 @@
 """A run's progress on the console, and how numbers are written for a person."""
 
+import contextlib
 import math
-import shutil
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from gatedjax.errors import printable
+from gatedjax.reporting.live import LiveBar
 
 # name -> a Python, NumPy or JAX number (or array), or None for "not known"
 Scalars = Mapping[str, Any]
 
-_CLEAR_LINE = "\r\x1b[K"
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 MINUTE = 60
@@ -32,43 +33,87 @@ class Stream(Protocol):
     def isatty(self) -> bool: ...
 
 
+# The bar at the foot of the terminal, while there is one.
+_bar: LiveBar | None = None
+
+
 def say(text: str, out: Stream | None = None) -> None:
-    """Prints a line on process 0, over the live progress line if there is one."""
+    """Prints a line on process 0, above the live bar if there is one."""
     if jax.process_index() != 0:
         return
     out = out or sys.stdout
-    clear = _CLEAR_LINE if out.isatty() else ""
-    print(clear + printable(text), file=out, flush=True)
+    line = printable(text)
+    if _bar is not None and _bar.out is out:
+        _bar.say(line)
+    else:
+        print(line, file=out, flush=True)
+
+
+@contextlib.contextmanager
+def live_bar(total_steps: int, out: Stream | None = None) -> Iterator[None]:
+    """A bar at the foot of the terminal inside the `with` block; nothing elsewhere.
+
+    Args:
+      total_steps: the last step of the run.
+      out: what lines are written to; None for standard output.
+    """
+    global _bar
+    out = out or sys.stdout
+    can_be_redrawn = out.isatty() and os.environ.get("TERM") != "dumb"
+    if jax.process_index() != 0 or not can_be_redrawn:
+        yield
+        return
+    _bar = LiveBar(total_steps, out)
+    try:
+        _bar.start()
+        yield
+    finally:
+        _bar.stop()
+        _bar = None
+
+
+def is_live() -> bool:
+    """Whether there is a bar, which wants to know of every step."""
+    return _bar is not None
+
+
+def doing(what: str) -> None:
+    """What the run is doing now, for the bar."""
+    if _bar is not None:
+        _bar.show(what)
+
+
+def show_step(step: int, total_steps: int, scalars: Scalars) -> None:
+    """What is known of a step, for the bar."""
+    if _bar is not None:
+        _bar.show(format_step(step, total_steps, scalars), step)
 
 
 class Console:
     """Progress: the writer of `writers.py` that a person reads.
 
-    On a terminal, training redraws one live line; elsewhere, and for other splits, each write adds
-    a line.
+    With a live bar, training is seen there; elsewhere, and for other splits, each write adds a
+    line.
     """
 
     def __init__(self, total_steps: int, out: Stream | None = None):
         self._total_steps = total_steps
         self._out = out or sys.stdout
-        self._has_live_line = False
+        # That only the bar has shown.
+        self._last_line: str | None = None
 
     def write(self, step: int, scalars: Scalars, split: str = "train") -> None:
         line = format_step(step, self._total_steps, scalars, split)
-        if not self._out.isatty() or split != "train":
+        if is_live() and split == "train":
+            show_step(step, self._total_steps, scalars)
+            self._last_line = line
+        else:
             say(line, self._out)
-            self._has_live_line = False
-            return
-        # A line of the full width would wrap, and "\r" not reach its start.
-        width = shutil.get_terminal_size().columns - 1
-        self._out.write(_CLEAR_LINE + line[:width])
-        self._out.flush()
-        self._has_live_line = True
 
     def close(self) -> None:
-        if self._has_live_line:
-            self._out.write("\n")
-            self._out.flush()
+        # The bar goes; where training ended stays.
+        if self._last_line is not None:
+            say(self._last_line, self._out)
 
 
 def format_step(

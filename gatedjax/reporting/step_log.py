@@ -15,6 +15,7 @@ from gatedjax.aot.targets import peak_flops
 from gatedjax.errors import ExplodedError
 from gatedjax.evaluation.probes import Probes
 from gatedjax.evaluation.validation import Evaluation, tokens_per_byte
+from gatedjax.reporting import console
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import images
 from gatedjax.reporting.throughput import Throughput
@@ -39,6 +40,7 @@ class StepLog:
     def __init__(self, run: Run, writers: Writers, watchdog: Watchdog):
         config = run.config
         self._max_skips = config.optim.max_skips
+        self._total_steps = config.train.steps
         self._writers = writers
         self._watchdog = watchdog
         self._schedule = make_schedule(config.optim, config.train.steps)
@@ -68,15 +70,27 @@ class StepLog:
         self._steps += 1
         is_first = self._previous is None
         if self._previous is None:
-            for op, implementation, reason in dispatch.choices():
-                say(f"{op}: {implementation} ({reason})")
+            for choice in dispatch.choices():
+                say(f"{choice.op}: {choice.implementation} ({choice.reason})")
         else:
             # The step before the one just dispatched: its numbers never make the device wait.
             self._examine(step - 1, self._previous)
+            if console.is_live():
+                self._show(step - 1, self._previous)
         self._previous = metrics
         if write:
             self._examine(step, metrics)
             self._write(step, metrics, is_first)
+
+    def _show(self, step: int, metrics: Metrics) -> None:
+        """On the live bar."""
+        loss = float(metrics["loss"])
+        scalars = {
+            "loss": loss,
+            "bits_per_byte": loss * self._bits_per_nat,
+            **self._throughput.look(step),
+        }
+        console.show_step(step, self._total_steps, scalars)
 
     def _write(self, step: int, metrics: Metrics, is_first: bool) -> None:
         # A skipped step does not count for the schedule.
@@ -112,11 +126,14 @@ class StepLog:
         start = time.perf_counter()
         yield
         self._data_wait += time.perf_counter() - start
+        if self._previous is None:
+            console.doing("compiling the step")
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """Around a checkpoint: it does not count against tokens per second."""
         self._watchdog.beat(f"checkpoint of step {step}")
+        console.doing(f"saving step {step}")
         start = time.perf_counter()
         with self._throughput.paused():
             yield
@@ -125,6 +142,7 @@ class StepLog:
     def evaluating(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Around an evaluation: it does not count against tokens per second."""
         self._watchdog.beat(f"evaluation after step {step}")
+        console.doing(f"evaluating after step {step}")
         return self._throughput.paused()
 
     def validation(self, step: int, result: Evaluation) -> None:

@@ -53,18 +53,26 @@ class Throughput:
         The time left goes by the mean since the first reading, with pauses. Empty at the first
         reading.
         """
-        first = self._first
-        last = self._last
-        pauses = self._pauses
         now = _Reading(step, self._clock())
+        rates = self._rates(now)
         self._last = now
         self._pauses = 0.0
-        if first is None:
+        if self._first is None:
             self._first = now
+        return rates
+
+    def look(self, step: int) -> dict[str, float | None]:
+        """As `read`, but the next reading counts from where this one would have."""
+        return self._rates(_Reading(step, self._clock()))
+
+    def _rates(self, now: _Reading) -> dict[str, float | None]:
+        first = self._first
+        last = self._last
+        step = now.step
         if first is None or last is None or step <= last.step:
             return {}
 
-        seconds = max(now.seconds - last.seconds - pauses, 1e-9)
+        seconds = max(now.seconds - last.seconds - self._pauses, 1e-9)
         tokens_per_s = (step - last.step) * self._tokens_per_step / seconds
         flops_per_s = tokens_per_s * self._flops_per_token
         mfu = flops_per_s / self._peak_flops if self._peak_flops else None

@@ -26,10 +26,12 @@ to the JSON line only, as nested lists. Only process 0 writes.
 
 import contextlib
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -38,6 +40,7 @@ from tensorboardX import SummaryWriter
 
 from gatedjax.errors import InputError
 from gatedjax.reporting.console import Console, Scalars
+from gatedjax.reporting.trackers import TRACKERS
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -103,25 +106,43 @@ class Writers:
         self.close()
 
 
-def make_writers(run_dir: str | os.PathLike, total_steps: int, resume_step: int = 0) -> Writers:
-    """Console, JSON lines and TensorBoard for a run.
+def make_writers(
+    run_dir: str | os.PathLike,
+    total_steps: int,
+    resume_step: int = 0,
+    config: Mapping[str, Any] = MappingProxyType({}),
+    trackers: Sequence[str] = (),
+) -> Writers:
+    """Console, JSON lines and TensorBoard for a run, and the trackers that it names.
 
     Args:
       run_dir: where the files go; made if it does not exist.
       total_steps: the last step of the run.
       resume_step: the step that the run goes on from. Records after it will be written again, and
         are dropped.
+      config: of the run, for TensorBoard and the trackers.
+      trackers: names of `trackers.TRACKERS`.
 
     Returns:
       The writers; none on processes other than the first.
 
     Raises:
-      InputError: the run directory cannot be written to, or its metrics file is not one of ours.
+      InputError: a tracker is not known or not installed, the run directory cannot be written to,
+        or its metrics file is not one of ours.
     """
     if jax.process_index() != 0:
         return Writers([])
     run_dir = Path(run_dir)
-    writers = [Console(total_steps), Jsonl(run_dir, resume_step), TensorBoard(run_dir, resume_step)]
+    for name in trackers:
+        if name not in TRACKERS:
+            raise InputError(f"--trackers: got {name!r}, expected some of {', '.join(TRACKERS)}")
+    writers: list[Writer] = [
+        Console(total_steps),
+        Jsonl(run_dir, resume_step),
+        TensorBoard(run_dir, resume_step, config),
+    ]
+    for name in trackers:
+        writers.append(TRACKERS[name](run_dir, config))
     return Writers(writers)
 
 
@@ -183,14 +204,29 @@ def _json_value(x: Any) -> Any:
 
 
 class TensorBoard:
-    """Event files. On resume, TensorBoard hides what was written after the restored step."""
+    """Event files, with the configuration as a text.
 
-    def __init__(self, run_dir: Path, resume_step: int = 0):
+    On resume, TensorBoard hides what was written after the restored step.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int = 0,
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ):
         folder = run_dir / "tensorboard"
+        # It warns of every number that is not finite; the step log says so once, in one line.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         try:
             self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
         except OSError as e:
             raise InputError(f"could not write {folder}: {e.strerror}") from e
+        if config:
+            # Markdown, which keeps lines that are indented as they are.
+            lines = json.dumps(dict(config), indent=2).splitlines()
+            indented = "\n".join(f"    {line}" for line in lines)
+            self._writer.add_text("config", indented, resume_step)
 
     def write(self, step: int, scalars: Scalars, split: str = "train") -> None:
         for name, value in scalars.items():

@@ -1,26 +1,25 @@
 """Runs a study, or what is left of it, and writes its table and pictures.
 
-    python -m gatedjax.study configs/studies/mqar.py [--small] [--results=results]
+    python -m gatedjax.study configs/studies/mqar.py [--small] [--results=results] [--workers=4]
+        [--ray=auto]
 
 Each finished run is a line of results/NAME/DEVICE/runs.jsonl (NAME-small with --small), which says
 where and when it was made; a run that is there, with the same configuration, is not run again.
 table.md and the pictures are made anew each time, from those lines alone.
+
+Runs do not depend on each other: --workers makes several at a time on this machine, --ray on those
+of a Ray cluster.
 """
 
 import importlib.util
 import json
 import math
-import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from absl import flags
 
 from gatedjax.errors import InputError
@@ -28,12 +27,24 @@ from gatedjax.paths import expand
 from gatedjax.reporting.console import format_duration, say
 from gatedjax.runtime import cli
 from gatedjax.study import report
-from gatedjax.study.cell import run_cell
-from gatedjax.study.grid import Cell, Study, run_key
+from gatedjax.study.grid import Study, run_key
+from gatedjax.study.workers import PlannedRun, Workers
+from gatedjax.study.workers import workers as workers_of
 
 
-def run_study(path: Path, small: bool, results: Path) -> None:
+def run_study(
+    path: Path,
+    small: bool,
+    results: Path,
+    workers: Workers,
+) -> None:
     """File -> study -> runs that are missing -> table and pictures.
+
+    Args:
+      path: of the study's file.
+      small: its ten-minute version.
+      results: the folder of all results.
+      workers: what makes the runs.
 
     Raises:
       InputError: see `load_study`.
@@ -45,8 +56,8 @@ def run_study(path: Path, small: bool, results: Path) -> None:
     if small:
         name += "-small"
         command += " --small"
-    folder = results / name / _device_name()
-    records = run_missing(study, folder)
+    folder = results / name / workers.device_name()
+    records = run_missing(study, folder, workers)
     for written in write_report(study, records, folder, command):
         say(str(written))
 
@@ -71,16 +82,19 @@ def load_study(path: Path, small: bool) -> Study:
     return module.get_study(small)
 
 
-class _PlannedRun(NamedTuple):
-    key: str
-    cell: Cell
-    seed: int
-
-
-def run_missing(study: Study, folder: Path) -> list[dict[str, Any]]:
+def run_missing(
+    study: Study,
+    folder: Path,
+    workers: Workers,
+) -> list[dict[str, Any]]:
     """The records of all runs of the study, in its order.
 
-    Runs that are not in runs.jsonl are run now, and appended to it.
+    Runs that are not in runs.jsonl are made now, and appended to it as they finish.
+
+    Args:
+      study: the question.
+      folder: of the file.
+      workers: what makes the runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.jsonl"
@@ -89,19 +103,18 @@ def run_missing(study: Study, folder: Path) -> list[dict[str, Any]]:
     for cell in study.cells:
         for seed in study.seeds:
             key = run_key(cell, seed, study)
-            plan.append(_PlannedRun(key, cell, seed))
+            plan.append(PlannedRun(key, cell, seed))
     missing = [run for run in plan if run.key not in known]
     num_known = len(plan) - len(missing)
     say(f"{study.title}: {len(plan)} runs, {num_known} of them done")
     start = time.monotonic()
-    for done, run in enumerate(missing, start=1):
-        values = run_cell(run.cell, run.seed, study)
+    for done, (run, made) in enumerate(workers.finished(missing, study), start=1):
         record = {
             "key": run.key,
             "labels": dict(run.cell.labels),
             "seed": run.seed,
-            "values": _json_values(values),
-            "made": _here_and_now(),
+            "values": _json_values(made.values),
+            "made": made.place,
         }
         # At once: a study that is stopped keeps its finished runs.
         with path.open("a", encoding="utf-8") as file:
@@ -111,7 +124,7 @@ def run_missing(study: Study, folder: Path) -> list[dict[str, Any]]:
         runs_left = len(missing) - done
         left = format_duration(seconds_per_run * runs_left)
         description = _describe_run(study, record)
-        seconds = values["seconds"]
+        seconds = made.values["seconds"]
         say(f"{done}/{len(missing)}  {description}  ({seconds:.0f}s, eta {left})")
     return [known[run.key] for run in plan]
 
@@ -201,38 +214,8 @@ def _place(machine: str, versions: str, dates: Sequence[str]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _here_and_now() -> dict[str, str]:
-    """Where and when a run is made, as its record keeps it."""
-    versions = []
-    for package in ("jax", "jaxlib", "flax", "optax"):
-        versions.append(f"{package} {metadata.version(package)}")
-    python = sys.version.split()[0]
-    versions.append(f"Python {python}")
-    return {
-        "machine": _machine(),
-        "versions": ", ".join(versions),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
 def _file_name(column: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_")
-
-
-def _device_name() -> str:
-    return re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
-
-
-def _machine() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    if hasattr(os, "sched_getaffinity"):
-        # Not all of the machine's, if the run was pinned.
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count()
-    return "1 CPU core" if cores == 1 else f"{cores} CPU cores"
 
 
 def _json_values(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -248,12 +231,29 @@ def run() -> None:
         "compile_cache", "~/.cache/gatedjax/xla", "Folder of compiled programs; empty for none."
     )
 
+    num_workers = flags.DEFINE_integer(
+        "workers", 1, "Runs at a time, in processes of their own cores or GPU.", lower_bound=1
+    )
+    ray = flags.DEFINE_string(
+        "ray", None, "Address of a Ray cluster that makes the runs (auto, ray://HOST:10001, local)."
+    )
+    ray_cpus = flags.DEFINE_float("ray_cpus", 1, "CPU cores of a run on Ray.", lower_bound=0)
+    ray_gpus = flags.DEFINE_float("ray_gpus", 0, "GPUs of a run on Ray.", lower_bound=0)
+
     def main(argv: Sequence[str]) -> None:
         if len(argv) != 2:
             raise InputError("study: got no file, expected one of configs/studies/")
-        cli.use_compilation_cache(cache.value)
         file = expand(argv[1], "study")
-        run_study(file, small.value, expand(results.value, "--results"))
+        folder = expand(results.value, "--results")
+        cli.use_compilation_cache(cache.value)
+        chosen = workers_of(
+            num_workers.value,
+            ray.value,
+            ray_cpus.value,
+            ray_gpus.value,
+        )
+        with chosen as workers:
+            run_study(file, small.value, folder, workers)
 
     cli.run(main, takes=1)
 

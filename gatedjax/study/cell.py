@@ -51,7 +51,9 @@ def seeded(cell: Cell, seed: int) -> Cell:
         data=dataclasses.replace(cell.config.data, seed=seed),
     )
     if cell.recall is None:
-        config = with_vocab(config, load_tokenizer(config.data.tokenizer))
+        config = with_vocab(
+            config, load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+        )
         return dataclasses.replace(cell, config=config)
     # A task's tokens are numbers: there is no tokenizer.
     model = dataclasses.replace(config.model, vocab_size=cell.recall.vocab_size)

@@ -27,7 +27,7 @@ from gatedjax.compiler_options import careful_jit
 from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
-from gatedjax.evaluation.validation import Validation
+from gatedjax.evaluation.validation import Validation, with_length
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.sharding import RULES, global_batch, my_rows
 from gatedjax.study.trained import Trained
@@ -98,15 +98,10 @@ def at_length(trained: Trained, length: int) -> float:
         if isinstance(mixer, GatedAttentionConfig) and mixer.rotary_dim:
             mixer = dataclasses.replace(mixer, yarn_factor=factor, yarn_original_length=seq_len)
         mixers[name] = mixer
-    changed = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, mixers=FrozenDict(mixers)),
-        data=dataclasses.replace(config.data, seq_len=length),
-    )
-    # Fewer batches of longer windows: as many tokens.
-    num_batches = max(1, config.train.eval_batches * seq_len // length)
-    evaluate = Validation(trained.run._replace(config=changed), num_batches)
-    return evaluate(trained.params).loss
+    model = dataclasses.replace(config.model, mixers=FrozenDict(mixers))
+    scaled = trained.run._replace(config=dataclasses.replace(config, model=model))
+    run, num_batches = with_length(scaled, length, config.train.eval_batches)
+    return Validation(run, num_batches)(trained.params).loss
 
 
 def routing(trained: Trained) -> Values:

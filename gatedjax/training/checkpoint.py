@@ -261,8 +261,18 @@ class Checkpointer:
             raise InputError(f"{self.directory}: no intact checkpoint left; damaged steps: {steps}")
         return None
 
-    def restore(self, step: int, target: PyTree) -> Restored:
+    def restore(
+        self,
+        step: int,
+        target: PyTree,
+        unread: Collection[str] = (),
+    ) -> Restored:
         """That step and no other.
+
+        Args:
+          step: which one.
+          target: as of `restore_latest`.
+          unread: as of `restore_latest`.
 
         Raises:
           InputError: as `restore_latest`, or the step is absent or damaged.
@@ -270,7 +280,7 @@ class Checkpointer:
         self.wait()
         self._require_step(step)
         try:
-            return self._read(step, target, ())
+            return self._read(step, target, unread)
         except DamagedError as error:
             raise InputError(self._damage(step, error)) from None
 

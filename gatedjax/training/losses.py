@@ -11,23 +11,23 @@ from gatedjax.model import logits as compute_logits
 
 
 class TokenLosses(NamedTuple):
-    """Weighted sums over tokens, float32.
+    """Weighted sums over tokens, of a batch or of each of its rows, float32.
 
     Divide by `count`, the sum of the weights, once it is global.
     """
 
-    cross_entropy: Float[Array, ""]
-    z_loss: Float[Array, ""]
-    count: Float[Array, ""]
+    cross_entropy: Float[Array, "*rows"]
+    z_loss: Float[Array, "*rows"]
+    count: Float[Array, "*rows"]
 
 
 def cross_entropy(
-    hidden: Float[Array, "tokens M"],
+    hidden: Float[Array, "*rows tokens M"],
     weights: Float[Array, "X M"],
-    targets: Int[Array, " tokens"],
-    mask: Float[Array, " tokens"],
+    targets: Int[Array, "*rows tokens"],
+    mask: Float[Array, "*rows tokens"],
 ) -> TokenLosses:
-    """Weighted sums of `logsumexp(logits) - logits[target]` in nats, and of the z-loss.
+    """Weighted sums of `logsumexp(logits) - logits[target]` in nats, and of the z-loss, by row.
 
     The z-loss is `logsumexp(logits)^2` (arXiv 2204.02311). What has no weight is left out: its
     target may be any number, its hidden state NaN. A target outside of the vocabulary that has a
@@ -40,11 +40,18 @@ def cross_entropy(
       mask: the weight of each token, 0 or more: 1 if it has a target, 0 if not.
     """
     mask = mask.astype(jnp.float32)
-    tokens = predicted(hidden, weights, targets, mask)
+    tokens = predicted(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weights,
+        targets.reshape(-1),
+        mask.reshape(-1),
+    )
+    nats = tokens.nats.reshape(mask.shape)
+    log_z = tokens.log_z.reshape(mask.shape)
     return TokenLosses(
-        cross_entropy=jnp.sum(tokens.nats * mask),
-        z_loss=jnp.sum(tokens.log_z**2 * mask),
-        count=jnp.sum(mask),
+        cross_entropy=jnp.sum(nats * mask, axis=-1),
+        z_loss=jnp.sum(log_z**2 * mask, axis=-1),
+        count=jnp.sum(mask, axis=-1),
     )
 
 
@@ -104,6 +111,7 @@ def chunked_cross_entropy(
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
     chunk: int,
+    by_row: bool = False,
 ) -> TokenLosses:
     """`cross_entropy` over the batch, with the logits of about `chunk` tokens at a time.
 
@@ -116,22 +124,27 @@ def chunked_cross_entropy(
       targets: the token to predict at each position.
       mask: the weight of each token.
       chunk: tokens whose logits exist at once; 0 for all of them.
+      by_row: sums of each row, [B], in place of those of the batch.
     """
     rows, length = targets.shape
+
+    def sums(hidden: Array, targets: Array, mask: Array) -> TokenLosses:
+        if by_row:
+            return cross_entropy(hidden, weights, targets, mask)
+        return cross_entropy(_flat(hidden), weights, _flat(targets), _flat(mask))
+
     # How many positions of each row make a chunk.
     positions = length
     if chunk > 0:
         positions = max(1, min(length, chunk // rows))
     if positions == length:
-        return cross_entropy(_flat(hidden), weights, _flat(targets), _flat(mask))
+        return sums(hidden, targets, mask)
 
     @jax.checkpoint
     def add_chunk(total: TokenLosses, part: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
-        hidden, targets, mask = part
-        losses = cross_entropy(_flat(hidden), weights, _flat(targets), _flat(mask))
-        return jax.tree.map(jnp.add, total, losses), None
+        return jax.tree.map(jnp.add, total, sums(*part)), None
 
-    zero = jnp.zeros((), jnp.float32)
+    zero = jnp.zeros(rows if by_row else (), jnp.float32)
     parts = (
         _chunks(hidden, positions),
         _chunks(targets, positions),

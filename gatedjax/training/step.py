@@ -110,8 +110,9 @@ def batch_losses(
     batch: Batch,
     key: Array | None = None,
     training: bool = False,
+    by_row: bool = False,
 ) -> tuple[TokenLosses, Statistics]:
-    """Token loss sums of a batch, and what its routers did.
+    """Token loss sums of a batch, or of each of its rows, and what its routers did.
 
     Args:
       model: the model's configuration.
@@ -119,6 +120,7 @@ def batch_losses(
       batch: rows of packed documents.
       key: randomness of routers that select with noise.
       training: experts with a capacity drop what is beyond it.
+      by_row: whether the sums are of rows.
     """
     with nn.logical_axis_rules(RULES):
         hidden, statistics = _hidden_states(
@@ -139,6 +141,7 @@ def batch_losses(
         targets=jnp.asarray(batch.targets),
         mask=jnp.asarray(batch.loss_mask),
         chunk=chunk,
+        by_row=by_row,
     )
     return losses, statistics
 
@@ -441,6 +444,14 @@ def eval_step(model: ModelConfig, params: PyTree, batch: Batch) -> TokenLosses:
     """Token loss sums of a batch."""
     losses, _ = batch_losses(model, params, batch)
     return losses
+
+
+def eval_step_by_row(model: ModelConfig, params: PyTree, batch: Batch) -> TokenLosses:
+    """Token loss sums of every row of a batch, [B], whole on every device."""
+    losses, _ = batch_losses(model, params, batch, by_row=True)
+    # Of a global batch a process could read its own rows only.
+    with nn.logical_axis_rules(RULES):
+        return jax.tree.map(lambda x: nn.with_logical_constraint(x, (None,)), losses)
 
 
 def params_for_evaluation(state: TrainState) -> PyTree:

@@ -1,9 +1,10 @@
 """Saved on 2 processes x 4 devices, resumed on others: the same batches, the same losses."""
 
 import pytest
-from processes import MESH, losses, run
+from processes import losses, run
 
-# of the loss, where the mesh differs: sums of float32 in another order, over eight steps
+# Of the loss: sums of float32 in another order, over eight steps. Processes add up in another
+# order than the devices of one, so the same mesh in one process is no exception.
 TOLERANCE = 2e-5
 
 
@@ -14,12 +15,7 @@ def resumed(place, workdir, *flags, **how) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_one_process_with_the_same_mesh_is_equal_to_the_bit(place, undisturbed, from_step_4):
-    assert resumed(place, from_step_4, MESH, devices=8) == losses(place, undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "devices"), [(4, 1), (1, 1)])
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 1), (1, 1)])
 def test_other_meshes_are_equal_within_rounding(
     place, undisturbed, from_step_4, processes, devices
 ):

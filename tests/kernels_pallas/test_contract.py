@@ -2,6 +2,7 @@
 jax and meshes are.
 """
 
+import warnings
 from functools import partial
 
 import jax
@@ -325,6 +326,14 @@ def test_what_a_program_is_lowered_for():
     # A named kernel needs no telling.
     named = jax.jit(lambda q: linear_scan(q, K, V, LOGS, implementation="tpu"))
     assert "tpu_custom_call" in jax.export.export(named, platforms=["tpu"])(Q).mlir_module()
+    # Told nothing, the xla path is taken, and says so; not where it is meant.
+    with pytest.warns(UserWarning, match="linear_scan: traced for another platform .* 'tpu'"):
+        jax.export.export(jax.jit(jax.grad(loss)), platforms=["tpu"])(Q)
+    by_name = jax.jit(lambda q: linear_scan(q, K, V, LOGS, implementation="xla"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.export.export(by_name, platforms=["tpu"])(Q)
+        jax.jit(jax.grad(loss))(Q)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])

@@ -46,6 +46,7 @@ from kernels_pallas.attention.kernels import (
     forward_result,
     saved_statistics,
 )
+from kernels_pallas.attention.normalizers.base import undefined_as_nan
 from kernels_pallas.common.mesh import like
 
 
@@ -252,7 +253,9 @@ def _write(
 ) -> None:
     """Ends some rows and writes them."""
     # outputs[0] is the ungated output. Only what `_outputs` asked for is there to be written.
-    outputs, saved = plan.normalizer.finish(end.statistics, end.sums)
+    # Every token sees itself.
+    sums = undefined_as_nan(plan.normalizer, end.statistics, end.sums)
+    outputs, saved = plan.normalizer.finish(end.statistics, sums)
     for i, output in enumerate(outputs):
         if f"o{i}" in refs:
             store(refs[f"o{i}"], rows, output)

@@ -39,6 +39,7 @@ from kernels_pallas.attention.gpu.tile import Rows
 from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS, Schedule, padded_channels
 from kernels_pallas.attention.inputs import StepInputs, StepOptions
 from kernels_pallas.attention.kernels import Shaped, row_statistics
+from kernels_pallas.attention.normalizers.base import undefined_as_nan
 from kernels_pallas.common.mesh import by_rows_and_heads, like
 from kernels_pallas.common.padding import padded, power_of_two
 
@@ -283,7 +284,10 @@ def _over_parts(plan: Plan, inputs: KernelInputs) -> Array:
         # [parts, B, Hk, R, V]
         sums.append(jnp.moveaxis(results[f"sum{n}"], 2, 0))
     merged_row, merged_sums = normalizer.merge(tuple(row), sums)
-    outputs, _ = normalizer.finish(merged_row, merged_sums)
+    # [B, 1, 1, 1]; a token without a slot has zeros.
+    sees = jnp.any(inputs.valid != 0, axis=1)[:, None, None, None]
+    sums = undefined_as_nan(normalizer, merged_row, merged_sums, sees)
+    outputs, _ = normalizer.finish(merged_row, sums)
     return outputs[0]
 
 

@@ -31,7 +31,7 @@ do neither.
 Normalizers of this file and of `singlepass.py` need one pass over the keys. Those of `multipass.py`
 learn something of a row first (`prepare`). A row that sees nothing ends as zeros, with zero
 gradients; one that sees logits of -inf alone does too, and if that should be NaN (`from_maximum`)
-the xla backend says so.
+the backends say so: they know which rows see something.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,6 +87,7 @@ class Normalizer:
     # Whether `start` knows what to do with a sink.
     takes_sinks: ClassVar[bool] = False
     # Whether logits count from their row's maximum: then a row whose every logit is -inf is NaN.
+    # With one pass the maximum is the first of a row's statistics.
     from_maximum: ClassVar[bool] = False
     # Whether a key whose logit is -inf is as good as one that is not seen, in every method.
     hidden_by_logit: ClassVar[bool] = False
@@ -334,6 +335,29 @@ def relu(s: Array) -> Array:
 def softplus(s: Array, exp: Callable[[Array], Array] = jnp.exp) -> Array:
     """log(1 + e^s), without overflow."""
     return jnp.maximum(s, 0) + jnp.log1p(exp(-jnp.abs(s)))
+
+
+def undefined_as_nan(
+    normalizer: Normalizer,
+    row: Row,
+    sums: Sequence[Array],
+    sees: Array | bool = True,
+) -> list[Array]:
+    """Makes NaN of rows that see keys, but no logit above -inf: 0 / 0.
+
+    Args:
+      normalizer: of one pass.
+      row: the statistics after the last tile, [R, 1] or [R, V] each.
+      sums: the weighted sums of values, [R, V] each.
+      sees: whether a row sees any key, [R, 1].
+
+    Returns:
+      The sums for `Normalizer.finish`.
+    """
+    if not normalizer.from_maximum:
+        return list(sums)
+    is_undefined = (row[0] == -jnp.inf) & sees
+    return [jnp.where(is_undefined, jnp.nan, x) for x in sums]
 
 
 class OnlineExp(NamedTuple):

@@ -37,6 +37,7 @@ from kernels_pallas.attention.kernels import (
     row_statistics,
     saved_statistics,
 )
+from kernels_pallas.attention.normalizers.base import undefined_as_nan
 from kernels_pallas.attention.tpu import tile
 from kernels_pallas.attention.tpu.call import Tables, call, make_tables, without_padding
 from kernels_pallas.attention.tpu.plan import (
@@ -296,7 +297,12 @@ def _kernel(
     @pl.when(flags & LAST != 0)
     def end_rows() -> None:
         row = tuple(ref[...] for ref in statistics)
-        weighted_sums = [ref[...] for ref in sums]
+        # Every token sees itself.
+        weighted_sums = undefined_as_nan(
+            normalizer,
+            tuple(tile.across(statistic, plan.V) for statistic in row),
+            [ref[...] for ref in sums],
+        )
         outputs, saved = normalizer.finish(row, weighted_sums)
         # The first output is the ungated o.
         y = outputs[0]

@@ -1,6 +1,7 @@
 """Sources, tokenizers, the token cache, windows and the stream of global batches."""
 
 import errno
+import gzip
 import itertools
 import json
 import multiprocessing
@@ -137,11 +138,55 @@ def test_json_tokenizer_round_trip(tmp_path):
     assert other.eos_id == 0 and other.fingerprint != tokenizer.fingerprint
 
 
+def test_a_folder_or_a_name_on_the_hub(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    path = train_json_tokenizer(tmp_path / "tokenizer.json")
+    asked = []
+
+    def download(name, file):
+        asked.append((name, file))
+        if name == "away/model":
+            raise OSError("nobody answers\nmore lines")
+        # The library's cache is made of links.
+        (tmp_path / "link.json").unlink(missing_ok=True)
+        (tmp_path / "link.json").symlink_to(path)
+        return str(tmp_path / "link.json")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    right = data.load_tokenizer(path).fingerprint
+    assert data.load_tokenizer(str(tmp_path)).fingerprint == right and not asked
+    for name in ("gpt2", "Qwen/Qwen3-0.6B"):
+        assert data.load_tokenizer(name).fingerprint == right
+        assert asked[-1] == (name, "tokenizer.json")
+    with pytest.raises(InputError, match=r"no file 'away/model' here.* hub \(nobody answers\)$"):
+        data.load_tokenizer("away/model")
+    for path_only in ("./gpt2", "a/b/c", "/gpt2", "../gpt2"):
+        with pytest.raises(InputError, match="cannot be read"):
+            data.load_tokenizer(path_only)
+    assert len(asked) == 3
+
+
+def test_the_end_of_a_document_by_name(tmp_path):
+    names = ("<|endoftext|>", "<|im_end|>")
+    path = train_json_tokenizer(tmp_path / "tokenizer.json", names)
+    usual = data.load_tokenizer(path)
+    by_name = [data.load_tokenizer(path, name) for name in names]
+    assert [t.eos_id for t in by_name] == [0, 1] and usual.eos_id == 0
+    # The stream of tokens is another one, and so are cache and identity.
+    assert by_name[0].fingerprint == usual.fingerprint != by_name[1].fingerprint
+    with pytest.raises(InputError, match=r"end_of_document: .* has no token '<end>'"):
+        data.load_tokenizer(path, "<end>")
+    with pytest.raises(InputError, match="end_of_document: got 'x', expected '' for"):
+        data.load_tokenizer("bytes", "x")
+    unusual = train_json_tokenizer(tmp_path / "unusual.json", ("<fin>",))
+    assert data.load_tokenizer(unusual, "<fin>").eos_id == 0
+
+
 def test_tokenizer_errors(tmp_path):
     with pytest.raises(
-        InputError, match=r"tokenizer: 'bites' cannot be read .* expected 'bytes' or a file"
+        InputError, match=r"tokenizer: './bites' cannot be read .* expected 'bytes', a file or"
     ):
-        data.load_tokenizer("bites")
+        data.load_tokenizer("./bites")
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match=r"x.json' is not a tokenizer.json"):
         data.load_tokenizer(str(tmp_path / "x.json"))
@@ -153,6 +198,53 @@ def test_tokenizer_errors(tmp_path):
 
 
 # Sources and the cache
+
+
+def compressed_lines(path: Path, texts=TEXTS) -> str:
+    """A JSON Lines file in two pieces, as tools append them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        compress = gzip.compress
+    else:
+        compress = formats._zstandard().compress
+    half = len(texts) // 2
+    pieces = []
+    for part in (texts[:half], texts[half:]):
+        lines = "".join(json.dumps({"text": text}) + "\r\n\n" for text in part)
+        pieces.append(compress(lines.encode()))
+    path.write_bytes(b"".join(pieces))
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_compressed_lines_hold_the_same_documents(tmp_path, ending):
+    plain = corpus_of(config(tmp_path, write_jsonl(tmp_path / "plain"), "jsonl"))
+    path = compressed_lines(tmp_path / "corpus" / f"a.jsonl{ending}")
+    for named in (path, str(tmp_path / "corpus")):
+        corpus = corpus_of(config(tmp_path, named, "jsonl"))
+        assert (corpus.sha256, corpus.documents) == (plain.sha256, plain.documents)
+    whole = Path(path).read_bytes()
+    for bad in (whole[: len(whole) // 3], whole[:20] + b"xxx" + whole[23:], b"no archive"):
+        Path(path).write_bytes(bad)
+        with pytest.raises(InputError, match=rf"a.jsonl{ending}.*: "):
+            corpus_of(config(tmp_path, path, "jsonl"))
+
+
+def test_a_pattern_of_files(tmp_path):
+    folder = tmp_path / "corpus"
+    for name in ("b/1.jsonl", "b/2.jsonl", "a/1.jsonl", "a/x.txt", "c.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": f"of {name}, " * 9}) + "\n")
+
+    def documents(pattern):
+        source = SourceConfig(kind="jsonl", path=str(folder / pattern))
+        return [text[:12].split(",")[0] for text in sources.open_source("main", source).texts()]
+
+    assert documents("b/*.jsonl") == ["of b/1.jsonl", "of b/2.jsonl"]
+    assert documents("?/1.jsonl") == ["of a/1.jsonl", "of b/1.jsonl"]
+    assert documents("**/*.jsonl") == documents("") and len(documents("")) == 4
+    with pytest.raises(InputError, match=r"sources.main.path: .*\*.parquet' matches no file"):
+        documents("*.parquet")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -199,6 +291,23 @@ def test_split_of_a_document_does_not_depend_on_the_others(tmp_path):
 def test_both_splits_get_a_document(tmp_path, fraction, split):
     corpus = corpus_of(config(tmp_path, validation_fraction=fraction))
     assert corpus.splits[split].documents == 1 and corpus.documents == 40
+
+
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1]])
+def test_all_of_a_text_can_be_held_out(tmp_path, texts):
+    cfg = config(tmp_path, write_text(tmp_path / "corpus", texts), validation_fraction=1.0)
+    corpus = corpus_of(cfg)
+    assert corpus.exception is None and corpus.splits["train"].documents == 0
+    assert corpus.splits["validation"].documents == sum(1 for text in texts if text)
+    assert data.validation_text(cfg) == "".join(texts).encode()
+    assert "train" not in corpus.describe().split("bytes: ")[-1].split("cache")[0]
+    dataset = data.make_dataset(cfg, "validation", batch_size=2, rows=range(2), seed=0)
+    assert (
+        sum(batch.loss_mask.sum() for batch in data.batches(dataset))
+        == corpus.splits["validation"].tokens
+    )
+    with pytest.raises(InputError, match="validation_fraction: got 1"):
+        data.make_dataset(cfg, "train", batch_size=2, rows=range(2), seed=0)
 
 
 def test_one_document_is_cut_at_a_line_end(tmp_path):

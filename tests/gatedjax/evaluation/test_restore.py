@@ -123,7 +123,7 @@ def test_only_what_evaluation_uses_is_read(tmp_path, monkeypatch, optimizer):
         return read
 
     monkeypatch.setattr(Checkpointer, "_arrays", arrays)
-    _, params = restore_params(tmp_path / "run")
+    _, params, _ = restore_params(tmp_path / "run")
     expected = jax.jit(params_for_evaluation)(state)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     for actual, right in zip(jax.tree.leaves(params), jax.tree.leaves(expected)):
@@ -146,8 +146,8 @@ def test_a_lack_of_moments_is_no_lack(run_dir, monkeypatch):
 
 
 def test_parameters_are_cut_by_the_mesh_that_is_given(run_dir, place):
-    _, whole = restore_params(run_dir)
-    run, cut = restore_params(run_dir, mesh=MeshConfig(fsdp=4, tensor=2))
+    _, whole, _ = restore_params(run_dir)
+    run, cut, _ = restore_params(run_dir, mesh=MeshConfig(fsdp=4, tensor=2))
     assert run.mesh.shape["fsdp"] == 4
     shardings = jax.tree.map(lambda x: x.sharding, run.abstract.params)
     on_a_device = 0
@@ -186,7 +186,7 @@ def test_memory_is_counted_of_what_is_read_and_as_it_is_cut(place, monkeypatch):
 
 
 def test_an_own_run_is_evaluated_on_its_own_text(run_dir):
-    run, _ = restore_params(run_dir)
+    run, *_ = restore_params(run_dir)
     require_text(run)
     require_same_text(run, run_dir)
 
@@ -201,11 +201,11 @@ HOSTILE_PATHS = {
 @pytest.mark.parametrize("name", HOSTILE_PATHS)
 def test_paths_of_a_stranger_are_not_used(run_dir, monkeypatch, name):
     change_config(run_dir, *HOSTILE_PATHS[name])
-    run, _ = restore_params(run_dir)
+    run, *_ = restore_params(run_dir)
     assert run.config.data.cache_dir == "" and run.config.data.sources["main"].path == ""
     message = refusal(lambda: require_text(run))
     assert "--source=KIND:PATH" in message and "--trust_paths" in message
-    run, _ = restore_params(run_dir, trust_paths=True)
+    run, *_ = restore_params(run_dir, trust_paths=True)
     key, value = HOSTILE_PATHS[name]
     trusted = to_dict(run.config)
     for part in key.split("."):
@@ -218,15 +218,34 @@ def test_without_the_key_a_run_is_a_strangers_and_the_user_names_the_text(
 ):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
-    run, _ = restore_params(run_dir)
+    run, *_ = restore_params(run_dir)
     refusal(lambda: require_text(run))
-    run, _ = restore_params(run_dir, source=f"text:{place / 'text'}")
+    run, *_ = restore_params(run_dir, source=f"text:{place / 'text'}")
     require_text(run)
     require_same_text(run, run_dir)
     assert (tmp_path / "another cache").is_dir() is True
     assert "one of" in refusal(lambda: restore_params(run_dir, source="csv:/x"))
-    run, _ = restore_params(run_dir, source="python_stdlib")
+    run, *_ = restore_params(run_dir, source="python_stdlib")
     require_text(run)
+
+
+def test_step_text_and_changes_of_the_user(run_dir, place):
+    newest = restore_params(run_dir)
+    with Checkpointer(run_dir, read_only=True) as checkpointer:
+        steps = checkpointer.steps()
+    for step in steps:
+        assert restore_params(run_dir, step=step).step == step
+    assert newest.step == steps[-1]
+    assert "no step 77; it holds" in refusal(lambda: restore_params(run_dir, step=77))
+    changes = {"data": {"seq_len": 8}, "train": {"batch_size": 2}}
+    run = restore_params(run_dir, text=str(place / "text"), changes=changes).run
+    require_text(run)
+    assert run.config.data.seq_len == 8 and run.config.train.batch_size == 2
+    assert run.config.data.validation_fraction == 1
+    both = dict(text="a", source="text:b")
+    assert "--text: got --source too" in refusal(lambda: restore_params(run_dir, **both))
+    wrong = {"data": {"seq_len": 0}}
+    assert "config.data.seq_len: got 0" in refusal(lambda: restore_params(run_dir, changes=wrong))
 
 
 def test_no_home_no_key_no_crash(tmp_path, monkeypatch):
@@ -250,7 +269,7 @@ def test_no_home_no_key_no_crash(tmp_path, monkeypatch):
 def test_changed_text_is_one_line_and_the_same_text_elsewhere_is_none(run_dir, place, tmp_path):
     def on(text):
         source = SourceConfig(kind="text", path=str(text))
-        run, _ = restore_params(run_dir)
+        run, *_ = restore_params(run_dir)
         sources = FrozenDict(main=source)
         data = dataclasses.replace(
             run.config.data, sources=sources, cache_dir=str(tmp_path / "cache")
@@ -272,7 +291,7 @@ def test_the_tokenizer_travels_with_the_run(tmp_path):
     config = small(tmp_path, data__tokenizer=str(path), model__vocab_size=320)
     save(tmp_path, config)
     path.unlink()
-    run, _ = restore_params(tmp_path / "run")
+    run, *_ = restore_params(tmp_path / "run")
     assert run.config.data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
     require_same_text(run, tmp_path / "run")
     kept = tmp_path / "run" / "tokenizer.json"
@@ -285,7 +304,7 @@ def test_the_tokenizer_travels_with_the_run(tmp_path):
     kept.unlink()
     kept.write_bytes(original)
     change_config(tmp_path / "run", "data.tokenizer", "/dev/zero")
-    run, _ = restore_params(tmp_path / "run")
+    run, *_ = restore_params(tmp_path / "run")
     assert run.config.data.tokenizer == str(kept)
     kept.unlink()
     message = refusal(lambda: restore_params(tmp_path / "run"))

@@ -171,6 +171,12 @@ def test_prompts_that_are_none_are_named(prompt, segment_ids):
         generate(plain().model, {}, np.array(prompt, int), 1, vocab_size=3, segment_ids=segment_ids)
 
 
+def test_one_row_says_nothing_of_its_error():
+    result = summarize(np.array([30.0, 0.0]), np.array([20.0, 0.0]), tokens_per_byte=0.5)
+    assert result.loss == 1.5 and result.tokens == 20
+    assert result.loss_error == result.bits_per_byte_error == math.inf
+
+
 def test_error_bar_is_that_of_repeated_samples():
     """Against the spread of the mean over many simulated evaluations."""
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from gatedjax.errors import InputError
+from gatedjax.reporting import console as live
 from gatedjax.reporting import writers as metrics
 from gatedjax.reporting.console import Console, format_duration, format_si, format_step, say
 from gatedjax.reporting.curves import draw, loss_curve, plot_run
 from gatedjax.reporting.figure import moving_mean
 from gatedjax.reporting.throughput import Throughput
+from gatedjax.reporting.trackers import TRACKERS
 from gatedjax.reporting.writers import Jsonl, TensorBoard, Writers, make_writers, read_records
 
 
@@ -141,17 +144,48 @@ def test_console_writes_plain_lines_where_there_is_no_terminal():
     assert out.getvalue() == "step  1/20  loss 5.000\nstep  2/20  validation  loss 4.000\n"
 
 
-def test_console_redraws_one_live_line_on_a_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")
-    out, clear = Terminal(), "\r\x1b[K"
-    console = Console(20, out)
-    console.write(1, {"loss": 5.0})
-    console.write(2, {"loss": 4.0})
-    say("checkpoint", out)
-    console.write(3, {"loss": 3.0})
-    console.close()
-    live = [clear + f"step  {n}/20  loss {6 - n}.000"[:19] for n in (1, 2, 3)]
-    assert out.getvalue() == live[0] + live[1] + clear + "checkpoint\n" + live[2] + "\n"
+def test_a_terminal_has_a_live_bar_with_lines_above_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+
+    def drawn():
+        """What the bar shows when it is drawn again."""
+        before = len(out.getvalue())
+        live._bar._progress.refresh()
+        return out.getvalue()[before:]
+
+    with live.live_bar(20, out):
+        live.doing("tokenizing [main]")
+        assert "tokenizing [main]" in drawn()
+        console = Console(20, out)
+        console.write(1, {"loss": 5.0})
+        assert "step  1/20  loss 5.000" in drawn()
+        say("checkpoint [3/4]", out)
+        assert "checkpoint [3/4]\n" in out.getvalue()
+        live.show_step(2, 20, {"loss": 4.0})
+        assert "step  2/20  loss 4.000" in drawn()
+        console.write(2, {"loss": 4.5}, "validation")
+        assert "step  2/20  validation  loss 4.500\n" in out.getvalue()
+        console.write(3, {"loss": 3.0})
+        console.close()
+        assert "step  3/20  loss 3.000\n" in out.getvalue()
+    before = out.getvalue()
+    assert before.endswith("\x1b[?25h") or "\x1b[?25h" in before[-40:]  # the cursor is back
+    assert not live.is_live()
+    say("after", out)
+    assert out.getvalue() == before + "after\n"
+
+
+@pytest.mark.parametrize("terminal, term", [(False, "xterm"), (True, "dumb")])
+def test_elsewhere_nothing_is_redrawn(monkeypatch, terminal, term):
+    monkeypatch.setenv("TERM", term)
+    out = Terminal() if terminal else io.StringIO()
+    with live.live_bar(20, out):
+        live.doing("tokenizing")
+        live.show_step(1, 20, {"loss": 5.0})
+        Console(20, out).write(1, {"loss": 5.0})
+    assert out.getvalue() == "step  1/20  loss 5.000\n"
 
 
 # --- files
@@ -270,6 +304,68 @@ def test_make_writers_writes_everywhere_and_only_on_the_first_process(
         writers.write(3, {"loss": 2.0})
         say("quiet")
     assert capsys.readouterr().out == "" and not (tmp_path / "b").exists()
+
+
+# --- trackers
+
+
+class Recorder(types.ModuleType):
+    """A tracker's package that remembers what it was called with."""
+
+    def __init__(self):
+        super().__init__("recorder")
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def called(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return [] if name == "search_runs" else self
+
+        return called
+
+
+@pytest.mark.parametrize("name", sorted(TRACKERS))
+def test_a_tracker_gets_config_and_numbers(tmp_path, monkeypatch, capsys, name):
+    client = Recorder()
+    monkeypatch.setitem(sys.modules, name, client)
+    config = {"model": {"width": 8}}
+    with make_writers(tmp_path / "run", 10, 0, config, [name]) as writers:
+        writers.write(3, {"loss": 2.0, "expert_load": np.ones(3)})
+    given = str(client.calls)
+    assert "width" in given and "'train/loss': 2.0" in given and "expert_load" not in given
+    assert ("step", 3) in [item for _, _, kwargs in client.calls for item in kwargs.items()]
+    assert client.calls[-1][0] in ("finish", "end_run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TRACKERS))
+def test_the_real_tracker_offline_goes_on_after_a_resume(tmp_path, monkeypatch, name):
+    client = pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    config = {"model": {"width": 8}}
+    for start in (0, 2):
+        with make_writers(tmp_path / "run", 10, start, config, [name]) as writers:
+            for step in (start + 1, start + 2):
+                writers.write(step, {"loss": 2.0 / step})
+    if name == "mlflow":
+        (run,) = client.search_runs(experiment_names=["gatedjax"], output_format="list")
+        assert run.data.params == {"model.width": "8"} and run.data.metrics == {"train/loss": 0.5}
+    else:
+        pattern = "run/wandb/offline-*/*.wandb" if name == "wandb" else "trackio/gatedjax.db"
+        assert list(tmp_path.glob(pattern))
+
+
+def test_trackers_that_are_not_there_are_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--trackers: got 'tensorflow', expected some of wandb"):
+        make_writers(tmp_path, 10, trackers=["tensorflow"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="--trackers: wandb cannot be imported"):
+        make_writers(tmp_path, 10, trackers=["wandb"])
 
 
 # --- the picture

@@ -11,7 +11,7 @@ from tiny_run import ROOT, plain
 
 from gatedjax.data.recall import RecallConfig
 from gatedjax.errors import InputError
-from gatedjax.study import Cell, Picture, Study, report
+from gatedjax.study import Cell, Picture, Study, report, workers
 from gatedjax.study import __main__ as command
 from gatedjax.study.cell import run_cell, seeded, train
 from gatedjax.study.grid import run_key
@@ -121,12 +121,12 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     asked = study(*cells, seeds=(0, 1), pictures=(Picture("lr", "accuracy"),))
     ran = []
     monkeypatch.setattr(
-        command,
+        workers,
         "run_cell",
         lambda cell, seed, _: ran.append(seed) or dict(accuracy=0.5, seconds=1.0, diverged=0.0),
     )
-    command.run_missing(dataclasses.replace(asked, seeds=(0,)), tmp_path)
-    records = command.run_missing(asked, tmp_path)
+    command.run_missing(dataclasses.replace(asked, seeds=(0,)), tmp_path, workers.Here())
+    records = command.run_missing(asked, tmp_path, workers.Here())
     assert ran == [0, 0, 1, 1] and len(records) == 4
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
     table, picture = command.write_report(asked, records, tmp_path, "python -m gatedjax.study x.py")
@@ -149,16 +149,15 @@ def test_a_rerun_says_where_the_records_were_made(tmp_path, monkeypatch):
     cell = Cell({"lr": 0.01}, config(), recall=TASK)
     asked = study(cell)
     values = dict(accuracy=0.5, seconds=1.0, diverged=0.0)
-    monkeypatch.setattr(command, "run_cell", lambda *_: dict(values))
+    monkeypatch.setattr(workers, "run_cell", lambda *_: dict(values))
 
     def table(of):
-        records = command.run_missing(of, tmp_path)
+        records = command.run_missing(of, tmp_path, workers.Here())
         return command.write_report(of, records, tmp_path, "command")[0].read_text()
 
     first = table(asked)
     elsewhere = {"machine": "8 x TPU v9", "versions": "jax 9.9", "date": "2031-02-03"}
-    monkeypatch.setattr(command, "_here_and_now", lambda: elsewhere)
-    monkeypatch.setattr(command, "_machine", lambda: "8 x TPU v9")
+    monkeypatch.setattr(workers, "here_and_now", lambda: elsewhere)
     assert table(asked) == first and "CPU core" in first and "jax 9.9" not in first
     more = table(dataclasses.replace(asked, seeds=(0, 1)))
     assert "2 runs, 2s: 1 on " in more

@@ -68,6 +68,17 @@ def test_weighted_sums_and_gradients(name, chunk):
 
 
 @pytest.mark.parametrize("chunk", [0, 6])
+def test_sums_by_row(chunk):
+    hidden, weights, targets = inputs()
+    mask = MASKS["some"].astype(np.float32)
+    by_row = chunked_cross_entropy(hidden, weights, targets, mask, chunk, by_row=True)
+    for row in range(ROWS):
+        of_row = mask * (np.arange(ROWS) == row)[:, None]
+        right, _ = expected(hidden, weights, targets, of_row)
+        np.testing.assert_allclose([x[row] for x in by_row], right, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 6])
 @pytest.mark.parametrize("target", [-100, -1, VOCAB, 10**6])
 def test_without_weight_anything_may_stand_there(target, chunk):
     hidden, weights, targets = inputs()

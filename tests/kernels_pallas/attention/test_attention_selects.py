@@ -210,15 +210,21 @@ def test_what_is_seen_shows_in_every_normalizer(normalizer):
     check_shows(normalizer)
 
 
-def test_a_sink_is_above_minus_infinity():
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu"])
+def test_a_sink_is_above_minus_infinity(implementation):
     """A row whose every logit is minus infinity is all sink; without one it is 0 / 0."""
     q = np.full((1, 3, 1, 1), -np.inf, np.float32)
     ones = np.ones_like(q)
 
     @jax.jit
     def both(sinks, valid):
-        options = dict(sink_logits=sinks, implementation="xla")
-        step = attention_step(q[:, 0], ones, ones, valid=valid, **options)
+        options = dict(sink_logits=sinks, implementation=implementation)
+        options["interpret"] = implementation in ("tpu", "gpu")
+        # On TPU the step is the xla backend's.
+        of_step = {**options, "interpret": implementation == "gpu"}
+        if implementation == "tpu":
+            of_step["implementation"] = "xla"
+        step = attention_step(q[:, 0], ones, ones, valid=valid, **of_step)
         return attention(q, ones, ones, **options), step
 
     some = np.asarray([[True, False, True]])
