@@ -45,7 +45,7 @@ test-oracles: .venv-oracles/installed
 # In an environment of its own: the CUDA plugin and NVIDIA's assembler take 1.5 GB, and the plugin looks for a driver
 # whenever jax starts. A test is a compilation or two: they are dealt out one by one.
 test-cuda-aot: .venv-cuda/installed
-	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/*/test_*_cuda.py tests/kernels_pallas/linear_scan/test_linear_scan_step_gpu.py tests/kernels_pallas/delta_scan/test_delta_scan_step_gpu.py
+	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/*/test_*_cuda.py tests/kernels_pallas/*_scan/test_*_step_gpu.py
 
 # On a machine with an NVIDIA GPU: the kernels there, values and gradients.
 test-gpu: .venv/installed

@@ -308,7 +308,6 @@ DRY_TIMED = [
     Timed(ExpertShape(64, 16, 16, 2), (OURS, OUR_XLA)),
     Timed(StepShape(1, 64, 2, 1, 16), (OURS, OUR_XLA)),
     Timed(ScanStepShape(1, 1, 16, 16), (OUR_XLA,)),
-    Timed(DeltaShape(1, 32, 1, 16, 16), (OURS,)),
 ]
 DRY_TORCH_TIMED = [
     Timed(ScanShape(1, 64, 2, 16, 16), (FLA,)),

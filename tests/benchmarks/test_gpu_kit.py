@@ -16,13 +16,7 @@ from benchmarks.gpu import clocks, guard, ncu, numerics, programs, sweep
 from benchmarks.gpu import numeric_cases as numeric_cases_module
 from benchmarks.gpu.cases import OURS, AttentionShape, timed
 from benchmarks.gpu.guard import WorkerOptions, run_each
-from benchmarks.gpu.numeric_cases import (
-    AS_DISPATCHED,
-    ATTENTION_STEP,
-    DELTA,
-    GROUPED,
-    numeric_cases,
-)
+from benchmarks.gpu.numeric_cases import AS_DISPATCHED, DELTA, GROUPED, numeric_cases
 from benchmarks.gpu.numeric_inputs import draw
 from benchmarks.gpu.processes import Job, run_together
 from benchmarks.gpu.records import append_record, read_records
@@ -105,14 +99,7 @@ def test_the_main_process_imports_no_jax():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        GROUPED,
-        pytest.param(ATTENTION_STEP, marks=pytest.mark.slow),
-        pytest.param(DELTA, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("op", [GROUPED, pytest.param(DELTA, marks=pytest.mark.slow)])
 def test_numerics(op):
     case = next(case for case in numeric_cases(dry=True) if case.op == op)
     found = numerics.check_case(case, dry=True)

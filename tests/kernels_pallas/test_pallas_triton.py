@@ -33,6 +33,7 @@ token = x[:, 0]
 rows, matrix, sizes = jnp.ones((4, 8)), jnp.ones((1, 8, 8)), jnp.array([4])
 calls = [
     (ops.linear_scan, x, x, x),
+    (ops.delta_scan, x, x, x, x[..., 0]),
     (ops.attention, x, x, x),
     (partial(ops.attention_step, valid=jnp.ones((1, 16), bool)), token, x, x),
     (ops.grouped_matmul, rows, matrix, sizes),
@@ -62,7 +63,7 @@ def test_without_it_everything_else_works():
     assert done.returncode == 0, done.stderr
     asked, *refusals, choice = done.stdout.splitlines()
     assert asked == "[]"
-    assert len(refusals) == 5
+    assert len(refusals) == 6
     for line in refusals:
         assert "implementation='gpu' needs Pallas-Triton, which jax" in line
         assert line.endswith("lacks (pip install 'jax<0.13')")

@@ -8,7 +8,7 @@ room, and get smaller blocks by a rule.
 from typing import NamedTuple
 
 from kernels_pallas.common.gpu import chip as chip_of
-from kernels_pallas.linear_scan.gpu.tuning import DEFAULT_CHIP, block, memory_of_program
+from kernels_pallas.linear_scan.gpu.tuning import DEFAULT_CHIP, block, fitting_stages
 from kernels_pallas.linear_scan.gpu.tuning import TUNED as SCAN_CHIPS
 
 # A tile of the tensor core has 16 rows. The inverse of more than 64 is too long a program.
@@ -134,9 +134,7 @@ def scan_stages(
     """
     # Reads, erases and writes, two squares, and values.
     tiles = chunk * (3 * K + 2 * chunk + block_v) * operand_bytes
-    # Triton was seen to take up to half a chunk's tiles more than those of the chunks in flight.
-    fitting = int(memory_of_program(programs) / tiles - 0.5)
-    return max(1, min(schedule.scan_stages, fitting))
+    return fitting_stages(schedule.scan_stages, programs, tiles)
 
 
 def segments(schedule: Schedule, programs: int, chunks: int) -> int:

@@ -69,7 +69,7 @@ def _unusable_triton() -> str | None:
 def _warn(refusal: str) -> None:
     """Once: who has installed jax-triton expects the kernel."""
     warnings.warn(
-        f"decoding steps: the gpu kernel {refusal}; without one a step runs as plain XLA",
+        f"decoding steps of scans: the gpu kernel {refusal}; without one they run as plain XLA",
         stacklevel=2,
     )
 

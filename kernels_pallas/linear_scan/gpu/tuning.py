@@ -21,6 +21,8 @@ MAX_D = 512
 # Programs of the scan kernel that are to share a multiprocessor. Hopper's registers have room for a
 # third one, but then its shared memory has none for copies ahead.
 MAX_RESIDENTS = 2
+# As many as registers hold: of `delta_scan`.
+MAX_RESIDENTS_BY_REGISTERS = 3
 # Bytes of shared memory that every program takes on top of its own.
 RESERVED = 1024
 # The fewest chunks that are scanned as one part.
@@ -142,7 +144,8 @@ def scan_stages(
       operand_bytes: of one number in them.
     """
     device = TUNED[chip()]
-    memory = memory_of_program(programs)
+    residents = min(MAX_RESIDENTS, -(-programs // device.multiprocessors))
+    memory = (device.shared_memory + RESERVED) // residents - RESERVED
     tiles = chunk * (2 * K + chunk + block_v) * operand_bytes
     if operand_bytes > 2:
         # Triton was seen to take up to half a chunk's tiles more.
@@ -155,11 +158,13 @@ def scan_stages(
     return max(1, min(schedule.scan_stages, fitting))
 
 
-def memory_of_program(programs: int) -> int:
-    """Bytes of shared memory of a program, of so many of the whole grid."""
+def fitting_stages(most: int, programs: int, chunk_bytes: int) -> int:
+    """How many chunks of `chunk_bytes`, up to `most`, a program of `delta_scan` has in flight."""
     device = TUNED[chip()]
-    residents = min(MAX_RESIDENTS, -(-programs // device.multiprocessors))
-    return (device.shared_memory + RESERVED) // residents - RESERVED
+    residents = min(MAX_RESIDENTS_BY_REGISTERS, -(-programs // device.multiprocessors))
+    # Triton was seen to take up to half a chunk's tiles more than those of the chunks in flight.
+    fitting = int(device.shared_memory / residents / chunk_bytes - 0.5)
+    return max(1, min(most, fitting))
 
 
 def segments(schedule: Schedule, programs: int, chunks: int) -> int:
