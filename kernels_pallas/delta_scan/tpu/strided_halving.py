@@ -14,7 +14,7 @@ from collections.abc import Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
@@ -23,6 +23,7 @@ from kernels_pallas.delta_scan.tpu.plan import SPAN
 from kernels_pallas.delta_scan.tpu.strided import (
     BLOCK,
     CHUNK,
+    NUM_ARRAYS,
     Order,
     is_in_block,
     tokens_of_lanes,
@@ -84,27 +85,22 @@ def chunk_terms(
             _place(erase_scores, new.erases, h, lane)
 
     # Back into the order of tokens.
-    def order(array: int, num_rows: int = BLOCK) -> Order:
-        return Order(ref, K, head, array, num_rows)
-
-    orders = [order(4), order(5), order(6)]
-    for x, registers in zip(orders, rows[:3]):
+    orders = [Order(ref, K, head, array) for array in range(4, NUM_ARRAYS)]
+    for x, registers in zip(orders, (*rows[:3], read_scores, erase_scores)):
         x.store_strided(registers)
-    # The scores of queries are kept as matmuls see them, two rows of bfloat16 in one of words.
-    order_of_reads = order(7, BLOCK // 2 if is_rounded else BLOCK)
-    order_of_reads.store_strided(_pairs_in_words(read_scores) if is_rounded else read_scores)
-    order_of_erases = order(8)
-    order_of_erases.store_strided(erase_scores)
     # One row [1, K] for each block of 16 tokens.
     (all_totals,) = rows.totals
     block_totals = [all_totals[s : s + 1] for s in range(ROWS)]
     yield
-    reads_again, erases_again, writes_again = (x.load(K) for x in orders)
-    rows = _Rows(reads_again, erases_again, writes_again, block_totals)
-    read_blocks = _side_by_side(order_of_reads.load(CHUNK))
-    erase_blocks = _side_by_side(order_of_erases.load(CHUNK))
+    of_reads, of_erases, of_writes, of_read_scores, of_erase_scores = orders
+    rows = _Rows(of_reads.load(K), of_erases.load(K), of_writes.load(K), block_totals)
+    read_blocks = _side_by_side(of_read_scores.load(CHUNK))
+    erase_blocks = _side_by_side(of_erase_scores.load(CHUNK))
+    # The scores of queries are kept as matmuls see them, two rows of bfloat16 in one of words.
     read_words = [
-        jnp.where(is_in_block(lane, s, BLOCK), x, zeros) for s in range(ROWS) for x in read_blocks
+        jnp.where(is_in_block(lane, s, BLOCK), x, zeros)
+        for s in range(ROWS)
+        for x in (_words(read_blocks) if is_rounded else read_blocks)
     ]
     # Blocks of 16 and 32 tokens: of 2 and 4 registers.
     rows, product = _two_merges(options, rows, BLOCK // ROWS)
@@ -247,16 +243,16 @@ def _place(
 
 
 def _side_by_side(by_block: Registers) -> Registers:
-    """The blocks on the diagonal of scores, side by side, from the rows of one block after the
-    other, of which the columns of block s are lanes 8 j + s.
+    """The blocks of 16 rows on the diagonal of scores, side by side in two registers.
+
+    From the rows of one block after the other, of which the columns of block s are lanes 8 j + s.
     """
     lane = lanes_of(CHUNK)
-    num_registers = len(by_block) // ROWS
     packed = []
-    for i in range(num_registers):
-        x = by_block[i]
+    for half in range(2):
+        x = by_block[half]
         for s in range(1, ROWS):
-            x = jnp.where((lane & (ROWS - 1)) == s, by_block[num_registers * s + i], x)
+            x = jnp.where((lane & (ROWS - 1)) == s, by_block[2 * s + half], x)
         source = tokens_of_lanes(lane)
         packed.append(jnp.take_along_axis(x, source, axis=1, mode="promise_in_bounds"))
     return packed
@@ -266,15 +262,6 @@ def _words(rows: Registers) -> Registers:
     """Rows as bfloat16, two in one of words, which are called float32."""
     words = pltpu.bitcast(join_rows(rows).astype(jnp.bfloat16), jnp.float32)
     return split_rows(words)
-
-
-def _pairs_in_words(rows: Registers) -> Registers:
-    """As `_words`, of row s of two registers instead of two neighbors."""
-    words = []
-    for pair in zip(rows[::2], rows[1::2]):
-        packed = pltpu.pack_elementwise(pair, packed_dtype=jnp.bfloat16)
-        words.append(lax.bitcast_convert_type(packed, jnp.float32))
-    return words
 
 
 def _from_words(words: Registers) -> Array:

@@ -106,15 +106,23 @@ def test_half_precision(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3, 4])
 @pytest.mark.parametrize("cosine, tolerance", [(0.0, BF16), (0.9, BF16_CORRELATED)])
-@pytest.mark.parametrize("T, chunk_size", [(64, 16), (130, None)])
-def test_bfloat16_as_the_matrix_unit_rounds(rank, cosine, tolerance, T, chunk_size, monkeypatch):
+@pytest.mark.parametrize("T, K, chunk_size", [(64, 16, 16), (130, 128, None)])
+def test_bfloat16_as_the_matrix_unit_rounds(
+    rank,
+    cosine,
+    tolerance,
+    T,
+    K,
+    chunk_size,
+    monkeypatch,
+):
     """Interpreted matmuls round nothing; here the operands are rounded as on the machine, but for
     those of the inverse.
     """
     room = importlib.import_module("kernels_pallas.delta_scan.tpu.op")
     plan = room._plan
     monkeypatch.setattr(room, "_plan", lambda *args: plan(*args)._replace(rounds=True))
-    inputs = make(B=1, H=1, T=T, K=16, V=16, rank=rank, cosine=cosine)
+    inputs = make(B=1, H=1, T=T, K=K, V=16, rank=rank, cosine=cosine)
     # Another scale, so that nothing is found in the cache of jit.
     options = dict(chunk_size=chunk_size, scale=0.2501)
     compare_tpu(inputs, dtype=jnp.bfloat16, tolerance=tolerance, **options)

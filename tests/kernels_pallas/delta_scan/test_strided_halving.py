@@ -55,13 +55,8 @@ def outside_of_kernels(monkeypatch):
         pairs = np.moveaxis(x.reshape(-1, 2, x.shape[1]), 1, 2)
         return jnp.asarray(np.ascontiguousarray(pairs).view(dtype)[..., 0])
 
-    def pack_elementwise(pair, packed_dtype):
-        rounded = [np.asarray(x.astype(packed_dtype)) for x in pair]
-        return jnp.asarray(np.stack(rounded, -1).view(np.int32)[..., 0])
-
     monkeypatch.setattr(strided_halving.pltpu, "roll", jnp.roll)
     monkeypatch.setattr(strided_halving.pltpu, "bitcast", bitcast)
-    monkeypatch.setattr(strided_halving.pltpu, "pack_elementwise", pack_elementwise)
 
 
 def finished(generator):
