@@ -1,7 +1,7 @@
 """One decoding step of `delta_scan` on GPU: every state is read once and written once, in place.
 
-Through jax-triton, as the step of `linear_scan`: an extra package (`pip install gatedjax[gpu]`),
-and without it the step runs as plain XLA.
+Through jax-triton, as the step of `linear_scan`: an extra package
+(`pip install gatedjax[gpu-kernels]`), and without it the step runs as plain XLA.
 """
 
 from typing import Any
