@@ -134,12 +134,13 @@ class ModelConfig(Checked):
 
         for name in self.pattern:
             mixer = self.mixers[name]
-            require(
-                not isinstance(mixer, RWKV7Config) or mixer.width == self.width,
-                f"mixers.{name}.num_heads",
-                mixer.num_heads,
-                f"num_heads x head_dim = width = {self.width}",
-            )
+            if isinstance(mixer, RWKV7Config):
+                require(
+                    mixer.width == self.width,
+                    f"mixers.{name}.num_heads",
+                    mixer.num_heads,
+                    f"num_heads x head_dim = width = {self.width}",
+                )
 
     def _check_sparse(self) -> None:
         sparse = self._sparse_ffns()

@@ -20,6 +20,7 @@ from gatedjax.config import (
     FrozenDict,
     GatedAttentionConfig,
     GatedMLPConfig,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -191,6 +192,7 @@ ALL_CLASSES = [
     OptimConfig,
     MeshConfig,
     TrainConfig,
+    LoRAConfig,
     RouterConfig,
     *MIXERS.values(),
     *FEED_FORWARDS.values(),
@@ -375,7 +377,7 @@ def test_equal_values_of_another_type_make_an_equal_configuration():
     assert lists == frozen and hash(lists) == hash(frozen)
     numbers = OptimConfig(lr=np.float64(0.5), warmup_steps=np.int64(3))
     assert numbers == OptimConfig(lr=0.5, warmup_steps=3)
-    assert {type(x) for x in dataclasses.astuple(numbers)} <= {str, int, float}
+    assert {type(x) for x in dataclasses.astuple(numbers)} <= {str, int, float, tuple}
 
 
 def test_layer_rejects_unknown_names():

@@ -216,4 +216,6 @@ def test_the_studies_of_the_repository_can_be_made(path, small):
     recorded = set()
     for file in folder.rglob("runs.jsonl"):
         recorded |= {json.loads(line)["key"] for line in file.read_text().splitlines()}
-    assert not recorded or keys <= recorded
+    not_run = set() if small else NOT_RUN.get(path.stem, set())
+    ran = [cell for cell in found.cells if cell.labels.get("mixer") not in not_run]
+    assert not recorded or {run_key(c, s, found) for c in ran for s in found.seeds} <= recorded

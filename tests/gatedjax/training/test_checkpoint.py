@@ -427,7 +427,7 @@ def test_keys_of_another_configuration_are_named(run_dir, states):
     other = {"model": {"width": 32, "norm_eps": 1e-6}, "name": "test"}
     wanted = (
         r"params\.gate is bfloat16\[8\] there, expected bfloat16\[9\]; "
-        r"config\.model\.width: 16 there, now 32$"
+        r"config\.model\.width: 16 there, now 32; give another "
     )
     with Checkpointer(run_dir, other) as checkpointer, pytest.raises(InputError, match=wanted):
         checkpointer.restore_latest(_replace_gate(states[3], shape=(9,)))
