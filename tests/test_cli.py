@@ -182,6 +182,7 @@ def test_a_copied_run_on_another_machine(place, finished, tmp_path, monkeypatch)
     assert result.returncode == 0 and "bits per byte" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_to_the_bit(place, finished):
     """kill -9, right after a checkpoint began; then the same losses as undisturbed. More:
     benchmarks/faults.py.

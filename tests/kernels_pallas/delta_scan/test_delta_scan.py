@@ -220,6 +220,7 @@ def test_under_vmap_remat_and_grad_of_grad():
     assert max(rel_rms(got[n], want[n]) for n in want) < 2e-5
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_length():
     def temporaries(T):
         x = jax.eval_shape(lambda: _float32(make(B=1, T=T, H=1, K=8, V=8)))
