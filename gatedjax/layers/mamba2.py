@@ -24,6 +24,7 @@ from gatedjax.layers.projection import Projection
 from gatedjax.layers.step_size import log_decay_rate, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import parts
+from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.linear_scan import linear_scan_step
 
 
@@ -173,11 +174,10 @@ class Mamba2(Mixer):
         segment_ids = info.segment_ids
         state = None if cache is None else cache.state
         # The scan has a state for each query head, so the heads of a group get C each.
-        per_group = c.num_heads // c.num_groups
-        q = jnp.repeat(q, per_group, axis=2)
+        q = repeat_heads(q, c.num_heads)
         if c.num_groups > 1 and parts("heads") > 1:
             # A device with some of the heads could not tell whose B is whose.
-            k = jnp.repeat(k, per_group, axis=2)
+            k = repeat_heads(k, c.num_heads)
         if state is not None and segment_ids is not None:
             k, v, log_decay, state, segment_ids = past_padding(
                 k,

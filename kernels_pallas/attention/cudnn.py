@@ -13,7 +13,7 @@ from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.kernels import over_mesh
 from kernels_pallas.attention.normalizers.base import Softmax
 from kernels_pallas.common.device import target_platform
-from kernels_pallas.common.precision import one_pass_allowed
+from kernels_pallas.common.precision import not_in_one_pass
 
 # Of a head. Chips before Hopper take 128: jax knows which one is there, and refuses.
 MAX_D = 256
@@ -24,14 +24,11 @@ def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | Non
     refusal = _unsupported_options(inputs, options)
     if refusal is not None:
         return refusal
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes q, k and v all bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}"
-    if not one_pass_allowed():
-        precision = jax.config.jax_default_matmul_precision
-        return f"multiplies 16 bits in one pass, not with matmul precision {precision!r}"
-    K = q.shape[-1]
-    V = v.shape[-1]
+    refusal = not_in_one_pass(inputs.q, inputs.k, inputs.v)
+    if refusal is not None:
+        return refusal
+    K = inputs.q.shape[-1]
+    V = inputs.v.shape[-1]
     if K != V or K > MAX_D or K % 8 != 0:
         return f"takes K = V, a multiple of 8 up to {MAX_D}, not {K} and {V}"
     platform = target_platform()

@@ -28,6 +28,16 @@ def one_pass_allowed() -> bool:
     return jax.config.jax_default_matmul_precision in _ONE_PASS
 
 
+def not_in_one_pass(q: Array, k: Array, v: Array) -> str | None:
+    """Why a kernel for 16-bit numbers in one pass cannot take q, k and v, or None when it can."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes q, k and v all bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}"
+    if not one_pass_allowed():
+        precision = jax.config.jax_default_matmul_precision
+        return f"multiplies 16 bits in one pass, not with matmul precision {precision!r}"
+    return None
+
+
 def one_bfloat16_pass(*arrays: Array) -> bool:
     """Whether matmuls of these arrays are one pass of bfloat16."""
     return one_pass_allowed() and all(x.dtype == jnp.bfloat16 for x in arrays)

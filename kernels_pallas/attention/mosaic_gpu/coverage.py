@@ -2,14 +2,11 @@
 
 import math
 
-import jax
-import jax.numpy as jnp
-
 from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.mosaic_gpu.plan import MAX_D, padded_channels
 from kernels_pallas.attention.normalizers.base import Softmax
 from kernels_pallas.common.device import device_kind, target_platform
-from kernels_pallas.common.precision import one_pass_allowed
+from kernels_pallas.common.precision import not_in_one_pass
 
 # Parts of `jax.Device.device_kind` of the chips of compute capability 9.0: matrix instructions of a
 # warp group (wgmma) came with it, and went with the next.
@@ -21,18 +18,15 @@ def unsupported_call(inputs: AttentionInputs, options: AttentionOptions) -> str 
     refusal = _unsupported_options(inputs, options)
     if refusal is not None:
         return refusal
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes q, k and v all bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}"
-    if not one_pass_allowed():
-        precision = jax.config.jax_default_matmul_precision
-        return f"multiplies 16 bits in one pass, not with matmul precision {precision!r}"
-    K = q.shape[-1]
-    V = v.shape[-1]
+    refusal = not_in_one_pass(inputs.q, inputs.k, inputs.v)
+    if refusal is not None:
+        return refusal
+    K = inputs.q.shape[-1]
+    V = inputs.v.shape[-1]
     if max(K, V) > MAX_D:
         return f"takes K and V up to {MAX_D}, not {K} and {V}"
     # Offsets into arrays are 32-bit integers, as in gpu/.
-    elements = math.prod(q.shape[:-1]) * padded_channels(max(K, V))
+    elements = math.prod(inputs.q.shape[:-1]) * padded_channels(max(K, V))
     if elements >= 2**31:
         return f"takes arrays below 2**31 elements, not {elements}"
     if target_platform() not in ("gpu", "cuda"):
