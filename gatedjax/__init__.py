@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "MLP",
     "RWKV7",
     "Config",
     "DeltaAttention",
@@ -82,6 +83,7 @@ __all__ = [
     "LanguageModel",
     "LoRAMixture",
     "LoRAMixtureConfig",
+    "MLPConfig",
     "Mamba2",
     "Mamba2Config",
     "ModelConfig",

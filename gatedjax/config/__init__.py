@@ -11,7 +11,16 @@ from gatedjax.config.layers import (
     GatedLinearAttentionConfig,
     GatedMLPConfig,
     MixerConfig,
+    MLPConfig,
     NoFeedForwardConfig,
+    NoMixerConfig,
+)
+from gatedjax.config.model import (
+    BlockConfig,
+    LoRAConfig,
+    ModelConfig,
+    NormPlacement,
+    Remat,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.parse import (
@@ -28,11 +37,8 @@ from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7
 from gatedjax.config.run import (
     Config,
     DataConfig,
-    LoRAConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
-    Remat,
     SourceConfig,
     TrainConfig,
 )
@@ -40,6 +46,7 @@ from gatedjax.config.run import (
 __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
+    "BlockConfig",
     "Config",
     "DataConfig",
     "DeltaAttentionConfig",
@@ -51,11 +58,14 @@ __all__ = [
     "GatedMLPConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
+    "MLPConfig",
     "Mamba2Config",
     "MeshConfig",
     "MixerConfig",
     "ModelConfig",
     "NoFeedForwardConfig",
+    "NoMixerConfig",
+    "NormPlacement",
     "OptimConfig",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",

@@ -74,14 +74,22 @@ def _contract_backward(
 contract.defvjp(_contract_forward, _contract_backward)
 
 
+# What the axes of a bias are called, where the kernel's axis marks a matrix (`training/optim.py`).
+_AXES_OF_BIAS = {
+    "embed": "embed_act",
+    "mlp": "mlp_bias",
+    "rank": None,
+}
+
+
 class Projection(nn.Module):
-    """`x [..., *in] -> y [..., *out]`, contracted in `dtype`, no bias.
+    """`x [..., *in] -> y [..., *out]`, contracted in `dtype`; plus a bias if `has_bias`.
 
     `in_axes` and `out_axes` map logical names to sizes, for example `{"embed": M}` to
     `{"heads": H, "head_dim": D}`: the names place the parameter on the mesh (`sharding.py`) and
     tell Muon which side is which (`training/optim.py`). The kernel starts from a normal
-    distribution, or from `kernel_init`. Where `ModelConfig.lora` names it, a low-rank update is
-    added (`low_rank.py`).
+    distribution, or from `kernel_init`, the bias from zeros. Where `ModelConfig.lora` names it, a
+    low-rank update is added (`low_rank.py`).
     """
 
     in_axes: Mapping[str, int]
@@ -89,6 +97,7 @@ class Projection(nn.Module):
     init_std: float
     dtype: DTypeLike
     kernel_init: Callable[..., Array] | None = None
+    has_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -102,6 +111,15 @@ class Projection(nn.Module):
         )
         x = x.astype(self.dtype)
         y = contract(x, kernel.astype(self.dtype), len(self.in_axes))
+        if self.has_bias:
+            bias = parameter(
+                self,
+                "bias",
+                axes=[_AXES_OF_BIAS.get(name, name) for name in self.out_axes],
+                shape=tuple(self.out_axes.values()),
+                init=nn.initializers.zeros,
+            )
+            y = y + bias.astype(self.dtype)
         lora = low_rank.update_of(self.path)
         if lora is None:
             return y

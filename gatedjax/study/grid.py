@@ -10,20 +10,35 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gatedjax.config import Config, to_dict
+from gatedjax.config import FEED_FORWARDS, MIXERS, Config, to_dict
 from gatedjax.data.recall import RecallConfig
 
 # Keys that the configuration was given after results had been recorded. A run that leaves them at
 # their defaults is the run that it was before.
 ADDED_LATER = (
     ("data", "end_of_document"),
+    ("model", "ffn_prefix"),
+    ("model", "ffn_suffix"),
     ("model", "lora"),
+    ("model", "norm_placement"),
+    ("model", "prefix"),
+    ("model", "suffix"),
     ("optim", "lr_by_name"),
     ("optim", "trainable"),
     ("train", "init_from"),
     ("train", "init_rename"),
     ("train", "init_fresh"),
 )
+# The same of mixers and feed-forwards, by kind.
+ADDED_LATER_BY_KIND: Mapping[str, tuple[str, ...]] = {
+    "delta_attention": ("conv_bias", "norm_eps"),
+    "gated_linear_attention": ("conv_bias",),
+    "gated_mlp": ("bias", "swiglu_limit"),
+    "mamba2": ("conv_bias",),
+    "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
+}
+
+LAYERS = MIXERS | FEED_FORWARDS
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
 Label = str | int | float
@@ -106,4 +121,10 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
     for group, key in ADDED_LATER:
         if values[group][key] == defaults[group][key]:
             del values[group][key]
+    model = values["model"]
+    for layer in (*model["mixers"].values(), *model["ffns"].values()):
+        defaults_of_kind = to_dict(LAYERS[layer["kind"]]())
+        for key in ADDED_LATER_BY_KIND.get(layer["kind"], ()):
+            if layer[key] == defaults_of_kind[key]:
+                del layer[key]
     return values
