@@ -15,6 +15,7 @@ from gatedjax.config.layers import (
     NoFeedForwardConfig,
     NoMixerConfig,
 )
+from gatedjax.config.mla import MLAConfig
 from gatedjax.config.model import (
     BlockConfig,
     LoRAConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "GatedMLPConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
+    "MLAConfig",
     "MLPConfig",
     "Mamba2Config",
     "MeshConfig",

@@ -29,16 +29,21 @@ ADDED_LATER = (
     ("train", "init_rename"),
     ("train", "init_fresh"),
 )
-# The same of mixers and feed-forwards, by kind.
-ADDED_LATER_BY_KIND: Mapping[str, tuple[str, ...]] = {
+# The same of layers, by their kind.
+ADDED_LATER_TO_LAYERS = {
+    "gated_attention": (
+        "bias",
+        "attention_scale",
+        "rope_layout",
+        "yarn_truncate",
+        "token_sinks",
+    ),
     "delta_attention": ("conv_bias", "norm_eps"),
     "gated_linear_attention": ("conv_bias",),
     "gated_mlp": ("bias", "swiglu_limit"),
     "mamba2": ("conv_bias",),
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
-
-LAYERS = MIXERS | FEED_FORWARDS
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
 Label = str | int | float
@@ -122,9 +127,10 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
         if values[group][key] == defaults[group][key]:
             del values[group][key]
     model = values["model"]
-    for layer in (*model["mixers"].values(), *model["ffns"].values()):
-        defaults_of_kind = to_dict(LAYERS[layer["kind"]]())
-        for key in ADDED_LATER_BY_KIND.get(layer["kind"], ()):
-            if layer[key] == defaults_of_kind[key]:
+    for layer in [*model["mixers"].values(), *model["ffns"].values()]:
+        kind = layer["kind"]
+        for key in ADDED_LATER_TO_LAYERS.get(kind, ()):
+            default = getattr((MIXERS | FEED_FORWARDS)[kind], key)
+            if layer[key] == default:
                 del layer[key]
     return values
