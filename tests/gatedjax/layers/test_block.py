@@ -1,13 +1,14 @@
 """Blocks: where their norms stand, what they consist of, and the layers around the periods."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from tiny_run import random_batch
 
 from gatedjax.config import (
@@ -114,41 +115,55 @@ AROUND = ModelConfig(
     init_std=0.2,
     dtype="float32",
 )
-# The same layers as one period.
-ONE_PERIOD = dataclasses.replace(
+# The same in little.
+SMALL = dataclasses.replace(
     AROUND,
-    pattern=("rwkv", "gla", "gla", "rwkv", "gla", "rwkv", "attention"),
-    ffn_pattern=("mlp", *["moe"] * 6),
-    **dict.fromkeys(("prefix", "ffn_prefix", "suffix", "ffn_suffix"), ()),
+    num_layers=4,
+    prefix=("attention",),
+    ffn_prefix=("mlp",),
+    pattern=("attention",),
+    ffn_pattern=("moe",),
+    mixers={"attention": AROUND.mixers["attention"], "last": AROUND.mixers["attention"]},
+    suffix=("last",),
+    norm_placement={"last": "post"},
 )
 TOKENS = jnp.asarray(RNG.integers(0, 16, (2, 10)).astype(np.int32))
 
 
-def in_one_period(params):
-    """The parameters of AROUND as those of ONE_PERIOD."""
+def one_period(config):
+    """The same layers as one period, which does not repeat."""
+    names = {}
+    for key in ("", "ffn_"):
+        pattern = getattr(config, f"{key}pattern") * config.num_periods * config.period
+        around = (getattr(config, f"{key}prefix"), getattr(config, f"{key}suffix"))
+        repeated = pattern[: config.num_layers - sum(map(len, around))]
+        names[f"{key}pattern"] = (*around[0], *repeated, *around[1])
+        names |= {f"{key}prefix": (), f"{key}suffix": ()}
+    return dataclasses.replace(config, **names)
+
+
+def in_one_period(config, tree):
+    """Parameters or router state of a model as those of `one_period`."""
     layers = {}
-    for block in AROUND.blocks:
-        of_block = params
+    for block in config.blocks:
+        of_block = tree
         for name in block.path:
-            of_block = of_block[name]
+            of_block = of_block.get(name, {})
         for place, layer in enumerate(block.layers):
             own = of_block
             if block.is_repeated:
                 own = jax.tree.map(lambda p, place=place: p[place], of_block)
-            layers[f"layer_{layer}"] = jax.tree.map(lambda p: p[None], own)
-    others = {name: params[name] for name in ("embedding", "final_norm")}
+            if own:
+                layers[f"layer_{layer}"] = jax.tree.map(lambda p: p[None], own)
+    others = {name: tree[name] for name in ("embedding", "final_norm") if name in tree}
     return others | {"periods": layers}
 
 
+@functools.cache
 def made(config):
     params = jax.jit(LanguageModel(config).init)(jax.random.key(0), TOKENS[:, :2])["params"]
     noisy = lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape)
     return jax.tree.map(noisy, nn.meta.unbox(params))
-
-
-@pytest.fixture(scope="module")
-def around():
-    return made(AROUND)
 
 
 def loss(params, config):
@@ -157,67 +172,76 @@ def loss(params, config):
     return jnp.sum(jnp.sin(hidden)) + aux, (hidden, statistics, logged)
 
 
-value_and_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+value = jax.jit(loss, static_argnums=1)
+gradients = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
-def test_layers_around_the_periods_are_layers_like_others(around, remat):
-    """Values, gradients, statistics, losses and router state are those of one long period."""
-    config = dataclasses.replace(AROUND, remat=remat)
-    (value, (hidden, statistics, logged)), gradients = value_and_gradients(around, config)
-    expected = value_and_gradients(in_one_period(around), ONE_PERIOD)
-    (value_of_one, (hidden_of_one, statistics_of_one, logged_of_one)), gradients_of_one = expected
-    assert rel_rms(hidden, hidden_of_one) < 1e-5 and rel_rms(value, value_of_one) < 1e-5
-    for a, e in zip(
-        jax.tree.leaves(in_one_period(gradients)),
-        jax.tree.leaves(gradients_of_one),
-        strict=True,
-    ):
-        assert rel_rms(a, e) < 3e-5
+@pytest.mark.parametrize("config", [SMALL, slow(AROUND)], ids=["small", "all"])
+def test_layers_around_the_periods_are_layers_like_others(config):
+    """Values, statistics, losses and the router state after a step are those of one long period."""
+    one = one_period(config)
+    params = made(config)
+    params_of_one = in_one_period(config, params)
+    total, (hidden, statistics, logged) = value(params, config)
+    total_of_one, (hidden_of_one, statistics_of_one, logged_of_one) = value(params_of_one, one)
+    assert rel_rms(hidden, hidden_of_one) < 1e-5 and rel_rms(total, total_of_one) < 1e-5
     for name, of_one in logged_of_one.items():
         np.testing.assert_allclose(logged[name], of_one, rtol=1e-5)
     counts = {name: s["counts"] for name, s in statistics.items() if s}
     counts_of_one = {name: s["counts"] for name, s in statistics_of_one.items() if s}
-    load = load_metrics(AROUND, counts)["expert_load"]
-    np.testing.assert_allclose(
-        load,
-        load_metrics(ONE_PERIOD, counts_of_one)["expert_load"],
-        rtol=1e-5,
-    )
-    assert load.shape == (6, 4)
+    load = load_metrics(config, counts)["expert_load"]
+    load_of_one = load_metrics(one, counts_of_one)["expert_load"]
+    assert load.shape == (config.num_layers - 1, 4)
+    np.testing.assert_allclose(load, load_of_one, rtol=1e-5)
     # The biases of the routers, after a step.
-    _, state = split(around)
-    _, state_of_one = split(in_one_period(around))
-    new = updated(AROUND, state, counts, jnp.int32(1))
-    new_of_one = updated(ONE_PERIOD, state_of_one, counts_of_one, jnp.int32(1))
+    _, state = split(params)
+    _, state_of_one = split(params_of_one)
+    new = updated(config, state, counts, jnp.int32(1))
+    new_of_one = updated(one, state_of_one, counts_of_one, jnp.int32(1))
     assert jax.tree.structure(new) == jax.tree.structure(state)
-    biases = [new["prefix_1"], new["suffix_0"], new["periods"]["layer_1"]]
-    biases = [block["ffn"]["router_state"]["bias"] for block in biases]
-    expected = [new_of_one["periods"][f"layer_{i}"]["ffn"]["router_state"]["bias"] for i in (1, 6)]
-    np.testing.assert_allclose(biases[0], expected[0][0])
-    np.testing.assert_allclose(biases[1], expected[1][0])
-    assert biases[2].shape == (2, 4)
-    flops = [forward_flops_per_token(config, 10) for config in (AROUND, ONE_PERIOD)]
-    assert flops[0] == flops[1]
-
-
-def test_they_decode_with_caches(around):
-    apply = jax.jit(LanguageModel(AROUND).apply)
-    full, _, _ = apply({"params": around}, TOKENS)
-    y, caches, _ = apply({"params": around}, TOKENS[:, :9], caches=init_caches(AROUND, 2, 10))
-    assert rel_rms(y, full[:, :9]) < 1e-5
-    y, caches, _ = apply({"params": around}, TOKENS[:, 9:], caches=caches)
-    assert rel_rms(y[:, 0], full[:, 9]) < 1e-5
-    with pytest.raises(ValueError, match="caches: got room for 10 tokens a row, expected"):
-        LanguageModel(AROUND).apply({"params": around}, TOKENS[:, :1], caches=caches)
+    jax.tree.map(np.testing.assert_array_equal, in_one_period(config, new), new_of_one)
+    assert forward_flops_per_token(config, 10) == forward_flops_per_token(one, 10)
 
 
 @pytest.mark.slow
-def test_probes_have_the_numbers_of_layers(around):
+@pytest.mark.parametrize("remat", ["none", "full", "kernels"])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_their_gradients_too(remat, scan_layers):
+    """With and without parts that the backward pass computes again; of the long period as well."""
+    params = made(AROUND)
+    changed = dataclasses.replace(AROUND, remat=remat, scan_layers=scan_layers)
+    actual, _ = gradients(params, changed)
+    expected, _ = gradients(in_one_period(AROUND, params), one_period(changed))
+    for a, e in zip(
+        jax.tree.leaves(in_one_period(AROUND, actual)),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        assert rel_rms(a, e) < 3e-5
+
+
+@pytest.mark.parametrize("config", [SMALL, slow(AROUND)], ids=["small", "all"])
+def test_they_decode_with_caches(config):
+    """In two pieces of the same length: one program for an empty cache and a filled one."""
+    params = made(config)
+    _, (full, _, _) = value(params, config)
+    apply = jax.jit(LanguageModel(config).apply)
+    caches = init_caches(config, 2, 10)
+    for start in (0, 5):
+        tokens = TOKENS[:, start : start + 5]
+        y, caches, _ = apply({"params": params}, tokens, caches=caches)
+        assert rel_rms(y, full[:, start : start + 5]) < 1e-5
+    with pytest.raises(ValueError, match="caches: got room for 10 tokens a row, expected"):
+        LanguageModel(config).apply({"params": params}, tokens[:, :1], caches=caches)
+
+
+@pytest.mark.slow
+def test_probes_have_the_numbers_of_layers():
     batch = random_batch(length=10)
     batch = batch.replace(tokens=batch.tokens % 16)
-    found = measure(AROUND, around, batch)
-    expected = measure(ONE_PERIOD, in_one_period(around), batch)
+    params = made(AROUND)
+    found = measure(AROUND, params, batch)
+    expected = measure(one_period(AROUND), in_one_period(AROUND, params), batch)
     assert {name: list(layers) for name, layers in found.items()} == {
         name: list(layers) for name, layers in expected.items()
     }
@@ -248,22 +272,27 @@ ALONE = ModelConfig(
 )
 
 
-def rms(x, scale):
-    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-2) * scale
+def normed(x, p, offset):
+    """RMSNorm, or LayerNorm where there is a bias."""
+    if "bias" in p:
+        x = x - jnp.mean(x, -1, keepdims=True)
+    x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-2)
+    return x * (offset + p["scale"]) + p.get("bias", 0.0)
 
 
-def twin(params, placement, is_zero_centered):
+def twin(params, config):
     """Rows of one token, whose attention is its own value: a block of each, with its norms."""
-    offset = 1.0 if is_zero_centered else 0.0
+    placement = config.norm_placement["attention"]
+    offset = 1.0 if config.zero_centered_norm else 0.0
     attention = jax.tree.map(lambda p: p[0], params["periods"]["layer_0"])
     mlp = jax.tree.map(lambda p: p[0], params["periods"]["layer_1"])
 
     def added(block, name, f, x):
         if placement != "post":
-            x = rms(x, offset + block[f"{name}_norm"]["scale"])
+            x = normed(x, block[f"{name}_norm"], offset)
         y = f(x)
         if placement != "pre":
-            y = rms(y, offset + block[f"{name}_post_norm"]["scale"])
+            y = normed(y, block[f"{name}_post_norm"], offset)
         return y
 
     def values(x):
@@ -276,9 +305,11 @@ def twin(params, placement, is_zero_centered):
         return (up * (up > 0)) ** 2 @ mlp["ffn"]["down"]["kernel"]
 
     x = params["embedding"]
+    if config.embedding_norm:
+        x = normed(x, params["embedding_norm"], offset)
     x = x + added(attention, "mixer", values, x)
     x = x + added(mlp, "ffn", relu2, x)
-    return rms(x, offset + params["final_norm"]["scale"])
+    return normed(x, params["final_norm"], offset)
 
 
 def in_float64(f, *args):
@@ -290,18 +321,24 @@ def in_float64(f, *args):
         return y, jax.tree.map(np.asarray, gradients)
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
-def test_norms_stand_where_the_configuration_says(placement):
+@pytest.mark.parametrize(
+    "placement, values",
+    [
+        slow("pre", dict()),
+        slow("post", dict(norm_kind="layer", embedding_norm=True)),
+        ("sandwich", dict(zero_centered_norm=True)),
+    ],
+)
+def test_norms_stand_where_the_configuration_says(placement, values):
     """Blocks that are a mixer alone and a feed-forward alone, with one norm or two each."""
-    is_zero_centered = placement == "sandwich"
     config = dataclasses.replace(
         ALONE,
         norm_placement={"attention": placement, "nothing": placement},
-        zero_centered_norm=is_zero_centered,
+        **values,
     )
     tokens = jnp.arange(8)[:, None]
     params = made(config)
-    y, gradients = in_float64(lambda p: twin(p, placement, is_zero_centered), params)
+    y, expected = in_float64(lambda p: twin(p, config), params)
 
     def ours(p):
         hidden, _, _ = LanguageModel(config).apply({"params": p}, tokens)
@@ -320,7 +357,7 @@ def test_norms_stand_where_the_configuration_says(placement):
     )
     for (path, a), e in zip(
         jax.tree_util.tree_leaves_with_path(actual),
-        jax.tree.leaves(gradients),
+        jax.tree.leaves(expected),
         strict=True,
     ):
         # Queries and keys do nothing in a row of one token.
