@@ -16,6 +16,7 @@ from gatedjax.config import (
     GatedAttentionConfig,
     GatedLinearAttentionConfig,
     GatedMLPConfig,
+    LoRAMixtureConfig,
     MLPConfig,
     ModelConfig,
     NoFeedForwardConfig,
@@ -27,6 +28,7 @@ from gatedjax.config import (
 from gatedjax.errors import InputError
 from gatedjax.evaluation.probes import measure
 from gatedjax.layers.mlp import MLP, GatedMLP
+from gatedjax.layers.moe.first_pass import weights_by_block
 from gatedjax.layers.moe.losses import load_metrics, router_losses
 from gatedjax.layers.moe.state import split, updated
 from gatedjax.model import LanguageModel, init_caches
@@ -86,6 +88,26 @@ def test_what_is_no_model_is_refused(values, message):
     with pytest.raises(InputError) as e:
         dataclasses.replace(KIMI, **values)
     assert str(e.value).startswith(message)
+
+
+def test_weights_of_a_first_pass_find_their_layers():
+    """X-LoRA's weights count the layers with a mixture, wherever they stand."""
+    mixture = LoRAMixtureConfig(first_pass=True, num_experts=2)
+    config = ModelConfig(
+        num_layers=6,
+        prefix=("attention",),
+        ffn_prefix=("mixture",),
+        pattern=("attention", "attention"),
+        ffns={"mlp": GatedMLPConfig(), "mixture": mixture},
+        ffn_pattern=("mlp", "mixture"),
+        suffix=("attention",),
+        ffn_suffix=("mixture",),
+    )
+    # Layers 0, 2, 4 and 5 have one; each weight says which.
+    weights = jnp.broadcast_to(jnp.arange(4.0)[:, None], (1, 3, 4, 2))
+    found = weights_by_block(config, weights)
+    expected = {"prefix_0": [0], "layer_1": [1, 2], "suffix_0": [3]}
+    assert {name: list(w[:, 0, 0, 0]) for name, w in found.items()} == expected
 
 
 # Every sort of state around the periods: values that later layers see, router logits and biases
