@@ -21,7 +21,7 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.model import LanguageModel, head_weights, init_caches, logits
-from gatedjax.training.losses import chunked_cross_entropy, cross_entropy
+from gatedjax.training.losses import cross_entropy, training_loss
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -135,22 +135,6 @@ def test_statistics_come_from_sparse_layers_only(params):
     np.testing.assert_array_equal(counts.sum(-1), TOKENS.size * 2)
 
 
-@pytest.mark.parametrize("chunk", [16, 24, 1000])
-def test_chunked_loss_equals_whole(params, chunk):
-    rng = np.random.default_rng(1)
-    h = jnp.asarray(rng.normal(size=(2, 40, 32)), jnp.float32)
-    mask = jnp.asarray(rng.random((2, 40)) < 0.7, jnp.float32)
-    weights = head_weights(params)
-    whole = lambda h, w: cross_entropy(h.reshape(-1, 32), w, TOKENS.reshape(-1), mask.reshape(-1))
-    cut = lambda h, w: chunked_cross_entropy(h, w, TOKENS, mask, chunk)
-    total = lambda f: lambda h, w: f(h, w).cross_entropy + 0.3 * f(h, w).z_loss
-    for a, e in zip(cut(h, weights), whole(h, weights)):
-        np.testing.assert_allclose(a, e, rtol=1e-5)
-    actual, expected = (jax.grad(total(f), argnums=(0, 1))(h, weights) for f in (cut, whole))
-    for a, e in zip(actual, expected):
-        assert rel_rms(a, e) < 1e-5
-
-
 def test_cross_entropy_is_the_negative_log_likelihood(params):
     h = jnp.asarray(np.random.default_rng(2).normal(size=(5, 32)), jnp.float32)
     targets, mask = jnp.arange(5), jnp.array([1.0, 0, 1, 1, 0])
@@ -171,7 +155,8 @@ def test_padding_reaches_no_parameter(params):
     def loss(params, tokens):
         ids = jnp.asarray(segments)
         h, _, _ = LanguageModel(DENSE).apply({"params": params}, tokens, None, ids)
-        return chunked_cross_entropy(h, head_weights(params), tokens, mask, 0).cross_entropy
+        loss, _ = training_loss(h, head_weights(params), tokens, mask, jnp.float32(1), 0, 0.0)
+        return loss
 
     dense = make(DENSE)
     value_and_gradients = jax.jit(jax.value_and_grad(loss))
