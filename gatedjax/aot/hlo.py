@@ -146,6 +146,13 @@ def collectives(text: str) -> tuple[Collective, ...]:
     return tuple(Collective(kind, count[kind], total[kind]) for kind in sorted(count))
 
 
+def donated_outputs(text: str) -> int:
+    """How many outputs of the program may lie where an argument did."""
+    head = text.partition("\n")[0]
+    _, _, aliases = head.partition("input_output_alias={")
+    return len(re.findall(r"(?:may|must)-alias", aliases))
+
+
 def _result_bytes(lines: list[str]) -> dict[str, int]:
     """The size of every instruction's result, by its name."""
     found = {}

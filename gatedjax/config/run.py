@@ -33,7 +33,7 @@ from gatedjax.config.patterns import check_factors, check_renaming
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.errors import require
 
-Remat = Literal["none", "full", "dots", "kernels"]
+Remat = Literal["none", "projections", "kernels", "full"]
 
 HeldOut = Annotated[float, Range(0, 1, includes_low=False, words="a fraction from above 0 to 1")]
 
@@ -95,8 +95,10 @@ class ModelConfig(Checked):
     init_std: NonNegative = 0.02
     # of activations; parameters are float32
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # What the backward pass finds in memory. none: everything; kernels: only what the kernels name;
-    # dots: the outputs of matmuls; full: nothing, all is computed again.
+    # What the backward pass finds in memory of the layers; the rest it computes again. none:
+    # everything; projections: what matrices and kernels return (norms, activations, rotations run
+    # again); kernels: what the kernels return (matrices run again, a third of their time); full:
+    # each period's input.
     remat: Remat = "none"
     # false: every layer compiled by itself; small models run faster (nothing is stacked)
     scan_layers: bool = True

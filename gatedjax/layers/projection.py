@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -17,6 +18,9 @@ from gatedjax.config import LoRAConfig
 from gatedjax.layers import low_rank
 from gatedjax.layers.parameters import parameter
 from kernels_pallas.common.opaque import opaque
+
+# What a `jax.checkpoint` policy saves so that no projection is computed twice.
+OUT_NAME = "projection_out"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -102,6 +106,7 @@ class Projection(nn.Module):
         )
         x = x.astype(self.dtype)
         y = contract(x, kernel.astype(self.dtype), len(self.in_axes))
+        y = checkpoint_name(y, OUT_NAME)
         lora = low_rank.update_of(self.path)
         if lora is None:
             return y

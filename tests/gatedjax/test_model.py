@@ -112,7 +112,7 @@ def test_no_token_sees_the_future(params):
     "changed",
     [
         {"remat": "kernels"},
-        *map(slow, ({"remat": "full"}, {"remat": "dots"}, {"scan_layers": False})),
+        *map(slow, ({"remat": "full"}, {"remat": "projections"}, {"scan_layers": False})),
     ],
 )
 def test_remat_and_unrolling_change_no_gradient(params, changed):
@@ -125,6 +125,24 @@ def test_remat_and_unrolling_change_no_gradient(params, changed):
     actual = gradient(params, dataclasses.replace(MODEL, **changed))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         assert rel_rms(a, e) < 1e-5
+
+
+def test_remat_repeats_no_more_than_it_says():
+    """Matmuls of a gradient as it is traced: "projections" repeats none that is a projection's or
+    an op's, "kernels" none that is an op's.
+    """
+    shapes = jax.eval_shape(lambda: make(DENSE))
+
+    def matmuls(remat):
+        config = dataclasses.replace(DENSE, remat=remat)
+
+        def loss(p):
+            return jnp.sum(LanguageModel(config).apply({"params": p}, TOKENS)[0])
+
+        return str(jax.make_jaxpr(jax.grad(loss))(shapes)).count(" dot_general[")
+
+    none, projections, kernels, full = map(matmuls, ("none", "projections", "kernels", "full"))
+    assert projections == none < kernels < full
 
 
 def test_statistics_come_from_sparse_layers_only(params):
