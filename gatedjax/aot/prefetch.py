@@ -148,4 +148,4 @@ def _bodies(eqn: jax_core.JaxprEqn) -> Iterator[Any]:
 
 
 def _is_small(eqn: jax_core.JaxprEqn) -> bool:
-    return all(math.prod(out.aval.shape) <= _MOST_ELEMENTS for out in eqn.outvars)
+    return all(math.prod(getattr(out.aval, "shape", ())) <= _MOST_ELEMENTS for out in eqn.outvars)
