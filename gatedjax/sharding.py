@@ -114,8 +114,8 @@ TPU_LANES = 128
 def narrow_shards(width: int, shape: Mapping[str, int]) -> str | None:
     """A warning where a mesh cuts the model's width finer than a TPU's lanes; None where not.
 
-    XLA writes such a shard into an array of zeros and all-reduces it, where it would gather: counted
-    in a compiled step of width 2048 on 64 chips, 14.4 bytes sent per parameter in place of 8.8, and
+    XLA writes such a shard into an array of zeros and all-reduces it, where it would gather:
+    counted in a compiled step of width 2048 on 64 chips, 14.4 bytes sent per parameter for 8.8, and
     all of them before the next layer starts.
 
     Args:
