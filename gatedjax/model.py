@@ -33,6 +33,7 @@ from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.low_rank import low_rank_updates
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.projection import OUT_NAME as PROJECTION_NAME
 from gatedjax.layers.token_info import (
     History,
     arranged,
@@ -64,8 +65,11 @@ def remat_policy(name: str) -> Callable[..., Any]:
     """The `jax.checkpoint` policy of `ModelConfig.remat`."""
     policies = {
         "full": checkpoint_policies.nothing_saveable,
-        "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
         "kernels": checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
+        "projections": checkpoint_policies.save_only_these_names(
+            *RESIDUAL_NAMES,
+            PROJECTION_NAME,
+        ),
     }
     return policies[name]
 

@@ -69,6 +69,9 @@ _TRACKERS = flags.DEFINE_list(
 _AOT = flags.DEFINE_string(
     "aot", None, "Compile the step for an absent TPU slice (v5p:8x8x4, 2*v5e:16x16), report, end."
 )
+_SCHEDULE = flags.DEFINE_bool(
+    "schedule", False, "With --aot of one chip (v5p:1): the model time of the step, part by part."
+)
 _CHANGED_DATA = flags.DEFINE_bool(
     "changed_data", False, "Go on with another text than the checkpoint's, from its first row on."
 )
@@ -90,7 +93,9 @@ def main(_) -> None:
     tokenizer = tokenizer_of(config.data, workdir)
     config = with_vocab(config, tokenizer)
     if _AOT.value:
-        sys.exit(0 if aot.print_report(config, _AOT.value) else 3)
+        sys.exit(0 if aot.print_report(config, _AOT.value, _SCHEDULE.value) else 3)
+    if _SCHEDULE.value:
+        raise InputError("--schedule: got no --aot, expected a chip such as --aot=v5p:1")
     # Not for --aot: without its device a stored program cannot be read, and jax warns.
     cli.use_compilation_cache(_CACHE.value)
     cli.saves_to(workdir / "checkpoints")

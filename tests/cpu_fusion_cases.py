@@ -23,7 +23,7 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.layers import FEED_FORWARDS, MIXERS, TokenInfo
-from gatedjax.training.losses import chunked_cross_entropy
+from gatedjax.training.losses import training_loss
 from kernels_pallas.attention import NORMALIZERS
 from kernels_pallas.ops import (
     attention,
@@ -333,8 +333,8 @@ def cross_entropy_case(draw: Draw) -> Case:
     }
 
     def call(x):
-        return chunked_cross_entropy(
-            x["hidden"], x["weights"], jnp.asarray(targets), x["mask"], chunk
+        return training_loss(
+            x["hidden"], x["weights"], jnp.asarray(targets), x["mask"], jnp.float32(1), chunk, 1e-3
         )
 
     return case(f"cross_entropy B{B} T{T} M{M} X{X} chunk={chunk}", draw, call, arrays, "float32")

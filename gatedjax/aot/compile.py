@@ -136,8 +136,9 @@ def slice_devices(where: Slice) -> list:
       ValueError: libtpu knows no such shape.
       RuntimeError: libtpu is not installed.
     """
-    libtpu.start(schedule=False)
-    return _tpu_devices(where.topology, where.num_slices)
+    libtpu.quieten()
+    devices = _tpu_devices(where.topology, where.num_slices)
+    return devices[:1] if where.is_one_chip else devices
 
 
 def report_compiled(

@@ -3,6 +3,7 @@ operands.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -38,6 +39,11 @@ _NAME = r"%([\w.\-]+)"
 _ASSIGNED = rf"\s*(?:ROOT )?{_NAME} = "
 _INSTRUCTION = re.compile(rf"^{_ASSIGNED}(.*)$")
 _RESULT = re.compile(rf"^{_ASSIGNED}(\([^=]*?\)|\S+) [\w\-]+\(")
+# Groups: the name, the opcode.
+_OPCODE = re.compile(rf"^{_ASSIGNED}(?:\([^=]*?\)|\S+) ([\w\-]+)\(")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_FUSED = re.compile(rf" calls={_NAME}")
+_MATMULS = ("convolution", "dot")
 _COMPUTATION = re.compile(rf"^(?:ENTRY )?{_NAME} \(.*\{{$")
 # Lines that begin something, though they are no instruction.
 _OTHER_START = re.compile(r"(ENTRY|%|HloModule|\w+Names|\w+Locations|StackFrames|\d+ )")
@@ -81,6 +87,20 @@ class Collective:
         all-gather.
         """
         return self.bytes * (2 if self.kind == "all-reduce" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """What an instruction does, and where it comes from.
+
+    opcode: such as "fusion", "custom-call".
+    op_name: the path of names in the source, such as "jit(step)/layer_0/mixer/dot_general".
+    has_matmul: itself, or some instruction that is fused into it.
+    """
+
+    opcode: str
+    op_name: str
+    has_matmul: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +166,50 @@ def collectives(text: str) -> tuple[Collective, ...]:
     return tuple(Collective(kind, count[kind], total[kind]) for kind in sorted(count))
 
 
+def instructions(text: str) -> dict[str, Instruction]:
+    """Every instruction of the program by its name, those inside of fusions too."""
+    opcodes: dict[str, str] = {}
+    op_names: dict[str, str] = {}
+    callees: dict[str, str] = {}
+    inside: dict[str, list[str]] = {}
+    computation = ""
+    for line in joined(text):
+        head = _COMPUTATION.match(line)
+        if head is not None:
+            computation = head[1]
+            continue
+        match = _OPCODE.match(line)
+        if match is None:
+            continue
+        name, opcodes[name] = match[1], match[2]
+        inside.setdefault(computation, []).append(name)
+        op_name = _OP_NAME.search(line)
+        op_names[name] = op_name[1] if op_name else ""
+        callee = _FUSED.search(line)
+        if callee is not None:
+            callees[name] = callee[1]
+
+    @functools.cache
+    def described(name: str) -> Instruction:
+        fused = [described(inner) for inner in inside.get(callees.get(name, ""), ())]
+        # A fusion without a name has that of what it returns, the last one.
+        names = [op_names[name], *(inner.op_name for inner in reversed(fused))]
+        return Instruction(
+            opcode=opcodes[name],
+            op_name=next(filter(None, names), ""),
+            has_matmul=opcodes[name] in _MATMULS or any(inner.has_matmul for inner in fused),
+        )
+
+    return {name: described(name) for name in opcodes}
+
+
+def donated_outputs(text: str) -> int:
+    """How many outputs of the program may lie where an argument did."""
+    head = text.partition("\n")[0]
+    _, _, aliases = head.partition("input_output_alias={")
+    return len(re.findall(r"(?:may|must)-alias", aliases))
+
+
 def _result_bytes(lines: list[str]) -> dict[str, int]:
     """The size of every instruction's result, by its name."""
     found = {}
@@ -173,7 +237,7 @@ def kernel_calls(text: str) -> tuple[KernelCall, ...]:
         without_comments = re.sub(r"/\*.*?\*/", "", operands)
         operand_names = re.findall(_NAME, without_comments)
         vmem = _SCOPED_VMEM.search(attributes)
-        op_name = re.search(r'op_name="([^"]*)"', attributes)
+        op_name = _OP_NAME.search(attributes)
         calls.append(
             KernelCall(
                 name=name,

@@ -2,7 +2,9 @@
 bounds.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,17 +23,25 @@ _CALLS = {
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
+# Primitives that return what they are given, for all that a value is concerned.
+_PLACEMENTS = ("sharding_constraint", "optimization_barrier", "reshard", "device_put")
+# Loops without a known length, branches, parts of a mesh: kernels inside are listed.
+_UNFOLLOWED = ("while", "cond", "shard_map")
+# Larger results steer no kernel, and take long to make.
+_MOST_ELEMENTS = 1 << 24
 
-# A kernel's name, and the values that steer it, if they are known.
-type Steering = tuple[str, list[np.ndarray]]
+# A kernel's name, and the values that steer it: None for one that is not known.
+type Steering = tuple[str, list[np.ndarray | None]]
 
 
 def scalar_operands(
     closed: jax_core.ClosedJaxpr,
     concrete: Mapping[int, np.ndarray],
 ) -> list[Steering]:
-    """(kernel name, steering values) of every `pallas_call` in order; no values where they do not
+    """(kernel name, steering values) of every `pallas_call` in order; None for values that do not
     follow.
+
+    In a loop's body the values that the loop changes are not known.
 
     Evaluated on the CPU, equation by equation, as far as values are known; the rest stays abstract.
 
@@ -71,16 +81,19 @@ def _evaluate(
         outputs = []
         if eqn.primitive.name == "pallas_call":
             found.append(_steering(eqn, inputs))
+        elif eqn.primitive.name in _PLACEMENTS:
+            outputs = inputs
         elif eqn.primitive.name in _CALLS:
-            inner = eqn.params[_CALLS[eqn.primitive.name]]
-            # Some primitives hold a ClosedJaxpr, some a bare Jaxpr without constants.
-            outputs = _evaluate(
-                getattr(inner, "jaxpr", inner),
-                getattr(inner, "consts", ()),
-                inputs,
-                found,
-            )
-        elif all(x is not None for x in inputs):
+            outputs = _called(eqn.params[_CALLS[eqn.primitive.name]], inputs, found)
+        elif eqn.primitive.name == "scan":
+            _called(eqn.params["jaxpr"], _of_every_trip(eqn, inputs), found)
+        elif eqn.primitive.name == "shard_map" and eqn.params["mesh"].size == 1:
+            # What one device has is all of it.
+            outputs = _called(eqn.params["jaxpr"], inputs, found)
+        elif eqn.primitive.name in _UNFOLLOWED:
+            for body in _bodies(eqn):
+                _called(body, [None] * len(body.in_avals), found)
+        elif all(x is not None for x in inputs) and _is_small(eqn):
             outputs = eqn.primitive.bind(*inputs, **eqn.params)
             if not eqn.primitive.multiple_results:
                 outputs = [outputs]
@@ -89,12 +102,50 @@ def _evaluate(
 
 
 def _steering(eqn: jax_core.JaxprEqn, inputs: list) -> Steering:
-    """A `pallas_call`'s name and the values of its first operands, if all of them are known."""
+    """A `pallas_call`'s name and the values of its first operands, as far as they are known."""
     grid = eqn.params["grid_mapping"]
     scalars = inputs[: grid.num_dynamic_grid_bounds + grid.num_index_operands]
     name = eqn.params.get("name")
     if not name:
         name = getattr(eqn.params.get("name_and_src_info"), "name", "")
-    if any(x is None for x in scalars):
-        return name or "", []
-    return name or "", [np.asarray(x) for x in scalars]
+    return name or "", [None if x is None else np.asarray(x) for x in scalars]
+
+
+def _called(inner: Any, inputs: Sequence, found: list[Steering]) -> list:
+    """The known outputs of a jaxpr, closed or bare: some primitives hold one, some the other."""
+    return _evaluate(
+        getattr(inner, "jaxpr", inner),
+        getattr(inner, "consts", ()),
+        inputs,
+        found,
+    )
+
+
+def _of_every_trip(eqn: jax_core.JaxprEqn, inputs: list) -> list:
+    """A scan's inputs as its body sees them: what is the same in every trip, None for the rest."""
+    constants, carry, _ = (len(part) for part in eqn.params["ft_in"].unpack())
+    scanned = [_if_constant(x) for x in inputs[constants + carry :]]
+    return [*inputs[:constants], *[None] * carry, *scanned]
+
+
+def _if_constant(scanned: Any) -> np.ndarray | None:
+    """The slice that all trips get, if it is one."""
+    if scanned is None:
+        return None
+    slices = np.asarray(scanned)
+    if slices.shape[0] == 0 or (slices != slices[:1]).any():
+        return None
+    return slices[0]
+
+
+def _bodies(eqn: jax_core.JaxprEqn) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters."""
+    for parameter in eqn.params.values():
+        parts = parameter if isinstance(parameter, tuple | list) else (parameter,)
+        for part in parts:
+            if isinstance(part, jax_core.ClosedJaxpr | jax_core.Jaxpr):
+                yield part
+
+
+def _is_small(eqn: jax_core.JaxprEqn) -> bool:
+    return all(math.prod(getattr(out.aval, "shape", ())) <= _MOST_ELEMENTS for out in eqn.outvars)

@@ -169,7 +169,7 @@ class Program:
             lines.append(f" return {at}")
         else:
             lines += [
-                " if taken is UNKNOWN: X.unknown['branch'] += 1; taken = False",
+                " if taken is UNKNOWN: taken = X.unknown_branch()",
                 f" return {branch.to} if taken else {at}",
             ]
         return lines

@@ -12,7 +12,8 @@ v6e and v7x share the mechanism but were never checked against hardware. Not mod
 narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared with DMA, instruction fetch of huge
 bodies, barriers between two cores, the interconnect, clock throttling, and the host's 0.1 ms a
 call. Differences below 5 % are noise. A branch or size that depends on data is reported as unknown,
-and the branch taken as not taken; but that a number is below infinity is taken as true.
+and the branch taken as not taken; but that a number is below infinity is taken as true, and so is
+in a whole program that a donated output lies where its input did (`schedule.Dump.program`).
 
 `bundles.py` parses the listing, `program.py` turns it into functions, `timeline.py` is the model of
 the memory, `values.py` the arithmetic.
@@ -46,6 +47,7 @@ class Execution:
       core: the answer where the program asks on which core it runs.
       operands: by index, the 32-bit words of operands that steer control flow (scalar prefetch).
       call: runs a called HLO on the timeline (whole programs).
+      unknown_taken: which branches on unknown values are taken, counted from 0; none by default.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Execution:
         core: int = 0,
         operands: Mapping[int, Words] | None = None,
         call: Callable[[str, Timeline], None] | None = None,
+        unknown_taken: range = range(0),
     ):
         self.program = program
         self.core = core
@@ -61,6 +64,7 @@ class Execution:
         self.unknown = collections.Counter()
         self._operands = operands or {}
         self._call = call
+        self._unknown_taken = unknown_taken
         self._runs = collections.Counter()  # by (first bundle, last bundle + 1)
         self._ticks = 0
 
@@ -118,6 +122,12 @@ class Execution:
         if address is UNKNOWN or predicate is False:
             return
         self.memory[address] = value if predicate is True else UNKNOWN
+
+    def unknown_branch(self) -> bool:
+        """Whether to take a branch on a value that is not known."""
+        number = self.unknown["branch"]
+        self.unknown["branch"] += 1
+        return number in self._unknown_taken
 
     def pop(self, queue):
         """The next result of a division."""

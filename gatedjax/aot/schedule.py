@@ -11,6 +11,7 @@ import numpy as np
 
 from gatedjax.aot import hlo, replay
 from gatedjax.aot.bundles import find_listings, parse_listing, shared_listings
+from gatedjax.aot.prefetch import Steering
 from gatedjax.aot.targets import Tpu
 
 _PROGRAM = "TLP"  # the listing that calls every other
@@ -53,12 +54,13 @@ class Dump:
         folder: Path,
         text: str,
         chip: Tpu,
-        scalars: Sequence[tuple[str, list[np.ndarray]]] = (),
+        scalars: Sequence[Steering] = (),
     ):
         self._chip = chip
         self._listings = find_listings(folder)
         self._shared = shared_listings(folder)
         self._calls = {call.name: call for call in hlo.kernel_calls(text)}
+        self._donated = hlo.donated_outputs(text)
         self._scalars = list(scalars)
         self._programs: dict[str, replay.Program | None] = {}
 
@@ -81,7 +83,11 @@ class Dump:
         return dataclasses.replace(slowest, hbm_bytes=moved)
 
     def program(self) -> ProgramRun | None:
-        """The whole executable; None if it was not listed."""
+        """The whole executable; None if it was not listed.
+
+        A program asks at run time for each donated output whether its address is the input's, and
+        copies it if not. Addresses are not known here; the answer is yes.
+        """
         main = self._program(_PROGRAM)
         if main is None:
             return None
@@ -108,14 +114,21 @@ class Dump:
                 hbm_bytes=before.hbm_bytes + timeline.hbm_bytes - hbm_bytes,
             )
 
-        execution = replay.Execution(main, 0, call=call)
+        first_donated = _STARTUP_BRANCHES
+        execution = replay.Execution(
+            main,
+            core=0,
+            call=call,
+            unknown_taken=range(first_donated, first_donated + self._donated),
+        )
         execution.run(timeline)
+        unexplained = execution.unknown["branch"] - first_donated - self._donated
         return ProgramRun(
             cycles=timeline.time,
             hbm_bytes=timeline.hbm_bytes,
             called=called,
             missing=tuple(sorted(missing)),
-            unknown_branches=max(0, execution.unknown["branch"] - _STARTUP_BRANCHES),
+            unknown_branches=max(0, unexplained),
         )
 
     def _program(self, name: str) -> replay.Program | None:
@@ -144,17 +157,19 @@ class Dump:
             values = self._scalars_by_place(name)
         words = {}
         for index, value in enumerate(values):
+            if value is None:
+                continue
             _, layout = call.operands[index]
             words[index] = hlo.memory_words(value, layout)
         return words
 
-    def _scalars_by_name(self, name: str) -> list[np.ndarray] | None:
+    def _scalars_by_name(self, name: str) -> list[np.ndarray | None] | None:
         for label, values in self._scalars:
             if label and _plain(label) == _plain(name):
                 return values
         return None
 
-    def _scalars_by_place(self, name: str) -> list[np.ndarray]:
+    def _scalars_by_place(self, name: str) -> list[np.ndarray | None]:
         """Of the kernel in the same place of the traced function."""
         listed = [n for n in self._calls if n in self._listings or n in self._shared]
         place = listed.index(name)

@@ -8,14 +8,26 @@ the real one.
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gatedjax import sharding
-from gatedjax.aot import Report, parse_slice, report_compiled, slice_devices
+from gatedjax.aot import (
+    Report,
+    libtpu,
+    parse_slice,
+    prefetch,
+    report_compiled,
+    slice_devices,
+    step_time,
+)
 from gatedjax.aot.report import size, table
+from gatedjax.aot.schedule import Dump
 from gatedjax.aot.targets import Slice, Tpu
 from gatedjax.config import Config
 from gatedjax.data import Batch
@@ -56,14 +68,34 @@ class Roofline:
         return self.model / self.step
 
 
-def compile_step(config: Config, where: Slice) -> tuple[Run, Report | str]:
-    """The run on that slice, and the report of its compiled step, or XLA's complaint if it needs
-    more than the HBM.
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step for a slice.
+
+    run: on that slice.
+    report: of the compiled step, or XLA's complaint if it needs more than the HBM.
+    time: lines on the model time of the step, if it was asked for.
+    """
+
+    run: Run
+    report: Report | str
+    time: Sequence[str] = ()
+
+
+def compile_step(config: Config, where: Slice, schedule: bool = False) -> CompiledStep:
+    """Compiles the step of a run, and replays it if `schedule` is set.
 
     Raises:
-      InputError: the slice or its mesh cannot be.
+      InputError: the slice or its mesh cannot be, or a schedule of several chips.
     """
+    if schedule and not where.is_one_chip:
+        raise InputError(
+            f"--schedule: got --aot={where.topology}, expected one chip such as "
+            f"--aot={where.chip.name}:1: what collectives take is not modeled"
+        )
     try:
+        # Before anything else touches libtpu: it reads its flags once.
+        folder = libtpu.start(schedule)
         devices = slice_devices(where)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--aot: {error}") from None
@@ -77,9 +109,46 @@ def compile_step(config: Config, where: Slice) -> tuple[Run, Report | str]:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return run, str(error)
+            return CompiledStep(run, str(error))
     report = report_compiled(f"tpu:{where.chip.name}", compiled, devices=len(devices))
-    return run, report
+    if folder is None:
+        return CompiledStep(run, report)
+    return CompiledStep(run, report, _replayed(run, traced, compiled, where.chip, folder))
+
+
+def _replayed(
+    run: Run,
+    traced: jax.stages.Traced,
+    compiled: jax.stages.Compiled,
+    chip: Tpu,
+    folder: Path,
+) -> list[str]:
+    """Lines on the model time of a step whose rows are one document each."""
+    text = compiled.as_text() or ""
+    scalars = prefetch.scalar_operands(traced.jaxpr, _one_document_a_row(run))
+    program = Dump(folder, text, chip, scalars).program()
+    if program is None:
+        return ["model time: libtpu wrote no schedule of the step"]
+    tokens = run.config.train.batch_size * run.config.data.seq_len
+    return step_time.lines(
+        program,
+        step_time.times_by_part(program, text, chip),
+        model_flops=tokens * flops_per_token(run),
+        chip=chip,
+    )
+
+
+def _one_document_a_row(run: Run) -> dict[int, np.ndarray]:
+    """Values of the step's arguments, by their position, that steer kernels."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path((run.abstract, abstract_batch(run)))
+    known = {}
+    for position, (path, leaf) in enumerate(leaves):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.endswith(".segment_ids"):
+            known[position] = np.ones(leaf.shape, np.int32)
+        elif name.endswith(".positions"):
+            known[position] = np.broadcast_to(np.arange(leaf.shape[1], dtype=np.int32), leaf.shape)
+    return known
 
 
 def abstract_batch(run: Run) -> Batch:
@@ -125,12 +194,13 @@ def _network_seconds(run: Run, report: Report, where: Slice) -> float:
     return max(inside_slice, between_slices)
 
 
-def print_report(config: Config, text: str) -> bool:
+def print_report(config: Config, text: str, schedule: bool = False) -> bool:
     """Compiles, prints; returns whether the step fits into a chip's HBM.
 
     Args:
       config: of the run.
-      text: a slice such as "v5p:8x8x4", or "2*v5p:8x8x4" for two.
+      text: a slice such as "v5p:8x8x4", "2*v5p:8x8x4" for two, or "v5p:1" for one chip.
+      schedule: whether the model time of the step is printed, too, by part.
 
     Raises:
       InputError: an unknown slice, or a mesh that does not divide it.
@@ -139,13 +209,16 @@ def print_report(config: Config, text: str) -> bool:
         where = parse_slice(text)
     except ValueError as error:
         raise InputError(f"--aot: {error}") from None
-    run, report = compile_step(config, where)
+    step = compile_step(config, where, schedule)
+    run, report = step.run, step.report
     if isinstance(report, str):
         lines = _refused(report, where.chip)
         fits = False
     else:
         lines = _compiled(run, report, where)
         fits = report.peak_bytes <= where.chip.hbm_bytes
+    if step.time:
+        lines += ["", *step.time]
     print("\n".join([describe(run), *lines, *_largest(run)]))
     return fits
 

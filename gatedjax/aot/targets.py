@@ -221,23 +221,28 @@ def peak_flops(device_kind: str) -> float | None:
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """The chips that a program is compiled for: `num_slices` slices of the shape `topology`, joined
-    by the data center network.
+    by the data center network; or one chip of one.
     """
 
     chip: Tpu
     topology: str  # as libtpu names it
     num_slices: int
+    is_one_chip: bool = False
 
 
 def parse_slice(text: str) -> Slice:
-    """The slice called "v5p:8x8x4", or "2*v5p:8x8x4" for two of them.
+    """The slice called "v5p:8x8x4", "2*v5p:8x8x4" for two of them, "v5p:1" for one chip.
 
     Raises:
       ValueError: not of that form, or of an unknown chip.
     """
+    alone = re.fullmatch(r"(\w+):1", text)
+    if alone is not None and alone[1] in TPUS:
+        chip = TPUS[alone[1]]
+        return Slice(chip, chip.topology, num_slices=1, is_one_chip=True)
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)+)", text)
     if match is None or match[2] not in TPUS or match[1] == "0":
-        example = "[SLICES*]CHIP:SHAPE such as v5p:8x8x4 or 2*v5e:16x16"
+        example = "[SLICES*]CHIP:SHAPE such as v5p:8x8x4, 2*v5e:16x16 or v5p:1"
         chips = ", ".join(TPUS)
         raise ValueError(f"slice: got {text!r}, expected {example}, CHIP one of {chips}")
     chip = TPUS[match[2]]

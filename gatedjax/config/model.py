@@ -28,7 +28,7 @@ from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.errors import require
 
-Remat = Literal["none", "full", "dots", "kernels"]
+Remat = Literal["none", "projections", "kernels", "full"]
 # Where the norms of a block stand: x + f(norm(x)), x + norm(f(x)), x + norm(f(norm(x))).
 NormPlacement = Literal["pre", "post", "sandwich"]
 
@@ -136,8 +136,10 @@ class ModelConfig(Checked):
     init_std: NonNegative = 0.02
     # of activations; parameters are float32
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # What the backward pass finds in memory. none: everything; kernels: only what the kernels name;
-    # dots: the outputs of matmuls; full: nothing, all is computed again.
+    # What the backward pass finds in memory of the layers; the rest it computes again. none:
+    # everything; projections: what matrices and kernels return (norms, activations, rotations run
+    # again); kernels: what the kernels return (matrices run again, a third of their time); full:
+    # each period's input.
     remat: Remat = "none"
     # false: every layer compiled by itself; small models run faster (nothing is stacked)
     scan_layers: bool = True

@@ -1,5 +1,7 @@
 """What lies between the matrices of an MLP, in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -46,6 +48,7 @@ def gates_of(
     return logits * jax.nn.sigmoid(GATE_SLOPE * logits)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def gated_product(
     gate_logits: Float[Array, "..."],
     up: Float[Array, "..."],
@@ -57,14 +60,39 @@ def gated_product(
     "clamped_swiglu" is that of gpt-oss: `(up + 1) * g * sigmoid(1.702 g)`, where up is cut to
     +- limit and g, the gate logits, to limit from above only.
 
+    The backward pass keeps the two arrays as they are given, and computes the float32 ones between
+    them and the product again: they are larger, and quickly made.
+
     Args:
       gate_logits: before the activation.
       up: what is gated.
       activation: "silu", "gelu" or "clamped_swiglu".
       limit: of "clamped_swiglu".
     """
+    return _product(gate_logits, up, activation, limit)
+
+
+def _product(gate_logits: Array, up: Array, activation: str, limit: float) -> Array:
     gates = gates_of(gate_logits, activation, limit)
     factor = up.astype(jnp.float32)
     if activation == "clamped_swiglu":
         factor = jnp.clip(factor, -limit, limit) + 1.0
     return (gates * factor).astype(up.dtype)
+
+
+def _gated_product_forward(gate_logits: Array, up: Array, activation: str, limit: float):
+    return _product(gate_logits, up, activation, limit), (gate_logits, up)
+
+
+def _gated_product_backward(
+    activation: str,
+    limit: float,
+    inputs: tuple[Array, Array],
+    dproduct: Array,
+) -> tuple[Array, Array]:
+    product = functools.partial(_product, activation=activation, limit=limit)
+    _, pullback = jax.vjp(product, *inputs)
+    return pullback(dproduct)
+
+
+gated_product.defvjp(_gated_product_forward, _gated_product_backward)

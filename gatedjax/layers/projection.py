@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -18,6 +19,9 @@ from gatedjax.config import LoRAConfig
 from gatedjax.layers import low_rank
 from gatedjax.layers.parameters import parameter
 from kernels_pallas.common.opaque import opaque
+
+# What a `jax.checkpoint` policy saves so that no projection is computed twice.
+OUT_NAME = "projection_out"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -116,6 +120,7 @@ class Projection(nn.Module):
                 init=nn.initializers.zeros,
             )
             y = y + bias.astype(self.dtype)
+        y = checkpoint_name(y, OUT_NAME)
         lora = low_rank.update_of(self.path)
         if lora is None:
             return y

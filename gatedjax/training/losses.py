@@ -1,13 +1,20 @@
-"""Masked cross-entropy, in chunks so that the logits of a whole batch never exist at once."""
+"""Masked cross-entropy, in chunks so that the logits of a whole batch never exist at once.
 
+`chunked_cross_entropy` is what evaluation sums. `training_loss` is the same number for a training
+step, whose gradient is made along with it.
+"""
+
+import functools
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
 from gatedjax.model import logits as compute_logits
+from gatedjax.sharding import parts
 
 
 class TokenLosses(NamedTuple):
@@ -46,11 +53,13 @@ def cross_entropy(
         targets.reshape(-1),
         mask.reshape(-1),
     )
-    nats = tokens.nats.reshape(mask.shape)
-    log_z = tokens.log_z.reshape(mask.shape)
+    return _sums(jax.tree.map(lambda x: x.reshape(mask.shape), tokens), mask)
+
+
+def _sums(tokens: "Predicted", mask: Float[Array, "*rows tokens"]) -> TokenLosses:
     return TokenLosses(
-        cross_entropy=jnp.sum(nats * mask, axis=-1),
-        z_loss=jnp.sum(log_z**2 * mask, axis=-1),
+        cross_entropy=jnp.sum(tokens.nats * mask, axis=-1),
+        z_loss=jnp.sum(tokens.log_z**2 * mask, axis=-1),
         count=jnp.sum(mask, axis=-1),
     )
 
@@ -82,22 +91,35 @@ def predicted(
       targets: the token to predict at each position.
       mask: where it is 0, hidden states and targets have no part, whatever stands there.
     """
-    # Selected, not multiplied: 0 x NaN is NaN. Hidden states are selected before the product,
-    # whose gradient would multiply them.
     is_counted = mask != 0
-    hidden = jnp.where(is_counted[:, None], hidden, 0)
+    hidden = _counted(hidden, is_counted)
     logits = compute_logits(hidden, weights)
+    return _predicted(logits, targets, is_counted)
+
+
+def _counted(
+    hidden: Float[Array, "tokens M"],
+    is_counted: Bool[Array, " tokens"],
+) -> Float[Array, "tokens M"]:
+    """Zeros for what is not counted.
+
+    Selected, not multiplied: 0 x NaN is NaN. And before the product with the output matrix, whose
+    gradient would multiply it.
+    """
+    return jnp.where(is_counted[:, None], hidden, 0)
+
+
+def _predicted(
+    logits: Float[Array, "tokens X"],
+    targets: Int[Array, " tokens"],
+    is_counted: Bool[Array, " tokens"],
+) -> Predicted:
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    # Below 0 is outside of the vocabulary too, not counted from its end.
-    targets = jnp.where(targets < 0, logits.shape[-1], targets)
-    targets = jnp.where(is_counted, targets, 0)
-    target_logits = jnp.take_along_axis(
-        logits,
-        targets[:, None],
-        axis=-1,
-        mode="fill",
-        fill_value=jnp.nan,
-    )[:, 0]
+    # A sum over the vocabulary, beside the one of logsumexp: a TPU gathers single numbers slowly.
+    is_target = targets[:, None] == jnp.arange(logits.shape[-1])
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    is_in_vocabulary = (targets >= 0) & (targets < logits.shape[-1])
+    target_logits = jnp.where(is_in_vocabulary, target_logits, jnp.nan)
     return Predicted(
         nats=jnp.where(is_counted, log_z - target_logits, 0.0),
         log_z=jnp.where(is_counted, log_z, 0.0),
@@ -115,8 +137,7 @@ def chunked_cross_entropy(
 ) -> TokenLosses:
     """`cross_entropy` over the batch, with the logits of about `chunk` tokens at a time.
 
-    They are computed again in the backward pass. Chunks are cut along T, so that a batch sharded by
-    rows stays sharded.
+    Chunks are cut along T, so that a batch sharded by rows stays sharded.
 
     Args:
       hidden: the model's last hidden states.
@@ -133,25 +154,196 @@ def chunked_cross_entropy(
             return cross_entropy(hidden, weights, targets, mask)
         return cross_entropy(_flat(hidden), weights, _flat(targets), _flat(mask))
 
-    # How many positions of each row make a chunk.
-    positions = length
-    if chunk > 0:
-        positions = max(1, min(length, chunk // rows))
+    positions = _positions(rows, length, chunk)
     if positions == length:
         return sums(hidden, targets, mask)
 
-    @jax.checkpoint
     def add_chunk(total: TokenLosses, part: tuple[Array, Array, Array]) -> tuple[TokenLosses, None]:
         return jax.tree.map(jnp.add, total, sums(*part)), None
 
     zero = jnp.zeros(rows if by_row else (), jnp.float32)
-    parts = (
+    pieces = (
         _chunks(hidden, positions),
         _chunks(targets, positions),
         _chunks(mask, positions),
     )
-    total, _ = jax.lax.scan(add_chunk, TokenLosses(zero, zero, zero), parts)
+    total, _ = jax.lax.scan(add_chunk, TokenLosses(zero, zero, zero), pieces)
     return total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def training_loss(
+    hidden: Float[Array, "B T M"],
+    weights: Float[Array, "X M"],
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    scale: Float[Array, ""],
+    chunk: int,
+    z_loss: float,
+) -> tuple[Float[Array, ""], TokenLosses]:
+    """`scale x (cross-entropy + z_loss x z-loss)`, summed over the batch, and its sums.
+
+    Differentiated, it makes its gradient in the forward pass, chunk by chunk, while the logits are
+    there: a backward pass would make them a second time. Each device sums its chunks' gradients of
+    the output matrix in float32; those of all devices are added in hidden's dtype and cut as the
+    matrix is. The sums carry no gradient, nor do targets, mask and scale.
+
+    Args:
+      hidden: the model's last hidden states.
+      weights: the output matrix, cut over devices as it is stored; used in hidden's dtype.
+      targets: the token to predict at each position.
+      mask: the weight of each token.
+      scale: what the loss is multiplied by, such as 1 / the number of tokens. In here rather than
+        outside, where it would round the gradient once more.
+      chunk: tokens whose logits exist at once; 0 for all of them.
+      z_loss: the weight of the z-loss.
+    """
+    losses = chunked_cross_entropy(
+        hidden,
+        gathered(weights, hidden),
+        targets,
+        mask,
+        chunk,
+    )
+    return scale * (losses.cross_entropy + z_loss * losses.z_loss), losses
+
+
+class _Gradients(NamedTuple):
+    """Of the loss. The output matrix's has the sum over each group of rows, float32."""
+
+    hidden: Float[Array, "B C M"]
+    weights: Float[Array, "P X M"]
+
+
+def _training_loss_forward(
+    hidden: Array,
+    weights: Array,
+    targets: Array,
+    mask: Array,
+    scale: Array,
+    chunk: int,
+    z_loss: float,
+):
+    rows, length = targets.shape
+    whole_weights = gathered(weights, hidden)
+    # Rows of the same devices are a group: the loop below then adds up without any traffic.
+    groups = parts("batch")
+    if rows % groups:
+        groups = 1
+
+    def of_chunk(hidden: Array, targets: Array, mask: Array) -> tuple[TokenLosses, _Gradients]:
+        return _with_gradients(
+            hidden,
+            whole_weights,
+            targets,
+            mask,
+            scale,
+            z_loss,
+            groups,
+        )
+
+    positions = _positions(rows, length, chunk)
+    if positions == length:
+        losses, (dhidden, dweights) = of_chunk(hidden, targets, mask)
+    else:
+
+        def add_chunk(total: tuple[TokenLosses, Array], piece: tuple[Array, Array, Array]):
+            losses, gradients = of_chunk(*piece)
+            added = jax.tree.map(jnp.add, total, (losses, gradients.weights))
+            return added, gradients.hidden
+
+        zero = jnp.float32(0.0)
+        no_gradient = jnp.zeros((groups, *weights.shape), jnp.float32)
+        pieces = (
+            _chunks(hidden, positions),
+            _chunks(targets, positions),
+            _chunks(mask, positions),
+        )
+        (losses, dweights), dhidden = jax.lax.scan(
+            add_chunk,
+            (TokenLosses(zero, zero, zero), _by_group(no_gradient)),
+            pieces,
+        )
+        dhidden = _unchunked(dhidden, length)
+    # One group is added to nothing, and stays float32.
+    if groups > 1:
+        dweights = dweights.astype(hidden.dtype)
+    dweights = jnp.sum(dweights, axis=0).astype(weights.dtype)
+    dweights = nn.with_logical_constraint(dweights, ("vocab", "embed_vocab"))
+    loss = scale * (losses.cross_entropy + z_loss * losses.z_loss)
+    return (loss, losses), (dhidden, dweights)
+
+
+def _training_loss_backward(
+    chunk: int,
+    z_loss: float,
+    gradients: tuple[Array, Array],
+    cotangents: tuple[Array, TokenLosses],
+):
+    dloss, _ = cotangents
+    dhidden, dweights = (
+        (dloss * gradient.astype(jnp.float32)).astype(gradient.dtype) for gradient in gradients
+    )
+    return dhidden, dweights, None, None, None
+
+
+training_loss.defvjp(_training_loss_forward, _training_loss_backward)
+
+
+def _with_gradients(
+    hidden: Float[Array, "B C M"],
+    weights: Float[Array, "X M"],
+    targets: Int[Array, "B C"],
+    mask: Float[Array, "B C"],
+    scale: Float[Array, ""],
+    z_loss: float,
+    groups: int,
+) -> tuple[TokenLosses, _Gradients]:
+    """The sums of a chunk, and the gradient of its loss.
+
+    The loss of a token is `m (log_z - logits[target] + z_loss log_z^2)`, and `log_z` has the
+    gradient `softmax(logits)`: that of the logits is `m ((1 + 2 z_loss log_z) softmax - onehot)`.
+    """
+    shape = hidden.shape
+    targets = _flat(targets)
+    mask = _flat(mask).astype(jnp.float32)
+    is_counted = mask != 0
+    hidden = _counted(_flat(hidden), is_counted)
+    logits = compute_logits(hidden, weights)
+    tokens = _predicted(logits, targets, is_counted)
+    token_scale = (scale * mask)[:, None]
+    log_z = tokens.log_z[:, None]
+    softmax = jnp.exp(logits - log_z)
+    is_target = targets[:, None] == jnp.arange(logits.shape[-1])
+    dlogits = token_scale * ((1.0 + 2.0 * z_loss * log_z) * softmax - is_target)
+    dlogits = jnp.where(is_counted[:, None], dlogits, 0.0).astype(hidden.dtype)
+    dhidden = jnp.einsum("nx,xm->nm", dlogits, weights)
+    dweights = jnp.einsum(
+        "pnx,pnm->pxm",
+        dlogits.reshape(groups, -1, logits.shape[-1]),
+        hidden.reshape(groups, -1, shape[-1]),
+        preferred_element_type=jnp.float32,
+    )
+    return _sums(tokens, mask), _Gradients(dhidden.reshape(shape), _by_group(dweights))
+
+
+def gathered(weights: Float[Array, "X M"], hidden: Float[Array, "..."]) -> Float[Array, "X M"]:
+    """The output matrix along the whole width, before a loop would gather it each time."""
+    return nn.with_logical_constraint(weights.astype(hidden.dtype), ("vocab", None))
+
+
+def _by_group(gradients: Float[Array, "P X M"]) -> Float[Array, "P X M"]:
+    """Each group's gradient on the devices of its rows."""
+    if gradients.shape[0] == 1:
+        return gradients
+    return nn.with_logical_constraint(gradients, ("batch", "vocab", None))
+
+
+def _positions(rows: int, length: int, chunk: int) -> int:
+    """How many positions of each row make a chunk of about `chunk` tokens."""
+    if chunk == 0:
+        return length
+    return max(1, min(length, chunk // rows))
 
 
 def _flat(x: Shaped[Array, "B T *channels"]) -> Shaped[Array, "tokens *channels"]:
@@ -170,3 +362,13 @@ def _chunks(
     padded = jnp.pad(x, widths)
     pieces = padded.reshape(rows, -1, positions, *x.shape[2:])
     return jnp.moveaxis(pieces, 1, 0)
+
+
+def _unchunked(
+    pieces: Shaped[Array, "N B C *channels"],
+    length: int,
+) -> Shaped[Array, "B T *channels"]:
+    """What `_chunks` cut, without what filled its last piece."""
+    count, rows, positions = pieces.shape[:3]
+    joined = jnp.moveaxis(pieces, 0, 1).reshape(rows, count * positions, *pieces.shape[3:])
+    return joined[:, :length]

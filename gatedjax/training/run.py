@@ -130,7 +130,7 @@ def flops_per_token(run: Run) -> float:
 
 
 def describe(run: Run) -> str:
-    """One line: devices, mesh, parameters, FLOPs."""
+    """A line: devices, mesh, parameters, FLOPs; and another where a mesh of TPUs is unwise."""
     trained, frozen = trainable.split(run.config, run.abstract.params)
     size = _size(trained)
     what = f"{size / 1e6:.2f}M parameters"
@@ -142,7 +142,11 @@ def describe(run: Run) -> str:
         f"jax {jax.__version__}",
         f"{what}, {flops_per_token(run) / 1e6:.1f} MFLOP per token of training",
     ]
-    return "; ".join(parts)
+    lines = ["; ".join(parts)]
+    warning = sharding.narrow_shards(run.config.model.width, run.mesh.shape)
+    if warning is not None and run.mesh.devices.flat[0].platform == "tpu":
+        lines.append(f"warning: {warning}")
+    return "\n".join(lines)
 
 
 def _size(params: PyTree) -> int:

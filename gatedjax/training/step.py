@@ -24,7 +24,12 @@ from gatedjax.layers.tree import Path, divided, flatten_dict, unflatten_dict, un
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.sharding import RULES, parts
 from gatedjax.training import trainable
-from gatedjax.training.losses import TokenLosses, chunked_cross_entropy
+from gatedjax.training.losses import (
+    TokenLosses,
+    chunked_cross_entropy,
+    gathered,
+    training_loss,
+)
 from gatedjax.training.optim import evaluation_params
 from kernels_pallas import dispatch
 
@@ -124,11 +129,41 @@ def batch_losses(
     model: ModelConfig,
     params: PyTree,
     batch: Batch,
+    by_row: bool = False,
+) -> TokenLosses:
+    """Token loss sums of a batch, or of each of its rows, for evaluation.
+
+    Args:
+      model: the model's configuration.
+      params: parameters and router state.
+      batch: rows of packed documents.
+      by_row: whether the sums are of rows.
+    """
+    with nn.logical_axis_rules(RULES):
+        hidden, _ = _hidden_states(model, params, batch)
+        return chunked_cross_entropy(
+            hidden,
+            gathered(head_weights(params), hidden),
+            targets=jnp.asarray(batch.targets),
+            mask=jnp.asarray(batch.loss_mask),
+            chunk=_tokens_of_chunk(model),
+            by_row=by_row,
+        )
+
+
+def _tokens_of_chunk(model: ModelConfig) -> int:
+    """Tokens of the whole mesh whose logits exist at once: the configuration counts a device's."""
+    return model.loss_chunk * parts("batch") * parts("length")
+
+
+def _hidden_states(
+    model: ModelConfig,
+    params: PyTree,
+    batch: Batch,
     key: Array | None = None,
     training: bool = False,
-    by_row: bool = False,
-) -> tuple[TokenLosses, Statistics]:
-    """Token loss sums of a batch, or of each of its rows, and what its routers did.
+) -> tuple[Float[Array, "B T M"], Statistics]:
+    """The model's last hidden states of a batch, and what its routers did.
 
     Args:
       model: the model's configuration.
@@ -136,40 +171,7 @@ def batch_losses(
       batch: rows of packed documents.
       key: randomness of routers that select with noise.
       training: experts with a capacity drop what is beyond it.
-      by_row: whether the sums are of rows.
     """
-    with nn.logical_axis_rules(RULES):
-        hidden, statistics = _hidden_states(
-            model,
-            params,
-            batch,
-            key,
-            training,
-        )
-        # Gathered along the width before the loop over chunks, which would gather it for each.
-        weights = head_weights(params).astype(hidden.dtype)
-        weights = nn.with_logical_constraint(weights, ("vocab", None))
-    # The configuration counts the tokens of a device, the loop those of the whole mesh.
-    chunk = model.loss_chunk * parts("batch") * parts("length")
-    losses = chunked_cross_entropy(
-        hidden,
-        weights,
-        targets=jnp.asarray(batch.targets),
-        mask=jnp.asarray(batch.loss_mask),
-        chunk=chunk,
-        by_row=by_row,
-    )
-    return losses, statistics
-
-
-def _hidden_states(
-    model: ModelConfig,
-    params: PyTree,
-    batch: Batch,
-    key: Array | None,
-    training: bool,
-) -> tuple[Float[Array, "B T M"], Statistics]:
-    """The model's last hidden states of a batch, and what its routers did."""
     rngs = None if key is None else {"router": key}
     outputs: Any = LanguageModel(model, training=training).apply(
         {"params": params},
@@ -208,21 +210,22 @@ def train_step(
       The state after the step, and the metrics of the step.
     """
     grads, metrics, counts = _accumulated_gradients(config, state, batch)
-    trained, frozen = trainable.split(config, state.params)
-    grad_norm = optax.tree.norm(grads)
-    # Losses of routers too, which are not in what is logged as the loss.
-    loss = metrics["loss"] + metrics.get("aux_loss", 0.0)
-    is_good, guard = _guarded(config, state.guard, loss, grad_norm)
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
-    moved: Any = optax.apply_updates(trained, updates)
-    new = dataclasses.replace(
-        state,
-        params=united(moved, frozen),
-        opt_state=opt_state,
-        ema=_updated_average(config, state.ema, evaluation_params(opt_state, moved), guard),
-        routers=router_state.updated(config.model, state.routers, counts, state.step + 1),
-    )
-    new = jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, state)
+    with jax.named_scope("update"):
+        trained, frozen = trainable.split(config, state.params)
+        grad_norm = optax.tree.norm(grads)
+        # Losses of routers too, which are not in what is logged as the loss.
+        loss = metrics["loss"] + metrics.get("aux_loss", 0.0)
+        is_good, guard = _guarded(config, state.guard, loss, grad_norm)
+        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        moved: Any = optax.apply_updates(trained, updates)
+        new = dataclasses.replace(
+            state,
+            params=united(moved, frozen),
+            opt_state=opt_state,
+            ema=_updated_average(config, state.ema, evaluation_params(opt_state, moved), guard),
+            routers=router_state.updated(config.model, state.routers, counts, state.step + 1),
+        )
+        new = jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, state)
     # The step and the guard count bad steps too.
     new = dataclasses.replace(new, step=state.step + 1, guard=guard)
     metrics |= load_metrics(config.model, counts)
@@ -399,18 +402,28 @@ def _micro_loss(
     ) -> tuple[Array, MetricsAndStatistics]:
         key = _router_key(config, state, index)
         params = united(trained, frozen, state.routers)
-        losses, statistics = batch_losses(
-            config.model,
-            params,
-            micro,
-            key,
-            training=True,
-        )
+        with nn.logical_axis_rules(RULES):
+            hidden, statistics = _hidden_states(
+                config.model,
+                params,
+                micro,
+                key,
+                training=True,
+            )
+            # The name by which a profile, and the table of a compiled step, know this part.
+            with jax.named_scope("token_loss"):
+                token_loss, losses = training_loss(
+                    hidden,
+                    head_weights(params),
+                    jnp.asarray(micro.targets),
+                    jnp.asarray(micro.loss_mask),
+                    1.0 / tokens,
+                    _tokens_of_chunk(config.model),
+                    config.model.z_loss,
+                )
         part = extent(jnp.asarray(micro.segment_ids))
         statistics = as_part(statistics, part, whole)
         aux_loss, _ = router_losses(config.model, statistics, counts)
-        z_loss = config.model.z_loss * losses.z_loss
-        token_loss = (losses.cross_entropy + z_loss) / tokens
         metrics = {"loss": losses.cross_entropy / tokens}
         return token_loss + aux_loss, (metrics, statistics)
 
@@ -465,13 +478,12 @@ def _guarded(
 
 def eval_step(model: ModelConfig, params: PyTree, batch: Batch) -> TokenLosses:
     """Token loss sums of a batch."""
-    losses, _ = batch_losses(model, params, batch)
-    return losses
+    return batch_losses(model, params, batch)
 
 
 def eval_step_by_row(model: ModelConfig, params: PyTree, batch: Batch) -> TokenLosses:
     """Token loss sums of every row of a batch, [B], whole on every device."""
-    losses, _ = batch_losses(model, params, batch, by_row=True)
+    losses = batch_losses(model, params, batch, by_row=True)
     # Of a global batch a process could read its own rows only.
     with nn.logical_axis_rules(RULES):
         return jax.tree.map(lambda x: nn.with_logical_constraint(x, (None,)), losses)

@@ -148,7 +148,9 @@ def _attention_fwd(
     gate_logits: Array | None,
 ) -> tuple[Array, _Residuals]:
     y, outputs, saved = _saving(plan, inputs, gate_logits)
-    # A checkpoint policy that saves these names runs no forward loop again.
+    # A checkpoint policy that saves these names runs no forward loop again. A layer multiplies y by
+    # a matrix and needs it again for that matrix's gradient.
+    y = checkpoint_name(y, OUT_NAME)
     outputs = tuple(checkpoint_name(o, OUT_NAME) for o in outputs)
     saved = tuple(checkpoint_name(x, STATISTIC_NAME) for x in saved)
     return y, _Residuals(inputs, gate_logits, outputs, saved)

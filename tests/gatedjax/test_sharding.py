@@ -12,7 +12,7 @@ from tiny_run import ROOT, run_steps, tiny
 
 from gatedjax.config import MeshConfig
 from gatedjax.errors import InputError
-from gatedjax.sharding import AXES, make_mesh, my_rows
+from gatedjax.sharding import AXES, make_mesh, my_rows, narrow_shards
 from gatedjax.training.run import fresh_state, prepare
 
 MESHES = {
@@ -88,6 +88,22 @@ def test_batch_that_does_not_divide_is_named():
         InputError, match="batch_size: got 6, expected a multiple of data x fsdp x expert = 8"
     ):
         my_rows(make_mesh(MeshConfig()), 6)
+
+
+@pytest.mark.parametrize(
+    "width, fsdp, context, better",
+    [
+        (2048, 64, 1, "--config.mesh.fsdp=16 --config.mesh.data=8"),
+        (2048, 16, 2, "--config.mesh.fsdp=8 --config.mesh.data=4"),
+        (2048, 16, 1, None),
+        (64, 1, 8, None),  # no other fsdp would help
+        (64, 4, 1, "--config.mesh.fsdp=1 --config.mesh.data=8"),
+    ],
+)
+def test_shards_that_are_too_narrow_for_a_tpu(width, fsdp, context, better):
+    shape = dict.fromkeys(AXES, 1) | {"data": 2, "fsdp": fsdp, "context": context}
+    warning = narrow_shards(width, shape)
+    assert warning is None if better is None else warning.endswith(f"{better} sends less")
 
 
 def test_mesh_axes_are_named_in_one_file():

@@ -226,22 +226,57 @@ def test_declared_costs_are_summed_over_loops():
     assert (cost.kernel_calls, cost.undeclared, cost.flops) == (3, 0, 3 * 2 * 256**3)
 
 
-def test_steering_values_are_found_where_they_follow():
-    def kernel(start_ref, x_ref, out_ref):
-        out_ref[...] = x_ref[...] + start_ref[0]
+def steered(*starts, x):
+    """A kernel with scalars that steer it."""
 
-    spec = pl.BlockSpec((8, 128), lambda i, starts: (0, 0))
+    def kernel(*refs):
+        *starts_refs, x_ref, out_ref = refs
+        out_ref[...] = x_ref[...] + sum(start[0] for start in starts_refs)
+
+    spec = pl.BlockSpec((8, 128), lambda i, *starts: (0, 0))
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1, grid=1, in_specs=[spec], out_specs=spec
+        num_scalar_prefetch=len(starts), grid=1, in_specs=[spec], out_specs=spec
     )
     out = jax.ShapeDtypeStruct((8, 128), jnp.int32)
-    call = pl.pallas_call(kernel, grid_spec=grid, out_shape=out, name="steered")
-    closed = jax.make_jaxpr(jax.jit(lambda n, x: call(jnp.cumsum(n), x)))(
+    return pl.pallas_call(kernel, grid_spec=grid, out_shape=out, name="steered")(*starts, x)
+
+
+def test_steering_values_are_found_where_they_follow():
+    closed = jax.make_jaxpr(jax.jit(lambda n, x: steered(jnp.cumsum(n), x=x)))(
         jnp.zeros(3, jnp.int32), jnp.zeros((8, 128), jnp.int32)
     )
     [(name, values)] = scalar_operands(closed, {0: np.array([2, 3, 4], np.int32)})
     assert name == "steered" and values[0].tolist() == [2, 5, 9]
-    assert scalar_operands(closed, {}) == [("steered", [])]
+    assert scalar_operands(closed, {}) == [("steered", [None])]
+
+
+def test_steering_values_are_found_inside_of_loops():
+    """In a scan of recomputed layers, as a model has them: what every layer gets is known, what
+    changes from layer to layer is not, and does not hide the rest.
+    """
+    same = jnp.zeros((4, 1), jnp.int32)
+    changing = jnp.arange(4)[:, None]
+
+    def layers(n, x):
+        @jax.checkpoint
+        def layer(x, scanned):
+            of_all, of_layer = scanned
+            return steered(n + 1, x[0, :1], of_all, of_layer, x=x), None
+
+        return jax.lax.scan(layer, x, (same, changing))[0]
+
+    closed = jax.make_jaxpr(layers)(jnp.zeros(1, jnp.int32), jnp.zeros((8, 128), jnp.int32))
+    [(_, values)] = scalar_operands(closed, {0: np.array([2], np.int32)})
+    assert [None if v is None else v.tolist() for v in values] == [[3], None, [0], None]
+
+
+def test_donated_outputs_are_counted():
+    def step(state, batch):
+        return jax.tree.map(lambda x: x + batch, state), batch * 2
+
+    state = {"a": jnp.zeros(4), "b": jnp.ones((2, 4))}
+    lowered = jax.jit(step, donate_argnums=0).lower(state, jnp.ones(4))
+    assert hlo.donated_outputs(lowered.compile().as_text()) == 2
 
 
 PTXAS = """ptxas info    : Compiling entry function 'scan' for 'sm_90a'

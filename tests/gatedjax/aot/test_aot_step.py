@@ -65,9 +65,21 @@ def test_a_step_that_does_not_fit():
     assert "DOES NOT FIT" in done.stdout and "too much" in done.stdout
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_the_model_time_of_a_step():
+    done = train("--aot=v5e:1", "--schedule", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "1 TPU v5 lite device(s)" in done.stdout
+    assert "model FLOPs utilization" in done.stdout
+    for part in ("mixer: kernels", "feed-forward: kernels", "loss: matrices", "optimizer"):
+        assert f"\n{part}" in done.stdout, part
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--schedule"], "--schedule: got no --aot, expected a chip such as --aot=v5p:1"),
         (["--aot=v9:2x2"], "--aot: slice: got 'v9:2x2', expected"),
         pytest.param(
             ["--aot=v5e:3x5x7"],

@@ -10,7 +10,7 @@ import pytest
 from helpers import rel_rms
 from tiny_run import plain, random_batch
 
-from gatedjax.training.losses import chunked_cross_entropy
+from gatedjax.training.losses import chunked_cross_entropy, training_loss
 from gatedjax.training.step import _accumulated_gradients, init_state
 
 ROWS, LENGTH, WIDTH, VOCAB = 2, 7, 8, 16
@@ -24,8 +24,10 @@ def inputs(seed=0):
     return hidden, weights, targets
 
 
-def expected(hidden, weights, targets, mask):
-    """Cross-entropy, z-loss and count, and the gradient of the first, in float64."""
+def expected(hidden, weights, targets, mask, z_loss=0.0):
+    """Cross-entropy, z-loss and count, and the loss's gradients by hidden states and weights, in
+    float64.
+    """
     h, w = hidden.reshape(-1, WIDTH).astype(np.float64), weights.astype(np.float64)
     t, m = targets.ravel(), mask.ravel().astype(np.float64)
     counted = m != 0
@@ -33,12 +35,13 @@ def expected(hidden, weights, targets, mask):
     logits = h @ w.T
     log_z = np.log(np.exp(logits).sum(1))
     rows = np.arange(len(t))
-    d = np.exp(logits - log_z[:, None])
+    d = np.exp(logits - log_z[:, None]) * (1 + 2 * z_loss * log_z)[:, None]
     d[rows, t] -= 1
-    gradient = np.zeros((ROWS * LENGTH, WIDTH))
-    gradient[counted] = (m[:, None] * d) @ w
+    d *= m[:, None]
+    dhidden = np.zeros((ROWS * LENGTH, WIDTH))
+    dhidden[counted] = d @ w
     sums = (m @ (log_z - logits[rows, t]), m @ log_z**2, m.sum())
-    return sums, gradient.reshape(hidden.shape)
+    return sums, (dhidden.reshape(hidden.shape), d.T @ h)
 
 
 MASKS = {
@@ -51,20 +54,51 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [0, 6])
 @pytest.mark.parametrize("name", MASKS)
-def test_weighted_sums_and_gradients(name, chunk):
+def test_weighted_sums_and_gradients(name, chunk, z_loss):
     hidden, weights, targets = inputs()
     mask = MASKS[name].astype(np.float32)
-    right, gradient = expected(hidden, weights, targets, mask)
+    scale = 0.25
+    right, gradients = expected(hidden, weights, targets, mask, z_loss)
+    loss = right[0] + z_loss * right[1]
 
-    def loss(hidden):
-        losses = chunked_cross_entropy(hidden, weights, targets, mask, chunk)
-        return losses.cross_entropy, losses
+    def of(hidden, weights):
+        return training_loss(hidden, weights, targets, mask, jnp.float32(scale), chunk, z_loss)
 
-    actual_gradient, losses = jax.grad(loss, has_aux=True)(jnp.asarray(hidden))
-    np.testing.assert_allclose(losses, right, rtol=1e-5)
-    np.testing.assert_allclose(actual_gradient, gradient, rtol=1e-4, atol=1e-6 * mask.max())
+    arrays = jnp.asarray(hidden), jnp.asarray(weights)
+    (value, sums), actual = jax.value_and_grad(of, (0, 1), has_aux=True)(*arrays)
+    np.testing.assert_allclose(sums, right, rtol=1e-5)
+    np.testing.assert_allclose(value, scale * loss, rtol=1e-5)
+    for a, e in zip(actual, gradients):
+        np.testing.assert_allclose(a, scale * e, rtol=1e-4, atol=1e-6 * mask.max())
+    # Not differentiated it is the same, and so is what evaluation sums.
+    np.testing.assert_allclose(of(*arrays)[0], scale * loss, rtol=1e-5)
+    summed = chunked_cross_entropy(*arrays, targets, mask, chunk)
+    np.testing.assert_allclose(summed, right, rtol=1e-5)
+
+
+def test_many_chunks_round_no_worse_than_one():
+    """In bfloat16, sums over chunks of the output matrix's gradient are float32."""
+    rng = np.random.default_rng(0)
+    length = 2048
+    hidden = jnp.asarray(rng.normal(size=(1, length, WIDTH)), jnp.bfloat16)
+    weights = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
+    targets = rng.integers(0, VOCAB, (1, length))
+    mask = np.ones((1, length), np.float32)
+
+    def gradient(hidden, weights, chunk):
+        def loss(weights):
+            return training_loss(hidden, weights, targets, mask, jnp.float32(1), chunk, 0.0)[0]
+
+        return jax.grad(loss)(weights)
+
+    rounded = jnp.asarray(weights, jnp.bfloat16).astype(jnp.float32)
+    exact = gradient(hidden.astype(jnp.float32), rounded, 0)
+    whole = rel_rms(gradient(hidden, weights, 0), exact)
+    # Chunks whose sum is bfloat16 are off by 0.05.
+    assert rel_rms(gradient(hidden, weights, 4), exact) < max(1.2 * whole, 1e-3)
 
 
 @pytest.mark.parametrize("chunk", [0, 6])
@@ -84,13 +118,13 @@ def test_without_weight_anything_may_stand_there(target, chunk):
     hidden, weights, targets = inputs()
     mask = np.ones((ROWS, LENGTH), np.float32)
     mask[0, 3:], mask[1, 0] = 0, 0
-    right, gradient = expected(hidden, weights, targets, mask)
+    right, (gradient, _) = expected(hidden, weights, targets, mask)
     targets[mask == 0] = target
     hidden[mask == 0] = np.nan
     hidden[0, 4] = np.inf
 
     def loss(hidden, weights):
-        return chunked_cross_entropy(hidden, weights, targets, mask, chunk).cross_entropy
+        return training_loss(hidden, weights, targets, mask, jnp.float32(1), chunk, 0.0)[0]
 
     value, (dh, dw) = jax.value_and_grad(loss, (0, 1))(jnp.asarray(hidden), jnp.asarray(weights))
     assert float(value) == pytest.approx(right[0], rel=1e-5)

@@ -70,7 +70,7 @@ def numpy_steps(start: dict, trained: list[str], steps: int) -> list[dict]:
     def gradient(flat: dict, batch) -> dict:
         def loss(flat):
             params = unflatten_dict({tuple(name.split(".")): x for name, x in flat.items()})
-            losses, _ = batch_losses(CONFIG.model, params, batch)
+            losses = batch_losses(CONFIG.model, params, batch)
             return losses.cross_entropy / losses.count
 
         return jax.grad(loss)(flat)
