@@ -19,6 +19,8 @@ _BITS = {
     "c64": 64,
     "token": 0,
 }
+# What a TPU's host sends to another slice for it, over the data center network.
+BETWEEN_SLICES = "between slices"
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -51,6 +53,9 @@ _OTHER_START = re.compile(r"(ENTRY|%|HloModule|\w+Names|\w+Locations|StackFrames
 _COLLECTIVE = re.compile(
     rf"\s*(?:ROOT )?%[\w.\-]+ = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(([^)]*)\)"
 )
+_SEND = re.compile(r"\s*(?:ROOT )?%[\w.\-]+ = \((.*?), .* send\(.*xla_megascale_runtime")
+# Groups: the computation that an instruction starts, to run beside others.
+_STARTED = re.compile(rf" (?:async|call)-start\(.*(?:calls|to_apply)={_NAME}")
 # Groups: the name, the type, the layout.
 _TYPED = re.compile(rf"{_ASSIGNED}(\w+\[[^\]]*\])(\{{[^}}]*\}})?")
 # Groups: the name, the operands, the target, the attributes.
@@ -73,20 +78,34 @@ _LESS_THAN = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind in a run of the program; `bytes` of a device's operand or result,
-    the larger.
+    """All collectives of one kind in a run of the program.
+
+    kind: as XLA calls it, or BETWEEN_SLICES.
+    bytes: of a device's operand or result, the larger; of a ragged exchange, and of what goes to
+      another slice, the operand.
+    asynchronous_bytes: of those that run while the device computes.
     """
 
     kind: str
     count: int
     bytes: int
+    asynchronous_bytes: int = 0
 
     @property
     def sent_bytes(self) -> int:
         """What a device sends, on a ring of many: an all-reduce is a reduce-scatter and an
         all-gather.
         """
-        return self.bytes * (2 if self.kind == "all-reduce" else 1)
+        return self.bytes * self._times_sent
+
+    @property
+    def blocking_bytes(self) -> int:
+        """What a device sends while it waits."""
+        return (self.bytes - self.asynchronous_bytes) * self._times_sent
+
+    @property
+    def _times_sent(self) -> int:
+        return 2 if self.kind == "all-reduce" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +162,25 @@ def collectives(text: str) -> tuple[Collective, ...]:
     lines = joined(text)
     trips = _trips(lines)
     result_bytes = _result_bytes(lines)
+    started = {match[1] for line in lines if (match := _STARTED.search(line))}
     count = Counter()
     total = Counter()
+    asynchronous = Counter()
     computation = ""
+
+    def add(kind: str, size: int, is_asynchronous: bool) -> None:
+        times = trips.get(computation, 1)
+        count[kind] += times
+        total[kind] += times * size
+        asynchronous[kind] += times * size * is_asynchronous
+
     for line in lines:
         head = _COMPUTATION.match(line)
         if head is not None:
             computation = head[1]
+        send = _SEND.match(line)
+        if send is not None:
+            add(BETWEEN_SLICES, type_bytes(send[1])[0], is_asynchronous=True)
         match = _COLLECTIVE.match(line)
         if match is None:
             continue
@@ -159,11 +190,18 @@ def collectives(text: str) -> tuple[Collective, ...]:
         parts = type_bytes(result_type)
         # An asynchronous start returns its operand beside its result.
         received = max(parts) if is_start and parts else sum(parts)
-        sent = sum(result_bytes.get(name, 0) for name in re.findall(_NAME, operands))
-        times = trips.get(computation, 1)
-        count[kind] += times
-        total[kind] += times * max(received, sent)
-    return tuple(Collective(kind, count[kind], total[kind]) for kind in sorted(count))
+        operand_bytes = [result_bytes.get(name, 0) for name in re.findall(_NAME, operands)]
+        if kind == "ragged-all-to-all":
+            # Its result is a buffer with room for any exchange; the rows that there are, are its
+            # first operand.
+            size = operand_bytes[0]
+        else:
+            size = max(received, sum(operand_bytes))
+        is_asynchronous = is_start is not None or computation in started
+        add(kind, size, is_asynchronous)
+    return tuple(
+        Collective(kind, count[kind], total[kind], asynchronous[kind]) for kind in sorted(count)
+    )
 
 
 def instructions(text: str) -> dict[str, Instruction]:

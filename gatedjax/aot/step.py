@@ -19,6 +19,7 @@ import numpy as np
 from gatedjax import sharding
 from gatedjax.aot import (
     Report,
+    hlo,
     libtpu,
     parse_slice,
     prefetch,
@@ -32,7 +33,6 @@ from gatedjax.aot.targets import Slice, Tpu
 from gatedjax.config import Config
 from gatedjax.data import Batch
 from gatedjax.errors import InputError
-from gatedjax.training import trainable
 from gatedjax.training.run import Run, describe, flops_per_token, prepare
 from gatedjax.training.step import jit_train_step
 from kernels_pallas import dispatch
@@ -42,26 +42,27 @@ LARGEST = 8  # arrays of the state that are listed
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Least seconds of a step on each of a chip's resources; the step takes at least the longest of
-    them.
+    """Least seconds of a step on each of a chip's resources.
 
     model: the model's FLOPs at the chip's bfloat16 peak.
-    compute: the same with the forward pass that remat "full" repeats; what "kernels" repeats, a
-    part, is not counted.
+    compute: the same with the forward pass that remat "full" repeats; what "kernels" and
+      "projections" repeat, a part, is not counted.
     hbm: the state and the batch read once and written once.
     network: what the collectives send over the chip's interconnect, one after another; with several
-      slices also the all-reduce of a chip's part of the gradients over the data center network; the
-      slower of the two.
+      slices also what goes over the data center network; the slower of the two.
+    blocking: of `network`, the collectives that nothing runs beside.
     """
 
     model: float
     compute: float
     hbm: float
     network: float
+    blocking: float = 0.0
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.hbm, self.network)
+        """A step takes at least this: what blocks adds to what is computed."""
+        return max(self.compute + self.blocking, self.hbm, self.network)
 
     @property
     def mfu_bound(self) -> float:
@@ -173,25 +174,18 @@ def roofline(run: Run, report: Report, where: Slice) -> Roofline:
     # Full remat repeats the forward pass, a third of forward and backward.
     repeated = 4 / 3 if config.model.remat == "full" else 1.0
     state_bytes = report.argument_bytes + report.output_bytes
+    inside = [c for c in report.collectives if c.kind != hlo.BETWEEN_SLICES]
+    outside = [c for c in report.collectives if c.kind == hlo.BETWEEN_SLICES]
+    inside_slice = sum(c.sent_bytes for c in inside) / chip.ici_bytes_per_second
+    between_slices = sum(c.bytes for c in outside) / chip.dcn_bytes_per_second
+    blocking = sum(c.blocking_bytes for c in inside) / chip.ici_bytes_per_second
     return Roofline(
         model=model,
         compute=model * repeated,
         hbm=state_bytes / chip.hbm_bytes_per_second,
-        network=_network_seconds(run, report, where),
+        network=max(inside_slice, between_slices),
+        blocking=blocking,
     )
-
-
-def _network_seconds(run: Run, report: Report, where: Slice) -> float:
-    chip = where.chip
-    sent = sum(collective.sent_bytes for collective in report.collectives)
-    inside_slice = sent / chip.ici_bytes_per_second
-    if where.num_slices == 1:
-        return inside_slice
-    # Each chip sends and receives its part of the gradients once over the slower network.
-    trained, _ = trainable.split(run.config, run.abstract.params)
-    gradients = sum(_device_bytes(p) for p in jax.tree.leaves(trained))
-    between_slices = 2 * gradients / chip.dcn_bytes_per_second
-    return max(inside_slice, between_slices)
 
 
 def print_report(config: Config, text: str, schedule: bool = False) -> bool:
@@ -226,14 +220,17 @@ def print_report(config: Config, text: str, schedule: bool = False) -> bool:
 def _compiled(run: Run, report: Report, where: Slice) -> list[str]:
     """Of a program that was compiled; it may still need more than a chip has."""
     choices = ", ".join(f"{c.op}: {c.implementation}" for c in dispatch.choices())
-    rows = [[c.kind, str(c.count), size(c.bytes)] for c in report.collectives]
+    rows = [
+        [c.kind, str(c.count), size(c.bytes), size(c.asynchronous_bytes)]
+        for c in report.collectives
+    ]
     bound = roofline(run, report, where)
     times = [f"{name} {time:.3f} s" for name, time in dataclasses.asdict(bound).items()]
     return [
         f"ops: {choices}",
         _memory(report, where.chip),
         "",
-        *table(["collective, a step and chip", "count", "bytes"], rows),
+        *table(["collective, a step and chip", "count", "bytes", "beside computing"], rows),
         "",
         f"roofline (public figures, not a measurement): {', '.join(times)}; "
         f"a step takes at least {bound.step:.3f} s, so MFU is at most {bound.mfu_bound:.0%}",

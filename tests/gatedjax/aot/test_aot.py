@@ -193,6 +193,31 @@ def test_collectives_in_a_loop_count_once_a_trip():
     assert found == {"all-reduce": loop, "reduce-scatter": loop, "all-gather": (1, 64 * 128 * 2)}
 
 
+STARTED = """
+%beside.1 (p: bf16[64,128]) -> bf16[8,128] {
+  %p = bf16[64,128]{1,0} parameter(0)
+  %rs = bf16[8,128]{1,0} reduce-scatter(%p), dimensions={0}, to_apply=%add
+}
+ENTRY %main.2 (a: f32[8,128]) -> f32[8,128] {
+  %rows = bf16[32,128]{1,0} copy(%a)
+  %room = bf16[4096,128]{1,0} broadcast(%zero)
+  %ragged = bf16[4096,128]{1,0} ragged-all-to-all(%rows, %room, %i, %j, %k, %l), channel_id=1
+  %one = (bf16[8,128]{1,0}, u32[]) async-start(%b), calls=%beside.1
+  %send = (bf16[4,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%x, %y), channel_id=3, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+}
+"""
+
+
+def test_collectives_beside_other_work_between_slices_and_ragged_ones():
+    found = {c.kind: (c.bytes, c.blocking_bytes) for c in hlo.collectives(STARTED)}
+    assert found == {
+        "reduce-scatter": (64 * 128 * 2, 0),
+        "ragged-all-to-all": (32 * 128 * 2, 32 * 128 * 2),
+        hlo.BETWEEN_SLICES: (4 * 8 * 128 * 2, 0),
+    }
+
+
 def test_an_all_reduce_sends_its_bytes_twice():
     assert hlo.Collective("all-reduce", 1, 100).sent_bytes == 200
     assert hlo.Collective("all-gather", 1, 100).sent_bytes == 100
