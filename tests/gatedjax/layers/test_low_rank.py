@@ -12,7 +12,7 @@ from tiny_run import plain, random_batch, tiny
 
 from gatedjax.config import LoRAConfig
 from gatedjax.layers import low_rank
-from gatedjax.layers.projection import Projection
+from gatedjax.layers.projection import Projection, Weights
 from gatedjax.layers.tree import flatten_dict, unflatten_dict
 from gatedjax.model import LanguageModel
 from gatedjax.training.optim import muon_dimensions
@@ -30,6 +30,31 @@ class Parent(nn.Module):
     @nn.compact
     def __call__(self, x):
         return Projection(self.inputs, self.outputs, 0.02, jnp.float32, name="p")(x)
+
+
+class Product(nn.Module):
+    """As `Parent`, by hand."""
+
+    inputs: dict
+    outputs: dict
+
+    @nn.compact
+    def __call__(self, x):
+        weights = Weights(self.inputs, self.outputs, 0.02, jnp.float32, name="p")()
+        return jnp.tensordot(x, weights, 1)
+
+
+def test_weights_are_those_of_the_projection():
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    axes = ({"rank": 4}, {"heads": 2, "head_dim": 3})
+    with low_rank.low_rank_updates(CONFIG):
+        params = Parent(*axes).init(jax.random.key(0), x)
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+            jnp.shape, Product(*axes).init(jax.random.key(0), x)
+        )
+        params = jax.tree.map(lambda p: p + 0.1, params)
+        projected = Parent(*axes).apply(params, x)
+        assert rel_rms(Product(*axes).apply(params, x), projected) < 1e-6
 
 
 def test_the_update_and_its_gradients_are_numpys():

@@ -5,16 +5,18 @@ absorbed form against the expanded one.
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import check_gradients, rel_rms, slow
 
-from gatedjax.config import MLAConfig
+from gatedjax.config import MeshConfig, MLAConfig
 from gatedjax.errors import InputError
 from gatedjax.layers import MLA
 from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
+from gatedjax.sharding import RULES, make_mesh
 
 B, T, M = 2, 9, 12
 X = np.random.default_rng(1).normal(size=(B, T, M)).astype(np.float32)
@@ -199,6 +201,32 @@ def test_packed_documents_equal_separate_ones():
         for first, end in itertools.pairwise(starts):
             alone = expected(module.config, params, X[:, first:end])
             assert rel_rms(y[:, first:end], alone) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(tensor=2, context=4), dict(tensor=4, data=2)])
+def test_eight_devices_equal_one(mesh):
+    """Values and gradients of packed rows, and of a prompt and a decoded token."""
+    config = MLAConfig(**BASE | VARIANTS["deepseek, ling's gate"] | dict(num_heads=4))
+    module = MLA(config, 0.5, 0.4, jnp.float32)
+    x = np.random.default_rng(3).normal(size=(2, 64, M)).astype(np.float32)
+    positions = jnp.broadcast_to(jnp.arange(64), (2, 64))
+    ids = jnp.asarray(np.arange(64) // 25 + np.arange(2)[:, None] + 1)
+    params = jax.jit(module.init)(jax.random.key(0), x[:, :2])["params"]
+
+    def loss(params, x):
+        y = module.apply({"params": params}, x, TokenInfo(positions, ids))
+        return (y**2).sum(), y
+
+    def run(x):
+        packed = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+        return packed, jax.jit(lambda x: decoded(module, params, x, (8, T)))(x[:, :T])
+
+    single = run(x)
+    with jax.set_mesh(make_mesh(MeshConfig(**mesh))), nn.logical_axis_rules(RULES):
+        many = run(x)
+    for one, other in zip(jax.tree.leaves(single), jax.tree.leaves(many)):
+        assert rel_rms(other, one) < 2e-5
 
 
 BAD = {
