@@ -10,7 +10,7 @@ import pytest
 from helpers import rel_rms
 from tiny_run import plain, random_batch, tiny
 
-from gatedjax.config import LoRAConfig
+from gatedjax.config import FrozenDict, LoRAConfig, MLAConfig
 from gatedjax.layers import low_rank
 from gatedjax.layers.projection import Projection, Weights
 from gatedjax.layers.tree import flatten_dict, unflatten_dict
@@ -139,6 +139,15 @@ def test_first_pass_and_merged_under_scan():
 def test_first_pass_and_merged_with_every_layer(scan):
     model = tiny(model__num_layers=4, model__scan_layers=scan).model
     check_first_pass_and_merged(model)
+
+
+@pytest.mark.slow
+def test_first_pass_and_merged_with_latent_attention():
+    """Its keys and values are made with the matrix itself."""
+    mla = MLAConfig(num_heads=2, kv_rank=8, q_rank=6, nope_dim=4, rope_dim=4, value_dim=8)
+    model = plain(model__num_layers=2).model
+    mixers = dict.fromkeys(model.mixers, mla)
+    check_first_pass_and_merged(dataclasses.replace(model, mixers=FrozenDict(mixers)))
 
 
 def test_muon_takes_a_and_b_as_matrices():
