@@ -227,6 +227,16 @@ def test_eight_devices_equal_one(mesh):
         assert rel_rms(other, one) < 2e-5
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_flops_are_those_of_the_matrices_and_of_mixing(name):
+    c = MLAConfig(**BASE | VARIANTS[name])
+    params = jax.eval_shape(MLA(c).init, jax.random.key(0), X)["params"]
+    matrices = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
+    seen = min(c.window or 10, 10)
+    mixing = 2 * c.num_heads * (c.nope_dim + c.rope_dim + c.value_dim) * seen
+    assert MLA(c).forward_flops_per_token(M, 20) == 2 * matrices + mixing
+
+
 BAD = {
     "rope_dim: got 3": dict(rope_dim=3),
     "sinks: got True": dict(sinks=True, normalizer="softpick"),
