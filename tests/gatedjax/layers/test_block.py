@@ -229,16 +229,23 @@ def test_layers_around_the_periods_are_layers_like_others(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full", "kernels"])
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_their_gradients_too(remat, scan_layers):
-    """With and without parts that the backward pass computes again; of the long period as well."""
-    params = made(AROUND)
-    changed = dataclasses.replace(AROUND, remat=remat, scan_layers=scan_layers)
-    actual, _ = gradients(params, changed)
-    expected, _ = gradients(in_one_period(AROUND, params), one_period(changed))
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        (AROUND, dict()),
+        (SMALL, dict(remat="full")),
+        (SMALL, dict(remat="kernels", scan_layers=False)),
+        (one_period(SMALL), dict(remat="full")),
+    ],
+    ids=["all", "computed again", "unrolled", "no period repeats"],
+)
+def test_their_gradients_too(config, changes):
+    """With and without parts that the backward pass computes again; beside one long period's."""
+    params = made(config)
+    actual, _ = gradients(params, dataclasses.replace(config, **changes))
+    expected, _ = gradients(in_one_period(config, params), one_period(config))
     for a, e in zip(
-        jax.tree.leaves(in_one_period(AROUND, actual)),
+        jax.tree.leaves(in_one_period(config, actual)),
         jax.tree.leaves(expected),
         strict=True,
     ):
