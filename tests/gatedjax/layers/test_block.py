@@ -31,8 +31,11 @@ from gatedjax.layers.mlp import MLP, GatedMLP
 from gatedjax.layers.moe.first_pass import weights_by_block
 from gatedjax.layers.moe.losses import load_metrics, router_losses
 from gatedjax.layers.moe.state import split, updated
+from gatedjax.layers.tree import flatten_dict
 from gatedjax.model import LanguageModel, init_caches
 from gatedjax.training.flops import forward_flops_per_token
+from gatedjax.training.optim import is_matrix
+from gatedjax.training.step import init_params, param_axes
 
 RNG = np.random.default_rng(0)
 KIMI = ModelConfig(
@@ -226,16 +229,23 @@ def test_layers_around_the_periods_are_layers_like_others(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full", "kernels"])
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_their_gradients_too(remat, scan_layers):
-    """With and without parts that the backward pass computes again; of the long period as well."""
-    params = made(AROUND)
-    changed = dataclasses.replace(AROUND, remat=remat, scan_layers=scan_layers)
-    actual, _ = gradients(params, changed)
-    expected, _ = gradients(in_one_period(AROUND, params), one_period(changed))
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        (AROUND, dict()),
+        (SMALL, dict(remat="full")),
+        (SMALL, dict(remat="kernels", scan_layers=False)),
+        (one_period(SMALL), dict(remat="full")),
+    ],
+    ids=["all", "computed again", "unrolled", "no period repeats"],
+)
+def test_their_gradients_too(config, changes):
+    """With and without parts that the backward pass computes again; beside one long period's."""
+    params = made(config)
+    actual, _ = gradients(params, dataclasses.replace(config, **changes))
+    expected, _ = gradients(in_one_period(config, params), one_period(config))
     for a, e in zip(
-        jax.tree.leaves(in_one_period(AROUND, actual)),
+        jax.tree.leaves(in_one_period(config, actual)),
         jax.tree.leaves(expected),
         strict=True,
     ):
@@ -272,6 +282,22 @@ def test_probes_have_the_numbers_of_layers():
     for name, layers in found.items():
         for layer, values in layers.items():
             np.testing.assert_allclose(values, expected[name][layer], rtol=1e-4, atol=1e-6)
+
+
+def test_biases_are_no_matrices_to_the_optimizer():
+    """They do not decay, and Muon leaves them to Adam; layers in no period have no axis of them."""
+    ffns = {
+        "mlp": GatedMLPConfig(hidden=12, bias=True),
+        "moe": dataclasses.replace(MOE, bias=True, latent=4, shared_hidden=8),
+    }
+    config = dataclasses.replace(SMALL, ffns=ffns, norm_kind="layer")
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    axes = flatten_dict(param_axes(boxed))
+    vectors = {path[-1] for path, of_one in axes.items() if not is_matrix(of_one)}
+    biases = {"bias", "gate_bias", "up_bias", "down_bias"}
+    assert vectors == biases | {"scale"}
+    assert {path[0] for path, of_one in axes.items() if "layers" in of_one} == {"periods"}
+    assert {path[0] for path in axes} >= {"prefix_0", "periods", "suffix_0"}
 
 
 # --- norms and single layers, in float64
