@@ -38,6 +38,7 @@ def get_config():
     c.optim.final_lr_fraction = 0.1
     c.train.steps = 30_000
     c.train.batch_size = 256
+    c.train.accumulation_steps = 2
     c.train.eval_every = 1000
     c.train.checkpoint_every = 1000
     return c

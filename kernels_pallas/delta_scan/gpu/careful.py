@@ -6,11 +6,14 @@ the rows of the batch go one by one, and the backward pass keeps the states befo
 and those inside of one block at a time.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.rows import row_by_row
 from kernels_pallas.delta_scan.gpu.plan import Inputs, Plan
 from kernels_pallas.delta_scan.inputs import DeltaStepOptions
 from kernels_pallas.delta_scan.reference import recurrence_in_blocks
@@ -54,12 +57,7 @@ def _scan(plan: Plan, x: Inputs) -> tuple[Array, Array]:
         state = varying_like(zeros, x.q)
 
     # A row at a time: its states are what takes the memory.
-    def of_row(row: Inputs) -> tuple[Array, Array]:
-        one = jax.tree.map(lambda array: array[None], row)
-        o, final_state = _scan_rows(plan, one)
-        return o[0], final_state[0]
-
-    return lax.map(jax.checkpoint(of_row), x._replace(state=state))
+    return row_by_row(jax.checkpoint(partial(_scan_rows, plan)), x._replace(state=state))
 
 
 def _scan_rows(plan: Plan, x: Inputs) -> tuple[Array, Array]:
