@@ -1,4 +1,4 @@
-"""The rows of a batch one at a time: for what runs seldom, where memory matters and time does not."""
+"""The rows of a batch one at a time: where memory matters and time does not."""
 
 from collections.abc import Callable
 
