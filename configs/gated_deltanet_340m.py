@@ -4,8 +4,8 @@
       --config.data.tokenizer=tokenizer.json --config.data.sources.main.kind=parquet \
       --config.data.sources.main.path=DIR
 
-Hardware: not run here; eight chips: on four TPU v5p its step takes 95.8 GiB of 88.5.
-Trained like configs/gla_340m.py.
+Hardware: not run here; eight chips. On four TPU v5p a step of the whole batch took 95.8 GiB of 88.5,
+so it is cut into two micro-batches. Trained like configs/gla_340m.py.
 """
 
 from gatedjax.config import config_dict, layer
