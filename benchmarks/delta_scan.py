@@ -9,7 +9,8 @@ For every shape, decay, chip and pass: model time of the kernels (plain XLA: of 
 the time that the compulsory bytes take, every input and output of the program moved once. Times are
 the schedule's replay, not measurements; `gatedjax/aot` says how far to trust them. The kernels'
 programs also hold a path for numbers that are not finite, which costs nothing where it is not
-taken and is no part of the times. Each row compiles in a process of its own, in a minute or more.
+taken and is no part of the times. Each row compiles in a process of its own, in a minute or more;
+rows that the JSON file has from these versions of what is installed are not made again.
 
 Errors are those of `delta_errors.py`, by emulation on a CPU: of o, for keys of these mean cosines,
 no decay and beta 1. tokamax demands decays above -5 a token and rounds its inverse to bfloat16.
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from delta_errors import PEERS, is_offered
 from linear_scan import array
-from report import installed_versions, parser, run_row, table, write_json
+from report import installed_versions, known_rows, parser, run_row, table, write_json
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
@@ -174,9 +175,10 @@ def main() -> None:
         return
     versions = {"libtpu": metadata.version("libtpu")} | installed_versions(PEERS.values())
     cosines = args.cosine.split(",")
+    known = known_rows(args.json, KEYS, versions)
+    rows = dict(known)
     errors: dict[tuple[str, str], dict] = {}
     lines = []
-    rows = []
     every_row = itertools.product(
         args.shape or SHAPES,
         args.decay.split(","),
@@ -188,15 +190,16 @@ def main() -> None:
         if not is_offered(op, decay, versions):
             continue
         row = (op, chip, shape, decay, pass_name)
-        found = run_row(__file__, *row)
-        if (op, decay) not in errors:
-            errors[op, decay] = errors_of(op, decay, cosines, args.tokens)
-        found["errors_of_o"] = errors[op, decay]
-        rows.append(dict(zip(KEYS, row)) | found)
-        lines.append(line(row, found, cosines))
+        if row not in known:
+            rows[row] = run_row(__file__, *row)
+            if (op, decay) not in errors:
+                errors[op, decay] = errors_of(op, decay, cosines, args.tokens)
+            rows[row]["errors_of_o"] = errors[op, decay]
+        lines.append(line(row, rows[row], cosines))
         print("  ".join(lines[-1]), file=sys.stderr, flush=True)
         if args.json:  # after every row: a long run may be cut short
-            write_json(args.json, {"rows": rows}, versions)
+            written = [dict(zip(KEYS, key)) | found for key, found in rows.items()]
+            write_json(args.json, {"rows": written}, versions)
     header = [*HEADER, *(f"error at {cosine}" for cosine in cosines)]
     print(table(header, lines))
 

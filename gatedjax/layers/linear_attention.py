@@ -19,14 +19,12 @@ from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import short_conv
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import RMSNorm
-from gatedjax.layers.on_mesh import scan_on_mesh
 from gatedjax.layers.parameters import parameter
-from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.layers.scan_or_step import scan_or_step
 from gatedjax.layers.step_size import log_decay_rate, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
-from kernels_pallas.linear_scan import linear_scan_step
 
 
 @struct.dataclass
@@ -109,13 +107,15 @@ class GatedLinearAttention(Mixer):
         log_decay, v = self._decay(x, v)
         if log_decay is not None:
             record(self, "log_decay", log_decay)
-        o, state = self._scan(
+        o, state = scan_or_step(
             q,
             k,
             v,
             log_decay,
-            info,
-            cache,
+            info.segment_ids,
+            None if cache is None else cache.state,
+            normalize=c.normalize,
+            chunk_size=c.chunk_size,
         )
         # Normed head by head: the state grows and shrinks with the decay, and its output with it.
         o = RMSNorm(
@@ -228,51 +228,6 @@ class GatedLinearAttention(Mixer):
         gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
         record(self, "gates", gates)
         return (o.astype(jnp.float32) * gates).astype(o.dtype)
-
-    def _scan(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        log_decay: Array | None,
-        info: TokenInfo,
-        cache: ScanCache | None,
-    ) -> tuple[Array, Array | None]:
-        """The output of every token, and the state after the last one if there is a cache."""
-        c = self.config
-        segment_ids = info.segment_ids
-        state = None if cache is None else cache.state
-        if state is not None and segment_ids is not None:
-            k, v, log_decay, state, segment_ids = past_padding(
-                k,
-                v,
-                log_decay,
-                state,
-                segment_ids,
-            )
-        if state is not None and q.shape[1] == 1:
-            # A decay of tokens has a time axis; RetNet's constant [H] has none.
-            has_time = log_decay is not None and log_decay.ndim > 1
-            log_decay = log_decay[:, 0] if has_time else log_decay
-            o, state = linear_scan_step(
-                q[:, 0],
-                k[:, 0],
-                v[:, 0],
-                state,
-                log_decay,
-                normalize=c.normalize,
-            )
-            return o[:, None], state
-        return scan_on_mesh(
-            q,
-            k,
-            v,
-            log_decay,
-            segment_ids,
-            state,
-            normalize=c.normalize,
-            chunk_size=c.chunk_size,
-        )
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> ScanCache:

@@ -17,15 +17,13 @@ from gatedjax.config import Mamba2Config
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import short_conv
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.on_mesh import scan_on_mesh
 from gatedjax.layers.parameters import parameter
-from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
+from gatedjax.layers.scan_or_step import scan_or_step
 from gatedjax.layers.step_size import log_decay_rate, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import parts
 from kernels_pallas.common.heads import repeat_heads
-from kernels_pallas.linear_scan import linear_scan_step
 
 
 @struct.dataclass
@@ -113,7 +111,21 @@ class Mamba2(Mixer):
             init=nn.initializers.ones,
         )
         written = (v * dt[..., None]).astype(v.dtype)
-        o, state = self._scan(q, k, written, log_decay, info, cache)
+        # The scan has a state for each query head, so the heads of a group get C each.
+        q = repeat_heads(q, c.num_heads)
+        if c.num_groups > 1 and parts("heads") > 1:
+            # A device with some of the heads could not tell whose B is whose.
+            k = repeat_heads(k, c.num_heads)
+        o, state = scan_or_step(
+            q,
+            k,
+            written,
+            log_decay,
+            info.segment_ids,
+            None if cache is None else cache.state,
+            scale=1.0,
+            chunk_size=c.chunk_size,
+        )
         # What a token gets of itself past the state: D x.
         o = o.astype(jnp.float32) + skip[:, None] * v.astype(jnp.float32)
         o = self._gated_and_normed(o.astype(v.dtype), z)
@@ -159,54 +171,6 @@ class Mamba2(Mixer):
             init=nn.initializers.ones,
         )
         return gated_group_norm(o, gates, scale, c.num_groups, self.norm_eps)
-
-    def _scan(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        log_decay: Array | None,
-        info: TokenInfo,
-        cache: Mamba2Cache | None,
-    ) -> tuple[Array, Array | None]:
-        """The output of every token, and the state after the last one if there is a cache."""
-        c = self.config
-        segment_ids = info.segment_ids
-        state = None if cache is None else cache.state
-        # The scan has a state for each query head, so the heads of a group get C each.
-        q = repeat_heads(q, c.num_heads)
-        if c.num_groups > 1 and parts("heads") > 1:
-            # A device with some of the heads could not tell whose B is whose.
-            k = repeat_heads(k, c.num_heads)
-        if state is not None and segment_ids is not None:
-            k, v, log_decay, state, segment_ids = past_padding(
-                k,
-                v,
-                log_decay,
-                state,
-                segment_ids,
-            )
-        assert log_decay is not None
-        if state is not None and q.shape[1] == 1:
-            o, state = linear_scan_step(
-                q[:, 0],
-                k[:, 0],
-                v[:, 0],
-                state,
-                log_decay[:, 0],
-                scale=1.0,
-            )
-            return o[:, None], state
-        return scan_on_mesh(
-            q,
-            k,
-            v,
-            log_decay,
-            segment_ids,
-            state,
-            scale=1.0,
-            chunk_size=c.chunk_size,
-        )
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Mamba2Cache:

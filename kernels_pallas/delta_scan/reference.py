@@ -108,3 +108,39 @@ def recurrence(
     tokens = jax.tree.map(time_first, (tuple(arrays), starts))
     final_state, o = jax.lax.scan(step, state, tokens)
     return jnp.moveaxis(o, 0, 1), final_state
+
+
+def recurrence_in_blocks(
+    arrays: Sequence[Array | None],
+    starts: Bool[Array, "B T"] | None,
+    state: Float[Array, "B H K V"],
+    options: DeltaStepOptions,
+    block_length: int,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """`recurrence` with another backward pass: states before blocks of tokens are kept, and those
+    inside of one block at a time. Every program with a fast path has this beside it, for numbers
+    that are not finite; the memory for it is set aside whether it is used or not.
+
+    Args:
+      arrays, starts, state, options: of `recurrence`.
+      block_length: tokens in a block; divides T.
+
+    Returns:
+      As `recurrence`.
+    """
+
+    def block(state, tokens):
+        block_arrays, block_starts = tokens
+        o, new_state = recurrence(block_arrays, block_starts, state, options)
+        return new_state, o
+
+    def in_blocks(x: Array) -> Array:
+        """[B, T, ...] -> [blocks, B, block_length, ...]."""
+        blocks = x.reshape(x.shape[0], -1, block_length, *x.shape[2:])
+        return jnp.moveaxis(blocks, 1, 0)
+
+    tokens = jax.tree.map(in_blocks, (tuple(arrays), starts))
+    final_state, o = jax.lax.scan(jax.checkpoint(block), state, tokens)
+    # [blocks, B, block_length, H, V] -> [B, T, H, V]
+    o = jnp.moveaxis(o, 0, 1)
+    return o.reshape(o.shape[0], -1, *o.shape[3:]), final_state

@@ -14,6 +14,7 @@ import kernels_pallas.ops
 from kernels_pallas.common.mesh import _sizes_within
 from kernels_pallas.common.padding import padded, padded_to_multiples, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
+from kernels_pallas.common.rows import row_by_row
 
 
 def test_packages_of_ops_are_not_hidden_by_their_functions():
@@ -53,3 +54,23 @@ def test_rows_of_groups_on_each_device(sizes):
     ends = np.minimum(np.cumsum(sizes), 12)
     np.testing.assert_array_equal(sum(parts), np.diff(ends, prepend=0))
     assert all(int(part.sum()) <= 3 for part in parts)
+
+
+def test_rows_one_at_a_time():
+    """Values and gradients of all rows, with arrays that are absent, and never two rows at once."""
+
+    def compute(rows):
+        x, absent = rows
+        assert x.shape[0] == 1
+        return x * jnp.cumsum(x, axis=1), absent
+
+    x = jnp.arange(6.0).reshape(3, 2)
+
+    def total(x):
+        products, absent = row_by_row(compute, (x, None))
+        assert absent is None
+        return jnp.sum(products * products)
+
+    np.testing.assert_array_equal(row_by_row(compute, (x, None))[0], x * jnp.cumsum(x, axis=1))
+    expected = jax.grad(lambda x: jnp.sum((x * jnp.cumsum(x, axis=1)) ** 2))(x)
+    np.testing.assert_allclose(jax.grad(total)(x), expected)

@@ -6,14 +6,17 @@ the rows of the batch go one by one, and the backward pass keeps the states befo
 and those inside of one block at a time.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.rows import row_by_row
 from kernels_pallas.delta_scan.gpu.plan import Inputs, Plan
 from kernels_pallas.delta_scan.inputs import DeltaStepOptions
-from kernels_pallas.delta_scan.reference import recurrence
+from kernels_pallas.delta_scan.reference import recurrence_in_blocks
 
 
 def outputs(
@@ -54,29 +57,12 @@ def _scan(plan: Plan, x: Inputs) -> tuple[Array, Array]:
         state = varying_like(zeros, x.q)
 
     # A row at a time: its states are what takes the memory.
-    def of_row(row: Inputs) -> tuple[Array, Array]:
-        one = jax.tree.map(lambda array: array[None], row)
-        o, final_state = _scan_rows(plan, one)
-        return o[0], final_state[0]
-
-    return lax.map(jax.checkpoint(of_row), x._replace(state=state))
+    return row_by_row(jax.checkpoint(partial(_scan_rows, plan)), x._replace(state=state))
 
 
 def _scan_rows(plan: Plan, x: Inputs) -> tuple[Array, Array]:
     """(o, final state) of some rows of the batch."""
     options = DeltaStepOptions(scale=plan.scale, l2_norm=plan.l2_norm)
-
-    def block(state: Array, tokens: tuple) -> tuple[Array, Array]:
-        *arrays, starts = tokens
-        # 1 where the state is reset.
-        is_start = None if starts is None else starts > 0
-        o, new_state = recurrence(arrays, is_start, state, options)
-        return new_state, o.astype(plan.out_dtype)
-
-    def in_blocks(rows: Array) -> Array:
-        """[B, T, ...] -> [blocks, B, chunk, ...]."""
-        blocks = rows.reshape(rows.shape[0], plan.chunks, plan.chunk, *rows.shape[2:])
-        return jnp.moveaxis(blocks, 1, 0)
 
     def tokens_first(rows: Array | None) -> Array | None:
         """[B, H, T] -> [B, T, H]."""
@@ -84,10 +70,9 @@ def _scan_rows(plan: Plan, x: Inputs) -> tuple[Array, Array]:
 
     logs = x.logs if plan.decay == "vector" else tokens_first(x.logs)
     # In the order of `DeltaStepInputs`.
-    arrays = (x.q, x.k, x.v, tokens_first(x.beta), logs, x.erase, x.write, x.starts)
+    arrays = (x.q, x.k, x.v, tokens_first(x.beta), logs, x.erase, x.write)
+    # 1 where the state is reset.
+    starts = None if x.starts is None else x.starts > 0
     assert x.state is not None
-    tokens = jax.tree.map(in_blocks, arrays)
-    final_state, o = lax.scan(jax.checkpoint(block), x.state, tokens)
-    # [blocks, B, chunk, H, V] -> [B, T, H, V]
-    o = jnp.moveaxis(o, 0, 1)
-    return o.reshape(o.shape[0], plan.T, *o.shape[3:]), final_state
+    o, final_state = recurrence_in_blocks(arrays, starts, x.state, options, plan.chunk)
+    return o.astype(plan.out_dtype), final_state

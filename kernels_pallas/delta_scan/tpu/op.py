@@ -28,6 +28,7 @@ from kernels_pallas.common.finite import any_counted
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
+from kernels_pallas.common.rows import row_by_row
 from kernels_pallas.common.tpu import interpret_params
 from kernels_pallas.delta_scan import xla
 from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
@@ -347,7 +348,11 @@ def _checked[Tree](flags: Array, results: Tree, careful: Callable[[], Tree]) -> 
 
 
 def _by_xla(plan: Plan, x: Views) -> tuple[Array, Array | None]:
-    """As `_scan`, by the XLA path."""
+    """As `_scan`, by the XLA path, a row at a time: every program sets aside the memory for it."""
+    return row_by_row(partial(_rows_by_xla, plan), x)
+
+
+def _rows_by_xla(plan: Plan, x: Views) -> tuple[Array, Array | None]:
     B = x.q.shape[0]
 
     def heads(view: Array | None, D: int) -> Array | None:
@@ -391,13 +396,18 @@ def _by_xla(plan: Plan, x: Views) -> tuple[Array, Array | None]:
     return o, jnp.swapaxes(final_state, 2, 3)
 
 
-def _gradient_by_xla(plan: Plan, x: Views, cotangents) -> Views:
-    """The cotangents of `x`, by the XLA path."""
-    starts = x.starts
+def _gradient_by_xla(plan: Plan, x: Views, cotangents: tuple[Array, Array | None]) -> Views:
+    """The cotangents of `x`, likewise."""
 
-    def run(floats: Views):
-        return _by_xla(plan, floats._replace(starts=starts))
+    def of_rows(rows: tuple[Views, tuple[Array, Array | None]]) -> Views:
+        x, cotangents = rows
+        starts = x.starts
 
-    _, vjp = jax.vjp(run, x._replace(starts=None))
-    (dx,) = vjp(cotangents)
-    return dx
+        def run(floats: Views) -> tuple[Array, Array | None]:
+            return _rows_by_xla(plan, floats._replace(starts=starts))
+
+        _, vjp = jax.vjp(run, x._replace(starts=None))
+        (dx,) = vjp(cotangents)
+        return dx
+
+    return row_by_row(of_rows, (x, cotangents))

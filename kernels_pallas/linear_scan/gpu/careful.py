@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.rows import row_by_row
 from kernels_pallas.linear_scan.gpu.plan import Inputs, Plan
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 from kernels_pallas.linear_scan.reference import linear_scan_step
@@ -95,13 +96,12 @@ def _scan(
         zeros = jnp.zeros((B, plan.H, plan.K, plan.V), jnp.float32)
         state = varying_like(zeros, x.q)
 
-    def of_row(row: tuple[_Floats, Array | None]) -> tuple[Array, Array]:
-        row_floats, starts = jax.tree.map(lambda array: array[None], row)
-        o, final_state = _scan_rows(plan, row_floats._replace(bonus=floats.bonus), starts)
-        return o[0], final_state[0]
+    def of_rows(rows: tuple[_Floats, Array | None]) -> tuple[Array, Array]:
+        row_floats, starts = rows
+        return _scan_rows(plan, row_floats._replace(bonus=floats.bonus), starts)
 
     rows = floats._replace(logs=logs, state=state, bonus=None)
-    return lax.map(jax.checkpoint(of_row), (rows, x.starts))
+    return row_by_row(jax.checkpoint(of_rows), (rows, x.starts))
 
 
 def _scan_rows(

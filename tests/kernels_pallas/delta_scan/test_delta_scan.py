@@ -23,7 +23,8 @@ from helpers import rel_rms, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.delta_scan import tile
+from kernels_pallas.delta_scan import reference, tile
+from kernels_pallas.delta_scan.inputs import DeltaStepInputs, DeltaStepOptions
 from kernels_pallas.ops import (
     delta_product_scan,
     delta_scan,
@@ -228,6 +229,28 @@ def test_memory_is_linear_in_length():
         return jax.jit(grad).lower(x).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(2048) < 5 * temporaries(512)
+
+
+def test_token_by_token_keeps_few_states():
+    """What every program sets aside for numbers that are not finite, used or not."""
+    B, T, H, K, V = 1, 64, 1, 4, 4
+    tokens = jax.eval_shape(lambda: _float32(make(B=B, T=T, H=H, K=K, V=V)))
+    state = tokens.pop("initial_state")
+    options = DeltaStepOptions(scale=1.0, l2_norm=False)
+    arrays = [tokens.get(name) for name in DeltaStepInputs._fields[:7]]
+
+    def largest_kept(recurrence, *block):
+        def pullback(arrays, state):
+            _, vjp = jax.vjp(
+                lambda *x: recurrence(x[0], None, x[1], options, *block), arrays, state
+            )
+            return vjp
+
+        return max(kept.size for kept in jax.tree.leaves(jax.eval_shape(pullback, arrays, state)))
+
+    assert largest_kept(reference.recurrence) == T * B * H * K * V
+    # The inputs, and a state before each block of 16 tokens.
+    assert largest_kept(reference.recurrence_in_blocks, 16) == T * B * H * max(K, V)
 
 
 # --- rules of several steps a token

@@ -1,0 +1,65 @@
+"""What mixers on `linear_scan` do with their tokens: a scan, or one step of decoding."""
+
+from jax import Array
+from jaxtyping import Float
+
+from gatedjax.layers.on_mesh import scan_on_mesh
+from gatedjax.layers.past_padding import past_padding
+from kernels_pallas.linear_scan import linear_scan_step
+
+
+def scan_or_step(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hv V"],
+    log_decay: Float[Array, "..."] | None,
+    segment_ids: Array | None,
+    state: Float[Array, "B H K _"] | None,
+    *,
+    chunk_size: int | None,
+    scale: float | None = None,
+    normalize: bool = False,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K _"] | None]:
+    """The output of every token, and the state after the last one if one was given.
+
+    Args:
+      q, k, v, log_decay, segment_ids: as `kernels_pallas.linear_scan`.
+      state: of a cache, before the first token. With it a single token is one step of decoding, and
+        padding at the end of a row leaves its state as it is.
+      chunk_size, scale, normalize: static arguments of the scan.
+
+    Returns:
+      (o, the state or None).
+    """
+    if state is not None and segment_ids is not None:
+        k, v, log_decay, state, segment_ids = past_padding(
+            k,
+            v,
+            log_decay,
+            state,
+            segment_ids,
+        )
+    if state is not None and q.shape[1] == 1:
+        # A decay of tokens has a time axis; RetNet's constant [H] has none.
+        has_time = log_decay is not None and log_decay.ndim > 1
+        o, state = linear_scan_step(
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            state,
+            log_decay[:, 0] if has_time else log_decay,
+            scale=scale,
+            normalize=normalize,
+        )
+        return o[:, None], state
+    return scan_on_mesh(
+        q,
+        k,
+        v,
+        log_decay,
+        segment_ids,
+        state,
+        scale=scale,
+        normalize=normalize,
+        chunk_size=chunk_size,
+    )
