@@ -77,6 +77,10 @@ class Corpus:
         tokens = TokenFile(self.path / f"{split}.tokens", self.dtype, length)
         return tokens, ends
 
+    def text_hashes(self) -> dict[str, str]:
+        """What tells the text from another, by split."""
+        return {split: info.sha256 for split, info in self.splits.items()}
+
     def document_hashes(self) -> UInt64[np.ndarray, "documents"]:
         """The `splits.content_hash` of every document, in order."""
         return np.load(self.path / "documents.npy", allow_pickle=False)

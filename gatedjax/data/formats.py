@@ -141,7 +141,7 @@ def _zstandard() -> ModuleType:
     try:
         return importlib.import_module("compression.zstd")
     except ImportError:
-        return _optional("backports.zstd", "jsonl in .zst files")
+        return optional_module("backports.zstd", "jsonl in .zst files")
 
 
 def _map_bytes(path: Path) -> UInt8[np.ndarray, "bytes"]:
@@ -179,7 +179,7 @@ class ParquetFile:
     """One document per row, the string column `field`."""
 
     def __init__(self, path: Path, field: str):
-        parquet = _optional("pyarrow.parquet", "parquet")
+        parquet = optional_module("pyarrow.parquet", "parquet")
         try:
             self._file = parquet.ParquetFile(path, memory_map=True)
         except Exception as e:  # pyarrow raises its own tree of errors
@@ -203,7 +203,7 @@ class ArrayRecordFile:
     """One document per record: a JSON object with `field`, or with `field = ""` the text itself."""
 
     def __init__(self, path: Path, field: str):
-        module = _optional("array_record.python.array_record_module", "array_record")
+        module = optional_module("array_record.python.array_record_module", "array_record")
         self._reader = module.ArrayRecordReader(str(path))
         if not self._reader.ok():
             raise InputError(f"{path}: not an ArrayRecord file")
@@ -234,7 +234,7 @@ class SavedDataset:
     """A Dataset of Hugging Face `datasets`, of `save_to_disk`: the string column `field`."""
 
     def __init__(self, path: Path, field: str):
-        datasets = _optional("datasets", "hf_disk")
+        datasets = optional_module("datasets", "hf_disk")
         _require_own_files(path)
         try:
             self._dataset = datasets.load_from_disk(str(path))
@@ -293,7 +293,7 @@ def one_line(error: BaseException) -> str:
 
 def _texts_of_rows(rows: Iterable[Any], field: str, path: Path) -> Iterator[str]:
     for i, value in enumerate(rows):
-        yield _require_text(value, field, f"{path}, row {i}")
+        yield require_string(value, field, f"{path}, row {i}")
 
 
 def _json_text(
@@ -326,10 +326,11 @@ def _json_text(
         )
     if field not in record:
         raise InputError(f"{where}: no field {field!r}; it has {', '.join(record)}")
-    return _require_text(record[field], field, where)
+    return require_string(record[field], field, where)
 
 
-def _require_text(value: Any, field: str, where: str) -> str:
+def require_string(value: Any, field: str, where: str) -> str:
+    """A document; InputError if the field of a record or a row holds something else."""
     if not isinstance(value, str):
         kind = type(value).__name__
         raise InputError(f"{where}: field {field!r} holds {kind}, expected a string")
@@ -341,7 +342,7 @@ def _require_column(field: str, columns: list[str], path: Path) -> None:
         raise InputError(f"{path}: no field {field!r}; it has {', '.join(columns)}")
 
 
-def _optional(module: str, kind: str) -> ModuleType:
+def optional_module(module: str, kind: str) -> ModuleType:
     """A module of an optional library, imported when the first file of its kind is opened."""
     try:
         # A non-empty fromlist makes __import__ return the submodule, not its package.

@@ -203,7 +203,7 @@ def _write(
                 continue
             if not text:
                 continue  # an empty document has nothing to predict
-            text, data = _utf8(text)
+            text, data = utf8(text)
             digest.update(data + b"\0")
             hashes.append(content_hash(data))
             for split, part, part_data in splitter.parts(text, data):
@@ -313,7 +313,7 @@ class _SplitWriter:
         self._pending_characters = 0
 
 
-def _utf8(text: str) -> tuple[str, bytes]:
+def utf8(text: str) -> tuple[str, bytes]:
     """The text and its UTF-8 bytes.
 
     A lone surrogate, which JSON can spell and UTF-8 cannot, becomes "?".

@@ -24,7 +24,7 @@ LARGEST_TOKENIZER_FILE = 1 << 28
 
 FILE_NAME = "tokenizer.json"
 # REPOSITORY or OWNER/REPOSITORY.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # The usual names of the token that ends a document; the first one that a file has is taken.
 EOS_NAMES = (
@@ -162,7 +162,7 @@ def _bytes_of_file(spec: str) -> bytes:
     path = expand(spec, "tokenizer")
     if path.is_dir():
         path = path / FILE_NAME
-    elif not path.exists() and _HUB_NAME.fullmatch(spec):
+    elif not path.exists() and HUB_NAME.fullmatch(spec):
         path = _downloaded(spec)
     try:
         return read_plain(path, LARGEST_TOKENIZER_FILE)

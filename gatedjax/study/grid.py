@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gatedjax.config import Config, to_dict
+from gatedjax.config import Config, SourceConfig, to_dict
 from gatedjax.data.recall import RecallConfig
 
 # Keys that the configuration was given after results had been recorded. A run that leaves them at
@@ -24,6 +24,8 @@ ADDED_LATER = (
     ("train", "init_rename"),
     ("train", "init_fresh"),
 )
+# Likewise, of each source.
+ADDED_TO_SOURCES = ("stream",)
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
 Label = str | int | float
@@ -106,4 +108,9 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
     for group, key in ADDED_LATER:
         if values[group][key] == defaults[group][key]:
             del values[group][key]
+    of_source = to_dict(SourceConfig())
+    for source in values["data"]["sources"].values():
+        for key in ADDED_TO_SOURCES:
+            if source[key] == of_source[key]:
+                del source[key]
     return values

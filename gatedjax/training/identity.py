@@ -1,8 +1,9 @@
 """What a run was trained on: its text and its tokenizer, saved with it and compared later.
 
 A checkpoint holds the tokenizer's fingerprint and, for each source, the hashes of its training and
-its validation text. Paths are no part of it: the same content elsewhere is the same data. The
-tokenizer itself travels with the run, as `tokenizer.json` in its directory.
+its validation text; of a stream, of the training documents at its beginning. Paths are no part of
+it: the same content elsewhere is the same data. The tokenizer itself travels with the run, as
+`tokenizer.json` in its directory.
 """
 
 import os
@@ -28,7 +29,7 @@ def identity_of(data: DataConfig, tokenizer: Tokenizer) -> Identity:
     """What this configuration trains on, as a checkpoint holds it."""
     sources = {}
     for name, corpus in corpora(data).items():
-        sources[name] = {split: info.sha256 for split, info in corpus.splits.items()}
+        sources[name] = corpus.text_hashes()
     return {"tokenizer": tokenizer.fingerprint, "sources": sources}
 
 
