@@ -65,6 +65,7 @@ def main(_) -> None:
         )
     tokenizer = load_tokenizer(run.config.data.tokenizer, run.config.data.end_of_document)
     identity.keep_tokenizer(workdir, tokenizer)
+    identity.keep_chat_template(workdir, run.config.data)
     say(f"{len(projections)} projections merged: step {step} of {checkpoint} is now in {workdir}")
 
 

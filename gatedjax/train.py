@@ -204,6 +204,7 @@ def train(
             start = restored.step
             position = where_to_go_on(run, restored, data)
         identity.keep_tokenizer(workdir, tokenizer)
+        identity.keep_chat_template(workdir, run.config.data)
         keep_record(workdir, config, step=start, devices=describe(run), data=data)
         if jax.process_index() == 0:
             log_file.open(workdir)

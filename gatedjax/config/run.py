@@ -247,15 +247,23 @@ class StreamConfig(Checked):
 class SourceConfig(Checked):
     """One source of text."""
 
-    # hf: read by the datasets library, streaming
-    kind: Literal["python_stdlib", "text", "jsonl", "parquet", "array_record", "hf_disk", "hf"] = (
-        "python_stdlib"
-    )
+    # hf: read by the datasets library, streaming. chat: JSON lines of messages, to learn answers
+    kind: Literal[
+        "python_stdlib",
+        "text",
+        "jsonl",
+        "parquet",
+        "array_record",
+        "hf_disk",
+        "hf",
+        "chat",
+    ] = "python_stdlib"
     # a folder or file, for hf a name on the Hugging Face hub too; the standard library needs none
     path: str = ""
     # of kind hf
     stream: StreamConfig = field(default_factory=StreamConfig)
-    # of a JSON record or a table; "" for an ArrayRecord of plain text
+    # of a JSON record or a table; "" for an ArrayRecord of plain text. Messages of kind chat are
+    # found under messages or conversations, too.
     field: str = "text"
     # how often it is drawn from, relative to the other sources
     weight: Positive = 1.0
@@ -283,6 +291,11 @@ class DataConfig(Checked):
     tokenizer: str = "bytes"
     # the tokenizer's token for it; "": the first of the usual names that it has
     end_of_document: str = ""
+    # of sources of kind chat: a .jinja file, a tokenizer_config.json or its folder; "": what is
+    # beside the tokenizer's file
+    chat_template: str = ""
+    # which answers of a conversation are learned
+    chat_answers: Literal["all", "last"] = "all"
     seq_len: Annotated[int, Range(2, LARGEST_SIZE)] = 256
     # 1 holds out every document: there is nothing left to train on, and all of it to evaluate.
     # Sources of kind hf hold out stream.validation_documents instead.

@@ -4,7 +4,7 @@ import gzip
 import importlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +21,9 @@ LARGEST_DOCUMENT = 1 << 31
 # Of a saved Dataset's state.json, which lists its files.
 LARGEST_LISTING = 1 << 28
 READ_ROWS = 1024  # rows or records that are held in memory at a time
+
+# Of a line, a field and a name for the line.
+ParseLine = Callable[[bytes, str, str], str]
 
 
 @runtime_checkable
@@ -57,16 +60,18 @@ class TextFile:
 class JsonLines:
     """A JSON object per line, the document under `field`. Blank lines are skipped.
 
-    Random access works by an index of line offsets.
+    Random access works by an index of line offsets. `parse` makes the document of a line, given
+    the field and a name for the line.
 
     Raises:
       InputError: naming file and line, where a line is not a JSON object with a string under
         `field`.
     """
 
-    def __init__(self, path: Path, field: str):
+    def __init__(self, path: Path, field: str, parse: ParseLine | None = None):
         self.path = path
         self.field = field
+        self._parse = parse or _json_text
         self._bytes = _map_bytes(path)
         # Every line ends before its line break; a last line may lack one.
         breaks = _line_breaks(self._bytes)
@@ -86,7 +91,7 @@ class JsonLines:
         if size > LARGEST_DOCUMENT:
             raise InputError(f"{where}: {size:,} bytes, expected at most {LARGEST_DOCUMENT:,}")
         line = self._bytes[self._starts[i] : self._ends[i]].tobytes()
-        return _json_text(line, self.field, where)
+        return self._parse(line, self.field, where)
 
     def __iter__(self) -> Iterator[str | None]:
         return (self[i] for i in range(len(self)))
@@ -98,9 +103,10 @@ class CompressedJsonLines:
     It is read from its beginning, twice: once to count its documents.
     """
 
-    def __init__(self, path: Path, field: str):
+    def __init__(self, path: Path, field: str, parse: ParseLine | None = None):
         self.path = path
         self.field = field
+        self._parse = parse or _json_text
         self._module: ModuleType = gzip
         # EOFError where the file was cut short; the others where it is damaged or something else.
         self._damage = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -114,7 +120,7 @@ class CompressedJsonLines:
 
     def __iter__(self) -> Iterator[str | None]:
         for number, line in self._lines():
-            yield _json_text(line, self.field, f"{self.path}, line {number}")
+            yield self._parse(line, self.field, f"{self.path}, line {number}")
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Line number and text of the lines that are not blank."""
@@ -316,17 +322,39 @@ def _json_text(
     Raises:
       InputError: not JSON, not an object, no such field, or not a string.
     """
+    record = json_object(line, where, f" with field {field!r}{hint}", hint)
+    if field not in record:
+        raise InputError(f"{where}: no field {field!r}; it has {', '.join(record)}")
+    return require_string(record[field], field, where)
+
+
+def json_object(
+    line: bytes,
+    where: str,
+    expected: str = "",
+    hint: str = "",
+) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Args:
+      line: its UTF-8 text.
+      where: file and line, for the message.
+      expected: of the object, appended to the message where the line is another value.
+      hint: what else the user may have meant, appended where it is none.
+
+    Returns:
+      The object.
+
+    Raises:
+      InputError: not JSON, or not an object.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: not JSON ({one_line(e)}){hint}") from None
     if not isinstance(record, dict):
-        raise InputError(
-            f"{where}: got {type(record).__name__}, expected an object with field {field!r}{hint}"
-        )
-    if field not in record:
-        raise InputError(f"{where}: no field {field!r}; it has {', '.join(record)}")
-    return require_string(record[field], field, where)
+        raise InputError(f"{where}: got {type(record).__name__}, expected an object{expected}")
+    return record
 
 
 def require_string(value: Any, field: str, where: str) -> str:

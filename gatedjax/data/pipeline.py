@@ -20,19 +20,23 @@ from typing import Any, Literal, overload
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Int, Integer
 
 from gatedjax.config import DataConfig
+from gatedjax.data import chat
 from gatedjax.data.batch import Batch, cut_window, empty_row, num_windows, stack_rows
+from gatedjax.data.chat_template import load_chat_template
 from gatedjax.data.corpus import Corpus
+from gatedjax.data.encoders import Encoder, TextEncoder
 from gatedjax.data.sources import open_source
 from gatedjax.data.splits import SPLITS, Split, side_of
 from gatedjax.data.streaming import KIND as STREAMING
 from gatedjax.data.streaming import State, StreamedCorpus, StreamReader, streamed_corpus
 from gatedjax.data.token_cache import tokenize
 from gatedjax.data.token_file import TokenFile
-from gatedjax.data.tokenizer import load_tokenizer
-from gatedjax.errors import InputError
+from gatedjax.data.tokenizer import Tokenizer, load_tokenizer
+from gatedjax.errors import InputError, printable
 from gatedjax.paths import expand
 
 # One order for all runs: the first batches are a fair sample, the same in each run.
@@ -222,6 +226,7 @@ def corpora(cfg: DataConfig) -> dict[str, AnyCorpus]:
         if not 0 < source.weight < math.inf:
             raise InputError(f"sources.{name}.weight: got {source.weight!r}, expected above 0")
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.end_of_document)
+    encoders = _encoders(cfg, tokenizer)
     cache_dir = _cache_dir(cfg)
     # A bad source is found before the first one is tokenized, which takes time.
     streams = {}
@@ -235,13 +240,27 @@ def corpora(cfg: DataConfig) -> dict[str, AnyCorpus]:
     for name, source in sources.items():
         tokenized[name] = tokenize(
             source,
-            tokenizer,
+            encoders.get(source.kind, encoders["text"]),
             cfg.validation_fraction,
             cache_dir,
         )
     _require_disjoint(tokenized, cfg.validation_fraction)
     together = tokenized | streams
     return {name: together[name] for name in configs}
+
+
+def _encoders(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, Encoder]:
+    """What makes tokens of the documents: of texts, and of conversations if there are some."""
+    encoders: dict[str, Encoder] = {"text": TextEncoder(tokenizer)}
+    if has_chat(cfg):
+        template = load_chat_template(cfg.tokenizer, cfg.chat_template)
+        encoders[chat.KIND] = chat.ChatEncoder(tokenizer, template, cfg.chat_answers)
+    return encoders
+
+
+def has_chat(cfg: DataConfig) -> bool:
+    """Whether there are conversations among the sources."""
+    return any(source.kind == chat.KIND for source in cfg.sources.values())
 
 
 def _require_disjoint(corpora: Mapping[str, Corpus], validation_fraction: float) -> None:
@@ -358,9 +377,21 @@ def make_dataset(
     return Block(order, batch_size, rows, cfg.seq_len)
 
 
-def _windows(corpus: AnyCorpus, split: Split, seq_len: int) -> Windows:
+def _windows(corpus: AnyCorpus, split: Split, seq_len: int) -> grain.MapDataset[Batch]:
+    """The rows of a source: windows of its stream, or packed conversations."""
     tokens, document_ends = corpus.stream(split)
-    return Windows(tokens, document_ends, seq_len)
+    if corpus.kind != chat.KIND:
+        return Windows(tokens, document_ends, seq_len)
+    rows = chat.Conversations(tokens, document_ends, seq_len)
+    if rows.cut:
+        logging.warning(
+            "%s",
+            printable(
+                f"sources.{corpus.name}: {rows.cut:,} of {len(document_ends):,} conversations for "
+                f"{split} are longer than data.seq_len = {seq_len}, and are cut"
+            ),
+        )
+    return rows
 
 
 class BatchIterator(Iterator[Batch]):

@@ -16,6 +16,8 @@ from gatedjax.data.recall import RecallConfig
 # Keys that the configuration was given after results had been recorded. A run that leaves them at
 # their defaults is the run that it was before.
 ADDED_LATER = (
+    ("data", "chat_answers"),
+    ("data", "chat_template"),
     ("data", "end_of_document"),
     ("model", "lora"),
     ("optim", "lr_by_name"),

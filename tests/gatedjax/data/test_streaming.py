@@ -286,5 +286,5 @@ def test_a_dataset_that_has_changed(tmp_path):
     with pytest.raises(InputError, match="another document now"):
         stream_of(config(path), places=stream.places())
     for damaged in ({}, {"main": 1}, {"dataset": {}}):
-        with pytest.raises(InputError, match="place in the stream|cannot be read"):
+        with pytest.raises(InputError, match=r"place in the stream|cannot be read"):
             stream_of(config(path), places={"main": damaged})
