@@ -392,7 +392,9 @@ def say_resumed(run: Run, restored: Restored) -> None:
 
 
 def sample(run: Run, state: TrainState, tokenizer: Tokenizer) -> None:
-    """A piece of text from the trained model."""
+    """A piece of text from the trained model, unless `sample_tokens` is 0."""
+    if not run.config.train.sample_tokens:
+        return
     prompt = run.config.train.sample_prompt
     say(f"--- sample, temperature 0.8, prompt {prompt!r}")
     pieces = generate_text(

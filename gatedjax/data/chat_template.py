@@ -21,6 +21,8 @@ from gatedjax.paths import expand
 
 CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
+# Of a run directory: what came with a model that was imported.
+IMPORTED = "hf"
 LARGEST_FILE = 1 << 24
 
 # Around a generation block while it is rendered: no text holds these, they are no characters.
@@ -227,7 +229,7 @@ def load_chat_template(tokenizer: str, path: str = "") -> ChatTemplate:
     if not place.exists() and HUB_NAME.fullmatch(tokenizer):
         place = _downloaded(tokenizer)
     folder = place if place.is_dir() else place.parent
-    found = _from_path(folder)
+    found = _from_path(folder) or _from_path(folder / IMPORTED)
     if found is None:
         raise InputError(
             f"config.data.chat_template: empty, and the tokenizer {tokenizer!r} has none "

@@ -370,7 +370,8 @@ class Checkpointer:
         traceback: TracebackType | None,
     ) -> None:
         is_ours = exception_type in (None, InputError, TrainingError)
-        if jax.process_count() > 1 and not is_ours:
+        # In this order: a configuration reads another run's before the processes know each other.
+        if not is_ours and jax.process_count() > 1:
             return  # a save in flight would wait for processes that may be gone
         try:
             self.close()
