@@ -21,6 +21,7 @@ from gatedjax.data.batch import empty_row, stack_rows
 from gatedjax.data.chat_template import ChatTemplate, load_chat_template
 from gatedjax.errors import InputError
 from gatedjax.model import LanguageModel, head_weights
+from gatedjax.training import identity
 from gatedjax.training.step import batch_losses, init_params
 
 pytest.importorskip("jinja2")
@@ -285,6 +286,21 @@ def test_bad_chat_sources(tokenizer_folder, tmp_path):
     path = write(tmp_path / "c.jsonl", conversations(1))
     with pytest.raises(InputError, match="expected another one to hold out"):
         data.corpora(config(path, str(tokenizer_folder)))
+
+
+def test_a_run_knows_its_template(tokenizer_folder, tmp_path):
+    path = write(tmp_path / "a.jsonl", conversations(6))
+    tokenizer = data.load_tokenizer(str(tokenizer_folder))
+    before = identity.identity_of(config(path, str(tokenizer_folder)), tokenizer)
+    (tmp_path / "other.jinja").write_text(MARKED)
+    other = config(path, str(tokenizer_folder), chat_template=str(tmp_path / "other.jinja"))
+    now = identity.identity_of(other, tokenizer)
+    assert identity.text_difference(before, before) is None
+    assert identity.text_difference(before, now).startswith("data.chat_template")
+    identity.keep_chat_template(tmp_path, other)
+    kept = identity.chat_template_of_run(tmp_path)
+    of_run = config(path, str(tokenizer_folder), chat_template=kept)
+    assert identity.identity_of(of_run, tokenizer)["chat_template"] == now["chat_template"]
 
 
 def test_sharegpt_names():
