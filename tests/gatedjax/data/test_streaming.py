@@ -11,7 +11,7 @@ from tokenizer_file import train_json_tokenizer
 
 from gatedjax import data
 from gatedjax.config import DataConfig, SourceConfig, StreamConfig
-from gatedjax.data import streaming
+from gatedjax.data import document_stream, streaming
 from gatedjax.data.batch import cut_window, stack_rows
 from gatedjax.errors import InputError, StorageError
 
@@ -259,7 +259,7 @@ def test_a_name_that_the_hub_does_not_have(monkeypatch):
 
 
 def test_a_hub_that_stops_to_answer_may_answer_again(tmp_path, monkeypatch):
-    documents = streaming.DocumentStream(
+    documents = document_stream.DocumentStream(
         "main", config(write_parquet(tmp_path / "d")).sources["main"], "train"
     )
     documents.read(2)
