@@ -6,6 +6,7 @@ import contextlib
 import copy
 import glob
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class DocumentStream:
     def read(self, count: int) -> tuple[int, list[Document]]:
         """Up to `count` documents: how many there were, and those that have text.
 
-        There are fewer only at the end of the dataset.
+        There are fewer only at the end of the dataset. After an error the same documents come next.
         """
         documents = []
         rows = 0
@@ -116,8 +117,10 @@ class DocumentStream:
         try:
             yield
         except InputError:
+            self.go_to(self._state)
             raise
         except Exception as error:
+            self.go_to(self._state)
             package = type(error).__module__.partition(".")[0]
             may_work_again = self._is_remote and (isinstance(error, OSError) or package in _CLIENTS)
             kind = StorageError if may_work_again else InputError
@@ -132,6 +135,8 @@ def _opened(name: str, cfg: SourceConfig, split: str) -> tuple[Any, bool]:
         )
     datasets = optional_module("datasets", KIND)
     datasets.disable_progress_bars()
+    # It logs what it raises; that a hub does not answer and is asked again is still said.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     key = f"sources.{name}.path"
     path = expand(cfg.path, key)
     arguments: dict[str, Any] = {}

@@ -32,7 +32,7 @@ from gatedjax.data.document_stream import State
 from gatedjax.data.encoders import Encoder, TextEncoder
 from gatedjax.data.sources import open_source
 from gatedjax.data.splits import SPLITS, Split, side_of
-from gatedjax.data.streamed_batches import StreamedBatches, StreamedBlock
+from gatedjax.data.streamed_batches import ReadAhead, StreamedBatches, StreamedBlock
 from gatedjax.data.streaming import StreamedCorpus, StreamReader, streamed_corpus
 from gatedjax.data.token_cache import tokenize
 from gatedjax.data.token_file import TokenFile
@@ -371,16 +371,14 @@ def batches(
     if start < 0:
         raise ValueError(f"start: got {start}, expected at least 0")
     if isinstance(dataset, StreamedBlock):
+        read = StreamedBatches(dataset, start, places or {})
         # A stream has one reader: documents come one after another.
-        read: Any = StreamedBatches(dataset, start, places or {})
-        ahead = grain.experimental.ThreadPrefetchDatasetIterator(
-            read, prefetch if num_threads else 0
-        )
+        ahead = ReadAhead(read, prefetch) if num_threads and prefetch else read
         return BatchIterator(
             ahead,
             start,
             dataset.batch_size,
-            ahead.get_state,
+            ahead.places,
         )
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0

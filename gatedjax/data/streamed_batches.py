@@ -1,6 +1,9 @@
 """Global batches of rows of which some come from streams."""
 
+import queue
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +12,12 @@ import grain
 from gatedjax.data.batch import Batch, stack_rows
 from gatedjax.data.document_stream import State
 from gatedjax.data.streaming import StreamReader
+
+# How often a thread that has made enough looks whether it is still needed.
+LOOK_SECONDS = 0.5
+
+# A batch and the places of the streams behind it, or why there is none.
+Made = tuple[Batch, dict[str, State]] | Exception
 
 
 class StreamedBlock:
@@ -87,6 +96,62 @@ class StreamedBatches(Iterator[Batch]):
         self._next_row += self._block.batch_size
         return stack_rows(own)
 
-    def get_state(self) -> dict[str, State]:
-        """The place of each stream, by the name that grain's prefetching calls."""
+    def places(self) -> dict[str, State]:
+        """The place of each stream."""
         return {name: stream.state() for name, stream in self._streams.items()}
+
+
+class ReadAhead(Iterator[Batch]):
+    """Batches that a thread makes ahead, and the places that belong to the one given last.
+
+    Args:
+      batches: what the thread reads, and nobody else.
+      count: batches that are held at most, 1 or more.
+    """
+
+    def __init__(self, batches: StreamedBatches, count: int):
+        self._places = batches.places()
+        self._made: queue.Queue[Made] = queue.Queue(maxsize=count)
+        # The thread knows nothing of this object, which would never go otherwise.
+        stop = threading.Event()
+        weakref.finalize(self, stop.set)
+        thread = threading.Thread(
+            target=_make,
+            args=(batches, self._made, stop),
+            daemon=True,
+        )
+        thread.start()
+
+    def __next__(self) -> Batch:
+        made = self._made.get()
+        if isinstance(made, Exception):
+            # Whoever asks once more is told so again.
+            self._made.put(made)
+            raise made
+        batch, self._places = made
+        return batch
+
+    def places(self) -> dict[str, State]:
+        """The place of each stream behind the batch that was given last."""
+        return self._places
+
+
+def _make(batches: StreamedBatches, made: "queue.Queue[Made]", stop: threading.Event) -> None:
+    """What the thread does: batches without end, or up to the one that cannot be made."""
+    result: Made | None = None
+    while not stop.is_set() and not isinstance(result, Exception):
+        try:
+            result = (next(batches), batches.places())
+        except Exception as error:  # it is raised where the batch is asked for
+            result = error
+        _put(made, result, stop)
+
+
+def _put(made: "queue.Queue[Made]", result: Made, stop: threading.Event) -> None:
+    """Waits for space in the queue, as long as somebody may take what is in it."""
+    while not stop.is_set():
+        try:
+            made.put(result, timeout=LOOK_SECONDS)
+        except queue.Full:
+            continue
+        return

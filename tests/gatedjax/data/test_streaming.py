@@ -278,6 +278,15 @@ def test_a_hub_that_stops_to_answer_may_answer_again(tmp_path, monkeypatch):
         documents.read(2)
 
 
+@pytest.mark.parametrize("num_threads", [0, 1])
+def test_a_row_that_cannot_be_read_is_said_where_its_batch_is_asked_for(tmp_path, num_threads):
+    path = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, None])
+    stream = stream_of(config(path), num_threads=num_threads)
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds NoneType, expected a string"):
+            take(stream, 30)
+
+
 def test_a_dataset_that_has_changed(tmp_path):
     path = write_parquet(tmp_path / "d")
     stream = stream_of(config(path))
