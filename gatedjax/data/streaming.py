@@ -104,7 +104,7 @@ def streamed_corpus(name: str, cfg: SourceConfig, tokenizer: Tokenizer) -> Strea
     """Reads what a stream holds out, once in the life of a process.
 
     Raises:
-      InputError: it cannot be read, or has no text to hold out or to train on.
+      InputError: it cannot be read, or has no text to hold out.
     """
     key = (name, cfg, tokenizer.fingerprint)
     if key not in _held_out:
@@ -123,12 +123,6 @@ def _read_corpus(name: str, cfg: SourceConfig, tokenizer: Tokenizer) -> Streamed
     training = DocumentStream(name, cfg, stream.split)
     _skip_held_out(training, stream)
     _, first = training.read(TELLING_DOCUMENTS)
-    if not any(document.hash not in hashes for document in first):
-        raise InputError(
-            f"sources.{name}: split {stream.split!r} has no text left to train on: the first "
-            f"{stream.validation_documents:,} documents are held out; give it fewer as "
-            "stream.validation_documents, or another split as stream.validation_split"
-        )
     encoded = _encoded(tokenizer, [document.text for document in held_out])
     ends = np.cumsum([len(tokens) for tokens in encoded]).astype(np.int64)
     info = SplitInfo(
@@ -334,7 +328,12 @@ class StreamReader:
                 self._passes += 1
                 self._begin_pass()
                 if not self._read_group():
-                    raise InputError(f"sources.{self._name}: no text to train on any more")
+                    raise InputError(
+                        f"sources.{self._name}: split {self._config.split!r} has no text left to "
+                        f"train on: {self._config.validation_documents:,} documents are held out; "
+                        "give it fewer as stream.validation_documents, or another split as "
+                        "stream.validation_split"
+                    )
             self._document = 0
         if not self._encoded:
             self._encode_more()

@@ -218,7 +218,11 @@ def test_bad_streams(tmp_path):
     expect_input_error(config(path, split="nope"), "split 'nope'.*train")
     expect_input_error(config(path, validation_split="nope"), "split 'nope'")
     expect_input_error(config(path, subset="nope"), "nope")
-    expect_input_error(config(path, validation_documents=100), "no text left to train on")
+    # To evaluate, there is enough.
+    all_held_out = config(path, validation_documents=100)
+    assert data.corpora(all_held_out)["main"].splits["validation"].documents == len(TEXTS)
+    with pytest.raises(InputError, match="no text left to train on"):
+        stream_of(all_held_out)
     expect_input_error(config(str(tmp_path / "none")), "does not exist")
     expect_input_error(config(""), "path: empty")
     expect_input_error(config(str(tmp_path / "*.parquet")), "matches no file")
