@@ -28,9 +28,13 @@ class Difference(NamedTuple):
     after: Any
 
 
-def config_dict() -> ConfigDict:
-    """All defaults, as the ConfigDict that a file in `configs/` changes and returns."""
-    return to_config_dict(Config())
+def config_dict(config: Config | None = None) -> ConfigDict:
+    """A configuration as the ConfigDict that a file in `configs/` changes and returns.
+
+    Args:
+      config: to begin with; None for all defaults.
+    """
+    return _to_config_dict(config or Config())
 
 
 def layer(kind: str, **values: Any) -> ConfigDict:
@@ -47,7 +51,7 @@ def layer(kind: str, **values: Any) -> ConfigDict:
     kinds = MIXERS | FEED_FORWARDS
     if kind not in kinds:
         raise InputError(f"kind: {kind!r} is unknown{_nearest(kind, kinds)}")
-    result = to_config_dict(kinds[kind]())
+    result = _to_config_dict(kinds[kind]())
     _update(result, values, kind)
     return result
 
@@ -135,10 +139,9 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}"
 
 
-def to_config_dict(value: Any) -> Any:
-    """A part of a configuration as a file in `configs/` changes it."""
+def _to_config_dict(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return ConfigDict({name: to_config_dict(entry) for name, entry in value.items()})
+        return ConfigDict({name: _to_config_dict(entry) for name, entry in value.items()})
     if not dataclasses.is_dataclass(value):
         return value
     result = ConfigDict()
@@ -148,7 +151,7 @@ def to_config_dict(value: Any) -> Any:
             # It keeps its type for the flags: --config....window=128 parses as int.
             result[name] = ml_config_dict.placeholder(not_none(hint))
         else:
-            result[name] = to_config_dict(entry)
+            result[name] = _to_config_dict(entry)
     return result
 
 

@@ -3,7 +3,6 @@
 from ml_collections import ConfigDict
 
 from gatedjax.config import config_dict, from_config_dict
-from gatedjax.config.parse import to_config_dict
 from gatedjax.errors import InputError, require
 from gatedjax.paths import expand
 from gatedjax.training import identity
@@ -36,7 +35,7 @@ def config_from_run(init_from: str) -> ConfigDict:
     own = identity.tokenizer_of_run(run_dir, saved.data.tokenizer)
     template = identity.chat_template_of_run(run_dir)
     c = config_dict()
-    c.model = to_config_dict(saved.model)
+    c.model = config_dict(saved).model
     c.data.tokenizer = own or saved.data.tokenizer
     c.data.end_of_document = saved.data.end_of_document
     if template is not None:
