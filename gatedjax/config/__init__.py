@@ -41,6 +41,7 @@ from gatedjax.config.run import (
     MeshConfig,
     OptimConfig,
     SourceConfig,
+    StreamConfig,
     TrainConfig,
 )
 
@@ -76,6 +77,7 @@ __all__ = [
     "SoftMoEConfig",
     "SourceConfig",
     "SparseMoEConfig",
+    "StreamConfig",
     "TrainConfig",
     "config_dict",
     "differing_keys",

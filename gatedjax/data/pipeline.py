@@ -4,30 +4,40 @@ All rows stand in one global order, whatever ran before: the state of the pipeli
 the row that comes next. Row j of a global batch that begins at row n is window n + j of that order,
 and a process reads its own rows of it. So the global batches are the same for any number of
 processes and threads, and a run that goes on with another batch size neither repeats rows nor skips
-any.
+any. Where a source is a stream (`streaming`), its place is part of the state too, and every process
+makes all of its rows.
 """
 
+import functools
 import itertools
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Int, Integer
 
 from gatedjax.config import DataConfig
+from gatedjax.data import chat
 from gatedjax.data.batch import Batch, cut_window, empty_row, num_windows, stack_rows
+from gatedjax.data.chat_template import load_chat_template
 from gatedjax.data.corpus import Corpus
+from gatedjax.data.document_stream import KIND as STREAMING
+from gatedjax.data.document_stream import State
+from gatedjax.data.encoders import Encoder, TextEncoder
 from gatedjax.data.sources import open_source
 from gatedjax.data.splits import SPLITS, Split, side_of
+from gatedjax.data.streamed_batches import ReadAhead, StreamedBatches, StreamedBlock
+from gatedjax.data.streaming import StreamedCorpus, StreamReader, streamed_corpus
 from gatedjax.data.token_cache import tokenize
 from gatedjax.data.token_file import TokenFile
-from gatedjax.data.tokenizer import load_tokenizer
-from gatedjax.errors import InputError
+from gatedjax.data.tokenizer import Tokenizer, load_tokenizer
+from gatedjax.errors import InputError, printable
 from gatedjax.paths import expand
 
 # One order for all runs: the first batches are a fair sample, the same in each run.
@@ -120,8 +130,11 @@ class Block(grain.MapDataset[Batch]):
         return stack_rows(block)
 
 
-def corpora(cfg: DataConfig) -> dict[str, Corpus]:
-    """The tokenized sources by name, tokenized now if they are not in the cache.
+AnyCorpus = Corpus | StreamedCorpus
+
+
+def corpora(cfg: DataConfig) -> dict[str, AnyCorpus]:
+    """The sources by name: files tokenized, now if they are not in the cache, streams opened.
 
     Raises:
       InputError: one line naming the source and what is wrong with it.
@@ -133,19 +146,41 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
         if not 0 < source.weight < math.inf:
             raise InputError(f"sources.{name}.weight: got {source.weight!r}, expected above 0")
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.end_of_document)
+    encoders = _encoders(cfg, tokenizer)
     cache_dir = _cache_dir(cfg)
     # A bad source is found before the first one is tokenized, which takes time.
-    sources = {name: open_source(name, source) for name, source in configs.items()}
+    streams = {}
+    sources = {}
+    for name, source in configs.items():
+        if source.kind == STREAMING:
+            streams[name] = streamed_corpus(name, source, tokenizer)
+        else:
+            sources[name] = open_source(name, source)
     tokenized = {}
     for name, source in sources.items():
         tokenized[name] = tokenize(
             source,
-            tokenizer,
+            encoders.get(source.kind, encoders["text"]),
             cfg.validation_fraction,
             cache_dir,
         )
     _require_disjoint(tokenized, cfg.validation_fraction)
-    return tokenized
+    together = tokenized | streams
+    return {name: together[name] for name in configs}
+
+
+def _encoders(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, Encoder]:
+    """What makes tokens of the documents: of texts, and of conversations if there are some."""
+    encoders: dict[str, Encoder] = {"text": TextEncoder(tokenizer)}
+    if has_chat(cfg):
+        template = load_chat_template(cfg.tokenizer, cfg.chat_template)
+        encoders[chat.KIND] = chat.ChatEncoder(tokenizer, template, cfg.chat_answers)
+    return encoders
+
+
+def has_chat(cfg: DataConfig) -> bool:
+    """Whether there are conversations among the sources."""
+    return any(source.kind == chat.KIND for source in cfg.sources.values())
 
 
 def _require_disjoint(corpora: Mapping[str, Corpus], validation_fraction: float) -> None:
@@ -167,6 +202,18 @@ def _require_disjoint(corpora: Mapping[str, Corpus], validation_fraction: float)
             )
 
 
+@overload
+def make_dataset(
+    cfg: DataConfig,
+    split: Literal["validation"],
+    *,
+    batch_size: int,
+    rows: Sequence[int],
+    seed: int,
+) -> Block: ...
+
+
+@overload
 def make_dataset(
     cfg: DataConfig,
     split: Split,
@@ -174,11 +221,22 @@ def make_dataset(
     batch_size: int,
     rows: Sequence[int],
     seed: int,
-) -> Block:
+) -> Block | StreamedBlock: ...
+
+
+def make_dataset(
+    cfg: DataConfig,
+    split: Split,
+    *,
+    batch_size: int,
+    rows: Sequence[int],
+    seed: int,
+) -> Block | StreamedBlock:
     """The global batches of a split, of which this process holds `rows`.
 
-    train: endless. Each source gives its windows in an order that is new in each epoch; rows are
-    drawn from the sources by weight, in a fixed interleaving. validation: every window of every
+    train: endless. Each source gives its windows in an order that is new in each epoch, a stream
+    its documents in theirs; rows are drawn from the sources by weight, in a fixed interleaving.
+    validation: every window of every
     source once, in an order that does not depend on `seed`; the last batch is filled with rows
     whose loss_mask is 0.
 
@@ -190,7 +248,8 @@ def make_dataset(
       seed: of the order of the windows.
 
     Returns:
-      A dataset whose element i is a Batch of [len(rows), T].
+      A dataset whose element i is a Batch of [len(rows), T]; with streams one that is read in
+      order, by `batches`.
 
     Raises:
       InputError: see `corpora`.
@@ -205,33 +264,74 @@ def make_dataset(
         raise ValueError(f"split: got {split!r}, expected 'train' or 'validation'")
     if split == "train" and cfg.validation_fraction == 1:
         raise InputError("config.data.validation_fraction: got 1.0, expected below 1 to train")
-    windows = {}
-    for name, corpus in corpora(cfg).items():
-        tokens, document_ends = corpus.stream(split)
-        windows[name] = Windows(tokens, document_ends, cfg.seq_len)
+    opened = corpora(cfg)
     if split == "validation":
-        order = grain.MapDataset.concatenate(list(windows.values()))
-        order = order.shuffle(seed=VALIDATION_SEED)
-    else:
-        endless = []
-        for name, of_source in windows.items():
-            shuffled = of_source.shuffle(seed=_source_seed(seed, name))
-            endless.append(shuffled.repeat())
-        weights = [cfg.sources[name].weight for name in windows]
-        order = grain.MapDataset.mix(endless, weights)
+        windows = [_windows(corpus, split, cfg.seq_len) for corpus in opened.values()]
+        order = grain.MapDataset.concatenate(windows).shuffle(seed=VALIDATION_SEED)
+        return Block(order, batch_size, rows, cfg.seq_len)
+    endless = {}
+    readers = {}
+    for name, corpus in opened.items():
+        source_seed = _source_seed(seed, name)
+        if isinstance(corpus, StreamedCorpus):
+            readers[name] = functools.partial(
+                StreamReader,
+                corpus,
+                load_tokenizer(cfg.tokenizer, cfg.end_of_document),
+                cfg.seq_len,
+                source_seed,
+            )
+        else:
+            shuffled = _windows(corpus, split, cfg.seq_len).shuffle(seed=source_seed)
+            endless[name] = shuffled.repeat()
+    weights = {name: cfg.sources[name].weight for name in opened}
+    if readers:
+        return StreamedBlock(
+            endless,
+            readers,
+            weights,
+            batch_size,
+            rows,
+        )
+    order = grain.MapDataset.mix(list(endless.values()), list(weights.values()))
     return Block(order, batch_size, rows, cfg.seq_len)
+
+
+def _windows(corpus: AnyCorpus, split: Split, seq_len: int) -> grain.MapDataset[Batch]:
+    """The rows of a source: windows of its stream, or packed conversations."""
+    tokens, document_ends = corpus.stream(split)
+    if corpus.kind != chat.KIND:
+        return Windows(tokens, document_ends, seq_len)
+    rows = chat.Conversations(tokens, document_ends, seq_len)
+    if rows.cut:
+        logging.warning(
+            "%s",
+            printable(
+                f"sources.{corpus.name}: {rows.cut:,} of {len(document_ends):,} conversations for "
+                f"{split} are longer than data.seq_len = {seq_len}, and are cut"
+            ),
+        )
+    return rows
 
 
 class BatchIterator(Iterator[Batch]):
     """Global batches in order.
 
-    `next_index`, the row of the global order that comes next, is the whole state:
-    `batches(dataset, next_index)` goes on from here, also for a dataset of another batch size.
+    `next_index`, the row of the global order that comes next, is the whole state, with the places
+    of streams where there are some: `batches(dataset, next_index, places)` goes on from here, also
+    for a dataset of another batch size.
     """
 
-    def __init__(self, iterator: Iterator[Batch], next_index: int, batch_size: int):
+    def __init__(
+        self,
+        iterator: Iterator[Batch],
+        next_index: int,
+        batch_size: int,
+        places: Callable[[], Mapping[str, State]] = dict,
+    ):
         self._iterator = iterator
         self._batch_size = batch_size
+        self._places = places
         self.next_index = next_index
 
     def __next__(self) -> Batch:
@@ -239,10 +339,15 @@ class BatchIterator(Iterator[Batch]):
         self.next_index += self._batch_size
         return batch
 
+    def places(self) -> dict[str, State]:
+        """Where each stream goes on, by the name of its source; {} without streams."""
+        return dict(self._places())
+
 
 def batches(
-    dataset: Block,
+    dataset: Block | StreamedBlock,
     start: int = 0,
+    places: Mapping[str, State] | None = None,
     *,
     num_threads: int = 1,
     prefetch: int = 4,
@@ -252,6 +357,7 @@ def batches(
     Args:
       dataset: of `make_dataset` or `recall_dataset`.
       start: the row of the global order that the first batch begins with.
+      places: where streams go on (`BatchIterator.places`); they begin anew where none is given.
       num_threads: that read ahead; 0 reads in the caller's thread.
       prefetch: batches that are read ahead.
 
@@ -260,9 +366,20 @@ def batches(
 
     Raises:
       ValueError: a negative start.
+      InputError: a stream cannot be read, or the place in it is none.
     """
     if start < 0:
         raise ValueError(f"start: got {start}, expected at least 0")
+    if isinstance(dataset, StreamedBlock):
+        read = StreamedBatches(dataset, start, places or {})
+        # A stream has one reader: documents come one after another.
+        ahead = ReadAhead(read, prefetch) if num_threads and prefetch else read
+        return BatchIterator(
+            ahead,
+            start,
+            dataset.batch_size,
+            ahead.places,
+        )
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
     )

@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gatedjax.config import FEED_FORWARDS, MIXERS, Config, to_dict
+from gatedjax.config import FEED_FORWARDS, MIXERS, Config, SourceConfig, to_dict
 from gatedjax.data.recall import RecallConfig
 
 # Keys that the configuration was given after results had been recorded. A run that leaves them at
 # their defaults is the run that it was before.
 ADDED_LATER = (
+    ("data", "chat_answers"),
+    ("data", "chat_template"),
     ("data", "end_of_document"),
     ("model", "embedding_norm"),
     ("model", "ffn_prefix"),
@@ -47,6 +49,8 @@ ADDED_LATER_TO_LAYERS = {
     "rwkv7": ("norm_eps",),
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
+# Likewise, of each source.
+ADDED_LATER_TO_SOURCES = ("stream",)
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
 Label = str | int | float
@@ -136,4 +140,9 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
             default = getattr((MIXERS | FEED_FORWARDS)[kind], key)
             if layer[key] == default:
                 del layer[key]
+    of_source = to_dict(SourceConfig())
+    for source in values["data"]["sources"].values():
+        for key in ADDED_LATER_TO_SOURCES:
+            if source[key] == of_source[key]:
+                del source[key]
     return values

@@ -27,6 +27,7 @@ from gatedjax.config import (
     OptimConfig,
     RouterConfig,
     SourceConfig,
+    StreamConfig,
     TrainConfig,
     config_dict,
     differing_keys,
@@ -194,6 +195,7 @@ ALL_CLASSES = [
     ModelConfig,
     DataConfig,
     SourceConfig,
+    StreamConfig,
     OptimConfig,
     MeshConfig,
     TrainConfig,
@@ -293,6 +295,8 @@ def config_with(cls):
         return raw, "config.model.lora"
     if cls is SourceConfig:
         return raw, "config.data.sources.main"
+    if cls is StreamConfig:
+        return raw, "config.data.sources.main.stream"
     if cls is RouterConfig:
         raw["model"]["ffns"]["mine"] = to_dict(FEED_FORWARDS["sparse_moe"]())
         return raw, "config.model.ffns.mine.router"

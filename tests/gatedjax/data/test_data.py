@@ -23,6 +23,7 @@ from gatedjax import data
 from gatedjax.config import DataConfig, SourceConfig
 from gatedjax.data import formats, sources, token_cache
 from gatedjax.data.batch import cut_window, num_windows, stack_rows
+from gatedjax.data.encoders import TextEncoder
 from gatedjax.errors import InputError, TrainingError
 
 
@@ -409,7 +410,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     tokenizer.vocab_size, tokenizer.eos_id, tokenizer.fingerprint = 70_000, 69_999, "wide"
     cfg = config(tmp_path)
     source = sources.open_source("main", cfg.sources["main"])
-    corpus = token_cache.tokenize(source, tokenizer, 0.3, tmp_path / "cache")
+    corpus = token_cache.tokenize(source, TextEncoder(tokenizer), 0.3, tmp_path / "cache")
     assert corpus.dtype == "uint32" and documents_of(corpus, "train", tokenizer)
 
 
