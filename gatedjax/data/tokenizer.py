@@ -4,11 +4,12 @@ A tokenizer here has `name`, `vocab_size`, `eos_id` (closes every document), `fi
 whenever the ids could), `encode_batch`, `encode` and `decode`. `encode` adds no special token.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -156,6 +157,42 @@ class JsonTokenizer:
         """The text of `ids`, without special tokens and ids outside the vocabulary."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a token by its name; None if there is none."""
+        return self._tokenizer.token_to_id(name)
+
+    def is_special(self, token: int) -> bool:
+        """Whether it is a token without a text of its own."""
+        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        return added is not None and added.special
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The ids of a text that a program wrote, where `<|im_end|>` is that token.
+
+        Nothing is added at its ends.
+        """
+        return self._as_elsewhere.encode(text, add_special_tokens=False).ids
+
+    def start_ids(self) -> list[int]:
+        """The special tokens that the file puts before every text, such as `<s>`."""
+        encoding = self._as_elsewhere.encode("a", add_special_tokens=True)
+        start = []
+        for token, is_added in zip(encoding.ids, encoding.special_tokens_mask):
+            if not is_added:
+                break
+            start.append(token)
+        return start
+
+    @functools.cached_property
+    def _as_elsewhere(self) -> Any:
+        """The tokenizer as other projects use it: special tokens are read where a text has them."""
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_buffer(self.data)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 def _bytes_of_file(spec: str) -> bytes:
