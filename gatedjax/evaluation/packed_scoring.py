@@ -17,11 +17,13 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
-from gatedjax.evaluation.sampling import row_length
 from gatedjax.evaluation.scoring import Score
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.sharding import RULES
 from gatedjax.training.losses import predicted
+
+# Rows are not shorter.
+LEAST_LENGTH = 16
 
 
 class Request(NamedTuple):
@@ -72,8 +74,9 @@ Forward = Callable[[Batch], OfTokens]
 def packings(lengths: Sequence[int], num_rows: int) -> Iterator[Packing]:
     """Which documents are computed together, each of them once.
 
-    The longest one that is left says how long the rows are; then every row takes the longest that
-    still fits it. Batches come with falling lengths: what does not fit a device fails at once.
+    The longest one that is left says how long the rows are, a power of two so that few programs are
+    compiled; then every row takes the longest that still fits it. Batches come with falling
+    lengths: what does not fit a device fails at once.
 
     Args:
       lengths: of the documents, tokens that are read.
@@ -81,7 +84,7 @@ def packings(lengths: Sequence[int], num_rows: int) -> Iterator[Packing]:
     """
     left = sorted((length, i) for i, length in enumerate(lengths))
     while left:
-        length = row_length(left[-1][0])
+        length = max(LEAST_LENGTH, 1 << (left[-1][0] - 1).bit_length())
         places = []
         for row in range(num_rows):
             start = 0

@@ -336,14 +336,9 @@ def padded_on_the_right(
     length = tokens.shape[1]
     if segment_ids is None:
         segment_ids = np.ones(tokens.shape, np.int32)
-    sides = ((0, 0), (0, row_length(length) - length))
+    step = max(LEAST_LENGTH_STEP, (1 << (length - 1).bit_length()) // 8)
+    sides = ((0, 0), (0, -length % step))
     return np.pad(tokens, sides), np.pad(np.asarray(segment_ids, np.int32), sides)
-
-
-def row_length(tokens: int) -> int:
-    """The first of a few lengths that has room for so many tokens."""
-    step = max(LEAST_LENGTH_STEP, (1 << (tokens - 1).bit_length()) // 8)
-    return tokens + -tokens % step
 
 
 def generate_text(
