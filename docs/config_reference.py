@@ -53,7 +53,7 @@ def page() -> str:
     parts.append(LAYERS)
     layers = MIXERS | FEED_FORWARDS
     for kind, cls in layers.items():
-        parts.append(section(f'`layer("{kind}")`', cls, level="###"))
+        parts.append(section(f'`layer("{kind}")`', cls, level="###", left_out=("kind",)))
     groups = [hints[field.name] for field in dataclasses.fields(Config)]
     for cls in nested([*groups, *layers.values()]):
         parts.append(section(f"`{cls.__name__}`", cls, level="###"))
@@ -61,23 +61,30 @@ def page() -> str:
 
 
 def nested(classes: typing.Iterable[type]) -> list[type]:
-    """Dataclasses that are values of fields, each once."""
-    found = {}
+    """Dataclasses that are values of fields, and of those of them, each once."""
+    found: dict[type, None] = {}
     for cls in classes:
         for hint in typing.get_type_hints(cls).values():
-            if dataclasses.is_dataclass(hint):
-                found[hint] = None
+            # A value of its own, or the values of a Mapping.
+            for value in (hint, *typing.get_args(hint)):
+                if dataclasses.is_dataclass(value):
+                    found |= dict.fromkeys([value, *nested([value])])
     return list(found)
 
 
-def section(title: str, cls: type, level: str = "##") -> str:
-    """One dataclass as a table."""
+def section(
+    title: str,
+    cls: type,
+    level: str = "##",
+    left_out: typing.Collection[str] = (),
+) -> str:
+    """One dataclass as a table, without the fields that are left out."""
     comments = field_comments(inspect.getsource(cls))
     rows = ["| key | type | range | default | |", "|---|---|---|---|---|"]
     hints = field_types(cls)
     ranges = field_ranges(cls)
     for field in dataclasses.fields(cls):
-        if field.name == "kind":
+        if field.name in left_out:
             continue
         cells = [
             code(field.name),

@@ -17,9 +17,10 @@ from typing import IO, NamedTuple
 from absl import flags
 
 from gatedjax.data import JsonTokenizer, load_tokenizer
+from gatedjax.data.chat_template import Message
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError, printable
-from gatedjax.evaluation.chat import ChatTemplate, Message, chat_template
+from gatedjax.evaluation.chat import Chat, chat_of_run
 from gatedjax.evaluation.completions import Prompt, Stops, completions
 from gatedjax.evaluation.filters import Sampling
 from gatedjax.evaluation.prompt_files import PromptLine, completed_line, read_prompts
@@ -48,7 +49,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 )
 _CHAT = flags.DEFINE_bool("chat", False, "Prompts are messages, written by the chat template.")
 _TEMPLATE = flags.DEFINE_string(
-    "chat_template", None, "A .jinja file, or a folder with a tokenizer's; default: the run's own."
+    "chat_template", "", "A .jinja file, or a folder with a tokenizer's; default: the run's own."
 )
 _SYSTEM = flags.DEFINE_string("system", None, "With --chat: the message before the first one.")
 _TOKENS = flags.DEFINE_integer(
@@ -83,7 +84,7 @@ class Model(NamedTuple):
     decoder: Decoder
     tokenizer: Tokenizer
     start: list[int]
-    template: ChatTemplate | None
+    chat: Chat | None
 
 
 def main(_) -> None:
@@ -100,7 +101,7 @@ def main(_) -> None:
     lines = None
     if _PROMPTS.value is not None:
         lines = read_prompts(expand(_PROMPTS.value, "--prompts"))
-    model = restored_model(checkpoint, needs_template=_CHAT.value or _has_messages(lines))
+    model = restored_model(checkpoint, needs_chat=_CHAT.value or _has_messages(lines))
     if lines is not None:
         complete_lines(model, lines, sampling)
     elif not _CHAT.value:
@@ -108,7 +109,7 @@ def main(_) -> None:
         _print(prompt)
         continue_text(model, prompt, sampling)
     else:
-        chat(model, sampling)
+        converse(model, sampling)
 
 
 def require_flags_that_go_together() -> None:
@@ -123,33 +124,33 @@ def require_flags_that_go_together() -> None:
         raise InputError("--stop: got '', expected a text or the name of a token")
 
 
-def restored_model(checkpoint: Path, needs_template: bool) -> Model:
+def restored_model(checkpoint: Path, needs_chat: bool) -> Model:
     """The model of a run.
 
     Args:
       checkpoint: the run directory.
-      needs_template: some prompt is a conversation.
+      needs_chat: some prompt is a conversation.
     """
     restored_run, params, _ = restore_params(checkpoint, trust_paths=_TRUST.value)
     data = restored_run.config.data
     tokenizer = load_tokenizer(data.tokenizer, data.end_of_document)
-    template = None
-    if needs_template:
-        given = None if _TEMPLATE.value is None else expand(_TEMPLATE.value, "--chat_template")
-        template = chat_template(checkpoint, data.tokenizer, tokenizer, given)
+    chat = None
+    if needs_chat:
+        template = _TEMPLATE.value or data.chat_template
+        chat = chat_of_run(checkpoint, data.tokenizer, tokenizer, template)
     return Model(
         decoder=Decoder(restored_run.config.model, params, tokenizer.vocab_size),
         tokenizer=tokenizer,
         start=start_of_text(checkpoint, tokenizer),
-        template=template,
+        chat=chat,
     )
 
 
 def stops_of(model: Model, is_chat: bool) -> Stops:
     """What ends a text: the end of a document or of an answer, and what --stop names."""
     ids = {model.tokenizer.eos_id}
-    if is_chat and model.template is not None:
-        ids |= set(model.template.stop_ids)
+    if is_chat and model.chat is not None:
+        ids |= set(model.chat.stop_ids)
     strings = []
     for name in _STOP.value:
         token = None
@@ -171,15 +172,15 @@ def continue_text(model: Model, prompt: str, sampling: Sampling) -> None:
     _print("\n")
 
 
-def chat(model: Model, sampling: Sampling) -> None:
+def converse(model: Model, sampling: Sampling) -> None:
     """One message of --prompt and its answer; or turn by turn, until the input ends."""
     messages: list[Message] = []
     if _SYSTEM.value is not None:
         messages.append({"role": "system", "content": as_text(_SYSTEM.value, "--system")})
     for text in turns():
         messages.append({"role": "user", "content": as_text(text)})
-        assert model.template is not None
-        ids = model.template.encode(messages)
+        assert model.chat is not None
+        ids = model.chat.encode(messages)
         answer = ""
         for piece in streamed(model, ids, [], sampling, is_chat=True):
             answer += piece
@@ -221,8 +222,6 @@ def streamed(
       is_chat: an end of an answer is an end.
     """
     stops = stops_of(model, is_chat)
-    if not ids:
-        raise InputError("--chat: the template made nothing of the messages")
     steps = model.decoder.generate(
         [ids],
         _TOKENS.value,
@@ -270,8 +269,8 @@ def prompt_of_line(model: Model, number: int, line: PromptLine) -> Prompt:
         return Prompt(number, ids, text_ids)
     if _SYSTEM.value is not None:
         messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
-    assert model.template is not None
-    return Prompt(number, model.template.encode(messages))
+    assert model.chat is not None
+    return Prompt(number, model.chat.encode(messages))
 
 
 def opened_output() -> IO[str]:

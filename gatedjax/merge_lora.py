@@ -25,6 +25,7 @@ from gatedjax.reporting.console import say
 from gatedjax.runtime import cli, launch
 from gatedjax.training import given_weights, identity
 from gatedjax.training.checkpoint import Checkpointer, has_steps
+from gatedjax.training.manifest import places
 from gatedjax.training.run import Run, fresh_state, prepare
 from gatedjax.training.step import TrainState
 
@@ -55,9 +56,16 @@ def main(_) -> None:
             data=data if isinstance(data, dict) else None,
         ) as checkpointer,
     ):
-        checkpointer.save(step, state, data_index=manifest["data_index"], wait=True)
+        checkpointer.save(
+            step,
+            state,
+            data_index=manifest["data_index"],
+            places=places(manifest),
+            wait=True,
+        )
     tokenizer = load_tokenizer(run.config.data.tokenizer, run.config.data.end_of_document)
     identity.keep_tokenizer(workdir, tokenizer)
+    identity.keep_chat_template(workdir, run.config.data)
     say(f"{len(projections)} projections merged: step {step} of {checkpoint} is now in {workdir}")
 
 

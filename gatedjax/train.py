@@ -9,7 +9,9 @@ all save the same step and end.
 
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -193,15 +195,16 @@ def train(
         if restored is None:
             state = fresh_state(run, given_weights.read(run, weights))
             start = 0
-            first_row = 0
+            position = Position()
         else:
             require_something_to_train(run, restored, workdir)
             say_resumed(run, restored)
             identity.require_same_tokenizer(restored.data, tokenizer, workdir)
             state = restored.state
             start = restored.step
-            first_row = row_to_go_on(run, restored, data)
+            position = where_to_go_on(run, restored, data)
         identity.keep_tokenizer(workdir, tokenizer)
+        identity.keep_chat_template(workdir, run.config.data)
         keep_record(workdir, config, step=start, devices=describe(run), data=data)
         if jax.process_index() == 0:
             log_file.open(workdir)
@@ -222,7 +225,7 @@ def train(
                     run,
                     state,
                     start,
-                    first_row,
+                    position,
                     log,
                     checkpointer,
                     trace,
@@ -270,8 +273,19 @@ def went_wrong_after(sound: int | None) -> str:
     )
 
 
-def row_to_go_on(run: Run, restored: Restored, data: identity.Identity) -> int:
-    """The row of the data's order that comes next.
+class Position(NamedTuple):
+    """Where a run is in its data.
+
+    row: of the data's order, that comes next.
+    places: of the streams among its sources.
+    """
+
+    row: int = 0
+    places: Mapping[str, Any] = {}
+
+
+def where_to_go_on(run: Run, restored: Restored, data: identity.Identity) -> Position:
+    """The place in the data that comes next.
 
     Raises:
       InputError: the text is not the one that the checkpoint was trained on, without
@@ -287,17 +301,19 @@ def row_to_go_on(run: Run, restored: Restored, data: identity.Identity) -> int:
         )
     if difference is not None:
         say(f"{difference}; going on with the first row of this text")
-        return 0
-    # Rows of another length are other rows: the place is as many tokens into the data.
+        return Position()
+    # Rows of another length are other rows: the place is as many tokens into the data. Streams go
+    # on with the token that comes next.
     before = restored.config.get("data", {}).get("seq_len", run.config.data.seq_len)
-    return restored.data_index * before // run.config.data.seq_len
+    row = restored.data_index * before // run.config.data.seq_len
+    return Position(row, restored.places)
 
 
 def loop(
     run: Run,
     state: TrainState,
     start: int,
-    first_row: int,
+    position: Position,
     log: StepLog,
     checkpointer: Checkpointer,
     trace: StepTrace,
@@ -309,7 +325,7 @@ def loop(
       run: what is trained.
       state: before the first of these steps.
       start: steps done before.
-      first_row: of the data's order, that the first of these steps begins with.
+      position: in the data, that the first of these steps begins with.
       log: where metrics go.
       checkpointer: where states go.
       trace: told of each step.
@@ -328,7 +344,7 @@ def loop(
     )
     validation = Validation(run, settings.eval_batches)
     train_step = jit_train_step(run.config, run.tx, run.shardings)
-    stream = batches(dataset, first_row)
+    stream = batches(dataset, position.row, position.places)
     for step in range(start + 1, settings.steps + 1):
         with log.reading(step):
             batch = sharding.global_batch(run.mesh, next(stream), settings.batch_size)
@@ -345,6 +361,7 @@ def loop(
                     step,
                     state,
                     data_index=stream.next_index,
+                    places=stream.places(),
                     wait=signal_number != 0,
                     loss=float(metrics["loss"]),
                     skipped_in_a_row=int(metrics["skipped_in_a_row"]),
@@ -375,7 +392,9 @@ def say_resumed(run: Run, restored: Restored) -> None:
 
 
 def sample(run: Run, state: TrainState, tokenizer: Tokenizer) -> None:
-    """A piece of text from the trained model."""
+    """A piece of text from the trained model, unless `sample_tokens` is 0."""
+    if not run.config.train.sample_tokens:
+        return
     prompt = run.config.train.sample_prompt
     say(f"--- sample, temperature 0.8, prompt {prompt!r}")
     pieces = generate_text(

@@ -34,6 +34,7 @@ from gatedjax.config.run import (
     OptimConfig,
     Remat,
     SourceConfig,
+    StreamConfig,
     TrainConfig,
 )
 
@@ -64,6 +65,7 @@ __all__ = [
     "SoftMoEConfig",
     "SourceConfig",
     "SparseMoEConfig",
+    "StreamConfig",
     "TrainConfig",
     "config_dict",
     "differing_keys",

@@ -30,7 +30,7 @@ class Difference(NamedTuple):
 
 def config_dict() -> ConfigDict:
     """All defaults, as the ConfigDict that a file in `configs/` changes and returns."""
-    return _to_config_dict(Config())
+    return to_config_dict(Config())
 
 
 def layer(kind: str, **values: Any) -> ConfigDict:
@@ -47,7 +47,7 @@ def layer(kind: str, **values: Any) -> ConfigDict:
     kinds = MIXERS | FEED_FORWARDS
     if kind not in kinds:
         raise InputError(f"kind: {kind!r} is unknown{_nearest(kind, kinds)}")
-    result = _to_config_dict(kinds[kind]())
+    result = to_config_dict(kinds[kind]())
     _update(result, values, kind)
     return result
 
@@ -135,9 +135,10 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}"
 
 
-def _to_config_dict(value: Any) -> Any:
+def to_config_dict(value: Any) -> Any:
+    """A part of a configuration as a file in `configs/` changes it."""
     if isinstance(value, Mapping):
-        return ConfigDict({name: _to_config_dict(entry) for name, entry in value.items()})
+        return ConfigDict({name: to_config_dict(entry) for name, entry in value.items()})
     if not dataclasses.is_dataclass(value):
         return value
     result = ConfigDict()
@@ -147,7 +148,7 @@ def _to_config_dict(value: Any) -> Any:
             # It keeps its type for the flags: --config....window=128 parses as int.
             result[name] = ml_config_dict.placeholder(not_none(hint))
         else:
-            result[name] = _to_config_dict(entry)
+            result[name] = to_config_dict(entry)
     return result
 
 

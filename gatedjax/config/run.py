@@ -220,18 +220,62 @@ class ModelConfig(Checked):
 
 
 @dataclass(frozen=True)
+class StreamConfig(Checked):
+    """How a source of kind hf is read, document by document, while the model trains."""
+
+    # of a dataset that has several; "": its default
+    subset: str = ""
+    split: str = "train"
+    # "": the documents that are held out stand at the beginning of `split`
+    validation_split: str = ""
+    # that many, the first ones, are held out
+    validation_documents: Size = 1000
+    # put in random order together, anew in each pass; 0: the order of the dataset
+    shuffle_documents: SizeOrZero = 0
+
+    def check(self) -> None:
+        require(self.split != "", "split", self.split, "a split of the dataset, such as 'train'")
+        require(
+            self.validation_split != self.split,
+            "validation_split",
+            self.validation_split,
+            "another split than `split`, or '' to hold out its first documents",
+        )
+
+
+@dataclass(frozen=True)
 class SourceConfig(Checked):
     """One source of text."""
 
-    kind: Literal["python_stdlib", "text", "jsonl", "parquet", "array_record", "hf_disk"] = (
-        "python_stdlib"
-    )
-    # a folder or file; the standard library needs none
+    # hf: read by the datasets library, streaming. chat: JSON lines of messages, to learn answers
+    kind: Literal[
+        "python_stdlib",
+        "text",
+        "jsonl",
+        "parquet",
+        "array_record",
+        "hf_disk",
+        "hf",
+        "chat",
+    ] = "python_stdlib"
+    # a folder or file, for hf a name on the Hugging Face hub too; the standard library needs none
     path: str = ""
-    # of a JSON record or a table; "" for an ArrayRecord of plain text
+    # of kind hf
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    # of a JSON record or a table; "" for an ArrayRecord of plain text. Messages of kind chat are
+    # found under messages or conversations, too.
     field: str = "text"
     # how often it is drawn from, relative to the other sources
     weight: Positive = 1.0
+
+    def check(self) -> None:
+        is_default = self.stream == StreamConfig()
+        require(
+            self.kind == "hf" or is_default,
+            "kind",
+            self.kind,
+            f"'hf' with stream = {self.stream}",
+        )
 
 
 def _standard_library() -> Mapping[str, SourceConfig]:
@@ -247,8 +291,14 @@ class DataConfig(Checked):
     tokenizer: str = "bytes"
     # the tokenizer's token for it; "": the first of the usual names that it has
     end_of_document: str = ""
+    # of sources of kind chat: a .jinja file, a tokenizer_config.json or its folder; "": what is
+    # beside the tokenizer's file
+    chat_template: str = ""
+    # which answers of a conversation are learned
+    chat_answers: Literal["all", "last"] = "all"
     seq_len: Annotated[int, Range(2, LARGEST_SIZE)] = 256
-    # 1 holds out every document: there is nothing left to train on, and all of it to evaluate
+    # 1 holds out every document: there is nothing left to train on, and all of it to evaluate.
+    # Sources of kind hf hold out stream.validation_documents instead.
     validation_fraction: HeldOut = 0.05
     # "": gatedjax under the user's cache directory
     cache_dir: str = ""

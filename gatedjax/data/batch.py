@@ -84,15 +84,31 @@ def cut_window(
         piece = np.concatenate([tokens[end - 1 : end], tokens[:seq_len]]).astype(np.int32)
     length = len(piece) - 1
 
-    row = empty_row(seq_len)
-    row.tokens[:length] = piece[:-1]
-    row.targets[:length] = piece[1:]
-
     # Where the first target of a document is inside this window, there its input stands before it:
     # 0 < begin < length. Of what begins at 0 the row holds all, of what began earlier a part;
     # either is segment 1.
     first, last = np.searchsorted(document_ends, (start, start + length - 1), side="right")
     begins = document_ends[first:last] - start
+    return row_of(piece, begins, seq_len)
+
+
+def row_of(
+    piece: Int32[np.ndarray, "tokens"],
+    begins: Int[np.ndarray, "documents"],
+    seq_len: int,
+) -> Batch:
+    """A piece of a stream as a row: arrays [T], padded with segment 0.
+
+    Args:
+      piece: the first input, and up to T targets.
+      begins: ascending, above 0: which targets are the first ones of a document. The target at 0
+        begins or continues segment 1.
+      seq_len: T.
+    """
+    length = len(piece) - 1
+    row = empty_row(seq_len)
+    row.tokens[:length] = piece[:-1]
+    row.targets[:length] = piece[1:]
 
     # A mark at the first place of every document; the running sum of the marks numbers them.
     is_first = np.zeros(length, np.int32)

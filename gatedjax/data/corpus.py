@@ -14,8 +14,9 @@ from gatedjax.data.token_file import TokenFile
 class SplitInfo:
     """Counts of one split.
 
-    bytes: of UTF-8 text.
+    bytes: of UTF-8 text that is predicted.
     tokens: with one end-of-document token per document. Each is predicted once in a pass.
+    targets: of conversations, which of the tokens are predicted; None for all.
     sha256: of its text, in order, a zero byte after each document.
     """
 
@@ -23,11 +24,17 @@ class SplitInfo:
     bytes: int
     tokens: int
     sha256: str
+    targets: int | None = None
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens have a loss."""
+        return self.tokens if self.targets is None else self.targets
 
     @property
     def bytes_per_token(self) -> float:
         """Bits per byte are the mean loss in nats / ln 2 / this, exact over a whole split."""
-        return self.bytes / self.tokens
+        return self.bytes / self.predicted
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Corpus:
         for name, split in self.splits.items():
             if split.tokens == 0:
                 continue
-            size = f"{split.tokens:,} tokens ({split.bytes_per_token:.3f} bytes each)"
+            of_all = "" if split.predicted == split.tokens else f"{split.predicted:,} of "
+            size = f"{of_all}{split.tokens:,} tokens ({split.bytes_per_token:.3f} bytes each)"
             splits.append(f"{name} {size}")
         skipped = ""
         if self.skipped:
@@ -76,6 +84,10 @@ class Corpus:
         length = self.splits[split].tokens
         tokens = TokenFile(self.path / f"{split}.tokens", self.dtype, length)
         return tokens, ends
+
+    def text_hashes(self) -> dict[str, str]:
+        """What tells the text from another, by split."""
+        return {split: info.sha256 for split, info in self.splits.items()}
 
     def document_hashes(self) -> UInt64[np.ndarray, "documents"]:
         """The `splits.content_hash` of every document, in order."""

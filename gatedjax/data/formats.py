@@ -4,7 +4,7 @@ import gzip
 import importlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +21,9 @@ LARGEST_DOCUMENT = 1 << 31
 # Of a saved Dataset's state.json, which lists its files.
 LARGEST_LISTING = 1 << 28
 READ_ROWS = 1024  # rows or records that are held in memory at a time
+
+# Of a line, a field and a name for the line.
+ParseLine = Callable[[bytes, str, str], str]
 
 
 @runtime_checkable
@@ -57,16 +60,18 @@ class TextFile:
 class JsonLines:
     """A JSON object per line, the document under `field`. Blank lines are skipped.
 
-    Random access works by an index of line offsets.
+    Random access works by an index of line offsets. `parse` makes the document of a line, given
+    the field and a name for the line.
 
     Raises:
       InputError: naming file and line, where a line is not a JSON object with a string under
         `field`.
     """
 
-    def __init__(self, path: Path, field: str):
+    def __init__(self, path: Path, field: str, parse: ParseLine | None = None):
         self.path = path
         self.field = field
+        self._parse = parse or _json_text
         self._bytes = _map_bytes(path)
         # Every line ends before its line break; a last line may lack one.
         breaks = _line_breaks(self._bytes)
@@ -86,7 +91,7 @@ class JsonLines:
         if size > LARGEST_DOCUMENT:
             raise InputError(f"{where}: {size:,} bytes, expected at most {LARGEST_DOCUMENT:,}")
         line = self._bytes[self._starts[i] : self._ends[i]].tobytes()
-        return _json_text(line, self.field, where)
+        return self._parse(line, self.field, where)
 
     def __iter__(self) -> Iterator[str | None]:
         return (self[i] for i in range(len(self)))
@@ -98,9 +103,10 @@ class CompressedJsonLines:
     It is read from its beginning, twice: once to count its documents.
     """
 
-    def __init__(self, path: Path, field: str):
+    def __init__(self, path: Path, field: str, parse: ParseLine | None = None):
         self.path = path
         self.field = field
+        self._parse = parse or _json_text
         self._module: ModuleType = gzip
         # EOFError where the file was cut short; the others where it is damaged or something else.
         self._damage = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -114,7 +120,7 @@ class CompressedJsonLines:
 
     def __iter__(self) -> Iterator[str | None]:
         for number, line in self._lines():
-            yield _json_text(line, self.field, f"{self.path}, line {number}")
+            yield self._parse(line, self.field, f"{self.path}, line {number}")
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Line number and text of the lines that are not blank."""
@@ -141,7 +147,7 @@ def _zstandard() -> ModuleType:
     try:
         return importlib.import_module("compression.zstd")
     except ImportError:
-        return _optional("backports.zstd", "jsonl in .zst files")
+        return optional_module("backports.zstd", "jsonl in .zst files")
 
 
 def _map_bytes(path: Path) -> UInt8[np.ndarray, "bytes"]:
@@ -179,7 +185,7 @@ class ParquetFile:
     """One document per row, the string column `field`."""
 
     def __init__(self, path: Path, field: str):
-        parquet = _optional("pyarrow.parquet", "parquet")
+        parquet = optional_module("pyarrow.parquet", "parquet")
         try:
             self._file = parquet.ParquetFile(path, memory_map=True)
         except Exception as e:  # pyarrow raises its own tree of errors
@@ -203,7 +209,7 @@ class ArrayRecordFile:
     """One document per record: a JSON object with `field`, or with `field = ""` the text itself."""
 
     def __init__(self, path: Path, field: str):
-        module = _optional("array_record.python.array_record_module", "array_record")
+        module = optional_module("array_record.python.array_record_module", "array_record")
         self._reader = module.ArrayRecordReader(str(path))
         if not self._reader.ok():
             raise InputError(f"{path}: not an ArrayRecord file")
@@ -234,7 +240,7 @@ class SavedDataset:
     """A Dataset of Hugging Face `datasets`, of `save_to_disk`: the string column `field`."""
 
     def __init__(self, path: Path, field: str):
-        datasets = _optional("datasets", "hf_disk")
+        datasets = optional_module("datasets", "hf_disk")
         _require_own_files(path)
         try:
             self._dataset = datasets.load_from_disk(str(path))
@@ -293,7 +299,7 @@ def one_line(error: BaseException) -> str:
 
 def _texts_of_rows(rows: Iterable[Any], field: str, path: Path) -> Iterator[str]:
     for i, value in enumerate(rows):
-        yield _require_text(value, field, f"{path}, row {i}")
+        yield require_string(value, field, f"{path}, row {i}")
 
 
 def _json_text(
@@ -316,20 +322,43 @@ def _json_text(
     Raises:
       InputError: not JSON, not an object, no such field, or not a string.
     """
+    record = json_object(line, where, f" with field {field!r}{hint}", hint)
+    if field not in record:
+        raise InputError(f"{where}: no field {field!r}; it has {', '.join(record)}")
+    return require_string(record[field], field, where)
+
+
+def json_object(
+    line: bytes,
+    where: str,
+    expected: str = "",
+    hint: str = "",
+) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Args:
+      line: its UTF-8 text.
+      where: file and line, for the message.
+      expected: of the object, appended to the message where the line is another value.
+      hint: what else the user may have meant, appended where it is none.
+
+    Returns:
+      The object.
+
+    Raises:
+      InputError: not JSON, or not an object.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: not JSON ({one_line(e)}){hint}") from None
     if not isinstance(record, dict):
-        raise InputError(
-            f"{where}: got {type(record).__name__}, expected an object with field {field!r}{hint}"
-        )
-    if field not in record:
-        raise InputError(f"{where}: no field {field!r}; it has {', '.join(record)}")
-    return _require_text(record[field], field, where)
+        raise InputError(f"{where}: got {type(record).__name__}, expected an object{expected}")
+    return record
 
 
-def _require_text(value: Any, field: str, where: str) -> str:
+def require_string(value: Any, field: str, where: str) -> str:
+    """A document; InputError if the field of a record or a row holds something else."""
     if not isinstance(value, str):
         kind = type(value).__name__
         raise InputError(f"{where}: field {field!r} holds {kind}, expected a string")
@@ -341,7 +370,7 @@ def _require_column(field: str, columns: list[str], path: Path) -> None:
         raise InputError(f"{path}: no field {field!r}; it has {', '.join(columns)}")
 
 
-def _optional(module: str, kind: str) -> ModuleType:
+def optional_module(module: str, kind: str) -> ModuleType:
     """A module of an optional library, imported when the first file of its kind is opened."""
     try:
         # A non-empty fromlist makes __import__ return the submodule, not its package.

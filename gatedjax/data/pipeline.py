@@ -4,30 +4,39 @@ All rows stand in one global order, whatever ran before: the state of the pipeli
 the row that comes next. Row j of a global batch that begins at row n is window n + j of that order,
 and a process reads its own rows of it. So the global batches are the same for any number of
 processes and threads, and a run that goes on with another batch size neither repeats rows nor skips
-any.
+any. Where a source is a stream (`streaming`), its place is part of the state too, and every process
+makes all of its rows.
 """
 
+import functools
 import itertools
 import math
 import os
+import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Int, Integer
 
 from gatedjax.config import DataConfig
+from gatedjax.data import chat
 from gatedjax.data.batch import Batch, cut_window, empty_row, num_windows, stack_rows
+from gatedjax.data.chat_template import load_chat_template
 from gatedjax.data.corpus import Corpus
+from gatedjax.data.encoders import Encoder, TextEncoder
 from gatedjax.data.sources import open_source
 from gatedjax.data.splits import SPLITS, Split, side_of
+from gatedjax.data.streaming import KIND as STREAMING
+from gatedjax.data.streaming import State, StreamedCorpus, StreamReader, streamed_corpus
 from gatedjax.data.token_cache import tokenize
 from gatedjax.data.token_file import TokenFile
-from gatedjax.data.tokenizer import load_tokenizer
-from gatedjax.errors import InputError
+from gatedjax.data.tokenizer import Tokenizer, load_tokenizer
+from gatedjax.errors import InputError, printable
 from gatedjax.paths import expand
 
 # One order for all runs: the first batches are a fair sample, the same in each run.
@@ -120,8 +129,92 @@ class Block(grain.MapDataset[Batch]):
         return stack_rows(block)
 
 
-def corpora(cfg: DataConfig) -> dict[str, Corpus]:
-    """The tokenized sources by name, tokenized now if they are not in the cache.
+class StreamedBlock:
+    """As `Block`, where some of the sources are streams: global batches, read in order.
+
+    Args:
+      files: the endless windows of the sources that are files.
+      readers: open a stream, at a place or at its beginning.
+      weights: of all sources.
+      batch_size: rows of a global batch.
+      rows: which of them this process holds.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, Any],
+        readers: Mapping[str, Callable[[State | None], StreamReader]],
+        weights: Mapping[str, float],
+        batch_size: int,
+        rows: Sequence[int],
+    ):
+        self.batch_size = batch_size
+        self.rows = frozenset(rows)
+        self.files = files
+        self._readers = readers
+        names = sorted(weights)
+        # The same interleaving as that of files alone.
+        self._order: Any = grain.MapDataset.mix(
+            [_Numbers(name) for name in names],
+            [weights[name] for name in names],
+        )
+
+    def source_of(self, row: int) -> tuple[str, int]:
+        """Which source a row of the global order is of, and which of its rows it is."""
+        return self._order[row]
+
+    def opened(self, places: Mapping[str, State]) -> dict[str, StreamReader]:
+        """The streams, at these places; at their beginning where none is given."""
+        return {name: read(places.get(name)) for name, read in self._readers.items()}
+
+
+class _Numbers(grain.MapDataset[tuple[str, int]]):
+    """The numbers of a source's rows, without end."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._name, index
+
+
+class _StreamedBatches(Iterator[Batch]):
+    """The global batches of a `StreamedBlock` from a row on, and where its streams are then."""
+
+    def __init__(self, block: StreamedBlock, first_row: int, places: Mapping[str, State]):
+        self._block = block
+        self._next_row = first_row
+        self._streams = block.opened(places)
+
+    def __next__(self) -> Batch:
+        own = []
+        for row in range(self._block.batch_size):
+            name, number = self._block.source_of(self._next_row + row)
+            is_own = row in self._block.rows
+            if name in self._streams:
+                # What other processes hold is read too: the next row begins behind it.
+                made = self._streams[name].next_row()
+                if is_own:
+                    own.append(made)
+            elif is_own:
+                own.append(self._block.files[name][number])
+        self._next_row += self._block.batch_size
+        return stack_rows(own)
+
+    def get_state(self) -> dict[str, State]:
+        """The place of each stream, by the name that grain's prefetching calls."""
+        return {name: stream.state() for name, stream in self._streams.items()}
+
+
+AnyCorpus = Corpus | StreamedCorpus
+
+
+def corpora(cfg: DataConfig) -> dict[str, AnyCorpus]:
+    """The sources by name: files tokenized, now if they are not in the cache, streams opened.
 
     Raises:
       InputError: one line naming the source and what is wrong with it.
@@ -133,19 +226,41 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
         if not 0 < source.weight < math.inf:
             raise InputError(f"sources.{name}.weight: got {source.weight!r}, expected above 0")
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.end_of_document)
+    encoders = _encoders(cfg, tokenizer)
     cache_dir = _cache_dir(cfg)
     # A bad source is found before the first one is tokenized, which takes time.
-    sources = {name: open_source(name, source) for name, source in configs.items()}
+    streams = {}
+    sources = {}
+    for name, source in configs.items():
+        if source.kind == STREAMING:
+            streams[name] = streamed_corpus(name, source, tokenizer)
+        else:
+            sources[name] = open_source(name, source)
     tokenized = {}
     for name, source in sources.items():
         tokenized[name] = tokenize(
             source,
-            tokenizer,
+            encoders.get(source.kind, encoders["text"]),
             cfg.validation_fraction,
             cache_dir,
         )
     _require_disjoint(tokenized, cfg.validation_fraction)
-    return tokenized
+    together = tokenized | streams
+    return {name: together[name] for name in configs}
+
+
+def _encoders(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, Encoder]:
+    """What makes tokens of the documents: of texts, and of conversations if there are some."""
+    encoders: dict[str, Encoder] = {"text": TextEncoder(tokenizer)}
+    if has_chat(cfg):
+        template = load_chat_template(cfg.tokenizer, cfg.chat_template)
+        encoders[chat.KIND] = chat.ChatEncoder(tokenizer, template, cfg.chat_answers)
+    return encoders
+
+
+def has_chat(cfg: DataConfig) -> bool:
+    """Whether there are conversations among the sources."""
+    return any(source.kind == chat.KIND for source in cfg.sources.values())
 
 
 def _require_disjoint(corpora: Mapping[str, Corpus], validation_fraction: float) -> None:
@@ -167,6 +282,18 @@ def _require_disjoint(corpora: Mapping[str, Corpus], validation_fraction: float)
             )
 
 
+@overload
+def make_dataset(
+    cfg: DataConfig,
+    split: Literal["validation"],
+    *,
+    batch_size: int,
+    rows: Sequence[int],
+    seed: int,
+) -> Block: ...
+
+
+@overload
 def make_dataset(
     cfg: DataConfig,
     split: Split,
@@ -174,11 +301,22 @@ def make_dataset(
     batch_size: int,
     rows: Sequence[int],
     seed: int,
-) -> Block:
+) -> Block | StreamedBlock: ...
+
+
+def make_dataset(
+    cfg: DataConfig,
+    split: Split,
+    *,
+    batch_size: int,
+    rows: Sequence[int],
+    seed: int,
+) -> Block | StreamedBlock:
     """The global batches of a split, of which this process holds `rows`.
 
-    train: endless. Each source gives its windows in an order that is new in each epoch; rows are
-    drawn from the sources by weight, in a fixed interleaving. validation: every window of every
+    train: endless. Each source gives its windows in an order that is new in each epoch, a stream
+    its documents in theirs; rows are drawn from the sources by weight, in a fixed interleaving.
+    validation: every window of every
     source once, in an order that does not depend on `seed`; the last batch is filled with rows
     whose loss_mask is 0.
 
@@ -190,7 +328,8 @@ def make_dataset(
       seed: of the order of the windows.
 
     Returns:
-      A dataset whose element i is a Batch of [len(rows), T].
+      A dataset whose element i is a Batch of [len(rows), T]; with streams one that is read in
+      order, by `batches`.
 
     Raises:
       InputError: see `corpora`.
@@ -205,33 +344,74 @@ def make_dataset(
         raise ValueError(f"split: got {split!r}, expected 'train' or 'validation'")
     if split == "train" and cfg.validation_fraction == 1:
         raise InputError("config.data.validation_fraction: got 1.0, expected below 1 to train")
-    windows = {}
-    for name, corpus in corpora(cfg).items():
-        tokens, document_ends = corpus.stream(split)
-        windows[name] = Windows(tokens, document_ends, cfg.seq_len)
+    opened = corpora(cfg)
     if split == "validation":
-        order = grain.MapDataset.concatenate(list(windows.values()))
-        order = order.shuffle(seed=VALIDATION_SEED)
-    else:
-        endless = []
-        for name, of_source in windows.items():
-            shuffled = of_source.shuffle(seed=_source_seed(seed, name))
-            endless.append(shuffled.repeat())
-        weights = [cfg.sources[name].weight for name in windows]
-        order = grain.MapDataset.mix(endless, weights)
+        windows = [_windows(corpus, split, cfg.seq_len) for corpus in opened.values()]
+        order = grain.MapDataset.concatenate(windows).shuffle(seed=VALIDATION_SEED)
+        return Block(order, batch_size, rows, cfg.seq_len)
+    endless = {}
+    readers = {}
+    for name, corpus in opened.items():
+        source_seed = _source_seed(seed, name)
+        if isinstance(corpus, StreamedCorpus):
+            readers[name] = functools.partial(
+                StreamReader,
+                corpus,
+                load_tokenizer(cfg.tokenizer, cfg.end_of_document),
+                cfg.seq_len,
+                source_seed,
+            )
+        else:
+            shuffled = _windows(corpus, split, cfg.seq_len).shuffle(seed=source_seed)
+            endless[name] = shuffled.repeat()
+    weights = {name: cfg.sources[name].weight for name in opened}
+    if readers:
+        return StreamedBlock(
+            endless,
+            readers,
+            weights,
+            batch_size,
+            rows,
+        )
+    order = grain.MapDataset.mix(list(endless.values()), list(weights.values()))
     return Block(order, batch_size, rows, cfg.seq_len)
+
+
+def _windows(corpus: AnyCorpus, split: Split, seq_len: int) -> grain.MapDataset[Batch]:
+    """The rows of a source: windows of its stream, or packed conversations."""
+    tokens, document_ends = corpus.stream(split)
+    if corpus.kind != chat.KIND:
+        return Windows(tokens, document_ends, seq_len)
+    rows = chat.Conversations(tokens, document_ends, seq_len)
+    if rows.cut:
+        logging.warning(
+            "%s",
+            printable(
+                f"sources.{corpus.name}: {rows.cut:,} of {len(document_ends):,} conversations for "
+                f"{split} are longer than data.seq_len = {seq_len}, and are cut"
+            ),
+        )
+    return rows
 
 
 class BatchIterator(Iterator[Batch]):
     """Global batches in order.
 
-    `next_index`, the row of the global order that comes next, is the whole state:
-    `batches(dataset, next_index)` goes on from here, also for a dataset of another batch size.
+    `next_index`, the row of the global order that comes next, is the whole state, with the places
+    of streams where there are some: `batches(dataset, next_index, places)` goes on from here, also
+    for a dataset of another batch size.
     """
 
-    def __init__(self, iterator: Iterator[Batch], next_index: int, batch_size: int):
+    def __init__(
+        self,
+        iterator: Iterator[Batch],
+        next_index: int,
+        batch_size: int,
+        places: Callable[[], Mapping[str, State]] = dict,
+    ):
         self._iterator = iterator
         self._batch_size = batch_size
+        self._places = places
         self.next_index = next_index
 
     def __next__(self) -> Batch:
@@ -239,10 +419,15 @@ class BatchIterator(Iterator[Batch]):
         self.next_index += self._batch_size
         return batch
 
+    def places(self) -> dict[str, State]:
+        """Where each stream goes on, by the name of its source; {} without streams."""
+        return dict(self._places())
+
 
 def batches(
-    dataset: Block,
+    dataset: Block | StreamedBlock,
     start: int = 0,
+    places: Mapping[str, State] | None = None,
     *,
     num_threads: int = 1,
     prefetch: int = 4,
@@ -252,6 +437,7 @@ def batches(
     Args:
       dataset: of `make_dataset` or `recall_dataset`.
       start: the row of the global order that the first batch begins with.
+      places: where streams go on (`BatchIterator.places`); they begin anew where none is given.
       num_threads: that read ahead; 0 reads in the caller's thread.
       prefetch: batches that are read ahead.
 
@@ -260,9 +446,22 @@ def batches(
 
     Raises:
       ValueError: a negative start.
+      InputError: a stream cannot be read, or the place in it is none.
     """
     if start < 0:
         raise ValueError(f"start: got {start}, expected at least 0")
+    if isinstance(dataset, StreamedBlock):
+        # A stream has one reader: documents come one after another.
+        read: Any = _StreamedBatches(dataset, start, places or {})
+        ahead = grain.experimental.ThreadPrefetchDatasetIterator(
+            read, prefetch if num_threads else 0
+        )
+        return BatchIterator(
+            ahead,
+            start,
+            dataset.batch_size,
+            ahead.get_state,
+        )
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
     )

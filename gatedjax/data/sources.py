@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gatedjax.config import SourceConfig
+from gatedjax.data.chat import open_conversations
 from gatedjax.data.formats import (
     ArrayRecordFile,
     CompressedJsonLines,
@@ -239,6 +240,7 @@ _FORMATS = {
     "parquet": Format(_is_parquet, ParquetFile),
     "array_record": Format(_is_array_record, ArrayRecordFile),
     "hf_disk": Format(_any_file, SavedDataset),
+    "chat": Format(_is_json_lines, open_conversations),
 }
 
 

@@ -35,6 +35,7 @@ import numpy as np
 from absl import logging
 
 from gatedjax.data.corpus import Corpus, SplitInfo
+from gatedjax.data.encoders import Encoder
 from gatedjax.data.sources import Source
 from gatedjax.data.splits import (
     SPLITS,
@@ -43,7 +44,6 @@ from gatedjax.data.splits import (
     Splitter,
     content_hash,
 )
-from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError, printable
 from gatedjax.files import open_plain, read_plain
 
@@ -58,7 +58,7 @@ _verified: set[tuple[tuple[str, int, int, int], ...]] = set()
 
 def tokenize(
     source: Source,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     validation_fraction: float,
     cache_dir: Path,
 ) -> Corpus:
@@ -70,7 +70,7 @@ def tokenize(
 
     Args:
       source: the text.
-      tokenizer: what turns it into ids.
+      encoder: what turns a document of it into ids.
       validation_fraction: about how much of the documents is held out.
       cache_dir: the folder of all caches, made if it does not exist.
 
@@ -80,7 +80,7 @@ def tokenize(
     Raises:
       InputError: text that cannot be read, an empty split, a cache folder that cannot be written.
     """
-    fingerprint = _fingerprint(source, tokenizer, validation_fraction)
+    fingerprint = _fingerprint(source, encoder, validation_fraction)
     folder = cache_dir / f"{source.kind}-{fingerprint[:16]}"
     try:
         if folder.is_dir():
@@ -88,7 +88,7 @@ def tokenize(
                 return _open(folder, source.name)
             except _DamagedCacheError as e:
                 logging.warning("%s", printable(f"token cache {folder}: {e}; it is built again"))
-        return _built(folder, source, tokenizer, validation_fraction)
+        return _built(folder, source, encoder, validation_fraction)
     except _DamagedCacheError as e:
         raise InputError(f"cache_dir: {folder} is damaged ({e}); delete it") from None
     except OSError as e:
@@ -103,7 +103,7 @@ def tokenize(
 def _built(
     folder: Path,
     source: Source,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     validation_fraction: float,
 ) -> Corpus:
     """The cache at `folder`, written now unless it is there and whole."""
@@ -118,7 +118,7 @@ def _built(
                 return _open(folder, source.name)
             except _DamagedCacheError:
                 _remove(folder)
-        _build(folder, source, tokenizer, validation_fraction)
+        _build(folder, source, encoder, validation_fraction)
         return _open(folder, source.name)
 
 
@@ -130,10 +130,10 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)
 
 
-def _fingerprint(source: Source, tokenizer: Tokenizer, validation_fraction: float) -> str:
+def _fingerprint(source: Source, encoder: Encoder, validation_fraction: float) -> str:
     """A digest of all that the content of a cache depends on."""
     text = [source.kind, str(source.root), source.field, source.listing()]
-    depends_on = [FORMAT, text, tokenizer.fingerprint, validation_fraction]
+    depends_on = [FORMAT, text, encoder.fingerprint, validation_fraction]
     # File names may hold bytes that are not UTF-8.
     data = json.dumps(depends_on).encode(errors="surrogateescape")
     return hashlib.sha256(data).hexdigest()
@@ -142,7 +142,7 @@ def _fingerprint(source: Source, tokenizer: Tokenizer, validation_fraction: floa
 def _build(
     folder: Path,
     source: Source,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     validation_fraction: float,
 ) -> None:
     """Writes the cache beside `folder` and renames it into place.
@@ -154,17 +154,22 @@ def _build(
     logging.info(
         "tokenizing source %s with %s into %s",
         source.name,
-        tokenizer.name,
+        encoder.name,
         folder,
     )
     try:
         partial.mkdir()
         splitter = Splitter(validation_fraction)
-        meta = _write(partial, source, tokenizer, splitter)
+        meta = _write(partial, source, encoder, splitter)
         exception = splitter.missing()
         if exception is not None:
+            if exception.side == "cut" and not encoder.takes_parts:
+                raise InputError(
+                    f"sources.{source.name}: one document of kind {source.kind} in {source.root}, "
+                    "expected another one to hold out"
+                )
             # A small source: one side is empty. Once more, with its exception.
-            meta = _write(partial, source, tokenizer, Splitter(validation_fraction, exception))
+            meta = _write(partial, source, encoder, Splitter(validation_fraction, exception))
         needed = SPLITS if validation_fraction < 1 else ("validation",)
         _require_text_in_each(needed, meta, source)
         checksums = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
@@ -184,18 +189,17 @@ def _build(
 def _write(
     partial: Path,
     source: Source,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     splitter: Splitter,
 ) -> dict[str, Any]:
     """Tokenizes everything into the folder `partial`; returns what goes into meta.json."""
     digest = hashlib.sha256()
     hashes = []
     skipped = 0
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     with contextlib.ExitStack() as stack:
         writers = {}
         for split in SPLITS:
-            writer = _SplitWriter(partial, split, tokenizer, dtype)
+            writer = _SplitWriter(partial, split, encoder)
             writers[split] = stack.enter_context(writer)
         for text in source.texts():
             if text is None:
@@ -203,7 +207,7 @@ def _write(
                 continue
             if not text:
                 continue  # an empty document has nothing to predict
-            text, data = _utf8(text)
+            text, data = utf8(text)
             digest.update(data + b"\0")
             hashes.append(content_hash(data))
             for split, part, part_data in splitter.parts(text, data):
@@ -218,8 +222,8 @@ def _write(
         "bytes": sum(split.bytes for split in splits.values()),
         "sha256": digest.hexdigest(),
         "skipped": skipped,
-        "tokenizer": tokenizer.name,
-        "dtype": dtype,
+        "tokenizer": encoder.name,
+        "dtype": encoder.dtype,
         "splits": {name: asdict(split) for name, split in splits.items()},
         "exception": None if exception is None else asdict(exception),
     }
@@ -245,22 +249,16 @@ def _require_text_in_each(
 class _SplitWriter:
     """Appends the documents of one split to its files."""
 
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        tokenizer: Tokenizer,
-        dtype: str,
-    ):
+    def __init__(self, folder: Path, split: str, encoder: Encoder):
         self._folder = folder
         self._split = split
-        self._tokenizer = tokenizer
-        self._dtype = dtype
+        self._encoder = encoder
         self._pending: list[str] = []  # documents that are not tokenized yet
         self._pending_characters = 0
         self._digest = hashlib.sha256()
         self._bytes = 0
         self._tokens = 0
+        self._targets = 0
         self._ends: list[int] = []
 
     def __enter__(self) -> "_SplitWriter":
@@ -277,12 +275,9 @@ class _SplitWriter:
 
     def add(self, text: str, data: bytes) -> None:
         """A document, and the same in UTF-8."""
-        self._bytes += len(data)
         self._digest.update(data + b"\0")
         self._pending.append(text)
         self._pending_characters += len(text)
-        if self._text_file is not None:
-            self._text_file.write(data)
         if self._pending_characters > ENCODE_CHARACTERS:
             self._flush()
 
@@ -295,25 +290,24 @@ class _SplitWriter:
             documents=len(ends),
             bytes=self._bytes,
             tokens=self._tokens,
+            targets=self._targets,
             sha256=self._digest.hexdigest(),
         )
 
     def _flush(self) -> None:
-        end_of_document = np.asarray([self._tokenizer.eos_id], self._dtype).tobytes()
-        size = self._tokenizer.vocab_size
-        for ids in self._tokenizer.encode_batch(self._pending):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < size:
-                name = self._tokenizer.name
-                raise InputError(f"tokenizer {name}: made an id outside its {size:,} entries")
-            data = ids.astype(self._dtype).tobytes()
-            self._token_file.write(data + end_of_document)
-            self._tokens += len(ids) + 1
+        for encoded in self._encoder.encode(self._pending):
+            self._token_file.write(encoded.stream.astype(self._encoder.dtype).tobytes())
+            if self._text_file is not None:
+                self._text_file.write(encoded.text)
+            self._bytes += len(encoded.text)
+            self._targets += encoded.targets
+            self._tokens += len(encoded.stream)
             self._ends.append(self._tokens)
         self._pending = []
         self._pending_characters = 0
 
 
-def _utf8(text: str) -> tuple[str, bytes]:
+def utf8(text: str) -> tuple[str, bytes]:
     """The text and its UTF-8 bytes.
 
     A lone surrogate, which JSON can spell and UTF-8 cannot, becomes "?".

@@ -2,6 +2,7 @@
 
 A tokenizer here has `name`, `vocab_size`, `eos_id` (closes every document), `fingerprint` (changes
 whenever the ids could), `encode_batch`, `encode` and `decode`. `encode` adds no special token.
+`encode_marked` is for text that a chat template made: special tokens in it are recognized.
 """
 
 import functools
@@ -9,10 +10,10 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from gatedjax.errors import InputError
 from gatedjax.files import read_plain
@@ -25,7 +26,7 @@ LARGEST_TOKENIZER_FILE = 1 << 28
 
 FILE_NAME = "tokenizer.json"
 # REPOSITORY or OWNER/REPOSITORY.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # The usual names of the token that ends a document; the first one that a file has is taken.
 EOS_NAMES = (
@@ -41,6 +42,17 @@ EOS_NAMES = (
 TokenIds = Sequence[int | np.integer] | np.ndarray
 
 
+class Marked(NamedTuple):
+    """The ids of a text, and the characters that each stands for.
+
+    begins, ends: of the first of them, and behind the last.
+    """
+
+    ids: Int32[np.ndarray, "tokens"]
+    begins: Int[np.ndarray, "tokens"]
+    ends: Int[np.ndarray, "tokens"]
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
     """What the data pipeline and sampling ask of a tokenizer."""
@@ -50,9 +62,14 @@ class Tokenizer(Protocol):
     eos_id: int
     fingerprint: str
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]: ...
+
     def encode(self, text: str) -> Int32[np.ndarray, "tokens"]: ...
 
     def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]: ...
+
+    def encode_marked(self, texts: list[str]) -> list[Marked]: ...
 
     def decode(self, ids: TokenIds) -> str: ...
 
@@ -70,6 +87,20 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]:
         return [self.encode(text) for text in texts]
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """None is spelled out in text."""
+        return ()
+
+    def encode_marked(self, texts: list[str]) -> list[Marked]:
+        """The bytes of each text, and whose they are."""
+        marked = []
+        for text in texts:
+            sizes = [len(character.encode()) for character in text]
+            begins = np.repeat(np.arange(len(text)), sizes)
+            marked.append(Marked(self.encode(text), begins, begins + 1))
+        return marked
 
     def decode(self, ids: TokenIds) -> str:
         """The text of `ids`.
@@ -153,6 +184,30 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """As they are spelled."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    def encode_marked(self, texts: list[str]) -> list[Marked]:
+        """The ids of texts in which special tokens are what they say: of a chat template."""
+        marked = []
+        for encoding in self._recognizing.encode_batch(texts, add_special_tokens=False):
+            offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+            ids = np.asarray(encoding.ids, np.int32)
+            marked.append(Marked(ids, offsets[:, 0], offsets[:, 1]))
+        return marked
+
+    @functools.cached_property
+    def _recognizing(self) -> Any:
+        """The tokenizer that reads special tokens as such."""
+        # Not a switch of the other one: another thread may be encoding with it.
+        recognizing = type(self._tokenizer).from_buffer(self.data)
+        recognizing.no_truncation()
+        recognizing.no_padding()
+        return recognizing
+
     def decode(self, ids: TokenIds) -> str:
         """The text of `ids`, without special tokens and ids outside the vocabulary."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
@@ -167,16 +222,9 @@ class JsonTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().get(token)
         return added is not None and added.special
 
-    def encode_with_special_tokens(self, text: str) -> list[int]:
-        """The ids of a text that a program wrote, where `<|im_end|>` is that token.
-
-        Nothing is added at its ends.
-        """
-        return self._as_elsewhere.encode(text, add_special_tokens=False).ids
-
     def start_ids(self) -> list[int]:
         """The special tokens that the file puts before every text, such as `<s>`."""
-        encoding = self._as_elsewhere.encode("a", add_special_tokens=True)
+        encoding = self._recognizing.encode("a", add_special_tokens=True)
         start = []
         for token, is_added in zip(encoding.ids, encoding.special_tokens_mask):
             if not is_added:
@@ -184,22 +232,12 @@ class JsonTokenizer:
             start.append(token)
         return start
 
-    @functools.cached_property
-    def _as_elsewhere(self) -> Any:
-        """The tokenizer as other projects use it: special tokens are read where a text has them."""
-        import tokenizers
-
-        tokenizer = tokenizers.Tokenizer.from_buffer(self.data)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
 
 def _bytes_of_file(spec: str) -> bytes:
     path = expand(spec, "tokenizer")
     if path.is_dir():
         path = path / FILE_NAME
-    elif not path.exists() and _HUB_NAME.fullmatch(spec):
+    elif not path.exists() and HUB_NAME.fullmatch(spec):
         path = _downloaded(spec)
     try:
         return read_plain(path, LARGEST_TOKENIZER_FILE)

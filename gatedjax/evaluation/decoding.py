@@ -8,7 +8,7 @@ all of a model's weights, for every token.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -72,13 +72,17 @@ def params_for_decoding(model: ModelConfig, params: PyTree) -> PyTree:
     """The parameters as `decode` takes them: those of every layer by themselves."""
     if not _is_unrolled(model):
         return params
-    return {**params, _STACKED: _by_period(model, params[_STACKED])}
+    return {**params, _STACKED: _by_period(params[_STACKED])}
 
 
-@functools.partial(careful_jit, static_argnums=0)
-def caches_for_decoding(model: ModelConfig, caches: Caches) -> Caches:
+@functools.partial(careful_jit, static_argnums=(0, 1))
+def _caches_by_layer(model: ModelConfig, names: tuple[str, ...], caches: Caches) -> Caches:
+    return _changed_layers(caches, functools.partial(_split, names), model)
+
+
+def caches_for_decoding(model: ModelConfig, params: PyTree, caches: Caches) -> Caches:
     """The caches as `decode` takes them: that of every layer by itself."""
-    return _with_layers(caches, functools.partial(_by_period, model), model)
+    return _caches_by_layer(model, tuple(params[_STACKED]), caches)
 
 
 @functools.partial(careful_jit, static_argnums=(0, 1))
@@ -159,10 +163,12 @@ def _forward(
     vocab_size: Array | int,
 ) -> tuple[Float[Array, "B X"], Caches]:
     """The logits after each row's last token, and the caches with it."""
+    names: tuple[str, ...] = ()
     if _is_unrolled(model):
+        names = tuple(params[_STACKED][0])
         # What is stacked here, the layers take apart again: XLA does neither.
         params = {**params, _STACKED: _stacked(params[_STACKED])}
-    caches = _with_layers(rows.caches, _stacked, model)
+    caches = _changed_layers(rows.caches, _joined, model)
     with nn.logical_axis_rules(RULES):
         outputs: Any = LanguageModel(unrolled).apply(
             {"params": params},
@@ -171,7 +177,7 @@ def _forward(
         )
     hidden, caches, _ = outputs
     logits = compute_logits(hidden[:, -1], head_weights(params))
-    caches = _with_layers(caches, functools.partial(_by_period, model), model)
+    caches = _changed_layers(caches, functools.partial(_split, names), model)
     return real_tokens(logits, vocab_size), caches
 
 
@@ -200,23 +206,41 @@ def _is_unrolled(model: ModelConfig) -> bool:
     return model.num_layers <= MOST_UNROLLED_LAYERS
 
 
-def _with_layers(caches: Caches, change: Any, model: ModelConfig) -> Caches:
+def _changed_layers(
+    caches: Caches,
+    change: Callable[[Any], Any],
+    model: ModelConfig,
+) -> Caches:
     """The caches, those of a first pass too, with `change` made to those of the layers."""
     if not _is_unrolled(model):
         return caches
     first_pass = caches.first_pass
     if first_pass is not None:
-        first_pass = _with_layers(first_pass, change, model)
+        first_pass = _changed_layers(first_pass, change, model)
     return dataclasses.replace(caches, layers=change(caches.layers), first_pass=first_pass)
 
 
-def _by_period(model: ModelConfig, tree: PyTree) -> list[PyTree]:
+def _split(names: tuple[str, ...], layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The caches of the blocks `names`, which are stacked, period by period; the others as is."""
+    stacked = {name: layers[name] for name in names}
+    others = {name: cache for name, cache in layers.items() if name not in names}
+    return {**others, _STACKED: _by_period(stacked)}
+
+
+def _joined(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_split` took apart."""
+    others = {name: cache for name, cache in layers.items() if name != _STACKED}
+    return {**others, **_stacked(layers[_STACKED])}
+
+
+def _by_period(tree: PyTree) -> list[PyTree]:
     """Period by period, what is stacked over periods."""
+    num_periods = jax.tree.leaves(tree)[0].shape[0]
 
     def of_period(period: int) -> PyTree:
         return jax.tree.map(lambda x: x[period], tree)
 
-    return [of_period(period) for period in range(model.num_layers // model.period)]
+    return [of_period(period) for period in range(num_periods)]
 
 
 def _stacked(trees: list[PyTree]) -> PyTree:

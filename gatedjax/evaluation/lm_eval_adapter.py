@@ -14,14 +14,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-from gatedjax.data import JsonTokenizer, load_tokenizer
+from gatedjax.data import load_tokenizer
+from gatedjax.data.chat_template import IMPORTED
 from gatedjax.errors import InputError, require
 from gatedjax.evaluation import packed_scoring
-from gatedjax.evaluation.chat import ChatTemplate, chat_template
+from gatedjax.evaluation.chat import Chat, chat_of_run
 from gatedjax.evaluation.completions import Prompt, Stops, completions
 from gatedjax.evaluation.packed_scoring import Request
 from gatedjax.evaluation.restore import fitting_mesh, restore_params
-from gatedjax.evaluation.sampling import IMPORTED, Decoder, checked_sampling, start_of_text
+from gatedjax.evaluation.sampling import Decoder, checked_sampling, start_of_text
 from gatedjax.files import read_plain
 from gatedjax.paths import expand
 
@@ -42,7 +43,7 @@ class GatedjaxLM(TemplateLM):
         step: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = _MOST_NEW_TOKENS,
-        chat_template: str | None = None,
+        chat_template: str = "",
         trust_paths: bool = False,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -56,7 +57,7 @@ class GatedjaxLM(TemplateLM):
           max_length: tokens that the model reads at most; None for an imported model's
             max_position_embeddings, and the rows that a run of ours was trained on.
           max_gen_toks: of an answer, where a task does not say.
-          chat_template: a file or folder; None for the run's own.
+          chat_template: a file or folder; "" for the run's own.
           trust_paths: use the tokenizer's path in a checkpoint that somebody else wrote.
           device: None, or what the harness' default is: jax chooses.
           max_batch_size: of the harness' search for a batch size, which is not made.
@@ -83,7 +84,7 @@ class GatedjaxLM(TemplateLM):
         self._is_imported = (self._checkpoint / IMPORTED).is_dir()
         self._start = start_of_text(self._checkpoint, self.tokenizer)
         self._given_template = chat_template
-        self._template: ChatTemplate | None = None
+        self._known_chat: Chat | None = None
         self._decoder = Decoder(run.config.model, params, self.tokenizer.vocab_size)
         self._forward = packed_scoring.forward_of(run.config.model, params)
         longest = max_length
@@ -113,10 +114,8 @@ class GatedjaxLM(TemplateLM):
           add_special_tokens: False for the text alone.
           kwargs: of other models.
         """
-        if isinstance(self.tokenizer, JsonTokenizer):
-            ids = self.tokenizer.encode_with_special_tokens(string)
-        else:
-            ids = self.tokenizer.encode(string).tolist()
+        (marked,) = self.tokenizer.encode_marked([string])
+        ids = marked.ids.tolist()
         # A chat template may have written them.
         has_start = add_special_tokens is None and ids[: len(self._start)] == self._start
         if add_special_tokens is False or has_start:
@@ -197,14 +196,14 @@ class GatedjaxLM(TemplateLM):
           add_generation_prompt: an answer is to follow; without it the last message is begun, and
             goes on.
         """
-        template = self._chat_template()
+        chat = self._chat()
         if add_generation_prompt:
-            return template.text(chat_history)
-        return template.unfinished(chat_history)
+            return chat.template.render(chat_history, add_generation_prompt=True)
+        return chat.unfinished(chat_history)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The text of the template, which the harness writes down."""
-        return self._chat_template().source if chat_template else None
+        return self._chat().template.source if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
@@ -215,13 +214,15 @@ class GatedjaxLM(TemplateLM):
         """What the harness writes down of the model."""
         return {"checkpoint": str(self._checkpoint), "dtype": self._run.config.model.dtype}
 
-    def _chat_template(self) -> ChatTemplate:
-        if self._template is None:
-            given = self._given_template
-            place = None if given is None else expand(given, "chat_template")
-            spec = self._run.config.data.tokenizer
-            self._template = chat_template(self._checkpoint, spec, self.tokenizer, place)
-        return self._template
+    def _chat(self) -> Chat:
+        if self._known_chat is None:
+            self._known_chat = chat_of_run(
+                self._checkpoint,
+                self._run.config.data.tokenizer,
+                self.tokenizer,
+                self._given_template or self._run.config.data.chat_template,
+            )
+        return self._known_chat
 
     def _scores(self, requests: Sequence[Request]) -> list[packed_scoring.Score]:
         return packed_scoring.scores(

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gatedjax.data.chat_template import Message
 from gatedjax.errors import InputError, shown
-from gatedjax.evaluation.chat import Message, checked_messages
+from gatedjax.evaluation.chat import checked_messages
 from gatedjax.files import read_plain
 
 LARGEST_FILE = 1 << 30

@@ -278,7 +278,10 @@ def _data_of(
                 "use the path in its configuration"
             )
         tokenizer = data.tokenizer
-    data = dataclasses.replace(data, tokenizer=tokenizer)
+    template = identity.chat_template_of_run(run_dir)
+    if template is None and is_trusted:
+        template = data.chat_template
+    data = dataclasses.replace(data, tokenizer=tokenizer, chat_template=template or "")
     saved = manifest.get("data")
     if isinstance(saved, dict):
         identity.require_same_tokenizer(

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, PyTree
 
 from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
+from gatedjax.data.chat_template import IMPORTED
 from gatedjax.data.tokenizer import JsonTokenizer, Tokenizer
 from gatedjax.errors import InputError, require
 from gatedjax.evaluation import decoding
@@ -35,8 +36,6 @@ from gatedjax.sharding import RULES
 LEAST_LENGTH_STEP = 16
 # Seconds that a reader waits for tokens, of which several are computed at a time.
 LONGEST_WAIT = 0.1
-# The folder of a run directory that only imported models have.
-IMPORTED = "hf"
 
 
 @functools.partial(careful_jit, static_argnums=0, donate_argnums=3)
@@ -208,7 +207,7 @@ class Continuation:
             return
         rows = decoding.Rows(
             token=token,
-            caches=decoding.caches_for_decoding(decoder.model, caches),
+            caches=decoding.caches_for_decoding(decoder.model, decoder.params, caches),
             count=jnp.ones((), jnp.int32),
             is_done=is_done,
             keys=keys,

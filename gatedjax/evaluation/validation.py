@@ -25,7 +25,7 @@ def tokens_per_byte(config: DataConfig) -> float:
     and every byte is counted.
     """
     splits = [corpus.splits["validation"] for corpus in corpora(config).values()]
-    tokens = sum(split.tokens for split in splits)
+    tokens = sum(split.predicted for split in splits)
     return tokens / sum(split.bytes for split in splits)
 
 

@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gatedjax.config import Config, to_dict
+from gatedjax.config import Config, SourceConfig, to_dict
 from gatedjax.data.recall import RecallConfig
 
 # Keys that the configuration was given after results had been recorded. A run that leaves them at
 # their defaults is the run that it was before.
 ADDED_LATER = (
+    ("data", "chat_answers"),
+    ("data", "chat_template"),
     ("data", "end_of_document"),
     ("model", "lora"),
     ("optim", "lr_by_name"),
@@ -24,6 +26,8 @@ ADDED_LATER = (
     ("train", "init_rename"),
     ("train", "init_fresh"),
 )
+# Likewise, of each source.
+ADDED_TO_SOURCES = ("stream",)
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
 Label = str | int | float
@@ -106,4 +110,9 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
     for group, key in ADDED_LATER:
         if values[group][key] == defaults[group][key]:
             del values[group][key]
+    of_source = to_dict(SourceConfig())
+    for source in values["data"]["sources"].values():
+        for key in ADDED_TO_SOURCES:
+            if source[key] == of_source[key]:
+                del source[key]
     return values

@@ -63,12 +63,14 @@ class Restored:
     """A verified checkpoint.
 
     data_index: how many rows of the data the run had been given when it was saved.
+    places: where its streams went on then, by the name of the source.
     data: what the data were (`identity.Identity`); {} if the checkpoint does not say.
     """
 
     step: int
     state: PyTree
     data_index: int
+    places: Mapping[str, Any]
     config: Mapping[str, Any]
     data: Mapping[str, Any]
 
@@ -142,6 +144,7 @@ class Checkpointer:
         state: PyTree,
         *,
         data_index: int,
+        places: Mapping[str, Any] | None = None,
         wait: bool = False,
         loss: float | None = None,
         skipped_in_a_row: int = 0,
@@ -152,6 +155,7 @@ class Checkpointer:
           step: optimizer steps done.
           state: a pytree of arrays, of any sharding.
           data_index: rows taken from the data (`BatchIterator.next_index`).
+          places: where streams go on (`BatchIterator.places`); None without streams.
           wait: return only when the step is committed.
           loss: of this step, by which a later explosion is recognized; None if it is not known.
           skipped_in_a_row: the steps up to this one that the guard skipped.
@@ -174,6 +178,7 @@ class Checkpointer:
         signed = ownership.signature(data_config) if isinstance(data_config, dict) else None
         contents = {
             "data_index": data_index,
+            "places": dict(places or {}),
             "data": self._data,
             "data_signature": signed,
             "loss": loss if is_sound else None,
@@ -365,7 +370,8 @@ class Checkpointer:
         traceback: TracebackType | None,
     ) -> None:
         is_ours = exception_type in (None, InputError, TrainingError)
-        if jax.process_count() > 1 and not is_ours:
+        # In this order: a configuration reads another run's before the processes know each other.
+        if not is_ours and jax.process_count() > 1:
             return  # a save in flight would wait for processes that may be gone
         try:
             self.close()
@@ -494,6 +500,7 @@ class Checkpointer:
             step=step,
             state=jax.tree.unflatten(jax.tree.structure(target), in_order),
             data_index=manifests.rows_taken(body),
+            places=manifests.places(body),
             config=body["config"],
             data=data if isinstance(data, dict) else {},
         )

@@ -1,8 +1,9 @@
 """What a run was trained on: its text and its tokenizer, saved with it and compared later.
 
 A checkpoint holds the tokenizer's fingerprint and, for each source, the hashes of its training and
-its validation text. Paths are no part of it: the same content elsewhere is the same data. The
-tokenizer itself travels with the run, as `tokenizer.json` in its directory.
+its validation text; of a stream, of the training documents at its beginning. Paths are no part of
+it: the same content elsewhere is the same data. The tokenizer itself travels with the run, as
+`tokenizer.json` in its directory.
 """
 
 import os
@@ -13,14 +14,22 @@ from typing import Any
 import jax
 
 from gatedjax.config import DataConfig
-from gatedjax.data import JsonTokenizer, corpora, load_tokenizer
+from gatedjax.data import (
+    JsonTokenizer,
+    corpora,
+    has_chat,
+    load_chat_template,
+    load_tokenizer,
+)
+from gatedjax.data.chat_template import CONFIG_NAME
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError
 from gatedjax.training.run_directory import plain_errors, raise_together, replace_file
 
 TOKENIZER_FILE = "tokenizer.json"
 
-# {"tokenizer": fingerprint, "sources": {name: {"train": sha256, "validation": sha256}}}
+# {"tokenizer": fingerprint, "sources": {name: {"train": sha256, "validation": sha256}}}, and with
+# conversations {"chat_template": fingerprint}.
 Identity = Mapping[str, Any]
 
 
@@ -28,8 +37,12 @@ def identity_of(data: DataConfig, tokenizer: Tokenizer) -> Identity:
     """What this configuration trains on, as a checkpoint holds it."""
     sources = {}
     for name, corpus in corpora(data).items():
-        sources[name] = {split: info.sha256 for split, info in corpus.splits.items()}
-    return {"tokenizer": tokenizer.fingerprint, "sources": sources}
+        sources[name] = corpus.text_hashes()
+    identity = {"tokenizer": tokenizer.fingerprint, "sources": sources}
+    if has_chat(data):
+        template = load_chat_template(data.tokenizer, data.chat_template)
+        identity["chat_template"] = template.fingerprint
+    return identity
 
 
 def require_same_tokenizer(saved: Identity, tokenizer: Tokenizer, run_dir: Path) -> None:
@@ -58,6 +71,9 @@ def text_difference(saved: Identity, now: Identity) -> str | None:
         after = now["sources"].get(name)
         if before != after:
             return f"data.sources.{name}: {_difference(before, after)}"
+    template = now.get("chat_template")
+    if template is not None and saved.get("chat_template") != template:
+        return "data.chat_template: is not the one that the checkpoint was trained with"
     return None
 
 
@@ -76,15 +92,28 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
     Raises:
       InputError: on all processes, if it cannot be written.
     """
-    if not isinstance(tokenizer, JsonTokenizer):
-        return
-    path = run_dir / TOKENIZER_FILE
+    if isinstance(tokenizer, JsonTokenizer):
+        _keep(run_dir / TOKENIZER_FILE, tokenizer.data)
+
+
+def keep_chat_template(run_dir: Path, data: DataConfig) -> None:
+    """Likewise the chat template, if the run learns from conversations.
+
+    Raises:
+      InputError: on all processes, if it cannot be written.
+    """
+    if has_chat(data):
+        template = load_chat_template(data.tokenizer, data.chat_template)
+        _keep(run_dir / CONFIG_NAME, template.to_json())
+
+
+def _keep(path: Path, contents: bytes) -> None:
     problem = None
     if jax.process_index() == 0:
         try:
             with plain_errors(f"could not write {path}"):
-                if not path.is_file() or path.read_bytes() != tokenizer.data:
-                    replace_file(path, tokenizer.data)
+                if not path.is_file() or path.read_bytes() != contents:
+                    replace_file(path, contents)
         except InputError as error:
             problem = error
     raise_together(problem)
@@ -97,7 +126,15 @@ def tokenizer_of_run(run_dir: str | os.PathLike, spec: str) -> str | None:
     """
     if spec == "bytes":
         return spec
-    path = Path(run_dir) / TOKENIZER_FILE
+    return _own_file(Path(run_dir) / TOKENIZER_FILE)
+
+
+def chat_template_of_run(run_dir: str | os.PathLike) -> str | None:
+    """The chat template that travels with a run; None if there is none."""
+    return _own_file(Path(run_dir) / CONFIG_NAME)
+
+
+def _own_file(path: Path) -> str | None:
     # Not even a link: it could lead to any file.
     if path.is_symlink() or not path.is_file():
         return None

@@ -127,6 +127,12 @@ def rows_taken(body: Mapping[str, Any]) -> int:
     return body["data_index"] * batch_size
 
 
+def places(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where streams go on; {} of a manifest without them, or of one before there were any."""
+    saved = body.get("places")
+    return saved if isinstance(saved, dict) else {}
+
+
 def require_plain_files(step_dir: Path) -> None:
     """DamagedError if a step holds anything but plain files, or a description too large.
 
