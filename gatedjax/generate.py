@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import numpy as np
 from absl import flags
 
 from gatedjax.data import JsonTokenizer, load_tokenizer
@@ -153,14 +154,20 @@ def stops_of(model: Model, is_chat: bool) -> Stops:
         ids |= set(model.chat.stop_ids)
     strings = []
     for name in _STOP.value:
-        token = None
-        if isinstance(model.tokenizer, JsonTokenizer):
-            token = model.tokenizer.token_id(name)
-        if token is not None and model.tokenizer.is_special(token):
+        token = special_token(model.tokenizer, name)
+        if token is not None:
             ids.add(token)
         else:
             strings.append(as_text(name, "--stop"))
     return Stops(tuple(sorted(ids)), tuple(strings))
+
+
+def special_token(tokenizer: Tokenizer, name: str) -> int | None:
+    """The id of a special token; None if it has none of this name."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        return None
+    token = tokenizer.token_id(name)
+    return token if token is not None and tokenizer.is_special(token) else None
 
 
 def continue_text(model: Model, prompt: str, sampling: Sampling) -> None:
@@ -223,7 +230,7 @@ def streamed(
     """
     stops = stops_of(model, is_chat)
     steps = model.decoder.generate(
-        [ids],
+        np.asarray([ids], np.int32),
         _TOKENS.value,
         seed=_SEED.value,
         stop_ids=stops.ids,

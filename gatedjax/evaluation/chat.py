@@ -140,7 +140,8 @@ def _named_ends(run_dir: Path, template: ChatTemplate, tokenizer: Tokenizer) -> 
     for folder in (run_dir, run_dir / IMPORTED):
         ids = _settings(folder / GENERATION_FILE).get("eos_token_id")
         for token in ids if isinstance(ids, list) else [ids]:
-            if isinstance(token, int) and 0 <= token < tokenizer.vocab_size:
+            is_number = isinstance(token, int) and not isinstance(token, bool)
+            if is_number and 0 <= token < tokenizer.vocab_size:
                 ends.append(token)
     return ends
 
