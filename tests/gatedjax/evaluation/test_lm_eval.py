@@ -87,7 +87,7 @@ def torch_llama():
 
 def our_config(tokenizer):
     """The same model in our words."""
-    plain = tiny_run.plain(
+    return tiny_run.plain(
         model__vocab_size=VOCAB,
         model__width=WIDTH,
         model__num_layers=LAYERS,
@@ -103,7 +103,6 @@ def our_config(tokenizer):
         model__ffns__mlp__hidden=HIDDEN,
         data__tokenizer=tokenizer,
     )
-    return dataclasses.replace(plain, data=dataclasses.replace(plain.data, sources={}))
 
 
 def our_params(state, template):
