@@ -161,7 +161,7 @@ def measured(run: Run, params: PyTree, batch: Batch) -> Probes:
 
     def mine(x: np.ndarray) -> np.ndarray:
         padded = np.pad(x, ((0, rows - len(x)), (0, 0)))
-        return padded[my_rows(run.mesh, rows)]
+        return padded[list(my_rows(run.mesh, rows))]
 
     local = jax.tree.map(mine, batch)
     with jax.set_mesh(run.mesh), memory_errors("a batch of this size"):
