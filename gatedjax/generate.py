@@ -25,14 +25,9 @@ from gatedjax.evaluation.chat import Chat, chat_of_run
 from gatedjax.evaluation.completions import Prompt, Stops, completions
 from gatedjax.evaluation.filters import Sampling
 from gatedjax.evaluation.prompt_files import PromptLine, completed_line, read_prompts
+from gatedjax.evaluation.prompt_text import as_text, start_of_text
 from gatedjax.evaluation.restore import restore_params
-from gatedjax.evaluation.sampling import (
-    Decoder,
-    as_text,
-    checked_sampling,
-    pieces_of_text,
-    start_of_text,
-)
+from gatedjax.evaluation.sampling import Decoder, checked_sampling, pieces_of_text
 from gatedjax.evaluation.text_stream import TextUntil
 from gatedjax.paths import expand
 from gatedjax.runtime import cli

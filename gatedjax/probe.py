@@ -22,6 +22,7 @@ from gatedjax.data.sources import open_source
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError
 from gatedjax.evaluation.probes import Probes, measure
+from gatedjax.evaluation.prompt_text import start_of_text
 from gatedjax.evaluation.restore import (
     fitting_mesh,
     memory_errors,
@@ -29,7 +30,6 @@ from gatedjax.evaluation.restore import (
     require_text,
     restore_params,
 )
-from gatedjax.evaluation.sampling import start_of_text
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_page import write_page

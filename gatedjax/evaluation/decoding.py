@@ -24,6 +24,7 @@ from gatedjax.evaluation.filters import Sampling, sample_token
 from gatedjax.model import Caches, LanguageModel, head_weights
 from gatedjax.model import logits as compute_logits
 from gatedjax.sharding import RULES
+from gatedjax.training.memory import device_memory
 
 # Tokens that a call can give, at most.
 MOST_STEPS = 64
@@ -67,22 +68,30 @@ class Steps(NamedTuple):
     rows: Rows
 
 
-@functools.partial(careful_jit, static_argnums=0)
-def params_for_decoding(model: ModelConfig, params: PyTree) -> PyTree:
-    """The parameters as `decode` takes them: those of every layer by themselves."""
-    if not _is_unrolled(model):
-        return params
+def is_worth_unrolling(model: ModelConfig, params: PyTree) -> bool:
+    """Whether the layers get parameters of their own: a copy must fit, and the program compile."""
+    available = device_memory(jax.local_devices()[0])
+    needed = sum(x.nbytes for x in jax.tree.leaves((params, params[_STACKED])))
+    has_room = available is None or needed <= available
+    return has_room and model.num_layers <= MOST_UNROLLED_LAYERS
+
+
+@careful_jit
+def params_for_decoding(params: PyTree) -> PyTree:
+    """The parameters with those of every layer by themselves, for `decode`."""
     return {**params, _STACKED: _by_period(params[_STACKED])}
 
 
-@functools.partial(careful_jit, static_argnums=(0, 1))
-def _caches_by_layer(model: ModelConfig, names: tuple[str, ...], caches: Caches) -> Caches:
-    return _changed_layers(caches, functools.partial(_split, names), model)
+@functools.partial(careful_jit, static_argnums=0)
+def _caches_by_layer(names: tuple[str, ...], caches: Caches) -> Caches:
+    return _changed_layers(caches, functools.partial(_split, names))
 
 
-def caches_for_decoding(model: ModelConfig, params: PyTree, caches: Caches) -> Caches:
-    """The caches as `decode` takes them: that of every layer by itself."""
-    return _caches_by_layer(model, tuple(params[_STACKED]), caches)
+def caches_for_decoding(params: PyTree, caches: Caches) -> Caches:
+    """The caches as `decode` takes them with these parameters."""
+    if not _is_by_layer(params):
+        return caches
+    return _caches_by_layer(tuple(params[_STACKED][0]), caches)
 
 
 @functools.partial(careful_jit, static_argnums=(0, 1))
@@ -113,12 +122,13 @@ def decode(
       model: the model's configuration.
       sampling: how a token is chosen.
       stop_ids: tokens after which a row is done.
-      params: of `params_for_decoding`.
+      params: of the model, or of `params_for_decoding`, which is faster.
       rows: what came before. Their memory is reused.
       steps: how many tokens a row, at most MOST_STEPS; fewer if all rows are done before.
       vocab_size: of the tokenizer: ids from here on are never chosen.
     """
-    unrolled = dataclasses.replace(model, scan_layers=False) if _is_unrolled(model) else model
+    if _is_by_layer(params):
+        model = dataclasses.replace(model, scan_layers=False)
     out = jnp.zeros((MOST_STEPS, rows.token.shape[0]), jnp.int32)
 
     def goes_on(state: tuple[Array, Rows, Array]) -> Bool[Array, ""]:
@@ -127,7 +137,7 @@ def decode(
 
     def one_token(state: tuple[Array, Rows, Array]) -> tuple[Array, Rows, Array]:
         step, rows, out = state
-        logits, caches = _forward(model, unrolled, params, rows, vocab_size)
+        logits, caches = _forward(model, params, rows, vocab_size)
         token = _sampled(sampling, logits, rows.keys, rows.count)
         after = Rows(
             token=token,
@@ -157,27 +167,29 @@ def row_keys(seed: int, numbers: Sequence[int]) -> Array:
 
 def _forward(
     model: ModelConfig,
-    unrolled: ModelConfig,
     params: PyTree,
     rows: Rows,
     vocab_size: Array | int,
 ) -> tuple[Float[Array, "B X"], Caches]:
     """The logits after each row's last token, and the caches with it."""
+    caches = rows.caches
     names: tuple[str, ...] = ()
-    if _is_unrolled(model):
+    is_by_layer = _is_by_layer(params)
+    if is_by_layer:
         names = tuple(params[_STACKED][0])
         # What is stacked here, the layers take apart again: XLA does neither.
         params = {**params, _STACKED: _stacked(params[_STACKED])}
-    caches = _changed_layers(rows.caches, _joined, model)
+        caches = _changed_layers(caches, _joined)
     with nn.logical_axis_rules(RULES):
-        outputs: Any = LanguageModel(unrolled).apply(
+        outputs: Any = LanguageModel(model).apply(
             {"params": params},
             rows.token[:, None],
             caches=caches,
         )
     hidden, caches, _ = outputs
     logits = compute_logits(hidden[:, -1], head_weights(params))
-    caches = _changed_layers(caches, functools.partial(_split, names), model)
+    if is_by_layer:
+        caches = _changed_layers(caches, functools.partial(_split, names))
     return real_tokens(logits, vocab_size), caches
 
 
@@ -202,21 +214,15 @@ def _is_stop(token: Int[Array, " B"], stop_ids: tuple[int, ...]) -> Bool[Array, 
     return jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
 
 
-def _is_unrolled(model: ModelConfig) -> bool:
-    return model.num_layers <= MOST_UNROLLED_LAYERS
+def _is_by_layer(params: PyTree) -> bool:
+    return isinstance(params[_STACKED], list)
 
 
-def _changed_layers(
-    caches: Caches,
-    change: Callable[[Any], Any],
-    model: ModelConfig,
-) -> Caches:
+def _changed_layers(caches: Caches, change: Callable[[Any], Any]) -> Caches:
     """The caches, those of a first pass too, with `change` made to those of the layers."""
-    if not _is_unrolled(model):
-        return caches
     first_pass = caches.first_pass
     if first_pass is not None:
-        first_pass = _changed_layers(first_pass, change, model)
+        first_pass = _changed_layers(first_pass, change)
     return dataclasses.replace(caches, layers=change(caches.layers), first_pass=first_pass)
 
 

@@ -21,8 +21,9 @@ from gatedjax.evaluation import packed_scoring
 from gatedjax.evaluation.chat import Chat, chat_of_run
 from gatedjax.evaluation.completions import Prompt, Stops, completions
 from gatedjax.evaluation.packed_scoring import Request
+from gatedjax.evaluation.prompt_text import start_of_text
 from gatedjax.evaluation.restore import fitting_mesh, restore_params
-from gatedjax.evaluation.sampling import Decoder, checked_sampling, start_of_text
+from gatedjax.evaluation.sampling import Decoder, checked_sampling
 from gatedjax.files import read_plain
 from gatedjax.paths import expand
 

@@ -9,7 +9,6 @@ import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,11 +19,11 @@ from jaxtyping import Float, Int, PyTree
 
 from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
-from gatedjax.data.chat_template import IMPORTED
-from gatedjax.data.tokenizer import JsonTokenizer, Tokenizer
-from gatedjax.errors import InputError, require
+from gatedjax.data.tokenizer import Tokenizer
+from gatedjax.errors import require
 from gatedjax.evaluation import decoding
 from gatedjax.evaluation.filters import Sampling
+from gatedjax.evaluation.prompt_text import as_text
 from gatedjax.evaluation.text_stream import TextUntil
 from gatedjax.layers import MIXERS
 from gatedjax.model import Caches, LanguageModel, head_weights, init_caches
@@ -91,8 +90,10 @@ class Decoder:
 
     @functools.cached_property
     def by_layer(self) -> PyTree:
-        """The parameters as the decoding loop takes them, a copy."""
-        return decoding.params_for_decoding(self.model, self.params)
+        """The parameters as the decoding loop takes them: a copy, if there is room for one."""
+        if not decoding.is_worth_unrolling(self.model, self.params):
+            return self.params
+        return decoding.params_for_decoding(self.params)
 
     def generate(
         self,
@@ -207,7 +208,7 @@ class Continuation:
             return
         rows = decoding.Rows(
             token=token,
-            caches=decoding.caches_for_decoding(decoder.model, decoder.params, caches),
+            caches=decoding.caches_for_decoding(decoder.by_layer, caches),
             count=jnp.ones((), jnp.int32),
             is_done=is_done,
             keys=keys,
@@ -392,32 +393,3 @@ def pieces_of_text(
     rest = text.rest()
     if rest:
         yield rest
-
-
-def start_of_text(run_dir: Path, tokenizer: Tokenizer) -> list[int]:
-    """The ids that stand before a text, as the model was trained.
-
-    A run's own documents begin with the end of the one before. An imported model has the special
-    tokens that its tokenizer.json puts there, if it does.
-    """
-    is_imported = (run_dir / IMPORTED).is_dir()
-    if is_imported and isinstance(tokenizer, JsonTokenizer):
-        return tokenizer.start_ids()
-    return [tokenizer.eos_id]
-
-
-def as_text(prompt: str | bytes, name: str = "prompt") -> str:
-    """A prompt as text.
-
-    Args:
-      prompt: what the user gave.
-      name: of it, for the error's line.
-
-    Raises:
-      InputError: it is not UTF-8. A command line hands on such bytes as lone surrogates.
-    """
-    try:
-        data = prompt if isinstance(prompt, bytes) else prompt.encode()
-        return data.decode()
-    except UnicodeError:
-        raise InputError(f"{name}: got {prompt!r}, expected UTF-8") from None

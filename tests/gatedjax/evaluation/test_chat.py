@@ -8,7 +8,7 @@ from tokenizer_file import train_json_tokenizer
 from gatedjax.data import ByteTokenizer, JsonTokenizer
 from gatedjax.errors import InputError
 from gatedjax.evaluation.prompt_files import completed_line, read_prompts
-from gatedjax.evaluation.sampling import start_of_text
+from gatedjax.evaluation.prompt_text import start_of_text
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
