@@ -33,7 +33,7 @@ from gatedjax.evaluation.restore import (
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_page import write_page
-from gatedjax.reporting.probe_pictures import require_no_links, write_report
+from gatedjax.reporting.probe_pictures import require_no_links
 from gatedjax.runtime import cli, launch
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.training.run import Run
@@ -78,15 +78,14 @@ def main(_) -> None:
         length=_LENGTH.value or data.seq_len,
     )
     probes = measured(run, params, batch)
-    for path in write_report(probes, folder):
-        say(str(path))
     tokens = int((batch.segment_ids > 0).sum())
     rows, length = batch.tokens.shape
     notes = [
         f"{checkpoint}, step {step}: {run.config.model.num_layers} layers, {data.tokenizer}",
         f"{tokens:,} tokens in {rows} rows of {length} of {_TEXT.value or 'held-out text'}",
     ]
-    say(str(write_page(probes, folder, f"Probes of {checkpoint.name}", notes)))
+    for path in write_page(probes, folder, f"Probes of {checkpoint.name}", notes):
+        say(str(path))
 
 
 def texts_of(run: Run, checkpoint: Path) -> Iterator[str]:

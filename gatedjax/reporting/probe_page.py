@@ -2,16 +2,14 @@
 
 import base64
 import html
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gatedjax.errors import InputError
 from gatedjax.evaluation.probes import Probes
-from gatedjax.reporting.probe_pictures import figures
+from gatedjax.reporting.probe_pictures import write_report
 
 PAGE = "probes.html"
 
@@ -45,37 +43,48 @@ def write_page(
     folder: Path,
     title: str,
     notes: Sequence[str],
-) -> Path:
-    """Writes probes.html, which needs no other file.
+) -> list[Path]:
+    """Writes what `write_report` does and probes.html, which needs no other file.
 
     Args:
       probes: of a model.
-      folder: where to; it is there.
+      folder: where to; it is made.
       title: of the page.
       notes: a line each: what was measured, on which text.
+
+    Returns:
+      The paths, the page last.
 
     Raises:
       InputError: no right to write, or matplotlib is not installed.
     """
+    paths = write_report(probes, folder)
     path = folder / PAGE
     try:
-        path.write_text(page(probes, title, notes), encoding="utf-8")
+        pictures = {path.stem: path.read_bytes() for path in paths if path.suffix == ".png"}
+        path.write_text(page(probes, title, notes, pictures), encoding="utf-8")
     except OSError as error:
         raise InputError(f"could not write {path}: {error.strerror}") from error
-    return path
+    return [*paths, path]
 
 
-def page(probes: Probes, title: str, notes: Sequence[str]) -> str:
+def page(
+    probes: Probes,
+    title: str,
+    notes: Sequence[str],
+    pictures: Mapping[str, bytes],
+) -> str:
     """The page as HTML.
 
     Args:
       probes: of a model.
       title: of the page.
       notes: a line each.
+      pictures: PNGs by name.
     """
     shown_title = html.escape(title)
     lines = "\n".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
-    pictures = "\n".join(_picture(name, figure) for name, figure in figures(probes))
+    inside = "\n".join(_picture(name, png) for name, png in pictures.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>{shown_title}</title><style>{_STYLE}</style></head>
@@ -84,7 +93,7 @@ def page(probes: Probes, title: str, notes: Sequence[str]) -> str:
 {lines}
 {_table(probes)}
 <div class="pictures">
-{pictures}
+{inside}
 </div>
 </body>
 </html>
@@ -134,9 +143,7 @@ def _table(probes: Probes) -> str:
     return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
 
 
-def _picture(name: str, figure: Any) -> str:
+def _picture(name: str, png: bytes) -> str:
     """The picture itself, inside the page."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    text = base64.b64encode(data.getvalue()).decode("ascii")
+    text = base64.b64encode(png).decode("ascii")
     return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{text}">'

@@ -10,8 +10,7 @@ import pytest
 from gatedjax.data import ByteTokenizer
 from gatedjax.errors import InputError
 from gatedjax.evaluation.probes import massive_channels
-from gatedjax.reporting.probe_page import page, summary
-from gatedjax.reporting.probe_pictures import figures
+from gatedjax.reporting.probe_page import summary, write_page
 
 R = np.random.default_rng(0)
 
@@ -50,16 +49,16 @@ def test_a_line_for_each_layer():
     assert dict(zip(columns, rows[5]))["massive channels"] == ""
 
 
-def test_the_page_needs_no_other_file():
+def test_the_page_needs_no_other_file(tmp_path):
     pytest.importorskip("matplotlib")
-    probes = probes_of(24)
-    text = page(probes, "<run> & co", ["a note"])
+    *others, path = write_page(probes_of(24), tmp_path / "new", "<run> & co", ["a note"])
+    text = path.read_text()
     html.parser.HTMLParser().feed(text)
     assert "&lt;run&gt; &amp; co" in text and "a note" in text
     assert not re.search(r'(src|href)="(?!data:)', text)
-    drawn = [name for name, _ in figures(probes)]
+    drawn = {path.stem for path in others if path.suffix == ".png"}
     assert text.count("data:image/png;base64,") == len(drawn)
-    assert {"massive_channels", "first_token_fraction", "half_life", "expert_load"} <= set(drawn)
+    assert {"massive_channels", "first_token_fraction", "half_life", "expert_load"} <= drawn
 
 
 def test_massive_channels_by_hand():
