@@ -1,6 +1,6 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    lint, then the test suite (the slow ones too: make test-all)
-# make test-oracles   compares layers with those of torch (transformers, fla-core, rwkv, entmax)
+# make test-oracles   compares layers with those of torch (transformers, fla-core, rwkv, entmax), and with lm-eval's hf backend
 # make test-cuda-aot   compiles every op for an H200 that is not here
 # make test-gpu   the kernels on this machine's NVIDIA GPU: values and gradients
 # make test-types   a part of the suite with every annotation, shapes too, checked at every call
@@ -41,6 +41,7 @@ test-types: .venv/installed
 # In an environment of its own: torch takes gigabytes.
 test-oracles: .venv-oracles/installed
 	.venv-oracles/bin/python -m pytest tests/kernels_pallas/attention/test_attention_normalizers.py tests/gatedjax/layers/test_attention_options.py tests/gatedjax/layers/moe/test_moe_peers.py tests/gatedjax/layers/test_recurrent_peers.py tests/gatedjax/layers/test_attention_peers.py -k equals
+	.venv-oracles/bin/python -m pytest tests/gatedjax/evaluation/test_lm_eval.py
 
 # In an environment of its own: the CUDA plugin and NVIDIA's assembler take 1.5 GB, and the plugin looks for a driver
 # whenever jax starts. A test is a compilation or two: they are dealt out one by one.
@@ -86,7 +87,7 @@ bench: .venv/installed
 
 .venv-oracles/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oracles
-	.venv-oracles/bin/pip install --quiet -e '.[test,oracles]'
+	.venv-oracles/bin/pip install --quiet -e '.[test,oracles,lm-eval]'
 	@touch $@
 
 .venv-cuda/installed: pyproject.toml

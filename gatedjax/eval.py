@@ -41,7 +41,7 @@ from gatedjax.evaluation.speed import Speed, speed
 from gatedjax.evaluation.validation import Evaluation, Validation, with_length
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
-from gatedjax.reporting.probe_pictures import write_report
+from gatedjax.reporting.probe_pictures import require_no_links, write_report
 from gatedjax.runtime import cli, launch
 from gatedjax.sharding import AXES
 from gatedjax.training.run import Run
@@ -198,13 +198,6 @@ def write_probes(run: Run, params: PyTree, folder: Path) -> None:
         probes = Validation(run, 1).probes(params)
     for path in write_report(probes, folder):
         say(str(path))
-
-
-def require_no_links(folder: Path) -> None:
-    """InputError if a link in the checkpoint would lead what is written to another place."""
-    for path in [folder, *folder.glob("*")]:
-        if path.is_symlink():
-            raise InputError(f"{path}: is a link, expected a folder of plain files; remove it")
 
 
 def say_losses(result: Evaluation, length: int | None) -> None:

@@ -23,7 +23,7 @@ ORDER = (
     ("aot",),
     ("runtime",),
     ("reporting",),
-    ("study", "train", "eval", "generate", "merge_lora"),
+    ("study", "train", "eval", "generate", "merge_lora", "probe", "lm_eval"),
 )
 
 

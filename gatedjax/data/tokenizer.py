@@ -213,6 +213,25 @@ class JsonTokenizer:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a token by its name; None if there is none."""
+        return self._tokenizer.token_to_id(name)
+
+    def is_special(self, token: int) -> bool:
+        """Whether it is a token without a text of its own."""
+        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        return added is not None and added.special
+
+    def start_ids(self) -> list[int]:
+        """The special tokens that the file puts before every text, such as `<s>`."""
+        encoding = self._recognizing.encode("a", add_special_tokens=True)
+        start = []
+        for token, is_added in zip(encoding.ids, encoding.special_tokens_mask):
+            if not is_added:
+                break
+            start.append(token)
+        return start
+
 
 def _bytes_of_file(spec: str) -> bytes:
     path = expand(spec, "tokenizer")

@@ -13,6 +13,9 @@
   gate_histogram        the fraction of gates between each two of gate_edges
   max_activation        largest magnitude in the residual stream after a layer (massive activations,
                         M-Act)
+  massive_channels      the largest magnitudes of the three channels that have them, after a layer;
+                        massive_channel_ids says which channels these are, and median_activation
+                        what is usual there (arXiv 2402.17762)
   kurtosis              of the residual stream's entries after a layer; 3 for a normal distribution
   effective_rank        of a head's value-output map W_V W_O: exp(entropy of its singular values)
                         (Roy and Vetterli 2007); with latent attention W_V begins at the latent
@@ -53,6 +56,10 @@ from gatedjax.sharding import RULES
 Probes = dict[str, dict[int, np.ndarray]]
 # Of histograms of gates.
 BINS = 40
+# Channels of the residual stream that are told apart, and entries that stand for all of them where
+# the median is taken.
+MASSIVE_CHANNELS = 3
+MEDIAN_SAMPLE = 1 << 16
 
 
 def measure(config: ModelConfig, params: PyTree, batch: Batch) -> Probes:
@@ -129,6 +136,7 @@ def _layer(mixer: MixerConfig, batch: Batch, values: _LayerValues) -> dict[str, 
     result = {
         "max_activation": max_activation(residual, is_real),
         "kurtosis": kurtosis(residual, is_real),
+        **massive_channels(residual, is_real),
     }
     if isinstance(mixer, GatedAttentionConfig):
         result |= _attention(mixer, of_mixer, values.mixer_params, batch)
@@ -216,6 +224,27 @@ def max_activation(
     """The largest magnitude at real tokens."""
     magnitudes = jnp.abs(x.astype(jnp.float32))
     return jnp.max(jnp.where(is_real[..., None], magnitudes, 0.0))
+
+
+def massive_channels(
+    x: Float[Array, "B T M"],
+    is_real: Bool[Array | np.ndarray, "B T"],
+) -> dict[str, Array]:
+    """The channels with the largest magnitudes at real tokens, which they are, and the median.
+
+    The median is that of entries at even distances: all of them would have to be sorted.
+    """
+    magnitudes = jnp.abs(x.astype(jnp.float32))
+    of_channels = jnp.max(jnp.where(is_real[..., None], magnitudes, 0.0), axis=(0, 1))
+    largest, channels = jax.lax.top_k(of_channels, min(MASSIVE_CHANNELS, x.shape[-1]))
+    entries = jnp.where(is_real[..., None], magnitudes, jnp.nan).reshape(-1)
+    # Odd, so that a width that is a power of two does not leave out channels.
+    step = entries.size // MEDIAN_SAMPLE * 2 + 1
+    return {
+        "massive_channels": largest,
+        "massive_channel_ids": channels,
+        "median_activation": jnp.nanmedian(entries[::step]),
+    }
 
 
 def kurtosis(

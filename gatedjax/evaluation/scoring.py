@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int, PyTree
 from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
 from gatedjax.data.tokenizer import TokenIds, Tokenizer
-from gatedjax.evaluation.sampling import as_text, padded_on_the_right
+from gatedjax.evaluation.prompt_text import as_text
+from gatedjax.evaluation.sampling import padded_on_the_right
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.sharding import RULES
 from gatedjax.training.losses import predicted

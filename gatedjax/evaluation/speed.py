@@ -3,15 +3,12 @@
 import time
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from gatedjax.config import Config
 from gatedjax.data import load_tokenizer
-from gatedjax.evaluation.sampling import forward
-from gatedjax.model import init_caches
+from gatedjax.evaluation.sampling import Decoder
 
 # The first one compiles.
 ROUNDS = 4
@@ -40,21 +37,18 @@ def speed(
     """
     vocab_size = load_tokenizer(config.data.tokenizer, config.data.end_of_document).vocab_size
     generator = np.random.default_rng(0)
-    ids = generator.integers(0, vocab_size, (1, prompt_tokens))
-    prompt = jnp.asarray(ids, jnp.int32)
+    prompt = generator.integers(0, vocab_size, (1, prompt_tokens))
+    decoder = Decoder(config.model, params, vocab_size)
     prefill_rates = []
     decode_rates = []
     for _ in range(ROUNDS):
-        caches = init_caches(config.model, 1, prompt_tokens + decode_tokens)
-        caches = jax.block_until_ready(caches)
+        steps = decoder.generate(prompt, 1 + decode_tokens, temperature=0.0)
         start = time.perf_counter()
-        outputs = forward(config.model, params, prompt, caches, vocab_size)
-        logits, caches = jax.block_until_ready(outputs)
+        # The first token comes of the prompt itself.
+        next(steps)
         middle = time.perf_counter()
-        for _ in range(decode_tokens):
-            token = jnp.argmax(logits, axis=-1)[:, None]
-            logits, caches = forward(config.model, params, token, caches, vocab_size)
-        jax.block_until_ready(logits)
+        for _ in steps:
+            pass
         end = time.perf_counter()
         prefill_rates.append(prompt_tokens / (middle - start))
         decode_rates.append(decode_tokens / (end - middle))

@@ -73,6 +73,79 @@ class TextStream:
                 return
 
 
+class TextUntil:
+    """The text after a prompt, up to a token or a string that stops it.
+
+    What may still become a stop string is held back: the pieces never hold a part of one.
+
+    Attributes:
+      has_stopped: nothing comes any more.
+      tokens: how many were added, without the one that stopped the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        stop_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+    ):
+        """Before the first token.
+
+        Args:
+          tokenizer: of the model.
+          prompt: the tokens before.
+          stop_ids: tokens that stop the text and have none.
+          stop_strings: they stop it too, the first of them that comes; none is empty.
+        """
+        self._stream = TextStream(tokenizer, prompt)
+        self._stop_ids = frozenset(stop_ids)
+        self._stop_strings = tuple(stop_strings)
+        self._held = ""
+        self.has_stopped = False
+        self.tokens = 0
+
+    def add(self, token: int) -> str:
+        """The text that is certain with one more token."""
+        if self.has_stopped:
+            return ""
+        if token in self._stop_ids:
+            rest = self.rest()
+            self.has_stopped = True
+            return rest
+        self.tokens += 1
+        return self._handed_out(self._stream.add(token), is_last=False)
+
+    def rest(self) -> str:
+        """What was not certain, when no token comes any more."""
+        if self.has_stopped:
+            return ""
+        return self._handed_out(self._stream.rest(), is_last=True)
+
+    def _handed_out(self, piece: str, is_last: bool) -> str:
+        """Of what was held and is new, what is no part of a stop string."""
+        text = self._held + piece
+        places = [text.find(stop) for stop in self._stop_strings]
+        found = [place for place in places if place >= 0]
+        if found:
+            self.has_stopped = True
+            self._held = ""
+            return text[: min(found)]
+        end = len(text) if is_last else len(text) - begun(text, self._stop_strings)
+        self._held = text[end:]
+        return text[:end]
+
+
+def begun(text: str, strings: Sequence[str]) -> int:
+    """How many characters at the end of a text are the beginning of one of the strings."""
+    longest = max((len(string) for string in strings), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        end = text[-length:]
+        if any(string.startswith(end) for string in strings):
+            return length
+    return 0
+
+
 def _unfinished(text: str) -> int:
     """How many characters at the end of a text may still become another one."""
     replacements = len(text) - len(text.rstrip(REPLACEMENT))

@@ -16,6 +16,8 @@ Layers = Mapping[int, np.ndarray]  # layer -> the values of a probe
 Draw = Callable[[Any, Any, Layers, Probes], None]
 
 LARGEST_LABELED_GRID = 256  # a larger grid has no numbers in its squares
+MOST_TICKS = 16  # along an axis of layers, heads or experts
+MOST_LEGEND_LINES = 8  # more layers are colored by depth, and some of them named
 
 
 def write_report(probes: Probes, folder: Path) -> list[Path]:
@@ -36,6 +38,13 @@ def write_report(probes: Probes, folder: Path) -> list[Path]:
     except OSError as e:
         raise InputError(f"could not write {folder}: {e.strerror}") from e
     return paths
+
+
+def require_no_links(folder: Path) -> None:
+    """InputError if a link in the checkpoint would lead what is written to another place."""
+    for path in [folder, *folder.glob("*")]:
+        if path.is_symlink():
+            raise InputError(f"{path}: is a link, expected a folder of plain files; remove it")
 
 
 def images(probes: Probes) -> Iterator[tuple[str, np.ndarray]]:
@@ -106,7 +115,7 @@ def _draw_grid(
       columns: what a column is.
       top: the value of the brightest color; None for the largest value.
     """
-    values = np.stack(list(layers.values()))
+    values = _as_grid(layers)
     image = axes.imshow(
         values,
         aspect="auto",
@@ -117,6 +126,8 @@ def _draw_grid(
     middle = image.norm.vmax / 2
     if values.size <= LARGEST_LABELED_GRID:
         for (row, column), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
             axes.text(
                 column,
                 row,
@@ -128,9 +139,46 @@ def _draw_grid(
             )
     axes.set_xlabel(columns)
     axes.set_ylabel("layer")
-    axes.set_xticks(range(values.shape[1]))
-    axes.set_yticks(range(len(layers)), list(layers))
+    names = list(layers)
+    rows = _spread(len(names), MOST_TICKS)
+    axes.set_xticks(_spread(values.shape[1], MOST_TICKS))
+    axes.set_yticks(rows, [str(names[row]) for row in rows])
     figure.colorbar(image)
+
+
+def _as_grid(layers: Layers) -> np.ndarray:
+    """[layers, columns]; NaN where a layer has fewer heads or experts than another."""
+    columns = max(len(values) for values in layers.values())
+    grid = np.full((len(layers), columns), np.nan)
+    for row, values in zip(grid, layers.values()):
+        row[: len(values)] = values
+    return grid
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """0 .. count - 1 if these are not too many; else some of them at even distances."""
+    step = -(-count // most)
+    return list(range(0, count, step))
+
+
+def _styles(layers: Layers) -> dict[int, dict[str, Any]]:
+    """The color of each layer's line, and its name where it is named.
+
+    Few layers have colors of their own. Many are colored by depth, from dark to bright.
+    """
+    names = list(layers)
+    if len(names) <= MOST_LEGEND_LINES:
+        return {layer: {"label": f"layer {layer}"} for layer in names}
+    import matplotlib
+
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(names)))
+    named = _spread(len(names), MOST_LEGEND_LINES)
+    styles = {}
+    for place, layer in enumerate(names):
+        styles[layer] = {"color": colors[place]}
+        if place in named:
+            styles[layer]["label"] = f"layer {layer}"
+    return styles
 
 
 def _draw_bars(
@@ -139,12 +187,48 @@ def _draw_bars(
     layers: Layers,
     _: Probes,
 ) -> None:
-    names = [str(layer) for layer in layers]
+    names = list(layers)
     heights = [float(value) for value in layers.values()]
-    axes.bar(names, heights, color="#4477aa")
+    axes.bar(range(len(names)), heights, color="#4477aa")
+    places = _spread(len(names), MOST_TICKS)
+    axes.set_xticks(places, [str(names[place]) for place in places])
     axes.set_xlabel("after layer")
     axes.set_yscale("log")
     axes.grid(alpha=0.25, axis="y")
+
+
+def _draw_massive(
+    figure: Any,
+    axes: Any,
+    layers: Layers,
+    probes: Probes,
+) -> None:
+    """The three largest channels and the median, layer by layer."""
+    names = list(layers)
+    values = _as_grid(layers)
+    for rank in range(values.shape[1]):
+        axes.plot(
+            names,
+            values[:, rank],
+            marker="o",
+            ms=3,
+            lw=1.3,
+            label=("largest channel", "second", "third")[rank],
+        )
+    medians = [float(probes["median_activation"][layer]) for layer in names]
+    axes.plot(
+        names,
+        medians,
+        color="#555555",
+        ls="--",
+        lw=1,
+        label="median of all entries",
+    )
+    axes.set_xlabel("after layer")
+    axes.set_yscale("log")
+    places = _spread(len(names), MOST_TICKS)
+    axes.set_xticks([names[place] for place in places])
+    _finish_lines(axes)
 
 
 def _draw_entropy(
@@ -153,13 +237,14 @@ def _draw_entropy(
     layers: Layers,
     _: Probes,
 ) -> None:
+    styles = _styles(layers)
     for layer, by_position in layers.items():
         seen = np.arange(1, len(by_position) + 1)
         axes.plot(
             seen,
             by_position,
             lw=1.2,
-            label=f"layer {layer}",
+            **styles[layer],
         )
     # Attention spread evenly over n tokens has an entropy of log n. All layers see as many.
     longest = max(len(by_position) for by_position in layers.values())
@@ -184,15 +269,17 @@ def _draw_gates(
     layers: Layers,
     probes: Probes,
 ) -> None:
-    for layer, fractions in layers.items():
+    for layer, style in _styles(layers).items():
         edges = probes["gate_edges"][layer]
-        mean = float(probes["gate_mean"][layer])
-        density = fractions / np.diff(edges)
+        density = layers[layer] / np.diff(edges)
+        if "label" in style:
+            mean = float(probes["gate_mean"][layer])
+            style["label"] += f", mean {mean:.2f}"
         axes.stairs(
             density,
             edges,
             lw=1.3,
-            label=f"layer {layer}, mean {mean:.2f}",
+            **style,
         )
     axes.set_xlabel("gate")
     axes.set_ylabel("density")
@@ -207,13 +294,14 @@ def _draw_half_lives(
     layers: Layers,
     _: Probes,
 ) -> None:
+    styles = _styles(layers)
     for layer, tokens in layers.items():
         fractions = np.linspace(0, 1, len(tokens))
         axes.plot(
             fractions,
             np.sort(tokens),
             lw=1.3,
-            label=f"layer {layer}",
+            **styles[layer],
         )
     axes.set_xlabel("fraction of channels")
     axes.set_ylabel("tokens")
@@ -231,6 +319,7 @@ _PICTURES: dict[str, tuple[str, Draw]] = {
     "first_token_fraction": ("attention on the document's first token", _draw_fraction),
     "attention_entropy": ("attention entropy by position", _draw_entropy),
     "gate_histogram": ("gates", _draw_gates),
+    "massive_channels": ("massive activations: channels of the residual stream", _draw_massive),
     "max_activation": ("largest magnitude in the residual stream", _draw_bars),
     "kurtosis": ("kurtosis of the residual stream (3: normal)", _draw_bars),
     "effective_rank": ("effective rank of a head's value-output map", _draw_heads),

@@ -27,8 +27,9 @@ from gatedjax.config import (
     RWKV7ChannelMixConfig,
     RWKV7Config,
 )
+from gatedjax.evaluation.sampling import generate
 from gatedjax.layers.token_info import document_numbers
-from gatedjax.model import LanguageModel, init_caches
+from gatedjax.model import LanguageModel, head_weights, init_caches, logits
 
 ATTENTION = GatedAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
 GLA = GatedLinearAttentionConfig(
@@ -305,3 +306,18 @@ def test_tokens_outside_the_vocabulary_are_not_silent():
         tokens[0, 5] = bad
         hidden, _ = run(tokens, None, None)
         assert np.isnan(hidden[0, 5:]).all() and np.isfinite(hidden[1:]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_decoding_loop_says_what_whole_rows_say(pattern):
+    """Greedy tokens, several in a call, of a model of two periods."""
+    config = config_of(pattern, num_layers=2 * len(PATTERNS[pattern]))
+    params = nn.meta.unbox(LanguageModel(config).init(jax.random.key(0), TOKENS[:, :2]))["params"]
+    steps = generate(config, params, TOKENS[:, :5], 12, vocab_size=32, temperature=0.0)
+    given = np.stack(list(steps), axis=1)
+    text = np.concatenate([TOKENS[:, :5], given], axis=1)
+    hidden, _, _ = jax.jit(LanguageModel(config).apply)({"params": params}, text)
+    best = np.argmax(logits(hidden, head_weights(params)), axis=-1)
+    assert given.tolist() == best[:, 4:-1].tolist()
+    assert len(np.unique(given)) > 3

@@ -150,7 +150,10 @@ def test_a_model_shows_every_probe_of_its_layers():
         "gate_mean": [0, 1, 2, 3],
         "half_life": [0, 2],
         "kurtosis": [0, 1, 2, 3],
+        "massive_channel_ids": [0, 1, 2, 3],
+        "massive_channels": [0, 1, 2, 3],
         "max_activation": [0, 1, 2, 3],
+        "median_activation": [0, 1, 2, 3],
     }
     assert found["half_life"][0].shape == (4 * 8,) and found["first_token_fraction"][1].shape == (
         4,

@@ -11,8 +11,9 @@ import pytest
 from tiny_run import VOCAB, plain
 
 from gatedjax.errors import InputError
-from gatedjax.evaluation import sampling
-from gatedjax.evaluation.sampling import filter_logits, forward, generate, sample_token
+from gatedjax.evaluation import decoding, sampling
+from gatedjax.evaluation.filters import filter_logits, sample_token
+from gatedjax.evaluation.sampling import generate, next_steps
 from gatedjax.evaluation.validation import summarize
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.training.step import init_params
@@ -102,14 +103,21 @@ def test_any_positive_temperature(temperature):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """The shapes of what the model is run on."""
+    """The shapes of what the model is run on: prompts [B, T], and tokens after them [B, 1]."""
     shapes = []
+    prefill, decode = sampling.forward, decoding.decode
 
     def counted(model, params, tokens, *args):
         shapes.append(tokens.shape)
-        return forward(model, params, tokens, *args)
+        return prefill(model, params, tokens, *args)
+
+    def counted_steps(*args):
+        given = decode(*args)
+        shapes.extend([(given.tokens.shape[1], 1)] * int(given.count))
+        return given
 
     monkeypatch.setattr(sampling, "forward", counted)
+    monkeypatch.setattr(decoding, "decode", counted_steps)
     return shapes
 
 
@@ -124,6 +132,25 @@ def test_nothing_runs_after_the_last_token(forwards):
     assert list(generate(config, params, prompt, 0, vocab_size=VOCAB)) == []
     assert len(list(itertools.islice(generate(config, params, prompt, 9, vocab_size=VOCAB), 1)))
     assert forwards == [(1, 16)], "nor after the token where the reader stops"
+    forwards.clear()
+    # Every token is a stop: the first one, of the prompt's forward pass, is the last.
+    every = dict(vocab_size=VOCAB, stop_ids=range(VOCAB))
+    assert len(list(generate(config, params, prompt, 9, **every))) == 1
+    assert forwards == [(1, 16)], "nor after a stop"
+    forwards.clear()
+    steps = generate(config, params, prompt, 9, vocab_size=VOCAB)
+    next(steps), next(steps)
+    steps.finish(0)
+    assert list(steps) == [] and forwards == [(1, 16), (1, 1)], "nor for a row that is finished"
+
+
+def test_the_reader_waits_for_a_tenth_of_a_second():
+    """Tokens of 1 ms and of 1 s: the most that fit, one at least, and no more than a call gives."""
+    for seconds, settled in ((1e-3, 64), (4e-3, 16), (0.03, 2), (1.0, 1)):
+        steps = 1
+        for _ in range(20):
+            steps = next_steps(steps, seconds * steps)
+        assert steps == settled, seconds
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
