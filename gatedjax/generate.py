@@ -11,7 +11,6 @@ from gatedjax.data import load_tokenizer
 from gatedjax.errors import printable
 from gatedjax.evaluation.restore import restore_params
 from gatedjax.evaluation.sampling import generate_text
-from gatedjax.paths import expand
 from gatedjax.runtime import cli
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
@@ -32,7 +31,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 
 def main(_) -> None:
     """Restores, then prints the prompt and its continuation as it is sampled."""
-    checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
+    checkpoint = cli.given_place(_CHECKPOINT)
     restored_run, params, _ = restore_params(checkpoint, trust_paths=_TRUST.value)
     tokenizer = load_tokenizer(
         restored_run.config.data.tokenizer, restored_run.config.data.end_of_document

@@ -17,18 +17,20 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Int, Integer
 
 from gatedjax.config import DataConfig
+from gatedjax.data import bucket_cache
 from gatedjax.data.batch import Batch, cut_window, empty_row, num_windows, stack_rows
 from gatedjax.data.corpus import Corpus
-from gatedjax.data.sources import open_source
+from gatedjax.data.sources import Source, open_source
 from gatedjax.data.splits import SPLITS, Split, side_of
-from gatedjax.data.token_cache import tokenize
+from gatedjax.data.token_cache import cache_name, tokenize
 from gatedjax.data.token_file import TokenFile
-from gatedjax.data.tokenizer import load_tokenizer
+from gatedjax.data.tokenizer import Tokenizer, load_tokenizer
 from gatedjax.errors import InputError
-from gatedjax.paths import expand
+from gatedjax.paths import Place, expand, expand_place, is_bucket
 
 # One order for all runs: the first batches are a fair sample, the same in each run.
 VALIDATION_SEED = 0
@@ -138,7 +140,7 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
     sources = {name: open_source(name, source) for name, source in configs.items()}
     tokenized = {}
     for name, source in sources.items():
-        tokenized[name] = tokenize(
+        tokenized[name] = _tokenized(
             source,
             tokenizer,
             cfg.validation_fraction,
@@ -146,6 +148,33 @@ def corpora(cfg: DataConfig) -> dict[str, Corpus]:
         )
     _require_disjoint(tokenized, cfg.validation_fraction)
     return tokenized
+
+
+def _tokenized(
+    source: Source,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    cache_dir: Place,
+) -> Corpus:
+    """`tokenize`, where the cache may be in a bucket: then it is on this machine as well."""
+    if not is_bucket(cache_dir):
+        return tokenize(
+            source,
+            tokenizer,
+            validation_fraction,
+            Path(cache_dir),
+        )
+    here = bucket_cache.local_folder(_user_cache(), cache_dir)
+    name = cache_name(source, tokenizer, validation_fraction)
+    bucket_cache.fetch(here / name, cache_dir / name, logging.info)
+    corpus = tokenize(
+        source,
+        tokenizer,
+        validation_fraction,
+        here,
+    )
+    bucket_cache.store(here / name, cache_dir / name)
+    return corpus
 
 
 def _require_disjoint(corpora: Mapping[str, Corpus], validation_fraction: float) -> None:
@@ -279,9 +308,14 @@ def validation_text(cfg: DataConfig) -> bytes:
     return b"".join(corpus.validation_text() for corpus in corpora(cfg).values())
 
 
-def _cache_dir(cfg: DataConfig) -> Path:
-    if cfg.cache_dir:
-        return expand(cfg.cache_dir, "config.data.cache_dir").absolute()
+def _cache_dir(cfg: DataConfig) -> Place:
+    if not cfg.cache_dir:
+        return _user_cache()
+    place = expand_place(cfg.cache_dir, "config.data.cache_dir")
+    return place if is_bucket(place) else place.absolute()
+
+
+def _user_cache() -> Path:
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return expand(user_cache, "config.data.cache_dir, XDG_CACHE_HOME") / "gatedjax"
 

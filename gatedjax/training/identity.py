@@ -16,6 +16,7 @@ from gatedjax.config import DataConfig
 from gatedjax.data import JsonTokenizer, corpora, load_tokenizer
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError
+from gatedjax.paths import Place, expand_place, is_bucket
 from gatedjax.training.run_directory import plain_errors, raise_together, replace_file
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -32,7 +33,7 @@ def identity_of(data: DataConfig, tokenizer: Tokenizer) -> Identity:
     return {"tokenizer": tokenizer.fingerprint, "sources": sources}
 
 
-def require_same_tokenizer(saved: Identity, tokenizer: Tokenizer, run_dir: Path) -> None:
+def require_same_tokenizer(saved: Identity, tokenizer: Tokenizer, run_dir: Place) -> None:
     """InputError if the run was trained with another tokenizer: its ids mean another text."""
     before = saved.get("tokenizer")
     if before is None or before == tokenizer.fingerprint:
@@ -70,7 +71,7 @@ def _difference(before: Any, after: Mapping[str, str] | None) -> str:
     return f"the {' and '.join(splits)} text is not the checkpoint's, it has changed since"
 
 
-def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+def keep_tokenizer(run_dir: Place, tokenizer: Tokenizer) -> None:
     """The first process writes the tokenizer's file into the run directory, if it is not there.
 
     Raises:
@@ -97,8 +98,11 @@ def tokenizer_of_run(run_dir: str | os.PathLike, spec: str) -> str | None:
     """
     if spec == "bytes":
         return spec
-    path = Path(run_dir) / TOKENIZER_FILE
+    path = expand_place(run_dir, "run directory") / TOKENIZER_FILE
+    if is_bucket(path):
+        with plain_errors(f"could not read {path}"):
+            return str(path) if path.exists() else None
     # Not even a link: it could lead to any file.
-    if path.is_symlink() or not path.is_file():
+    if Path(path).is_symlink() or not path.is_file():
         return None
     return str(path)
