@@ -196,6 +196,11 @@ def _holds(text: str, parts: tuple[str, ...]) -> bool:
     return any(part in text for part in parts)
 
 
+def exists(place: Place) -> bool:
+    """Whether there is an object of that name, or any below it."""
+    return file_system(place).exists(os.fspath(place))
+
+
 def sizes(folder: Place) -> dict[str, int]:
     """Bytes of everything below a folder in a bucket, by relative name."""
     files = file_system(folder)

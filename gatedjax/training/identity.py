@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from gatedjax import buckets
 from gatedjax.config import DataConfig
 from gatedjax.data import JsonTokenizer, corpora, load_tokenizer
 from gatedjax.data.tokenizer import Tokenizer
@@ -84,7 +85,8 @@ def keep_tokenizer(run_dir: Place, tokenizer: Tokenizer) -> None:
     if jax.process_index() == 0:
         try:
             with plain_errors(f"could not write {path}"):
-                if not path.is_file() or path.read_bytes() != tokenizer.data:
+                is_there = buckets.exists(path) if is_bucket(path) else path.is_file()
+                if not is_there or path.read_bytes() != tokenizer.data:
                     replace_file(path, tokenizer.data)
         except InputError as error:
             problem = error
@@ -101,7 +103,7 @@ def tokenizer_of_run(run_dir: str | os.PathLike, spec: str) -> str | None:
     path = expand_place(run_dir, "run directory") / TOKENIZER_FILE
     if is_bucket(path):
         with plain_errors(f"could not read {path}"):
-            return str(path) if path.exists() else None
+            return str(path) if buckets.exists(path) else None
     # Not even a link: it could lead to any file.
     if Path(path).is_symlink() or not path.is_file():
         return None

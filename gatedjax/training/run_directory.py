@@ -147,7 +147,8 @@ def set_aside(run_dir: Place, report: Callable[[str], None]) -> None:
 
 def _set_aside(run_dir: Place, report: Callable[[str], None]) -> None:
     with plain_errors(f"--fresh: could not read {run_dir}"):
-        if not any((run_dir / name).exists() for name in _OF_A_RUN):
+        exists = buckets.exists if is_bucket(run_dir) else os.path.exists
+        if not any(exists(run_dir / name) for name in _OF_A_RUN):
             return
     if is_bucket(run_dir):
         lock = _take_lock(run_dir, report)
@@ -168,7 +169,7 @@ def _set_aside(run_dir: Place, report: Callable[[str], None]) -> None:
 def _free_name(path: Place) -> Place:
     for number in itertools.count(1):
         free = path.with_name(f"{path.name}.{number}")
-        is_taken = free.exists() if is_bucket(free) else os.path.lexists(free)
+        is_taken = buckets.exists(free) if is_bucket(free) else os.path.lexists(free)
         if not is_taken:
             return free
     raise AssertionError("numbers have no end")

@@ -73,8 +73,9 @@ def set_aside(checkpoints: Place, step: int, why: str) -> None:
     free = checkpoints / f"{why}-{step}"
     if why == "exploded":
         _remove(free)
+    exists = buckets.exists if is_bucket(checkpoints) else os.path.lexists
     count = 0
-    while free.exists():
+    while exists(free):
         count += 1
         free = checkpoints / f"{why}-{step}-{count}"
     if is_bucket(checkpoints):
