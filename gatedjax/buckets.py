@@ -133,7 +133,10 @@ def require_reachable(place: Place, name: str) -> None:
     """
     if not is_bucket(place):
         return
-    files = file_system(place)
+    try:
+        files = file_system(place)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     with errors(f"{name}: cannot use {place}", place):
         # Of a bucket that is there the answer is a list, if an empty one.
         files.find(os.fspath(place), prefix="lock-")

@@ -38,7 +38,8 @@ def expand(path: str | os.PathLike, name: str) -> Path:
     if not given:
         raise InputError(f"{name}: got an empty path, expected a file or folder")
     if "://" in given:
-        raise InputError(f"{name}: got {given}, expected a path; mount a bucket to use it")
+        expected = "a path on this machine; a bucket can be mounted"
+        raise InputError(f"{name}: got {given}, expected {expected}")
     if "\0" in given:
         raise InputError(f"{name}: got {given!r}, expected a path without zero bytes")
     try:

@@ -53,7 +53,7 @@ def put(store, *names, content=b"x"):
     ],
 )
 def test_a_bad_place_is_refused_by_the_flags_name(given):
-    with pytest.raises(InputError, match="^--workdir: got .*expected a path, gs://BUCKET/PATH or"):
+    with pytest.raises(InputError, match=r"^--workdir: got .*expected a path, gs://BUCKET/PATH"):
         expand_place(given, "--workdir")
 
 
@@ -98,9 +98,11 @@ class HttpError(OSError):
     ],
 )
 def test_what_a_store_refuses_is_one_line(error, kind, said):
-    with pytest.raises(InputError, match=f"^--workdir: .*{said}") as caught:
-        with buckets.errors("--workdir: cannot use x", RUN):
-            raise error
+    with (
+        pytest.raises(InputError, match=f"^--workdir: .*{said}") as caught,
+        buckets.errors("--workdir: cannot use x", RUN),
+    ):
+        raise error
     assert type(caught.value) is kind and "\n" not in str(caught.value)
 
 
@@ -183,7 +185,7 @@ def abandoned(lock):
 
 def test_one_writer_at_a_time(store, quick, monkeypatch):
     first = BucketLock(RUN, pytest.fail)
-    with pytest.raises(InputError, match="another run is writing to this directory .process"):
+    with pytest.raises(InputError, match=r"another run is writing to this directory .process"):
         BucketLock(RUN, lambda line: None)
     first.require_held()
     first.close()
@@ -274,7 +276,7 @@ def test_what_cannot_be_uploaded_is_kept(store, monkeypatch):
         raise HttpError(503)
 
     with (
-        pytest.raises(StorageError, match="does not answer.* are kept in "),
+        pytest.raises(StorageError, match=r"does not answer.* are kept in "),
         Mirror(RUN, pytest.fail) as files,
     ):
         files.begin([])

@@ -272,7 +272,7 @@ def test_no_checkpoint_and_a_damaged_one_are_refused(base, tmp_path):
         file.write_bytes(bytes(data))
     message = refusal(given(BASE, copy))
     assert message.startswith(f"{key}checkpoint of step 2 in {copy}/checkpoints is damaged: ")
-    assert refusal(given(BASE, "s3://bucket/run")).startswith(f"{key[:-2]}: got s3://bucket/run")
+    assert refusal(given(BASE, "az://bucket/run")).startswith(f"{key[:-2]}: got az://bucket/run")
 
 
 def test_whether_a_run_goes_on(base, tmp_path):
