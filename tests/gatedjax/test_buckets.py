@@ -174,7 +174,7 @@ def test_fresh_keeps_the_run_under_another_name(store):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(bucket_lock, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(bucket_lock, "LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(bucket_lock, "LEASE_SECONDS", 1.0)
 
 
 def abandoned(lock):
