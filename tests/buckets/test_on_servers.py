@@ -211,11 +211,11 @@ def test_evaluation_and_sampling_are_those_of_the_local_run(killed, local, place
 def test_a_finished_run_and_fresh(killed, place):
     refused = run(place, training(place, killed, "--config.optim.lr=0.1"), code=2)
     assert "this run is finished, after step 20, with another configuration" in refused
-    few = ["--config.train.steps=2", "--fresh"]
+    few = ["--config.train.steps=3", "--fresh"]
     output = run(place, training(place, killed, *few))
     assert f"the run in {killed} is kept as {killed}.1" in output
     assert step_folders.steps(epath.Path(f"{killed}.1") / "checkpoints") == [10, 15, 20]
-    assert step_folders.steps(epath.Path(killed) / "checkpoints") == [2]
+    assert step_folders.steps(epath.Path(killed) / "checkpoints") == [3]
     # And from its weights.
     weights = f"--config.train.init_from={killed}.1/checkpoints/20"
     output = run(place, training(place, f"{place}/tuned-{killed[:2]}", *few, weights))
@@ -243,7 +243,7 @@ def test_data_and_caches_in_a_bucket(scheme, place, local):
     buckets.write(top / "lines" / "note.txt", b"of another kind")
     pattern = f"--config.data.sources.main.path={top}/lines/*.jsonl*"
     kind = "--config.data.sources.main.kind=jsonl"
-    few = "--config.train.steps=2"
+    few = "--config.train.steps=3"
     output = run(place, training(place, f"{place}/{scheme}-lines", pattern, kind, few, *caches))
     assert "6 documents" in output
     missing = f"--config.data.sources.main.path={top}/nothing/*.jsonl"
