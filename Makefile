@@ -2,6 +2,7 @@
 # make test    lint, then the test suite (the slow ones too: make test-all)
 # make test-oracles   compares layers with those of torch (transformers, fla-core, rwkv, entmax), and with lm-eval's hf backend
 # make test-cuda-aot   compiles every op for an H200 that is not here
+# make test-buckets   runs and data in buckets, on servers of this machine (a part of test-all)
 # make test-gpu   the kernels on this machine's NVIDIA GPU: values and gradients
 # make test-types   a part of the suite with every annotation, shapes too, checked at every call
 # make wheel   dist/: the source distribution and the wheel;  make smoke  installs the wheel elsewhere, trains, evaluates, generates
@@ -16,7 +17,7 @@ export PYTHONUNBUFFERED := 1
 # A process a core: tests compile more than they compute, and a compilation has one thread. A file stays in one process.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-types test-all test-oracles test-cuda-aot test-gpu wheel smoke docs lint goldens bench clean
+.PHONY: train test test-types test-all test-buckets test-oracles test-cuda-aot test-gpu wheel smoke docs lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -27,6 +28,11 @@ test: .venv/installed lint
 
 test-all: .venv/installed lint
 	$(VENV)/python -m pytest $(PARALLEL)
+	$(MAKE) test-buckets
+
+# The servers in an environment of their own, inside the other: moto and s3fs want different versions of botocore.
+test-buckets: .venv-buckets/installed
+	.venv-buckets/bin/python -m pytest tests/buckets
 
 # What the annotations say of shapes and dtypes holds in these tests: ops, layers, the model and the training step;
 # `make test` takes the first line. Tests of bad input pass wrong types on purpose, and have it in their names.
@@ -90,10 +96,17 @@ bench: .venv/installed
 	.venv-oracles/bin/pip install --quiet -e '.[test,oracles,lm-eval]'
 	@touch $@
 
+.venv-buckets/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-buckets
+	.venv-buckets/bin/pip install --quiet -e '.[buckets]' pytest pytest-xdist
+	$(PYTHON) -m venv .venv-buckets/servers
+	.venv-buckets/servers/bin/pip install --quiet 'moto[server]>=5' gcp-storage-emulator
+	@touch $@
+
 .venv-cuda/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet -e '.[cuda-aot]' pytest pytest-xdist hypothesis
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-cuda .venv-oracles .cache build dist *.egg-info
+	rm -rf .venv .venv-buckets .venv-cuda .venv-oracles .cache build dist *.egg-info

@@ -36,6 +36,8 @@ PASSING_ERRNOS = frozenset(
         errno.EHOSTUNREACH,
         errno.ENETDOWN,
         errno.ENETUNREACH,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
     }
 )
 

@@ -39,10 +39,11 @@ from gatedjax.evaluation.restore import (
 )
 from gatedjax.evaluation.speed import Speed, speed
 from gatedjax.evaluation.validation import Evaluation, Validation, with_length
-from gatedjax.paths import expand
+from gatedjax.paths import Place, is_bucket
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import require_no_links, write_report
 from gatedjax.runtime import cli, launch
+from gatedjax.runtime.mirror import Mirror
 from gatedjax.sharding import AXES
 from gatedjax.training.run import Run
 
@@ -99,7 +100,7 @@ _DECODE_TOKENS = flags.DEFINE_integer(
 
 def main(_) -> None:
     """Restore -> loss over validation batches -> compressors -> speed."""
-    checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
+    checkpoint = cli.given_place(_CHECKPOINT)
     lengths = given_lengths()
     launch.start()
     run, params, step = restore_params(
@@ -115,7 +116,7 @@ def main(_) -> None:
     if _SOURCE.value is None and _TEXT.value is None:
         require_same_text(run, checkpoint)
     if _PROBES.value:
-        write_probes(run, params, checkpoint / "probes")
+        write_probes(run, params, checkpoint)
         return
     evaluations = {}
     with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
@@ -191,13 +192,17 @@ def given_mesh() -> MeshConfig | None:
         raise InputError(f"--mesh: {error}") from None
 
 
-def write_probes(run: Run, params: PyTree, folder: Path) -> None:
-    """The probes of the first validation batch, as JSON and pictures."""
-    require_no_links(folder)
+def write_probes(run: Run, params: PyTree, checkpoint: Place) -> None:
+    """The probes of the first validation batch, as JSON and pictures, into CHECKPOINT/probes."""
+    if not is_bucket(checkpoint):
+        require_no_links(Path(checkpoint, "probes"))
     with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
         probes = Validation(run, 1).probes(params)
-    for path in write_report(probes, folder):
-        say(str(path))
+    with Mirror(checkpoint, say) as files:
+        paths = write_report(probes, files.folder / "probes")
+        files.upload()
+        for path in paths:
+            say(files.shown(str(path)))
 
 
 def say_losses(result: Evaluation, length: int | None) -> None:

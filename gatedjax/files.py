@@ -7,7 +7,7 @@ Nothing here opens before it has looked, and nothing waits.
 
 import os
 import stat
-from pathlib import Path
+from pathlib import PurePath
 from typing import IO
 
 from gatedjax.errors import InputError
@@ -22,7 +22,7 @@ _KINDS = (
 )
 
 
-def require_utf8(name: str, path: Path) -> None:
+def require_utf8(name: str, path: PurePath) -> None:
     """InputError if the path holds bytes that are not UTF-8: C++ libraries cannot be given it."""
     try:
         str(path).encode()

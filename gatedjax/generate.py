@@ -11,7 +11,6 @@ chat template has it; without --prompt every line of the input is a turn.
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ from gatedjax.evaluation.prompt_text import as_text, start_of_text
 from gatedjax.evaluation.restore import restore_params
 from gatedjax.evaluation.sampling import Decoder, checked_sampling, pieces_of_text
 from gatedjax.evaluation.text_stream import TextUntil
-from gatedjax.paths import expand
+from gatedjax.paths import Place, expand
 from gatedjax.runtime import cli
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
@@ -85,7 +84,7 @@ class Model(NamedTuple):
 
 def main(_) -> None:
     """Restores, then prints what follows one prompt, or writes what follows many."""
-    checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
+    checkpoint = cli.given_place(_CHECKPOINT)
     require_flags_that_go_together()
     sampling = checked_sampling(
         _TEMPERATURE.value,
@@ -120,7 +119,7 @@ def require_flags_that_go_together() -> None:
         raise InputError("--stop: got '', expected a text or the name of a token")
 
 
-def restored_model(checkpoint: Path, needs_chat: bool) -> Model:
+def restored_model(checkpoint: Place, needs_chat: bool) -> Model:
     """The model of a run.
 
     Args:

@@ -20,14 +20,14 @@ from gatedjax.errors import InputError
 from gatedjax.evaluation.restore import fitting_mesh, restore_params
 from gatedjax.layers import low_rank
 from gatedjax.layers.tree import flatten_dict
-from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.runtime import cli, launch
 from gatedjax.training import given_weights, identity
-from gatedjax.training.checkpoint import Checkpointer, has_steps
+from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.manifest import places
 from gatedjax.training.run import Run, fresh_state, prepare
 from gatedjax.training.step import TrainState
+from gatedjax.training.step_folders import has_steps
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the merged model, a new one.")
@@ -35,8 +35,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the merged mod
 
 def main(_) -> None:
     """Restore -> merge -> save."""
-    checkpoint = expand(cli.required(_CHECKPOINT), "--checkpoint")
-    workdir = expand(cli.required(_WORKDIR), "--workdir")
+    checkpoint = cli.given_place(_CHECKPOINT)
+    workdir = cli.given_place(_WORKDIR)
     launch.start()
     if has_steps(workdir):
         raise InputError(f"--workdir: got {workdir}, which holds a run, expected a new folder")

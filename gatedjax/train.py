@@ -10,7 +10,6 @@ all save the same step and end.
 import signal
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from ml_collections import config_flags
 
 from gatedjax import sharding
 from gatedjax.aot import step as aot
+from gatedjax.buckets import require_reachable
 from gatedjax.config import Config, DataConfig, differing_keys, flat, from_config_dict, to_dict
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
 from gatedjax.data.tokenizer import Tokenizer
@@ -27,22 +27,24 @@ from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
 from gatedjax.files import require_utf8
-from gatedjax.paths import expand
+from gatedjax.paths import Place, expand_place
 from gatedjax.reporting.console import doing, live_bar, say
 from gatedjax.reporting.curves import plot_run
 from gatedjax.reporting.profile import StepTrace
 from gatedjax.reporting.step_log import StepLog
-from gatedjax.reporting.writers import make_writers
+from gatedjax.reporting.writers import METRICS_FILE, make_writers
 from gatedjax.runtime import cli, launch, run_log, streams
+from gatedjax.runtime.mirror import Mirror
 from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
 from gatedjax.training import given_weights, identity
-from gatedjax.training.checkpoint import Checkpointer, Restored, has_steps
+from gatedjax.training.checkpoint import Checkpointer, Restored
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.training.run_directory import set_aside
 from gatedjax.training.run_record import keep_record
 from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
+from gatedjax.training.step_folders import has_steps
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -90,8 +92,9 @@ def main(_) -> None:
         return
     default_workdir = f"runs/{cli.run_name(_CONFIG)}"
     given = default_workdir if _WORKDIR.value is None else _WORKDIR.value
-    workdir = expand(given, "--workdir")
+    workdir = expand_place(given, "--workdir")
     require_utf8("--workdir", workdir)
+    require_reachable(workdir, "--workdir")
     tokenizer = tokenizer_of(config.data, workdir)
     config = with_vocab(config, tokenizer)
     if _AOT.value:
@@ -102,7 +105,12 @@ def main(_) -> None:
     cli.use_compilation_cache(_CACHE.value)
     cli.saves_to(workdir / "checkpoints")
     goes_on = f"the run goes on, its log is in {workdir}"
-    with streams.lasting_stdout(goes_on), run_log.keep() as log_file, Stop() as stop:
+    with (
+        streams.lasting_stdout(goes_on),
+        Mirror(workdir, say) as files,
+        run_log.keep() as log_file,
+        Stop() as stop,
+    ):
         launch.start(workdir / "checkpoints")
         stop.outside_steps()
         run = prepare(config)
@@ -113,12 +121,19 @@ def main(_) -> None:
             require_same_on_all_processes(run.config, workdir)
             if _FRESH.value:
                 set_aside(workdir, say)
-            state = train(run, workdir, tokenizer, stop, log_file)
+            state = train(
+                run,
+                workdir,
+                files,
+                tokenizer,
+                stop,
+                log_file,
+            )
         if state is not None:
             with jax.set_mesh(run.mesh):
                 sample(run, state, tokenizer)
             if jax.process_index() == 0:
-                draw_curves(workdir, config.data)
+                draw_curves(files, config.data)
     if state is None and stop.obeyed == signal.SIGINT:
         sys.exit(cli.EXIT_INTERRUPTED)
 
@@ -129,7 +144,7 @@ def print_config(config: Config) -> None:
         print(printable(f"config.{key} = {value!r}"))
 
 
-def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:
+def tokenizer_of(data: DataConfig, workdir: Place) -> Tokenizer:
     """The tokenizer that the configuration names.
 
     Raises:
@@ -144,7 +159,7 @@ def tokenizer_of(data: DataConfig, workdir: Path) -> Tokenizer:
         raise InputError(f"{error}; the run keeps its own: --config.data.tokenizer={own}") from None
 
 
-def require_same_on_all_processes(config: Config, workdir: Path) -> None:
+def require_same_on_all_processes(config: Config, workdir: Place) -> None:
     """InputError if the processes came with different configurations, folders or texts."""
     launch.require_same("configuration", to_dict(config))
     launch.require_same_folder("--workdir", workdir)
@@ -157,7 +172,8 @@ def require_same_on_all_processes(config: Config, workdir: Path) -> None:
 
 def train(
     run: Run,
-    workdir: Path,
+    workdir: Place,
+    files: Mirror,
     tokenizer: Tokenizer,
     stop: Stop,
     log_file: run_log.RunLog,
@@ -167,6 +183,7 @@ def train(
     Args:
       run: what is trained.
       workdir: the run directory.
+      files: where the log and the metrics go, which is the same directory or comes to it.
       tokenizer: of its text.
       stop: asked whether to stop.
       log_file: which is opened once the directory is this run's.
@@ -211,18 +228,27 @@ def train(
         identity.keep_tokenizer(workdir, tokenizer)
         identity.keep_chat_template(workdir, run.config.data)
         keep_record(workdir, config, step=start, devices=describe(run), data=data)
-        if jax.process_index() == 0:
-            log_file.open(workdir)
+        is_first = jax.process_index() == 0
+        files.begin((METRICS_FILE, run_log.LOG_FILE) if is_first else ())
+        if is_first:
+            log_file.open(files.folder)
         writers = make_writers(
-            workdir,
+            files.folder,
             settings.steps,
             start,
             config,
             trackers=_TRACKERS.value,
+            place=workdir,
         )
-        folder = workdir / "profile"
-        tracing = StepTrace(_PROFILE.value, start, settings.steps, folder, say)
-        with writers, Watchdog(settings.stuck_seconds, workdir) as watchdog, tracing as trace:
+        tracing = StepTrace(
+            _PROFILE.value,
+            start,
+            settings.steps,
+            files.folder / "profile",
+            lambda line: say(files.shown(line)),
+        )
+        watching = Watchdog(settings.stuck_seconds, files.folder)
+        with writers, watching as watchdog, tracing as trace:
             log = StepLog(run, writers, watchdog)
             stop.between_steps(run.mesh)
             try:
@@ -232,6 +258,7 @@ def train(
                     start,
                     position,
                     log,
+                    files,
                     checkpointer,
                     trace,
                     stop,
@@ -243,7 +270,7 @@ def train(
     return state if is_finished else None
 
 
-def require_something_to_train(run: Run, restored: Restored, workdir: Path) -> None:
+def require_something_to_train(run: Run, restored: Restored, workdir: Place) -> None:
     """InputError if the run is finished and this configuration is another one.
 
     Nothing would be trained with it. The same configuration is no error: a scheduler may start the
@@ -320,6 +347,7 @@ def loop(
     start: int,
     position: Position,
     log: StepLog,
+    files: Mirror,
     checkpointer: Checkpointer,
     trace: StepTrace,
     stop: Stop,
@@ -332,6 +360,7 @@ def loop(
       start: steps done before.
       position: in the data, that the first of these steps begins with.
       log: where metrics go.
+      files: which hold them, and are in their place before a checkpoint is.
       checkpointer: where states go.
       trace: told of each step.
       stop: asked after each step.
@@ -362,6 +391,7 @@ def loop(
             evaluate(step, state, validation, log)
         if step % settings.checkpoint_every == 0 or is_last or signal_number:
             with log.saving(step):
+                files.upload()
                 checkpointer.save(
                     step,
                     state,
@@ -412,14 +442,14 @@ def sample(run: Run, state: TrainState, tokenizer: Tokenizer) -> None:
     say(prompt + "".join(pieces) + "\n---")
 
 
-def draw_curves(workdir: Path, data: DataConfig) -> None:
+def draw_curves(files: Mirror, data: DataConfig) -> None:
     """The picture of the run.
 
     A finished training does not fail for want of matplotlib, or of its sources.
     """
     try:
         compressors = bits_per_byte_of_compressors(validation_text(data))
-        say(f"curves: {plot_run(workdir, compressors)}")
+        say(f"curves: {files.shown(str(plot_run(files.folder, compressors)))}")
     except InputError as error:
         say(f"no picture: {error}")
 

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gatedjax import buckets
 from gatedjax.data.formats import one_line, optional_module
 from gatedjax.data.tokenizer import FILE_NAME, HUB_NAME
 from gatedjax.errors import InputError
 from gatedjax.files import read_plain
-from gatedjax.paths import expand
+from gatedjax.paths import Place, expand_place, is_bucket
 
 CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
@@ -216,7 +217,7 @@ def load_chat_template(tokenizer: str, path: str = "") -> ChatTemplate:
     """
     if path:
         key = "config.data.chat_template"
-        found = _from_path(expand(path, key))
+        found = _from_path(expand_place(path, key))
         expected = "a template (.jinja), a tokenizer_config.json or a folder with one of them"
         if found is None:
             raise InputError(f"{key}: got {path!r}, expected {expected}")
@@ -225,10 +226,10 @@ def load_chat_template(tokenizer: str, path: str = "") -> ChatTemplate:
         raise InputError(
             "config.data.chat_template: empty, expected a file: the tokenizer 'bytes' has none"
         )
-    place = expand(tokenizer, "tokenizer")
-    if not place.exists() and HUB_NAME.fullmatch(tokenizer):
+    place = expand_place(tokenizer, "tokenizer")
+    if not is_bucket(place) and not Path(place).exists() and HUB_NAME.fullmatch(tokenizer):
         place = _downloaded(tokenizer)
-    folder = place if place.is_dir() else place.parent
+    folder = place if _is_folder(place) else place.parent
     found = _from_path(folder) or _from_path(folder / IMPORTED)
     if found is None:
         raise InputError(
@@ -238,11 +239,16 @@ def load_chat_template(tokenizer: str, path: str = "") -> ChatTemplate:
     return found
 
 
-def _from_path(path: Path) -> ChatTemplate | None:
+def _is_folder(path: Place) -> bool:
+    """In a bucket there are no folders to ask for: there it is what has no suffix."""
+    return path.suffix == "" if is_bucket(path) else path.is_dir()
+
+
+def _from_path(path: Place) -> ChatTemplate | None:
     """The template of a folder or of a file; None where there is none."""
-    if path.is_dir():
+    if _is_folder(path):
         values = _values(path / CONFIG_NAME)
-        source = _read(path / TEMPLATE_NAME)
+        source = read_text(path / TEMPLATE_NAME)
         if source is None:
             source = _default_of(values.get("chat_template"))
         where = path / TEMPLATE_NAME
@@ -252,15 +258,18 @@ def _from_path(path: Path) -> ChatTemplate | None:
         where = path
     else:
         values = _values(path.parent / CONFIG_NAME)
-        source = _read(path)
+        source = read_text(path)
         where = path
     if source is None:
         return None
     return ChatTemplate(source, _special_tokens(values), str(where))
 
 
-def _read(path: Path) -> str | None:
-    """The text of a file; None if there is none."""
+def read_text(path: Place) -> str | None:
+    """The text of a small file, here or in a bucket; None if there is none."""
+    if is_bucket(path):
+        with buckets.errors(f"could not read {path}", path):
+            return buckets.read(path, LARGEST_FILE).decode() if buckets.exists(path) else None
     if not path.exists():
         return None
     try:
@@ -269,9 +278,9 @@ def _read(path: Path) -> str | None:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
 
 
-def _values(path: Path) -> Mapping[str, Any]:
+def _values(path: Place) -> Mapping[str, Any]:
     """A tokenizer_config.json; {} where there is none."""
-    text = _read(path)
+    text = read_text(path)
     if text is None:
         return {}
     try:

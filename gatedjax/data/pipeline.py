@@ -23,22 +23,22 @@ from absl import logging
 from jaxtyping import Int, Integer
 
 from gatedjax.config import DataConfig
-from gatedjax.data import chat
+from gatedjax.data import bucket_cache, chat
 from gatedjax.data.batch import Batch, cut_window, empty_row, num_windows, stack_rows
 from gatedjax.data.chat_template import load_chat_template
 from gatedjax.data.corpus import Corpus
 from gatedjax.data.document_stream import KIND as STREAMING
 from gatedjax.data.document_stream import State
 from gatedjax.data.encoders import Encoder, TextEncoder
-from gatedjax.data.sources import open_source
+from gatedjax.data.sources import Source, open_source
 from gatedjax.data.splits import SPLITS, Split, side_of
 from gatedjax.data.streamed_batches import ReadAhead, StreamedBatches, StreamedBlock
 from gatedjax.data.streaming import StreamedCorpus, StreamReader, streamed_corpus
-from gatedjax.data.token_cache import tokenize
+from gatedjax.data.token_cache import cache_name, tokenize
 from gatedjax.data.token_file import TokenFile
 from gatedjax.data.tokenizer import Tokenizer, load_tokenizer
 from gatedjax.errors import InputError, printable
-from gatedjax.paths import expand
+from gatedjax.paths import Place, expand, expand_place, is_bucket
 
 # One order for all runs: the first batches are a fair sample, the same in each run.
 VALIDATION_SEED = 0
@@ -158,7 +158,7 @@ def corpora(cfg: DataConfig) -> dict[str, AnyCorpus]:
             sources[name] = open_source(name, source)
     tokenized = {}
     for name, source in sources.items():
-        tokenized[name] = tokenize(
+        tokenized[name] = _tokenized(
             source,
             encoders.get(source.kind, encoders["text"]),
             cfg.validation_fraction,
@@ -181,6 +181,33 @@ def _encoders(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, Encoder]:
 def has_chat(cfg: DataConfig) -> bool:
     """Whether there are conversations among the sources."""
     return any(source.kind == chat.KIND for source in cfg.sources.values())
+
+
+def _tokenized(
+    source: Source,
+    encoder: Encoder,
+    validation_fraction: float,
+    cache_dir: Place,
+) -> Corpus:
+    """`tokenize`, where the cache may be in a bucket: then it is on this machine as well."""
+    if not is_bucket(cache_dir):
+        return tokenize(
+            source,
+            encoder,
+            validation_fraction,
+            Path(cache_dir),
+        )
+    here = bucket_cache.local_folder(_user_cache(), cache_dir)
+    name = cache_name(source, encoder, validation_fraction)
+    bucket_cache.fetch(here / name, cache_dir / name, logging.info)
+    corpus = tokenize(
+        source,
+        encoder,
+        validation_fraction,
+        here,
+    )
+    bucket_cache.store(here / name, cache_dir / name)
+    return corpus
 
 
 def _require_disjoint(corpora: Mapping[str, Corpus], validation_fraction: float) -> None:
@@ -396,9 +423,14 @@ def validation_text(cfg: DataConfig) -> bytes:
     return b"".join(corpus.validation_text() for corpus in corpora(cfg).values())
 
 
-def _cache_dir(cfg: DataConfig) -> Path:
-    if cfg.cache_dir:
-        return expand(cfg.cache_dir, "config.data.cache_dir").absolute()
+def _cache_dir(cfg: DataConfig) -> Place:
+    if not cfg.cache_dir:
+        return _user_cache()
+    place = expand_place(cfg.cache_dir, "config.data.cache_dir")
+    return place if is_bucket(place) else place.absolute()
+
+
+def _user_cache() -> Path:
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return expand(user_cache, "config.data.cache_dir, XDG_CACHE_HOME") / "gatedjax"
 

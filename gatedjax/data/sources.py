@@ -12,9 +12,11 @@ import stat
 import sysconfig
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from gatedjax.config import SourceConfig
+from gatedjax.data import bucket_source
 from gatedjax.data.chat import open_conversations
 from gatedjax.data.formats import (
     ArrayRecordFile,
@@ -28,7 +30,7 @@ from gatedjax.data.formats import (
 )
 from gatedjax.errors import InputError
 from gatedjax.files import kind_of
-from gatedjax.paths import expand
+from gatedjax.paths import Place, expand_place, is_bucket
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -40,33 +42,37 @@ class Source:
 
     root: the folder that the names of the files are relative to.
     open: reads one of the files.
+    versions: of files in a bucket, what `listing` gives.
     """
 
     name: str
     kind: str
-    root: Path
-    files: tuple[Path, ...]
+    root: PurePath
+    files: tuple[PurePath, ...]
     field: str
-    open: Callable[[Path], Documents]
+    open: Callable[[Any], Documents]
+    versions: list[tuple[str, int, str]] | None = None
 
-    def relative(self, file: Path) -> str:
+    def relative(self, file: PurePath) -> str:
         """The name of a file below `root`, the same on every operating system."""
         return file.relative_to(self.root).as_posix()
 
-    def listing(self) -> list[tuple[str, int, int]]:
-        """(relative path, bytes, modification time in ns) of each file.
+    def listing(self) -> list[tuple[str, int, int | str]]:
+        """(relative path, bytes, modification time in ns, or version in a bucket) of each file.
 
         A source has changed if its listing has.
         """
+        if self.versions is not None:
+            return list(self.versions)
         files = self.files
         if self.kind == "hf_disk":
             # A saved Dataset is opened as a folder; the files in it are what changes.
             with _naming_errors(self.root):
-                files = _files_under(self.root, _any_file)
-        entries = []
+                files = _files_under(Path(self.root), _any_file)
+        entries: list[tuple[str, int, int | str]] = []
         with _naming_errors(self.root):
             for file in files:
-                status = file.stat()
+                status = Path(file).stat()
                 entries.append((self.relative(file), status.st_size, status.st_mtime_ns))
         return entries
 
@@ -122,8 +128,11 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
             f"sources.{name}.path: empty, expected a file or folder for kind {cfg.kind}"
         )
     key = f"sources.{name}.path"
-    path = expand(cfg.path, key).absolute()
+    path = expand_place(cfg.path, key, whole_bucket=True)
     file_format = _FORMATS[cfg.kind]
+    if is_bucket(path):
+        return _in_bucket(name, cfg, path, file_format)
+    path = Path(path).absolute()
 
     def open_file(file: Path) -> Documents:
         return file_format.open(file, cfg.field)
@@ -161,6 +170,34 @@ def open_source(name: str, cfg: SourceConfig) -> Source:
         files=files,
         field=cfg.field,
         open=open_file,
+    )
+
+
+def _in_bucket(
+    name: str,
+    cfg: SourceConfig,
+    place: Place,
+    file_format: Format,
+) -> Source:
+    """A source in a bucket, whose files are fetched one by one."""
+    found = bucket_source.find(
+        f"sources.{name}.path",
+        cfg,
+        place,
+        file_format.belongs,
+    )
+
+    def open_file(file: Place) -> Documents:
+        return bucket_source.Fetched(file, lambda here: file_format.open(here, cfg.field))
+
+    return Source(
+        name=name,
+        kind=cfg.kind,
+        root=found.root,
+        files=found.files,
+        field=cfg.field,
+        open=open_file,
+        versions=found.versions,
     )
 
 
@@ -275,7 +312,7 @@ def _files_under(
 
 
 @contextlib.contextmanager
-def _naming_errors(path: Path) -> Iterator[None]:
+def _naming_errors(path: PurePath) -> Iterator[None]:
     """OSError, and what the libraries of the formats raise, as one line that names the file."""
     try:
         yield

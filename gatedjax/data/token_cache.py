@@ -80,8 +80,7 @@ def tokenize(
     Raises:
       InputError: text that cannot be read, an empty split, a cache folder that cannot be written.
     """
-    fingerprint = _fingerprint(source, encoder, validation_fraction)
-    folder = cache_dir / f"{source.kind}-{fingerprint[:16]}"
+    folder = cache_dir / cache_name(source, encoder, validation_fraction)
     try:
         if folder.is_dir():
             try:
@@ -98,6 +97,12 @@ def tokenize(
         raise InputError(
             f"cache_dir: {cache_dir}: {reason}; nothing was kept of source {source.name!r}"
         ) from None
+
+
+def cache_name(source: Source, encoder: Encoder, validation_fraction: float) -> str:
+    """The name of a cache's folder: of all that its content depends on."""
+    fingerprint = _fingerprint(source, encoder, validation_fraction)
+    return f"{source.kind}-{fingerprint[:16]}"
 
 
 def _built(

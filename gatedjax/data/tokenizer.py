@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Int32
 
+from gatedjax import buckets
 from gatedjax.errors import InputError
 from gatedjax.files import read_plain
-from gatedjax.paths import expand
+from gatedjax.paths import expand_place, is_bucket
 
 # Token ids are int32 in a batch.
 LARGEST_VOCABULARY = 2**31 - 1
@@ -234,7 +235,11 @@ class JsonTokenizer:
 
 
 def _bytes_of_file(spec: str) -> bytes:
-    path = expand(spec, "tokenizer")
+    place = expand_place(spec, "tokenizer")
+    if is_bucket(place):
+        with buckets.errors(f"tokenizer: {spec!r} cannot be read", place):
+            return buckets.read(place, LARGEST_TOKENIZER_FILE)
+    path = Path(place)
     if path.is_dir():
         path = path / FILE_NAME
     elif not path.exists() and HUB_NAME.fullmatch(spec):

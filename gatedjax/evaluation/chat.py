@@ -17,14 +17,14 @@ from gatedjax.data.chat_template import (
     ChatTemplate,
     Message,
     load_chat_template,
+    read_text,
 )
 from gatedjax.data.tokenizer import JsonTokenizer, Tokenizer
 from gatedjax.errors import InputError, require
-from gatedjax.files import read_plain
+from gatedjax.paths import Place, is_bucket
 
 GENERATION_FILE = "generation_config.json"
 
-_LARGEST_FILE = 1 << 24
 # What stands in for an answer, to see what the template writes after it.
 _ANSWER = "gatedjax-answer"
 
@@ -101,7 +101,7 @@ class Chat:
 
 
 def chat_of_run(
-    run_dir: Path,
+    run_dir: Place,
     tokenizer_spec: str,
     tokenizer: Tokenizer,
     template: str = "",
@@ -129,7 +129,7 @@ def chat_of_run(
     return Chat(found, tokenizer, _named_ends(run_dir, found, tokenizer))
 
 
-def _named_ends(run_dir: Path, template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+def _named_ends(run_dir: Place, template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
     """The ends of an answer that the files of the model name."""
     if not isinstance(tokenizer, JsonTokenizer):
         return []
@@ -146,13 +146,15 @@ def _named_ends(run_dir: Path, template: ChatTemplate, tokenizer: Tokenizer) -> 
     return ends
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Place) -> dict[str, Any]:
     """A file of settings; nothing where there is none, or only a link, which may lead anywhere."""
-    if path.is_symlink() or not path.is_file():
+    is_link = not is_bucket(path) and Path(path).is_symlink()
+    text = None if is_link else read_text(path)
+    if text is None:
         return {}
     try:
-        settings = json.loads(read_plain(path, _LARGEST_FILE))
-    except (OSError, ValueError, RecursionError):
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
         raise InputError(f"{path}: got no JSON, expected settings of generation") from None
     return settings if isinstance(settings, dict) else {}
 

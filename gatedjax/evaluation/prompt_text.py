@@ -1,13 +1,12 @@
 """The text of a prompt, and what stands before it."""
 
-from pathlib import Path
-
 from gatedjax.data.chat_template import IMPORTED
 from gatedjax.data.tokenizer import JsonTokenizer, Tokenizer
 from gatedjax.errors import InputError
+from gatedjax.paths import Place
 
 
-def start_of_text(run_dir: Path, tokenizer: Tokenizer) -> list[int]:
+def start_of_text(run_dir: Place, tokenizer: Tokenizer) -> list[int]:
     """The ids that stand before a text, as the model was trained.
 
     A run's own documents begin with the end of the one before. An imported model has the special

@@ -11,7 +11,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from gatedjax import sharding
 from gatedjax.config import Config, DataConfig, MeshConfig, SourceConfig, from_config_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
-from gatedjax.paths import expand
+from gatedjax.paths import Place, expand_place
 from gatedjax.training import identity, ownership
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.digests import named_leaves
@@ -80,7 +79,7 @@ def restore_params(
       InputError: no checkpoint there, none intact, a configuration that makes no model, a model or
         batch that does not fit, or a tokenizer that is not the run's.
     """
-    run_dir = expand(directory, "--checkpoint")
+    run_dir = expand_place(directory, "--checkpoint")
     with Checkpointer(run_dir, read_only=True) as checkpointer:
         manifest = checkpointer.manifest(step)
         config = _configuration(_changed(manifest["config"], changes or {}), mesh)
@@ -107,7 +106,7 @@ def fitting_mesh(directory: str | os.PathLike) -> MeshConfig:
 
     Else all devices hold copies.
     """
-    with Checkpointer(expand(directory, "--checkpoint"), read_only=True) as checkpointer:
+    with Checkpointer(expand_place(directory, "--checkpoint"), read_only=True) as checkpointer:
         saved = checkpointer.config().get("mesh")
     try:
         mesh = MeshConfig(**{**saved, "data": 0}) if isinstance(saved, dict) else MeshConfig()
@@ -122,7 +121,7 @@ def require_same_text(run: Run, directory: str | os.PathLike) -> None:
 
     Its held-out text would be another one, part of it trained on.
     """
-    run_dir = expand(directory, "--checkpoint")
+    run_dir = expand_place(directory, "--checkpoint")
     with Checkpointer(run_dir, read_only=True) as checkpointer:
         saved = checkpointer.manifest().get("data")
     if not isinstance(saved, dict):
@@ -246,7 +245,7 @@ def memory_errors(what: str) -> Iterator[None]:
 
 
 def _data_of(
-    run_dir: Path,
+    run_dir: Place,
     data: DataConfig,
     manifest: Mapping[str, Any],
     source: str | None,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gatedjax.errors import InputError
+from gatedjax.paths import Place, is_bucket
 from gatedjax.reporting.console import Scalars
 
 PROJECT = "gatedjax"
@@ -25,13 +26,18 @@ _LONGEST_VALUE = 500
 class Wandb:
     """Weights & Biases."""
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        run_id: str,
+    ):
         wandb = _client("wandb")
         self._run = wandb.init(
             project=PROJECT,
             name=run_dir.name,
             dir=str(run_dir),
-            id=_run_id(run_dir),
+            id=run_id,
             resume="allow",
             config=dict(config),
         )
@@ -46,11 +52,16 @@ class Wandb:
 class Trackio:
     """Hugging Face's trackio."""
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        run_id: str,
+    ):
         self._trackio = _client("trackio")
         self._trackio.init(
             project=PROJECT,
-            name=_run_id(run_dir),
+            name=run_id,
             resume="allow",
             config=_flat(config),
         )
@@ -65,19 +76,23 @@ class Trackio:
 class Mlflow:
     """MLflow."""
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        run_id: str,
+    ):
         self._mlflow = _client("mlflow")
         self._mlflow.set_experiment(PROJECT)
         # The run of this directory, if it has one already.
-        name = _run_id(run_dir)
         found = self._mlflow.search_runs(
             experiment_names=[PROJECT],
-            filter_string=f"attributes.run_name = '{name}'",
+            filter_string=f"attributes.run_name = '{run_id}'",
             output_format="list",
         )
         self._mlflow.start_run(
             run_id=found[0].info.run_id if found else None,
-            run_name=name,
+            run_name=run_id,
         )
         if not found:
             values = {key: str(value)[:_LONGEST_VALUE] for key, value in _flat(config).items()}
@@ -90,7 +105,7 @@ class Mlflow:
         self._mlflow.end_run()
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Wandb | Trackio | Mlflow]] = {
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], str], Wandb | Trackio | Mlflow]] = {
     "wandb": Wandb,
     "trackio": Trackio,
     "mlflow": Mlflow,
@@ -110,9 +125,9 @@ def _client(name: str) -> ModuleType:
         raise InputError(f"--trackers: {name} cannot be imported ({error}); {hint}") from None
 
 
-def _run_id(run_dir: Path) -> str:
+def run_id_of(run_dir: Place) -> str:
     """A name that is the run directory's own: runs/tiny and other/tiny are two runs."""
-    whole = run_dir.resolve()
+    whole = run_dir if is_bucket(run_dir) else run_dir.resolve()
     digest = hashlib.sha256(str(whole).encode()).hexdigest()
     return f"{whole.name}-{digest[:8]}"
 

@@ -39,8 +39,9 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from gatedjax.errors import InputError
+from gatedjax.paths import Place
 from gatedjax.reporting.console import Console, Scalars
-from gatedjax.reporting.trackers import TRACKERS
+from gatedjax.reporting.trackers import TRACKERS, run_id_of
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -112,6 +113,7 @@ def make_writers(
     resume_step: int = 0,
     config: Mapping[str, Any] = MappingProxyType({}),
     trackers: Sequence[str] = (),
+    place: Place | None = None,
 ) -> Writers:
     """Console, JSON lines and TensorBoard for a run, and the trackers that it names.
 
@@ -122,6 +124,7 @@ def make_writers(
         are dropped.
       config: of the run, for TensorBoard and the trackers.
       trackers: names of `trackers.TRACKERS`.
+      place: what the trackers know the run by, if not by `run_dir`.
 
     Returns:
       The writers; none on processes other than the first.
@@ -142,7 +145,7 @@ def make_writers(
         TensorBoard(run_dir, resume_step, config),
     ]
     for name in trackers:
-        writers.append(TRACKERS[name](run_dir, config))
+        writers.append(TRACKERS[name](run_dir, config, run_id_of(place or run_dir)))
     return Writers(writers)
 
 

@@ -17,10 +17,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gatedjax.aot import libtpu
+from gatedjax.buckets import require_reachable
 from gatedjax.config import files as config_files
 from gatedjax.config import nearest_key
 from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError, TrainingError, printable
-from gatedjax.paths import expand
+from gatedjax.paths import Place, expand_place, is_bucket
 from gatedjax.runtime import compile_cache, run_log, streams
 from gatedjax.runtime.host_memory import keep_freed_memory
 from gatedjax.runtime.stderr_filter import intact
@@ -109,18 +110,24 @@ def use_compilation_cache(folder: str) -> None:
     if not folder:
         return
     try:
-        path = expand(folder, "--compile_cache")
+        path = expand_place(folder, "--compile_cache")
+        require_reachable(path, "--compile_cache")
     except InputError as e:
+        if "://" in folder:
+            raise
         # The default, in a container without users: no reason not to run.
         streams.print_error(f"warning: no compiled programs are kept: {e}")
         return
     compile_cache.use(path)
 
 
-def saves_to(checkpoints: Path) -> None:
-    """This command saves steps in that folder: whether there is one belongs to an error's line."""
+def saves_to(checkpoints: Place) -> None:
+    """This command saves steps in that folder: whether there is one belongs to an error's line.
+
+    In a bucket nobody looks: it may be what the error is about.
+    """
     global _checkpoints
-    _checkpoints = checkpoints
+    _checkpoints = None if is_bucket(checkpoints) else Path(checkpoints)
 
 
 def required(flag: flags.FlagHolder[Any]) -> Any:
@@ -132,6 +139,19 @@ def required(flag: flags.FlagHolder[Any]) -> Any:
     if flag.value is None:
         raise InputError(f"--{flag.name} is required")
     return flag.value
+
+
+def given_place(flag: flags.FlagHolder[Any]) -> Place:
+    """The path of a flag that has to be given. In a bucket, it is asked whether that is there.
+
+    Raises:
+      InputError: it was not given, is no path, or its bucket cannot be used.
+      StorageError: the store does not answer.
+    """
+    name = f"--{flag.name}"
+    place = expand_place(required(flag), name)
+    require_reachable(place, name)
+    return place
 
 
 def required_config(flag: flags.FlagHolder[Any]) -> ConfigDict:

@@ -11,21 +11,22 @@ executed, and whoever can write there can write a digest too.
 
 import contextlib
 import hashlib
-from pathlib import Path
 
 import jax
 from absl import logging
+from etils import epath
 from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
 from gatedjax.errors import printable
+from gatedjax.paths import Place
 
 # How the end of an entry begins.
 _MARK = b"named-1\0"
 _END_BYTES = len(_MARK) + 32
 
 
-def use(folder: Path) -> None:
+def use(folder: Place) -> None:
     """Keeps compiled programs in `folder`, from the next compilation on."""
     compilation_cache.get_file_cache = _named_cache
     compilation_cache.reset_cache()
@@ -52,7 +53,7 @@ class NamedCache(CacheInterface):
         if end.startswith(_MARK):
             name = printable(key)
             logging.warning("compile cache: %s is not what was written, and is removed", name)
-        for file in Path(self._path).glob(f"{key}-*"):
+        for file in epath.Path(self._path).glob(f"{key}-*"):
             with contextlib.suppress(OSError):
                 file.unlink()
         return None

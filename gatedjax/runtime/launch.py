@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from gatedjax import paths
 from gatedjax.errors import InputError, TrainingError
 from gatedjax.runtime import stderr_filter
 from gatedjax.runtime.meeting import Place, meet, split_address
@@ -69,7 +70,7 @@ _VISIBLE_SECONDS = 15.0
 _JAX_START_SECONDS = 60
 
 
-def start(checkpoints: Path | None = None) -> None:
+def start(checkpoints: paths.Place | None = None) -> None:
     """Joins the other processes of this run; call it before anything asks jax for devices.
 
     Args:
@@ -83,6 +84,9 @@ def start(checkpoints: Path | None = None) -> None:
     # Its handler of SIGTERM would take the place of ours (see stop.py).
     jax.config.update("jax_enable_preemption_service", False)
     place = _given_place()
+    if checkpoints is not None:
+        # What is said of a bucket when another process is lost is nothing.
+        checkpoints = None if paths.is_bucket(checkpoints) else Path(checkpoints)
     if place is not None:
         _start_at(place, checkpoints)
     elif not _found_by_jax():
@@ -113,7 +117,7 @@ def require_same(what: str, value: object) -> None:
         )
 
 
-def require_same_folder(what: str, folder: Path) -> None:
+def require_same_folder(what: str, folder: paths.Place) -> None:
     """Checks that all processes see the same files in a folder; it is made if it does not exist.
 
     Raises:
@@ -127,10 +131,11 @@ def require_same_folder(what: str, folder: Path) -> None:
     problem = ""
     if jax.process_index() == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            if not paths.is_bucket(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            mark.write_bytes(b"")
         except OSError as e:
-            problem = f"{what}: process 0 cannot write to {folder}: {e.strerror}"
+            problem = f"{what}: process 0 cannot write to {folder}: {e.strerror or e}"
     _raise_on_all(problem)
     if not _becomes_visible(mark):
         problem = (
@@ -144,7 +149,7 @@ def require_same_folder(what: str, folder: Path) -> None:
             mark.unlink(missing_ok=True)
 
 
-def _becomes_visible(file: Path) -> bool:
+def _becomes_visible(file: paths.Place) -> bool:
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while not file.exists():
         if time.monotonic() > deadline:

@@ -1,9 +1,9 @@
-"""Checkpoints: state, data position, resolved configuration. Only this file imports orbax.
+"""Checkpoints: state, data position, resolved configuration.
 
-A run directory holds
+A run directory, on a file system or in a bucket, holds
 
   lock                        held with flock while a run writes here; the kernel releases it when
-                              the run dies
+                              the run dies. In a bucket lock-N (`bucket_lock`)
   checkpoints/<step>/         one committed step: `state` (the arrays, orbax's format) and
                               `manifest` (JSON, ours)
   checkpoints/damaged-<step>  a step that did not verify, set aside when an older one took over;
@@ -12,40 +12,33 @@ A run directory holds
                               the next one of that number replaces it
   tokenizer.json              the tokenizer, where it is a file (`identity`)
 
-orbax writes a step under a temporary name and renames it when it is complete, so a kill at any
-moment leaves only whole steps. Its manager looks into all steps at once, so it is opened only to
-save, and only after every step was found to hold plain files. orbax does not notice bits that
-change later: hence a digest per array, taken on the devices from what is saved and from what
-comes back.
-Nothing is unpickled: arrays are read as numbers into a target that the caller names.
+A kill at any moment leaves only whole steps (`step_folders`). orbax's manager looks into all steps
+at once, so it is opened only to save, and only after every step was found to hold plain files.
+orbax does not notice bits that change later: hence a digest per array, taken on the devices from
+what is saved and from what comes back.
 """
 
 import contextlib
 import json
-import logging as std_logging
 import os
-import re
-import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from gatedjax.errors import InputError, TrainingError, printable
 from gatedjax.files import require_utf8
+from gatedjax.paths import expand_place, is_bucket
 from gatedjax.training import manifest as manifests
-from gatedjax.training import ownership
+from gatedjax.training import orbax_store, ownership, step_folders
+from gatedjax.training.bucket_lock import BucketLock
 from gatedjax.training.digests import Leaves, named_leaves
 from gatedjax.training.preservation import NewestAndSound
+from gatedjax.training.quiet_orbax import QuietOrbax, drop_late_callbacks
 from gatedjax.training.run_directory import (
     DamagedError,
     failures_as_damage,
@@ -53,9 +46,6 @@ from gatedjax.training.run_directory import (
     plain_errors,
     raise_together,
 )
-
-# How orbax names a committed step.
-_STEP_NAME = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ class Checkpointer:
     one constructs it and makes the same calls; the directory is one that all of them see.
 
     Args:
-      run_dir: a local or mounted directory, made if it does not exist.
+      run_dir: a directory, made if it does not exist, or gs://BUCKET/PATH, s3://BUCKET/PATH.
       config: the resolved configuration (`config.to_dict`), stored as JSON with each step.
       data: what the data are (`identity.identity_of`), stored likewise.
       keep: how many of the newest steps stay, besides the newest sound one (`preservation`). With 1
@@ -105,13 +95,12 @@ class Checkpointer:
         read_only: bool = False,
         report: Callable[[str], None] | None = None,
     ):
-        place = os.fspath(run_dir)
-        if "://" in place:
-            expected = "a path; mount a bucket to write to it"
-            raise InputError(f"run directory: got {place}, expected {expected}")
         if keep < 1:
             raise InputError(f"keep: got {keep}, expected at least 1")
-        self.directory = Path(run_dir).absolute() / "checkpoints"
+        place = expand_place(run_dir, "run directory")
+        if not is_bucket(place):
+            place = place.absolute()
+        self.directory = place / step_folders.FOLDER
         require_utf8("run directory", self.directory)
         # The round trip through JSON leaves what a checkpoint will give back: lists, not tuples.
         self._config = json.loads(json.dumps(dict(config or {})))
@@ -122,21 +111,25 @@ class Checkpointer:
         self._lock = None
         self._is_noted = False
         self._preservation = NewestAndSound(keep)
-        self._quiet = _QuietOrbax()
+        self._quiet = QuietOrbax()
         if not read_only:
             with plain_errors(f"could not write to the run directory {run_dir}"):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._lock = lock_on_first_process(self.directory.parent, self._report)
-        elif not self.directory.is_dir():
+                if not is_bucket(place):
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                self._lock = lock_on_first_process(place, self._report)
+        elif not self._is_there():
             raise InputError(f"{run_dir}: holds no checkpoints")
         self._place = self._identity_of_place()
-        self._manager_if_open: ocp.CheckpointManager | None = None
+        self._manager_if_open: orbax_store.Manager | None = None
+
+    def _is_there(self) -> bool:
+        if is_bucket(self.directory):
+            return bool(self.steps())
+        return self.directory.is_dir()
 
     def steps(self) -> list[int]:
-        """The committed steps on disk, oldest first; a damaged one counts until it is set aside."""
-        with plain_errors(f"could not read {self.directory}"):
-            names = os.listdir(self.directory)
-        return sorted(int(name) for name in names if _STEP_NAME.fullmatch(name))
+        """The committed steps, oldest first; a damaged one counts until it is set aside."""
+        return step_folders.steps(self.directory)
 
     def save(
         self,
@@ -187,18 +180,17 @@ class Checkpointer:
         }
         manifest = manifests.make_manifest(step, contents, leaves)
         self._preservation.note(step, loss, is_sound)
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(leaves),
-            manifest=ocp.args.JsonSave(manifest),
-        )
         manager = self._manager()
-        _drop_late_callbacks()
+        drop_late_callbacks()
         self._step_in_flight = step
         self._quiet.start()
         with self._save_errors(step):
-            # force: orbax would otherwise skip, silently, a step that is not newer than the newest
-            # on disk.
-            manager.save(step, args=items, force=True)
+            orbax_store.start_saving(
+                manager,
+                step,
+                leaves,
+                manifest,
+            )
         if wait:
             self.wait()
 
@@ -398,7 +390,14 @@ class Checkpointer:
             raise
 
     def _identity_of_place(self) -> list[tuple[int, int]]:
-        """What stays the same as long as nobody moves or empties the directories under the run."""
+        """What stays the same as long as nobody moves or empties the directories under the run.
+
+        In a bucket that is the lock alone, of which the first process knows.
+        """
+        if is_bucket(self.directory):
+            if isinstance(self._lock, BucketLock):
+                self._lock.require_held()
+            return []
         places = [self.directory.parent, self.directory]
         if self._lock is not None:
             # A directory that was emptied while the run wrote to it is the same one, without it.
@@ -415,9 +414,10 @@ class Checkpointer:
         problem = None
         try:
             place = self._identity_of_place()
-        except InputError:
+        except InputError as error:
+            problem = error
             place = None
-        if place != self._place:
+        if place != self._place and not is_bucket(self.directory):
             run_dir = self.directory.parent
             problem = InputError(
                 f"{run_dir}: was removed, renamed or replaced while the run was writing to it"
@@ -513,21 +513,17 @@ class Checkpointer:
         unread: Collection[str],
     ) -> Leaves:
         """The arrays of a step by name, without those in `unread`."""
-        read = {name: leaf for name, leaf in wanted.items() if name not in unread}
-        targets: dict[str, Any] = {name: _with_sharding(name, leaf) for name, leaf in read.items()}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
-        for name in wanted:
-            if name in unread:
-                targets[name] = ocp.PLACEHOLDER
-                restore_args[name] = ocp.RestoreArgs()
-        args = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
-        place = epath.Path(self.directory / str(step) / "state")
-        handler = ocp.PyTreeCheckpointHandler()
+        read = {}
+        for name, leaf in wanted.items():
+            if name not in unread:
+                read[name] = orbax_store.with_sharding(name, leaf)
         with self._quiet, failures_as_damage(f"the arrays of step {step} in {self.directory}"):
-            stored = handler.metadata(place).tree
-            manifests.require_stored_as_described(stored, described)
-            arrays = handler.restore(place, args=args)
-        return {name: array for name, array in arrays.items() if name not in unread}
+            return orbax_store.read_arrays(
+                self.directory / str(step),
+                described,
+                read,
+                wanted.keys() - read.keys(),
+            )
 
     def _set_aside(self, steps: list[int], why: str) -> None:
         """Renames steps to `<why>-<step>`, so that their numbers are free again."""
@@ -538,14 +534,14 @@ class Checkpointer:
             try:
                 for step in steps:
                     with plain_errors(f"could not set aside the step {step} in {self.directory}"):
-                        (self.directory / str(step)).rename(self._free_name(step, why))
+                        step_folders.set_aside(self.directory, step, why)
             except InputError as error:
                 problem = error
         raise_together(problem)  # the others look at the directory only after the renames
         if self._manager_if_open is not None:
             self._manager_if_open.reload()
 
-    def _manager(self) -> ocp.CheckpointManager:
+    def _manager(self) -> orbax_store.Manager:
         """orbax's manager, opened at the first save.
 
         It reads a file of every step: one that it could not read is set aside before.
@@ -566,35 +562,11 @@ class Checkpointer:
             raise_together(problem)
             self._set_aside(unreadable, "damaged")
             with self._quiet, plain_errors(f"could not read {self.directory}"):
-                self._manager_if_open = _open_manager(self.directory, self._preservation)
+                self._manager_if_open = orbax_store.open_manager(
+                    self.directory,
+                    self._preservation,
+                )
         return self._manager_if_open
-
-    def _free_name(self, step: int, why: str) -> Path:
-        free = self.directory / f"{why}-{step}"
-        if why == "exploded":
-            # A run that is started again and again explodes again and again.
-            shutil.rmtree(free, ignore_errors=True)
-        count = 0
-        while free.exists():
-            count += 1
-            free = self.directory / f"{why}-{step}-{count}"
-        return free
-
-
-def has_steps(run_dir: str | os.PathLike) -> bool:
-    """Whether a run has saved something there, which the same command would go on from."""
-    folder = Path(run_dir) / "checkpoints"
-    if not folder.is_dir():
-        return False
-    with plain_errors(f"could not read {folder}"):
-        return any(_STEP_NAME.fullmatch(name) for name in os.listdir(folder))
-
-
-def named_step(path: Path) -> tuple[Path, int | None]:
-    """(run directory, step) of RUN/checkpoints/STEP; (RUN, None) of a run directory itself."""
-    if path.parent.name == "checkpoints" and _STEP_NAME.fullmatch(path.name):
-        return path.parent.parent, int(path.name)
-    return path, None
 
 
 def read_config(run_dir: str | os.PathLike, step: int | None = None) -> Mapping[str, Any]:
@@ -605,87 +577,6 @@ def read_config(run_dir: str | os.PathLike, step: int | None = None) -> Mapping[
     """
     with Checkpointer(run_dir, read_only=True) as checkpointer:
         return checkpointer.config(step)
-
-
-def _with_sharding(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    """The target of one leaf.
-
-    Its sharding is never left open: orbax would take it from a file of the checkpoint.
-    """
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        if jax.process_count() > 1:
-            raise ValueError(f"target: got {name} without a sharding, expected one on each leaf")
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
-    # A sharding that does not divide the shape fails here, not as damage.
-    sharding.shard_shape(leaf.shape)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _open_manager(
-    directory: Path,
-    preservation: NewestAndSound,
-) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=preservation,
-        # What a killed run left; the lock says that nobody is writing it.
-        cleanup_tmp_directories=True,
-        lightweight_initialize=True,
-        save_root_metadata=False,
-    )
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(),
-        "manifest": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-
-
-class _QuietOrbax(std_logging.Filter):
-    """Keeps orbax's own account of a failure off the log while one of our checkpoints is at work.
-
-    The failure raises here, in one line; orbax would also log it, with its traceback, from each of
-    its threads. Nothing else is kept off, and nothing at any other time: the whole process shares
-    this logger, absl's.
-    """
-
-    def start(self) -> None:
-        std_logging.getLogger("absl").addFilter(self)
-
-    def stop(self) -> None:
-        std_logging.getLogger("absl").removeFilter(self)
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    def filter(self, record: std_logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname
-
-
-# The hooks that `_drop_late_callbacks` installed.
-_late_callbacks_hook: list[Callable[[Any], None]] = []
-
-
-def _drop_late_callbacks() -> None:
-    """Keeps off stderr what tensorstore's threads print after a save has failed.
-
-    The writes that were under way end later, and tell an event loop that orbax has closed: a
-    traceback for each, after the error that counts. Installed once; all else is printed.
-    """
-    previous = sys.unraisablehook
-    if previous in _late_callbacks_hook:
-        return
-
-    def hook(unraisable: Any) -> None:
-        is_late = isinstance(unraisable.exc_value, RuntimeError) and unraisable.object is None
-        if is_late and str(unraisable.exc_value) == "Event loop is closed":
-            return
-        previous(unraisable)
-
-    _late_callbacks_hook.append(hook)
-    sys.unraisablehook = hook
 
 
 def _log_warning(line: str) -> None:

@@ -4,9 +4,10 @@ from ml_collections import ConfigDict
 
 from gatedjax.config import config_dict, from_config_dict
 from gatedjax.errors import InputError, require
-from gatedjax.paths import expand
+from gatedjax.paths import expand_place
 from gatedjax.training import identity
-from gatedjax.training.checkpoint import named_step, read_config
+from gatedjax.training.checkpoint import read_config
+from gatedjax.training.step_folders import named_step
 
 
 def config_from_run(init_from: str) -> ConfigDict:
@@ -21,7 +22,7 @@ def config_from_run(init_from: str) -> ConfigDict:
       InputError: no run there, or low-rank updates in it that are not merged.
     """
     key = "config.train.init_from"
-    run_dir, step = named_step(expand(init_from, key))
+    run_dir, step = named_step(expand_place(init_from, key))
     try:
         saved = from_config_dict({**read_config(run_dir, step), "mesh": {}})
     except InputError as error:

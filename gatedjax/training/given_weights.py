@@ -12,7 +12,6 @@ configuration nothing is used, of its paths none.
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +19,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gatedjax.buckets import require_reachable
 from gatedjax.config import differing_keys, to_dict
 from gatedjax.config.patterns import matches_any, renamed, sides, unmatched
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError, StorageError, require, shown
 from gatedjax.layers import tree
 from gatedjax.layers.low_rank import UPDATE
-from gatedjax.paths import expand
-from gatedjax.training.checkpoint import Checkpointer, named_step
+from gatedjax.paths import Place, expand_place
+from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.digests import describe
 from gatedjax.training.manifest import show
 from gatedjax.training.optim import schedule_free_average
 from gatedjax.training.run import Run
+from gatedjax.training.step_folders import named_step
 
 KEY = "config.train.init_from"
 # Names of a stranger's checkpoint that a line of the log may hold, and those of an error.
@@ -68,7 +69,7 @@ class Stored(NamedTuple):
 class GivenWeights(NamedTuple):
     """A checkpoint to start from, and the place in it of every parameter that is taken."""
 
-    run_dir: Path
+    run_dir: Place
     step: int
     places: Mapping[tree.Path, Stored]
 
@@ -92,7 +93,9 @@ def find(
     settings = run.config.train
     if not settings.init_from:
         return None
-    run_dir, step = named_step(expand(settings.init_from, KEY))
+    place = expand_place(settings.init_from, KEY)
+    require_reachable(place, KEY)
+    run_dir, step = named_step(place)
     with _of_this_key(), Checkpointer(run_dir, read_only=True, report=report) as checkpointer:
         manifest = checkpointer.manifest(step)
     step = manifest["step"]

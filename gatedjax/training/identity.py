@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from gatedjax import buckets
 from gatedjax.config import DataConfig
 from gatedjax.data import (
     JsonTokenizer,
@@ -24,6 +25,7 @@ from gatedjax.data import (
 from gatedjax.data.chat_template import CONFIG_NAME
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError
+from gatedjax.paths import Place, expand_place, is_bucket
 from gatedjax.training.run_directory import plain_errors, raise_together, replace_file
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -45,7 +47,7 @@ def identity_of(data: DataConfig, tokenizer: Tokenizer) -> Identity:
     return identity
 
 
-def require_same_tokenizer(saved: Identity, tokenizer: Tokenizer, run_dir: Path) -> None:
+def require_same_tokenizer(saved: Identity, tokenizer: Tokenizer, run_dir: Place) -> None:
     """InputError if the run was trained with another tokenizer: its ids mean another text."""
     before = saved.get("tokenizer")
     if before is None or before == tokenizer.fingerprint:
@@ -86,7 +88,7 @@ def _difference(before: Any, after: Mapping[str, str] | None) -> str:
     return f"the {' and '.join(splits)} text is not the checkpoint's, it has changed since"
 
 
-def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+def keep_tokenizer(run_dir: Place, tokenizer: Tokenizer) -> None:
     """The first process writes the tokenizer's file into the run directory, if it is not there.
 
     Raises:
@@ -96,7 +98,7 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
         _keep(run_dir / TOKENIZER_FILE, tokenizer.data)
 
 
-def keep_chat_template(run_dir: Path, data: DataConfig) -> None:
+def keep_chat_template(run_dir: Place, data: DataConfig) -> None:
     """Likewise the chat template, if the run learns from conversations.
 
     Raises:
@@ -107,12 +109,13 @@ def keep_chat_template(run_dir: Path, data: DataConfig) -> None:
         _keep(run_dir / CONFIG_NAME, template.to_json())
 
 
-def _keep(path: Path, contents: bytes) -> None:
+def _keep(path: Place, contents: bytes) -> None:
     problem = None
     if jax.process_index() == 0:
         try:
             with plain_errors(f"could not write {path}"):
-                if not path.is_file() or path.read_bytes() != contents:
+                is_there = buckets.exists(path) if is_bucket(path) else path.is_file()
+                if not is_there or path.read_bytes() != contents:
                     replace_file(path, contents)
         except InputError as error:
             problem = error
@@ -126,16 +129,19 @@ def tokenizer_of_run(run_dir: str | os.PathLike, spec: str) -> str | None:
     """
     if spec == "bytes":
         return spec
-    return _own_file(Path(run_dir) / TOKENIZER_FILE)
+    return _own_file(expand_place(run_dir, "run directory") / TOKENIZER_FILE)
 
 
 def chat_template_of_run(run_dir: str | os.PathLike) -> str | None:
     """The chat template that travels with a run; None if there is none."""
-    return _own_file(Path(run_dir) / CONFIG_NAME)
+    return _own_file(expand_place(run_dir, "run directory") / CONFIG_NAME)
 
 
-def _own_file(path: Path) -> str | None:
+def _own_file(path: Place) -> str | None:
+    if is_bucket(path):
+        with plain_errors(f"could not read {path}"):
+            return str(path) if buckets.exists(path) else None
     # Not even a link: it could lead to any file.
-    if path.is_symlink() or not path.is_file():
+    if Path(path).is_symlink() or not path.is_file():
         return None
     return str(path)

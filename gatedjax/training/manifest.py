@@ -17,9 +17,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from gatedjax import buckets
 from gatedjax.config import differing_keys
 from gatedjax.errors import InputError
 from gatedjax.files import kind_of
+from gatedjax.paths import Place, is_bucket
 from gatedjax.training.digests import Leaves, describe, digests_of
 from gatedjax.training.run_directory import DamagedError
 
@@ -133,29 +135,47 @@ def places(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def require_plain_files(step_dir: Path) -> None:
+def require_plain_files(step_dir: Place) -> None:
     """DamagedError if a step holds anything but plain files, or a description too large.
 
     Called before anything of a step is opened: a pipe would never answer, a link leads elsewhere.
     """
-    mode = step_dir.lstat().st_mode
+    for name, size in _sizes(step_dir).items():
+        if not _is_data(name) and size > _LARGEST_DESCRIPTION:
+            raise DamagedError(f"{name} has {size:,} bytes")
+
+
+def _is_data(name: str) -> bool:
+    """Whether a file of a step is of the array store's data."""
+    return name.split("/")[-2:-1] == [_DATA_FOLDER]
+
+
+def _sizes(step_dir: Place) -> dict[str, int]:
+    """Bytes of every file of a step, by relative name.
+
+    Raises:
+      DamagedError: one of them is no plain file.
+    """
+    if is_bucket(step_dir):
+        return buckets.sizes(step_dir)
+    mode = os.lstat(step_dir).st_mode
     if not stat.S_ISDIR(mode):
         raise DamagedError(f"the step is {kind_of(mode)}")
+    found = {}
     for folder, folders, files in os.walk(step_dir):
         for name in [*folders, *files]:
             path = Path(folder, name)
             status = path.lstat()
-            shown = path.relative_to(step_dir)
+            shown = path.relative_to(step_dir).as_posix()
             if stat.S_ISDIR(status.st_mode):
                 continue
             if not stat.S_ISREG(status.st_mode):
                 raise DamagedError(f"{shown} is {kind_of(status.st_mode)}")
-            is_data = path.parent.name == _DATA_FOLDER
-            if not is_data and status.st_size > _LARGEST_DESCRIPTION:
-                raise DamagedError(f"{shown} has {status.st_size:,} bytes")
+            found[shown] = status.st_size
+    return found
 
 
-def require_orbax_metadata(step_dir: Path) -> None:
+def require_orbax_metadata(step_dir: Place) -> None:
     """DamagedError if orbax could not read its own account of a step, which is a plain file."""
     metadata = json.loads((step_dir / "_CHECKPOINT_METADATA").read_bytes())
     if not isinstance(metadata, dict):
@@ -168,17 +188,15 @@ def require_orbax_metadata(step_dir: Path) -> None:
             raise DamagedError(f"_CHECKPOINT_METADATA has no {key}")
 
 
-def require_stored_sizes(step_dir: Path, described: Mapping[str, Any]) -> None:
+def require_stored_sizes(step_dir: Place, described: Mapping[str, Any]) -> None:
     """DamagedError if the files of the arrays are larger than what the manifest describes."""
     expected = 0
     for name, leaf in described.items():
         expected += math.prod(leaf["shape"]) * _itemsize(name, leaf["dtype"])
     largest = 2 * expected + _STORE_OVERHEAD
-    for path in (step_dir / "state").rglob(f"{_DATA_FOLDER}/*"):
-        size = path.lstat().st_size
-        if size > largest:
-            shown = path.relative_to(step_dir)
-            raise DamagedError(f"{shown} has {size:,} bytes, its arrays have {expected:,}")
+    for name, size in _sizes(step_dir).items():
+        if name.startswith("state/") and _is_data(name) and size > largest:
+            raise DamagedError(f"{name} has {size:,} bytes, its arrays have {expected:,}")
 
 
 def _itemsize(name: str, dtype: str) -> int:
@@ -214,7 +232,7 @@ def require_stored_as_described(stored: Mapping[str, Any], described: Mapping[st
 
 
 def require_same_leaves(
-    step_dir: Path,
+    step_dir: Place,
     body: Mapping[str, Any],
     target: Leaves,
     config: Mapping[str, Any],
@@ -249,7 +267,7 @@ def require_same_leaves(
 
 
 def require_same_optimizer(
-    step_dir: Path,
+    step_dir: Place,
     body: Mapping[str, Any],
     config: Mapping[str, Any],
 ) -> None:

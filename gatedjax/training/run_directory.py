@@ -17,8 +17,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gatedjax import buckets
 from gatedjax.errors import PASSING_ERRNOS, InputError, StorageError
 from gatedjax.files import kind_of
+from gatedjax.paths import Place, is_bucket
+from gatedjax.training import bucket_lock
+from gatedjax.training.bucket_lock import BucketLock
 
 # Errors of reading that say that files are missing or broken. Any other errno (permission, limit of
 # open files) says nothing of the files themselves.
@@ -26,18 +30,31 @@ _ERRNOS_OF_DAMAGE = (errno.ENOENT, errno.EIO, errno.ENOTDIR, errno.EISDIR)
 # What flock says on a file system that has no locks, such as Lustre mounted without them.
 _ERRNOS_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _LARGEST_HOLDER = 200
+# In a bucket, what lines are added to is read first.
+_LARGEST_APPENDED = 1 << 28
+# What orbax writes last into a step in a bucket (`step_folders`).
+COMMITTED = "commit_success.txt"
 # A directory without any of these holds no run.
 _OF_A_RUN = ("checkpoints", "metrics.jsonl")
+# What the libraries of buckets raise without a number.
+_ERRNOS_OF_TYPES: dict[type, int] = {
+    FileNotFoundError: errno.ENOENT,
+    NotADirectoryError: errno.ENOTDIR,
+}
 
 
 class DamagedError(Exception):
     """A step on disk that is not what was saved."""
 
 
-def lock_on_first_process(run_dir: Path, report: Callable[[str], None]) -> IO | None:
-    """The open lock file on the first process, None on the others.
+def lock_on_first_process(
+    run_dir: Place,
+    report: Callable[[str], None],
+) -> IO | BucketLock | None:
+    """The lock on the first process, to be closed; None on the others.
 
-    `report` is called with a line where the file system has no locks.
+    `report` is called with a line where the file system or the store has no locks, and before a
+    wait.
 
     Raises:
       InputError: on all processes, if another run is writing to the directory.
@@ -53,8 +70,14 @@ def lock_on_first_process(run_dir: Path, report: Callable[[str], None]) -> IO | 
     return lock
 
 
-def _take_lock(run_dir: Path, report: Callable[[str], None]) -> IO:
+def _take_lock(run_dir: Place, report: Callable[[str], None]) -> IO | BucketLock:
     """Two runs in one directory would each resume from the other's steps."""
+    if is_bucket(run_dir):
+        return BucketLock(run_dir, report)
+    return _take_flock(Path(run_dir), report)
+
+
+def _take_flock(run_dir: Path, report: Callable[[str], None]) -> IO:
     with plain_errors(f"could not lock the run directory {run_dir}"):
         lock = _open_lock(run_dir / "lock")
         try:
@@ -103,10 +126,11 @@ def _require_own_file(path: Path, status: os.stat_result) -> None:
         raise InputError(f"{path}: is another name of some other file; remove it")
 
 
-def set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
+def set_aside(run_dir: Place, report: Callable[[str], None]) -> None:
     """Gives the run in a directory another name: NAME.1, NAME.2 ... Nothing where there is no run.
 
     `report` is called with a line that says so. On several processes all return after the rename.
+    In a bucket everything is copied and then deleted: a kill in between leaves both.
 
     Raises:
       InputError: on all processes, if another run is writing to the directory, if it is the working
@@ -121,27 +145,41 @@ def set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
     raise_together(problem)
 
 
-def _set_aside(run_dir: Path, report: Callable[[str], None]) -> None:
-    if not any((run_dir / name).exists() for name in _OF_A_RUN):
+def _set_aside(run_dir: Place, report: Callable[[str], None]) -> None:
+    with plain_errors(f"--fresh: could not read {run_dir}"):
+        exists = buckets.exists if is_bucket(run_dir) else os.path.exists
+        if not any(exists(run_dir / name) for name in _OF_A_RUN):
+            return
+    if is_bucket(run_dir):
+        lock = _take_lock(run_dir, report)
+        with contextlib.closing(lock), plain_errors(f"--fresh: could not move {run_dir}"):
+            free = _free_name(run_dir)
+            buckets.move(run_dir, free, marker=COMMITTED, leave=bucket_lock.PREFIX)
+        report(f"--fresh: the run in {run_dir} is kept as {free}")
         return
     if Path.cwd().is_relative_to(run_dir.resolve()):
         raise InputError(f"--fresh: {run_dir} is the working folder, or above it: move it yourself")
-    with _take_lock(run_dir, report), plain_errors(f"--fresh: could not rename {run_dir}"):
+    lock = _take_flock(Path(run_dir), report)
+    with lock, plain_errors(f"--fresh: could not rename {run_dir}"):
         free = _free_name(run_dir.absolute())
         os.rename(run_dir.absolute(), free)
     report(f"--fresh: the run in {run_dir} is kept as {run_dir.with_name(free.name)}")
 
 
-def _free_name(path: Path) -> Path:
+def _free_name(path: Place) -> Place:
     for number in itertools.count(1):
         free = path.with_name(f"{path.name}.{number}")
-        if not os.path.lexists(free):
+        is_taken = buckets.exists(free) if is_bucket(free) else os.path.lexists(free)
+        if not is_taken:
             return free
     raise AssertionError("numbers have no end")
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Place, data: bytes) -> None:
     """Writes a file so that a reader, or a crash, finds the old content or the new one."""
+    if is_bucket(path):
+        buckets.write(path, data)
+        return
     partial = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         with open(partial, "xb") as file:
@@ -151,6 +189,18 @@ def replace_file(path: Path, data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def append_line(path: Place, line: str) -> None:
+    """Adds a line to a file. In a bucket the object is written anew."""
+    if not is_bucket(path):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+        return
+    before = b""
+    with contextlib.suppress(FileNotFoundError):
+        before = buckets.read(path, _LARGEST_APPENDED)
+    buckets.write(path, before + line.encode())
 
 
 def raise_together(problem: DamagedError | InputError | None) -> None:
@@ -197,10 +247,14 @@ def plain_errors(attempt: str) -> Iterator[None]:
         raise
     except Exception as error:
         code = _errno_of(error)
-        if code is None:
+        if code is not None:
+            kind = StorageError if code in PASSING_ERRNOS else InputError
+            raise kind(f"{attempt}: {os.strerror(code)}") from error
+        found = buckets.trouble(error)
+        if found is None:
             raise
-        kind = StorageError if code in PASSING_ERRNOS else InputError
-        raise kind(f"{attempt}: {os.strerror(code)}") from error
+        kind = StorageError if found.passes else InputError
+        raise kind(f"{attempt}: {found.reason}") from error
 
 
 @contextlib.contextmanager
@@ -215,6 +269,10 @@ def failures_as_damage(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         code = _errno_of(error)
+        found = buckets.trouble(error) if code is None else None
+        if found is not None:
+            kind = StorageError if found.passes else InputError
+            raise kind(f"could not read {what}: {found.reason}") from error
         if code is not None and code not in _ERRNOS_OF_DAMAGE:
             kind = StorageError if code in PASSING_ERRNOS else InputError
             raise kind(f"could not read {what}: {os.strerror(code)}") from error
@@ -227,7 +285,7 @@ def _errno_of(error: Exception) -> int | None:
     Array files are read and written by tensorstore, which says it in the text.
     """
     if isinstance(error, OSError):
-        return error.errno
+        return error.errno or _ERRNOS_OF_TYPES.get(type(error))
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return int(found[1]) if found else None
 

@@ -22,8 +22,9 @@ import jax
 
 import gatedjax
 from gatedjax.errors import InputError
+from gatedjax.paths import Place
 from gatedjax.training.identity import Identity
-from gatedjax.training.run_directory import plain_errors, raise_together, replace_file
+from gatedjax.training.run_directory import append_line, plain_errors, raise_together, replace_file
 
 CONFIG_FILE = "config.json"
 STARTS_FILE = "starts.jsonl"
@@ -43,7 +44,7 @@ _PACKAGES = (
 
 
 def keep_record(
-    run_dir: Path,
+    run_dir: Place,
     config: Mapping[str, Any],
     *,
     step: int,
@@ -82,8 +83,7 @@ def keep_record(
                 replace_file(run_dir / CONFIG_FILE, text.encode())
             with plain_errors(f"could not write {run_dir / STARTS_FILE}"):
                 line = json.dumps(start) + "\n"
-                with open(run_dir / STARTS_FILE, "a", encoding="utf-8") as file:
-                    file.write(line)
+                append_line(run_dir / STARTS_FILE, line)
         except InputError as error:
             problem = error
     raise_together(problem)

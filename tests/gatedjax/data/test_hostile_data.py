@@ -191,7 +191,7 @@ def test_paths_that_lead_nowhere_are_one_line(tmp_path, monkeypatch):
     assert "~" in refusal(config(tmp_path, a="~nouser/x"))
     assert "cannot be used" in refusal(config(tmp_path, a="/x" * 2500))
     assert "zero bytes" in refusal(config(tmp_path, a="/a\0b"))
-    assert "mount a bucket" in refusal(config(tmp_path, a="gs://a/b"))
+    assert "expected a path, gs://BUCKET/PATH or" in refusal(config(tmp_path, a="az://a/b"))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expand("~/a", "x") == tmp_path / "a"
     write_texts(tmp_path / "at home", texts(5))

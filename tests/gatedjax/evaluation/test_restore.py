@@ -16,7 +16,7 @@ from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.evaluation import restore
 from gatedjax.evaluation.restore import require_same_text, require_text, restore_params
-from gatedjax.training import checkpoint, identity
+from gatedjax.training import identity, orbax_store
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.digests import named_leaves
 from gatedjax.training.run import fresh_state, prepare
@@ -135,13 +135,13 @@ def test_only_what_evaluation_uses_is_read(tmp_path, monkeypatch, optimizer):
 
 def test_a_lack_of_moments_is_no_lack(run_dir, monkeypatch):
     """The bytes of the moments are gone: an evaluation does not notice, training does."""
-    original = checkpoint._with_sharding
+    original = orbax_store.with_sharding
 
     def counted(name, leaf):
         assert not name.startswith("opt_state"), name
         return original(name, leaf)
 
-    monkeypatch.setattr(checkpoint, "_with_sharding", counted)
+    monkeypatch.setattr(orbax_store, "with_sharding", counted)
     restore_params(run_dir)
 
 

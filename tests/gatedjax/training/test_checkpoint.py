@@ -490,8 +490,8 @@ def test_unusable_directories_are_named_in_one_line(tmp_path, monkeypatch):
     ):
         Checkpointer(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(InputError, match=r"got gs://bucket/run, expected a path"):
-        Checkpointer("gs://bucket/run")
+    with pytest.raises(InputError, match=r"got az://bucket/run, expected a path"):
+        Checkpointer("az://bucket/run")
     with pytest.raises(InputError, match="keep: got 0"):
         Checkpointer(tmp_path, keep=0)
 

@@ -14,7 +14,7 @@ from gatedjax.config import FrozenDict, LoRAConfig, LoRAMixtureConfig, to_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.layers.tree import flatten_dict
-from gatedjax.training import checkpoint, given_weights
+from gatedjax.training import given_weights, step_folders
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.run import fresh_state, prepare
 from gatedjax.training.step import params_for_evaluation
@@ -272,9 +272,9 @@ def test_no_checkpoint_and_a_damaged_one_are_refused(base, tmp_path):
         file.write_bytes(bytes(data))
     message = refusal(given(BASE, copy))
     assert message.startswith(f"{key}checkpoint of step 2 in {copy}/checkpoints is damaged: ")
-    assert refusal(given(BASE, "s3://bucket/run")).startswith(f"{key[:-2]}: got s3://bucket/run")
+    assert refusal(given(BASE, "az://bucket/run")).startswith(f"{key[:-2]}: got az://bucket/run")
 
 
 def test_whether_a_run_goes_on(base, tmp_path):
-    assert checkpoint.has_steps(base[0])
-    assert not checkpoint.has_steps(tmp_path)
+    assert step_folders.has_steps(base[0])
+    assert not step_folders.has_steps(tmp_path)

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from gatedjax.errors import InputError
-from gatedjax.training import checkpoint, run_directory
+from gatedjax.training import run_directory
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.manifest import rows_taken
+from gatedjax.training.quiet_orbax import drop_late_callbacks
 
 STATE = {"w": jnp.arange(6.0), "n": jnp.arange(3)}
 CONFIG = {"optim": {"name": "adamw"}, "train": {"batch_size": 4}}
@@ -386,8 +387,8 @@ def test_only_orbax_is_kept_off_the_log_and_only_while_ours_is_at_work(tmp_path)
 def test_only_late_callbacks_of_a_failed_save_are_dropped(monkeypatch):
     passed = []
     monkeypatch.setattr(sys, "unraisablehook", passed.append)
-    checkpoint._drop_late_callbacks()
-    checkpoint._drop_late_callbacks()
+    drop_late_callbacks()
+    drop_late_callbacks()
 
     def unraisable(error, origin=None):
         return SimpleNamespace(exc_value=error, object=origin)
