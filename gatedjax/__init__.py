@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         GatedMLPConfig,
         LoRAMixtureConfig,
         Mamba2Config,
+        MLAConfig,
         ModelConfig,
         RouterConfig,
         RWKV7ChannelMixConfig,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         SparseMoEConfig,
     )
     from gatedjax.layers import (
+        MLA,
         RWKV7,
         DeltaAttention,
         GatedAttention,
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "MLA",
     "RWKV7",
     "Config",
     "DeltaAttention",
@@ -82,6 +85,7 @@ __all__ = [
     "LanguageModel",
     "LoRAMixture",
     "LoRAMixtureConfig",
+    "MLAConfig",
     "Mamba2",
     "Mamba2Config",
     "ModelConfig",

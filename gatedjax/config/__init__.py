@@ -13,6 +13,7 @@ from gatedjax.config.layers import (
     MixerConfig,
     NoFeedForwardConfig,
 )
+from gatedjax.config.mla import MLAConfig
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.parse import (
     Difference,
@@ -51,6 +52,7 @@ __all__ = [
     "GatedMLPConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
+    "MLAConfig",
     "Mamba2Config",
     "MeshConfig",
     "MixerConfig",

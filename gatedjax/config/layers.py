@@ -17,6 +17,7 @@ from gatedjax.config.checks import (
     Size,
     divides,
 )
+from gatedjax.config.mla import MLAConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.errors import require
@@ -47,19 +48,24 @@ class GatedAttentionConfig(Checked):
     # one gate for all heads, the mean over heads of their gates
     gate_shared: bool = False
     gate_mode: Literal["multiplicative", "additive"] = "multiplicative"
-    gate_activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity"] = "sigmoid"
+    gate_activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity", "softplus"] = "sigmoid"
     # constant: a zero-initialized parameter, no input
     gate_input: Literal["token", "constant"] = "token"
     # queries and gate in one projection, [q | gate] in every head, as Qwen3-Next
     fused_gate: bool = False
+    # Biases of the projections: of queries, keys and values (Qwen2); of the output too (gpt-oss).
+    bias: Literal["none", "qkv", "all"] = "none"
     qk_norm: bool = True
-    # l2: queries and keys of length 1, without parameters
-    qk_norm_kind: Literal["rms", "l2"] = "rms"
-    # the rms QK-norm scales by 1 + w
+    # rms: every head by itself; rms_all_heads: the channels of all heads together (OLMo 2); l2:
+    # queries and keys of length 1, without parameters.
+    qk_norm_kind: Literal["rms", "rms_all_heads", "l2"] = "rms"
+    # an rms QK-norm scales by 1 + w
     zero_centered_norm: bool = False
     # What multiplies q k: head_dim^-0.5; a learned number, log2(L^2 - L) at the start
     # (arXiv 2010.04245); log head_dim.
     logit_scale: Literal["inverse_sqrt", "learned", "log_dim"] = "inverse_sqrt"
+    # in place of head_dim^-0.5
+    attention_scale: Positive | None = None
     # What queries are multiplied by, where n is the number of keys that a token sees: log n; s log
     # n with a learned s per head (scalable softmax, arXiv 2501.19399); or by the token and log n,
     # values by the token too (selective attention, arXiv 2411.12892).
@@ -67,9 +73,14 @@ class GatedAttentionConfig(Checked):
     # fraction of a head's channels that rotate; 0 for no position encoding
     rope_fraction: Fraction = 1.0
     rope_base: RopeBase = 10_000.0
+    # Which channels are a pair, of n that rotate: i with i + n / 2 (Llama, Qwen), or 2i with 2i + 1
+    # (GPT-J).
+    rope_layout: Literal["halves", "interleaved"] = "halves"
     # context extension factor of YaRN (arXiv 2309.00071); 1 for none
     yarn_factor: Annotated[float, Range(1)] = 1.0
     yarn_original_length: Count = 4096
+    # YaRN's bounds are whole pairs; gpt-oss takes them as they come
+    yarn_truncate: bool = True
     # keys in (i - window, i]
     window: Count | None = None
     # How logits become weights: names of kernels_pallas.attention.NORMALIZERS.
@@ -99,6 +110,9 @@ class GatedAttentionConfig(Checked):
     reweight_power: Annotated[int, Range(2, 100)] = 15
     # one learned logit per head in the denominator
     sinks: bool = False
+    # One of every token per head, a linear map of the layer's input (Inkling 2). Costs a channel of
+    # queries and keys in float32, three in bfloat16.
+    token_sinks: bool = False
     logits_soft_cap: Annotated[float, Range(1e-3)] | None = None
     # Logits less slope x distance. fixed: slopes 2^(-8 h / H); balanced: 2^-h for one half of the
     # heads, the negatives for the other (arXiv 2502.18845); learned: a parameter, fixed at the
@@ -110,6 +124,7 @@ class GatedAttentionConfig(Checked):
         _check_rope(self)
         self._check_gate()
         self._check_normalizer()
+        self._check_token_sinks()
         self._check_logits()
 
     def _check_gate(self) -> None:
@@ -143,12 +158,29 @@ class GatedAttentionConfig(Checked):
                 self.normalizer_length,
                 f"a length for {option}",
             )
-        require(
-            self.normalizer == "softmax" or not self.sinks,
-            "sinks",
-            self.sinks,
-            f"false with normalizer {self.normalizer!r}",
-        )
+        for name in ("sinks", "token_sinks"):
+            value = getattr(self, name)
+            require(
+                self.normalizer == "softmax" or not value,
+                name,
+                value,
+                f"false with normalizer {self.normalizer!r}",
+            )
+
+    def _check_token_sinks(self) -> None:
+        excluded = {
+            "sinks": self.sinks,
+            "logits_soft_cap": self.logits_soft_cap is not None,
+            "logit_scale 'log_dim' of one channel": self.logit_scale == "log_dim"
+            and self.head_dim == 1,
+        }
+        for option, is_set in excluded.items():
+            require(
+                not (self.token_sinks and is_set),
+                "token_sinks",
+                self.token_sinks,
+                f"false with {option}",
+            )
 
     def _check_logits(self) -> None:
         # Logits of unit vectors are cosines: without a scale of their own they are too small.
@@ -159,6 +191,12 @@ class GatedAttentionConfig(Checked):
             "logit_scale",
             self.logit_scale,
             "inverse_sqrt unless qk_norm is true of kind 'l2'; learned or log_dim if so",
+        )
+        require(
+            self.attention_scale is None or not has_own_scale,
+            "attention_scale",
+            self.attention_scale,
+            f"none with logit_scale {self.logit_scale!r}",
         )
         require(
             self.alibi != "balanced" or self.num_heads % 2 == 0,
@@ -315,6 +353,7 @@ class NoFeedForwardConfig(Checked):
 
 MixerConfig = (
     GatedAttentionConfig
+    | MLAConfig
     | GatedLinearAttentionConfig
     | DeltaAttentionConfig
     | Mamba2Config

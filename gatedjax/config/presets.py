@@ -26,11 +26,12 @@ QWEN3_NEXT: Preset = MappingProxyType(
     )
 )
 
-# gpt-oss, its windowed layers (every other one): a learned sink per head, no gate, no QK-norm. Its
-# biases are left out.
+# gpt-oss, its windowed layers (every other one): a learned sink per head, biases, no gate, no
+# QK-norm.
 GPT_OSS: Preset = MappingProxyType(
     dict(
         gate_position="none",
+        bias="all",
         qk_norm=False,
         sinks=True,
         window=128,

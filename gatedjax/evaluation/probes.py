@@ -15,7 +15,7 @@
                         M-Act)
   kurtosis              of the residual stream's entries after a layer; 3 for a normal distribution
   effective_rank        of a head's value-output map W_V W_O: exp(entropy of its singular values)
-                        (Roy and Vetterli 2007)
+                        (Roy and Vetterli 2007); with latent attention W_V begins at the latent
   half_life             tokens after which a channel of a linear layer has lost half of its state,
                         by its mean log decay
   expert_load           fraction of the assignments times the number of experts; 1 at balance
@@ -39,11 +39,12 @@ from jax import Array
 from jaxtyping import Bool, Float, PyTree
 
 from gatedjax.compiler_options import careful_jit
-from gatedjax.config import GatedAttentionConfig, MixerConfig, ModelConfig
+from gatedjax.config import GatedAttentionConfig, MixerConfig, MLAConfig, ModelConfig
 from gatedjax.data import Batch
 from gatedjax.evaluation.attention_rows import attention_rows, entropy_of
-from gatedjax.layers.attention import normalizer_of
+from gatedjax.layers import mla
 from gatedjax.layers.logit_scale import alibi_slopes, logit_scale
+from gatedjax.layers.normalizer import normalizer_of
 from gatedjax.layers.token_info import document_numbers
 from gatedjax.model import LanguageModel
 from gatedjax.sharding import RULES
@@ -122,6 +123,8 @@ def _layer(mixer: MixerConfig, batch: Batch, values: _LayerValues) -> dict[str, 
     }
     if isinstance(mixer, GatedAttentionConfig):
         result |= _attention(mixer, of_mixer, values.mixer_params, batch)
+    if isinstance(mixer, MLAConfig):
+        result |= _latent_attention(mixer, of_mixer, values.mixer_params, batch)
     gates = _sown(of_mixer, "gates")
     if gates is not None:
         result |= gate_statistics(gates, is_real)
@@ -170,6 +173,30 @@ def _attention(
         "first_token_fraction": fraction,
         "attention_entropy": entropy,
         "effective_rank": effective_rank(params["value"]["kernel"], params["out"]["kernel"]),
+    }
+
+
+def _latent_attention(
+    config: MLAConfig,
+    sown: Mapping[str, Any],
+    params: Mapping[str, Any],
+    batch: Batch,
+) -> dict[str, Array]:
+    """The probes of a layer of latent attention; its value-output maps begin at the latent."""
+    fraction, entropy = attention_rows(
+        _sown(sown, "q"),
+        _sown(sown, "k"),
+        batch.segment_ids,
+        batch.positions,
+        window=config.window,
+        sink_logits=params.get("sink_logits"),
+        **mla.op_options(config),
+    )
+    value = params["kv_up"]["kernel"][..., config.nope_dim :]
+    return {
+        "first_token_fraction": fraction,
+        "attention_entropy": entropy,
+        "effective_rank": effective_rank(value, params["out"]["kernel"]),
     }
 
 

@@ -12,6 +12,7 @@ from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mamba2 import Mamba2
+from gatedjax.layers.mla import MLA
 from gatedjax.layers.mlp import GatedMLP, NoFeedForward
 from gatedjax.layers.moe.lora import LoRAMixture
 from gatedjax.layers.moe.soft import SoftMoE
@@ -22,6 +23,7 @@ from gatedjax.layers.token_info import TokenInfo
 # By the `kind` of their configuration.
 MIXERS: dict[str, type[Mixer]] = {
     "gated_attention": GatedAttention,
+    "mla": MLA,
     "gated_linear_attention": GatedLinearAttention,
     "delta_attention": DeltaAttention,
     "mamba2": Mamba2,
@@ -39,6 +41,7 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
 __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
+    "MLA",
     "RWKV7",
     "DeltaAttention",
     "FeedForward",

@@ -3,17 +3,22 @@
 Projections, norms, positions, scales and the gate around `kernels_pallas.attention`.
 """
 
-import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig
 from gatedjax.layers.base import Mixer
-from gatedjax.layers.gate import GateLogits, activated_gate, apply_gate
+from gatedjax.layers.gate import (
+    GateLogits,
+    activated_gate,
+    apply_gate,
+    apply_split_gate,
+    split_gate,
+)
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.kv_cache import (
     KVCache,
@@ -22,20 +27,18 @@ from gatedjax.layers.kv_cache import (
     distances_of_slots,
     empty_cache,
     in_time_order,
-    num_tokens,
 )
 from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale
-from gatedjax.layers.norm import RMSNorm, unit_length
+from gatedjax.layers.norm import RMSNorm, rms_norm, unit_length
+from gatedjax.layers.normalizer import normalizer_of
 from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
-from gatedjax.layers.token_info import History, TokenInfo, history_of
-from kernels_pallas.attention import (
-    NORMALIZERS,
-    Normalizer,
-    attention_step,
-)
+from gatedjax.layers.sinks import token_sinks_as_channels
+from gatedjax.layers.token_info import TokenInfo, history_of
+from kernels_pallas.attention import attention_step
 
 Queries = Float[Array, "B T H D"]
 Keys = Float[Array, "B T Hk D"]
@@ -77,8 +80,12 @@ class GatedAttention(Mixer):
                 name="query_scale",
             )
             q, v = scale(q, v, x, keys_seen(info.positions, c.window))
-        gate_logits = self._sdpa_logits(q, x, fused_logits)
-        o, cache = self._gated_attention(q, k, v, gate_logits, info, cache)
+        gate = split_gate(self._sdpa_logits(q, x, fused_logits), c, q)
+        token_sinks = self._token_sinks(x)
+        o, cache = self._attention(
+            Row(q, k, v, gate.in_op, info.segment_ids), token_sinks, info, cache
+        )
+        o = apply_split_gate(o, gate, c)
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         width = {"embed": x.shape[-1]}
         y = Projection(
@@ -86,6 +93,7 @@ class GatedAttention(Mixer):
             width,
             self.init_std,
             self.dtype,
+            has_bias=c.bias == "all",
             name="out",
         )(o)
         return self._gated("output", y, x), cache
@@ -100,17 +108,21 @@ class GatedAttention(Mixer):
             channels = {"query_and_gate": 2 * c.head_dim}
         elif c.fused_gate:
             channels = {"query_and_headwise_gate": c.head_dim + 1}
-        q = self._project("query", x, {"heads": c.num_heads, **channels})
+        has_bias = c.bias != "none"
+        q = self._project("query", x, {"heads": c.num_heads, **channels}, has_bias)
         # Key and value heads may be fewer: each serves a group of query heads.
         kv_axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        k = self._project("key", x, kv_axes)
-        v = self._project("value", x, kv_axes)
+        k = self._project("key", x, kv_axes, has_bias)
+        v = self._project("value", x, kv_axes, has_bias)
         fused_logits = q[..., c.head_dim :] if c.fused_gate else None
         return q[..., : c.head_dim], k, v, fused_logits
 
     def _normed(self, name: str, y: Array) -> Array:
         if self.config.qk_norm_kind == "l2":
             return unit_length(y, self.norm_eps)
+        if self.config.qk_norm_kind == "rms_all_heads":
+            norm = HeadsNorm(self.norm_eps, self.config.zero_centered_norm, name=name)
+            return norm(y)
         norm = RMSNorm(
             self.norm_eps,
             self.config.zero_centered_norm,
@@ -128,12 +140,14 @@ class GatedAttention(Mixer):
             c.rope_base,
             c.yarn_factor,
             c.yarn_original_length,
+            c.yarn_truncate,
         )
         return apply_rope(
             y,
             info.positions,
             frequencies,
             yarn_magnitude(c.yarn_factor),
+            interleaved=c.rope_layout == "interleaved",
         )
 
     def _gated(
@@ -195,64 +209,34 @@ class GatedAttention(Mixer):
         record(self, "gates", activated_gate(fused_logits, c.gate_activation))
         return fused_logits
 
-    def _gated_attention(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Keys,
-        gate_logits: Array | None,
-        info: TokenInfo,
-        cache: KVCache | None,
-    ) -> tuple[Queries, KVCache | None]:
-        """Attention and its gate, which is inside the kernel where it is the kernel's sigmoid
-        epilogue.
-        """
+    def _token_sinks(self, x: Array) -> Float[Array, "B T H"] | None:
+        """The sink logits of every token, float32; None where tokens have none of their own."""
         c = self.config
-        if gate_logits is None:
-            return self._attention(
-                q,
-                k,
-                v,
-                None,
-                info,
-                cache,
-            )
-        if c.gate_mode == "multiplicative" and c.gate_activation == "sigmoid":
-            # Shared logits have one head; the kernel wants all of them.
-            shape = (*q.shape[:3], gate_logits.shape[-1])
-            return self._attention(
-                q,
-                k,
-                v,
-                jnp.broadcast_to(gate_logits, shape),
-                info,
-                cache,
-            )
-        o, cache = self._attention(
-            q,
-            k,
-            v,
-            None,
-            info,
-            cache,
-        )
-        return apply_gate(
-            o,
-            gate_logits,
-            c.gate_activation,
-            c.gate_mode,
-        ), cache
+        if not c.token_sinks:
+            return None
+        width = {"embed": x.shape[-1]}
+        heads = {"heads": c.num_heads}
+        logits = Projection(width, heads, self.init_std, self.dtype, name="token_sinks")(x)
+        return logits.astype(jnp.float32)
 
     def _attention(
         self,
-        q: Queries,
-        k: Keys,
-        v: Keys,
-        gate_logits: Array | None,
+        row: Row,
+        token_sinks: Float[Array, "B T H"] | None,
         info: TokenInfo,
         cache: KVCache | None,
     ) -> tuple[Queries, KVCache | None]:
-        """The op, on rows of tokens or on new tokens and the cache; the cache with these tokens."""
+        """The op, on rows of tokens or on new tokens and the cache.
+
+        Args:
+          row: queries, keys, values and what the op knows of the gate.
+          token_sinks: sink logits of every token.
+          info: about the tokens.
+          cache: of the tokens before.
+
+        Returns:
+          The outputs of the heads; the cache with these tokens, if there was one.
+        """
         c = self.config
         sink_logits, slopes = self._head_parameters()
         options = {
@@ -262,31 +246,29 @@ class GatedAttention(Mixer):
         }
         if cache is None:
             # What the probes measure the attention rows from, without the kernel ever storing them.
-            record(self, "q", q)
-            record(self, "k", k)
-            o = attention_on_mesh(
-                q,
-                k,
-                v,
-                gate_logits,
-                info.segment_ids,
-                sink_logits,
-                slopes,
-                window=c.window,
-                **options,
-            )
+            record(self, "q", row.q)
+            record(self, "k", row.k)
+        if token_sinks is not None:
+            q, k = token_sinks_as_channels(row.q, row.k, token_sinks, logit_scale(c))
+            row = row._replace(q=q, k=k)
+            # All tokens' own sinks have become 0.
+            sink_logits = jnp.zeros(c.num_heads, jnp.float32)
+        if cache is None:
+            o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
             return o, None
 
         before = history_of(info)
-        self._require_room(cache, q, info)
+        length = row.q.shape[1]
+        most = self.capacity(cache)
+        require_room(most, length, info.segment_ids)
         new_cache = append(
             cache,
-            k,
-            v,
+            row.k,
+            row.v,
             before,
             info.segment_ids,
         )
-        if q.shape[1] == 1:
+        if length == 1:
             # The cache may be a ring, whose slots are in any order: what is visible is said slot by
             # slot.
             distances, valid = distances_of_slots(
@@ -294,8 +276,9 @@ class GatedAttention(Mixer):
                 before,
                 info.segment_ids,
             )
+            gate_logits = row.gate_logits
             o = attention_step(
-                q[:, 0],
+                row.q[:, 0],
                 new_cache.k,
                 new_cache.v,
                 valid=valid,
@@ -306,54 +289,11 @@ class GatedAttention(Mixer):
                 **options,
             )[:, None]
         else:
-            row = _row_of_piece(
-                q,
-                k,
-                v,
-                gate_logits,
-                info.segment_ids,
-                cache,
-                before,
-            )
-            o = attention_on_mesh(
-                *row,
-                sink_logits,
-                slopes,
-                window=c.window,
-                **options,
-            )
-            o = o[:, -q.shape[1] :]
-        return self._where_there_is_room(o, cache, before, info), new_cache
-
-    def _require_room(
-        self,
-        cache: KVCache,
-        q: Queries,
-        info: TokenInfo,
-    ) -> None:
-        """Refuses what can never fit, whatever the cache holds."""
-        most = self.capacity(cache)
-        length = q.shape[1]
-        if most is not None and info.segment_ids is None and length > most:
-            raise ValueError(f"cache: got room for {most} tokens, expected at least {length}")
-
-    def _where_there_is_room(
-        self,
-        o: Queries,
-        cache: KVCache,
-        before: History,
-        info: TokenInfo,
-    ) -> Queries:
-        """`o`, and NaN in rows that have become longer than the cache.
-
-        How many tokens a cache holds is not known when a program is compiled, and a program cannot
-        raise; a cache that silently forgot would be worse.
-        """
-        most = self.capacity(cache)
-        if most is None:
-            return o
-        is_full = before.tokens + num_tokens(o, info.segment_ids) > most
-        return jnp.where(is_full[:, None, None, None], jnp.nan, o)
+            if not before.is_empty:
+                row = row_of_piece(row, *in_time_order(cache, before))
+            o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
+            o = o[:, -length:]
+        return where_there_is_room(o, most, before, info.segment_ids), new_cache
 
     def _head_parameters(self) -> tuple[Array | None, Array | None]:
         """Sink logits and ALiBi slopes, a number for every head; None where there are none."""
@@ -421,73 +361,32 @@ class GatedAttention(Mixer):
             gate_channels = 0
         if c.gate_granularity == "headwise":
             gate_channels //= c.head_dim
-        temperatures = c.num_heads + c.kv_heads if c.query_scale == "selective" else 0
-        columns = 2 * q_channels + 2 * kv_channels + gate_channels + temperatures
+        # Numbers of a token and a head.
+        per_head = c.num_heads if c.token_sinks else 0
+        if c.query_scale == "selective":
+            per_head += c.num_heads + c.kv_heads
+        columns = 2 * q_channels + 2 * kv_channels + gate_channels + per_head
         # A causal row sees half the sequence on average, or its window.
         seen = seq_len / 2 if c.window is None else min(c.window, seq_len / 2)
         return 2 * width * columns + 4 * q_channels * seen
 
 
-class _Row(NamedTuple):
-    """What `attention_on_mesh` is called with, of a piece and what the cache holds before it."""
+class HeadsNorm(nn.Module):
+    """RMSNorm over the channels of all heads together, with a scale for each channel."""
 
-    q: Queries
-    k: Keys
-    v: Keys
-    gate_logits: Array | None
-    segment_ids: Int[Array, "B T"] | None
+    eps: float
+    zero_centered: bool
 
-
-def _row_of_piece(
-    q: Queries,
-    k: Keys,
-    v: Keys,
-    gate_logits: Array | None,
-    segment_ids: Int[Array, "B T"] | None,
-    cache: KVCache,
-    before: History,
-) -> _Row:
-    """A piece of several tokens after those of the cache, as one row of self-attention.
-
-    The queries of the tokens in the cache are gone and not wanted: theirs are zeros. That computes
-    more than needed, and makes a piece what one longer prompt is: window, distances and documents
-    are where they always were.
-
-    Args:
-      q, k, v, gate_logits: of the piece.
-      segment_ids: numbered documents of the piece; None if it goes on with the cache's.
-      cache: the tokens before.
-      before: what it holds.
-    """
-    if before.is_empty:
-        return _Row(q, k, v, gate_logits, segment_ids)
-    held, is_held = in_time_order(cache, before)
-    if segment_ids is None:
-        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-    earlier = held.k.shape[1]
-
-    def after_zeros(x: Array) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[1] = (earlier, 0)
-        return jnp.pad(x, widths)
-
-    return _Row(
-        q=after_zeros(q),
-        k=jnp.concatenate([held.k.astype(k.dtype), k], axis=1),
-        v=jnp.concatenate([held.v.astype(v.dtype), v], axis=1),
-        gate_logits=None if gate_logits is None else after_zeros(gate_logits),
-        segment_ids=jnp.concatenate([is_held.astype(jnp.int32), segment_ids], axis=1),
-    )
-
-
-def normalizer_of(c: GatedAttentionConfig) -> Normalizer:
-    """The normalizer of `config.normalizer`, with the configuration's parameters."""
-    parameters: dict[str, dict[str, Any]] = {
-        "sigmoid": {"length": c.normalizer_length},
-        "relu": {"length": c.normalizer_length},
-        "relu_squared": {"length": c.normalizer_length},
-        "clipped_softmax": {"alpha": c.clip_alpha, "length": c.normalizer_length},
-        "reweighted_softplus": {"power": c.reweight_power},
-        "entmax": {"alpha": c.entmax_alpha},
-    }
-    return dataclasses.replace(NORMALIZERS[c.normalizer], **parameters.get(c.normalizer, {}))
+    @nn.compact
+    def __call__(self, y: Float[Array, "B T _ D"]) -> Float[Array, "B T _ D"]:
+        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        w = parameter(
+            self,
+            "scale",
+            axes=["heads", "head_dim"],
+            shape=y.shape[2:],
+            init=init,
+        )
+        scale = 1.0 + w if self.zero_centered else w
+        together = y.reshape(*y.shape[:2], -1)
+        return rms_norm(together, scale.reshape(-1), self.eps).reshape(y.shape)

@@ -87,10 +87,18 @@ class Mixer(nn.Module):
         name: str,
         x: Float[Array, "B T M"],
         axes: Mapping[str, int],
+        has_bias: bool = False,
     ) -> Float[Array, "B T heads D"]:
         """`x` to heads. `axes`: logical names and sizes, of the heads, then of the channels."""
         width = {"embed": x.shape[-1]}
-        y = Projection(width, axes, self.init_std, self.dtype, name=name)(x)
+        y = Projection(
+            width,
+            axes,
+            self.init_std,
+            self.dtype,
+            has_bias=has_bias,
+            name=name,
+        )(x)
         heads, _ = axes
         return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 

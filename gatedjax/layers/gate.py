@@ -4,6 +4,7 @@ Its logits, its activation, its effect.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from gatedjax.config import GatedAttentionConfig
+from gatedjax.config import GatedAttentionConfig, MLAConfig
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 
@@ -32,6 +33,7 @@ GATE_ACTIVATIONS = {
     "silu": jax.nn.silu,
     "ns_sigmoid": ns_sigmoid,
     "identity": identity,
+    "softplus": jax.nn.softplus,
 }
 
 
@@ -64,6 +66,43 @@ def apply_gate(
     return gated.astype(y.dtype)
 
 
+class SplitGate(NamedTuple):
+    """The logits of a gate on the output of the attention: one of the two, or none.
+
+    in_op: of a gate that is the op's own epilogue, for all heads.
+    after: of a gate on the op's result.
+    """
+
+    in_op: Float[Array, "B T H _"] | None = None
+    after: Float[Array, "B T _ _"] | None = None
+
+
+def split_gate(
+    gate_logits: Float[Array, "#B #T _ _"] | None,
+    config: GatedAttentionConfig | MLAConfig,
+    q: Float[Array, "B T H _"],
+) -> SplitGate:
+    """Who applies a gate on the output of the attention: the op, if it is the op's sigmoid."""
+    if gate_logits is None:
+        return SplitGate()
+    if config.gate_mode != "multiplicative" or config.gate_activation != "sigmoid":
+        return SplitGate(after=gate_logits)
+    # Shared logits have one head; the kernel wants all of them.
+    shape = (*q.shape[:3], gate_logits.shape[-1])
+    return SplitGate(in_op=jnp.broadcast_to(gate_logits, shape))
+
+
+def apply_split_gate(
+    o: Float[Array, "B T H V"],
+    gate: SplitGate,
+    config: GatedAttentionConfig | MLAConfig,
+) -> Float[Array, "B T H V"]:
+    """The op's result and the gate that it has not applied."""
+    if gate.after is None:
+        return o
+    return apply_gate(o, gate.after, config.gate_activation, config.gate_mode)
+
+
 class GateLogits(nn.Module):
     """The gate's logits, from the layer's input or from a constant.
 
@@ -73,7 +112,7 @@ class GateLogits(nn.Module):
     in place of the heads.
     """
 
-    config: GatedAttentionConfig
+    config: GatedAttentionConfig | MLAConfig
     axes: Mapping[str, int]
     init_std: float
     dtype: DTypeLike

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from gatedjax.config import GatedAttentionConfig
+from gatedjax.layers.sinks import num_sink_channels
 from gatedjax.layers.token_info import History
 
 
@@ -45,8 +46,15 @@ def empty_cache(
       A cache of zeros.
     """
     slots = length if config.window is None else min(config.window, length)
-    shape = (batch, slots, config.kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    value_channels = config.head_dim
+    key_channels = value_channels
+    if config.token_sinks:
+        key_channels += num_sink_channels(dtype)
+    shape = (batch, slots, config.kv_heads)
+    return KVCache(
+        k=jnp.zeros((*shape, key_channels), dtype),
+        v=jnp.zeros((*shape, value_channels), dtype),
+    )
 
 
 def capacity(config: GatedAttentionConfig, cache: KVCache) -> int | None:
@@ -59,7 +67,7 @@ def capacity(config: GatedAttentionConfig, cache: KVCache) -> int | None:
 def append(
     cache: KVCache,
     k: Float[Array, "B T Hk D"],
-    v: Float[Array, "B T Hk D"],
+    v: Float[Array, "B T Hk _"],
     before: History,
     segment_ids: Int[Array, "B T"] | None,
 ) -> KVCache:
@@ -72,9 +80,29 @@ def append(
       before: what the cache holds.
       segment_ids: 0 for padding, which comes last and is not kept; None for no padding.
     """
-    slots = cache.k.shape[1]
-    count = num_tokens(k, segment_ids)[:, None]
-    place = jnp.arange(k.shape[1])
+    return KVCache(
+        k=append_to_slots(cache.k, k, before, segment_ids),
+        v=append_to_slots(cache.v, v, before, segment_ids),
+    )
+
+
+def append_to_slots(
+    old: Float[Array, "B S ..."],
+    new: Float[Array, "B T ..."],
+    before: History,
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B S ..."]:
+    """A ring of S slots with T more tokens of each row.
+
+    Args:
+      old: what the slots hold.
+      new: of the new tokens.
+      before: what the cache holds.
+      segment_ids: 0 for padding, which comes last and is not kept; None for no padding.
+    """
+    slots = old.shape[1]
+    count = num_tokens(new, segment_ids)[:, None]
+    place = jnp.arange(new.shape[1])
     slot = (before.tokens[:, None] + place) % slots
     # Of more tokens than there are slots, only the last ones have one.
     is_kept = (place < count) & (place >= count - slots)
@@ -89,7 +117,7 @@ def append(
     ) -> Array:
         return old.at[slot].set(new.astype(old.dtype), mode="drop")
 
-    return KVCache(write(cache.k, k, slot), write(cache.v, v, slot))
+    return write(old, new, slot)
 
 
 def distances_of_slots(
@@ -121,16 +149,24 @@ def in_time_order(
 
     What is not of that document is zero: a slot that was never written may hold anything.
     """
-    slots = cache.k.shape[1]
+    k, is_held = slots_in_time_order(cache.k, before)
+    v, _ = slots_in_time_order(cache.v, before)
+    return KVCache(k, v), is_held
+
+
+def slots_in_time_order(
+    x: Float[Array, "B S ..."],
+    before: History,
+) -> tuple[Float[Array, "B S ..."], Bool[Array, "B S"]]:
+    """`in_time_order` of what a ring of S slots holds."""
+    slots = x.shape[1]
     # The row's tokens tokens - S .. tokens - 1; negative ones were never there.
     index = before.tokens[:, None] - slots + jnp.arange(slots)
     is_held = index >= (before.tokens - before.in_document)[:, None]
-
-    def ordered(x: Array) -> Array:
-        by_time = jnp.take_along_axis(x, (index % slots)[:, :, None, None], axis=1)
-        return jnp.where(is_held[:, :, None, None], by_time, 0)
-
-    return KVCache(ordered(cache.k), ordered(cache.v)), is_held
+    channels = (1,) * (x.ndim - 2)
+    slot = (index % slots).reshape(*index.shape, *channels)
+    by_time = jnp.take_along_axis(x, slot, axis=1)
+    return jnp.where(is_held.reshape(slot.shape), by_time, 0), is_held
 
 
 def num_tokens(

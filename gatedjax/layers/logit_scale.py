@@ -133,7 +133,7 @@ def _training_length(c: GatedAttentionConfig) -> int:
 def logit_scale(c: GatedAttentionConfig) -> float:
     """What logits are multiplied by inside the op."""
     scales = {
-        "inverse_sqrt": c.head_dim**-0.5,
+        "inverse_sqrt": c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
         "learned": 1.0,
         "log_dim": math.log(c.head_dim),
     }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -75,7 +76,7 @@ contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Projection(nn.Module):
-    """`x [..., *in] -> y [..., *out]`, contracted in `dtype`, no bias.
+    """`x [..., *in] -> y [..., *out]`, contracted in `dtype`, with a bias if `has_bias`.
 
     `in_axes` and `out_axes` map logical names to sizes, for example `{"embed": M}` to
     `{"heads": H, "head_dim": D}`: the names place the parameter on the mesh (`sharding.py`) and
@@ -89,19 +90,25 @@ class Projection(nn.Module):
     init_std: float
     dtype: DTypeLike
     kernel_init: Callable[..., Array] | None = None
+    has_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        # Input axes first, then output axes: [*in, *out].
-        kernel = parameter(
-            self,
-            "kernel",
-            axes=(*self.in_axes, *self.out_axes),
-            shape=(*self.in_axes.values(), *self.out_axes.values()),
-            init=self.kernel_init or nn.initializers.normal(self.init_std),
-        )
+        kernel_init = self.kernel_init or nn.initializers.normal(self.init_std)
+        kernel = _kernel(self, self.in_axes, self.out_axes, kernel_init)
         x = x.astype(self.dtype)
         y = contract(x, kernel.astype(self.dtype), len(self.in_axes))
+        if self.has_bias:
+            # Not cut along the width, and no matrix to the optimizer, as a norm's scale.
+            axes = ["embed_act" if name == "embed" else name for name in self.out_axes]
+            bias = parameter(
+                self,
+                "bias",
+                axes=axes,
+                shape=list(self.out_axes.values()),
+                init=nn.initializers.zeros,
+            )
+            y = y + bias.astype(self.dtype)
         lora = low_rank.update_of(self.path)
         if lora is None:
             return y
@@ -114,6 +121,53 @@ class Projection(nn.Module):
             name=low_rank.UPDATE,
         )
         return y + update(x)
+
+
+class Weights(nn.Module):
+    """The matrix of a `Projection` without a bias, for who multiplies with it in several ways.
+
+    `[*in, *out]` in `dtype`, the low-rank update included. One input axis; the parameters have the
+    names that they have in a `Projection`.
+    """
+
+    in_axes: Mapping[str, int]
+    out_axes: Mapping[str, int]
+    init_std: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "..."]:
+        init = nn.initializers.normal(self.init_std)
+        kernel = _kernel(self, self.in_axes, self.out_axes, init).astype(self.dtype)
+        lora = low_rank.update_of(self.path)
+        if lora is None:
+            return kernel
+        update = LowRankUpdate(
+            lora,
+            self.in_axes,
+            self.out_axes,
+            self.dtype,
+            name=low_rank.UPDATE,
+        )
+        (size,) = self.in_axes.values()
+        # The update of unit vectors: A B.
+        return kernel + update(jnp.eye(size, dtype=self.dtype))
+
+
+def _kernel(
+    module: nn.Module,
+    in_axes: Mapping[str, int],
+    out_axes: Mapping[str, int],
+    init: Callable[..., Array],
+) -> Float[Array, "..."]:
+    """The parameter "kernel": input axes first, then output axes, [*in, *out]."""
+    return parameter(
+        module,
+        "kernel",
+        axes=(*in_axes, *out_axes),
+        shape=(*in_axes.values(), *out_axes.values()),
+        init=init,
+    )
 
 
 class LowRankUpdate(nn.Module):

@@ -18,6 +18,7 @@ def inverse_frequencies(
     base: float,
     yarn_factor: float = 1.0,
     yarn_original_length: int = 4096,
+    yarn_truncate: bool = True,
 ) -> Float[np.ndarray, " J"]:
     """Radians per position for each pair of rotated channels: base^(-2i / rotary_dim), float32.
 
@@ -28,6 +29,7 @@ def inverse_frequencies(
         once over the original length are slowed s times, those that rotate more than 32 times are
         kept, those between are blended linearly.
       yarn_original_length: the length that the model was trained with, before its extension.
+      yarn_truncate: the blend begins and ends at whole pairs.
 
     Returns:
       rotary_dim / 2 frequencies.
@@ -47,20 +49,23 @@ def inverse_frequencies(
             base,
             yarn_original_length,
         )
-        low = max(math.floor(fast), 0)
-        high = min(math.ceil(slow), rotary_dim - 1)
+        if yarn_truncate:
+            fast = math.floor(fast)
+            slow = math.ceil(slow)
+        low = max(fast, 0)
+        high = min(slow, rotary_dim - 1)
         # 1 up to pair `low`, 0 from pair `high` on, a straight line between.
         kept = 1.0 - np.clip((pairs - low) / max(high - low, 1e-3), 0.0, 1.0)
         frequencies = frequencies * kept + frequencies / yarn_factor * (1.0 - kept)
     return frequencies.astype(np.float32)
 
 
-def yarn_magnitude(yarn_factor: float) -> float:
-    """What YaRN multiplies rotated queries and keys with: 0.1 ln(s) + 1 (its equation 22).
+def yarn_magnitude(yarn_factor: float, mscale: float = 1.0) -> float:
+    """What YaRN multiplies rotated queries and keys with: 0.1 m ln(s) + 1 (its equation 22, m = 1).
 
     1 without extension.
     """
-    return 0.1 * math.log(yarn_factor) + 1.0
+    return 0.1 * mscale * math.log(yarn_factor) + 1.0
 
 
 def apply_rope(
@@ -68,6 +73,7 @@ def apply_rope(
     positions: Int[Array, "B T"],
     frequencies: Float[np.ndarray, " J"],
     magnitude: float = 1.0,
+    interleaved: bool = False,
 ) -> Float[Array, "B T H D"]:
     """Rotates the first channels of each head by position x frequency, in float32.
 
@@ -79,6 +85,7 @@ def apply_rope(
       frequencies: J of them, for 2 J channels. Channel i is paired with i + J (the rotate-half
         layout of Llama and Qwen checkpoints).
       magnitude: what rotated channels are multiplied by.
+      interleaved: channel 2 i is paired with 2 i + 1 instead (GPT-J, DeepSeek).
 
     Returns:
       x, rotated, in its dtype.
@@ -88,10 +95,17 @@ def apply_rope(
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos = jnp.cos(angle) * magnitude
     sin = jnp.sin(angle) * magnitude
-    # The two halves of the rotated channels are the coordinates of the pairs.
-    left = x[..., :half].astype(jnp.float32)
-    right = x[..., half : 2 * half].astype(jnp.float32)
-    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    rotating = x[..., : 2 * half].astype(jnp.float32)
+    # The coordinates of the pairs are the two halves of the rotated channels, or neighbors.
+    if interleaved:
+        left, right = rotating[..., 0::2], rotating[..., 1::2]
+    else:
+        left, right = rotating[..., :half], rotating[..., half:]
+    turned = [left * cos - right * sin, right * cos + left * sin]
+    if interleaved:
+        rotated = jnp.stack(turned, axis=-1).reshape(rotating.shape)
+    else:
+        rotated = jnp.concatenate(turned, axis=-1)
     unrotated = x[..., 2 * half :]
     return jnp.concatenate([rotated.astype(x.dtype), unrotated], axis=-1)
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from gatedjax.config import Config, to_dict
+from gatedjax.config import FEED_FORWARDS, MIXERS, Config, to_dict
 from gatedjax.data.recall import RecallConfig
 
 # Keys that the configuration was given after results had been recorded. A run that leaves them at
@@ -24,6 +24,16 @@ ADDED_LATER = (
     ("train", "init_rename"),
     ("train", "init_fresh"),
 )
+# The same of layers, by their kind.
+ADDED_LATER_TO_LAYERS = {
+    "gated_attention": (
+        "bias",
+        "attention_scale",
+        "rope_layout",
+        "yarn_truncate",
+        "token_sinks",
+    ),
+}
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
 Label = str | int | float
@@ -106,4 +116,11 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
     for group, key in ADDED_LATER:
         if values[group][key] == defaults[group][key]:
             del values[group][key]
+    model = values["model"]
+    for layer in [*model["mixers"].values(), *model["ffns"].values()]:
+        kind = layer["kind"]
+        for key in ADDED_LATER_TO_LAYERS.get(kind, ()):
+            default = getattr((MIXERS | FEED_FORWARDS)[kind], key)
+            if layer[key] == default:
+                del layer[key]
     return values

@@ -22,6 +22,7 @@ from gatedjax.config import (
     GatedMLPConfig,
     LoRAMixtureConfig,
     Mamba2Config,
+    MLAConfig,
     ModelConfig,
     RWKV7ChannelMixConfig,
     RWKV7Config,
@@ -47,6 +48,8 @@ MIXERS = {
     "alibi with sinks": change(ATTENTION, rope_fraction=0.0, alibi="fixed", sinks=True),
     "log length": change(ATTENTION, query_scale="log_length"),
     "sigmoid": change(ATTENTION, normalizer="sigmoid", normalizer_length=20),
+    "mla": MLAConfig(num_heads=2, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=8, window=9),
+    "sinks of tokens": change(ATTENTION, token_sinks=True, rope_layout="interleaved"),
     "gla": GLA,
     "retnet": change(GLA, decay="constant", rope_fraction=1.0, conv_width=0),
     "normalized": change(

@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import check_gradients, rel_rms
 
 from gatedjax.config import GatedAttentionConfig
 from gatedjax.config.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.kv_cache import append, distances_of_slots, in_time_order
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.layers.sinks import num_sink_channels, token_sinks_as_channels
 from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
 
 B, T, M = 2, 12, 16
+INFO = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)))
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32))
 
 
@@ -29,6 +31,7 @@ SCORES = {
     "silu": lambda x: x * sigmoid(x),
     "ns_sigmoid": lambda x: 0.5 + 0.5 * sigmoid(x),
     "identity": lambda x: x,
+    "softplus": lambda x: np.log1p(np.exp(x)),
 }
 
 
@@ -99,10 +102,15 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
         score = SCORES[c.gate_activation](logits)
         return y + score if c.gate_mode == "additive" else y * score
 
-    q, k, v = (np.tensordot(x, p[n]["kernel"], 1) for n in ("query", "key", "value"))
+    project = lambda n: np.tensordot(x, p[n]["kernel"], 1) + p[n].get("bias", 0)
+    q, k, v = (project(n) for n in ("query", "key", "value"))
     q, fused = q[..., : c.head_dim], q[..., c.head_dim :]
     if c.qk_norm and c.qk_norm_kind == "l2":
         q, k = (y / np.sqrt(np.sum(y**2, -1, keepdims=True) + 1e-6) for y in (q, k))
+    elif c.qk_norm and c.qk_norm_kind == "rms_all_heads":
+        flat = lambda y: y.reshape(*y.shape[:2], -1)
+        normed = lambda y, n: rms(flat(y), p[n]["scale"].reshape(-1)).reshape(y.shape)
+        q, k = normed(q, "query_norm"), normed(k, "key_norm")
     elif c.qk_norm:
         q, k = rms(q, p["query_norm"]["scale"]), rms(k, p["key_norm"]["scale"])
     q, k, v = gated("query", q), gated("key", k), gated("value", v)
@@ -116,6 +124,10 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
         ],
         -1,
     )
+    if c.rope_layout == "interleaved":
+        # The even channels of those that rotate, then the odd ones: for both, so q k is the same.
+        order = [*range(0, 2 * half, 2), *range(1, 2 * half, 2), *range(2 * half, c.head_dim)]
+        q, k = q[..., order], k[..., order]
     q, k = turn(q), turn(k)
     scale = p.get("query_scale", {})
     log_n = np.log(np.minimum(np.arange(1, x.shape[1] + 1), c.window or T))[:, None]
@@ -135,7 +147,7 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     group = c.num_heads // c.kv_heads
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
     times = {
-        "inverse_sqrt": c.head_dim**-0.5,
+        "inverse_sqrt": c.attention_scale or c.head_dim**-0.5,
         "log_dim": np.log(c.head_dim),
         "learned": scale.get("logit_scale"),
     }
@@ -157,8 +169,12 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
         weights = np.exp(s) / (
             np.exp(s).sum(-1, keepdims=True) + np.exp(p["sink_logits"])[:, None, None]
         )
+    if c.token_sinks:
+        own = np.moveaxis(np.tensordot(x, p["token_sinks"]["kernel"], 1), 1, 2)[..., None]
+        weights = np.exp(s) / (np.exp(s).sum(-1, keepdims=True) + np.exp(own))
     o = gated("sdpa", np.einsum("bhts,bshd->bthd", weights, v))
-    return gated("output", np.tensordot(o, p["out"]["kernel"], 2))
+    y = np.tensordot(o, p["out"]["kernel"], 2) + p["out"].get("bias", 0)
+    return gated("output", y)
 
 
 BASE = dict(num_heads=4, num_kv_heads=2, head_dim=8)
@@ -200,6 +216,21 @@ VARIANTS = {
     ),
     "scalable softmax, window": dict(query_scale="scalable_softmax", normalizer_length=9, window=5),
     "selective": dict(query_scale="selective"),
+    "qkv biases, tokens' sinks, neighbors rotate, scale": dict(
+        bias="qkv",
+        qk_norm=False,
+        token_sinks=True,
+        rope_layout="interleaved",
+        rope_fraction=0.5,
+        attention_scale=0.2,
+        window=7,
+    ),
+    "all biases, norm over heads, softplus": dict(
+        bias="all",
+        qk_norm_kind="rms_all_heads",
+        zero_centered_norm=True,
+        gate_activation="softplus",
+    ),
     "qwen3_next": QWEN3_NEXT | BASE,
     "gpt_oss": GPT_OSS | dict(window=3),
     "swat": SWAT | dict(window=4),
@@ -207,7 +238,34 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Their gradients are checked too.
+OF_FAMILIES = (
+    "qkv biases, tokens' sinks, neighbors rotate, scale",
+    "all biases, norm over heads, softplus",
+)
+
+
+@pytest.mark.parametrize("name", OF_FAMILIES)
+def test_gradients_equal_differences_of_the_formula(name):
+    config = GatedAttentionConfig(**BASE | VARIANTS[name])
+    module, params = init(config)
+    weight = np.random.default_rng(2).normal(size=X.shape)
+    given = {"params": params, "x": X}
+
+    def loss(given):
+        y, _ = module.apply({"params": given["params"]}, given["x"], INFO, method="with_cache")
+        return jnp.sum(y * weight), y
+
+    gradient, y = jax.jit(jax.grad(loss, has_aux=True))(given)
+    assert rel_rms(y, expected(config, params, X)) < 1e-5
+
+    def formula(given):
+        return (expected(config, given["params"], given["x"]) * weight).sum()
+
+    check_gradients(formula, given, gradient)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in OF_FAMILIES])
 def test_equals_the_formula(name):
     config = GatedAttentionConfig(**BASE | VARIANTS[name])
     module, params = init(config)
@@ -229,6 +287,7 @@ def test_constant_gate_starts_at_one_half():
 
 DECODED = (
     "G1",
+    OF_FAMILIES[0],
     "G1 shared",
     "G1 additive silu",
     "G3 headwise",
@@ -295,6 +354,17 @@ def test_ring_cache_holds_the_last_tokens():
     assert valid.sum(axis=1).tolist() == [4, 1], "a document that begins sees itself only"
 
 
+@pytest.mark.parametrize("dtype, bits", [("float32", 22), ("bfloat16", 22), ("float16", 22)])
+def test_sinks_of_tokens_keep_their_bits_in_channels(dtype, bits):
+    """Also where XLA would leave out casts there and back."""
+    sinks = 10 * X[:, :, :2]
+    q, k = jnp.zeros((B, T, 2, 4), dtype), jnp.zeros((B, T, 1, 4), dtype)
+    q, k = jax.jit(lambda *x: token_sinks_as_channels(*x, scale=0.37))(q, k, sinks)
+    assert q.dtype == k.dtype == dtype and k.shape[-1] == 4 + num_sink_channels(dtype)
+    logits = 0.37 * np.sum(np.float64(q) * np.float64(k), -1)
+    np.testing.assert_allclose(logits, -np.float64(sinks), rtol=2.0**-bits)
+
+
 def test_rope_scores_depend_on_distance_only():
     frequencies = inverse_frequencies(8, 10_000.0)
     q, k = jnp.asarray(X[:1, :1, None, :8]), jnp.asarray(X[1:, :1, None, :8])
@@ -312,3 +382,12 @@ def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
     np.testing.assert_allclose(scaled[turns > 40], plain[turns > 40], rtol=1e-6)
     np.testing.assert_allclose(scaled[turns < 0.7], plain[turns < 0.7] / 8, rtol=1e-6)
     assert (np.diff(scaled) < 0).all()
+
+
+def test_yarn_that_does_not_truncate_blends_between_fractions_of_pairs():
+    """gpt-oss."""
+    found = inverse_frequencies(16, 1e4, 8.0, 4096, yarn_truncate=False)
+    pair = lambda turns: 16 * np.log(4096 / (2 * np.pi * turns)) / (2 * np.log(1e4))
+    slowed = np.clip((np.arange(8) - pair(32)) / (pair(1) - pair(32)), 0, 1)
+    plain = 1e4 ** (-np.arange(8) / 8)
+    np.testing.assert_allclose(found, plain * (1 - slowed) + plain / 8 * slowed, rtol=1e-6)
