@@ -4,7 +4,9 @@ Needs torch and transformers (`make test-oracles`). All parameters are perturbed
 too: a mapping that drops one, or takes one for another, shows.
 """
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +186,28 @@ CONFIGS: dict[str, Builder] = {
 }
 
 
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """transformers takes fla's Triton kernels where fla is installed, also without a GPU."""
+    held = {name: sys.modules.get(name) for name in ("fla", "mamba_ssm", "causal_conv1d")}
+    # None stops an import, which transformers takes for a package that is not there.
+    sys.modules.update(dict.fromkeys(held))
+    try:
+        yield
+    finally:
+        for name, module in held.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
 def tiny_model(family: str, seed: int = 0) -> Any:
     """A model with every parameter perturbed, in float32, ready to evaluate."""
     torch.manual_seed(seed)
     config = CONFIGS[family]()
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    with without_kernels():
+        model = transformers.AutoModelForCausalLM.from_config(config)
     perturb(model)
     # The plain paths: no kernel of another package decides what is compared with.
     model.config._attn_implementation = "eager"
