@@ -152,7 +152,7 @@ def default_text(field: dataclasses.Field) -> str:
     value = field.default_factory()
     if dataclasses.is_dataclass(value):
         return "see below"
-    return code(", ".join(value))
+    return code(", ".join(value) or "{}")
 
 
 if __name__ == "__main__":

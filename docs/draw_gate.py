@@ -37,11 +37,11 @@ def main(checkpoint: str) -> None:
     gates = {}
     kept = {}
     for layer in range(config.num_layers):
-        period, index = divmod(layer, config.period)
-        recorded = f"periods/layer_{index}/mixer"
-        mixer, _ = config.layer(layer)
+        block = next(block for block in config.repeated_blocks if layer in block.layers)
+        recorded = "/".join((*block.path, "mixer"))
+        period = block.layers.index(layer)
         # Recorded arrays are [periods, batch, T, H, channels]; the mean over channels is drawn.
-        if mixer.kind == "gated_attention":
+        if block.mixer.kind == "gated_attention":
             gates[layer] = np.mean(values[f"{recorded}/gates"][period, 0], axis=-1)
         else:
             decay = np.exp(values[f"{recorded}/log_decay"][period, 0])

@@ -72,6 +72,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLA",
+    "MLP",
     "RWKV7",
     "Config",
     "DeltaAttention",
@@ -86,6 +87,7 @@ __all__ = [
     "LoRAMixture",
     "LoRAMixtureConfig",
     "MLAConfig",
+    "MLPConfig",
     "Mamba2",
     "Mamba2Config",
     "ModelConfig",

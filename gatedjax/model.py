@@ -1,7 +1,11 @@
-"""The language model: embed -> scan over periods of the layer pattern -> norm -> logits."""
+"""The language model: embed -> layers -> norm -> logits.
+
+Its layers are those of the prefix, a scan over periods of the layer pattern, those of the suffix
+(`ModelConfig.blocks`).
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -13,17 +17,18 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Float, Int
 
-from gatedjax.config import ModelConfig
-from gatedjax.layers import (
-    FEED_FORWARDS,
-    MIXERS,
-    FeedForward,
-    Mixer,
-    NoFeedForward,
-    TokenInfo,
+from gatedjax.config import BlockConfig, ModelConfig
+from gatedjax.layers import TokenInfo
+from gatedjax.layers.block import (
+    STREAM_AXES,
+    Block,
+    Stream,
+    block_capacity,
+    init_block_cache,
+    takes_pieces,
 )
 from gatedjax.layers.depth import Depth
-from gatedjax.layers.gate_values import COLLECTION, record
+from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.low_rank import low_rank_updates
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.norm import RMSNorm
@@ -37,18 +42,16 @@ from gatedjax.layers.token_info import (
 )
 from gatedjax.ops import RESIDUAL_NAMES
 
-# The residual stream, with the logical names of its axes.
-Stream = Float[Array, "B T M"]
-STREAM_AXES = ("batch", "length", "embed_act")
+# What goes from layer to layer: (x, router logits, depth).
+Carry = tuple[Stream, Array | None, Depth | None]
 
 
 @struct.dataclass
 class Caches:
-    """Decoding state: what is held of every row, and the cache of every block of the period.
+    """Decoding state: what is held of every row, and the cache of every block.
 
     history: how many tokens, of which document, at which position: every row at its own place.
-    layers: the caches by block, stacked over periods.
-
+    layers: the caches by block; those of the period are stacked over periods.
     first_pass: the same of the pass without experts, where there is one (`ModelConfig.first_pass`).
     """
 
@@ -57,115 +60,33 @@ class Caches:
     first_pass: "Caches | None" = None
 
 
-@struct.dataclass
-class BlockCache:
-    """The cache of a block whose feed-forward has one, too."""
-
-    mixer: Any
-    feed_forward: Any
-
-
-class Block(nn.Module):
-    """Pre-norm mixer and pre-norm feed-forward, each on the residual stream."""
-
-    config: ModelConfig
-    index: int  # within the period
-    training: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Stream,
-        info: TokenInfo,
-        cache: Any,
-        router_logits: Float[Array, "B T E"] | None,
-        depth: Depth | None,
-    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array]]:
-        """(x, router logits, depth of the next block, cache, statistics).
-
-        Router logits only where some router has a gating residual, the depth where layers ask.
-        """
-        c = self.config
-        info = dataclasses.replace(info, depth=depth)
-        mixer, feed_forward = block_layers(
-            c,
-            self.index,
-            names=("mixer", "ffn"),
-            training=self.training,
-        )
-        ffn_cache = None
-        if isinstance(cache, BlockCache):
-            ffn_cache = cache.feed_forward
-            cache = cache.mixer
-        normed = self._norm("mixer_norm")(x)
-        if mixer.shares_values and depth is not None:
-            y, cache, values = mixer.with_values(normed, info, cache)
-            depth = dataclasses.replace(depth, first_values=values)
-        else:
-            y, cache = mixer.with_cache(normed, info, cache)
-        x = x + y
-        statistics = {}
-        if feed_forward.has_cache:
-            y, ffn_cache = feed_forward.with_cache(self._norm("ffn_norm")(x), info, ffn_cache)
-            if ffn_cache is not None:
-                cache = BlockCache(cache, ffn_cache)
-            x = x + y
-        elif not isinstance(feed_forward, NoFeedForward):
-            y, statistics, new_logits = feed_forward.with_statistics(
-                self._norm("ffn_norm")(x),
-                info,
-                router_logits,
-            )
-            # Carried through the scan only where a router needs them: a carry must keep its
-            # structure.
-            if router_logits is not None:
-                router_logits = new_logits
-            x = x + y
-        x = nn.with_logical_constraint(x, STREAM_AXES)
-        record(self, "residual", x)
-        if depth is not None:
-            depth = dataclasses.replace(depth, index=depth.index + 1)
-        return x, router_logits, depth, cache, statistics
-
-    def _norm(self, name: str) -> RMSNorm:
-        return RMSNorm(
-            self.config.norm_eps,
-            self.config.zero_centered_norm,
-            name=name,
-        )
+def remat_policy(name: str) -> Callable[..., Any]:
+    """The `jax.checkpoint` policy of `ModelConfig.remat`."""
+    policies = {
+        "full": checkpoint_policies.nothing_saveable,
+        "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "kernels": checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
+    }
+    return policies[name]
 
 
-def block_layers(
-    config: ModelConfig,
-    index: int,
-    names: tuple[str | None, str | None] = (None, None),
-    training: bool = False,
-) -> tuple[Mixer, FeedForward]:
-    """The mixer and the feed-forward of block `index` of the period, as submodules `names`."""
-    mixer, feed_forward = config.layer(index)
-    dtype = jnp.dtype(config.dtype)
-    return (
-        MIXERS[mixer.kind](
-            mixer,
-            config.norm_eps,
-            config.init_std,
-            dtype,
-            name=names[0],
-        ),
-        FEED_FORWARDS[feed_forward.kind](
-            feed_forward,
-            config.init_std,
-            dtype,
-            training,
-            name=names[1],
-        ),
-    )
+def _rematerialized(
+    c: ModelConfig,
+    module: type[nn.Module],
+    is_in_loop: bool = False,
+) -> type[nn.Module]:
+    """The module, of which the backward pass finds in memory what `c.remat` says."""
+    if c.remat == "none":
+        return module
+    # Outside a loop XLA would merge what is computed again with what was computed first, and keep
+    # it after all.
+    return nn.remat(module, prevent_cse=not is_in_loop, policy=remat_policy(c.remat))
 
 
 class Period(nn.Module):
     """The layers after which the pattern repeats.
 
-    One is compiled; `nn.scan` runs it num_layers / period times.
+    One is compiled; `nn.scan` runs it num_periods times.
     """
 
     config: ModelConfig
@@ -174,40 +95,52 @@ class Period(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Stream, Array | None, Depth | None],
+        carry: Carry,
         info: TokenInfo,
         lora_weights: dict[str, Array] | None,
         caches: dict[str, Any] | None,
-    ):
-        """(carry, info, LoRA weights, caches) -> (the carry, (caches, statistics)).
-
-        The carry is (x, router logits, depth).
-        """
-        x, router_logits, depth = carry
+    ) -> tuple[Carry, tuple[dict[str, Any] | None, dict[str, dict[str, Array]]]]:
+        """(carry, info, LoRA weights, caches) -> (the carry, (caches, statistics))."""
+        c = self.config
+        # A pattern that does not repeat is computed again layer by layer, others by period.
+        module = Block
+        if c.num_periods == 1:
+            module = _rematerialized(c, Block)
         new_caches = {}
         statistics = {}
-        for i, name in enumerate(self.config.block_names):
-            cache = None if caches is None else caches[name]
-            block = Block(
-                self.config,
-                i,
-                self.training,
-                name=name,
+        for block in c.repeated_blocks:
+            name = block.name
+            carry, new_caches[name], statistics[name] = _through(
+                module(c, block, self.training, name=name),
+                carry,
+                info,
+                None if lora_weights is None else lora_weights.get(name),
+                None if caches is None else caches[name],
             )
-            block_info = info
-            if lora_weights is not None and name in lora_weights:
-                block_info = dataclasses.replace(info, lora_weights=lora_weights[name])
-            x, router_logits, depth, new_caches[name], statistics[name] = block(
-                x,
-                block_info,
-                cache,
-                router_logits,
-                depth,
-            )
-        carry = (x, router_logits, depth)
         if caches is None:
             return carry, (None, statistics)
         return carry, (new_caches, statistics)
+
+
+def _through(
+    module: nn.Module,
+    carry: Carry,
+    info: TokenInfo,
+    lora_weights: Array | None,
+    cache: Any,
+) -> tuple[Carry, Any, dict[str, Array]]:
+    """(carry, cache, statistics) of one block."""
+    x, router_logits, depth = carry
+    if lora_weights is not None:
+        info = dataclasses.replace(info, lora_weights=lora_weights)
+    x, router_logits, depth, cache, statistics = module(
+        x,
+        info,
+        cache,
+        router_logits,
+        depth,
+    )
+    return (x, router_logits, depth), cache, statistics
 
 
 class LanguageModel(nn.Module):
@@ -248,8 +181,8 @@ class LanguageModel(nn.Module):
           caches: of the tokens before.
 
         Returns:
-          The normed hidden states, the caches, and the statistics of sparse layers, stacked over
-          periods: [L / period, ...].
+          The normed hidden states, the caches, and the statistics of sparse layers by block,
+          stacked over the block's layers.
 
         Raises:
           ValueError: caches without room for the tokens, where their number is known; in a compiled
@@ -275,10 +208,9 @@ class LanguageModel(nn.Module):
                 lora_weights = in_order(lora_weights, order)
         carry = (x, self._first_router_logits(tokens), self._first_depth(x))
         layer_caches = None if caches is None else caches.layers
-        layers = layers_of(c, self.training)
         of_block = weights_by_block(c, lora_weights)
         with low_rank_updates(c.lora):
-            (x, _, _), (layer_caches, statistics) = layers(carry, info, of_block, layer_caches)
+            (x, _, _), layer_caches, statistics = self._layers(carry, info, of_block, layer_caches)
         x = RMSNorm(
             c.norm_eps,
             c.zero_centered_norm,
@@ -289,6 +221,48 @@ class LanguageModel(nn.Module):
         if after is not None:
             caches = Caches(after, layer_caches, first_pass_caches)
         return x, caches, statistics
+
+    def _layers(
+        self,
+        carry: Carry,
+        info: TokenInfo,
+        lora_weights: dict[str, Array] | None,
+        caches: dict[str, Any] | None,
+    ) -> tuple[Carry, Any, dict[str, dict[str, Array]]]:
+        """Prefix, periods, suffix: (carry, caches, statistics)."""
+        c = self.config
+        new_caches = {}
+        statistics = {}
+
+        def run_alone(carry: Carry, blocks: Iterable[BlockConfig]) -> Carry:
+            """Layers that are in no period, one after the other."""
+            module = _rematerialized(c, Block)
+            for block in blocks:
+                name = block.name
+                weights = None if lora_weights is None else lora_weights.get(name)
+                carry, new_caches[name], of_layer = _through(
+                    module(c, block, self.training, name=name),
+                    carry,
+                    info,
+                    None if weights is None else weights[0],
+                    None if caches is None else caches[name],
+                )
+                # An axis of layers, as the blocks of the period have it; here there is one.
+                statistics[name] = jax.tree.map(lambda x: x[None], of_layer)
+            return carry
+
+        carry = run_alone(carry, c.prefix_blocks)
+        carry, (of_periods, statistics_of_periods) = periods_of(c, self.training)(
+            carry,
+            info,
+            _of_period(c, lora_weights),
+            _of_period(c, caches),
+        )
+        carry = run_alone(carry, c.suffix_blocks)
+        statistics |= statistics_of_periods
+        if caches is None:
+            return carry, None, statistics
+        return carry, new_caches | of_periods, statistics
 
     def _embedded(
         self,
@@ -359,33 +333,16 @@ class LanguageModel(nn.Module):
         )
 
 
-def remat_policy(name: str) -> Callable[..., Any]:
-    """The `jax.checkpoint` policy of `ModelConfig.remat`."""
-    policies = {
-        "full": checkpoint_policies.nothing_saveable,
-        "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "kernels": checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
-    }
-    return policies[name]
-
-
-def layers_of(c: ModelConfig, training: bool = False) -> nn.Module:
-    """All layers, as a module "periods".
+def periods_of(c: ModelConfig, training: bool = False) -> nn.Module:
+    """All layers but prefix and suffix, as a module "periods".
 
     (carry, info, LoRA weights, caches) -> (the carry, (caches, statistics)), with the carry (x,
     router logits, depth). The weights of low-rank experts are those of a first pass
     (`first_pass.weights_by_block`), or None.
     """
     period = Period
-    if c.remat != "none":
-        # Outside a loop XLA would merge what is computed again with what was computed first, and
-        # keep it after all.
-        period = nn.remat(
-            Period,
-            prevent_cse=not c.scan_layers,
-            policy=remat_policy(c.remat),
-        )
-    num_periods = c.num_layers // c.period
+    if c.num_periods > 1:
+        period = _rematerialized(c, Period, is_in_loop=c.scan_layers)
     # Parameters and what is recorded get an axis of periods in front; caches and the weights of
     # low-rank experts are cut along theirs.
     scanned = nn.scan(
@@ -393,11 +350,19 @@ def layers_of(c: ModelConfig, training: bool = False) -> nn.Module:
         variable_axes={"params": 0, COLLECTION: 0},
         split_rngs={"params": True, "router": True},
         in_axes=(nn.broadcast, 0, 0),
-        length=num_periods,
-        unroll=1 if c.scan_layers else num_periods,
+        length=c.num_periods,
+        unroll=1 if c.scan_layers else c.num_periods,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(c, training, name="periods")
+
+
+def _of_period(c: ModelConfig, by_block: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What there is for the blocks of the period."""
+    if by_block is None:
+        return None
+    names = {block.name for block in c.repeated_blocks}
+    return {name: value for name, value in by_block.items() if name in names}
 
 
 def head_weights(params: Any) -> Float[Array, "X M"]:
@@ -430,19 +395,15 @@ def _layer_caches(
     batch: int,
     length: int,
 ) -> dict[str, Any]:
-    """The cache of every block, stacked over periods."""
-    num_periods = config.num_layers // config.period
+    """The cache of every block; those of the period are stacked over periods."""
 
     def stacked(x: Array) -> Array:
-        return jnp.zeros((num_periods, *x.shape), x.dtype)
+        return jnp.zeros((config.num_periods, *x.shape), x.dtype)
 
     caches = {}
-    for i, name in enumerate(config.block_names):
-        mixer, feed_forward = block_layers(config, i)
-        cache = mixer.init_cache(batch, length)
-        if feed_forward.has_cache:
-            cache = BlockCache(cache, feed_forward.init_cache(batch, config.width))
-        caches[name] = jax.tree.map(stacked, cache)
+    for block in config.blocks:
+        cache = init_block_cache(config, block, batch, length)
+        caches[block.name] = jax.tree.map(stacked, cache) if block.is_repeated else cache
     return caches
 
 
@@ -455,19 +416,13 @@ def _check_caches(
     """Refuses what the caches cannot take, as far as that is known now."""
     most = None
     is_simple = segment_ids is None and (tokens.shape[1] == 1 or caches.history.is_empty)
-    for i, name in enumerate(config.block_names):
-        mixer_config, _ = config.layer(i)
-        # Not a submodule of the model that asks.
-        mixer = MIXERS[mixer_config.kind](mixer_config, parent=None)
-        if not is_simple and not mixer.takes_pieces:
+    for block in config.blocks:
+        if not is_simple and not takes_pieces(block):
             raise ValueError(
                 "caches: got segment_ids or a further piece of a prompt, expected neither: "
-                f"{mixer_config.kind} takes one prompt and then single tokens"
+                f"{block.mixer.kind} takes one prompt and then single tokens"
             )
-        cache = caches.layers[name]
-        if isinstance(cache, BlockCache):
-            cache = cache.mixer
-        capacity = mixer.capacity(cache)
+        capacity = block_capacity(block, caches.layers[block.name])
         if capacity is not None:
             most = capacity if most is None else min(most, capacity)
     if most is None or not _is_known(caches.history.tokens) or not _is_known(segment_ids):

@@ -42,6 +42,7 @@ RULES = (
     ("embed_act", None),
     ("embed", ("fsdp", "context")),
     ("mlp", "tensor"),
+    ("mlp_bias", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("groups", None),

@@ -11,9 +11,18 @@ from gatedjax.config.layers import (
     GatedLinearAttentionConfig,
     GatedMLPConfig,
     MixerConfig,
+    MLPConfig,
     NoFeedForwardConfig,
+    NoMixerConfig,
 )
 from gatedjax.config.mla import MLAConfig
+from gatedjax.config.model import (
+    BlockConfig,
+    LoRAConfig,
+    ModelConfig,
+    NormPlacement,
+    Remat,
+)
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.parse import (
     Difference,
@@ -29,11 +38,8 @@ from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7
 from gatedjax.config.run import (
     Config,
     DataConfig,
-    LoRAConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
-    Remat,
     SourceConfig,
     TrainConfig,
 )
@@ -41,6 +47,7 @@ from gatedjax.config.run import (
 __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
+    "BlockConfig",
     "Config",
     "DataConfig",
     "DeltaAttentionConfig",
@@ -53,11 +60,14 @@ __all__ = [
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",
+    "MLPConfig",
     "Mamba2Config",
     "MeshConfig",
     "MixerConfig",
     "ModelConfig",
     "NoFeedForwardConfig",
+    "NoMixerConfig",
+    "NormPlacement",
     "OptimConfig",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",

@@ -244,6 +244,8 @@ class GatedLinearAttentionConfig(Checked):
     output_gate: Literal["swish", "sigmoid", "none"] = "swish"
     # causal depthwise convolution on q, k, v; 0 for none
     conv_width: Annotated[int, Range(0, 256)] = 0
+    # of the convolution, before its SiLU
+    conv_bias: bool = False
     # RetNet rotates q and k
     rope_fraction: Fraction = 0.0
     rope_base: RopeBase = 10_000.0
@@ -304,6 +306,10 @@ class DeltaAttentionConfig(Checked):
     output_gate_rank: Size | None = None
     # causal depthwise convolution and SiLU on q, k, v; 0 for none
     conv_width: Annotated[int, Range(0, 256)] = 4
+    # of the convolution, before its SiLU
+    conv_bias: bool = False
+    # of the norm of the heads' outputs (1e-5 in OLMo-Hybrid); None: the model's
+    norm_eps: Annotated[float, Range(0, 1, includes_low=False)] | None = None
     chunk_size: Size | None = None
 
     def check(self) -> None:
@@ -339,8 +345,33 @@ class GatedMLPConfig(Checked):
 
     kind: Literal["gated_mlp"] = "gated_mlp"
     hidden: Size = 256
-    activation: Literal["silu", "gelu"] = "silu"
+    # clamped_swiglu: gpt-oss's (u + 1) g sigmoid(1.702 g), where the gate g is at most swiglu_limit
+    # and u within +- swiglu_limit
+    activation: Literal["silu", "gelu", "clamped_swiglu"] = "silu"
+    swiglu_limit: Positive = 7.0
+    # of all three matrices
+    bias: bool = False
     not_causal = None  # no token sees a later one
+
+
+@dataclass(frozen=True)
+class MLPConfig(Checked):
+    """Two matrices and no gate: `activation(x W_up) W_down`. Nemotron-H has the squared ReLU."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: Size = 512
+    # relu_squared: arXiv 2109.08668
+    activation: Literal["relu_squared", "gelu", "silu"] = "relu_squared"
+    # of both matrices
+    bias: bool = False
+    not_causal = None  # no token sees a later one
+
+
+@dataclass(frozen=True)
+class NoMixerConfig(Checked):
+    """A block that is a feed-forward alone, as in Nemotron-H."""
+
+    kind: Literal["no_mixer"] = "no_mixer"
 
 
 @dataclass(frozen=True)
@@ -358,9 +389,11 @@ MixerConfig = (
     | DeltaAttentionConfig
     | Mamba2Config
     | RWKV7Config
+    | NoMixerConfig
 )
 FeedForwardConfig = (
     GatedMLPConfig
+    | MLPConfig
     | SparseMoEConfig
     | SoftMoEConfig
     | LoRAMixtureConfig

@@ -7,13 +7,18 @@ the literature, as values over the defaults:
   Switch              experts_per_token=1, router: renormalize=False
   Mixtral, Qwen3-MoE  (the defaults, with their own numbers of experts)
   OLMoE, Qwen2-MoE    router: renormalize=False
-  gpt-oss             router: weighting="selected"
+  gpt-oss             activation="clamped_swiglu", bias=True,
+                      router: weighting="selected", affine=True
   Llama 4             experts_per_token=1,
                       router: scoring="sigmoid", renormalize=False, weight_input=True
   DeepSeek-V2         router: selection="grouped_topk", group_score="max", renormalize=False,
                       scale=16.0
   DeepSeek-V3         router: scoring="sigmoid", selection="grouped_topk", scale=2.5,
                       bias_rule="sign"
+  Kimi-Linear         shared_gate=False,
+                      router: scoring="sigmoid", scale=2.446, bias_rule="sign"
+  Nemotron-3          gated=False, activation="relu_squared", latent=..., shared_gate=False,
+                      router: scoring="sigmoid", bias_rule="sign"
   MoE++               zero_experts=1, copy_experts=1, constant_experts=2,
                       router: residual=True, renormalize=False
   LongCat-Flash       copy_experts=256,
@@ -156,13 +161,13 @@ class RouterConfig(Checked):
 
 @dataclass(frozen=True)
 class SparseMoEConfig(Checked):
-    """Sparse mixture of gated MLPs, and of experts that cost nothing.
+    """Sparse mixture of MLPs, and of experts that cost nothing.
 
     Expert ids count in the order of the fields.
     """
 
     kind: Literal["sparse_moe"] = "sparse_moe"
-    # that compute (gated MLPs)
+    # that compute (MLPs)
     num_experts: SizeOrZero = 8
     # whose output is 0
     zero_experts: SizeOrZero = 0
@@ -173,7 +178,16 @@ class SparseMoEConfig(Checked):
     experts_per_token: Size = 2
     # of one expert
     hidden: Size = 128
-    activation: Literal["silu", "gelu"] = "silu"
+    # clamped_swiglu, of gated experts: as in `gated_mlp`; relu_squared: of experts without a gate
+    activation: Literal["silu", "gelu", "clamped_swiglu", "relu_squared"] = "silu"
+    swiglu_limit: Positive = 7.0
+    # false: experts, the shared one too, are activation(x W_up) W_down (Nemotron-H)
+    gated: bool = True
+    # of all matrices of the experts, the shared one's too (gpt-oss; its router's: `router.affine`)
+    bias: bool = False
+    # Experts work on this many channels, between one projection down and one up for all of them;
+    # router and shared expert see all channels (Nemotron-3). 0: experts do, too.
+    latent: SizeOrZero = 0
     router: RouterConfig = field(default_factory=RouterConfig)
     # a shared expert of this width sees every token; 0 for none
     shared_hidden: SizeOrZero = 0
@@ -217,6 +231,7 @@ class SparseMoEConfig(Checked):
             self.experts_per_token,
             f"between 1 and the number of experts, {total}",
         )
+        self._check_experts()
         self._check_groups()
         self._check_router()
         can_limit = self.exchange in ("all_to_all", "ragged_all_to_all")
@@ -225,6 +240,23 @@ class SparseMoEConfig(Checked):
             "exchange_factor",
             self.exchange_factor,
             "0, or exchange 'all_to_all' or 'ragged_all_to_all'",
+        )
+
+    def _check_experts(self) -> None:
+        gated_only = self.activation == "clamped_swiglu"
+        plain_only = self.activation == "relu_squared"
+        require(
+            not (plain_only if self.gated else gated_only),
+            "activation",
+            self.activation,
+            f"another with gated = {self.gated}",
+        )
+        # What is not computed has no bias; the layer adds the biases of all that was chosen.
+        require(
+            not self.bias or self.exchange_factor == 0,
+            "exchange_factor",
+            self.exchange_factor,
+            "0 with bias",
         )
 
     def _check_groups(self) -> None:

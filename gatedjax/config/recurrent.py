@@ -28,8 +28,10 @@ class Mamba2Config(Checked):
     # channels of B and C, which the heads of a group share; the output is normed within a group
     state_dim: Size = 32
     num_groups: Size = 1
-    # causal depthwise convolution with a bias, and SiLU, on x, B and C
+    # causal depthwise convolution and SiLU on x, B and C
     conv_width: Annotated[int, Range(1, 256)] = 4
+    # of the convolution, before its SiLU
+    conv_bias: bool = True
     # Step sizes softplus(x W + bias) are clipped to these; None: no upper limit.
     min_step_size: NonNegative = 0.0
     max_step_size: Positive | None = None

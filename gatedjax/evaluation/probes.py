@@ -62,17 +62,17 @@ def measure(config: ModelConfig, params: PyTree, batch: Batch) -> Probes:
     """
     found = jax.device_get(_measure(config, params, batch))
     result: Probes = {}
-    for layer in range(config.num_layers):
-        period, index = divmod(layer, config.period)
-        for name, stacked in found[index].items():
-            by_layer = result.setdefault(name, {})
-            by_layer[layer] = np.asarray(stacked[period], np.float64)
-    return result
+    for block in config.blocks:
+        for probe, of_layers in found[block.name].items():
+            by_layer = result.setdefault(probe, {})
+            for layer, values in zip(block.layers, of_layers):
+                by_layer[layer] = np.asarray(values, np.float64)
+    return {probe: dict(sorted(by_layer.items())) for probe, by_layer in result.items()}
 
 
 @functools.partial(careful_jit, static_argnums=0)
-def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[int, dict[str, Array]]:
-    """For each layer of the period its probes, stacked over periods."""
+def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[str, dict[str, Array]]:
+    """For each block its probes, stacked over the block's layers."""
     with nn.logical_axis_rules(RULES):
         outputs: Any = LanguageModel(config).apply(
             {"params": params},
@@ -85,19 +85,28 @@ def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[int, dic
     # As the layers see them: an id that comes back is another document.
     numbers = document_numbers(jnp.asarray(batch.segment_ids))
     batch = dataclasses.replace(batch, segment_ids=numbers)
-    sown = variables["probes"]["periods"]
     result = {}
-    for index, name in enumerate(config.block_names):
-        mixer, _ = config.layer(index)
-        stacked = _LayerValues(
-            sown=sown[name],
-            mixer_params=params["periods"][name]["mixer"],
-            statistics=statistics[name],
+    for block in config.blocks:
+        values = _LayerValues(
+            sown=_inside(variables["probes"], block.path),
+            mixer_params=_inside(params, block.path).get("mixer", {}),
+            statistics=statistics[block.name],
         )
-        # One period after the other: the blocks of all of them at once would be larger.
-        layer = functools.partial(_layer, mixer, batch)
-        result[index] = jax.lax.map(layer, stacked)
+        if not block.is_repeated:
+            # Statistics have an axis of layers in any block.
+            sown, mixer_params = jax.tree.map(lambda x: x[None], values[:2])
+            values = _LayerValues(sown, mixer_params, values.statistics)
+        # One layer after the other: the blocks of all of them at once would be larger.
+        layer = functools.partial(_layer, block.mixer, batch)
+        result[block.name] = jax.lax.map(layer, values)
     return result
+
+
+def _inside(tree: Any, path: tuple[str, ...]) -> Any:
+    """What lies there in nested mappings."""
+    for name in path:
+        tree = tree[name]
+    return tree
 
 
 class _LayerValues(NamedTuple):

@@ -161,8 +161,8 @@ def _configuration(saved: Mapping[str, Any], mesh: MeshConfig | None) -> Config:
     with _no_model():
         config = from_config_dict({**saved, "mesh": {}})
     model = config.model
-    # Under scan the layers of one period stand for all.
-    traced = model.period if model.scan_layers else model.num_layers
+    # Under scan the layers of one period stand for those of all.
+    traced = len(model.blocks) if model.scan_layers else model.num_layers
     if traced > _MOST_TRACED_LAYERS:
         raise InputError(
             f"--checkpoint: config.model.num_layers: got {traced:,} layers of their own, "

@@ -13,10 +13,11 @@ from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mamba2 import Mamba2
 from gatedjax.layers.mla import MLA
-from gatedjax.layers.mlp import GatedMLP, NoFeedForward
+from gatedjax.layers.mlp import MLP, GatedMLP, NoFeedForward
 from gatedjax.layers.moe.lora import LoRAMixture
 from gatedjax.layers.moe.soft import SoftMoE
 from gatedjax.layers.moe.sparse import SparseMoE
+from gatedjax.layers.no_mixer import NoMixer
 from gatedjax.layers.rwkv7 import RWKV7
 from gatedjax.layers.token_info import TokenInfo
 
@@ -28,9 +29,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "delta_attention": DeltaAttention,
     "mamba2": Mamba2,
     "rwkv7": RWKV7,
+    "no_mixer": NoMixer,
 }
 FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "gated_mlp": GatedMLP,
+    "mlp": MLP,
     "sparse_moe": SparseMoE,
     "soft_moe": SoftMoE,
     "lora_mixture": LoRAMixture,
@@ -42,6 +45,7 @@ __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
     "MLA",
+    "MLP",
     "RWKV7",
     "DeltaAttention",
     "FeedForward",
@@ -52,6 +56,7 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "NoFeedForward",
+    "NoMixer",
     "RWKV7ChannelMix",
     "SoftMoE",
     "SparseMoE",

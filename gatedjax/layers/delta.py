@@ -90,6 +90,7 @@ class DeltaAttention(Mixer):
                 c.conv_width,
                 info.segment_ids,
                 tail,
+                has_bias=c.conv_bias,
             )
         log_decay = self._log_decay(x)
         if log_decay is not None:
@@ -97,7 +98,8 @@ class DeltaAttention(Mixer):
         weights = self._weights(x, k)
         o, state = self._scan(q, k, v, log_decay, weights, info, cache)
         # Normed head by head: how large a state grows depends on its keys and decays.
-        o = RMSNorm(self.norm_eps, axis_name="head_dim", name="norm")(o)
+        eps = self.norm_eps if c.norm_eps is None else c.norm_eps
+        o = RMSNorm(eps, axis_name="head_dim", name="norm")(o)
         if c.output_gate != "none":
             o = self._gated(o, x)
         width = {"embed": x.shape[-1]}

@@ -47,7 +47,7 @@ def gate_values(
 
     Returns:
       Arrays by name. Values of a layer inside another have the inner layer's name in front, as in
-      "shared/gates"; those of a model are stacked over periods: [L / period, ...].
+      "shared/gates"; those of a model's periods are stacked over periods: [P, ...].
 
         gates           of attention, linear attention or an MLP: after their activation
         log_decay       of linear attention

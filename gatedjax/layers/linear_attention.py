@@ -101,6 +101,7 @@ class GatedLinearAttention(Mixer):
                 c.conv_width,
                 info.segment_ids,
                 tail,
+                has_bias=c.conv_bias,
             )
         # The feature map is what linear attention has in place of softmax's exponential.
         q = self._rotated(FEATURE_MAPS[c.feature_map](q), info)

@@ -74,7 +74,7 @@ def gated_group_norm(
 
 
 class Mamba2(Mixer):
-    """Short convolution with a bias, decay and step size of one head, skip, gate, grouped norm."""
+    """Short convolution, decay and step size of one head, skip, gate, grouped norm."""
 
     takes_pieces: ClassVar[bool] = True
 
@@ -101,7 +101,7 @@ class Mamba2(Mixer):
             c.conv_width,
             info.segment_ids,
             None if cache is None else cache.conv_tail,
-            has_bias=True,
+            has_bias=c.conv_bias,
         )
         dt, log_decay = self._decay(x)
         record(self, "log_decay", log_decay)

@@ -1,33 +1,21 @@
-"""Gated feed-forward: SwiGLU and GEGLU (arXiv 2002.05202); and none at all."""
+"""Dense feed-forwards: gated (SwiGLU, GEGLU, arXiv 2002.05202), not gated, and none at all."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from gatedjax.config import GatedMLPConfig, NoFeedForwardConfig
+from gatedjax.config import GatedMLPConfig, MLPConfig, NoFeedForwardConfig
+from gatedjax.layers.activations import activated, gated_product, gates_of
 from gatedjax.layers.base import FeedForward
 from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
-
-
-def gated_product(
-    gate_logits: Float[Array, "..."],
-    up: Float[Array, "..."],
-    activation: str,
-) -> Float[Array, "..."]:
-    """`activation(gate_logits) * up`, in float32; returned in up's dtype."""
-    gates = ACTIVATIONS[activation](gate_logits.astype(jnp.float32))
-    return (gates * up.astype(jnp.float32)).astype(up.dtype)
-
 
 class GatedMLP(FeedForward):
-    """`(activation(x W_gate) * (x W_up)) W_down`."""
+    """`(activation(x W_gate) * (x W_up)) W_down`, with biases if `bias`."""
 
     config: GatedMLPConfig
 
@@ -40,7 +28,8 @@ class GatedMLP(FeedForward):
     ) -> tuple[Array, dict[str, Array], Array | None]:
         c = self.config
         # Zeros in give zeros out, and no NaN of padding gets into the matrices' gradients.
-        x = without_padding(x, is_token(info))
+        mask = is_token(info)
+        x = without_padding(x, mask)
         width = {"embed": x.shape[-1]}
         hidden = {"mlp": c.hidden}
         # Two projections, not one cut in half: each is cut over devices along its own columns.
@@ -49,6 +38,7 @@ class GatedMLP(FeedForward):
             hidden,
             self.init_std,
             self.dtype,
+            has_bias=c.bias,
             name="gate",
         )(x)
         up = Projection(
@@ -56,23 +46,72 @@ class GatedMLP(FeedForward):
             hidden,
             self.init_std,
             self.dtype,
+            has_bias=c.bias,
             name="up",
         )(x)
-        record(self, "gates", ACTIVATIONS[c.activation](gate_logits.astype(jnp.float32)))
-        h = gated_product(gate_logits, up, c.activation)
+        record(self, "gates", gates_of(gate_logits, c.activation, c.swiglu_limit))
+        h = gated_product(gate_logits, up, c.activation, c.swiglu_limit)
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
         y = Projection(
             hidden,
             width,
             self.init_std,
             self.dtype,
+            has_bias=c.bias,
             name="down",
         )(h)
+        if c.bias:
+            y = without_padding(y, mask)
         return y, {}, router_logits
 
     @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         return 6 * width * self.config.hidden
+
+
+class MLP(FeedForward):
+    """`activation(x W_up) W_down`, with biases if `bias`."""
+
+    config: MLPConfig
+
+    @nn.compact
+    def with_statistics(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo | None = None,
+        router_logits: Float[Array, "B T E"] | None = None,
+    ) -> tuple[Array, dict[str, Array], Array | None]:
+        c = self.config
+        # As in `GatedMLP`: nothing of padding goes in, and zeros come out.
+        mask = is_token(info)
+        x = without_padding(x, mask)
+        width = {"embed": x.shape[-1]}
+        hidden = {"mlp": c.hidden}
+        up = Projection(
+            width,
+            hidden,
+            self.init_std,
+            self.dtype,
+            has_bias=c.bias,
+            name="up",
+        )(x)
+        h = activated(up, c.activation)
+        h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
+        y = Projection(
+            hidden,
+            width,
+            self.init_std,
+            self.dtype,
+            has_bias=c.bias,
+            name="down",
+        )(h)
+        if c.bias:
+            y = without_padding(y, mask)
+        return y, {}, router_logits
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        return 4 * width * self.config.hidden
 
 
 class NoFeedForward(FeedForward):

@@ -75,14 +75,23 @@ def _contract_backward(
 contract.defvjp(_contract_forward, _contract_backward)
 
 
+# Axes of a bias, where the kernel's have a name that means a matrix to the optimizer
+# (`training/optim.py`). Along the width it is whole on every device, as a norm's scale.
+_AXES_OF_BIAS = {
+    "embed": "embed_act",
+    "mlp": "mlp_bias",
+    "rank": None,
+}
+
+
 class Projection(nn.Module):
     """`x [..., *in] -> y [..., *out]`, contracted in `dtype`, with a bias if `has_bias`.
 
     `in_axes` and `out_axes` map logical names to sizes, for example `{"embed": M}` to
     `{"heads": H, "head_dim": D}`: the names place the parameter on the mesh (`sharding.py`) and
     tell Muon which side is which (`training/optim.py`). The kernel starts from a normal
-    distribution, or from `kernel_init`. Where `ModelConfig.lora` names it, a low-rank update is
-    added (`low_rank.py`).
+    distribution, or from `kernel_init`, the bias from zeros. Where `ModelConfig.lora` names it, a
+    low-rank update is added (`low_rank.py`).
     """
 
     in_axes: Mapping[str, int]
@@ -99,12 +108,10 @@ class Projection(nn.Module):
         x = x.astype(self.dtype)
         y = contract(x, kernel.astype(self.dtype), len(self.in_axes))
         if self.has_bias:
-            # Not cut along the width, and no matrix to the optimizer, as a norm's scale.
-            axes = ["embed_act" if name == "embed" else name for name in self.out_axes]
             bias = parameter(
                 self,
                 "bias",
-                axes=axes,
+                axes=[_AXES_OF_BIAS.get(name, name) for name in self.out_axes],
                 shape=list(self.out_axes.values()),
                 init=nn.initializers.zeros,
             )

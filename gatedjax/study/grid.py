@@ -17,7 +17,12 @@ from gatedjax.data.recall import RecallConfig
 # their defaults is the run that it was before.
 ADDED_LATER = (
     ("data", "end_of_document"),
+    ("model", "ffn_prefix"),
+    ("model", "ffn_suffix"),
     ("model", "lora"),
+    ("model", "norm_placement"),
+    ("model", "prefix"),
+    ("model", "suffix"),
     ("optim", "lr_by_name"),
     ("optim", "trainable"),
     ("train", "init_from"),
@@ -33,6 +38,11 @@ ADDED_LATER_TO_LAYERS = {
         "yarn_truncate",
         "token_sinks",
     ),
+    "delta_attention": ("conv_bias", "norm_eps"),
+    "gated_linear_attention": ("conv_bias",),
+    "gated_mlp": ("bias", "swiglu_limit"),
+    "mamba2": ("conv_bias",),
+    "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing"]

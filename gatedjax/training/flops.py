@@ -5,8 +5,8 @@ from typing import Any
 
 from gatedjax.config import ModelConfig, SparseMoEConfig
 from gatedjax.layers import low_rank
+from gatedjax.layers.block import block_layers
 from gatedjax.layers.tree import Path, flatten_dict
-from gatedjax.model import block_layers
 
 # Parameters that every token is multiplied with: kernels of projections, and the dense matrices of
 # a `LoRAMixture`.
@@ -34,11 +34,10 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     Norms, gates and lookups are not counted.
     """
-    periods = config.num_layers // config.period
     total = _logits_flops(config)
-    for block in range(config.period):
+    for block in config.blocks:
         for layer in block_layers(config, block):
-            total += periods * layer.forward_flops_per_token(config.width, seq_len)
+            total += len(block.layers) * layer.forward_flops_per_token(config.width, seq_len)
     return total
 
 
@@ -75,8 +74,7 @@ def _times_used(config: ModelConfig, path: Path) -> float:
         return 1.0
     if path[-1] not in _EXPERTS or path[-2] != "ffn":
         return 0.0
-    _, block, *_ = path
-    _, ffn = config.layer(config.block_names.index(block))
+    ffn = next(block.feed_forward for block in config.blocks if block.name in path)
     if not isinstance(ffn, SparseMoEConfig):
         return 0.0
     # As in the forward pass: experts that compute get their fraction of the assignments.

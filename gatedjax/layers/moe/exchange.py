@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from gatedjax.config import SparseMoEConfig
 from gatedjax.layers.moe.experts import Stacks, combine, grouped_mlp, mixture, sorted_inputs
+from gatedjax.sharding import manual_axes
 from kernels_pallas.common.mesh import varying_axes, varying_like
 from kernels_pallas.dispatch import target_platform
 from kernels_pallas.grouped_matmul import permute_rows, sort_by_group
@@ -55,6 +57,57 @@ class Transfer(NamedTuple):
     send_sizes: Int[Array, " n"]
     output_offsets: Int[Array, " n"]
     recv_sizes: Int[Array, " n"]
+
+
+def device_mixture(
+    c: SparseMoEConfig,
+    x: Float[Array, "B T M"],
+    experts: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    gate: Float[Array, "E M F"] | None,
+    up: Float[Array, "E M F"],
+    down: Float[Array, "E F M"],
+    gate_bias: Float[Array, "E F"] | None,
+    up_bias: Float[Array, "E F"] | None,
+) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
+    """One device's tokens through all experts, or their part of them where it holds them all.
+
+    Args:
+      c: the configuration of the layer.
+      x: the tokens of the device.
+      experts: of each token; ids count over all devices.
+      weights: what their outputs are weighted by.
+      gate, up, down: the matrices of the device's experts; no gate where experts have none.
+      gate_bias, up_bias: their biases.
+
+    Returns:
+      The weighted sums, and how many assignments the exchange dropped, on all devices.
+    """
+    stacks = Stacks(
+        gate,
+        up,
+        down,
+        c.activation,
+        c.router.weight_input,
+        c.swiglu_limit,
+        gate_bias,
+        up_bias,
+    )
+    assigned = Assigned(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)))
+    expert_axes = manual_axes("expert")
+    if expert_axes and c.exchange != "gather_weights":
+        (axis,) = expert_axes
+        y, lost = distributed_mixture(
+            assigned,
+            stacks,
+            axis,
+            c.exchange,
+            c.exchange_factor,
+        )
+    else:
+        y = mixture(*assigned, stacks)
+        lost = jnp.float32(0.0)
+    return y.reshape(x.shape).astype(x.dtype), lost
 
 
 def distributed_mixture(

@@ -1,6 +1,6 @@
 """What experts compute, as pure functions.
 
-Gated MLPs on rows sorted by expert, and experts that cost nothing.
+MLPs on rows sorted by expert, and experts that cost nothing.
 """
 
 from typing import NamedTuple
@@ -10,22 +10,36 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from gatedjax.layers.activations import activated, gated_product
 from kernels_pallas.expert_mlp import expert_mlp
-from kernels_pallas.grouped_matmul import permute_rows, sort_by_group
+from kernels_pallas.grouped_matmul import grouped_matmul, permute_rows, sort_by_group
 
 
 class Stacks(NamedTuple):
-    """The matrices of E gated MLPs, and what they have in common."""
+    """The matrices of E MLPs, and what they have in common.
 
-    gate: Float[Array, "E M F"]
+    The biases of the down matrices are not here: `output_bias` adds them, outside of the sorting.
+    """
+
+    gate: Float[Array, "E M F"] | None  # None: MLPs without a gate
     up: Float[Array, "E M F"]
     down: Float[Array, "E F M"]
     activation: str
     weight_input: bool  # weights multiply what goes in, not what comes out
+    swiglu_limit: float = 0.0  # of activation "clamped_swiglu"
+    gate_bias: Float[Array, "E F"] | None = None
+    up_bias: Float[Array, "E F"] | None = None
 
     @property
     def num_experts(self) -> int:
-        return self.gate.shape[0]
+        return self.up.shape[0]
+
+    @property
+    def are_fused(self) -> bool:
+        """Whether one op computes these MLPs: gated ones, without biases or clamps."""
+        has_bias = self.gate_bias is not None or self.up_bias is not None
+        is_known = self.activation in ("silu", "gelu")
+        return self.gate is not None and is_known and not has_bias
 
 
 def grouped_mlp(
@@ -45,6 +59,8 @@ def grouped_mlp(
     Returns:
       The results, in the order of the rows. Rows beyond the last group give 0.
     """
+    if stacks.gate is None or not stacks.are_fused:
+        return _composed_mlp(rows, sizes, stacks, weights)
     return expert_mlp(
         rows,
         stacks.gate,
@@ -53,6 +69,76 @@ def grouped_mlp(
         sizes,
         weights,
         activation=stacks.activation,
+    )
+
+
+def _composed_mlp(
+    rows: Float[Array, "R M"],
+    sizes: Int[Array, " E"],
+    stacks: Stacks,
+    weights: Float[Array, " R"] | None,
+) -> Float[Array, "R M"]:
+    """`grouped_mlp` for what `expert_mlp` does not compute."""
+    up = grouped_matmul(rows, stacks.up, sizes)
+    up = _plus_bias(up, sizes, stacks.up_bias)
+    if stacks.gate is None:
+        hidden = activated(up, stacks.activation)
+    else:
+        gate_logits = grouped_matmul(rows, stacks.gate, sizes)
+        gate_logits = _plus_bias(gate_logits, sizes, stacks.gate_bias)
+        hidden = gated_product(gate_logits, up, stacks.activation, stacks.swiglu_limit)
+    if weights is not None:
+        # Before the last matrix, which is the same: so the outputs are not kept for the gradient.
+        hidden = (hidden.astype(jnp.float32) * weights[:, None]).astype(rows.dtype)
+    return grouped_matmul(hidden, stacks.down, sizes)
+
+
+def _plus_bias(
+    rows: Float[Array, "R F"],
+    sizes: Int[Array, " E"],
+    bias: Float[Array, "E F"] | None,
+) -> Float[Array, "R F"]:
+    """Rows sorted by expert, each plus the bias of its expert.
+
+    By a matmul with ones and zeros: E is far less than the width of a row, and the gradient of a
+    gather, a sum of rows into E places, is slow on a TPU.
+    """
+    if bias is None:
+        return rows
+    ends = jnp.cumsum(sizes)
+    place = jnp.arange(rows.shape[0])[:, None]
+    # [R, E]; rows past the last group have no expert.
+    is_of = (place < ends) & (place >= ends - sizes)
+    of_row = jnp.matmul(
+        is_of.astype(bias.dtype),
+        bias,
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return (rows.astype(jnp.float32) + of_row).astype(rows.dtype)
+
+
+def output_bias(
+    experts: Int[Array, "... k"],
+    weights: Float[Array, "... k"],
+    bias: Float[Array, "E M"],
+) -> Float[Array, "... M"]:
+    """What the biases of the down matrices add to each token: `sum_k weight_k bias_k`.
+
+    Args:
+      experts: the experts of each token; E and above for a place without a bias.
+      weights: what their outputs are weighted by.
+      bias: of every expert.
+
+    Returns:
+      The weighted sums, float32. No row needs to be sorted for them.
+    """
+    by_expert = weight_of(experts, weights, 0, bias.shape[0])
+    return jnp.einsum(
+        "...e,em->...m",
+        by_expert,
+        bias.astype(jnp.float32),
+        precision="highest",
     )
 
 

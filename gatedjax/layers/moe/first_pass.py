@@ -12,25 +12,29 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from gatedjax.config import LoRAMixtureConfig, ModelConfig
+from gatedjax.config import BlockConfig, LoRAMixtureConfig, ModelConfig
 from gatedjax.layers.moe.lora import xlora_weights
 from gatedjax.layers.parameters import parameter
 
 
-def mixture_blocks(config: ModelConfig) -> list[str]:
-    """The blocks of the period whose experts get their weights from the first pass."""
+def mixture_blocks(config: ModelConfig) -> list[BlockConfig]:
+    """The blocks whose experts get their weights from the first pass."""
     blocks = []
-    for i, name in enumerate(config.block_names):
-        _, ffn = config.layer(i)
+    for block in config.blocks:
+        ffn = block.feed_forward
         if isinstance(ffn, LoRAMixtureConfig) and ffn.first_pass:
-            blocks.append(name)
+            blocks.append(block)
     return blocks
 
 
+def mixture_layers(config: ModelConfig) -> list[int]:
+    """The numbers of all layers whose experts get their weights from the first pass."""
+    return sorted(layer for block in mixture_blocks(config) for layer in block.layers)
+
+
 def num_mixtures(config: ModelConfig) -> int:
-    """L, the layers of the whole model whose experts get their weights from the first pass."""
-    periods = config.num_layers // config.period
-    return periods * len(mixture_blocks(config))
+    """L, how many layers of the whole model get their weights from the first pass."""
+    return len(mixture_layers(config))
 
 
 def no_weights(tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T L E"]:
@@ -44,14 +48,15 @@ def weights_by_block(
     config: ModelConfig,
     weights: Float[Array, "B T L E"] | None,
 ) -> dict[str, Float[Array, "P B T E"]] | None:
-    """The weights of each block of the period, stacked over periods; None if there are none."""
+    """The weights of each block, stacked over the block's layers; None if there are none."""
     if weights is None:
         return None
-    blocks = mixture_blocks(config)
-    # Layers count through the first period, then through the second.
-    by_layer = jnp.moveaxis(weights, 2, 0)
-    by_period = by_layer.reshape(-1, len(blocks), *by_layer.shape[1:])
-    return {name: by_period[:, i] for i, name in enumerate(blocks)}
+    place_of = {layer: place for place, layer in enumerate(mixture_layers(config))}
+    by_block = {}
+    for block in mixture_blocks(config):
+        of_layers = [weights[:, :, place_of[layer]] for layer in block.layers]
+        by_block[block.name] = jnp.stack(of_layers)
+    return by_block
 
 
 def first_pass_weights(

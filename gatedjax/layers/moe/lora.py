@@ -11,10 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from gatedjax.config import LoRAMixtureConfig
+from gatedjax.layers.activations import gated_product
 from gatedjax.layers.base import FeedForward
 from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.mlp import gated_product
 from gatedjax.layers.moe.routing import check_places
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import contract

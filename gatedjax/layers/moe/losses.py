@@ -115,12 +115,12 @@ def router_losses(
         "router_entropy": [],
         "dropped_fraction": [],
     }
-    for i, name in enumerate(config.block_names):
-        s = statistics[name]
-        _, ffn = config.layer(i)
+    for block in config.blocks:
+        ffn = block.feed_forward
         if not isinstance(ffn, SparseMoEConfig):
             continue
-        of_step = s["counts"] if counts is None else counts[name]
+        s = statistics[block.name]
+        of_step = s["counts"] if counts is None else counts[block.name]
         balance = balance_loss(of_step, s["probability"], expert_weights(ffn))
         weighted = [
             (ffn.balance_loss, balance),
@@ -151,12 +151,12 @@ def load_metrics(config: ModelConfig, counts: Mapping[str, Array]) -> dict[str, 
     if not counts:
         return {}
     load_of_layer = {}
-    for i, name in enumerate(config.block_names):
-        if name not in counts:
+    for block in config.blocks:
+        if block.name not in counts:
             continue
-        load = loads(counts[name]) * counts[name].shape[-1]
-        for period, row in enumerate(load):
-            load_of_layer[period * config.period + i] = row
+        of_block = counts[block.name]
+        load = loads(of_block) * of_block.shape[-1]
+        load_of_layer |= dict(zip(block.layers, load))
     most_experts = max(row.shape[0] for row in load_of_layer.values())
     rows = []
     for i in sorted(load_of_layer):

@@ -15,10 +15,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.config import SoftMoEConfig
+from gatedjax.layers.activations import gated_product
 from gatedjax.layers.base import FeedForward
 from gatedjax.layers.documents import Documents, documents_of, without_padding
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.mlp import gated_product
 from gatedjax.layers.norm import unit_length
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.token_info import TokenInfo

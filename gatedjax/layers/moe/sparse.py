@@ -1,32 +1,33 @@
-"""Sparse mixture of gated MLPs.
+"""Sparse mixture of MLPs.
 
-Route, sort rows by expert, three grouped matmuls, put the rows back.
+Route, sort rows by expert, three grouped matmuls (two without a gate), put the rows back.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from gatedjax.config import GatedMLPConfig, SparseMoEConfig
+from gatedjax.config import GatedMLPConfig, MLPConfig, SparseMoEConfig
 from gatedjax.layers.base import FeedForward
 from gatedjax.layers.documents import Documents, documents_of, without_padding
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.mlp import GatedMLP
+from gatedjax.layers.mlp import MLP, GatedMLP
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.capacity import capacity_of_places, limit_capacity
-from gatedjax.layers.moe.exchange import Assigned, distributed_mixture
-from gatedjax.layers.moe.experts import Stacks, constant_experts, mixture, weight_of
+from gatedjax.layers.moe.exchange import device_mixture
+from gatedjax.layers.moe.experts import constant_experts, output_bias, weight_of
 from gatedjax.layers.moe.routing import ACTIVATIONS, Routing, count_places, modified_input, route
 from gatedjax.layers.moe.selection import across_tokens
 from gatedjax.layers.moe.statistics import router_statistics
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
-from gatedjax.sharding import manual_axes, per_shard
+from gatedjax.sharding import per_shard
 
 
 class SparseMoE(FeedForward):
@@ -78,7 +79,7 @@ class SparseMoE(FeedForward):
         if c.total_experts > c.num_experts:
             y = y + self._free_experts(x, routing)
         if c.shared_hidden:
-            y = y + self._shared_expert(x)
+            y = y + without_padding(self._shared_expert(x), mask if c.bias else None)
         # Subtracted row by row: the sums over a large batch are beyond float32's integers.
         dropped = jnp.sum(chosen - count_places(routing.experts, c.total_experts)) + lost
         return (
@@ -185,19 +186,54 @@ class SparseMoE(FeedForward):
     ) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
         """The output of the experts that compute, and the assignments that the exchange dropped."""
         c = self.config
-        width = x.shape[-1]
         if not c.num_experts:
             return jnp.zeros_like(x), jnp.float32(0.0)
-        gate = self._stack("gate", ("embed", "mlp"), (width, c.hidden))
+        width = {"embed": x.shape[-1]}
+        latent = {"rank": c.latent}
+        x = x.astype(self.dtype)
+        if c.latent:
+            x = Projection(width, latent, self.init_std, self.dtype, name="latent_down")(x)
+        y, lost = self._mixed(x, routing)
+        if c.latent:
+            y = Projection(latent, width, self.init_std, self.dtype, name="latent_up")(y)
+        return y, lost
+
+    def _mixed(
+        self,
+        x: Float[Array, "B T M"],
+        routing: Routing,
+    ) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
+        """As `_experts`, in the channels that the experts work on."""
+        c = self.config
+        width = x.shape[-1]
+        gate = None
+        if c.gated:
+            gate = self._stack("gate", ("embed", "mlp"), (width, c.hidden))
         up = self._stack("up", ("embed", "mlp"), (width, c.hidden))
         down = self._stack("down", ("mlp", "embed"), (c.hidden, width))
+        gate_bias = None
+        up_bias = None
+        if c.bias and c.gated:
+            gate_bias = self._stack("gate_bias", ("mlp_bias",), (c.hidden,), nn.initializers.zeros)
+        if c.bias:
+            up_bias = self._stack("up_bias", ("mlp_bias",), (c.hidden,), nn.initializers.zeros)
         tokens = ("batch", "length", None)
         into_experts = ("expert", "embed", "mlp")
         out_of_experts = ("expert", "mlp", "embed")
+        of_hidden = ("expert", "mlp")
         # Every device sorts its own tokens by expert; a global sort would move all of them.
         on_device = per_shard(
-            functools.partial(_device_mixture, c),
-            in_axes=(tokens, tokens, tokens, into_experts, into_experts, out_of_experts),
+            functools.partial(device_mixture, c),
+            in_axes=(
+                tokens,  # x
+                tokens,  # experts
+                tokens,  # weights
+                into_experts,  # gate
+                into_experts,  # up
+                out_of_experts,  # down
+                of_hidden,  # gate_bias
+                of_hidden,  # up_bias
+            ),
             out_axes=[tokens, ()],
             gathered=("expert", "embed") if c.exchange == "gather_weights" else ("embed",),
             summed="mlp",
@@ -205,28 +241,39 @@ class SparseMoE(FeedForward):
         # Experts that cost nothing have ids from num_experts on: to these matmuls, all of them are
         # empty places.
         experts = jnp.minimum(routing.experts, c.num_experts)
-        return on_device(
-            x.astype(self.dtype),
+        y, lost = on_device(
+            x,
             experts,
             routing.weights,
             gate,
             up,
             down,
+            gate_bias,
+            up_bias,
         )
+        if c.bias:
+            bias = self._stack("down_bias", ("embed_act",), (width,), nn.initializers.zeros)
+            weights = routing.weights
+            if c.router.weight_input:
+                # What comes out is not weighted.
+                weights = jnp.ones_like(weights)
+            y = (y.astype(jnp.float32) + output_bias(experts, weights, bias)).astype(y.dtype)
+        return y, lost
 
     def _stack(
         self,
         name: str,
-        axes: tuple[str, str],
-        shape: tuple[int, int],
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
+        init: Callable[..., Array] | None = None,
     ) -> Array:
-        """A matrix of every expert, in the dtype of the activations."""
+        """A matrix or bias of every expert, in the dtype of the activations."""
         stack = parameter(
             self,
             name,
             axes=["expert", *axes],
             shape=[self.config.num_experts, *shape],
-            init=nn.initializers.normal(self.init_std),
+            init=init or nn.initializers.normal(self.init_std),
         )
         return stack.astype(self.dtype)
 
@@ -277,16 +324,19 @@ class SparseMoE(FeedForward):
     def _shared_expert(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         """An MLP that every token goes through, times `sigmoid(x w)` if it has a gate."""
         c = self.config
-        mlp = GatedMLPConfig(
-            hidden=c.shared_hidden,
-            activation=c.activation,
-        )
-        y = GatedMLP(
-            mlp,
-            self.init_std,
-            self.dtype,
-            name="shared",
-        )(x)
+        if c.gated:
+            assert c.activation != "relu_squared"
+            gated_mlp = GatedMLPConfig(
+                hidden=c.shared_hidden,
+                activation=c.activation,
+                swiglu_limit=c.swiglu_limit,
+                bias=c.bias,
+            )
+            y = GatedMLP(gated_mlp, self.init_std, self.dtype, name="shared")(x)
+        else:
+            assert c.activation != "clamped_swiglu"
+            mlp = MLPConfig(hidden=c.shared_hidden, activation=c.activation, bias=c.bias)
+            y = MLP(mlp, self.init_std, self.dtype, name="shared")(x)
         if not c.shared_gate:
             return y
         width = {"embed": x.shape[-1]}
@@ -306,43 +356,10 @@ class SparseMoE(FeedForward):
         c = self.config
         # At balance, where experts that compute get their fraction of the assignments.
         computing = c.router.ffn_fraction or c.num_experts / c.total_experts
+        matrices = 3 if c.gated else 2
+        hidden = c.experts_per_token * computing * c.hidden
+        of_experts = 2 * matrices * (c.latent or width) * hidden
+        of_latent = 4 * width * c.latent
         # The shared expert sees every token.
-        hidden = c.experts_per_token * computing * c.hidden + c.shared_hidden
-        return 6 * width * hidden + 2 * width * c.total_experts
-
-
-def _device_mixture(
-    c: SparseMoEConfig,
-    x: Float[Array, "B T M"],
-    experts: Int[Array, "B T k"],
-    weights: Float[Array, "B T k"],
-    gate: Float[Array, "E M F"],
-    up: Float[Array, "E M F"],
-    down: Float[Array, "E F M"],
-) -> tuple[Float[Array, "B T M"], Float[Array, ""]]:
-    """One device's tokens through all experts.
-
-    The second result counts what the exchange dropped, on all devices.
-    """
-    stacks = Stacks(
-        gate,
-        up,
-        down,
-        c.activation,
-        c.router.weight_input,
-    )
-    assigned = Assigned(*(a.reshape(-1, a.shape[-1]) for a in (x, experts, weights)))
-    expert_axes = manual_axes("expert")
-    if expert_axes and c.exchange != "gather_weights":
-        (axis,) = expert_axes
-        y, lost = distributed_mixture(
-            assigned,
-            stacks,
-            axis,
-            c.exchange,
-            c.exchange_factor,
-        )
-    else:
-        y = mixture(*assigned, stacks)
-        lost = jnp.float32(0.0)
-    return y.reshape(x.shape).astype(x.dtype), lost
+        of_shared = 2 * matrices * width * c.shared_hidden
+        return of_experts + of_latent + of_shared + 2 * width * c.total_experts

@@ -17,7 +17,7 @@ from gatedjax.config import ModelConfig
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
 from gatedjax.layers.moe.statistics import loads
 from gatedjax.layers.parameters import parameter
-from gatedjax.layers.tree import divided, united
+from gatedjax.layers.tree import divided, flatten_dict, unflatten_dict, united
 
 # The submodule of a sparse layer that holds its router's state.
 NAME = "router_state"
@@ -97,8 +97,8 @@ def updated(
     Args:
       config: of the model.
       state: before the step, of all layers.
-      counts: for each sparse layer of the period, the assignments of the whole batch, stacked over
-        periods.
+      counts: for each block with a sparse layer, the assignments of the whole batch, stacked over
+        the block's layers.
       step: how many steps there have been, this one included.
 
     Returns:
@@ -106,24 +106,24 @@ def updated(
     """
     if not state:
         return state
-    # Blocks of the period; every array in them is stacked over periods.
-    blocks = {}
-    for i, name in enumerate(config.block_names):
-        _, ffn = config.layer(i)
-        if name not in state["periods"] or not isinstance(ffn, SparseMoEConfig):
+    new = {}
+    flat = flatten_dict(state)
+    for block in config.blocks:
+        place = (*block.path, "ffn", NAME)
+        old = {path[-1]: array for path, array in flat.items() if path[:-1] == place}
+        ffn = block.feed_forward
+        if not old or not isinstance(ffn, SparseMoEConfig):
             continue
-        old = state["periods"][name]["ffn"][NAME]
-        blocks[name] = {
-            "ffn": {
-                NAME: updated_layer(
-                    ffn,
-                    old,
-                    counts[name],
-                    step,
-                )
-            }
-        }
-    return {"periods": blocks}
+        # Counts are stacked over the block's layers; state is so in the blocks of the period.
+        of_block = counts[block.name]
+        of_layer = updated_layer(
+            ffn,
+            old,
+            of_block if block.is_repeated else of_block[0],
+            step,
+        )
+        new |= {(*place, name): array for name, array in of_layer.items()}
+    return unflatten_dict(new)
 
 
 def updated_layer(

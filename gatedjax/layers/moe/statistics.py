@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from gatedjax.layers.moe.routing import Routing
 
-# By block of the period; {} for a block without routers. Arrays are stacked over periods.
+# By block; {} for a block without routers. Arrays are stacked over the block's layers.
 Statistics = Mapping[str, Mapping[str, Array]]
 
 

@@ -19,7 +19,7 @@ X = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, M)).astype(np.float3
 BASE = dict(num_heads=4, key_dim=4, value_dim=6, chunk_size=4)
 VARIANTS = {
     "DeltaNet": dict(decay="none", output_gate="none"),
-    "Gated DeltaNet, grouped": dict(num_key_heads=2),
+    "Gated DeltaNet, grouped": dict(num_key_heads=2, conv_bias=True, norm_eps=1e-2),
     "negative eigenvalues, no convolution": dict(negative_eigenvalues=True, conv_width=0),
     "KDA": dict(decay="vector", decay_rank=3, output_gate="sigmoid", output_gate_rank=3),
     "safe gate": dict(decay="vector", decay_form="bounded", output_gate="sigmoid"),
@@ -68,7 +68,8 @@ def expected(c: DeltaAttentionConfig, params, x) -> np.ndarray:
         flat = np.concatenate([y.reshape(*y.shape[:2], -1) for y in (q, k, v)], -1)
         w = p["conv"]
         padded = np.pad(flat, ((0, 0), (len(w) - 1, 0), (0, 0)))
-        mixed = silu(sum(padded[:, i : i + x.shape[1]] * w[i] for i in range(len(w))))
+        mixed = sum(padded[:, i : i + x.shape[1]] * w[i] for i in range(len(w)))
+        mixed = silu(mixed + p["conv_bias"] if c.conv_bias else mixed)
         nq = q[0, 0].size
         q, k, v = (
             mixed[..., :nq].reshape(q.shape),
@@ -100,7 +101,8 @@ def expected(c: DeltaAttentionConfig, params, x) -> np.ndarray:
                 change = write[b, t, h] * v[b, t, h] - (erase[b, t, h] * k[b, t, h]) @ S
                 S = S + np.outer(k[b, t, h], change)
                 o[b, t, h] = c.key_dim**-0.5 * q[b, t, h] @ S
-    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * p["norm"]["scale"]
+    eps = c.norm_eps or 1e-5
+    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + eps) * p["norm"]["scale"]
     if c.output_gate != "none":
         z = project_low("output_gate", c.output_gate_rank)
         o = o * (silu(z) if c.output_gate == "swish" else sigmoid(z))

@@ -25,7 +25,7 @@ X = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, M)).astype(np.float3
 BASE = dict(num_heads=4, num_kv_heads=4, key_dim=4, value_dim=8)
 VARIANTS = {
     "GLA": {},
-    "GLA with convolution, grouped": dict(conv_width=4, num_kv_heads=2),
+    "GLA with convolution, grouped": dict(conv_width=4, num_kv_heads=2, conv_bias=True),
     "scalar": dict(decay="scalar"),
     "Mamba-2's decay": dict(decay="scalar", decay_form="softplus", conv_width=4),
     "RetNet": dict(decay="constant", rope_fraction=1.0),
@@ -66,7 +66,8 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
         flat = np.concatenate([y.reshape(B, T, -1) for y in (q, k, v)], -1)
         w = p["conv"]
         padded = np.pad(flat, ((0, 0), (len(w) - 1, 0), (0, 0)))
-        mixed = silu(sum(padded[:, i : i + T] * w[i] for i in range(len(w))))
+        mixed = sum(padded[:, i : i + T] * w[i] for i in range(len(w)))
+        mixed = silu(mixed + p["conv_bias"] if c.conv_bias else mixed)
         nq, nk = q[0, 0].size, k[0, 0].size
         q, k, v = (
             mixed[..., :nq].reshape(q.shape),

@@ -18,7 +18,9 @@ X = np.random.default_rng(1).normal(size=(B, T, M)).astype(np.float32)
 BASE = dict(num_heads=4, head_dim=6, state_dim=5, chunk_size=4)
 VARIANTS = {
     "one group": {},
-    "two groups, limits": dict(num_groups=2, min_step_size=0.02, max_step_size=0.2),
+    "two groups, limits": dict(
+        num_groups=2, min_step_size=0.02, max_step_size=0.2, conv_bias=False
+    ),
 }
 
 
@@ -60,7 +62,7 @@ def expected(c: Mamba2Config, params, x):
     width = len(p["conv"])
     padded = np.pad(flat, ((0, 0), (width - 1, 0), (0, 0)))
     mixed = sum(padded[:, i : i + x.shape[1]] * p["conv"][i] for i in range(width))
-    mixed = silu(mixed + p["conv_bias"])
+    mixed = silu(mixed + p["conv_bias"] if c.conv_bias else mixed)
     ends = np.cumsum([y[0, 0].size for y in inputs])[:-1]
     xs, b, c_ = (part.reshape(y.shape) for part, y in zip(np.split(mixed, ends, -1), inputs))
     dt = np.clip(np.logaddexp(0, dt + p["dt_bias"]), c.min_step_size, c.max_step_size)

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ACTIVATIONS = {"silu": lambda x: x / (1 + jnp.exp(-x)), "gelu": lambda x: jax.nn.gelu(x)}
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + jnp.exp(-x)),
+    "gelu": lambda x: jax.nn.gelu(x),
+    "relu_squared": lambda x: jnp.where(x > 0, x * x, 0.0),
+}
+MATRICES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 GATES = {
     "identity": lambda x: x,
     "tanh": jnp.tanh,
@@ -83,6 +88,21 @@ def combine_weights(r, k, z, bias=0.0, importance=1.0, tokens=None, noise=0.0):
     return r.scale * jnp.where(importance * s < r.threshold, 0.0, w)
 
 
+def mlp(c, p, x):
+    """One expert: its matrices, and its biases where it has some."""
+    plus = lambda name, y: y @ p[name] + p.get(f"{name}_bias", 0.0)
+    up = plus("up", x)
+    if not c.gated:
+        return plus("down", ACTIVATIONS[c.activation](up))
+    gate = plus("gate", x)
+    if c.activation == "clamped_swiglu":
+        # gpt-oss: the gate is cut from above, up on both sides.
+        gate = jnp.where(gate > c.swiglu_limit, c.swiglu_limit, gate)
+        up = jnp.where(jnp.abs(up) > c.swiglu_limit, jnp.sign(up) * c.swiglu_limit, up)
+        return plus("down", (up + 1) * gate / (1 + jnp.exp(-1.702 * gate)))
+    return plus("down", ACTIVATIONS[c.activation](gate) * up)
+
+
 def dense_moe(c, p, x, state=None, tokens=None, previous=None):
     """The layer's output [B, T, M], capacity aside; parameters and state as the layer has them."""
     r, state = c.router, state or {}
@@ -98,13 +118,17 @@ def dense_moe(c, p, x, state=None, tokens=None, previous=None):
     weights = combine_weights(
         r, c.experts_per_token, z, state_of("bias", 0.0), state_of("importance", 1.0), tokens
     )
-    y, n = jnp.zeros_like(x), c.num_experts
-    act = ACTIVATIONS[c.activation]
+    n = c.num_experts
+    low = x @ p["latent_down"]["kernel"] if c.latent else x
+    y = jnp.zeros_like(low)
+    names = [name for name in MATRICES if name in p]
     for e in range(n):
         w = weights[..., e : e + 1]
-        into = x * w if r.weight_input else x
-        out = (act(into @ p["gate"][e]) * (into @ p["up"][e])) @ p["down"][e]
+        into = low * w if r.weight_input else low
+        out = mlp(c, {name: p[name][e] for name in names}, into)
         y = y + (out * (w != 0) if r.weight_input else out * w)
+    if c.latent:
+        y = y @ p["latent_up"]["kernel"]
     n += c.zero_experts
     y = y + weights[..., n : n + c.copy_experts].sum(-1, keepdims=True) * x
     n += c.copy_experts
@@ -112,8 +136,9 @@ def dense_moe(c, p, x, state=None, tokens=None, previous=None):
         a = score("softmax", x @ p["constant_mixer"][:, i])
         y = y + weights[..., n + i, None] * (a[..., :1] * x + a[..., 1:] * p["constant"][i])
     if c.shared_hidden:
-        s = p["shared"]
-        shared = (act(x @ s["gate"]["kernel"]) * (x @ s["up"]["kernel"])) @ s["down"]["kernel"]
+        s = {name: q["kernel"] for name, q in p["shared"].items()}
+        s |= {f"{name}_bias": q["bias"] for name, q in p["shared"].items() if "bias" in q}
+        shared = mlp(c, s, x)
         y = y + shared * (
             GATES["sigmoid"](x @ p["shared_gate"]["kernel"]) if c.shared_gate else 1.0
         )

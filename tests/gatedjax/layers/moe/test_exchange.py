@@ -62,6 +62,9 @@ def run(config, mesh: dict, devices=None, x=X):
         with boxed_parameters():
             boxed = jax.jit(lambda key: module.init(key, X))(jax.random.key(0))["params"]
         params = jax.device_put(nn.meta.unbox(boxed), param_shardings(mesh, boxed))
+        for name in ("gate_bias", "up_bias", "down_bias"):
+            if name in params:
+                params[name] += 0.1 * np.arange(params[name].shape[0])[:, None] - 0.3
         params["router_bias"] += np.array([2, 1, 0, 0, 0, 1, -30, -30, 1], np.float32)
 
         def loss(p, x):
@@ -101,6 +104,27 @@ CASES = [
 def test_eight_devices_equal_one(exchange, mesh, alone):
     """Values, statistics and gradients of parameters and inputs."""
     assert_equal(run(dataclasses.replace(CONFIG, exchange=exchange), MESHES[mesh]), alone)
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        "gather_weights",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("all_to_all", "ring")),
+    ],
+)
+def test_biases_are_added_once(exchange):
+    """Where devices share an expert's hidden channels, and where tokens go to the experts."""
+    config = dataclasses.replace(
+        CONFIG,
+        bias=True,
+        activation="clamped_swiglu",
+        swiglu_limit=0.3,
+        latent=8,
+    )
+    single = run(config, {}, jax.devices()[:1])
+    mesh = MESHES["data x expert x tensor"]
+    assert_equal(run(dataclasses.replace(config, exchange=exchange), mesh), single)
 
 
 def test_ragged_exchange_equals_one_device(alone, monkeypatch):

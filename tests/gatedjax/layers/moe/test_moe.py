@@ -39,6 +39,25 @@ VARIANTS = {
     "Mixtral": {},
     "OLMoE": dict(router=dict(renormalize=False)),
     "gpt-oss": dict(router=dict(weighting="selected", affine=True)),
+    "gpt-oss, its experts": dict(
+        activation="clamped_swiglu",
+        swiglu_limit=0.6,
+        bias=True,
+        router=dict(weighting="selected", affine=True),
+    ),
+    "Nemotron-3": dict(
+        gated=False,
+        activation="relu_squared",
+        latent=6,
+        shared_hidden=24,
+        shared_gate=False,
+        router=dict(scoring="sigmoid", scale=2.5, bias_rule="sign"),
+    ),
+    "biases of all, weights go in": dict(
+        shared_hidden=24,
+        bias=True,
+        router=dict(scoring="sigmoid", renormalize=False, weight_input=True),
+    ),
     "Qwen2-MoE": dict(router=dict(renormalize=False), shared_hidden=24),
     "shared, no gate": dict(shared_hidden=24, shared_gate=False, activation="gelu"),
     "Switch": dict(experts_per_token=1, router=dict(renormalize=False)),
@@ -67,6 +86,13 @@ VARIANTS = {
             scale=2.5,
             bias_rule="sign",
         ),
+    ),
+    "Kimi-Linear": dict(
+        num_experts=8,
+        experts_per_token=3,
+        shared_hidden=24,
+        shared_gate=False,
+        router=dict(scoring="sigmoid", scale=2.446, bias_rule="sign"),
     ),
     "LongCat": dict(
         num_experts=4, copy_experts=2, router=dict(renormalize=False, scale=6.0, bias_rule="pid")
@@ -118,6 +144,7 @@ def make(config, **attributes):
     params, state = split(params)
     values = np.random.default_rng(5)
     move = {"bias": 0.3, "importance": 0.2, "router_bias": 0.5}
+    move |= dict.fromkeys(("gate_bias", "up_bias", "down_bias"), 0.5)
     shift = lambda path, a: (
         a + move.get(path[-1].key, 0.0) * values.normal(size=a.shape).astype(np.float32)
     )
@@ -158,7 +185,14 @@ def test_every_router_equals_ranks_and_masks(name):
 
 
 # A layer of each sort; what the others add is in the router, tested above.
-QUICK = {"Mixtral", "DeepSeek-V3", "MoE++", "expert choice"}
+QUICK = {
+    "Mixtral",
+    "gpt-oss, its experts",
+    "Nemotron-3",
+    "DeepSeek-V3",
+    "MoE++",
+    "expert choice",
+}
 LAYERS = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS
 ]

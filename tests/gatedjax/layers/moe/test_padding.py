@@ -52,6 +52,15 @@ FFNS = {
         hidden=6, num_experts=3, rank=2, gate="phatgoose", experts_per_token=2
     ),
     "mlp": GatedMLPConfig(hidden=6),
+    "biases": sparse(
+        dict(affine=True),
+        bias=True,
+        gated=False,
+        activation="relu_squared",
+        latent=5,
+        shared_hidden=6,
+    ),
+    "mlp with biases": GatedMLPConfig(hidden=6, activation="clamped_swiglu", bias=True),
 }
 # Two rows of documents and padding: at the end, in front, between, and an id that comes back.
 IDS = np.array([[1] * 5 + [2] * 3 + [0] * 4, [0] * 2 + [7] * 4 + [0] + [3] * 2 + [7] * 3], np.int32)

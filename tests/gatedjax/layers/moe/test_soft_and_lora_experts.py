@@ -15,7 +15,7 @@ from gatedjax.errors import InputError
 from gatedjax.layers import TokenInfo
 from gatedjax.layers.moe.lora import LoRAMixture, phatgoose_weights, xlora_weights
 from gatedjax.layers.moe.soft import SoftMoE
-from gatedjax.model import LanguageModel, init_caches, layers_of
+from gatedjax.model import LanguageModel, init_caches, periods_of
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 9, 8)).astype(np.float32))
@@ -120,7 +120,7 @@ def second_pass(config, params, tokens, weights):
     info = TokenInfo(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), None, tokens)
     x = params["embedding"][tokens], None, None
     given = {"layer_0": weights}
-    (x, _, _), _ = layers_of(config).apply({"params": params["periods"]}, x, info, given, None)
+    (x, _, _), _ = periods_of(config).apply({"params": params["periods"]}, x, info, given, None)
     return (
         x
         * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)

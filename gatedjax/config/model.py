@@ -1,0 +1,342 @@
+"""The configuration of a model: which layers it has, in which order, and what they share."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from flax.core import FrozenDict
+
+from gatedjax.config.checks import (
+    Checked,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    Range,
+    Size,
+    SizeOrZero,
+)
+from gatedjax.config.layers import (
+    FeedForwardConfig,
+    GatedAttentionConfig,
+    GatedMLPConfig,
+    MixerConfig,
+    NoFeedForwardConfig,
+    NoMixerConfig,
+)
+from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
+from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
+from gatedjax.errors import require
+
+Remat = Literal["none", "full", "dots", "kernels"]
+# Where the norms of a block stand: x + f(norm(x)), x + norm(f(x)), x + norm(f(norm(x))).
+NormPlacement = Literal["pre", "post", "sandwich"]
+
+
+def _one_attention() -> Mapping[str, MixerConfig]:
+    return FrozenDict(attention=GatedAttentionConfig())
+
+
+def _one_mlp() -> Mapping[str, FeedForwardConfig]:
+    return FrozenDict(mlp=GatedMLPConfig())
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Checked):
+    """Low-rank updates of projections (LoRA, arXiv 2106.09685): `x W + (alpha / rank) x A B`.
+
+    A and B train, and beside them only what `optim.trainable` names. Off where the rank is 0.
+    """
+
+    rank: SizeOrZero = 0
+    alpha: Positive = 16.0
+    # patterns of projections: "*.mixer.query", "*.ffn.*", "*"
+    targets: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        require(
+            self.rank > 0 or not self.targets,
+            "rank",
+            self.rank,
+            f"at least 1 with targets = {self.targets}",
+        )
+        require(
+            len(self.targets) > 0 or not self.rank,
+            "targets",
+            self.targets,
+            f"at least one pattern with rank = {self.rank}",
+        )
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A block of a model's program: one layer, or the layer at one place of every period.
+
+    `ModelConfig.blocks` makes them.
+
+    Attributes:
+      name: in parameters, caches and statistics: prefix_0, layer_0, suffix_0 and so on.
+      layers: the numbers of its layers in the model, which counts from 0.
+      is_repeated: it stands in the period. Its arrays are stacked over periods, and its parameters
+        lie under "periods".
+      mixer: of these layers.
+      feed_forward: of these layers.
+      norm: where their norms stand.
+    """
+
+    name: str
+    layers: range
+    is_repeated: bool
+    mixer: MixerConfig
+    feed_forward: FeedForwardConfig
+    norm: NormPlacement
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Where its parameters lie among those of the model."""
+        return ("periods", self.name) if self.is_repeated else (self.name,)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    """A decoder: `pattern` names entries of `mixers`, `ffn_pattern` of `ffns`.
+
+    Both patterns repeat until all layers have a mixer and a feed-forward. Layers that are no part
+    of that stand before (`prefix`) or after it (`suffix`).
+    """
+
+    # 0: what the tokenizer has
+    vocab_size: SizeOrZero = 0
+    width: Size = 128
+    # all of them: prefix, periods and suffix
+    num_layers: Annotated[int, Range(1, 4096)] = 2
+    mixers: Mapping[str, MixerConfig] = field(default_factory=_one_attention)
+    pattern: tuple[str, ...] = ("attention",)
+    ffns: Mapping[str, FeedForwardConfig] = field(default_factory=_one_mlp)
+    ffn_pattern: tuple[str, ...] = ("mlp",)
+    # the mixers of the layers before the first period, and their feed-forwards, as many
+    prefix: tuple[str, ...] = ()
+    ffn_prefix: tuple[str, ...] = ()
+    # the same after the last period
+    suffix: tuple[str, ...] = ()
+    ffn_suffix: tuple[str, ...] = ()
+    # Of a layer, by the name of its mixer: pre, x + f(norm(x)), where there is no entry; post,
+    # x + norm(f(x)) (OLMo 2); sandwich, both. It holds for mixer and feed-forward.
+    norm_placement: Mapping[str, NormPlacement] = field(default_factory=FrozenDict)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    # of all norms but those that have an eps of their own
+    norm_eps: Annotated[float, Range(0, 1, includes_low=False)] = 1e-6
+    # norms of the residual stream scale by 1 + w (Qwen3-Next)
+    zero_centered_norm: bool = False
+    tie_embeddings: bool = True
+    init_std: NonNegative = 0.02
+    # of activations; parameters are float32
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # What the backward pass finds in memory. none: everything; kernels: only what the kernels name;
+    # dots: the outputs of matmuls; full: nothing, all is computed again.
+    remat: Remat = "none"
+    # false: every layer compiled by itself; small models run faster (nothing is stacked)
+    scan_layers: bool = True
+    # tokens of a device whose logits exist at once; 0 for all of them
+    loss_chunk: CountOrZero = 0
+    # weight of logsumexp(logits)^2
+    z_loss: NonNegative = 0.0
+
+    def check(self) -> None:
+        require(len(self.pattern) > 0, "pattern", self.pattern, "at least one layer")
+        require(len(self.ffn_pattern) > 0, "ffn_pattern", self.ffn_pattern, "at least one layer")
+        self._check_names()
+        self._check_number()
+        self._check_blocks()
+        self._check_sparse()
+
+    def _check_names(self) -> None:
+        """Everything that is named is there."""
+        known = ", ".join(self.mixers)
+        for key in ("pattern", "prefix", "suffix", "norm_placement"):
+            for name in getattr(self, key):
+                require(name in self.mixers, key, name, f"one of mixers: {known}")
+        known = ", ".join(self.ffns)
+        for key in ("ffn_pattern", "ffn_prefix", "ffn_suffix"):
+            for name in getattr(self, key):
+                require(name in self.ffns, key, name, f"one of ffns: {known}")
+                reason = self.ffns[name].not_causal
+                require(
+                    reason is None,
+                    f"ffns.{name}",
+                    reason,
+                    "a causal feed-forward: this model predicts the next token",
+                )
+
+    def _check_number(self) -> None:
+        """The layers are a prefix, periods, at least one, and a suffix."""
+        for key in ("prefix", "suffix"):
+            ffns = getattr(self, f"ffn_{key}")
+            expected = len(getattr(self, key))
+            require(
+                len(ffns) == expected,
+                f"ffn_{key}",
+                ffns,
+                f"as many as in {key}, {expected}",
+            )
+        others = len(self.prefix) + len(self.suffix)
+        repeated = self.num_layers - others
+        beside = f"{others} of prefix and suffix and " if others else ""
+        require(
+            repeated > 0 and repeated % self.period == 0,
+            "num_layers",
+            self.num_layers,
+            f"{beside}a multiple of the period {self.period}",
+        )
+
+    def _check_blocks(self) -> None:
+        for block in self.blocks:
+            has_mixer = not isinstance(block.mixer, NoMixerConfig)
+            require(
+                has_mixer or not isinstance(block.feed_forward, NoFeedForwardConfig),
+                "ffns",
+                f"none in layer {block.layers[0]}",
+                "a feed-forward in a layer without a mixer",
+            )
+            if isinstance(block.mixer, RWKV7Config):
+                require(
+                    block.mixer.width == self.width,
+                    f"mixers.{self._mixer_name(block.layers[0])}.num_heads",
+                    block.mixer.num_heads,
+                    f"num_heads x head_dim = width = {self.width}",
+                )
+
+    def _check_sparse(self) -> None:
+        sparse = self._sparse_ffns()
+        numbers_of_experts = {ffn.total_experts for ffn in sparse}
+        has_residual = any(ffn.router.residual for ffn in sparse)
+        require(
+            not has_residual or len(numbers_of_experts) == 1,
+            "ffns",
+            "router.residual",
+            "the same number of experts in all sparse feed-forwards",
+        )
+        require(
+            len(self._first_passes()) <= 1,
+            "ffns",
+            "first_pass",
+            "one mixture at most whose weights come from a first pass",
+        )
+
+    def _used_ffns(self) -> list[FeedForwardConfig]:
+        return [block.feed_forward for block in self.blocks]
+
+    def _sparse_ffns(self) -> list[SparseMoEConfig]:
+        return [ffn for ffn in self._used_ffns() if isinstance(ffn, SparseMoEConfig)]
+
+    def _first_passes(self) -> set[LoRAMixtureConfig]:
+        mixtures = [ffn for ffn in self._used_ffns() if isinstance(ffn, LoRAMixtureConfig)]
+        return {mixture for mixture in mixtures if mixture.first_pass}
+
+    @property
+    def period(self) -> int:
+        """Layers after which both patterns repeat."""
+        return math.lcm(len(self.pattern), len(self.ffn_pattern))
+
+    @property
+    def num_periods(self) -> int:
+        """How often they do."""
+        return (self.num_layers - len(self.prefix) - len(self.suffix)) // self.period
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """The blocks of the program: of the prefix, of one period, of the suffix."""
+        return (*self.prefix_blocks, *self.repeated_blocks, *self.suffix_blocks)
+
+    @property
+    def prefix_blocks(self) -> tuple[BlockConfig, ...]:
+        """The layers before the first period."""
+        numbers = range(len(self.prefix))
+        return tuple(self._block(f"prefix_{i}", range(i, i + 1)) for i in numbers)
+
+    @property
+    def repeated_blocks(self) -> tuple[BlockConfig, ...]:
+        """The blocks of one period."""
+        first = len(self.prefix)
+        end = self.num_layers - len(self.suffix)
+        blocks = []
+        for i in range(self.period):
+            layers = range(first + i, end, self.period)
+            blocks.append(self._block(f"layer_{i}", layers, is_repeated=True))
+        return tuple(blocks)
+
+    @property
+    def suffix_blocks(self) -> tuple[BlockConfig, ...]:
+        """The layers after the last period."""
+        first = self.num_layers - len(self.suffix)
+        blocks = []
+        for i in range(len(self.suffix)):
+            blocks.append(self._block(f"suffix_{i}", range(first + i, first + i + 1)))
+        return tuple(blocks)
+
+    def _block(
+        self,
+        name: str,
+        layers: range,
+        is_repeated: bool = False,
+    ) -> BlockConfig:
+        mixer, feed_forward = self.layer(layers[0])
+        placement = self.norm_placement.get(self._mixer_name(layers[0]), "pre")
+        return BlockConfig(name, layers, is_repeated, mixer, feed_forward, placement)
+
+    @property
+    def router_residual(self) -> int:
+        """Experts whose logits each sparse layer passes to the next.
+
+        0 where no router has a gating residual.
+        """
+        numbers_of_experts = [
+            ffn.total_experts for ffn in self._sparse_ffns() if ffn.router.residual
+        ]
+        return max(numbers_of_experts, default=0)
+
+    @property
+    def first_pass(self) -> LoRAMixtureConfig | None:
+        """The mixture whose weights come from a first pass of the model without experts (X-LoRA).
+
+        None if there is no such mixture.
+        """
+        return next(iter(self._first_passes()), None)
+
+    @property
+    def first_rwkv7(self) -> int | None:
+        """The first layer with RWKV-7's mixer, whose values the others see; None without one."""
+        for block in self.blocks:
+            if isinstance(block.mixer, RWKV7Config):
+                return block.layers[0]
+        return None
+
+    @property
+    def starts_by_depth(self) -> bool:
+        """Whether a layer's parameters start by its place in the model."""
+        has_channel_mix = any(isinstance(ffn, RWKV7ChannelMixConfig) for ffn in self._used_ffns())
+        return has_channel_mix or self.first_rwkv7 is not None
+
+    def layer(self, i: int) -> tuple[MixerConfig, FeedForwardConfig]:
+        """The mixer and the feed-forward of layer i."""
+        ffn = _at(i, self.num_layers, self.ffn_prefix, self.ffn_pattern, self.ffn_suffix)
+        return self.mixers[self._mixer_name(i)], self.ffns[ffn]
+
+    def _mixer_name(self, i: int) -> str:
+        return _at(i, self.num_layers, self.prefix, self.pattern, self.suffix)
+
+
+def _at(
+    i: int,
+    num_layers: int,
+    prefix: tuple[str, ...],
+    pattern: tuple[str, ...],
+    suffix: tuple[str, ...],
+) -> str:
+    """The name for layer i."""
+    if i < len(prefix):
+        return prefix[i]
+    after = i - (num_layers - len(suffix))
+    if after >= 0:
+        return suffix[after]
+    return pattern[(i - len(prefix)) % len(pattern)]

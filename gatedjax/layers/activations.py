@@ -1,0 +1,70 @@
+"""What lies between the matrices of an MLP, in float32."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+# The slope of gpt-oss's gate: with it the sigmoid is nearly the one of a GELU.
+GATE_SLOPE = 1.702
+
+
+def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`max(x, 0)^2` (Primer, arXiv 2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+# jax.nn.gelu is the tanh form unless told otherwise.
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "relu_squared": relu_squared,
+}
+
+
+def activated(x: Float[Array, "..."], activation: str) -> Float[Array, "..."]:
+    """`activation(x)`, computed in float32; returned in x's dtype."""
+    return ACTIVATIONS[activation](x.astype(jnp.float32)).astype(x.dtype)
+
+
+def gates_of(
+    gate_logits: Float[Array, "..."],
+    activation: str,
+    limit: float = 0.0,
+) -> Float[Array, "..."]:
+    """What `up` is multiplied by, float32.
+
+    Args:
+      gate_logits: before the activation.
+      activation: "silu", "gelu" or "clamped_swiglu".
+      limit: of "clamped_swiglu": gate logits are cut to it from above.
+    """
+    logits = gate_logits.astype(jnp.float32)
+    if activation != "clamped_swiglu":
+        return ACTIVATIONS[activation](logits)
+    logits = jnp.minimum(logits, limit)
+    return logits * jax.nn.sigmoid(GATE_SLOPE * logits)
+
+
+def gated_product(
+    gate_logits: Float[Array, "..."],
+    up: Float[Array, "..."],
+    activation: str,
+    limit: float = 0.0,
+) -> Float[Array, "..."]:
+    """`activation(gate_logits) * up`, in float32; returned in up's dtype.
+
+    "clamped_swiglu" is that of gpt-oss: `(up + 1) * g * sigmoid(1.702 g)`, where up is cut to
+    +- limit and g, the gate logits, to limit from above only.
+
+    Args:
+      gate_logits: before the activation.
+      up: what is gated.
+      activation: "silu", "gelu" or "clamped_swiglu".
+      limit: of "clamped_swiglu".
+    """
+    gates = gates_of(gate_logits, activation, limit)
+    factor = up.astype(jnp.float32)
+    if activation == "clamped_swiglu":
+        factor = jnp.clip(factor, -limit, limit) + 1.0
+    return (gates * factor).astype(up.dtype)

@@ -1,0 +1,198 @@
+"""A block of a model: a mixer and a feed-forward, each on the residual stream, and their norms."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jaxtyping import Float
+
+from gatedjax.config import BlockConfig, ModelConfig
+from gatedjax.layers import (
+    FEED_FORWARDS,
+    MIXERS,
+    FeedForward,
+    Mixer,
+    NoFeedForward,
+    NoMixer,
+    TokenInfo,
+)
+from gatedjax.layers.depth import Depth
+from gatedjax.layers.gate_values import record
+from gatedjax.layers.norm import RMSNorm
+
+# The residual stream, with the logical names of its axes.
+Stream = Float[Array, "B T M"]
+STREAM_AXES = ("batch", "length", "embed_act")
+
+
+@struct.dataclass
+class BlockCache:
+    """The cache of a block whose feed-forward has one, too."""
+
+    mixer: Any
+    feed_forward: Any
+
+
+class Block(nn.Module):
+    """`x + f(norm(x))` of a mixer, then of a feed-forward; either may be missing.
+
+    Where the norms stand is the block's own: before f, after it, or both (`NormPlacement`).
+    """
+
+    config: ModelConfig
+    block: BlockConfig
+    training: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Stream,
+        info: TokenInfo,
+        cache: Any,
+        router_logits: Float[Array, "B T E"] | None,
+        depth: Depth | None,
+    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array]]:
+        """(x, router logits, depth of the next block, cache, statistics).
+
+        Router logits only where some router has a gating residual, the depth where layers ask.
+        """
+        info = dataclasses.replace(info, depth=depth)
+        mixer, feed_forward = block_layers(
+            self.config,
+            self.block,
+            names=("mixer", "ffn"),
+            training=self.training,
+        )
+        ffn_cache = None
+        if isinstance(cache, BlockCache):
+            ffn_cache = cache.feed_forward
+            cache = cache.mixer
+        if not isinstance(mixer, NoMixer):
+            y, cache, depth = _mixed(mixer, self._before("mixer", x), info, cache, depth)
+            x = x + self._after("mixer", y)
+        statistics = {}
+        if feed_forward.has_cache:
+            y, ffn_cache = feed_forward.with_cache(self._before("ffn", x), info, ffn_cache)
+            if ffn_cache is not None:
+                cache = BlockCache(cache, ffn_cache)
+            x = x + self._after("ffn", y)
+        elif not isinstance(feed_forward, NoFeedForward):
+            y, statistics, new_logits = feed_forward.with_statistics(
+                self._before("ffn", x),
+                info,
+                router_logits,
+            )
+            # Carried through the scan only where a router needs them: a carry must keep its
+            # structure.
+            if router_logits is not None:
+                router_logits = new_logits
+            x = x + self._after("ffn", y)
+        x = nn.with_logical_constraint(x, STREAM_AXES)
+        record(self, "residual", x)
+        if depth is not None:
+            depth = dataclasses.replace(depth, index=depth.index + 1)
+        return x, router_logits, depth, cache, statistics
+
+    def _before(self, name: str, x: Stream) -> Stream:
+        """What the mixer or the feed-forward sees of the residual stream."""
+        return x if self.block.norm == "post" else self._norm(f"{name}_norm")(x)
+
+    def _after(self, name: str, y: Stream) -> Stream:
+        """What is added of its output to the residual stream."""
+        return y if self.block.norm == "pre" else self._norm(f"{name}_post_norm")(y)
+
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(
+            self.config.norm_eps,
+            self.config.zero_centered_norm,
+            name=name,
+        )
+
+
+def _mixed(
+    mixer: Mixer,
+    x: Stream,
+    info: TokenInfo,
+    cache: Any,
+    depth: Depth | None,
+) -> tuple[Stream, Any, Depth | None]:
+    """(y, cache, depth): the first layer that shares its values hands them on in the depth."""
+    if not mixer.shares_values or depth is None:
+        y, cache = mixer.with_cache(x, info, cache)
+        return y, cache, depth
+    y, cache, values = mixer.with_values(x, info, cache)
+    return y, cache, dataclasses.replace(depth, first_values=values)
+
+
+def block_layers(
+    config: ModelConfig,
+    block: BlockConfig,
+    names: tuple[str | None, str | None] = (None, None),
+    training: bool = False,
+) -> tuple[Mixer, FeedForward]:
+    """The mixer and the feed-forward of a block, as submodules `names`.
+
+    Args:
+      config: of the model.
+      block: one of its `blocks`.
+      names: of the two modules.
+      training: of the feed-forward.
+    """
+    dtype = jnp.dtype(config.dtype)
+    return (
+        MIXERS[block.mixer.kind](
+            block.mixer,
+            config.norm_eps,
+            config.init_std,
+            dtype,
+            name=names[0],
+        ),
+        FEED_FORWARDS[block.feed_forward.kind](
+            block.feed_forward,
+            config.init_std,
+            dtype,
+            training,
+            name=names[1],
+        ),
+    )
+
+
+def init_block_cache(
+    config: ModelConfig,
+    block: BlockConfig,
+    batch: int,
+    length: int,
+) -> Any:
+    """An empty cache of one of the block's layers, for `length` tokens of `batch` rows.
+
+    Args:
+      config: of the model.
+      block: one of its `blocks`.
+      batch: how many rows.
+      length: the most tokens a row.
+    """
+    mixer, feed_forward = block_layers(config, block)
+    cache = mixer.init_cache(batch, length)
+    if feed_forward.has_cache:
+        cache = BlockCache(cache, feed_forward.init_cache(batch, config.width))
+    return cache
+
+
+def block_capacity(block: BlockConfig, cache: Any) -> int | None:
+    """The most tokens a row that a block's cache has room for; None for any number."""
+    if isinstance(cache, BlockCache):
+        cache = cache.mixer
+    return _mixer_alone(block).capacity(cache)
+
+
+def takes_pieces(block: BlockConfig) -> bool:
+    """Whether its mixer, with a cache, takes documents, padding and further pieces of a prompt."""
+    return _mixer_alone(block).takes_pieces
+
+
+def _mixer_alone(block: BlockConfig) -> Mixer:
+    # Not a submodule of the model that asks.
+    return MIXERS[block.mixer.kind](block.mixer, parent=None)
