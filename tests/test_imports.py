@@ -23,7 +23,7 @@ ORDER = (
     ("aot",),
     ("runtime",),
     ("reporting",),
-    ("study", "train", "eval", "generate", "merge_lora"),
+    ("interop", "study", "train", "eval", "generate", "merge_lora"),
 )
 
 

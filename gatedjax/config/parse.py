@@ -28,9 +28,13 @@ class Difference(NamedTuple):
     after: Any
 
 
-def config_dict() -> ConfigDict:
-    """All defaults, as the ConfigDict that a file in `configs/` changes and returns."""
-    return _to_config_dict(Config())
+def config_dict(config: Config | None = None) -> ConfigDict:
+    """A configuration as the ConfigDict that a file in `configs/` changes and returns.
+
+    Args:
+      config: to begin with; None for all defaults.
+    """
+    return _to_config_dict(config or Config())
 
 
 def layer(kind: str, **values: Any) -> ConfigDict:

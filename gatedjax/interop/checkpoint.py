@@ -112,7 +112,11 @@ def found(
     parts: dict[ParameterPath, list[Part]] = {path: [] for path in wanted}
     used = {}
     missing = []
-    for link in family.links(model):
+    links = family.links(model)
+    if family.links_as_saved is not None:
+        shapes = {name: tensors[disk_name].shape for name, disk_name in on_disk.items()}
+        links = family.links_as_saved(model, shapes)
+    for link in links:
         name = next((name for name in (link.tensor, *link.also) if name in on_disk), None)
         if name is None:
             missing.append(link.tensor)

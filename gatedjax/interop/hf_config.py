@@ -134,6 +134,7 @@ class Rope(NamedTuple):
     fraction: float = 1.0
     yarn_factor: float = 1.0
     yarn_original_length: int = 4096
+    yarn_truncate: bool = True
 
 
 def rope_of(
@@ -163,10 +164,15 @@ def rope_of(
     rope.require("beta_slow", (1, 1.0))
     rope.require("attention_factor", ())
     rope.require("mscale", ())
-    rope.require("truncate", (True,))
     length = config.size("max_position_embeddings", default=4096)
     original = rope.size("original_max_position_embeddings", default=length)
-    return Rope(base, fraction, rope.number("factor"), original)
+    return Rope(
+        base,
+        fraction,
+        rope.number("factor"),
+        original,
+        rope.flag("truncate", True),
+    )
 
 
 def rope_to_json(rope: Rope, with_fraction: bool = False) -> dict[str, Any]:
@@ -178,6 +184,7 @@ def rope_to_json(rope: Rope, with_fraction: bool = False) -> dict[str, Any]:
         values["rope_type"] = "yarn"
         values["factor"] = rope.yarn_factor
         values["original_max_position_embeddings"] = rope.yarn_original_length
+        values["truncate"] = rope.yarn_truncate
     return values
 
 

@@ -7,7 +7,10 @@ import collections
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+import jax
 
 from gatedjax.config import (
     Config,
@@ -40,7 +43,8 @@ def run_of(
     described: checkpoint.Described,
     data: DataConfig,
     dtype: str | None,
-    mesh: MeshConfig | None,
+    mesh: MeshConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Run:
     """The run that the checkpoint becomes: shapes and places, nothing allocated.
 
@@ -49,6 +53,7 @@ def run_of(
       data: with the tokenizer.
       dtype: of activations; None for that of config.json.
       mesh: to place the parameters on; None for copies everywhere.
+      devices: that the mesh is of; None for all.
 
     Raises:
       InputError: a model that no device can hold, or with too many layers of their own.
@@ -68,7 +73,7 @@ def run_of(
         mesh=mesh or MeshConfig(),
         train=TrainConfig(),
     )
-    run = prepare(config)
+    run = prepare(config, devices)
     try:
         require_memory(run)
     except InputError as error:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gatedjax.config import ModelConfig
+from gatedjax.config import BlockConfig, ModelConfig
 from gatedjax.layers.tree import Path
 
 View = Callable[[np.ndarray], np.ndarray]
@@ -164,23 +164,22 @@ def under(
         yield link._replace(tensor=tensor + link.tensor, path=path + link.path, also=also)
 
 
-def in_layer(
-    links: Iterable[Link],
+def in_blocks(
     model: ModelConfig,
-    i: int,
-    tensor: str,
+    of_layer: Callable[[BlockConfig, int], Iterable[Link]],
+    tensor: str = "model.layers.",
 ) -> Iterator[Link]:
-    """The links of layer i: its block's parameters are stacked over periods.
+    """The links of all layers. The parameters of a block in the period are stacked over periods.
 
     Args:
-      links: with paths within the block.
-      model: which knows the blocks.
-      i: the layer.
-      tensor: what stands before the names of its tensors.
+      model: which knows its blocks.
+      of_layer: the links of a layer, with paths within its block.
+      tensor: what stands before the number of a layer.
     """
-    block = model.block_names[i % model.period]
-    for link in under(links, tensor, ("periods", block)):
-        yield at(link, 0, i // model.period)
+    for block in model.blocks:
+        for place, i in enumerate(block.layers):
+            for link in under(of_layer(block, i), f"{tensor}{i}.", block.path):
+                yield at(link, 0, place) if block.is_repeated else link
 
 
 def bounds(place: Place, shape: Shape) -> tuple[tuple[int, int], ...]:

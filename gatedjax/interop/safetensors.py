@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from gatedjax.errors import InputError, shown
@@ -33,7 +33,7 @@ SHARD_BYTES = 5 * 10**9
 # Of the format; parameters are one of these.
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

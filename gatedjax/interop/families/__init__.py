@@ -2,10 +2,24 @@
 
 from gatedjax.config import Difference, ModelConfig
 from gatedjax.errors import InputError, shown
-from gatedjax.interop.families import dense, qwen_hybrid
+from gatedjax.interop.families import (
+    dense,
+    gpt_oss,
+    latent,
+    nemotron_h,
+    olmo_hybrid,
+    qwen_hybrid,
+)
 from gatedjax.interop.families.base import Family, differences
 
-_ALL = (*dense.FAMILIES, *qwen_hybrid.FAMILIES)
+_ALL = (
+    *dense.FAMILIES,
+    *qwen_hybrid.FAMILIES,
+    *olmo_hybrid.FAMILIES,
+    *gpt_oss.FAMILIES,
+    *latent.FAMILIES,
+    *nemotron_h.FAMILIES,
+)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 _BY_ANY_NAME = FAMILIES | {name: family for family in _ALL for name in family.also}
 

@@ -17,6 +17,11 @@ from gatedjax.errors import InputError
 from gatedjax.interop.hf_config import HFConfig
 from gatedjax.interop.links import Link
 
+# The shapes of tensors in a file, by name.
+Shapes = Mapping[str, tuple[int, ...]]
+# Layers before the first period that are looked for.
+_LONGEST_PREFIX = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -27,6 +32,7 @@ class Family:
     to_model: from a config.json.
     to_json: back; what of the model it does not express is found by reading it again.
     links: all tensors of a model.
+    links_as_saved: the same where their shapes may differ from file to file.
     renamed: rules "OLD -> NEW" for names in other versions of the checkpoint; the links have NEW.
     left_out: patterns of tensors that are no part of the language model.
     also: other names of the model type.
@@ -37,6 +43,7 @@ class Family:
     to_model: Callable[[HFConfig], ModelConfig]
     to_json: Callable[[ModelConfig], dict[str, Any]]
     links: Callable[[ModelConfig], Iterator[Link]]
+    links_as_saved: Callable[[ModelConfig, Shapes], Iterator[Link]] | None = None
     renamed: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
@@ -55,7 +62,7 @@ def assembled(
     ffns: Mapping[str, FeedForwardConfig],
     **values: Any,
 ) -> ModelConfig:
-    """The model with these layers: the shortest pattern that repeats.
+    """The model with these layers: as few blocks as there can be.
 
     Args:
       layers: all, in order.
@@ -63,30 +70,52 @@ def assembled(
       ffns: likewise.
       **values: the rest of the model.
     """
-    period = _period(layers)
-    pattern = tuple(layer.mixer for layer in layers[:period])
-    ffn_pattern = tuple(layer.ffn for layer in layers[:period])
+    mixer_names = tuple(layer.mixer for layer in layers)
+    ffn_names = tuple(layer.ffn for layer in layers)
+    first, period, after = _cut(layers)
+    repeated = slice(first, first + period)
+    last = slice(len(layers) - after, None)
     return ModelConfig(
         num_layers=len(layers),
-        mixers=FrozenDict({name: mixers[name] for name in dict.fromkeys(pattern)}),
-        pattern=_shortest(pattern),
-        ffns=FrozenDict({name: ffns[name] for name in dict.fromkeys(ffn_pattern)}),
-        ffn_pattern=_shortest(ffn_pattern),
+        mixers=FrozenDict({name: mixers[name] for name in dict.fromkeys(mixer_names)}),
+        pattern=_shortest(mixer_names[repeated]),
+        prefix=mixer_names[:first],
+        suffix=mixer_names[last],
+        ffns=FrozenDict({name: ffns[name] for name in dict.fromkeys(ffn_names)}),
+        ffn_pattern=_shortest(ffn_names[repeated]),
+        ffn_prefix=ffn_names[:first],
+        ffn_suffix=ffn_names[last],
         **values,
     )
 
 
-def _period(layers: Sequence[Any]) -> int:
-    """The least number of layers after which they repeat, to the end."""
+def _cut(layers: Sequence[Any]) -> tuple[int, int, int]:
+    """(layers before the first period, of a period, after the last): the fewest of all."""
     count = len(layers)
-    for period in range(1, count):
-        if count % period == 0 and list(layers) == list(layers[:period]) * (count // period):
-            return period
-    return count
+    # Nothing repeats: all layers are one period.
+    best = (0, count, 0)
+    for first in range(min(count, _LONGEST_PREFIX)):
+        for period in range(1, (count - first) // 2 + 1):
+            if first + period >= sum(best):
+                break
+            # How far the layers go on as one period before.
+            end = first + period
+            while end < count and layers[end] == layers[end - period]:
+                end += 1
+            repeats = (end - first) // period
+            after = count - first - repeats * period
+            if repeats > 1 and first + period + after < sum(best):
+                best = (first, period, after)
+    return best
 
 
 def _shortest(names: tuple[str, ...]) -> tuple[str, ...]:
-    return names[: _period(names)]
+    """The least of names that gives the others when it is repeated."""
+    count = len(names)
+    for period in range(1, count):
+        if count % period == 0 and names[:period] * (count // period) == names:
+            return names[:period]
+    return names
 
 
 # What changes how a model is computed or trained, and not what it computes.
@@ -112,16 +141,34 @@ _NO_FUNCTION = frozenset(
     }
 )
 # Names of layers are the user's own: layers are compared one by one.
-_OF_LAYERS = frozenset({"mixers", "pattern", "ffns", "ffn_pattern"})
+_OF_LAYERS = frozenset(
+    {
+        "mixers",
+        "pattern",
+        "prefix",
+        "suffix",
+        "ffns",
+        "ffn_pattern",
+        "ffn_prefix",
+        "ffn_suffix",
+        "norm_placement",
+    }
+)
 
 
 def function_of(model: ModelConfig) -> dict[str, Any]:
     """What a model computes, without the names of its parts."""
-    values = {name: value for name, value in to_dict(model).items() if name not in _OF_LAYERS}
-    for i in range(model.num_layers):
-        mixer, ffn = model.layer(i)
-        values[f"layer {i}"] = {"mixer": to_dict(mixer), "ffn": to_dict(ffn)}
-    return _without(values)
+    values = to_dict(model)
+    values = _without({name: values[name] for name in values if name not in _OF_LAYERS})
+    for block in model.blocks:
+        of_block = {
+            "mixer": _without(to_dict(block.mixer)),
+            "ffn": _without(to_dict(block.feed_forward)),
+            "norm": block.norm,
+        }
+        for i in block.layers:
+            values[f"layer {i}"] = of_block
+    return values
 
 
 def _without(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,8 +184,20 @@ def _without(values: Mapping[str, Any]) -> dict[str, Any]:
     # Without extension the length before it says nothing.
     if kept.get("yarn_factor") == 1.0:
         kept.pop("yarn_original_length")
-    if kept.get("rope_fraction") == 0.0:
+        kept.pop("yarn_truncate", None)
+    if kept.get("rope_fraction") == 0.0 or kept.get("rope") == "none":
         kept.pop("rope_base")
+    # A limit, a norm or groups that are not used.
+    if kept.get("activation") != "clamped_swiglu":
+        kept.pop("swiglu_limit", None)
+    if kept.get("qk_norm") is False:
+        kept.pop("qk_norm_kind")
+        kept.pop("zero_centered_norm")
+    if kept.get("gate_position") == "none":
+        for name in [name for name in kept if name.startswith("gate_")]:
+            kept.pop(name)
+    if kept.get("shared_hidden") == 0:
+        kept.pop("shared_gate")
     return kept
 
 

@@ -1,9 +1,10 @@
-"""Llama and its descendants with one sort of layer: Mistral, Qwen3, Qwen3-MoE, Mixtral."""
+"""Llama and its descendants with attention in all layers: Mistral, Qwen2 and 3, Mixtral."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from gatedjax.config import (
+    BlockConfig,
     GatedAttentionConfig,
     GatedMLPConfig,
     ModelConfig,
@@ -21,7 +22,7 @@ from gatedjax.interop.families.base import (
     the_layer,
 )
 from gatedjax.interop.hf_config import HFConfig, Rope, rope_of, rope_to_json
-from gatedjax.interop.links import Link, in_layer
+from gatedjax.interop.links import Link, in_blocks
 
 FULL = "full_attention"
 WINDOW = "sliding_attention"
@@ -54,6 +55,7 @@ def attention_of(
         rope_fraction=rope.fraction,
         yarn_factor=rope.yarn_factor,
         yarn_original_length=rope.yarn_original_length,
+        yarn_truncate=rope.yarn_truncate,
         window=window,
     )
     return GatedAttentionConfig(**plain | values)
@@ -61,7 +63,13 @@ def attention_of(
 
 def attention_to_json(c: GatedAttentionConfig, with_fraction: bool = False) -> dict[str, Any]:
     """The same, back."""
-    rope = Rope(c.rope_base, c.rope_fraction, c.yarn_factor, c.yarn_original_length)
+    rope = Rope(
+        c.rope_base,
+        c.rope_fraction,
+        c.yarn_factor,
+        c.yarn_original_length,
+        c.yarn_truncate,
+    )
     return {
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.kv_heads,
@@ -106,82 +114,104 @@ def is_sparse(config: HFConfig, i: int) -> bool:
     return i not in config.counts("mlp_only_layers") and (i + 1) % step == 0
 
 
-def _model(config: HFConfig, default_base: float, qk_norm: bool) -> dict[str, Any]:
-    """Mixers and values of the model, and the names of the mixers of all layers."""
+class Traits(NamedTuple):
+    """What sets one of these families apart.
+
+    model_type: its name.
+    bias: of the projections of attention; asked: as `attention_bias` says, of all of them.
+    qk_norm: whether queries and keys are normed, head by head.
+    windows: none; all: `sliding_window` holds for every layer; by_layer: for those that
+      `layer_types` names, if `use_sliding_window` is true.
+    """
+
+    model_type: str
+    bias: Literal["none", "qkv", "asked"] = "none"
+    qk_norm: bool = False
+    windows: Literal["none", "all", "by_layer"] = "none"
+
+
+def _mixers(config: HFConfig, traits: Traits) -> tuple[list[str], dict[str, Any]]:
+    """The names of the mixers of all layers, and the mixers."""
     config.require("hidden_act", ("silu",))
-    config.require("attention_bias", (False,))
     config.require("mlp_bias", (False,))
-    rope = rope_of(config, default_base)
-    window = config.optional_size("sliding_window")
-    if config.values.get("use_sliding_window") is False:
-        window = None
-    is_whole = window is None or "layer_types" in config
-    default = [FULL if is_whole else WINDOW] * config.size("num_hidden_layers")
-    kinds = kinds_of_layers(config, default, (FULL, WINDOW))
-    if WINDOW in kinds and window is None:
-        raise config.refuse("sliding_window", "a number of tokens")
-    return dict(
-        names=[_MIXER[kind] for kind in kinds],
-        mixers={
-            "attention": attention_of(config, rope, qk_norm=qk_norm),
-            "window_attention": attention_of(config, rope, window, qk_norm=qk_norm),
-        },
-    )
+    values: dict[str, Any] = {"qk_norm": traits.qk_norm}
+    if traits.bias == "qkv":
+        values["bias"] = "qkv"
+    elif traits.bias == "asked" and config.flag("attention_bias", False):
+        values["bias"] = "all"
+    rope = rope_of(config, 10_000.0)
+    kinds = _kinds(config, traits)
+    mixers = {"attention": attention_of(config, rope, **values)}
+    if WINDOW in kinds:
+        window = config.size("sliding_window")
+        mixers["window_attention"] = attention_of(config, rope, window, **values)
+    return [_MIXER[kind] for kind in kinds], mixers
 
 
-def _dense(config: HFConfig, default_base: float, qk_norm: bool) -> ModelConfig:
-    found = _model(config, default_base, qk_norm)
+def _kinds(config: HFConfig, traits: Traits) -> list[str]:
+    """Which layers have windows."""
+    count = config.size("num_hidden_layers")
+    has_window = "sliding_window" in config
+    if traits.windows == "none" or not has_window:
+        return [FULL] * count
+    if traits.windows == "all":
+        return [WINDOW] * count
+    if not config.flag("use_sliding_window", False):
+        return [FULL] * count
+    first = config.count("max_window_layers", 28)
+    default = [FULL if i < first else WINDOW for i in range(count)]
+    return kinds_of_layers(config, default, (FULL, WINDOW))
+
+
+def _mixers_json(model: ModelConfig, traits: Traits) -> dict[str, Any]:
+    """Heads, rotation, biases and windows of all layers."""
+    c = the_layer(model, GatedAttentionConfig, traits.model_type)
+    windows = [getattr(model.layer(i)[0], "window", None) for i in range(model.num_layers)]
+    values = attention_to_json(c)
+    if traits.bias == "asked":
+        values["attention_bias"] = c.bias == "all"
+    if traits.windows != "none":
+        values["sliding_window"] = max(filter(None, windows), default=None)
+    if traits.windows == "by_layer":
+        values["use_sliding_window"] = any(windows)
+        values["layer_types"] = [WINDOW if window else FULL for window in windows]
+    return values
+
+
+def dense_to_model(config: HFConfig, traits: Traits) -> ModelConfig:
+    """Attention and a gated MLP in every layer."""
+    names, mixers = _mixers(config, traits)
     return assembled(
-        [NamedLayer(name, "mlp") for name in found["names"]],
-        found["mixers"],
+        [NamedLayer(name, "mlp") for name in names],
+        mixers,
         {"mlp": GatedMLPConfig(hidden=config.size("intermediate_size"))},
         **model_values(config),
     )
 
 
-def _attention_json(model: ModelConfig, family: str) -> dict[str, Any]:
-    """Heads, rotation and windows of all layers."""
-    c = the_layer(model, GatedAttentionConfig, family)
-    windows = [getattr(model.layer(i)[0], "window", None) for i in range(model.num_layers)]
-    values = attention_to_json(c) | {"sliding_window": max(filter(None, windows), default=None)}
-    if family in ("qwen3", "qwen3_moe"):
-        values["use_sliding_window"] = any(windows)
-    if len(set(windows)) > 1 or family == "qwen3":
-        values["layer_types"] = [WINDOW if window else FULL for window in windows]
-    return values
-
-
-def _dense_json(model: ModelConfig, family: str) -> dict[str, Any]:
-    mlp = the_layer(model, GatedMLPConfig, family)
-    values = json_values(model) | _attention_json(model, family)
+def dense_to_json(model: ModelConfig, traits: Traits) -> dict[str, Any]:
+    """The same, back."""
+    mlp = the_layer(model, GatedMLPConfig, traits.model_type)
+    values = json_values(model) | _mixers_json(model, traits)
     return values | {"intermediate_size": mlp.hidden}
-
-
-def llama_to_model(config: HFConfig) -> ModelConfig:
-    """Llama, Mistral and what is called so."""
-    return _dense(config, 10_000.0, qk_norm=False)
-
-
-def qwen3_to_model(config: HFConfig) -> ModelConfig:
-    """Queries and keys are normed, head by head."""
-    return _dense(config, 10_000.0, qk_norm=True)
 
 
 def qwen3_moe_to_model(config: HFConfig) -> ModelConfig:
     """Experts in all layers, or in those that the file says."""
-    found = _model(config, 10_000.0, qk_norm=True)
+    names, mixers = _mixers(config, _QWEN3_MOE)
     layers = []
-    for i, name in enumerate(found["names"]):
+    for i, name in enumerate(names):
         layers.append(NamedLayer(name, "moe" if is_sparse(config, i) else "mlp"))
     renormalize = config.flag("norm_topk_prob", False)
     ffns = {
         "moe": softmax_moe(config, config.size("moe_intermediate_size"), renormalize),
         "mlp": GatedMLPConfig(hidden=config.size("intermediate_size")),
     }
-    return assembled(layers, found["mixers"], ffns, **model_values(config))
+    return assembled(layers, mixers, ffns, **model_values(config))
 
 
 def qwen3_moe_to_json(model: ModelConfig) -> dict[str, Any]:
+    """The same, back."""
     moe = the_layer(model, SparseMoEConfig, "qwen3_moe")
     dense = []
     hidden = moe.hidden
@@ -192,7 +222,7 @@ def qwen3_moe_to_json(model: ModelConfig) -> dict[str, Any]:
             hidden = ffn.hidden
     return (
         json_values(model)
-        | _attention_json(model, "qwen3_moe")
+        | _mixers_json(model, _QWEN3_MOE)
         | moe_to_json(moe)
         | {
             "intermediate_size": hidden,
@@ -206,62 +236,70 @@ def qwen3_moe_to_json(model: ModelConfig) -> dict[str, Any]:
 
 def mixtral_to_model(config: HFConfig) -> ModelConfig:
     """Experts in all layers; softmax over the chosen is the renormalized one over all."""
-    found = _model(config, 1e6, qk_norm=False)
-    layers = [NamedLayer(name, "moe") for name in found["names"]]
+    names, mixers = _mixers(config, _MIXTRAL)
     moe = softmax_moe(config, config.size("intermediate_size"), renormalize=True)
     values = model_values(config) | {"norm_eps": config.number("rms_norm_eps", default=1e-5)}
-    return assembled(layers, found["mixers"], {"moe": moe}, **values)
+    return assembled([NamedLayer(name, "moe") for name in names], mixers, {"moe": moe}, **values)
 
 
 def mixtral_to_json(model: ModelConfig) -> dict[str, Any]:
+    """The same, back."""
     moe = the_layer(model, SparseMoEConfig, "mixtral")
-    values = json_values(model) | _attention_json(model, "mixtral") | moe_to_json(moe)
+    values = json_values(model) | _mixers_json(model, _MIXTRAL) | moe_to_json(moe)
     return values | {"intermediate_size": moe.hidden}
 
 
 def links(model: ModelConfig) -> Iterator[Link]:
     """All of Llama, Mistral, Qwen3 and Qwen3-MoE."""
+    width = model.width
+
+    def of_layer(block: BlockConfig, _: int) -> Iterator[Link]:
+        ffn = block.feed_forward
+        assert isinstance(block.mixer, GatedAttentionConfig)
+        yield from parts.norms(width)
+        yield from parts.attention(block.mixer, width)
+        if isinstance(ffn, GatedMLPConfig):
+            yield from parts.gated_mlp(ffn.hidden, width)
+        else:
+            assert isinstance(ffn, SparseMoEConfig)
+            yield from parts.router(ffn, width)
+            yield from parts.experts(ffn, width)
+
     yield from parts.ends(model)
-    for i in range(model.num_layers):
-        yield from in_layer(_block(model, i), model, i, f"model.layers.{i}.")
-
-
-def _block(model: ModelConfig, i: int) -> Iterator[Link]:
-    mixer, ffn = model.layer(i)
-    assert isinstance(mixer, GatedAttentionConfig)
-    yield from parts.norms(model.width)
-    yield from parts.attention(mixer, model.width)
-    if isinstance(ffn, GatedMLPConfig):
-        yield from parts.gated_mlp(ffn.hidden, model.width)
-    else:
-        assert isinstance(ffn, SparseMoEConfig)
-        yield from parts.router(ffn, model.width)
-        yield from parts.experts(ffn, model.width)
+    yield from in_blocks(model, of_layer)
 
 
 def mixtral_links(model: ModelConfig) -> Iterator[Link]:
     """Mixtral's names: w1 is the gate, w3 up, w2 down."""
+    width = model.width
+
+    def of_layer(block: BlockConfig, _: int) -> Iterator[Link]:
+        moe = block.feed_forward
+        assert isinstance(block.mixer, GatedAttentionConfig)
+        assert isinstance(moe, SparseMoEConfig)
+        yield from parts.norms(width)
+        yield from parts.attention(block.mixer, width)
+        tensor = "block_sparse_moe."
+        yield from parts.router(moe, width, f"{tensor}gate.weight")
+        yield from parts.experts(moe, width, f"{tensor}experts.", ("w1", "w3", "w2"))
+
     yield from parts.ends(model)
-    for i in range(model.num_layers):
-        yield from in_layer(_mixtral_block(model, i), model, i, f"model.layers.{i}.")
+    yield from in_blocks(model, of_layer)
 
 
-def _mixtral_block(model: ModelConfig, i: int) -> Iterator[Link]:
-    mixer, moe = model.layer(i)
-    assert isinstance(mixer, GatedAttentionConfig) and isinstance(moe, SparseMoEConfig)
-    yield from parts.norms(model.width)
-    yield from parts.attention(mixer, model.width)
-    place = "block_sparse_moe."
-    yield from parts.router(moe, model.width, f"{place}gate.weight")
-    yield from parts.experts(moe, model.width, f"{place}experts.", ("w1", "w3", "w2"))
+_QWEN3_MOE = Traits("qwen3_moe", "asked", qk_norm=True, windows="by_layer")
+_MIXTRAL = Traits("mixtral", windows="all")
 
 
-def _dense_family(model_type: str, architecture: str, to_model) -> Family:
+def _dense_family(architecture: str, traits: Traits) -> Family:
+    def to_model(config: HFConfig) -> ModelConfig:
+        return dense_to_model(config, traits)
+
     def to_json(model: ModelConfig) -> dict[str, Any]:
-        return _dense_json(model, model_type)
+        return dense_to_json(model, traits)
 
     return Family(
-        model_type,
+        traits.model_type,
         architecture,
         to_model,
         to_json,
@@ -272,9 +310,13 @@ def _dense_family(model_type: str, architecture: str, to_model) -> Family:
 
 
 FAMILIES = (
-    _dense_family("llama", "LlamaForCausalLM", llama_to_model),
-    _dense_family("mistral", "MistralForCausalLM", llama_to_model),
-    _dense_family("qwen3", "Qwen3ForCausalLM", qwen3_to_model),
+    _dense_family("LlamaForCausalLM", Traits("llama", "asked")),
+    _dense_family("MistralForCausalLM", Traits("mistral", windows="all")),
+    _dense_family("Qwen2ForCausalLM", Traits("qwen2", "qkv", windows="by_layer")),
+    _dense_family(
+        "Qwen3ForCausalLM",
+        Traits("qwen3", "asked", qk_norm=True, windows="by_layer"),
+    ),
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",

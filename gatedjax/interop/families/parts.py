@@ -7,6 +7,7 @@ import numpy as np
 from gatedjax.config import (
     DeltaAttentionConfig,
     GatedAttentionConfig,
+    MLAConfig,
     ModelConfig,
     SparseMoEConfig,
 )
@@ -15,6 +16,7 @@ from gatedjax.layers.tree import Path
 
 SCALE = "scale"
 KERNEL = "kernel"
+BIAS = "bias"
 
 
 def ends(
@@ -49,14 +51,50 @@ def attention(
     channels = 2 * c.head_dim if c.fused_gate else c.head_dim
     of_query = (c.num_heads, channels)
     of_key = (c.kv_heads, c.head_dim)
-    yield matrix(f"{tensor}q_proj.weight", ("mixer", "query", KERNEL), (width,), of_query)
-    yield matrix(f"{tensor}k_proj.weight", ("mixer", "key", KERNEL), (width,), of_key)
-    yield matrix(f"{tensor}v_proj.weight", ("mixer", "value", KERNEL), (width,), of_key)
+    for name, path, outputs in (
+        ("q_proj", "query", of_query),
+        ("k_proj", "key", of_key),
+        ("v_proj", "value", of_key),
+    ):
+        yield matrix(f"{tensor}{name}.weight", ("mixer", path, KERNEL), (width,), outputs)
+        if c.bias != "none":
+            yield vector(f"{tensor}{name}.bias", ("mixer", path, BIAS), outputs)
     heads = (c.num_heads, c.head_dim)
     yield matrix(f"{tensor}o_proj.weight", ("mixer", "out", KERNEL), heads, (width,))
+    if c.bias == "all":
+        yield vector(f"{tensor}o_proj.bias", ("mixer", "out", BIAS), (width,))
     if c.qk_norm:
-        yield vector(f"{tensor}q_norm.weight", ("mixer", "query_norm", SCALE), (c.head_dim,))
-        yield vector(f"{tensor}k_norm.weight", ("mixer", "key_norm", SCALE), (c.head_dim,))
+        together = c.qk_norm_kind == "rms_all_heads"
+        of_heads = heads if together else (c.head_dim,)
+        of_kv_heads = of_key if together else (c.head_dim,)
+        yield vector(f"{tensor}q_norm.weight", ("mixer", "query_norm", SCALE), of_heads)
+        yield vector(f"{tensor}k_norm.weight", ("mixer", "key_norm", SCALE), of_kv_heads)
+    if c.sinks:
+        yield vector(f"{tensor}sinks", ("mixer", "sink_logits"), (c.num_heads,))
+
+
+def latent_attention(
+    c: MLAConfig,
+    width: int,
+    tensor: str = "self_attn.",
+) -> Iterator[Link]:
+    """MLA, in DeepSeek's names: keys and values of a head side by side in one matrix."""
+    of_query = (c.num_heads, c.key_dim)
+    if c.q_rank is None:
+        yield matrix(f"{tensor}q_proj.weight", ("mixer", "query", KERNEL), (width,), of_query)
+    else:
+        low = (c.q_rank,)
+        down = ("mixer", "query_down", KERNEL)
+        yield matrix(f"{tensor}q_a_proj.weight", down, (width,), low)
+        yield vector(f"{tensor}q_a_layernorm.weight", ("mixer", "query_norm", SCALE), low)
+        yield matrix(f"{tensor}q_b_proj.weight", ("mixer", "query_up", KERNEL), low, of_query)
+    down = ("mixer", "kv_down", KERNEL)
+    yield matrix(f"{tensor}kv_a_proj_with_mqa.weight", down, (width,), (c.cached_dim,))
+    yield vector(f"{tensor}kv_a_layernorm.weight", ("mixer", "kv_norm", SCALE), (c.kv_rank,))
+    of_head = (c.num_heads, c.nope_dim + c.value_dim)
+    yield matrix(f"{tensor}kv_b_proj.weight", ("mixer", "kv_up", KERNEL), (c.kv_rank,), of_head)
+    heads = (c.num_heads, c.value_dim)
+    yield matrix(f"{tensor}o_proj.weight", ("mixer", "out", KERNEL), heads, (width,))
 
 
 def gated_mlp(
@@ -87,10 +125,21 @@ def experts(
     tensor: str = "mlp.experts.",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> Iterator[Link]:
-    """The experts, each with matrices of its own on disk, in stacks here."""
-    stacks = (("gate", width, c.hidden), ("up", width, c.hidden), ("down", c.hidden, width))
+    """The experts, each with matrices of its own on disk, in stacks here.
+
+    Args:
+      c: of the layer.
+      width: of the model.
+      tensor: what stands before the number of an expert.
+      names: of gate, up and down.
+    """
+    # On latents, if there are any, all experts work.
+    outer = c.latent or width
+    stacks = (("gate", outer, c.hidden), ("up", outer, c.hidden), ("down", c.hidden, outer))
     for expert in range(c.num_experts):
         for name, (stack, inputs, outputs) in zip(names, stacks):
+            if stack == "gate" and not c.gated:
+                continue
             one = matrix(f"{tensor}{expert}.{name}.weight", ("ffn", stack), (inputs,), (outputs,))
             yield at(one, 0, expert)
 
@@ -102,6 +151,36 @@ def router(
 ) -> Iterator[Link]:
     """The router's matrix."""
     yield matrix(tensor, ("ffn", "router", KERNEL), (width,), (c.num_experts,))
+
+
+def convolution_with_bias(
+    width: int,
+    channels: int,
+    tensor: str,
+    has_bias: bool,
+) -> Iterator[Link]:
+    """One convolution of all that a linear mixer mixes.
+
+    Args:
+      width: taps.
+      channels: of all.
+      tensor: what stands before the names.
+      has_bias: whether there is a bias.
+    """
+    yield convolution(f"{tensor}weight", ("mixer", "conv"), width, channels)
+    if has_bias:
+        yield vector(f"{tensor}bias", ("mixer", "conv_bias"), (channels,))
+
+
+def biased_router(
+    c: SparseMoEConfig,
+    width: int,
+    tensor: str = "mlp.gate.",
+) -> Iterator[Link]:
+    """The router's matrix, and the bias that only choosing sees: state of ours."""
+    yield from router(c, width, f"{tensor}weight")
+    state = ("ffn", "router_state", "bias")
+    yield vector(f"{tensor}e_score_correction_bias", state, (c.num_experts,))
 
 
 def delta_ends(
@@ -138,6 +217,35 @@ def delta_joint(c: DeltaAttentionConfig, width: int, tensor: str) -> Iterator[Li
     yield rows(name, ("mixer", "key", KERNEL), (width,), keys, key_rows, total)
     yield rows(name, ("mixer", "value", KERNEL), (width,), values, 2 * key_rows, total)
     yield convolution(f"{tensor}conv1d.weight", ("mixer", "conv"), c.conv_width, total)
+
+
+def delta_projections(
+    c: DeltaAttentionConfig,
+    width: int,
+    tensor: str,
+    conv_channels: tuple[int, int, int] | None = None,
+) -> Iterator[Link]:
+    """Queries, keys, values and betas in matrices of their own, in the names of fla.
+
+    Args:
+      c: of the layer.
+      width: of the model.
+      tensor: what stands before the names.
+      conv_channels: of the three convolutions, where the files cut them elsewhere.
+    """
+    keys = (c.key_heads, c.key_dim)
+    values = (c.num_heads, c.value_dim)
+    for name, path, heads in (("q", "query", keys), ("k", "key", keys), ("v", "value", values)):
+        yield matrix(f"{tensor}{name}_proj.weight", ("mixer", path, KERNEL), (width,), heads)
+    yield matrix(f"{tensor}b_proj.weight", ("mixer", "beta", KERNEL), (width,), (c.num_heads,))
+    of_keys = c.key_heads * c.key_dim
+    channels = conv_channels or (of_keys, of_keys, c.num_heads * c.value_dim)
+    path = ("mixer", "conv")
+    first = 0
+    for name, count in zip("qkv", channels):
+        weight = f"{tensor}{name}_conv1d.weight"
+        yield convolution(weight, path, c.conv_width, count, first)
+        first += count
 
 
 def delta_by_key_head(c: DeltaAttentionConfig, width: int, tensor: str) -> Iterator[Link]:

@@ -1,9 +1,10 @@
 """Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet to one of gated attention."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from gatedjax.config import (
+    BlockConfig,
     DeltaAttentionConfig,
     GatedAttentionConfig,
     GatedMLPConfig,
@@ -29,7 +30,7 @@ from gatedjax.interop.families.dense import (
     softmax_moe,
 )
 from gatedjax.interop.hf_config import HFConfig, rope_of
-from gatedjax.interop.links import Link, in_layer, matrix
+from gatedjax.interop.links import Link, in_blocks, matrix
 
 LINEAR = "linear_attention"
 # Multi-token prediction and what sees images are no part of the language model.
@@ -67,8 +68,13 @@ def delta_to_json(c: DeltaAttentionConfig) -> dict[str, Any]:
     }
 
 
-def to_model(config: HFConfig) -> ModelConfig:
-    """Norms scale by 1 + w, but for the one after the delta rule."""
+def to_model(config: HFConfig, experts: Literal["none", "all", "some"]) -> ModelConfig:
+    """Norms scale by 1 + w, but for the one after the delta rule.
+
+    Args:
+      config: of the checkpoint.
+      experts: in which layers the family has them; some: where the file says.
+    """
     config.require("hidden_act", ("silu",))
     config.require("attention_bias", (False,))
     config.require("attn_output_gate", (True,))
@@ -86,7 +92,7 @@ def to_model(config: HFConfig) -> ModelConfig:
     }
     layers = []
     for i, kind in enumerate(hybrid_kinds(config)):
-        sparse = "moe_intermediate_size" in config and is_sparse(config, i)
+        sparse = experts == "all" or (experts == "some" and is_sparse(config, i))
         layers.append(NamedLayer("delta" if kind == LINEAR else "attention", _ffn_name(sparse)))
     return assembled(
         layers,
@@ -139,36 +145,41 @@ def _to_json(model: ModelConfig, family: str) -> dict[str, Any]:
         values |= moe_to_json(moe) | {
             "moe_intermediate_size": moe.hidden,
             "shared_expert_intermediate_size": moe.shared_hidden,
-            "mlp_only_layers": dense,
-            "decoder_sparse_step": 1,
         }
         if family == "qwen3_next":
             values["norm_topk_prob"] = moe.router.renormalize
+            values |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     return values
 
 
 def _links(model: ModelConfig, is_split: bool) -> Iterator[Link]:
-    yield from parts.ends(model)
-    for i in range(model.num_layers):
-        yield from in_layer(_block(model, i, is_split), model, i, f"model.layers.{i}.")
+    """All of Qwen3.5 (split projections) or of Qwen3-Next."""
 
-
-def _block(model: ModelConfig, i: int, is_split: bool) -> Iterator[Link]:
-    """A layer of Qwen3.5 (split projections) or of Qwen3-Next."""
-    mixer, ffn = model.layer(i)
-    width = model.width
-    yield from parts.norms(width)
-    if isinstance(mixer, GatedAttentionConfig):
-        yield from parts.attention(mixer, width)
-    else:
-        assert isinstance(mixer, DeltaAttentionConfig)
-        tensor = "linear_attn."
-        yield from parts.delta_ends(mixer, width, tensor)
-        if is_split:
-            yield from parts.delta_joint(mixer, width, tensor)
-            yield from _split_gates(mixer, width, tensor)
+    def of_layer(block: BlockConfig, _: int) -> Iterator[Link]:
+        yield from parts.norms(model.width)
+        if isinstance(block.mixer, GatedAttentionConfig):
+            yield from parts.attention(block.mixer, model.width)
         else:
-            yield from parts.delta_by_key_head(mixer, width, tensor)
+            assert isinstance(block.mixer, DeltaAttentionConfig)
+            yield from _delta(block.mixer, model.width, is_split)
+        yield from _feed_forward(block, model.width)
+
+    yield from parts.ends(model)
+    yield from in_blocks(model, of_layer)
+
+
+def _delta(c: DeltaAttentionConfig, width: int, is_split: bool) -> Iterator[Link]:
+    tensor = "linear_attn."
+    yield from parts.delta_ends(c, width, tensor)
+    if is_split:
+        yield from parts.delta_joint(c, width, tensor)
+        yield from _split_gates(c, width, tensor)
+    else:
+        yield from parts.delta_by_key_head(c, width, tensor)
+
+
+def _feed_forward(block: BlockConfig, width: int) -> Iterator[Link]:
+    ffn = block.feed_forward
     if isinstance(ffn, GatedMLPConfig):
         yield from parts.gated_mlp(ffn.hidden, width)
         return
@@ -193,19 +204,22 @@ def _split_gates(c: DeltaAttentionConfig, width: int, tensor: str) -> Iterator[L
 def _family(
     model_type: str,
     architecture: str,
-    is_split: bool,
+    experts: Literal["none", "all", "some"],
     also: tuple[str, ...] = (),
 ) -> Family:
+    def read(config: HFConfig) -> ModelConfig:
+        return to_model(config, experts)
+
     def to_json(model: ModelConfig) -> dict[str, Any]:
         return _to_json(model, model_type)
 
     def links(model: ModelConfig) -> Iterator[Link]:
-        return _links(model, is_split)
+        return _links(model, is_split=model_type != "qwen3_next")
 
     return Family(
         model_type,
         architecture,
-        to_model,
+        read,
         to_json,
         links,
         renamed=("model.language_model.* -> model.*",),
@@ -215,7 +229,7 @@ def _family(
 
 
 FAMILIES = (
-    _family("qwen3_next", "Qwen3NextForCausalLM", is_split=False),
-    _family("qwen3_5_text", "Qwen3_5ForCausalLM", is_split=True, also=("qwen3_5",)),
-    _family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", is_split=True, also=("qwen3_5_moe",)),
+    _family("qwen3_next", "Qwen3NextForCausalLM", experts="some"),
+    _family("qwen3_5_text", "Qwen3_5ForCausalLM", "none", ("qwen3_5",)),
+    _family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "all", ("qwen3_5_moe",)),
 )

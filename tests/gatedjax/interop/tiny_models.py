@@ -6,7 +6,7 @@ too: a mapping that drops one, or takes one for another, shows.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,153 +36,82 @@ _GATED_DELTA = dict(
 )
 _EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20)
 
-Builder = Callable[[], Any]
+_LATENT = dict(
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+)
 
-
-def _config(name: str, **values: Any) -> Any:
-    return getattr(transformers, name)(**_COMMON | values)
-
-
-def llama() -> Any:
-    scaling = {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
-    return _config("LlamaConfig", rope_parameters=scaling, tie_word_embeddings=True)
-
-
-def mistral() -> Any:
-    return _config("MistralConfig", sliding_window=9)
-
-
-def qwen3() -> Any:
-    return _config("Qwen3Config", tie_word_embeddings=True)
-
-
-def qwen3_moe() -> Any:
-    return _config("Qwen3MoeConfig", **_EXPERTS, norm_topk_prob=True)
-
-
-def mixtral() -> Any:
-    return _config("MixtralConfig", num_local_experts=6, num_experts_per_tok=2)
-
-
-def qwen3_next() -> Any:
-    return _config(
+# The class of the configuration, and what it does not share with the others.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", dict(tie_word_embeddings=True)),
+    "mistral": ("MistralConfig", dict(sliding_window=9)),
+    "qwen2": ("Qwen2Config", dict()),
+    "qwen3": ("Qwen3Config", dict(attention_bias=True, tie_word_embeddings=True)),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(**_EXPERTS, norm_topk_prob=True, mlp_only_layers=[1])),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=6, num_experts_per_tok=2)),
+    "qwen3_next": (
         "Qwen3NextConfig",
-        **_GATED_DELTA,
-        **_EXPERTS,
-        shared_expert_intermediate_size=24,
-    )
-
-
-def qwen3_5() -> Any:
-    return _config("Qwen3_5TextConfig", **_GATED_DELTA)
-
-
-def qwen3_5_moe() -> Any:
-    return _config(
+        dict(**_GATED_DELTA, **_EXPERTS, shared_expert_intermediate_size=24),
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", _GATED_DELTA),
+    "qwen3_5_moe": (
         "Qwen3_5MoeTextConfig",
-        **_GATED_DELTA,
-        **_EXPERTS,
-        shared_expert_intermediate_size=24,
-    )
-
-
-def olmo_hybrid() -> Any:
-    return _config(
-        "OlmoHybridConfig",
-        num_key_value_heads=4,
-        linear_num_key_heads=4,
-    )
-
-
-def gpt_oss() -> Any:
-    return _config(
+        dict(**_GATED_DELTA, **_EXPERTS, shared_expert_intermediate_size=24),
+    ),
+    "olmo_hybrid": ("OlmoHybridConfig", dict(num_key_value_heads=4, linear_num_key_heads=4)),
+    "gpt_oss": (
         "GptOssConfig",
-        num_local_experts=6,
-        num_experts_per_tok=2,
-        sliding_window=9,
-    )
-
-
-def kimi_linear() -> Any:
-    return _config(
+        dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=9),
+    ),
+    "kimi_linear": (
         "KimiLinearConfig",
-        num_hidden_layers=5,
-        num_key_value_heads=4,
-        kv_lora_rank=16,
-        qk_nope_head_dim=12,
-        qk_rope_head_dim=8,
-        v_head_dim=12,
-        linear_head_dim=8,
-        linear_num_heads=4,
-        num_local_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=20,
-        n_group=1,
-        topk_group=1,
-        mlp_layer_types=["dense"] + ["sparse"] * 4,
-    )
-
-
-def nemotron_h() -> Any:
-    kinds = ["linear_attention", "moe", "full_attention", "mlp"]
-    return _config(
+        dict(
+            **_LATENT,
+            num_hidden_layers=5,
+            linear_head_dim=8,
+            linear_num_heads=4,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            n_group=1,
+            topk_group=1,
+            mlp_layer_types=["dense"] + ["sparse"] * 4,
+        ),
+    ),
+    "nemotron_h": (
         "NemotronHConfig",
-        layers_block_type=kinds,
-        head_dim=12,
-        ssm_state_size=16,
-        mamba_num_heads=8,
-        mamba_head_dim=12,
-        n_groups=2,
-        n_routed_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=20,
-        moe_shared_expert_intermediate_size=24,
-    )
-
-
-def deepseek_v3() -> Any:
-    return _config(
+        dict(
+            layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+            head_dim=12,
+            ssm_state_size=16,
+            mamba_num_heads=8,
+            mamba_head_dim=12,
+            n_groups=2,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            moe_latent_size=28,
+            moe_shared_expert_intermediate_size=24,
+        ),
+    ),
+    "deepseek_v3": (
         "DeepseekV3Config",
-        num_key_value_heads=4,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=20,
-        n_shared_experts=1,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=16,
-        q_lora_rank=24,
-        qk_nope_head_dim=12,
-        qk_rope_head_dim=8,
-        v_head_dim=12,
-    )
-
-
-CONFIGS: dict[str, Builder] = {
-    builder.__name__: builder
-    for builder in (
-        llama,
-        mistral,
-        qwen3,
-        qwen3_moe,
-        mixtral,
-        qwen3_next,
-        qwen3_5,
-        qwen3_5_moe,
-        olmo_hybrid,
-        gpt_oss,
-        kimi_linear,
-        nemotron_h,
-        deepseek_v3,
-    )
+        dict(
+            **_LATENT,
+            head_dim=8,
+            q_lora_rank=24,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            n_shared_experts=2,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
+    ),
 }
 
 
@@ -202,14 +131,36 @@ def without_kernels() -> Iterator[None]:
                 sys.modules[name] = module
 
 
-def tiny_model(family: str, seed: int = 0) -> Any:
-    """A model with every parameter perturbed, in float32, ready to evaluate."""
+def tiny_model(family: str, seed: int = 0, **values: Any) -> Any:
+    """A model with every parameter perturbed, in float32, ready to evaluate.
+
+    Args:
+      family: a key of `CONFIGS`.
+      seed: of its parameters.
+      **values: of its configuration that differ.
+    """
     torch.manual_seed(seed)
-    config = CONFIGS[family]()
+    name, own = CONFIGS[family]
+    config = getattr(transformers, name)(**_COMMON | own | values)
     with without_kernels():
         model = transformers.AutoModelForCausalLM.from_config(config)
     perturb(model)
-    # The plain paths: no kernel of another package decides what is compared with.
+    return plain(model)
+
+
+def loaded(folder: Path) -> Any:
+    """What transformers makes of a folder; it knows every tensor, and misses none."""
+    with without_kernels():
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            output_loading_info=True,
+        )
+    assert not any(found.values()), found
+    return plain(model)
+
+
+def plain(model: Any) -> Any:
+    """The plain paths of a model, in float32: no other package's kernel is compared with."""
     model.config._attn_implementation = "eager"
     model.config._experts_implementation = "eager"
     return model.float().eval()
