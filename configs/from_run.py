@@ -13,14 +13,15 @@ from pathlib import Path
 
 from gatedjax.config import config_dict, from_config_dict
 from gatedjax.errors import require
-from gatedjax.training.checkpoint import named_step, read_config
+from gatedjax.training.checkpoint import Checkpointer, named_step
 from gatedjax.training.identity import tokenizer_of_run
 
 
 def get_config(arg: str = ""):
     require(bool(arg), "configs/from_run.py", arg, "a run directory after ':'")
     run_dir, step = named_step(Path(arg).expanduser())
-    before = from_config_dict(read_config(run_dir, step))
+    # Not `read_config`: jax must not start before the command has joined its processes.
+    before = from_config_dict(Checkpointer(run_dir, read_only=True).config(step))
     c = config_dict()
     c.model = config_dict(before).model
     # Of a sequence of losses, the gradient finds nothing in memory but the layers' inputs.

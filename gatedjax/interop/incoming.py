@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -83,7 +84,8 @@ def run_of(
 
 def _with_dtype(model: ModelConfig, dtype: str) -> ModelConfig:
     # Logits of a large vocabulary are made in pieces.
-    return dataclasses.replace(model, dtype=dtype, loss_chunk=_LONGEST_ROWS)
+    changes: dict[str, Any] = {"dtype": dtype, "loss_chunk": _LONGEST_ROWS}
+    return dataclasses.replace(model, **changes)
 
 
 def _dtype_of(described: checkpoint.Described) -> str:

@@ -175,10 +175,11 @@ def _tensor(
       entry: of the header.
       first: byte of the file that the header's offsets count from.
     """
-    fields = entry if isinstance(entry, dict) else {}
-    dtype = fields.get("dtype")
-    shape = fields.get("shape")
-    offsets = fields.get("data_offsets")
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    # Of a stranger's file: anything, until it was looked at.
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
     is_whole = isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets)
     if not is_whole or len(offsets) != 2 or offsets[0] > offsets[1]:
         expected = "dtype, shape and data_offsets"

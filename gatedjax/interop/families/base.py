@@ -217,7 +217,7 @@ def the_layer[T](model: ModelConfig, kind: type[T], family: str) -> T:
         for part in model.layer(i):
             if isinstance(part, kind):
                 return part
-    raise InputError(f"{family}: got a model without {kind.kind}, expected one")
+    raise InputError(f"{family}: got a model without {kind.__name__}, expected one")
 
 
 def model_values(config: HFConfig, tied: bool = False) -> dict[str, Any]:

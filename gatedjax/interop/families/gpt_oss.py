@@ -1,5 +1,6 @@
 """gpt-oss: windows every other layer, sinks, biases everywhere, clamped SwiGLU."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,19 +52,12 @@ def to_model(config: HFConfig) -> ModelConfig:
         "window_attention": attention_of(config, rope, window, bias="all", sinks=True),
         "attention": attention_of(config, rope, bias="all", sinks=True),
     }
-    moe = softmax_moe(config, config.size("intermediate_size"), renormalize=True)
-    router = RouterConfig(weighting="selected", affine=True)
-    limit = config.number("swiglu_limit", default=7.0)
-    moe = SparseMoEConfig(
-        num_experts=moe.num_experts,
-        experts_per_token=moe.experts_per_token,
-        hidden=moe.hidden,
+    moe = dataclasses.replace(
+        softmax_moe(config, config.size("intermediate_size"), renormalize=True),
         activation="clamped_swiglu",
-        swiglu_limit=limit,
+        swiglu_limit=config.number("swiglu_limit", default=7.0),
         bias=True,
-        router=router,
-        balance_loss=moe.balance_loss,
-        z_loss=0.0,
+        router=RouterConfig(weighting="selected", affine=True),
     )
     names = {WINDOW: "window_attention", FULL: "attention"}
     values = model_values(config) | {"norm_eps": config.number("rms_norm_eps", default=1e-5)}

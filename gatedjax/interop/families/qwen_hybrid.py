@@ -1,5 +1,6 @@
 """Qwen3-Next and Qwen3.5: three layers of Gated DeltaNet to one of gated attention."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -119,12 +120,8 @@ def _ffns(config: HFConfig, layers: list[NamedLayer]) -> dict[str, Any]:
             config.flag("norm_topk_prob", True),
         )
         shared = config.size("shared_expert_intermediate_size", default=512)
-        ffns["moe"] = _with_shared(moe, shared)
+        ffns["moe"] = dataclasses.replace(moe, shared_hidden=shared, shared_gate=True)
     return ffns
-
-
-def _with_shared(moe: SparseMoEConfig, hidden: int) -> SparseMoEConfig:
-    return SparseMoEConfig(**{**vars(moe), "shared_hidden": hidden, "shared_gate": True})
 
 
 def _to_json(model: ModelConfig, family: str) -> dict[str, Any]:
