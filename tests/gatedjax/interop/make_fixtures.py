@@ -12,9 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
-from tiny_models import CONFIGS, saved, tiny_model
+from tiny_models import CONFIGS, saved, tiny_model, torch, transformers
 
 from gatedjax.interop.safetensors import tensors_of_folder
 
