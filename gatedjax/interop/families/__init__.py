@@ -4,6 +4,7 @@ from gatedjax.config import Difference, ModelConfig
 from gatedjax.errors import InputError, shown
 from gatedjax.interop.families import (
     dense,
+    fla,
     gpt_oss,
     latent,
     nemotron_h,
@@ -19,6 +20,7 @@ _ALL = (
     *gpt_oss.FAMILIES,
     *latent.FAMILIES,
     *nemotron_h.FAMILIES,
+    *fla.FAMILIES,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 _BY_ANY_NAME = FAMILIES | {name: family for family in _ALL for name in family.also}

@@ -12,7 +12,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from tiny_models import CONFIGS, saved, tiny_model, torch, transformers
+import pytest
+from tiny_models import (
+    CONFIGS,
+    FLA_CONFIGS,
+    saved,
+    saved_by_fla,
+    tiny_model,
+    torch,
+    transformers,
+)
 
 from gatedjax.interop.safetensors import tensors_of_folder
 
@@ -41,10 +50,13 @@ TOKENS = 37
 def write_families() -> None:
     """families.json."""
     found = {}
-    for family in CONFIGS:
+    for family in (*CONFIGS, *FLA_CONFIGS):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            saved(family, folder)
+            if family in FLA_CONFIGS:
+                saved_by_fla(family, folder)
+            else:
+                saved(family, folder)
             config = json.loads((folder / "config.json").read_text())
             shapes = {name: list(t.shape) for name, t in tensors_of_folder(folder).items()}
         found[family] = {"config": config, "tensors": shapes}
@@ -65,6 +77,8 @@ def write_whole() -> None:
 
 
 if __name__ == "__main__":
+    # Before `without_kernels` hides the package.
+    pytest.importorskip("fla.models")
     transformers.logging.set_verbosity_error()
     FIXTURES.mkdir(exist_ok=True)
     write_families()

@@ -117,6 +117,25 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# fla's own. Their kernels run on GPUs only: what they compute is in fla_oracle.py.
+FLA_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gla": ("GLAConfig", dict(use_short_conv=True)),
+    "retnet": ("RetNetConfig", dict()),
+    "gated_deltanet": (
+        "GatedDeltaNetConfig",
+        dict(head_dim=8, num_heads=2, num_v_heads=4, allow_neg_eigval=True),
+    ),
+}
+_FLA_COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_heads=4,
+    pad_token_id=0,
+)
+
+
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """transformers takes fla's Triton kernels where fla is installed, also without a GPU."""
@@ -181,3 +200,13 @@ def saved(family: str, folder: Path, dtype: str = "float32") -> Any:
     model = tiny_model(family)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return model
+
+
+def saved_by_fla(family: str, folder: Path) -> None:
+    """One of fla's own models, saved in a folder."""
+    models = pytest.importorskip("fla.models")
+    name, own = FLA_CONFIGS[family]
+    config = getattr(models, name)(**_FLA_COMMON | own)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
