@@ -24,7 +24,6 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from gatedjax.config import MeshConfig
 from gatedjax.config.checks import LARGEST_SIZE
 from gatedjax.data import validation_text
 from gatedjax.errors import InputError
@@ -44,7 +43,7 @@ from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import require_no_links, write_report
 from gatedjax.runtime import cli, launch
 from gatedjax.runtime.mirror import Mirror
-from gatedjax.sharding import AXES
+from gatedjax.sharding import mesh_of_text
 from gatedjax.training.run import Run
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
@@ -109,7 +108,7 @@ def main(_) -> None:
         source=_SOURCE.value,
         text=_TEXT.value,
         trust_paths=_TRUST.value,
-        mesh=given_mesh() or fitting_mesh(checkpoint),
+        mesh=mesh_of_text(_MESH.value) or fitting_mesh(checkpoint),
         changes=given_changes(),
     )
     require_text(run)
@@ -172,24 +171,6 @@ def given_changes() -> dict[str, dict[str, Any]]:
         if flag.value is not None:
             changes.setdefault(section, {})[key] = flag.value
     return changes
-
-
-def given_mesh() -> MeshConfig | None:
-    """The mesh of --mesh; None if it is not given."""
-    if _MESH.value is None:
-        return None
-    axes = {}
-    for part in _MESH.value.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in AXES or not size.isdigit():
-            raise InputError(
-                f"--mesh: got {part!r}, expected AXIS=DEVICES with an axis of {', '.join(AXES)}"
-            )
-        axes[axis] = int(size)
-    try:
-        return MeshConfig(**axes)
-    except InputError as error:
-        raise InputError(f"--mesh: {error}") from None
 
 
 def write_probes(run: Run, params: PyTree, checkpoint: Place) -> None:

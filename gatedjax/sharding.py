@@ -141,6 +141,28 @@ def narrow_shards(width: int, shape: Mapping[str, int]) -> str | None:
     )
 
 
+def mesh_of_text(text: str | None) -> MeshConfig | None:
+    """The mesh that a flag --mesh names, such as `fsdp=8,tensor=2`; None where it is not given.
+
+    Raises:
+      InputError: an unknown axis, or a size that is none.
+    """
+    if text is None:
+        return None
+    axes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdigit():
+            raise InputError(
+                f"--mesh: got {part!r}, expected AXIS=DEVICES with an axis of {', '.join(AXES)}"
+            )
+        axes[axis] = int(size)
+    try:
+        return MeshConfig(**axes)
+    except InputError as error:
+        raise InputError(f"--mesh: {error}") from None
+
+
 def across_slices(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> dict[str, int]:
     """For each axis, how many slices it spans.
 

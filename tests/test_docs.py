@@ -21,13 +21,13 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(
-    r"`((?:python|make|pip|gatedjax-(?:train|eval|generate|probe|study|aot)\b) [^`]+)`"
+    r"`((?:python|make|pip|gatedjax-(?:train|eval|generate|probe|study|aot|\w+-hf)\b) [^`]+)`"
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # A command ends where its line does, or at a quote around it, a pipe, a redirection, a comment.
 COMMAND = re.compile(
     r"\b(?:python (?P<module>-m )?(?P<target>[\w./]+)"
-    r"|(?P<script>gatedjax-(?:train|eval|generate|probe|study|aot)\b))"
+    r"|(?P<script>gatedjax-(?:train|eval|generate|probe|study|aot|\w+-hf)\b))"
     r"(?P<arguments>[^\n\"|&>#]*)"
 )
 # Files of commands beside the pages.

@@ -45,7 +45,9 @@ from gatedjax.training.step import init_params, param_axes
 
 ROOT = Path(__file__).parents[3]
 GOLDENS = Path(__file__).parents[1] / "goldens"
-CONFIGS = own_names()
+# Another run's model, which it is given: there is none to compare with.
+OF_A_RUN = {"from_run"}
+CONFIGS = [name for name in own_names() if name not in OF_A_RUN]
 # What the names promise, in billions of parameters, embeddings included.
 BILLIONS = {
     "gated_attention_1p7b": 1.7,

@@ -1,0 +1,144 @@
+"""What fla's models compute, token by token in float64, from the tensors of their files.
+
+Read from its layers and its naive functions: GLA, retention and the gated delta rule.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+def normed(x, weight, eps):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def unit(x):
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def convolved(x, weight):
+    """Causal, depthwise, taps oldest first, then SiLU; x [T, F], weight [F, 1, W]."""
+    width = weight.shape[-1]
+    padded = np.concatenate([np.zeros((width - 1, x.shape[1])), x])
+    taps = [padded[j : j + len(x)] * weight[:, 0, j] for j in range(width)]
+    return silu(sum(taps))
+
+
+def rotated(x, base=10_000.0):
+    """Half of a head's channels with the other half; x [T, H, K]."""
+    tokens, _, channels = x.shape
+    frequencies = base ** (-np.arange(0, channels, 2) / channels)
+    angles = np.arange(tokens)[:, None, None] * frequencies
+    left, right = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def scanned(q, k, v, log_decay):
+    """S <- decay S + k v; o = q S / sqrt(K). log_decay [T, H, K] or [H]."""
+    tokens, heads, channels = q.shape
+    log_decay = np.broadcast_to(log_decay, (tokens, heads, channels))
+    state = np.zeros((heads, channels, v.shape[-1]))
+    outputs = np.zeros(v.shape)
+    for t in range(tokens):
+        state = np.exp(log_decay[t])[..., None] * state + k[t][..., None] * v[t][:, None]
+        outputs[t] = np.einsum("hk,hkv->hv", q[t], state) * channels**-0.5
+    return outputs
+
+
+def delta_scanned(q, k, v, log_decay, beta):
+    """S <- decay S; S += k beta (v - k S); o = q S / sqrt(K), with q and k of length 1."""
+    tokens, heads, channels = q.shape
+    state = np.zeros((heads, channels, v.shape[-1]))
+    outputs = np.zeros(v.shape)
+    for t in range(tokens):
+        state = np.exp(log_decay[t])[:, None, None] * state
+        error = beta[t][:, None] * (v[t] - np.einsum("hk,hkv->hv", unit(k[t]), state))
+        state = state + unit(k[t])[..., None] * error[:, None]
+        outputs[t] = np.einsum("hk,hkv->hv", unit(q[t]), state) * channels**-0.5
+    return outputs
+
+
+def logits(tensors: Tensors, config: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Of one row of tokens."""
+    w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    eps = config["norm_eps"]
+    mixer = MIXERS[config["model_type"]]
+    x = w["model.embeddings.weight"][tokens]
+    for i in range(config["num_hidden_layers"]):
+        layer = {
+            name.removeprefix(f"model.layers.{i}."): tensor
+            for name, tensor in w.items()
+            if name.startswith(f"model.layers.{i}.")
+        }
+        x = x + mixer(normed(x, layer["attn_norm.weight"], eps), layer, config)
+        h = normed(x, layer["mlp_norm.weight"], eps)
+        gate = silu(h @ layer["mlp.gate_proj.weight"].T)
+        x = x + gate * (h @ layer["mlp.up_proj.weight"].T) @ layer["mlp.down_proj.weight"].T
+    return normed(x, w["model.norm.weight"], eps) @ w["lm_head.weight"].T
+
+
+def projected(x, w, names, heads):
+    """Projections, convolved where there are convolutions; [T, heads, channels] each."""
+    found = []
+    for name, count in zip(names, heads):
+        y = x @ w[f"attn.{name}_proj.weight"].T
+        if f"attn.{name}_conv1d.weight" in w:
+            y = convolved(y, w[f"attn.{name}_conv1d.weight"])
+        found.append(y.reshape(len(x), count, -1))
+    return found
+
+
+def gated(o, x, w, norm, eps):
+    gate = (x @ w["attn.g_proj.weight"].T).reshape(o.shape)
+    o = normed(o, w[norm], eps) * silu(gate)
+    return o.reshape(len(x), -1) @ w["attn.o_proj.weight"].T
+
+
+def gla(x, w, config):
+    heads = config["num_heads"]
+    q, k, v = projected(x, w, "qkv", [heads] * 3)
+    low = x @ w["attn.gk_proj.0.weight"].T
+    logits = low @ w["attn.gk_proj.1.weight"].T + w["attn.gk_proj.1.bias"]
+    log_decay = -softplus(-logits).reshape(q.shape) / 16
+    o = scanned(q, k, v, log_decay)
+    return gated(o, x, w, "attn.g_norm_swish_gate.weight", config["norm_eps"])
+
+
+def retnet(x, w, config):
+    heads = config["num_heads"]
+    q, k, v = projected(x, w, "qkv", [heads] * 3)
+    log_decay = np.log(1 - 2.0 ** (-5 - np.arange(heads)))[:, None]
+    o = scanned(rotated(q), rotated(k), v, log_decay)
+    return gated(o, x, w, "attn.g_norm_swish_gate.weight", config["norm_eps"])
+
+
+def gated_deltanet(x, w, config):
+    key_heads, heads = config["num_heads"], config["num_v_heads"]
+    q, k, v = projected(x, w, "qkv", [key_heads, key_heads, heads])
+    # A value head reads the key head of its group.
+    q, k = (np.repeat(y, heads // key_heads, axis=1) for y in (q, k))
+    largest = 2 if config["allow_neg_eigval"] else 1
+    beta = largest * sigmoid(x @ w["attn.b_proj.weight"].T)
+    logits = x @ w["attn.a_proj.weight"].T + w["attn.dt_bias"]
+    log_decay = -np.exp(w["attn.A_log"]) * softplus(logits)
+    o = delta_scanned(q, k, v, log_decay, beta)
+    return gated(o, x, w, "attn.o_norm.weight", config["norm_eps"])
+
+
+MIXERS = {"gla": gla, "retnet": retnet, "gated_deltanet": gated_deltanet}

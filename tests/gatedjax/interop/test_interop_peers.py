@@ -1,0 +1,155 @@
+"""Every family against the package that writes it: logits, greedy tokens, tensors to the bit.
+
+Tiny random models, all parameters perturbed. In `make test-oracles`: torch and transformers.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import CONFIGS, VOCAB, loaded, saved, torch
+
+from gatedjax.config import DataConfig
+from gatedjax.evaluation.sampling import generate
+from gatedjax.interop import checkpoint, incoming, on_mesh, outgoing, safetensors
+from gatedjax.layers.tree import unflatten_dict
+from gatedjax.model import LanguageModel, head_weights
+from gatedjax.model import logits as logits_of
+from gatedjax.training import given_weights
+from gatedjax.training.run import Run
+
+TOKENS = 37
+# Where the second document of a packed row begins.
+CUT = 14
+# One of each kind of cache: keys and values with a window, states, latents beside states, Mamba-2.
+WITH_CACHE = ("gpt_oss", "qwen3_5", "kimi_linear", "nemotron_h", "deepseek_v3")
+
+
+class Imported(NamedTuple):
+    peer: Any
+    described: checkpoint.Described
+    run: Run
+    parameters: dict
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """family -> the model of transformers and ours, made once."""
+
+    @functools.cache
+    def make(family: str) -> Imported:
+        folder = tmp_path_factory.mktemp(family)
+        peer = saved(family, folder)
+        return Imported(peer, *read(folder))
+
+    return make
+
+
+def read(folder: Path) -> tuple[checkpoint.Described, Run, dict]:
+    described = checkpoint.described(folder)
+    data = DataConfig(seq_len=64)
+    run = incoming.run_of(described, data, "float32", None, jax.devices()[:1])
+    wanted = given_weights.parameters(run)
+    tensors = safetensors.tensors_of_folder(folder)
+    found = checkpoint.found(described.family, described.model, tensors, wanted)
+    return described, run, on_mesh.read_parameters(found.parts, wanted)
+
+
+def rows_of_tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, VOCAB, (2, TOKENS))
+
+
+def logits_of_peer(peer, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return peer(torch.tensor(tokens)).logits.numpy()
+
+
+def relative_error(ours: np.ndarray, right: np.ndarray) -> float:
+    return float(np.sqrt(np.sum((ours - right) ** 2) / np.sum(right**2)))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_equals_peer(imported, family):
+    peer, _, run, parameters = imported(family)
+    tokens = rows_of_tokens()
+
+    @jax.jit
+    def logits(params, tokens, segment_ids):
+        hidden, _, _ = LanguageModel(run.config.model).apply(
+            {"params": params},
+            tokens,
+            segment_ids=segment_ids,
+        )
+        return logits_of(hidden, head_weights(params))
+
+    params = unflatten_dict(parameters)
+    whole = np.asarray(logits(params, tokens, None))
+    assert relative_error(whole, logits_of_peer(peer, tokens)) < 1e-4
+    # Two documents in a row are as if each were alone.
+    segment_ids = np.where(np.arange(TOKENS) < CUT, 1, 2)[None].repeat(2, axis=0)
+    packed = np.asarray(logits(params, tokens, segment_ids))
+    alone = [logits_of_peer(peer, part) for part in (tokens[:, :CUT], tokens[:, CUT:])]
+    assert relative_error(packed, np.concatenate(alone, axis=1)) < 1e-4
+
+
+@pytest.mark.parametrize("family", WITH_CACHE)
+def test_greedy_tokens_equals_peer(imported, family):
+    peer, _, run, parameters = imported(family)
+    prompt = rows_of_tokens()[:, :11]
+    count = 12
+    steps = generate(
+        run.config.model,
+        unflatten_dict(parameters),
+        prompt,
+        count,
+        vocab_size=VOCAB,
+        temperature=0.0,
+    )
+    ours = np.stack([np.asarray(step) for step in steps], axis=1)
+    with torch.no_grad():
+        right = peer.generate(
+            torch.tensor(prompt),
+            attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    np.testing.assert_array_equal(ours, right[:, prompt.shape[1] :].numpy())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_export_equals_peer(imported, family, tmp_path):
+    """transformers loads it: the same parameters to the bit, and the same logits."""
+    peer, described, run, parameters = imported(family)
+    export(tmp_path, described, run, parameters)
+    again = loaded(tmp_path)
+    before = peer.state_dict()
+    after = again.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    tokens = rows_of_tokens()
+    right = logits_of_peer(peer, tokens)
+    np.testing.assert_allclose(logits_of_peer(again, tokens), right, rtol=0, atol=2e-6)
+
+
+def export(folder: Path, described: checkpoint.Described, run: Run, parameters: dict) -> None:
+    dtype = safetensors.DTYPES["F32"]
+    family = described.family
+    outgoing.write_tensors(folder, family, run.config, parameters, dtype, {}, 100_000)
+    values = outgoing.config_json(family, run.config, dict(described.values), dtype)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_bfloat16_file_equals_peer(tmp_path):
+    """What was saved in bfloat16 is read to the bit."""
+    peer = saved("qwen3", tmp_path, "bfloat16")
+    _, _, parameters = read(tmp_path)
+    right = peer.state_dict()["model.layers.2.mlp.up_proj.weight"].float().numpy()
+    ours = np.asarray(parameters["periods", "layer_0", "ffn", "up", "kernel"])[2]
+    np.testing.assert_array_equal(ours, right.T)
