@@ -11,7 +11,8 @@ from gatedjax.training.step_folders import named_step
 
 
 def config_from_run(init_from: str) -> ConfigDict:
-    """All defaults, with the model and the tokenizer of a run, and `train.init_from` naming it.
+    """All defaults, with the model, the tokenizer and the row length of a run, which
+    `train.init_from` names.
 
     A file in `configs/` changes the rest.
 
@@ -39,6 +40,7 @@ def config_from_run(init_from: str) -> ConfigDict:
     c.model = config_dict(saved).model
     c.data.tokenizer = own or saved.data.tokenizer
     c.data.end_of_document = saved.data.end_of_document
+    c.data.seq_len = saved.data.seq_len
     if template is not None:
         c.data.chat_template = template
     c.train.init_from = init_from
