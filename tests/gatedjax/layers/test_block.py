@@ -281,7 +281,7 @@ def test_they_decode_with_caches(config):
 
 @pytest.mark.slow
 def test_probes_have_the_numbers_of_layers():
-    batch = random_batch(length=10)
+    batch = random_batch(length=16)
     batch = batch.replace(tokens=batch.tokens % 16)
     params = made(AROUND)
     found = measure(AROUND, params, batch)
