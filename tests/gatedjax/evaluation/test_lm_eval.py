@@ -254,6 +254,7 @@ def test_the_command(place, tmp_path):
     assert result.returncode == 0 and "|choice|" in result.stdout, result.stderr
     result = run(f"checkpoint={tmp_path}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: --checkpoint")
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "holds no checkpoint" in last
     result = run(f"checkpoint={place / 'run'},max_length=-3")
     assert result.returncode == 2 and "max_length: got" in result.stderr
