@@ -284,6 +284,39 @@ def test_evaluation_and_generation_of_a_checkpoint(place, finished):
 
 
 @pytest.mark.slow
+def test_many_prompts_and_the_page_of_probes(place, finished, tmp_path):
+    checkpoint = f"--checkpoint={place / 'straight'}"
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"id": 1, "prompt": "line"}, {"id": 2, "prompt": ""}, {"id": 3, "prompt": "a line of"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    flags = [checkpoint, f"--prompts={prompts}", "--tokens=6", "--batch_size=2"]
+    result = run(place, "", *flags, script="-m gatedjax.generate")
+    assert result.returncode == 0, result.stderr
+    written = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["id"] for row in written] == [1, 2, 3]
+    assert all(row["tokens"] <= 6 and row["finish"] in ("stop", "length") for row in written)
+    out = tmp_path / "out.jsonl"
+    result = run(place, "", *flags, f"--out={out}", script="-m gatedjax.generate")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == written
+    for bad, named in (
+        (["--prompt=a"], "--prompts: got --prompt too"),
+        (["--system=a"], "--system: got no --chat"),
+        (["--stop="], "--stop: got ''"),
+        (["--temperature=-1"], "temperature: got -1"),
+        (["--chat"], "--chat_template"),
+    ):
+        result = run(place, "", *flags, *bad, script="-m gatedjax.generate")
+        assert result.returncode == 2 and named in result.stderr, (bad, result.stderr)
+    text = tmp_path / "text.txt"
+    text.write_text("A line of text. " * 20)
+    flags = [checkpoint, f"--text={text}", "--rows=2", f"--out={tmp_path / 'page'}"]
+    result = run(place, "", *flags, script="-m gatedjax.probe")
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "page" / "probes.html").read_text()
+    assert page.count("data:image/png") == len(list((tmp_path / "page").glob("*.png"))) > 4
+
+
+@pytest.mark.slow
 def test_evaluation_of_another_text_in_several_lengths_as_json(place, finished, tmp_path):
     text = tmp_path / "new.txt"
     text.write_text("A line of text. " * 40)

@@ -235,6 +235,8 @@ class Continuation:
         return bool(np.all(self._is_finished | np.asarray(is_done)))
 
     def _without_finished(self, rows: decoding.Rows) -> decoding.Rows:
+        if not self._is_finished.any():
+            return rows
         is_done = rows.is_done | jnp.asarray(self._is_finished)
         return dataclasses.replace(rows, is_done=is_done)
 

@@ -194,6 +194,9 @@ def _draw_bars(
     axes.set_xticks(places, [str(names[place]) for place in places])
     axes.set_xlabel("after layer")
     axes.set_yscale("log")
+    if min(heights) > 1.0:
+        # The log axis would begin just below the lowest bar, and like heights look unlike.
+        axes.set_ylim(1.0, None)
     axes.grid(alpha=0.25, axis="y")
 
 

@@ -61,6 +61,7 @@ def test_stops_in_a_stream():
     # The first of several, also where one is a part of another.
     assert text_until(b"a\nHuman: b", "\nHuman:", "\n")[1] == "a"
     assert text_until(b"aab", "aac", "ab")[1] == "a"
+    assert text_until(b"xab", "b", "ab")[1] == "x"
     # A stop that only ends with the text, and the end of the text as a token.
     assert text_until(b"ab", "abc")[1:] == ("ab", 2, True)
     text = TextUntil(TOKENIZER, (), (), ("abc",))

@@ -23,7 +23,9 @@ from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.run import fresh_state, prepare
 
 ROOT = Path(__file__).parents[3]
-WIDTH, LAYERS, HEADS, KEY_HEADS, HIDDEN, VOCAB = 32, 2, 4, 2, 48, 320
+WIDTH, LAYERS, HEADS, KEY_HEADS, HIDDEN = 32, 2, 4, 2, 48
+# The tokenizer has as many: a padding entry would be sampled there, and is not here.
+VOCAB = 300
 LONGEST = 48
 
 TASKS = {
@@ -149,6 +151,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("lm_eval")
     path = train_json_tokenizer(place / "tokenizer.json", ("<|endoftext|>", "<s>"))
     tokenizer = load_tokenizer(path)
+    assert tokenizer.vocab_size == VOCAB
     llama = torch_llama()
     run = prepare(our_config(path), jax.devices()[:1])
     with jax.set_mesh(run.mesh):
@@ -251,6 +254,7 @@ def test_the_command(place, tmp_path):
     assert result.returncode == 0 and "|choice|" in result.stdout, result.stderr
     result = run(f"checkpoint={tmp_path}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: --checkpoint")
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "holds no checkpoint" in last
     result = run(f"checkpoint={place / 'run'},max_length=-3")
     assert result.returncode == 2 and "max_length: got" in result.stderr
