@@ -5,6 +5,7 @@ their own (BUCKET_SERVERS, by default `servers` in that of the tests).
 """
 
 import gzip
+import importlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -286,3 +288,32 @@ def test_without_credentials(place, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     output = run(place, training(place, f"s3://{BUCKET}/run"), code=2)
     assert "--workdir: cannot use" in output and "no valid credentials (AWS_PROFILE" in output
+
+
+def test_without_permission(place, monkeypatch):
+    """A user of AWS without any policy: moto judges requests from now on."""
+    client = importlib.import_module("botocore.session").get_session().create_client
+    iam = client("iam", region_name="us-east-1")
+    iam.create_user(UserName="nobody")
+    key = iam.create_access_key(UserName="nobody")["AccessKey"]
+    judge_after(0)
+    try:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        output = run(place, training(place, f"s3://{BUCKET}/run"), code=2)
+        assert "--workdir: cannot use" in output and "permission denied" in output
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unknown")
+        output = run(place, training(place, f"s3://{BUCKET}/run"), code=2)
+        assert "no valid credentials" in output
+    finally:
+        judge_after(1 << 30)
+
+
+def judge_after(requests: int) -> None:
+    """moto lets so many requests pass whoever makes them."""
+    request = urllib.request.Request(
+        f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset-auth",
+        str(requests).encode(),
+        headers={"Content-Type": "text/plain"},
+    )
+    urllib.request.urlopen(request).close()
