@@ -25,13 +25,13 @@ from gatedjax.layers.block import (
     Stream,
     block_capacity,
     init_block_cache,
+    stream_norm,
     takes_pieces,
 )
 from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.low_rank import low_rank_updates
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
-from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.token_info import (
     History,
@@ -196,6 +196,8 @@ class LanguageModel(nn.Module):
             _check_caches(c, caches, tokens, segment_ids)
         info, after, order = arranged(tokens, positions, segment_ids, before)
         x = self._embedded(info.tokens, info.segment_ids)
+        if c.embedding_norm:
+            x = stream_norm(c, "embedding_norm")(x)
         lora_weights = None
         first_pass_caches = None
         if c.first_pass is not None and self.without_experts:
@@ -211,11 +213,7 @@ class LanguageModel(nn.Module):
         of_block = weights_by_block(c, lora_weights)
         with low_rank_updates(c.lora):
             (x, _, _), layer_caches, statistics = self._layers(carry, info, of_block, layer_caches)
-        x = RMSNorm(
-            c.norm_eps,
-            c.zero_centered_norm,
-            name="final_norm",
-        )(x)
+        x = stream_norm(c, "final_norm")(x)
         if order is not None:
             x = out_of_order(x, order)
         if after is not None:

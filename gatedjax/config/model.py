@@ -124,9 +124,13 @@ class ModelConfig(Checked):
     # x + norm(f(x)) (OLMo 2); sandwich, both. It holds for mixer and feed-forward.
     norm_placement: Mapping[str, NormPlacement] = field(default_factory=FrozenDict)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    # of the residual stream. rms: RMSNorm; layer: LayerNorm, with a bias (RWKV-7)
+    norm_kind: Literal["rms", "layer"] = "rms"
+    # a norm behind the embeddings (RWKV-7)
+    embedding_norm: bool = False
     # of all norms but those that have an eps of their own
     norm_eps: Annotated[float, Range(0, 1, includes_low=False)] = 1e-6
-    # norms of the residual stream scale by 1 + w (Qwen3-Next)
+    # RMSNorms of the residual stream scale by 1 + w (Qwen3-Next)
     zero_centered_norm: bool = False
     tie_embeddings: bool = True
     init_std: NonNegative = 0.02
@@ -147,6 +151,12 @@ class ModelConfig(Checked):
         require(len(self.ffn_pattern) > 0, "ffn_pattern", self.ffn_pattern, "at least one layer")
         self._check_names()
         self._check_number()
+        require(
+            self.norm_kind == "rms" or not self.zero_centered_norm,
+            "zero_centered_norm",
+            self.zero_centered_norm,
+            f"false with norm_kind {self.norm_kind!r}",
+        )
         self._check_blocks()
         self._check_sparse()
 

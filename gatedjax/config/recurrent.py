@@ -66,6 +66,8 @@ class RWKV7Config(Checked):
     value_rank: Size = 32
     # of the output gate; published: 5 sqrt(width)
     output_gate_rank: Size = 32
+    # of the LayerNorm of every head's output; published: 1e-5 head_dim, of a head_dim of 64
+    norm_eps: Annotated[float, Range(0, 1, includes_low=False)] = 64e-5
     chunk_size: Size | None = None
 
     @property

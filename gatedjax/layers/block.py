@@ -21,7 +21,7 @@ from gatedjax.layers import (
 )
 from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.norm import RMSNorm
+from gatedjax.layers.norm import LayerNorm, RMSNorm
 
 # The residual stream, with the logical names of its axes.
 Stream = Float[Array, "B T M"]
@@ -98,18 +98,26 @@ class Block(nn.Module):
 
     def _before(self, name: str, x: Stream) -> Stream:
         """What the mixer or the feed-forward sees of the residual stream."""
-        return x if self.block.norm == "post" else self._norm(f"{name}_norm")(x)
+        if self.block.norm == "post":
+            return x
+        return stream_norm(self.config, f"{name}_norm")(x)
 
     def _after(self, name: str, y: Stream) -> Stream:
         """What is added of its output to the residual stream."""
-        return y if self.block.norm == "pre" else self._norm(f"{name}_post_norm")(y)
+        if self.block.norm == "pre":
+            return y
+        return stream_norm(self.config, f"{name}_post_norm")(y)
 
-    def _norm(self, name: str) -> RMSNorm:
-        return RMSNorm(
-            self.config.norm_eps,
-            self.config.zero_centered_norm,
-            name=name,
-        )
+
+def stream_norm(config: ModelConfig, name: str) -> nn.Module:
+    """A norm over the channels of the residual stream, as a submodule `name`."""
+    if config.norm_kind == "layer":
+        return LayerNorm(config.norm_eps, name=name)
+    return RMSNorm(
+        config.norm_eps,
+        config.zero_centered_norm,
+        name=name,
+    )
 
 
 def _mixed(

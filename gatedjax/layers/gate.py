@@ -74,7 +74,7 @@ class SplitGate(NamedTuple):
     """
 
     in_op: Float[Array, "B T H _"] | None = None
-    after: Float[Array, "B T _ _"] | None = None
+    after: Float[Array, "#B #T _ _"] | None = None
 
 
 def split_gate(

@@ -24,8 +24,8 @@ class KVCache:
     """
 
     # Leading axes: the model stacks the caches of a layer over periods.
-    k: Float[Array, "... B S Hk D"]
-    v: Float[Array, "... B S Hk D"]
+    k: Float[Array, "... B S Hk K"]
+    v: Float[Array, "... B S Hk V"]
 
 
 def empty_cache(
@@ -66,8 +66,8 @@ def capacity(config: GatedAttentionConfig, cache: KVCache) -> int | None:
 
 def append(
     cache: KVCache,
-    k: Float[Array, "B T Hk D"],
-    v: Float[Array, "B T Hk _"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
     before: History,
     segment_ids: Int[Array, "B T"] | None,
 ) -> KVCache:

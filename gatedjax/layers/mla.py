@@ -40,7 +40,7 @@ from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
-from gatedjax.layers.projection import Projection, Weights
+from gatedjax.layers.projection import Projection, Weights, contract
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
 from gatedjax.layers.token_info import TokenInfo, history_of
 from kernels_pallas.attention import NORMALIZERS, attention_step
@@ -72,7 +72,7 @@ def expanded(
       nope_dim: how many of its columns are the key's.
     """
     rank, num_heads, _ = up.shape
-    own = jnp.einsum("btr,rhc->bthc", latent[..., :rank], up)
+    own = contract(latent[..., :rank], up, 1)
     shared = latent[..., None, rank:]
     shared = jnp.broadcast_to(shared, (*latent.shape[:2], num_heads, shared.shape[-1]))
     k = jnp.concatenate([own[..., :nope_dim], shared], axis=-1)

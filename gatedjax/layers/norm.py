@@ -1,4 +1,4 @@
-"""RMSNorm, plain and zero-centered; vectors of length 1."""
+"""RMSNorm, plain and zero-centered; LayerNorm; vectors of length 1."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,6 +21,29 @@ def rms_norm(
     # Not centered: RMSNorm leaves the mean alone.
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     return (x32 * lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "... D"],
+    scale: Float[Array, "*heads D"],
+    bias: Float[Array, "*heads D"],
+    eps: float,
+) -> Float[Array, "... D"]:
+    """`(x - mean) / sqrt(variance + eps) * scale + bias` over the last axis, in float32.
+
+    Args:
+      x: the vectors.
+      scale: of each channel.
+      bias: of each channel.
+      eps: added to the variance.
+
+    Returns:
+      x's dtype (arXiv 1607.06450).
+    """
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+    return (centered * lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
 
 
 def unit_length(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
@@ -49,3 +72,20 @@ class RMSNorm(nn.Module):
         )
         scale = 1.0 + w if self.zero_centered else w
         return rms_norm(x, scale, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, with a scale and a bias."""
+
+    eps: float
+    axis_name: str = "embed_act"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        axes = [self.axis_name]
+        shape = [x.shape[-1]]
+        ones = nn.initializers.ones
+        zeros = nn.initializers.zeros
+        scale = parameter(self, "scale", axes=axes, shape=shape, init=ones)
+        bias = parameter(self, "bias", axes=axes, shape=shape, init=zeros)
+        return layer_norm(x, scale, bias, self.eps)

@@ -16,15 +16,15 @@ from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded
 
 
 def attention_on_mesh(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T Hk D"],
-    v: Float[Array, "B T Hk D"],
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hk V"],
     gate_logits: Float[Array, "B T H _"] | None,
     segment_ids: Array | None,
     sink_logits: Float[Array, " H"] | None,
     alibi_slopes: Float[Array, " H"] | None,
     **options,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H V"]:
     """`attention`; where the ambient mesh cuts the tokens, every device attends for its part of the
     queries.
 

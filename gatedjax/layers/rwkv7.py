@@ -18,6 +18,7 @@ from gatedjax.layers.conv import previous_inputs
 from gatedjax.layers.depth import ALONE, Depth
 from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
+from gatedjax.layers.norm import layer_norm
 from gatedjax.layers.on_mesh import rwkv7_scan_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.past_padding import past_padding
@@ -27,8 +28,6 @@ from kernels_pallas.delta_scan import rwkv7_scan_step
 
 # Log decays lie between this and 0: exp(-exp(-0.5)) = 0.545 is the strongest decay.
 STRONGEST_LOG_DECAY = -float(np.exp(-0.5))
-# Of the norm of each head: 1e-5 times the published head_dim of 64.
-GROUP_NORM_EPS = 64e-5
 # Removal keys are divided by at least this.
 LEAST_LENGTH = 1e-12
 
@@ -67,12 +66,17 @@ def group_norm(
     o: Float[Array, "B T H V"],
     scale: Float[Array, "H V"],
     bias: Float[Array, "H V"],
+    eps: float,
 ) -> Float[Array, "B T H V"]:
-    """LayerNorm within each head, in float32."""
-    o = o.astype(jnp.float32)
-    centered = o - jnp.mean(o, axis=-1, keepdims=True)
-    variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
-    return centered * lax.rsqrt(variance + GROUP_NORM_EPS) * scale + bias
+    """LayerNorm within each head, in float32.
+
+    Args:
+      o: outputs of the heads.
+      scale: of each channel.
+      bias: of each channel.
+      eps: added to the variance.
+    """
+    return layer_norm(o.astype(jnp.float32), scale, bias, eps)
 
 
 class RWKV7(Mixer):
@@ -141,6 +145,7 @@ class RWKV7(Mixer):
             o,
             self._of_heads("norm_scale", starts.norm_scale(depth)),
             self._of_heads("norm_bias", nn.initializers.zeros),
+            c.norm_eps,
         )
         o = o + self._bonus(r, k, v)
         o = o * self._output_gates(looking_back("output_gate", 0.2))

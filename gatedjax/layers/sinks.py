@@ -42,6 +42,7 @@ def token_sinks_as_channels(
         kept = jnp.finfo(q.dtype)
         for _ in range(PARTS_OF_16_BITS):
             # Not a cast there and back: XLA may leave out the two, and there would be no rest.
+            # What is too small for float16 is lost: less than 6e-5.
             part = lax.reduce_precision(rest, kept.nexp, kept.nmant)
             channels.append(part.astype(q.dtype))
             rest = rest - part

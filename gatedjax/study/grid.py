@@ -17,9 +17,11 @@ from gatedjax.data.recall import RecallConfig
 # their defaults is the run that it was before.
 ADDED_LATER = (
     ("data", "end_of_document"),
+    ("model", "embedding_norm"),
     ("model", "ffn_prefix"),
     ("model", "ffn_suffix"),
     ("model", "lora"),
+    ("model", "norm_kind"),
     ("model", "norm_placement"),
     ("model", "prefix"),
     ("model", "suffix"),
@@ -42,6 +44,7 @@ ADDED_LATER_TO_LAYERS = {
     "gated_linear_attention": ("conv_bias",),
     "gated_mlp": ("bias", "swiglu_limit"),
     "mamba2": ("conv_bias",),
+    "rwkv7": ("norm_eps",),
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
 

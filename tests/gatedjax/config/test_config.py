@@ -58,11 +58,11 @@ BILLIONS = {
 }
 
 
-def load(name: str):
+def load(name: str, *argument: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return from_config_dict(module.get_config())
+    return from_config_dict(module.get_config(*argument))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -387,6 +387,16 @@ def test_equal_values_of_another_type_make_an_equal_configuration():
     numbers = OptimConfig(lr=np.float64(0.5), warmup_steps=np.int64(3))
     assert numbers == OptimConfig(lr=0.5, warmup_steps=3)
     assert {type(x) for x in dataclasses.astuple(numbers)} <= {str, int, float, tuple}
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_tiny_takes_every_mixer(kind):
+    assert load("tiny", kind).model.mixers["attention"].kind == kind
+
+
+def test_tiny_names_an_unknown_mixer():
+    with pytest.raises(InputError, match=r"configs/tiny.py: got 'rnn', expected one of gated_att"):
+        load("tiny", "rnn")
 
 
 def test_layer_rejects_unknown_names():

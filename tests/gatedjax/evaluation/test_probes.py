@@ -1,5 +1,7 @@
 """Probes against their plain formulas, on arrays and on a whole model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from helpers import rel_rms
 from tiny_run import LENGTH, random_batch, tiny
 
+from gatedjax.config import FrozenDict, MLAConfig, ModelConfig
 from gatedjax.evaluation import attention_rows as rows
+from gatedjax.evaluation import probes
 from gatedjax.evaluation.attention_rows import attention_rows
 from gatedjax.evaluation.probes import (
     effective_rank,
@@ -172,3 +176,13 @@ def test_a_model_shows_every_probe_of_its_layers():
     assert again["gate_mean"][1] == found["gate_mean"][1]
     assert np.std(again["gate_edges"][3]) > 2 * np.std(found["gate_edges"][3])
     assert rel_rms(again["kurtosis"][0], found["kurtosis"][0]) == 0.0
+
+
+def test_latent_attention_has_the_probes_of_attention():
+    mixer = MLAConfig(num_heads=2, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=8)
+    model = ModelConfig(vocab_size=32, width=16, mixers=FrozenDict(attention=mixer))
+    batch = random_batch()
+    params = jax.eval_shape(LanguageModel(model).init, jax.random.key(0), batch.tokens)["params"]
+    found = jax.eval_shape(functools.partial(probes._measure.__wrapped__, model), params, batch)[0]
+    assert found["first_token_fraction"].shape == found["effective_rank"].shape == (2, 2)
+    assert found["attention_entropy"].shape == (2, LENGTH)

@@ -164,16 +164,16 @@ def qwen2_layer(p, x):
 
 def olmo_layer(p, x):
     rope = dict(rope_type="default", rope_theta=1e4)
-    config = olmo.OlmoHybridConfig(
-        **sizes(p, x), layer_types=["full_attention"], rope_parameters=rope, rms_norm_eps=1e-5
-    )
-    layer = olmo.OlmoHybridAttention(config, 0).eval()
+    # Its configuration wants a layer of each kind.
+    both = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    config = olmo.OlmoHybridConfig(**sizes(p, x) | both, rope_parameters=rope, rms_norm_eps=1e-5)
+    layer = olmo.OlmoHybridAttention(config, 1).eval()
     weights = projections(p, QKVO) | {
         "q_norm.weight": p["query_norm/scale"].flatten(),
         "k_norm.weight": p["key_norm/scale"].flatten(),
     }
     turned = angles(olmo.OlmoHybridRotaryEmbedding(config), x)
-    return functional_call(layer, weights, (x, causal(x), None, turned))[0]
+    return functional_call(layer, weights, (x, turned, causal(x)))[0]
 
 
 def laguna_layer(p, x):

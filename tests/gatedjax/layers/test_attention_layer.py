@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import check_gradients, rel_rms
+from helpers import check_gradients, rel_rms, slow
 
 from gatedjax.config import GatedAttentionConfig
 from gatedjax.config.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
@@ -216,20 +216,19 @@ VARIANTS = {
     ),
     "scalable softmax, window": dict(query_scale="scalable_softmax", normalizer_length=9, window=5),
     "selective": dict(query_scale="selective"),
-    "qkv biases, tokens' sinks, neighbors rotate, scale": dict(
-        bias="qkv",
-        qk_norm=False,
+    "biases, tokens' sinks, norm over heads, neighbors rotate, scale, softplus": dict(
+        bias="all",
         token_sinks=True,
+        qk_norm_kind="rms_all_heads",
+        zero_centered_norm=True,
         rope_layout="interleaved",
         rope_fraction=0.5,
         attention_scale=0.2,
+        gate_activation="softplus",
         window=7,
     ),
-    "all biases, norm over heads, softplus": dict(
-        bias="all",
-        qk_norm_kind="rms_all_heads",
-        zero_centered_norm=True,
-        gate_activation="softplus",
+    "qkv biases, no norm, slopes": dict(
+        bias="qkv", qk_norm=False, token_sinks=True, alibi="learned"
     ),
     "qwen3_next": QWEN3_NEXT | BASE,
     "gpt_oss": GPT_OSS | dict(window=3),
@@ -240,12 +239,12 @@ VARIANTS = {
 
 # Their gradients are checked too.
 OF_FAMILIES = (
-    "qkv biases, tokens' sinks, neighbors rotate, scale",
-    "all biases, norm over heads, softplus",
+    "biases, tokens' sinks, norm over heads, neighbors rotate, scale, softplus",
+    "qkv biases, no norm, slopes",
 )
 
 
-@pytest.mark.parametrize("name", OF_FAMILIES)
+@pytest.mark.parametrize("name", [OF_FAMILIES[0], slow(OF_FAMILIES[1])])
 def test_gradients_equal_differences_of_the_formula(name):
     config = GatedAttentionConfig(**BASE | VARIANTS[name])
     module, params = init(config)
@@ -354,15 +353,15 @@ def test_ring_cache_holds_the_last_tokens():
     assert valid.sum(axis=1).tolist() == [4, 1], "a document that begins sees itself only"
 
 
-@pytest.mark.parametrize("dtype, bits", [("float32", 22), ("bfloat16", 22), ("float16", 22)])
-def test_sinks_of_tokens_keep_their_bits_in_channels(dtype, bits):
+@pytest.mark.parametrize("dtype, atol", [("float32", 0), ("bfloat16", 0), ("float16", 3e-5)])
+def test_sinks_of_tokens_keep_their_bits_in_channels(dtype, atol):
     """Also where XLA would leave out casts there and back."""
     sinks = 10 * X[:, :, :2]
     q, k = jnp.zeros((B, T, 2, 4), dtype), jnp.zeros((B, T, 1, 4), dtype)
     q, k = jax.jit(lambda *x: token_sinks_as_channels(*x, scale=0.37))(q, k, sinks)
     assert q.dtype == k.dtype == dtype and k.shape[-1] == 4 + num_sink_channels(dtype)
     logits = 0.37 * np.sum(np.float64(q) * np.float64(k), -1)
-    np.testing.assert_allclose(logits, -np.float64(sinks), rtol=2.0**-bits)
+    np.testing.assert_allclose(logits, -np.float64(sinks), rtol=2.0**-22, atol=atol)
 
 
 def test_rope_scores_depend_on_distance_only():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 
 from gatedjax.config import (
     GatedAttentionConfig,
@@ -93,6 +93,23 @@ def test_presets_are_valid(name):
             dict(alibi="balanced", num_heads=3, num_kv_heads=3),
             "alibi: got 'balanced', expected an even number",
         ),
+        (
+            dict(token_sinks=True, sinks=True),
+            "token_sinks: got True, expected false with sinks",
+        ),
+        (
+            dict(token_sinks=True, logits_soft_cap=2.0),
+            "token_sinks: got True, expected false with logits_soft_cap",
+        ),
+        (
+            dict(token_sinks=True, normalizer="softpick"),
+            "token_sinks: got True, expected false with normalizer 'softpick'",
+        ),
+        (
+            dict(qk_norm_kind="l2", logit_scale="log_dim", attention_scale=0.1),
+            "attention_scale: got 0.1, expected none with logit_scale 'log_dim'",
+        ),
+        (dict(bias="q"), "bias: got 'q', expected one of none, qkv, all"),
         (dict(entmax_alpha=1.0), "entmax_alpha: got 1.0, expected above 1"),
         (dict(logits_soft_cap=0.0), "logits_soft_cap: got 0.0, expected at least 0.001"),
         (dict(normalizer_length=0), "normalizer_length: got 0, expected at least 1"),
@@ -132,15 +149,24 @@ def test_selective_temperatures_are_counted():
 
 
 MESHES = {"context": dict(context=8), "context x tensor x data": dict(context=2, tensor=2, data=2)}
-ON_MESH = dict(window=20, sinks=True, alibi="learned", gate_granularity="headwise")
+ON_MESH = {
+    "sinks": dict(window=20, sinks=True, alibi="learned", gate_granularity="headwise"),
+    "families": dict(bias="all", token_sinks=True, qk_norm_kind="rms_all_heads"),
+}
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_tokens_cut_over_devices(name):
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *((name, "sinks") for name in MESHES),
+        slow("context x tensor x data", "families"),
+    ],
+)
+def test_tokens_cut_over_devices(name, options):
     """Values and gradients, with packed documents; and no device holds the scores of all
     queries.
     """
-    module, params = build(GatedAttentionConfig(**SMALL, **ON_MESH))
+    module, params = build(GatedAttentionConfig(**SMALL, **ON_MESH[options]))
     ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (B, T)), axis=1), jnp.int32)
 
     @jax.jit

@@ -1,13 +1,14 @@
 """Blocks: where their norms stand, what they consist of, and the layers around the periods."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from tiny_run import random_batch
 
 from gatedjax.config import (
@@ -15,6 +16,7 @@ from gatedjax.config import (
     GatedAttentionConfig,
     GatedLinearAttentionConfig,
     GatedMLPConfig,
+    LoRAMixtureConfig,
     MLPConfig,
     ModelConfig,
     NoFeedForwardConfig,
@@ -26,10 +28,14 @@ from gatedjax.config import (
 from gatedjax.errors import InputError
 from gatedjax.evaluation.probes import measure
 from gatedjax.layers.mlp import MLP, GatedMLP
+from gatedjax.layers.moe.first_pass import weights_by_block
 from gatedjax.layers.moe.losses import load_metrics, router_losses
 from gatedjax.layers.moe.state import split, updated
+from gatedjax.layers.tree import flatten_dict
 from gatedjax.model import LanguageModel, init_caches
 from gatedjax.training.flops import forward_flops_per_token
+from gatedjax.training.optim import is_matrix
+from gatedjax.training.step import init_params, param_axes
 
 RNG = np.random.default_rng(0)
 KIMI = ModelConfig(
@@ -87,6 +93,26 @@ def test_what_is_no_model_is_refused(values, message):
     assert str(e.value).startswith(message)
 
 
+def test_weights_of_a_first_pass_find_their_layers():
+    """X-LoRA's weights count the layers with a mixture, wherever they stand."""
+    mixture = LoRAMixtureConfig(first_pass=True, num_experts=2)
+    config = ModelConfig(
+        num_layers=6,
+        prefix=("attention",),
+        ffn_prefix=("mixture",),
+        pattern=("attention", "attention"),
+        ffns={"mlp": GatedMLPConfig(), "mixture": mixture},
+        ffn_pattern=("mlp", "mixture"),
+        suffix=("attention",),
+        ffn_suffix=("mixture",),
+    )
+    # Layers 0, 2, 4 and 5 have one; each weight says which.
+    weights = jnp.broadcast_to(jnp.arange(4.0)[:, None], (1, 3, 4, 2))
+    found = weights_by_block(config, weights)
+    expected = {"prefix_0": [0], "layer_1": [1, 2], "suffix_0": [3]}
+    assert {name: list(w[:, 0, 0, 0]) for name, w in found.items()} == expected
+
+
 # Every sort of state around the periods: values that later layers see, router logits and biases
 # that go from layer to layer, caches with and without room.
 MOE = SparseMoEConfig(
@@ -101,7 +127,12 @@ AROUND = ModelConfig(
     mixers=FrozenDict(
         rwkv=RWKV7Config(num_heads=2, head_dim=8, chunk_size=8),
         gla=GatedLinearAttentionConfig(num_heads=2, key_dim=4, value_dim=8, chunk_size=8),
-        attention=GatedAttentionConfig(num_heads=2, head_dim=8),
+        attention=GatedAttentionConfig(
+            num_heads=2,
+            head_dim=8,
+            gate_position="none",
+            qk_norm=False,
+        ),
     ),
     ffns=FrozenDict(mlp=GatedMLPConfig(hidden=12), moe=MOE),
     prefix=("rwkv", "gla"),
@@ -114,41 +145,62 @@ AROUND = ModelConfig(
     init_std=0.2,
     dtype="float32",
 )
-# The same layers as one period.
-ONE_PERIOD = dataclasses.replace(
+# The same in little.
+SMALL = dataclasses.replace(
     AROUND,
-    pattern=("rwkv", "gla", "gla", "rwkv", "gla", "rwkv", "attention"),
-    ffn_pattern=("mlp", *["moe"] * 6),
-    **dict.fromkeys(("prefix", "ffn_prefix", "suffix", "ffn_suffix"), ()),
+    num_layers=4,
+    prefix=("attention",),
+    ffn_prefix=("mlp",),
+    pattern=("attention",),
+    ffn_pattern=("moe",),
+    mixers={"attention": AROUND.mixers["attention"], "last": AROUND.mixers["attention"]},
+    suffix=("last",),
+    norm_placement={"last": "post"},
 )
 TOKENS = jnp.asarray(RNG.integers(0, 16, (2, 10)).astype(np.int32))
 
 
-def in_one_period(params):
-    """The parameters of AROUND as those of ONE_PERIOD."""
+def one_period(config):
+    """The same layers as one period, which does not repeat."""
+    names = {}
+    for key in ("", "ffn_"):
+        pattern = getattr(config, f"{key}pattern") * config.num_periods * config.period
+        around = (getattr(config, f"{key}prefix"), getattr(config, f"{key}suffix"))
+        repeated = pattern[: config.num_layers - sum(map(len, around))]
+        names[f"{key}pattern"] = (*around[0], *repeated, *around[1])
+        names |= {f"{key}prefix": (), f"{key}suffix": ()}
+    return dataclasses.replace(config, **names)
+
+
+def in_one_period(config, tree):
+    """Parameters or router state of a model as those of `one_period`."""
     layers = {}
-    for block in AROUND.blocks:
-        of_block = params
+    for block in config.blocks:
+        of_block = tree
         for name in block.path:
-            of_block = of_block[name]
+            of_block = of_block.get(name, {})
         for place, layer in enumerate(block.layers):
             own = of_block
             if block.is_repeated:
                 own = jax.tree.map(lambda p, place=place: p[place], of_block)
-            layers[f"layer_{layer}"] = jax.tree.map(lambda p: p[None], own)
-    others = {name: params[name] for name in ("embedding", "final_norm")}
+            if own:
+                layers[f"layer_{layer}"] = jax.tree.map(lambda p: p[None], own)
+    others = {name: tree[name] for name in ("embedding", "final_norm") if name in tree}
     return others | {"periods": layers}
 
 
+@functools.cache
 def made(config):
-    params = jax.jit(LanguageModel(config).init)(jax.random.key(0), TOKENS[:, :2])["params"]
-    noisy = lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape)
-    return jax.tree.map(noisy, nn.meta.unbox(params))
+    """Random parameters, scales around 1; nothing is compiled."""
+    init = functools.partial(LanguageModel(config).init, jax.random.key(0))
+    shapes = nn.meta.unbox(jax.eval_shape(init, TOKENS))["params"]
+    normal = np.random.default_rng(1).normal
 
+    def value_of(path, shape):
+        noise = normal(size=shape.shape).astype(np.float32)
+        return 1 + 0.1 * noise if "scale" in path[-1].key else 0.3 * noise
 
-@pytest.fixture(scope="module")
-def around():
-    return made(AROUND)
+    return jax.tree_util.tree_map_with_path(value_of, shapes)
 
 
 def loss(params, config):
@@ -157,67 +209,83 @@ def loss(params, config):
     return jnp.sum(jnp.sin(hidden)) + aux, (hidden, statistics, logged)
 
 
-value_and_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+value = jax.jit(loss, static_argnums=1)
+gradients = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
-def test_layers_around_the_periods_are_layers_like_others(around, remat):
-    """Values, gradients, statistics, losses and router state are those of one long period."""
-    config = dataclasses.replace(AROUND, remat=remat)
-    (value, (hidden, statistics, logged)), gradients = value_and_gradients(around, config)
-    expected = value_and_gradients(in_one_period(around), ONE_PERIOD)
-    (value_of_one, (hidden_of_one, statistics_of_one, logged_of_one)), gradients_of_one = expected
-    assert rel_rms(hidden, hidden_of_one) < 1e-5 and rel_rms(value, value_of_one) < 1e-5
-    for a, e in zip(
-        jax.tree.leaves(in_one_period(gradients)),
-        jax.tree.leaves(gradients_of_one),
-        strict=True,
-    ):
-        assert rel_rms(a, e) < 3e-5
+@pytest.mark.parametrize("config", [SMALL, slow(AROUND)], ids=["small", "all"])
+def test_layers_around_the_periods_are_layers_like_others(config):
+    """Values, statistics, losses and the router state after a step are those of one long period."""
+    one = one_period(config)
+    params = made(config)
+    params_of_one = in_one_period(config, params)
+    total, (hidden, statistics, logged) = value(params, config)
+    total_of_one, (hidden_of_one, statistics_of_one, logged_of_one) = value(params_of_one, one)
+    assert rel_rms(hidden, hidden_of_one) < 1e-5 and rel_rms(total, total_of_one) < 1e-5
     for name, of_one in logged_of_one.items():
         np.testing.assert_allclose(logged[name], of_one, rtol=1e-5)
     counts = {name: s["counts"] for name, s in statistics.items() if s}
     counts_of_one = {name: s["counts"] for name, s in statistics_of_one.items() if s}
-    load = load_metrics(AROUND, counts)["expert_load"]
-    np.testing.assert_allclose(
-        load,
-        load_metrics(ONE_PERIOD, counts_of_one)["expert_load"],
-        rtol=1e-5,
-    )
-    assert load.shape == (6, 4)
+    load = load_metrics(config, counts)["expert_load"]
+    load_of_one = load_metrics(one, counts_of_one)["expert_load"]
+    assert load.shape == (config.num_layers - 1, 4)
+    np.testing.assert_allclose(load, load_of_one, rtol=1e-5)
     # The biases of the routers, after a step.
-    _, state = split(around)
-    _, state_of_one = split(in_one_period(around))
-    new = updated(AROUND, state, counts, jnp.int32(1))
-    new_of_one = updated(ONE_PERIOD, state_of_one, counts_of_one, jnp.int32(1))
+    _, state = split(params)
+    _, state_of_one = split(params_of_one)
+    new = updated(config, state, counts, jnp.int32(1))
+    new_of_one = updated(one, state_of_one, counts_of_one, jnp.int32(1))
     assert jax.tree.structure(new) == jax.tree.structure(state)
-    biases = [new["prefix_1"], new["suffix_0"], new["periods"]["layer_1"]]
-    biases = [block["ffn"]["router_state"]["bias"] for block in biases]
-    expected = [new_of_one["periods"][f"layer_{i}"]["ffn"]["router_state"]["bias"] for i in (1, 6)]
-    np.testing.assert_allclose(biases[0], expected[0][0])
-    np.testing.assert_allclose(biases[1], expected[1][0])
-    assert biases[2].shape == (2, 4)
-    flops = [forward_flops_per_token(config, 10) for config in (AROUND, ONE_PERIOD)]
-    assert flops[0] == flops[1]
-
-
-def test_they_decode_with_caches(around):
-    apply = jax.jit(LanguageModel(AROUND).apply)
-    full, _, _ = apply({"params": around}, TOKENS)
-    y, caches, _ = apply({"params": around}, TOKENS[:, :9], caches=init_caches(AROUND, 2, 10))
-    assert rel_rms(y, full[:, :9]) < 1e-5
-    y, caches, _ = apply({"params": around}, TOKENS[:, 9:], caches=caches)
-    assert rel_rms(y[:, 0], full[:, 9]) < 1e-5
-    with pytest.raises(ValueError, match="caches: got room for 10 tokens a row, expected"):
-        LanguageModel(AROUND).apply({"params": around}, TOKENS[:, :1], caches=caches)
+    jax.tree.map(np.testing.assert_array_equal, in_one_period(config, new), new_of_one)
+    assert forward_flops_per_token(config, 10) == forward_flops_per_token(one, 10)
 
 
 @pytest.mark.slow
-def test_probes_have_the_numbers_of_layers(around):
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        (AROUND, dict()),
+        (SMALL, dict(remat="full")),
+        (SMALL, dict(remat="kernels", scan_layers=False)),
+        (one_period(SMALL), dict(remat="full")),
+    ],
+    ids=["all", "computed again", "unrolled", "no period repeats"],
+)
+def test_their_gradients_too(config, changes):
+    """With and without parts that the backward pass computes again; beside one long period's."""
+    params = made(config)
+    actual, _ = gradients(params, dataclasses.replace(config, **changes))
+    expected, _ = gradients(in_one_period(config, params), one_period(config))
+    for a, e in zip(
+        jax.tree.leaves(in_one_period(config, actual)),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        assert rel_rms(a, e) < 3e-5
+
+
+@pytest.mark.parametrize("config", [SMALL, slow(AROUND)], ids=["small", "all"])
+def test_they_decode_with_caches(config):
+    """In two pieces of the same length: one program for an empty cache and a filled one."""
+    params = made(config)
+    _, (full, _, _) = value(params, config)
+    apply = jax.jit(LanguageModel(config).apply)
+    caches = init_caches(config, 2, 10)
+    for start in (0, 5):
+        tokens = TOKENS[:, start : start + 5]
+        y, caches, _ = apply({"params": params}, tokens, caches=caches)
+        assert rel_rms(y, full[:, start : start + 5]) < 1e-5
+    with pytest.raises(ValueError, match="caches: got room for 10 tokens a row, expected"):
+        LanguageModel(config).apply({"params": params}, tokens[:, :1], caches=caches)
+
+
+@pytest.mark.slow
+def test_probes_have_the_numbers_of_layers():
     batch = random_batch(length=10)
     batch = batch.replace(tokens=batch.tokens % 16)
-    found = measure(AROUND, around, batch)
-    expected = measure(ONE_PERIOD, in_one_period(around), batch)
+    params = made(AROUND)
+    found = measure(AROUND, params, batch)
+    expected = measure(one_period(AROUND), in_one_period(AROUND, params), batch)
     assert {name: list(layers) for name, layers in found.items()} == {
         name: list(layers) for name, layers in expected.items()
     }
@@ -226,6 +294,22 @@ def test_probes_have_the_numbers_of_layers(around):
     for name, layers in found.items():
         for layer, values in layers.items():
             np.testing.assert_allclose(values, expected[name][layer], rtol=1e-4, atol=1e-6)
+
+
+def test_biases_are_no_matrices_to_the_optimizer():
+    """They do not decay, and Muon leaves them to Adam; layers in no period have no axis of them."""
+    ffns = {
+        "mlp": GatedMLPConfig(hidden=12, bias=True),
+        "moe": dataclasses.replace(MOE, bias=True, latent=4, shared_hidden=8),
+    }
+    config = dataclasses.replace(SMALL, ffns=ffns, norm_kind="layer")
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    axes = flatten_dict(param_axes(boxed))
+    vectors = {path[-1] for path, of_one in axes.items() if not is_matrix(of_one)}
+    biases = {"bias", "gate_bias", "up_bias", "down_bias"}
+    assert vectors == biases | {"scale"}
+    assert {path[0] for path, of_one in axes.items() if "layers" in of_one} == {"periods"}
+    assert {path[0] for path in axes} >= {"prefix_0", "periods", "suffix_0"}
 
 
 # --- norms and single layers, in float64
@@ -248,22 +332,27 @@ ALONE = ModelConfig(
 )
 
 
-def rms(x, scale):
-    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-2) * scale
+def normed(x, p, offset):
+    """RMSNorm, or LayerNorm where there is a bias."""
+    if "bias" in p:
+        x = x - jnp.mean(x, -1, keepdims=True)
+    x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-2)
+    return x * (offset + p["scale"]) + p.get("bias", 0.0)
 
 
-def twin(params, placement, is_zero_centered):
+def twin(params, config):
     """Rows of one token, whose attention is its own value: a block of each, with its norms."""
-    offset = 1.0 if is_zero_centered else 0.0
+    placement = config.norm_placement["attention"]
+    offset = 1.0 if config.zero_centered_norm else 0.0
     attention = jax.tree.map(lambda p: p[0], params["periods"]["layer_0"])
     mlp = jax.tree.map(lambda p: p[0], params["periods"]["layer_1"])
 
     def added(block, name, f, x):
         if placement != "post":
-            x = rms(x, offset + block[f"{name}_norm"]["scale"])
+            x = normed(x, block[f"{name}_norm"], offset)
         y = f(x)
         if placement != "pre":
-            y = rms(y, offset + block[f"{name}_post_norm"]["scale"])
+            y = normed(y, block[f"{name}_post_norm"], offset)
         return y
 
     def values(x):
@@ -276,9 +365,11 @@ def twin(params, placement, is_zero_centered):
         return (up * (up > 0)) ** 2 @ mlp["ffn"]["down"]["kernel"]
 
     x = params["embedding"]
+    if config.embedding_norm:
+        x = normed(x, params["embedding_norm"], offset)
     x = x + added(attention, "mixer", values, x)
     x = x + added(mlp, "ffn", relu2, x)
-    return rms(x, offset + params["final_norm"]["scale"])
+    return normed(x, params["final_norm"], offset)
 
 
 def in_float64(f, *args):
@@ -290,18 +381,24 @@ def in_float64(f, *args):
         return y, jax.tree.map(np.asarray, gradients)
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
-def test_norms_stand_where_the_configuration_says(placement):
+@pytest.mark.parametrize(
+    "placement, values",
+    [
+        slow("pre", dict()),
+        slow("post", dict(norm_kind="layer", embedding_norm=True)),
+        ("sandwich", dict(zero_centered_norm=True)),
+    ],
+)
+def test_norms_stand_where_the_configuration_says(placement, values):
     """Blocks that are a mixer alone and a feed-forward alone, with one norm or two each."""
-    is_zero_centered = placement == "sandwich"
     config = dataclasses.replace(
         ALONE,
         norm_placement={"attention": placement, "nothing": placement},
-        zero_centered_norm=is_zero_centered,
+        **values,
     )
     tokens = jnp.arange(8)[:, None]
     params = made(config)
-    y, gradients = in_float64(lambda p: twin(p, placement, is_zero_centered), params)
+    y, expected = in_float64(lambda p: twin(p, config), params)
 
     def ours(p):
         hidden, _, _ = LanguageModel(config).apply({"params": p}, tokens)
@@ -320,7 +417,7 @@ def test_norms_stand_where_the_configuration_says(placement):
     )
     for (path, a), e in zip(
         jax.tree_util.tree_leaves_with_path(actual),
-        jax.tree.leaves(gradients),
+        jax.tree.leaves(expected),
         strict=True,
     ):
         # Queries and keys do nothing in a row of one token.

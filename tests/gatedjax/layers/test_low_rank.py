@@ -10,9 +10,9 @@ import pytest
 from helpers import rel_rms
 from tiny_run import plain, random_batch, tiny
 
-from gatedjax.config import LoRAConfig
+from gatedjax.config import FrozenDict, LoRAConfig, MLAConfig
 from gatedjax.layers import low_rank
-from gatedjax.layers.projection import Projection
+from gatedjax.layers.projection import Projection, Weights
 from gatedjax.layers.tree import flatten_dict, unflatten_dict
 from gatedjax.model import LanguageModel
 from gatedjax.training.optim import muon_dimensions
@@ -30,6 +30,31 @@ class Parent(nn.Module):
     @nn.compact
     def __call__(self, x):
         return Projection(self.inputs, self.outputs, 0.02, jnp.float32, name="p")(x)
+
+
+class Product(nn.Module):
+    """As `Parent`, by hand."""
+
+    inputs: dict
+    outputs: dict
+
+    @nn.compact
+    def __call__(self, x):
+        weights = Weights(self.inputs, self.outputs, 0.02, jnp.float32, name="p")()
+        return jnp.tensordot(x, weights, 1)
+
+
+def test_weights_are_those_of_the_projection():
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    axes = ({"rank": 4}, {"heads": 2, "head_dim": 3})
+    with low_rank.low_rank_updates(CONFIG):
+        params = Parent(*axes).init(jax.random.key(0), x)
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+            jnp.shape, Product(*axes).init(jax.random.key(0), x)
+        )
+        params = jax.tree.map(lambda p: p + 0.1, params)
+        projected = Parent(*axes).apply(params, x)
+        assert rel_rms(Product(*axes).apply(params, x), projected) < 1e-6
 
 
 def test_the_update_and_its_gradients_are_numpys():
@@ -114,6 +139,15 @@ def test_first_pass_and_merged_under_scan():
 def test_first_pass_and_merged_with_every_layer(scan):
     model = tiny(model__num_layers=4, model__scan_layers=scan).model
     check_first_pass_and_merged(model)
+
+
+@pytest.mark.slow
+def test_first_pass_and_merged_with_latent_attention():
+    """Its keys and values are made with the matrix itself."""
+    mla = MLAConfig(num_heads=2, kv_rank=8, q_rank=6, nope_dim=4, rope_dim=4, value_dim=8)
+    model = plain(model__num_layers=2).model
+    mixers = dict.fromkeys(model.mixers, mla)
+    check_first_pass_and_merged(dataclasses.replace(model, mixers=FrozenDict(mixers)))
 
 
 def test_muon_takes_a_and_b_as_matrices():

@@ -5,16 +5,18 @@ absorbed form against the expanded one.
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import check_gradients, rel_rms, slow
 
-from gatedjax.config import MLAConfig
+from gatedjax.config import MeshConfig, MLAConfig
 from gatedjax.errors import InputError
 from gatedjax.layers import MLA
 from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
+from gatedjax.sharding import RULES, make_mesh
 
 B, T, M = 2, 9, 12
 X = np.random.default_rng(1).normal(size=(B, T, M)).astype(np.float32)
@@ -162,21 +164,22 @@ def check(name, outputs):
     check_gradients(formula, given, gradient)
 
 
-NAMES = ["deepseek, ling's gate", *map(slow, [*VARIANTS][1:])]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_formula_and_its_gradients_equal_differences(name):
     check(name, lambda module, params, x: module.apply({"params": params}, x))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_decoding_equals_the_formula_and_its_gradients_equal_differences(name):
+@pytest.mark.parametrize(
+    "name, ends",
+    [("deepseek, ling's gate", (T - 1, T)), *(slow(name, (4, 5, T)) for name in VARIANTS)],
+)
+def test_decoding_equals_the_formula_and_its_gradients_equal_differences(name, ends):
     """A prompt, a token by itself (absorbed), a further piece."""
     caches = []
 
     def outputs(module, params, x):
-        y, cache = decoded(module, params, x, (4, 5, T))
+        y, cache = decoded(module, params, x, ends)
         caches.extend(jax.tree.leaves(cache))
         return y
 
@@ -199,6 +202,42 @@ def test_packed_documents_equal_separate_ones():
         for first, end in itertools.pairwise(starts):
             alone = expected(module.config, params, X[:, first:end])
             assert rel_rms(y[:, first:end], alone) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(tensor=2, context=4), dict(tensor=4, data=2)])
+def test_eight_devices_equal_one(mesh):
+    """Values and gradients of packed rows, and of a prompt and a decoded token."""
+    config = MLAConfig(**BASE | VARIANTS["deepseek, ling's gate"] | dict(num_heads=4))
+    module = MLA(config, 0.5, 0.4, jnp.float32)
+    x = np.random.default_rng(3).normal(size=(2, 64, M)).astype(np.float32)
+    positions = jnp.broadcast_to(jnp.arange(64), (2, 64))
+    ids = jnp.asarray(np.arange(64) // 25 + np.arange(2)[:, None] + 1)
+    params = jax.jit(module.init)(jax.random.key(0), x[:, :2])["params"]
+
+    def loss(params, x):
+        y = module.apply({"params": params}, x, TokenInfo(positions, ids))
+        return (y**2).sum(), y
+
+    def run(x):
+        packed = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+        return packed, jax.jit(lambda x: decoded(module, params, x, (8, T)))(x[:, :T])
+
+    single = run(x)
+    with jax.set_mesh(make_mesh(MeshConfig(**mesh))), nn.logical_axis_rules(RULES):
+        many = run(x)
+    for one, other in zip(jax.tree.leaves(single), jax.tree.leaves(many)):
+        assert rel_rms(other, one) < 2e-5
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_flops_are_those_of_the_matrices_and_of_mixing(name):
+    c = MLAConfig(**BASE | VARIANTS[name])
+    params = jax.eval_shape(MLA(c).init, jax.random.key(0), X)["params"]
+    matrices = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
+    seen = min(c.window or 10, 10)
+    mixing = 2 * c.num_heads * (c.nope_dim + c.rope_dim + c.value_dim) * seen
+    assert MLA(c).forward_flops_per_token(M, 20) == 2 * matrices + mixing
 
 
 BAD = {

@@ -106,13 +106,8 @@ def test_eight_devices_equal_one(exchange, mesh, alone):
     assert_equal(run(dataclasses.replace(CONFIG, exchange=exchange), MESHES[mesh]), alone)
 
 
-@pytest.mark.parametrize(
-    "exchange",
-    [
-        "gather_weights",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("all_to_all", "ring")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["gather_weights", "all_to_all", "ring"])
 def test_biases_are_added_once(exchange):
     """Where devices share an expert's hidden channels, and where tokens go to the experts."""
     config = dataclasses.replace(

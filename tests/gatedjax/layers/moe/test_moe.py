@@ -188,7 +188,6 @@ def test_every_router_equals_ranks_and_masks(name):
 QUICK = {
     "Mixtral",
     "gpt-oss, its experts",
-    "Nemotron-3",
     "DeepSeek-V3",
     "MoE++",
     "expert choice",

@@ -1,5 +1,5 @@
-"""transformers' Mixtral, Qwen3-MoE and DeepSeek-V3 blocks with the same weights: values and
-gradients.
+"""transformers' blocks of Mixtral, Qwen3-MoE, DeepSeek-V3, gpt-oss and Nemotron-3 with the same
+weights: values and gradients.
 
 Skipped where torch and transformers are not: `pip install -e '.[oracles]'`, or name an interpreter
 that has them in GATEDJAX_PEERS_PYTHON.
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     PYTHON is None, reason="neither torch and transformers, nor GATEDJAX_PEERS_PYTHON"
 )
 
-E, M, F = 8, 16, 12
+E, M, F, L = 8, 16, 12, 6
 V3 = dict(
     scoring="sigmoid",
     selection="grouped_topk",
@@ -43,6 +43,21 @@ MODELS = {
     "deepseek_v3": dict(
         experts_per_token=3, shared_hidden=F, shared_gate=False, router=RouterConfig(**V3)
     ),
+    "gpt_oss": dict(
+        activation="clamped_swiglu",
+        swiglu_limit=0.1,
+        bias=True,
+        router=RouterConfig(weighting="selected", affine=True),
+    ),
+    "nemotron_h": dict(
+        experts_per_token=3,
+        gated=False,
+        activation="relu_squared",
+        latent=L,
+        shared_hidden=F,
+        shared_gate=False,
+        router=RouterConfig(scoring="sigmoid", scale=2.5, bias_rule="sign"),
+    ),
 }
 
 
@@ -57,6 +72,13 @@ def given():
         up=(E, M, F),
         down=(E, F, M),
         bias=(E,),
+        gate_bias=(E, F),
+        up_bias=(E, F),
+        down_bias=(E, M),
+        latent_down=(M, L),
+        latent_up=(L, M),
+        low_up=(E, L, F),
+        low_down=(E, F, L),
     )
     shared = dict(shared_gate=(M, F), shared_up=(M, F), shared_down=(F, M))
     return {
@@ -81,10 +103,17 @@ def theirs(given, tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_transformers(name, given, theirs):
     config = SparseMoEConfig(**dict(num_experts=E, hidden=F) | MODELS[name])
-    params = {"router": {"kernel": given["router"]}} | {k: given[k] for k in ("gate", "up", "down")}
-    if name == "deepseek_v3":
-        params["shared"] = {k: {"kernel": given[f"shared_{k}"]} for k in ("gate", "up", "down")}
+    matrices = ("gate", "up", "down")
+    params = {"router": {"kernel": given["router"]}} | {k: given[k] for k in matrices}
+    if config.shared_hidden:
+        params["shared"] = {k: {"kernel": given[f"shared_{k}"]} for k in matrices}
         params["router_state"] = {"bias": given["bias"]}
+    if config.bias:
+        params["router_bias"] = given["bias"]
+        params |= {f"{k}_bias": given[f"{k}_bias"] for k in matrices}
+    if config.latent:
+        params |= {f"latent_{k}": {"kernel": given[f"latent_{k}"]} for k in ("down", "up")}
+        params |= {k: given[f"low_{k}"] for k in ("up", "down")}
     module = SparseMoE(config, 0.3, jnp.float32)
 
     def loss(p, x):
