@@ -125,6 +125,16 @@ FLA_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "GatedDeltaNetConfig",
         dict(head_dim=8, num_heads=2, num_v_heads=4, allow_neg_eigval=True),
     ),
+    "rwkv7": (
+        "RWKV7Config",
+        dict(
+            head_dim=12,
+            decay_low_rank_dim=7,
+            gate_low_rank_dim=11,
+            a_low_rank_dim=9,
+            v_low_rank_dim=5,
+        ),
+    ),
 }
 _FLA_COMMON = dict(
     vocab_size=VOCAB,
