@@ -284,7 +284,7 @@ def changed_config(tmp_path, **changes) -> Path:
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected none"),
         (
             {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
-            "rope_type: got 'longrope', expected 'default' or 'yarn'",
+            "rope_type: got 'longrope', expected 'default', 'yarn' or 'llama3'",
         ),
         ({"num_key_value_heads": 3}, "makes no model: num_kv_heads: got 3, expected a divisor"),
     ],
