@@ -81,6 +81,12 @@ class GatedAttentionConfig(Checked):
     yarn_original_length: Count = 4096
     # YaRN's bounds are whole pairs; gpt-oss takes them as they come
     yarn_truncate: bool = True
+    # Llama 3.1's extension; 1 for none. Pairs that rotate fewer than llama3_low times over the
+    # original length are slowed so many times, those that rotate more than llama3_high times kept.
+    llama3_factor: Annotated[float, Range(1)] = 1.0
+    llama3_low: Positive = 1.0
+    llama3_high: Positive = 4.0
+    llama3_original_length: Count = 8192
     # keys in (i - window, i]
     window: Count | None = None
     # How logits become weights: names of kernels_pallas.attention.NORMALIZERS.
@@ -122,10 +128,25 @@ class GatedAttentionConfig(Checked):
     def check(self) -> None:
         divides("num_kv_heads", self.kv_heads, self.num_heads)
         _check_rope(self)
+        self._check_extension()
         self._check_gate()
         self._check_normalizer()
         self._check_token_sinks()
         self._check_logits()
+
+    def _check_extension(self) -> None:
+        require(
+            self.llama3_low < self.llama3_high,
+            "llama3_low",
+            self.llama3_low,
+            f"less than llama3_high = {self.llama3_high}",
+        )
+        require(
+            self.yarn_factor == 1 or self.llama3_factor == 1,
+            "llama3_factor",
+            self.llama3_factor,
+            f"1 with yarn_factor = {self.yarn_factor}",
+        )
 
     def _check_gate(self) -> None:
         if self.gate_position == "output":

@@ -43,10 +43,10 @@ class Described(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A link, and the tensor that it was found to be."""
+    """A link, and the tensor that it was found to be; None of one that is not on disk."""
 
     link: Link
-    tensor: Tensor
+    tensor: Tensor | None
 
 
 class Found(NamedTuple):
@@ -117,6 +117,9 @@ def found(
         shapes = {name: tensors[disk_name].shape for name, disk_name in on_disk.items()}
         links = family.links_as_saved(model, shapes)
     for link in links:
+        if link.is_absent:
+            parts[link.path].append(Part(link, None))
+            continue
         name = next((name for name in (link.tensor, *link.also) if name in on_disk), None)
         if name is None:
             missing.append(link.tensor)

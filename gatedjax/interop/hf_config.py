@@ -135,6 +135,10 @@ class Rope(NamedTuple):
     yarn_factor: float = 1.0
     yarn_original_length: int = 4096
     yarn_truncate: bool = True
+    llama3_factor: float = 1.0
+    llama3_low: float = 1.0
+    llama3_high: float = 4.0
+    llama3_original_length: int = 8192
 
 
 def rope_of(
@@ -158,8 +162,18 @@ def rope_of(
     if kind in ("default", "mrope"):
         # Sections of image positions: text has one position, and they are all the same.
         return Rope(base, fraction)
+    if kind == "llama3":
+        return Rope(
+            base,
+            fraction,
+            llama3_factor=rope.number("factor"),
+            llama3_low=rope.number("low_freq_factor", default=1.0),
+            llama3_high=rope.number("high_freq_factor", default=4.0),
+            llama3_original_length=rope.size("original_max_position_embeddings"),
+        )
     if kind != "yarn":
-        raise rope.refuse("rope_type", "'default' or 'yarn': no other scaling is known here")
+        expected = "'default', 'yarn' or 'llama3': no other scaling is known here"
+        raise rope.refuse("rope_type", expected)
     rope.require("beta_fast", (32, 32.0))
     rope.require("beta_slow", (1, 1.0))
     rope.require("attention_factor", ())
@@ -185,6 +199,12 @@ def rope_to_json(rope: Rope, with_fraction: bool = False) -> dict[str, Any]:
         values["factor"] = rope.yarn_factor
         values["original_max_position_embeddings"] = rope.yarn_original_length
         values["truncate"] = rope.yarn_truncate
+    if rope.llama3_factor > 1:
+        values["rope_type"] = "llama3"
+        values["factor"] = rope.llama3_factor
+        values["low_freq_factor"] = rope.llama3_low
+        values["high_freq_factor"] = rope.llama3_high
+        values["original_max_position_embeddings"] = rope.llama3_original_length
     return values
 
 

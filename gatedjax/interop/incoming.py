@@ -173,7 +173,7 @@ def record_of(model_type: str, found: checkpoint.Found) -> Record:
     """The family, and the dtypes of the tensors: most have the same one."""
     dtypes = {}
     for parts in found.parts.values():
-        dtypes |= {link.tensor: tensor.dtype for link, tensor in parts}
+        dtypes |= {link.tensor: tensor.dtype for link, tensor in parts if tensor is not None}
     counts = collections.Counter(dtypes.values())
     ((usual, _),) = counts.most_common(1)
     others = {name: dtype for name, dtype in dtypes.items() if dtype != usual}

@@ -38,6 +38,7 @@ class Link(NamedTuple):
     view: from the tensor to the part, of the shape that `place` cuts out of the parameter.
     place: of the part within the parameter; axes that are left out are whole.
     also: other names of the tensor, in other versions of the checkpoint.
+    is_absent: no tensor holds this part, because nothing depends on it. It is zeros here.
     """
 
     tensor: str
@@ -46,6 +47,7 @@ class Link(NamedTuple):
     view: View = whole
     place: Place = ()
     also: tuple[str, ...] = ()
+    is_absent: bool = False
 
 
 def vector(

@@ -72,8 +72,10 @@ def region_of(
       region: first and past-the-last index of each axis.
       files: of the checkpoint.
     """
-    values = np.empty([end - begin for begin, end in region], parameter.dtype)
+    values = np.zeros([end - begin for begin, end in region], parameter.dtype)
     for link, tensor in parts:
+        if tensor is None:
+            continue
         to_region = []
         of_part = []
         is_empty = False

@@ -96,6 +96,8 @@ def write_tensors(
     """
     links: dict[str, list[Link]] = {}
     for link in family.links(config.model):
+        if link.is_absent:
+            continue
         links.setdefault(link.tensor, []).append(link)
     plan = []
     for name in sorted(links):

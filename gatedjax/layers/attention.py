@@ -35,7 +35,12 @@ from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.rope import apply_rope, inverse_frequencies, yarn_magnitude
+from gatedjax.layers.rope import (
+    apply_rope,
+    inverse_frequencies,
+    llama3_frequencies,
+    yarn_magnitude,
+)
 from gatedjax.layers.sinks import token_sinks_as_channels
 from gatedjax.layers.token_info import TokenInfo, history_of
 from kernels_pallas.attention import attention_step
@@ -142,6 +147,14 @@ class GatedAttention(Mixer):
             c.yarn_original_length,
             c.yarn_truncate,
         )
+        if c.llama3_factor > 1:
+            frequencies = llama3_frequencies(
+                frequencies,
+                c.llama3_factor,
+                c.llama3_low,
+                c.llama3_high,
+                c.llama3_original_length,
+            )
         return apply_rope(
             y,
             info.positions,

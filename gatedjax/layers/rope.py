@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), on the first channels of a head, and YaRN."""
+"""Rotary position embedding (arXiv 2104.09864) on the first channels of a head, and extensions."""
 
 import math
 
@@ -58,6 +58,31 @@ def inverse_frequencies(
         kept = 1.0 - np.clip((pairs - low) / max(high - low, 1e-3), 0.0, 1.0)
         frequencies = frequencies * kept + frequencies / yarn_factor * (1.0 - kept)
     return frequencies.astype(np.float32)
+
+
+def llama3_frequencies(
+    frequencies: Float[np.ndarray, " J"],
+    factor: float,
+    low: float,
+    high: float,
+    original_length: int,
+) -> Float[np.ndarray, " J"]:
+    """Llama 3.1's extension of the context: slow pairs are slowed further, fast ones are kept.
+
+    Args:
+      frequencies: of the pairs, before.
+      factor: how many times slower pairs become that rotate fewer than `low` times.
+      low: rotations over the original length.
+      high: pairs that rotate more often are kept; between the two is a straight line.
+      original_length: that the model was trained with, before its extension.
+
+    Returns:
+      The frequencies after, float32.
+    """
+    rotations = original_length * frequencies.astype(np.float64) / (2 * math.pi)
+    kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
+    scaled = frequencies * kept + frequencies / factor * (1.0 - kept)
+    return scaled.astype(np.float32)
 
 
 def yarn_magnitude(yarn_factor: float, mscale: float = 1.0) -> float:

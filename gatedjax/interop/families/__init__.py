@@ -10,6 +10,7 @@ from gatedjax.interop.families import (
     nemotron_h,
     olmo_hybrid,
     qwen_hybrid,
+    rwkv7,
 )
 from gatedjax.interop.families.base import Family, differences
 
@@ -21,6 +22,7 @@ _ALL = (
     *latent.FAMILIES,
     *nemotron_h.FAMILIES,
     *fla.FAMILIES,
+    *rwkv7.FAMILIES,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 _BY_ANY_NAME = FAMILIES | {name: family for family in _ALL for name in family.also}

@@ -185,6 +185,9 @@ def _without(values: Mapping[str, Any]) -> dict[str, Any]:
     if kept.get("yarn_factor") == 1.0:
         kept.pop("yarn_original_length")
         kept.pop("yarn_truncate", None)
+    if kept.get("llama3_factor") == 1.0:
+        for name in ("llama3_low", "llama3_high", "llama3_original_length"):
+            kept.pop(name)
     if kept.get("rope_fraction") == 0.0 or kept.get("rope") == "none":
         kept.pop("rope_base")
     # A limit, a norm or groups that are not used.

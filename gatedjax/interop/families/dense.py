@@ -26,6 +26,8 @@ from gatedjax.interop.links import Link, in_blocks
 
 FULL = "full_attention"
 WINDOW = "sliding_attention"
+# What rotations and configurations of attention call the same.
+_EXTENSIONS = Rope._fields[2:]
 _MIXER = {FULL: "attention", WINDOW: "window_attention"}
 
 
@@ -53,9 +55,7 @@ def attention_of(
         qk_norm=False,
         rope_base=rope.base,
         rope_fraction=rope.fraction,
-        yarn_factor=rope.yarn_factor,
-        yarn_original_length=rope.yarn_original_length,
-        yarn_truncate=rope.yarn_truncate,
+        **{name: getattr(rope, name) for name in _EXTENSIONS},
         window=window,
     )
     return GatedAttentionConfig(**plain | values)
@@ -63,13 +63,8 @@ def attention_of(
 
 def attention_to_json(c: GatedAttentionConfig, with_fraction: bool = False) -> dict[str, Any]:
     """The same, back."""
-    rope = Rope(
-        c.rope_base,
-        c.rope_fraction,
-        c.yarn_factor,
-        c.yarn_original_length,
-        c.yarn_truncate,
-    )
+    extension = {name: getattr(c, name) for name in _EXTENSIONS}
+    rope = Rope(c.rope_base, c.rope_fraction, **extension)
     return {
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.kv_heads,

@@ -1,6 +1,6 @@
 """What fla's models compute, token by token in float64, from the tensors of their files.
 
-Read from its layers and its naive functions: GLA, retention and the gated delta rule.
+Read from its layers and its naive functions: GLA, retention, the gated delta rule, RWKV-7.
 """
 
 from collections.abc import Mapping
@@ -74,9 +74,78 @@ def delta_scanned(q, k, v, log_decay, beta):
     return outputs
 
 
+def layer_normed(x, w, name, eps):
+    centered = x - np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean(centered * centered, axis=-1, keepdims=True)
+    return centered / np.sqrt(variance + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def rwkv7_logits(w: Tensors, config: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Of one row of tokens: LayerNorms, values of the first layer, a mix of neighboring tokens."""
+    eps = config["norm_eps"]
+    x = w["model.embeddings.weight"][tokens]
+    x = layer_normed(x, w, "model.layers.0.pre_norm", eps)
+    first_values = None
+    for i in range(config["num_hidden_layers"]):
+        place = f"model.layers.{i}."
+        layer = {name.removeprefix(place): y for name, y in w.items() if name.startswith(place)}
+        h = layer_normed(x, layer, "attn_norm", eps)
+        y, first_values = rwkv7_mixed(h, layer, config, first_values)
+        x = x + y
+        h = layer_normed(x, layer, "ffn_norm", eps)
+        mixed = shifted(h, layer["ffn.x_k"])
+        hidden = np.maximum(mixed @ layer["ffn.key.weight"].T, 0) ** 2
+        x = x + hidden @ layer["ffn.value.weight"].T
+    return layer_normed(x, w, "model.norm", eps) @ w["lm_head.weight"].T
+
+
+def shifted(x, amount):
+    previous = np.concatenate([np.zeros((1, x.shape[1])), x[:-1]])
+    return x + (previous - x) * amount.reshape(-1)
+
+
+def low_rank(x, w, name, activation=None):
+    low = x @ w[f"attn.{name}_lora.lora.0.weight"].T
+    low = low if activation is None else activation(low)
+    return low @ w[f"attn.{name}_lora.lora.2.weight"].T + w.get(f"attn.{name}_lora.lora.2.bias", 0)
+
+
+def rwkv7_mixed(x, w, config, first_values):
+    r, k, v = (shifted(x, w[f"attn.x_{n}"]) @ w[f"attn.{n}_proj.weight"].T for n in "rkv")
+    decay = np.exp(-np.exp(-0.5) * sigmoid(low_rank(shifted(x, w["attn.x_w"]), w, "w", np.tanh)))
+    if first_values is None:
+        first_values = v
+    else:
+        v = v + (first_values - v) * sigmoid(low_rank(shifted(x, w["attn.x_v"]), w, "v"))
+    rate = sigmoid(low_rank(shifted(x, w["attn.x_a"]), w, "a"))
+    gate = low_rank(shifted(x, w["attn.x_g"]), w, "g", sigmoid)
+    shape = (len(x), -1, config["head_dim"])
+    removal = (k * w["attn.k_k"]).reshape(shape)
+    removal = removal / np.maximum(np.linalg.norm(removal, axis=-1, keepdims=True), 1e-12)
+    k = k * (1 + (rate - 1) * w["attn.k_a"])
+    r, k, v, decay, rate = (y.reshape(shape) for y in (r, k, v, decay, rate))
+    state = np.zeros((r.shape[1], config["head_dim"], config["head_dim"]))
+    outputs = np.zeros(r.shape)
+    for t in range(len(x)):
+        # What is found under the removal key is taken out, at the rate of each channel.
+        found = np.einsum("hk,hkv->hv", removal[t], state)
+        state = decay[t][..., None] * state - (removal[t] * rate[t])[..., None] * found[:, None]
+        state = state + k[t][..., None] * v[t][:, None]
+        outputs[t] = np.einsum("hk,hkv->hv", r[t], state)
+    centered = outputs - np.mean(outputs, axis=-1, keepdims=True)
+    variance = np.mean(centered * centered, axis=-1, keepdims=True)
+    normed = centered / np.sqrt(variance + config["head_dim"] * config["norm_eps"])
+    o = normed.reshape(len(x), -1) * w["attn.g_norm.weight"] + w["attn.g_norm.bias"]
+    bonus = np.sum(r * k * w["attn.r_k"], axis=-1, keepdims=True) * v
+    o = (o + bonus.reshape(len(x), -1)) * gate
+    return o @ w["attn.o_proj.weight"].T, first_values
+
+
 def logits(tensors: Tensors, config: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
     """Of one row of tokens."""
     w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    if config["model_type"] == "rwkv7":
+        return rwkv7_logits(w, config, tokens)
     eps = config["norm_eps"]
     mixer = MIXERS[config["model_type"]]
     x = w["model.embeddings.weight"][tokens]
@@ -141,4 +210,5 @@ def gated_deltanet(x, w, config):
     return gated(o, x, w, "attn.o_norm.weight", config["norm_eps"])
 
 
+FAMILIES = ("gla", "retnet", "gated_deltanet", "rwkv7")
 MIXERS = {"gla": gla, "retnet": retnet, "gated_deltanet": gated_deltanet}

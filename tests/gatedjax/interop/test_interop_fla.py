@@ -1,4 +1,4 @@
-"""fla's GLA, RetNet and Gated DeltaNet: its files, and values by its formulas."""
+"""fla's GLA, RetNet, Gated DeltaNet and RWKV-7: its files, and values by its formulas."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def write(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> None:
             writer.write(tensor)
 
 
-@pytest.mark.parametrize("case", fla_oracle.MIXERS)
+@pytest.mark.parametrize("case", fla_oracle.FAMILIES)
 def test_logits_equals_fla(tmp_path, case):
     config = CASES[case]["config"]
     tensors = random_tensors(CASES[case]["tensors"])

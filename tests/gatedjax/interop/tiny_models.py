@@ -48,7 +48,20 @@ _LATENT = dict(
 
 # The class of the configuration, and what it does not share with the others.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", dict(tie_word_embeddings=True)),
+    "llama": (
+        "LlamaConfig",
+        dict(
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+    ),
     "mistral": ("MistralConfig", dict(sliding_window=9)),
     "qwen2": ("Qwen2Config", dict()),
     "qwen3": ("Qwen3Config", dict(attention_bias=True, tie_word_embeddings=True)),
@@ -124,6 +137,16 @@ FLA_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_deltanet": (
         "GatedDeltaNetConfig",
         dict(head_dim=8, num_heads=2, num_v_heads=4, allow_neg_eigval=True),
+    ),
+    "rwkv7": (
+        "RWKV7Config",
+        dict(
+            head_dim=12,
+            decay_low_rank_dim=7,
+            gate_low_rank_dim=11,
+            a_low_rank_dim=9,
+            v_low_rank_dim=5,
+        ),
     ),
 }
 _FLA_COMMON = dict(

@@ -13,7 +13,7 @@ from gatedjax.config import GatedAttentionConfig
 from gatedjax.config.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.kv_cache import append, distances_of_slots, in_time_order
-from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.layers.rope import apply_rope, inverse_frequencies, llama3_frequencies
 from gatedjax.layers.sinks import num_sink_channels, token_sinks_as_channels
 from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
 
@@ -381,6 +381,24 @@ def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
     np.testing.assert_allclose(scaled[turns > 40], plain[turns > 40], rtol=1e-6)
     np.testing.assert_allclose(scaled[turns < 0.7], plain[turns < 0.7] / 8, rtol=1e-6)
     assert (np.diff(scaled) < 0).all()
+
+
+def test_llama3_slows_pairs_by_their_wavelengths():
+    """Its published code, pair by pair."""
+    plain = inverse_frequencies(64, 500_000.0)
+    expected = []
+    for frequency in plain.astype(np.float64):
+        wavelength = 2 * np.pi / frequency
+        smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+        if wavelength < 8192 / 4.0:
+            expected.append(frequency)
+        elif wavelength > 8192 / 1.0:
+            expected.append(frequency / 8.0)
+        else:
+            expected.append((1 - smooth) * frequency / 8.0 + smooth * frequency)
+    found = llama3_frequencies(plain, 8.0, 1.0, 4.0, 8192)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found[0] == plain[0] and found[-1] < plain[-1] / 7.9
 
 
 def test_yarn_that_does_not_truncate_blends_between_fractions_of_pairs():
