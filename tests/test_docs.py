@@ -125,7 +125,28 @@ def check_command(source: Path, arguments: list[str]) -> None:
             assert flag in known, f"{source} has no flag --{flag}"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda p: p.stem)
+# What their code calls has tests of its own that `make test` runs.
+SLOW_PAGES = (
+    "attention",
+    "delta_attention",
+    "delta_scan",
+    "frameworks",
+    "gated_linear_attention",
+    "linear_scan",
+    "mla",
+    "rwkv7",
+    "sparse_moe",
+    "tokens",
+)
+
+
+def runs_now(page: Path):
+    """The page, marked where only `make test-all` runs its code."""
+    marks = pytest.mark.slow if page.stem in SLOW_PAGES else ()
+    return pytest.param(page, id=page.stem, marks=marks)
+
+
+@pytest.mark.parametrize("page", [runs_now(p) for p in PAGES if python_blocks(p)])
 def test_code_runs(page):
     """The blocks of a page, one after the other, as a reader would paste them."""
     namespace = {"__name__": "page"}

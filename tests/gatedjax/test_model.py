@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms, slow
+from helpers import rel_rms
 
 from gatedjax.config import (
     FrozenDict,
@@ -108,11 +108,14 @@ def test_no_token_sees_the_future(params):
     assert (size[21:] == 0).all() and (size[:21] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
+        {"remat": "projections"},
         {"remat": "kernels"},
-        *map(slow, ({"remat": "full"}, {"remat": "projections"}, {"scan_layers": False})),
+        {"remat": "full"},
+        {"scan_layers": False},
     ],
 )
 def test_remat_and_unrolling_change_no_gradient(params, changed):

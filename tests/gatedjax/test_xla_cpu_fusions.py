@@ -21,6 +21,7 @@ from cpu_fusions import (
     broken_products,
     dirty_heap,
 )
+from helpers import slow
 from tiny_run import random_batch, replace, tiny
 
 from gatedjax.layers.moe import lora
@@ -128,7 +129,7 @@ def test_without_the_barrier_low_rank_experts_are_broken(monkeypatch):
 QUICK = [
     ("linear_scan", 5),
     ("linear_scan", 31),
-    ("gated_linear_attention", 27),
+    slow("gated_linear_attention", 27),
     ("lora_mixture", 1008),
     ("linear_scan_step", 0),
     ("attention", 0),
@@ -136,7 +137,7 @@ QUICK = [
     ("grouped_matmul", 0),
     ("expert_mlp", 0),
     ("cross_entropy", 0),
-    ("gated_attention", 0),
+    slow("gated_attention", 0),
     ("gated_mlp", 0),
     ("sparse_moe", 0),
     ("soft_moe", 0),

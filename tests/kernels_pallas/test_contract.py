@@ -243,7 +243,7 @@ def test_strict_promotion_leaves_values_as_they_are():
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+@pytest.mark.parametrize("implementation", ["xla", slow("tpu"), "gpu"])
 def test_second_derivatives_of_grouped_matmul(implementation):
     def second(implementation, argument):
         def value(x):

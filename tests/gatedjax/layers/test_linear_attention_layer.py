@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -137,7 +137,9 @@ def test_equals_the_recurrence_and_decodes_like_it(name):
         assert rel_rms(y[:, 0], full[:, t]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["GLA with convolution, grouped", "RetNet", "linear attention"])
+@pytest.mark.parametrize(
+    "name", [slow("GLA with convolution, grouped"), "RetNet", "linear attention"]
+)
 def test_devices_along_context_exchange_states_not_tokens(name):
     """Values and gradients as on one device, packed rows included; no device gathers a sequence."""
     module, params = make(GatedLinearAttentionConfig(**BASE | VARIANTS[name]))

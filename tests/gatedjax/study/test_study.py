@@ -32,6 +32,7 @@ def study(*cells, **changes):
     return Study(**values | changes)
 
 
+@pytest.mark.slow
 def test_a_task_is_learned_and_training_stops_there():
     cell = Cell({"lr": 0.01}, config(), recall=TASK)
     values = run_cell(cell, 0, study(cell))

@@ -444,6 +444,7 @@ def sharded(mesh_names, B=2, T=40):
     return cast(arrays, jnp.float32), options["segment_ids"], specs
 
 
+@pytest.mark.slow
 def test_shard_map_with_varying_axes_checked(interpreter_in_shard_map):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     arrays, ids, specs = sharded(("data", None))
@@ -459,6 +460,7 @@ def test_shard_map_with_varying_axes_checked(interpreter_in_shard_map):
     assert_close({"loss": value, **got}, {"loss": expected, **want}, FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)]
 )

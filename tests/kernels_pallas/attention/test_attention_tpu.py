@@ -280,6 +280,7 @@ def sharded(mesh_names, B=2, T=70):
     return cast(arrays, jnp.float32), options["segment_ids"], specs
 
 
+@pytest.mark.slow
 def test_shard_map_with_varying_axes_checked():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     arrays, ids, specs = sharded(("data", None))

@@ -242,6 +242,7 @@ def test_the_states_are_the_residual_with_a_name():
     assert "linear_scan_states" in jaxpr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [slow(0), 1, slow(4)])
 def test_shard_map_with_varying_axes_checked(rank):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

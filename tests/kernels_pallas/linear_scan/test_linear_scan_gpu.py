@@ -168,6 +168,7 @@ def rounded_matmul(tile, a, b, trans_a=False, trans_b=False):
     return jnp.dot(a, b, precision="highest")
 
 
+@pytest.mark.slow
 def test_float16():
     compare_gpu(make(B=1, H=1, rank=3), dtype=jnp.float16, tolerance=BF16 / 4)
 
@@ -224,6 +225,7 @@ def test_planted_errors_are_found(error, monkeypatch):
 # --- transformations
 
 
+@pytest.mark.slow
 def test_vmap():
     pairs = [low(make(seed, B=1, H=1, T=20, rank=3, bonus=True)) for seed in (1, 2)]
     both = jax.tree.map(lambda *a: jnp.stack(a), *pairs)
@@ -235,6 +237,7 @@ def test_vmap():
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
 
+@pytest.mark.slow
 def test_residuals_have_names_and_checkpoint_recomputes():
     x = low(make(B=1, H=1, rank=3))
     loss = partial(total, implementation="gpu", interpret=True, chunk_size=16)
@@ -246,6 +249,7 @@ def test_residuals_have_names_and_checkpoint_recomputes():
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [slow(1), 4])
 def test_shard_map_with_varying_axes_checked(rank, interpreter_in_shard_map):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
@@ -268,6 +272,7 @@ def test_shard_map_with_varying_axes_checked(rank, interpreter_in_shard_map):
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)]
 )

@@ -169,7 +169,7 @@ def test_tpu_computes_only_spoiled_rows_again():
         assert np.isfinite(got[name][1, :, 0]).all(), name
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", slow("tpu")])
 @pytest.mark.parametrize("rank", [0, 3, 4])
 def test_an_overflow_ends_with_its_segment(rank, implementation):
     """Finite inputs whose state overflows: later segments, and earlier tokens, do not see it."""

@@ -127,6 +127,7 @@ def rounded(plan):
     return make_plan
 
 
+@pytest.mark.slow
 def test_float16():
     compare_tpu(make(B=1, H=1, rank=3), dtype=jnp.float16, tolerance=BF16 / 4)
 
@@ -208,7 +209,7 @@ def test_residuals_have_names_and_checkpoint_recomputes():
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-6
 
 
-@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("rank", [slow(1), 4])
 def test_shard_map_with_varying_axes_checked(rank):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     x = low(make(B=2, H=1, T=20, rank=rank, bonus=True))
@@ -230,6 +231,7 @@ def test_shard_map_with_varying_axes_checked(rank):
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names, axis_type", [(("data", "tensor"), AxisType.Auto), slow(("x", "y"), AxisType.Explicit)]
 )

@@ -249,7 +249,12 @@ def alone():
 
 
 FACTORINGS = [
-    pytest.param(dict(data=2, expert=2, tensor=2), "all_to_all", id="data x expert x tensor"),
+    pytest.param(
+        dict(data=2, expert=2, tensor=2),
+        "all_to_all",
+        id="data x expert x tensor",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(dict(fsdp=2, expert=4), "ring", id="fsdp x expert", marks=pytest.mark.slow),
     pytest.param(
         dict(data=2, fsdp=2, expert=2),

@@ -128,6 +128,7 @@ def second_pass(config, params, tokens, weights):
     )
 
 
+@pytest.mark.slow
 def test_the_first_pass_is_the_model_without_experts():
     """Values; and gradients as if the weights were given, but for the classifier's. Each of the two
     layers has weights of its own.
