@@ -312,7 +312,9 @@ def per_shard(
         # is cut likewise. Where it is not, `shard_map` itself hands over the whole.
         if any(name and name not in cut for names in results for name in names):
             whole = set(gathered)
-        by_hand = set(gathered) & cut.keys() - whole
+        by_hand = {
+            name: axes for name, axes in cut.items() if name in gathered and name not in whole
+        }
         specs = {name: axes for name, axes in cut.items() if name not in whole}
 
         def body(*shards):
@@ -352,7 +354,10 @@ def _cut_axes(
     args: Iterable[Array | None],
     in_axes: Iterable[Names],
 ) -> dict[str, tuple[str, ...]]:
-    """The mesh axes of every logical name whose size the mesh divides."""
+    """The mesh axes of every logical name whose size the mesh divides.
+
+    Those of one device are left out: an array that is cut along them counts as one that differs.
+    """
     size_of = {}
     for arg, names in zip(args, in_axes):
         if arg is not None:
@@ -364,25 +369,27 @@ def _cut_axes(
         axes = mesh_axes(name)
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways == 0:
-            cut[name] = axes
+            cut[name] = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     return cut
 
 
 def _spec(names: Names, axes_of: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
     """The partition of an array whose axes have these logical names."""
-    return PartitionSpec(*(None if name is None else axes_of.get(name) for name in names))
+    return PartitionSpec(*(None if name is None else axes_of.get(name) or None for name in names))
 
 
 def _gathered(
     x: Array | None,
     names: Names,
-    gathered: set[str],
+    gathered: Mapping[str, tuple[str, ...]],
 ) -> Array | None:
+    """A device's part, made whole along the axes of `gathered`, which are cut over those there."""
     if x is None:
         return None
     for i, name in enumerate(names):
-        if name in gathered:
-            x = jax.lax.all_gather(x, mesh_axes(name), axis=i, tiled=True)
+        axes = gathered.get(name) if name is not None else None
+        if axes:
+            x = jax.lax.all_gather(x, axes, axis=i, tiled=True)
     return x
 
 

@@ -4,16 +4,21 @@ are named.
 
 import ast
 import dataclasses
+import functools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from helpers import slow
 from tiny_run import ROOT, run_steps, tiny
 
 from gatedjax.config import MeshConfig
 from gatedjax.errors import InputError
+from gatedjax.model import LanguageModel, init_caches
 from gatedjax.sharding import AXES, make_mesh, my_rows, narrow_shards
 from gatedjax.training.run import fresh_state, prepare
+from gatedjax.training.step import init_params
 
 MESHES = {
     "data": dict(data=8),
@@ -61,6 +66,21 @@ def test_state_is_spread_as_the_rules_say():
     assert spread < 0.2 * sum(p.size for p in jax.tree.leaves(state.params)), (
         "most parameters should be cut in 8"
     )
+
+
+def test_a_row_that_no_axis_cuts_has_a_state_on_any_mesh():
+    """A sample at the end of a run: its state was said to vary over mesh axes of one device."""
+    model = tiny(model__pattern=("gla",)).model
+    tokens = jnp.zeros((1, 5), jnp.int32)
+    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+    def prefill(params):
+        return LanguageModel(model).apply(
+            {"params": params}, tokens, caches=init_caches(model, 1, 8)
+        )[0]
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2), jax.devices()[:2])):
+        assert jax.eval_shape(prefill, nn.meta.unbox(params)).shape == (1, 5, model.width)
 
 
 def test_rows_come_from_the_sharding():

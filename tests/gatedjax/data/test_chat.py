@@ -364,7 +364,7 @@ def test_loss_of_packed_rows_is_that_of_each_conversation_alone(tokenizer_folder
             one = chat.Conversations(tokens[begin:end], np.asarray([end - begin]), cfg.seq_len)
             alone.append(one[0])
     assert len(packed) < len(alone) == len(made)
-    losses_of = jax.jit(lambda batch: batch_losses(model, params, batch)[0])
+    losses_of = jax.jit(lambda batch: batch_losses(model, params, batch))
     for rows in (packed, alone):
         padding = [empty_row(cfg.seq_len)] * (len(made) - len(rows))
         losses = losses_of(jax.tree.map(jnp.asarray, stack_rows(rows + padding)))

@@ -186,6 +186,7 @@ def test_latent_attention_has_the_probes_of_attention():
     model = ModelConfig(vocab_size=32, width=16, mixers=FrozenDict(attention=mixer))
     batch = random_batch()
     params = jax.eval_shape(LanguageModel(model).init, jax.random.key(0), batch.tokens)["params"]
-    found = jax.eval_shape(functools.partial(probes._measure.__wrapped__, model), params, batch)[0]
+    measure = functools.partial(probes._measure.__wrapped__, model)
+    found = jax.eval_shape(measure, params, batch)["layer_0"]
     assert found["first_token_fraction"].shape == found["effective_rank"].shape == (2, 2)
     assert found["attention_entropy"].shape == (2, LENGTH)
