@@ -27,7 +27,7 @@ _NOISE = re.compile(
     r"|^=== Source Location Trace|^external/xla|^RPC: /xla"
     r"|^Additional GRPC error|^:UNAVAILABLE|^The tasks have crashed"
     r"|^learning/|^\. This is only expected"
-    r"|^\[Gloo\] Rank|^:?\{.*grpc|^/?job:|^\s*$"
+    r"|^\[Gloo\] Rank|^:?\{.*grpc|^/?job:|^ for task: |^\s*$"
 )
 _NUMBER = re.compile(r"^\d+$")
 

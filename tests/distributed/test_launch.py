@@ -132,6 +132,7 @@ Additional GRPC error information from remote target coordination_service while 
 :UNAVAILABLE:Stream removed (Socket closed)
 === Source Location Trace: ===
 external/xla+/xla/tsl/distributed_runtime/rpc/grpc_util.h:89
+ for task: 0
 a line of Python
 E1121 09:39:56.378081   32723 coordination_service_agent.cc:288] Polled an error from coordination service.
 F1121 09:39:56.378091   32723 client.h:86] Terminating process because the JAX distributed service detected fatal \
