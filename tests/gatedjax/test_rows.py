@@ -154,7 +154,7 @@ def test_unequal_prompts_in_pieces_equal_each_alone(name, sides):
     np.testing.assert_array_equal(caches.history.next_position, seen)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES_OF_PIECES)
 def test_documents_in_caches_equal_each_alone(name):
     """Documents begin anywhere in a piece; an id that comes back is another document."""
     config = config_of(name)

@@ -32,6 +32,7 @@ def train(*flags: str, config: str = "tiny") -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_step_that_fits(tmp_path):
     done = train("--aot=2*v5e:2x2", "--config.mesh.fsdp=4", f"--workdir={tmp_path / 'run'}", *SMALL)

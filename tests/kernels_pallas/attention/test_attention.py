@@ -112,6 +112,7 @@ def test_bfloat16(monkeypatch):
     assert_close(actual, truth(arrays, **options), BFLOAT16)
 
 
+@pytest.mark.slow
 def test_result_does_not_depend_on_tiles(monkeypatch):
     arrays, options = draw(**EVERYTHING)
     arrays, expected = cast(arrays, jnp.float32), truth(arrays, **options)

@@ -55,6 +55,7 @@ def test_minus_infinity_is_a_decay_of_zero(rank):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [slow("near zero"), slow("gla"), "mixture"])
 def test_inclusive_in_whole_blocks(decay):
     """T a multiple of the grid's steps: no masks."""
@@ -74,6 +75,7 @@ def test_lengths_at_the_default_chunk(T, decay):
 
 
 SLOW_CASES = (
+    "segments",
     "constant, grouped, exclusive",
     "scalar, normalize, reverse",
     "undecayed segments, reverse",
@@ -187,6 +189,7 @@ def test_planted_errors_are_found(error, monkeypatch):
 # --- transformations
 
 
+@pytest.mark.slow
 def test_vmap():
     pairs = [low(make(seed, B=1, H=1, T=20, rank=3, bonus=True)) for seed in (1, 2)]
     both = jax.tree.map(lambda *a: jnp.stack(a), *pairs)
@@ -209,6 +212,7 @@ def test_residuals_have_names_and_checkpoint_recomputes():
     assert max(rel_rms(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want))) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [slow(1), 4])
 def test_shard_map_with_varying_axes_checked(rank):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))

@@ -284,6 +284,7 @@ def test_eight_devices_equal_one(mesh, exchange, alone):
         assert rel_rms(a, e) < 1e-4, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_state_moves_with_counts_of_the_whole_batch(alone):
     """Temperature by step, bias by the loads of all micro-batches: two halves or one whole make no
     difference.

@@ -161,6 +161,7 @@ def test_the_first_pass_is_the_model_without_experts():
         assert rel_rms(g, e) < 1e-4, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_decoding_with_a_first_pass_equals_the_forward_pass():
     config, params, tokens = first_pass_model()
     expected, *_ = jax.jit(LanguageModel(config).apply)({"params": params}, tokens)
