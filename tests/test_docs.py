@@ -106,8 +106,11 @@ def is_placeholder(text: str) -> bool:
 
 def check_command(source: Path, arguments: list[str]) -> None:
     shared = [source, *SHARED_FLAGS]
-    if "from report import" in source.read_text():
-        shared.append(ROOT / "benchmarks" / "report.py")
+    # Scripts that lie beside each other share flags.
+    for module in re.findall(r"^from (\w+) import", source.read_text(), re.MULTILINE):
+        beside = source.with_name(f"{module}.py")
+        if beside.exists():
+            shared.append(beside)
     known = set().union(*(flags_in(file) for file in shared))
     config = None
     for argument in arguments:
