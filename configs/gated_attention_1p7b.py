@@ -6,9 +6,9 @@ layers, 400B tokens).
       --config.data.sources.main.path=DIR
 
 Hardware: not run here; one TPU v5p-32 (compiled for it: 46.2 of 88.5 GiB a chip; its 1024 rows at
-once do not fit, hence four micro-batches) or 16 H100. The paper's perplexity on its own data is 7.404
-(7.499 without the gate). The feed-forward is narrowed from 6144 to pay for the gate's parameters,
-as in the paper.
+once do not fit, hence four micro-batches) or 16 H100. The paper's perplexity on its own data is
+7.404 (7.499 without the gate). The feed-forward is narrowed from 6144 to pay for the gate's
+parameters, as in the paper.
 """
 
 from gatedjax.config import config_dict, layer
