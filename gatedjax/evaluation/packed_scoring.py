@@ -5,22 +5,15 @@ not see each other, so the numbers are the same.
 """
 
 import bisect
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
-from jax import Array
-from jaxtyping import Bool, Float, Int, PyTree
+from jaxtyping import Float, Int, PyTree
 
-from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
-from gatedjax.evaluation.scoring import Score
-from gatedjax.model import LanguageModel, head_weights
-from gatedjax.sharding import RULES
-from gatedjax.training.losses import predicted
+from gatedjax.evaluation.scoring import OfTokens, Score, predicted_rows
 
 # Rows are not shorter.
 LEAST_LENGTH = 16
@@ -58,13 +51,6 @@ class Batch(NamedTuple):
     targets: Int[np.ndarray, "B T"]
     segment_ids: Int[np.ndarray, "B T"]
     mask: Float[np.ndarray, "B T"]
-
-
-class OfTokens(NamedTuple):
-    """How each target is predicted: nats, and whether it is the most likely token."""
-
-    nats: Float[Array | np.ndarray, "B T"]
-    is_best: Bool[Array | np.ndarray, "B T"]
 
 
 # A batch -> how its targets are predicted.
@@ -189,32 +175,6 @@ def forward_of(model: ModelConfig, params: PyTree) -> Forward:
     """The model as `scores` asks it."""
 
     def forward(batch: Batch) -> OfTokens:
-        return jax.device_get(_predicted(model, params, *batch))
+        return jax.device_get(predicted_rows(model, params, *batch))
 
     return forward
-
-
-@functools.partial(careful_jit, static_argnums=0)
-def _predicted(
-    model: ModelConfig,
-    params: PyTree,
-    tokens: Int[Array, "B T"],
-    targets: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    mask: Float[Array, "B T"],
-) -> OfTokens:
-    with nn.logical_axis_rules(RULES):
-        outputs: Any = LanguageModel(model).apply(
-            {"params": params},
-            tokens,
-            segment_ids=segment_ids,
-        )
-    weights = head_weights(params)
-
-    def of_row(row: tuple[Array, Array, Array]) -> OfTokens:
-        hidden, targets, mask = row
-        of_tokens = predicted(hidden, weights, targets, mask)
-        return OfTokens(of_tokens.nats, of_tokens.is_best)
-
-    # A row at a time: the logits of all of them would be large.
-    return jax.lax.map(of_row, (outputs[0], targets, mask))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, PyTree
@@ -109,12 +108,13 @@ def log_likelihoods_of_tokens(
     for first in range(0, len(pairs), batch_size):
         indices = by_length[first : first + batch_size]
         rows = _rows([pairs[i] for i in indices], eos_id, batch_size)
-        sums = jax.device_get(_score_rows(model, params, *rows))
+        found = jax.device_get(predicted_rows(model, params, *rows))
+        is_right = found.is_best | (rows.mask == 0)
         for row, i in enumerate(indices):
             scores[i] = Score(
-                log_likelihood=-float(sums.nats[row]),
+                log_likelihood=-float(np.sum(found.nats[row])),
                 tokens=len(pairs[i][1]),
-                is_greedy=bool(sums.is_greedy[row]),
+                is_greedy=bool(np.all(is_right[row])),
             )
     return scores
 
@@ -150,21 +150,26 @@ def _rows(
     return _Rows(tokens, targets, segment_ids, mask)
 
 
-class _RowSums(NamedTuple):
-    nats: Float[Array, " B"]
-    is_greedy: Bool[Array, " B"]
+class OfTokens(NamedTuple):
+    """How each target is predicted: nats, and whether it is the most likely token.
+
+    Zeros and False where nothing is asked for.
+    """
+
+    nats: Float[Array | np.ndarray, "B T"]
+    is_best: Bool[Array | np.ndarray, "B T"]
 
 
 @functools.partial(careful_jit, static_argnums=0)
-def _score_rows(
+def predicted_rows(
     model: ModelConfig,
     params: PyTree,
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     mask: Float[Array, "B T"],
-) -> _RowSums:
-    """Sums over each row where the mask is 1."""
+) -> OfTokens:
+    """What the model says of every target whose mask is not 0."""
     with nn.logical_axis_rules(RULES):
         outputs: Any = LanguageModel(model).apply(
             {"params": params},
@@ -174,11 +179,10 @@ def _score_rows(
     hidden = outputs[0]
     weights = head_weights(params)
 
-    def sums_of_row(row: tuple[Array, Array, Array]) -> _RowSums:
+    def of_row(row: tuple[Array, Array, Array]) -> OfTokens:
         hidden, targets, mask = row
         of_tokens = predicted(hidden, weights, targets, mask)
-        is_right = of_tokens.is_best | (mask == 0)
-        return _RowSums(jnp.sum(of_tokens.nats), jnp.all(is_right))
+        return OfTokens(of_tokens.nats, of_tokens.is_best)
 
     # A row at a time: the logits of all of them would be large.
-    return jax.lax.map(sums_of_row, (hidden, targets, mask))
+    return jax.lax.map(of_row, (hidden, targets, mask))
