@@ -14,6 +14,31 @@ from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
 
 
+def _project(
+    layer: "GatedMLP | MLP",
+    x: Float[Array, "B T _"],
+    in_axes: dict[str, int],
+    out_axes: dict[str, int],
+    name: str,
+) -> Float[Array, "B T _"]:
+    """`x` times the layer's matrix `name`, plus a bias if the layer has them.
+
+    Args:
+      layer: of which the matrix is a submodule.
+      x: activations.
+      in_axes, out_axes: as of `Projection`.
+      name: of the matrix.
+    """
+    return Projection(
+        in_axes,
+        out_axes,
+        layer.init_std,
+        layer.dtype,
+        has_bias=layer.config.bias,
+        name=name,
+    )(x)
+
+
 class GatedMLP(FeedForward):
     """`(activation(x W_gate) * (x W_up)) W_down`, with biases if `bias`."""
 
@@ -33,33 +58,12 @@ class GatedMLP(FeedForward):
         width = {"embed": x.shape[-1]}
         hidden = {"mlp": c.hidden}
         # Two projections, not one cut in half: each is cut over devices along its own columns.
-        gate_logits = Projection(
-            width,
-            hidden,
-            self.init_std,
-            self.dtype,
-            has_bias=c.bias,
-            name="gate",
-        )(x)
-        up = Projection(
-            width,
-            hidden,
-            self.init_std,
-            self.dtype,
-            has_bias=c.bias,
-            name="up",
-        )(x)
+        gate_logits = _project(self, x, width, hidden, "gate")
+        up = _project(self, x, width, hidden, "up")
         record(self, "gates", gates_of(gate_logits, c.activation, c.swiglu_limit))
         h = gated_product(gate_logits, up, c.activation, c.swiglu_limit)
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
-        y = Projection(
-            hidden,
-            width,
-            self.init_std,
-            self.dtype,
-            has_bias=c.bias,
-            name="down",
-        )(h)
+        y = _project(self, h, hidden, width, "down")
         if c.bias:
             y = without_padding(y, mask)
         return y, {}, router_logits
@@ -87,24 +91,10 @@ class MLP(FeedForward):
         x = without_padding(x, mask)
         width = {"embed": x.shape[-1]}
         hidden = {"mlp": c.hidden}
-        up = Projection(
-            width,
-            hidden,
-            self.init_std,
-            self.dtype,
-            has_bias=c.bias,
-            name="up",
-        )(x)
+        up = _project(self, x, width, hidden, "up")
         h = activated(up, c.activation)
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
-        y = Projection(
-            hidden,
-            width,
-            self.init_std,
-            self.dtype,
-            has_bias=c.bias,
-            name="down",
-        )(h)
+        y = _project(self, h, hidden, width, "down")
         if c.bias:
             y = without_padding(y, mask)
         return y, {}, router_logits
