@@ -11,7 +11,7 @@ from jax import Array
 
 from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.kernels import over_mesh
-from kernels_pallas.attention.normalizers.base import Softmax
+from kernels_pallas.attention.plain_softmax import unsupported_beside_softmax
 from kernels_pallas.common.device import target_platform
 from kernels_pallas.common.precision import not_in_one_pass
 
@@ -38,17 +38,11 @@ def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | Non
 
 
 def _unsupported_options(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
-    if type(options.normalizer) is not Softmax:
-        return f"takes softmax, not {type(options.normalizer).__name__}"
+    refusal = unsupported_beside_softmax(inputs, options)
+    if refusal is not None:
+        return refusal
     if options.logits_soft_cap is not None:
         return "takes no logits_soft_cap"
-    if inputs.alibi_slopes is not None:
-        return "takes no alibi_slopes"
-    if inputs.sink_logits is not None:
-        return "takes no sink_logits"
-    if inputs.segment_ids is not None:
-        # cuDNN has documents as offsets, a number of them that is known before; or a mask [T, T].
-        return "takes no segment_ids"
     if options.window is not None and not options.causal:
         return "takes a window only where attention is causal"
     return None

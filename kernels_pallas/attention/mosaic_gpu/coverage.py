@@ -4,7 +4,7 @@ import math
 
 from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
 from kernels_pallas.attention.mosaic_gpu.plan import MAX_D, padded_channels
-from kernels_pallas.attention.normalizers.base import Softmax
+from kernels_pallas.attention.plain_softmax import unsupported_beside_softmax
 from kernels_pallas.common.device import device_kind, target_platform
 from kernels_pallas.common.precision import not_in_one_pass
 
@@ -15,7 +15,7 @@ HOPPER = ("H100", "H200", "H800", "H20")
 
 def unsupported_call(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
     """Why the kernel cannot take a call of `attention`, or None when it can."""
-    refusal = _unsupported_options(inputs, options)
+    refusal = unsupported_beside_softmax(inputs, options)
     if refusal is not None:
         return refusal
     refusal = not_in_one_pass(inputs.q, inputs.k, inputs.v)
@@ -35,16 +35,4 @@ def unsupported_call(inputs: AttentionInputs, options: AttentionOptions) -> str 
     kind = device_kind()
     if not any(name in kind for name in HOPPER):
         return f"runs on Hopper GPUs ({', '.join(HOPPER)}), not on {kind!r}"
-    return None
-
-
-def _unsupported_options(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
-    if type(options.normalizer) is not Softmax:
-        return f"takes softmax, not {type(options.normalizer).__name__}"
-    if inputs.alibi_slopes is not None:
-        return "takes no alibi_slopes"
-    if inputs.sink_logits is not None:
-        return "takes no sink_logits"
-    if inputs.segment_ids is not None:
-        return "takes no segment_ids"
     return None
