@@ -57,7 +57,7 @@ class Roofline:
     compute: float
     hbm: float
     network: float
-    blocking: float = 0.0
+    blocking: float
 
     @property
     def step(self) -> float:
