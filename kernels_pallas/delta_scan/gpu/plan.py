@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from kernels_pallas.delta_scan.gpu.tuning import Schedule
 from kernels_pallas.linear_scan.gpu import plan as scan_plan
-from kernels_pallas.linear_scan.gpu.intra_chunk import Decays
+from kernels_pallas.linear_scan.gpu.decays import Decays
 from kernels_pallas.linear_scan.gpu.plan import load
 from kernels_pallas.linear_scan.gpu.tile import Tile
 from kernels_pallas.linear_scan.gpu.tuning import Schedule as ScanSchedule
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     fast_exp: bool
     out_dtype: Any
     schedule: Schedule
+    return_final_state: bool
     interpret: bool
 
     @property
@@ -84,6 +85,7 @@ class Plan(NamedTuple):
             out_dtype=self.out_dtype,
             # Not what the decays depend on.
             schedule=ScanSchedule(),
+            return_final_state=False,
             interpret=self.interpret,
         )
 
