@@ -39,7 +39,7 @@ from kernels_pallas.delta_scan.gpu.tuning import MAX_CHUNK, MAX_K, MAX_V, MIN_CH
 from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
 from kernels_pallas.delta_scan.normalize import L2_EPSILON, l2_normalized
 from kernels_pallas.delta_scan.xla import OUT_NAME, STATES_NAME
-from kernels_pallas.linear_scan.gpu.decays import decay_kind, decays_of, dlogs_of, padded_logs
+from kernels_pallas.linear_scan.gpu.decays import decays_of, dlogs_of, padded_logs
 from kernels_pallas.linear_scan.gpu.plan import (
     beyond_indices,
     matmuls,
@@ -48,6 +48,7 @@ from kernels_pallas.linear_scan.gpu.plan import (
     sum_of_heads,
     whole_blocks,
 )
+from kernels_pallas.linear_scan.inputs import decay_kind
 from kernels_pallas.linear_scan.reference import segment_starts
 
 OP = "delta_scan"
@@ -113,7 +114,7 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
     B, T, H, _ = v.shape
     K = whole_blocks(q.shape[3])
     V = whole_blocks(v.shape[3])
-    decay = decay_kind(inputs.log_decay, inputs.segment_ids is not None)
+    decay = decay_kind(inputs.log_decay, inputs.segment_ids)
     operand, precision = matmuls(interpret, q, k, v)
     is_exact = precision == lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     schedule = tuning.schedule(decay, operand.itemsize)

@@ -3,7 +3,7 @@
 Where a program finds its own tile, and how it loads and counts, is that of `linear_scan`.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -16,6 +16,7 @@ from kernels_pallas.linear_scan.gpu.decays import Decays
 from kernels_pallas.linear_scan.gpu.plan import load
 from kernels_pallas.linear_scan.gpu.tile import Tile
 from kernels_pallas.linear_scan.gpu.tuning import Schedule as ScanSchedule
+from kernels_pallas.linear_scan.inputs import DecayKind
 
 
 class Plan(NamedTuple):
@@ -35,7 +36,7 @@ class Plan(NamedTuple):
     Hk: int
     K: int
     V: int
-    decay: Literal["vector", "scalar", "none"]
+    decay: DecayKind
     scale: float
     l2_norm: bool
     chunk: int

@@ -37,6 +37,7 @@ from kernels_pallas.delta_scan.tpu.plan import KernelInputs, Plan
 from kernels_pallas.delta_scan.tpu.tuning import MAX_CHUNK, MAX_K, MAX_V, MIN_CHUNK, schedules
 from kernels_pallas.delta_scan.xla import OUT_NAME, STATES_NAME
 from kernels_pallas.linear_scan import tile as scan_tile
+from kernels_pallas.linear_scan.inputs import decay_kind
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu.op import sum_of_parts
 
@@ -99,7 +100,7 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
     Hk = inputs.k.shape[2]
     K = round_up(K, LANES)
     V = round_up(V, LANES)
-    decay = _kind_of_decay(inputs)
+    decay = decay_kind(inputs.log_decay, inputs.segment_ids)
     rows = [] if inputs.beta is None else ["beta"]
     if decay == "scalar":
         rows += ["coarse", "fine"]
@@ -141,15 +142,6 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
         backward=backward,
         interpret=interpret_params(interpret, inputs.q),
     )
-
-
-def _kind_of_decay(inputs: DeltaInputs) -> str:
-    """ "vector", "scalar" or "none"; segments alone are a scalar decay of 1 or 0."""
-    if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
-        return "vector"
-    if inputs.log_decay is None and inputs.segment_ids is None:
-        return "none"
-    return "scalar"
 
 
 # --- views of the arrays

@@ -2,7 +2,7 @@
 what each log receives on the way back. `linear_scan` and `delta_scan` decay alike.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -44,15 +44,6 @@ class Decays(NamedTuple):
         if self.logs is None:
             log_total = log_total[..., 0]
         return jnp.exp(log_total)
-
-
-def decay_kind(log_decay: Array | None, has_segments: bool) -> Literal["vector", "scalar", "none"]:
-    """Segments without decays are scalar decays: 0 where a document begins, else 1."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return "vector"
-    if log_decay is None and not has_segments:
-        return "none"
-    return "scalar"
 
 
 def padded_logs(

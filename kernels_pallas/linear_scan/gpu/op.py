@@ -34,7 +34,6 @@ from kernels_pallas.linear_scan.gpu import careful, intra_chunk, tuning
 from kernels_pallas.linear_scan.gpu import scan as gpu_scan
 from kernels_pallas.linear_scan.gpu.decays import (
     Decays,
-    decay_kind,
     decays_of,
     dlogs_of,
     padded_logs,
@@ -51,7 +50,7 @@ from kernels_pallas.linear_scan.gpu.plan import (
 )
 from kernels_pallas.linear_scan.gpu.scan import Chunks
 from kernels_pallas.linear_scan.gpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK
-from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, decay_kind
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
@@ -124,7 +123,7 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
     B, T, H, _ = q.shape
     K = whole_blocks(q.shape[3])
     V = whole_blocks(v.shape[3])
-    decay = decay_kind(inputs.log_decay, inputs.segment_ids is not None)
+    decay = decay_kind(inputs.log_decay, inputs.segment_ids)
     operand, precision = matmuls(interpret, q, k, v)
     is_exact = precision == lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     schedule = tuning.schedule(decay, operand.itemsize, is_exact)

@@ -3,7 +3,7 @@
 The plan of a call, its arrays as the kernels take them, and where a program finds its own tile.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -15,6 +15,7 @@ from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_pass_allowed
 from kernels_pallas.linear_scan.gpu.tile import Tile
 from kernels_pallas.linear_scan.gpu.tuning import Schedule
+from kernels_pallas.linear_scan.inputs import DecayKind
 
 # Triton's indices are 32-bit.
 MAX_ELEMENTS = 2**31
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
     Hv: int
     K: int
     V: int
-    decay: Literal["vector", "scalar", "none"]
+    decay: DecayKind
     inclusive: bool
     reverse: bool
     scale: float
