@@ -141,6 +141,7 @@ SLOW_PAGES = (
     "papers",
     "rwkv7",
     "sparse_moe",
+    "stochastic_gates",
     "tokens",
 )
 
