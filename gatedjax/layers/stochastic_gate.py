@@ -141,7 +141,7 @@ class Baseline(NamedTuple):
 
 def first_baseline(units: int) -> Baseline:
     """The one before the first step."""
-    return Baseline(jnp.zeros(units), jnp.zeros(units))
+    return Baseline(jnp.zeros(units, jnp.float32), jnp.zeros(units, jnp.float32))
 
 
 def updated_baseline(
