@@ -2,7 +2,7 @@
 parts, temporaries.
 
     python benchmarks/step.py [--case=dense,gated_unrolled ...] [--target=v5p,v6e]
-        [--json=benchmarks/results/step_tpu.json] [--check]
+        [--json=benchmarks/results/step_tpu.json]
 
 Four layers of width 2048, rows of 4,096 tokens, 32,000 words, tied, AdamW, bfloat16: the widths of
 configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p takes four
@@ -11,8 +11,8 @@ to trust them. Rows are one document each; collectives do not appear on one chip
 sparse experts follow the router, which the replay does not know: they are left out.
 
 Each row compiles in a process of its own, for minutes; rows that the JSON file has from the same
-versions are not made again, and each is written when it is there. With --check every row of the
-file is made anew, nothing is written, and a time that grew by more than 3 % ends with exit code 1.
+versions are not made again, and each is written when it is there. `make bench-model` makes them
+anew and compares.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from importlib import metadata
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
@@ -39,8 +38,6 @@ KEYS = ("case", "target")
 HEADER = ("case", "target", "ms", "MFU", "forward", "backward", "repeated", "temporaries", "CPU s")
 ROWS = {"v5p": 4, "v6e": 2}
 WIDTH = 2048
-# A time that grew by more fails a check.
-TOLERANCE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,35 +136,11 @@ def line(row: tuple[str, str], found: Mapping) -> list[str]:
     ]
 
 
-def check(path: str) -> int:
-    """Makes the rows of the file anew; returns how many of them became slower."""
-    record = json.loads(Path(path).read_text())
-    slower = 0
-    for row in record["rows"]:
-        key = tuple(row[name] for name in KEYS)
-        if "error" in row or key[0] not in CASES:
-            continue
-        new = run_row(__file__, *key)
-        if "error" in new:
-            print(f"{key}: {new['error']}", flush=True)
-            slower += 1
-            continue
-        ratio = new["milliseconds"] / row["milliseconds"]
-        is_slower = ratio > 1.0 + TOLERANCE
-        slower += is_slower
-        verdict = "SLOWER" if is_slower else "ok"
-        before = f"{row['milliseconds']:.2f}"
-        print(f"{', '.join(key)}: {before} -> {new['milliseconds']:.2f} ms: {verdict}", flush=True)
-    return slower
-
-
-def main() -> int:
+def main() -> None:
     args = flags()
     if args.row:
         print(json.dumps(figures(*args.row)))
-        return 0
-    if args.check:
-        return 1 if check(args.json) else 0
+        return
     versions = {"libtpu": metadata.version("libtpu")}
     rows = dict(known_rows(args.json, KEYS, versions))
     for key in itertools.product(args.case.split(","), args.target.split(",")):
@@ -178,20 +151,16 @@ def main() -> int:
                 write_json(args.json, {"rows": written}, versions)
         print("  ".join(line(key, rows[key])), file=sys.stderr, flush=True)
     print(table(HEADER, [line(key, found) for key, found in rows.items()]))
-    return 0
 
 
 def flags() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--case", default=",".join(CASES), help="comma-separated")
     made.add_argument("--target", default="v5p", help="of v5p and v6e, comma-separated")
-    made.add_argument("--check", action="store_true", help="compare with the file, write nothing")
     made.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     args = made.parse_args()
     require_known(made, "--case", args.case, CASES)
     require_known(made, "--target", args.target, ROWS)
-    if args.check and not args.json:
-        made.error("--check: got no --json, expected the file to compare with")
     return args
 
 
@@ -203,4 +172,4 @@ def require_known(made: argparse.ArgumentParser, flag: str, text: str, known: Co
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -520,5 +520,5 @@ def jit_train_step(
         step,
         out_shardings=(shardings, None),
         donate_argnums=0,
-        compiler_options=for_training(mesh, config.mesh.async_collectives),
+        compiler_options=for_training(mesh, config.mesh.async_collectives) or None,
     )
