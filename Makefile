@@ -8,6 +8,7 @@
 # make wheel   dist/: the source distribution and the wheel;  make smoke  installs the wheel elsewhere, trains, evaluates, generates
 # make docs    the site of docs/, in build/site
 # make lint    ruff, its format, types (pyrefly);  make goldens  rewrites the goldens of the tests;  make bench  benchmarks on this machine
+# make bench-model   model times of TPUs made anew; fails where one grew by more than 3 %
 
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
@@ -17,7 +18,7 @@ export PYTHONUNBUFFERED := 1
 # A process a core: tests compile more than they compute, and a compilation has one thread. A file stays in one process.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-types test-all test-buckets test-oracles test-cuda-aot test-cuda-spills test-gpu wheel smoke docs lint goldens bench clean
+.PHONY: train test test-types test-all test-buckets test-oracles test-cuda-aot test-cuda-spills test-gpu wheel smoke docs lint goldens bench bench-model clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -87,6 +88,11 @@ bench: .venv/installed
 	$(VENV)/python benchmarks/train_cpu.py
 	$(VENV)/python benchmarks/train_cpu.py --model=gated_deltanet
 	$(VENV)/python benchmarks/tpu_model.py
+
+# Hours: every stored model time of a TPU is made anew. BENCH_MODEL=step: of whole steps only.
+BENCH_MODEL ?= step,attention,delta_scan,moe
+bench-model: .venv/installed
+	$(VENV)/python benchmarks/model_check.py --of=$(BENCH_MODEL)
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.12 or newer was found. Install one (python.org, apt, pyenv, uv) and run: make PYTHON=/path/to/python3.12"; exit 1; }

@@ -1,5 +1,5 @@
-"""The TPU model beside published measurements: bfloat16 matmuls on one v5e chip. Needs no TPU;
-takes a few minutes.
+"""The TPU model beside published measurements: bfloat16 matmuls on one v5e chip, and another
+project's delta rule kernels on one v6e. Needs no TPU; takes a few minutes.
 
     python benchmarks/tpu_model.py [--json=benchmarks/results/tpu_model.json]
 
@@ -7,11 +7,20 @@ The measured times are the stored outputs of jax's own tutorial, docs/pallas/tpu
 include the host's dispatch, about 0.11 ms, which is inferred from the 1024 rows (so these two are
 no evidence of their own); the latency of HBM was fitted on the 4096 row with blocks of 128. The
 other rows are independent of the model.
+
+The v6e times are those of deltanet-tpu 0.3.0's README ("Public Model Layer Shapes", 2026-10-16: one
+row of 8,192 tokens, float32 inputs, jax 0.11.2, libtpu 0.0.48.1), and include the host's dispatch.
+Its kernels are compiled for 512 tokens, and their model time is taken 16 times. They are made where
+deltanet-tpu is installed (`pip install --no-deps deltanet-tpu==0.3.0`: it asks for jax below 0.12),
+else what the file of --json has is kept.
 """
 
 import dataclasses
+import importlib.util
+import json
 import os
 from importlib import metadata
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
@@ -48,6 +57,88 @@ MEASURED = (
     Measured(4096, None, 0.82729),
     Measured(8192, None, 6.04715),
 )
+
+
+# Of the published calls, and of those that are compiled in their place.
+DELTA_TOKENS = 8192
+COMPILED_TOKENS = 512
+DELTA_HEADER = ("deltanet-tpu, v6e", "heads", "pass", "measured ms", "model ms", "model / measured")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredDelta:
+    """A call of deltanet-tpu: its function, heads of keys and of values, forward pass only or both
+    passes.
+    """
+
+    function: str
+    key_heads: int
+    value_heads: int
+    passes: str
+    milliseconds: float
+
+
+MEASURED_DELTA = (
+    MeasuredDelta("chunk_kda", 32, 32, "fwd", 11.67),
+    MeasuredDelta("chunk_gdn", 16, 32, "fwd", 11.37),
+    MeasuredDelta("chunk_gdn", 16, 16, "fwd", 5.63),
+    MeasuredDelta("chunk_gdn2", 12, 24, "fwd", 4.85),
+    MeasuredDelta("chunk_gdn2", 12, 24, "bwd", 9.34),
+)
+
+
+def delta_model_milliseconds(case: MeasuredDelta) -> float:
+    """The replay's time of the whole program."""
+    import deltanet_tpu
+
+    # It would interpret its kernels here.
+    jax.default_backend = lambda: "tpu"
+    function = getattr(deltanet_tpu, case.function)
+    keys = _tokens(case.key_heads, 128)
+    values = _tokens(case.value_heads, 128)
+    of_value_heads = _tokens(case.value_heads)
+    gates = {
+        "chunk_kda": (keys, of_value_heads),
+        "chunk_gdn": (of_value_heads, of_value_heads),
+        "chunk_gdn2": (keys, keys, values),
+    }
+    args = (keys, keys, values, *gates[case.function])
+
+    def forward(*args: jax.Array) -> jax.Array:
+        return function(*args, qk_l2norm=True)
+
+    def both(dy: jax.Array, *args: jax.Array):
+        y, vjp = jax.vjp(forward, *args)
+        return y, vjp(dy)
+
+    if case.passes == "fwd":
+        _, report = compile_for("tpu:v6e", forward, *args)
+    else:
+        _, report = compile_for("tpu:v6e", both, values, *args)
+    return 1e3 * report.program_seconds * DELTA_TOKENS / COMPILED_TOKENS
+
+
+def _tokens(*axes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, COMPILED_TOKENS, *axes), jnp.float32)
+
+
+def delta_rows(path: str | None) -> list[dict]:
+    """Made anew, or from the file of an earlier run."""
+    if importlib.util.find_spec("deltanet_tpu") is None:
+        if not path or not Path(path).exists():
+            return []
+        return json.loads(Path(path).read_text()).get("delta_rows", [])
+    rows = []
+    for case in MEASURED_DELTA:
+        model = delta_model_milliseconds(case)
+        rows.append(
+            {
+                **dataclasses.asdict(case),
+                "model_milliseconds": model,
+                "ratio": model / case.milliseconds,
+            }
+        )
+    return rows
 
 
 def matmul(x: jax.Array, y: jax.Array, blocks: tuple[int, int, int]) -> jax.Array:
@@ -120,8 +211,23 @@ def main() -> None:
             }
         )
     print(table(HEADER, rows))
+    of_delta = delta_rows(args.json)
+    lines = []
+    for row in of_delta:
+        heads = f"{row['key_heads']}/{row['value_heads']}"
+        times = [f"{row[key]:.2f}" for key in ("milliseconds", "model_milliseconds", "ratio")]
+        lines.append([row["function"], heads, row["passes"], *times])
+    if lines:
+        print(table(DELTA_HEADER, lines))
+    else:
+        print("deltanet-tpu on v6e: not installed")
     if args.json:
-        record = {"target": "tpu:v5e (model)", "rows": figures}
+        record = {
+            "target": "tpu:v5e (model)",
+            "rows": figures,
+            "delta_target": "tpu:v6e (model)",
+            "delta_rows": of_delta,
+        }
         write_json(args.json, record, {"libtpu": metadata.version("libtpu")})
 
 

@@ -42,6 +42,7 @@ from gatedjax.layers.token_info import (
     out_of_order,
 )
 from gatedjax.ops import RESIDUAL_NAMES
+from gatedjax.sharding import parts
 
 # What goes from layer to layer: (x, router logits, depth).
 Carry = tuple[Stream, Array | None, Depth | None]
@@ -294,9 +295,12 @@ class LanguageModel(nn.Module):
                 shape=shape,
                 init=init,
             )
-        # Whole rows for the lookup: XLA can move a result cut along its width only by replicating
-        # it.
-        table = nn.with_logical_constraint(table.astype(c.dtype), ("vocab", None))
+        # Looked up in the table as it is stored: each device finds its channels of all tokens, and
+        # those of a row then come together. That sends vectors of tokens both ways, where whole
+        # rows would need the table gathered and its gradient summed. Where the sequence is cut too,
+        # XLA could move such a result only by replicating it.
+        of_lookup = axes if parts("length") == 1 else ("vocab", None)
+        table = nn.with_logical_constraint(table.astype(c.dtype), of_lookup)
         # Below 0 is outside of the vocabulary too, not counted from its end.
         tokens = jnp.where(tokens < 0, c.vocab_size, tokens)
         x = jnp.take(

@@ -252,6 +252,18 @@ def is_cut(name: str, size: int) -> bool:
     return parts(name) > 1 and size % parts(name) == 0
 
 
+def placed(x: Array, names: Names) -> Array:
+    """`x`, cut over the ambient mesh as the rules say; `x` itself without a mesh of ours.
+
+    Unlike Linen's constraint it needs no rules around it: a backward pass is traced outside of
+    them.
+    """
+    if not _is_ours(jax.sharding.get_abstract_mesh()):
+        return x
+    spec = nn.logical_to_mesh_axes(names, RULES)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def mesh_axis(name: str) -> str:
     """The one mesh axis of a logical axis."""
     (axis,) = mesh_axes(name)

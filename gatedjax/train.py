@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from gatedjax import sharding
 from gatedjax.aot import step as aot
+from gatedjax.aot import unrolling
 from gatedjax.buckets import require_reachable
 from gatedjax.config import Config, DataConfig, differing_keys, flat, from_config_dict, to_dict
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
@@ -115,6 +116,8 @@ def main(_) -> None:
         stop.outside_steps()
         run = prepare(config)
         say(describe(run))
+        if unrolling.is_asked(run.config.model):
+            say(str(unrolling.unrolling(run.config, run.mesh)))
         require_memory(run)
         with live_bar(run.config.train.steps):
             doing("tokenizing")
@@ -377,7 +380,8 @@ def loop(
         seed=run.config.data.seed,
     )
     validation = Validation(run, settings.eval_batches)
-    train_step = jit_train_step(run.config, run.tx, run.shardings)
+    as_compiled = unrolling.by_the_rule(run.config, run.mesh)
+    train_step = jit_train_step(as_compiled, run.tx, run.shardings)
     stream = batches(dataset, position.row, position.places)
     for step in range(start + 1, settings.steps + 1):
         with log.reading(step):

@@ -7,6 +7,7 @@ spends them.
 """
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ _PREDICATE_BEHIND_ADDRESS = re.compile(r"\]\s*\((!?%p\w+)\)\s*,")
 _PREDICATE_AT_END = re.compile(r"\s*\((!?%p\w+)\)\s*$")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Op:
     """One instruction. `predicate` is "%p3" or "!%p3"; `old` the value that a false predicate
     leaves.
@@ -94,9 +95,30 @@ def parse_listing(name: str, path: Path, slot_use: Path | None) -> Listing:
         if "}" in body:
             body = body[: body.rfind("}")]
         ops = [parse_op(part) for part in body.split(";;")]
-        bundles.append([op for op in ops if op is not None])
+        bundles.append([_lasting(op) for op in ops if op is not None])
     capacity, used = _read_slots(slot_use)
     return Listing(name, bundles, capacity, used)
+
+
+def _lasting(op: Op) -> Op:
+    """What is kept of an op. Of vectors the replay needs the name only, and they are most of the
+    hundreds of megabytes that a whole step is listed in.
+    """
+    is_vector = op.name.startswith("vst") or (op.dest or "").startswith("%v")
+    return _vector_op(op.name) if is_vector else op
+
+
+@functools.cache
+def _vector_op(name: str) -> Op:
+    return Op(
+        name=name,
+        dest=None,
+        args="",
+        predicate=None,
+        old=None,
+        text=name,
+        comment="",
+    )
 
 
 def _without_legend(text: str) -> str:

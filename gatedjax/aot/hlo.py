@@ -84,12 +84,14 @@ class Collective:
     bytes: of a device's operand or result, the larger; of a ragged exchange, and of what goes to
       another slice, the operand.
     asynchronous_bytes: of those that run while the device computes.
+    asynchronous_count: how many do.
     """
 
     kind: str
     count: int
     bytes: int
     asynchronous_bytes: int = 0
+    asynchronous_count: int = 0
 
     @property
     def sent_bytes(self) -> int:
@@ -165,14 +167,17 @@ def collectives(text: str) -> tuple[Collective, ...]:
     started = {match[1] for line in lines if (match := _STARTED.search(line))}
     count = Counter()
     total = Counter()
-    asynchronous = Counter()
+    asynchronous_bytes = Counter()
+    asynchronous_count = Counter()
     computation = ""
 
     def add(kind: str, size: int, is_asynchronous: bool) -> None:
         times = trips.get(computation, 1)
         count[kind] += times
         total[kind] += times * size
-        asynchronous[kind] += times * size * is_asynchronous
+        if is_asynchronous:
+            asynchronous_count[kind] += times
+            asynchronous_bytes[kind] += times * size
 
     for line in lines:
         head = _COMPUTATION.match(line)
@@ -200,7 +205,14 @@ def collectives(text: str) -> tuple[Collective, ...]:
         is_asynchronous = is_start is not None or computation in started
         add(kind, size, is_asynchronous)
     return tuple(
-        Collective(kind, count[kind], total[kind], asynchronous[kind]) for kind in sorted(count)
+        Collective(
+            kind,
+            count[kind],
+            total[kind],
+            asynchronous_bytes[kind],
+            asynchronous_count[kind],
+        )
+        for kind in sorted(count)
     )
 
 

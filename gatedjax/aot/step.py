@@ -8,7 +8,7 @@ the real one.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from gatedjax.aot import (
     report_compiled,
     slice_devices,
     step_time,
+    unrolling,
 )
 from gatedjax.aot.report import size, table
 from gatedjax.aot.schedule import Dump
 from gatedjax.aot.targets import Slice, Tpu
+from gatedjax.compiler_options import for_training
 from gatedjax.config import Config
 from gatedjax.data import Batch
 from gatedjax.errors import InputError
@@ -75,12 +77,14 @@ class CompiledStep:
 
     run: on that slice.
     report: of the compiled step, or XLA's complaint if it needs more than the HBM.
-    time: lines on the model time of the step, if it was asked for.
+    time: the model's, if it was asked for and libtpu wrote a schedule.
+    compile_seconds: of the CPU, from the lowered step on.
     """
 
     run: Run
     report: Report | str
-    time: Sequence[str] = ()
+    time: step_time.StepTime | None = None
+    compile_seconds: float = 0.0
 
 
 def compile_step(config: Config, where: Slice, schedule: bool = False) -> CompiledStep:
@@ -102,19 +106,23 @@ def compile_step(config: Config, where: Slice, schedule: bool = False) -> Compil
         raise InputError(f"--aot: {error}") from None
     run = prepare(config, devices)
     with jax.set_mesh(run.mesh):
-        step = jit_train_step(run.config, run.tx, run.shardings)
+        as_compiled = unrolling.by_the_rule(run.config, run.mesh)
+        step = jit_train_step(as_compiled, run.tx, run.shardings)
         traced = step.trace(run.abstract, abstract_batch(run))
         lowered = traced.lower(lowering_platforms=("tpu",))
+        before = time.process_time()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return CompiledStep(run, str(error))
+    seconds = time.process_time() - before
     report = report_compiled(f"tpu:{where.chip.name}", compiled, devices=len(devices))
-    if folder is None:
-        return CompiledStep(run, report)
-    return CompiledStep(run, report, _replayed(run, traced, compiled, where.chip, folder))
+    replayed = None
+    if folder is not None:
+        replayed = _replayed(run, traced, compiled, where.chip, folder)
+    return CompiledStep(run, report, replayed, seconds)
 
 
 def _replayed(
@@ -123,15 +131,15 @@ def _replayed(
     compiled: jax.stages.Compiled,
     chip: Tpu,
     folder: Path,
-) -> list[str]:
-    """Lines on the model time of a step whose rows are one document each."""
+) -> step_time.StepTime | None:
+    """The model time of a step whose rows are one document each."""
     text = compiled.as_text() or ""
     scalars = prefetch.scalar_operands(traced.jaxpr, _one_document_a_row(run))
     program = Dump(folder, text, chip, scalars).program()
     if program is None:
-        return ["model time: libtpu wrote no schedule of the step"]
+        return None
     tokens = run.config.train.batch_size * run.config.data.seq_len
-    return step_time.lines(
+    return step_time.StepTime(
         program,
         step_time.times_by_part(program, text, chip),
         model_flops=tokens * flops_per_token(run),
@@ -209,31 +217,65 @@ def print_report(config: Config, text: str, schedule: bool = False) -> bool:
         lines = _refused(report, where.chip)
         fits = False
     else:
-        lines = _compiled(run, report, where)
+        lines = _compiled(run, report, where, step.compile_seconds)
         fits = report.peak_bytes <= where.chip.hbm_bytes
-    if step.time:
-        lines += ["", *step.time]
+    if step.time is not None:
+        lines += ["", *step_time.lines(step.time)]
+    elif schedule and not isinstance(report, str):
+        lines += ["", "model time: libtpu wrote no schedule of the step"]
+    if unrolling.is_asked(run.config.model):
+        lines = [str(unrolling.unrolling(run.config, run.mesh)), *lines]
     print("\n".join([describe(run), *lines, *_largest(run)]))
     return fits
 
 
-def _compiled(run: Run, report: Report, where: Slice) -> list[str]:
+def _compiled(run: Run, report: Report, where: Slice, seconds: float) -> list[str]:
     """Of a program that was compiled; it may still need more than a chip has."""
     choices = ", ".join(f"{c.op}: {c.implementation}" for c in dispatch.choices())
     rows = [
-        [c.kind, str(c.count), size(c.bytes), size(c.asynchronous_bytes)]
+        [
+            c.kind,
+            str(c.count),
+            size(c.bytes),
+            str(c.asynchronous_count),
+            size(c.asynchronous_bytes),
+        ]
         for c in report.collectives
     ]
     bound = roofline(run, report, where)
+    header = ["collective, a step and chip", "count", "bytes", "beside computing", "bytes"]
     times = [f"{name} {time:.3f} s" for name, time in dataclasses.asdict(bound).items()]
     return [
         f"ops: {choices}",
         _memory(report, where.chip),
+        f"compiled in {seconds:.0f} s of CPU",
         "",
-        *table(["collective, a step and chip", "count", "bytes", "beside computing"], rows),
+        *table(header, rows),
+        *_sent(run, report),
         "",
         f"roofline (public figures, not a measurement): {', '.join(times)}; "
         f"a step takes at least {bound.step:.3f} s, so MFU is at most {bound.mfu_bound:.0%}",
+    ]
+
+
+def _sent(run: Run, report: Report) -> list[str]:
+    """What a chip sends for each parameter, and whether the compiler was asked for collectives that
+    nothing waits for.
+    """
+    if run.mesh.size == 1:
+        return []
+    inside = sum(c.sent_bytes for c in report.collectives if c.kind != hlo.BETWEEN_SLICES)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
+    options = for_training(run.mesh, run.config.mesh.async_collectives)
+    how = f"{len(options)} options of libtpu ask for it (mesh.async_collectives)"
+    if not options and run.config.mesh.async_collectives:
+        how = "this chip has no SparseCores to run collectives"
+    elif not options:
+        how = "not asked for (mesh.async_collectives)"
+    return [
+        f"sent by a chip: {size(inside)}, {inside / parameters:.1f} bytes a parameter "
+        "(parameters gathered twice and gradients scattered once, in bfloat16, are 6)",
+        f"beside computing: {how}",
     ]
 
 

@@ -42,6 +42,31 @@ class PartTime:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """The model time of a step, whole and by part.
+
+    program: the replayed step.
+    parts: of `times_by_part`.
+    model_flops: of the model in a step.
+    chip: on which it ran.
+    """
+
+    program: ProgramRun
+    parts: Mapping[str, PartTime]
+    model_flops: float
+    chip: Tpu
+
+    @property
+    def seconds(self) -> float:
+        return self.program.cycles / self.chip.clock_hz
+
+    @property
+    def utilization(self) -> float:
+        """Of the chip's peak, by the model's FLOPs."""
+        return self.model_flops / self.chip.peak_flops / self.seconds
+
+
 def times_by_part(program: ProgramRun, text: str, chip: Tpu) -> dict[str, PartTime]:
     """The step's time by part, the longest first.
 
@@ -101,37 +126,28 @@ def part(instruction: hlo.Instruction) -> str:
     return "other"
 
 
-def lines(
-    program: ProgramRun,
-    parts: Mapping[str, PartTime],
-    model_flops: float,
-    chip: Tpu,
-) -> list[str]:
-    """The report: the step's time, its fraction of the peak, a table by part, and what has no time.
-
-    Args:
-      program: the replayed step.
-      parts: of `times_by_part`.
-      model_flops: of the model in a step.
-      chip: on which it ran.
+def lines(time: StepTime) -> list[str]:
+    """The report: the step's time, its fraction of the peak, a table by part, and what has no
+    time.
     """
-    seconds = program.cycles / chip.clock_hz
-    ideal = model_flops / chip.peak_flops
-    moved = size(program.hbm_bytes * chip.cores)
+    program = time.program
+    seconds = time.seconds
+    ideal = time.model_flops / time.chip.peak_flops
+    moved = size(program.hbm_bytes * time.chip.cores)
     rows = []
     rest = PartTime()
-    for name, time in parts.items():
-        if time.seconds < _SMALL * seconds:
-            rest += time
+    for name, of_part in time.parts.items():
+        if of_part.seconds < _SMALL * seconds:
+            rest += of_part
         else:
-            rows.append(_row(name, time, seconds))
+            rows.append(_row(name, of_part, seconds))
     rows.append(_row("less than 0.4 % each", rest, seconds))
-    counted = sum(time.seconds for time in parts.values())
+    counted = sum(of_part.seconds for of_part in time.parts.values())
     rows.append(_row("between the parts", PartTime(forward=seconds - counted), seconds))
     header = ["part", "ms", "of the step", "forward", "backward", "repeated", "HBM"]
     found = [
         f"model time (no hardware): {1e3 * seconds:.2f} ms a step; the model's FLOPs at peak "
-        f"{1e3 * ideal:.2f} ms: model FLOPs utilization {ideal / seconds:.1%}; HBM {moved}",
+        f"{1e3 * ideal:.2f} ms: model FLOPs utilization {time.utilization:.1%}; HBM {moved}",
         "",
         *table(header, rows),
     ]

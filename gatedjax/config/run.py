@@ -216,6 +216,8 @@ class MeshConfig(Checked):
     context: Size = 1
     tensor: Size = 1
     expert: Size = 1
+    # of TPUs with SparseCores (v5p, v6e, v7x): collectives run there while the chip computes
+    async_collectives: bool = True
 
 
 @dataclass(frozen=True)

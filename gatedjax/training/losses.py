@@ -268,8 +268,7 @@ def _training_loss_forward(
     # One group is added to nothing, and stays float32.
     if groups > 1:
         dweights = dweights.astype(hidden.dtype)
-    dweights = jnp.sum(dweights, axis=0).astype(weights.dtype)
-    dweights = nn.with_logical_constraint(dweights, ("vocab", "embed_vocab"))
+    dweights = _sum_of_groups(dweights).astype(weights.dtype)
     loss = scale * (losses.cross_entropy + z_loss * losses.z_loss)
     return (loss, losses), (dhidden, dweights)
 
@@ -337,6 +336,16 @@ def _by_group(gradients: Float[Array, "P X M"]) -> Float[Array, "P X M"]:
     if gradients.shape[0] == 1:
         return gradients
     return nn.with_logical_constraint(gradients, ("batch", "vocab", None))
+
+
+def _sum_of_groups(gradients: Float[Array, "P X M"]) -> Float[Array, "X M"]:
+    """The gradient, cut over devices as the matrix is."""
+    if parts("embed_vocab") == 1:
+        return nn.with_logical_constraint(jnp.sum(gradients, axis=0), ("vocab", "embed_vocab"))
+    # Each device gets its part of a sum that is cut along a first axis; cut along a last one, it
+    # would get the whole.
+    total = jnp.sum(jnp.swapaxes(gradients, 1, 2), axis=0)
+    return nn.with_logical_constraint(total, ("embed_vocab", "vocab")).T
 
 
 def _positions(rows: int, length: int, chunk: int) -> int:

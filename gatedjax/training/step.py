@@ -14,6 +14,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int, PyTree
 
+from gatedjax.compiler_options import for_training
 from gatedjax.config import Config, ModelConfig, SparseMoEConfig
 from gatedjax.data import Batch
 from gatedjax.layers.moe import state as router_state
@@ -510,7 +511,14 @@ def jit_train_step(
 ) -> jax.stages.Wrapped:
     """`train_step` compiled for a state placed as `shardings`, which it keeps.
 
-    The old state's memory is reused.
+    The old state's memory is reused. Collectives run beside what is computed where the devices can
+    do that (`MeshConfig.async_collectives`).
     """
+    mesh = jax.tree.leaves(shardings)[0].mesh
     step = functools.partial(train_step, config, tx)
-    return jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)
+    return jax.jit(
+        step,
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+        compiler_options=for_training(mesh, config.mesh.async_collectives) or None,
+    )

@@ -136,6 +136,7 @@ _NO_FUNCTION = frozenset(
         "remat",
         "scan_layers",
         "sequence_loss",
+        "unroll",
         "z_loss",
         "zero_computation_weight",
     }

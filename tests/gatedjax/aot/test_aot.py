@@ -210,11 +210,13 @@ is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla
 
 
 def test_collectives_beside_other_work_between_slices_and_ragged_ones():
-    found = {c.kind: (c.bytes, c.blocking_bytes) for c in hlo.collectives(STARTED)}
+    found = {
+        c.kind: (c.bytes, c.blocking_bytes, c.asynchronous_count) for c in hlo.collectives(STARTED)
+    }
     assert found == {
-        "reduce-scatter": (64 * 128 * 2, 0),
-        "ragged-all-to-all": (32 * 128 * 2, 32 * 128 * 2),
-        hlo.BETWEEN_SLICES: (4 * 8 * 128 * 2, 0),
+        "reduce-scatter": (64 * 128 * 2, 0, 1),
+        "ragged-all-to-all": (32 * 128 * 2, 32 * 128 * 2, 0),
+        hlo.BETWEEN_SLICES: (4 * 8 * 128 * 2, 0, 1),
     }
 
 

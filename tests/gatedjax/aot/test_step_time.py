@@ -65,7 +65,8 @@ def test_the_table_adds_up():
     parts = step_time.times_by_part(program, TEXT, chip)
     assert sum(time.seconds for time in parts.values()) == pytest.approx(7)
     assert parts["mixer: the rest"].repeated == pytest.approx(1)
-    lines = step_time.lines(program, parts, model_flops=4 * chip.peak_flops, chip=chip)
+    time = step_time.StepTime(program, parts, model_flops=4 * chip.peak_flops, chip=chip)
+    lines = step_time.lines(time)
     assert "8000.00 ms a step" in lines[0] and "utilization 50.0%" in lines[0]
     assert lines[-1].endswith("gather.8")
     [between] = [line for line in lines if line.startswith("between the parts")]

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from helpers import rel_rms
 from tiny_run import plain, random_batch
 
+from gatedjax.config import MeshConfig
+from gatedjax.sharding import RULES, make_mesh
 from gatedjax.training.losses import chunked_cross_entropy, training_loss
 from gatedjax.training.step import _accumulated_gradients, init_state
 
@@ -177,3 +180,21 @@ def test_a_batch_without_weights_has_no_gradient(parts):
     batch = random_batch(0)
     grads, metrics, _ = gradients_of(parts)(batch.replace(loss_mask=0 * batch.loss_mask))
     assert float(metrics["loss"]) == 0.0 and not flat(grads).any()
+
+
+def test_gradients_that_a_mesh_scatters_are_the_same():
+    """Sums of each device's rows, added and cut along the width."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(8, LENGTH, WIDTH)).astype(np.float32)
+    weights = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
+    targets = rng.integers(0, VOCAB, (8, LENGTH))
+    mask = np.ones((8, LENGTH), np.float32)
+
+    def loss(hidden, weights):
+        return training_loss(hidden, weights, targets, mask, jnp.float32(0.1), 16, 0.1)[0]
+
+    gradients = jax.grad(loss, (0, 1))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))), nn.logical_axis_rules(RULES):
+        scattered = jax.jit(gradients)(hidden, weights)
+    for a, b in zip(scattered, gradients(hidden, weights)):
+        assert a.shape == b.shape and rel_rms(a, b) < 1e-5

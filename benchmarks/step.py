@@ -1,0 +1,175 @@
+"""Whole training steps compiled for one TPU that is not here: model time, model FLOPs utilization,
+parts, temporaries.
+
+    python benchmarks/step.py [--case=dense,gated_unrolled ...] [--target=v5p,v6e]
+        [--json=benchmarks/results/step_tpu.json]
+
+Four layers of width 2048, rows of 4,096 tokens, 32,000 words, tied, AdamW, bfloat16: the widths of
+configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p takes four
+rows a step, v6e two. Times are the schedule's replay, not measurements; `gatedjax/aot` says how far
+to trust them. Rows are one document each; collectives do not appear on one chip. The loops of
+sparse experts follow the router, which the replay does not know: they are left out.
+
+Each row compiles in a process of its own, for minutes; rows that the JSON file has from the same
+versions are not made again, and each is written when it is there. `make bench-model` makes them
+anew and compares.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Collection, Mapping
+from importlib import metadata
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
+
+from report import known_rows, parser, run_row, table, write_json
+
+from gatedjax.aot import parse_slice
+from gatedjax.aot.step import compile_step
+from gatedjax.aot.step_time import StepTime
+from gatedjax.config import Config, config_dict, from_config_dict, layer
+
+KEYS = ("case", "target")
+HEADER = ("case", "target", "ms", "MFU", "forward", "backward", "repeated", "temporaries", "CPU s")
+ROWS = {"v5p": 4, "v6e": 2}
+WIDTH = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, and how its step is compiled.
+
+    mixer: its kind.
+    options: of the mixer.
+    remat, loss_chunk, scan_layers: as of `ModelConfig`.
+    """
+
+    mixer: str
+    options: Mapping[str, object]
+    remat: str = "projections"
+    loss_chunk: int = 8192
+    scan_layers: bool = True
+
+
+GATED = dict(num_heads=16, num_kv_heads=8, head_dim=128)
+DENSE = GATED | dict(gate_position="none")
+LINEAR = dict(num_heads=8, num_kv_heads=8, key_dim=128, value_dim=256)
+DELTA = dict(num_heads=12, key_dim=128, value_dim=256)
+CASES = {
+    "dense": Case("gated_attention", DENSE),
+    "dense_unrolled": Case("gated_attention", DENSE, scan_layers=False),
+    "dense_kernels": Case("gated_attention", DENSE, remat="kernels", loss_chunk=2048),
+    "gated_unrolled": Case("gated_attention", GATED, scan_layers=False),
+    "gla_unrolled": Case("gated_linear_attention", LINEAR, scan_layers=False),
+    "delta_unrolled": Case("delta_attention", DELTA, scan_layers=False),
+}
+
+
+def configuration(case: Case, target: str) -> Config:
+    """Of a run of this case on one chip."""
+    c = config_dict()
+    c.model.vocab_size = 32_000
+    c.model.width = WIDTH
+    c.model.num_layers = 4
+    c.model.mixers = {"mixer": layer(case.mixer, **case.options)}
+    c.model.pattern = ("mixer",)
+    c.model.ffns = {"mlp": layer("gated_mlp", hidden=5504)}
+    c.model.ffn_pattern = ("mlp",)
+    c.model.remat = case.remat
+    c.model.loss_chunk = case.loss_chunk
+    c.model.scan_layers = case.scan_layers
+    c.data.seq_len = 4096
+    c.train.batch_size = ROWS[target]
+    return from_config_dict(c)
+
+
+def figures(name: str, target: str) -> dict:
+    """One row, in this process."""
+    started = time.process_time()
+    step = compile_step(configuration(CASES[name], target), parse_slice(f"{target}:1"), True)
+    if isinstance(step.report, str) or step.time is None:
+        raise RuntimeError(f"no model time: {step.report}")
+    return of_time(step.time) | {
+        "temporary_bytes": step.report.temp_bytes,
+        "program_bytes": step.report.code_bytes,
+        "compile_seconds": step.compile_seconds,
+        "cpu_seconds": time.process_time() - started,
+    }
+
+
+def of_time(found: StepTime) -> dict:
+    """The figures of a replayed step."""
+    passes = ("forward", "backward", "repeated")
+    parts = found.parts.values()
+    return {
+        "milliseconds": 1e3 * found.seconds,
+        "utilization": found.utilization,
+        **{
+            f"{name}_milliseconds": 1e3 * sum(getattr(part, name) for part in parts)
+            for name in passes
+        },
+        "parts": {name: 1e3 * part.seconds for name, part in found.parts.items()},
+        "missing": len(found.program.missing),
+        "unknown_branches": found.program.unknown_branches,
+    }
+
+
+def line(row: tuple[str, str], found: Mapping) -> list[str]:
+    """Of the table."""
+    if "error" in found:
+        return [*row, found["error"][:60]]
+    passes = [
+        f"{found[f'{name}_milliseconds']:.1f}" for name in ("forward", "backward", "repeated")
+    ]
+    return [
+        *row,
+        f"{found['milliseconds']:.2f}",
+        f"{found['utilization']:.1%}",
+        *passes,
+        f"{found['temporary_bytes'] / 2**30:.1f} GiB",
+        f"{found['compile_seconds']:.0f}",
+    ]
+
+
+def main() -> None:
+    args = flags()
+    if args.row:
+        print(json.dumps(figures(*args.row)))
+        return
+    versions = {"libtpu": metadata.version("libtpu")}
+    rows = dict(known_rows(args.json, KEYS, versions))
+    for key in itertools.product(args.case.split(","), args.target.split(",")):
+        if key not in rows:
+            rows[key] = run_row(__file__, *key)
+            if args.json:  # after every row: a long run may be cut short
+                written = [dict(zip(KEYS, row)) | found for row, found in rows.items()]
+                write_json(args.json, {"rows": written}, versions)
+        print("  ".join(line(key, rows[key])), file=sys.stderr, flush=True)
+    print(table(HEADER, [line(key, found) for key, found in rows.items()]))
+
+
+def flags() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--case", default=",".join(CASES), help="comma-separated")
+    made.add_argument("--target", default="v5p", help="of v5p and v6e, comma-separated")
+    made.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
+    args = made.parse_args()
+    require_known(made, "--case", args.case, CASES)
+    require_known(made, "--target", args.target, ROWS)
+    return args
+
+
+def require_known(made: argparse.ArgumentParser, flag: str, text: str, known: Collection) -> None:
+    """Ends the command with one line if a name of the list is not known."""
+    for name in text.split(","):
+        if name not in known:
+            made.error(f"{flag}: got {name!r}, expected some of {', '.join(known)}")
+
+
+if __name__ == "__main__":
+    main()
