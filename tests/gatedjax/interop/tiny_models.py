@@ -134,6 +134,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 FLA_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gla": ("GLAConfig", dict(use_short_conv=True)),
     "retnet": ("RetNetConfig", dict()),
+    "hgrn2": ("HGRN2Config", dict(num_heads=None, expand_ratio=12)),
     "gated_deltanet": (
         "GatedDeltaNetConfig",
         dict(head_dim=8, num_heads=2, num_v_heads=4, allow_neg_eigval=True),
