@@ -42,6 +42,7 @@ from gatedjax.paths import Place, is_bucket
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import require_no_links, write_report
 from gatedjax.runtime import cli, launch
+from gatedjax.runtime.host_memory import large_blocks_given_back
 from gatedjax.runtime.mirror import Mirror
 from gatedjax.sharding import mesh_of_text
 from gatedjax.training.run import Run
@@ -102,15 +103,16 @@ def main(_) -> None:
     checkpoint = cli.given_place(_CHECKPOINT)
     lengths = given_lengths()
     launch.start()
-    run, params, step = restore_params(
-        checkpoint,
-        step=_STEP.value,
-        source=_SOURCE.value,
-        text=_TEXT.value,
-        trust_paths=_TRUST.value,
-        mesh=mesh_of_text(_MESH.value) or fitting_mesh(checkpoint),
-        changes=given_changes(),
-    )
+    with large_blocks_given_back():
+        run, params, step = restore_params(
+            checkpoint,
+            step=_STEP.value,
+            source=_SOURCE.value,
+            text=_TEXT.value,
+            trust_paths=_TRUST.value,
+            mesh=mesh_of_text(_MESH.value) or fitting_mesh(checkpoint),
+            changes=given_changes(),
+        )
     require_text(run)
     if _SOURCE.value is None and _TEXT.value is None:
         require_same_text(run, checkpoint)

@@ -30,6 +30,7 @@ from gatedjax.evaluation.sampling import Decoder, checked_sampling, pieces_of_te
 from gatedjax.evaluation.text_stream import TextUntil
 from gatedjax.paths import Place, expand
 from gatedjax.runtime import cli
+from gatedjax.runtime.host_memory import large_blocks_given_back
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
 _PROMPT = flags.DEFINE_string(
@@ -126,7 +127,8 @@ def restored_model(checkpoint: Place, needs_chat: bool) -> Model:
       checkpoint: the run directory.
       needs_chat: some prompt is a conversation.
     """
-    restored_run, params, _ = restore_params(checkpoint, trust_paths=_TRUST.value)
+    with large_blocks_given_back():
+        restored_run, params, _ = restore_params(checkpoint, trust_paths=_TRUST.value)
     data = restored_run.config.data
     tokenizer = load_tokenizer(data.tokenizer, data.end_of_document)
     chat = None

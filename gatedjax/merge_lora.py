@@ -22,6 +22,7 @@ from gatedjax.layers import low_rank
 from gatedjax.layers.tree import flatten_dict
 from gatedjax.reporting.console import say
 from gatedjax.runtime import cli, launch
+from gatedjax.runtime.host_memory import large_blocks_given_back
 from gatedjax.training import given_weights, identity
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.manifest import places
@@ -40,7 +41,8 @@ def main(_) -> None:
     launch.start()
     if has_steps(workdir):
         raise InputError(f"--workdir: got {workdir}, which holds a run, expected a new folder")
-    run, params, step = restore_params(checkpoint, mesh=fitting_mesh(checkpoint))
+    with large_blocks_given_back():
+        run, params, step = restore_params(checkpoint, mesh=fitting_mesh(checkpoint))
     if not run.config.model.lora.rank:
         raise InputError(f"--checkpoint: {checkpoint} has no low-rank updates (model.lora)")
     with Checkpointer(checkpoint, read_only=True) as checkpointer:

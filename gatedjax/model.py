@@ -30,6 +30,7 @@ from gatedjax.layers.block import (
 )
 from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import COLLECTION
+from gatedjax.layers.linear_attention import rising_floors
 from gatedjax.layers.low_rank import low_rank_updates
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.parameters import parameter
@@ -328,15 +329,23 @@ class LanguageModel(nn.Module):
         c = self.config
         if not c.starts_by_depth:
             return None
-        index = jnp.zeros((), jnp.int32)
-        if c.first_rwkv7 is None:
-            return Depth(index, num_layers=c.num_layers)
-        return Depth(
-            index,
-            first_values=jnp.zeros_like(x),
-            first=c.first_rwkv7,
-            num_layers=c.num_layers,
-        )
+        depth = Depth(jnp.zeros((), jnp.int32), num_layers=c.num_layers)
+        if c.decay_floors is not None:
+            logits = parameter(
+                self,
+                "decay_floors",
+                axes=(None, "heads", "head_dim"),
+                shape=(c.num_layers, *c.decay_floors),
+                init=nn.initializers.zeros,
+            )
+            depth = dataclasses.replace(depth, decay_floors=rising_floors(logits))
+        if c.first_rwkv7 is not None:
+            depth = dataclasses.replace(
+                depth,
+                first_values=jnp.zeros_like(x),
+                first=c.first_rwkv7,
+            )
+        return depth
 
 
 def periods_of(c: ModelConfig, training: bool = False) -> nn.Module:

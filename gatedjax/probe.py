@@ -35,6 +35,7 @@ from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_page import write_page
 from gatedjax.reporting.probe_pictures import require_no_links
 from gatedjax.runtime import cli, launch
+from gatedjax.runtime.host_memory import large_blocks_given_back
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.training.run import Run
 
@@ -61,13 +62,14 @@ def main(_) -> None:
     folder = checkpoint / "probes" if _OUT.value is None else expand(_OUT.value, "--out")
     require_no_links(folder)
     launch.start()
-    run, params, step = restore_params(
-        checkpoint,
-        step=_STEP.value,
-        text=_TEXT.value,
-        trust_paths=_TRUST.value,
-        mesh=fitting_mesh(checkpoint),
-    )
+    with large_blocks_given_back():
+        run, params, step = restore_params(
+            checkpoint,
+            step=_STEP.value,
+            text=_TEXT.value,
+            trust_paths=_TRUST.value,
+            mesh=fitting_mesh(checkpoint),
+        )
     data = run.config.data
     tokenizer = load_tokenizer(data.tokenizer, data.end_of_document)
     batch = rows_of_texts(

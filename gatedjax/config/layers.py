@@ -255,14 +255,21 @@ class GatedLinearAttentionConfig(Checked):
     decay: Literal["vector", "scalar", "constant", "none"] = "vector"
     # logsigmoid: g = logsigmoid(x W1 W2 + b) / decay_temperature (GLA). softplus: g = -exp(A_log)
     # softplus(x W + b), and values are multiplied by that softplus (as in Mamba-2). A constant
-    # decay is RetNet's log(1 - 2^(-5-h)).
-    decay_form: Literal["logsigmoid", "softplus"] = "logsigmoid"
+    # decay is RetNet's log(1 - 2^(-5-h)). forget_gate: g = log f with f = floor + (1 - floor)
+    # sigmoid(x W) for every key channel, and 1 - f in place of keys (HGRN2).
+    decay_form: Literal["logsigmoid", "softplus", "forget_gate"] = "logsigmoid"
+    # of the forget gate. by_depth: rises from 0 at the first layer, learned by the model
+    decay_floor: Literal["none", "by_depth"] = "none"
     decay_rank: Size = 16
     decay_temperature: Annotated[float, Range(1e-3)] = 16.0
     feature_map: Literal["identity", "silu", "elu_plus_one"] = "identity"
     # divide by the sum of the weights (linear attention with a positive feature map)
     normalize: bool = False
     output_gate: Literal["swish", "sigmoid", "none"] = "swish"
+    # of the output: each head by itself, or the channels of all heads together (HGRN2)
+    norm_heads: Literal["each", "all"] = "each"
+    # of that norm; None for the model's
+    norm_eps: Annotated[float, Range(0, 1, includes_low=False)] | None = None
     # causal depthwise convolution on q, k, v; 0 for none
     conv_width: Annotated[int, Range(0, 256)] = 0
     # of the convolution, before its SiLU
@@ -283,6 +290,25 @@ class GatedLinearAttentionConfig(Checked):
                 self.decay_form,
                 "logsigmoid unless decay is 'scalar' and num_kv_heads is num_heads",
             )
+        if self.decay_form == "forget_gate":
+            self._check_forget_gate()
+        require(
+            self.decay_floor == "none" or self.decay_form == "forget_gate",
+            "decay_floor",
+            self.decay_floor,
+            f"'none' with decay_form {self.decay_form!r}",
+        )
+
+    def _check_forget_gate(self) -> None:
+        """What has a place beside keys that are made of the gate."""
+        is_plain = self.kv_heads == self.num_heads and not self.conv_width and not self.normalize
+        require(
+            self.decay == "vector" and is_plain,
+            "decay_form",
+            self.decay_form,
+            "logsigmoid unless decay is 'vector', num_kv_heads is num_heads, conv_width is 0 and "
+            "normalize is false",
+        )
 
     @property
     def kv_heads(self) -> int:

@@ -19,6 +19,7 @@ from gatedjax.config.checks import (
 from gatedjax.config.layers import (
     FeedForwardConfig,
     GatedAttentionConfig,
+    GatedLinearAttentionConfig,
     GatedMLPConfig,
     MixerConfig,
     NoFeedForwardConfig,
@@ -213,6 +214,13 @@ class ModelConfig(Checked):
                 f"none in layer {block.layers[0]}",
                 "a feed-forward in a layer without a mixer",
             )
+            floors = _decay_floors(block.mixer)
+            require(
+                floors is None or floors == self.decay_floors,
+                f"mixers.{self._mixer_name(block.layers[0])}.decay_floor",
+                "by_depth",
+                "as many heads and channels in all layers that have it",
+            )
             if isinstance(block.mixer, RWKV7Config):
                 require(
                     block.mixer.width == self.width,
@@ -327,10 +335,17 @@ class ModelConfig(Checked):
         return None
 
     @property
+    def decay_floors(self) -> tuple[int, int] | None:
+        """Heads and channels of the forget gates whose floors rise with the depth; None if none."""
+        floors = (_decay_floors(block.mixer) for block in self.blocks)
+        return next((sizes for sizes in floors if sizes is not None), None)
+
+    @property
     def starts_by_depth(self) -> bool:
-        """Whether a layer's parameters start by its place in the model."""
+        """Whether a layer starts or computes by its place in the model."""
         has_channel_mix = any(isinstance(ffn, RWKV7ChannelMixConfig) for ffn in self._used_ffns())
-        return has_channel_mix or self.first_rwkv7 is not None
+        is_told = self.first_rwkv7 is not None or self.decay_floors is not None
+        return has_channel_mix or is_told
 
     def layer(self, i: int) -> tuple[MixerConfig, FeedForwardConfig]:
         """The mixer and the feed-forward of layer i."""
@@ -355,3 +370,11 @@ def _at(
     if after >= 0:
         return suffix[after]
     return pattern[(i - len(prefix)) % len(pattern)]
+
+
+def _decay_floors(mixer: MixerConfig) -> tuple[int, int] | None:
+    """Heads and channels of a mixer's forget gates whose floors rise with the depth."""
+    has_gate = isinstance(mixer, GatedLinearAttentionConfig)
+    if has_gate and mixer.decay_floor == "by_depth":
+        return mixer.num_heads, mixer.key_dim
+    return None

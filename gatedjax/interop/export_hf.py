@@ -25,6 +25,7 @@ from gatedjax.layers.tree import flatten_dict
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.runtime import cli, launch
+from gatedjax.runtime.host_memory import large_blocks_given_back
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")
 _TO = flags.DEFINE_string("to", None, "Folder to write, a new one.")
@@ -52,12 +53,13 @@ def main(_) -> None:
     if folder.exists():
         raise InputError(f"--to: got {folder}, which is there already, expected a new folder")
     record = read_record(run_dir)
-    run, params, step = restore_params(
-        run_dir,
-        step=_STEP.value,
-        trust_paths=_TRUST.value,
-        mesh=sharding.mesh_of_text(_MESH.value) or fitting_mesh(run_dir),
-    )
+    with large_blocks_given_back():
+        run, params, step = restore_params(
+            run_dir,
+            step=_STEP.value,
+            trust_paths=_TRUST.value,
+            mesh=sharding.mesh_of_text(_MESH.value) or fitting_mesh(run_dir),
+        )
     family = outgoing.family_of(run.config, record, _FAMILY.value)
     dtype, dtypes = outgoing.dtypes_of(run.config, record, _DTYPE.value)
     partial = folder.with_name(f".{folder.name}.partial")

@@ -18,6 +18,7 @@ from gatedjax.interop.safetensors import tensors_of_folder
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.runtime import cli, launch
+from gatedjax.runtime.host_memory import large_blocks_given_back
 from gatedjax.training import given_weights, identity
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.run import fresh_state
@@ -56,11 +57,12 @@ def main(_) -> None:
         tensors_of_folder(folder),
         wanted,
     )
-    state = fresh_state(run, on_mesh.read_parameters(found.parts, wanted))
     config = to_dict(run.config)
     same = {"tokenizer": tokenizer.fingerprint, "sources": {}}
-    with jax.set_mesh(run.mesh), Checkpointer(workdir, config, data=same) as checkpointer:
-        checkpointer.save(0, state, data_index=0, wait=True)
+    with large_blocks_given_back():
+        state = fresh_state(run, on_mesh.read_parameters(found.parts, wanted))
+        with jax.set_mesh(run.mesh), Checkpointer(workdir, config, data=same) as checkpointer:
+            checkpointer.save(0, state, data_index=0, wait=True)
     identity.keep_tokenizer(workdir, tokenizer)
     if jax.process_index() == 0:
         incoming.carry(folder, workdir, described, found)

@@ -29,7 +29,7 @@ from gatedjax.layers.kv_cache import (
     in_time_order,
 )
 from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale
-from gatedjax.layers.norm import RMSNorm, rms_norm, unit_length
+from gatedjax.layers.norm import HeadsNorm, RMSNorm, unit_length
 from gatedjax.layers.normalizer import normalizer_of
 from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
@@ -382,24 +382,3 @@ class GatedAttention(Mixer):
         # A causal row sees half the sequence on average, or its window.
         seen = seq_len / 2 if c.window is None else min(c.window, seq_len / 2)
         return 2 * width * columns + 4 * q_channels * seen
-
-
-class HeadsNorm(nn.Module):
-    """RMSNorm over the channels of all heads together, with a scale for each channel."""
-
-    eps: float
-    zero_centered: bool
-
-    @nn.compact
-    def __call__(self, y: Float[Array, "B T _ D"]) -> Float[Array, "B T _ D"]:
-        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
-        w = parameter(
-            self,
-            "scale",
-            axes=["heads", "head_dim"],
-            shape=y.shape[2:],
-            init=init,
-        )
-        scale = 1.0 + w if self.zero_centered else w
-        together = y.reshape(*y.shape[:2], -1)
-        return rms_norm(together, scale.reshape(-1), self.eps).reshape(y.shape)

@@ -1,4 +1,4 @@
-"""Where a layer stands in a model, for layers that start or compute by their depth (RWKV-7)."""
+"""Where a layer stands in a model: RWKV-7 starts by it, floors of forget gates rise with it."""
 
 from flax import struct
 from jax import Array
@@ -16,12 +16,15 @@ class Depth:
         that layer. None where no layer does.
       first: the index of that layer.
       num_layers: of the model.
+      decay_floors: below which forget gates do not fall, of every layer; None where no layer has
+        one.
     """
 
     index: ArrayLike
     first_values: Float[Array, "B T M"] | None = None
     first: int = struct.field(pytree_node=False, default=0)
     num_layers: int = struct.field(pytree_node=False, default=1)
+    decay_floors: Float[Array, "L H K"] | None = None
 
 
 # Of a layer that is called by itself.

@@ -1,7 +1,7 @@
 """Gated linear attention (arXiv 2312.06635) on `kernels_pallas.linear_scan`.
 
-RetNet by config, and layers with Mamba-2's decay. Those are not Mamba-2 (`mamba2.py`), which also
-adds D x to its output, gates before its norm, and shares B and C among heads.
+RetNet and HGRN2 by config, and layers with Mamba-2's decay. Those are not Mamba-2 (`mamba2.py`),
+which also adds D x to its output, gates before its norm, and shares B and C among heads.
 """
 
 from typing import ClassVar
@@ -18,7 +18,7 @@ from gatedjax.config import GatedLinearAttentionConfig
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import short_conv
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.norm import RMSNorm
+from gatedjax.layers.norm import HeadsNorm, RMSNorm
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
@@ -43,6 +43,33 @@ def logsigmoid_decay(logits: Float[Array, "..."], temperature: float) -> Float[A
     4.4).
     """
     return jax.nn.log_sigmoid(logits.astype(jnp.float32)) / temperature
+
+
+def forget_gate(
+    logits: Float[Array, "B T H K"],
+    floor: Float[Array, "H K"] | None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    """HGRN2's log decay and keys, `(log f, 1 - f)` with `f = floor + (1 - floor) sigmoid(logits)`.
+
+    In float32 (arXiv 2404.07904, section 3.1). None is a floor of 0.
+    """
+    logits = logits.astype(jnp.float32)
+    # Not 1 - f, which loses what is left of a gate that is almost open.
+    keys = jax.nn.sigmoid(-logits)
+    log_sigmoid = jax.nn.log_sigmoid(logits)
+    if floor is None:
+        return log_sigmoid, keys
+    has_floor = floor > 0
+    # With a floor the gate is away from 0; without one its logarithm is that of the sigmoid alone.
+    safe_floor = jnp.where(has_floor, floor, 0.5)
+    above = jnp.log(safe_floor + (1 - safe_floor) * jax.nn.sigmoid(logits))
+    return jnp.where(has_floor, above, log_sigmoid), (1 - floor) * keys
+
+
+def rising_floors(logits: Float[Array, "L H K"]) -> Float[Array, "L H K"]:
+    """Floors of forget gates: 0 at the first layer, rising to less than 1 (arXiv 2404.07904)."""
+    fractions = jax.nn.softmax(logits, axis=0)
+    return jnp.cumsum(fractions, axis=0) - fractions[0]
 
 
 def retention_decay(num_heads: int) -> Float[np.ndarray, " H"]:
@@ -88,7 +115,12 @@ class GatedLinearAttention(Mixer):
     ) -> tuple[Float[Array, "B T M"], ScanCache | None]:
         c = self.config
         q = self._project("query", x, {"heads": c.num_heads, "head_dim": c.key_dim})
-        k = self._project("key", x, {"kv_heads": c.kv_heads, "head_dim": c.key_dim})
+        keys_and_decay = None
+        if c.decay_form == "forget_gate":
+            keys_and_decay = self._keys_and_decay(x, info)
+            k = keys_and_decay[0]
+        else:
+            k = self._project("key", x, {"kv_heads": c.kv_heads, "head_dim": c.key_dim})
         v = self._project("value", x, {"kv_heads": c.kv_heads, "head_dim": c.value_dim})
         # The state and the convolution go on from where the tokens before ended.
         tail = None if cache is None else cache.conv_tail
@@ -103,8 +135,13 @@ class GatedLinearAttention(Mixer):
             )
         # The feature map is what linear attention has in place of softmax's exponential.
         q = self._rotated(FEATURE_MAPS[c.feature_map](q), info)
-        k = self._rotated(FEATURE_MAPS[c.feature_map](k), info)
-        log_decay, v = self._decay(x, v)
+        if keys_and_decay is None:
+            k = self._rotated(FEATURE_MAPS[c.feature_map](k), info)
+            log_decay, v = self._decay(x, v)
+        else:
+            # Keys from a gate lie between 0 and 1 as they are.
+            k = self._rotated(k, info)
+            log_decay = keys_and_decay[1]
         if log_decay is not None:
             record(self, "log_decay", log_decay)
         o, state = scan_or_step(
@@ -117,12 +154,13 @@ class GatedLinearAttention(Mixer):
             normalize=c.normalize,
             chunk_size=c.chunk_size,
         )
-        # Normed head by head: the state grows and shrinks with the decay, and its output with it.
-        o = RMSNorm(
-            self.norm_eps,
-            axis_name="head_dim",
-            name="norm",
-        )(o)
+        # Normed: the state grows and shrinks with the decay, and its output with it.
+        eps = self.norm_eps if c.norm_eps is None else c.norm_eps
+        if c.norm_heads == "all":
+            norm = HeadsNorm(eps, zero_centered=False, name="norm")
+        else:
+            norm = RMSNorm(eps, axis_name="head_dim", name="norm")
+        o = norm(o)
         if c.output_gate != "none":
             o = self._gated(o, x)
         heads = {"heads": c.num_heads, "head_dim": c.value_dim}
@@ -137,6 +175,17 @@ class GatedLinearAttention(Mixer):
         if state is None or tail is None:
             return y, None
         return y, ScanCache(state, tail)
+
+    def _keys_and_decay(self, x: Array, info: TokenInfo) -> tuple[Array, Array]:
+        """Keys and the log decay, both of one forget gate."""
+        c = self.config
+        logits = self._project("forget", x, {"heads": c.num_heads, "head_dim": c.key_dim})
+        floor = None
+        if c.decay_floor == "by_depth" and info.depth is not None:
+            assert info.depth.decay_floors is not None
+            floor = info.depth.decay_floors[info.depth.index]
+        log_decay, keys = forget_gate(logits, floor)
+        return keys.astype(self.dtype), log_decay
 
     def _rotated(self, y: Array, info: TokenInfo) -> Array:
         c = self.config

@@ -1,4 +1,4 @@
-"""RMSNorm, plain and zero-centered; LayerNorm; vectors of length 1."""
+"""RMSNorm, plain and zero-centered, of a head or of all; LayerNorm; vectors of length 1."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -72,6 +72,27 @@ class RMSNorm(nn.Module):
         )
         scale = 1.0 + w if self.zero_centered else w
         return rms_norm(x, scale, self.eps)
+
+
+class HeadsNorm(nn.Module):
+    """RMSNorm over the channels of all heads together, with a scale for each channel."""
+
+    eps: float
+    zero_centered: bool
+
+    @nn.compact
+    def __call__(self, y: Float[Array, "B T _ D"]) -> Float[Array, "B T _ D"]:
+        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        w = parameter(
+            self,
+            "scale",
+            axes=["heads", "head_dim"],
+            shape=y.shape[2:],
+            init=init,
+        )
+        scale = 1.0 + w if self.zero_centered else w
+        together = y.reshape(*y.shape[:2], -1)
+        return rms_norm(together, scale.reshape(-1), self.eps).reshape(y.shape)
 
 
 class LayerNorm(nn.Module):

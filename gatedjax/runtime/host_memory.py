@@ -1,8 +1,10 @@
 """Host memory of a run on CPU: kept for the next step instead of given back to the system."""
 
+import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +19,10 @@ _SETTINGS = (
     (_M_MMAP_MAX, 0),  # large blocks come from the heap too
     (_M_TRIM_THRESHOLD, 2**31 - 1),  # freed memory at the heap's end stays
 )
+# Large blocks that are mapped each for itself, at most: glibc's default.
+_MOST_MAPPED = 65536
+# Whether this process keeps what it frees; a set, so that a function can change it.
+_kept: set[bool] = set()
 _GPU_FILES = ("/dev/nvidia0", "/dev/kfd")
 
 
@@ -38,7 +44,26 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     accepted = [libc.mallopt(parameter, value) for parameter, value in _SETTINGS]
+    _kept.add(True)
     return all(accepted)
+
+
+@contextlib.contextmanager
+def large_blocks_given_back() -> Iterator[None]:
+    """Inside, large blocks go back to the system when they are freed, as glibc has it.
+
+    Reading a whole model allocates and frees, once, several times its size. In a heap that keeps
+    everything the holes between what stays add up to more than the model.
+    """
+    if not _kept:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_MAX, _MOST_MAPPED)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_MAX, 0)
 
 
 def _computes_on_cpu() -> bool:

@@ -47,7 +47,7 @@ ADDED_LATER_TO_LAYERS = {
         "token_sinks",
     ),
     "delta_attention": ("conv_bias", "norm_eps"),
-    "gated_linear_attention": ("conv_bias",),
+    "gated_linear_attention": ("conv_bias", "decay_floor", "norm_heads", "norm_eps"),
     "gated_mlp": ("bias", "swiglu_limit"),
     "mamba2": ("conv_bias",),
     "rwkv7": ("norm_eps",),

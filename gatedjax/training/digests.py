@@ -102,11 +102,18 @@ def _digest(x: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
     first = _mix(words ^ mixed_position)
     mixed_position = _mix(position ^ jnp.uint32(0xC2B2AE3D))
     second = _mix(words * jnp.uint32(0x85EBCA77) + mixed_position)
-    sums = [
-        jnp.sum(first, dtype=jnp.uint32),
-        jnp.sum(second, dtype=jnp.uint32),
-    ]
+    # Both sums by one reduction: XLA for CPUs fuses the mixes into it. Two separate sums would hold
+    # both mixes of every array at once, twice the memory of the whole state.
+    zero = jnp.uint32(0)
+    sums = jax.lax.reduce((first, second), (zero, zero), _added, tuple(range(words.ndim)))
     return jnp.stack(sums)
+
+
+def _added(
+    one: tuple[UInt32[Array, ""], UInt32[Array, ""]],
+    other: tuple[UInt32[Array, ""], UInt32[Array, ""]],
+) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+    return one[0] + other[0], one[1] + other[1]
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

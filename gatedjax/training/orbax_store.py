@@ -4,6 +4,7 @@ Nothing is unpickled: arrays are read as numbers into a target that the caller n
 """
 
 import functools
+import math
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -89,7 +90,10 @@ def read_arrays(
         restore_args[name] = ocp.RestoreArgs()
     args = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
     place = epath.Path(step_dir / "state")
-    handler = ocp.PyTreeCheckpointHandler()
+    largest = max((leaf.size * leaf.dtype.itemsize for leaf in read.values()), default=0)
+    # Beside what has arrived, the arrays under way are held compressed, whole and by shards. orbax
+    # refuses an array that is larger than what may be under way.
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + math.ceil(largest / 1e9))
     stored = handler.metadata(place).tree
     manifests.require_stored_as_described(stored, described)
     arrays = handler.restore(place, args=args)

@@ -1,5 +1,6 @@
-"""Checkpoints of flash-linear-attention's own models: GLA, RetNet, Gated DeltaNet."""
+"""Checkpoints of flash-linear-attention's own models: GLA, RetNet, HGRN2, Gated DeltaNet."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,11 +26,15 @@ from gatedjax.interop.links import Link, convolution, in_blocks, matrix, vector
 
 GLA = "gla"
 RETNET = "retnet"
+HGRN2 = "hgrn2"
 GATED_DELTANET = "gated_deltanet"
 # In the code of fla: ranks and temperature of GLA's gate, the base of RetNet's rotation.
 _DECAY_RANK = 16
 _DECAY_TEMPERATURE = 16.0
 _ROPE_BASE = 10_000.0
+# Of HGRN2: what a head expands to, and the norm of its output, which is not the file's.
+_EXPANSION = 128
+_HGRN2_EPS = 1e-5
 # Widths of feed-forwards that a file does not name are multiples of this.
 _MLP_MULTIPLE = 256
 
@@ -67,6 +72,36 @@ def retnet_to_model(config: HFConfig) -> ModelConfig:
         rope_base=_ROPE_BASE,
     )
     return _model(config, "retention", mixer, hidden_ratio=2)
+
+
+def hgrn2_to_model(config: HFConfig) -> ModelConfig:
+    """Keys are what a forget gate leaves, and its floor rises from layer to layer."""
+    config.require("use_short_conv", (False,))
+    config.require("elementwise_affine", (True,))
+    width = config.size("hidden_size")
+    key_dim = config.size("expand_ratio", default=_expansion(config, width))
+    if width % key_dim:
+        raise config.refuse("expand_ratio", f"a divisor of hidden_size {width}")
+    heads = width // key_dim
+    mixer = GatedLinearAttentionConfig(
+        num_heads=heads,
+        key_dim=key_dim,
+        value_dim=width // heads,
+        decay_form="forget_gate",
+        decay_floor="by_depth" if config.flag("use_lower_bound", True) else "none",
+        feature_map="silu",
+        output_gate="none",
+        norm_heads="all",
+        norm_eps=_HGRN2_EPS,
+    )
+    return _model(config, "hgrn2", mixer, hidden_ratio=4)
+
+
+def _expansion(config: HFConfig, width: int) -> int:
+    """Key channels of a head where the file has no number: null asks for those of num_heads."""
+    if "expand_ratio" in config.values:
+        return max(1, width // config.size("num_heads"))
+    return _EXPANSION
 
 
 def deltanet_to_model(config: HFConfig) -> ModelConfig:
@@ -185,6 +220,17 @@ def retnet_to_json(model: ModelConfig) -> dict[str, Any]:
     return _linear_json(model, RETNET)
 
 
+def hgrn2_to_json(model: ModelConfig) -> dict[str, Any]:
+    """The same, back."""
+    c = the_layer(model, GatedLinearAttentionConfig, HGRN2)
+    return _json(model, HGRN2) | {
+        "num_heads": c.num_heads,
+        "expand_ratio": c.key_dim,
+        "use_lower_bound": c.decay_floor == "by_depth",
+        "use_short_conv": False,
+    }
+
+
 def deltanet_to_json(model: ModelConfig) -> dict[str, Any]:
     """The same, back."""
     c = the_layer(model, DeltaAttentionConfig, GATED_DELTANET)
@@ -213,11 +259,17 @@ def links(model: ModelConfig) -> Iterator[Link]:
             yield from _delta(block.mixer, model.width)
         else:
             assert isinstance(block.mixer, GatedLinearAttentionConfig)
-            yield from _linear(block.mixer, model.width)
+            is_hgrn2 = block.mixer.decay_form == "forget_gate"
+            links_of_mixer = _hgrn2 if is_hgrn2 else _linear
+            yield from links_of_mixer(block.mixer, model.width)
         assert isinstance(block.feed_forward, GatedMLPConfig)
         yield from parts.gated_mlp(block.feed_forward.hidden, model.width)
 
     yield from parts.ends(model, "model.embeddings.weight")
+    if model.decay_floors is not None:
+        floors = (model.num_layers, *model.decay_floors)
+        on_disk = (model.num_layers, math.prod(model.decay_floors))
+        yield vector("model.lower_bounds", ("decay_floors",), floors, on_disk)
     yield from in_blocks(model, of_layer)
 
 
@@ -252,6 +304,16 @@ def _linear(c: GatedLinearAttentionConfig, width: int) -> Iterator[Link]:
     yield matrix(f"{tensor}o_proj.weight", ("mixer", "out", "kernel"), values, (width,))
 
 
+def _hgrn2(c: GatedLinearAttentionConfig, width: int) -> Iterator[Link]:
+    tensor = "attn."
+    keys = (c.num_heads, c.key_dim)
+    values = (c.num_heads, c.value_dim)
+    for name, path, heads in (("q", "query", keys), ("f", "forget", keys), ("i", "value", values)):
+        yield matrix(f"{tensor}{name}_proj.weight", ("mixer", path, "kernel"), (width,), heads)
+    yield vector(f"{tensor}g_norm.weight", ("mixer", "norm", parts.SCALE), values)
+    yield matrix(f"{tensor}o_proj.weight", ("mixer", "out", "kernel"), values, (width,))
+
+
 def _delta(c: DeltaAttentionConfig, width: int) -> Iterator[Link]:
     tensor = "attn."
     yield from parts.delta_ends(c, width, tensor, "o_norm", "o_proj")
@@ -266,6 +328,7 @@ def _delta(c: DeltaAttentionConfig, width: int) -> Iterator[Link]:
 FAMILIES = (
     Family(GLA, "GLAForCausalLM", gla_to_model, gla_to_json, links),
     Family(RETNET, "RetNetForCausalLM", retnet_to_model, retnet_to_json, links),
+    Family(HGRN2, "HGRN2ForCausalLM", hgrn2_to_model, hgrn2_to_json, links),
     Family(
         GATED_DELTANET,
         "GatedDeltaNetForCausalLM",

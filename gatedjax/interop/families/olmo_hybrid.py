@@ -30,6 +30,8 @@ from gatedjax.interop.links import Link, in_blocks, matrix, vector
 MODEL_TYPE = "olmo_hybrid"
 # Of the norm after the delta rule; it stands in the code of transformers.
 _DELTA_EPS = 1e-5
+# Where a file names none.
+_ROPE_BASE = 10_000.0
 
 
 def to_model(config: HFConfig) -> ModelConfig:
@@ -75,11 +77,15 @@ def to_model(config: HFConfig) -> ModelConfig:
 
 
 def _rope(config: HFConfig) -> Rope:
-    """No positions at all where the base of the rotation is null."""
+    """No positions where the base of the rotation is null, as in the released files.
+
+    transformers takes its default where no base is named: `rope_parameters: null` alone rotates.
+    """
     rope = config.group("rope_parameters")
-    if "rope_theta" in rope or "rope_theta" in config:
-        return rope_of(config, 10_000.0)
-    return Rope(10_000.0, fraction=0.0)
+    named = rope if "rope_theta" in rope.values else config
+    if named.values.get("rope_theta", _ROPE_BASE) is None:
+        return Rope(_ROPE_BASE, fraction=0.0)
+    return rope_of(config, _ROPE_BASE)
 
 
 def to_json(model: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What fla's models compute, token by token in float64, from the tensors of their files.
 
-Read from its layers and its naive functions: GLA, retention, the gated delta rule, RWKV-7.
+Read from its layers and its naive functions: GLA, retention, HGRN2, the gated delta rule, RWKV-7.
 """
 
 from collections.abc import Mapping
@@ -155,6 +155,7 @@ def logits(tensors: Tensors, config: Mapping[str, Any], tokens: np.ndarray) -> n
             for name, tensor in w.items()
             if name.startswith(f"model.layers.{i}.")
         }
+        layer["floor"] = floors_of(w, config)[i]
         x = x + mixer(normed(x, layer["attn_norm.weight"], eps), layer, config)
         h = normed(x, layer["mlp_norm.weight"], eps)
         gate = silu(h @ layer["mlp.gate_proj.weight"].T)
@@ -197,6 +198,24 @@ def retnet(x, w, config):
     return gated(o, x, w, "attn.g_norm_swish_gate.weight", config["norm_eps"])
 
 
+def hgrn2(x, w, config):
+    heads = config["num_heads"]
+    q, f, v = projected(x, w, "qfi", [heads] * 3)
+    alpha = w["floor"].reshape(f.shape[1:]) + (1 - w["floor"].reshape(f.shape[1:])) * sigmoid(f)
+    o = scanned(silu(q), 1 - alpha, v, np.log(alpha)).reshape(len(x), -1)
+    # Its kernel's own eps, not that of the file.
+    return normed(o, w["attn.g_norm.weight"], 1e-5) @ w["attn.o_proj.weight"].T
+
+
+def floors_of(w, config):
+    """Of every layer: the sums of the fractions of the layers up to it, without the first's."""
+    if not config.get("use_lower_bound"):
+        return np.zeros((config["num_hidden_layers"], config["hidden_size"]))
+    weights = np.exp(w["model.lower_bounds"])
+    fractions = weights / weights.sum(axis=0)
+    return np.cumsum(fractions, axis=0) - fractions[0]
+
+
 def gated_deltanet(x, w, config):
     key_heads, heads = config["num_heads"], config["num_v_heads"]
     q, k, v = projected(x, w, "qkv", [key_heads, key_heads, heads])
@@ -210,5 +229,5 @@ def gated_deltanet(x, w, config):
     return gated(o, x, w, "attn.o_norm.weight", config["norm_eps"])
 
 
-FAMILIES = ("gla", "retnet", "gated_deltanet", "rwkv7")
-MIXERS = {"gla": gla, "retnet": retnet, "gated_deltanet": gated_deltanet}
+FAMILIES = ("gla", "retnet", "hgrn2", "gated_deltanet", "rwkv7")
+MIXERS = {"gla": gla, "retnet": retnet, "hgrn2": hgrn2, "gated_deltanet": gated_deltanet}

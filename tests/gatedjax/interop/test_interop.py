@@ -96,6 +96,32 @@ def test_a_config_says_all_of_its_model(case):
     assert differences(fitting_family(model), model) == []
 
 
+OLMO_ROTATES = [
+    ({}, 10_000.0),
+    ({"rope_parameters": None}, 10_000.0),
+    ({"rope_parameters": {"rope_type": "default"}}, 10_000.0),
+    ({"rope_parameters": None, "rope_theta": 5e5}, 5e5),
+    ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": None}, 5e5),
+    # Released files say this, exported ones the next.
+    ({"rope_parameters": None, "rope_theta": None}, None),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, None),
+    ({"rope_parameters": {"rope_theta": None}, "rope_theta": 5e5}, None),
+]
+
+
+@pytest.mark.parametrize("values, base", OLMO_ROTATES)
+def test_olmo_hybrid_rotates_unless_the_base_is_null(values, base):
+    """As transformers reads it (test_interop_peers.py)."""
+    config = CASES["olmo_hybrid"]["config"]
+    family = family_named("olmo_hybrid", "model_type")
+    without = {name: config[name] for name in config if not name.startswith("rope_")}
+    model = family.to_model(HFConfig(without | values))
+    attention = model.mixers["attention"]
+    assert attention.rope_fraction == (0.0 if base is None else 1.0)
+    assert base is None or attention.rope_base == base
+    assert differences(family, model) == []
+
+
 def test_families_have_names_of_their_own():
     assert {CASES[case]["config"]["model_type"] for case in CASES} == set(FAMILIES)
 

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from tiny_models import CONFIGS, VOCAB, loaded, saved, torch
+from test_interop import OLMO_ROTATES
+from tiny_models import (
+    CONFIGS,
+    VOCAB,
+    loaded,
+    saved,
+    tiny_config,
+    tiny_model,
+    torch,
+    transformers,
+)
 
 from gatedjax.config import DataConfig
 from gatedjax.evaluation.sampling import generate
@@ -156,3 +166,31 @@ def test_bfloat16_file_equals_peer(tmp_path):
     right = peer.state_dict()["model.layers.2.mlp.up_proj.weight"].float().numpy()
     ours = np.asarray(parameters["periods", "layer_0", "ffn", "up", "kernel"])[2]
     np.testing.assert_array_equal(ours, right.T)
+
+
+@pytest.mark.parametrize("values, base", OLMO_ROTATES)
+def test_positions_of_olmo_hybrid_equals_peer(tmp_path, values, base):
+    """What is null, and what is not there, is not the same."""
+    config = tiny_config("olmo_hybrid").to_dict()
+    without = {name: config[name] for name in config if not name.startswith("rope_")}
+    (tmp_path / "config.json").write_text(json.dumps(without | values))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.rope_parameters["rope_theta"] == base
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config).model
+    assert (model.rotary_emb is None) == (base is None)
+
+
+def test_olmo_hybrid_without_positions_equals_peer(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": None}
+    peer = tiny_model("olmo_hybrid", rope_parameters=rope)
+    assert peer.model.rotary_emb is None
+    peer.save_pretrained(tmp_path)
+    _, run, parameters = read(tmp_path)
+    tokens = rows_of_tokens()
+    hidden, _, _ = jax.jit(LanguageModel(run.config.model).apply)(
+        {"params": unflatten_dict(parameters)},
+        tokens,
+    )
+    ours = logits_of(hidden, head_weights(unflatten_dict(parameters)))
+    assert relative_error(np.asarray(ours), logits_of_peer(peer, tokens)) < 1e-4

@@ -134,6 +134,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 FLA_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gla": ("GLAConfig", dict(use_short_conv=True)),
     "retnet": ("RetNetConfig", dict()),
+    "hgrn2": ("HGRN2Config", dict(num_heads=None, expand_ratio=12)),
     "gated_deltanet": (
         "GatedDeltaNetConfig",
         dict(head_dim=8, num_heads=2, num_v_heads=4, allow_neg_eigval=True),
@@ -175,6 +176,12 @@ def without_kernels() -> Iterator[None]:
                 sys.modules[name] = module
 
 
+def tiny_config(family: str, **values: Any) -> Any:
+    """The configuration of a tiny model, with other values of some keys."""
+    name, own = CONFIGS[family]
+    return getattr(transformers, name)(**_COMMON | own | values)
+
+
 def tiny_model(family: str, seed: int = 0, **values: Any) -> Any:
     """A model with every parameter perturbed, in float32, ready to evaluate.
 
@@ -184,10 +191,8 @@ def tiny_model(family: str, seed: int = 0, **values: Any) -> Any:
       **values: of its configuration that differ.
     """
     torch.manual_seed(seed)
-    name, own = CONFIGS[family]
-    config = getattr(transformers, name)(**_COMMON | own | values)
     with without_kernels():
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **values))
     perturb(model)
     return plain(model)
 

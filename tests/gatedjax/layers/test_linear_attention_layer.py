@@ -14,10 +14,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gatedjax.aot.hlo import collectives
-from gatedjax.config import GatedLinearAttentionConfig, MeshConfig
+from gatedjax.config import FrozenDict, GatedLinearAttentionConfig, MeshConfig, ModelConfig
 from gatedjax.layers.conv import causal_conv
-from gatedjax.layers.linear_attention import GatedLinearAttention, logsigmoid_decay
+from gatedjax.layers.linear_attention import (
+    GatedLinearAttention,
+    forget_gate,
+    logsigmoid_decay,
+    rising_floors,
+)
 from gatedjax.layers.token_info import TokenInfo
+from gatedjax.model import LanguageModel
 from gatedjax.sharding import RULES, make_mesh
 
 B, T, M = 2, 12, 16
@@ -31,6 +37,13 @@ VARIANTS = {
     "RetNet": dict(decay="constant", rope_fraction=1.0),
     "linear attention": dict(
         decay="none", feature_map="elu_plus_one", normalize=True, output_gate="none"
+    ),
+    "HGRN2": dict(
+        decay_form="forget_gate",
+        feature_map="silu",
+        output_gate="none",
+        norm_heads="all",
+        norm_eps=1e-4,
     ),
     "sigmoid gate, silu": dict(output_gate="sigmoid", feature_map="silu"),
 }
@@ -61,7 +74,8 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
     sigmoid = lambda y: 1 / (1 + np.exp(-y))
     silu = lambda y: y * sigmoid(y)
     project = lambda name: np.tensordot(x, p[name]["kernel"], 1)
-    q, k, v = project("query"), project("key"), project("value")
+    is_hgrn2 = c.decay_form == "forget_gate"
+    q, k, v = project("query"), project("forget" if is_hgrn2 else "key"), project("value")
     if c.conv_width:
         flat = np.concatenate([y.reshape(B, T, -1) for y in (q, k, v)], -1)
         w = p["conv"]
@@ -79,7 +93,8 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
         "silu": silu,
         "elu_plus_one": lambda y: np.where(y > 0, y + 1, np.exp(y)),
     }
-    q, k = phi[c.feature_map](q), phi[c.feature_map](k)
+    logits = k
+    q, k = phi[c.feature_map](q), 1 - sigmoid(k) if is_hgrn2 else phi[c.feature_map](k)
     if c.rotary_dim:
         half = c.rotary_dim // 2
         angle = np.arange(T)[:, None, None] * c.rope_base ** (-np.arange(half) / half)
@@ -97,6 +112,8 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
         g = np.broadcast_to(
             np.log(1 - 2.0 ** (-5 - np.arange(c.num_heads)))[:, None], (B, T, c.num_heads, 1)
         )
+    elif is_hgrn2:
+        g = np.log(sigmoid(logits))
     elif c.decay_form == "softplus":
         dt = np.log1p(np.exp(project("dt") + p["dt_bias"]))
         g, v = (-np.exp(p["a_log"]) * dt)[..., None], v * dt[..., None]
@@ -117,7 +134,9 @@ def expected(c: GatedLinearAttentionConfig, params, x) -> np.ndarray:
         denominator = np.einsum("bhk,bhk->bh", q[:, t], sum_k)[..., None]
         out.append(o / denominator if c.normalize else o * c.key_dim**-0.5)
     o = np.stack(out, 1)
-    o = o / np.sqrt(np.mean(o**2, -1, keepdims=True) + 1e-5) * p["norm"]["scale"]
+    axes = (-2, -1) if c.norm_heads == "all" else -1
+    eps = c.norm_eps or 1e-5
+    o = o / np.sqrt(np.mean(o**2, axes, keepdims=True) + eps) * p["norm"]["scale"]
     if c.output_gate != "none":
         o = o * {"swish": silu, "sigmoid": sigmoid}[c.output_gate](project("output_gate"))
     return np.tensordot(o, p["out"]["kernel"], 2)
@@ -177,6 +196,95 @@ def test_gate_starts_where_the_paper_starts():
         + params["decay_bias"]
     )
     np.testing.assert_allclose(np.exp(logsigmoid_decay(logits, 16.0)), 0.958, atol=2e-3)
+
+
+def test_a_forget_gate_has_a_floor():
+    """Values and gradients by float64 formulas: with a floor, without, and of large logits."""
+    rng = np.random.default_rng(4)
+    logits = np.concatenate([rng.normal(size=(6, 4)), np.full((1, 4), 40.0), np.full((1, 4), -40)])
+    floor = np.asarray([0.0, 1e-3, 0.4, 0.9])
+    z = logits[None, :, None]
+    gate = 1 / (1 + np.exp(-z))
+    f = floor + (1 - floor) * gate
+    given = (jnp.asarray(z, jnp.float32), jnp.asarray(floor[None], jnp.float32))
+    decay, back_decay = jax.vjp(lambda *x: forget_gate(*x)[0], *given)
+    keys, back_keys = jax.vjp(lambda *x: forget_gate(*x)[1], *given)
+    np.testing.assert_allclose(decay, np.log(f), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(keys, (1 - floor) / (1 + np.exp(z)), rtol=1e-5)
+    by_logits, by_floor = back_decay(jnp.ones_like(decay))
+    slope = (1 - floor) * gate / (1 + np.exp(z))
+    np.testing.assert_allclose(by_logits, slope / f, rtol=1e-4, atol=1e-7)
+    # The first layer's floor is 0 whatever is learned: nothing flows there.
+    expected_by_floor = np.where(floor > 0, (1 - gate) / f, 0).sum((0, 1, 2))
+    np.testing.assert_allclose(by_floor[0], expected_by_floor, rtol=1e-4)
+    by_logits, by_floor = back_keys(jnp.ones_like(keys))
+    np.testing.assert_allclose(by_logits, -slope, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(by_floor[0], -(1 / (1 + np.exp(z))).sum((0, 1, 2)), rtol=1e-4)
+
+
+def test_floors_rise_from_zero():
+    logits = np.random.default_rng(5).normal(size=(3, 2, 4))
+    weights = np.exp(logits) / np.exp(logits).sum(0)
+    floors = rising_floors(jnp.asarray(logits, jnp.float32))
+    right = np.stack([0 * weights[0], weights[1], weights[1] + weights[2]])
+    np.testing.assert_allclose(floors, right, rtol=1e-5, atol=1e-7)
+    assert (np.asarray(floors[0]) == 0).all()
+
+
+@pytest.mark.slow
+def test_floors_are_learned_by_the_model():
+    """In a loop over layers and without one: the same logits, and the same gradient of floors."""
+    mixer = GatedLinearAttentionConfig(
+        num_heads=2,
+        key_dim=4,
+        value_dim=4,
+        decay_form="forget_gate",
+        decay_floor="by_depth",
+    )
+    tokens = np.random.default_rng(6).integers(0, 8, (2, 9))
+
+    def gradient(scan_layers: bool):
+        config = ModelConfig(
+            vocab_size=8,
+            width=8,
+            num_layers=3,
+            mixers=FrozenDict(hgrn2=mixer),
+            pattern=("hgrn2",),
+            scan_layers=scan_layers,
+            dtype="float32",
+        )
+        model = LanguageModel(config)
+        params = model.init(jax.random.key(0), tokens)["params"]
+        floors = jax.random.normal(jax.random.key(1), params["decay_floors"].shape)
+        assert floors.shape == (3, 2, 4)
+
+        def loss(floors):
+            hidden, _, _ = model.apply({"params": params | {"decay_floors": floors}}, tokens)
+            return jnp.sum(jnp.sin(hidden))
+
+        return loss, floors, jax.jit(jax.value_and_grad(loss))(floors)
+
+    loss, floors, (value, slopes) = gradient(True)
+    _, _, (same_value, same_slopes) = gradient(False)
+    assert rel_rms(same_slopes, slopes) < 1e-4
+    np.testing.assert_allclose(same_value, value, rtol=1e-5)
+    direction = np.random.default_rng(7).normal(size=floors.shape).astype(np.float32)
+    step = 1e-2 * direction
+    difference = (jax.jit(loss)(floors + step) - jax.jit(loss)(floors - step)) / 2e-2
+    np.testing.assert_allclose(difference, np.sum(slopes * direction), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "message, values",
+    {
+        "decay_form: got 'forget_gate'": dict(decay_form="forget_gate", conv_width=4),
+        "decay_form: got 'forget_gate', expected": dict(decay_form="forget_gate", decay="scalar"),
+        "decay_floor: got 'by_depth', expected 'none'": dict(decay_floor="by_depth"),
+    }.items(),
+)
+def test_bad_forget_gates_are_named(message, values):
+    with pytest.raises(ValueError, match=message):
+        GatedLinearAttentionConfig(**values)
 
 
 def test_convolution_stays_inside_a_segment():

@@ -11,8 +11,8 @@ import pytest
 FAULTS = """
 import resource, sys, threading
 import numpy as np
-from gatedjax.runtime.host_memory import keep_freed_memory
-if sys.argv[1] == "keep":
+from gatedjax.runtime.host_memory import keep_freed_memory, large_blocks_given_back
+if sys.argv[1] != "default":
     assert keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def blocks():
@@ -20,7 +20,11 @@ def blocks():
     before = faults()
     np.ones(2**24)
     print(faults() - before)
-thread = threading.Thread(target=blocks)
+def given_back():
+    with large_blocks_given_back():
+        blocks()
+    blocks()
+thread = threading.Thread(target=given_back if sys.argv[1] == "give back" else blocks)
 thread.start()
 thread.join()
 """
@@ -30,10 +34,15 @@ thread.join()
 def test_the_second_block_reuses_the_pages_of_the_first(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     faults = {}
-    for mode in ("keep", "default"):
+    for mode in ("keep", "give back", "default"):
         done = subprocess.run(
             [sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True
         )
-        faults[mode] = int(done.stdout)
-    assert faults["keep"] < 100
-    assert faults["default"] > 50 + faults["keep"]  # 32,768 small pages, or 64 huge ones
+        faults[mode] = [int(line) for line in done.stdout.split()]
+    (default,) = faults["default"]
+    (kept,) = faults["keep"]
+    while_reading, afterwards = faults["give back"]
+    assert kept < 100
+    assert default > 50 + kept  # 32,768 small pages, or 64 huge ones
+    assert while_reading > 50 + kept
+    assert afterwards < 100

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from gatedjax.errors import InputError
 from gatedjax.training.checkpoint import Checkpointer, read_config
-from gatedjax.training.digests import digests_of
+from gatedjax.training.digests import array_digests, digests_of
 
 # A read that fails leaves callbacks on an event loop that orbax has closed: noise, after the error
 # that we test.
@@ -451,6 +451,12 @@ def test_digest_sees_each_element_and_each_place_in_any_sharding(dtype):
     )
     assert digests_of({"x": sharded})["x"] == whole["x"] == whole["flat"]
     assert len({whole[n] for n in ("x", "swapped", "changed", "rows")}) == 4
+
+
+def test_digests_hold_nothing_of_the_size_of_a_state():
+    state = {name: jax.ShapeDtypeStruct((512, 512), jnp.float32) for name in ("w", "mu")}
+    memory = array_digests.lower(state).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 512 * 512
 
 
 def test_digest_is_of_bits_and_follows_its_definition():
