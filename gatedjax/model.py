@@ -5,6 +5,7 @@ Its layers are those of the prefix, a scan over periods of the layer pattern, th
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -114,7 +115,7 @@ class Period(nn.Module):
         statistics = {}
         for block in c.repeated_blocks:
             name = block.name
-            carry, new_caches[name], statistics[name] = _through(
+            carry, new_caches[name], statistics[name], info = _through(
                 module(c, block, self.training, name=name),
                 carry,
                 info,
@@ -132,19 +133,22 @@ def _through(
     info: TokenInfo,
     lora_weights: Array | None,
     cache: Any,
-) -> tuple[Carry, Any, dict[str, Array]]:
-    """(carry, cache, statistics) of one block."""
+) -> tuple[Carry, Any, dict[str, Array], TokenInfo]:
+    """(carry, cache, statistics, what the next block is told) of one block."""
     x, router_logits, depth = carry
+    info_of_block = info
     if lora_weights is not None:
-        info = dataclasses.replace(info, lora_weights=lora_weights)
-    x, router_logits, depth, cache, statistics = module(
+        info_of_block = dataclasses.replace(info, lora_weights=lora_weights)
+    x, router_logits, depth, cache, statistics, weights = module(
         x,
-        info,
+        info_of_block,
         cache,
         router_logits,
         depth,
     )
-    return (x, router_logits, depth), cache, statistics
+    if weights is not None:
+        info = dataclasses.replace(info, weights=weights)
+    return (x, router_logits, depth), cache, statistics, info
 
 
 class LanguageModel(nn.Module):
@@ -202,6 +206,8 @@ class LanguageModel(nn.Module):
         x = self._embedded(info.tokens, info.segment_ids)
         if c.embedding_norm:
             x = stream_norm(c, "embedding_norm")(x)
+        if c.value_bank is not None:
+            info = dataclasses.replace(info, bank_values=self._bank_values(info, c.value_bank))
         lora_weights = None
         first_pass_caches = None
         if c.first_pass is not None and self.without_experts:
@@ -239,13 +245,15 @@ class LanguageModel(nn.Module):
         def run_alone(carry: Carry, blocks: Iterable[BlockConfig]) -> Carry:
             """Layers that are in no period, one after the other."""
             module = _rematerialized(c, Block)
+            # Attention weights are shared within such a run, as within a period.
+            info_of_run = info
             for block in blocks:
                 name = block.name
                 weights = None if lora_weights is None else lora_weights.get(name)
-                carry, new_caches[name], of_layer = _through(
+                carry, new_caches[name], of_layer, info_of_run = _through(
                     module(c, block, self.training, name=name),
                     carry,
-                    info,
+                    info_of_run,
                     None if weights is None else weights[0],
                     None if caches is None else caches[name],
                 )
@@ -294,6 +302,16 @@ class LanguageModel(nn.Module):
                 shape=shape,
                 init=init,
             )
+        return nn.with_logical_constraint(self._rows(table, tokens, segment_ids), STREAM_AXES)
+
+    def _rows(
+        self,
+        table: Float[Array, "X M"],
+        tokens: Any,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T M"]:
+        """The tokens' rows of a table; zeros for padding, NaN outside of the vocabulary."""
+        c = self.config
         # Whole rows for the lookup: XLA can move a result cut along its width only by replicating
         # it.
         table = nn.with_logical_constraint(table.astype(c.dtype), ("vocab", None))
@@ -309,7 +327,27 @@ class LanguageModel(nn.Module):
         if segment_ids is not None:
             is_token = segment_ids != 0
             x = jnp.where(is_token[..., None], x, 0)
-        return nn.with_logical_constraint(x, STREAM_AXES)
+        return x
+
+    def _bank_values(
+        self,
+        info: TokenInfo,
+        shape: tuple[int, int, int],
+    ) -> Float[Array, "B T S Hk D"]:
+        """The value vectors of every token, for all layers that mix them into their own (MoVE).
+
+        Zero at the start: the model is then the one without a bank.
+        """
+        table = parameter(
+            self,
+            "value_bank",
+            axes=("vocab", "embed_vocab"),
+            shape=(self.config.vocab_size, math.prod(shape)),
+            init=nn.initializers.zeros,
+        )
+        rows = self._rows(table, info.tokens, info.segment_ids)
+        values = rows.reshape(*rows.shape[:2], *shape)
+        return nn.with_logical_constraint(values, ("batch", "length", None, "kv_heads", None))
 
     def _first_router_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"] | None:
         """Zeros, which the first router with a gating residual gets; None where there is none."""

@@ -115,9 +115,34 @@ def apply_rope(
     Returns:
       x, rotated, in its dtype.
     """
-    half = len(frequencies)
     # One angle for every token and pair, the same in all heads.
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return rotate(
+        x,
+        angle,
+        magnitude,
+        interleaved,
+    )
+
+
+def rotate(
+    x: Float[Array, "B T H D"],
+    angle: Float[Array, "B T #H J"],
+    magnitude: float = 1.0,
+    interleaved: bool = False,
+) -> Float[Array, "B T H D"]:
+    """`apply_rope` by angles of the caller's.
+
+    Args:
+      x: queries or keys.
+      angle: of every token and pair of channels, radians, float32.
+      magnitude: what rotated channels are multiplied by.
+      interleaved: which channels are a pair, as in `apply_rope`.
+
+    Returns:
+      x, rotated, in its dtype.
+    """
+    half = angle.shape[-1]
     cos = jnp.cos(angle) * magnitude
     sin = jnp.sin(angle) * magnitude
     rotating = x[..., : 2 * half].astype(jnp.float32)
