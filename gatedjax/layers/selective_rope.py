@@ -55,7 +55,7 @@ def accumulated_angles(
     Returns:
       Angles between -pi and pi.
     """
-    steps = wrapped(steps.astype(jnp.float32))
+    steps = steps.astype(jnp.float32)
     begins = jnp.zeros(steps.shape[:2], bool)
     if segment_ids is not None:
         is_token = (segment_ids != 0)[..., None, None]
@@ -67,7 +67,8 @@ def accumulated_angles(
     if start is not None:
         first = jnp.where(begins[:, :1, None, None], 0.0, start[:, None])
         steps = steps.at[:, :1].add(first)
-    angles, _ = lax.associative_scan(_added, (steps, begins[..., None, None]), axis=1)
+    elements = (wrapped(steps), begins[..., None, None])
+    angles, _ = lax.associative_scan(_added, elements, axis=1)
     return angles
 
 
