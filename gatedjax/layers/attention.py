@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -40,13 +39,7 @@ from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.rope import (
-    apply_rope,
-    inverse_frequencies,
-    llama3_frequencies,
-    rotate,
-    yarn_magnitude,
-)
+from gatedjax.layers.rope import apply_rope, frequencies_of, rotate, yarn_magnitude
 from gatedjax.layers.selective_rope import RopePhase, SelectiveAngles, for_queries, selective_flops
 from gatedjax.layers.shared_weights import SharedWeights, ValueCache
 from gatedjax.layers.sinks import token_sinks_as_channels
@@ -221,26 +214,6 @@ class GatedAttention(Mixer):
         )
         return norm(y)
 
-    def _frequencies(self) -> Float[np.ndarray, " J"]:
-        """Of the pairs that rotate, radians a position."""
-        c = self.config
-        frequencies = inverse_frequencies(
-            c.rotary_dim,
-            c.rope_base,
-            c.yarn_factor,
-            c.yarn_original_length,
-            c.yarn_truncate,
-        )
-        if c.llama3_factor > 1:
-            frequencies = llama3_frequencies(
-                frequencies,
-                c.llama3_factor,
-                c.llama3_low,
-                c.llama3_high,
-                c.llama3_original_length,
-            )
-        return frequencies
-
     def _rotated(self, y: Array, info: TokenInfo) -> Array:
         c = self.config
         if c.rotary_dim == 0:
@@ -248,7 +221,7 @@ class GatedAttention(Mixer):
         return apply_rope(
             y,
             info.positions,
-            self._frequencies(),
+            frequencies_of(c),
             yarn_magnitude(c.yarn_factor),
             interleaved=c.rope_layout == "interleaved",
         )
@@ -272,7 +245,7 @@ class GatedAttention(Mixer):
         """
         c = self.config
         module = SelectiveAngles(c, self.dtype, name="selective_rope")
-        angles, phase = module(x, info, self._frequencies(), phase)
+        angles, phase = module(x, info, frequencies_of(c), phase)
         magnitude = yarn_magnitude(c.yarn_factor)
         is_interleaved = c.rope_layout == "interleaved"
         q = rotate(q, for_queries(angles, c.num_heads), magnitude, is_interleaved)

@@ -7,6 +7,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from gatedjax.config import GatedAttentionConfig
+
 # YaRN's bounds: pairs that make more full rotations than this over the original length are kept,
 # those that make fewer than one are slowed.
 FAST_ROTATIONS = 32.0
@@ -83,6 +85,26 @@ def llama3_frequencies(
     kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     scaled = frequencies * kept + frequencies / factor * (1.0 - kept)
     return scaled.astype(np.float32)
+
+
+def frequencies_of(config: GatedAttentionConfig) -> Float[np.ndarray, " J"]:
+    """Radians per position for each pair of channels, with the layer's extension of the context."""
+    frequencies = inverse_frequencies(
+        config.rotary_dim,
+        config.rope_base,
+        config.yarn_factor,
+        config.yarn_original_length,
+        config.yarn_truncate,
+    )
+    if config.llama3_factor > 1:
+        frequencies = llama3_frequencies(
+            frequencies,
+            config.llama3_factor,
+            config.llama3_low,
+            config.llama3_high,
+            config.llama3_original_length,
+        )
+    return frequencies
 
 
 def yarn_magnitude(yarn_factor: float, mscale: float = 1.0) -> float:
