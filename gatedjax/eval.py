@@ -2,11 +2,14 @@
 
     python eval.py --checkpoint=runs/tiny [--batches=64] [--lengths=256,1024] [--step=400] [--json]
         [--text=book.txt] [--source=text:/data/wiki] [--config.train.batch_size=4] [--probes]
+        [--activation_bits=8]
 
 Prints loss, perplexity and bits per byte with standard errors, beside what gzip and xz need for the
 same text, and how fast the model reads (prefill) and writes (decode). With --probes instead: what
 attention, gates, states and experts do on the first batch of validation text
-(`gatedjax/evaluation/probes.py`), as JSON and pictures in the run directory.
+(`gatedjax/evaluation/probes.py`), as JSON and pictures in the run directory. With
+--activation_bits also: the loss with activations rounded to so many bits
+(`gatedjax/evaluation/rounding.py`).
 
 The text is what the run held out, if its sources are what they were when it was trained; what it
 would have held out of the text that --source names; or all of the text that --text names, which the
@@ -68,6 +71,13 @@ _TEXT = flags.DEFINE_string(
 _LENGTHS = flags.DEFINE_list(
     "lengths", None, "Window lengths in tokens, such as 256,1024,4096; default: that of training."
 )
+_ACTIVATION_BITS = flags.DEFINE_integer(
+    "activation_bits",
+    None,
+    "Evaluate also with activations rounded to so many bits, such as 8.",
+    lower_bound=2,
+    upper_bound=16,
+)
 _JSON = flags.DEFINE_bool("json", False, "Print the results as one line of JSON.")
 # Keys of the run's configuration that an evaluation may have other values of.
 _CHANGES = {
@@ -120,16 +130,21 @@ def main(_) -> None:
         write_probes(run, params, checkpoint)
         return
     evaluations = {}
+    rounded = {}
     with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
         for length in lengths or [run.config.data.seq_len]:
             evaluate = Validation(*with_length(run, length, _BATCHES.value))
             evaluations[length] = evaluate(params)
+            if _ACTIVATION_BITS.value is not None:
+                rounded[length] = evaluate(params, _ACTIVATION_BITS.value)
             if not _JSON.value:
                 say_losses(evaluations[length], length if lengths else None)
+                say_rounded(rounded.get(length))
     text = validation_text(run.config.data)
     report = Report(
         step=step,
         evaluations=evaluations,
+        rounded=rounded,
         compressors=bits_per_byte_of_compressors(text),
         speed=speed_on_one_device(run, params),
     )
@@ -144,12 +159,14 @@ class Report(NamedTuple):
 
     step: of the checkpoint.
     evaluations: by length of the windows, tokens.
+    rounded: the same with rounded activations; empty without --activation_bits.
     compressors: bits per byte by name.
     speed: None where the parameters do not fit one device.
     """
 
     step: int
     evaluations: dict[int, Evaluation]
+    rounded: dict[int, Evaluation]
     compressors: dict[str, float]
     speed: Speed | None
 
@@ -200,6 +217,15 @@ def say_losses(result: Evaluation, length: int | None) -> None:
     say(f"bits per byte   {bits}")
 
 
+def say_rounded(result: Evaluation | None) -> None:
+    """Loss and perplexity with rounded activations, if they were asked for."""
+    if result is None:
+        return
+    loss = f"{result.loss:.4f} ± {result.loss_error:.4f} nats per token"
+    bits = f"with activations of {_ACTIVATION_BITS.value} bits"
+    say(f"rounded         {loss}, perplexity {result.perplexity:.3f}, {bits}")
+
+
 def say_references(report: Report) -> None:
     """What gzip and xz need for the same text, and how fast the model reads and writes."""
     for name, bits in report.compressors.items():
@@ -216,9 +242,11 @@ def as_json(report: Report) -> str:
     """The report as one line of JSON; a number that is not finite is null."""
     evaluations = []
     for length, result in report.evaluations.items():
-        numbers = {"perplexity": result.perplexity, **result._asdict()}
-        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        evaluations.append({"length": length, **finite})
+        numbers: dict[str, Any] = {"length": length, **_numbers(result)}
+        if length in report.rounded:
+            numbers["activation_bits"] = _ACTIVATION_BITS.value
+            numbers["rounded"] = _numbers(report.rounded[length])
+        evaluations.append(numbers)
     speed = report.speed
     values = {
         "step": report.step,
@@ -228,6 +256,12 @@ def as_json(report: Report) -> str:
         "decode_tokens_per_s": None if speed is None else speed.decode,
     }
     return json.dumps(values)
+
+
+def _numbers(result: Evaluation) -> dict[str, float | None]:
+    """An evaluation by name; a number that is not finite is None."""
+    numbers = {"perplexity": result.perplexity, **result._asdict()}
+    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
 
 
 def speed_on_one_device(run: Run, params: PyTree) -> Speed | None:

@@ -5,6 +5,7 @@ Its layers are those of the prefix, a scan over periods of the layer pattern, th
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -89,6 +90,10 @@ def _rematerialized(
     return nn.remat(module, prevent_cse=not is_in_loop, policy=remat_policy(c.remat))
 
 
+# Of the embedding, and of what else has a row for each token of the vocabulary.
+TABLE_AXES = ("vocab", "embed_vocab")
+
+
 class Period(nn.Module):
     """The layers after which the pattern repeats.
 
@@ -116,7 +121,7 @@ class Period(nn.Module):
         statistics = {}
         for block in c.repeated_blocks:
             name = block.name
-            carry, new_caches[name], statistics[name] = _through(
+            carry, new_caches[name], statistics[name], info = _through(
                 module(c, block, self.training, name=name),
                 carry,
                 info,
@@ -134,19 +139,22 @@ def _through(
     info: TokenInfo,
     lora_weights: Array | None,
     cache: Any,
-) -> tuple[Carry, Any, dict[str, Array]]:
-    """(carry, cache, statistics) of one block."""
+) -> tuple[Carry, Any, dict[str, Array], TokenInfo]:
+    """(carry, cache, statistics, what the next block is told) of one block."""
     x, router_logits, depth = carry
+    info_of_block = info
     if lora_weights is not None:
-        info = dataclasses.replace(info, lora_weights=lora_weights)
-    x, router_logits, depth, cache, statistics = module(
+        info_of_block = dataclasses.replace(info, lora_weights=lora_weights)
+    x, router_logits, depth, cache, statistics, weights = module(
         x,
-        info,
+        info_of_block,
         cache,
         router_logits,
         depth,
     )
-    return (x, router_logits, depth), cache, statistics
+    if weights is not None:
+        info = dataclasses.replace(info, weights=weights)
+    return (x, router_logits, depth), cache, statistics, info
 
 
 class LanguageModel(nn.Module):
@@ -204,6 +212,8 @@ class LanguageModel(nn.Module):
         x = self._embedded(info.tokens, info.segment_ids)
         if c.embedding_norm:
             x = stream_norm(c, "embedding_norm")(x)
+        if c.value_bank is not None:
+            info = dataclasses.replace(info, bank_values=self._bank_values(info, c.value_bank))
         lora_weights = None
         first_pass_caches = None
         if c.first_pass is not None and self.without_experts:
@@ -241,13 +251,15 @@ class LanguageModel(nn.Module):
         def run_alone(carry: Carry, blocks: Iterable[BlockConfig]) -> Carry:
             """Layers that are in no period, one after the other."""
             module = _rematerialized(c, Block)
+            # Attention weights are shared within such a run, as within a period.
+            info_of_run = info
             for block in blocks:
                 name = block.name
                 weights = None if lora_weights is None else lora_weights.get(name)
-                carry, new_caches[name], of_layer = _through(
+                carry, new_caches[name], of_layer, info_of_run = _through(
                     module(c, block, self.training, name=name),
                     carry,
-                    info,
+                    info_of_run,
                     None if weights is None else weights[0],
                     None if caches is None else caches[name],
                 )
@@ -278,13 +290,12 @@ class LanguageModel(nn.Module):
         The head is made here too, where it is another matrix.
         """
         c = self.config
-        axes = ("vocab", "embed_vocab")
         shape = (c.vocab_size, c.width)
         init = nn.initializers.normal(c.init_std)
         table = parameter(
             self,
             "embedding",
-            axes=axes,
+            axes=TABLE_AXES,
             shape=shape,
             init=init,
         )
@@ -292,15 +303,25 @@ class LanguageModel(nn.Module):
             parameter(
                 self,
                 "head",
-                axes=axes,
+                axes=TABLE_AXES,
                 shape=shape,
                 init=init,
             )
+        return nn.with_logical_constraint(self._rows(table, tokens, segment_ids), STREAM_AXES)
+
+    def _rows(
+        self,
+        table: Float[Array, "X M"],
+        tokens: Any,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T M"]:
+        """The tokens' rows of a table; zeros for padding, NaN outside of the vocabulary."""
+        c = self.config
         # Looked up in the table as it is stored: each device finds its channels of all tokens, and
         # those of a row then come together. That sends vectors of tokens both ways, where whole
         # rows would need the table gathered and its gradient summed. Where the sequence is cut too,
         # XLA could move such a result only by replicating it.
-        of_lookup = axes if parts("length") == 1 else ("vocab", None)
+        of_lookup = TABLE_AXES if parts("length") == 1 else ("vocab", None)
         table = nn.with_logical_constraint(table.astype(c.dtype), of_lookup)
         # Below 0 is outside of the vocabulary too, not counted from its end.
         tokens = jnp.where(tokens < 0, c.vocab_size, tokens)
@@ -314,7 +335,27 @@ class LanguageModel(nn.Module):
         if segment_ids is not None:
             is_token = segment_ids != 0
             x = jnp.where(is_token[..., None], x, 0)
-        return nn.with_logical_constraint(x, STREAM_AXES)
+        return x
+
+    def _bank_values(
+        self,
+        info: TokenInfo,
+        shape: tuple[int, int, int],
+    ) -> Float[Array, "B T S Hk D"]:
+        """The value vectors of every token, for all layers that mix them into their own (MoVE).
+
+        Zero at the start: the model is then the one without a bank.
+        """
+        table = parameter(
+            self,
+            "value_bank",
+            axes=TABLE_AXES,
+            shape=(self.config.vocab_size, math.prod(shape)),
+            init=nn.initializers.zeros,
+        )
+        rows = self._rows(table, info.tokens, info.segment_ids)
+        values = rows.reshape(*rows.shape[:2], *shape)
+        return nn.with_logical_constraint(values, ("batch", "length", None, "kv_heads", None))
 
     def _first_router_logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"] | None:
         """Zeros, which the first router with a gating residual gets; None where there is none."""

@@ -4,7 +4,7 @@ Layers come by kind: to add one, write its dataclass here, enter it in MixerConf
 FeedForwardConfig, and name its module in `gatedjax/layers/__init__.py` under the same kind.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 from gatedjax.config.checks import (
@@ -15,6 +15,7 @@ from gatedjax.config.checks import (
     Positive,
     Range,
     Size,
+    SizeOrZero,
     divides,
 )
 from gatedjax.config.mla import MLAConfig
@@ -24,6 +25,12 @@ from gatedjax.errors import require
 
 # Below 1 the slowest channels would rotate the fastest, and overflow.
 RopeBase = Annotated[float, Range(1)]
+
+# Where a sigmoid can start.
+InsideUnit = Annotated[
+    float,
+    Range(0, 1, includes_low=False, includes_high=False, words="between 0 and 1, both left out"),
+]
 
 # Normalizers whose formula contains the length of a row.
 _NORMALIZERS_WITH_LENGTH = ("sigmoid", "relu", "relu_squared", "clipped_softmax")
@@ -49,8 +56,17 @@ class GatedAttentionConfig(Checked):
     gate_shared: bool = False
     gate_mode: Literal["multiplicative", "additive"] = "multiplicative"
     gate_activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity", "softplus"] = "sigmoid"
-    # constant: a zero-initialized parameter, no input
-    gate_input: Literal["token", "constant"] = "token"
+    # constant: a zero-initialized parameter, no input. head: one number a head, from the head's own
+    # slice of the layer's input (arXiv 2306.12929)
+    gate_input: Literal["token", "constant", "head"] = "token"
+    # of gate_input head: channels of a ReLU between two matrices; None for one matrix
+    gate_hidden: Size | None = None
+    # What a head-wise gate is at the start, by its bias. None: 0.5; a gate of the whole token then
+    # has no bias.
+    gate_start: InsideUnit | None = None
+    # The output is divided by gate_start and the gate's weights start small: a trained model that
+    # is given the gate starts as what it was.
+    gate_fine_tuning: bool = False
     # queries and gate in one projection, [q | gate] in every head, as Qwen3-Next
     fused_gate: bool = False
     # Biases of the projections: of queries, keys and values (Qwen2); of the output too (gpt-oss).
@@ -87,6 +103,18 @@ class GatedAttentionConfig(Checked):
     llama3_low: Positive = 1.0
     llama3_high: Positive = 4.0
     llama3_original_length: Count = 8192
+    # RoPE whose angles are sums over the document of what the layer's input says (Selective RoPE,
+    # arXiv 2511.17388): by a matrix of selective_rank from the whole input, or by one matrix for
+    # each key head from its slice of the input. QK-norm is then after the rotation.
+    selective_rope: Literal["none", "low_rank", "per_head"] = "none"
+    selective_rank: Size = 16
+    # taps of the causal convolution on the angles' steps, and what follows it
+    selective_conv: Annotated[int, Range(1, 256)] = 4
+    selective_activation: Literal["silu", "none"] = "silu"
+    # the steps times a sigmoid of the input, one for each key head
+    selective_gate: bool = False
+    # the steps plus exp(b), b = 0 at the start: 1, the step of RoPE
+    selective_bias: bool = False
     # keys in (i - window, i]
     window: Count | None = None
     # How logits become weights: names of kernels_pallas.attention.NORMALIZERS.
@@ -124,6 +152,12 @@ class GatedAttentionConfig(Checked):
     # heads, the negatives for the other (arXiv 2502.18845); learned: a parameter, fixed at the
     # start.
     alibi: Literal["none", "fixed", "balanced", "learned"] = "none"
+    # Vectors of every token in a bank that all layers with one share. A gate each says how much of
+    # them is added to the values (MoVE, arXiv 2601.22887).
+    value_bank: SizeOrZero = 0
+    # The weights of the attention layer before it that has its own: no queries, no keys, only
+    # values; and a matrix of the input added to the output (UniAttn, arXiv 2502.00439).
+    shares_weights: bool = False
 
     def check(self) -> None:
         divides("num_kv_heads", self.kv_heads, self.num_heads)
@@ -133,6 +167,7 @@ class GatedAttentionConfig(Checked):
         self._check_normalizer()
         self._check_token_sinks()
         self._check_logits()
+        self._check_shared_weights()
 
     def _check_extension(self) -> None:
         require(
@@ -165,6 +200,43 @@ class GatedAttentionConfig(Checked):
                 True,
                 "false: only a gate of tokens after sdpa that is not shared comes with the queries",
             )
+
+        self._check_gate_of_heads()
+
+    def _check_gate_of_heads(self) -> None:
+        """Gates of arXiv 2306.12929."""
+        is_plain = (
+            self.gate_position == "sdpa"
+            and self.gate_granularity == "headwise"
+            and self.gate_input != "constant"
+            and self.gate_activation == "sigmoid"
+            and self.gate_mode == "multiplicative"
+            and not self.gate_shared
+            and not self.fused_gate
+        )
+        has_option = {
+            "gate_input": self.gate_input == "head",
+            "gate_start": self.gate_start is not None,
+        }
+        for name, is_set in has_option.items():
+            require(
+                is_plain or not is_set,
+                name,
+                getattr(self, name),
+                "a head-wise sigmoid after sdpa that multiplies, of a token, not shared, not fused",
+            )
+        require(
+            self.gate_hidden is None or self.gate_input == "head",
+            "gate_hidden",
+            self.gate_hidden,
+            f"none with gate_input {self.gate_input!r}",
+        )
+        require(
+            self.gate_start is not None or not self.gate_fine_tuning,
+            "gate_start",
+            self.gate_start,
+            "a number with gate_fine_tuning",
+        )
 
     def _check_normalizer(self) -> None:
         needs_length = {
@@ -226,6 +298,33 @@ class GatedAttentionConfig(Checked):
             f"an even number of heads, not {self.num_heads}",
         )
 
+    def _check_shared_weights(self) -> None:
+        """What belongs to the weights is the other layer's."""
+        has_own = {
+            "gate_position": self.gate_position in ("query", "key"),
+            "fused_gate": self.fused_gate,
+            "sinks": self.sinks,
+            "token_sinks": self.token_sinks,
+            "query_scale": self.query_scale == "selective",
+            "alibi": self.alibi == "learned",
+        }
+        for name, is_own in has_own.items():
+            require(
+                not (self.shares_weights and is_own),
+                name,
+                getattr(self, name),
+                "another value with shares_weights: these weights have parameters of their own",
+            )
+
+    def with_weights_of(self, other: "GatedAttentionConfig") -> "GatedAttentionConfig":
+        """This layer, with what decides over the weights taken from another one."""
+        own = {
+            name: getattr(self, name)
+            for name in vars(self)
+            if name.startswith("gate_") or name in ("shares_weights", "value_bank", "bias")
+        }
+        return replace(other, fused_gate=False, **own)
+
     @property
     def kv_heads(self) -> int:
         """The number of key and value heads: `num_kv_heads`, or `num_heads` where that is None."""
@@ -277,6 +376,18 @@ class GatedLinearAttentionConfig(Checked):
     # RetNet rotates q and k
     rope_fraction: Fraction = 0.0
     rope_base: RopeBase = 10_000.0
+    # RoPE whose angles are sums over the document of what the layer's input says (Selective RoPE,
+    # arXiv 2511.17388): by a matrix of selective_rank from the whole input, or by one matrix for
+    # each key head from its slice of the input.
+    selective_rope: Literal["none", "low_rank", "per_head"] = "none"
+    selective_rank: Size = 16
+    # taps of the causal convolution on the angles' steps, and what follows it
+    selective_conv: Annotated[int, Range(1, 256)] = 4
+    selective_activation: Literal["silu", "none"] = "silu"
+    # the steps times a sigmoid of the input, one for each key head
+    selective_gate: bool = False
+    # the steps plus exp(b), b = 0 at the start: 1, the step of RoPE
+    selective_bias: bool = False
     chunk_size: Size | None = None
 
     def check(self) -> None:
@@ -457,4 +568,10 @@ def _check_rope(config: GatedAttentionConfig | GatedLinearAttentionConfig) -> No
         "rope_fraction",
         config.rope_fraction,
         "an even number of rotated channels",
+    )
+    require(
+        config.selective_rope == "none" or config.rotary_dim > 0,
+        "rope_fraction",
+        config.rope_fraction,
+        f"channels that rotate with selective_rope {config.selective_rope!r}",
     )

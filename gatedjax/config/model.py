@@ -165,6 +165,7 @@ class ModelConfig(Checked):
         )
         self._check_blocks()
         self._check_sparse()
+        self._check_attention()
 
     def _check_names(self) -> None:
         """Everything that is named is there."""
@@ -229,6 +230,47 @@ class ModelConfig(Checked):
                     f"num_heads x head_dim = width = {self.width}",
                 )
 
+    def _check_attention(self) -> None:
+        """What attention layers have in common with each other and with the model."""
+        banks = set()
+        for name, mixer in self._used_attention().items():
+            divided = {
+                "num_heads": mixer.num_heads if mixer.gate_input == "head" else 1,
+                "num_kv_heads": mixer.kv_heads if mixer.selective_rope != "none" else 1,
+            }
+            for key, parts in divided.items():
+                expected = f"a divisor of the width {self.width}"
+                require(self.width % parts == 0, f"mixers.{name}.{key}", parts, expected)
+            if mixer.value_bank:
+                banks.add((mixer.value_bank, mixer.kv_heads, mixer.head_dim))
+        expected = "one bank: the same value_bank, key heads and head_dim in all layers with one"
+        require(len(banks) <= 1, "mixers", sorted(banks), expected)
+        for blocks in (self.prefix_blocks, self.repeated_blocks, self.suffix_blocks):
+            self._check_shared_weights(blocks)
+
+    def _check_shared_weights(self, blocks: tuple[BlockConfig, ...]) -> None:
+        """A layer that shares weights comes after one, in the same period, that has its own."""
+        first = None
+        for block in blocks:
+            mixer = block.mixer
+            if not isinstance(mixer, GatedAttentionConfig):
+                continue
+            key = f"mixers.{self._mixer_name(block.layers[0])}"
+            if not mixer.shares_weights:
+                first = mixer
+                continue
+            require(
+                first is not None,
+                f"{key}.shares_weights",
+                True,
+                "a layer before it with weights of its own, in the same prefix, pattern or suffix",
+            )
+            assert first is not None
+            expected = mixer.with_weights_of(first)
+            for name, value in vars(expected).items():
+                own = getattr(mixer, name)
+                require(own == value, f"{key}.{name}", own, f"{value}, as the layer that it shares")
+
     def _check_sparse(self) -> None:
         sparse = self._sparse_ffns()
         numbers_of_experts = {ffn.total_experts for ffn in sparse}
@@ -245,6 +287,14 @@ class ModelConfig(Checked):
             "first_pass",
             "one mixture at most whose weights come from a first pass",
         )
+
+    def _used_attention(self) -> dict[str, GatedAttentionConfig]:
+        """The attention layers of the program, by the names of their mixers."""
+        used = {}
+        for block in self.blocks:
+            if isinstance(block.mixer, GatedAttentionConfig):
+                used[self._mixer_name(block.layers[0])] = block.mixer
+        return used
 
     def _used_ffns(self) -> list[FeedForwardConfig]:
         return [block.feed_forward for block in self.blocks]
@@ -325,6 +375,19 @@ class ModelConfig(Checked):
         None if there is no such mixture.
         """
         return next(iter(self._first_passes()), None)
+
+    @property
+    def value_bank(self) -> tuple[int, int, int] | None:
+        """(slots, key heads, channels) of the value bank; None where no layer has one."""
+        for mixer in self._used_attention().values():
+            if mixer.value_bank:
+                return mixer.value_bank, mixer.kv_heads, mixer.head_dim
+        return None
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether some attention layer has the weights of another one."""
+        return any(mixer.shares_weights for mixer in self._used_attention().values())
 
     @property
     def first_rwkv7(self) -> int | None:

@@ -17,6 +17,9 @@
                         massive_channel_ids says which channels these are, and median_activation
                         what is usual there (arXiv 2402.17762)
   kurtosis              of the residual stream's entries after a layer; 3 for a normal distribution
+  mixer_max_activation, mixer_kurtosis
+                        the same of what a mixer adds to the stream: the infinity norm and the
+                        kurtosis of attention's output (arXiv 2306.12929, table 1)
   effective_rank        of a head's value-output map W_V W_O: exp(entropy of its singular values)
                         (Roy and Vetterli 2007); with latent attention W_V begins at the latent
   half_life             tokens after which a channel of a linear layer has lost half of its state,
@@ -138,6 +141,10 @@ def _layer(mixer: MixerConfig, batch: Batch, values: _LayerValues) -> dict[str, 
         "kurtosis": kurtosis(residual, is_real),
         **massive_channels(residual, is_real),
     }
+    mixer_output = _sown(values.sown, "mixer_output")
+    if mixer_output is not None:
+        result["mixer_max_activation"] = max_activation(mixer_output, is_real)
+        result["mixer_kurtosis"] = kurtosis(mixer_output, is_real)
     if isinstance(mixer, GatedAttentionConfig):
         result |= _attention(mixer, of_mixer, values.mixer_params, batch)
     if isinstance(mixer, MLAConfig):

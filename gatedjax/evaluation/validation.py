@@ -11,6 +11,7 @@ from gatedjax.compiler_options import careful_jit
 from gatedjax.config import DataConfig
 from gatedjax.data import Batch, batches, corpora, make_dataset
 from gatedjax.evaluation.probes import Probes, measure
+from gatedjax.evaluation.rounding import rounded_eval_step
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.training.run import Run
 from gatedjax.training.step import eval_step_by_row
@@ -84,14 +85,22 @@ class Validation:
         count = min(num_batches or len(dataset), len(dataset))
         self._dataset = dataset[:count]
 
-    def __call__(self, params: PyTree) -> Evaluation:
-        """Mean loss per token; call it inside `jax.set_mesh(run.mesh)`."""
+    def __call__(self, params: PyTree, activation_bits: int | None = None) -> Evaluation:
+        """Mean loss per token; call it inside `jax.set_mesh(run.mesh)`.
+
+        Args:
+          params: of the model.
+          activation_bits: of activations that are rounded (`evaluation.rounding`); None for none.
+        """
         losses = []
         counts = []
         model = self._run.config.model
         for local in batches(self._dataset):
             batch = self._global(local)
-            sums = _eval_step(model, params, batch)
+            if activation_bits is None:
+                sums = _eval_step(model, params, batch)
+            else:
+                sums = rounded_eval_step(activation_bits, model, params, batch)
             losses.append(np.asarray(sums.cross_entropy, np.float64))
             counts.append(np.asarray(sums.count, np.float64))
         return summarize(np.concatenate(losses), np.concatenate(counts), self._tokens_per_byte)

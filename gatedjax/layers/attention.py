@@ -3,6 +3,7 @@
 Projections, norms, positions, scales and the gate around `kernels_pallas.attention`.
 """
 
+import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from gatedjax.config import GatedAttentionConfig
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.gate import (
     GateLogits,
+    HeadGateLogits,
     activated_gate,
     apply_gate,
     apply_split_gate,
@@ -23,10 +25,12 @@ from gatedjax.layers.gate_values import record
 from gatedjax.layers.kv_cache import (
     KVCache,
     append,
+    append_to_slots,
     capacity,
     distances_of_slots,
     empty_cache,
     in_time_order,
+    joined,
 )
 from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale
 from gatedjax.layers.norm import HeadsNorm, RMSNorm, unit_length
@@ -35,14 +39,12 @@ from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.rope import (
-    apply_rope,
-    inverse_frequencies,
-    llama3_frequencies,
-    yarn_magnitude,
-)
+from gatedjax.layers.rope import apply_rope, frequencies_of, rotate, yarn_magnitude
+from gatedjax.layers.selective_rope import RopePhase, SelectiveAngles, for_queries, selective_flops
+from gatedjax.layers.shared_weights import SharedWeights, ValueCache
 from gatedjax.layers.sinks import token_sinks_as_channels
 from gatedjax.layers.token_info import TokenInfo, history_of
+from gatedjax.layers.value_bank import ValueBankMix
 from kernels_pallas.attention import attention_step
 
 Queries = Float[Array, "B T H D"]
@@ -56,27 +58,38 @@ class GatedAttention(Mixer):
 
     config: GatedAttentionConfig
 
-    @nn.compact
     def with_cache(
         self,
         x: Float[Array, "B T M"],
         info: TokenInfo,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T M"], KVCache | None]:
+        cache: KVCache | ValueCache | None = None,
+    ) -> tuple[Float[Array, "B T M"], KVCache | ValueCache | None]:
+        y, cache, _ = self.with_weights(x, info, cache)
+        return y, cache
+
+    @nn.compact
+    def with_weights(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        cache: KVCache | ValueCache | None = None,
+    ) -> tuple[Float[Array, "B T M"], KVCache | ValueCache | None, SharedWeights]:
+        """(y, cache, weights): as `with_cache`, and what later layers may take their weights from.
+
+        Args:
+          x: the vectors of the tokens.
+          info: about them; `info.weights` for a layer that shares another one's.
+          cache: of the tokens before.
+        """
         c = self.config
-        q, k, v, fused_logits = self._projections(x)
-        # The norm of queries and keys keeps the logits bounded, whatever their weights become.
-        if c.qk_norm:
-            q = self._normed("query_norm", q)
-            k = self._normed("key_norm", k)
-        # Queries and keys are gated after their norm, which would cancel a head-wise gate, and
-        # before rotation.
-        q = self._gated("query", q, x)
-        k = self._gated("key", k, x)
-        v = self._gated("value", v, x)
-        q = self._rotated(q, info)
-        k = self._rotated(k, info)
-        if c.query_scale != "none" or c.logit_scale == "learned":
+        fused_logits, phase = None, None
+        if c.shares_weights:
+            q, k = self._handed_on(info)
+            v = self._values(x, info)
+        else:
+            q, k, v, fused_logits = self._projections(x, info)
+            q, k, phase = self._positioned(q, k, x, info, cache)
+        if not c.shares_weights and (c.query_scale != "none" or c.logit_scale == "learned"):
             # Factors of tokens are put on the queries: the kernel has one scale for all.
             scale = QueryScale(
                 c,
@@ -87,10 +100,14 @@ class GatedAttention(Mixer):
             q, v = scale(q, v, x, keys_seen(info.positions, c.window))
         gate = split_gate(self._sdpa_logits(q, x, fused_logits), c, q)
         token_sinks = self._token_sinks(x)
-        o, cache = self._attention(
+        o, cache, weights = self._attention(
             Row(q, k, v, gate.in_op, info.segment_ids), token_sinks, info, cache
         )
+        if isinstance(cache, KVCache):
+            cache = dataclasses.replace(cache, phase=phase)
         o = apply_split_gate(o, gate, c)
+        if c.gate_fine_tuning and c.gate_start is not None:
+            o = o * (1.0 / c.gate_start)
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         width = {"embed": x.shape[-1]}
         y = Projection(
@@ -101,9 +118,15 @@ class GatedAttention(Mixer):
             has_bias=c.bias == "all",
             name="out",
         )(o)
-        return self._gated("output", y, x), cache
+        if c.shares_weights:
+            y = y + self._compensation(x)
+        return self._gated("output", y, x), cache, weights
 
-    def _projections(self, x: Array) -> tuple[Queries, Keys, Keys, Array | None]:
+    def _projections(
+        self,
+        x: Array,
+        info: TokenInfo,
+    ) -> tuple[Queries, Keys, Keys, Array | None]:
         """Queries, keys, values; and the gate's logits if they come with the queries."""
         c = self.config
         # In every head the query comes first, then the gate: [q | gate], as Qwen3-Next has it. The
@@ -118,9 +141,64 @@ class GatedAttention(Mixer):
         # Key and value heads may be fewer: each serves a group of query heads.
         kv_axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
         k = self._project("key", x, kv_axes, has_bias)
-        v = self._project("value", x, kv_axes, has_bias)
+        v = self._values(x, info)
         fused_logits = q[..., c.head_dim :] if c.fused_gate else None
         return q[..., : c.head_dim], k, v, fused_logits
+
+    def _values(self, x: Array, info: TokenInfo) -> Keys:
+        """Values, with what the bank of the model adds to them, gated if the gate is there."""
+        c = self.config
+        axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        v = self._project("value", x, axes, c.bias != "none")
+        if c.value_bank:
+            v = ValueBankMix(self.dtype, name="value_bank")(v, x, info.bank_values)
+        return self._gated("value", v, x)
+
+    def _handed_on(self, info: TokenInfo) -> tuple[Queries, Keys]:
+        """Queries and keys of the layer whose weights this one shares."""
+        if info.weights is None:
+            raise ValueError("info.weights: got None with shares_weights, expected another layer's")
+        return info.weights.q, info.weights.k
+
+    def _positioned(
+        self,
+        q: Queries,
+        k: Keys,
+        x: Array,
+        info: TokenInfo,
+        cache: KVCache | ValueCache | None,
+    ) -> tuple[Queries, Keys, RopePhase | None]:
+        """Queries and keys: normed, gated, rotated; where a rotation by tokens then stands."""
+        c = self.config
+        phase = None
+        if c.selective_rope != "none":
+            # In front of the norm, as published.
+            held = cache.phase if isinstance(cache, KVCache) else None
+            q, k, phase = self._rotated_by_tokens(q, k, x, info, held)
+        # The norm of queries and keys keeps the logits bounded, whatever their weights become.
+        if c.qk_norm:
+            q = self._normed("query_norm", q)
+            k = self._normed("key_norm", k)
+        # Queries and keys are gated after their norm, which would cancel a head-wise gate, and
+        # before rotation.
+        q = self._gated("query", q, x)
+        k = self._gated("key", k, x)
+        if c.selective_rope == "none":
+            q = self._rotated(q, info)
+            k = self._rotated(k, info)
+        return q, k, phase
+
+    def _compensation(self, x: Array) -> Float[Array, "B T M"]:
+        """What a layer with another one's weights adds: a map of its input, zero at the start."""
+        width = x.shape[-1]
+        return Projection(
+            {"embed": width},
+            {"embed_act": width},
+            0.0,
+            self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name="compensation",
+        )(x)
 
     def _normed(self, name: str, y: Array) -> Array:
         if self.config.qk_norm_kind == "l2":
@@ -140,28 +218,38 @@ class GatedAttention(Mixer):
         c = self.config
         if c.rotary_dim == 0:
             return y
-        frequencies = inverse_frequencies(
-            c.rotary_dim,
-            c.rope_base,
-            c.yarn_factor,
-            c.yarn_original_length,
-            c.yarn_truncate,
-        )
-        if c.llama3_factor > 1:
-            frequencies = llama3_frequencies(
-                frequencies,
-                c.llama3_factor,
-                c.llama3_low,
-                c.llama3_high,
-                c.llama3_original_length,
-            )
         return apply_rope(
             y,
             info.positions,
-            frequencies,
+            frequencies_of(c),
             yarn_magnitude(c.yarn_factor),
             interleaved=c.rope_layout == "interleaved",
         )
+
+    def _rotated_by_tokens(
+        self,
+        q: Queries,
+        k: Keys,
+        x: Array,
+        info: TokenInfo,
+        phase: RopePhase | None,
+    ) -> tuple[Queries, Keys, RopePhase]:
+        """Queries, keys, and the phase after the last token (Selective RoPE).
+
+        Args:
+          q: queries.
+          k: keys.
+          x: the layer's input, which says how far each token turns.
+          info: about the tokens.
+          phase: before the first token; None without a cache.
+        """
+        c = self.config
+        module = SelectiveAngles(c, self.dtype, name="selective_rope")
+        angles, phase = module(x, info, frequencies_of(c), phase)
+        magnitude = yarn_magnitude(c.yarn_factor)
+        is_interleaved = c.rope_layout == "interleaved"
+        q = rotate(q, for_queries(angles, c.num_heads), magnitude, is_interleaved)
+        return q, rotate(k, angles, magnitude, is_interleaved), phase
 
     def _gated(
         self,
@@ -188,14 +276,12 @@ class GatedAttention(Mixer):
         )
 
     def _gate_logits(self, axes: dict[str, int], x: Array) -> Array:
-        logits = GateLogits(
-            self.config,
-            axes,
-            self.init_std,
-            self.dtype,
-            name="gate",
-        )(x)
-        record(self, "gates", activated_gate(logits, self.config.gate_activation))
+        c = self.config
+        if c.gate_input == "head" or c.gate_start is not None:
+            logits = HeadGateLogits(c, self.init_std, self.dtype, name="gate")(x)
+        else:
+            logits = GateLogits(c, axes, self.init_std, self.dtype, name="gate")(x)
+        record(self, "gates", activated_gate(logits, c.gate_activation))
         return logits
 
     def _sdpa_logits(
@@ -237,20 +323,22 @@ class GatedAttention(Mixer):
         row: Row,
         token_sinks: Float[Array, "B T H"] | None,
         info: TokenInfo,
-        cache: KVCache | None,
-    ) -> tuple[Queries, KVCache | None]:
+        layer_cache: KVCache | ValueCache | None,
+    ) -> tuple[Queries, KVCache | ValueCache | None, SharedWeights]:
         """The op, on rows of tokens or on new tokens and the cache.
 
         Args:
           row: queries, keys, values and what the op knows of the gate.
           token_sinks: sink logits of every token.
           info: about the tokens.
-          cache: of the tokens before.
+          layer_cache: of the tokens before.
 
         Returns:
-          The outputs of the heads; the cache with these tokens, if there was one.
+          The outputs of the heads; the cache with these tokens, if there was one; and what the
+          weights are made from.
         """
         c = self.config
+        cache = joined(layer_cache, info.weights)
         sink_logits, slopes = self._head_parameters()
         options = {
             "normalizer": normalizer_of(c),
@@ -268,19 +356,28 @@ class GatedAttention(Mixer):
             sink_logits = jnp.zeros(c.num_heads, jnp.float32)
         if cache is None:
             o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
-            return o, None
+            return o, None, SharedWeights(row.q, row.k)
 
         before = history_of(info)
         length = row.q.shape[1]
-        most = self.capacity(cache)
+        most = self.capacity(layer_cache)
         require_room(most, length, info.segment_ids)
-        new_cache = append(
-            cache,
-            row.k,
-            row.v,
-            before,
-            info.segment_ids,
-        )
+        weights = info.weights
+        if isinstance(layer_cache, ValueCache) and weights is not None:
+            # The keys are in the cache of the layer that has them.
+            v = append_to_slots(cache.v, row.v, before, info.segment_ids)
+            new_cache = KVCache(weights.cached, v)
+            new_layer_cache = ValueCache(v)
+        else:
+            new_cache = append(
+                cache,
+                row.k,
+                row.v,
+                before,
+                info.segment_ids,
+            )
+            new_layer_cache = new_cache
+            weights = SharedWeights(row.q, row.k, cache.k, new_cache.k)
         if length == 1:
             # The cache may be a ring, whose slots are in any order: what is visible is said slot by
             # slot.
@@ -306,7 +403,8 @@ class GatedAttention(Mixer):
                 row = row_of_piece(row, *in_time_order(cache, before))
             o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
             o = o[:, -length:]
-        return where_there_is_room(o, most, before, info.segment_ids), new_cache
+        o = where_there_is_room(o, most, before, info.segment_ids)
+        return o, new_layer_cache, weights
 
     def _head_parameters(self) -> tuple[Array | None, Array | None]:
         """Sink logits and ALiBi slopes, a number for every head; None where there are none."""
@@ -343,7 +441,7 @@ class GatedAttention(Mixer):
         return sink_logits, jnp.asarray(alibi_slopes(c))
 
     @nn.nowrap
-    def init_cache(self, batch: int, length: int) -> KVCache:
+    def init_cache(self, batch: int, length: int) -> KVCache | ValueCache:
         return empty_cache(
             self.config,
             batch,
@@ -352,7 +450,7 @@ class GatedAttention(Mixer):
         )
 
     @nn.nowrap
-    def capacity(self, cache: KVCache) -> int | None:
+    def capacity(self, cache: KVCache | ValueCache) -> int | None:
         return capacity(self.config, cache)
 
     @nn.nowrap
@@ -374,11 +472,20 @@ class GatedAttention(Mixer):
             gate_channels = 0
         if c.gate_granularity == "headwise":
             gate_channels //= c.head_dim
+        if c.gate_input == "head":
+            # Each head multiplies its own slice: together one column, or a hidden one for each.
+            gate_channels = 1 if c.gate_hidden is None else c.gate_hidden
         # Numbers of a token and a head.
         per_head = c.num_heads if c.token_sinks else 0
         if c.query_scale == "selective":
             per_head += c.num_heads + c.kv_heads
+        if c.value_bank:
+            per_head += c.kv_heads * (c.value_bank + 1)
         columns = 2 * q_channels + 2 * kv_channels + gate_channels + per_head
+        if c.shares_weights:
+            # No queries, no keys; the compensation.
+            columns += width - q_channels - kv_channels
         # A causal row sees half the sequence on average, or its window.
         seen = seq_len / 2 if c.window is None else min(c.window, seq_len / 2)
-        return 2 * width * columns + 4 * q_channels * seen
+        positions = 0.0 if c.shares_weights else selective_flops(c, width)
+        return 2 * width * columns + 4 * q_channels * seen + positions

@@ -14,6 +14,7 @@ from gatedjax.layers import (
     FEED_FORWARDS,
     MIXERS,
     FeedForward,
+    GatedAttention,
     Mixer,
     NoFeedForward,
     NoMixer,
@@ -22,6 +23,7 @@ from gatedjax.layers import (
 from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import LayerNorm, RMSNorm
+from gatedjax.layers.shared_weights import SharedWeights
 
 # The residual stream, with the logical names of its axes.
 Stream = Float[Array, "B T M"]
@@ -54,10 +56,11 @@ class Block(nn.Module):
         cache: Any,
         router_logits: Float[Array, "B T E"] | None,
         depth: Depth | None,
-    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array]]:
-        """(x, router logits, depth of the next block, cache, statistics).
+    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array], SharedWeights | None]:
+        """(x, router logits, depth of the next block, cache, statistics, attention weights).
 
-        Router logits only where some router has a gating residual, the depth where layers ask.
+        Router logits only where some router has a gating residual, the depth where layers ask,
+        weights where layers share them.
         """
         info = dataclasses.replace(info, depth=depth)
         mixer, feed_forward = block_layers(
@@ -66,12 +69,18 @@ class Block(nn.Module):
             names=("mixer", "ffn"),
             training=self.training,
         )
+        weights = info.weights
         ffn_cache = None
         if isinstance(cache, BlockCache):
             ffn_cache = cache.feed_forward
             cache = cache.mixer
         if not isinstance(mixer, NoMixer):
-            y, cache, depth = _mixed(mixer, self._before("mixer", x), info, cache, depth)
+            before = self._before("mixer", x)
+            if self.config.shares_weights and isinstance(mixer, GatedAttention):
+                y, cache, weights = mixer.with_weights(before, info, cache)
+            else:
+                y, cache, depth = _mixed(mixer, before, info, cache, depth)
+            record(self, "mixer_output", y)
             x = x + self._after("mixer", y)
         statistics = {}
         if feed_forward.has_cache:
@@ -94,7 +103,7 @@ class Block(nn.Module):
         record(self, "residual", x)
         if depth is not None:
             depth = dataclasses.replace(depth, index=depth.index + 1)
-        return x, router_logits, depth, cache, statistics
+        return x, router_logits, depth, cache, statistics, weights
 
     def _before(self, name: str, x: Stream) -> Stream:
         """What the mixer or the feed-forward sees of the residual stream."""

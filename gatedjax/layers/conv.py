@@ -53,7 +53,7 @@ def short_conv(
             "conv_bias",
             axes=[None],
             shape=[flat.shape[-1]],
-            init=partial(_uniform, bound=width**-0.5),
+            init=partial(uniform, bound=width**-0.5),
         )
     # Depthwise: no channel sees another, so one call serves all of them.
     mixed, tail = causal_conv(
@@ -179,11 +179,11 @@ def _lagged(
     return extended[:, start : start + x.shape[1]]
 
 
-def _uniform(
+def uniform(
     key: Array,
     shape: tuple[int, ...],
     dtype,
     bound: float,
 ) -> Array:
-    """Uniform between -bound and bound, as PyTorch starts the bias of a convolution."""
+    """Uniform between -bound and bound, as PyTorch starts maps and convolutions."""
     return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -3,6 +3,7 @@
 Its logits, its activation, its effect.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,8 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig, MLAConfig
+from gatedjax.errors import require
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
+
+# Of the weights of a gate that a trained model is given, as published for OPT (arXiv 2306.12929).
+FINE_TUNING_STD = 0.001
 
 
 def ns_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -147,3 +152,71 @@ class GateLogits(nn.Module):
             heads_axis = 2
             logits = jnp.mean(logits, axis=heads_axis, keepdims=True)
         return logits
+
+
+def head_slices(
+    x: Float[Array, "B T M"],
+    num_heads: int,
+) -> Float[Array, "B T H S"]:
+    """The layer's input, cut into as many neighboring slices of channels as there are heads."""
+    width = x.shape[-1]
+    require(width % num_heads == 0, "num_heads", num_heads, f"a divisor of the width {width}")
+    return x.reshape(*x.shape[:2], num_heads, width // num_heads)
+
+
+class HeadGateLogits(nn.Module):
+    """One logit for every token and head, with a bias that says what the gate is at the start.
+
+    From the whole token, or from the head's own slice of it by one vector a head, or by a small MLP
+    a head (Quantizable Transformers, arXiv 2306.12929, section 4.2).
+    """
+
+    config: GatedAttentionConfig
+    init_std: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T H 1"]:
+        c = self.config
+        heads = {"heads": c.num_heads}
+        std = FINE_TUNING_STD if c.gate_fine_tuning else self.init_std
+        if c.gate_input == "head":
+            slices = head_slices(x.astype(self.dtype), c.num_heads)
+            slices = nn.with_logical_constraint(slices, ("batch", "length", "heads", None))
+            if c.gate_hidden is not None:
+                slices = self._hidden(slices, std, c.gate_hidden)
+            weights = self._of_heads("weights", slices.shape[-1:], std)
+            logits = jnp.einsum("bths,hs->bth", slices, weights)
+        else:
+            width = {"embed": x.shape[-1]}
+            logits = Projection(width, heads, std, self.dtype, name="projection")(x)
+        start = 0.5 if c.gate_start is None else c.gate_start
+        bias = parameter(
+            self,
+            "bias",
+            axes=["heads"],
+            shape=[c.num_heads],
+            init=nn.initializers.constant(math.log(start / (1.0 - start))),
+        )
+        return (logits + bias.astype(self.dtype))[..., None]
+
+    def _hidden(
+        self,
+        slices: Float[Array, "B T H S"],
+        std: float,
+        size: int,
+    ) -> Float[Array, "B T H F"]:
+        """The hidden layer of every head's MLP."""
+        weights = self._of_heads("hidden_weights", (slices.shape[-1], size), std)
+        bias = self._of_heads("hidden_bias", (size,), 0.0)
+        return jax.nn.relu(jnp.einsum("bths,hsf->bthf", slices, weights) + bias)
+
+    def _of_heads(self, name: str, shape: tuple[int, ...], std: float) -> Float[Array, "H ..."]:
+        value = parameter(
+            self,
+            name,
+            axes=["heads", *[None] * len(shape)],
+            shape=[self.config.num_heads, *shape],
+            init=nn.initializers.normal(std),
+        )
+        return value.astype(self.dtype)

@@ -14,7 +14,7 @@ from gatedjax.layers.tree import flatten_dict
 # The Flax collection of everything that is recorded.
 COLLECTION = "probes"
 # Recorded for the measurements of `evaluation.probes`; no gates.
-NOT_GATES = ("q", "k", "residual")
+NOT_GATES = ("q", "k", "residual", "mixer_output")
 
 
 def record(
@@ -50,6 +50,7 @@ def gate_values(
       "shared/gates"; those of a model's periods are stacked over periods: [P, ...].
 
         gates           of attention, linear attention or an MLP: after their activation
+        value_gates     of the values and the vectors of a value bank
         log_decay       of linear attention
         router_probs    of a sparse mixture, over all experts
         experts         the experts that each token goes to; E marks an empty place

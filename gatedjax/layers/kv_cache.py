@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from gatedjax.config import GatedAttentionConfig
+from gatedjax.layers.selective_rope import RopePhase, empty_phase
+from gatedjax.layers.shared_weights import SharedWeights, ValueCache
 from gatedjax.layers.sinks import num_sink_channels
 from gatedjax.layers.token_info import History
 
@@ -20,12 +22,14 @@ from gatedjax.layers.token_info import History
 class KVCache:
     """Keys (after rotation) and values of past tokens.
 
-    The row's token i (from 0) is in slot i mod S: a ring for windows.
+    The row's token i (from 0) is in slot i mod S: a ring for windows. With Selective RoPE also
+    where the rotation stands.
     """
 
     # Leading axes: the model stacks the caches of a layer over periods.
     k: Float[Array, "... B S Hk K"]
     v: Float[Array, "... B S Hk V"]
+    phase: RopePhase | None = None
 
 
 def empty_cache(
@@ -33,7 +37,7 @@ def empty_cache(
     batch: int,
     length: int,
     dtype: DTypeLike,
-) -> KVCache:
+) -> KVCache | ValueCache:
     """An empty cache for `length` tokens; a window needs no more than its own slots.
 
     Args:
@@ -43,7 +47,7 @@ def empty_cache(
       dtype: of keys and values.
 
     Returns:
-      A cache of zeros.
+      A cache of zeros; of values alone where the weights are another layer's.
     """
     slots = length if config.window is None else min(config.window, length)
     value_channels = config.head_dim
@@ -51,15 +55,19 @@ def empty_cache(
     if config.token_sinks:
         key_channels += num_sink_channels(dtype)
     shape = (batch, slots, config.kv_heads)
+    v = jnp.zeros((*shape, value_channels), dtype)
+    if config.shares_weights:
+        return ValueCache(v)
     return KVCache(
         k=jnp.zeros((*shape, key_channels), dtype),
-        v=jnp.zeros((*shape, value_channels), dtype),
+        v=v,
+        phase=empty_phase(config, batch, dtype),
     )
 
 
-def capacity(config: GatedAttentionConfig, cache: KVCache) -> int | None:
+def capacity(config: GatedAttentionConfig, cache: KVCache | ValueCache) -> int | None:
     """The most tokens that a row may have; None where the cache is a ring of a whole window."""
-    slots = cache.k.shape[-3]
+    slots = cache.v.shape[-3]
     is_ring = config.window is not None and slots >= config.window
     return None if is_ring else slots
 
@@ -84,6 +92,18 @@ def append(
         k=append_to_slots(cache.k, k, before, segment_ids),
         v=append_to_slots(cache.v, v, before, segment_ids),
     )
+
+
+def joined(
+    cache: KVCache | ValueCache | None,
+    weights: SharedWeights | None,
+) -> KVCache | None:
+    """The cache as the op wants it: with the keys of the layer whose weights are shared."""
+    if not isinstance(cache, ValueCache):
+        return cache
+    if weights is None or weights.held is None:
+        raise ValueError("info.weights: got no cached keys, expected those of the layer before")
+    return KVCache(weights.held, cache.v)
 
 
 def append_to_slots(

@@ -21,8 +21,15 @@ from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import HeadsNorm, RMSNorm
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.rope import apply_rope, inverse_frequencies
+from gatedjax.layers.rope import apply_rope, inverse_frequencies, rotate
 from gatedjax.layers.scan_or_step import scan_or_step
+from gatedjax.layers.selective_rope import (
+    RopePhase,
+    SelectiveAngles,
+    empty_phase,
+    for_queries,
+    selective_flops,
+)
 from gatedjax.layers.step_size import log_decay_rate, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 
@@ -31,11 +38,13 @@ from gatedjax.layers.token_info import TokenInfo
 class ScanCache:
     """The matrix state of every head, and the convolution's last inputs.
 
-    The state has one more value column when the scan is normalized.
+    The state has one more value column when the scan is normalized. With Selective RoPE also where
+    the rotation stands.
     """
 
     state: Float[Array, "... B H K V"]
     conv_tail: Float[Array, "... B _ F"]
+    phase: RopePhase | None = None
 
 
 def logsigmoid_decay(logits: Float[Array, "..."], temperature: float) -> Float[Array, "..."]:
@@ -134,14 +143,15 @@ class GatedLinearAttention(Mixer):
                 has_bias=c.conv_bias,
             )
         # The feature map is what linear attention has in place of softmax's exponential.
-        q = self._rotated(FEATURE_MAPS[c.feature_map](q), info)
+        q = FEATURE_MAPS[c.feature_map](q)
         if keys_and_decay is None:
-            k = self._rotated(FEATURE_MAPS[c.feature_map](k), info)
+            k = FEATURE_MAPS[c.feature_map](k)
             log_decay, v = self._decay(x, v)
         else:
             # Keys from a gate lie between 0 and 1 as they are.
-            k = self._rotated(k, info)
             log_decay = keys_and_decay[1]
+        phase = None if cache is None else cache.phase
+        q, k, phase = self._rotated(q, k, x, info, phase)
         if log_decay is not None:
             record(self, "log_decay", log_decay)
         o, state = scan_or_step(
@@ -174,7 +184,7 @@ class GatedLinearAttention(Mixer):
         )(o)
         if state is None or tail is None:
             return y, None
-        return y, ScanCache(state, tail)
+        return y, ScanCache(state, tail, phase)
 
     def _keys_and_decay(self, x: Array, info: TokenInfo) -> tuple[Array, Array]:
         """Keys and the log decay, both of one forget gate."""
@@ -187,11 +197,33 @@ class GatedLinearAttention(Mixer):
         log_decay, keys = forget_gate(logits, floor)
         return keys.astype(self.dtype), log_decay
 
-    def _rotated(self, y: Array, info: TokenInfo) -> Array:
+    def _rotated(
+        self,
+        q: Array,
+        k: Array,
+        x: Array,
+        info: TokenInfo,
+        phase: RopePhase | None,
+    ) -> tuple[Array, Array, RopePhase | None]:
+        """Queries and keys, rotated; where a rotation by tokens then stands.
+
+        Args:
+          q: queries.
+          k: keys.
+          x: the layer's input, which says how far each token turns (Selective RoPE).
+          info: about the tokens.
+          phase: before the first token; None without a cache.
+        """
         c = self.config
         if c.rotary_dim == 0:
-            return y
-        return apply_rope(y, info.positions, inverse_frequencies(c.rotary_dim, c.rope_base))
+            return q, k, None
+        frequencies = inverse_frequencies(c.rotary_dim, c.rope_base)
+        if c.selective_rope == "none":
+            q = apply_rope(q, info.positions, frequencies)
+            return q, apply_rope(k, info.positions, frequencies), None
+        module = SelectiveAngles(c, self.dtype, name="selective_rope")
+        angles, phase = module(x, info, frequencies, phase)
+        return rotate(q, for_queries(angles, c.num_heads)), rotate(k, angles), phase
 
     def _decay(self, x: Array, v: Array) -> tuple[Array | None, Array]:
         """The log decay in the rank that the scan wants, and the values, which Mamba-2's step size
@@ -287,7 +319,8 @@ class GatedLinearAttention(Mixer):
         state = jnp.zeros((batch, c.num_heads, c.key_dim, value_columns), jnp.float32)
         channels = c.num_heads * c.key_dim + c.kv_heads * (c.key_dim + c.value_dim)
         tail_length = max(c.conv_width - 1, 0)
-        return ScanCache(state, jnp.zeros((batch, tail_length, channels), self.dtype))
+        tail = jnp.zeros((batch, tail_length, channels), self.dtype)
+        return ScanCache(state, tail, empty_phase(c, batch, self.dtype))
 
     @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
@@ -299,4 +332,4 @@ class GatedLinearAttention(Mixer):
         projections = 2 * width * (q_channels + kv_channels + o_channels + gate_channels)
         # The recurrence itself: k^T v and q S, 2 K V each per head. Chunkwise forms do more; that
         # is their overhead.
-        return projections + 4 * q_channels * c.value_dim
+        return projections + 4 * q_channels * c.value_dim + selective_flops(c, width)

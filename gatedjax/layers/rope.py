@@ -7,6 +7,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from gatedjax.config import GatedAttentionConfig
+
 # YaRN's bounds: pairs that make more full rotations than this over the original length are kept,
 # those that make fewer than one are slowed.
 FAST_ROTATIONS = 32.0
@@ -85,6 +87,26 @@ def llama3_frequencies(
     return scaled.astype(np.float32)
 
 
+def frequencies_of(config: GatedAttentionConfig) -> Float[np.ndarray, " J"]:
+    """Radians per position for each pair of channels, with the layer's extension of the context."""
+    frequencies = inverse_frequencies(
+        config.rotary_dim,
+        config.rope_base,
+        config.yarn_factor,
+        config.yarn_original_length,
+        config.yarn_truncate,
+    )
+    if config.llama3_factor > 1:
+        frequencies = llama3_frequencies(
+            frequencies,
+            config.llama3_factor,
+            config.llama3_low,
+            config.llama3_high,
+            config.llama3_original_length,
+        )
+    return frequencies
+
+
 def yarn_magnitude(yarn_factor: float, mscale: float = 1.0) -> float:
     """What YaRN multiplies rotated queries and keys with: 0.1 m ln(s) + 1 (its equation 22, m = 1).
 
@@ -115,9 +137,34 @@ def apply_rope(
     Returns:
       x, rotated, in its dtype.
     """
-    half = len(frequencies)
     # One angle for every token and pair, the same in all heads.
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return rotate(
+        x,
+        angle,
+        magnitude,
+        interleaved,
+    )
+
+
+def rotate(
+    x: Float[Array, "B T H D"],
+    angle: Float[Array, "B T #H J"],
+    magnitude: float = 1.0,
+    interleaved: bool = False,
+) -> Float[Array, "B T H D"]:
+    """`apply_rope` by angles of the caller's.
+
+    Args:
+      x: queries or keys.
+      angle: of every token and pair of channels, radians, float32.
+      magnitude: what rotated channels are multiplied by.
+      interleaved: which channels are a pair, as in `apply_rope`.
+
+    Returns:
+      x, rotated, in its dtype.
+    """
+    half = angle.shape[-1]
     cos = jnp.cos(angle) * magnitude
     sin = jnp.sin(angle) * magnitude
     rotating = x[..., : 2 * half].astype(jnp.float32)

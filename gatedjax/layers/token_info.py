@@ -22,6 +22,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from gatedjax.layers.depth import Depth
+from gatedjax.layers.shared_weights import SharedWeights
 
 
 @struct.dataclass
@@ -60,6 +61,8 @@ class TokenInfo:
         cache may leave it out: the row is then one document, of which `positions[:, 0]` tokens
         came before.
       depth: where the layer stands in the model; None where no layer asks for it.
+      bank_values: what the model's value bank holds for the tokens; None where it has none.
+      weights: of the attention layer whose weights others share; None where none does.
     """
 
     positions: Int[Array, "B T"]
@@ -68,6 +71,8 @@ class TokenInfo:
     lora_weights: Float[Array, "B T E"] | None = None
     before: History | None = None
     depth: Depth | None = None
+    bank_values: Float[Array, "B T S Hk D"] | None = None
+    weights: SharedWeights | None = None
 
 
 class Arranged(NamedTuple):

@@ -35,6 +35,8 @@ _COLUMNS = {
     "largest activation": ("max_activation", np.max),
     "median activation": ("median_activation", np.max),
     "kurtosis": ("kurtosis", np.max),
+    "mixer: largest": ("mixer_max_activation", np.max),
+    "mixer: kurtosis": ("mixer_kurtosis", np.max),
 }
 
 

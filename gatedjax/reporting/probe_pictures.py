@@ -325,6 +325,8 @@ _PICTURES: dict[str, tuple[str, Draw]] = {
     "massive_channels": ("massive activations: channels of the residual stream", _draw_massive),
     "max_activation": ("largest magnitude in the residual stream", _draw_bars),
     "kurtosis": ("kurtosis of the residual stream (3: normal)", _draw_bars),
+    "mixer_max_activation": ("largest magnitude in a mixer's output", _draw_bars),
+    "mixer_kurtosis": ("kurtosis of a mixer's output (3: normal)", _draw_bars),
     "effective_rank": ("effective rank of a head's value-output map", _draw_heads),
     "half_life": ("half-lives of linear layers' states", _draw_half_lives),
     "expert_load": ("expert load over an even load", _draw_experts),

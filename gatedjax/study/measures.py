@@ -4,8 +4,8 @@ validation   loss (nats per token), loss_error, bits_per_byte
 recall       accuracy: fraction of the asked tokens that are right (the most likely token, over the
              validation rows)
 probes       first_token_fraction, effective_rank (means over layers and heads), max_activation
-             (over layers), kurtosis (largest of a layer), gate_mean (mean over attention layers and
-             linear ones)
+             (over layers), kurtosis (largest of a layer), mixer_max_activation and mixer_kurtosis
+             (likewise), gate_mean (mean over attention layers and linear ones)
 lengths      loss@T for each of the cell's lengths: validation text in windows of T
 routing      load_max_over_mean, balance_loss of the last step
 
@@ -60,6 +60,8 @@ _SUMMARY_OF_PROBE: dict[str, Callable[[np.ndarray], Any]] = {
     "effective_rank": np.mean,
     "max_activation": np.max,
     "kurtosis": np.max,
+    "mixer_max_activation": np.max,
+    "mixer_kurtosis": np.max,
     "gate_mean": np.mean,
 }
 

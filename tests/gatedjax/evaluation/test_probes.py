@@ -154,6 +154,8 @@ def test_a_model_shows_every_probe_of_its_layers():
         "massive_channels": [0, 1, 2, 3],
         "max_activation": [0, 1, 2, 3],
         "median_activation": [0, 1, 2, 3],
+        "mixer_kurtosis": [0, 1, 2, 3],
+        "mixer_max_activation": [0, 1, 2, 3],
     }
     assert found["half_life"][0].shape == (4 * 8,) and found["first_token_fraction"][1].shape == (
         4,
@@ -166,7 +168,13 @@ def test_a_model_shows_every_probe_of_its_layers():
     _, sown = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs, mutable=["probes"]))(
         *inputs
     )
-    of_mixer = sown["probes"]["periods"]["layer_1"]["mixer"]
+    of_layer = sown["probes"]["periods"]["layer_1"]
+    added = np.asarray(of_layer["mixer_output"][0][1], np.float64)
+    assert found["mixer_max_activation"][3] == pytest.approx(np.abs(added).max())
+    central = added - added.mean()
+    spread = np.mean(central**4) / np.mean(central**2) ** 2
+    assert found["mixer_kurtosis"][3] == pytest.approx(spread, rel=1e-4)
+    of_mixer = of_layer["mixer"]
     q, k = (np.asarray(of_mixer[name][0][1], np.float64) for name in "qk")
     share, entropy = plain_rows(q, k, batch.segment_ids, batch.positions)
     np.testing.assert_allclose(found["first_token_fraction"][3], share, rtol=1e-4)

@@ -79,6 +79,45 @@ def jitted(module):
     return jax.jit(functools.partial(module.apply, method="with_cache"))
 
 
+def head_logits(c, p, x):
+    """One logit for every token and head: Quantizable Transformers, section 4.2."""
+    if c.gate_input != "head":
+        return (np.tensordot(x, p["projection"]["kernel"], 1) + p["bias"])[..., None]
+    slices = x.reshape(*x.shape[:2], c.num_heads, -1)
+    if c.gate_hidden:
+        hidden = np.einsum("bths,hsf->bthf", slices, p["hidden_weights"]) + p["hidden_bias"]
+        slices = np.maximum(hidden, 0)
+    return (np.einsum("bths,hs->bth", slices, p["weights"]) + p["bias"])[..., None]
+
+
+def selective_steps(c, p, x):
+    """phi of Selective RoPE, by loops over tokens and heads; one document a row."""
+    heads, half = c.kv_heads, c.rotary_dim // 2
+    slices = x.reshape(*x.shape[:2], heads, -1)
+    unit = slices / np.sqrt((slices**2).sum(-1, keepdims=True) + 1e-6)
+    flat = unit.reshape(x.shape)
+    if c.selective_rope == "low_rank":
+        low = flat @ p["down"]["kernel"]
+        steps = np.tensordot(low, p["up"]["kernel"], 1)
+    else:
+        length = np.sqrt((p["weights"] ** 2).sum(1, keepdims=True))
+        kernel = p["weights"] / length * p["lengths"][:, None, None]
+        steps = np.einsum("bths,hsj->bthj", unit, kernel)
+    taps = p["conv"].reshape(-1, heads, half)
+    mixed = np.zeros_like(steps)
+    for t in range(x.shape[1]):
+        for w in range(min(t + 1, len(taps))):
+            mixed[:, t] += taps[len(taps) - 1 - w] * steps[:, t - w]
+    if c.selective_activation == "silu":
+        mixed = mixed * sigmoid(mixed)
+    if c.selective_bias:
+        mixed = mixed + np.exp(p["bias"])
+    if c.selective_gate:
+        logits = flat @ p["gate"]["kernel"] + p["gate"]["bias"]
+        mixed = mixed * sigmoid(logits)[..., None]
+    return mixed
+
+
 def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     x = np.asarray(x, np.float64)
@@ -95,6 +134,12 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
             logits = fused
         elif c.gate_input == "constant":
             logits = p["gate"]["constant"][None, None]
+        elif c.gate_input == "head" or c.gate_start:
+            return (
+                y
+                * sigmoid(head_logits(c, p["gate"], x))
+                / (c.gate_start if c.gate_fine_tuning else 1)
+            )
         else:
             logits = np.tensordot(x, p["gate"]["projection"]["kernel"], 1)
         if c.gate_shared:
@@ -105,6 +150,20 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     project = lambda n: np.tensordot(x, p[n]["kernel"], 1) + p[n].get("bias", 0)
     q, k, v = (project(n) for n in ("query", "key", "value"))
     q, fused = q[..., : c.head_dim], q[..., c.head_dim :]
+    group = c.num_heads // c.kv_heads
+    half = c.rotary_dim // 2
+    frequencies = c.rope_base ** (-np.arange(half) / max(half, 1))
+    turn = lambda y, angle: np.concatenate(
+        [
+            y[..., :half] * np.cos(angle) - y[..., half : 2 * half] * np.sin(angle),
+            y[..., half : 2 * half] * np.cos(angle) + y[..., :half] * np.sin(angle),
+            y[..., 2 * half :],
+        ],
+        -1,
+    )
+    if c.selective_rope != "none":
+        angle = np.cumsum(selective_steps(c, p["selective_rope"], x), 1) * frequencies
+        q, k = turn(q, np.repeat(angle, group, 2)), turn(k, angle)
     if c.qk_norm and c.qk_norm_kind == "l2":
         q, k = (y / np.sqrt(np.sum(y**2, -1, keepdims=True) + 1e-6) for y in (q, k))
     elif c.qk_norm and c.qk_norm_kind == "rms_all_heads":
@@ -114,21 +173,13 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
     elif c.qk_norm:
         q, k = rms(q, p["query_norm"]["scale"]), rms(k, p["key_norm"]["scale"])
     q, k, v = gated("query", q), gated("key", k), gated("value", v)
-    half = c.rotary_dim // 2
-    angle = np.arange(T)[:, None, None] * c.rope_base ** (-np.arange(half) / max(half, 1))
-    turn = lambda y: np.concatenate(
-        [
-            y[..., :half] * np.cos(angle) - y[..., half : 2 * half] * np.sin(angle),
-            y[..., half : 2 * half] * np.cos(angle) + y[..., :half] * np.sin(angle),
-            y[..., 2 * half :],
-        ],
-        -1,
-    )
     if c.rope_layout == "interleaved":
         # The even channels of those that rotate, then the odd ones: for both, so q k is the same.
         order = [*range(0, 2 * half, 2), *range(1, 2 * half, 2), *range(2 * half, c.head_dim)]
         q, k = q[..., order], k[..., order]
-    q, k = turn(q), turn(k)
+    if c.selective_rope == "none":
+        angle = np.arange(T)[:, None, None] * frequencies
+        q, k = turn(q, angle), turn(k, angle)
     scale = p.get("query_scale", {})
     log_n = np.log(np.minimum(np.arange(1, x.shape[1] + 1), c.window or T))[:, None]
     temperature = lambda name: np.tanh(np.tensordot(x, scale[name]["kernel"], 1))
@@ -144,7 +195,6 @@ def expected(c: GatedAttentionConfig, params, x) -> np.ndarray:
             ]
         )
         v = v * (temperature("value_temperature") + 1)[..., None]
-    group = c.num_heads // c.kv_heads
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
     times = {
         "inverse_sqrt": c.attention_scale or c.head_dim**-0.5,
@@ -230,6 +280,26 @@ VARIANTS = {
     "qkv biases, no norm, slopes": dict(
         bias="qkv", qk_norm=False, token_sinks=True, alibi="learned"
     ),
+    "MLPs of heads gate, tokens rotate": dict(
+        gate_input="head",
+        gate_granularity="headwise",
+        gate_hidden=3,
+        gate_start=0.25,
+        gate_fine_tuning=True,
+        selective_rope="low_rank",
+        selective_rank=3,
+        selective_bias=True,
+        selective_gate=True,
+        rope_fraction=0.5,
+        rope_base=9.0,
+    ),
+    "slices of heads gate, slices rotate": dict(
+        gate_input="head",
+        gate_granularity="headwise",
+        selective_rope="per_head",
+        selective_activation="none",
+    ),
+    "biased gate of the token": dict(gate_granularity="headwise", gate_start=0.25),
     "qwen3_next": QWEN3_NEXT | BASE,
     "gpt_oss": GPT_OSS | dict(window=3),
     "swat": SWAT | dict(window=4),
@@ -241,10 +311,12 @@ VARIANTS = {
 OF_FAMILIES = (
     "biases, tokens' sinks, norm over heads, neighbors rotate, scale, softplus",
     "qkv biases, no norm, slopes",
+    "MLPs of heads gate, tokens rotate",
+    "slices of heads gate, slices rotate",
 )
 
 
-@pytest.mark.parametrize("name", [OF_FAMILIES[0], slow(OF_FAMILIES[1])])
+@pytest.mark.parametrize("name", [OF_FAMILIES[0], *(slow(name) for name in OF_FAMILIES[1:])])
 def test_gradients_equal_differences_of_the_formula(name):
     config = GatedAttentionConfig(**BASE | VARIANTS[name])
     module, params = init(config)
@@ -264,7 +336,14 @@ def test_gradients_equal_differences_of_the_formula(name):
     check_gradients(formula, given, gradient)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in OF_FAMILIES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        slow(name) if name.startswith(("biased gate", "slices of heads")) else name
+        for name in VARIANTS
+        if name not in OF_FAMILIES[:2]
+    ],
+)
 def test_equals_the_formula(name):
     config = GatedAttentionConfig(**BASE | VARIANTS[name])
     module, params = init(config)

@@ -109,6 +109,25 @@ def test_presets_are_valid(name):
             dict(qk_norm_kind="l2", logit_scale="log_dim", attention_scale=0.1),
             "attention_scale: got 0.1, expected none with logit_scale 'log_dim'",
         ),
+        (
+            dict(gate_input="head"),
+            "gate_input: got 'head', expected a head-wise sigmoid after sdpa",
+        ),
+        (
+            dict(gate_start=0.5, gate_granularity="headwise", gate_shared=True),
+            "gate_start: got 0.5, expected a head-wise sigmoid after sdpa",
+        ),
+        (dict(gate_start=1.0), "gate_start: got 1.0, expected between 0 and 1, both left out"),
+        (dict(gate_hidden=8), "gate_hidden: got 8, expected none with gate_input 'token'"),
+        (
+            dict(gate_fine_tuning=True, gate_granularity="headwise", gate_input="head"),
+            "gate_start: got None, expected a number with gate_fine_tuning",
+        ),
+        (dict(shares_weights=True, sinks=True), "sinks: got True, expected another value with"),
+        (
+            dict(selective_rope="low_rank", rope_fraction=0.0),
+            "rope_fraction: got 0.0, expected channels that rotate with selective_rope 'low_rank'",
+        ),
         (dict(bias="q"), "bias: got 'q', expected one of none, qkv, all"),
         (dict(entmax_alpha=1.0), "entmax_alpha: got 1.0, expected above 1"),
         (dict(logits_soft_cap=0.0), "logits_soft_cap: got 0.0, expected at least 0.001"),
