@@ -210,6 +210,14 @@ class ModelConfig(Checked):
                 f"none in layer {block.layers[0]}",
                 "a feed-forward in a layer without a mixer",
             )
+            if isinstance(block.mixer, GatedAttentionConfig):
+                reason = block.mixer.not_causal
+                require(
+                    reason is None,
+                    f"mixers.{self._mixer_name(block.layers[0])}",
+                    reason,
+                    "a causal mixer: this model predicts the next token",
+                )
             if isinstance(block.mixer, RWKV7Config):
                 require(
                     block.mixer.width == self.width,
