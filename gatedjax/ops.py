@@ -5,6 +5,7 @@
 attention            softmax, sigmoid and other normalizers; the output gate is part of the kernel
 attention_step       the same for one decoded token and a cache of keys and values
 attention_sharded    the same inside `shard_map`, with the tokens split over a mesh axis
+merge_attention      one attention of several over other keys, by their log-sum-exps
 linear_scan          gated linear attention in chunks, for any rank of decay
 linear_scan_step     the same for one decoded token and a state
 linear_scan_sharded  the same inside `shard_map`, with the tokens split over a mesh axis
@@ -40,6 +41,7 @@ from kernels_pallas.ops import (
     linear_scan,
     linear_scan_sharded,
     linear_scan_step,
+    merge_attention,
     permute_rows,
     rwkv7_scan,
     rwkv7_scan_step,
@@ -63,6 +65,7 @@ __all__ = [
     "linear_scan",
     "linear_scan_sharded",
     "linear_scan_step",
+    "merge_attention",
     "permute_rows",
     "rwkv7_scan",
     "rwkv7_scan_step",

@@ -1,6 +1,12 @@
 """The ops, to import from one place: `from kernels_pallas.ops import attention, linear_scan`."""
 
-from kernels_pallas.attention import NORMALIZERS, attention, attention_sharded, attention_step
+from kernels_pallas.attention import (
+    NORMALIZERS,
+    attention,
+    attention_sharded,
+    attention_step,
+    merge_attention,
+)
 from kernels_pallas.attention.xla import OUT_NAME as ATTENTION_OUT_NAME
 from kernels_pallas.attention.xla import STATISTIC_NAME
 from kernels_pallas.delta_scan import (
@@ -50,6 +56,7 @@ __all__ = [
     "linear_scan",
     "linear_scan_sharded",
     "linear_scan_step",
+    "merge_attention",
     "permute_rows",
     "rwkv7_scan",
     "rwkv7_scan_step",

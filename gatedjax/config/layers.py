@@ -117,6 +117,9 @@ class GatedAttentionConfig(Checked):
     selective_bias: bool = False
     # keys in (i - window, i]
     window: Count | None = None
+    # False: tokens also see later ones of their document, window - 1 of them where there is a
+    # window. For encoders; the language model refuses it.
+    causal: bool = True
     # How logits become weights: names of kernels_pallas.attention.NORMALIZERS.
     normalizer: Literal[
         "softmax",
@@ -161,6 +164,12 @@ class GatedAttentionConfig(Checked):
 
     def check(self) -> None:
         divides("num_kv_heads", self.kv_heads, self.num_heads)
+        require(
+            self.causal or self.query_scale == "none",
+            "query_scale",
+            self.query_scale,
+            "none with causal = false: it counts the keys that a causal token sees",
+        )
         _check_rope(self)
         self._check_extension()
         self._check_gate()
@@ -329,6 +338,11 @@ class GatedAttentionConfig(Checked):
     def kv_heads(self) -> int:
         """The number of key and value heads: `num_kv_heads`, or `num_heads` where that is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def not_causal(self) -> str | None:
+        """Why a causal model cannot have this mixer, or None."""
+        return None if self.causal else "causal false: tokens see later ones"
 
     @property
     def rotary_dim(self) -> int:

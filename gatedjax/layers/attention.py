@@ -4,7 +4,7 @@ Projections, norms, positions, scales and the gate around `kernels_pallas.attent
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -345,6 +345,10 @@ class GatedAttention(Mixer):
             "logits_soft_cap": c.logits_soft_cap,
             "scale": logit_scale(c),
         }
+        if not c.causal:
+            if cache is not None:
+                self._refuse_cache()
+            options["causal"] = False
         if cache is None:
             # What the probes measure the attention rows from, without the kernel ever storing them.
             record(self, "q", row.q)
@@ -441,7 +445,14 @@ class GatedAttention(Mixer):
         return sink_logits, jnp.asarray(alibi_slopes(c))
 
     @nn.nowrap
+    def _refuse_cache(self) -> NoReturn:
+        """A token that sees later ones cannot be computed before they are there."""
+        raise ValueError("GatedAttention: cache: got one with causal=False, expected none")
+
+    @nn.nowrap
     def init_cache(self, batch: int, length: int) -> KVCache | ValueCache:
+        if not self.config.causal:
+            self._refuse_cache()
         return empty_cache(
             self.config,
             batch,
@@ -485,7 +496,9 @@ class GatedAttention(Mixer):
         if c.shares_weights:
             # No queries, no keys; the compensation.
             columns += width - q_channels - kv_channels
-        # A causal row sees half the sequence on average, or its window.
+        # A causal row sees half the sequence on average, or its window; any other one twice that.
         seen = seq_len / 2 if c.window is None else min(c.window, seq_len / 2)
+        if not c.causal:
+            seen *= 2
         positions = 0.0 if c.shares_weights else selective_flops(c, width)
         return 2 * width * columns + 4 * q_channels * seen + positions

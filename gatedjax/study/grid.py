@@ -38,6 +38,7 @@ ADDED_LATER_TO_LAYERS = {
     "gated_attention": (
         "bias",
         "attention_scale",
+        "causal",
         "rope_layout",
         "yarn_truncate",
         "llama3_factor",

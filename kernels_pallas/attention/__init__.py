@@ -1,6 +1,7 @@
 """Attention with a sigmoid gate on its output, and a choice of normalizers."""
 
 from kernels_pallas.attention.api import attention, attention_step
+from kernels_pallas.attention.merge import merge_attention
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
 from kernels_pallas.attention.normalizers.entmax import Entmax
 from kernels_pallas.attention.normalizers.multipass import (
@@ -36,4 +37,5 @@ __all__ = [
     "attention",
     "attention_sharded",
     "attention_step",
+    "merge_attention",
 ]

@@ -1,6 +1,7 @@
 """`attention` and `attention_step`: the public functions. They check, fill in and dispatch."""
 
 from functools import partial
+from typing import Any
 
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -9,12 +10,14 @@ from kernels_pallas import dispatch
 from kernels_pallas.attention import cudnn, gpu, mosaic_gpu, reference, xla
 from kernels_pallas.attention.checks import (
     check_inputs,
+    check_other_keys,
     check_step_inputs,
     checked_options,
     checked_step_options,
+    segment_id_pair,
 )
-from kernels_pallas.attention.documents import document_numbers
-from kernels_pallas.attention.inputs import AttentionInputs, StepInputs
+from kernels_pallas.attention.documents import comparable_ids, document_numbers
+from kernels_pallas.attention.inputs import AttentionInputs, Outputs, StepInputs
 from kernels_pallas.attention.kernels import over_mesh, step_over_mesh
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.tpu import op as tpu
@@ -24,22 +27,24 @@ from kernels_pallas.common.mesh import on_explicit_axes
 
 def attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B T Hk K"],
-    v: Float[Array, "B T Hk V"],
+    k: Float[Array, "B S Hk K"],
+    v: Float[Array, "B S Hk V"],
     *,
     gate_logits: Float[Array, "B T H V"] | Float[Array, "B T H 1"] | None = None,
     normalizer: str | Normalizer = "softmax",
     causal: bool = True,
     window: int | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    block_mask: Bool[Array, "B H _ _"] | None = None,
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     implementation: dispatch.Implementation | None = None,
     interpret: bool = False,
-) -> Float[Array, "B T H V"]:
-    """Self-attention, its output multiplied by sigmoid(gate_logits).
+) -> Float[Array, "B T H V"] | Any:  # `Outputs`: a caller knows which of the two it asked for
+    """Attention, its output multiplied by sigmoid(gate_logits).
 
         s_ij = scale q_i k_j                            the logits
         s_ij = c tanh(s_ij / c)                         with logits_soft_cap c
@@ -59,7 +64,8 @@ def attention(
     Args:
       q, k, v: queries, keys and values, float16, bfloat16, float32 (or float64 under x64).
         Hk divides H: query head h uses key and value head h // (H / Hk). 16-bit inputs are
-        multiplied as such; sums and the softmax are float32.
+        multiplied as such; sums and the softmax are float32. S is T, but without `causal` keys
+        may be of another sequence, of any length.
       gate_logits: logits of the gate on the output, element-wise or head-wise; the sigmoid is
         taken in float32.
       normalizer: how logits become weights: a name of `NORMALIZERS`, or an object with other
@@ -68,19 +74,26 @@ def attention(
       window: w >= 1: token i sees j with i-w < j <= i, and |i-j| < w without `causal`. None, or
         any number from T on, is no limit.
       segment_ids: documents packed in a row, integers of any dtype. A document is a run of equal
-        ids, and tokens see only their own; an id that comes back later is another document.
+        ids, and tokens see only their own; an id that comes back later is another document. Where
+        keys are of another sequence, a pair (of queries, of keys): tokens see keys of an equal id,
+        wherever it is.
+      block_mask: bool, which blocks of 64 keys the queries of a block of 64 may see, beside what
+        else they may: [B, H, ceil(T / 64), ceil(S / 64)]. It has no gradient.
       sink_logits: a logit per head that takes its part of the weight and has no value; softmax
         only. Zeros are "softmax plus one".
       alibi_slopes: per head, >= 0 to favor near keys (arXiv 2108.12409); learned or not. Added
         after the soft cap.
       logits_soft_cap: c > 0.
       scale: a number, K**-0.5 if None.
+      return_lse: also return log(exp(sink) + sum_j exp(s_ij)) of every row; softmax only. With it
+        `merge_attention` makes one attention of several over other keys.
       implementation: None, "reference", "xla", "tpu", "gpu", "cudnn" or "mosaic_gpu" (the last two
         are never chosen by None); see `kernels_pallas.dispatch`.
       interpret: run a named kernel ("tpu", "gpu", "mosaic_gpu") in interpret mode, on CPU.
 
     Returns:
-      y in v's dtype.
+      y in v's dtype; with `return_lse` (y, lse), lse [B, H, T] in float32 (float64 if an input is),
+      -inf where a query sees nothing. Differentiable in both.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit, by name.
@@ -90,10 +103,24 @@ def attention(
     in the backward pass 2205.14135; sinks as in gpt-oss.
     """
     op = "attention"
-    inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
+    query_segments, key_segments = segment_id_pair(op, segment_ids)
+    inputs = AttentionInputs(
+        q=q,
+        k=k,
+        v=v,
+        gate_logits=gate_logits,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        segment_ids=query_segments,
+        key_segment_ids=key_segments,
+        block_mask=block_mask,
+    )
     check_inputs(op, inputs)
-    if segment_ids is not None:
-        inputs = inputs._replace(segment_ids=document_numbers(segment_ids))
+    if query_segments is not None and key_segments is not None:
+        query_segments, key_segments = comparable_ids(query_segments, key_segments)
+    elif query_segments is not None:
+        query_segments = document_numbers(query_segments)
+    inputs = inputs._replace(segment_ids=query_segments, key_segment_ids=key_segments)
     options = checked_options(
         op,
         inputs,
@@ -102,9 +129,11 @@ def attention(
         window=window,
         logits_soft_cap=logits_soft_cap,
         scale=scale,
+        return_lse=return_lse,
     )
+    check_other_keys(op, inputs, options.causal)
     # Only here: a part of a sequence (`sharded.py`) does not know the number of keys by itself.
-    options = options.for_length(k.shape[1])
+    options = options.for_length(k.shape[1], num_queries=q.shape[1])
     check_interpret(op, interpret, implementation)
 
     # A kernel that is asked says why it cannot take this call, or None. The reference and xla take
@@ -122,7 +151,7 @@ def attention(
     if chosen in ("reference", "xla"):
         plain = reference.attention if chosen == "reference" else xla.attention
 
-        def attend(inputs: AttentionInputs) -> Array:
+        def attend(inputs: AttentionInputs) -> Outputs:
             return plain(inputs, options)
 
         # XLA splits these by itself, but not where types must say how each array is split.

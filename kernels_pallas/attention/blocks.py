@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention import tile
+from kernels_pallas.attention.inputs import MASK_BLOCK
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.common.mesh import varying_like
 
@@ -39,6 +40,8 @@ class Plan(NamedTuple):
     block_k: int
     # Whether every query is among the keys, and so sees one at least.
     sees_itself: bool = True
+    # Whether the log-sum-exp of every row is a result too.
+    return_lse: bool = False
 
 
 class UngatedInputs(NamedTuple):
@@ -49,6 +52,7 @@ class UngatedInputs(NamedTuple):
       q_segments, k_segments: the documents of queries and keys, both or neither.
       first: the position of the first query among the keys; 0 if None.
       distances: of keys in no order from a single query, for ALiBi; None if positions tell them.
+      block_mask: as in `AttentionInputs`.
     """
 
     q: Float[Array, "B T H K"]
@@ -60,6 +64,7 @@ class UngatedInputs(NamedTuple):
     k_segments: Int[Array, "B S"] | None = None
     first: Int[Array, ""] | int | None = None
     distances: Int[Array, "B S"] | None = None
+    block_mask: Bool[Array, "B H _ _"] | None = None
 
 
 class QueryBlocks(NamedTuple):
@@ -70,6 +75,8 @@ class QueryBlocks(NamedTuple):
     q: Float[Array, "Nq B Hk R K"]
     # The document of every row.
     segments: Int[Array, "Nq B 1 R"] | None
+    # The part of the block mask that each block of keys meets: r x c of its entries.
+    mask: Bool[Array, "Nq Nk B H r c"] | None
 
 
 class KeyBlocks(NamedTuple):
@@ -106,7 +113,30 @@ def cut_queries(plan: Plan, inputs: UngatedInputs) -> QueryBlocks:
         segments = jnp.tile(_split_tokens(inputs.q_segments, plan.block_q), group)
     # Numpy, so that `take` gives Python numbers.
     number = np.arange(q.shape[0], dtype=np.int32)
-    return QueryBlocks(number, q, segments)
+    return QueryBlocks(number, q, segments, _cut_mask(plan, inputs))
+
+
+def _cut_mask(plan: Plan, inputs: UngatedInputs) -> Bool[Array, "Nq Nk B H r c"] | None:
+    """The block mask by tiles. No entry is copied where tiles are whole blocks of it."""
+    mask = inputs.block_mask
+    if mask is None:
+        return None
+
+    def entries(length: int, block: int, size: int) -> Int[np.ndarray, "N n"]:
+        """The entries of one axis of the mask that every tile meets."""
+        is_one_tile = length <= min(block, MASK_BLOCK)
+        assert block % MASK_BLOCK == 0 or MASK_BLOCK % block == 0 or is_one_tile
+        # A tile is several blocks of the mask, or lies within one.
+        per_tile = max(1, block // MASK_BLOCK)
+        first = np.arange(-(-length // block)) * block // MASK_BLOCK
+        # What is past the end is padding, hidden by other conditions.
+        return np.minimum(first[:, None] + np.arange(per_tile), size - 1)
+
+    rows = entries(inputs.q.shape[1], plan.block_q, mask.shape[2])
+    columns = entries(inputs.k.shape[1], plan.block_k, mask.shape[3])
+    # [B, H, Nq, r, Nk, c] -> [Nq, Nk, B, H, r, c]
+    tiles = mask[:, :, rows][..., columns]
+    return tiles.transpose(2, 4, 0, 1, 3, 5)
 
 
 def cut_keys(plan: Plan, inputs: UngatedInputs) -> KeyBlocks:
@@ -281,6 +311,8 @@ def tile_mask(
     if inputs.q.shape[1] % plan.block_q:
         # Queries of padding see nothing: their 0 times an infinite key is NaN.
         seen = seen & is_no_padding(plan, inputs, rows)
+    if rows.mask is not None:
+        seen = seen & _on_pairs(plan, rows.mask[j], inputs.k.shape[2])
     alibi = None
     if constants.slopes is not None:
         dtype = constants.slopes.dtype
@@ -292,6 +324,20 @@ def tile_mask(
             distances = keys.distances[..., None, :].astype(dtype)
         alibi = tile.Alibi(constants.slopes, distances)
     return tile.Mask(seen, positions[None, None, None, :], alibi)
+
+
+def tile_is_on(rows: QueryBlocks, j: int | Array) -> Bool[Array, ""] | None:
+    """Whether the block mask leaves anything of a tile, in any row and head; None without one."""
+    return None if rows.mask is None else jnp.any(rows.mask[j])
+
+
+def _on_pairs(plan: Plan, mask: Bool[Array, "B H r c"], kv_heads: int) -> Bool[Array, "B Hk R C"]:
+    """A tile's part of the block mask, pair by pair."""
+    B, H, r, c = mask.shape
+    queries = jnp.repeat(mask, plan.block_q // r, axis=2)
+    pairs = jnp.repeat(queries, plan.block_k // c, axis=3)
+    # Head h = kv_head * G + g has the rows g * block_q to (g + 1) * block_q.
+    return pairs.reshape(B, kv_heads, H // kv_heads * plan.block_q, plan.block_k)
 
 
 # Loops.

@@ -13,12 +13,13 @@ import numpy as np
 from jax import Array
 
 from kernels_pallas.attention.inputs import (
+    MASK_BLOCK,
     AttentionInputs,
     AttentionOptions,
     StepInputs,
     StepOptions,
 )
-from kernels_pallas.attention.normalizers.base import Normalizer
+from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
 from kernels_pallas.attention.normalizers.named import NORMALIZERS
 from kernels_pallas.common.checks import (
     check_bool,
@@ -39,13 +40,9 @@ def check_inputs(op: str, inputs: AttentionInputs) -> None:
     v = inputs.v
     # The number of axes comes first: what follows reads them by their places.
     _check_axes(op, "q", q, "[B, T, H, K]")
-    _check_axes(op, "k", k, "[B, T, Hk, K]")
-    _check_axes(op, "v", v, "[B, T, Hk, V]")
-    _check_keys(op, "k", k, "v", v, q, length="T")
-    # This op is self-attention: queries and keys are of the same tokens.
-    if k.shape[1] != q.shape[1]:
-        expected = f"{q.shape[1]} tokens as in q of shape {q.shape}"
-        raise ValueError(f"{op}: k: got shape {k.shape}, expected {expected}")
+    _check_axes(op, "k", k, "[B, S, Hk, K]")
+    _check_axes(op, "v", v, "[B, S, Hk, V]")
+    _check_keys(op, "k", k, "v", v, q, length="S")
 
     _check_gate_logits(op, inputs.gate_logits, q, v)
     _check_by_head(op, "sink_logits", inputs.sink_logits, q)
@@ -53,6 +50,54 @@ def check_inputs(op: str, inputs: AttentionInputs) -> None:
     if inputs.segment_ids is not None:
         check_shape(op, "segment_ids", inputs.segment_ids, q.shape[:2])
         check_integer(op, "segment_ids", inputs.segment_ids)
+    if inputs.key_segment_ids is not None:
+        check_shape(op, "segment_ids of keys", inputs.key_segment_ids, k.shape[:2])
+        check_integer(op, "segment_ids of keys", inputs.key_segment_ids)
+    if inputs.block_mask is not None:
+        blocks = (-(-q.shape[1] // MASK_BLOCK), -(-k.shape[1] // MASK_BLOCK))
+        check_shape(op, "block_mask", inputs.block_mask, (q.shape[0], q.shape[2], *blocks))
+        check_bool(op, "block_mask", inputs.block_mask)
+
+
+def check_same_length(op: str, inputs: AttentionInputs) -> None:
+    """Raises ValueError where keys are of another number of tokens than queries."""
+    q = inputs.q
+    k = inputs.k
+    if k.shape[1] != q.shape[1]:
+        expected = f"{q.shape[1]} tokens as in q of shape {q.shape}"
+        raise ValueError(f"{op}: k: got shape {k.shape}, expected {expected}")
+
+
+def check_other_keys(
+    op: str,
+    inputs: AttentionInputs,
+    causal: bool,
+) -> None:
+    """Raises ValueError for keys of another sequence where that has no meaning."""
+    if causal:
+        # Their tokens would have to be the same ones.
+        check_same_length(op, inputs)
+        if inputs.key_segment_ids is not None:
+            problem = "got a pair with causal=True, expected one array or causal=False"
+            raise ValueError(f"{op}: segment_ids: {problem}")
+    T = inputs.q.shape[1]
+    S = inputs.k.shape[1]
+    if T != S and inputs.segment_ids is not None and inputs.key_segment_ids is None:
+        expected = "a pair (of queries, of keys)"
+        raise ValueError(
+            f"{op}: segment_ids: got one array for {T} queries and {S} keys, expected {expected}"
+        )
+
+
+def segment_id_pair(op: str, segment_ids: Any) -> tuple[Array | None, Array | None]:
+    """(of queries, of keys): what `attention` got as `segment_ids`; None where it got none."""
+    if not isinstance(segment_ids, tuple | list):
+        return segment_ids, None
+    if len(segment_ids) != 2 or any(ids is None for ids in segment_ids):
+        got = f"got {len(segment_ids)} of them"
+        raise ValueError(f"{op}: segment_ids: {got}, expected an array or a pair of arrays")
+    of_queries, of_keys = segment_ids
+    return of_queries, of_keys
 
 
 def check_step_inputs(op: str, inputs: StepInputs) -> None:
@@ -88,13 +133,14 @@ def checked_options(
     window: int | None,
     logits_soft_cap: float | None,
     scale: float | None,
+    return_lse: bool = False,
 ) -> AttentionOptions:
     """The static arguments of `attention`, checked, with their defaults.
 
     Args:
       op: the public name, for the errors.
       inputs: the arrays of the call, checked.
-      normalizer, causal, window, logits_soft_cap, scale: as in `api.attention`.
+      normalizer, causal, window, logits_soft_cap, scale, return_lse: as in `api.attention`.
 
     Returns:
       The options. The normalizer is an object, and does not know the number of keys yet.
@@ -103,14 +149,19 @@ def checked_options(
       ValueError: an argument that does not fit.
     """
     normalizer = _normalizer_object(op, normalizer, inputs.sink_logits)
-    if not isinstance(causal, bool | np.bool_):
-        raise ValueError(f"{op}: causal: got {causal!r}, expected True or False")
+    for name, value in {"causal": causal, "return_lse": return_lse}.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{op}: {name}: got {value!r}, expected True or False")
+    if return_lse and type(normalizer) is not Softmax:
+        got = f"got True with normalizer={normalizer}"
+        raise ValueError(f"{op}: return_lse: {got}, expected False: only softmax has one")
     return AttentionOptions(
         normalizer=normalizer,
         causal=bool(causal),
         window=_checked_window(op, window),
         logits_soft_cap=_checked_soft_cap(op, logits_soft_cap),
         scale=_checked_scale(op, scale, inputs.q.shape[-1]),
+        return_lse=bool(return_lse),
     )
 
 

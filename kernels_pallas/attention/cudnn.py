@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions, Outputs
 from kernels_pallas.attention.kernels import over_mesh
 from kernels_pallas.attention.plain_softmax import unsupported_beside_softmax
 from kernels_pallas.common.device import target_platform
@@ -48,7 +48,7 @@ def _unsupported_options(inputs: AttentionInputs, options: AttentionOptions) -> 
     return None
 
 
-def attention(inputs: AttentionInputs, options: AttentionOptions) -> Array:
+def attention(inputs: AttentionInputs, options: AttentionOptions) -> Outputs:
     """As `api.attention`, with every default filled in.
 
     Raises:

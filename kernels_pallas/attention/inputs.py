@@ -7,11 +7,15 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention.normalizers.base import Normalizer
 
+# Queries, and keys, of a block of `block_mask`.
+MASK_BLOCK = 64
+
 
 class AttentionInputs(NamedTuple):
     """The arrays of one call of `attention`: T queries against S keys.
 
-    S is T, except where `sharded.py` gives the xla backend a part of the queries.
+    S may differ from T where attention is not causal, and where `sharded.py` gives the xla backend
+    a part of the queries.
 
     Attributes:
       q, k, v: queries, keys and values. Hk divides H: query head h uses the key and value head
@@ -22,6 +26,8 @@ class AttentionInputs(NamedTuple):
       alibi_slopes: one slope a head; logits lose slope * distance.
       segment_ids: the number of every query's document: `documents.py`. Tokens see their own
         document only.
+      key_segment_ids: those of the keys, where they are not the queries'.
+      block_mask: which blocks of MASK_BLOCK keys a block of as many queries may see.
     """
 
     q: Float[Array, "B T H K"]
@@ -31,6 +37,23 @@ class AttentionInputs(NamedTuple):
     sink_logits: Float[Array, "H"] | None = None
     alibi_slopes: Float[Array, "H"] | None = None
     segment_ids: Int[Array, "B T"] | None = None
+    key_segment_ids: Int[Array, "B S"] | None = None
+    block_mask: Bool[Array, "B H _ _"] | None = None
+
+    @property
+    def segments_of_keys(self) -> Int[Array, "B S"] | None:
+        """The documents of the keys; None without documents."""
+        return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
+
+    @property
+    def sees_itself(self) -> bool:
+        """Whether it is certain that every query sees a key: that of its own token."""
+        same_tokens = self.q.shape[1] == self.k.shape[1]
+        return same_tokens and self.key_segment_ids is None and self.block_mask is None
+
+
+# y; with `return_lse` also the log-sum-exp of every row.
+Outputs = Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B H T"]]
 
 
 class AttentionOptions(NamedTuple):
@@ -41,13 +64,15 @@ class AttentionOptions(NamedTuple):
     window: int | None
     logits_soft_cap: float | None
     scale: float
+    # Whether the log-sum-exp of every row is a result too.
+    return_lse: bool = False
 
-    def for_length(self, length: int) -> "AttentionOptions":
+    def for_length(self, length: int, num_queries: int = 0) -> "AttentionOptions":
         """The options for `length` keys: some normalizers divide by their number."""
         # A length that the caller gave the normalizer stays. A window that reaches everywhere is
         # none, however large its number is.
         window = self.window
-        if window is not None and window >= length:
+        if window is not None and window >= max(length, num_queries):
             window = None
         return self._replace(normalizer=self.normalizer.for_length(length), window=window)
 

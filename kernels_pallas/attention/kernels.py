@@ -18,7 +18,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention.inputs import AttentionInputs, StepInputs
+from kernels_pallas.attention.inputs import (
+    AttentionInputs,
+    AttentionOptions,
+    Outputs,
+    StepInputs,
+)
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads
@@ -71,6 +76,19 @@ def unsupported_arrays(
     return None
 
 
+def unsupported_other_keys(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    """Why a kernel of self-attention that returns y alone cannot take a call, or None."""
+    T = inputs.q.shape[1]
+    S = inputs.k.shape[1]
+    if S != T:
+        return f"takes as many keys as queries, not {S} and {T}"
+    if inputs.key_segment_ids is not None:
+        return "takes no segment_ids of keys apart from those of queries"
+    if inputs.block_mask is not None:
+        return "takes no block_mask"
+    return "returns no log-sum-exp (return_lse)" if options.return_lse else None
+
+
 # --- what kernels of a GPU get
 
 
@@ -98,7 +116,7 @@ def gate_for_kernel(
 # --- on a mesh
 
 
-def over_mesh(attend: Callable[[AttentionInputs], Array], inputs: AttentionInputs) -> Array:
+def over_mesh(attend: Callable[[AttentionInputs], Outputs], inputs: AttentionInputs) -> Outputs:
     """attend(inputs) where every device of the ambient mesh computes its own rows and heads."""
     axes = {
         "q": "b.h.",
@@ -108,22 +126,25 @@ def over_mesh(attend: Callable[[AttentionInputs], Array], inputs: AttentionInput
         "sink_logits": "h",
         "alibi_slopes": "h",
         "segment_ids": "b.",
+        "key_segment_ids": "b.",
+        "block_mask": "bh..",
     }
 
-    def attend_part(*arrays: Any) -> tuple[Array]:
-        return (attend(AttentionInputs(*arrays)),)
+    def attend_part(*arrays: Any) -> tuple[Array, ...]:
+        result = attend(AttentionInputs(*arrays))
+        return result if isinstance(result, tuple) else (result, None)
 
     # A device must hold the query heads of the key heads that it holds, so both are cut alike.
     common_heads = math.gcd(inputs.q.shape[2], inputs.k.shape[2])
-    (y,) = by_rows_and_heads(
+    y, lse = by_rows_and_heads(
         attend_part,
         tuple(inputs),
         [axes[name] for name in AttentionInputs._fields],
-        ["b.h."],
+        ["b.h.", "bh."],
         common_heads,
     )
     assert y is not None
-    return y
+    return y if lse is None else (y, lse)
 
 
 def step_over_mesh(attend: Callable[[StepInputs], Array], inputs: StepInputs) -> Array:

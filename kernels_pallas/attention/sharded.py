@@ -21,9 +21,9 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.attention import xla
-from kernels_pallas.attention.checks import check_inputs, checked_options
+from kernels_pallas.attention.checks import check_inputs, check_same_length, checked_options
 from kernels_pallas.attention.documents import document_numbers
-from kernels_pallas.attention.inputs import AttentionInputs
+from kernels_pallas.attention.inputs import AttentionInputs, Outputs
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.common.checks import all_varying
 from kernels_pallas.common.mesh import varying_like
@@ -69,6 +69,7 @@ def attention_sharded(
     op = "attention"
     inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
     check_inputs(op, inputs)
+    check_same_length(op, inputs)
     options = checked_options(
         op,
         inputs,
@@ -91,13 +92,13 @@ def attention_sharded(
     # A short window reaches no farther than the device before.
     if options.causal and window is not None and window <= tokens:
         keys = _keys_of_two_devices(inputs, window, axis_name)
-        inputs = inputs._replace(k=keys.k, v=keys.v, segment_ids=keys.query_segments)
-        return xla.attention(
-            inputs,
-            options,
-            first=keys.first,
+        inputs = inputs._replace(
+            k=keys.k,
+            v=keys.v,
+            segment_ids=keys.query_segments,
             key_segment_ids=keys.key_segments,
         )
+        return _y(xla.attention(inputs, options, first=keys.first))
 
     all_segments = inputs.segment_ids
     if all_segments is not None:
@@ -106,6 +107,7 @@ def attention_sharded(
     inputs = inputs._replace(
         k=_gathered(inputs.k, axis_name),
         v=_gathered(inputs.v, axis_name),
+        key_segment_ids=all_segments,
     )
 
     def attend(
@@ -119,7 +121,7 @@ def attention_sharded(
         if all_segments is not None:
             segments = jax.lax.dynamic_slice_in_dim(all_segments, first, q.shape[1], axis=1)
         part = inputs._replace(q=q, gate_logits=gate_logits, segment_ids=segments)
-        return xla.attention(part, options, first=first, key_segment_ids=all_segments)
+        return _y(xla.attention(part, options, first=first))
 
     # Without `causal` every query sees as much as any other, and nothing needs to be exchanged.
     if not options.causal or tokens % 2 == 1 or num_devices == 1:
@@ -181,6 +183,12 @@ class _Pieces(NamedTuple):
 
     def _routes_back(self, half: int) -> list[tuple[int, int]]:
         return [(destination, source) for source, destination in self._routes(half)]
+
+
+def _y(result: Outputs) -> Array:
+    # The log-sum-exp is not asked for.
+    assert isinstance(result, Array)
+    return result
 
 
 def _refusal() -> str:

@@ -2,10 +2,15 @@
 
 Queries, keys and values are cut into blocks (`blocks.py`). The outer loop goes over query blocks,
 the inner one over the key blocks that some row of the query block may see: its bounds come from
-`causal` and `window`, so a tile that is fully masked costs nothing. The forward pass keeps the
-output and a few numbers a row; the backward pass loops over the same tiles and recomputes them.
+`causal` and `window`, so a tile that is fully masked costs nothing; one that the block mask hides
+in every row and head costs a look. The forward pass keeps the output and a few numbers a row; the
+backward pass loops over the same tiles and recomputes them.
+
+The log-sum-exp is a number that the forward pass keeps anyway. Its gradient joins that of the
+logits, ds = p (dp - sum(do o) + dlse): so it is taken from sum(do o), and nothing else changes.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +25,7 @@ from kernels_pallas.attention.blocks import KeyBlocks, Plan, QueryBlocks, Ungate
 from kernels_pallas.attention.inputs import (
     AttentionInputs,
     AttentionOptions,
+    Outputs,
     StepInputs,
     StepOptions,
 )
@@ -48,20 +54,18 @@ def attention(
     options: AttentionOptions,
     *,
     first: Int[Array, ""] | int | None = None,
-    key_segment_ids: Int[Array, "B S"] | None = None,
-) -> Float[Array, "B T H V"]:
+) -> Outputs:
     """As `api.attention`, with every default filled in. Any T.
 
     Args:
       inputs: the arrays. The queries may be a part of the sequence.
       options: the static arguments.
-      first: the position of the first query among the keys; 0 if None.
-      key_segment_ids: the documents of the keys, where they are not those of the queries.
+      first: the position of the first query among the keys, all of which are there; 0 if None.
 
     Returns:
-      y in v's dtype.
+      y in v's dtype; with `return_lse` (y, lse).
     """
-    plan, ungated = _without_gate(inputs, options, first, key_segment_ids)
+    plan, ungated = _without_gate(inputs, options, first)
     return _attention(plan, ungated, inputs.gate_logits)
 
 
@@ -69,13 +73,17 @@ def _without_gate(
     inputs: AttentionInputs,
     options: AttentionOptions,
     first: Int[Array, ""] | int | None = None,
-    key_segment_ids: Int[Array, "B S"] | None = None,
 ) -> tuple[Plan, UngatedInputs]:
     """The static arguments of a call of `attention`, and what decides its ungated output."""
     block_q, _ = block_sizes(inputs.q.shape[1])
     _, block_k = block_sizes(inputs.k.shape[1])
-    plan = Plan(*options, block_q=block_q, block_k=block_k)
-    key_segments = inputs.segment_ids if key_segment_ids is None else key_segment_ids
+    plan = Plan(
+        **options._asdict(),
+        block_q=block_q,
+        block_k=block_k,
+        # Queries that are a part of the sequence see themselves too.
+        sees_itself=first is not None or inputs.sees_itself,
+    )
     ungated = UngatedInputs(
         q=inputs.q,
         k=inputs.k,
@@ -83,8 +91,9 @@ def _without_gate(
         sink_logits=inputs.sink_logits,
         alibi_slopes=inputs.alibi_slopes,
         q_segments=inputs.segment_ids,
-        k_segments=key_segments,
+        k_segments=inputs.segments_of_keys,
         first=first,
+        block_mask=inputs.block_mask,
     )
     return plan, ungated
 
@@ -118,7 +127,9 @@ def attention_step(inputs: StepInputs, options: StepOptions) -> Float[Array, "B 
     if gate_logits is not None:
         # T = 1, like the query.
         gate_logits = gate_logits[:, None]
-    return _attention(plan, ungated, gate_logits)[:, 0]
+    y = _attention(plan, ungated, gate_logits)
+    assert isinstance(y, Array)
+    return y[:, 0]
 
 
 class _Residuals(NamedTuple):
@@ -137,20 +148,37 @@ def _attention(
     plan: Plan,
     inputs: UngatedInputs,
     gate_logits: Array | None,
-) -> Array:
-    outputs, _ = _forward(plan, inputs)
-    return _gated(outputs[0], gate_logits).astype(inputs.v.dtype)
+) -> Outputs:
+    outputs, saved = _forward(plan, inputs)
+    return _results(plan, inputs, gate_logits, outputs, saved)
+
+
+def _results(
+    plan: Plan,
+    inputs: UngatedInputs,
+    gate_logits: Array | None,
+    outputs: tuple[Array, ...],
+    saved: Row,
+) -> Outputs:
+    """y, and with `return_lse` the log-sum-exp, of what `_forward` returned."""
+    y = _gated(outputs[0], gate_logits).astype(inputs.v.dtype)
+    if not plan.return_lse:
+        return y
+    # What softmax saves of a row. [B, T, H, 1] -> [B, H, T]
+    (lse,) = saved
+    by_token = blocks.join(lse, plan.block_q, inputs.q.shape[1])
+    return y, jnp.swapaxes(by_token[..., 0], 1, 2)
 
 
 def _attention_fwd(
     plan: Plan,
     inputs: UngatedInputs,
     gate_logits: Array | None,
-) -> tuple[Array, _Residuals]:
+) -> tuple[Outputs, _Residuals]:
     y, outputs, saved = _saving(plan, inputs, gate_logits)
     # A checkpoint policy that saves these names runs no forward loop again. A layer multiplies y by
     # a matrix and needs it again for that matrix's gradient.
-    y = checkpoint_name(y, OUT_NAME)
+    y = jax.tree.map(lambda x: checkpoint_name(x, OUT_NAME), y)
     outputs = tuple(checkpoint_name(o, OUT_NAME) for o in outputs)
     saved = tuple(checkpoint_name(x, STATISTIC_NAME) for x in saved)
     return y, _Residuals(inputs, gate_logits, outputs, saved)
@@ -159,7 +187,7 @@ def _attention_fwd(
 def _attention_bwd(
     plan: Plan,
     residuals: _Residuals,
-    dy: Array,
+    dy: Outputs,
 ) -> tuple[UngatedInputs, Array | None]:
     return differentiable_gradient(
         partial(_gradients, plan),
@@ -170,7 +198,7 @@ def _attention_bwd(
     )
 
 
-def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Array:
+def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Outputs:
     """The same function for second derivatives."""
     inputs, gate_logits = arrays
     return reference.attention_by_blocks(
@@ -182,6 +210,8 @@ def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Array:
             sink_logits=inputs.sink_logits,
             alibi_slopes=inputs.alibi_slopes,
             segment_ids=inputs.q_segments,
+            key_segment_ids=inputs.k_segments,
+            block_mask=inputs.block_mask,
         ),
         AttentionOptions(
             normalizer=plan.normalizer,
@@ -189,9 +219,9 @@ def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Array:
             window=plan.window,
             logits_soft_cap=plan.logits_soft_cap,
             scale=plan.scale,
+            return_lse=plan.return_lse,
         ),
         first=inputs.first,
-        key_segment_ids=inputs.k_segments,
         distances=inputs.distances,
     )
 
@@ -199,10 +229,13 @@ def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Array:
 def _gradients(
     plan: Plan,
     residuals: _Residuals,
-    dy: Array,
+    dy: Outputs,
 ) -> tuple[UngatedInputs, Array | None]:
     """The backward pass: the gradients of the inputs and of the gate."""
     outputs = residuals.outputs
+    dlse = None
+    if plan.return_lse:
+        dy, dlse = dy
     # dy is the broadcast of a number if the loss is a sum: see `opaque`.
     inputs, dy = opaque((residuals.inputs, dy))
     do, dgate = _gate_gradient(dy, residuals.gate_logits, outputs[0])
@@ -210,6 +243,9 @@ def _gradients(
     # may be 0. The outputs kept are o and those of `normalizer.deltas`, in order.
     needed = outputs if 0 in plan.normalizer.deltas else outputs[1:]
     deltas = [jnp.sum(do * o, axis=-1, keepdims=True) for o in needed]
+    if dlse is not None:
+        # Of softmax, which has one delta. [B, H, T] -> [B, T, H, 1]
+        deltas = [deltas[0] - jnp.swapaxes(dlse, 1, 2)[..., None]]
 
     kv_heads = inputs.k.shape[2]
     row = tile.RowGradient(
@@ -228,7 +264,7 @@ def _saving(
     plan: Plan,
     inputs: UngatedInputs,
     gate_logits: Array | None,
-) -> tuple[Array, tuple[Array, ...], Row]:
+) -> tuple[Outputs, tuple[Array, ...], Row]:
     """(y, what the backward pass needs of the outputs, and of rows).
 
     Second derivatives differentiate the forward pass of the first ones, so this has a derivative
@@ -236,7 +272,7 @@ def _saving(
     that as the inputs' own.
     """
     outputs, saved = _forward(plan, inputs)
-    y = _gated(outputs[0], gate_logits).astype(inputs.v.dtype)
+    y = _results(plan, inputs, gate_logits, outputs, saved)
     return y, outputs, saved
 
 
@@ -282,6 +318,7 @@ def attention_saving(inputs: AttentionInputs, options: AttentionOptions) -> Save
     """`attention`, and what `gradient` needs."""
     plan, ungated = _without_gate(inputs, options)
     y, (output,), (statistic,) = _saving(plan, ungated, inputs.gate_logits)
+    assert isinstance(y, Array)
     by_token = blocks.join(statistic, plan.block_q, inputs.q.shape[1])
     return Saved(y, output, by_token[..., 0])
 
@@ -376,7 +413,7 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
             def add_block(j, row: Row) -> Row:
                 return add(row, *masked_logits(j, blocks.take(key_blocks, j)))
 
-            return blocks.loop(first, end, add_block, start)
+            return blocks.loop(first, end, partial(_where_on, rows, add_block), start)
 
         def add_block(j, carry: _Carry) -> _Carry:
             row, sums, largest, sees = carry
@@ -412,7 +449,8 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
         if normalizer.from_maximum:
             largest = constants.zero - jnp.inf if constants.sink is None else constants.sink
             sees = None if plan.sees_itself else constants.zero > 0
-        last = blocks.loop(first, end, add_block, _Carry(row, sums, largest, sees))
+        start = _Carry(row, sums, largest, sees)
+        last = blocks.loop(first, end, partial(_where_on, rows, add_block), start)
         outputs, saved = normalizer.finish(last.row, last.sums)
         undefined = is_undefined(last)
         if undefined is not None:
@@ -426,6 +464,29 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
     _, (outputs, saved) = blocks.scan_blocks(attend, None, query_blocks)
     outputs = tuple(blocks.join(o, plan.block_q, T) for o in outputs)
     return outputs, saved
+
+
+def _where_on[Carry](
+    rows: QueryBlocks,
+    add: Callable[[int | Array, Carry], Carry],
+    j: int | Array,
+    carry: Carry,
+) -> Carry:
+    """add(j, carry), if the block mask leaves anything of the tile.
+
+    Args:
+      rows: the tile's block of queries.
+      add: adds the tile of one block of keys.
+      j: the number of that block.
+      carry: what is known of the rows.
+
+    Returns:
+      What is known after the tile.
+    """
+    is_on = blocks.tile_is_on(rows, j)
+    if is_on is None:
+        return add(j, carry)
+    return jax.lax.cond(is_on, partial(add, j), lambda carry: carry, carry)
 
 
 # The backward pass.
@@ -478,7 +539,7 @@ def _input_gradients(
         first_query = blocks.first_position(plan, inputs, rows.number)
         first, end = blocks.key_range(plan, num_keys, first_query)
         start = (zeros_like(rows.q), no_dslopes, *dkv)
-        dq, dslopes, dk, dv = blocks.loop(first, end, add_block, start)
+        dq, dslopes, dk, dv = blocks.loop(first, end, partial(_where_on, rows, add_block), start)
         dq = (plan.scale * dq).astype(rows.q.dtype)
         return (dk, dv), (dq, dslopes)
 

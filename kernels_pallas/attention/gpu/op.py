@@ -23,7 +23,7 @@ from kernels_pallas.attention.gpu.forward import forward
 from kernels_pallas.attention.gpu.matmuls import EXACT, matmuls, operands
 from kernels_pallas.attention.gpu.plan import KernelInputs, Plan, unsupported_by_kernels
 from kernels_pallas.attention.gpu.tuning import Schedule, largest, padded_channels, schedule
-from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions, Outputs
 from kernels_pallas.attention.kernels import (
     Residuals,
     gate_for_kernel,
@@ -31,6 +31,7 @@ from kernels_pallas.attention.kernels import (
     over_mesh,
     padded_tokens,
     residuals,
+    unsupported_other_keys,
 )
 from kernels_pallas.common.padding import padded, round_up
 
@@ -38,7 +39,9 @@ from kernels_pallas.common.padding import padded, round_up
 def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
     """Why this backend cannot take a call of `attention`, or None when it can."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    refusal = unsupported_by_kernels(q, k, v, options.normalizer)
+    refusal = unsupported_other_keys(inputs, options)
+    if refusal is None:
+        refusal = unsupported_by_kernels(q, k, v, options.normalizer)
     if refusal is not None:
         return refusal
     most = largest(matmuls(q, k, v))
@@ -54,7 +57,7 @@ def attention(
     options: AttentionOptions,
     *,
     interpret: bool = False,
-) -> Array:
+) -> Outputs:
     """As `api.attention`, with every default filled in. Any T."""
 
     def attend(part: AttentionInputs) -> Array:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import xla
-from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions, Outputs
 from kernels_pallas.attention.kernels import (
     ForwardResult,
     gate_for_kernel,
@@ -43,7 +43,7 @@ def attention(
     options: AttentionOptions,
     *,
     interpret: bool = False,
-) -> Array:
+) -> Outputs:
     """As `api.attention`, with every default filled in. Any T."""
 
     def attend(part: AttentionInputs) -> Array:

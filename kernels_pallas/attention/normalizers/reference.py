@@ -61,6 +61,25 @@ def weights(
     return jnp.where(seen, formula(normalizer, s, seen), 0)
 
 
+def log_sum_exp(
+    s: Float[Array, "*batch T S"],
+    seen: Bool[Array, "..."],
+    sink: Float[Array, "..."] | None = None,
+) -> Float[Array, "*batch T 1"]:
+    """log(exp(sink) + sum exp(s)) over the keys that a row sees; -inf if it sees nothing."""
+    if sink is not None:
+        # A key that every row sees.
+        column = (*s.shape[:-1], 1)
+        s = jnp.concatenate([s, jnp.broadcast_to(sink, column)], axis=-1)
+        every = jnp.ones((*seen.shape[:-1], 1), bool)
+        seen = jnp.concatenate([seen, every], axis=-1)
+    m = lax.stop_gradient(_largest(s, seen))
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, s - m, 0)), 0)
+    total = row_sum(p)
+    # The inner `where` keeps the derivative finite where there is nothing.
+    return jnp.where(total == 0, -jnp.inf, m + jnp.log(jnp.where(total == 0, 1, total)))
+
+
 def _softmax(
     s: Array,
     seen: Array,

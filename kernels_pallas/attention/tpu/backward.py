@@ -53,13 +53,13 @@ from kernels_pallas.common.padding import round_up
 from kernels_pallas.common.tpu import Ref
 
 
-def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
+def backward(plan: Plan, residuals: Residuals, cotangents: Array | tuple) -> KernelInputs:
     """The gradient of every float input, in the layout of the inputs.
 
     Args:
       plan: the static arguments.
       residuals: the inputs; outputs float32 [B, T, H*V]; statistics float32 [B, H, 1, T].
-      dy: the gradient of y, [B, T, H*V].
+      cotangents: the gradient of y, [B, T, H*V]; with `return_lse` (dy, dlse), dlse [B, H, 1, T].
 
     Returns:
       Gradients with the dtypes of the inputs; None where an input is None, and for segments.
@@ -68,14 +68,16 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
     B = inputs.q.shape[0]
     block = plan.backward.block
     padded_length = round_up(plan.T, block)
+    padded_keys = round_up(plan.S, plan.backward.keys)
+    dy, dlse = cotangents if plan.return_lse else (cotangents, None)
     tiles, tiles_per_span, blocks_per_span = backward_tiles(plan)
     num_spans = len(tiles.flags) // tiles_per_span
     spans = Spans(num_spans, tiles_per_span, blocks_per_span)
-    operands = Operands(plan, spans, padded_length)
+    operands = Operands(plan, spans, padded_length, padded_keys)
 
     # The dtype in which the matrix unit will take do.
     do_dtype = jnp.bfloat16 if plan.rounds else jnp.float32
-    keys_per_span = spans.blocks * block
+    keys_per_span = spans.blocks * plan.backward.keys
     scratch = _Scratch(
         dq=pltpu.VMEM((block, plan.K), jnp.float32),
         dk=pltpu.VMEM((keys_per_span, plan.K), jnp.float32),
@@ -89,9 +91,9 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
     results = call(
         plan,
         partial(_kernel, plan, spans),
-        make_tables(tiles, inputs, block, padded_length),
+        make_tables(tiles, inputs, plan.backward),
         grid=(B, plan.Hk, spans.count, plan.group, spans.tiles),
-        ins=operands.inputs(residuals, dy),
+        ins=operands.inputs(residuals, dy, dlse),
         outs=operands.gradients(inputs),
         scratch=list(scratch),
         name="attention_backward",
@@ -102,7 +104,8 @@ def backward(plan: Plan, residuals: Residuals, dy: Array) -> KernelInputs:
         parallel=2,
     )
     results = _over_spans(results, inputs)
-    results = without_padding(results, plan.T)
+    of_keys = {name: results.pop(name) for name in ("dk", "dv")}
+    results = without_padding(results, plan.T) | without_padding(of_keys, plan.S)
     return _summed_gradients(results)
 
 
@@ -218,17 +221,18 @@ def _kernel(
 
     # The block of keys within the span, whose sums are in VMEM.
     block_in_span = k_block - step.s * spans.blocks
-    first_key_in_span = pl.multiple_of(block_in_span * block, tile.LANES)
-    here = pl.ds(first_key_in_span, block)
+    key_block = plan.backward.keys
+    first_key_in_span = pl.multiple_of(block_in_span * key_block, tile.LANES)
+    here = pl.ds(first_key_in_span, key_block)
     # Each kind of tile is compiled by itself. Only the kinds that the table has are.
     tiles, _, _ = backward_tiles(plan)
     kinds = set(tiles.flags & KIND_BITS) - {EMPTY}
     for kind in sorted(kinds):
         is_due = (flags & KIND_BITS) == kind
         if tables.segments is not None:
-            num_blocks = -(-plan.T // block)
             is_due &= tables.segments.may_share_segment(
-                num_blocks,
+                plan,
+                plan.backward,
                 step.b,
                 q_block,
                 k_block,
@@ -242,7 +246,7 @@ def _kernel(
             kind=int(kind),
             slope=None if tables.alibi_slopes is None else tables.alibi_slopes[head],
             first_query=q_block * block,
-            first_key=k_block * block,
+            first_key=k_block * key_block,
         )
 
         def fast_or_careful(add_tile: Callable[..., None] = add_tile) -> None:
@@ -308,7 +312,11 @@ def _store_do_and_deltas(
             axis=-1,
             keepdims=True,
         )
-        scratch.deltas[n : n + 1] = tile.as_row(delta)
+        row = tile.as_row(delta)
+        if "dlse" in refs:
+            # ds = p (dp - delta + dlse). Softmax has one delta.
+            row = row - refs["dlse"][0, 0]
+        scratch.deltas[n : n + 1] = row
 
 
 def _queries_have_large(
@@ -417,7 +425,7 @@ def _add_tile(
     by_position = kind in (DIAGONAL, MASKED)
     # Careful products need the mask itself.
     triangles = tile.only_triangles(plan, kind) and not careful
-    starts = range(0, block, rows)
+    starts = range(0, plan.backward.keys, rows)
 
     def keys_of(start: int) -> slice:
         return slice(start, start + rows)

@@ -80,19 +80,28 @@ class Operands:
     plan: Plan
     spans: Spans
     padded_length: int
+    padded_keys: int
 
-    def inputs(self, residuals: Residuals, dy: Array) -> list[Operand]:
+    def inputs(
+        self,
+        residuals: Residuals,
+        dy: Array,
+        dlse: Array | None,
+    ) -> list[Operand]:
         """What the kernel reads."""
         plan = self.plan
         inputs: KernelInputs = residuals.inputs
         pad_tokens = partial(padded, axis=1, size=self.padded_length)
+        pad_keys = partial(padded, axis=1, size=self.padded_keys)
         pad_numbers = partial(padded, axis=3, size=self.padded_length)
         operands = [
             self._by_query("q", pad_tokens(inputs.q), plan.K),
-            self._by_key("k", pad_tokens(inputs.k), plan.K),
-            self._by_key("v", pad_tokens(inputs.v), plan.V),
+            self._by_key("k", pad_keys(inputs.k), plan.K),
+            self._by_key("v", pad_keys(inputs.v), plan.V),
             self._by_query("dy", pad_tokens(dy), plan.V),
         ]
+        if dlse is not None:
+            operands.append(self._number_by_query("dlse", pad_numbers(dlse)))
         # What the forward pass saved.
         for n, output in residuals.outputs.items():
             operand = self._by_query(f"o{n}", pad_tokens(output), plan.V)
@@ -110,13 +119,10 @@ class Operands:
             operands.append(operand)
         if inputs.segment_ids is not None:
             # Padding with the last id does not widen the bounds of the last block.
-            ids = padded(
-                inputs.segment_ids,
-                2,
-                self.padded_length,
-                mode="edge",
+            operands += self._segments(
+                padded(inputs.segment_ids, 2, self.padded_length, mode="edge"),
+                padded(inputs.segments_of_keys, 2, self.padded_keys, mode="edge"),
             )
-            operands += self._segments(ids)
         return operands
 
     def gradients(self, inputs: KernelInputs) -> list[Operand]:
@@ -127,8 +133,8 @@ class Operands:
         q = inputs.q
         # Shapes: by query and by key, a head being a range of columns; numbers along lanes.
         queries = (B, self.padded_length, plan.H * plan.K)
-        keys = (B, self.padded_length, plan.Hk * plan.K)
-        values = (B, self.padded_length, plan.Hk * plan.V)
+        keys = (B, self.padded_keys, plan.Hk * plan.K)
+        values = (B, self.padded_keys, plan.Hk * plan.V)
         numbers = (B, plan.H, 1, self.padded_length)
         # Parts of dq are added up in float32.
         dq_dtype = q.dtype if num_spans == 1 else jnp.float32
@@ -196,12 +202,12 @@ class Operands:
         array: Shaped,
         width: int,
     ) -> Operand:
-        """Of [B, T, Hk * width]: the tile's keys."""
+        """Of [B, S, Hk * width]: the tile's keys."""
 
         def block_at(step: GridStep) -> tuple:
             return step.b, step.k_block, step.key_head
 
-        block = (1, self.plan.backward.block, width)
+        block = (1, self.plan.backward.keys, width)
         return self._operand(name, array, block, block_at)
 
     def _number_by_query(
@@ -217,8 +223,8 @@ class Operands:
         block = (1, 1, 1, self.plan.backward.block)
         return self._operand(name, array, block, block_at)
 
-    def _segments(self, segment_ids: Array) -> list[Operand]:
-        """Of [B, 1, T]: the segment ids of the tile's queries, and of its keys."""
+    def _segments(self, of_queries: Array, of_keys: Array) -> list[Operand]:
+        """Of [B, 1, T] and [B, 1, S]: the segment ids of the tile's queries, and of its keys."""
 
         def block_of_queries(step: GridStep) -> tuple:
             return step.b, 0, step.q_block
@@ -226,11 +232,12 @@ class Operands:
         def block_of_keys(step: GridStep) -> tuple:
             return step.b, 0, step.k_block
 
-        # The same array twice: a grid step sees two blocks of it.
-        block = (1, 1, self.plan.backward.block)
+        # May be the same array twice: a grid step sees two blocks of it.
+        queries = (1, 1, self.plan.backward.block)
+        keys = (1, 1, self.plan.backward.keys)
         return [
-            self._operand("query_segments", segment_ids, block, block_of_queries),
-            self._operand("key_segments", segment_ids, block, block_of_keys),
+            self._operand("query_segments", of_queries, queries, block_of_queries),
+            self._operand("key_segments", of_keys, keys, block_of_keys),
         ]
 
     def _once(self, operand: Operand) -> Operand:
@@ -291,7 +298,7 @@ class Operands:
         array: Shaped,
         width: int,
     ) -> Operand:
-        """Of [B, T, Hk * width]: written once a span, while the last head's last queries pass.
+        """Of [B, S, Hk * width]: written once a span, while the last head's last queries pass.
 
         Pallas writes a block back when the index changes. Until the sums are complete, the index
         stays at the span's first block, which is the first to be written.
@@ -310,5 +317,5 @@ class Operands:
             )
             return step.b, k_block, step.key_head
 
-        block = (1, self.plan.backward.block, width)
+        block = (1, self.plan.backward.keys, width)
         return self._operand(name, array, block, block_at)

@@ -9,10 +9,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.tpu.plan import KernelInputs, Plan, TileTable
+from kernels_pallas.attention.tpu.plan import KernelInputs, Plan, Schedule, TileTable
 from kernels_pallas.common.cost import moved
 from kernels_pallas.common.mesh import varying_like
-from kernels_pallas.common.padding import padded
+from kernels_pallas.common.padding import padded, round_up
 from kernels_pallas.common.tpu import VMEM_LIMIT, Operand, Ref, in_hbm
 
 # kernel(tables, references by name, scratch memory)
@@ -20,14 +20,20 @@ Kernel = Callable[["Tables", dict[str, Ref], list[Ref]], None]
 
 
 class SegmentBounds(NamedTuple):
-    """The least and the largest segment id in every block of tokens, [B * blocks]."""
+    """The least and the largest segment id in every block of tokens, [B * blocks].
+
+    Those of keys are None where keys are of the queries' tokens.
+    """
 
     least: Array
     most: Array
+    least_key: Array | None = None
+    most_key: Array | None = None
 
     def may_share_segment(
         self,
-        num_blocks: int,
+        plan: Plan,
+        schedule: Schedule,
         b: Array,
         q_block: Array,
         k_block: Array,
@@ -35,7 +41,8 @@ class SegmentBounds(NamedTuple):
         """Whether a query of one block and a key of another can be of one segment.
 
         Args:
-          num_blocks: blocks in a row of the batch.
+          plan: the static arguments.
+          schedule: that of the kernel.
           b: the row of the batch.
           q_block: the block of queries.
           k_block: the block of keys.
@@ -43,10 +50,12 @@ class SegmentBounds(NamedTuple):
         Returns:
           False only if no such pair is of one segment, whatever the order of the ids.
         """
-        i = b * num_blocks + q_block
-        j = b * num_blocks + k_block
+        i = b * -(-plan.T // schedule.block) + q_block
+        j = b * -(-plan.S // schedule.keys) + k_block
+        least_key = self.least if self.least_key is None else self.least_key
+        most_key = self.most if self.most_key is None else self.most_key
         # Two ranges overlap if each begins before the other ends.
-        return (self.least[i] <= self.most[j]) & (self.least[j] <= self.most[i])
+        return (self.least[i] <= most_key[j]) & (least_key[j] <= self.most[i])
 
 
 class Tables(NamedTuple):
@@ -61,33 +70,36 @@ class Tables(NamedTuple):
 def make_tables(
     tiles: TileTable,
     inputs: KernelInputs,
-    block: int,
-    padded_length: int,
+    schedule: Schedule,
 ) -> Tables:
     """The tables of a call.
 
     Args:
       tiles: the tiles in the order of the grid.
       inputs: the arrays of the call.
-      block: tokens in a block.
-      padded_length: tokens of a row, in whole blocks.
+      schedule: that of the kernel.
 
     Returns:
       Arrays for SMEM.
     """
-    segments = None
-    if inputs.segment_ids is not None:
-        ids = padded(inputs.segment_ids, 2, padded_length, mode="edge")
+
+    def bounds(segment_ids: Array, block: int) -> tuple[Array, Array]:
+        padded_length = round_up(segment_ids.shape[2], block)
+        ids = padded(segment_ids, 2, padded_length, mode="edge")
         # [B, blocks, block]
         blocks = ids.reshape(
             ids.shape[0],
             -1,
             block,
         )
-        segments = SegmentBounds(
-            least=blocks.min(2).reshape(-1),
-            most=blocks.max(2).reshape(-1),
-        )
+        return blocks.min(2).reshape(-1), blocks.max(2).reshape(-1)
+
+    segments = None
+    if inputs.segment_ids is not None:
+        segments = SegmentBounds(*bounds(inputs.segment_ids, schedule.block))
+    if segments is not None and inputs.key_segment_ids is not None:
+        least, most = bounds(inputs.key_segment_ids, schedule.keys)
+        segments = segments._replace(least_key=least, most_key=most)
     return Tables(tiles, segments, inputs.sink_logits, inputs.alibi_slopes)
 
 

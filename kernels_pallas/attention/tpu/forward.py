@@ -42,6 +42,7 @@ from kernels_pallas.attention.tpu import tile
 from kernels_pallas.attention.tpu.call import Tables, call, make_tables, without_padding
 from kernels_pallas.attention.tpu.plan import (
     DIAGONAL,
+    EMPTY,
     FIRST,
     KIND_BITS,
     LAST,
@@ -65,6 +66,7 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
     block = plan.forward.block
     # Whole blocks. The mask hides keys of padding; queries of padding are cut off at the end.
     padded_length = round_up(plan.T, block)
+    padded_keys = round_up(plan.S, plan.forward.keys)
     normalizer = plan.normalizer
     tiles = forward_tiles(plan)
 
@@ -72,15 +74,18 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
     sums = pltpu.VMEM((block, plan.V), jnp.float32)
     statistics = pltpu.VMEM((block, tile.lanes(normalizer)), jnp.float32)
     scratch = [sums] * normalizer.sums + [statistics] * row_statistics(normalizer)
+    if plan.may_see_nothing:
+        # Whether a row has seen anything.
+        scratch.append(statistics)
 
     # Of queries and keys, of all heads and rows of the batch.
     pairs = B * plan.H * plan.pairs
     results = call(
         plan,
         partial(_kernel, plan),
-        make_tables(tiles, inputs, block, padded_length),
+        make_tables(tiles, inputs, plan.forward),
         grid=(B, plan.H, len(tiles.flags)),
-        ins=_inputs(plan, inputs, padded_length),
+        ins=_inputs(plan, inputs, padded_length, padded_keys),
         outs=_outputs(plan, inputs, padded_length, save),
         scratch=scratch,
         name="attention_forward",
@@ -126,7 +131,7 @@ def _by_key(
     array: Shaped,
     width: int,
 ) -> Operand:
-    """Of [B, T, Hk * width]: the tile's keys, of the key head that the program's head uses."""
+    """Of [B, S, Hk * width]: the tile's keys, of the key head that the program's head uses."""
 
     def index(
         b: Array,
@@ -139,7 +144,7 @@ def _by_key(
     return Operand(
         name,
         array,
-        (1, plan.forward.block, width),
+        (1, plan.forward.keys, width),
         index,
     )
 
@@ -163,8 +168,8 @@ def _number_by_query(plan: Plan, name: str, array: Shaped) -> Operand:
     )
 
 
-def _segments(plan: Plan, segment_ids: Array) -> list[Operand]:
-    """Of [B, 1, T]: the segment ids of the tile's queries, and of its keys."""
+def _segments(plan: Plan, of_queries: Array, of_keys: Array) -> list[Operand]:
+    """Of [B, 1, T] and [B, 1, S]: the segment ids of the tile's queries, and of its keys."""
 
     def query_index(
         b: Array,
@@ -182,19 +187,24 @@ def _segments(plan: Plan, segment_ids: Array) -> list[Operand]:
     ) -> tuple:
         return b, 0, tiles.k_blocks[p]
 
-    block = (1, 1, plan.forward.block)
     return [
-        Operand("query_segments", segment_ids, block, query_index),
-        Operand("key_segments", segment_ids, block, key_index),
+        Operand("query_segments", of_queries, (1, 1, plan.forward.block), query_index),
+        Operand("key_segments", of_keys, (1, 1, plan.forward.keys), key_index),
     ]
 
 
-def _inputs(plan: Plan, inputs: KernelInputs, padded_length: int) -> list[Operand]:
+def _inputs(
+    plan: Plan,
+    inputs: KernelInputs,
+    padded_length: int,
+    padded_keys: int,
+) -> list[Operand]:
     pad_tokens = partial(padded, axis=1, size=padded_length)
+    pad_keys = partial(padded, axis=1, size=padded_keys)
     operands = [
         _by_query(plan, "q", pad_tokens(inputs.q), plan.K),
-        _by_key(plan, "k", pad_tokens(inputs.k), plan.K),
-        _by_key(plan, "v", pad_tokens(inputs.v), plan.V),
+        _by_key(plan, "k", pad_keys(inputs.k), plan.K),
+        _by_key(plan, "v", pad_keys(inputs.v), plan.V),
     ]
     gate_logits = inputs.gate_logits
     if gate_logits is not None and plan.gate == "element":
@@ -206,8 +216,9 @@ def _inputs(plan: Plan, inputs: KernelInputs, padded_length: int) -> list[Operan
         operands.append(operand)
     if inputs.segment_ids is not None:
         # Padding with the last id does not widen the bounds of the last block.
-        ids = padded(inputs.segment_ids, 2, padded_length, mode="edge")
-        operands += _segments(plan, ids)
+        of_queries = padded(inputs.segment_ids, 2, padded_length, mode="edge")
+        of_keys = padded(inputs.segments_of_keys, 2, padded_keys, mode="edge")
+        operands += _segments(plan, of_queries, of_keys)
     return operands
 
 
@@ -221,10 +232,10 @@ def _outputs(
     by_token = (B, padded_length, plan.H * plan.V)
     y = like(inputs.q, by_token, plan.out_dtype)
     operands = [_by_query(plan, "y", y, plan.V)]
-    if not save:
+    if not save and not plan.return_lse:
         return operands
     output = like(inputs.q, by_token, jnp.float32)
-    for n in plan.saved_outputs:
+    for n in plan.saved_outputs if save else ():
         operands.append(_by_query(plan, f"o{n}", output, plan.V))
     statistic = like(
         inputs.q,
@@ -253,6 +264,7 @@ def _kernel(
     # In the order of `forward`.
     sums = scratch[: normalizer.sums]
     statistics = scratch[normalizer.sums :]
+    sees = statistics.pop() if plan.may_see_nothing else None
     flags = tables.tiles.flags[p]
     q_block = tables.tiles.q_blocks[p]
     k_block = tables.tiles.k_blocks[p]
@@ -266,14 +278,15 @@ def _kernel(
             ref[...] = start
         for ref in sums:
             ref[...] = jnp.zeros_like(ref)
+        if sees is not None:
+            sees[...] = zero
 
     # Each kind of tile is compiled by itself. Only the kinds that the table has are.
-    kinds = set(forward_tiles(plan).flags & KIND_BITS)
+    kinds = set(forward_tiles(plan).flags & KIND_BITS) - {EMPTY}
     for kind in sorted(kinds):
         is_due = (flags & KIND_BITS) == kind
         if tables.segments is not None:
-            num_blocks = -(-plan.T // plan.forward.block)
-            is_due &= tables.segments.may_share_segment(num_blocks, b, q_block, k_block)
+            is_due &= tables.segments.may_share_segment(plan, plan.forward, b, q_block, k_block)
 
         add_tile = partial(
             _add_tile,
@@ -281,10 +294,11 @@ def _kernel(
             refs,
             sums,
             statistics,
+            sees,
             kind=int(kind),
             slope=None if tables.alibi_slopes is None else tables.alibi_slopes[h],
             first_query=q_block * plan.forward.block,
-            first_key=k_block * plan.forward.block,
+            first_key=k_block * plan.forward.keys,
         )
 
         def fast_or_careful(add_tile: Callable[..., None] = add_tile) -> None:
@@ -297,11 +311,12 @@ def _kernel(
     @pl.when(flags & LAST != 0)
     def end_rows() -> None:
         row = tuple(ref[...] for ref in statistics)
-        # Every token sees itself.
+        # Every token sees itself, unless keys are of another sequence.
         weighted_sums = undefined_as_nan(
             normalizer,
             tuple(tile.across(statistic, plan.V) for statistic in row),
             [ref[...] for ref in sums],
+            True if sees is None else tile.across(sees[...], plan.V) > 0,
         )
         outputs, saved = normalizer.finish(row, weighted_sums)
         # The first output is the ungated o.
@@ -329,6 +344,7 @@ def _add_tile(
     refs: dict[str, Ref],
     sums: list[Ref],
     statistics: list[Ref],
+    sees: Ref | None,
     *,
     kind: int,
     slope: Array | None,
@@ -343,6 +359,7 @@ def _add_tile(
       refs: the kernel's operands by name.
       sums: of weighted values, [block, V] each; added to.
       statistics: what the normalizer keeps of a row, [block, 1 or lanes] each; updated.
+      sees: [block, 1 or lanes], above 0 where a row has seen a key; None if every row does.
       kind: of the tile: FULL, DIAGONAL or MASKED.
       slope: of this head, or None.
       first_query: position of the first query of the tile.
@@ -363,7 +380,7 @@ def _add_tile(
 
     def num_keys(start: int) -> int:
         # On the diagonal the keys after a group's last query are hidden from all of it.
-        return start + rows if kind == DIAGONAL else block
+        return start + rows if kind == DIAGONAL else plan.forward.keys
 
     def positions(start: int) -> Positions:
         end = num_keys(start)
@@ -400,6 +417,9 @@ def _add_tile(
         added = normalizer.add(row, s, mask, at.keys)
         for ref, statistic in zip(statistics, added.row):
             ref[group] = statistic
+        if sees is not None:
+            pairs = jnp.ones_like(s) if mask is None else mask.astype(jnp.float32)
+            sees[group] = jnp.maximum(sees[group], jnp.max(pairs, axis=-1, keepdims=True))
         for ref, weights in zip(sums, added.weights):
             product = tile.selecting_product(
                 plan,

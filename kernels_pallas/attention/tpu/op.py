@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas.attention import reference
-from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions, Outputs
 from kernels_pallas.attention.kernels import (
     ForwardResult,
     Residuals,
@@ -40,6 +40,8 @@ from kernels_pallas.common.tpu import Interpret, interpret_params
 
 def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
     """Why this backend cannot take a call, or None when it can."""
+    if inputs.block_mask is not None:
+        return "takes no block_mask"
     return unsupported_arrays(
         inputs.q,
         inputs.k,
@@ -61,10 +63,10 @@ def attention(
     options: AttentionOptions,
     *,
     interpret: Interpret = False,
-) -> Array:
-    """As `api.attention`, with every default filled in. Any T."""
+) -> Outputs:
+    """As `api.attention`, with every default filled in. Any T, any S."""
 
-    def attend(part: AttentionInputs) -> Array:
+    def attend(part: AttentionInputs) -> Outputs:
         return _attend(part, options, interpret)
 
     return over_mesh(attend, inputs)
@@ -74,9 +76,11 @@ def _attend(
     inputs: AttentionInputs,
     options: AttentionOptions,
     interpret: Interpret,
-) -> Array:
-    """y [B, T, H, V] of the rows and heads of one device."""
+) -> Outputs:
+    """y [B, T, H, V] of the rows and heads of one device; with `return_lse` lse [B, H, T] too."""
     B, T, H, K = inputs.q.shape
+    S = inputs.k.shape[1]
+    num_keys = None if S == T else S
     Hk = inputs.k.shape[2]
     V = inputs.v.shape[3]
     q = _without_float16(inputs.q)
@@ -102,12 +106,11 @@ def _attend(
         rounds=_rounds(interpret, q, k, v),
         out_dtype=jnp.dtype(v.dtype),
         interpret=interpret_params(interpret, q),
-        **schedules(T, padded_K, padded_V, options.window),
+        num_keys=num_keys,
+        may_see_nothing=not inputs.sees_itself and _is_masked(inputs, options),
+        return_lse=options.return_lse,
+        **schedules(T, padded_K, padded_V, options.window, num_keys),
     )
-    segment_ids = inputs.segment_ids
-    if segment_ids is not None:
-        # [B, 1, T]: tokens along lanes, as every number by token.
-        segment_ids = segment_ids[:, None].astype(jnp.int32)
     kernel_inputs = KernelInputs(
         q=_heads_as_columns(q, padded_K),
         k=_heads_as_columns(k, padded_K),
@@ -115,16 +118,30 @@ def _attend(
         gate_logits=_gate_for_kernel(plan, inputs.gate_logits),
         sink_logits=_as_float32(inputs.sink_logits),
         alibi_slopes=_as_float32(inputs.alibi_slopes),
-        segment_ids=segment_ids,
+        segment_ids=_along_lanes(inputs.segment_ids),
+        key_segment_ids=_along_lanes(inputs.key_segment_ids),
     )
-    y = _attention(plan, kernel_inputs).reshape(
+    result = _attention(plan, kernel_inputs)
+    y, lse = result if plan.return_lse else (result, None)
+    y = y.reshape(
         B,
         T,
         H,
         padded_V,
     )
     # Without the channels of padding.
-    return y[..., :V].astype(inputs.v.dtype)
+    y = y[..., :V].astype(inputs.v.dtype)
+    return y if lse is None else (y, lse[:, :, 0])
+
+
+def _is_masked(inputs: AttentionInputs, options: AttentionOptions) -> bool:
+    """Whether anything hides keys of another sequence."""
+    return options.window is not None or inputs.segment_ids is not None
+
+
+def _along_lanes(segment_ids: Array | None) -> Array | None:
+    """[B, 1, T]: tokens along lanes, as every number by token."""
+    return None if segment_ids is None else segment_ids[:, None].astype(jnp.int32)
 
 
 def _without_float16(x: Array) -> Array:
@@ -173,17 +190,23 @@ def _rounds(interpret: Interpret, *arrays: Array) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, inputs: KernelInputs) -> Array:
-    """y [B, T, H*V]."""
-    return forward(plan, inputs, save=False).y
+def _attention(plan: Plan, inputs: KernelInputs) -> Outputs:
+    """y [B, T, H*V]; with `return_lse` (y, lse), lse [B, H, 1, T]."""
+    return _results(plan, forward(plan, inputs, save=False))
 
 
-def _forward(plan: Plan, inputs: KernelInputs) -> tuple[Array, Residuals]:
+def _results(plan: Plan, result: ForwardResult) -> Outputs:
+    # What softmax saves of a row is its log-sum-exp.
+    return (result.y, result.statistics[0]) if plan.return_lse else result.y
+
+
+def _forward(plan: Plan, inputs: KernelInputs) -> tuple[Outputs, Residuals]:
     result = _saving(plan, inputs)
-    return residuals(result, inputs, plan.normalizer)
+    y, saved = residuals(result, inputs, plan.normalizer)
+    return _results(plan, result._replace(y=y, statistics=saved.statistics)), saved
 
 
-def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
+def _backward(plan: Plan, saved: Residuals, dy: Outputs) -> tuple[KernelInputs]:
     gradients = differentiable_gradient(
         partial(backward, plan),
         partial(_plain, plan),
@@ -194,7 +217,7 @@ def _backward(plan: Plan, saved: Residuals, dy: Array) -> tuple[KernelInputs]:
     return (gradients,)
 
 
-def _plain(plan: Plan, inputs: KernelInputs) -> Array:
+def _plain(plan: Plan, inputs: KernelInputs) -> Outputs:
     """`_attention` for second derivatives."""
     B = inputs.q.shape[0]
     gate_logits = inputs.gate_logits
@@ -204,7 +227,8 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Array:
         # [B, H, 1, T] -> [B, T, H, 1]
         gate_logits = jnp.moveaxis(gate_logits, 3, 1)
     segment_ids = inputs.segment_ids
-    y = reference.attention_by_blocks(
+    key_segment_ids = inputs.key_segment_ids
+    result = reference.attention_by_blocks(
         AttentionInputs(
             q=_columns_as_heads(inputs.q, plan.K),
             k=_columns_as_heads(inputs.k, plan.K),
@@ -213,6 +237,7 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Array:
             sink_logits=inputs.sink_logits,
             alibi_slopes=inputs.alibi_slopes,
             segment_ids=None if segment_ids is None else segment_ids[:, 0],
+            key_segment_ids=None if key_segment_ids is None else key_segment_ids[:, 0],
         ),
         AttentionOptions(
             normalizer=off_tpu(plan.normalizer),
@@ -220,13 +245,16 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Array:
             window=plan.window,
             logits_soft_cap=plan.logits_soft_cap,
             scale=plan.scale,
+            return_lse=plan.return_lse,
         ),
     )
-    return y.reshape(
+    y, lse = result if plan.return_lse else (result, None)
+    y = y.reshape(
         B,
         plan.T,
         -1,
     )
+    return y if lse is None else (y, lse[:, :, None])
 
 
 def _columns_as_heads(x: Array, width: int) -> Array:
@@ -265,7 +293,7 @@ def _saving_backward(
     saved: Residuals,
     cotangents: ForwardResult,
 ) -> tuple[KernelInputs]:
-    return _backward(plan, saved, cotangents.y)
+    return _backward(plan, saved, _results(plan, cotangents))
 
 
 _saving.defvjp(_saving_forward, _saving_backward)

@@ -1,8 +1,9 @@
 """The static arguments of the TPU kernels of `attention`, and the tables of tiles they loop over.
 
-Both kernels cut the sequence into blocks, as many of queries as of keys. A tile is a block of
-queries against a block of keys. The last axis of a kernel's grid counts the entries of a table of
-tiles, made here while the call is traced: tiles that the mask hides entirely are not in it.
+Both kernels cut the sequence into blocks, as many of queries as of keys; keys of another sequence
+have blocks of their own. A tile is a block of queries against a block of keys. The last axis of a
+kernel's grid counts the entries of a table of tiles, made here while the call is traced: tiles that
+the mask hides entirely are not in it.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,7 @@ FLUSH = 16  # backward: with this tile the gradients of its block of keys are co
 class Schedule(NamedTuple):
     """How a kernel is cut. Only its time and memory depend on this."""
 
-    # Queries, and keys, in a tile.
+    # Queries in a tile.
     block: int
     # Of a block, those that are computed together: queries forward, keys backward.
     rows: int
@@ -40,6 +41,13 @@ class Schedule(NamedTuple):
     lag: int = 1
     # Backward: how many keys have their gradients summed up in VMEM at a time.
     span: int = 1 << 30
+    # Keys in a tile; None: as many as queries.
+    key_block: int | None = None
+
+    @property
+    def keys(self) -> int:
+        """Keys in a tile."""
+        return self.block if self.key_block is None else self.key_block
 
     def fitted(self, T: int) -> "Schedule":
         """Blocks that cover T tokens with as little padding as their groups allow."""
@@ -84,6 +92,27 @@ class Plan(NamedTuple):
     backward: Schedule
     # As `pallas_call` takes it.
     interpret: Interpret
+    # Keys, where they are of another sequence than the queries.
+    num_keys: int | None = None
+    # Whether some query may see no key at all.
+    may_see_nothing: bool = False
+    # Whether the log-sum-exp of every row is a result too.
+    return_lse: bool = False
+
+    @property
+    def S(self) -> int:
+        """The true number of keys, without padding."""
+        return self.T if self.num_keys is None else self.num_keys
+
+    @property
+    def pads_queries(self) -> bool:
+        """Whether some block of queries is padded, in either pass."""
+        return bool(self.T % self.forward.block or self.T % self.backward.block)
+
+    @property
+    def pads_keys(self) -> bool:
+        """Whether some block of keys is padded, in either pass."""
+        return bool(self.S % self.forward.keys or self.S % self.backward.keys)
 
     @property
     def group(self) -> int:
@@ -93,6 +122,9 @@ class Plan(NamedTuple):
     @property
     def pairs(self) -> int:
         """Pairs of a query and a key that the mask leaves, without segments."""
+        if self.num_keys is not None:
+            # The work that is declared: a window of another sequence hides some of it.
+            return self.T * self.num_keys
         return count_visible_pairs(self.T, self.causal, self.window)
 
     def hides(self, kind: int) -> bool:
@@ -119,6 +151,12 @@ class KernelInputs(NamedTuple):
     sink_logits: Float[Array, "H"] | None
     alibi_slopes: Float[Array, "H"] | None
     segment_ids: Int[Array, "B 1 T"] | None
+    key_segment_ids: Int[Array, "B 1 S"] | None = None
+
+    @property
+    def segments_of_keys(self) -> Int[Array, "B 1 S"] | None:
+        """The documents of the keys; None without documents."""
+        return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
 
 
 class TileTable(NamedTuple):
@@ -129,21 +167,21 @@ class TileTable(NamedTuple):
     flags: Int[np.ndarray, "N"]
 
 
-def tile_kinds(plan: Plan, block: int) -> Int[np.ndarray, "N N"]:
+def tile_kinds(plan: Plan, schedule: Schedule) -> Int[np.ndarray, "Nq Nk"]:
     """What there is to compute in every tile, by its block of queries and its block of keys."""
-    num_blocks = -(-plan.T // block)
-    first_query = np.arange(num_blocks)[:, None] * block
-    first_key = np.arange(num_blocks)[None, :] * block
+    block = schedule.block
+    first_query = np.arange(-(-plan.T // block))[:, None] * block
+    first_key = np.arange(-(-plan.S // schedule.keys))[None, :] * schedule.keys
     last_query = first_query + block - 1
-    last_key = first_key + block - 1
+    last_key = first_key + schedule.keys - 1
     # The least and the largest distance query - key in a tile.
     nearest = first_query - last_key
     farthest = last_query - first_key
 
     # Is any pair of the tile visible, and is every one?
-    shape = (num_blocks, num_blocks)
+    shape = nearest.shape
     some_visible = np.full(shape, True)
-    all_visible = np.broadcast_to(last_key < plan.T, shape)
+    all_visible = np.broadcast_to(last_key < plan.S, shape)
     if plan.causal:
         some_visible = farthest >= 0
         # This hides keys of padding as well: they come after every query.
@@ -167,10 +205,11 @@ def tile_kinds(plan: Plan, block: int) -> Int[np.ndarray, "N N"]:
 
 def forward_tiles(plan: Plan) -> TileTable:
     """The tiles of the forward kernel: for one block of queries after another, the keys it sees."""
-    kinds = tile_kinds(plan, plan.forward.block)
+    kinds = tile_kinds(plan, plan.forward)
     tiles = []
     for i, kinds_of_row in enumerate(kinds):
-        keys = np.flatnonzero(kinds_of_row != EMPTY).tolist()
+        # Queries that see nothing, under a window on another sequence, still have y to write.
+        keys = np.flatnonzero(kinds_of_row != EMPTY).tolist() or [0]
         for j in keys:
             flags = int(kinds_of_row[j]) | _first_and_last(j, keys)
             tiles.append((i, j, flags))
@@ -186,9 +225,9 @@ def backward_tiles(plan: Plan) -> tuple[TileTable, int, int]:
     Returns:
       The table; how many entries a span has, the same for each; how many blocks a span has.
     """
-    kinds = tile_kinds(plan, plan.backward.block)
-    num_blocks = len(kinds)
-    blocks_per_span = min(num_blocks, plan.backward.span // plan.backward.block)
+    kinds = tile_kinds(plan, plan.backward)
+    num_blocks = kinds.shape[1]
+    blocks_per_span = min(num_blocks, plan.backward.span // plan.backward.keys)
     spans = []
     for start in range(0, num_blocks, blocks_per_span):
         span = range(start, min(start + blocks_per_span, num_blocks))
@@ -205,12 +244,11 @@ def backward_tiles(plan: Plan) -> tuple[TileTable, int, int]:
     return _table(tiles), tiles_per_span, blocks_per_span
 
 
-def _tiles_of_span(kinds: Int[np.ndarray, "N N"], span: range) -> list[tuple[int, int, int]]:
+def _tiles_of_span(kinds: Int[np.ndarray, "Nq Nk"], span: range) -> list[tuple[int, int, int]]:
     """(block of queries, block of keys, flags) of every tile of one span of key blocks."""
-    num_blocks = len(kinds)
     tiles = []
-    for i in range(num_blocks):
-        if i == num_blocks - 1:
+    for i in range(len(kinds)):
+        if i == len(kinds) - 1:
             # The last queries of a span: with them every block of its keys is complete.
             keys = list(span)
             flush = FLUSH

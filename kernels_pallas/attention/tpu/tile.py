@@ -182,10 +182,10 @@ def visible(plan: Plan, at: Positions, by_position: bool) -> Array | None:
     if not by_position:
         return at.same_segment()
     length = None
-    if not plan.causal and (plan.T % plan.forward.block or plan.T % plan.backward.block):
+    if not plan.causal and plan.pads_keys:
         # Some blocks are padded. Where attention is causal, that hides their keys too: they come
         # after every query.
-        length = plan.T
+        length = plan.S
     mask = attention_tile.visible_pairs(
         at.queries,
         at.keys,
@@ -195,7 +195,7 @@ def visible(plan: Plan, at: Positions, by_position: bool) -> Array | None:
         query_segments=at.query_segments,
         key_segments=at.key_segments,
     )
-    if plan.T % plan.forward.block == 0 and plan.T % plan.backward.block == 0:
+    if not plan.pads_queries:
         return mask
     # Queries of padding are zeros, and see nothing: 0 times an infinite key is NaN, and weights by
     # a slope alone, which may be negative, overflow.
@@ -207,8 +207,7 @@ def visible(plan: Plan, at: Positions, by_position: bool) -> Array | None:
 def only_triangles(plan: Plan, kind: int) -> bool:
     """Whether `below_diagonal` hides all that there is to hide in a tile of this kind."""
     # Queries of padding must see nothing.
-    is_padded = plan.T % plan.forward.block or plan.T % plan.backward.block
-    by_causality = kind == DIAGONAL and not plan.segments and not is_padded
+    by_causality = kind == DIAGONAL and not plan.segments and not plan.pads_queries
     return by_causality and plan.normalizer.hidden_by_logit
 
 

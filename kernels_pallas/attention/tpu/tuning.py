@@ -37,6 +37,7 @@ def schedules(
     K: int,
     V: int,
     window: int | None,
+    num_keys: int | None = None,
 ) -> dict[str, Schedule]:
     """The schedules of a call on the device that it is compiled for.
 
@@ -45,6 +46,7 @@ def schedules(
       K: channels of a query and a key, in whole lanes.
       V: channels of a value, in whole lanes.
       window: of the call.
+      num_keys: tokens in a row of keys; None if they are those of the queries.
 
     Returns:
       {"forward": ..., "backward": ...}
@@ -54,10 +56,37 @@ def schedules(
     # A row of dk and a row of dv, in float32.
     bytes_per_key = 4 * (K + V)
     backward = backward._replace(span=SPAN_BYTES // bytes_per_key)
-    return {
+    of_queries = {
         "forward": _fitted(forward, T, window),
         "backward": _fitted(backward, T, window),
     }
+    if num_keys is None:
+        return of_queries
+    of_keys = {
+        "forward": _fitted(forward, num_keys, window),
+        "backward": _fitted(backward, num_keys, window),
+    }
+    return {way: across_sequences(way, of_queries[way], of_keys[way]) for way in of_queries}
+
+
+def across_sequences(
+    way: str,
+    of_queries: Schedule,
+    of_keys: Schedule,
+) -> Schedule:
+    """The schedule of a kernel whose keys are of another sequence than its queries.
+
+    Args:
+      way: "forward" or "backward".
+      of_queries: fitted to the queries.
+      of_keys: fitted to the keys.
+
+    Returns:
+      Tiles with as many queries as the one has, and as many keys as the other.
+    """
+    # Groups of rows are of queries forward, and of keys backward, as spans are.
+    fitted = of_queries if way == "forward" else of_keys
+    return fitted._replace(block=of_queries.block, key_block=of_keys.block)
 
 
 def _fitted(schedule: Schedule, T: int, window: int | None) -> Schedule:

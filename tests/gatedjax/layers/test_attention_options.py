@@ -128,6 +128,10 @@ def test_presets_are_valid(name):
             dict(selective_rope="low_rank", rope_fraction=0.0),
             "rope_fraction: got 0.0, expected channels that rotate with selective_rope 'low_rank'",
         ),
+        (
+            dict(causal=False, query_scale="log_length"),
+            "query_scale: got 'log_length', expected none with causal = false",
+        ),
         (dict(bias="q"), "bias: got 'q', expected one of none, qkv, all"),
         (dict(entmax_alpha=1.0), "entmax_alpha: got 1.0, expected above 1"),
         (dict(logits_soft_cap=0.0), "logits_soft_cap: got 0.0, expected at least 0.001"),
@@ -138,6 +142,42 @@ def test_bad_combinations_are_named(values, message):
     with pytest.raises(InputError) as error:
         GatedAttentionConfig(**values)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_causality_both_directions_are_the_same():
+    """Rows read backward give outputs in reverse, of documents and under a window too."""
+    config = GatedAttentionConfig(**SMALL, causal=False, window=5, rope_fraction=0.0)
+    module, params = build(config)
+    ids = jnp.array([[1] * 12 + [2] * 20, [1] * 29 + [2] * 3])
+    run = jax.jit(module.apply)
+    y = run({"params": params}, X, TokenInfo(positions(), segment_ids=ids))
+    reverse = run({"params": params}, X[:, ::-1], TokenInfo(positions(), segment_ids=ids[:, ::-1]))
+    assert rel_rms(reverse[:, ::-1], y) < 1e-6
+    # The first token sees the four after it, and no more.
+    moved = run({"params": params}, X.at[:, 4].add(1.0), TokenInfo(positions(), segment_ids=ids))
+    assert not np.allclose(moved[:, 0], y[:, 0], atol=1e-3)
+    moved = run({"params": params}, X.at[:, 5].add(1.0), TokenInfo(positions(), segment_ids=ids))
+    np.testing.assert_array_equal(moved[:, 0], y[:, 0])
+
+
+def test_without_causality_nothing_is_decoded():
+    module = GatedAttention(GatedAttentionConfig(**SMALL, causal=False), 1e-6, 0.3, jnp.float32)
+    message = "GatedAttention: cache: got one with causal=False, expected none"
+    with pytest.raises(ValueError, match=message):
+        module.init_cache(1, 8)
+    cache = GatedAttention(GatedAttentionConfig(**SMALL), 1e-6, 0.3, jnp.float32).init_cache(B, T)
+    with pytest.raises(ValueError, match=message):
+        info = TokenInfo(positions())
+        jax.eval_shape(lambda: module.init(jax.random.key(0), X, info, cache, method="with_cache"))
+    with pytest.raises(InputError) as error:
+        ModelConfig(mixers={"attention": GatedAttentionConfig(causal=False)})
+    assert "mixers.attention: got causal false: tokens see later ones, expected" in str(error.value)
+    causal, other = (GatedAttentionConfig(**SMALL, causal=causal) for causal in (True, False))
+    flops = [
+        GatedAttention(c, 1e-6, 0.3, jnp.float32).forward_flops_per_token(M, 64)
+        for c in (causal, other)
+    ]
+    assert flops[1] - flops[0] == 4 * 4 * 8 * 32
 
 
 def test_query_scales_start_near_one():
