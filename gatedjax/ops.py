@@ -5,6 +5,8 @@
 attention            softmax, sigmoid and other normalizers; the output gate is part of the kernel
 attention_step       the same for one decoded token and a cache of keys and values
 attention_sharded    the same inside `shard_map`, with the tokens split over a mesh axis
+sinkhorn_attention   doubly stochastic weights by Sinkhorn's iteration; not causal
+qr_attention         doubly stochastic weights from an orthogonal matrix; not causal
 linear_scan          gated linear attention in chunks, for any rank of decay
 linear_scan_step     the same for one decoded token and a state
 linear_scan_sharded  the same inside `shard_map`, with the tokens split over a mesh axis
@@ -40,8 +42,10 @@ from kernels_pallas.ops import (
     linear_scan_sharded,
     linear_scan_step,
     permute_rows,
+    qr_attention,
     rwkv7_scan,
     rwkv7_scan_step,
+    sinkhorn_attention,
     sort_by_group,
 )
 
@@ -62,7 +66,9 @@ __all__ = [
     "linear_scan_sharded",
     "linear_scan_step",
     "permute_rows",
+    "qr_attention",
     "rwkv7_scan",
     "rwkv7_scan_step",
+    "sinkhorn_attention",
     "sort_by_group",
 ]

@@ -1,6 +1,7 @@
 """The ops, to import from one place: `from kernels_pallas.ops import attention, linear_scan`."""
 
 from kernels_pallas.attention import NORMALIZERS, attention, attention_sharded, attention_step
+from kernels_pallas.attention.doubly_stochastic import qr_attention, sinkhorn_attention
 from kernels_pallas.attention.xla import OUT_NAME as ATTENTION_OUT_NAME
 from kernels_pallas.attention.xla import STATISTIC_NAME
 from kernels_pallas.delta_scan import (
@@ -50,7 +51,9 @@ __all__ = [
     "linear_scan_sharded",
     "linear_scan_step",
     "permute_rows",
+    "qr_attention",
     "rwkv7_scan",
     "rwkv7_scan_step",
+    "sinkhorn_attention",
     "sort_by_group",
 ]

@@ -50,6 +50,9 @@ def empty_cache(
     key_channels = value_channels
     if config.token_sinks:
         key_channels += num_sink_channels(dtype)
+    if config.similarity == "gaussian":
+        # The squares of queries and of keys.
+        key_channels += 2 * num_sink_channels(dtype)
     shape = (batch, slots, config.kv_heads)
     return KVCache(
         k=jnp.zeros((*shape, key_channels), dtype),

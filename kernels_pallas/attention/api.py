@@ -12,6 +12,7 @@ from kernels_pallas.attention.checks import (
     check_step_inputs,
     checked_options,
     checked_step_options,
+    with_parameters,
 )
 from kernels_pallas.attention.documents import document_numbers
 from kernels_pallas.attention.inputs import AttentionInputs, StepInputs
@@ -34,6 +35,7 @@ def attention(
     segment_ids: Int[Array, "B T"] | None = None,
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
+    normalizer_parameters: Float[Array, "P H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
@@ -73,6 +75,9 @@ def attention(
         only. Zeros are "softmax plus one".
       alibi_slopes: per head, >= 0 to favor near keys (arXiv 2108.12409); learned or not. Added
         after the soft cap.
+      normalizer_parameters: learned numbers of the normalizer, a row of one a head for each of its
+        `parameters`, in their order: entmax's alpha, for one. None for their starts; other
+        normalizers have none.
       logits_soft_cap: c > 0.
       scale: a number, K**-0.5 if None.
       implementation: None, "reference", "xla", "tpu", "gpu", "cudnn" or "mosaic_gpu" (the last two
@@ -92,6 +97,7 @@ def attention(
     op = "attention"
     inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
     check_inputs(op, inputs)
+    inputs = with_parameters(op, inputs, normalizer, normalizer_parameters)
     if segment_ids is not None:
         inputs = inputs._replace(segment_ids=document_numbers(segment_ids))
     options = checked_options(
@@ -150,6 +156,7 @@ def attention_step(
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
     distances: Int[Array, "B S"] | None = None,
+    normalizer_parameters: Float[Array, "P H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
@@ -169,7 +176,8 @@ def attention_step(
         softmax) must be an object with a length, because the number of slots says nothing.
       distances: how many tokens back each slot's key is, integers of any dtype; with
         `alibi_slopes`, and only then.
-      gate_logits, sink_logits, alibi_slopes, logits_soft_cap, scale: as in `attention`.
+      gate_logits, sink_logits, alibi_slopes, normalizer_parameters, logits_soft_cap, scale: as in
+        `attention`.
       implementation, interpret: as in `attention`.
 
     Returns:
@@ -191,6 +199,7 @@ def attention_step(
         distances=distances,
     )
     check_step_inputs(op, inputs)
+    inputs = with_parameters(op, inputs, normalizer, normalizer_parameters)
     options = checked_step_options(
         op,
         inputs,

@@ -22,6 +22,7 @@ class AttentionInputs(NamedTuple):
       alibi_slopes: one slope a head; logits lose slope * distance.
       segment_ids: the number of every query's document: `documents.py`. Tokens see their own
         document only.
+      normalizer_parameters: a number a head for each of `Normalizer.parameters`; None for none.
     """
 
     q: Float[Array, "B T H K"]
@@ -31,6 +32,7 @@ class AttentionInputs(NamedTuple):
     sink_logits: Float[Array, "H"] | None = None
     alibi_slopes: Float[Array, "H"] | None = None
     segment_ids: Int[Array, "B T"] | None = None
+    normalizer_parameters: Float[Array, "P H"] | None = None
 
 
 class AttentionOptions(NamedTuple):
@@ -59,6 +61,7 @@ class StepInputs(NamedTuple):
       q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes: as in `AttentionInputs`.
       valid: whether a slot holds a key that the query may see.
       distances: how many tokens back each slot's key is; needed by ALiBi only.
+      normalizer_parameters: as in `AttentionInputs`.
     """
 
     q: Float[Array, "B H K"]
@@ -69,6 +72,7 @@ class StepInputs(NamedTuple):
     alibi_slopes: Float[Array, "H"] | None
     valid: Bool[Array, "B S"]
     distances: Int[Array, "B S"] | None
+    normalizer_parameters: Float[Array, "P H"] | None = None
 
 
 class StepOptions(NamedTuple):

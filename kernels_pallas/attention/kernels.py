@@ -68,6 +68,9 @@ def unsupported_arrays(
     if normalizer.passes > 1:
         name = type(normalizer).__name__
         return f"takes normalizers that pass over the keys once, not {name}"
+    if normalizer.parameters:
+        name = type(normalizer).__name__
+        return f"takes normalizers without learned numbers, not {name}: implementation='xla' does"
     return None
 
 
@@ -108,6 +111,7 @@ def over_mesh(attend: Callable[[AttentionInputs], Array], inputs: AttentionInput
         "sink_logits": "h",
         "alibi_slopes": "h",
         "segment_ids": "b.",
+        "normalizer_parameters": ".h",
     }
 
     def attend_part(*arrays: Any) -> tuple[Array]:
@@ -137,6 +141,7 @@ def step_over_mesh(attend: Callable[[StepInputs], Array], inputs: StepInputs) ->
         "alibi_slopes": "h",
         "valid": "b.",
         "distances": "b.",
+        "normalizer_parameters": ".h",
     }
 
     def attend_part(*arrays: Any) -> tuple[Array]:

@@ -85,6 +85,7 @@ def _without_gate(
         q_segments=inputs.segment_ids,
         k_segments=key_segments,
         first=first,
+        normalizer_parameters=inputs.normalizer_parameters,
     )
     return plan, ungated
 
@@ -113,6 +114,7 @@ def attention_step(inputs: StepInputs, options: StepOptions) -> Float[Array, "B 
         q_segments=q_segments,
         k_segments=k_segments,
         distances=inputs.distances,
+        normalizer_parameters=inputs.normalizer_parameters,
     )
     gate_logits = inputs.gate_logits
     if gate_logits is not None:
@@ -182,6 +184,7 @@ def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Array:
             sink_logits=inputs.sink_logits,
             alibi_slopes=inputs.alibi_slopes,
             segment_ids=inputs.q_segments,
+            normalizer_parameters=inputs.normalizer_parameters,
         ),
         AttentionOptions(
             normalizer=plan.normalizer,
@@ -314,6 +317,7 @@ def gradient(
         gate_logits=dgate,
         sink_logits=gradients.sink_logits,
         alibi_slopes=gradients.alibi_slopes,
+        normalizer_parameters=gradients.normalizer_parameters,
     )
 
 
@@ -404,7 +408,7 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
             return undefined
 
         # Most normalizers know nothing before, and make no other pass.
-        known = normalizer.prepare(pass_over_keys, constants.zero)
+        known = normalizer.prepare(pass_over_keys, constants.zero, constants.parameters)
         row = normalizer.start(constants.zero, known, constants.sink)
         sums = [empty_sum] * normalizer.sums
         largest = None
@@ -498,6 +502,12 @@ def _input_gradients(
     if inputs.alibi_slopes is not None:
         dslopes = blocks.sum_by_head(dslopes, plan.block_q).astype(inputs.alibi_slopes.dtype)
 
+    dparameters = None
+    if inputs.normalizer_parameters is not None:
+        by_row = plan.normalizer.parameter_gradients(row.deltas, row.saved)
+        by_head = [blocks.sum_by_head(x, plan.block_q) for x in by_row]
+        dparameters = jnp.stack(by_head).astype(inputs.normalizer_parameters.dtype)
+
     # Tiles leave the scale out: see `tile.TileGradients`. Integer inputs have no gradient (None).
     dk = blocks.join(plan.scale * dk, plan.block_k, num_keys)
     dv = blocks.join(dv, plan.block_k, num_keys)
@@ -507,6 +517,7 @@ def _input_gradients(
         v=dv.astype(inputs.v.dtype),
         sink_logits=dsink,
         alibi_slopes=dslopes,
+        normalizer_parameters=dparameters,
     )
 
 
