@@ -62,7 +62,7 @@ ADDED_LATER_TO_LAYERS = {
 # Likewise, of each source.
 ADDED_LATER_TO_SOURCES = ("stream",)
 
-Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
+Measure = Literal["validation", "recall", "probes", "lengths", "routing", "speed"]
 Label = str | int | float
 
 

@@ -2,22 +2,30 @@
 against formulas in float64 numpy.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms, slow
+from tiny_run import plain, random_batch, replace, run_steps
 
-from gatedjax.config import GatedAttentionConfig
+from gatedjax.config import GatedAttentionConfig, ModelConfig
 from gatedjax.errors import InputError
-from gatedjax.layers.added_losses import ADDED_LOSSES, reluformer_loss
+from gatedjax.layers.added_losses import ADDED_LOSSES, has_added_losses, reluformer_loss
 from gatedjax.layers.after_sdpa import AfterSDPA
 from gatedjax.layers.attention import GatedAttention
+from gatedjax.layers.block import Block
 from gatedjax.layers.gate import split_gate
 from gatedjax.layers.gaussian import distances_as_channels
 from gatedjax.layers.normalizer import numbers_of
+from gatedjax.layers.taylor import kronecker_power, taylor_attention
 from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
+from gatedjax.training.run import prepare
+from gatedjax.training.step import init_state, train_step
+from kernels_pallas.ops import attention
 
 B, T, M, H, HK, D = 2, 9, 16, 4, 2, 4
 SMALL = dict(num_heads=H, num_kv_heads=HK, head_dim=D, rope_fraction=0.0)
@@ -203,6 +211,62 @@ def test_the_layer_sows_the_loss():
     of_tokens = loss_by_formula(s)[np.asarray(ids) != 0]
     (found,) = jax.tree.leaves(sown)
     assert abs(float(found) - 0.1 * of_tokens.mean()) < 1e-5
+
+
+def with_reluformer(**changes):
+    options = dict(normalizer="reluformer", reluformer_loss=0.5)
+    return plain(
+        **{f"model__mixers__attention__{name}": value for name, value in options.items()},
+        **changes,
+    )
+
+
+@pytest.mark.slow
+def test_the_step_adds_the_loss():
+    """Traced only: it is a metric of its own, where there is one."""
+    for config in (with_reluformer(), plain()):
+        run = prepare(config)
+        state = jax.eval_shape(partial(init_state, config, run.tx), jax.random.key(0))
+        step = partial(train_step, config, run.tx)
+        _, metrics = jax.eval_shape(step, state, random_batch())
+        assert ("added_loss" in metrics) == has_added_losses(config.model)
+    assert has_added_losses(with_reluformer().model)
+
+
+@pytest.mark.slow
+def test_parts_of_the_loss_add_up():
+    """Of micro-batches with unequal numbers of tokens: the same loss and the same gradient."""
+    batches = lambda i: random_batch(i, rows=16)
+    config = with_reluformer(train__batch_size=16)
+    _, _, whole = run_steps(config, 2, batches)
+    in_parts = replace(config, train__accumulation_steps=2)
+    _, _, parts = run_steps(in_parts, 2, batches)
+    for x, y in zip(whole, parts):
+        assert x["added_loss"] > 0
+        assert x["added_loss"] == pytest.approx(y["added_loss"], rel=1e-5)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+
+
+def test_a_residual_weight_keeps_the_squares():
+    block = Block(ModelConfig(vocab_size=8, residual_weight=0.6), None)
+    assert np.allclose(block._sum(np.ones(3), 2 * np.ones(3)), 0.6 + 0.8 * 2)
+
+
+def test_kronecker_powers_multiply():
+    q, k = normal(5, 3), normal(5, 3, seed=2)
+    product = np.sum(kronecker_power(jnp.asarray(q), 4) * kronecker_power(jnp.asarray(k), 4), -1)
+    assert rel_rms(product, np.sum(q * k, -1) ** 4) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order, error", [(2, 1e-1), (12, 1e-6)])
+def test_taylor_orders_converge_to_exp(order, error):
+    """The recurrent view: linear scans of Kronecker powers."""
+    q, k, v = (0.9 * normal(1, 6, 2, 2, seed=i).astype(np.float32) for i in range(3))
+    ids = jnp.asarray([[1, 1, 1, 2, 2, 2]])
+    expected = attention(q, k, v, normalizer="exp", segment_ids=ids, implementation="reference")
+    actual = taylor_attention(q, k, v, order, segment_ids=ids)
+    assert rel_rms(actual, expected) < error
 
 
 DECODED = {

@@ -295,6 +295,23 @@ def test_entmax_equals_the_entmax_package(alpha):
     )
 
 
+def test_learned_entmax_equals_the_entmax_package():
+    """With an alpha of every row: values, and gradients by logits and by alpha."""
+    torch, entmax = pytest.importorskip("torch"), pytest.importorskip("entmax")
+    s, seen, _, do = tile_inputs(2.0)
+    seen, v = np.ones_like(seen), np.eye(C, dtype=np.float32)
+    do = np.random.default_rng(3).normal(size=(R, C)).astype(np.float32)
+    normalizer = NORMALIZERS["learned_entmax"]
+    (alpha,) = parameters_of(normalizer, jnp.float32)
+    z = torch.tensor(s.astype(np.float64), requires_grad=True)
+    alphas = torch.tensor(np.asarray(alpha, np.float64), requires_grad=True)
+    p = entmax.entmax_bisect(z, alpha=alphas, dim=-1, n_iter=100)
+    (p * torch.tensor(do.astype(np.float64))).sum().backward()
+    actual = by_tiles(normalizer, s, seen, v, do)
+    expected = {"o": p.detach().numpy(), "ds": z.grad.numpy(), "alpha": alphas.grad.numpy()}
+    assert_close({x: actual[x] for x in expected}, expected, FLOAT32)
+
+
 def test_entmax_walks_few_times():
     """Newton's steps end when nothing moves any more."""
     count = []
