@@ -8,6 +8,7 @@ first order, has not; K^n is soon too large for anything else.
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -52,11 +53,12 @@ def taylor_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     total = jnp.zeros_like(v)
     for n in range(order + 1):
-        total = total + linear_scan(
+        of_order: Any = linear_scan(
             kronecker_power(q, n),
             kronecker_power(k, n),
             v,
             scale=scale**n / math.factorial(n),
             segment_ids=segment_ids,
         )
+        total = total + of_order
     return total
