@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import BlockConfig, ModelConfig
 from gatedjax.layers import TokenInfo
+from gatedjax.layers.added_losses import ADDED_LOSSES
 from gatedjax.layers.block import (
     STREAM_AXES,
     Block,
@@ -403,7 +404,7 @@ def periods_of(c: ModelConfig, training: bool = False) -> nn.Module:
     # low-rank experts are cut along theirs.
     scanned = nn.scan(
         period,
-        variable_axes={"params": 0, COLLECTION: 0},
+        variable_axes={"params": 0, COLLECTION: 0, ADDED_LOSSES: 0},
         split_rngs={"params": True, "router": True},
         in_axes=(nn.broadcast, 0, 0),
         length=c.num_periods,

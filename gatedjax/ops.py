@@ -6,6 +6,8 @@ attention            softmax, sigmoid and other normalizers; the output gate is 
 attention_step       the same for one decoded token and a cache of keys and values
 attention_sharded    the same inside `shard_map`, with the tokens split over a mesh axis
 merge_attention      one attention of several over other keys, by their log-sum-exps
+sinkhorn_attention   doubly stochastic weights by Sinkhorn's iteration; not causal
+qr_attention         doubly stochastic weights from an orthogonal matrix; not causal
 linear_scan          gated linear attention in chunks, for any rank of decay
 linear_scan_step     the same for one decoded token and a state
 linear_scan_sharded  the same inside `shard_map`, with the tokens split over a mesh axis
@@ -43,8 +45,10 @@ from kernels_pallas.ops import (
     linear_scan_step,
     merge_attention,
     permute_rows,
+    qr_attention,
     rwkv7_scan,
     rwkv7_scan_step,
+    sinkhorn_attention,
     sort_by_group,
     two_pass_softmax,
 )
@@ -67,8 +71,10 @@ __all__ = [
     "linear_scan_step",
     "merge_attention",
     "permute_rows",
+    "qr_attention",
     "rwkv7_scan",
     "rwkv7_scan_step",
+    "sinkhorn_attention",
     "sort_by_group",
     "two_pass_softmax",
 ]

@@ -7,6 +7,7 @@ from kernels_pallas.attention import (
     attention_step,
     merge_attention,
 )
+from kernels_pallas.attention.doubly_stochastic import qr_attention, sinkhorn_attention
 from kernels_pallas.attention.xla import OUT_NAME as ATTENTION_OUT_NAME
 from kernels_pallas.attention.xla import STATISTIC_NAME
 from kernels_pallas.delta_scan import (
@@ -58,8 +59,10 @@ __all__ = [
     "linear_scan_step",
     "merge_attention",
     "permute_rows",
+    "qr_attention",
     "rwkv7_scan",
     "rwkv7_scan_step",
+    "sinkhorn_attention",
     "sort_by_group",
     "two_pass_softmax",
 ]

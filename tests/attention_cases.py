@@ -13,7 +13,7 @@ EVERYTHING = dict(
     gate="head-wise", sinks=True, slopes=True, segments=True, window=12, logits_soft_cap=4.0
 )
 # Parameters, a number a head: they stay float32 in a bfloat16 call, as in a layer.
-BY_HEAD = ("sink_logits", "alibi_slopes")
+BY_HEAD = ("sink_logits", "alibi_slopes", "normalizer_parameters")
 
 
 def draw(
@@ -27,6 +27,7 @@ def draw(
     sinks=False,
     slopes=False,
     segments=False,
+    parameters=None,
     seed=0,
     **options,
 ):
@@ -42,9 +43,12 @@ def draw(
     if segments:
         options["segment_ids"] = jnp.asarray(np.sort(rng.integers(0, 3, (B, T)), axis=1), jnp.int32)
     sizes = {"alibi_slopes": 0.1}
-    return {
-        name: sizes.get(name, 1) * rng.normal(size=shape) for name, shape in shapes.items()
-    }, options
+    arrays = {name: sizes.get(name, 1) * rng.normal(size=shape) for name, shape in shapes.items()}
+    if parameters:
+        # Learned numbers of a normalizer, around where they start.
+        starts = np.asarray(list(parameters.values()))[:, None]
+        arrays["normalizer_parameters"] = starts + 0.2 * np.tanh(rng.normal(size=(len(starts), H)))
+    return arrays, options
 
 
 def call(arrays, **options):

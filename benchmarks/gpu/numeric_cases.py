@@ -98,6 +98,10 @@ NORMALIZERS = (
     "self_adjust",
     "stablemax",
     "softplus",
+    "reluformer",
+    "exp",
+    "exp_mean",
+    "plain_self_adjust",
 )
 DELTA_OPTIONS = {
     "rank": 4,

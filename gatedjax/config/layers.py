@@ -135,6 +135,13 @@ class GatedAttentionConfig(Checked):
         "adaptive_temperature",
         "sparsemax",
         "entmax",
+        "learned_entmax",
+        "reluformer",
+        "exp",
+        "exp_mean",
+        "plain_self_adjust",
+        "normalized_pooling",
+        "centered_softmax",
     ] = "softmax"
     # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A
     # constant, so that training and decoding agree: the length of training rows.
@@ -145,6 +152,20 @@ class GatedAttentionConfig(Checked):
     clip_alpha: NonNegative = 4.0
     # of reweighted softplus
     reweight_power: Annotated[int, Range(2, 100)] = 15
+    # of exp and exp_mean: weights are exp(min(s, exp_cap))
+    exp_cap: Positive = 5.0
+    # Weight of reluformer's loss, which keeps the sum of a row's weights near 1 and their entropy
+    # from growing (arXiv 2302.06461); costs two more calls of the op with one value channel.
+    reluformer_loss: NonNegative = 0.0
+    # What logits say of queries and keys: their product, or gaussian: -|q - k|^2 / 2. Costs two
+    # channels of queries and keys in float32, six in bfloat16.
+    similarity: Literal["product", "gaussian"] = "product"
+    # What follows the op, every head by itself, before a gate on its output (arXiv 2505.06708,
+    # table 3).
+    after_sdpa: Literal["none", "rms_norm", "layer_norm", "silu"] = "none"
+    # The token's own value times a learned number per head, 1 at the start, added to the output
+    # (arXiv 2306.17759, 2311.01906).
+    value_skip: bool = False
     # one learned logit per head in the denominator
     sinks: bool = False
     # One of every token per head, a linear map of the layer's input (Inkling 2). Costs a channel of
@@ -260,6 +281,7 @@ class GatedAttentionConfig(Checked):
                 self.normalizer_length,
                 f"a length for {option}",
             )
+        self._check_reluformer()
         for name in ("sinks", "token_sinks"):
             value = getattr(self, name)
             require(
@@ -267,6 +289,28 @@ class GatedAttentionConfig(Checked):
                 name,
                 value,
                 f"false with normalizer {self.normalizer!r}",
+            )
+
+    def _check_reluformer(self) -> None:
+        is_reluformer = self.normalizer == "reluformer"
+        require(
+            is_reluformer or self.reluformer_loss == 0,
+            "reluformer_loss",
+            self.reluformer_loss,
+            f"0 with normalizer {self.normalizer!r}",
+        )
+        # Gamma is put on the queries: what is added to logits afterwards would not be divided.
+        excluded = {
+            "logits_soft_cap": self.logits_soft_cap is not None,
+            "alibi": self.alibi != "none",
+            "similarity": self.similarity != "product",
+        }
+        for name, is_set in excluded.items():
+            require(
+                not (is_reluformer and is_set),
+                name,
+                getattr(self, name),
+                "none of its kind with normalizer 'reluformer'",
             )
 
     def _check_token_sinks(self) -> None:
@@ -348,6 +392,11 @@ class GatedAttentionConfig(Checked):
     def rotary_dim(self) -> int:
         """Channels of a head that rotate."""
         return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether something stands between the op and the gate on its output."""
+        return self.value_skip or self.after_sdpa != "none"
 
 
 @dataclass(frozen=True)

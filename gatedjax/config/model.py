@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 from gatedjax.config.checks import (
     Checked,
     CountOrZero,
+    Fraction,
     NonNegative,
     Positive,
     Range,
@@ -124,6 +125,9 @@ class ModelConfig(Checked):
     # Of a layer, by the name of its mixer: pre, x + f(norm(x)), where there is no entry; post,
     # x + norm(f(x)) (OLMo 2); sandwich, both. It holds for mixer and feed-forward.
     norm_placement: Mapping[str, NormPlacement] = field(default_factory=FrozenDict)
+    # w of a residual stream w x + sqrt(1 - w^2) f(x), for mixer and feed-forward (shaped
+    # transformers, arXiv 2306.17759); None for x + f(x)
+    residual_weight: Fraction | None = None
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     # of the residual stream. rms: RMSNorm; layer: LayerNorm, with a bias (RWKV-7)
     norm_kind: Literal["rms", "layer"] = "rms"

@@ -63,9 +63,31 @@ LSSAR: Preset = MappingProxyType(
     )
 )
 
+# Shaped attention (arXiv 2306.17759): the identity plus a softmax without its mean. The temperature
+# of its logits is `attention_scale`, the weights of the residual stream `model.residual_weight`.
+SHAPED: Preset = MappingProxyType(
+    dict(
+        gate_position="none",
+        normalizer="centered_softmax",
+        value_skip=True,
+    )
+)
+
+# The recurrent view of softmax (arXiv 2507.23632): exponentials without a denominator, whose place
+# a norm over the head takes.
+EXP_NORM: Preset = MappingProxyType(
+    dict(
+        gate_position="none",
+        normalizer="exp",
+        after_sdpa="rms_norm",
+    )
+)
+
 PRESETS: dict[str, Preset] = {
     "qwen3_next": QWEN3_NEXT,
     "gpt_oss": GPT_OSS,
     "swat": SWAT,
     "lssar": LSSAR,
+    "shaped": SHAPED,
+    "exp_norm": EXP_NORM,
 }

@@ -40,6 +40,7 @@ class _KeysAndOptions(NamedTuple):
     window: int | None
     logits_soft_cap: float | None
     scale: float
+    normalizer_parameters: Float[Array, "P H"] | None
 
 
 def attention_rows(
@@ -54,18 +55,19 @@ def attention_rows(
     scale: float | None = None,
     sink_logits: Float[Array, " H"] | None = None,
     alibi_slopes: Float[Array, " H"] | None = None,
+    normalizer_parameters: Float[Array, "P H"] | None = None,
 ) -> tuple[Float[Array, " H"], Float[Array, " T"]]:
     """Where attention goes: to the first token of the document, and over how many tokens.
 
-    Of the weights on tokens, over their sum: a sink's part counts for nothing, and normalizers that
-    do not sum to 1 can be compared.
+    Of the magnitudes of the weights on tokens, over their sum: a sink's part counts for nothing,
+    and normalizers that do not sum to 1, or have weights below 0, can be compared.
 
     Args:
       q, k: as the op gets them, after norm and rotation.
       segment_ids: 0 is padding, which is left out.
       positions: in the document.
-      normalizer, window, logits_soft_cap, scale, sink_logits, alibi_slopes: as of
-        `kernels_pallas.attention`.
+      normalizer, window, logits_soft_cap, scale, sink_logits, alibi_slopes, normalizer_parameters:
+        as of `kernels_pallas.attention`.
 
     Returns:
       For each head the fraction of attention that goes to the first token, a mean over all tokens
@@ -87,6 +89,7 @@ def attention_rows(
         window=window,
         logits_soft_cap=logits_soft_cap,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        normalizer_parameters=normalizer_parameters,
     )
     times = jnp.broadcast_to(jnp.arange(T), (B, T))
     queries = _QueryBlock(
@@ -123,7 +126,12 @@ def _block_rows(
     """For the queries of a block: weights on first tokens, summed; mean entropies over heads."""
     logits, is_seen = _block_logits(shared, queries)
     sinks = _by_head(shared.sink_logits)
-    p = weights(shared.normalizer, logits, is_seen, sinks)  # [B, H, block, T]
+    parameters = []
+    if shared.normalizer_parameters is not None:
+        parameters = list(shared.normalizer_parameters[:, :, None, None])
+    p = weights(shared.normalizer, logits, is_seen, sinks, parameters)  # [B, H, block, T]
+    if shared.normalizer.has_negative_weights:
+        p = jnp.abs(p)
     total = jnp.sum(p, axis=-1, keepdims=True)
     p = p / jnp.maximum(total, 1e-30)
     # Of all first tokens of the row, a query sees that of its own document only.

@@ -49,8 +49,9 @@ from gatedjax.config import GatedAttentionConfig, MixerConfig, MLAConfig, ModelC
 from gatedjax.data import Batch
 from gatedjax.evaluation.attention_rows import attention_rows, entropy_of
 from gatedjax.layers import mla
+from gatedjax.layers.gaussian import distances_as_channels
 from gatedjax.layers.logit_scale import alibi_slopes, logit_scale
-from gatedjax.layers.normalizer import normalizer_of
+from gatedjax.layers.normalizer import normalizer_of, numbers_of
 from gatedjax.layers.token_info import document_numbers
 from gatedjax.model import LanguageModel
 from gatedjax.sharding import RULES
@@ -181,12 +182,17 @@ def _attention(
     slopes = params.get("alibi_slopes")
     if slopes is None and config.alibi != "none":
         slopes = jnp.asarray(alibi_slopes(config))
+    q = _sown(sown, "q")
+    k = _sown(sown, "k")
+    if config.similarity == "gaussian":
+        q, k = distances_as_channels(q, k, logit_scale(config))
     fraction, entropy = attention_rows(
-        _sown(sown, "q"),
-        _sown(sown, "k"),
+        q,
+        k,
         batch.segment_ids,
         batch.positions,
         normalizer=normalizer_of(config),
+        normalizer_parameters=numbers_of(params, config),
         window=config.window,
         logits_soft_cap=config.logits_soft_cap,
         scale=logit_scale(config),

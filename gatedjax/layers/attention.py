@@ -12,6 +12,8 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig
+from gatedjax.layers.added_losses import sow_reluformer_loss
+from gatedjax.layers.after_sdpa import AfterSDPA
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.gate import (
     GateLogits,
@@ -22,6 +24,7 @@ from gatedjax.layers.gate import (
     split_gate,
 )
 from gatedjax.layers.gate_values import record
+from gatedjax.layers.gaussian import distances_as_channels
 from gatedjax.layers.kv_cache import (
     KVCache,
     append,
@@ -34,7 +37,7 @@ from gatedjax.layers.kv_cache import (
 )
 from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale
 from gatedjax.layers.norm import HeadsNorm, RMSNorm, unit_length
-from gatedjax.layers.normalizer import normalizer_of
+from gatedjax.layers.normalizer import learned_numbers, normalizer_of, over_gamma
 from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
@@ -98,6 +101,8 @@ class GatedAttention(Mixer):
                 name="query_scale",
             )
             q, v = scale(q, v, x, keys_seen(info.positions, c.window))
+        if c.normalizer == "reluformer":
+            q = over_gamma(self, c, q)
         gate = split_gate(self._sdpa_logits(q, x, fused_logits), c, q)
         token_sinks = self._token_sinks(x)
         o, cache, weights = self._attention(
@@ -105,6 +110,8 @@ class GatedAttention(Mixer):
         )
         if isinstance(cache, KVCache):
             cache = dataclasses.replace(cache, phase=phase)
+        if c.changes_output:
+            o = AfterSDPA(c, self.norm_eps, name="after_sdpa")(o, v)
         o = apply_split_gate(o, gate, c)
         if c.gate_fine_tuning and c.gate_start is not None:
             o = o * (1.0 / c.gate_start)
@@ -344,6 +351,7 @@ class GatedAttention(Mixer):
             "normalizer": normalizer_of(c),
             "logits_soft_cap": c.logits_soft_cap,
             "scale": logit_scale(c),
+            "normalizer_parameters": learned_numbers(self, c),
         }
         if not c.causal:
             if cache is not None:
@@ -353,11 +361,17 @@ class GatedAttention(Mixer):
             # What the probes measure the attention rows from, without the kernel ever storing them.
             record(self, "q", row.q)
             record(self, "k", row.k)
+        if c.similarity == "gaussian":
+            q, k = distances_as_channels(row.q, row.k, logit_scale(c))
+            row = row._replace(q=q, k=k)
         if token_sinks is not None:
             q, k = token_sinks_as_channels(row.q, row.k, token_sinks, logit_scale(c))
             row = row._replace(q=q, k=k)
             # All tokens' own sinks have become 0.
             sink_logits = jnp.zeros(c.num_heads, jnp.float32)
+        if c.reluformer_loss and cache is None:
+            seen = keys_seen(info.positions, c.window)
+            sow_reluformer_loss(self, c, row.q, row.k, row.segment_ids, seen, logit_scale(c))
         if cache is None:
             o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
             return o, None, SharedWeights(row.q, row.k)

@@ -1,6 +1,7 @@
 """A block of a model: a mixer and a feed-forward, each on the residual stream, and their norms."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -81,13 +82,13 @@ class Block(nn.Module):
             else:
                 y, cache, depth = _mixed(mixer, before, info, cache, depth)
             record(self, "mixer_output", y)
-            x = x + self._after("mixer", y)
+            x = self._sum(x, self._after("mixer", y))
         statistics = {}
         if feed_forward.has_cache:
             y, ffn_cache = feed_forward.with_cache(self._before("ffn", x), info, ffn_cache)
             if ffn_cache is not None:
                 cache = BlockCache(cache, ffn_cache)
-            x = x + self._after("ffn", y)
+            x = self._sum(x, self._after("ffn", y))
         elif not isinstance(feed_forward, NoFeedForward):
             y, statistics, new_logits = feed_forward.with_statistics(
                 self._before("ffn", x),
@@ -98,12 +99,20 @@ class Block(nn.Module):
             # structure.
             if router_logits is not None:
                 router_logits = new_logits
-            x = x + self._after("ffn", y)
+            x = self._sum(x, self._after("ffn", y))
         x = nn.with_logical_constraint(x, STREAM_AXES)
         record(self, "residual", x)
         if depth is not None:
             depth = dataclasses.replace(depth, index=depth.index + 1)
         return x, router_logits, depth, cache, statistics, weights
+
+    def _sum(self, x: Stream, y: Stream) -> Stream:
+        """The residual stream x and what is added to it."""
+        weight = self.config.residual_weight
+        if weight is None:
+            return x + y
+        # The squares of the two weights sum to 1.
+        return weight * x + math.sqrt(1 - weight**2) * y
 
     def _before(self, name: str, x: Stream) -> Stream:
         """What the mixer or the feed-forward sees of the residual stream."""

@@ -90,6 +90,8 @@ def split_gate(
     """Who applies a gate on the output of the attention: the op, if it is the op's sigmoid."""
     if gate_logits is None:
         return SplitGate()
+    if isinstance(config, GatedAttentionConfig) and config.changes_output:
+        return SplitGate(after=gate_logits)
     if config.gate_mode != "multiplicative" or config.gate_activation != "sigmoid":
         return SplitGate(after=gate_logits)
     # Shared logits have one head; the kernel wants all of them.

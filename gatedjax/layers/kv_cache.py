@@ -54,6 +54,9 @@ def empty_cache(
     key_channels = value_channels
     if config.token_sinks:
         key_channels += num_sink_channels(dtype)
+    if config.similarity == "gaussian":
+        # The squares of queries and of keys.
+        key_channels += 2 * num_sink_channels(dtype)
     shape = (batch, slots, config.kv_heads)
     v = jnp.zeros((*shape, value_channels), dtype)
     if config.shares_weights:

@@ -23,6 +23,8 @@ def attention_on_mesh(
     segment_ids: Array | None,
     sink_logits: Float[Array, " H"] | None,
     alibi_slopes: Float[Array, " H"] | None,
+    *,
+    normalizer_parameters: Float[Array, "P H"] | None = None,
     **options,
 ) -> Float[Array, "B T H V"]:
     """`attention`; where the ambient mesh cuts the tokens, every device attends for its part of the
@@ -30,12 +32,13 @@ def attention_on_mesh(
 
     Args:
       q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes: as `kernels_pallas.attention`.
+      normalizer_parameters: the same.
       options: its static arguments.
 
     Returns:
       The output of the attention, gated if there are gate logits.
     """
-    arrays = (q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes)
+    arrays = (q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes, normalizer_parameters)
     # Rows and heads are cut by the op itself; only tokens need the form that exchanges them.
     cuts_tokens = is_cut("length", q.shape[1])
 
@@ -47,12 +50,14 @@ def attention_on_mesh(
         segment_ids,
         sink_logits,
         alibi_slopes,
+        normalizer_parameters,
     ):
         inputs = {
             "gate_logits": gate_logits,
             "segment_ids": segment_ids,
             "sink_logits": sink_logits,
             "alibi_slopes": alibi_slopes,
+            "normalizer_parameters": normalizer_parameters,
         }
         if cuts_tokens:
             return attention_sharded(
@@ -76,7 +81,8 @@ def attention_on_mesh(
     tokens = ("batch", "length")
     queries = (*tokens, "heads", None)
     keys = (*tokens, "kv_heads", None)
-    in_axes = (queries, keys, keys, queries, tokens, ("heads",), ("heads",))
+    of_heads = ("heads",)
+    in_axes = (queries, keys, keys, queries, tokens, of_heads, of_heads, (None, "heads"))
     return per_shard(attend, in_axes, queries)(*arrays)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,6 +85,8 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
             recall = RecallValidation(cell.recall, run)
         stream = _stream(cell, run)
         metrics: dict[str, float] = {}
+        # Steps and seconds at every reading.
+        readings: list[tuple[int, float]] = []
         step = 0
         while step < config.steps:
             step += 1
@@ -92,6 +94,7 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
             state, on_device = train_step(state, batch)
             if step % READ_EVERY == 0 or step == config.steps:
                 metrics = _scalars(on_device)
+                readings.append((step, time.monotonic()))
                 # A loss that is no number, or only skipped steps: the run has diverged.
                 if _is_stuck(run, metrics) or not math.isfinite(metrics["loss"]):
                     break
@@ -107,7 +110,16 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
             params=params_for_evaluation(state),
             steps=step,
             metrics=metrics,
+            step_ms=_step_ms(readings),
         )
+
+
+def _step_ms(readings: Sequence[tuple[int, float]]) -> float:
+    """The mean time of the steps between the first reading and the last; NaN where it is one."""
+    if len(readings) < 2:
+        return math.nan
+    (first_step, first_time), *_, (last_step, last_time) = readings
+    return 1e3 * (last_time - first_time) / (last_step - first_step)
 
 
 def _tokenizer(cell: Cell) -> Tokenizer | None:

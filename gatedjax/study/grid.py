@@ -26,6 +26,7 @@ ADDED_LATER = (
     ("model", "norm_kind"),
     ("model", "norm_placement"),
     ("model", "prefix"),
+    ("model", "residual_weight"),
     ("model", "suffix"),
     ("optim", "lr_by_name"),
     ("optim", "trainable"),
@@ -57,6 +58,11 @@ ADDED_LATER_TO_LAYERS = {
         "selective_activation",
         "selective_gate",
         "selective_bias",
+        "exp_cap",
+        "reluformer_loss",
+        "similarity",
+        "after_sdpa",
+        "value_skip",
     ),
     "delta_attention": ("conv_bias", "norm_eps"),
     "gated_linear_attention": (
@@ -79,7 +85,7 @@ ADDED_LATER_TO_LAYERS = {
 # Likewise, of each source.
 ADDED_LATER_TO_SOURCES = ("stream",)
 
-Measure = Literal["validation", "recall", "probes", "lengths", "routing"]
+Measure = Literal["validation", "recall", "probes", "lengths", "routing", "speed"]
 Label = str | int | float
 
 

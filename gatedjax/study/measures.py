@@ -8,6 +8,8 @@ probes       first_token_fraction, effective_rank (means over layers and heads),
              (likewise), gate_mean (mean over attention layers and linear ones)
 lengths      loss@T for each of the cell's lengths: validation text in windows of T
 routing      load_max_over_mean, balance_loss of the last step
+speed        step_ms: the mean time of a training step, of those after the first metrics were read;
+             it depends on what else the machine did
 
 Call them inside `jax.set_mesh(trained.run.mesh)`.
 """
@@ -112,12 +114,18 @@ def routing(trained: Trained) -> Values:
     return {name: trained.metrics[name] for name in names}
 
 
+def speed(trained: Trained) -> Values:
+    """The time of a step; NaN where training ended before there were two readings."""
+    return {"step_ms": trained.step_ms}
+
+
 MEASURES: dict[str, Callable[[Trained], Values]] = {
     "validation": validation,
     "recall": recall,
     "probes": probes,
     "lengths": lengths,
     "routing": routing,
+    "speed": speed,
 }
 
 

@@ -1,6 +1,7 @@
 """A model at the end of its run: what the measures are taken of."""
 
 import dataclasses
+import math
 from typing import Any
 
 from gatedjax.study.grid import Cell
@@ -13,6 +14,7 @@ class Trained:
 
     steps: that were taken; fewer than planned where training ended early.
     metrics: of the last step whose metrics were read, as plain numbers.
+    step_ms: the mean time of a step between the first reading of metrics and the last.
     """
 
     cell: Cell
@@ -20,3 +22,4 @@ class Trained:
     params: Any
     steps: int
     metrics: dict[str, float]
+    step_ms: float = math.nan

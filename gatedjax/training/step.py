@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float, Int, PyTree
 from gatedjax.compiler_options import for_training
 from gatedjax.config import Config, ModelConfig, SparseMoEConfig
 from gatedjax.data import Batch
+from gatedjax.layers.added_losses import ADDED_LOSSES, added_loss, has_added_losses
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import load_metrics, router_losses
-from gatedjax.layers.moe.statistics import Extent, Statistics, as_part, extent
+from gatedjax.layers.moe.statistics import Extent, Statistics, as_part, extent, fraction
 from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.layers.tree import Path, divided, flatten_dict, unflatten_dict, united
 from gatedjax.model import LanguageModel, head_weights
@@ -141,7 +142,7 @@ def batch_losses(
       by_row: whether the sums are of rows.
     """
     with nn.logical_axis_rules(RULES):
-        hidden, _ = _hidden_states(model, params, batch)
+        hidden, _, _ = _hidden_states(model, params, batch)
         return chunked_cross_entropy(
             hidden,
             gathered(head_weights(params), hidden),
@@ -163,8 +164,10 @@ def _hidden_states(
     batch: Batch,
     key: Array | None = None,
     training: bool = False,
-) -> tuple[Float[Array, "B T M"], Statistics]:
-    """The model's last hidden states of a batch, and what its routers did.
+) -> tuple[Float[Array, "B T M"], Statistics, Float[Array, ""] | None]:
+    """The model's last hidden states of a batch, what its routers did, and losses of its layers.
+
+    Those are None where no layer adds any, and means over the tokens of the batch.
 
     Args:
       model: the model's configuration.
@@ -174,15 +177,21 @@ def _hidden_states(
       training: experts with a capacity drop what is beyond it.
     """
     rngs = None if key is None else {"router": key}
+    adds_losses = training and has_added_losses(model)
     outputs: Any = LanguageModel(model, training=training).apply(
         {"params": params},
         batch.tokens,
         batch.positions,
         batch.segment_ids,
         rngs=rngs,
+        mutable=[ADDED_LOSSES] if adds_losses else False,
     )
+    added = None
+    if adds_losses:
+        outputs, sown = outputs
+        added = added_loss(sown)
     hidden, _, statistics = outputs
-    return hidden, statistics
+    return hidden, statistics, added
 
 
 def train_step(
@@ -214,8 +223,8 @@ def train_step(
     with jax.named_scope("update"):
         trained, frozen = trainable.split(config, state.params)
         grad_norm = optax.tree.norm(grads)
-        # Losses of routers too, which are not in what is logged as the loss.
-        loss = metrics["loss"] + metrics.get("aux_loss", 0.0)
+        # Losses of routers and layers too, which are not in what is logged as the loss.
+        loss = metrics["loss"] + metrics.get("aux_loss", 0.0) + metrics.get("added_loss", 0.0)
         is_good, guard = _guarded(config, state.guard, loss, grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, trained)
         moved: Any = optax.apply_updates(trained, updates)
@@ -322,7 +331,7 @@ def _assignments(
     def counts_of(micro: Batch, index: Array) -> dict[str, Array]:
         key = _router_key(config, state, index)
         with nn.logical_axis_rules(RULES):
-            _, statistics = _hidden_states(
+            _, statistics, _ = _hidden_states(
                 config.model,
                 params,
                 micro,
@@ -404,7 +413,7 @@ def _micro_loss(
         key = _router_key(config, state, index)
         params = united(trained, frozen, state.routers)
         with nn.logical_axis_rules(RULES):
-            hidden, statistics = _hidden_states(
+            hidden, statistics, added = _hidden_states(
                 config.model,
                 params,
                 micro,
@@ -426,7 +435,11 @@ def _micro_loss(
         statistics = as_part(statistics, part, whole)
         aux_loss, _ = router_losses(config.model, statistics, counts)
         metrics = {"loss": losses.cross_entropy / tokens}
-        return token_loss + aux_loss, (metrics, statistics)
+        total = token_loss + aux_loss
+        if added is not None:
+            metrics["added_loss"] = added * fraction(part.tokens, whole.tokens)
+            total = total + metrics["added_loss"]
+        return total, (metrics, statistics)
 
     return loss
 

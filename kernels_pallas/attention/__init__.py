@@ -3,7 +3,8 @@
 from kernels_pallas.attention.api import attention, attention_step
 from kernels_pallas.attention.merge import merge_attention
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
-from kernels_pallas.attention.normalizers.entmax import Entmax
+from kernels_pallas.attention.normalizers.by_head import CenteredSoftmax, NormalizedPooling
+from kernels_pallas.attention.normalizers.entmax import Entmax, LearnedEntmax
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
@@ -18,15 +19,30 @@ from kernels_pallas.attention.normalizers.singlepass import (
     Softplus,
     StableMax,
 )
+from kernels_pallas.attention.normalizers.unnormalized import (
+    Exp,
+    MeanExp,
+    PlainSelfAdjust,
+    ReluEntropy,
+    ReluFormer,
+)
 from kernels_pallas.attention.sharded import attention_sharded
 
 __all__ = [
     "NORMALIZERS",
     "AdaptiveTemperature",
+    "CenteredSoftmax",
     "ClippedSoftmax",
     "Entmax",
+    "Exp",
+    "LearnedEntmax",
+    "MeanExp",
+    "NormalizedPooling",
     "Normalizer",
+    "PlainSelfAdjust",
     "Relu",
+    "ReluEntropy",
+    "ReluFormer",
     "ReweightedSoftplus",
     "SelfAdjust",
     "Sigmoid",

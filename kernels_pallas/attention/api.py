@@ -15,6 +15,7 @@ from kernels_pallas.attention.checks import (
     checked_options,
     checked_step_options,
     segment_id_pair,
+    with_parameters,
 )
 from kernels_pallas.attention.documents import comparable_ids, document_numbers
 from kernels_pallas.attention.inputs import AttentionInputs, Outputs, StepInputs
@@ -38,6 +39,7 @@ def attention(
     block_mask: Bool[Array, "B H _ _"] | None = None,
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
+    normalizer_parameters: Float[Array, "P H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -83,6 +85,9 @@ def attention(
         only. Zeros are "softmax plus one".
       alibi_slopes: per head, >= 0 to favor near keys (arXiv 2108.12409); learned or not. Added
         after the soft cap.
+      normalizer_parameters: learned numbers of the normalizer, a row of one a head for each of its
+        `parameters`, in their order: entmax's alpha, for one. None for their starts; other
+        normalizers have none.
       logits_soft_cap: c > 0.
       scale: a number, K**-0.5 if None.
       return_lse: also return log(exp(sink) + sum_j exp(s_ij)) of every row; softmax only. With it
@@ -116,6 +121,7 @@ def attention(
         block_mask=block_mask,
     )
     check_inputs(op, inputs)
+    inputs = with_parameters(op, inputs, normalizer, normalizer_parameters)
     if query_segments is not None and key_segments is not None:
         query_segments, key_segments = comparable_ids(query_segments, key_segments)
     elif query_segments is not None:
@@ -179,6 +185,7 @@ def attention_step(
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
     distances: Int[Array, "B S"] | None = None,
+    normalizer_parameters: Float[Array, "P H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
@@ -198,7 +205,8 @@ def attention_step(
         softmax) must be an object with a length, because the number of slots says nothing.
       distances: how many tokens back each slot's key is, integers of any dtype; with
         `alibi_slopes`, and only then.
-      gate_logits, sink_logits, alibi_slopes, logits_soft_cap, scale: as in `attention`.
+      gate_logits, sink_logits, alibi_slopes, normalizer_parameters, logits_soft_cap, scale: as in
+        `attention`.
       implementation, interpret: as in `attention`.
 
     Returns:
@@ -220,6 +228,7 @@ def attention_step(
         distances=distances,
     )
     check_step_inputs(op, inputs)
+    inputs = with_parameters(op, inputs, normalizer, normalizer_parameters)
     options = checked_step_options(
         op,
         inputs,

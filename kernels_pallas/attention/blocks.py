@@ -48,7 +48,7 @@ class UngatedInputs(NamedTuple):
     """The arrays that decide the ungated output: T queries against S keys.
 
     Attributes:
-      q, k, v, sink_logits, alibi_slopes: as in `AttentionInputs`.
+      q, k, v, sink_logits, alibi_slopes, normalizer_parameters: as in `AttentionInputs`.
       q_segments, k_segments: the documents of queries and keys, both or neither.
       first: the position of the first query among the keys; 0 if None.
       distances: of keys in no order from a single query, for ALiBi; None if positions tell them.
@@ -65,6 +65,7 @@ class UngatedInputs(NamedTuple):
     first: Int[Array, ""] | int | None = None
     distances: Int[Array, "B S"] | None = None
     block_mask: Bool[Array, "B H _ _"] | None = None
+    normalizer_parameters: Float[Array, "P H"] | None = None
 
 
 class QueryBlocks(NamedTuple):
@@ -97,6 +98,8 @@ class RowConstants(NamedTuple):
     zero: Float[Array, "B Hk R 1"]
     sink: Float[Array, "B Hk R 1"] | None
     slopes: Float[Array, "B Hk R 1"] | None
+    # One for each of `Normalizer.parameters`.
+    parameters: tuple[Float[Array, "B Hk R 1"], ...]
 
 
 # Cutting arrays and joining them.
@@ -207,18 +210,21 @@ def row_constants(plan: Plan, inputs: UngatedInputs) -> RowConstants:
         # They are carried through loops along with what varies like q.
         return varying_like(x, inputs.q)
 
-    def of_heads(x: Array | None) -> Array | None:
-        if x is None:
-            return None
+    def of_heads(x: Array) -> Array:
         # Head h = kv_head * G + g fills the rows g * block_q to (g + 1) * block_q.
         by_group = x.astype(dtype).reshape(kv_heads, -1)
         by_row = jnp.repeat(by_group, plan.block_q, axis=1)
         return of_rows(by_row[..., None])
 
+    sink = inputs.sink_logits
+    slopes = inputs.alibi_slopes
+    # Most normalizers have learned nothing.
+    parameters = () if inputs.normalizer_parameters is None else inputs.normalizer_parameters
     return RowConstants(
         zero=of_rows(jnp.zeros((), dtype)),
-        sink=of_heads(inputs.sink_logits),
-        slopes=of_heads(inputs.alibi_slopes),
+        sink=None if sink is None else of_heads(sink),
+        slopes=None if slopes is None else of_heads(slopes),
+        parameters=tuple(of_heads(x) for x in parameters),
     )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kernels_pallas.attention.doubly_stochastic import NOT_CAUSAL
 from kernels_pallas.attention.inputs import (
     MASK_BLOCK,
     AttentionInputs,
@@ -21,6 +22,7 @@ from kernels_pallas.attention.inputs import (
 )
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
 from kernels_pallas.attention.normalizers.named import NORMALIZERS
+from kernels_pallas.attention.tile import statistics_dtype
 from kernels_pallas.common.checks import (
     check_bool,
     check_integer,
@@ -201,6 +203,46 @@ def checked_step_options(
     )
 
 
+def with_parameters[Inputs: (AttentionInputs, StepInputs)](
+    op: str,
+    inputs: Inputs,
+    normalizer: str | Normalizer,
+    parameters: Array | None,
+) -> Inputs:
+    """The inputs with the normalizer's learned numbers, checked; their starts if none are given.
+
+    Args:
+      op: the public name, for the errors.
+      inputs: the arrays of the call, checked.
+      normalizer, parameters: as `normalizer` and `normalizer_parameters` of `api.attention`.
+
+    Returns:
+      The inputs.
+
+    Raises:
+      ValueError: a normalizer that there is not, or numbers that it does not have.
+    """
+    normalizer = _normalizer_object(op, normalizer, inputs.sink_logits)
+    starts = normalizer.parameters
+    num_heads = inputs.q.shape[-2]
+    if parameters is None:
+        if not starts:
+            return inputs
+        # The numbers that a layer would start from, not learned.
+        dtype = statistics_dtype(inputs.q)
+        rows = [jnp.full(num_heads, start, dtype) for start in starts.values()]
+        return inputs._replace(normalizer_parameters=jnp.stack(rows))
+    expected = (len(starts), num_heads)
+    if not starts or parameters.shape != expected:
+        named = f"{expected} for {', '.join(starts)}" if starts else "None"
+        raise ValueError(
+            f"{op}: normalizer_parameters: got shape {parameters.shape}, expected {named} "
+            f"with normalizer={normalizer}"
+        )
+    _check_float(op, "normalizer_parameters", parameters)
+    return inputs._replace(normalizer_parameters=parameters)
+
+
 def _normalizer_object(
     op: str,
     normalizer: str | Normalizer,
@@ -208,6 +250,10 @@ def _normalizer_object(
 ) -> Normalizer:
     """The normalizer of that name; an object is returned as it is."""
     if not isinstance(normalizer, Normalizer):
+        if normalizer in NOT_CAUSAL:
+            got = f"{normalizer!r}, which no causal model has: its columns sum over later queries"
+            expected = f"kernels_pallas.ops.{NOT_CAUSAL[normalizer]} in its place"
+            raise ValueError(f"{op}: normalizer: got {got}; expected {expected}")
         if normalizer not in NORMALIZERS:
             expected = f"a Normalizer or one of {', '.join(NORMALIZERS)}"
             raise ValueError(f"{op}: normalizer: got {normalizer!r}, expected {expected}")

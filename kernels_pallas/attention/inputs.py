@@ -28,6 +28,7 @@ class AttentionInputs(NamedTuple):
         document only.
       key_segment_ids: those of the keys, where they are not the queries'.
       block_mask: which blocks of MASK_BLOCK keys a block of as many queries may see.
+      normalizer_parameters: a number a head for each of `Normalizer.parameters`; None for none.
     """
 
     q: Float[Array, "B T H K"]
@@ -39,6 +40,7 @@ class AttentionInputs(NamedTuple):
     segment_ids: Int[Array, "B T"] | None = None
     key_segment_ids: Int[Array, "B S"] | None = None
     block_mask: Bool[Array, "B H _ _"] | None = None
+    normalizer_parameters: Float[Array, "P H"] | None = None
 
     @property
     def segments_of_keys(self) -> Int[Array, "B S"] | None:
@@ -84,6 +86,7 @@ class StepInputs(NamedTuple):
       q, k_cache, v_cache, gate_logits, sink_logits, alibi_slopes: as in `AttentionInputs`.
       valid: whether a slot holds a key that the query may see.
       distances: how many tokens back each slot's key is; needed by ALiBi only.
+      normalizer_parameters: as in `AttentionInputs`.
     """
 
     q: Float[Array, "B H K"]
@@ -94,6 +97,7 @@ class StepInputs(NamedTuple):
     alibi_slopes: Float[Array, "H"] | None
     valid: Bool[Array, "B S"]
     distances: Int[Array, "B S"] | None
+    normalizer_parameters: Float[Array, "P H"] | None = None
 
 
 class StepOptions(NamedTuple):

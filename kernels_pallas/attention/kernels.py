@@ -73,6 +73,9 @@ def unsupported_arrays(
     if normalizer.passes > 1:
         name = type(normalizer).__name__
         return f"takes normalizers that pass over the keys once, not {name}"
+    if normalizer.parameters:
+        name = type(normalizer).__name__
+        return f"takes normalizers without learned numbers, not {name}: implementation='xla' does"
     return None
 
 
@@ -128,6 +131,7 @@ def over_mesh(attend: Callable[[AttentionInputs], Outputs], inputs: AttentionInp
         "segment_ids": "b.",
         "key_segment_ids": "b.",
         "block_mask": "bh..",
+        "normalizer_parameters": ".h",
     }
 
     def attend_part(*arrays: Any) -> tuple[Array, ...]:
@@ -158,6 +162,7 @@ def step_over_mesh(attend: Callable[[StepInputs], Array], inputs: StepInputs) ->
         "alibi_slopes": "h",
         "valid": "b.",
         "distances": "b.",
+        "normalizer_parameters": ".h",
     }
 
     def attend_part(*arrays: Any) -> tuple[Array]:

@@ -148,6 +148,7 @@ def attention_step(inputs: StepInputs, options: StepOptions) -> Float[Array, "B 
         gate_logits=None if gate_logits is None else gate_logits[:, None],
         sink_logits=inputs.sink_logits,
         alibi_slopes=inputs.alibi_slopes,
+        normalizer_parameters=inputs.normalizer_parameters,
     )
     # [B, 1, 1, S]
     seen = inputs.valid[:, None, None]
@@ -192,7 +193,12 @@ def _attend(
     sink = None
     if inputs.sink_logits is not None:
         sink = inputs.sink_logits.astype(dtype)[None, :, None, None]
-    w = weights(options.normalizer, s, seen, sink)
+    # The same for each learned number of the normalizer.
+    parameters = ()
+    if inputs.normalizer_parameters is not None:
+        by_head = inputs.normalizer_parameters.astype(dtype)
+        parameters = tuple(x[None, :, None, None] for x in by_head)
+    w = weights(options.normalizer, s, seen, sink, parameters)
     # [B, H, T, S] -> [B, T, S, H, 1]
     w = jnp.moveaxis(w, 1, -1)[..., None]
     o = jnp.sum(jnp.where(pairs, w * v, 0), axis=2)

@@ -21,7 +21,12 @@ from jaxtyping import Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.attention import xla
-from kernels_pallas.attention.checks import check_inputs, check_same_length, checked_options
+from kernels_pallas.attention.checks import (
+    check_inputs,
+    check_same_length,
+    checked_options,
+    with_parameters,
+)
 from kernels_pallas.attention.documents import document_numbers
 from kernels_pallas.attention.inputs import AttentionInputs, Outputs
 from kernels_pallas.attention.normalizers.base import Normalizer
@@ -42,6 +47,7 @@ def attention_sharded(
     segment_ids: Int[Array, "B T"] | None = None,
     sink_logits: Float[Array, "H"] | None = None,
     alibi_slopes: Float[Array, "H"] | None = None,
+    normalizer_parameters: Float[Array, "P H"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
@@ -55,8 +61,9 @@ def attention_sharded(
     Args:
       axis_name: the mesh axis that cuts T.
       q, k, v, gate_logits, segment_ids: as in `attention`: this device's tokens.
-      normalizer, causal, window, sink_logits, alibi_slopes, logits_soft_cap, scale: as in
+      normalizer, causal, window, sink_logits, alibi_slopes, normalizer_parameters: as in
         `attention`, of the whole sequence.
+      logits_soft_cap, scale: as in `attention`.
       implementation: None or "xla".
 
     Returns:
@@ -70,6 +77,7 @@ def attention_sharded(
     inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
     check_inputs(op, inputs)
     check_same_length(op, inputs)
+    inputs = with_parameters(op, inputs, normalizer, normalizer_parameters)
     options = checked_options(
         op,
         inputs,

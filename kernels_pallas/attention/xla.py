@@ -94,6 +94,7 @@ def _without_gate(
         k_segments=inputs.segments_of_keys,
         first=first,
         block_mask=inputs.block_mask,
+        normalizer_parameters=inputs.normalizer_parameters,
     )
     return plan, ungated
 
@@ -122,6 +123,7 @@ def attention_step(inputs: StepInputs, options: StepOptions) -> Float[Array, "B 
         q_segments=q_segments,
         k_segments=k_segments,
         distances=inputs.distances,
+        normalizer_parameters=inputs.normalizer_parameters,
     )
     gate_logits = inputs.gate_logits
     if gate_logits is not None:
@@ -212,6 +214,7 @@ def _plain(plan: Plan, arrays: tuple[UngatedInputs, Array | None]) -> Outputs:
             segment_ids=inputs.q_segments,
             key_segment_ids=inputs.k_segments,
             block_mask=inputs.block_mask,
+            normalizer_parameters=inputs.normalizer_parameters,
         ),
         AttentionOptions(
             normalizer=plan.normalizer,
@@ -351,6 +354,7 @@ def gradient(
         gate_logits=dgate,
         sink_logits=gradients.sink_logits,
         alibi_slopes=gradients.alibi_slopes,
+        normalizer_parameters=gradients.normalizer_parameters,
     )
 
 
@@ -441,7 +445,7 @@ def _forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]
             return undefined
 
         # Most normalizers know nothing before, and make no other pass.
-        known = normalizer.prepare(pass_over_keys, constants.zero)
+        known = normalizer.prepare(pass_over_keys, constants.zero, constants.parameters)
         row = normalizer.start(constants.zero, known, constants.sink)
         sums = [empty_sum] * normalizer.sums
         largest = None
@@ -559,6 +563,12 @@ def _input_gradients(
     if inputs.alibi_slopes is not None:
         dslopes = blocks.sum_by_head(dslopes, plan.block_q).astype(inputs.alibi_slopes.dtype)
 
+    dparameters = None
+    if inputs.normalizer_parameters is not None:
+        by_row = plan.normalizer.parameter_gradients(row.deltas, row.saved)
+        by_head = [blocks.sum_by_head(x, plan.block_q) for x in by_row]
+        dparameters = jnp.stack(by_head).astype(inputs.normalizer_parameters.dtype)
+
     # Tiles leave the scale out: see `tile.TileGradients`. Integer inputs have no gradient (None).
     dk = blocks.join(plan.scale * dk, plan.block_k, num_keys)
     dv = blocks.join(dv, plan.block_k, num_keys)
@@ -568,6 +578,7 @@ def _input_gradients(
         v=dv.astype(inputs.v.dtype),
         sink_logits=dsink,
         alibi_slopes=dslopes,
+        normalizer_parameters=dparameters,
     )
 
 

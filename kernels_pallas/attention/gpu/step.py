@@ -70,6 +70,7 @@ def attention_step(
         "alibi_slopes": "h",
         "valid": "b.",
         "distances": "b.",
+        "normalizer_parameters": ".h",
     }
 
     def step_part(*arrays: Any) -> tuple[Array]:

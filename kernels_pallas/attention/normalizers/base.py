@@ -13,6 +13,9 @@ over the keys of some rows:
     row, sums = normalizer.merge(row, sums)          only where the keys were split among programs
     outputs, saved = normalizer.finish(row, sums)    outputs[0] is o; saved is a tuple of [R, 1]
 
+Some have learned numbers, one a head each (`parameters`): `prepare` gets them as [R, 1], hands them
+on in what it found, and `finish` saves what their gradient needs.
+
 and the backward pass:
 
     deltas = [sum(do * outputs[n]) for n in normalizer.deltas]      [R, 1] each
@@ -34,7 +37,7 @@ gradients; one that sees logits of -inf alone does too, and if that should be Na
 the backends say so: they know which rows see something.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -91,6 +94,10 @@ class Normalizer:
     from_maximum: ClassVar[bool] = False
     # Whether a key whose logit is -inf is as good as one that is not seen, in every method.
     hidden_by_logit: ClassVar[bool] = False
+    # Whether weights may be below 0.
+    has_negative_weights: ClassVar[bool] = False
+    # The names of learned numbers, one a head each, and what they are if the caller gives none.
+    parameters: ClassVar[Mapping[str, float]] = {}
     # How a kernel takes exponentials; no part of what the normalizer is.
     functions: Elementary = field(default=Elementary(), kw_only=True, repr=False)
 
@@ -102,9 +109,10 @@ class Normalizer:
         self,
         pass_over_keys: KeyPass,
         zero: Array,
+        parameters: Row = (),
     ) -> Row:
-        """What must be known of a row before its keys are weighed."""
-        return ()
+        """What must be known of a row before its keys are weighed: its parameters at least."""
+        return parameters
 
     def start(
         self,
@@ -177,6 +185,14 @@ class Normalizer:
     ) -> Array:
         """The gradient of a row's sink [R, 1]."""
         raise NotImplementedError
+
+    def parameter_gradients(
+        self,
+        deltas: Sequence[Array],
+        saved: Row,
+    ) -> Row:
+        """What a row adds to the gradient of each of its head's `parameters`, [R, 1] each."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -335,6 +351,11 @@ def relu(s: Array) -> Array:
 def softplus(s: Array, exp: Callable[[Array], Array] = jnp.exp) -> Array:
     """log(1 + e^s), without overflow."""
     return jnp.maximum(s, 0) + jnp.log1p(exp(-jnp.abs(s)))
+
+
+def visible(s: Array, seen: Array | None) -> Array:
+    """1 where a key is seen, 0 elsewhere, in the dtype of the logits."""
+    return jnp.ones_like(s) if seen is None else seen.astype(s.dtype)
 
 
 def undefined_as_nan(

@@ -62,6 +62,7 @@ class ClippedSoftmax(Normalizer):
         self,
         pass_over_keys: KeyPass,
         zero: Array,
+        parameters: Row = (),
     ) -> Row:
         # The first pass finds the softmax's denominator, without values.
         softmax = Softmax()
@@ -161,6 +162,7 @@ class ReweightedSoftplus(Normalizer):
         self,
         pass_over_keys: KeyPass,
         zero: Array,
+        parameters: Row = (),
     ) -> Row:
         def add(
             row: Row,
@@ -289,6 +291,7 @@ class AdaptiveTemperature(Normalizer):
         self,
         pass_over_keys: KeyPass,
         zero: Array,
+        parameters: Row = (),
     ) -> Row:
         def add(
             row: Row,

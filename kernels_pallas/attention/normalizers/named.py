@@ -1,7 +1,8 @@
 """The normalizers by name, with their papers' parameters."""
 
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
-from kernels_pallas.attention.normalizers.entmax import Entmax
+from kernels_pallas.attention.normalizers.by_head import CenteredSoftmax, NormalizedPooling
+from kernels_pallas.attention.normalizers.entmax import Entmax, LearnedEntmax
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
@@ -14,6 +15,12 @@ from kernels_pallas.attention.normalizers.singlepass import (
     Softpick,
     Softplus,
     StableMax,
+)
+from kernels_pallas.attention.normalizers.unnormalized import (
+    Exp,
+    MeanExp,
+    PlainSelfAdjust,
+    ReluFormer,
 )
 
 NORMALIZERS: dict[str, Normalizer] = {
@@ -30,4 +37,11 @@ NORMALIZERS: dict[str, Normalizer] = {
     "adaptive_temperature": AdaptiveTemperature(),
     "sparsemax": Entmax(alpha=2.0),
     "entmax": Entmax(alpha=1.5),
+    "learned_entmax": LearnedEntmax(),
+    "reluformer": ReluFormer(),
+    "exp": Exp(),
+    "exp_mean": MeanExp(),
+    "plain_self_adjust": PlainSelfAdjust(),
+    "normalized_pooling": NormalizedPooling(),
+    "centered_softmax": CenteredSoftmax(),
 }

@@ -1,9 +1,9 @@
 """Every normalizer as its paper writes it, on whole rows of logits, for autodiff.
 
-The truth that the tiles of `base.py`, `singlepass.py` and `multipass.py` are tested against.
+The truth that the tiles of the other files are tested against.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax, row_sum
-from kernels_pallas.attention.normalizers.entmax import Entmax
+from kernels_pallas.attention.normalizers.by_head import CenteredSoftmax, NormalizedPooling
+from kernels_pallas.attention.normalizers.entmax import Entmax, LearnedEntmax
 from kernels_pallas.attention.normalizers.multipass import (
     AdaptiveTemperature,
     ClippedSoftmax,
@@ -26,6 +27,13 @@ from kernels_pallas.attention.normalizers.singlepass import (
     Softplus,
     StableMax,
 )
+from kernels_pallas.attention.normalizers.unnormalized import (
+    Exp,
+    MeanExp,
+    PlainSelfAdjust,
+    ReluEntropy,
+    ReluFormer,
+)
 
 
 def weights(
@@ -33,6 +41,7 @@ def weights(
     s: Float[Array, "*batch T S"],
     seen: Bool[Array, "..."],
     sink: Float[Array, "..."] | None = None,
+    parameters: Sequence[Float[Array, "..."]] = (),
 ) -> Float[Array, "*batch T S"]:
     """The weights of whole rows.
 
@@ -41,6 +50,8 @@ def weights(
       s: logits.
       seen: which keys a row sees; broadcasts against `s`. Rows that see nothing are zeros.
       sink: a logit without a value; broadcasts against `s`, softmax only.
+      parameters: one for each of `normalizer.parameters`; broadcast against `s`. Their starts if
+        there are none.
 
     Returns:
       The weights, 0 where a key is not seen.
@@ -58,7 +69,9 @@ def weights(
     if isinstance(normalizer, Softmax):
         return _softmax(s, seen, sink)
     formula = _FORMULAS[type(normalizer)]
-    return jnp.where(seen, formula(normalizer, s, seen), 0)
+    starts = normalizer.parameters.values()
+    w = formula(normalizer, s, seen, *(parameters or starts))
+    return jnp.where(seen, w, 0)
 
 
 def log_sum_exp(
@@ -212,17 +225,25 @@ def _adaptive_temperature(
     return _softmax(jnp.where(is_nothing, s, sharper), seen)
 
 
-def _entmax(
+def _fixed_entmax(
     normalizer: Entmax,
     s: Array,
     seen: Array,
+) -> Array:
+    return _entmax(normalizer, s, seen, normalizer.alpha)
+
+
+def _entmax(
+    normalizer: Entmax | LearnedEntmax,
+    s: Array,
+    seen: Array,
+    alpha: float | Array,
 ) -> Array:
     """Bisection of tau, then two Newton steps.
 
     The steps move tau no more. The first makes its gradient that of the exact root, the second its
     second derivative.
     """
-    alpha = normalizer.alpha
     # Logits count from their maximum, so tau lies in [-1, 0).
     m = lax.stop_gradient(_largest(s, seen))
     z = (alpha - 1) * jnp.where(seen, s - m, 0)
@@ -231,7 +252,7 @@ def _entmax(
         """relu(z - tau)."""
         return jnp.where(seen, _positive_part(z - tau), 0)
 
-    def power(y: Array, exponent: float) -> Array:
+    def power(y: Array, exponent: float | Array) -> Array:
         """y^exponent, 0 at 0 with no gradient; NaN stays."""
         positive = jnp.where(y == 0, 1, y)
         return jnp.where(y == 0, 0, positive**exponent)
@@ -257,6 +278,75 @@ def _entmax(
     return power(above(tau), 1 / (alpha - 1))
 
 
+def _exp(
+    normalizer: Exp | MeanExp,
+    s: Array,
+    seen: Array,
+) -> Array:
+    return jnp.exp(jnp.where(s > normalizer.cap, normalizer.cap, s))
+
+
+def _mean_exp(
+    normalizer: MeanExp,
+    s: Array,
+    seen: Array,
+) -> Array:
+    return _exp(normalizer, s, seen) / _count(s, seen)
+
+
+def _reluformer(
+    normalizer: ReluFormer,
+    s: Array,
+    seen: Array,
+) -> Array:
+    return _positive_part(s) / jnp.sqrt(_count(s, seen) / 2)
+
+
+def _relu_entropy(
+    normalizer: ReluEntropy,
+    s: Array,
+    seen: Array,
+) -> Array:
+    x = _positive_part(s)
+    # 0 log 0 is 0, with no gradient.
+    return -x * jnp.log(jnp.where(x == 0, 1, x))
+
+
+def _plain_self_adjust(
+    normalizer: PlainSelfAdjust,
+    s: Array,
+    seen: Array,
+) -> Array:
+    return s * _softmax(s, seen)
+
+
+def _normalized_pooling(
+    normalizer: NormalizedPooling,
+    s: Array,
+    seen: Array,
+    gain: float | Array,
+    bias: float | Array,
+) -> Array:
+    count = _count(s, seen)
+    mean = row_sum(s) / count
+    centered = jnp.where(seen, s - mean, 0)
+    variance = row_sum(centered**2) / count
+    # Of equal logits the deviation is 0, and counts as a constant.
+    is_varied = variance != 0
+    std = jnp.where(is_varied, jnp.sqrt(jnp.where(is_varied, variance, 1)), 0)
+    return gain * centered / (std + normalizer.eps) + bias
+
+
+def _centered_softmax(
+    normalizer: CenteredSoftmax,
+    s: Array,
+    seen: Array,
+    beta: float | Array,
+    gamma: float | Array,
+) -> Array:
+    return beta * _softmax(s, seen) - gamma / _count(s, seen)
+
+
 _FORMULAS: dict[type[Normalizer], Callable[..., Any]] = {
     Softmax: _softmax,
     Sigmoid: _sigmoid,
@@ -268,7 +358,15 @@ _FORMULAS: dict[type[Normalizer], Callable[..., Any]] = {
     ClippedSoftmax: _clipped_softmax,
     ReweightedSoftplus: _reweighted_softplus,
     AdaptiveTemperature: _adaptive_temperature,
-    Entmax: _entmax,
+    Entmax: _fixed_entmax,
+    LearnedEntmax: _entmax,
+    Exp: _exp,
+    MeanExp: _mean_exp,
+    ReluFormer: _reluformer,
+    ReluEntropy: _relu_entropy,
+    PlainSelfAdjust: _plain_self_adjust,
+    NormalizedPooling: _normalized_pooling,
+    CenteredSoftmax: _centered_softmax,
 }
 
 
@@ -282,6 +380,11 @@ def _largest(s: Array, seen: Array) -> Array:
     m = jnp.max(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True)
     # Not where m is -inf: of a row that sees only that, softmax is NaN.
     return jnp.where(jnp.any(seen, axis=-1, keepdims=True), m, 0)
+
+
+def _count(s: Array, seen: Array) -> Array:
+    """How many keys a row sees, in the dtype of the logits; 1 where it sees none."""
+    return jnp.maximum(row_sum(jnp.broadcast_to(seen, s.shape).astype(s.dtype)), 1)
 
 
 def _normalized(x: Array, seen: Array) -> Array:

@@ -26,7 +26,7 @@ from kernels_pallas.attention.normalizers.base import (
 
 
 @dataclass(frozen=True)
-class _Elementwise(Normalizer):
+class Elementwise(Normalizer):
     """Weights that depend on their own logit alone: rows keep no statistics."""
 
     # ds needs nothing of the row either.
@@ -48,7 +48,7 @@ class _Elementwise(Normalizer):
 
 
 @dataclass(frozen=True)
-class Sigmoid(_Elementwise):
+class Sigmoid(Elementwise):
     """sigmoid(s - log n) (arXiv 2409.04431).
 
     n is a constant, as its authors advise; the number of keys if None.
@@ -81,7 +81,7 @@ class Sigmoid(_Elementwise):
 
 
 @dataclass(frozen=True)
-class Relu(_Elementwise):
+class Relu(Elementwise):
     """relu(s)^power / n (arXiv 2309.08586), power 1 or 2. n: the number of keys if None."""
 
     power: int = 1

@@ -26,7 +26,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # what a neighbor of the s
 ONE_PASS = {
     name: normalizer.for_length(S)
     for name, normalizer in NORMALIZERS.items()
-    if normalizer.passes == 1
+    if normalizer.passes == 1 and not normalizer.parameters
 }
 QUICK = ("softmax", "self_adjust")
 

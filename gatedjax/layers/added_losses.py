@@ -1,0 +1,113 @@
+"""Losses of layers that a training step adds to its own, and ReLUFormer's.
+
+A layer sows the weighted mean over the tokens of the batch, padding left out; the step runs the
+model with this collection and adds everything that it finds (`training/step.py`).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from gatedjax.config import GatedAttentionConfig, ModelConfig
+from gatedjax.layers.on_mesh import attention_on_mesh
+from kernels_pallas.attention import Relu, ReluEntropy
+
+# The Flax collection.
+ADDED_LOSSES = "added_losses"
+# Of the entropy that a row of n keys may have for nothing: 0.7 log n.
+FREE_ENTROPY = 0.7
+# Of a sum of weights: that of a row whose every logit is negative has a logarithm too.
+LEAST_SUM = 1e-6
+
+
+def has_added_losses(config: ModelConfig) -> bool:
+    """Whether some layer of the model sows a loss."""
+    mixers = [block.mixer for block in config.blocks]
+    return any(isinstance(c, GatedAttentionConfig) and c.reluformer_loss > 0 for c in mixers)
+
+
+def added_loss(variables: Any) -> Float[Array, ""]:
+    """The sum of what the layers have sown."""
+    sown = jax.tree.leaves(variables.get(ADDED_LOSSES, {}))
+    return sum((jnp.sum(x) for x in sown), jnp.float32(0.0))
+
+
+def sow_reluformer_loss(
+    module: nn.Module,
+    c: GatedAttentionConfig,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    segment_ids: Int[Array, "B T"] | None,
+    seen: Int[Array, "B T"],
+    scale: float,
+) -> None:
+    """Sows ReLUFormer's loss of a layer, times its weight.
+
+    Args:
+      module: the layer.
+      c: its configuration.
+      q, k: queries over gamma, and keys, as the op gets them.
+      segment_ids: of the tokens, 0 for padding; None for no padding.
+      seen: how many keys every token sees.
+      scale: what the op multiplies the products by.
+    """
+    if module.is_initializing():
+        return
+    by_token = reluformer_loss(q, k, segment_ids, seen, window=c.window, scale=scale)
+    is_token = jnp.ones(seen.shape) if segment_ids is None else segment_ids != 0
+    is_token = is_token.astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(is_token), 1.0)
+    mean = jnp.sum(jnp.where(is_token > 0, by_token, 0.0)) / count
+    module.sow(ADDED_LOSSES, "reluformer_loss", c.reluformer_loss * mean)
+
+
+def reluformer_loss(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    segment_ids: Int[Array, "B T"] | None,
+    seen: Int[Array, "B T"],
+    *,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T"]:
+    """abs(log sum_j w_ij) + max(H(w_i) - 0.7 log n_i, 0), a mean over heads (arXiv 2302.06461).
+
+    w_ij = relu(s_ij) / sqrt(n_i / 2) are the weights and H(w_i) = -sum_j w_ij log w_ij. Both sums
+    are attention to values of 1, so memory stays linear. A sum counts as 1e-6 at least: our
+    reading, as in a row whose every logit is negative it is 0.
+
+    Args:
+      q, k: queries over gamma, and keys.
+      segment_ids: the documents of the tokens.
+      seen: n, how many keys every token sees.
+      window, scale: as of the op.
+    """
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    ones = jnp.ones((*k.shape[:3], 1), dtype)
+
+    def sums(normalizer: Relu | ReluEntropy) -> Float[Array, "B T H"]:
+        return attention_on_mesh(
+            q,
+            k,
+            ones,
+            None,
+            segment_ids,
+            None,
+            None,
+            normalizer=normalizer,
+            window=window,
+            scale=scale,
+        )[..., 0]
+
+    n = seen.astype(dtype)[..., None]
+    divisor = jnp.sqrt(n / 2)
+    total = sums(Relu(length=1)) / divisor
+    # -sum (r / d) log(r / d) = (-sum r log r) / d + (sum r / d) log d
+    entropy = sums(ReluEntropy()) / divisor + total * jnp.log(divisor)
+    normalization = jnp.abs(jnp.log(jnp.maximum(total, LEAST_SUM)))
+    excess = jnp.maximum(entropy - FREE_ENTROPY * jnp.log(n), 0.0)
+    return jnp.mean(normalization + excess, axis=-1)
