@@ -191,7 +191,8 @@ def add(rows: list[dict], found: list[dict], path: str | None) -> None:
     rows += found
     if path:
         assembler = ptxas()
-        write_json(path, {"rows": rows}, {"ptxas": str(assembler and assembler.version)})
+        version = "none" if assembler is None else ".".join(map(str, assembler.version))
+        write_json(path, {"rows": rows}, {"ptxas": version})
 
 
 def main() -> None:
