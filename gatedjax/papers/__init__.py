@@ -33,6 +33,8 @@ q = k = v = jax.random.normal(jax.random.key(0), (1, 64, 4, 32))  # [B, T, H, D]
 x = jax.random.normal(jax.random.key(0), (1, 64, 128))  # [B, T, M]
 """
 MOST_LINES = 3
+# How many titles a message names.
+_MOST_NEAR = 5
 
 _ROWS = Path(__file__).parent / "rows"
 _ARXIV = re.compile(r"\d{4}\.\d{4,5}")
@@ -147,7 +149,12 @@ def find(title: str) -> Paper:
         if found:
             break
     near = [paper.short_title for paper in found] or _near(wanted)
-    raise InputError(f"title: got {title!r}, expected one of {near}")
+    expected = "a title of `gatedjax-papers list`"
+    if near:
+        expected = f"one of {near[:_MOST_NEAR]}"
+    if len(near) > _MOST_NEAR:
+        expected += f" or of {len(near) - _MOST_NEAR} more"
+    raise InputError(f"title: got {title!r}, expected {expected}")
 
 
 def _is_called(paper: Paper, wanted: str, exact: bool) -> bool:
@@ -157,16 +164,14 @@ def _is_called(paper: Paper, wanted: str, exact: bool) -> bool:
 
 def _near(wanted: str) -> list[str]:
     """The short titles that are most like what was asked for, or that share a word with it."""
-    by_name = {}
-    for paper in papers():
-        by_name[_plain(paper.short_title)] = paper
-        by_name[_plain(paper.title)] = paper
-    names = difflib.get_close_matches(wanted, by_name, n=5, cutoff=0.4)
+    # What is typed is often the beginning of a title.
+    by_name = {_plain(paper.title)[: len(wanted) + 2]: paper for paper in papers()}
+    names = difflib.get_close_matches(wanted, by_name, n=_MOST_NEAR, cutoff=0.65)
     if not names:
+        by_name = {_plain(paper.title): paper for paper in papers()}
         words = {word for word in wanted.split() if len(word) > 3}
-        names = [name for name in by_name if words & set(name.split())][:5]
-    near = list(dict.fromkeys(by_name[name].short_title for name in names))
-    return near or ["the titles of `gatedjax-papers list`"]
+        names = [name for name in by_name if words & set(name.split())]
+    return list(dict.fromkeys(by_name[name].short_title for name in names))
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ The same as docs/papers.md. `python -m gatedjax.papers` is the same command.
 """
 
 import argparse
+import signal
 import sys
 from typing import NoReturn
 
@@ -27,6 +28,8 @@ class _Parser(argparse.ArgumentParser):
 
 def run() -> None:
     """The command, with its exit code."""
+    # A reader that closes its end, such as head, ends the command without a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))
 
 
