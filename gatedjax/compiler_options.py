@@ -27,8 +27,8 @@ FIRST_AFFECTED = (0, 11, 2)
 LAST_AFFECTED = (0, 12, 0, 1)
 SINGLE_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
-# Of libtpu 0.0.48 to 0.0.50: collectives run on SparseCores. The first six say which; an all-gather is to
-# stay one, in place of an all-reduce of zeros and a shard.
+# Of libtpu 0.0.48 to 0.0.50: collectives run on SparseCores. The first six say which; an all-gather
+# is to stay one, in place of an all-reduce of zeros and a shard.
 ASYNCHRONOUS_COLLECTIVES = dict.fromkeys(
     (
         "xla_tpu_enable_sparse_core_collective_offload_all_gather",
