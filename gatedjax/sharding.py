@@ -149,7 +149,7 @@ def mesh_of_text(text: str | None) -> MeshConfig | None:
     """
     if text is None:
         return None
-    axes = {}
+    axes: dict[str, Any] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in AXES or not size.isdigit():

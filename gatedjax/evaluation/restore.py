@@ -108,8 +108,9 @@ def fitting_mesh(directory: str | os.PathLike) -> MeshConfig:
     """
     with Checkpointer(expand_place(directory, "--checkpoint"), read_only=True) as checkpointer:
         saved = checkpointer.config().get("mesh")
+    values: dict[str, Any] = {**saved, "data": 0} if isinstance(saved, dict) else {}
     try:
-        mesh = MeshConfig(**{**saved, "data": 0}) if isinstance(saved, dict) else MeshConfig()
+        mesh = MeshConfig(**values)
         sharding.make_mesh(mesh)
     except (InputError, TypeError):
         return MeshConfig()
