@@ -16,6 +16,7 @@ from jax import Array
 
 from gatedjax.config import Config
 from gatedjax.data import load_tokenizer
+from gatedjax.data.chat_template import CONFIG_NAME
 from gatedjax.errors import InputError
 from gatedjax.interop import safetensors
 from gatedjax.interop.checkpoint import CONFIG
@@ -178,6 +179,8 @@ def copy_texts(run_dir: Path, folder: Path) -> None:
     """The tokenizer, and what came with it."""
     sources = [run_dir / identity.TOKENIZER_FILE]
     sources += [run_dir / FOLDER / name for name in CARRIED]
+    # Of a run that learned conversations: the template that it learned them by.
+    sources.append(run_dir / CONFIG_NAME)
     for source in sources:
         # Not a link: it could lead to any file.
         if source.is_file() and not source.is_symlink():

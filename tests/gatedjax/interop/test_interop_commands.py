@@ -144,6 +144,70 @@ def test_a_folder_becomes_a_run_and_a_folder_again(place):
     assert trained_tensors.keys() == safetensors.tensors_of_folder(place / "model").keys()
 
 
+def test_merged_updates_go_out(place):
+    """Import, low-rank updates on conversations, merge, export: the base and its updates."""
+    if not (place / "run").exists():
+        assert import_(place, place / "model", "run").returncode == 0
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    (place / "template.jinja").write_text(template)
+    records = []
+    for i in range(64):
+        messages = [
+            {"role": "user", "content": f"line {i}?"},
+            {"role": "assistant", "content": f"line {i} of file 1: {i}"},
+        ]
+        records.append(json.dumps({"messages": messages}))
+    (place / "chats.jsonl").write_text("\n".join(records))
+    tuned = python(
+        place,
+        "train.py",
+        f"--config=configs/sft.py:lora={place / 'run'}",
+        f"--workdir={place / 'tuned'}",
+        f"--config.data.sources.main.path={place / 'chats.jsonl'}",
+        f"--config.data.chat_template={place / 'template.jinja'}",
+        f"--config.data.cache_dir={place / 'tokens'}",
+        "--config.data.seq_len=64",
+        "--config.data.validation_fraction=0.2",
+        "--config.model.lora.targets=('*.mixer.query',)",
+        "--config.optim.warmup_steps=1",
+        "--config.train.steps=2",
+        "--config.train.batch_size=2",
+        "--config.train.eval_batches=1",
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    refused = export(place, "tuned", "never")
+    assert refused.returncode == 2
+    assert "python -m gatedjax.merge_lora first" in refused.stderr
+    merge = ["-m", "gatedjax.merge_lora", f"--checkpoint={place / 'tuned'}"]
+    merged = python(place, *merge, f"--workdir={place / 'merged'}")
+    assert merged.returncode == 0, merged.stderr
+    family = ("--family=qwen3_next", "--dtype=float32")
+    exported = export(place, "merged", "answers", *family)
+    assert exported.returncode == 0, exported.stderr
+
+    files = safetensors.MappedFiles()
+    before = safetensors.tensors_of_folder(place / "model")
+    after = safetensors.tensors_of_folder(place / "answers")
+    assert after.keys() == before.keys()
+    changed = set()
+    for name, tensor in before.items():
+        values = files.view(tensor).astype(np.float32)
+        if not np.array_equal(files.view(after[name]), values):
+            changed.add(name)
+            np.testing.assert_allclose(files.view(after[name]), values, atol=0.05)
+    # Queries, which lie in one matrix with what else a layer projects.
+    assert changed == {
+        "model.layers.0.linear_attn.in_proj_qkvz.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    }
+    settings = json.loads((place / "answers" / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == template
+
+
 def require_same_tensors(one: Path, other: Path) -> None:
     files = safetensors.MappedFiles()
     tensors = safetensors.tensors_of_folder(one)
