@@ -28,7 +28,7 @@ from gatedjax.layers.gaussian import distances_as_channels
 from gatedjax.layers.kv_cache import (
     KVCache,
     append,
-    append_to_slots,
+    append_values,
     capacity,
     distances_of_slots,
     empty_cache,
@@ -346,6 +346,7 @@ class GatedAttention(Mixer):
         """
         c = self.config
         cache = joined(layer_cache, info.weights)
+        weights = SharedWeights(row.q, row.k)
         sink_logits, slopes = self._head_parameters()
         options = {
             "normalizer": normalizer_of(c),
@@ -374,18 +375,20 @@ class GatedAttention(Mixer):
             sow_reluformer_loss(self, c, row.q, row.k, row.segment_ids, seen, logit_scale(c))
         if cache is None:
             o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
-            return o, None, SharedWeights(row.q, row.k)
+            return o, None, weights
 
         before = history_of(info)
         length = row.q.shape[1]
-        most = self.capacity(layer_cache)
+        most = self.capacity(cache)
         require_room(most, length, info.segment_ids)
-        weights = info.weights
-        if isinstance(layer_cache, ValueCache) and weights is not None:
-            # The keys are in the cache of the layer that has them.
-            v = append_to_slots(cache.v, row.v, before, info.segment_ids)
-            new_cache = KVCache(weights.cached, v)
-            new_layer_cache = ValueCache(v)
+        if c.shares_weights:
+            new_cache = append_values(
+                cache,
+                row.v,
+                before,
+                info.segment_ids,
+                info.weights,
+            )
         else:
             new_cache = append(
                 cache,
@@ -394,8 +397,7 @@ class GatedAttention(Mixer):
                 before,
                 info.segment_ids,
             )
-            new_layer_cache = new_cache
-            weights = SharedWeights(row.q, row.k, cache.k, new_cache.k)
+        weights = dataclasses.replace(weights, held=cache.k, cached=new_cache.k)
         if length == 1:
             # The cache may be a ring, whose slots are in any order: what is visible is said slot by
             # slot.
@@ -422,7 +424,9 @@ class GatedAttention(Mixer):
             o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
             o = o[:, -length:]
         o = where_there_is_room(o, most, before, info.segment_ids)
-        return o, new_layer_cache, weights
+        # The keys are in the cache of the layer that has them.
+        new = ValueCache(new_cache.v) if c.shares_weights else new_cache
+        return o, new, weights
 
     def _head_parameters(self) -> tuple[Array | None, Array | None]:
         """Sink logits and ALiBi slopes, a number for every head; None where there are none."""

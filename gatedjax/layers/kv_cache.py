@@ -97,6 +97,26 @@ def append(
     )
 
 
+def append_values(
+    cache: KVCache,
+    v: Float[Array, "B T Hk V"],
+    before: History,
+    segment_ids: Int[Array, "B T"] | None,
+    weights: SharedWeights | None,
+) -> KVCache:
+    """`append` where the keys are another layer's, which has appended them.
+
+    Args:
+      cache: its keys of the tokens before, own values.
+      v: of the new tokens.
+      before: what the cache holds.
+      segment_ids: 0 for padding, which comes last and is not kept; None for no padding.
+      weights: of that layer.
+    """
+    assert weights is not None and weights.cached is not None
+    return KVCache(weights.cached, append_to_slots(cache.v, v, before, segment_ids))
+
+
 def joined(
     cache: KVCache | ValueCache | None,
     weights: SharedWeights | None,

@@ -68,8 +68,12 @@ def config_of(paper: Paper) -> Config:
 
 
 def changed_mixers(config: Config, command: str) -> set:
-    """The configurations of mixers whose keys a command names."""
-    return {mixer for name, mixer in config.model.mixers.items() if f".{name}." in command}
+    """The configurations of mixers whose keys a command names; a value bank needs a model."""
+    return {
+        mixer
+        for name, mixer in config.model.mixers.items()
+        if f".{name}." in command and not getattr(mixer, "value_bank", 0)
+    }
 
 
 def test_every_row_names_a_test_and_a_place_that_exist():
