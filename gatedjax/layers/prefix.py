@@ -78,9 +78,9 @@ def prefix_attention(
       y in v's dtype.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    of_tokens = attention(q, k, v, scale=scale, return_lse=True, **options)
+    of_tokens, lse = attention(q, k, v, scale=scale, return_lse=True, **options)
     of_prefix = prefix_part(q, prefix_k, prefix_v, alpha, tau, scale)
-    y, _ = merge_attention([of_tokens, of_prefix])
+    y, _ = merge_attention([(of_tokens, lse), of_prefix])
     return y
 
 

@@ -130,7 +130,7 @@ def over_mesh(attend: Callable[[AttentionInputs], Outputs], inputs: AttentionInp
         "block_mask": "bh..",
     }
 
-    def attend_part(*arrays: Any) -> tuple[Array, ...]:
+    def attend_part(*arrays: Any) -> tuple[Array, Array | None]:
         result = attend(AttentionInputs(*arrays))
         return result if isinstance(result, tuple) else (result, None)
 

@@ -127,7 +127,7 @@ def _attend(
         key_segment_ids=_along_lanes(inputs.key_segment_ids),
     )
     result = _attention(plan, kernel_inputs)
-    y, lse = result if plan.return_lse else (result, None)
+    y, lse = result if isinstance(result, tuple) else (result, None)
     y = y.reshape(
         B,
         T,
@@ -253,7 +253,7 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Outputs:
             return_lse=plan.return_lse,
         ),
     )
-    y, lse = result if plan.return_lse else (result, None)
+    y, lse = result if isinstance(result, tuple) else (result, None)
     y = y.reshape(
         B,
         plan.T,
