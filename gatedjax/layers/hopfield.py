@@ -116,7 +116,7 @@ class Hopfield(nn.Module):
     def __call__(
         self,
         states: Float[Array, "B T M"],
-        patterns: Float[Array, "B S N"],
+        patterns: Float[Array, "B S _"],
         **options: Any,
     ) -> Float[Array, "B T M"]:
         """The states' association with the patterns.
@@ -160,7 +160,7 @@ class HopfieldPooling(nn.Module):
     init_std: float = 0.02
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S M"], **options: Any) -> Float[Array, "B Q M"]:
+    def __call__(self, x: Float[Array, "B S M"], **options: Any) -> Float[Array, "B _ M"]:
         B, _, M = x.shape
         states = parameter(
             self,

@@ -23,8 +23,8 @@ from kernels_pallas.attention import attention, merge_attention
 
 def prefix_part(
     q: Float[Array, "B T H K"],
-    prefix_k: Float[Array, "P Hk K"],
-    prefix_v: Float[Array, "P Hk V"],
+    prefix_k: Float[Array, "_ Hk K"],
+    prefix_v: Float[Array, "_ Hk V"],
     alpha: Float[Array, ""] | float,
     tau: Float[Array, ""] | float,
     scale: float,
@@ -56,8 +56,8 @@ def prefix_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S Hk K"],
     v: Float[Array, "B S Hk V"],
-    prefix_k: Float[Array, "P Hk K"],
-    prefix_v: Float[Array, "P Hk V"],
+    prefix_k: Float[Array, "_ Hk K"],
+    prefix_v: Float[Array, "_ Hk V"],
     *,
     alpha: Float[Array, ""] | float = 1.0,
     tau: Float[Array, ""] | float = 1.0,

@@ -12,7 +12,7 @@ from helpers import slow
 
 from kernels_pallas.attention.documents import comparable_ids
 from kernels_pallas.attention.inputs import MASK_BLOCK
-from kernels_pallas.attention.tpu import block_mask
+from kernels_pallas.attention.tpu import block_lists
 from kernels_pallas.attention.tpu import op as tpu_op
 from kernels_pallas.attention.tpu.plan import Plan, Schedule
 from kernels_pallas.attention.tpu.tuning import across_sequences
@@ -180,8 +180,8 @@ def test_block_mask_on_tpu(name, monkeypatch):
     """Values and gradients; and the same numbers where what is off is NaN. In small pieces: the
     interpreter's program grows with them.
     """
-    monkeypatch.setattr(block_mask, "CHUNK", 2)
-    monkeypatch.setattr(block_mask, "GROUP", 2)
+    monkeypatch.setattr(block_lists, "CHUNK", 2)
+    monkeypatch.setattr(block_lists, "GROUP", 2)
     arrays, options, seen = draw(**TPU_MASK_CASES[name], mask=True)
     with jax.enable_x64(True):
         cap = options.get("logits_soft_cap")
@@ -208,8 +208,8 @@ def test_lists_of_blocks():
     }.items():
         causal, window = options
         plan = Plan(**fields | dict(causal=causal, window=window))
-        counts, blocks = block_mask._lists(plan, jnp.asarray(mask))
-        rows = np.asarray(blocks)[: 4 * block_mask.CHUNK].reshape(4, -1)
+        counts, blocks = block_lists.lists_of(plan, jnp.asarray(mask))
+        rows = np.asarray(blocks)[: 4 * block_lists.CHUNK].reshape(4, -1)
         found = [row[:count].tolist() for row, count in zip(rows, counts)]
         assert found == wanted, options
 
@@ -334,14 +334,16 @@ def test_ids_of_two_sequences():
     pairs = {
         np.uint8: (255, 255, 0),
         np.int32: (-1, -1, 2**31 - 1),
+        np.uint32: (2**32 - 1, 2**32 - 1, 2**31),
         np.int64: (1, 1, 1 + 2**32),
     }
     for dtype, (query, same, other) in pairs.items():
         ids = np.array([[query]], dtype), np.array([[other, same]], dtype)
         of_queries, of_keys = comparable_ids(*ids)
         np.testing.assert_array_equal(of_queries == of_keys, [[False, True]], str(dtype))
-    of_queries, of_keys = comparable_ids(jnp.array([[7]]), jnp.array([[-7, 7]]))
-    np.testing.assert_array_equal(of_queries == of_keys, [[False, True]])
+    signs = np.array([[2**32 - 1]], np.uint32), np.array([[-1, 5]], np.int32)
+    of_queries, of_keys = comparable_ids(*signs)
+    assert not np.asarray(of_queries == of_keys).any()
 
 
 IDS5, IDS7 = np.zeros((2, 5), int), np.zeros((2, 7), int)
