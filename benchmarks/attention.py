@@ -13,7 +13,8 @@ again (delete the file after a change of the kernels).
 Ops: tpu is ours, without a gate; tpu_gate has an element-wise gate as the kernel's epilogue,
 tpu_then_gate the same gate multiplied by XLA; splash and flash are those of
 jax.experimental.pallas.ops.tpu, with heads before tokens as they take them. splash's backward pass
-is its fused one.
+is its fused one. By --op alone: tpu_full is ours without causality, and tpu_blocks25 (any
+percentage) the same under a block mask with so many blocks on, drawn one by one.
 """
 
 import argparse
@@ -29,11 +30,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from report import known_rows, parser, run_row, table, write_json
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
 from gatedjax.aot.targets import target
+from kernels_pallas.attention.inputs import MASK_BLOCK
+from kernels_pallas.attention.tpu import block_mask
+from kernels_pallas.ops import attention
 
 SHAPES = ("B4,T4096,H16,D128", "B1,T32768,H16,Hk2,D256")  # a dense model's; Qwen3-Next's
 TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
@@ -60,6 +65,10 @@ def case_of(op: str, shape: str, chip: str) -> Case:
     """Ours: arrays [B, T, H * D], as projections make them. Peers: [B, H, T, D]."""
     if op == "tpu":
         return ours(shape, gate="none")
+    if op == "tpu_full":
+        return ours(shape, gate="none", causal="no")
+    if op.startswith("tpu_blocks"):
+        return with_block_mask(shape, percent=int(op.removeprefix("tpu_blocks")))
     if op == "tpu_gate":
         return ours(shape, gate="element")
     if op == "tpu_then_gate":
@@ -73,8 +82,25 @@ def case_of(op: str, shape: str, chip: str) -> Case:
     return Case(make(chip, T, H, Hk, D), (queries, keys, keys), {})
 
 
-def ours(shape: str, gate: str) -> Case:
-    return make_case("attention", shape, "bfloat16", {"gate": gate, "implementation": "tpu"})
+def ours(shape: str, gate: str, **options: str) -> Case:
+    options = {"gate": gate, "implementation": "tpu", **options}
+    return make_case("attention", shape, "bfloat16", options)
+
+
+def with_block_mask(shape: str, percent: int) -> Case:
+    """Not causal; no larger tile is off as a whole, which is the worst case."""
+    # The replay knows no numbers, and would count the version for those that are not finite too.
+    block_mask._has_large = lambda *arrays: jnp.zeros(1, jnp.int32)
+    B, T, H, D = (int(part.lstrip("BTHD")) for part in shape.split(","))
+    blocks = -(-T // MASK_BLOCK)
+    is_on = np.random.default_rng(0).random((B, H, blocks, blocks)) < percent / 100
+
+    def forward(q, k, v):
+        heads = (x.reshape(B, T, H, D) for x in (q, k, v))
+        y = attention(*heads, causal=False, block_mask=jnp.asarray(is_on), implementation="tpu")
+        return y.reshape(B, T, H * D)
+
+    return Case(forward, ours(shape, gate="none").args, {})
 
 
 def gated_by_xla(shape: str) -> Case:

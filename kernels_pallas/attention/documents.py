@@ -18,9 +18,11 @@ def comparable_ids(
 
     Runs of two sequences do not correspond, so here an id that comes back is the same document.
     """
-    if max(query_ids.dtype.itemsize, key_ids.dtype.itemsize) < 4:
-        return jnp.asarray(query_ids, jnp.int32), jnp.asarray(key_ids, jnp.int32)
-    # Wider ones are numbered by their order: of 64 bits, jax may cut half.
+    widest = max(query_ids.dtype.itemsize, key_ids.dtype.itemsize)
+    if widest < 4 or (widest == 4 and query_ids.dtype == key_ids.dtype):
+        # Unsigned ones of 32 bits wrap, each to a number of its own.
+        return jnp.asarray(query_ids.astype(np.int32)), jnp.asarray(key_ids.astype(np.int32))
+    # Others are numbered by their order: of 64 bits, jax may cut half.
     of_numpy = isinstance(query_ids, np.ndarray) and isinstance(key_ids, np.ndarray)
     numpy_or_jax = np if of_numpy else jnp
     T = query_ids.shape[1]

@@ -134,7 +134,7 @@ def over_mesh(attend: Callable[[AttentionInputs], Outputs], inputs: AttentionInp
         "normalizer_parameters": ".h",
     }
 
-    def attend_part(*arrays: Any) -> tuple[Array, ...]:
+    def attend_part(*arrays: Any) -> tuple[Array, Array | None]:
         result = attend(AttentionInputs(*arrays))
         return result if isinstance(result, tuple) else (result, None)
 

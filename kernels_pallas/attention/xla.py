@@ -237,7 +237,7 @@ def _gradients(
     """The backward pass: the gradients of the inputs and of the gate."""
     outputs = residuals.outputs
     dlse = None
-    if plan.return_lse:
+    if isinstance(dy, tuple):
         dy, dlse = dy
     # dy is the broadcast of a number if the loss is a sum: see `opaque`.
     inputs, dy = opaque((residuals.inputs, dy))

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def differentiable_gradient[Inputs](
-    gradient: Callable[[Any, Array], Inputs],
-    plain: Callable[[Inputs], Array],
+def differentiable_gradient[Inputs, Result](
+    gradient: Callable[[Any, Result], Inputs],
+    plain: Callable[[Inputs], Result],
     residuals: Any,
     inputs: Inputs,
-    dy: Array,
+    dy: Result,
 ) -> Inputs:
     """gradient(residuals, dy), whose derivatives are those of the gradient of `plain`.
 
@@ -27,7 +27,7 @@ def differentiable_gradient[Inputs](
       plain: the op as a program that reverse mode can differentiate, of the same inputs.
       residuals: what the forward pass saved. Its derivative is taken through `inputs` alone.
       inputs: a pytree of the arrays of the call.
-      dy: the gradient of the op's result.
+      dy: the gradient of the op's result, a pytree as that.
 
     Returns:
       As `gradient`.
@@ -37,8 +37,8 @@ def differentiable_gradient[Inputs](
     floats = [x for x, is_one in zip(leaves, is_float) if is_one]
     others = [x for x, is_one in zip(leaves, is_float) if not is_one]
 
-    def plain_gradient(floats: list[Array], others: list[Array], dy: Array) -> list[Array]:
-        def of_floats(floats: list[Array]) -> Array:
+    def plain_gradient(floats: list[Array], others: list[Array], dy: Result) -> list[Array]:
+        def of_floats(floats: list[Array]) -> Result:
             in_order = [iter(others), iter(floats)]
             merged = [next(in_order[is_one]) for is_one in is_float]
             return plain(tree.unflatten(merged))
@@ -47,16 +47,16 @@ def differentiable_gradient[Inputs](
         return pullback(dy)[0]
 
     @jax.custom_vjp
-    def first(residuals: Any, floats: list[Array], others: list[Array], dy: Array) -> Inputs:
+    def first(residuals: Any, floats: list[Array], others: list[Array], dy: Result) -> Inputs:
         return gradient(residuals, dy)
 
-    def first_forward(residuals: Any, floats: list[Array], others: list[Array], dy: Array):
+    def first_forward(residuals: Any, floats: list[Array], others: list[Array], dy: Result):
         return gradient(residuals, dy), (floats, others, dy)
 
     def first_backward(saved: tuple, cotangent: Inputs):
         floats, others, dy = saved
 
-        def of_floats(floats: list[Array], dy: Array) -> list[Array]:
+        def of_floats(floats: list[Array], dy: Result) -> list[Array]:
             return plain_gradient(floats, others, dy)
 
         _, pullback = jax.vjp(of_floats, floats, dy)

@@ -5,6 +5,7 @@ from jax import Array
 from kernels_pallas.attention.inputs import (
     AttentionInputs,
     AttentionOptions,
+    Outputs,
     StepInputs,
     StepOptions,
 )
@@ -26,7 +27,7 @@ def attention(
     options: AttentionOptions,
     *,
     interpret: bool = False,
-) -> Array:
+) -> Outputs:
     """As `op.attention`."""
     from kernels_pallas.attention.gpu import op
 

@@ -7,9 +7,8 @@ experimental, so it may go.
 import importlib.util
 
 import jax
-from jax import Array
 
-from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions, Outputs
 from kernels_pallas.attention.mosaic_gpu.coverage import unsupported_call
 
 _MODULE = "jax.experimental.pallas.mosaic_gpu"
@@ -28,7 +27,7 @@ def attention(
     options: AttentionOptions,
     *,
     interpret: bool = False,
-) -> Array:
+) -> Outputs:
     """As `op.attention`."""
     from kernels_pallas.attention.mosaic_gpu import op
 

@@ -104,7 +104,13 @@ def _run(plan: Plan, inputs: AttentionInputs, save: bool) -> ForwardResult:
 def _attention(plan: Plan, inputs: AttentionInputs) -> Array:
     """y [B, T, H, V]."""
     y = _run(plan, inputs, save=False).y
-    by_xla = partial(xla.attention, options=plan.options)
+
+    def by_xla(inputs: AttentionInputs) -> Array:
+        # The log-sum-exp is not asked for.
+        result = xla.attention(inputs, plan.options)
+        assert isinstance(result, Array)
+        return result
+
     return if_bad(any_nonfinite(y), by_xla, y, inputs)
 
 

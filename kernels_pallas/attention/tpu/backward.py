@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import tile as attention_tile
+from kernels_pallas.attention.inputs import Outputs
 from kernels_pallas.attention.kernel_tile import Logits, Positions
 from kernels_pallas.attention.kernels import Residuals
 from kernels_pallas.attention.tpu import tile
@@ -53,7 +54,7 @@ from kernels_pallas.common.padding import round_up
 from kernels_pallas.common.tpu import Ref
 
 
-def backward(plan: Plan, residuals: Residuals, cotangents: Array | tuple) -> KernelInputs:
+def backward(plan: Plan, residuals: Residuals, cotangents: Outputs) -> KernelInputs:
     """The gradient of every float input, in the layout of the inputs.
 
     Args:
@@ -69,7 +70,7 @@ def backward(plan: Plan, residuals: Residuals, cotangents: Array | tuple) -> Ker
     block = plan.backward.block
     padded_length = round_up(plan.T, block)
     padded_keys = round_up(plan.S, plan.backward.keys)
-    dy, dlse = cotangents if plan.return_lse else (cotangents, None)
+    dy, dlse = cotangents if isinstance(cotangents, tuple) else (cotangents, None)
     tiles, tiles_per_span, blocks_per_span = backward_tiles(plan)
     num_spans = len(tiles.flags) // tiles_per_span
     spans = Spans(num_spans, tiles_per_span, blocks_per_span)

@@ -117,11 +117,12 @@ class Operands:
         elif gate_logits is not None:
             operand = self._number_by_query("gate", pad_numbers(gate_logits))
             operands.append(operand)
-        if inputs.segment_ids is not None:
+        key_segments = inputs.segments_of_keys
+        if inputs.segment_ids is not None and key_segments is not None:
             # Padding with the last id does not widen the bounds of the last block.
             operands += self._segments(
                 padded(inputs.segment_ids, 2, self.padded_length, mode="edge"),
-                padded(inputs.segments_of_keys, 2, self.padded_keys, mode="edge"),
+                padded(key_segments, 2, self.padded_keys, mode="edge"),
             )
         return operands
 

@@ -214,10 +214,11 @@ def _inputs(
         by_head = padded(gate_logits, 3, padded_length)
         operand = _number_by_query(plan, "gate", by_head)
         operands.append(operand)
-    if inputs.segment_ids is not None:
+    key_segments = inputs.segments_of_keys
+    if inputs.segment_ids is not None and key_segments is not None:
         # Padding with the last id does not widen the bounds of the last block.
         of_queries = padded(inputs.segment_ids, 2, padded_length, mode="edge")
-        of_keys = padded(inputs.segments_of_keys, 2, padded_keys, mode="edge")
+        of_keys = padded(key_segments, 2, padded_keys, mode="edge")
         operands += _segments(plan, of_queries, of_keys)
     return operands
 

@@ -1,6 +1,7 @@
 """`attention` on TPU (Pallas, Mosaic): what the kernels cover, their views, the derivative.
 
-One kernel each way, which computes each tile once: `forward.py`, `backward.py`. How logits become
+One kernel each way, which computes each tile once: `forward.py`, `backward.py`; under a block mask
+those of `block_mask.py`. How logits become
 weights is in `normalizers/base.py`, the mathematics of a tile in `tile.py`, block sizes in
 `tuning.py`; `attention/kernels.py` says what is saved for the backward pass. The output gate is the
 forward kernel's last step and the backward kernel's first.
@@ -27,6 +28,7 @@ from kernels_pallas.attention.kernels import (
     residuals,
     unsupported_arrays,
 )
+from kernels_pallas.attention.tpu import block_mask
 from kernels_pallas.attention.tpu.backward import backward
 from kernels_pallas.attention.tpu.forward import forward
 from kernels_pallas.attention.tpu.plan import LANES, KernelInputs, Plan
@@ -40,15 +42,16 @@ from kernels_pallas.common.tpu import Interpret, interpret_params
 
 def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
     """Why this backend cannot take a call, or None when it can."""
-    if inputs.block_mask is not None:
-        return "takes no block_mask"
-    return unsupported_arrays(
+    refusal = unsupported_arrays(
         inputs.q,
         inputs.k,
         inputs.v,
         options.normalizer,
         MAX_D,
     )
+    if refusal is None and inputs.block_mask is not None:
+        refusal = block_mask.unsupported(inputs, options)
+    return refusal
 
 
 def unsupported_step() -> str:
@@ -78,6 +81,8 @@ def _attend(
     interpret: Interpret,
 ) -> Outputs:
     """y [B, T, H, V] of the rows and heads of one device; with `return_lse` lse [B, H, T] too."""
+    if inputs.block_mask is not None:
+        return block_mask.attention(inputs, options, interpret)
     B, T, H, K = inputs.q.shape
     S = inputs.k.shape[1]
     num_keys = None if S == T else S
@@ -122,7 +127,7 @@ def _attend(
         key_segment_ids=_along_lanes(inputs.key_segment_ids),
     )
     result = _attention(plan, kernel_inputs)
-    y, lse = result if plan.return_lse else (result, None)
+    y, lse = result if isinstance(result, tuple) else (result, None)
     y = y.reshape(
         B,
         T,
@@ -248,7 +253,7 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Outputs:
             return_lse=plan.return_lse,
         ),
     )
-    y, lse = result if plan.return_lse else (result, None)
+    y, lse = result if isinstance(result, tuple) else (result, None)
     y = y.reshape(
         B,
         plan.T,

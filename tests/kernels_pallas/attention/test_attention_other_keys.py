@@ -12,11 +12,13 @@ from helpers import slow
 
 from kernels_pallas.attention.documents import comparable_ids
 from kernels_pallas.attention.inputs import MASK_BLOCK
+from kernels_pallas.attention.tpu import block_lists
 from kernels_pallas.attention.tpu import op as tpu_op
-from kernels_pallas.attention.tpu.plan import Schedule
+from kernels_pallas.attention.tpu.plan import Plan, Schedule
 from kernels_pallas.attention.tpu.tuning import across_sequences
 from kernels_pallas.ops import attention, attention_sharded, merge_attention
 
+Q, K5, K7 = (jnp.zeros((2, n, h, 8)) for n, h in ((5, 4), (5, 2), (7, 2)))
 # (y, lse) and their gradients must be right to a few bits in float64.
 FLOAT64 = 1e-12
 
@@ -163,6 +165,82 @@ def test_formula_on_tpu(name, monkeypatch):
     assert_close(got, want, FLOAT32)
 
 
+TPU_MASK_CASES = {
+    "everything, more keys": dict(
+        T=130, S=330, B=1, H=2, Hk=1, gate=True, sinks=True, window=250, logits_soft_cap=2.0
+    ),
+    "causal, two programs": dict(T=600, S=600, B=1, H=2, Hk=1, causal=True),
+    "fewer keys": dict(T=70, S=130, B=1, H=1, Hk=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TPU_MASK_CASES)
+def test_block_mask_on_tpu(name, monkeypatch):
+    """Values and gradients; and the same numbers where what is off is NaN. In small pieces: the
+    interpreter's program grows with them.
+    """
+    monkeypatch.setattr(block_lists, "CHUNK", 2)
+    monkeypatch.setattr(block_lists, "GROUP", 2)
+    arrays, options, seen = draw(**TPU_MASK_CASES[name], mask=True)
+    with jax.enable_x64(True):
+        cap = options.get("logits_soft_cap")
+        want = everything(formula, seen, logits_soft_cap=cap)(arrays)
+    run = everything(op, "tpu", **options)
+    arrays = cast(arrays, jnp.float32)
+    got = run(arrays)
+    assert_close(got, want, FLOAT32)
+    hidden = arrays["k"].shape[1] // MASK_BLOCK * MASK_BLOCK
+    broken = {**arrays, **{name: arrays[name].at[:, hidden:].set(jnp.nan) for name in "kv"}}
+    assert_close(run(broken), want, FLOAT32)
+
+
+def test_lists_of_blocks():
+    """How many are on, and which, in order; causality and a window take theirs out."""
+    mask = np.zeros((1, 1, 4, 4), bool)
+    mask[0, 0] = [[0, 1, 0, 0], [1, 1, 0, 1], [1, 0, 1, 0], [1, 1, 1, 1]]
+    schedule = Schedule(256, 64)
+    fields = dict.fromkeys(Plan._fields) | dict(T=250, forward=schedule)
+    for options, wanted in {
+        (False, None): [[1], [0, 1, 3], [0, 2], [0, 1, 2, 3]],
+        (True, None): [[], [0, 1], [0, 2], [0, 1, 2, 3]],
+        (True, 60): [[], [0, 1], [2], [2, 3]],
+    }.items():
+        causal, window = options
+        plan = Plan(**fields | dict(causal=causal, window=window))
+        counts, blocks = block_lists.lists_of(plan, jnp.asarray(mask))
+        rows = np.asarray(blocks)[: 4 * block_lists.CHUNK].reshape(4, -1)
+        found = [row[:count].tolist() for row, count in zip(rows, counts)]
+        assert found == wanted, options
+
+
+TPU_UNSUPPORTED = {
+    "takes a block_mask with softmax, not Sigmoid": dict(normalizer="sigmoid"),
+    "takes no segment_ids with a block_mask": dict(segment_ids=np.zeros((2, 5), int)),
+    "takes no alibi_slopes with a block_mask": dict(alibi_slopes=jnp.zeros(4)),
+}
+
+
+@pytest.mark.parametrize("message", TPU_UNSUPPORTED)
+def test_refused_with_a_block_mask_on_tpu(message):
+    options = {"block_mask": np.ones((2, 4, 1, 1), bool)} | TPU_UNSUPPORTED[message]
+    with pytest.raises(NotImplementedError, match=f"implementation='tpu' {message}"):
+        attention(Q, K5, K5, **options, implementation="tpu", interpret=True)
+
+
+def test_more_keys_than_fit_are_refused_on_tpu():
+    shapes = [jax.ShapeDtypeStruct((1, n, 1, 128), jnp.bfloat16) for n in (64, 16385)]
+    mask = jax.ShapeDtypeStruct((1, 1, 1, 257), jnp.bool_)
+
+    def call(q, k, mask):
+        options = dict(implementation="tpu", interpret=True)
+        return attention(q, k, k, causal=False, block_mask=mask, **options)
+
+    message = "takes a block_mask over up to 16384 keys of 128 and 128 channels, not 16385"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(call, *shapes, mask)
+
+
 def test_merge_of_parts_is_the_whole():
     """Values and gradients; one part sees nothing in some rows, one nothing at all."""
     T, S = 5, 12
@@ -256,17 +334,18 @@ def test_ids_of_two_sequences():
     pairs = {
         np.uint8: (255, 255, 0),
         np.int32: (-1, -1, 2**31 - 1),
+        np.uint32: (2**32 - 1, 2**32 - 1, 2**31),
         np.int64: (1, 1, 1 + 2**32),
     }
     for dtype, (query, same, other) in pairs.items():
         ids = np.array([[query]], dtype), np.array([[other, same]], dtype)
         of_queries, of_keys = comparable_ids(*ids)
         np.testing.assert_array_equal(of_queries == of_keys, [[False, True]], str(dtype))
-    of_queries, of_keys = comparable_ids(jnp.array([[7]]), jnp.array([[-7, 7]]))
-    np.testing.assert_array_equal(of_queries == of_keys, [[False, True]])
+    signs = np.array([[2**32 - 1]], np.uint32), np.array([[-1, 5]], np.int32)
+    of_queries, of_keys = comparable_ids(*signs)
+    assert not np.asarray(of_queries == of_keys).any()
 
 
-Q, K5, K7 = (jnp.zeros((2, n, h, 8)) for n, h in ((5, 4), (5, 2), (7, 2)))
 IDS5, IDS7 = np.zeros((2, 5), int), np.zeros((2, 7), int)
 REFUSED = {
     r"k: got shape \(2, 7, 2, 8\), expected 5 tokens": dict(),
