@@ -212,6 +212,7 @@ MESHES = {"context": dict(context=8), "context x tensor x data": dict(context=2,
 ON_MESH = {
     "sinks": dict(window=20, sinks=True, alibi="learned", gate_granularity="headwise"),
     "families": dict(bias="all", token_sinks=True, qk_norm_kind="rms_all_heads"),
+    "learned": dict(normalizer="centered_softmax", value_skip=True, similarity="gaussian"),
 }
 
 
@@ -220,6 +221,7 @@ ON_MESH = {
     [
         *((name, "sinks") for name in MESHES),
         slow("context x tensor x data", "families"),
+        slow("context x tensor x data", "learned"),
     ],
 )
 def test_tokens_cut_over_devices(name, options):

@@ -180,6 +180,37 @@ PLANTED = {
     ),
     "sum without a gradient": ("reweighted_softplus", "gradient", lambda c: _without_delta(c, 1)),
     "clip without a gradient": ("clipped_softmax", "gradient", lambda c: _without_delta(c, 0)),
+    "alpha without the entropy": (
+        "learned_entmax",
+        "parameter_gradients",
+        lambda c: (
+            lambda self, deltas, saved: c.parameter_gradients(
+                self, (*deltas[:2], 0 * deltas[2]), saved
+            )
+        ),
+    ),
+    "deviation without a gradient": (
+        "normalized_pooling",
+        "gradient",
+        lambda c: _without_delta(c, 0),
+    ),
+    "gamma of the wrong sign": (
+        "centered_softmax",
+        "parameter_gradients",
+        lambda c: (
+            lambda self, deltas, saved: c.parameter_gradients(self, (deltas[0], -deltas[1]), saved)
+        ),
+    ),
+    "hidden keys counted": (
+        "exp_mean",
+        "add",
+        lambda c: _at_a_tile(c, lambda a: a._replace(row=(a.row[0] + 1,))),
+    ),
+    "plain self-adjust without delta": (
+        "plain_self_adjust",
+        "gradient",
+        lambda c: _without_delta(c, 0),
+    ),
     "support of one weight too few": (
         "entmax",
         "finish",
@@ -188,12 +219,15 @@ PLANTED = {
 }
 
 
+PLANTED_METHODS = ("add", "finish", "gradient", "parameter_gradients")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("error", PLANTED)
 def test_a_planted_error_is_found(error, monkeypatch):
     name, method, plant = PLANTED[error]
     cls = type(NORMALIZERS[name])
-    right = type("Right", (), {m: getattr(cls, m) for m in ("add", "finish", "gradient")})
+    right = type("Right", (), {m: getattr(cls, m) for m in PLANTED_METHODS})
     monkeypatch.setattr(cls, method, plant(right))
     with pytest.raises(AssertionError, match=r"e-|0\."):
         assert_close(
