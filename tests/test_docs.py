@@ -136,8 +136,11 @@ SLOW_PAGES = (
     "frameworks",
     "gated_linear_attention",
     "linear_scan",
+    "lora_mixture",
+    "mamba2",
     "mla",
     "rwkv7",
+    "soft_moe",
     "sparse_moe",
     "tokens",
 )

@@ -23,7 +23,7 @@ from attention_cases import (
     truth,
     value_and_gradients,
 )
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -76,9 +76,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "full, window" else n for n in CASES]
-)
+SLOW_CASES = ("causal, grouped, three blocks", "full, window")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW_CASES else name for name in CASES])
 def test_float32(name):
     compare(**CASES[name])
 
