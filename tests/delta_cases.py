@@ -140,6 +140,7 @@ def compare(
 # ends in padding.
 SEGMENTS = np.array([[0] * 1 + [1] * 1 + [2] * 14 + [0] * 1 + [1] * 23, [5] * 30 + [-1] * 10])
 
+# Cases of equal shapes and options are one compiled program.
 CASES = {
     "DeltaNet": dict(rank=0),
     "DeltaNet, segments": dict(rank=0, segments=True),
@@ -148,16 +149,16 @@ CASES = {
     "KDA": dict(),
     "KDA, segments": dict(segments=True),
     "KDA, mixture of decays": dict(decay="mixture", segments=True),
-    "KDA, strong decays": dict(decay="strong"),
-    "scalar, mixture of decays": dict(rank=3, decay="mixture"),
-    "decays of -1e4": dict(decay="-1e4"),
-    "near zero": dict(decay="near zero"),
+    "KDA, strong decays": dict(decay="strong", segments=True),
+    "scalar, mixture of decays": dict(rank=3, decay="mixture", segments=True),
+    "decays of -1e4": dict(decay="-1e4", segments=True),
+    "near zero": dict(decay="near zero", segments=True),
     "Gated DeltaNet-2": dict(rule="channels", segments=True),
     "Comba": dict(rule="comba", rank=3),
     "negative eigenvalues": dict(rank=3, beta=1.99, segments=True),
-    "correlated keys": dict(rank=0, cosine=0.7),
+    "correlated keys": dict(rank=0, cosine=0.7, segments=True),
     "l2 norm, scale": dict(rank=3, l2_norm=True, scale=0.7),
-    "grouped keys": dict(H=4, Hq=4, Hk=1),
+    "grouped keys": dict(H=4, Hq=2, Hk=1),
 }
 MAKE_KEYS = ("H", "Hq", "Hk", "rank", "decay", "cosine", "beta", "rule")
 

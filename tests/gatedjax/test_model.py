@@ -5,12 +5,12 @@ loss.
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms
+from random_parameters import random_parameters
 
 from gatedjax.config import (
     FrozenDict,
@@ -47,10 +47,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 40)).astype(np
 
 
 def make(config=MODEL):
-    params = nn.meta.unbox(LanguageModel(config).init(jax.random.key(0), TOKENS[:, :2])["params"])
-    return jax.tree.map(
-        lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params
-    )
+    return random_parameters(LanguageModel(config), TOKENS, std=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +75,16 @@ def test_prefill_then_decode_equals_full_forward(params):
 
 
 def test_packed_documents_equal_separate_ones(params):
-    cut = 17
+    # Inside a chunk; and two documents of one length are one program.
+    cut = 20
     segments = np.where(np.arange(40) < cut, 1, 2)[None].repeat(2, 0)
     positions = np.where(np.arange(40) < cut, np.arange(40), np.arange(40) - cut)[None].repeat(2, 0)
     packed, _, _ = hidden(params, TOKENS, positions=positions, segment_ids=segments)
     first, _, _ = hidden(params, TOKENS[:, :cut])
     second, _, _ = hidden(params, TOKENS[:, cut:])
     assert rel_rms(packed, jnp.concatenate([first, second], 1)) < 1e-5
-    leaky, _, _ = hidden(params, TOKENS, positions=positions)
+    one = np.ones_like(segments)
+    leaky, _, _ = hidden(params, TOKENS, positions=positions, segment_ids=one)
     assert rel_rms(leaky, packed) > 1e-2, (
         "the segments make no difference: this test could not fail"
     )

@@ -7,12 +7,12 @@ cannot change it, so one program gives all of them.
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms, slow
+from random_parameters import random_parameters
 
 from gatedjax.config import (
     DeltaAttentionConfig,
@@ -106,10 +106,7 @@ def config_of(pattern, **changes):
 def model_of(config):
     """The jitted model, and its hidden states of each row of TOKENS."""
     model = LanguageModel(config)
-    params = nn.meta.unbox(model.init(jax.random.key(0), TOKENS[:, :2]))
-    params = jax.tree.map(
-        lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params
-    )
+    params = {"params": random_parameters(model, TOKENS)}
     run = jax.jit(lambda tokens, ids, caches: model.apply(params, tokens, None, ids, caches)[:2])
     whole, _ = run(TOKENS, None, None)
     return run, np.asarray(whole)
@@ -246,7 +243,7 @@ def test_caches_without_room_are_refused():
     config = config_of("attention")
     model = LanguageModel(config)
     run, whole = model_of(config)
-    variables = nn.meta.unbox(model.init(jax.random.key(0), TOKENS[:, :2]))
+    variables = {"params": random_parameters(model, TOKENS)}
     with pytest.raises(ValueError, match=r"caches: got room for 8 tokens a row, expected .* 9"):
         model.apply(variables, TOKENS[:, :9], caches=init_caches(config, B, 8))
     with pytest.raises(ValueError, match=r"cache: got room for 8 tokens, expected at least 9"):
@@ -315,10 +312,7 @@ def test_the_decoding_loop_says_what_whole_rows_say(pattern):
     # A head of its own: with a tied one every token would follow itself.
     layers = 2 * len(PATTERNS[pattern])
     config = config_of(pattern, num_layers=layers, tie_embeddings=False)
-    params = nn.meta.unbox(LanguageModel(config).init(jax.random.key(0), TOKENS[:, :2]))["params"]
-    params = jax.tree.map(
-        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
-    )
+    params = random_parameters(LanguageModel(config), TOKENS)
     steps = generate(config, params, TOKENS[:, :5], 12, vocab_size=32, temperature=0.0)
     given = np.stack(list(steps), axis=1)
     text = np.concatenate([TOKENS[:, :5], given], axis=1)

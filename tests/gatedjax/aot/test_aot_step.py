@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import slow
 
 from gatedjax.aot import libtpu
 
@@ -81,7 +82,7 @@ def test_the_model_time_of_a_step():
     "flags, message",
     [
         (["--schedule"], "--schedule: got no --aot, expected a chip such as --aot=v5p:1"),
-        (["--aot=v9:2x2"], "--aot: slice: got 'v9:2x2', expected"),
+        slow(["--aot=v9:2x2"], "--aot: slice: got 'v9:2x2', expected"),
         pytest.param(
             ["--aot=v5e:3x5x7"],
             "--aot: slice: got 'v5e:3x5x7', which libtpu refuses",

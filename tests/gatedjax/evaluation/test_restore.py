@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from helpers import slow
 
 from gatedjax.config import FrozenDict, MeshConfig, SourceConfig, to_dict
 from gatedjax.data import load_tokenizer
@@ -107,7 +108,7 @@ def refusal(call) -> str:
 # --- what is read
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "ema", "schedule_free"])
+@pytest.mark.parametrize("optimizer", [slow("adamw"), "ema", "schedule_free"])
 def test_only_what_evaluation_uses_is_read(tmp_path, monkeypatch, optimizer):
     changes = {
         "adamw": {},

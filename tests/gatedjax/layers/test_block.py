@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms, slow
+from random_parameters import random_parameters
 from tiny_run import random_batch
 
 from gatedjax.config import (
@@ -191,16 +191,7 @@ def in_one_period(config, tree):
 
 @functools.cache
 def made(config):
-    """Random parameters, scales around 1; nothing is compiled."""
-    init = functools.partial(LanguageModel(config).init, jax.random.key(0))
-    shapes = nn.meta.unbox(jax.eval_shape(init, TOKENS))["params"]
-    normal = np.random.default_rng(1).normal
-
-    def value_of(path, shape):
-        noise = normal(size=shape.shape).astype(np.float32)
-        return 1 + 0.1 * noise if "scale" in path[-1].key else 0.3 * noise
-
-    return jax.tree_util.tree_map_with_path(value_of, shapes)
+    return random_parameters(LanguageModel(config), TOKENS)
 
 
 def loss(params, config):

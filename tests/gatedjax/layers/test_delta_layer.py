@@ -2,12 +2,12 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms
+from random_parameters import random_parameters
 
 from gatedjax.config import DeltaAttentionConfig
 from gatedjax.errors import InputError
@@ -29,10 +29,7 @@ VARIANTS = {
 
 def make(config):
     module = DeltaAttention(config, 1e-5, 0.4, jnp.float32)
-    params = nn.meta.unbox(module.init(jax.random.key(0), X[:, :2])["params"])
-    return module, jax.tree.map(
-        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
-    )
+    return module, random_parameters(module, X)
 
 
 @functools.cache
@@ -134,12 +131,12 @@ def test_documents_and_decoding_equal_each_alone():
 def test_published_starts():
     """A_log and step sizes as the published codes draw them; a safe gate starts from A_log = 0."""
     config = DeltaAttentionConfig(num_heads=64, key_dim=4, value_dim=4)
-    params = DeltaAttention(config).init(jax.random.key(0), X[:, :2])["params"]
+    params = jax.jit(DeltaAttention(config).init)(jax.random.key(0), X[:, :2])["params"]
     rate, dt = np.exp(params["a_log"]), np.logaddexp(0, params["dt_bias"])
     assert 1 <= rate.min() < 4 and 12 < rate.max() <= 16
     assert 1e-3 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.1
     config = DeltaAttentionConfig(num_heads=2, decay="vector", decay_form="bounded")
-    params = DeltaAttention(config).init(jax.random.key(0), X[:, :2])["params"]
+    params = jax.jit(DeltaAttention(config).init)(jax.random.key(0), X[:, :2])["params"]
     assert (params["a_log"] == 0).all()
 
 

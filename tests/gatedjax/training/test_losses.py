@@ -57,28 +57,37 @@ MASKS = {
 }
 
 
+SCALE = 0.25
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "z_loss"))
+def computed(hidden, weights, targets, mask, chunk, z_loss):
+    """The loss with its sums, and its gradients; the loss alone; what evaluation sums."""
+
+    def loss(hidden, weights):
+        return training_loss(hidden, weights, targets, mask, jnp.float32(SCALE), chunk, z_loss)
+
+    with_gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, weights)
+    alone, _ = loss(hidden, weights)
+    return with_gradients, alone, chunked_cross_entropy(hidden, weights, targets, mask, chunk)
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [0, 6])
 @pytest.mark.parametrize("name", MASKS)
 def test_weighted_sums_and_gradients(name, chunk, z_loss):
     hidden, weights, targets = inputs()
     mask = MASKS[name].astype(np.float32)
-    scale = 0.25
     right, gradients = expected(hidden, weights, targets, mask, z_loss)
-    loss = right[0] + z_loss * right[1]
-
-    def of(hidden, weights):
-        return training_loss(hidden, weights, targets, mask, jnp.float32(scale), chunk, z_loss)
-
-    arrays = jnp.asarray(hidden), jnp.asarray(weights)
-    (value, sums), actual = jax.value_and_grad(of, (0, 1), has_aux=True)(*arrays)
+    loss = SCALE * (right[0] + z_loss * right[1])
+    results = computed(hidden, weights, targets, mask, chunk=chunk, z_loss=z_loss)
+    ((value, sums), actual), alone, summed = results
     np.testing.assert_allclose(sums, right, rtol=1e-5)
-    np.testing.assert_allclose(value, scale * loss, rtol=1e-5)
+    np.testing.assert_allclose(value, loss, rtol=1e-5)
     for a, e in zip(actual, gradients):
-        np.testing.assert_allclose(a, scale * e, rtol=1e-4, atol=1e-6 * mask.max())
+        np.testing.assert_allclose(a, SCALE * e, rtol=1e-4, atol=1e-6 * mask.max())
     # Not differentiated it is the same, and so is what evaluation sums.
-    np.testing.assert_allclose(of(*arrays)[0], scale * loss, rtol=1e-5)
-    summed = chunked_cross_entropy(*arrays, targets, mask, chunk)
+    np.testing.assert_allclose(alone, loss, rtol=1e-5)
     np.testing.assert_allclose(summed, right, rtol=1e-5)
 
 

@@ -22,7 +22,7 @@ from attention_cases import (
     value_and_gradients,
     weighted_sum,
 )
-from helpers import rel_rms
+from helpers import rel_rms, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -47,7 +47,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each is a part of another case.
+SLOW_CASES = ("causal", "window", "segments")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW_CASES else name for name in CASES])
 def test_values_and_gradients(name, monkeypatch):
     force_tiles(monkeypatch, 16, 16)
     arrays, options = draw(**CASES[name])
@@ -88,7 +92,7 @@ def test_a_planted_error_is_found(error, monkeypatch):
         assert_close(value_and_gradients(cast(arrays, jnp.float32), **options), expected, FLOAT32)
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("length", [1, slow(2), slow(63), 64, 65, 200])
 def test_any_length(length):
     arrays, options = draw(T=length, B=1, **EVERYTHING)
     actual = value_and_gradients(cast(arrays, jnp.float32), **options)

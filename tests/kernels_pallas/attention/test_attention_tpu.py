@@ -80,9 +80,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "full, window" else n for n in CASES]
-)
+SLOW_CASES = ("causal, grouped, three blocks", "full, window")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW_CASES else name for name in CASES])
 def test_float32(name):
     compare(**CASES[name])
 

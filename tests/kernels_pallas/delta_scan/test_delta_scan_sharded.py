@@ -16,8 +16,8 @@ from kernels_pallas.ops import delta_scan, delta_scan_sharded
 # A document over all of device 1, one that begins with device 2, one that begins inside device 3; a
 # row without any.
 SEGMENTS = np.array([[0] * 8 + [1] * 2 + [0] * 14 + [2] * 8 + [1] * 3 + [3] * 5, [7] * 40])
-NAMES = ["KDA, segments", slow("Gated DeltaNet"), "Gated DeltaNet-2", slow("DeltaNet, segments")]
-NAMES += [slow("KDA, mixture of decays"), slow("grouped keys")]
+NAMES = ["Gated DeltaNet-2", slow("KDA, segments"), slow("Gated DeltaNet")]
+NAMES += [slow("DeltaNet, segments"), slow("KDA, mixture of decays"), slow("grouped keys")]
 
 
 def on_one(x, segment_ids, weights):
@@ -60,7 +60,7 @@ def test_many_devices_equal_one(name):
 
 
 def test_a_document_of_nan_stays_on_its_devices():
-    inputs, _ = case_of("KDA, segments")
+    inputs, _ = case_of("Gated DeltaNet-2")
     x = {n: jnp.float32(a) for n, a in inputs.items()}
     x["v"] = x["v"].at[0, 9].set(jnp.nan)
     weights = tuple(map(jnp.float32, weights_for(inputs)))

@@ -112,6 +112,7 @@ def test_a_short_chip_is_filled_by_segments():
 
 
 SLOW_CASES = (
+    "segments",
     "undecayed, exclusive",
     "scalar segments",
     "scalar, normalize, reverse",

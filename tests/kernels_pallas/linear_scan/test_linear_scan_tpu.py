@@ -76,6 +76,7 @@ def test_lengths_at_the_default_chunk(T, decay):
 
 SLOW_CASES = (
     "segments",
+    "scalar segments",
     "constant, grouped, exclusive",
     "scalar, normalize, reverse",
     "undecayed segments, reverse",

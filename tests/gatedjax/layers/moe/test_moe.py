@@ -186,7 +186,6 @@ def test_every_router_equals_ranks_and_masks(name):
 
 # A layer of each sort; what the others add is in the router, tested above.
 QUICK = {
-    "Mixtral",
     "gpt-oss, its experts",
     "DeepSeek-V3",
     "MoE++",
