@@ -360,6 +360,7 @@ class GatedAttentionConfig(Checked):
             "token_sinks": self.token_sinks,
             "query_scale": self.query_scale == "selective",
             "alibi": self.alibi == "learned",
+            "normalizer": self.normalizer == "learned_entmax",
         }
         for name, is_own in has_own.items():
             require(
@@ -371,10 +372,18 @@ class GatedAttentionConfig(Checked):
 
     def with_weights_of(self, other: "GatedAttentionConfig") -> "GatedAttentionConfig":
         """This layer, with what decides over the weights taken from another one."""
+        of_layer = (
+            "shares_weights",
+            "value_bank",
+            "bias",
+            "value_skip",
+            "after_sdpa",
+            "reluformer_loss",
+        )
         own = {
             name: getattr(self, name)
             for name in vars(self)
-            if name.startswith("gate_") or name in ("shares_weights", "value_bank", "bias")
+            if name.startswith("gate_") or name in of_layer
         }
         return replace(other, fused_gate=False, **own)
 

@@ -101,7 +101,7 @@ class GatedAttention(Mixer):
                 name="query_scale",
             )
             q, v = scale(q, v, x, keys_seen(info.positions, c.window))
-        if c.normalizer == "reluformer":
+        if c.normalizer == "reluformer" and not c.shares_weights:
             q = over_gamma(self, c, q)
         gate = split_gate(self._sdpa_logits(q, x, fused_logits), c, q)
         token_sinks = self._token_sinks(x)
