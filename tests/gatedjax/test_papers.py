@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 import gatedjax
 from gatedjax import layers, papers
-from gatedjax.config import Config, files, from_config_dict
+from gatedjax.config import Config, ModelConfig, files, from_config_dict
 from gatedjax.errors import InputError
 from gatedjax.papers import Paper
 from gatedjax.papers.__main__ import main
@@ -74,6 +74,19 @@ def changed_mixers(config: Config, command: str) -> set:
         for name, mixer in config.model.mixers.items()
         if f".{name}." in command and not getattr(mixer, "value_bank", 0)
     }
+
+
+@functools.cache
+def computes(config: ModelConfig) -> None:
+    """A model's logits are finite; of a large one only shapes are looked at."""
+    # A period of layers has one of each kind.
+    depth = len(config.prefix) + config.period + len(config.suffix)
+    model = gatedjax.LanguageModel(dataclasses.replace(config, vocab_size=257, num_layers=depth))
+    tokens = jnp.ones((1, 16), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    if sum(leaf.size for leaf in jax.tree.leaves(shapes)) < MOST_PARAMETERS:
+        logits, _ = model.init_with_output(jax.random.key(0), tokens)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(logits))
 
 
 def test_every_row_names_a_test_and_a_place_that_exist():
@@ -138,16 +151,7 @@ def test_what_to_type_runs(paper):
         # Needs a run; docs/probes.md has its tests.
         assert arguments == ["--checkpoint=RUN"]
         return
-    c = config_of(paper).model
-    # A period of layers has one of each kind.
-    depth = len(c.prefix) + c.period + len(c.suffix)
-    layers_of_each = dataclasses.replace(c, vocab_size=257, num_layers=depth)
-    model = gatedjax.LanguageModel(layers_of_each)
-    tokens = jnp.ones((1, 16), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    if sum(leaf.size for leaf in jax.tree.leaves(shapes)) < MOST_PARAMETERS:
-        logits, _ = model.init_with_output(jax.random.key(0), tokens)
-        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(logits))
+    computes(config_of(paper).model)
 
 
 def test_the_command_lists_searches_and_shows(capsys):
