@@ -6,6 +6,7 @@ right token nothing has infinitely many. The loss and its gradient are optax's.
 
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.model import logits as compute_logits
