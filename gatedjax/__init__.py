@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         gate_values,
     )
     from gatedjax.model import LanguageModel
+    from gatedjax.training.sparsemax_loss import sparsemax_loss
 
 __version__ = "0.1.0"
 
@@ -101,6 +102,7 @@ __all__ = [
     "SparseMoEConfig",
     "TokenInfo",
     "gate_values",
+    "sparsemax_loss",
 ]
 
 
@@ -116,6 +118,8 @@ def __getattr__(name: str) -> Any:
     importlib.import_module("kernels_pallas")
     if name == "LanguageModel":
         module = "gatedjax.model"
+    elif name == "sparsemax_loss":
+        module = "gatedjax.training.sparsemax_loss"
     elif name == "Config" or name.endswith("Config"):
         module = "gatedjax.config"
     else:

@@ -14,6 +14,7 @@ from tiny_run import plain, random_batch
 from gatedjax.config import MeshConfig
 from gatedjax.sharding import RULES, make_mesh
 from gatedjax.training.losses import chunked_cross_entropy, training_loss
+from gatedjax.training.sparsemax_loss import sparsemax_loss
 from gatedjax.training.step import _accumulated_gradients, init_state
 
 ROWS, LENGTH, WIDTH, VOCAB = 2, 7, 8, 16
@@ -207,3 +208,24 @@ def test_gradients_that_a_mesh_scatters_are_the_same():
         scattered = jax.jit(gradients)(hidden, weights)
     for a, b in zip(scattered, gradients(hidden, weights)):
         assert a.shape == b.shape and rel_rms(a, b) < 1e-5
+def test_sparsemax_loss():
+    """Its formula and the gradient by the logits, in float64; what has no weight may be NaN."""
+    hidden, weights, targets = inputs()
+    mask = np.ones((ROWS, LENGTH), np.float32)
+    mask[0, 1], mask[1, 2:4] = 0, 0.5
+    z = hidden.reshape(-1, WIDTH).astype(np.float64) @ weights.T.astype(np.float64)
+    largest = -np.sort(-z, axis=1)
+    size = np.arange(1, VOCAB + 1)
+    support = np.sum(1 + size * largest > np.cumsum(largest, axis=1), axis=1, keepdims=True)
+    tau = (np.take_along_axis(np.cumsum(largest, 1), support - 1, 1) - 1) / support
+    p = np.maximum(z - tau, 0)
+    onehot = np.eye(VOCAB)[targets.ravel()]
+    of_token = np.sum(np.where(p > 0, z**2 - tau**2, 0), 1) / 2 + 0.5 - np.sum(z * onehot, 1)
+    scaled = mask.ravel() / mask.sum()
+    broken = hidden.copy()
+    broken[0, 1] = np.nan
+    loss = jax.jit(jax.value_and_grad(sparsemax_loss, argnums=1))
+    value, dweights = loss(jnp.asarray(broken), jnp.asarray(weights), targets, jnp.asarray(mask))
+    assert rel_rms(value, np.sum(of_token * scaled)) < 1e-5
+    expected_gradient = (scaled[:, None] * (p - onehot)).T @ hidden.reshape(-1, WIDTH)
+    assert rel_rms(dweights, expected_gradient) < 1e-5
