@@ -1,7 +1,7 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    lint, then the test suite (the slow ones too: make test-all)
 # make test-oracles   compares layers with those of torch (transformers, fla-core, rwkv, entmax), and with lm-eval's hf backend
-# make test-cuda-aot   compiles every op for an H200 that is not here
+# make test-cuda-aot   compiles every op for GPUs that are not here;  make test-cuda-spills  its checks that nothing spills, the usual sizes (CI)
 # make test-buckets   runs and data in buckets, on servers of this machine (a part of test-all)
 # make test-gpu   the kernels on this machine's NVIDIA GPU: values and gradients
 # make test-types   a part of the suite with every annotation, shapes too, checked at every call
@@ -17,7 +17,7 @@ export PYTHONUNBUFFERED := 1
 # A process a core: tests compile more than they compute, and a compilation has one thread. A file stays in one process.
 PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: train test test-types test-all test-buckets test-oracles test-cuda-aot test-gpu wheel smoke docs lint goldens bench clean
+.PHONY: train test test-types test-all test-buckets test-oracles test-cuda-aot test-cuda-spills test-gpu wheel smoke docs lint goldens bench clean
 
 train: .venv/installed
 	$(VENV)/python train.py --config=configs/tiny.py
@@ -53,6 +53,9 @@ test-oracles: .venv-oracles/installed
 # whenever jax starts. A test is a compilation or two: they are dealt out one by one.
 test-cuda-aot: .venv-cuda/installed
 	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/gatedjax/aot/test_aot_cuda.py tests/kernels_pallas/*/test_*_cuda.py tests/kernels_pallas/*_scan/test_*_step_gpu.py
+
+test-cuda-spills: .venv-cuda/installed
+	XLA_FLAGS=--xla_backend_optimization_level=3 .venv-cuda/bin/python -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/kernels_pallas/*/test_*_cuda.py -k "(claimed_spills and 128 or grouped and spills) and not float32 and not -float16"
 
 # On a machine with an NVIDIA GPU: the kernels there, values and gradients.
 test-gpu: .venv/installed

@@ -19,6 +19,7 @@ grouped_matmul       rows sorted by group, each times the matrix of its group
 expert_mlp           the gated MLPs of sparse experts, on rows sorted by expert
 sort_by_group        the permutation that sorts rows by group, its inverse and the group sizes
 permute_rows         rows copied and permuted, differentiable without a scatter
+two_pass_softmax     softmax without a maximum, exponentials as mantissa and exponent
 last_choice          which implementation the last traced call of an op was compiled to, and why
 NORMALIZERS          the names that `attention` takes as `normalizer`
 RESIDUAL_NAMES       what a `jax.checkpoint` policy saves so that no op is computed twice
@@ -45,6 +46,7 @@ from kernels_pallas.ops import (
     rwkv7_scan,
     rwkv7_scan_step,
     sort_by_group,
+    two_pass_softmax,
 )
 
 __all__ = [
@@ -68,4 +70,5 @@ __all__ = [
     "rwkv7_scan",
     "rwkv7_scan_step",
     "sort_by_group",
+    "two_pass_softmax",
 ]

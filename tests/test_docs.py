@@ -3,6 +3,7 @@ generated pages are fresh.
 """
 
 import ast
+import functools
 import importlib.util
 import re
 import shlex
@@ -20,14 +21,13 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
-INLINE = re.compile(
-    r"`((?:python|make|pip|gatedjax-(?:train|eval|generate|probe|study|aot|\w+-hf)\b) [^`]+)`"
-)
+SCRIPT_NAMES = r"gatedjax-(?:train|eval|generate|probe|study|papers|aot|\w+-hf)\b"
+INLINE = re.compile(rf"`((?:python|make|pip|{SCRIPT_NAMES}) [^`]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # A command ends where its line does, or at a quote around it, a pipe, a redirection, a comment.
 COMMAND = re.compile(
     r"\b(?:python (?P<module>-m )?(?P<target>[\w./]+)"
-    r"|(?P<script>gatedjax-(?:train|eval|generate|probe|study|aot|\w+-hf)\b))"
+    rf"|(?P<script>{SCRIPT_NAMES}))"
     r"(?P<arguments>[^\n\"|&>#]*)"
 )
 # Files of commands beside the pages.
@@ -90,6 +90,7 @@ def flags_in(source: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def get_config(path: str) -> Mapping:
     """What `--config=PATH` gives; PATH:STRING hands the string on."""
     name, _, argument = path.partition(":")
@@ -137,8 +138,11 @@ SLOW_PAGES = (
     "gated_linear_attention",
     "linear_scan",
     "mla",
+    "other_keys",
+    "papers",
     "rwkv7",
     "sparse_moe",
+    "stochastic_gates",
     "tokens",
 )
 

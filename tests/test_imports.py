@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # by their own names.
 ORDER = (
     ("errors",),
-    ("files", "paths"),
+    ("files", "papers", "paths"),
     ("buckets",),
     ("config",),
     ("sharding",),

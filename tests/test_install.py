@@ -146,5 +146,9 @@ def test_every_command_helps_and_refuses_in_one_line(place):
         result = run(place, command, "--no_such_flag=1")
         assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert run(place, "gatedjax-aot", "--help").returncode == 0
+    result = run(place, "gatedjax-papers", "show", "softpick")
+    assert result.returncode == 0 and "singlepass.py" in result.stdout, result.stderr
+    result = run(place, "gatedjax-papers", "show", "softpik")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     result = run(place, "gatedjax-study", "nothing")
     assert result.returncode == 2 and "one of gate_positions" in result.stderr

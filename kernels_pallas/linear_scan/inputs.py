@@ -1,9 +1,20 @@
 """What travels from `api.py` to a backend: the arrays of a call, and its static arguments."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jax import Array
 from jaxtyping import Float, Int
+
+type DecayKind = Literal["vector", "scalar", "none"]
+
+
+def decay_kind(log_decay: Array | None, segment_ids: Array | None) -> DecayKind:
+    """Segments without decays are scalar decays: 0 where a document begins, else 1."""
+    if log_decay is not None and log_decay.ndim == 4:
+        return "vector"
+    if log_decay is None and segment_ids is None:
+        return "none"
+    return "scalar"
 
 
 class ScanInputs(NamedTuple):

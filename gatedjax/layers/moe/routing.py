@@ -25,6 +25,7 @@ from gatedjax.layers.moe.selection import (
     sparsemax_threshold,
 )
 from gatedjax.layers.norm import unit_length
+from gatedjax.layers.stochastic_gate import straight_through, with_gumbel_noise
 
 
 class Routing(NamedTuple):
@@ -120,8 +121,7 @@ def route(
     check_places("experts_per_token", experts_per_token, num_experts)
     z = logits.astype(jnp.float32)
     if config.selection == "gumbel" and key is not None:
-        noise = jax.random.gumbel(key, z.shape, jnp.float32)
-        z = z + noise / (config.temperature if temperature is None else temperature)
+        z = with_gumbel_noise(key, z, config.temperature if temperature is None else temperature)
     scores = SCORINGS[config.scoring](z)
     # Softmax and sparsemax sum to 1 by themselves; sigmoids do not.
     router_probs = scores
@@ -226,8 +226,8 @@ def _weights(
         weights = chosen
     if config.selection == "gumbel":
         # Straight through (arXiv 1308.3432, 1611.01144): 1 going forward, the softmax's gradient
-        # going backward. The difference first: it is exactly 0.
-        weights = 1.0 + (weights - jax.lax.stop_gradient(weights))
+        # going backward.
+        weights = straight_through(1.0, weights)
     if config.renormalize:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return config.scale * weights

@@ -17,6 +17,7 @@ from gatedjax.config import ModelConfig
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
 from gatedjax.layers.moe.statistics import loads
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.stochastic_gate import annealed_temperature
 from gatedjax.layers.tree import divided, flatten_dict, unflatten_dict, united
 
 # The submodule of a sparse layer that holds its router's state.
@@ -170,9 +171,12 @@ def updated_layer(
 
 def temperature(config: RouterConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     """The temperature of a step: the same factor every step, until `anneal_steps`."""
-    done = jnp.clip(step.astype(jnp.float32) / config.anneal_steps, 0.0, 1.0)
-    ratio = config.final_temperature / config.temperature
-    return config.temperature * ratio**done
+    return annealed_temperature(
+        step,
+        config.temperature,
+        config.final_temperature,
+        config.anneal_steps,
+    )
 
 
 def target_load(config: SparseMoEConfig) -> Float[Array, " E"]:

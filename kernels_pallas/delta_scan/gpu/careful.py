@@ -21,12 +21,11 @@ from kernels_pallas.delta_scan.reference import recurrence_in_blocks
 
 def outputs(
     plan: Plan,
-    return_final_state: bool,
     x: Inputs,
 ) -> tuple[Array, Array | None]:
     """(o, final state or None), as the kernels return them."""
     o, final_state = _scan(plan, x)
-    return o, final_state if return_final_state else None
+    return o, final_state if plan.return_final_state else None
 
 
 def gradients(

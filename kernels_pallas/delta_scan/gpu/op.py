@@ -22,19 +22,14 @@ see it. They count what is not finite at the end: in the state, which keeps what
 and in the gradients. Where there is any, `careful` computes the call again, token by token.
 """
 
-from functools import partial
-from typing import Literal
-
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
-from kernels_pallas.common.derivative import once
-from kernels_pallas.common.finite import any_counted, if_bad
+from kernels_pallas.common.finite import any_counted
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, power_of_two, round_up
+from kernels_pallas.common.two_paths import Paths, Scanned, with_careful_path
 from kernels_pallas.delta_scan.gpu import backward as gpu_backward
 from kernels_pallas.delta_scan.gpu import careful, intra_chunk, tuning
 from kernels_pallas.delta_scan.gpu import scan as gpu_scan
@@ -44,17 +39,16 @@ from kernels_pallas.delta_scan.gpu.tuning import MAX_CHUNK, MAX_K, MAX_V, MIN_CH
 from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
 from kernels_pallas.delta_scan.normalize import L2_EPSILON, l2_normalized
 from kernels_pallas.delta_scan.xla import OUT_NAME, STATES_NAME
-from kernels_pallas.linear_scan import tile as scan_tile
-from kernels_pallas.linear_scan.gpu.intra_chunk import Decays
-from kernels_pallas.linear_scan.gpu.op import (
-    MAX_ELEMENTS,
-    dlogs_of,
+from kernels_pallas.linear_scan.gpu.decays import decays_of, dlogs_of, padded_logs
+from kernels_pallas.linear_scan.gpu.plan import (
+    beyond_indices,
     matmuls,
-    scalar_decays,
+    padded_state,
+    padded_tokens,
     sum_of_heads,
-    vector_decays,
     whole_blocks,
 )
+from kernels_pallas.linear_scan.inputs import decay_kind
 from kernels_pallas.linear_scan.reference import segment_starts
 
 OP = "delta_scan"
@@ -72,13 +66,7 @@ def unsupported(inputs: DeltaInputs, options: DeltaOptions) -> str | None:
     chunk_size = options.chunk_size
     if chunk_size is not None and not MIN_CHUNK <= chunk_size <= MAX_CHUNK:
         return f"takes a chunk_size from {MIN_CHUNK} to {MAX_CHUNK}, not {chunk_size}"
-    plan = _plan(inputs, options, interpret=False)
-    tokens = plan.T * max(plan.K, plan.V)
-    states = plan.chunks * plan.K * plan.V
-    largest = inputs.q.shape[0] * plan.H * max(tokens, states)
-    if largest >= MAX_ELEMENTS:
-        return f"takes arrays and saved states below 2**31 elements, not {largest}"
-    return None
+    return beyond_indices(_plan(inputs, options, interpret=False), inputs.q.shape[0])
 
 
 def delta_scan(
@@ -103,21 +91,18 @@ def delta_scan(
     starts = None
     if inputs.segment_ids is not None:
         starts = segment_starts(inputs.segment_ids, reverse=False)
-    state = inputs.initial_state
-    if state is not None:
-        state = padded(padded(state, 2, plan.K), 3, plan.V)
     x = Inputs(
-        q=_padded_tokens(plan, inputs.q, plan.K),
-        k=_padded_tokens(plan, inputs.k, plan.K),
-        v=_padded_tokens(plan, inputs.v, plan.V),
+        q=padded_tokens(plan.T, inputs.q, plan.K),
+        k=padded_tokens(plan.T, inputs.k, plan.K),
+        v=padded_tokens(plan.T, inputs.v, plan.V),
         beta=None if inputs.beta is None else _heads_first(plan, inputs.beta),
-        logs=_logs(plan, inputs, starts),
-        erase=None if inputs.erase is None else _padded_tokens(plan, inputs.erase, plan.K),
-        write=None if inputs.write is None else _padded_tokens(plan, inputs.write, plan.V),
+        logs=padded_logs(plan.of_decays, inputs.v, inputs.log_decay, starts),
+        erase=None if inputs.erase is None else padded_tokens(plan.T, inputs.erase, plan.K),
+        write=None if inputs.write is None else padded_tokens(plan.T, inputs.write, plan.V),
         starts=None if starts is None else padded(starts, 1, plan.T).astype(jnp.float32),
-        state=state,
+        state=padded_state(plan, inputs.initial_state),
     )
-    o, final_state = _scan(plan, options.return_final_state, x)
+    o, final_state = _scan(plan, x)
     if final_state is not None:
         final_state = final_state[:, :, :K, :V]
     return o[:, :T, :, :V], final_state
@@ -129,7 +114,7 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
     B, T, H, _ = v.shape
     K = whole_blocks(q.shape[3])
     V = whole_blocks(v.shape[3])
-    decay = _decay_kind(inputs)
+    decay = decay_kind(inputs.log_decay, inputs.segment_ids)
     operand, precision = matmuls(interpret, q, k, v)
     is_exact = precision == lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     schedule = tuning.schedule(decay, operand.itemsize)
@@ -155,47 +140,16 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
         fast_exp=not (interpret or is_exact),
         out_dtype=v.dtype,
         schedule=schedule,
+        return_final_state=options.return_final_state,
         interpret=interpret,
     )
-
-
-def _decay_kind(inputs: DeltaInputs) -> Literal["vector", "scalar", "none"]:
-    """Segments without decays are scalar decays: 0 where a document begins, else 1."""
-    if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
-        return "vector"
-    if inputs.log_decay is None and inputs.segment_ids is None:
-        return "none"
-    return "scalar"
 
 
 # --- arrays as the kernels take them
 
 
-def _padded_tokens(plan: Plan, x: Array, width: int) -> Array:
-    # A padded token erases and writes nothing, and does not decay the state.
-    return padded(padded(x, 1, plan.T), 3, width)
-
-
 def _heads_first(plan: Plan, rows: Float[Array, "B T H"]) -> Float[Array, "B H Tp"]:
     return jnp.swapaxes(padded(rows.astype(jnp.float32), 1, plan.T), 1, 2)
-
-
-def _logs(plan: Plan, inputs: DeltaInputs, starts: Bool[Array, "B T"] | None) -> Array | None:
-    """`Inputs.logs`. Differentiable."""
-    log_decay = inputs.log_decay
-    if plan.decay == "none":
-        return None
-    if plan.decay == "vector":
-        assert log_decay is not None
-        return _padded_tokens(plan, log_decay, plan.K)
-    if log_decay is None:
-        # Segments alone.
-        log_decay = varying_like(jnp.zeros(inputs.v.shape[:3], jnp.float32), inputs.v)
-    logs = jnp.maximum(log_decay.astype(jnp.float32), scan_tile.LOG_ZERO)
-    if starts is not None:
-        # The lesser of the two, so that a log that is NaN remains one.
-        logs = jnp.where(starts[:, :, None], jnp.minimum(logs, scan_tile.LOG_ZERO), logs)
-    return _heads_first(plan, logs)
 
 
 def _rows(plan: Plan, x: Inputs) -> Rows:
@@ -221,16 +175,8 @@ def _rows(plan: Plan, x: Inputs) -> Rows:
         q_factor=q_factor,
         k_factor=k_factor,
         beta=None if x.beta is None else in_chunks(x.beta),
-        decays=_decays(plan, x),
+        decays=decays_of(plan.of_decays, x.logs, x.starts),
     )
-
-
-def _decays(plan: Plan, x: Inputs) -> Decays:
-    if plan.decay == "none":
-        return Decays()
-    assert x.logs is not None
-    made = vector_decays if plan.decay == "vector" else scalar_decays
-    return made(plan.of_decays, x.logs, x.starts)
 
 
 def _chunks(plan: Plan, x: Inputs, rows: Rows) -> Chunks:
@@ -289,68 +235,20 @@ def _product(plan: Plan, *factors: Float[Array, "B _ N C"] | None) -> Array | No
 # --- the derivative
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(
-    plan: Plan,
-    return_final_state: bool,
-    x: Inputs,
-) -> tuple[Array, Array | None]:
-    """(o [B, T, H, V] in plan.out_dtype, final state [B, H, K, V] float32)."""
-    outputs, _ = _checked(plan, return_final_state, x, save=False)
-    return outputs
-
-
-def _forward(plan: Plan, return_final_state: bool, x: Inputs):
-    (o, final_state), saved = _checked(plan, return_final_state, x, save=True)
-    # The name also of the flag, or it alone would have the kernels run again.
-    residuals = [checkpoint_name(array, STATES_NAME) for array in saved]
-    return (checkpoint_name(o, OUT_NAME), final_state), (x, *residuals)
-
-
-def _checked(
-    plan: Plan,
-    return_final_state: bool,
-    x: Inputs,
-    *,
-    save: bool,
-) -> tuple[tuple[Array, Array | None], tuple[Array | None, Bool[Array, ""]]]:
-    """((o, final state), (the state before each chunk or None, whether one is not finite))."""
-    run = partial(_run, plan, return_final_state=return_final_state, save=save)
-    outputs, states, is_bad = once(OP, run, x)
-    carefully = partial(careful.outputs, plan, return_final_state)
-    return if_bad(is_bad, partial(once, OP, carefully), outputs, x), (states, is_bad)
-
-
-def _run(
-    plan: Plan,
-    x: Inputs,
-    *,
-    return_final_state: bool,
-    save: bool,
-) -> tuple[tuple[Array, Array | None], Array | None, Bool[Array, ""]]:
-    """((o, final state), the state before each chunk or None, whether one is not finite)."""
+def _forward(plan: Plan, x: Inputs, save: bool) -> Scanned:
+    """By the kernels: o [B, T, H, V] in plan.out_dtype, final state [B, H, K, V] float32."""
     out = gpu_scan.scan(
         plan,
         _chunks(plan, x, _rows(plan, x)),
         plan.out_dtype,
         backward=False,
         save=save,
-        final=return_final_state,
+        final=plan.return_final_state,
     )
-    return (out["out"], out.get("final")), out.get("states"), any_counted(out["bad"])
+    return Scanned(out["out"], out.get("final"), out.get("states"), any_counted(out["bad"]))
 
 
-def _backward(plan: Plan, return_final_state: bool, residuals, cotangents):
-    x, states, is_bad = residuals
-    gradients, is_bad_here = once(OP, partial(_gradients, plan), x, states, cotangents)
-
-    # What was not finite on the way forward is not counted again on the way back.
-    is_bad = is_bad | is_bad_here
-    carefully = partial(careful.gradients, plan)
-    return (if_bad(is_bad, partial(once, OP, carefully), gradients, x, cotangents),)
-
-
-def _gradients(
+def _backward(
     plan: Plan,
     x: Inputs,
     states: Array,
@@ -402,9 +300,6 @@ def _gradients(
     return gradients, any_counted(out["bad"], through["bad"])
 
 
-_scan.defvjp(_forward, _backward)
-
-
 def _through_length(
     plan: Plan,
     x: Float[Array, "B T Hx K"],
@@ -437,3 +332,11 @@ def _dbeta(
         # One part for each block of K.
         parts.append(through["dbeta"].sum(3))
     return sum(parts[1:], parts[0]).reshape(beta.shape)
+
+
+_scan = with_careful_path(
+    OP,
+    Paths(_forward, _backward, careful.outputs, careful.gradients),
+    OUT_NAME,
+    STATES_NAME,
+)

@@ -3,7 +3,7 @@
 Where a program finds its own tile, and how it loads and counts, is that of `linear_scan`.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,10 +12,11 @@ from jaxtyping import Float
 
 from kernels_pallas.delta_scan.gpu.tuning import Schedule
 from kernels_pallas.linear_scan.gpu import plan as scan_plan
-from kernels_pallas.linear_scan.gpu.intra_chunk import Decays
+from kernels_pallas.linear_scan.gpu.decays import Decays
 from kernels_pallas.linear_scan.gpu.plan import load
 from kernels_pallas.linear_scan.gpu.tile import Tile
 from kernels_pallas.linear_scan.gpu.tuning import Schedule as ScanSchedule
+from kernels_pallas.linear_scan.inputs import DecayKind
 
 
 class Plan(NamedTuple):
@@ -35,7 +36,7 @@ class Plan(NamedTuple):
     Hk: int
     K: int
     V: int
-    decay: Literal["vector", "scalar", "none"]
+    decay: DecayKind
     scale: float
     l2_norm: bool
     chunk: int
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     fast_exp: bool
     out_dtype: Any
     schedule: Schedule
+    return_final_state: bool
     interpret: bool
 
     @property
@@ -84,6 +86,7 @@ class Plan(NamedTuple):
             out_dtype=self.out_dtype,
             # Not what the decays depend on.
             schedule=ScanSchedule(),
+            return_final_state=False,
             interpret=self.interpret,
         )
 

@@ -14,15 +14,13 @@ earlier tokens. Whatever is not finite stays in the state, so they look at the l
 call that finds something there is computed once more by the XLA path, which knows who may see it.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from kernels_pallas.common.finite import any_counted
 from kernels_pallas.common.mesh import varying_like
@@ -30,6 +28,7 @@ from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.rows import row_by_row
 from kernels_pallas.common.tpu import interpret_params
+from kernels_pallas.common.two_paths import Paths, Scanned, with_careful_path
 from kernels_pallas.delta_scan import xla
 from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
 from kernels_pallas.delta_scan.tpu import backward as backward_kernel
@@ -38,9 +37,11 @@ from kernels_pallas.delta_scan.tpu.plan import KernelInputs, Plan
 from kernels_pallas.delta_scan.tpu.tuning import MAX_CHUNK, MAX_K, MAX_V, MIN_CHUNK, schedules
 from kernels_pallas.delta_scan.xla import OUT_NAME, STATES_NAME
 from kernels_pallas.linear_scan import tile as scan_tile
+from kernels_pallas.linear_scan.inputs import decay_kind
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu.op import sum_of_parts
 
+OP = "delta_scan"
 # Lanes of a register: channels are padded to a multiple.
 LANES = 128
 
@@ -99,7 +100,7 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
     Hk = inputs.k.shape[2]
     K = round_up(K, LANES)
     V = round_up(V, LANES)
-    decay = _kind_of_decay(inputs)
+    decay = decay_kind(inputs.log_decay, inputs.segment_ids)
     rows = [] if inputs.beta is None else ["beta"]
     if decay == "scalar":
         rows += ["coarse", "fine"]
@@ -141,15 +142,6 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
         backward=backward,
         interpret=interpret_params(interpret, inputs.q),
     )
-
-
-def _kind_of_decay(inputs: DeltaInputs) -> str:
-    """ "vector", "scalar" or "none"; segments alone are a scalar decay of 1 or 0."""
-    if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
-        return "vector"
-    if inputs.log_decay is None and inputs.segment_ids is None:
-        return "none"
-    return "scalar"
 
 
 # --- views of the arrays
@@ -271,27 +263,20 @@ def _kernel_inputs(plan: Plan, x: Views) -> KernelInputs:
 # --- the derivative
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan: Plan, x: Views) -> tuple[Array, Array | None]:
-    """(o [B, T, H*V], final state [B, H, V, K])."""
-    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=False)
-    return _checked(out["flags"], (out["o"], out.get("final")), lambda: _by_xla(plan, x))
+def _forward(plan: Plan, x: Views, save: bool) -> Scanned:
+    """By the kernel: o [B, T, H*V], final state [B, H, V, K]."""
+    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=save)
+    # Values that are not finite reach the states.
+    return Scanned(out["o"], out.get("final"), out.get("states"), any_counted(out["flags"]))
 
 
-def _forward(plan: Plan, x: Views):
-    out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=True)
-    o, final_state = _checked(
-        out["flags"],
-        (out["o"], out.get("final")),
-        lambda: _by_xla(plan, x),
-    )
-    states = checkpoint_name(out["states"], STATES_NAME)
-    flags = checkpoint_name(out["flags"], STATES_NAME)
-    return (checkpoint_name(o, OUT_NAME), final_state), (x, states, flags)
-
-
-def _backward(plan: Plan, residuals, cotangents) -> tuple[Views]:
-    x, states, flags = residuals
+def _backward(
+    plan: Plan,
+    x: Views,
+    states: Array,
+    cotangents: tuple[Array, Array | None],
+) -> tuple[Views, Bool[Array, ""]]:
+    """The gradients of `_views` by the kernel, and whether something in them is not finite."""
     do, dfinal = cotangents
     out = backward_kernel.backward(
         plan,
@@ -300,13 +285,8 @@ def _backward(plan: Plan, residuals, cotangents) -> tuple[Views]:
         do,
         dfinal,
     )
-    # Values that are not finite reach the states only, and queries and cotangents only dstate.
-    dx = _checked(
-        jnp.concatenate([flags.ravel(), out["flags"].ravel()]),
-        _gradient(plan, x, out),
-        lambda: _gradient_by_xla(plan, x, cotangents),
-    )
-    return (dx,)
+    # Queries and cotangents that are not finite reach dstate.
+    return _gradient(plan, x, out), any_counted(out["flags"])
 
 
 def _gradient(plan: Plan, x: Views, out: dict[str, Array]) -> Views:
@@ -336,15 +316,7 @@ def _gradient(plan: Plan, x: Views, out: dict[str, Array]) -> Views:
     )
 
 
-_scan.defvjp(_forward, _backward)
-
-
 # --- numbers that are not finite
-
-
-def _checked[Tree](flags: Array, results: Tree, careful: Callable[[], Tree]) -> Tree:
-    """`results` if all flags are 0, else those of `careful`."""
-    return jax.lax.cond(any_counted(flags), careful, lambda: results)
 
 
 def _by_xla(plan: Plan, x: Views) -> tuple[Array, Array | None]:
@@ -411,3 +383,11 @@ def _gradient_by_xla(plan: Plan, x: Views, cotangents: tuple[Array, Array | None
         return dx
 
     return row_by_row(of_rows, (x, cotangents))
+
+
+_scan = with_careful_path(
+    OP,
+    Paths(_forward, _backward, _by_xla, _gradient_by_xla),
+    OUT_NAME,
+    STATES_NAME,
+)

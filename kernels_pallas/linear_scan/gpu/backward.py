@@ -16,11 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float
 
+from kernels_pallas.common.gpu import Operands
 from kernels_pallas.common.mesh import like
 from kernels_pallas.linear_scan.gpu import tile
+from kernels_pallas.linear_scan.gpu.decays import Decays
 from kernels_pallas.linear_scan.gpu.intra_chunk import (
-    Decays,
-    Operands,
     call,
     exponentials_per_token,
     logs_of,

@@ -8,7 +8,6 @@ which has to go through the chunks one after another, has nothing to do but matr
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,41 +18,11 @@ from jaxtyping import Bool, Float
 from kernels_pallas.common.gpu import Operands, kernel_call
 from kernels_pallas.common.mesh import like
 from kernels_pallas.linear_scan.gpu import tile
+from kernels_pallas.linear_scan.gpu.decays import Decays, clamped_logs
 from kernels_pallas.linear_scan.gpu.plan import Inputs, Plan, block_rows, load, over_blocks
 from kernels_pallas.linear_scan.gpu.tile import SUBTOTAL, matmul
 from kernels_pallas.linear_scan.gpu.tuning import block
 from kernels_pallas.linear_scan.tile import LOG_ZERO
-
-
-class Decays(NamedTuple):
-    """What the chunk-parallel kernels read of the decays. Batch and channels may have size 1.
-
-    Attributes:
-      logs: vector decays, as in memory.
-      subtotals: sums of SUBTOTAL neighbors of `clamped_logs`, as in memory.
-      log_total: of a whole chunk.
-      sums: scalar decays: the four rows of sums of `tile.scalar_mask`.
-      read_factor, write_factor: scalar decays: start of the chunk -> read, write -> its end.
-      starts: vector decays only: 1 where the state is reset.
-    """
-
-    logs: Float[Array, "_ T H K"] | None = None
-    subtotals: Float[Array, "_ T8 H K"] | None = None
-    log_total: Float[Array, "_ H N _"] | None = None
-    sums: Float[Array, "_ H N 4 C"] | None = None
-    read_factor: Float[Array, "_ H N C"] | None = None
-    write_factor: Float[Array, "_ H N C"] | None = None
-    starts: Float[Array, "B T"] | None = None
-
-    @property
-    def total(self) -> Array | None:
-        """The decay of each chunk as the scan kernel reads it: [B, H, N, K], or [B, H, N]."""
-        if self.log_total is None:
-            return None
-        log_total = self.log_total
-        if self.logs is None:
-            log_total = log_total[..., 0]
-        return jnp.exp(log_total)
 
 
 def operands(
@@ -251,18 +220,6 @@ def _store_products(out, products: Array) -> None:
     C = products.shape[0]
     here = block_rows(lax.iota(jnp.int32, C), 0, C)
     pltriton.store(out.at[here], products.astype(out.dtype))
-
-
-def clamped_logs(
-    logs: Float[Array, "*axes"],
-    is_start: Bool[Array, "*broadcast"] | None,
-) -> Float[Array, "*axes"]:
-    """Logs no less than LOG_ZERO, and LOG_ZERO where a segment starts. NaN and +inf remain."""
-    # Comparisons, which are false for NaN: Triton's maximum would leave NaN out.
-    is_zero = logs < LOG_ZERO
-    if is_start is not None:
-        is_zero = is_zero | (is_start & (logs < jnp.inf))
-    return jnp.where(is_zero, jnp.asarray(LOG_ZERO, logs.dtype), logs)
 
 
 def logs_of(

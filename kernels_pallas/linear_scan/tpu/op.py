@@ -25,7 +25,7 @@ from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.tpu import interpret_params
 from kernels_pallas.linear_scan import nonfinite, tile
-from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions
+from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, decay_kind
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu import backward as backward_kernel
@@ -101,7 +101,7 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
     Hv, V = inputs.v.shape[2:]
     K = round_up(K, LANES)
     V = round_up(V, LANES)
-    decay = _kind_of_decay(inputs)
+    decay = decay_kind(inputs.log_decay, inputs.segment_ids)
     # A chunk is a power of two, and not much longer than T.
     chunk = min(options.chunk_size or MAX_CHUNK, max(MIN_CHUNK, power_of_two(T)))
     forward, backward = schedules(decay, T, H, Hk, Hv, K, V, chunk)
@@ -129,15 +129,6 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
         backward=backward,
         interpret=interpret_params(interpret, inputs.q),
     )
-
-
-def _kind_of_decay(inputs: ScanInputs) -> str:
-    """ "vector", "scalar" or "none"; segments alone are a scalar decay of 1 or 0."""
-    if inputs.log_decay is not None and inputs.log_decay.ndim == 4:
-        return "vector"
-    if inputs.log_decay is None and inputs.segment_ids is None:
-        return "none"
-    return "scalar"
 
 
 def _longest_step(plan: Plan) -> int:

@@ -17,7 +17,7 @@ from gatedjax.aot.cases import make_case
 from gatedjax.aot.gpu import devices, find_ptxas
 from gatedjax.aot.targets import GPUS
 from kernels_pallas import dispatch
-from kernels_pallas.delta_scan.gpu import op as gpu
+from kernels_pallas.common import two_paths
 from kernels_pallas.ops import delta_scan
 
 pytestmark = needs_cuda_plugin
@@ -31,7 +31,7 @@ MAPS = {"forward_from_zeros", "forward_map", "backward_from_zeros", "backward_ma
 @pytest.fixture
 def without_recurrence(monkeypatch):
     """The kernels of a training step, without what is beside them and takes long to compile."""
-    monkeypatch.setattr(gpu, "if_bad", lambda is_bad, careful, fast, *args: fast)
+    monkeypatch.setattr(two_paths, "if_bad", lambda is_bad, careful, fast, *args: fast)
 
 
 def clean_stages(target: str, fn, *args) -> set[str]:

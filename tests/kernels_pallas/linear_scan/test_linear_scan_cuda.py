@@ -17,7 +17,7 @@ from gatedjax.aot.cases import make_case
 from gatedjax.aot.gpu import devices, find_nvdisasm
 from gatedjax.aot.targets import GPUS
 from kernels_pallas import dispatch
-from kernels_pallas.linear_scan.gpu import op as gpu
+from kernels_pallas.common import two_paths
 from kernels_pallas.ops import linear_scan
 
 pytestmark = needs_cuda_plugin
@@ -59,7 +59,7 @@ def test_no_kernel_spills(shape, decay):
 @pytest.mark.parametrize("D", [32, 64, 96, 128, 256])
 def test_no_size_that_is_claimed_spills(D, dtype, decay, target, monkeypatch):
     """The kernels of a training step, without the recurrence beside them, which takes long."""
-    monkeypatch.setattr(gpu, "if_bad", lambda is_bad, careful, fast, *args: fast)
+    monkeypatch.setattr(two_paths, "if_bad", lambda is_bad, careful, fast, *args: fast)
     case = make_case("linear_scan", f"B4,T1024,H16,K{D},V{D}", dtype, {"decay": decay})
     assert no_spills(target, case.backward(), *case.backward_args()) >= set(STAGES)
     assert dispatch.last_choice("linear_scan").implementation == "gpu"
@@ -70,7 +70,7 @@ def test_no_size_that_is_claimed_spills(D, dtype, decay, target, monkeypatch):
 @pytest.mark.parametrize("target", ["cuda:h100", "cuda:a100"])
 def test_chunks_are_copied_ahead_where_programs_share_a_multiprocessor(target, monkeypatch):
     """256 programs of the scan: two fit beside each other, with two stages each."""
-    monkeypatch.setattr(gpu, "if_bad", lambda is_bad, careful, fast, *args: fast)
+    monkeypatch.setattr(two_paths, "if_bad", lambda is_bad, careful, fast, *args: fast)
     case = make_case("linear_scan", "B8,T1024,H16,K128,V128", "bfloat16", {"decay": "vector"})
     _, report = compile_for(target, case.backward(), *case.backward_args())
     scans = [k for k in report.kernels if stage(k.name) in ("forward", "backward")]
