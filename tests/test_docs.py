@@ -140,6 +140,7 @@ SLOW_PAGES = (
     "lora_mixture",
     "mamba2",
     "mla",
+    "other_keys",
     "papers",
     "rwkv7",
     "soft_moe",

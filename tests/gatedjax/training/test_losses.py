@@ -208,6 +208,8 @@ def test_gradients_that_a_mesh_scatters_are_the_same():
         scattered = jax.jit(gradients)(hidden, weights)
     for a, b in zip(scattered, gradients(hidden, weights)):
         assert a.shape == b.shape and rel_rms(a, b) < 1e-5
+
+
 def test_sparsemax_loss():
     """Its formula and the gradient by the logits, in float64; what has no weight may be NaN."""
     hidden, weights, targets = inputs()
