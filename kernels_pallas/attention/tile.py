@@ -143,14 +143,15 @@ class Factors(NamedTuple):
 def selecting_products(
     factors: Sequence[Factors],
     seen: Array | None,
-    any_special: Array | None,
+    any_special: Array | Callable[..., Array] | None,
 ) -> list[Array]:
     """`selecting_product` of each of some factors, at the cost of plain ones where all is finite.
 
     Args:
       factors: of all products of a tile, which share one branch.
       seen: the mask; None if every pair is seen.
-      any_special: whether any `x` may have an entry that is not finite.
+      any_special: whether any `x` may have an entry that is not finite; or a function that tells
+        it of the plain products, where those are much smaller than what is multiplied.
 
     Returns:
       The products.
@@ -159,6 +160,9 @@ def selecting_products(
     if seen is None or any_special is None:
         return plain
     mask = seen
+    if callable(any_special):
+        # A weight of 0 hides nothing: its product with what is not finite is NaN.
+        any_special = any_special(*plain)
 
     def careful() -> list[Array]:
         return [selecting_product(weights, mask, x, product) for weights, x, product in factors]
@@ -361,7 +365,7 @@ def accumulate(
     v: Float[Array, "*batch C V"],
     product: Callable[[Array, Array], Array],
     seen: Bool[Array, "... R C"] | None = None,
-    any_special: Bool[Array, ""] | None = None,
+    any_special: Bool[Array, ""] | Callable[..., Array] | None = None,
 ) -> list[Array]:
     """The sums of weighted values after a tile: keep * sums + weights v.
 
@@ -371,7 +375,7 @@ def accumulate(
       v: the tile's values.
       product: the matrix product of weights and values, as the machine does it.
       seen: the mask; None if every pair is seen.
-      any_special: whether values may be NaN or infinite; None if they are finite where not seen.
+      any_special: as of `selecting_products`; None if values are finite where not seen.
 
     Returns:
       The sums after the tile.

@@ -308,6 +308,7 @@ def changed_config(tmp_path, **changes) -> Path:
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected 'silu'"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types: got .*, expected 2 of"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected none"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config: expected none"),
         (
             {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
             "rope_type: got 'longrope', expected 'default', 'yarn' or 'llama3'",
@@ -346,9 +347,10 @@ def test_named_tensors_missing_unknown_misshaped():
     misshaped = tensors[name]._replace(shape=(4,))
     with pytest.raises(InputError, match=rf"'{name}': got F32\[4\], expected \[8\] by config"):
         found(tensors | {name: misshaped})
-    packed = tensors[name]._replace(dtype="U8")
-    with pytest.raises(InputError, match=r"got U8\[8\], expected one of F32, BF16, F16"):
-        found(tensors | {name: packed})
+    for dtype in ("U8", "F8_E4M3"):
+        packed = tensors[name]._replace(dtype=dtype)
+        with pytest.raises(InputError, match=rf"got {dtype}\[8\], expected one of F32, BF16, F16"):
+            found(tensors | {name: packed})
     assert found(tensors | {"mtp.norm.weight": tensors[name]}).left_out == ["mtp.norm.weight"]
 
 
