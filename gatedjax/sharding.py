@@ -18,6 +18,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import mesh_utils
@@ -262,6 +263,46 @@ def placed(x: Array, names: Names) -> Array:
         return x
     spec = nn.logical_to_mesh_axes(names, RULES)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def sum_of_parts(x: Array, names: Names) -> Array:
+    """The sum over the first axis of `x`, of which each device of "batch" holds one entry.
+
+    Every device gets its own part of the sum, cut along the last axis; left to XLA, it would get
+    the whole and drop the rest. The parts come to lie one after the other first: a TPU does not
+    scatter along the axis that is the fastest in memory.
+
+    Args:
+      x: [P, X, M], with P = parts("batch").
+      names: of X and M; no axis of the mesh cuts both M and the sequence.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    summed = _axes_of_several(mesh, "batch")
+    first, last = names
+    assert first is not None and last is not None
+    scattered = _axes_of_several(mesh, last)
+    whole = tuple(axis for axis in summed if axis not in scattered)
+
+    ways = math.prod(mesh.shape[axis] for axis in scattered)
+
+    def body(part: Array) -> Array:
+        length, width = part.shape[1:]
+        pieces = jnp.swapaxes(part.reshape(length, ways, width // ways), 0, 1)
+        total = jax.lax.psum_scatter(pieces, scattered, scatter_dimension=0)
+        return jax.lax.psum(total, whole) if whole else total
+
+    rows = _axes_of_several(mesh, first) or None
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=PartitionSpec(summed, rows, None),
+        out_specs=PartitionSpec(rows, scattered),
+    )(x)
+
+
+def _axes_of_several(mesh: AbstractMesh, name: str) -> tuple[str, ...]:
+    """The mesh axes of a logical axis that have more than one device."""
+    return tuple(axis for axis in mesh_axes(name) if mesh.shape[axis] > 1)
 
 
 def mesh_axis(name: str) -> str:

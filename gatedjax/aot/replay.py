@@ -7,13 +7,15 @@ matrix-unit work exactly, and the time lost on DMA by a simple model: one first-
 channel of the chip's public bandwidth and a fixed latency.
 
 How far to trust it. The schedule: within about 3 % of measured cycles on v4 and v5e. The time:
-within 5 % of published v5e times of seven matmuls (`tests/gatedjax/aot/test_tpu_model.py`); v5p,
-v6e and v7x share the mechanism but were never checked against hardware. Not modeled: strided or
-narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared with DMA, instruction fetch of huge
-bodies, barriers between two cores, the interconnect, clock throttling, and the host's 0.1 ms a
-call. Differences below 5 % are noise. A branch or size that depends on data is reported as unknown,
-and the branch taken as not taken; but that a number is below infinity is taken as true, and so is
-in a whole program that a donated output lies where its input did (`schedule.Dump.program`).
+within 5 % of published v5e times of seven matmuls (`tests/gatedjax/aot/test_tpu_model.py`); 8 to 17
+percent below five published v6e times of kernels that vector units and spills bound
+(`benchmarks/tpu_model.py`); v5p and v7x share the mechanism but were never checked against
+hardware. Not modeled: strided or narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared
+with DMA, instruction fetch of huge bodies, barriers between two cores, the interconnect, clock
+throttling, and the host's 0.1 ms a call. Differences below 5 % are noise. A branch or size that
+depends on data is reported as unknown, and the branch taken as not taken; but that a number is
+below infinity is taken as true, and so is in a whole program that a donated output lies where its
+input did (`schedule.Dump.program`).
 
 `bundles.py` parses the listing, `program.py` turns it into functions, `timeline.py` is the model of
 the memory, `values.py` the arithmetic.

@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
 from gatedjax.model import logits as compute_logits
-from gatedjax.sharding import parts
+from gatedjax.sharding import is_cut, parts, sum_of_parts
 
 
 class TokenLosses(NamedTuple):
@@ -340,12 +340,13 @@ def _by_group(gradients: Float[Array, "P X M"]) -> Float[Array, "P X M"]:
 
 def _sum_of_groups(gradients: Float[Array, "P X M"]) -> Float[Array, "X M"]:
     """The gradient, cut over devices as the matrix is."""
-    if parts("embed_vocab") == 1:
-        return nn.with_logical_constraint(jnp.sum(gradients, axis=0), ("vocab", "embed_vocab"))
-    # Each device gets its part of a sum that is cut along a first axis; cut along a last one, it
-    # would get the whole.
-    total = jnp.sum(jnp.swapaxes(gradients, 1, 2), axis=0)
-    return nn.with_logical_constraint(total, ("embed_vocab", "vocab")).T
+    groups, vocab, width = gradients.shape
+    names = ("vocab", "embed_vocab")
+    # Where the sequence is cut, the same axis cuts the width too.
+    is_by_device = groups == parts("batch") and parts("length") == 1
+    if is_by_device and is_cut("embed_vocab", width) and vocab % parts("vocab") == 0:
+        return sum_of_parts(gradients, names)
+    return nn.with_logical_constraint(jnp.sum(gradients, axis=0), names)
 
 
 def _positions(rows: int, length: int, chunk: int) -> int:
