@@ -3,6 +3,7 @@ goldens.
 """
 
 import gc
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -74,16 +75,33 @@ def signals_of_a_terminal():
         signal.signal(number, handler)
 
 
-# Linux lets a process map 65,530 pieces of memory, and XLA segfaults on the next one.
-MOST_MAPS = 20_000
+# Linux lets a process map 65,530 pieces of memory, and XLA segfaults on the next one. Programs are
+# forgotten between files where they can be, since tests of a file share some; inside of a long file
+# only where they must be.
+MOST_MAPS_BETWEEN_FILES = 20_000
+MOST_MAPS = 40_000
+TESTS_PER_LOOK = 8
+finished = itertools.count(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
     """Forgets the compiled programs of a process, dozens of maps each, before they are too many."""
     yield
+    forget_programs(MOST_MAPS_BETWEEN_FILES)
+
+
+@pytest.fixture(autouse=True)
+def room_inside_of_a_file():
+    """The same between tests of one file."""
+    yield
+    if next(finished) % TESTS_PER_LOOK == 0:
+        forget_programs(MOST_MAPS)
+
+
+def forget_programs(most_maps: int) -> None:
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+    if maps.exists() and maps.read_bytes().count(b"\n") > most_maps:
         jax.clear_caches()
         gc.collect()
 
