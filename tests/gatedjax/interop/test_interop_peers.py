@@ -133,6 +133,44 @@ def test_greedy_tokens_equals_peer(imported, family):
     np.testing.assert_array_equal(ours, right[:, prompt.shape[1] :].numpy())
 
 
+def perplexity(log_probs: np.ndarray, tokens: np.ndarray) -> float:
+    """Of every token but the first of its row, from log_probs [rows, tokens, vocabulary]."""
+    of_targets = np.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1)
+    return float(np.exp(-np.mean(of_targets, dtype=np.float64)))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_next"])
+def test_perplexity_equals_peer(tmp_path, family):
+    """Of a model that transformers has trained, on text that it has not seen."""
+    peer = tiny_model(family)
+    text = np.frombuffer(Path(__file__).read_bytes(), np.uint8).astype(np.int64) % VOCAB
+    rows = text[: len(text) // TOKENS * TOKENS].reshape(-1, TOKENS)
+    held_out, rows = rows[:16], rows[16:]
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=3e-3)
+    untrained = perplexity(log_probs_of_peer(peer, held_out), held_out)
+    for step in range(40):
+        batch = torch.tensor(rows[np.arange(8 * step, 8 * step + 8) % len(rows)])
+        loss = peer(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    peer.save_pretrained(tmp_path)
+    _, run, parameters = read(tmp_path)
+    model = LanguageModel(run.config.model)
+    params = unflatten_dict(parameters)
+    hidden, _, _ = jax.jit(model.apply)({"params": params}, held_out.astype(np.int32))
+    ours = jax.nn.log_softmax(logits_of(hidden, head_weights(params)).astype(np.float32))
+    right = perplexity(log_probs_of_peer(peer, held_out), held_out)
+    assert right < untrained / 2
+    assert perplexity(np.asarray(ours), held_out) == pytest.approx(right, rel=1e-4)
+
+
+def log_probs_of_peer(peer, tokens: np.ndarray) -> np.ndarray:
+    peer.eval()
+    with torch.no_grad():
+        return torch.log_softmax(peer(torch.tensor(tokens)).logits.float(), -1).numpy()
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_export_equals_peer(imported, family, tmp_path):
     """transformers loads it: the same parameters to the bit, and the same logits."""
