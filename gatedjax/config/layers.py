@@ -299,6 +299,12 @@ class GatedAttentionConfig(Checked):
             self.reluformer_loss,
             f"0 with normalizer {self.normalizer!r}",
         )
+        require(
+            self.causal or self.reluformer_loss == 0,
+            "reluformer_loss",
+            self.reluformer_loss,
+            "0 with causal = false: it counts the keys that causal tokens see",
+        )
         # Gamma is put on the queries: what is added to logits afterwards would not be divided.
         excluded = {
             "logits_soft_cap": self.logits_soft_cap is not None,

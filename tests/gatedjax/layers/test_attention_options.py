@@ -129,6 +129,10 @@ def test_presets_are_valid(name):
             "rope_fraction: got 0.0, expected channels that rotate with selective_rope 'low_rank'",
         ),
         (
+            dict(causal=False, normalizer="reluformer", reluformer_loss=0.1),
+            "reluformer_loss: got 0.1, expected 0 with causal = false",
+        ),
+        (
             dict(causal=False, query_scale="log_length"),
             "query_scale: got 'log_length', expected none with causal = false",
         ),
