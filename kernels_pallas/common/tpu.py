@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
@@ -37,6 +38,11 @@ def in_hbm(array: Array, interpret: Interpret) -> Array:
     if interpret:
         return array
     return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+def without_float16(x: Array) -> Array:
+    """Float16 as float32: Mosaic does not convert to or from float16."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
 def interpret_params(interpret: Interpret, x: Array) -> Interpret:

@@ -44,7 +44,13 @@ from kernels_pallas.common.mesh import like, varying_like
 from kernels_pallas.common.padding import padded, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.second_order import differentiable_gradient
-from kernels_pallas.common.tpu import VMEM_LIMIT, Interpret, in_hbm, interpret_params
+from kernels_pallas.common.tpu import (
+    VMEM_LIMIT,
+    Interpret,
+    in_hbm,
+    interpret_params,
+    without_float16,
+)
 
 # Of VMEM, for keys, values and their gradients: the rest is for a program's queries.
 KEYS_BYTES = 48 * 2**20
@@ -77,7 +83,7 @@ def attention(
     interpret: Interpret,
 ) -> Outputs:
     """As `tpu/op.py`'s, of the rows and heads of one device, with a block mask."""
-    q, k, v = (_without_float16(x) for x in (inputs.q, inputs.k, inputs.v))
+    q, k, v = (without_float16(x) for x in (inputs.q, inputs.k, inputs.v))
     T = q.shape[1]
     rows = min(block_lists.MAX_ROWS, round_up(T, LANES))
     schedule = Schedule(block=rows, rows=MASK_BLOCK)
@@ -113,11 +119,6 @@ def attention(
         o = o * jax.nn.sigmoid(inputs.gate_logits.astype(jnp.float32))
     y = o.astype(inputs.v.dtype)
     return (y, lse) if options.return_lse else y
-
-
-def _without_float16(x: Array) -> Array:
-    """Float16 as float32: Mosaic does not convert to or from float16."""
-    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
 # --- the derivative

@@ -37,7 +37,7 @@ from kernels_pallas.attention.tpu.tuning import MAX_D, schedules
 from kernels_pallas.common.padding import padded, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.second_order import differentiable_gradient
-from kernels_pallas.common.tpu import Interpret, interpret_params
+from kernels_pallas.common.tpu import Interpret, interpret_params, without_float16
 
 
 def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | None:
@@ -88,9 +88,9 @@ def _attend(
     num_keys = None if S == T else S
     Hk = inputs.k.shape[2]
     V = inputs.v.shape[3]
-    q = _without_float16(inputs.q)
-    k = _without_float16(inputs.k)
-    v = _without_float16(inputs.v)
+    q = without_float16(inputs.q)
+    k = without_float16(inputs.k)
+    v = without_float16(inputs.v)
     # A block is a range of columns, which must begin and end at whole registers.
     padded_K = round_up(K, LANES)
     padded_V = round_up(V, LANES)
@@ -149,11 +149,6 @@ def _along_lanes(segment_ids: Array | None) -> Array | None:
     return None if segment_ids is None else segment_ids[:, None].astype(jnp.int32)
 
 
-def _without_float16(x: Array) -> Array:
-    """Float16 as float32: Mosaic does not convert to or from float16."""
-    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
-
-
 def _as_float32(x: Array | None) -> Array | None:
     return None if x is None else x.astype(jnp.float32)
 
@@ -173,7 +168,7 @@ def _gate_for_kernel(plan: Plan, gate_logits: Array | None) -> Array | None:
     if gate_logits is None:
         return None
     if plan.gate == "element":
-        return _heads_as_columns(_without_float16(gate_logits), plan.V)
+        return _heads_as_columns(without_float16(gate_logits), plan.V)
     B, T, H, _ = gate_logits.shape
     # [B, T, H, 1] -> [B, H, 1, T]
     by_head = jnp.swapaxes(gate_logits, 1, 2).reshape(

@@ -27,7 +27,7 @@ from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.rows import row_by_row
-from kernels_pallas.common.tpu import interpret_params
+from kernels_pallas.common.tpu import interpret_params, without_float16
 from kernels_pallas.common.two_paths import Paths, Scanned, with_careful_path
 from kernels_pallas.delta_scan import xla
 from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
@@ -71,8 +71,7 @@ def delta_scan(
     out_dtype = inputs.v.dtype
     B, T, H, V = inputs.v.shape
     K = inputs.q.shape[-1]
-    # Mosaic does not convert float16.
-    inputs = DeltaInputs._make(_without_float16(x) for x in inputs)
+    inputs = jax.tree.map(without_float16, inputs)
     plan = _plan(inputs, options, interpret)
 
     # The derivative is that of the padded views; reshapes and padding are XLA's.
@@ -83,12 +82,6 @@ def delta_scan(
         # [V, K] in the kernels, [K, V] outside.
         final_state = jnp.swapaxes(final_state[:, :, :V, :K], 2, 3)
     return o.astype(out_dtype), final_state
-
-
-def _without_float16(x: Array | None) -> Array | None:
-    if x is None or x.dtype != jnp.float16:
-        return x
-    return x.astype(jnp.float32)
 
 
 # --- the static arguments
