@@ -161,15 +161,7 @@ class HopfieldPooling(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S M"], **options: Any) -> Float[Array, "B _ M"]:
-        B, _, M = x.shape
-        states = parameter(
-            self,
-            "states",
-            axes=[None, "embed_act"],
-            shape=[self.num_states, M],
-            init=nn.initializers.normal(self.init_std),
-        )
-        states = jnp.broadcast_to(states.astype(x.dtype), (B, self.num_states, M))
+        states = _learned_rows(self, "states", self.num_states, x)
         return self.association(states, x, **options)
 
 
@@ -188,13 +180,23 @@ class HopfieldLookup(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T M"], **options: Any) -> Float[Array, "B T M"]:
-        B, _, M = x.shape
-        patterns = parameter(
-            self,
-            "patterns",
-            axes=[None, "embed_act"],
-            shape=[self.num_patterns, M],
-            init=nn.initializers.normal(self.init_std),
-        )
-        patterns = jnp.broadcast_to(patterns.astype(x.dtype), (B, self.num_patterns, M))
+        patterns = _learned_rows(self, "patterns", self.num_patterns, x)
         return self.association(x, patterns, **options)
+
+
+def _learned_rows(
+    module: HopfieldPooling | HopfieldLookup,
+    name: str,
+    count: int,
+    x: Float[Array, "B _ M"],
+) -> Float[Array, "B count M"]:
+    """A parameter of `count` vectors, as wide as those of x, for each of its rows."""
+    B, _, M = x.shape
+    rows = parameter(
+        module,
+        name,
+        axes=[None, "embed_act"],
+        shape=[count, M],
+        init=nn.initializers.normal(module.init_std),
+    )
+    return jnp.broadcast_to(rows.astype(x.dtype), (B, count, M))
