@@ -66,7 +66,7 @@ def weights(
         )
     # Masked logits are 0, not -inf: no gradient of theirs is 0 times infinity.
     s = jnp.where(seen, s, 0)
-    if isinstance(normalizer, Softmax):
+    if type(normalizer) is Softmax:
         return _softmax(s, seen, sink)
     formula = _FORMULAS[type(normalizer)]
     starts = normalizer.parameters.values()

@@ -323,7 +323,7 @@ class SelfAdjust(Normalizer):
 
 
 @dataclass(frozen=True)
-class _Summed(Normalizer):
+class Summed(Normalizer):
     """f(s) / sum f(s) for a positive f that needs no maximum.
 
     Rows whose every f underflows end as zeros.
@@ -364,9 +364,9 @@ class _Summed(Normalizer):
         row: Row,
         sums: Sequence[Array],
     ) -> tuple[tuple[Array, ...], Row]:
-        (total,) = row
-        per_total = inverse(total)
-        return (sums[0] * per_total,), (per_total,)
+        # Known only now, after the last key, and the same for all of them.
+        factor = self._factor(*row)
+        return (sums[0] * factor,), (factor,)
 
     def gradient(
         self,
@@ -377,18 +377,22 @@ class _Summed(Normalizer):
         deltas: Sequence[Array],
         saved: Row,
     ) -> tuple[Array, Array]:
-        (per_total,) = saved
+        (factor,) = saved
         x, slope = self._value_and_slope(masked(s, seen))
         # The weights are x / total: ds_j = x'_j / total (dp_j - sum_i w_i dp_i).
-        return x * per_total, slope * per_total * (dp - deltas[0])
+        return x * factor, slope * factor * (dp - deltas[0])
 
     def _value_and_slope(self, s: Array) -> tuple[Array, Array]:
         """f(s) and f'(s), 0 at s = -inf."""
         raise NotImplementedError
 
+    def _factor(self, total: Array) -> Array:
+        """What the weights of a row are multiplied by; 0 for a row that sees nothing."""
+        return inverse(total)
+
 
 @dataclass(frozen=True)
-class StableMax(_Summed):
+class StableMax(Summed):
     """f(s) = s + 1 for s >= 0, 1 / (1 - s) below (arXiv 2501.04697)."""
 
     def _value_and_slope(self, s: Array) -> tuple[Array, Array]:
@@ -401,7 +405,7 @@ class StableMax(_Summed):
 
 
 @dataclass(frozen=True)
-class Softplus(_Summed):
+class Softplus(Summed):
     """f(s) = log(1 + e^s) (LSSA, arXiv 2501.13428).
 
     The paper's queries and keys have length 1 and its scale is log K log n, so logits are small and

@@ -12,7 +12,7 @@ from kernels_pallas.attention.normalizers.base import (
     Added,
     Normalizer,
     Row,
-    at_one_maximum,
+    Softmax,
     finite,
     inverse,
     masked,
@@ -22,7 +22,7 @@ from kernels_pallas.attention.normalizers.base import (
     row_sum,
     visible,
 )
-from kernels_pallas.attention.normalizers.singlepass import Elementwise
+from kernels_pallas.attention.normalizers.singlepass import Elementwise, Summed
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,13 @@ class ReluEntropy(Elementwise):
 
 
 @dataclass(frozen=True)
-class _PerKeysSeen(Normalizer):
+class _PerKeysSeen(Summed):
     """f(s) times a factor that depends on the number of keys that the row sees."""
 
+    # A key whose logit is -inf is counted if it is seen.
+    hidden_by_logit: ClassVar[bool] = False
     # ds needs nothing of the row but that factor.
     deltas: ClassVar[tuple[int, ...]] = ()
-
-    def start(
-        self,
-        zero: Array,
-        known: Row = (),
-        sink: Array | None = None,
-    ) -> Row:
-        return (zero,)
 
     def add(
         self,
@@ -104,27 +98,8 @@ class _PerKeysSeen(Normalizer):
         keys: Array,
     ) -> Added:
         (count,) = row
-        # f(-inf) is 0, but a key whose logit is -inf is counted if it is seen.
         x, _ = self._value_and_slope(masked(s, seen))
         return Added((count + row_sum(visible(s, seen)),), None, (x,))
-
-    def merge(
-        self,
-        row: Row,
-        sums: Sequence[Array],
-    ) -> tuple[Row, list[Array]]:
-        # Parts of the keys: both numbers and sums add up.
-        (count,) = row
-        return (jnp.sum(count, axis=0),), [jnp.sum(x, axis=0) for x in sums]
-
-    def finish(
-        self,
-        row: Row,
-        sums: Sequence[Array],
-    ) -> tuple[tuple[Array, ...], Row]:
-        # Known only now, after the last key, and the same for all of them.
-        factor = self._factor(*row)
-        return (sums[0] * factor,), (factor,)
 
     def gradient(
         self,
@@ -139,14 +114,6 @@ class _PerKeysSeen(Normalizer):
         x, slope = self._value_and_slope(masked(s, seen))
         return x * factor, slope * factor * dp
 
-    def _value_and_slope(self, s: Array) -> tuple[Array, Array]:
-        """f(s) and f'(s), 0 at s = -inf."""
-        raise NotImplementedError
-
-    def _factor(self, count: Array) -> Array:
-        """Of a row that sees so many keys; 0 for none."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class MeanExp(_PerKeysSeen):
@@ -159,9 +126,6 @@ class MeanExp(_PerKeysSeen):
 
     def _value_and_slope(self, s: Array) -> tuple[Array, Array]:
         return _capped_exp(self, s, self.cap)
-
-    def _factor(self, count: Array) -> Array:
-        return inverse(count)
 
 
 @dataclass(frozen=True)
@@ -177,26 +141,21 @@ class ReluFormer(_PerKeysSeen):
         # 0 or 1; NaN stays.
         return x, jnp.sign(x)
 
-    def _factor(self, count: Array) -> Array:
+    def _factor(self, total: Array) -> Array:
         # 1 / sqrt(n / 2), and 0 for a row that sees nothing.
-        return jnp.sqrt(2 * inverse(count))
+        return jnp.sqrt(2 * inverse(total))
 
 
 @dataclass(frozen=True)
-class PlainSelfAdjust(Normalizer):
-    """s softmax(s): `SelfAdjust` before its authors normalize it (arXiv 2502.18277)."""
+class PlainSelfAdjust(Softmax):
+    """s softmax(s): `SelfAdjust` before its authors normalize it (arXiv 2502.18277).
 
-    from_maximum: ClassVar[bool] = True
+    The denominator is the softmax's: the factors s are in the sum of values alone.
+    """
+
+    takes_sinks: ClassVar[bool] = False
+    hidden_by_logit: ClassVar[bool] = False
     has_negative_weights: ClassVar[bool] = True
-
-    def start(
-        self,
-        zero: Array,
-        known: Row = (),
-        sink: Array | None = None,
-    ) -> Row:
-        # No maximum and no sum yet.
-        return zero - jnp.inf, zero
 
     def add(
         self,
@@ -211,23 +170,6 @@ class PlainSelfAdjust(Normalizer):
         # 0 where p is: -inf * 0 would be NaN.
         s_finite = s if seen is None else jnp.where(seen, s, 0)
         return Added((m, keep * total + row_sum(p)), keep, (s_finite * p,))
-
-    def merge(
-        self,
-        row: Row,
-        sums: Sequence[Array],
-    ) -> tuple[Row, list[Array]]:
-        m, total, *sums = at_one_maximum(*row, *sums, exp=self.functions.exp)
-        return (m, total), sums
-
-    def finish(
-        self,
-        row: Row,
-        sums: Sequence[Array],
-    ) -> tuple[tuple[Array, ...], Row]:
-        m, total = row
-        # The denominator is the softmax's: the factors s are in the sum of values alone.
-        return (sums[0] * inverse(total),), (m + jnp.log(total),)
 
     def gradient(
         self,
