@@ -149,7 +149,7 @@ class ModelConfig(Checked):
     # false: every layer compiled by itself; small models run faster (nothing is stacked)
     scan_layers: bool = True
     # With scan_layers. auto: a training step compiles each layer by itself where the steps of the
-    # run save ten times what compiling them takes longer (`training/unrolling.py`).
+    # run save ten times what compiling them takes longer (`aot/unrolling.py`).
     unroll: Literal["never", "auto"] = "never"
     # tokens of a device whose logits exist at once; 0 for all of them
     loss_chunk: CountOrZero = 0
