@@ -4,13 +4,11 @@ Needs torch and transformers (`make test-oracles`). All parameters are perturbed
 too: a mapping that drops one, or takes one for another, shows.
 """
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch_kernels import without_kernels
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -158,22 +156,6 @@ _FLA_COMMON = dict(
     num_heads=4,
     pad_token_id=0,
 )
-
-
-@contextlib.contextmanager
-def without_kernels() -> Iterator[None]:
-    """transformers takes fla's Triton kernels where fla is installed, also without a GPU."""
-    held = {name: sys.modules.get(name) for name in ("fla", "mamba_ssm", "causal_conv1d")}
-    # None stops an import, which transformers takes for a package that is not there.
-    sys.modules.update(dict.fromkeys(held))
-    try:
-        yield
-    finally:
-        for name, module in held.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
 
 
 def tiny_config(family: str, **values: Any) -> Any:

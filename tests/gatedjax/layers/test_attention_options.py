@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import rel_rms, slow
+from torch_kernels import without_kernels
 
 from gatedjax.config import (
     GatedAttentionConfig,
@@ -258,8 +259,10 @@ def test_equals_the_layer_of_transformers():
     norms, gate.
     """
     torch = pytest.importorskip("torch")
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    configuration = pytest.importorskip("transformers.models.qwen3_next.configuration_qwen3_next")
+    with without_kernels():
+        package = "transformers.models.qwen3_next"
+        modeling = pytest.importorskip(f"{package}.modeling_qwen3_next")
+        configuration = pytest.importorskip(f"{package}.configuration_qwen3_next")
     theirs = configuration.Qwen3NextConfig(
         hidden_size=M,
         num_attention_heads=4,
