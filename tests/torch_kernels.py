@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """transformers takes fla's Triton kernels where fla is installed, also without a GPU: for good, when
-    the module of a family is imported, so every such import is to be in here.
+    """No kernels of fla for transformers, which takes them where it finds fla, GPU or not.
+
+    It decides for the whole process when the module of a family is imported: import in here.
     """
     held = {name: sys.modules.get(name) for name in ("fla", "mamba_ssm", "causal_conv1d")}
     # None stops an import, which transformers takes for a package that is not there.
