@@ -7,8 +7,8 @@ parts, temporaries.
 Four layers of width 2048, rows of 4,096 tokens, 32,000 words, tied, AdamW, bfloat16: the widths of
 configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p takes four
 rows a step, v6e two. Times are the schedule's replay, not measurements; `gatedjax/aot` says how far
-to trust them. Rows are one document each; collectives do not appear on one chip. The loops of
-sparse experts follow the router, which the replay does not know: they are left out.
+to trust them. Rows are one document each; collectives do not appear on one chip. Experts get loads
+about a fifth from even, and the moves of their rows, on SparseCores, have no time.
 
 Each row compiles in a process of its own, for minutes; rows that the JSON file has from the same
 versions are not made again, and each is written when it is there. `make bench-model` makes them
@@ -34,6 +34,8 @@ from gatedjax.aot.step import compile_step
 from gatedjax.aot.step_time import StepTime
 from gatedjax.config import Config, config_dict, from_config_dict, layer
 
+MLP = dict(hidden=5504)
+EXPERTS = dict(num_experts=16, experts_per_token=2, hidden=1408)
 KEYS = ("case", "target")
 HEADER = ("case", "target", "ms", "MFU", "forward", "backward", "repeated", "temporaries", "CPU s")
 ROWS = {"v5p": 4, "v6e": 2}
@@ -46,11 +48,14 @@ class Case:
 
     mixer: its kind.
     options: of the mixer.
+    ffn, ffn_options: the same of the feed-forward.
     remat, loss_chunk, scan_layers: as of `ModelConfig`.
     """
 
     mixer: str
     options: Mapping[str, object]
+    ffn: str = "gated_mlp"
+    ffn_options: Mapping[str, object] = dataclasses.field(default_factory=lambda: MLP)
     remat: str = "projections"
     loss_chunk: int = 8192
     scan_layers: bool = True
@@ -58,13 +63,17 @@ class Case:
 
 GATED = dict(num_heads=16, num_kv_heads=8, head_dim=128)
 DENSE = GATED | dict(gate_position="none")
+WIDE_HEADS = DENSE | dict(num_heads=8, num_kv_heads=4, head_dim=256)
 LINEAR = dict(num_heads=8, num_kv_heads=8, key_dim=128, value_dim=256)
 DELTA = dict(num_heads=12, key_dim=128, value_dim=256)
 CASES = {
     "dense": Case("gated_attention", DENSE),
     "dense_unrolled": Case("gated_attention", DENSE, scan_layers=False),
     "dense_kernels": Case("gated_attention", DENSE, remat="kernels", loss_chunk=2048),
+    "gated": Case("gated_attention", GATED),
     "gated_unrolled": Case("gated_attention", GATED, scan_layers=False),
+    "wide_heads": Case("gated_attention", WIDE_HEADS),
+    "experts": Case("gated_attention", GATED, "sparse_moe", EXPERTS),
     "gla_unrolled": Case("gated_linear_attention", LINEAR, scan_layers=False),
     "delta_unrolled": Case("delta_attention", DELTA, scan_layers=False),
 }
@@ -78,8 +87,8 @@ def configuration(case: Case, target: str) -> Config:
     c.model.num_layers = 4
     c.model.mixers = {"mixer": layer(case.mixer, **case.options)}
     c.model.pattern = ("mixer",)
-    c.model.ffns = {"mlp": layer("gated_mlp", hidden=5504)}
-    c.model.ffn_pattern = ("mlp",)
+    c.model.ffns = {"ffn": layer(case.ffn, **case.ffn_options)}
+    c.model.ffn_pattern = ("ffn",)
     c.model.remat = case.remat
     c.model.loss_chunk = case.loss_chunk
     c.model.scan_layers = case.scan_layers

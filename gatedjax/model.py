@@ -34,6 +34,7 @@ from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.linear_attention import rising_floors
 from gatedjax.layers.low_rank import low_rank_updates
+from gatedjax.layers.moe.exchange import DISPATCHED_NAME
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import OUT_NAME as PROJECTION_NAME
@@ -67,13 +68,11 @@ class Caches:
 
 def remat_policy(name: str) -> Callable[..., Any]:
     """The `jax.checkpoint` policy of `ModelConfig.remat`."""
+    of_kernels = (*RESIDUAL_NAMES, DISPATCHED_NAME)
     policies = {
         "full": checkpoint_policies.nothing_saveable,
-        "kernels": checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
-        "projections": checkpoint_policies.save_only_these_names(
-            *RESIDUAL_NAMES,
-            PROJECTION_NAME,
-        ),
+        "kernels": checkpoint_policies.save_only_these_names(*of_kernels),
+        "projections": checkpoint_policies.save_only_these_names(*of_kernels, PROJECTION_NAME),
     }
     return policies[name]
 

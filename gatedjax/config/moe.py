@@ -218,8 +218,9 @@ class SparseMoEConfig(Checked):
         "gather_weights"
     )
     # all_to_all: a device sends another at most this many times its even fraction of assignments;
-    # ragged_all_to_all: it receives at most this many times its even fraction. More are dropped
-    # and counted. 0: nothing is dropped.
+    # ragged_all_to_all: it receives at most this many times its even fraction. More are dropped,
+    # counted and told of. 0: with all_to_all nothing is dropped; with ragged_all_to_all there is
+    # room for twice the even fraction, and for everything with `bias`.
     exchange_factor: NonNegative = 0.0
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ import jax
 from jax import Array
 
 from gatedjax.aot.targets import peak_flops
+from gatedjax.config import ModelConfig, SparseMoEConfig
 from gatedjax.errors import ExplodedError
 from gatedjax.evaluation.probes import Probes
 from gatedjax.evaluation.validation import Evaluation, tokens_per_byte
@@ -56,6 +57,7 @@ class StepLog:
         )
         self._previous: Metrics | None = None
         self._last_examined = 0  # step
+        self._tells_of_drops = drops_unasked(config.model)
         # Since the last record: steps, and seconds that they waited.
         self._steps = 0
         self._data_wait = 0.0
@@ -163,7 +165,12 @@ class StepLog:
         self._writers.pictures(step, images(probes))
 
     def _examine(self, step: int, metrics: Metrics) -> None:
-        """Reports a skipped step, once; gives up after too many in a row."""
+        """Reports a skipped step, once; gives up after too many in a row. Reports the first rows
+        for which devices had no room.
+        """
+        if self._tells_of_drops and float(metrics["dropped_fraction"]) > 0:
+            self._tells_of_drops = False
+            say(no_room(step, float(metrics["dropped_fraction"])))
         in_a_row = int(metrics["skipped_in_a_row"])
         if in_a_row == 0 or step == self._last_examined:
             return
@@ -178,3 +185,24 @@ class StepLog:
                 f"step {step}: {in_a_row} steps in a row were skipped "
                 f"(config.optim.max_skips = {self._max_skips}), {numbers}"
             )
+
+
+def drops_unasked(model: ModelConfig) -> bool:
+    """Whether a device may get more rows than its default room, and nothing else is dropped."""
+    used = [block.feed_forward for block in model.blocks]
+    sparse = [ffn for ffn in used if isinstance(ffn, SparseMoEConfig)]
+    by_default = [
+        ffn
+        for ffn in sparse
+        if ffn.exchange == "ragged_all_to_all" and ffn.exchange_factor == 0 and not ffn.bias
+    ]
+    return bool(by_default) and not any(ffn.capacity_factor for ffn in sparse)
+
+
+def no_room(step: int, fraction: float) -> str:
+    """The line about rows that were dropped."""
+    return (
+        f"step {step}: {fraction:.2%} of the assignments to experts were dropped: a device would "
+        "get more than twice its even fraction; exchange_factor of the layer is the room, as many "
+        "as there are devices on the expert axis drop nothing (later steps: dropped_fraction)"
+    )

@@ -4,6 +4,8 @@ With gathers both ways: a scatter-add, which the gradient of a gather would be, 
 accelerator.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,8 @@ def permute_rows(
     x: Float[Array | np.ndarray, "R *D"],
     order: Int[Array, "Rk"],
     inverse: Int[Array, "Rk"],
+    *,
+    copies_first: bool = False,
 ) -> Float[Array, "Rk *D"]:
     """Each row of x repeated k times, k = len(order) / R, then taken in `order`.
 
@@ -68,6 +72,17 @@ def permute_rows(
 
     `order` must be a permutation and `inverse` its inverse, as `sort_by_group` gives them. Then the
     gradient of x is a gather by `inverse` and a sum over the k copies, in float32.
+
+    Args:
+      x: the rows.
+      order: which copy each row of the result is.
+      inverse: where each copy goes.
+      copies_first: the copies are numbered as those of a [k, R] array: row i of the result is
+        x[order[i] % R]. A sum over k is then one of whole arrays, where a TPU takes neighboring
+        rows apart.
+
+    Returns:
+      The R k rows.
 
     Raises:
       ValueError: the lengths do not fit, by name.
@@ -82,37 +97,45 @@ def permute_rows(
             f"permute_rows: inverse: got shape {inverse.shape}, expected {order.shape}"
         )
     x = jnp.asarray(x)
-    return _permute_rows(*varying_together((x, order, inverse)))
+    return _permute_rows(copies_first, *varying_together((x, order, inverse)))
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _permute_rows(
+    copies_first: bool,
     x: Array,
     order: Array,
     inverse: Array,
 ) -> Array:
+    num_rows = x.shape[0]
+    if copies_first:
+        # Copy j of row i is number j * num_rows + i.
+        return _gather(x, order % num_rows)
     # Copy j of row i is number i * copies + j.
-    copies = order.shape[0] // x.shape[0]
+    copies = order.shape[0] // num_rows
     return _gather(x, order // copies)
 
 
 def _forward_saving(
+    copies_first: bool,
     x: Array,
     order: Array,
     inverse: Array,
 ):
-    return _permute_rows(x, order, inverse), (inverse, x.shape[0])
+    return _permute_rows(copies_first, x, order, inverse), (inverse, x.shape[0])
 
 
-def _backward(residuals: tuple[Array, int], dy: Array):
+def _backward(copies_first: bool, residuals: tuple[Array, int], dy: Array):
     inverse, num_rows = residuals
     # Back in the order of the copies.
     dx = _gather(dy, inverse)
-    if num_rows != dy.shape[0]:
-        # The copies of a row are next to each other.
-        by_copy = dx.reshape(num_rows, -1, *dy.shape[1:])
+    copies = dy.shape[0] // num_rows
+    if copies > 1:
+        axes = (copies, num_rows) if copies_first else (num_rows, copies)
+        by_copy = dx.reshape(*axes, *dy.shape[1:])
         sum_dtype = accumulator_dtype(dy.dtype)
-        dx = jnp.sum(by_copy, axis=1, dtype=sum_dtype).astype(dy.dtype)
+        of_copies = 0 if copies_first else 1
+        dx = jnp.sum(by_copy, axis=of_copies, dtype=sum_dtype).astype(dy.dtype)
     return dx, None, None
 
 

@@ -11,6 +11,10 @@ what is sent, counted here in rows of M channels, per device, one way:
   ring                R (n - 1): every token to every device, and the sums back; less than R k where
                       k > n
 
+Weights go along into the experts, so that outputs are not needed again for the weights' gradient.
+What "ragged_all_to_all" has received is kept for the backward pass (`DISPATCHED_NAME`): it is sent
+once, and so are the results, the gradients of both and of the weights.
+
 Tokens that are the same on every device of the axis (a batch too small to be cut) are not sent:
 each device computes what its experts contribute, and the contributions are summed.
 """
@@ -20,14 +24,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from gatedjax.config import SparseMoEConfig
-from gatedjax.layers.moe.experts import Stacks, combine, grouped_mlp, mixture, sorted_inputs
+from gatedjax.layers.moe.experts import (
+    Stacks,
+    by_place,
+    grouped_mlp,
+    mixture,
+    sorted_inputs,
+    summed_places,
+)
 from gatedjax.sharding import manual_axes
 from kernels_pallas.common.mesh import varying_axes, varying_like
 from kernels_pallas.dispatch import target_platform
 from kernels_pallas.grouped_matmul import permute_rows, sort_by_group
+
+# What a `jax.checkpoint` policy saves so that no row is sent twice.
+DISPATCHED_NAME = "dispatched_rows"
+# The rows that a device has room for, of what an even load would send it, where the configuration
+# does not say. The worst case is the number of devices, or E / (n k) of them where that is less.
+DEFAULT_ROOM = 2.0
 
 
 class Assigned(NamedTuple):
@@ -41,10 +59,16 @@ class Assigned(NamedTuple):
 class Outgoing(NamedTuple):
     """A device's assignments, sorted by expert and therefore by the device that holds it."""
 
-    rows: Float[Array, "Rk M"]
-    experts: Int[Array, " Rk"]
-    counts: Int[Array, " n"]  # rows for each device
+    rows: Float[Array, "kR M"]
+    weights: Float[Array, " kR"] | None  # of their results
+    experts: Int[Array, " kR"]
+    sizes: Int[Array, "n E/n"]  # rows for each expert
     most_per_device: int  # a token goes to a device at most once for each of its experts
+
+    @property
+    def counts(self) -> Int[Array, " n"]:
+        """Rows for each device. A device holds neighbors: its rows are the sum of their groups."""
+        return jnp.sum(self.sizes, axis=1)
 
 
 class Transfer(NamedTuple):
@@ -97,12 +121,16 @@ def device_mixture(
     expert_axes = manual_axes("expert")
     if expert_axes and c.exchange != "gather_weights":
         (axis,) = expert_axes
+        factor = c.exchange_factor
+        if c.bias:
+            # The biases of all that was chosen are added outside: there is room for all of it.
+            factor = float(lax.axis_size(axis))
         y, lost = distributed_mixture(
             assigned,
             stacks,
             axis,
             c.exchange,
-            c.exchange_factor,
+            factor,
         )
     else:
         y = mixture(*assigned, stacks)
@@ -124,7 +152,8 @@ def distributed_mixture(
       stacks: this device's experts.
       axis: the mesh axis of the experts.
       exchange: "all_to_all", "ragged_all_to_all" or "ring".
-      factor: the size of the buffers, relative to an even load; 0 for the worst case.
+      factor: the size of the buffers, relative to an even load; 0 for the worst case with
+        "all_to_all", and for the room of `rows_of_room` with "ragged_all_to_all".
 
     Returns:
       The weighted sums, float32; and the number of assignments dropped, on all devices with tokens.
@@ -147,21 +176,22 @@ def distributed_mixture(
             f"exchange 'ragged_all_to_all' is not implemented on CPU, {expected}"
         )
     devices = lax.axis_size(axis)
-    flat_experts = assigned.experts.reshape(-1)
+    flat_experts = by_place(assigned.experts)
     # One sort serves both ways: by expert is also by device.
     order, inverse, sizes = sort_by_group(flat_experts, devices * stacks.num_experts)
     tokens, k = assigned.experts.shape
+    rows, weights = sorted_inputs(
+        assigned.x,
+        assigned.weights,
+        order,
+        inverse,
+        stacks,
+    )
     outgoing = Outgoing(
-        rows=sorted_inputs(
-            assigned.x,
-            assigned.weights,
-            order,
-            inverse,
-            stacks,
-        ),
+        rows=rows,
+        weights=weights,
         experts=flat_experts[order],
-        # Experts are sorted, and a device holds neighbors: its rows are the sum of their groups.
-        counts=jnp.sum(sizes.reshape(devices, -1), axis=1),
+        sizes=sizes.reshape(devices, -1),
         most_per_device=tokens * min(k, stacks.num_experts),
     )
     send = {
@@ -174,7 +204,7 @@ def distributed_mixture(
         axis,
         factor,
     )
-    y = combine(permute_rows(y, inverse, order), assigned.weights, stacks)
+    y = summed_places(permute_rows(y, inverse, order), tokens)
     return y, lax.psum(dropped.astype(jnp.float32), tuple(varying_axes(dropped)))
 
 
@@ -227,7 +257,11 @@ def _all_to_all(
     local_id = jnp.where(row_of_slot < 0, stacks.num_experts, local_id)
     # There, through the experts, and back into the slots that the rows came from.
     received = swap(take_rows(outgoing.rows, row_of_slot, slot_of_row))
-    y = swap(_by_expert(received, swap(local_id), stacks))
+    weights = None
+    if outgoing.weights is not None:
+        in_slots = take_rows(outgoing.weights[:, None], row_of_slot, slot_of_row)
+        weights = swap(in_slots)[:, 0]
+    y = swap(_by_expert(received, swap(local_id), weights, stacks))
     dropped = jnp.sum(jnp.maximum(outgoing.counts - slots, 0))
     return take_rows(y, slot_of_row, row_of_slot), dropped
 
@@ -245,12 +279,12 @@ def _ragged_all_to_all(
     num_rows = outgoing.rows.shape[0]
     devices = outgoing.counts.shape[0]
     me = lax.axis_index(axis)
-    capacity = devices * outgoing.most_per_device
-    if factor:
-        capacity = min(capacity, max(1, round(factor * num_rows)))
+    capacity = rows_of_room(num_rows, devices * outgoing.most_per_device, factor)
+    # [sender, receiver, expert of the receiver]: rows that there are.
+    sizes = lax.all_gather(outgoing.sizes, axis)
     # Tables [sender, receiver]: rows that there are; where they begin at the receiver, which stores
     # the senders' rows one after the other; and how many of them it has capacity for.
-    wanted = lax.all_gather(outgoing.counts, axis)
+    wanted = jnp.sum(sizes, axis=2)
     before = jnp.cumsum(wanted, axis=0) - wanted
     sent = jnp.clip(capacity - before, 0, wanted)
     at_receiver = jnp.minimum(before, capacity)
@@ -284,21 +318,23 @@ def _ragged_all_to_all(
             axis_name=axis,
         )
 
-    # Ids within the device that holds the expert; the id past the last marks an empty place.
-    local_id = outgoing.experts % stacks.num_experts
-    received_id = move(
-        local_id,
-        stacks.num_experts,
-        capacity,
-        out,
-    )
     received = move(
         outgoing.rows,
         0,
         capacity,
         out,
     )
-    y = _by_expert(received, received_id, stacks)
+    received = checkpoint_name(received, DISPATCHED_NAME)
+    weights = None
+    if outgoing.weights is not None:
+        weights = move(
+            outgoing.weights,
+            0,
+            capacity,
+            out,
+        )
+        weights = checkpoint_name(weights, DISPATCHED_NAME)
+    y = _by_expert(received, experts_of_received(sizes[:, me], capacity), weights, stacks)
     dropped = jnp.sum(outgoing.counts - sent[me])
     return move(
         y,
@@ -308,14 +344,55 @@ def _ragged_all_to_all(
     ), dropped
 
 
+def rows_of_room(
+    even: int,
+    worst: int,
+    factor: float,
+) -> int:
+    """How many rows a device can receive in a ragged exchange.
+
+    Args:
+      even: the rows that it gets where all devices get as many.
+      worst: the most that can be sent to it.
+      factor: of `even`; 0 for `DEFAULT_ROOM`.
+    """
+    return min(worst, max(1, round((factor or DEFAULT_ROOM) * even)))
+
+
+def experts_of_received(sizes: Int[Array, "n E/n"], capacity: int) -> Int[Array, " R"]:
+    """The expert of each received row, which nobody has to send: E / n for an empty place.
+
+    Args:
+      sizes: how many rows each sender has for each expert of this device. They come sorted, the
+        senders' one after the other.
+      capacity: how many rows there are places for.
+    """
+    ends = jnp.cumsum(sizes.reshape(-1))
+    place = jnp.arange(capacity)
+    # Compared with every end, as in `sort_by_group`: there are few.
+    passed = jnp.sum(place[:, None] >= ends, axis=1)
+    num_experts = sizes.shape[1]
+    return jnp.where(place < ends[-1], passed % num_experts, num_experts)
+
+
 def _by_expert(
     rows: Float[Array, "R M"],
     ids: Int[Array, " R"],
+    weights: Float[Array, " R"] | None,
     stacks: Stacks,
 ) -> Float[Array, "R M"]:
-    """Received rows through this device's experts, in the order in which they came."""
+    """Received rows through this device's experts, in the order in which they came.
+
+    Args:
+      rows: that came.
+      ids: of their experts, among this device's; its number of experts for an empty place.
+      weights: of their results.
+      stacks: the experts.
+    """
     order, inverse, sizes = sort_by_group(ids, stacks.num_experts)
-    y = grouped_mlp(permute_rows(rows, order, inverse), sizes, stacks)
+    if weights is not None:
+        weights = permute_rows(weights, order, inverse)
+    y = grouped_mlp(permute_rows(rows, order, inverse), sizes, stacks, weights)
     return permute_rows(y, inverse, order)
 
 

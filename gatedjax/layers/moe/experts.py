@@ -171,66 +171,61 @@ def mixture(
     ids = jnp.where(is_local, local, stacks.num_experts)
     # A weight of another device's experts may be NaN; selected, it stays out of the sums here.
     weights = jnp.where(is_local, weights, 0.0)
-    order, inverse, sizes = sort_by_group(ids.reshape(-1), stacks.num_experts)
-    rows = sorted_inputs(
+    order, inverse, sizes = sort_by_group(by_place(ids), stacks.num_experts)
+    rows, row_weights = sorted_inputs(
         x,
         weights,
         order,
         inverse,
         stacks,
     )
-    row_weights = None
-    if not stacks.weight_input:
-        row_weights = permute_rows(weights.reshape(-1), order, inverse)
     y = grouped_mlp(
         rows,
         sizes,
         stacks,
         row_weights,
     )
-    y = permute_rows(y, inverse, order)
-    return jnp.sum(y.reshape(*weights.shape, -1), axis=1, dtype=jnp.float32)
+    return summed_places(permute_rows(y, inverse, order), len(x))
+
+
+def by_place(of_places: Array) -> Array:
+    """[R, k] -> [k R]: the first places of all tokens, then all second ones, and so on.
+
+    Sums over a token's places are then sums of whole arrays.
+    """
+    return of_places.T.reshape(-1)
 
 
 def sorted_inputs(
     x: Float[Array, "R M"],
     weights: Float[Array, "R k"],
-    order: Int[Array, " Rk"],
-    inverse: Int[Array, " Rk"],
+    order: Int[Array, " kR"],
+    inverse: Int[Array, " kR"],
     stacks: Stacks,
-) -> Float[Array, "Rk M"]:
-    """The rows that go into the experts, sorted: each token once for each of its k places.
+) -> tuple[Float[Array, "kR M"], Float[Array, " kR"] | None]:
+    """What goes into the experts, sorted: each token once for each of its k places, and weights.
 
     Args:
       x: the tokens.
-      weights: of their places; they multiply the rows where `stacks.weight_input` is true.
-      order: the permutation that sorts the places by expert.
+      weights: of their places.
+      order: the permutation that sorts the places by expert, as `by_place` numbers them.
       inverse: its inverse.
       stacks: the experts.
 
     Returns:
-      The R k rows, in x's dtype.
+      The rows, in x's dtype, and what each one's result is multiplied by; None where
+      `stacks.weight_input` has the weights multiply the rows.
     """
-    rows = permute_rows(x, order, inverse)
+    rows = permute_rows(x, order, inverse, copies_first=True)
+    row_weights = permute_rows(by_place(weights), order, inverse)
     if not stacks.weight_input:
-        return rows
-    row_weights = permute_rows(weights.reshape(-1, 1), order, inverse)
-    return (rows.astype(jnp.float32) * row_weights).astype(rows.dtype)
+        return rows, row_weights
+    return (rows.astype(jnp.float32) * row_weights[:, None]).astype(rows.dtype), None
 
 
-def combine(
-    y: Float[Array, "Rk M"],
-    weights: Float[Array, "R k"],
-    stacks: Stacks,
-) -> Float[Array, "R M"]:
-    """The weighted sum over each token's places, float32.
-
-    Weights that went in do not come out again.
-    """
-    y = y.reshape(*weights.shape, y.shape[-1]).astype(jnp.float32)
-    if stacks.weight_input:
-        return jnp.sum(y, axis=1)
-    return jnp.einsum("rk,rkm->rm", weights, y)
+def summed_places(y: Float[Array, "kR M"], tokens: int) -> Float[Array, "R M"]:
+    """The sum over each token's places, as `by_place` numbers them, float32."""
+    return jnp.sum(y.reshape(-1, tokens, y.shape[-1]), axis=0, dtype=jnp.float32)
 
 
 def weight_of(

@@ -1,7 +1,8 @@
 """lhs^T dout over the rows of each group, on TPU: the gradient of the matrices.
 
-The grid is the blocks of one group's [K, N] result, `inner` x `columns`. For its block a program
-loops over the tiles of all rows, as `tiles.py` lists them, and so over the groups.
+The grid is the blocks of one group's [K, N] result, `inner` x `columns`; the cores share its first
+axis, the blocks of K or, where those do not divide, the blocks of N. For its block a program loops
+over the tiles of all rows, as `tiles.py` lists them, and so over the groups.
 
 In VMEM are, for each of `buffers` tiles, the rows of the left operands and of dout, of which only
 the block's columns; the float32 sum of one group; and for each of `buffers` groups its finished
@@ -37,6 +38,7 @@ class Schedule(NamedTuple):
     inner: int  # rows of the result at a time
     columns: int  # columns of the result at a time
     buffers: int  # tiles of rows and results in VMEM; a power of two
+    columns_first: bool  # in the grid: the cores share the blocks of columns
     step: tuple[int, int]  # rows and columns of the result of one matmul
     # Row counts of a matmul, ascending: a group's last rows take the least that holds them.
     row_counts: tuple[int, ...]
@@ -81,6 +83,9 @@ def outer_by_group(
     N = dout.shape[1]
     inner_blocks = K // schedule.inner
     column_blocks = N // schedule.columns
+    grid = (inner_blocks, column_blocks)
+    if schedule.columns_first:
+        grid = (column_blocks, inner_blocks)
     G = len(group_sizes)
     out = like(dout, (G, K, N), dout.dtype)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -94,7 +99,7 @@ def outer_by_group(
         partial(_kernel, options, schedule),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(inner_blocks, column_blocks),
+            grid=grid,
             in_specs=[[in_hbm] * len(lefts), in_hbm, scale_spec],
             out_specs=in_hbm,
             scratch_shapes=[_scratch(schedule, inputs)],
@@ -259,11 +264,13 @@ def _kernel(
     scratch: _Scratch,
 ) -> None:
     """One program: a block of every group's result."""
+    block_of_inner = pl.program_id(1 if schedule.columns_first else 0)
+    block_of_columns = pl.program_id(0 if schedule.columns_first else 1)
     refs = _Refs(
         options,
         schedule,
-        tiles.column_slice(pl.program_id(0), schedule.inner),
-        tiles.column_slice(pl.program_id(1), schedule.columns),
+        tiles.column_slice(block_of_inner, schedule.inner),
+        tiles.column_slice(block_of_columns, schedule.columns),
         group_sizes,
         lefts,
         dout,

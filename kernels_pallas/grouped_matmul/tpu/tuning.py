@@ -137,12 +137,14 @@ def outer_schedule(inputs: outer.OuterInputs) -> outer.Schedule:
         inner, columns = block
         return N * K // inner + lefts * K * N // columns
 
-    # The cores share the blocks of K, if it divides.
-    largest = K // line.cores if K % (line.cores * LANES) == 0 else K
+    # The cores share the blocks of K if they divide it, else those of N.
+    of_cores = line.cores * LANES
+    share_inner = K % of_cores == 0
+    share_columns = not share_inner and N % of_cores == 0
     blocks = [
         (inner, columns)
-        for inner in _divisors(largest)
-        for columns in _divisors(N)
+        for inner in _divisors(K // line.cores if share_inner else K)
+        for columns in _divisors(N // line.cores if share_columns else N)
         if fits(inner, columns, BUFFERS[-1])
     ]
     # The largest blocks come first, so of equal ones the one with the most of K is taken.
@@ -154,9 +156,10 @@ def outer_schedule(inputs: outer.OuterInputs) -> outer.Schedule:
         inner=inner,
         columns=columns,
         buffers=buffers,
+        columns_first=share_columns,
         step=(
-            _largest_divisor(inner, inner_step * 2 // item),
-            _largest_divisor(columns, column_step * 2 // item),
+            _step_of(inner, inner_step * 2 // item),
+            _step_of(columns, column_step * 2 // item),
         ),
         row_counts=_row_counts(tile, line.outer_part),
         vmem=line.vmem,
@@ -210,6 +213,17 @@ def _row_counts(tile: int, part: int) -> tuple[int, ...]:
 def _divisors(size: int) -> list[int]:
     """Those that are multiples of `LANES`, descending."""
     return [n for n in range(size, 0, -LANES) if size % n == 0]
+
+
+def _step_of(size: int, most: int) -> int:
+    """`_largest_divisor`, or all of a size that has small ones only and is not much more.
+
+    1408, of many experts, is 11 x 128: steps of 128 take a third longer.
+    """
+    divisor = _largest_divisor(size, most)
+    if 4 * divisor < most and 2 * size <= 3 * most:
+        return size
+    return divisor
 
 
 def _largest_divisor(size: int, most: int) -> int:

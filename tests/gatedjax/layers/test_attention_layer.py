@@ -17,6 +17,7 @@ from gatedjax.layers.kv_cache import append, distances_of_slots, in_time_order
 from gatedjax.layers.rope import apply_rope, inverse_frequencies, llama3_frequencies
 from gatedjax.layers.sinks import num_sink_channels, token_sinks_as_channels
 from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
+from kernels_pallas.dispatch import lowering_for
 
 B, T, M = 2, 12, 16
 INFO = TokenInfo(jnp.broadcast_to(jnp.arange(T), (B, T)))
@@ -459,6 +460,22 @@ def test_rope_scores_depend_on_distance_only():
     )
     np.testing.assert_allclose(score(17, 5), score(112, 100), rtol=1e-4)
     assert abs(score(17, 5) - score(17, 6)) > 1e-3
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("pairs, magnitude", [(4, 1.0), (3, 1.25)])
+def test_rope_on_a_tpu_is_the_same_to_the_last_bit(pairs, magnitude, interleaved):
+    """There it multiplies by a matrix; its gradient is a rotation back."""
+    frequencies = inverse_frequencies(2 * pairs, 100.0)
+    x, dy = (jnp.asarray(z[:, :, None, :8], jnp.bfloat16) for z in (X, X[::-1]))
+    positions = 7 * jnp.arange(2 * T).reshape(2, T)
+    rope = lambda x: apply_rope(x, positions, frequencies, magnitude, interleaved)
+    y, pull = jax.vjp(rope, x)
+    with lowering_for("tpu"):
+        y_tpu, pull_tpu = jax.vjp(rope, x)
+        assert "dot_general" in str(jax.make_jaxpr(rope)(x))
+    np.testing.assert_array_equal(y, y_tpu)
+    np.testing.assert_array_equal(pull(dy)[0], pull_tpu(dy)[0])
 
 
 def test_yarn_keeps_fast_pairs_and_slows_slow_ones():

@@ -226,15 +226,16 @@ def test_sort_by_group():
     np.testing.assert_array_equal(group_sizes, [2, 1, 3, 0])
 
 
-@pytest.mark.parametrize("copies", [1, 3])
-def test_permute_rows(copies):
+@pytest.mark.parametrize("copies, first", [(1, False), (3, False), (3, True)])
+def test_permute_rows(copies, first):
     """Values and gradient against repeat and take; the gradient has no scatter."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(10, 4)), jnp.float32)
     order, inverse, _ = sort_by_group(jnp.asarray(rng.integers(0, 5, 10 * copies)), 5)
     cotangent = jnp.asarray(rng.normal(size=(10 * copies, 4)), jnp.float32)
-    naive = lambda x: jnp.repeat(x, copies, axis=0)[order]
-    ours = lambda x: permute_rows(x, order, inverse)
+    copied = lambda x: jnp.tile(x, (copies, 1)) if first else jnp.repeat(x, copies, axis=0)
+    naive = lambda x: copied(x)[order]
+    ours = lambda x: permute_rows(x, order, inverse, copies_first=first)
     np.testing.assert_array_equal(ours(x), naive(x))
     np.testing.assert_array_equal(
         jax.jit(lambda: ours(np.asarray(x)))(), naive(x)
@@ -243,9 +244,7 @@ def test_permute_rows(copies):
     assert rel_rms(gradient(x, ours), gradient(x, naive)) < 1e-6
     assert "scatter" in str(jax.make_jaxpr(lambda x: gradient(x, naive))(x))
     assert "scatter" not in str(jax.make_jaxpr(lambda x: gradient(x, ours))(x))
-    np.testing.assert_array_equal(
-        permute_rows(ours(x), inverse, order), jnp.repeat(x, copies, axis=0)
-    )
+    np.testing.assert_array_equal(permute_rows(ours(x), inverse, order), copied(x))
 
 
 def test_what_ran_is_reported():

@@ -100,6 +100,37 @@ def test_bfloat16_in_several_blocks():
     assert_close(actual, expected, 2e-3)
 
 
+@pytest.mark.slow
+def test_cores_that_share_columns():
+    """An odd number of blocks of K, an even one of N: the gradient of the matrices by columns."""
+    rng = np.random.default_rng(0)
+    arrays = cast(
+        {"lhs": rng.normal(size=(100, 100)), "rhs": rng.normal(size=(3, 100, 200))}, jnp.bfloat16
+    )
+    sizes = [37, 0, 60]
+    options = tpu.OuterOptions("drhs", True)
+    cotangent = np.random.default_rng(9).normal(size=(100, 200))
+    inputs = tpu.OuterInputs([arrays["lhs"]], jnp.asarray(cotangent, jnp.bfloat16), sizes)
+    found = tpu.outer_by_group(options, inputs._replace(group_sizes=jnp.asarray(sizes)))
+    assert rel_rms(found, wide_truth(arrays, sizes)[2]) < 2e-3
+
+
+def test_schedules_of_outer(monkeypatch):
+    """Two cores share whatever they divide, and no width is cut into many small steps."""
+    monkeypatch.setattr(tpu_tuning, "tuned", lambda: tpu_tuning.TUNED["TPU v5"])
+
+    def schedule(K: int, N: int) -> tpu_outer.Schedule:
+        rows = lambda width: jax.ShapeDtypeStruct((32768, width), jnp.bfloat16)
+        return tpu_tuning.outer_schedule(tpu_outer.OuterInputs([rows(K)], rows(N), None))
+
+    even = schedule(1536, 2048)
+    assert (even.columns_first, even.inner) == (False, 768)
+    odd = schedule(1408, 2048)
+    assert (odd.columns_first, odd.columns, odd.step) == (True, 1024, (1408, 1024))
+    assert schedule(2048, 1408).step == (1024, 1408)
+    assert not schedule(1408, 1408).columns_first  # one core does all
+
+
 def wide_truth(arrays, sizes):
     lhs, rhs = (np.asarray(arrays[name], np.float64) for name in ("lhs", "rhs"))
     cotangent = np.random.default_rng(9).normal(size=(len(lhs), rhs.shape[2]))

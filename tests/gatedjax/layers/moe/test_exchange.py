@@ -1,6 +1,7 @@
 """Experts over eight devices: every way of exchange gives what one device gives, drops included."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,8 +11,10 @@ import pytest
 from helpers import rel_rms
 
 from gatedjax.config import MeshConfig, RouterConfig, SparseMoEConfig
+from gatedjax.layers.moe.exchange import experts_of_received, rows_of_room
 from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.parameters import boxed_parameters
+from gatedjax.model import remat_policy
 from gatedjax.sharding import RULES, make_mesh, param_shardings
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32))
@@ -126,7 +129,8 @@ def test_ragged_exchange_equals_one_device(alone, monkeypatch):
     """Its own gathers and offsets, around an emulated collective; CPUs refuse the real one by
     name.
     """
-    config = dataclasses.replace(CONFIG, exchange="ragged_all_to_all")
+    # Room for everything: of four devices one gets more than twice its fraction here.
+    config = dataclasses.replace(CONFIG, exchange="ragged_all_to_all", exchange_factor=4.0)
     with pytest.raises(NotImplementedError, match="'ragged_all_to_all' is not implemented on CPU"):
         run(config, MESHES["fsdp x expert"])
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
@@ -168,3 +172,41 @@ def test_what_the_exchange_drops_is_counted(exchange, factor, alone, monkeypatch
     assert statistics["dropped"] == lost > 10
     np.testing.assert_array_equal(statistics["counts"], alone[1][1]["counts"])
     assert rel_rms(y, alone[1][0]) > 0.05
+
+
+def test_the_room_of_a_ragged_exchange():
+    """Where the configuration does not say: twice an even load, the worst case if that is less."""
+    assert rows_of_room(131_072, 2_097_152, factor=0) == 262_144
+    assert rows_of_room(100, 150, factor=0) == 150
+    assert rows_of_room(100, 1600, factor=16.0) == 1600
+    assert rows_of_room(100, 1600, factor=0.3) == 30
+
+
+def test_the_experts_of_received_rows_follow_from_sizes():
+    """Three senders, two experts, an expert without rows, room for less than what was sent."""
+    sizes = np.array([[2, 1], [0, 3], [1, 0]])
+    expected = [0, 0, 1, 1, 1, 1, 0]
+    np.testing.assert_array_equal(experts_of_received(sizes, 9), [*expected, 2, 2])
+    np.testing.assert_array_equal(experts_of_received(sizes, 5), expected[:5])
+
+
+def test_no_row_is_sent_twice(monkeypatch):
+    """Rows, their weights and results, and the gradients of the three: the backward pass finds the
+    rows in memory.
+    """
+    monkeypatch.setattr("gatedjax.layers.moe.exchange.target_platform", lambda: "tpu")
+    module = SparseMoE(dataclasses.replace(CONFIG, exchange="ragged_all_to_all"), 0.3, jnp.float32)
+    mesh = make_mesh(MeshConfig(expert=8))
+
+    def loss(params, x, policy):
+        apply = jax.checkpoint(
+            lambda p, x: module.apply({"params": p}, x, method="with_statistics")[0], policy=policy
+        )
+        return jnp.sum(apply(params, x) ** 2)
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        params = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
+        for name, expected in {"kernels": 6, "full": 8}.items():
+            gradient = jax.grad(functools.partial(loss, policy=remat_policy(name)), argnums=(0, 1))
+            text = str(jax.make_jaxpr(gradient)(params, X))
+            assert text.count(" ragged_all_to_all[") == expected, name
