@@ -7,9 +7,11 @@ FeedForwardConfig, and name its module in `gatedjax/layers/__init__.py` under th
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
+from gatedjax.config.attention_parts import DOUBLY_STOCHASTIC, check_parts
 from gatedjax.config.checks import (
     Checked,
     Count,
+    CountOrZero,
     Fraction,
     NonNegative,
     Positive,
@@ -142,6 +144,8 @@ class GatedAttentionConfig(Checked):
         "plain_self_adjust",
         "normalized_pooling",
         "centered_softmax",
+        "sinkhorn",
+        "qr",
     ] = "softmax"
     # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A
     # constant, so that training and decoding agree: the length of training rows.
@@ -154,6 +158,10 @@ class GatedAttentionConfig(Checked):
     reweight_power: Annotated[int, Range(2, 100)] = 15
     # of exp and exp_mean: weights are exp(min(s, exp_cap))
     exp_cap: Positive = 5.0
+    # Of sinkhorn, not causal: how often rows and columns are divided by their sums, by turns, and
+    # the temperature (arXiv 2110.11773). qr is the other doubly stochastic one (2504.16275).
+    sinkhorn_iterations: Count = 3
+    sinkhorn_epsilon: Positive = 1.0
     # Weight of reluformer's loss, which keeps the sum of a row's weights near 1 and their entropy
     # from growing (arXiv 2302.06461); costs two more calls of the op with one value channel.
     reluformer_loss: NonNegative = 0.0
@@ -182,9 +190,23 @@ class GatedAttentionConfig(Checked):
     # The weights of the attention layer before it that has its own: no queries, no keys, only
     # values; and a matrix of the input added to the output (UniAttn, arXiv 2502.00439).
     shares_weights: bool = False
+    # Learned keys and values that every token sees beside the others; their logits a become
+    # a + alpha tanh(tau a), alpha and tau learned (NoRGa, arXiv 2405.14124). 0 for none
+    prefix: SizeOrZero = 0
+    # Channels of a gate over blocks of 64 keys (SeerAttention, arXiv 2410.13276); 0 for none. It
+    # learns the largest weight in every pair of blocks, by a loss of this weight, and nothing else
+    # learns by that.
+    block_gate: SizeOrZero = 0
+    block_gate_loss: NonNegative = 10.0
+    # Blocks that are attended to, beside a query's own: so many of the most likely ones, or those
+    # of a probability from here on (published: 5e-3); 0: all. Single tokens that are decoded see
+    # all.
+    block_gate_top: CountOrZero = 0
+    block_gate_threshold: Fraction = 0.0
 
     def check(self) -> None:
         divides("num_kv_heads", self.kv_heads, self.num_heads)
+        check_parts(self)
         require(
             self.causal or self.query_scale == "none",
             "query_scale",
@@ -385,6 +407,8 @@ class GatedAttentionConfig(Checked):
             "value_skip",
             "after_sdpa",
             "reluformer_loss",
+            "prefix",
+            "block_gate",
         )
         own = {
             name: getattr(self, name)
@@ -412,6 +436,16 @@ class GatedAttentionConfig(Checked):
     def changes_output(self) -> bool:
         """Whether something stands between the op and the gate on its output."""
         return self.value_skip or self.after_sdpa != "none"
+
+    @property
+    def gates_in_op(self) -> bool:
+        """Whether what the op returns is all that a gate on the output multiplies."""
+        return not (self.changes_output or self.prefix or self.is_doubly_stochastic)
+
+    @property
+    def is_doubly_stochastic(self) -> bool:
+        """Whether the weights of every key sum to 1, too."""
+        return self.normalizer in DOUBLY_STOCHASTIC
 
 
 @dataclass(frozen=True)

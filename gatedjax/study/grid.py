@@ -65,6 +65,13 @@ ADDED_LATER_TO_LAYERS = {
         "similarity",
         "after_sdpa",
         "value_skip",
+        "sinkhorn_iterations",
+        "sinkhorn_epsilon",
+        "prefix",
+        "block_gate",
+        "block_gate_loss",
+        "block_gate_top",
+        "block_gate_threshold",
     ),
     "delta_attention": ("conv_bias", "norm_eps"),
     "gated_linear_attention": (
