@@ -15,6 +15,12 @@ from gatedjax.config.layers import (
     NoFeedForwardConfig,
     NoMixerConfig,
 )
+from gatedjax.config.mixing import (
+    AssociativeMemoryConfig,
+    GatedUnitConfig,
+    MixerGateConfig,
+    SpatialGateConfig,
+)
 from gatedjax.config.mla import MLAConfig
 from gatedjax.config.model import (
     BlockConfig,
@@ -48,6 +54,7 @@ from gatedjax.config.run import (
 __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
+    "AssociativeMemoryConfig",
     "BlockConfig",
     "Config",
     "DataConfig",
@@ -58,6 +65,7 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "GatedUnitConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",
@@ -65,6 +73,7 @@ __all__ = [
     "Mamba2Config",
     "MeshConfig",
     "MixerConfig",
+    "MixerGateConfig",
     "ModelConfig",
     "NoFeedForwardConfig",
     "NoMixerConfig",
@@ -77,6 +86,7 @@ __all__ = [
     "SoftMoEConfig",
     "SourceConfig",
     "SparseMoEConfig",
+    "SpatialGateConfig",
     "StreamConfig",
     "TrainConfig",
     "config_dict",

@@ -20,6 +20,12 @@ from gatedjax.config.checks import (
     SizeOrZero,
     divides,
 )
+from gatedjax.config.mixing import (
+    AssociativeMemoryConfig,
+    GatedUnitConfig,
+    MixerGateConfig,
+    SpatialGateConfig,
+)
 from gatedjax.config.mla import MLAConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
@@ -621,6 +627,8 @@ class GatedMLPConfig(Checked):
     swiglu_limit: Positive = 7.0
     # of all three matrices
     bias: bool = False
+    # one LayerNorm on both factors of the product (Activator, arXiv 2405.15953)
+    norm: bool = False
     not_causal = None  # no token sees a later one
 
 
@@ -634,6 +642,10 @@ class MLPConfig(Checked):
     activation: Literal["relu_squared", "gelu", "silu"] = "relu_squared"
     # of both matrices
     bias: bool = False
+    # Activations a become gain a sigmoid((a - threshold) / temperature), with a learned gain and
+    # threshold of every neuron; hard: gain a where a > threshold, 0 elsewhere (arXiv 2602.11726)
+    neuron_gate: Literal["none", "soft", "hard"] = "none"
+    neuron_temperature: Positive = 0.1
     not_causal = None  # no token sees a later one
 
 
@@ -659,6 +671,10 @@ MixerConfig = (
     | DeltaAttentionConfig
     | Mamba2Config
     | RWKV7Config
+    | GatedUnitConfig
+    | AssociativeMemoryConfig
+    | SpatialGateConfig
+    | MixerGateConfig
     | NoMixerConfig
 )
 FeedForwardConfig = (

@@ -26,6 +26,7 @@ from gatedjax.config.layers import (
     NoFeedForwardConfig,
     NoMixerConfig,
 )
+from gatedjax.config.mixing import AssociativeMemoryConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.errors import require
@@ -54,6 +55,12 @@ class LoRAConfig(Checked):
     alpha: Positive = 16.0
     # patterns of projections: "*.mixer.query", "*.ffn.*", "*"
     targets: tuple[str, ...] = ()
+    # W itself, as the targets use it, is -1, 0 or 1 times its mean magnitude; it trains as if it
+    # were not rounded (BitNet b1.58, arXiv 2402.17764)
+    ternary: bool = False
+    # Updates are multiplied by a learned number of each projection, which starts here (Hybrid Gated
+    # Flow, arXiv 2602.05269); 0: by none.
+    gate_start: Fraction = 0.0
 
     def check(self) -> None:
         require(
@@ -226,20 +233,25 @@ class ModelConfig(Checked):
                 "by_depth",
                 "as many heads and channels in all layers that have it",
             )
-            if isinstance(block.mixer, GatedAttentionConfig):
-                reason = block.mixer.not_causal
-                require(
-                    reason is None,
-                    f"mixers.{self._mixer_name(block.layers[0])}",
-                    reason,
-                    "a causal mixer: this model predicts the next token",
-                )
+            require(
+                getattr(block.mixer, "not_causal", None) is None,
+                f"mixers.{self._mixer_name(block.layers[0])}",
+                getattr(block.mixer, "not_causal", None),
+                "a causal mixer: this model predicts the next token",
+            )
             if isinstance(block.mixer, RWKV7Config):
                 require(
                     block.mixer.width == self.width,
                     f"mixers.{self._mixer_name(block.layers[0])}.num_heads",
                     block.mixer.num_heads,
                     f"num_heads x head_dim = width = {self.width}",
+                )
+            if isinstance(block.mixer, AssociativeMemoryConfig):
+                require(
+                    block.mixer.width == self.width,
+                    f"mixers.{self._mixer_name(block.layers[0])}.width",
+                    block.mixer.width,
+                    f"the model's width {self.width}",
                 )
 
     def _check_attention(self) -> None:

@@ -86,8 +86,9 @@ ADDED_LATER_TO_LAYERS = {
         "selective_gate",
         "selective_bias",
     ),
-    "gated_mlp": ("bias", "swiglu_limit"),
+    "gated_mlp": ("bias", "norm", "swiglu_limit"),
     "mamba2": ("conv_bias",),
+    "mlp": ("neuron_gate", "neuron_temperature"),
     "rwkv7": ("norm_eps",),
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }

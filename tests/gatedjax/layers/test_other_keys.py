@@ -410,7 +410,9 @@ def test_a_layer_with_a_prefix_is_the_formula_and_decodes():
         assert rel_rms(y, whole[:, piece]) < 1e-5
 
 
-@pytest.mark.parametrize("normalizer, op", [slow("sinkhorn", sinkhorn_attention), ("qr", qr_attention)])
+@pytest.mark.parametrize(
+    "normalizer, op", [slow("sinkhorn", sinkhorn_attention), ("qr", qr_attention)]
+)
 def test_a_doubly_stochastic_layer(normalizer, op):
     layer, params, x, parts = layer_of(5, normalizer=normalizer, causal=False)
     o = op(*(jnp.asarray(parts[name]) for name in ("query", "key", "value")))
