@@ -2,6 +2,7 @@
 
 from flax.core import FrozenDict
 
+from gatedjax.config.encoder import ImageConfig, MaskingConfig, PatchConfig, Task
 from gatedjax.config.layers import (
     FEED_FORWARDS,
     MIXERS,
@@ -36,6 +37,8 @@ from gatedjax.config.parse import (
 )
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.run import (
+    IMAGE_KINDS,
+    WITHOUT_PATH,
     Config,
     DataConfig,
     MeshConfig,
@@ -47,7 +50,9 @@ from gatedjax.config.run import (
 
 __all__ = [
     "FEED_FORWARDS",
+    "IMAGE_KINDS",
     "MIXERS",
+    "WITHOUT_PATH",
     "BlockConfig",
     "Config",
     "DataConfig",
@@ -58,11 +63,13 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "ImageConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",
     "MLPConfig",
     "Mamba2Config",
+    "MaskingConfig",
     "MeshConfig",
     "MixerConfig",
     "ModelConfig",
@@ -70,6 +77,7 @@ __all__ = [
     "NoMixerConfig",
     "NormPlacement",
     "OptimConfig",
+    "PatchConfig",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",
     "Remat",
@@ -78,6 +86,7 @@ __all__ = [
     "SourceConfig",
     "SparseMoEConfig",
     "StreamConfig",
+    "Task",
     "TrainConfig",
     "config_dict",
     "differing_keys",
