@@ -2,6 +2,7 @@
 
 from flax.core import FrozenDict
 
+from gatedjax.config.encoder import ImageConfig, MaskingConfig, PatchConfig, Task
 from gatedjax.config.layers import (
     FEED_FORWARDS,
     MIXERS,
@@ -42,6 +43,8 @@ from gatedjax.config.parse import (
 )
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.run import (
+    IMAGE_KINDS,
+    WITHOUT_PATH,
     Config,
     DataConfig,
     MeshConfig,
@@ -53,7 +56,9 @@ from gatedjax.config.run import (
 
 __all__ = [
     "FEED_FORWARDS",
+    "IMAGE_KINDS",
     "MIXERS",
+    "WITHOUT_PATH",
     "AssociativeMemoryConfig",
     "BlockConfig",
     "Config",
@@ -66,11 +71,13 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
     "GatedUnitConfig",
+    "ImageConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",
     "MLPConfig",
     "Mamba2Config",
+    "MaskingConfig",
     "MeshConfig",
     "MixerConfig",
     "MixerGateConfig",
@@ -79,6 +86,7 @@ __all__ = [
     "NoMixerConfig",
     "NormPlacement",
     "OptimConfig",
+    "PatchConfig",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",
     "Remat",
@@ -88,6 +96,7 @@ __all__ = [
     "SparseMoEConfig",
     "SpatialGateConfig",
     "StreamConfig",
+    "Task",
     "TrainConfig",
     "config_dict",
     "differing_keys",
