@@ -36,13 +36,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gatedjax.config import (
+        AssociativeMemoryConfig,
         Config,
         DeltaAttentionConfig,
         GatedAttentionConfig,
         GatedLinearAttentionConfig,
         GatedMLPConfig,
+        GatedUnitConfig,
         LoRAMixtureConfig,
         Mamba2Config,
+        MixerGateConfig,
         MLAConfig,
         ModelConfig,
         RouterConfig,
@@ -50,22 +53,28 @@ if TYPE_CHECKING:
         RWKV7Config,
         SoftMoEConfig,
         SparseMoEConfig,
+        SpatialGateConfig,
     )
     from gatedjax.layers import (
         MLA,
         RWKV7,
+        AssociativeMemory,
         DeltaAttention,
         GatedAttention,
         GatedLinearAttention,
         GatedMLP,
+        GatedUnit,
         LoRAMixture,
         Mamba2,
+        MixerGate,
         RWKV7ChannelMix,
         SoftMoE,
         SparseMoE,
+        SpatialGate,
         TokenInfo,
         gate_values,
     )
+    from gatedjax.layers.token_info import Grid
     from gatedjax.model import LanguageModel
     from gatedjax.training.sparsemax_loss import sparsemax_loss
 
@@ -75,6 +84,8 @@ __all__ = [
     "MLA",
     "MLP",
     "RWKV7",
+    "AssociativeMemory",
+    "AssociativeMemoryConfig",
     "Config",
     "DeltaAttention",
     "DeltaAttentionConfig",
@@ -84,6 +95,9 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "GatedMLP",
     "GatedMLPConfig",
+    "GatedUnit",
+    "GatedUnitConfig",
+    "Grid",
     "LanguageModel",
     "LoRAMixture",
     "LoRAMixtureConfig",
@@ -91,6 +105,8 @@ __all__ = [
     "MLPConfig",
     "Mamba2",
     "Mamba2Config",
+    "MixerGate",
+    "MixerGateConfig",
     "ModelConfig",
     "RWKV7ChannelMix",
     "RWKV7ChannelMixConfig",
@@ -100,6 +116,8 @@ __all__ = [
     "SoftMoEConfig",
     "SparseMoE",
     "SparseMoEConfig",
+    "SpatialGate",
+    "SpatialGateConfig",
     "TokenInfo",
     "gate_values",
     "sparsemax_loss",

@@ -18,7 +18,7 @@ ORDER = (
     ("config",),
     ("sharding",),
     ("data", "layers"),
-    ("model",),
+    ("model", "toys"),
     ("training",),
     ("evaluation",),
     ("aot",),

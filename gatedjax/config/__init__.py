@@ -2,6 +2,7 @@
 
 from flax.core import FrozenDict
 
+from gatedjax.config.encoder import ImageConfig, MaskingConfig, PatchConfig, Task
 from gatedjax.config.layers import (
     FEED_FORWARDS,
     MIXERS,
@@ -14,6 +15,12 @@ from gatedjax.config.layers import (
     MLPConfig,
     NoFeedForwardConfig,
     NoMixerConfig,
+)
+from gatedjax.config.mixing import (
+    AssociativeMemoryConfig,
+    GatedUnitConfig,
+    MixerGateConfig,
+    SpatialGateConfig,
 )
 from gatedjax.config.mla import MLAConfig
 from gatedjax.config.model import (
@@ -36,6 +43,8 @@ from gatedjax.config.parse import (
 )
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.run import (
+    IMAGE_KINDS,
+    WITHOUT_PATH,
     Config,
     DataConfig,
     MeshConfig,
@@ -47,7 +56,10 @@ from gatedjax.config.run import (
 
 __all__ = [
     "FEED_FORWARDS",
+    "IMAGE_KINDS",
     "MIXERS",
+    "WITHOUT_PATH",
+    "AssociativeMemoryConfig",
     "BlockConfig",
     "Config",
     "DataConfig",
@@ -58,18 +70,23 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "GatedUnitConfig",
+    "ImageConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",
     "MLPConfig",
     "Mamba2Config",
+    "MaskingConfig",
     "MeshConfig",
     "MixerConfig",
+    "MixerGateConfig",
     "ModelConfig",
     "NoFeedForwardConfig",
     "NoMixerConfig",
     "NormPlacement",
     "OptimConfig",
+    "PatchConfig",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",
     "Remat",
@@ -77,7 +94,9 @@ __all__ = [
     "SoftMoEConfig",
     "SourceConfig",
     "SparseMoEConfig",
+    "SpatialGateConfig",
     "StreamConfig",
+    "Task",
     "TrainConfig",
     "config_dict",
     "differing_keys",

@@ -7,9 +7,11 @@ FeedForwardConfig, and name its module in `gatedjax/layers/__init__.py` under th
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
+from gatedjax.config.attention_parts import DOUBLY_STOCHASTIC, check_parts
 from gatedjax.config.checks import (
     Checked,
     Count,
+    CountOrZero,
     Fraction,
     NonNegative,
     Positive,
@@ -17,6 +19,12 @@ from gatedjax.config.checks import (
     Size,
     SizeOrZero,
     divides,
+)
+from gatedjax.config.mixing import (
+    AssociativeMemoryConfig,
+    GatedUnitConfig,
+    MixerGateConfig,
+    SpatialGateConfig,
 )
 from gatedjax.config.mla import MLAConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
@@ -142,6 +150,8 @@ class GatedAttentionConfig(Checked):
         "plain_self_adjust",
         "normalized_pooling",
         "centered_softmax",
+        "sinkhorn",
+        "qr",
     ] = "softmax"
     # n of sigmoid's -log n, of relu's 1 / n, of the clip; L of the learned scales' start. A
     # constant, so that training and decoding agree: the length of training rows.
@@ -154,6 +164,10 @@ class GatedAttentionConfig(Checked):
     reweight_power: Annotated[int, Range(2, 100)] = 15
     # of exp and exp_mean: weights are exp(min(s, exp_cap))
     exp_cap: Positive = 5.0
+    # Of sinkhorn, not causal: how often rows and columns are divided by their sums, by turns, and
+    # the temperature (arXiv 2110.11773). qr is the other doubly stochastic one (2504.16275).
+    sinkhorn_iterations: Count = 3
+    sinkhorn_epsilon: Positive = 1.0
     # Weight of reluformer's loss, which keeps the sum of a row's weights near 1 and their entropy
     # from growing (arXiv 2302.06461); costs two more calls of the op with one value channel.
     reluformer_loss: NonNegative = 0.0
@@ -182,9 +196,23 @@ class GatedAttentionConfig(Checked):
     # The weights of the attention layer before it that has its own: no queries, no keys, only
     # values; and a matrix of the input added to the output (UniAttn, arXiv 2502.00439).
     shares_weights: bool = False
+    # Learned keys and values that every token sees beside the others; their logits a become
+    # a + alpha tanh(tau a), alpha and tau learned (NoRGa, arXiv 2405.14124). 0 for none
+    prefix: SizeOrZero = 0
+    # Channels of a gate over blocks of 64 keys (SeerAttention, arXiv 2410.13276); 0 for none. It
+    # learns the largest weight in every pair of blocks, by a loss of this weight, and nothing else
+    # learns by that.
+    block_gate: SizeOrZero = 0
+    block_gate_loss: NonNegative = 10.0
+    # Blocks that are attended to, beside a query's own: so many of the most likely ones, or those
+    # of a probability from here on (published: 5e-3); 0: all. Single tokens that are decoded see
+    # all.
+    block_gate_top: CountOrZero = 0
+    block_gate_threshold: Fraction = 0.0
 
     def check(self) -> None:
         divides("num_kv_heads", self.kv_heads, self.num_heads)
+        check_parts(self)
         require(
             self.causal or self.query_scale == "none",
             "query_scale",
@@ -385,6 +413,8 @@ class GatedAttentionConfig(Checked):
             "value_skip",
             "after_sdpa",
             "reluformer_loss",
+            "prefix",
+            "block_gate",
         )
         own = {
             name: getattr(self, name)
@@ -404,6 +434,11 @@ class GatedAttentionConfig(Checked):
         return None if self.causal else "causal false: tokens see later ones"
 
     @property
+    def only_causal(self) -> str | None:
+        """Why an encoder cannot have this mixer, or None."""
+        return "causal true: tokens do not see later ones" if self.causal else None
+
+    @property
     def rotary_dim(self) -> int:
         """Channels of a head that rotate."""
         return int(self.head_dim * self.rope_fraction)
@@ -412,6 +447,16 @@ class GatedAttentionConfig(Checked):
     def changes_output(self) -> bool:
         """Whether something stands between the op and the gate on its output."""
         return self.value_skip or self.after_sdpa != "none"
+
+    @property
+    def gates_in_op(self) -> bool:
+        """Whether what the op returns is all that a gate on the output multiplies."""
+        return not (self.changes_output or self.prefix or self.is_doubly_stochastic)
+
+    @property
+    def is_doubly_stochastic(self) -> bool:
+        """Whether the weights of every key sum to 1, too."""
+        return self.normalizer in DOUBLY_STOCHASTIC
 
 
 @dataclass(frozen=True)
@@ -467,6 +512,8 @@ class GatedLinearAttentionConfig(Checked):
     # the steps plus exp(b), b = 0 at the start: 1, the step of RoPE
     selective_bias: bool = False
     chunk_size: Size | None = None
+    not_causal = None
+    only_causal = "kind 'gated_linear_attention': a state passes from each token to the next"
 
     def check(self) -> None:
         divides("num_kv_heads", self.kv_heads, self.num_heads)
@@ -547,6 +594,8 @@ class DeltaAttentionConfig(Checked):
     # of the norm of the heads' outputs (1e-5 in OLMo-Hybrid); None: the model's
     norm_eps: Annotated[float, Range(0, 1, includes_low=False)] | None = None
     chunk_size: Size | None = None
+    not_causal = None
+    only_causal = "kind 'delta_attention': a state passes from each token to the next"
 
     def check(self) -> None:
         divides("num_key_heads", self.key_heads, self.num_heads)
@@ -587,7 +636,10 @@ class GatedMLPConfig(Checked):
     swiglu_limit: Positive = 7.0
     # of all three matrices
     bias: bool = False
+    # one LayerNorm on both factors of the product (Activator, arXiv 2405.15953)
+    norm: bool = False
     not_causal = None  # no token sees a later one
+    only_causal = None
 
 
 @dataclass(frozen=True)
@@ -600,7 +652,12 @@ class MLPConfig(Checked):
     activation: Literal["relu_squared", "gelu", "silu"] = "relu_squared"
     # of both matrices
     bias: bool = False
+    # Activations a become gain a sigmoid((a - threshold) / temperature), with a learned gain and
+    # threshold of every neuron; hard: gain a where a > threshold, 0 elsewhere (arXiv 2602.11726)
+    neuron_gate: Literal["none", "soft", "hard"] = "none"
+    neuron_temperature: Positive = 0.1
     not_causal = None  # no token sees a later one
+    only_causal = None
 
 
 @dataclass(frozen=True)
@@ -608,6 +665,8 @@ class NoMixerConfig(Checked):
     """A block that is a feed-forward alone, as in Nemotron-H."""
 
     kind: Literal["no_mixer"] = "no_mixer"
+    not_causal = None
+    only_causal = None
 
 
 @dataclass(frozen=True)
@@ -616,8 +675,14 @@ class NoFeedForwardConfig(Checked):
 
     kind: Literal["none"] = "none"
     not_causal = None  # no token sees a later one
+    only_causal = None
 
 
+# Every kind says what it has to do with the order of tokens, a reason or None each: `not_causal`,
+# why a model of task lm cannot have it (a token sees later ones), and `only_causal`, why an encoder
+# (tasks masked_lm and classify) cannot have it (no token sees later ones). A layer that works on
+# every token by itself has two times None. An encoder's mixer gets no cache; `info.grid` of its
+# `with_cache` says how the patches of an image lie, and is None for text.
 MixerConfig = (
     GatedAttentionConfig
     | MLAConfig
@@ -625,6 +690,10 @@ MixerConfig = (
     | DeltaAttentionConfig
     | Mamba2Config
     | RWKV7Config
+    | GatedUnitConfig
+    | AssociativeMemoryConfig
+    | SpatialGateConfig
+    | MixerGateConfig
     | NoMixerConfig
 )
 FeedForwardConfig = (

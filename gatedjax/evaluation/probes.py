@@ -90,6 +90,7 @@ def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[str, dic
             batch.tokens,
             batch.positions,
             batch.segment_ids,
+            patches=batch.patches,
             mutable=["probes"],
         )
     (_, _, statistics), variables = outputs
@@ -179,6 +180,10 @@ def _attention(
     batch: Batch,
 ) -> dict[str, Array]:
     """The probes of an attention layer."""
+    rank = effective_rank(params["value"]["kernel"], params["out"]["kernel"])
+    if config.is_doubly_stochastic:
+        # Its weights are of whole rows, which exist in no block of queries.
+        return {"effective_rank": rank}
     slopes = params.get("alibi_slopes")
     if slopes is None and config.alibi != "none":
         slopes = jnp.asarray(alibi_slopes(config))
@@ -202,7 +207,7 @@ def _attention(
     return {
         "first_token_fraction": fraction,
         "attention_entropy": entropy,
-        "effective_rank": effective_rank(params["value"]["kernel"], params["out"]["kernel"]),
+        "effective_rank": rank,
     }
 
 

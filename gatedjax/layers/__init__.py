@@ -5,13 +5,16 @@ functions.
 import and a line below, its dataclass in `config/layers.py` (CONTRIBUTING.md does it step by step).
 """
 
+from gatedjax.layers.associative_memory import AssociativeMemory
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
 from gatedjax.layers.channel_mix import RWKV7ChannelMix
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
+from gatedjax.layers.gated_unit import GatedUnit
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mamba2 import Mamba2
+from gatedjax.layers.mixer_gate import MixerGate
 from gatedjax.layers.mla import MLA
 from gatedjax.layers.mlp import MLP, GatedMLP, NoFeedForward
 from gatedjax.layers.moe.lora import LoRAMixture
@@ -19,6 +22,7 @@ from gatedjax.layers.moe.soft import SoftMoE
 from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.no_mixer import NoMixer
 from gatedjax.layers.rwkv7 import RWKV7
+from gatedjax.layers.spatial_gate import SpatialGate
 from gatedjax.layers.token_info import TokenInfo
 
 # By the `kind` of their configuration.
@@ -29,6 +33,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "delta_attention": DeltaAttention,
     "mamba2": Mamba2,
     "rwkv7": RWKV7,
+    "gated_unit": GatedUnit,
+    "associative_memory": AssociativeMemory,
+    "spatial_gate": SpatialGate,
+    "mixer_gate": MixerGate,
     "no_mixer": NoMixer,
 }
 FEED_FORWARDS: dict[str, type[FeedForward]] = {
@@ -47,19 +55,23 @@ __all__ = [
     "MLA",
     "MLP",
     "RWKV7",
+    "AssociativeMemory",
     "DeltaAttention",
     "FeedForward",
     "GatedAttention",
     "GatedLinearAttention",
     "GatedMLP",
+    "GatedUnit",
     "LoRAMixture",
     "Mamba2",
     "Mixer",
+    "MixerGate",
     "NoFeedForward",
     "NoMixer",
     "RWKV7ChannelMix",
     "SoftMoE",
     "SparseMoE",
+    "SpatialGate",
     "TokenInfo",
     "gate_values",
 ]

@@ -1,4 +1,4 @@
-"""Losses of layers that a training step adds to its own, and ReLUFormer's.
+"""Losses of layers that a training step adds to its own: ReLUFormer's and the block gate's.
 
 A layer sows the weighted mean over the tokens of the batch, padding left out; the step runs the
 model with this collection and adds everything that it finds (`training/step.py`).
@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.config import GatedAttentionConfig, ModelConfig
+from gatedjax.layers.block_gate import block_attention_map, block_gate_loss, has_tokens
 from gatedjax.layers.on_mesh import attention_on_mesh
 from kernels_pallas.attention import Relu, ReluEntropy
 
@@ -27,7 +28,11 @@ LEAST_SUM = 1e-6
 def has_added_losses(config: ModelConfig) -> bool:
     """Whether some layer of the model sows a loss."""
     mixers = [block.mixer for block in config.blocks]
-    return any(isinstance(c, GatedAttentionConfig) and c.reluformer_loss > 0 for c in mixers)
+    return any(isinstance(c, GatedAttentionConfig) and _adds_loss(c) for c in mixers)
+
+
+def _adds_loss(c: GatedAttentionConfig) -> bool:
+    return c.reluformer_loss > 0 or (c.block_gate > 0 and c.block_gate_loss > 0)
 
 
 def added_loss(variables: Any) -> Float[Array, ""]:
@@ -63,6 +68,33 @@ def sow_reluformer_loss(
     count = jnp.maximum(jnp.sum(is_token), 1.0)
     mean = jnp.sum(jnp.where(is_token > 0, by_token, 0.0)) / count
     module.sow(ADDED_LOSSES, "reluformer_loss", c.reluformer_loss * mean)
+
+
+def sow_block_gate_loss(
+    module: nn.Module,
+    c: GatedAttentionConfig,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    log_gate: Float[Array, "B H N N"],
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+) -> None:
+    """Sows the divergence of a layer's block gate from its attention, times its weight.
+
+    Args:
+      module: the layer.
+      c: its configuration.
+      q, k: queries and keys as the op gets them.
+      log_gate: of the gate.
+      segment_ids: of the tokens, 0 for padding; None for no padding.
+      scale: what the op multiplies the products by.
+    """
+    if module.is_initializing() or not module.is_mutable_collection(ADDED_LOSSES):
+        return
+    target = block_attention_map(q, k, causal=c.causal, scale=scale, segment_ids=segment_ids)
+    is_row = None if segment_ids is None else has_tokens(segment_ids)
+    loss = block_gate_loss(log_gate, target, is_row)
+    module.sow(ADDED_LOSSES, "block_gate_loss", c.block_gate_loss * loss)
 
 
 def reluformer_loss(

@@ -4,7 +4,7 @@ Projections, norms, positions, scales and the gate around `kernels_pallas.attent
 """
 
 import dataclasses
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,9 +12,11 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig
-from gatedjax.layers.added_losses import sow_reluformer_loss
+from gatedjax.layers.added_losses import sow_block_gate_loss, sow_reluformer_loss
 from gatedjax.layers.after_sdpa import AfterSDPA
 from gatedjax.layers.base import Mixer
+from gatedjax.layers.block_gate import BlockGate, chosen_blocks
+from gatedjax.layers.doubly_stochastic import doubly_stochastic
 from gatedjax.layers.gate import (
     GateLogits,
     HeadGateLogits,
@@ -41,6 +43,7 @@ from gatedjax.layers.normalizer import learned_numbers, normalizer_of, over_gamm
 from gatedjax.layers.on_mesh import attention_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
+from gatedjax.layers.prefix import GatedPrefix
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, frequencies_of, rotate, yarn_magnitude
 from gatedjax.layers.selective_rope import RopePhase, SelectiveAngles, for_queries, selective_flops
@@ -85,13 +88,13 @@ class GatedAttention(Mixer):
           cache: of the tokens before.
         """
         c = self.config
-        fused_logits, phase = None, None
+        fused_logits, phase, log_gate = None, None, None
         if c.shares_weights:
             q, k = self._handed_on(info)
             v = self._values(x, info)
         else:
             q, k, v, fused_logits = self._projections(x, info)
-            q, k, phase = self._positioned(q, k, x, info, cache)
+            q, k, phase, log_gate = self._positioned(q, k, x, info, cache)
         if not c.shares_weights and (c.query_scale != "none" or c.logit_scale == "learned"):
             # Factors of tokens are put on the queries: the kernel has one scale for all.
             scale = QueryScale(
@@ -106,7 +109,7 @@ class GatedAttention(Mixer):
         gate = split_gate(self._sdpa_logits(q, x, fused_logits), c, q)
         token_sinks = self._token_sinks(x)
         o, cache, weights = self._attention(
-            Row(q, k, v, gate.in_op, info.segment_ids), token_sinks, info, cache
+            Row(q, k, v, gate.in_op, info.segment_ids), token_sinks, log_gate, info, cache
         )
         if isinstance(cache, KVCache):
             cache = dataclasses.replace(cache, phase=phase)
@@ -174,8 +177,10 @@ class GatedAttention(Mixer):
         x: Array,
         info: TokenInfo,
         cache: KVCache | ValueCache | None,
-    ) -> tuple[Queries, Keys, RopePhase | None]:
-        """Queries and keys: normed, gated, rotated; where a rotation by tokens then stands."""
+    ) -> tuple[Queries, Keys, RopePhase | None, Array | None]:
+        """Queries and keys: normed, gated, rotated; where a rotation by tokens then stands; and the
+        block gate, which sees them before they are rotated.
+        """
         c = self.config
         phase = None
         if c.selective_rope != "none":
@@ -190,10 +195,15 @@ class GatedAttention(Mixer):
         # before rotation.
         q = self._gated("query", q, x)
         k = self._gated("key", k, x)
+        log_gate = None
+        # A token that is decoded sees all blocks.
+        if c.block_gate and (cache is None or x.shape[1] > 1):
+            gate = BlockGate(c.block_gate, c.rope_base, c.causal, name="block_gate")
+            log_gate = gate(q, k)
         if c.selective_rope == "none":
             q = self._rotated(q, info)
             k = self._rotated(k, info)
-        return q, k, phase
+        return q, k, phase, log_gate
 
     def _compensation(self, x: Array) -> Float[Array, "B T M"]:
         """What a layer with another one's weights adds: a map of its input, zero at the start."""
@@ -329,6 +339,7 @@ class GatedAttention(Mixer):
         self,
         row: Row,
         token_sinks: Float[Array, "B T H"] | None,
+        log_gate: Float[Array, "B H N N"] | None,
         info: TokenInfo,
         layer_cache: KVCache | ValueCache | None,
     ) -> tuple[Queries, KVCache | ValueCache | None, SharedWeights]:
@@ -337,6 +348,7 @@ class GatedAttention(Mixer):
         Args:
           row: queries, keys, values and what the op knows of the gate.
           token_sinks: sink logits of every token.
+          log_gate: of the gate over blocks.
           info: about the tokens.
           layer_cache: of the tokens before.
 
@@ -348,6 +360,10 @@ class GatedAttention(Mixer):
         cache = joined(layer_cache, info.weights)
         weights = SharedWeights(row.q, row.k)
         sink_logits, slopes = self._head_parameters()
+        if c.is_doubly_stochastic:
+            if cache is not None:
+                self._refuse_cache()
+            return doubly_stochastic(c, row), None, weights
         options = {
             "normalizer": normalizer_of(c),
             "logits_soft_cap": c.logits_soft_cap,
@@ -373,9 +389,16 @@ class GatedAttention(Mixer):
         if c.reluformer_loss and cache is None:
             seen = keys_seen(info.positions, c.window)
             sow_reluformer_loss(self, c, row.q, row.k, row.segment_ids, seen, logit_scale(c))
+        block_mask = None
+        if log_gate is not None:
+            if cache is None and c.block_gate_loss:
+                sow_block_gate_loss(
+                    self, c, row.q, row.k, log_gate, row.segment_ids, logit_scale(c)
+                )
+            block_mask = chosen_blocks(c, log_gate)
         if cache is None:
-            o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
-            return o, None, weights
+            options["block_mask"] = block_mask
+            return self._attended(row, sink_logits, slopes, options), None, weights
 
         before = history_of(info)
         length = row.q.shape[1]
@@ -407,26 +430,71 @@ class GatedAttention(Mixer):
                 info.segment_ids,
             )
             gate_logits = row.gate_logits
-            o = attention_step(
-                row.q[:, 0],
-                new_cache.k,
-                new_cache.v,
-                valid=valid,
-                gate_logits=None if gate_logits is None else gate_logits[:, 0],
-                sink_logits=sink_logits,
-                alibi_slopes=slopes,
-                distances=None if slopes is None else distances,
-                **options,
-            )[:, None]
+            if c.prefix:
+                # A step returns no log-sum-exp; the slots of the cache are keys like others.
+                o = self._prefix()(
+                    row.q,
+                    new_cache.k,
+                    new_cache.v,
+                    causal=False,
+                    segment_ids=(jnp.ones_like(valid[:, :1], jnp.int32), valid.astype(jnp.int32)),
+                    sink_logits=sink_logits,
+                    scale=options["scale"],
+                )
+            else:
+                o = attention_step(
+                    row.q[:, 0],
+                    new_cache.k,
+                    new_cache.v,
+                    valid=valid,
+                    gate_logits=None if gate_logits is None else gate_logits[:, 0],
+                    sink_logits=sink_logits,
+                    alibi_slopes=slopes,
+                    distances=None if slopes is None else distances,
+                    **options,
+                )[:, None]
         else:
-            if not before.is_empty:
+            if before.is_empty:
+                options["block_mask"] = block_mask
+            else:
                 row = row_of_piece(row, *in_time_order(cache, before))
-            o = attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
+            o = self._attended(row, sink_logits, slopes, options)
             o = o[:, -length:]
         o = where_there_is_room(o, most, before, info.segment_ids)
         # The keys are in the cache of the layer that has them.
         new = ValueCache(new_cache.v) if c.shares_weights else new_cache
         return o, new, weights
+
+    def _attended(
+        self,
+        row: Row,
+        sink_logits: Float[Array, " H"] | None,
+        slopes: Float[Array, " H"] | None,
+        options: dict[str, Any],
+    ) -> Queries:
+        """The op on rows of tokens, with the prefix where there is one.
+
+        Args:
+          row: queries, keys, values and what the op knows of the gate.
+          sink_logits, slopes: numbers of the heads.
+          options: of the op.
+        """
+        c = self.config
+        if not c.prefix:
+            return attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
+        return self._prefix()(
+            row.q,
+            row.k,
+            row.v,
+            segment_ids=row.segment_ids,
+            sink_logits=sink_logits,
+            window=c.window,
+            causal=c.causal,
+            scale=options["scale"],
+        )
+
+    def _prefix(self) -> GatedPrefix:
+        return GatedPrefix(self.config.prefix, self.init_std, name="prefix")
 
     def _head_parameters(self) -> tuple[Array | None, Array | None]:
         """Sink logits and ALiBi slopes, a number for every head; None where there are none."""
@@ -518,5 +586,6 @@ class GatedAttention(Mixer):
         seen = seq_len / 2 if c.window is None else min(c.window, seq_len / 2)
         if not c.causal:
             seen *= 2
+        seen += c.prefix
         positions = 0.0 if c.shares_weights else selective_flops(c, width)
         return 2 * width * columns + 4 * q_channels * seen + positions

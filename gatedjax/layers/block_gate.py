@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from gatedjax.config import GatedAttentionConfig
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
 from kernels_pallas.attention.inputs import MASK_BLOCK
@@ -104,6 +105,7 @@ def block_attention_map(
     *,
     causal: bool = True,
     scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B H N N"]:
     """The largest attention weight in every pair of blocks, rows divided by their sum.
 
@@ -113,6 +115,7 @@ def block_attention_map(
       q, k: queries and keys as the attention has them: rotated.
       causal: whether the attention is.
       scale: of its logits; K^-0.5 if None.
+      segment_ids: documents, whose tokens see their own only; None for one.
 
     Returns:
       The target of the gate, float32; 0 for blocks that come later.
@@ -128,16 +131,22 @@ def block_attention_map(
     N = blocks.shape[0]
     keys = k.astype(dtype)
     positions = jnp.arange(N * MASK_BLOCK)
+    documents = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
+    documents = jnp.pad(documents, ((0, 0), (0, N * MASK_BLOCK - T)))
 
     def of_block(part: tuple[Array, Array]) -> Float[Array, "B H N"]:
         rows, number = part
         s = scale * jnp.einsum("bthgk,bshk->bhgts", rows, keys)
         s = jnp.pad(s, ((0, 0),) * 4 + ((0, N * MASK_BLOCK - T),))
         queries = number * MASK_BLOCK + jnp.arange(MASK_BLOCK)
-        seen = jnp.broadcast_to(positions < T, (MASK_BLOCK, N * MASK_BLOCK))
+        of_queries = jnp.take(documents, queries, axis=1)
+        seen = (of_queries[:, :, None] == documents[:, None, :]) & (positions < T)
         if causal:
             seen = seen & (positions <= queries[:, None])
-        weights = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1)
+        # Rows of padding see themselves: no row is empty.
+        seen = seen | (positions == queries[:, None])
+        s = jnp.where(seen[:, None, None], s, -jnp.inf)
+        weights = jax.nn.softmax(s, axis=-1)
         # Queries of padding have none.
         weights = jnp.where((queries < T)[:, None], weights, 0)
         by_block = weights.reshape(B, H, MASK_BLOCK, N, MASK_BLOCK)
@@ -151,8 +160,15 @@ def block_attention_map(
 def block_gate_loss(
     log_gate: Float[Array, "B H N N"],
     target: Float[Array, "B H N N"],
+    is_row: Bool[Array, "B N"] | None = None,
 ) -> Float[Array, ""]:
-    """KL(target || gate), the mean over rows of blocks. The paper multiplies it by 10."""
+    """KL(target || gate), the mean over rows of blocks. The paper multiplies it by 10.
+
+    Args:
+      log_gate: of `BlockGate`.
+      target: of `block_attention_map`.
+      is_row: which blocks of queries count; None for all.
+    """
     # Where the target is 0 its log, and the gate's, may be -inf.
     is_seen = target > 0
     log_ratio = jnp.where(
@@ -160,7 +176,29 @@ def block_gate_loss(
         jnp.log(jnp.where(is_seen, target, 1)) - jnp.where(is_seen, log_gate, 0),
         0,
     )
-    return jnp.mean(jnp.sum(target * log_ratio, axis=-1))
+    of_row = jnp.sum(target * log_ratio, axis=-1)
+    if is_row is None:
+        return jnp.mean(of_row)
+    counted = jnp.where(is_row[:, None], of_row, 0)
+    return jnp.sum(counted) / jnp.maximum(jnp.sum(is_row) * of_row.shape[1], 1)
+
+
+def has_tokens(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B N"]:
+    """Which blocks hold a token that is not padding."""
+    tokens = (segment_ids != 0)[:, :, None, None]
+    return jnp.any(_blocks(tokens, False), axis=(2, 3, 4))
+
+
+def chosen_blocks(
+    c: GatedAttentionConfig,
+    log_gate: Float[Array, "B H N N"],
+) -> Bool[Array, "B H N N"] | None:
+    """The `block_mask` that a layer's configuration asks for; None for all blocks."""
+    if c.block_gate_top:
+        return top_blocks(log_gate, c.block_gate_top)
+    if c.block_gate_threshold:
+        return blocks_above(log_gate, c.block_gate_threshold)
+    return None
 
 
 def blocks_above(

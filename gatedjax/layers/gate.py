@@ -90,7 +90,7 @@ def split_gate(
     """Who applies a gate on the output of the attention: the op, if it is the op's sigmoid."""
     if gate_logits is None:
         return SplitGate()
-    if isinstance(config, GatedAttentionConfig) and config.changes_output:
+    if isinstance(config, GatedAttentionConfig) and not config.gates_in_op:
         return SplitGate(after=gate_logits)
     if config.gate_mode != "multiplicative" or config.gate_activation != "sigmoid":
         return SplitGate(after=gate_logits)

@@ -18,11 +18,14 @@ from jaxtyping import Float
 from gatedjax.config import LoRAConfig
 from gatedjax.config.patterns import matches_any, unmatched
 from gatedjax.errors import require
+from gatedjax.layers.ternary import ternary
 from gatedjax.layers.tree import Path, flatten_dict, unflatten_dict
 
 KERNEL = "kernel"
 # The submodule of a projection that holds its A and B.
 UPDATE = "lora"
+# Of an update: what it is multiplied by, where the configuration asks for it.
+GATE = "gate"
 # Names in a message.
 SHOWN = 5
 
@@ -88,7 +91,8 @@ def merged(params: Mapping[str, Any], config: LoRAConfig) -> Mapping[str, Any]:
       config: of the updates.
 
     Returns:
-      The parameters without A and B, each W with `(alpha / rank) A B` added to it.
+      The parameters without A, B and gates, each W (rounded, if ternary) with
+      `(alpha / rank) A B`, times its gate, added to it.
     """
     flat = flatten_dict(params)
     for projection in updated_projections(params):
@@ -96,14 +100,25 @@ def merged(params: Mapping[str, Any], config: LoRAConfig) -> Mapping[str, Any]:
         b = flat.pop((*projection, UPDATE, "b"))
         kernel = flat[*projection, KERNEL]
         update = _product(a, b, kernel.ndim)
+        num_stacked = _num_stacked(a, b, kernel.ndim)
+        gate = flat.pop((*projection, UPDATE, GATE), None)
+        if gate is not None:
+            # One of every matrix of the stack.
+            update = gate.reshape(*gate.shape, *[1] * (kernel.ndim - num_stacked)) * update
+        if config.ternary:
+            kernel = ternary(kernel, num_stacked)
         flat[*projection, KERNEL] = kernel + config.alpha / config.rank * update
     return unflatten_dict(flat)
 
 
+def _num_stacked(a: Array, b: Array, ndim: int) -> int:
+    """The axes of the stack (layers under scan): those that both have beside the rank's."""
+    return a.ndim + b.ndim - 2 - ndim
+
+
 def _product(a: Array, b: Array, ndim: int) -> Float[Array, "..."]:
     """`A [*stack, *in, r] B [*stack, r, *out] -> [*stack, *in, *out]`, of `ndim` axes."""
-    # The axes of the stack (layers under scan) are those that both have beside the rank's.
-    num_stacked = a.ndim + b.ndim - 2 - ndim
+    num_stacked = _num_stacked(a, b, ndim)
     letters = iter(string.ascii_lowercase)
     stack = "".join(next(letters) for _ in range(num_stacked))
     inputs = "".join(next(letters) for _ in range(a.ndim - num_stacked - 1))

@@ -10,8 +10,13 @@ from gatedjax.layers.activations import activated, gated_product, gates_of
 from gatedjax.layers.base import FeedForward
 from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
+from gatedjax.layers.neuron_gate import NeuronGate
+from gatedjax.layers.norm import LayerNorm
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
+
+# Of the norm inside an Activator's product.
+NORM_EPS = 1e-5
 
 
 def _project(
@@ -40,7 +45,10 @@ def _project(
 
 
 class GatedMLP(FeedForward):
-    """`(activation(x W_gate) * (x W_up)) W_down`, with biases if `bias`."""
+    """`(activation(x W_gate) * (x W_up)) W_down`, with biases if `bias`.
+
+    With `norm` both factors pass one LayerNorm (Activator, arXiv 2405.15953).
+    """
 
     config: GatedMLPConfig
 
@@ -61,10 +69,15 @@ class GatedMLP(FeedForward):
         gate_logits = _project(self, x, width, hidden, "gate")
         up = _project(self, x, width, hidden, "up")
         record(self, "gates", gates_of(gate_logits, c.activation, c.swiglu_limit))
-        h = gated_product(gate_logits, up, c.activation, c.swiglu_limit)
+        if c.norm:
+            norm = LayerNorm(NORM_EPS, "mlp_bias", name="norm")
+            gate = norm(activated(gate_logits, c.activation))
+            h = gate * norm(up)
+        else:
+            h = gated_product(gate_logits, up, c.activation, c.swiglu_limit)
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
         y = _project(self, h, hidden, width, "down")
-        if c.bias:
+        if c.bias or c.norm:
             y = without_padding(y, mask)
         return y, {}, router_logits
 
@@ -93,6 +106,8 @@ class MLP(FeedForward):
         hidden = {"mlp": c.hidden}
         up = _project(self, x, width, hidden, "up")
         h = activated(up, c.activation)
+        if c.neuron_gate != "none":
+            h = NeuronGate(c, name="neuron_gate")(h)
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
         y = _project(self, h, hidden, width, "down")
         if c.bias:

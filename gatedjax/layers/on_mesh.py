@@ -41,6 +41,9 @@ def attention_on_mesh(
     arrays = (q, k, v, gate_logits, segment_ids, sink_logits, alibi_slopes, normalizer_parameters)
     # Rows and heads are cut by the op itself; only tokens need the form that exchanges them.
     cuts_tokens = is_cut("length", q.shape[1])
+    if cuts_tokens and options.get("block_mask") is not None:
+        got = "got one where a mesh cuts tokens"
+        raise NotImplementedError(f"attention: block_mask: {got}, expected None")
 
     def attend(
         q,

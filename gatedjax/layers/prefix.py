@@ -18,6 +18,7 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.layers.parameters import parameter
+from gatedjax.sharding import is_cut
 from kernels_pallas.attention import attention, merge_attention
 
 
@@ -76,7 +77,12 @@ def prefix_attention(
 
     Returns:
       y in v's dtype.
+
+    Raises:
+      NotImplementedError: a mesh that cuts the tokens of a row.
     """
+    if is_cut("length", q.shape[1]):
+        raise NotImplementedError("prefix: got tokens that a mesh cuts, expected whole rows")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     of_tokens, lse = attention(q, k, v, scale=scale, return_lse=True, **options)
     of_prefix = prefix_part(q, prefix_k, prefix_v, alpha, tau, scale)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from gatedjax.config import LoRAConfig
 from gatedjax.layers import low_rank
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.ternary import ternary
 from gatedjax.sharding import is_cut, placed
 from kernels_pallas.common.opaque import opaque
 
@@ -124,6 +125,9 @@ class Projection(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel_init = self.kernel_init or nn.initializers.normal(self.init_std)
         kernel = _kernel(self, self.in_axes, self.out_axes, kernel_init)
+        lora = low_rank.update_of(self.path)
+        if lora is not None and lora.ternary:
+            kernel = ternary(kernel)
         x = x.astype(self.dtype)
         names = ()
         if is_cut("embed", self.out_axes.get("embed", 1)):
@@ -139,7 +143,6 @@ class Projection(nn.Module):
             )
             y = y + bias.astype(self.dtype)
         y = checkpoint_name(y, OUT_NAME)
-        lora = low_rank.update_of(self.path)
         if lora is None:
             return y
         # A module of its own: its random numbers are none of the kernel's.
@@ -168,10 +171,13 @@ class Weights(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "..."]:
         init = nn.initializers.normal(self.init_std)
-        kernel = _kernel(self, self.in_axes, self.out_axes, init).astype(self.dtype)
+        kernel = _kernel(self, self.in_axes, self.out_axes, init)
         lora = low_rank.update_of(self.path)
         if lora is None:
-            return kernel
+            return kernel.astype(self.dtype)
+        if lora.ternary:
+            kernel = ternary(kernel)
+        kernel = kernel.astype(self.dtype)
         update = LowRankUpdate(
             lora,
             self.in_axes,
@@ -201,7 +207,7 @@ def _kernel(
 
 
 class LowRankUpdate(nn.Module):
-    """`(alpha / rank) x A B`: zero until B has trained."""
+    """`(alpha / rank) x A B`, times a gate if it has one: zero until B has trained."""
 
     config: LoRAConfig
     in_axes: Mapping[str, int]
@@ -229,4 +235,9 @@ class LowRankUpdate(nn.Module):
         # Where parameters are made in the same program, the compiler sees that b is all zeros.
         b = opaque(b)
         low = contract(x, a.astype(self.dtype), len(self.in_axes))
-        return c.alpha / c.rank * contract(low, b.astype(self.dtype), 1)
+        update = c.alpha / c.rank * contract(low, b.astype(self.dtype), 1)
+        if not c.gate_start:
+            return update
+        init = nn.initializers.constant(c.gate_start)
+        gate = parameter(self, low_rank.GATE, axes=[], shape=[], init=init)
+        return gate.astype(self.dtype) * update

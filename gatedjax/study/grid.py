@@ -19,6 +19,8 @@ ADDED_LATER = (
     ("data", "chat_answers"),
     ("data", "chat_template"),
     ("data", "end_of_document"),
+    ("data", "images"),
+    ("data", "masking"),
     ("mesh", "async_collectives"),
     ("model", "embedding_norm"),
     ("model", "ffn_prefix"),
@@ -26,9 +28,11 @@ ADDED_LATER = (
     ("model", "lora"),
     ("model", "norm_kind"),
     ("model", "norm_placement"),
+    ("model", "patches"),
     ("model", "prefix"),
     ("model", "residual_weight"),
     ("model", "suffix"),
+    ("model", "task"),
     ("model", "unroll"),
     ("optim", "lr_by_name"),
     ("optim", "trainable"),
@@ -65,6 +69,13 @@ ADDED_LATER_TO_LAYERS = {
         "similarity",
         "after_sdpa",
         "value_skip",
+        "sinkhorn_iterations",
+        "sinkhorn_epsilon",
+        "prefix",
+        "block_gate",
+        "block_gate_loss",
+        "block_gate_top",
+        "block_gate_threshold",
     ),
     "delta_attention": ("conv_bias", "norm_eps"),
     "gated_linear_attention": (
@@ -79,13 +90,14 @@ ADDED_LATER_TO_LAYERS = {
         "selective_gate",
         "selective_bias",
     ),
-    "gated_mlp": ("bias", "swiglu_limit"),
+    "gated_mlp": ("bias", "norm", "swiglu_limit"),
     "mamba2": ("conv_bias",),
+    "mlp": ("neuron_gate", "neuron_temperature"),
     "rwkv7": ("norm_eps",),
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
 # Likewise, of each source.
-ADDED_LATER_TO_SOURCES = ("stream",)
+ADDED_LATER_TO_SOURCES = ("stream", "label")
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing", "speed"]
 Label = str | int | float

@@ -6,7 +6,7 @@ A column's sum is over queries that come later, so neither is causal; both keep 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention.tile import statistics_dtype
 from kernels_pallas.common.checks import check_bool, check_shape, default_scale
@@ -27,6 +27,7 @@ def sinkhorn_attention(
     iterations: int = 3,
     epsilon: float = 1.0,
     is_token: Bool[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """Doubly stochastic attention by Sinkhorn's iteration (Sinkformers, arXiv 2110.11773).
@@ -43,6 +44,7 @@ def sinkhorn_attention(
       epsilon: the temperature, above 0.
       is_token: False for padding, which is in no row and no column, and gives zeros; None where
         there is none.
+      segment_ids: documents of a row, 0 for padding: each has weights of its own.
       scale: of the logits; K**-0.5 if None.
 
     Returns:
@@ -60,16 +62,38 @@ def sinkhorn_attention(
     if is_token is not None:
         check_shape(op, "is_token", is_token, q.shape[:2])
         check_bool(op, "is_token", is_token)
-        # 0 times NaN is NaN: padding is selected out of the operands.
-        q, k, v = (jnp.where(is_token[:, :, None, None], x, 0) for x in (q, k, v))
+    pairs = _pairs(op, q, is_token, segment_ids)
+    if pairs is not None:
+        q, k, v = _without_padding(pairs, q, k, v)
     s = _logits(q, k, scale) / epsilon
-    pairs = None
-    if is_token is not None:
-        pairs = is_token[:, None, :, None] & is_token[:, None, None, :]
     weights = jnp.exp(sinkhorn_log_weights(s, pairs, iterations))
     if pairs is not None:
         weights = jnp.where(pairs, weights, 0)
     return _weighted(weights, v, q.shape[2])
+
+
+def _pairs(
+    op: str,
+    q: Array,
+    is_token: Array | None,
+    segment_ids: Array | None,
+) -> Bool[Array, "B 1 T T"] | None:
+    """Which tokens see which: both are tokens of one document. None where all do."""
+    if segment_ids is None and is_token is None:
+        return None
+    if segment_ids is None:
+        segment_ids = is_token.astype(jnp.int32)
+    check_shape(op, "segment_ids", segment_ids, q.shape[:2])
+    is_seen = segment_ids != 0 if is_token is None else is_token & (segment_ids != 0)
+    is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    pairs = is_same & is_seen[:, :, None] & is_seen[:, None, :]
+    return pairs[:, None]
+
+
+def _without_padding(pairs: Bool[Array, "B 1 T T"], *arrays: Array) -> tuple[Array, ...]:
+    """Zeros for tokens that do not see themselves: selected out, as 0 times NaN is NaN."""
+    is_token = jnp.diagonal(pairs[:, 0], axis1=1, axis2=2)[:, :, None, None]
+    return tuple(jnp.where(is_token, x, 0) for x in arrays)
 
 
 def sinkhorn_log_weights(
@@ -113,6 +137,7 @@ def qr_attention(
     v: Float[Array, "B T Hk V"],
     *,
     noise: Float[Array, "B H T T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """Doubly stochastic attention from an orthogonal matrix (arXiv 2504.16275).
@@ -126,6 +151,7 @@ def qr_attention(
     Args:
       q, k, v: queries, keys and values of the same tokens; Hk divides H.
       noise: added to the logits; None for none.
+      segment_ids: documents of a row, 0 for padding: each has weights of its own.
       scale: of the logits; K**-0.5 if None.
 
     Returns:
@@ -136,13 +162,23 @@ def qr_attention(
     """
     op = "qr_attention"
     _check_arrays(op, q, k, v)
+    pairs = _pairs(op, q, None, segment_ids)
+    if pairs is not None:
+        q, k, v = _without_padding(pairs, q, k, v)
     s = _logits(q, k, scale)
     if noise is not None:
         check_shape(op, "noise", noise, s.shape)
         s = s + noise.astype(s.dtype)
+    if pairs is not None:
+        # Blocks of documents, and ones on the diagonal of padding: reflections stay within them.
+        is_padding = jnp.eye(s.shape[-1], dtype=bool) & ~pairs
+        s = jnp.where(pairs, s, is_padding.astype(s.dtype))
     # Of a square matrix of any rank: Householder's U is orthogonal all the same.
     orthogonal, _ = jnp.linalg.qr(s)
-    return _weighted(orthogonal * orthogonal, v, q.shape[2])
+    weights = orthogonal * orthogonal
+    if pairs is not None:
+        weights = jnp.where(pairs, weights, 0)
+    return _weighted(weights, v, q.shape[2])
 
 
 def _check_arrays(

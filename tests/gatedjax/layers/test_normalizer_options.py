@@ -303,7 +303,17 @@ def test_decoding_equals_the_row(name):
         ),
         (dict(normalizer="exp", sinks=True), "sinks: got True, expected false with normalizer"),
         (dict(exp_cap=0.0), "exp_cap: got 0.0, expected above 0"),
-        (dict(normalizer="sinkhorn"), "normalizer: got 'sinkhorn', expected one of softmax"),
+        (dict(normalizer="sink"), "normalizer: got 'sink', expected one of softmax"),
+        (dict(normalizer="qr"), "normalizer: got 'qr', expected softmax or the like with causal"),
+        (
+            dict(normalizer="sinkhorn", causal=False, window=3),
+            "window: got 3, expected none with normalizer 'sinkhorn'",
+        ),
+        (dict(prefix=2, alibi="fixed"), "alibi: got 'fixed', expected none with a prefix"),
+        (dict(prefix=2, normalizer="exp"), "prefix: got 2, expected 0 unless the normalizer is"),
+        (dict(block_gate=3), "block_gate: got 3, expected an even number"),
+        (dict(block_gate_top=3), "block_gate_top: got 3, expected 0 without a block_gate"),
+        (dict(block_gate=8, window=4), "window: got 4, expected none with a block_gate"),
     ],
 )
 def test_bad_combinations_are_named(values, message):

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import check_gradients, rel_rms
+from helpers import check_gradients, rel_rms, slow
 
+from gatedjax.config import GatedAttentionConfig
 from gatedjax.errors import InputError
+from gatedjax.layers import GatedAttention, TokenInfo
+from gatedjax.layers.added_losses import ADDED_LOSSES
 from gatedjax.layers.block_gate import (
     BlockGate,
     block_attention_map,
@@ -34,6 +37,7 @@ from gatedjax.layers.hopfield import (
 )
 from gatedjax.layers.prefix import GatedPrefix, prefix_attention
 from kernels_pallas.attention import attention
+from kernels_pallas.ops import qr_attention, sinkhorn_attention
 
 
 def softmax(s):
@@ -358,3 +362,90 @@ def test_a_trained_gate_keeps_what_attention_needs():
         return rel_rms(masked(params), whole)
 
     assert error(params) < 0.5 * error(fresh)
+
+
+# --- As options of the attention layer
+
+PLAIN = dict(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    gate_granularity="headwise",
+    qk_norm=False,
+    rope_fraction=0.0,
+)
+
+
+def layer_of(T, **options):
+    """A layer with random parameters, its input, and the parts that its formula is made of."""
+    layer = GatedAttention(GatedAttentionConfig(**PLAIN, **options), init_std=0.5)
+    x = jnp.asarray(draw(x=(2, T, 8))["x"], jnp.float32)
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    parts = {}
+    for name in ("query", "key", "value", "gate"):
+        p = params[name]["projection"] if name == "gate" else params[name]
+        parts[name] = np.einsum("btm,mhd->bthd", x, p["kernel"])
+    return layer, params, x, parts
+
+
+def output(params, parts, o):
+    return np.einsum("bthd,hdm->btm", o / (1 + np.exp(-parts["gate"])), params["out"]["kernel"])
+
+
+@pytest.mark.slow
+def test_a_layer_with_a_prefix_is_the_formula_and_decodes():
+    layer, params, x, parts = layer_of(5, prefix=3)
+    params["prefix"] |= {"alpha": jnp.float32(0.7), "tau": jnp.float32(1.3)}
+    p = params["prefix"]
+    o = prefix_formula(
+        parts["query"], parts["key"], parts["value"], p["keys"], p["values"], 0.7, 1.3
+    )
+    whole = jax.jit(layer.apply)({"params": params}, x)
+    assert rel_rms(whole, output(params, parts, o)) < 1e-5
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    cache = layer.init_cache(2, 5)
+    for piece in (slice(0, 3), slice(3, 4), slice(4, 5)):
+        info = TokenInfo(positions[:, piece])
+        y, cache = layer.apply({"params": params}, x[:, piece], info, cache, method="with_cache")
+        assert rel_rms(y, whole[:, piece]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "normalizer, op", [slow("sinkhorn", sinkhorn_attention), ("qr", qr_attention)]
+)
+def test_a_doubly_stochastic_layer(normalizer, op):
+    layer, params, x, parts = layer_of(5, normalizer=normalizer, causal=False)
+    o = op(*(jnp.asarray(parts[name]) for name in ("query", "key", "value")))
+    got = jax.jit(layer.apply)({"params": params}, x)
+    assert rel_rms(got, output(params, parts, np.asarray(o))) < 1e-4
+    with pytest.raises(ValueError, match="cache: got one with causal=False, expected none"):
+        layer.init_cache(2, 5)
+
+
+@pytest.mark.slow
+def test_a_layer_with_a_block_gate():
+    """The mask is the gate's; the loss is the divergence from the map, documents apart."""
+    layer, params, x, parts = layer_of(150, block_gate=8, block_gate_top=2)
+    q, k, v = (jnp.asarray(parts[name]) for name in ("query", "key", "value"))
+    log_gate = BlockGate(8).apply({"params": params["block_gate"]}, q, k)
+    mask = top_blocks(log_gate, 2)
+    assert not np.asarray(mask[..., 2, :]).all()
+    got = jax.jit(layer.apply)({"params": params}, x)
+    o = np.asarray(attention(q, k, v, block_mask=mask))
+    assert rel_rms(got, output(params, parts, o)) < 1e-5
+
+    segment_ids = jnp.asarray([[1] * 70 + [2] * 80, [1] * 60 + [0] * 90])
+    info = TokenInfo(jnp.zeros((2, 150), jnp.int32), segment_ids)
+    _, sown = layer.apply({"params": params}, x, info, mutable=[ADDED_LOSSES])
+    # The map by hand: queries of a document see its keys.
+    is_same = (segment_ids[:, :, None] == segment_ids[:, None]) & np.tri(150, dtype=bool)
+    s = np.einsum("bthk,bshk->bhts", q, np.repeat(k, 2, axis=2)) * 6**-0.5
+    weights = softmax(np.where(is_same[:, None], s, -np.inf))
+    weights = np.pad(weights, ((0, 0), (0, 0), (0, 42), (0, 42)))
+    target = weights.reshape(2, 4, 3, 64, 3, 64).max((3, 5))
+    target = target / target.sum(-1, keepdims=True)
+    ratio = np.where(target > 0, np.log(np.where(target > 0, target, 1)) - log_gate, 0)
+    divergence = (target * ratio).sum(-1)
+    # Of the second row only the first block holds tokens.
+    wanted = 10 * (divergence[0].sum() + divergence[1, :, 0].sum()) / (4 * 4)
+    assert np.isclose(sown[ADDED_LOSSES]["block_gate_loss"][0], wanted, rtol=1e-4)

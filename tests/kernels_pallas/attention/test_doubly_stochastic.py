@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rel_rms
+from helpers import rel_rms, slow
 
 from kernels_pallas.attention.doubly_stochastic import sinkhorn_log_weights
 from kernels_pallas.ops import attention, qr_attention, sinkhorn_attention
@@ -90,6 +90,19 @@ def test_qr_is_doubly_stochastic():
     noise = 1e-7 * jax.random.normal(jax.random.key(0), (B, H, T, T))
     w = qr_attention(q, k, identity().astype(np.float32), noise=noise)
     assert np.allclose(w.sum(-1), 1, atol=1e-5) and np.allclose(w.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", [slow(sinkhorn_attention), qr_attention])
+def test_documents_have_weights_of_their_own(op):
+    """Packed rows give what the documents give alone; padding, here NaN, gives 0."""
+    q, k, v = (np.asarray(x[:1], np.float32) for x in arrays())
+    k[0, 6], v[0, 6] = np.nan, np.inf
+    segment_ids = np.asarray([[4, 4, 4, 4, 9, 9, 0]])
+    packed = np.asarray(op(q, k, v, segment_ids=segment_ids))
+    for start, end in ((0, 4), (4, 6)):
+        alone = op(q[:, start:end], k[:, start:end], v[:, start:end])
+        assert rel_rms(packed[:, start:end], alone) < 1e-4
+    assert not np.any(packed[:, 6])
 
 
 def test_sinkhorn_equals_the_ott_package():
