@@ -10,10 +10,13 @@ from gatedjax.config.layers import (
     GatedAttentionConfig,
     GatedLinearAttentionConfig,
     GatedMLPConfig,
+    LizardConfig,
     MixerConfig,
     MLPConfig,
     NoFeedForwardConfig,
     NoMixerConfig,
+    RADRWKV6Config,
+    RADRWKV7Config,
 )
 from gatedjax.config.mla import MLAConfig
 from gatedjax.config.model import (
@@ -44,6 +47,7 @@ from gatedjax.config.run import (
     StreamConfig,
     TrainConfig,
 )
+from gatedjax.config.teacher import TeacherConfig
 
 __all__ = [
     "FEED_FORWARDS",
@@ -58,6 +62,7 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "LizardConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",
@@ -70,6 +75,8 @@ __all__ = [
     "NoMixerConfig",
     "NormPlacement",
     "OptimConfig",
+    "RADRWKV6Config",
+    "RADRWKV7Config",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",
     "Remat",
@@ -78,6 +85,7 @@ __all__ = [
     "SourceConfig",
     "SparseMoEConfig",
     "StreamConfig",
+    "TeacherConfig",
     "TrainConfig",
     "config_dict",
     "differing_keys",

@@ -8,6 +8,7 @@ import and a line below, its dataclass in `config/layers.py` (CONTRIBUTING.md do
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
 from gatedjax.layers.channel_mix import RWKV7ChannelMix
+from gatedjax.layers.converted import RADRWKV, Lizard
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.linear_attention import GatedLinearAttention
@@ -24,6 +25,9 @@ from gatedjax.layers.token_info import TokenInfo
 # By the `kind` of their configuration.
 MIXERS: dict[str, type[Mixer]] = {
     "gated_attention": GatedAttention,
+    "lizard": Lizard,
+    "rad_rwkv6": RADRWKV,
+    "rad_rwkv7": RADRWKV,
     "mla": MLA,
     "gated_linear_attention": GatedLinearAttention,
     "delta_attention": DeltaAttention,
@@ -46,12 +50,14 @@ __all__ = [
     "MIXERS",
     "MLA",
     "MLP",
+    "RADRWKV",
     "RWKV7",
     "DeltaAttention",
     "FeedForward",
     "GatedAttention",
     "GatedLinearAttention",
     "GatedMLP",
+    "Lizard",
     "LoRAMixture",
     "Mamba2",
     "Mixer",
