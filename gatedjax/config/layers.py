@@ -418,10 +418,11 @@ class GatedAttentionConfig(Checked):
 @dataclass(frozen=True)
 class LizardConfig(GatedAttentionConfig):
     """Lizard (arXiv 2507.09025): gated linear attention for all tokens plus softmax attention for
-    the last ones, for a layer that was gated attention.
+    the last ones, for a layer that was gated attention. It has the keys of that layer too.
     """
 
     kind: Literal["lizard"] = "lizard"  # pyrefly: ignore  (a kind of its own)
+    # the softmax sees keys in (i - window, i]; at most the length of the rows of training
     window: Count = 128
     # learned logits of every head in the denominator of the window's softmax, which have no values
     meta_logits: Size = 4
@@ -444,7 +445,8 @@ class LizardConfig(GatedAttentionConfig):
 @dataclass(frozen=True)
 class RADRWKV6Config(GatedAttentionConfig):
     """RAD-RWKV6 (arXiv 2505.03005): a scan with a decay for each key channel, for a layer that was
-    gated attention. No norm; `gate_position` "sdpa" is the gate that the paper adds.
+    gated attention. No norm; `gate_position` "sdpa" is the gate that the paper adds. It has the
+    keys of gated attention too.
     """
 
     kind: Literal["rad_rwkv6"] = "rad_rwkv6"  # pyrefly: ignore  (a kind of its own)
@@ -463,7 +465,8 @@ class RADRWKV6Config(GatedAttentionConfig):
 class RADRWKV7Config(GatedAttentionConfig):
     """RAD-RWKV7 (arXiv 2505.03005): RWKV-7's rule, for a layer that was gated attention.
 
-    No token shift, no bonus, no norm; `gate_position` "sdpa" is the gate that the paper adds.
+    No token shift, no bonus, no norm; `gate_position` "sdpa" is the gate that the paper adds. It
+    has the keys of gated attention too.
     """
 
     kind: Literal["rad_rwkv7"] = "rad_rwkv7"  # pyrefly: ignore  (a kind of its own)

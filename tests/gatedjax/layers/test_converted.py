@@ -1,5 +1,5 @@
-"""Lizard, RAD-RWKV6 and RAD-RWKV7 against the papers' formulas in float64 numpy, one token after the
-other: values, gradients, decoding, documents; and what they refuse.
+"""Lizard, RAD-RWKV6 and RAD-RWKV7 against the papers' formulas in float64 numpy, token by token:
+values, gradients, decoding, documents; and what they refuse.
 """
 
 import functools
@@ -18,7 +18,9 @@ from gatedjax.config import (
 )
 from gatedjax.errors import InputError
 from gatedjax.layers import MIXERS
+from gatedjax.layers.converted import exponential_log_decay, hedgehog
 from gatedjax.layers.token_info import TokenInfo
+from gatedjax.layers.tree import flatten_dict
 
 B, T, M, H, HK, D = 2, 9, 12, 4, 2, 6
 RNG = np.random.default_rng(3)
@@ -161,6 +163,7 @@ def float64(tree):
     return jax.tree.map(lambda p: np.asarray(p, np.float64), tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind):
     module, params = made(kind)
@@ -190,20 +193,23 @@ def test_values_and_gradients(kind):
         assert abs(found - slope) < 2e-5 * size + 1e-6, (kind, i, found, slope)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_and_documents(kind):
     """A prompt, a piece, padding, single tokens: what whole rows give."""
     module, params = made(kind)
     ids = jnp.asarray([[1] * T, [1] * 4 + [2] * 5])
     positions = jnp.asarray([np.arange(T), [0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    whole = module.apply({"params": params}, X, TokenInfo(positions, ids))
-    alone = module.apply({"params": params}, X[1:, 4:])
+    apply = jax.jit(module.apply)
+    whole = apply({"params": params}, X, TokenInfo(positions, ids))
+    alone = apply({"params": params}, X[1:, 4:])
     assert rel_rms(whole[1:, 4:], alone) < 1e-5
 
+    @jax.jit
     def step(x, info, cache):
         return module.apply({"params": params}, x, info, cache, method="with_cache")
 
-    y = module.apply({"params": params}, X)
+    y = apply({"params": params}, X)
     cache = module.init_cache(B, T)
     outputs = []
     for start, end in ((0, 4), (4, 5), (5, 6), (6, 9)):
@@ -213,12 +219,34 @@ def test_decoding_and_documents(kind):
 
 
 def test_a_new_kind_has_the_parameters_of_attention():
-    """Weights of gated attention are taken by their names: the others are named in full."""
-    attention = MIXERS["gated_attention"](GatedAttentionConfig(**SIZES))
-    names = set(attention.init(jax.random.key(0), X[:, :2])["params"])
-    for kind in KINDS:
-        _, params = made(kind)
-        assert names < set(params)
+    """Weights of gated attention are taken by their names."""
+
+    def shapes(config):
+        init = MIXERS[config.kind](config).init
+        params = jax.eval_shape(init, jax.random.key(0), X[:, :2])["params"]
+        return {path: x.shape for path, x in flatten_dict(params).items()}
+
+    attention = shapes(GatedAttentionConfig(**SIZES))
+    for config in CONFIGS.values():
+        assert attention.items() < shapes(config).items()
+
+
+def test_features_and_decays():
+    """The parts of the formulas that are functions of their own, in float64."""
+    x = RNG.normal(size=(1, 2, H, D))
+    w = RNG.normal(size=(H, D, 5))
+    phi = np.asarray(hedgehog(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)))
+    logits = np.einsum("bthd,hdf->bthf", x, w)
+    right = np.concatenate([softmax(logits), softmax(-logits)], axis=-1)
+    assert rel_rms(phi, right) < 1e-6
+    np.testing.assert_allclose(phi.sum(axis=-1), 2.0, rtol=1e-6)
+    logits = np.array([-30.0, -3.0, 0.0, 1.0, 5.0, 300.0])
+    right = np.maximum(-np.exp(logits), -5.0)
+    np.testing.assert_allclose(exponential_log_decay(jnp.asarray(logits)), right, rtol=1e-6)
+    # No gradient where the bound holds, however large the logit.
+    slopes = jax.vmap(jax.grad(exponential_log_decay))(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(slopes[:4], right[:4], rtol=1e-6)
+    np.testing.assert_array_equal(slopes[4:], 0.0)
 
 
 @pytest.mark.parametrize(
