@@ -53,11 +53,18 @@ def page() -> str:
     parts.append(LAYERS)
     layers = MIXERS | FEED_FORWARDS
     for kind, cls in layers.items():
-        parts.append(section(f'`layer("{kind}")`', cls, level="###", left_out=("kind",)))
+        title = f'`layer("{kind}")`'
+        parts.append(section(title, cls, level="###", left_out=("kind", *inherited(cls))))
     groups = [hints[field.name] for field in dataclasses.fields(Config)]
     for cls in nested([*groups, *layers.values()]):
         parts.append(section(f"`{cls.__name__}`", cls, level="###"))
     return "\n".join(parts)
+
+
+def inherited(cls: type) -> list[str]:
+    """The keys that a layer shares with the one it is made from: those stand there."""
+    own = vars(cls).get("__annotations__", {})
+    return [field.name for field in dataclasses.fields(cls) if field.name not in own]
 
 
 def nested(classes: typing.Iterable[type]) -> list[type]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 from jaxtyping import PyTree
 
-from gatedjax.config import Config, LoRAConfig, to_dict
+from gatedjax.config import Config, LoRAConfig, TeacherConfig, to_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.evaluation.restore import fitting_mesh, restore_params
@@ -109,6 +109,7 @@ def without_updates(config: Config) -> Config:
         init_from="",
         init_rename=(),
         init_fresh=(),
+        teacher=TeacherConfig(),
     )
     return dataclasses.replace(
         config,

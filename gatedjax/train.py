@@ -21,6 +21,7 @@ from gatedjax.aot import step as aot
 from gatedjax.aot import unrolling
 from gatedjax.buckets import require_reachable
 from gatedjax.config import Config, DataConfig, differing_keys, flat, from_config_dict, to_dict
+from gatedjax.config.converted import check_windows
 from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import ExplodedError, InputError, TrainingError, printable
@@ -39,7 +40,7 @@ from gatedjax.runtime import cli, launch, run_log, streams
 from gatedjax.runtime.mirror import Mirror
 from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
-from gatedjax.training import given_weights, identity
+from gatedjax.training import given_teacher, given_weights, identity
 from gatedjax.training.checkpoint import Checkpointer, Restored
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
@@ -47,6 +48,7 @@ from gatedjax.training.run_directory import set_aside
 from gatedjax.training.run_record import keep_record
 from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
 from gatedjax.training.step_folders import has_steps
+from gatedjax.training.teacher import Teacher
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -89,6 +91,7 @@ _CACHE = flags.DEFINE_string(
 def main(_) -> None:
     """Flags -> configuration -> mesh -> data -> state -> loop -> picture and sample."""
     config = from_config_dict(cli.required_config(_CONFIG))
+    check_windows(config.model.mixers, config.data.seq_len, "config.")
     if _PRINT.value:
         print_config(config)
         return
@@ -206,6 +209,7 @@ def train(
     # A run that goes on has its own: the others may have gone by then.
     if not has_steps(workdir):
         weights = given_weights.find(run, tokenizer, say)
+    teaching = given_teacher.load(run, tokenizer, say)
     with (
         jax.set_mesh(run.mesh),
         Checkpointer(
@@ -266,6 +270,7 @@ def train(
                     checkpointer,
                     trace,
                     stop,
+                    teaching,
                 )
             except ExplodedError as error:
                 sound = checkpointer.set_aside_exploded()
@@ -355,6 +360,7 @@ def loop(
     checkpointer: Checkpointer,
     trace: StepTrace,
     stop: Stop,
+    teaching: Teacher | None,
 ) -> tuple[TrainState, bool]:
     """A batch, a step; now and then a line of the log, an evaluation, a checkpoint.
 
@@ -368,6 +374,7 @@ def loop(
       checkpointer: where states go.
       trace: told of each step.
       stop: asked after each step.
+      teaching: the model that the run learns from, if there is one.
 
     Returns:
       The state, and whether it is the last one; it is not if the run was asked to stop.
@@ -388,7 +395,7 @@ def loop(
     for step in range(start + 1, settings.steps + 1):
         with log.reading(step):
             batch = sharding.global_batch(run.mesh, next(stream), settings.batch_size)
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, teaching)
         is_first = step == start + 1
         is_last = step == settings.steps
         signal_number = stop.requested()

@@ -24,7 +24,7 @@ ORDER = (
     ("aot",),
     ("runtime",),
     ("reporting",),
-    ("interop", "study", "train", "eval", "generate", "merge_lora", "probe", "lm_eval"),
+    ("interop", "study", "train", "eval", "generate", "merge_lora", "probe", "lm_eval", "convert"),
 )
 
 

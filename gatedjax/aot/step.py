@@ -36,6 +36,7 @@ from gatedjax.compiler_options import for_training
 from gatedjax.config import Config, SparseMoEConfig
 from gatedjax.data import Batch
 from gatedjax.errors import InputError
+from gatedjax.training import given_teacher
 from gatedjax.training.run import Run, describe, flops_per_token, prepare
 from gatedjax.training.step import jit_train_step
 from kernels_pallas import dispatch
@@ -109,7 +110,7 @@ def compile_step(config: Config, where: Slice, schedule: bool = False) -> Compil
     with jax.set_mesh(run.mesh):
         as_compiled = unrolling.by_the_rule(run.config, run.mesh)
         step = jit_train_step(as_compiled, run.tx, run.shardings)
-        traced = step.trace(run.abstract, abstract_batch(run))
+        traced = step.trace(run.abstract, abstract_batch(run), given_teacher.abstract(run))
         lowered = traced.lower(lowering_platforms=("tpu",))
         before = time.process_time()
         try:

@@ -11,10 +11,13 @@ from gatedjax.config.layers import (
     GatedAttentionConfig,
     GatedLinearAttentionConfig,
     GatedMLPConfig,
+    LizardConfig,
     MixerConfig,
     MLPConfig,
     NoFeedForwardConfig,
     NoMixerConfig,
+    RADRWKV6Config,
+    RADRWKV7Config,
 )
 from gatedjax.config.mixing import (
     AssociativeMemoryConfig,
@@ -53,6 +56,7 @@ from gatedjax.config.run import (
     StreamConfig,
     TrainConfig,
 )
+from gatedjax.config.teacher import TeacherConfig
 
 __all__ = [
     "FEED_FORWARDS",
@@ -72,6 +76,7 @@ __all__ = [
     "GatedMLPConfig",
     "GatedUnitConfig",
     "ImageConfig",
+    "LizardConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",
@@ -87,6 +92,8 @@ __all__ = [
     "NormPlacement",
     "OptimConfig",
     "PatchConfig",
+    "RADRWKV6Config",
+    "RADRWKV7Config",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",
     "Remat",
@@ -97,6 +104,7 @@ __all__ = [
     "SpatialGateConfig",
     "StreamConfig",
     "Task",
+    "TeacherConfig",
     "TrainConfig",
     "config_dict",
     "differing_keys",

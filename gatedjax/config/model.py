@@ -312,8 +312,10 @@ class ModelConfig(Checked):
         first = None
         for block in blocks:
             mixer = block.mixer
-            if not isinstance(mixer, GatedAttentionConfig):
+            # A converted layer has no weights to share.
+            if mixer.kind != GatedAttentionConfig.kind:
                 continue
+            assert isinstance(mixer, GatedAttentionConfig)
             key = f"mixers.{self._mixer_name(block.layers[0])}"
             if not mixer.shares_weights:
                 first = mixer

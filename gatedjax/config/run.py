@@ -24,6 +24,7 @@ from gatedjax.config.checks import (
 from gatedjax.config.encoder import ImageConfig, MaskingConfig
 from gatedjax.config.model import ModelConfig
 from gatedjax.config.patterns import check_factors, check_renaming
+from gatedjax.config.teacher import TeacherConfig
 from gatedjax.errors import require
 
 # Kinds of sources that hold images and their classes.
@@ -248,6 +249,8 @@ class TrainConfig(Checked):
     init_rename: tuple[str, ...] = ()
     # patterns of parameters that start fresh all the same
     init_fresh: tuple[str, ...] = ()
+    # a trained model to learn from
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     # rows of a whole optimizer step, over all devices and micro-batches
     batch_size: Size = 8
     # micro-batches of an optimizer step

@@ -147,7 +147,8 @@ def _layer(mixer: MixerConfig, batch: Batch, values: _LayerValues) -> dict[str, 
     if mixer_output is not None:
         result["mixer_max_activation"] = max_activation(mixer_output, is_real)
         result["mixer_kurtosis"] = kurtosis(mixer_output, is_real)
-    if isinstance(mixer, GatedAttentionConfig):
+    # A converted layer (`config/converted.py`) is none of these: its rows are no softmax.
+    if type(mixer) is GatedAttentionConfig:
         result |= _attention(mixer, of_mixer, values.mixer_params, batch)
     if isinstance(mixer, MLAConfig):
         result |= _latent_attention(mixer, of_mixer, values.mixer_params, batch)

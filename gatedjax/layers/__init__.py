@@ -9,6 +9,7 @@ from gatedjax.layers.associative_memory import AssociativeMemory
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
 from gatedjax.layers.channel_mix import RWKV7ChannelMix
+from gatedjax.layers.converted import RADRWKV, Lizard
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.gated_unit import GatedUnit
@@ -28,6 +29,9 @@ from gatedjax.layers.token_info import TokenInfo
 # By the `kind` of their configuration.
 MIXERS: dict[str, type[Mixer]] = {
     "gated_attention": GatedAttention,
+    "lizard": Lizard,
+    "rad_rwkv6": RADRWKV,
+    "rad_rwkv7": RADRWKV,
     "mla": MLA,
     "gated_linear_attention": GatedLinearAttention,
     "delta_attention": DeltaAttention,
@@ -54,6 +58,7 @@ __all__ = [
     "MIXERS",
     "MLA",
     "MLP",
+    "RADRWKV",
     "RWKV7",
     "AssociativeMemory",
     "DeltaAttention",
@@ -62,6 +67,7 @@ __all__ = [
     "GatedLinearAttention",
     "GatedMLP",
     "GatedUnit",
+    "Lizard",
     "LoRAMixture",
     "Mamba2",
     "Mixer",

@@ -118,19 +118,23 @@ class GatedAttention(Mixer):
         o = apply_split_gate(o, gate, c)
         if c.gate_fine_tuning and c.gate_start is not None:
             o = o * (1.0 / c.gate_start)
-        heads = {"heads": c.num_heads, "head_dim": c.head_dim}
-        width = {"embed": x.shape[-1]}
-        y = Projection(
-            heads,
-            width,
+        y = self._output(o, x.shape[-1])
+        if c.shares_weights:
+            y = y + self._compensation(x)
+        return self._gated("output", y, x), cache, weights
+
+    def _output(self, o: Queries, width: int) -> Float[Array, "B T M"]:
+        """The heads' outputs, brought together."""
+        c = self.config
+        record(self, "heads_output", o)
+        return Projection(
+            {"heads": c.num_heads, "head_dim": c.head_dim},
+            {"embed": width},
             self.init_std,
             self.dtype,
             has_bias=c.bias == "all",
             name="out",
         )(o)
-        if c.shares_weights:
-            y = y + self._compensation(x)
-        return self._gated("output", y, x), cache, weights
 
     def _projections(
         self,

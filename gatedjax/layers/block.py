@@ -77,6 +77,7 @@ class Block(nn.Module):
             cache = cache.mixer
         if not isinstance(mixer, NoMixer):
             before = self._before("mixer", x)
+            record(self, "mixer_input", before)
             if self.config.shares_weights and isinstance(mixer, GatedAttention):
                 y, cache, weights = mixer.with_weights(before, info, cache)
             else:

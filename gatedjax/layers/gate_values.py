@@ -13,8 +13,9 @@ from gatedjax.layers.tree import flatten_dict
 
 # The Flax collection of everything that is recorded.
 COLLECTION = "probes"
-# Recorded for the measurements of `evaluation.probes`; no gates.
-NOT_GATES = ("q", "k", "residual", "mixer_output")
+# Recorded for the measurements of `evaluation.probes` and for who learns from the model
+# (`training.teacher`); no gates.
+NOT_GATES = ("q", "k", "residual", "mixer_input", "mixer_output", "heads_output")
 
 
 def record(

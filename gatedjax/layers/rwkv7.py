@@ -16,15 +16,12 @@ from gatedjax.layers import rwkv7_starts as starts
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import previous_inputs
 from gatedjax.layers.depth import ALONE, Depth
-from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import layer_norm
-from gatedjax.layers.on_mesh import rwkv7_scan_on_mesh
 from gatedjax.layers.parameters import parameter
-from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
+from gatedjax.layers.scan_or_step import rwkv7_scan_or_step
 from gatedjax.layers.token_info import TokenInfo
-from kernels_pallas.delta_scan import rwkv7_scan_step
 
 # Log decays lie between this and 0: exp(-exp(-0.5)) = 0.545 is the strongest decay.
 STRONGEST_LOG_DECAY = -float(np.exp(-0.5))
@@ -140,7 +137,17 @@ class RWKV7(Mixer):
         rate_weight = self._of_heads("rate_weight", starts.constant(1.02))
         k = (k.astype(jnp.float32) * (1.0 + (rate - 1.0) * rate_weight)).astype(self.dtype)
 
-        o, state = self._scan(r, k, v, log_decay, removal_key, rate, info, cache)
+        o, state = rwkv7_scan_or_step(
+            r,
+            k,
+            v,
+            log_decay,
+            removal_key,
+            rate,
+            info.segment_ids,
+            None if cache is None else cache.state,
+            chunk_size=c.chunk_size,
+        )
         o = group_norm(
             o,
             self._of_heads("norm_scale", starts.norm_scale(depth)),
@@ -252,45 +259,6 @@ class RWKV7(Mixer):
         bonus = self._of_heads("bonus", starts.constant(-0.04))
         product = r.astype(jnp.float32) * k.astype(jnp.float32) * bonus
         return jnp.sum(product, axis=-1, keepdims=True) * v.astype(jnp.float32)
-
-    # --- the scan
-
-    def _scan(
-        self,
-        r: Array,
-        k: Array,
-        v: Array,
-        log_decay: Array | None,
-        removal_key: Array,
-        rate: Array,
-        info: TokenInfo,
-        cache: RWKV7Cache | None,
-    ) -> tuple[Array, Array | None]:
-        """The output of every token, and the state after the last one if there is a cache."""
-        segment_ids = info.segment_ids
-        state = None if cache is None else cache.state
-        if state is not None and segment_ids is not None:
-            # A removal key of zeros removes nothing.
-            removal_key = without_padding(removal_key, is_token(info))
-            k, v, log_decay, state, segment_ids = past_padding(
-                k,
-                v,
-                log_decay,
-                state,
-                segment_ids,
-            )
-        assert log_decay is not None
-        arrays = (r, k, v, log_decay, removal_key, rate)
-        if state is not None and r.shape[1] == 1:
-            r, k, v, *gates = (y[:, 0] for y in arrays)
-            o, state = rwkv7_scan_step(r, k, v, state, *gates)
-            return o[:, None], state
-        return rwkv7_scan_on_mesh(
-            *arrays,
-            segment_ids,
-            state,
-            chunk_size=self.config.chunk_size,
-        )
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> RWKV7Cache:

@@ -16,7 +16,7 @@ from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.grid import Cell, Study
 from gatedjax.study.measures import MEASURES, RecallValidation
 from gatedjax.study.trained import Trained
-from gatedjax.training import given_weights
+from gatedjax.training import given_teacher, given_weights
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, fresh_state, prepare, with_vocab
 from gatedjax.training.step import jit_train_step, params_for_evaluation
@@ -77,6 +77,7 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
     config = run.config.train
     with jax.set_mesh(run.mesh):
         weights = given_weights.find(run, _tokenizer(cell), say)
+        teaching = given_teacher.load(run, _tokenizer(cell), say)
         state = fresh_state(run, given_weights.read(run, weights))
         train_step = jit_train_step(run.config, run.tx, run.shardings)
         # Nothing is validated during training unless it may end early.
@@ -91,7 +92,7 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
         while step < config.steps:
             step += 1
             batch = global_batch(run.mesh, next(stream), config.batch_size)
-            state, on_device = train_step(state, batch)
+            state, on_device = train_step(state, batch, teaching)
             if step % READ_EVERY == 0 or step == config.steps:
                 metrics = _scalars(on_device)
                 readings.append((step, time.monotonic()))

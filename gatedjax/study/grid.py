@@ -39,6 +39,7 @@ ADDED_LATER = (
     ("train", "init_from"),
     ("train", "init_rename"),
     ("train", "init_fresh"),
+    ("train", "teacher"),
 )
 # The same of layers, by their kind.
 ADDED_LATER_TO_LAYERS = {

@@ -154,7 +154,7 @@ def chunked_cross_entropy(
             return cross_entropy(hidden, weights, targets, mask)
         return cross_entropy(_flat(hidden), weights, _flat(targets), _flat(mask))
 
-    positions = _positions(rows, length, chunk)
+    positions = positions_of_chunk(rows, length, chunk)
     if positions == length:
         return sums(hidden, targets, mask)
 
@@ -163,9 +163,9 @@ def chunked_cross_entropy(
 
     zero = jnp.zeros(rows if by_row else (), jnp.float32)
     pieces = (
-        _chunks(hidden, positions),
-        _chunks(targets, positions),
-        _chunks(mask, positions),
+        chunks(hidden, positions),
+        chunks(targets, positions),
+        chunks(mask, positions),
     )
     total, _ = jax.lax.scan(add_chunk, TokenLosses(zero, zero, zero), pieces)
     return total
@@ -270,7 +270,7 @@ def _training_loss_forward(
             groups,
         )
 
-    positions = _positions(rows, length, chunk)
+    positions = positions_of_chunk(rows, length, chunk)
     if positions == length:
         losses, (dhidden, dweights) = of_chunk(hidden, targets, mask)
     else:
@@ -283,9 +283,9 @@ def _training_loss_forward(
         zero = jnp.float32(0.0)
         no_gradient = jnp.zeros((groups, *weights.shape), jnp.float32)
         pieces = (
-            _chunks(hidden, positions),
-            _chunks(targets, positions),
-            _chunks(mask, positions),
+            chunks(hidden, positions),
+            chunks(targets, positions),
+            chunks(mask, positions),
         )
         (losses, dweights), dhidden = jax.lax.scan(
             add_chunk,
@@ -377,7 +377,7 @@ def _sum_of_groups(gradients: Float[Array, "P X M"]) -> Float[Array, "X M"]:
     return nn.with_logical_constraint(jnp.sum(gradients, axis=0), names)
 
 
-def _positions(rows: int, length: int, chunk: int) -> int:
+def positions_of_chunk(rows: int, length: int, chunk: int) -> int:
     """How many positions of each row make a chunk of about `chunk` tokens."""
     if chunk == 0:
         return length
@@ -388,7 +388,7 @@ def _flat(x: Shaped[Array, "B T *channels"]) -> Shaped[Array, "tokens *channels"
     return x.reshape(-1, *x.shape[2:])
 
 
-def _chunks(
+def chunks(
     x: Shaped[Array, "B T *channels"],
     positions: int,
 ) -> Shaped[Array, "N B C *channels"]:
@@ -406,7 +406,7 @@ def _unchunked(
     pieces: Shaped[Array, "N B C *channels"],
     length: int,
 ) -> Shaped[Array, "B T *channels"]:
-    """What `_chunks` cut, without what filled its last piece."""
+    """What `chunks` cut, without what filled its last piece."""
     count, rows, positions = pieces.shape[:3]
     joined = jnp.moveaxis(pieces, 0, 1).reshape(rows, count * positions, *pieces.shape[3:])
     return joined[:, :length]

@@ -34,6 +34,7 @@ from gatedjax.training.losses import (
     training_loss,
 )
 from gatedjax.training.optim import evaluation_params
+from gatedjax.training.teacher import Teacher, teacher_loss
 from kernels_pallas import dispatch
 
 # Steps before the spike test trusts its running mean.
@@ -234,6 +235,7 @@ def train_step(
     tx: optax.GradientTransformation,
     state: TrainState,
     batch: Batch,
+    teacher: Teacher | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step over a global batch, in `accumulation_steps` micro-batches.
 
@@ -250,16 +252,25 @@ def train_step(
       tx: the optimizer.
       state: before the step.
       batch: the rows of all devices.
+      teacher: what `train.teacher` names (`given_teacher.load`); None where it names none.
 
     Returns:
       The state after the step, and the metrics of the step.
     """
-    grads, metrics, counts = _accumulated_gradients(config, state, batch)
+    if (teacher is None) != (config.train.teacher.run == ""):
+        given = "none" if teacher is None else "one"
+        raise ValueError(
+            f"teacher: got {given}, expected that of train.teacher.run = "
+            f"{config.train.teacher.run!r}"
+        )
+    grads, metrics, counts = _accumulated_gradients(config, state, batch, teacher)
     with jax.named_scope("update"):
         trained, frozen = trainable.split(config, state.params)
         grad_norm = optax.tree.norm(grads)
         # Losses of routers and layers too, which are not in what is logged as the loss.
         loss = metrics["loss"] + metrics.get("aux_loss", 0.0) + metrics.get("added_loss", 0.0)
+        if teacher is not None:
+            loss = loss + metrics["teacher_loss"]
         is_good, guard = _guarded(config, state.guard, loss, grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, trained)
         moved: Any = optax.apply_updates(trained, updates)
@@ -313,6 +324,7 @@ def _accumulated_gradients(
     config: Config,
     state: TrainState,
     batch: Batch,
+    teacher: Teacher | None,
 ) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
     """Over micro-batches: gradients of the whole batch's loss, its metrics, counts of experts.
 
@@ -328,7 +340,8 @@ def _accumulated_gradients(
     whole = extent(jnp.asarray(batch.segment_ids))
     trained, _ = trainable.split(config, state.params)
     if steps == 1:
-        gradient = jax.grad(_micro_loss(config, state, tokens, whole, None), has_aux=True)
+        loss = _micro_loss(config, state, tokens, whole, None, teacher)
+        gradient = jax.grad(loss, has_aux=True)
         first_index = jnp.int32(0)
         grads, (metrics, statistics) = gradient(trained, batch, first_index)
     else:
@@ -336,7 +349,7 @@ def _accumulated_gradients(
         counts_of_step = None
         if any(ffn.balance_loss for ffn in _sparse_layers(model)):
             counts_of_step = _assignments(config, state, micros)
-        loss = _micro_loss(config, state, tokens, whole, counts_of_step)
+        loss = _micro_loss(config, state, tokens, whole, counts_of_step, teacher)
         gradient = jax.grad(loss, has_aux=True)
         grads, (metrics, statistics) = _summed(gradient, trained, micros, steps)
     # The parts have added up to the statistics of the step.
@@ -427,6 +440,7 @@ def _micro_loss(
     tokens: Float[Array, ""],
     whole: Extent,
     counts: Mapping[str, Array] | None,
+    teacher: Teacher | None,
 ) -> Callable[..., tuple[Array, MetricsAndStatistics]]:
     """The loss of a micro-batch as its part of the whole batch's loss: the parts add up to it.
 
@@ -436,6 +450,7 @@ def _micro_loss(
       tokens: with a target, in the whole batch.
       whole: the extent of the whole batch.
       counts: of experts, in the whole batch; None where the micro-batch is all of it.
+      teacher: whose terms are added; None for none.
     """
 
     _, frozen = trainable.split(config, state.params)
@@ -458,9 +473,9 @@ def _micro_loss(
             targets, mask = _targets(micro, hidden)
             # The name by which a profile, and the table of a compiled step, know this part.
             with jax.named_scope("token_loss"):
+                own_weight = config.train.teacher.cross_entropy
                 token_loss, losses = training_loss(
-                    hidden,
-                    head_weights(params),
+                    *_differentiated(hidden, head_weights(params), own_weight),
                     targets,
                     mask,
                     1.0 / tokens,
@@ -481,12 +496,27 @@ def _micro_loss(
             )
             metrics["accuracy"] = jnp.sum(correct) / tokens
         total = token_loss + aux_loss
+        if teacher is not None:
+            with nn.logical_axis_rules(RULES), jax.named_scope("teacher"):
+                chunk = _tokens_of_chunk(config.model)
+                of_teacher, parts_of_loss = teacher_loss(
+                    config, teacher, params, hidden, micro, tokens, chunk
+                )
+            metrics |= parts_of_loss
+            total = own_weight * token_loss + aux_loss + of_teacher
         if added is not None:
             metrics["added_loss"] = added * fraction(part.tokens, whole.tokens)
             total = total + metrics["added_loss"]
         return total, (metrics, statistics)
 
     return loss
+
+
+def _differentiated(hidden: Array, weights: Array, weight: float) -> tuple[Array, Array]:
+    """Both as they are; without a gradient where a loss of weight 0 is only measured."""
+    if weight:
+        return hidden, weights
+    return jax.lax.stop_gradient(hidden), jax.lax.stop_gradient(weights)
 
 
 def _sparse_layers(model: ModelConfig) -> list[SparseMoEConfig]:

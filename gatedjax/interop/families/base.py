@@ -219,7 +219,8 @@ def the_layer[T](model: ModelConfig, kind: type[T], family: str) -> T:
     """
     for i in range(model.num_layers):
         for part in model.layer(i):
-            if isinstance(part, kind):
+            # Not a subclass: a converted layer is another one.
+            if type(part) is kind:
                 return part
     raise InputError(f"{family}: got a model without {kind.__name__}, expected one")
 
