@@ -93,6 +93,10 @@ def _rematerialized(
 
 # Of the embedding, and of what else has a row for each token of the vocabulary.
 TABLE_AXES = ("vocab", "embed_vocab")
+# Parameters of outputs other than softmax (`output.py`): what is added to the products with the
+# head, and the code of each token.
+HEAD_BIAS = "head_bias"
+CODES = "codes"
 
 
 class Period(nn.Module):
@@ -305,10 +309,23 @@ class LanguageModel(nn.Module):
                 self,
                 "head",
                 axes=TABLE_AXES,
-                shape=shape,
+                shape=(c.output.rows(c.vocab_size), c.width),
                 init=init,
             )
+        self._make_output(init)
         return nn.with_logical_constraint(self._rows(table, tokens, segment_ids), STREAM_AXES)
+
+    def _make_output(self, init: nn.initializers.Initializer) -> None:
+        """The parameters of outputs other than softmax."""
+        c = self.config
+        if c.output.kind == "fourier":
+            rows = (c.output.rows(c.vocab_size),)
+            parameter(self, HEAD_BIAS, axes=(None,), shape=rows, init=init)
+        if c.output.kind == "sphereface2":
+            start = nn.initializers.constant(c.output.first_bias(c.vocab_size))
+            parameter(self, HEAD_BIAS, axes=(), shape=(), init=start)
+        if c.output.kind == "vq":
+            CodesOfTokens(c, name=CODES)()
 
     def _rows(
         self,
@@ -388,6 +405,23 @@ class LanguageModel(nn.Module):
                 first=c.first_rwkv7,
             )
         return depth
+
+
+class CodesOfTokens(nn.Module):
+    """The code of each token of the vocabulary, which never trains: token i has code i mod codes
+    until others are given (`training.vq_head`). Whole numbers, which float32 holds exactly.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, " X"]:
+        c = self.config
+
+        def by_turns(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            return (jnp.arange(shape[0]) % c.output.codes).astype(dtype)
+
+        return parameter(self, "frozen", axes=("vocab",), shape=(c.vocab_size,), init=by_turns)
 
 
 def periods_of(c: ModelConfig, training: bool = False) -> nn.Module:

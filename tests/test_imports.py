@@ -19,6 +19,7 @@ ORDER = (
     ("sharding",),
     ("data", "layers"),
     ("model",),
+    ("output",),
     ("training",),
     ("evaluation",),
     ("aot",),

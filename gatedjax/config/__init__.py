@@ -24,6 +24,7 @@ from gatedjax.config.model import (
     Remat,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.config.output import OutputConfig
 from gatedjax.config.parse import (
     Difference,
     config_dict,
@@ -70,6 +71,7 @@ __all__ = [
     "NoMixerConfig",
     "NormPlacement",
     "OptimConfig",
+    "OutputConfig",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",
     "Remat",

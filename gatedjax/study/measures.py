@@ -30,7 +30,8 @@ from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
 from gatedjax.evaluation.validation import Validation, with_length
-from gatedjax.model import LanguageModel, head_weights, logits
+from gatedjax.model import LanguageModel, head_weights
+from gatedjax.output import to_logits
 from gatedjax.sharding import RULES, global_batch, my_rows
 from gatedjax.study.trained import Trained
 from gatedjax.training.run import Run
@@ -176,7 +177,7 @@ def _count_right(
         )
     hidden = outputs[0]
     weights = head_weights(params)
-    best = jnp.argmax(logits(hidden, weights), axis=-1)
+    best = jnp.argmax(to_logits(model, params)(hidden, weights), axis=-1)
     is_right = best == batch.targets
     right = jnp.sum(is_right * batch.loss_mask)
     asked = jnp.sum(batch.loss_mask)

@@ -87,7 +87,13 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     trainable.require_names(config, params)
     trained, _ = trainable.split(config, params)
     axes = param_axes(trained)
-    tx = make_optimizer(config.optim, config.train.steps, axes)
+    tx = make_optimizer(
+        config.optim,
+        config.train.steps,
+        axes,
+        width=config.model.width,
+        batch_size=config.train.batch_size,
+    )
     make_state = functools.partial(init_state, config, tx)
     shapes = jax.eval_shape(make_state, key)
     shardings = _state_shardings(mesh, params, shapes)

@@ -24,15 +24,17 @@ from gatedjax.layers.moe.statistics import Extent, Statistics, as_part, extent, 
 from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.layers.tree import Path, divided, flatten_dict, unflatten_dict, united
 from gatedjax.model import LanguageModel, head_weights
+from gatedjax.output import to_logits
 from gatedjax.sharding import RULES, parts
 from gatedjax.training import trainable
 from gatedjax.training.losses import (
     TokenLosses,
     chunked_cross_entropy,
     gathered,
-    training_loss,
 )
 from gatedjax.training.optim import evaluation_params
+from gatedjax.training.optim_refined import L1_NORM
+from gatedjax.training.output_loss import model_loss
 from kernels_pallas import dispatch
 
 # Steps before the spike test trusts its running mean.
@@ -150,6 +152,7 @@ def batch_losses(
             mask=jnp.asarray(batch.loss_mask),
             chunk=_tokens_of_chunk(model),
             by_row=by_row,
+            to_logits=to_logits(model, params),
         )
 
 
@@ -241,10 +244,18 @@ def train_step(
     metrics |= load_metrics(config.model, counts)
     metrics |= {
         "grad_norm": grad_norm,
+        **_l1_norm(config, grads),
         "skipped_steps": guard.skipped,
         "skipped_in_a_row": guard.skipped_in_a_row,
     }
     return new, metrics
+
+
+def _l1_norm(config: Config, grads: PyTree) -> dict[str, Array]:
+    """The sum of the gradient's absolute values, where the configuration asks for it."""
+    if not config.optim.record_l1_norm:
+        return {}
+    return {L1_NORM: optax.tree.norm(grads, ord=1)}
 
 
 def _updated_average(
@@ -422,14 +433,15 @@ def _micro_loss(
             )
             # The name by which a profile, and the table of a compiled step, know this part.
             with jax.named_scope("token_loss"):
-                token_loss, losses = training_loss(
+                token_loss, losses = model_loss(
+                    config.model,
+                    params,
                     hidden,
-                    head_weights(params),
                     jnp.asarray(micro.targets),
                     jnp.asarray(micro.loss_mask),
                     1.0 / tokens,
                     _tokens_of_chunk(config.model),
-                    config.model.z_loss,
+                    _noise_key(config, state, index),
                 )
         part = extent(jnp.asarray(micro.segment_ids))
         statistics = as_part(statistics, part, whole)
@@ -458,6 +470,26 @@ def _router_key(
     """Fresh noise for every micro-batch; None where no router selects with noise."""
     if not any(ffn.router.selection == "gumbel" for ffn in _sparse_layers(config.model)):
         return None
+    return _key_of_micro_batch(config, state, index)
+
+
+def _noise_key(
+    config: Config,
+    state: TrainState,
+    index: Int[Array, ""],
+) -> Array | None:
+    """The same for the noise of the output; None where it has none."""
+    if config.model.output.kind != "noisy_softmax":
+        return None
+    # Not the routers' numbers.
+    return jax.random.fold_in(_key_of_micro_batch(config, state, index), 1)
+
+
+def _key_of_micro_batch(
+    config: Config,
+    state: TrainState,
+    index: Int[Array, ""],
+) -> Array:
     micro_step = state.step * config.train.accumulation_steps + index
     return jax.random.fold_in(jax.random.key(config.train.seed), micro_step)
 
