@@ -282,6 +282,11 @@ class TrainConfig(Checked):
     batch_size: Size = 8
     # micro-batches of an optimizer step
     accumulation_steps: Size = 1
+    # eta of AdAdaGrad's norm test, which doubles batches where gradients of micro-batches differ by
+    # more (arXiv 2402.11215); looked at every log_every steps; 0: batches never grow
+    grow_batches: NonNegative = 0.0
+    # of a batch that has grown
+    most_accumulation_steps: Size = 64
     seed: Seed = 0
     log_every: Count = 10
     eval_every: Count = 100
@@ -300,6 +305,14 @@ class TrainConfig(Checked):
             self.batch_size,
             f"a multiple of accumulation_steps = {self.accumulation_steps}",
         )
+        if self.grow_batches:
+            require(
+                2 <= self.accumulation_steps <= self.most_accumulation_steps,
+                "accumulation_steps",
+                self.accumulation_steps,
+                f"from 2 to most_accumulation_steps = {self.most_accumulation_steps} "
+                "with grow_batches",
+            )
         check_renaming("init_rename", self.init_rename)
         for name in ("init_rename", "init_fresh"):
             rules = getattr(self, name)

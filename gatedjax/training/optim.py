@@ -108,7 +108,7 @@ def make_optimizer(
       width: of the model; needed with `base_width`.
       batch_size: rows of a step; needed with `base_batch_size`.
     """
-    config = _for_batch(config, batch_size)
+    config = for_batch(config, batch_size)
     rate = make_schedule(config, steps)
     tx = _optimizer(config, rate, axes, width)
     if config.clip_norm:
@@ -118,7 +118,7 @@ def make_optimizer(
     return tx
 
 
-def _for_batch(config: OptimConfig, batch_size: int) -> OptimConfig:
+def for_batch(config: OptimConfig, batch_size: int) -> OptimConfig:
     """The configuration with the rate for this size of batch (`base_batch_size`)."""
     if not config.base_batch_size:
         return config

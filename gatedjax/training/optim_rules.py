@@ -78,7 +78,7 @@ def width_probe(
     decay: float,
     width: int,
 ) -> float:
-    """The mean of sigma_max / (sqrt(rate / decay) width^0.75), the same at every width (2510.15262).
+    """The mean of sigma_max / (sqrt(rate / decay) width^0.75): the same at all widths (2510.15262).
 
     Args:
       matrices: of a trained model.

@@ -43,6 +43,11 @@ GUARD_WARMUP = 20
 GUARD_MEMORY = 100
 
 
+# Metrics of runs whose batches grow: the sum of the micro-batches' squared gradient norms, and the
+# variance of their sum.
+MICRO_SQUARES = "micro_squares"
+VARIANCE = "gradient_variance"
+
 # A number in the state: an array of shape [], or its shape or sharding in a tree of those.
 Scalar = Any
 
@@ -245,6 +250,7 @@ def train_step(
     metrics |= {
         "grad_norm": grad_norm,
         **_l1_norm(config, grads),
+        **_variance(config, metrics, grad_norm),
         "skipped_steps": guard.skipped,
         "skipped_in_a_row": guard.skipped_in_a_row,
     }
@@ -314,12 +320,39 @@ def _accumulated_gradients(
             counts_of_step = _assignments(config, state, micros)
         loss = _micro_loss(config, state, tokens, whole, counts_of_step)
         gradient = jax.grad(loss, has_aux=True)
+        if config.train.grow_batches:
+            gradient = _with_square(gradient)
         grads, (metrics, statistics) = _summed(gradient, trained, micros, steps)
     # The parts have added up to the statistics of the step.
     _, of_routers = router_losses(model, statistics)
     metrics |= of_routers
     metrics["tokens"] = tokens
     return grads, metrics, _counts(statistics)
+
+
+def _with_square(
+    gradient: Callable[..., tuple[PyTree, MetricsAndStatistics]],
+) -> Callable[..., tuple[PyTree, MetricsAndStatistics]]:
+    """The same, and among the metrics the square of the gradient's norm."""
+
+    def both(*args: Any) -> tuple[PyTree, MetricsAndStatistics]:
+        grads, (metrics, statistics) = gradient(*args)
+        metrics[MICRO_SQUARES] = optax.tree.norm(grads, squared=True)
+        return grads, (metrics, statistics)
+
+    return both
+
+
+def _variance(config: Config, metrics: dict[str, Array], grad_norm: Array) -> dict[str, Array]:
+    """The variance of the gradient, from m micro-batches' parts g_i of it; their sum is g.
+
+    sum |m g_i - g|^2 / (m (m - 1)), multiplied out.
+    """
+    if MICRO_SQUARES not in metrics:
+        return {}
+    count = config.train.accumulation_steps
+    squares = metrics.pop(MICRO_SQUARES)
+    return {VARIANCE: jnp.maximum(count * squares - grad_norm**2, 0.0) / (count - 1)}
 
 
 def _counts(statistics: Statistics) -> dict[str, Array]:

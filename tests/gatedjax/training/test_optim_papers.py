@@ -1,5 +1,6 @@
 """Optimizers and rules of papers, against their formulas in float64 numpy."""
 
+import itertools
 import json
 import math
 
@@ -176,7 +177,7 @@ def test_noise_of_gradients_slows_matrices_down():
             updates[name], state = update(grads, state, params)
     seen = seen[count:]
     h = {"a0": 0.0, "a1": 0.0, "b": 0.0}
-    for before, after in zip(seen, seen[1:]):
+    for before, after in itertools.pairwise(seen):
         apart = {n: after[n].astype(float) - before[n] for n in ("a", "b")}
         matrices = {"a0": apart["a"][0], "a1": apart["a"][1], "b": apart["b"]}
         for key, matrix in matrices.items():
@@ -312,7 +313,7 @@ def test_bad_optimizers_are_refused(values, message):
 
 def test_a_run_without_norms_is_refused(tmp_path):
     values = dict(schedule="refined", warmup_steps=0)
-    with pytest.raises(InputError, match="refined_from: got '.*nowhere', expected a run dir"):
+    with pytest.raises(InputError, match=r"refined_from: got '.*nowhere', expected a run dir"):
         make_schedule(OptimConfig(**values, refined_from=str(tmp_path / "nowhere")), 9)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
     with pytest.raises(InputError, match="expected a run with two records of grad_norm"):
