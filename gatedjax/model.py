@@ -93,6 +93,10 @@ def _rematerialized(
 
 # Of the embedding, and of what else has a row for each token of the vocabulary.
 TABLE_AXES = ("vocab", "embed_vocab")
+# Parameters of outputs other than softmax (`output.py`): what is added to the products with the
+# head, and the code of each token.
+HEAD_BIAS = "head_bias"
+CODES = "codes"
 
 
 class Period(nn.Module):
@@ -255,7 +259,7 @@ class LanguageModel(nn.Module):
             raise ValueError("patches: got None, expected those of images: task is 'classify'")
         embed = PatchEmbedding(c.patches, c.width, c.init_std, c.dtype, name="patches")
         x = nn.with_logical_constraint(embed(patches), STREAM_AXES)
-        self._table("head")
+        self._make_head()
         if c.embedding_norm:
             x = stream_norm(c, "embedding_norm")(x)
         carry = (x, self._first_router_logits(tokens), self._first_depth(x))
@@ -263,14 +267,14 @@ class LanguageModel(nn.Module):
             (x, _, _), _, statistics = self._layers(carry, image_info(c.patches, x), None, None)
         return pooled(c.patches, stream_norm(c, "final_norm")(x)), None, statistics
 
-    def _table(self, name: str) -> Float[Array, "X M"]:
+    def _table(self, name: str, rows: int) -> Float[Array, "X M"]:
         """A vector for each token of the vocabulary, or for each class."""
         c = self.config
         return parameter(
             self,
             name,
             axes=TABLE_AXES,
-            shape=(c.vocab_size, c.width),
+            shape=(rows, c.width),
             init=nn.initializers.normal(c.init_std),
         )
 
@@ -328,10 +332,24 @@ class LanguageModel(nn.Module):
         The head is made here too, where it is another matrix.
         """
         c = self.config
-        table = self._table("embedding")
-        if c.has_head:
-            self._table("head")
+        table = self._table("embedding", c.vocab_size)
+        self._make_head()
         return nn.with_logical_constraint(self._rows(table, tokens, segment_ids), STREAM_AXES)
+
+    def _make_head(self) -> None:
+        """The output matrix, if it has one of its own, and what outputs other than softmax have."""
+        c = self.config
+        if c.has_head:
+            self._table("head", c.output.rows(c.vocab_size))
+        if c.output.kind == "fourier":
+            rows = (c.output.rows(c.vocab_size),)
+            init = nn.initializers.normal(c.init_std)
+            parameter(self, HEAD_BIAS, axes=(None,), shape=rows, init=init)
+        if c.output.kind == "sphereface2":
+            start = nn.initializers.constant(c.output.first_bias(c.vocab_size))
+            parameter(self, HEAD_BIAS, axes=(), shape=(), init=start)
+        if c.output.kind == "vq":
+            CodesOfTokens(c, name=CODES)()
 
     def _rows(
         self,
@@ -411,6 +429,23 @@ class LanguageModel(nn.Module):
                 first=c.first_rwkv7,
             )
         return depth
+
+
+class CodesOfTokens(nn.Module):
+    """The code of each token of the vocabulary, which never trains: token i has code i mod codes
+    until others are given (`training.vq_head`). Whole numbers, which float32 holds exactly.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, " X"]:
+        c = self.config
+
+        def by_turns(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            return (jnp.arange(shape[0]) % c.output.codes).astype(dtype)
+
+        return parameter(self, "frozen", axes=("vocab",), shape=(c.vocab_size,), init=by_turns)
 
 
 def periods_of(c: ModelConfig, training: bool = False) -> nn.Module:

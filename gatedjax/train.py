@@ -42,11 +42,12 @@ from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
 from gatedjax.training import given_teacher, given_weights, identity
 from gatedjax.training.checkpoint import Checkpointer, Restored
+from gatedjax.training.growing import Growth
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.training.run_directory import set_aside
 from gatedjax.training.run_record import keep_record
-from gatedjax.training.step import TrainState, jit_train_step, params_for_evaluation
+from gatedjax.training.step import TrainState, params_for_evaluation
 from gatedjax.training.step_folders import has_steps
 from gatedjax.training.teacher import Teacher
 
@@ -390,16 +391,23 @@ def loop(
     )
     validation = validation_of(run)
     as_compiled = unrolling.by_the_rule(run.config, run.mesh)
-    train_step = jit_train_step(as_compiled, run.tx, run.shardings)
+    growth = Growth(run, as_compiled, state)
+    log.grew(growth.rows * run.config.data.seq_len)
     stream = batches(dataset, position.row, position.places)
     for step in range(start + 1, settings.steps + 1):
         with log.reading(step):
-            batch = sharding.global_batch(run.mesh, next(stream), settings.batch_size)
-        state, metrics = train_step(state, batch, teaching)
+            batch = growth.next_batch(stream)
+        state, metrics = growth.train_step(state, batch, teaching)
         is_first = step == start + 1
         is_last = step == settings.steps
         signal_number = stop.requested()
         log.train(step, metrics, write=step % settings.log_every == 0 or is_first or is_last)
+        if settings.grow_batches and step % settings.log_every == 0:
+            rows = growth.rows
+            state = growth.grown(state, metrics)
+            if growth.rows > rows:
+                log.grew(growth.rows * run.config.data.seq_len)
+                say(f"step {step}: batches grow from {rows} to {growth.rows} rows")
         if step % settings.eval_every == 0 or is_last:
             evaluate(step, state, validation, log)
         if step % settings.checkpoint_every == 0 or is_last or signal_number:

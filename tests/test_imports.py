@@ -19,6 +19,7 @@ ORDER = (
     ("sharding",),
     ("data", "layers"),
     ("model", "toys"),
+    ("output",),
     ("training",),
     ("evaluation",),
     ("aot",),

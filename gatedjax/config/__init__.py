@@ -34,6 +34,7 @@ from gatedjax.config.model import (
     Remat,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.config.output import OutputConfig
 from gatedjax.config.parse import (
     Difference,
     config_dict,
@@ -91,6 +92,7 @@ __all__ = [
     "NoMixerConfig",
     "NormPlacement",
     "OptimConfig",
+    "OutputConfig",
     "PatchConfig",
     "RADRWKV6Config",
     "RADRWKV7Config",

@@ -29,6 +29,7 @@ from gatedjax.config.layers import (
 )
 from gatedjax.config.mixing import AssociativeMemoryConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
+from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.errors import require
 
@@ -168,8 +169,11 @@ class ModelConfig(Checked):
     loss_chunk: CountOrZero = 0
     # weight of logsumexp(logits)^2
     z_loss: NonNegative = 0.0
+    # what stands in the place of softmax and cross-entropy
+    output: OutputConfig = field(default_factory=OutputConfig)
 
     def check(self) -> None:
+        self.output.check_model(self.vocab_size, self.tie_embeddings, self.z_loss)
         require(len(self.pattern) > 0, "pattern", self.pattern, "at least one layer")
         require(len(self.ffn_pattern) > 0, "ffn_pattern", self.ffn_pattern, "at least one layer")
         self._check_names()

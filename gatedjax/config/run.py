@@ -145,13 +145,28 @@ class DataConfig(Checked):
 class OptimConfig(Checked):
     """Optimizer, schedule and the guard against bad steps."""
 
-    name: Literal["adamw", "muon", "lion", "adabelief", "schedule_free"] = "adamw"
+    # lanton: muon, slower for matrices with noisy gradients (arXiv 2510.14009); am_msgd, am_adamw:
+    # SGD and AdamW with a momentum that is chosen at each step (2510.04988)
+    name: Literal[
+        "adamw",
+        "muon",
+        "lion",
+        "adabelief",
+        "schedule_free",
+        "lanton",
+        "am_msgd",
+        "am_adamw",
+    ] = "adamw"
     lr: Positive = 1e-3
     # rules "PATTERN -> FACTOR" of parameter names: the first that holds multiplies the rate
     lr_by_name: tuple[str, ...] = ()
     # patterns of parameter names; all others are frozen. (): all train, or with lora its A and B
     trainable: tuple[str, ...] = ()
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd", "refined"] = "cosine"
+    # refined: the directory of an earlier run, whose gradient norms it follows (2310.07831)
+    refined_from: str = ""
+    # records grad_norm_l1, which a refined schedule of Adam follows
+    record_l1_norm: bool = False
     warmup_steps: CountOrZero = 20
     # of the peak rate, at the last step
     final_lr_fraction: Fraction = 0.1
@@ -161,6 +176,16 @@ class OptimConfig(Checked):
     beta2: BelowOne = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
+    # lr and weight_decay are those of a model of this width: with another, matrices have lr / r and
+    # weight_decay sqrt(r), r = width / base_width, and tables do not decay (2510.15262); 0: of any
+    base_width: SizeOrZero = 0
+    # lr is that of batches of this size: with b times as many rows it is lr sqrt(b), under am_msgd
+    # lr b (2006.09092); 0: of any
+    base_batch_size: SizeOrZero = 0
+    # lanton: noise above this slows a matrix down
+    lanton_alpha: Positive = 1.0
+    # gradients lose their part along the weights (perpGrad, 2501.04697)
+    perpendicular: bool = False
     # 0 for none
     clip_norm: NonNegative = 1.0
     # of the averaged parameters kept for evaluation; 0 for none
@@ -181,6 +206,13 @@ class OptimConfig(Checked):
         check_factors("lr_by_name", self.lr_by_name)
         if self.name == "schedule_free":
             self._check_schedule_free()
+        require(
+            self.base_width == 0 or self.name in ("adamw", "am_adamw"),
+            "base_width",
+            self.base_width,
+            f"0 with {self.name}: the rule is of AdamW",
+        )
+        self._check_refined()
 
     def _check_schedule_free(self) -> None:
         require(
@@ -195,6 +227,21 @@ class OptimConfig(Checked):
             "beta1",
             self.beta1,
             "at least 0.1 with schedule_free",
+        )
+
+    def _check_refined(self) -> None:
+        is_refined = self.schedule == "refined"
+        require(
+            bool(self.refined_from) == is_refined,
+            "refined_from",
+            self.refined_from,
+            "a run directory" if is_refined else f"'' with schedule {self.schedule!r}",
+        )
+        require(
+            not is_refined or self.warmup_steps == 0,
+            "warmup_steps",
+            self.warmup_steps,
+            "0 with schedule 'refined', which has its own",
         )
 
     def decay_steps(self, steps: int) -> int:
@@ -255,6 +302,11 @@ class TrainConfig(Checked):
     batch_size: Size = 8
     # micro-batches of an optimizer step
     accumulation_steps: Size = 1
+    # eta of AdAdaGrad's norm test, which doubles batches where gradients of micro-batches differ by
+    # more (arXiv 2402.11215); looked at every log_every steps; 0: batches never grow
+    grow_batches: NonNegative = 0.0
+    # of a batch that has grown
+    most_accumulation_steps: Size = 64
     seed: Seed = 0
     log_every: Count = 10
     eval_every: Count = 100
@@ -273,6 +325,14 @@ class TrainConfig(Checked):
             self.batch_size,
             f"a multiple of accumulation_steps = {self.accumulation_steps}",
         )
+        if self.grow_batches:
+            require(
+                2 <= self.accumulation_steps <= self.most_accumulation_steps,
+                "accumulation_steps",
+                self.accumulation_steps,
+                f"from 2 to most_accumulation_steps = {self.most_accumulation_steps} "
+                "with grow_batches",
+            )
         check_renaming("init_rename", self.init_rename)
         for name in ("init_rename", "init_fresh"):
             rules = getattr(self, name)

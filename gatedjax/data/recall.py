@@ -9,6 +9,10 @@ accuracy there is the figure of merit.
     copy            x1 ... xn, a separator, and x1 ... xn again
     selective_copy  x1 ... xn scattered among blanks, a separator, and x1 ... xn (arXiv 2312.00752,
                     section 4.1.1)
+    modular_addition
+                    a b = and then (a + b) mod p, with p = vocab_size - 1, the token of "=": all
+                    pairs in an order that the seed shuffles, the first `train_examples` to train on
+                    and the next `validation_examples` to validate (grokking, arXiv 2201.02177)
     needle          text that says somewhere "The code of KEVA is 41077.", and asks for it at the
                     end
 
@@ -33,7 +37,7 @@ from gatedjax.data.splits import SPLITS, Split
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import require
 
-Task = Literal["mqar", "copy", "selective_copy", "needle"]
+Task = Literal["mqar", "copy", "selective_copy", "modular_addition", "needle"]
 RowGenerator = Callable[[np.random.Generator], Batch]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -76,6 +80,14 @@ class RecallConfig:
         )
         self._check_seq_len()
         self._check_vocab_size()
+        if self.task == "modular_addition":
+            pairs = (self.vocab_size - 1) ** 2
+            require(
+                self.train_examples + self.validation_examples <= pairs,
+                "train_examples",
+                self.train_examples,
+                f"at most {pairs} pairs together with validation_examples",
+            )
         for name in ("train_examples", "validation_examples"):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1")
@@ -87,6 +99,7 @@ class RecallConfig:
             "mqar": 4 * self.num_pairs,
             "copy": 2 * self.num_pairs,
             "selective_copy": 2 * self.num_pairs,
+            "modular_addition": 3,
             "needle": 2,
         }
         shortest = shortest_of_task[self.task]
@@ -147,16 +160,18 @@ def recall_dataset(
         f"one of {', '.join(SPLITS)}",
     )
     if row is None:
-        has_generator = config.task != "needle"
         require(
-            has_generator,
+            config.task != "needle",
             "row",
             None,
             "a function: the task needle needs a text",
         )
         row = task_row(config)
     count = config.train_examples if split == "train" else config.validation_examples
-    examples = Examples(row, count, (config.seed, SPLITS.index(split)))
+    if config.task == "modular_addition":
+        examples = Sums(config, split)
+    else:
+        examples = Examples(row, count, (config.seed, SPLITS.index(split)))
     if split == "train":
         examples = examples.shuffle(seed=config.seed).repeat()
     return Block(examples, batch_size, rows)
@@ -179,6 +194,31 @@ class Examples(grain.MapDataset[Batch]):
             return self.slice(index)
         rng = np.random.default_rng([*self._seed, index % self._count])
         return self._row(rng)
+
+
+class Sums(grain.MapDataset[Batch]):
+    """The rows of modular_addition: of a split, each of its pairs once."""
+
+    def __init__(self, config: RecallConfig, split: Split):
+        super().__init__()
+        self._modulus = config.vocab_size - 1
+        self._seq_len = config.seq_len
+        pairs = np.random.default_rng(config.seed).permutation(self._modulus**2)
+        train = pairs[: config.train_examples]
+        rest = pairs[config.train_examples :][: config.validation_examples]
+        self._pairs = train if split == "train" else rest
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        a, b = divmod(int(self._pairs[index % len(self._pairs)]), self._modulus)
+        tokens = np.zeros(self._seq_len, np.int64)
+        tokens[-3:] = (a, b, self._modulus)
+        answer = np.array([(a + b) % self._modulus])
+        return _row(tokens, np.array([self._seq_len - 1]), answer)
 
 
 def task_row(config: RecallConfig) -> RowGenerator:

@@ -22,7 +22,7 @@ from gatedjax.compiler_options import careful_jit
 from gatedjax.config import ModelConfig
 from gatedjax.evaluation.filters import Sampling, sample_token
 from gatedjax.model import Caches, LanguageModel, head_weights
-from gatedjax.model import logits as compute_logits
+from gatedjax.output import to_logits
 from gatedjax.sharding import RULES
 from gatedjax.training.memory import device_memory
 
@@ -187,7 +187,7 @@ def _forward(
             caches=caches,
         )
     hidden, caches, _ = outputs
-    logits = compute_logits(hidden[:, -1], head_weights(params))
+    logits = to_logits(model, params)(hidden[:, -1], head_weights(params))
     if is_by_layer:
         caches = _changed_layers(caches, functools.partial(_split, names))
     return real_tokens(logits, vocab_size), caches

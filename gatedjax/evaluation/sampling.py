@@ -27,7 +27,7 @@ from gatedjax.evaluation.prompt_text import as_text
 from gatedjax.evaluation.text_stream import TextUntil
 from gatedjax.layers import MIXERS
 from gatedjax.model import Caches, LanguageModel, head_weights, init_caches
-from gatedjax.model import logits as compute_logits
+from gatedjax.output import to_logits
 from gatedjax.sharding import RULES
 
 # Prompts are padded to a few lengths, so that few programs are compiled: multiples of this, and
@@ -69,7 +69,7 @@ def forward(
         place = jnp.arange(tokens.shape[1])
         last_place = jnp.max(jnp.where(segment_ids != 0, place, 0), axis=1)
         last = jnp.take_along_axis(hidden, last_place[:, None, None], axis=1)[:, 0]
-    logits = compute_logits(last, head_weights(params))
+    logits = to_logits(model, params)(last, head_weights(params))
     return decoding.real_tokens(logits, vocab_size), caches
 
 

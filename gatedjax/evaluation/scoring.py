@@ -22,6 +22,7 @@ from gatedjax.data.tokenizer import TokenIds, Tokenizer
 from gatedjax.evaluation.prompt_text import as_text
 from gatedjax.evaluation.sampling import padded_on_the_right
 from gatedjax.model import LanguageModel, head_weights
+from gatedjax.output import to_logits
 from gatedjax.sharding import RULES
 from gatedjax.training.losses import predicted
 
@@ -178,10 +179,11 @@ def predicted_rows(
         )
     hidden = outputs[0]
     weights = head_weights(params)
+    of_output = to_logits(model, params)
 
     def of_row(row: tuple[Array, Array, Array]) -> OfTokens:
         hidden, targets, mask = row
-        of_tokens = predicted(hidden, weights, targets, mask)
+        of_tokens = predicted(hidden, weights, targets, mask, of_output)
         return OfTokens(of_tokens.nats, of_tokens.is_best)
 
     # A row at a time: the logits of all of them would be large.

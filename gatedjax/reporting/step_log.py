@@ -24,7 +24,7 @@ from gatedjax.reporting.throughput import Throughput
 from gatedjax.reporting.writers import Writers
 from gatedjax.runtime import cli
 from gatedjax.runtime.watchdog import Watchdog
-from gatedjax.training.optim import make_schedule
+from gatedjax.training.optim import for_batch, make_schedule
 from gatedjax.training.run import Run, flops_per_token
 from kernels_pallas import dispatch
 from kernels_pallas.common import ptxas
@@ -45,7 +45,10 @@ class StepLog:
         self._total_steps = config.train.steps
         self._writers = writers
         self._watchdog = watchdog
-        self._schedule = make_schedule(config.optim, config.train.steps)
+        self._schedule = make_schedule(
+            for_batch(config.optim, config.train.batch_size),
+            config.train.steps,
+        )
         device_peak = peak_flops(jax.devices()[0].device_kind)
         peak = None if device_peak is None else device_peak * jax.device_count()
         # From nats per token to bits per byte. An encoder predicts no text.
@@ -65,6 +68,10 @@ class StepLog:
         self._steps = 0
         self._data_wait = 0.0
         self._saving = 0.0
+
+    def grew(self, tokens_per_step: int) -> None:
+        """From the next step on a batch has so many tokens."""
+        self._throughput.grew(tokens_per_step)
 
     def train(self, step: int, metrics: Metrics, write: bool) -> None:
         """After each step; writes a record if `write`.

@@ -47,6 +47,10 @@ class Throughput:
         self._last: _Reading | None = None
         self._pauses = 0.0  # seconds since the last reading
 
+    def grew(self, tokens_per_step: float) -> None:
+        """From the next step on the batch is another one."""
+        self._tokens_per_step = tokens_per_step
+
     def read(self, step: int) -> dict[str, float | None]:
         """tokens_per_s, flops_per_s and mfu since the last reading; eta_s.
 

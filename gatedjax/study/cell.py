@@ -11,6 +11,7 @@ import jax
 from gatedjax.data import BatchIterator, batches, load_tokenizer, make_dataset
 from gatedjax.data.recall import recall_dataset
 from gatedjax.data.tokenizer import Tokenizer
+from gatedjax.errors import require
 from gatedjax.reporting.console import say
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.grid import Cell, Study
@@ -30,6 +31,10 @@ def run_cell(cell: Cell, seed: int, study: Study) -> dict[str, float]:
     A run that diverges has no value for any measure.
     """
     start = time.monotonic()
+    if cell.trial is not None:
+        values = {"diverged": 0.0, **cell.trial(cell, seed)}
+        values["seconds"] = time.monotonic() - start
+        return values
     trained = train(seeded(cell, seed), study.stop_at)
     diverged = _diverged(trained)
     values = {"steps": float(trained.steps), "diverged": float(diverged)}
@@ -67,11 +72,22 @@ def seeded(cell: Cell, seed: int) -> Cell:
     )
 
 
-def train(cell: Cell, stop_at: float | None = None) -> Trained:
+def train(
+    cell: Cell,
+    stop_at: float | None = None,
+    read_every: int = READ_EVERY,
+) -> Trained:
     """The training loop without checkpoints.
 
     Ends early when no step is good any more, or at validation accuracy `stop_at` of a task.
+
+    Args:
+      cell: what is trained.
+      stop_at: an accuracy.
+      read_every: steps; each reading waits for the device.
     """
+    growing = cell.config.train.grow_batches
+    require(growing == 0, "train.grow_batches", growing, "0 in a study, whose batches do not grow")
     run = prepare(cell.config)
     require_memory(run)
     config = run.config.train
@@ -88,13 +104,15 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
         metrics: dict[str, float] = {}
         # Steps and seconds at every reading.
         readings: list[tuple[int, float]] = []
+        history: list[tuple[int, dict[str, float]]] = []
         step = 0
         while step < config.steps:
             step += 1
             batch = global_batch(run.mesh, next(stream), config.batch_size)
             state, on_device = train_step(state, batch, teaching)
-            if step % READ_EVERY == 0 or step == config.steps:
+            if step % read_every == 0 or step == config.steps:
                 metrics = _scalars(on_device)
+                history.append((step, metrics))
                 readings.append((step, time.monotonic()))
                 # A loss that is no number, or only skipped steps: the run has diverged.
                 if _is_stuck(run, metrics) or not math.isfinite(metrics["loss"]):
@@ -111,6 +129,7 @@ def train(cell: Cell, stop_at: float | None = None) -> Trained:
             params=params_for_evaluation(state),
             steps=step,
             metrics=metrics,
+            history=history,
             step_ms=_step_ms(readings),
         )
 
@@ -162,7 +181,11 @@ def _diverged(trained: Trained) -> bool:
     """Worse than guessing, no number at all, or no step that could be taken any more."""
     if _is_stuck(trained.run, trained.metrics):
         return True
-    guessing = math.log(trained.run.config.model.vocab_size)
+    model = trained.run.config.model
+    # Of other losses than cross-entropy no value is too much.
+    if model.output.kind in ("spherical", "sphereface2", "fourier"):
+        return not math.isfinite(trained.metrics.get("loss", 0.0))
+    guessing = math.log(model.vocab_size)
     loss = trained.metrics.get("loss", 0.0)
     # Not `loss > ...`: NaN has diverged.
     return not loss <= guessing + 1.0

@@ -7,7 +7,7 @@ ten-minute version.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from gatedjax.config import FEED_FORWARDS, MIXERS, Config, SourceConfig, to_dict
@@ -28,17 +28,26 @@ ADDED_LATER = (
     ("model", "lora"),
     ("model", "norm_kind"),
     ("model", "norm_placement"),
+    ("model", "output"),
     ("model", "patches"),
     ("model", "prefix"),
     ("model", "residual_weight"),
     ("model", "suffix"),
     ("model", "task"),
     ("model", "unroll"),
+    ("optim", "base_batch_size"),
+    ("optim", "base_width"),
+    ("optim", "lanton_alpha"),
     ("optim", "lr_by_name"),
+    ("optim", "perpendicular"),
+    ("optim", "record_l1_norm"),
+    ("optim", "refined_from"),
     ("optim", "trainable"),
+    ("train", "grow_batches"),
     ("train", "init_from"),
     ("train", "init_rename"),
     ("train", "init_fresh"),
+    ("train", "most_accumulation_steps"),
     ("train", "teacher"),
 )
 # The same of layers, by their kind.
@@ -100,7 +109,16 @@ ADDED_LATER_TO_LAYERS = {
 # Likewise, of each source.
 ADDED_LATER_TO_SOURCES = ("stream", "label")
 
-Measure = Literal["validation", "recall", "probes", "lengths", "routing", "speed"]
+Measure = Literal[
+    "validation",
+    "recall",
+    "probes",
+    "lengths",
+    "routing",
+    "speed",
+    "width_probe",
+    "curvature",
+]
 Label = str | int | float
 
 
@@ -113,6 +131,8 @@ class Cell:
       task's.
     lengths: for the measure "lengths", window lengths to evaluate at.
     yarn: for the measure "lengths", rotary positions are scaled to each length (arXiv 2309.00071).
+    trial: a function of a module, (cell, seed) -> values, in place of training and measures: for a
+      loop of another kind. Its name and the labels are part of what the result depends on.
     """
 
     labels: Mapping[str, Label]
@@ -120,6 +140,7 @@ class Cell:
     recall: RecallConfig | None = None
     lengths: tuple[int, ...] = ()
     yarn: bool = False
+    trial: "Callable[[Cell, int], dict[str, float]] | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +190,11 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
         study.measures,
         study.stop_at,
     ]
-    # Labels and titles are not part of it: they may be reworded without a new run.
+    # Labels and titles are not part of it: they may be reworded without a new run. A trial has no
+    # other values than its labels.
+    if cell.trial is not None:
+        name = f"{cell.trial.__module__}:{cell.trial.__qualname__}"
+        depends_on += [name, dict(cell.labels)]
     text = json.dumps(depends_on, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -8,6 +8,9 @@ probes       first_token_fraction, effective_rank (means over layers and heads),
              (likewise), gate_mean (mean over attention layers and linear ones)
 lengths      loss@T for each of the cell's lengths: validation text in windows of T
 routing      load_max_over_mean, balance_loss of the last step
+width_probe  largest singular values over sqrt(rate / decay) width^0.75 (`optim_rules.width_probe`)
+curvature    hessian@B: the largest eigenvalue of the Hessian of a batch of B rows of training text,
+             B = 1, 4, 16 and so on up to the batch size
 speed        step_ms: the mean time of a training step, of those after the first metrics were read;
              it depends on what else the machine did
 
@@ -30,8 +33,10 @@ from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
 from gatedjax.evaluation.validation import Validation, with_length
-from gatedjax.model import LanguageModel, head_weights, logits
+from gatedjax.model import LanguageModel, head_weights
+from gatedjax.output import to_logits
 from gatedjax.sharding import RULES, global_batch, my_rows
+from gatedjax.study.optimizer_measures import curvature, singular_values
 from gatedjax.study.trained import Trained
 from gatedjax.training.run import Run
 
@@ -126,6 +131,8 @@ MEASURES: dict[str, Callable[[Trained], Values]] = {
     "lengths": lengths,
     "routing": routing,
     "speed": speed,
+    "width_probe": singular_values,
+    "curvature": curvature,
 }
 
 
@@ -176,7 +183,7 @@ def _count_right(
         )
     hidden = outputs[0]
     weights = head_weights(params)
-    best = jnp.argmax(logits(hidden, weights), axis=-1)
+    best = jnp.argmax(to_logits(model, params)(hidden, weights), axis=-1)
     is_right = best == batch.targets
     right = jnp.sum(is_right * batch.loss_mask)
     asked = jnp.sum(batch.loss_mask)

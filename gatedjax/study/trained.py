@@ -14,6 +14,7 @@ class Trained:
 
     steps: that were taken; fewer than planned where training ended early.
     metrics: of the last step whose metrics were read, as plain numbers.
+    history: of all that were read, with their steps.
     step_ms: the mean time of a step between the first reading of metrics and the last.
     """
 
@@ -22,4 +23,5 @@ class Trained:
     params: Any
     steps: int
     metrics: dict[str, float]
+    history: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
     step_ms: float = math.nan

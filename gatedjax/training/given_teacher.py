@@ -116,6 +116,12 @@ def require_fits(config: Config, teacher: ModelConfig) -> None:
         f"a vocabulary of {teacher.vocab_size}",
         f"that of this model, {model.vocab_size}",
     )
+    for of_model, whose in ((model, "this model"), (teacher, "the teacher")):
+        expected = f"'lm' in {whose}, with a teacher"
+        require(of_model.task == "lm", "config.model.task", of_model.task, expected)
+        kind = of_model.output.kind
+        expected = f"'softmax' in {whose}, with a teacher"
+        require(kind == "softmax", "config.model.output.kind", kind, expected)
     if not config.train.teacher.mse:
         return
     for name in ("num_layers", "width"):

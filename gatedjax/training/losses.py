@@ -5,7 +5,8 @@ step, whose gradient is made along with it.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from gatedjax.model import logits as compute_logits
 from gatedjax.sharding import is_cut, parts, sum_of_parts
+
+# (hidden states, output matrix) -> logits: softmax's, or those of another output (`output.py`).
+ToLogits = Callable[[Array, Array], Array]
 
 
 class TokenLosses(NamedTuple):
@@ -33,6 +37,7 @@ def cross_entropy(
     weights: Float[Array, "X M"],
     targets: Int[Array, "*rows tokens"],
     mask: Float[Array, "*rows tokens"],
+    to_logits: ToLogits = compute_logits,
 ) -> TokenLosses:
     """Weighted sums of `logsumexp(logits) - logits[target]` in nats, and of the z-loss, by row.
 
@@ -45,6 +50,7 @@ def cross_entropy(
       weights: the output matrix.
       targets: the token to predict at each position.
       mask: the weight of each token, 0 or more: 1 if it has a target, 0 if not.
+      to_logits: how the two become logits.
     """
     mask = mask.astype(jnp.float32)
     tokens = predicted(
@@ -52,11 +58,12 @@ def cross_entropy(
         weights,
         targets.reshape(-1),
         mask.reshape(-1),
+        to_logits,
     )
-    return _sums(jax.tree.map(lambda x: x.reshape(mask.shape), tokens), mask)
+    return sums_of(jax.tree.map(lambda x: x.reshape(mask.shape), tokens), mask)
 
 
-def _sums(tokens: "Predicted", mask: Float[Array, "*rows tokens"]) -> TokenLosses:
+def sums_of(tokens: "Predicted", mask: Float[Array, "*rows tokens"]) -> TokenLosses:
     return TokenLosses(
         cross_entropy=jnp.sum(tokens.nats * mask, axis=-1),
         z_loss=jnp.sum(tokens.log_z**2 * mask, axis=-1),
@@ -82,6 +89,7 @@ def predicted(
     weights: Float[Array, "X M"],
     targets: Int[Array, " tokens"],
     mask: Float[Array, " tokens"],
+    to_logits: ToLogits = compute_logits,
 ) -> Predicted:
     """How each target is predicted.
 
@@ -90,14 +98,15 @@ def predicted(
       weights: the output matrix.
       targets: the token to predict at each position.
       mask: where it is 0, hidden states and targets have no part, whatever stands there.
+      to_logits: how the two become logits.
     """
     is_counted = mask != 0
-    hidden = _counted(hidden, is_counted)
-    logits = compute_logits(hidden, weights)
+    hidden = counted(hidden, is_counted)
+    logits = to_logits(hidden, weights)
     return _predicted(logits, targets, is_counted)
 
 
-def _counted(
+def counted(
     hidden: Float[Array, "tokens M"],
     is_counted: Bool[Array, " tokens"],
 ) -> Float[Array, "tokens M"]:
@@ -134,6 +143,7 @@ def chunked_cross_entropy(
     mask: Float[Array, "B T"],
     chunk: int,
     by_row: bool = False,
+    to_logits: ToLogits = compute_logits,
 ) -> TokenLosses:
     """`cross_entropy` over the batch, with the logits of about `chunk` tokens at a time.
 
@@ -146,13 +156,14 @@ def chunked_cross_entropy(
       mask: the weight of each token.
       chunk: tokens whose logits exist at once; 0 for all of them.
       by_row: sums of each row, [B], in place of those of the batch.
+      to_logits: how hidden states and the output matrix become logits.
     """
     rows, length = targets.shape
 
     def sums(hidden: Array, targets: Array, mask: Array) -> TokenLosses:
         if by_row:
-            return cross_entropy(hidden, weights, targets, mask)
-        return cross_entropy(_flat(hidden), weights, _flat(targets), _flat(mask))
+            return cross_entropy(hidden, weights, targets, mask, to_logits)
+        return cross_entropy(flat(hidden), weights, flat(targets), flat(mask), to_logits)
 
     positions = positions_of_chunk(rows, length, chunk)
     if positions == length:
@@ -177,6 +188,7 @@ def count_correct(
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
     chunk: int,
+    to_logits: ToLogits = compute_logits,
 ) -> Float[Array, "B"]:
     """The weight of the tokens of each row whose target is the most likely one.
 
@@ -186,16 +198,17 @@ def count_correct(
       targets: the token to predict at each position.
       mask: the weight of each token.
       chunk: tokens whose logits exist at once; 0 for all of them.
+      to_logits: how hidden states and the matrix become logits.
     """
     rows, length = targets.shape
 
     def of_chunk(pieces: tuple[Array, Array, Array]) -> Float[Array, "B"]:
         hidden, targets, mask = pieces
-        found = predicted(_flat(hidden), weights, _flat(targets), _flat(mask))
+        found = predicted(flat(hidden), weights, flat(targets), flat(mask), to_logits)
         return jnp.sum(jnp.where(found.is_best.reshape(mask.shape), mask, 0.0), axis=1)
 
-    positions = _positions(rows, length, chunk)
-    pieces = tuple(_chunks(x, positions) for x in (hidden, targets, mask))
+    positions = positions_of_chunk(rows, length, chunk)
+    pieces = tuple(chunks(x, positions) for x in (hidden, targets, mask))
     return jnp.sum(jax.lax.map(of_chunk, pieces), axis=0)
 
 
@@ -236,7 +249,7 @@ def training_loss(
     return scale * (losses.cross_entropy + z_loss * losses.z_loss), losses
 
 
-class _Gradients(NamedTuple):
+class Gradients(NamedTuple):
     """Of the loss. The output matrix's has the sum over each group of rows, float32."""
 
     hidden: Float[Array, "B C M"]
@@ -252,53 +265,70 @@ def _training_loss_forward(
     chunk: int,
     z_loss: float,
 ):
-    rows, length = targets.shape
     whole_weights = gathered(weights, hidden)
-    # Rows of the same devices are a group: the loop below then adds up without any traffic.
-    groups = parts("batch")
-    if rows % groups:
-        groups = 1
+    groups = groups_of_rows(targets.shape[0])
 
-    def of_chunk(hidden: Array, targets: Array, mask: Array) -> tuple[TokenLosses, _Gradients]:
-        return _with_gradients(
-            hidden,
+    def of_chunk(piece: tuple[Array, Array, Array]) -> tuple[TokenLosses, Array, Array]:
+        losses, gradients = _with_gradients(
+            piece[0],
             whole_weights,
-            targets,
-            mask,
+            piece[1],
+            piece[2],
             scale,
             z_loss,
             groups,
         )
+        return losses, gradients.hidden, gradients.weights
 
-    positions = positions_of_chunk(rows, length, chunk)
-    if positions == length:
-        losses, (dhidden, dweights) = of_chunk(hidden, targets, mask)
-    else:
-
-        def add_chunk(total: tuple[TokenLosses, Array], piece: tuple[Array, Array, Array]):
-            losses, gradients = of_chunk(*piece)
-            added = jax.tree.map(jnp.add, total, (losses, gradients.weights))
-            return added, gradients.hidden
-
-        zero = jnp.float32(0.0)
-        no_gradient = jnp.zeros((groups, *weights.shape), jnp.float32)
-        pieces = (
-            chunks(hidden, positions),
-            chunks(targets, positions),
-            chunks(mask, positions),
-        )
-        (losses, dweights), dhidden = jax.lax.scan(
-            add_chunk,
-            (TokenLosses(zero, zero, zero), _by_group(no_gradient)),
-            pieces,
-        )
-        dhidden = _unchunked(dhidden, length)
-    # One group is added to nothing, and stays float32.
-    if groups > 1:
-        dweights = dweights.astype(hidden.dtype)
-    dweights = _sum_of_groups(dweights).astype(weights.dtype)
+    losses, dhidden, dweights = over_chunks(of_chunk, (hidden, targets, mask), chunk)
+    dweights = added_up(dweights, hidden.dtype).astype(weights.dtype)
     loss = scale * (losses.cross_entropy + z_loss * losses.z_loss)
     return (loss, losses), (dhidden, dweights)
+
+
+def over_chunks(
+    of_chunk: Callable[[tuple[Array, ...]], tuple[Any, Any, Array]],
+    pieces: tuple[Array, ...],
+    chunk: int,
+) -> tuple[Any, Any, Array]:
+    """A loss and its gradients, made chunk by chunk: (sums, what is of tokens, dweights).
+
+    Args:
+      of_chunk: of the pieces of a chunk: what is summed, what belongs to its tokens [B C ...], and
+        the gradient of the output matrix by groups of rows, which is summed too.
+      pieces: arrays [B T ...].
+      chunk: tokens whose logits exist at once; 0 for all of them.
+    """
+    rows, length = pieces[0].shape[:2]
+    positions = positions_of_chunk(rows, length, chunk)
+    if positions == length:
+        return of_chunk(pieces)
+
+    def add_chunk(total: tuple[Any, Array], piece: tuple[Array, ...]):
+        sums, of_tokens, dweights = of_chunk(piece)
+        return jax.tree.map(jnp.add, total, (sums, dweights)), of_tokens
+
+    cut = jax.tree.map(lambda x: chunks(x, positions), pieces)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cut)
+    shapes = jax.eval_shape(of_chunk, one)
+    sums, _, dweights = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = (sums, _by_group(dweights))
+    (sums, dweights), of_tokens = jax.lax.scan(add_chunk, zeros, cut)
+    return sums, jax.tree.map(lambda x: _unchunked(x, length), of_tokens), dweights
+
+
+def groups_of_rows(rows: int) -> int:
+    """Rows of the same devices are a group: a loop over chunks then adds up without any traffic."""
+    groups = parts("batch")
+    return groups if rows % groups == 0 else 1
+
+
+def added_up(gradients: Float[Array, "P X M"], dtype: Any) -> Float[Array, "X M"]:
+    """The gradient of the output matrix; groups are added in `dtype`."""
+    # One group is added to nothing, and stays float32.
+    if gradients.shape[0] > 1:
+        gradients = gradients.astype(dtype)
+    return _sum_of_groups(gradients)
 
 
 def _training_loss_backward(
@@ -325,17 +355,17 @@ def _with_gradients(
     scale: Float[Array, ""],
     z_loss: float,
     groups: int,
-) -> tuple[TokenLosses, _Gradients]:
+) -> tuple[TokenLosses, Gradients]:
     """The sums of a chunk, and the gradient of its loss.
 
     The loss of a token is `m (log_z - logits[target] + z_loss log_z^2)`, and `log_z` has the
     gradient `softmax(logits)`: that of the logits is `m ((1 + 2 z_loss log_z) softmax - onehot)`.
     """
     shape = hidden.shape
-    targets = _flat(targets)
-    mask = _flat(mask).astype(jnp.float32)
+    targets = flat(targets)
+    mask = flat(mask).astype(jnp.float32)
     is_counted = mask != 0
-    hidden = _counted(_flat(hidden), is_counted)
+    hidden = counted(flat(hidden), is_counted)
     logits = compute_logits(hidden, weights)
     tokens = _predicted(logits, targets, is_counted)
     token_scale = (scale * mask)[:, None]
@@ -344,14 +374,34 @@ def _with_gradients(
     is_target = targets[:, None] == jnp.arange(logits.shape[-1])
     dlogits = token_scale * ((1.0 + 2.0 * z_loss * log_z) * softmax - is_target)
     dlogits = jnp.where(is_counted[:, None], dlogits, 0.0).astype(hidden.dtype)
+    gradients = through_products(dlogits, hidden, weights, groups, shape)
+    return sums_of(tokens, mask), gradients
+
+
+def through_products(
+    dlogits: Float[Array, "tokens X"],
+    hidden: Float[Array, "tokens M"],
+    weights: Float[Array, "X M"],
+    groups: int,
+    shape: tuple[int, ...],
+) -> Gradients:
+    """Gradients by hidden states and by the output matrix, from those of their products.
+
+    Args:
+      dlogits: in hidden's dtype.
+      hidden: the hidden states of a chunk.
+      weights: the output matrix.
+      groups: of rows.
+      shape: of the hidden states, [B C M].
+    """
     dhidden = jnp.einsum("nx,xm->nm", dlogits, weights)
     dweights = jnp.einsum(
         "pnx,pnm->pxm",
-        dlogits.reshape(groups, -1, logits.shape[-1]),
+        dlogits.reshape(groups, -1, dlogits.shape[-1]),
         hidden.reshape(groups, -1, shape[-1]),
         preferred_element_type=jnp.float32,
     )
-    return _sums(tokens, mask), _Gradients(dhidden.reshape(shape), _by_group(dweights))
+    return Gradients(dhidden.reshape(shape), _by_group(dweights))
 
 
 def gathered(weights: Float[Array, "X M"], hidden: Float[Array, "..."]) -> Float[Array, "X M"]:
@@ -384,7 +434,7 @@ def positions_of_chunk(rows: int, length: int, chunk: int) -> int:
     return max(1, min(length, chunk // rows))
 
 
-def _flat(x: Shaped[Array, "B T *channels"]) -> Shaped[Array, "tokens *channels"]:
+def flat(x: Shaped[Array, "B T *channels"]) -> Shaped[Array, "tokens *channels"]:
     return x.reshape(-1, *x.shape[2:])
 
 

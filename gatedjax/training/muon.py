@@ -6,6 +6,7 @@ Each is orthogonalized by itself, as if it were a parameter of its own.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -80,26 +81,71 @@ def scale_by_muon(matrices: PyTree) -> optax.GradientTransformation:
 
 def orthogonal_update(x: Float[Array, "..."], held: Matrices) -> Float[Array, "..."]:
     """Each matrix of `x` orthogonalized, times 0.2 sqrt(max(inputs, outputs))."""
+    parts = [_orthogonal(part) for part in split_matrices(x, held)]
+    return joined_matrices(parts, x.shape, held)
+
+
+def _orthogonal(x: Float[Array, "N I O"]) -> Float[Array, "N I O"]:
+    scale = CONSISTENT_RMS * math.sqrt(max(x.shape[1:]))
+    return scale * newton_schulz(x)
+
+
+def split_matrices(
+    x: Float[Array, "..."],
+    held: Matrices,
+) -> tuple[Float[Array, "N I O"], ...]:
+    """The matrices of an array, stacked; two stacks where a gate's lie beside a query's."""
+    flat = []
+    for part in _parts(x, held):
+        ordered = part.transpose(_order(part.ndim, held))
+        fan_in = math.prod(part.shape[axis] for axis in held.inputs)
+        fan_out = math.prod(part.shape[axis] for axis in held.outputs)
+        flat.append(ordered.reshape(-1, fan_in, fan_out))
+    return tuple(flat)
+
+
+def joined_matrices(
+    stacks: Sequence[Float[Array, "N I O"]],
+    shape: tuple[int, ...],
+    held: Matrices,
+) -> Float[Array, "..."]:
+    """The array that `split_matrices` took apart.
+
+    Args:
+      stacks: of matrices.
+      shape: of the array.
+      held: which matrices it holds.
+    """
+    order = _order(len(shape), held)
+    inverse = sorted(range(len(shape)), key=order.__getitem__)
+    sizes = [shape[-1]]
+    if held.gate_channels != "none":
+        own = _own_channels(shape[-1], held)
+        sizes = [own, shape[-1] - own]
+    parts = []
+    for flat, size in zip(stacks, sizes):
+        of_part = (*shape[:-1], size)
+        ordered = [of_part[axis] for axis in order]
+        parts.append(flat.reshape(ordered).transpose(inverse))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _parts(x: Float[Array, "..."], held: Matrices) -> list[Array]:
     if held.gate_channels == "none":
-        return _orthogonal_stack(x, held)
-    size = x.shape[-1]
-    own = size // 2 if held.gate_channels == "half" else size - 1
-    parts = [x[..., :own], x[..., own:]]
-    return jnp.concatenate([_orthogonal_stack(part, held) for part in parts], axis=-1)
+        return [x]
+    own = _own_channels(x.shape[-1], held)
+    return [x[..., :own], x[..., own:]]
 
 
-def _orthogonal_stack(x: Float[Array, "..."], held: Matrices) -> Float[Array, "..."]:
-    """The same for an array all of whose last axis belongs to one matrix."""
-    fan_in = math.prod(x.shape[axis] for axis in held.inputs)
-    fan_out = math.prod(x.shape[axis] for axis in held.outputs)
-    stack = [axis for axis in range(x.ndim) if axis not in (*held.inputs, *held.outputs)]
-    order = (*stack, *held.inputs, *held.outputs)
-    ordered = x.transpose(order)
-    flat = ordered.reshape(-1, fan_in, fan_out)
-    scale = CONSISTENT_RMS * math.sqrt(max(fan_in, fan_out))
-    updates = scale * newton_schulz(flat)
-    inverse = sorted(range(x.ndim), key=order.__getitem__)
-    return updates.reshape(ordered.shape).transpose(inverse)
+def _own_channels(size: int, held: Matrices) -> int:
+    """How much of the last axis is not the gate's."""
+    return size // 2 if held.gate_channels == "half" else size - 1
+
+
+def _order(ndim: int, held: Matrices) -> tuple[int, ...]:
+    """The axes: those that count matrices, inputs, outputs."""
+    stack = [axis for axis in range(ndim) if axis not in (*held.inputs, *held.outputs)]
+    return (*stack, *held.inputs, *held.outputs)
 
 
 def newton_schulz(x: Float[Array, "N I O"]) -> Float[Array, "N I O"]:

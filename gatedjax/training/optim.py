@@ -1,10 +1,13 @@
 """Schedule, optax chain, decay mask. Logical axes tell which parameters are matrices."""
 
+import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -13,8 +16,13 @@ from optax.contrib import MuonDimensionNumbers, schedule_free, schedule_free_eva
 
 from gatedjax.config import OptimConfig
 from gatedjax.config.patterns import factor, matches, sides
+from gatedjax.errors import require
 from gatedjax.layers.tree import divided, flatten_dict, united
 from gatedjax.training.muon import GateChannels, Matrices, scale_by_muon
+from gatedjax.training.optim_memory import scale_by_adam_memory, scale_by_memory
+from gatedjax.training.optim_noise import scale_by_lanton
+from gatedjax.training.optim_refined import refined_factors
+from gatedjax.training.optim_rules import batch_factor, perpendicular, width_factors
 
 # A parameter with one of these axes is a matrix; norms, biases, sinks and decays have none of them.
 MATRIX_AXES = {"embed", "embed_vocab", "rank", "router_in", "mlp"}
@@ -38,12 +46,15 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     already moves; step `warmup_steps + 1` is the first with all of `lr`. From there `linear` and
     `cosine` fall to `final_lr_fraction` of it at the last step; `wsd` (warm-up, stable, decay;
     arXiv 2404.06395) holds it and falls linearly over the last `decay_fraction` of the steps.
+    `refined` follows the gradient norms of an earlier run (`optim_refined.py`).
     """
     config.check_schedule(steps, prefix="config.optim.")
     warmup = config.warmup_steps
     peak = config.lr
     final = peak * config.final_lr_fraction
     last = steps - 1
+    if config.schedule == "refined":
+        return _from_table(peak * refined_factors(config.refined_from, steps))
     # The step before the first that is lower than the peak.
     start = warmup
     if config.schedule == "wsd":
@@ -66,10 +77,22 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return rate
 
 
+def _from_table(rates: Float[np.ndarray, " steps"]) -> optax.Schedule:
+    """A schedule that is a list of rates; past its end the last one."""
+    table = jnp.asarray(rates, jnp.float32)
+
+    def rate(count: ArrayLike) -> Array:
+        return table[jnp.clip(jnp.asarray(count, jnp.int32), 0, len(rates) - 1)]
+
+    return rate
+
+
 def make_optimizer(
     config: OptimConfig,
     steps: int,
     axes: PyTree,
+    width: int = 0,
+    batch_size: int = 0,
 ) -> optax.GradientTransformation:
     """The chain: clip by global norm, then the optimizer with decoupled weight decay.
 
@@ -82,25 +105,49 @@ def make_optimizer(
       steps: optimizer steps of the run.
       axes: for each parameter that trains the tuple of its logical axes (`step.param_axes`), same
         tree as those parameters.
+      width: of the model; needed with `base_width`.
+      batch_size: rows of a step; needed with `base_batch_size`.
     """
+    config = for_batch(config, batch_size)
     rate = make_schedule(config, steps)
-    tx = _optimizer(config, rate, axes)
+    tx = _optimizer(config, rate, axes, width)
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    if config.perpendicular:
+        tx = optax.chain(perpendicular(jax.tree.map(_stacked, axes, is_leaf=_is_axes)), tx)
     return tx
+
+
+def for_batch(config: OptimConfig, batch_size: int) -> OptimConfig:
+    """The configuration with the rate for this size of batch (`base_batch_size`)."""
+    if not config.base_batch_size:
+        return config
+    require(batch_size > 0, "batch_size", batch_size, "1 or more with base_batch_size")
+    factor = batch_factor(config.name, batch_size, config.base_batch_size)
+    return dataclasses.replace(config, lr=config.lr * factor)
 
 
 def _optimizer(
     config: OptimConfig,
     rate: optax.Schedule,
     axes: PyTree,
+    width: int = 0,
 ) -> optax.GradientTransformation:
-    """The optimizer of `config.name`, with weight decay and the factors of `lr_by_name`."""
+    """The optimizer of `config.name`, with weight decay and the factors of rates."""
     mask = jax.tree.map(is_matrix, axes, is_leaf=_is_axes)
+    weight_decay = config.weight_decay
     factors = None
     if config.lr_by_name:
         factors = _rate_factors(config.lr_by_name, axes)
-    decay = {"weight_decay": config.weight_decay, "mask": mask}
+    if config.base_width:
+        require(width > 0, "width", width, "that of the model, with base_width")
+        of_matrices, of_decay = width_factors(width, config.base_width)
+        # Tables count as vectors: they neither decay nor change their rate.
+        mask = jax.tree.map(_is_inner_matrix, axes, is_leaf=_is_axes)
+        by_width = jax.tree.map(lambda inner: of_matrices if inner else 1.0, mask)
+        factors = by_width if factors is None else jax.tree.map(operator.mul, factors, by_width)
+        weight_decay *= of_decay
+    decay = {"weight_decay": weight_decay, "mask": mask}
     adam = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps}
     if config.name == "schedule_free":
         return _schedule_free(config, rate, decay, factors)
@@ -109,10 +156,18 @@ def _optimizer(
     if config.name == "lion":
         lion = optax.lion(rate, b1=config.beta1, b2=config.beta2, **decay)
         return _scaled(lion, factors)
-    if config.name == "adabelief":
+    if config.name == "am_adamw":
+        decays = jax.tree.map(lambda is_decaying: weight_decay * is_decaying, mask)
+        stacked = jax.tree.map(_stacked, axes, is_leaf=_is_axes)
+        # Its weight decay is part of the step that it looks back on.
+        memory = scale_by_adam_memory(config.beta2, config.eps, rate, decays, stacked)
+        return _scaled(optax.chain(memory, optax.scale_by_learning_rate(rate)), factors)
+    if config.name == "am_msgd":
+        scaled = scale_by_memory()
+    elif config.name == "adabelief":
         scaled = optax.scale_by_belief(**adam)
     else:
-        scaled = _muon_and_adam(axes, adam)
+        scaled = _muon_and_adam(axes, adam, config)
     # optax.adabelief takes no weight decay, and optax's muon gives none to what Adam updates.
     with_decay = optax.chain(
         scaled,
@@ -153,8 +208,12 @@ def _scaled(
     return optax.GradientTransformation(tx.init, update)
 
 
-def _muon_and_adam(axes: PyTree, adam: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Muon on matrices, Adam on tables and vectors.
+def _muon_and_adam(
+    axes: PyTree,
+    adam: Mapping[str, Any],
+    config: OptimConfig,
+) -> optax.GradientTransformation:
+    """Muon, or LANTON over it, on matrices, Adam on tables and vectors.
 
     Not optax.contrib.muon: its Adam has Nesterov momentum, and Muon's eps.
     """
@@ -168,9 +227,13 @@ def _muon_and_adam(axes: PyTree, adam: Mapping[str, Any]) -> optax.GradientTrans
             return optax.MaskedNode()
         return Matrices(dimensions[0], dimensions[1], FUSED_GATES.get(axes[-1], "none"))
 
+    held = jax.tree.map(matrices, axes, is_leaf=_is_axes)
+    of_matrices = scale_by_muon(held)
+    if config.name == "lanton":
+        of_matrices = scale_by_lanton(held, config.beta2, config.lanton_alpha)
     return optax.partition(
         {
-            "muon": scale_by_muon(jax.tree.map(matrices, axes, is_leaf=_is_axes)),
+            "muon": of_matrices,
             "adam": optax.scale_by_adam(**adam),
         },
         jax.tree.map(label, axes, is_leaf=_is_axes),
@@ -233,6 +296,16 @@ class _Averaging(NamedTuple):
 def is_matrix(axes: Axes) -> bool:
     """Whether weight decay applies to a parameter with these logical axes."""
     return not MATRIX_AXES.isdisjoint(axes)
+
+
+def _is_inner_matrix(axes: Axes) -> bool:
+    """A matrix that is no table."""
+    return is_matrix(axes) and "embed_vocab" not in axes
+
+
+def _stacked(axes: Axes) -> tuple[int, ...]:
+    """The axes along which a parameter is many tensors."""
+    return tuple(i for i, name in enumerate(axes) if name in STACK_AXES)
 
 
 def muon_dimensions(axes: Axes) -> MuonDimensionNumbers | None:

@@ -25,6 +25,7 @@ from gatedjax.training.flops import (
     train_flops_per_token,
 )
 from gatedjax.training.optim import make_optimizer
+from gatedjax.training.optim_growth import growing
 from gatedjax.training.step import TrainState, init_params, init_state, param_axes
 
 # A vocabulary that the tensor axis divides; the entries past the tokenizer's are never targets.
@@ -102,7 +103,15 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
     trainable.require_names(config, params)
     trained, _ = trainable.split(config, params)
     axes = param_axes(trained)
-    tx = make_optimizer(config.optim, config.train.steps, axes)
+    tx = make_optimizer(
+        config.optim,
+        config.train.steps,
+        axes,
+        width=config.model.width,
+        batch_size=config.train.batch_size,
+    )
+    if config.train.grow_batches:
+        tx = growing(tx)
     make_state = functools.partial(init_state, config, tx)
     shapes = jax.eval_shape(make_state, key)
     shardings = _state_shardings(mesh, params, shapes)

@@ -24,6 +24,7 @@ from gatedjax.layers.moe.statistics import Extent, Statistics, as_part, extent, 
 from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.layers.tree import Path, divided, flatten_dict, unflatten_dict, united
 from gatedjax.model import LanguageModel, head_weights
+from gatedjax.output import to_logits
 from gatedjax.sharding import RULES, parts
 from gatedjax.training import trainable
 from gatedjax.training.losses import (
@@ -31,9 +32,10 @@ from gatedjax.training.losses import (
     chunked_cross_entropy,
     count_correct,
     gathered,
-    training_loss,
 )
 from gatedjax.training.optim import evaluation_params
+from gatedjax.training.optim_refined import L1_NORM
+from gatedjax.training.output_loss import model_loss
 from gatedjax.training.teacher import Teacher, teacher_loss
 from kernels_pallas import dispatch
 
@@ -42,6 +44,11 @@ GUARD_WARMUP = 20
 # The running mean of gradient norms looks back over about this many steps.
 GUARD_MEMORY = 100
 
+
+# Metrics of runs whose batches grow: the sum of the micro-batches' squared gradient norms, and the
+# variance of their sum.
+MICRO_SQUARES = "micro_squares"
+VARIANCE = "gradient_variance"
 
 # A number in the state: an array of shape [], or its shape or sharding in a tree of those.
 Scalar = Any
@@ -157,6 +164,7 @@ def batch_losses(
             mask=mask,
             chunk=_tokens_of_chunk(model),
             by_row=by_row,
+            to_logits=to_logits(model, params),
         )
 
 
@@ -174,8 +182,9 @@ def batch_losses_and_correct(
         targets, mask = _targets(batch, hidden)
         weights = gathered(head_weights(params), hidden)
         inputs = (hidden, weights, targets, mask, chunk)
-        losses = chunked_cross_entropy(*inputs, by_row=True)
-        return losses, count_correct(*inputs), hidden
+        as_logits = to_logits(model, params)
+        losses = chunked_cross_entropy(*inputs, by_row=True, to_logits=as_logits)
+        return losses, count_correct(*inputs, as_logits), hidden
 
 
 def _targets(
@@ -287,10 +296,19 @@ def train_step(
     metrics |= load_metrics(config.model, counts)
     metrics |= {
         "grad_norm": grad_norm,
+        **_l1_norm(config, grads),
+        **_variance(config, metrics, grad_norm),
         "skipped_steps": guard.skipped,
         "skipped_in_a_row": guard.skipped_in_a_row,
     }
     return new, metrics
+
+
+def _l1_norm(config: Config, grads: PyTree) -> dict[str, Array]:
+    """The sum of the gradient's absolute values, where the configuration asks for it."""
+    if not config.optim.record_l1_norm:
+        return {}
+    return {L1_NORM: optax.tree.norm(grads, ord=1)}
 
 
 def _updated_average(
@@ -351,12 +369,39 @@ def _accumulated_gradients(
             counts_of_step = _assignments(config, state, micros)
         loss = _micro_loss(config, state, tokens, whole, counts_of_step, teacher)
         gradient = jax.grad(loss, has_aux=True)
+        if config.train.grow_batches:
+            gradient = _with_square(gradient)
         grads, (metrics, statistics) = _summed(gradient, trained, micros, steps)
     # The parts have added up to the statistics of the step.
     _, of_routers = router_losses(model, statistics)
     metrics |= of_routers
     metrics["tokens"] = tokens
     return grads, metrics, _counts(statistics)
+
+
+def _with_square(
+    gradient: Callable[..., tuple[PyTree, MetricsAndStatistics]],
+) -> Callable[..., tuple[PyTree, MetricsAndStatistics]]:
+    """The same, and among the metrics the square of the gradient's norm."""
+
+    def both(*args: Any) -> tuple[PyTree, MetricsAndStatistics]:
+        grads, (metrics, statistics) = gradient(*args)
+        metrics[MICRO_SQUARES] = optax.tree.norm(grads, squared=True)
+        return grads, (metrics, statistics)
+
+    return both
+
+
+def _variance(config: Config, metrics: dict[str, Array], grad_norm: Array) -> dict[str, Array]:
+    """The variance of the gradient, from m micro-batches' parts g_i of it; their sum is g.
+
+    sum |m g_i - g|^2 / (m (m - 1)), multiplied out.
+    """
+    if MICRO_SQUARES not in metrics:
+        return {}
+    count = config.train.accumulation_steps
+    squares = metrics.pop(MICRO_SQUARES)
+    return {VARIANCE: jnp.maximum(count * squares - grad_norm**2, 0.0) / (count - 1)}
 
 
 def _counts(statistics: Statistics) -> dict[str, Array]:
@@ -474,13 +519,14 @@ def _micro_loss(
             # The name by which a profile, and the table of a compiled step, know this part.
             with jax.named_scope("token_loss"):
                 own_weight = config.train.teacher.cross_entropy
-                token_loss, losses = training_loss(
-                    *_differentiated(hidden, head_weights(params), own_weight),
+                token_loss, losses = model_loss(
+                    config.model,
+                    *_differentiated(params, hidden, own_weight),
                     targets,
                     mask,
                     1.0 / tokens,
                     _tokens_of_chunk(config.model),
-                    config.model.z_loss,
+                    _noise_key(config, state, index),
                 )
         part = extent(jnp.asarray(micro.segment_ids))
         statistics = as_part(statistics, part, whole)
@@ -493,6 +539,7 @@ def _micro_loss(
                 targets,
                 mask,
                 chunk=0,
+                to_logits=to_logits(config.model, params),
             )
             metrics["accuracy"] = jnp.sum(correct) / tokens
         total = token_loss + aux_loss
@@ -512,11 +559,11 @@ def _micro_loss(
     return loss
 
 
-def _differentiated(hidden: Array, weights: Array, weight: float) -> tuple[Array, Array]:
+def _differentiated(params: PyTree, hidden: Array, weight: float) -> tuple[PyTree, Array]:
     """Both as they are; without a gradient where a loss of weight 0 is only measured."""
     if weight:
-        return hidden, weights
-    return jax.lax.stop_gradient(hidden), jax.lax.stop_gradient(weights)
+        return params, hidden
+    return jax.lax.stop_gradient(params), jax.lax.stop_gradient(hidden)
 
 
 def _sparse_layers(model: ModelConfig) -> list[SparseMoEConfig]:
@@ -533,6 +580,26 @@ def _router_key(
     """Fresh noise for every micro-batch; None where no router selects with noise."""
     if not any(ffn.router.selection == "gumbel" for ffn in _sparse_layers(config.model)):
         return None
+    return _key_of_micro_batch(config, state, index)
+
+
+def _noise_key(
+    config: Config,
+    state: TrainState,
+    index: Int[Array, ""],
+) -> Array | None:
+    """The same for the noise of the output; None where it has none."""
+    if config.model.output.kind != "noisy_softmax":
+        return None
+    # Not the routers' numbers.
+    return jax.random.fold_in(_key_of_micro_batch(config, state, index), 1)
+
+
+def _key_of_micro_batch(
+    config: Config,
+    state: TrainState,
+    index: Int[Array, ""],
+) -> Array:
     micro_step = state.step * config.train.accumulation_steps + index
     return jax.random.fold_in(jax.random.key(config.train.seed), micro_step)
 

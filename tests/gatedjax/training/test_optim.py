@@ -47,7 +47,10 @@ from gatedjax.training.step import (
 )
 from gatedjax.training.trainable import FROZEN
 
-OPTIMIZERS = ("adamw", "muon", "lion", "adabelief", "schedule_free")
+OPTIMIZERS = (
+    *("adamw", "muon", "lion", "adabelief", "schedule_free"),
+    *map(slow, ("lanton", "am_msgd", "am_adamw")),
+)
 
 
 def expected_rate(config: OptimConfig, steps: int, count: int) -> float:

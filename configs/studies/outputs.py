@@ -1,0 +1,35 @@
+"""What else than softmax at a model's output does to the loss on text.
+
+    python -m gatedjax.study outputs [--small]
+
+Every kind is evaluated as bits of its own probabilities (`gatedjax/output.py`). The Z-loss and
+SphereFace2 train no probabilities, so theirs say how far from one their scores are; a Fourier head
+takes bytes for places on a line, which they are not.
+"""
+
+from gatedjax.config import from_config_dict
+from gatedjax.study import Cell, Picture, Study
+from gatedjax.study.base import attention, text_config
+
+KINDS = ("softmax", "stablemax", "noisy_softmax", "spherical", "sphereface2", "fourier", "vq")
+
+
+def get_study(small: bool) -> Study:
+    """A cell for each kind."""
+    cells = []
+    for kind in KINDS:
+        c = text_config({"attention": attention()}, 150 if small else 400)
+        c.model.tie_embeddings = False
+        c.model.output.kind = kind
+        c.model.output.frequencies = 64
+        if small:
+            c.model.num_layers = 2
+        cells.append(Cell({"output": kind}, from_config_dict(c)))
+    return Study(
+        title="Bits per byte by the kind of output",
+        cells=tuple(cells),
+        seeds=(0,) if small else (0, 1, 2),
+        measures=("validation", "speed"),
+        columns=("bits_per_byte", "step_ms"),
+        pictures=(Picture("output", "bits_per_byte"),),
+    )

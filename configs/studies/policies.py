@@ -1,0 +1,39 @@
+"""SAPO's gate beside GRPO's clip, where a program checks answers.
+
+    python -m gatedjax.study policies [--small]
+
+arXiv 2511.20347. Policies from scratch reverse a string or add two numbers; the reward is the
+fraction of the answer's tokens that are right. More steps on the answers of a round are further
+off-policy. "solved" is how often the most likely answer is all right, "off_policy" the fraction of
+tokens whose ratio left 1 +- 0.2.
+
+What differs: the paper tunes language models of billions of parameters on mathematics.
+"""
+
+from gatedjax.config import Config
+from gatedjax.study import Cell, Picture, Study
+from gatedjax.study.policy_loop import OBJECTIVES, compare
+
+
+def get_study(small: bool) -> Study:
+    """A cell for each objective, task and number of steps."""
+    cells = []
+    for task in ("reverse",) if small else ("reverse", "add"):
+        for steps in (4,) if small else (1, 4, 16):
+            for objective in OBJECTIVES:
+                labels = {"task": task, "steps": steps, "objective": objective}
+                if task == "add":
+                    labels["length"] = 2
+                if small:
+                    labels["rounds"] = 100
+                else:
+                    labels["rounds"] = 300
+                cells.append(Cell(labels, Config(), trial=compare))
+    return Study(
+        title="Policy gradients on tasks that a program checks",
+        cells=tuple(cells),
+        seeds=(0,) if small else (0, 1, 2),
+        measures=(),
+        columns=("reward", "mean_reward", "solved", "off_policy"),
+        pictures=(Picture("steps", "mean_reward", line="objective", log_x=True),),
+    )

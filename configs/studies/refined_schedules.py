@@ -1,0 +1,35 @@
+"""What a schedule gains that follows the gradient norms of an earlier run.
+
+    python -m gatedjax.study refined_schedules [--small]
+
+arXiv 2310.07831. Each run is made with linear decay to 0, then again with the schedule refined from
+its gradients' sums of absolute values. What differs: AdamW on bytes, for a few hundred steps; the
+paper has ten problems up to language models.
+"""
+
+from gatedjax.config import from_config_dict
+from gatedjax.study import Cell, Study
+from gatedjax.study.base import attention, text_config
+from gatedjax.study.refinement import refine
+
+RATES = (1e-3, 3e-3, 1e-2)
+
+
+def get_study(small: bool) -> Study:
+    """A cell for each rate."""
+    cells = []
+    for lr in (3e-3,) if small else RATES:
+        steps = 150 if small else 400
+        c = text_config({"attention": attention()}, steps)
+        c.optim.lr = lr
+        if small:
+            c.model.num_layers = 2
+        labels = {"lr": lr, "steps": steps}
+        cells.append(Cell(labels, from_config_dict(c), trial=refine))
+    return Study(
+        title="Linear decay, and a schedule refined from its run",
+        cells=tuple(cells),
+        seeds=(0, 1) if small else (0, 1, 2),
+        measures=(),
+        columns=("linear", "refined", "gained"),
+    )

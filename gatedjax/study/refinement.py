@@ -1,0 +1,47 @@
+"""A trial of refined schedules: a run with linear decay, then one along its gradient norms."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+
+from gatedjax.study.cell import seeded, train
+from gatedjax.study.grid import Cell
+from gatedjax.study.measures import validation
+from gatedjax.study.trained import Trained
+from gatedjax.training.optim_refined import L1_NORM, L2_NORM, METRICS_FILE
+
+
+def refine(cell: Cell, seed: int) -> dict[str, float]:
+    """The cell's run with linear decay to 0; then the same with the schedule refined from it.
+
+    Returns:
+      bits_per_byte of both ("linear", "refined"), and what was gained.
+    """
+    cell = seeded(cell, seed)
+    linear = _with_schedule(cell, schedule="linear", final_lr_fraction=0.0, record_l1_norm=True)
+    before = train(linear, read_every=1)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [json.dumps(_norms(step, read)) for step, read in before.history]
+        (Path(folder) / METRICS_FILE).write_text("\n".join(lines), encoding="utf-8")
+        changes = {"schedule": "refined", "refined_from": folder, "warmup_steps": 0}
+        after = train(_with_schedule(cell, **changes))
+    values = {"linear": _bits(before), "refined": _bits(after)}
+    values["gained"] = values["linear"] - values["refined"]
+    return values
+
+
+def _with_schedule(cell: Cell, **changes: object) -> Cell:
+    optim = dataclasses.replace(cell.config.optim, **changes)
+    return dataclasses.replace(cell, config=dataclasses.replace(cell.config, optim=optim))
+
+
+def _norms(step: int, read: dict[str, float]) -> dict[str, float]:
+    return {"step": step, L1_NORM: read[L1_NORM], L2_NORM: read[L2_NORM]}
+
+
+def _bits(trained: Trained) -> float:
+    with jax.set_mesh(trained.run.mesh):
+        return validation(trained)["bits_per_byte"]

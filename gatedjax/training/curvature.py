@@ -1,0 +1,79 @@
+"""The largest eigenvalue of a loss's Hessian by Lanczos, from products with vectors alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Float, PRNGKeyArray, PyTree
+
+# A new direction that is shorter than this part of the last one is rounding: the space is used up.
+LEAST_RESIDUAL = 1e-6
+
+
+def largest_eigenvalue(
+    loss: Callable[[PyTree], Float[Array, ""]],
+    params: PyTree,
+    key: PRNGKeyArray,
+    iterations: int = 20,
+) -> float:
+    """Of the Hessian of `loss` at `params`.
+
+    Args:
+      loss: a function of the parameters, differentiable twice.
+      params: where.
+      key: of the first vector.
+      iterations: products with the Hessian; each costs about two gradients.
+    """
+    flat, unravel = ravel_pytree(params)
+
+    def of_flat(flat: Array) -> Array:
+        return loss(unravel(flat))
+
+    @jax.jit
+    def product(flat: Array, vector: Array) -> Array:
+        return jax.jvp(jax.grad(of_flat), (flat,), (vector,))[1]
+
+    start = jax.random.normal(key, flat.shape, flat.dtype)
+    values = lanczos(lambda vector: product(flat, vector), start, iterations)
+    return float(values[-1])
+
+
+def lanczos(
+    product: Callable[[Any], Any],
+    start: Float[Array, " N"],
+    iterations: int,
+) -> Float[np.ndarray, " k"]:
+    """Ritz values of a symmetric matrix, ascending: the outermost are its eigenvalues first.
+
+    Every direction is made orthogonal to all before it, twice: in float32 the three-term recurrence
+    alone finds the largest eigenvalue again and again.
+
+    Args:
+      product: the matrix times a vector.
+      start: any vector that is not 0.
+      iterations: at most so many products.
+    """
+    vector = start / jnp.linalg.norm(start)
+    basis = [vector]
+    diagonal = []
+    beside = []
+    while True:
+        moved = product(basis[-1])
+        diagonal.append(float(jnp.vdot(basis[-1], moved)))
+        if len(diagonal) == iterations:
+            break
+        length = float(jnp.linalg.norm(moved))
+        before = jnp.stack(basis)
+        for _ in range(2):
+            moved = moved - before.T @ (before @ moved)
+        residual = float(jnp.linalg.norm(moved))
+        if residual <= LEAST_RESIDUAL * length:
+            break
+        beside.append(residual)
+        basis.append(moved / residual)
+    matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    return np.linalg.eigvalsh(matrix)
