@@ -177,7 +177,8 @@ def with_loads(scalars: Sequence[prefetch.Steering], config: Config) -> list[pre
 
     def with_sizes(name: str, values: list[np.ndarray | None]) -> prefetch.Steering:
         # Both ops have one steering operand, the sizes.
-        if name.startswith(("expert_mlp", "grouped_matmul")) and values == [None]:
+        are_unknown = len(values) == 1 and values[0] is None
+        if are_unknown and name.startswith(("expert_mlp", "grouped_matmul")):
             return name, [sizes]
         return name, values
 

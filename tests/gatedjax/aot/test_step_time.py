@@ -1,11 +1,15 @@
 """The parts of a replayed step: told apart by the names in its compiled text."""
 
+import re
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from gatedjax.aot import hlo, parse_slice, step_time, target
 from gatedjax.aot.schedule import Called, ProgramRun
-from gatedjax.aot.step import compile_step
-from gatedjax.config import Config
+from gatedjax.aot.step import compile_step, expert_loads, with_loads
+from gatedjax.config import Config, DataConfig, ModelConfig, SparseMoEConfig, TrainConfig
 from gatedjax.errors import InputError
 
 FORWARD = "jit(train_step)/jvp(LanguageModel)/while/body"
@@ -35,6 +39,9 @@ TEXT = "\n".join(
         instruction("norm.4", SUM, f"{BACKWARD}/periods/layer_0/mixer_norm/mul"),
         instruction("logits.5", MATMUL, "jit(train_step)/jvp(token_loss)/while/body/dot_general"),
         instruction("new.6", SUM, "jit(train_step)/update/add"),
+        instruction("stacked.7", SUM, f"{FORWARD}/dynamic_update_slice"),
+        instruction("rows.8", SUM, "jit(train_step)/jvp(LanguageModel)/_embedded/gather"),
+        instruction("added.9", SUM, f"{FORWARD}/periods/layer_0/add"),
         "}",
     ]
 )
@@ -45,32 +52,125 @@ PARTS = {
     "norm.4": ("norms", "backward"),
     "logits.5": ("loss: matrices", "forward"),
     "new.6": ("optimizer and gradient norm", "forward"),
+    "stacked.7": ("loading and saving between layers", "forward"),
+    "rows.8": ("embedding", "forward"),
+    "added.9": ("other", "forward"),
 }
+CHIP = target("tpu:v5p")
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_parts_and_passes(name):
-    found = hlo.instructions(TEXT)[name]
-    assert (step_time.part(found), step_time.which_pass(found)) == PARTS[name]
+def found_parts() -> dict[str, tuple[str, str]]:
+    known = hlo.instructions(TEXT)
+    return {
+        name: (step_time.part(known[name]), step_time.which_pass(known[name])) for name in PARTS
+    }
+
+
+def table() -> list[str]:
+    """Of a step whose HLOs take a second each, one of them unheard of, and a second between them.
+
+    The model's FLOPs take half of it at the peak; each HLO moves a GiB on each of two cores.
+    """
+    second = round(CHIP.clock_hz)
+    called = {name: Called(calls=1, cycles=second, hbm_bytes=2**30) for name in (*PARTS, "new.10")}
+    seconds = len(called) + 1
+    program = ProgramRun(
+        cycles=seconds * second,
+        hbm_bytes=len(called) * 2**30,
+        called=called,
+        missing=("gather.11",),
+        unknown_branches=0,
+    )
+    parts = step_time.times_by_part(program, TEXT, CHIP)
+    flops = seconds / 2 * CHIP.peak_flops
+    return step_time.lines(step_time.StepTime(program, parts, model_flops=flops, chip=CHIP))
+
+
+EXPECTED = {
+    name: ["1000.00", "9.1%", "1000.00", "0.00", "0.00", "2.0", "GiB"]
+    for name in (
+        "feed-forward: matrices",
+        "mixer: kernels",
+        "loss: matrices",
+        "optimizer and gradient norm",
+        "loading and saving between layers",
+        "embedding",
+        "other",
+        "what XLA added",
+    )
+}
+EXPECTED["mixer: the rest"] = ["1000.00", "9.1%", "0.00", "0.00", "1000.00", "2.0", "GiB"]
+EXPECTED["norms"] = ["1000.00", "9.1%", "0.00", "1000.00", "0.00", "2.0", "GiB"]
+EXPECTED["less than 0.4 % each"] = ["0.00", "0.0%", "0.00", "0.00", "0.00", "0", "B"]
+EXPECTED["between the parts"] = ["1000.00", "9.1%", "1000.00", "0.00", "0.00", "0", "B"]
+
+
+def check_table(lines: list[str]) -> None:
+    assert "11000.00 ms a step" in lines[0] and "utilization 50.0%; HBM 20.0 GiB" in lines[0]
+    assert lines[-1].endswith("gather.11")
+    rows = {}
+    for line in lines[3:-1]:
+        words = line.split()
+        rows[" ".join(words[:-7])] = words[-7:]
+    assert rows == EXPECTED
+
+
+def test_parts_and_passes():
+    assert found_parts() == PARTS
 
 
 def test_the_table_adds_up():
-    chip = target("tpu:v5p")
-    second = round(chip.clock_hz)
-    called = {name: Called(calls=1, cycles=second, hbm_bytes=1) for name in PARTS}
-    called["unheard.7"] = Called(calls=1, cycles=second)
-    program = ProgramRun(
-        cycles=8 * second, hbm_bytes=6, called=called, missing=("gather.8",), unknown_branches=0
+    check_table(table())
+
+
+def no_repetition(instruction: hlo.Instruction) -> str:
+    return "backward" if "transpose(" in instruction.op_name else "forward"
+
+
+def one_core(name: str, called: Called, chip: object) -> step_time.PartTime:
+    return step_time.PartTime(**{name: called.cycles / CHIP.clock_hz}, hbm_bytes=called.hbm_bytes)
+
+
+def without_pattern(pattern: str):
+    """`re.search` that does not find what has this in its pattern."""
+    return SimpleNamespace(search=lambda p, text: None if pattern in p else re.search(p, text))
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("which_pass", no_repetition),
+        ("which_pass", lambda instruction: "forward"),
+        ("_time", one_core),
+        ("_SMALL", 0.2),
+        *[("re", without_pattern(p)) for p in ("token_loss", "update", "dynamic", "norm", "layer")],
+        ("hlo", SimpleNamespace(instructions=lambda text: {})),
+    ],
+)
+def test_a_planted_error_is_seen(name, wrong, monkeypatch):
+    monkeypatch.setattr(step_time, name, wrong)
+    with pytest.raises(AssertionError):
+        check_table(table())
+
+
+def test_loads_of_experts():
+    """All rows, about a fifth from even; the kernels that no trace knows them of, and no other."""
+    loads = expert_loads(32_768, 16)
+    assert loads.sum() == 32_768 and 0.1 < loads.std() / loads.mean() < 0.3
+    known = np.arange(16)
+    traced = [("expert_mlp_down", [None]), ("grouped_matmul_dlhs", [known]), ("attention", [None])]
+    layer = SparseMoEConfig(num_experts=16, experts_per_token=2, hidden=128)
+    config = Config(
+        model=ModelConfig(ffns={"moe": layer}, ffn_pattern=("moe",)),
+        train=TrainConfig(batch_size=4),
+        data=DataConfig(seq_len=4096),
     )
-    parts = step_time.times_by_part(program, TEXT, chip)
-    assert sum(time.seconds for time in parts.values()) == pytest.approx(7)
-    assert parts["mixer: the rest"].repeated == pytest.approx(1)
-    time = step_time.StepTime(program, parts, model_flops=4 * chip.peak_flops, chip=chip)
-    lines = step_time.lines(time)
-    assert "8000.00 ms a step" in lines[0] and "utilization 50.0%" in lines[0]
-    assert lines[-1].endswith("gather.8")
-    [between] = [line for line in lines if line.startswith("between the parts")]
-    assert between.split()[3] == "1000.00"
+    names = [name for name, _ in traced]
+    found = with_loads(traced, config)
+    assert [name for name, _ in found] == names
+    np.testing.assert_array_equal(found[0][1][0], loads)
+    assert found[1][1][0] is known and found[2][1] == [None]
+    assert with_loads(traced, Config()) == traced
 
 
 def test_the_time_of_several_chips_is_refused():

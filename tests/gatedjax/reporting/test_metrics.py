@@ -15,12 +15,14 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from gatedjax.config import ModelConfig, SparseMoEConfig
 from gatedjax.errors import InputError
 from gatedjax.reporting import console as live
 from gatedjax.reporting import writers as metrics
 from gatedjax.reporting.console import Console, format_duration, format_si, format_step, say
 from gatedjax.reporting.curves import draw, loss_curve, plot_run
 from gatedjax.reporting.figure import moving_mean
+from gatedjax.reporting.step_log import drops_unasked, no_room
 from gatedjax.reporting.throughput import Throughput
 from gatedjax.reporting.trackers import TRACKERS
 from gatedjax.reporting.writers import Jsonl, TensorBoard, Writers, make_writers, read_records
@@ -426,3 +428,22 @@ def test_picture_without_records_or_matplotlib_says_what_to_do(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r"pip install gatedjax\[plots\]"):
         plot_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed, tells",
+    [
+        ({}, True),
+        (dict(exchange_factor=2.0), False),
+        (dict(capacity_factor=1.0), False),
+        (dict(bias=True), False),
+        (dict(exchange="all_to_all"), False),
+    ],
+)
+def test_who_is_told_that_rows_were_dropped(changed, tells):
+    """Where only the default room of a ragged exchange can have dropped them."""
+    values = dict(num_experts=8, hidden=16, exchange="ragged_all_to_all") | changed
+    model = ModelConfig(ffns={"moe": SparseMoEConfig(**values)}, ffn_pattern=("moe",))
+    assert drops_unasked(model) == tells
+    assert not drops_unasked(ModelConfig())
+    assert no_room(7, 0.0123).startswith("step 7: 1.23% of the assignments to experts were dropped")
