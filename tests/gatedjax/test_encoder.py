@@ -29,6 +29,7 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.errors import InputError
+from gatedjax.layers.conv import centered_conv
 from gatedjax.layers.patches import PatchEmbedding, image_info, pooled, sines_and_cosines
 from gatedjax.model import LanguageModel, head_weights, init_caches
 from gatedjax.training.losses import count_correct
@@ -222,7 +223,7 @@ def test_positions_tell_patches_apart_and_nothing_else_does(encoder):
 
 
 def test_an_encoder_decodes_nothing():
-    with pytest.raises(ValueError, match="config.task: got 'classify', expected 'lm'"):
+    with pytest.raises(ValueError, match=r"config.task: got 'classify', expected 'lm'"):
         init_caches(SMALL, 1, 8)
 
 
@@ -242,3 +243,32 @@ def test_correct_predictions_are_counted(chunk):
     mask = np.array([[1, 1, 1, 0, 2], [0, 0, 1, 1, 1]], np.float32)
     found = count_correct(hidden, weights, targets, mask, chunk)
     np.testing.assert_allclose(found, [3.0, 3.0])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_a_centered_convolution_sees_both_sides_of_its_document(width):
+    """Values, and gradients by the transposed sum."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 6, 3))
+    kernel = rng.normal(size=(width, 3))
+    bias = rng.normal(size=3)
+    segment_ids = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    dy = rng.normal(size=x.shape)
+    expected = np.zeros_like(x) + bias
+    dx = np.zeros_like(x)
+    dkernel = np.zeros_like(kernel)
+    for b, t, w in np.ndindex(2, 6, width):
+        source = t - (width - 1) // 2 + w
+        if 0 <= source < 6 and segment_ids[b, source] == segment_ids[b, t]:
+            expected[b, t] += kernel[w] * x[b, source]
+            dx[b, source] += kernel[w] * dy[b, t]
+            dkernel[w] += x[b, source] * dy[b, t]
+    y, transposed = jax.vjp(
+        lambda x, kernel: centered_conv(x, kernel, segment_ids, bias),
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(kernel, jnp.float32),
+    )
+    of_x, of_kernel = transposed(jnp.asarray(dy, jnp.float32))
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(of_x, dx, atol=1e-5)
+    np.testing.assert_allclose(of_kernel, dkernel, atol=1e-5)
