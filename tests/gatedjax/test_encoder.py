@@ -254,7 +254,7 @@ def test_a_centered_convolution_sees_both_sides_of_its_document(width):
     x = rng.normal(size=(2, 6, 3))
     kernel = rng.normal(size=(width, 3))
     bias = rng.normal(size=3)
-    segment_ids = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    segment_ids = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32)
     dy = rng.normal(size=x.shape)
     expected = np.zeros_like(x) + bias
     dx = np.zeros_like(x)
