@@ -45,6 +45,7 @@ def get_config(experts: str = "none"):
         "experts": EXPERTS[experts],
     }
     c.model.ffn_pattern = ("mlp", "experts")
+    c.model.init_std = 0.05
     c.model.scan_layers = False
     c.model.dtype = "float32"  # CPUs have no fast bfloat16
 

@@ -342,7 +342,7 @@ def _accumulated_gradients(
     config: Config,
     state: TrainState,
     batch: Batch,
-    teacher: Teacher | None,
+    teacher: Teacher | None = None,
 ) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
     """Over micro-batches: gradients of the whole batch's loss, its metrics, counts of experts.
 
