@@ -2,6 +2,8 @@
 
 from flax.core import FrozenDict
 
+from gatedjax.config.bidirectional import BidirectionalLinearAttentionConfig
+from gatedjax.config.kalmanet import KalmaNetConfig
 from gatedjax.config.layers import (
     FEED_FORWARDS,
     MIXERS,
@@ -48,6 +50,7 @@ from gatedjax.config.run import (
 __all__ = [
     "FEED_FORWARDS",
     "MIXERS",
+    "BidirectionalLinearAttentionConfig",
     "BlockConfig",
     "Config",
     "DataConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "KalmaNetConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",

@@ -226,14 +226,14 @@ class ModelConfig(Checked):
                 "by_depth",
                 "as many heads and channels in all layers that have it",
             )
-            if isinstance(block.mixer, GatedAttentionConfig):
-                reason = block.mixer.not_causal
-                require(
-                    reason is None,
-                    f"mixers.{self._mixer_name(block.layers[0])}",
-                    reason,
-                    "a causal mixer: this model predicts the next token",
-                )
+            # Most mixers are causal however they are configured, and do not speak of it.
+            reason = getattr(block.mixer, "not_causal", None)
+            require(
+                reason is None,
+                f"mixers.{self._mixer_name(block.layers[0])}",
+                reason,
+                "a causal mixer: this model predicts the next token",
+            )
             if isinstance(block.mixer, RWKV7Config):
                 require(
                     block.mixer.width == self.width,

@@ -7,9 +7,11 @@ import and a line below, its dataclass in `config/layers.py` (CONTRIBUTING.md do
 
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
+from gatedjax.layers.bidirectional_linear_attention import BidirectionalLinearAttention
 from gatedjax.layers.channel_mix import RWKV7ChannelMix
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
+from gatedjax.layers.kalmanet import KalmaNet
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mamba2 import Mamba2
 from gatedjax.layers.mla import MLA
@@ -29,6 +31,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "delta_attention": DeltaAttention,
     "mamba2": Mamba2,
     "rwkv7": RWKV7,
+    "kalmanet": KalmaNet,
+    "bidirectional_linear_attention": BidirectionalLinearAttention,
     "no_mixer": NoMixer,
 }
 FEED_FORWARDS: dict[str, type[FeedForward]] = {
@@ -47,11 +51,13 @@ __all__ = [
     "MLA",
     "MLP",
     "RWKV7",
+    "BidirectionalLinearAttention",
     "DeltaAttention",
     "FeedForward",
     "GatedAttention",
     "GatedLinearAttention",
     "GatedMLP",
+    "KalmaNet",
     "LoRAMixture",
     "Mamba2",
     "Mixer",
