@@ -3,6 +3,8 @@
 Linear attention looks everywhere alike; each of the papers adds a term for what is near.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -49,17 +51,15 @@ def _conv_1d(x: Array, kernel: Array, segment_ids: Array | None) -> Array:
     T = x.shape[1]
     sides = (width // 2, width - 1 - width // 2)
     padded = jnp.pad(x, ((0, 0), sides, (0, 0)))
-    padded_ids = None
-    if segment_ids is not None:
-        # No document has a negative id.
-        padded_ids = jnp.pad(segment_ids, ((0, 0), sides), constant_values=-1)
+    if segment_ids is None:
+        segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
+    # Beyond the edges is another document: none has a negative id.
+    padded_ids = jnp.pad(segment_ids, ((0, 0), sides), constant_values=-1)
     y = jnp.zeros_like(x)
     for w in range(width):
-        neighbors = padded[:, w : w + T]
-        if padded_ids is not None:
-            is_same = jnp.equal(padded_ids[:, w : w + T], segment_ids)
-            # Selected before it is multiplied, so that nothing of another document gets through.
-            neighbors = jnp.where(is_same[..., None], neighbors, 0)
+        is_same: Any = padded_ids[:, w : w + T] == segment_ids
+        # Selected before it is multiplied, so that nothing of another document gets through.
+        neighbors = jnp.where(is_same[..., None], padded[:, w : w + T], 0)
         y = y + neighbors * kernel[:, w, None]
     return y
 
