@@ -25,7 +25,7 @@ from gatedjax.evaluation.completions import Prompt, Stops, completions
 from gatedjax.evaluation.filters import Sampling
 from gatedjax.evaluation.prompt_files import PromptLine, completed_line, read_prompts
 from gatedjax.evaluation.prompt_text import as_text, start_of_text
-from gatedjax.evaluation.restore import restore_params
+from gatedjax.evaluation.restore import require_language_model, restore_params
 from gatedjax.evaluation.sampling import Decoder, checked_sampling, pieces_of_text
 from gatedjax.evaluation.text_stream import TextUntil
 from gatedjax.paths import Place, expand
@@ -129,6 +129,7 @@ def restored_model(checkpoint: Place, needs_chat: bool) -> Model:
     """
     with large_blocks_given_back():
         restored_run, params, _ = restore_params(checkpoint, trust_paths=_TRUST.value)
+    require_language_model(restored_run)
     data = restored_run.config.data
     tokenizer = load_tokenizer(data.tokenizer, data.end_of_document)
     chat = None

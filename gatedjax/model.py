@@ -1,4 +1,4 @@
-"""The language model: embed -> layers -> norm -> logits.
+"""The language model: embed -> layers -> norm -> logits; and the encoder, of the same layers.
 
 Its layers are those of the prefix, a scan over periods of the layer pattern, those of the suffix
 (`ModelConfig.blocks`).
@@ -36,6 +36,7 @@ from gatedjax.layers.linear_attention import rising_floors
 from gatedjax.layers.low_rank import low_rank_updates
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.parameters import parameter
+from gatedjax.layers.patches import PatchEmbedding, image_info, pooled
 from gatedjax.layers.projection import OUT_NAME as PROJECTION_NAME
 from gatedjax.layers.token_info import (
     History,
@@ -161,6 +162,9 @@ def _through(
 class LanguageModel(nn.Module):
     """A decoder-only language model with any pattern of mixers and feed-forwards.
 
+    With `ModelConfig.task` masked_lm or classify an encoder, whose tokens see each other in both
+    directions.
+
     without_experts: low-rank experts whose weights a first pass would give add nothing: this is
       that pass.
     training: experts with a capacity drop what is beyond it, as in a train step.
@@ -177,6 +181,7 @@ class LanguageModel(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         caches: Caches | None = None,
+        patches: Float[Array, "B T P"] | None = None,
     ) -> tuple[Stream, Caches | None, dict[str, dict[str, Array]]]:
         """The hidden states of every token; `logits` turns them into those of the next token.
 
@@ -194,10 +199,11 @@ class LanguageModel(nn.Module):
           segment_ids: the document of each token, 0 for padding; None where a row is one document,
             or goes on with the last one of the caches.
           caches: of the tokens before.
+          patches: of images, for task classify: tokens, positions and documents then say nothing.
 
         Returns:
-          The normed hidden states, the caches, and the statistics of sparse layers by block,
-          stacked over the block's layers.
+          The normed hidden states (of an image one, `patches.pooled`), the caches, and the
+          statistics of sparse layers by block, stacked over the block's layers.
 
         Raises:
           ValueError: caches without room for the tokens, where their number is known; in a compiled
@@ -205,6 +211,8 @@ class LanguageModel(nn.Module):
             with caches, for a mixer that does not take them.
         """
         c = self.config
+        if c.task == "classify":
+            return self._image_states(tokens, patches)
         before = None
         if caches is not None:
             before = caches.history
@@ -236,6 +244,36 @@ class LanguageModel(nn.Module):
         if after is not None:
             caches = Caches(after, layer_caches, first_pass_caches)
         return x, caches, statistics
+
+    def _image_states(
+        self,
+        tokens: Int[Array, "B T"],
+        patches: Float[Array, "B T P"] | None,
+    ) -> tuple[Float[Array, "B 1 M"], None, dict[str, dict[str, Array]]]:
+        """What is classified of each image, no caches, and the statistics."""
+        c = self.config
+        if patches is None:
+            raise ValueError("patches: got None, expected those of images: task is 'classify'")
+        embed = PatchEmbedding(c.patches, c.width, c.init_std, c.dtype, name="patches")
+        x = nn.with_logical_constraint(embed(patches), STREAM_AXES)
+        self._table("head")
+        if c.embedding_norm:
+            x = stream_norm(c, "embedding_norm")(x)
+        carry = (x, self._first_router_logits(tokens), self._first_depth(x))
+        with low_rank_updates(c.lora):
+            (x, _, _), _, statistics = self._layers(carry, image_info(c.patches, x), None, None)
+        return pooled(c.patches, stream_norm(c, "final_norm")(x)), None, statistics
+
+    def _table(self, name: str) -> Float[Array, "X M"]:
+        """A vector for each token of the vocabulary, or for each class."""
+        c = self.config
+        return parameter(
+            self,
+            name,
+            axes=TABLE_AXES,
+            shape=(c.vocab_size, c.width),
+            init=nn.initializers.normal(c.init_std),
+        )
 
     def _layers(
         self,
@@ -291,23 +329,9 @@ class LanguageModel(nn.Module):
         The head is made here too, where it is another matrix.
         """
         c = self.config
-        shape = (c.vocab_size, c.width)
-        init = nn.initializers.normal(c.init_std)
-        table = parameter(
-            self,
-            "embedding",
-            axes=TABLE_AXES,
-            shape=shape,
-            init=init,
-        )
-        if not c.tie_embeddings:
-            parameter(
-                self,
-                "head",
-                axes=TABLE_AXES,
-                shape=shape,
-                init=init,
-            )
+        table = self._table("embedding")
+        if c.has_head:
+            self._table("head")
         return nn.with_logical_constraint(self._rows(table, tokens, segment_ids), STREAM_AXES)
 
     def _rows(
@@ -438,7 +462,13 @@ def init_caches(
     batch: int,
     length: int,
 ) -> Caches:
-    """Empty caches for `length` tokens of `batch` rows."""
+    """Empty caches for `length` tokens of `batch` rows.
+
+    Raises:
+      ValueError: the model is an encoder.
+    """
+    if config.task != "lm":
+        raise ValueError(f"config.task: got {config.task!r}, expected 'lm': encoders need no cache")
     caches = Caches(empty_history(batch), _layer_caches(config, batch, length))
     if config.first_pass is None:
         return caches

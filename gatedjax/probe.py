@@ -70,6 +70,11 @@ def main(_) -> None:
             trust_paths=_TRUST.value,
             mesh=fitting_mesh(checkpoint),
         )
+    if run.config.model.task != "lm":
+        raise InputError(
+            f"--checkpoint: got a run of model.task {run.config.model.task!r}, expected 'lm': "
+            "eval.py --probes draws what an encoder does"
+        )
     data = run.config.data
     tokenizer = load_tokenizer(data.tokenizer, data.end_of_document)
     batch = rows_of_texts(

@@ -42,6 +42,7 @@ RULES = (
     ("length", "context"),
     ("embed_act", None),
     ("embed", ("fsdp", "context")),
+    ("patch", None),
     ("mlp", "tensor"),
     ("mlp_bias", "tensor"),
     ("heads", "tensor"),
@@ -227,11 +228,11 @@ def global_batch(
     def put(a: np.ndarray) -> Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            rows, columns = index
+            rows, *others = index
             start, stop, _ = rows.indices(batch_size)
             # The rows of one device are neighbors; `a` holds them from `first` on.
             first = bisect.bisect_left(mine, start)
-            return a[first : first + stop - start, columns]
+            return a[(slice(first, first + stop - start), *others)]
 
         # Each device asks for its part of the global shape: nothing is left to guess from the
         # number of processes.

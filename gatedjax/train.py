@@ -1,4 +1,4 @@
-"""Trains a gated language model.
+"""Trains a gated language model, or an encoder.
 
     python train.py --config=configs/tiny.py [--workdir=runs/tiny] [--config.optim.lr=3e-4 ...]
 
@@ -25,6 +25,7 @@ from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, valida
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import ExplodedError, InputError, TrainingError, printable
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
+from gatedjax.evaluation.encoder import EncoderValidation
 from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
 from gatedjax.files import require_utf8
@@ -136,7 +137,7 @@ def main(_) -> None:
             with jax.set_mesh(run.mesh):
                 sample(run, state, tokenizer)
             if jax.process_index() == 0:
-                draw_curves(files, config.data)
+                draw_curves(files, config)
     if state is None and stop.obeyed == signal.SIGINT:
         sys.exit(cli.EXIT_INTERRUPTED)
 
@@ -378,8 +379,9 @@ def loop(
         batch_size=settings.batch_size,
         rows=sharding.my_rows(run.mesh, settings.batch_size),
         seed=run.config.data.seed,
+        model=run.config.model,
     )
-    validation = Validation(run, settings.eval_batches)
+    validation = validation_of(run)
     as_compiled = unrolling.by_the_rule(run.config, run.mesh)
     train_step = jit_train_step(as_compiled, run.tx, run.shardings)
     stream = batches(dataset, position.row, position.places)
@@ -414,8 +416,28 @@ def loop(
     return state, True
 
 
-def evaluate(step: int, state: TrainState, validation: Validation, log: StepLog) -> None:
-    """The loss on validation text and, with --probes, what the layers do."""
+def validation_of(run: Run) -> Validation | EncoderValidation:
+    """What measures the model on what was held out."""
+    count = run.config.train.eval_batches
+    if run.config.model.task == "lm":
+        return Validation(run, count)
+    return EncoderValidation(run, count)
+
+
+def evaluate(
+    step: int,
+    state: TrainState,
+    validation: Validation | EncoderValidation,
+    log: StepLog,
+) -> None:
+    """The loss on what was held out and, with --probes, what the layers do.
+
+    Args:
+      step: the last one.
+      state: after it.
+      validation: measures the model.
+      log: where the numbers go.
+    """
     with log.evaluating(step):
         params = params_for_evaluation(state)
         log.validation(step, validation(params))
@@ -431,8 +453,8 @@ def say_resumed(run: Run, restored: Restored) -> None:
 
 
 def sample(run: Run, state: TrainState, tokenizer: Tokenizer) -> None:
-    """A piece of text from the trained model, unless `sample_tokens` is 0."""
-    if not run.config.train.sample_tokens:
+    """A piece of text from the trained model, unless `sample_tokens` is 0 or it is an encoder."""
+    if not run.config.train.sample_tokens or run.config.model.task != "lm":
         return
     prompt = run.config.train.sample_prompt
     say(f"--- sample, temperature 0.8, prompt {prompt!r}")
@@ -446,13 +468,15 @@ def sample(run: Run, state: TrainState, tokenizer: Tokenizer) -> None:
     say(prompt + "".join(pieces) + "\n---")
 
 
-def draw_curves(files: Mirror, data: DataConfig) -> None:
+def draw_curves(files: Mirror, config: Config) -> None:
     """The picture of the run.
 
     A finished training does not fail for want of matplotlib, or of its sources.
     """
     try:
-        compressors = bits_per_byte_of_compressors(validation_text(data))
+        compressors = {}
+        if config.model.task == "lm":
+            compressors = bits_per_byte_of_compressors(validation_text(config.data))
         say(f"curves: {files.shown(str(plot_run(files.folder, compressors)))}")
     except InputError as error:
         say(f"no picture: {error}")

@@ -169,6 +169,10 @@ def abstract_batch(run: Run) -> Batch:
     # A tree with the structure of a batch, and shapes where a batch has arrays.
     fields: dict[str, Any] = {f.name: integers for f in dataclasses.fields(Batch)}
     fields["loss_mask"] = floats
+    fields["patches"] = None
+    if run.config.model.task == "classify":
+        of_patches = (*shape, run.config.model.patches.size)
+        fields["patches"] = jax.ShapeDtypeStruct(of_patches, jnp.float32, sharding=placed)
     return Batch(**fields)
 
 

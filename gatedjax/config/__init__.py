@@ -2,7 +2,8 @@
 
 from flax.core import FrozenDict
 
-from gatedjax.config.bidirectional import BidirectionalLinearAttentionConfig
+from gatedjax.config.bidirectional import BIDIRECTIONAL, BidirectionalLinearAttentionConfig
+from gatedjax.config.encoder import ImageConfig, MaskingConfig, PatchConfig, Task
 from gatedjax.config.kalmanet import KalmaNetConfig
 from gatedjax.config.layers import (
     FEED_FORWARDS,
@@ -38,6 +39,8 @@ from gatedjax.config.parse import (
 )
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.run import (
+    IMAGE_KINDS,
+    WITHOUT_PATH,
     Config,
     DataConfig,
     MeshConfig,
@@ -48,8 +51,11 @@ from gatedjax.config.run import (
 )
 
 __all__ = [
+    "BIDIRECTIONAL",
     "FEED_FORWARDS",
+    "IMAGE_KINDS",
     "MIXERS",
+    "WITHOUT_PATH",
     "BidirectionalLinearAttentionConfig",
     "BlockConfig",
     "Config",
@@ -61,12 +67,14 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "ImageConfig",
     "KalmaNetConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",
     "MLAConfig",
     "MLPConfig",
     "Mamba2Config",
+    "MaskingConfig",
     "MeshConfig",
     "MixerConfig",
     "ModelConfig",
@@ -74,6 +82,7 @@ __all__ = [
     "NoMixerConfig",
     "NormPlacement",
     "OptimConfig",
+    "PatchConfig",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",
     "Remat",
@@ -82,6 +91,7 @@ __all__ = [
     "SourceConfig",
     "SparseMoEConfig",
     "StreamConfig",
+    "Task",
     "TrainConfig",
     "config_dict",
     "differing_keys",

@@ -24,8 +24,8 @@ class BidirectionalLinearAttentionConfig(Checked):
     # channels per head
     key_dim: Size = 32
     value_dim: Size = 32
-    # Height and width of the image whose patches the last tokens are, row by row; () for a
-    # sequence.
+    # Height and width of the image whose patches the last tokens are, row by row. (): as the patches
+    # of the model lie, or a sequence.
     grid: tuple[Size, ...] = ()
     # Tokens that there are parameters for: of a gate or a bias of every position.
     length: Count | None = None
@@ -94,6 +94,8 @@ class BidirectionalLinearAttentionConfig(Checked):
         self._check_positions()
         self._check_local()
 
+    only_causal = None
+
     @property
     def not_causal(self) -> str:
         """Why a causal model cannot have this mixer."""
@@ -117,12 +119,6 @@ class BidirectionalLinearAttentionConfig(Checked):
         }
         for name, is_plain in plain.items():
             require(is_plain, name, getattr(self, name), f"none of it with form {self.form!r}")
-        is_grid = self.form != "manhattan" or bool(self.grid)
-        require(is_grid, "grid", self.grid, "a height and a width with form 'manhattan'")
-        if self.form == "gaussian":
-            sides = self.grid or (self.landmark_size,)
-            fits = all(side % self.landmark_size == 0 for side in sides)
-            require(fits, "landmark_size", self.landmark_size, f"a divisor of the grid {sides}")
 
     def _check_decay(self) -> None:
         normalization = {"constant": "sum", "scalar": "sum", "vector": "none"}.get(self.decay)
@@ -140,12 +136,8 @@ class BidirectionalLinearAttentionConfig(Checked):
             "a map of channels with decay 'vector'",
         )
         is_ordered = self.order == "raster" or self.decay in ("constant", "scalar")
-        require(
-            is_ordered and (self.order == "raster" or bool(self.grid)),
-            "order",
-            self.order,
-            "'raster' unless there is a grid and decay is 'constant' or 'scalar'",
-        )
+        expected = "'raster' unless decay is 'constant' or 'scalar'"
+        require(is_ordered, "order", self.order, expected)
 
     def _check_positions(self) -> None:
         needs_length = {
@@ -172,12 +164,11 @@ class BidirectionalLinearAttentionConfig(Checked):
             "'sum' with positions 'relative'",
         )
         if self.positions == "rope":
-            multiple = 4 if self.grid else 2
             require(
-                self.key_dim % multiple == 0 and self.feature_map not in ("favor+", "cosformer"),
+                self.key_dim % 2 == 0 and self.feature_map not in ("favor+", "cosformer"),
                 "positions",
                 self.positions,
-                f"'none' unless key_dim is a multiple of {multiple} and features are channels",
+                "'none' unless key_dim is even and features are channels",
             )
         require(
             self.operator_norm == "none" or self.feature_map == "identity",

@@ -408,6 +408,11 @@ class GatedAttentionConfig(Checked):
         return None if self.causal else "causal false: tokens see later ones"
 
     @property
+    def only_causal(self) -> str | None:
+        """Why an encoder cannot have this mixer, or None."""
+        return "causal true: tokens do not see later ones" if self.causal else None
+
+    @property
     def rotary_dim(self) -> int:
         """Channels of a head that rotate."""
         return int(self.head_dim * self.rope_fraction)
@@ -480,6 +485,8 @@ class GatedLinearAttentionConfig(Checked):
     # the steps plus exp(b), b = 0 at the start: 1, the step of RoPE
     selective_bias: bool = False
     chunk_size: Size | None = None
+    not_causal = None
+    only_causal = "kind 'gated_linear_attention': a state passes from each token to the next"
 
     def check(self) -> None:
         divides("num_kv_heads", self.kv_heads, self.num_heads)
@@ -583,6 +590,8 @@ class DeltaAttentionConfig(Checked):
     # of the norm of the heads' outputs (1e-5 in OLMo-Hybrid); None: the model's
     norm_eps: Annotated[float, Range(0, 1, includes_low=False)] | None = None
     chunk_size: Size | None = None
+    not_causal = None
+    only_causal = "kind 'delta_attention': a state passes from each token to the next"
 
     def check(self) -> None:
         divides("num_key_heads", self.key_heads, self.num_heads)
@@ -624,6 +633,7 @@ class GatedMLPConfig(Checked):
     # of all three matrices
     bias: bool = False
     not_causal = None  # no token sees a later one
+    only_causal = None
 
 
 @dataclass(frozen=True)
@@ -637,6 +647,7 @@ class MLPConfig(Checked):
     # of both matrices
     bias: bool = False
     not_causal = None  # no token sees a later one
+    only_causal = None
 
 
 @dataclass(frozen=True)
@@ -644,6 +655,8 @@ class NoMixerConfig(Checked):
     """A block that is a feed-forward alone, as in Nemotron-H."""
 
     kind: Literal["no_mixer"] = "no_mixer"
+    not_causal = None
+    only_causal = None
 
 
 @dataclass(frozen=True)
@@ -652,8 +665,14 @@ class NoFeedForwardConfig(Checked):
 
     kind: Literal["none"] = "none"
     not_causal = None  # no token sees a later one
+    only_causal = None
 
 
+# Every kind says what it has to do with the order of tokens, a reason or None each: `not_causal`,
+# why a model of task lm cannot have it (a token sees later ones), and `only_causal`, why an encoder
+# (tasks masked_lm and classify) cannot have it (no token sees later ones). A layer that works on
+# every token by itself has two times None. An encoder's mixer gets no cache; `info.grid` of its
+# `with_cache` says how the patches of an image lie, and is None for text.
 MixerConfig = (
     GatedAttentionConfig
     | MLAConfig

@@ -17,6 +17,7 @@ from gatedjax.config.checks import (
     Size,
     SizeOrZero,
 )
+from gatedjax.config.encoder import PatchConfig, Task
 from gatedjax.config.layers import (
     FeedForwardConfig,
     GatedAttentionConfig,
@@ -101,13 +102,18 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """A decoder: `pattern` names entries of `mixers`, `ffn_pattern` of `ffns`.
+    """A model's layers: `pattern` names entries of `mixers`, `ffn_pattern` of `ffns`.
 
     Both patterns repeat until all layers have a mixer and a feed-forward. Layers that are no part
     of that stand before (`prefix`) or after it (`suffix`).
     """
 
-    # 0: what the tokenizer has
+    # What is predicted: the next token; or by an encoder, whose tokens see each other in both
+    # directions: tokens that were masked (masked_lm), the class of an image (classify).
+    task: Task = "lm"
+    # of images
+    patches: PatchConfig = field(default_factory=PatchConfig)
+    # 0: what the tokenizer has; of task classify: classes, 0 for those of the data
     vocab_size: SizeOrZero = 0
     width: Size = 128
     # all of them: prefix, periods and suffix
@@ -160,6 +166,7 @@ class ModelConfig(Checked):
         require(len(self.pattern) > 0, "pattern", self.pattern, "at least one layer")
         require(len(self.ffn_pattern) > 0, "ffn_pattern", self.ffn_pattern, "at least one layer")
         self._check_names()
+        self._check_direction()
         self._check_number()
         require(
             self.norm_kind == "rms" or not self.zero_centered_norm,
@@ -181,13 +188,47 @@ class ModelConfig(Checked):
         for key in ("ffn_pattern", "ffn_prefix", "ffn_suffix"):
             for name in getattr(self, key):
                 require(name in self.ffns, key, name, f"one of ffns: {known}")
-                reason = self.ffns[name].not_causal
-                require(
-                    reason is None,
-                    f"ffns.{name}",
-                    reason,
-                    "a causal feed-forward: this model predicts the next token",
-                )
+
+    def _check_direction(self) -> None:
+        """The layers see as far as the task allows, and have what it gives them."""
+        mixers = {*self.prefix, *self.pattern, *self.suffix}
+        ffns = {*self.ffn_prefix, *self.ffn_pattern, *self.ffn_suffix}
+        layers: dict[str, MixerConfig | FeedForwardConfig] = {}
+        layers |= {f"mixers.{name}": self.mixers[name] for name in sorted(mixers)}
+        layers |= {f"ffns.{name}": self.ffns[name] for name in sorted(ffns)}
+        for key, layer in layers.items():
+            what = "mixer" if key.startswith("mixers.") else "feed-forward"
+            reason = layer.not_causal
+            expected = f"a causal {what}: this model predicts the next token"
+            if self.task != "lm":
+                reason = layer.only_causal
+                expected = f"a {what} for both directions: model.task is {self.task!r}"
+            require(reason is None, key, reason, expected)
+            if self.task == "classify":
+                self._check_layer_of_images(key, layer)
+        if self.task == "classify":
+            self._check_images()
+
+    def _check_layer_of_images(self, key: str, layer: MixerConfig | FeedForwardConfig) -> None:
+        """Patches have no ids."""
+        by_id = {}
+        if isinstance(layer, GatedAttentionConfig):
+            by_id["value_bank"] = layer.value_bank > 0
+        if isinstance(layer, SparseMoEConfig):
+            by_id["router.selection"] = layer.router.selection == "hash"
+        if isinstance(layer, LoRAMixtureConfig):
+            by_id["first_pass"] = layer.first_pass
+        for name, is_set in by_id.items():
+            expected = "another value with model.task 'classify': patches have no token ids"
+            require(not is_set, f"{key}.{name}", "one that goes by token ids", expected)
+
+    def _check_images(self) -> None:
+        require(
+            self.patches.positions != "sincos" or self.width % 4 == 0,
+            "width",
+            self.width,
+            "a multiple of 4 with patches.positions 'sincos'",
+        )
 
     def _check_number(self) -> None:
         """The layers are a prefix, periods, at least one, and a suffix."""
@@ -225,14 +266,6 @@ class ModelConfig(Checked):
                 f"mixers.{self._mixer_name(block.layers[0])}.decay_floor",
                 "by_depth",
                 "as many heads and channels in all layers that have it",
-            )
-            # Most mixers are causal however they are configured, and do not speak of it.
-            reason = getattr(block.mixer, "not_causal", None)
-            require(
-                reason is None,
-                f"mixers.{self._mixer_name(block.layers[0])}",
-                reason,
-                "a causal mixer: this model predicts the next token",
             )
             if isinstance(block.mixer, RWKV7Config):
                 require(
@@ -317,6 +350,11 @@ class ModelConfig(Checked):
     def _first_passes(self) -> set[LoRAMixtureConfig]:
         mixtures = [ffn for ffn in self._used_ffns() if isinstance(ffn, LoRAMixtureConfig)]
         return {mixture for mixture in mixtures if mixture.first_pass}
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output matrix is one of its own, and not the embedding table."""
+        return not self.tie_embeddings or self.task == "classify"
 
     @property
     def period(self) -> int:

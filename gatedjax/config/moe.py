@@ -313,6 +313,9 @@ class SparseMoEConfig(Checked):
         """Experts that the router chooses among."""
         return self.num_experts + self.zero_experts + self.copy_experts + self.constant_experts
 
+    # why an encoder cannot have it
+    only_causal = None
+
     @property
     def not_causal(self) -> str | None:
         """Why a causal model cannot have this feed-forward, or None."""
@@ -338,6 +341,7 @@ class SoftMoEConfig(Checked):
     hidden: Size = 128
     activation: Literal["silu", "gelu"] = "silu"
     not_causal = "kind 'soft_moe': every slot is a mean over all tokens, later ones too"
+    only_causal = None
 
 
 @dataclass(frozen=True)
@@ -363,6 +367,7 @@ class LoRAMixtureConfig(Checked):
     experts_per_token: SizeOrZero = 0
     temperature: Temperature = 1.0
     not_causal = None  # no token sees a later one
+    only_causal = None
 
     def check(self) -> None:
         require(

@@ -21,9 +21,15 @@ from gatedjax.config.checks import (
     Size,
     SizeOrZero,
 )
+from gatedjax.config.encoder import ImageConfig, MaskingConfig
 from gatedjax.config.model import ModelConfig
 from gatedjax.config.patterns import check_factors, check_renaming
 from gatedjax.errors import require
+
+# Kinds of sources that hold images and their classes.
+IMAGE_KINDS = ("digits", "mnist1d", "images", "image_parquet")
+# Kinds that need no path: they come with a package.
+WITHOUT_PATH = ("python_stdlib", "digits", "mnist1d")
 
 HeldOut = Annotated[float, Range(0, 1, includes_low=False, words="a fraction from above 0 to 1")]
 
@@ -54,9 +60,11 @@ class StreamConfig(Checked):
 
 @dataclass(frozen=True)
 class SourceConfig(Checked):
-    """One source of text."""
+    """One source of text, or of images."""
 
-    # hf: read by the datasets library, streaming. chat: JSON lines of messages, to learn answers
+    # hf: read by the datasets library, streaming. chat: JSON lines of messages, to learn answers.
+    # Of images: digits and mnist1d need no path; images: a folder with one folder for each class;
+    # image_parquet: a column of files of images, and `label`.
     kind: Literal[
         "python_stdlib",
         "text",
@@ -66,6 +74,10 @@ class SourceConfig(Checked):
         "hf_disk",
         "hf",
         "chat",
+        "digits",
+        "mnist1d",
+        "images",
+        "image_parquet",
     ] = "python_stdlib"
     # a folder or file, for hf a name on the Hugging Face hub too; the standard library needs none
     path: str = ""
@@ -74,6 +86,8 @@ class SourceConfig(Checked):
     # of a JSON record or a table; "" for an ArrayRecord of plain text. Messages of kind chat are
     # found under messages or conversations, too.
     field: str = "text"
+    # of kind image_parquet: the column of the classes
+    label: str = "label"
     # how often it is drawn from, relative to the other sources
     weight: Positive = 1.0
 
@@ -105,7 +119,10 @@ class DataConfig(Checked):
     chat_template: str = ""
     # which answers of a conversation are learned
     chat_answers: Literal["all", "last"] = "all"
+    # of images: their patches, and the class token
     seq_len: Annotated[int, Range(2, LARGEST_SIZE)] = 256
+    images: ImageConfig = field(default_factory=ImageConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     # 1 holds out every document: there is nothing left to train on, and all of it to evaluate.
     # Sources of kind hf hold out stream.validation_documents instead.
     validation_fraction: HeldOut = 0.05
@@ -271,6 +288,7 @@ class Config(Checked):
 
     def check(self) -> None:
         self.optim.check_schedule(self.train.steps, prefix="optim.")
+        self._check_task()
         # Positions of a batch are counted in int32.
         tokens = self.train.batch_size * self.data.seq_len
         require(
@@ -278,4 +296,45 @@ class Config(Checked):
             "train.batch_size",
             self.train.batch_size,
             f"at most {LARGEST_COUNT // self.data.seq_len} rows of data.seq_len tokens",
+        )
+
+    def _check_task(self) -> None:
+        """The data are of the kind that the model's task takes."""
+        task = self.model.task
+        is_of_images = task == "classify"
+        for name, source in self.data.sources.items():
+            require(
+                (source.kind in IMAGE_KINDS) == is_of_images,
+                f"data.sources.{name}.kind",
+                source.kind,
+                f"a kind of {'images' if is_of_images else 'text'} with model.task {task!r}",
+            )
+            require(
+                task != "masked_lm" or source.kind not in ("hf", "chat"),
+                f"data.sources.{name}.kind",
+                source.kind,
+                "files of text with model.task 'masked_lm'",
+            )
+        if not is_of_images:
+            return
+        patches = self.model.patches
+        require(
+            self.data.seq_len == patches.num_tokens,
+            "data.seq_len",
+            self.data.seq_len,
+            f"the tokens of an image of model.patches, {patches.num_tokens}",
+        )
+        for name in ("mean", "std"):
+            value = getattr(self.data.images, name)
+            require(
+                len(value) in (1, patches.channels),
+                f"data.images.{name}",
+                value,
+                f"one number, or one for each of {patches.channels} channels",
+            )
+        require(
+            self.mesh.context == 1,
+            "mesh.context",
+            self.mesh.context,
+            "1 with model.task 'classify': an image is not cut over devices",
         )

@@ -22,9 +22,8 @@ before it. A window that starts in the middle of a document does not know what c
 document is segment 1 of that row, and its positions count from the start of the row.
 """
 
-import dataclasses
-
 import flax.struct
+import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Float32, Int, Int32, Integer
@@ -42,6 +41,8 @@ class Batch:
       row for a document that began before it.
     loss_mask: 1.0 where the target is predicted, 0.0 at padding. A float, so that a task may weigh
       its tokens, or ask for some of them only.
+    patches: of images, [B, T, P], a row each; None for text. The class of an image is its first
+      target.
     """
 
     tokens: Int32[np.ndarray | Array, "*B T"]
@@ -49,6 +50,7 @@ class Batch:
     segment_ids: Int32[np.ndarray | Array, "*B T"]
     positions: Int32[np.ndarray | Array, "*B T"]
     loss_mask: Float32[np.ndarray | Array, "*B T"]
+    patches: Float32[np.ndarray | Array, "*B T P"] | None = None
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:
@@ -137,8 +139,4 @@ def empty_row(seq_len: int) -> Batch:
 
 def stack_rows(rows: list[Batch]) -> Batch:
     """Rows of [T] arrays as one batch of [B, T] arrays."""
-    stacked = {}
-    for field in dataclasses.fields(Batch):
-        columns = [getattr(row, field.name) for row in rows]
-        stacked[field.name] = np.stack(columns)
-    return Batch(**stacked)
+    return jax.tree.map(lambda *columns: np.stack(columns), *rows)

@@ -201,8 +201,19 @@ class ParquetFile:
         return _texts_of_rows(self._rows(), self.field, self.path)
 
     def _rows(self) -> Iterator[Any]:
-        for batch in self._file.iter_batches(READ_ROWS, columns=[self.field]):
-            yield from batch.column(0).to_pylist()
+        for (value,) in self.rows(self.field):
+            yield value
+
+    def rows(self, *columns: str) -> Iterator[tuple[Any, ...]]:
+        """The values of some columns, row by row.
+
+        Raises:
+          InputError: there is no such column.
+        """
+        for column in columns:
+            _require_column(column, self._file.schema_arrow.names, self.path)
+        for batch in self._file.iter_batches(READ_ROWS, columns=list(columns)):
+            yield from zip(*(batch.column(column).to_pylist() for column in columns))
 
 
 class ArrayRecordFile:
@@ -370,13 +381,16 @@ def _require_column(field: str, columns: list[str], path: Path) -> None:
         raise InputError(f"{path}: no field {field!r}; it has {', '.join(columns)}")
 
 
-def optional_module(module: str, kind: str) -> ModuleType:
-    """A module of an optional library, imported when the first file of its kind is opened."""
+def optional_module(module: str, kind: str, extra: str = "data") -> ModuleType:
+    """A module of an optional library, imported when the first file of its kind is opened.
+
+    `extra` is the package's own that brings it.
+    """
     try:
         # A non-empty fromlist makes __import__ return the submodule, not its package.
         return __import__(module, fromlist=["_"])
     except ImportError:
         library = module.split(".")[0]
         raise InputError(
-            f"kind {kind} needs the {library} library: pip install 'gatedjax[data]'"
+            f"kind {kind} needs the {library} library: pip install 'gatedjax[{extra}]'"
         ) from None

@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import grain
+import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Int, Integer
 
-from gatedjax.config import DataConfig
+from gatedjax.config import IMAGE_KINDS, DataConfig, ModelConfig
 from gatedjax.data import bucket_cache, chat
-from gatedjax.data.batch import Batch, cut_window, empty_row, num_windows, stack_rows
+from gatedjax.data.batch import Batch, cut_window, num_windows, stack_rows
 from gatedjax.data.chat_template import load_chat_template
 from gatedjax.data.corpus import Corpus
 from gatedjax.data.document_stream import KIND as STREAMING
 from gatedjax.data.document_stream import State
 from gatedjax.data.encoders import Encoder, TextEncoder
+from gatedjax.data.image_rows import augmented, row_of_image
+from gatedjax.data.images import ImageCorpus, open_images
+from gatedjax.data.masking import MaskTokens
 from gatedjax.data.sources import Source, open_source
 from gatedjax.data.splits import SPLITS, Split, side_of
 from gatedjax.data.streamed_batches import ReadAhead, StreamedBatches, StreamedBlock
@@ -87,13 +91,11 @@ class Block(grain.MapDataset[Batch]):
         parent: grain.MapDataset[Batch],
         batch_size: int,
         rows: Sequence[int],
-        seq_len: int,
         first_row: int = 0,
         end_row: int | None = None,
     ):
         super().__init__(parent)
         self._rows = rows
-        self._seq_len = seq_len
         # For an endless parent, `len` is sys.maxsize: nothing is past its end.
         self._end_row = len(parent) if end_row is None else min(end_row, len(parent))
         self.batch_size = batch_size
@@ -105,7 +107,6 @@ class Block(grain.MapDataset[Batch]):
             self._parent,
             self.batch_size,
             self._rows,
-            self._seq_len,
             first_row,
             self._end_row if end_row is None else end_row,
         )
@@ -126,15 +127,17 @@ class Block(grain.MapDataset[Batch]):
             if parent_index < self._end_row:
                 block.append(self._parent[parent_index])
             else:
-                block.append(empty_row(self._seq_len))
+                # Padding: segment 0, nothing to predict.
+                block.append(jax.tree.map(np.zeros_like, self._parent[self._end_row - 1]))
         return stack_rows(block)
 
 
-AnyCorpus = Corpus | StreamedCorpus
+AnyCorpus = Corpus | StreamedCorpus | ImageCorpus
 
 
 def corpora(cfg: DataConfig) -> dict[str, AnyCorpus]:
-    """The sources by name: files tokenized, now if they are not in the cache, streams opened.
+    """The sources by name: files tokenized, now if they are not in the cache, streams opened,
+    images listed.
 
     Raises:
       InputError: one line naming the source and what is wrong with it.
@@ -145,6 +148,8 @@ def corpora(cfg: DataConfig) -> dict[str, AnyCorpus]:
     for name, source in configs.items():
         if not 0 < source.weight < math.inf:
             raise InputError(f"sources.{name}.weight: got {source.weight!r}, expected above 0")
+    if any(source.kind in IMAGE_KINDS for source in configs.values()):
+        return dict(image_corpora(cfg))
     tokenizer = load_tokenizer(cfg.tokenizer, cfg.end_of_document)
     encoders = _encoders(cfg, tokenizer)
     cache_dir = _cache_dir(cfg)
@@ -167,6 +172,30 @@ def corpora(cfg: DataConfig) -> dict[str, AnyCorpus]:
     _require_disjoint(tokenized, cfg.validation_fraction)
     together = tokenized | streams
     return {name: together[name] for name in configs}
+
+
+def image_corpora(cfg: DataConfig) -> dict[str, ImageCorpus]:
+    """The sources of images by name.
+
+    Raises:
+      InputError: a source that is none of images, or has other classes than another.
+    """
+    opened = {}
+    for name, source in sorted(cfg.sources.items()):
+        if source.kind not in IMAGE_KINDS:
+            raise InputError(
+                f"sources.{name}.kind: got {source.kind!r}, expected one of "
+                f"{', '.join(IMAGE_KINDS)}, as another source has"
+            )
+        opened[name] = open_images(name, source, cfg.validation_fraction)
+    first, *others = opened.values()
+    for other in others:
+        if other.classes != first.classes:
+            raise InputError(
+                f"sources.{other.name}: got other classes than sources.{first.name}, expected the "
+                "same"
+            )
+    return opened
 
 
 def _encoders(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, Encoder]:
@@ -237,6 +266,7 @@ def make_dataset(
     batch_size: int,
     rows: Sequence[int],
     seed: int,
+    model: ModelConfig | None = None,
 ) -> Block: ...
 
 
@@ -248,6 +278,7 @@ def make_dataset(
     batch_size: int,
     rows: Sequence[int],
     seed: int,
+    model: ModelConfig | None = None,
 ) -> Block | StreamedBlock: ...
 
 
@@ -258,21 +289,22 @@ def make_dataset(
     batch_size: int,
     rows: Sequence[int],
     seed: int,
+    model: ModelConfig | None = None,
 ) -> Block | StreamedBlock:
     """The global batches of a split, of which this process holds `rows`.
 
     train: endless. Each source gives its windows in an order that is new in each epoch, a stream
     its documents in theirs; rows are drawn from the sources by weight, in a fixed interleaving.
-    validation: every window of every
-    source once, in an order that does not depend on `seed`; the last batch is filled with rows
-    whose loss_mask is 0.
+    validation: every window of every source once, in an order that does not depend on `seed`; the
+    last batch is filled with rows whose loss_mask is 0.
 
     Args:
       cfg: the sources, their mixture and the tokenizer.
       split: "train" or "validation".
       batch_size: rows of a global batch, over all processes.
       rows: which of these rows this process holds, ascending (`sharding.my_rows`).
-      seed: of the order of the windows.
+      seed: of the order of the windows, and of what is done to them at random.
+      model: whose task asks for masked tokens or for images; None for the next token.
 
     Returns:
       A dataset whose element i is a Batch of [len(rows), T]; with streams one that is read in
@@ -293,9 +325,9 @@ def make_dataset(
         raise InputError("config.data.validation_fraction: got 1.0, expected below 1 to train")
     opened = corpora(cfg)
     if split == "validation":
-        windows = [_windows(corpus, split, cfg.seq_len) for corpus in opened.values()]
+        windows = [_windows(corpus, split, cfg, model) for corpus in opened.values()]
         order = grain.MapDataset.concatenate(windows).shuffle(seed=VALIDATION_SEED)
-        return Block(order, batch_size, rows, cfg.seq_len)
+        return Block(_for_task(order, split, cfg, model, VALIDATION_SEED), batch_size, rows)
     endless = {}
     readers = {}
     for name, corpus in opened.items():
@@ -309,7 +341,7 @@ def make_dataset(
                 source_seed,
             )
         else:
-            shuffled = _windows(corpus, split, cfg.seq_len).shuffle(seed=source_seed)
+            shuffled = _windows(corpus, split, cfg, model).shuffle(seed=source_seed)
             endless[name] = shuffled.repeat()
     weights = {name: cfg.sources[name].weight for name in opened}
     if readers:
@@ -321,11 +353,54 @@ def make_dataset(
             rows,
         )
     order = grain.MapDataset.mix(list(endless.values()), list(weights.values()))
-    return Block(order, batch_size, rows, cfg.seq_len)
+    return Block(_for_task(order, split, cfg, model, seed), batch_size, rows)
 
 
-def _windows(corpus: AnyCorpus, split: Split, seq_len: int) -> grain.MapDataset[Batch]:
-    """The rows of a source: windows of its stream, or packed conversations."""
+def _for_task(
+    order: grain.MapDataset[Any],
+    split: Split,
+    cfg: DataConfig,
+    model: ModelConfig | None,
+    seed: int,
+) -> grain.MapDataset[Batch]:
+    """The rows as the model's task has them: masked, or images as patches.
+
+    Every row of the global order has random numbers of its own: they are new in each epoch, and the
+    same for any number of processes.
+    """
+    if model is None or model.task == "lm":
+        return order
+    if model.task == "masked_lm":
+        tokenizer = load_tokenizer(cfg.tokenizer, cfg.end_of_document)
+        return order.random_map(MaskTokens(cfg.masking, tokenizer), seed=seed)
+    if split == "train" and (cfg.images.crop_padding or cfg.images.flip):
+        change = functools.partial(augmented, config=cfg.images)
+        order = order.random_map(change, seed=seed)
+    to_row = functools.partial(
+        row_of_image,
+        patches=model.patches,
+        config=cfg.images,
+    )
+    return order.map(to_row)
+
+
+def _windows(
+    corpus: AnyCorpus,
+    split: Split,
+    cfg: DataConfig,
+    model: ModelConfig | None,
+) -> grain.MapDataset[Any]:
+    """The rows of a source: windows of its stream, packed conversations, or its images."""
+    if isinstance(corpus, ImageCorpus):
+        if model is None or model.task != "classify":
+            raise ValueError("model: got another task, expected 'classify' for images")
+        if len(corpus.classes) > model.vocab_size:
+            raise InputError(
+                f"config.model.vocab_size: got {model.vocab_size}, expected at least the "
+                f"{len(corpus.classes)} classes of sources.{corpus.name}"
+            )
+        return corpus.examples(split, model.patches, cfg.images)
+    seq_len = cfg.seq_len
     tokens, document_ends = corpus.stream(split)
     if corpus.kind != chat.KIND:
         return Windows(tokens, document_ends, seq_len)
@@ -420,7 +495,12 @@ def validation_text(cfg: DataConfig) -> bytes:
 
     This is the text whose bits per byte are reported.
     """
-    return b"".join(corpus.validation_text() for corpus in corpora(cfg).values())
+    texts = []
+    for corpus in corpora(cfg).values():
+        if isinstance(corpus, ImageCorpus):
+            raise InputError(f"sources.{corpus.name}: holds images, expected text")
+        texts.append(corpus.validation_text())
+    return b"".join(texts)
 
 
 def _cache_dir(cfg: DataConfig) -> Place:

@@ -159,7 +159,7 @@ def recall_dataset(
     examples = Examples(row, count, (config.seed, SPLITS.index(split)))
     if split == "train":
         examples = examples.shuffle(seed=config.seed).repeat()
-    return Block(examples, batch_size, rows, config.seq_len)
+    return Block(examples, batch_size, rows)
 
 
 class Examples(grain.MapDataset[Batch]):

@@ -32,6 +32,7 @@ from gatedjax.errors import InputError
 from gatedjax.files import kind_of
 from gatedjax.paths import Place, expand_place, is_bucket
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -262,6 +263,10 @@ def _is_parquet(file: Path) -> bool:
     return file.suffix == ".parquet"
 
 
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
 def _is_array_record(file: Path) -> bool:
     # Shards are named x.array_record-00000-of-00008.
     return ".array_record" in file.name or ".arrayrecord" in file.name
@@ -278,6 +283,9 @@ _FORMATS = {
     "array_record": Format(_is_array_record, ArrayRecordFile),
     "hf_disk": Format(_any_file, SavedDataset),
     "chat": Format(_is_json_lines, open_conversations),
+    # Read by `images`.
+    "images": Format(_is_image, _open_text),
+    "image_parquet": Format(_is_parquet, ParquetFile),
 }
 
 

@@ -22,7 +22,7 @@ from gatedjax.evaluation.chat import Chat, chat_of_run
 from gatedjax.evaluation.completions import Prompt, Stops, completions
 from gatedjax.evaluation.packed_scoring import Request
 from gatedjax.evaluation.prompt_text import start_of_text
-from gatedjax.evaluation.restore import fitting_mesh, restore_params
+from gatedjax.evaluation.restore import fitting_mesh, require_language_model, restore_params
 from gatedjax.evaluation.sampling import Decoder, checked_sampling
 from gatedjax.files import read_plain
 from gatedjax.paths import expand
@@ -79,6 +79,7 @@ class GatedjaxLM(TemplateLM):
             trust_paths=trust_paths,
             mesh=fitting_mesh(self._checkpoint),
         )
+        require_language_model(run)
         data = run.config.data
         self._run = run
         self.tokenizer: Any = load_tokenizer(data.tokenizer, data.end_of_document)

@@ -90,6 +90,7 @@ def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[str, dic
             batch.tokens,
             batch.positions,
             batch.segment_ids,
+            patches=batch.patches,
             mutable=["probes"],
         )
     (_, _, statistics), variables = outputs

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from gatedjax import sharding
-from gatedjax.config import Config, DataConfig, MeshConfig, SourceConfig, from_config_dict
+from gatedjax.config import (
+    WITHOUT_PATH,
+    Config,
+    DataConfig,
+    MeshConfig,
+    SourceConfig,
+    from_config_dict,
+)
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.paths import Place, expand_place
@@ -172,7 +179,19 @@ def _configuration(saved: Mapping[str, Any], mesh: MeshConfig | None) -> Config:
     return dataclasses.replace(config, mesh=mesh or MeshConfig())
 
 
+def require_language_model(run: Run) -> None:
+    """InputError if the run is of an encoder, which predicts no next token."""
+    task = run.config.model.task
+    if task != "lm":
+        raise InputError(
+            f"--checkpoint: got a run of model.task {task!r}, expected 'lm': it predicts no next "
+            "token; eval.py measures it"
+        )
+
+
 def _require_vocabulary(config: Config) -> None:
+    if config.model.task == "classify":
+        return
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
@@ -199,7 +218,10 @@ def _require_batch_fits(config: Config) -> None:
     tokens = config.train.batch_size * config.data.seq_len
     shape = f"{config.train.batch_size:,} rows of {config.data.seq_len:,} tokens"
     host = host_memory()
-    if tokens * _HOST_BYTES_PER_TOKEN > host:
+    of_token = _HOST_BYTES_PER_TOKEN
+    if config.model.task == "classify":
+        of_token += 8 * 4 * config.model.patches.size
+    if tokens * of_token > host:
         raise InputError(f"--checkpoint: its batches have {shape}: more than this machine can hold")
     devices = jax.device_count()
     # The least that a forward pass holds at once: the hidden states with one layer's work on them;
@@ -306,7 +328,7 @@ def _data_of(
 def require_text(run: Run) -> None:
     """InputError if the run has no text to evaluate on: its paths are a stranger's."""
     for name, source in run.config.data.sources.items():
-        if source.kind != "python_stdlib" and not source.path:
+        if source.kind not in WITHOUT_PATH and not source.path:
             raise InputError(
                 f"--checkpoint: it was not written by you, so the path of its data.sources.{name} "
                 "is not read: name a text with --source=KIND:PATH (such as text:/data/wiki), or "

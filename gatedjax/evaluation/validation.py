@@ -9,7 +9,7 @@ from jaxtyping import Float, PyTree
 
 from gatedjax.compiler_options import careful_jit
 from gatedjax.config import DataConfig
-from gatedjax.data import Batch, batches, corpora, make_dataset
+from gatedjax.data import Batch, ImageCorpus, batches, corpora, make_dataset
 from gatedjax.evaluation.probes import Probes, measure
 from gatedjax.evaluation.rounding import rounded_eval_step
 from gatedjax.sharding import global_batch, my_rows
@@ -25,7 +25,8 @@ def tokens_per_byte(config: DataConfig) -> float:
     Turns nats per token into bits per byte: every token is predicted, the ends of documents too,
     and every byte is counted.
     """
-    splits = [corpus.splits["validation"] for corpus in corpora(config).values()]
+    texts = [corpus for corpus in corpora(config).values() if not isinstance(corpus, ImageCorpus)]
+    splits = [corpus.splits["validation"] for corpus in texts]
     tokens = sum(split.predicted for split in splits)
     return tokens / sum(split.bytes for split in splits)
 
@@ -132,21 +133,34 @@ def summarize(
       tokens_per_byte: of the validation text.
     """
     is_counted = counts > 0
-    losses = losses[is_counted]
-    counts = counts[is_counted]
-    tokens = counts.sum()
-    mean = losses.sum() / tokens
-    n = len(losses)
-    error = math.inf
-    if n > 1:
-        residuals = losses - mean * counts
-        squares = float(residuals @ residuals)
-        error = math.sqrt(n / (n - 1) * squares) / tokens
+    mean, error = ratio(losses[is_counted], counts[is_counted])
     bits = tokens_per_byte / math.log(2)
     return Evaluation(
-        loss=float(mean),
-        loss_error=float(error),
-        bits_per_byte=float(mean * bits),
-        bits_per_byte_error=float(error * bits),
-        tokens=int(tokens),
+        loss=mean,
+        loss_error=error,
+        bits_per_byte=mean * bits,
+        bits_per_byte_error=error * bits,
+        tokens=int(counts.sum()),
     )
+
+
+def ratio(
+    sums: Float[np.ndarray, " rows"],
+    counts: Float[np.ndarray, " rows"],
+) -> tuple[float, float]:
+    """The mean over what is counted, and its standard error; infinite for one row.
+
+    Args:
+      sums: over each row.
+      counts: of each row, above 0.
+    """
+    sums = np.asarray(sums, np.float64)
+    total = counts.sum()
+    mean = sums.sum() / total
+    n = len(sums)
+    error = math.inf
+    if n > 1:
+        residuals = sums - mean * counts
+        squares = float(residuals @ residuals)
+        error = math.sqrt(n / (n - 1) * squares) / total
+    return float(mean), float(error)

@@ -17,7 +17,7 @@ from absl import flags
 
 from gatedjax import sharding
 from gatedjax.errors import InputError
-from gatedjax.evaluation.restore import fitting_mesh, restore_params
+from gatedjax.evaluation.restore import fitting_mesh, require_language_model, restore_params
 from gatedjax.interop import outgoing
 from gatedjax.interop.checkpoint import CONFIG
 from gatedjax.interop.record import read_record
@@ -60,6 +60,7 @@ def main(_) -> None:
             trust_paths=_TRUST.value,
             mesh=sharding.mesh_of_text(_MESH.value) or fitting_mesh(run_dir),
         )
+    require_language_model(run)
     family = outgoing.family_of(run.config, record, _FAMILY.value)
     dtype, dtypes = outgoing.dtypes_of(run.config, record, _DTYPE.value)
     partial = folder.with_name(f".{folder.name}.partial")

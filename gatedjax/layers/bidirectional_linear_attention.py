@@ -5,6 +5,7 @@ scans or kernels over all tokens; a local term; a norm; a gate; the output proje
 there are is the configuration's, and `config.BIDIRECTIONAL` has the papers' choices.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -17,12 +18,12 @@ from gatedjax.config import BidirectionalLinearAttentionConfig
 from gatedjax.errors import require
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.bidirectional.grid import (
+    coordinates,
     grid_angles,
-    grid_coordinates,
+    grid_of,
     joined,
     serpentines,
     split,
-    tokens_before,
 )
 from gatedjax.layers.bidirectional.local import depthwise_conv, taps
 from gatedjax.layers.bidirectional.manhattan import manhattan_attention, manhattan_log_decay
@@ -61,14 +62,17 @@ class BidirectionalLinearAttention(Mixer):
         cache: Any = None,
     ) -> tuple[Float[Array, "B T M"], None]:
         c = self.config
-        self._check(x, info, cache)
+        require(cache is None, "cache", type(cache).__name__, "None: tokens see later ones")
+        grid = grid_of(c.grid, info.grid, x.shape[1])
+        info = dataclasses.replace(info, grid=grid)
+        self._check(x, info)
         local_input = None
         source = x
         if c.local == "first":
             # ViG: the convolution comes first, and is what the gate mixes in at the end.
             source = self._conv(x, info)
             local_input = source
-        q, k, v = self._queries_keys_values(source)
+        q, k, v = self._queries_keys_values(source, info)
         o = self._attended(q, k, v, source, info)
         if c.local in ("values", "dynamic"):
             o = o + self._of_values(v, x, info)
@@ -84,19 +88,24 @@ class BidirectionalLinearAttention(Mixer):
         width = {"embed": x.shape[-1]}
         return Projection(heads, width, self.init_std, self.dtype, name="out")(o), None
 
-    def _check(self, x: Array, info: TokenInfo, cache: Any) -> None:
+    def _check(self, x: Array, info: TokenInfo) -> None:
         """What a call cannot have, by name."""
         c = self.config
-        require(cache is None, "cache", type(cache).__name__, "None: tokens see later ones")
         T = x.shape[1]
         if c.length is not None:
             require(c.length >= T, "length", c.length, f"at least the {T} tokens of a row")
-        if c.grid:
-            tokens_before(T, c.grid)
+        if info.grid is None:
+            needs_grid = {"form": c.form == "manhattan", "order": c.order == "serpentine"}
+            for name, is_set in needs_grid.items():
+                expected = f"a height and a width with {name} {getattr(c, name)!r}"
+                require(not is_set, "grid", c.grid, expected)
+        elif c.positions == "rope":
+            expected = "a multiple of 4 with positions 'rope' on a grid"
+            require(c.key_dim % 4 == 0, "key_dim", c.key_dim, expected)
         if info.segment_ids is None:
             return
         options = {
-            "grid": bool(c.grid),
+            "grid": info.grid is not None,
             "form": c.form != "features",
             "positions": c.positions == "relative",
             "coordinates": c.coordinates,
@@ -108,7 +117,7 @@ class BidirectionalLinearAttention(Mixer):
 
     # --- what queries, keys and values are made of
 
-    def _queries_keys_values(self, x: Array) -> tuple[Array, Array, Array]:
+    def _queries_keys_values(self, x: Array, info: TokenInfo) -> tuple[Array, Array, Array]:
         c = self.config
         keys = {"heads": c.num_heads, "head_dim": c.key_dim}
         values = {"heads": c.num_heads, "head_dim": c.value_dim}
@@ -126,7 +135,7 @@ class BidirectionalLinearAttention(Mixer):
             v = self._head_norm("value_norm", v)
         if not c.coordinates:
             return q, k, v
-        places = jnp.asarray(grid_coordinates(x.shape[1], c.grid), q.dtype)
+        places = jnp.asarray(coordinates(x.shape[1], info.grid), q.dtype)
         places = places[None, :, None, :]
 
         def with_places(y: Array) -> Array:
@@ -170,9 +179,10 @@ class BidirectionalLinearAttention(Mixer):
         c = self.config
         if c.form == "gaussian":
             q = q * q.shape[-1] ** -0.25
-            return softmax_free_attention(q, self._landmarks(q), v, iterations=c.iterations)
+            landmarks = self._landmarks(q, info)
+            return softmax_free_attention(q, landmarks, v, iterations=c.iterations)
         if c.form == "manhattan":
-            return self._manhattan(q, k, v)
+            return self._manhattan(q, k, v, info)
         phi = self._features(q, k, info)
         if c.kv_gate:
             scales = self._position_scales(info)
@@ -243,8 +253,8 @@ class BidirectionalLinearAttention(Mixer):
         c = self.config
         B, T, H, F = phi.shape
         blocks = phi.reshape(B, T, H * F // c.key_dim, c.key_dim)
-        if c.grid:
-            angles = jnp.asarray(grid_angles(T, c.grid, c.key_dim))[None, :, None]
+        if info.grid is not None:
+            angles = jnp.asarray(grid_angles(info.grid, c.key_dim))[None, :, None]
         else:
             frequencies = inverse_frequencies(c.key_dim, 10_000.0)
             angles = info.positions[:, :, None, None].astype(jnp.float32) * frequencies
@@ -267,8 +277,9 @@ class BidirectionalLinearAttention(Mixer):
             )
         orders: tuple = (None,)
         if c.order == "serpentine":
-            orders = serpentines(x.shape[1], c.grid)
-        log_decays = [self._lion_decay(n, x) for n in range(len(orders))]
+            assert info.grid is not None
+            orders = serpentines(info.grid)
+        log_decays = [self._lion_decay(n, x, info) for n in range(len(orders))]
         return lion(
             phi.q,
             phi.k,
@@ -279,7 +290,12 @@ class BidirectionalLinearAttention(Mixer):
             chunk_size=c.chunk_size,
         )
 
-    def _lion_decay(self, number: int, x: Array) -> Float[Array, "H"] | Float[Array, "B T H"]:
+    def _lion_decay(
+        self,
+        number: int,
+        x: Array,
+        info: TokenInfo,
+    ) -> Float[Array, "H"] | Float[Array, "B T H"]:
         """LION's log decay along one order: sigmoid(a_h), or 1 - sigmoid(x W + b)."""
         c = self.config
         name = "decay" if number == 0 else f"decay_{number + 1}"
@@ -301,9 +317,9 @@ class BidirectionalLinearAttention(Mixer):
             name=name,
         )(x)
         log_decay = jax.nn.log_sigmoid(-logits.astype(jnp.float32))
-        if c.grid:
+        if info.grid is not None:
             # Nothing is forgotten at a class token.
-            is_on_grid = jnp.arange(x.shape[1]) >= tokens_before(x.shape[1], c.grid)
+            is_on_grid = jnp.arange(x.shape[1]) >= info.grid.extra
             log_decay = jnp.where(is_on_grid[:, None], log_decay, 0.0)
         record(self, "log_decay" if number == 0 else f"log_decay_{number + 1}", log_decay)
         return log_decay
@@ -331,14 +347,16 @@ class BidirectionalLinearAttention(Mixer):
 
     # --- kernels that are no features
 
-    def _landmarks(self, q: Float[Array, "B T H K"]) -> Float[Array, "B m H K"]:
+    def _landmarks(self, q: Float[Array, "B T H K"], info: TokenInfo) -> Float[Array, "B m H K"]:
         """GELU(LayerNorm(W q)) of all queries of a square or a stretch, for every head alike."""
         c = self.config
         r = c.landmark_size
         B, T, H, K = q.shape
-        if c.grid:
-            h, w = c.grid
-            image = split(q, c.grid).image.reshape(B, h // r, r, w // r, r, H, K)
+        if info.grid is not None:
+            h, w = info.grid.rows, info.grid.columns
+            fits = h % r == 0 and w % r == 0
+            require(fits, "landmark_size", r, f"a divisor of the grid's sides {(h, w)}")
+            image = split(q, info.grid).image.reshape(B, h // r, r, w // r, r, H, K)
             blocks = jnp.moveaxis(image, 3, 2).reshape(B, -1, r * r, H, K)
         else:
             require(T % r == 0, "landmark_size", r, f"a divisor of the {T} tokens of a row")
@@ -354,26 +372,29 @@ class BidirectionalLinearAttention(Mixer):
         normed = LayerNorm(self.norm_eps, axis_name="head_dim", name="landmark_norm")(landmarks)
         return jax.nn.gelu(normed, approximate=False)
 
-    def _manhattan(self, q: Array, k: Array, v: Array) -> Array:
+    def _manhattan(self, q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
         c = self.config
-        before, image = split(v, c.grid)
-        require(before.shape[1] == 0, "grid", c.grid, f"a place for all {v.shape[1]} tokens")
+        grid = info.grid
+        assert grid is not None
+        expected = "none with form 'manhattan': every token has a place on the grid"
+        require(grid.extra == 0, "tokens before the grid", grid.extra, expected)
+        values = split(v, grid)
         out = manhattan_attention(
-            split(q, c.grid).image,
-            split(k, c.grid).image,
-            image,
+            split(q, grid).image,
+            split(k, grid).image,
+            values.image,
             jnp.asarray(manhattan_log_decay(c.num_heads)),
             window=c.window,
             shift=c.window_shift,
         )
-        return joined(before, out)
+        return joined(values.before, out)
 
     # --- local terms, norm, gates
 
     def _conv(self, x: Float[Array, "B T F"], info: TokenInfo) -> Float[Array, "B T F"]:
         """A depthwise convolution with a bias on what has a place."""
         c = self.config
-        count = taps(c.local_width, c.grid)
+        count = taps(c.local_width, info.grid)
         F = x.shape[-1]
         kernel = parameter(
             self,
@@ -383,11 +404,11 @@ class BidirectionalLinearAttention(Mixer):
             init=nn.initializers.normal(count**-0.5),
         )
         bias = parameter(self, "local_bias", axes=[None], shape=[F], init=nn.initializers.zeros)
-        y = depthwise_conv(x, kernel, c.grid, info.segment_ids) + bias.astype(x.dtype)
-        if not c.grid:
+        y = depthwise_conv(x, kernel, info.grid, info.segment_ids) + bias.astype(x.dtype)
+        if info.grid is None:
             return y
         # Tokens without a place: nothing is added to them, and what comes first leaves them alone.
-        before = tokens_before(x.shape[1], c.grid)
+        before = info.grid.extra
         others = x[:, :before] if c.local == "first" else jnp.zeros_like(x[:, :before])
         return jnp.concatenate([others, y[:, before:]], axis=1)
 
@@ -397,14 +418,14 @@ class BidirectionalLinearAttention(Mixer):
         flat = v.reshape(*v.shape[:2], -1)
         if c.local == "values":
             return self._conv(flat, info).reshape(v.shape)
-        kernel = self._dynamic_kernel(x)
-        return depthwise_conv(flat, kernel, c.grid).reshape(v.shape)
+        kernel = self._dynamic_kernel(x, info)
+        return depthwise_conv(flat, kernel, info.grid).reshape(v.shape)
 
-    def _dynamic_kernel(self, x: Array) -> Float[Array, "B W F"]:
+    def _dynamic_kernel(self, x: Array, info: TokenInfo) -> Float[Array, "B W F"]:
         """InLine's convolution: weights from the mean over tokens, by two layers for each head."""
         c = self.config
         H, V = c.num_heads, c.value_dim
-        count = taps(c.local_width, c.grid)
+        count = taps(c.local_width, info.grid)
         M = x.shape[-1]
         require(M % H == 0, "num_heads", H, f"a divisor of the width {M}")
         mean = jnp.mean(x, axis=1).reshape(x.shape[0], H, M // H)
@@ -477,7 +498,9 @@ class BidirectionalLinearAttention(Mixer):
         if c.form == "gaussian":
             landmarks = seq_len / c.landmark_size ** (2 if c.grid else 1)
             return projections + 2 * landmarks * (q_channels + 2 * o_channels)
-        sides = sum(size if c.window is None else min(c.window, size) for size in c.grid)
+        # Where the model says how patches lie, about a square.
+        grid = c.grid or (round(seq_len**0.5),) * 2
+        sides = sum(size if c.window is None else min(c.window, size) for size in grid)
         return projections + 2 * sides * (q_channels + o_channels)
 
 

@@ -44,6 +44,14 @@ class History:
     is_empty: bool = struct.field(pytree_node=False, default=False)
 
 
+class Grid(NamedTuple):
+    """How the patches of an image lie: row by row, behind `extra` tokens that are no patches."""
+
+    rows: int
+    columns: int
+    extra: int = 0
+
+
 @struct.dataclass
 class TokenInfo:
     """Positions, documents and ids of the tokens of a batch.
@@ -63,6 +71,7 @@ class TokenInfo:
       depth: where the layer stands in the model; None where no layer asks for it.
       bank_values: what the model's value bank holds for the tokens; None where it has none.
       weights: of the attention layer whose weights others share; None where none does.
+      grid: of the patches, where every row is an image; None for text. A static value.
     """
 
     positions: Int[Array, "B T"]
@@ -73,6 +82,7 @@ class TokenInfo:
     depth: Depth | None = None
     bank_values: Float[Array, "B T S Hk D"] | None = None
     weights: SharedWeights | None = None
+    grid: Grid | None = struct.field(pytree_node=False, default=None)
 
 
 class Arranged(NamedTuple):

@@ -161,6 +161,7 @@ def format_step(
 _WRITE_SCALAR: dict[str, Callable[[float], str]] = {
     "loss": lambda x: f"loss {x:.3f}",
     "bits_per_byte": lambda x: f"bpb {x:.3f}",
+    "accuracy": lambda x: f"acc {100 * x:.2f}%",
     "tokens_per_s": lambda x: f"{format_si(x)} tok/s",
     "mfu": lambda x: f"mfu {100 * x:.1f}%",
     "flops_per_s": lambda x: f"{format_si(x, ' ')}FLOP/s",

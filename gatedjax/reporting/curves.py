@@ -1,4 +1,4 @@
-"""A picture of a run's loss from its `metrics.jsonl`.
+"""A picture of a run's loss from its `metrics.jsonl`: bits per byte, or nats of an encoder.
 
 python -c "from gatedjax.reporting.curves import plot_run; plot_run('runs/tiny', {'gzip -9': 1.81})"
 """
@@ -15,7 +15,7 @@ from gatedjax.errors import InputError
 from gatedjax.reporting.figure import moving_mean, new_figure, save
 from gatedjax.reporting.writers import METRICS_FILE, read_records
 
-# Steps and bits per byte.
+# Steps and losses.
 Curve = tuple[Float64[np.ndarray, "N"], Float64[np.ndarray, "N"]]
 
 # Told apart by readers with any color vision.
@@ -31,7 +31,7 @@ _SMOOTHED_FROM = 100
 
 
 def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None = None) -> Path:
-    """Writes `curves.png` into the run directory: loss in bits per byte by step.
+    """Writes `curves.png` into the run directory: loss by step, in bits per byte if it is of text.
 
     Args:
       run_dir: a run's directory, with its metrics file.
@@ -42,35 +42,54 @@ def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None 
       The picture's path.
 
     Raises:
-      InputError: no metrics, none of them a loss in bits per byte, no right to write, or matplotlib
-        is not installed.
+      InputError: no metrics, none of them a loss, no right to write, or matplotlib is not
+        installed.
     """
     run_dir = Path(run_dir)
     metrics_file = run_dir / METRICS_FILE
     records = read_records(metrics_file)
-    curves = {split: loss_curve(records, split) for split in ("train", "validation")}
+    quantity = "loss"
+    if any(record.get("bits_per_byte") for record in records):
+        quantity = "bits_per_byte"
+    curves = {split: loss_curve(records, split, quantity) for split in ("train", "validation")}
     if not any(len(steps) for steps, _ in curves.values()):
-        raise InputError(f"{metrics_file}: holds no bits_per_byte to draw")
+        raise InputError(f"{metrics_file}: holds no {quantity} to draw")
     picture = run_dir / "curves.png"
-    figure = draw(curves, references or {}, title=run_dir.resolve().name)
+    figure = draw(curves, references or {}, run_dir.resolve().name, quantity)
     save(figure, picture)
     return picture
 
 
-def loss_curve(records: Sequence[Mapping[str, Any]], split: str) -> Curve:
-    """Steps and bits per byte of one split; records without a finite value are left out."""
+def loss_curve(
+    records: Sequence[Mapping[str, Any]],
+    split: str,
+    quantity: str = "bits_per_byte",
+) -> Curve:
+    """Steps and losses of one split; records without a finite value are left out."""
     steps = []
     bits = []
     for record in records:
         # A value that was not finite is null in the file.
-        if record.get("split") == split and record.get("bits_per_byte"):
+        if record.get("split") == split and record.get(quantity):
             steps.append(record["step"])
-            bits.append(record["bits_per_byte"])
+            bits.append(record[quantity])
     return np.array(steps, np.float64), np.array(bits, np.float64)
 
 
-def draw(curves: Mapping[str, Curve], references: Mapping[str, float], title: str) -> Any:
-    """The matplotlib figure."""
+def draw(
+    curves: Mapping[str, Curve],
+    references: Mapping[str, float],
+    title: str,
+    quantity: str = "bits_per_byte",
+) -> Any:
+    """The matplotlib figure.
+
+    Args:
+      curves: by split.
+      references: horizontal lines by name.
+      title: of the picture.
+      quantity: which loss it is.
+    """
     figure, axes = new_figure((8, 4.5))
     steps, bits = curves["train"]
     if len(steps):
@@ -83,10 +102,13 @@ def draw(curves: Mapping[str, Curve], references: Mapping[str, float], title: st
     axes.set_title(title)
     axes.set_xlabel("optimizer step")
     axes.set_xlim(left=0)
-    axes.set_ylabel("loss (bits per byte, log scale)")
     axes.set_yscale("log")
-    axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
-    axes.set_yticks([], minor=True)
+    if quantity == "bits_per_byte":
+        axes.set_ylabel("loss (bits per byte, log scale)")
+        axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+        axes.set_yticks([], minor=True)
+    else:
+        axes.set_ylabel("loss (nats, log scale)")
     bottom, top = _limits(curves, references)
     axes.set_ylim(bottom, top)
     axes.grid(alpha=0.25)

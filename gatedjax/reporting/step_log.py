@@ -13,6 +13,7 @@ from jax import Array
 
 from gatedjax.aot.targets import peak_flops
 from gatedjax.errors import ExplodedError
+from gatedjax.evaluation.encoder import EncoderEvaluation
 from gatedjax.evaluation.probes import Probes
 from gatedjax.evaluation.validation import Evaluation, tokens_per_byte
 from gatedjax.reporting import console
@@ -46,8 +47,10 @@ class StepLog:
         self._schedule = make_schedule(config.optim, config.train.steps)
         device_peak = peak_flops(jax.devices()[0].device_kind)
         peak = None if device_peak is None else device_peak * jax.device_count()
-        # From nats per token to bits per byte.
-        self._bits_per_nat = tokens_per_byte(config.data) / math.log(2)
+        # From nats per token to bits per byte. An encoder predicts no text.
+        self._bits_per_nat = None
+        if config.model.task == "lm":
+            self._bits_per_nat = tokens_per_byte(config.data) / math.log(2)
         self._throughput = Throughput(
             tokens_per_step=config.train.batch_size * config.data.seq_len,
             flops_per_token=flops_per_token(run),
@@ -89,18 +92,14 @@ class StepLog:
     def _show(self, step: int, metrics: Metrics) -> None:
         """On the live bar."""
         loss = float(metrics["loss"])
-        scalars = {
-            "loss": loss,
-            "bits_per_byte": loss * self._bits_per_nat,
-            **self._throughput.look(step),
-        }
+        scalars = {"loss": loss, **self._of_task(loss, metrics), **self._throughput.look(step)}
         console.show_step(step, self._total_steps, scalars)
 
     def _write(self, step: int, metrics: Metrics, is_first: bool) -> None:
         # A skipped step does not count for the schedule.
         schedule_step = step - 1 - int(metrics["skipped_steps"])
         derived = {
-            "bits_per_byte": float(metrics["loss"]) * self._bits_per_nat,
+            **self._of_task(float(metrics["loss"]), metrics),
             "lr": float(self._schedule(schedule_step)),  # pyrefly: ignore  (optax: any number)
         }
         if is_first:
@@ -110,6 +109,14 @@ class StepLog:
         # The loss has been read: the device is done with this step, and its speed can be.
         speed = self._throughput.read(step)
         self._writers.write(step, {**metrics, **derived, **self._waits(), **speed})
+
+    def _of_task(self, loss: float, metrics: Metrics) -> dict[str, float]:
+        """The figure of the model's task: bits per byte, or accuracy."""
+        if self._bits_per_nat is not None:
+            return {"bits_per_byte": loss * self._bits_per_nat}
+        if "accuracy" in metrics:
+            return {"accuracy": float(metrics["accuracy"])}
+        return {}
 
     def _waits(self) -> dict[str, float | None]:
         """What the run waited for since the last record; None where it did not."""
@@ -149,13 +156,15 @@ class StepLog:
         console.doing(f"evaluating after step {step}")
         return self._throughput.paused()
 
-    def validation(self, step: int, result: Evaluation) -> None:
+    def validation(self, step: int, result: Evaluation | EncoderEvaluation) -> None:
         """After an evaluation."""
-        record = {
-            "loss": result.loss,
-            "bits_per_byte": result.bits_per_byte,
-            "loss_error": result.loss_error,
-        }
+        record = {"loss": result.loss}
+        if isinstance(result, EncoderEvaluation):
+            record["accuracy"] = result.accuracy
+            record["accuracy_error"] = result.accuracy_error
+        else:
+            record["bits_per_byte"] = result.bits_per_byte
+        record["loss_error"] = result.loss_error
         self._writers.write(step, record, "validation")
 
     def probes(self, step: int, probes: Probes) -> None:

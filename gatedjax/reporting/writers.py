@@ -5,6 +5,7 @@
 
   loss             nats per token
   bits_per_byte    of text, whatever the tokenizer
+  accuracy         of an encoder, in place of bits per byte: 0 to 1
   grad_norm        before clipping
   skipped_steps    by the guard, since the start
   lr               learning rate

@@ -148,6 +148,7 @@ def _stream(cell: Cell, run: Run) -> BatchIterator:
             batch_size=batch_size,
             rows=rows,
             seed=data.seed,
+            model=run.config.model,
         )
     return batches(dataset)
 

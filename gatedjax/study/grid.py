@@ -19,6 +19,8 @@ ADDED_LATER = (
     ("data", "chat_answers"),
     ("data", "chat_template"),
     ("data", "end_of_document"),
+    ("data", "images"),
+    ("data", "masking"),
     ("mesh", "async_collectives"),
     ("model", "embedding_norm"),
     ("model", "ffn_prefix"),
@@ -26,9 +28,11 @@ ADDED_LATER = (
     ("model", "lora"),
     ("model", "norm_kind"),
     ("model", "norm_placement"),
+    ("model", "patches"),
     ("model", "prefix"),
     ("model", "residual_weight"),
     ("model", "suffix"),
+    ("model", "task"),
     ("model", "unroll"),
     ("optim", "lr_by_name"),
     ("optim", "trainable"),
@@ -88,7 +92,7 @@ ADDED_LATER_TO_LAYERS = {
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
 # Likewise, of each source.
-ADDED_LATER_TO_SOURCES = ("stream",)
+ADDED_LATER_TO_SOURCES = ("stream", "label")
 
 Measure = Literal["validation", "recall", "probes", "lengths", "routing", "speed"]
 Label = str | int | float

@@ -35,6 +35,8 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     Norms, gates and lookups are not counted.
     """
     total = _logits_flops(config)
+    if config.task == "classify":
+        total += 2.0 * config.patches.size * config.width
     for block in config.blocks:
         for layer in block_layers(config, block):
             total += len(block.layers) * layer.forward_flops_per_token(config.width, seq_len)
@@ -42,7 +44,11 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def _logits_flops(config: ModelConfig) -> float:
-    return 2.0 * config.width * config.vocab_size
+    of_vector = 2.0 * config.width * config.vocab_size
+    if config.task == "classify":
+        # Of an image one vector is classified.
+        return of_vector / config.patches.num_tokens
+    return of_vector
 
 
 def low_rank_flops_per_token(params: Mapping[str, Any]) -> float:
@@ -83,4 +89,4 @@ def _times_used(config: ModelConfig, path: Path) -> float:
 
 
 def _head(config: ModelConfig) -> Path:
-    return ("embedding",) if config.tie_embeddings else ("head",)
+    return ("head",) if config.has_head else ("embedding",)

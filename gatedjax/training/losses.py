@@ -171,6 +171,34 @@ def chunked_cross_entropy(
     return total
 
 
+def count_correct(
+    hidden: Float[Array, "B T M"],
+    weights: Float[Array, "X M"],
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    chunk: int,
+) -> Float[Array, "B"]:
+    """The weight of the tokens of each row whose target is the most likely one.
+
+    Args:
+      hidden: the model's last hidden states.
+      weights: the output matrix.
+      targets: the token to predict at each position.
+      mask: the weight of each token.
+      chunk: tokens whose logits exist at once; 0 for all of them.
+    """
+    rows, length = targets.shape
+
+    def of_chunk(pieces: tuple[Array, Array, Array]) -> Float[Array, "B"]:
+        hidden, targets, mask = pieces
+        found = predicted(_flat(hidden), weights, _flat(targets), _flat(mask))
+        return jnp.sum(jnp.where(found.is_best.reshape(mask.shape), mask, 0.0), axis=1)
+
+    positions = _positions(rows, length, chunk)
+    pieces = tuple(_chunks(x, positions) for x in (hidden, targets, mask))
+    return jnp.sum(jax.lax.map(of_chunk, pieces), axis=0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def training_loss(
     hidden: Float[Array, "B T M"],

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from gatedjax import sharding
 from gatedjax.config import Config
+from gatedjax.data import image_corpora, mask_id
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import require
 from gatedjax.layers.moe import state as router_state
@@ -51,20 +52,34 @@ class Run(NamedTuple):
 def with_vocab(config: Config, tokenizer: Tokenizer) -> Config:
     """The configuration with `model.vocab_size` settled: the tokenizer's, rounded up, if it was 0.
 
+    Of a classifier it is the number of classes, not rounded.
+
     Raises:
       InputError: a given size is too small for the tokenizer.
     """
     size = config.model.vocab_size
+    if config.model.task == "classify":
+        if size == 0:
+            size = max(len(corpus.classes) for corpus in image_corpora(config.data).values())
+        return _with_vocab_size(config, size)
+    needed = tokenizer.vocab_size
+    entries = f"the {needed} entries of the tokenizer {config.data.tokenizer!r}"
+    if config.model.task == "masked_lm":
+        needed = mask_id(tokenizer) + 1
+        entries += " and the mask"
     if size == 0:
-        multiples = -(-tokenizer.vocab_size // VOCAB_MULTIPLE)
+        multiples = -(-needed // VOCAB_MULTIPLE)
         size = multiples * VOCAB_MULTIPLE
-    entries = f"the {tokenizer.vocab_size} entries of the tokenizer {config.data.tokenizer!r}"
     require(
-        size >= tokenizer.vocab_size,
+        size >= needed,
         "config.model.vocab_size",
         size,
         f"at least {entries}",
     )
+    return _with_vocab_size(config, size)
+
+
+def _with_vocab_size(config: Config, size: int) -> Config:
     model = dataclasses.replace(config.model, vocab_size=size)
     return dataclasses.replace(config, model=model)
 

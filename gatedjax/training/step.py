@@ -29,6 +29,7 @@ from gatedjax.training import trainable
 from gatedjax.training.losses import (
     TokenLosses,
     chunked_cross_entropy,
+    count_correct,
     gathered,
     training_loss,
 )
@@ -78,8 +79,12 @@ class TrainState:
 def init_params(config: ModelConfig, key: Array) -> PyTree:
     """Boxed parameters and router state: each array carries the logical names of its axes."""
     tokens = jnp.zeros((1, 2), jnp.int32)
+    patches = None
+    if config.task == "classify":
+        tokens = jnp.zeros((1, config.patches.num_tokens), jnp.int32)
+        patches = jnp.zeros((*tokens.shape, config.patches.size), jnp.float32)
     with nn.logical_axis_rules(RULES), dispatch.unrecorded(), boxed_parameters():
-        return LanguageModel(config).init(key, tokens)["params"]
+        return LanguageModel(config).init(key, tokens, patches=patches)["params"]
 
 
 def param_axes(boxed_params: PyTree) -> PyTree:
@@ -143,14 +148,43 @@ def batch_losses(
     """
     with nn.logical_axis_rules(RULES):
         hidden, _, _ = _hidden_states(model, params, batch)
+        targets, mask = _targets(batch, hidden)
         return chunked_cross_entropy(
             hidden,
             gathered(head_weights(params), hidden),
-            targets=jnp.asarray(batch.targets),
-            mask=jnp.asarray(batch.loss_mask),
+            targets=targets,
+            mask=mask,
             chunk=_tokens_of_chunk(model),
             by_row=by_row,
         )
+
+
+def batch_losses_and_correct(
+    model: ModelConfig,
+    params: PyTree,
+    batch: Batch,
+) -> tuple[TokenLosses, Float[Array, "B"], Float[Array, "B _ M"]]:
+    """Of each row the loss sums, the weight of the targets that are the most likely ones, and the
+    last hidden states, for the evaluation of an encoder.
+    """
+    chunk = _tokens_of_chunk(model)
+    with nn.logical_axis_rules(RULES):
+        hidden, _, _ = _hidden_states(model, params, batch)
+        targets, mask = _targets(batch, hidden)
+        weights = gathered(head_weights(params), hidden)
+        inputs = (hidden, weights, targets, mask, chunk)
+        losses = chunked_cross_entropy(*inputs, by_row=True)
+        return losses, count_correct(*inputs), hidden
+
+
+def _targets(
+    batch: Batch,
+    hidden: Float[Array, "B _ M"],
+) -> tuple[Int[Array, "B _"], Float[Array, "B _"]]:
+    """Targets of the hidden states and their weights: of an image there is one of each."""
+    places = hidden.shape[1]
+    targets = jnp.asarray(batch.targets)[:, :places]
+    return targets, jnp.asarray(batch.loss_mask)[:, :places]
 
 
 def _tokens_of_chunk(model: ModelConfig) -> int:
@@ -183,6 +217,7 @@ def _hidden_states(
         batch.tokens,
         batch.positions,
         batch.segment_ids,
+        patches=batch.patches,
         rngs=rngs,
         mutable=[ADDED_LOSSES] if adds_losses else False,
     )
@@ -420,13 +455,14 @@ def _micro_loss(
                 key,
                 training=True,
             )
+            targets, mask = _targets(micro, hidden)
             # The name by which a profile, and the table of a compiled step, know this part.
             with jax.named_scope("token_loss"):
                 token_loss, losses = training_loss(
                     hidden,
                     head_weights(params),
-                    jnp.asarray(micro.targets),
-                    jnp.asarray(micro.loss_mask),
+                    targets,
+                    mask,
                     1.0 / tokens,
                     _tokens_of_chunk(config.model),
                     config.model.z_loss,
@@ -435,6 +471,15 @@ def _micro_loss(
         statistics = as_part(statistics, part, whole)
         aux_loss, _ = router_losses(config.model, statistics, counts)
         metrics = {"loss": losses.cross_entropy / tokens}
+        if config.model.task == "classify":
+            correct = count_correct(
+                hidden,
+                head_weights(params),
+                targets,
+                mask,
+                chunk=0,
+            )
+            metrics["accuracy"] = jnp.sum(correct) / tokens
         total = token_loss + aux_loss
         if added is not None:
             metrics["added_loss"] = added * fraction(part.tokens, whole.tokens)

@@ -8,9 +8,28 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.errors import require
+from gatedjax.layers.token_info import Grid
 
-# Height and width; empty for a sequence.
-Grid = tuple[int, ...]
+
+def grid_of(sides: tuple[int, ...], given: Grid | None, num_tokens: int) -> Grid | None:
+    """How the tokens of a row lie; None for a sequence.
+
+    Args:
+      sides: height and width by the configuration; () for what the model says.
+      given: what the model says.
+      num_tokens: T. What is more than the grid's places comes before it.
+
+    Raises:
+      InputError: the two differ, or there are more places than tokens.
+    """
+    if not sides:
+        return given
+    if given is not None:
+        expected = f"{(given.rows, given.columns)}, as the patches of the model, or ()"
+        require(sides == (given.rows, given.columns), "grid", sides, expected)
+    extra = num_tokens - sides[0] * sides[1]
+    require(extra >= 0, "grid", sides, f"at most {num_tokens} places, one a token")
+    return Grid(sides[0], sides[1], extra)
 
 
 class OnGrid(NamedTuple):
@@ -20,22 +39,10 @@ class OnGrid(NamedTuple):
     image: Float[Array, "B h w *channels"]
 
 
-def tokens_before(num_tokens: int, grid: Grid) -> int:
-    """How many tokens have no place on the grid.
-
-    Raises:
-      InputError: there are fewer tokens than places.
-    """
-    places = grid[0] * grid[1]
-    require(num_tokens >= places, "grid", grid, f"at most {num_tokens} places, one a token")
-    return num_tokens - places
-
-
 def split(x: Float[Array, "B T *channels"], grid: Grid) -> OnGrid:
     """The tokens by their place."""
-    before = tokens_before(x.shape[1], grid)
-    image = x[:, before:].reshape(x.shape[0], *grid, *x.shape[2:])
-    return OnGrid(x[:, :before], image)
+    image = x[:, grid.extra :].reshape(x.shape[0], grid.rows, grid.columns, *x.shape[2:])
+    return OnGrid(x[:, : grid.extra], image)
 
 
 def joined(before: Array, image: Array) -> Float[Array, "B T *channels"]:
@@ -44,24 +51,22 @@ def joined(before: Array, image: Array) -> Float[Array, "B T *channels"]:
     return jnp.concatenate([before, image.reshape(B, h * w, *image.shape[3:])], axis=1)
 
 
-def serpentines(num_tokens: int, grid: Grid) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
+def serpentines(grid: Grid) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
     """Two orders in which neighbors on the grid follow each other: by rows, and by columns.
 
     Every other row, or column, is walked backward. Tokens before the grid stay in front.
     """
-    before = tokens_before(num_tokens, grid)
-    numbers = before + np.arange(grid[0] * grid[1]).reshape(grid)
+    numbers = grid.extra + np.arange(grid.rows * grid.columns).reshape(grid.rows, grid.columns)
 
     def walked(lines: np.ndarray) -> np.ndarray:
         lines = lines.copy()
         lines[1::2] = lines[1::2, ::-1]
-        return np.concatenate([np.arange(before), lines.reshape(-1)])
+        return np.concatenate([np.arange(grid.extra), lines.reshape(-1)])
 
     return walked(numbers), walked(numbers.T)
 
 
 def grid_angles(
-    num_tokens: int,
     grid: Grid,
     channels: int,
     base: float = 10_000.0,
@@ -72,23 +77,22 @@ def grid_angles(
     those of the second half by the column. Tokens before the grid do not rotate.
 
     Args:
-      num_tokens: T.
-      grid: height and width.
+      grid: of the tokens.
       channels: a multiple of 4; there are J = channels / 2 pairs.
       base: frequencies run from 1 to 1 / base.
     """
     frequencies = base ** -np.linspace(0.0, 1.0, channels // 4)
-    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    rows, columns = np.divmod(np.arange(grid.rows * grid.columns), grid.columns)
     on_grid = np.concatenate([rows[:, None] * frequencies, columns[:, None] * frequencies], axis=1)
-    none = np.zeros((tokens_before(num_tokens, grid), channels // 2))
+    none = np.zeros((grid.extra, channels // 2))
     return np.concatenate([none, on_grid]).astype(np.float32)
 
 
-def grid_coordinates(num_tokens: int, grid: Grid) -> Float[np.ndarray, "T _"]:
+def coordinates(num_tokens: int, grid: Grid | None) -> Float[np.ndarray, "T _"]:
     """Where tokens are, from 0 to 1 along each axis; those before the grid are at 0."""
-    if not grid:
+    if grid is None:
         return np.linspace(0.0, 1.0, num_tokens, dtype=np.float32)[:, None]
-    axes = [np.linspace(0.0, 1.0, size, dtype=np.float32) for size in grid]
+    sides = (grid.rows, grid.columns)
+    axes = [np.linspace(0.0, 1.0, size, dtype=np.float32) for size in sides]
     places = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-    none = np.zeros((tokens_before(num_tokens, grid), 2), np.float32)
-    return np.concatenate([none, places])
+    return np.concatenate([np.zeros((grid.extra, 2), np.float32), places])

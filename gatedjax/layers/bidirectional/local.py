@@ -3,24 +3,25 @@
 Linear attention looks everywhere alike; each of the papers adds a term for what is near.
 """
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from gatedjax.layers.bidirectional.grid import Grid, joined, split
+from gatedjax.layers.bidirectional.grid import joined, split
+from gatedjax.layers.conv import centered_conv
+from gatedjax.layers.token_info import Grid
 
 
-def taps(width: int, grid: Grid) -> int:
+def taps(width: int, grid: Grid | None) -> int:
     """Weights of a channel: of a square on a grid, of a stretch of a sequence."""
-    return width * width if grid else width
+    return width if grid is None else width * width
 
 
 def depthwise_conv(
     x: Float[Array, "B T F"],
     kernel: Float[Array, "W F"] | Float[Array, "B W F"],
-    grid: Grid,
+    grid: Grid | None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T F"]:
     """y = sum_w kernel_w x_w over a token and its neighbors on all sides, channel by channel.
@@ -30,38 +31,27 @@ def depthwise_conv(
     Args:
       x: the vectors of the tokens.
       kernel: the weights, row by row of the square, for all rows of the batch or one each.
-      grid: height and width; empty for a sequence.
-      segment_ids: documents of a sequence: neighbors of another one count as zeros.
+      grid: of the tokens; None for a sequence.
+      segment_ids: documents of a sequence, with one kernel for all of them: neighbors of another
+        one count as zeros.
 
     Returns:
       y in x's dtype, summed in float32 or better.
     """
+    if grid is None:
+        if kernel.ndim == 2:
+            return centered_conv(x, kernel, segment_ids)
+
+        def of_row(x: Array, kernel: Array) -> Array:
+            return centered_conv(x[None], kernel)[0]
+
+        return jax.vmap(of_row)(x, kernel)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     kernel = kernel.astype(dtype)
     if kernel.ndim == 2:
         kernel = kernel[None]
-    if grid:
-        before, image = split(x, grid)
-        return joined(jnp.zeros_like(before), _conv_2d(image.astype(dtype), kernel).astype(x.dtype))
-    return _conv_1d(x.astype(dtype), kernel, segment_ids).astype(x.dtype)
-
-
-def _conv_1d(x: Array, kernel: Array, segment_ids: Array | None) -> Array:
-    width = kernel.shape[1]
-    T = x.shape[1]
-    sides = (width // 2, width - 1 - width // 2)
-    padded = jnp.pad(x, ((0, 0), sides, (0, 0)))
-    if segment_ids is None:
-        segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
-    # Beyond the edges is another document: none has a negative id.
-    padded_ids = jnp.pad(segment_ids, ((0, 0), sides), constant_values=-1)
-    y = jnp.zeros_like(x)
-    for w in range(width):
-        is_same: Any = padded_ids[:, w : w + T] == segment_ids
-        # Selected before it is multiplied, so that nothing of another document gets through.
-        neighbors = jnp.where(is_same[..., None], padded[:, w : w + T], 0)
-        y = y + neighbors * kernel[:, w, None]
-    return y
+    before, image = split(x, grid)
+    return joined(jnp.zeros_like(before), _conv_2d(image.astype(dtype), kernel).astype(x.dtype))
 
 
 def _conv_2d(x: Float[Array, "B h w F"], kernel: Float[Array, "_ W F"]) -> Float[Array, "B h w F"]:

@@ -14,7 +14,6 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.errors import require
-from gatedjax.layers.bidirectional.grid import Grid
 
 
 def manhattan_log_decay(num_heads: int) -> Float[np.ndarray, " H"]:
@@ -48,7 +47,7 @@ def manhattan_attention(
     Raises:
       InputError: windows that do not fit the grid.
     """
-    grid: Grid = q.shape[1:3]
+    grid = q.shape[1:3]
     sides = tuple(size if window is None else min(window, size) for size in grid)
     for side, size in zip(sides, grid):
         require(size % side == 0, "window", window, f"a divisor of the grid's sides {grid}")
@@ -105,7 +104,9 @@ def _windows(x: Float[Array, "B h w H D"], sides: tuple[int, ...]) -> Float[Arra
     return jnp.moveaxis(x, 3, 2).reshape(B, -1, side_y, side_x, *channels)
 
 
-def _from_windows(x: Float[Array, "B n y x H D"], grid: Grid) -> Float[Array, "B h w H D"]:
+def _from_windows(
+    x: Float[Array, "B n y x H D"], grid: tuple[int, ...]
+) -> Float[Array, "B h w H D"]:
     B, _, side_y, side_x, *channels = x.shape
     h, w = grid
     x = x.reshape(B, h // side_y, w // side_x, side_y, side_x, *channels)

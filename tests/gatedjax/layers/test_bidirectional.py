@@ -23,10 +23,11 @@ from gatedjax.layers.bidirectional.grid import grid_angles, serpentines
 from gatedjax.layers.bidirectional.local import depthwise_conv
 from gatedjax.layers.feature_maps import favor_projection, features
 from gatedjax.layers.rope import rotate
+from gatedjax.layers.token_info import Grid
 from kernels_pallas.linear_scan import linear_scan
 
 B, T, H, K, V = 2, 13, 2, 4, 3
-GRID = (3, 4)  # one token comes before it
+GRID = Grid(3, 4, 1)  # one token comes before it
 RNG = np.random.default_rng(0)
 
 
@@ -41,7 +42,7 @@ def tokens(T=T):
     return {"q": q, "k": k, "v": normal(B, T, H, V)}
 
 
-ANGLES = grid_angles(T, GRID, K)
+ANGLES = grid_angles(GRID, K)
 W = favor_projection(6, K, seed=1)
 FAVOR = tokens()
 
@@ -289,7 +290,7 @@ SCANS = {
     "one a token, chunks": (*lion_of("xla", 4), tokens() | {"log_decay": signed(H, B, T)}),
     "one a token, recurrence": (*lion_of("reference"), tokens() | {"log_decay": signed(H, B, T)}),
     "two orders": (
-        *lion_of("xla", 4, serpentines(T, GRID)),
+        *lion_of("xla", 4, serpentines(GRID)),
         tokens() | {"log_decay": signed(H, B, T), "log_decay_2": signed(H, B, T)},
     ),
     "ViG, chunks": (*vig_of("xla", 4), tokens() | VECTOR),
@@ -306,7 +307,7 @@ def test_recurrence_and_chunks_equal_all_pairs(name):
 
 
 def test_orders_walk_over_the_grid():
-    by_rows, by_columns = serpentines(7, (2, 3))
+    by_rows, by_columns = serpentines(Grid(2, 3, 1))
     assert by_rows.tolist() == [0, 1, 2, 3, 6, 5, 4]
     assert by_columns.tolist() == [0, 1, 4, 5, 2, 3, 6]
 
@@ -371,9 +372,9 @@ def test_features_are_finite():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(zeros)))
 
 
-@pytest.mark.parametrize("grid", [(), GRID])
+@pytest.mark.parametrize("grid", [None, GRID])
 def test_convolution_equals_a_sum_over_neighbors(grid):
     x = normal(B, T, 5)
     kernel = normal(B, 9 if grid else 3, 5)
-    expected = dense.depthwise(x, kernel, grid)
+    expected = dense.depthwise(x, kernel, grid and grid[:2])
     assert rel_rms(depthwise_conv(x, kernel, grid), expected) < 1e-6

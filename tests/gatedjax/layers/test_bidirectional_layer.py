@@ -224,9 +224,8 @@ BAD = {
     ),
     "grid: got (4,)": dict(grid=(4,)),
     "length: got None, expected a number of tokens with kv_gate": dict(kv_gate=True),
-    "order: got 'serpentine'": dict(order="serpentine", decay="constant"),
-    "landmark_size: got 3": dict(form="gaussian", grid=(4, 4), landmark_size=3),
-    "positions: got 'rope'": dict(positions="rope", key_dim=6, grid=(2, 2)),
+    "order: got 'serpentine'": dict(order="serpentine"),
+    "positions: got 'rope'": dict(positions="rope", key_dim=5),
     "feature_map: got 'cosformer'": dict(
         decay="vector", normalization="none", feature_map="cosformer"
     ),
@@ -253,6 +252,9 @@ def test_bad_calls_are_named():
         return str(error.value)
 
     assert message("lina", X[:, :5]).startswith("grid: got (2, 4), expected at most 5 places")
+    assert message("soft", X, landmark_size=3).startswith("landmark_size: got 3")
+    assert message("gated_swin_rmt", X).startswith("tokens before the grid: got 1")
+    assert message("gated_swin_rmt", X, grid=()).startswith("grid: got ()")
     assert message("lina", X, length=8).startswith("length: got 8, expected at least the 9 tokens")
     expected = "segment_ids: got 'documents', expected None with grid (2, 4)"
     assert message("mala", X, info).startswith(expected)

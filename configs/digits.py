@@ -1,0 +1,64 @@
+"""An encoder of images, on scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels.
+
+    python train.py --config=configs/digits.py
+    python train.py --config=configs/digits.py:soft_moe     (or expert_choice: experts in place of
+                                                             every other MLP)
+
+It needs scikit-learn, whose wheel holds the images: pip install 'gatedjax[vision]'.
+"""
+
+from gatedjax.config import config_dict, layer
+from gatedjax.errors import require
+
+EXPERTS = {
+    "none": layer("mlp", hidden=256, activation="gelu"),
+    "soft_moe": layer("soft_moe", num_experts=8, slots_per_expert=2, hidden=128),
+    "expert_choice": layer(
+        "sparse_moe",
+        num_experts=8,
+        experts_per_token=2,
+        hidden=128,
+        router={"selection": "expert_choice", "renormalize": False},
+    ),
+}
+
+
+def get_config(experts: str = "none"):
+    require(experts in EXPERTS, "configs/digits.py", experts, f"one of {', '.join(EXPERTS)}")
+    c = config_dict()
+    c.model.task = "classify"
+    c.model.patches.patch_height = 2
+    c.model.patches.patch_width = 2
+    c.model.width = 64
+    c.model.num_layers = 4
+    c.model.mixers = {
+        "attention": layer(
+            "gated_attention",
+            num_heads=4,
+            head_dim=16,
+            rope_fraction=0.0,
+            causal=False,
+        ),
+    }
+    c.model.ffns = {
+        "mlp": layer("mlp", hidden=256, activation="gelu"),
+        "experts": EXPERTS[experts],
+    }
+    c.model.ffn_pattern = ("mlp", "experts")
+    c.model.scan_layers = False
+    c.model.dtype = "float32"  # CPUs have no fast bfloat16
+
+    c.data.sources = {"main": {"kind": "digits"}}
+    c.data.seq_len = 17  # 16 patches and the class token
+    c.data.validation_fraction = 0.2
+    c.data.images.crop_padding = 1
+    c.optim.lr = 2e-3
+    c.optim.weight_decay = 0.1
+    c.optim.warmup_steps = 100
+    c.train.steps = 2000
+    c.train.batch_size = 64
+    c.train.log_every = 100
+    c.train.eval_every = 500
+    c.train.eval_batches = 100  # all of them: there are 6
+    c.train.checkpoint_every = 1000
+    return c
