@@ -28,6 +28,7 @@ def get_config(name: str = "lion_s"):
         length=17,
         **BIDIRECTIONAL[name],
     )
+    c.model.pattern = ("linear",)
     c.model.mixers = {"linear": mixer}
     c.model.ffns = {"mlp": layer("mlp", hidden=256, activation="gelu")}
     c.model.scan_layers = False

@@ -24,8 +24,8 @@ class BidirectionalLinearAttentionConfig(Checked):
     # channels per head
     key_dim: Size = 32
     value_dim: Size = 32
-    # Height and width of the image whose patches the last tokens are, row by row. (): as the patches
-    # of the model lie, or a sequence.
+    # Height and width of the image whose patches the last tokens are, row by row. (): as the
+    # patches of the model lie, or a sequence.
     grid: tuple[Size, ...] = ()
     # Tokens that there are parameters for: of a gate or a bias of every position.
     length: Count | None = None
