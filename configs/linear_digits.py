@@ -31,7 +31,6 @@ def get_config(name: str = "lion_s"):
     c.model.pattern = ("linear",)
     c.model.mixers = {"linear": mixer}
     c.model.ffns = {"mlp": layer("mlp", hidden=256, activation="gelu")}
-    c.model.scan_layers = False
     c.model.dtype = "float32"  # CPUs have no fast bfloat16
 
     c.data.sources = {"main": {"kind": "digits"}}

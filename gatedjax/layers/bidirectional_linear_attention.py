@@ -19,7 +19,6 @@ from gatedjax.errors import require
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.bidirectional.grid import (
     coordinates,
-    grid_angles,
     grid_of,
     joined,
     serpentines,
@@ -36,12 +35,13 @@ from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import LayerNorm, RMSNorm, layer_norm, unit_length
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.rope import inverse_frequencies, rotate
+from gatedjax.layers.rope import grid_angles, inverse_frequencies, rotate
 from gatedjax.layers.token_info import TokenInfo
 
 # Of queries, keys and values between Galerkin's norms: the published start (arXiv 2105.14995).
 OPERATOR_GAIN = 1e-2
 OPERATOR_DIAGONAL = 1e-2
+ROPE_BASE = 10_000.0
 OUTPUT_GATES = {
     "linear": identity,
     "swish": jax.nn.silu,
@@ -254,9 +254,9 @@ class BidirectionalLinearAttention(Mixer):
         B, T, H, F = phi.shape
         blocks = phi.reshape(B, T, H * F // c.key_dim, c.key_dim)
         if info.grid is not None:
-            angles = jnp.asarray(grid_angles(info.grid, c.key_dim))[None, :, None]
+            angles = jnp.asarray(grid_angles(info.grid, c.key_dim, ROPE_BASE))
         else:
-            frequencies = inverse_frequencies(c.key_dim, 10_000.0)
+            frequencies = inverse_frequencies(c.key_dim, ROPE_BASE)
             angles = info.positions[:, :, None, None].astype(jnp.float32) * frequencies
         return rotate(blocks, angles, interleaved=True).reshape(phi.shape)
 

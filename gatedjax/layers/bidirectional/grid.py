@@ -66,28 +66,6 @@ def serpentines(grid: Grid) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"
     return walked(numbers), walked(numbers.T)
 
 
-def grid_angles(
-    grid: Grid,
-    channels: int,
-    base: float = 10_000.0,
-) -> Float[np.ndarray, "T J"]:
-    """Angles of rotary positions of rows and columns, as MALA and NaLaFormer rotate.
-
-    Of `channels` that rotate, neighbors are a pair; pairs of the first half rotate by the row,
-    those of the second half by the column. Tokens before the grid do not rotate.
-
-    Args:
-      grid: of the tokens.
-      channels: a multiple of 4; there are J = channels / 2 pairs.
-      base: frequencies run from 1 to 1 / base.
-    """
-    frequencies = base ** -np.linspace(0.0, 1.0, channels // 4)
-    rows, columns = np.divmod(np.arange(grid.rows * grid.columns), grid.columns)
-    on_grid = np.concatenate([rows[:, None] * frequencies, columns[:, None] * frequencies], axis=1)
-    none = np.zeros((grid.extra, channels // 2))
-    return np.concatenate([none, on_grid]).astype(np.float32)
-
-
 def coordinates(num_tokens: int, grid: Grid | None) -> Float[np.ndarray, "T _"]:
     """Where tokens are, from 0 to 1 along each axis; those before the grid are at 0."""
     if grid is None:

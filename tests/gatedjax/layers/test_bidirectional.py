@@ -19,10 +19,10 @@ from gatedjax.layers.bidirectional import (
     softmax_free_attention,
     vision_gla,
 )
-from gatedjax.layers.bidirectional.grid import grid_angles, serpentines
+from gatedjax.layers.bidirectional.grid import serpentines
 from gatedjax.layers.bidirectional.local import depthwise_conv
 from gatedjax.layers.feature_maps import favor_projection, features
-from gatedjax.layers.rope import rotate
+from gatedjax.layers.rope import grid_angles, rotate
 from gatedjax.layers.token_info import Grid
 from kernels_pallas.linear_scan import linear_scan
 
@@ -42,7 +42,7 @@ def tokens(T=T):
     return {"q": q, "k": k, "v": normal(B, T, H, V)}
 
 
-ANGLES = grid_angles(GRID, K)
+ANGLES = grid_angles(GRID, K, 1e4)[0, :, 0]
 W = favor_projection(6, K, seed=1)
 FAVOR = tokens()
 
