@@ -2,7 +2,9 @@
 
 from flax.core import FrozenDict
 
+from gatedjax.config.bidirectional import BIDIRECTIONAL, BidirectionalLinearAttentionConfig
 from gatedjax.config.encoder import ImageConfig, MaskingConfig, PatchConfig, Task
+from gatedjax.config.kalmanet import KalmaNetConfig
 from gatedjax.config.layers import (
     FEED_FORWARDS,
     MIXERS,
@@ -60,11 +62,13 @@ from gatedjax.config.run import (
 from gatedjax.config.teacher import TeacherConfig
 
 __all__ = [
+    "BIDIRECTIONAL",
     "FEED_FORWARDS",
     "IMAGE_KINDS",
     "MIXERS",
     "WITHOUT_PATH",
     "AssociativeMemoryConfig",
+    "BidirectionalLinearAttentionConfig",
     "BlockConfig",
     "Config",
     "DataConfig",
@@ -77,6 +81,7 @@ __all__ = [
     "GatedMLPConfig",
     "GatedUnitConfig",
     "ImageConfig",
+    "KalmaNetConfig",
     "LizardConfig",
     "LoRAConfig",
     "LoRAMixtureConfig",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 from gatedjax.config.attention_parts import DOUBLY_STOCHASTIC, check_parts
+from gatedjax.config.bidirectional import BidirectionalLinearAttentionConfig
 from gatedjax.config.checks import (
     Checked,
     Count,
@@ -16,11 +17,14 @@ from gatedjax.config.checks import (
     NonNegative,
     Positive,
     Range,
+    Seed,
     Size,
     SizeOrZero,
     divides,
 )
 from gatedjax.config.converted import check_taken_over
+from gatedjax.config.features import WIDER_MAPS, feature_dim
+from gatedjax.config.kalmanet import KalmaNetConfig
 from gatedjax.config.mixing import (
     AssociativeMemoryConfig,
     GatedUnitConfig,
@@ -570,7 +574,16 @@ class GatedLinearAttentionConfig(Checked):
     decay_floor: Literal["none", "by_depth"] = "none"
     decay_rank: Size = 16
     decay_temperature: Annotated[float, Range(1e-3)] = 16.0
-    feature_map: Literal["identity", "silu", "elu_plus_one"] = "identity"
+    # What queries and keys become. cosformer: nearer tokens weigh more (arXiv 2202.08791); favor+:
+    # positive random features, whose products are exponentials on average (2009.14794)
+    feature_map: Literal[
+        "identity", "silu", "elu_plus_one", "relu", "unit_silu", "cosformer", "favor+"
+    ] = "identity"
+    # cosformer: tokens so far apart weigh nothing; the length of documents, or more
+    feature_length: Count = 4096
+    # favor+: features of a head, None for key_dim log key_dim; and the seed of the random matrix
+    num_features: Size | None = None
+    feature_seed: Seed = 0
     # divide by the sum of the weights (linear attention with a positive feature map)
     normalize: bool = False
     output_gate: Literal["swish", "sigmoid", "none"] = "swish"
@@ -612,11 +625,29 @@ class GatedLinearAttentionConfig(Checked):
             )
         if self.decay_form == "forget_gate":
             self._check_forget_gate()
+        if self.feature_map in WIDER_MAPS:
+            self._check_features()
         require(
             self.decay_floor == "none" or self.decay_form == "forget_gate",
             "decay_floor",
             self.decay_floor,
             f"'none' with decay_form {self.decay_form!r}",
+        )
+
+    def _check_features(self) -> None:
+        """What has a place beside features that are more than the key's channels."""
+        is_plain = (
+            self.normalize
+            and self.decay != "vector"
+            and self.decay_form != "forget_gate"
+            and self.rope_fraction == 0
+        )
+        require(
+            is_plain,
+            "feature_map",
+            self.feature_map,
+            "a map of channels unless normalize is true, decay is not 'vector' and rope_fraction "
+            "is 0",
         )
 
     def _check_forget_gate(self) -> None:
@@ -634,6 +665,11 @@ class GatedLinearAttentionConfig(Checked):
     def kv_heads(self) -> int:
         """The number of key and value heads: `num_kv_heads`, or `num_heads` where that is None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def features_per_head(self) -> int:
+        """Channels of a head's features, of queries and keys."""
+        return feature_dim(self.feature_map, self.key_dim, self.num_features)
 
     @property
     def rotary_dim(self) -> int:
@@ -778,6 +814,8 @@ MixerConfig = (
     | AssociativeMemoryConfig
     | SpatialGateConfig
     | MixerGateConfig
+    | KalmaNetConfig
+    | BidirectionalLinearAttentionConfig
     | NoMixerConfig
 )
 FeedForwardConfig = (

@@ -8,11 +8,13 @@ import and a line below, its dataclass in `config/layers.py` (CONTRIBUTING.md do
 from gatedjax.layers.associative_memory import AssociativeMemory
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
+from gatedjax.layers.bidirectional_linear_attention import BidirectionalLinearAttention
 from gatedjax.layers.channel_mix import RWKV7ChannelMix
 from gatedjax.layers.converted import RADRWKV, Lizard
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.gated_unit import GatedUnit
+from gatedjax.layers.kalmanet import KalmaNet
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mamba2 import Mamba2
 from gatedjax.layers.mixer_gate import MixerGate
@@ -41,6 +43,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "associative_memory": AssociativeMemory,
     "spatial_gate": SpatialGate,
     "mixer_gate": MixerGate,
+    "kalmanet": KalmaNet,
+    "bidirectional_linear_attention": BidirectionalLinearAttention,
     "no_mixer": NoMixer,
 }
 FEED_FORWARDS: dict[str, type[FeedForward]] = {
@@ -61,12 +65,14 @@ __all__ = [
     "RADRWKV",
     "RWKV7",
     "AssociativeMemory",
+    "BidirectionalLinearAttention",
     "DeltaAttention",
     "FeedForward",
     "GatedAttention",
     "GatedLinearAttention",
     "GatedMLP",
     "GatedUnit",
+    "KalmaNet",
     "Lizard",
     "LoRAMixture",
     "Mamba2",

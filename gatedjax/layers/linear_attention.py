@@ -17,6 +17,7 @@ from jaxtyping import Float
 from gatedjax.config import GatedLinearAttentionConfig
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import short_conv
+from gatedjax.layers.feature_maps import Features, favor_projection, features
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import HeadsNorm, RMSNorm
 from gatedjax.layers.parameters import parameter
@@ -87,21 +88,6 @@ def retention_decay(num_heads: int) -> Float[np.ndarray, " H"]:
     return np.log1p(-(2.0**exponents)).astype(np.float32)
 
 
-def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Queries and keys as they are."""
-    return x
-
-
-def elu_plus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The positive feature map of linear attention (arXiv 2006.16236)."""
-    return jax.nn.elu(x) + 1.0
-
-
-FEATURE_MAPS = {
-    "identity": identity,
-    "silu": jax.nn.silu,
-    "elu_plus_one": elu_plus_one,
-}
 OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
@@ -143,9 +129,9 @@ class GatedLinearAttention(Mixer):
                 has_bias=c.conv_bias,
             )
         # The feature map is what linear attention has in place of softmax's exponential.
-        q = FEATURE_MAPS[c.feature_map](q)
+        q, mapped_k = self._features(q, k, info)
         if keys_and_decay is None:
-            k = FEATURE_MAPS[c.feature_map](k)
+            k = mapped_k
             log_decay, v = self._decay(x, v)
         else:
             # Keys from a gate lie between 0 and 1 as they are.
@@ -196,6 +182,21 @@ class GatedLinearAttention(Mixer):
             floor = info.depth.decay_floors[info.depth.index]
         log_decay, keys = forget_gate(logits, floor)
         return keys.astype(self.dtype), log_decay
+
+    def _features(self, q: Array, k: Array, info: TokenInfo) -> Features:
+        """Of queries and keys. A key's do not depend on other tokens."""
+        c = self.config
+        projection = None
+        if c.feature_map == "favor+":
+            projection = favor_projection(c.features_per_head, c.key_dim, c.feature_seed)
+        return features(
+            c.feature_map,
+            q,
+            k,
+            positions=info.positions,
+            length=c.feature_length,
+            projection=projection,
+        )
 
     def _rotated(
         self,
@@ -316,7 +317,8 @@ class GatedLinearAttention(Mixer):
         c = self.config
         # The state of a normalized scan has one more value column, the sum of the weights.
         value_columns = c.value_dim + int(c.normalize)
-        state = jnp.zeros((batch, c.num_heads, c.key_dim, value_columns), jnp.float32)
+        features_and_values = (c.features_per_head, value_columns)
+        state = jnp.zeros((batch, c.num_heads, *features_and_values), jnp.float32)
         channels = c.num_heads * c.key_dim + c.kv_heads * (c.key_dim + c.value_dim)
         tail_length = max(c.conv_width - 1, 0)
         tail = jnp.zeros((batch, tail_length, channels), self.dtype)
@@ -332,4 +334,5 @@ class GatedLinearAttention(Mixer):
         projections = 2 * width * (q_channels + kv_channels + o_channels + gate_channels)
         # The recurrence itself: k^T v and q S, 2 K V each per head. Chunkwise forms do more; that
         # is their overhead.
-        return projections + 4 * q_channels * c.value_dim + selective_flops(c, width)
+        recurrence = 4 * c.num_heads * c.features_per_head * c.value_dim
+        return projections + recurrence + selective_flops(c, width)

@@ -90,6 +90,9 @@ ADDED_LATER_TO_LAYERS = {
     ),
     "delta_attention": ("conv_bias", "norm_eps"),
     "gated_linear_attention": (
+        "feature_length",
+        "num_features",
+        "feature_seed",
         "conv_bias",
         "decay_floor",
         "norm_heads",

@@ -76,8 +76,9 @@ def linear_scan(
       reverse: run from the last token to the first: `initial_state` enters before token T-1, the
         final state leaves after token 0.
       normalize: divide by the sum of a query's weights. A column of ones is appended to v, so
-        states have V + 1 columns, and o_t = num_t / max(|den_t|, 1e-6) with
-        (num_t, den_t) = q_t S_t, unscaled: `scale` has no effect.
+        states have V + 1 columns, and o_t = num_t / den_t with (num_t, den_t) = q_t S_t, unscaled:
+        `scale` has no effect. The denominator keeps its sign, so features may be signed; one nearer
+        to 0 than 1e-6 counts as 1e-6 of its sign.
       return_final_state: also return the state after the last token of the recurrence.
       chunk_size: tokens computed as one matrix, a power of two up to 512 (TPU: 16 to 128). The
         result does not depend on it.

@@ -15,7 +15,10 @@ def append_ones(v: Float[Array, "*rows V"]) -> Float[Array, "*rows V+1"]:
 
 def divide_by_last(o: Float[Array, "*rows Vs"]) -> Float[Array, "*rows Vs-1"]:
     """Divides the columns of o by its last one, the sum of weights, kept away from 0."""
-    # |den|, not den: weights q k may be negative.
-    numerator = o[..., :-1]
-    denominator = jnp.abs(o[..., -1:])
-    return numerator / jnp.maximum(denominator, DENOMINATOR_FLOOR)
+    return o[..., :-1] / away_from_zero(o[..., -1:])
+
+
+def away_from_zero(denominator: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The denominator with its sign, at least 1e-6 from 0: weights q k may be negative."""
+    size = jnp.maximum(jnp.abs(denominator), DENOMINATOR_FLOOR)
+    return jnp.where(denominator < 0, -size, size)

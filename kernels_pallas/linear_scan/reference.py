@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, StepInputs, StepOptions
-from kernels_pallas.linear_scan.normalize import DENOMINATOR_FLOOR
+from kernels_pallas.linear_scan.normalize import away_from_zero
 
 
 def linear_scan_step(
@@ -50,8 +50,7 @@ def linear_scan_step(
 
     if options.normalize:
         numerator = o[..., :-1]
-        denominator = jnp.abs(o[..., -1:])
-        o = numerator / jnp.maximum(denominator, DENOMINATOR_FLOOR)
+        o = numerator / away_from_zero(o[..., -1:])
     else:
         o = options.scale * o
     return o.astype(out_dtype), new_state
