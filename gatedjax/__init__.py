@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         GatedLinearAttention,
         GatedMLP,
         GatedUnit,
+        Grid,
         LoRAMixture,
         Mamba2,
         MixerGate,
@@ -74,7 +75,6 @@ if TYPE_CHECKING:
         TokenInfo,
         gate_values,
     )
-    from gatedjax.layers.token_info import Grid
     from gatedjax.model import LanguageModel
     from gatedjax.training.sparsemax_loss import sparsemax_loss
 

@@ -7,7 +7,7 @@ from gatedjax.config.checks import Checked, Fraction, Range, Size
 from gatedjax.errors import require
 
 # Rows and columns.
-Sides = tuple[int, int]
+Sides = tuple[Size, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SpatialGateConfig(Checked):
         require(self.hidden % 2 == 0, "hidden", self.hidden, "an even number: half of it gates")
         for name in ("block", "grid"):
             sides = getattr(self, name)
-            require(len(sides) == 2 and min(sides) > 0, name, sides, "rows and columns, from 1 on")
+            require(len(sides) == 2, name, sides, "two numbers, rows and columns")
 
 
 @dataclass(frozen=True)

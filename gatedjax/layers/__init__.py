@@ -23,7 +23,7 @@ from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.no_mixer import NoMixer
 from gatedjax.layers.rwkv7 import RWKV7
 from gatedjax.layers.spatial_gate import SpatialGate
-from gatedjax.layers.token_info import TokenInfo
+from gatedjax.layers.token_info import Grid, TokenInfo
 
 # By the `kind` of their configuration.
 MIXERS: dict[str, type[Mixer]] = {
@@ -62,6 +62,7 @@ __all__ = [
     "GatedLinearAttention",
     "GatedMLP",
     "GatedUnit",
+    "Grid",
     "LoRAMixture",
     "Mamba2",
     "Mixer",

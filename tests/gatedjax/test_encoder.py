@@ -222,7 +222,7 @@ def test_positions_tell_patches_apart_and_nothing_else_does(encoder):
 
 
 def test_an_encoder_decodes_nothing():
-    with pytest.raises(ValueError, match="config.task: got 'classify', expected 'lm'"):
+    with pytest.raises(ValueError, match=r"config.task: got 'classify', expected 'lm'"):
         init_caches(SMALL, 1, 8)
 
 

@@ -245,8 +245,8 @@ def test_what_spatial_gates_refuse():
             mixer.init_cache(1, 6)
     with pytest.raises(InputError, match="hidden: got 3, expected an even number"):
         SpatialGateConfig(hidden=3)
-    with pytest.raises(InputError, match=r"block: got \(0, 2\), expected rows and columns"):
-        SpatialGateConfig(block=(0, 2))
+    with pytest.raises(InputError, match=r"block: got \(1, 2, 3\), expected two numbers"):
+        SpatialGateConfig(block=(1, 2, 3))
 
 
 # --- gated attention units
