@@ -251,6 +251,7 @@ class GatedUnit(Mixer):
         newest = tokens[:, None] + jnp.arange(c.chunk)
         held_k = jnp.take_along_axis(keys, newest[:, :, None, None], axis=1)
         held_v = jnp.take_along_axis(values, newest[:, :, None], axis=1)
+        assert state is not None
         cache = GatedUnitCache(state, held_k, held_v)
         if q.shape[1] == 1:
             seen = same_place(places[:, -1:], places)
