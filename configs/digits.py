@@ -3,8 +3,7 @@
     python train.py --config=configs/digits.py
     python train.py --config=configs/digits.py:soft_moe     (or expert_choice: experts in place of
                                                              every other MLP)
-    python train.py --config=configs/digits.py:gmlp         (or maxim, ninformer, mossformer,
-                                                             activator, sinkhorn, qr: in place of
+    python train.py --config=configs/digits.py:gmlp         (or another of MIXERS below, in place of
                                                              softmax attention)
 
 It needs scikit-learn, whose wheel holds the images: pip install 'gatedjax[vision]'.
@@ -36,6 +35,7 @@ MIXERS = {
     ),
     "activator": layer("no_mixer"),
     "sinkhorn": layer("gated_attention", normalizer="sinkhorn", **ATTENTION),
+    "convit": layer("gated_positional", num_heads=4),
     "qr": layer("gated_attention", normalizer="qr", **ATTENTION),
 }
 

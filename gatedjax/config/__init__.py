@@ -18,6 +18,7 @@ from gatedjax.config.layers import (
 )
 from gatedjax.config.mixing import (
     AssociativeMemoryConfig,
+    GatedPositionalConfig,
     GatedUnitConfig,
     MixerGateConfig,
     SpatialGateConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "GatedPositionalConfig",
     "GatedUnitConfig",
     "ImageConfig",
     "LoRAConfig",

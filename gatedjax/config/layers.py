@@ -22,6 +22,7 @@ from gatedjax.config.checks import (
 )
 from gatedjax.config.mixing import (
     AssociativeMemoryConfig,
+    GatedPositionalConfig,
     GatedUnitConfig,
     MixerGateConfig,
     SpatialGateConfig,
@@ -693,6 +694,7 @@ MixerConfig = (
     | GatedUnitConfig
     | AssociativeMemoryConfig
     | SpatialGateConfig
+    | GatedPositionalConfig
     | MixerGateConfig
     | NoMixerConfig
 )

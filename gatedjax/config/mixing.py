@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from gatedjax.config.checks import Checked, Fraction, Range, Size
+from gatedjax.config.checks import Checked, Fraction, Positive, Range, Size
 from gatedjax.errors import require
 
 # Rows and columns.
@@ -110,3 +110,19 @@ class AssociativeMemoryConfig(Checked):
     conv_width: Annotated[int, Range(1, 256)] = 3
     not_causal = None
     only_causal = "kind 'associative_memory': a token sees those before it"
+
+
+@dataclass(frozen=True)
+class GatedPositionalConfig(Checked):
+    """ConViT's attention: by content and by position, blended by a gate a head (arXiv 2103.10697).
+
+    For images whose tokens are all patches (model.patches.pooling mean).
+    """
+
+    kind: Literal["gated_positional"] = "gated_positional"
+    # divides the model's width
+    num_heads: Size = 4
+    # how sharply heads look at their place at the start
+    locality: Positive = 1.0
+    not_causal = "kind 'gated_positional': tokens see later ones"
+    only_causal = None

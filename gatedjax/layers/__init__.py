@@ -12,6 +12,7 @@ from gatedjax.layers.channel_mix import RWKV7ChannelMix
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.gated_unit import GatedUnit
+from gatedjax.layers.gpsa import GatedPositional
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mamba2 import Mamba2
 from gatedjax.layers.mixer_gate import MixerGate
@@ -36,6 +37,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_unit": GatedUnit,
     "associative_memory": AssociativeMemory,
     "spatial_gate": SpatialGate,
+    "gated_positional": GatedPositional,
     "mixer_gate": MixerGate,
     "no_mixer": NoMixer,
 }
@@ -61,6 +63,7 @@ __all__ = [
     "GatedAttention",
     "GatedLinearAttention",
     "GatedMLP",
+    "GatedPositional",
     "GatedUnit",
     "Grid",
     "LoRAMixture",
