@@ -1,4 +1,4 @@
-"""Evaluates a trained model on held-out text.
+"""Evaluates a trained model on held-out text, an encoder also on images.
 
     python eval.py --checkpoint=runs/tiny [--batches=64] [--lengths=256,1024] [--step=400] [--json]
         [--text=book.txt] [--source=text:/data/wiki] [--config.train.batch_size=4] [--probes]
@@ -10,6 +10,9 @@ attention, gates, states and experts do on the first batch of validation text
 (`gatedjax/evaluation/probes.py`), as JSON and pictures in the run directory. With
 --activation_bits also: the loss with activations rounded to so many bits
 (`gatedjax/evaluation/rounding.py`).
+
+Of an encoder (`model.task` masked_lm or classify): loss and accuracy, and of images which classes
+were taken for which, as lines and as CHECKPOINT/confusion.png.
 
 The text is what the run held out, if its sources are what they were when it was trained; what it
 would have held out of the text that --source names; or all of the text that --text names, which the
@@ -31,6 +34,7 @@ from gatedjax.config.checks import LARGEST_SIZE
 from gatedjax.data import validation_text
 from gatedjax.errors import InputError
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
+from gatedjax.evaluation.encoder import EncoderEvaluation, EncoderValidation, class_names
 from gatedjax.evaluation.restore import (
     fits_one_device,
     fitting_mesh,
@@ -42,6 +46,7 @@ from gatedjax.evaluation.restore import (
 from gatedjax.evaluation.speed import Speed, speed
 from gatedjax.evaluation.validation import Evaluation, Validation, with_length
 from gatedjax.paths import Place, is_bucket
+from gatedjax.reporting.confusion import PICTURE, draw_confusion, most_confused
 from gatedjax.reporting.console import say
 from gatedjax.reporting.probe_pictures import require_no_links, write_report
 from gatedjax.runtime import cli, launch
@@ -126,8 +131,15 @@ def main(_) -> None:
     require_text(run)
     if _SOURCE.value is None and _TEXT.value is None:
         require_same_text(run, checkpoint)
+    is_encoder = run.config.model.task != "lm"
+    if is_encoder and (lengths or _ACTIVATION_BITS.value is not None):
+        flag = "--lengths" if lengths else "--activation_bits"
+        raise InputError(f"{flag}: got one, expected none: the run is of an encoder")
     if _PROBES.value:
         write_probes(run, params, checkpoint)
+        return
+    if is_encoder:
+        evaluate_encoder(run, params, checkpoint, step)
         return
     evaluations = {}
     rounded = {}
@@ -197,12 +209,67 @@ def write_probes(run: Run, params: PyTree, checkpoint: Place) -> None:
     if not is_bucket(checkpoint):
         require_no_links(Path(checkpoint, "probes"))
     with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
-        probes = Validation(run, 1).probes(params)
+        kind = Validation if run.config.model.task == "lm" else EncoderValidation
+        probes = kind(run, 1).probes(params)
     with Mirror(checkpoint, say) as files:
         paths = write_report(probes, files.folder / "probes")
         files.upload()
         for path in paths:
             say(files.shown(str(path)))
+
+
+def evaluate_encoder(run: Run, params: PyTree, checkpoint: Place, step: int) -> None:
+    """Loss and accuracy, and which classes are taken for which, as lines and as a picture.
+
+    Args:
+      run: of an encoder.
+      params: of it.
+      checkpoint: the run directory.
+      step: of the parameters.
+    """
+    with jax.set_mesh(run.mesh), memory_errors("a batch of the run's size"):
+        result = EncoderValidation(run, _BATCHES.value)(params)
+    classes = ()
+    if result.confusion is not None:
+        classes = class_names(run)
+    if _JSON.value:
+        say(encoder_as_json(result, classes, step))
+    else:
+        say_encoder(result, classes)
+    if result.confusion is None or jax.process_index() != 0:
+        return
+    # Entries beyond the classes of the data are never right.
+    named = (*classes, *map(str, range(len(classes), len(result.confusion))))
+    if not is_bucket(checkpoint):
+        require_no_links(Path(checkpoint, PICTURE))
+    with Mirror(checkpoint, say) as files:
+        path = files.folder / PICTURE
+        title = f"step {step}: {result.accuracy:.2%} of {result.targets:,} images"
+        draw_confusion(result.confusion, named, title, path)
+        files.upload()
+        if not _JSON.value:
+            say(files.shown(str(path)))
+
+
+def say_encoder(result: EncoderEvaluation, classes: tuple[str, ...]) -> None:
+    """Loss, accuracy, and the classes that are confused most."""
+    what = "image" if classes else "masked token"
+    loss = f"{result.loss:.4f} ± {result.loss_error:.4f} nats per {what}"
+    say(f"loss            {loss} ({result.targets:,} {what}s)")
+    say(f"accuracy        {result.accuracy:.2%} ± {result.accuracy_error:.2%}")
+    if result.confusion is not None:
+        named = (*classes, *map(str, range(len(classes), len(result.confusion))))
+        for line in most_confused(result.confusion, named):
+            say(f"confused        {line}")
+
+
+def encoder_as_json(result: EncoderEvaluation, classes: tuple[str, ...], step: int) -> str:
+    """The evaluation as one line of JSON."""
+    values = {"step": step, **_numbers(result)}
+    if result.confusion is not None:
+        values["classes"] = classes
+        values["confusion"] = result.confusion.tolist()
+    return json.dumps(values)
 
 
 def say_losses(result: Evaluation, length: int | None) -> None:
@@ -258,9 +325,11 @@ def as_json(report: Report) -> str:
     return json.dumps(values)
 
 
-def _numbers(result: Evaluation) -> dict[str, float | None]:
-    """An evaluation by name; a number that is not finite is None."""
-    numbers = {"perplexity": result.perplexity, **result._asdict()}
+def _numbers(result: Evaluation | EncoderEvaluation) -> dict[str, Any]:
+    """The numbers of an evaluation by name; one that is not finite is None."""
+    numbers = {key: x for key, x in result._asdict().items() if isinstance(x, float | int)}
+    if isinstance(result, Evaluation):
+        numbers["perplexity"] = result.perplexity
     return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
 
 

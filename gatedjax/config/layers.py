@@ -101,6 +101,9 @@ class GatedAttentionConfig(Checked):
     # Which channels are a pair, of n that rotate: i with i + n / 2 (Llama, Qwen), or 2i with 2i + 1
     # (GPT-J).
     rope_layout: Literal["halves", "interleaved"] = "halves"
+    # Of images: half of the rotated channels turn by the row of a patch, half by its column; the
+    # class token does not turn.
+    rope_grid: bool = False
     # context extension factor of YaRN (arXiv 2309.00071); 1 for none
     yarn_factor: Annotated[float, Range(1)] = 1.0
     yarn_original_length: Count = 4096
@@ -221,12 +224,23 @@ class GatedAttentionConfig(Checked):
             "none with causal = false: it counts the keys that a causal token sees",
         )
         _check_rope(self)
+        self._check_grid()
         self._check_extension()
         self._check_gate()
         self._check_normalizer()
         self._check_token_sinks()
         self._check_logits()
         self._check_shared_weights()
+
+    def _check_grid(self) -> None:
+        is_extended = self.yarn_factor > 1 or self.llama3_factor > 1
+        fits = self.rotary_dim > 0 and self.rotary_dim % 4 == 0
+        require(
+            not self.rope_grid or (fits and not is_extended and self.selective_rope == "none"),
+            "rope_grid",
+            self.rope_grid,
+            "false unless a multiple of 4 channels rotate, as they are and for no longer context",
+        )
 
     def _check_extension(self) -> None:
         require(
@@ -513,8 +527,6 @@ class GatedLinearAttentionConfig(Checked):
     # the steps plus exp(b), b = 0 at the start: 1, the step of RoPE
     selective_bias: bool = False
     chunk_size: Size | None = None
-    not_causal = None
-    only_causal = "kind 'gated_linear_attention': a state passes from each token to the next"
 
     def check(self) -> None:
         divides("num_kv_heads", self.kv_heads, self.num_heads)
@@ -595,8 +607,6 @@ class DeltaAttentionConfig(Checked):
     # of the norm of the heads' outputs (1e-5 in OLMo-Hybrid); None: the model's
     norm_eps: Annotated[float, Range(0, 1, includes_low=False)] | None = None
     chunk_size: Size | None = None
-    not_causal = None
-    only_causal = "kind 'delta_attention': a state passes from each token to the next"
 
     def check(self) -> None:
         divides("num_key_heads", self.key_heads, self.num_heads)
@@ -679,11 +689,10 @@ class NoFeedForwardConfig(Checked):
     only_causal = None
 
 
-# Every kind says what it has to do with the order of tokens, a reason or None each: `not_causal`,
-# why a model of task lm cannot have it (a token sees later ones), and `only_causal`, why an encoder
-# (tasks masked_lm and classify) cannot have it (no token sees later ones). A layer that works on
-# every token by itself has two times None. An encoder's mixer gets no cache; `info.grid` of its
-# `with_cache` says how the patches of an image lie, and is None for text.
+# A kind is causal unless it says otherwise: `only_causal = None` for one that an encoder may have
+# too (tasks masked_lm and classify), and `not_causal`, the reason in words, for one in which a
+# token sees later ones. Both may be properties of the values. In an encoder a mixer gets no cache,
+# and `info.grid` says how the patches of an image lie (None for text).
 MixerConfig = (
     GatedAttentionConfig
     | MLAConfig

@@ -74,8 +74,6 @@ class MLAConfig(Checked):
     gate_mode: Literal["multiplicative", "additive"] = "multiplicative"
     gate_activation: Literal["sigmoid", "silu", "ns_sigmoid", "identity", "softplus"] = "sigmoid"
     gate_input: Literal["token", "constant"] = "token"
-    not_causal = None
-    only_causal = "kind 'mla': tokens do not see later ones"
 
     def check(self) -> None:
         require(

@@ -205,14 +205,19 @@ class ModelConfig(Checked):
         layers |= {f"ffns.{name}": self.ffns[name] for name in sorted(ffns)}
         for key, layer in layers.items():
             what = "mixer" if key.startswith("mixers.") else "feed-forward"
-            reason = layer.not_causal
+            reason = getattr(layer, "not_causal", None)
             expected = f"a causal {what}: this model predicts the next token"
             if self.task != "lm":
-                reason = layer.only_causal
+                causal = f"kind {layer.kind!r}: tokens do not see later ones"
+                reason = getattr(layer, "only_causal", causal)
                 expected = f"a {what} for both directions: model.task is {self.task!r}"
             require(reason is None, key, reason, expected)
             if self.task == "classify":
                 self._check_layer_of_images(key, layer)
+            else:
+                has_grid = isinstance(layer, GatedAttentionConfig) and layer.rope_grid
+                expected = f"false with model.task {self.task!r}: text has no grid"
+                require(not has_grid, f"{key}.rope_grid", True, expected)
         if self.task == "classify":
             self._check_images()
 

@@ -36,8 +36,6 @@ class Mamba2Config(Checked):
     min_step_size: NonNegative = 0.0
     max_step_size: Positive | None = None
     chunk_size: Size | None = None
-    not_causal = None
-    only_causal = "kind 'mamba2': a state passes from each token to the next"
 
     def check(self) -> None:
         divides("num_groups", self.num_groups, self.num_heads)
@@ -71,8 +69,6 @@ class RWKV7Config(Checked):
     # of the LayerNorm of every head's output; published: 1e-5 head_dim, of a head_dim of 64
     norm_eps: Annotated[float, Range(0, 1, includes_low=False)] = 64e-5
     chunk_size: Size | None = None
-    not_causal = None
-    only_causal = "kind 'rwkv7': a state passes from each token to the next"
 
     @property
     def width(self) -> int:
@@ -87,4 +83,3 @@ class RWKV7ChannelMixConfig(Checked):
     kind: Literal["rwkv7_channel_mix"] = "rwkv7_channel_mix"
     hidden: Size = 512
     not_causal = None  # no token sees a later one
-    only_causal = "kind 'rwkv7_channel_mix': a token sees the one before it"

@@ -45,7 +45,13 @@ from gatedjax.layers.parameters import parameter
 from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
 from gatedjax.layers.prefix import GatedPrefix
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.rope import apply_rope, frequencies_of, rotate, yarn_magnitude
+from gatedjax.layers.rope import (
+    apply_rope,
+    frequencies_of,
+    grid_angles,
+    rotate,
+    yarn_magnitude,
+)
 from gatedjax.layers.selective_rope import RopePhase, SelectiveAngles, for_queries, selective_flops
 from gatedjax.layers.shared_weights import SharedWeights, ValueCache
 from gatedjax.layers.sinks import token_sinks_as_channels
@@ -235,12 +241,16 @@ class GatedAttention(Mixer):
         c = self.config
         if c.rotary_dim == 0:
             return y
+        is_interleaved = c.rope_layout == "interleaved"
+        if c.rope_grid:
+            angles = grid_angles(info.grid, c.rotary_dim, c.rope_base)
+            return rotate(y, jnp.asarray(angles), interleaved=is_interleaved)
         return apply_rope(
             y,
             info.positions,
             frequencies_of(c),
             yarn_magnitude(c.yarn_factor),
-            interleaved=c.rope_layout == "interleaved",
+            interleaved=is_interleaved,
         )
 
     def _rotated_by_tokens(

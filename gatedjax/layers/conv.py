@@ -1,5 +1,5 @@
 """What linear mixers see of the tokens just before: the short causal depthwise convolution, and
-RWKV's token shift.
+RWKV's token shift. For encoders a convolution over the tokens on both sides.
 """
 
 import itertools
@@ -91,16 +91,50 @@ def causal_conv(
       y in x's dtype, summed in float32; and the tail for the tokens after x.
     """
     width = kernel.shape[0]
+    y = _sum_of_taps(x, kernel, width - 1, segment_ids, tail, bias)
+    if tail is None:
+        tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
+    return y, _next_tail(x, tail, segment_ids)
+
+
+def centered_conv(
+    x: Float[Array, "B T F"],
+    kernel: Float[Array, "W F"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    bias: Float[Array, " F"] | None = None,
+) -> Float[Array, "B T F"]:
+    """`y_t = b + sum_w kernel[w] x_{t - floor((W-1) / 2) + w}`, per channel, for encoders.
+
+    Args:
+      x: the inputs.
+      kernel: the weights of a token's neighbors; of an even number one more comes after it.
+      segment_ids: inputs of another segment count as zeros.
+      bias: b; zeros if None.
+
+    Returns:
+      y in x's dtype, summed in float32.
+    """
+    before = (kernel.shape[0] - 1) // 2
+    return _sum_of_taps(x, kernel, before, segment_ids, None, bias)
+
+
+def _sum_of_taps(
+    x: Float[Array, "B T F"],
+    kernel: Float[Array, "W F"],
+    before: int,
+    segment_ids: Int[Array, "B T"] | None,
+    tail: Float[Array, "B _ F"] | None,
+    bias: Float[Array, " F"] | None,
+) -> Float[Array, "B T F"]:
+    """The convolution whose first tap is the input of `before` tokens ago."""
     # A sum of shifted copies, one for each of the few taps.
     y = jnp.zeros(x.shape, jnp.float32)
-    for w in range(width):
-        lagged = _lagged_in_segment(x, width - 1 - w, segment_ids, tail)
+    for w in range(kernel.shape[0]):
+        lagged = _lagged_in_segment(x, before - w, segment_ids, tail)
         y = y + lagged.astype(jnp.float32) * kernel[w]
     if bias is not None:
         y = y + bias
-    if tail is None:
-        tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
-    return y.astype(x.dtype), _next_tail(x, tail, segment_ids)
+    return y.astype(x.dtype)
 
 
 def previous_inputs(
@@ -130,7 +164,7 @@ def _lagged_in_segment(
     segment_ids: Int[Array, "B T"] | None,
     tail: Float[Array, "B _ F"] | None,
 ) -> Float[Array, "B T F"]:
-    """x of `lag` tokens ago; zeros where that token is of another segment."""
+    """x of `lag` tokens ago, or -lag tokens ahead; zeros where that is another segment's."""
     lagged = _lagged(x, lag, tail)
     if segment_ids is None or lag == 0:
         return lagged
@@ -168,7 +202,10 @@ def _lagged(
     lag: int,
     tail: Array | None,
 ) -> Array:
-    """[B, T, ..]: x of `lag` tokens ago; before the first the end of `tail`, or zeros."""
+    """[B, T, ..]: x of `lag` tokens ago; before the first the end of `tail`, or zeros.
+
+    Without a tail also of tokens ahead: zeros behind the last.
+    """
     if tail is None:
         # One pad: where T is cut over devices, XLA then sends no more than the edges.
         sides = [(0, 0, 0)] * x.ndim

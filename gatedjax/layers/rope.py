@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.config import GatedAttentionConfig
+from gatedjax.layers.token_info import Grid
 
 # YaRN's bounds: pairs that make more full rotations than this over the original length are kept,
 # those that make fewer than one are slowed.
@@ -145,6 +146,30 @@ def apply_rope(
         magnitude,
         interleaved,
     )
+
+
+def grid_angles(
+    grid: Grid | None,
+    rotary_dim: int,
+    base: float,
+) -> Float[np.ndarray, "1 T 1 J"]:
+    """Angles of patches on a grid: those of the row, then those of the column. Others have zeros.
+
+    Args:
+      grid: of the patches.
+      rotary_dim: the number of channels that rotate, a multiple of 4.
+      base: of the frequencies of either half.
+
+    Raises:
+      ValueError: there is no grid.
+    """
+    if grid is None:
+        raise ValueError("info.grid: got None, expected that of images with rope_grid")
+    row, column = np.divmod(np.arange(grid.rows * grid.columns), grid.columns)
+    frequencies = inverse_frequencies(rotary_dim // 2, base)
+    angles = np.concatenate([row[:, None] * frequencies, column[:, None] * frequencies], axis=1)
+    padded = np.pad(angles, ((grid.extra, 0), (0, 0)))
+    return padded[None, :, None].astype(np.float32)
 
 
 def rotate(

@@ -47,6 +47,7 @@ ADDED_LATER_TO_LAYERS = {
         "attention_scale",
         "causal",
         "rope_layout",
+        "rope_grid",
         "yarn_truncate",
         "llama3_factor",
         "llama3_low",

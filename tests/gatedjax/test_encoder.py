@@ -29,7 +29,10 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.errors import InputError
+from gatedjax.layers.conv import centered_conv
 from gatedjax.layers.patches import PatchEmbedding, image_info, pooled, sines_and_cosines
+from gatedjax.layers.rope import grid_angles, rotate
+from gatedjax.layers.token_info import Grid
 from gatedjax.model import LanguageModel, head_weights, init_caches
 from gatedjax.training.losses import count_correct
 
@@ -242,3 +245,53 @@ def test_correct_predictions_are_counted(chunk):
     mask = np.array([[1, 1, 1, 0, 2], [0, 0, 1, 1, 1]], np.float32)
     found = count_correct(hidden, weights, targets, mask, chunk)
     np.testing.assert_allclose(found, [3.0, 3.0])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_a_centered_convolution_sees_both_sides_of_its_document(width):
+    """Values, and gradients by the transposed sum."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 6, 3))
+    kernel = rng.normal(size=(width, 3))
+    bias = rng.normal(size=3)
+    segment_ids = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32)
+    dy = rng.normal(size=x.shape)
+    expected = np.zeros_like(x) + bias
+    dx = np.zeros_like(x)
+    dkernel = np.zeros_like(kernel)
+    for b, t, w in np.ndindex(2, 6, width):
+        source = t - (width - 1) // 2 + w
+        if 0 <= source < 6 and segment_ids[b, source] == segment_ids[b, t]:
+            expected[b, t] += kernel[w] * x[b, source]
+            dx[b, source] += kernel[w] * dy[b, t]
+            dkernel[w] += x[b, source] * dy[b, t]
+    y, transposed = jax.vjp(
+        lambda x, kernel: centered_conv(x, kernel, segment_ids, bias),
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(kernel, jnp.float32),
+    )
+    of_x, of_kernel = transposed(jnp.asarray(dy, jnp.float32))
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(of_x, dx, atol=1e-5)
+    np.testing.assert_allclose(of_kernel, dkernel, atol=1e-5)
+
+
+def test_rotations_on_a_grid_say_how_far_rows_and_columns_are_apart():
+    """Products of rotated vectors depend on the two distances alone, and follow the formula."""
+    angles = grid_angles(Grid(3, 4, extra=1), 8, base=100.0)
+    assert angles.shape == (1, 13, 1, 4) and not angles[0, 0].any()
+    np.testing.assert_allclose(angles[0, 1 + 4 * 2 + 3, 0], [2, 2 / 10, 3, 3 / 10], rtol=1e-6)
+    rng = np.random.default_rng(4)
+    q, k = rng.normal(size=(2, 10)).astype(np.float32)
+    rotated = [
+        np.asarray(rotate(jnp.asarray(np.tile(x, (1, 13, 1, 1))), jnp.asarray(angles)))[0, 1:, 0]
+        for x in (q, k)
+    ]
+    products = (rotated[0] @ rotated[1].T).reshape(3, 4, 3, 4)
+    np.testing.assert_allclose(products[0, 0, 1, 2], products[1, 1, 2, 3], rtol=1e-4)
+    assert abs(products[0, 0, 1, 2] - products[0, 0, 2, 1]) > 1e-3
+    # The last two channels do not turn.
+    np.testing.assert_array_equal(rotated[0][:, 8:], np.tile(q[8:], (12, 1)))
+    with pytest.raises(InputError, match=r"rope_grid: got True, expected false with model.task"):
+        mixer = dataclasses.replace(ATTENTION, rope_fraction=1.0, rope_grid=True)
+        with_layers(mixer, task="masked_lm")

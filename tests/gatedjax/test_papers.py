@@ -83,9 +83,13 @@ def computes(config: ModelConfig) -> None:
     depth = len(config.prefix) + config.period + len(config.suffix)
     model = gatedjax.LanguageModel(dataclasses.replace(config, vocab_size=257, num_layers=depth))
     tokens = jnp.ones((1, 16), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    patches = None
+    if config.task == "classify":
+        tokens = jnp.ones((1, config.patches.num_tokens), jnp.int32)
+        patches = jnp.ones((*tokens.shape, config.patches.size))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, patches=patches)
     if sum(leaf.size for leaf in jax.tree.leaves(shapes)) < MOST_PARAMETERS:
-        logits, _ = model.init_with_output(jax.random.key(0), tokens)
+        logits, _ = model.init_with_output(jax.random.key(0), tokens, patches=patches)
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(logits))
 
 
