@@ -58,6 +58,7 @@ def get_config(variant: str = "none"):
         gated = layer("gated_mlp", hidden=256, activation="gelu", bias=True, norm=True)
         c.model.ffns = {"mlp": gated, "experts": gated}
     c.model.ffn_pattern = ("mlp", "experts")
+    c.model.init_std = 0.05
     c.model.scan_layers = False
     c.model.dtype = "float32"  # CPUs have no fast bfloat16
 
