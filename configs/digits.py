@@ -3,6 +3,8 @@
     python train.py --config=configs/digits.py
     python train.py --config=configs/digits.py:soft_moe     (or expert_choice: experts in place of
                                                              every other MLP)
+    python train.py --config=configs/digits.py:gmlp         (or another of MIXERS below, in place of
+                                                             softmax attention)
 
 It needs scikit-learn, whose wheel holds the images: pip install 'gatedjax[vision]'.
 """
@@ -21,29 +23,40 @@ EXPERTS = {
         router={"selection": "expert_choice", "renormalize": False},
     ),
 }
+ATTENTION = {"num_heads": 4, "head_dim": 16, "rope_fraction": 0.0, "causal": False}
+# In place of softmax attention. Images are then the means of their patches: not all of these let a
+# class token see the others.
+MIXERS = {
+    "gmlp": layer("spatial_gate", hidden=256),
+    "maxim": layer("spatial_gate", over="blocks_and_grid", hidden=128),
+    "ninformer": layer("mixer_gate", token_hidden=32, channel_hidden=128),
+    "mossformer": layer(
+        "gated_unit", form="mossformer", causal=False, hidden=128, key_dim=32, chunk=8
+    ),
+    "activator": layer("no_mixer"),
+    "sinkhorn": layer("gated_attention", normalizer="sinkhorn", **ATTENTION),
+    "convit": layer("gated_positional", num_heads=4),
+    "qr": layer("gated_attention", normalizer="qr", **ATTENTION),
+}
 
 
-def get_config(experts: str = "none"):
-    require(experts in EXPERTS, "configs/digits.py", experts, f"one of {', '.join(EXPERTS)}")
+def get_config(variant: str = "none"):
+    known = [*EXPERTS, *MIXERS]
+    require(variant in known, "configs/digits.py", variant, f"one of {', '.join(known)}")
     c = config_dict()
     c.model.task = "classify"
     c.model.patches.patch_height = 2
     c.model.patches.patch_width = 2
     c.model.width = 64
     c.model.num_layers = 4
-    c.model.mixers = {
-        "attention": layer(
-            "gated_attention",
-            num_heads=4,
-            head_dim=16,
-            rope_fraction=0.0,
-            causal=False,
-        ),
-    }
+    c.model.mixers = {"attention": MIXERS.get(variant, layer("gated_attention", **ATTENTION))}
     c.model.ffns = {
         "mlp": layer("mlp", hidden=256, activation="gelu"),
-        "experts": EXPERTS[experts],
+        "experts": EXPERTS.get(variant, EXPERTS["none"]),
     }
+    if variant == "activator":
+        gated = layer("gated_mlp", hidden=256, activation="gelu", bias=True, norm=True)
+        c.model.ffns = {"mlp": gated, "experts": gated}
     c.model.ffn_pattern = ("mlp", "experts")
     c.model.init_std = 0.05
     c.model.scan_layers = False
@@ -51,6 +64,9 @@ def get_config(experts: str = "none"):
 
     c.data.sources = {"main": {"kind": "digits"}}
     c.data.seq_len = 17  # 16 patches and the class token
+    if variant in MIXERS:
+        c.model.patches.pooling = "mean"
+        c.data.seq_len = 16
     c.data.validation_fraction = 0.2
     c.data.images.crop_padding = 1
     c.optim.lr = 2e-3

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         GatedAttentionConfig,
         GatedLinearAttentionConfig,
         GatedMLPConfig,
+        GatedPositionalConfig,
         GatedUnitConfig,
         KalmaNetConfig,
         LoRAMixtureConfig,
@@ -66,7 +67,9 @@ if TYPE_CHECKING:
         GatedAttention,
         GatedLinearAttention,
         GatedMLP,
+        GatedPositional,
         GatedUnit,
+        Grid,
         KalmaNet,
         LoRAMixture,
         Mamba2,
@@ -78,7 +81,6 @@ if TYPE_CHECKING:
         TokenInfo,
         gate_values,
     )
-    from gatedjax.layers.token_info import Grid
     from gatedjax.model import LanguageModel
     from gatedjax.training.sparsemax_loss import sparsemax_loss
 
@@ -101,6 +103,8 @@ __all__ = [
     "GatedLinearAttentionConfig",
     "GatedMLP",
     "GatedMLPConfig",
+    "GatedPositional",
+    "GatedPositionalConfig",
     "GatedUnit",
     "GatedUnitConfig",
     "Grid",

@@ -52,6 +52,8 @@ RULES = (
     ("query_and_gate", None),
     ("query_and_headwise_gate", None),
     ("rank", None),
+    ("tokens", None),
+    ("gates", None),
     ("router", None),
     ("router_in", None),
     ("shared_gate", None),

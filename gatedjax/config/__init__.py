@@ -23,6 +23,7 @@ from gatedjax.config.layers import (
 )
 from gatedjax.config.mixing import (
     AssociativeMemoryConfig,
+    GatedPositionalConfig,
     GatedUnitConfig,
     MixerGateConfig,
     SpatialGateConfig,
@@ -79,6 +80,7 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "GatedPositionalConfig",
     "GatedUnitConfig",
     "ImageConfig",
     "KalmaNetConfig",

@@ -27,6 +27,7 @@ from gatedjax.config.features import WIDER_MAPS, feature_dim
 from gatedjax.config.kalmanet import KalmaNetConfig
 from gatedjax.config.mixing import (
     AssociativeMemoryConfig,
+    GatedPositionalConfig,
     GatedUnitConfig,
     MixerGateConfig,
     SpatialGateConfig,
@@ -813,6 +814,7 @@ MixerConfig = (
     | GatedUnitConfig
     | AssociativeMemoryConfig
     | SpatialGateConfig
+    | GatedPositionalConfig
     | MixerGateConfig
     | KalmaNetConfig
     | BidirectionalLinearAttentionConfig

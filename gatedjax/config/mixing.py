@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from gatedjax.config.checks import Checked, Fraction, Range, Size
+from gatedjax.config.checks import Checked, Fraction, Positive, Range, Size
 from gatedjax.errors import require
 
 # Rows and columns.
-Sides = tuple[int, int]
+Sides = tuple[Size, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SpatialGateConfig(Checked):
         require(self.hidden % 2 == 0, "hidden", self.hidden, "an even number: half of it gates")
         for name in ("block", "grid"):
             sides = getattr(self, name)
-            require(len(sides) == 2 and min(sides) > 0, name, sides, "rows and columns, from 1 on")
+            require(len(sides) == 2, name, sides, "two numbers, rows and columns")
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,19 @@ class AssociativeMemoryConfig(Checked):
     conv_width: Annotated[int, Range(1, 256)] = 3
     not_causal = None
     only_causal = "kind 'associative_memory': a token sees those before it"
+
+
+@dataclass(frozen=True)
+class GatedPositionalConfig(Checked):
+    """ConViT's attention: by content and by position, blended by a gate a head (arXiv 2103.10697).
+
+    For images whose tokens are all patches (model.patches.pooling mean).
+    """
+
+    kind: Literal["gated_positional"] = "gated_positional"
+    # divides the model's width
+    num_heads: Size = 4
+    # how sharply heads look at their place at the start
+    locality: Positive = 1.0
+    not_causal = "kind 'gated_positional': tokens see later ones"
+    only_causal = None

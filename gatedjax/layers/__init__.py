@@ -14,6 +14,7 @@ from gatedjax.layers.converted import RADRWKV, Lizard
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
 from gatedjax.layers.gated_unit import GatedUnit
+from gatedjax.layers.gpsa import GatedPositional
 from gatedjax.layers.kalmanet import KalmaNet
 from gatedjax.layers.linear_attention import GatedLinearAttention
 from gatedjax.layers.mamba2 import Mamba2
@@ -26,7 +27,7 @@ from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.no_mixer import NoMixer
 from gatedjax.layers.rwkv7 import RWKV7
 from gatedjax.layers.spatial_gate import SpatialGate
-from gatedjax.layers.token_info import TokenInfo
+from gatedjax.layers.token_info import Grid, TokenInfo
 
 # By the `kind` of their configuration.
 MIXERS: dict[str, type[Mixer]] = {
@@ -42,6 +43,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_unit": GatedUnit,
     "associative_memory": AssociativeMemory,
     "spatial_gate": SpatialGate,
+    "gated_positional": GatedPositional,
     "mixer_gate": MixerGate,
     "kalmanet": KalmaNet,
     "bidirectional_linear_attention": BidirectionalLinearAttention,
@@ -71,7 +73,9 @@ __all__ = [
     "GatedAttention",
     "GatedLinearAttention",
     "GatedMLP",
+    "GatedPositional",
     "GatedUnit",
+    "Grid",
     "KalmaNet",
     "Lizard",
     "LoRAMixture",

@@ -15,6 +15,7 @@ from gatedjax.config import AssociativeMemoryConfig
 from gatedjax.errors import require
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import causal_conv, uniform
+from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
@@ -51,7 +52,7 @@ class AssociativeMemory(Mixer):
         c = self.config
         M = c.width
         require(x.shape[-1] == M, "width", M, f"that of the layer's input, {x.shape[-1]}")
-        x = x.astype(self.dtype)
+        x = without_padding(x.astype(self.dtype), is_token(info))
 
         def uniform_taps(key: Array, shape: tuple[int, ...], dtype) -> Array:
             return uniform(key, shape, dtype, bound=c.conv_width**-0.5)

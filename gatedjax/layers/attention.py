@@ -403,16 +403,18 @@ class GatedAttention(Mixer):
         if c.reluformer_loss and cache is None:
             seen = keys_seen(info.positions, c.window)
             sow_reluformer_loss(self, c, row.q, row.k, row.segment_ids, seen, logit_scale(c))
-        block_mask = None
+        masked = {}
         if log_gate is not None:
             if cache is None and c.block_gate_loss:
                 sow_block_gate_loss(
                     self, c, row.q, row.k, log_gate, row.segment_ids, logit_scale(c)
                 )
             block_mask = chosen_blocks(c, log_gate)
+            if block_mask is not None:
+                masked = {"block_mask": block_mask}
         if cache is None:
-            options["block_mask"] = block_mask
-            return self._attended(row, sink_logits, slopes, options), None, weights
+            o = self._attended(row, sink_logits, slopes, options | masked)
+            return o, None, weights
 
         before = history_of(info)
         length = row.q.shape[1]
@@ -469,7 +471,7 @@ class GatedAttention(Mixer):
                 )[:, None]
         else:
             if before.is_empty:
-                options["block_mask"] = block_mask
+                options |= masked
             else:
                 row = row_of_piece(row, *in_time_order(cache, before))
             o = self._attended(row, sink_logits, slopes, options)

@@ -12,6 +12,8 @@ give alone. The sum over other chunks is then a linear scan over all tokens befo
 gives those of the own chunk, so that no state per chunk is kept.
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,12 +23,14 @@ from jaxtyping import Bool, Float, Int
 
 from gatedjax.config import GatedUnitConfig
 from gatedjax.layers.base import Mixer
+from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
+from gatedjax.layers.kv_cache import num_tokens
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
 from gatedjax.layers.scan_or_step import scan_or_step
-from gatedjax.layers.token_info import TokenInfo
+from gatedjax.layers.token_info import History, TokenInfo, history_of
 from gatedjax.layers.whole_rows import refuse_cache, require_whole_rows
 
 
@@ -63,45 +67,55 @@ def within_chunk(
     return jnp.where(seen, weights, 0) @ v
 
 
-def chunk_numbers(info: TokenInfo, chunk: int) -> Int[Array, "B T"]:
-    """Which chunk of which document a token is in; -1 for padding."""
-    number = info.positions // chunk
-    if info.segment_ids is None:
-        return number
-    most = info.positions.shape[1] // chunk + 1
-    return jnp.where(info.segment_ids == 0, -1, info.segment_ids * most + number)
+def places_of(
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    chunk: int,
+) -> Int[Array, "B T 2"]:
+    """Of every token its document, 0 for padding, and which chunk of that it is in."""
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(positions)
+    return jnp.stack([segment_ids, positions // chunk], axis=-1)
+
+
+def same_place(
+    own: Int[Array, "*rows T 2"],
+    others: Int[Array, "*rows S 2"],
+) -> Bool[Array, "*rows T S"]:
+    """Whether tokens are of the same chunk of the same document."""
+    is_same = jnp.all(own[..., :, None, :] == others[..., None, :, :], axis=-1)
+    return is_same & (own[..., :, None, 0] != 0)
 
 
 def causal_chunks(
     q: Float[Array, "B T 2 K"],
     k: Float[Array, "B T 2 K"],
     v: Float[Array, "B T V"],
-    numbers: Int[Array, "B T"],
+    places: Int[Array, "B T 2"],
     chunk: int,
 ) -> Float[Array, "B T V"]:
-    """`within_chunk` of the tokens before and of each token itself, and of the same number.
+    """`within_chunk` of the tokens before and of each token itself, and of the same place.
 
     Args:
       q, k, v: as of `within_chunk`.
-      numbers: of every token's chunk. A chunk is at most C neighbors, so that its tokens lie in two
+      places: of the tokens. A chunk is at most C neighbors, so that its tokens lie in two
         neighboring pieces of C.
       chunk: C.
     """
-    B, T = numbers.shape
+    B, T, _ = places.shape
     padding = -T % chunk
 
-    def pieces(x: Array, fill: float = 0) -> Array:
+    def pieces(x: Array) -> Array:
         widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, widths, constant_values=fill).reshape(B, -1, chunk, *x.shape[2:])
+        return jnp.pad(x, widths).reshape(B, -1, chunk, *x.shape[2:])
 
-    def with_last(x: Array, fill: float = 0) -> Array:
-        before = jnp.roll(x, 1, axis=1).at[:, 0].set(fill)
+    def with_last(x: Array) -> Array:
+        before = jnp.roll(x, 1, axis=1).at[:, 0].set(0)
         return jnp.concatenate([before, x], axis=2)
 
-    own = pieces(numbers, -1)
-    others = with_last(own, -1)
+    own = pieces(places)
     is_before = jnp.arange(2 * chunk) <= chunk + jnp.arange(chunk)[:, None]
-    seen = (own[..., :, None] == others[..., None, :]) & (own[..., :, None] >= 0) & is_before
+    seen = same_place(own, with_last(own)) & is_before
     y = within_chunk(
         pieces(q),
         with_last(pieces(k)),
@@ -143,6 +157,8 @@ def both_ways(
 class GatedUnit(Mixer):
     """One head of attention without a softmax, and its gate."""
 
+    takes_pieces: ClassVar[bool] = True
+
     config: GatedUnitConfig
 
     @nn.compact
@@ -155,6 +171,8 @@ class GatedUnit(Mixer):
         c = self.config
         if not c.causal:
             require_whole_rows(c.kind, info, cache)
+        # Nothing of padding is in a sum, whatever it holds.
+        x = without_padding(x, is_token(info))
         width = {"embed": x.shape[-1]}
         given = {"init_std": self.init_std, "dtype": self.dtype, "has_bias": True}
         u = jax.nn.silu(Projection(width, {"mlp": c.hidden}, **given, name="gate")(x))
@@ -220,16 +238,36 @@ class GatedUnit(Mixer):
             chunk_size=None,
         )
         linear = linear[:, :, 0].astype(jnp.float32)
+        places = places_of(info.positions, info.segment_ids, c.chunk)
         if cache is None:
-            return linear + causal_chunks(q, k, v, chunk_numbers(info, c.chunk), c.chunk), None
-        new = GatedUnitCache(state, _pushed(cache.k, k), _pushed(cache.v, v))
-        if q.shape[1] > 1:
-            # A prompt: the cache was empty.
-            return linear + causal_chunks(q, k, v, chunk_numbers(info, c.chunk), c.chunk), new
-        # The last token and those before it in its chunk.
-        age = jnp.arange(c.chunk)[::-1]
-        seen = age <= info.positions % c.chunk
-        return linear + within_chunk(q, new.k, new.v, seen[:, None], c.chunk, 1.0 / c.chunk), new
+            return linear + causal_chunks(q, k, v, places, c.chunk), None
+        before = history_of(info)
+        # With the last C tokens in front, of which those of the same document count.
+        places = jnp.concatenate([self._held_places(before), places], axis=1)
+        keys = jnp.concatenate([cache.k, k.astype(cache.k.dtype)], axis=1)
+        values = jnp.concatenate([cache.v, v.astype(cache.v.dtype)], axis=1)
+        # Padding stands at the end: the newest tokens end where it begins.
+        tokens = num_tokens(q, info.segment_ids)
+        newest = tokens[:, None] + jnp.arange(c.chunk)
+        held_k = jnp.take_along_axis(keys, newest[:, :, None, None], axis=1)
+        held_v = jnp.take_along_axis(values, newest[:, :, None], axis=1)
+        assert state is not None
+        cache = GatedUnitCache(state, held_k, held_v)
+        if q.shape[1] == 1:
+            seen = same_place(places[:, -1:], places)
+            own = within_chunk(q, keys, values, seen, c.chunk, 1.0 / c.chunk)
+            return linear + own, cache
+        queries = jnp.pad(q, ((0, 0), (c.chunk, 0), (0, 0), (0, 0)))
+        own = causal_chunks(queries, keys, values, places, c.chunk)
+        return linear + own[:, c.chunk :], cache
+
+    def _held_places(self, before: History) -> Int[Array, "B C 2"]:
+        """Of the last C tokens before these; 0 for those of other documents, and for none."""
+        chunk = self.config.chunk
+        age = jnp.arange(chunk, 0, -1)
+        is_of_document = age <= before.in_document[:, None]
+        positions = before.next_position[:, None] - age
+        return places_of(positions, is_of_document.astype(jnp.int32), chunk)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> GatedUnitCache:
@@ -251,9 +289,3 @@ class GatedUnit(Mixer):
         seen = c.chunk / 2 if c.causal else c.chunk
         pairs = 2 * seen * (c.key_dim + values)
         return 2 * width * (3 * c.hidden + c.key_dim) + pairs + 4 * c.key_dim * values
-
-
-def _pushed(held: Float[Array, "B C ..."], new: Float[Array, "B T ..."]) -> Array:
-    """The last C of both."""
-    both = jnp.concatenate([held, new.astype(held.dtype)], axis=1)
-    return both[:, -held.shape[1] :]

@@ -9,6 +9,8 @@ x_i alone leaves a softmax as it is, and the rest is (w_0 - 2 w_2 x_i) x_j + w_2
 of y. So memory is linear in the number of patches, where the paper's table is quadratic.
 """
 
+from typing import Any, NoReturn
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,13 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from gatedjax.config import GatedPositionalConfig
 from gatedjax.errors import require
+from gatedjax.layers.base import Mixer
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
+from gatedjax.layers.token_info import TokenInfo
+from gatedjax.layers.whole_rows import grid_of, refuse_cache, require_whole_rows
 from kernels_pallas.attention import attention
 
 # Of the gate's logit at the start: sigmoid(1) = 0.73 of the weight is positional.
@@ -171,3 +177,41 @@ class GatedPositionalSelfAttention(nn.Module):
             has_bias=True,
             name="out",
         )(o)
+
+
+class GatedPositional(Mixer):
+    """GPSA as a mixer of encoders: the grid is that of the images' patches."""
+
+    config: GatedPositionalConfig
+
+    @nn.compact
+    def with_cache(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T M"], Any]:
+        c = self.config
+        require_whole_rows(c.kind, info, cache)
+        grid = grid_of(c.kind, info)
+        expected = "0: every token has a place on the grid (model.patches.pooling 'mean')"
+        require(grid.extra == 0, f"{c.kind}: tokens before the patches", grid.extra, expected)
+        attention = GatedPositionalSelfAttention(
+            c.num_heads,
+            (grid.rows, grid.columns),
+            c.locality,
+            self.init_std,
+            self.dtype,
+            name="attention",
+        )
+        return attention(x), None
+
+    @nn.nowrap
+    def init_cache(self, batch: int, length: int) -> NoReturn:
+        return refuse_cache(self.config.kind)
+
+    @nn.nowrap
+    def forward_flops_per_token(self, width: int, seq_len: int) -> float:
+        # Four projections; products of content, of three channels, and both with the values.
+        positional = 2 * seq_len * (width + 3 * self.config.num_heads)
+        return 8 * width * width + 4 * width * seq_len + positional

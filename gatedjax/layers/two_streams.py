@@ -71,7 +71,7 @@ class FinalMLP(nn.Module):
         D, H = self.hidden[-1], self.num_heads
         require(D % H == 0, "num_heads", H, f"a divisor of the last width {D}")
         embedded = self._embedded(fields, "embedding", tuple(range(len(self.sizes))))
-        streams = []
+        streams: list[Array] = []
         for n, context in enumerate(self.contexts):
             gated = embedded * self._gates(fields, n, context, embedded.shape[-1])
             for i, width in enumerate(self.hidden):
@@ -84,7 +84,8 @@ class FinalMLP(nn.Module):
         of_y = parameter(self, "of_y", [None, None], [D, 1], xavier)[:, 0]
         of_both = parameter(self, "of_both", [None, None, None], [H, D // H, D // H], xavier)
         bias = parameter(self, "bias", [], [], zeros)
-        return bilinear_fusion(*streams, of_x, of_y, of_both) + bias
+        first, second = streams
+        return bilinear_fusion(first, second, of_x, of_y, of_both) + bias
 
     def _embedded(
         self,

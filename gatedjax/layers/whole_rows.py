@@ -36,7 +36,7 @@ def grid_of(kind: str, info: TokenInfo) -> Grid:
 
 def in_cells(
     x: Float[Array, "B R C F"],
-    cell: tuple[int, int],
+    cell: tuple[int, ...],
 ) -> Float[Array, "B cells inside F"]:
     """Patches by the cell of neighbors that they are in: cells, and places inside, row by row.
 
@@ -53,8 +53,8 @@ def in_cells(
 
 def out_of_cells(
     x: Float[Array, "B cells inside F"],
-    cell: tuple[int, int],
-    sides: tuple[int, int],
+    cell: tuple[int, ...],
+    sides: tuple[int, ...],
 ) -> Float[Array, "B R C F"]:
     """The inverse of `in_cells`, for a grid of these sides."""
     B, F = x.shape[0], x.shape[-1]

@@ -58,6 +58,9 @@ def seeded(cell: Cell, seed: int) -> Cell:
         train=dataclasses.replace(cell.config.train, seed=seed),
         data=dataclasses.replace(cell.config.data, seed=seed),
     )
+    if config.model.task == "classify":
+        # Its classes are the configuration's.
+        return dataclasses.replace(cell, config=config)
     if cell.recall is None:
         config = with_vocab(
             config, load_tokenizer(config.data.tokenizer, config.data.end_of_document)
@@ -143,8 +146,8 @@ def _step_ms(readings: Sequence[tuple[int, float]]) -> float:
 
 
 def _tokenizer(cell: Cell) -> Tokenizer | None:
-    """Of the cell's text; a task has none."""
-    if cell.recall is not None:
+    """Of the cell's text; a task and images have none."""
+    if cell.recall is not None or cell.config.model.task == "classify":
         return None
     return load_tokenizer(cell.config.data.tokenizer, cell.config.data.end_of_document)
 

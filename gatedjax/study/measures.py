@@ -1,6 +1,6 @@
 """What a study takes of a trained model: named plain numbers.
 
-validation   loss (nats per token), loss_error, bits_per_byte
+validation   loss (nats per token), loss_error, bits_per_byte; of an encoder loss and accuracy
 recall       accuracy: fraction of the asked tokens that are right (the most likely token, over the
              validation rows)
 probes       first_token_fraction, effective_rank (means over layers and heads), max_activation
@@ -32,6 +32,7 @@ from gatedjax.compiler_options import careful_jit
 from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
+from gatedjax.evaluation.encoder import EncoderValidation
 from gatedjax.evaluation.validation import Validation, with_length
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.output import to_logits
@@ -45,7 +46,11 @@ Values = dict[str, float]
 
 def validation(trained: Trained) -> Values:
     """Loss over the configuration's number of validation batches."""
-    evaluate = Validation(trained.run, trained.run.config.train.eval_batches)
+    config = trained.run.config
+    if config.model.task != "lm":
+        measured = EncoderValidation(trained.run, config.train.eval_batches)(trained.params)
+        return {"loss": measured.loss, "accuracy": measured.accuracy}
+    evaluate = Validation(trained.run, config.train.eval_batches)
     result = evaluate(trained.params)
     return {
         "loss": result.loss,

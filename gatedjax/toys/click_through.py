@@ -4,7 +4,7 @@ A row is a user, an item and a context. Who clicks depends on the product of wha
 what an item has, and on the context; an MLP alone learns products slowly.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,20 +73,22 @@ def run(steps: int) -> list[str]:
     """Trains FinalMLP with and without gates that depend on the row; lines for people."""
     world = made_world()
     test = drawn_rows(world, jax.random.key(10_000), 20_000)
-    best = ranking_quality(odds(world, test.fields), test.clicks)
+    clicks = np.asarray(test.clicks)
+    best = ranking_quality(np.asarray(odds(world, test.fields)), clicks)
     lines = [f"true odds: AUC {best:.3f}"]
     for name, contexts in {"plain gates": ((), ()), "gates by user, item": ((0,), (1,))}.items():
         model = FinalMLP(SIZES, contexts=contexts)
         params = model.init(jax.random.key(1), test.fields[:2])
 
         def loss(params, rows, model=model):
-            logits = model.apply(params, rows.fields)
+            logits: Any = model.apply(params, rows.fields)
             return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, rows.clicks))
 
         def batch(key: Array) -> Rows:
             return drawn_rows(world, key)
 
         params = fitted(loss, params, batch, steps=steps, rate=3e-3)
-        auc = ranking_quality(model.apply(params, test.fields), test.clicks)
+        scores: Any = model.apply(params, test.fields)
+        auc = ranking_quality(np.asarray(scores), clicks)
         lines.append(f"FinalMLP, {name}: AUC {auc:.3f}")
     return lines

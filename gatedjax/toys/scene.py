@@ -2,6 +2,8 @@
 (Switch-NeRF++, arXiv 2505.02005): values of points in space, without rendering.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -34,14 +36,16 @@ def run(steps: int) -> list[str]:
         params = model.init(jax.random.key(1), test[:2])
 
         def loss(params, points, model=model):
-            values, probs = model.apply(params, points)
+            outputs: Any = model.apply(params, points)
+            values, probs = outputs
             return jnp.mean((values - scene(points)) ** 2) + 5e-4 * balance_loss(probs)
 
         def batch(key: Array) -> Float[Array, "N 3"]:
             return jax.random.uniform(key, (BATCH, 3))
 
         params = fitted(loss, params, batch, steps=steps, rate=1e-2)
-        values, probs = model.apply(params, test)
+        outputs: Any = model.apply(params, test)
+        values, probs = outputs
         error = float(jnp.sqrt(jnp.mean((values - wanted) ** 2)))
         line = f"{name}: RMS error {error:.4f}"
         if probs.shape[1] > 1:

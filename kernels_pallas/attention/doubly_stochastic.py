@@ -79,12 +79,14 @@ def _pairs(
     segment_ids: Array | None,
 ) -> Bool[Array, "B 1 T T"] | None:
     """Which tokens see which: both are tokens of one document. None where all do."""
-    if segment_ids is None and is_token is None:
-        return None
     if segment_ids is None:
+        if is_token is None:
+            return None
         segment_ids = is_token.astype(jnp.int32)
     check_shape(op, "segment_ids", segment_ids, q.shape[:2])
-    is_seen = segment_ids != 0 if is_token is None else is_token & (segment_ids != 0)
+    is_seen = segment_ids != 0
+    if is_token is not None:
+        is_seen = is_seen & is_token
     is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
     pairs = is_same & is_seen[:, :, None] & is_seen[:, None, :]
     return pairs[:, None]

@@ -15,11 +15,13 @@ from helpers import rel_rms, slow
 from random_parameters import random_parameters
 
 from gatedjax.config import (
+    AssociativeMemoryConfig,
     DeltaAttentionConfig,
     FrozenDict,
     GatedAttentionConfig,
     GatedLinearAttentionConfig,
     GatedMLPConfig,
+    GatedUnitConfig,
     LoRAMixtureConfig,
     Mamba2Config,
     MLAConfig,
@@ -73,6 +75,8 @@ MIXERS = {
         output_gate_rank=4,
         chunk_size=16,
     ),
+    "gated unit": GatedUnitConfig(hidden=8, key_dim=8, chunk=4),
+    "associative memory": AssociativeMemoryConfig(width=16, slots=4),
 }
 FFNS = {"rwkv7": RWKV7ChannelMixConfig(hidden=16)}
 # Every path of a cache in one model; the mixers one by one in `make test-all`.

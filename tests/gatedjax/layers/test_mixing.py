@@ -11,6 +11,7 @@ from helpers import check_gradients, rel_rms
 from gatedjax.config import (
     AssociativeMemoryConfig,
     GatedMLPConfig,
+    GatedPositionalConfig,
     GatedUnitConfig,
     LoRAConfig,
     MixerGateConfig,
@@ -22,6 +23,7 @@ from gatedjax.layers import (
     MLP,
     AssociativeMemory,
     GatedMLP,
+    GatedPositional,
     GatedUnit,
     MixerGate,
     SpatialGate,
@@ -237,6 +239,9 @@ def test_what_spatial_gates_refuse():
     other = SpatialGate(SpatialGateConfig(over="blocks_and_grid", hidden=4, block=(2, 2)))
     with pytest.raises(InputError, match=r"grid: got \(2, 2\), expected divisors of the grid"):
         jax.eval_shape(lambda x: other.init(jax.random.key(0), x, info), x)
+    behind = TokenInfo(jnp.zeros((1, 6), jnp.int32), grid=Grid(1, 5, 1))
+    with pytest.raises(InputError, match=r"tokens before the patches: got 1, expected 0"):
+        GatedPositional(GatedPositionalConfig()).init(jax.random.key(0), x, behind)
     packed = TokenInfo(jnp.zeros((1, 6), jnp.int32), jnp.ones((1, 6), jnp.int32))
     for mixer in (SpatialGate(SpatialGateConfig()), MixerGate(MixerGateConfig())):
         with pytest.raises(ValueError, match=r"info.segment_ids: got an array, expected None"):
@@ -245,8 +250,8 @@ def test_what_spatial_gates_refuse():
             mixer.init_cache(1, 6)
     with pytest.raises(InputError, match="hidden: got 3, expected an even number"):
         SpatialGateConfig(hidden=3)
-    with pytest.raises(InputError, match=r"block: got \(0, 2\), expected rows and columns"):
-        SpatialGateConfig(block=(0, 2))
+    with pytest.raises(InputError, match=r"block: got \(1, 2, 3\), expected two numbers"):
+        SpatialGateConfig(block=(1, 2, 3))
 
 
 # --- gated attention units
