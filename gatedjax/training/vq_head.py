@@ -133,5 +133,5 @@ def loss_memory(model: ModelConfig, rows: int, length: int) -> int:
     hidden = jax.ShapeDtypeStruct((rows, length, model.width), jnp.dtype(model.dtype))
     targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    memory = gradient.lower(hidden, params, targets).compile().memory_analysis()
+    memory: Any = gradient.lower(hidden, params, targets).compile().memory_analysis()
     return int(memory.temp_size_in_bytes)
