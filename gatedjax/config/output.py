@@ -33,7 +33,7 @@ class OutputConfig(Checked):
     kind: OutputKind = "softmax"
     # spherical: softplus(sharpness (offset - z)) / sharpness
     sharpness: Positive = 1.0
-    offset: float = 10.0
+    offset: NonNegative = 10.0
     # noisy_softmax: alpha
     noise: NonNegative = 0.1
     # sphereface2: r, m, t, and lambda, the weight of the target's own decision

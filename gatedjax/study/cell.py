@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from gatedjax.data import BatchIterator, batches, load_tokenizer, make_dataset
 from gatedjax.data.recall import recall_dataset
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import require
+from gatedjax.layers.tree import Path
 from gatedjax.reporting.console import say
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.grid import Cell, Study
@@ -79,6 +82,7 @@ def train(
     cell: Cell,
     stop_at: float | None = None,
     read_every: int = READ_EVERY,
+    given: Mapping[Path, Array] | None = None,
 ) -> Trained:
     """The training loop without checkpoints.
 
@@ -88,6 +92,7 @@ def train(
       cell: what is trained.
       stop_at: an accuracy.
       read_every: steps; each reading waits for the device.
+      given: the parameters to begin with, by path, in place of those of the configuration.
     """
     growing = cell.config.train.grow_batches
     require(growing == 0, "train.grow_batches", growing, "0 in a study, whose batches do not grow")
@@ -95,9 +100,14 @@ def train(
     require_memory(run)
     config = run.config.train
     with jax.set_mesh(run.mesh):
-        weights = given_weights.find(run, _tokenizer(cell), say)
         teaching = given_teacher.load(run, _tokenizer(cell), say)
-        state = fresh_state(run, given_weights.read(run, weights))
+        if given is None:
+            weights = given_weights.find(run, _tokenizer(cell), say)
+            given = given_weights.read(run, weights)
+        else:
+            # The state takes their memory over, and whoever gave them may still need them.
+            given = {path: jnp.array(value) for path, value in given.items()}
+        state = fresh_state(run, given)
         train_step = jit_train_step(run.config, run.tx, run.shardings)
         # Nothing is validated during training unless it may end early.
         recall = None

@@ -31,10 +31,12 @@ def singular_values(trained: Trained) -> Values:
     axes = flatten_dict(param_axes(boxed))
     matrices = []
     for path, value in flatten_dict(trained.params).items():
-        names = axes.get(path)
+        names: Any = axes.get(path)
+        # The state of routers has none.
         dimensions: Any = None if names is None else muon_dimensions(names)
         if dimensions is not None:
-            held = Matrices(*dimensions, FUSED_GATES.get(names[-1], "none"))
+            gate = FUSED_GATES.get(names[-1], "none")
+            held = Matrices(dimensions[0], dimensions[1], gate)
             matrices.extend(np.asarray(part) for part in split_matrices(jnp.asarray(value), held))
     rate = optim.lr
     decay = optim.weight_decay

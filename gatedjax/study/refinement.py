@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -33,7 +34,7 @@ def refine(cell: Cell, seed: int) -> dict[str, float]:
     return values
 
 
-def _with_schedule(cell: Cell, **changes: object) -> Cell:
+def _with_schedule(cell: Cell, **changes: Any) -> Cell:
     optim = dataclasses.replace(cell.config.optim, **changes)
     return dataclasses.replace(cell, config=dataclasses.replace(cell.config, optim=optim))
 

@@ -57,23 +57,30 @@ def lanczos(
       start: any vector that is not 0.
       iterations: at most so many products.
     """
+    basis = jnp.zeros((iterations, start.size), start.dtype)
     vector = start / jnp.linalg.norm(start)
-    basis = [vector]
     diagonal = []
     beside = []
-    while True:
-        moved = product(basis[-1])
-        diagonal.append(float(jnp.vdot(basis[-1], moved)))
-        if len(diagonal) == iterations:
+    for count in range(iterations):
+        basis = basis.at[count].set(vector)
+        moved = product(vector)
+        diagonal.append(float(jnp.vdot(vector, moved)))
+        rest, residual, length = _across(basis, moved)
+        if count + 1 == iterations or float(residual) <= LEAST_RESIDUAL * float(length):
             break
-        length = float(jnp.linalg.norm(moved))
-        before = jnp.stack(basis)
-        for _ in range(2):
-            moved = moved - before.T @ (before @ moved)
-        residual = float(jnp.linalg.norm(moved))
-        if residual <= LEAST_RESIDUAL * length:
-            break
-        beside.append(residual)
-        basis.append(moved / residual)
+        beside.append(float(residual))
+        vector = rest / residual
     matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
     return np.linalg.eigvalsh(matrix)
+
+
+@jax.jit
+def _across(
+    basis: Float[Array, "k N"],
+    moved: Float[Array, " N"],
+) -> tuple[Float[Array, " N"], Float[Array, ""], Float[Array, ""]]:
+    """What of a vector is orthogonal to all directions so far, its length, and the vector's."""
+    rest = moved
+    for _ in range(2):
+        rest = rest - basis.T @ (basis @ rest)
+    return rest, jnp.linalg.norm(rest), jnp.linalg.norm(moved)

@@ -268,7 +268,7 @@ def _training_loss_forward(
     whole_weights = gathered(weights, hidden)
     groups = groups_of_rows(targets.shape[0])
 
-    def of_chunk(piece: tuple[Array, Array, Array]) -> tuple[TokenLosses, Array, Array]:
+    def of_chunk(piece: tuple[Array, ...]) -> tuple[TokenLosses, Array, Array]:
         losses, gradients = _with_gradients(
             piece[0],
             whole_weights,

@@ -66,14 +66,14 @@ def batch_factor(name: str, batch_size: int, base_batch_size: int) -> float:
 
 
 def top_singular_values(
-    matrices: Float[Array, "N I O"],
+    matrices: Float[np.ndarray, "N I O"],
 ) -> Float[np.ndarray, " N"]:
     """The largest singular value of each matrix, in float64."""
     return np.linalg.svd(np.asarray(matrices, np.float64), compute_uv=False)[:, 0]
 
 
 def width_probe(
-    matrices: Sequence[Float[Array, "N I O"]],
+    matrices: Sequence[Float[np.ndarray, "N I O"]],
     rate: float,
     decay: float,
     width: int,

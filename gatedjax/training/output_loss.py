@@ -67,6 +67,7 @@ def token_losses(
     if output.kind == "stablemax":
         logits = log_stable(raw)
     if output.kind == "fourier":
+        assert extra.shared is not None
         coefficients = raw + extra.shared
         logits = fourier_logits(coefficients, bins)
         if output.smoothness:

@@ -134,7 +134,13 @@ def test_flags_are_of_configurations_and_layers():
         config = config_of(paper)
         mixers |= changed_mixers(config, paper.command)
         if ".optim." in paper.command:
-            make_optimizer(config.optim, config.train.steps, {"lora": {"b": ("embed", "mlp")}})
+            make_optimizer(
+                config.optim,
+                config.train.steps,
+                {"lora": {"b": ("embed", "mlp")}},
+                width=config.model.width,
+                batch_size=config.train.batch_size,
+            )
     x = jax.ShapeDtypeStruct((1, 8, 128), jnp.float32)
     for mixer in mixers:
         jax.eval_shape(layers.MIXERS[mixer.kind](mixer).init, jax.random.key(0), x)

@@ -25,6 +25,7 @@ from gatedjax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    OutputConfig,
     RouterConfig,
     SourceConfig,
     StreamConfig,
@@ -200,6 +201,7 @@ ALL_CLASSES = [
     SourceConfig,
     StreamConfig,
     OptimConfig,
+    OutputConfig,
     MeshConfig,
     TrainConfig,
     LoRAConfig,
@@ -296,6 +298,8 @@ def config_with(cls):
         return raw, f"config.{of_run[cls.__name__]}"
     if cls is LoRAConfig:
         return raw, "config.model.lora"
+    if cls is OutputConfig:
+        return raw, "config.model.output"
     if cls is SourceConfig:
         return raw, "config.data.sources.main"
     if cls is StreamConfig:
@@ -391,7 +395,7 @@ def test_equal_values_of_another_type_make_an_equal_configuration():
     assert lists == frozen and hash(lists) == hash(frozen)
     numbers = OptimConfig(lr=np.float64(0.5), warmup_steps=np.int64(3))
     assert numbers == OptimConfig(lr=0.5, warmup_steps=3)
-    assert {type(x) for x in dataclasses.astuple(numbers)} <= {str, int, float, tuple}
+    assert {type(x) for x in dataclasses.astuple(numbers)} <= {str, int, float, bool, tuple}
 
 
 @pytest.mark.parametrize("kind", MIXERS)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import slow
+from scipy.cluster.vq import kmeans2
 from tiny_run import plain, random_batch
 
 from gatedjax.config import ModelConfig, OutputConfig
@@ -19,6 +20,7 @@ from gatedjax.output import log_stable, to_logits
 from gatedjax.training.output_loss import model_loss
 from gatedjax.training.spherical_loss import dense, factored, factored_step
 from gatedjax.training.step import _accumulated_gradients, init_state
+from gatedjax.training.vq_head import from_trained, k_means, loss_memory
 
 ROWS, LENGTH, WIDTH, VOCAB = 2, 5, 6, 11
 KINDS = ("stablemax", "spherical", "noisy_softmax", "sphereface2", "fourier", "vq")
@@ -322,3 +324,44 @@ def test_bad_outputs_are_refused(values, message):
     output = OutputConfig(**values.pop("output"))
     with pytest.raises(InputError, match=message):
         ModelConfig(output=output, **values)
+
+
+def test_k_means_of_a_head():
+    """Well-parted clusters are found; no worse than scipy's best on others; the parameters fit."""
+    rng = np.random.default_rng(0)
+    centers = 10 * rng.normal(size=(4, 3))
+    labels = np.arange(40) % 4
+    means, nearest = k_means(centers[labels] + 0.01 * rng.normal(size=(40, 3)), 4)
+    found = means[nearest]
+    np.testing.assert_allclose(found, centers[labels], atol=0.05)
+    points = rng.normal(size=(60, 2))
+    means, nearest = k_means(points, 6)
+    inertia = np.sum((points - means[nearest]) ** 2)
+    others = []
+    for seed in range(5):
+        codebook, code = kmeans2(points, 6, minit="++", seed=seed)
+        others.append(np.sum((points - codebook[code]) ** 2))
+    assert inertia < 1.2 * min(others)
+    assert len(np.unique(nearest)) == 6
+    # As many codes as tokens: the model that it was.
+    model = ModelConfig(vocab_size=VOCAB, width=WIDTH)
+    params = {"embedding": rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)}
+    changed, given = from_trained(model, params, VOCAB)
+    hidden = rng.normal(size=(5, WIDTH)).astype(np.float32)
+    of_vq = {"codes": {"frozen": given["codes", "frozen"]}}
+    logits = to_logits(changed, of_vq)(jnp.asarray(hidden), given[("head",)])
+    np.testing.assert_allclose(logits, hidden @ params["embedding"].T, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="codes: got 12, expected from 1 to 11 different rows"):
+        from_trained(model, params, VOCAB + 1)
+
+
+@pytest.mark.slow
+def test_memory_of_the_vq_loss():
+    """With a tenth as many codes, less than a fifth of the memory."""
+    sizes = {}
+    for kind in ("softmax", "vq"):
+        output = OutputConfig(kind=kind, codes=400)
+        model = ModelConfig(vocab_size=4000, width=32, tie_embeddings=False, output=output)
+        sizes[kind] = loss_memory(model, 1, 512)
+    assert sizes["softmax"] > 512 * 4000 * 4
+    assert sizes["vq"] < sizes["softmax"] / 5

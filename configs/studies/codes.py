@@ -1,0 +1,38 @@
+"""What it costs to share output rows among tokens, and what memory it saves.
+
+    python -m gatedjax.study codes [--small]
+
+VQ-Logits (arXiv 2505.10202): a model is trained with a row for every token, k-means makes codes of
+the rows, and the model goes on with those. Tokens of one code have equal probabilities: "at_once"
+and "tuned" are bits per byte as such. The memory is that of the loss alone, of 1,024 tokens at
+width 256 with 32,000 tokens in the vocabulary and the same part of them as codes.
+
+What differs: 288 bytes in place of words; the paper has no public code.
+"""
+
+from gatedjax.config import from_config_dict
+from gatedjax.study import Cell, Picture, Study
+from gatedjax.study.base import attention, text_config
+from gatedjax.study.codes import quantize
+
+CODES = (32, 64, 128)
+
+
+def get_study(small: bool) -> Study:
+    """A cell for each number of codes."""
+    cells = []
+    for codes in (64,) if small else CODES:
+        c = text_config({"attention": attention()}, 120 if small else 400)
+        c.model.tie_embeddings = False
+        if small:
+            c.model.num_layers = 2
+        labels = {"codes": codes, "steps": c.train.steps}
+        cells.append(Cell(labels, from_config_dict(c), trial=quantize))
+    return Study(
+        title="Codes in place of output rows",
+        cells=tuple(cells),
+        seeds=(0,) if small else (0, 1, 2),
+        measures=(),
+        columns=("whole", "at_once", "tuned", "softmax_MiB", "vq_MiB"),
+        pictures=(Picture("codes", "tuned", log_x=True),),
+    )

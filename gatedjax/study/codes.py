@@ -1,0 +1,71 @@
+"""A trial of VQ-Logits: a model is trained, its output matrix becomes codes, and it goes on."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from gatedjax.config import ModelConfig, OutputConfig
+from gatedjax.study.cell import seeded, train
+from gatedjax.study.grid import Cell
+from gatedjax.study.measures import validation
+from gatedjax.study.trained import Trained
+from gatedjax.training.vq_head import from_trained, loss_memory
+
+# For the memory of the loss: a vocabulary and a batch as models have them.
+VOCAB = 32_000
+ROWS, LENGTH = 1, 1024
+
+
+def quantize(cell: Cell, seed: int) -> dict[str, float]:
+    """A trial; the label `codes` says how many.
+
+    Returns:
+      Bits per byte with the whole matrix, with codes at once and after as many steps again; the
+      memory of the loss (`memory`).
+    """
+    codes = int(cell.labels["codes"])
+    cell = seeded(cell, seed)
+    whole = train(cell)
+    model, given = from_trained(whole.run.config.model, whole.params, codes, seed)
+    config = dataclasses.replace(cell.config, model=model)
+    with_codes = dataclasses.replace(cell, config=config)
+    at_once = train(_of_steps(with_codes, 1, lr=1e-12), given=given)
+    tuned = train(with_codes, given=given)
+    return {
+        "whole": _bits(whole),
+        "at_once": _bits(at_once),
+        "tuned": _bits(tuned),
+        **memory(codes, whole.run.config.model.vocab_size),
+    }
+
+
+def memory(codes: int, vocab: int) -> dict[str, float]:
+    """MiB of the loss of 1,024 tokens, with a vocabulary of 32,000 and as large a part as codes."""
+    part = VOCAB * codes // vocab
+    mebibyte = 2.0**20
+    values = {}
+    kinds: tuple[Literal["softmax", "vq"], ...] = ("softmax", "vq")
+    for kind in kinds:
+        model = _large(kind, part)
+        values[f"{kind}_MiB"] = loss_memory(model, ROWS, LENGTH) / mebibyte
+    return values
+
+
+def _large(kind: Literal["softmax", "vq"], codes: int) -> ModelConfig:
+    output = OutputConfig(kind=kind, codes=codes)
+    return ModelConfig(vocab_size=VOCAB, width=256, tie_embeddings=False, output=output)
+
+
+def _of_steps(cell: Cell, steps: int, lr: float) -> Cell:
+    train = dataclasses.replace(cell.config.train, steps=steps)
+    optim = dataclasses.replace(cell.config.optim, lr=lr, warmup_steps=0)
+    return dataclasses.replace(
+        cell,
+        config=dataclasses.replace(cell.config, train=train, optim=optim),
+    )
+
+
+def _bits(trained: Trained) -> float:
+    with jax.set_mesh(trained.run.mesh):
+        return validation(trained)["bits_per_byte"]
