@@ -24,7 +24,18 @@ ORDER = (
     ("aot",),
     ("runtime",),
     ("reporting",),
-    ("interop", "study", "train", "eval", "generate", "merge_lora", "probe", "lm_eval", "convert"),
+    (
+        "interop",
+        "study",
+        "train",
+        "eval",
+        "generate",
+        "merge_lora",
+        "probe",
+        "lm_eval",
+        "convert",
+        "exits",
+    ),
 )
 
 

@@ -72,7 +72,7 @@ def teacher_loss(
       chunk: tokens whose logits exist at once; 0 for all of them.
     """
     settings = config.train.teacher
-    of_teacher, recorded = _observed(teacher, batch, with_activations=settings.mse > 0)
+    of_teacher, recorded = observed(teacher, batch, with_activations=settings.mse > 0)
     mask = jnp.asarray(batch.loss_mask, jnp.float32)
     total = jnp.float32(0.0)
     metrics = {}
@@ -109,12 +109,18 @@ def teacher_loss(
     return total, metrics
 
 
-def _observed(
+def observed(
     teacher: Teacher,
     batch: Batch,
     with_activations: bool,
 ) -> tuple[Float[Array, "B T M"], Mapping[str, Any]]:
-    """The teacher's last hidden states, and what its layers record. No gradient enters."""
+    """A frozen model's last hidden states, and what its layers record. No gradient enters.
+
+    Args:
+      teacher: the model.
+      batch: rows of packed documents.
+      with_activations: whether its layers record anything.
+    """
     params = jax.lax.stop_gradient(teacher.params)
     outputs: Any = LanguageModel(teacher.model).apply(
         {"params": params},
@@ -201,8 +207,8 @@ def distance_of_layers(
       mask: their weights.
       activation: which one (`TeacherConfig`).
     """
-    inputs = _by_layer(teacher, recorded, "mixer_input")
-    targets = _by_layer(teacher, recorded, activation)
+    inputs = by_layer(teacher, recorded, "mixer_input")
+    targets = by_layer(teacher, recorded, activation)
     layers = set(compared_layers(model, teacher))
     total = jnp.float32(0.0)
     for block in model.blocks:
@@ -270,7 +276,7 @@ def _activation(
     return state[COLLECTION][activation][0]
 
 
-def _by_layer(model: ModelConfig, recorded: Mapping[str, Any], name: str) -> dict[int, Array]:
+def by_layer(model: ModelConfig, recorded: Mapping[str, Any], name: str) -> dict[int, Array]:
     """What each layer has recorded under a name."""
     found = {}
     for block in model.blocks:
