@@ -29,6 +29,7 @@ from gatedjax.evaluation.restore import require_text, restore_params
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.runtime import cli, launch
+from gatedjax.sharding import my_rows
 from gatedjax.training.run import Run
 from gatedjax.training.run_directory import plain_errors
 from gatedjax.training.teacher import Teacher, by_layer, observed
@@ -105,19 +106,19 @@ def main(_) -> None:
     costs = early.exit_costs(model, run.config.data.seq_len, layers)
     with jax.set_mesh(run.mesh):
         rows = []
-        exits = None
+        exits = learned(run, params, layers, costs, settings[0] if by_gate else None)
+        halves = seen_halves(run, params, exits, layers)
         for setting in settings:
             # Thresholds are found for the same exits; gates are learned for each cost.
-            if exits is None or by_gate:
-                weight = setting if by_gate else None
-                exits = learned(run, params, layers, costs, weight)
+            if by_gate and rows:
+                exits = learned(run, params, layers, costs, setting)
                 halves = seen_halves(run, params, exits, layers)
             rows.append(_row(setting, exits, halves, costs, by_gate))
         whole = np.full(len(halves[1].losses), len(layers))
         full = early.outcome(whole, halves[1].losses, halves[1].is_right, costs)
         generated = None
         if _PROMPT.value is not None:
-            generated = _generate(run, params, rows[-1], layers, by_gate)
+            generated = _generate(run, params, rows[-1], layers, by_gate, _PROMPT.value)
     _write(folder, layers, by_gate, rows, full, generated)
 
 
@@ -246,14 +247,15 @@ def learned(
     rows = run.config.train.batch_size
     scale = params["final_norm"]["scale"]
     start = 1.0 + scale if model.zero_centered_norm else scale
-    exits = early.fresh_exits(len(layers), start)
+    # Any: to optax a tree of parameters.
+    exits: Any = early.fresh_exits(len(layers), start)
     tx = optax.adam(_LR.value)
     state = tx.init(exits)
     relative = jnp.asarray(costs / costs[-1], jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=(4, 5))
     def step(
-        exits: Exits,
+        exits: Any,
         state: Any,
         batch: Batch,
         params: PyTree,
@@ -266,7 +268,9 @@ def learned(
         updates, state = tx.update(gradient, state)
         return optax.apply_updates(exits, updates), state, loss
 
-    dataset = make_dataset(data, "train", batch_size=rows, rows=slice(0, rows), seed=data.seed)
+    dataset = make_dataset(
+        data, "train", batch_size=rows, rows=my_rows(run.mesh, rows), seed=data.seed
+    )
     stream = batches(dataset)
     phases = 1 if cost_weight is None else 4
     for phase in range(phases):
@@ -304,7 +308,9 @@ def seen_halves(
         groups = ([n[..., 0] for n in numbers], gates, losses, is_right)
         return [jnp.stack(group, axis=-1) for group in groups]
 
-    dataset = make_dataset(data, "validation", batch_size=rows, rows=slice(0, rows), seed=data.seed)
+    dataset = make_dataset(
+        data, "validation", batch_size=rows, rows=my_rows(run.mesh, rows), seed=data.seed
+    )
     wanted = 2 * _BATCHES.value
     require(
         len(dataset) >= 2,
@@ -354,17 +360,27 @@ def _generate(
     row: Row,
     layers: tuple[int, ...],
     by_gate: bool,
+    prompt: str,
 ) -> tuple[Generated, Generated]:
-    """The prompt's continuation with exits, and with none taken."""
+    """The prompt's continuation with exits, and with none taken.
+
+    Args:
+      run: of the model.
+      params: of it.
+      row: the exits and their thresholds.
+      layers: after how many layers each exit is.
+      by_gate: whether gates decide.
+      prompt: the text.
+    """
     data = run.config.data
     tokenizer = load_tokenizer(data.tokenizer, data.end_of_document)
-    prompt = list(tokenizer.encode(_PROMPT.value))
-    require(len(prompt) > 0, "--prompt", _PROMPT.value, "at least one token")
+    ids = [int(token) for token in tokenizer.encode(prompt)]
+    require(len(ids) > 0, "--prompt", prompt, "at least one token")
     decoder = EarlyExit(run.config.model, params, row.exits, layers, by_gate)
-    with_exits = decoder.generate(prompt, _TOKENS.value, row.thresholds)
+    with_exits = decoder.generate(ids, _TOKENS.value, row.thresholds)
     never = np.full(len(layers), np.inf)
-    whole = decoder.generate(prompt, _TOKENS.value, never)
-    say(_PROMPT.value + tokenizer.decode(with_exits.tokens))
+    whole = decoder.generate(ids, _TOKENS.value, never)
+    say(prompt + tokenizer.decode(with_exits.tokens))
     return with_exits, whole
 
 

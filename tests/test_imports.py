@@ -35,6 +35,7 @@ ORDER = (
         "lm_eval",
         "convert",
         "exits",
+        "stack_experts",
     ),
 )
 

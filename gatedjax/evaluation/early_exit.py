@@ -21,7 +21,8 @@ from jaxtyping import Float, Int, PyTree
 from gatedjax.config import BlockConfig, ModelConfig
 from gatedjax.errors import require
 from gatedjax.evaluation.exits import Exits, exit_logits, features, gate_values
-from gatedjax.layers.block import Block, init_block_cache, stream_norm
+from gatedjax.layers.block import Block, init_block_cache
+from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.token_info import History, TokenInfo, arranged, empty_history
 from gatedjax.model import head_weights, logits
 
@@ -207,10 +208,9 @@ def _through_block(
     info: TokenInfo,
     cache: Any,
 ) -> tuple[Array, Any]:
-    x, _, _, cache, _, _ = Block(config, block).apply(
-        {"params": params}, x, info, cache, None, None
-    )
-    return x, cache
+    module = Block(config, block)
+    outputs: Any = module.apply({"params": params}, x, info, cache, None, None)
+    return outputs[0], outputs[3]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -246,12 +246,13 @@ def _at_exit(
 @functools.partial(jax.jit, static_argnums=0)
 def _at_end(
     config: ModelConfig,
-    norm: PyTree,
+    params: PyTree,
     weights: Float[Array, "X M"],
     x: Float[Array, "1 1 M"],
 ) -> Array:
     """The likeliest token after all layers."""
-    normed = stream_norm(config, None).apply({"params": norm}, x)
+    norm = RMSNorm(config.norm_eps, config.zero_centered_norm)
+    normed: Any = norm.apply({"params": params}, x)
     return jnp.argmax(logits(normed[0, 0], weights))
 
 
