@@ -8,6 +8,7 @@ distance of activations is layer by layer: each mixer gets the input that the te
 that layer gets, so that no layer has to make up for those before it, and no gradient leaves it.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -218,23 +219,27 @@ def distance_of_layers(
         of_block = params["periods"][block.name] if block.is_repeated else params[block.name]
         of_mixer = of_block["mixer"]
         mixer, _ = block_layers(model, block)
-
-        def of_layer(
-            params: PyTree,
-            x: Array,
-            target: Array,
-            mixer: Any = mixer,
-        ) -> Float[Array, ""]:
-            y = _activation(mixer, params, x, info, activation)
-            difference = y.astype(jnp.float32) - target.astype(jnp.float32)
-            by_token = jnp.mean(jnp.square(difference), axis=tuple(range(2, y.ndim)))
-            # Selected: padding may hold anything.
-            return jnp.sum(jnp.where(mask != 0, by_token, 0.0) * mask)
-
+        of_layer = functools.partial(_activation, mixer, info=info, activation=activation)
+        if model.remat != "none":
+            of_layer = jax.checkpoint(of_layer)
         for i in chosen:
-            own = _of_period(of_mixer, block, i)
-            total = total + of_layer(own, inputs[i], targets[i])
+            y = of_layer(_of_period(of_mixer, block, i), inputs[i])
+            total = total + _distance(y, targets[i], mask)
     return total / len(layers)
+
+
+def _distance(
+    y: Float[Array, "B T ..."],
+    target: Float[Array, "B T ..."],
+    mask: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """The mean square over channels of a difference, a weighted sum over tokens."""
+    channels = tuple(range(2, y.ndim))
+    is_counted = jnp.expand_dims(mask != 0, channels)
+    difference = y.astype(jnp.float32) - target.astype(jnp.float32)
+    # Selected, not multiplied: padding may hold anything.
+    squares = jnp.square(jnp.where(is_counted, difference, 0.0))
+    return jnp.sum(jnp.mean(squares, axis=channels) * mask)
 
 
 def _of_period(params: PyTree, block: BlockConfig, layer: int) -> PyTree:
