@@ -25,7 +25,19 @@ ORDER = (
     ("aot",),
     ("runtime",),
     ("reporting",),
-    ("interop", "study", "train", "eval", "generate", "merge_lora", "probe", "lm_eval", "convert"),
+    (
+        "interop",
+        "study",
+        "train",
+        "eval",
+        "generate",
+        "merge_lora",
+        "probe",
+        "lm_eval",
+        "convert",
+        "exits",
+        "stack_experts",
+    ),
 )
 
 

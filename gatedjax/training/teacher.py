@@ -8,6 +8,7 @@ distance of activations is layer by layer: each mixer gets the input that the te
 that layer gets, so that no layer has to make up for those before it, and no gradient leaves it.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ def teacher_loss(
       chunk: tokens whose logits exist at once; 0 for all of them.
     """
     settings = config.train.teacher
-    of_teacher, recorded = _observed(teacher, batch, with_activations=settings.mse > 0)
+    of_teacher, recorded = observed(teacher, batch, with_activations=settings.mse > 0)
     mask = jnp.asarray(batch.loss_mask, jnp.float32)
     total = jnp.float32(0.0)
     metrics = {}
@@ -109,12 +110,18 @@ def teacher_loss(
     return total, metrics
 
 
-def _observed(
+def observed(
     teacher: Teacher,
     batch: Batch,
     with_activations: bool,
 ) -> tuple[Float[Array, "B T M"], Mapping[str, Any]]:
-    """The teacher's last hidden states, and what its layers record. No gradient enters."""
+    """A frozen model's last hidden states, and what its layers record. No gradient enters.
+
+    Args:
+      teacher: the model.
+      batch: rows of packed documents.
+      with_activations: whether its layers record anything.
+    """
     params = jax.lax.stop_gradient(teacher.params)
     outputs: Any = LanguageModel(teacher.model).apply(
         {"params": params},
@@ -201,8 +208,8 @@ def distance_of_layers(
       mask: their weights.
       activation: which one (`TeacherConfig`).
     """
-    inputs = _by_layer(teacher, recorded, "mixer_input")
-    targets = _by_layer(teacher, recorded, activation)
+    inputs = by_layer(teacher, recorded, "mixer_input")
+    targets = by_layer(teacher, recorded, activation)
     layers = set(compared_layers(model, teacher))
     total = jnp.float32(0.0)
     for block in model.blocks:
@@ -212,23 +219,27 @@ def distance_of_layers(
         of_block = params["periods"][block.name] if block.is_repeated else params[block.name]
         of_mixer = of_block["mixer"]
         mixer, _ = block_layers(model, block)
-
-        def of_layer(
-            params: PyTree,
-            x: Array,
-            target: Array,
-            mixer: Any = mixer,
-        ) -> Float[Array, ""]:
-            y = _activation(mixer, params, x, info, activation)
-            difference = y.astype(jnp.float32) - target.astype(jnp.float32)
-            by_token = jnp.mean(jnp.square(difference), axis=tuple(range(2, y.ndim)))
-            # Selected: padding may hold anything.
-            return jnp.sum(jnp.where(mask != 0, by_token, 0.0) * mask)
-
+        of_layer = functools.partial(_activation, mixer, info=info, activation=activation)
+        if model.remat != "none":
+            of_layer = jax.checkpoint(of_layer)
         for i in chosen:
-            own = _of_period(of_mixer, block, i)
-            total = total + of_layer(own, inputs[i], targets[i])
+            y = of_layer(_of_period(of_mixer, block, i), inputs[i])
+            total = total + _distance(y, targets[i], mask)
     return total / len(layers)
+
+
+def _distance(
+    y: Float[Array, "B T ..."],
+    target: Float[Array, "B T ..."],
+    mask: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """The mean square over channels of a difference, a weighted sum over tokens."""
+    channels = tuple(range(2, y.ndim))
+    is_counted = jnp.expand_dims(mask != 0, channels)
+    difference = y.astype(jnp.float32) - target.astype(jnp.float32)
+    # Selected, not multiplied: padding may hold anything.
+    squares = jnp.square(jnp.where(is_counted, difference, 0.0))
+    return jnp.sum(jnp.mean(squares, axis=channels) * mask)
 
 
 def _of_period(params: PyTree, block: BlockConfig, layer: int) -> PyTree:
@@ -270,7 +281,7 @@ def _activation(
     return state[COLLECTION][activation][0]
 
 
-def _by_layer(model: ModelConfig, recorded: Mapping[str, Any], name: str) -> dict[int, Array]:
+def by_layer(model: ModelConfig, recorded: Mapping[str, Any], name: str) -> dict[int, Array]:
     """What each layer has recorded under a name."""
     found = {}
     for block in model.blocks:

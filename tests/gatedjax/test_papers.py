@@ -158,8 +158,8 @@ def test_what_to_type_runs(paper):
         assert study.get_study(small=True)
         return
     if command != TRAIN:
-        # Needs a run; docs/probes.md has its tests.
-        assert arguments == ["--checkpoint=RUN"]
+        # Needs a run; its own page says more.
+        assert any("RUN" in argument for argument in arguments), paper.command
         return
     computes(config_of(paper).model)
 

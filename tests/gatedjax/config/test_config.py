@@ -47,7 +47,7 @@ from gatedjax.training.step import init_params, param_axes
 ROOT = Path(__file__).parents[3]
 GOLDENS = Path(__file__).parents[1] / "goldens"
 # Another run's model, which it is given: there is none to compare with.
-OF_A_RUN = {"from_run"}
+OF_A_RUN = {"from_run", "convert_lizard", "convert_rad_rwkv6", "convert_rad_rwkv7", "phatgoose"}
 CONFIGS = [name for name in own_names() if name not in OF_A_RUN]
 # What the names promise, in billions of parameters, embeddings included.
 BILLIONS = {
