@@ -25,6 +25,7 @@ ORDER = (
     ("runtime",),
     ("reporting",),
     ("interop", "study", "train", "eval", "generate", "merge_lora", "probe", "lm_eval"),
+    ("evidence",),
 )
 
 

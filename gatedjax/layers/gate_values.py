@@ -14,7 +14,7 @@ from gatedjax.layers.tree import flatten_dict
 # The Flax collection of everything that is recorded.
 COLLECTION = "probes"
 # Recorded for the measurements of `evaluation.probes`; no gates.
-NOT_GATES = ("q", "k", "residual", "mixer_output")
+NOT_GATES = ("q", "k", "v", "residual", "mixer_output")
 
 
 def record(

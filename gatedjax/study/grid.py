@@ -7,7 +7,7 @@ ten-minute version.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from gatedjax.config import FEED_FORWARDS, MIXERS, Config, SourceConfig, to_dict
@@ -87,7 +87,11 @@ ADDED_LATER_TO_LAYERS = {
 # Likewise, of each source.
 ADDED_LATER_TO_SOURCES = ("stream",)
 
-Measure = Literal["validation", "recall", "probes", "lengths", "routing", "speed"]
+# A run that is no training of a language model: a frozen dataclass of plain numbers and texts, on a
+# module's first level, that is called with a seed (`gatedjax.evidence`).
+Experiment = Callable[[int], Mapping[str, float]]
+
+Measure = Literal["validation", "recall", "probes", "lengths", "routing", "sinks", "speed"]
 Label = str | int | float
 
 
@@ -100,13 +104,15 @@ class Cell:
       task's.
     lengths: for the measure "lengths", window lengths to evaluate at.
     yarn: for the measure "lengths", rotary positions are scaled to each length (arXiv 2309.00071).
+    experiment: called with the seed in place of training and measuring; its result has the values.
     """
 
     labels: Mapping[str, Label]
-    config: Config
+    config: Config = dataclasses.field(default_factory=Config)
     recall: RecallConfig | None = None
     lengths: tuple[int, ...] = ()
     yarn: bool = False
+    experiment: Experiment | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +134,8 @@ class Picture:
 class Study:
     """A question, as a grid of runs.
 
-    measures: what is taken of each trained model; see `measures.py` for the values of each.
+    measures: what is taken of each trained model; see `measures.py` for the values of each. None
+      where cells have experiments.
     columns: the values that the table shows, in this order.
     stop_at: with the measure "recall", training ends when validation accuracy reaches this.
     """
@@ -147,6 +154,10 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
     recall = None
     if cell.recall is not None:
         recall = dataclasses.asdict(cell.recall)
+    if cell.experiment is not None:
+        experiment: Any = cell.experiment
+        name = type(experiment).__name__
+        return _digest([name, dataclasses.asdict(experiment), seed])
     depends_on = [
         _lasting_dict(cell.config),
         recall,
@@ -157,6 +168,10 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
         study.stop_at,
     ]
     # Labels and titles are not part of it: they may be reworded without a new run.
+    return _digest(depends_on)
+
+
+def _digest(depends_on: list[Any]) -> str:
     text = json.dumps(depends_on, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

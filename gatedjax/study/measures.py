@@ -8,6 +8,13 @@ probes       first_token_fraction, effective_rank (means over layers and heads),
              (likewise), gate_mean (mean over attention layers and linear ones)
 lengths      loss@T for each of the cell's lengths: validation text in windows of T
 routing      load_max_over_mean, balance_loss of the last step
+sinks        of bigram_backcopy, over one batch: copy_accuracy at triggers; excess_loss, nats above
+             that of a model that knows the language; dormant_on_first and active_on_first, the
+             attention on the first token of the head with the largest sink, from ordinary tokens
+             and from triggers; value_norm of the first token there, over that of others, and
+             residual_norm, likewise, largest of a layer; max_activation; massive, the largest
+             activation over the median one of its layer; gate_active and gate_dormant, the mean
+             gate at triggers and at ordinary tokens
 speed        step_ms: the mean time of a training step, of those after the first metrics were read;
              it depends on what else the machine did
 
@@ -32,6 +39,7 @@ from gatedjax.data.recall import RecallConfig, recall_dataset
 from gatedjax.evaluation.validation import Validation, with_length
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.sharding import RULES, global_batch, my_rows
+from gatedjax.study.sinks import measure_sinks
 from gatedjax.study.trained import Trained
 from gatedjax.training.run import Run
 
@@ -125,6 +133,7 @@ MEASURES: dict[str, Callable[[Trained], Values]] = {
     "probes": probes,
     "lengths": lengths,
     "routing": routing,
+    "sinks": measure_sinks,
     "speed": speed,
 }
 
