@@ -116,6 +116,7 @@ def _measure(
     # As the layers see them: an id that comes back is another document.
     numbers = document_numbers(jnp.asarray(batch.segment_ids))
     batch = dataclasses.replace(batch, segment_ids=numbers)
+    is_counted = None if counted is None else jnp.asarray(counted)
     result = {}
     for block in config.blocks:
         values = _LayerValues(
@@ -128,7 +129,7 @@ def _measure(
             sown, mixer_params = jax.tree.map(lambda x: x[None], values[:2])
             values = _LayerValues(sown, mixer_params, values.statistics)
         # One layer after the other: the blocks of all of them at once would be larger.
-        layer = functools.partial(_layer, block.mixer, batch, counted)
+        layer = functools.partial(_layer, block.mixer, batch, is_counted)
         result[block.name] = jax.lax.map(layer, values)
     return result
 

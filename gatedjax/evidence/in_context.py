@@ -211,13 +211,13 @@ class InContextRegression:
 
 def initial(rng: Array, heads: int, width: int) -> Layer:
     """Random matrices, uniform in +-1 / sqrt(inputs)."""
-    keys = jax.random.split(rng, 4)
+    keys = jax.random.split(rng, 2)
     shape = (heads, width, width)
     bound = width**-0.5
-    matrices = [jax.random.uniform(key, shape, minval=-bound, maxval=bound) for key in keys[:3]]
+    query, key, value = jax.random.uniform(keys[0], (3, *shape), minval=-bound, maxval=bound)
     bound = (heads * width) ** -0.5
-    out = jax.random.uniform(keys[3], shape[:2], minval=-bound, maxval=bound)
-    return Layer(*matrices, out)
+    out = jax.random.uniform(keys[1], shape[:2], minval=-bound, maxval=bound)
+    return Layer(query, key, value, out)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -110,9 +110,9 @@ def identity(groups: Groups, params: Arrays) -> dict[str, Map]:
         require(len(sizes) == 1, name, sorted(sizes), "axes of one size: no grouped heads")
         size = sizes.pop()
         hidden = None
-        of_units = [place for place in places if place.units is not None]
-        if of_units:
-            width = params[of_units[0].path].shape[of_units[0].units]
+        widths = [params[p.path].shape[p.units] for p in places if p.units is not None]
+        if widths:
+            width = widths[0]
             hidden = np.broadcast_to(np.eye(width), (size, size, width, width))
         maps[name] = Map(np.eye(size), hidden)
     return maps

@@ -36,7 +36,8 @@ def measure_sinks(trained: Trained) -> dict[str, float]:
     rows = next(iter(batches(dataset)))
     batch = global_batch(run.mesh, rows, batch_size)
     language = language_of(task)
-    is_trigger = language.is_trigger(rows.tokens)
+    tokens, targets = np.asarray(rows.tokens), np.asarray(rows.targets)
+    is_trigger = language.is_trigger(tokens)
     model = run.config.model
     predicted, loss = jax.device_get(predictions(model, trained.params, batch))
     # At a trigger a copying head has something to do, elsewhere it has not.
@@ -51,8 +52,8 @@ def measure_sinks(trained: Trained) -> dict[str, float]:
         for layer, channels in dormant["massive_channels"].items()
     ]
     return {
-        "copy_accuracy": float(np.mean((predicted == rows.targets)[is_trigger])),
-        "excess_loss": float(loss) - best_loss(rows.tokens, rows.targets, language),
+        "copy_accuracy": float(np.mean((predicted == targets)[is_trigger])),
+        "excess_loss": float(loss) - best_loss(tokens, targets, language),
         "dormant_on_first": float(by_head[sink]),
         "active_on_first": float(_over_layers(active["first_token_fraction"])[sink]),
         "value_norm": float(_over_layers(dormant["first_value_norm"])[sink]),
@@ -76,7 +77,7 @@ def _over_layers(by_layer: dict[int, np.ndarray]) -> np.ndarray:
 def _gates(model: ModelConfig, params: Any, batch: Batch) -> np.ndarray | None:
     """[B, T]: the mean over all gates of a token; None where there are none."""
     with nn.logical_axis_rules(RULES):
-        found = gate_values(LanguageModel(model), params, batch.tokens)
+        found = gate_values(LanguageModel(model), params, jnp.asarray(batch.tokens))
     by_layer = [np.asarray(x) for name, x in found.items() if name.endswith("mixer/gates")]
     if not by_layer:
         return None
