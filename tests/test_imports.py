@@ -38,6 +38,7 @@ ORDER = (
         "exits",
         "stack_experts",
     ),
+    ("evidence",),
 )
 
 

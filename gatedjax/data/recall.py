@@ -13,6 +13,8 @@ accuracy there is the figure of merit.
                     a b = and then (a + b) mod p, with p = vocab_size - 1, the token of "=": all
                     pairs in an order that the seed shuffles, the first `train_examples` to train on
                     and the next `validation_examples` to validate (grokking, arXiv 2201.02177)
+    bigram_backcopy tokens by a table of bigrams, but after each of num_pairs triggers the token
+                    before it again; all tokens are predicted (`backcopy.py`, arXiv 2410.13835)
     needle          text that says somewhere "The code of KEVA is 41077.", and asks for it at the
                     end
 
@@ -31,13 +33,14 @@ import grain
 import numpy as np
 from jaxtyping import Int, Num
 
+from gatedjax.data.backcopy import Language, backcopy_row, language
 from gatedjax.data.batch import Batch, empty_row
 from gatedjax.data.pipeline import Block
 from gatedjax.data.splits import SPLITS, Split
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import require
 
-Task = Literal["mqar", "copy", "selective_copy", "modular_addition", "needle"]
+Task = Literal["mqar", "copy", "selective_copy", "modular_addition", "bigram_backcopy", "needle"]
 RowGenerator = Callable[[np.random.Generator], Batch]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -56,7 +59,7 @@ class RecallConfig:
     task: Task = "mqar"
     seq_len: int = 64
     vocab_size: int = 8192  # not needle: its tokens are the tokenizer's
-    num_pairs: int = 4  # mqar: pairs of key and value; copies: tokens to copy
+    num_pairs: int = 4  # mqar: pairs of key and value; copies: tokens to copy; triggers
     # mqar: a; query slot i = 1, 2, ... has probability a i^(a - 1), so most queries come soon
     power: float = 0.01
     random_filler: bool = True  # mqar: random tokens between the queries, rather than token 0
@@ -100,6 +103,7 @@ class RecallConfig:
             "copy": 2 * self.num_pairs,
             "selective_copy": 2 * self.num_pairs,
             "modular_addition": 3,
+            "bigram_backcopy": 2,
             "needle": 2,
         }
         shortest = shortest_of_task[self.task]
@@ -117,6 +121,13 @@ class RecallConfig:
                 "vocab_size",
                 self.vocab_size,
                 f"above {2 * self.num_pairs + 1}: half keys, half values",
+            )
+        if self.task == "bigram_backcopy":
+            require(
+                self.vocab_size > self.num_pairs + 2,
+                "vocab_size",
+                self.vocab_size,
+                f"above {self.num_pairs + 2}: the first token, triggers, two others",
             )
         require(
             self.vocab_size >= 4,
@@ -222,7 +233,7 @@ class Sums(grain.MapDataset[Batch]):
 
 
 def task_row(config: RecallConfig) -> RowGenerator:
-    """The generator of rows of mqar, copy or selective_copy."""
+    """The generator of rows of any task but needle."""
 
     def mqar(rng: np.random.Generator) -> Batch:
         return mqar_row(
@@ -243,7 +254,16 @@ def task_row(config: RecallConfig) -> RowGenerator:
             selective=config.task == "selective_copy",
         )
 
-    return mqar if config.task == "mqar" else copy
+    def backcopy(rng: np.random.Generator) -> Batch:
+        return backcopy_row(rng, config.seq_len, language_of(config))
+
+    generators: dict[str, RowGenerator] = {"mqar": mqar, "bigram_backcopy": backcopy}
+    return generators.get(config.task, copy)
+
+
+def language_of(config: RecallConfig) -> Language:
+    """Of bigram_backcopy: the seed's, the same in both splits."""
+    return language(config.vocab_size, config.num_pairs, config.seed)
 
 
 def mqar_row(

@@ -26,6 +26,7 @@ class _QueryBlock(NamedTuple):
     segment_ids: Int[Array, "B block"]
     times: Int[Array, "B block"]
     is_first: Bool[Array, "B block"]
+    is_counted: Bool[Array, "B block"]
 
 
 class _KeysAndOptions(NamedTuple):
@@ -56,6 +57,7 @@ def attention_rows(
     sink_logits: Float[Array, " H"] | None = None,
     alibi_slopes: Float[Array, " H"] | None = None,
     normalizer_parameters: Float[Array, "P H"] | None = None,
+    counted: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, " H"], Float[Array, " T"]]:
     """Where attention goes: to the first token of the document, and over how many tokens.
 
@@ -68,11 +70,12 @@ def attention_rows(
       positions: in the document.
       normalizer, window, logits_soft_cap, scale, sink_logits, alibi_slopes, normalizer_parameters:
         as of `kernels_pallas.attention`.
+      counted: the queries that the fraction is a mean over; None for all.
 
     Returns:
       For each head the fraction of attention that goes to the first token, a mean over all tokens
-      that are not first themselves; and by position the entropy in nats, a mean over rows and
-      heads, NaN at positions that no token has.
+      that are counted and not first themselves; and by position the entropy in nats, a mean over
+      rows and heads, NaN at positions that no token has.
     """
     B, T = segment_ids.shape
     segment_ids = jnp.asarray(segment_ids)
@@ -91,20 +94,23 @@ def attention_rows(
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         normalizer_parameters=normalizer_parameters,
     )
+    is_counted = (segment_ids > 0) & ~is_first
+    if counted is not None:
+        is_counted = is_counted & counted
     times = jnp.broadcast_to(jnp.arange(T), (B, T))
     queries = _QueryBlock(
         q=_in_blocks(q),
         segment_ids=_in_blocks(segment_ids),
         times=_in_blocks(times),
         is_first=_in_blocks(is_first),
+        is_counted=_in_blocks(is_counted),
     )
     block_rows = functools.partial(_block_rows, shared)
     fractions, entropies = jax.lax.map(block_rows, queries)
     # [blocks, B, block] -> [B, T]
     entropy = jnp.moveaxis(entropies, 0, 1).reshape(B, -1)[:, :T]
     is_real = (segment_ids > 0).astype(jnp.float32)
-    followers = jnp.maximum(jnp.sum(is_real * ~is_first), 1.0)
-    fraction = jnp.sum(fractions, axis=0) / followers
+    fraction = jnp.sum(fractions, axis=0) / jnp.maximum(jnp.sum(is_counted), 1)
     return fraction, _mean_by_position(entropy, is_real, jnp.asarray(positions))
 
 
@@ -138,8 +144,7 @@ def _block_rows(
     is_first_key = shared.is_first[:, None, None, :]
     p_of_first = jnp.where(is_first_key, p, 0.0)
     on_first = jnp.sum(p_of_first, axis=-1)  # [B, H, block]
-    is_counted = (queries.segment_ids > 0) & ~queries.is_first
-    counted = on_first * is_counted[:, None, :]
+    counted = on_first * queries.is_counted[:, None, :]
     entropy = jnp.mean(entropy_of(p), axis=1)
     return jnp.sum(counted, axis=(0, 2)), entropy
 

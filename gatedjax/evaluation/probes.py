@@ -7,6 +7,10 @@
                         document that began before the row
                         (F-Attn, the attention sink; arXiv 2505.06708, table 4: 0.467 without a
                         gate, 0.048 with it)
+  first_value_norm      of the values of first tokens, their mean norm over that of all others, by
+                        key head; near 0 at a sink (value-state drain, arXiv 2410.13835)
+  first_residual_norm   the same of the residual stream after a layer; large at a sink
+                        (residual-state peak)
   attention_entropy     nats, by position in the document; log(position + 1) would be an even look
                         at everything
   gate_mean             of attention gates and of linear layers' output gates, after the activation
@@ -42,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
-from jaxtyping import Bool, Float, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 
 from gatedjax.compiler_options import careful_jit
 from gatedjax.config import GatedAttentionConfig, MixerConfig, MLAConfig, ModelConfig
@@ -66,12 +70,23 @@ MASSIVE_CHANNELS = 3
 MEDIAN_SAMPLE = 1 << 16
 
 
-def measure(config: ModelConfig, params: PyTree, batch: Batch) -> Probes:
+def measure(
+    config: ModelConfig,
+    params: PyTree,
+    batch: Batch,
+    counted: Bool[Array | np.ndarray, "B T"] | None = None,
+) -> Probes:
     """All probes that the model's layers have something for.
 
     Call it inside `jax.set_mesh` where there is a mesh.
+
+    Args:
+      config: of the model.
+      params: its parameters.
+      batch: what it reads.
+      counted: the tokens that first_token_fraction is a mean over; None for all.
     """
-    found = jax.device_get(_measure(config, params, batch))
+    found = jax.device_get(_measure(config, params, batch, counted))
     result: Probes = {}
     for block in config.blocks:
         for probe, of_layers in found[block.name].items():
@@ -82,7 +97,12 @@ def measure(config: ModelConfig, params: PyTree, batch: Batch) -> Probes:
 
 
 @functools.partial(careful_jit, static_argnums=0)
-def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[str, dict[str, Array]]:
+def _measure(
+    config: ModelConfig,
+    params: PyTree,
+    batch: Batch,
+    counted: Bool[Array | np.ndarray, "B T"] | None,
+) -> dict[str, dict[str, Array]]:
     """For each block its probes, stacked over the block's layers."""
     with nn.logical_axis_rules(RULES):
         outputs: Any = LanguageModel(config).apply(
@@ -97,6 +117,7 @@ def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[str, dic
     # As the layers see them: an id that comes back is another document.
     numbers = document_numbers(jnp.asarray(batch.segment_ids))
     batch = dataclasses.replace(batch, segment_ids=numbers)
+    is_counted = None if counted is None else jnp.asarray(counted)
     result = {}
     for block in config.blocks:
         values = _LayerValues(
@@ -109,7 +130,7 @@ def _measure(config: ModelConfig, params: PyTree, batch: Batch) -> dict[str, dic
             sown, mixer_params = jax.tree.map(lambda x: x[None], values[:2])
             values = _LayerValues(sown, mixer_params, values.statistics)
         # One layer after the other: the blocks of all of them at once would be larger.
-        layer = functools.partial(_layer, block.mixer, batch)
+        layer = functools.partial(_layer, block.mixer, batch, is_counted)
         result[block.name] = jax.lax.map(layer, values)
     return result
 
@@ -133,14 +154,27 @@ class _LayerValues(NamedTuple):
     statistics: Mapping[str, Array]
 
 
-def _layer(mixer: MixerConfig, batch: Batch, values: _LayerValues) -> dict[str, Array]:
-    """The probes of one layer."""
+def _layer(
+    mixer: MixerConfig,
+    batch: Batch,
+    counted: Bool[Array, "B T"] | None,
+    values: _LayerValues,
+) -> dict[str, Array]:
+    """The probes of one layer.
+
+    Args:
+      mixer: its configuration.
+      batch: what the model read.
+      counted: as of `measure`.
+      values: what the layer sowed, and its parameters.
+    """
     residual = _sown(values.sown, "residual")
     of_mixer = values.sown.get("mixer", {})
     is_real = jnp.asarray(batch.segment_ids > 0)
     result = {
         "max_activation": max_activation(residual, is_real),
         "kurtosis": kurtosis(residual, is_real),
+        "first_residual_norm": first_norm(residual[:, :, None], batch.segment_ids)[0],
         **massive_channels(residual, is_real),
     }
     mixer_output = _sown(values.sown, "mixer_output")
@@ -149,7 +183,7 @@ def _layer(mixer: MixerConfig, batch: Batch, values: _LayerValues) -> dict[str, 
         result["mixer_kurtosis"] = kurtosis(mixer_output, is_real)
     # A converted layer (`config/converted.py`) is none of these: its rows are no softmax.
     if type(mixer) is GatedAttentionConfig:
-        result |= _attention(mixer, of_mixer, values.mixer_params, batch)
+        result |= _attention(mixer, of_mixer, values.mixer_params, batch, counted)
     if isinstance(mixer, MLAConfig):
         result |= _latent_attention(mixer, of_mixer, values.mixer_params, batch)
     gates = _sown(of_mixer, "gates")
@@ -179,8 +213,17 @@ def _attention(
     sown: Mapping[str, Any],
     params: Mapping[str, Any],
     batch: Batch,
+    counted: Bool[Array, "B T"] | None,
 ) -> dict[str, Array]:
-    """The probes of an attention layer."""
+    """The probes of an attention layer.
+
+    Args:
+      config: of the layer.
+      sown: what it sowed.
+      params: its parameters.
+      batch: what the model read.
+      counted: as of `measure`.
+    """
     rank = effective_rank(params["value"]["kernel"], params["out"]["kernel"])
     if config.is_doubly_stochastic:
         # Its weights are of whole rows, which exist in no block of queries.
@@ -204,9 +247,11 @@ def _attention(
         scale=logit_scale(config),
         sink_logits=params.get("sink_logits"),
         alibi_slopes=slopes,
+        counted=counted,
     )
     return {
         "first_token_fraction": fraction,
+        "first_value_norm": first_norm(_sown(sown, "v"), batch.segment_ids),
         "attention_entropy": entropy,
         "effective_rank": rank,
     }
@@ -234,6 +279,26 @@ def _latent_attention(
         "attention_entropy": entropy,
         "effective_rank": effective_rank(value, params["out"]["kernel"]),
     }
+
+
+def first_norm(
+    x: Float[Array, "B T H D"],
+    segment_ids: Int[Array | np.ndarray, "B T"],
+) -> Float[Array, " H"]:
+    """The mean norm at first tokens of documents over the mean norm at all others.
+
+    Padding, segment 0, is left out.
+    """
+    ids = jnp.asarray(segment_ids)
+    is_first = jnp.diff(ids, axis=1, prepend=ids[:, :1] - 1) != 0
+    is_real = ids > 0
+    norms = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+
+    def mean(is_counted: Bool[Array, "B T"]) -> Float[Array, " H"]:
+        total = jnp.sum(norms * is_counted[..., None], axis=(0, 1))
+        return total / jnp.maximum(jnp.sum(is_counted), 1)
+
+    return mean(is_real & is_first) / jnp.maximum(mean(is_real & ~is_first), 1e-30)
 
 
 def max_activation(

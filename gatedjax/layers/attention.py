@@ -392,6 +392,7 @@ class GatedAttention(Mixer):
             # What the probes measure the attention rows from, without the kernel ever storing them.
             record(self, "q", row.q)
             record(self, "k", row.k)
+            record(self, "v", row.v)
         if c.similarity == "gaussian":
             q, k = distances_as_channels(row.q, row.k, logit_scale(c))
             row = row._replace(q=q, k=k)

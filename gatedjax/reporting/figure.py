@@ -1,4 +1,4 @@
-"""What all pictures need: a matplotlib figure without a display, and a moving mean."""
+"""What all pictures need: a matplotlib figure without a display, one style, and a moving mean."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,12 @@ import numpy as np
 from jaxtyping import Float
 
 from gatedjax.errors import InputError
+
+# Colors that readers with any color vision tell apart (Okabe and Ito), from dark to light by turns;
+# with a marker and a dash each, so that they are told apart in gray as well.
+COLORS = ("#0072b2", "#d55e00", "#000000", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#666666")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
 
 
 def moving_mean(values: Float[np.ndarray, "N"], window: int) -> Float[np.ndarray, "means"]:
@@ -43,6 +49,11 @@ def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
     """
     figure = empty_figure(inches)
     return figure, figure.add_subplot()
+
+
+def tell_lines_apart(axes: Any) -> None:
+    """Lines that are drawn from now on have a color, a marker and a dash each."""
+    axes.set_prop_cycle(color=COLORS, marker=MARKERS, linestyle=DASHES)
 
 
 def save(figure: Any, path: Path) -> None:

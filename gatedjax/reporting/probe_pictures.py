@@ -9,7 +9,7 @@ import numpy as np
 
 from gatedjax.errors import InputError
 from gatedjax.evaluation.probes import Probes, to_json
-from gatedjax.reporting.figure import new_figure
+from gatedjax.reporting.figure import COLORS, DASHES, new_figure
 
 Layers = Mapping[int, np.ndarray]  # layer -> the values of a probe
 # Draws the layers of one probe; the last argument is all probes of the model.
@@ -168,7 +168,10 @@ def _styles(layers: Layers) -> dict[int, dict[str, Any]]:
     """
     names = list(layers)
     if len(names) <= MOST_LEGEND_LINES:
-        return {layer: {"label": f"layer {layer}"} for layer in names}
+        return {
+            layer: {"label": f"layer {layer}", "color": color, "ls": dash}
+            for layer, color, dash in zip(names, COLORS, DASHES)
+        }
     import matplotlib
 
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(names)))
@@ -189,7 +192,7 @@ def _draw_bars(
 ) -> None:
     names = list(layers)
     heights = [float(value) for value in layers.values()]
-    axes.bar(range(len(names)), heights, color="#4477aa")
+    axes.bar(range(len(names)), heights, color=COLORS[0])
     places = _spread(len(names), MOST_TICKS)
     axes.set_xticks(places, [str(names[place]) for place in places])
     axes.set_xlabel("after layer")

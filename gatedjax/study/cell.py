@@ -34,6 +34,9 @@ def run_cell(cell: Cell, seed: int, study: Study) -> dict[str, float]:
     A run that diverges has no value for any measure.
     """
     start = time.monotonic()
+    if cell.experiment is not None:
+        values = {"diverged": 0.0, **cell.experiment(seed)}
+        return {**values, "seconds": time.monotonic() - start}
     if cell.trial is not None:
         values = {"diverged": 0.0, **cell.trial(cell, seed)}
         values["seconds"] = time.monotonic() - start

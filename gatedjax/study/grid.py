@@ -113,12 +113,17 @@ ADDED_LATER_TO_LAYERS = {
 # Likewise, of each source.
 ADDED_LATER_TO_SOURCES = ("stream", "label")
 
+# A run that is no training of a language model: a frozen dataclass of plain numbers and texts, on a
+# module's first level, that is called with a seed (`gatedjax.evidence`).
+Experiment = Callable[[int], Mapping[str, float]]
+
 Measure = Literal[
     "validation",
     "recall",
     "probes",
     "lengths",
     "routing",
+    "sinks",
     "speed",
     "width_probe",
     "curvature",
@@ -137,14 +142,16 @@ class Cell:
     yarn: for the measure "lengths", rotary positions are scaled to each length (arXiv 2309.00071).
     trial: a function of a module, (cell, seed) -> values, in place of training and measures: for a
       loop of another kind. Its name and the labels are part of what the result depends on.
+    experiment: called with the seed in place of training and measuring; its result has the values.
     """
 
     labels: Mapping[str, Label]
-    config: Config
+    config: Config = dataclasses.field(default_factory=Config)
     recall: RecallConfig | None = None
     lengths: tuple[int, ...] = ()
     yarn: bool = False
     trial: "Callable[[Cell, int], dict[str, float]] | None" = None
+    experiment: Experiment | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +173,8 @@ class Picture:
 class Study:
     """A question, as a grid of runs.
 
-    measures: what is taken of each trained model; see `measures.py` for the values of each.
+    measures: what is taken of each trained model; see `measures.py` for the values of each. None
+      where cells have experiments.
     columns: the values that the table shows, in this order.
     stop_at: with the measure "recall", training ends when validation accuracy reaches this.
     """
@@ -185,6 +193,10 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
     recall = None
     if cell.recall is not None:
         recall = dataclasses.asdict(cell.recall)
+    if cell.experiment is not None:
+        experiment: Any = cell.experiment
+        name = type(experiment).__name__
+        return _digest([name, dataclasses.asdict(experiment), seed])
     depends_on = [
         _lasting_dict(cell.config),
         recall,
@@ -199,6 +211,10 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
     if cell.trial is not None:
         name = f"{cell.trial.__module__}:{cell.trial.__qualname__}"
         depends_on += [name, dict(cell.labels)]
+    return _digest(depends_on)
+
+
+def _digest(depends_on: list[Any]) -> str:
     text = json.dumps(depends_on, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -11,6 +11,13 @@ routing      load_max_over_mean, balance_loss of the last step
 width_probe  largest singular values over sqrt(rate / decay) width^0.75 (`optim_rules.width_probe`)
 curvature    hessian@B: the largest eigenvalue of the Hessian of a batch of B rows of training text,
              B = 1, 4, 16 and so on up to the batch size
+sinks        of bigram_backcopy, over one batch: copy_accuracy at triggers; excess_loss, nats above
+             that of a model that knows the language; dormant_on_first and active_on_first, the
+             attention on the first token of the head with the largest sink, from ordinary tokens
+             and from triggers; value_norm of the first token there, over that of others, and
+             residual_norm, likewise, largest of a layer; max_activation; massive, the largest
+             activation over the median one of its layer; gate_active and gate_dormant, the mean
+             gate at triggers and at ordinary tokens
 speed        step_ms: the mean time of a training step, of those after the first metrics were read;
              it depends on what else the machine did
 
@@ -38,6 +45,7 @@ from gatedjax.model import LanguageModel, head_weights
 from gatedjax.output import to_logits
 from gatedjax.sharding import RULES, global_batch, my_rows
 from gatedjax.study.optimizer_measures import curvature, singular_values
+from gatedjax.study.sinks import measure_sinks
 from gatedjax.study.trained import Trained
 from gatedjax.training.run import Run
 
@@ -135,6 +143,7 @@ MEASURES: dict[str, Callable[[Trained], Values]] = {
     "probes": probes,
     "lengths": lengths,
     "routing": routing,
+    "sinks": measure_sinks,
     "speed": speed,
     "width_probe": singular_values,
     "curvature": curvature,

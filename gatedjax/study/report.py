@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from gatedjax.reporting.figure import new_figure
+from gatedjax.reporting.figure import new_figure, tell_lines_apart
 from gatedjax.study.grid import Label, Picture, Study
+from gatedjax.study.words import Words, words_of
 
 Record = Mapping[str, Any]  # {"labels": {...}, "seed": 0, "values": {...}}
 
@@ -133,20 +134,20 @@ Lines = dict[Label, list[Point]]  # what the legend says -> points
 
 
 def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
-    """The matplotlib figure: error bars are the spread over seeds."""
+    """The matplotlib figure: error bars are the spread over seeds, as far as values can be."""
     figure, axes = new_figure((7.0, 4.4))
+    tell_lines_apart(axes)
     lines = _lines(picture, table)
     places = {point.x for points in lines.values() for point in points}
-    x_name = picture.x
-    y_name = picture.y.removesuffix("@")
+    of_y = words_of(picture.y)
     if any(isinstance(place, str) for place in places):
         # Dots lie on their side: the values are on the horizontal axis.
-        _draw_dots(axes, lines)
-        axes.set_xlabel(y_name)
+        _draw_dots(axes, lines, of_y)
+        axes.set_xlabel(of_y.label)
     else:
-        _draw_lines(axes, lines)
-        axes.set_xlabel(x_name)
-        axes.set_ylabel(y_name)
+        _draw_lines(axes, lines, of_y)
+        axes.set_xlabel(words_of(picture.x).label)
+        axes.set_ylabel(of_y.label)
         if picture.log_x:
             axes.set_xscale("log")
             ticks = sorted(places)
@@ -155,7 +156,8 @@ def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
     axes.set_title(title)
     axes.grid(alpha=0.25)
     if picture.line:
-        axes.legend(frameon=False, fontsize=8)
+        title = words_of(picture.line).text
+        axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
     return figure
 
 
@@ -190,23 +192,29 @@ def _points(picture: Picture, row: Row) -> list[Point]:
     return points
 
 
-def _draw_lines(axes: Any, lines: Lines) -> None:
+def _bar(point: Point, of_y: Words) -> tuple[float, float]:
+    """How far the error bar reaches down and up: not to where no value can be."""
+    down = min(point.spread, max(point.y - of_y.low, 0.0))
+    up = min(point.spread, max(of_y.high - point.y, 0.0))
+    return down, up
+
+
+def _draw_lines(axes: Any, lines: Lines, of_y: Words) -> None:
     for name, points in lines.items():
         # By x: the cells of a table may be in any order.
         points = sorted(points)
         axes.errorbar(
             [point.x for point in points],
             [point.y for point in points],
-            yerr=[point.spread for point in points],
-            marker="o",
-            ms=4,
+            yerr=np.transpose([_bar(point, of_y) for point in points]),
+            ms=5,
             lw=1.4,
             capsize=3,
             label=str(name),
         )
 
 
-def _draw_dots(axes: Any, lines: Lines) -> None:
+def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
     """A row for each name, with a dot and its number.
 
     Differences are of a few percent: bars from zero would hide them.
@@ -218,8 +226,8 @@ def _draw_dots(axes: Any, lines: Lines) -> None:
         axes.errorbar(
             [point.y for point in points],
             heights,
-            xerr=[point.spread for point in points],
-            fmt="o",
+            xerr=np.transpose([_bar(point, of_y) for point in points]),
+            ls="none",
             ms=5,
             capsize=3,
             label=str(name),

@@ -15,6 +15,7 @@ from gatedjax.evaluation import probes
 from gatedjax.evaluation.attention_rows import attention_rows
 from gatedjax.evaluation.probes import (
     effective_rank,
+    first_norm,
     half_life,
     kurtosis,
     max_activation,
@@ -104,6 +105,21 @@ def test_statistics_of_the_residual_stream():
     )
     assert kurtosis(jnp.asarray(x), real) == pytest.approx(3.0, abs=0.2)
     assert max_activation(jnp.asarray(x), real) == pytest.approx(np.abs(known).max())
+
+
+def test_first_tokens_are_told_apart():
+    """Norms of two documents and padding; and attention of some of the queries alone."""
+    x = R.normal(size=(1, 6, 2, 3)).astype(np.float32)
+    segments = np.array([[1, 1, 1, 2, 2, 0]])
+    norms = np.linalg.norm(x[0], axis=-1)
+    expected = norms[[0, 3]].mean(axis=0) / norms[[1, 2, 4]].mean(axis=0)
+    np.testing.assert_allclose(first_norm(x, segments), expected, rtol=1e-5)
+    positions = np.array([[0, 1, 2, 0, 1, 0]])
+    counted = jnp.asarray([[True, True, False, True, False, True]])
+    fraction, _ = attention_rows(x, x, segments, positions, counted=counted)
+    logits = np.einsum("hd,khd->hk", x[0, 1], x[0, :2]) / np.sqrt(3)
+    p = np.exp(logits)
+    np.testing.assert_allclose(fraction, p[:, 0] / p.sum(axis=1), rtol=1e-5)
 
 
 def test_effective_rank_counts_directions():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from tiny_run import ROOT, plain
 
@@ -102,6 +103,41 @@ def test_the_table_gives_means_and_spreads():
     assert "| a | 2 | 0.9 | 2, 1 diverged |" in text and "| b | 1 | - | 2, 2 diverged |" in text
     for x in ("mixer", "lr"):
         report.draw(Picture(x, "accuracy", line="mixer"), every, "t").canvas.draw()
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+    """An experiment: twice a number, and the seed."""
+
+    number: float
+
+    def __call__(self, seed):
+        return {"double": 2 * self.number + seed}
+
+
+def test_a_cell_may_be_an_experiment():
+    cells = [Cell({"number": x}, experiment=Doubled(x)) for x in (1.0, 2.0)]
+    asked = study(*cells, measures=(), columns=("double",))
+    values = run_cell(cells[1], 3, asked)
+    assert values["double"] == 7.0 and values["diverged"] == 0 and values["seconds"] >= 0
+    keys = {run_key(cell, seed, asked) for cell in cells for seed in (0, 1)}
+    assert len(keys) == 4
+    again = Cell({"reworded": 1}, experiment=Doubled(2.0))
+    assert run_key(again, 1, asked) in keys
+
+
+def test_axes_have_words_and_bars_end_where_values_do():
+    records = [
+        fake({"state": x, "mixer": "a"}, s, accuracy=1.0 - 0.5 * s) for x in (1, 2) for s in (0, 1)
+    ]
+    found = report.rows(study(), records)
+    axes = report.draw(Picture("state", "accuracy", line="mixer"), found, "t").axes[0]
+    assert axes.get_ylabel() == "answers that are right, fraction (higher is better)"
+    assert axes.get_xlabel() == "state of a layer, numbers"
+    ends = [line for line in axes.lines if line.get_marker() in ("_", 2, 3)]
+    heights = np.concatenate([line.get_ydata() for line in ends])
+    # The mean is 0.75 and the spread 0.35.
+    assert heights.max() == 1.0 and heights.min() == pytest.approx(0.75 - math.sqrt(0.125))
 
 
 def test_a_picture_over_columns():

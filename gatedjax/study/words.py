@@ -1,0 +1,58 @@
+"""What pictures call the values and labels of a study: words, units, and which way is better."""
+
+import math
+from typing import NamedTuple
+
+HIGHER = "higher is better"
+LOWER = "lower is better"
+
+
+class Words(NamedTuple):
+    """Of a value.
+
+    text: with its unit.
+    better: which way; "" where neither is.
+    low, high: no value is outside of these.
+    """
+
+    text: str
+    better: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def label(self) -> str:
+        """Of an axis."""
+        return f"{self.text} ({self.better})" if self.better else self.text
+
+
+def _fraction(text: str, better: str = "") -> Words:
+    return Words(text, better, 0.0, 1.0)
+
+
+_COSINE = (-1.0, 1.0)
+# A name that ends in "@" is that of all columns that begin so.
+WORDS = {
+    "accuracy": _fraction("answers that are right, fraction", HIGHER),
+    "active_on_first": _fraction("attention of triggers on the first token, fraction"),
+    "barrier, permuted": Words("loss barrier after matching, nats", LOWER),
+    "bits_per_byte": Words("loss on held-out text, bits per byte", LOWER),
+    "cosine": Words("cosine of the two groups' gradients", "", *_COSINE),
+    "dormant_on_first": _fraction("attention of ordinary tokens on the first one, fraction", LOWER),
+    "first_token_fraction": _fraction("attention on the first token, fraction", LOWER),
+    "frobenius@": Words("cosine with the machine of the Frobenius norm", "", *_COSINE),
+    "load_max_over_mean": Words("load of the busiest expert / mean load", LOWER, 1.0),
+    "loss@": Words("loss", LOWER),
+    "lr": Words("learning rate"),
+    "nuclear@": Words("cosine with the machine of the nuclear norm", "", *_COSINE),
+    "rate": Words("step length of gradient descent"),
+    "state": Words("state of a layer, numbers"),
+    "step_ms": Words("time of a training step, ms", LOWER),
+    "tokens": Words("tokens of a row"),
+    "window": Words("length of the window, tokens"),
+}
+
+
+def words_of(name: str) -> Words:
+    """What a label or a column is called; its own name where nothing is known of it."""
+    return WORDS.get(name, Words(name.removesuffix("@")))
