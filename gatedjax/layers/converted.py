@@ -115,7 +115,7 @@ class Lizard(GatedAttention):
             info.segment_ids,
         )
         held = None if cache is None else cache.window
-        anchor, window, weights = self._attention(row, None, info, held)
+        anchor, window, weights = self._attention(row, None, None, info, held)
         weight = parameter(self, "anchor_weight", axes=(), shape=(), init=nn.initializers.ones)
         o = (linear.astype(jnp.float32) + weight * anchor.astype(jnp.float32)).astype(v.dtype)
         gate_logits = self._sdpa_logits(q, x, fused_logits)
@@ -232,7 +232,7 @@ class RADRWKV(GatedAttention):
     ) -> tuple[Float[Array, "B T M"], StateCache | None, SharedWeights]:
         c = self.config
         q, k, v, fused_logits = self._projections(x, info)
-        q, k, _ = self._positioned(q, k, x, info, None)
+        q, k, _, _ = self._positioned(q, k, x, info, None)
         # Decays are of query heads, and with them the keys.
         k = repeated(k, c.num_heads)
         decay_logits = self._low_rank("decay", x, c.decay_rank, decay_start, jnp.tanh)
