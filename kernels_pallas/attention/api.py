@@ -22,6 +22,7 @@ from kernels_pallas.attention.inputs import AttentionInputs, Outputs, StepInputs
 from kernels_pallas.attention.kernels import over_mesh, step_over_mesh
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.tpu import op as tpu
+from kernels_pallas.attention.tpu import step as tpu_step
 from kernels_pallas.common.checks import all_varying, check_interpret
 from kernels_pallas.common.mesh import on_explicit_axes
 
@@ -239,7 +240,7 @@ def attention_step(
     check_interpret(op, interpret, implementation)
 
     refusals = {
-        "tpu": tpu.unsupported_step,
+        "tpu": partial(tpu_step.unsupported, inputs, options),
         "gpu": partial(gpu.unsupported_step, inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
@@ -255,5 +256,6 @@ def attention_step(
         if on_explicit_axes(*inputs):
             return step_over_mesh(attend, inputs)
         return attend(inputs)
-    # "tpu" is refused always: see `tpu.unsupported_step`.
+    if chosen == "tpu":
+        return tpu_step.attention_step(inputs, options, interpret=interpret)
     return gpu.attention_step(inputs, options, interpret=interpret)

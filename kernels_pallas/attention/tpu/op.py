@@ -54,13 +54,6 @@ def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | Non
     return refusal
 
 
-def unsupported_step() -> str:
-    """Why this backend does not take `attention_step`."""
-    return (
-        "has no kernel for one token against a cache: XLA reads the cache once, as a kernel would"
-    )
-
-
 def attention(
     inputs: AttentionInputs,
     options: AttentionOptions,

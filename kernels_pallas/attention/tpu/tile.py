@@ -309,10 +309,7 @@ class LaneSoftmax(Softmax):
         )
 
     def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
-        maximum, total = row
-        # The one sum along lanes; the maximum is in all of them, so the first will do.
-        total = jnp.sum(total, axis=-1, keepdims=True)
-        return super().finish((maximum[:, :1], total), sums)
+        return super().finish(as_columns(self, row), sums)
 
 
 def on_tpu(normalizer: Normalizer) -> Normalizer:
@@ -330,11 +327,21 @@ def lanes(normalizer: Normalizer) -> int:
     return getattr(normalizer, "lanes", 1)
 
 
+def as_columns(normalizer: Normalizer, row: Row) -> Row:
+    """A row's statistics as those of `off_tpu`, [..., R, 1] each."""
+    if not isinstance(normalizer, LaneSoftmax):
+        return row
+    maximum, total = row
+    # The one sum along lanes; the maximum is in all of them, so the first will do.
+    return maximum[..., :1], jnp.sum(total, axis=-1, keepdims=True)
+
+
 def across(x: Array, width: int) -> Array:
     """[R, 128] with equal lanes as [R, width]; a column [R, 1] as it is."""
     if x.shape[1] in (1, width):
         return x
-    return jnp.tile(x, (1, width // LANES))
+    whole = -(-width // LANES)
+    return jnp.tile(x, (1, whole))[:, :width]
 
 
 def as_row(column: Array) -> Array:
