@@ -194,7 +194,8 @@ def attention_step(
 ) -> Float[Array, "B H V"]:
     """One token of `attention` against a cache, for decoding: the same formulas without T.
 
-    Differentiable. On GPU a kernel reads the cache, split over its length; elsewhere XLA does.
+    Differentiable. On TPU and GPU a kernel reads the cache, split over its length; elsewhere XLA
+    does. The one of TPUs does not read blocks in which no slot is valid.
 
     Args:
       q, k_cache, v_cache: one query, and the keys and values of S slots. The order of the slots

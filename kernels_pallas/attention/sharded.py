@@ -1,12 +1,14 @@
 """`attention` with its tokens cut over a mesh axis: for sequences longer than one device holds.
 
-Keys and values are gathered, queries are not: with few key heads they are the smaller part, and one
-all-gather forward and one reduce-scatter backward can be overlapped with other work, where a ring
-has a step for every device.
+On TPU keys and values travel round a ring, and the kernels compute with those that are here:
+`tpu/ring.py`. Elsewhere they are gathered, queries are not: with few key heads they are the smaller
+part, and one all-gather forward and one reduce-scatter backward can be overlapped with other work,
+where a ring has a step for every device.
 
 Causal work is balanced. The later a row, the more keys it sees. So for n devices the sequence
 counts as 2 n pieces, and device d takes the queries of the pieces d and 2 n - 1 - d. Together these
-see 2 n + 1 pieces of keys, the same on every device. The results travel back.
+see 2 n + 1 pieces of keys, the same on every device. The results travel back. On a ring keys and
+values are exchanged alike.
 
 With a window that is no longer than a device's tokens, only the last keys of the device before are
 fetched.
@@ -58,9 +60,13 @@ def attention_sharded(
 ) -> Float[Array, "B T H V"]:
     """`attention` inside `shard_map`, with T cut over the mesh axis `axis_name`.
 
-    Every device holds the keys and values of the whole sequence for the time of the call, unless a
-    window is shorter than its tokens. Gradients of keys and values are added up over devices in
+    On TPU a device holds its own keys and values and those of two more devices for the time of
+    the call, and their gradients are added up over devices in float32. Elsewhere it holds those of
+    the whole sequence, unless a window is shorter than its tokens, and gradients are added up in
     their own dtype. Work is balanced when this device's T is even.
+
+    The kernels take softmax, without `alibi_slopes`, of an even T; a window only if it is causal
+    and no longer than T, and then every normalizer that they have on one device.
 
     Args:
       axis_name: the mesh axis that cuts T.
@@ -68,14 +74,15 @@ def attention_sharded(
       normalizer, causal, window, sink_logits, alibi_slopes, normalizer_parameters: as in
         `attention`, of the whole sequence.
       logits_soft_cap, scale: as in `attention`.
-      implementation: None or "xla".
+      implementation: None, "xla" or "tpu".
+      interpret: run the named kernels ("tpu") in interpret mode, on CPU.
 
     Returns:
       y of this device's tokens, in v's dtype.
 
     Raises:
       ValueError: as `attention`.
-      NotImplementedError: an implementation other than "xla" is asked for.
+      NotImplementedError: the implementation asked for does not cover this call.
     """
     op = "attention"
     inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)

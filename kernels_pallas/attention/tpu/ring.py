@@ -144,9 +144,9 @@ def attention(
         axis_name=axis_name,
         size=lax.axis_size(axis_name),
         options=options,
-        own=_step_plan(own, options, interpret),
-        earlier=_step_plan(earlier, any_pair, interpret),
-        later=_step_plan(later, any_pair, interpret),
+        own=step_plan(own, options, interpret),
+        earlier=step_plan(earlier, any_pair, interpret),
+        later=step_plan(later, any_pair, interpret),
     )
     columns = kernel_inputs(plan.own, own)
     ring_inputs = RingInputs(
@@ -161,7 +161,8 @@ def attention(
     return y.reshape(B, T, H, -1)[..., :V]
 
 
-def _step_plan(inputs: AttentionInputs, options: AttentionOptions, interpret: Interpret) -> Plan:
+def step_plan(inputs: AttentionInputs, options: AttentionOptions, interpret: Interpret) -> Plan:
+    """The static arguments of the kernels of one step."""
     plan = make_plan(inputs, options._replace(return_lse=True), interpret)
     # Rows are continued, so they are not rounded.
     return plan._replace(out_dtype=jnp.dtype(jnp.float32))
@@ -205,7 +206,7 @@ def _segments_of(plan: RingPlan, inputs: RingInputs, device: Array) -> Array | N
 
 
 def _to_the_next(plan: RingPlan, x: Array) -> Array:
-    """What the device before has."""
+    """Every device's `x` at the next device: what the one before had."""
     routes = [(i, (i + 1) % plan.size) for i in range(plan.size)]
     return lax.ppermute(x, plan.axis_name, routes)
 
@@ -217,6 +218,7 @@ def _inputs_of_step(
     query_segments: Array | None,
     key_segments: Array | None,
 ) -> KernelInputs:
+    """What the kernels take to attend to some keys; None for documents that are the queries'."""
     return KernelInputs(
         q=inputs.q,
         k=k,
@@ -230,6 +232,7 @@ def _inputs_of_step(
 
 
 def _first_keys(inputs: KernelInputs, count: int) -> KernelInputs:
+    """As `_with_keys`, of columns."""
     segments = inputs.key_segment_ids
     return inputs._replace(
         k=inputs.k[:, :count],
@@ -239,6 +242,7 @@ def _first_keys(inputs: KernelInputs, count: int) -> KernelInputs:
 
 
 def _last_queries(inputs: KernelInputs, first: int) -> KernelInputs:
+    """As `_with_queries`, of columns."""
     segments = inputs.segment_ids
     return inputs._replace(
         q=inputs.q[:, first:],
@@ -256,6 +260,8 @@ def _ring(plan: RingPlan, inputs: RingInputs) -> Array:
 
 
 class _Saved(NamedTuple):
+    """What the forward pass keeps for the backward pass."""
+
     inputs: RingInputs
     rows: Rows
 
@@ -351,6 +357,7 @@ def _plain(plan: RingPlan, inputs: RingInputs) -> Array:
 
 
 def _forward(plan: RingPlan, inputs: RingInputs) -> Rows:
+    """The rows of this device's queries after the keys of every device."""
     device = lax.axis_index(plan.axis_name)
     half = inputs.q.shape[1] // 2
     own_segments = _segments_of(plan, inputs, device)
@@ -397,6 +404,8 @@ def _forward(plan: RingPlan, inputs: RingInputs) -> Rows:
 
 
 class _KeyGradients(NamedTuple):
+    """Sums that travel behind the keys they belong to, float32."""
+
     k: Float[Array, "B T Hk*K"]
     v: Float[Array, "B T Hk*V"]
 
