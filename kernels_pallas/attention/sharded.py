@@ -209,6 +209,7 @@ def _round_the_ring(
     gate_logits = inputs.gate_logits
     ungated = inputs._replace(gate_logits=None, segment_ids=all_segments)
     num_devices = jax.lax.axis_size(axis_name)
+    # Without causality every device's work is the same already.
     exchanged = options.causal and num_devices > 1
     pieces = _Pieces(num_devices, axis_name)
     if exchanged:
@@ -219,6 +220,7 @@ def _round_the_ring(
         )
         if gate_logits is not None:
             gate_logits = pieces.in_order(gate_logits)
+    # The gate is multiplied once, when a row is complete.
     y = ring.attention(ungated, options, axis_name, interpret)
     if gate_logits is not None:
         y = y * jax.nn.sigmoid(gate_logits.astype(jnp.float32))

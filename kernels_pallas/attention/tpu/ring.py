@@ -133,12 +133,14 @@ def attention(
             segment_ids=all_segments[:, :T],
             key_segment_ids=all_segments[:, :T],
         )
+    # Queries and keys of the same tokens: every query sees itself.
     own = inputs._replace(key_segment_ids=None)
     half = T // 2
     earlier = later = inputs
     if options.causal:
         earlier = _with_keys(inputs, half)
         later = _with_queries(inputs, half)
+    # Between devices positions hide nothing: what they would hide is no step.
     any_pair = options._replace(causal=False)
     plan = RingPlan(
         axis_name=axis_name,
@@ -148,6 +150,7 @@ def attention(
         earlier=step_plan(earlier, any_pair, interpret),
         later=step_plan(later, any_pair, interpret),
     )
+    # What travels is laid out as the kernels take it, once.
     columns = kernel_inputs(plan.own, own)
     ring_inputs = RingInputs(
         q=columns.q,
@@ -157,6 +160,7 @@ def attention(
         all_segments=all_segments,
     )
     y = _ring(plan, varying_together(ring_inputs))
+    # Without the channels of padding.
     V = inputs.v.shape[3]
     return y.reshape(B, T, H, -1)[..., :V]
 
@@ -207,6 +211,7 @@ def _segments_of(plan: RingPlan, inputs: RingInputs, device: Array) -> Array | N
 
 def _to_the_next(plan: RingPlan, x: Array) -> Array:
     """Every device's `x` at the next device: what the one before had."""
+    # (source, destination); the last device sends to the first.
     routes = [(i, (i + 1) % plan.size) for i in range(plan.size)]
     return lax.ppermute(x, plan.axis_name, routes)
 
@@ -321,12 +326,14 @@ def _plain(plan: RingPlan, inputs: RingInputs) -> Array:
 
     def in_order(x: Array) -> Array:
         """[B, T, ...] of every device -> [B, size * T, ...], in the order of the sequence."""
-        # [size, B, T, ...]
+        # [size, B, T, ...]: by device.
         every = lax.all_gather(x, plan.axis_name)
         if causal:
+            # The later pieces are dealt out in reverse.
             early = every[:, :, :length]
             late = every[::-1, :, length:]
             every = jnp.concatenate([early, late], axis=0)
+        # One after the other along the tokens.
         return jnp.concatenate(list(every), axis=1)
 
     keys = columns_as_heads(in_order(inputs.k), plan.own.K)
@@ -370,11 +377,13 @@ def _forward(plan: RingPlan, inputs: RingInputs) -> Rows:
         return Rows(result.y, result.statistics[0])
 
     own = _inputs_of_step(inputs, inputs.k, inputs.v, own_segments, None)
+    # A sink counts once, so in this step only.
     rows = attend(plan.own, own._replace(sink_logits=inputs.sink_logits))
 
     def step(carry: tuple, i: Array) -> tuple[tuple, None]:
         (k, v), rows = carry
         next_ones = (_to_the_next(plan, k), _to_the_next(plan, v))
+        # After i steps the keys of the device i places before are here.
         source = (device - i) % plan.size
         key_segments = _segments_of(plan, inputs, source)
         all_pairs = _inputs_of_step(inputs, k, v, own_segments, key_segments)
@@ -383,6 +392,7 @@ def _forward(plan: RingPlan, inputs: RingInputs) -> Rows:
             return attend(plan.earlier, _first_keys(all_pairs, half), rows)
 
         def of_later_tokens() -> Rows:
+            # The earlier half of the queries stays as it is.
             late = Rows(rows.output[:, half:], rows.lse[..., half:])
             seeing = attend(plan.later, _last_queries(all_pairs, half), late)
             return Rows(
@@ -390,6 +400,7 @@ def _forward(plan: RingPlan, inputs: RingInputs) -> Rows:
                 lax.dynamic_update_slice_in_dim(rows.lse, seeing.lse, half, axis=3),
             )
 
+        # Which of the two is known on the device only; both take the same time.
         if plan.options.causal:
             rows = lax.cond(source < device, of_earlier_tokens, of_later_tokens)
         else:
@@ -433,6 +444,7 @@ def _gradients(plan: RingPlan, saved: _Saved, do: Array) -> RingInputs:
         return dq, _KeyGradients(dk, dv)
 
     own = _inputs_of_step(inputs, inputs.k, inputs.v, own_segments, None)
+    # The gradient of a sink needs rows alone, so it is complete here.
     of_own = gradients(plan.own, own._replace(sink_logits=inputs.sink_logits))
     dq, dkeys = in_float32(of_own)
 
@@ -456,6 +468,7 @@ def _gradients(plan: RingPlan, saved: _Saved, do: Array) -> RingInputs:
             dq_of_step, dkeys_of_step = in_float32(of_step)
             return dq.at[:, half:].add(dq_of_step), jax.tree.map(jnp.add, so_far, dkeys_of_step)
 
+        # Which of the two is known on the device only; both take the same time.
         if plan.options.causal:
             dq, dkeys = lax.cond(source < device, of_earlier_tokens, of_later_tokens)
         else:

@@ -5,6 +5,7 @@ the normalizer keeps of a row, for each part of a row. These are small beside th
 """
 
 from functools import partial
+from typing import cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -97,6 +98,7 @@ def _ungated(options: StepOptions, interpret: Interpret, inputs: StepInputs) -> 
     )
     plan = _plan(options, interpret, inputs)
     results = _call(plan, inputs)
+    # What is left is as small as the output: XLA's.
     # Parts first, as `Normalizer.merge` takes them.
     num_statistics = row_statistics(plan.normalizer)
     row = []
@@ -164,6 +166,7 @@ def _call(plan: StepPlan, inputs: StepInputs) -> dict[str, Array]:
     # In the order of `State`.
     scratch = [pltpu.VMEM(operand.block[3:], jnp.float32) for operand in outs]
 
+    # The kernel gets the table, inputs, outputs and scratch memory, one after another.
     def body(table_ref, *refs) -> None:
         by_name = dict(zip(names, refs))
         kernel(plan, table_ref, by_name, list(refs[len(names) :]))
@@ -171,9 +174,11 @@ def _call(plan: StepPlan, inputs: StepInputs) -> dict[str, Array]:
     def spec(operand: Operand) -> pl.BlockSpec:
         return pl.BlockSpec(operand.block, operand.index)
 
+    # Of a part, which is the last axis of the grid.
     entries = table.size // (B * plan.parts)
     pairs = B * H * S
-    arrays = [in_hbm(operand.array, plan.interpret) for operand in ins]
+    # Only outputs are shapes without values.
+    arrays = [in_hbm(cast(Array, operand.array), plan.interpret) for operand in ins]
     results = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -219,6 +224,7 @@ def _inputs(plan: StepPlan, inputs: StepInputs) -> list[Operand]:
 def _queries(plan: StepPlan, q: Array) -> Array:
     """[B, H, K] -> float32 [B, tiles_across, panels * rows, K / panels]."""
     B, _, K = q.shape
+    # Float32 rows may be cut at any register; a 16-bit query keeps its value.
     by_tile = q.astype(jnp.float32).reshape(B, plan.tiles_across, -1, K)
     rows = padded(by_tile, 2, plan.rows)
     by_panel = rows.reshape(B, plan.tiles_across, plan.rows, plan.panels, -1)
@@ -240,6 +246,7 @@ def _panels_as_channels(plan: StepPlan, sums: Array) -> Array:
 def _heads(plan: StepPlan, inputs: StepInputs, output: Array) -> Array:
     """[B, tiles_across, rows, V] -> [B, H, V], without rows of padding."""
     B, H, _ = inputs.q.shape
+    # Rows by key head have padding in every tile, the others at the end.
     real = output[:, :, : H // plan.tiles_across]
     return real.reshape(B, H, -1)
 
@@ -255,6 +262,7 @@ def _by_row(name: str, array: Array) -> Operand:
 
 def _by_head(plan: StepPlan, name: str, x: Array) -> Operand:
     """A number for each query head, [H] -> float32 [tiles_across, rows, 128]."""
+    # In every lane, as statistics of rows are.
     by_tile = padded(x.astype(jnp.float32).reshape(plan.tiles_across, -1), 1, plan.rows)
     array = jnp.broadcast_to(by_tile[..., None], (*by_tile.shape, LANES))
 
@@ -272,6 +280,7 @@ def _block(b: Array, part: Array, i: Array, table: Array) -> Array:
 def _cache(plan: StepPlan, name: str, cache: Array, view: View) -> Operand:
     """Of a cache: a block of slots, of all key heads."""
     array = viewed(cache, view)
+    # Slots are cut, and nothing else, so that a block is read in few long pieces.
     if view == "rows":
         block = (1, plan.slots * plan.columns_of_slot, array.shape[2])
     elif view == "heads":

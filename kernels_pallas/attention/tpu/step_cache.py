@@ -69,6 +69,7 @@ def viewed(cache: Array, view: View) -> Array:
         count = panels(view, D, Hk)
         by_panel = cache.reshape(B, S, Hk, count, D // count)
         return jnp.swapaxes(by_panel, 2, 3).reshape(B, S * count * Hk, D // count)
+    # Key heads first; then slots, or channels.
     order = (0, 2, 1, 3) if view == "heads" else (0, 2, 3, 1)
     return jnp.transpose(cache, order)
 
@@ -96,6 +97,7 @@ def block_table(
     num_blocks = -(-S // slots)
     # As many entries for each part.
     entries = -(-num_blocks // parts)
+    # What lies behind the last slot is not valid.
     by_block = padded(valid, 1, num_blocks * slots).reshape(B, num_blocks, slots)
     some = jnp.any(by_block, axis=2)
     kinds = jnp.where(some, jnp.where(jnp.all(by_block, axis=2), ALL, SOME), NONE)
@@ -112,6 +114,7 @@ def block_table(
     last_turn = jnp.arange(parts)[None, :, None]
     last_turn = last_turn + jnp.maximum(count - 1 - last_turn, 0) // parts * parts
     read = jnp.minimum(turn, last_turn)
+    # [B, parts, entries, blocks]: at most one block is at a place.
     is_it = some[:, None, None, :] & (place[:, None, None, :] == read[..., None])
     number = jnp.sum(is_it * blocks, axis=3)
     kind = jnp.sum(is_it * kinds[:, None, None, :], axis=3)

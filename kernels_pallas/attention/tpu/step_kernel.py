@@ -123,6 +123,7 @@ def kernel(plan: StepPlan, table: Ref, refs: dict[str, Ref], scratch: list[Ref])
         @pl.when(kind == block_kind)
         def add_block(masked: bool = block_kind == SOME) -> None:
             before = [state_of(group) for group in groups]
+            # Two versions of the same code; the second one runs where values are not finite.
             after = _added(plan, refs, before, first_column, masked, careful=False)
             sums = [x for state in after for x in state.sums]
             is_special = _has_special(sums)
@@ -240,6 +241,7 @@ def _columns(plan: StepPlan, chunk: _Chunk) -> slice:
 
 def _logits(plan: StepPlan, refs: dict[str, Ref], chunk: _Chunk) -> Array:
     """The logits of a chunk, before the mask."""
+    # Where key heads are interleaved there is one group of rows, number 0.
     q = refs["q"][0, chunk.n]
     if plan.views.k == "channels":
         keys = refs["k"][0, chunk.n, :, _columns(plan, chunk)]
@@ -253,6 +255,7 @@ def _logits(plan: StepPlan, refs: dict[str, Ref], chunk: _Chunk) -> Array:
     capped = attention_tile.soft_capped(products * plan.scale, plan.logits_soft_cap)
     if "slopes" not in refs:
         return capped
+    # Equal in every lane.
     slope = refs["slopes"][chunk.n][:, :1]
     distance = _by_column(plan, refs["distances"], chunk)
     return kernel_tile.with_slopes(capped, slope, distance).values
@@ -286,6 +289,7 @@ def _over_panels(plan: StepPlan, products: Array) -> Array:
     total = products[: plan.rows]
     for n in range(1, plan.panels):
         of_panel = products[n * plan.rows : (n + 1) * plan.rows]
+        # A rotation to the left, within whole registers: what wraps around is hidden.
         total = total + pltpu.roll(of_panel, columns - n * plan.Hk, 1)
     return total
 
@@ -302,6 +306,7 @@ def _own_columns(plan: StepPlan, columns: int) -> Array | None:
     """Which columns of a tile are of the key head of their row; None if every one is."""
     if not plan.views.interleaved:
         return None
+    # Those of the first panel are the key heads' numbers.
     column = lax.broadcasted_iota(jnp.int32, (1, columns), 1) % plan.columns_of_slot
     row = lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0)
     # Rows of padding see nothing.
@@ -347,6 +352,7 @@ def _add(
         )
         if added.keep is not None:
             keep = tile.across(added.keep, before.shape[1])
+            # A row's panels share its maximum.
             before = jnp.concatenate([keep] * plan.panels, axis=0) * before
         sums.append(before + product)
     return State(added.row, tuple(sums))

@@ -7,7 +7,7 @@ stored without waste, and broadcast over sublanes for nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -34,8 +34,17 @@ TN = ((0,), (0,))  # x^T y
 Contraction = tuple[tuple[int], tuple[int]]
 
 
+class Multiplies(Protocol):
+    """Static arguments that say how matrices are multiplied: of every kernel here."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether operands are rounded to bfloat16, in one pass."""
+        ...
+
+
 def matmul(
-    plan: Plan,
+    plan: Multiplies,
     x: Array,
     y: Array,
     contraction: Contraction = NN,
@@ -114,7 +123,7 @@ def _large_by_lane(x: Array) -> Array:
 
 
 def selecting_product(
-    plan: Plan,
+    plan: Multiplies,
     weights: Array,
     seen: Array | None,
     x: Array,
