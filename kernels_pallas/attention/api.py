@@ -22,6 +22,7 @@ from kernels_pallas.attention.inputs import AttentionInputs, Outputs, StepInputs
 from kernels_pallas.attention.kernels import over_mesh, step_over_mesh
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.tpu import op as tpu
+from kernels_pallas.attention.tpu import step as tpu_step
 from kernels_pallas.common.checks import all_varying, check_interpret
 from kernels_pallas.common.mesh import on_explicit_axes
 
@@ -193,7 +194,8 @@ def attention_step(
 ) -> Float[Array, "B H V"]:
     """One token of `attention` against a cache, for decoding: the same formulas without T.
 
-    Differentiable. On GPU a kernel reads the cache, split over its length; elsewhere XLA does.
+    Differentiable. On TPU and GPU a kernel reads the cache, split over its length; elsewhere XLA
+    does. The one of TPUs does not read blocks in which no slot is valid.
 
     Args:
       q, k_cache, v_cache: one query, and the keys and values of S slots. The order of the slots
@@ -239,7 +241,7 @@ def attention_step(
     check_interpret(op, interpret, implementation)
 
     refusals = {
-        "tpu": tpu.unsupported_step,
+        "tpu": partial(tpu_step.unsupported, inputs, options),
         "gpu": partial(gpu.unsupported_step, inputs, options),
     }
     chosen = dispatch.choose(op, implementation, refusals, inputs)
@@ -255,5 +257,6 @@ def attention_step(
         if on_explicit_axes(*inputs):
             return step_over_mesh(attend, inputs)
         return attend(inputs)
-    # "tpu" is refused always: see `tpu.unsupported_step`.
+    if chosen == "tpu":
+        return tpu_step.attention_step(inputs, options, interpret=interpret)
     return gpu.attention_step(inputs, options, interpret=interpret)

@@ -11,6 +11,7 @@ A checkpoint policy that keeps both names runs no kernel again.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,11 +19,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels_pallas.attention import xla
 from kernels_pallas.attention.inputs import (
     AttentionInputs,
     AttentionOptions,
     Outputs,
     StepInputs,
+    StepOptions,
 )
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
@@ -179,6 +182,61 @@ def step_over_mesh(attend: Callable[[StepInputs], Array], inputs: StepInputs) ->
     )
     assert y is not None
     return y
+
+
+# --- one token against a cache
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def gated_step(
+    ungated: Callable[[StepInputs], Array],
+    options: StepOptions,
+    inputs: StepInputs,
+) -> Array:
+    """y [B, H, V] of a kernel of one token, with the gradients of the xla backend.
+
+    Nobody trains by decoding, so no kernel computes gradients.
+
+    Args:
+      ungated: the kernel: the output before the gate, float32 [B, H, V].
+      options: the static arguments of the call.
+      inputs: its arrays.
+
+    Returns:
+      y in the dtype of the values.
+    """
+    output = ungated(inputs)
+    if inputs.gate_logits is not None:
+        gate_logits = inputs.gate_logits.astype(jnp.float32)
+        output = output * jax.nn.sigmoid(gate_logits)
+    return output.astype(inputs.v_cache.dtype)
+
+
+def _step_saving(
+    ungated: Callable[[StepInputs], Array],
+    options: StepOptions,
+    inputs: StepInputs,
+) -> tuple[Array, StepInputs]:
+    return gated_step(ungated, options, inputs), inputs
+
+
+def _step_backward(
+    ungated: Callable[[StepInputs], Array],
+    options: StepOptions,
+    inputs: StepInputs,
+    dy: Array,
+) -> tuple[StepInputs]:
+    # A kernel of the forward pass can be interpreted; the gradients come from none.
+    del ungated
+
+    def step_by_xla(inputs: StepInputs) -> Array:
+        return xla.attention_step(inputs, options)
+
+    _, pull_back = jax.vjp(step_by_xla, inputs)
+    return pull_back(dy)
+
+
+gated_step.defvjp(_step_saving, _step_backward)
 
 
 # --- the cost of a call

@@ -1,17 +1,20 @@
 """`attention` with its tokens cut over a mesh axis: for sequences longer than one device holds.
 
-Keys and values are gathered, queries are not: with few key heads they are the smaller part, and one
-all-gather forward and one reduce-scatter backward can be overlapped with other work, where a ring
-has a step for every device.
+On TPU keys and values travel round a ring, and the kernels compute with those that are here:
+`tpu/ring.py`. Elsewhere they are gathered, queries are not: with few key heads they are the smaller
+part, and one all-gather forward and one reduce-scatter backward can be overlapped with other work,
+where a ring has a step for every device.
 
 Causal work is balanced. The later a row, the more keys it sees. So for n devices the sequence
 counts as 2 n pieces, and device d takes the queries of the pieces d and 2 n - 1 - d. Together these
-see 2 n + 1 pieces of keys, the same on every device. The results travel back.
+see 2 n + 1 pieces of keys, the same on every device. The results travel back. On a ring keys and
+values are exchanged alike.
 
 With a window that is no longer than a device's tokens, only the last keys of the device before are
 fetched.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,9 +31,11 @@ from kernels_pallas.attention.checks import (
     with_parameters,
 )
 from kernels_pallas.attention.documents import document_numbers
-from kernels_pallas.attention.inputs import AttentionInputs, Outputs
+from kernels_pallas.attention.inputs import AttentionInputs, AttentionOptions, Outputs
 from kernels_pallas.attention.normalizers.base import Normalizer
-from kernels_pallas.common.checks import all_varying
+from kernels_pallas.attention.tpu import op as tpu
+from kernels_pallas.attention.tpu import ring
+from kernels_pallas.common.checks import all_varying, check_interpret
 from kernels_pallas.common.mesh import varying_like
 
 
@@ -51,12 +56,17 @@ def attention_sharded(
     logits_soft_cap: float | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "B T H V"]:
     """`attention` inside `shard_map`, with T cut over the mesh axis `axis_name`.
 
-    Every device holds the keys and values of the whole sequence for the time of the call, unless a
-    window is shorter than its tokens. Gradients of keys and values are added up over devices in
+    On TPU a device holds its own keys and values and those of two more devices for the time of
+    the call, and their gradients are added up over devices in float32. Elsewhere it holds those of
+    the whole sequence, unless a window is shorter than its tokens, and gradients are added up in
     their own dtype. Work is balanced when this device's T is even.
+
+    The kernels take softmax, without `alibi_slopes`, of an even T; a window only if it is causal
+    and no longer than T, and then every normalizer that they have on one device.
 
     Args:
       axis_name: the mesh axis that cuts T.
@@ -64,14 +74,15 @@ def attention_sharded(
       normalizer, causal, window, sink_logits, alibi_slopes, normalizer_parameters: as in
         `attention`, of the whole sequence.
       logits_soft_cap, scale: as in `attention`.
-      implementation: None or "xla".
+      implementation: None, "xla" or "tpu".
+      interpret: run the named kernels ("tpu") in interpret mode, on CPU.
 
     Returns:
       y of this device's tokens, in v's dtype.
 
     Raises:
       ValueError: as `attention`.
-      NotImplementedError: an implementation other than "xla" is asked for.
+      NotImplementedError: the implementation asked for does not cover this call.
     """
     op = "attention"
     inputs = AttentionInputs(q, k, v, gate_logits, sink_logits, alibi_slopes, segment_ids)
@@ -87,19 +98,26 @@ def attention_sharded(
         logits_soft_cap=logits_soft_cap,
         scale=scale,
     )
-    # Only the xla backend takes queries that start later than the keys.
-    dispatch.choose(op, implementation, dict.fromkeys(("reference", "tpu", "gpu"), _refusal))
-
     num_devices = jax.lax.axis_size(axis_name)
     device = jax.lax.axis_index(axis_name)
     tokens = q.shape[1]
     # The length of the whole sequence.
     options = options.for_length(num_devices * tokens)
+    check_interpret(op, interpret, implementation)
+    refusals = {
+        "reference": _refusal,
+        "gpu": _refusal,
+        "tpu": partial(ring.unsupported, inputs, options, num_devices),
+    }
+    chosen = dispatch.choose(op, implementation, refusals, inputs)
+    inputs = dispatch.for_its_platform(op, chosen, interpret, inputs)
     inputs = AttentionInputs._make(all_varying(*inputs))
-    window = options.window
     # A short window reaches no farther than the device before.
-    if options.causal and window is not None and window <= tokens:
+    window = options.window
+    if window is not None and ring.needs_two_devices_only(options, tokens):
         keys = _keys_of_two_devices(inputs, window, axis_name)
+        if chosen == "tpu":
+            return _in_one_sequence(inputs, options, keys, interpret)
         inputs = inputs._replace(
             k=keys.k,
             v=keys.v,
@@ -107,6 +125,8 @@ def attention_sharded(
             key_segment_ids=keys.key_segments,
         )
         return _y(xla.attention(inputs, options, first=keys.first))
+    if chosen == "tpu":
+        return _round_the_ring(inputs, options, axis_name, interpret)
 
     all_segments = inputs.segment_ids
     if all_segments is not None:
@@ -148,6 +168,66 @@ def attention_sharded(
     return pieces.returned(*outputs)
 
 
+def _in_one_sequence(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    keys: "_Keys",
+    interpret: bool,
+) -> Array:
+    """`attention` of the device's tokens behind the last ones of the device before.
+
+    The queries of those are zeros, whose results are left out: the kernels take a whole sequence.
+    """
+
+    def behind_zeros(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        return jnp.pad(x, ((0, 0), (keys.first, 0), (0, 0), (0, 0)))
+
+    q = behind_zeros(inputs.q)
+    assert q is not None
+    together = inputs._replace(
+        q=q,
+        k=keys.k,
+        v=keys.v,
+        gate_logits=behind_zeros(inputs.gate_logits),
+        segment_ids=keys.key_segments,
+    )
+    return _y(tpu.attention(together, options, interpret=interpret))[:, keys.first :]
+
+
+def _round_the_ring(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    axis_name: str,
+    interpret: bool,
+) -> Array:
+    """`attention` by the TPU kernels, to which the keys of all devices come one after another."""
+    all_segments = inputs.segment_ids
+    if all_segments is not None:
+        all_segments = document_numbers(_gathered(all_segments, axis_name))
+    gate_logits = inputs.gate_logits
+    ungated = inputs._replace(gate_logits=None, segment_ids=all_segments)
+    num_devices = jax.lax.axis_size(axis_name)
+    # Without causality every device's work is the same already.
+    exchanged = options.causal and num_devices > 1
+    pieces = _Pieces(num_devices, axis_name)
+    if exchanged:
+        ungated = ungated._replace(
+            q=pieces.in_order(ungated.q),
+            k=pieces.in_order(ungated.k),
+            v=pieces.in_order(ungated.v),
+        )
+        if gate_logits is not None:
+            gate_logits = pieces.in_order(gate_logits)
+    # The gate is multiplied once, when a row is complete.
+    y = ring.attention(ungated, options, axis_name, interpret)
+    if gate_logits is not None:
+        y = y * jax.nn.sigmoid(gate_logits.astype(jnp.float32))
+    y = y.astype(inputs.v.dtype)
+    return pieces.out_of_order(y) if exchanged else y
+
+
 class _Pieces(NamedTuple):
     """The exchange of queries: the halves of device i's tokens are the pieces 2 i and 2 i + 1."""
 
@@ -184,6 +264,20 @@ class _Pieces(NamedTuple):
         first = jax.lax.ppermute(even, self.axis_name, self._routes_back(0))
         second = jax.lax.ppermute(odd, self.axis_name, self._routes_back(1))
         return jnp.concatenate([first, second], axis=1)
+
+    def in_order(self, x: Array) -> Array:
+        """x [B, T, ...] of this device -> its pieces d and 2 n - 1 - d, one after the other."""
+        even, odd = self.sent(x)
+        is_even = jax.lax.axis_index(self.axis_name) % 2 == 0
+        early = jnp.where(is_even, even, odd)
+        late = jnp.where(is_even, odd, even)
+        return jnp.concatenate([early, late], axis=1)
+
+    def out_of_order(self, x: Array) -> Array:
+        """The inverse of `in_order`."""
+        early, late = jnp.split(x, 2, axis=1)
+        is_even = jax.lax.axis_index(self.axis_name) % 2 == 0
+        return self.returned(jnp.where(is_even, early, late), jnp.where(is_even, late, early))
 
     def _routes(self, half: int) -> list[tuple[int, int]]:
         """(source, destination) of everybody's first (0) or second (1) half."""

@@ -9,18 +9,15 @@ A program leaves its sums and what the normalizer keeps of a row. These are smal
 XLA merges them over the parts, ends the rows and multiplies by the gate.
 """
 
-import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas.attention import tile as attention_tile
-from kernels_pallas.attention import xla
 from kernels_pallas.attention.gpu import tile
 from kernels_pallas.attention.gpu import tuning as gpu_tuning
 from kernels_pallas.attention.gpu.call import (
@@ -38,9 +35,14 @@ from kernels_pallas.attention.gpu.plan import Plan, Ref, unsupported_by_kernels
 from kernels_pallas.attention.gpu.tile import Rows
 from kernels_pallas.attention.gpu.tuning import STEP, STEP_PROGRAMS, Schedule, padded_channels
 from kernels_pallas.attention.inputs import StepInputs, StepOptions
-from kernels_pallas.attention.kernels import Shaped, row_statistics
+from kernels_pallas.attention.kernels import (
+    Shaped,
+    gated_step,
+    row_statistics,
+    step_over_mesh,
+)
 from kernels_pallas.attention.normalizers.base import undefined_as_nan
-from kernels_pallas.common.mesh import by_rows_and_heads, like
+from kernels_pallas.common.mesh import like
 from kernels_pallas.common.padding import padded, power_of_two
 
 
@@ -61,74 +63,11 @@ def attention_step(
     interpret: bool = False,
 ) -> Array:
     """As `api.attention_step`, with every default filled in."""
-    axes = {
-        "q": "bh.",
-        "k_cache": "b.h.",
-        "v_cache": "b.h.",
-        "gate_logits": "bh.",
-        "sink_logits": "h",
-        "alibi_slopes": "h",
-        "valid": "b.",
-        "distances": "b.",
-        "normalizer_parameters": ".h",
-    }
 
-    def step_part(*arrays: Any) -> tuple[Array]:
-        return (_step(options, interpret, StepInputs(*arrays)),)
+    def attend(part: StepInputs) -> Array:
+        return gated_step(partial(_ungated, options, interpret), options, part)
 
-    # A device must hold the query heads of the key heads that it holds, so both are cut alike.
-    common_heads = math.gcd(inputs.q.shape[1], inputs.k_cache.shape[2])
-    (y,) = by_rows_and_heads(
-        step_part,
-        tuple(inputs),
-        [axes[name] for name in StepInputs._fields],
-        ["bh."],
-        common_heads,
-    )
-    assert y is not None
-    return y
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _step(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array:
-    """y [B, H, V]."""
-    B, H, _ = inputs.q.shape
-    V = inputs.v_cache.shape[3]
-    # The query heads of a key head are consecutive.
-    output = _ungated(options, interpret, inputs)
-    output = output.reshape(B, H, V)
-    if inputs.gate_logits is not None:
-        gate_logits = inputs.gate_logits.astype(jnp.float32)
-        output = output * jax.nn.sigmoid(gate_logits)
-    return output.astype(inputs.v_cache.dtype)
-
-
-def _step_saving(
-    options: StepOptions,
-    interpret: bool,
-    inputs: StepInputs,
-) -> tuple[Array, StepInputs]:
-    return _step(options, interpret, inputs), inputs
-
-
-def _step_backward(
-    options: StepOptions,
-    interpret: bool,
-    inputs: StepInputs,
-    dy: Array,
-) -> tuple[StepInputs]:
-    """The gradients are those of the xla backend: nobody trains by decoding."""
-    # A kernel of the forward pass can be interpreted; the gradients come from none.
-    del interpret
-
-    def step_by_xla(inputs: StepInputs) -> Array:
-        return xla.attention_step(inputs, options)
-
-    _, pull_back = jax.vjp(step_by_xla, inputs)
-    return pull_back(dy)
-
-
-_step.defvjp(_step_saving, _step_backward)
+    return step_over_mesh(attend, inputs)
 
 
 # --- the kernel's inputs and outputs
@@ -154,7 +93,7 @@ class KernelInputs(NamedTuple):
 
 
 def _ungated(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array:
-    """The ungated output, float32 [B, Hk, H / Hk, V]."""
+    """The ungated output, float32 [B, H, V]."""
     B, H, K = inputs.q.shape
     _, _, Hk, V = inputs.v_cache.shape
     group = H // Hk
@@ -176,8 +115,8 @@ def _ungated(options: StepOptions, interpret: bool, inputs: StepInputs) -> Array
         distances=distances,
     )
     output = _over_parts(plan, kernel_inputs)
-    # Without the rows and channels of padding.
-    return output[:, :, :group, :V]
+    # Without the rows and channels of padding. The query heads of a key head are consecutive.
+    return output[:, :, :group, :V].reshape(B, H, V)
 
 
 def _plan(options: StepOptions, interpret: bool, inputs: StepInputs) -> Plan:

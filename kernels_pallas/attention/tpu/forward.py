@@ -23,11 +23,13 @@ weights from what this kernel saves.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float
 
 from kernels_pallas.attention.kernel_tile import Positions
 from kernels_pallas.attention.kernels import (
@@ -57,10 +59,33 @@ from kernels_pallas.common.padding import padded, round_up
 from kernels_pallas.common.tpu import Operand, Ref
 
 
-def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
+class Before(NamedTuple):
+    """What earlier keys have made of the rows of a softmax, which are continued with more keys.
+
+    Rows that have not seen anything have an output of 0 and a log-sum-exp of -inf.
+    """
+
+    # Float32.
+    output: Float[Array, "B T H*V"]
+    lse: Float[Array, "B H 1 T"]
+
+
+def forward(
+    plan: Plan,
+    inputs: KernelInputs,
+    save: bool,
+    before: Before | None = None,
+) -> ForwardResult:
     """y [B, T, H*V], and with `save` what the backward kernel needs.
 
-    Outputs are float32 [B, T, H*V], statistics of rows float32 [B, H, 1, T].
+    Args:
+      plan: the static arguments.
+      inputs: the arrays.
+      save: whether the backward pass will be asked for.
+      before: rows that are continued, without a gate and without sinks; None for new ones.
+
+    Returns:
+      Outputs are float32 [B, T, H*V], statistics of rows float32 [B, H, 1, T].
     """
     B = inputs.q.shape[0]
     block = plan.forward.block
@@ -85,7 +110,7 @@ def forward(plan: Plan, inputs: KernelInputs, save: bool) -> ForwardResult:
         partial(_kernel, plan),
         make_tables(tiles, inputs, plan.forward),
         grid=(B, plan.H, len(tiles.flags)),
-        ins=_inputs(plan, inputs, padded_length, padded_keys),
+        ins=_inputs(plan, inputs, before, padded_length, padded_keys),
         outs=_outputs(plan, inputs, padded_length, save),
         scratch=scratch,
         name="attention_forward",
@@ -196,6 +221,7 @@ def _segments(plan: Plan, of_queries: Array, of_keys: Array) -> list[Operand]:
 def _inputs(
     plan: Plan,
     inputs: KernelInputs,
+    before: Before | None,
     padded_length: int,
     padded_keys: int,
 ) -> list[Operand]:
@@ -206,6 +232,10 @@ def _inputs(
         _by_key(plan, "k", pad_keys(inputs.k), plan.K),
         _by_key(plan, "v", pad_keys(inputs.v), plan.V),
     ]
+    if before is not None:
+        lse_before = padded(before.lse, 3, padded_length)
+        operands.append(_by_query(plan, "before", pad_tokens(before.output), plan.V))
+        operands.append(_number_by_query(plan, "lse_before", lse_before))
     gate_logits = inputs.gate_logits
     if gate_logits is not None and plan.gate == "element":
         operand = _by_query(plan, "gate", pad_tokens(gate_logits), plan.V)
@@ -275,10 +305,13 @@ def _kernel(
         # The shape of what the normalizer keeps of a block's rows.
         zero = jnp.zeros((plan.forward.block, tile.lanes(normalizer)), jnp.float32)
         sink = None if tables.sink_logits is None else zero + tables.sink_logits[h]
+        if "before" in refs:
+            # What was seen before is as one key: its logit the log-sum-exp, its value the output.
+            sink = zero + tile.as_column(refs["lse_before"][0, 0])
         for ref, start in zip(statistics, normalizer.start(zero, (), sink)):
             ref[...] = start
         for ref in sums:
-            ref[...] = jnp.zeros_like(ref)
+            ref[...] = refs["before"][0] if "before" in refs else jnp.zeros_like(ref)
         if sees is not None:
             sees[...] = zero
 

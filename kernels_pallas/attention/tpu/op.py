@@ -54,13 +54,6 @@ def unsupported(inputs: AttentionInputs, options: AttentionOptions) -> str | Non
     return refusal
 
 
-def unsupported_step() -> str:
-    """Why this backend does not take `attention_step`."""
-    return (
-        "has no kernel for one token against a cache: XLA reads the cache once, as a kernel would"
-    )
-
-
 def attention(
     inputs: AttentionInputs,
     options: AttentionOptions,
@@ -83,10 +76,31 @@ def _attend(
     """y [B, T, H, V] of the rows and heads of one device; with `return_lse` lse [B, H, T] too."""
     if inputs.block_mask is not None:
         return block_mask.attention(inputs, options, interpret)
-    B, T, H, K = inputs.q.shape
+    B, T, H, _ = inputs.q.shape
+    V = inputs.v.shape[3]
+    plan = make_plan(inputs, options, interpret)
+    result = _attention(plan, kernel_inputs(plan, inputs))
+    y, lse = result if isinstance(result, tuple) else (result, None)
+    y = y.reshape(
+        B,
+        T,
+        H,
+        plan.V,
+    )
+    # Without the channels of padding.
+    y = y[..., :V].astype(inputs.v.dtype)
+    return y if lse is None else (y, lse[:, :, 0])
+
+
+def make_plan(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    interpret: Interpret,
+) -> Plan:
+    """The static arguments of the kernels for a call."""
+    _, T, H, K = inputs.q.shape
     S = inputs.k.shape[1]
     num_keys = None if S == T else S
-    Hk = inputs.k.shape[2]
     V = inputs.v.shape[3]
     q = without_float16(inputs.q)
     k = without_float16(inputs.k)
@@ -94,7 +108,7 @@ def _attend(
     # A block is a range of columns, which must begin and end at whole registers.
     padded_K = round_up(K, LANES)
     padded_V = round_up(V, LANES)
-    plan = Plan(
+    return Plan(
         normalizer=on_tpu(options.normalizer),
         causal=options.causal,
         window=options.window,
@@ -102,7 +116,7 @@ def _attend(
         scale=options.scale,
         T=T,
         H=H,
-        Hk=Hk,
+        Hk=inputs.k.shape[2],
         K=padded_K,
         V=padded_V,
         gate=gate_kind(inputs.gate_logits),
@@ -116,27 +130,20 @@ def _attend(
         return_lse=options.return_lse,
         **schedules(T, padded_K, padded_V, options.window, num_keys),
     )
-    kernel_inputs = KernelInputs(
-        q=_heads_as_columns(q, padded_K),
-        k=_heads_as_columns(k, padded_K),
-        v=_heads_as_columns(v, padded_V),
+
+
+def kernel_inputs(plan: Plan, inputs: AttentionInputs) -> KernelInputs:
+    """The arrays of a call as the kernels take them."""
+    return KernelInputs(
+        q=_heads_as_columns(without_float16(inputs.q), plan.K),
+        k=_heads_as_columns(without_float16(inputs.k), plan.K),
+        v=_heads_as_columns(without_float16(inputs.v), plan.V),
         gate_logits=_gate_for_kernel(plan, inputs.gate_logits),
         sink_logits=_as_float32(inputs.sink_logits),
         alibi_slopes=_as_float32(inputs.alibi_slopes),
         segment_ids=_along_lanes(inputs.segment_ids),
         key_segment_ids=_along_lanes(inputs.key_segment_ids),
     )
-    result = _attention(plan, kernel_inputs)
-    y, lse = result if isinstance(result, tuple) else (result, None)
-    y = y.reshape(
-        B,
-        T,
-        H,
-        padded_V,
-    )
-    # Without the channels of padding.
-    y = y[..., :V].astype(inputs.v.dtype)
-    return y if lse is None else (y, lse[:, :, 0])
 
 
 def _is_masked(inputs: AttentionInputs, options: AttentionOptions) -> bool:
@@ -222,7 +229,7 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Outputs:
     B = inputs.q.shape[0]
     gate_logits = inputs.gate_logits
     if gate_logits is not None and plan.gate == "element":
-        gate_logits = _columns_as_heads(gate_logits, plan.V)
+        gate_logits = columns_as_heads(gate_logits, plan.V)
     elif gate_logits is not None:
         # [B, H, 1, T] -> [B, T, H, 1]
         gate_logits = jnp.moveaxis(gate_logits, 3, 1)
@@ -230,9 +237,9 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Outputs:
     key_segment_ids = inputs.key_segment_ids
     result = reference.attention_by_blocks(
         AttentionInputs(
-            q=_columns_as_heads(inputs.q, plan.K),
-            k=_columns_as_heads(inputs.k, plan.K),
-            v=_columns_as_heads(inputs.v, plan.V),
+            q=columns_as_heads(inputs.q, plan.K),
+            k=columns_as_heads(inputs.k, plan.K),
+            v=columns_as_heads(inputs.v, plan.V),
             gate_logits=gate_logits,
             sink_logits=inputs.sink_logits,
             alibi_slopes=inputs.alibi_slopes,
@@ -257,7 +264,7 @@ def _plain(plan: Plan, inputs: KernelInputs) -> Outputs:
     return y if lse is None else (y, lse[:, :, None])
 
 
-def _columns_as_heads(x: Array, width: int) -> Array:
+def columns_as_heads(x: Array, width: int) -> Array:
     """[B, T, heads * width] -> [B, T, heads, width]."""
     B, T, _ = x.shape
     return x.reshape(

@@ -7,7 +7,7 @@ stored without waste, and broadcast over sublanes for nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -34,8 +34,17 @@ TN = ((0,), (0,))  # x^T y
 Contraction = tuple[tuple[int], tuple[int]]
 
 
+class Multiplies(Protocol):
+    """Static arguments that say how matrices are multiplied: of every kernel here."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether operands are rounded to bfloat16, in one pass."""
+        ...
+
+
 def matmul(
-    plan: Plan,
+    plan: Multiplies,
     x: Array,
     y: Array,
     contraction: Contraction = NN,
@@ -114,7 +123,7 @@ def _large_by_lane(x: Array) -> Array:
 
 
 def selecting_product(
-    plan: Plan,
+    plan: Multiplies,
     weights: Array,
     seen: Array | None,
     x: Array,
@@ -309,10 +318,7 @@ class LaneSoftmax(Softmax):
         )
 
     def finish(self, row: Row, sums: Sequence[Array]) -> tuple[tuple[Array, ...], Row]:
-        maximum, total = row
-        # The one sum along lanes; the maximum is in all of them, so the first will do.
-        total = jnp.sum(total, axis=-1, keepdims=True)
-        return super().finish((maximum[:, :1], total), sums)
+        return super().finish(as_columns(self, row), sums)
 
 
 def on_tpu(normalizer: Normalizer) -> Normalizer:
@@ -330,11 +336,21 @@ def lanes(normalizer: Normalizer) -> int:
     return getattr(normalizer, "lanes", 1)
 
 
+def as_columns(normalizer: Normalizer, row: Row) -> Row:
+    """A row's statistics as those of `off_tpu`, [..., R, 1] each."""
+    if not isinstance(normalizer, LaneSoftmax):
+        return row
+    maximum, total = row
+    # The one sum along lanes; the maximum is in all of them, so the first will do.
+    return maximum[..., :1], jnp.sum(total, axis=-1, keepdims=True)
+
+
 def across(x: Array, width: int) -> Array:
     """[R, 128] with equal lanes as [R, width]; a column [R, 1] as it is."""
     if x.shape[1] in (1, width):
         return x
-    return jnp.tile(x, (1, width // LANES))
+    whole = -(-width // LANES)
+    return jnp.tile(x, (1, whole))[:, :width]
 
 
 def as_row(column: Array) -> Array:
