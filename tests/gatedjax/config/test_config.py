@@ -21,11 +21,14 @@ from gatedjax.config import (
     FrozenDict,
     GatedAttentionConfig,
     GatedMLPConfig,
+    ImageConfig,
     LoRAConfig,
+    MaskingConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
     OutputConfig,
+    PatchConfig,
     RouterConfig,
     SourceConfig,
     StreamConfig,
@@ -205,6 +208,9 @@ ALL_CLASSES = [
     MeshConfig,
     TrainConfig,
     LoRAConfig,
+    PatchConfig,
+    ImageConfig,
+    MaskingConfig,
     RouterConfig,
     *MIXERS.values(),
     *FEED_FORWARDS.values(),
@@ -298,8 +304,14 @@ def config_with(cls):
         return raw, f"config.{of_run[cls.__name__]}"
     if cls is LoRAConfig:
         return raw, "config.model.lora"
-    if cls is OutputConfig:
-        return raw, "config.model.output"
+    of_group = {
+        OutputConfig: "config.model.output",
+        PatchConfig: "config.model.patches",
+        ImageConfig: "config.data.images",
+        MaskingConfig: "config.data.masking",
+    }
+    if cls in of_group:
+        return raw, of_group[cls]
     if cls is SourceConfig:
         return raw, "config.data.sources.main"
     if cls is StreamConfig:
