@@ -27,6 +27,7 @@ def get_config(experts: str = "none"):
     require(experts in EXPERTS, "configs/digits.py", experts, f"one of {', '.join(EXPERTS)}")
     c = config_dict()
     c.model.task = "classify"
+    c.model.vocab_size = 10
     c.model.patches.patch_height = 2
     c.model.patches.patch_width = 2
     c.model.width = 64
@@ -45,6 +46,7 @@ def get_config(experts: str = "none"):
         "experts": EXPERTS[experts],
     }
     c.model.ffn_pattern = ("mlp", "experts")
+    c.model.init_std = 0.05
     c.model.scan_layers = False
     c.model.dtype = "float32"  # CPUs have no fast bfloat16
 
