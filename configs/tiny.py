@@ -12,9 +12,12 @@ Hardware: a laptop, 2 cores: 2 to 4 minutes, then about 2.3 bits per byte of val
 from gatedjax.config import MIXERS, config_dict, layer
 from gatedjax.errors import require
 
+# What a model that predicts the next token can have.
+CAUSAL = [kind for kind, mixer in MIXERS.items() if getattr(mixer(), "not_causal", None) is None]
+
 
 def get_config(mixer: str = "gated_attention"):
-    require(mixer in MIXERS, "configs/tiny.py", mixer, f"one of {', '.join(MIXERS)}")
+    require(mixer in CAUSAL, "configs/tiny.py", mixer, f"one of {', '.join(CAUSAL)}")
     sizes = {}
     if mixer == "gated_attention":
         sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32}

@@ -28,5 +28,3 @@ class KalmaNetConfig(Checked):
     # of the norm of the heads' outputs; None: the model's
     norm_eps: Annotated[float, Range(0, 1, includes_low=False)] | None = None
     chunk_size: Size = 64
-    not_causal = None
-    only_causal = "kind 'kalmanet': a state passes from each token to the next"
