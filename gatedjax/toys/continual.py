@@ -1,7 +1,8 @@
 """Tasks learned one after the other by gated class-attention (arXiv 2211.12292), on generated rows.
 
-Each task has three prototypes of its own; a row is noise and one of them somewhere, and its class
-is which. With masks, what earlier tasks use is kept: their accuracy at the end is what it was.
+Each task has three prototypes of its own. A row is noise, and one prototype of every task at places
+by chance; its class is which of the task's own it has, so that a task has to look past the others'.
+With masks, what earlier tasks use is kept: their accuracy at the end is what it was.
 """
 
 from typing import Any, NamedTuple
@@ -39,13 +40,16 @@ class Rows(NamedTuple):
 
 
 def drawn_rows(task: int, key: Array, number: int = BATCH) -> Rows:
-    """Rows of a task by chance."""
-    prototypes = np.random.default_rng(task).normal(size=(CLASSES, WIDTH)).astype(np.float32)
+    """Rows by chance, and their classes in a task."""
+    prototypes = np.random.default_rng(0).normal(size=(TASKS, CLASSES, WIDTH)).astype(np.float32)
     of_class, of_place, of_noise = jax.random.split(key, 3)
-    classes = jax.random.randint(of_class, (number,), 0, CLASSES)
-    place = jax.random.randint(of_place, (number, 1), 0, LENGTH) == jnp.arange(LENGTH)
+    classes = jax.random.randint(of_class, (number, TASKS), 0, CLASSES)
+    # The first places of a random order are the tasks'.
+    order = jnp.argsort(jax.random.uniform(of_place, (number, LENGTH)), axis=1)[:, :TASKS]
+    shown = jnp.asarray(prototypes)[jnp.arange(TASKS), classes]
     noise = 0.5 * jax.random.normal(of_noise, (number, LENGTH, WIDTH))
-    return Rows(noise + place[..., None] * jnp.asarray(prototypes)[classes][:, None], classes)
+    rows = jnp.arange(number)[:, None]
+    return Rows(noise.at[rows, order].add(shown), classes[:, task])
 
 
 def first_params(key: Array) -> PyTree:

@@ -80,7 +80,7 @@ def test_a_point_goes_to_its_likeliest_expert():
     shapes = jax.eval_shape(model.init, jax.random.key(0), points)["params"]
     params = jax.tree.map(lambda s: RNG.normal(size=s.shape).astype(np.float32), shapes)
     values, probs = jax.jit(model.apply)({"params": params}, points)
-    chosen = np.argmax(probs, axis=1)
+    chosen = np.argmax(np.asarray(probs), axis=1)
     assert set(chosen) == {0, 1}
     for n, i in enumerate(chosen):
         p = params[f"expert_{i}"]
