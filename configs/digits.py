@@ -45,6 +45,7 @@ def get_config(variant: str = "none"):
     require(variant in known, "configs/digits.py", variant, f"one of {', '.join(known)}")
     c = config_dict()
     c.model.task = "classify"
+    c.model.vocab_size = 10
     c.model.patches.patch_height = 2
     c.model.patches.patch_width = 2
     c.model.width = 64

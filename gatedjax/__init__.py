@@ -21,9 +21,9 @@ The axis legend: every letter of a docstring, an einsum or a shape annotation, i
   E   experts;  k: experts chosen per token;  s: slots of an expert of a soft mixture
   R   rows: tokens of all rows of the batch, one after the other;  Rk: R k rows, one an assignment
   I   channels into a matrix with low-rank experts, O: out of it;  r: the rank
-  L   layers;  P: periods of the layer pattern
+  L   layers;  P: periods of the layer pattern; numbers of a patch of an image
   C   chunk: tokens per chunk of a scan;  N: number of chunks
-  X   vocabulary entries
+  X   vocabulary entries, classes
   n   devices along a mesh axis
   _   a size that is not named; ..., *name: any number of axes
 

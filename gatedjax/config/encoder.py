@@ -6,6 +6,7 @@ from typing import Literal
 from gatedjax.config.checks import (
     Checked,
     Fraction,
+    NonNegative,
     Positive,
     Size,
     SizeOrZero,
@@ -70,7 +71,7 @@ class ImageConfig(Checked):
 
     # Pixels from 0 to 1 become (pixel - mean) / std; a number each for all channels, or one each
     # for every channel.
-    mean: tuple[float, ...] = (0.5,)
+    mean: tuple[NonNegative, ...] = (0.5,)
     std: tuple[Positive, ...] = (0.5,)
     # exact: images of another size are refused; resize: the shorter side is made to fit, and the
     # middle cut out.

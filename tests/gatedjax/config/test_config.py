@@ -21,10 +21,13 @@ from gatedjax.config import (
     FrozenDict,
     GatedAttentionConfig,
     GatedMLPConfig,
+    ImageConfig,
     LoRAConfig,
+    MaskingConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PatchConfig,
     RouterConfig,
     SourceConfig,
     StreamConfig,
@@ -203,6 +206,9 @@ ALL_CLASSES = [
     MeshConfig,
     TrainConfig,
     LoRAConfig,
+    PatchConfig,
+    ImageConfig,
+    MaskingConfig,
     RouterConfig,
     *MIXERS.values(),
     *FEED_FORWARDS.values(),
@@ -296,6 +302,13 @@ def config_with(cls):
         return raw, f"config.{of_run[cls.__name__]}"
     if cls is LoRAConfig:
         return raw, "config.model.lora"
+    of_group = {
+        PatchConfig: "config.model.patches",
+        ImageConfig: "config.data.images",
+        MaskingConfig: "config.data.masking",
+    }
+    if cls in of_group:
+        return raw, of_group[cls]
     if cls is SourceConfig:
         return raw, "config.data.sources.main"
     if cls is StreamConfig:
