@@ -3,9 +3,7 @@
     python -m gatedjax.study configs/studies/image_mixers.py [--small]
 
 Encoders of the same width and depth, which classify the mean of their patches. The small version is
-on MNIST-1D, which is generated; scikit-learn's digits need the extra "vision". `step_ms` is the
-mean time of a training step, compilation left out: compare it only between runs that had the
-machine alone.
+on MNIST-1D, which is generated; scikit-learn's digits need the extra "vision".
 """
 
 from typing import Any
@@ -49,8 +47,8 @@ def get_study(small: bool) -> Study:
         title="What mixes patches",
         cells=tuple(cells),
         seeds=(0,) if small else (0, 1),
-        measures=("validation", "speed"),
-        columns=("accuracy", "loss", "step_ms"),
+        measures=("validation",),
+        columns=("accuracy", "loss"),
         pictures=(Picture("mixer", "accuracy", line="data"),),
     )
 

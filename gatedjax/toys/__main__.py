@@ -1,7 +1,10 @@
 """Small examples that are no sequence models, on generated data.
 
-python -m gatedjax.toys click_through [--steps=2000]     FinalMLP on clicks
-python -m gatedjax.toys scene                            hash-grid experts on a 3-D scene
+    python -m gatedjax.toys click_through [--steps=2000]     FinalMLP on clicks
+    python -m gatedjax.toys scene                            hash-grid experts on a 3-D scene
+    python -m gatedjax.toys continual                        class-attention, task after task
+
+Each trains for some seconds or minutes and prints what came of it.
 """
 
 import argparse
@@ -9,10 +12,14 @@ import sys
 from typing import NoReturn
 
 from gatedjax.errors import InputError, require
-from gatedjax.toys import click_through, scene
+from gatedjax.toys import click_through, continual, scene
 
 EXIT_BAD_INPUT = 2
-TOYS = {"click_through": click_through.run, "scene": scene.run}
+TOYS = {
+    "click_through": click_through.run,
+    "scene": scene.run,
+    "continual": continual.run,
+}
 
 
 class _Parser(argparse.ArgumentParser):

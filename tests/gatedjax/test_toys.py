@@ -1,6 +1,7 @@
 """The toys: their formulas by numpy, their command, and that they learn what they are there for."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from helpers import check_gradients, rel_rms
 from gatedjax.errors import InputError
 from gatedjax.layers.hash_experts import HashExperts, balance_loss, interpolated, resolutions
 from gatedjax.layers.two_streams import FinalMLP
-from gatedjax.toys import click_through, scene
+from gatedjax.toys import click_through, continual, scene
 from gatedjax.toys.__main__ import main
 
 RNG = np.random.default_rng(0)
@@ -79,7 +80,7 @@ def test_a_point_goes_to_its_likeliest_expert():
     shapes = jax.eval_shape(model.init, jax.random.key(0), points)["params"]
     params = jax.tree.map(lambda s: RNG.normal(size=s.shape).astype(np.float32), shapes)
     values, probs = jax.jit(model.apply)({"params": params}, points)
-    chosen = np.argmax(probs, axis=1)
+    chosen = np.argmax(np.asarray(probs), axis=1)
     assert set(chosen) == {0, 1}
     for n, i in enumerate(chosen):
         p = params[f"expert_{i}"]
@@ -113,9 +114,19 @@ def test_experts_share_a_scene():
     assert errors[2] < errors[0]
 
 
+@pytest.mark.slow
+def test_masks_keep_earlier_tasks():
+    """With masks no task is forgotten; without them the first one is."""
+    kept, forgotten = (
+        [float(x) for x in re.findall(r"(\d+)%", line)] for line in continual.run(steps=400)
+    )
+    assert all(abs(kept[i] - kept[i + 1]) <= 2 and kept[i] > 60 for i in (0, 2, 4))
+    assert forgotten[0] - forgotten[1] > 5
+
+
 def test_the_command_says_what_it_wants(capsys):
     assert main(["clicks"]) == 2
-    expected = "error: name: got 'clicks', expected one of click_through, scene\n"
+    expected = "error: name: got 'clicks', expected one of click_through, scene, continual\n"
     assert capsys.readouterr().err == expected
     assert main(["scene", "--steps=0"]) == 2
     assert capsys.readouterr().err == "error: --steps: got 0, expected at least 1\n"
