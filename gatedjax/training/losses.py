@@ -308,11 +308,15 @@ def over_chunks(
         sums, of_tokens, dweights = of_chunk(piece)
         return jax.tree.map(jnp.add, total, (sums, dweights)), of_tokens
 
+    def shape_of_piece(x: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, positions, *x.shape[2:]), x.dtype)
+
+    sums, _, dweights = jax.eval_shape(of_chunk, jax.tree.map(shape_of_piece, pieces))
+    zeros = (
+        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums),
+        by_group(jnp.zeros(dweights.shape, dweights.dtype)),
+    )
     cut = jax.tree.map(lambda x: chunks(x, positions), pieces)
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cut)
-    shapes = jax.eval_shape(of_chunk, one)
-    sums, _, dweights = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    zeros = (sums, _by_group(dweights))
     (sums, dweights), of_tokens = jax.lax.scan(add_chunk, zeros, cut)
     return sums, jax.tree.map(lambda x: _unchunked(x, length), of_tokens), dweights
 
@@ -374,8 +378,8 @@ def _with_gradients(
     is_target = targets[:, None] == jnp.arange(logits.shape[-1])
     dlogits = token_scale * ((1.0 + 2.0 * z_loss * log_z) * softmax - is_target)
     dlogits = jnp.where(is_counted[:, None], dlogits, 0.0).astype(hidden.dtype)
-    gradients = through_products(dlogits, hidden, weights, groups, shape)
-    return sums_of(tokens, mask), gradients
+    dhidden, dweights = through_products(dlogits, hidden, weights, groups)
+    return sums_of(tokens, mask), Gradients(dhidden.reshape(shape), by_group(dweights))
 
 
 def through_products(
@@ -383,8 +387,7 @@ def through_products(
     hidden: Float[Array, "tokens M"],
     weights: Float[Array, "X M"],
     groups: int,
-    shape: tuple[int, ...],
-) -> Gradients:
+) -> tuple[Float[Array, "tokens M"], Float[Array, "P X M"]]:
     """Gradients by hidden states and by the output matrix, from those of their products.
 
     Args:
@@ -392,16 +395,15 @@ def through_products(
       hidden: the hidden states of a chunk.
       weights: the output matrix.
       groups: of rows.
-      shape: of the hidden states, [B C M].
     """
     dhidden = jnp.einsum("nx,xm->nm", dlogits, weights)
     dweights = jnp.einsum(
         "pnx,pnm->pxm",
         dlogits.reshape(groups, -1, dlogits.shape[-1]),
-        hidden.reshape(groups, -1, shape[-1]),
+        hidden.reshape(groups, -1, hidden.shape[-1]),
         preferred_element_type=jnp.float32,
     )
-    return Gradients(dhidden.reshape(shape), _by_group(dweights))
+    return dhidden, dweights
 
 
 def gathered(weights: Float[Array, "X M"], hidden: Float[Array, "..."]) -> Float[Array, "X M"]:
@@ -409,7 +411,7 @@ def gathered(weights: Float[Array, "X M"], hidden: Float[Array, "..."]) -> Float
     return nn.with_logical_constraint(weights.astype(hidden.dtype), ("vocab", None))
 
 
-def _by_group(gradients: Float[Array, "P X M"]) -> Float[Array, "P X M"]:
+def by_group(gradients: Float[Array, "P X M"]) -> Float[Array, "P X M"]:
     """Each group's gradient on the devices of its rows."""
     if gradients.shape[0] == 1:
         return gradients

@@ -20,6 +20,7 @@ from gatedjax.output import codes_of_tokens, fourier_logits, log_stable, roughne
 from gatedjax.training.losses import (
     TokenLosses,
     added_up,
+    by_group,
     counted,
     flat,
     gathered,
@@ -179,7 +180,7 @@ def _output_loss_forward(
     groups = groups_of_rows(targets.shape[0])
 
     def of_chunk(piece: tuple[Array, ...]):
-        hidden, targets, mask, *of_tokens = piece
+        hidden, targets, mask, *extra_rows = piece
         shape = hidden.shape
         mask = flat(mask).astype(jnp.float32)
         is_counted = mask != 0
@@ -191,19 +192,20 @@ def _output_loss_forward(
         def losses(raw: Array, extra: Extra) -> Array:
             return token_losses(output, raw, target_ids, extra, bins)
 
-        here = Extra(tuple(flat(x) for x in of_tokens), extra.shared)
+        here = Extra(tuple(flat(x) for x in extra_rows), extra.shared)
         values, pullback = jax.vjp(losses, raw, here)
         values = jnp.where(is_counted, values, 0.0)
         draw, dextra = pullback(scale * mask)
         draw = jnp.where(is_counted[:, None], draw, 0.0).astype(hidden.dtype)
-        gradients = through_products(draw, hidden, whole_weights, groups, shape)
+        dhidden, dweights = through_products(draw, hidden, whole_weights, groups)
         of_rows = tuple(jnp.where(is_counted, d, 0.0).reshape(shape[:2]) for d in dextra.of_tokens)
         total = TokenLosses(
             cross_entropy=jnp.sum(values * mask),
             z_loss=jnp.float32(0.0),
             count=jnp.sum(mask),
         )
-        return (total, dextra.shared), (gradients.hidden, of_rows), gradients.weights
+        of_tokens = (dhidden.reshape(shape), of_rows)
+        return (total, dextra.shared), of_tokens, by_group(dweights)
 
     pieces = (hidden, targets, mask, *extra.of_tokens)
     sums, of_tokens, dweights = over_chunks(of_chunk, pieces, chunk)

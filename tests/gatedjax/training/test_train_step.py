@@ -88,9 +88,13 @@ def test_exploding_gradient_is_skipped_once_the_mean_is_known():
     assert [m["skipped_steps"] for m in log[20:]] == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["muon", slow("lion"), slow("adabelief"), slow("schedule_free")])
+@pytest.mark.parametrize(
+    "name",
+    ["muon", *map(slow, ("lion", "adabelief", "schedule_free", "lanton", "am_adamw"))],
+)
 def test_every_optimizer_learns(name):
     rates = {"muon": 0.01, "lion": 1e-3, "adabelief": 3e-3, "schedule_free": 1e-2}
+    rates |= {"lanton": 0.01, "am_adamw": 3e-3}
     schedule = "constant" if name == "schedule_free" else "cosine"
     config = plain(
         optim__name=name, optim__lr=rates[name], optim__schedule=schedule, optim__ema_decay=0.5
