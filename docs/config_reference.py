@@ -63,7 +63,7 @@ def page() -> str:
 
 def inherited(cls: type) -> list[str]:
     """The keys that a layer shares with the one it is made from: those stand there."""
-    own = vars(cls).get("__annotations__", {})
+    own = inspect.get_annotations(cls)
     return [field.name for field in dataclasses.fields(cls) if field.name not in own]
 
 

@@ -30,6 +30,7 @@ from gatedjax.training import given_teacher
 from gatedjax.training.checkpoint import read_config
 from gatedjax.training.run import prepare
 from gatedjax.training.run_directory import plain_errors
+from gatedjax.training.run_record import CONFIG_FILE
 
 # Stages of a conversion, and which of them learn from the teacher.
 STAGES = {
@@ -132,7 +133,9 @@ def _row(name: str, place: Path) -> dict[str, Any]:
     """The last validation of a stage that is finished, and what it took."""
     records = read_records(place / METRICS_FILE)
     validations = [record for record in records if record["split"] == "validation"]
-    training = read_config(place)["train"]
+    # From the record, not the checkpoint: jax would take the devices that the next stage needs.
+    with plain_errors(f"could not read {place / CONFIG_FILE}"):
+        training = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))["train"]
     # A stage that was stopped ends without error, and without its last validation.
     if not validations or validations[-1]["step"] < training["steps"]:
         sys.exit(cli.EXIT_INTERRUPTED)

@@ -100,19 +100,19 @@ class EarlyExit:
           count: how many are wanted.
           thresholds: of the exits; infinite ones let no token leave before the end.
         """
-        # Once for the programs: what is compiled here is not timed below.
-        self._continue(prompt, min(count, 2), thresholds)
-        for never in (np.full(len(self._layers), np.inf), np.full(len(self._layers), -np.inf)):
-            self._continue(prompt, 2, never)
-        return self._continue(prompt, count, thresholds)
+        length = len(prompt) + count
+        # Once for the programs, with caches of the same size: what compiles here is not timed.
+        for limit in (np.inf, -np.inf):
+            self._continue(prompt, 3, np.full(len(self._layers), limit), length)
+        return self._continue(prompt, count, thresholds, length)
 
     def _continue(
         self,
         prompt: list[int],
         count: int,
         thresholds: Float[np.ndarray, " E"],
+        length: int,
     ) -> Generated:
-        length = len(prompt) + count
         caches = []
         for block, _ in self._blocks:
             caches.append(init_block_cache(self._config, block, 1, length))

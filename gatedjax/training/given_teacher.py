@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
+from jax.sharding import NamedSharding
 
 from gatedjax.config import (
     Config,
@@ -82,7 +83,16 @@ def _run_of_teacher(run: Run) -> Run | None:
     settings = with_model(run.config, saved.model)
     train = dataclasses.replace(settings.train, init_from=name)
     config = dataclasses.replace(settings, train=train)
-    return prepare(config, list(run.mesh.devices.flat))
+    prepared = prepare(config, list(run.mesh.devices.flat))
+
+    def on_this_mesh(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        assert isinstance(x.sharding, NamedSharding)
+        # The same axes; of the same devices in the same order, whatever they were given in.
+        placed = NamedSharding(run.mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+    abstract_state = jax.tree.map(on_this_mesh, prepared.abstract)
+    return prepared._replace(mesh=run.mesh, abstract=abstract_state)
 
 
 def with_model(config: Config, model: ModelConfig) -> Config:
