@@ -47,7 +47,7 @@ WORDS = {
     "loss@160": Words("squared error on rows of 160 pairs", LOWER, 0.0),
     "lr": Words("learning rate"),
     "nuclear@": Words("cosine with the machine of the nuclear norm", "", *_COSINE),
-    "rate": Words("step length of gradient descent"),
+    "edge": Words("rate of descent / the highest stable one"),
     "state": Words("state of a layer, numbers"),
     "step_ms": Words("time of a training step, ms", LOWER),
     "tokens": Words("tokens of a row"),
