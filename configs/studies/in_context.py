@@ -15,12 +15,13 @@ HEADS = {"softmax": (1, 2, 4), "linear": (2,)}
 
 def get_study(small: bool) -> Study:
     """A cell for each mixer and number of heads."""
-    steps = 4_000 if small else 40_000
+    steps = 4_000 if small else 8_000
     cells = []
     for mixer, numbers in HEADS.items():
         for heads in numbers:
             experiment = InContextRegression(heads=heads, mixer=mixer, steps=steps)
-            cells.append(Cell({"mixer": mixer, "heads": heads}, experiment=experiment))
+            name = f"{mixer}, heads: {heads}"
+            cells.append(Cell({"layer": name}, experiment=experiment))
     return Study(
         title="Linear regression in context, one layer",
         cells=tuple(cells),
@@ -38,5 +39,5 @@ def get_study(small: bool) -> Study:
             "zero_sum",
             "unequal",
         ),
-        pictures=(Picture("length of the row", "loss@", line="heads"),),
+        pictures=(Picture("layer", "loss@40"), Picture("layer", "loss@160")),
     )

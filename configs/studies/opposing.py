@@ -3,19 +3,19 @@
     python -m gatedjax.study configs/studies/opposing.py [--small]
 
 One example in five has a feature of large magnitude that says little of its class. At a rate that
-is nearly too high for it, the examples whose losses fall and rise most in a step are those, of
+is too high for it, the examples whose losses fall and rise most in a step are those, of
 opposite classes, and the gradients of the two groups point apart.
 """
 
 from gatedjax.evidence.opposing import OpposingSignals
 from gatedjax.study import Cell, Picture, Study
 
-RATES = (0.01, 0.02, 0.03, 0.04, 0.05)
+EDGES = (0.25, 0.5, 0.75, 1.0, 1.1)
 
 
 def get_study(small: bool) -> Study:
     """A cell for each rate."""
-    cells = [Cell({"rate": rate}, experiment=OpposingSignals(rate=rate)) for rate in RATES]
+    cells = [Cell({"edge": edge}, experiment=OpposingSignals(edge=edge)) for edge in EDGES]
     return Study(
         title="Opposing signals, by the rate of descent",
         cells=tuple(cells),
@@ -26,8 +26,8 @@ def get_study(small: bool) -> Study:
             "cosine, random groups",
             "with the feature",
             "labels apart",
-            "sharpness x rate",
+            "sharpness x rate / 2",
             "loss",
         ),
-        pictures=(Picture("rate", "cosine", log_x=True),),
+        pictures=(Picture("edge", "cosine"),),
     )

@@ -48,7 +48,7 @@ def get_study(small: bool) -> Study:
     return Study(
         title="Attention sinks on Bigram-Backcopy, one layer",
         cells=tuple(cells),
-        seeds=(0,) if small else (0, 1),
+        seeds=(0,) if small else (0, 1, 2),
         measures=("sinks",),
         columns=(
             "dormant_on_first",
@@ -62,7 +62,10 @@ def get_study(small: bool) -> Study:
             "copy_accuracy",
             "excess_loss",
         ),
-        pictures=(Picture("attention", "dormant_on_first", line="lr"),),
+        pictures=(
+            Picture("attention", "dormant_on_first", line="lr"),
+            Picture("attention", "value_norm", line="lr"),
+        ),
     )
 
 

@@ -65,7 +65,7 @@ class KernelDescent:
     tokens: int = 4
     heads: int = 2
     steps: int = 3_000
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
     def __call__(self, seed: int) -> dict[str, float]:
         keys = jax.random.split(jax.random.key(seed), 3)

@@ -89,7 +89,8 @@ class OpposingSignals:
     """Descends on all examples and looks at the groups of the last steps.
 
     Attributes:
-      rate: of descent.
+      edge: the rate of descent, in units of 2 / sharpness at the start: from 1 on a step is too
+        long for the sharpest direction, and descent oscillates along it.
       steps: of it.
       num_examples: N.
       width: d.
@@ -100,7 +101,7 @@ class OpposingSignals:
       window: the last steps, over which means are taken.
     """
 
-    rate: float
+    edge: float
     steps: int = 40
     num_examples: int = 400
     width: int = 20
@@ -115,16 +116,18 @@ class OpposingSignals:
         examples = draw_examples(
             keys[0], self.num_examples, self.width, self.fraction, self.magnitude
         )
-        params = _descended(self, _initial(keys[1], self.width, self.hidden), examples)
+        params = _initial(keys[1], self.width, self.hidden)
+        rate = float(2 * self.edge / sharpness(params, examples))
+        params = _descended(self.steps - self.window, rate, params, examples)
         rng = np.random.default_rng(seed)
         seen = []
         for _ in range(self.window):
-            after = _step(params, examples, self.rate)
+            after = _step(params, examples, rate)
             seen.append(self._look(params, after, examples, rng))
             params = after
         means = {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
         top = float(sharpness(params, examples))
-        return {**means, "sharpness x rate": top * self.rate}
+        return {**means, "sharpness x rate / 2": top * rate / 2}
 
     def _look(
         self,
@@ -177,11 +180,11 @@ def _step(params: Params, examples: Examples, rate: float) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _descended(run: OpposingSignals, params: Params, examples: Examples) -> Params:
+def _descended(steps: int, rate: float, params: Params, examples: Examples) -> Params:
     def step(_: Any, params: Params) -> Params:
-        return _step(params, examples, run.rate)
+        return _step(params, examples, rate)
 
-    return jax.lax.fori_loop(0, run.steps - run.window, step, params)
+    return jax.lax.fori_loop(0, steps, step, params)
 
 
 def _initial(rng: Array, width: int, hidden: int) -> Params:

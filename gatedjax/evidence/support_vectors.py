@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import minimize, nnls
+from scipy.special import logsumexp
 
 
 class Rows(NamedTuple):
@@ -55,20 +56,40 @@ def _unit(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
 def loss_and_gradient(
     W: Float[np.ndarray, "d d"], rows: Rows
 ) -> tuple[float, Float[np.ndarray, "d d"], Float[np.ndarray, "n T"]]:
-    """The loss, its gradient in W, and the attention weights."""
-    logits = np.einsum("ntd,de,ne->nt", rows.tokens, W, rows.queries)
-    logits = logits - logits.max(axis=1, keepdims=True)
-    weights = np.exp(logits)
-    weights /= weights.sum(axis=1, keepdims=True)
+    """The loss; its gradient in W over `gradient_scale`; and the attention weights.
+
+    Without the scale the gradient would become 0 to rounding long before its direction stops
+    changing; steps of a given length do not need it.
+    """
+    log_weights = _log_weights(W, rows)
+    weights = np.exp(log_weights)
     read = np.sum(weights * rows.goodness, axis=1)
     losses = np.exp(-read)
-    # d read / d logits = weights (goodness - read). Differences first: where one weight is 1 to
-    # rounding, its goodness less what is read would be rounding too.
+    # d read / d logits_t = sum_s weights_t weights_s (goodness_t - goodness_s). Differences first:
+    # where one weight is 1 to rounding, its goodness less what is read would be rounding too.
+    pairs = log_weights[:, :, None] + log_weights[:, None, :] - _log_scale(log_weights)
     differences = rows.goodness[:, :, None] - rows.goodness[:, None, :]
-    of_logits = weights * np.einsum("nts,ns->nt", differences, weights)
+    # Of a token with itself the difference is 0, and the exponent may be large.
+    pairs = np.where(differences == 0, 0.0, pairs)
+    of_logits = np.sum(np.exp(pairs) * differences, axis=2)
     factors = -losses / len(losses)
     gradient = np.einsum("n,nt,ntd,ne->de", factors, of_logits, rows.tokens, rows.queries)
     return float(losses.mean()), gradient, weights
+
+
+def gradient_scale(W: Float[np.ndarray, "d d"], rows: Rows) -> float:
+    """The largest weight that is not the largest of its row."""
+    return float(np.exp(_log_scale(_log_weights(W, rows))))
+
+
+def _log_weights(W: Float[np.ndarray, "d d"], rows: Rows) -> Float[np.ndarray, "n T"]:
+    logits = np.einsum("ntd,de,ne->nt", rows.tokens, W, rows.queries)
+    return logits - logsumexp(logits, axis=1, keepdims=True)
+
+
+def _log_scale(log_weights: Float[np.ndarray, "n T"]) -> float:
+    """The largest of the second largest weights of rows, as a logarithm."""
+    return float(np.sort(log_weights, axis=1)[:, -2].max())
 
 
 def constraints(rows: Rows, chosen: Int[np.ndarray, " n"]) -> Float[np.ndarray, "m d d"]:

@@ -43,12 +43,15 @@ WORDS = {
     "frobenius@": Words("cosine with the machine of the Frobenius norm", "", *_COSINE),
     "load_max_over_mean": Words("load of the busiest expert / mean load", LOWER, 1.0),
     "loss@": Words("loss", LOWER),
+    "loss@40": Words("squared error on rows of 40 pairs, as in training", LOWER, 0.0),
+    "loss@160": Words("squared error on rows of 160 pairs", LOWER, 0.0),
     "lr": Words("learning rate"),
     "nuclear@": Words("cosine with the machine of the nuclear norm", "", *_COSINE),
-    "rate": Words("step length of gradient descent"),
+    "edge": Words("rate of descent / the highest stable one"),
     "state": Words("state of a layer, numbers"),
     "step_ms": Words("time of a training step, ms", LOWER),
     "tokens": Words("tokens of a row"),
+    "value_norm": Words("norm of the first token's value / mean norm of all others", "", 0.0),
     "window": Words("length of the window, tokens"),
 }
 
