@@ -48,9 +48,11 @@ def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None 
     run_dir = Path(run_dir)
     metrics_file = run_dir / METRICS_FILE
     records = read_records(metrics_file)
-    quantity = "loss"
-    if any(record.get("bits_per_byte") for record in records):
-        quantity = "bits_per_byte"
+    # An encoder's log has no bits per byte; an empty one is a language model's, as most are.
+    quantity = "bits_per_byte"
+    has_bits = any(record.get(quantity) for record in records)
+    if not has_bits and any(record.get("accuracy") is not None for record in records):
+        quantity = "loss"
     curves = {split: loss_curve(records, split, quantity) for split in ("train", "validation")}
     if not any(len(steps) for steps, _ in curves.values()):
         raise InputError(f"{metrics_file}: holds no {quantity} to draw")

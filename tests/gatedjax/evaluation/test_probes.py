@@ -160,7 +160,9 @@ def test_a_model_shows_every_probe_of_its_layers():
         "attention_entropy": [1, 3],
         "effective_rank": [1, 3],
         "expert_load": [1, 3],
+        "first_residual_norm": [0, 1, 2, 3],
         "first_token_fraction": [1, 3],
+        "first_value_norm": [1, 3],
         "gate_edges": [0, 1, 2, 3],
         "gate_histogram": [0, 1, 2, 3],
         "gate_mean": [0, 1, 2, 3],
@@ -211,6 +213,6 @@ def test_latent_attention_has_the_probes_of_attention():
     batch = random_batch()
     params = jax.eval_shape(LanguageModel(model).init, jax.random.key(0), batch.tokens)["params"]
     measure = functools.partial(probes._measure.__wrapped__, model)
-    found = jax.eval_shape(measure, params, batch)["layer_0"]
+    found = jax.eval_shape(measure, params, batch, None)["layer_0"]
     assert found["first_token_fraction"].shape == found["effective_rank"].shape == (2, 2)
     assert found["attention_entropy"].shape == (2, LENGTH)
