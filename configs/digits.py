@@ -53,7 +53,7 @@ def get_config(experts: str = "none"):
     c.model.scan_layers = False
     c.model.dtype = "float32"  # CPUs have no fast bfloat16
 
-    c.data.sources = {"main": {"kind": "digits"}}
+    c.data.sources.main.kind = "digits"
     c.data.seq_len = 17  # 16 patches and the class token
     c.data.validation_fraction = 0.2
     c.data.images.crop_padding = 1
