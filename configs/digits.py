@@ -66,7 +66,7 @@ def get_config(variant: str = "none"):
     c.model.scan_layers = False
     c.model.dtype = "float32"  # CPUs have no fast bfloat16
 
-    c.data.sources = {"main": {"kind": "digits"}}
+    c.data.sources.main.kind = "digits"
     c.data.seq_len = 17  # 16 patches and the class token
     if variant in MIXERS:
         c.model.patches.pooling = "mean"

@@ -48,10 +48,9 @@ def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None 
     run_dir = Path(run_dir)
     metrics_file = run_dir / METRICS_FILE
     records = read_records(metrics_file)
-    # An encoder's log has no bits per byte; an empty one is a language model's, as most are.
     quantity = "bits_per_byte"
-    has_bits = any(record.get(quantity) for record in records)
-    if not has_bits and any(record.get("accuracy") is not None for record in records):
+    has_bits = any("bits_per_byte" in record for record in records)
+    if not has_bits and any("loss" in record for record in records):
         quantity = "loss"
     curves = {split: loss_curve(records, split, quantity) for split in ("train", "validation")}
     if not any(len(steps) for steps, _ in curves.values()):
