@@ -39,7 +39,7 @@ def get_config():
     c.model.norm_kind = "layer"
     c.model.remat = "projections"
 
-    c.data.sources = {"main": {"kind": "images"}}
+    c.data.sources.main.kind = "images"
     c.data.seq_len = 197  # 14 x 14 patches and the class token
     c.data.images.fit = "resize"
     c.data.images.crop_padding = 16

@@ -24,9 +24,10 @@ from jaxtyping import Bool, Float32, Int64
 from gatedjax.config import ImageConfig, PatchConfig, SourceConfig
 from gatedjax.data import mnist1d
 from gatedjax.data.formats import ParquetFile, one_line, optional_module
-from gatedjax.data.sources import open_source
+from gatedjax.data.sources import Source, open_source
 from gatedjax.data.splits import Split, by_hash, content_hash
 from gatedjax.errors import InputError, printable
+from gatedjax.paths import is_bucket
 
 VALIDATION_FOLDERS = ("val", "validation")
 # Of scikit-learn's digits.
@@ -322,7 +323,7 @@ def _of_arrays(
 
 def _folder(name: str, source: SourceConfig) -> Found:
     """Files of images. The class of an image is the name of the folder that it lies in."""
-    opened = open_source(name, source)
+    opened = _opened(name, source)
     root = Path(opened.root)
     paths = [Path(file) for file in opened.files]
     parts = [path.relative_to(root).parts for path in paths]
@@ -345,6 +346,14 @@ def _folder(name: str, source: SourceConfig) -> Found:
     )
 
 
+def _opened(name: str, source: SourceConfig) -> Source:
+    """The files of a source on this machine."""
+    if is_bucket(source.path):
+        expected = f"a folder or file on this machine for kind {source.kind}"
+        raise InputError(f"sources.{name}.path: got {source.path!r}, expected {expected}")
+    return open_source(name, source)
+
+
 def _side(is_training: bool) -> Split:
     return "train" if is_training else "validation"
 
@@ -354,7 +363,7 @@ def _parquet(name: str, source: SourceConfig) -> Found:
     files = []
     names = []
     classes = []
-    for _, table in open_source(name, source).parts():
+    for _, table in _opened(name, source).parts():
         assert isinstance(table, ParquetFile)
         rows = table.rows(source.field, source.label)
         for row, (image, label) in enumerate(rows):

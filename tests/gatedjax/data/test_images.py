@@ -168,6 +168,10 @@ def test_a_bad_folder_is_named_in_one_line(tmp_path, change, message):
 def test_one_class_is_none(tmp_path):
     with pytest.raises(InputError, match=r"sources.main: got classes 'cat', expected at least two"):
         image_corpora(data_of(folder(tmp_path, 4, ("cat",))))
+    with pytest.raises(
+        InputError, match=r"path: got 'gs://a/b', expected a folder or file on this"
+    ):
+        image_corpora(data_of("gs://a/b"))
 
 
 def test_more_classes_than_the_model_has_are_refused(tmp_path):
