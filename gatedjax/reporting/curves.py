@@ -48,9 +48,10 @@ def plot_run(run_dir: str | os.PathLike, references: Mapping[str, float] | None 
     run_dir = Path(run_dir)
     metrics_file = run_dir / METRICS_FILE
     records = read_records(metrics_file)
-    quantity = "loss"
-    if any(record.get("bits_per_byte") for record in records):
-        quantity = "bits_per_byte"
+    quantity = "bits_per_byte"
+    has_bits = any("bits_per_byte" in record for record in records)
+    if not has_bits and any("loss" in record for record in records):
+        quantity = "loss"
     curves = {split: loss_curve(records, split, quantity) for split in ("train", "validation")}
     if not any(len(steps) for steps, _ in curves.values()):
         raise InputError(f"{metrics_file}: holds no {quantity} to draw")
