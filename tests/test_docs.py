@@ -132,10 +132,12 @@ def check_command(source: Path, arguments: list[str]) -> None:
 # What their code calls has tests of its own that `make test` runs.
 SLOW_PAGES = (
     "attention",
+    "bidirectional_linear_attention",
     "delta_attention",
     "delta_scan",
     "frameworks",
     "gated_linear_attention",
+    "kalmanet",
     "linear_scan",
     "lora_mixture",
     "mamba2",

@@ -215,7 +215,7 @@ def call(form, given):
     return form(**{name: np.asarray(x, np.float64) for name, x in given.items()})
 
 
-FAST = ("MALA", "NaLaFormer", "SOFT", "windows, shifted")
+FAST = ("MALA", "SOFT", "windows, shifted")
 
 
 def test_equals_all_pairs():
@@ -231,9 +231,16 @@ def test_other_forms_equal_all_pairs(name):
 def test_rows_sum_to_one():
     """Values of 1 come out as 1, also where weights are negative."""
     q, k, v = FAVOR["q"], FAVOR["k"], np.ones((B, T, H, 1), np.float32)
-    for normalization in ("mala", "inline", "sum"):
-        features_of = jax.nn.elu if normalization == "inline" else jax.nn.softplus
-        o = linear_attention(features_of(q), features_of(k), v, normalization=normalization)
+    maps = {"mala": jax.nn.softplus, "inline": jax.nn.elu, "sum": jax.nn.softplus}
+
+    @jax.jit
+    def run(q, k, v):
+        return {
+            normalization: linear_attention(phi(q), phi(k), v, normalization=normalization)
+            for normalization, phi in maps.items()
+        }
+
+    for normalization, o in run(q, k, v).items():
         assert np.abs(o - 1).max() < 1e-5, normalization
 
 

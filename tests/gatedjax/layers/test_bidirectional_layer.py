@@ -213,6 +213,12 @@ def test_documents_equal_each_alone(name):
     assert rel_rms(packed[:, 4:], alone(X[:, 4:])) < 2e-5
 
 
+def test_two_walks_over_the_image_have_decays_of_their_own():
+    module = BidirectionalLinearAttention(config("lion_s", order="serpentine"))
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), X))["params"]
+    assert {"decay", "decay_2"} < set(params)
+
+
 def test_operators_start_near_a_hundredth_of_the_identity():
     start = operator_start(jax.random.key(0), (8, 2, 4), jnp.float32).reshape(8, 8)
     assert np.abs(start - 0.01 * np.eye(8)).max() < 0.01 * np.sqrt(6 / 16)
@@ -260,4 +266,6 @@ def test_bad_calls_are_named():
     assert message("mala", X, info).startswith(expected)
     with pytest.raises(InputError, match="expected a causal mixer"):
         ModelConfig(pattern=("both",), mixers={"both": config("mala")}, num_layers=1)
+    mixers = {"both": config("lion_s", grid=())}
+    assert ModelConfig(task="masked_lm", pattern=("both",), mixers=mixers, num_layers=1)
     assert layer("bidirectional_linear_attention", **BIDIRECTIONAL["mala"]).kind
