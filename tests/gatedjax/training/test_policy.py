@@ -24,14 +24,20 @@ from gatedjax.training.policy import (
 def test_the_gate_is_its_formula():
     """f(1) = 2 / tau; the slope is sech^2(tau (r - 1) / 2), 1 at r = 1."""
     r = np.linspace(0.0, 4.0, 9)
-    for advantage, tau in [(2.0, 1.0), (-2.0, 1.05), (0.0, 1.05)]:
-        expected = 4 / tau / (1 + np.exp(-tau * (r - 1)))
-        of_r = jnp.asarray(r, jnp.float32)
-        np.testing.assert_allclose(sapo_gate(of_r, jnp.float32(advantage)), expected, rtol=1e-5)
-        slopes = jax.vmap(jax.grad(sapo_objective), (0, None))(of_r, jnp.float32(advantage))
-        sech = 1 / np.cosh(tau * (r - 1) / 2)
-        np.testing.assert_allclose(slopes, advantage * sech**2, rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(sapo_gate(jnp.float32(1), jnp.float32(1), 0.5), 2 / 0.5)
+    advantage = np.array([[2.0], [-2.0], [0.0]])
+    tau = np.array([[1.0], [1.05], [1.05]])
+
+    @jax.jit
+    def computed(r):
+        of_r = jnp.broadcast_to(r, (3, 9))
+        slopes = jax.grad(lambda r: jnp.sum(sapo_objective(r, advantage)))(of_r)
+        return sapo_gate(of_r, advantage), slopes, sapo_gate(of_r, advantage + 3.0, 0.5)
+
+    gates, slopes, softer = computed(r.astype(np.float32))
+    np.testing.assert_allclose(gates, 4 / tau / (1 + np.exp(-tau * (r - 1))), rtol=1e-5)
+    sech = 1 / np.cosh(tau * (r - 1) / 2)
+    np.testing.assert_allclose(slopes, advantage * sech**2, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(softer[0], 8 / (1 + np.exp(-0.5 * (r - 1))), rtol=1e-5)
 
 
 def test_the_clip_is_its_formula():
@@ -93,6 +99,7 @@ def test_lanczos_finds_the_largest():
     np.testing.assert_allclose(few, [1, 2, 5], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_curvature_of_a_quadratic():
     scales = {"a": jnp.array([1.0, 7.0]), "b": jnp.array([3.0])}
 
