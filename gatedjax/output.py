@@ -8,8 +8,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -19,7 +21,7 @@ from gatedjax.model import logits as products
 
 # (hidden states, output matrix) -> logits.
 ToLogits = Callable[[Array, Array], Array]
-# Added to the probabilities of a Fourier head before their logarithm.
+# Added to the probabilities of a Fourier head, and of sparsemax, before their logarithm.
 LEAST_PROBABILITY = 1e-5
 # Of a vector that is divided by its norm, and of logits that are divided by their deviation.
 LEAST_NORM = 1e-12
@@ -38,6 +40,8 @@ def to_logits(model: ModelConfig, params: Mapping[str, Any]) -> ToLogits:
         raw = products(hidden, weights)
         if output.kind == "stablemax":
             return log_stable(raw)
+        if output.kind == "sparsemax":
+            return jnp.log(sparse_probabilities(raw) + LEAST_PROBABILITY)
         if output.kind == "spherical":
             return output.sharpness * standardized(raw)
         if output.kind == "fourier":
@@ -45,6 +49,12 @@ def to_logits(model: ModelConfig, params: Mapping[str, Any]) -> ToLogits:
         return raw[..., codes_of_tokens(params)]
 
     return logits
+
+
+def sparse_probabilities(logits: Float[Array, "... X"]) -> Float[Array, "... X"]:
+    """Sparsemax: the point of the simplex that is nearest to the logits (arXiv 1602.02068)."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return jax.vmap(optax.projections.projection_simplex)(rows).reshape(logits.shape)
 
 
 def log_stable(x: Float[Array, "..."]) -> Float[Array, "..."]:

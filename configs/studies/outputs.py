@@ -11,7 +11,16 @@ from gatedjax.config import from_config_dict
 from gatedjax.study import Cell, Picture, Study
 from gatedjax.study.base import attention, text_config
 
-KINDS = ("softmax", "stablemax", "noisy_softmax", "spherical", "sphereface2", "fourier", "vq")
+KINDS = (
+    "softmax",
+    "stablemax",
+    "sparsemax",
+    "noisy_softmax",
+    "spherical",
+    "sphereface2",
+    "fourier",
+    "vq",
+)
 
 
 def get_study(small: bool) -> Study:

@@ -10,6 +10,7 @@ from gatedjax.errors import require
 OutputKind = Literal[
     "softmax",
     "stablemax",
+    "sparsemax",
     "spherical",
     "noisy_softmax",
     "sphereface2",
@@ -26,10 +27,12 @@ class OutputConfig(Checked):
     """
 
     # softmax: cross-entropy. stablemax: cross-entropy of s(x) / sum s (arXiv 2501.04697).
-    # spherical: the Z-loss of standardized logits (1604.08859). noisy_softmax: the target's logit
-    # is lowered at random in training (1708.03769). sphereface2: a binary decision for each token
-    # of the vocabulary, on cosines (2108.01513). fourier: the density of a Fourier series, at the
-    # vocabulary's places in a row (2410.22269). vq: logits of codes that tokens share (2505.10202)
+    # sparsemax: the loss of probabilities with exact zeros (1602.02068); evaluation adds 1e-5 to
+    # each of them, as a token that got none costs infinitely many bits. spherical: the Z-loss of
+    # standardized logits (1604.08859). noisy_softmax: the target's logit is lowered at random in
+    # training (1708.03769). sphereface2: a binary decision for each token of the vocabulary, on
+    # cosines (2108.01513). fourier: the density of a Fourier series, at the vocabulary's places in
+    # a row (2410.22269). vq: logits of codes that tokens share (2505.10202)
     kind: OutputKind = "softmax"
     # spherical: softplus(sharpness (offset - z)) / sharpness
     sharpness: Positive = 1.0

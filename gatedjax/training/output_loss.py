@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
@@ -63,6 +64,10 @@ def token_losses(
     if output.kind == "sphereface2":
         assert extra.shared is not None
         return sphereface2_losses(output, raw, targets, extra.shared)
+    if output.kind == "sparsemax":
+        losses = optax.losses.multiclass_sparsemax_loss(raw, targets)
+        is_known = (targets >= 0) & (targets < raw.shape[-1])
+        return jnp.where(is_known, losses, jnp.nan)
     logits = raw
     added = jnp.float32(0.0)
     if output.kind == "stablemax":

@@ -1,7 +1,6 @@
 """The sparsemax loss at a model's output (arXiv 1602.02068), for training loops of one's own.
 
-`train.py` trains with cross-entropy: it evaluates bits, and a sparse distribution that gives the
-right token nothing has infinitely many. The loss and its gradient are optax's.
+`train.py` trains with it by model.output.kind=sparsemax. The loss and its gradient are optax's.
 """
 
 import jax.numpy as jnp

@@ -23,7 +23,7 @@ from gatedjax.training.step import _accumulated_gradients, init_state
 from gatedjax.training.vq_head import from_trained, k_means, loss_memory
 
 ROWS, LENGTH, WIDTH, VOCAB = 2, 5, 6, 11
-KINDS = ("stablemax", "spherical", "noisy_softmax", "sphereface2", "fourier", "vq")
+KINDS = ("stablemax", "spherical", "noisy_softmax", "sphereface2", "fourier", "vq", "sparsemax")
 OUTPUT = {"offset": 2.0, "frequencies": 3, "smoothness": 0.01, "codes": 4, "cosine_scale": 5.0}
 
 
@@ -57,6 +57,15 @@ def formula(c, hidden, head, extra, targets, noise):
         s = np.where(raw >= 0, raw + 1, 1 / (1 - np.minimum(raw, 0)))
         p = s / s.sum(1, keepdims=True)
         return -np.log(p[at, targets]), np.log(s)
+    if c.kind == "sparsemax":
+        ordered = -np.sort(-raw, axis=1)
+        counts = np.arange(1, raw.shape[1] + 1)
+        sums = np.cumsum(ordered, axis=1)
+        support = (1 + counts * ordered > sums).sum(1)
+        tau = (sums[at, support - 1] - 1) / support
+        p = np.maximum(raw - tau[:, None], 0)
+        squares = np.where(p > 0, raw**2 - tau[:, None] ** 2, 0).sum(1)
+        return -raw[at, targets] + squares / 2 + 0.5, np.log(p + 1e-5)
     if c.kind == "spherical":
         z = (raw - raw.mean(1, keepdims=True)) / raw.std(1, keepdims=True)
         return softplus(c.sharpness * (c.offset - z[at, targets])) / c.sharpness, c.sharpness * z
