@@ -20,7 +20,7 @@ from absl import flags
 
 from gatedjax.config import from_config_dict
 from gatedjax.data import load_tokenizer
-from gatedjax.errors import InputError
+from gatedjax.errors import InputError, printable
 from gatedjax.evaluation.validation import Validation
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
@@ -80,7 +80,8 @@ def main(_) -> None:
         if rates:
             command.append(f"--config.optim.lr={rates[number - 1]}")
         command += [f"--config.{key}" for key in _SET.value]
-        say(f"stage {number}: {place}")
+        # Not `say`, which asks jax: it would take the devices that the stage needs.
+        print(printable(f"stage {number}: {place}"), flush=True)
         _run(command)
 
     rows = []
