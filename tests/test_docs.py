@@ -239,6 +239,7 @@ def test_pages_of_the_api_name_what_exists():
         ("lengths", "loss"),
         ("learning_rates", "bits_per_byte"),
         ("routing", "load_max_over_mean"),
+        ("sinks", "dormant_on_first"),
     ],
 )
 def test_pictures_of_studies_are_fresh(study, picture):

@@ -101,7 +101,7 @@ def _measure(
     config: ModelConfig,
     params: PyTree,
     batch: Batch,
-    counted: Bool[Array | np.ndarray, "B T"] | None,
+    counted: Bool[Array | np.ndarray, "B T"] | None = None,
 ) -> dict[str, dict[str, Array]]:
     """For each block its probes, stacked over the block's layers."""
     with nn.logical_axis_rules(RULES):
@@ -185,7 +185,7 @@ def _layer(
     if type(mixer) is GatedAttentionConfig:
         result |= _attention(mixer, of_mixer, values.mixer_params, batch, counted)
     if isinstance(mixer, MLAConfig):
-        result |= _latent_attention(mixer, of_mixer, values.mixer_params, batch)
+        result |= _latent_attention(mixer, of_mixer, values.mixer_params, batch, counted)
     gates = _sown(of_mixer, "gates")
     if gates is not None:
         result |= gate_statistics(gates, is_real)
@@ -262,8 +262,17 @@ def _latent_attention(
     sown: Mapping[str, Any],
     params: Mapping[str, Any],
     batch: Batch,
+    counted: Bool[Array, "B T"] | None,
 ) -> dict[str, Array]:
-    """The probes of a layer of latent attention; its value-output maps begin at the latent."""
+    """The probes of a layer of latent attention; its value-output maps begin at the latent.
+
+    Args:
+      config: of the layer.
+      sown: what it sowed.
+      params: its parameters.
+      batch: what the model read.
+      counted: as of `measure`.
+    """
     fraction, entropy = attention_rows(
         _sown(sown, "q"),
         _sown(sown, "k"),
@@ -271,6 +280,7 @@ def _latent_attention(
         batch.positions,
         window=config.window,
         sink_logits=params.get("sink_logits"),
+        counted=counted,
         **mla.op_options(config),
     )
     value = params["kv_up"]["kernel"][..., config.nope_dim :]

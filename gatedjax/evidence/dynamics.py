@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 
 class System(NamedTuple):
@@ -52,19 +53,21 @@ def mixing_matrix(system: System) -> Float[np.ndarray, "T T"]:
 
 
 def linear(
-    q: Float[np.ndarray, "T N"],
-    k: Float[np.ndarray, "T N"],
+    q: ArrayLike,
+    k: ArrayLike,
     log_decay: Float[np.ndarray, "T N"] | Float[np.ndarray, "T 1"] | None = None,
     bonus: Float[np.ndarray, " N"] | None = None,
 ) -> System:
     """Linear attention; RetNet and GLA by their decays, RWKV-6 by its bonus.
 
     Args:
-      q: with the scale, if there is one.
-      k: keys.
+      q: [T, N], with the scale, if there is one.
+      k: [T, N], keys.
       log_decay: at most 0; None for none.
       bonus: u. The token is then read with it, and from the state before the token.
     """
+    # Lists will do.
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     T, N = k.shape
     decay = np.ones((T, N)) if log_decay is None else np.broadcast_to(np.exp(log_decay), (T, N))
     transition = decay[:, :, None] * np.eye(N)
