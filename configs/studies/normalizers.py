@@ -5,58 +5,15 @@
 What the papers say is of models that are orders of magnitude larger: softmax sends much of its
 attention to a document's first token, and its residual stream has massive activations; weights that
 need not sum to 1 (sigmoid, softpick, exp with a norm) do without that sink; sparse ones (entmax)
-reach exact zeros. Trained on windows of 256, each is also evaluated on longer ones. `step_ms` is
-the mean time of a training step, compilation left out: compare it only between runs that had the
-machine alone.
+reach exact zeros. Trained on windows of 256, each is also evaluated on longer ones. What each costs
+is a study of its own, `normalizer_speed.py`: it needs a machine that does nothing else.
 """
-
-from typing import Any
 
 from gatedjax.config import from_config_dict
 from gatedjax.study import Cell, Picture, Study
 from gatedjax.study.base import LENGTH, attention, text_config
+from gatedjax.study.normalizers import IN_SMALL, VARIANTS
 
-_OF_LENGTH = dict(normalizer_length=LENGTH)
-
-# Options of the attention layer.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "softmax, sinks": dict(sinks=True),
-    "softmax, gaussian": dict(similarity="gaussian", qk_norm=False),
-    "sigmoid": dict(normalizer="sigmoid", **_OF_LENGTH),
-    "relu": dict(normalizer="relu", **_OF_LENGTH),
-    "relu, layer norm": dict(normalizer="relu", normalizer_length=1, after_sdpa="layer_norm"),
-    "relu squared": dict(normalizer="relu_squared", **_OF_LENGTH),
-    "ReLUFormer": dict(normalizer="reluformer"),
-    "ReLUFormer, loss": dict(normalizer="reluformer", reluformer_loss=0.01),
-    "softpick": dict(normalizer="softpick"),
-    "self-adjust": dict(normalizer="self_adjust"),
-    "self-adjust, plain": dict(normalizer="plain_self_adjust"),
-    "StableMax": dict(normalizer="stablemax"),
-    "softplus": dict(normalizer="softplus"),
-    "softplus, reweighted": dict(normalizer="reweighted_softplus", reweight_power=3),
-    "clipped softmax": dict(normalizer="clipped_softmax", **_OF_LENGTH),
-    "adaptive temperature": dict(normalizer="adaptive_temperature"),
-    "sparsemax": dict(normalizer="sparsemax"),
-    "entmax 1.5": dict(normalizer="entmax"),
-    "entmax, learned": dict(normalizer="learned_entmax"),
-    "exp / n": dict(normalizer="exp_mean"),
-    "exp, RMSNorm": dict(normalizer="exp", after_sdpa="rms_norm"),
-    "exp / n, gate": dict(normalizer="exp_mean", gate_position="sdpa", gate_granularity="headwise"),
-    "softmax, RMSNorm": dict(after_sdpa="rms_norm"),
-    "softmax, SiLU": dict(after_sdpa="silu"),
-    "NAP": dict(normalizer="normalized_pooling", after_sdpa="rms_norm"),
-    "shaped": dict(normalizer="centered_softmax", value_skip=True),
-}
-IN_SMALL = (
-    "softmax",
-    "softpick",
-    "ReLUFormer",
-    "entmax, learned",
-    "exp, RMSNorm",
-    "NAP",
-    "shaped",
-)
 WINDOWS = (LENGTH, 512, 1024)
 WINDOWS_SMALL = (LENGTH, 512)
 
@@ -74,13 +31,12 @@ def get_study(small: bool) -> Study:
         title="How logits become weights",
         cells=tuple(cells),
         seeds=(0,) if small else (0, 1),
-        measures=("validation", "probes", "lengths", "speed"),
+        measures=("validation", "probes", "lengths"),
         columns=(
             "bits_per_byte",
             "first_token_fraction",
             "max_activation",
             *(f"loss@{length}" for length in lengths),
-            "step_ms",
         ),
         pictures=(
             Picture("normalizer", "bits_per_byte"),

@@ -167,7 +167,6 @@ def test_a_rerun_says_where_the_records_were_made(tmp_path, monkeypatch):
 
 # Of the full studies: not run yet (docs/studies.md).
 NOT_RUN = {
-    "mqar": {"DeltaNet", "Gated DeltaNet", "Kimi Delta Attention"},
     "lengths": {"Gated DeltaNet", "Kimi Delta Attention"},
 }
 
