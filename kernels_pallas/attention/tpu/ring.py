@@ -460,21 +460,23 @@ def _gradients(plan: RingPlan, saved: _Saved, do: Array) -> RingInputs:
         def of_earlier_tokens() -> tuple[Array, _KeyGradients]:
             of_step = gradients(plan.earlier, _first_keys(all_pairs, half))
             dq_of_step, dkeys_of_step = in_float32(of_step)
-            added = [x.at[:, :half].add(y) for x, y in zip(so_far, dkeys_of_step)]
-            return dq + dq_of_step, _KeyGradients(*added)
+            # The other half of the keys is seen by none of these queries.
+            whole = [jnp.pad(x, ((0, 0), (0, T - half), (0, 0))) for x in dkeys_of_step]
+            return dq + dq_of_step, _KeyGradients(*whole)
 
         def of_later_tokens() -> tuple[Array, _KeyGradients]:
             of_step = gradients(plan.later, _last_queries(all_pairs, half), half)
             dq_of_step, dkeys_of_step = in_float32(of_step)
-            return dq.at[:, half:].add(dq_of_step), jax.tree.map(jnp.add, so_far, dkeys_of_step)
+            return dq.at[:, half:].add(dq_of_step), dkeys_of_step
 
         # Which of the two is known on the device only; both take the same time.
         if plan.options.causal:
-            dq, dkeys = lax.cond(source < device, of_earlier_tokens, of_later_tokens)
+            dq, dkeys_of_step = lax.cond(source < device, of_earlier_tokens, of_later_tokens)
         else:
             dq_of_step, dkeys_of_step = in_float32(gradients(plan.earlier, all_pairs))
             dq = dq + dq_of_step
-            dkeys = jax.tree.map(jnp.add, so_far, dkeys_of_step)
+        # Added here, so that what travels need not be there before the kernel begins.
+        dkeys = jax.tree.map(jnp.add, so_far, dkeys_of_step)
         return (next_ones, dq, dkeys), None
 
     carry = (travelling, dq, dkeys)

@@ -2,13 +2,15 @@
 devices give what one device gives, values and gradients, in float64's sense.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import FLOAT32, assert_close, call, cast, draw, truth, value_and_gradients
 from helpers import slow
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import dispatch
@@ -132,6 +134,48 @@ def test_nothing_is_gathered_and_every_step_has_half_of_the_pairs():
     assert "all_gather" not in text and "ppermute" in text
     # Two keys' halves against all queries, and all keys against half of the queries.
     assert text.count("name=attention_forward") == 3
+
+
+@pytest.mark.slow
+def test_kernels_run_while_keys_travel(monkeypatch):
+    """As compiled for four absent chips: in both loops every exchange begins before the kernels of
+    a step and ends after them.
+    """
+    monkeypatch.undo()
+    from gatedjax.aot import libtpu
+    from gatedjax.aot.compile import slice_devices
+    from gatedjax.aot.targets import parse_slice
+
+    if not libtpu.installed():
+        pytest.skip("libtpu is not installed")
+    devices = np.array(slice_devices(parse_slice("v5e:2x2")))
+    mesh = Mesh(devices, ("context",), axis_types=(AxisType.Auto,))
+    tokens = P(None, "context")
+
+    def shape(heads):
+        where = NamedSharding(mesh, tokens)
+        return jax.ShapeDtypeStruct(
+            (1, 512 * devices.size, heads, 128), jnp.bfloat16, sharding=where
+        )
+
+    def both_passes(q, k, v, dy):
+        part = partial(sharded.attention_sharded, axis_name="context")
+        split = jax.shard_map(part, mesh=mesh, in_specs=(tokens,) * 3, out_specs=tokens)
+        y, pull = jax.vjp(split, q, k, v)
+        return y, pull(dy)
+
+    with jax.sharding.set_mesh(mesh):
+        traced = jax.jit(both_passes).trace(shape(2), shape(1), shape(1), shape(2))
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert dispatch.last_choice("attention").implementation == "tpu"
+    text = compiled.as_text()
+    assert "all-gather" not in text
+    loops = [part for part in text.split("\n\n") if " conditional(" in part]
+    assert len(loops) == 2
+    for loop, exchanges in zip(sorted(loops, key=len), (2, 4)):
+        before, after = loop.split(" conditional(")
+        assert before.count(" collective-permute-start(") == exchanges
+        assert after.count(" collective-permute-done(") == exchanges
 
 
 REFUSED = {
