@@ -13,7 +13,7 @@ What differs: 288 bytes in place of words; the paper has no public code.
 from gatedjax.config import from_config_dict
 from gatedjax.study import Cell, Picture, Study
 from gatedjax.study.base import attention, text_config
-from gatedjax.study.codes import quantize
+from gatedjax.study.codes import Quantization
 
 CODES = (32, 64, 128)
 
@@ -27,7 +27,8 @@ def get_study(small: bool) -> Study:
         if small:
             c.model.num_layers = 2
         labels = {"codes": codes, "steps": c.train.steps}
-        cells.append(Cell(labels, from_config_dict(c), trial=quantize))
+        experiment = Quantization(from_config_dict(c), codes)
+        cells.append(Cell(labels, experiment=experiment))
     return Study(
         title="Codes in place of output rows",
         cells=tuple(cells),

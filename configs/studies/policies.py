@@ -10,9 +10,8 @@ tokens whose ratio left 1 +- 0.2.
 What differs: the paper tunes language models of billions of parameters on mathematics.
 """
 
-from gatedjax.config import Config
 from gatedjax.study import Cell, Picture, Study
-from gatedjax.study.policy_loop import OBJECTIVES, compare
+from gatedjax.study.policy_loop import OBJECTIVES, Loop
 
 
 def get_study(small: bool) -> Study:
@@ -21,11 +20,15 @@ def get_study(small: bool) -> Study:
     for task in ("reverse",) if small else ("reverse", "add"):
         for steps in (4,) if small else (1, 4, 16):
             for objective in OBJECTIVES:
+                loop = Loop(
+                    task=task,
+                    objective=objective,
+                    length=2 if task == "add" else 4,
+                    rounds=100 if small else 300,
+                    steps=steps,
+                )
                 labels = {"task": task, "steps": steps, "objective": objective}
-                if task == "add":
-                    labels["length"] = 2
-                labels["rounds"] = 100 if small else 300
-                cells.append(Cell(labels, Config(), trial=compare))
+                cells.append(Cell(labels, experiment=loop))
     picture = Picture("steps", "mean_reward", line="objective", log_x=True)
     if small:
         picture = Picture("objective", "mean_reward")

@@ -10,7 +10,7 @@ paper has ten problems up to language models.
 from gatedjax.config import from_config_dict
 from gatedjax.study import Cell, Study
 from gatedjax.study.base import attention, text_config
-from gatedjax.study.refinement import refine
+from gatedjax.study.refinement import Refinement
 
 RATES = (1e-3, 3e-3, 1e-2)
 
@@ -25,7 +25,7 @@ def get_study(small: bool) -> Study:
         if small:
             c.model.num_layers = 2
         labels = {"lr": lr, "steps": steps}
-        cells.append(Cell(labels, from_config_dict(c), trial=refine))
+        cells.append(Cell(labels, experiment=Refinement(from_config_dict(c))))
     return Study(
         title="Linear decay, and a schedule refined from its run",
         cells=tuple(cells),

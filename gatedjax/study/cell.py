@@ -37,10 +37,6 @@ def run_cell(cell: Cell, seed: int, study: Study) -> dict[str, float]:
     if cell.experiment is not None:
         values = {"diverged": 0.0, **cell.experiment(seed)}
         return {**values, "seconds": time.monotonic() - start}
-    if cell.trial is not None:
-        values = {"diverged": 0.0, **cell.trial(cell, seed)}
-        values["seconds"] = time.monotonic() - start
-        return values
     trained = train(seeded(cell, seed), study.stop_at)
     diverged = _diverged(trained)
     values = {"steps": float(trained.steps), "diverged": float(diverged)}

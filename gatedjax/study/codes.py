@@ -1,11 +1,11 @@
-"""A trial of VQ-Logits: a model is trained, its output matrix becomes codes, and it goes on."""
+"""VQ-Logits: a model is trained, its output matrix becomes codes, and it goes on."""
 
 import dataclasses
 from typing import Literal
 
 import jax
 
-from gatedjax.config import ModelConfig, OutputConfig
+from gatedjax.config import Config, ModelConfig, OutputConfig
 from gatedjax.study.cell import seeded, train
 from gatedjax.study.grid import Cell
 from gatedjax.study.measures import validation
@@ -17,15 +17,29 @@ VOCAB = 32_000
 ROWS, LENGTH = 1, 1024
 
 
-def quantize(cell: Cell, seed: int) -> dict[str, float]:
-    """A trial; the label `codes` says how many.
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """A run whose output matrix becomes so many codes, and goes on.
 
-    Returns:
-      Bits per byte with the whole matrix, with codes at once and after as many steps again; the
-      memory of the loss (`memory`).
+    Called with a seed: bits per byte with the whole matrix, with codes at once and after as many
+    steps again; the memory of the loss (`memory`).
     """
-    codes = int(cell.labels["codes"])
-    cell = seeded(cell, seed)
+
+    config: Config
+    codes: int
+
+    def __call__(self, seed: int) -> dict[str, float]:
+        return quantize(seeded(Cell({}, self.config), seed), self.codes, seed)
+
+
+def quantize(cell: Cell, codes: int, seed: int) -> dict[str, float]:
+    """The values of a `Quantization`.
+
+    Args:
+      cell: of the model, with its seed.
+      codes: how many.
+      seed: of k-means.
+    """
     whole = train(cell)
     model, given = from_trained(whole.run.config.model, whole.params, codes, seed)
     config = dataclasses.replace(cell.config, model=model)

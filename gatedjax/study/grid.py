@@ -113,8 +113,8 @@ ADDED_LATER_TO_LAYERS = {
 # Likewise, of each source.
 ADDED_LATER_TO_SOURCES = ("stream", "label")
 
-# A run that is no training of a language model: a frozen dataclass of plain numbers and texts, on a
-# module's first level, that is called with a seed (`gatedjax.evidence`).
+# A run that is not one training and its measures: a frozen dataclass, on a module's first level, of
+# plain numbers, texts and a configuration, that is called with a seed (`gatedjax.evidence`).
 Experiment = Callable[[int], Mapping[str, float]]
 
 Measure = Literal[
@@ -140,8 +140,6 @@ class Cell:
       task's.
     lengths: for the measure "lengths", window lengths to evaluate at.
     yarn: for the measure "lengths", rotary positions are scaled to each length (arXiv 2309.00071).
-    trial: a function of a module, (cell, seed) -> values, in place of training and measures: for a
-      loop of another kind. Its name and the labels are part of what the result depends on.
     experiment: called with the seed in place of training and measuring; its result has the values.
     """
 
@@ -150,7 +148,6 @@ class Cell:
     recall: RecallConfig | None = None
     lengths: tuple[int, ...] = ()
     yarn: bool = False
-    trial: "Callable[[Cell, int], dict[str, float]] | None" = None
     experiment: Experiment | None = None
 
 
@@ -194,9 +191,7 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
     if cell.recall is not None:
         recall = dataclasses.asdict(cell.recall)
     if cell.experiment is not None:
-        experiment: Any = cell.experiment
-        name = type(experiment).__name__
-        return _digest([name, dataclasses.asdict(experiment), seed])
+        return _digest([type(cell.experiment).__name__, _values_of(cell.experiment), seed])
     depends_on = [
         _lasting_dict(cell.config),
         recall,
@@ -206,12 +201,19 @@ def run_key(cell: Cell, seed: int, study: Study) -> str:
         study.measures,
         study.stop_at,
     ]
-    # Labels and titles are not part of it: they may be reworded without a new run. A trial has no
-    # other values than its labels.
-    if cell.trial is not None:
-        name = f"{cell.trial.__module__}:{cell.trial.__qualname__}"
-        depends_on += [name, dict(cell.labels)]
+    # Labels and titles are not part of it: they may be reworded without a new run.
     return _digest(depends_on)
+
+
+def _values_of(experiment: Any) -> dict[str, Any]:
+    """The fields of an experiment, a configuration among them as cells' own are written."""
+    values = {}
+    for field in dataclasses.fields(experiment):
+        value = getattr(experiment, field.name)
+        if isinstance(value, Config):
+            value = _lasting_dict(value)
+        values[field.name] = value
+    return values
 
 
 def _digest(depends_on: list[Any]) -> str:

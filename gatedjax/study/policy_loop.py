@@ -24,7 +24,6 @@ from gatedjax.errors import require
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.model import logits as compute_logits
 from gatedjax.sharding import RULES
-from gatedjax.study.grid import Cell
 from gatedjax.training.policy import group_advantages, grpo_objective, sapo_objective
 from gatedjax.training.step import init_params
 
@@ -41,8 +40,9 @@ SEPARATORS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """The sizes of a loop.
+    """A loop of these sizes, to be called with a seed.
 
+    objective: one of OBJECTIVES.
     letters: of the strings of `reverse`; `add` has ten digits.
     length: of a string, or digits of a number.
     prompts, answers: of a round: a group of answers to each prompt.
@@ -50,6 +50,7 @@ class Loop:
     """
 
     task: Task = "reverse"
+    objective: str = "SAPO"
     letters: int = 5
     length: int = 4
     rounds: int = 150
@@ -58,6 +59,13 @@ class Loop:
     steps: int = 4
     lr: float = 2e-3
     width: int = 64
+
+    def __post_init__(self) -> None:
+        expected = f"one of {list(OBJECTIVES)}"
+        require(self.objective in OBJECTIVES, "objective", self.objective, expected)
+
+    def __call__(self, seed: int) -> dict[str, float]:
+        return run_loop(self, seed)
 
     @property
     def symbols(self) -> int:
@@ -82,18 +90,7 @@ class Answers(NamedTuple):
     rewards: Float[Array, " N"]
 
 
-def compare(cell: Cell, seed: int) -> dict[str, float]:
-    """A trial: labels `objective`, `task` and, optionally, numbers of the loop."""
-    labels = dict(cell.labels)
-    objective = str(labels.pop("objective"))
-    require(objective in OBJECTIVES, "objective", objective, f"one of {list(OBJECTIVES)}")
-    known = {field.name for field in dataclasses.fields(Loop)}
-    require(set(labels) <= known, "labels", sorted(set(labels) - known), f"some of {sorted(known)}")
-    values: Any = labels
-    return run_loop(Loop(**values), objective, seed)
-
-
-def run_loop(loop: Loop, objective: str, seed: int) -> dict[str, float]:
+def run_loop(loop: Loop, seed: int) -> dict[str, float]:
     """Trains a policy: the mean reward of the last rounds, and how often it is right, greedily."""
     model = policy_model(loop)
     boxed = init_params(model, jax.random.key(seed))
@@ -112,7 +109,7 @@ def run_loop(loop: Loop, objective: str, seed: int) -> dict[str, float]:
             loop,
             model,
             tx,
-            objective,
+            loop.objective,
             (params, opt_state),
             answers,
         )

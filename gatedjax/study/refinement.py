@@ -1,4 +1,4 @@
-"""A trial of refined schedules: a run with linear decay, then one along its gradient norms."""
+"""Refined schedules: a run with linear decay, then one along its gradient norms."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from gatedjax.config import Config
 from gatedjax.study.cell import seeded, train
 from gatedjax.study.grid import Cell
 from gatedjax.study.measures import validation
@@ -15,13 +16,21 @@ from gatedjax.study.trained import Trained
 from gatedjax.training.optim_refined import L1_NORM, L2_NORM, METRICS_FILE
 
 
-def refine(cell: Cell, seed: int) -> dict[str, float]:
-    """The cell's run with linear decay to 0; then the same with the schedule refined from it.
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """A run with linear decay to 0; then the same with the schedule refined from it.
 
-    Returns:
-      bits_per_byte of both ("linear", "refined"), and what was gained.
+    Called with a seed: bits per byte of both ("linear", "refined"), and what was gained.
     """
-    cell = seeded(cell, seed)
+
+    config: Config
+
+    def __call__(self, seed: int) -> dict[str, float]:
+        return refine(seeded(Cell({}, self.config), seed))
+
+
+def refine(cell: Cell) -> dict[str, float]:
+    """The values of a `Refinement`, of a cell with its seed."""
     linear = _with_schedule(cell, schedule="linear", final_lr_fraction=0.0, record_l1_norm=True)
     before = train(linear, read_every=1)
     with tempfile.TemporaryDirectory() as folder:
