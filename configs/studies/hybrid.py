@@ -1,30 +1,26 @@
-"""One layer of gated linear attention below one of gated attention: what it recalls, five seeds.
+"""The hybrid of `mqar` whose linear layer has the largest state, with a third seed.
 
     python -m gatedjax.study configs/studies/hybrid.py [--small]
 
-The hybrid of `mqar`, at three sizes of the linear layer's state.
+One layer of gated linear attention below one of gated attention, 4,096 numbers of state. An earlier
+table showed it at 0.06, which was a compiler's fault (docs/studies.md).
 """
 
-from gatedjax.study import Picture, Study
+from gatedjax.study import Study
 from gatedjax.study.mqar import HEAD_DIM, HEADS, TASK, attention, cell, linear
 
-KEY_DIMS = (4, 16, 64)
-KEY_DIMS_SMALL = (4, 64)
+KEY_DIM = 64
 
 
 def get_study(small: bool) -> Study:
-    """A cell for each size."""
-    cells = []
-    for key_dim in KEY_DIMS_SMALL if small else KEY_DIMS:
-        labels = {"mixer": "hybrid", "state": HEADS * key_dim * HEAD_DIM}
-        mixers = {"l": linear(key_dim, "vector"), "a": attention("sdpa")}
-        cells.append(cell(labels, TASK, mixers, ("l", "a"), 1000))
+    """One cell."""
+    labels = {"mixer": "hybrid", "state": HEADS * KEY_DIM * HEAD_DIM}
+    mixers = {"l": linear(KEY_DIM, "vector"), "a": attention("sdpa")}
     return Study(
         title=f"The hybrid's recall, {TASK.num_pairs} pairs in {TASK.seq_len} tokens",
-        cells=tuple(cells),
-        seeds=(0,) if small else (0, 1, 2, 3, 4),
+        cells=(cell(labels, TASK, mixers, ("l", "a"), 1000),),
+        seeds=(0,) if small else (0, 1, 2),
         measures=("recall",),
         columns=("accuracy", "steps"),
-        pictures=(Picture("state", "accuracy", line="mixer", log_x=True),),
         stop_at=0.99,
     )
