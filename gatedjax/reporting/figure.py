@@ -11,8 +11,9 @@ from gatedjax.errors import InputError
 # Colors that readers with any color vision tell apart (Okabe and Ito), from dark to light by turns;
 # with a marker and a dash each, so that they are told apart in gray as well.
 COLORS = ("#0072b2", "#d55e00", "#000000", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#666666")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
+# Twice as many: the ninth line has the first one's color, and a marker of its own.
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">", "p", "h", "d", "H", "8", "x")
 
 
 def moving_mean(values: Float[np.ndarray, "N"], window: int) -> Float[np.ndarray, "means"]:
@@ -53,7 +54,10 @@ def new_figure(inches: tuple[float, float]) -> tuple[Any, Any]:
 
 def tell_lines_apart(axes: Any) -> None:
     """Lines that are drawn from now on have a color, a marker and a dash each."""
-    axes.set_prop_cycle(color=COLORS, marker=MARKERS, linestyle=DASHES)
+    repeats = len(MARKERS) // len(COLORS)
+    # The second time with other dashes, too.
+    dashes = DASHES + DASHES[::-1]
+    axes.set_prop_cycle(color=COLORS * repeats, marker=MARKERS, linestyle=dashes)
 
 
 def save(figure: Any, path: Path) -> None:
