@@ -101,7 +101,7 @@ def test_curvature_of_a_quadratic():
         return sum(jnp.sum(s * params[k] ** 2) / 2 for k, s in scales.items())
 
     value = largest_eigenvalue(loss, jax.tree.map(jnp.ones_like, scales), jax.random.key(0), 5)
-    np.testing.assert_allclose(value, 7.0, rtol=1e-4)
+    np.testing.assert_allclose(value, 7.0, rtol=1e-3)
 
 
 def test_modular_addition():
