@@ -102,7 +102,7 @@ def main(_) -> None:
     require_text(run)
     model = run.config.model
     require_simple(model)
-    layers = layers_of(_LAYERS.value, model)
+    layers = early.layers_of(_LAYERS.value, model)
     costs = early.exit_costs(model, run.config.data.seq_len, layers)
     with jax.set_mesh(run.mesh):
         rows = []
@@ -131,22 +131,6 @@ def _numbers(flag: str, values: list[str]) -> list[float]:
     is_good = bool(numbers) and all(0 <= number < np.inf for number in numbers)
     require(is_good, flag, ",".join(values), "numbers of 0 or more, such as 0,0.01")
     return numbers
-
-
-def layers_of(values: list[str], model: ModelConfig) -> tuple[int, ...]:
-    """The layers after which there is an exit, in order.
-
-    Raises:
-      InputError: not numbers of layers before the last.
-    """
-    most = model.num_layers - 1
-    require(most > 0, "--checkpoint", "a model of one layer", "at least two layers")
-    if not values:
-        return tuple(range(1, model.num_layers))
-    given = tuple(int(value) if value.isdecimal() else 0 for value in values)
-    is_good = all(1 <= n <= most for n in given) and list(given) == sorted(set(given))
-    require(is_good, "--layers", ",".join(values), f"rising numbers from 1 to {most}")
-    return given
 
 
 # --- learning

@@ -41,6 +41,22 @@ class Exits:
     gate_bias: Float[Array, " E"]
 
 
+def layers_of(values: list[str], model: ModelConfig) -> tuple[int, ...]:
+    """The layers after which there is an exit, in order.
+
+    Raises:
+      InputError: not numbers of layers before the last.
+    """
+    most = model.num_layers - 1
+    require(most > 0, "--checkpoint", "a model of one layer", "at least two layers")
+    if not values:
+        return tuple(range(1, model.num_layers))
+    given = tuple(int(value) if value.isdecimal() else 0 for value in values)
+    is_good = all(1 <= n <= most for n in given) and list(given) == sorted(set(given))
+    require(is_good, "--layers", ",".join(values), f"rising numbers from 1 to {most}")
+    return given
+
+
 def fresh_exits(count: int, final_scale: Float[Array, " M"]) -> Exits:
     """Exits before their training: the norm of the last layer, gates at one half."""
     return Exits(

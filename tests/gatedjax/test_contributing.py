@@ -168,7 +168,7 @@ def test_a_mixer_in_three_files(tmp_path):
     layers = tmp_path / "gatedjax" / "layers"
     (layers / "running_mean.py").write_text(LAYER)
     replace_once(tmp_path / "gatedjax" / "config" / "layers.py", "\nMixerConfig = ", CONFIG)
-    last_import = "from gatedjax.layers.token_info import TokenInfo\n"
+    last_import = "from gatedjax.layers.token_info import Grid, TokenInfo\n"
     replace_once(layers / "__init__.py", last_import, IMPORT + last_import)
     replace_once(
         layers / "__init__.py",

@@ -11,7 +11,6 @@ from tiny_run import tiny
 from gatedjax.errors import InputError
 from gatedjax.evaluation import exits as early
 from gatedjax.evaluation.early_exit import EarlyExit, require_simple
-from gatedjax.exits import layers_of
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.training.flops import forward_flops_per_token
 
@@ -103,11 +102,11 @@ def test_costs_are_those_of_the_model():
 
 def test_bad_input():
     model = tiny(model__num_layers=4).model
-    assert layers_of([], model) == (1, 2, 3)
-    assert layers_of(["1", "3"], model) == (1, 3)
+    assert early.layers_of([], model) == (1, 2, 3)
+    assert early.layers_of(["1", "3"], model) == (1, 3)
     for wrong in (["0"], ["4"], ["3", "1"], ["x"], ["1", "1"]):
         with pytest.raises(InputError, match="--layers: got"):
-            layers_of(wrong, model)
+            early.layers_of(wrong, model)
     with pytest.raises(InputError, match="a model with a norm of its embeddings"):
         require_simple(tiny(model__embedding_norm=True).model)
 

@@ -9,7 +9,7 @@ from tiny_run import plain, replace
 from gatedjax.config import LoRAMixtureConfig
 from gatedjax.errors import InputError
 from gatedjax.layers.moe.lora import phatgoose_weights
-from gatedjax.stack_experts import stacked, stacked_config
+from gatedjax.training.stacked_experts import stacked, stacked_config
 
 RNG = np.random.default_rng(0)
 PLACES = [Path("a"), Path("b"), Path("c")]

@@ -13,7 +13,6 @@ from helpers import rel_rms
 from tiny_run import plain, random_batch, run_steps
 
 from gatedjax.config import FrozenDict, ModelConfig, RouterConfig, SparseMoEConfig
-from gatedjax.data import Batch
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import balance_loss, load_metrics, router_losses, weight_here
 from gatedjax.layers.moe.routing import Routing, count_places
@@ -312,7 +311,7 @@ def padded_batch(i):
     length = np.array([0, 32, 5, 31, 17, 9, 3, 30] * 2)[:, None]
     is_token = np.arange(32) < length
     keep = lambda a: np.where(is_token, a, 0).astype(a.dtype)
-    return Batch(*(keep(getattr(batch, f.name)) for f in dataclasses.fields(batch)))
+    return jax.tree.map(keep, batch)
 
 
 def gradient_of_step(parts, **losses):
