@@ -32,7 +32,7 @@ from kernels_pallas.attention.inputs import (
 from kernels_pallas.attention.normalizers.base import AddTile, Row, masked, row_max
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
-from kernels_pallas.common.second_order import differentiable_gradient
+from kernels_pallas.common.second_order import differentiable_gradient, kept
 
 # What the op names with `checkpoint_name`.
 OUT_NAME = "attention_out"
@@ -286,6 +286,7 @@ def _saving_fwd(
 ) -> tuple[tuple, _Residuals]:
     results = _saving(plan, inputs, gate_logits)
     _, outputs, saved = results
+    inputs, gate_logits = kept((inputs, gate_logits))
     return results, _Residuals(inputs, gate_logits, outputs, saved)
 
 

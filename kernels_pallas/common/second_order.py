@@ -13,6 +13,19 @@ import jax.numpy as jnp
 from jax import Array
 
 
+def kept[Inputs](inputs: Inputs) -> Inputs:
+    """A call's own arrays, to be residuals of a forward pass that is differentiated itself.
+
+    The barrier makes them other arrays than the arguments. jax (0.11.2, 0.12) leaves arguments out
+    of the residuals and puts them back later; under a second derivative inside of `lax.scan` it
+    puts them back in other places.
+
+    Args:
+      inputs: a pytree of arrays.
+    """
+    return jax.lax.optimization_barrier(inputs)
+
+
 def differentiable_gradient[Inputs, Result](
     gradient: Callable[[Any, Result], Inputs],
     plain: Callable[[Inputs], Result],

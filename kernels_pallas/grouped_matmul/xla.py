@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
 from kernels_pallas.common.precision import accumulator_dtype
+from kernels_pallas.common.second_order import kept
 
 
 class Options(NamedTuple):
@@ -74,7 +75,7 @@ def _product_saving(
     rhs: Array,
     group_sizes: Array,
 ):
-    return _product(options, transposed, x, rhs, group_sizes), (x, rhs, group_sizes)
+    return _inner_product(options, transposed, x, rhs, group_sizes), (x, rhs, group_sizes)
 
 
 def _product_backward(
@@ -86,7 +87,7 @@ def _product_backward(
     x, rhs, group_sizes = residuals
     dout = dout.astype(x.dtype)
     back = options._replace(out_dtype=x.dtype)
-    dx = _product(back, not transposed, dout, rhs, group_sizes)
+    dx = _inner_product(back, not transposed, dout, rhs, group_sizes)
     # Of a matrix [K, N]: its K side first.
     left, right = (dout, x) if transposed else (x, dout)
     drhs = _outer(options, left, right, group_sizes)
@@ -94,6 +95,32 @@ def _product_backward(
 
 
 _product.defvjp(_product_saving, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _inner_product(
+    options: Options,
+    transposed: bool,
+    x: Array,
+    rhs: Array,
+    group_sizes: Array,
+) -> Array:
+    """`_product` within a derivative: differentiated, it is a second one, which needs `kept`."""
+    return _product(options, transposed, x, rhs, group_sizes)
+
+
+def _inner_product_saving(
+    options: Options,
+    transposed: bool,
+    x: Array,
+    rhs: Array,
+    group_sizes: Array,
+):
+    product = _inner_product(options, transposed, x, rhs, group_sizes)
+    return product, kept((x, rhs, group_sizes))
+
+
+_inner_product.defvjp(_inner_product_saving, _product_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,7 +141,7 @@ def _outer_saving(
     right: Array,
     group_sizes: Array,
 ):
-    return _outer(options, left, right, group_sizes), (left, right, group_sizes)
+    return _outer(options, left, right, group_sizes), kept((left, right, group_sizes))
 
 
 def _outer_backward(
@@ -125,8 +152,8 @@ def _outer_backward(
     left, right, group_sizes = residuals
     dmatrices = dmatrices.astype(left.dtype)
     back = options._replace(out_dtype=left.dtype)
-    dleft = _product(back, True, right, dmatrices, group_sizes)
-    dright = _product(back, False, left, dmatrices, group_sizes)
+    dleft = _inner_product(back, True, right, dmatrices, group_sizes)
+    dright = _inner_product(back, False, left, dmatrices, group_sizes)
     return dleft, dright, None
 
 

@@ -36,6 +36,7 @@ from kernels_pallas.attention.xla import Saved
 from kernels_pallas.common.finite import any_nonfinite, if_bad
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import round_up
+from kernels_pallas.common.second_order import kept
 
 
 def attention(
@@ -157,7 +158,7 @@ def _saving_forward(
     inputs: AttentionInputs,
 ) -> tuple[Saved, tuple[AttentionInputs, Saved]]:
     saved = _saving(plan, inputs)
-    return saved, (inputs, saved)
+    return saved, (kept(inputs), saved)
 
 
 def _saving_backward(

@@ -36,7 +36,7 @@ from kernels_pallas.attention.tpu.tile import off_tpu, on_tpu
 from kernels_pallas.attention.tpu.tuning import MAX_D, schedules
 from kernels_pallas.common.padding import padded, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
-from kernels_pallas.common.second_order import differentiable_gradient
+from kernels_pallas.common.second_order import differentiable_gradient, kept
 from kernels_pallas.common.tpu import Interpret, interpret_params, without_float16
 
 
@@ -291,7 +291,7 @@ def _saving(plan: Plan, inputs: KernelInputs) -> ForwardResult:
 
 def _saving_forward(plan: Plan, inputs: KernelInputs) -> tuple[ForwardResult, Residuals]:
     result = _saving(plan, inputs)
-    _, saved = residuals(result, inputs, plan.normalizer)
+    _, saved = residuals(result, kept(inputs), plan.normalizer)
     return result, saved
 
 

@@ -41,7 +41,7 @@ from kernels_pallas.attention.tpu.plan import KernelInputs, Plan
 from kernels_pallas.attention.tpu.tuning import MAX_D
 from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import varying_together
-from kernels_pallas.common.second_order import differentiable_gradient
+from kernels_pallas.common.second_order import differentiable_gradient, kept
 from kernels_pallas.common.tpu import Interpret
 
 
@@ -306,7 +306,7 @@ def _saving(plan: RingPlan, inputs: RingInputs) -> Rows:
 
 def _saving_forward(plan: RingPlan, inputs: RingInputs) -> tuple[Rows, _Saved]:
     rows = _saving(plan, inputs)
-    return rows, _Saved(inputs, rows)
+    return rows, _Saved(kept(inputs), rows)
 
 
 def _saving_backward(plan: RingPlan, saved: _Saved, cotangents: Rows) -> tuple[RingInputs]:

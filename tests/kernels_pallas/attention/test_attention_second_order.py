@@ -105,3 +105,25 @@ def test_forward_mode():
     np.testing.assert_allclose(jnp.vdot(tangent, y), inner, rtol=1e-4)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(call, (a,), (a,))
+
+
+def in_scan(f, arrays):
+    """A loop of one step over the arrays, as a model's loop over layers."""
+
+    def summed(a):
+        def body(total, one):
+            return total + jnp.sum(f(one) ** 2), None
+
+        total, _ = jax.lax.scan(body, 0.0, jax.tree.map(lambda x: x[None], a))
+        # `second` squares it.
+        return jnp.sqrt(total)
+
+    return second(summed)(arrays)
+
+
+def test_in_a_scan():
+    """jax put the arguments among the residuals in each other's places (see `kept`)."""
+    arrays, options = draw(B=1, T=12, H=2, Hk=1, K=4, V=3, gate="element-wise")
+    attend = lambda a: call(a, implementation="xla", **options)
+    expected = truth(arrays, lambda a: call(a, implementation="reference", **options))
+    assert_close(in_scan(attend, cast(arrays, jnp.float32)), expected, 2e-5)

@@ -296,3 +296,20 @@ def test_bad_permutation_is_named():
         permute_rows(jnp.zeros((3, 2)), order, order[:3])
     with pytest.raises(ValueError, match="sort_by_group: ids: got shape"):
         sort_by_group(jnp.zeros((2, 2), int), 3)
+
+
+def test_second_derivatives_in_a_scan():
+    """jax put the arguments among the residuals in each other's places (see `kept`)."""
+    x, matrices, sizes = jnp.ones((1, 6, 3)), jnp.ones((1, 2, 3, 4)), jnp.array([4, 2])
+
+    def length(arrays):
+        def body(total, one):
+            return total + jnp.sum(jnp.sin(grouped_matmul(*one, sizes))), None
+
+        return jax.lax.scan(body, 0.0, arrays)[0]
+
+    def of_gradient(arrays):
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(length)(arrays)))
+
+    shapes = jax.eval_shape(jax.grad(of_gradient), (x, matrices))
+    assert [s.shape for s in shapes] == [x.shape, matrices.shape]
