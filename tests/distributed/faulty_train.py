@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gatedjax import train
 from gatedjax.runtime import cli
+from gatedjax.training import growing
 
 kind, _, steps = os.environ["FAULT"].partition(":")
 first, _, last = steps.partition("-")
@@ -39,7 +40,7 @@ def stand_still(is_for_ever: bool) -> None:
 
 
 def with_fault(step):
-    def call(state, batch):
+    def call(state, batch, teacher):
         if int(state.step) + 1 in FAULTY:
             if kind in ("stall", "stuck"):
                 stand_still(kind == "stuck")
@@ -50,13 +51,13 @@ def with_fault(step):
                 "spike": jnp.where(jnp.arange(len(batch.tokens)) % 2, 1.0, -0.99)[:, None],
             }
             batch = batch.replace(loss_mask=batch.loss_mask * mask.get(kind, 1.0))
-        return step(state, batch)
+        return step(state, batch, teacher)
 
     return call
 
 
-make_step, train.Watchdog = train.jit_train_step, ImpatientWatchdog
-train.jit_train_step = lambda *args: with_fault(make_step(*args))
+make_step, train.Watchdog = growing.jit_train_step, ImpatientWatchdog
+growing.jit_train_step = lambda *args: with_fault(make_step(*args))
 
 if __name__ == "__main__":
     cli.run(train.main)
