@@ -22,6 +22,7 @@ from gatedjax.config import from_config_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.runtime import cli, launch
 from gatedjax.runtime.stop import Stop
+from gatedjax.training import growing
 from gatedjax.training.run import prepare, with_vocab
 
 LONGEST_WAIT = 0.4  # seconds: up to a hundred steps, with a checkpoint at every fourth
@@ -53,12 +54,12 @@ def main(_):
     config = with_vocab(config, load_tokenizer(config.data.tokenizer))
     launch.start()
     run = prepare(config)
-    step = train.jit_train_step(run.config, run.tx, run.shardings)
+    step = growing.jit_train_step(run.config, run.tx, run.shardings)
     for number in range(int(os.environ["ROUNDS"])):
         delay = chance.random() * LONGEST_WAIT
         is_mine = number % jax.process_count() == jax.process_index()
         times = chance.choice([1, 1, 3]) * is_mine
-        train.jit_train_step = lambda *_, d=delay, t=times: with_signal(step, d, t)
+        growing.jit_train_step = lambda *_, d=delay, t=times: with_signal(step, d, t)
         workdir = Path(flags.FLAGS.workdir) / str(number)
         before = signal.getsignal(signal.SIGTERM)
         with Stop() as stop:
