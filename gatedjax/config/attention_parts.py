@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from gatedjax.errors import require
 
 if TYPE_CHECKING:
-    from gatedjax.config.layers import GatedAttentionConfig
+    from gatedjax.config.attention import GatedAttentionConfig
 
 # Normalizers whose columns sum to 1 too, over queries that come later.
 DOUBLY_STOCHASTIC = ("sinkhorn", "qr")

@@ -15,7 +15,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -45,6 +45,7 @@ class Example(NamedTuple):
     label: int
 
 
+@runtime_checkable
 class Images(Protocol):
     """The images of a source, in a fixed order.
 

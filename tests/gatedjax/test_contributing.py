@@ -81,6 +81,9 @@ def running_sum(value: Float[Array, "B T F"], info: TokenInfo) -> Float[Array, "
 
 # 2. gatedjax/config/layers.py
 CONFIG = '''
+from gatedjax.config.checks import Size
+
+
 @dataclass(frozen=True)
 class RunningMeanConfig(Checked):
     """A gated mean over the tokens so far."""

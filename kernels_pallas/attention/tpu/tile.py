@@ -7,7 +7,7 @@ stored without waste, and broadcast over sublanes for nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -34,6 +34,7 @@ TN = ((0,), (0,))  # x^T y
 Contraction = tuple[tuple[int], tuple[int]]
 
 
+@runtime_checkable
 class Multiplies(Protocol):
     """Static arguments that say how matrices are multiplied: of every kernel here."""
 
