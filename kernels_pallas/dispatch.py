@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jax import Array
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from kernels_pallas.common.device import lowering_for as lowering_for
 from kernels_pallas.common.device import target_platform
@@ -147,27 +147,24 @@ def for_its_platform(
         return inputs
     if is_kernel and implementation == "gpu":
         announce()
-    first = _checked_when_lowered(_choices[op], inputs[0])
+    first = _lowered.bind(inputs[0], choice=_choices[op])
     others = inputs[1:]
     if hasattr(inputs, "_make"):
         return inputs._make((first, *others))
     return (first, *others)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _checked_when_lowered(choice: Choice, x: Array) -> Array:
-    return _lowered.bind(x, choice=choice)
-
-
-@_checked_when_lowered.defjvp
-def _derivative(choice: Choice, primals: tuple, tangents: tuple):
-    return _checked_when_lowered(choice, *primals), tangents[0]
-
-
 # The identity.
 _lowered = Primitive("lowered_for_its_platform")
 _lowered.def_abstract_eval(lambda x, **_: x)
 batching.defvectorized(_lowered)
+
+
+def _derivative(primals: tuple, tangents: tuple, *, choice: Choice) -> tuple:
+    return _lowered.bind(*primals, choice=choice), tangents[0]
+
+
+ad.primitive_jvps[_lowered] = _derivative
 
 
 @_lowered.def_impl
