@@ -201,12 +201,6 @@ def test_a_rerun_says_where_the_records_were_made(tmp_path, monkeypatch):
     assert more.rstrip().endswith("1 on 8 x TPU v9; jax 9.9; 2031-02-03.")
 
 
-# Of the full studies: not run yet (docs/studies.md).
-NOT_RUN = {
-    "lengths": {"Gated DeltaNet", "Kimi Delta Attention"},
-}
-
-
 @pytest.mark.parametrize(
     "table", sorted((ROOT / "results").glob("*/*/table.md")), ids=lambda p: p.parts[-3]
 )
@@ -216,9 +210,7 @@ def test_tables_of_the_repository_say_what_their_records_say(table):
     path = ROOT / "configs" / "studies" / f"{name.removesuffix('-small')}.py"
     asked = command.load_study(path, small)
     known = command._read_runs(table.parent / "runs.jsonl")
-    not_run = NOT_RUN.get(name, set())
-    cells = [cell for cell in asked.cells if cell.labels.get("mixer") not in not_run]
-    keys = [run_key(cell, seed, asked) for cell in cells for seed in asked.seeds]
+    keys = [run_key(cell, seed, asked) for cell in asked.cells for seed in asked.seeds]
     assert set(keys) == set(known), "every record is a run of the study"
     note = table.read_text().rstrip().splitlines()[-1]
     typed = note.split("`")[1]
@@ -252,6 +244,4 @@ def test_the_studies_of_the_repository_can_be_made(path, small):
     recorded = set()
     for file in folder.rglob("runs.jsonl"):
         recorded |= {json.loads(line)["key"] for line in file.read_text().splitlines()}
-    not_run = set() if small else NOT_RUN.get(path.stem, set())
-    ran = [cell for cell in found.cells if cell.labels.get("mixer") not in not_run]
-    assert not recorded or {run_key(c, s, found) for c in ran for s in found.seeds} <= recorded
+    assert not recorded or keys <= recorded
