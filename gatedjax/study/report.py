@@ -135,12 +135,17 @@ Lines = dict[Label, list[Point]]  # what the legend says -> points
 
 def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
     """The matplotlib figure: error bars are the spread over seeds, as far as values can be."""
-    figure, axes = new_figure((7.0, 4.4))
-    tell_lines_apart(axes)
     lines = _lines(picture, table)
     places = {point.x for points in lines.values() for point in points}
+    has_names = any(isinstance(place, str) for place in places)
+    height = 4.4
+    if has_names:
+        # A name and the number above its dot need so much each.
+        height = max(height, 0.36 * len(places))
+    figure, axes = new_figure((7.0, height))
+    tell_lines_apart(axes)
     of_y = words_of(picture.y)
-    if any(isinstance(place, str) for place in places):
+    if has_names:
         # Dots lie on their side: the values are on the horizontal axis.
         _draw_dots(axes, lines, of_y)
         axes.set_xlabel(of_y.label)
