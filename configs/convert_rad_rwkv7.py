@@ -18,31 +18,8 @@ Rates are the paper's, for models of 7B and more, whose stages 1 to 3 saw 100M, 
 Hardware: what the teacher needs; twice its parameters in stages 1 and 2.
 """
 
-from gatedjax.training.conversion import parsed_stage, student_of
+from gatedjax.training.conversion import radlads
 
 
 def get_config(arg: str = ""):
-    key = "configs/convert_rad_rwkv7.py"
-    stage = parsed_stage(arg, stages=3, with_teacher=(1, 2), key=key)
-    student = student_of(stage.run, "rad_rwkv7")
-    c = student.config
-    c.optim.weight_decay = 0.0
-    c.optim.warmup_steps = 10
-    c.train.sample_tokens = 0
-    c.train.batch_size = 96
-    c.train.steps = 5000
-    c.train.teacher.run = stage.teacher
-    if stage.number == 1:
-        c.train.batch_size = 32
-        c.optim.trainable = tuple(f"{mixer}.*" for mixer in student.mixers)
-        c.optim.lr = 1e-3
-        c.optim.final_lr_fraction = 0.01
-        c.train.teacher.cross_entropy = 0.0
-        c.train.teacher.mse = 1.0
-    else:
-        c.optim.lr = 1e-5
-        c.optim.schedule = "constant"
-    if stage.number == 2:
-        c.train.teacher.cross_entropy = 0.0
-        c.train.teacher.kl = 1.0
-    return c
+    return radlads(arg, "rad_rwkv7")

@@ -128,6 +128,38 @@ def student_of(run: str, kind: str, **values: Any) -> Student:
     return Student(c, tuple(new), tuple(mixers))
 
 
+def radlads(arg: str, kind: str) -> ConfigDict:
+    """A stage of RADLADS (arXiv 2505.03005), the same three for both kinds of mixer.
+
+    Args:
+      arg: which stage of which run (`parsed_stage`).
+      kind: of the new mixers: rad_rwkv6, rad_rwkv7.
+    """
+    stage = parsed_stage(arg, stages=3, with_teacher=(1, 2), key=f"configs/convert_{kind}.py")
+    student = student_of(stage.run, kind)
+    c = student.config
+    c.optim.weight_decay = 0.0
+    c.optim.warmup_steps = 10
+    c.train.sample_tokens = 0
+    c.train.batch_size = 96
+    c.train.steps = 5000
+    c.train.teacher.run = stage.teacher
+    if stage.number == 1:
+        c.train.batch_size = 32
+        c.optim.trainable = tuple(f"{mixer}.*" for mixer in student.mixers)
+        c.optim.lr = 1e-3
+        c.optim.final_lr_fraction = 0.01
+        c.train.teacher.cross_entropy = 0.0
+        c.train.teacher.mse = 1.0
+    else:
+        c.optim.lr = 1e-5
+        c.optim.schedule = "constant"
+    if stage.number == 2:
+        c.train.teacher.cross_entropy = 0.0
+        c.train.teacher.kl = 1.0
+    return c
+
+
 def _place(block: BlockConfig) -> str:
     """The name of a block's mixer among the parameters."""
     return f"periods.{block.name}.mixer" if block.is_repeated else f"{block.name}.mixer"
