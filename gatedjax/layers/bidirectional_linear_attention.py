@@ -30,7 +30,7 @@ from gatedjax.layers.bidirectional.scans import lion, vision_gla
 from gatedjax.layers.bidirectional.softmax_free import softmax_free_attention
 from gatedjax.layers.bidirectional.sums import SCALED, linear_attention
 from gatedjax.layers.bidirectional.toeplitz import relative_linear_attention
-from gatedjax.layers.feature_maps import Features, favor_projection, features, identity
+from gatedjax.layers.feature_maps import Features, features_of, identity
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import LayerNorm, RMSNorm, layer_norm, unit_length
 from gatedjax.layers.parameters import parameter
@@ -183,7 +183,8 @@ class BidirectionalLinearAttention(Mixer):
             return softmax_free_attention(q, landmarks, v, iterations=c.iterations)
         if c.form == "manhattan":
             return self._manhattan(q, k, v, info)
-        phi = self._features(q, k, info)
+        # A shift by all keys of a row would tell of other documents.
+        phi = features_of(c, q, k, info.positions, shift_keys=info.segment_ids is None)
         if c.kv_gate:
             scales = self._position_scales(info)
             phi = Features(phi.q, phi.k * scales[0].astype(phi.k.dtype))
@@ -203,22 +204,6 @@ class BidirectionalLinearAttention(Mixer):
             scale=c.key_dim**-0.5 if c.normalization in SCALED else 1.0,
             rotated=rotated,
             segment_ids=info.segment_ids,
-        )
-
-    def _features(self, q: Array, k: Array, info: TokenInfo) -> Features:
-        c = self.config
-        projection = None
-        if c.feature_map == "favor+":
-            projection = favor_projection(c.features_per_head, c.key_dim, c.feature_seed)
-        return features(
-            c.feature_map,
-            q,
-            k,
-            positions=info.positions,
-            length=c.feature_length,
-            projection=projection,
-            # A shift by all keys of a row would tell of other documents.
-            shift_keys=info.segment_ids is None,
         )
 
     def _position_scales(self, info: TokenInfo) -> tuple[Array, Array]:

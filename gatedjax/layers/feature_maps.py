@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from gatedjax.config import BidirectionalLinearAttentionConfig, GatedLinearAttentionConfig
+
 # What FAVOR+ adds to every feature, as its published code.
 FAVOR_EPS = 1e-4
 # Keys that are not divided by their largest feature: the exponent from which on they are equal.
@@ -91,6 +93,39 @@ def features(
         return Features(favor_queries(q, projection), favor_keys(k, projection, shift_keys))
     feature_map = FEATURE_MAPS[name]
     return Features(feature_map(q), feature_map(k))
+
+
+def features_of(
+    config: GatedLinearAttentionConfig | BidirectionalLinearAttentionConfig,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T Hk K"],
+    positions: Int[Array, "B T"],
+    shift_keys: bool = False,
+) -> Features:
+    """The features of a layer's queries and keys.
+
+    Args:
+      config: of the layer.
+      q, k: queries and keys.
+      positions: of tokens in their document.
+      shift_keys: as of `favor_keys`; then a key's features depend on other tokens.
+    """
+    projection = None
+    if config.feature_map == "favor+":
+        projection = favor_projection(
+            config.features_per_head,
+            config.key_dim,
+            config.feature_seed,
+        )
+    return features(
+        config.feature_map,
+        q,
+        k,
+        positions=positions,
+        length=config.feature_length,
+        projection=projection,
+        shift_keys=shift_keys,
+    )
 
 
 # --- NaLaFormer (arXiv 2506.21137): queries raised to a power that their length decides

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from gatedjax.config import GatedLinearAttentionConfig
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import short_conv
-from gatedjax.layers.feature_maps import Features, favor_projection, features
+from gatedjax.layers.feature_maps import features_of
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import HeadsNorm, RMSNorm
 from gatedjax.layers.parameters import parameter
@@ -129,7 +129,7 @@ class GatedLinearAttention(Mixer):
                 has_bias=c.conv_bias,
             )
         # The feature map is what linear attention has in place of softmax's exponential.
-        q, mapped_k = self._features(q, k, info)
+        q, mapped_k = features_of(c, q, k, info.positions)
         if keys_and_decay is None:
             k = mapped_k
             log_decay, v = self._decay(x, v)
@@ -182,21 +182,6 @@ class GatedLinearAttention(Mixer):
             floor = info.depth.decay_floors[info.depth.index]
         log_decay, keys = forget_gate(logits, floor)
         return keys.astype(self.dtype), log_decay
-
-    def _features(self, q: Array, k: Array, info: TokenInfo) -> Features:
-        """Of queries and keys. A key's do not depend on other tokens."""
-        c = self.config
-        projection = None
-        if c.feature_map == "favor+":
-            projection = favor_projection(c.features_per_head, c.key_dim, c.feature_seed)
-        return features(
-            c.feature_map,
-            q,
-            k,
-            positions=info.positions,
-            length=c.feature_length,
-            projection=projection,
-        )
 
     def _rotated(
         self,
