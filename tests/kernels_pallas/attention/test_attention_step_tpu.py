@@ -10,19 +10,14 @@ import numpy as np
 import pytest
 from attention_cases import BFLOAT16, BY_HEAD, FLOAT32
 from helpers import rel_rms
+from step_cases import ONE_PASS, cast, draw_step, error_of, run
 
 from kernels_pallas import dispatch
-from kernels_pallas.attention import NORMALIZERS, attention_step
+from kernels_pallas.attention import attention_step
 from kernels_pallas.attention.normalizers import base
 from kernels_pallas.attention.tpu import step, step_cache, step_kernel
 
-S = 300
 slow = partial(pytest.param, marks=pytest.mark.slow)
-ONE_PASS = {
-    name: normalizer.for_length(S)
-    for name, normalizer in NORMALIZERS.items()
-    if normalizer.passes == 1 and not normalizer.parameters
-}
 # By the view that the kernel takes: what the heads and channels are.
 CASES = {
     "rows": dict(H=4, Hk=2, K=128, V=128),
@@ -43,48 +38,18 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(step, "COLUMNS", 128)
 
 
-def draw(
-    B=3, H=4, Hk=2, K=128, V=128, gate=None, slopes=False, sinks=False, lengths=False, slots=S
-):
+def draw(B=3, H=4, Hk=2, K=128, V=128, lengths=False, **case):
     """(arrays, valid, distances); of the last row nothing is valid."""
-    rng = np.random.default_rng(0)
-    shapes = dict(q=(B, H, K), k_cache=(B, slots, Hk, K), v_cache=(B, slots, Hk, V))
-    if gate:
-        shapes["gate_logits"] = (B, H, 1 if gate == "head-wise" else V)
-    shapes |= {"alibi_slopes": (H,)} if slopes else {}
-    shapes |= {"sink_logits": (H,)} if sinks else {}
-    valid = rng.random((B, slots)) < 0.7
+    arrays, valid, distances = draw_step(B, H, Hk, K, V, **case)
     if lengths:
+        slots = valid.shape[1]
         # The first row ends in its first block.
         valid = np.arange(slots)[None] < np.array([50, slots - 1, 0])[:, None]
-    valid[-1] = False
-    arrays = {
-        n: rng.normal(size=s) * (0.01 if n == "alibi_slopes" else 1) for n, s in shapes.items()
-    }
-    distances = jnp.asarray(rng.permuted(np.arange(slots))[None].repeat(B, 0)) if slopes else None
     return arrays, jnp.asarray(valid), distances
 
 
-def run(arrays, valid, distances, **options):
-    q, k, v = (arrays[n] for n in ("q", "k_cache", "v_cache"))
-    rest = {n: x for n, x in arrays.items() if n not in ("q", "k_cache", "v_cache")}
-    return attention_step(q, k, v, valid=valid, distances=distances, **rest, **options)
-
-
-def cast(arrays, dtype):
-    return {n: jnp.asarray(x, jnp.float32 if n in BY_HEAD else dtype) for n, x in arrays.items()}
-
-
 def error(dtype=jnp.float32, normalizer="softmax", **case) -> float:
-    """Of the kernel against the reference in float64."""
-    arrays, *masks = draw(**case)
-    arrays, options = cast(arrays, dtype), dict(normalizer=ONE_PASS[normalizer])
-    got = jax.jit(partial(run, implementation="tpu", interpret=True, **options))(arrays, *masks)
-    with jax.enable_x64(True):
-        exact = {n: jnp.asarray(np.asarray(x, np.float64)) for n, x in arrays.items()}
-        want = np.asarray(run(exact, *masks, implementation="reference", **options))
-    assert not np.asarray(got[-1], np.float32).any(), "a token that sees nothing"
-    return rel_rms(got, want)
+    return error_of("tpu", draw(**case), dtype, normalizer)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in CASES])
