@@ -59,13 +59,13 @@ def load(
     return Teacher(unflatten_dict(by_path), of_teacher.config.model)
 
 
-def abstract(run: Run) -> Teacher | None:
-    """The teacher's shapes and shardings. None where the configuration names none."""
+def with_teacher(run: Run) -> Run:
+    """The run with the shapes and shardings of the teacher that its configuration names, if any."""
     of_teacher = _run_of_teacher(run)
     if of_teacher is None:
-        return None
+        return run
     shapes = given_weights.parameters(of_teacher)
-    return Teacher(unflatten_dict(shapes), of_teacher.config.model)
+    return run._replace(teacher=Teacher(unflatten_dict(shapes), of_teacher.config.model))
 
 
 def _run_of_teacher(run: Run) -> Run | None:
