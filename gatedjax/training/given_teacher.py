@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from gatedjax.config import (
     Config,
     GatedAttentionConfig,
+    GatedMemoryConfig,
     MixerConfig,
     ModelConfig,
     OptimConfig,
@@ -157,7 +158,9 @@ def _not_alone(mixer: MixerConfig) -> str | None:
     """Why the mixer cannot be computed without the layers before it, or None."""
     if mixer.kind in _SHARE_VALUES:
         return f"values of another layer ({mixer.kind})"
-    for name in ("shares_weights", "value_bank"):
+    if isinstance(mixer, GatedMemoryConfig):
+        return "memory of another layer"
+    for name in ("shares_weights", "shares_cache", "value_bank"):
         if getattr(mixer, name, False):
             return name
     if getattr(mixer, "decay_floor", "none") != "none":
