@@ -138,7 +138,9 @@ def draw_prompts(
     is_outlier = is_outlier.at[:, -1].set(False)
     count = len(patterns.outliers)
     if flipped:
-        mixture = jax.random.dirichlet(keys[5], jnp.ones(count), side.shape)
+        # Uniform over mixtures: exponential variables over their sum.
+        parts = jax.random.exponential(keys[5], (*side.shape, count))
+        mixture = parts / jnp.sum(parts, axis=-1, keepdims=True)
         shown = -label
     else:
         mixture = jax.nn.one_hot(jax.random.randint(keys[5], side.shape, 0, count), count)
@@ -194,15 +196,11 @@ class OutliersInContext:
             prompts = self.prompts(evaluation, EVALUATION_PROMPTS, fraction, is_test=True)
             right = predict(layer, prompts, self.mixer == "mamba") * prompts.answer > 0
             values[f"error@{fraction}"] = float(1.0 - jnp.mean(right))
-        prompts = self.prompts(evaluation, EVALUATION_PROMPTS, 0.5, is_test=True)
-        # Linear attention has none: w stays at its start.
-        opened = jax.nn.sigmoid(prompts.tokens @ layer.gate)
-        for name, chosen in (
-            ("gate_clean", ~prompts.is_outlier),
-            ("gate_outlier", prompts.is_outlier),
-        ):
-            mean = float(jnp.sum(opened * chosen) / jnp.sum(chosen))
-            values[name] = mean
+        if self.mixer == "mamba":
+            prompts = self.prompts(evaluation, EVALUATION_PROMPTS, 0.5, is_test=True)
+            opened = jax.nn.sigmoid(prompts.tokens @ layer.gate)
+            values["gate_clean"] = float(jnp.mean(opened, where=~prompts.is_outlier))
+            values["gate_outlier"] = float(jnp.mean(opened, where=prompts.is_outlier))
         return values
 
     def prompts(self, rng: Array, num_prompts: int, fraction: float, is_test: bool) -> Prompts:
