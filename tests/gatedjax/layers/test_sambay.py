@@ -20,6 +20,7 @@ from gatedjax.config import (
     Mamba2Config,
     MeshConfig,
     ModelConfig,
+    NoFeedForwardConfig,
 )
 from gatedjax.errors import InputError
 from gatedjax.evaluation.cache_bytes import cache_bytes
@@ -44,9 +45,10 @@ MODEL = ModelConfig(
     num_layers=6,
     mixers=FrozenDict(mamba=MAMBA, window=WINDOW, full=FULL, gmu=MEMORY, cross=CROSS),
     prefix=("mamba", "full"),
-    ffn_prefix=("mlp",) * 2,
+    ffn_prefix=("none",) * 2,
     pattern=("gmu", "cross"),
-    ffns=FrozenDict(mlp=GatedMLPConfig(hidden=16)),
+    ffns=FrozenDict(none=NoFeedForwardConfig(), mlp=GatedMLPConfig(hidden=16)),
+    ffn_pattern=("none",),
     init_std=0.3,
     dtype="float32",
 )
@@ -57,6 +59,7 @@ PUBLISHED = dataclasses.replace(
     prefix=(),
     ffn_prefix=(),
     pattern=("mamba", "window"),
+    ffn_pattern=("mlp",),
     suffix=("mamba", "full", "gmu", "cross"),
     ffn_suffix=("mlp",) * 4,
 )
@@ -164,14 +167,22 @@ def test_queries_on_another_layers_keys_are_their_formula():
 
 @pytest.mark.parametrize(
     "model, ends",
-    [(MODEL, (13, 14)), slow(MODEL, (6, 12, 13, 14)), slow(PUBLISHED, (8, 12, 13, 14))],
-    ids=["short", "pieces", "published"],
+    [
+        (MODEL, tuple(range(1, 15))),
+        slow(MODEL, (6, 12, 13, 14)),
+        slow(PUBLISHED, (8, 12, 13, 14)),
+    ],
+    ids=["steps", "pieces", "published"],
 )
 def test_prefill_pieces_and_steps_equal_the_full_forward(model, ends):
     """Of packed rows. Units and layers on another one's keys have no cache."""
     params = made(model)
     full, _ = hidden(model, params, TOKENS, DOCUMENTS)
     caches, pieces, first = init_caches(model, 2, 14), [], 0
+    if ends[0] == 1:
+        # One program for all tokens, the first one too.
+        history = dataclasses.replace(caches.history, is_empty=False)
+        caches = dataclasses.replace(caches, history=history)
     for last in ends:
         tokens, documents = TOKENS[:, first:last], DOCUMENTS[:, first:last]
         y, caches = hidden(model, params, tokens, documents, caches)
@@ -211,7 +222,8 @@ def test_a_model_is_its_layers_one_by_one(model):
             else:
                 y = mixer.apply(variables, before, told)
             x = x + y
-            x = x + feed_forward.apply({"params": p["ffn"]}, norm("ffn_norm", x))
+            if "ffn" in p:
+                x = x + feed_forward.apply({"params": p["ffn"]}, norm("ffn_norm", x))
         return stream_norm(model, None).apply({"params": params["final_norm"]}, x)
 
     def loss(run):
