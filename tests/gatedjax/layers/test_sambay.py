@@ -23,12 +23,14 @@ from gatedjax.config import (
     NoFeedForwardConfig,
 )
 from gatedjax.errors import InputError
+from gatedjax.evaluation import decoding
 from gatedjax.evaluation.cache_bytes import cache_bytes
+from gatedjax.evaluation.sampling import generate
 from gatedjax.layers import GatedAttention, GatedMemory
 from gatedjax.layers.block import block_layers, stream_norm
 from gatedjax.layers.shared_weights import SharedWeights
 from gatedjax.layers.token_info import TokenInfo, default_info
-from gatedjax.model import LanguageModel, init_caches
+from gatedjax.model import LanguageModel, init_caches, logits
 from gatedjax.sharding import RULES, make_mesh
 from gatedjax.training.flops import forward_flops_per_token
 
@@ -151,8 +153,8 @@ def test_queries_on_another_layers_keys_are_their_formula():
         q = np.tensordot(given["x"], p["query"]["kernel"], 1)
         q = q / np.sqrt((q**2).mean(-1, keepdims=True) + 1e-6) * p["query_norm"]["scale"]
         k, v = (np.repeat(given[name], 2, axis=2) for name in "kv")
-        logits = np.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5
-        weights = np.tril(np.exp(logits))
+        products = np.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5
+        weights = np.tril(np.exp(products))
         weights = weights / weights.sum(-1, keepdims=True)
         o = np.einsum("bhij,bjhd->bihd", weights, v)
         (gate,) = jax.tree.leaves(p["gate"])
@@ -192,6 +194,26 @@ def test_prefill_pieces_and_steps_equal_the_full_forward(model, ends):
     for block in model.blocks:
         is_without = isinstance(block.mixer, GatedMemoryConfig) or block.mixer == CROSS
         assert bool(jax.tree.leaves(caches.layers[block.name])) != is_without, block.name
+
+
+def test_periods_without_caches_are_taken_apart():
+    """Decoding gives every layer a cache of its own: here some have none."""
+    layers = init_caches(MODEL, 2, 14).layers
+    assert not jax.tree.leaves((layers["layer_0"], layers["layer_1"]))
+    split = decoding._split(("layer_0", "layer_1"), 2, layers)
+    assert split["periods"] == [{"layer_0": (), "layer_1": ()}] * 2
+    assert decoding._joined(split).keys() == layers.keys()
+
+
+@pytest.mark.slow
+def test_sampling_is_the_likeliest_token_of_the_full_forward():
+    params = made(MODEL)
+    tokens = TOKENS[:1, :6]
+    for token in generate(MODEL, params, tokens, 4, vocab_size=32, temperature=0.0):
+        y, _ = hidden(MODEL, params, tokens)
+        expected = jnp.argmax(logits(y[:, -1], params["embedding"]), axis=-1)
+        np.testing.assert_array_equal(token, expected)
+        tokens = jnp.concatenate([tokens, expected[:, None]], axis=1)
 
 
 @pytest.mark.slow
