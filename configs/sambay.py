@@ -9,7 +9,7 @@ layer of full attention, whose keys and values are the only ones of all tokens; 
 memory units, on what the last Mamba has read, and queries on those keys and values. No positions
 are encoded. The paper's scans are Mamba-1; its largest model's attention is differential.
 
-Hardware: a laptop, 2 cores: HARDWARE
+Hardware: a laptop, 2 cores: 2 minutes of CPU, then about 2.2 bits per byte of validation text.
 """
 
 from gatedjax.config import config_dict, layer
