@@ -189,10 +189,13 @@ def describe(run: Run) -> str:
     ]
     lines = ["; ".join(parts)]
     if run.teacher is not None:
+        count = f"{_size(run.teacher.params) / 1e6:.2f}M parameters"
+        passes = "its forward pass"
+        if run.config.train.teacher.mse:
+            passes += " and the layers that are compared with it"
         lines.append(
-            f"teacher: {_size(run.teacher.params) / 1e6:.2f}M parameters without gradients or "
-            f"optimizer state; {flops_of_teacher(run) / 1e6:.1f} of these MFLOP are its forward "
-            "pass and the layers that are compared with it"
+            f"teacher: {count} without gradients or optimizer state; "
+            f"{flops_of_teacher(run) / 1e6:.1f} of these MFLOP are {passes}"
         )
     warning = sharding.narrow_shards(run.config.model.width, run.mesh.shape)
     if warning is not None and run.mesh.devices.flat[0].platform == "tpu":
