@@ -33,6 +33,7 @@ from jaxtyping import PyTree
 from gatedjax.config.checks import LARGEST_SIZE
 from gatedjax.data import validation_text
 from gatedjax.errors import InputError
+from gatedjax.evaluation.cache_bytes import CacheBytes, as_text, cache_bytes
 from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.encoder import EncoderEvaluation, EncoderValidation, class_names
 from gatedjax.evaluation.restore import (
@@ -159,6 +160,7 @@ def main(_) -> None:
         rounded=rounded,
         compressors=bits_per_byte_of_compressors(text),
         speed=speed_on_one_device(run, params),
+        cache=cache_bytes(run.config.model, 1, tokens_of_a_row()),
     )
     if _JSON.value:
         say(as_json(report))
@@ -174,6 +176,7 @@ class Report(NamedTuple):
     rounded: the same with rounded activations; empty without --activation_bits.
     compressors: bits per byte by name.
     speed: None where the parameters do not fit one device.
+    cache: of one row, a prompt and what was decoded after it.
     """
 
     step: int
@@ -181,6 +184,12 @@ class Report(NamedTuple):
     rounded: dict[int, Evaluation]
     compressors: dict[str, float]
     speed: Speed | None
+    cache: CacheBytes
+
+
+def tokens_of_a_row() -> int:
+    """Of the speed measurement: its prompt, and what is decoded after it."""
+    return _PROMPT_TOKENS.value + _DECODE_TOKENS.value
 
 
 def given_lengths() -> list[int]:
@@ -297,6 +306,7 @@ def say_references(report: Report) -> None:
     """What gzip and xz need for the same text, and how fast the model reads and writes."""
     for name, bits in report.compressors.items():
         say(f"{name:15} {bits:.4f} bits per byte, all of the text in one stream")
+    say(f"cache           {as_text(report.cache, tokens_of_a_row())}")
     if report.speed is None:
         say("prefill, decode: not measured, the parameters do not fit one device")
         return
@@ -321,6 +331,7 @@ def as_json(report: Report) -> str:
         "compressors_bits_per_byte": report.compressors,
         "prefill_tokens_per_s": None if speed is None else speed.prefill,
         "decode_tokens_per_s": None if speed is None else speed.decode,
+        "cache_bytes": report.cache._asdict(),
     }
     return json.dumps(values)
 

@@ -150,15 +150,15 @@ def _through(
     info_of_block = info
     if lora_weights is not None:
         info_of_block = dataclasses.replace(info, lora_weights=lora_weights)
-    x, router_logits, depth, cache, statistics, weights = module(
+    x, router_logits, depth, cache, statistics, handed_on = module(
         x,
         info_of_block,
         cache,
         router_logits,
         depth,
     )
-    if weights is not None:
-        info = dataclasses.replace(info, weights=weights)
+    if handed_on:
+        info = dataclasses.replace(info, **handed_on)
     return (x, router_logits, depth), cache, statistics, info
 
 
@@ -290,11 +290,13 @@ class LanguageModel(nn.Module):
         new_caches = {}
         statistics = {}
 
-        def run_alone(carry: Carry, blocks: Iterable[BlockConfig]) -> Carry:
+        def run_alone(
+            carry: Carry,
+            info_of_run: TokenInfo,
+            blocks: Iterable[BlockConfig],
+        ) -> tuple[Carry, TokenInfo]:
             """Layers that are in no period, one after the other."""
             module = _rematerialized(c, Block)
-            # Attention weights are shared within such a run, as within a period.
-            info_of_run = info
             for block in blocks:
                 name = block.name
                 weights = None if lora_weights is None else lora_weights.get(name)
@@ -307,16 +309,19 @@ class LanguageModel(nn.Module):
                 )
                 # An axis of layers, as the blocks of the period have it; here there is one.
                 statistics[name] = jax.tree.map(lambda x: x[None], of_layer)
-            return carry
+            return carry, info_of_run
 
-        carry = run_alone(carry, c.prefix_blocks)
+        carry, of_prefix = run_alone(carry, info, c.prefix_blocks)
+        # Memory, keys and values are handed on from the prefix to all layers; attention weights are
+        # shared within such a run, as within a period.
+        info = dataclasses.replace(info, memory=of_prefix.memory, keys=of_prefix.keys)
         carry, (of_periods, statistics_of_periods) = periods_of(c, self.training)(
             carry,
             info,
             _of_period(c, lora_weights),
             _of_period(c, caches),
         )
-        carry = run_alone(carry, c.suffix_blocks)
+        carry, _ = run_alone(carry, info, c.suffix_blocks)
         statistics |= statistics_of_periods
         if caches is None:
             return carry, None, statistics

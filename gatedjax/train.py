@@ -119,7 +119,7 @@ def main(_) -> None:
     ):
         launch.start(workdir / "checkpoints")
         stop.outside_steps()
-        run = prepare(config)
+        run = given_teacher.with_teacher(prepare(config))
         say(describe(run))
         if unrolling.is_asked(run.config.model):
             say(str(unrolling.unrolling(run.config, run.mesh)))

@@ -256,6 +256,7 @@ def test_evaluation_and_generation_of_a_checkpoint(place, finished):
         "±",
         "gzip -9",
         "xz -9e",
+        "cache",
         "prefill",
         "decode",
     ):

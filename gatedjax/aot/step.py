@@ -106,11 +106,11 @@ def compile_step(config: Config, where: Slice, schedule: bool = False) -> Compil
         devices = slice_devices(where)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--aot: {error}") from None
-    run = prepare(config, devices)
+    run = given_teacher.with_teacher(prepare(config, devices))
     with jax.set_mesh(run.mesh):
         as_compiled = unrolling.by_the_rule(run.config, run.mesh)
         step = jit_train_step(as_compiled, run.tx, run.shardings)
-        traced = step.trace(run.abstract, abstract_batch(run), given_teacher.abstract(run))
+        traced = step.trace(run.abstract, abstract_batch(run), run.teacher)
         lowered = traced.lower(lowering_platforms=("tpu",))
         before = time.process_time()
         try:

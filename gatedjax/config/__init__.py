@@ -60,6 +60,7 @@ from gatedjax.config.run import (
     StreamConfig,
     TrainConfig,
 )
+from gatedjax.config.sources import GatedMemoryConfig
 from gatedjax.config.teacher import TeacherConfig
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "GatedAttentionConfig",
     "GatedLinearAttentionConfig",
     "GatedMLPConfig",
+    "GatedMemoryConfig",
     "GatedPositionalConfig",
     "GatedUnitConfig",
     "ImageConfig",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from gatedjax.config.attention_parts import DOUBLY_STOCHASTIC, check_parts
+from gatedjax.config.attention_parts import DOUBLY_STOCHASTIC, check_parts, check_shared_cache
 from gatedjax.config.checks import (
     Checked,
     Count,
@@ -184,6 +184,9 @@ class GatedAttentionConfig(Checked):
     # The weights of the attention layer before it that has its own: no queries, no keys, only
     # values; and a matrix of the input added to the output (UniAttn, arXiv 2502.00439).
     shares_weights: bool = False
+    # The keys and values of the attention layer before it that has its own: queries alone, and no
+    # cache (YOCO, arXiv 2405.05254; the cross-decoder of SambaY, 2507.06607).
+    shares_cache: bool = False
     # Learned keys and values that every token sees beside the others; their logits a become
     # a + alpha tanh(tau a), alpha and tau learned (NoRGa, arXiv 2405.14124). 0 for none
     prefix: SizeOrZero = 0
@@ -215,6 +218,8 @@ class GatedAttentionConfig(Checked):
         self._check_token_sinks()
         self._check_logits()
         self._check_shared_weights()
+        if self.shares_cache:
+            check_shared_cache(self)
 
     def _check_grid(self) -> None:
         is_extended = self.yarn_factor > 1 or self.llama3_factor > 1

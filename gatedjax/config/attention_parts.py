@@ -1,4 +1,6 @@
-"""What options of attention exclude each other: doubly stochastic weights, prefix, block gate."""
+"""What options of attention exclude each other: doubly stochastic weights, prefix, block gate, keys
+of another layer.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -48,6 +50,26 @@ def _check_block_gate(c: "GatedAttentionConfig") -> None:
     is_one = c.block_gate_top == 0 or c.block_gate_threshold == 0
     expected = "0 with block_gate_top"
     require(is_one, "block_gate_threshold", c.block_gate_threshold, expected)
+
+
+def check_shared_cache(c: "GatedAttentionConfig") -> None:
+    """InputError where a layer without keys and values has an option that is of them."""
+    of_keys = {
+        "gate_position": c.gate_position in ("key", "value"),
+        "query_scale": c.query_scale == "selective",
+        "causal": not c.causal,
+        "selective_rope": c.selective_rope != "none",
+        "similarity": c.similarity != "product",
+        "value_skip": c.value_skip,
+        "token_sinks": c.token_sinks,
+        "value_bank": c.value_bank > 0,
+        "shares_weights": c.shares_weights,
+        "prefix": c.prefix > 0,
+        "block_gate": c.block_gate > 0,
+    }
+    for name, is_set in of_keys.items():
+        expected = "another value with shares_cache: the keys and values are another layer's"
+        require(not is_set, name, getattr(c, name), expected)
 
 
 def _check_plain(c: "GatedAttentionConfig", name: str, value: int) -> None:

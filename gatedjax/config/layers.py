@@ -25,6 +25,7 @@ from gatedjax.config.mixing import (
 from gatedjax.config.mla import MLAConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
+from gatedjax.config.sources import GatedMemoryConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ MixerConfig = (
     | DeltaAttentionConfig
     | Mamba2Config
     | RWKV7Config
+    | GatedMemoryConfig
     | GatedUnitConfig
     | AssociativeMemoryConfig
     | SpatialGateConfig

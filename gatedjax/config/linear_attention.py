@@ -136,6 +136,11 @@ class GatedLinearAttentionConfig(Checked):
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
+    def memory(self) -> tuple[int, int]:
+        """Heads and channels of what is read from the state (`config/sources.py`)."""
+        return self.num_heads, self.value_dim
+
+    @property
     def features_per_head(self) -> int:
         """Channels of a head's features, of queries and keys."""
         return feature_dim(self.feature_map, self.key_dim, self.num_features)
@@ -204,6 +209,11 @@ class DeltaAttentionConfig(Checked):
             self.output_gate_rank,
             "none without an output gate",
         )
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Heads and channels of what is read from the state (`config/sources.py`)."""
+        return self.num_heads, self.value_dim
 
     @property
     def key_heads(self) -> int:

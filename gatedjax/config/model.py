@@ -31,6 +31,7 @@ from gatedjax.config.mixing import AssociativeMemoryConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
+from gatedjax.config.sources import GatedMemoryConfig, check_sources, takes_keys
 from gatedjax.errors import require
 
 Remat = Literal["none", "projections", "kernels", "full"]
@@ -315,6 +316,7 @@ class ModelConfig(Checked):
         require(len(banks) <= 1, "mixers", sorted(banks), expected)
         for blocks in (self.prefix_blocks, self.repeated_blocks, self.suffix_blocks):
             self._check_shared_weights(blocks)
+        check_sources(self.blocks, lambda b: f"mixers.{self._mixer_name(b.layers[0])}")
 
     def _check_shared_weights(self, blocks: tuple[BlockConfig, ...]) -> None:
         """A layer that shares weights comes after one, in the same period, that has its own."""
@@ -463,6 +465,16 @@ class ModelConfig(Checked):
     def shares_weights(self) -> bool:
         """Whether some attention layer has the weights of another one."""
         return any(mixer.shares_weights for mixer in self._used_attention().values())
+
+    @property
+    def shares_cache(self) -> bool:
+        """Whether some attention layer has the keys and values of another one."""
+        return any(takes_keys(block.mixer) for block in self.blocks)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether some layer gates what another one reads from its state."""
+        return any(isinstance(block.mixer, GatedMemoryConfig) for block in self.blocks)
 
     @property
     def first_rwkv7(self) -> int | None:

@@ -47,6 +47,11 @@ class Mamba2Config(Checked):
                 f"less than max_step_size = {self.max_step_size}",
             )
 
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Heads and channels of what is read from the state (`config/sources.py`)."""
+        return self.num_heads, self.head_dim
+
 
 @dataclass(frozen=True)
 class RWKV7Config(Checked):

@@ -79,19 +79,22 @@ def is_worth_unrolling(model: ModelConfig, params: PyTree) -> bool:
 @careful_jit
 def params_for_decoding(params: PyTree) -> PyTree:
     """The parameters with those of every layer by themselves, for `decode`."""
-    return {**params, _STACKED: _by_period(params[_STACKED])}
+    stacked = params[_STACKED]
+    num_periods = jax.tree.leaves(stacked)[0].shape[0]
+    return {**params, _STACKED: _by_period(stacked, num_periods)}
 
 
-@functools.partial(careful_jit, static_argnums=0)
-def _caches_by_layer(names: tuple[str, ...], caches: Caches) -> Caches:
-    return _changed_layers(caches, functools.partial(_split, names))
+@functools.partial(careful_jit, static_argnums=(0, 1))
+def _caches_by_layer(names: tuple[str, ...], num_periods: int, caches: Caches) -> Caches:
+    return _changed_layers(caches, functools.partial(_split, names, num_periods))
 
 
 def caches_for_decoding(params: PyTree, caches: Caches) -> Caches:
     """The caches as `decode` takes them with these parameters."""
     if not _is_by_layer(params):
         return caches
-    return _caches_by_layer(tuple(params[_STACKED][0]), caches)
+    periods = params[_STACKED]
+    return _caches_by_layer(tuple(periods[0]), len(periods), caches)
 
 
 @functools.partial(careful_jit, static_argnums=(0, 1))
@@ -173,12 +176,11 @@ def _forward(
 ) -> tuple[Float[Array, "B X"], Caches]:
     """The logits after each row's last token, and the caches with it."""
     caches = rows.caches
-    names: tuple[str, ...] = ()
+    periods = params[_STACKED]
     is_by_layer = _is_by_layer(params)
     if is_by_layer:
-        names = tuple(params[_STACKED][0])
         # What is stacked here, the layers take apart again: XLA does neither.
-        params = {**params, _STACKED: _stacked(params[_STACKED])}
+        params = {**params, _STACKED: _stacked(periods)}
         caches = _changed_layers(caches, _joined)
     with nn.logical_axis_rules(RULES):
         outputs: Any = LanguageModel(model).apply(
@@ -189,7 +191,8 @@ def _forward(
     hidden, caches, _ = outputs
     logits = to_logits(model, params)(hidden[:, -1], head_weights(params))
     if is_by_layer:
-        caches = _changed_layers(caches, functools.partial(_split, names))
+        split = functools.partial(_split, tuple(periods[0]), len(periods))
+        caches = _changed_layers(caches, split)
     return real_tokens(logits, vocab_size), caches
 
 
@@ -226,11 +229,15 @@ def _changed_layers(caches: Caches, change: Callable[[Any], Any]) -> Caches:
     return dataclasses.replace(caches, layers=change(caches.layers), first_pass=first_pass)
 
 
-def _split(names: tuple[str, ...], layers: Mapping[str, Any]) -> dict[str, Any]:
+def _split(
+    names: tuple[str, ...],
+    num_periods: int,
+    layers: Mapping[str, Any],
+) -> dict[str, Any]:
     """The caches of the blocks `names`, which are stacked, period by period; the others as is."""
     stacked = {name: layers[name] for name in names}
     others = {name: cache for name, cache in layers.items() if name not in names}
-    return {**others, _STACKED: _by_period(stacked)}
+    return {**others, _STACKED: _by_period(stacked, num_periods)}
 
 
 def _joined(layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,9 +246,8 @@ def _joined(layers: Mapping[str, Any]) -> dict[str, Any]:
     return {**others, **_stacked(layers[_STACKED])}
 
 
-def _by_period(tree: PyTree) -> list[PyTree]:
-    """Period by period, what is stacked over periods."""
-    num_periods = jax.tree.leaves(tree)[0].shape[0]
+def _by_period(tree: PyTree, num_periods: int) -> list[PyTree]:
+    """Period by period, what is stacked over periods; a period may hold no arrays."""
 
     def of_period(period: int) -> PyTree:
         return jax.tree.map(lambda x: x[period], tree)

@@ -48,6 +48,8 @@ def require_simple(config: ModelConfig) -> None:
         "routers with a gating residual": config.router_residual > 0,
         "layers that start by depth": config.starts_by_depth,
         "shared attention weights": config.shares_weights,
+        "keys and values of another layer": config.shares_cache,
+        "gated memory units": config.shares_memory,
         "a value bank": config.value_bank is not None,
         "a first pass": config.first_pass is not None,
         "a norm of its embeddings": config.embedding_norm,

@@ -13,6 +13,7 @@ from gatedjax.layers.channel_mix import RWKV7ChannelMix
 from gatedjax.layers.converted import RADRWKV, Lizard
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
+from gatedjax.layers.gated_memory import GatedMemory
 from gatedjax.layers.gated_unit import GatedUnit
 from gatedjax.layers.gpsa import GatedPositional
 from gatedjax.layers.kalmanet import KalmaNet
@@ -40,6 +41,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "delta_attention": DeltaAttention,
     "mamba2": Mamba2,
     "rwkv7": RWKV7,
+    "gated_memory": GatedMemory,
     "gated_unit": GatedUnit,
     "associative_memory": AssociativeMemory,
     "spatial_gate": SpatialGate,
@@ -73,6 +75,7 @@ __all__ = [
     "GatedAttention",
     "GatedLinearAttention",
     "GatedMLP",
+    "GatedMemory",
     "GatedPositional",
     "GatedUnit",
     "Grid",

@@ -31,9 +31,11 @@ from gatedjax.layers.kv_cache import (
     KVCache,
     append,
     append_values,
+    cached_of,
     capacity,
     distances_of_slots,
     empty_cache,
+    held_of,
     in_time_order,
     joined,
 )
@@ -90,7 +92,7 @@ class GatedAttention(Mixer):
 
         Args:
           x: the vectors of the tokens.
-          info: about them; `info.weights` for a layer that shares another one's.
+          info: about them; `info.weights` or `info.keys` for a layer that shares another one's.
           cache: of the tokens before.
         """
         c = self.config
@@ -158,12 +160,17 @@ class GatedAttention(Mixer):
             channels = {"query_and_headwise_gate": c.head_dim + 1}
         has_bias = c.bias != "none"
         q = self._project("query", x, {"heads": c.num_heads, **channels}, has_bias)
+        fused_logits = q[..., c.head_dim :] if c.fused_gate else None
+        q = q[..., : c.head_dim]
+        if c.shares_cache:
+            if info.keys is None or info.keys.v is None:
+                raise ValueError("info.keys: got None with shares_cache, expected another layer's")
+            return q, info.keys.k, info.keys.v, fused_logits
         # Key and value heads may be fewer: each serves a group of query heads.
         kv_axes = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
         k = self._project("key", x, kv_axes, has_bias)
         v = self._values(x, info)
-        fused_logits = q[..., c.head_dim :] if c.fused_gate else None
-        return q[..., : c.head_dim], k, v, fused_logits
+        return q, k, v, fused_logits
 
     def _values(self, x: Array, info: TokenInfo) -> Keys:
         """Values, with what the bank of the model adds to them, gated if the gate is there."""
@@ -200,7 +207,8 @@ class GatedAttention(Mixer):
         # The norm of queries and keys keeps the logits bounded, whatever their weights become.
         if c.qk_norm:
             q = self._normed("query_norm", q)
-            k = self._normed("key_norm", k)
+            if not c.shares_cache:
+                k = self._normed("key_norm", k)
         # Queries and keys are gated after their norm, which would cancel a head-wise gate, and
         # before rotation.
         q = self._gated("query", q, x)
@@ -212,7 +220,8 @@ class GatedAttention(Mixer):
             log_gate = gate(q, k)
         if c.selective_rope == "none":
             q = self._rotated(q, info)
-            k = self._rotated(k, info)
+            if not c.shares_cache:
+                k = self._rotated(k, info)
         return q, k, phase, log_gate
 
     def _compensation(self, x: Array) -> Float[Array, "B T M"]:
@@ -371,8 +380,11 @@ class GatedAttention(Mixer):
           weights are made from.
         """
         c = self.config
-        cache = joined(layer_cache, info.weights)
-        weights = SharedWeights(row.q, row.k)
+        if c.shares_cache:
+            cache = held_of(info.keys)
+        else:
+            cache = joined(layer_cache, info.weights)
+        weights = SharedWeights(row.q, row.k, v=row.v)
         sink_logits, slopes = self._head_parameters()
         if c.is_doubly_stochastic:
             if cache is not None:
@@ -419,9 +431,11 @@ class GatedAttention(Mixer):
 
         before = history_of(info)
         length = row.q.shape[1]
-        most = self.capacity(cache)
+        most = capacity(c, cache)
         require_room(most, length, info.segment_ids)
-        if c.shares_weights:
+        if c.shares_cache:
+            new_cache = cached_of(info.keys)
+        elif c.shares_weights:
             new_cache = append_values(
                 cache,
                 row.v,
@@ -437,7 +451,13 @@ class GatedAttention(Mixer):
                 before,
                 info.segment_ids,
             )
-        weights = dataclasses.replace(weights, held=cache.k, cached=new_cache.k)
+        weights = dataclasses.replace(
+            weights,
+            held=cache.k,
+            cached=new_cache.k,
+            held_values=cache.v,
+            cached_values=new_cache.v,
+        )
         if length == 1:
             # The cache may be a ring, whose slots are in any order: what is visible is said slot by
             # slot.
@@ -478,7 +498,9 @@ class GatedAttention(Mixer):
             o = self._attended(row, sink_logits, slopes, options)
             o = o[:, -length:]
         o = where_there_is_room(o, most, before, info.segment_ids)
-        # The keys are in the cache of the layer that has them.
+        # What is another layer's is in the cache of that one.
+        if c.shares_cache:
+            return o, layer_cache, weights
         new = ValueCache(new_cache.v) if c.shares_weights else new_cache
         return o, new, weights
 
@@ -556,6 +578,9 @@ class GatedAttention(Mixer):
     def init_cache(self, batch: int, length: int) -> KVCache | ValueCache:
         if not self.config.causal:
             self._refuse_cache()
+        if self.config.shares_cache:
+            # No arrays.
+            return ()  # pyrefly: ignore  (of another layer's cache)
         return empty_cache(
             self.config,
             batch,
@@ -565,7 +590,8 @@ class GatedAttention(Mixer):
 
     @nn.nowrap
     def capacity(self, cache: KVCache | ValueCache) -> int | None:
-        return capacity(self.config, cache)
+        # The layer whose cache it is says how much room there is.
+        return None if self.config.shares_cache else capacity(self.config, cache)
 
     @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
@@ -596,6 +622,8 @@ class GatedAttention(Mixer):
         if c.value_bank:
             per_head += c.kv_heads * (c.value_bank + 1)
         columns = 2 * q_channels + 2 * kv_channels + gate_channels + per_head
+        if c.shares_cache:
+            columns -= 2 * kv_channels
         if c.shares_weights:
             # No queries, no keys; the compensation.
             columns += width - q_channels - kv_channels

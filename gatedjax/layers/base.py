@@ -33,10 +33,13 @@ class Mixer(nn.Module):
         not say so; whole prompts and single tokens are left.
       shares_values: the layers of this kind see the values of the first of them; the model calls
         `with_values`.
+      gives_memory: what it reads from its state may be other layers' too; a model with such layers
+        calls `with_memory`.
     """
 
     takes_pieces: ClassVar[bool] = False
     shares_values: ClassVar[bool] = False
+    gives_memory: ClassVar[bool] = False
 
     config: Any
     norm_eps: float = 1e-6
@@ -78,6 +81,20 @@ class Mixer(nn.Module):
         Args:
           x: the vectors of the tokens.
           info: about them; `info.depth` holds the values of the first layer.
+          cache: of the tokens before.
+        """
+        raise NotImplementedError
+
+    def with_memory(
+        self, x: Float[Array, "B T M"], info: TokenInfo, cache: Any
+    ) -> tuple[Array, Any, Float[Array, "B T H V"]]:
+        """(y, cache, memory): as `with_cache`, for a mixer with `gives_memory`.
+
+        The memory is what it has read from its state, before its own norm and gate.
+
+        Args:
+          x: the vectors of the tokens.
+          info: about them.
           cache: of the tokens before.
         """
         raise NotImplementedError

@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import BlockConfig, ModelConfig
+from gatedjax.config.sources import has_own_keys
 from gatedjax.layers import (
     FEED_FORWARDS,
     MIXERS,
@@ -24,7 +25,6 @@ from gatedjax.layers import (
 from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.norm import LayerNorm, RMSNorm
-from gatedjax.layers.shared_weights import SharedWeights
 
 # The residual stream, with the logical names of its axes.
 Stream = Float[Array, "B T M"]
@@ -57,11 +57,11 @@ class Block(nn.Module):
         cache: Any,
         router_logits: Float[Array, "B T E"] | None,
         depth: Depth | None,
-    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array], SharedWeights | None]:
-        """(x, router logits, depth of the next block, cache, statistics, attention weights).
+    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array], dict[str, Any]]:
+        """(x, router logits, depth of the next block, cache, statistics, what is handed on).
 
-        Router logits only where some router has a gating residual, the depth where layers ask,
-        weights where layers share them.
+        Router logits only where some router has a gating residual, the depth where layers ask.
+        Handed on are fields of the next block's `info`, which later layers of the model ask for.
         """
         info = dataclasses.replace(info, depth=depth)
         mixer, feed_forward = block_layers(
@@ -70,7 +70,7 @@ class Block(nn.Module):
             names=("mixer", "ffn"),
             training=self.training,
         )
-        weights = info.weights
+        handed_on: dict[str, Any] = {}
         ffn_cache = None
         if isinstance(cache, BlockCache):
             ffn_cache = cache.feed_forward
@@ -78,8 +78,14 @@ class Block(nn.Module):
         if not isinstance(mixer, NoMixer):
             before = self._before("mixer", x)
             record(self, "mixer_input", before)
-            if self.config.shares_weights and isinstance(mixer, GatedAttention):
+            if isinstance(mixer, GatedAttention) and hands_on_attention(self.config):
                 y, cache, weights = mixer.with_weights(before, info, cache)
+                if self.config.shares_weights:
+                    handed_on["weights"] = weights
+                if self.config.shares_cache and has_own_keys(self.block.mixer):
+                    handed_on["keys"] = weights
+            elif mixer.gives_memory and self.config.shares_memory:
+                y, cache, handed_on["memory"] = mixer.with_memory(before, info, cache)
             else:
                 y, cache, depth = _mixed(mixer, before, info, cache, depth)
             record(self, "mixer_output", y)
@@ -105,7 +111,7 @@ class Block(nn.Module):
         record(self, "residual", x)
         if depth is not None:
             depth = dataclasses.replace(depth, index=depth.index + 1)
-        return x, router_logits, depth, cache, statistics, weights
+        return x, router_logits, depth, cache, statistics, handed_on
 
     def _sum(self, x: Stream, y: Stream) -> Stream:
         """The residual stream x and what is added to it."""
@@ -126,6 +132,11 @@ class Block(nn.Module):
         if self.block.norm == "pre":
             return y
         return stream_norm(self.config, f"{name}_post_norm")(y)
+
+
+def hands_on_attention(config: ModelConfig) -> bool:
+    """Whether attention layers take something from each other."""
+    return config.shares_weights or config.shares_cache
 
 
 def stream_norm(config: ModelConfig, name: str) -> nn.Module:

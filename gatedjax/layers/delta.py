@@ -65,16 +65,26 @@ class DeltaAttention(Mixer):
     """Short convolution, unit keys, the delta rule, per-head norm, output gate."""
 
     takes_pieces: ClassVar[bool] = True
+    gives_memory: ClassVar[bool] = True
 
     config: DeltaAttentionConfig
 
-    @nn.compact
     def with_cache(
         self,
         x: Float[Array, "B T M"],
         info: TokenInfo,
         cache: DeltaCache | None = None,
     ) -> tuple[Float[Array, "B T M"], DeltaCache | None]:
+        y, cache, _ = self.with_memory(x, info, cache)
+        return y, cache
+
+    @nn.compact
+    def with_memory(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        cache: DeltaCache | None = None,
+    ) -> tuple[Float[Array, "B T M"], DeltaCache | None, Float[Array, "B T H V"]]:
         c = self.config
         keys = {"kv_heads": c.key_heads, "head_dim": c.key_dim}
         values = {"heads": c.num_heads, "head_dim": c.value_dim}
@@ -96,17 +106,17 @@ class DeltaAttention(Mixer):
         if log_decay is not None:
             record(self, "log_decay", log_decay)
         weights = self._weights(x, k)
-        o, state = self._scan(q, k, v, log_decay, weights, info, cache)
+        memory, state = self._scan(q, k, v, log_decay, weights, info, cache)
         # Normed head by head: how large a state grows depends on its keys and decays.
         eps = self.norm_eps if c.norm_eps is None else c.norm_eps
-        o = RMSNorm(eps, axis_name="head_dim", name="norm")(o)
+        o = RMSNorm(eps, axis_name="head_dim", name="norm")(memory)
         if c.output_gate != "none":
             o = self._gated(o, x)
         width = {"embed": x.shape[-1]}
         y = Projection(values, width, self.init_std, self.dtype, name="out")(o)
         if state is None or tail is None:
-            return y, None
-        return y, DeltaCache(state, tail)
+            return y, None, memory
+        return y, DeltaCache(state, tail), memory
 
     def _project_low(
         self,

@@ -129,6 +129,19 @@ def joined(
     return KVCache(weights.held, cache.v)
 
 
+def held_of(keys: SharedWeights | None) -> KVCache | None:
+    """The other layer's cache before these tokens; None without caches."""
+    if keys is None or keys.held is None or keys.held_values is None:
+        return None
+    return KVCache(keys.held, keys.held_values)
+
+
+def cached_of(keys: SharedWeights | None) -> KVCache:
+    """The other layer's cache with these tokens."""
+    assert keys is not None and keys.cached is not None and keys.cached_values is not None
+    return KVCache(keys.cached, keys.cached_values)
+
+
 def append_to_slots(
     old: Float[Array, "B S ..."],
     new: Float[Array, "B T ..."],

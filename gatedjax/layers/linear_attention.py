@@ -98,16 +98,26 @@ class GatedLinearAttention(Mixer):
     """
 
     takes_pieces: ClassVar[bool] = True
+    gives_memory: ClassVar[bool] = True
 
     config: GatedLinearAttentionConfig
 
-    @nn.compact
     def with_cache(
         self,
         x: Float[Array, "B T M"],
         info: TokenInfo,
         cache: ScanCache | None = None,
     ) -> tuple[Float[Array, "B T M"], ScanCache | None]:
+        y, cache, _ = self.with_memory(x, info, cache)
+        return y, cache
+
+    @nn.compact
+    def with_memory(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        cache: ScanCache | None = None,
+    ) -> tuple[Float[Array, "B T M"], ScanCache | None, Float[Array, "B T H V"]]:
         c = self.config
         q = self._project("query", x, {"heads": c.num_heads, "head_dim": c.key_dim})
         keys_and_decay = None
@@ -140,7 +150,7 @@ class GatedLinearAttention(Mixer):
         q, k, phase = self._rotated(q, k, x, info, phase)
         if log_decay is not None:
             record(self, "log_decay", log_decay)
-        o, state = scan_or_step(
+        memory, state = scan_or_step(
             q,
             k,
             v,
@@ -156,7 +166,7 @@ class GatedLinearAttention(Mixer):
             norm = HeadsNorm(eps, zero_centered=False, name="norm")
         else:
             norm = RMSNorm(eps, axis_name="head_dim", name="norm")
-        o = norm(o)
+        o = norm(memory)
         if c.output_gate != "none":
             o = self._gated(o, x)
         heads = {"heads": c.num_heads, "head_dim": c.value_dim}
@@ -169,8 +179,8 @@ class GatedLinearAttention(Mixer):
             name="out",
         )(o)
         if state is None or tail is None:
-            return y, None
-        return y, ScanCache(state, tail, phase)
+            return y, None, memory
+        return y, ScanCache(state, tail, phase), memory
 
     def _keys_and_decay(self, x: Array, info: TokenInfo) -> tuple[Array, Array]:
         """Keys and the log decay, both of one forget gate."""

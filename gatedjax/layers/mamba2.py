@@ -75,16 +75,26 @@ class Mamba2(Mixer):
     """Short convolution, decay and step size of one head, skip, gate, grouped norm."""
 
     takes_pieces: ClassVar[bool] = True
+    gives_memory: ClassVar[bool] = True
 
     config: Mamba2Config
 
-    @nn.compact
     def with_cache(
         self,
         x: Float[Array, "B T M"],
         info: TokenInfo,
         cache: Mamba2Cache | None = None,
     ) -> tuple[Float[Array, "B T M"], Mamba2Cache | None]:
+        y, cache, _ = self.with_memory(x, info, cache)
+        return y, cache
+
+    @nn.compact
+    def with_memory(
+        self,
+        x: Float[Array, "B T M"],
+        info: TokenInfo,
+        cache: Mamba2Cache | None = None,
+    ) -> tuple[Float[Array, "B T M"], Mamba2Cache | None, Float[Array, "B T H V"]]:
         c = self.config
         values = {"heads": c.num_heads, "head_dim": c.head_dim}
         groups = {"groups": c.num_groups, "head_dim": c.state_dim}
@@ -128,12 +138,13 @@ class Mamba2(Mixer):
         )
         # What a token gets of itself past the state: D x.
         o = o.astype(jnp.float32) + skip[:, None] * v.astype(jnp.float32)
-        o = self._gated_and_normed(o.astype(v.dtype), z)
+        memory = o.astype(v.dtype)
+        o = self._gated_and_normed(memory, z)
         width = {"embed": x.shape[-1]}
         y = Projection(values, width, self.init_std, self.dtype, name="out")(o)
         if state is None:
-            return y, None
-        return y, Mamba2Cache(state, tail)
+            return y, None, memory
+        return y, Mamba2Cache(state, tail), memory
 
     def _decay(self, x: Array) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
         """(dt, A dt), float32: the step size and the log decay of every head."""

@@ -71,6 +71,8 @@ class TokenInfo:
       depth: where the layer stands in the model; None where no layer asks for it.
       bank_values: what the model's value bank holds for the tokens; None where it has none.
       weights: of the attention layer whose weights others share; None where none does.
+      keys: of the attention layer whose keys and values others share; None where none does.
+      memory: what the last scan has read from its state; None where no layer asks for it.
       grid: of the patches, where every row is an image; None for text. A static value.
     """
 
@@ -82,6 +84,8 @@ class TokenInfo:
     depth: Depth | None = None
     bank_values: Float[Array, "B T S Hk D"] | None = None
     weights: SharedWeights | None = None
+    keys: SharedWeights | None = None
+    memory: Float[Array, "B T H V"] | None = None
     grid: Grid | None = struct.field(pytree_node=False, default=None)
 
 

@@ -69,6 +69,7 @@ ADDED_LATER_TO_LAYERS = {
         "gate_fine_tuning",
         "value_bank",
         "shares_weights",
+        "shares_cache",
         "selective_rope",
         "selective_rank",
         "selective_conv",

@@ -1,6 +1,6 @@
 """Analytic FLOPs of the model. XLA's own count sees a scan's body only once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gatedjax.config import ModelConfig, SparseMoEConfig
@@ -49,6 +49,37 @@ def _logits_flops(config: ModelConfig) -> float:
         # Of an image one vector is classified.
         return of_vector / config.patches.num_tokens
     return of_vector
+
+
+def teacher_flops_per_token(
+    model: ModelConfig,
+    teacher: ModelConfig,
+    seq_len: int,
+    *,
+    with_logits: bool,
+    layers: Iterable[int],
+) -> float:
+    """FLOPs that a teacher adds to a train step: its forward pass, and no backward pass of it.
+
+    Where activations are compared, the model's mixers get the teacher's inputs: once more forward
+    and backward.
+
+    Args:
+      model: that learns from it.
+      teacher: its configuration.
+      seq_len: of the rows.
+      with_logits: whether predictions are compared.
+      layers: whose activations are compared.
+    """
+    total = forward_flops_per_token(teacher, seq_len)
+    if not with_logits:
+        total -= _logits_flops(teacher)
+    compared = set(layers)
+    for block in model.blocks:
+        mixer, _ = block_layers(model, block)
+        again = len(compared.intersection(block.layers))
+        total += 3.0 * again * mixer.forward_flops_per_token(model.width, seq_len)
+    return total
 
 
 def low_rank_flops_per_token(params: Mapping[str, Any]) -> float:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from gatedjax.config import (
     Config,
     GatedAttentionConfig,
+    GatedMemoryConfig,
     MixerConfig,
     ModelConfig,
     OptimConfig,
@@ -59,13 +60,13 @@ def load(
     return Teacher(unflatten_dict(by_path), of_teacher.config.model)
 
 
-def abstract(run: Run) -> Teacher | None:
-    """The teacher's shapes and shardings. None where the configuration names none."""
+def with_teacher(run: Run) -> Run:
+    """The run with the shapes and shardings of the teacher that its configuration names, if any."""
     of_teacher = _run_of_teacher(run)
     if of_teacher is None:
-        return None
+        return run
     shapes = given_weights.parameters(of_teacher)
-    return Teacher(unflatten_dict(shapes), of_teacher.config.model)
+    return run._replace(teacher=Teacher(unflatten_dict(shapes), of_teacher.config.model))
 
 
 def _run_of_teacher(run: Run) -> Run | None:
@@ -157,7 +158,9 @@ def _not_alone(mixer: MixerConfig) -> str | None:
     """Why the mixer cannot be computed without the layers before it, or None."""
     if mixer.kind in _SHARE_VALUES:
         return f"values of another layer ({mixer.kind})"
-    for name in ("shares_weights", "value_bank"):
+    if isinstance(mixer, GatedMemoryConfig):
+        return "memory of another layer"
+    for name in ("shares_weights", "shares_cache", "value_bank"):
         if getattr(mixer, name, False):
             return name
     if getattr(mixer, "decay_floor", "none") != "none":

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 
 from gatedjax.errors import InputError
 from gatedjax.sharding import parts
@@ -20,8 +21,9 @@ _CGROUP_LIMITS = (
 def require_memory(run: Run) -> None:
     """Refuses what could not fit, whatever the compiler did.
 
-    Two bounds from below: parameters, optimizer state and averages, which are there all the time;
-    and with them the last hidden states of one micro-batch, which every step holds.
+    Two bounds from below: parameters, optimizer state, averages and a teacher's parameters, which
+    are there all the time; and with them the last hidden states of one micro-batch, which every
+    step holds.
 
     Raises:
       InputError: naming the key, what is needed and what there is.
@@ -32,10 +34,14 @@ def require_memory(run: Run) -> None:
         return
     # Simulated devices share the memory of the host.
     sharing = jax.local_device_count() if device.platform == "cpu" else 1
-    state = sharing * sum(bytes_on_a_device(x) for x in jax.tree.leaves(run.abstract))
+    own = sharing * _total(run.abstract)
+    of_teacher = 0 if run.teacher is None else sharing * _total(run.teacher.params)
+    state = own + of_teacher
     there_is = f"at most the {size(available)} of this machine's {device.device_kind}"
     if state > available:
-        got = f"got parameters and optimizer state of {size(state)}"
+        got = f"got parameters and optimizer state of {size(own)}"
+        if of_teacher:
+            got += f" and a teacher's parameters of {size(of_teacher)}"
         raise InputError(f"config.model: {got}, expected {there_is}")
     hidden = sharing * _hiddenbytes_on_a_device(run)
     if state + hidden > available:
@@ -44,6 +50,11 @@ def require_memory(run: Run) -> None:
             f"config.train.batch_size: {got}, expected {there_is}; "
             "accumulation_steps cuts the batch into smaller pieces"
         )
+
+
+def _total(tree: PyTree) -> int:
+    """Bytes of abstract arrays on one device."""
+    return sum(bytes_on_a_device(x) for x in jax.tree.leaves(tree))
 
 
 def device_memory(device: jax.Device) -> int | None:

@@ -22,11 +22,13 @@ from gatedjax.training import trainable
 from gatedjax.training.flops import (
     frozen_flops_per_token,
     low_rank_flops_per_token,
+    teacher_flops_per_token,
     train_flops_per_token,
 )
 from gatedjax.training.optim import make_optimizer
 from gatedjax.training.optim_growth import growing
 from gatedjax.training.step import TrainState, init_params, init_state, param_axes
+from gatedjax.training.teacher import Teacher, compared_layers
 
 # A vocabulary that the tensor axis divides; the entries past the tokenizer's are never targets.
 VOCAB_MULTIPLE = 32
@@ -37,12 +39,14 @@ class Run(NamedTuple):
 
     tx: the optimizer.
     abstract: the state's shapes, dtypes and shardings.
+    teacher: that it learns from, as shapes; None for none (`given_teacher.with_teacher`).
     """
 
     config: Config
     mesh: Mesh
     tx: optax.GradientTransformation
     abstract: TrainState
+    teacher: Teacher | None = None
 
     @property
     def shardings(self) -> PyTree:
@@ -145,16 +149,33 @@ def _state_shardings(mesh: Mesh, boxed_params: PyTree, shapes: TrainState) -> Tr
 
 
 def flops_per_token(run: Run) -> float:
-    """FLOPs of a train step per token, of this run's parameters (`flops.py`)."""
+    """FLOPs of a train step per token, of this run's parameters and its teacher's (`flops.py`)."""
     config = run.config
     _, frozen = trainable.split(config, run.abstract.params)
     whole = train_flops_per_token(config.model, config.data.seq_len)
     updates = 3.0 * low_rank_flops_per_token(run.abstract.params)
-    return whole + updates - frozen_flops_per_token(config.model, frozen)
+    of_model = whole + updates - frozen_flops_per_token(config.model, frozen)
+    return of_model + flops_of_teacher(run)
+
+
+def flops_of_teacher(run: Run) -> float:
+    """Those of a train step per token that a teacher adds; 0 without one."""
+    if run.teacher is None:
+        return 0.0
+    model = run.config.model
+    settings = run.config.train.teacher
+    layers = compared_layers(model, run.teacher.model) if settings.mse else []
+    return teacher_flops_per_token(
+        model,
+        run.teacher.model,
+        run.config.data.seq_len,
+        with_logits=settings.kl > 0,
+        layers=layers,
+    )
 
 
 def describe(run: Run) -> str:
-    """A line: devices, mesh, parameters, FLOPs; and another where a mesh of TPUs is unwise."""
+    """A line: devices, mesh, parameters, FLOPs; one of a teacher, one of a mesh that is unwise."""
     trained, frozen = trainable.split(run.config, run.abstract.params)
     size = _size(trained)
     what = f"{size / 1e6:.2f}M parameters"
@@ -167,6 +188,15 @@ def describe(run: Run) -> str:
         f"{what}, {flops_per_token(run) / 1e6:.1f} MFLOP per token of training",
     ]
     lines = ["; ".join(parts)]
+    if run.teacher is not None:
+        count = f"{_size(run.teacher.params) / 1e6:.2f}M parameters"
+        passes = "its forward pass"
+        if run.config.train.teacher.mse:
+            passes += " and the layers that are compared with it"
+        lines.append(
+            f"teacher: {count} without gradients or optimizer state; "
+            f"{flops_of_teacher(run) / 1e6:.1f} of these MFLOP are {passes}"
+        )
     warning = sharding.narrow_shards(run.config.model.width, run.mesh.shape)
     if warning is not None and run.mesh.devices.flat[0].platform == "tpu":
         lines.append(f"warning: {warning}")

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import check_gradients
 
 from gatedjax.evidence import (
     dynamics,
     in_context,
     kernel_dynamics,
     opposing,
+    outliers,
     superiority,
 )
 from gatedjax.evidence import support_vectors as svm
@@ -282,3 +284,73 @@ def test_sharpness_is_the_largest_eigenvalue():
     hessian = jax.hessian(lambda p: jnp.mean(opposing.losses(unravel(p), examples)))(flat)
     largest = np.linalg.eigvalsh(np.asarray(hessian)).max()
     assert float(opposing.sharpness(params, examples)) == pytest.approx(largest, rel=1e-3)
+
+
+# In-context learning with outliers.
+
+
+def test_a_mamba_head_is_its_sum_over_examples_and_a_scan():
+    """Values and gradients; the head is `linear_scan` of gated keys."""
+    r = rng()
+    shapes = {"key": (3, 5), "query": (3, 5), "gate": (5,), "tokens": (2, 6, 5), "asked": (2, 5)}
+    given = {name: r.normal(size=shape) for name, shape in shapes.items()}
+
+    def formula(given):
+        total = 0.0
+        for tokens, asked in zip(given["tokens"], given["asked"]):
+            s = 1 / (1 + np.exp(-np.vstack([tokens, asked]) @ given["gate"]))
+            answer = 0.0
+            for i, token in enumerate(tokens):
+                weight = s[i] * np.prod(1 - s[i + 1 :])
+                product = (given["key"] @ token) @ (given["query"] @ asked)
+                answer += weight * product * token[-1]
+            total += np.sin(answer)
+        return total
+
+    def predicted(given):
+        layer = outliers.Layer(given["key"], given["query"], given["gate"])
+        unused = jnp.zeros(2)
+        prompts = outliers.Prompts(given["tokens"], given["asked"], unused, unused)
+        return outliers.predict(layer, prompts)
+
+    with jax.enable_x64(True):
+        loss = lambda given: jnp.sum(jnp.sin(predicted(given)))
+        value, gradient = jax.value_and_grad(loss)(given)
+        assert value == pytest.approx(formula(given), rel=1e-9)
+        check_gradients(formula, given, gradient)
+    whole = np.concatenate([given["tokens"], given["asked"][:, None]], axis=1)
+    gate = 1 / (1 + np.exp(-whole @ given["gate"]))
+    gate[:, -1] = 1 / (1 + np.exp(-given["asked"] @ given["gate"]))
+    of_head = lambda x: jnp.asarray(x[:, :, None], jnp.float32)
+    o = ops.linear_scan(
+        of_head(whole @ given["query"].T),
+        of_head(gate[..., None] * (whole @ given["key"].T)),
+        # The query has no label.
+        of_head(whole[..., -1:] * (np.arange(7) < 6)[:, None]),
+        of_head(np.log1p(-gate)),
+        scale=1.0,
+        implementation="reference",
+    )
+    np.testing.assert_allclose(o[:, -1, 0, 0], predicted(given), rtol=1e-4)
+
+
+def test_prompts_with_outliers():
+    """Labels are right but for outliers, whose are wrong in a test; no task is in both halves."""
+    known, new = (outliers.tasks_of(8, is_known) for is_known in (True, False))
+    assert not {*map(tuple, known)} & {*map(tuple, new)} and len(known) + len(new) == 8 * 7
+    for tasks in (known, new):
+        assert len(np.unique(np.bincount(tasks[:, 0]))) == 1
+        assert len(np.unique(np.bincount(tasks[:, 1]))) == 1
+    patterns = outliers.patterns_of(8, 4, 3, 20)
+    prompts = outliers.OutliersInContext("mamba", 0.4).prompts(
+        jax.random.key(0), 64, 0.4, is_test=True
+    )
+    assert prompts.tokens.shape == (64, 20, 21) and np.all(prompts.query[:, -1] == 0)
+    assert np.mean(prompts.is_outlier) == pytest.approx(0.4, abs=0.05)
+    found = np.argmax(prompts.tokens[..., :-1] @ patterns.relevant.T, axis=-1)
+    asked = np.argmax(prompts.query[:, :-1] @ patterns.relevant.T, axis=-1)
+    expected = np.where(found == asked[:, None], 1, -1) * prompts.answer[:, None]
+    flipped = np.where(prompts.is_outlier, -1, 1)
+    np.testing.assert_array_equal(prompts.tokens[..., -1], expected * flipped)
+    seen = prompts.tokens[..., :-1] @ patterns.outliers.T
+    np.testing.assert_allclose(np.sum(seen, axis=-1), 2.0 * prompts.is_outlier, atol=1e-5)

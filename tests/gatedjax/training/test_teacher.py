@@ -19,12 +19,14 @@ from gatedjax.config import (
     TeacherConfig,
 )
 from gatedjax.errors import InputError
+from gatedjax.layers.block import block_layers
 from gatedjax.layers.tree import flatten_dict
 from gatedjax.sharding import global_batch
-from gatedjax.training import given_teacher
+from gatedjax.training import given_teacher, memory
 from gatedjax.training.conversion import parsed_stage
 from gatedjax.training.digests import named_leaves
-from gatedjax.training.run import fresh_state, prepare
+from gatedjax.training.flops import forward_flops_per_token
+from gatedjax.training.run import describe, flops_per_token, fresh_state, prepare
 from gatedjax.training.step import batch_losses, jit_train_step
 from gatedjax.training.teacher import Teacher, compared_layers, divergence
 
@@ -217,6 +219,36 @@ def test_the_same_model_is_at_distance_zero():
         _, metrics = step(state, batch, teacher)
     assert abs(float(metrics["teacher_kl"])) < 1e-5
     assert float(metrics["teacher_mse"]) < 1e-10
+
+
+def test_flops_and_memory_count_a_teacher(monkeypatch):
+    """Its forward pass, logits only for predictions; layers that are compared three times more."""
+    of_teacher = prepare(plain(model__num_layers=2), jax.devices()[:1])
+    forward = forward_flops_per_token(of_teacher.config.model, 32)
+    head = 2 * of_teacher.config.model.width * of_teacher.config.model.vocab_size
+
+    def told(**settings):
+        config = replace(config_with(**settings), model=of_teacher.config.model)
+        run = prepare(config, jax.devices()[:1])
+        assert config.data.seq_len == 32
+        return run, run._replace(teacher=Teacher(of_teacher.abstract.params, run.config.model))
+
+    alone, run = told(kl=1.0)
+    assert flops_per_token(run) == flops_per_token(alone) + forward
+    first, second = describe(run).split("\n")
+    assert f"{(4 * forward) / 1e6:.1f} MFLOP per token" in first
+    assert second.startswith("teacher: 0.0") and f"{forward / 1e6:.1f} of these MFLOP" in second
+    alone, run = told(mse=1.0)
+    mixer, _ = block_layers(run.config.model, run.config.model.blocks[0])
+    again = 3 * 2 * mixer.forward_flops_per_token(32, 32)
+    assert flops_per_token(run) == flops_per_token(alone) + forward - head + again
+
+    bytes_of = lambda tree: sum(memory.bytes_on_a_device(x) for x in jax.tree.leaves(tree))
+    state = bytes_of(run.abstract)
+    monkeypatch.setattr(memory.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(memory, "device_memory", lambda device: state + 1000)
+    with pytest.raises(InputError, match=r"parameters and optimizer state of .* GiB and a teach"):
+        memory.require_memory(run)
 
 
 def test_a_step_asks_for_its_teacher():
