@@ -74,6 +74,7 @@ CASES = {
     "gated_unrolled": Case("gated_attention", GATED, scan_layers=False),
     "wide_heads": Case("gated_attention", WIDE_HEADS),
     "experts": Case("gated_attention", GATED, "sparse_moe", EXPERTS),
+    "experts_unrolled": Case("gated_attention", GATED, "sparse_moe", EXPERTS, scan_layers=False),
     "gla_unrolled": Case("gated_linear_attention", LINEAR, scan_layers=False),
     "delta_unrolled": Case("delta_attention", DELTA, scan_layers=False),
 }

@@ -84,6 +84,9 @@ def make_tables(
     """
 
     def bounds(segment_ids: Array, block: int) -> tuple[Array, Array]:
+        # They are a running count, which libtpu keeps as [B, T // 128, 128]. A reshape of that to
+        # blocks it does not compile in every loop over micro-batches.
+        segment_ids = jax.lax.optimization_barrier(segment_ids)
         padded_length = round_up(segment_ids.shape[2], block)
         ids = padded(segment_ids, 2, padded_length, mode="edge")
         # [B, blocks, block]

@@ -133,7 +133,7 @@ def _forward_saving(options: Options, inputs: ExpertMlpInputs) -> tuple[Array, R
         RowsOptions("expert_mlp_pre_activations", options.interpret, (dtype, dtype), both),
         RowsInputs([inputs.rows], [inputs.gate, inputs.up], inputs.group_sizes),
     )
-    a, b = [checkpoint_name(x, PRE_ACTIVATIONS_NAME) for x in pre_activations]
+    a, b = pre_activations
     # Their weighted product is made tile by tile in VMEM, as the operand of this matmul.
     (y,), _ = grouped.rows_times_groups(
         RowsOptions(
@@ -198,7 +198,12 @@ def _backward(
 
 
 def _forward_once(options: Options, inputs: ExpertMlpInputs):
-    return once("expert_mlp", partial(_forward_saving, options), inputs)
+    y, residuals = once("expert_mlp", partial(_forward_saving, options), inputs)
+    # Named out here: a policy of `jax.checkpoint` does not look into what `once` runs.
+    return y, residuals._replace(
+        a=checkpoint_name(residuals.a, PRE_ACTIVATIONS_NAME),
+        b=checkpoint_name(residuals.b, PRE_ACTIVATIONS_NAME),
+    )
 
 
 def _backward_once(options: Options, residuals: Residuals, dy: Array):

@@ -16,7 +16,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.expert_mlp.gate import ACTIVATIONS, gated_product, gated_product_cotangents
 from kernels_pallas.expert_mlp.tpu import op as tpu
 from kernels_pallas.grouped_matmul.tpu import tuning as tpu_tuning
-from kernels_pallas.ops import expert_mlp
+from kernels_pallas.ops import RESIDUAL_NAMES, expert_mlp
 
 R, M, F, G = 60, 12, 20, 4
 NAMES = ("rows", "gate", "up", "down")
@@ -122,6 +122,19 @@ def test_tpu_without_a_derivative():
     y = run(*(arrays[name] for name in NAMES), jnp.asarray(SIZES), arrays["weights"])
     assert rel_rms(y, truth(arrays, SIZES)["y"]) < 2e-6
     assert dispatch.last_choice("expert_mlp").implementation == "tpu"
+
+
+def test_a_policy_keeps_what_the_kernels_save():
+    arrays = draw(jnp.float32)
+
+    def loss(arrays):
+        matrices = [arrays[name] for name in NAMES]
+        sizes = jnp.asarray(SIZES, jnp.int32)
+        return expert_mlp(*matrices, sizes, implementation="tpu", interpret=True).sum()
+
+    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
+    step = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(arrays)
+    assert str(step).count("jaxpr=expert_mlp_pre_activations") == 1
 
 
 @pytest.mark.parametrize("rows, sizes", [(R, SIZES), (200, [70, 0, 65, 40])])
