@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
+from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.layers.moe.statistics import loads
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.stochastic_gate import annealed_temperature
@@ -113,6 +114,9 @@ def updated(
         place = (*block.path, "ffn", NAME)
         old = {path[-1]: array for path, array in flat.items() if path[:-1] == place}
         ffn = block.feed_forward
+        if old and isinstance(ffn, VersatileMLPConfig):
+            lower = temperature(ffn, step)
+            new |= {(*place, name): jnp.full_like(array, lower) for name, array in old.items()}
         if not old or not isinstance(ffn, SparseMoEConfig):
             continue
         # Counts are stacked over the block's layers; state is so in the blocks of the period.
@@ -169,7 +173,9 @@ def updated_layer(
     }
 
 
-def temperature(config: RouterConfig, step: Int[Array, ""]) -> Float[Array, ""]:
+def temperature(
+    config: RouterConfig | VersatileMLPConfig, step: Int[Array, ""]
+) -> Float[Array, ""]:
     """The temperature of a step: the same factor every step, until `anneal_steps`."""
     return annealed_temperature(
         step,
