@@ -273,8 +273,9 @@ def _table(
     plain = EarlyExit(model, params, rows[0].exits, ())
     whole = plain.generate(ids, _TOKENS.value, np.zeros(0))
     with_text = []
+    by_gate = _DECIDE.value == "gates"
     for row in rows:
-        decoder = EarlyExit(model, params, row.exits, layers, _DECIDE.value, row.depth)
+        decoder = EarlyExit(model, params, row.exits, layers, by_gate, row.depth)
         generated = decoder.generate(ids, _TOKENS.value, row.thresholds)
         with_text.append(row._replace(generated=generated))
     last = with_text[-1].generated
@@ -327,9 +328,9 @@ def _write(folder: Any, table: Table) -> None:
     say(text)
 
 
-def _arrays(table: Table) -> dict[str, np.ndarray]:
+def _arrays(table: Table) -> dict[str, Any]:
     """The parameters and thresholds of each row."""
-    arrays = {"layers": np.asarray(table.layers)}
+    arrays: dict[str, Any] = {"layers": np.asarray(table.layers)}
     for row in table.rows:
         for key in ("scale", "gate_weights", "gate_bias"):
             arrays[f"{row.setting:g}.{key}"] = np.asarray(getattr(row.exits, key))

@@ -233,6 +233,7 @@ class ModelConfig(Checked):
             by_id["value_bank"] = layer.value_bank > 0
         if isinstance(layer, SparseMoEConfig):
             by_id["router.selection"] = layer.router.selection == "hash"
+            by_id["router.second_kind"] = len(layer.router.second_kind) > 0
         if isinstance(layer, LoRAMixtureConfig):
             by_id["first_pass"] = layer.first_pass
         for name, is_set in by_id.items():

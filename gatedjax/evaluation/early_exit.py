@@ -10,7 +10,7 @@ import functools
 import operator
 import time
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,6 @@ from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.token_info import History, TokenInfo, arranged, empty_history
 from gatedjax.model import head_weights, logits
 
-# Who decides that a token leaves: thresholds on the likeliest token's probability, gates at every
-# exit, or one gate that chooses the depth.
-Decide = Literal["confidence", "gates", "depth"]
 # Generations of which the median time counts.
 REPEATS = 3
 
@@ -81,7 +78,7 @@ class EarlyExit:
         params: Mapping[str, Any],
         exits: Exits,
         layers: tuple[int, ...],
-        decide: Decide = "confidence",
+        by_gate: bool = False,
         depth: DepthGate | None = None,
     ):
         """Args:
@@ -89,15 +86,15 @@ class EarlyExit:
         params: of it.
         exits: their parameters.
         layers: after how many layers each exit is; none for the model as it is.
-        decide: who decides that a token leaves.
-        depth: the gate that does, with "depth".
+        by_gate: whether gates decide, not the probability of the likeliest token.
+        depth: a gate that chooses the depth, and decides alone.
         """
         require_simple(config)
         self._config = config
         self._params = params
         self._exits = exits
         self._layers = layers
-        self._by_gate = decide == "gates"
+        self._by_gate = by_gate
         self._depth = depth
         self._blocks: list[tuple[BlockConfig, PyTree]] = []
         for layer in range(config.num_layers):

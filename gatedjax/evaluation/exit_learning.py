@@ -3,7 +3,7 @@ the depth after a model that was trained for its exits too (ECO-M2F, arXiv 2404.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +14,12 @@ from jax import Array
 from jaxtyping import Float, PyTree
 
 from gatedjax.config import ModelConfig
-from gatedjax.data import Batch, batches, make_dataset
+from gatedjax.data import Batch
 from gatedjax.evaluation import exits as early
 from gatedjax.evaluation.exits import DepthGate, Exits
+from gatedjax.evaluation.learning import followed, training_text
 from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.model import LanguageModel, head_weights
-from gatedjax.sharding import my_rows
 from gatedjax.training.run import Run
 from gatedjax.training.teacher import by_layer
 
@@ -197,50 +197,9 @@ def depth_loss(
     return _mean(-jnp.take_along_axis(chosen, best[..., None], axis=-1)[..., 0], batch)
 
 
-def _training_text(run: Run) -> Iterator[Batch]:
-    data = run.config.data
-    rows = run.config.train.batch_size
-    dataset = make_dataset(
-        data, "train", batch_size=rows, rows=my_rows(run.mesh, rows), seed=data.seed
-    )
-    return batches(dataset)
-
-
 def _final_scale(run: Run, params: PyTree) -> Float[Array, " M"]:
     scale = params["final_norm"]["scale"]
     return 1.0 + scale if run.config.model.zero_centered_norm else scale
-
-
-def _followed(
-    loss: Callable[..., Array],
-    start: Any,
-    stream: Iterator[Batch],
-    steps: int,
-    rate: float,
-) -> tuple[Any, float]:
-    """Adam's result and the last loss, of `loss(learning, batch)`.
-
-    Args:
-      loss: of what learns and a batch.
-      start: what learns, a tree of arrays.
-      stream: the batches.
-      steps: how many of them.
-      rate: of Adam.
-    """
-    tx = optax.adam(rate)
-
-    @jax.jit
-    def step(learning: Any, state: Any, batch: Batch):
-        value, gradient = jax.value_and_grad(loss)(learning, batch)
-        updates, state = tx.update(gradient, state)
-        return optax.apply_updates(learning, updates), state, value
-
-    learning = start
-    state = tx.init(start)
-    value = jnp.float32(0.0)
-    for _ in range(steps):
-        learning, state, value = step(learning, state, next(stream))
-    return learning, float(value)
 
 
 def learned(
@@ -287,7 +246,7 @@ def learned(
         updates, state = tx.update(gradient, state)
         return optax.apply_updates(exits, updates), state, loss
 
-    stream = _training_text(run)
+    stream = training_text(run)
     phases = 1 if cost_weight is None else 4
     steps = learning.steps
     if phases > 1:
@@ -326,7 +285,7 @@ def trained_parent(
     def loss(trained: tuple[Exits, PyTree], batch: Batch) -> Array:
         return parent_loss(trained, batch, model, layers)
 
-    trained, last = _followed(loss, (exits, params), _training_text(run), steps, rate)
+    trained, last = followed(loss, (exits, params), training_text(run), steps, rate)
     report(f"model and exits: loss {last:.4f}")
     return trained
 
@@ -356,10 +315,11 @@ def learned_depth(
     model = run.config.model
     relative = jnp.asarray(costs / costs[-1], jnp.float32)
 
-    def loss(gate: DepthGate, batch: Batch) -> Array:
+    def loss(gate: DepthGate, params: PyTree, batch: Batch) -> Array:
         return depth_loss(gate, batch, exits, params, model, layers, relative, cost_weight)
 
     start = early.fresh_depth_gate(model.width, len(layers))
-    gate, last = _followed(loss, start, _training_text(run), learning.steps, learning.rate)
+    stream = training_text(run)
+    gate, last = followed(loss, start, stream, learning.steps, learning.rate, params)
     report(f"gate of the depth: loss {last:.4f}")
     return gate

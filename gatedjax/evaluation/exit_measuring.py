@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from gatedjax.data import Batch, batches, make_dataset
-from gatedjax.errors import require
+from gatedjax.data import Batch
 from gatedjax.evaluation import exits as early
 from gatedjax.evaluation.exit_learning import predictions, token_losses
 from gatedjax.evaluation.exits import DepthGate, Exits
-from gatedjax.sharding import my_rows
+from gatedjax.evaluation.learning import held_out_text
 from gatedjax.training.run import Run
 
 
@@ -56,8 +55,6 @@ def halves_of(
       InputError: there is less than two batches of validation text.
     """
     model = run.config.model
-    data = run.config.data
-    rows = run.config.train.batch_size
 
     @jax.jit
     def look(exits: Exits, params: PyTree, batch: Batch):
@@ -72,24 +69,17 @@ def halves_of(
         groups = ([n[..., 0] for n in numbers], gates, losses, is_right, [chosen])
         return [jnp.stack(group, axis=-1) for group in groups]
 
-    dataset = make_dataset(
-        data, "validation", batch_size=rows, rows=my_rows(run.mesh, rows), seed=data.seed
-    )
-    require(
-        len(dataset) >= 2,
-        "--checkpoint",
-        f"{len(dataset)} batches of validation text",
-        "at least two, to calibrate and to measure",
-    )
     found: list[list[np.ndarray]] = []
-    for batch in batches(dataset[: min(2 * most_batches, len(dataset))]):
+    for batch in held_out_text(run, 2 * most_batches, least=2):
         is_counted = np.asarray(batch.loss_mask).reshape(-1) > 0
         groups = look(exits, params, batch)
         found.append([np.asarray(g).reshape(-1, g.shape[-1])[is_counted] for g in groups])
     half = len(found) // 2
     halves = []
     for part in (found[:half], found[half:]):
-        *groups, depths = (np.concatenate(group) for group in zip(*part))
-        halves.append(Said(*(group.astype(np.float64) for group in groups), depths[:, 0]))
+        confidence, gates, losses, is_right, depths = (
+            np.concatenate(group).astype(np.float64) for group in zip(*part)
+        )
+        halves.append(Said(confidence, gates, losses, is_right, depths[:, 0].astype(int)))
     calibration, measured = halves
     return calibration, measured

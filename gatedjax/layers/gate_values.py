@@ -25,6 +25,7 @@ NOT_GATES = (
     "heads_output",
     "ffn_input",
     "ffn_output",
+    "router_logits",
 )
 
 

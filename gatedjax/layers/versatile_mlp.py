@@ -181,11 +181,11 @@ class VersatileMLP(FeedForward):
     def _matrices(self, width: int) -> Matrices:
         outer, inner = {"embed": width}, {"mlp": self.config.hidden}
         scale = parameter(self, "norm_scale", ["embed_act"], [width], nn.initializers.ones)
-        into = [
-            Weights(outer, inner, self.init_std, self.dtype, name=name)() for name in ("gate", "up")
-        ]
-        down = Weights(inner, outer, self.init_std, self.dtype, name="down")()
-        return Matrices(scale, *into, down)
+        std, dtype = self.init_std, self.dtype
+        gate = Weights(outer, inner, std, dtype, name="gate")()
+        up = Weights(outer, inner, std, dtype, name="up")()
+        down = Weights(inner, outer, std, dtype, name="down")()
+        return Matrices(scale, gate, up, down)
 
     @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:

@@ -1,5 +1,6 @@
 """A run directory of parameters that were not made by a run of their own: its step 0."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gatedjax.config import Config, to_dict
+from gatedjax.config import Config, ModelConfig, TeacherConfig, to_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.layers.tree import Path
@@ -22,6 +23,18 @@ def require_new(workdir: Place, flag: str = "--workdir") -> None:
     """InputError if a run is there already."""
     if has_steps(workdir):
         raise InputError(f"{flag}: got {workdir}, which holds a run, expected a new folder")
+
+
+def with_model(config: Config, model: ModelConfig) -> Config:
+    """The configuration with another model, in a run that starts from no weights but its own."""
+    train = dataclasses.replace(
+        config.train,
+        init_from="",
+        init_rename=(),
+        init_fresh=(),
+        teacher=TeacherConfig(),
+    )
+    return dataclasses.replace(config, model=model, train=train)
 
 
 def save(

@@ -36,7 +36,8 @@ class RouterState(nn.Module):
 
     bias [E], integral [E], error [E]: of the bias rule; the last two of "pid" only
     temperature []: of the logits
-    importance []: of the layer, for skipping (MoDES calibrates it; 1 until then)
+    importance []: of the layer, for skipping (MoDES calibrates it; 1 until then); [2] for tokens of
+      the first and the second kind, where there is a second
     """
 
     config: SparseMoEConfig
@@ -62,13 +63,13 @@ class RouterState(nn.Module):
                 shape=[],
                 init=start,
             )
-        if router.threshold:
+        if router.skips:
             ones = nn.initializers.ones
             state["importance"] = parameter(
                 self,
                 "importance",
-                axes=[],
-                shape=[],
+                axes=[None] if router.second_kind else [],
+                shape=[2] if router.second_kind else [],
                 init=ones,
             )
         return state
