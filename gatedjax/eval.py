@@ -44,6 +44,7 @@ from gatedjax.evaluation.restore import (
     restore_params,
 )
 from gatedjax.evaluation.speed import Speed, speed
+from gatedjax.evaluation.spent import Spent, is_on_demand, spent
 from gatedjax.evaluation.validation import Evaluation, Validation, with_length
 from gatedjax.paths import Place, is_bucket
 from gatedjax.reporting.confusion import PICTURE, draw_confusion, most_confused
@@ -159,6 +160,7 @@ def main(_) -> None:
         rounded=rounded,
         compressors=bits_per_byte_of_compressors(text),
         speed=speed_on_one_device(run, params),
+        on_demand=spent_on_demand(run, params),
     )
     if _JSON.value:
         say(as_json(report))
@@ -174,6 +176,7 @@ class Report(NamedTuple):
     rounded: the same with rounded activations; empty without --activation_bits.
     compressors: bits per byte by name.
     speed: None where the parameters do not fit one device.
+    on_demand: None where tokens have all of every layer.
     """
 
     step: int
@@ -181,6 +184,15 @@ class Report(NamedTuple):
     rounded: dict[int, Evaluation]
     compressors: dict[str, float]
     speed: Speed | None
+    on_demand: Spent | None
+
+
+def spent_on_demand(run: Run, params: PyTree) -> Spent | None:
+    """What tokens have of feed-forwards on demand; None of a model without them."""
+    if not is_on_demand(run.config.model):
+        return None
+    with jax.set_mesh(run.mesh):
+        return spent(run, run.config.model, params, _BATCHES.value or LARGEST_SIZE)
 
 
 def given_lengths() -> list[int]:
@@ -297,6 +309,10 @@ def say_references(report: Report) -> None:
     """What gzip and xz need for the same text, and how fast the model reads and writes."""
     for name, bits in report.compressors.items():
         say(f"{name:15} {bits:.4f} bits per byte, all of the text in one stream")
+    if report.on_demand is not None:
+        had = f"{report.on_demand.had:.2f} learners or loops a token"
+        flops = f"{report.on_demand.flops / 1e6:.3f} MFLOP a token, forward"
+        say(f"on demand       {had}, {flops}")
     if report.speed is None:
         say("prefill, decode: not measured, the parameters do not fit one device")
         return
@@ -322,6 +338,8 @@ def as_json(report: Report) -> str:
         "prefill_tokens_per_s": None if speed is None else speed.prefill,
         "decode_tokens_per_s": None if speed is None else speed.decode,
     }
+    if report.on_demand is not None:
+        values["on_demand"] = report.on_demand._asdict()
     return json.dumps(values)
 
 

@@ -13,15 +13,16 @@ import json
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 
 from gatedjax.config import Config, ModelConfig
 from gatedjax.errors import require
 from gatedjax.evaluation import learner_stages as stages
-from gatedjax.evaluation.learner_stages import Measured
 from gatedjax.evaluation.learning import followed, training_text
 from gatedjax.evaluation.restore import require_text, restore_params
-from gatedjax.layers.tree import flatten_dict
+from gatedjax.evaluation.spent import Spent, spent
+from gatedjax.layers.tree import flatten_dict, unflatten_dict
 from gatedjax.paths import Place, expand
 from gatedjax.reporting.console import say
 from gatedjax.runtime import cli, launch
@@ -46,7 +47,7 @@ class Row(NamedTuple):
     """A row of the table."""
 
     model: str
-    measured: Measured
+    spent: Spent
 
 
 def main(_) -> None:
@@ -66,7 +67,7 @@ def main(_) -> None:
     models = {b: stages.adaptive_model(dense, _LEARNERS.value, b) for b in budgets}
     adaptive = models[budgets[0]]
     with jax.set_mesh(run.mesh):
-        rows = [Row("dense", stages.measured(run, dense, flatten_dict(params), _BATCHES.value))]
+        rows = [Row("dense", spent(run, dense, params, _BATCHES.value))]
         stream = training_text(run)
         start = stages.from_dense(adaptive, params, run.config.train.seed)
 
@@ -85,19 +86,21 @@ def main(_) -> None:
         for layer, gate in gates.items():
             learners[layer]["learner_gate"] = gate
         given = stages.whole(adaptive, params, learners)
-        rows.append(Row("gates taught", stages.measured(run, adaptive, given, _BATCHES.value)))
+        rows.append(
+            Row("gates taught", spent(run, adaptive, unflatten_dict(given), _BATCHES.value))
+        )
     tuned = stages.trained(_run_config(run.config, dense, steps[2], rates[2]), flatten_dict(params))
     with jax.set_mesh(run.mesh):
         rows.append(
-            Row("dense, stage 3's steps", stages.measured(run, dense, tuned, _BATCHES.value))
+            Row("dense, stage 3's steps", spent(run, dense, unflatten_dict(tuned), _BATCHES.value))
         )
     for budget, model in models.items():
         config = _run_config(run.config, model, steps[2], rates[2])
         found = stages.trained(config, given)
         made_run.save(places[budget], config, found, checkpoint)
         with jax.set_mesh(run.mesh):
-            measured = stages.measured(run, model, found, _BATCHES.value)
-        rows.append(Row(f"budget {budget:g}", measured))
+            of_budget = spent(run, model, unflatten_dict(found), _BATCHES.value)
+        rows.append(Row(f"budget {budget:g}", of_budget))
         say(f"stage 3, budget {budget:g}: {places[budget]}")
     _write(workdir, rows)
 
@@ -142,17 +145,17 @@ def _write(workdir: Place, rows: list[Row]) -> None:
         "| model | loss | accuracy | learners a token | MFLOP a token | of the dense one |",
         "|---|---|---|---|---|---|",
     ]
-    dense = rows[0].measured
+    dense = rows[0].spent
     for row in rows:
-        m = row.measured
-        learners = "" if m.learners != m.learners else f"{m.learners:.2f}"
+        m = row.spent
+        learners = "" if np.isnan(m.had) else f"{m.had:.2f}"
         cells = [row.model, f"{m.loss:.4f}", f"{m.accuracy:.4f}", learners]
         cells += [f"{m.flops / 1e6:.3f}", f"{m.flops / dense.flops:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    records = [{"model": row.model, **row.measured._asdict()} for row in rows]
+    records = [{"model": row.model, **row.spent._asdict()} for row in rows]
     for record in records:
-        if record["learners"] != record["learners"]:
-            record["learners"] = None
+        had = record.pop("had")
+        record["learners"] = None if np.isnan(had) else had
     text = "\n".join(lines) + "\n"
     with plain_errors(f"could not write to {workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)

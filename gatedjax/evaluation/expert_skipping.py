@@ -154,7 +154,9 @@ class Skipping:
         params = with_importance(self._model, params)
         self._params, self._state = router_state.split(params)
         self._run = jax.jit(functools.partial(_run, self._model))
-        self.importances: Float[np.ndarray, " L"] = np.ones(0)
+        # Until they are calibrated, layers are alike.
+        sparse = sum(len(block.layers) for block in self._sparse_blocks())
+        self.importances: Float[np.ndarray, " L"] = np.ones(sparse)
 
     @property
     def kinds(self) -> int:

@@ -9,7 +9,7 @@ The first two are layer by layer, on what the layers of the trained model see an
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +28,15 @@ from gatedjax.config import (
 )
 from gatedjax.data import Batch
 from gatedjax.errors import require
-from gatedjax.evaluation.exit_learning import token_losses
-from gatedjax.evaluation.learning import held_out_text, training_text
-from gatedjax.layers import AdaptiveMLP
+from gatedjax.evaluation.learning import training_text
 from gatedjax.layers.adaptive_mlp import LearnerGate, prefix_outputs
-from gatedjax.layers.block import block_layers
 from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.learner_losses import distance, gate_labels
-from gatedjax.layers.tree import Path, flatten_dict, unflatten_dict
-from gatedjax.model import LanguageModel, head_weights, logits
+from gatedjax.layers.tree import Path, flatten_dict
+from gatedjax.model import LanguageModel
 from gatedjax.sharding import global_batch
 from gatedjax.training import given_weights
-from gatedjax.training.flops import forward_flops_per_token
-from gatedjax.training.run import Run, fresh_state, prepare
+from gatedjax.training.run import fresh_state, prepare
 from gatedjax.training.step import jit_train_step
 from gatedjax.training.teacher import by_layer
 
@@ -48,20 +44,6 @@ from gatedjax.training.teacher import by_layer
 OfLayers = dict[str, Any]
 # Of stage 2, as published.
 ERROR_FACTOR = 1.2
-
-
-class Measured(NamedTuple):
-    """A model on held-out text.
-
-    loss: nats. accuracy: of the likeliest token.
-    learners: that a token has, a mean over layers; NaN without any.
-    flops: of a token, forward.
-    """
-
-    loss: float
-    accuracy: float
-    learners: float
-    flops: float
 
 
 def adaptive_model(model: ModelConfig, learners: int, budget: float) -> ModelConfig:
@@ -271,78 +253,3 @@ def trained(config: Config, given: Mapping[Path, Any]) -> dict[Path, Any]:
             batch = global_batch(run.mesh, next(stream), config.train.batch_size)
             state, _ = step(state, batch)
     return flatten_dict(state.params) | flatten_dict(state.routers)
-
-
-# --- measuring
-
-
-def measured(run: Run, model: ModelConfig, given: Mapping[Path, Any], most: int) -> Measured:
-    """Quality against FLOPs that are spent, on validation text.
-
-    Args:
-      run: with the text.
-      model: to be measured.
-      given: its parameters, by path.
-      most: validation batches.
-    """
-    params = unflatten_dict(given)
-    layers = adaptive_layers(model)
-
-    @jax.jit
-    def look(params: PyTree, batch: Batch) -> tuple[Array, Array, dict[int, Array]]:
-        outputs: Any = LanguageModel(model).apply(
-            {"params": params},
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            mutable=[COLLECTION],
-        )
-        (hidden, _, _), state = outputs
-        predicted = logits(hidden, head_weights(params))
-        is_right = jnp.argmax(predicted, axis=-1) == jnp.asarray(batch.targets)
-        recorded: Any = state[COLLECTION]
-        return token_losses(predicted, batch), is_right, _learners(model, recorded)
-
-    sums = np.zeros(3)
-    used: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    for batch in held_out_text(run, most):
-        losses, is_right, of_layers = look(params, batch)
-        mask = np.asarray(batch.loss_mask) > 0
-        sums += [np.asarray(losses)[mask].sum(), np.asarray(is_right)[mask].sum(), mask.sum()]
-        is_token = np.asarray(batch.segment_ids) != 0
-        for layer in layers:
-            used[layer].append(np.asarray(of_layers[layer])[is_token])
-    means = {layer: float(np.concatenate(values).mean()) for layer, values in used.items()}
-    return Measured(
-        loss=float(sums[0] / sums[2]),
-        accuracy=float(sums[1] / sums[2]),
-        learners=float(np.mean(list(means.values()))) if means else float("nan"),
-        flops=_flops(model, run.config.data.seq_len, means),
-    )
-
-
-def _learners(model: ModelConfig, recorded: Mapping[str, Any]) -> dict[int, Array]:
-    """How many learners every token has, by layer."""
-    found = {}
-    for block in model.blocks:
-        if not isinstance(block.feed_forward, AdaptiveMLPConfig):
-            continue
-        of_block: Any = recorded
-        for name in (*block.path, "ffn", "learners"):
-            of_block = of_block[name]
-        (values,) = of_block
-        for period, layer in enumerate(block.layers):
-            found[layer] = values[period] if block.is_repeated else values
-    return found
-
-
-def _flops(model: ModelConfig, seq_len: int, learners: dict[int, float]) -> float:
-    """Of a token with so many learners by layer."""
-    total = forward_flops_per_token(model, seq_len)
-    for block in model.blocks:
-        _, layer = block_layers(model, block)
-        if isinstance(layer, AdaptiveMLP):
-            all_of_them = layer.forward_flops_per_token(model.width, seq_len)
-            for i in block.layers:
-                total += layer.flops_with(model.width, learners[i]) - all_of_them
-    return total
