@@ -35,6 +35,9 @@ _LEARNERS = flags.DEFINE_integer("learners", 4, "Of each MLP.", lower_bound=1)
 _BUDGET = flags.DEFINE_list(
     "budget", ["0.25", "0.5", "0.75"], "Fractions of the learners to be used, each a run."
 )
+_BUDGET_LOSS = flags.DEFINE_float(
+    "budget_loss", 0.1, "Weight of the distance from the budget, in stage 3.", lower_bound=0.0
+)
 _STEPS = flags.DEFINE_list("steps", ["200", "100", "200"], "Of each of the three stages.")
 _LR = flags.DEFINE_list("lr", ["0.001", "0.01", "0.001"], "Learning rate of each stage.")
 _BATCHES = flags.DEFINE_integer("batches", 8, "Validation batches to measure on.", lower_bound=1)
@@ -64,7 +67,9 @@ def main(_) -> None:
     run, params, _ = restore_params(checkpoint, trust_paths=_TRUST.value)
     require_text(run)
     dense = run.config.model
-    models = {b: stages.adaptive_model(dense, _LEARNERS.value, b) for b in budgets}
+    models = {
+        b: stages.adaptive_model(dense, _LEARNERS.value, b, _BUDGET_LOSS.value) for b in budgets
+    }
     adaptive = models[budgets[0]]
     with jax.set_mesh(run.mesh):
         rows = [Row("dense", spent(run, dense, params, _BATCHES.value))]

@@ -46,13 +46,19 @@ OfLayers = dict[str, Any]
 ERROR_FACTOR = 1.2
 
 
-def adaptive_model(model: ModelConfig, learners: int, budget: float) -> ModelConfig:
+def adaptive_model(
+    model: ModelConfig,
+    learners: int,
+    budget: float,
+    budget_loss: float = 0.1,
+) -> ModelConfig:
     """The model with adaptive MLPs in place of its MLPs.
 
     Args:
       model: of a trained run.
       learners: of each.
       budget: the fraction of them that is to be used.
+      budget_loss: weight of the distance from it.
 
     Raises:
       InputError: no MLP that can become one, or too many learners.
@@ -72,6 +78,7 @@ def adaptive_model(model: ModelConfig, learners: int, budget: float) -> ModelCon
                 gated=isinstance(ffn, GatedMLPConfig),
                 activation=activation,
                 budget=budget,
+                budget_loss=budget_loss,
             )
     expected = "feed-forwards of kind mlp or gated_mlp, without biases, norms or neuron gates"
     require(changed > 0, "--checkpoint", "a model without MLPs to cut", expected)

@@ -58,7 +58,7 @@ class LearnerGate(nn.Module):
         sizes = [
             ({"embed": x.shape[-1]}, {"gates": c.gate_hidden}),
             ({"rank": c.gate_hidden}, {"gates": c.gate_hidden}),
-            ({"gates": c.gate_hidden}, {"router": c.choices}),
+            ({"rank": c.gate_hidden}, {"router": c.choices}),
         ]
         h = x.astype(jnp.float32)
         for number, (inputs, outputs) in enumerate(sizes):
