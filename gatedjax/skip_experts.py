@@ -22,15 +22,10 @@ from gatedjax.config import Config
 from gatedjax.data import Batch, load_tokenizer
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import InputError, require
-from gatedjax.evaluation.expert_skipping import (
-    Outcome,
-    Skipping,
-    Thresholds,
-    with_importance,
-    with_thresholds,
-)
+from gatedjax.evaluation.expert_skipping import Outcome, Skipping
 from gatedjax.evaluation.learning import held_out_text
 from gatedjax.evaluation.restore import require_text, restore_params
+from gatedjax.evaluation.skipping_model import Thresholds, with_importance, with_thresholds
 from gatedjax.layers.tree import flatten_dict
 from gatedjax.paths import Place, expand
 from gatedjax.reporting.console import say

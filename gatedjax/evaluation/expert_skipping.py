@@ -4,7 +4,6 @@ Importances of layers and thresholds are found on one batch of held-out text, an
 measured on others. A threshold is for all tokens, or for one of two kinds. Nothing is trained.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,10 +14,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from gatedjax.config import FrozenDict, ModelConfig, SparseMoEConfig
+from gatedjax.config import ModelConfig, SparseMoEConfig
 from gatedjax.data import Batch
 from gatedjax.errors import require
 from gatedjax.evaluation.exit_learning import token_losses
+from gatedjax.evaluation.skipping_model import Thresholds, with_importance, with_thresholds
 from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.routing import is_second_kind
@@ -33,13 +33,6 @@ from gatedjax.layers.moe.skipping import (
 from gatedjax.layers.tree import flatten_dict, unflatten_dict
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.training.flops import forward_flops_per_token
-
-
-class Thresholds(NamedTuple):
-    """Of the tokens of the first kind, and of the second; the same number where there is one."""
-
-    first: float
-    second: float
 
 
 class Found(NamedTuple):
@@ -70,68 +63,6 @@ class Outcome(NamedTuple):
     flops: float
 
 
-def skipping_model(model: ModelConfig, second_kind: tuple[int, ...]) -> ModelConfig:
-    """The model with both thresholds at 1: its state says what is skipped.
-
-    An importance divided by a threshold is the same as the threshold.
-
-    Args:
-      model: of a trained run.
-      second_kind: token ids of the second kind; none for one kind.
-
-    Raises:
-      InputError: there is no sparse layer, or one that cannot skip.
-    """
-    return with_thresholds(model, second_kind, Thresholds(1.0, 1.0))
-
-
-def with_thresholds(
-    model: ModelConfig,
-    second_kind: tuple[int, ...],
-    thresholds: Thresholds,
-) -> ModelConfig:
-    """The model with these thresholds in all of its routers.
-
-    Args:
-      model: of a trained run.
-      second_kind: token ids of the second kind.
-      thresholds: of the two kinds.
-    """
-    ffns = {}
-    for name, ffn in model.ffns.items():
-        if isinstance(ffn, SparseMoEConfig):
-            router = dataclasses.replace(
-                ffn.router,
-                threshold=thresholds.first,
-                second_kind=second_kind,
-                second_threshold=thresholds.second if second_kind else 0.0,
-            )
-            ffn = dataclasses.replace(ffn, router=router)
-        ffns[name] = ffn
-    used = [block.feed_forward for block in model.blocks]
-    is_sparse = any(isinstance(ffn, SparseMoEConfig) for ffn in used)
-    require(is_sparse, "--checkpoint", "a model without sparse experts", "one with them")
-    return dataclasses.replace(model, ffns=FrozenDict(ffns))
-
-
-def with_importance(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters, with the importances that routers with thresholds have: 1.
-
-    Args:
-      model: with thresholds.
-      params: and state of routers, of the run.
-    """
-    flat = dict(flatten_dict(params))
-    for block in model.blocks:
-        ffn = block.feed_forward
-        if isinstance(ffn, SparseMoEConfig):
-            shape = (2,) if ffn.router.second_kind else ()
-            periods = (len(block.layers),) if block.is_repeated else ()
-            path = (*block.path, "ffn", router_state.NAME, "importance")
-            flat[path] = jnp.ones((*periods, *shape))
-    return unflatten_dict(flat)
-
-
 class Skipping:
     """Searches thresholds for a model, and measures them."""
 
@@ -149,7 +80,9 @@ class Skipping:
         seq_len: of the rows, for FLOPs.
         """
         self._seq_len = seq_len
-        self._model = skipping_model(model, second_kind)
+        # An importance divided by a threshold, in front of a threshold of 1, is that threshold: so
+        # the state says what is skipped, and one program measures all of them.
+        self._model = with_thresholds(model, second_kind, Thresholds(1.0, 1.0))
         self._second_kind = second_kind
         params = with_importance(self._model, params)
         self._params, self._state = router_state.split(params)
@@ -397,7 +330,7 @@ def _over(importances: Float[np.ndarray, " L"], threshold: float) -> Float[np.nd
     """Importances in front of a threshold of 1; without a threshold nothing is skipped."""
     if threshold == 0:
         return np.full(importances.shape, NEVER)
-    return importances / np.float32(threshold)
+    return np.minimum(importances.astype(np.float64) / threshold, NEVER)
 
 
 def _run(

@@ -11,8 +11,9 @@ import pytest
 from tiny_run import plain, random_batch, tiny
 
 from gatedjax.errors import InputError
-from gatedjax.evaluation import expert_skipping as skipping
-from gatedjax.evaluation.expert_skipping import Skipping, Thresholds
+from gatedjax.evaluation import skipping_model as skipping
+from gatedjax.evaluation.expert_skipping import Skipping
+from gatedjax.evaluation.skipping_model import Thresholds
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.training.flops import forward_flops_per_token
 
