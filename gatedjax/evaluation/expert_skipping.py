@@ -274,7 +274,8 @@ class Skipping:
             run += of_kind
             chosen += most
         loss, accuracy, moved = (float(x) for x in sums[:3] / sums[3])
-        fractions = 1.0 - run / np.maximum(chosen, 1.0)
+        # Of a kind without tokens nothing is skipped.
+        fractions = (chosen - run) / np.maximum(chosen, 1.0)
         return Outcome(
             loss=loss,
             accuracy=accuracy,
