@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gatedjax.config import (
+        AdaptiveMLPConfig,
         AssociativeMemoryConfig,
         BidirectionalLinearAttentionConfig,
         Config,
@@ -58,10 +59,12 @@ if TYPE_CHECKING:
         SoftMoEConfig,
         SparseMoEConfig,
         SpatialGateConfig,
+        VersatileMLPConfig,
     )
     from gatedjax.layers import (
         MLA,
         RWKV7,
+        AdaptiveMLP,
         AssociativeMemory,
         BidirectionalLinearAttention,
         DeltaAttention,
@@ -81,6 +84,7 @@ if TYPE_CHECKING:
         SparseMoE,
         SpatialGate,
         TokenInfo,
+        VersatileMLP,
         gate_values,
     )
     from gatedjax.model import LanguageModel
@@ -92,6 +96,8 @@ __all__ = [
     "MLA",
     "MLP",
     "RWKV7",
+    "AdaptiveMLP",
+    "AdaptiveMLPConfig",
     "AssociativeMemory",
     "AssociativeMemoryConfig",
     "BidirectionalLinearAttention",
@@ -135,6 +141,8 @@ __all__ = [
     "SpatialGate",
     "SpatialGateConfig",
     "TokenInfo",
+    "VersatileMLP",
+    "VersatileMLPConfig",
     "gate_values",
     "sparsemax_loss",
 ]

@@ -45,6 +45,7 @@ from gatedjax.evaluation.restore import (
     restore_params,
 )
 from gatedjax.evaluation.speed import Speed, speed
+from gatedjax.evaluation.spent import Spent, is_on_demand, spent
 from gatedjax.evaluation.validation import Evaluation, Validation, with_length
 from gatedjax.paths import Place, is_bucket
 from gatedjax.reporting.confusion import PICTURE, draw_confusion, most_confused
@@ -161,6 +162,7 @@ def main(_) -> None:
         compressors=bits_per_byte_of_compressors(text),
         speed=speed_on_one_device(run, params),
         cache=cache_bytes(run.config.model, 1, tokens_of_a_row()),
+        on_demand=spent_on_demand(run, params),
     )
     if _JSON.value:
         say(as_json(report))
@@ -177,6 +179,7 @@ class Report(NamedTuple):
     compressors: bits per byte by name.
     speed: None where the parameters do not fit one device.
     cache: of one row, a prompt and what was decoded after it.
+    on_demand: None where tokens have all of every layer.
     """
 
     step: int
@@ -185,11 +188,20 @@ class Report(NamedTuple):
     compressors: dict[str, float]
     speed: Speed | None
     cache: CacheBytes
+    on_demand: Spent | None
 
 
 def tokens_of_a_row() -> int:
     """Of the speed measurement: its prompt, and what is decoded after it."""
     return _PROMPT_TOKENS.value + _DECODE_TOKENS.value
+
+
+def spent_on_demand(run: Run, params: PyTree) -> Spent | None:
+    """What tokens have of feed-forwards on demand; None of a model without them."""
+    if not is_on_demand(run.config.model):
+        return None
+    with jax.set_mesh(run.mesh):
+        return spent(run, run.config.model, params, _BATCHES.value or LARGEST_SIZE)
 
 
 def given_lengths() -> list[int]:
@@ -307,6 +319,10 @@ def say_references(report: Report) -> None:
     for name, bits in report.compressors.items():
         say(f"{name:15} {bits:.4f} bits per byte, all of the text in one stream")
     say(f"cache           {as_text(report.cache, tokens_of_a_row())}")
+    if report.on_demand is not None:
+        had = f"{report.on_demand.had:.2f} learners or loops a token"
+        flops = f"{report.on_demand.flops / 1e6:.3f} MFLOP a token, forward"
+        say(f"on demand       {had}, {flops}")
     if report.speed is None:
         say("prefill, decode: not measured, the parameters do not fit one device")
         return
@@ -333,6 +349,8 @@ def as_json(report: Report) -> str:
         "decode_tokens_per_s": None if speed is None else speed.decode,
         "cache_bytes": report.cache._asdict(),
     }
+    if report.on_demand is not None:
+        values["on_demand"] = report.on_demand._asdict()
     return json.dumps(values)
 
 

@@ -8,22 +8,16 @@ the runs, and sends every token of every matrix to the --top best. eval.py, gene
 run's train.init_from take it like any other run.
 """
 
-import jax
 from absl import flags
 
-from gatedjax.config import to_dict
-from gatedjax.data import load_tokenizer
-from gatedjax.errors import InputError, require
+from gatedjax.errors import require
 from gatedjax.evaluation.restore import restore_params
 from gatedjax.layers.tree import flatten_dict
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
 from gatedjax.runtime import cli, launch
-from gatedjax.training import given_weights, identity
-from gatedjax.training.checkpoint import Checkpointer
-from gatedjax.training.run import fresh_state, prepare
+from gatedjax.training import made_run
 from gatedjax.training.stacked_experts import stacked, stacked_config
-from gatedjax.training.step_folders import has_steps
 
 _RUNS = flags.DEFINE_list("runs", [], "Run directories, two or more.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the result, a new one.")
@@ -36,8 +30,7 @@ def main(_) -> None:
     require(len(places) > 1, "--runs", ",".join(_RUNS.value), "two runs or more")
     workdir = expand(cli.required(_WORKDIR), "--workdir").absolute()
     launch.start()
-    if has_steps(workdir):
-        raise InputError(f"--workdir: got {workdir}, which holds a run, expected a new folder")
+    made_run.require_new(workdir)
     configs = []
     parameters = []
     for place in places:
@@ -45,20 +38,7 @@ def main(_) -> None:
         configs.append(run.config)
         parameters.append(flatten_dict(params))
     config = stacked_config(configs, places, _TOP.value)
-    given = stacked(parameters, places)
-    run = prepare(config)
-    wanted = given_weights.parameters(run)
-    with Checkpointer(places[0], read_only=True) as checkpointer:
-        data = checkpointer.manifest().get("data")
-    with jax.set_mesh(run.mesh):
-        placed = {path: jax.device_put(x, wanted[path].sharding) for path, x in given.items()}
-        state = fresh_state(run, placed)
-        same = data if isinstance(data, dict) else None
-        with Checkpointer(workdir, to_dict(run.config), data=same) as checkpointer:
-            checkpointer.save(0, state, data_index=0, wait=True)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
-    identity.keep_tokenizer(workdir, tokenizer)
-    identity.keep_chat_template(workdir, config.data)
+    made_run.save(workdir, config, stacked(parameters, places), places[0])
     say(f"the experts of {len(places)} runs are now in {workdir}")
 
 

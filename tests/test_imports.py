@@ -37,6 +37,8 @@ ORDER = (
         "convert",
         "exits",
         "stack_experts",
+        "skip_experts",
+        "make_adaptive",
     ),
     ("evidence",),
 )

@@ -37,6 +37,7 @@ from gatedjax.config.model import (
     Remat,
 )
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.config.on_demand import AdaptiveMLPConfig, VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.parse import (
     Difference,
@@ -69,6 +70,7 @@ __all__ = [
     "IMAGE_KINDS",
     "MIXERS",
     "WITHOUT_PATH",
+    "AdaptiveMLPConfig",
     "AssociativeMemoryConfig",
     "BidirectionalLinearAttentionConfig",
     "BlockConfig",
@@ -117,6 +119,7 @@ __all__ = [
     "Task",
     "TeacherConfig",
     "TrainConfig",
+    "VersatileMLPConfig",
     "config_dict",
     "differing_keys",
     "flat",

@@ -24,6 +24,7 @@ from gatedjax.config.mixing import (
 )
 from gatedjax.config.mla import MLAConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.config.on_demand import AdaptiveMLPConfig, VersatileMLPConfig
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.sources import GatedMemoryConfig
 
@@ -68,6 +69,8 @@ FeedForwardConfig = (
     | SoftMoEConfig
     | LoRAMixtureConfig
     | RWKV7ChannelMixConfig
+    | AdaptiveMLPConfig
+    | VersatileMLPConfig
     | NoFeedForwardConfig
 )
 MIXERS: dict[str, type] = {config.kind: config for config in get_args(MixerConfig)}

@@ -29,6 +29,7 @@ from gatedjax.config.layers import (
 )
 from gatedjax.config.mixing import AssociativeMemoryConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
+from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.sources import GatedMemoryConfig, check_sources, takes_keys
@@ -233,6 +234,7 @@ class ModelConfig(Checked):
             by_id["value_bank"] = layer.value_bank > 0
         if isinstance(layer, SparseMoEConfig):
             by_id["router.selection"] = layer.router.selection == "hash"
+            by_id["router.second_kind"] = len(layer.router.second_kind) > 0
         if isinstance(layer, LoRAMixtureConfig):
             by_id["first_pass"] = layer.first_pass
         for name, is_set in by_id.items():
@@ -277,6 +279,10 @@ class ModelConfig(Checked):
                 f"none in layer {block.layers[0]}",
                 "a feed-forward in a layer without a mixer",
             )
+            if isinstance(block.feed_forward, VersatileMLPConfig):
+                is_plain = block.norm == "pre" and self.residual_weight is None
+                expected = "norm_placement 'pre' and no residual_weight: it has its norm itself"
+                require(is_plain, "ffns", block.feed_forward.kind, expected)
             floors = _decay_floors(block.mixer)
             require(
                 floors is None or floors == self.decay_floors,

@@ -75,6 +75,9 @@ class RouterConfig(Checked):
     group_score: Literal["sum_top2", "max"] = "sum_top2"
     # a selected expert is skipped where importance * probability is below (MoDES); 0 for none
     threshold: NonNegative = 0.0
+    # Tokens of these ids (those of images, for example) have this threshold in place of the other.
+    second_kind: tuple[CountOrZero, ...] = ()
+    second_threshold: NonNegative = 0.0
     # of the outputs. scores: the router probabilities; selected: `scoring` over the selected
     # logits alone; uniform: 1 / k.
     weighting: Literal["scores", "selected", "uniform"] = "scores"
@@ -109,6 +112,12 @@ class RouterConfig(Checked):
             self.ffn_fraction,
             "0, or a bias_rule that can reach it",
         )
+        require(
+            len(self.second_kind) > 0 or self.second_threshold == 0,
+            "second_threshold",
+            self.second_threshold,
+            "0 without token ids in second_kind",
+        )
         self._check_groups()
         self._check_selection()
 
@@ -137,7 +146,7 @@ class RouterConfig(Checked):
             )
         if self.selection == "expert_choice":
             is_plain = self.weighting == "scores" and not self.renormalize
-            is_static = self.bias_rule == "none" and not self.threshold
+            is_static = self.bias_rule == "none" and not self.skips
             expected = "weighting 'scores', renormalize false, no bias_rule and no threshold"
             require(
                 is_plain and is_static,
@@ -157,6 +166,11 @@ class RouterConfig(Checked):
     def causal(self) -> bool:
         """Whether where a token goes depends on nothing that comes after it."""
         return self.selection != "expert_choice"
+
+    @property
+    def skips(self) -> bool:
+        """Whether selected experts may be skipped."""
+        return self.threshold > 0 or self.second_threshold > 0
 
 
 @dataclass(frozen=True)

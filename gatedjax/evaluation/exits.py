@@ -1,12 +1,14 @@
 """Early exits: predictions of layers before the last, and who decides that one of them will do.
 
 An exit is a norm of its own on the residual stream after a layer, and the model's output matrix.
-Exits are learned on a frozen model. Two ways decide:
+They are learned in `exit_learning.py`. Three ways decide:
 
 - thresholds on the probability of the likeliest token, calibrated (cascaded inference,
   Berestizshevsky and Even, 2018);
 - gates on four numbers of the prediction, learned together with the exits (JEI-DNN, arXiv
-  2310.09163).
+  2310.09163);
+- a gate on the residual stream after the first exit's layer, which chooses the depth at once
+  (ECO-M2F, arXiv 2404.15244).
 """
 
 from typing import NamedTuple
@@ -39,6 +41,36 @@ class Exits:
     scale: Float[Array, "E M"]
     gate_weights: Float[Array, "E 4"]
     gate_bias: Float[Array, " E"]
+
+
+@struct.dataclass
+class DepthGate:
+    """A linear gate that chooses where a token leaves; the last choice is the end."""
+
+    weights: Float[Array, "M E+1"]
+    bias: Float[Array, " E+1"]
+
+
+def fresh_depth_gate(width: int, exits: int) -> DepthGate:
+    """Before its training: all depths alike."""
+    return DepthGate(jnp.zeros((width, exits + 1)), jnp.zeros(exits + 1))
+
+
+def depth_logits(
+    gate: DepthGate,
+    residual: Float[Array, "... M"],
+    eps: float,
+) -> Float[Array, "... E+1"]:
+    """Of leaving at each exit, and at the end, float32.
+
+    Args:
+      gate: the parameters.
+      residual: the stream after the first exit's layer.
+      eps: of the norm in front of the gate, which has no scale of its own.
+    """
+    scale = jnp.ones(residual.shape[-1])
+    normed = rms_norm(residual.astype(jnp.float32), scale, eps)
+    return normed @ gate.weights + gate.bias
 
 
 def layers_of(values: list[str], model: ModelConfig) -> tuple[int, ...]:
@@ -228,6 +260,20 @@ def exit_costs(config: ModelConfig, seq_len: int, layers: tuple[int, ...]) -> np
     prediction = 2.0 * config.width * config.vocab_size
     places = [*layers, config.num_layers]
     return np.asarray([so_far[n - 1] + (i + 1) * prediction for i, n in enumerate(places)])
+
+
+def depth_costs(config: ModelConfig, seq_len: int, layers: tuple[int, ...]) -> np.ndarray:
+    """FLOPs of a token whose depth is chosen by a gate: its layers, the gate, one prediction.
+
+    Args:
+      config: of the model.
+      seq_len: of the rows.
+      layers: after how many layers each exit is.
+    """
+    so_far = np.cumsum(layer_flops(config, seq_len))
+    prediction = 2.0 * config.width * config.vocab_size
+    gate = 2.0 * config.width * (len(layers) + 1)
+    return np.asarray([so_far[n - 1] + prediction + gate for n in (*layers, config.num_layers)])
 
 
 class Outcome(NamedTuple):

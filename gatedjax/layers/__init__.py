@@ -5,6 +5,7 @@ functions.
 import and a line below, its dataclass in `config/layers.py` (CONTRIBUTING.md does it step by step).
 """
 
+from gatedjax.layers.adaptive_mlp import AdaptiveMLP
 from gatedjax.layers.associative_memory import AssociativeMemory
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
@@ -29,6 +30,7 @@ from gatedjax.layers.no_mixer import NoMixer
 from gatedjax.layers.rwkv7 import RWKV7
 from gatedjax.layers.spatial_gate import SpatialGate
 from gatedjax.layers.token_info import Grid, TokenInfo
+from gatedjax.layers.versatile_mlp import VersatileMLP
 
 # By the `kind` of their configuration.
 MIXERS: dict[str, type[Mixer]] = {
@@ -58,6 +60,8 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "soft_moe": SoftMoE,
     "lora_mixture": LoRAMixture,
     "rwkv7_channel_mix": RWKV7ChannelMix,
+    "adaptive_mlp": AdaptiveMLP,
+    "versatile_mlp": VersatileMLP,
     "none": NoFeedForward,
 }
 
@@ -68,6 +72,7 @@ __all__ = [
     "MLP",
     "RADRWKV",
     "RWKV7",
+    "AdaptiveMLP",
     "AssociativeMemory",
     "BidirectionalLinearAttention",
     "DeltaAttention",
@@ -92,5 +97,6 @@ __all__ = [
     "SparseMoE",
     "SpatialGate",
     "TokenInfo",
+    "VersatileMLP",
     "gate_values",
 ]

@@ -1,20 +1,28 @@
-"""Losses of layers that a training step adds to its own: ReLUFormer's and the block gate's.
+"""Losses of layers that a training step adds to its own: ReLUFormer's, the block gate's, those of
+slices and learners.
 
 A layer sows the weighted mean over the tokens of the batch, padding left out; the step runs the
-model with this collection and adds everything that it finds (`training/step.py`).
+model with this collection and adds everything that it finds (`training/step.py`). Adaptive MLPs sow
+what their gates choose, as their losses are of all layers together.
 """
 
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from gatedjax.config import GatedAttentionConfig, ModelConfig
+from gatedjax.config import (
+    AdaptiveMLPConfig,
+    GatedAttentionConfig,
+    ModelConfig,
+    VersatileMLPConfig,
+)
 from gatedjax.layers.block_gate import block_attention_map, block_gate_loss, has_tokens
+from gatedjax.layers.learner_losses import CHOICES, weighted_losses
 from gatedjax.layers.on_mesh import attention_on_mesh
+from gatedjax.layers.tree import flatten_dict
 from kernels_pallas.attention import Relu, ReluEntropy
 
 # The Flax collection.
@@ -28,17 +36,38 @@ LEAST_SUM = 1e-6
 def has_added_losses(config: ModelConfig) -> bool:
     """Whether some layer of the model sows a loss."""
     mixers = [block.mixer for block in config.blocks]
-    return any(isinstance(c, GatedAttentionConfig) and _adds_loss(c) for c in mixers)
+    if any(isinstance(c, GatedAttentionConfig) and _adds_loss(c) for c in mixers):
+        return True
+    ffns = [block.feed_forward for block in config.blocks]
+    if any(isinstance(c, VersatileMLPConfig) and c.balance_loss for c in ffns):
+        return True
+    return any(isinstance(c, AdaptiveMLPConfig) for c in ffns)
 
 
 def _adds_loss(c: GatedAttentionConfig) -> bool:
     return c.reluformer_loss > 0 or (c.block_gate > 0 and c.block_gate_loss > 0)
 
 
-def added_loss(variables: Any) -> Float[Array, ""]:
-    """The sum of what the layers have sown."""
-    sown = jax.tree.leaves(variables.get(ADDED_LOSSES, {}))
-    return sum((jnp.sum(x) for x in sown), jnp.float32(0.0))
+def added_loss(config: ModelConfig, variables: Any) -> Float[Array, ""]:
+    """The sum of what the layers have sown, and the losses of what the gates of learners chose."""
+    total = jnp.float32(0.0)
+    choices: dict[tuple[str, ...], Array] = {}
+    for path, sown in flatten_dict(variables.get(ADDED_LOSSES, {})).items():
+        if path[-1] == CHOICES:
+            (choices[path],) = sown
+        else:
+            total = total + sum((jnp.sum(x) for x in sown), jnp.float32(0.0))
+    # Layers of one configuration keep its budget together.
+    by_config: dict[AdaptiveMLPConfig, list[Array]] = {}
+    for block in config.blocks:
+        of_block = choices.get((*block.path, "ffn", CHOICES))
+        if of_block is not None:
+            assert isinstance(block.feed_forward, AdaptiveMLPConfig)
+            layers = of_block if block.is_repeated else of_block[None]
+            by_config.setdefault(block.feed_forward, []).append(layers)
+    for of_config, layers in by_config.items():
+        total = total + weighted_losses(of_config, jnp.concatenate(layers))
+    return total
 
 
 def sow_reluformer_loss(

@@ -150,9 +150,12 @@ class FeedForward(nn.Module):
     Class attributes:
       has_cache: it sees tokens before its own, and decodes with a cache: the model calls
         `with_cache`.
+      sees_stream: it is given the residual stream, not the output of the norm in front of it, which
+        the block then does without.
     """
 
     has_cache: ClassVar[bool] = False
+    sees_stream: ClassVar[bool] = False
 
     config: Any
     init_std: float = 0.02

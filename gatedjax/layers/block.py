@@ -97,11 +97,14 @@ class Block(nn.Module):
                 cache = BlockCache(cache, ffn_cache)
             x = self._sum(x, self._after("ffn", y))
         elif not isinstance(feed_forward, NoFeedForward):
+            before = x if feed_forward.sees_stream else self._before("ffn", x)
+            record(self, "ffn_input", before)
             y, statistics, new_logits = feed_forward.with_statistics(
-                self._before("ffn", x),
+                before,
                 info,
                 router_logits,
             )
+            record(self, "ffn_output", y)
             # Carried through the scan only where a router needs them: a carry must keep its
             # structure.
             if router_logits is not None:

@@ -15,7 +15,18 @@ from gatedjax.layers.tree import flatten_dict
 COLLECTION = "probes"
 # Recorded for the measurements of `evaluation.probes` and for who learns from the model
 # (`training.teacher`); no gates.
-NOT_GATES = ("q", "k", "v", "residual", "mixer_input", "mixer_output", "heads_output")
+NOT_GATES = (
+    "q",
+    "k",
+    "v",
+    "residual",
+    "mixer_input",
+    "mixer_output",
+    "heads_output",
+    "ffn_input",
+    "ffn_output",
+    "router_logits",
+)
 
 
 def record(
@@ -58,6 +69,8 @@ def gate_values(
         expert_weights  what each of them is weighted by
         dispatch        of a soft mixture: what each slot takes of each token
         combine         of a soft mixture: what each token takes of each slot
+        learners        of an adaptive MLP: how many a token has (learner_logits: of its gate)
+        loops           of a versatile MLP: how many a token has
     """
     variables = {"params": params.get("params", params)}
     _, state = layer.apply(variables, x, *args, mutable=[COLLECTION])

@@ -83,6 +83,23 @@ def gumbel_softmax(
     return straight_through(largest, soft)
 
 
+def hard_choice(
+    key: Array | None,
+    logits: Float[Array, "... E"],
+    temperature: Float[Array, ""] | float = 1.0,
+) -> Float[Array, "... E"]:
+    """One-hot: a hard Gumbel softmax with a key, the largest without one (evaluation).
+
+    Args:
+      key: of the noise, or None.
+      logits: of the categories.
+      temperature: of the softmax that the gradient goes through.
+    """
+    if key is not None:
+        return gumbel_softmax(key, logits, temperature, hard=True)
+    return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+
+
 def annealed_temperature(
     step: ArrayLike,
     start: float,

@@ -10,7 +10,14 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from gatedjax.config import FEED_FORWARDS, MIXERS, Config, SourceConfig, to_dict
+from gatedjax.config import (
+    FEED_FORWARDS,
+    MIXERS,
+    Config,
+    RouterConfig,
+    SourceConfig,
+    to_dict,
+)
 from gatedjax.data.recall import RecallConfig
 
 # Keys that the configuration was given after results had been recorded. A run that leaves them at
@@ -111,6 +118,8 @@ ADDED_LATER_TO_LAYERS = {
     "rwkv7": ("norm_eps",),
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
+# Likewise, of each router.
+ADDED_LATER_TO_ROUTERS = ("second_kind", "second_threshold")
 # Likewise, of each source.
 ADDED_LATER_TO_SOURCES = ("stream", "label")
 
@@ -236,6 +245,11 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
             default = getattr((MIXERS | FEED_FORWARDS)[kind], key)
             if layer[key] == default:
                 del layer[key]
+    of_router = to_dict(RouterConfig())
+    for router in (ffn["router"] for ffn in model["ffns"].values() if "router" in ffn):
+        for key in ADDED_LATER_TO_ROUTERS:
+            if router[key] == of_router[key]:
+                del router[key]
     of_source = to_dict(SourceConfig())
     for source in values["data"]["sources"].values():
         for key in ADDED_LATER_TO_SOURCES:

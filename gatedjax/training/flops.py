@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gatedjax.config import ModelConfig, SparseMoEConfig
+from gatedjax.config import ModelConfig, SparseMoEConfig, VersatileMLPConfig
 from gatedjax.layers import low_rank
 from gatedjax.layers.block import block_layers
 from gatedjax.layers.tree import Path, flatten_dict
@@ -108,7 +108,7 @@ def frozen_flops_per_token(config: ModelConfig, frozen: Mapping[str, Any]) -> fl
 def _times_used(config: ModelConfig, path: Path) -> float:
     """How often a token is multiplied with each weight of a parameter, on average."""
     if path[-1] in _DENSE or path == _head(config):
-        return 1.0
+        return _loops(config, path)
     if path[-1] not in _EXPERTS or path[-2] != "ffn":
         return 0.0
     ffn = next(block.feed_forward for block in config.blocks if block.name in path)
@@ -117,6 +117,18 @@ def _times_used(config: ModelConfig, path: Path) -> float:
     # As in the forward pass: experts that compute get their fraction of the assignments.
     computing = ffn.router.ffn_fraction or ffn.num_experts / ffn.total_experts
     return ffn.experts_per_token * computing / ffn.num_experts
+
+
+def _loops(config: ModelConfig, path: Path) -> float:
+    """How often a matrix of a feed-forward runs: 1 but for those that loops share."""
+    blocks = [block for block in config.blocks if block.name in path]
+    ffn = blocks[0].feed_forward if blocks and "ffn" in path else None
+    is_shared = isinstance(ffn, VersatileMLPConfig) and path[-2] in _EXPERTS
+    if not is_shared:
+        return 1.0
+    assert isinstance(ffn, VersatileMLPConfig)
+    # The slices' outputs are one product more.
+    return ffn.loops + float(path[-2] == "down" and ffn.loops > 1)
 
 
 def _head(config: ModelConfig) -> Path:

@@ -15,7 +15,13 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, PyTree
 
 from gatedjax.compiler_options import for_training
-from gatedjax.config import Config, ModelConfig, SparseMoEConfig
+from gatedjax.config import (
+    AdaptiveMLPConfig,
+    Config,
+    ModelConfig,
+    SparseMoEConfig,
+    VersatileMLPConfig,
+)
 from gatedjax.data import Batch
 from gatedjax.layers.added_losses import ADDED_LOSSES, added_loss, has_added_losses
 from gatedjax.layers.moe import state as router_state
@@ -234,7 +240,7 @@ def _hidden_states(
     added = None
     if adds_losses:
         outputs, sown = outputs
-        added = added_loss(sown)
+        added = added_loss(model, sown)
     hidden, _, statistics = outputs
     return hidden, statistics, added
 
@@ -578,9 +584,16 @@ def _router_key(
     index: Int[Array, ""],
 ) -> Array | None:
     """Fresh noise for every micro-batch; None where no router selects with noise."""
-    if not any(ffn.router.selection == "gumbel" for ffn in _sparse_layers(config.model)):
+    if not any(_is_noisy(block.feed_forward) for block in config.model.blocks):
         return None
     return _key_of_micro_batch(config, state, index)
+
+
+def _is_noisy(ffn: Any) -> bool:
+    """Whether a feed-forward of this configuration chooses with noise in training."""
+    if isinstance(ffn, AdaptiveMLPConfig | VersatileMLPConfig):
+        return True
+    return isinstance(ffn, SparseMoEConfig) and ffn.router.selection == "gumbel"
 
 
 def _noise_key(

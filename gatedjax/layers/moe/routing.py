@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from gatedjax.config.moe import RouterConfig
 from gatedjax.errors import require
@@ -89,7 +89,7 @@ def route(
     *,
     temperature: Float[Array, ""] | float | None = None,
     bias: Float[Array, " E"] | None = None,
-    importance: Float[Array, ""] | float = 1.0,
+    importance: Float[Array, "*kinds"] | float = 1.0,
     tokens: Int[Array, "..."] | None = None,
     key: Array | None = None,
     documents: Documents | None = None,
@@ -104,9 +104,9 @@ def route(
         by it too, once: `softmax((h + g) / temperature)` (arXiv 1611.01144), so the temperature
         does not change how often an expert is drawn.
       bias: added to the scores for selection, never to the weights (DeepSeek-V3).
-      importance: of this layer; a chosen expert is skipped where importance x score <
-        `config.threshold`.
-      tokens: token ids [B, T], for selection "hash".
+      importance: of this layer, or of it for tokens of either kind [2]; a chosen expert is skipped
+        where importance x score < the threshold of the token's kind.
+      tokens: token ids [B, T], for selection "hash" and for a second kind.
       key: randomness of selection "gumbel"; None (evaluation) selects without noise.
       documents: of packed rows, and where they are padding; None where every row is one document.
 
@@ -115,7 +115,7 @@ def route(
 
     Raises:
       InputError: `experts_per_token` is no number of experts.
-      ValueError: selection "hash" without `tokens`.
+      ValueError: selection "hash" or a second kind without `tokens`.
     """
     num_experts = logits.shape[-1]
     check_places("experts_per_token", experts_per_token, num_experts)
@@ -150,14 +150,42 @@ def route(
         experts,
     )
     is_empty = jnp.zeros(experts.shape, bool)
-    if config.threshold:
-        is_empty = importance * chosen < config.threshold
+    if config.skips:
+        is_empty = _is_skipped(config, chosen, importance, tokens)
     if documents is not None:
         is_empty = is_empty | ~documents.is_token[..., None]
-    if config.threshold or documents is not None:
+    if config.skips or documents is not None:
         experts = jnp.where(is_empty, num_experts, experts)
         weights = jnp.where(is_empty, 0.0, weights)
     return Routing(experts, weights, router_probs)
+
+
+def _is_skipped(
+    config: RouterConfig,
+    chosen: Float[Array, "... k"],
+    importance: Float[Array, "*kinds"] | float,
+    tokens: Int[Array, "..."] | None,
+) -> Bool[Array, "... k"]:
+    """Which of the chosen experts count too little for their layer and the kind of the token.
+
+    Args:
+      config: the router.
+      chosen: scores of the chosen experts.
+      importance: of the layer, or for either kind.
+      tokens: token ids.
+    """
+    if not config.second_kind:
+        return importance * chosen < config.threshold
+    is_second = is_second_kind(config.second_kind, _ids(tokens, "second_kind"))
+    of_kinds = jnp.broadcast_to(jnp.asarray(importance), (2,))
+    thresholds = jnp.asarray([config.threshold, config.second_threshold])
+    kind = is_second.astype(jnp.int32)[..., None]
+    return of_kinds[kind] * chosen < thresholds[kind]
+
+
+def is_second_kind(ids: tuple[int, ...], tokens: Int[Array, "..."]) -> Bool[Array, "..."]:
+    """Whether each token's id is one of `ids`."""
+    return jnp.any(tokens[..., None] == jnp.asarray(ids), axis=-1)
 
 
 def check_places(name: str, k: int, num_experts: int) -> None:
@@ -181,7 +209,7 @@ def _selected(
 ) -> Int[Array, "... k"]:
     """The experts of every token, by their scores (and a bias), or by the token's id."""
     if config.selection == "hash":
-        return hash_experts(_hashed_ids(tokens), z.shape[-1], k)
+        return hash_experts(_ids(tokens, 'selection="hash"'), z.shape[-1], k)
     # Without a bias logits order as scores do, and do not round to the same 0 or 1.
     if bias is None and config.selection != "grouped_topk":
         _, ids = jax.lax.top_k(jax.lax.stop_gradient(z), k)
@@ -199,11 +227,10 @@ def _selected(
     return most_preferred(preference, k, is_kept)
 
 
-def _hashed_ids(tokens: Int[Array, "..."] | None) -> Int[Array, "..."]:
-    """The ids that experts are hashed from, or a ValueError."""
+def _ids(tokens: Int[Array, "..."] | None, needed_by: str) -> Int[Array, "..."]:
+    """The ids of the tokens, or a ValueError."""
     if tokens is None:
-        message = 'route: tokens: got None, expected the ids [B, T] for selection="hash"'
-        raise ValueError(message)
+        raise ValueError(f"route: tokens: got None, expected the ids [B, T] for {needed_by}")
     ids = jnp.asarray(tokens)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"route: tokens: got dtype {ids.dtype}, expected integers")

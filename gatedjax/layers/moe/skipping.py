@@ -13,13 +13,14 @@ state):
     threshold = skip_threshold(importances, scores, skip_rate=0.8, is_token=is_token)
 
 The paper minimizes the divergence over thresholds that skip at least the wanted fraction. Both grow
-with a threshold, so for one kind of tokens the least threshold that skips enough is the best one;
-its search over two (text, images) is not here, as there are no images.
+with a threshold, so for one kind of tokens the least threshold that skips enough is the best one.
+With two kinds, each with a threshold of its own, `frontier` names the pairs that can be the best.
+`python -m gatedjax.skip_experts` does all of it for a run.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ def calibrated(
     logits_of: Callable[[Mapping], Float[Array, "B T X"]],
     state: Mapping[str, Any],
     is_token: Bool[Array | np.ndarray, "B T"] | None = None,
+    kinds: int = 1,
 ) -> dict:
     """The router state with every layer's importance.
 
@@ -53,6 +55,7 @@ def calibrated(
       logits_of: the model's logits with a router state; routers with a threshold above 0.
       state: `TrainState.routers`; importances are [P], a number for each period.
       is_token: False for padding, which is not counted; None where there is none.
+      kinds: of tokens; with 2 importances are [P, 2], and both become the layer's.
 
     Returns:
       The state, importances replaced.
@@ -72,7 +75,8 @@ def calibrated(
     log_p = jax.nn.log_softmax(whole.astype(jnp.float32))
     found = dict(flat)
     for path in paths:
-        for period in np.ndindex(flat[path].shape):
+        shape = flat[path].shape
+        for period in np.ndindex(shape if kinds == 1 else shape[:-1]):
             # An importance of 0 is below every threshold: all experts of this layer are skipped.
             without_layer = dict(nothing_skipped)
             without_layer[path] = without_layer[path].at[period].set(0.0)
@@ -115,6 +119,8 @@ def chosen_scores(
     plain = dataclasses.replace(
         config,
         threshold=0.0,
+        second_kind=(),
+        second_threshold=0.0,
         weighting="scores",
         renormalize=False,
         scale=1.0,
@@ -174,3 +180,40 @@ def skip_threshold(
         return 0.0
     # The least number above the largest product that is to be skipped.
     return float(np.nextafter(ordered[skipped - 1], np.float32(np.inf)))
+
+
+def frontier(
+    first: Sequence[int] | np.ndarray,
+    second: Sequence[int] | np.ndarray,
+    wanted: int,
+) -> list[tuple[int, int]]:
+    """The pairs of thresholds that can be the best of those that skip enough places.
+
+    Of each threshold of the first kind it is the least of the second that skips enough beside it:
+    the divergence grows with either. That one falls as the first rises, so both lists are gone
+    through once; and a pair is left out if the one before has the same second threshold.
+
+    Args:
+      first: the places that each threshold of the first kind skips, which rise.
+      second: the same of the second kind.
+      wanted: how many places both are to skip together.
+
+    Returns:
+      Pairs of indices; none where even the largest thresholds skip too little.
+
+    Raises:
+      ValueError: numbers that fall.
+    """
+    for name, skipped in (("first", first), ("second", second)):
+        if np.any(np.diff(skipped) < 0):
+            raise ValueError(f"frontier: {name}: got numbers that fall, expected rising ones")
+    pairs: list[tuple[int, int]] = []
+    j = len(second) - 1
+    for i, skipped in enumerate(first):
+        if skipped + second[j] < wanted:
+            continue
+        while j > 0 and skipped + second[j - 1] >= wanted:
+            j -= 1
+        if not pairs or pairs[-1][1] > j:
+            pairs.append((i, j))
+    return pairs

@@ -72,6 +72,7 @@ class SparseMoE(FeedForward):
                 documents=documents,
                 priority=self._priority(logits, routing),
             )
+        record(self, "router_logits", logits)
         record(self, "router_probs", routing.router_probs)
         record(self, "experts", routing.experts)
         record(self, "expert_weights", routing.weights)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
 from gatedjax.config.moe import RouterConfig, SparseMoEConfig
+from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.layers.moe.statistics import loads
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.stochastic_gate import annealed_temperature
@@ -35,7 +36,8 @@ class RouterState(nn.Module):
 
     bias [E], integral [E], error [E]: of the bias rule; the last two of "pid" only
     temperature []: of the logits
-    importance []: of the layer, for skipping (MoDES calibrates it; 1 until then)
+    importance []: of the layer, for skipping (MoDES calibrates it; 1 until then); [2] for tokens of
+      the first and the second kind, where there is a second
     """
 
     config: SparseMoEConfig
@@ -61,13 +63,13 @@ class RouterState(nn.Module):
                 shape=[],
                 init=start,
             )
-        if router.threshold:
+        if router.skips:
             ones = nn.initializers.ones
             state["importance"] = parameter(
                 self,
                 "importance",
-                axes=[],
-                shape=[],
+                axes=[None] if router.second_kind else [],
+                shape=[2] if router.second_kind else [],
                 init=ones,
             )
         return state
@@ -113,6 +115,9 @@ def updated(
         place = (*block.path, "ffn", NAME)
         old = {path[-1]: array for path, array in flat.items() if path[:-1] == place}
         ffn = block.feed_forward
+        if old and isinstance(ffn, VersatileMLPConfig):
+            lower = temperature(ffn, step)
+            new |= {(*place, name): jnp.full_like(array, lower) for name, array in old.items()}
         if not old or not isinstance(ffn, SparseMoEConfig):
             continue
         # Counts are stacked over the block's layers; state is so in the blocks of the period.
@@ -169,7 +174,9 @@ def updated_layer(
     }
 
 
-def temperature(config: RouterConfig, step: Int[Array, ""]) -> Float[Array, ""]:
+def temperature(
+    config: RouterConfig | VersatileMLPConfig, step: Int[Array, ""]
+) -> Float[Array, ""]:
     """The temperature of a step: the same factor every step, until `anneal_steps`."""
     return annealed_temperature(
         step,

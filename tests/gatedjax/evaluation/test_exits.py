@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import tiny
+from tiny_run import random_batch, tiny
 
 from gatedjax.errors import InputError
+from gatedjax.evaluation import exit_learning
 from gatedjax.evaluation import exits as early
 from gatedjax.evaluation.early_exit import EarlyExit, require_simple
 from gatedjax.model import LanguageModel, head_weights, logits
@@ -133,3 +134,81 @@ def test_generation_layer_by_layer(scan_layers):
     early_exit = decoder.generate(prompt, 6, np.full(2, -np.inf))
     assert early_exit.exits == [0] * 5
     assert early_exit.flops < 0.8 * whole.flops
+
+
+def test_gate_of_the_depth():
+    """Values of its logits in float64, what it is taught, and what a token then costs."""
+    x = RNG.normal(size=(5, 4))
+    gate = early.DepthGate(jnp.asarray(RNG.normal(size=(4, 3))), jnp.asarray(RNG.normal(size=3)))
+
+    def formula(weights, bias):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) @ weights + bias
+
+    expected = formula(np.asarray(gate.weights, np.float64), np.asarray(gate.bias, np.float64))
+    np.testing.assert_allclose(early.depth_logits(gate, jnp.asarray(x), 1e-6), expected, rtol=1e-5)
+    assert np.all(early.depth_logits(early.fresh_depth_gate(4, 2), jnp.asarray(x), 1e-6) == 0)
+    model = tiny(model__num_layers=4).model
+    of_layers = early.layer_flops(model, 32)
+    prediction = 2.0 * model.width * model.vocab_size
+    gate_flops = 2.0 * model.width * 3
+    costs = early.depth_costs(model, 32, (1, 3))
+    right = [of_layers[:n].sum() + prediction + gate_flops for n in (1, 3, 4)]
+    np.testing.assert_allclose(costs, right)
+    # One prediction for each token: less than with an exit at each layer on the way.
+    assert np.all(costs[1:] < early.exit_costs(model, 32, (1, 3))[1:])
+
+
+@pytest.mark.slow
+def test_what_the_depth_learns_from():
+    """Steps A and C in float64 numpy, from the logits that the exits give."""
+    model = tiny(model__num_layers=4, model__dtype="float32").model
+    batch = random_batch(rows=2)
+    params = LanguageModel(model).init(jax.random.key(0), jnp.asarray(batch.tokens))["params"]
+    params = jax.tree.map(
+        lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), params
+    )
+    layers = (1, 3)
+    exits = early.fresh_exits(2, params["final_norm"]["scale"])
+    seen = exit_learning.predictions(model, layers, params, exits, batch)
+    mask = np.asarray(batch.loss_mask, np.float64)
+    losses = []
+    for predicted in seen.all:
+        p = np.asarray(predicted, np.float64)
+        log_z = np.log(np.exp(p).sum(-1))
+        losses.append(log_z - np.take_along_axis(p, batch.targets[..., None], -1)[..., 0])
+    losses = np.stack(losses, -1)
+    found = exit_learning.parent_loss((exits, params), batch, model, layers)
+    expected = ((losses @ [1 / 4, 3 / 4, 1.0]) * mask).sum() / mask.sum()
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    gate = early.DepthGate(jnp.asarray(RNG.normal(size=(32, 3))), jnp.zeros(3))
+    costs = np.array([0.3, 0.8, 1.0])
+    best = (losses + 0.5 * costs).argmin(-1)
+    assert len(np.unique(best)) > 1
+    chosen = np.asarray(early.depth_logits(gate, seen.first, model.norm_eps), np.float64)
+    chosen -= np.log(np.exp(chosen).sum(-1, keepdims=True))
+    expected = -(np.take_along_axis(chosen, best[..., None], -1)[..., 0] * mask).sum() / mask.sum()
+    found = exit_learning.depth_loss(
+        gate, batch, exits, params, model, layers, jnp.asarray(costs, jnp.float32), 0.5
+    )
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_generation_by_the_gate_of_the_depth():
+    """A gate that always says the same: that exit's tokens, and nothing of the others."""
+    model = tiny(model__num_layers=4).model
+    prompt = [3, 9, 1, 5]
+    params = LanguageModel(model).init(jax.random.key(0), jnp.asarray([prompt]))["params"]
+    exits = early.fresh_exits(2, params["final_norm"]["scale"])
+    never = np.full(2, np.inf)
+    plain = EarlyExit(model, params, exits, ()).generate(prompt, 5, np.zeros(0))
+    flops = []
+    for place in range(3):
+        bias = jnp.zeros(3).at[place].set(1e6)
+        gate = early.DepthGate(jnp.zeros((32, 3)), bias)
+        result = EarlyExit(model, params, exits, (1, 3), depth=gate).generate(prompt, 5, never)
+        assert result.exits == [place] * 4
+        flops.append(result.flops)
+    assert flops[0] < flops[1] < flops[2] < 1.05 * plain.flops
+    whole = EarlyExit(model, params, exits, (1, 3)).generate(prompt, 5, never)
+    assert result.tokens == plain.tokens == whole.tokens and plain.flops < whole.flops

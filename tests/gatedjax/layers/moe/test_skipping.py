@@ -18,7 +18,13 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.layers.moe.routing import route
-from gatedjax.layers.moe.skipping import calibrated, chosen_scores, divergence, skip_threshold
+from gatedjax.layers.moe.skipping import (
+    calibrated,
+    chosen_scores,
+    divergence,
+    frontier,
+    skip_threshold,
+)
 from gatedjax.layers.moe.state import merge, split
 from gatedjax.model import LanguageModel
 
@@ -103,7 +109,71 @@ def test_padding_is_not_counted():
         skip_threshold(importance, padded, 0.4, is_token=mask[:1])
 
 
+def test_two_kinds_have_thresholds_of_their_own():
+    """By loops: what is skipped of either kind; weights of what is left, and their gradients."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 5, (2, 9))
+    logits = rng.normal(size=(2, 9, 4))
+    config = RouterConfig(
+        threshold=0.2, second_kind=(1, 3), second_threshold=0.3, renormalize=False
+    )
+    importance = jnp.asarray([0.8, 1.1])
+
+    def formula(logits):
+        weights = np.zeros((2, 9, 2))
+        ids = np.full((2, 9, 2), 4)
+        for at in np.ndindex(2, 9):
+            p = np.exp(logits[at]) / np.exp(logits[at]).sum()
+            kind = int(tokens[at] in (1, 3))
+            for place, expert in enumerate(np.argsort(-p)[:2]):
+                if (0.8, 1.1)[kind] * p[expert] >= (0.2, 0.3)[kind]:
+                    weights[at][place] = p[expert]
+                    ids[at][place] = expert
+        return ids, weights
+
+    def routed(logits):
+        return route(config, logits, 2, importance=importance, tokens=jnp.asarray(tokens))
+
+    found = routed(jnp.asarray(logits))
+    ids, weights = formula(logits)
+    assert 0 < np.sum(ids == 4) < ids.size
+    np.testing.assert_array_equal(found.experts, ids)
+    np.testing.assert_allclose(found.weights, weights, rtol=1e-5)
+    way = rng.normal(size=weights.shape)
+    gradient = jax.grad(lambda z: jnp.sum(way * routed(z).weights))(jnp.asarray(logits))
+    direction = rng.normal(size=logits.shape)
+    moved = [(way * formula(logits + s * direction)[1]).sum() for s in (1e-6, -1e-6)]
+    slope = (moved[0] - moved[1]) / 2e-6
+    assert float(np.sum(gradient * direction)) == pytest.approx(slope, rel=1e-4)
+    # Scores are those before anything is skipped.
+    scores = np.asarray(chosen_scores(config, jnp.asarray(logits), 2, tokens=tokens))
+    assert np.all(scores > 0)
+    with pytest.raises(ValueError, match=r"tokens: got None, expected the ids .* for second_kind"):
+        route(config, jnp.asarray(logits), 2)
+
+
+def test_frontier_has_the_best_pair():
+    """Against all pairs, for divergences that rise with either threshold; and it tries fewer."""
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        first = np.sort(rng.integers(0, 30, 7))
+        second = np.sort(rng.integers(0, 30, 5))
+        cost = rng.random((7, 5)).cumsum(0).cumsum(1)
+        wanted = int(rng.integers(0, 70))
+        pairs = frontier(first, second, wanted)
+        enough = first[:, None] + second[None] >= wanted
+        if not enough.any():
+            assert pairs == []
+            continue
+        assert all(enough[pair] for pair in pairs) and len(pairs) <= 7
+        assert min(cost[pair] for pair in pairs) == cost[enough].min()
+    with pytest.raises(ValueError, match="second: got numbers that fall"):
+        frontier([1, 2], [2, 1], 1)
+
+
 def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match=r"second_threshold: got 0\.5, expected 0 without"):
+        RouterConfig(second_threshold=0.5)
     with pytest.raises(ValueError, match="skip_rate: got True"):
         skip_threshold(np.ones(2), np.ones((2, 3)), True)
     with pytest.raises(ValueError, match="skip_rate: got"):
