@@ -37,6 +37,7 @@ ORDER = (
         "convert",
         "exits",
         "stack_experts",
+        "phatgoose",
     ),
     ("evidence",),
 )
