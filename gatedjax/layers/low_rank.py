@@ -152,9 +152,7 @@ def merged(params: Mapping[str, Any], config: LoRAConfig) -> Mapping[str, Any]:
       InputError: a mixture, whose updates are other ones for every token.
     """
     expected = "0: a mixture is another matrix for every token"
-    require(
-        not config.num_experts, "config.model.lora.num_experts", config.num_experts, expected
-    )
+    require(not config.num_experts, "config.model.lora.num_experts", config.num_experts, expected)
     flat = flatten_dict(params)
     for projection in updated_projections(params):
         a = flat.pop((*projection, UPDATE, "a"))

@@ -96,7 +96,11 @@ def test_what_is_refused():
 
 def test_what_trains():
     """Experts alone, or what the patterns name alone: the classifier."""
-    paths = [("m", "mixer", "out", "lora", "a"), ("lora_classifier",), ("m", "mixer", "out", "kernel")]
+    paths = [
+        ("m", "mixer", "out", "lora", "a"),
+        ("lora_classifier",),
+        ("m", "mixer", "out", "kernel"),
+    ]
     config = plain(model__lora=CONFIG)
     assert [is_trainable(config, path) for path in paths] == [True, False, False]
     config = plain(model__lora=CONFIG, optim__trainable=("lora_classifier",))
@@ -155,7 +159,9 @@ def test_step_0_is_the_base_and_then_every_layer_has_its_weights():
                 of_layers.append(3.0 * product.reshape(base_params[path].shape[1:]))
             merged[path] = base_params[path] + jnp.stack(of_layers)
         alone = jax.jit(
-            lambda p, b=b, t=t: LanguageModel(base).apply({"params": p}, tokens[b : b + 1, : t + 1])[0]
+            lambda p, b=b, t=t: LanguageModel(base).apply(
+                {"params": p}, tokens[b : b + 1, : t + 1]
+            )[0]
         )(unflatten_dict(merged))
         assert rel_rms(y[b, t], alone[0, t]) < 1e-4
     swapped = trained | {("lora_classifier",): classifier[::-1]}
