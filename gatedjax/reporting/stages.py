@@ -65,7 +65,7 @@ def run_stage(name: str, module: str, *arguments: str) -> None:
 
 
 def last_validation(place: Path) -> dict[str, Any]:
-    """The last validation of a training stage that is finished, and what it took: loss, steps, rows.
+    """The last validation of a finished training stage, and what it took: loss, steps, rows.
 
     A stage that was stopped ends without error, and without its last validation: so does this one.
     """
