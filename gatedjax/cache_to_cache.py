@@ -10,8 +10,9 @@ the target with the fused cache. `--fuser=runs/fused/fuser.npz` measures one tha
 docs/cache_to_cache.md says what is done.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,8 @@ from gatedjax.reporting.stages import write_tables
 from gatedjax.runtime import cli, launch
 from gatedjax.sharding import my_rows
 from gatedjax.training.run_directory import plain_errors
+
+Split = Literal["train", "validation"]
 
 _SOURCE = flags.DEFINE_string("source", None, "Run directory of the model that brings its cache.")
 _TARGET = flags.DEFINE_string("target", None, "Run directory of the model that predicts.")
@@ -80,7 +83,8 @@ def main(_) -> None:
     path = workdir / "fuser.npz"
     with plain_errors(f"could not write {path}"):
         flat = flatten_dict(params)
-        np.savez(path, **{".".join(name): np.asarray(x) for name, x in flat.items()})
+        arrays: Any = {".".join(name): np.asarray(x) for name, x in flat.items()}
+        np.savez(path, **arrays)
     say(text)
     say(f"the fuser is {path}")
 
@@ -175,7 +179,7 @@ def fused_losses(
     source = prefilled(fuser.source, of_source, batch, prompt)
     target = prefilled(fuser.target, of_target, batch, prompt)
     layers: Any = fuser.apply({"params": params}, source.layers, target.layers, noise)
-    caches = target.replace(layers=layers)
+    caches = dataclasses.replace(target, layers=layers)
     return losses_of_rest(fuser.target, of_target, batch, prompt, caches)
 
 
@@ -245,7 +249,7 @@ def loaded(name: str, fuser: CacheFuser) -> PyTree:
     return unflatten_dict({key: jnp.asarray(x) for key, x in given.items()})
 
 
-def _text(runs: dict[str, RestoredRun], split: str) -> Any:
+def _text(runs: dict[str, RestoredRun], split: Split) -> Any:
     """Batches of the text, in the rows of the target's run."""
     run = runs["target"].run
     data = runs[_TEXT_OF.value].run.config.data

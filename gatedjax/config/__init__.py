@@ -60,6 +60,7 @@ from gatedjax.config.run import (
     StreamConfig,
     TrainConfig,
 )
+from gatedjax.config.soft_adapters import SoftAdaptersConfig
 from gatedjax.config.teacher import TeacherConfig
 
 __all__ = [
@@ -107,6 +108,7 @@ __all__ = [
     "RWKV7Config",
     "Remat",
     "RouterConfig",
+    "SoftAdaptersConfig",
     "SoftMoEConfig",
     "SourceConfig",
     "SparseMoEConfig",

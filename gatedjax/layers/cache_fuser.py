@@ -214,16 +214,21 @@ class CacheFuser(nn.Module):
                 f"caches of {brought.k.shape[:2]} rows and slots",
                 f"{held.k.shape[:2]}, as the target's",
             )
-            parts = {}
-            for i, name in enumerate(("k", "v")):
-                of_part = noise
-                if noise is not None:
-                    key = jax.random.fold_in(noise.key, 2 * number + i)
-                    of_part = noise._replace(key=key)
-                fuser = Fuser(self.hidden, self.depth, name=f"{name}_{pair.target}")
-                parts[name] = fuser(getattr(brought, name), getattr(held, name), of_part)
-            result = with_cache_of(self.target, result, pair.target, KVCache(**parts))
+            of_keys = Fuser(self.hidden, self.depth, name=f"k_{pair.target}")
+            of_values = Fuser(self.hidden, self.depth, name=f"v_{pair.target}")
+            cache = KVCache(
+                of_keys(brought.k, held.k, _part(noise, 2 * number)),
+                of_values(brought.v, held.v, _part(noise, 2 * number + 1)),
+            )
+            result = with_cache_of(self.target, result, pair.target, cache)
         return result
+
+
+def _part(noise: Noise | None, number: int) -> Noise | None:
+    """The noise of one of the gates."""
+    if noise is None:
+        return None
+    return noise._replace(key=jax.random.fold_in(noise.key, number))
 
 
 class Fuser(nn.Module):

@@ -104,9 +104,9 @@ ADDED_LATER_TO_LAYERS = {
         "selective_gate",
         "selective_bias",
     ),
-    "gated_mlp": ("bias", "norm", "swiglu_limit"),
+    "gated_mlp": ("adapters", "bias", "norm", "swiglu_limit"),
     "mamba2": ("conv_bias",),
-    "mlp": ("neuron_gate", "neuron_temperature"),
+    "mlp": ("adapters", "neuron_gate", "neuron_temperature"),
     "rwkv7": ("norm_eps",),
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
