@@ -4,9 +4,9 @@
 
 Both stay as they are. Of every row both read the first --prompt tokens; a fuser puts what the
 source holds of them into the target's cache, and the target predicts the rest of the row. The
-fuser learns on the training text of --text_of, source or target. In WORKDIR: fuser.npz, and
-table.md and table.json, the validation losses on the rest of the rows: of each model alone and of
-the target with the fused cache. `--fuser=runs/fused/fuser.npz` measures one that has learned.
+fuser learns on the training text of --text_of, a run. In WORKDIR: fuser.npz, and table.md and
+table.json, the validation losses on the rest of the rows: of each model alone and of the target
+with the fused cache. `--fuser=runs/fused/fuser.npz` measures one that has learned.
 docs/cache_to_cache.md says what is done.
 """
 
@@ -23,8 +23,8 @@ from absl import flags
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from gatedjax.config import ModelConfig
-from gatedjax.data import Batch, batches, make_dataset
+from gatedjax.config import DataConfig, ModelConfig
+from gatedjax.data import Batch, batches, load_tokenizer, make_dataset
 from gatedjax.errors import InputError, require
 from gatedjax.evaluation.restore import RestoredRun, require_text, restore_params
 from gatedjax.layers.cache_fuser import (
@@ -47,7 +47,7 @@ Split = Literal["train", "validation"]
 _SOURCE = flags.DEFINE_string("source", None, "Run directory of the model that brings its cache.")
 _TARGET = flags.DEFINE_string("target", None, "Run directory of the model that predicts.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the fuser and of the table.")
-_TEXT_OF = flags.DEFINE_enum("text_of", "target", ["source", "target"], "Whose text is used.")
+_TEXT_OF = flags.DEFINE_string("text_of", None, "A run whose text is used; default: --target.")
 _FUSER = flags.DEFINE_string("fuser", None, "A fuser.npz that is measured, and does not learn.")
 _PROMPT = flags.DEFINE_integer("prompt", None, "Tokens of a row's prompt; default: half of them.")
 _HIDDEN = flags.DEFINE_integer("hidden", 128, "Channels of the fuser.", lower_bound=1)
@@ -67,17 +67,20 @@ def main(_) -> None:
     workdir = expand(cli.required(_WORKDIR), "--workdir")
     launch.start()
     runs = {name: restore_params(place, trust_paths=_TRUST.value) for name, place in places.items()}
-    require_text(runs[_TEXT_OF.value].run)
-    data = runs[_TEXT_OF.value].run.config.data
+    of_text = runs["target"].run
+    if _TEXT_OF.value is not None:
+        of_text = restore_params(expand(_TEXT_OF.value, "--text_of"), trust_paths=_TRUST.value).run
+    require_text(of_text)
+    data = of_text.config.data
     prompt = data.seq_len // 2 if _PROMPT.value is None else _PROMPT.value
     require(0 < prompt < data.seq_len, "--prompt", prompt, f"between 1 and {data.seq_len - 1}")
     fuser = fuser_of(runs)
     with jax.set_mesh(runs["target"].run.mesh):
         if _FUSER.value is None:
-            params = learned(fuser, runs, prompt)
+            params = learned(fuser, runs, data, prompt)
         else:
             params = loaded(_FUSER.value, fuser)
-        rows = measured(fuser, params, runs, prompt)
+        rows = measured(fuser, params, runs, data, prompt)
     text = table(rows, prompt, data.seq_len - prompt)
     write_tables(workdir, text, {"prompt": prompt, "rows": rows})
     path = workdir / "fuser.npz"
@@ -96,8 +99,12 @@ def fuser_of(runs: dict[str, RestoredRun]) -> CacheFuser:
       InputError: another tokenizer, or layers whose caches cannot be fused.
     """
     source, target = (runs[name].run.config for name in ("source", "target"))
+    of_source, of_target = (
+        load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+        for config in (source, target)
+    )
     require(
-        source.data.tokenizer == target.data.tokenizer,
+        of_source.fingerprint == of_target.fingerprint,
         "--source: data.tokenizer",
         source.data.tokenizer,
         f"that of --target, {target.data.tokenizer}",
@@ -183,16 +190,22 @@ def fused_losses(
     return losses_of_rest(fuser.target, of_target, batch, prompt, caches)
 
 
-def learned(fuser: CacheFuser, runs: dict[str, RestoredRun], prompt: int) -> PyTree:
+def learned(
+    fuser: CacheFuser,
+    runs: dict[str, RestoredRun],
+    data: DataConfig,
+    prompt: int,
+) -> PyTree:
     """The parameters of the fuser after its training.
 
     Args:
       fuser: of the two models.
       runs: source and target.
+      data: the text.
       prompt: tokens of a row that both models read.
     """
     given = (runs["source"].params, runs["target"].params)
-    stream = batches(_text(runs, "train"))
+    stream = batches(_text(runs["target"], data, "train"))
     first = next(stream)
     params = fresh(fuser, first.tokens.shape)
     tx = optax.adam(_LR.value)
@@ -249,10 +262,9 @@ def loaded(name: str, fuser: CacheFuser) -> PyTree:
     return unflatten_dict({key: jnp.asarray(x) for key, x in given.items()})
 
 
-def _text(runs: dict[str, RestoredRun], split: Split) -> Any:
-    """Batches of the text, in the rows of the target's run."""
-    run = runs["target"].run
-    data = runs[_TEXT_OF.value].run.config.data
+def _text(target: RestoredRun, data: DataConfig, split: Split) -> Any:
+    """Batches of the text, with as many rows as the target was trained with."""
+    run = target.run
     rows = run.config.train.batch_size
     return make_dataset(data, split, batch_size=rows, rows=my_rows(run.mesh, rows), seed=data.seed)
 
@@ -261,6 +273,7 @@ def measured(
     fuser: CacheFuser,
     params: PyTree,
     runs: dict[str, RestoredRun],
+    data: DataConfig,
     prompt: int,
 ) -> list[dict[str, Any]]:
     """The loss of each model alone, and of the target with the fused cache.
@@ -269,6 +282,7 @@ def measured(
       fuser: of the two models.
       params: of the fuser.
       runs: source and target.
+      data: the text.
       prompt: tokens of a row that both models read.
     """
     given = (runs["source"].params, runs["target"].params)
@@ -282,7 +296,7 @@ def measured(
     def together(params: PyTree, given: Any, batch: Batch):
         return fused_losses(fuser, params, given, batch, prompt, None)
 
-    dataset = _text(runs, "validation")
+    dataset = _text(runs["target"], data, "validation")
     sums = {name: np.zeros(2) for name in ("source alone", "target alone", "fused")}
     for batch in batches(dataset[: min(_BATCHES.value, len(dataset))]):
         found = {
