@@ -11,14 +11,12 @@ table.json. Started again, it goes on where it was.
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 
 from gatedjax.config import DataConfig
-from gatedjax.errors import InputError, require
 from gatedjax.evaluation.restore import RestoredRun, restore_params
 from gatedjax.evaluation.validation import Validation
 from gatedjax.paths import expand
@@ -30,6 +28,7 @@ from gatedjax.reporting.stages import (
     run_stage,
     write_tables,
 )
+from gatedjax.reporting.texts import parsed_texts
 from gatedjax.runtime import cli, launch
 from gatedjax.training.step_folders import has_steps
 
@@ -51,7 +50,7 @@ def main(_) -> None:
     """Expert and gate of each text -> the stack -> everything on every text."""
     source = expand(cli.required(_FROM), "--from")
     workdir = expand(cli.required(_WORKDIR), "--workdir")
-    texts = parsed_texts(_TEXTS.value)
+    texts = parsed_texts(_TEXTS.value, OF_BASE)
     steps = of_stages("--steps", _STEPS.value, len(PHASES))
     rates = of_stages("--lr", _LR.value, len(PHASES))
     require_pairs("--set", _SET.value)
@@ -90,24 +89,6 @@ def main(_) -> None:
     text = table(rows, _TOP.value)
     write_tables(workdir, text, {"top": _TOP.value, "rows": rows})
     say(text)
-
-
-def parsed_texts(values: list[str]) -> dict[str, str]:
-    """NAME=PATH, two or more with names of their own.
-
-    Raises:
-      InputError: fewer, a value without a name or a path, a name that is there twice.
-    """
-    require(len(values) > 1, "--texts", ",".join(values), "NAME=PATH,NAME=PATH, two or more")
-    texts: dict[str, str] = {}
-    for value in values:
-        name, _, path = value.partition("=")
-        if not (name.isidentifier() and path):
-            raise InputError(f"--texts: got {value!r}, expected NAME=PATH")
-        require(name not in texts and name != OF_BASE, "--texts", name, "names that differ")
-        # The runs are started elsewhere.
-        texts[name] = str(Path(path).expanduser().absolute())
-    return texts
 
 
 def losses(

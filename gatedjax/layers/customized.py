@@ -10,6 +10,7 @@ come out to the bit.
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jaxtyping import Float
 
 

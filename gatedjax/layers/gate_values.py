@@ -15,7 +15,7 @@ from gatedjax.layers.tree import flatten_dict
 COLLECTION = "probes"
 # Recorded for the measurements of `evaluation.probes` and for who learns from the model
 # (`training.teacher`); no gates.
-NOT_GATES = ("q", "k", "v", "residual", "mixer_input", "mixer_output", "heads_output")
+NOT_GATES = ("q", "k", "v", "residual", "mixer_input", "mixer_output", "heads_output", "channels")
 
 
 def record(

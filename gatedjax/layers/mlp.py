@@ -96,6 +96,7 @@ class GatedMLP(FeedForward):
             h = gate * norm(up)
         else:
             h = gated_product(gate_logits, up, c.activation, c.swiglu_limit)
+        record(self, "channels", h)
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
         y = _project(self, h, hidden, width, "down")
         if c.bias or c.norm:

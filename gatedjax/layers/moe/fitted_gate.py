@@ -36,7 +36,7 @@ def gate_probs(
     contexts: Float[np.ndarray, "N C"],
     weights: Float[np.ndarray, "C+1 E"],
 ) -> Float[np.ndarray, "N E"]:
-    """`softmax([c, 1] W)`; an environment has the likeliest expert, whose output is not weighted."""
+    """`softmax([c, 1] W)`; the likeliest expert is taken, and its output is not weighted."""
     logits = _with_one(contexts) @ weights
     exps = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exps / exps.sum(axis=1, keepdims=True)

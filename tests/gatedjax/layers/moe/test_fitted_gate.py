@@ -29,7 +29,7 @@ def test_k_means_finds_the_clusters():
     assert found.is_settled
     np.testing.assert_array_equal(found.nearest, CLUSTER)
     for e in range(3):
-        np.testing.assert_allclose(found.centroids[e], CONTEXTS[CLUSTER == e].mean(axis=0))
+        np.testing.assert_allclose(found.centroids[e], CONTEXTS[e == CLUSTER].mean(axis=0))
     # (2, 2) is nearer to (0, 3.5) than to (0, 0) by squares, and not by absolute values.
     tie = clustered(
         np.array([[2.0, 2.0], [0.0, 0.0], [0.0, 3.4]]), np.array([[0.0, 0.0], [0.0, 3.6]])
@@ -41,7 +41,7 @@ def test_k_means_finds_the_clusters():
 def test_the_assignment_is_the_best_of_all():
     losses = RNG.uniform(size=(15, 3))
     found = experts_of_clusters(losses, CLUSTER)
-    medians = np.stack([np.median(losses[CLUSTER == e], axis=0) for e in range(3)])
+    medians = np.stack([np.median(losses[e == CLUSTER], axis=0) for e in range(3)])
     totals = {p: medians[range(3), p].sum() for p in itertools.permutations(range(3))}
     assert tuple(found) == min(totals, key=totals.get)
 
