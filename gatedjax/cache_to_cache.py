@@ -7,7 +7,7 @@ source holds of them into the target's cache, and the target predicts the rest o
 fuser learns on the training text of --text_of, a run. In WORKDIR: fuser.npz, and table.md and
 table.json, the validation losses on the rest of the rows: of each model alone and of the target
 with the fused cache. `--fuser=runs/fused/fuser.npz` measures one that has learned.
-docs/cache_to_cache.md says what is done.
+docs/combining.md says what is done.
 """
 
 import dataclasses

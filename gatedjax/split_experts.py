@@ -7,7 +7,7 @@ The model is a run directory with gated MLPs; a text is a name and a file or fol
 expert. In every layer an expert has those channels that are largest on its text and not on all.
 Router and experts then learn by turns, the rest stays as it is. In WORKDIR: split.npz (both), and
 table.md and table.json: validation losses of the dense model and of the experts by several ways of
-choosing them, what is computed, and how often experts would be loaded. docs/split_experts.md says
+choosing them, what is computed, and how often experts would be loaded. docs/combining.md says
 what is done.
 """
 

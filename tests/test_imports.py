@@ -38,6 +38,8 @@ ORDER = (
         "exits",
         "stack_experts",
         "phatgoose",
+        "cache_to_cache",
+        "split_experts",
     ),
     ("evidence",),
 )
