@@ -231,9 +231,9 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
     model = values["model"]
     for layer in [*model["mixers"].values(), *model["ffns"].values()]:
         kind = layer["kind"]
+        of_kind = dataclasses.asdict((MIXERS | FEED_FORWARDS)[kind]())
         for key in ADDED_LATER_TO_LAYERS.get(kind, ()):
-            default = getattr((MIXERS | FEED_FORWARDS)[kind], key)
-            if layer[key] == default:
+            if layer[key] == of_kind[key]:
                 del layer[key]
     of_source = to_dict(SourceConfig())
     for source in values["data"]["sources"].values():
