@@ -1,6 +1,6 @@
 # make train   trains configs/tiny.py from a fresh clone: .venv, install, train, evaluate, picture, sample
 # make test    lint, then the test suite (the slow ones too: make test-all)
-# make test-oracles   compares layers with those of torch (transformers, fla-core, rwkv, timm, entmax, ott-jax, performer-pytorch), and with lm-eval's hf backend
+# make test-oracles   compares layers with those of torch (transformers, fla-core, rwkv, timm, entmax, ott-jax, performer-pytorch, peft), and with lm-eval's hf backend
 # make test-cuda-aot   compiles every op for GPUs that are not here;  make test-cuda-spills  its checks that nothing spills, the usual sizes (CI)
 # make test-buckets   runs and data in buckets, on servers of this machine (a part of test-all)
 # make test-gpu   the kernels on this machine's NVIDIA GPU: values and gradients
@@ -47,7 +47,7 @@ test-types: .venv/installed
 
 # In an environment of its own: torch takes gigabytes.
 test-oracles: .venv-oracles/installed
-	.venv-oracles/bin/python -m pytest tests/kernels_pallas/attention/test_attention_normalizers.py tests/kernels_pallas/attention/test_doubly_stochastic.py tests/gatedjax/layers/test_attention_options.py tests/gatedjax/layers/moe/test_moe_peers.py tests/gatedjax/layers/test_recurrent_peers.py tests/gatedjax/layers/test_attention_peers.py tests/gatedjax/layers/test_mixing_peers.py tests/gatedjax/layers/test_performer_peer.py tests/gatedjax/interop/test_interop_peers.py tests/gatedjax/training/test_fine_tuning_peers.py tests/gatedjax/test_encoder_peers.py -k equals
+	.venv-oracles/bin/python -m pytest tests/kernels_pallas/attention/test_attention_normalizers.py tests/kernels_pallas/attention/test_doubly_stochastic.py tests/gatedjax/layers/test_attention_options.py tests/gatedjax/layers/moe/test_moe_peers.py tests/gatedjax/layers/test_recurrent_peers.py tests/gatedjax/layers/test_attention_peers.py tests/gatedjax/layers/test_mixing_peers.py tests/gatedjax/layers/test_performer_peer.py tests/gatedjax/interop/test_interop_peers.py tests/gatedjax/interop/test_xlora_peers.py tests/gatedjax/training/test_fine_tuning_peers.py tests/gatedjax/test_encoder_peers.py -k equals
 	.venv-oracles/bin/python -m pytest tests/gatedjax/evaluation/test_lm_eval.py
 
 # In an environment of its own: the CUDA plugin and NVIDIA's assembler take 1.5 GB, and the plugin looks for a driver

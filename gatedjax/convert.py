@@ -8,10 +8,6 @@ losses on validation text, of the teacher and after each stage, go to WORKDIR/ta
 table.json. Started again, it goes on where it was. docs/conversions.md says what is done.
 """
 
-import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +16,20 @@ from absl import flags
 
 from gatedjax.config import from_config_dict
 from gatedjax.data import load_tokenizer
-from gatedjax.errors import InputError, printable
 from gatedjax.evaluation.validation import Validation
 from gatedjax.paths import expand
 from gatedjax.reporting.console import say
-from gatedjax.reporting.writers import METRICS_FILE, read_records
+from gatedjax.reporting.stages import (
+    last_validation,
+    of_stages,
+    require_pairs,
+    run_stage,
+    write_tables,
+)
 from gatedjax.runtime import cli, launch
 from gatedjax.training import given_teacher
 from gatedjax.training.checkpoint import read_config
 from gatedjax.training.run import prepare
-from gatedjax.training.run_directory import plain_errors
-from gatedjax.training.run_record import CONFIG_FILE
 
 # Stages of a conversion, and which of them learn from the teacher.
 STAGES = {
@@ -60,42 +59,35 @@ def main(_) -> None:
     kind = cli.required(_TO)
     workdir = expand(cli.required(_WORKDIR), "--workdir")
     count, with_teacher = STAGES[kind]
-    steps = _of_stages("--steps", _STEPS.value, count)
-    rates = _of_stages("--lr", _LR.value, count)
-    for key in _SET.value:
-        if "=" not in key:
-            raise InputError(f"--set: got {key!r}, expected KEY=VALUE")
+    steps = of_stages("--steps", _STEPS.value, count)
+    rates = of_stages("--lr", _LR.value, count)
+    require_pairs("--set", _SET.value)
 
-    def run_stage(number: int, before: Path, place: Path) -> None:
+    def train_stage(number: int, before: Path, place: Path) -> None:
         teacher = f",{source}" if number in with_teacher and number > 1 else ""
-        command = [
-            sys.executable,
-            "-m",
-            "gatedjax.train",
+        arguments = [
             f"--config=convert_{kind}:{number}={before}{teacher}",
             f"--workdir={place}",
         ]
         if steps:
-            command.append(f"--config.train.steps={steps[number - 1]}")
+            arguments.append(f"--config.train.steps={steps[number - 1]}")
         if rates:
-            command.append(f"--config.optim.lr={rates[number - 1]}")
-        command += [f"--config.{key}" for key in _SET.value]
-        # Not `say`, which asks jax: it would take the devices that the stage needs.
-        print(printable(f"stage {number}: {place}"), flush=True)
-        _run(command)
+            arguments.append(f"--config.optim.lr={rates[number - 1]}")
+        arguments += [f"--config.{key}" for key in _SET.value]
+        run_stage(f"stage {number}: {place}", "gatedjax.train", *arguments)
 
     rows = []
     before = source
     for number in range(1, count + 1):
         place = workdir / f"stage_{number}"
-        run_stage(number, before, place)
+        train_stage(number, before, place)
         rows.append(_row(f"stage {number}", place))
         before = place
     if _WITHOUT.value:
         before = source
         for number in range(2, count + 1):
             place = workdir / f"stage_{number}_without_1"
-            run_stage(number, before, place)
+            train_stage(number, before, place)
             rows.append(_row(f"stage {number} without stage 1", place))
             before = place
     launch.start()
@@ -104,48 +96,9 @@ def main(_) -> None:
     say(f"the converted model is {workdir / f'stage_{count}'}")
 
 
-def _of_stages(flag: str, values: list[str], count: int) -> list[str]:
-    """The values of a flag, one for each stage; none where it was not given."""
-    if values and len(values) != count:
-        raise InputError(f"{flag}: got {len(values)} values, expected {count}, one for each stage")
-    return values
-
-
-def _run(command: list[str]) -> None:
-    """A command to its end. What stops this one stops it too; its failure is this one's."""
-    process = subprocess.Popen(command)
-
-    def pass_on(number: int, _: Any) -> None:
-        process.send_signal(number)
-
-    before = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        # Ctrl-C reaches both.
-        status = process.wait() or cli.EXIT_INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if status:
-        sys.exit(status)
-
-
 def _row(name: str, place: Path) -> dict[str, Any]:
-    """The last validation of a stage that is finished, and what it took."""
-    records = read_records(place / METRICS_FILE)
-    validations = [record for record in records if record["split"] == "validation"]
-    # From the record, not the checkpoint: jax would take the devices that the next stage needs.
-    with plain_errors(f"could not read {place / CONFIG_FILE}"):
-        training = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))["train"]
-    # A stage that was stopped ends without error, and without its last validation.
-    if not validations or validations[-1]["step"] < training["steps"]:
-        sys.exit(cli.EXIT_INTERRUPTED)
-    return {
-        "model": name,
-        "loss": validations[-1]["loss"],
-        "steps": validations[-1]["step"],
-        "rows": training["batch_size"] * validations[-1]["step"],
-    }
+    """A line of the table."""
+    return {"model": name, **last_validation(place)}
 
 
 def teachers_loss(first_stage: Path) -> float:
@@ -176,9 +129,7 @@ def write_table(workdir: Path, kind: str, rows: list[dict[str, Any]]) -> None:
         cells += [str(row.get(name, "")) for name in ("steps", "rows")]
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
-    with plain_errors(f"could not write {workdir / 'table.md'}"):
-        (workdir / "table.md").write_text(text)
-        (workdir / "table.json").write_text(json.dumps({"to": kind, "rows": rows}, indent=2) + "\n")
+    write_tables(workdir, text, {"to": kind, "rows": rows})
     say(text)
 
 

@@ -229,7 +229,8 @@ class LanguageModel(nn.Module):
         lora_weights = None
         first_pass_caches = None
         if c.first_pass is not None and self.without_experts:
-            lora_weights = no_weights(tokens, c)
+            # Projections without weights leave their updates out.
+            lora_weights = None if c.lora.num_experts else no_weights(tokens, c)
         elif c.first_pass is not None:
             caches_before = None if caches is None else caches.first_pass
             inputs = (tokens, positions, segment_ids, caches_before)

@@ -39,6 +39,9 @@ ORDER = (
         "stack_experts",
         "skip_experts",
         "make_adaptive",
+        "phatgoose",
+        "cache_to_cache",
+        "split_experts",
     ),
     ("evidence",),
 )

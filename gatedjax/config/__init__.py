@@ -61,6 +61,7 @@ from gatedjax.config.run import (
     StreamConfig,
     TrainConfig,
 )
+from gatedjax.config.soft_adapters import SoftAdaptersConfig
 from gatedjax.config.sources import GatedMemoryConfig
 from gatedjax.config.teacher import TeacherConfig
 
@@ -111,6 +112,7 @@ __all__ = [
     "RWKV7Config",
     "Remat",
     "RouterConfig",
+    "SoftAdaptersConfig",
     "SoftMoEConfig",
     "SourceConfig",
     "SparseMoEConfig",

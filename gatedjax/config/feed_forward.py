@@ -1,6 +1,6 @@
 """The configuration of dense feed-forwards."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gatedjax.config.checks import (
@@ -8,6 +8,7 @@ from gatedjax.config.checks import (
     Positive,
     Size,
 )
+from gatedjax.config.soft_adapters import SoftAdaptersConfig
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,14 @@ class GatedMLPConfig(Checked):
     bias: bool = False
     # one LayerNorm on both factors of the product (Activator, arXiv 2405.15953)
     norm: bool = False
-    not_causal = None  # no token sees a later one
+    # small experts beside it, of encoders
+    adapters: SoftAdaptersConfig = field(default_factory=SoftAdaptersConfig)
     only_causal = None
+
+    @property
+    def not_causal(self) -> str | None:
+        """Why a causal model cannot have this feed-forward, or None."""
+        return self.adapters.not_causal
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,14 @@ class MLPConfig(Checked):
     # threshold of every neuron; hard: gain a where a > threshold, 0 elsewhere (arXiv 2602.11726)
     neuron_gate: Literal["none", "soft", "hard"] = "none"
     neuron_temperature: Positive = 0.1
-    not_causal = None  # no token sees a later one
+    # small experts beside it, of encoders
+    adapters: SoftAdaptersConfig = field(default_factory=SoftAdaptersConfig)
     only_causal = None
+
+    @property
+    def not_causal(self) -> str | None:
+        """Why a causal model cannot have this feed-forward, or None."""
+        return self.adapters.not_causal
 
 
 @dataclass(frozen=True)

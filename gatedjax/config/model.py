@@ -28,7 +28,7 @@ from gatedjax.config.layers import (
     NoMixerConfig,
 )
 from gatedjax.config.mixing import AssociativeMemoryConfig
-from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
+from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig, Temperature
 from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
@@ -65,6 +65,13 @@ class LoRAConfig(Checked):
     # Updates are multiplied by a learned number of each projection, which starts here (Hybrid Gated
     # Flow, arXiv 2602.05269); 0: by none.
     gate_start: Fraction = 0.0
+    # E updates of each projection, weighted token by token and layer by layer by
+    # softmax(h W / temperature), h of a first pass without updates (X-LoRA, arXiv 2402.07148);
+    # 0: one. The W are `lora_classifier`, which only `optim.trainable` trains, as with it A and B.
+    num_experts: SizeOrZero = 0
+    # 0: all
+    experts_per_token: SizeOrZero = 0
+    temperature: Temperature = 1.0
 
     def check(self) -> None:
         require(
@@ -78,6 +85,18 @@ class LoRAConfig(Checked):
             "targets",
             self.targets,
             f"at least one pattern with rank = {self.rank}",
+        )
+        require(
+            self.rank > 0 or not self.num_experts,
+            "rank",
+            self.rank,
+            f"at least 1 with num_experts = {self.num_experts}",
+        )
+        require(
+            self.experts_per_token <= self.num_experts,
+            "experts_per_token",
+            self.experts_per_token,
+            f"between 0 (all) and num_experts = {self.num_experts}",
         )
 
 
@@ -243,6 +262,12 @@ class ModelConfig(Checked):
 
     def _check_images(self) -> None:
         require(
+            not self.lora.num_experts,
+            "lora.num_experts",
+            self.lora.num_experts,
+            "0 with model.task 'classify': patches have no token ids",
+        )
+        require(
             self.patches.positions != "sincos" or self.width % 4 == 0,
             "width",
             self.width,
@@ -365,6 +390,12 @@ class ModelConfig(Checked):
             "first_pass",
             "one mixture at most whose weights come from a first pass",
         )
+        require(
+            not self._first_passes() or not self.lora.num_experts,
+            "lora.num_experts",
+            self.lora.num_experts,
+            "0 with a mixture in ffns whose weights come from a first pass too",
+        )
 
     def _used_attention(self) -> dict[str, GatedAttentionConfig]:
         """The attention layers of the program, by the names of their mixers."""
@@ -452,11 +483,13 @@ class ModelConfig(Checked):
         return max(numbers_of_experts, default=0)
 
     @property
-    def first_pass(self) -> LoRAMixtureConfig | None:
+    def first_pass(self) -> LoRAMixtureConfig | LoRAConfig | None:
         """The mixture whose weights come from a first pass of the model without experts (X-LoRA).
 
         None if there is no such mixture.
         """
+        if self.lora.num_experts:
+            return self.lora
         return next(iter(self._first_passes()), None)
 
     @property

@@ -65,8 +65,9 @@ class RouterConfig(Checked):
     scoring: Literal["softmax", "sigmoid", "sparsemax"] = "softmax"
     # by probability + bias, not rounded; among equals the larger logit, then the lower expert id.
     # gumbel: by logits + noise, so that the temperature does not change how often an expert is
-    # drawn. expert_choice is not causal.
-    selection: Literal["topk", "grouped_topk", "gumbel", "hash", "expert_choice"] = "topk"
+    # drawn. expert_choice is not causal. given: one expert a token, from outside the model
+    # (`layers/moe/given_experts.py`); none is trained.
+    selection: Literal["topk", "grouped_topk", "gumbel", "hash", "expert_choice", "given"] = "topk"
     # grouped_topk: experts come in this many groups, of which
     num_groups: Size = 1
     # these with the best score may be selected from
@@ -154,6 +155,10 @@ class RouterConfig(Checked):
                 "expert_choice",
                 f"another, or {expected}",
             )
+        if self.selection == "given":
+            is_plain = self.weighting == "uniform" and self.bias_rule == "none"
+            expected = "another, or weighting 'uniform' and no bias_rule"
+            require(is_plain, "selection", "given", expected)
         if self.selection == "hash":
             require(
                 self.bias_rule == "none",
@@ -301,6 +306,12 @@ class SparseMoEConfig(Checked):
 
     def _check_router(self) -> None:
         router = self.router
+        require(
+            router.selection != "given" or self.experts_per_token == 1,
+            "experts_per_token",
+            self.experts_per_token,
+            "1 with router.selection 'given'",
+        )
         if router.selection == "expert_choice":
             require(
                 self.capacity_factor == 0,

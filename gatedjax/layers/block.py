@@ -24,6 +24,7 @@ from gatedjax.layers import (
 )
 from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import record
+from gatedjax.layers.low_rank import expert_weights
 from gatedjax.layers.norm import LayerNorm, RMSNorm
 
 # The residual stream, with the logical names of its axes.
@@ -49,7 +50,6 @@ class Block(nn.Module):
     block: BlockConfig
     training: bool = False
 
-    @nn.compact
     def __call__(
         self,
         x: Stream,
@@ -63,6 +63,18 @@ class Block(nn.Module):
         Router logits only where some router has a gating residual, the depth where layers ask.
         Handed on are fields of the next block's `info`, which later layers of the model ask for.
         """
+        with expert_weights(info.lora_weights):
+            return self._applied(x, info, cache, router_logits, depth)
+
+    @nn.compact
+    def _applied(
+        self,
+        x: Stream,
+        info: TokenInfo,
+        cache: Any,
+        router_logits: Float[Array, "B T E"] | None,
+        depth: Depth | None,
+    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array], SharedWeights | None]:
         info = dataclasses.replace(info, depth=depth)
         mixer, feed_forward = block_layers(
             self.config,

@@ -26,6 +26,7 @@ NOT_GATES = (
     "ffn_input",
     "ffn_output",
     "router_logits",
+    "channels",
 )
 
 

@@ -30,6 +30,7 @@ GATE = "gate"
 SHOWN = 5
 
 _config: contextvars.ContextVar[LoRAConfig | None] = contextvars.ContextVar("lora", default=None)
+_weights: contextvars.ContextVar[Array | None] = contextvars.ContextVar("weights", default=None)
 
 
 @contextlib.contextmanager
@@ -43,6 +44,59 @@ def low_rank_updates(config: LoRAConfig) -> Iterator[None]:
         yield
     finally:
         _config.reset(token)
+
+
+@contextlib.contextmanager
+def expert_weights(weights: Float[Array, "B T E"] | None) -> Iterator[None]:
+    """Inside this block, of one layer, mixtures of updates have these weights; None: no updates."""
+    token = _weights.set(weights)
+    try:
+        yield
+    finally:
+        _weights.reset(token)
+
+
+def weights_of(projection: Path, x: Float[Array, "..."]) -> Float[Array, "B T E"] | None:
+    """The weights of the experts of a projection, for what it is applied to.
+
+    Raises:
+      InputError: x is not of the tokens that the weights are of.
+    """
+    weights = _weights.get()
+    if weights is None:
+        return None
+    require(
+        x.shape[:2] == weights.shape[:2],
+        "config.model.lora.targets",
+        ".".join(projection),
+        "projections of tokens, with num_experts",
+    )
+    return weights
+
+
+def lora_experts(
+    x: Float[Array, "... I"],
+    weights: Float[Array, "... E"],
+    a: Float[Array, "E I r"],
+    b: Float[Array, "E r O"],
+) -> Float[Array, "... O"]:
+    """`sum_e weight_e x A_e B_e`, every expert on every token: they are thin.
+
+    Args:
+      x: the tokens.
+      weights: of every expert.
+      a: the matrices down to the rank.
+      b: the matrices up from it.
+
+    Returns:
+      The weighted sum, float32.
+    """
+    # All experts at once: E r columns are few beside the dense matrix.
+    h = jnp.einsum("...i,eir->...er", x, a, preferred_element_type=jnp.float32)
+    # An expert without weight is left out, not multiplied by 0: its product may have overflowed.
+    weight = weights[..., None]
+    h = (weight * jnp.where(weight == 0, 0.0, h)).astype(x.dtype)
+    return jnp.einsum("...er,ero->...o", h, b, preferred_element_type=jnp.float32)
 
 
 def update_of(projection: Path) -> LoRAConfig | None:
@@ -93,7 +147,12 @@ def merged(params: Mapping[str, Any], config: LoRAConfig) -> Mapping[str, Any]:
     Returns:
       The parameters without A, B and gates, each W (rounded, if ternary) with
       `(alpha / rank) A B`, times its gate, added to it.
+
+    Raises:
+      InputError: a mixture, whose updates are other ones for every token.
     """
+    expected = "0: a mixture is another matrix for every token"
+    require(not config.num_experts, "config.model.lora.num_experts", config.num_experts, expected)
     flat = flatten_dict(params)
     for projection in updated_projections(params):
         a = flat.pop((*projection, UPDATE, "a"))

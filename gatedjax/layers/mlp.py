@@ -10,6 +10,7 @@ from gatedjax.layers.activations import activated, gated_product, gates_of
 from gatedjax.layers.base import FeedForward
 from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
+from gatedjax.layers.moe.soft_adapters import SoftAdapters, adapter_flops
 from gatedjax.layers.neuron_gate import NeuronGate
 from gatedjax.layers.norm import LayerNorm
 from gatedjax.layers.projection import Projection
@@ -44,6 +45,26 @@ def _project(
     )(x)
 
 
+def _with_adapters(
+    layer: "GatedMLP | MLP",
+    y: Float[Array, "B T M"],
+    x: Float[Array, "B T M"],
+    info: TokenInfo | None,
+) -> Float[Array, "B T M"]:
+    """`y`, plus what the layer's adapters make of its input, if it has some.
+
+    Args:
+      layer: of which they are a submodule.
+      y: the layer's output without them.
+      x: its input, zeros for padding.
+      info: about the tokens.
+    """
+    if not layer.config.adapters.number:
+        return y
+    adapters = SoftAdapters(layer.config.adapters, layer.init_std, layer.dtype, name="adapters")
+    return y + adapters(x, info)
+
+
 class GatedMLP(FeedForward):
     """`(activation(x W_gate) * (x W_up)) W_down`, with biases if `bias`.
 
@@ -75,15 +96,16 @@ class GatedMLP(FeedForward):
             h = gate * norm(up)
         else:
             h = gated_product(gate_logits, up, c.activation, c.swiglu_limit)
+        record(self, "channels", h)
         h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
         y = _project(self, h, hidden, width, "down")
         if c.bias or c.norm:
             y = without_padding(y, mask)
-        return y, {}, router_logits
+        return _with_adapters(self, y, x, info), {}, router_logits
 
     @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
-        return 6 * width * self.config.hidden
+        return 6 * width * self.config.hidden + adapter_flops(self.config.adapters, width, seq_len)
 
 
 class MLP(FeedForward):
@@ -112,11 +134,11 @@ class MLP(FeedForward):
         y = _project(self, h, hidden, width, "down")
         if c.bias:
             y = without_padding(y, mask)
-        return y, {}, router_logits
+        return _with_adapters(self, y, x, info), {}, router_logits
 
     @nn.nowrap
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
-        return 4 * width * self.config.hidden
+        return 4 * width * self.config.hidden + adapter_flops(self.config.adapters, width, seq_len)
 
 
 class NoFeedForward(FeedForward):

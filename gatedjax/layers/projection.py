@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from gatedjax.config import LoRAConfig
+from gatedjax.errors import InputError
 from gatedjax.layers import low_rank
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.ternary import ternary
@@ -153,7 +154,11 @@ class Projection(nn.Module):
             self.dtype,
             name=low_rank.UPDATE,
         )
-        return y + update(x)
+        if not lora.num_experts:
+            return y + update(x)
+        weights = low_rank.weights_of(self.path, x)
+        # None: the pass that the weights come from.
+        return y if weights is None else y + update(x, weights)
 
 
 class Weights(nn.Module):
@@ -175,6 +180,11 @@ class Weights(nn.Module):
         lora = low_rank.update_of(self.path)
         if lora is None:
             return kernel.astype(self.dtype)
+        if lora.num_experts:
+            raise InputError(
+                f"config.model.lora.targets: got {'.'.join(self.path)}, expected, with "
+                "num_experts, projections that are multiplied with tokens in one way"
+            )
         if lora.ternary:
             kernel = ternary(kernel)
         kernel = kernel.astype(self.dtype)
@@ -207,7 +217,10 @@ def _kernel(
 
 
 class LowRankUpdate(nn.Module):
-    """`(alpha / rank) x A B`, times a gate if it has one: zero until B has trained."""
+    """`(alpha / rank) x A B`, times a gate if it has one: zero until B has trained.
+
+    Of a mixture `(alpha / rank) sum_e weight_e x A_e B_e`.
+    """
 
     config: LoRAConfig
     in_axes: Mapping[str, int]
@@ -215,29 +228,68 @@ class LowRankUpdate(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        weights: Float[Array, "B T E"] | None = None,
+    ) -> Float[Array, "..."]:
+        """`weights`: of the experts of a mixture."""
         c = self.config
         fan_in = math.prod(self.in_axes.values())
+        # As the axis of routers: experts are few, and every device has all of them.
+        experts = ("router",) if c.num_experts else ()
+        sizes = (c.num_experts,) if c.num_experts else ()
         a = parameter(
             self,
             "a",
-            axes=(*self.in_axes, "rank"),
-            shape=(*self.in_axes.values(), c.rank),
+            axes=(*experts, *self.in_axes, "rank"),
+            shape=(*sizes, *self.in_axes.values(), c.rank),
             init=nn.initializers.normal(fan_in**-0.5),
         )
         b = parameter(
             self,
             "b",
-            axes=("rank", *self.out_axes),
-            shape=(c.rank, *self.out_axes.values()),
+            axes=(*experts, "rank", *self.out_axes),
+            shape=(*sizes, c.rank, *self.out_axes.values()),
             init=nn.initializers.zeros,
         )
         # Where parameters are made in the same program, the compiler sees that b is all zeros.
         b = opaque(b)
-        low = contract(x, a.astype(self.dtype), len(self.in_axes))
-        update = c.alpha / c.rank * contract(low, b.astype(self.dtype), 1)
+        if weights is None:
+            low = contract(x, a.astype(self.dtype), len(self.in_axes))
+            update = contract(low, b.astype(self.dtype), 1)
+        else:
+            update = self._mixture(x, weights, a, b)
+        update = c.alpha / c.rank * update
         if not c.gate_start:
             return update
         init = nn.initializers.constant(c.gate_start)
         gate = parameter(self, low_rank.GATE, axes=[], shape=[], init=init)
         return gate.astype(self.dtype) * update
+
+    def _mixture(
+        self,
+        x: Float[Array, "..."],
+        weights: Float[Array, "B T E"],
+        a: Float[Array, "..."],
+        b: Float[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """`sum_e weight_e x A_e B_e`.
+
+        Args:
+          x: what is projected.
+          weights: of the experts.
+          a: [E, *in, r].
+          b: [E, r, *out].
+        """
+        experts, rank = b.shape[:2]
+        before = x.shape[: x.ndim - len(self.in_axes)]
+        # One weight for all that a token has between itself and the axes that are summed over.
+        between = (1,) * (len(before) - 2)
+        y = low_rank.lora_experts(
+            x.reshape(*before, -1),
+            weights.reshape(*weights.shape[:2], *between, experts),
+            a.reshape(experts, -1, rank).astype(self.dtype),
+            b.reshape(experts, rank, -1).astype(self.dtype),
+        )
+        return y.reshape(*before, *self.out_axes.values()).astype(self.dtype)

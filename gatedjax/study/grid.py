@@ -112,9 +112,9 @@ ADDED_LATER_TO_LAYERS = {
         "selective_gate",
         "selective_bias",
     ),
-    "gated_mlp": ("bias", "norm", "swiglu_limit"),
+    "gated_mlp": ("adapters", "bias", "norm", "swiglu_limit"),
     "mamba2": ("conv_bias",),
-    "mlp": ("neuron_gate", "neuron_temperature"),
+    "mlp": ("adapters", "neuron_gate", "neuron_temperature"),
     "rwkv7": ("norm_eps",),
     "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
 }
@@ -241,9 +241,9 @@ def _lasting_dict(config: Config) -> dict[str, Any]:
     model = values["model"]
     for layer in [*model["mixers"].values(), *model["ffns"].values()]:
         kind = layer["kind"]
+        of_kind = dataclasses.asdict((MIXERS | FEED_FORWARDS)[kind]())
         for key in ADDED_LATER_TO_LAYERS.get(kind, ()):
-            default = getattr((MIXERS | FEED_FORWARDS)[kind], key)
-            if layer[key] == default:
+            if layer[key] == of_kind[key]:
                 del layer[key]
     of_router = to_dict(RouterConfig())
     for router in (ffn["router"] for ffn in model["ffns"].values() if "router" in ffn):

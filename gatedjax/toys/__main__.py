@@ -3,6 +3,8 @@
     python -m gatedjax.toys click_through [--steps=2000]     FinalMLP on clicks
     python -m gatedjax.toys scene                            hash-grid experts on a 3-D scene
     python -m gatedjax.toys continual                        class-attention, task after task
+    python -m gatedjax.toys families                         dynamical systems and a fitted gate
+    python -m gatedjax.toys customization                    a local network beside a frozen one
 
 Each trains for some seconds or minutes and prints what came of it.
 """
@@ -12,13 +14,15 @@ import sys
 from typing import NoReturn
 
 from gatedjax.errors import InputError, require
-from gatedjax.toys import click_through, continual, scene
+from gatedjax.toys import click_through, continual, customization, families, scene
 
 EXIT_BAD_INPUT = 2
 TOYS = {
     "click_through": click_through.run,
     "scene": scene.run,
     "continual": continual.run,
+    "families": families.run,
+    "customization": customization.run,
 }
 
 

@@ -286,9 +286,10 @@ def by_layer(model: ModelConfig, recorded: Mapping[str, Any], name: str) -> dict
     found = {}
     for block in model.blocks:
         of_block = recorded["periods"][block.name] if block.is_repeated else recorded[block.name]
-        # Of the block itself, or of the mixer inside it.
-        of_name = of_block if name in of_block else of_block.get("mixer", {})
-        if name not in of_name:
+        # Of the block itself, or of the mixer or the feed-forward inside it.
+        inside = (of_block, of_block.get("mixer", {}), of_block.get("ffn", {}))
+        of_name = next((part for part in inside if name in part), None)
+        if of_name is None:
             continue
         values = of_name[name][0]
         for place, layer in enumerate(block.layers):

@@ -31,7 +31,9 @@ def is_trainable(config: Config, path: Path) -> bool:
         return False
     patterns = config.optim.trainable
     has_updates = config.model.lora.rank > 0
-    if has_updates and low_rank.is_update(path):
+    # Of mixtures the patterns say all: once experts have trained, what weights them trains alone.
+    always = not (patterns and config.model.lora.num_experts)
+    if has_updates and always and low_rank.is_update(path):
         return True
     if not patterns:
         return not has_updates

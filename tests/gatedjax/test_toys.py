@@ -12,7 +12,7 @@ from helpers import check_gradients, rel_rms
 from gatedjax.errors import InputError
 from gatedjax.layers.hash_experts import HashExperts, balance_loss, interpolated, resolutions
 from gatedjax.layers.two_streams import FinalMLP
-from gatedjax.toys import click_through, continual, scene
+from gatedjax.toys import click_through, continual, customization, families, scene
 from gatedjax.toys.__main__ import main
 
 RNG = np.random.default_rng(0)
@@ -124,9 +124,36 @@ def test_masks_keep_earlier_tasks():
     assert forgotten[0] - forgotten[1] > 5
 
 
+def test_systems_and_their_families():
+    """A step of the Runge-Kutta rule on x' = x, to fourth order; what agreement counts."""
+    step = families.runge_kutta(lambda x: x, np.ones(1), 0.1)
+    assert abs(step[0] - np.exp(0.1)) < 1e-7
+    family = np.array([0, 0, 1, 1])
+    assert families.agreement(np.array([1, 2, 0, 0]), family) == 1.0
+    assert families.agreement(np.array([0, 0, 0, 1]), family) == 0.75
+
+
+@pytest.mark.slow
+def test_a_fitted_gate_tells_families_apart():
+    lines = families.run(1000)
+    errors = [float(x) for line in lines for x in re.findall(r"(?:field|systems) (0\.\d+)", line)]
+    assert max(errors) < 0.2
+    assert int(re.findall(r"apart (\d+)%", lines[1])[0]) >= 75
+
+
+@pytest.mark.slow
+def test_a_local_network_helps_a_frozen_one():
+    everybody, user, _ = customization.run(600)
+    accuracies = [[float(x) for x in re.findall(r"([\d.]+)%", line)] for line in (everybody, user)]
+    for of_global, _, fresh, _ in accuracies:
+        assert fresh == of_global
+    assert accuracies[0][3] > accuracies[0][0] - 10
+    assert accuracies[1][3] > accuracies[1][0] + 50
+
+
 def test_the_command_says_what_it_wants(capsys):
     assert main(["clicks"]) == 2
-    expected = "error: name: got 'clicks', expected one of click_through, scene, continual\n"
-    assert capsys.readouterr().err == expected
+    known = "click_through, scene, continual, families, customization"
+    assert capsys.readouterr().err == f"error: name: got 'clicks', expected one of {known}\n"
     assert main(["scene", "--steps=0"]) == 2
     assert capsys.readouterr().err == "error: --steps: got 0, expected at least 1\n"

@@ -19,6 +19,8 @@ from gatedjax.layers.parameters import parameter
 
 def mixture_blocks(config: ModelConfig) -> list[BlockConfig]:
     """The blocks whose experts get their weights from the first pass."""
+    if config.lora.num_experts:
+        return list(config.blocks)
     blocks = []
     for block in config.blocks:
         ffn = block.feed_forward

@@ -15,36 +15,12 @@ from gatedjax.layers.activations import gated_product
 from gatedjax.layers.base import FeedForward
 from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
+from gatedjax.layers.low_rank import lora_experts
 from gatedjax.layers.moe.routing import check_places
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import contract
 from gatedjax.layers.token_info import TokenInfo
 from kernels_pallas.common.opaque import opaque
-
-
-def lora_experts(
-    x: Float[Array, "... I"],
-    weights: Float[Array, "... E"],
-    a: Float[Array, "E I r"],
-    b: Float[Array, "E r O"],
-) -> Float[Array, "... O"]:
-    """`sum_e weight_e x A_e B_e`, every expert on every token: they are thin.
-
-    Args:
-      x: the tokens.
-      weights: of every expert.
-      a: the matrices down to the rank.
-      b: the matrices up from it.
-
-    Returns:
-      The weighted sum, float32.
-    """
-    # All experts at once: E r columns are few beside the dense matrix.
-    h = jnp.einsum("...i,eir->...er", x, a, preferred_element_type=jnp.float32)
-    # An expert without weight is left out, not multiplied by 0: its product may have overflowed.
-    weight = weights[..., None]
-    h = (weight * jnp.where(weight == 0, 0.0, h)).astype(x.dtype)
-    return jnp.einsum("...er,ero->...o", h, b, preferred_element_type=jnp.float32)
 
 
 def xlora_weights(

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from gatedjax.config.moe import RouterConfig
 from gatedjax.errors import require
 from gatedjax.layers.documents import Documents
+from gatedjax.layers.moe.given_experts import experts_given
 from gatedjax.layers.moe.selection import (
     across_tokens,
     best_groups,
@@ -207,7 +208,9 @@ def _selected(
     bias: Float[Array, " E"] | None,
     tokens: Int[Array, "..."] | None,
 ) -> Int[Array, "... k"]:
-    """The experts of every token, by their scores (and a bias), or by the token's id."""
+    """The experts of every token, by their scores (and a bias), by the token's id, or given."""
+    if config.selection == "given":
+        return experts_given(z)
     if config.selection == "hash":
         return hash_experts(_ids(tokens, 'selection="hash"'), z.shape[-1], k)
     # Without a bias logits order as scores do, and do not round to the same 0 or 1.

@@ -7,6 +7,7 @@ document, not over the row that it is packed in, and padding is in none of them.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -70,14 +71,34 @@ def combine_weights(logits: Float[Array, "B T E s"]) -> Float[Array, "B T E s"]:
     return jax.nn.softmax(flat, axis=-1).reshape(logits.shape)
 
 
-def soft_experts(
-    x: Float[Array, "B T M"],
-    dispatch: Float[Array, "B T E s"],
-    combine: Float[Array, "B T E s"],
+# Every expert's outputs of its slots.
+Experts = Callable[[Float[Array, "B E s M"]], Float[Array, "B E s M"]]
+
+
+def gated_experts(
+    slots: Float[Array, "B E s M"],
     gate: Float[Array, "E M F"],
     up: Float[Array, "E M F"],
     down: Float[Array, "E F M"],
     activation: str,
+) -> Float[Array, "B E s M"]:
+    """A gated MLP of each expert.
+
+    Args:
+      slots: what they work on.
+      gate, up, down: their matrices.
+      activation: of the gate.
+    """
+    gate_logits = jnp.einsum("besm,emf->besf", slots, gate)
+    hidden = gated_product(gate_logits, jnp.einsum("besm,emf->besf", slots, up), activation)
+    return jnp.einsum("besf,efm->besm", hidden, down)
+
+
+def soft_experts(
+    x: Float[Array, "B T M"],
+    dispatch: Float[Array, "B T E s"],
+    combine: Float[Array, "B T E s"],
+    experts: Experts,
 ) -> Float[Array, "B T M"]:
     """Slots are means of tokens, outputs are means of slots; both in float32. One document a row.
 
@@ -85,17 +106,14 @@ def soft_experts(
       x: the tokens.
       dispatch: `dispatch_weights`.
       combine: `combine_weights`.
-      gate, up, down: the matrices of the experts' gated MLPs.
-      activation: of the gate.
+      experts: what is done with the slots.
 
     Returns:
       The outputs, in x's dtype.
     """
     # Dispatch, in float32: means over all tokens of a row.
     slots = jnp.einsum("btes,btm->besm", dispatch, x.astype(jnp.float32)).astype(x.dtype)
-    gate_logits = jnp.einsum("besm,emf->besf", slots, gate)
-    hidden = gated_product(gate_logits, jnp.einsum("besm,emf->besf", slots, up), activation)
-    y = jnp.einsum("besf,efm->besm", hidden, down)
+    y = experts(slots)
     return jnp.einsum("btes,besm->btm", combine, y.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -104,10 +122,7 @@ def soft_experts_of_documents(
     dispatch: Float[Array, "B T E s"],
     combine: Float[Array, "B T E s"],
     documents: Documents,
-    gate: Float[Array, "E M F"],
-    up: Float[Array, "E M F"],
-    down: Float[Array, "E F M"],
-    activation: str,
+    experts: Experts,
 ) -> Float[Array, "B T M"]:
     """`soft_experts` of every document of packed rows, by itself: the first of every row, then the
     second, and so on. Other documents are selected away, not multiplied by 0.
@@ -117,8 +132,7 @@ def soft_experts_of_documents(
       dispatch: `dispatch_weights`.
       combine: `combine_weights`.
       documents: of the rows.
-      gate, up, down: the matrices of the experts' gated MLPs.
-      activation: of the gate.
+      experts: what is done with the slots.
 
     Returns:
       The outputs, 0 for padding.
@@ -129,16 +143,7 @@ def soft_experts_of_documents(
     def of_document(number: Array, arrays: tuple[Array, Array, Array]) -> Array:
         mask = documents.is_token & (documents.index == number)
         own_x, own_dispatch, own_combine = (without_padding(array, mask) for array in arrays)
-        y = soft_experts(
-            own_x,
-            own_dispatch,
-            own_combine,
-            gate,
-            up,
-            down,
-            activation,
-        )
-        return without_padding(y, mask)
+        return without_padding(soft_experts(own_x, own_dispatch, own_combine, experts), mask)
 
     def add(y: Array, number: Array) -> tuple[Array, None]:
         arrays = (x, dispatch, combine)
@@ -151,6 +156,29 @@ def soft_experts_of_documents(
 
     y, _ = jax.lax.scan(add, jnp.zeros_like(x), jnp.arange(x.shape[1]))
     return y
+
+
+def mixed_softly(
+    x: Float[Array, "B T M"],
+    logits: Float[Array, "B T E s"],
+    documents: Documents | None,
+    experts: Experts,
+) -> tuple[Float[Array, "B T M"], Float[Array, "B T E s"], Float[Array, "B T E s"]]:
+    """The outputs, what went into the slots, and what came out of them.
+
+    Args:
+      x: the tokens, zeros for padding.
+      logits: of tokens and slots.
+      documents: of the rows; None where every row is one.
+      experts: what is done with the slots.
+    """
+    dispatch = dispatch_weights(logits, documents)
+    combine = combine_weights(logits)
+    if documents is None:
+        y = soft_experts(x, dispatch, combine, experts)
+    else:
+        y = soft_experts_of_documents(x, dispatch, combine, documents, experts)
+    return y, dispatch, combine
 
 
 class SoftMoE(FeedForward):
@@ -193,32 +221,16 @@ class SoftMoE(FeedForward):
         if documents is not None:
             x = without_padding(x, documents.is_token)
         logits = slot_logits(x, phi, scale)
-        dispatch = dispatch_weights(logits, documents)
-        combine = combine_weights(logits)
+        experts = functools.partial(
+            gated_experts,
+            gate=gate,
+            up=up,
+            down=down,
+            activation=c.activation,
+        )
+        y, dispatch, combine = mixed_softly(x.astype(self.dtype), logits, documents, experts)
         record(self, "dispatch", dispatch)
         record(self, "combine", combine)
-        x = x.astype(self.dtype)
-        if documents is None:
-            y = soft_experts(
-                x,
-                dispatch,
-                combine,
-                gate,
-                up,
-                down,
-                c.activation,
-            )
-        else:
-            y = soft_experts_of_documents(
-                x,
-                dispatch,
-                combine,
-                documents,
-                gate,
-                up,
-                down,
-                c.activation,
-            )
         return y, {}, router_logits
 
     def _stack(

@@ -1,0 +1,434 @@
+"""Experts out of a trained dense model, and one router before all layers (Read-ME, arXiv
+2410.19123).
+
+    python -m gatedjax.split_experts --from=runs/base --texts=a=a/,b=b/ --workdir=runs/split
+
+The model is a run directory with gated MLPs; a text is a name and a file or folder, and gets an
+expert. In every layer an expert has those channels that are largest on its text and not on all.
+Router and experts then learn by turns, the rest stays as it is. In WORKDIR: split.npz (both), and
+table.md and table.json: validation losses of the dense model and of the experts by several ways of
+choosing them, what is computed, and how often experts would be loaded. docs/combining.md says
+what is done.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax.core import FrozenDict
+from jax import Array
+from jaxtyping import Float, Int, PyTree
+
+from gatedjax.config import (
+    GatedAttentionConfig,
+    GatedMLPConfig,
+    ModelConfig,
+    RouterConfig,
+    SparseMoEConfig,
+)
+from gatedjax.data import Batch
+from gatedjax.errors import require
+from gatedjax.evaluation.restore import restore_params
+from gatedjax.layers.moe.channel_experts import (
+    Channels,
+    expert_matrices,
+    kept_channels,
+    loads,
+    overlaps,
+    router_loss,
+    split_channels,
+)
+from gatedjax.layers.moe.given_experts import given_experts
+from gatedjax.layers.tree import divided, flatten_dict, unflatten_dict
+from gatedjax.model import LanguageModel, head_weights, logits
+from gatedjax.paths import expand
+from gatedjax.reporting.console import say
+from gatedjax.reporting.stages import write_tables
+from gatedjax.reporting.texts import Texts, parsed_texts
+from gatedjax.runtime import cli, launch
+from gatedjax.training.run_directory import plain_errors
+from gatedjax.training.teacher import Teacher, by_layer, observed
+
+_FROM = flags.DEFINE_string("from", None, "Run directory of the dense model.")
+_TEXTS = flags.DEFINE_list("texts", [], "NAME=PATH of each expert's text, two or more.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the result.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns of router and experts.", lower_bound=1)
+_ROUTER = flags.DEFINE_integer("router_steps", 100, "Steps of the router, a turn.", lower_bound=1)
+_EXPERTS = flags.DEFINE_integer("expert_steps", 100, "Steps of the experts, a turn.", lower_bound=0)
+_LR = flags.DEFINE_float("lr", 1e-3, "Learning rate (Adam).", lower_bound=0.0)
+_BATCHES = flags.DEFINE_integer("batches", 8, "Validation batches of each text.", lower_bound=1)
+_HELD = 32
+
+
+class Split(NamedTuple):
+    """A model whose feed-forwards are experts, and its router."""
+
+    model: ModelConfig
+    params: PyTree
+    router: ModelConfig
+    router_params: PyTree
+
+
+def main(_) -> None:
+    """Restore -> split -> learn by turns -> measure -> the table."""
+    source = expand(cli.required(_FROM), "--from")
+    workdir = expand(cli.required(_WORKDIR), "--workdir")
+    paths = parsed_texts(_TEXTS.value)
+    launch.start()
+    run, params, _ = restore_params(source)
+    model = run.config.model
+    require_splittable(model)
+    texts = Texts(run, paths)
+    with jax.set_mesh(run.mesh):
+        kept = channels_of_texts(Teacher(params, model), texts)
+        split = fresh_split(model, params, kept)
+        for number in range(_ROUNDS.value):
+            split = split._replace(router_params=learned_router(split, params, model, kept, texts))
+            split = split._replace(params=learned_experts(split, texts))
+            say(f"turn {number + 1}/{_ROUNDS.value}")
+        rows, experts = measured(split, params, model, texts)
+    cached = cache_rows(experts, len(paths))
+    fraction = computed_fraction(split.model, model)
+    text = table(rows, cached, list(paths), fraction)
+    body = {"rows": rows, "loads": cached, "computed": fraction}
+    write_tables(workdir, text, body)
+    arrays: Any = {f"router.{'.'.join(k)}": v for k, v in flatten_dict(split.router_params).items()}
+    arrays |= {f"model.{'.'.join(k)}": v for k, v in flatten_dict(split.params).items()}
+    with plain_errors(f"could not write {workdir / 'split.npz'}"):
+        np.savez(workdir / "split.npz", **arrays)
+    say(text)
+
+
+def require_splittable(model: ModelConfig) -> None:
+    """InputError unless all feed-forwards are gated MLPs of a model without prefix and suffix."""
+    for block in model.blocks:
+        ffn = block.feed_forward
+        key = f"--from: feed-forward of layer {block.layers[0]}"
+        require(isinstance(ffn, GatedMLPConfig), key, ffn.kind, "gated_mlp")
+        assert isinstance(ffn, GatedMLPConfig)
+        is_plain = not ffn.bias and not ffn.norm and not ffn.adapters.number
+        require(is_plain, key, "bias, norm or adapters", "none of them")
+        require(block.is_repeated, "--from", f"layer {block.layers[0]} in a prefix", "none")
+    require(not model.lora.rank, "--from: config.model.lora.rank", model.lora.rank, "0")
+
+
+def channels_of_texts(dense: Teacher, texts: Texts) -> dict[int, np.ndarray]:
+    """The channels that each text keeps, by layer: [experts, channels]."""
+
+    @jax.jit
+    def sums(params: PyTree, batch: Batch) -> dict[int, Array]:
+        found = activations(Teacher(params, dense.model), batch)
+        mask = jnp.asarray(batch.loss_mask)[..., None]
+        return {layer: jnp.sum(jnp.abs(h) * mask, axis=(0, 1)) for layer, h in found.items()}
+
+    of_texts = []
+    for name in texts.names:
+        total: dict[int, np.ndarray] = {}
+        for batch in texts.training(name, _BATCHES.value):
+            for layer, x in sums(dense.params, batch).items():
+                total[layer] = total.get(layer, 0.0) + np.asarray(x, np.float64)
+        of_texts.append(total)
+    return {
+        layer: kept_channels(np.stack([total[layer] for total in of_texts]))
+        for layer in range(dense.model.num_layers)
+    }
+
+
+def activations(dense: Teacher, batch: Batch) -> dict[int, Float[Array, "B T F"]]:
+    """The channels of every layer's gated MLP."""
+    _, recorded = observed(dense, batch, with_activations=True)
+    return by_layer(dense.model, recorded, "channels")
+
+
+def split_model(model: ModelConfig, channels: Mapping[int, Channels]) -> ModelConfig:
+    """The configuration with sparse layers, each of its own size, in one period.
+
+    Args:
+      model: the dense one.
+      channels: of every layer.
+    """
+    ffns = {}
+    for layer, of_layer in channels.items():
+        dense = model.layer(layer)[1]
+        assert isinstance(dense, GatedMLPConfig)
+        ffns[f"split_{layer}"] = SparseMoEConfig(
+            num_experts=len(of_layer.own),
+            experts_per_token=1,
+            hidden=of_layer.own.shape[1],
+            activation=dense.activation,
+            swiglu_limit=dense.swiglu_limit,
+            router=RouterConfig(selection="given", weighting="uniform"),
+            shared_hidden=of_layer.permanent.size,
+            shared_gate=False,
+            balance_loss=0.0,
+            z_loss=0.0,
+        )
+    mixers = tuple(model.pattern[i % len(model.pattern)] for i in range(model.num_layers))
+    new = {"pattern": mixers, "ffns": FrozenDict(ffns), "ffn_pattern": tuple(ffns)}
+    return _replaced(model, new)
+
+
+def _replaced(model: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(**{**vars(model), **changes})
+
+
+def split_params(
+    model: ModelConfig,
+    params: PyTree,
+    channels: Mapping[int, Channels],
+) -> PyTree:
+    """The parameters of `split_model` with what the dense model has.
+
+    Args:
+      model: the dense one.
+      params: of it.
+      channels: of every layer.
+    """
+    flat = {path: x for path, x in flatten_dict(params).items() if path[0] != "periods"}
+    for block in model.blocks:
+        of_block = flatten_dict(params["periods"][block.name])
+        for place, layer in enumerate(block.layers):
+            own = {path: x[place] for path, x in of_block.items()}
+            gate, up, down = (own.pop(("ffn", name, "kernel")) for name in ("gate", "up", "down"))
+            split = expert_matrices(gate, up, down, channels[layer])
+            own |= {("ffn", *path): x for path, x in split.items()}
+            # Given experts need no logits; they are in the log of loads.
+            count = len(channels[layer].own)
+            own["ffn", "router", "kernel"] = jnp.zeros((model.width, count))
+            flat |= {("periods", f"layer_{layer}", *path): x[None] for path, x in own.items()}
+    return unflatten_dict(flat)
+
+
+def fresh_split(model: ModelConfig, params: PyTree, kept: Mapping[int, np.ndarray]) -> Split:
+    """The experts as they are in the dense model, and a router that starts from its embeddings."""
+    channels = {layer: split_channels(of_layer) for layer, of_layer in kept.items()}
+    head_dim = 16 if model.width % 16 == 0 else model.width
+    heads = model.width // head_dim
+    attention = GatedAttentionConfig(num_heads=heads, num_kv_heads=heads, head_dim=head_dim)
+    router = ModelConfig(
+        vocab_size=model.vocab_size,
+        width=model.width,
+        num_layers=1,
+        mixers=FrozenDict(attention=attention),
+        ffns=FrozenDict(mlp=GatedMLPConfig(hidden=2 * model.width)),
+        dtype=model.dtype,
+    )
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    of_router: Any = jax.jit(LanguageModel(router).init)(jax.random.key(0), tokens)["params"]
+    of_router = {**nn.meta.unbox(of_router), "embedding": params["embedding"]}
+    count = len(next(iter(kept.values())))
+    router_params = {"model": of_router, "out": jnp.zeros((model.width, count))}
+    new = split_model(model, channels)
+    return Split(new, split_params(model, params, channels), router, router_params)
+
+
+def router_logits(router: ModelConfig, params: PyTree, batch: Batch) -> Float[Array, "B T E"]:
+    """Of the experts, from the tokens alone."""
+    inputs = (batch.tokens, batch.positions, batch.segment_ids)
+    output: Any = LanguageModel(router).apply({"params": params["model"]}, *inputs)
+    return output[0].astype(jnp.float32) @ params["out"]
+
+
+def losses(
+    model: ModelConfig,
+    params: PyTree,
+    batch: Batch,
+    experts: Int[Array, "B T"] | None,
+) -> Float[Array, "2"]:
+    """(the sum of the tokens' losses, their number).
+
+    Args:
+      model: dense, or split.
+      params: of it.
+      batch: rows.
+      experts: of the tokens; None for a dense model.
+    """
+    inputs = (batch.tokens, batch.positions, batch.segment_ids)
+    given = jnp.zeros(batch.tokens.shape, jnp.int32) if experts is None else experts
+    with given_experts(given):
+        output: Any = LanguageModel(model).apply({"params": params}, *inputs)
+    log_p = jax.nn.log_softmax(logits(output[0], head_weights(params)))
+    targets = jnp.asarray(batch.targets)[..., None]
+    of_tokens = -jnp.take_along_axis(log_p, targets, axis=-1)[..., 0]
+    mask = jnp.asarray(batch.loss_mask, jnp.float32)
+    return jnp.stack([jnp.sum(of_tokens * mask), jnp.sum(mask)])
+
+
+def learned_router(
+    split: Split,
+    params: PyTree,
+    model: ModelConfig,
+    kept: Mapping[int, np.ndarray],
+    texts: Texts,
+) -> PyTree:
+    """The router's parameters after a turn.
+
+    Args:
+      split: as it is.
+      params: of the dense model.
+      model: its configuration.
+      kept: channels of each text, by layer.
+      texts: to learn from.
+    """
+
+    def loss(of_router: PyTree, dense: PyTree, batch: Batch) -> Float[Array, ""]:
+        found = activations(Teacher(dense, model), batch)
+        guess = router_logits(split.router, of_router, batch)
+        layers = [
+            router_loss(guess, overlaps(h, jnp.asarray(kept[layer]))) for layer, h in found.items()
+        ]
+        mask = jnp.asarray(batch.loss_mask, jnp.float32)
+        return jnp.sum(sum(layers) / len(layers) * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+    return _fitted(loss, split.router_params, params, texts, _ROUTER.value)
+
+
+def learned_experts(split: Split, texts: Texts) -> PyTree:
+    """The parameters of the split model after a turn: those of its experts learn from text."""
+    of_experts, rest = divided(split.params, lambda path: "ffn" in path and "router" not in path)
+
+    def loss(own: PyTree, given: Any, batch: Batch) -> Float[Array, ""]:
+        rest, of_router = given
+        experts = jnp.argmax(router_logits(split.router, of_router, batch), axis=-1)
+        whole = unflatten_dict(flatten_dict(own) | flatten_dict(rest))
+        total, count = losses(split.model, whole, batch, experts)
+        return total / jnp.maximum(count, 1.0)
+
+    given = (rest, split.router_params)
+    own = _fitted(loss, of_experts, given, texts, _EXPERTS.value)
+    return unflatten_dict(flatten_dict(own) | flatten_dict(rest))
+
+
+def _fitted(loss: Any, params: PyTree, given: Any, texts: Texts, steps: int) -> PyTree:
+    """Some steps of Adam, a batch of each text by turns."""
+    tx = optax.adam(_LR.value)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params: PyTree, state: Any, given: Any, batch: Batch):
+        gradient = jax.grad(loss)(params, given, batch)
+        updates, state = tx.update(gradient, state)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state, given, texts.next_batch())
+    return params
+
+
+def measured(
+    split: Split,
+    params: PyTree,
+    model: ModelConfig,
+    texts: Texts,
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """The losses on every text, and the experts of its rows by the router.
+
+    Args:
+      split: what has learned.
+      params: of the dense model.
+      model: its configuration.
+      texts: their validation parts.
+    """
+    of_model = functools.partial(jax.jit, static_argnums=0)(losses)
+    choose = jax.jit(lambda p, batch: jnp.argmax(router_logits(split.router, p, batch), axis=-1))
+    ways = ("dense", "routed", "by the text's name", "by chance")
+    sums = {way: {name: np.zeros(2) for name in texts.names} for way in ways}
+    rows_of_experts = []
+    for number, name in enumerate(texts.names):
+        for batch in texts.validation(name, _BATCHES.value):
+            experts = choose(split.router_params, batch)
+            rows_of_experts += list(np.asarray(experts))
+            shape = experts.shape
+            chance = jax.random.randint(jax.random.key(number), shape, 0, len(texts.names))
+            found = {
+                "dense": of_model(model, params, batch, None),
+                "routed": of_model(split.model, split.params, batch, experts),
+                "by the text's name": of_model(
+                    split.model, split.params, batch, jnp.full(shape, number, jnp.int32)
+                ),
+                "by chance": of_model(split.model, split.params, batch, chance),
+            }
+            for way, numbers in found.items():
+                sums[way][name] += np.asarray(numbers, np.float64)
+    rows: list[dict[str, Any]] = []
+    for way in ways:
+        means = {name: total / max(count, 1.0) for name, (total, count) in sums[way].items()}
+        rows.append({"experts": way, **means})
+    return rows, rows_of_experts
+
+
+def cache_rows(experts: list[np.ndarray], count: int) -> list[dict[str, Any]]:
+    """How often an expert is loaded for 100 tokens, by how many have room."""
+    rows = []
+    tokens = sum(len(row) for row in experts[:_HELD])
+    for capacity in range(1, count):
+        found: dict[str, Any] = {"room": capacity}
+        for policy in ("recent", "ahead"):
+            total = sum(loads(row.tolist(), capacity, policy) for row in experts[:_HELD])
+            found[policy] = 100 * total / tokens
+        rows.append(found)
+    return rows
+
+
+def computed_fraction(split: ModelConfig, dense: ModelConfig) -> float:
+    """Channels of feed-forwards that a token goes through, of those of the dense model."""
+    channels = [
+        ffn.hidden + ffn.shared_hidden
+        for ffn in (split.layer(i)[1] for i in range(split.num_layers))
+        if isinstance(ffn, SparseMoEConfig)
+    ]
+    whole = [
+        ffn.hidden
+        for ffn in (dense.layer(i)[1] for i in range(dense.num_layers))
+        if isinstance(ffn, GatedMLPConfig)
+    ]
+    return sum(channels) / sum(whole)
+
+
+def table(
+    rows: list[dict[str, Any]],
+    cached: list[dict[str, Any]],
+    names: list[str],
+    fraction: float,
+) -> str:
+    """What was measured, to read.
+
+    Args:
+      rows: of `measured`.
+      cached: of `cache_rows`.
+      names: of the texts.
+      fraction: of `computed_fraction`.
+    """
+    lines = [
+        "Validation loss, nats per token. Experts compute "
+        f"{fraction:.0%} of the dense feed-forwards' channels.",
+        "",
+        f"| experts | {' | '.join(names)} | mean |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for row in rows:
+        values = [row[name] for name in names]
+        values.append(sum(values) / len(names))
+        lines.append(f"| {row['experts']} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    lines += [
+        "",
+        "| experts in memory | loads for 100 tokens: longest unused goes | farthest use goes |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {row['room']} | {row['recent']:.1f} | {row['ahead']:.1f} |" for row in cached]
+    return "\n".join(lines) + "\n"
+
+
+def run() -> None:
+    """The command: parses the flags, then calls `main`."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    run()
