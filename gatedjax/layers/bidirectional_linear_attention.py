@@ -293,15 +293,7 @@ class BidirectionalLinearAttention(Mixer):
                 init=nn.initializers.normal(1.0),
             )
             return jax.nn.log_sigmoid(logits)
-        logits = Projection(
-            {"embed": x.shape[-1]},
-            {"heads": c.num_heads},
-            self.init_std,
-            self.dtype,
-            has_bias=True,
-            name=name,
-        )(x)
-        log_decay = jax.nn.log_sigmoid(-logits.astype(jnp.float32))
+        log_decay = jax.nn.log_sigmoid(-self._per_head(name, x, c.num_heads, has_bias=True))
         if info.grid is not None:
             # Nothing is forgotten at a class token.
             is_on_grid = jnp.arange(x.shape[1]) >= info.grid.extra
