@@ -19,6 +19,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int, PyTree
 
+from gatedjax.compiler_options import careful_jit
 from gatedjax.config import Config
 from gatedjax.data import Batch, image_corpora
 from gatedjax.data.image_rows import row_of_image
@@ -90,7 +91,7 @@ def rows_of_steps(config: Config, given: Images, seed: int) -> Int[np.ndarray, "
     return np.concatenate([order, held_out, filling]).reshape(-1, config.train.batch_size)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(careful_jit, static_argnums=0)
 def _trained(
     config: Config,
     key: Array,

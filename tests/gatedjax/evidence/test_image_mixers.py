@@ -12,7 +12,7 @@ from gatedjax.data.image_rows import row_of_image
 from gatedjax.data.images import Example
 from gatedjax.evidence import encoders
 from gatedjax.evidence.encoders import EncoderRun, Images, MixerCost
-from gatedjax.study.image_mixers import LINEAR, MNIST1D, VARIANTS, Sizes, encoder
+from gatedjax.study.image_mixers import LINEAR, Sizes, encoder
 
 ROOT = Path(__file__).parents[3]
 TINY = Sizes(image=(4, 4), patch=(2, 2), block=(1, 2), grid=(1, 2), landmark=1)
@@ -45,14 +45,6 @@ def test_rows_are_those_of_training():
     batch = encoders.batch_of(row.patches[None], np.array([1]))
     for field in dataclasses.fields(row):
         np.testing.assert_array_equal(getattr(batch, field.name)[0], getattr(row, field.name))
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_is_an_encoder(name):
-    for sizes in (TINY, MNIST1D):
-        config = from_config_dict(encoder(name, sizes, num_layers=1))
-        (mixer,) = config.model.mixers.values()
-        assert mixer.only_causal is None
 
 
 @pytest.mark.slow
