@@ -78,8 +78,8 @@ def test_time_and_memory_grow_as_the_number_of_patches_where_they_should():
 
     for name in LINEAR:
         if name != "Activator":
-            assert growth(name, "temporary_mib") < 4.6, name
+            assert growth(name, "temporary_mib") < 6, name
             assert growth(name, "cpu_ms") < 5.5, name
     for name in ("softmax", "Sinkhorn", "ConViT", "gMLP"):
-        assert growth(name, "cpu_ms") > 8, name
+        assert growth(name, "cpu_ms") > 7, name
     assert growth("QR", "cpu_ms", last=1024) > 16
