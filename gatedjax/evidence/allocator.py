@@ -2,7 +2,8 @@
 
 A block above 32 MiB is asked of the system at every allocation and given back when it is freed, and
 the system clears each of its pages again. A step whose temporaries pass that size seems to grow
-faster than its arithmetic: by 41 in place of 17 from 256 to 4,096 tokens, for a plain MLP.
+faster than its arithmetic: that of an encoder without a mixer, at 4,096 tokens, took 46 ms in place
+of 19.
 """
 
 import ctypes

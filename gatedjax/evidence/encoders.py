@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -178,7 +178,8 @@ class MixerCost:
         )
 
         def loss(params: PyTree, x: Array) -> Array:
-            return jnp.sum(layer.apply(params, x, info) ** 2)
+            y: Any = layer.apply(params, x, info)
+            return jnp.sum(y**2)
 
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
         times: list[float] = []
@@ -189,6 +190,7 @@ class MixerCost:
             jax.block_until_ready(compiled(params, x))
             times.append(time.process_time() - start)
         memory = compiled.memory_analysis()
+        assert memory is not None, "every backend says so"
         return {
             "cpu_ms": 1e3 * median(times),
             "temporary_mib": memory.temp_size_in_bytes / 2**20,

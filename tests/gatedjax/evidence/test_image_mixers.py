@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,7 +43,7 @@ def test_rows_are_those_of_training():
     config = tiny("softmax")
     pixels = np.random.default_rng(0).random((4, 4, 1), np.float32)
     row = row_of_image(Example(pixels, 1), config.model.patches, config.data.images)
-    batch = encoders.batch_of(row.patches[None], np.array([1]))
+    batch = encoders.batch_of(jnp.asarray(row.patches)[None], jnp.array([1]))
     for field in dataclasses.fields(row):
         np.testing.assert_array_equal(getattr(batch, field.name)[0], getattr(row, field.name))
 
