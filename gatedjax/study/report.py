@@ -241,7 +241,7 @@ def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
         )
         for height, point in zip(heights, points):
             axes.annotate(
-                _digits(point.y),
+                f"{point.y:.3g}",
                 xy=(point.y, height),
                 xytext=(0, 5),
                 textcoords="offset points",
@@ -251,12 +251,4 @@ def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
     # The first row of the table on top.
     axes.set_yticks(range(len(places)), places)
     axes.invert_yaxis()
-    # Room for the numbers above the first row and beside the last dot.
-    axes.margins(x=0.08, y=min(0.08, 1 / len(places)))
-
-
-def _digits(value: float) -> str:
-    """Three digits, or all of a large number."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+    axes.margins(y=0.08)

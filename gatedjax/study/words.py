@@ -37,9 +37,9 @@ WORDS = {
     "active_on_first": _fraction("attention of triggers on the first token, fraction"),
     "barrier, permuted": Words("loss barrier after matching, nats", LOWER),
     "bits_per_byte": Words("loss on held-out text, bits per byte", LOWER),
-    "cpu_ms": Words("time of the process for a gradient, ms", LOWER),
     "cosine": Words("cosine of the two groups' gradients", "", *_COSINE),
     "dormant_on_first": _fraction("attention of ordinary tokens on the first one, fraction", LOWER),
+    "cpu_ms": Words("time of the process for a gradient, ms", LOWER),
     "first_token_fraction": _fraction("attention on the first token, fraction", LOWER),
     "frobenius@": Words("cosine with the machine of the Frobenius norm", "", *_COSINE),
     "load_max_over_mean": Words("load of the busiest expert / mean load", LOWER, 1.0),
@@ -51,9 +51,9 @@ WORDS = {
     "edge": Words("rate of descent / the highest stable one"),
     "state": Words("state of a layer, numbers"),
     "step_ms": Words("time of a training step, ms", LOWER),
-    "temporary_mib": Words("temporary memory of a gradient, MiB", LOWER),
     "tokens": Words("tokens of a row"),
     "value_norm": Words("norm of the first token's value / mean norm of all others", "", 0.0),
+    "temporary_mib": Words("temporary memory of a gradient, MiB", LOWER),
     "window": Words("length of the window, tokens"),
 }
 
