@@ -5,6 +5,9 @@
                                                              every other MLP)
     python train.py --config=configs/digits.py:gmlp         (or another of MIXERS below, in place of
                                                              softmax attention)
+    python train.py --config=configs/digits.py:vig          (or another linear attention in both
+                                                             directions, of config.BIDIRECTIONAL:
+                                                             lion_s, mala, inline, soft ...)
 
 It needs scikit-learn, whose wheel holds the images: pip install 'gatedjax[vision]'.
 
@@ -12,7 +15,7 @@ Hardware: a laptop, 2 cores: 75 seconds, compiling included. Seen with one seed:
 the 334 images that are held out after the 2,000 steps, 96.7 % after 1,000.
 """
 
-from gatedjax.config import config_dict, layer
+from gatedjax.config import BIDIRECTIONAL, config_dict, layer
 from gatedjax.errors import require
 
 EXPERTS = {
@@ -43,8 +46,23 @@ MIXERS = {
 }
 
 
+# A class token sees the patches, but with windows of rows and columns it has no place.
+LINEAR = {
+    name: layer(
+        "bidirectional_linear_attention",
+        num_heads=4,
+        key_dim=16,
+        value_dim=16,
+        length=17,
+        **values,
+    )
+    for name, values in BIDIRECTIONAL.items()
+}
+WITHOUT_CLASS_TOKEN = (*MIXERS, "gated_swin_rmt")
+
+
 def get_config(variant: str = "none"):
-    known = [*EXPERTS, *MIXERS]
+    known = [*EXPERTS, *MIXERS, *LINEAR]
     require(variant in known, "configs/digits.py", variant, f"one of {', '.join(known)}")
     c = config_dict()
     c.model.task = "classify"
@@ -53,7 +71,8 @@ def get_config(variant: str = "none"):
     c.model.patches.patch_width = 2
     c.model.width = 64
     c.model.num_layers = 4
-    c.model.mixers = {"attention": MIXERS.get(variant, layer("gated_attention", **ATTENTION))}
+    softmax = layer("gated_attention", **ATTENTION)
+    c.model.mixers = {"attention": {**MIXERS, **LINEAR}.get(variant, softmax)}
     c.model.ffns = {
         "mlp": layer("mlp", hidden=256, activation="gelu"),
         "experts": EXPERTS.get(variant, EXPERTS["none"]),
@@ -68,7 +87,7 @@ def get_config(variant: str = "none"):
 
     c.data.sources.main.kind = "digits"
     c.data.seq_len = 17  # 16 patches and the class token
-    if variant in MIXERS:
+    if variant in WITHOUT_CLASS_TOKEN:
         c.model.patches.pooling = "mean"
         c.data.seq_len = 16
     c.data.validation_fraction = 0.2

@@ -255,8 +255,12 @@ class FileImages:
             raise self._broken(index, error) from None
 
     def _broken(self, index: int, error: Exception) -> InputError:
+        reason = one_line(error)
+        if type(error).__name__ == "UnidentifiedImageError":
+            # Pillow's own words name the file once more.
+            reason = "none of the formats that Pillow knows"
         return InputError(
-            printable(f"{self.names[index]}: cannot be read as an image ({one_line(error)})")
+            printable(f"{self.names[index]}: cannot be read as an image ({reason})"),
         )
 
 

@@ -353,10 +353,7 @@ class GatedAttention(Mixer):
         c = self.config
         if not c.token_sinks:
             return None
-        width = {"embed": x.shape[-1]}
-        heads = {"heads": c.num_heads}
-        logits = Projection(width, heads, self.init_std, self.dtype, name="token_sinks")(x)
-        return logits.astype(jnp.float32)
+        return self._per_head("token_sinks", x, c.num_heads)
 
     def _attention(
         self,

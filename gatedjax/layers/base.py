@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from gatedjax.layers.conv import short_conv
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo, default_info, numbered
 
@@ -118,6 +119,53 @@ class Mixer(nn.Module):
         )(x)
         heads, _ = axes
         return nn.with_logical_constraint(y, ("batch", "length", heads, None))
+
+    def _per_head(
+        self,
+        name: str,
+        x: Float[Array, "B T M"],
+        num_heads: int,
+        has_bias: bool = False,
+    ) -> Float[Array, "B T heads"]:
+        """One number for each head, float32: the logits of its gate or its decay."""
+        width = {"embed": x.shape[-1]}
+        heads = {"heads": num_heads}
+        y = Projection(
+            width,
+            heads,
+            self.init_std,
+            self.dtype,
+            has_bias=has_bias,
+            name=name,
+        )(x)
+        return y.astype(jnp.float32)
+
+    def _project_and_convolve(
+        self,
+        x: Float[Array, "B T M"],
+        keys: Mapping[str, int],
+        values: Mapping[str, int],
+        *,
+        conv_width: int,
+        conv_bias: bool = False,
+        segment_ids: Int[Array, "B T"] | None,
+        tail: Float[Array, "B _ F"] | None,
+    ) -> tuple[list[Array], Float[Array, "B _ F"] | None]:
+        """Queries, keys and values, after a short causal convolution if it has a width.
+
+        Args:
+          x: the vectors of the tokens.
+          keys, values: logical names and sizes, of the heads, then of the channels.
+          conv_width, conv_bias, segment_ids, tail: as of `short_conv`.
+
+        Returns:
+          The three, and the inputs of the convolution that the next token will need.
+        """
+        axes = {"query": keys, "key": keys, "value": values}
+        arrays = [self._project(name, x, of_name) for name, of_name in axes.items()]
+        if not conv_width:
+            return arrays, tail
+        return short_conv(self, arrays, conv_width, segment_ids, tail, has_bias=conv_bias)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Any:

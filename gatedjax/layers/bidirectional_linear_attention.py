@@ -17,6 +17,7 @@ from jaxtyping import Float
 from gatedjax.config import BidirectionalLinearAttentionConfig
 from gatedjax.errors import require
 from gatedjax.layers.base import Mixer
+from gatedjax.layers.bidirectional.decays import lion_decay, vector_decays
 from gatedjax.layers.bidirectional.grid import (
     coordinates,
     grid_of,
@@ -24,7 +25,9 @@ from gatedjax.layers.bidirectional.grid import (
     serpentines,
     split,
 )
-from gatedjax.layers.bidirectional.local import depthwise_conv, taps
+from gatedjax.layers.bidirectional.landmarks import landmarks_of
+from gatedjax.layers.bidirectional.local import depthwise_conv
+from gatedjax.layers.bidirectional.local_terms import dynamic_kernel, local_conv
 from gatedjax.layers.bidirectional.manhattan import manhattan_attention, manhattan_log_decay
 from gatedjax.layers.bidirectional.scans import lion, vision_gla
 from gatedjax.layers.bidirectional.softmax_free import softmax_free_attention
@@ -70,14 +73,14 @@ class BidirectionalLinearAttention(Mixer):
         source = x
         if c.local == "first":
             # ViG: the convolution comes first, and is what the gate mixes in at the end.
-            source = self._conv(x, info)
+            source = local_conv(self, x, info)
             local_input = source
         q, k, v = self._queries_keys_values(source, info)
         o = self._attended(q, k, v, source, info)
         if c.local in ("values", "dynamic"):
             o = o + self._of_values(v, x, info)
         elif c.local == "input":
-            o = o + self._conv(x, info).reshape(o.shape)
+            o = o + local_conv(self, x, info).reshape(o.shape)
         if c.local_gate:
             assert local_input is not None
             o = self._with_local_gate(o, local_input, x)
@@ -179,7 +182,7 @@ class BidirectionalLinearAttention(Mixer):
         c = self.config
         if c.form == "gaussian":
             q = q * q.shape[-1] ** -0.25
-            landmarks = self._landmarks(q, info)
+            landmarks = landmarks_of(self, q, info)
             return softmax_free_attention(q, landmarks, v, iterations=c.iterations)
         if c.form == "manhattan":
             return self._manhattan(q, k, v, info)
@@ -250,7 +253,7 @@ class BidirectionalLinearAttention(Mixer):
     def _scanned(self, phi: Features, v: Array, x: Array, info: TokenInfo) -> Array:
         c = self.config
         if c.decay == "vector":
-            forward, backward = self._vector_decays(x)
+            forward, backward = vector_decays(self, x)
             return vision_gla(
                 phi.q,
                 phi.k,
@@ -264,7 +267,7 @@ class BidirectionalLinearAttention(Mixer):
         if c.order == "serpentine":
             assert info.grid is not None
             orders = serpentines(info.grid)
-        log_decays = [self._lion_decay(n, x, info) for n in range(len(orders))]
+        log_decays = [lion_decay(self, n, x, info) for n in range(len(orders))]
         return lion(
             phi.q,
             phi.k,
@@ -275,87 +278,7 @@ class BidirectionalLinearAttention(Mixer):
             chunk_size=c.chunk_size,
         )
 
-    def _lion_decay(
-        self,
-        number: int,
-        x: Array,
-        info: TokenInfo,
-    ) -> Float[Array, "H"] | Float[Array, "B T H"]:
-        """LION's log decay along one order: sigmoid(a_h), or 1 - sigmoid(x W + b)."""
-        c = self.config
-        name = "decay" if number == 0 else f"decay_{number + 1}"
-        if c.decay == "constant":
-            logits = parameter(
-                self,
-                name,
-                axes=["heads"],
-                shape=[c.num_heads],
-                init=nn.initializers.normal(1.0),
-            )
-            return jax.nn.log_sigmoid(logits)
-        logits = Projection(
-            {"embed": x.shape[-1]},
-            {"heads": c.num_heads},
-            self.init_std,
-            self.dtype,
-            has_bias=True,
-            name=name,
-        )(x)
-        log_decay = jax.nn.log_sigmoid(-logits.astype(jnp.float32))
-        if info.grid is not None:
-            # Nothing is forgotten at a class token.
-            is_on_grid = jnp.arange(x.shape[1]) >= info.grid.extra
-            log_decay = jnp.where(is_on_grid[:, None], log_decay, 0.0)
-        record(self, "log_decay" if number == 0 else f"log_decay_{number + 1}", log_decay)
-        return log_decay
-
-    def _vector_decays(self, x: Array) -> tuple[Array, Array]:
-        """ViG's two log decays of every key channel, logsigmoid(x W1 W2 + b) / temperature."""
-        c = self.config
-        width = {"embed": x.shape[-1]}
-        rank = {"rank": c.decay_rank}
-        low = Projection(width, rank, self.init_std, self.dtype, name="decay_down")(x)
-        decays = []
-        for direction in ("forward", "backward"):
-            logits = Projection(
-                rank,
-                {"heads": c.num_heads, "head_dim": c.key_dim},
-                self.init_std,
-                self.dtype,
-                has_bias=True,
-                name=f"{direction}_decay",
-            )(low)
-            log_decay = jax.nn.log_sigmoid(logits.astype(jnp.float32)) / c.decay_temperature
-            record(self, f"{direction}_log_decay", log_decay)
-            decays.append(log_decay)
-        return decays[0], decays[1]
-
     # --- kernels that are no features
-
-    def _landmarks(self, q: Float[Array, "B T H K"], info: TokenInfo) -> Float[Array, "B m H K"]:
-        """GELU(LayerNorm(W q)) of all queries of a square or a stretch, for every head alike."""
-        c = self.config
-        r = c.landmark_size
-        B, T, H, K = q.shape
-        if info.grid is not None:
-            h, w = info.grid.rows, info.grid.columns
-            fits = h % r == 0 and w % r == 0
-            require(fits, "landmark_size", r, f"a divisor of the grid's sides {(h, w)}")
-            image = split(q, info.grid).image.reshape(B, h // r, r, w // r, r, H, K)
-            blocks = jnp.moveaxis(image, 3, 2).reshape(B, -1, r * r, H, K)
-        else:
-            require(T % r == 0, "landmark_size", r, f"a divisor of the {T} tokens of a row")
-            blocks = q.reshape(B, T // r, r, H, K)
-        kernel = parameter(
-            self,
-            "landmark",
-            axes=[None, None, None],
-            shape=[blocks.shape[2], K, K],
-            init=nn.initializers.normal((blocks.shape[2] * K) ** -0.5),
-        )
-        landmarks = jnp.einsum("bmrhk,rkd->bmhd", blocks, kernel.astype(q.dtype))
-        normed = LayerNorm(self.norm_eps, axis_name="head_dim", name="landmark_norm")(landmarks)
-        return jax.nn.gelu(normed, approximate=False)
 
     def _manhattan(self, q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
         c = self.config
@@ -376,60 +299,14 @@ class BidirectionalLinearAttention(Mixer):
 
     # --- local terms, norm, gates
 
-    def _conv(self, x: Float[Array, "B T F"], info: TokenInfo) -> Float[Array, "B T F"]:
-        """A depthwise convolution with a bias on what has a place."""
-        c = self.config
-        count = taps(c.local_width, info.grid)
-        F = x.shape[-1]
-        kernel = parameter(
-            self,
-            "local",
-            axes=[None, None],
-            shape=[count, F],
-            init=nn.initializers.normal(count**-0.5),
-        )
-        bias = parameter(self, "local_bias", axes=[None], shape=[F], init=nn.initializers.zeros)
-        y = depthwise_conv(x, kernel, info.grid, info.segment_ids) + bias.astype(x.dtype)
-        if info.grid is None:
-            return y
-        # Tokens without a place: nothing is added to them, and what comes first leaves them alone.
-        before = info.grid.extra
-        others = x[:, :before] if c.local == "first" else jnp.zeros_like(x[:, :before])
-        return jnp.concatenate([others, y[:, before:]], axis=1)
-
     def _of_values(self, v: Array, x: Array, info: TokenInfo) -> Array:
         """The local term of the values."""
         c = self.config
         flat = v.reshape(*v.shape[:2], -1)
         if c.local == "values":
-            return self._conv(flat, info).reshape(v.shape)
-        kernel = self._dynamic_kernel(x, info)
+            return local_conv(self, flat, info).reshape(v.shape)
+        kernel = dynamic_kernel(self, x, info)
         return depthwise_conv(flat, kernel, info.grid).reshape(v.shape)
-
-    def _dynamic_kernel(self, x: Array, info: TokenInfo) -> Float[Array, "B W F"]:
-        """InLine's convolution: weights from the mean over tokens, by two layers for each head."""
-        c = self.config
-        H, V = c.num_heads, c.value_dim
-        count = taps(c.local_width, info.grid)
-        M = x.shape[-1]
-        require(M % H == 0, "num_heads", H, f"a divisor of the width {M}")
-        mean = jnp.mean(x, axis=1).reshape(x.shape[0], H, M // H)
-        zeros = nn.initializers.zeros
-        hidden_axes = ["heads", None, None]
-        start = nn.initializers.normal((M // H) ** -0.5)
-        shape = [H, M // H, V]
-        up = parameter(self, "dynamic_up", axes=hidden_axes, shape=shape, init=start)
-        up_bias = parameter(self, "dynamic_up_bias", axes=hidden_axes[:2], shape=[H, V], init=zeros)
-        hidden = jnp.einsum("bhm,hmv->bhv", mean, up.astype(mean.dtype)) + up_bias
-        hidden = jax.nn.gelu(hidden, approximate=False)
-        start = nn.initializers.normal((V * count) ** -0.5)
-        shape = [H, V, V, count]
-        axes = ["heads", None, None, None]
-        down = parameter(self, "dynamic_down", axes=axes, shape=shape, init=start)
-        shape = [H, V, count]
-        bias = parameter(self, "dynamic_down_bias", axes=axes[:3], shape=shape, init=zeros)
-        kernel = jnp.einsum("bhv,hvdw->bhdw", hidden, down.astype(hidden.dtype)) + bias
-        return jnp.moveaxis(kernel.reshape(x.shape[0], H * V, count), -1, 1)
 
     def _with_local_gate(self, o: Array, local: Array, x: Array) -> Array:
         """ViG: g norm(o) + (1 - g) norm(local), each head by itself."""

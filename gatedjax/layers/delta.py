@@ -15,7 +15,6 @@ from jaxtyping import Float
 
 from gatedjax.config import DeltaAttentionConfig
 from gatedjax.layers.base import Mixer
-from gatedjax.layers.conv import short_conv
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.linear_attention import OUTPUT_GATES
 from gatedjax.layers.norm import RMSNorm
@@ -23,7 +22,7 @@ from gatedjax.layers.on_mesh import delta_scan_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.step_size import log_decay_rate, step_size_bias
+from gatedjax.layers.step_size import log_decay_rate, softplus_decay, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 from kernels_pallas.delta_scan import delta_scan_step, l2_normalized
 
@@ -42,14 +41,6 @@ class Weights(NamedTuple):
     beta: Float[Array, "B T H"] | None
     erase: Float[Array, "B T H K"] | None
     write: Float[Array, "B T H V"] | None
-
-
-def softplus_decay(
-    logits: Float[Array, "..."],
-    log_rate: Float[Array, "..."],
-) -> Float[Array, "..."]:
-    """The log decay `-exp(A_log) softplus(logits)` of Mamba-2, Gated DeltaNet and KDA, float32."""
-    return -jnp.exp(log_rate) * jax.nn.softplus(logits.astype(jnp.float32))
 
 
 def bounded_decay(
@@ -88,20 +79,16 @@ class DeltaAttention(Mixer):
         c = self.config
         keys = {"kv_heads": c.key_heads, "head_dim": c.key_dim}
         values = {"heads": c.num_heads, "head_dim": c.value_dim}
-        q = self._project("query", x, keys)
-        k = self._project("key", x, keys)
-        v = self._project("value", x, values)
         # The state and the convolution go on from where the tokens before ended.
-        tail = None if cache is None else cache.conv_tail
-        if c.conv_width:
-            (q, k, v), tail = short_conv(
-                self,
-                (q, k, v),
-                c.conv_width,
-                info.segment_ids,
-                tail,
-                has_bias=c.conv_bias,
-            )
+        (q, k, v), tail = self._project_and_convolve(
+            x,
+            keys,
+            values,
+            conv_width=c.conv_width,
+            conv_bias=c.conv_bias,
+            segment_ids=info.segment_ids,
+            tail=None if cache is None else cache.conv_tail,
+        )
         log_decay = self._log_decay(x)
         if log_decay is not None:
             record(self, "log_decay", log_decay)
@@ -135,13 +122,6 @@ class DeltaAttention(Mixer):
         y = Projection(low, axes, self.init_std, self.dtype, name=f"{name}_up")(x)
         return nn.with_logical_constraint(y, ("batch", "length", "heads", None))
 
-    def _of_heads(self, x: Array, name: str) -> Float[Array, "B T H"]:
-        """One number for each head, float32."""
-        inputs = {"embed": x.shape[-1]}
-        heads = {"heads": self.config.num_heads}
-        y = Projection(inputs, heads, self.init_std, self.dtype, name=name)(x)
-        return y.astype(jnp.float32)
-
     # --- the gates
 
     def _log_decay(self, x: Array) -> Float[Array, "B T H"] | Float[Array, "B T H K"] | None:
@@ -151,7 +131,7 @@ class DeltaAttention(Mixer):
             return None
         heads = [c.num_heads]
         if c.decay == "scalar":
-            logits = self._of_heads(x, "decay")
+            logits = self._per_head("decay", x, c.num_heads)
             bias_shape = heads
             bias_axes = ["heads"]
         else:
@@ -185,7 +165,7 @@ class DeltaAttention(Mixer):
         c = self.config
         largest = 2.0 if c.negative_eigenvalues else 1.0
         if c.erase_and_write == "heads":
-            beta = largest * jax.nn.sigmoid(self._of_heads(x, "beta"))
+            beta = largest * jax.nn.sigmoid(self._per_head("beta", x, c.num_heads))
             record(self, "gates", beta)
             return Weights(beta, None, None)
         # One weight for each channel of the key that erases, and of the value that is written.

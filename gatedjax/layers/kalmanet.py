@@ -15,7 +15,6 @@ from jaxtyping import Float
 
 from gatedjax.config import KalmaNetConfig
 from gatedjax.layers.base import Mixer
-from gatedjax.layers.conv import short_conv
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.linear_attention import OUTPUT_GATES
 from gatedjax.layers.norm import RMSNorm, unit_length
@@ -23,7 +22,7 @@ from gatedjax.layers.parameters import parameter
 from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.ridge_scan import ridge_scan
-from gatedjax.layers.step_size import log_decay_rate, step_size_bias
+from gatedjax.layers.step_size import log_decay_rate, softplus_decay, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 
 
@@ -52,19 +51,21 @@ class KalmaNet(Mixer):
         c = self.config
         keys = {"heads": c.num_heads, "head_dim": c.key_dim}
         values = {"heads": c.num_heads, "head_dim": c.value_dim}
-        q = self._project("query", x, keys)
-        k = self._project("key", x, keys)
-        v = self._project("value", x, values)
         # The state and the convolution go on from where the tokens before ended.
-        tail = None if cache is None else cache.conv_tail
-        if c.conv_width:
-            (q, k, v), tail = short_conv(self, (q, k, v), c.conv_width, info.segment_ids, tail)
+        (q, k, v), tail = self._project_and_convolve(
+            x,
+            keys,
+            values,
+            conv_width=c.conv_width,
+            segment_ids=info.segment_ids,
+            tail=None if cache is None else cache.conv_tail,
+        )
         eps = self.norm_eps if c.norm_eps is None else c.norm_eps
         q, k = unit_length(q, 1e-6), unit_length(k, 1e-6)
         if c.write_gate:
-            beta = jax.nn.sigmoid(self._per_head("write_gate", x))[..., None]
+            beta = jax.nn.sigmoid(self._per_head("write_gate", x, c.num_heads))[..., None]
             k, v = (k * beta).astype(k.dtype), (v * beta).astype(v.dtype)
-        alpha = jax.nn.sigmoid(self._per_head("read_gate", x, has_bias=True))
+        alpha = jax.nn.sigmoid(self._per_head("read_gate", x, c.num_heads, has_bias=True))
         record(self, "read_gates", alpha)
         log_decay = self._log_decay(x)
         record(self, "log_decay", log_decay)
@@ -101,29 +102,17 @@ class KalmaNet(Mixer):
             o = (o.astype(jnp.float32) * gates).astype(o.dtype)
         width = {"embed": x.shape[-1]}
         y = Projection(values, width, self.init_std, self.dtype, name="out")(o)
-        if cache is None:
+        if cache is None or tail is None:
             return y, None
-        return y, KalmaNetCache(state, cache.conv_tail if tail is None else tail)
-
-    def _per_head(self, name: str, x: Array, has_bias: bool = False) -> Float[Array, "B T H"]:
-        """Logits of a gate of every head, float32."""
-        logits = Projection(
-            {"embed": x.shape[-1]},
-            {"heads": self.config.num_heads},
-            self.init_std,
-            self.dtype,
-            has_bias=has_bias,
-            name=name,
-        )(x)
-        return logits.astype(jnp.float32)
+        return y, KalmaNetCache(state, tail)
 
     def _log_decay(self, x: Array) -> Float[Array, "B T H"]:
         """Mamba-2's, -exp(A_log) softplus(x W + bias)."""
         heads = self.config.num_heads
-        logits = self._per_head("dt", x)
+        logits = self._per_head("dt", x, heads)
         bias = parameter(self, "dt_bias", axes=["heads"], shape=[heads], init=step_size_bias)
         log_rate = parameter(self, "a_log", axes=["heads"], shape=[heads], init=log_decay_rate)
-        return -jnp.exp(log_rate) * jax.nn.softplus(logits + bias)
+        return softplus_decay(logits + bias, log_rate)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> KalmaNetCache:

@@ -1,4 +1,4 @@
-"""How the decays of Mamba-2, Gated DeltaNet and KDA start: step sizes and decay rates.
+"""The decays of Mamba-2, Gated DeltaNet and KDA, and how their step sizes and rates start.
 
 The published codes draw step sizes log-uniformly and rates uniformly (arXiv 2405.21060 and its
 code; flash-linear-attention).
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 # Step sizes at the start, log-uniform between these; decay rates, uniform up to the last.
 MIN_STEP_SIZE = 1e-3
@@ -40,3 +41,11 @@ def log_decay_rate(
 ) -> Array:
     """The log of a decay rate, uniform between 1 and the largest."""
     return jnp.log(1 + (MAX_DECAY_RATE - 1) * jax.random.uniform(key, shape, dtype))
+
+
+def softplus_decay(
+    logits: Float[Array, "..."],
+    log_rate: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """The log decay `-exp(A_log) softplus(logits)` of Mamba-2, Gated DeltaNet and KDA, float32."""
+    return -jnp.exp(log_rate) * jax.nn.softplus(logits.astype(jnp.float32))

@@ -168,6 +168,7 @@ class Picture:
     y: a column. One that ends in "@" means all columns that begin so ("loss@256", "loss@512"): `x`
       is then what follows.
     line: a label; there is one line for each of its values.
+    log_x: the horizontal axis is logarithmic: of `x`, or of the values where `x` is text.
     """
 
     x: str

@@ -149,6 +149,8 @@ def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
         # Dots lie on their side: the values are on the horizontal axis.
         _draw_dots(axes, lines, of_y)
         axes.set_xlabel(of_y.label)
+        if picture.log_x:
+            axes.set_xscale("log")
     else:
         _draw_lines(axes, lines, of_y)
         axes.set_xlabel(words_of(picture.x).label)

@@ -39,6 +39,7 @@ WORDS = {
     "bits_per_byte": Words("loss on held-out text, bits per byte", LOWER),
     "cosine": Words("cosine of the two groups' gradients", "", *_COSINE),
     "dormant_on_first": _fraction("attention of ordinary tokens on the first one, fraction", LOWER),
+    "cpu_ms": Words("time of the process for a gradient, ms", LOWER),
     "first_token_fraction": _fraction("attention on the first token, fraction", LOWER),
     "frobenius@": Words("cosine with the machine of the Frobenius norm", "", *_COSINE),
     "load_max_over_mean": Words("load of the busiest expert / mean load", LOWER, 1.0),
@@ -52,6 +53,7 @@ WORDS = {
     "step_ms": Words("time of a training step, ms", LOWER),
     "tokens": Words("tokens of a row"),
     "value_norm": Words("norm of the first token's value / mean norm of all others", "", 0.0),
+    "temporary_mib": Words("temporary memory of a gradient, MiB", LOWER),
     "window": Words("length of the window, tokens"),
 }
 

@@ -1,6 +1,7 @@
-"""Linear attention in both directions: feature maps, sums, scans, local terms; arithmetic alone.
+"""Linear attention in both directions, the parts of `layers/bidirectional_linear_attention.py`.
 
-`layers/bidirectional_linear_attention.py` is the layer that puts them together.
+Arithmetic alone: `sums`, `scans`, `toeplitz`, `softmax_free`, `manhattan`, `local`, on a `grid`.
+With parameters of the layer: `decays`, `landmarks`, `local_terms`.
 """
 
 from gatedjax.layers.bidirectional.manhattan import manhattan_attention

@@ -148,7 +148,7 @@ def without_class(path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (broken, r"cat/0.png: cannot be read as an image \("),
+        (broken, r"cat/0.png: cannot be read as an image \(none of the formats"),
         (cut_short, r"cat/0.png: cannot be read as an image \("),
         (another_size, r"dog/x.png has 5 x 6 pixels, expected 4 x 6 \(model.patches\)"),
         (without_class, r"x.png: lies in no folder of sources.main.path, expected its class"),

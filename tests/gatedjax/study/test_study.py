@@ -138,6 +138,9 @@ def test_axes_have_words_and_bars_end_where_values_do():
     heights = np.concatenate([line.get_ydata() for line in ends])
     # The mean is 0.75 and the spread 0.35.
     assert heights.max() == 1.0 and heights.min() == pytest.approx(0.75 - math.sqrt(0.125))
+    # Dots of names lie on their side: the values are the horizontal axis.
+    dots = report.draw(Picture("mixer", "accuracy", line="state", log_x=True), found, "t").axes[0]
+    assert dots.get_xscale() == "log" and axes.get_xscale() == "linear"
 
 
 def test_a_picture_over_columns():
