@@ -62,9 +62,9 @@ def get_study(small: bool) -> Study:
         c.optim.weight_decay = decay
         c.optim.perpendicular = perpendicular
         c.optim.clip_norm = 0.0
-        c.train.steps = 3_000 if small else 20_000
+        c.train.steps = 2_000
         c.train.batch_size = 512
-        c.train.eval_every = 100
+        c.train.eval_every = 50
         cells.append(Cell({"way": name}, from_config_dict(c), recall=task))
     return Study(
         title="Grokking modular addition",

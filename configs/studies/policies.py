@@ -4,8 +4,9 @@
 
 arXiv 2511.20347. Policies from scratch reverse a string or add two numbers; the reward is the
 fraction of the answer's tokens that are right. More steps on the answers of a round are further
-off-policy. "solved" is how often the most likely answer is all right, "off_policy" the fraction of
-tokens whose ratio left 1 +- 0.2.
+off-policy; of a single step the ratios are 1, where all objectives have the same gradient.
+"solved" is how often the most likely answer is all right, "off_policy" the fraction of tokens whose
+ratio left 1 +- 0.2.
 
 What differs: the paper tunes language models of billions of parameters on mathematics.
 """
@@ -18,25 +19,23 @@ def get_study(small: bool) -> Study:
     """A cell for each objective, task and number of steps."""
     cells = []
     for task in ("reverse",) if small else ("reverse", "add"):
-        for steps in (4,) if small else (1, 4, 16):
+        for steps in (4,) if small else (4, 16):
             for objective in OBJECTIVES:
                 loop = Loop(
                     task=task,
                     objective=objective,
                     length=2 if task == "add" else 4,
-                    rounds=100 if small else 300,
+                    rounds=100,
                     steps=steps,
                 )
-                labels = {"task": task, "steps": steps, "objective": objective}
+                run = f"{task}, {steps} steps a round"
+                labels = {"run": run, "objective": objective}
                 cells.append(Cell(labels, experiment=loop))
-    picture = Picture("steps", "mean_reward", line="objective", log_x=True)
-    if small:
-        picture = Picture("objective", "mean_reward")
     return Study(
         title="Policy gradients on tasks that a program checks",
         cells=tuple(cells),
         seeds=(0, 1) if small else (0, 1, 2),
         measures=(),
         columns=("reward", "mean_reward", "solved", "off_policy"),
-        pictures=(picture,),
+        pictures=(Picture("run", "mean_reward", line="objective"),),
     )

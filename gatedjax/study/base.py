@@ -46,6 +46,21 @@ def text_config(
     return c
 
 
+def short_config(steps: int) -> ConfigDict:
+    """Two layers of gated attention, four windows a step: a run takes seconds on a CPU.
+
+    Args:
+      steps: of training, 1,024 tokens each.
+
+    Returns:
+      The configuration, to be changed further.
+    """
+    c = text_config({"attention": attention()}, steps)
+    c.model.num_layers = 2
+    c.train.batch_size = 4
+    return c
+
+
 def attention(**changes: Any) -> ConfigDict:
     """Softmax attention of the base model; gated at its best place unless `changes` differ."""
     return layer(

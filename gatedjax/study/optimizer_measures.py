@@ -17,6 +17,8 @@ from gatedjax.training.optim_rules import width_factors, width_probe
 from gatedjax.training.step import batch_losses, init_params, param_axes
 
 Values = dict[str, float]
+# Rows of the batches whose curvature is looked at, whatever the model was trained on.
+SIZES = (1, 4, 16)
 # Batches whose eigenvalues are averaged, for each size.
 BATCHES = 2
 # Products with the Hessian.
@@ -48,14 +50,11 @@ def singular_values(trained: Trained) -> Values:
 
 
 def curvature(trained: Trained) -> Values:
-    """hessian@B for B = 1, 4, 16 and so on: means over a few batches of training text each."""
-    config = trained.run.config
+    """hessian@B for each B of SIZES: means over a few batches of training text each."""
     values = {}
-    size = 1
-    while size <= config.train.batch_size:
+    for size in SIZES:
         found = [_eigenvalue(trained, size, batch) for batch in range(BATCHES)]
         values[f"hessian@{size}"] = float(np.mean(found))
-        size *= 4
     return values
 
 

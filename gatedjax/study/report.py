@@ -153,6 +153,9 @@ def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
         _draw_lines(axes, lines, of_y)
         axes.set_xlabel(words_of(picture.x).label)
         axes.set_ylabel(of_y.label)
+        if picture.log_y:
+            # Error bars that reach 0 end at the edge of the picture.
+            axes.set_yscale("log", nonpositive="clip")
         if picture.log_x:
             axes.set_xscale("log")
             ticks = sorted(places)
@@ -189,12 +192,20 @@ def _points(picture: Picture, row: Row) -> list[Point]:
     for column in row.mean:
         if column.startswith(picture.y):
             point = Point(
-                x=float(column.removeprefix(picture.y)),
+                x=_place(column.removeprefix(picture.y)),
                 y=row.mean[column],
                 spread=row.spread[column],
             )
             points.append(point)
     return points
+
+
+def _place(text: str) -> Label:
+    """What follows "@" in a column: a number where it is one, else a name."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _bar(point: Point, of_y: Words) -> tuple[float, float]:
