@@ -2,24 +2,24 @@
 
     python -m gatedjax.study configs/studies/kernel_dynamics.py [--small]
 
-Random rows and answers; W_Q alone is trained, or all matrices.
+Random rows, and random answers of variance 1; W_Q alone is trained, or all matrices.
 """
 
 from gatedjax.evidence.kernel_dynamics import KernelDescent
 from gatedjax.study import Cell, Picture, Study
 
 KERNELS = ("softmax", "gaussian")
-TRAINED = ("query", "all")
+TRAINED = {"query": "W_Q alone", "all": "all matrices"}
 STEPS = 3_000
 
 
 def get_study(small: bool) -> Study:
     """A cell for each kernel and each way to train."""
     cells = []
-    for trained in TRAINED:
+    for trained, name in TRAINED.items():
         for kernel in KERNELS:
             experiment = KernelDescent(kernel=kernel, trained=trained, steps=STEPS)
-            labels = {"kernel, trained": f"{kernel}, {trained}"}
+            labels = {"kernel, trained": f"{kernel}, {name}"}
             cells.append(Cell(labels, experiment=experiment))
     columns = tuple(f"error@{STEPS // part}" for part in (100, 10, 1))
     return Study(

@@ -3,7 +3,8 @@ Re-Basin, arXiv 2209.04836; soft fusion, arXiv 1910.05653).
 
     python -m gatedjax.study configs/studies/rebasin.py [--small]
 
-The barrier is how far the loss between the two rises above the line between their losses, in nats.
+The barrier is how far the loss between the two rises above the line between their losses, in nats;
+a transported model has a higher loss itself, so that its mean with the first one says more.
 """
 
 from gatedjax.evidence.rebasin import RebasinPair
@@ -30,5 +31,5 @@ def get_study(small: bool) -> Study:
             *(f"barrier@{way}" for way in WAYS),
             *(f"loss of mean@{way}" for way in WAYS),
         ),
-        pictures=(Picture("second model", "barrier@", line="feed-forward"),),
+        pictures=(Picture("second model", "loss of mean@", line="feed-forward"),),
     )

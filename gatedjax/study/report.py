@@ -122,6 +122,10 @@ def _seeds(row: Row) -> str:
     return str(row.seeds)
 
 
+# Of a row of dots: how far apart, in rows, the dots of two lines are.
+APART = 0.22
+
+
 class Point(NamedTuple):
     """A mean over seeds, and its spread, at a place of a picture."""
 
@@ -141,7 +145,7 @@ def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
     height = 4.4
     if has_names:
         # A name and the number above its dot need so much each.
-        height = max(height, 0.36 * len(places))
+        height = max(height, (0.16 + 0.2 * len(lines)) * len(places))
     figure, axes = new_figure((7.0, height))
     tell_lines_apart(axes)
     of_y = words_of(picture.y)
@@ -237,8 +241,10 @@ def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
     """
     # A dict keeps the order of the table.
     places = list(dict.fromkeys(point.x for points in lines.values() for point in points))
-    for name, points in lines.items():
-        heights = [places.index(point.x) for point in points]
+    for count, (name, points) in enumerate(lines.items()):
+        # Lines stand below each other in a row, so that their numbers can be read.
+        shift = APART * (count - (len(lines) - 1) / 2)
+        heights = [places.index(point.x) + shift for point in points]
         axes.errorbar(
             [point.y for point in points],
             heights,

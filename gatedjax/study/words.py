@@ -35,7 +35,6 @@ _COSINE = (-1.0, 1.0)
 WORDS = {
     "accuracy": _fraction("answers that are right, fraction", HIGHER),
     "active_on_first": _fraction("attention of triggers on the first token, fraction"),
-    "barrier@": Words("loss barrier between the two models, nats", LOWER, 0.0),
     "batch": Words("rows of a batch"),
     "bits_per_byte": Words("loss on held-out text, bits per byte", LOWER),
     "codes": Words("codes in place of 288 output rows"),
@@ -44,7 +43,8 @@ WORDS = {
     "first_token_fraction": _fraction("attention on the first token, fraction", LOWER),
     "frobenius@": Words("cosine with the machine of the Frobenius norm", "", *_COSINE),
     "load_max_over_mean": Words("load of the busiest expert / mean load", LOWER, 1.0),
-    "error@": Words("mean squared error on answers of variance 1", LOWER, 0.0),
+    "error@": Words("mean squared error", LOWER, 0.0),
+    "loss of mean@": Words("loss of the mean of the two models, nats", LOWER, 0.0),
     "loss@": Words("loss on held-out text, nats per byte", LOWER),
     "loss@40": Words("squared error on rows of 40 pairs, as in training", LOWER, 0.0),
     "loss@160": Words("squared error on rows of 160 pairs", LOWER, 0.0),
