@@ -3,8 +3,9 @@
     python -m gatedjax.study codes [--small]
 
 VQ-Logits (arXiv 2505.10202): a model is trained with a row for every token, k-means makes codes of
-the rows, and the model goes on with those. Tokens of one code have equal probabilities: "at_once"
-and "tuned" are bits per byte as such. The memory is that of the loss alone, of 1,024 tokens at
+the rows, and the model goes on with those. Bits per byte with all rows ("whole") and after as many
+steps more ("whole_longer"); with codes "at_once" and after as many steps more ("tuned"): tokens of
+one code have equal probabilities. The memory is that of the loss alone, of 1,024 tokens at
 width 256 with 32,000 tokens in the vocabulary and the same part of them as codes.
 
 What differs: 288 bytes in place of words; the paper has no public code.
@@ -32,6 +33,6 @@ def get_study(small: bool) -> Study:
         cells=tuple(cells),
         seeds=(0,) if small else (0, 1),
         measures=(),
-        columns=("whole", "at_once", "tuned", "softmax_MiB", "vq_MiB"),
+        columns=("whole", "whole_longer", "at_once", "tuned", "softmax_MiB", "vq_MiB"),
         pictures=(Picture("codes", "tuned", log_x=True),),
     )

@@ -21,7 +21,7 @@ sinks        of bigram_backcopy, over one batch: copy_accuracy at triggers; exce
 speed        step_ms: the mean time of a training step, of those after the first metrics were read;
              it depends on what else the machine did
 
-Call them inside `jax.set_mesh(trained.run.mesh)`.
+Call those of MEASURES inside `jax.set_mesh(trained.run.mesh)`.
 """
 
 import dataclasses
@@ -65,6 +65,12 @@ def validation(trained: Trained) -> Values:
         "loss_error": result.loss_error,
         "bits_per_byte": result.bits_per_byte,
     }
+
+
+def bits_per_byte(trained: Trained) -> float:
+    """Of held-out text; called from anywhere."""
+    with jax.set_mesh(trained.run.mesh):
+        return validation(trained)["bits_per_byte"]
 
 
 def recall(trained: Trained) -> Values:

@@ -6,13 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gatedjax.config import Config
 from gatedjax.study.cell import seeded, train
 from gatedjax.study.grid import Cell
-from gatedjax.study.measures import validation
-from gatedjax.study.trained import Trained
+from gatedjax.study.measures import bits_per_byte
 from gatedjax.training.optim_refined import L1_NORM, L2_NORM, METRICS_FILE
 
 
@@ -38,7 +35,7 @@ def refine(cell: Cell) -> dict[str, float]:
         (Path(folder) / METRICS_FILE).write_text("\n".join(lines), encoding="utf-8")
         changes = {"schedule": "refined", "refined_from": folder, "warmup_steps": 0}
         after = train(_with_schedule(cell, **changes))
-    values = {"linear": _bits(before), "refined": _bits(after)}
+    values = {"linear": bits_per_byte(before), "refined": bits_per_byte(after)}
     values["gained"] = values["linear"] - values["refined"]
     return values
 
@@ -50,8 +47,3 @@ def _with_schedule(cell: Cell, **changes: Any) -> Cell:
 
 def _norms(step: int, read: dict[str, float]) -> dict[str, float]:
     return {"step": step, L1_NORM: read[L1_NORM], L2_NORM: read[L2_NORM]}
-
-
-def _bits(trained: Trained) -> float:
-    with jax.set_mesh(trained.run.mesh):
-        return validation(trained)["bits_per_byte"]
