@@ -234,6 +234,11 @@ def _draw_lines(axes: Any, lines: Lines, of_y: Words) -> None:
         )
 
 
+def _number(x: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+
+
 def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
     """A row for each name, with a dot and its number.
 
@@ -256,7 +261,7 @@ def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
         )
         for height, point in zip(heights, points):
             axes.annotate(
-                f"{point.y:.3g}",
+                _number(point.y),
                 xy=(point.y, height),
                 xytext=(0, 5),
                 textcoords="offset points",

@@ -57,7 +57,7 @@ WORDS = {
     "state": Words("state of a layer, numbers"),
     "step": Words("step of descent"),
     "step_ms": Words("time of a training step, ms", LOWER),
-    "steps": Words("steps to 0.95 of held-out sums right (2000: not reached)", LOWER, 0.0),
+    "steps": Words("steps until 0.95 of held-out sums are right", LOWER, 0.0),
     "tokens": Words("tokens of a row"),
     "tuned": Words("loss on held-out text, with codes, bits per byte", LOWER),
     "value_norm": Words("norm of the first token's value / mean norm of all others", "", 0.0),
