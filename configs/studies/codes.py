@@ -23,7 +23,7 @@ def get_study(small: bool) -> Study:
     """A cell for each number of codes."""
     cells = []
     for codes in (32,) if small else CODES:
-        c = short_config(steps=120)
+        c = short_config(steps=200)
         c.model.tie_embeddings = False
         labels = {"codes": codes, "steps": c.train.steps}
         experiment = Quantization(from_config_dict(c), codes)

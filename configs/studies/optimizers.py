@@ -3,7 +3,7 @@
     python -m gatedjax.study optimizers [--small]
 
 LANTON (arXiv 2510.14009) beside Muon, adaptive memory (2510.04988) beside AdamW, each at several
-rates. What differs: two layers of width 96 and 150 steps of 1,024 bytes; the papers have up to a
+rates. What differs: two layers of width 48 and 200 steps of 1,024 bytes; the papers have up to a
 billion parameters.
 """
 
@@ -21,7 +21,7 @@ def get_study(small: bool) -> Study:
     cells = []
     for name in OPTIMIZERS:
         for lr in RATES_SMALL if small else RATES:
-            c = short_config(steps=150)
+            c = short_config(steps=200)
             c.optim.name = name
             c.optim.lr = lr
             cells.append(Cell({"optimizer": name, "lr": lr}, from_config_dict(c)))

@@ -27,7 +27,7 @@ def get_study(small: bool) -> Study:
     """A cell for each kind."""
     cells = []
     for kind in KINDS:
-        c = short_config(steps=150)
+        c = short_config(steps=200)
         c.model.tie_embeddings = False
         c.model.output.kind = kind
         c.model.output.frequencies = 64

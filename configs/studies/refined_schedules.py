@@ -3,8 +3,8 @@
     python -m gatedjax.study refined_schedules [--small]
 
 arXiv 2310.07831. Each run is made with linear decay to 0, then again with the schedule refined from
-its gradients' sums of absolute values. What differs: AdamW on bytes, two layers and 150 steps; the
-paper has ten problems up to language models.
+its gradients' sums of absolute values. What differs: AdamW on bytes, two layers of width 48
+and 200 steps; the paper has ten problems up to language models.
 """
 
 from gatedjax.config import from_config_dict
@@ -13,7 +13,7 @@ from gatedjax.study.base import short_config
 from gatedjax.study.refinement import Refinement
 
 RATES = (1e-3, 3e-3, 1e-2)
-STEPS = 150
+STEPS = 200
 
 
 def get_study(small: bool) -> Study:

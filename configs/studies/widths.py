@@ -12,7 +12,7 @@ enough for rates to matter, not for the balance of growth and decay that the rul
 
 from gatedjax.config import from_config_dict, layer
 from gatedjax.study import Cell, Picture, Study
-from gatedjax.study.base import HEAD_DIM, text_config
+from gatedjax.study.base import HEAD_DIM, short_config
 
 BASE_WIDTH = 24
 WIDTHS = (24, 48, 96)
@@ -29,11 +29,9 @@ def get_study(small: bool) -> Study:
             for lr in RATES_SMALL if small else RATES:
                 heads = width // HEAD_DIM
                 sizes = {"num_heads": heads, "num_kv_heads": heads, "head_dim": HEAD_DIM}
-                mixer = layer("gated_attention", **sizes)
-                c = text_config({"attention": mixer}, 60 if small else 100)
+                c = short_config(60 if small else 200)
+                c.model.mixers.attention = layer("gated_attention", **sizes)
                 c.model.width = width
-                c.model.num_layers = 2
-                c.train.batch_size = 4
                 c.model.ffns.mlp.hidden = 8 * width // 3
                 # Starts as 1 / sqrt(width), of both rules.
                 c.model.init_std = 0.05 * (96 / width) ** 0.5

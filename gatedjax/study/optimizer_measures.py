@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gatedjax.data import batches, make_dataset
+from gatedjax.data import Batch, batches, make_dataset
 from gatedjax.layers.tree import flatten_dict
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.trained import Trained
@@ -71,8 +71,9 @@ def _eigenvalue(trained: Trained, size: int, index: int) -> float:
     stream = batches(dataset, index * size)
     batch = global_batch(run.mesh, next(stream), size)
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Any, batch: Batch) -> jax.Array:
         losses = batch_losses(run.config.model, params, batch)
         return losses.cross_entropy / losses.count
 
-    return largest_eigenvalue(loss, trained.params, jax.random.key(index), ITERATIONS)
+    key = jax.random.key(index)
+    return largest_eigenvalue(loss, trained.params, key, ITERATIONS, (batch,))
