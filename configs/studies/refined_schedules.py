@@ -12,7 +12,7 @@ from gatedjax.study import Cell, Study
 from gatedjax.study.base import short_config
 from gatedjax.study.refinement import Refinement
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 STEPS = 200
 
 
