@@ -11,7 +11,12 @@ from gatedjax.config import from_config_dict
 from gatedjax.study import Cell, Picture, Study
 from gatedjax.study.base import short_config
 
-OPTIMIZERS = ("adamw", "am_adamw", "muon", "lanton")
+OPTIMIZERS = {
+    "adamw": "AdamW",
+    "am_adamw": "AdamW, adaptive memory",
+    "muon": "Muon",
+    "lanton": "LANTON",
+}
 RATES = (3e-3, 1e-2)
 RATES_SMALL = (3e-3,)
 
@@ -19,12 +24,12 @@ RATES_SMALL = (3e-3,)
 def get_study(small: bool) -> Study:
     """A cell for each optimizer and rate."""
     cells = []
-    for name in OPTIMIZERS:
+    for name, words in OPTIMIZERS.items():
         for lr in RATES_SMALL if small else RATES:
             c = short_config(steps=200)
             c.optim.name = name
             c.optim.lr = lr
-            cells.append(Cell({"optimizer": name, "lr": lr}, from_config_dict(c)))
+            cells.append(Cell({"optimizer": words, "lr": lr}, from_config_dict(c)))
     return Study(
         title="Loss by optimizer and learning rate",
         cells=tuple(cells),

@@ -8,7 +8,7 @@ and 200 steps; the paper has ten problems up to language models.
 """
 
 from gatedjax.config import from_config_dict
-from gatedjax.study import Cell, Study
+from gatedjax.study import Cell, Picture, Study
 from gatedjax.study.base import short_config
 from gatedjax.study.refinement import Refinement
 
@@ -22,12 +22,12 @@ def get_study(small: bool) -> Study:
     for lr in (3e-3,) if small else RATES:
         c = short_config(STEPS)
         c.optim.lr = lr
-        labels = {"lr": lr, "steps": STEPS}
-        cells.append(Cell(labels, experiment=Refinement(from_config_dict(c))))
+        cells.append(Cell({"lr": lr}, experiment=Refinement(from_config_dict(c))))
     return Study(
         title="Linear decay, and a schedule refined from its run",
         cells=tuple(cells),
         seeds=(0,) if small else (0, 1, 2),
         measures=(),
-        columns=("linear", "refined", "gained"),
+        columns=("bits@linear", "bits@refined", "gained"),
+        pictures=(Picture("schedule", "bits@", line="lr"),),
     )

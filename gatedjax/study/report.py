@@ -236,7 +236,7 @@ def _draw_lines(axes: Any, lines: Lines, of_y: Words) -> None:
 
 def _number(x: float) -> str:
     """Three digits, or all before the point."""
-    return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+    return f"{x:#.3g}".rstrip(".") if abs(x) < 1000 else f"{x:.0f}"
 
 
 def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:

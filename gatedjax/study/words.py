@@ -36,6 +36,7 @@ WORDS = {
     "accuracy": _fraction("answers that are right, fraction", HIGHER),
     "active_on_first": _fraction("attention of triggers on the first token, fraction"),
     "batch": Words("rows of a batch"),
+    "bits@": Words("loss on held-out text, bits per byte", LOWER),
     "bits_per_byte": Words("loss on held-out text, bits per byte", LOWER),
     "codes": Words("codes in place of 288 output rows"),
     "cosine": Words("cosine of the two groups' gradients", "", *_COSINE),
