@@ -25,7 +25,7 @@ def get_study(small: bool) -> Study:
     return Study(
         title="Gradient descent on one layer, two kernels",
         cells=tuple(cells),
-        seeds=tuple(range(3 if small else 8)),
+        seeds=(0,) if small else (0, 1, 2),
         measures=(),
         columns=("error at start", *columns, "rate"),
         pictures=(Picture("step", "error@", line="kernel, trained", log_x=True, log_y=True),),

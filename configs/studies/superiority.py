@@ -23,7 +23,7 @@ def get_study(small: bool) -> Study:
     return Study(
         title="A needle's sign: softmax and linear attention",
         cells=tuple(cells),
-        seeds=tuple(range(3 if small else 5)),
+        seeds=(0,) if small else (0, 1, 2),
         measures=(),
         columns=("accuracy", "linear_bound", "softmax_weight"),
         pictures=(Picture("tokens", "accuracy", line="mixer", log_x=True),),
