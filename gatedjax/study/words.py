@@ -60,7 +60,7 @@ WORDS = {
     "step_ms": Words("time of a training step, ms", LOWER),
     "steps": Words("steps until 0.95 of held-out sums are right", LOWER, 0.0),
     "tokens": Words("tokens of a row"),
-    "tuned": Words("loss on held-out text, with codes, bits per byte", LOWER),
+    "tuned": Words("loss with codes, bits per byte", LOWER),
     "value_norm": Words("norm of the first token's value / mean norm of all others", "", 0.0),
     "window": Words("length of the window, tokens"),
 }
