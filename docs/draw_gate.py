@@ -49,8 +49,20 @@ def main(checkpoint: str) -> None:
 
     figure = empty_figure((9.0, 3.9))
     top, bottom = figure.subplots(2, 1)
-    draw(figure, top, gates, "attention's gate: what a head's output is multiplied by")
-    draw(figure, bottom, kept, "linear attention's decay: what a head keeps of its state")
+    draw(
+        figure,
+        top,
+        gates,
+        title="attention's gate: what a head's output is multiplied by",
+        unit="fraction let through",
+    )
+    draw(
+        figure,
+        bottom,
+        kept,
+        title="linear attention's decay: what a head keeps of its state at a character",
+        unit="fraction kept",
+    )
     figure.savefig(ROOT / "docs" / "pictures" / "gates.png")
 
 
@@ -59,6 +71,7 @@ def draw(
     axes: Any,
     layers: Mapping[int, np.ndarray],
     title: str,
+    unit: str,
 ) -> None:
     """A row per head of each layer, a column per character.
 
@@ -67,6 +80,7 @@ def draw(
       axes: its axes.
       layers: layer -> values [T, H].
       title: of the axes.
+      unit: of the values.
     """
     rows = np.concatenate([by_head.T for by_head in layers.values()])
     names = [
@@ -87,6 +101,7 @@ def draw(
     axes.set_title(title, fontsize=9, loc="left")
     colorbar = figure.colorbar(image, aspect=12, pad=0.01)
     colorbar.ax.tick_params(labelsize=7)
+    colorbar.set_label(unit, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -240,6 +240,9 @@ def test_pages_of_the_api_name_what_exists():
         ("learning_rates", "bits_per_byte"),
         ("routing", "load_max_over_mean"),
         ("sinks", "dormant_on_first"),
+        ("grokking", "steps"),
+        ("superiority", "accuracy"),
+        ("support_vectors", "frobenius"),
     ],
 )
 def test_pictures_of_studies_are_fresh(study, picture):

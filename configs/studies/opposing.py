@@ -19,7 +19,7 @@ def get_study(small: bool) -> Study:
     return Study(
         title="Opposing signals, by the rate of descent",
         cells=tuple(cells),
-        seeds=tuple(range(3 if small else 10)),
+        seeds=(0,) if small else (0, 1, 2),
         measures=(),
         columns=(
             "cosine",

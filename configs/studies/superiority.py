@@ -9,8 +9,7 @@ guess, as n grows; softmax attention is right at any n (`gatedjax/evidence/super
 from gatedjax.evidence.superiority import NeedleSign
 from gatedjax.study import Cell, Picture, Study
 
-LENGTHS = (16, 64, 256, 1024)
-LENGTHS_SMALL = (16, 64, 256)
+LENGTHS = (16, 64, 256)
 MIXERS = ("softmax", "linear")
 
 
@@ -18,13 +17,13 @@ def get_study(small: bool) -> Study:
     """A cell for each mixer and number of tokens."""
     cells = []
     for mixer in MIXERS:
-        for n in LENGTHS_SMALL if small else LENGTHS:
+        for n in LENGTHS:
             experiment = NeedleSign(mixer=mixer, n=n)
             cells.append(Cell({"mixer": mixer, "tokens": n}, experiment=experiment))
     return Study(
         title="A needle's sign: softmax and linear attention",
         cells=tuple(cells),
-        seeds=(0, 1, 2),
+        seeds=(0,) if small else (0, 1, 2),
         measures=(),
         columns=("accuracy", "linear_bound", "softmax_weight"),
         pictures=(Picture("tokens", "accuracy", line="mixer", log_x=True),),

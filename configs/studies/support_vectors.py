@@ -21,7 +21,7 @@ def get_study(small: bool) -> Study:
     return Study(
         title="Trained attention and support vector machines",
         cells=tuple(cells),
-        seeds=tuple(range(3 if small else 20)),
+        seeds=(0,) if small else (0, 1, 2),
         measures=(),
         columns=(*cosines, "rank", "frobenius_rank", "nuclear_rank", "best_chosen"),
         pictures=(

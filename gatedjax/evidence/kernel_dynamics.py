@@ -77,9 +77,9 @@ class KernelDescent:
         # A rate that is too high ends in no number.
         last = jnp.where(jnp.isfinite(losses[:, -1]), losses[:, -1], jnp.inf)
         best = losses[jnp.argmin(last)]
-        values = {"rate": self.rates[int(jnp.argmin(last))], "loss at start": float(best[0])}
+        values = {"rate": self.rates[int(jnp.argmin(last))], "error at start": float(best[0])}
         for step in (self.steps // 100, self.steps // 10, self.steps):
-            values[f"loss@{step}"] = float(best[step - 1])
+            values[f"error@{step}"] = float(best[step - 1])
         return values
 
 

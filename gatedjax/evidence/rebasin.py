@@ -256,8 +256,8 @@ class RebasinPair:
         values = {}
         for name, other in {"as it is": b, "permuted": permuted, "transported": mixed}.items():
             height, losses = barrier(a, other, of_batch)
-            values[f"barrier, {name}"] = height
-            values[f"loss of mean, {name}"] = float(losses[len(losses) // 2])
+            values[f"barrier@{name}"] = height
+            values[f"loss of mean@{name}"] = float(losses[len(losses) // 2])
         values["loss"] = of_batch(a)
         values["loss, other"] = of_batch(b)
         values["loss, permuted"] = of_batch(permuted)

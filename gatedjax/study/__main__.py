@@ -11,7 +11,6 @@ Runs do not depend on each other: --workers makes several at a time on this mach
 of a Ray cluster.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -28,8 +27,9 @@ from gatedjax.paths import expand
 from gatedjax.reporting.console import format_duration, say
 from gatedjax.runtime import cli
 from gatedjax.study import report
-from gatedjax.study.grid import Study, run_key
-from gatedjax.study.workers import PlannedRun, Workers
+from gatedjax.study.grid import Study
+from gatedjax.study.study_file import load_study
+from gatedjax.study.workers import Workers, planned_runs
 from gatedjax.study.workers import workers as workers_of
 
 
@@ -64,24 +64,6 @@ def run_study(
         say(str(written))
 
 
-def load_study(path: Path, small: bool) -> Study:
-    """What the file's `get_study(small)` returns.
-
-    Raises:
-      InputError: no such file, or one without `get_study`.
-    """
-    if not path.is_file():
-        raise InputError(f"study: got {path}, expected a Python file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"study: got {path}, expected a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_study"):
-        raise InputError(f"study: {path} has no get_study(small)")
-    return module.get_study(small)
-
-
 def run_missing(
     study: Study,
     folder: Path,
@@ -99,11 +81,7 @@ def run_missing(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.jsonl"
     known = _read_runs(path)
-    plan = []
-    for cell in study.cells:
-        for seed in study.seeds:
-            key = run_key(cell, seed, study)
-            plan.append(PlannedRun(key, cell, seed))
+    plan = planned_runs(study)
     missing = [run for run in plan if run.key not in known]
     num_known = len(plan) - len(missing)
     say(f"{study.title}: {len(plan)} runs, {num_known} of them done")

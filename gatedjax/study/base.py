@@ -46,15 +46,27 @@ def text_config(
     return c
 
 
+def short_config(steps: int) -> ConfigDict:
+    """Two layers of gated attention, of width 48, on windows of 128: a run takes seconds on a CPU.
+
+    Args:
+      steps: of training, 1,024 tokens each.
+
+    Returns:
+      The configuration, to be changed further.
+    """
+    c = text_config({"attention": attention(num_heads=2, num_kv_heads=2)}, steps)
+    c.model.width = WIDTH // 2
+    c.model.num_layers = 2
+    c.model.ffns.mlp.hidden = 128
+    c.data.seq_len = LENGTH // 2
+    return c
+
+
 def attention(**changes: Any) -> ConfigDict:
     """Softmax attention of the base model; gated at its best place unless `changes` differ."""
-    return layer(
-        "gated_attention",
-        num_heads=HEADS,
-        num_kv_heads=HEADS,
-        head_dim=HEAD_DIM,
-        **changes,
-    )
+    values = {"num_heads": HEADS, "num_kv_heads": HEADS, "head_dim": HEAD_DIM}
+    return layer("gated_attention", **{**values, **changes})
 
 
 def linear(**changes: Any) -> ConfigDict:

@@ -3,13 +3,11 @@
 import dataclasses
 from typing import Literal
 
-import jax
-
 from gatedjax.config import Config, ModelConfig, OutputConfig
+from gatedjax.layers.tree import flatten_dict
 from gatedjax.study.cell import seeded, train
 from gatedjax.study.grid import Cell
-from gatedjax.study.measures import validation
-from gatedjax.study.trained import Trained
+from gatedjax.study.measures import bits_per_byte
 from gatedjax.training.vq_head import from_trained, loss_memory
 
 # For the memory of the loss: a vocabulary and a batch as models have them.
@@ -21,8 +19,8 @@ ROWS, LENGTH = 1, 1024
 class Quantization:
     """A run whose output matrix becomes so many codes, and goes on.
 
-    Called with a seed: bits per byte with the whole matrix, with codes at once and after as many
-    steps again; the memory of the loss (`memory`).
+    Called with a seed: bits per byte with the whole matrix, and after as many steps again; with
+    codes at once, and after as many steps again; the memory of the loss (`memory`).
     """
 
     config: Config
@@ -44,12 +42,16 @@ def quantize(cell: Cell, codes: int, seed: int) -> dict[str, float]:
     model, given = from_trained(whole.run.config.model, whole.params, codes, seed)
     config = dataclasses.replace(cell.config, model=model)
     with_codes = dataclasses.replace(cell, config=config)
+    # A measure is taken at the end of a run: this one's only step has next to no length.
     at_once = train(_of_steps(with_codes, 1, lr=1e-12), given=given)
     tuned = train(with_codes, given=given)
+    # As many steps, from the same parameters, without codes.
+    longer = train(cell, given=flatten_dict(whole.params))
     return {
-        "whole": _bits(whole),
-        "at_once": _bits(at_once),
-        "tuned": _bits(tuned),
+        "whole": bits_per_byte(whole),
+        "whole_longer": bits_per_byte(longer),
+        "at_once": bits_per_byte(at_once),
+        "tuned": bits_per_byte(tuned),
         **memory(codes, whole.run.config.model.vocab_size),
     }
 
@@ -78,8 +80,3 @@ def _of_steps(cell: Cell, steps: int, lr: float) -> Cell:
         cell,
         config=dataclasses.replace(cell.config, train=train, optim=optim),
     )
-
-
-def _bits(trained: Trained) -> float:
-    with jax.set_mesh(trained.run.mesh):
-        return validation(trained)["bits_per_byte"]

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from gatedjax.config import (
     FEED_FORWARDS,
@@ -166,7 +167,7 @@ class Picture:
     """Lines of `y` over the label `x`; dots where `x` is text.
 
     y: a column. One that ends in "@" means all columns that begin so ("loss@256", "loss@512"): `x`
-      is then what follows.
+      is then what follows, a number or a name.
     line: a label; there is one line for each of its values.
     log_x: the horizontal axis is logarithmic: of `x`, or of the values where `x` is text.
     """
@@ -175,6 +176,14 @@ class Picture:
     y: str
     line: str | None = None
     log_x: bool = False
+    log_y: bool = False
+
+
+class StudyFile(NamedTuple):
+    """Where a study is from: `get_study(small)` of a Python file."""
+
+    path: Path
+    small: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +194,7 @@ class Study:
       where cells have experiments.
     columns: the values that the table shows, in this order.
     stop_at: with the measure "recall", training ends when validation accuracy reaches this.
+    file: where it is from; None of a study that no file has.
     """
 
     title: str
@@ -194,6 +204,7 @@ class Study:
     columns: tuple[str, ...]
     pictures: tuple[Picture, ...] = ()
     stop_at: float | None = None
+    file: StudyFile | None = None
 
 
 def run_key(cell: Cell, seed: int, study: Study) -> str:

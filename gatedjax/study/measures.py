@@ -10,7 +10,7 @@ lengths      loss@T for each of the cell's lengths: validation text in windows o
 routing      load_max_over_mean, balance_loss of the last step
 width_probe  largest singular values over sqrt(rate / decay) width^0.75 (`optim_rules.width_probe`)
 curvature    hessian@B: the largest eigenvalue of the Hessian of a batch of B rows of training text,
-             B = 1, 4, 16 and so on up to the batch size
+             B = 1, 4 and 16
 sinks        of bigram_backcopy, over one batch: copy_accuracy at triggers; excess_loss, nats above
              that of a model that knows the language; dormant_on_first and active_on_first, the
              attention on the first token of the head with the largest sink, from ordinary tokens
@@ -21,7 +21,7 @@ sinks        of bigram_backcopy, over one batch: copy_accuracy at triggers; exce
 speed        step_ms: the mean time of a training step, of those after the first metrics were read;
              it depends on what else the machine did
 
-Call them inside `jax.set_mesh(trained.run.mesh)`.
+Call those of MEASURES inside `jax.set_mesh(trained.run.mesh)`.
 """
 
 import dataclasses
@@ -65,6 +65,12 @@ def validation(trained: Trained) -> Values:
         "loss_error": result.loss_error,
         "bits_per_byte": result.bits_per_byte,
     }
+
+
+def bits_per_byte(trained: Trained) -> float:
+    """Of held-out text; called from anywhere."""
+    with jax.set_mesh(trained.run.mesh):
+        return validation(trained)["bits_per_byte"]
 
 
 def recall(trained: Trained) -> Values:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gatedjax.data import batches, make_dataset
+from gatedjax.data import Batch, batches, make_dataset
 from gatedjax.layers.tree import flatten_dict
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.trained import Trained
@@ -17,6 +17,8 @@ from gatedjax.training.optim_rules import width_factors, width_probe
 from gatedjax.training.step import batch_losses, init_params, param_axes
 
 Values = dict[str, float]
+# Rows of the batches whose curvature is looked at, whatever the model was trained on.
+SIZES = (1, 4, 16)
 # Batches whose eigenvalues are averaged, for each size.
 BATCHES = 2
 # Products with the Hessian.
@@ -48,14 +50,11 @@ def singular_values(trained: Trained) -> Values:
 
 
 def curvature(trained: Trained) -> Values:
-    """hessian@B for B = 1, 4, 16 and so on: means over a few batches of training text each."""
-    config = trained.run.config
+    """hessian@B for each B of SIZES: means over a few batches of training text each."""
     values = {}
-    size = 1
-    while size <= config.train.batch_size:
+    for size in SIZES:
         found = [_eigenvalue(trained, size, batch) for batch in range(BATCHES)]
         values[f"hessian@{size}"] = float(np.mean(found))
-        size *= 4
     return values
 
 
@@ -72,8 +71,9 @@ def _eigenvalue(trained: Trained, size: int, index: int) -> float:
     stream = batches(dataset, index * size)
     batch = global_batch(run.mesh, next(stream), size)
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Any, batch: Batch) -> jax.Array:
         losses = batch_losses(run.config.model, params, batch)
         return losses.cross_entropy / losses.count
 
-    return largest_eigenvalue(loss, trained.params, jax.random.key(index), ITERATIONS)
+    key = jax.random.key(index)
+    return largest_eigenvalue(loss, trained.params, key, ITERATIONS, (batch,))

@@ -109,7 +109,6 @@ def run_loop(loop: Loop, seed: int) -> dict[str, float]:
             loop,
             model,
             tx,
-            loop.objective,
             (params, opt_state),
             answers,
         )
@@ -233,12 +232,11 @@ def _logits(model: ModelConfig, params: Any, tokens: Int[Array, "N T"]) -> Float
     return compute_logits(outputs[0], head_weights(params))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def improved(
     loop: Loop,
     model: ModelConfig,
     tx: optax.GradientTransformation,
-    objective: str,
     state: tuple[Any, Any],
     answers: Answers,
 ) -> tuple[Any, Any, Float[Array, ""]]:
@@ -248,7 +246,6 @@ def improved(
       loop: its sizes.
       model: the policy's configuration.
       tx: the optimizer.
-      objective: a name of OBJECTIVES.
       state: parameters, and the optimizer's state.
       answers: of the round.
     """
@@ -256,7 +253,7 @@ def improved(
     def loss(params: Any, part: Answers) -> tuple[Array, Array]:
         log_probs = answer_log_probs(loop, model, params, part.tokens)
         ratio = jnp.exp(log_probs - part.log_probs)
-        gained = OBJECTIVES[objective](ratio, part.advantages[:, None])
+        gained = OBJECTIVES[loop.objective](ratio, part.advantages[:, None])
         return -jnp.mean(gained), jnp.mean(jnp.abs(ratio - 1.0) > 0.2)
 
     def step(state: tuple[Any, Any], part: Answers) -> tuple[tuple[Any, Any], Array]:

@@ -6,13 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gatedjax.config import Config
 from gatedjax.study.cell import seeded, train
 from gatedjax.study.grid import Cell
-from gatedjax.study.measures import validation
-from gatedjax.study.trained import Trained
+from gatedjax.study.measures import bits_per_byte
 from gatedjax.training.optim_refined import L1_NORM, L2_NORM, METRICS_FILE
 
 
@@ -20,7 +17,7 @@ from gatedjax.training.optim_refined import L1_NORM, L2_NORM, METRICS_FILE
 class Refinement:
     """A run with linear decay to 0; then the same with the schedule refined from it.
 
-    Called with a seed: bits per byte of both ("linear", "refined"), and what was gained.
+    Called with a seed: bits per byte of both ("bits@linear", "bits@refined"), and what was gained.
     """
 
     config: Config
@@ -38,9 +35,13 @@ def refine(cell: Cell) -> dict[str, float]:
         (Path(folder) / METRICS_FILE).write_text("\n".join(lines), encoding="utf-8")
         changes = {"schedule": "refined", "refined_from": folder, "warmup_steps": 0}
         after = train(_with_schedule(cell, **changes))
-    values = {"linear": _bits(before), "refined": _bits(after)}
-    values["gained"] = values["linear"] - values["refined"]
-    return values
+    linear_bits = bits_per_byte(before)
+    refined_bits = bits_per_byte(after)
+    return {
+        "bits@linear": linear_bits,
+        "bits@refined": refined_bits,
+        "gained": linear_bits - refined_bits,
+    }
 
 
 def _with_schedule(cell: Cell, **changes: Any) -> Cell:
@@ -50,8 +51,3 @@ def _with_schedule(cell: Cell, **changes: Any) -> Cell:
 
 def _norms(step: int, read: dict[str, float]) -> dict[str, float]:
     return {"step": step, L1_NORM: read[L1_NORM], L2_NORM: read[L2_NORM]}
-
-
-def _bits(trained: Trained) -> float:
-    with jax.set_mesh(trained.run.mesh):
-        return validation(trained)["bits_per_byte"]

@@ -122,6 +122,10 @@ def _seeds(row: Row) -> str:
     return str(row.seeds)
 
 
+# Of a row of dots: how far apart, in rows, the dots of two lines are.
+APART = 0.22
+
+
 class Point(NamedTuple):
     """A mean over seeds, and its spread, at a place of a picture."""
 
@@ -141,7 +145,7 @@ def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
     height = 4.4
     if has_names:
         # A name and the number above its dot need so much each.
-        height = max(height, 0.36 * len(places))
+        height = max(height, (0.16 + 0.2 * len(lines)) * len(places))
     figure, axes = new_figure((7.0, height))
     tell_lines_apart(axes)
     of_y = words_of(picture.y)
@@ -155,6 +159,9 @@ def draw(picture: Picture, table: Sequence[Row], title: str) -> Any:
         _draw_lines(axes, lines, of_y)
         axes.set_xlabel(words_of(picture.x).label)
         axes.set_ylabel(of_y.label)
+        if picture.log_y:
+            # Error bars that reach 0 end at the edge of the picture.
+            axes.set_yscale("log", nonpositive="clip")
         if picture.log_x:
             axes.set_xscale("log")
             ticks = sorted(places)
@@ -191,12 +198,20 @@ def _points(picture: Picture, row: Row) -> list[Point]:
     for column in row.mean:
         if column.startswith(picture.y):
             point = Point(
-                x=float(column.removeprefix(picture.y)),
+                x=_place(column.removeprefix(picture.y)),
                 y=row.mean[column],
                 spread=row.spread[column],
             )
             points.append(point)
     return points
+
+
+def _place(text: str) -> Label:
+    """What follows "@" in a column: a number where it is one, else a name."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _bar(point: Point, of_y: Words) -> tuple[float, float]:
@@ -221,6 +236,11 @@ def _draw_lines(axes: Any, lines: Lines, of_y: Words) -> None:
         )
 
 
+def _number(x: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{x:#.3g}".rstrip(".") if abs(x) < 1000 else f"{x:.0f}"
+
+
 def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
     """A row for each name, with a dot and its number.
 
@@ -228,8 +248,10 @@ def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
     """
     # A dict keeps the order of the table.
     places = list(dict.fromkeys(point.x for points in lines.values() for point in points))
-    for name, points in lines.items():
-        heights = [places.index(point.x) for point in points]
+    for count, (name, points) in enumerate(lines.items()):
+        # Lines stand below each other in a row, so that their numbers can be read.
+        shift = APART * (count - (len(lines) - 1) / 2)
+        heights = [places.index(point.x) + shift for point in points]
         axes.errorbar(
             [point.y for point in points],
             heights,
@@ -241,7 +263,7 @@ def _draw_dots(axes: Any, lines: Lines, of_y: Words) -> None:
         )
         for height, point in zip(heights, points):
             axes.annotate(
-                f"{point.y:.3g}",
+                _number(point.y),
                 xy=(point.y, height),
                 xytext=(0, 5),
                 textcoords="offset points",

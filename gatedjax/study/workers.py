@@ -25,7 +25,8 @@ import jax
 from gatedjax.errors import InputError, TrainingError
 from gatedjax.runtime import compile_cache
 from gatedjax.study.cell import run_cell
-from gatedjax.study.grid import Cell, Study
+from gatedjax.study.grid import Cell, Study, StudyFile, run_key
+from gatedjax.study.study_file import load_study
 
 # How often a run is tried whose worker dies: out of memory, a machine that is taken away.
 MOST_TRIES = 3
@@ -37,6 +38,15 @@ class PlannedRun(NamedTuple):
     key: str
     cell: Cell
     seed: int
+
+
+def planned_runs(study: Study) -> list[PlannedRun]:
+    """All runs of a study: of each cell, one for each seed."""
+    return [
+        PlannedRun(run_key(cell, seed, study), cell, seed)
+        for cell in study.cells
+        for seed in study.seeds
+    ]
 
 
 class Made(NamedTuple):
@@ -62,6 +72,27 @@ def make(run: PlannedRun, study: Study) -> Made:
     """Makes a run in this process."""
     values = run_cell(run.cell, run.seed, study)
     return Made(values, here_and_now())
+
+
+def make_from_file(file: StudyFile, key: str, seed: int) -> Made:
+    """As `make`, in a process that is told nothing but names.
+
+    The module of a study's file is no module that other processes know, so that an experiment of
+    its own cannot be pickled.
+
+    Args:
+      file: the study's.
+      key: of the run.
+      seed: likewise.
+
+    Raises:
+      InputError: the file has no such run; it was changed since.
+    """
+    study = load_study(file.path, file.small)
+    for cell in study.cells:
+        if run_key(cell, seed, study) == key:
+            return make(PlannedRun(key, cell, seed), study)
+    raise InputError(f"study: {file.path} was changed while its runs were made")
 
 
 class Here:
@@ -116,7 +147,7 @@ class Processes:
             try:
                 futures: dict[Future, PlannedRun] = {}
                 for run in left:
-                    futures[self._pool.submit(make, run, study)] = run
+                    futures[self._submit(run, study)] = run
                 for future in as_completed(futures):
                     made = future.result()
                     run = futures[future]
@@ -132,6 +163,11 @@ class Processes:
                         f"{len(left)} runs are left"
                     ) from None
                 self._pool = self._new_pool()
+
+    def _submit(self, run: PlannedRun, study: Study) -> Future:
+        if study.file is None:
+            return self._pool.submit(make, run, study)
+        return self._pool.submit(make_from_file, study.file, run.key, run.seed)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -17,33 +17,35 @@ STEP = 1e-2
 
 
 def largest_eigenvalue(
-    loss: Callable[[PyTree], Float[Array, ""]],
+    loss: Callable[..., Float[Array, ""]],
     params: PyTree,
     key: PRNGKeyArray,
     iterations: int = 20,
+    batch: tuple[Any, ...] = (),
 ) -> float:
     """Of the Hessian of `loss` at `params`.
 
     Args:
-      loss: a function of the parameters.
+      loss: a function of the parameters, and of `batch`.
       params: where.
       key: of the first vector.
       iterations: products with the Hessian; each costs about two gradients.
+      batch: further arguments of the loss. As constants of it, every batch would be compiled.
     """
     flat, unravel = ravel_pytree(params)
 
-    def of_flat(flat: Array) -> Array:
-        return loss(unravel(flat))
+    def of_flat(flat: Array, *batch: Any) -> Array:
+        return loss(unravel(flat), *batch)
 
     @jax.jit
-    def product(flat: Array, vector: Array) -> Array:
+    def product(flat: Array, vector: Array, *batch: Any) -> Array:
         # A difference of gradients: kernels with a gradient of their own have no forward mode.
-        ahead = jax.grad(of_flat)(flat + STEP * vector)
-        behind = jax.grad(of_flat)(flat - STEP * vector)
+        ahead = jax.grad(of_flat)(flat + STEP * vector, *batch)
+        behind = jax.grad(of_flat)(flat - STEP * vector, *batch)
         return (ahead - behind) / (2.0 * STEP)
 
     start = jax.random.normal(key, flat.shape, flat.dtype)
-    values = lanczos(lambda vector: product(flat, vector), start, iterations)
+    values = lanczos(lambda vector: product(flat, vector, *batch), start, iterations)
     return float(values[-1])
 
 

@@ -156,6 +156,29 @@ def test_a_picture_over_columns():
     )
 
 
+def test_a_picture_over_columns_with_names():
+    columns = ("barrier@as it is", "barrier@permuted")
+    record = fake({"model": "a"}, 0, **{columns[0]: 1e-3, columns[1]: 2.0})
+    found = report.rows(study(columns=columns), [record])
+    picture = Picture("second model", "barrier@", line="model")
+    axes = report.draw(picture, found, "t").axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["as it is", "permuted"]
+    assert list(axes.lines[0].get_xdata()) == [1e-3, 2.0]
+    both = [*found, found[0]._replace(labels={"model": "b"})]
+    axes = report.draw(picture, both, "t").axes[0]
+    heights = {float(y) for line in axes.lines for y in line.get_ydata()}
+    assert len(heights) == 4, "dots of two lines do not hide each other"
+
+
+def test_a_vertical_axis_may_be_logarithmic():
+    columns = ("error@30", "error@300")
+    records = [fake({"k": "a"}, seed, **dict.fromkeys(columns, 10.0**-seed)) for seed in (0, 1, 9)]
+    found = report.rows(study(columns=columns), records)
+    for log_y, scale in ((True, "log"), (False, "linear")):
+        picture = Picture("step", "error@", line="k", log_y=log_y)
+        assert report.draw(picture, found, "t").axes[0].get_yscale() == scale
+
+
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     cells = [Cell({"lr": lr}, config(optim__lr=lr), recall=TASK) for lr in (0.01, 0.02)]
     asked = study(*cells, seeds=(0, 1), pictures=(Picture("lr", "accuracy"),))

@@ -1,6 +1,7 @@
 """Runs of a study made by several processes or a Ray cluster: the same table, to the digit."""
 
 import os
+import pickle
 import signal
 import sys
 
@@ -11,6 +12,7 @@ from gatedjax.data.recall import RecallConfig
 from gatedjax.errors import InputError, TrainingError
 from gatedjax.study import Cell, Study, report, workers
 from gatedjax.study import __main__ as command
+from gatedjax.study.study_file import load_study
 from gatedjax.study.workers import Here, Part, PlannedRun, Processes, RayCluster, parts_of_machine
 
 TASK = RecallConfig(
@@ -80,6 +82,51 @@ def test_two_processes_one_of_which_is_killed(tmp_path, monkeypatch):
     assert table(pool, tmp_path / "there") == expected
     assert (tmp_path / "died").exists()
     pool.close()
+
+
+OWN_EXPERIMENT = """
+import dataclasses
+from gatedjax.study import Cell, Study
+
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+    number: int
+
+    def __call__(self, seed):
+        return {"doubled": 2.0 * self.number + seed}
+
+def get_study(small):
+    cells = tuple(Cell({"number": n}, experiment=Doubled(n)) for n in (3, 5))
+    return Study("t", cells, (0, 1), (), ("doubled",))
+"""
+
+
+def study_of_a_file(folder):
+    path = folder / "doubled.py"
+    path.write_text(OWN_EXPERIMENT)
+    return load_study(path, small=False)
+
+
+def test_a_run_is_found_again_by_the_name_of_its_file(tmp_path):
+    """What a file defines cannot be pickled; names can."""
+    asked = study_of_a_file(tmp_path)
+    run = workers.planned_runs(asked)[3]
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(run)
+    names = pickle.loads(pickle.dumps((asked.file, run.key, run.seed)))
+    assert workers.make_from_file(*names).values["doubled"] == 11.0
+    with pytest.raises(InputError, match=r"doubled\.py was changed while its runs were made"):
+        workers.make_from_file(asked.file, "another", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(workers._cores()) < 2, reason="needs two CPU cores")
+def test_two_processes_with_an_experiment_of_the_file(tmp_path):
+    asked = study_of_a_file(tmp_path)
+    pool = Processes(2)
+    made = list(pool.finished(workers.planned_runs(asked), asked))
+    pool.close()
+    assert sorted(found.values["doubled"] for _, found in made) == [6.0, 7.0, 10.0, 11.0]
 
 
 @pytest.mark.slow
