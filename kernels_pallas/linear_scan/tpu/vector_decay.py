@@ -41,12 +41,9 @@ def row_has_bit(h: int, x: Array) -> Bool[Array, "8 lanes"]:
 
 def swap_partners(x: Float[Array, "8 lanes"], h: int) -> Float[Array, "8 lanes"]:
     """Row r of the result is row r ^ h of x."""
-    from_above = pltpu.roll(x, h, 0)
-    if h == ROWS // 2:
-        # Half a turn is the same in both directions.
-        return from_above
-    from_below = pltpu.roll(x, ROWS - h, 0)
-    return jnp.where(row_has_bit(h, x), from_above, from_below)
+    # One permutation of sublanes, where rotations take two and a select.
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.take_along_axis(x, row ^ h, axis=0)
 
 
 def pack_pairs(xs: Registers, h: int, bit: bool) -> Registers:
