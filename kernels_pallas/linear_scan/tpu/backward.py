@@ -128,7 +128,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
 
     # The same for all heads and chunks.
     levels = tile.merge_levels(plan.chunk, plan.reverse)
-    bits = vector_decay_backward.pair_bits(options, plan.chunk) if plan.decay == "vector" else None
+    bits = vector_decay_backward.pair_bits(options, plan.chunk)
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
         tokens = Tokens(grid, refs, chunk, h)

@@ -135,10 +135,19 @@ def backward(
     dwrites = split_rows(cotangents.dwrites)
     # One block, the whole chunk: its log is that of the total.
     dlog = [cotangents.dlog_total]
-    for merge in reversed(merges):
-        yield
+
+    def scores_to_z(merge: Merge) -> Registers:
         of_merge = pltpu.bitcast(pairs & bits.of_merge[merge.h], options.operand)
-        products = split_rows(matmul(options, of_merge, merge.z))
+        return split_rows(matmul(options, of_merge, merge.z))
+
+    # One product ahead, so that the matrix unit is busy while a merge is undone.
+    yield
+    ahead = scores_to_z(merges[-1])
+    for i in reversed(range(len(merges))):
+        merge = merges[i]
+        products = ahead
+        if i > 0:
+            ahead = scores_to_z(merges[i - 1])
         unmerge = _unmerge_in_registers if merge.h < ROWS else _unmerge_blocks
         dreads, dwrites, dlog = unmerge(
             options,
@@ -148,6 +157,7 @@ def backward(
             dwrites,
             dlog,
         )
+        yield
     return join_rows(dreads), join_rows(dwrites), join_rows(dlog)
 
 
