@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 from report import parser, write_json
 
-from benchmarks.gpu import cases, sweep
+from benchmarks.gpu import cases, variants
 from benchmarks.gpu.programs import Program, programs_of
 from benchmarks.gpu.timing import time_program
 from gatedjax.aot import compile_for
@@ -148,9 +148,9 @@ def row_of(op: str, shape: cases.Shape) -> Row:
 def put_into_table(op: str, row: Row) -> None:
     """The row for every shape and chip."""
     if op == "linear_scan":
-        sweep.set_scan(row._asdict())
+        variants.set_scan(row._asdict())
     elif op == "attention":
-        sweep.set_attention(row._asdict())
+        variants.set_attention(row._asdict())
     else:
         for rows in grouped_tuning.TUNED.values():
             rows[2] = row

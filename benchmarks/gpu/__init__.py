@@ -17,6 +17,7 @@ whatever happens to one of them. In reading order:
     versions         what is installed, bandwidth and matmul rate
     numerics         every kernel against float64; numeric_cases.py, numeric_inputs.py
     cases            what is timed: shapes and implementations
-    programs         those of jax; timing.py and samples.py time them, sweep.py their block sizes
+    programs         those of jax; timing.py and samples.py time them
+    variants         block sizes and warps to try; tune.py picks the best, by kernel_times.py
     torch_peers      those of torch and flash-linear-attention; torch_timing.py
 """

@@ -11,13 +11,14 @@ F32 = 4
 
 OURS = "gatedjax"
 OUR_XLA = "gatedjax xla"
+OUR_MOSAIC_GPU = "gatedjax mosaic_gpu"
 CUDNN = "cudnn (jax.nn)"
 RAGGED_DOT = "lax.ragged_dot"
 DENSE = "dense matmul"
 JLA = "jax-linear-attention"
 
 # Those of ours: what fails of them is a failure of the run.
-OWN = (OURS, OUR_XLA)
+OWN = (OURS, OUR_XLA, OUR_MOSAIC_GPU)
 
 FLA = "fla"
 FLA_ATTENTION = "fla parallel_attn"
@@ -209,14 +210,18 @@ class Headline(NamedTuple):
     """The shapes whose block sizes are swept and whose kernels are profiled."""
 
     scan: ScanShape
+    delta: DeltaShape
     attention: AttentionShape
+    narrow_attention: AttentionShape
     gated_attention: AttentionShape
     grouped: GroupedShape
 
 
 HEADLINE = Headline(
     scan=ScanShape(8, 4096, 16, 128, 128),
+    delta=DeltaShape(8, 4096, 16, 128, 128),
     attention=AttentionShape(8, 4096, 16, 16, 128),
+    narrow_attention=AttentionShape(8, 4096, 16, 16, 64),
     gated_attention=AttentionShape(8, 4096, 16, 16, 128, gated=True),
     grouped=GroupedShape(16384, 2048, 1024, 64),
 )
@@ -224,10 +229,8 @@ SCALAR_SCAN = ScanShape(8, 4096, 16, 128, 128, "scalar")
 GLA_340M_SCAN = ScanShape(16, 2048, 4, 128, 256)
 LONG_SCAN = ScanShape(1, 32768, 16, 128, 128)
 NARROW_SCAN = ScanShape(8, 4096, 16, 64, 64)
-KDA = DeltaShape(8, 4096, 16, 128, 128)
 GATED_DELTANET = DeltaShape(8, 4096, 16, 128, 128, "scalar")
 LONG_GROUPED_HEADS = AttentionShape(1, 32768, 16, 2, 256, gated=True)
-NARROW_ATTENTION = AttentionShape(8, 4096, 16, 16, 64)
 MANY_EXPERTS = GroupedShape(131072, 2048, 768, 128)
 LONG_CACHE = StepShape(32, 8192, 16, 2, 128)
 MHA_CACHE = StepShape(32, 4096, 16, 16, 128)
@@ -250,17 +253,17 @@ OTHER_OPTIONS = [
 # In the order in which they run, most wanted first: the stage may end before the last.
 TIMED = [
     Timed(HEADLINE.scan, (OURS, JLA)),
-    Timed(HEADLINE.attention, (OURS, CUDNN, JLA)),
+    Timed(HEADLINE.attention, (OURS, OUR_MOSAIC_GPU, CUDNN, JLA)),
     Timed(SCALAR_SCAN, (OURS, JLA)),
     Timed(HEADLINE.gated_attention, (OURS, CUDNN)),
     Timed(HEADLINE.grouped, (OURS, RAGGED_DOT, JLA, DENSE)),
-    Timed(KDA, (OURS,)),
+    Timed(HEADLINE.delta, (OURS,)),
     Timed(GATED_DELTANET, (OURS,)),
     Timed(GLA_340M_SCAN, (OURS,)),
     Timed(LONG_SCAN, (OURS, JLA)),
     Timed(LONG_GROUPED_HEADS, (OURS, CUDNN)),
     Timed(MANY_EXPERTS, (OURS, RAGGED_DOT, JLA, DENSE)),
-    Timed(NARROW_ATTENTION, (OURS, CUDNN)),
+    Timed(HEADLINE.narrow_attention, (OURS, OUR_MOSAIC_GPU, CUDNN)),
     Timed(LONG_CACHE, (OURS, OUR_XLA)),
     Timed(STATES, (OURS, OUR_XLA)),
     Timed(EXPERTS, (OURS, OUR_XLA)),
@@ -277,24 +280,27 @@ TORCH_TIMED = [
     Timed(SCALAR_SCAN, (FLA,)),
     Timed(HEADLINE.attention, (TORCH_FLASH, TORCH_CUDNN, FLA_ATTENTION)),
     Timed(HEADLINE.grouped, (TORCH_GROUPED,)),
-    Timed(KDA, (FLA,)),
+    Timed(HEADLINE.delta, (FLA,)),
     Timed(GATED_DELTANET, (FLA,)),
     Timed(GLA_340M_SCAN, (FLA,)),
     Timed(LONG_SCAN, (FLA,)),
     Timed(LONG_GROUPED_HEADS._replace(gated=False), (TORCH_FLASH, TORCH_CUDNN)),
-    Timed(NARROW_ATTENTION, (TORCH_FLASH, TORCH_CUDNN)),
+    Timed(HEADLINE.narrow_attention, (TORCH_FLASH, TORCH_CUDNN)),
     Timed(MANY_EXPERTS, (TORCH_GROUPED,)),
     Timed(NARROW_SCAN, (FLA,)),
 ]
 
 DRY_HEADLINE = Headline(
     scan=ScanShape(1, 32, 1, 16, 16),
+    delta=DeltaShape(1, 32, 1, 16, 16),
     attention=AttentionShape(1, 32, 2, 1, 16),
+    narrow_attention=AttentionShape(1, 32, 2, 1, 16),
     gated_attention=AttentionShape(1, 32, 2, 1, 16, gated=True),
     grouped=GroupedShape(64, 16, 16, 2),
 )
 DRY_TIMED = [
     Timed(DRY_HEADLINE.scan, (OURS, OUR_XLA)),
+    Timed(DRY_HEADLINE.delta, (OURS,)),
     Timed(DeltaShape(1, 32, 1, 16, 16, "scalar"), (OURS,)),
     Timed(DRY_HEADLINE.attention, (OURS,)),
     Timed(DRY_HEADLINE.gated_attention, (OURS,)),

@@ -19,6 +19,8 @@ GROUPED = "grouped"
 EXPERT = "expert"
 # By the implementation that dispatch chooses, with which they cannot be interpreted.
 AS_DISPATCHED = (SCAN_STEP,)
+# An option of a case: the implementation, where it is not the op's GPU kernel.
+BY = "by"
 
 
 class NumericCase(NamedTuple):
@@ -119,6 +121,12 @@ LARGE = [
     ],
     NumericCase(DELTA, "bfloat16", (1, 4096, 1, 128, 128), {"rank": 4}),
 ]
+# attention's other kernel, which takes softmax in 16 bits.
+MOSAIC_GPU = [
+    NumericCase(ATTENTION, "bfloat16", sizes, {BY: "mosaic_gpu"} | options)
+    for sizes in SHAPES.attention
+    for options in ({}, {"gate": "element", "window": 30})
+]
 
 
 def numeric_cases(dry: bool) -> list[NumericCase]:
@@ -129,7 +137,7 @@ def numeric_cases(dry: bool) -> list[NumericCase]:
     for dtype in dtypes:
         found += _cases_of(dtype, shapes)
     if not dry:
-        found += LARGE
+        found += LARGE + MOSAIC_GPU
     return found
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.guard import WorkerOptions, run_each
-from benchmarks.gpu.numeric_cases import AS_DISPATCHED, NumericCase, numeric_cases
+from benchmarks.gpu.numeric_cases import AS_DISPATCHED, BY, NumericCase, numeric_cases
 from benchmarks.gpu.numeric_inputs import Arrays, Drawn, draw
 from benchmarks.gpu.programs import kernel_options
 from benchmarks.gpu.records import append_record, one_line
@@ -52,7 +52,7 @@ def check_case(case: NumericCase, dry: bool) -> dict[str, Any]:
         inputs[name] = jnp.asarray(value, dtype)
     weights_32 = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
 
-    how = {} if case.op in AS_DISPATCHED else kernel_options(dry)
+    how = how_to_call(case, dry)
 
     def run(inputs: Arrays, weights: Arrays) -> Arrays:
         return results_and_gradients(drawn.call, inputs, weights, how)
@@ -73,6 +73,13 @@ def check_case(case: NumericCase, dry: bool) -> dict[str, Any]:
         "compile_s": round(compile_s, 1),
         "errors": {name: float(f"{error:.1e}") for name, error in errors.items()},
     }
+
+
+def how_to_call(case: NumericCase, dry: bool) -> dict[str, Any]:
+    """The arguments by which the op takes the kernel that the case is about."""
+    if BY in case.options:
+        return {"implementation": case.options[BY]}
+    return {} if case.op in AS_DISPATCHED else kernel_options(dry)
 
 
 def reference(

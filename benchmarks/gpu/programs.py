@@ -218,6 +218,8 @@ def attention_function(shape: AttentionShape, implementation: str, dry: bool) ->
     match implementation:
         case cases.OURS:
             return partial(_our_attention, shape, kernel_options(dry))
+        case cases.OUR_MOSAIC_GPU:
+            return partial(_our_attention, shape, {"implementation": "mosaic_gpu"})
         case cases.CUDNN:
             # It has no gate: XLA fuses that into a pass over the output.
             return partial(_our_attention, shape, {"implementation": "cudnn"})

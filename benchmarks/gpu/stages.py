@@ -1,6 +1,7 @@
 """The stages of a run: the processes of each, and how long it may take. Imports no jax."""
 
 import os
+import time
 
 from benchmarks.gpu import clocks, ncu, training
 from benchmarks.gpu.processes import Job, run_together, worker_job
@@ -9,13 +10,17 @@ from benchmarks.gpu.settings import Settings, packed_ptxas
 # Seconds. The order is that of a run without --stages: what matters most comes first.
 LIMITS = {
     "versions": 40,
-    "parallel": 190,
+    "parallel": 220,
     "time": 140,
     "torch": 110,
-    "sweep": 50,
-    "train": 120,
+    "train": 80,
+    "tune": 180,
     "ncu": 60,
 }
+# Of the stage "tune": the fraction of its time in which variants are measured, and how many ops
+# have rows that are timed afterwards.
+OF_VARIANTS = 0.75
+TUNED_OPS = 8
 # These need an NVIDIA GPU, or its tools.
 NOT_DRY = ("torch", "ncu")
 
@@ -31,7 +36,7 @@ def run_stage(settings: Settings, name: str, limit: float) -> None:
       ValueError: there is no such stage.
     """
     match name:
-        case "versions" | "time" | "torch" | "sweep":
+        case "versions" | "time" | "torch":
             jobs = [worker_job(settings, name), *clocks.companion(settings, name)]
             run_together(settings, name, jobs, limit)
             clocks.record(settings, name)
@@ -42,6 +47,12 @@ def run_stage(settings: Settings, name: str, limit: float) -> None:
             run_together(settings, name, [job, *clocks.companion(settings, name)], limit)
             training.record(settings)
             clocks.record(settings, name)
+        case "tune":
+            began = time.monotonic()
+            jobs = tune_jobs(settings)
+            run_together(settings, name, jobs, limit * OF_VARIANTS)
+            jobs = _parts(settings, "tuned", min(len(jobs), TUNED_OPS))
+            run_together(settings, name, jobs, limit - (time.monotonic() - began))
         case "ncu":
             jobs = ncu.jobs(settings)
             for job in jobs:
@@ -58,7 +69,7 @@ def parallel_jobs(settings: Settings) -> list[Job]:
     later stages, compiled into jax's cache; the candidates of fla's autotuner, into Triton's.
     """
     cores = 2 if settings.dry else os.cpu_count() or 8
-    for_numerics = max(1, cores * 5 // 16)
+    for_numerics = max(1, cores * 6 // 16)
     for_packed_ptxas = max(1, for_numerics // 2)
     for_programs = max(1, cores * 5 // 16)
     for_fla = max(1, cores * 3 // 16)
@@ -73,6 +84,14 @@ def parallel_jobs(settings: Settings) -> list[Job]:
     if not settings.dry:
         jobs += _parts(settings, "compile_fla", for_fla, {"FLA_CACHE_RESULTS": "0"})
     return jobs
+
+
+def tune_jobs(settings: Settings) -> list[Job]:
+    """Processes that divide the variants of the tables' rows among them."""
+    cores = 2 if settings.dry else os.cpu_count() or 8
+    # A CUDA graph is one launch; a profile of its kernels is not to depend on how XLA made it.
+    environment = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer="}
+    return _parts(settings, "variants", max(1, cores - 2), environment)
 
 
 def _parts(

@@ -13,7 +13,6 @@ Record = dict[str, Any]
 MOST_CHARACTERS = 11_500
 MOST_WRONG_CASES = 12
 MOST_FAILURES = 12
-AS_IT_IS = "as it is"
 
 
 def summary(out: Path, seconds: float) -> str:
@@ -25,7 +24,7 @@ def summary(out: Path, seconds: float) -> str:
         numerics_lines,
         time_lines,
         train_lines,
-        sweep_lines,
+        tune_lines,
         ncu_lines,
         stage_lines,
         failure_lines,
@@ -84,16 +83,18 @@ def train_lines(records: list[Record]) -> Iterator[str]:
         yield f"train: {_fields(r)}"
 
 
-def sweep_lines(records: list[Record]) -> Iterator[str]:
-    """The best setting of each case, and the time without any change."""
-    timed = [r for r in of_kind(records, "sweep") if "ms" in r]
-    for case in dict.fromkeys(r["case"] for r in timed):
-        rows = [r for r in timed if r["case"] == case]
-        best = min(rows, key=lambda r: r["ms"])
-        unchanged = [f"{r['ms']:.3f}" for r in rows if r["setting"].startswith(AS_IT_IS)]
+def tune_lines(records: list[Record]) -> Iterator[str]:
+    """The best row of each op, and its time beside that of the row as it is."""
+    variants = of_kind(records, "variant")
+    for r in of_kind(records, "tuned"):
+        rows = [v for v in variants if v["case"] == r["case"]]
+        measured = [v for v in rows if "kernels" in v]
+        if "error" in r:
+            yield f"tune {r['case']}: {r['error']}"[:230]
+            continue
         yield (
-            f"sweep {case}: best {best['setting']} {best['ms']:.3f} ms, "
-            f"{AS_IT_IS} {' and '.join(unchanged)} ms, of {len(rows)} settings"
+            f"tune {r['case']}: {r['before_ms']:.3f} -> {r['ms']:.3f} ms by {r['changes']}; "
+            f"{len(measured)} of {len(rows)} variants measured"
         )
 
 

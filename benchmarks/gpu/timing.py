@@ -1,4 +1,4 @@
-"""Compiles and times a program of jax: the stage "time"; the sweep and ncu use it too."""
+"""Compiles and times a program of jax: the stage "time"; tuning and ncu use it too."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +51,26 @@ def time_programs(options: WorkerOptions) -> None:
     run_each(programs(settings.dry), measure, failed, options)
 
 
+def compile_programs(options: WorkerOptions) -> None:
+    """Compiles the programs of the stage "time" into jax's cache.
+
+    A program that does not compile is left to its stage, which records why.
+    """
+    wanted = programs(options.settings.dry)
+
+    def failed(program: Program, error: Exception) -> None:
+        """The stage that times it says so."""
+
+    run_each(wanted, compile_program, failed, options)
+    append_record(
+        options.settings.out,
+        stage="parallel",
+        kind="compiled",
+        part=options.part,
+        count=len(options.own(wanted)),
+    )
+
+
 def call_once(options: WorkerOptions) -> None:
     """One call of our program of a case, for a profiler."""
     for program in programs(options.settings.dry):
@@ -80,7 +100,7 @@ def time_program(program: Program, dry: bool) -> dict[str, Any]:
 
 
 def compile_program(program: Program) -> Compiled:
-    """Traces afresh: a sweep changes tables that a trace has read."""
+    """Traces afresh: tuning changes tables that a trace has read."""
     jax.clear_caches()
     function, specs, cost = program.build()
 

@@ -5,7 +5,17 @@ import argparse
 from benchmarks.gpu.guard import WorkerOptions
 from benchmarks.gpu.settings import add_arguments, from_arguments
 
-TASKS = ("versions", "numerics", "compile", "time", "sweep", "one", "torch", "compile_fla")
+TASKS = (
+    "versions",
+    "numerics",
+    "compile",
+    "time",
+    "variants",
+    "tuned",
+    "one",
+    "torch",
+    "compile_fla",
+)
 
 
 def run(task: str, options: WorkerOptions) -> None:
@@ -20,17 +30,21 @@ def run(task: str, options: WorkerOptions) -> None:
 
             check_numerics(options)
         case "compile":
-            from benchmarks.gpu.sweep import compile_programs
+            from benchmarks.gpu.timing import compile_programs
 
             compile_programs(options)
         case "time":
             from benchmarks.gpu.timing import time_programs
 
             time_programs(options)
-        case "sweep":
-            from benchmarks.gpu.sweep import sweep
+        case "variants":
+            from benchmarks.gpu.tune import measure_variants
 
-            sweep(options)
+            measure_variants(options)
+        case "tuned":
+            from benchmarks.gpu.tune import time_tuned
+
+            time_tuned(options)
         case "one":
             from benchmarks.gpu.timing import call_once
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks.gpu import clocks, guard, ncu, numerics, programs, sweep
+from benchmarks.gpu import clocks, guard, kernel_times, ncu, numerics, programs, tune, variants
 from benchmarks.gpu import numeric_cases as numeric_cases_module
 from benchmarks.gpu.cases import OURS, AttentionShape, timed
 from benchmarks.gpu.guard import WorkerOptions, run_each
@@ -63,9 +63,9 @@ def test_dry_run_of_all_stages(settings):
     assert len(times) == len(programs.programs(dry=True))
     assert all(r["ms"] > 0 for r in times)
 
-    swept = of_kind(settings, "sweep")
-    assert len(swept) == len(sweep.settings_of_sweep(dry=True))
-    assert all(r["ms"] > 0 for r in swept)
+    tuned = of_kind(settings, "tuned")
+    assert len(tuned) == len(variants.tuned(dry=True))
+    assert all(r["ms"] > 0 for r in tuned)
 
     (trained,) = of_kind(settings, "train")
     assert trained["tokens_per_s"] > 0
@@ -89,7 +89,7 @@ def test_a_stage_that_fails_does_not_end_the_run(settings):
 
 
 def test_stages_beyond_the_budget_are_skipped(settings):
-    text = dry_run(settings, "time,sweep", budget=12)
+    text = dry_run(settings, "time,tune", budget=12)
     assert [r["skipped"] for r in of_kind(settings, "stage")] == [True, True]
     assert "stage time: skipped True" in text
 
@@ -181,30 +181,72 @@ def test_profiled_kernels_are_in_their_programs():
     assert {case for case, _ in ncu.profiled(dry=False)} <= of_gpu
 
 
-def test_every_setting_of_the_sweep_changes_its_table():
-    attention_before = dict(sweep.tuning_of_attention.TUNED["A100"]["bfloat16"])
-    scan_before = {chip: dict(row[2]) for chip, row in sweep.tuning_of_scan.TUNED.items()}
-    grouped_before = {chip: dict(row) for chip, row in sweep.tuning_of_grouped.TUNED.items()}
-    try:
-        for changes in sweep.SCAN_SETTINGS:
-            sweep.set_scan(changes)
-            assert (sweep.tuning_of_scan.TUNED["H100"][2] != scan_before["H100"]) == bool(changes)
-        for changes in sweep.ATTENTION_SETTINGS:
-            sweep.set_attention(changes)
-            assert (
-                sweep.tuning_of_attention.TUNED["A100"]["bfloat16"] != attention_before
-            ) == bool(changes)
-        for changes in sweep.GROUPED_SETTINGS:
-            sweep.set_grouped(changes)
-            assert (grouped_before != sweep.tuning_of_grouped.TUNED) == bool(changes)
-    finally:
-        sweep.set_scan({})
-        sweep.set_attention({})
-        sweep.set_grouped({})
-    assert sweep.tuning_of_attention.TUNED["A100"]["bfloat16"] == attention_before
-    assert {chip: row[2] for chip, row in sweep.tuning_of_scan.TUNED.items()} == scan_before
-    labels = [(s.program.case, s.label) for s in sweep.settings_of_sweep(dry=False)]
-    assert len(labels) == len(set(labels))
+def tables() -> list[str]:
+    """What the tables hold, as text."""
+    modules = (
+        variants.tuning_of_scan,
+        variants.tuning_of_delta,
+        variants.tuning_of_attention,
+        variants.tuning_of_grouped,
+    )
+    return [str(module.TUNED) for module in modules]
+
+
+def test_every_variant_changes_its_table():
+    before = tables()
+    for one in variants.tuned(dry=False):
+        names = [tune.as_text(changes) for changes in one.variants]
+        assert names[0] == "as it is" and len(names) == len(set(names))
+        for changes in one.variants:
+            one.apply(changes)
+            assert (tables() != before) == bool(changes)
+        one.apply({})
+        assert tables() == before
+
+
+def test_the_best_row_is_of_the_fastest_kernels():
+    """Of the variants that agree in the chunk, without those that compute something else."""
+    one = variants.Tuned(
+        program=programs.programs(dry=True)[0],
+        apply=variants.set_scan,
+        kernels=variants.SCAN_KERNELS,
+        variants=[
+            {},
+            {"intra_warps": 4, "back_warps": 4},
+            {"intra_warps": 2, "back_warps": 2},
+            {"chunk": 32, "intra_warps": 4},
+            {"intra_warps": 1},
+        ],
+    )
+    microseconds = [(9, 9, 9), (5, 7, 10), (6, 2, 9), (4, 4, 9), (0, 0, 0)]
+    records = []
+    for changes, (products, back, scan) in zip(one.variants, microseconds):
+        kernels = {
+            "linear_scan_vector_products": products,
+            "linear_scan_vector_backward_products": back,
+            "linear_scan_forward": scan,
+            "fusion": 1,
+        }
+        records.append({"changes": tune.as_text(changes), "kernels": kernels, "sums": [[1.0] * 9]})
+    records[4]["sums"] = [[1.0] * 8 + [1.5]]
+    assert tune.best_changes(one, records) == {"intra_warps": 4, "back_warps": 2}
+    records[3]["kernels"]["linear_scan_forward"] = 3
+    assert tune.best_changes(one, records) == {"chunk": 32, "intra_warps": 4}
+    with pytest.raises(ValueError, match="the row as it is"):
+        tune.best_changes(one, records[1:])
+
+
+def test_times_of_kernels():
+    """Programs are told apart by the pause between them; a kernel's time is its fastest call's."""
+    gap = 2 * kernel_times.GAP_NS
+    first = [kernel_times.Event("a", start, 10) for start in (0, 20, 40, 60)]
+    second = [kernel_times.Event("b", gap + start, start + 1000) for start in (0, 2000)]
+    stray = [kernel_times.Event("c", gap + 9000, 5)]
+    groups = kernel_times.separate([*second, *stray, *first])
+    assert [kernel_times.times_of_call(group, 2) for group in groups] == [
+        {"a": 0.02},
+        {"b": 1.0},
+    ]
 
 
 def test_parallel_processes_divide_all_tasks(settings):
@@ -291,9 +333,11 @@ def test_summary(settings):
     append_record(settings.out, **wrong | {"ptxas": "packed", "ok": True})
     refused = dict(stage="time", kind="time", case="scan fwd", implementation="fla")
     append_record(settings.out, **refused, error="ImportError: fla")
-    for setting, ms in (("as it is", 2.0), ("chunk=32", 1.0)):
-        append_record(settings.out, stage="sweep", kind="sweep", case="c", setting=setting, ms=ms)
-    append_record(settings.out, stage="sweep", kind="sweep", case="c", setting="x", error="spills")
+    variant = dict(stage="tune", kind="variant", case="c")
+    append_record(settings.out, **variant, changes="as it is", kernels={})
+    append_record(settings.out, **variant, changes="chunk=32", error="spills")
+    row = dict(stage="tune", kind="tuned", case="c", changes="as it is")
+    append_record(settings.out, **row, before_ms=2.0, ms=1.0)
     append_record(settings.out, **refused | {"implementation": OURS}, error="ValueError: spills")
     with open(settings.out / "gpu_results.jsonl", "a") as file:
         file.write(json.dumps(refused)[:20])
@@ -301,7 +345,7 @@ def test_summary(settings):
     assert "numerics, ptxas installed: 0 of 1 right" in text
     assert "WRONG scan: {'out': 0.5} deterministic=True" in text
     assert "numerics, ptxas packed: 1 of 1 right" in text
-    assert "sweep c: best chunk=32 1.000 ms, as it is 2.000 ms, of 2 settings" in text
+    assert "tune c: 2.000 -> 1.000 ms by as it is; 1 of 2 variants measured" in text
     assert "left out: ImportError: fla" in text
     assert "FAILED ValueError: spills" in text
     assert "  time scan fwd: ValueError: spills\nfailures of gatedjax: 2" in text

@@ -81,7 +81,7 @@ HOPPER = {
         64: Schedule(KernelConfig(128, 64, 4, 3), KernelConfig(64, 64, 4, 3),
                      KernelConfig(64, 128, 8, 3)),
         128: Schedule(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 3),
-                      KernelConfig(32, 128, 8, 3)),
+                      KernelConfig(64, 128, 8, 3)),
         256: Schedule(KernelConfig(128, 64, 8, 2), KernelConfig(128, 32, 8, 2),
                       KernelConfig(32, 128, 8, 2), KernelConfig(64, 128, 8, 2)),
     },

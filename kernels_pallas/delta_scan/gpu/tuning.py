@@ -54,6 +54,7 @@ class Schedule(NamedTuple):
     back_warps: int = 8
 
 
+HOPPER = Schedule(back_block_k=64)
 # Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
 A100 = Schedule(
     intra_block_k=16,
@@ -64,8 +65,8 @@ A100 = Schedule(
 
 # By the name that jax.Device.device_kind contains: the schedules by the kind of decay.
 TUNED = {
-    "H200": {"vector": Schedule(), "scalar": Schedule()},
-    "H100": {"vector": Schedule(), "scalar": Schedule()},
+    "H200": {"vector": HOPPER, "scalar": HOPPER},
+    "H100": {"vector": HOPPER, "scalar": HOPPER},
     "A100": {"vector": A100, "scalar": A100},
 }
 

@@ -72,14 +72,15 @@ class Chip(NamedTuple):
 
 # Stored early, states take 8 KiB more at K = V = 128: one program of two stages and not two.
 HOPPER = Schedule(scan_block_k=256, scan_stores_late=True)
+HOPPER_VECTOR = HOPPER._replace(chunk=32)
 # Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
 # Stored late, states would cost 36 bytes of spilled registers.
 A100 = Schedule(back_block_k=32)
 
 # By the name that jax.Device.device_kind contains.
 TUNED = {
-    "H200": Chip(132, 232_448, {"vector": HOPPER, "scalar": HOPPER}),
-    "H100": Chip(132, 232_448, {"vector": HOPPER, "scalar": HOPPER}),
+    "H200": Chip(132, 232_448, {"vector": HOPPER_VECTOR, "scalar": HOPPER}),
+    "H100": Chip(132, 232_448, {"vector": HOPPER_VECTOR, "scalar": HOPPER}),
     "A100": Chip(108, 166_912, {"vector": A100, "scalar": A100}, reads_shared=False),
 }
 DEFAULT_CHIP = "H200"
