@@ -106,7 +106,7 @@ def _merge(
     totals: Registers,
     partners: Registers,
     reverse: bool,
-) -> tuple[Registers, Registers, Registers, Registers]:
+) -> tuple[Registers, Registers, Registers]:
     """Merges blocks of h tokens in pairs.
 
     Args:
@@ -117,32 +117,29 @@ def _merge(
       reverse: as in `TileOptions`.
 
     Returns:
-      z, the reads of later blocks and the writes of earlier ones, before the merge: what it
-      multiplies with each other, and with the partners' totals. Then reads, writes and totals after
-      the merge.
+      reads, writes and totals after the merge.
     """
     if h < ROWS:
         # Rows of both blocks of a pair are in one register: select.
         is_later = row_has_bit(h, reads[0]) != reverse
-        z = [jnp.where(is_later, r, w) for r, w in zip(reads, writes)]
-        z_after = [x * p for x, p in zip(z, partners)]
-        reads = [jnp.where(is_later, x, r) for x, r in zip(z_after, reads)]
-        writes = [jnp.where(is_later, w, x) for x, w in zip(z_after, writes)]
+        reads = [jnp.where(is_later, r * p, r) for r, p in zip(reads, partners)]
+        writes = [jnp.where(is_later, w, w * p) for w, p in zip(writes, partners)]
         totals = [t * p for t, p in zip(totals, partners)]
-        return z, reads, writes, totals
+        return reads, writes, totals
 
     # Whole registers: those of the other block are not touched.
     registers_in_block = h // ROWS
-    z = []
     reads = list(reads)
+    for i, read in enumerate(reads):
+        if is_later_block(i, h, reverse):
+            reads[i] = read * partners[i // registers_in_block]
     writes = list(writes)
-    for i in range(len(reads)):
-        side = reads if is_later_block(i, h, reverse) else writes
-        z.append(side[i])
-        side[i] = side[i] * partners[i // registers_in_block]
+    for i, write in enumerate(writes):
+        if not is_later_block(i, h, reverse):
+            writes[i] = write * partners[i // registers_in_block]
     # One total for the merged block.
     totals = [a * b for a, b in zip(totals[::2], totals[1::2])]
-    return z, reads, writes, totals
+    return reads, writes, totals
 
 
 def diagonal_scores(diagonal: Array | None, levels: Registers) -> Registers:
@@ -196,14 +193,11 @@ def place_scores(
 
 
 class _Operands(NamedTuple):
-    """The operands of one merge's scores: z of the later blocks, which are reads, and z.
-
-    Scores are right where a later read meets an earlier write; `place_scores` takes no more.
-    """
+    """The operands of one merge's scores: rows of the later blocks, and all writes."""
 
     h: int
     later_reads: Array
-    z: Array
+    writes: Array
 
 
 def chunk_terms(
@@ -243,22 +237,27 @@ def chunk_terms(
     h = 1
     while h < k.shape[0]:
         yield
-        z_rows, read_rows, write_rows, totals = _merge(
+        if h < ROWS:
+            # Half of the rows of each register are read: pack two into one.
+            later_rows = pack_pairs(read_rows, h, later_bit)
+        else:
+            later_rows = []
+            for i, read in enumerate(read_rows):
+                if is_later_block(i, h, options.reverse):
+                    later_rows.append(read)
+        later_reads = join_rows(later_rows).astype(options.operand)
+        writes = join_rows(write_rows).astype(options.operand)
+        pending.append(_Operands(h, later_reads, writes))
+        # After the operands are kept, the merge itself.
+        partners = partner_totals(totals, h)
+        read_rows, write_rows, totals = _merge(
             h,
             read_rows,
             write_rows,
             totals,
-            partner_totals(totals, h),
+            partners,
             options.reverse,
         )
-        z = join_rows(z_rows).astype(options.operand)
-        if h < ROWS:
-            # Half of the rows of each register are read: pack two into one.
-            later_rows = pack_pairs(z_rows, h, later_bit)
-            later_reads = join_rows(later_rows).astype(options.operand)
-        else:
-            later_reads = join_rows(blocks_with_bit(z, h, later_bit))
-        pending.append(_Operands(h, later_reads, z))
         h *= 2
 
     # Then the matmuls, of one merge or of two at a time.
@@ -291,16 +290,16 @@ def _products(
     first: _Operands,
     second: _Operands | None = None,
 ) -> dict[int, Array]:
-    """later_reads z^T of one merge, or of two in one matmul; by h."""
+    """later_reads writes^T of one merge, or of two in one matmul; by h."""
     if second is None:
-        return {first.h: matmul(options, first.later_reads, first.z, NT)}
+        return {first.h: matmul(options, first.later_reads, first.writes, NT)}
     # Side by side in the depth, with zeros between: [a 0; 0 b] [x y]^T = [a x^T; b y^T].
     a = first.later_reads
     b = second.later_reads
     upper = jnp.concatenate([a, jnp.zeros_like(a)], axis=1)
     lower = jnp.concatenate([jnp.zeros_like(b), b], axis=1)
-    z = jnp.concatenate([first.z, second.z], axis=1)
-    product = matmul(options, join_rows((upper, lower)), z, NT)
+    writes = jnp.concatenate([first.writes, second.writes], axis=1)
+    product = matmul(options, join_rows((upper, lower)), writes, NT)
     num_rows = a.shape[0]
     return {first.h: product[:num_rows], second.h: product[num_rows:]}
 
@@ -310,13 +309,43 @@ class Merge(NamedTuple):
 
     Attributes:
       h: rows of a block before the merge.
-      z: of `_merge`, in the dtype of a matmul's operands.
+      z: before the merge, the reads of later blocks and the writes of earlier ones, in the dtype of
+        a matmul's operands.
       partners: of `partner_totals`.
     """
 
     h: int
     z: Float[Array, "C K"]
     partners: Registers
+
+
+def _merge_and_keep(
+    options: TileOptions,
+    h: int,
+    reads: Registers,
+    writes: Registers,
+    totals: Registers,
+) -> tuple[Merge, Registers, Registers, Registers]:
+    """As `_merge`, and what is to be kept of it.
+
+    Inside registers reads and writes come by way of z, which is kept anyway. The forward kernel
+    does without: there it costs 5 % on v5p.
+    """
+    partners = partner_totals(totals, h)
+    if h < ROWS:
+        is_later = row_has_bit(h, reads[0]) != options.reverse
+        z = [jnp.where(is_later, r, w) for r, w in zip(reads, writes)]
+        after = [x * p for x, p in zip(z, partners)]
+        reads = [jnp.where(is_later, x, r) for x, r in zip(after, reads)]
+        writes = [jnp.where(is_later, w, x) for x, w in zip(after, writes)]
+        totals = [t * p for t, p in zip(totals, partners)]
+    else:
+        z = []
+        for i, (read, write) in enumerate(zip(reads, writes)):
+            z.append(read if is_later_block(i, h, options.reverse) else write)
+        reads, writes, totals = _merge(h, reads, writes, totals, partners, options.reverse)
+    merge = Merge(h, join_rows(z).astype(options.operand), partners)
+    return merge, reads, writes, totals
 
 
 def chunk_terms_and_merges(
@@ -343,16 +372,13 @@ def chunk_terms_and_merges(
     h = 1
     while h < k.shape[0]:
         yield
-        partners = partner_totals(totals, h)
-        z_rows, read_rows, write_rows, totals = _merge(
+        merge, read_rows, write_rows, totals = _merge_and_keep(
+            options,
             h,
             read_rows,
             write_rows,
             totals,
-            partners,
-            options.reverse,
         )
-        merge = Merge(h, join_rows(z_rows).astype(options.operand), partners)
         merges.append(merge)
         h *= 2
 
@@ -365,6 +391,7 @@ def chunk_terms_and_merges(
         if merge.h >= ROWS:
             later_bit = not options.reverse
             later_reads = join_rows(blocks_with_bit(merge.z, merge.h, later_bit))
+        # Right where a later read meets an earlier write; `place_scores` takes no more.
         product = matmul(options, later_reads, merge.z, NT)
         scores = place_scores(
             scores,
