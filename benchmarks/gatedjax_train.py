@@ -50,12 +50,15 @@ def main() -> None:
         say(about(run))
         for line in sys.stdin:
             start = time.perf_counter()
+            cpu_start = time.process_time()
             state, metrics = steps(state, int(line))
             seconds = time.perf_counter() - start
+            cpu_seconds = time.process_time() - cpu_start
             usage = resource.getrusage(resource.RUSAGE_SELF)
             say(
                 {
                     "seconds": seconds,
+                    "cpu_seconds": cpu_seconds,
                     "loss": float(metrics["loss"]),
                     "peak_rss_bytes": usage.ru_maxrss * 1024,  # KiB on Linux
                 }

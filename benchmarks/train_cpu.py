@@ -1,8 +1,8 @@
 """Training speed of a small model beside models of transformers and torch of the same size, on this
 CPU.
 
-    python benchmarks/train_cpu.py [--model=gated_deltanet] [--peer_python=/path/to/python] \
-      [--json=FILE]
+    python benchmarks/train_cpu.py [--model=gated_deltanet] [--one_core] \
+      [--peer_python=/path/to/python] [--json=FILE]
 
 Everybody has float32, AdamW with gradient clipping, the same batch, as many threads as there are
 cores. --model=tiny is configs/tiny.py, with two peers:
@@ -19,10 +19,12 @@ cores. --model=tiny is configs/tiny.py, with two peers:
 
 A step is forward, backward and optimizer. Each model lives in a process of its own; rounds take
 turns: ours, peer, ours, peer ... The figure is the median of the rounds, and the ratio is ours /
-theirs. Run it on a quiet machine.
+theirs. Run it on a quiet machine; or with --one_core, which counts CPU seconds: one core for each
+in turns, where other work costs nothing but its marks on caches and clock.
 """
 
 import json
+import os
 import runpy
 import statistics
 import subprocess
@@ -57,6 +59,7 @@ _EXPERTS = flags.DEFINE_enum(
     "How qwen3_next computes its experts.",
 )
 _COMPILE = flags.DEFINE_bool("peer_compile", False, "Also measure the peers under torch.compile.")
+_ONE_CORE = flags.DEFINE_bool("one_core", False, "One core, CPU seconds.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 HEADER = ("model", "parameters", "active", "tokens/s", "of rounds", "peak RSS MiB", "ours / it")
@@ -72,6 +75,9 @@ class Model(NamedTuple):
 def main(_) -> None:
     """Workers -> rounds by turns -> table and ratios."""
     check_peer_python(_PEER_PYTHON.value)
+    if _ONE_CORE.value and hasattr(os, "sched_setaffinity"):
+        # The workers inherit it.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     config = tiny_config() if _MODEL.value == "tiny" else deltanet_config()
     command = [sys.executable, str(HERE / "gatedjax_train.py"), json.dumps(to_dict(config))]
     ours = Worker(Model("gatedjax", command))
@@ -86,12 +92,15 @@ def main(_) -> None:
     tokens = config.train.batch_size * config.data.seq_len * _STEPS.value
     results = {worker.name: worker.result(tokens) for worker in workers}
     rounds = f"{_ROUNDS.value} rounds of {_STEPS.value} steps"
+    if _ONE_CORE.value:
+        rounds += ", CPU seconds"
     print(f"{cpu_model()}, {cores()} cores; {rounds}; {versions(workers)}")
     print(show(results))
     if _JSON.value:
         figures = {
             "rounds": _ROUNDS.value,
             "steps": _STEPS.value,
+            "cpu_seconds": _ONE_CORE.value,
             "models": results,
         }
         write_json(_JSON.value, figures, versions(workers))
@@ -161,7 +170,8 @@ class Worker:
 
     def result(self, tokens: int) -> dict:
         """Tokens per second of every round, their median, memory and sizes."""
-        rates = [tokens / r["seconds"] for r in self.rounds]
+        clock = "cpu_seconds" if _ONE_CORE.value else "seconds"
+        rates = [tokens / r[clock] for r in self.rounds]
         return {
             "parameters": self.about["total"],
             "active_parameters": self.about["active"],

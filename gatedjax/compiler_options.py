@@ -8,11 +8,16 @@ slower (benchmarks/NOTES.md), and wrong arithmetic would show in its loss.
 
 The fault is described in docs/notes/xla_cpu_ynn_broadcast.md.
 
+**The first state on a CPU.** More than half of the time in which its program is compiled goes into
+optimizing what runs once. At level 1 of LLVM the numbers are the same to the bit
+(benchmarks/NOTES.md).
+
 **Training steps on TPUs.** By default libtpu lets a chip wait for each collective. The SparseCores
 of v5p, v6e and v7x can run them while the chip computes (`ASYNCHRONOUS_COLLECTIVES`).
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +52,17 @@ ASYNCHRONOUS_COLLECTIVES = dict.fromkeys(
     # These fuse a gather into the product that needs it, which then waits for it.
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
 }
+
+
+OPTIMIZATION_LEVEL = "xla_backend_optimization_level"
+
+
+def for_first_state(mesh: Mesh) -> dict[str, int]:
+    """The `compiler_options` of the program that makes a run's first state."""
+    is_set = OPTIMIZATION_LEVEL in os.environ.get("XLA_FLAGS", "")
+    if mesh.devices.flat[0].platform != "cpu" or is_set:
+        return {}
+    return {OPTIMIZATION_LEVEL: 1}
 
 
 def for_training(mesh: Mesh, is_asynchronous: bool) -> dict[str, str]:

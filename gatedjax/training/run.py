@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from gatedjax import sharding
+from gatedjax.compiler_options import for_first_state
 from gatedjax.config import Config
 from gatedjax.data import image_corpora, mask_id
 from gatedjax.data.tokenizer import Tokenizer
@@ -235,5 +236,10 @@ def fresh_state(run: Run, given: Mapping[Path, Array] | None = None) -> TrainSta
         return init_state(run.config, run.tx, key, of_path)
 
     paths = list(given or {})
-    make = jax.jit(make_state, out_shardings=run.shardings, donate_argnums=1)
+    make = jax.jit(
+        make_state,
+        out_shardings=run.shardings,
+        donate_argnums=1,
+        compiler_options=for_first_state(run.mesh) or None,
+    )
     return make(key, list((given or {}).values()))

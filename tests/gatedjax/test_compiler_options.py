@@ -1,11 +1,16 @@
-"""What libtpu is told of a training step, by chip and mesh."""
+"""What a compiler is told of a training step and of the first state, by chip and mesh."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from gatedjax.compiler_options import ASYNCHRONOUS_COLLECTIVES, for_training
+from gatedjax.compiler_options import (
+    ASYNCHRONOUS_COLLECTIVES,
+    OPTIMIZATION_LEVEL,
+    for_first_state,
+    for_training,
+)
 
 
 def mesh_of(platform: str, kind: str, devices: int):
@@ -31,3 +36,12 @@ def test_collectives_run_beside_where_there_are_sparse_cores(platform, kind, dev
     mesh = mesh_of(platform, kind, devices)
     assert for_training(mesh, True) == (ASYNCHRONOUS_COLLECTIVES if is_told else {})
     assert for_training(mesh, False) == {}
+
+
+def test_the_first_state_is_compiled_quickly_on_cpus_unless_a_flag_says_how(monkeypatch):
+    cpu = mesh_of("cpu", "cpu", 1)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert for_first_state(cpu) == {OPTIMIZATION_LEVEL: 1}
+    assert for_first_state(mesh_of("gpu", "NVIDIA H100 80GB HBM3", 1)) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{OPTIMIZATION_LEVEL}=0")
+    assert for_first_state(cpu) == {}

@@ -15,8 +15,8 @@ and erase keys, and to the log of total[L] the same plus sum(writes' dwrites) ov
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Int
+from jax import Array, lax
+from jaxtyping import Float, Int
 
 from kernels_pallas.delta_scan.tpu.tile import (
     ChunkCotangents,
@@ -40,7 +40,6 @@ from kernels_pallas.linear_scan.tpu.vector_decay import (
     swap_partners,
     unpack_pairs,
 )
-from kernels_pallas.linear_scan.tpu.vector_decay_backward import partner_lanes
 
 
 class _Rows(NamedTuple):
@@ -262,3 +261,17 @@ def _times_both(
     left = jnp.concatenate([join_rows(of_reads), join_rows(of_erases)], axis=1)
     right = join_rows((merge.reads, merge.erases))
     return split_rows(matmul(options, left, right))
+
+
+def partner_lanes(
+    x: Float[Array, "8 C"],
+    register: int,
+    h: int,
+) -> Float[Array, "8 C"]:
+    """Rows of dscores with zeros outside the columns of the partner of the register's block."""
+    # Block b and its partner b ^ 1 hold h tokens each: h columns.
+    block = register * ROWS // h
+    start = (block ^ 1) * h
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    is_partner = (lane >= start) & (lane < start + h)
+    return jnp.where(is_partner, x, 0.0)

@@ -128,7 +128,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
 
     # The same for all heads and chunks.
     levels = tile.merge_levels(plan.chunk, plan.reverse)
-    levels_transposed = tile.merge_levels(plan.chunk, not plan.reverse)
+    bits = vector_decay_backward.pair_bits(options, plan.chunk)
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
         tokens = Tokens(grid, refs, chunk, h)
@@ -186,10 +186,8 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             dscores_transposed = tile.matmul(options, tokens.v, do, tile.NT)
         dreads, dk, dlog_decay = yield from vector_decay_backward.backward(
             options,
-            levels,
-            levels_transposed,
+            bits,
             merges,
-            terms,
             cotangents,
             dscores_transposed,
         )

@@ -8,23 +8,31 @@ The backward kernel goes up the halving again, then down. A merge of blocks E (e
     writes[E] *= total[L]
     total = total[E] total[L]
 
-sends to the log of total[E] what total's log received plus sum(reads' dreads) over L, and to the
-log of total[L] the same plus sum(writes' dwrites) over E. So the gate's gradient arrives at the
-single tokens as a sum of exactly the products that contain it: no running sum over tokens, no
-difference q dq - k dk, nothing that cancels.
+needs the reads of L and the writes of E, never the others: z has the one or the other, row by row.
+With `pairs`, the scores' cotangent in the rows of L and its transpose in those of E, one product
+is what the scores send back to both:
+
+    dreads[L] = dscores[L, E] writes[E] + total[E] dreads'[L]
+    dwrites[E] = dscores[L, E]^T reads[L] + total[L] dwrites'[E]      dz = pairs z + partner dz'
+
+The log of total[E] receives what total's log received plus sum(reads dreads) over L after the
+merge, and that of total[L] the same plus sum(writes dwrites) over E: the sum of z partner dz' over
+the partner's rows. So the gate's gradient arrives at the single tokens as a sum of exactly the
+products that contain it: no running sum over tokens, no difference q dq - k dk, nothing that
+cancels.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from kernels_pallas.linear_scan.tpu.tile import (
     ROWS,
     ChunkCotangents,
-    ChunkTerms,
     Registers,
     TileOptions,
     join_rows,
@@ -34,28 +42,76 @@ from kernels_pallas.linear_scan.tpu.tile import (
 from kernels_pallas.linear_scan.tpu.vector_decay import (
     Merge,
     is_later_block,
-    pack_pairs,
     row_has_bit,
     swap_partners,
-    unpack_pairs,
 )
 
+WORD_BITS = 32
 
-class _PairCotangents(NamedTuple):
-    """The cotangents of the scores and of their transpose, with the level of every element."""
 
-    levels: Registers
-    levels_transposed: Registers
-    dscores: Registers
-    dscores_transposed: Registers
+class PairBits(NamedTuple):
+    """All bits set where a pair of tokens (i, j) is meant, as `as_bits` has the scores.
+
+    Attributes:
+      later: where i is later than j.
+      of_merge: by h, the pairs that the merge of blocks of h tokens brings together.
+    """
+
+    later: Int[Array, "words C"]
+    of_merge: dict[int, Int[Array, "words C"]]
+
+
+def pair_bits(options: TileOptions, chunk: int) -> PairBits:
+    """The same for all heads and chunks."""
+
+    def is_later(i: Array, j: Array) -> Array:
+        return i < j if options.reverse else i > j
+
+    of_merge = {}
+    h = 1
+    while h < chunk:
+        of_merge[h] = _bits_where(options, chunk, _merged_by(h))
+        h *= 2
+    return PairBits(_bits_where(options, chunk, is_later), of_merge)
+
+
+def _merged_by(h: int) -> Callable[[Array, Array], Array]:
+    """Whether h is the highest bit in which two tokens differ."""
+    shift = h.bit_length() - 1
+    return lambda i, j: (i ^ j) >> shift == 1
+
+
+def _bits_where(
+    options: TileOptions,
+    chunk: int,
+    holds: Callable[[Array, Array], Array],
+) -> Int[Array, "words C"]:
+    # A word holds one row of float32, or two rows of bfloat16 below each other.
+    rows_in_word = 4 // options.operand.itemsize
+    bits_of_row = WORD_BITS // rows_in_word
+    shape = (chunk // rows_in_word, chunk)
+    first_row = lax.broadcasted_iota(jnp.int32, shape, 0) * rows_in_word
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    bits = jnp.zeros(shape, jnp.int32)
+    for row in range(rows_in_word):
+        # Shifted right from -1 without its sign, then to the row's place.
+        ones = (1 << bits_of_row) - 1 << row * bits_of_row
+        signed = ones - (1 << WORD_BITS) if ones >> WORD_BITS - 1 else ones
+        bits |= jnp.where(holds(first_row + row, column), jnp.int32(signed), 0)
+    return bits
+
+
+def as_bits(options: TileOptions, x: Float[Array, "C D"]) -> Int[Array, "words D"]:
+    """The operand of a matmul as whole words: its rows are masked by `&`, two of bfloat16 at a
+    time.
+    """
+    return pltpu.bitcast(x.astype(options.operand), jnp.int32)
 
 
 def backward(
     options: TileOptions,
-    levels: Int[Array, "C C"],
-    levels_transposed: Int[Array, "C C"],
+    bits: PairBits,
     merges: list[Merge],
-    terms: ChunkTerms,
     cotangents: ChunkCotangents,
     dscores_transposed: Float[Array, "C C"],
 ) -> Generator[None, None, tuple[Array, Array, Array]]:
@@ -63,10 +119,8 @@ def backward(
 
     Args:
       options: the static arguments.
-      levels: of `merge_levels`.
-      levels_transposed: of `merge_levels` with the other `reverse`.
+      bits: of `pair_bits`.
       merges: of `chunk_terms_and_merges`.
-      terms: of the chunk.
       cotangents: those of the terms.
       dscores_transposed: the transpose of the scores' cotangent.
 
@@ -74,218 +128,93 @@ def backward(
       dreads and dwrites of single tokens, before any merge, and dlog_decay without what the token's
       own read sees; [C, K] each.
     """
-    # Everything as registers; each merge takes its own part of the scores' cotangents.
-    pairs = _PairCotangents(
-        levels=split_rows(levels),
-        levels_transposed=split_rows(levels_transposed),
-        dscores=split_rows(cotangents.dscores),
-        dscores_transposed=split_rows(dscores_transposed),
-    )
+    in_rows = as_bits(options, cotangents.dscores) & bits.later
+    in_columns = as_bits(options, dscores_transposed) & ~bits.later
+    pairs = in_rows | in_columns
     dreads = split_rows(cotangents.dreads)
     dwrites = split_rows(cotangents.dwrites)
     # One block, the whole chunk: its log is that of the total.
     dlog = [cotangents.dlog_total]
-    # The results of a merge are the operands of the next one, rounded as the matmuls saw them.
-    results = [(merge.reads, merge.writes) for merge in merges[1:]]
-    results.append((terms.reads, terms.writes))
-    for merge, (reads_after, writes_after) in zip(reversed(merges), reversed(results)):
+
+    def scores_to_z(merge: Merge) -> Registers:
+        of_merge = pltpu.bitcast(pairs & bits.of_merge[merge.h], options.operand)
+        return split_rows(matmul(options, of_merge, merge.z))
+
+    # One product ahead, so that the matrix unit is busy while a merge is undone.
+    yield
+    ahead = scores_to_z(merges[-1])
+    for i in reversed(range(len(merges))):
+        merge = merges[i]
+        products = ahead
+        if i > 0:
+            ahead = scores_to_z(merges[i - 1])
+        unmerge = _unmerge_in_registers if merge.h < ROWS else _unmerge_blocks
+        dreads, dwrites, dlog = unmerge(
+            options,
+            merge,
+            products,
+            dreads,
+            dwrites,
+            dlog,
+        )
         yield
-        reads = split_rows(reads_after.astype(jnp.float32))
-        writes = split_rows(writes_after.astype(jnp.float32))
-        if merge.h < ROWS:
-            dlog = _split_dlog_in_registers(
-                options,
-                merge,
-                dlog,
-                reads,
-                writes,
-                dreads,
-                dwrites,
-            )
-            dreads, dwrites = _unmerge_in_registers(
-                options,
-                merge,
-                pairs,
-                dreads,
-                dwrites,
-            )
-        else:
-            dlog = _split_dlog_of_blocks(
-                options,
-                merge,
-                dlog,
-                reads,
-                writes,
-                dreads,
-                dwrites,
-            )
-            dreads, dwrites = _unmerge_blocks(
-                options,
-                merge,
-                pairs,
-                dreads,
-                dwrites,
-            )
     return join_rows(dreads), join_rows(dwrites), join_rows(dlog)
-
-
-def _split_dlog_in_registers(
-    options: TileOptions,
-    merge: Merge,
-    dlog: Registers,
-    reads: Registers,
-    writes: Registers,
-    dreads: Registers,
-    dwrites: Registers,
-) -> Registers:
-    """`dlog` of blocks of 2h < 16 rows -> of blocks of h rows. reads to dwrites: after the merge.
-
-    A block's total is part of the reads of a later partner, and of the writes of an earlier one:
-    its log receives these times their cotangents. The rows of a block are still to be summed, so
-    every row adds what its partner has.
-    """
-    # Each row's reads if its block is the later one, its writes if it is the earlier one: what the
-    # total of the partner's block was multiplied by.
-    is_later = row_has_bit(merge.h, reads[0]) != options.reverse
-    products = []
-    for read, write, dread, dwrite in zip(reads, writes, dreads, dwrites):
-        x = jnp.where(is_later, read, write)
-        dx = jnp.where(is_later, dread, dwrite)
-        products.append(x * dx)
-    return [d + swap_partners(d + x, merge.h) for d, x in zip(dlog, products)]
-
-
-def _split_dlog_of_blocks(
-    options: TileOptions,
-    merge: Merge,
-    dlog: Registers,
-    reads: Registers,
-    writes: Registers,
-    dreads: Registers,
-    dwrites: Registers,
-) -> Registers:
-    """`dlog` of blocks of 2h >= 16 rows -> of blocks of h rows, one register [8, K] for a block.
-
-    As `_split_dlog_in_registers`; the sums over these 8 rows are still to come.
-    """
-    # dlog has one register for each block of 2h rows, and gets one for each of h.
-    registers_in_block = merge.h // ROWS
-    split = []
-    for block in range(2 * len(dlog)):
-        partner = block ^ 1
-        # A block with the bit set is the later one (the earlier one with `reverse`). An earlier
-        # block's total is part of its partner's reads, a later block's of its partner's writes.
-        is_earlier = bool(block & 1) == options.reverse
-        x = reads if is_earlier else writes
-        dx = dreads if is_earlier else dwrites
-        # The registers of the partner block's reads or writes.
-        first = partner * registers_in_block
-        registers = range(first, first + registers_in_block)
-        received = sum(x[i] * dx[i] for i in registers)
-        split.append(dlog[block // 2] + received)
-    return split
 
 
 def _unmerge_in_registers(
     options: TileOptions,
     merge: Merge,
-    pairs: _PairCotangents,
+    products: Registers,
     dreads: Registers,
     dwrites: Registers,
-) -> tuple[Registers, Registers]:
-    """(dreads, dwrites) after a merge of blocks of h < 8 rows -> before it."""
+    dlog: Registers,
+) -> tuple[Registers, Registers, Registers]:
+    """(dreads, dwrites, dlog) after a merge of blocks of h < 8 rows -> before it.
+
+    The rows of a block are still to be summed in dlog, so every row adds what its partner has.
+    """
     h = merge.h
-    later_bit = not options.reverse
-
-    def multiply(
-        dscores: Registers,
-        levels: Registers,
-        bit: bool,
-        operand: Array,
-    ) -> Registers:
-        """This merge's part of dscores times reads or writes, for rows whose bit h is `bit`."""
-        of_merge = []
-        for level, dscore in zip(levels, dscores):
-            of_merge.append(jnp.where(level == h.bit_length(), dscore, 0.0))
-        # Half of the rows are needed: two registers' rows go through the matmul as one.
-        packed = join_rows(pack_pairs(of_merge, h, bit))
-        products = split_rows(matmul(options, packed, operand))
-        return unpack_pairs(products, h, bit)
-
-    # scores[L, E] = reads[L] writes[E]^T, so dreads[L] = dscores writes and
-    # dwrites[E] = dscores^T reads.
-    from_writes = multiply(
-        pairs.dscores,
-        pairs.levels,
-        later_bit,
-        merge.writes,
-    )
-    from_reads = multiply(
-        pairs.dscores_transposed,
-        pairs.levels_transposed,
-        not later_bit,
-        merge.reads,
-    )
-    # The merge multiplied later reads and earlier writes with their partner's total.
-    is_later = row_has_bit(h, dreads[0]) == later_bit
+    z = split_rows(merge.z.astype(jnp.float32))
+    is_later = row_has_bit(h, dreads[0]) != options.reverse
     new_dreads = []
-    for dread, partner, product in zip(dreads, merge.partners, from_writes):
-        new_dreads.append(jnp.where(is_later, dread * partner + product, dread))
     new_dwrites = []
-    for dwrite, partner, product in zip(dwrites, merge.partners, from_reads):
-        new_dwrites.append(jnp.where(is_later, dwrite, dwrite * partner + product))
-    return new_dreads, new_dwrites
+    new_dlog = []
+    for i, product in enumerate(products):
+        # Of the row that the merge multiplied with its partner's total.
+        dz_after = jnp.where(is_later, dreads[i], dwrites[i]) * merge.partners[i]
+        received = z[i] * dz_after
+        dz = dz_after + product
+        new_dreads.append(jnp.where(is_later, dz, dreads[i]))
+        new_dwrites.append(jnp.where(is_later, dwrites[i], dz))
+        new_dlog.append(dlog[i] + swap_partners(dlog[i] + received, h))
+    return new_dreads, new_dwrites, new_dlog
 
 
 def _unmerge_blocks(
     options: TileOptions,
     merge: Merge,
-    pairs: _PairCotangents,
+    products: Registers,
     dreads: Registers,
     dwrites: Registers,
-) -> tuple[Registers, Registers]:
-    """(dreads, dwrites) after a merge of blocks of h >= 8 rows -> before it."""
-    h = merge.h
-    is_later = [is_later_block(i, h, options.reverse) for i in range(len(dreads))]
+    dlog: Registers,
+) -> tuple[Registers, Registers, Registers]:
+    """(dreads, dwrites, dlog) after a merge of blocks of h >= 8 rows -> before it.
 
-    def multiply(
-        dscores: Registers,
-        rows_are_later: bool,
-        operand: Array,
-    ) -> Iterator[Array]:
-        """This merge's part of dscores times reads or writes, for the rows of one kind of block."""
-        rows = []
-        for i, dscore in enumerate(dscores):
-            if is_later[i] == rows_are_later:
-                rows.append(partner_lanes(dscore, i, h))
-        return iter(split_rows(matmul(options, join_rows(rows), operand)))
-
-    # scores[L, E] = reads[L] writes[E]^T, as in `_unmerge_in_registers`.
-    from_writes = multiply(pairs.dscores, True, merge.writes)
-    from_reads = multiply(pairs.dscores_transposed, False, merge.reads)
+    dlog has one register [8, K] for each block of 2h rows, and gets one for each of h: the sums
+    over its 8 rows are still to come.
+    """
+    registers_in_block = merge.h // ROWS
+    z = split_rows(merge.z.astype(jnp.float32))
     new_dreads = list(dreads)
     new_dwrites = list(dwrites)
-    for i in range(len(dreads)):
-        if is_later[i]:
-            # The total that the merge multiplied these reads by.
-            partner = merge.partners[i * ROWS // h]
-            new_dreads[i] = dreads[i] * partner + next(from_writes)
-    for i in range(len(dwrites)):
-        if not is_later[i]:
-            partner = merge.partners[i * ROWS // h]
-            new_dwrites[i] = dwrites[i] * partner + next(from_reads)
-    return new_dreads, new_dwrites
-
-
-def partner_lanes(
-    x: Float[Array, "8 C"],
-    register: int,
-    h: int,
-) -> Float[Array, "8 C"]:
-    """Rows of dscores with zeros outside the columns of the partner of the register's block."""
-    # Block b and its partner b ^ 1 hold h tokens each: h columns.
-    block = register * ROWS // h
-    start = (block ^ 1) * h
-    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    is_partner = (lane >= start) & (lane < start + h)
-    return jnp.where(is_partner, x, 0.0)
+    # By block, what its partner's log receives.
+    sent: list = [None] * (2 * len(dlog))
+    for i, product in enumerate(products):
+        block = i // registers_in_block
+        side = new_dreads if is_later_block(i, merge.h, options.reverse) else new_dwrites
+        dz_after = side[i] * merge.partners[block]
+        received = z[i] * dz_after
+        sent[block] = received if sent[block] is None else sent[block] + received
+        side[i] = dz_after + product
+    new_dlog = [dlog[block // 2] + sent[block ^ 1] for block in range(len(sent))]
+    return new_dreads, new_dwrites, new_dlog
