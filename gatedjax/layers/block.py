@@ -74,7 +74,8 @@ class Block(nn.Module):
         cache: Any,
         router_logits: Float[Array, "B T E"] | None,
         depth: Depth | None,
-    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array], SharedWeights | None]:
+    ) -> tuple[Stream, Array | None, Depth | None, Any, dict[str, Array], dict[str, Any]]:
+        """`__call__`, where low-rank experts have their weights."""
         info = dataclasses.replace(info, depth=depth)
         mixer, feed_forward = block_layers(
             self.config,
