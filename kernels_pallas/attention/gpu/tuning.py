@@ -1,21 +1,17 @@
 """Block sizes and warps of the GPU kernels of `attention`, as data.
 
-The rows were chosen without a device, by what `ptxas` and `nvdisasm` count for each chip
+Hopper's rows of 16 bits at D = 64 and 128 were chosen on an H200 by the time of each kernel
+(`benchmarks/gpu/tune.py`); with a gate dk and dv at D = 128 spill 112 bytes of registers. The
+others were chosen without a device, by what `ptxas` and `nvdisasm` count for each chip
 (`benchmarks/gpu_report.py`): no matrix instruction serialized, no register spilled, two programs of
 four warps or one of eight on a multiprocessor at least, and then few instructions issued for a pair
-of a query and a key. Nothing was timed. Where the chips differ, and why:
+of a query and a key. Where the chips differ, and why:
 
     Hopper  Two warp groups of the matrix unit take 128 rows of a block, and one takes 64. It reads
             its operands from shared memory, of which there are 227 KiB: two or three stages.
     A100    Operands of the matrix unit are registers, so blocks are half as large, or have twice as
             many warps; 163 KiB of shared memory hold one stage less.
 
-At D = 64 on Hopper blocks of 128 by 128 issue 10 % (forward) and 16 % (dq) fewer instructions for a
-pair, and leave half as many warps for dq: not taken without a clock. dq's 128 by 64 in eight warps
-have 128 registers with ptxas 13.0 and 135 with 13.5, of which one program fits and not two; 64 by
-64 in four warps have 150, of which three fit, and issue as many instructions for a pair.
-With two stages ptxas 13.0 serializes the matrix instructions of dk and dv at D = 128 (C7515, for
-some numbers of heads): three, of which ptxas 13.5 does so with all options at once.
 Three passes of TF32 keep every operand twice. At 64 rows that is 1.9 KB of spilled registers a
 thread at D = 128; 32 by 32 spill at most 44 B, and issue a quarter less for a pair.
 """
@@ -78,10 +74,10 @@ def _at_most(config: KernelConfig, block: int) -> KernelConfig:
 # own, dv.
 HOPPER = {
     "bfloat16": {
-        64: Schedule(KernelConfig(128, 64, 4, 3), KernelConfig(64, 64, 4, 3),
-                     KernelConfig(64, 128, 8, 3)),
-        128: Schedule(KernelConfig(128, 64, 8, 3), KernelConfig(128, 64, 8, 3),
-                      KernelConfig(64, 128, 8, 3)),
+        64: Schedule(KernelConfig(128, 64, 4, 3), KernelConfig(128, 64, 4, 3),
+                     KernelConfig(64, 64, 4, 3)),
+        128: Schedule(KernelConfig(64, 64, 4, 3), KernelConfig(128, 64, 8, 3),
+                      KernelConfig(64, 64, 4, 2)),
         256: Schedule(KernelConfig(128, 64, 8, 2), KernelConfig(128, 32, 8, 2),
                       KernelConfig(32, 128, 8, 2), KernelConfig(64, 128, 8, 2)),
     },

@@ -10,7 +10,7 @@ program (16-bit numbers; D is K and V, padded to one power of two):
 and into the registers of a warp group's 128 threads, of which each computing one has 232: a sum is
 D / 2 of them, the product that is added to it as many, a tile of logits block_k / 2. D = 256 is too
 much: with 64 keys in a tile 144 bytes a thread and more were spilled, also with a half or a quarter
-of the sum multiplied at a time, so it has no row. Nothing was timed.
+of the sum multiplied at a time, so it has no row. One setting was timed.
 """
 
 from typing import Any, NamedTuple

@@ -1,8 +1,9 @@
 """Block sizes and warps of the GPU kernels, as data.
 
-A schedule changes only the time of a call. The rows here were chosen without a device, by what
-`ptxas` says: the largest blocks that do not spill registers. Operands of 32 bits take twice the
-room, and get smaller blocks by a rule.
+A schedule changes only the time of a call, and the memory of its states: one for each chunk.
+Hopper's rows were chosen on an H200 by the time of each kernel (`benchmarks/gpu/tune.py`): the
+fastest way back through vector decays, by a sixth, spills 580 bytes of registers. The others were
+chosen without a device, by what `ptxas` says: the largest blocks that do not spill registers.
 """
 
 from typing import NamedTuple
@@ -54,7 +55,23 @@ class Schedule(NamedTuple):
     back_warps: int = 8
 
 
-HOPPER = Schedule(back_block_k=64)
+HOPPER = Schedule(
+    chunk=32,
+    intra_warps=2,
+    scan_block_k=128,
+    changes_warps=2,
+    back_block_k=64,
+    back_block_v=64,
+    back_warps=4,
+)
+HOPPER_SCALAR = Schedule(
+    chunk=32,
+    intra_block_k=64,
+    intra_warps=4,
+    changes_block_v=64,
+    back_block_k=64,
+    back_warps=4,
+)
 # Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
 A100 = Schedule(
     intra_block_k=16,
@@ -63,10 +80,23 @@ A100 = Schedule(
     back_block_v=16,
 )
 
+# Operands of 32 bits have shorter chunks and smaller blocks: else registers spill.
+WIDE = Schedule(
+    chunk=32,
+    intra_block_k=16,
+    scan_block_k=32,
+    scan_block_v=16,
+    changes_block_k=32,
+    changes_block_v=16,
+    changes_warps=8,
+    back_block_k=16,
+    back_block_v=16,
+)
+
 # By the name that jax.Device.device_kind contains: the schedules by the kind of decay.
 TUNED = {
-    "H200": {"vector": HOPPER, "scalar": HOPPER},
-    "H100": {"vector": HOPPER, "scalar": HOPPER},
+    "H200": {"vector": HOPPER, "scalar": HOPPER_SCALAR},
+    "H100": {"vector": HOPPER, "scalar": HOPPER_SCALAR},
     "A100": {"vector": A100, "scalar": A100},
 }
 
@@ -79,26 +109,10 @@ def schedule(decay: str, operand_bytes: int) -> Schedule:
       operand_bytes: of one number that the tensor core multiplies.
 
     Returns:
-      The row of the table; for operands of 32 bits with blocks that fit.
+      The row of the table; for operands of 32 bits the same on every chip.
     """
     kind = "vector" if decay == "vector" else "scalar"
-    row = TUNED[chip()][kind]
-    return row if operand_bytes == 2 else _for_wide_operands(row)
-
-
-def _for_wide_operands(row: Schedule) -> Schedule:
-    """Shorter chunks and smaller blocks: else registers spill."""
-    return row._replace(
-        chunk=min(32, row.chunk),
-        intra_block_k=min(16, row.intra_block_k),
-        scan_block_k=min(32, row.scan_block_k),
-        scan_block_v=min(16, row.scan_block_v),
-        changes_block_k=min(32, row.changes_block_k),
-        changes_block_v=min(16, row.changes_block_v),
-        changes_warps=8,
-        back_block_k=min(16, row.back_block_k),
-        back_block_v=min(16, row.back_block_v),
-    )
+    return TUNED[chip()][kind] if operand_bytes == 2 else WIDE
 
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
@@ -112,9 +126,11 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
 
 def scan_warps(schedule: Schedule, K: int) -> int:
     """Warps of a program of the scan kernel."""
-    # A state of 96 rows is three small tiles, not one of 64 and a half: with four warps it spills.
+    # A state of 96 rows is three small tiles, not one of 64 and a half: with four warps it spills,
+    # and so does one of 256 where chunks are short.
     is_cut_small = K > 64 and K % 64 > 0
-    return max(8, schedule.scan_warps) if is_cut_small else schedule.scan_warps
+    is_tall = K > 128 and schedule.chunk < 64
+    return max(8, schedule.scan_warps) if is_cut_small or is_tall else schedule.scan_warps
 
 
 def scan_stages(

@@ -39,7 +39,7 @@ from kernels_pallas.linear_scan.gpu.plan import (
     over_blocks,
 )
 from kernels_pallas.linear_scan.gpu.tile import matmul
-from kernels_pallas.linear_scan.gpu.tuning import block
+from kernels_pallas.linear_scan.gpu.tuning import back_warps, block
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 
 # Numbers of each token that scalar logs need, see `_kernel`: of readers, writers, writes, total.
@@ -78,7 +78,7 @@ def through_products(
         (p.K // block_k, p.chunks, p.H, B),
         inputs,
         _outputs(p, x, block_k),
-        warps=p.schedule.back_warps,
+        warps=back_warps(p.schedule, p.V),
         flops=2 * tokens_of_heads * p.K * (C * levels + 2 * p.V),
         exponentials=tokens_of_heads * exponentials_per_token(p),
         name=f"linear_scan_{p.decay}_backward_products",

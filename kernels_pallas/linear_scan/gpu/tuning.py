@@ -1,8 +1,8 @@
 """Block sizes and warps of the GPU kernels, as data.
 
-`benchmarks/tune_gpu.py` fills the table on a device. A schedule changes only the time
-of a call. The rows here were chosen without a device, by what `ptxas` says: the largest blocks that
-do not spill registers. Operands of 32 bits take twice the room, and get smaller blocks by a rule.
+A schedule changes only the time of a call, and the memory of its states: one for each chunk.
+Hopper's rows were chosen on an H200 by the time of each kernel (`benchmarks/gpu/tune.py`), the
+others without a device, by what `ptxas` says: the largest blocks that do not spill registers.
 
 The scan kernel copies chunks ahead (LDGSTS) only where two stages fit into shared memory, and on
 Hopper only with all of K in one block does ptxas not complain: with two blocks it serializes the
@@ -71,11 +71,34 @@ class Chip(NamedTuple):
 
 
 # Stored early, states take 8 KiB more at K = V = 128: one program of two stages and not two.
-HOPPER = Schedule(scan_block_k=256, scan_stores_late=True)
-HOPPER_VECTOR = HOPPER._replace(chunk=32)
+HOPPER = Schedule(
+    intra_block_k=128,
+    intra_warps=4,
+    scan_block_k=256,
+    scan_stores_late=True,
+    back_block_v=64,
+    back_warps=4,
+)
+# The way back through a chunk is half of the time, and takes less in short ones.
+HOPPER_VECTOR = HOPPER._replace(
+    chunk=32,
+    intra_block_k=64,
+    scan_stages=3,
+    dproducts_warps=2,
+)
 # Ampere's matrix instructions take their operands from registers, Hopper's from shared memory.
 # Stored late, states would cost 36 bytes of spilled registers.
 A100 = Schedule(back_block_k=32)
+
+# Operands of 32 bits have smaller blocks in more threads: else registers spill. Three passes keep
+# both halves of every operand; few large products spill less than many small ones.
+WIDE = Schedule(
+    intra_block_k=32,
+    scan_block_v=32,
+    scan_warps=8,
+    back_block_k=16,
+)
+THREE_PASSES = WIDE._replace(scan_block_k=128)
 
 # By the name that jax.Device.device_kind contains.
 TUNED = {
@@ -99,26 +122,12 @@ def schedule(
       is_exact: whether its products take three passes.
 
     Returns:
-      The row of the table; for operands of 32 bits with blocks that fit.
+      The row of the table; for operands of 32 bits the same on every chip.
     """
     kind = "vector" if decay == "vector" else "scalar"
-    row = TUNED[chip()].schedules[kind]
-    return row if operand_bytes == 2 else _for_wide_operands(row, is_exact)
-
-
-def _for_wide_operands(row: Schedule, is_exact: bool) -> Schedule:
-    """Smaller blocks in more threads: else registers spill."""
-    # Three passes keep both halves of every operand. Few large products spill less than many small.
-    scan_block_k = 128 if is_exact else 64
-    return row._replace(
-        intra_block_k=min(32, row.intra_block_k),
-        scan_block_k=scan_block_k,
-        scan_block_v=min(32, row.scan_block_v),
-        scan_warps=8,
-        scan_stores_late=False,
-        back_block_k=min(16, row.back_block_k),
-        back_block_v=min(32, row.back_block_v),
-    )
+    if operand_bytes > 2:
+        return THREE_PASSES if is_exact else WIDE
+    return TUNED[chip()].schedules[kind]
 
 
 def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
@@ -129,6 +138,11 @@ def scan_block_v(schedule: Schedule, K: int, V: int) -> int:
         rows = 1 << (K - 1).bit_length()
         most = max(16, most * 128 // rows)
     return block(most, V)
+
+
+def back_warps(schedule: Schedule, V: int) -> int:
+    """Warps of a program of the way back through a chunk: with wide values four would spill."""
+    return max(8, schedule.back_warps) if V > 128 else schedule.back_warps
 
 
 def scan_stages(

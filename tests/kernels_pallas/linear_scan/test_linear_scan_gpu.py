@@ -122,7 +122,7 @@ SLOW_CASES = (
 
 def test_chunks_in_flight_fit_into_shared_memory(monkeypatch):
     stages = lambda programs, K, size: gpu_tuning.scan_stages(
-        gpu_tuning.TUNED[gpu_tuning.chip()].schedules["vector"], programs, 64, K, 64, size
+        gpu_tuning.TUNED[gpu_tuning.chip()].schedules["scalar"], programs, 64, K, 64, size
     )
     assert stages(128, 128, 2) == 2  # one program a multiprocessor, 112 KiB
     assert stages(256, 128, 2) == stages(512, 128, 2) == 2  # two of them, in 227 KiB
