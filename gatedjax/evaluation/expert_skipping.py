@@ -331,7 +331,8 @@ def _over(importances: Float[np.ndarray, " L"], threshold: float) -> Float[np.nd
     """Importances in front of a threshold of 1; without a threshold nothing is skipped."""
     if threshold == 0:
         return np.full(importances.shape, NEVER)
-    return np.minimum(importances.astype(np.float64) / threshold, NEVER)
+    # A little less: thresholds lie one float32 above the product that is the last to be skipped.
+    return np.minimum((1.0 - 1e-6) * importances.astype(np.float64) / threshold, NEVER)
 
 
 def _run(
