@@ -3,9 +3,8 @@
     python -m gatedjax.study configs/studies/image_mixers.py [--small]
 
 Encoders of one layer and of the same width, which classify the mean of their patches: all mixers on
-the digits, which need the extra "vision"; some on the signals, which are generated, in the small
-version.
-What the mixers cost is in `image_mixer_costs.py`.
+the digits, which need the extra "vision", and on the signals, which are generated; some on the
+signals in the small version. What the mixers cost is in `image_mixer_costs.py`.
 """
 
 from gatedjax.config import from_config_dict
@@ -15,7 +14,7 @@ from gatedjax.study.image_mixers import DIGITS, MNIST1D, VARIANTS, encoder
 
 SIZES = {"digits": DIGITS, "mnist1d": MNIST1D}
 # A few minutes' worth of them.
-ON_SIGNALS = (
+IN_SMALL = (
     "softmax",
     "softmax, gated",
     "gMLP",
@@ -30,10 +29,10 @@ ON_SIGNALS = (
 def get_study(small: bool) -> Study:
     """A cell for each variant."""
     cells = []
-    data = "mnist1d" if small else "digits"
-    for name in ON_SIGNALS if small else VARIANTS:
-        run = EncoderRun(from_config_dict(configured(data, name)))
-        cells.append(Cell({"data": data, "mixer": name}, experiment=run))
+    for data in ("mnist1d",) if small else SIZES:
+        for name in IN_SMALL if small else VARIANTS:
+            run = EncoderRun(from_config_dict(configured(data, name)))
+            cells.append(Cell({"data": data, "mixer": name}, experiment=run))
     return Study(
         title="What mixes patches",
         cells=tuple(cells),
