@@ -55,7 +55,8 @@ def test_search_and_what_it_gives(kind, scan_layers):
     is_token = np.asarray(batch.segment_ids) != 0
     places = is_token.sum() * 2 * 2
     ran = outcome.experts / 2 * places
-    assert ran == pytest.approx(round(ran)) and ran <= places - np.ceil(0.4 * places) + 1
+    # What is skipped in one layer changes what the next one's router sees.
+    assert ran == pytest.approx(round(ran)) and ran <= 0.6 * places + 0.05 * places
     of_expert = 6 * 32 * 32
     expected = forward_flops_per_token(model, 32) - 2 * (2 - outcome.experts) * of_expert
     assert outcome.flops == pytest.approx(expected)
