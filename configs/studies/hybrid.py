@@ -1,4 +1,4 @@
-"""The hybrid of `mqar` whose linear layer has the largest state, with a third seed.
+"""The hybrid of `mqar` whose linear layer has the largest state, with five seeds.
 
     python -m gatedjax.study configs/studies/hybrid.py [--small]
 
@@ -19,7 +19,7 @@ def get_study(small: bool) -> Study:
     return Study(
         title=f"The hybrid's recall, {TASK.num_pairs} pairs in {TASK.seq_len} tokens",
         cells=(cell(labels, TASK, mixers, ("l", "a"), 1000),),
-        seeds=(0,) if small else (0, 1, 2),
+        seeds=(0,) if small else (0, 1, 2, 3, 4),
         measures=("recall",),
         columns=("accuracy", "steps"),
         stop_at=0.99,
