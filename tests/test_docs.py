@@ -243,6 +243,7 @@ def test_pages_of_the_api_name_what_exists():
         ("routing", "load_max_over_mean"),
         ("sinks", "dormant_on_first"),
         ("grokking", "steps"),
+        ("widths", "bits_per_byte"),
         ("superiority", "accuracy"),
         ("support_vectors", "frobenius"),
     ],

@@ -31,6 +31,7 @@ from gatedjax.config import (
     OutputConfig,
     PatchConfig,
     RouterConfig,
+    SoftAdaptersConfig,
     SourceConfig,
     StreamConfig,
     TeacherConfig,
@@ -215,6 +216,7 @@ ALL_CLASSES = [
     ImageConfig,
     MaskingConfig,
     RouterConfig,
+    SoftAdaptersConfig,
     *MIXERS.values(),
     *FEED_FORWARDS.values(),
 ]
@@ -334,6 +336,9 @@ def config_with(cls):
     if cls is RouterConfig:
         raw["model"]["ffns"]["mine"] = to_dict(FEED_FORWARDS["sparse_moe"]())
         return raw, "config.model.ffns.mine.router"
+    if cls is SoftAdaptersConfig:
+        raw["model"]["ffns"]["mine"] = to_dict(FEED_FORWARDS["mlp"]())
+        return raw, "config.model.ffns.mine.adapters"
     group = "mixers" if cls in MIXERS.values() else "ffns"
     raw["model"][group]["mine"] = to_dict(cls())
     return raw, f"config.model.{group}.mine"
