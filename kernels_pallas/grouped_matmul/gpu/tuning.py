@@ -1,13 +1,13 @@
 """Block sizes and warps of the GPU kernels of `grouped_matmul`, as data.
 
-`benchmarks/tune_gpu.py` chooses rows by time on a device. These were chosen without one, by what
-ptxas 13.5 and nvdisasm count for each chip, of 16 bits, 2048 -> 1024:
+The rows were chosen without a device, by what ptxas 13.5 and nvdisasm count for each chip, of 16
+bits, 2048 -> 1024; an H200 found none that is faster:
 
     Hopper  The matrix unit reads both operands from shared memory, so registers hold the sums
             alone: two warp groups with 64 of the 128 rows each need 98 to 104 of them, and two
             programs of 96 KiB fit on a multiprocessor, one of which loads while the other
             multiplies. 256 columns issue 40 % fewer instructions for a product and leave one
-            program: not taken without a clock.
+            program; each product took 6 % less time, and the whole call more: not taken.
     A100    Operands are registers. Four warps of 64 by 64 each read what eight of 64 by 32 read
             twice. With 32 of the inner axis in four stages they need 208 to 247 registers, and two
             programs fit; with 64 the gradients spill 16 to 44 B, and eight warps need 128 to 173
