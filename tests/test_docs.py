@@ -244,6 +244,7 @@ def test_pages_of_the_api_name_what_exists():
         ("sinks", "dormant_on_first"),
         ("grokking", "steps"),
         ("widths", "bits_per_byte"),
+        ("normalizers", "bits_per_byte"),
         ("superiority", "accuracy"),
         ("support_vectors", "frobenius"),
     ],
