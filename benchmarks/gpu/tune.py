@@ -166,7 +166,7 @@ def best_changes(one: Tuned, records: Sequence[Record]) -> Changes:
         for kernels in by_field.values():
             times = [of_fields(one, kernels.fields, measured[as_text(v)]) for v in variants]
             place = times.index(min(times))
-            row |= one.of_kernels(kernels, variants[place])
+            row |= kernels.own(variants[place])
             total += times[place]
         # What belongs to no kernel of the table.
         total += min(of_fields(one, None, measured[as_text(v)]) for v in variants)

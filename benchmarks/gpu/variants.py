@@ -38,6 +38,10 @@ class Kernels(NamedTuple):
     name: str
     fields: tuple[str, ...]
 
+    def own(self, changes: Changes) -> Changes:
+        """The changes that belong to these kernels."""
+        return {name: value for name, value in changes.items() if name.startswith(self.fields)}
+
 
 class Tuned(NamedTuple):
     """An op at a shape.
@@ -54,10 +58,6 @@ class Tuned(NamedTuple):
     apply: Callable[[Changes], None]
     kernels: tuple[Kernels, ...]
     variants: list[Changes]
-
-    def of_kernels(self, kernels: Kernels, changes: Changes) -> Changes:
-        """The changes that belong to these kernels."""
-        return {name: value for name, value in changes.items() if name.startswith(kernels.fields)}
 
     def of_all(self, changes: Changes) -> Changes:
         """The changes that belong to no kernel."""

@@ -87,7 +87,8 @@ def ptxas_taken(settings: Settings) -> dict[str, str]:
         )
         match = TAKEN.search(done.stderr)
         if match:
-            found[name] = match[1]
+            # A folder of this machine is nothing that a reader could look at.
+            found[name] = match[1].replace(str(settings.scratch), "SCRATCH")
         else:
             last_words = " ".join(done.stderr[-150:].split())
             found[name] = f"not said (exit code {done.returncode}): {last_words}"
