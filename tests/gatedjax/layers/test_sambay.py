@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import check_gradients, rel_rms, slow
+from random_parameters import random_parameters
 
 from gatedjax.config import (
     FrozenDict,
@@ -72,12 +73,7 @@ IS_TOKEN = (DOCUMENTS > 0)[..., None]
 
 @functools.cache
 def made(model):
-    """Parameters as they might be after training: none is zero."""
-    shapes = jax.eval_shape(LanguageModel(model).init, jax.random.key(0), TOKENS)["params"]
-    random = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda p: jnp.asarray(random.normal(0.1, 0.3, p.shape), p.dtype), nn.meta.unbox(shapes)
-    )
+    return random_parameters(LanguageModel(model), TOKENS)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,14 +82,6 @@ def hidden(model, params, tokens, documents=None, caches=None):
         {"params": params}, tokens, segment_ids=documents, caches=caches
     )
     return y, caches
-
-
-def of_layer(module, x, info):
-    """The module, and parameters of it."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x, info)["params"]
-    return jax.tree.map(
-        lambda p: jnp.asarray(R.normal(0.1, 0.4, p.shape), p.dtype), nn.meta.unbox(shapes)
-    )
 
 
 def silu(x):
@@ -109,7 +97,7 @@ def test_the_unit_is_its_formula(norm):
     memory = jnp.asarray(R.normal(size=(2, 3, 4, 6)), jnp.float32)
     positions = jnp.zeros((2, 3), jnp.int32)
     given = {"x": x, "memory": memory}
-    given["params"] = of_layer(module, x, TokenInfo(positions, memory=memory))
+    given["params"] = random_parameters(module, x, TokenInfo(positions, memory=memory))
     weight = R.normal(size=x.shape)
 
     def loss(given):
@@ -139,7 +127,7 @@ def test_queries_on_another_layers_keys_are_their_formula():
     k, v = (jnp.asarray(R.normal(size=(1, 5, 2, 8)), jnp.float32) for _ in range(2))
     given = {"x": x, "k": k, "v": v}
     info = dataclasses.replace(default_info(x), keys=SharedWeights(k, k, v=v))
-    given["params"] = of_layer(module, x, info)
+    given["params"] = random_parameters(module, x, info)
     assert set(given["params"]) == {"query", "query_norm", "gate", "out"}
     weight = R.normal(size=x.shape)
 

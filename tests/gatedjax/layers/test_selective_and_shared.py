@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import check_gradients, rel_rms, slow
+from random_parameters import random_parameters
 
 from gatedjax.config import (
     FrozenDict,
@@ -72,12 +73,7 @@ IS_TOKEN = (DOCUMENTS > 0)[..., None]
 
 
 def made(model):
-    """Parameters as they might be after training: none is zero."""
-    shapes = jax.eval_shape(LanguageModel(model).init, jax.random.key(0), TOKENS)["params"]
-    random = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda p: jnp.asarray(random.normal(0.1, 0.3, p.shape), p.dtype), nn.meta.unbox(shapes)
-    )
+    return random_parameters(LanguageModel(model), TOKENS)
 
 
 @functools.partial(jax.jit, static_argnums=0)
