@@ -237,7 +237,7 @@ def test_pages_of_the_api_name_what_exists():
         ("mqar", "accuracy"),
         ("gate_positions", "bits_per_byte"),
         ("image_mixers", "accuracy"),
-        ("image_mixer_costs", "cpu_ms"),
+        ("image_mixer_costs", "step_ms"),
         ("lengths", "loss"),
         ("learning_rates", "bits_per_byte"),
         ("routing", "load_max_over_mean"),

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,9 +24,13 @@ from gatedjax.config import Config
 from gatedjax.data import Batch, image_corpora
 from gatedjax.data.image_rows import row_of_image
 from gatedjax.evidence.allocator import keep_freed_memory
-from gatedjax.layers import MIXERS
-from gatedjax.layers.token_info import Grid, default_info
-from gatedjax.training.step import batch_losses_and_correct, init_params
+from gatedjax.training.run import Run, prepare
+from gatedjax.training.step import (
+    TrainState,
+    batch_losses_and_correct,
+    init_params,
+    jit_train_step,
+)
 
 
 class Images(NamedTuple):
@@ -143,55 +147,75 @@ def batch_of(patches: Float[Array, "B T P"], classes: Int[Array, " B"]) -> Batch
     )
 
 
-# A gradient is taken at least FEWEST times, and up to MOST times within SECONDS.
+# A step is taken up to MOST times within SECONDS, and FEWEST times within SECONDS_OF_FEWEST; one
+# that takes longer, once.
 FEWEST = 3
 MOST = 40
 SECONDS = 0.5
+SECONDS_OF_FEWEST = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class MixerCost:
-    """Time and memory of the gradient of one layer, for one image.
+class StepCost:
+    """Time and memory of a training step of an encoder on one image: forward, backward, AdamW.
 
     The time is the process's own, of all its threads: what else the machine does is not in it.
 
     Attributes:
-      config: of an encoder whose only mixer it is.
+      config: of the encoder; its batch has one image.
     """
 
     config: Config
 
     def __call__(self, seed: int) -> dict[str, float]:
         keep_freed_memory()
-        model = self.config.model
-        (mixer,) = model.mixers.values()
-        layer = MIXERS[mixer.kind](mixer)
-        tokens = self.config.data.seq_len
-        x = jax.random.normal(jax.random.key(seed), (1, tokens, model.width))
-        rows, columns = model.patches.grid
-        info = dataclasses.replace(default_info(x), grid=Grid(rows, columns))
-        # Their values do not matter; compiling how a layer starts takes as long as its gradient.
+        run, step = _step_of(self.config)
         random = np.random.default_rng(seed)
-        params = jax.tree.map(
-            lambda of: jnp.asarray(0.1 * random.normal(size=of.shape), of.dtype),
-            jax.eval_shape(layer.init, jax.random.key(1), x, info),
-        )
-
-        def loss(params: PyTree, x: Array) -> Array:
-            y: Any = layer.apply(params, x, info)
-            return jnp.sum(y**2)
-
-        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
+        state = _any_state(run.abstract, random)
+        patches = self.config.model.patches
+        image = random.normal(size=(1, patches.num_tokens, patches.size))
+        batch = batch_of(jnp.asarray(image, jnp.float32), jnp.zeros(1, jnp.int32))
         times: list[float] = []
         # The first one is not counted: it touches the memory.
-        jax.block_until_ready(compiled(params, x))
-        while len(times) < FEWEST or (sum(times) < SECONDS and len(times) < MOST):
+        state, _ = jax.block_until_ready(step(state, batch))
+        while not times or sum(times) < _seconds_for(len(times)):
             start = time.process_time()
-            jax.block_until_ready(compiled(params, x))
+            state, _ = jax.block_until_ready(step(state, batch))
             times.append(time.process_time() - start)
-        memory = compiled.memory_analysis()
+        memory = step.memory_analysis()
         assert memory is not None, "every backend says so"
         return {
-            "cpu_ms": 1e3 * median(times),
+            "step_ms": 1e3 * median(times),
             "temporary_mib": memory.temp_size_in_bytes / 2**20,
         }
+
+
+def _seconds_for(taken: int) -> float:
+    """Those after which no further step is taken, when so many are."""
+    if taken >= MOST:
+        return 0
+    return SECONDS_OF_FEWEST if taken < FEWEST else SECONDS
+
+
+@functools.lru_cache(maxsize=1)
+def _step_of(config: Config) -> tuple[Run, jax.stages.Compiled]:
+    """The step that `train.py` takes, compiled for one device; seeds share it."""
+    run = prepare(config, jax.devices()[:1])
+    tokens = config.model.patches.num_tokens
+    patches = jax.ShapeDtypeStruct((1, tokens, config.model.patches.size), jnp.float32)
+    batch = jax.eval_shape(batch_of, patches, jax.ShapeDtypeStruct((1,), jnp.int32))
+    with jax.set_mesh(run.mesh):
+        step = jit_train_step(run.config, run.tx, run.shardings)
+        return run, step.lower(run.abstract, batch).compile()
+
+
+def _any_state(abstract: TrainState, random: np.random.Generator) -> TrainState:
+    """A state of these shapes. Its values do not matter, and compiling how a model starts takes as
+    long as compiling its step.
+    """
+    zeros = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), abstract)
+    params = jax.tree.map(
+        lambda of: jnp.asarray(0.1 * random.normal(size=of.shape), of.dtype),
+        abstract.params,
+    )
+    return zeros.replace(params=params)

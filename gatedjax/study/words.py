@@ -41,7 +41,6 @@ WORDS = {
     "codes": Words("codes in place of 288 output rows"),
     "cosine": Words("cosine of the two groups' gradients", "", *_COSINE),
     "dormant_on_first": _fraction("attention of ordinary tokens on the first one, fraction", LOWER),
-    "cpu_ms": Words("time of the process for a gradient, ms", LOWER),
     "first_token_fraction": _fraction("attention on the first token, fraction", LOWER),
     "frobenius@": Words("cosine with the machine of the Frobenius norm", "", *_COSINE),
     "load_max_over_mean": Words("load of the busiest expert / mean load", LOWER, 1.0),
