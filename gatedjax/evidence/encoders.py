@@ -24,6 +24,8 @@ from gatedjax.config import Config
 from gatedjax.data import Batch, image_corpora
 from gatedjax.data.image_rows import row_of_image
 from gatedjax.evidence.allocator import keep_freed_memory
+from gatedjax.layers.tree import united
+from gatedjax.training import trainable
 from gatedjax.training.run import Run, prepare
 from gatedjax.training.step import (
     TrainState,
@@ -53,17 +55,25 @@ class EncoderRun:
     config: Config
 
     def __call__(self, seed: int) -> dict[str, float]:
-        given = images(self.config)
-        order = rows_of_steps(self.config, given, seed)
-        steps = _trained(self.config, jax.random.key(seed), given.patches, given.classes, order)
-        # Behind the steps of training are those that only measure.
-        losses, correct = (np.asarray(x)[self.config.train.steps :] for x in steps)
-        # The last of them is filled up.
-        count = len(given.classes) - given.num_train
-        return {
-            "loss": float(np.mean(losses.reshape(-1)[:count])),
-            "accuracy": float(np.mean(correct.reshape(-1)[:count])),
-        }
+        params = start(self.config, jax.random.key(seed))
+        _, measured = learned(self.config, params, images(self.config), seed)
+        return measured
+
+
+def learned(
+    config: Config,
+    params: PyTree,
+    given: Images,
+    seed: int,
+) -> tuple[PyTree, dict[str, float]]:
+    """The parameters that train, after training, and what the model says of images held out."""
+    order = rows_of_steps(config, given, seed)
+    ended, losses, correct = trained(config, params, given.patches, given.classes, order)
+    # Behind the steps of training are those that only measure; the last of them is filled up.
+    count = len(given.classes) - given.num_train
+    held_out = [np.asarray(x)[config.train.steps :].reshape(-1)[:count] for x in (losses, correct)]
+    loss, accuracy = (float(np.mean(x)) for x in held_out)
+    return ended, {"loss": loss, "accuracy": accuracy}
 
 
 @functools.lru_cache(maxsize=1)
@@ -96,25 +106,37 @@ def rows_of_steps(config: Config, given: Images, seed: int) -> Int[np.ndarray, "
 
 
 @functools.partial(careful_jit, static_argnums=0)
-def _trained(
+def start(config: Config, key: Array) -> PyTree:
+    """Parameters before the first step."""
+    return nn.meta.unbox(init_params(config.model, key))
+
+
+@functools.partial(careful_jit, static_argnums=0)
+def trained(
     config: Config,
-    key: Array,
+    params: PyTree,
     patches: Float[Array, "N T P"],
     classes: Int[Array, " N"],
     order: Int[Array, "steps B"],
-) -> tuple[Float[Array, "steps B"], Float[Array, "steps B"]]:
-    """Losses and hits of the images of every step; after `train.steps` the parameters rest.
+) -> tuple[PyTree, Float[Array, "steps B"], Float[Array, "steps B"]]:
+    """Parameters that train after `train.steps`; losses and hits of the images of every step.
 
-    One body trains and measures: a second forward pass would take as long to compile.
+    After `train.steps` the parameters rest. One body trains and measures: a second forward pass
+    would take as long to compile.
     """
     optim = config.optim
     steps = config.train.steps
     rate = optax.warmup_cosine_decay_schedule(0.0, optim.lr, optim.warmup_steps, steps)
     tx = optax.adamw(rate, weight_decay=optim.weight_decay)
+    begun, frozen = trainable.split(config, params)
 
     def loss(params: PyTree, chosen: Array) -> tuple[Array, tuple[Array, Array]]:
         batch = batch_of(patches[chosen], classes[chosen])
-        losses, correct, _ = batch_losses_and_correct(config.model, params, batch)
+        losses, correct, _ = batch_losses_and_correct(
+            config.model,
+            united(params, frozen),
+            batch,
+        )
         return jnp.mean(losses.cross_entropy), (losses.cross_entropy, correct)
 
     def step(
@@ -128,9 +150,9 @@ def _trained(
         params = jax.tree.map(lambda new, old: jnp.where(number < steps, new, old), moved, params)
         return (params, moments), measured
 
-    params = nn.meta.unbox(init_params(config.model, key))
     numbered = (jnp.arange(len(order)), order)
-    return jax.lax.scan(step, (params, tx.init(params)), numbered)[1]
+    (ended, _), measured = jax.lax.scan(step, (begun, tx.init(begun)), numbered)
+    return ended, *measured
 
 
 def batch_of(patches: Float[Array, "B T P"], classes: Int[Array, " B"]) -> Batch:
