@@ -179,7 +179,7 @@ def of_time(found: StepTime) -> dict:
 def line(row: tuple[str, str], found: Mapping) -> list[str]:
     """Of the table."""
     if "error" in found:
-        return [*row, found["error"][:60]]
+        return [*row, "", "", found["error"][:60], "", "", "", ""]
     times = [found.get(f"{name}_milliseconds") for name in ("forward", "backward", "repeated")]
     passes = ["" if time is None else f"{time:.1f}" for time in times]
     return [
