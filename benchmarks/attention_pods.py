@@ -1,5 +1,5 @@
 """Decoding and sequence parallel attention on TPUs, in the model of `gatedjax.aot`: times that the
-compiler's schedule gives, none that was measured. Needs no TPU; takes an hour on two cores.
+compiler's schedule gives, none that was measured. Needs no TPU; takes about ten minutes of a core.
 
     python benchmarks/attention_pods.py [--chip=v5p] [--only=decode] \
         [--json=benchmarks/results/attention_pods.json]

@@ -115,7 +115,11 @@ def run_row(script: str, *row: str) -> dict:
 
     libtpu reads its flags once and keeps its memory, so every compilation has a process of its own.
     """
-    command = [sys.executable, script, "--row", *row]
+    return run_worker([sys.executable, script, "--row", *row])
+
+
+def run_worker(command: Sequence[str]) -> dict:
+    """What a command prints last as JSON, or {"error": ...} if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.strip().splitlines()[-1])

@@ -2,13 +2,16 @@
 parts, temporaries.
 
     python benchmarks/step.py [--case=dense,gated_unrolled ...] [--target=v5p,v6e]
-        [--json=benchmarks/results/step_tpu.json]
+        [--peer_python=/path/to/python] [--json=benchmarks/results/step_tpu.json]
 
 Four layers of width 2048, rows of 4,096 tokens, 32,000 words, tied, AdamW, bfloat16: the widths of
 configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p takes four
 rows a step, v6e two. Times are the schedule's replay, not measurements; `gatedjax/aot` says how far
 to trust them. Rows are one document each; collectives do not appear on one chip. Experts get loads
 about a fifth from even, and the moves of their rows, on SparseCores, have no time.
+
+The cases maxtext, maxtext_tuned and maxtext_unrolled are MaxText's step of the same function as
+`dense`, compiled and replayed by the same programs; --peer_python is an interpreter that has it.
 
 Each row compiles in a process of its own, for minutes; rows that the JSON file has from the same
 versions are not made again, and each is written when it is there. `make bench-model` makes them
@@ -24,16 +27,19 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from importlib import metadata
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
-from report import known_rows, parser, run_row, table, write_json
+from report import known_rows, parser, run_row, run_worker, table, write_json
 
 from gatedjax.aot import parse_slice
 from gatedjax.aot.step import compile_step
 from gatedjax.aot.step_time import StepTime
 from gatedjax.config import Config, config_dict, from_config_dict, layer
+from gatedjax.training.flops import train_flops_per_token
 
+HERE = Path(__file__).resolve().parent
 MLP = dict(hidden=5504)
 EXPERTS = dict(num_experts=16, experts_per_token=2, hidden=1408)
 KEYS = ("case", "target")
@@ -75,8 +81,37 @@ CASES = {
     "wide_heads": Case("gated_attention", WIDE_HEADS),
     "experts": Case("gated_attention", GATED, "sparse_moe", EXPERTS),
     "experts_unrolled": Case("gated_attention", GATED, "sparse_moe", EXPERTS, scan_layers=False),
+    "wide_heads_unrolled": Case("gated_attention", WIDE_HEADS, scan_layers=False),
     "gla_unrolled": Case("gated_linear_attention", LINEAR, scan_layers=False),
     "delta_unrolled": Case("delta_attention", DELTA, scan_layers=False),
+}
+
+# MaxText's options for the function of `dense`: queries and keys normalized, SwiGLU, tied, AdamW.
+MAXTEXT = dict(
+    decoder_block="qwen3",
+    base_emb_dim=WIDTH,
+    base_num_decoder_layers=4,
+    base_num_query_heads=DENSE["num_heads"],
+    base_num_kv_heads=DENSE["num_kv_heads"],
+    head_dim=DENSE["head_dim"],
+    base_mlp_dim=MLP["hidden"],
+    use_qk_norm=True,
+    vocab_size=32_000,
+    logits_via_embedding=True,
+    normalize_embedding_logits=False,
+    max_target_length=4096,
+    enable_dropout=False,
+    attention="flash",
+    remat_policy="minimal",
+)
+# Blocks of its attention as wide as is fastest in this model, and one kernel for its backward pass.
+BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
+TUNED = MAXTEXT | {f"sa_block_{name}": 1024 for name in BLOCKS}
+TUNED |= dict(sa_use_fused_bwd_kernel=True, remat_policy="minimal_with_context")
+PEERS = {
+    "maxtext": MAXTEXT,
+    "maxtext_tuned": TUNED,
+    "maxtext_unrolled": TUNED | dict(scan_layers=False),
 }
 
 
@@ -112,6 +147,18 @@ def figures(name: str, target: str) -> dict:
     }
 
 
+def peer_figures(python: str, name: str, target: str) -> dict:
+    """One row of MaxText, by a process of the other interpreter."""
+    config = configuration(CASES["dense"], target)
+    tokens = config.train.batch_size * config.data.seq_len
+    spec = {
+        "target": target,
+        "flops": tokens * train_flops_per_token(config.model, config.data.seq_len),
+        "options": PEERS[name] | dict(per_device_batch_size=config.train.batch_size),
+    }
+    return run_worker([python, str(HERE / "peers" / "maxtext_step.py"), json.dumps(spec)])
+
+
 def of_time(found: StepTime) -> dict:
     """The figures of a replayed step."""
     passes = ("forward", "backward", "repeated")
@@ -132,10 +179,9 @@ def of_time(found: StepTime) -> dict:
 def line(row: tuple[str, str], found: Mapping) -> list[str]:
     """Of the table."""
     if "error" in found:
-        return [*row, found["error"][:60]]
-    passes = [
-        f"{found[f'{name}_milliseconds']:.1f}" for name in ("forward", "backward", "repeated")
-    ]
+        return [*row, "", "", found["error"][:60], "", "", "", ""]
+    times = [found.get(f"{name}_milliseconds") for name in ("forward", "backward", "repeated")]
+    passes = ["" if time is None else f"{time:.1f}" for time in times]
     return [
         *row,
         f"{found['milliseconds']:.2f}",
@@ -155,7 +201,7 @@ def main() -> None:
     rows = dict(known_rows(args.json, KEYS, versions))
     for key in itertools.product(args.case.split(","), args.target.split(",")):
         if key not in rows:
-            rows[key] = run_row(__file__, *key)
+            rows[key] = figures_of(args.peer_python, *key)
             if args.json:  # after every row: a long run may be cut short
                 written = [dict(zip(KEYS, row)) | found for row, found in rows.items()]
                 write_json(args.json, {"rows": written}, versions)
@@ -163,13 +209,23 @@ def main() -> None:
     print(table(HEADER, [line(key, found) for key, found in rows.items()]))
 
 
+def figures_of(peer_python: str | None, name: str, target: str) -> dict:
+    """Of the table, by a process of its own."""
+    if name in PEERS:
+        return peer_figures(peer_python, name, target)
+    return run_row(__file__, name, target)
+
+
 def flags() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--case", default=",".join(CASES), help="comma-separated")
     made.add_argument("--target", default="v5p", help="of v5p and v6e, comma-separated")
+    made.add_argument("--peer_python", help="an interpreter with MaxText")
     made.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     args = made.parse_args()
-    require_known(made, "--case", args.case, CASES)
+    require_known(made, "--case", args.case, [*CASES, *PEERS])
+    if args.peer_python is None and any(name in PEERS for name in args.case.split(",")):
+        made.error("--peer_python: got none, expected an interpreter with MaxText")
     require_known(made, "--target", args.target, ROWS)
     return args
 

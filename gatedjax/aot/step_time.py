@@ -117,7 +117,8 @@ def part(instruction: hlo.Instruction) -> str:
         return "loading and saving between layers"
     if re.search(r"(mixer|ffn|final)_norm", path):
         return "norms"
-    layer = re.search(r"layer_\d+/(mixer|ffn)\b", path)
+    # Where a method of a layer calls its modules, it is between: layer_0/layer_0._applied/ffn.
+    layer = re.search(r"layer_\d+/(?:layer_\d+\.\w+/)?(mixer|ffn)\b", path)
     if layer is not None:
         name = {"mixer": "mixer", "ffn": "feed-forward"}[layer[1]]
         return f"{name}: {kind}"

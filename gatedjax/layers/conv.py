@@ -2,7 +2,6 @@
 RWKV's token shift. For encoders a convolution over the tokens on both sides.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -37,13 +36,12 @@ def short_conv(
     Returns:
       The arrays, and the inputs that the next token will need.
     """
-    # One convolution over the channels of all heads.
-    flat = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], axis=-1)
+    sizes = [math.prod(x.shape[2:]) for x in arrays]
     kernel = parameter(
         module,
         "conv",
         axes=[None, None],
-        shape=[width, flat.shape[-1]],
+        shape=[width, sum(sizes)],
         init=nn.initializers.normal(width**-0.5),
     )
     bias = None
@@ -52,22 +50,26 @@ def short_conv(
             module,
             "conv_bias",
             axes=[None],
-            shape=[flat.shape[-1]],
+            shape=[sum(sizes)],
             init=partial(uniform, bound=width**-0.5),
         )
-    # Depthwise: no channel sees another, so one call serves all of them.
-    mixed, tail = causal_conv(
-        flat,
-        kernel,
-        segment_ids,
-        tail,
-        bias,
-    )
-    mixed = jax.nn.silu(mixed)
-    sizes = [math.prod(x.shape[2:]) for x in arrays]
-    ends = list(itertools.accumulate(sizes))
-    parts = jnp.split(mixed, ends[:-1], axis=-1)
-    return [part.reshape(x.shape) for part, x in zip(parts, arrays)], tail
+    # Depthwise: no channel sees another. Joining the arrays for one call would copy them twice.
+    mixed = []
+    tails = []
+    end = 0
+    for x, size in zip(arrays, sizes):
+        own = slice(end, end + size)
+        end += size
+        y, tail_after = causal_conv(
+            x.reshape(*x.shape[:2], -1),
+            kernel[:, own],
+            segment_ids,
+            None if tail is None else tail[..., own],
+            None if bias is None else bias[own],
+        )
+        mixed.append(jax.nn.silu(y).reshape(x.shape))
+        tails.append(tail_after)
+    return mixed, jnp.concatenate(tails, axis=-1)
 
 
 def causal_conv(

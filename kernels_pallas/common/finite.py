@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Float, Int
 
 
@@ -59,13 +60,21 @@ def if_bad[Tree](
 
     def step(carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
         flag, results = carry
+        slow = careful(*jax.tree.map(_row_major, args))
         # And: the type of the flag inside of a `shard_map` stays.
-        return flag & False, jax.tree.map(choose, careful(*args), results)
+        return flag & False, jax.tree.map(choose, slow, results)
 
     # A loop of one step or none, whose results lie where the fast path has put them. The results of
     # a `cond` are another array: XLA copies the fast path's.
     _, results = jax.lax.while_loop(lambda carry: carry[0], step, (is_bad, fast))
     return results
+
+
+def _row_major(x: Array) -> Array:
+    """`x` in the layout in which kernels take it. Else XLA may give a loop's body another one, and
+    copy what is given to it whether or not the body runs.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 @jax.custom_batching.custom_vmap

@@ -298,6 +298,14 @@ def test_steering_values_are_found_inside_of_loops():
     assert [None if v is None else v.tolist() for v in values] == [[3], None, [0], None]
 
 
+def test_steering_values_are_found_behind_a_function_that_was_traced_before():
+    n, x = jnp.zeros(1, jnp.int32), jnp.zeros((8, 128), jnp.int32)
+    traced = jax.jit(lambda n, x: steered(n, x=x)).trace(n, x)
+    closed = jax.make_jaxpr(lambda n, x: traced(n + 1, x))(n, x)
+    [(_, [values])] = scalar_operands(closed, {0: np.array([2], np.int32)})
+    assert values.tolist() == [3]
+
+
 def test_donated_outputs_are_counted():
     def step(state, batch):
         return jax.tree.map(lambda x: x + batch, state), batch * 2

@@ -3,6 +3,8 @@
 import re
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from gatedjax.aot.schedule import Called, ProgramRun
 from gatedjax.aot.step import compile_step, expert_loads, with_loads
 from gatedjax.config import Config, DataConfig, ModelConfig, SparseMoEConfig, TrainConfig
 from gatedjax.errors import InputError
+from gatedjax.model import LanguageModel
 
 FORWARD = "jit(train_step)/jvp(LanguageModel)/while/body"
 BACKWARD = "jit(train_step)/transpose(jvp(LanguageModel))/while/body/checkpoint"
@@ -117,6 +120,20 @@ def check_table(lines: list[str]) -> None:
 
 def test_parts_and_passes():
     assert found_parts() == PARTS
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_every_product_of_a_model_is_a_layers(scan_layers):
+    """As flax and jax name them today, which changes with how modules call each other."""
+    model = LanguageModel(
+        ModelConfig(vocab_size=32, width=32, num_layers=2, scan_layers=scan_layers)
+    )
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    text = jax.jit(model.apply).lower(params, tokens).as_text(debug_info=True)
+    paths = re.findall(r'loc\("([^"]*layer_[^"]*/dot_general)"', text)
+    parts = {step_time.part(hlo.Instruction("dot", path, has_matmul=True)) for path in paths}
+    assert parts == {"mixer: matrices", "feed-forward: matrices"}
 
 
 def test_the_table_adds_up():
