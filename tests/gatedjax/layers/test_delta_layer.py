@@ -139,7 +139,11 @@ def test_equals_the_recurrence(name):
     assert rel_rms(y, expected(config, params, X)) < 1e-5
 
 
-@pytest.mark.parametrize("name", OTHER_VARIANTS)
+def slow_but_one(name):
+    return pytest.param(name, marks=() if name == "Comba, grouped" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", map(slow_but_one, OTHER_VARIANTS))
 def test_steps_and_feedback_equal_the_recurrence_in_documents_with_gradients(name):
     """Two documents in a row; gradients along one direction of every parameter and of the input."""
     config = DeltaAttentionConfig(**BASE | OTHER_VARIANTS[name])
@@ -160,6 +164,28 @@ def test_steps_and_feedback_equal_the_recurrence_in_documents_with_gradients(nam
     gradient, y = jax.jit(jax.grad(loss, has_aux=True))(given)
     assert rel_rms(y, by_hand(given)) < 1e-5
     assert_equals_differences(lambda at: (by_hand(at) * weight).sum(), given, gradient)
+
+
+def test_a_token_of_several_steps():
+    config = DeltaAttentionConfig(**BASE | OTHER_VARIANTS["Gated DeltaProduct, grouped"])
+    module, params = make(config)
+    info = TokenInfo(jnp.zeros((B, 1), jnp.int32), None)
+    token, cache = X[:, :1], module.init_cache(B, T)
+    y, _ = module.apply({"params": params}, token, info, cache, method="with_cache")
+    assert rel_rms(y, expected(config, params, token)) < 1e-5
+
+
+@pytest.mark.slow
+def test_state_feedback_takes_any_decay():
+    """Where nothing is left of the state after its decay, what it held is still erased."""
+    config = DeltaAttentionConfig(**BASE | OTHER_VARIANTS["Comba, grouped"])
+    module, params = make(config)
+    for log_rate in (3.0, 8.0):
+        changed = params | {"a_log": jnp.full_like(params["a_log"], log_rate)}
+        y, _ = call(module, changed)
+        assert rel_rms(y, expected(config, changed, X)) < 1e-5
+        gradient = jax.jit(jax.grad(lambda p: module.apply({"params": p}, X).sum()))(changed)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
 def test_costs_of_several_steps():
