@@ -143,7 +143,7 @@ def slow_but_one(name):
     return pytest.param(name, marks=() if name == "Comba, grouped" else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(slow_but_one, OTHER_VARIANTS))
+@pytest.mark.parametrize("name", [slow_but_one(name) for name in OTHER_VARIANTS])
 def test_steps_and_feedback_equal_the_recurrence_in_documents_with_gradients(name):
     """Two documents in a row; gradients along one direction of every parameter and of the input."""
     config = DeltaAttentionConfig(**BASE | OTHER_VARIANTS[name])
