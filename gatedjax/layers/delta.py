@@ -342,15 +342,25 @@ class DeltaAttention(Mixer):
         """
         num_steps = self.config.num_householder
         assert weights.beta is not None
-        arrays = (q, split_steps(k, num_steps), split_steps(v, num_steps))
-        gates = (weights.beta, log_decay)
+        k = split_steps(k, num_steps)
+        v = split_steps(v, num_steps)
         if state is not None and q.shape[1] == 1:
-            arrays, gates = jax.tree.map(lambda y: y[:, 0], (arrays, gates))
-            o, state = delta_product_scan_step(*arrays, state, *gates, l2_norm=True)
+            o, state = delta_product_scan_step(
+                q[:, 0],
+                k[:, 0],
+                v[:, 0],
+                state,
+                weights.beta[:, 0],
+                None if log_decay is None else log_decay[:, 0],
+                l2_norm=True,
+            )
             return o[:, None], state
         return delta_product_scan_on_mesh(
-            *arrays,
-            *gates,
+            q,
+            k,
+            v,
+            weights.beta,
+            log_decay,
             segment_ids,
             state,
             l2_norm=True,
