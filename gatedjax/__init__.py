@@ -54,6 +54,8 @@ if TYPE_CHECKING:
         MLAConfig,
         ModelConfig,
         RouterConfig,
+        RWKV6ChannelMixConfig,
+        RWKV6Config,
         RWKV7ChannelMixConfig,
         RWKV7Config,
         SoftMoEConfig,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     )
     from gatedjax.layers import (
         MLA,
+        RWKV6,
         RWKV7,
         AdaptiveMLP,
         AssociativeMemory,
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
         LoRAMixture,
         Mamba2,
         MixerGate,
+        RWKV6ChannelMix,
         RWKV7ChannelMix,
         SoftMoE,
         SparseMoE,
@@ -95,6 +99,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLA",
     "MLP",
+    "RWKV6",
     "RWKV7",
     "AdaptiveMLP",
     "AdaptiveMLPConfig",
@@ -130,6 +135,9 @@ __all__ = [
     "MixerGate",
     "MixerGateConfig",
     "ModelConfig",
+    "RWKV6ChannelMix",
+    "RWKV6ChannelMixConfig",
+    "RWKV6Config",
     "RWKV7ChannelMix",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",

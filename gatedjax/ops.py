@@ -17,6 +17,7 @@ delta_scan_sharded   the same inside `shard_map`, with the tokens split over a m
 rwkv7_scan           RWKV-7, by two steps of the delta rule a token
 rwkv7_scan_step      the same for one decoded token and a state
 delta_product_scan   DeltaProduct, by several steps of the delta rule a token
+delta_product_scan_step  the same for one decoded token and a state
 grouped_matmul       rows sorted by group, each times the matrix of its group
 expert_mlp           the gated MLPs of sparse experts, on rows sorted by expert
 sort_by_group        the permutation that sorts rows by group, its inverse and the group sizes
@@ -34,6 +35,7 @@ from kernels_pallas.ops import (
     attention_sharded,
     attention_step,
     delta_product_scan,
+    delta_product_scan_step,
     delta_scan,
     delta_scan_sharded,
     delta_scan_step,
@@ -60,6 +62,7 @@ __all__ = [
     "attention_sharded",
     "attention_step",
     "delta_product_scan",
+    "delta_product_scan_step",
     "delta_scan",
     "delta_scan_sharded",
     "delta_scan_step",

@@ -12,6 +12,7 @@ from kernels_pallas.attention.xla import OUT_NAME as ATTENTION_OUT_NAME
 from kernels_pallas.attention.xla import STATISTIC_NAME
 from kernels_pallas.delta_scan import (
     delta_product_scan,
+    delta_product_scan_step,
     delta_scan,
     delta_scan_sharded,
     delta_scan_step,
@@ -48,6 +49,7 @@ __all__ = [
     "attention_sharded",
     "attention_step",
     "delta_product_scan",
+    "delta_product_scan_step",
     "delta_scan",
     "delta_scan_sharded",
     "delta_scan_step",

@@ -144,6 +144,7 @@ SLOW_PAGES = (
     "mla",
     "other_keys",
     "papers",
+    "rwkv6",
     "rwkv7",
     "soft_moe",
     "sparse_moe",

@@ -61,6 +61,7 @@ from gatedjax.config.run import (
     StreamConfig,
     TrainConfig,
 )
+from gatedjax.config.rwkv6 import RWKV6ChannelMixConfig, RWKV6Config
 from gatedjax.config.soft_adapters import SoftAdaptersConfig
 from gatedjax.config.sources import GatedMemoryConfig
 from gatedjax.config.teacher import TeacherConfig
@@ -108,6 +109,8 @@ __all__ = [
     "PatchConfig",
     "RADRWKV6Config",
     "RADRWKV7Config",
+    "RWKV6ChannelMixConfig",
+    "RWKV6Config",
     "RWKV7ChannelMixConfig",
     "RWKV7Config",
     "Remat",

@@ -26,6 +26,7 @@ from gatedjax.config.mla import MLAConfig
 from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.on_demand import AdaptiveMLPConfig, VersatileMLPConfig
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
+from gatedjax.config.rwkv6 import RWKV6ChannelMixConfig, RWKV6Config
 from gatedjax.config.sources import GatedMemoryConfig
 
 
@@ -51,6 +52,7 @@ MixerConfig = (
     | GatedLinearAttentionConfig
     | DeltaAttentionConfig
     | Mamba2Config
+    | RWKV6Config
     | RWKV7Config
     | GatedMemoryConfig
     | GatedUnitConfig
@@ -68,6 +70,7 @@ FeedForwardConfig = (
     | SparseMoEConfig
     | SoftMoEConfig
     | LoRAMixtureConfig
+    | RWKV6ChannelMixConfig
     | RWKV7ChannelMixConfig
     | AdaptiveMLPConfig
     | VersatileMLPConfig

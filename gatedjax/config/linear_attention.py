@@ -7,6 +7,7 @@ from gatedjax.config.checks import (
     Checked,
     Count,
     Fraction,
+    NonNegative,
     Positive,
     Range,
     Seed,
@@ -157,6 +158,7 @@ class DeltaAttentionConfig(Checked):
 
     Gated DeltaNet (2412.06464), the default; Kimi Delta Attention (2510.26692): decay "vector", a
     sigmoid output gate; Gated DeltaNet-2 (2605.22791): erase_and_write "channels" too.
+    DeltaProduct (2502.10297): num_householder; Comba (2506.02475): the two feedbacks.
     """
 
     kind: Literal["delta_attention"] = "delta_attention"
@@ -187,9 +189,16 @@ class DeltaAttentionConfig(Checked):
     conv_bias: bool = False
     # of the norm of the heads' outputs (1e-5 in OLMo-Hybrid); None: the model's
     norm_eps: Annotated[float, Range(0, 1, includes_low=False)] | None = None
+    # steps of the rule a token, each with a key and a value of its own (DeltaProduct)
+    num_householder: Size = 1
+    # Comba: a learned fraction of beta erases, of the state before its decay.
+    state_feedback: bool = False
+    # Comba: queries less a learned multiple of the key, which starts from this; None: no such
+    output_feedback: NonNegative | None = None
     chunk_size: Size | None = None
 
     def check(self) -> None:
+        self._check_steps()
         divides("num_key_heads", self.key_heads, self.num_heads)
         require(
             self.decay_form == "softplus" or self.decay == "vector",
@@ -208,6 +217,22 @@ class DeltaAttentionConfig(Checked):
             "output_gate_rank",
             self.output_gate_rank,
             "none without an output gate",
+        )
+
+    def _check_steps(self) -> None:
+        """What has a place beside several steps a token, and beside an erase key of its own."""
+        has_one_key = not self.state_feedback and self.output_feedback is None
+        require(
+            self.num_householder == 1 or (self.erase_and_write == "heads" and has_one_key),
+            "num_householder",
+            self.num_householder,
+            "1 unless erase_and_write is 'heads', without state_feedback and output_feedback",
+        )
+        require(
+            not self.state_feedback or self.erase_and_write == "heads",
+            "state_feedback",
+            self.state_feedback,
+            "false unless erase_and_write is 'heads'",
         )
 
     @property

@@ -32,6 +32,7 @@ from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig, Temperature
 from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
+from gatedjax.config.rwkv6 import RWKV6ChannelMixConfig, RWKV6Config
 from gatedjax.config.sources import GatedMemoryConfig, check_sources, takes_keys
 from gatedjax.errors import require
 
@@ -315,12 +316,13 @@ class ModelConfig(Checked):
                 "by_depth",
                 "as many heads and channels in all layers that have it",
             )
-            if isinstance(block.mixer, RWKV7Config):
+            if isinstance(block.mixer, RWKV6Config | RWKV7Config):
+                channels = "head_dim" if isinstance(block.mixer, RWKV7Config) else "value_dim"
                 require(
                     block.mixer.width == self.width,
                     f"mixers.{self._mixer_name(block.layers[0])}.num_heads",
                     block.mixer.num_heads,
-                    f"num_heads x head_dim = width = {self.width}",
+                    f"num_heads x {channels} = width = {self.width}",
                 )
             if isinstance(block.mixer, AssociativeMemoryConfig):
                 require(
@@ -532,9 +534,11 @@ class ModelConfig(Checked):
     @property
     def starts_by_depth(self) -> bool:
         """Whether a layer starts or computes by its place in the model."""
-        has_channel_mix = any(isinstance(ffn, RWKV7ChannelMixConfig) for ffn in self._used_ffns())
+        channel_mixes = RWKV6ChannelMixConfig | RWKV7ChannelMixConfig
+        has_channel_mix = any(isinstance(ffn, channel_mixes) for ffn in self._used_ffns())
+        has_rwkv6 = any(isinstance(block.mixer, RWKV6Config) for block in self.blocks)
         is_told = self.first_rwkv7 is not None or self.decay_floors is not None
-        return has_channel_mix or is_told
+        return has_channel_mix or has_rwkv6 or is_told
 
     def layer(self, i: int) -> tuple[MixerConfig, FeedForwardConfig]:
         """The mixer and the feed-forward of layer i."""

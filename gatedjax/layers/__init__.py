@@ -10,7 +10,7 @@ from gatedjax.layers.associative_memory import AssociativeMemory
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.base import FeedForward, Mixer
 from gatedjax.layers.bidirectional_linear_attention import BidirectionalLinearAttention
-from gatedjax.layers.channel_mix import RWKV7ChannelMix
+from gatedjax.layers.channel_mix import RWKV6ChannelMix, RWKV7ChannelMix
 from gatedjax.layers.converted import RADRWKV, Lizard
 from gatedjax.layers.delta import DeltaAttention
 from gatedjax.layers.gate_values import gate_values
@@ -27,6 +27,7 @@ from gatedjax.layers.moe.lora import LoRAMixture
 from gatedjax.layers.moe.soft import SoftMoE
 from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.no_mixer import NoMixer
+from gatedjax.layers.rwkv6 import RWKV6
 from gatedjax.layers.rwkv7 import RWKV7
 from gatedjax.layers.spatial_gate import SpatialGate
 from gatedjax.layers.token_info import Grid, TokenInfo
@@ -42,6 +43,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_linear_attention": GatedLinearAttention,
     "delta_attention": DeltaAttention,
     "mamba2": Mamba2,
+    "rwkv6": RWKV6,
     "rwkv7": RWKV7,
     "gated_memory": GatedMemory,
     "gated_unit": GatedUnit,
@@ -59,6 +61,7 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "sparse_moe": SparseMoE,
     "soft_moe": SoftMoE,
     "lora_mixture": LoRAMixture,
+    "rwkv6_channel_mix": RWKV6ChannelMix,
     "rwkv7_channel_mix": RWKV7ChannelMix,
     "adaptive_mlp": AdaptiveMLP,
     "versatile_mlp": VersatileMLP,
@@ -71,6 +74,7 @@ __all__ = [
     "MLA",
     "MLP",
     "RADRWKV",
+    "RWKV6",
     "RWKV7",
     "AdaptiveMLP",
     "AssociativeMemory",
@@ -92,6 +96,7 @@ __all__ = [
     "MixerGate",
     "NoFeedForward",
     "NoMixer",
+    "RWKV6ChannelMix",
     "RWKV7ChannelMix",
     "SoftMoE",
     "SparseMoE",

@@ -146,6 +146,7 @@ class Mixer(nn.Module):
         keys: Mapping[str, int],
         values: Mapping[str, int],
         *,
+        queries: Mapping[str, int] | None = None,
         conv_width: int,
         conv_bias: bool = False,
         segment_ids: Int[Array, "B T"] | None,
@@ -156,12 +157,13 @@ class Mixer(nn.Module):
         Args:
           x: the vectors of the tokens.
           keys, values: logical names and sizes, of the heads, then of the channels.
+          queries: the same; None: those of the keys.
           conv_width, conv_bias, segment_ids, tail: as of `short_conv`.
 
         Returns:
           The three, and the inputs of the convolution that the next token will need.
         """
-        axes = {"query": keys, "key": keys, "value": values}
+        axes = {"query": queries or keys, "key": keys, "value": values}
         arrays = [self._project(name, x, of_name) for name, of_name in axes.items()]
         if not conv_width:
             return arrays, tail

@@ -11,7 +11,12 @@ from jaxtyping import Float
 
 from gatedjax.sharding import is_cut, mesh_axis, per_shard
 from kernels_pallas.attention import attention, attention_sharded
-from kernels_pallas.delta_scan import delta_scan, delta_scan_sharded, rwkv7_scan
+from kernels_pallas.delta_scan import (
+    delta_product_scan,
+    delta_scan,
+    delta_scan_sharded,
+    rwkv7_scan,
+)
 from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded
 
 
@@ -96,12 +101,14 @@ def scan_on_mesh(
     log_decay: Float[Array, "..."] | None,
     segment_ids: Array | None,
     state: Float[Array, "B H K _"] | None,
+    *,
+    bonus: Float[Array, "H K"] | None = None,
     **options,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K _"] | None]:
     """`linear_scan`; on a mesh every device scans its own rows, heads and tokens.
 
     Args:
-      q, k, v, log_decay, segment_ids: as `kernels_pallas.linear_scan`.
+      q, k, v, log_decay, segment_ids, bonus: as `kernels_pallas.linear_scan`.
       state: before the first token; None for zeros.
       options: static arguments of the scan.
 
@@ -117,9 +124,11 @@ def scan_on_mesh(
         v,
         log_decay,
         segment_ids,
+        bonus,
         state=None,
     ):
         inputs = {
+            "bonus": bonus,
             "initial_state": state,
             "return_final_state": state is not None,
             "segment_ids": segment_ids,
@@ -159,8 +168,8 @@ def scan_on_mesh(
         4: heads,
     }
     rank = 0 if log_decay is None else log_decay.ndim
-    in_axes = (heads, key_axes, value_axes, decay_axes[rank], tokens)
-    arrays = (q, k, v, log_decay, segment_ids)
+    in_axes = (heads, key_axes, value_axes, decay_axes[rank], tokens, ("heads", None))
+    arrays = (q, k, v, log_decay, segment_ids, bonus)
     return _with_state(scan, arrays, in_axes, state)
 
 
@@ -229,6 +238,64 @@ def delta_scan_on_mesh(
         tokens,  # segment_ids
     )
     arrays = (q, k, v, beta, log_decay, erase, write, segment_ids)
+    return _with_state(scan, arrays, in_axes, state)
+
+
+def delta_product_scan_on_mesh(
+    q: Float[Array, "B T Hk K"],
+    k: Float[Array, "B T n Hk K"],
+    v: Float[Array, "B T n H V"],
+    beta: Float[Array, "B T n H"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None,
+    segment_ids: Array | None,
+    state: Float[Array, "B H K V"] | None,
+    **options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"] | None]:
+    """`delta_product_scan`; on a mesh every device scans its own rows, heads and tokens.
+
+    Args:
+      q, k, v, beta, log_decay, segment_ids: as `kernels_pallas.delta_scan.delta_product_scan`.
+      state: before the first token; None for zeros.
+      options: static arguments of the scan.
+
+    Returns:
+      The output, and the state after the last token if one was given.
+    """
+    axis_name = mesh_axis("length") if is_cut("length", q.shape[1]) else None
+
+    def scan(
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        segment_ids,
+        state=None,
+    ):
+        return delta_product_scan(
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
+            segment_ids=segment_ids,
+            axis_name=axis_name,
+            initial_state=state,
+            return_final_state=state is not None,
+            **options,
+        )
+
+    tokens = ("batch", "length")
+    has_vector_decay = log_decay is not None and log_decay.ndim == 4
+    in_axes = (
+        (*tokens, "kv_heads", None),  # q
+        (*tokens, None, "kv_heads", None),  # k
+        (*tokens, None, "heads", None),  # v
+        (*tokens, None, "heads"),  # beta
+        (*tokens, "heads", None) if has_vector_decay else (*tokens, "heads"),  # log_decay
+        tokens,  # segment_ids
+    )
+    arrays = (q, k, v, beta, log_decay, segment_ids)
     return _with_state(scan, arrays, in_axes, state)
 
 

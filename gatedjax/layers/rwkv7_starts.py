@@ -1,10 +1,10 @@
-"""How the parameters of RWKV-7 start in its published code: by channel, and by depth.
+"""How the parameters of RWKV-7 and RWKV-6 start in their published code: by channel, and by depth.
 
-Source: RWKV-LM, RWKV-v7, and arXiv 2503.14456, appendix.
+Source: RWKV-LM, RWKV-v7 and RWKV-v5 (x060), and arXiv 2503.14456, appendix.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -61,6 +61,17 @@ def shift(power: float | Array) -> Initializer:
     return init
 
 
+def shifts(powers: Sequence[float | Array], less: Sequence[float | Array]) -> Initializer:
+    """Several shifts in rows: those of these powers, less these numbers."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype) -> Array:
+        _, width = shape
+        rows = [shift(power)(key, (width,), dtype) - off for power, off in zip(powers, less)]
+        return jnp.stack(rows).astype(dtype)
+
+    return init
+
+
 def decay_bias(depth: Depth) -> Initializer:
     """Decays between slow channels and fast ones, steeper in the deeper layers."""
     power = 1.0 + from_zero_to_one(depth) ** 0.3
@@ -68,6 +79,27 @@ def decay_bias(depth: Depth) -> Initializer:
     def init(key: Array, shape: tuple[int, ...], dtype) -> Array:
         ramp = -6.0 + 6.0 * (along(shape) + 0.5) ** power
         return (ramp + 0.5 + 2.5 * zigzag(shape[-1])).astype(dtype)
+
+    return init
+
+
+def rwkv6_decay_bias(depth: Depth) -> Initializer:
+    """RWKV-6's, from slow decays to fast ones over the channels of all heads."""
+    power = 0.7 + 1.3 * from_zero_to_one(depth)
+
+    def init(key: Array, shape: tuple[int, ...], dtype) -> Array:
+        return (-6.0 + 5.0 * (along(shape) + 0.5) ** power).astype(dtype)
+
+    return init
+
+
+def rwkv6_bonus(depth: Depth) -> Initializer:
+    """RWKV-6's: three values by turns, and more in the first channels of the deeper layers."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype) -> Array:
+        place = jnp.arange(math.prod(shape)).reshape(shape)
+        by_turns = 0.1 * ((place + 1) % 3 - 1)
+        return (from_zero_to_one(depth) * (0.5 - along(shape)) + by_turns).astype(dtype)
 
     return init
 

@@ -21,6 +21,8 @@ def scan_or_step(
     chunk_size: int | None,
     scale: float | None = None,
     normalize: bool = False,
+    bonus: Float[Array, "H K"] | None = None,
+    inclusive: bool = True,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K _"] | None]:
     """The output of every token, and the state after the last one if one was given.
 
@@ -28,7 +30,7 @@ def scan_or_step(
       q, k, v, log_decay, segment_ids: as `kernels_pallas.linear_scan`.
       state: of a cache, before the first token. With it a single token is one step of decoding, and
         padding at the end of a row leaves its state as it is.
-      chunk_size, scale, normalize: static arguments of the scan.
+      chunk_size, scale, normalize, bonus, inclusive: of the scan.
 
     Returns:
       (o, the state or None).
@@ -52,6 +54,8 @@ def scan_or_step(
             log_decay[:, 0] if has_time else log_decay,
             scale=scale,
             normalize=normalize,
+            bonus=bonus,
+            inclusive=inclusive,
         )
         return o[:, None], state
     return scan_on_mesh(
@@ -63,6 +67,8 @@ def scan_or_step(
         state,
         scale=scale,
         normalize=normalize,
+        bonus=bonus,
+        inclusive=inclusive,
         chunk_size=chunk_size,
     )
 

@@ -97,7 +97,13 @@ ADDED_LATER_TO_LAYERS = {
         "block_gate_top",
         "block_gate_threshold",
     ),
-    "delta_attention": ("conv_bias", "norm_eps"),
+    "delta_attention": (
+        "conv_bias",
+        "norm_eps",
+        "num_householder",
+        "state_feedback",
+        "output_feedback",
+    ),
     "gated_linear_attention": (
         "feature_length",
         "num_features",

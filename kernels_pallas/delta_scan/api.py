@@ -55,7 +55,7 @@ def delta_scan(
         DeltaNet                log_decay None
         Gated DeltaNet          log_decay [B, T, H]
         Kimi Delta Attention    log_decay [B, T, H, K]
-        Comba                   erase = beta p, p another key
+        Comba                   erase = beta p exp(-g), p another key: it reads S_{t-1} itself
         Gated DeltaNet-2        erase = b k and write = w, one weight per channel
 
     RWKV-7 and DeltaProduct are several such steps a token: `kernels_pallas.delta_scan.sub_steps`.

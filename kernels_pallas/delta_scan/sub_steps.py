@@ -186,6 +186,49 @@ def delta_product_scan(
     )
 
 
+def delta_product_scan_step(
+    q: Float[Array, "B Hq K"],
+    k: Float[Array, "B n Hk K"],
+    v: Float[Array, "B n H V"],
+    state: Float[Array, "B H K V"],
+    beta: Float[Array, "B n H"],
+    log_decay: Float[Array, "B H"] | Float[Array, "B H K"] | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """One token of `delta_product_scan`, for decoding: the same formula and arguments without T.
+
+    Args:
+      q, k, v, beta, log_decay: as in `delta_product_scan`.
+      state: as `delta_product_scan` returns it.
+      **options: scale, l2_norm, implementation and interpret of `delta_scan_step`.
+
+    Returns:
+      (o, new state), as `delta_scan_step`.
+
+    Raises:
+      ValueError: as `delta_scan_step`.
+    """
+    op = "delta_product_scan_step"
+    if k.ndim != 4 or k.shape[1] != v.shape[1]:
+        raise ValueError(
+            f"{op}: k: got shape {k.shape}, expected [B, n, Hk, K] for v of shape {v.shape}"
+        )
+    o = None
+    for i in range(k.shape[1]):
+        # Every step reads; the output of the last one is kept.
+        o, state = delta_scan_step(
+            q,
+            k[:, i],
+            v[:, i],
+            state,
+            beta[:, i],
+            log_decay if i == 0 else None,
+            **options,
+        )
+    assert o is not None
+    return o, state
+
+
 def _over_sub_steps(
     op: str,
     q: Array,

@@ -27,6 +27,8 @@ from gatedjax.config import (
     Mamba2Config,
     MLAConfig,
     ModelConfig,
+    RWKV6ChannelMixConfig,
+    RWKV6Config,
     RWKV7ChannelMixConfig,
     RWKV7Config,
 )
@@ -81,8 +83,18 @@ MIXERS = {
     "kalmanet": KalmaNetConfig(num_heads=2, key_dim=4, value_dim=8, ridge=0.2, chunk_size=8),
     "delta": DELTA,
     "delta by channels": change(DELTA, decay="vector", erase_and_write="channels"),
+    "delta product": change(DELTA, num_householder=2),
+    "comba": change(DELTA, state_feedback=True, output_feedback=1.0),
     "mamba's decay": change(GLA, decay="scalar", decay_form="softplus", num_kv_heads=2),
     "mamba2": Mamba2Config(num_heads=2, head_dim=8, state_dim=4, chunk_size=16),
+    "rwkv6": RWKV6Config(
+        num_heads=2,
+        key_dim=4,
+        value_dim=8,
+        shift_rank=4,
+        decay_rank=4,
+        chunk_size=16,
+    ),
     "rwkv7": RWKV7Config(
         num_heads=2,
         head_dim=8,
@@ -95,7 +107,10 @@ MIXERS = {
     "gated unit": GatedUnitConfig(hidden=8, key_dim=8, chunk=4),
     "associative memory": AssociativeMemoryConfig(width=16, slots=4),
 }
-FFNS = {"rwkv7": RWKV7ChannelMixConfig(hidden=16)}
+FFNS = {
+    "rwkv6": RWKV6ChannelMixConfig(hidden=16),
+    "rwkv7": RWKV7ChannelMixConfig(hidden=16),
+}
 # Every path of a cache in one model; the mixers one by one in `make test-all`.
 PATTERNS = {
     "mixed": ("gla", "window", "log length", "retnet", "delta"),

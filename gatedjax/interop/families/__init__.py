@@ -10,6 +10,7 @@ from gatedjax.interop.families import (
     nemotron_h,
     olmo_hybrid,
     qwen_hybrid,
+    rwkv6,
     rwkv7,
 )
 from gatedjax.interop.families.base import Family, differences
@@ -22,6 +23,7 @@ _ALL = (
     *latent.FAMILIES,
     *nemotron_h.FAMILIES,
     *fla.FAMILIES,
+    *rwkv6.FAMILIES,
     *rwkv7.FAMILIES,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

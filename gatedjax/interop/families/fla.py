@@ -1,4 +1,6 @@
-"""Checkpoints of flash-linear-attention's own models: GLA, RetNet, HGRN2, Gated DeltaNet."""
+"""Checkpoints of flash-linear-attention's own models: GLA, RetNet, HGRN2, Gated DeltaNet and Gated
+DeltaProduct.
+"""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from gatedjax.config import (
     MixerConfig,
     ModelConfig,
 )
-from gatedjax.interop.families import parts
+from gatedjax.interop.families import delta_product, parts
 from gatedjax.interop.families.base import (
     Family,
     NamedLayer,
@@ -28,6 +30,7 @@ GLA = "gla"
 RETNET = "retnet"
 HGRN2 = "hgrn2"
 GATED_DELTANET = "gated_deltanet"
+GATED_DELTAPRODUCT = "gated_deltaproduct"
 # In the code of fla: ranks and temperature of GLA's gate, the base of RetNet's rotation.
 _DECAY_RANK = 16
 _DECAY_TEMPERATURE = 16.0
@@ -122,6 +125,24 @@ def deltanet_to_model(config: HFConfig) -> ModelConfig:
         conv_width=config.size("conv_size", default=4),
     )
     return _model(config, "delta", mixer, hidden_ratio=4)
+
+
+def deltaproduct_to_model(config: HFConfig) -> ModelConfig:
+    """Several steps a token, with a decay or without."""
+    config.require("use_short_conv", (True,))
+    heads = config.size("num_heads", default=6)
+    key_dim = config.size("head_dim", default=256)
+    mixer = DeltaAttentionConfig(
+        num_heads=heads,
+        key_dim=key_dim,
+        value_dim=_whole(config, "expand_v", key_dim * config.number("expand_v", default=2.0)),
+        decay="scalar" if config.flag("use_forget_gate", False) else "none",
+        num_householder=config.size("num_householder", default=1),
+        negative_eigenvalues=config.flag("allow_neg_eigval", False),
+        output_gate="swish" if config.flag("use_output_gate", True) else "none",
+        conv_width=config.size("conv_size", default=4),
+    )
+    return _model(config, "delta_product", mixer, hidden_ratio=4)
 
 
 def _linear_attention(
@@ -247,6 +268,22 @@ def deltanet_to_json(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def deltaproduct_to_json(model: ModelConfig) -> dict[str, Any]:
+    """The same, back."""
+    c = the_layer(model, DeltaAttentionConfig, GATED_DELTAPRODUCT)
+    return _json(model, GATED_DELTAPRODUCT) | {
+        "num_heads": c.num_heads,
+        "head_dim": c.key_dim,
+        "expand_v": c.value_dim / c.key_dim,
+        "use_forget_gate": c.decay != "none",
+        "num_householder": c.num_householder,
+        "allow_neg_eigval": c.negative_eigenvalues,
+        "use_output_gate": c.output_gate != "none",
+        "use_short_conv": c.conv_width > 0,
+        "conv_size": c.conv_width or 4,
+    }
+
+
 # --- tensors
 
 
@@ -316,9 +353,18 @@ def _hgrn2(c: GatedLinearAttentionConfig, width: int) -> Iterator[Link]:
 
 def _delta(c: DeltaAttentionConfig, width: int) -> Iterator[Link]:
     tensor = "attn."
-    yield from parts.delta_ends(c, width, tensor, "o_norm", "o_proj")
-    yield from parts.delta_projections(c, width, tensor)
-    yield matrix(f"{tensor}a_proj.weight", ("mixer", "decay", "kernel"), (width,), (c.num_heads,))
+    # Without a decay there is nothing of it.
+    of_decay = {("mixer", "a_log"), ("mixer", "dt_bias")}
+    for link in parts.delta_ends(c, width, tensor, "o_norm", "o_proj"):
+        if c.decay != "none" or link.path not in of_decay:
+            yield link
+    if c.num_householder == 1:
+        yield from parts.delta_projections(c, width, tensor)
+    else:
+        yield from delta_product.projections(c, width, tensor)
+    if c.decay != "none":
+        path = ("mixer", "decay", "kernel")
+        yield matrix(f"{tensor}a_proj.weight", path, (width,), (c.num_heads,))
     if c.output_gate != "none":
         values = (c.num_heads, c.value_dim)
         path = ("mixer", "output_gate", "kernel")
@@ -334,6 +380,13 @@ FAMILIES = (
         "GatedDeltaNetForCausalLM",
         deltanet_to_model,
         deltanet_to_json,
+        links,
+    ),
+    Family(
+        GATED_DELTAPRODUCT,
+        "GatedDeltaProductForCausalLM",
+        deltaproduct_to_model,
+        deltaproduct_to_json,
         links,
     ),
 )

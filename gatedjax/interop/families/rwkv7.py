@@ -1,6 +1,6 @@
 """RWKV-7 as flash-linear-attention writes it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gatedjax.config import (
@@ -101,8 +101,6 @@ def links(model: ModelConfig) -> Iterator[Link]:
     width = model.width
 
     def of_layer(block: BlockConfig, i: int) -> Iterator[Link]:
-        yield from _norm("attn_norm", ("mixer_norm",), width)
-        yield from _norm("ffn_norm", ("ffn_norm",), width)
         assert isinstance(block.mixer, RWKV7Config)
         yield from _mixer(block.mixer, width, is_first=i == 0)
         assert isinstance(block.feed_forward, RWKV7ChannelMixConfig)
@@ -111,10 +109,30 @@ def links(model: ModelConfig) -> Iterator[Link]:
         yield matrix("ffn.key.weight", ("ffn", "up", parts.KERNEL), (width,), hidden)
         yield matrix("ffn.value.weight", ("ffn", "down", parts.KERNEL), hidden, (width,))
 
+    yield from with_norms(model, of_layer)
+
+
+def with_norms(
+    model: ModelConfig,
+    of_layer: Callable[[BlockConfig, int], Iterable[Link]],
+) -> Iterator[Link]:
+    """What RWKV's models have around the two halves of their layers.
+
+    Args:
+      model: which knows its blocks.
+      of_layer: the links of a layer's two halves.
+    """
+    width = model.width
+
+    def of_block(block: BlockConfig, i: int) -> Iterator[Link]:
+        yield from _norm("attn_norm", ("mixer_norm",), width)
+        yield from _norm("ffn_norm", ("ffn_norm",), width)
+        yield from of_layer(block, i)
+
     shape = (model.vocab_size, width)
     yield vector("model.embeddings.weight", ("embedding",), shape, shape)
     yield from _norm("model.layers.0.pre_norm", ("embedding_norm",), width)
-    yield from in_blocks(model, of_layer)
+    yield from in_blocks(model, of_block)
     yield from _norm("model.norm", ("final_norm",), width)
     if not model.tie_embeddings:
         yield vector("lm_head.weight", ("head",), shape, shape)

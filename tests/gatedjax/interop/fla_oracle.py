@@ -1,6 +1,7 @@
 """What fla's models compute, token by token in float64, from the tensors of their files.
 
-Read from its layers and its naive functions: GLA, retention, HGRN2, the gated delta rule, RWKV-7.
+Read from its layers and its naive functions: GLA, retention, HGRN2, the gated delta rule and its
+product, RWKV-6 and RWKV-7.
 """
 
 from collections.abc import Mapping
@@ -80,6 +81,52 @@ def layer_normed(x, w, name, eps):
     return centered / np.sqrt(variance + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
+def rwkv6_logits(w: Tensors, config: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Of one row of tokens: LayerNorms, mixes of neighboring tokens that a token chooses."""
+    eps = config["norm_eps"]
+    x = w["model.embeddings.weight"][tokens]
+    x = layer_normed(x, w, "model.layers.0.pre_norm", eps)
+    for i in range(config["num_hidden_layers"]):
+        place = f"model.layers.{i}."
+        layer = {name.removeprefix(place): y for name, y in w.items() if name.startswith(place)}
+        x = x + rwkv6_mixed(layer_normed(x, layer, "attn_norm", eps), layer, config)
+        h = layer_normed(x, layer, "ffn_norm", eps)
+        hidden = np.maximum(lerp_linear(h, layer, "ffn.key"), 0) ** 2
+        gate = sigmoid(lerp_linear(h, layer, "ffn.receptance"))
+        x = x + gate * (hidden @ layer["ffn.value.weight"].T)
+    return layer_normed(x, w, "model.norm", eps) @ w["lm_head.weight"].T
+
+
+def lerp_linear(x, w, name):
+    return shifted(x, w[f"{name}.mu"]) @ w[f"{name}.linear.weight"].T
+
+
+def rwkv6_mixed(x, w, config):
+    width, heads, rank = x.shape[1], config["num_heads"], config["proj_low_rank_dim"]
+    delta = np.concatenate([np.zeros((1, width)), x[:-1]]) - x
+    low = np.tanh(lerp_linear(x, w, "attn.x_proj.0")).reshape(len(x), 5, rank)
+    up = w["attn.x_proj.2.weight"].reshape(width, 5, rank)
+    amounts = np.einsum("tnr,hnr->tnh", low, up) + w["attn.x_bias"]
+    mixed = dict(zip("rwkvg", (x + delta * amounts[:, n] for n in range(5))))
+    r, k, v, g = (mixed[n] @ w[f"attn.{n}_proj.linear.weight"].T for n in "rkvg")
+    lora = "attn.w_proj.linear.lora"
+    low = np.tanh(mixed["w"] @ w[f"{lora}.0.weight"].T)
+    decay = np.exp(-np.exp(low @ w[f"{lora}.2.weight"].T + w[f"{lora}.2.bias"]))
+    r, k, v, decay = (y.reshape(len(x), heads, -1) for y in (r, k, v, decay))
+    state = np.zeros((heads, k.shape[-1], v.shape[-1]))
+    outputs = np.zeros(v.shape)
+    for t in range(len(x)):
+        written = k[t][..., None] * v[t][:, None]
+        seen = state + w["attn.bonus"][..., None] * written
+        outputs[t] = np.einsum("hk,hkv->hv", r[t], seen)
+        state = decay[t][..., None] * state + written
+    centered = outputs - np.mean(outputs, axis=-1, keepdims=True)
+    variance = np.mean(centered * centered, axis=-1, keepdims=True)
+    normed = (centered / np.sqrt(variance + config["norm_eps"])).reshape(len(x), -1)
+    o = normed * w["attn.g_norm.weight"] + w["attn.g_norm.bias"]
+    return (o * silu(g)) @ w["attn.o_proj.weight"].T
+
+
 def rwkv7_logits(w: Tensors, config: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
     """Of one row of tokens: LayerNorms, values of the first layer, a mix of neighboring tokens."""
     eps = config["norm_eps"]
@@ -144,8 +191,8 @@ def rwkv7_mixed(x, w, config, first_values):
 def logits(tensors: Tensors, config: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
     """Of one row of tokens."""
     w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
-    if config["model_type"] == "rwkv7":
-        return rwkv7_logits(w, config, tokens)
+    if config["model_type"] in RWKV:
+        return RWKV[config["model_type"]](w, config, tokens)
     eps = config["norm_eps"]
     mixer = MIXERS[config["model_type"]]
     x = w["model.embeddings.weight"][tokens]
@@ -229,5 +276,27 @@ def gated_deltanet(x, w, config):
     return gated(o, x, w, "attn.o_norm.weight", config["norm_eps"])
 
 
-FAMILIES = ("gla", "retnet", "hgrn2", "gated_deltanet", "rwkv7")
-MIXERS = {"gla": gla, "retnet": retnet, "hgrn2": hgrn2, "gated_deltanet": gated_deltanet}
+def gated_deltaproduct(x, w, config):
+    heads, steps = config["num_heads"], config["num_householder"]
+    q, k, v = projected(x, w, "qkv", [heads, steps * heads, steps * heads])
+    largest = 2 if config["allow_neg_eigval"] else 1
+    beta = largest * sigmoid(x @ w["attn.b_proj.weight"].T)
+    logits = x @ w["attn.a_proj.weight"].T + w["attn.dt_bias"]
+    log_decay = -np.exp(w["attn.A_log"]) * softplus(logits)
+    # Every step is a token of the gated delta rule: a decay in the first, an output of the last.
+    k, v, beta = (y.reshape(len(x) * steps, heads, *y.shape[2:]) for y in (k, v, beta))
+    q = np.repeat(q, steps, axis=0)
+    first = (np.arange(len(q)) % steps == 0)[:, None]
+    o = delta_scanned(q, k, v, np.where(first, np.repeat(log_decay, steps, axis=0), 0), beta)
+    return gated(o[steps - 1 :: steps], x, w, "attn.o_norm.weight", config["norm_eps"])
+
+
+FAMILIES = ("gla", "retnet", "hgrn2", "gated_deltanet", "gated_deltaproduct", "rwkv6", "rwkv7")
+RWKV = {"rwkv6": rwkv6_logits, "rwkv7": rwkv7_logits}
+MIXERS = {
+    "gla": gla,
+    "retnet": retnet,
+    "hgrn2": hgrn2,
+    "gated_deltanet": gated_deltanet,
+    "gated_deltaproduct": gated_deltaproduct,
+}

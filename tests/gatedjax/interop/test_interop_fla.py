@@ -1,4 +1,6 @@
-"""fla's GLA, RetNet, HGRN2, Gated DeltaNet and RWKV-7: its files, and values by its formulas."""
+"""fla's GLA, RetNet, HGRN2, Gated DeltaNet and DeltaProduct, RWKV-6 and -7: its files, and values
+by its formulas.
+"""
 
 import json
 from pathlib import Path

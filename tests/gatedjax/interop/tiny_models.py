@@ -137,6 +137,14 @@ FLA_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "GatedDeltaNetConfig",
         dict(head_dim=8, num_heads=2, num_v_heads=4, allow_neg_eigval=True),
     ),
+    "gated_deltaproduct": (
+        "GatedDeltaProductConfig",
+        dict(head_dim=8, num_heads=3, use_forget_gate=True, num_householder=2),
+    ),
+    "rwkv6": (
+        "RWKV6Config",
+        dict(expand_k=0.5, proj_low_rank_dim=7, gate_low_rank_dim=9),
+    ),
     "rwkv7": (
         "RWKV7Config",
         dict(

@@ -1,4 +1,4 @@
-"""Mamba-2 and RWKV-7 with rows, heads and tokens cut over eight devices: as on one."""
+"""Recurrent layers with rows, heads and tokens cut over eight devices: as on one."""
 
 import flax.linen as nn
 import jax
@@ -9,18 +9,40 @@ from helpers import rel_rms
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gatedjax.config import Mamba2Config, MeshConfig, RWKV7ChannelMixConfig, RWKV7Config
-from gatedjax.layers import RWKV7, Mamba2, RWKV7ChannelMix, TokenInfo
+from gatedjax.config import (
+    DeltaAttentionConfig,
+    Mamba2Config,
+    MeshConfig,
+    RWKV6ChannelMixConfig,
+    RWKV6Config,
+    RWKV7ChannelMixConfig,
+    RWKV7Config,
+)
+from gatedjax.layers import (
+    RWKV6,
+    RWKV7,
+    DeltaAttention,
+    Mamba2,
+    RWKV6ChannelMix,
+    RWKV7ChannelMix,
+    TokenInfo,
+)
 from gatedjax.layers.depth import Depth
 from gatedjax.sharding import RULES, make_mesh
 
 B, T, M = 2, 256, 16
+DELTA = dict(num_heads=4, num_key_heads=2, key_dim=4, value_dim=4)
+FEEDBACK = dict(state_feedback=True, output_feedback=0.5)
 LAYERS = {
     "Mamba-2": Mamba2(Mamba2Config(num_heads=4, head_dim=4, state_dim=4), 1e-5, 0.4),
     "two groups": Mamba2(
         Mamba2Config(num_heads=4, head_dim=4, state_dim=4, num_groups=2), 1e-5, 0.4
     ),
     "RWKV-7": RWKV7(RWKV7Config(num_heads=4, head_dim=4, decay_rank=2)),
+    "RWKV-6": RWKV6(RWKV6Config(num_heads=4, key_dim=4, value_dim=4, shift_rank=2, decay_rank=2)),
+    "RWKV-6's channel mixing": RWKV6ChannelMix(RWKV6ChannelMixConfig(hidden=32)),
+    "DeltaProduct": DeltaAttention(DeltaAttentionConfig(**DELTA, num_householder=2), 1e-5, 0.4),
+    "Comba": DeltaAttention(DeltaAttentionConfig(**DELTA, **FEEDBACK), 1e-5, 0.4),
     "channel mixing": RWKV7ChannelMix(RWKV7ChannelMixConfig(hidden=32)),
 }
 
