@@ -36,7 +36,7 @@ SMALL = [
 ]
 
 # Programs before the first evaluation.
-MOST_COMPILED = 24
+MOST_COMPILED = 20
 
 
 @pytest.fixture(scope="module")
