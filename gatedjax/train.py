@@ -7,6 +7,8 @@ on any number of processes and devices (docs/launch.md). SIGTERM, SIGHUP or Ctrl
 all save the same step and end.
 """
 
+import functools
+import gc
 import signal
 import sys
 from collections.abc import Mapping
@@ -222,9 +224,14 @@ def train(
         ) as checkpointer,
     ):
         doing("preparing the state")
+        growth = Growth(run, unrolling.by_the_rule(run.config, run.mesh))
         restored = checkpointer.restore_latest(run.abstract)
         if restored is None:
-            state = fresh_state(run, given_weights.read(run, weights))
+            compile_step = None
+            if can_compile_beside(run):
+                batch = aot.abstract_batch(run)
+                compile_step = functools.partial(growth.compile_first, batch, teaching)
+            state = fresh_state(run, given_weights.read(run, weights), compile_step)
             start = 0
             position = Position()
         else:
@@ -266,6 +273,7 @@ def train(
                     state,
                     start,
                     position,
+                    growth,
                     log,
                     files,
                     checkpointer,
@@ -278,6 +286,15 @@ def train(
                 raise TrainingError(f"{error}; {went_wrong_after(sound)}") from None
     stop.outside_steps()
     return state if is_finished else None
+
+
+def can_compile_beside(run: Run) -> bool:
+    """Whether the step may be compiled while the program that makes the first state is.
+
+    Not where devices take part in compiling: accelerators try programs out, and processes compile
+    what they compute together in one order.
+    """
+    return jax.process_count() == 1 and run.mesh.devices.flat[0].platform == "cpu"
 
 
 def require_something_to_train(run: Run, restored: Restored, workdir: Place) -> None:
@@ -356,6 +373,7 @@ def loop(
     state: TrainState,
     start: int,
     position: Position,
+    growth: Growth,
     log: StepLog,
     files: Mirror,
     checkpointer: Checkpointer,
@@ -370,6 +388,7 @@ def loop(
       state: before the first of these steps.
       start: steps done before.
       position: in the data, that the first of these steps begins with.
+      growth: of its batches, and its compiled steps.
       log: where metrics go.
       files: which hold them, and are in their place before a checkpoint is.
       checkpointer: where states go.
@@ -390,8 +409,7 @@ def loop(
         model=run.config.model,
     )
     validation = validation_of(run)
-    as_compiled = unrolling.by_the_rule(run.config, run.mesh)
-    growth = Growth(run, as_compiled, state)
+    growth.begin(state)
     log.grew(growth.rows * run.config.data.seq_len)
     stream = batches(dataset, position.row, position.places)
     for step in range(start + 1, settings.steps + 1):
@@ -399,6 +417,8 @@ def loop(
             batch = growth.next_batch(stream)
         state, metrics = growth.train_step(state, batch, teaching)
         is_first = step == start + 1
+        if is_first:
+            gc.enable()
         is_last = step == settings.steps
         signal_number = stop.requested()
         log.train(step, metrics, write=step % settings.log_every == 0 or is_first or is_last)
@@ -499,6 +519,9 @@ def draw_curves(files: Mirror, config: Config) -> None:
 
 def run() -> None:
     """The command: parses the flags, then calls `main`."""
+    # Tracing leaves next to no cycles, and looking for them took a third of its time. `loop` has
+    # Python look again.
+    gc.disable()
     cli.run(main)
 
 

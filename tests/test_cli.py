@@ -4,6 +4,7 @@ nothing overwritten.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,9 @@ SMALL = [
     "--config.train.sample_tokens=8",
 ]
 
+# Programs before the first evaluation.
+MOST_COMPILED = 20
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -60,13 +64,14 @@ def command(place: Path, workdir: str, *flags: str, script: str = "train.py") ->
 
 
 def run(
-    place: Path, workdir: str, *flags: str, script: str = "train.py"
+    place: Path, workdir: str, *flags: str, script: str = "train.py", **variables: str
 ) -> subprocess.CompletedProcess:
     args = command(place, workdir, *flags, script=script)
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(place / "xla"),
         "JAX_PLATFORMS": "cpu",
     }
+    environment |= variables
     return subprocess.run(
         args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -81,9 +86,19 @@ def losses(place: Path, workdir: str) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def finished(place):
     """A run from start to end, undisturbed."""
-    result = run(place, "straight", "--profile_step=14", "--probes")
+    result = run(place, "straight", "--profile_step=14", "--probes", JAX_LOG_COMPILES="1")
     assert result.returncode == 0, result.stderr
     return result
+
+
+def test_little_is_compiled_before_the_first_step(finished):
+    """The step once, though it is compiled before there is a state; and few small programs."""
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", finished.stderr)
+    assert compiled.count("train_step") == compiled.count("make_state") == 1, compiled
+    before_evaluation = compiled[: compiled.index("eval_step_by_row")]
+    assert {"train_step", "make_state"} < set(before_evaluation)
+    # Seeds, and the learning rate of the first line of the log.
+    assert len(before_evaluation) <= MOST_COMPILED, before_evaluation
 
 
 def test_a_run_shows_and_leaves_what_it_should(place, finished):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from scipy.ndimage import gaussian_filter
 
 SAMPLES = 5000
 # The first ones, four fifths, are for training.
@@ -68,6 +67,9 @@ def _signal(
     template: Float64[np.ndarray, "12"],
 ) -> Float64[np.ndarray, "40"]:
     """A signal of this template."""
+    # Here: it takes a fifth of a second to import, and text needs no scipy.
+    from scipy.ndimage import gaussian_filter
+
     low, high = _PADDING
     padding = low + int(rng.rand() * (high - low + 1))
     signal = np.concatenate([template + _NOT_ZERO, np.zeros(padding)])

@@ -47,12 +47,11 @@ class Growth:
     A run without `grow_batches` has one size.
     """
 
-    def __init__(self, run: Run, config: Config, state: TrainState):
+    def __init__(self, run: Run, config: Config):
         """
         Args:
           run: what is trained.
           config: as its step is compiled.
-          state: the first one: it says how far a run that goes on has grown.
         """
         self._run = run
         self._config = config
@@ -61,8 +60,20 @@ class Growth:
         ratio = train.most_accumulation_steps // train.accumulation_steps
         self._most = int(math.log2(ratio)) if train.grow_batches else 0
         self.doublings = 0
-        if train.grow_batches:
+
+    def begin(self, state: TrainState) -> None:
+        """With this state, which says how far a run that goes on has grown."""
+        if self._config.train.grow_batches:
             self.doublings = min(doublings(state.opt_state), self._most)
+
+    def compile_first(self, batch: Batch, teacher: Teacher | None) -> None:
+        """Compiles the step of a run that has not grown, which `train_step` then finds compiled.
+
+        Args:
+          batch: its shapes and placement.
+          teacher: as of `train_step`.
+        """
+        self._step().lower(self._run.abstract, batch, teacher).compile()
 
     @property
     def rows(self) -> int:
@@ -84,6 +95,10 @@ class Growth:
         teacher: Teacher | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         """A step over such a batch."""
+        return self._step()(state, batch, teacher)
+
+    def _step(self) -> jax.stages.Wrapped:
+        """The step over batches of this size."""
         if self.doublings not in self._steps:
             factor = 2**self.doublings
             train = self._config.train
@@ -94,7 +109,7 @@ class Growth:
             )
             config = dataclasses.replace(self._config, train=grown)
             self._steps[self.doublings] = jit_train_step(config, self._run.tx, self._run.shardings)
-        return self._steps[self.doublings](state, batch, teacher)
+        return self._steps[self.doublings]
 
     def grown(self, state: TrainState, metrics: dict[str, Array]) -> TrainState:
         """The state, with the size of the next batches: the norm test of this step's gradient.

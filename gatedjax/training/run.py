@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -221,13 +222,18 @@ def _devices_text(mesh: Mesh) -> str:
     return text
 
 
-def fresh_state(run: Run, given: Mapping[Path, Array] | None = None) -> TrainState:
+def fresh_state(
+    run: Run,
+    given: Mapping[Path, Array] | None = None,
+    meanwhile: Callable[[], object] | None = None,
+) -> TrainState:
     """The state before the first step, made in place: no device holds more than its shards.
 
     Args:
       run: of which it is the state.
       given: parameters that are not made here, by path, placed as the run has them. Their memory is
         taken over.
+      meanwhile: is called while the program that makes it is compiled, such as to compile another.
     """
     key = jax.random.key(run.config.train.seed)
 
@@ -242,4 +248,13 @@ def fresh_state(run: Run, given: Mapping[Path, Array] | None = None) -> TrainSta
         donate_argnums=1,
         compiler_options=for_first_state(run.mesh) or None,
     )
-    return make(key, list((given or {}).values()))
+    arguments = (key, list((given or {}).values()))
+    if meanwhile is None:
+        return make(*arguments)
+    # Traced before, not beside: what traces leave is one for all threads (`dispatch.choices`).
+    lowered = make.lower(*arguments)
+    # XLA compiles without Python's lock.
+    with ThreadPoolExecutor(1) as beside:
+        compiled = beside.submit(lowered.compile)
+        meanwhile()
+    return compiled.result()(*arguments)

@@ -22,6 +22,7 @@ from kernels_pallas.attention import tile
 from kernels_pallas.attention.inputs import MASK_BLOCK
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.common.mesh import varying_like
+from kernels_pallas.common.opaque import opaque
 
 # So few blocks are unrolled: about a tenth faster on a CPU at T = 256.
 UNROLLED_BLOCKS = 4
@@ -300,14 +301,16 @@ def tile_mask(
     num_rows = rows.q.shape[-2]
     # Row g * block_q + t is token t of the block.
     tokens = jnp.arange(num_rows) % plan.block_q
-    queries = first_position(plan, inputs, rows.number) + tokens
-    positions = j * plan.block_k + jnp.arange(plan.block_k)
-    # Keys of padding are at `length` and beyond.
+    first_query = first_position(plan, inputs, rows.number)
+    first_key = j * plan.block_k
+    num_keys = inputs.k.shape[1]
+    # Counted from the tile's first key: unrolled tiles that lie alike are compiled once.
     seen = tile.visible(
-        queries,
-        positions,
-        length=inputs.k.shape[1],
-        causal=plan.causal,
+        first_query - first_key + tokens,
+        jnp.arange(plan.block_k),
+        # Keys of padding are at the length and beyond.
+        length=None if num_keys % plan.block_k == 0 else num_keys - first_key,
+        causal=plan.causal and not _is_all_before(plan, first_query, first_key),
         window=plan.window,
         row_segments=rows.segments,
         key_segments=keys.segments,
@@ -319,17 +322,24 @@ def tile_mask(
         seen = seen & is_no_padding(plan, inputs, rows)
     if rows.mask is not None:
         seen = seen & _on_pairs(plan, rows.mask[j], inputs.k.shape[2])
+    positions = first_key + jnp.arange(plan.block_k)
     alibi = None
     if constants.slopes is not None:
         dtype = constants.slopes.dtype
         if keys.distances is None:
             # [1, 1, R, C]
-            distances = tile.distance(queries, positions, dtype)[None, None]
+            distances = tile.distance(first_query + tokens, positions, dtype)[None, None]
         else:
             # [B, 1, 1, C]: the single query's.
             distances = keys.distances[..., None, :].astype(dtype)
         alibi = tile.Alibi(constants.slopes, distances)
     return tile.Mask(seen, positions[None, None, None, :], alibi)
+
+
+def _is_all_before(plan: Plan, first_query: int | Array, first_key: int | Array) -> bool:
+    """Whether it is known while tracing that every key of a tile is before every query."""
+    static = isinstance(first_query, int) and isinstance(first_key, int)
+    return static and first_key + plan.block_k <= first_query
 
 
 def tile_is_on(rows: QueryBlocks, j: int | Array) -> Bool[Array, ""] | None:
@@ -387,7 +397,13 @@ def take(blocks: Any, i: int | Array) -> Any:
     """Block `i` of every array. Block numbers, which numpy holds, are Python numbers then."""
 
     def take_one(x: Array | np.ndarray) -> Array | int:
-        return int(x[i]) if isinstance(x, np.ndarray) else x[i]
+        if isinstance(x, np.ndarray):
+            return int(x[i])
+        if not isinstance(i, int):
+            return x[i]
+        # XLA is not told which block it is: what is computed of it is compiled once for all blocks.
+        index = opaque(jnp.int32(i))
+        return jax.lax.dynamic_index_in_dim(x, index, keepdims=False, allow_negative_indices=False)
 
     return jax.tree.map(take_one, blocks)
 

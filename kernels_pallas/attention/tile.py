@@ -188,7 +188,7 @@ def visible_pairs(
     queries: Int[Array, "..."],
     keys: Int[Array, "..."],
     *,
-    length: int | None = None,
+    length: int | Int[Array, ""] | None = None,
     causal: bool = False,
     window: int | None = None,
     query_segments: Int[Array, "..."] | None = None,
@@ -260,7 +260,7 @@ def visible(
     rows: Int[Array, "R"],
     keys: Int[Array, "C"],
     *,
-    length: int,
+    length: int | Int[Array, ""] | None,
     causal: bool,
     window: int | None,
     row_segments: Int[Array, "*batch R"] | None = None,
@@ -270,7 +270,7 @@ def visible(
 
     Args:
       rows, keys: positions of the tile's queries and keys.
-      length: keys at this position and beyond are padding.
+      length: keys at this position and beyond are padding; None if there are none.
       causal, window: as of `visible_pairs`.
       row_segments, key_segments: the documents of the queries and keys, both or neither.
 
@@ -288,7 +288,9 @@ def visible(
         query_segments=None if row_segments is None else row_segments[..., :, None],
         key_segments=None if key_segments is None else key_segments[..., None, :],
     )
-    assert mask is not None, "a length is a condition"
+    if mask is None:
+        # Of the shape of the mask that it stands for: callers add conditions.
+        return jnp.ones((*leading, rows.shape[-1], keys.shape[-1]), bool)
     return mask
 
 

@@ -70,7 +70,8 @@ def test_rows_come_in_their_order():
     rows = stream()
     with jax.set_mesh(run.mesh):
         state = fresh_state(run)
-        growth = Growth(run, config, state)
+        growth = Growth(run, config)
+        growth.begin(state)
         state, metrics = growth.train_step(state, growth.next_batch(rows))
         assert seen == [0]
         assert float(metrics[VARIANCE]) > 0
@@ -84,7 +85,9 @@ def test_rows_come_in_their_order():
         state, metrics = growth.train_step(state, batch)
         assert growth.grown(state, metrics) is state
         # A run that goes on from this state has grown already.
-        assert Growth(run, config, state).rows == 32
+        again = Growth(run, config)
+        again.begin(state)
+        assert again.rows == 32
 
 
 def test_growing_needs_micro_batches():
