@@ -312,7 +312,9 @@ def _merge(
 
 def _halves(x: Array) -> tuple[Array, Array]:
     """[..., 2, a, b] -> the two [..., a, b]."""
-    return x[..., 0, :, :], x[..., 1, :, :]
+    # Not two slices: the gradient of those is a sum of two arrays that are half zeros.
+    left, right = jnp.split(x, 2, axis=-3)
+    return left[..., 0, :, :], right[..., 0, :, :]
 
 
 # --- any decay
