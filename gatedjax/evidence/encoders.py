@@ -26,7 +26,8 @@ from gatedjax.data.image_rows import row_of_image
 from gatedjax.evidence.allocator import keep_freed_memory
 from gatedjax.layers import MIXERS
 from gatedjax.layers.token_info import Grid, default_info
-from gatedjax.training.step import batch_losses_and_correct, init_params
+from gatedjax.training.eval_step import batch_losses_and_correct
+from gatedjax.training.state import init_params
 
 
 class Images(NamedTuple):

@@ -21,7 +21,7 @@ from gatedjax.training import identity, orbax_store
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.digests import named_leaves
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import params_for_evaluation
+from gatedjax.training.state import params_for_evaluation
 
 
 def small(place, **changes):

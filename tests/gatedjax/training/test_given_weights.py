@@ -17,7 +17,7 @@ from gatedjax.layers.tree import flatten_dict
 from gatedjax.training import given_weights, step_folders
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import params_for_evaluation
+from gatedjax.training.state import params_for_evaluation
 
 BASE = plain(model__vocab_size=288, model__width=16, model__ffns__mlp__hidden=16)
 FINGERPRINT = load_tokenizer("bytes").fingerprint
