@@ -11,12 +11,8 @@ from gatedjax.model import head_weights
 from gatedjax.output import to_logits
 from gatedjax.sharding import RULES
 from gatedjax.training.forward import hidden_states, targets_of, tokens_of_chunk
-from gatedjax.training.losses import (
-    TokenLosses,
-    chunked_cross_entropy,
-    count_correct,
-    gathered,
-)
+from gatedjax.training.losses import TokenLosses, chunked_cross_entropy, count_correct
+from gatedjax.training.output_matrix import gathered
 
 
 def eval_step(model: ModelConfig, params: PyTree, batch: Batch) -> TokenLosses:

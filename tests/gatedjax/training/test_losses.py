@@ -14,9 +14,10 @@ from tiny_run import plain, random_batch
 from gatedjax.config import MeshConfig
 from gatedjax.sharding import RULES, make_mesh
 from gatedjax.training.gradients import accumulated_gradients
-from gatedjax.training.losses import chunked_cross_entropy, training_loss
+from gatedjax.training.losses import chunked_cross_entropy
 from gatedjax.training.sparsemax_loss import sparsemax_loss
 from gatedjax.training.state import init_state
+from gatedjax.training.training_loss import training_loss
 
 ROWS, LENGTH, WIDTH, VOCAB = 2, 7, 8, 16
 
