@@ -10,7 +10,7 @@ import numpy as np
 
 from gatedjax.config import ModelConfig, config_dict, from_config_dict, layer
 from gatedjax.evaluation.sampling import Decoder
-from gatedjax.training.step import init_params
+from gatedjax.training.state import init_params
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from gatedjax.training import given_weights, identity
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.manifest import places
 from gatedjax.training.run import Run, fresh_state, prepare
-from gatedjax.training.step import TrainState
+from gatedjax.training.state import TrainState
 from gatedjax.training.step_folders import has_steps
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, as --workdir of train.py.")

@@ -49,7 +49,7 @@ from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
 from gatedjax.training.run_directory import set_aside
 from gatedjax.training.run_record import keep_record
-from gatedjax.training.step import TrainState, params_for_evaluation
+from gatedjax.training.state import TrainState, params_for_evaluation
 from gatedjax.training.step_folders import has_steps
 from gatedjax.training.teacher import Teacher
 

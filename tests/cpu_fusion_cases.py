@@ -23,7 +23,7 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.layers import FEED_FORWARDS, MIXERS, TokenInfo
-from gatedjax.training.losses import training_loss
+from gatedjax.training.training_loss import training_loss
 from kernels_pallas.attention import NORMALIZERS
 from kernels_pallas.ops import (
     attention,

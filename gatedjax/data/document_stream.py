@@ -15,7 +15,7 @@ from typing import Any
 from gatedjax.config import SourceConfig
 from gatedjax.data.formats import one_line, optional_module, require_string
 from gatedjax.data.splits import content_hash
-from gatedjax.data.token_cache import utf8
+from gatedjax.data.tokenized_splits import utf8
 from gatedjax.data.tokenizer import HUB_NAME
 from gatedjax.errors import InputError, StorageError, require
 from gatedjax.paths import expand

@@ -35,7 +35,7 @@ from jaxtyping import Int, Num
 
 from gatedjax.data.backcopy import Language, backcopy_row, language
 from gatedjax.data.batch import Batch, empty_row
-from gatedjax.data.pipeline import Block
+from gatedjax.data.blocks import Block
 from gatedjax.data.splits import SPLITS, Split
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import require

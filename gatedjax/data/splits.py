@@ -3,7 +3,7 @@
 The hash of a document's text decides, and nothing else: the same text is on the same side in every
 source, under any name, and a document's side does not depend on the others. Two exceptions, for
 sources so small that one side would stay empty: the document nearest to that side crosses over, and
-a source of one text (however often it stands there) is cut in two. `pipeline.corpora` refuses
+a source of one text (however often it stands there) is cut in two. `open_corpora.corpora` refuses
 sources that contradict each other through an exception.
 """
 

@@ -15,9 +15,9 @@ from gatedjax.evaluation.probes import Probes, measure
 from gatedjax.evaluation.validation import ratio
 from gatedjax.model import head_weights, logits
 from gatedjax.sharding import RULES, global_batch, my_rows
+from gatedjax.training.eval_step import batch_losses_and_correct
 from gatedjax.training.losses import TokenLosses
 from gatedjax.training.run import Run
-from gatedjax.training.step import batch_losses_and_correct
 
 
 class EncoderEvaluation(NamedTuple):

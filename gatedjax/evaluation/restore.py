@@ -34,7 +34,7 @@ from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.digests import named_leaves
 from gatedjax.training.memory import bytes_on_a_device, device_memory, host_memory
 from gatedjax.training.run import Run, prepare
-from gatedjax.training.step import TrainState, params_for_evaluation
+from gatedjax.training.state import TrainState, params_for_evaluation
 
 # Section -> key -> value.
 Changes = Mapping[str, Mapping[str, Any]]

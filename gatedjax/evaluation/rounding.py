@@ -20,8 +20,8 @@ from gatedjax.data import Batch
 from gatedjax.layers import FeedForward, Mixer
 from gatedjax.layers.block import Block
 from gatedjax.layers.projection import Projection
+from gatedjax.training.eval_step import eval_step_by_row
 from gatedjax.training.losses import TokenLosses
-from gatedjax.training.step import eval_step_by_row
 
 # The methods of mixers and feed-forwards that a model calls; the tokens' vectors come first.
 _OF_LAYERS = ("with_cache", "with_weights", "with_values", "with_statistics")
@@ -80,5 +80,5 @@ def _losses(
         return eval_step_by_row(model, params, batch)
 
 
-# `training.step.eval_step_by_row` of a model whose activations are rounded.
+# `training.eval_step.eval_step_by_row` of a model whose activations are rounded.
 rounded_eval_step = careful_jit(_losses, static_argnums=(0, 1))

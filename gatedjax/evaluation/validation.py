@@ -13,8 +13,8 @@ from gatedjax.data import Batch, ImageCorpus, batches, corpora, make_dataset
 from gatedjax.evaluation.probes import Probes, measure
 from gatedjax.evaluation.rounding import rounded_eval_step
 from gatedjax.sharding import global_batch, my_rows
+from gatedjax.training.eval_step import eval_step_by_row
 from gatedjax.training.run import Run
-from gatedjax.training.step import eval_step_by_row
 
 _eval_step = careful_jit(eval_step_by_row, static_argnums=0)
 

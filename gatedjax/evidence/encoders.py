@@ -26,13 +26,10 @@ from gatedjax.data.image_rows import row_of_image
 from gatedjax.evidence.allocator import keep_freed_memory
 from gatedjax.layers.tree import united
 from gatedjax.training import trainable
+from gatedjax.training.eval_step import batch_losses_and_correct
 from gatedjax.training.run import Run, prepare
-from gatedjax.training.step import (
-    TrainState,
-    batch_losses_and_correct,
-    init_params,
-    jit_train_step,
-)
+from gatedjax.training.state import TrainState, init_params
+from gatedjax.training.step import jit_train_step
 
 
 class Images(NamedTuple):

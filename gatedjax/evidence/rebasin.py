@@ -29,7 +29,7 @@ from gatedjax.study import Cell
 from gatedjax.study.cell import seeded, train
 from gatedjax.study.sinks import predictions
 from gatedjax.study.trained import Trained
-from gatedjax.training.step import init_params, param_axes
+from gatedjax.training.state import init_params, param_axes
 
 Path = tuple[str, ...]
 Arrays = dict[Path, np.ndarray]

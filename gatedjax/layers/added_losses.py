@@ -2,8 +2,8 @@
 slices and learners.
 
 A layer sows the weighted mean over the tokens of the batch, padding left out; the step runs the
-model with this collection and adds everything that it finds (`training/step.py`). Adaptive MLPs sow
-what their gates choose, as their losses are of all layers together.
+model with this collection and adds everything that it finds (`training/forward.py`). Adaptive MLPs
+sow what their gates choose, as their losses are of all layers together.
 """
 
 from typing import Any

@@ -16,7 +16,7 @@ _boxed = contextvars.ContextVar("boxed", default=False)
 def boxed_parameters() -> Iterator[None]:
     """Inside this block, `init` returns parameters in boxes that carry their logical axis names.
 
-    Sharding and optimizers need the names (`training.step.init_params`); everybody else gets plain
+    Sharding and optimizers need the names (`training.state.init_params`); everybody else gets plain
     arrays.
     """
     token = _boxed.set(True)

@@ -23,7 +23,8 @@ from gatedjax.study.trained import Trained
 from gatedjax.training import given_teacher, given_weights
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, fresh_state, prepare, with_vocab
-from gatedjax.training.step import jit_train_step, params_for_evaluation
+from gatedjax.training.state import params_for_evaluation
+from gatedjax.training.step import jit_train_step
 
 READ_EVERY = 25  # steps: reading the metrics waits for the device
 

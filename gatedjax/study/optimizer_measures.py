@@ -11,10 +11,11 @@ from gatedjax.layers.tree import flatten_dict
 from gatedjax.sharding import global_batch, my_rows
 from gatedjax.study.trained import Trained
 from gatedjax.training.curvature import largest_eigenvalue
+from gatedjax.training.eval_step import batch_losses
 from gatedjax.training.muon import Matrices, split_matrices
 from gatedjax.training.optim import FUSED_GATES, muon_dimensions
 from gatedjax.training.optim_rules import width_factors, width_probe
-from gatedjax.training.step import batch_losses, init_params, param_axes
+from gatedjax.training.state import init_params, param_axes
 
 Values = dict[str, float]
 # Rows of the batches whose curvature is looked at, whatever the model was trained on.

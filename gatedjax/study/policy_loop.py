@@ -25,7 +25,7 @@ from gatedjax.model import LanguageModel, head_weights
 from gatedjax.model import logits as compute_logits
 from gatedjax.sharding import RULES
 from gatedjax.training.policy import group_advantages, grpo_objective, sapo_objective
-from gatedjax.training.step import init_params
+from gatedjax.training.state import init_params
 
 Task = Literal["reverse", "add"]
 OBJECTIVES: dict[str, Callable[[Array, Array], Array]] = {

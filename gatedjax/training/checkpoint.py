@@ -22,7 +22,6 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -34,35 +33,19 @@ from gatedjax.errors import InputError, TrainingError, printable
 from gatedjax.files import require_utf8
 from gatedjax.paths import expand_place, is_bucket
 from gatedjax.training import manifest as manifests
-from gatedjax.training import orbax_store, ownership, step_folders
-from gatedjax.training.bucket_lock import BucketLock
+from gatedjax.training import orbax_store, ownership, saved_step, step_folders
 from gatedjax.training.digests import Leaves, named_leaves
 from gatedjax.training.preservation import NewestAndSound
 from gatedjax.training.quiet_orbax import QuietOrbax, drop_late_callbacks
 from gatedjax.training.run_directory import (
     DamagedError,
-    failures_as_damage,
+    identity_of_place,
     lock_on_first_process,
     plain_errors,
     raise_together,
+    require_same_place,
 )
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A verified checkpoint.
-
-    data_index: how many rows of the data the run had been given when it was saved.
-    places: where its streams went on then, by the name of the source.
-    data: what the data were (`identity.Identity`); {} if the checkpoint does not say.
-    """
-
-    step: int
-    state: PyTree
-    data_index: int
-    places: Mapping[str, Any]
-    config: Mapping[str, Any]
-    data: Mapping[str, Any]
+from gatedjax.training.saved_step import Restored
 
 
 class Checkpointer:
@@ -119,7 +102,7 @@ class Checkpointer:
                 self._lock = lock_on_first_process(place, self._report)
         elif not self._is_there():
             raise InputError(f"{run_dir}: holds no checkpoints")
-        self._place = self._identity_of_place()
+        self._identity = identity_of_place(self.directory, self._lock)
         self._manager_if_open: orbax_store.Manager | None = None
 
     def _is_there(self) -> bool:
@@ -161,7 +144,7 @@ class Checkpointer:
         self.wait()
         if self._read_only:
             raise ValueError(f"step {step}: opened read-only")
-        self._require_place()
+        require_same_place(self.directory, self._lock, self._identity)
         if step in self.steps():
             raise InputError(f"{self.directory}: step {step}: is saved already")
         leaves = named_leaves(state)
@@ -248,7 +231,9 @@ class Checkpointer:
             try:
                 restored = self._read(step, target, unread)
             except DamagedError as error:
-                self._report(f"{self._damage(step, error)}; trying the one before it")
+                self._report(
+                    f"{saved_step.damage(self.directory, step, error)}; trying the one before it"
+                )
                 damaged.append(step)
             else:
                 self._set_aside(damaged, "damaged")
@@ -279,7 +264,7 @@ class Checkpointer:
         try:
             return self._read(step, target, unread)
         except DamagedError as error:
-            raise InputError(self._damage(step, error)) from None
+            raise InputError(saved_step.damage(self.directory, step, error)) from None
 
     def read_leaves(self, step: int, wanted: Leaves) -> Leaves:
         """Some arrays of a step by name, verified, and no others.
@@ -293,30 +278,15 @@ class Checkpointer:
           InputError: the step is absent or damaged.
         """
         self._require_step(step)
-        body = {}
-        leaves = {}
-        problem = None
         try:
-            body = self._manifest(step)
-            described = body["leaves"]
-            manifests.require_stored_sizes(self.directory / str(step), described)
-            leaves = self._arrays(
+            return saved_step.read_leaves(
+                self.directory,
                 step,
-                described,
-                {**described, **wanted},
-                described.keys() - wanted.keys(),
+                wanted,
+                self._quiet,
             )
         except DamagedError as error:
-            problem = InputError(self._damage(step, error))
-        except InputError as error:
-            problem = error
-        # The digests are a collective: all processes come to it, or none.
-        raise_together(problem)
-        try:
-            manifests.require_same_digests(body, leaves)
-        except DamagedError as error:
-            raise InputError(self._damage(step, error)) from None
-        return leaves
+            raise InputError(saved_step.damage(self.directory, step, error)) from None
 
     def config(self, step: int | None = None) -> Mapping[str, Any]:
         """The configuration saved with a step; see `manifest`."""
@@ -335,7 +305,7 @@ class Checkpointer:
             candidates = [step]
         for candidate in candidates:
             try:
-                return self._manifest(candidate)
+                return saved_step.read_manifest(self.directory, candidate)
             except DamagedError as error:
                 place = f"manifest of step {candidate} in {self.directory}"
                 self._report(f"{place} is damaged: {error}")
@@ -386,43 +356,8 @@ class Checkpointer:
             raise
         except Exception:
             # orbax does not always name the operating system's error.
-            self._require_place()
+            require_same_place(self.directory, self._lock, self._identity)
             raise
-
-    def _identity_of_place(self) -> list[tuple[int, int]]:
-        """What stays the same as long as nobody moves or empties the directories under the run.
-
-        In a bucket that is the lock alone, of which the first process knows.
-        """
-        if is_bucket(self.directory):
-            if isinstance(self._lock, BucketLock):
-                self._lock.require_held()
-            return []
-        places = [self.directory.parent, self.directory]
-        if self._lock is not None:
-            # A directory that was emptied while the run wrote to it is the same one, without it.
-            places.append(self.directory.parent / "lock")
-        with plain_errors(f"could not read {self.directory}"):
-            statuses = [os.stat(path) for path in places]
-        return [(status.st_dev, status.st_ino) for status in statuses]
-
-    def _require_place(self) -> None:
-        """InputError, on all processes, if the run directory is no longer the one that was opened.
-
-        What is saved into another one that has taken its place would be lost, or overwrite it.
-        """
-        problem = None
-        try:
-            place = self._identity_of_place()
-        except InputError as error:
-            problem = error
-            place = None
-        if place != self._place and not is_bucket(self.directory):
-            run_dir = self.directory.parent
-            problem = InputError(
-                f"{run_dir}: was removed, renamed or replaced while the run was writing to it"
-            )
-        raise_together(problem)
 
     def _note_steps_on_disk(self) -> None:
         """Once: which of the steps that are there already are sound."""
@@ -431,7 +366,7 @@ class Checkpointer:
         self._is_noted = True
         for step in self.steps():
             try:
-                body = self._manifest(step)
+                body = saved_step.read_manifest(self.directory, step)
             except (DamagedError, InputError):
                 self._preservation.note(step, None, is_sound=False)
                 continue
@@ -442,22 +377,11 @@ class Checkpointer:
                 is_sound=body.get("is_sound", True) is True,
             )
 
-    def _damage(self, step: int, error: DamagedError) -> str:
-        return f"checkpoint of step {step} in {self.directory} is damaged: {error}"
-
     def _require_step(self, step: int) -> None:
         steps = self.steps()
         if step not in steps:
             held = ", ".join(map(str, steps)) or "none"
             raise InputError(f"{self.directory}: no step {step}; it holds {held}")
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        """The verified body of a step's manifest."""
-        with failures_as_damage(f"the manifest of step {step} in {self.directory}"):
-            step_dir = self.directory / str(step)
-            manifests.require_plain_files(step_dir)
-            text = (step_dir / "manifest" / "metadata").read_bytes()
-            return manifests.verified_body(json.loads(text), step)
 
     def _read(
         self,
@@ -465,65 +389,14 @@ class Checkpointer:
         target: PyTree,
         unread: Collection[str],
     ) -> Restored:
-        """A step, verified on all processes together; the leaves in `unread` are not read."""
-        wanted = named_leaves(target)
-        body = {}
-        leaves = {}
-        problem = None
-        try:
-            body = self._manifest(step)
-            manifests.require_same_leaves(
-                self.directory / str(step),
-                body,
-                wanted,
-                self._config,
-            )
-            manifests.require_same_optimizer(self.directory / str(step), body, self._config)
-            manifests.require_stored_sizes(self.directory / str(step), body["leaves"])
-            leaves = self._arrays(
-                step,
-                body["leaves"],
-                wanted,
-                unread,
-            )
-        except (DamagedError, InputError) as error:
-            problem = error
-        # The digests are a collective: all processes come to it, or none.
-        raise_together(problem)
-        manifests.require_same_digests(body, leaves)
-        in_order = []
-        for name, leaf in wanted.items():
-            absent = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            in_order.append(leaves.get(name, absent))
-        data = body.get("data")
-        return Restored(
-            step=step,
-            state=jax.tree.unflatten(jax.tree.structure(target), in_order),
-            data_index=manifests.rows_taken(body),
-            places=manifests.places(body),
-            config=body["config"],
-            data=data if isinstance(data, dict) else {},
+        return saved_step.read_state(
+            self.directory,
+            step,
+            target,
+            unread,
+            self._config,
+            self._quiet,
         )
-
-    def _arrays(
-        self,
-        step: int,
-        described: Mapping[str, Any],
-        wanted: Leaves,
-        unread: Collection[str],
-    ) -> Leaves:
-        """The arrays of a step by name, without those in `unread`."""
-        read = {}
-        for name, leaf in wanted.items():
-            if name not in unread:
-                read[name] = orbax_store.with_sharding(name, leaf)
-        with self._quiet, failures_as_damage(f"the arrays of step {step} in {self.directory}"):
-            return orbax_store.read_arrays(
-                self.directory / str(step),
-                described,
-                read,
-                wanted.keys() - read.keys(),
-            )
 
     def _set_aside(self, steps: list[int], why: str) -> None:
         """Renames steps to `<why>-<step>`, so that their numbers are free again."""
@@ -551,11 +424,11 @@ class Checkpointer:
             problem = None
             for step in self.steps():
                 try:
-                    with failures_as_damage(f"step {step} in {self.directory}"):
-                        manifests.require_plain_files(self.directory / str(step))
-                        manifests.require_orbax_metadata(self.directory / str(step))
+                    saved_step.require_readable_by_orbax(self.directory, step)
                 except DamagedError as error:
-                    self._report(f"{self._damage(step, error)}; it is set aside")
+                    self._report(
+                        f"{saved_step.damage(self.directory, step, error)}; it is set aside"
+                    )
                     unreadable.append(step)
                 except InputError as error:
                     problem = error

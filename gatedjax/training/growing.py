@@ -18,9 +18,11 @@ from jax import Array
 from gatedjax.config import Config
 from gatedjax.data import Batch
 from gatedjax.sharding import global_batch
+from gatedjax.training.gradients import VARIANCE
 from gatedjax.training.optim_growth import doublings, with_doublings
 from gatedjax.training.run import Run
-from gatedjax.training.step import VARIANCE, TrainState, jit_train_step
+from gatedjax.training.state import TrainState
+from gatedjax.training.step import jit_train_step
 from gatedjax.training.teacher import Teacher
 
 

@@ -103,7 +103,7 @@ def make_optimizer(
     Args:
       config: the optimizer's name and numbers.
       steps: optimizer steps of the run.
-      axes: for each parameter that trains the tuple of its logical axes (`step.param_axes`), same
+      axes: for each parameter that trains the tuple of its logical axes (`state.param_axes`), same
         tree as those parameters.
       width: of the model; needed with `base_width`.
       batch_size: rows of a step; needed with `base_batch_size`.

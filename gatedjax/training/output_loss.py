@@ -1,4 +1,4 @@
-"""What outputs other than softmax are trained with (`OutputConfig`), beside `losses.training_loss`.
+"""What outputs other than softmax are trained with (`OutputConfig`), beside `training_loss`.
 
 `token_losses` are the losses of tokens as functions of their products with the output matrix.
 `output_loss` sums them over a batch, chunk by chunk, and makes the gradient while the products are
@@ -18,19 +18,17 @@ from gatedjax.config import ModelConfig, OutputConfig
 from gatedjax.model import HEAD_BIAS, head_weights
 from gatedjax.model import logits as products
 from gatedjax.output import codes_of_tokens, fourier_logits, log_stable, roughness, unit_rows
-from gatedjax.training.losses import (
-    TokenLosses,
+from gatedjax.training.losses import TokenLosses, counted
+from gatedjax.training.output_matrix import (
     added_up,
     by_group,
-    counted,
-    flat,
     gathered,
     groups_of_rows,
-    over_chunks,
     through_products,
-    training_loss,
 )
 from gatedjax.training.spherical_loss import spherical_loss
+from gatedjax.training.token_chunks import flat, over_chunks
+from gatedjax.training.training_loss import training_loss
 
 
 class Extra(NamedTuple):
@@ -143,7 +141,7 @@ def output_loss(
     output: OutputConfig,
     bins: int,
 ) -> tuple[Float[Array, ""], TokenLosses]:
-    """`scale x` the weighted sum of `token_losses`, and the sums, as `losses.training_loss`.
+    """`scale x` the weighted sum of `token_losses`, and the sums, as `training_loss`.
 
     Args:
       hidden: the model's last hidden states.

@@ -29,7 +29,7 @@ from gatedjax.training.flops import (
 )
 from gatedjax.training.optim import make_optimizer
 from gatedjax.training.optim_growth import growing
-from gatedjax.training.step import TrainState, init_params, init_state, param_axes
+from gatedjax.training.state import TrainState, init_params, init_state, param_axes
 from gatedjax.training.teacher import Teacher, compared_layers
 
 # A vocabulary that the tensor axis divides; the entries past the tokenizer's are never targets.

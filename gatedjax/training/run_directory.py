@@ -126,6 +126,50 @@ def _require_own_file(path: Path, status: os.stat_result) -> None:
         raise InputError(f"{path}: is another name of some other file; remove it")
 
 
+def identity_of_place(
+    checkpoints: Place,
+    lock: IO | BucketLock | None,
+) -> list[tuple[int, int]]:
+    """What stays the same as long as nobody moves or empties the directories under the run.
+
+    In a bucket that is the lock alone, of which the first process knows.
+    """
+    if is_bucket(checkpoints):
+        if isinstance(lock, BucketLock):
+            lock.require_held()
+        return []
+    places = [checkpoints.parent, checkpoints]
+    if lock is not None:
+        # A directory that was emptied while the run wrote to it is the same one, without it.
+        places.append(checkpoints.parent / "lock")
+    with plain_errors(f"could not read {checkpoints}"):
+        statuses = [os.stat(path) for path in places]
+    return [(status.st_dev, status.st_ino) for status in statuses]
+
+
+def require_same_place(
+    checkpoints: Place,
+    lock: IO | BucketLock | None,
+    opened: list[tuple[int, int]],
+) -> None:
+    """InputError, on all processes, if the run directory is no longer the one that was opened.
+
+    What is saved into another one that has taken its place would be lost, or overwrite it.
+    """
+    problem = None
+    try:
+        found = identity_of_place(checkpoints, lock)
+    except InputError as error:
+        problem = error
+        found = None
+    if found != opened and not is_bucket(checkpoints):
+        run_dir = checkpoints.parent
+        problem = InputError(
+            f"{run_dir}: was removed, renamed or replaced while the run was writing to it"
+        )
+    raise_together(problem)
+
+
 def set_aside(run_dir: Place, report: Callable[[str], None]) -> None:
     """Gives the run in a directory another name: NAME.1, NAME.2 ... Nothing where there is no run.
 

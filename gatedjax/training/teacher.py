@@ -25,7 +25,8 @@ from gatedjax.layers.block import block_layers
 from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.token_info import arranged
 from gatedjax.model import LanguageModel, head_weights, logits
-from gatedjax.training.losses import chunks, gathered, positions_of_chunk
+from gatedjax.training.output_matrix import gathered
+from gatedjax.training.token_chunks import chunks, positions_of_chunk
 
 
 @struct.dataclass

@@ -18,7 +18,8 @@ from gatedjax.config import MeshConfig, from_config_dict, layer
 from gatedjax.data import Batch
 from gatedjax.sharding import AXES, RULES, across_slices, global_batch, make_mesh, my_rows
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import init_params, jit_train_step, param_axes
+from gatedjax.training.state import init_params, param_axes
+from gatedjax.training.step import jit_train_step
 
 # between any two meshes, of the loss and of the gradient's norm: float32 sums in another order
 TOLERANCE = 2e-5

@@ -110,7 +110,9 @@ from gatedjax.layers import MIXERS
 from gatedjax.model import init_caches
 from gatedjax.training.flops import train_flops_per_token
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import eval_step, jit_train_step, params_for_evaluation
+from gatedjax.training.eval_step import eval_step
+from gatedjax.training.state import params_for_evaluation
+from gatedjax.training.step import jit_train_step
 
 assert gatedjax.__file__.startswith({copy!r}), gatedjax.__file__
 c = config_dict()

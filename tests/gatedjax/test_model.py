@@ -21,7 +21,8 @@ from gatedjax.config import (
     SparseMoEConfig,
 )
 from gatedjax.model import LanguageModel, head_weights, init_caches, logits
-from gatedjax.training.losses import cross_entropy, training_loss
+from gatedjax.training.losses import cross_entropy
+from gatedjax.training.training_loss import training_loss
 
 MODEL = ModelConfig(
     vocab_size=32,

@@ -18,7 +18,7 @@ from gatedjax.errors import InputError
 from gatedjax.model import LanguageModel, init_caches
 from gatedjax.sharding import AXES, make_mesh, my_rows, narrow_shards
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import init_params
+from gatedjax.training.state import init_params
 
 MESHES = {
     "data": dict(data=8),

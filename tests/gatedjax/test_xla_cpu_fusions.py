@@ -25,8 +25,10 @@ from helpers import slow
 from tiny_run import random_batch, replace, tiny
 
 from gatedjax.layers.moe import lora
+from gatedjax.training.eval_step import eval_step
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import eval_step, params_for_evaluation, train_step
+from gatedjax.training.state import params_for_evaluation
+from gatedjax.training.step import train_step
 from kernels_pallas.ops import linear_scan
 
 FUZZ_SEED = int(os.environ.get("FUSION_SEED", 0))

@@ -80,7 +80,7 @@ def router_statistics(
 
     Under jit on a mesh every sum goes over all devices, so no device has statistics of its own.
     Means are over tokens, whatever they weigh in the loss, and 0 where there are none. A token
-    whose logits are NaN makes them NaN: the step is then skipped (`training/step.py`).
+    whose logits are NaN makes them NaN: the step is then skipped (`training/guard.py`).
 
     Args:
       logits: of the router, before the temperature.

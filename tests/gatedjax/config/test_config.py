@@ -48,7 +48,7 @@ from gatedjax.config.files import own_names
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.training.run import with_vocab
-from gatedjax.training.step import init_params, param_axes
+from gatedjax.training.state import init_params, param_axes
 
 ROOT = Path(__file__).parents[3]
 GOLDENS = Path(__file__).parents[1] / "goldens"

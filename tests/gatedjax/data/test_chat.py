@@ -22,7 +22,8 @@ from gatedjax.data.chat_template import ChatTemplate, load_chat_template
 from gatedjax.errors import InputError
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.training import identity
-from gatedjax.training.step import batch_losses, init_params
+from gatedjax.training.eval_step import batch_losses
+from gatedjax.training.state import init_params
 
 pytest.importorskip("jinja2")
 

@@ -21,7 +21,7 @@ from tokenizer_file import TEXTS, train_json_tokenizer
 
 from gatedjax import data
 from gatedjax.config import DataConfig, SourceConfig
-from gatedjax.data import formats, sources, token_cache
+from gatedjax.data import formats, sources, token_cache, tokenized_splits
 from gatedjax.data.batch import cut_window, num_windows, stack_rows
 from gatedjax.data.encoders import TextEncoder
 from gatedjax.errors import InputError, TrainingError
@@ -555,7 +555,7 @@ def test_full_disk(tmp_path, monkeypatch):
     cfg = config(tmp_path)
     kept = corpus_of(config(tmp_path, str(tmp_path / "corpus"), validation_fraction=0.3))
     with monkeypatch.context() as patch:
-        patch.setattr(token_cache, "open", full, raising=False)
+        patch.setattr(tokenized_splits, "open", full, raising=False)
         with pytest.raises(
             InputError, match=rf"cache_dir: {cfg.cache_dir}: no space left; nothing was kept"
         ):

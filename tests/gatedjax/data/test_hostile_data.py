@@ -11,7 +11,7 @@ from tokenizer_file import train_json_tokenizer
 
 from gatedjax import data
 from gatedjax.config import DataConfig, FrozenDict, SourceConfig
-from gatedjax.data import formats, token_cache
+from gatedjax.data import formats, token_cache, whole_cache
 from gatedjax.errors import InputError, printable
 from gatedjax.files import open_plain, read_plain
 from gatedjax.paths import expand
@@ -300,15 +300,15 @@ def test_ends_out_of_order_and_ids_beyond_are_seen_even_with_their_checksums(tmp
     ends[[0, 1]] = ends[[1, 0]]
     np.save(corpus.path / "train.ends.npy", ends)
     name = "train.ends.npy"
-    checksums = {name: token_cache._checksum(corpus.path / name)}
+    checksums = {name: whole_cache.checksum_of(corpus.path / name)}
     with pytest.raises(ValueError, match="in order"):
-        token_cache._require_whole(corpus, checksums)
+        whole_cache.require_whole(corpus, checksums)
 
 
 def test_a_cache_is_verified_once_per_process(tmp_path, monkeypatch):
     cfg = config(tmp_path, a=write_texts(tmp_path / "a", texts(30)))
     data.corpora(cfg)
-    monkeypatch.setattr(token_cache, "_checksum", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(whole_cache, "checksum_of", lambda _: pytest.fail("read again"))
     data.corpora(cfg)
 
 

@@ -11,7 +11,7 @@ from gatedjax.evaluation.completions import Prompt, Stops, batches_by_length, co
 from gatedjax.evaluation.filters import Sampling
 from gatedjax.evaluation.sampling import Decoder
 from gatedjax.evaluation.text_stream import TextUntil, begun
-from gatedjax.training.step import init_params
+from gatedjax.training.state import init_params
 
 TOKENIZER = ByteTokenizer()
 

@@ -9,7 +9,7 @@ from tiny_run import VOCAB, plain
 from gatedjax.evaluation import packed_scoring
 from gatedjax.evaluation.packed_scoring import OfTokens, Request, packings, scores, windows
 from gatedjax.evaluation.scoring import log_likelihoods_of_tokens
-from gatedjax.training.step import init_params
+from gatedjax.training.state import init_params
 
 RNG = np.random.default_rng(0)
 # A model of the last two tokens of a document.

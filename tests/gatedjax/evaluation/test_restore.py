@@ -21,7 +21,7 @@ from gatedjax.training import identity, orbax_store
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.digests import named_leaves
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import params_for_evaluation
+from gatedjax.training.state import params_for_evaluation
 
 
 def small(place, **changes):
@@ -117,13 +117,13 @@ def test_only_what_evaluation_uses_is_read(tmp_path, monkeypatch, optimizer):
     }
     _, state = save(tmp_path, small(tmp_path, **changes[optimizer]))
     read = {}
-    original = Checkpointer._arrays
+    original = orbax_store.read_arrays
 
-    def arrays(self, *args):
-        read.update(original(self, *args))
+    def arrays(*args):
+        read.update(original(*args))
         return read
 
-    monkeypatch.setattr(Checkpointer, "_arrays", arrays)
+    monkeypatch.setattr(orbax_store, "read_arrays", arrays)
     _, params, _ = restore_params(tmp_path / "run")
     expected = jax.jit(params_for_evaluation)(state)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
@@ -336,7 +336,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_values_are_refused_before_anything_is_allocated(run_dir, monkeypatch, name):
-    monkeypatch.setattr(Checkpointer, "_arrays", lambda *_: pytest.fail("arrays were read"))
+    monkeypatch.setattr(orbax_store, "read_arrays", lambda *_: pytest.fail("arrays were read"))
     change_config(run_dir, *HOSTILE[name])
     if name == "10^5 layers of their own":
         change_config(run_dir, "model.scan_layers", False)

@@ -16,7 +16,7 @@ from gatedjax.evaluation.filters import filter_logits, sample_token
 from gatedjax.evaluation.sampling import generate, next_steps
 from gatedjax.evaluation.validation import summarize
 from gatedjax.model import LanguageModel, head_weights, logits
-from gatedjax.training.step import init_params
+from gatedjax.training.state import init_params
 
 SCORES = jnp.log(jnp.array([[0.5, 0.2, 0.15, 0.1, 0.05]]))
 

@@ -15,7 +15,8 @@ from gatedjax.data import ByteTokenizer, batches, corpora, make_dataset, validat
 from gatedjax.evaluation.scoring import log_likelihoods, log_likelihoods_of_tokens
 from gatedjax.evaluation.validation import tokens_per_byte
 from gatedjax.model import LanguageModel, head_weights, logits
-from gatedjax.training.step import eval_step, init_params
+from gatedjax.training.eval_step import eval_step
+from gatedjax.training.state import init_params
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.eos_id

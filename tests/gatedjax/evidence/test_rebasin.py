@@ -11,7 +11,7 @@ import gatedjax
 from gatedjax.config import config_dict, from_config_dict, layer
 from gatedjax.evidence import rebasin
 from gatedjax.layers.tree import flatten_dict, unflatten_dict
-from gatedjax.training.step import init_params, param_axes
+from gatedjax.training.state import init_params, param_axes
 
 
 def model_config(**options):

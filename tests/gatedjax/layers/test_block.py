@@ -35,7 +35,7 @@ from gatedjax.layers.tree import flatten_dict
 from gatedjax.model import LanguageModel, init_caches
 from gatedjax.training.flops import forward_flops_per_token
 from gatedjax.training.optim import is_matrix
-from gatedjax.training.step import init_params, param_axes
+from gatedjax.training.state import init_params, param_axes
 
 RNG = np.random.default_rng(0)
 KIMI = ModelConfig(

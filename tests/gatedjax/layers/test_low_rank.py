@@ -16,7 +16,7 @@ from gatedjax.layers.projection import Projection, Weights
 from gatedjax.layers.tree import flatten_dict, unflatten_dict
 from gatedjax.model import LanguageModel
 from gatedjax.training.optim import muon_dimensions
-from gatedjax.training.step import init_params, param_axes
+from gatedjax.training.state import init_params, param_axes
 
 CONFIG = LoRAConfig(rank=3, alpha=6.0, targets=("*",))
 

@@ -24,7 +24,8 @@ from gatedjax.layers.normalizer import numbers_of
 from gatedjax.layers.taylor import kronecker_power, taylor_attention
 from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
 from gatedjax.training.run import prepare
-from gatedjax.training.step import init_state, train_step
+from gatedjax.training.state import init_state
+from gatedjax.training.step import train_step
 from kernels_pallas.ops import attention
 
 B, T, M, H, HK, D = 2, 9, 16, 4, 2, 4

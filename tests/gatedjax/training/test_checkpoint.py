@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gatedjax.errors import InputError
+from gatedjax.training import orbax_store
 from gatedjax.training.checkpoint import Checkpointer, read_config
 from gatedjax.training.digests import array_digests, digests_of
 
@@ -392,7 +393,7 @@ def test_hostile_names_and_sizes_in_a_manifest_are_refused_before_arrays_are_rea
     body = json.loads(path.read_text())["body"]
     change(body)
     path.write_text(_signed(body))
-    monkeypatch.setattr(Checkpointer, "_arrays", lambda *_: pytest.fail("arrays were read"))
+    monkeypatch.setattr(orbax_store, "read_arrays", lambda *_: pytest.fail("arrays were read"))
     with pytest.raises(InputError, match=message):
         restore_latest(run_dir, abstract(states[3]))
 

@@ -29,7 +29,8 @@ from gatedjax.data.batch import Batch, empty_row, stack_rows
 from gatedjax.evaluation.encoder import EncoderValidation
 from gatedjax.training.flops import forward_flops_per_token
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import init_state, train_step
+from gatedjax.training.state import init_state
+from gatedjax.training.step import train_step
 
 ROWS = 16
 CLASSES = 4

@@ -14,10 +14,10 @@ from gatedjax.config import FrozenDict, LoRAConfig, LoRAMixtureConfig, to_dict
 from gatedjax.data import load_tokenizer
 from gatedjax.errors import InputError
 from gatedjax.layers.tree import flatten_dict
-from gatedjax.training import given_weights, step_folders
+from gatedjax.training import given_weights, orbax_store, step_folders
 from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import params_for_evaluation
+from gatedjax.training.state import params_for_evaluation
 
 BASE = plain(model__vocab_size=288, model__width=16, model__ffns__mlp__hidden=16)
 FINGERPRINT = load_tokenizer("bytes").fingerprint
@@ -84,13 +84,13 @@ def assert_same(found, expected):
 def test_all_parameters_are_taken_and_nothing_else_is_read(base, monkeypatch):
     place, state = base
     read = []
-    original = Checkpointer._arrays
+    original = orbax_store.read_arrays
 
-    def arrays(self, step, described, wanted, unread):
-        read.extend(wanted.keys() - unread)
-        return original(self, step, described, wanted, unread)
+    def arrays(step_dir, described, wanted, unread):
+        read.extend(wanted)
+        return original(step_dir, described, wanted, unread)
 
-    monkeypatch.setattr(Checkpointer, "_arrays", arrays)
+    monkeypatch.setattr(orbax_store, "read_arrays", arrays)
     said = []
     run, found = started(given(BASE, place), said)
     assert_same(found, flatten_dict(state.params))

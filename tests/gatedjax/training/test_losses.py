@@ -13,9 +13,11 @@ from tiny_run import plain, random_batch
 
 from gatedjax.config import MeshConfig
 from gatedjax.sharding import RULES, make_mesh
-from gatedjax.training.losses import chunked_cross_entropy, training_loss
+from gatedjax.training.gradients import accumulated_gradients
+from gatedjax.training.losses import chunked_cross_entropy
 from gatedjax.training.sparsemax_loss import sparsemax_loss
-from gatedjax.training.step import _accumulated_gradients, init_state
+from gatedjax.training.state import init_state
+from gatedjax.training.training_loss import training_loss
 
 ROWS, LENGTH, WIDTH, VOCAB = 2, 7, 8, 16
 
@@ -162,7 +164,7 @@ def gradients_of(parts: int):
         model__remat="none",
     )
     state = init_state(config, optax.sgd(1.0), jax.random.key(0))
-    return jax.jit(lambda batch: _accumulated_gradients(config, state, batch))
+    return jax.jit(lambda batch: accumulated_gradients(config, state, batch))
 
 
 def flat(tree):

@@ -13,7 +13,7 @@ from gatedjax.config import AdaptiveMLPConfig, FrozenDict, VersatileMLPConfig
 from gatedjax.layers.added_losses import added_loss, has_added_losses
 from gatedjax.layers.learner_losses import weighted_losses
 from gatedjax.model import LanguageModel, init_caches
-from gatedjax.training.step import params_for_evaluation
+from gatedjax.training.state import params_for_evaluation
 
 ADAPTIVE = AdaptiveMLPConfig(hidden=32, learners=4, budget=0.25)
 VERSATILE = VersatileMLPConfig(hidden=32, experts=4, loops=3, anneal_steps=4)

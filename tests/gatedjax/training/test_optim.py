@@ -27,6 +27,7 @@ from gatedjax.config import (
 from gatedjax.errors import InputError
 from gatedjax.layers.moe import state as router_state
 from gatedjax.sharding import global_batch
+from gatedjax.training.guard import Guard
 from gatedjax.training.muon import Matrices, orthogonal_update
 from gatedjax.training.optim import (
     FUSED_GATES,
@@ -37,14 +38,8 @@ from gatedjax.training.optim import (
     muon_dimensions,
 )
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.step import (
-    Guard,
-    _updated_average,
-    init_params,
-    jit_train_step,
-    param_axes,
-    params_for_evaluation,
-)
+from gatedjax.training.state import init_params, param_axes, params_for_evaluation
+from gatedjax.training.step import _updated_average, jit_train_step
 from gatedjax.training.trainable import FROZEN
 
 OPTIMIZERS = (

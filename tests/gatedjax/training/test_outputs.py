@@ -17,9 +17,10 @@ from gatedjax.config import ModelConfig, OutputConfig
 from gatedjax.errors import InputError
 from gatedjax.model import head_weights
 from gatedjax.output import log_stable, to_logits
+from gatedjax.training.gradients import accumulated_gradients
 from gatedjax.training.output_loss import model_loss
 from gatedjax.training.spherical_loss import dense, factored, factored_step
-from gatedjax.training.step import _accumulated_gradients, init_state
+from gatedjax.training.state import init_state
 from gatedjax.training.vq_head import from_trained, k_means, loss_memory
 
 ROWS, LENGTH, WIDTH, VOCAB = 2, 5, 6, 11
@@ -301,7 +302,7 @@ def test_a_training_step_takes_them(kind):
     state = jax.eval_shape(make, jax.random.key(0))
     batch = random_batch(0)
     grads, metrics, _ = jax.eval_shape(
-        lambda state: _accumulated_gradients(config, state, batch), state
+        lambda state: accumulated_gradients(config, state, batch), state
     )
     assert grads["head"].shape == head_weights(state.params).shape
     assert ("head_bias" in grads) == (kind in ("fourier", "sphereface2"))

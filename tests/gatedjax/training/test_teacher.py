@@ -25,9 +25,10 @@ from gatedjax.sharding import global_batch
 from gatedjax.training import given_teacher, memory
 from gatedjax.training.conversion import parsed_stage
 from gatedjax.training.digests import named_leaves
+from gatedjax.training.eval_step import batch_losses
 from gatedjax.training.flops import forward_flops_per_token
 from gatedjax.training.run import describe, flops_per_token, fresh_state, prepare
-from gatedjax.training.step import batch_losses, jit_train_step
+from gatedjax.training.step import jit_train_step
 from gatedjax.training.teacher import Teacher, compared_layers, divergence
 
 RNG = np.random.default_rng(5)

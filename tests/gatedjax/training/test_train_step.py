@@ -15,7 +15,7 @@ from tiny_run import plain, random_batch, run_steps, tiny
 from gatedjax.model import LanguageModel
 from gatedjax.training.flops import forward_flops_per_token
 from gatedjax.training.optim import is_matrix, muon_dimensions
-from gatedjax.training.step import init_params, param_axes, params_for_evaluation
+from gatedjax.training.state import init_params, param_axes, params_for_evaluation
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "train_step.json"
 

@@ -16,16 +16,12 @@ from gatedjax.errors import InputError
 from gatedjax.layers.tree import flatten_dict, unflatten_dict, united
 from gatedjax.training import trainable
 from gatedjax.training.digests import named_leaves
+from gatedjax.training.eval_step import batch_losses
 from gatedjax.training.flops import forward_flops_per_token, train_flops_per_token
 from gatedjax.training.optim import evaluation_params, is_matrix, make_optimizer
 from gatedjax.training.run import describe, flops_per_token, fresh_state, prepare
-from gatedjax.training.step import (
-    batch_losses,
-    init_params,
-    jit_train_step,
-    param_axes,
-    params_for_evaluation,
-)
+from gatedjax.training.state import init_params, param_axes, params_for_evaluation
+from gatedjax.training.step import jit_train_step
 
 LORA = LoRAConfig(rank=2, alpha=6.0, targets=("*.mixer.query", "*.mixer.out", "*.ffn.*"))
 # Low-rank updates, a norm and the head beside them; two of them with rates of their own.

@@ -17,7 +17,8 @@ from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import balance_loss, load_metrics, router_losses, weight_here
 from gatedjax.layers.moe.routing import Routing, count_places
 from gatedjax.layers.moe.statistics import Extent, as_part, router_statistics
-from gatedjax.training.step import _accumulated_gradients, init_state
+from gatedjax.training.gradients import accumulated_gradients
+from gatedjax.training.state import init_state
 
 E, K, L, T = 6, 2, 3, 40
 RNG = np.random.default_rng(0)
@@ -324,7 +325,7 @@ def gradient_of_step(parts, **losses):
     values = np.random.default_rng(0)
     state = jax.tree.map(lambda s: (0.3 * values.normal(size=s.shape)).astype(s.dtype), state)
     batch = jax.tree.map(jnp.asarray, padded_batch(0))
-    run = jax.jit(lambda state: _accumulated_gradients(config, state, batch))
+    run = jax.jit(lambda state: accumulated_gradients(config, state, batch))
     return jax.device_get(run(state))
 
 
