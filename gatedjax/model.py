@@ -34,7 +34,7 @@ from gatedjax.layers.depth import Depth
 from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.linear_attention import rising_floors
 from gatedjax.layers.low_rank import low_rank_updates
-from gatedjax.layers.moe.exchange import DISPATCHED_NAME
+from gatedjax.layers.moe.exchange_ragged import DISPATCHED_NAME
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.patches import PatchEmbedding, image_info, pooled

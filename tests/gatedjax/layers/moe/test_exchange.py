@@ -11,7 +11,7 @@ import pytest
 from helpers import rel_rms
 
 from gatedjax.config import MeshConfig, RouterConfig, SparseMoEConfig
-from gatedjax.layers.moe.exchange import experts_of_received, rows_of_room
+from gatedjax.layers.moe.exchange_ragged import experts_of_received, rows_of_room
 from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.parameters import boxed_parameters
 from gatedjax.model import remat_policy
