@@ -17,6 +17,7 @@ ORDER = (
     ("buckets",),
     ("config",),
     ("sharding",),
+    ("per_shard",),
     ("data", "layers"),
     ("model", "toys"),
     ("output",),

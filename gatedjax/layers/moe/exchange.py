@@ -1,5 +1,7 @@
 """Experts over devices: how tokens and experts come together.
 
+Here the ways part; those that send rows are `exchange_buffers` and `exchange_ragged`.
+
 For the body of a shard_map over the mesh axis `axis`. Each device holds R tokens of its own and
 E / n of the E experts (n devices along the axis). All ways give the same result; they differ in
 what is sent, counted here in rows of M channels, per device, one way:
@@ -12,7 +14,7 @@ what is sent, counted here in rows of M channels, per device, one way:
                       k > n
 
 Weights go along into the experts, so that outputs are not needed again for the weights' gradient.
-What "ragged_all_to_all" has received is kept for the backward pass (`DISPATCHED_NAME`): it is sent
+What "ragged_all_to_all" has received is kept for the backward pass (`exchange_ragged.DISPATCHED_NAME`): it is sent
 once, and so are the results, the gradients of both and of the weights.
 
 Tokens that are the same on every device of the axis (a batch too small to be cut) are not sent:
@@ -36,7 +38,7 @@ from gatedjax.layers.moe.experts import (
     sorted_inputs,
     summed_places,
 )
-from gatedjax.sharding import manual_axes
+from gatedjax.per_shard import manual_axes
 from kernels_pallas.common.mesh import varying_axes
 from kernels_pallas.dispatch import target_platform
 from kernels_pallas.grouped_matmul import permute_rows, sort_by_group
