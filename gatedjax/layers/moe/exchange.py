@@ -14,8 +14,8 @@ what is sent, counted here in rows of M channels, per device, one way:
                       k > n
 
 Weights go along into the experts, so that outputs are not needed again for the weights' gradient.
-What "ragged_all_to_all" has received is kept for the backward pass (`exchange_ragged.DISPATCHED_NAME`): it is sent
-once, and so are the results, the gradients of both and of the weights.
+What "ragged_all_to_all" has received is kept for the backward pass (its DISPATCHED_NAME): it is
+sent once, and so are the results, the gradients of both and of the weights.
 
 Tokens that are the same on every device of the axis (a batch too small to be cut) are not sent:
 each device computes what its experts contribute, and the contributions are summed.
