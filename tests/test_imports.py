@@ -26,6 +26,7 @@ ORDER = (
     ("aot",),
     ("runtime",),
     ("reporting",),
+    ("resume",),
     (
         "interop",
         "study",
