@@ -19,6 +19,7 @@ ORDER = (
     ("sharding",),
     ("per_shard",),
     ("data", "layers"),
+    ("layer_stack",),
     ("model", "toys"),
     ("output",),
     ("training",),
