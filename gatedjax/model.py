@@ -6,7 +6,7 @@ Its layers are those of the prefix, a scan over periods of the layer pattern, th
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Float, Int
 
 from gatedjax.config import BlockConfig, ModelConfig
+from gatedjax.layer_stack import Carry, of_period, periods_of, rematerialized, through_block
 from gatedjax.layers import TokenInfo
-from gatedjax.layers.added_losses import ADDED_LOSSES
 from gatedjax.layers.block import (
     STREAM_AXES,
     Block,
@@ -31,14 +30,11 @@ from gatedjax.layers.block import (
     takes_pieces,
 )
 from gatedjax.layers.depth import Depth
-from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.linear_attention import rising_floors
 from gatedjax.layers.low_rank import low_rank_updates
-from gatedjax.layers.moe.exchange import DISPATCHED_NAME
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.patches import PatchEmbedding, image_info, pooled
-from gatedjax.layers.projection import OUT_NAME as PROJECTION_NAME
 from gatedjax.layers.token_info import (
     History,
     arranged,
@@ -46,11 +42,7 @@ from gatedjax.layers.token_info import (
     in_order,
     out_of_order,
 )
-from gatedjax.ops import RESIDUAL_NAMES
 from gatedjax.sharding import parts
-
-# What goes from layer to layer: (x, router logits, depth).
-Carry = tuple[Stream, Array | None, Depth | None]
 
 
 @struct.dataclass
@@ -67,99 +59,13 @@ class Caches:
     first_pass: "Caches | None" = None
 
 
-def remat_policy(name: str) -> Callable[..., Any]:
-    """The `jax.checkpoint` policy of `ModelConfig.remat`."""
-    of_kernels = (*RESIDUAL_NAMES, DISPATCHED_NAME)
-    policies = {
-        "full": checkpoint_policies.nothing_saveable,
-        "kernels": checkpoint_policies.save_only_these_names(*of_kernels),
-        "projections": checkpoint_policies.save_only_these_names(*of_kernels, PROJECTION_NAME),
-    }
-    return policies[name]
-
-
-def _rematerialized(
-    c: ModelConfig,
-    module: type[nn.Module],
-    is_in_loop: bool = False,
-) -> type[nn.Module]:
-    """The module, of which the backward pass finds in memory what `c.remat` says."""
-    if c.remat == "none":
-        return module
-    # Outside a loop XLA would merge what is computed again with what was computed first, and keep
-    # it after all.
-    return nn.remat(module, prevent_cse=not is_in_loop, policy=remat_policy(c.remat))
-
-
 # Of the embedding, and of what else has a row for each token of the vocabulary.
 TABLE_AXES = ("vocab", "embed_vocab")
+
 # Parameters of outputs other than softmax (`output.py`): what is added to the products with the
 # head, and the code of each token.
 HEAD_BIAS = "head_bias"
 CODES = "codes"
-
-
-class Period(nn.Module):
-    """The layers after which the pattern repeats.
-
-    One is compiled; `nn.scan` runs it num_periods times.
-    """
-
-    config: ModelConfig
-    training: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        carry: Carry,
-        info: TokenInfo,
-        lora_weights: dict[str, Array] | None,
-        caches: dict[str, Any] | None,
-    ) -> tuple[Carry, tuple[dict[str, Any] | None, dict[str, dict[str, Array]]]]:
-        """(carry, info, LoRA weights, caches) -> (the carry, (caches, statistics))."""
-        c = self.config
-        # A pattern that does not repeat is computed again layer by layer, others by period.
-        module = Block
-        if c.num_periods == 1:
-            module = _rematerialized(c, Block)
-        new_caches = {}
-        statistics = {}
-        for block in c.repeated_blocks:
-            name = block.name
-            carry, new_caches[name], statistics[name], info = _through(
-                module(c, block, self.training, name=name),
-                carry,
-                info,
-                None if lora_weights is None else lora_weights.get(name),
-                None if caches is None else caches[name],
-            )
-        if caches is None:
-            return carry, (None, statistics)
-        return carry, (new_caches, statistics)
-
-
-def _through(
-    module: nn.Module,
-    carry: Carry,
-    info: TokenInfo,
-    lora_weights: Array | None,
-    cache: Any,
-) -> tuple[Carry, Any, dict[str, Array], TokenInfo]:
-    """(carry, cache, statistics, what the next block is told) of one block."""
-    x, router_logits, depth = carry
-    info_of_block = info
-    if lora_weights is not None:
-        info_of_block = dataclasses.replace(info, lora_weights=lora_weights)
-    x, router_logits, depth, cache, statistics, handed_on = module(
-        x,
-        info_of_block,
-        cache,
-        router_logits,
-        depth,
-    )
-    if handed_on:
-        info = dataclasses.replace(info, **handed_on)
-    return (x, router_logits, depth), cache, statistics, info
 
 
 class LanguageModel(nn.Module):
@@ -297,11 +203,11 @@ class LanguageModel(nn.Module):
             blocks: Iterable[BlockConfig],
         ) -> tuple[Carry, TokenInfo]:
             """Layers that are in no period, one after the other."""
-            module = _rematerialized(c, Block)
+            module = rematerialized(c, Block)
             for block in blocks:
                 name = block.name
                 weights = None if lora_weights is None else lora_weights.get(name)
-                carry, new_caches[name], of_layer, info_of_run = _through(
+                carry, new_caches[name], of_layer, info_of_run = through_block(
                     module(c, block, self.training, name=name),
                     carry,
                     info_of_run,
@@ -319,8 +225,8 @@ class LanguageModel(nn.Module):
         carry, (of_periods, statistics_of_periods) = periods_of(c, self.training)(
             carry,
             info,
-            _of_period(c, lora_weights),
-            _of_period(c, caches),
+            of_period(c, lora_weights),
+            of_period(c, caches),
         )
         carry, _ = run_alone(carry, info, c.suffix_blocks)
         statistics |= statistics_of_periods
@@ -452,38 +358,6 @@ class CodesOfTokens(nn.Module):
             return (jnp.arange(shape[0]) % c.output.codes).astype(dtype)
 
         return parameter(self, "frozen", axes=("vocab",), shape=(c.vocab_size,), init=by_turns)
-
-
-def periods_of(c: ModelConfig, training: bool = False) -> nn.Module:
-    """All layers but prefix and suffix, as a module "periods".
-
-    (carry, info, LoRA weights, caches) -> (the carry, (caches, statistics)), with the carry (x,
-    router logits, depth). The weights of low-rank experts are those of a first pass
-    (`first_pass.weights_by_block`), or None.
-    """
-    period = Period
-    if c.num_periods > 1:
-        period = _rematerialized(c, Period, is_in_loop=c.scan_layers)
-    # Parameters and what is recorded get an axis of periods in front; caches and the weights of
-    # low-rank experts are cut along theirs.
-    scanned = nn.scan(
-        period,
-        variable_axes={"params": 0, COLLECTION: 0, ADDED_LOSSES: 0},
-        split_rngs={"params": True, "router": True},
-        in_axes=(nn.broadcast, 0, 0),
-        length=c.num_periods,
-        unroll=1 if c.scan_layers else c.num_periods,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return scanned(c, training, name="periods")
-
-
-def _of_period(c: ModelConfig, by_block: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What there is for the blocks of the period."""
-    if by_block is None:
-        return None
-    names = {block.name for block in c.repeated_blocks}
-    return {name: value for name, value in by_block.items() if name in names}
 
 
 def head_weights(params: Any) -> Float[Array, "X M"]:

@@ -11,8 +11,6 @@ import functools
 import gc
 import signal
 import sys
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -22,28 +20,33 @@ from gatedjax import sharding
 from gatedjax.aot import step as aot
 from gatedjax.aot import unrolling
 from gatedjax.buckets import require_reachable
-from gatedjax.config import Config, DataConfig, differing_keys, flat, from_config_dict, to_dict
+from gatedjax.config import Config, DataConfig, flat, from_config_dict, to_dict
 from gatedjax.config.converted import check_windows
-from gatedjax.data import batches, corpora, load_tokenizer, make_dataset, validation_text
+from gatedjax.data import batches, corpora, load_tokenizer, make_dataset
 from gatedjax.data.tokenizer import Tokenizer
 from gatedjax.errors import ExplodedError, InputError, TrainingError, printable
-from gatedjax.evaluation.compressors import bits_per_byte_of_compressors
 from gatedjax.evaluation.encoder import EncoderValidation
-from gatedjax.evaluation.sampling import generate_text
 from gatedjax.evaluation.validation import Validation
 from gatedjax.files import require_utf8
 from gatedjax.paths import Place, expand_place
 from gatedjax.reporting.console import doing, live_bar, say
-from gatedjax.reporting.curves import plot_run
+from gatedjax.reporting.ending import draw_curves, sample
 from gatedjax.reporting.profile import StepTrace
 from gatedjax.reporting.step_log import StepLog
 from gatedjax.reporting.writers import METRICS_FILE, make_writers
+from gatedjax.resume import (
+    Position,
+    require_something_to_train,
+    say_resumed,
+    went_wrong_after,
+    where_to_go_on,
+)
 from gatedjax.runtime import cli, launch, run_log, streams
 from gatedjax.runtime.mirror import Mirror
 from gatedjax.runtime.stop import Stop, name_of
 from gatedjax.runtime.watchdog import Watchdog
 from gatedjax.training import given_teacher, given_weights, identity
-from gatedjax.training.checkpoint import Checkpointer, Restored
+from gatedjax.training.checkpoint import Checkpointer
 from gatedjax.training.growing import Growth
 from gatedjax.training.memory import require_memory
 from gatedjax.training.run import Run, describe, fresh_state, prepare, with_vocab
@@ -240,7 +243,12 @@ def train(
             identity.require_same_tokenizer(restored.data, tokenizer, workdir)
             state = restored.state
             start = restored.step
-            position = where_to_go_on(run, restored, data)
+            position = where_to_go_on(
+                run,
+                restored,
+                data,
+                may_be_another_text=_CHANGED_DATA.value,
+            )
         identity.keep_tokenizer(workdir, tokenizer)
         identity.keep_chat_template(workdir, run.config.data)
         keep_record(workdir, config, step=start, devices=describe(run), data=data)
@@ -295,77 +303,6 @@ def can_compile_beside(run: Run) -> bool:
     what they compute together in one order.
     """
     return jax.process_count() == 1 and run.mesh.devices.flat[0].platform == "cpu"
-
-
-def require_something_to_train(run: Run, restored: Restored, workdir: Place) -> None:
-    """InputError if the run is finished and this configuration is another one.
-
-    Nothing would be trained with it. The same configuration is no error: a scheduler may start the
-    command once more. The mesh is no part of what is trained.
-    """
-    if restored.step < run.config.train.steps:
-        return
-    try:
-        # As this version writes it: it may have keys that were not there then.
-        before = to_dict(from_config_dict(restored.config))
-    except InputError:
-        before = restored.config
-    changes = []
-    for key, then, now in differing_keys(before, to_dict(run.config)):
-        if not key.startswith("config.mesh."):
-            changes.append(f"{key}: {then!r} then, now {now!r}")
-    if changes:
-        raise InputError(
-            f"{workdir}: this run is finished, after step {restored.step}, with another "
-            f"configuration ({'; '.join(changes)}): give another --workdir, or --fresh to begin "
-            "anew and keep it under another name, or a larger --config.train.steps to go on with it"
-        )
-
-
-def went_wrong_after(sound: int | None) -> str:
-    """What is left after an explosion, for the last line of the run."""
-    if sound is None:
-        return "no checkpoint from before it is left"
-    return (
-        f"the checkpoint of step {sound} is from before it and intact, the same command goes on "
-        "from there; give it other values, or it will go the same way"
-    )
-
-
-class Position(NamedTuple):
-    """Where a run is in its data.
-
-    row: of the data's order, that comes next.
-    places: of the streams among its sources.
-    """
-
-    row: int = 0
-    places: Mapping[str, Any] = {}
-
-
-def where_to_go_on(run: Run, restored: Restored, data: identity.Identity) -> Position:
-    """The place in the data that comes next.
-
-    Raises:
-      InputError: the text is not the one that the checkpoint was trained on, without
-        --changed_data.
-    """
-    if not restored.data:
-        say("that checkpoint does not say what its text was: it is not compared")
-    difference = identity.text_difference(restored.data, data)
-    if difference is not None and not _CHANGED_DATA.value:
-        raise InputError(
-            f"{difference}; put the old text back, give another --workdir, or --changed_data to go "
-            "on with this text from its first row on"
-        )
-    if difference is not None:
-        say(f"{difference}; going on with the first row of this text")
-        return Position()
-    # Rows of another length are other rows: the place is as many tokens into the data. Streams go
-    # on with the token that comes next.
-    before = restored.config.get("data", {}).get("seq_len", run.config.data.seq_len)
-    row = restored.data_index * before // run.config.data.seq_len
-    return Position(row, restored.places)
 
 
 def loop(
@@ -478,43 +415,6 @@ def evaluate(
         log.validation(step, validation(params))
         if _PROBES.value:
             log.probes(step, validation.probes(params))
-
-
-def say_resumed(run: Run, restored: Restored) -> None:
-    """Where the run starts, and which keys of the configuration changed since the checkpoint."""
-    say(f"resuming after step {restored.step} of {run.config.train.steps}")
-    for key, before, after in differing_keys(restored.config, to_dict(run.config)):
-        say(f"changed since that checkpoint: {key}: {before!r} then, now {after!r}")
-
-
-def sample(run: Run, state: TrainState, tokenizer: Tokenizer) -> None:
-    """A piece of text from the trained model, unless `sample_tokens` is 0 or it is an encoder."""
-    if not run.config.train.sample_tokens or run.config.model.task != "lm":
-        return
-    prompt = run.config.train.sample_prompt
-    say(f"--- sample, temperature 0.8, prompt {prompt!r}")
-    pieces = generate_text(
-        run.config.model,
-        params_for_evaluation(state),
-        tokenizer,
-        prompt,
-        run.config.train.sample_tokens,
-    )
-    say(prompt + "".join(pieces) + "\n---")
-
-
-def draw_curves(files: Mirror, config: Config) -> None:
-    """The picture of the run.
-
-    A finished training does not fail for want of matplotlib, or of its sources.
-    """
-    try:
-        compressors = {}
-        if config.model.task == "lm":
-            compressors = bits_per_byte_of_compressors(validation_text(config.data))
-        say(f"curves: {files.shown(str(plot_run(files.folder, compressors)))}")
-    except InputError as error:
-        say(f"no picture: {error}")
 
 
 def run() -> None:

@@ -17,7 +17,9 @@ ORDER = (
     ("buckets",),
     ("config",),
     ("sharding",),
+    ("per_shard",),
     ("data", "layers"),
+    ("layer_stack",),
     ("model", "toys"),
     ("output",),
     ("training",),
@@ -25,6 +27,7 @@ ORDER = (
     ("aot",),
     ("runtime",),
     ("reporting",),
+    ("resume",),
     (
         "interop",
         "study",

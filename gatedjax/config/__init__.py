@@ -21,6 +21,7 @@ from gatedjax.config.layers import (
     RADRWKV6Config,
     RADRWKV7Config,
 )
+from gatedjax.config.lora import LoRAConfig
 from gatedjax.config.mixing import (
     AssociativeMemoryConfig,
     GatedPositionalConfig,
@@ -29,13 +30,7 @@ from gatedjax.config.mixing import (
     SpatialGateConfig,
 )
 from gatedjax.config.mla import MLAConfig
-from gatedjax.config.model import (
-    BlockConfig,
-    LoRAConfig,
-    ModelConfig,
-    NormPlacement,
-    Remat,
-)
+from gatedjax.config.model import BlockConfig, ModelConfig, NormPlacement, Remat
 from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.on_demand import AdaptiveMLPConfig, VersatileMLPConfig
 from gatedjax.config.output import OutputConfig

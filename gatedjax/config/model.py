@@ -12,7 +12,6 @@ from gatedjax.config.checks import (
     CountOrZero,
     Fraction,
     NonNegative,
-    Positive,
     Range,
     Size,
     SizeOrZero,
@@ -27,8 +26,9 @@ from gatedjax.config.layers import (
     NoFeedForwardConfig,
     NoMixerConfig,
 )
+from gatedjax.config.lora import LoRAConfig
 from gatedjax.config.mixing import AssociativeMemoryConfig
-from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig, Temperature
+from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
 from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
@@ -37,6 +37,7 @@ from gatedjax.config.sources import GatedMemoryConfig, check_sources, takes_keys
 from gatedjax.errors import require
 
 Remat = Literal["none", "projections", "kernels", "full"]
+
 # Where the norms of a block stand: x + f(norm(x)), x + norm(f(x)), x + norm(f(norm(x))).
 NormPlacement = Literal["pre", "post", "sandwich"]
 
@@ -47,58 +48,6 @@ def _one_attention() -> Mapping[str, MixerConfig]:
 
 def _one_mlp() -> Mapping[str, FeedForwardConfig]:
     return FrozenDict(mlp=GatedMLPConfig())
-
-
-@dataclass(frozen=True)
-class LoRAConfig(Checked):
-    """Low-rank updates of projections (LoRA, arXiv 2106.09685): `x W + (alpha / rank) x A B`.
-
-    A and B train, and beside them only what `optim.trainable` names. Off where the rank is 0.
-    """
-
-    rank: SizeOrZero = 0
-    alpha: Positive = 16.0
-    # patterns of projections: "*.mixer.query", "*.ffn.*", "*"
-    targets: tuple[str, ...] = ()
-    # W itself, as the targets use it, is -1, 0 or 1 times its mean magnitude; it trains as if it
-    # were not rounded (BitNet b1.58, arXiv 2402.17764)
-    ternary: bool = False
-    # Updates are multiplied by a learned number of each projection, which starts here (Hybrid Gated
-    # Flow, arXiv 2602.05269); 0: by none.
-    gate_start: Fraction = 0.0
-    # E updates of each projection, weighted token by token and layer by layer by
-    # softmax(h W / temperature), h of a first pass without updates (X-LoRA, arXiv 2402.07148);
-    # 0: one. The W are `lora_classifier`, which only `optim.trainable` trains, as with it A and B.
-    num_experts: SizeOrZero = 0
-    # 0: all
-    experts_per_token: SizeOrZero = 0
-    temperature: Temperature = 1.0
-
-    def check(self) -> None:
-        require(
-            self.rank > 0 or not self.targets,
-            "rank",
-            self.rank,
-            f"at least 1 with targets = {self.targets}",
-        )
-        require(
-            len(self.targets) > 0 or not self.rank,
-            "targets",
-            self.targets,
-            f"at least one pattern with rank = {self.rank}",
-        )
-        require(
-            self.rank > 0 or not self.num_experts,
-            "rank",
-            self.rank,
-            f"at least 1 with num_experts = {self.num_experts}",
-        )
-        require(
-            self.experts_per_token <= self.num_experts,
-            "experts_per_token",
-            self.experts_per_token,
-            f"between 0 (all) and num_experts = {self.num_experts}",
-        )
 
 
 @dataclass(frozen=True)

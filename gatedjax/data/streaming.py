@@ -129,7 +129,7 @@ def _read_corpus(name: str, cfg: SourceConfig, tokenizer: Tokenizer) -> Streamed
         documents=len(held_out),
         bytes=sum(document.size for document in held_out),
         tokens=int(ends[-1]),
-        sha256=digest_of_meta(held_out),
+        sha256=_sha256(held_out),
     )
     return StreamedCorpus(
         name=name,
@@ -137,7 +137,7 @@ def _read_corpus(name: str, cfg: SourceConfig, tokenizer: Tokenizer) -> Streamed
         tokenizer=tokenizer.name,
         splits={"validation": info},
         hashes=hashes,
-        telling=digest_of_meta(first),
+        telling=_sha256(first),
         text=b"".join(document.text.encode() for document in held_out),
         tokens=np.concatenate(encoded),
         ends=ends,
@@ -156,7 +156,7 @@ def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[Int32[np.ndarray, "
     return [np.concatenate([tokens, end]) for tokens in tokenizer.encode_batch(texts)]
 
 
-def digest_of_meta(documents: list[Document]) -> str:
+def _sha256(documents: list[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.text.encode() + b"\0")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from jax import Array
 from jaxtyping import Float
 
-from gatedjax.sharding import is_cut, mesh_axis, per_shard
+from gatedjax.per_shard import per_shard
+from gatedjax.sharding import is_cut, mesh_axis
 from kernels_pallas.attention import attention, attention_sharded
 from kernels_pallas.delta_scan import (
     delta_product_scan,

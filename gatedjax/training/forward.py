@@ -23,7 +23,7 @@ def hidden_states(
 ) -> tuple[Float[Array, "B T M"], Statistics, Float[Array, ""] | None]:
     """The model's last hidden states of a batch, what its routers did, and losses of its layers.
 
-    Those are None where no layer adds any, and means over the tokens of the batch.
+    The losses are None where no layer adds any, and means over the tokens of the batch.
 
     Args:
       model: the model's configuration.

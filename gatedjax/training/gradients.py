@@ -167,7 +167,9 @@ def _summed(
     return total
 
 
-def variance(config: Config, metrics: dict[str, Array], grad_norm: Array) -> dict[str, Array]:
+def gradient_variance(
+    config: Config, metrics: dict[str, Array], grad_norm: Array
+) -> dict[str, Array]:
     """The variance of the gradient, from m micro-batches' parts g_i of it; their sum is g.
 
     sum |m g_i - g|^2 / (m (m - 1)), multiplied out.

@@ -50,8 +50,10 @@ def micro_loss(
       whole: the extent of the whole batch.
       counts: of experts, in the whole batch; None where the micro-batch is all of it.
       teacher: whose terms are added; None for none.
-    """
 
+    Returns:
+      A function (parameters that train, micro-batch, its index) -> (loss, (metrics, statistics)).
+    """
     _, frozen = trainable.split(config, state.params)
 
     def loss(
@@ -125,7 +127,7 @@ def router_key(
     state: TrainState,
     index: Int[Array, ""],
 ) -> Array | None:
-    """Fresh noise for every micro-batch; None where no router selects with noise."""
+    """The key of a micro-batch's noise in routers; None where none selects with noise."""
     if not any(_is_noisy(block.feed_forward) for block in config.model.blocks):
         return None
     return _key_of_micro_batch(config, state, index)
@@ -143,7 +145,7 @@ def _noise_key(
     state: TrainState,
     index: Int[Array, ""],
 ) -> Array | None:
-    """The same for the noise of the output; None where it has none."""
+    """The key of the noise of the output; None where it has none."""
     if config.model.output.kind != "noisy_softmax":
         return None
     # Not the routers' numbers.
@@ -155,5 +157,6 @@ def _key_of_micro_batch(
     state: TrainState,
     index: Int[Array, ""],
 ) -> Array:
+    """A key that no other micro-batch of the run has."""
     micro_step = state.step * config.train.accumulation_steps + index
     return jax.random.fold_in(jax.random.key(config.train.seed), micro_step)

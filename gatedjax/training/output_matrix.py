@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from gatedjax.sharding import is_cut, parts, sum_of_parts
+from gatedjax.per_shard import sum_of_parts
+from gatedjax.sharding import is_cut, parts
 
 
 def gathered(weights: Float[Array, "X M"], hidden: Float[Array, "..."]) -> Float[Array, "X M"]:

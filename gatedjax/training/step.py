@@ -18,12 +18,32 @@ from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.losses import load_metrics
 from gatedjax.layers.tree import united
 from gatedjax.training import trainable
-from gatedjax.training.gradients import accumulated_gradients, variance
+from gatedjax.training.gradients import accumulated_gradients, gradient_variance
 from gatedjax.training.guard import Guard, guarded
 from gatedjax.training.optim import evaluation_params
 from gatedjax.training.optim_refined import L1_NORM
 from gatedjax.training.state import TrainState
 from gatedjax.training.teacher import Teacher
+
+
+def jit_train_step(
+    config: Config,
+    tx: optax.GradientTransformation,
+    shardings: PyTree,
+) -> jax.stages.Wrapped:
+    """`train_step` compiled for a state placed as `shardings`, which it keeps.
+
+    The old state's memory is reused. Collectives run beside what is computed where the devices can
+    do that (`MeshConfig.async_collectives`).
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    step = functools.partial(train_step, config, tx)
+    return jax.jit(
+        step,
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+        compiler_options=for_training(mesh, config.mesh.async_collectives) or None,
+    )
 
 
 def train_step(
@@ -84,7 +104,7 @@ def train_step(
     metrics |= {
         "grad_norm": grad_norm,
         **_l1_norm(config, grads),
-        **variance(config, metrics, grad_norm),
+        **gradient_variance(config, metrics, grad_norm),
         "skipped_steps": guard.skipped,
         "skipped_in_a_row": guard.skipped_in_a_row,
     }
@@ -119,23 +139,3 @@ def _updated_average(
     # Exactly 1 at the first step: of the start nothing is left, however large it was.
     weight = jnp.where(steps == 1.0, 1.0, (1.0 - decay) / correction)
     return jax.tree.map(lambda a, p: (1.0 - weight) * a + weight * p, ema, params)
-
-
-def jit_train_step(
-    config: Config,
-    tx: optax.GradientTransformation,
-    shardings: PyTree,
-) -> jax.stages.Wrapped:
-    """`train_step` compiled for a state placed as `shardings`, which it keeps.
-
-    The old state's memory is reused. Collectives run beside what is computed where the devices can
-    do that (`MeshConfig.async_collectives`).
-    """
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    step = functools.partial(train_step, config, tx)
-    return jax.jit(
-        step,
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-        compiler_options=for_training(mesh, config.mesh.async_collectives) or None,
-    )

@@ -27,7 +27,7 @@ from gatedjax.layers.moe.statistics import router_statistics
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.token_info import TokenInfo
-from gatedjax.sharding import per_shard
+from gatedjax.per_shard import per_shard
 
 
 class SparseMoE(FeedForward):

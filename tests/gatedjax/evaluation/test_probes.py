@@ -13,14 +13,14 @@ from gatedjax.config import FrozenDict, MLAConfig, ModelConfig
 from gatedjax.evaluation import attention_rows as rows
 from gatedjax.evaluation import probes
 from gatedjax.evaluation.attention_rows import attention_rows
-from gatedjax.evaluation.probes import (
+from gatedjax.evaluation.layer_statistics import (
     effective_rank,
     first_norm,
     half_life,
     kurtosis,
     max_activation,
-    measure,
 )
+from gatedjax.evaluation.probes import measure
 from gatedjax.model import LanguageModel
 from gatedjax.training.run import fresh_state, prepare
 from kernels_pallas.attention import NORMALIZERS

@@ -9,7 +9,7 @@ import pytest
 
 from gatedjax.data import ByteTokenizer
 from gatedjax.errors import InputError
-from gatedjax.evaluation.probes import massive_channels
+from gatedjax.evaluation.layer_statistics import massive_channels
 from gatedjax.reporting.probe_page import summary, write_page
 
 R = np.random.default_rng(0)

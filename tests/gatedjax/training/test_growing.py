@@ -9,7 +9,7 @@ from tiny_run import plain, random_batch
 
 from gatedjax.config import TrainConfig
 from gatedjax.errors import InputError
-from gatedjax.training.gradients import MICRO_SQUARES, VARIANCE, variance
+from gatedjax.training.gradients import MICRO_SQUARES, VARIANCE, gradient_variance
 from gatedjax.training.growing import Growth, doublings_needed
 from gatedjax.training.optim_growth import doublings, growing, with_doublings
 from gatedjax.training.run import fresh_state, prepare
@@ -36,7 +36,7 @@ def test_the_variance_of_the_mean():
     parts = of_micros / count
     metrics = {MICRO_SQUARES: jnp.float32(np.sum(parts**2))}
     config = plain(train__accumulation_steps=count, train__batch_size=8)
-    found = variance(config, metrics, jnp.float32(np.linalg.norm(mean)))
+    found = gradient_variance(config, metrics, jnp.float32(np.linalg.norm(mean)))
     np.testing.assert_allclose(found[VARIANCE], expected, rtol=1e-4)
     assert metrics == {}
 

@@ -11,10 +11,10 @@ import pytest
 from helpers import rel_rms
 
 from gatedjax.config import MeshConfig, RouterConfig, SparseMoEConfig
-from gatedjax.layers.moe.exchange import experts_of_received, rows_of_room
+from gatedjax.layer_stack import remat_policy
+from gatedjax.layers.moe.exchange_ragged import experts_of_received, rows_of_room
 from gatedjax.layers.moe.sparse import SparseMoE
 from gatedjax.layers.parameters import boxed_parameters
-from gatedjax.model import remat_policy
 from gatedjax.sharding import RULES, make_mesh, param_shardings
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 16)).astype(np.float32))

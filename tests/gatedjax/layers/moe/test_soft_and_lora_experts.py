@@ -12,10 +12,11 @@ from tiny_run import plain, run_steps
 
 from gatedjax.config import FrozenDict, LoRAMixtureConfig, SoftMoEConfig
 from gatedjax.errors import InputError
+from gatedjax.layer_stack import periods_of
 from gatedjax.layers import TokenInfo
 from gatedjax.layers.moe.lora import LoRAMixture, phatgoose_weights, xlora_weights
 from gatedjax.layers.moe.soft import SoftMoE
-from gatedjax.model import LanguageModel, init_caches, periods_of
+from gatedjax.model import LanguageModel, init_caches
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 9, 8)).astype(np.float32))
