@@ -173,7 +173,8 @@ class LanguageModel(nn.Module):
       that pass.
     training: experts with a capacity drop what is beyond it, as in a train step.
     last_alone: of a prompt only the last token of each row is asked for: the hidden states are
-      [B, 1, M], and the layers of a second decoder see no other (`ModelConfig.cross_decoder`).
+      [B, 1, M], and the layers of a second decoder, where there is one, see no other
+      (`ModelConfig.cross_decoder`).
     """
 
     config: ModelConfig
@@ -257,6 +258,8 @@ class LanguageModel(nn.Module):
                 layer_caches,
                 last,
             )
+        if last is not None and c.cross_decoder is None:
+            x = at_places(x, last[0])
         x = stream_norm(c, "final_norm")(x)
         if order is not None and last is None:
             x = out_of_order(x, order)

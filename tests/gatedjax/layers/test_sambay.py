@@ -199,7 +199,9 @@ def of_prompt(model, params, caches, last_alone, documents):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model", [MODEL, PUBLISHED, EARLIER], ids=["short", "published", "earlier"]
+    "model",
+    [MODEL, PUBLISHED, EARLIER, dataclasses.replace(MODEL, pattern=("window",), num_layers=3)],
+    ids=["short", "published", "earlier", "none"],
 )
 def test_the_second_decoder_sees_the_last_token_alone(model):
     """Of packed rows, with padding on both sides, and in a second piece: as in full prefill."""
