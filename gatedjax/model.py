@@ -30,6 +30,7 @@ from gatedjax.layers.block import (
     takes_pieces,
 )
 from gatedjax.layers.depth import Depth
+from gatedjax.layers.last_token import at_places, info_of_last, last_places
 from gatedjax.layers.linear_attention import rising_floors
 from gatedjax.layers.low_rank import low_rank_updates
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
@@ -77,11 +78,15 @@ class LanguageModel(nn.Module):
     without_experts: low-rank experts whose weights a first pass would give add nothing: this is
       that pass.
     training: experts with a capacity drop what is beyond it, as in a train step.
+    last_alone: of a prompt only the last token of each row is asked for: the hidden states are
+      [B, 1, M], and the layers of a second decoder, where there is one, see no other
+      (`ModelConfig.cross_decoder`).
     """
 
     config: ModelConfig
     without_experts: bool = False
     training: bool = False
+    last_alone: bool = False
 
     @nn.compact
     def __call__(
@@ -127,6 +132,11 @@ class LanguageModel(nn.Module):
             before = caches.history
             _check_caches(c, caches, tokens, segment_ids)
         info, after, order = arranged(tokens, positions, segment_ids, before)
+        last = None
+        if self.last_alone:
+            if after is None:
+                raise ValueError("caches: got None, expected those of a prompt with last_alone")
+            last = (last_places(info, tokens.shape[1]), after)
         x = self._embedded(info.tokens, info.segment_ids)
         if c.embedding_norm:
             x = stream_norm(c, "embedding_norm")(x)
@@ -147,9 +157,17 @@ class LanguageModel(nn.Module):
         layer_caches = None if caches is None else caches.layers
         of_block = weights_by_block(c, lora_weights)
         with low_rank_updates(c.lora):
-            (x, _, _), layer_caches, statistics = self._layers(carry, info, of_block, layer_caches)
+            (x, _, _), layer_caches, statistics = self._layers(
+                carry,
+                info,
+                of_block,
+                layer_caches,
+                last,
+            )
+        if last is not None and c.cross_decoder is None:
+            x = at_places(x, last[0])
         x = stream_norm(c, "final_norm")(x)
-        if order is not None:
+        if order is not None and last is None:
             x = out_of_order(x, order)
         if after is not None:
             caches = Caches(after, layer_caches, first_pass_caches)
@@ -191,11 +209,37 @@ class LanguageModel(nn.Module):
         info: TokenInfo,
         lora_weights: dict[str, Array] | None,
         caches: dict[str, Any] | None,
+        last: tuple[Int[Array, "B 1"], History] | None = None,
     ) -> tuple[Carry, Any, dict[str, dict[str, Array]]]:
-        """Prefix, periods, suffix: (carry, caches, statistics)."""
+        """Prefix, periods, suffix: (carry, caches, statistics).
+
+        Args:
+          carry: of the first layer.
+          info: about the tokens.
+          lora_weights, caches: by block.
+          last: the places of the tokens which alone the second decoder sees, and what the caches
+            will hold; None if it sees all.
+        """
         c = self.config
         new_caches = {}
         statistics = {}
+        # The name of its first block; None without a second decoder.
+        cut = None if last is None else c.cross_decoder
+
+        def with_last_alone(
+            carry: Carry,
+            info_of_run: TokenInfo,
+            block: BlockConfig,
+        ) -> tuple[Carry, TokenInfo]:
+            """Unchanged, unless the second decoder begins with the block."""
+            if last is None or block.name != cut:
+                return carry, info_of_run
+            places, after = last
+            x, router_logits, depth = carry
+            x = at_places(x, places)
+            if router_logits is not None:
+                router_logits = at_places(router_logits, places)
+            return (x, router_logits, depth), info_of_last(info_of_run, after, places)
 
         def run_alone(
             carry: Carry,
@@ -206,6 +250,7 @@ class LanguageModel(nn.Module):
             module = rematerialized(c, Block)
             for block in blocks:
                 name = block.name
+                carry, info_of_run = with_last_alone(carry, info_of_run, block)
                 weights = None if lora_weights is None else lora_weights.get(name)
                 carry, new_caches[name], of_layer, info_of_run = through_block(
                     module(c, block, self.training, name=name),
@@ -221,7 +266,8 @@ class LanguageModel(nn.Module):
         carry, of_prefix = run_alone(carry, info, c.prefix_blocks)
         # Memory, keys and values are handed on from the prefix to all layers; attention weights are
         # shared within such a run, as within a period.
-        info = dataclasses.replace(info, memory=of_prefix.memory, keys=of_prefix.keys)
+        info = dataclasses.replace(of_prefix, weights=info.weights)
+        carry, info = with_last_alone(carry, info, c.repeated_blocks[0])
         carry, (of_periods, statistics_of_periods) = periods_of(c, self.training)(
             carry,
             info,

@@ -33,7 +33,7 @@ from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.rwkv6 import RWKV6ChannelMixConfig, RWKV6Config
-from gatedjax.config.sources import GatedMemoryConfig, check_sources, takes_keys
+from gatedjax.config.sources import GatedMemoryConfig, check_sources, cross_decoder, takes_keys
 from gatedjax.errors import require
 
 Remat = Literal["none", "projections", "kernels", "full"]
@@ -465,6 +465,15 @@ class ModelConfig(Checked):
     def shares_memory(self) -> bool:
         """Whether some layer gates what another one reads from its state."""
         return any(isinstance(block.mixer, GatedMemoryConfig) for block in self.blocks)
+
+    @property
+    def cross_decoder(self) -> str | None:
+        """The block with which a second decoder begins that sees of a prompt its last token alone.
+
+        None without one.
+        """
+        # A first pass gives its layers weights of all tokens.
+        return None if self.first_pass is not None else cross_decoder(self.blocks)
 
     @property
     def first_rwkv7(self) -> int | None:

@@ -105,6 +105,36 @@ def check_sources(
                 require(own == other, f"{key}.{name}", own, expected)
 
 
+def cross_decoder(blocks: Sequence["BlockConfig"]) -> str | None:
+    """The first block of a model's second decoder, which holds nothing of the tokens before.
+
+    Of a prompt its layers need see the last token alone. It ends the model, and begins in the
+    prefix, with the first period or in the suffix. None where no such layer takes from another.
+
+    Args:
+      blocks: of the program, in order.
+    """
+    first = None
+    takes = False
+    # A period's layers are passed again and again: all of them hold nothing, or none may be cut.
+    periods_hold = any(block.is_repeated and not _holds_nothing(block) for block in blocks)
+    for i in reversed(range(len(blocks))):
+        block = blocks[i]
+        if not _holds_nothing(block) or (block.is_repeated and periods_hold):
+            break
+        takes = takes or isinstance(block.mixer, GatedMemoryConfig) or takes_keys(block.mixer)
+        is_inside = block.is_repeated and i > 0 and blocks[i - 1].is_repeated
+        if takes and not is_inside:
+            first = block.name
+    return first
+
+
+def _holds_nothing(block: "BlockConfig") -> bool:
+    """Whether a block computes a token from it alone and from what others hold of the others."""
+    is_mixer = block.mixer.kind in ("gated_memory", "no_mixer") or takes_keys(block.mixer)
+    return is_mixer and block.feed_forward.kind != "rwkv7_channel_mix"
+
+
 def _source(
     blocks: Sequence["BlockConfig"],
     reader: int,

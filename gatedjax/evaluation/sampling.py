@@ -56,8 +56,10 @@ def forward(
       vocab_size: of the tokenizer: ids from here on are padding and get -inf.
       segment_ids: 0 for padding, on either side of a row's tokens; None for rows without padding.
     """
+    # A second decoder, which holds nothing of the tokens, sees the last one alone.
+    last_alone = tokens.shape[1] > 1 and model.cross_decoder is not None
     with nn.logical_axis_rules(RULES):
-        outputs: Any = LanguageModel(model).apply(
+        outputs: Any = LanguageModel(model, last_alone=last_alone).apply(
             {"params": params},
             tokens,
             segment_ids=segment_ids,
@@ -65,7 +67,7 @@ def forward(
         )
     hidden, caches, _ = outputs
     last = hidden[:, -1]
-    if segment_ids is not None:
+    if segment_ids is not None and not last_alone:
         place = jnp.arange(tokens.shape[1])
         last_place = jnp.max(jnp.where(segment_ids != 0, place, 0), axis=1)
         last = jnp.take_along_axis(hidden, last_place[:, None, None], axis=1)[:, 0]

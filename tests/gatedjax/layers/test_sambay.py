@@ -29,8 +29,9 @@ from gatedjax.evaluation.cache_bytes import cache_bytes
 from gatedjax.evaluation.sampling import generate
 from gatedjax.layers import GatedAttention, GatedMemory
 from gatedjax.layers.block import block_layers, stream_norm
+from gatedjax.layers.last_token import info_of_last, last_places
 from gatedjax.layers.shared_weights import SharedWeights
-from gatedjax.layers.token_info import TokenInfo, default_info
+from gatedjax.layers.token_info import TokenInfo, arranged, default_info, empty_history
 from gatedjax.model import LanguageModel, init_caches, logits
 from gatedjax.sharding import RULES, make_mesh
 from gatedjax.training.flops import forward_flops_per_token
@@ -65,6 +66,10 @@ PUBLISHED = dataclasses.replace(
     ffn_pattern=("mlp",),
     suffix=("mamba", "full", "gmu", "cross"),
     ffn_suffix=("mlp",) * 4,
+)
+# The cross-decoder begins before the pattern.
+EARLIER = dataclasses.replace(
+    MODEL, num_layers=5, prefix=("mamba", "full", "gmu"), ffn_prefix=("none",) * 3
 )
 TOKENS = jnp.asarray(R.integers(0, 32, (2, 14)), jnp.int32)
 DOCUMENTS = jnp.asarray([[1] * 5 + [2] * 9, [7] * 3 + [9] * 8 + [0] * 3], jnp.int32)
@@ -182,6 +187,79 @@ def test_prefill_pieces_and_steps_equal_the_full_forward(model, ends):
     for block in model.blocks:
         is_without = isinstance(block.mixer, GatedMemoryConfig) or block.mixer == CROSS
         assert bool(jax.tree.leaves(caches.layers[block.name])) != is_without, block.name
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def of_prompt(model, params, caches, last_alone, documents):
+    y, caches, _ = LanguageModel(model, last_alone=last_alone).apply(
+        {"params": params}, TOKENS[:, : documents.shape[1]], segment_ids=documents, caches=caches
+    )
+    return y, caches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [MODEL, PUBLISHED, EARLIER, dataclasses.replace(MODEL, pattern=("window",), num_layers=3)],
+    ids=["short", "published", "earlier", "none"],
+)
+def test_the_second_decoder_sees_the_last_token_alone(model):
+    """Of packed rows, with padding on both sides, and in a second piece: as in full prefill."""
+    params = made(model)
+    documents = jnp.asarray([[0, 1, 1, 1, 2, 2, 2], [7, 7, 7, 7, 9, 0, 0]], jnp.int32)
+    pieces = (documents, jnp.asarray([[2, 2, 3, 3, 3, 0, 0], [0] * 7], jnp.int32))
+    lasts = ((6, 4), (4, 0))
+    full = one = init_caches(model, 2, 14)
+    for documents, last in zip(pieces, lasts, strict=True):
+        expected, full = of_prompt(model, params, full, False, documents)
+        found, one = of_prompt(model, params, one, True, documents)
+        assert found.shape == (2, 1, 16)
+        # A row of padding has no last token.
+        for row in np.flatnonzero(np.asarray(documents).any(axis=1)):
+            assert rel_rms(found[row, 0], expected[row, last[row]]) < 1e-5, (row, last)
+        jax.tree.map(np.testing.assert_array_equal, one, full)
+
+
+def test_the_last_token_is_told_what_it_is_told_in_decoding():
+    """As if all tokens of the call but each row's last one had come before."""
+    ids = jnp.asarray([[0, 1, 1, 2, 2, 2], [3, 4, 4, 4, 0, 0], [0] * 6], jnp.int32)
+    last = jnp.asarray([[5], [3], [0]])
+    before = dataclasses.replace(
+        empty_history(3),
+        tokens=jnp.asarray([2, 3, 3]),
+        in_document=jnp.asarray([2, 1, 3]),
+        next_position=jnp.asarray([2, 1, 3]),
+        segment_id=jnp.asarray([1, 3, 5]),
+    )
+    tokens = TOKENS[:1, :6] + jnp.arange(3)[:, None]
+    info, after, _ = arranged(tokens, None, ids, before)
+    found = info_of_last(info, after, last_places(info, 6))
+    but_last = arranged(tokens, None, ids.at[jnp.arange(3), last[:, 0]].set(0), before).after
+    one = (jnp.take_along_axis(x, last, axis=1) for x in (tokens, ids))
+    expected = arranged(next(one), None, next(one), but_last)
+    for name in ("positions", "segment_ids"):
+        of_tokens = getattr(found, name)[:2], getattr(expected.info, name)[:2]
+        np.testing.assert_array_equal(*of_tokens, err_msg=name)
+    np.testing.assert_array_equal(found.tokens[:2], expected.info.tokens[:2])
+    assert found.segment_ids[2, 0] == 0
+    for name in ("tokens", "in_document", "next_position"):
+        of_rows = getattr(found.before, name), getattr(expected.info.before, name)
+        np.testing.assert_array_equal(*of_rows, err_msg=name)
+
+
+def test_where_a_second_decoder_begins():
+    """Where every layer from there on holds nothing, of the model and of its period."""
+    assert MODEL.cross_decoder == "layer_0" and PUBLISHED.cross_decoder == "suffix_2"
+    replace = dataclasses.replace
+    assert EARLIER.cross_decoder == "prefix_2"
+    for kept in (
+        replace(MODEL, suffix=("window",), ffn_suffix=("none",), num_layers=7),
+        replace(PUBLISHED, pattern=("mamba", "full", "cross", "gmu"), suffix=(), ffn_suffix=()),
+        replace(MODEL, pattern=("window",), num_layers=4),
+    ):
+        assert kept.cross_decoder is None
+    with pytest.raises(ValueError, match="caches: got None, expected those of a prompt"):
+        jax.eval_shape(LanguageModel(MODEL, last_alone=True).init, jax.random.key(0), TOKENS)
 
 
 def test_periods_without_caches_are_taken_apart():

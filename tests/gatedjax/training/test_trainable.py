@@ -11,7 +11,13 @@ from helpers import rel_rms
 from tiny_run import plain, random_batch, replace, run_steps, tiny
 
 from gatedjax.aot.step import abstract_batch
-from gatedjax.config import FrozenDict, LoRAConfig, LoRAMixtureConfig, OptimConfig
+from gatedjax.config import (
+    FrozenDict,
+    LoRAConfig,
+    LoRAMixtureConfig,
+    OptimConfig,
+    SoftAdaptersConfig,
+)
 from gatedjax.errors import InputError
 from gatedjax.layers.tree import flatten_dict, unflatten_dict, united
 from gatedjax.training import trainable
@@ -164,6 +170,48 @@ def test_the_frozen_weights_of_a_mixture_have_no_optimizer_state():
     kept = named_leaves(run.abstract.opt_state)
     assert not any("frozen" in name for name in kept)
     assert sum("lora_a" in name for name in kept) == 2 * 3
+
+
+def x_lora(*trained: str):
+    mixture = LoRAMixtureConfig(hidden=16, num_experts=2, rank=2, gate="xlora", first_pass=True)
+    return plain(model__ffns=FrozenDict(mlp=mixture), optim__trainable=trained)
+
+
+def soft_moa(*trained: str):
+    one = plain()
+    attention = replace(one.model.mixers["attention"], causal=False)
+    feed_forward = replace(one.model.ffns["mlp"], adapters=SoftAdaptersConfig(number=2, hidden=4))
+    return replace(
+        one,
+        model__task="masked_lm",
+        model__mixers=FrozenDict(attention=attention),
+        model__ffns=FrozenDict(mlp=feed_forward),
+        optim__trainable=trained,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make, trained",
+    [
+        (x_lora, ("lora_a", "lora_b")),
+        (x_lora, ("lora_classifier",)),
+        (soft_moa, ("ffn.adapters",)),
+    ],
+    ids=["x_lora experts", "x_lora classifier", "soft_moa"],
+)
+def test_what_is_frozen_beside_experts_stays_to_the_bit(make, trained):
+    config = make(*(f"*{name}*" for name in trained))
+    run = prepare(config, jax.devices()[:1])
+    with jax.set_mesh(run.mesh):
+        start = jax.device_get(names(fresh_state(run).params))
+    _, state, _ = run_steps(config, 4, devices=jax.devices()[:1])
+    after = jax.device_get(names(state.params))
+    trains = {name for name in start if any(part in name for part in trained)}
+    assert trains and trains != start.keys() == after.keys()
+    for name, x in start.items():
+        is_same = after[name].tobytes() == x.tobytes()
+        assert is_same == (name not in trains), name
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adabelief", "schedule_free"])
