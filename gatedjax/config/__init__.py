@@ -61,6 +61,7 @@ from gatedjax.config.run import (
     StreamConfig,
     TrainConfig,
 )
+from gatedjax.config.shared_router import SharedRouterConfig
 from gatedjax.config.soft_adapters import SoftAdaptersConfig
 from gatedjax.config.sources import GatedMemoryConfig
 from gatedjax.config.teacher import TeacherConfig
@@ -112,6 +113,7 @@ __all__ = [
     "RWKV7Config",
     "Remat",
     "RouterConfig",
+    "SharedRouterConfig",
     "SoftAdaptersConfig",
     "SoftMoEConfig",
     "SourceConfig",

@@ -32,6 +32,7 @@ from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig, Temperature
 from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
+from gatedjax.config.shared_router import SharedRouterConfig
 from gatedjax.config.sources import GatedMemoryConfig, check_sources, takes_keys
 from gatedjax.errors import require
 
@@ -164,6 +165,8 @@ class ModelConfig(Checked):
     # transformers, arXiv 2306.17759); None for x + f(x)
     residual_weight: Fraction | None = None
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    # before all layers
+    shared_router: SharedRouterConfig = field(default_factory=SharedRouterConfig)
     # of the residual stream. rms: RMSNorm; layer: LayerNorm, with a bias (RWKV-7)
     norm_kind: Literal["rms", "layer"] = "rms"
     # a norm behind the embeddings (RWKV-7)
@@ -396,6 +399,20 @@ class ModelConfig(Checked):
             self.lora.num_experts,
             "0 with a mixture in ffns whose weights come from a first pass too",
         )
+        if self.shared_router.num_layers:
+            self._check_shared_router()
+
+    def _check_shared_router(self) -> None:
+        given = {ffn.total_experts for ffn in self._given_ffns()}
+        is_text = self.task == "lm" and self.first_pass is None
+        fitting = {
+            "sparse feed-forwards with router.selection 'given', of as many experts": len(given)
+            == 1,
+            "model.task 'lm' and no experts whose weights come from a first pass": is_text,
+        }
+        for expected, is_there in fitting.items():
+            number = self.shared_router.num_layers
+            require(is_there, "shared_router.num_layers", number, f"0, or {expected}")
 
     def _used_attention(self) -> dict[str, GatedAttentionConfig]:
         """The attention layers of the program, by the names of their mixers."""
@@ -410,6 +427,9 @@ class ModelConfig(Checked):
 
     def _sparse_ffns(self) -> list[SparseMoEConfig]:
         return [ffn for ffn in self._used_ffns() if isinstance(ffn, SparseMoEConfig)]
+
+    def _given_ffns(self) -> list[SparseMoEConfig]:
+        return [ffn for ffn in self._sparse_ffns() if ffn.router.selection == "given"]
 
     def _first_passes(self) -> set[LoRAMixtureConfig]:
         mixtures = [ffn for ffn in self._used_ffns() if isinstance(ffn, LoRAMixtureConfig)]
@@ -491,6 +511,31 @@ class ModelConfig(Checked):
         if self.lora.num_experts:
             return self.lora
         return next(iter(self._first_passes()), None)
+
+    @property
+    def given_experts(self) -> int:
+        """Experts that a router before all layers chooses among."""
+        return max((ffn.total_experts for ffn in self._given_ffns()), default=0)
+
+    @property
+    def router_model(self) -> "ModelConfig | None":
+        """The model whose hidden states the router before all layers goes by; None without one."""
+        router = self.shared_router
+        if not router.num_layers:
+            return None
+        attention = GatedAttentionConfig(
+            num_heads=router.num_heads,
+            num_kv_heads=router.num_heads,
+            head_dim=router.head_dim,
+        )
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            width=self.width,
+            num_layers=router.num_layers,
+            mixers=FrozenDict(attention=attention),
+            ffns=FrozenDict(mlp=GatedMLPConfig(hidden=router.hidden)),
+            dtype=self.dtype,
+        )
 
     @property
     def value_bank(self) -> tuple[int, int, int] | None:
