@@ -4,6 +4,7 @@ Its layers are those of the prefix, a scan over periods of the layer pattern, th
 (`ModelConfig.blocks`).
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -34,6 +35,8 @@ from gatedjax.layers.last_token import at_places, info_of_last, last_places
 from gatedjax.layers.linear_attention import rising_floors
 from gatedjax.layers.low_rank import low_rank_updates
 from gatedjax.layers.moe.first_pass import first_pass_weights, no_weights, weights_by_block
+from gatedjax.layers.moe.given_experts import given_experts
+from gatedjax.layers.moe.shared_router import shared_experts
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.patches import PatchEmbedding, image_info, pooled
 from gatedjax.layers.token_info import (
@@ -53,11 +56,13 @@ class Caches:
     history: how many tokens, of which document, at which position: every row at its own place.
     layers: the caches by block; those of the period are stacked over periods.
     first_pass: the same of the pass without experts, where there is one (`ModelConfig.first_pass`).
+    router: the same of the router before all layers, where there is one.
     """
 
     history: History
     layers: dict[str, Any]
     first_pass: "Caches | None" = None
+    router: "Caches | None" = None
 
 
 # Of the embedding, and of what else has a row for each token of the vocabulary.
@@ -153,10 +158,17 @@ class LanguageModel(nn.Module):
             lora_weights, first_pass_caches = first_pass_weights(self, *inputs)
             if order is not None:
                 lora_weights = in_order(lora_weights, order)
+        experts = contextlib.nullcontext()
+        router_caches = None
+        if c.router_model is not None:
+            caches_before = None if caches is None else caches.router
+            inputs = (tokens, positions, segment_ids, caches_before)
+            ids, router_caches = shared_experts(self, *inputs)
+            experts = given_experts(ids if order is None else in_order(ids, order))
         carry = (x, self._first_router_logits(tokens), self._first_depth(x))
         layer_caches = None if caches is None else caches.layers
         of_block = weights_by_block(c, lora_weights)
-        with low_rank_updates(c.lora):
+        with low_rank_updates(c.lora), experts:
             (x, _, _), layer_caches, statistics = self._layers(
                 carry,
                 info,
@@ -170,7 +182,7 @@ class LanguageModel(nn.Module):
         if order is not None and last is None:
             x = out_of_order(x, order)
         if after is not None:
-            caches = Caches(after, layer_caches, first_pass_caches)
+            caches = Caches(after, layer_caches, first_pass_caches, router_caches)
         return x, caches, statistics
 
     def _image_states(
@@ -430,6 +442,8 @@ def init_caches(
     if config.task != "lm":
         raise ValueError(f"config.task: got {config.task!r}, expected 'lm': encoders need no cache")
     caches = Caches(empty_history(batch), _layer_caches(config, batch, length))
+    if config.router_model is not None:
+        caches = dataclasses.replace(caches, router=init_caches(config.router_model, batch, length))
     if config.first_pass is None:
         return caches
     # The buffers of the two passes must not be the same: both are donated.

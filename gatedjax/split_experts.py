@@ -5,10 +5,11 @@
 
 The model is a run directory with gated MLPs; a text is a name and a file or folder, and gets an
 expert. In every layer an expert has those channels that are largest on its text and not on all.
-Router and experts then learn by turns, the rest stays as it is. In WORKDIR: split.npz (both), and
-table.md and table.json: validation losses of the dense model and of the experts by several ways of
-choosing them, what is computed, and how often experts would be loaded. docs/combining.md says
-what is done.
+Router and experts then learn by turns, the rest stays as it is. WORKDIR is a run of the result, in
+which the router is part of the model: eval.py, generate and another run's train.init_from take it
+like any other. In it too are table.md and table.json: validation losses of the dense model and of
+the experts by several ways of choosing them, what is computed, and how often experts would be
+loaded. docs/combining.md says what is done.
 """
 
 import functools
@@ -26,10 +27,10 @@ from jax import Array
 from jaxtyping import Float, Int, PyTree
 
 from gatedjax.config import (
-    GatedAttentionConfig,
     GatedMLPConfig,
     ModelConfig,
     RouterConfig,
+    SharedRouterConfig,
     SparseMoEConfig,
 )
 from gatedjax.data import Batch
@@ -45,6 +46,7 @@ from gatedjax.layers.moe.channel_experts import (
     split_channels,
 )
 from gatedjax.layers.moe.given_experts import given_experts
+from gatedjax.layers.moe.shared_router import NAME as SHARED_ROUTER
 from gatedjax.layers.tree import divided, flatten_dict, unflatten_dict
 from gatedjax.model import LanguageModel, head_weights, logits
 from gatedjax.paths import expand
@@ -52,7 +54,7 @@ from gatedjax.reporting.console import say
 from gatedjax.reporting.stages import write_tables
 from gatedjax.reporting.texts import Texts, parsed_texts
 from gatedjax.runtime import cli, launch
-from gatedjax.training.run_directory import plain_errors
+from gatedjax.training import made_run
 from gatedjax.training.teacher import Teacher, by_layer, observed
 
 _FROM = flags.DEFINE_string("from", None, "Run directory of the dense model.")
@@ -67,19 +69,25 @@ _HELD = 32
 
 
 class Split(NamedTuple):
-    """A model whose feed-forwards are experts, and its router."""
+    """A model whose feed-forwards are experts, and its router, which is not yet part of it."""
 
     model: ModelConfig
     params: PyTree
     router: ModelConfig
     router_params: PyTree
 
+    @property
+    def whole(self) -> tuple[ModelConfig, PyTree]:
+        """The model with its router inside, and its parameters."""
+        return with_router(self.model), {**self.params, SHARED_ROUTER: self.router_params}
+
 
 def main(_) -> None:
     """Restore -> split -> learn by turns -> measure -> the table."""
     source = expand(cli.required(_FROM), "--from")
-    workdir = expand(cli.required(_WORKDIR), "--workdir")
+    workdir = expand(cli.required(_WORKDIR), "--workdir").absolute()
     paths = parsed_texts(_TEXTS.value)
+    made_run.require_new(workdir)
     launch.start()
     run, params, _ = restore_params(source)
     model = run.config.model
@@ -97,11 +105,10 @@ def main(_) -> None:
     fraction = computed_fraction(split.model, model)
     text = table(rows, cached, list(paths), fraction)
     body = {"rows": rows, "loads": cached, "computed": fraction}
+    whole, whole_params = split.whole
+    config = made_run.with_model(run.config, whole)
+    made_run.save(workdir, config, flatten_dict(whole_params), source)
     write_tables(workdir, text, body)
-    arrays: Any = {f"router.{'.'.join(k)}": v for k, v in flatten_dict(split.router_params).items()}
-    arrays |= {f"model.{'.'.join(k)}": v for k, v in flatten_dict(split.params).items()}
-    with plain_errors(f"could not write {workdir / 'split.npz'}"):
-        np.savez(workdir / "split.npz", **arrays)
     say(text)
 
 
@@ -116,6 +123,7 @@ def require_splittable(model: ModelConfig) -> None:
         require(is_plain, key, "bias, norm or adapters", "none of them")
         require(block.is_repeated, "--from", f"layer {block.layers[0]} in a prefix", "none")
     require(not model.lora.rank, "--from: config.model.lora.rank", model.lora.rank, "0")
+    require(model.task == "lm", "--from: config.model.task", model.task, "lm")
 
 
 def channels_of_texts(dense: Teacher, texts: Texts) -> dict[int, np.ndarray]:
@@ -174,6 +182,18 @@ def split_model(model: ModelConfig, channels: Mapping[int, Channels]) -> ModelCo
     return _replaced(model, new)
 
 
+def with_router(model: ModelConfig) -> ModelConfig:
+    """The split model with the router before all layers, of one layer."""
+    head_dim = 16 if model.width % 16 == 0 else model.width
+    router = SharedRouterConfig(
+        num_layers=1,
+        num_heads=model.width // head_dim,
+        head_dim=head_dim,
+        hidden=2 * model.width,
+    )
+    return _replaced(model, {"shared_router": router})
+
+
 def _replaced(model: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**vars(model), **changes})
 
@@ -208,23 +228,14 @@ def split_params(
 def fresh_split(model: ModelConfig, params: PyTree, kept: Mapping[int, np.ndarray]) -> Split:
     """The experts as they are in the dense model, and a router that starts from its embeddings."""
     channels = {layer: split_channels(of_layer) for layer, of_layer in kept.items()}
-    head_dim = 16 if model.width % 16 == 0 else model.width
-    heads = model.width // head_dim
-    attention = GatedAttentionConfig(num_heads=heads, num_kv_heads=heads, head_dim=head_dim)
-    router = ModelConfig(
-        vocab_size=model.vocab_size,
-        width=model.width,
-        num_layers=1,
-        mixers=FrozenDict(attention=attention),
-        ffns=FrozenDict(mlp=GatedMLPConfig(hidden=2 * model.width)),
-        dtype=model.dtype,
-    )
+    new = split_model(model, channels)
+    router = with_router(new).router_model
+    assert router is not None
     tokens = jnp.zeros((1, 1), jnp.int32)
     of_router: Any = jax.jit(LanguageModel(router).init)(jax.random.key(0), tokens)["params"]
     of_router = {**nn.meta.unbox(of_router), "embedding": params["embedding"]}
     count = len(next(iter(kept.values())))
     router_params = {"model": of_router, "out": jnp.zeros((model.width, count))}
-    new = split_model(model, channels)
     return Split(new, split_params(model, params, channels), router, router_params)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gatedjax.errors import InputError
@@ -125,7 +126,21 @@ def test_split_experts(place):
     assert [row["experts"] for row in found["rows"]][:2] == ["dense", "routed"]
     (row,) = found["loads"]
     assert row["ahead"] <= row["recent"]
-    wrong = python(
-        place, *arguments[:2], f"--from={place / 'base'}", "--texts=a=x,b=y", arguments[4]
-    )
-    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
+    # The result is a run like any other; the text of its configuration is the base's.
+    split = f"--checkpoint={place / 'split'}"
+    measured = python(place, "eval.py", split, "--json", "--batches=2")
+    assert measured.returncode == 0, measured.stderr
+    loss = json.loads(measured.stdout)["loss"]
+    np.testing.assert_allclose(loss, found["rows"][1]["numbers"], rtol=1e-5)
+    written = python(place, "-m", "gatedjax.generate", split, "--prompt=12", "--max_tokens=4")
+    assert written.returncode == 0, written.stderr
+    to_train = ["train.py", f"--config=from_run:{place / 'split'}", *SMALL]
+    trained = python(place, *to_train, f"--workdir={place / 'further'}")
+    assert trained.returncode == 0, trained.stderr
+    wrong = {
+        "--texts=a=x,b=y": f"--workdir={place / 'other'}",
+        texts(place): f"--workdir={place / 'split'}",
+    }
+    for text, workdir in wrong.items():
+        refused = python(place, *arguments[:3], text, workdir)
+        assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1

@@ -57,6 +57,7 @@ from gatedjax.config.run import (
     TrainConfig,
 )
 from gatedjax.config.rwkv6 import RWKV6ChannelMixConfig, RWKV6Config
+from gatedjax.config.shared_router import SharedRouterConfig
 from gatedjax.config.soft_adapters import SoftAdaptersConfig
 from gatedjax.config.sources import GatedMemoryConfig
 from gatedjax.config.teacher import TeacherConfig
@@ -110,6 +111,7 @@ __all__ = [
     "RWKV7Config",
     "Remat",
     "RouterConfig",
+    "SharedRouterConfig",
     "SoftAdaptersConfig",
     "SoftMoEConfig",
     "SourceConfig",

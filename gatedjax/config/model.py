@@ -33,6 +33,7 @@ from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.rwkv6 import RWKV6ChannelMixConfig, RWKV6Config
+from gatedjax.config.shared_router import SharedRouterConfig
 from gatedjax.config.sources import GatedMemoryConfig, check_sources, cross_decoder, takes_keys
 from gatedjax.errors import require
 
@@ -114,6 +115,8 @@ class ModelConfig(Checked):
     # transformers, arXiv 2306.17759); None for x + f(x)
     residual_weight: Fraction | None = None
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    # before all layers
+    shared_router: SharedRouterConfig = field(default_factory=SharedRouterConfig)
     # of the residual stream. rms: RMSNorm; layer: LayerNorm, with a bias (RWKV-7)
     norm_kind: Literal["rms", "layer"] = "rms"
     # a norm behind the embeddings (RWKV-7)
@@ -347,6 +350,20 @@ class ModelConfig(Checked):
             self.lora.num_experts,
             "0 with a mixture in ffns whose weights come from a first pass too",
         )
+        if self.shared_router.num_layers:
+            self._check_shared_router()
+
+    def _check_shared_router(self) -> None:
+        given = {ffn.total_experts for ffn in self._given_ffns()}
+        is_text = self.task == "lm" and self.first_pass is None
+        fitting = {
+            "sparse feed-forwards with router.selection 'given', of as many experts": len(given)
+            == 1,
+            "model.task 'lm' and no experts whose weights come from a first pass": is_text,
+        }
+        for expected, is_there in fitting.items():
+            number = self.shared_router.num_layers
+            require(is_there, "shared_router.num_layers", number, f"0, or {expected}")
 
     def _used_attention(self) -> dict[str, GatedAttentionConfig]:
         """The attention layers of the program, by the names of their mixers."""
@@ -361,6 +378,9 @@ class ModelConfig(Checked):
 
     def _sparse_ffns(self) -> list[SparseMoEConfig]:
         return [ffn for ffn in self._used_ffns() if isinstance(ffn, SparseMoEConfig)]
+
+    def _given_ffns(self) -> list[SparseMoEConfig]:
+        return [ffn for ffn in self._sparse_ffns() if ffn.router.selection == "given"]
 
     def _first_passes(self) -> set[LoRAMixtureConfig]:
         mixtures = [ffn for ffn in self._used_ffns() if isinstance(ffn, LoRAMixtureConfig)]
@@ -444,6 +464,31 @@ class ModelConfig(Checked):
         return next(iter(self._first_passes()), None)
 
     @property
+    def given_experts(self) -> int:
+        """Experts that a router before all layers chooses among."""
+        return max((ffn.total_experts for ffn in self._given_ffns()), default=0)
+
+    @property
+    def router_model(self) -> "ModelConfig | None":
+        """The model whose hidden states the router before all layers goes by; None without one."""
+        router = self.shared_router
+        if not router.num_layers:
+            return None
+        attention = GatedAttentionConfig(
+            num_heads=router.num_heads,
+            num_kv_heads=router.num_heads,
+            head_dim=router.head_dim,
+        )
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            width=self.width,
+            num_layers=router.num_layers,
+            mixers=FrozenDict(attention=attention),
+            ffns=FrozenDict(mlp=GatedMLPConfig(hidden=router.hidden)),
+            dtype=self.dtype,
+        )
+
+    @property
     def value_bank(self) -> tuple[int, int, int] | None:
         """(slots, key heads, channels) of the value bank; None where no layer has one."""
         for mixer in self._used_attention().values():
@@ -472,8 +517,10 @@ class ModelConfig(Checked):
 
         None without one.
         """
-        # A first pass gives its layers weights of all tokens.
-        return None if self.first_pass is not None else cross_decoder(self.blocks)
+        # A first pass gives its layers weights of all tokens, a router its experts.
+        if self.first_pass is not None or self.router_model is not None:
+            return None
+        return cross_decoder(self.blocks)
 
     @property
     def first_rwkv7(self) -> int | None:

@@ -65,8 +65,8 @@ class RouterConfig(Checked):
     scoring: Literal["softmax", "sigmoid", "sparsemax"] = "softmax"
     # by probability + bias, not rounded; among equals the larger logit, then the lower expert id.
     # gumbel: by logits + noise, so that the temperature does not change how often an expert is
-    # drawn. expert_choice is not causal. given: one expert a token, from outside the model
-    # (`layers/moe/given_experts.py`); none is trained.
+    # drawn. expert_choice is not causal. given: one expert a token, by `model.shared_router`, or
+    # from outside the model (`layers/moe/given_experts.py`); none is trained.
     selection: Literal["topk", "grouped_topk", "gumbel", "hash", "expert_choice", "given"] = "topk"
     # grouped_topk: experts come in this many groups, of which
     num_groups: Size = 1

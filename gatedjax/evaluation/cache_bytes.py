@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,9 @@ def cache_bytes(config: ModelConfig, rows: int, tokens: int) -> CacheBytes:
             units += len(block.layers)
     read = held + shared
     found = CacheBytes(held, held + shared, read, read + units * saved_by_unit)
+    if config.router_model is not None:
+        of_router = cache_bytes(config.router_model, rows, tokens)
+        found = CacheBytes(*map(operator.add, found, of_router))
     if config.first_pass is None:
         return found
     # Each pass has caches of its own.

@@ -63,6 +63,7 @@ def require_simple(config: ModelConfig) -> None:
         "gated memory units": config.shares_memory,
         "a value bank": config.value_bank is not None,
         "a first pass": config.first_pass is not None,
+        "a router before all layers": config.router_model is not None,
         "a norm of its embeddings": config.embedding_norm,
         "low-rank updates": config.lora.rank > 0,
         "LayerNorm": config.norm_kind != "rms",

@@ -40,6 +40,7 @@ ADDED_LATER = (
     ("model", "patches"),
     ("model", "prefix"),
     ("model", "residual_weight"),
+    ("model", "shared_router"),
     ("model", "suffix"),
     ("model", "task"),
     ("model", "unroll"),
@@ -142,6 +143,7 @@ Measure = Literal[
     "routing",
     "sinks",
     "speed",
+    "spent",
     "width_probe",
     "curvature",
 ]

@@ -18,6 +18,8 @@ sinks        of bigram_backcopy, over one batch: copy_accuracy at triggers; exce
              residual_norm, likewise, largest of a layer; max_activation; massive, the largest
              activation over the median one of its layer; gate_active and gate_dormant, the mean
              gate at triggers and at ordinary tokens
+spent        loss and accuracy; mflop of a token, forward, with as much of its feed-forwards as it
+             had; loops or learners, how much that was, of models that have them; parameters
 speed        step_ms: the mean time of a training step, of those after the first metrics were read;
              it depends on what else the machine did
 
@@ -40,7 +42,9 @@ from gatedjax.config import FrozenDict, GatedAttentionConfig, ModelConfig
 from gatedjax.data import Batch, batches
 from gatedjax.data.recall import RecallConfig, recall_dataset
 from gatedjax.evaluation.encoder import EncoderValidation
+from gatedjax.evaluation.spent import RECORDED, spent
 from gatedjax.evaluation.validation import Validation, with_length
+from gatedjax.layers.moe import state as router_state
 from gatedjax.model import LanguageModel, head_weights
 from gatedjax.output import to_logits
 from gatedjax.sharding import RULES, global_batch, my_rows
@@ -143,6 +147,24 @@ def speed(trained: Trained) -> Values:
     return {"step_ms": trained.step_ms}
 
 
+def what_is_spent(trained: Trained) -> Values:
+    """Quality against the FLOPs of models that do not spend the same on every token."""
+    run = trained.run
+    model = run.config.model
+    found = spent(run, model, trained.params, run.config.train.eval_batches)
+    stored, _ = router_state.split(trained.params)
+    values = {
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "mflop": found.flops / 1e6,
+        "parameters": float(sum(x.size for x in jax.tree.leaves(stored))),
+    }
+    for ffn in model.ffns.values():
+        if ffn.kind in RECORDED:
+            values[RECORDED[ffn.kind]] = found.had
+    return values
+
+
 MEASURES: dict[str, Callable[[Trained], Values]] = {
     "validation": validation,
     "recall": recall,
@@ -151,6 +173,7 @@ MEASURES: dict[str, Callable[[Trained], Values]] = {
     "routing": routing,
     "sinks": measure_sinks,
     "speed": speed,
+    "spent": what_is_spent,
     "width_probe": singular_values,
     "curvature": curvature,
 }

@@ -20,13 +20,15 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     Padding is no token: it goes through no expert. What is computed again in the backward pass is
     not counted, nor is the pass that counts loads before the gradients of micro-batches. A first
-    pass for the weights of experts has no logits and no backward pass.
+    pass for the weights of experts has no logits and no backward pass, a router before all layers
+    no backward pass.
     """
     forward = forward_flops_per_token(config, seq_len)
+    of_router = _router_flops(config, seq_len)
     first_pass = 0.0
     if config.first_pass is not None:
         first_pass = forward - _logits_flops(config)
-    return 3.0 * forward + first_pass
+    return 3.0 * (forward - of_router) + of_router + first_pass
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -34,13 +36,22 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     Norms, gates and lookups are not counted.
     """
-    total = _logits_flops(config)
+    total = _logits_flops(config) + _router_flops(config, seq_len)
     if config.task == "classify":
         total += 2.0 * config.patches.size * config.width
     for block in config.blocks:
         for layer in block_layers(config, block):
             total += len(block.layers) * layer.forward_flops_per_token(config.width, seq_len)
     return total
+
+
+def _router_flops(config: ModelConfig, seq_len: int) -> float:
+    """Of a router before all layers."""
+    router = config.router_model
+    if router is None:
+        return 0.0
+    choice = 2.0 * config.width * config.given_experts
+    return forward_flops_per_token(router, seq_len) - _logits_flops(router) + choice
 
 
 def _logits_flops(config: ModelConfig) -> float:

@@ -9,9 +9,11 @@ from gatedjax.config import Config
 from gatedjax.config.patterns import matches_any, sides, unmatched
 from gatedjax.errors import require
 from gatedjax.layers import low_rank
+from gatedjax.layers.moe.shared_router import NAME as SHARED_ROUTER
 from gatedjax.layers.tree import Path, divided, flatten_dict
 
-# A parameter of this name never trains: the dense weights of a `LoRAMixture`.
+# A parameter of this name never trains: the dense weights of a `LoRAMixture`. Nor do those of a
+# router before all layers, whose choice has no gradient.
 FROZEN = "frozen"
 # Names in a message.
 SHOWN = 5
@@ -27,7 +29,7 @@ def split(
 
 def is_trainable(config: Config, path: Path) -> bool:
     """Whether the parameter trains, by its name alone."""
-    if path[-1] == FROZEN:
+    if _never_trains(path):
         return False
     patterns = config.optim.trainable
     has_updates = config.model.lora.rank > 0
@@ -40,6 +42,10 @@ def is_trainable(config: Config, path: Path) -> bool:
     return matches_any(patterns, ".".join(path))
 
 
+def _never_trains(path: Path) -> bool:
+    return path[-1] == FROZEN or path[0] == SHARED_ROUTER
+
+
 def require_names(config: Config, params: Mapping[str, Any]) -> None:
     """InputError if a pattern of the configuration holds for nothing that it could be about.
 
@@ -48,7 +54,7 @@ def require_names(config: Config, params: Mapping[str, Any]) -> None:
       params: of the model, without the state of routers: arrays or their shapes.
     """
     low_rank.require_targets(config.model.lora, params)
-    names = [".".join(path) for path in flatten_dict(params) if path[-1] != FROZEN]
+    names = [".".join(path) for path in flatten_dict(params) if not _never_trains(path)]
     _require_match("config.optim.trainable", config.optim.trainable, names)
     trained, _ = split(config, params)
     names = [".".join(path) for path in flatten_dict(trained)]

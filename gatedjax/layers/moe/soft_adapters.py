@@ -4,7 +4,8 @@
     slots  = softmax over tokens of logits, times x
     y      = softmax over slots of logits, times (gelu(slots W_down + b) W_up + c)
 
-As Soft MoE, with bottlenecks for experts. W_up and c start from 0: nothing is added at first.
+As Soft MoE, with bottlenecks for experts. W_up and c start from 0: nothing is added at first. With
+`slots=0` there are no slots, and y is the sum of all bottlenecks of the token itself.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from gatedjax.config.soft_adapters import SoftAdaptersConfig
-from gatedjax.layers.documents import documents_of
+from gatedjax.layers.documents import documents_of, is_token, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.moe.soft import mixed_softly, slot_logits
 from gatedjax.layers.parameters import parameter
@@ -66,18 +67,6 @@ class SoftAdapters(nn.Module):
         """`x`: the feed-forward's input, zeros for padding."""
         c = self.config
         width = x.shape[-1]
-        phi = parameter(
-            self,
-            "phi",
-            axes=["embed", "router", None],
-            shape=[width, c.number, c.slots],
-            init=nn.initializers.glorot_normal(in_axis=0, out_axis=(1, 2)),
-        )
-        if c.normalize:
-            ones = nn.initializers.ones
-            logits = slot_logits(x, phi, parameter(self, "scale", axes=[], shape=[], init=ones))
-        else:
-            logits = jnp.einsum("btm,mes->btes", x.astype(jnp.float32), phi)
         down = self._stack("down", ("embed", "mlp"), (width, c.hidden), self.init_std)
         down_bias = self._stack("down_bias", ("mlp_bias",), (c.hidden,), 0.0)
         # Where parameters are made in the same program, the compiler sees that these are all zeros.
@@ -90,12 +79,30 @@ class SoftAdapters(nn.Module):
             up=up,
             up_bias=up_bias,
         )
-        y, dispatch, combine = mixed_softly(
-            x.astype(self.dtype), logits, documents_of(info), experts
-        )
+        tokens = x.astype(self.dtype)
+        if not c.slots:
+            of_experts = (x.shape[0], c.number, *x.shape[1:])
+            y = jnp.sum(experts(jnp.broadcast_to(tokens[:, None], of_experts)), axis=1)
+            return without_padding(y, is_token(info))
+        logits = self._slot_logits(x)
+        y, dispatch, combine = mixed_softly(tokens, logits, documents_of(info), experts)
         record(self, "dispatch", dispatch)
         record(self, "combine", combine)
         return y
+
+    def _slot_logits(self, x: Float[Array, "B T M"]) -> Float[Array, "B T E s"]:
+        c = self.config
+        phi = parameter(
+            self,
+            "phi",
+            axes=["embed", "router", None],
+            shape=[x.shape[-1], c.number, c.slots],
+            init=nn.initializers.glorot_normal(in_axis=0, out_axis=(1, 2)),
+        )
+        if c.normalize:
+            ones = nn.initializers.ones
+            return slot_logits(x, phi, parameter(self, "scale", axes=[], shape=[], init=ones))
+        return jnp.einsum("btm,mes->btes", x.astype(jnp.float32), phi)
 
     def _stack(
         self,
@@ -119,12 +126,15 @@ class SoftAdapters(nn.Module):
 
 
 def adapter_flops(config: SoftAdaptersConfig, width: int, seq_len: int) -> float:
-    """Of one token: three products of tokens and slots, and a part of the experts' work.
+    """Of one token: three products of tokens and slots, and a part of the experts' work; without
+    slots the work of all of them.
 
     Args:
       config: of the adapters.
       width: of the model.
       seq_len: tokens that share the slots.
     """
+    if not config.slots:
+        return 4.0 * width * config.hidden * config.number
     slots = config.number * config.slots
     return 6.0 * width * slots + 4.0 * width * config.hidden * slots / seq_len

@@ -14,7 +14,7 @@ from tiny_run import plain
 from gatedjax.config import FrozenDict, GatedMLPConfig, MLPConfig, SoftAdaptersConfig
 from gatedjax.errors import InputError
 from gatedjax.layers import GatedMLP, TokenInfo
-from gatedjax.layers.moe.soft_adapters import SoftAdapters
+from gatedjax.layers.moe.soft_adapters import SoftAdapters, adapter_flops
 
 RNG = np.random.default_rng(7)
 B, T, M, E, S, F = 2, 6, 5, 3, 2, 4
@@ -61,6 +61,40 @@ def test_adapters_equal_loops_over_slots(normalize):
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), given)
     assert rel_rms(y, formula(*wide, normalize)) < 1e-5
     check_gradients(lambda g: np.sum(formula(*g, normalize) * weights), given, gradient)
+
+
+def dense_formula(p, x):
+    """Every token through every bottleneck."""
+    y = np.zeros_like(x)
+    for e in range(E):
+        hidden = x @ p["down"][e] + p["down_bias"][e]
+        y += hidden * 0.5 * (1 + erf(hidden / np.sqrt(2))) @ p["up"][e] + p["up_bias"][e]
+    return y
+
+
+def test_without_slots_they_are_ordinary_adapters():
+    config = SoftAdaptersConfig(E, 0, F)
+    assert config.not_causal is None and adapter_flops(config, M, T) == 2 * E * 2 * M * F
+    layer = SoftAdapters(config, 0.1, jnp.float32)
+    shapes = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), X, None)["params"])
+    assert sorted(shapes) == ["down", "down_bias", "up", "up_bias"]
+    params = jax.tree.map(lambda s: RNG.normal(size=s.shape).astype(np.float32), shapes)
+    ids = jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]])
+    info = TokenInfo(jnp.zeros_like(ids), ids, jnp.zeros_like(ids))
+    weights = RNG.normal(size=X.shape).astype(np.float32)
+    is_token = np.asarray(ids != 0)[..., None]
+
+    def total(given):
+        y = layer.apply({"params": given[0]}, given[1], info)
+        return jnp.vdot(y, weights), y
+
+    given = (params, X)
+    (_, y), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(given)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), given)
+    assert rel_rms(y, dense_formula(*wide) * is_token) < 1e-5
+    check_gradients(lambda g: np.sum(dense_formula(*g) * is_token * weights), given, gradient)
+    with pytest.raises(InputError, match="normalize: got True, expected False with slots = 0"):
+        SoftAdaptersConfig(E, 0, F, normalize=True)
 
 
 def test_at_first_the_feed_forward_is_what_it_was():
