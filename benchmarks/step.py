@@ -6,9 +6,9 @@ parts, temporaries.
 
 Four layers of width 2048, rows of 4,096 tokens, 32,000 words, tied, AdamW, bfloat16: the widths of
 configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p takes four
-rows a step, v6e two. Times are the schedule's replay, not measurements; `gatedjax/aot` says how far
-to trust them. Rows are one document each; collectives do not appear on one chip. Experts get loads
-about a fifth from even, and the moves of their rows, on SparseCores, have no time.
+rows a step, v5e and v6e two. Times are the schedule's replay, not measurements; `gatedjax/aot` says
+how far to trust them. Rows are one document each; collectives do not appear on one chip. Experts
+get loads about a fifth from even, and the moves of their rows, on SparseCores, have no time.
 
 Each row compiles in a process of its own, for minutes; rows that the JSON file has from the same
 versions are not made again, and each is written when it is there. `make bench-model` makes them
@@ -38,7 +38,7 @@ MLP = dict(hidden=5504)
 EXPERTS = dict(num_experts=16, experts_per_token=2, hidden=1408)
 KEYS = ("case", "target")
 HEADER = ("case", "target", "ms", "MFU", "forward", "backward", "repeated", "temporaries", "CPU s")
-ROWS = {"v5p": 4, "v6e": 2}
+ROWS = {"v5e": 2, "v5p": 4, "v6e": 2}
 WIDTH = 2048
 
 
@@ -166,7 +166,7 @@ def main() -> None:
 def flags() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--case", default=",".join(CASES), help="comma-separated")
-    made.add_argument("--target", default="v5p", help="of v5p and v6e, comma-separated")
+    made.add_argument("--target", default="v5p", help="of v5e, v5p and v6e, comma-separated")
     made.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     args = made.parse_args()
     require_known(made, "--case", args.case, CASES)
