@@ -6,9 +6,9 @@ parts, temporaries.
 
 Four layers of width 2048, rows of 4,096 tokens, 32,000 words, tied, AdamW, bfloat16: the widths of
 configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p takes four
-rows a step, v6e two. Times are the schedule's replay, not measurements; `gatedjax/aot` says how far
-to trust them. Rows are one document each; collectives do not appear on one chip. Experts get loads
-about a fifth from even, and the moves of their rows, on SparseCores, have no time.
+rows a step, v5e and v6e two. Times are the schedule's replay, not measurements; `gatedjax/aot` says
+how far to trust them. Rows are one document each; collectives do not appear on one chip. Experts
+get loads about a fifth from even, and the moves of their rows, on SparseCores, have no time.
 
 The cases maxtext, maxtext_tuned and maxtext_unrolled are MaxText's step of the same function as
 `dense`, compiled and replayed by the same programs; --peer_python is an interpreter that has it.
@@ -44,7 +44,7 @@ MLP = dict(hidden=5504)
 EXPERTS = dict(num_experts=16, experts_per_token=2, hidden=1408)
 KEYS = ("case", "target")
 HEADER = ("case", "target", "ms", "MFU", "forward", "backward", "repeated", "temporaries", "CPU s")
-ROWS = {"v5p": 4, "v6e": 2}
+ROWS = {"v5e": 2, "v5p": 4, "v6e": 2}
 WIDTH = 2048
 
 
@@ -219,7 +219,7 @@ def figures_of(peer_python: str | None, name: str, target: str) -> dict:
 def flags() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--case", default=",".join(CASES), help="comma-separated")
-    made.add_argument("--target", default="v5p", help="of v5p and v6e, comma-separated")
+    made.add_argument("--target", default="v5p", help="of v5e, v5p and v6e, comma-separated")
     made.add_argument("--peer_python", help="an interpreter with MaxText")
     made.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     args = made.parse_args()

@@ -4,8 +4,9 @@
 
 An encoder of two layers learns scikit-learn's digits (extra "vision") in 300 steps, and is then
 adapted to the digits a quarter turned, in 300 more: by its head and the norms before its
-feed-forwards; by these and 4 bottlenecks of 8 channels a layer, softly mixed; by these and low-rank
-updates of its feed-forwards, about as many parameters; or with all of its parameters.
+feed-forwards; by these and 4 bottlenecks of 8 channels a layer, softly mixed; by these and the same
+bottlenecks, through which every token goes; by these and low-rank updates of its feed-forwards,
+about as many parameters; or with all of its parameters.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,13 @@ from gatedjax.study import Cell, Picture, Study
 from gatedjax.study.image_mixers import DIGITS, encoder
 
 HEAD = ("head", "*.ffn_norm.*")
-WAYS = ("head", "low-rank updates", "soft mixture of adapters", "all parameters")
+WAYS = (
+    "head",
+    "low-rank updates",
+    "ordinary adapters",
+    "soft mixture of adapters",
+    "all parameters",
+)
 
 
 def get_study(small: bool) -> Study:
@@ -58,8 +65,9 @@ def adapted(way: str) -> ConfigDict:
     if way == "low-rank updates":
         c.model.lora.rank = 7
         c.model.lora.targets = ("*.ffn.*",)
-    if way == "soft mixture of adapters":
+    if "adapters" in way:
         c.model.ffns.mlp.adapters.number = 4
+        c.model.ffns.mlp.adapters.slots = 0 if way == "ordinary adapters" else 1
         c.model.ffns.mlp.adapters.hidden = 8
         c.optim.trainable = (*HEAD, "*.adapters.*")
     return c

@@ -128,6 +128,8 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
 
     # The same for all heads and chunks.
     levels = tile.merge_levels(plan.chunk, plan.reverse)
+    # Row j, column i.
+    transposed_levels = tile.merge_levels(plan.chunk, not plan.reverse)
     bits = vector_decay_backward.pair_bits(options, plan.chunk)
 
     def head(chunk: int, h: int, sums: dict) -> Generator:
@@ -159,7 +161,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         decays = tokens.vector_decays()
         terms, merges = yield from vector_decay.chunk_terms_and_merges(
             options,
-            levels,
+            transposed_levels,
             decays.apply_at_reads(tokens.q),
             tokens.k,
             decays.decay,
@@ -167,13 +169,15 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             tokens.diagonal(),
         )
         yield
+        # v, do and the saved state come in bfloat16, and stay so for the matrix unit.
         cotangents = yield from tile.read_and_update_backward(
-            options,
+            options.rounded_early(),
             terms,
             tokens.v,
             do,
             state,
             dstate,
+            True,
         )
         # The next chunk, or grid step, goes on from here.
         dstate_ref[h] = cotangents.dstate
@@ -245,11 +249,12 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         return dq, dk, cotangents.dv, cotangents.dscores
 
     check = tile.Check()
+    heads = []
     for chunk in grid.chunk_order():
         # Parts of dk and dv, of query heads that share a key or value head.
         sums: dict = {}
-        heads = [head(chunk, h, sums) for h in range(grid.schedule.heads)]
-        tile.interleave(heads, grid.schedule.lag)
+        heads += [head(chunk, h, sums) for h in range(grid.schedule.heads)]
+    tile.interleave(heads, grid.schedule.lag, grid.schedule.heads)
     check.add_to(check_ref)
 
     # The last step is the beginning of the recurrence. Every query, cotangent and decay went into

@@ -54,6 +54,12 @@ class TileOptions(NamedTuple):
     reverse: bool
     stack: bool
 
+    def rounded_early(self) -> "TileOptions":
+        """With operands that are rounded before the matrix unit does it, where it does."""
+        if not self.rounds:
+            return self
+        return self._replace(operand=jnp.dtype(jnp.bfloat16))
+
 
 class ChunkTerms(NamedTuple):
     """The terms of a chunk, as `../tile.py` defines them. The scores include their diagonal."""
@@ -145,15 +151,26 @@ def merge_levels(chunk: int, reverse: bool) -> Int[Array, "C C"]:
 # --- the schedule
 
 
-def interleave(heads: Sequence[Generator], lag: int | None) -> None:
-    """Runs generators, one for each head, to their ends.
+def interleave(
+    heads: Sequence[Generator],
+    lag: int | None,
+    num_heads: int | None = None,
+) -> None:
+    """Runs generators, one for each head and chunk, to their ends.
 
     Args:
       heads: what to run. A step of a generator goes from one yield to the next.
       lag: None for one after the other. Else they take turns, and generator i starts `lag` turns
         after generator i - 1, so that one head's matmuls are next to another's element-wise work in
         the program.
+      num_heads: where there are chunks of several heads, how many: a head's next chunk starts when
+        the one before has ended. Others go on meanwhile, so that the matrix unit has no pause
+        between two chunks.
     """
+
+    def may_run(i: int) -> bool:
+        return num_heads is None or i - num_heads not in running
+
     running = list(range(len(heads)))
     turn = 0
     while running:
@@ -161,7 +178,7 @@ def interleave(heads: Sequence[Generator], lag: int | None) -> None:
             due = running[:1]
         else:
             # Those that have started and have not ended.
-            due = [i for i in running if turn >= i * lag]
+            due = [i for i in running if turn >= i * lag and may_run(i)]
         for i in due:
             try:
                 next(heads[i])
@@ -209,6 +226,7 @@ def read_and_update_backward(
     do: Float[Array, "C V"],
     state: Float[Array, "V K"],
     dstate: Float[Array, "V K"],
+    scores_are_transposed: bool = False,
 ) -> Generator[None, None, ChunkCotangents]:
     """The derivative of `read_and_update`.
 
@@ -219,12 +237,14 @@ def read_and_update_backward(
       do: the cotangent of o.
       state: the state before the chunk.
       dstate: the cotangent of the state after the chunk.
+      scores_are_transposed: whether row j, column i of the terms' scores is token i's read of the
+        write of j.
 
     Returns:
       The cotangents (a generator).
     """
     # o = scores v + reads state^T;  state' = total state + v^T writes, all transposed.
-    dv_of_scores = matmul(options, terms.scores, do, TN)
+    dv_of_scores = matmul(options, terms.scores, do, NN if scores_are_transposed else TN)
     dv_of_update = matmul(options, terms.writes, dstate, NT)
     dv = dv_of_scores + dv_of_update
     yield

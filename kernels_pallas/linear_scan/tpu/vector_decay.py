@@ -30,6 +30,9 @@ from kernels_pallas.linear_scan.tpu.tile import (
     split_rows,
 )
 
+# What a merge multiplies and what it leaves, see `exchange_sides`.
+type Sides = tuple[Registers, Registers]
+
 # --- rows inside a register
 
 
@@ -44,6 +47,33 @@ def swap_partners(x: Float[Array, "8 lanes"], h: int) -> Float[Array, "8 lanes"]
     # One permutation of sublanes, where rotations take two and a select.
     row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     return jnp.take_along_axis(x, row ^ h, axis=0)
+
+
+def exchange_sides(sides: Sides, h: int, next_h: int, reverse: bool) -> Sides:
+    """The rows of the sides of one merge, as the sides of another.
+
+    The sides of a merge of blocks of h < 8 rows are the rows that it multiplies (reads of later
+    blocks, writes of earlier ones) and those that it leaves. Those of other merges, and of none
+    (h = 0), are reads and writes. Two selects a merge; by way of reads and writes it takes three.
+
+    Args:
+      sides: of the merge of blocks of h rows.
+      h, next_h: rows of a block before the one merge, and before the other.
+      reverse: as in `TileOptions`.
+
+    Returns:
+      The sides of the merge of blocks of next_h rows.
+    """
+    xs, ys = sides
+    inside = [bit for bit in (h, next_h) if 0 < bit < ROWS]
+    if len(inside) == 1:
+        stays = row_has_bit(inside[0], xs[0]) != reverse
+    else:
+        # A row that is in the later block of both merges, or of neither, stays on its side.
+        stays = row_has_bit(h, xs[0]) == row_has_bit(next_h, xs[0])
+    new_xs = [jnp.where(stays, x, y) for x, y in zip(xs, ys)]
+    new_ys = [jnp.where(stays, y, x) for x, y in zip(xs, ys)]
+    return new_xs, new_ys
 
 
 def pack_pairs(xs: Registers, h: int, bit: bool) -> Registers:
@@ -322,35 +352,43 @@ class Merge(NamedTuple):
 def _merge_and_keep(
     options: TileOptions,
     h: int,
-    reads: Registers,
-    writes: Registers,
+    sides: Sides,
     totals: Registers,
-) -> tuple[Merge, Registers, Registers, Registers]:
+) -> tuple[Merge, Sides, Registers]:
     """As `_merge`, and what is to be kept of it.
 
-    Inside registers reads and writes come by way of z, which is kept anyway. The forward kernel
-    does without: there it costs 5 % on v5p.
+    The forward kernel goes by way of reads and writes: it keeps no z, and making it costs 5 % on
+    v5p.
+
+    Args:
+      options: the static arguments.
+      h: rows of a block before the merge.
+      sides: of this merge.
+      totals: as in `_merge`.
+
+    Returns:
+      The merge; the sides of the next one, and totals, after it.
     """
     partners = partner_totals(totals, h)
+    reverse = options.reverse
     if h < ROWS:
-        is_later = row_has_bit(h, reads[0]) != options.reverse
-        z = [jnp.where(is_later, r, w) for r, w in zip(reads, writes)]
+        z, rest = sides
         after = [x * p for x, p in zip(z, partners)]
-        reads = [jnp.where(is_later, x, r) for x, r in zip(after, reads)]
-        writes = [jnp.where(is_later, w, x) for x, w in zip(after, writes)]
+        sides = exchange_sides((after, rest), h, 2 * h, reverse)
         totals = [t * p for t, p in zip(totals, partners)]
     else:
+        reads, writes = sides
         z = []
         for i, (read, write) in enumerate(zip(reads, writes)):
-            z.append(read if is_later_block(i, h, options.reverse) else write)
-        reads, writes, totals = _merge(h, reads, writes, totals, partners, options.reverse)
-    merge = Merge(h, join_rows(z).astype(options.operand), partners)
-    return merge, reads, writes, totals
+            z.append(read if is_later_block(i, h, reverse) else write)
+        reads, writes, totals = _merge(h, reads, writes, totals, partners, reverse)
+        sides = (reads, writes)
+    return Merge(h, join_rows(z).astype(options.operand), partners), sides, totals
 
 
 def chunk_terms_and_merges(
     options: TileOptions,
-    levels: Int[Array, "C C"],
+    transposed_levels: Int[Array, "C C"],
     reads: Float[Array, "C K"],
     k: Float[Array, "C K"],
     decay: Float[Array, "C K"],
@@ -360,50 +398,46 @@ def chunk_terms_and_merges(
     """`chunk_terms` for the backward pass, with what the derivative needs (a generator).
 
     Args:
-      options, levels, reads, k, decay, total, diagonal: as in `chunk_terms`.
+      options, reads, k, decay, total, diagonal: as in `chunk_terms`.
+      transposed_levels: of `merge_levels` with `reverse` the other way.
 
     Returns:
-      The terms, and the merges in order.
+      The terms, with scores transposed: row j, column i. And the merges in order.
     """
-    write_rows = split_rows(k)
-    read_rows = split_rows(reads)
+    reads_and_writes = (split_rows(reads), split_rows(k))
+    sides = exchange_sides(reads_and_writes, 0, 1, options.reverse)
     totals = split_rows(decay)
     merges = []
     h = 1
     while h < k.shape[0]:
         yield
-        merge, read_rows, write_rows, totals = _merge_and_keep(
-            options,
-            h,
-            read_rows,
-            write_rows,
-            totals,
-        )
+        merge, sides, totals = _merge_and_keep(options, h, sides, totals)
         merges.append(merge)
         h *= 2
 
-    level_rows = split_rows(levels)
+    level_rows = split_rows(transposed_levels)
     scores = diagonal_scores(diagonal, level_rows)
     for merge in merges:
         yield
         # For h < 8 all rows, as packing would cost more than it saves here.
-        later_reads = merge.z
+        earlier_writes = merge.z
         if merge.h >= ROWS:
-            later_bit = not options.reverse
-            later_reads = join_rows(blocks_with_bit(merge.z, merge.h, later_bit))
-        # Right where a later read meets an earlier write; `place_scores` takes no more.
-        product = matmul(options, later_reads, merge.z, NT)
+            earlier_writes = join_rows(blocks_with_bit(merge.z, merge.h, options.reverse))
+        # Right where an earlier write meets a later read; `place_scores` takes no more. Seen from
+        # the writes, what is later comes first.
+        product = matmul(options, earlier_writes, merge.z, NT)
         scores = place_scores(
             scores,
             split_rows(product),
             merge.h,
             level_rows,
-            options.reverse,
+            not options.reverse,
         )
+    reads_at_end, writes_at_end = sides
     terms = ChunkTerms(
         join_rows(scores),
-        join_rows(read_rows),
-        join_rows(write_rows),
+        join_rows(reads_at_end),
+        join_rows(writes_at_end),
         total,
     )
     return terms, merges

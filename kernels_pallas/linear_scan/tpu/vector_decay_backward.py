@@ -41,8 +41,8 @@ from kernels_pallas.linear_scan.tpu.tile import (
 )
 from kernels_pallas.linear_scan.tpu.vector_decay import (
     Merge,
+    exchange_sides,
     is_later_block,
-    row_has_bit,
     swap_partners,
 )
 
@@ -131,8 +131,7 @@ def backward(
     in_rows = as_bits(options, cotangents.dscores) & bits.later
     in_columns = as_bits(options, dscores_transposed) & ~bits.later
     pairs = in_rows | in_columns
-    dreads = split_rows(cotangents.dreads)
-    dwrites = split_rows(cotangents.dwrites)
+    sides = (split_rows(cotangents.dreads), split_rows(cotangents.dwrites))
     # One block, the whole chunk: its log is that of the total.
     dlog = [cotangents.dlog_total]
 
@@ -148,46 +147,41 @@ def backward(
         products = ahead
         if i > 0:
             ahead = scores_to_z(merges[i - 1])
-        unmerge = _unmerge_in_registers if merge.h < ROWS else _unmerge_blocks
-        dreads, dwrites, dlog = unmerge(
-            options,
-            merge,
-            products,
-            dreads,
-            dwrites,
-            dlog,
-        )
+        if merge.h >= ROWS:
+            dreads, dwrites, dlog = _unmerge_blocks(options, merge, products, *sides, dlog)
+            sides = (dreads, dwrites)
+        else:
+            if 2 * merge.h == ROWS:
+                # From reads and writes to the sides of this merge.
+                sides = exchange_sides(sides, ROWS, merge.h, options.reverse)
+            dz_after, rest = sides
+            dz, dlog = _unmerge_in_registers(merge, products, dz_after, dlog)
+            sides = exchange_sides((dz, rest), merge.h, merge.h // 2, options.reverse)
         yield
+    dreads, dwrites = sides
     return join_rows(dreads), join_rows(dwrites), join_rows(dlog)
 
 
 def _unmerge_in_registers(
-    options: TileOptions,
     merge: Merge,
     products: Registers,
-    dreads: Registers,
-    dwrites: Registers,
+    dz_after: Registers,
     dlog: Registers,
-) -> tuple[Registers, Registers, Registers]:
-    """(dreads, dwrites, dlog) after a merge of blocks of h < 8 rows -> before it.
+) -> tuple[Registers, Registers]:
+    """(dz, dlog) after a merge of blocks of h < 8 rows -> before it.
 
     The rows of a block are still to be summed in dlog, so every row adds what its partner has.
     """
-    h = merge.h
     z = split_rows(merge.z.astype(jnp.float32))
-    is_later = row_has_bit(h, dreads[0]) != options.reverse
-    new_dreads = []
-    new_dwrites = []
+    dz = []
     new_dlog = []
     for i, product in enumerate(products):
         # Of the row that the merge multiplied with its partner's total.
-        dz_after = jnp.where(is_later, dreads[i], dwrites[i]) * merge.partners[i]
-        received = z[i] * dz_after
-        dz = dz_after + product
-        new_dreads.append(jnp.where(is_later, dz, dreads[i]))
-        new_dwrites.append(jnp.where(is_later, dwrites[i], dz))
-        new_dlog.append(dlog[i] + swap_partners(dlog[i] + received, h))
-    return new_dreads, new_dwrites, new_dlog
+        through_partner = dz_after[i] * merge.partners[i]
+        received = z[i] * through_partner
+        dz.append(through_partner + product)
+        new_dlog.append(dlog[i] + swap_partners(dlog[i] + received, merge.h))
+    return dz, new_dlog
 
 
 def _unmerge_blocks(

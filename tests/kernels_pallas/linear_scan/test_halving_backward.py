@@ -69,7 +69,7 @@ def test_one_product_a_merge_sends_back_to_reads_and_writes(reverse, monkeypatch
     terms, merges = result(
         chunk_terms_and_merges(
             options(reverse),
-            merge_levels(C, reverse),
+            merge_levels(C, not reverse),
             low[0],
             low[1],
             jnp.exp(low[2]),
@@ -97,7 +97,9 @@ def test_one_product_a_merge_sends_back_to_reads_and_writes(reverse, monkeypatch
     if reverse:
         expected = [x[::-1] for x in expected]
         expected[0] = expected[0][:, ::-1]
-    for name, a, b in zip(("scores", "dreads", "dwrites", "dlogs"), (terms.scores, *got), expected):
+    for name, a, b in zip(
+        ("scores", "dreads", "dwrites", "dlogs"), (terms.scores.T, *got), expected
+    ):
         assert rel_rms(a, b) <= 5e-7, name
 
 
