@@ -31,6 +31,7 @@ from gatedjax.config import (
     OutputConfig,
     PatchConfig,
     RouterConfig,
+    SharedRouterConfig,
     SoftAdaptersConfig,
     SourceConfig,
     StreamConfig,
@@ -216,6 +217,7 @@ ALL_CLASSES = [
     ImageConfig,
     MaskingConfig,
     RouterConfig,
+    SharedRouterConfig,
     SoftAdaptersConfig,
     *MIXERS.values(),
     *FEED_FORWARDS.values(),
@@ -323,6 +325,7 @@ def config_with(cls):
         return raw, "config.model.lora"
     of_group = {
         OutputConfig: "config.model.output",
+        SharedRouterConfig: "config.model.shared_router",
         PatchConfig: "config.model.patches",
         ImageConfig: "config.data.images",
         MaskingConfig: "config.data.masking",
