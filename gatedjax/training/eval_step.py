@@ -15,11 +15,6 @@ from gatedjax.training.losses import TokenLosses, chunked_cross_entropy, count_c
 from gatedjax.training.output_matrix import gathered
 
 
-def eval_step(model: ModelConfig, params: PyTree, batch: Batch) -> TokenLosses:
-    """Token loss sums of a batch."""
-    return batch_losses(model, params, batch)
-
-
 def eval_step_by_row(model: ModelConfig, params: PyTree, batch: Batch) -> TokenLosses:
     """Token loss sums of every row of a batch, [B], whole on every device."""
     losses = batch_losses(model, params, batch, by_row=True)

@@ -110,7 +110,7 @@ from gatedjax.layers import MIXERS
 from gatedjax.model import init_caches
 from gatedjax.training.flops import train_flops_per_token
 from gatedjax.training.run import fresh_state, prepare
-from gatedjax.training.eval_step import eval_step
+from gatedjax.training.eval_step import batch_losses
 from gatedjax.training.state import params_for_evaluation
 from gatedjax.training.step import jit_train_step
 
@@ -139,7 +139,7 @@ for _ in range(15):
 assert losses[-1] < losses[0] - 0.1, losses
 
 params = params_for_evaluation(state)
-sums = eval_step(config.model, params, batch)
+sums = batch_losses(config.model, params, batch)
 assert np.isfinite(float(sums.cross_entropy))
 found = measure(config.model, params, batch)
 assert sorted(found["gate_mean"]) == [0, 1] and 0.3 < found["gate_mean"][0] < 0.7

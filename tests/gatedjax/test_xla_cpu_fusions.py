@@ -25,7 +25,7 @@ from helpers import slow
 from tiny_run import random_batch, replace, tiny
 
 from gatedjax.layers.moe import lora
-from gatedjax.training.eval_step import eval_step
+from gatedjax.training.eval_step import batch_losses
 from gatedjax.training.run import fresh_state, prepare
 from gatedjax.training.state import params_for_evaluation
 from gatedjax.training.step import train_step
@@ -168,7 +168,7 @@ def tiny_step(**changes):
     run = prepare(config, jax.devices()[:1])
 
     def steps(state, batch):
-        losses = eval_step(config.model, params_for_evaluation(state), batch)
+        losses = batch_losses(config.model, params_for_evaluation(state), batch)
         return losses, train_step(config, run.tx, state, batch)
 
     with jax.set_mesh(run.mesh):
@@ -192,7 +192,7 @@ def test_evaluation_is_the_same_to_the_bit_every_time():
     losses = []
     for _ in range(2):
         jax.clear_caches()
-        evaluate = jax.jit(eval_step, static_argnums=0, compiler_options=AS_USERS_COMPILE)
+        evaluate = jax.jit(batch_losses, static_argnums=0, compiler_options=AS_USERS_COMPILE)
         dirty_heap()
         losses.append(float(evaluate(config.model, params, random_batch()).cross_entropy))
     assert np.isfinite(losses[0])

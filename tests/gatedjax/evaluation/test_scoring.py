@@ -15,7 +15,7 @@ from gatedjax.data import ByteTokenizer, batches, corpora, make_dataset, validat
 from gatedjax.evaluation.scoring import log_likelihoods, log_likelihoods_of_tokens
 from gatedjax.evaluation.validation import tokens_per_byte
 from gatedjax.model import LanguageModel, head_weights, logits
-from gatedjax.training.eval_step import eval_step
+from gatedjax.training.eval_step import batch_losses
 from gatedjax.training.state import init_params
 
 TOKENIZER = ByteTokenizer()
@@ -116,7 +116,7 @@ def test_validation_is_the_sum_over_its_documents(params, log_p, tmp_path):
     by_hand = sum(-log_p(piece)[0].sum() for piece in pieces)
     dataset = make_dataset(config.data, "validation", batch_size=1, rows=[0], seed=0)
     (batch,) = batches(dataset)
-    sums = eval_step(CONFIG.model, params, batch)
+    sums = batch_losses(CONFIG.model, params, batch)
     assert float(sums.count) == sum(len(piece) for piece in pieces) == len(tokens)
     np.testing.assert_allclose(float(sums.cross_entropy), by_hand, rtol=1e-5)
 
