@@ -26,7 +26,6 @@ from gatedjax.data.image_rows import row_of_image
 from gatedjax.evidence.allocator import keep_freed_memory
 from gatedjax.layers import MIXERS
 from gatedjax.layers.token_info import Grid, default_info
-from gatedjax.layers.tree import united
 from gatedjax.training.step import batch_losses_and_correct, init_params
 
 
@@ -53,28 +52,14 @@ class EncoderRun:
         given = images(self.config)
         order = rows_of_steps(self.config, given, seed)
         steps = _trained(self.config, jax.random.key(seed), given.patches, given.classes, order)
-        return held_out(self.config, given, *steps)
-
-
-def held_out(
-    config: Config,
-    given: Images,
-    losses: Float[Array, "steps B"],
-    correct: Float[Array, "steps B"],
-) -> dict[str, float]:
-    """Loss and accuracy on the images of the steps that only measure.
-
-    Args:
-      config: of the training.
-      given: the images.
-      losses: of those that each step saw.
-      correct: whether their likeliest class was theirs.
-    """
-    # The last of these steps is filled up.
-    count = len(given.classes) - given.num_train
-    of_steps = {"loss": losses, "accuracy": correct}
-    found = {name: np.asarray(x)[config.train.steps :] for name, x in of_steps.items()}
-    return {name: float(np.mean(x.reshape(-1)[:count])) for name, x in found.items()}
+        # Behind the steps of training are those that only measure.
+        losses, correct = (np.asarray(x)[self.config.train.steps :] for x in steps)
+        # The last of them is filled up.
+        count = len(given.classes) - given.num_train
+        return {
+            "loss": float(np.mean(losses.reshape(-1)[:count])),
+            "accuracy": float(np.mean(correct.reshape(-1)[:count])),
+        }
 
 
 @functools.lru_cache(maxsize=1)
@@ -114,31 +99,9 @@ def _trained(
     classes: Int[Array, " N"],
     order: Int[Array, "steps B"],
 ) -> tuple[Float[Array, "steps B"], Float[Array, "steps B"]]:
-    """Losses and hits of the images of every step."""
-    params = nn.meta.unbox(init_params(config.model, key))
-    return trained(config, params, {}, patches, classes, order)[1]
+    """Losses and hits of the images of every step; after `train.steps` the parameters rest.
 
-
-def trained(
-    config: Config,
-    params: PyTree,
-    frozen: PyTree,
-    patches: Float[Array, "N T P"],
-    classes: Int[Array, " N"],
-    order: Int[Array, "steps B"],
-) -> tuple[PyTree, tuple[Float[Array, "steps B"], Float[Array, "steps B"]]]:
-    """The parameters after `train.steps`, and losses and hits of the images of every step.
-
-    After `train.steps` the parameters rest. One body trains and measures: a second forward pass
-    would take as long to compile.
-
-    Args:
-      config: of the encoder and its training.
-      params: those that train.
-      frozen: all others.
-      patches: of the images.
-      classes: of them.
-      order: which images each step sees.
+    One body trains and measures: a second forward pass would take as long to compile.
     """
     optim = config.optim
     steps = config.train.steps
@@ -147,8 +110,7 @@ def trained(
 
     def loss(params: PyTree, chosen: Array) -> tuple[Array, tuple[Array, Array]]:
         batch = batch_of(patches[chosen], classes[chosen])
-        whole = united(frozen, params)
-        losses, correct, _ = batch_losses_and_correct(config.model, whole, batch)
+        losses, correct, _ = batch_losses_and_correct(config.model, params, batch)
         return jnp.mean(losses.cross_entropy), (losses.cross_entropy, correct)
 
     def step(
@@ -162,9 +124,9 @@ def trained(
         params = jax.tree.map(lambda new, old: jnp.where(number < steps, new, old), moved, params)
         return (params, moments), measured
 
+    params = nn.meta.unbox(init_params(config.model, key))
     numbered = (jnp.arange(len(order)), order)
-    (params, _), measured = jax.lax.scan(step, (params, tx.init(params)), numbered)
-    return params, measured
+    return jax.lax.scan(step, (params, tx.init(params)), numbered)[1]
 
 
 def batch_of(patches: Float[Array, "B T P"], classes: Int[Array, " B"]) -> Batch:
