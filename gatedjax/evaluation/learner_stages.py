@@ -8,7 +8,7 @@ The first two are layer by layer, on what the layers of the trained model see an
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -192,16 +192,14 @@ def learners_loss(
       dense: the trained model.
       adaptive: the same with adaptive MLPs.
     """
-    inputs, targets = _seen(dense, params, batch)
-    layers = adaptive_layers(adaptive)
-    total = jnp.float32(0.0)
-    for layer, c in layers.items():
-        x, target = (y[layer].astype(jnp.float32) for y in (inputs, targets))
-        outputs = prefix_outputs(of_layers[str(layer)], c, x, detached=True)
+
+    def of_layer(name: str, c: AdaptiveMLPConfig, x: Array, target: Array) -> Array:
+        outputs = prefix_outputs(of_layers[name], c, x, detached=True)
         # A layer of large outputs is not to drown the others.
         size = _mean(jnp.mean(jnp.square(target), axis=-1), batch)
-        total = total + _mean(distance(outputs, target), batch) / jnp.maximum(size, 1e-12)
-    return total / len(layers)
+        return _mean(distance(outputs, target), batch) / jnp.maximum(size, 1e-12)
+
+    return _mean_of_layers(of_layer, params, batch, dense, adaptive)
 
 
 def gates_loss(
@@ -222,18 +220,40 @@ def gates_loss(
       dense: the trained model.
       adaptive: the same with adaptive MLPs.
     """
+
+    def of_layer(name: str, c: AdaptiveMLPConfig, x: Array, target: Array) -> Array:
+        outputs = prefix_outputs(of_layers[name], c, x)
+        labels = gate_labels(outputs, target, ERROR_FACTOR, c.least)
+        gate = LearnerGate(c, adaptive.init_std)
+        found: Any = gate.apply({"params": gates[name]}, x)
+        log_p = jax.nn.log_softmax(found)
+        return -_mean(jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0], batch)
+
+    return _mean_of_layers(of_layer, params, batch, dense, adaptive)
+
+
+def _mean_of_layers(
+    loss: Callable[[str, AdaptiveMLPConfig, Array, Array], Array],
+    params: PyTree,
+    batch: Batch,
+    dense: ModelConfig,
+    adaptive: ModelConfig,
+) -> Float[Array, ""]:
+    """The mean over adaptive MLPs of a loss of what the trained MLP in their place gets and gives.
+
+    Args:
+      loss: of a layer's name and configuration, and the trained MLP's input and output, float32.
+      params: of the trained model.
+      batch: rows of text.
+      dense: the trained model.
+      adaptive: the same with adaptive MLPs.
+    """
     inputs, targets = _seen(dense, params, batch)
     layers = adaptive_layers(adaptive)
     total = jnp.float32(0.0)
     for layer, c in layers.items():
         x, target = (y[layer].astype(jnp.float32) for y in (inputs, targets))
-        outputs = prefix_outputs(of_layers[str(layer)], c, x)
-        labels = gate_labels(outputs, target, ERROR_FACTOR, c.least)
-        gate = LearnerGate(c, adaptive.init_std)
-        found: Any = gate.apply({"params": gates[str(layer)]}, x)
-        log_p = jax.nn.log_softmax(found)
-        of_label = jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
-        total = total - _mean(of_label, batch)
+        total = total + loss(str(layer), c, x, target)
     return total / len(layers)
 
 

@@ -21,6 +21,8 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
+from gatedjax.evidence.fresh_data import trained_on_fresh_data
+
 # Rows that a result is a mean over.
 EVALUATION_ROWS = 16_384
 
@@ -223,21 +225,16 @@ def initial(rng: Array, heads: int, width: int) -> Layer:
 @functools.partial(jax.jit, static_argnums=0)
 def _trained(run: InContextRegression, layer: Layer, rng: Array) -> Layer:
     schedule = optax.cosine_decay_schedule(run.lr, run.steps)
-    tx = optax.adam(schedule)
 
     def loss(layer: Layer, rows: Rows) -> Array:
         predicted = predict(layer, rows, run.mixer == "softmax")
         return jnp.mean((predicted - rows.answer) ** 2)
 
-    def step(carry: tuple[Layer, optax.OptState], key: Array) -> tuple:
-        layer, state = carry
-        rows = draw_rows(key, run.rows, run.length, run.width, run.noise)
-        updates, state = tx.update(jax.grad(loss)(layer, rows), state)
-        return (optax.apply_updates(layer, updates), state), None
+    def draw(key: Array) -> Rows:
+        return draw_rows(key, run.rows, run.length, run.width, run.noise)
 
     keys = jax.random.split(rng, run.steps)
-    (layer, _), _ = jax.lax.scan(step, (layer, tx.init(layer)), keys)
-    return layer
+    return trained_on_fresh_data(optax.adam(schedule), loss, draw, layer, keys)
 
 
 def _best_multiple(prediction: Array, answer: Array) -> float:

@@ -21,6 +21,8 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float
 
+from gatedjax.evidence.fresh_data import trained_on_fresh_data
+
 # Prompts that an error is a mean over.
 EVALUATION_PROMPTS = 8_192
 
@@ -231,17 +233,12 @@ def initial(start: float, width: int) -> Layer:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _trained(run: OutliersInContext, rng: Array) -> Layer:
-    tx = optax.sgd(run.lr)
-
     def loss(layer: Layer, prompts: Prompts) -> Array:
         return hinge(predict(layer, prompts, run.mixer == "mamba"), prompts.answer)
 
-    def step(carry: tuple[Layer, optax.OptState], key: Array) -> tuple:
-        layer, state = carry
-        prompts = run.prompts(key, run.rows, run.fraction, is_test=False)
-        updates, state = tx.update(jax.grad(loss)(layer, prompts), state)
-        return (optax.apply_updates(layer, updates), state), None
+    def draw(key: Array) -> Prompts:
+        return run.prompts(key, run.rows, run.fraction, is_test=False)
 
-    layer = initial(run.start, run.width)
-    (layer, _), _ = jax.lax.scan(step, (layer, tx.init(layer)), jax.random.split(rng, run.steps))
-    return layer
+    start = initial(run.start, run.width)
+    keys = jax.random.split(rng, run.steps)
+    return trained_on_fresh_data(optax.sgd(run.lr), loss, draw, start, keys)
