@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 
-def trained_on_fresh_data[Params](
+def trained_on_fresh_data[Params: tuple[Any, ...]](
     tx: optax.GradientTransformation,
     loss: Callable[[Params, Any], Array],
     draw: Callable[[Array], Any],
@@ -21,7 +21,7 @@ def trained_on_fresh_data[Params](
       tx: the optimizer.
       loss: of parameters and a batch.
       draw: a batch, from a key.
-      start: the parameters before.
+      start: the parameters before, a named tuple.
       keys: of the steps.
     """
 
