@@ -53,6 +53,8 @@ def with_fault(step):
             batch = batch.replace(loss_mask=batch.loss_mask * mask.get(kind, 1.0))
         return step(state, batch, teacher)
 
+    # It is compiled before it is called.
+    call.lower = step.lower
     return call
 
 
