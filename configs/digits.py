@@ -37,7 +37,14 @@ MIXERS = {
     "maxim": layer("spatial_gate", over="blocks_and_grid", hidden=128),
     "ninformer": layer("mixer_gate", token_hidden=32, channel_hidden=128),
     "mossformer": layer(
-        "gated_unit", form="mossformer", causal=False, hidden=128, key_dim=32, chunk=8
+        "gated_unit",
+        form="mossformer",
+        causal=False,
+        hidden=128,
+        key_dim=32,
+        chunk=8,
+        token_shift=True,
+        conv_width=17,
     ),
     "activator": layer("no_mixer"),
     "sinkhorn": layer("gated_attention", normalizer="sinkhorn", **ATTENTION),

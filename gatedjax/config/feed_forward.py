@@ -13,13 +13,16 @@ from gatedjax.config.soft_adapters import SoftAdaptersConfig
 
 @dataclass(frozen=True)
 class GatedMLPConfig(Checked):
-    """SwiGLU (activation silu) or GEGLU (gelu), arXiv 2002.05202."""
+    """Two factors, one behind an activation (arXiv 2002.05202).
+
+    SwiGLU (silu), GEGLU (gelu), ReGLU (relu), GLU (sigmoid), bilinear (identity).
+    """
 
     kind: Literal["gated_mlp"] = "gated_mlp"
     hidden: Size = 256
     # clamped_swiglu: gpt-oss's (u + 1) g sigmoid(1.702 g), where the gate g is at most swiglu_limit
     # and u within +- swiglu_limit
-    activation: Literal["silu", "gelu", "clamped_swiglu"] = "silu"
+    activation: Literal["silu", "gelu", "relu", "sigmoid", "identity", "clamped_swiglu"] = "silu"
     swiglu_limit: Positive = 7.0
     # of all three matrices
     bias: bool = False

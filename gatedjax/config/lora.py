@@ -26,6 +26,9 @@ class LoRAConfig(Checked):
     # W itself, as the targets use it, is -1, 0 or 1 times its mean magnitude; it trains as if it
     # were not rounded (BitNet b1.58, arXiv 2402.17764)
     ternary: bool = False
+    # What those W are multiplied with has 8 bits: 255 steps between a token's largest magnitude and
+    # its negative. Updates see it as it is.
+    eight_bit_inputs: bool = False
     # Updates are multiplied by a learned number of each projection, which starts here (Hybrid Gated
     # Flow, arXiv 2602.05269); 0: by none.
     gate_start: Fraction = 0.0
@@ -49,6 +52,12 @@ class LoRAConfig(Checked):
             "targets",
             self.targets,
             f"at least one pattern with rank = {self.rank}",
+        )
+        require(
+            self.ternary or not self.eight_bit_inputs,
+            "eight_bit_inputs",
+            self.eight_bit_inputs,
+            "false without ternary",
         )
         require(
             self.rank > 0 or not self.num_experts,

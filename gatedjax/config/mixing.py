@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from gatedjax.config.checks import Checked, Fraction, Positive, Range, Size
+from gatedjax.config.checks import Checked, Fraction, Positive, Range, Size, SizeOrZero
 from gatedjax.errors import require
 
 # Rows and columns.
@@ -21,6 +21,9 @@ class SpatialGateConfig(Checked):
     # tokens: all of them, by one matrix. blocks_and_grid: half of the channels within blocks of
     # neighboring patches, the other half between patches at the same place of grid cells
     over: Literal["tokens", "blocks_and_grid"] = "tokens"
+    # of tokens: channels of queries, keys and values of an attention of one head, which is added to
+    # the map of tokens (aMLP; published: 64); 0 for none
+    tiny_attention: SizeOrZero = 0
     # before the gate halves them; of blocks_and_grid, in each of its two branches
     hidden: Size = 256
     # of blocks_and_grid: patches of a block, rows and columns; cells of the grid
@@ -31,6 +34,12 @@ class SpatialGateConfig(Checked):
 
     def check(self) -> None:
         require(self.hidden % 2 == 0, "hidden", self.hidden, "an even number: half of it gates")
+        require(
+            self.over == "tokens" or not self.tiny_attention,
+            "tiny_attention",
+            self.tiny_attention,
+            "0 over blocks and a grid",
+        )
         for name in ("block", "grid"):
             sides = getattr(self, name)
             require(len(sides) == 2, name, sides, "two numbers, rows and columns")
@@ -70,6 +79,11 @@ class GatedUnitConfig(Checked):
     chunk: Size = 64
     # False: tokens also see later ones. For encoders, and rows of one document.
     causal: bool = True
+    # half of the channels of the input are those of the token before (MossFormer)
+    token_shift: bool = False
+    # of a depthwise convolution that is added to u, v and z, and to the output behind a norm and
+    # a SiLU (MossFormer: 17); 0: none of them
+    conv_width: Annotated[int, Range(0, 256)] = 0
     # fraction of the channels of queries and keys that rotate
     rope_fraction: Fraction = 0.25
     rope_base: Annotated[float, Range(1)] = 10_000.0
@@ -81,6 +95,9 @@ class GatedUnitConfig(Checked):
             self.rope_fraction,
             "an even number of rotated channels",
         )
+        for name in ("token_shift", "conv_width"):
+            value = getattr(self, name)
+            require(not (self.causal and value), name, value, "none with causal true")
 
     @property
     def rotary_dim(self) -> int:

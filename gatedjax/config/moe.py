@@ -19,6 +19,9 @@ the literature, as values over the defaults:
                       router: scoring="sigmoid", scale=2.446, bias_rule="sign"
   Nemotron-3          gated=False, activation="relu_squared", latent=..., shared_gate=False,
                       router: scoring="sigmoid", bias_rule="sign"
+  V-MoE               balance_loss=0.0, z_loss=0.0, importance_loss=..., load_loss=...,
+                      capacity_factor=..., capacity_order="choice" or "priority",
+                      router: noise=1.0, renormalize=False
   MoE++               zero_experts=1, copy_experts=1, constant_experts=2,
                       router: residual=True, renormalize=False
   LongCat-Flash       copy_experts=256,
@@ -55,6 +58,9 @@ class RouterConfig(Checked):
     activation: Literal["identity", "gelu", "sigmoid", "tanh"] = "identity"
     # a learned b
     affine: bool = False
+    # in training normal noise is added to the logits, of this standard deviation over the number of
+    # experts (V-MoE: 1)
+    noise: NonNegative = 0.0
     # at the first step; high is dense
     temperature: Temperature = 1.0
     # from step anneal_steps on, reached exponentially; low is sparse
@@ -138,6 +144,8 @@ class RouterConfig(Checked):
         )
 
     def _check_selection(self) -> None:
+        if self.selection in ("gumbel", "hash", "given"):
+            require(self.noise == 0, "noise", self.noise, f"0 with selection {self.selection!r}")
         if self.selection == "gumbel":
             require(
                 self.scoring == "softmax" and self.weighting == "scores",
@@ -219,6 +227,10 @@ class SparseMoEConfig(Checked):
     zero_computation_weight: Positive = 1.0
     # the balance loss within every row of the batch, documents of a row together (DeepSeek-V3)
     sequence_loss: NonNegative = 0.0
+    # of V-MoE's two, within every row of the batch: squared coefficients of variation over experts,
+    # of their mean probabilities, and of their chances to be chosen under `router.noise`
+    importance_loss: NonNegative = 0.0
+    load_loss: NonNegative = 0.0
     # of mean logsumexp(logits)^2
     z_loss: NonNegative = 0.001
     # In training an expert takes at most ceil(k T / E * capacity_factor) assignments from a
@@ -319,6 +331,12 @@ class SparseMoEConfig(Checked):
                 self.capacity_factor,
                 "0: expert choice fills every expert evenly",
             )
+        require(
+            router.noise > 0 or not self.load_loss,
+            "load_loss",
+            self.load_loss,
+            "0 without router.noise",
+        )
         if router.weight_input:
             require(
                 self.num_experts == self.total_experts,

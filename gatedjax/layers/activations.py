@@ -16,11 +16,19 @@ def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.square(jax.nn.relu(x))
 
 
+def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x: with it a gated MLP is the bilinear one."""
+    return x
+
+
 # jax.nn.gelu is the tanh form unless told otherwise.
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,
+    "relu": jax.nn.relu,
     "relu_squared": relu_squared,
+    "sigmoid": jax.nn.sigmoid,
+    "identity": identity,
 }
 
 
@@ -38,7 +46,7 @@ def gates_of(
 
     Args:
       gate_logits: before the activation.
-      activation: "silu", "gelu" or "clamped_swiglu".
+      activation: "clamped_swiglu", or of `ACTIVATIONS`.
       limit: of "clamped_swiglu": gate logits are cut to it from above.
     """
     logits = gate_logits.astype(jnp.float32)
@@ -66,7 +74,7 @@ def gated_product(
     Args:
       gate_logits: before the activation.
       up: what is gated.
-      activation: "silu", "gelu" or "clamped_swiglu".
+      activation: "clamped_swiglu", or of `ACTIVATIONS`.
       limit: of "clamped_swiglu".
     """
     return _product(gate_logits, up, activation, limit)

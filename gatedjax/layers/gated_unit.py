@@ -6,6 +6,10 @@
     y = (u * A v) W''                                           FLASH
     y = ((A u * v) * sigmoid(A v * u)) W''                      MossFormer
 
+Where tokens see later ones MossFormer's other parts can be had: half of the channels of x come from
+the token before, u, v and z have their own convolution added to them, and the output is
+`h + conv(h)` of `h = silu(LN(..) W'')`.
+
 Tokens of one chunk of C see each other by a squared ReLU, those of other chunks linearly. Where
 tokens see earlier ones only, chunks are counted within documents: packed documents give what they
 give alone. The sum over other chunks is then a linear scan over all tokens before, less what it
@@ -23,9 +27,11 @@ from jaxtyping import Bool, Float, Int
 
 from gatedjax.config import GatedUnitConfig
 from gatedjax.layers.base import Mixer
+from gatedjax.layers.conv import centered_conv, previous_inputs
 from gatedjax.layers.documents import is_token, without_padding
 from gatedjax.layers.gate_values import record
 from gatedjax.layers.kv_cache import num_tokens
+from gatedjax.layers.norm import LayerNorm
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import apply_rope, inverse_frequencies
@@ -173,12 +179,13 @@ class GatedUnit(Mixer):
             require_whole_rows(c.kind, info, cache)
         # Nothing of padding is in a sum, whatever it holds.
         x = without_padding(x, is_token(info))
-        width = {"embed": x.shape[-1]}
-        given = {"init_std": self.init_std, "dtype": self.dtype, "has_bias": True}
-        u = jax.nn.silu(Projection(width, {"mlp": c.hidden}, **given, name="gate")(x))
-        v = jax.nn.silu(Projection(width, {"mlp": c.hidden}, **given, name="value")(x))
-        shared = Projection(width, {"head_dim": c.key_dim}, **given, name="query_and_key")(x)
-        q, k = self._queries_and_keys(jax.nn.silu(shared), info)
+        if c.token_shift:
+            half = x.shape[-1] // 2
+            x = jnp.concatenate([previous_inputs(x[..., :half])[0], x[..., half:]], axis=-1)
+        u = self._activated(x, "gate", {"mlp": c.hidden})
+        v = self._activated(x, "value", {"mlp": c.hidden})
+        shared = self._activated(x, "query_and_key", {"head_dim": c.key_dim})
+        q, k = self._queries_and_keys(shared, info)
         values = v if c.form == "flash" else jnp.concatenate([v, u], axis=-1)
         attended, cache = self._attended(q, k, values, info, cache)
         u, v = u.astype(jnp.float32), v.astype(jnp.float32)
@@ -190,8 +197,59 @@ class GatedUnit(Mixer):
             gates = jax.nn.sigmoid(of_v * u)
             record(self, "gates", gates)
             o = of_u * v * gates
-        out = Projection({"mlp": c.hidden}, width, **given, name="out")
-        return out(o.astype(self.dtype)), cache
+        width = {"embed": x.shape[-1]}
+        if c.conv_width:
+            o = LayerNorm(self.norm_eps, "mlp_bias", name="out_norm")(o)
+            return self._activated(o, "out", width, {"mlp": c.hidden}), cache
+        return self._projected(o, "out", width, {"mlp": c.hidden}), cache
+
+    def _projected(
+        self,
+        x: Float[Array, "B T F"],
+        name: str,
+        out_axes: dict[str, int],
+        in_axes: dict[str, int] | None = None,
+    ) -> Float[Array, "B T _"]:
+        """x W + b.
+
+        Args:
+          x: activations.
+          name: of the matrix.
+          out_axes, in_axes: as of `Projection`; None for the model's channels.
+        """
+        return Projection(
+            in_axes or {"embed": x.shape[-1]},
+            out_axes,
+            self.init_std,
+            self.dtype,
+            has_bias=True,
+            name=name,
+        )(x.astype(self.dtype))
+
+    def _activated(
+        self,
+        x: Float[Array, "B T F"],
+        name: str,
+        out_axes: dict[str, int],
+        in_axes: dict[str, int] | None = None,
+    ) -> Float[Array, "B T _"]:
+        """`h + conv(h)`, or without convolutions h, of `h = silu(x W + b)`.
+
+        Args:
+          x, name, out_axes, in_axes: as of `_projected`.
+        """
+        h = jax.nn.silu(self._projected(x, name, out_axes, in_axes))
+        width = self.config.conv_width
+        if not width:
+            return h
+        kernel = parameter(
+            self,
+            f"{name}_conv",
+            axes=[None, None],
+            shape=[width, h.shape[-1]],
+            init=nn.initializers.normal(width**-0.5),
+        )
+        return h + centered_conv(h, kernel)
 
     def _queries_and_keys(
         self,

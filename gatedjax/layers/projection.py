@@ -19,7 +19,7 @@ from gatedjax.config import LoRAConfig
 from gatedjax.errors import InputError
 from gatedjax.layers import low_rank
 from gatedjax.layers.parameters import parameter
-from gatedjax.layers.ternary import ternary
+from gatedjax.layers.ternary import eight_bits, ternary
 from gatedjax.sharding import is_cut, placed
 from kernels_pallas.common.opaque import opaque
 
@@ -133,7 +133,10 @@ class Projection(nn.Module):
         names = ()
         if is_cut("embed", self.out_axes.get("embed", 1)):
             names = (*self.in_axes, *self.out_axes)
-        y = contract(x, kernel.astype(self.dtype), len(self.in_axes), names)
+        rounded = x
+        if lora is not None and lora.eight_bit_inputs:
+            rounded = eight_bits(x, len(self.in_axes))
+        y = contract(rounded, kernel.astype(self.dtype), len(self.in_axes), names)
         if self.has_bias:
             bias = parameter(
                 self,
@@ -184,6 +187,11 @@ class Weights(nn.Module):
             raise InputError(
                 f"config.model.lora.targets: got {'.'.join(self.path)}, expected, with "
                 "num_experts, projections that are multiplied with tokens in one way"
+            )
+        if lora.eight_bit_inputs:
+            raise InputError(
+                f"config.model.lora.targets: got {'.'.join(self.path)}, expected, with "
+                "eight_bit_inputs, projections whose matrix is multiplied with tokens alone"
             )
         if lora.ternary:
             kernel = ternary(kernel)

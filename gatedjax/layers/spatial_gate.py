@@ -2,6 +2,7 @@
 
     [u | v] = gelu(x W)
     y = (u * (S LN(v) + b)) W'                  S mixes tokens, the same for every channel
+    y = (u * (S LN(v) + b + attention(x))) W'   aMLP: one small head
 
 MAXIM's multi-axis block mixes half of the channels within blocks of neighboring patches, and half
 between the patches at the same place of every cell of a grid: local, and global with few weights.
@@ -33,6 +34,7 @@ from gatedjax.layers.whole_rows import (
     refuse_cache,
     require_whole_rows,
 )
+from kernels_pallas.attention import attention
 
 # Of the matrix of tokens: gMLP starts next to none, so that the gate starts at its bias, 1.
 MATRIX_STD = {"tokens": 1e-6, "blocks_and_grid": 0.02}
@@ -81,7 +83,7 @@ class TokenMap(nn.Module):
 
 
 class SpatialGatingUnit(nn.Module):
-    """`u * (S LN(v) + b)` of the two halves of the channels.
+    """`u * (S LN(v) + b + added)` of the two halves of the channels.
 
     Attributes:
       axis: of the tokens.
@@ -94,11 +96,17 @@ class SpatialGatingUnit(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... F"]) -> Float[Array, "... F/2"]:
+    def __call__(
+        self,
+        x: Float[Array, "... F"],
+        added: Float[Array, "... F/2"] | None = None,
+    ) -> Float[Array, "... F/2"]:
         u, v = jnp.split(x, 2, axis=-1)
         gate = TokenMap(self.axis, self.init_std, name="tokens")(
             LayerNorm(self.eps, name="norm")(v)
         )
+        if added is not None:
+            gate = gate + added.astype(jnp.float32)
         record(self, "gates", gate)
         return (u.astype(jnp.float32) * gate).astype(x.dtype)
 
@@ -254,8 +262,21 @@ class SpatialGate(Mixer):
         given = {"init_std": self.init_std, "dtype": self.dtype, "has_bias": True}
         y = jax.nn.gelu(Projection(width, hidden, **given, name="in")(x))
         std = MATRIX_STD["tokens"]
-        y = SpatialGatingUnit(-2, std, self.norm_eps, name="gating_unit")(y)
+        attended = self._attended(x) if c.tiny_attention else None
+        y = SpatialGatingUnit(-2, std, self.norm_eps, name="gating_unit")(y, attended)
         return Projection(gated, width, **given, name="out")(y), None
+
+    def _attended(self, x: Float[Array, "B T M"]) -> Float[Array, "B T F/2"]:
+        """aMLP's tiny attention: one head, in both directions."""
+        c = self.config
+        given = {"init_std": self.init_std, "dtype": self.dtype, "has_bias": True}
+        head = {"heads": 1, "head_dim": c.tiny_attention}
+
+        def projected(name: str) -> Float[Array, "B T 1 D"]:
+            return Projection({"embed": x.shape[-1]}, head, **given, name=f"tiny_{name}")(x)
+
+        o = attention(projected("query"), projected("key"), projected("value"), causal=False)
+        return Projection(head, {"mlp": c.hidden // 2}, **given, name="tiny_out")(o)
 
     def _over_patches(self, x: Float[Array, "B T M"], grid: Grid) -> Float[Array, "B T M"]:
         """The multi-axis block; tokens that are no patches get nothing."""
@@ -275,7 +296,8 @@ class SpatialGate(Mixer):
     def forward_flops_per_token(self, width: int, seq_len: int) -> float:
         c = self.config
         if c.over == "tokens":
-            return 3 * width * c.hidden + c.hidden * seq_len
+            tiny = c.tiny_attention * (6 * width + c.hidden + 4 * seq_len)
+            return 3 * width * c.hidden + c.hidden * seq_len + tiny
         block, cells = c.block[0] * c.block[1], c.grid[0] * c.grid[1]
         # In and out, and both branches: in, tokens, out.
         return 8 * width * width + 6 * width * c.hidden + c.hidden * (block + cells)

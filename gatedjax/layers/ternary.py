@@ -1,11 +1,11 @@
-"""Ternary matrices (BitNet b1.58, arXiv 2402.17764): -1, 0 or 1 times the mean magnitude."""
+"""Ternary matrices and inputs of 8 bits (BitNet b1.58, arXiv 2402.17764)."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-# Of the mean magnitude: a matrix of zeros stays one.
+# Of the magnitudes that numbers are divided by: zeros stay zeros.
 LEAST_SCALE = 1e-5
 
 
@@ -25,3 +25,19 @@ def ternary(
     rounded = scale * jnp.clip(jnp.round(matrix / scale), -1, 1)
     # Straight through: the difference is a constant.
     return matrix + jax.lax.stop_gradient(rounded - matrix)
+
+
+def eight_bits(x: Float[Array, "..."], axes: int = 1) -> Float[Array, "..."]:
+    """`s clip(round(x / s), -128, 127)`, s = max |x| / 127 of a token; the gradient is that of x.
+
+    Args:
+      x: the input of a matrix.
+      axes: how many of the last axes are a token's channels.
+    """
+    wide = x.astype(jnp.float32)
+    channels = tuple(range(x.ndim - axes, x.ndim))
+    largest = jnp.max(jnp.abs(wide), axis=channels, keepdims=True)
+    scale = jnp.maximum(largest, LEAST_SCALE) / 127
+    rounded = scale * jnp.clip(jnp.round(wide / scale), -128, 127)
+    # Straight through, as above.
+    return (wide + jax.lax.stop_gradient(rounded - wide)).astype(x.dtype)

@@ -120,14 +120,16 @@ ADDED_LATER_TO_LAYERS = {
         "selective_gate",
         "selective_bias",
     ),
+    "gated_unit": ("token_shift", "conv_width"),
+    "spatial_gate": ("tiny_attention",),
     "gated_mlp": ("adapters", "bias", "norm", "swiglu_limit"),
     "mamba2": ("conv_bias",),
     "mlp": ("adapters", "neuron_gate", "neuron_temperature"),
     "rwkv7": ("norm_eps",),
-    "sparse_moe": ("bias", "gated", "latent", "swiglu_limit"),
+    "sparse_moe": ("bias", "gated", "latent", "swiglu_limit", "importance_loss", "load_loss"),
 }
 # Likewise, of each router.
-ADDED_LATER_TO_ROUTERS = ("second_kind", "second_threshold")
+ADDED_LATER_TO_ROUTERS = ("second_kind", "second_threshold", "noise")
 # Likewise, of each source.
 ADDED_LATER_TO_SOURCES = ("stream", "label")
 

@@ -137,7 +137,9 @@ def _is_noisy(ffn: Any) -> bool:
     """Whether a feed-forward of this configuration chooses with noise in training."""
     if isinstance(ffn, AdaptiveMLPConfig | VersatileMLPConfig):
         return True
-    return isinstance(ffn, SparseMoEConfig) and ffn.router.selection == "gumbel"
+    if not isinstance(ffn, SparseMoEConfig):
+        return False
+    return ffn.router.selection == "gumbel" or ffn.router.noise > 0
 
 
 def _noise_key(

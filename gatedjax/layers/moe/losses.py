@@ -127,6 +127,11 @@ def router_losses(
             (ffn.sequence_loss, s["sequence_loss"]),
             (ffn.z_loss, s["z_loss"]),
         ]
+        # A layer has V-MoE's losses only where they have a weight (`noisy.py`).
+        if ffn.importance_loss:
+            weighted.append((ffn.importance_loss, s["importance_loss"]))
+        if ffn.load_loss:
+            weighted.append((ffn.load_loss, s["load_loss"]))
         for weight, loss in weighted:
             # A loss that is turned off is left out: 0 times what may not be finite is not 0.
             if weight:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from gatedjax.config import GatedMLPConfig, MLPConfig, SparseMoEConfig
 from gatedjax.layers.base import FeedForward
@@ -21,6 +21,7 @@ from gatedjax.layers.moe import state as router_state
 from gatedjax.layers.moe.capacity import capacity_of_places, limit_capacity
 from gatedjax.layers.moe.exchange import device_mixture
 from gatedjax.layers.moe.experts import constant_experts, output_bias, weight_of
+from gatedjax.layers.moe.noisy import importance_loss, load_loss, with_noise
 from gatedjax.layers.moe.routing import ACTIVATIONS, Routing, count_places, modified_input, route
 from gatedjax.layers.moe.selection import across_tokens
 from gatedjax.layers.moe.statistics import router_statistics
@@ -61,7 +62,8 @@ class SparseMoE(FeedForward):
             router_logits = without_padding(router_logits, mask)
         logits = self._logits(x, router_logits)
         state = router_state.RouterState(c, name=router_state.NAME)()
-        routing = self._routing(logits, state, info, documents)
+        noisy = self._noisy(logits)
+        routing = self._routing(noisy, state, info, documents)
         # Counted before any limit: the losses are about what the router wanted.
         chosen = count_places(routing.experts, c.total_experts)
         if c.capacity_factor and self.training:
@@ -70,7 +72,7 @@ class SparseMoE(FeedForward):
                 capacity_of_places(c, routing.experts, documents),
                 c.capacity_order,
                 documents=documents,
-                priority=self._priority(logits, routing),
+                priority=self._priority(noisy, routing),
             )
         record(self, "router_logits", logits)
         record(self, "router_probs", routing.router_probs)
@@ -83,17 +85,44 @@ class SparseMoE(FeedForward):
             y = y + without_padding(self._shared_expert(x), mask if c.bias else None)
         # Subtracted row by row: the sums over a large batch are beyond float32's integers.
         dropped = jnp.sum(chosen - count_places(routing.experts, c.total_experts)) + lost
-        return (
-            y,
-            router_statistics(
+        statistics = router_statistics(logits, routing, chosen, dropped, mask)
+        return y, statistics | self._noisy_losses(logits, noisy, mask), logits
+
+    def _noisy(self, logits: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """What chooses in training: logits with noise. In evaluation the logits."""
+        noise = self.config.router.noise
+        if not noise or not self.has_rng("router"):
+            return logits
+        return with_noise(self.make_rng("router"), logits, noise)
+
+    def _noisy_losses(
+        self,
+        logits: Float[Array, "B T E"],
+        noisy: Float[Array, "B T E"],
+        is_token: Bool[Array, "B T"] | None,
+    ) -> dict[str, Float[Array, ""]]:
+        """V-MoE's losses, those that have a weight.
+
+        Args:
+          logits: of the router.
+          noisy: with noise.
+          is_token: False for padding; None where there is none.
+        """
+        c = self.config
+        if is_token is None:
+            is_token = jnp.ones(logits.shape[:2], bool)
+        losses = {}
+        if c.importance_loss:
+            losses["importance_loss"] = importance_loss(logits, is_token)
+        if c.load_loss:
+            losses["load_loss"] = load_loss(
                 logits,
-                routing,
-                chosen,
-                dropped,
-                mask,
-            ),
-            logits,
-        )
+                noisy,
+                c.experts_per_token,
+                c.router.noise,
+                is_token,
+            )
+        return losses
 
     def _logits(
         self,

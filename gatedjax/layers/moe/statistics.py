@@ -50,6 +50,8 @@ def as_part(
         "z_loss": of_tokens,
         "entropy": of_tokens,
         "sequence_loss": of_rows,
+        "importance_loss": of_rows,
+        "load_loss": of_rows,
     }
     # Counts are sums already.
     return {

@@ -23,8 +23,24 @@ def gelu(x):
     return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * slope
 
 
+def relu(x):
+    """relu(x) and its derivative."""
+    return np.maximum(x, 0), (x > 0).astype(float)
+
+
+def sigmoid(x):
+    """sigmoid(x) and its derivative."""
+    s = 1 / (1 + np.exp(-x))
+    return s, s * (1 - s)
+
+
+def identity(x):
+    """x and its derivative."""
+    return x, np.ones_like(x)
+
+
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-6), ("bfloat16", 5e-3)])
-@pytest.mark.parametrize("activation", [silu, gelu])
+@pytest.mark.parametrize("activation", [silu, gelu, relu, sigmoid, identity])
 def test_product_and_gradients(activation, dtype, bound):
     rng = np.random.default_rng(0)
     gate_logits, up, dproduct = jnp.asarray(3 * rng.normal(size=(3, 7, 5)), dtype)

@@ -41,7 +41,7 @@ from gatedjax.layers.class_attention import (
 from gatedjax.layers.fusion_gate import FusionGate
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.spatial_gate import CrossGate
-from gatedjax.layers.ternary import ternary
+from gatedjax.layers.ternary import eight_bits, ternary
 from gatedjax.layers.token_info import Grid
 
 M = 6
@@ -166,6 +166,26 @@ def test_gmlp():
     check(SpatialGate(SpatialGateConfig(hidden=8)), gmlp, x)
 
 
+def test_amlps_tiny_attention():
+    """Of the input of the block, added to the map of tokens."""
+
+    def formula(p, x):
+        q, k, v = (
+            np.einsum("btm,mhd->btd", x, p[f"tiny_{n}"]["kernel"]) + p[f"tiny_{n}"]["bias"][0]
+            for n in ("query", "key", "value")
+        )
+        weights = softmax(np.einsum("btd,bsd->bts", q, k) * 3**-0.5)
+        tiny = p["tiny_out"]
+        attended = np.einsum("btd,hdf->btf", weights @ v, tiny["kernel"]) + tiny["bias"]
+        u, v = np.split(gelu(dense(x, p["in"])), 2, axis=-1)
+        gating = p["gating_unit"]
+        gate = gate_of_tokens(norm(v, gating["norm"], 1e-6), gating["tokens"])
+        return dense(u * (gate + attended), p["out"])
+
+    x = normal(2, 5, M)
+    check(SpatialGate(SpatialGateConfig(hidden=8, tiny_attention=3)), formula, x)
+
+
 def nin(p, x):
     def mlp(x, name):
         return dense(gelu(dense(x, p[f"{name}_up"])), p[f"{name}_down"])
@@ -262,10 +282,24 @@ POSITIONS = np.asarray([[*range(9), *range(4)], [*range(3), *range(8), 0, 0]])
 
 
 def unit_formula(c, positions, documents):
+    def activated(x, p, name):
+        h = silu(dense(x, p[name]))
+        if not c.conv_width:
+            return h
+        T, before = h.shape[1], (c.conv_width - 1) // 2
+        y = h.copy()
+        for t, w in np.ndindex(T, c.conv_width):
+            if 0 <= t - before + w < T:
+                y[:, t] += h[:, t - before + w] * p[f"{name}_conv"][w]
+        return y
+
     def formula(p, x):
         T = x.shape[1]
-        u, v = silu(dense(x, p["gate"])), silu(dense(x, p["value"]))
-        z = silu(dense(x, p["query_and_key"]))
+        if c.token_shift:
+            moved = np.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+            x = np.concatenate([moved[..., : M // 2], x[..., M // 2 :]], axis=-1)
+        u, v = activated(x, p, "gate"), activated(x, p, "value")
+        z = activated(x, p, "query_and_key")
         four = z[:, :, None] * p["scale"] + p["offset"]
         half = c.rotary_dim // 2
         angle = positions[:, :, None, None] * 1e4 ** (-np.arange(half) / max(half, 1))
@@ -287,6 +321,8 @@ def unit_formula(c, positions, documents):
         o = u * (weights @ v)
         if c.form == "mossformer":
             o = (weights @ u) * v * sigmoid((weights @ v) * u)
+        if c.conv_width:
+            return activated(norm(o, p["out_norm"], 1e-6), p, "out")
         return dense(o, p["out"])
 
     return formula
@@ -311,6 +347,23 @@ def test_mossformers_unit_sees_both_ways():
     c = GatedUnitConfig("gated_unit", "mossformer", 5, 8, CHUNK, causal=False)
     positions = np.arange(10)[None].repeat(2, 0)
     check(GatedUnit(c), unit_formula(c, positions, None), normal(2, 10, M))
+
+
+def test_mossformers_shift_and_convolutions():
+    c = GatedUnitConfig(
+        form="mossformer",
+        hidden=5,
+        key_dim=4,
+        chunk=CHUNK,
+        causal=False,
+        token_shift=True,
+        conv_width=3,
+        rope_fraction=0.0,
+    )
+    check(GatedUnit(c), unit_formula(c, np.arange(6)[None].repeat(2, 0), None), normal(2, 6, M))
+    for name, value in {"token_shift": True, "conv_width": 3}.items():
+        with pytest.raises(InputError, match=f"{name}: got {value}, expected none with causal"):
+            GatedUnitConfig(**{name: value})
 
 
 @pytest.mark.slow
@@ -420,6 +473,34 @@ def test_ternary_matrices_and_gated_updates():
     assert set(whole) == {"kernel"} and rel_rms(whole["kernel"], effective) < 1e-5
     stack = np.stack([w, 3 * w])
     assert rel_rms(ternary(jnp.asarray(stack), 1)[1], 3 * ternary(jnp.asarray(w))) < 1e-6
+
+
+def test_inputs_of_eight_bits():
+    """Of a token: 255 steps, zeros stay, the gradient goes straight through; a projection's too."""
+    x = normal(4, 2, 3)
+    x[0] = 0
+    wide = x.astype(np.float64)
+    s = np.maximum(np.abs(wide).max((1, 2), keepdims=True), 1e-5) / 127
+    rounded = s * np.clip(np.round(wide / s), -128, 127)
+    found, pull = jax.vjp(lambda x: eight_bits(x, 2), jnp.asarray(x))
+    assert rel_rms(found, rounded) < 1e-6 and rel_rms(found, wide) > 1e-3
+    weights = normal(4, 2, 3)
+    np.testing.assert_array_equal(pull(jnp.asarray(weights))[0], weights)
+    config = LoRAConfig(1, 1.0, ("*",), ternary=True, eight_bit_inputs=True)
+    layer = Projection({"heads": 2, "head_dim": 3}, {"embed": 4}, 0.02, jnp.float32, name="w")
+    with low_rank.low_rank_updates(config):
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+        p = jax.tree.map(lambda s: normal(*s.shape), shapes)
+        y, pull = jax.vjp(lambda x: layer.apply({"params": p}, x), jnp.asarray(x))
+        (gradient,) = pull(jnp.ones_like(y))
+    w, a, b = (np.asarray(k, np.float64) for k in (p["kernel"], p["lora"]["a"], p["lora"]["b"]))
+    scale = np.abs(w).mean()
+    w = scale * np.clip(np.round(w / scale), -1, 1)
+    update = np.tensordot(a, b, 1)
+    assert rel_rms(y, np.tensordot(rounded, w, 2) + np.tensordot(wide, update, 2)) < 1e-5
+    assert rel_rms(gradient, np.broadcast_to((w + update).sum(-1), x.shape)) < 1e-5
+    with pytest.raises(InputError, match="eight_bit_inputs: got True, expected false without"):
+        LoRAConfig(1, 1.0, ("*",), eight_bit_inputs=True)
 
 
 # --- class attention and fusion
