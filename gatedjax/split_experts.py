@@ -112,6 +112,10 @@ def main(_) -> None:
     say(text)
 
 
+# Activations of gated MLPs that experts have too.
+OF_EXPERTS = ("silu", "gelu", "clamped_swiglu")
+
+
 def require_splittable(model: ModelConfig) -> None:
     """InputError unless all feed-forwards are gated MLPs of a model without prefix and suffix."""
     for block in model.blocks:
@@ -121,6 +125,8 @@ def require_splittable(model: ModelConfig) -> None:
         assert isinstance(ffn, GatedMLPConfig)
         is_plain = not ffn.bias and not ffn.norm and not ffn.adapters.number
         require(is_plain, key, "bias, norm or adapters", "none of them")
+        known = ffn.activation in OF_EXPERTS
+        require(known, f"{key}.activation", ffn.activation, " or ".join(OF_EXPERTS))
         require(block.is_repeated, "--from", f"layer {block.layers[0]} in a prefix", "none")
     require(not model.lora.rank, "--from: config.model.lora.rank", model.lora.rank, "0")
     require(model.task == "lm", "--from: config.model.task", model.task, "lm")
@@ -165,6 +171,8 @@ def split_model(model: ModelConfig, channels: Mapping[int, Channels]) -> ModelCo
     for layer, of_layer in channels.items():
         dense = model.layer(layer)[1]
         assert isinstance(dense, GatedMLPConfig)
+        # As `require_splittable` has seen.
+        assert dense.activation in ("silu", "gelu", "clamped_swiglu")
         ffns[f"split_{layer}"] = SparseMoEConfig(
             num_experts=len(of_layer.own),
             experts_per_token=1,

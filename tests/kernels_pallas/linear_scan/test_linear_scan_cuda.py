@@ -29,11 +29,18 @@ def stage(kernel: str) -> str:
     return re.sub(r"^linear_scan_(vector_|scalar_|none_)?|__\d+$", "", kernel)
 
 
+# Ten registers a thread, on Hopper with 128 channels in 16 bits: of the blocks that were timed on an
+# H200 these were the fastest all the same.
+FASTEST_SPILLS = {"linear_scan_vector_backward_products": 40}
+
+
 def no_spills(target: str, fn, *args, allowed: int = 0) -> set[str]:
-    """The stages compiled; none of them spills more bytes than allowed."""
+    """The stages compiled; none of them spills more bytes than allowed, or than is the fastest."""
     _, report = compile_for(target, fn, *args)
     kernels = [k for k in report.kernels if k.name.startswith("linear_scan")]
-    assert {k.name: k.spill_bytes for k in kernels if k.spill_bytes > allowed} == {}
+    most = FASTEST_SPILLS if target != "cuda:a100" else {}
+    spills = {k.name: k.spill_bytes for k in kernels if k.spill_bytes > most.get(k.name, allowed)}
+    assert spills == {}
     assert all(k.wgmma + k.mma > 0 and k.blocks_per_core >= 1 for k in kernels)
     return {stage(k.name) for k in kernels}
 
