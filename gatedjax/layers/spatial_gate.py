@@ -269,14 +269,15 @@ class SpatialGate(Mixer):
     def _attended(self, x: Float[Array, "B T M"]) -> Float[Array, "B T F/2"]:
         """aMLP's tiny attention: one head, in both directions."""
         c = self.config
-        given = {"init_std": self.init_std, "dtype": self.dtype, "has_bias": True}
-        head = {"heads": 1, "head_dim": c.tiny_attention}
-
-        def projected(name: str) -> Float[Array, "B T 1 D"]:
-            return Projection({"embed": x.shape[-1]}, head, **given, name=f"tiny_{name}")(x)
-
-        o = attention(projected("query"), projected("key"), projected("value"), causal=False)
-        return Projection(head, {"mlp": c.hidden // 2}, **given, name="tiny_out")(o)
+        given = {"init_std": self.init_std, "dtype": self.dtype}
+        width, head = {"embed": x.shape[-1]}, {"heads": 1, "head_dim": c.tiny_attention}
+        q = Projection(width, head, **given, has_bias=True, name="tiny_query")(x)
+        # A bias of keys would add the same number to all logits of a query.
+        k = Projection(width, head, **given, name="tiny_key")(x)
+        v = Projection(width, head, **given, has_bias=True, name="tiny_value")(x)
+        o = attention(q, k, v, causal=False)
+        gated = {"mlp": c.hidden // 2}
+        return Projection(head, gated, **given, has_bias=True, name="tiny_out")(o)
 
     def _over_patches(self, x: Float[Array, "B T M"], grid: Grid) -> Float[Array, "B T M"]:
         """The multi-axis block; tokens that are no patches get nothing."""

@@ -170,10 +170,7 @@ def test_amlps_tiny_attention():
     """Of the input of the block, added to the map of tokens."""
 
     def formula(p, x):
-        q, k, v = (
-            np.einsum("btm,mhd->btd", x, p[f"tiny_{n}"]["kernel"]) + p[f"tiny_{n}"]["bias"][0]
-            for n in ("query", "key", "value")
-        )
+        q, k, v = (dense(x, p[f"tiny_{n}"])[:, :, 0] for n in ("query", "key", "value"))
         weights = softmax(np.einsum("btd,bsd->bts", q, k) * 3**-0.5)
         tiny = p["tiny_out"]
         attended = np.einsum("btd,hdf->btf", weights @ v, tiny["kernel"]) + tiny["bias"]

@@ -29,7 +29,7 @@ def stage(kernel: str) -> str:
     return re.sub(r"^linear_scan_(vector_|scalar_|none_)?|__\d+$", "", kernel)
 
 
-# Ten registers a thread, on Hopper with 128 channels in 16 bits: of the blocks that were timed on an
+# Ten registers a thread, on Hopper with 128 channels in 16 bits: of the blocks timed on an
 # H200 these were the fastest all the same.
 FASTEST_SPILLS = {"linear_scan_vector_backward_products": 40}
 
