@@ -130,9 +130,9 @@ def test_split_experts(place):
     split = f"--checkpoint={place / 'split'}"
     measured = python(place, "eval.py", split, "--json", "--batches=2")
     assert measured.returncode == 0, measured.stderr
-    loss = json.loads(measured.stdout)["loss"]
+    loss = json.loads(measured.stdout)["evaluations"][0]["loss"]
     np.testing.assert_allclose(loss, found["rows"][1]["numbers"], rtol=1e-5)
-    written = python(place, "-m", "gatedjax.generate", split, "--prompt=12", "--max_tokens=4")
+    written = python(place, "-m", "gatedjax.generate", split, "--prompt=12", "--tokens=4")
     assert written.returncode == 0, written.stderr
     to_train = ["train.py", f"--config=from_run:{place / 'split'}", *SMALL]
     trained = python(place, *to_train, f"--workdir={place / 'further'}")
