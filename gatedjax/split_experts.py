@@ -125,13 +125,8 @@ def require_splittable(model: ModelConfig) -> None:
         assert isinstance(ffn, GatedMLPConfig)
         is_plain = not ffn.bias and not ffn.norm and not ffn.adapters.number
         require(is_plain, key, "bias, norm or adapters", "none of them")
-<<<<<<< ours
         known = ffn.activation in OF_EXPERTS
         require(known, f"{key}.activation", ffn.activation, " or ".join(OF_EXPERTS))
-=======
-        is_of_experts = ffn.activation in ("silu", "gelu", "clamped_swiglu")
-        require(is_of_experts, f"{key}: activation", ffn.activation, "one that experts have")
->>>>>>> theirs
         require(block.is_repeated, "--from", f"layer {block.layers[0]} in a prefix", "none")
     require(not model.lora.rank, "--from: config.model.lora.rank", model.lora.rank, "0")
     require(model.task == "lm", "--from: config.model.task", model.task, "lm")
@@ -176,13 +171,8 @@ def split_model(model: ModelConfig, channels: Mapping[int, Channels]) -> ModelCo
     for layer, of_layer in channels.items():
         dense = model.layer(layer)[1]
         assert isinstance(dense, GatedMLPConfig)
-<<<<<<< ours
         # As `require_splittable` has seen.
         assert dense.activation in ("silu", "gelu", "clamped_swiglu")
-=======
-        # `require_splittable` has looked.
-        assert dense.activation not in ("relu", "sigmoid", "identity")
->>>>>>> theirs
         ffns[f"split_{layer}"] = SparseMoEConfig(
             num_experts=len(of_layer.own),
             experts_per_token=1,
