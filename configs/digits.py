@@ -44,7 +44,7 @@ MIXERS = {
         key_dim=32,
         chunk=8,
         token_shift=True,
-        conv_width=17,
+        conv_width=5,
     ),
     "activator": layer("no_mixer"),
     "sinkhorn": layer("gated_attention", normalizer="sinkhorn", **ATTENTION),
