@@ -25,7 +25,12 @@ from kernels_pallas.grouped_matmul.tpu.tuning import TUNED, Tuning
 SETTINGS = ["tile=256,512", "part=64,128", "step=512,1024", "outer_step=1024x512,1024x1024"]
 KERNELS = ("forward", "dlhs", "drhs")
 SIZES = ("equal", "zipf")
-DEVICES = {"tpu:v5e": "TPU v5 lite", "tpu:v5p": "TPU v5", "tpu:v6e": "TPU v6 lite"}
+DEVICES = {
+    "tpu:v5e": "TPU v5 lite",
+    "tpu:v5p": "TPU v5",
+    "tpu:v6e": "TPU v6 lite",
+    "tpu:v7x": "TPU7x",
+}
 
 
 def value(text: str) -> int | tuple[int, ...]:

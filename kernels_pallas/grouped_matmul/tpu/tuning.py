@@ -59,6 +59,15 @@ TUNED = {
         outer_step=(1024, 512),
         vmem=100 * MIB,
     ),
+    "TPU7x": Tuning(
+        cores=1,
+        tile=512,
+        part=32,
+        outer_part=128,
+        step=1024,
+        outer_step=(1024, 1024),
+        vmem=56 * MIB,
+    ),
 }
 DEFAULT = Tuning(
     cores=1,
