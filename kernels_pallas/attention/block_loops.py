@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.attention import blocks, tile
+from kernels_pallas.attention import blocks, products, tile
 from kernels_pallas.attention.blocks import KeyBlocks, Plan, QueryBlocks, UngatedInputs
 from kernels_pallas.attention.normalizers.base import AddTile, Row, masked, row_max
 from kernels_pallas.common.mesh import varying_like
@@ -52,9 +52,9 @@ def forward(plan: Plan, inputs: UngatedInputs) -> tuple[tuple[Array, ...], Row]:
     key_blocks = blocks.cut_keys(plan, inputs)
     constants = blocks.row_constants(plan, inputs)
     dtype = constants.zero.dtype
-    product = partial(tile.matmul, "...rc,...cv->...rv", dtype=dtype)
+    product = partial(products.matmul, "...rc,...cv->...rv", dtype=dtype)
     # A single query's product is smaller than the values of all keys, and shows what is in them.
-    any_special = tile.has_special if T == 1 else tile.has_special(inputs.v)
+    any_special = products.has_special if T == 1 else products.has_special(inputs.v)
     empty_sum = jnp.broadcast_to(constants.zero, (*constants.zero.shape[:-1], V))
 
     def attend(_: None, rows: QueryBlocks):
@@ -170,7 +170,7 @@ def input_gradients(
     key_blocks = blocks.cut_keys(plan, inputs)
     constants = blocks.row_constants(plan, inputs)
     dtype = constants.zero.dtype
-    any_special = tile.has_special(inputs.q, inputs.k, row.do)
+    any_special = products.has_special(inputs.q, inputs.k, row.do)
     no_dslopes = None if constants.slopes is None else constants.zero
 
     def zeros_like(x: Array) -> Array:

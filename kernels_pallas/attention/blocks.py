@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kernels_pallas.attention import tile
-from kernels_pallas.attention.inputs import MASK_BLOCK
+from kernels_pallas.attention.inputs import MASK_BLOCK, statistics_dtype
 from kernels_pallas.attention.normalizers.base import Normalizer
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.opaque import opaque
@@ -204,7 +204,7 @@ def row_constants(plan: Plan, inputs: UngatedInputs) -> RowConstants:
     kv_heads = inputs.k.shape[2]
     # R = G block_q.
     num_rows = plan.block_q * H // kv_heads
-    dtype = tile.statistics_dtype(inputs.q, inputs.k, inputs.v)
+    dtype = statistics_dtype(inputs.q, inputs.k, inputs.v)
 
     def of_rows(x: Array) -> Array:
         x = jnp.broadcast_to(x, (B, kv_heads, num_rows, 1))

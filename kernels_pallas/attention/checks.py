@@ -19,10 +19,10 @@ from kernels_pallas.attention.inputs import (
     AttentionOptions,
     StepInputs,
     StepOptions,
+    statistics_dtype,
 )
 from kernels_pallas.attention.normalizers.base import Normalizer, Softmax
 from kernels_pallas.attention.normalizers.named import NORMALIZERS
-from kernels_pallas.attention.tile import statistics_dtype
 from kernels_pallas.common.checks import (
     check_bool,
     check_integer,

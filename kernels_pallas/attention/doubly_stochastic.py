@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.attention.tile import statistics_dtype
+from kernels_pallas.attention.inputs import statistics_dtype
 from kernels_pallas.common.checks import check_bool, check_shape, default_scale
 from kernels_pallas.common.heads import repeat_heads
 

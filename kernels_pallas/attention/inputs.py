@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -106,3 +107,10 @@ class StepOptions(NamedTuple):
     normalizer: Normalizer
     logits_soft_cap: float | None
     scale: float
+
+
+def statistics_dtype(*inputs: Array) -> jnp.dtype:
+    """Float32, or float64 if an input is float64."""
+    # Not `promote_types`, which refuses mixed inputs under strict promotion.
+    any_float64 = any(x.dtype == jnp.float64 for x in inputs)
+    return jnp.dtype(jnp.float64 if any_float64 else jnp.float32)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.attention import tile
 from kernels_pallas.attention.inputs import (
     MASK_BLOCK,
     AttentionInputs,
@@ -17,6 +16,7 @@ from kernels_pallas.attention.inputs import (
     Outputs,
     StepInputs,
     StepOptions,
+    statistics_dtype,
 )
 from kernels_pallas.attention.normalizers.reference import log_sum_exp, weights
 from kernels_pallas.common.heads import repeat_heads
@@ -165,7 +165,7 @@ def _attend(
     distances: Int[Array, "#B T S"] | None,
 ) -> Outputs:
     """T queries against S keys; `seen` says which keys a query may see."""
-    dtype = tile.statistics_dtype(inputs.q, inputs.k, inputs.v)
+    dtype = statistics_dtype(inputs.q, inputs.k, inputs.v)
     num_heads = inputs.q.shape[2]
     # [B, T, 1, H, .] and [B, 1, S, H, .]
     q = inputs.q.astype(dtype)[:, :, None]

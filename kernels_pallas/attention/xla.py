@@ -25,6 +25,7 @@ from kernels_pallas.attention.inputs import (
     Outputs,
     StepInputs,
     StepOptions,
+    statistics_dtype,
 )
 from kernels_pallas.attention.normalizers.base import Row
 from kernels_pallas.common.opaque import opaque
@@ -368,7 +369,7 @@ def _gate_gradient(
     o: Float[Array, "B T H V"],
 ) -> tuple[Array, Array | None]:
     """do, in the statistics' dtype, and dgate = dy o g (1 - g)."""
-    dy = dy.astype(tile.statistics_dtype(dy))
+    dy = dy.astype(statistics_dtype(dy))
     if gate_logits is None:
         return dy, None
     gate = _sigmoid(gate_logits)
@@ -382,4 +383,4 @@ def _gate_gradient(
 
 def _sigmoid(gate_logits: Array) -> Array:
     """sigmoid(gate_logits), in float32."""
-    return jax.nn.sigmoid(gate_logits.astype(tile.statistics_dtype(gate_logits)))
+    return jax.nn.sigmoid(gate_logits.astype(statistics_dtype(gate_logits)))

@@ -34,6 +34,7 @@ from kernels_pallas.attention import tile as attention_tile
 from kernels_pallas.attention.inputs import Outputs
 from kernels_pallas.attention.kernel_tile import Logits, Positions
 from kernels_pallas.attention.kernels import Residuals
+from kernels_pallas.attention.products import selected
 from kernels_pallas.attention.tpu import tile
 from kernels_pallas.attention.tpu.backward_operands import GridStep, Operands, Spans
 from kernels_pallas.attention.tpu.call import Tables, call, make_tables, without_padding
@@ -494,8 +495,8 @@ def _add_tile(
         )
         # What the products must select by; without it they take all.
         seen = mask if careful else None
-        weights = attention_tile.selected(weights, seen)
-        ds = attention_tile.selected(ds, seen)
+        weights = selected(weights, seen)
+        ds = selected(ds, seen)
         # dv = weights^T do. The tile is transposed, so this is a plain product.
         scratch.dv[keys] += tile.selecting_product(
             plan,
@@ -513,7 +514,7 @@ def _add_tile(
             refs["dslopes"][0, 0, 0, :, queries] -= dslopes
         ds = attention_tile.through_soft_cap(ds, logits.capped, plan.logits_soft_cap)
         # The cap's slope is NaN where a logit is, seen or not.
-        ds = attention_tile.selected(ds, seen)
+        ds = selected(ds, seen)
         # dk = ds^T q, a plain product too; dq = ds k contracts over the rows, which are keys.
         scratch.dk[keys] += tile.selecting_product(
             plan,

@@ -18,6 +18,7 @@ from jaxtyping import Bool
 
 from kernels_pallas.attention import tile as attention_tile
 from kernels_pallas.attention.inputs import MASK_BLOCK
+from kernels_pallas.attention.products import selected
 from kernels_pallas.attention.tpu import block_lists, tile
 from kernels_pallas.attention.tpu.plan import LANES, Plan
 from kernels_pallas.common.tpu import Ref
@@ -266,8 +267,8 @@ def backward_kernel(
             )
             # 0 times a dp that overflowed, or of a row whose statistics are NaN.
             ds = attention_tile.through_soft_cap(ds, capped, plan.logits_soft_cap)
-            weights = attention_tile.selected(weights, mask)
-            ds = attention_tile.selected(ds, mask)
+            weights = selected(weights, mask)
+            ds = selected(ds, mask)
             product = partial(tile.selecting_product, plan)
             seen = mask if careful else None
             dv_chunk = product(weights, seen, do[0, rows], tile.TN)

@@ -24,6 +24,7 @@ from kernels_pallas.attention.normalizers.base import (
     finite,
     masked,
 )
+from kernels_pallas.attention.products import special_products, without_special
 from kernels_pallas.attention.tpu.plan import DIAGONAL, LANES, Plan
 
 # Contracted axes of the two operands of a matrix product.
@@ -139,8 +140,8 @@ def selecting_product(
         return product(weights, x)
     # A vector unit may know no bfloat16.
     x = x.astype(jnp.float32)
-    special = attention_tile.special_products(weights, seen, x, product)
-    return product(weights, attention_tile.without_special(x)) + special
+    special = special_products(weights, seen, x, product)
+    return product(weights, without_special(x)) + special
 
 
 def positions(

@@ -12,7 +12,7 @@ from attention_cases import FLOAT32, assert_close, cast, draw, truth, value_and_
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.attention import NORMALIZERS, attention_sharded, tile
+from kernels_pallas.attention import NORMALIZERS, attention_sharded, products
 from kernels_pallas.attention.documents import document_numbers
 from kernels_pallas.ops import attention, attention_step
 
@@ -272,14 +272,14 @@ def test_infinities_follow_ieee():
     weights = jnp.asarray([[0.5, 0.5, 0], [0, 1, 0], [0.25, 0.25, 0.5], [0, 0, 1]], jnp.float32)
     seen = jnp.asarray([[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 1]], bool)
     x = jnp.asarray([[1, np.inf], [2, -np.inf], [np.nan, np.inf]], jnp.float32)
-    actual = tile.selecting_product(weights, seen, x, lambda x, y: x @ y)
+    actual = products.selecting_product(weights, seen, x, lambda x, y: x @ y)
     np.testing.assert_array_equal(
         actual, [[1.5, np.nan], [2, np.nan], [np.nan] * 2, [np.nan, np.inf]]
     )
 
 
 def test_a_product_that_multiplies_is_found(monkeypatch):
-    monkeypatch.setattr(tile, "selecting_product", lambda w, seen, x, product: product(w, x))
+    monkeypatch.setattr(products, "selecting_product", lambda w, seen, x, product: product(w, x))
     compiled.cache_clear()
     with pytest.raises(AssertionError, match="q k"):
         check("xla", "causal")
