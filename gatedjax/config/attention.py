@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from gatedjax.config.attention_parts import DOUBLY_STOCHASTIC, check_parts, check_shared_cache
+from gatedjax.config.attention_checks import DOUBLY_STOCHASTIC, check_options
 from gatedjax.config.checks import (
     Checked,
     Count,
@@ -14,19 +14,14 @@ from gatedjax.config.checks import (
     Range,
     Size,
     SizeOrZero,
-    divides,
 )
-from gatedjax.config.rope import RopeBase, check_rope
-from gatedjax.errors import require
+from gatedjax.config.rope import RopeBase
 
 # Where a sigmoid can start.
 InsideUnit = Annotated[
     float,
     Range(0, 1, includes_low=False, includes_high=False, words="between 0 and 1, both left out"),
 ]
-
-# Normalizers whose formula contains the length of a row.
-_NORMALIZERS_WITH_LENGTH = ("sigmoid", "relu", "relu_squared", "clipped_softmax")
 
 
 @dataclass(frozen=True)
@@ -202,211 +197,7 @@ class GatedAttentionConfig(Checked):
     block_gate_threshold: Fraction = 0.0
 
     def check(self) -> None:
-        divides("num_kv_heads", self.kv_heads, self.num_heads)
-        check_parts(self)
-        require(
-            self.causal or self.query_scale == "none",
-            "query_scale",
-            self.query_scale,
-            "none with causal = false: it counts the keys that a causal token sees",
-        )
-        check_rope(self.rotary_dim, self.rope_fraction, self.selective_rope)
-        self._check_grid()
-        self._check_extension()
-        self._check_gate()
-        self._check_normalizer()
-        self._check_token_sinks()
-        self._check_logits()
-        self._check_shared_weights()
-        if self.shares_cache:
-            check_shared_cache(self)
-
-    def _check_grid(self) -> None:
-        is_extended = self.yarn_factor > 1 or self.llama3_factor > 1
-        fits = self.rotary_dim > 0 and self.rotary_dim % 4 == 0
-        require(
-            not self.rope_grid or (fits and not is_extended and self.selective_rope == "none"),
-            "rope_grid",
-            self.rope_grid,
-            "false unless a multiple of 4 channels rotate, as they are and for no longer context",
-        )
-
-    def _check_extension(self) -> None:
-        require(
-            self.llama3_low < self.llama3_high,
-            "llama3_low",
-            self.llama3_low,
-            f"less than llama3_high = {self.llama3_high}",
-        )
-        require(
-            self.yarn_factor == 1 or self.llama3_factor == 1,
-            "llama3_factor",
-            self.llama3_factor,
-            f"1 with yarn_factor = {self.yarn_factor}",
-        )
-
-    def _check_gate(self) -> None:
-        if self.gate_position == "output":
-            is_whole = self.gate_granularity == "elementwise" and not self.gate_shared
-            require(
-                is_whole,
-                "gate_position",
-                "output",
-                "an elementwise gate, not shared: the output has no heads",
-            )
-        if self.fused_gate:
-            is_of_tokens = self.gate_position == "sdpa" and self.gate_input == "token"
-            require(
-                is_of_tokens and not self.gate_shared,
-                "fused_gate",
-                True,
-                "false: only a gate of tokens after sdpa that is not shared comes with the queries",
-            )
-
-        self._check_gate_of_heads()
-
-    def _check_gate_of_heads(self) -> None:
-        """Gates of arXiv 2306.12929."""
-        is_plain = (
-            self.gate_position == "sdpa"
-            and self.gate_granularity == "headwise"
-            and self.gate_input != "constant"
-            and self.gate_activation == "sigmoid"
-            and self.gate_mode == "multiplicative"
-            and not self.gate_shared
-            and not self.fused_gate
-        )
-        has_option = {
-            "gate_input": self.gate_input == "head",
-            "gate_start": self.gate_start is not None,
-        }
-        for name, is_set in has_option.items():
-            require(
-                is_plain or not is_set,
-                name,
-                getattr(self, name),
-                "a head-wise sigmoid after sdpa that multiplies, of a token, not shared, not fused",
-            )
-        require(
-            self.gate_hidden is None or self.gate_input == "head",
-            "gate_hidden",
-            self.gate_hidden,
-            f"none with gate_input {self.gate_input!r}",
-        )
-        require(
-            self.gate_start is not None or not self.gate_fine_tuning,
-            "gate_start",
-            self.gate_start,
-            "a number with gate_fine_tuning",
-        )
-
-    def _check_normalizer(self) -> None:
-        needs_length = {
-            f"normalizer {self.normalizer!r}": self.normalizer in _NORMALIZERS_WITH_LENGTH,
-            "query_scale 'scalable_softmax'": self.query_scale == "scalable_softmax",
-            "logit_scale 'learned'": self.logit_scale == "learned",
-        }
-        for option, is_needed in needs_length.items():
-            require(
-                self.normalizer_length is not None or not is_needed,
-                "normalizer_length",
-                self.normalizer_length,
-                f"a length for {option}",
-            )
-        self._check_reluformer()
-        for name in ("sinks", "token_sinks"):
-            value = getattr(self, name)
-            require(
-                self.normalizer == "softmax" or not value,
-                name,
-                value,
-                f"false with normalizer {self.normalizer!r}",
-            )
-
-    def _check_reluformer(self) -> None:
-        is_reluformer = self.normalizer == "reluformer"
-        require(
-            is_reluformer or self.reluformer_loss == 0,
-            "reluformer_loss",
-            self.reluformer_loss,
-            f"0 with normalizer {self.normalizer!r}",
-        )
-        require(
-            self.causal or self.reluformer_loss == 0,
-            "reluformer_loss",
-            self.reluformer_loss,
-            "0 with causal = false: it counts the keys that causal tokens see",
-        )
-        # Gamma is put on the queries: what is added to logits afterwards would not be divided.
-        excluded = {
-            "logits_soft_cap": self.logits_soft_cap is not None,
-            "alibi": self.alibi != "none",
-            "similarity": self.similarity != "product",
-        }
-        for name, is_set in excluded.items():
-            require(
-                not (is_reluformer and is_set),
-                name,
-                getattr(self, name),
-                "none of its kind with normalizer 'reluformer'",
-            )
-
-    def _check_token_sinks(self) -> None:
-        excluded = {
-            "sinks": self.sinks,
-            "logits_soft_cap": self.logits_soft_cap is not None,
-            "logit_scale 'log_dim' of one channel": self.logit_scale == "log_dim"
-            and self.head_dim == 1,
-        }
-        for option, is_set in excluded.items():
-            require(
-                not (self.token_sinks and is_set),
-                "token_sinks",
-                self.token_sinks,
-                f"false with {option}",
-            )
-
-    def _check_logits(self) -> None:
-        # Logits of unit vectors are cosines: without a scale of their own they are too small.
-        is_unit = self.qk_norm and self.qk_norm_kind == "l2"
-        has_own_scale = self.logit_scale != "inverse_sqrt"
-        require(
-            is_unit == has_own_scale,
-            "logit_scale",
-            self.logit_scale,
-            "inverse_sqrt unless qk_norm is true of kind 'l2'; learned or log_dim if so",
-        )
-        require(
-            self.attention_scale is None or not has_own_scale,
-            "attention_scale",
-            self.attention_scale,
-            f"none with logit_scale {self.logit_scale!r}",
-        )
-        require(
-            self.alibi != "balanced" or self.num_heads % 2 == 0,
-            "alibi",
-            self.alibi,
-            f"an even number of heads, not {self.num_heads}",
-        )
-
-    def _check_shared_weights(self) -> None:
-        """What belongs to the weights is the other layer's."""
-        has_own = {
-            "gate_position": self.gate_position in ("query", "key"),
-            "fused_gate": self.fused_gate,
-            "sinks": self.sinks,
-            "token_sinks": self.token_sinks,
-            "query_scale": self.query_scale == "selective",
-            "alibi": self.alibi == "learned",
-            "normalizer": self.normalizer == "learned_entmax",
-        }
-        for name, is_own in has_own.items():
-            require(
-                not (self.shares_weights and is_own),
-                name,
-                getattr(self, name),
-                "another value with shares_weights: these weights have parameters of their own",
-            )
+        check_options(self)
 
     def with_weights_of(self, other: "GatedAttentionConfig") -> "GatedAttentionConfig":
         """This layer, with what decides over the weights taken from another one."""

@@ -20,7 +20,7 @@ from gatedjax.config import (
     layer,
     to_dict,
 )
-from gatedjax.config.attention_parts import DOUBLY_STOCHASTIC
+from gatedjax.config.attention_checks import DOUBLY_STOCHASTIC
 from gatedjax.config.presets import PRESETS, QWEN3_NEXT
 from gatedjax.errors import InputError
 from gatedjax.layers.attention import GatedAttention, normalizer_of
