@@ -23,19 +23,15 @@ from gatedjax.config.layers import (
     GatedLinearAttentionConfig,
     GatedMLPConfig,
     MixerConfig,
-    NoFeedForwardConfig,
-    NoMixerConfig,
 )
 from gatedjax.config.lora import LoRAConfig
-from gatedjax.config.mixing import AssociativeMemoryConfig
+from gatedjax.config.model_checks import check_model
 from gatedjax.config.moe import LoRAMixtureConfig, SparseMoEConfig
-from gatedjax.config.on_demand import VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.recurrent import RWKV7ChannelMixConfig, RWKV7Config
 from gatedjax.config.rwkv6 import RWKV6ChannelMixConfig, RWKV6Config
 from gatedjax.config.shared_router import SharedRouterConfig
-from gatedjax.config.sources import GatedMemoryConfig, check_sources, cross_decoder, takes_keys
-from gatedjax.errors import require
+from gatedjax.config.sources import GatedMemoryConfig, cross_decoder, takes_keys
 
 Remat = Literal["none", "projections", "kernels", "full"]
 
@@ -78,6 +74,14 @@ class BlockConfig:
     def path(self) -> tuple[str, ...]:
         """Where its parameters lie among those of the model."""
         return ("periods", self.name) if self.is_repeated else (self.name,)
+
+    @property
+    def decay_floors(self) -> tuple[int, int] | None:
+        """Heads and channels of forget gates whose floors rise with the depth; None without."""
+        mixer = self.mixer
+        if isinstance(mixer, GatedLinearAttentionConfig) and mixer.decay_floor == "by_depth":
+            return mixer.num_heads, mixer.key_dim
+        return None
 
 
 @dataclass(frozen=True)
@@ -147,244 +151,7 @@ class ModelConfig(Checked):
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def check(self) -> None:
-        self.output.check_model(self.vocab_size, self.tie_embeddings, self.z_loss)
-        require(len(self.pattern) > 0, "pattern", self.pattern, "at least one layer")
-        require(len(self.ffn_pattern) > 0, "ffn_pattern", self.ffn_pattern, "at least one layer")
-        self._check_names()
-        self._check_direction()
-        self._check_number()
-        require(
-            self.norm_kind == "rms" or not self.zero_centered_norm,
-            "zero_centered_norm",
-            self.zero_centered_norm,
-            f"false with norm_kind {self.norm_kind!r}",
-        )
-        self._check_blocks()
-        self._check_sparse()
-        self._check_attention()
-
-    def _check_names(self) -> None:
-        """Everything that is named is there."""
-        known = ", ".join(self.mixers)
-        for key in ("pattern", "prefix", "suffix", "norm_placement"):
-            for name in getattr(self, key):
-                require(name in self.mixers, key, name, f"one of mixers: {known}")
-        known = ", ".join(self.ffns)
-        for key in ("ffn_pattern", "ffn_prefix", "ffn_suffix"):
-            for name in getattr(self, key):
-                require(name in self.ffns, key, name, f"one of ffns: {known}")
-
-    def _check_direction(self) -> None:
-        """The layers see as far as the task allows, and have what it gives them."""
-        mixers = {*self.prefix, *self.pattern, *self.suffix}
-        ffns = {*self.ffn_prefix, *self.ffn_pattern, *self.ffn_suffix}
-        layers: dict[str, MixerConfig | FeedForwardConfig] = {}
-        layers |= {f"mixers.{name}": self.mixers[name] for name in sorted(mixers)}
-        layers |= {f"ffns.{name}": self.ffns[name] for name in sorted(ffns)}
-        for key, layer in layers.items():
-            what = "mixer" if key.startswith("mixers.") else "feed-forward"
-            reason = getattr(layer, "not_causal", None)
-            expected = f"a causal {what}: this model predicts the next token"
-            if self.task != "lm":
-                causal = f"kind {layer.kind!r}: tokens do not see later ones"
-                reason = getattr(layer, "only_causal", causal)
-                expected = f"a {what} for both directions: model.task is {self.task!r}"
-            require(reason is None, key, reason, expected)
-            if self.task == "classify":
-                self._check_layer_of_images(key, layer)
-            else:
-                has_grid = isinstance(layer, GatedAttentionConfig) and layer.rope_grid
-                expected = f"false with model.task {self.task!r}: text has no grid"
-                require(not has_grid, f"{key}.rope_grid", True, expected)
-        if self.task == "classify":
-            self._check_images()
-
-    def _check_layer_of_images(self, key: str, layer: MixerConfig | FeedForwardConfig) -> None:
-        """Patches have no ids."""
-        by_id = {}
-        if isinstance(layer, GatedAttentionConfig):
-            by_id["value_bank"] = layer.value_bank > 0
-        if isinstance(layer, SparseMoEConfig):
-            by_id["router.selection"] = layer.router.selection == "hash"
-            by_id["router.second_kind"] = len(layer.router.second_kind) > 0
-        if isinstance(layer, LoRAMixtureConfig):
-            by_id["first_pass"] = layer.first_pass
-        for name, is_set in by_id.items():
-            expected = "another value with model.task 'classify': patches have no token ids"
-            require(not is_set, f"{key}.{name}", "one that goes by token ids", expected)
-
-    def _check_images(self) -> None:
-        require(
-            not self.lora.num_experts,
-            "lora.num_experts",
-            self.lora.num_experts,
-            "0 with model.task 'classify': patches have no token ids",
-        )
-        require(
-            self.patches.positions != "sincos" or self.width % 4 == 0,
-            "width",
-            self.width,
-            "a multiple of 4 with patches.positions 'sincos'",
-        )
-
-    def _check_number(self) -> None:
-        """The layers are a prefix, periods, at least one, and a suffix."""
-        for key in ("prefix", "suffix"):
-            ffns = getattr(self, f"ffn_{key}")
-            expected = len(getattr(self, key))
-            require(
-                len(ffns) == expected,
-                f"ffn_{key}",
-                ffns,
-                f"as many as in {key}, {expected}",
-            )
-        others = len(self.prefix) + len(self.suffix)
-        repeated = self.num_layers - others
-        beside = f"{others} of prefix and suffix and " if others else ""
-        require(
-            repeated > 0 and repeated % self.period == 0,
-            "num_layers",
-            self.num_layers,
-            f"{beside}a multiple of the period {self.period}",
-        )
-
-    def _check_blocks(self) -> None:
-        for block in self.blocks:
-            has_mixer = not isinstance(block.mixer, NoMixerConfig)
-            require(
-                has_mixer or not isinstance(block.feed_forward, NoFeedForwardConfig),
-                "ffns",
-                f"none in layer {block.layers[0]}",
-                "a feed-forward in a layer without a mixer",
-            )
-            if isinstance(block.feed_forward, VersatileMLPConfig):
-                is_plain = block.norm == "pre" and self.residual_weight is None
-                expected = "norm_placement 'pre' and no residual_weight: it has its norm itself"
-                require(is_plain, "ffns", block.feed_forward.kind, expected)
-            floors = _decay_floors(block.mixer)
-            require(
-                floors is None or floors == self.decay_floors,
-                f"mixers.{self._mixer_name(block.layers[0])}.decay_floor",
-                "by_depth",
-                "as many heads and channels in all layers that have it",
-            )
-            if isinstance(block.mixer, RWKV6Config | RWKV7Config):
-                channels = "head_dim" if isinstance(block.mixer, RWKV7Config) else "value_dim"
-                require(
-                    block.mixer.width == self.width,
-                    f"mixers.{self._mixer_name(block.layers[0])}.num_heads",
-                    block.mixer.num_heads,
-                    f"num_heads x {channels} = width = {self.width}",
-                )
-            if isinstance(block.mixer, AssociativeMemoryConfig):
-                require(
-                    block.mixer.width == self.width,
-                    f"mixers.{self._mixer_name(block.layers[0])}.width",
-                    block.mixer.width,
-                    f"the model's width {self.width}",
-                )
-
-    def _check_attention(self) -> None:
-        """What attention layers have in common with each other and with the model."""
-        banks = set()
-        for name, mixer in self._used_attention().items():
-            divided = {
-                "num_heads": mixer.num_heads if mixer.gate_input == "head" else 1,
-                "num_kv_heads": mixer.kv_heads if mixer.selective_rope != "none" else 1,
-            }
-            for key, parts in divided.items():
-                expected = f"a divisor of the width {self.width}"
-                require(self.width % parts == 0, f"mixers.{name}.{key}", parts, expected)
-            if mixer.value_bank:
-                banks.add((mixer.value_bank, mixer.kv_heads, mixer.head_dim))
-        expected = "one bank: the same value_bank, key heads and head_dim in all layers with one"
-        require(len(banks) <= 1, "mixers", sorted(banks), expected)
-        for blocks in (self.prefix_blocks, self.repeated_blocks, self.suffix_blocks):
-            self._check_shared_weights(blocks)
-        check_sources(self.blocks, lambda b: f"mixers.{self._mixer_name(b.layers[0])}")
-
-    def _check_shared_weights(self, blocks: tuple[BlockConfig, ...]) -> None:
-        """A layer that shares weights comes after one, in the same period, that has its own."""
-        first = None
-        for block in blocks:
-            mixer = block.mixer
-            # A converted layer has no weights to share.
-            if mixer.kind != GatedAttentionConfig.kind:
-                continue
-            assert isinstance(mixer, GatedAttentionConfig)
-            key = f"mixers.{self._mixer_name(block.layers[0])}"
-            if not mixer.shares_weights:
-                first = mixer
-                continue
-            require(
-                first is not None,
-                f"{key}.shares_weights",
-                True,
-                "a layer before it with weights of its own, in the same prefix, pattern or suffix",
-            )
-            assert first is not None
-            expected = mixer.with_weights_of(first)
-            for name, value in vars(expected).items():
-                own = getattr(mixer, name)
-                require(own == value, f"{key}.{name}", own, f"{value}, as the layer that it shares")
-
-    def _check_sparse(self) -> None:
-        sparse = self._sparse_ffns()
-        numbers_of_experts = {ffn.total_experts for ffn in sparse}
-        has_residual = any(ffn.router.residual for ffn in sparse)
-        require(
-            not has_residual or len(numbers_of_experts) == 1,
-            "ffns",
-            "router.residual",
-            "the same number of experts in all sparse feed-forwards",
-        )
-        require(
-            len(self._first_passes()) <= 1,
-            "ffns",
-            "first_pass",
-            "one mixture at most whose weights come from a first pass",
-        )
-        require(
-            not self._first_passes() or not self.lora.num_experts,
-            "lora.num_experts",
-            self.lora.num_experts,
-            "0 with a mixture in ffns whose weights come from a first pass too",
-        )
-        if self.shared_router.num_layers:
-            self._check_shared_router()
-
-    def _check_shared_router(self) -> None:
-        given = {ffn.total_experts for ffn in self._given_ffns()}
-        is_text = self.task == "lm" and self.first_pass is None
-        fitting = {
-            "sparse feed-forwards with router.selection 'given', of as many experts": len(given)
-            == 1,
-            "model.task 'lm' and no experts whose weights come from a first pass": is_text,
-        }
-        for expected, is_there in fitting.items():
-            number = self.shared_router.num_layers
-            require(is_there, "shared_router.num_layers", number, f"0, or {expected}")
-
-    def _used_attention(self) -> dict[str, GatedAttentionConfig]:
-        """The attention layers of the program, by the names of their mixers."""
-        used = {}
-        for block in self.blocks:
-            if isinstance(block.mixer, GatedAttentionConfig):
-                used[self._mixer_name(block.layers[0])] = block.mixer
-        return used
-
-    def _used_ffns(self) -> list[FeedForwardConfig]:
-        return [block.feed_forward for block in self.blocks]
-
-    def _sparse_ffns(self) -> list[SparseMoEConfig]:
-        return [ffn for ffn in self._used_ffns() if isinstance(ffn, SparseMoEConfig)]
-
-    def _given_ffns(self) -> list[SparseMoEConfig]:
-        return [ffn for ffn in self._sparse_ffns() if ffn.router.selection == "given"]
-
-    def _first_passes(self) -> set[LoRAMixtureConfig]:
-        mixtures = [ffn for ffn in self._used_ffns() if isinstance(ffn, LoRAMixtureConfig)]
-        return {mixture for mixture in mixtures if mixture.first_pass}
+        check_model(self)
 
     @property
     def has_head(self) -> bool:
@@ -439,8 +206,41 @@ class ModelConfig(Checked):
         is_repeated: bool = False,
     ) -> BlockConfig:
         mixer, feed_forward = self.layer(layers[0])
-        placement = self.norm_placement.get(self._mixer_name(layers[0]), "pre")
+        placement = self.norm_placement.get(self.mixer_name(layers[0]), "pre")
         return BlockConfig(name, layers, is_repeated, mixer, feed_forward, placement)
+
+    def layer(self, i: int) -> tuple[MixerConfig, FeedForwardConfig]:
+        """The mixer and the feed-forward of layer i."""
+        ffn = _at(i, self.num_layers, self.ffn_prefix, self.ffn_pattern, self.ffn_suffix)
+        return self.mixers[self.mixer_name(i)], self.ffns[ffn]
+
+    def mixer_name(self, i: int) -> str:
+        """The key in `mixers` of the mixer of layer i."""
+        return _at(i, self.num_layers, self.prefix, self.pattern, self.suffix)
+
+    def used_attention(self) -> dict[str, GatedAttentionConfig]:
+        """The attention layers of the program, by the names of their mixers."""
+        used = {}
+        for block in self.blocks:
+            if isinstance(block.mixer, GatedAttentionConfig):
+                used[self.mixer_name(block.layers[0])] = block.mixer
+        return used
+
+    def _used_ffns(self) -> list[FeedForwardConfig]:
+        return [block.feed_forward for block in self.blocks]
+
+    def sparse_ffns(self) -> list[SparseMoEConfig]:
+        """The sparse feed-forwards of the program."""
+        return [ffn for ffn in self._used_ffns() if isinstance(ffn, SparseMoEConfig)]
+
+    def given_ffns(self) -> list[SparseMoEConfig]:
+        """Those whose experts a router before all layers chooses, or a caller."""
+        return [ffn for ffn in self.sparse_ffns() if ffn.router.selection == "given"]
+
+    def first_passes(self) -> set[LoRAMixtureConfig]:
+        """The mixtures whose weights come from a first pass; checked to be one at most."""
+        mixtures = [ffn for ffn in self._used_ffns() if isinstance(ffn, LoRAMixtureConfig)]
+        return {mixture for mixture in mixtures if mixture.first_pass}
 
     @property
     def router_residual(self) -> int:
@@ -449,7 +249,7 @@ class ModelConfig(Checked):
         0 where no router has a gating residual.
         """
         numbers_of_experts = [
-            ffn.total_experts for ffn in self._sparse_ffns() if ffn.router.residual
+            ffn.total_experts for ffn in self.sparse_ffns() if ffn.router.residual
         ]
         return max(numbers_of_experts, default=0)
 
@@ -461,12 +261,12 @@ class ModelConfig(Checked):
         """
         if self.lora.num_experts:
             return self.lora
-        return next(iter(self._first_passes()), None)
+        return next(iter(self.first_passes()), None)
 
     @property
     def given_experts(self) -> int:
         """Experts that a router before all layers chooses among."""
-        return max((ffn.total_experts for ffn in self._given_ffns()), default=0)
+        return max((ffn.total_experts for ffn in self.given_ffns()), default=0)
 
     @property
     def router_model(self) -> "ModelConfig | None":
@@ -491,7 +291,7 @@ class ModelConfig(Checked):
     @property
     def value_bank(self) -> tuple[int, int, int] | None:
         """(slots, key heads, channels) of the value bank; None where no layer has one."""
-        for mixer in self._used_attention().values():
+        for mixer in self.used_attention().values():
             if mixer.value_bank:
                 return mixer.value_bank, mixer.kv_heads, mixer.head_dim
         return None
@@ -499,7 +299,7 @@ class ModelConfig(Checked):
     @property
     def shares_weights(self) -> bool:
         """Whether some attention layer has the weights of another one."""
-        return any(mixer.shares_weights for mixer in self._used_attention().values())
+        return any(mixer.shares_weights for mixer in self.used_attention().values())
 
     @property
     def shares_cache(self) -> bool:
@@ -533,7 +333,7 @@ class ModelConfig(Checked):
     @property
     def decay_floors(self) -> tuple[int, int] | None:
         """Heads and channels of the forget gates whose floors rise with the depth; None if none."""
-        floors = (_decay_floors(block.mixer) for block in self.blocks)
+        floors = (block.decay_floors for block in self.blocks)
         return next((sizes for sizes in floors if sizes is not None), None)
 
     @property
@@ -544,14 +344,6 @@ class ModelConfig(Checked):
         has_rwkv6 = any(isinstance(block.mixer, RWKV6Config) for block in self.blocks)
         is_told = self.first_rwkv7 is not None or self.decay_floors is not None
         return has_channel_mix or has_rwkv6 or is_told
-
-    def layer(self, i: int) -> tuple[MixerConfig, FeedForwardConfig]:
-        """The mixer and the feed-forward of layer i."""
-        ffn = _at(i, self.num_layers, self.ffn_prefix, self.ffn_pattern, self.ffn_suffix)
-        return self.mixers[self._mixer_name(i)], self.ffns[ffn]
-
-    def _mixer_name(self, i: int) -> str:
-        return _at(i, self.num_layers, self.prefix, self.pattern, self.suffix)
 
 
 def _at(
@@ -568,11 +360,3 @@ def _at(
     if after >= 0:
         return suffix[after]
     return pattern[(i - len(prefix)) % len(pattern)]
-
-
-def _decay_floors(mixer: MixerConfig) -> tuple[int, int] | None:
-    """Heads and channels of a mixer's forget gates whose floors rise with the depth."""
-    has_gate = isinstance(mixer, GatedLinearAttentionConfig)
-    if has_gate and mixer.decay_floor == "by_depth":
-        return mixer.num_heads, mixer.key_dim
-    return None
