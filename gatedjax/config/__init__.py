@@ -31,7 +31,7 @@ from gatedjax.config.mixing import (
 )
 from gatedjax.config.mla import MLAConfig
 from gatedjax.config.model import BlockConfig, ModelConfig, NormPlacement, Remat
-from gatedjax.config.moe import LoRAMixtureConfig, RouterConfig, SoftMoEConfig, SparseMoEConfig
+from gatedjax.config.moe import LoRAMixtureConfig, SoftMoEConfig, SparseMoEConfig
 from gatedjax.config.on_demand import AdaptiveMLPConfig, VersatileMLPConfig
 from gatedjax.config.output import OutputConfig
 from gatedjax.config.parse import (
@@ -45,6 +45,7 @@ from gatedjax.config.parse import (
     to_dict,
 )
 from gatedjax.config.recurrent import Mamba2Config, RWKV7ChannelMixConfig, RWKV7Config
+from gatedjax.config.router import RouterConfig
 from gatedjax.config.run import (
     IMAGE_KINDS,
     WITHOUT_PATH,

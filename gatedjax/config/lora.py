@@ -8,7 +8,7 @@ from gatedjax.config.checks import (
     Positive,
     SizeOrZero,
 )
-from gatedjax.config.moe import Temperature
+from gatedjax.config.router import Temperature
 from gatedjax.errors import require
 
 

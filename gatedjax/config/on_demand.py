@@ -12,7 +12,7 @@ from gatedjax.config.checks import (
     Size,
     SizeOrZero,
 )
-from gatedjax.config.moe import Temperature
+from gatedjax.config.router import Temperature
 from gatedjax.errors import require
 
 

@@ -15,7 +15,7 @@ from ml_collections import config_dict as ml_config_dict
 
 from gatedjax.config.checks import field_types, is_optional, is_union, not_none
 from gatedjax.config.layers import FEED_FORWARDS, MIXERS
-from gatedjax.config.moe import RouterConfig
+from gatedjax.config.router import RouterConfig
 from gatedjax.config.run import Config
 from gatedjax.errors import InputError, require, shown
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from gatedjax.config.moe import RouterConfig
+from gatedjax.config.router import RouterConfig
 from gatedjax.errors import require
 from gatedjax.layers.documents import Documents
 from gatedjax.layers.moe.given_experts import experts_given

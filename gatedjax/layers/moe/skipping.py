@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from gatedjax.config.moe import RouterConfig
+from gatedjax.config.router import RouterConfig
 from gatedjax.layers.moe.routing import route
 from gatedjax.layers.moe.statistics import fraction
 from gatedjax.layers.tree import flatten_dict, unflatten_dict

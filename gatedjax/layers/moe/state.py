@@ -14,8 +14,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.config import ModelConfig
-from gatedjax.config.moe import RouterConfig, SparseMoEConfig
+from gatedjax.config.moe import SparseMoEConfig
 from gatedjax.config.on_demand import VersatileMLPConfig
+from gatedjax.config.router import RouterConfig
 from gatedjax.layers.moe.statistics import loads
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.stochastic_gate import annealed_temperature
