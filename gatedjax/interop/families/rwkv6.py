@@ -4,32 +4,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from gatedjax.config import BlockConfig, ModelConfig, RWKV6ChannelMixConfig, RWKV6Config
-from gatedjax.interop.families.base import (
-    Family,
-    NamedLayer,
-    assembled,
-    json_values,
-    model_values,
-    the_layer,
-)
+from gatedjax.interop.families import rwkv
+from gatedjax.interop.families.base import Family, the_layer
 from gatedjax.interop.families.parts import KERNEL
-from gatedjax.interop.families.rwkv7 import with_norms
 from gatedjax.interop.hf_config import HFConfig
 from gatedjax.interop.links import Link, matrix, vector
 
 MODEL_TYPE = "rwkv6"
-# Widths of feed-forwards that a file does not name are multiples of this.
-_MLP_MULTIPLE = 32
 # Token shifts, in the order of the files and of the parameters.
 _SHIFTS = 5
 
 
 def to_model(config: HFConfig) -> ModelConfig:
     """LayerNorms with biases, one more behind the embeddings."""
-    config.require("norm_bias", (True,))
-    config.require("norm_first", (True,))
-    config.require("hidden_act", ("sqrelu",))
-    config.require("attn", ())
+    rwkv.require_norms(config)
     # The width of the model is that of the values.
     config.require("expand_v", (1.0, 1))
     width = config.size("hidden_size")
@@ -38,47 +26,27 @@ def to_model(config: HFConfig) -> ModelConfig:
     for name, channels in {"hidden_size": width, "expand_k": keys}.items():
         if channels < heads or channels % heads:
             raise config.refuse(name, f"whole channels for each of num_heads = {heads}")
-    eps = config.number("norm_eps", default=1e-5)
     mixer = RWKV6Config(
         num_heads=heads,
         key_dim=keys // heads,
         value_dim=width // heads,
         shift_rank=config.size("proj_low_rank_dim", default=32),
         decay_rank=config.size("gate_low_rank_dim", default=64),
-        norm_eps=eps,
+        norm_eps=rwkv.norm_eps(config),
     )
-    least = int(width * config.number("hidden_ratio", default=3.5))
-    hidden = -(-max(least, 1) // _MLP_MULTIPLE) * _MLP_MULTIPLE
-    values = model_values(config) | {"norm_eps": eps}
-    return assembled(
-        [NamedLayer("rwkv6", "channel_mix")] * config.size("num_hidden_layers"),
-        {"rwkv6": mixer},
-        {
-            "channel_mix": RWKV6ChannelMixConfig(
-                hidden=config.size("intermediate_size", default=hidden)
-            )
-        },
-        norm_kind="layer",
-        embedding_norm=True,
-        **values,
-    )
+    return rwkv.model_of(config, mixer, RWKV6ChannelMixConfig, hidden_ratio=3.5)
 
 
 def to_json(model: ModelConfig) -> dict[str, Any]:
     """The same, back."""
     c = the_layer(model, RWKV6Config, MODEL_TYPE)
-    values = json_values(model)
-    values["norm_eps"] = values.pop("rms_norm_eps")
-    return values | {
-        "hidden_act": "sqrelu",
+    return rwkv.json_of(model) | {
         "num_heads": c.num_heads,
         "expand_k": c.num_heads * c.key_dim / model.width,
         "expand_v": 1.0,
         "proj_low_rank_dim": c.shift_rank,
         "gate_low_rank_dim": c.decay_rank,
         "intermediate_size": the_layer(model, RWKV6ChannelMixConfig, MODEL_TYPE).hidden,
-        "norm_bias": True,
-        "norm_first": True,
     }
 
 
@@ -101,7 +69,7 @@ def links(model: ModelConfig) -> Iterator[Link]:
             (width,),
         )
 
-    yield from with_norms(model, of_layer)
+    yield from rwkv.with_norms(model, of_layer)
 
 
 def _mixer(c: RWKV6Config, width: int) -> Iterator[Link]:

@@ -1,6 +1,6 @@
 """RWKV-7 as flash-linear-attention writes it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from gatedjax.config import (
@@ -9,22 +9,13 @@ from gatedjax.config import (
     RWKV7ChannelMixConfig,
     RWKV7Config,
 )
-from gatedjax.interop.families import parts
-from gatedjax.interop.families.base import (
-    Family,
-    NamedLayer,
-    assembled,
-    json_values,
-    model_values,
-    the_layer,
-)
+from gatedjax.interop.families import rwkv
+from gatedjax.interop.families.base import Family, the_layer
+from gatedjax.interop.families.parts import KERNEL
 from gatedjax.interop.hf_config import HFConfig
-from gatedjax.interop.links import Link, in_blocks, matrix, vector
-from gatedjax.layers.tree import Path
+from gatedjax.interop.links import Link, matrix, vector
 
 MODEL_TYPE = "rwkv7"
-# Widths of feed-forwards that a file does not name are multiples of this.
-_MLP_MULTIPLE = 32
 # Letter of a tensor -> what is called so here.
 _SHIFTS = {
     "r": "receptance",
@@ -38,10 +29,7 @@ _SHIFTS = {
 
 def to_model(config: HFConfig) -> ModelConfig:
     """LayerNorms with biases, one more behind the embeddings."""
-    config.require("norm_bias", (True,))
-    config.require("norm_first", (True,))
-    config.require("hidden_act", ("sqrelu",))
-    config.require("attn", ())
+    rwkv.require_norms(config)
     width = config.size("hidden_size")
     count = config.size("num_hidden_layers")
     config.require("value_dim", (width, [width] * count))
@@ -49,7 +37,6 @@ def to_model(config: HFConfig) -> ModelConfig:
     head_dim = config.size("head_dim", default=width // heads if heads else 64)
     if width % head_dim:
         raise config.refuse("head_dim", f"a divisor of hidden_size = {width}")
-    eps = config.number("norm_eps", default=1e-5)
     mixer = RWKV7Config(
         num_heads=width // head_dim,
         head_dim=head_dim,
@@ -57,32 +44,15 @@ def to_model(config: HFConfig) -> ModelConfig:
         rate_rank=config.size("a_low_rank_dim", default=64),
         value_rank=config.size("v_low_rank_dim", default=16),
         output_gate_rank=config.size("gate_low_rank_dim", default=128),
-        norm_eps=head_dim * eps,
+        norm_eps=head_dim * rwkv.norm_eps(config),
     )
-    least = int(width * config.number("hidden_ratio", default=4.0))
-    hidden = -(-max(least, 1) // _MLP_MULTIPLE) * _MLP_MULTIPLE
-    values = model_values(config) | {"norm_eps": eps}
-    return assembled(
-        [NamedLayer("rwkv7", "channel_mix")] * count,
-        {"rwkv7": mixer},
-        {
-            "channel_mix": RWKV7ChannelMixConfig(
-                hidden=config.size("intermediate_size", default=hidden)
-            )
-        },
-        norm_kind="layer",
-        embedding_norm=True,
-        **values,
-    )
+    return rwkv.model_of(config, mixer, RWKV7ChannelMixConfig, hidden_ratio=4.0)
 
 
 def to_json(model: ModelConfig) -> dict[str, Any]:
     """The same, back."""
     c = the_layer(model, RWKV7Config, MODEL_TYPE)
-    values = json_values(model)
-    values["norm_eps"] = values.pop("rms_norm_eps")
-    return values | {
-        "hidden_act": "sqrelu",
+    return rwkv.json_of(model) | {
         "head_dim": c.head_dim,
         "num_heads": c.num_heads,
         "value_dim": [model.width] * model.num_layers,
@@ -91,8 +61,6 @@ def to_json(model: ModelConfig) -> dict[str, Any]:
         "v_low_rank_dim": c.value_rank,
         "gate_low_rank_dim": c.output_gate_rank,
         "intermediate_size": the_layer(model, RWKV7ChannelMixConfig, MODEL_TYPE).hidden,
-        "norm_bias": True,
-        "norm_first": True,
     }
 
 
@@ -106,41 +74,10 @@ def links(model: ModelConfig) -> Iterator[Link]:
         assert isinstance(block.feed_forward, RWKV7ChannelMixConfig)
         hidden = (block.feed_forward.hidden,)
         yield vector("ffn.x_k", ("ffn", "shift"), (width,))
-        yield matrix("ffn.key.weight", ("ffn", "up", parts.KERNEL), (width,), hidden)
-        yield matrix("ffn.value.weight", ("ffn", "down", parts.KERNEL), hidden, (width,))
+        yield matrix("ffn.key.weight", ("ffn", "up", KERNEL), (width,), hidden)
+        yield matrix("ffn.value.weight", ("ffn", "down", KERNEL), hidden, (width,))
 
-    yield from with_norms(model, of_layer)
-
-
-def with_norms(
-    model: ModelConfig,
-    of_layer: Callable[[BlockConfig, int], Iterable[Link]],
-) -> Iterator[Link]:
-    """What RWKV's models have around the two halves of their layers.
-
-    Args:
-      model: which knows its blocks.
-      of_layer: the links of a layer's two halves.
-    """
-    width = model.width
-
-    def of_block(block: BlockConfig, i: int) -> Iterator[Link]:
-        yield from _norm("attn_norm", ("mixer_norm",), width)
-        yield from _norm("ffn_norm", ("ffn_norm",), width)
-        yield from of_layer(block, i)
-
-    shape = (model.vocab_size, width)
-    yield vector("model.embeddings.weight", ("embedding",), shape, shape)
-    yield from _norm("model.layers.0.pre_norm", ("embedding_norm",), width)
-    yield from in_blocks(model, of_block)
-    yield from _norm("model.norm", ("final_norm",), width)
-    if not model.tie_embeddings:
-        yield vector("lm_head.weight", ("head",), shape, shape)
-
-
-def _norm(tensor: str, path: Path, width: int) -> Iterator[Link]:
-    yield vector(f"{tensor}.weight", (*path, parts.SCALE), (width,))
-    yield vector(f"{tensor}.bias", (*path, parts.BIAS), (width,))
+    yield from rwkv.with_norms(model, of_layer)
 
 
 def _mixer(c: RWKV7Config, width: int, is_first: bool) -> Iterator[Link]:
@@ -149,9 +86,9 @@ def _mixer(c: RWKV7Config, width: int, is_first: bool) -> Iterator[Link]:
     for letter, name in _SHIFTS.items():
         yield vector(f"attn.x_{letter}", ("mixer", f"{name}_shift"), (width,), (1, 1, width))
     for letter in "rkv":
-        path = ("mixer", _SHIFTS[letter], parts.KERNEL)
+        path = ("mixer", _SHIFTS[letter], KERNEL)
         yield matrix(f"attn.{letter}_proj.weight", path, (width,), heads)
-    yield matrix("attn.o_proj.weight", ("mixer", "out", parts.KERNEL), heads, (width,))
+    yield matrix("attn.o_proj.weight", ("mixer", "out", KERNEL), heads, (width,))
     yield vector("attn.k_k", ("mixer", "removal_scale"), heads)
     yield vector("attn.k_a", ("mixer", "rate_weight"), heads)
     yield vector("attn.r_k", ("mixer", "bonus"), heads, heads)
@@ -161,7 +98,7 @@ def _mixer(c: RWKV7Config, width: int, is_first: bool) -> Iterator[Link]:
     yield from _low_rank("attn.a_lora", "rate", c.rate_rank, heads, width)
     for link in _low_rank("attn.g_lora", "output_gate", c.output_gate_rank, heads, width):
         # This one has no bias.
-        if link.path[-1] == parts.KERNEL:
+        if link.path[-1] == KERNEL:
             yield link
     names = {"value_gate_bias": "value_bias"}
     for link in _low_rank("attn.v_lora", "value_gate", c.value_rank, heads, width):
@@ -185,9 +122,9 @@ def _low_rank(
       heads: heads and their channels.
       width: of the model.
     """
-    down = ("mixer", f"{name}_down", parts.KERNEL)
+    down = ("mixer", f"{name}_down", KERNEL)
     yield matrix(f"{tensor}.lora.0.weight", down, (width,), (rank,))
-    up = ("mixer", f"{name}_up", parts.KERNEL)
+    up = ("mixer", f"{name}_up", KERNEL)
     yield matrix(f"{tensor}.lora.2.weight", up, (rank,), heads)
     yield vector(f"{tensor}.lora.2.bias", ("mixer", f"{name}_bias"), heads)
 
