@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 
-def trained_on_fresh_data[Params: tuple[Any, ...]](
+def trained_on_fresh_data[Params: tuple[Any, ...] | dict[str, Any]](
     tx: optax.GradientTransformation,
     loss: Callable[[Params, Any], Array],
     draw: Callable[[Array], Any],
@@ -21,7 +21,7 @@ def trained_on_fresh_data[Params: tuple[Any, ...]](
       tx: the optimizer.
       loss: of parameters and a batch.
       draw: a batch, from a key.
-      start: the parameters before, a named tuple.
+      start: the parameters before, by name.
       keys: of the steps.
     """
 

@@ -28,6 +28,8 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
+from gatedjax.evidence.fresh_data import trained_on_fresh_data
+
 NEEDLE = 1.6  # a_1
 OTHERS = 0.8  # a_0
 EVALUATION_ROWS = 16_384
@@ -147,12 +149,8 @@ def _trained(run: NeedleSign, params: dict[str, Any], rng: Array) -> dict[str, A
         margin = network(params, rows.tokens, run.mixer) * rows.answer
         return jnp.mean(jax.nn.softplus(-margin))
 
-    def step(carry: tuple, key: Array) -> tuple:
-        params, state = carry
-        rows = draw_rows(key, run.rows, run.n)
-        updates, state = tx.update(jax.grad(loss)(params, rows), state)
-        return (optax.apply_updates(params, updates), state), None
+    def draw(key: Array) -> Rows:
+        return draw_rows(key, run.rows, run.n)
 
     keys = jax.random.split(rng, run.steps)
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
-    return params
+    return trained_on_fresh_data(tx, loss, draw, params, keys)
