@@ -1,10 +1,11 @@
 """Gated attention.
 
-Projections, norms, positions, scales and the gate around `kernels_pallas.attention`.
+Projections, norms, positions, scales and the gate around `kernels_pallas.attention`, which is
+called in `attention_or_step.py`: on rows of tokens, or on new tokens and the cache.
 """
 
 import dataclasses
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,12 +13,11 @@ from jax import Array
 from jaxtyping import Float
 
 from gatedjax.config import GatedAttentionConfig
-from gatedjax.layers.added_losses import sow_block_gate_loss, sow_reluformer_loss
 from gatedjax.layers.after_sdpa import AfterSDPA
 from gatedjax.layers.attention_flops import attention_flops
+from gatedjax.layers.attention_or_step import LogitParts, attention_or_step, refuse_cache
 from gatedjax.layers.base import Mixer
-from gatedjax.layers.block_gate import BlockGate, chosen_blocks
-from gatedjax.layers.doubly_stochastic import doubly_stochastic
+from gatedjax.layers.block_gate import BlockGate
 from gatedjax.layers.gate import (
     GateLogits,
     HeadGateLogits,
@@ -27,26 +27,12 @@ from gatedjax.layers.gate import (
     split_gate,
 )
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.gaussian import distances_as_channels
-from gatedjax.layers.kv_cache import (
-    KVCache,
-    append,
-    append_values,
-    cached_of,
-    capacity,
-    distances_of_slots,
-    empty_cache,
-    held_of,
-    in_time_order,
-    joined,
-)
-from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen, logit_scale
+from gatedjax.layers.kv_cache import KVCache, capacity, empty_cache
+from gatedjax.layers.logit_scale import QueryScale, alibi_slopes, keys_seen
 from gatedjax.layers.norm import HeadsNorm, RMSNorm, unit_length
-from gatedjax.layers.normalizer import learned_numbers, normalizer_of, over_gamma
-from gatedjax.layers.on_mesh import attention_on_mesh
+from gatedjax.layers.normalizer import over_gamma
 from gatedjax.layers.parameters import parameter
-from gatedjax.layers.pieces import Row, require_room, row_of_piece, where_there_is_room
-from gatedjax.layers.prefix import GatedPrefix
+from gatedjax.layers.pieces import Row
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import (
     apply_rope,
@@ -57,10 +43,8 @@ from gatedjax.layers.rope import (
 )
 from gatedjax.layers.selective_rope import RopePhase, SelectiveAngles, for_queries
 from gatedjax.layers.shared_weights import SharedWeights, ValueCache
-from gatedjax.layers.sinks import token_sinks_as_channels
-from gatedjax.layers.token_info import TokenInfo, history_of
+from gatedjax.layers.token_info import TokenInfo
 from gatedjax.layers.value_bank import ValueBankMix
-from kernels_pallas.attention import attention_step
 
 Queries = Float[Array, "B T H D"]
 Keys = Float[Array, "B T Hk D"]
@@ -97,24 +81,16 @@ class GatedAttention(Mixer):
           cache: of the tokens before.
         """
         c = self.config
-        fused_logits, phase, log_gate = None, None, None
+        fused_logits = None
+        phase = None
+        log_gate = None
         if c.shares_weights:
             q, k = self._handed_on(info)
             v = self._values(x, info)
         else:
             q, k, v, fused_logits = self._projections(x, info)
             q, k, phase, log_gate = self._positioned(q, k, x, info, cache)
-        if not c.shares_weights and (c.query_scale != "none" or c.logit_scale == "learned"):
-            # Factors of tokens are put on the queries: the kernel has one scale for all.
-            scale = QueryScale(
-                c,
-                self.init_std,
-                self.dtype,
-                name="query_scale",
-            )
-            q, v = scale(q, v, x, keys_seen(info.positions, c.window))
-        if c.normalizer == "reluformer" and not c.shares_weights:
-            q = over_gamma(self, c, q)
+            q, v = self._scaled(q, v, x, info)
         gate = split_gate(self._sdpa_logits(q, x, fused_logits), c, q)
         token_sinks = self._token_sinks(x)
         o, cache, weights = self._attention(
@@ -131,19 +107,6 @@ class GatedAttention(Mixer):
         if c.shares_weights:
             y = y + self._compensation(x)
         return self._gated("output", y, x), cache, weights
-
-    def _output(self, o: Queries, width: int) -> Float[Array, "B T M"]:
-        """The heads' outputs, brought together."""
-        c = self.config
-        record(self, "heads_output", o)
-        return Projection(
-            {"heads": c.num_heads, "head_dim": c.head_dim},
-            {"embed": width},
-            self.init_std,
-            self.dtype,
-            has_bias=c.bias == "all",
-            name="out",
-        )(o)
 
     def _projections(
         self,
@@ -225,17 +188,15 @@ class GatedAttention(Mixer):
                 k = self._rotated(k, info)
         return q, k, phase, log_gate
 
-    def _compensation(self, x: Array) -> Float[Array, "B T M"]:
-        """What a layer with another one's weights adds: a map of its input, zero at the start."""
-        width = x.shape[-1]
-        return Projection(
-            {"embed": width},
-            {"embed_act": width},
-            0.0,
-            self.dtype,
-            kernel_init=nn.initializers.zeros,
-            name="compensation",
-        )(x)
+    def _scaled(self, q: Queries, v: Keys, x: Array, info: TokenInfo) -> tuple[Queries, Keys]:
+        """Queries, and values, times factors of tokens: the kernel has one scale for all."""
+        c = self.config
+        if c.query_scale != "none" or c.logit_scale == "learned":
+            scale = QueryScale(c, self.init_std, self.dtype, name="query_scale")
+            q, v = scale(q, v, x, keys_seen(info.positions, c.window))
+        if c.normalizer == "reluformer":
+            q = over_gamma(self, c, q)
+        return q, v
 
     def _normed(self, name: str, y: Array) -> Array:
         if self.config.qk_norm_kind == "l2":
@@ -339,13 +300,7 @@ class GatedAttention(Mixer):
         if c.gate_position != "sdpa":
             return None
         if fused_logits is None:
-            return self._gate_logits(
-                {
-                    "heads": q.shape[2],
-                    "head_dim": q.shape[3],
-                },
-                x,
-            )
+            return self._gate_logits({"heads": q.shape[2], "head_dim": q.shape[3]}, x)
         record(self, "gates", activated_gate(fused_logits, c.gate_activation))
         return fused_logits
 
@@ -362,176 +317,12 @@ class GatedAttention(Mixer):
         token_sinks: Float[Array, "B T H"] | None,
         log_gate: Float[Array, "B H N N"] | None,
         info: TokenInfo,
-        layer_cache: KVCache | ValueCache | None,
+        cache: KVCache | ValueCache | None,
     ) -> tuple[Queries, KVCache | ValueCache | None, SharedWeights]:
-        """The op, on rows of tokens or on new tokens and the cache.
-
-        Args:
-          row: queries, keys, values and what the op knows of the gate.
-          token_sinks: sink logits of every token.
-          log_gate: of the gate over blocks.
-          info: about the tokens.
-          layer_cache: of the tokens before.
-
-        Returns:
-          The outputs of the heads; the cache with these tokens, if there was one; and what the
-          weights are made from.
-        """
-        c = self.config
-        if c.shares_cache:
-            cache = held_of(info.keys)
-        else:
-            cache = joined(layer_cache, info.weights)
-        weights = SharedWeights(row.q, row.k, v=row.v)
+        """`attention_or_step`, with the heads' own numbers."""
         sink_logits, slopes = self._head_parameters()
-        if c.is_doubly_stochastic:
-            if cache is not None:
-                self._refuse_cache()
-            return doubly_stochastic(c, row), None, weights
-        options = {
-            "normalizer": normalizer_of(c),
-            "logits_soft_cap": c.logits_soft_cap,
-            "scale": logit_scale(c),
-            "normalizer_parameters": learned_numbers(self, c),
-        }
-        if not c.causal:
-            if cache is not None:
-                self._refuse_cache()
-            options["causal"] = False
-        if cache is None:
-            # What the probes measure the attention rows from, without the kernel ever storing them.
-            record(self, "q", row.q)
-            record(self, "k", row.k)
-            record(self, "v", row.v)
-        if c.similarity == "gaussian":
-            q, k = distances_as_channels(row.q, row.k, logit_scale(c))
-            row = row._replace(q=q, k=k)
-        if token_sinks is not None:
-            q, k = token_sinks_as_channels(row.q, row.k, token_sinks, logit_scale(c))
-            row = row._replace(q=q, k=k)
-            # All tokens' own sinks have become 0.
-            sink_logits = jnp.zeros(c.num_heads, jnp.float32)
-        if c.reluformer_loss and cache is None:
-            seen = keys_seen(info.positions, c.window)
-            sow_reluformer_loss(self, c, row.q, row.k, row.segment_ids, seen, logit_scale(c))
-        masked = {}
-        if log_gate is not None:
-            if cache is None and c.block_gate_loss:
-                sow_block_gate_loss(
-                    self, c, row.q, row.k, log_gate, row.segment_ids, logit_scale(c)
-                )
-            block_mask = chosen_blocks(c, log_gate)
-            if block_mask is not None:
-                masked = {"block_mask": block_mask}
-        if cache is None:
-            o = self._attended(row, sink_logits, slopes, options | masked)
-            return o, None, weights
-
-        before = history_of(info)
-        length = row.q.shape[1]
-        most = capacity(c, cache)
-        require_room(most, length, info.segment_ids)
-        if c.shares_cache:
-            new_cache = cached_of(info.keys)
-        elif c.shares_weights:
-            new_cache = append_values(
-                cache,
-                row.v,
-                before,
-                info.segment_ids,
-                info.weights,
-            )
-        else:
-            new_cache = append(
-                cache,
-                row.k,
-                row.v,
-                before,
-                info.segment_ids,
-            )
-        weights = dataclasses.replace(
-            weights,
-            held=cache.k,
-            cached=new_cache.k,
-            held_values=cache.v,
-            cached_values=new_cache.v,
-        )
-        if length == 1:
-            # The cache may be a ring, whose slots are in any order: what is visible is said slot by
-            # slot.
-            distances, valid = distances_of_slots(
-                cache.k.shape[1],
-                before,
-                info.segment_ids,
-            )
-            gate_logits = row.gate_logits
-            if c.prefix:
-                # A step returns no log-sum-exp; the slots of the cache are keys like others.
-                o = self._prefix()(
-                    row.q,
-                    new_cache.k,
-                    new_cache.v,
-                    causal=False,
-                    segment_ids=(jnp.ones_like(valid[:, :1], jnp.int32), valid.astype(jnp.int32)),
-                    sink_logits=sink_logits,
-                    scale=options["scale"],
-                )
-            else:
-                o = attention_step(
-                    row.q[:, 0],
-                    new_cache.k,
-                    new_cache.v,
-                    valid=valid,
-                    gate_logits=None if gate_logits is None else gate_logits[:, 0],
-                    sink_logits=sink_logits,
-                    alibi_slopes=slopes,
-                    distances=None if slopes is None else distances,
-                    **options,
-                )[:, None]
-        else:
-            if before.is_empty:
-                options |= masked
-            else:
-                row = row_of_piece(row, *in_time_order(cache, before))
-            o = self._attended(row, sink_logits, slopes, options)
-            o = o[:, -length:]
-        o = where_there_is_room(o, most, before, info.segment_ids)
-        # What is another layer's is in the cache of that one.
-        if c.shares_cache:
-            return o, layer_cache, weights
-        new = ValueCache(new_cache.v) if c.shares_weights else new_cache
-        return o, new, weights
-
-    def _attended(
-        self,
-        row: Row,
-        sink_logits: Float[Array, " H"] | None,
-        slopes: Float[Array, " H"] | None,
-        options: dict[str, Any],
-    ) -> Queries:
-        """The op on rows of tokens, with the prefix where there is one.
-
-        Args:
-          row: queries, keys, values and what the op knows of the gate.
-          sink_logits, slopes: numbers of the heads.
-          options: of the op.
-        """
-        c = self.config
-        if not c.prefix:
-            return attention_on_mesh(*row, sink_logits, slopes, window=c.window, **options)
-        return self._prefix()(
-            row.q,
-            row.k,
-            row.v,
-            segment_ids=row.segment_ids,
-            sink_logits=sink_logits,
-            window=c.window,
-            causal=c.causal,
-            scale=options["scale"],
-        )
-
-    def _prefix(self) -> GatedPrefix:
-        return GatedPrefix(self.config.prefix, self.init_std, name="prefix")
+        parts = LogitParts(sink_logits, slopes, token_sinks, log_gate)
+        return attention_or_step(self, self.config, row, parts, info, cache)
 
     def _head_parameters(self) -> tuple[Array | None, Array | None]:
         """Sink logits and ALiBi slopes, a number for every head; None where there are none."""
@@ -540,42 +331,47 @@ class GatedAttention(Mixer):
         sink_logits = None
         if c.sinks:
             zeros = nn.initializers.zeros
-            sink_logits = parameter(
-                self,
-                "sink_logits",
-                axes=axes,
-                shape=shape,
-                init=zeros,
-            )
+            sink_logits = parameter(self, "sink_logits", axes=axes, shape=shape, init=zeros)
         if c.alibi == "none":
             return sink_logits, None
 
-        def start(
-            key: Array,
-            shape: tuple[int, ...],
-            dtype,
-        ) -> Array:
+        def fixed(key: Array, shape: tuple[int, ...], dtype) -> Array:
             return jnp.asarray(alibi_slopes(c), dtype)
 
         if c.alibi == "learned":
-            return sink_logits, parameter(
-                self,
-                "alibi_slopes",
-                axes=axes,
-                shape=shape,
-                init=start,
-            )
+            slopes = parameter(self, "alibi_slopes", axes=axes, shape=shape, init=fixed)
+            return sink_logits, slopes
         return sink_logits, jnp.asarray(alibi_slopes(c))
 
-    @nn.nowrap
-    def _refuse_cache(self) -> NoReturn:
-        """A token that sees later ones cannot be computed before they are there."""
-        raise ValueError("GatedAttention: cache: got one with causal=False, expected none")
+    def _output(self, o: Queries, width: int) -> Float[Array, "B T M"]:
+        """The heads' outputs, brought together."""
+        c = self.config
+        record(self, "heads_output", o)
+        return Projection(
+            {"heads": c.num_heads, "head_dim": c.head_dim},
+            {"embed": width},
+            self.init_std,
+            self.dtype,
+            has_bias=c.bias == "all",
+            name="out",
+        )(o)
+
+    def _compensation(self, x: Array) -> Float[Array, "B T M"]:
+        """What a layer with another one's weights adds: a map of its input, zero at the start."""
+        width = x.shape[-1]
+        return Projection(
+            {"embed": width},
+            {"embed_act": width},
+            0.0,
+            self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name="compensation",
+        )(x)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> KVCache | ValueCache:
         if not self.config.causal:
-            self._refuse_cache()
+            refuse_cache()
         if self.config.shares_cache:
             # No arrays.
             return ()  # pyrefly: ignore  (of another layer's cache)

@@ -23,8 +23,9 @@ from gatedjax.config import (
 from gatedjax.config.attention_checks import DOUBLY_STOCHASTIC
 from gatedjax.config.presets import PRESETS, QWEN3_NEXT
 from gatedjax.errors import InputError
-from gatedjax.layers.attention import GatedAttention, normalizer_of
+from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.logit_scale import mean_log
+from gatedjax.layers.normalizer import normalizer_of
 from gatedjax.layers.token_info import TokenInfo
 from gatedjax.sharding import RULES, make_mesh
 from gatedjax.training.flops import forward_flops_per_token
