@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import check_gradients, rel_rms, slow
+from hidden_states import hidden
 from random_parameters import random_parameters
 
 from gatedjax.config import (
@@ -79,14 +80,6 @@ IS_TOKEN = (DOCUMENTS > 0)[..., None]
 @functools.cache
 def made(model):
     return random_parameters(LanguageModel(model), TOKENS)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def hidden(model, params, tokens, documents=None, caches=None):
-    y, caches, _ = LanguageModel(model).apply(
-        {"params": params}, tokens, segment_ids=documents, caches=caches
-    )
-    return y, caches
 
 
 def silu(x):

@@ -3,7 +3,6 @@ inside models.
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import check_gradients, rel_rms, slow
+from hidden_states import hidden
 from random_parameters import random_parameters
 
 from gatedjax.config import (
@@ -74,14 +74,6 @@ IS_TOKEN = (DOCUMENTS > 0)[..., None]
 
 def made(model):
     return random_parameters(LanguageModel(model), TOKENS)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def hidden(model, params, tokens, documents=None, caches=None):
-    y, caches, _ = LanguageModel(model).apply(
-        {"params": params}, tokens, segment_ids=documents, caches=caches
-    )
-    return y, caches
 
 
 def test_angles_are_sums_over_the_document_modulo_a_turn():
