@@ -13,23 +13,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
 from jax import Array
 from jaxtyping import Float, Int
 
+from gatedjax.caches import Caches, check_caches
+from gatedjax.caches import init_caches as init_caches  # its documented address is here
 from gatedjax.config import BlockConfig, ModelConfig
 from gatedjax.layer_stack import Carry, of_period, periods_of, rematerialized, through_block
 from gatedjax.layers import TokenInfo
-from gatedjax.layers.block import (
-    STREAM_AXES,
-    Block,
-    Stream,
-    block_capacity,
-    init_block_cache,
-    stream_norm,
-    takes_pieces,
-)
+from gatedjax.layers.block import STREAM_AXES, Block, Stream, stream_norm
 from gatedjax.layers.depth import Depth
 from gatedjax.layers.last_token import at_places, info_of_last, last_places
 from gatedjax.layers.linear_attention import rising_floors
@@ -39,31 +31,8 @@ from gatedjax.layers.moe.given_experts import given_experts
 from gatedjax.layers.moe.shared_router import shared_experts
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.patches import PatchEmbedding, image_info, pooled
-from gatedjax.layers.token_info import (
-    History,
-    arranged,
-    empty_history,
-    in_order,
-    out_of_order,
-)
+from gatedjax.layers.token_info import History, arranged, in_order, out_of_order
 from gatedjax.sharding import parts
-
-
-@struct.dataclass
-class Caches:
-    """Decoding state: what is held of every row, and the cache of every block.
-
-    history: how many tokens, of which document, at which position: every row at its own place.
-    layers: the caches by block; those of the period are stacked over periods.
-    first_pass: the same of the pass without experts, where there is one (`ModelConfig.first_pass`).
-    router: the same of the router before all layers, where there is one.
-    """
-
-    history: History
-    layers: dict[str, Any]
-    first_pass: "Caches | None" = None
-    router: "Caches | None" = None
-
 
 # Of the embedding, and of what else has a row for each token of the vocabulary.
 TABLE_AXES = ("vocab", "embed_vocab")
@@ -135,7 +104,7 @@ class LanguageModel(nn.Module):
         before = None
         if caches is not None:
             before = caches.history
-            _check_caches(c, caches, tokens, segment_ids)
+            check_caches(c, caches, tokens, segment_ids)
         info, after, order = arranged(tokens, positions, segment_ids, before)
         last = None
         if self.last_alone:
@@ -427,75 +396,3 @@ def logits(hidden: Float[Array, "... M"], weights: Float[Array, "X M"]) -> Float
     """Logits of the next token, float32: operands in hidden's dtype, accumulated in float32."""
     weights = weights.astype(hidden.dtype)
     return jnp.einsum("...m,xm->...x", hidden, weights, preferred_element_type=jnp.float32)
-
-
-def init_caches(
-    config: ModelConfig,
-    batch: int,
-    length: int,
-) -> Caches:
-    """Empty caches for `length` tokens of `batch` rows.
-
-    Raises:
-      ValueError: the model is an encoder.
-    """
-    if config.task != "lm":
-        raise ValueError(f"config.task: got {config.task!r}, expected 'lm': encoders need no cache")
-    caches = Caches(empty_history(batch), _layer_caches(config, batch, length))
-    if config.router_model is not None:
-        caches = dataclasses.replace(caches, router=init_caches(config.router_model, batch, length))
-    if config.first_pass is None:
-        return caches
-    # The buffers of the two passes must not be the same: both are donated.
-    first_pass = Caches(empty_history(batch), _layer_caches(config, batch, length))
-    return dataclasses.replace(caches, first_pass=first_pass)
-
-
-def _layer_caches(
-    config: ModelConfig,
-    batch: int,
-    length: int,
-) -> dict[str, Any]:
-    """The cache of every block; those of the period are stacked over periods."""
-
-    def stacked(x: Array) -> Array:
-        return jnp.zeros((config.num_periods, *x.shape), x.dtype)
-
-    caches = {}
-    for block in config.blocks:
-        cache = init_block_cache(config, block, batch, length)
-        caches[block.name] = jax.tree.map(stacked, cache) if block.is_repeated else cache
-    return caches
-
-
-def _check_caches(
-    config: ModelConfig,
-    caches: Caches,
-    tokens: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"] | None,
-) -> None:
-    """Refuses what the caches cannot take, as far as that is known now."""
-    most = None
-    is_simple = segment_ids is None and (tokens.shape[1] == 1 or caches.history.is_empty)
-    for block in config.blocks:
-        if not is_simple and not takes_pieces(block):
-            raise ValueError(
-                "caches: got segment_ids or a further piece of a prompt, expected neither: "
-                f"{block.mixer.kind} takes one prompt and then single tokens"
-            )
-        capacity = block_capacity(block, caches.layers[block.name])
-        if capacity is not None:
-            most = capacity if most is None else min(most, capacity)
-    if most is None or not _is_known(caches.history.tokens) or not _is_known(segment_ids):
-        return
-    added = np.full(tokens.shape[0], tokens.shape[1])
-    if segment_ids is not None:
-        added = np.sum(np.asarray(segment_ids) != 0, axis=1)
-    longest = int(np.max(np.asarray(caches.history.tokens) + added))
-    if longest > most:
-        raise ValueError(f"caches: got room for {most} tokens a row, expected at least {longest}")
-
-
-def _is_known(x: Array | None) -> bool:
-    """Whether its numbers can be looked at now, by this process."""
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
