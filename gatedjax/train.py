@@ -355,6 +355,7 @@ def loop(
         state, metrics = growth.train_step(state, batch, teaching)
         is_first = step == start + 1
         if is_first:
+            # The step is traced now: see `run`.
             gc.enable()
         is_last = step == settings.steps
         signal_number = stop.requested()

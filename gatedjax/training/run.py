@@ -236,19 +236,20 @@ def fresh_state(
       meanwhile: is called while the program that makes it is compiled, such as to compile another.
     """
     key = jax.random.key(run.config.train.seed)
+    given = given or {}
+    paths = list(given)
 
     def make_state(key: Array, given: list[Array]) -> TrainState:
         of_path = dict(zip(paths, given))
         return init_state(run.config, run.tx, key, of_path)
 
-    paths = list(given or {})
     make = jax.jit(
         make_state,
         out_shardings=run.shardings,
         donate_argnums=1,
         compiler_options=for_first_state(run.mesh) or None,
     )
-    arguments = (key, list((given or {}).values()))
+    arguments = (key, list(given.values()))
     if meanwhile is None:
         return make(*arguments)
     # Traced before, not beside: what traces leave is one for all threads (`dispatch.choices`).
