@@ -12,8 +12,6 @@ from jaxtyping import PyTree
 
 from gatedjax.config import (
     Config,
-    ModelConfig,
-    SparseMoEConfig,
 )
 from gatedjax.data import Batch
 from gatedjax.layers.moe import state as router_state
@@ -59,7 +57,7 @@ def accumulated_gradients(
     else:
         micros = _micro_batches(batch, steps)
         counts_of_step = None
-        if any(ffn.balance_loss for ffn in _sparse_layers(model)):
+        if any(ffn.balance_loss for ffn in model.sparse_ffns()):
             counts_of_step = _assignments(config, state, micros)
         loss = micro_loss(config, state, tokens, whole, counts_of_step, teacher)
         gradient = jax.grad(loss, has_aux=True)
@@ -84,12 +82,6 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
         return jnp.moveaxis(rows, 1, 0)
 
     return jax.tree.map(cut, batch)
-
-
-def _sparse_layers(model: ModelConfig) -> list[SparseMoEConfig]:
-    """The sparse feed-forwards that the model uses."""
-    used = [model.ffns[name] for name in model.ffn_pattern]
-    return [ffn for ffn in used if isinstance(ffn, SparseMoEConfig)]
 
 
 def _assignments(

@@ -194,6 +194,25 @@ def test_a_batch_without_weights_has_no_gradient(parts):
     assert float(metrics["loss"]) == 0.0 and not flat(grads).any()
 
 
+@pytest.mark.slow
+def test_balance_in_a_prefix_is_that_of_the_whole_batch():
+    """Also where no period has experts, micro-batches know the loads of all of them."""
+    gradients = []
+    for parts in (1, 4):
+        config = plain(
+            model__prefix=("attention",),
+            model__ffn_prefix=("moe",),
+            model__num_layers=2,
+            model__ffns__moe__balance_loss=10.0,
+            optim__ema_decay=0.0,
+            train__accumulation_steps=parts,
+        )
+        state = init_state(config, optax.sgd(1.0), jax.random.key(0))
+        step = jax.jit(functools.partial(accumulated_gradients, config, state))
+        gradients.append(flat(step(random_batch(0))[0]))
+    assert rel_rms(gradients[1], gradients[0]) < 1e-4
+
+
 def test_gradients_that_a_mesh_scatters_are_the_same():
     """Sums of each device's rows, added and cut along the width."""
     rng = np.random.default_rng(0)
