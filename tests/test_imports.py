@@ -19,7 +19,7 @@ ORDER = (
     ("sharding",),
     ("per_shard",),
     ("data", "layers"),
-    ("layer_stack",),
+    ("caches", "layer_stack"),
     ("model", "toys"),
     ("output",),
     ("training",),
