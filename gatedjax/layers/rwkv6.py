@@ -1,4 +1,6 @@
-"""RWKV-6's time mixing, "Finch" (arXiv 2404.05892), on `kernels_pallas.linear_scan`."""
+"""RWKV-6's time mixing, "Finch", and RWKV-5's, "Eagle" (arXiv 2404.05892), on
+`kernels_pallas.linear_scan`.
+"""
 
 from functools import partial
 from typing import ClassVar
@@ -52,14 +54,13 @@ def double_exponential_log_decay(logits: Float[Array, "..."]) -> Float[Array, ".
 def shift_amounts(
     low: Float[Array, "B T N r"],
     up: Float[Array, "N r M"],
-    bias: Float[Array, "N M"],
 ) -> list[Float[Array, "B T M"]]:
-    """How much of the token before each of N mixtures has, in every channel, float32.
+    """How much more of the token before each of N mixtures has than it has of any token, in every
+    channel, float32.
 
     Args:
       low: what a token has to say about it, in few channels.
       up: from them to all channels.
-      bias: what all tokens have in common.
     """
     amounts = []
     for i in range(up.shape[0]):
@@ -68,14 +69,15 @@ def shift_amounts(
             up[i].astype(low.dtype),
             preferred_element_type=jnp.float32,
         )
-        amounts.append(bias[i] + of_token)
+        amounts.append(of_token)
     return amounts
 
 
 class RWKV6(Mixer):
     """Token shifts that depend on the token, a decay of every channel, a bonus, a gate.
 
-    Parameters start as published, not from `init_std`.
+    Without the ranks of shifts and decays, RWKV-5: both are parameters alone. Parameters start as
+    published, not from `init_std`.
     """
 
     takes_pieces: ClassVar[bool] = True
@@ -106,7 +108,7 @@ class RWKV6(Mixer):
         r = self._heads("receptance", mixed["receptance"], keys, 1.0)
         k = self._heads("key", mixed["key"], keys, 0.1)
         v = self._heads("value", mixed["value"], values, 1.0)
-        log_decay = self._log_decay(mixed["decay"], keys, depth)
+        log_decay = self._log_decay(mixed.get("decay"), r.shape, keys, depth)
         record(self, "log_decay", log_decay)
         o, state = scan_or_step(
             r,
@@ -141,14 +143,38 @@ class RWKV6(Mixer):
         previous: Float[Array, "B T M"],
         depth: Depth,
     ) -> dict[str, Float[Array, "B T M"]]:
-        """The input of everything in `SHIFTED`: between a token and the one before it.
-
-        How far between is for the token itself to say, by a mixture of the same two.
+        """The input of everything in `SHIFTED`: between a token and the one before it. None for a
+        decay that no token has a say in.
         """
-        width = x.shape[-1]
-        count = len(SHIFTED)
-        rank = self.config.shift_rank
+        names = [name for name in SHIFTED if name != "decay" or self.config.decay_rank]
         power = starts.from_one_to_almost_zero(depth)
+        of_token = [0.0] * len(names)
+        if self.config.shift_rank:
+            of_token = self._shifts_of_token(x, previous, len(names), power)
+        powers = [power * SHIFTED[name] for name in names]
+        less = [0.3 * starts.from_zero_to_one(depth) * (name == "value") for name in names]
+        bias = parameter(
+            self,
+            "shift_bias",
+            axes=["gates", "embed_act"],
+            shape=[len(names), x.shape[-1]],
+            init=starts.shifts(powers, less),
+        )
+        return {
+            name: shifted(x, previous, common + more).astype(self.dtype)
+            for name, common, more in zip(names, bias, of_token)
+        }
+
+    def _shifts_of_token(
+        self,
+        x: Float[Array, "B T M"],
+        previous: Float[Array, "B T M"],
+        count: int,
+        power: float | Array,
+    ) -> list[Float[Array, "B T M"]]:
+        """What a token itself says of its `count` mixtures, by a mixture of the same two."""
+        width = x.shape[-1]
+        rank = self.config.shift_rank
         amount = parameter(
             self,
             "shift",
@@ -172,34 +198,25 @@ class RWKV6(Mixer):
             shape=[count, rank, width],
             init=partial(uniform, bound=SMALL),
         )
-        powers = [power * of_name for of_name in SHIFTED.values()]
-        less = [0.3 * starts.from_zero_to_one(depth) * (name == "value") for name in SHIFTED]
-        bias = parameter(
-            self,
-            "shift_bias",
-            axes=["gates", "embed_act"],
-            shape=[count, width],
-            init=starts.shifts(powers, less),
-        )
-        amounts = shift_amounts(low, up, bias)
-        return {
-            name: shifted(x, previous, of_name).astype(self.dtype)
-            for name, of_name in zip(SHIFTED, amounts)
-        }
+        return shift_amounts(low, up)
 
     def _log_decay(
         self,
-        x: Float[Array, "B T M"],
+        x: Float[Array, "B T M"] | None,
+        shape: tuple[int, ...],
         heads: dict[str, int],
         depth: Depth,
     ) -> Float[Array, "B T H K"]:
+        """Of every token and key channel, `shape`, from `x`; None: the same of every token."""
+        bias = self._of_heads("decay_bias", heads, starts.rwkv6_decay_bias(depth))
+        if x is None:
+            return jnp.broadcast_to(double_exponential_log_decay(bias), shape)
         low = {"rank": self.config.decay_rank}
         width = {"embed": x.shape[-1]}
         x = self._projection("decay_down", width, low, nn.initializers.zeros)(x)
         x = jnp.tanh(x.astype(jnp.float32))
         logits = self._projection("decay_up", low, heads, partial(uniform, bound=SMALL))(x)
         logits = nn.with_logical_constraint(logits, ("batch", "length", "heads", None))
-        bias = self._of_heads("decay_bias", heads, starts.rwkv6_decay_bias(depth))
         return double_exponential_log_decay(logits.astype(jnp.float32) + bias)
 
     # --- parameters
@@ -247,7 +264,8 @@ class RWKV6(Mixer):
         values = c.num_heads * c.value_dim
         # Receptance and key; value, gate and the output.
         projections = 2 * width * (2 * keys + 3 * values)
-        shifts = 2 * len(SHIFTED) * c.shift_rank * 2 * width
+        count = len(SHIFTED) if c.decay_rank else len(SHIFTED) - 1
+        shifts = 2 * count * c.shift_rank * 2 * width
         decay = 2 * c.decay_rank * (width + keys)
         # The recurrence itself: k^T v is written and S is read, 2 K V each per head. Chunkwise
         # forms do more; that is their overhead.

@@ -1,5 +1,6 @@
-"""RWKV-6's two layers against the paper's formulas in float64 numpy, one token after the other."""
+"""RWKV-6's and RWKV-5's layers against the paper's formulas in float64 numpy, token by token."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,6 +29,8 @@ CONFIG = RWKV6Config(
     norm_eps=1e-2,
     chunk_size=4,
 )
+# RWKV-5: nothing low-rank, every token has the same shifts and decays.
+EAGLE = dataclasses.replace(CONFIG, shift_rank=0, decay_rank=0)
 MIX = RWKV6ChannelMixConfig(hidden=24)
 POSITIONS = jnp.broadcast_to(jnp.arange(T), (B, T))
 PACKED = jnp.asarray([[1] * 4 + [2] * 5] * B)
@@ -53,18 +56,35 @@ def time_mixing(params, x):
     low = low.reshape(B, -1, 5, CONFIG.shift_rank)
     inputs = [x + delta * (p["shift_bias"][i] + low[:, :, i] @ p["shift_up"][i]) for i in range(5)]
     receptance, decay, key, value, gate = inputs
+    w = project(p["decay_up"], np.tanh(project(p["decay_down"], decay))) + p["decay_bias"]
+    return recurrence(p, receptance, key, value, gate, np.exp(-np.exp(w)))
 
-    def project(name, y):
-        return np.tensordot(y, p[name]["kernel"], 1)
 
-    r, k, v = project("receptance", receptance), project("key", key), project("value", value)
-    g = project("output_gate", gate)
-    w = project("decay_up", np.tanh(project("decay_down", decay))) + p["decay_bias"]
-    w = np.exp(-np.exp(w))
+def eagle_time_mixing(params, x):
+    """Section 3.1 and 3.2 of the paper: RWKV-5."""
+    p, x = float64(params), np.asarray(x, np.float64)
+    inputs = [x + (before(x) - x) * amount for amount in p["shift_bias"]]
+    assert len(inputs) == 4
+    w = np.exp(-np.exp(p["decay_bias"]))
+    return recurrence(p, *inputs, np.broadcast_to(w, (*x.shape[:2], *w.shape)))
+
+
+def project(parameters, y):
+    return np.tensordot(y, parameters["kernel"], 1)
+
+
+def recurrence(p, receptance, key, value, gate, w):
+    """From the mixtures and the decays `w` [B, T, H, K] to the output."""
+    r, k, v = (
+        project(p["receptance"], receptance),
+        project(p["key"], key),
+        project(p["value"], value),
+    )
+    g = project(p["output_gate"], gate)
     o = np.zeros_like(v)
     for b, h in np.ndindex(B, CONFIG.num_heads):
         state = np.zeros((CONFIG.key_dim, CONFIG.value_dim))
-        for t in range(x.shape[1]):
+        for t in range(v.shape[1]):
             at = (b, t, h)
             written = np.outer(k[at], v[at])
             o[at] = r[at] @ (state + p["bonus"][h][:, None] * written)
@@ -85,6 +105,7 @@ def channel_mixing(params, x):
 
 LAYERS = {
     "time mixing": (RWKV6(CONFIG), time_mixing),
+    "RWKV-5's time mixing": (RWKV6(EAGLE), eagle_time_mixing),
     "channel mixing": (RWKV6ChannelMix(MIX), channel_mixing),
 }
 
@@ -189,7 +210,9 @@ def test_bad_widths_are_named_and_costs_are_counted():
         shapes = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
         matrices = sum(p.size for p in jax.tree.leaves(shapes) if p.ndim > 1)
         # Not multiplied with tokens: what tokens and heads have in common.
-        small = 5 * M + 2 * 12 + 2 * 16 if isinstance(module, RWKV6) else 0
-        of_state = 4 * 4 * 3 * 4 if isinstance(module, RWKV6) else 0
+        small, of_state = 0, 0
+        if isinstance(module, RWKV6):
+            mixtures = 5 if module.config.decay_rank else 4
+            small, of_state = mixtures * M + 2 * 12 + 2 * 16, 4 * 4 * 3 * 4
         flops = module.forward_flops_per_token(M, T)
         assert flops == 2 * (matrices - small) + of_state
