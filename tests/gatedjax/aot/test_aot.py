@@ -306,6 +306,27 @@ def test_steering_values_are_found_behind_a_function_that_was_traced_before():
     assert values.tolist() == [3]
 
 
+def test_steering_values_are_found_inside_of_one_devices_shard_map():
+    """What is made there (an iota) remembers the mesh; what comes from outside does not."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def on_device(n, x):
+        return steered(jnp.arange(3, dtype=jnp.int32) * n, x=x)
+
+    spec = jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(spec, spec),
+        out_specs=spec,
+        check_vma=False,
+    )
+    function = jax.jit(lambda n, x: mapped(n + 1, x))
+    closed = jax.make_jaxpr(function)(jnp.zeros(3, jnp.int32), jnp.zeros((8, 128), jnp.int32))
+    [(_, [values])] = scalar_operands(closed, {0: np.array([2, 3, 4], np.int32)})
+    assert values.tolist() == [0, 4, 10]
+
+
 def test_donated_outputs_are_counted():
     def step(state, batch):
         return jax.tree.map(lambda x: x + batch, state), batch * 2
