@@ -308,7 +308,7 @@ def test_steering_values_are_found_behind_a_function_that_was_traced_before():
 
 def test_steering_values_are_found_inside_of_one_devices_shard_map():
     """What is made there (linspace has an iota) remembers its mesh, and jax refuses to combine it
-    with what has another.
+    with what is made outside.
     """
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -319,9 +319,10 @@ def test_steering_values_are_found_inside_of_one_devices_shard_map():
     spec = jax.sharding.PartitionSpec()
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(on_device, in_specs=(spec, spec), out_specs=spec, check_vma=False)
-        closed = jax.make_jaxpr(mapped)(jnp.zeros(3, jnp.int32), jnp.zeros((8, 128), jnp.int32))
-    [(_, [values])] = scalar_operands(closed, {0: np.array([2, 3, 4], np.int32)})
-    assert values.tolist() == [2, 5, 8]
+        step = jax.jit(lambda n, x: mapped(n + 1, x))
+        traced = step.trace(jnp.zeros(3, jnp.int32), jnp.zeros((8, 128), jnp.int32))
+    [(_, [values])] = scalar_operands(traced.jaxpr, {0: np.array([2, 3, 4], np.int32)})
+    assert values.tolist() == [3, 6, 9]
 
 
 def test_donated_outputs_are_counted():
