@@ -11,7 +11,8 @@ how far to trust them. Rows are one document each; collectives do not appear on 
 get loads about a fifth from even, and the moves of their rows, on SparseCores, have no time.
 
 The cases maxtext, maxtext_tuned and maxtext_unrolled are MaxText's step of the same function as
-`dense`, compiled and replayed by the same programs; --peer_python is an interpreter that has it.
+`dense`, maxtext_experts and maxtext_experts_unrolled that of `experts_no_gate`, compiled and
+replayed by the same programs; --peer_python is an interpreter that has MaxText.
 
 Each row compiles in a process of its own, for minutes; rows that the JSON file has from the same
 versions are not made again, and each is written when it is there. `make bench-model` makes them
@@ -81,6 +82,10 @@ CASES = {
     "wide_heads": Case("gated_attention", WIDE_HEADS),
     "experts": Case("gated_attention", GATED, "sparse_moe", EXPERTS),
     "experts_unrolled": Case("gated_attention", GATED, "sparse_moe", EXPERTS, scan_layers=False),
+    "experts_no_gate": Case("gated_attention", DENSE, "sparse_moe", EXPERTS),
+    "experts_no_gate_unrolled": Case(
+        "gated_attention", DENSE, "sparse_moe", EXPERTS, scan_layers=False
+    ),
     "wide_heads_unrolled": Case("gated_attention", WIDE_HEADS, scan_layers=False),
     "gla_unrolled": Case("gated_linear_attention", LINEAR, scan_layers=False),
     "delta_unrolled": Case("delta_attention", DELTA, scan_layers=False),
@@ -108,10 +113,24 @@ MAXTEXT = dict(
 BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
 TUNED = MAXTEXT | {f"sa_block_{name}": 1024 for name in BLOCKS}
 TUNED |= dict(sa_use_fused_bwd_kernel=True, remat_policy="minimal_with_context")
+# And for the function of `experts_no_gate`, but for the loss of the router's logits, which MaxText
+# does not have: weights of a token's experts sum to 1, the kernels are megablox's.
+SPARSE = TUNED | dict(
+    decoder_block="qwen3_moe",
+    num_experts=EXPERTS["num_experts"],
+    num_experts_per_tok=EXPERTS["experts_per_token"],
+    base_mlp_dim=EXPERTS["hidden"],
+    base_moe_mlp_dim=EXPERTS["hidden"],
+    norm_topk_prob=True,
+    load_balance_loss_weight=0.01,
+)
+# By name: the case of ours with the same function, and MaxText's options.
 PEERS = {
-    "maxtext": MAXTEXT,
-    "maxtext_tuned": TUNED,
-    "maxtext_unrolled": TUNED | dict(scan_layers=False),
+    "maxtext": ("dense", MAXTEXT),
+    "maxtext_tuned": ("dense", TUNED),
+    "maxtext_unrolled": ("dense", TUNED | dict(scan_layers=False)),
+    "maxtext_experts": ("experts_no_gate", SPARSE),
+    "maxtext_experts_unrolled": ("experts_no_gate", SPARSE | dict(scan_layers=False)),
 }
 
 
@@ -149,12 +168,13 @@ def figures(name: str, target: str) -> dict:
 
 def peer_figures(python: str, name: str, target: str) -> dict:
     """One row of MaxText, by a process of the other interpreter."""
-    config = configuration(CASES["dense"], target)
+    case, options = PEERS[name]
+    config = configuration(CASES[case], target)
     tokens = config.train.batch_size * config.data.seq_len
     spec = {
-        "target": target,
+        "slice": f"{target}:1",
         "flops": tokens * train_flops_per_token(config.model, config.data.seq_len),
-        "options": PEERS[name] | dict(per_device_batch_size=config.train.batch_size),
+        "options": options | dict(per_device_batch_size=config.train.batch_size),
     }
     return run_worker([python, str(HERE / "peers" / "maxtext_step.py"), json.dumps(spec)])
 

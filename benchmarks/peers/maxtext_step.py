@@ -1,13 +1,16 @@
-"""MaxText's training step for one TPU that is not here, in the same compiler's model: a row of
-`benchmarks/step.py`, which calls it.
+"""MaxText's training step for TPUs that are not here: a row of `benchmarks/step.py`, which is one
+chip and has a model time, or of `benchmarks/step_slices.py`, which has collectives. They call it.
 
-    python maxtext_step.py '{"target": "v5p", "flops": ..., "options": {...}}'
+    python maxtext_step.py '{"slice": "v5p:1", "flops": ..., "options": {...}}'
+    python maxtext_step.py '{"slice": "v5p:2x2x4", "compiler_options": {}, "options": {...}}'
 
-Needs MaxText and gatedjax, whose replay of schedules it uses; docs/performance.md says how they are
-installed. Says one line of JSON.
+Needs MaxText and gatedjax, whose replay of schedules and reading of compiled texts it uses;
+docs/performance.md says how they are installed. Says one line of JSON.
 """
 
+import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -18,11 +21,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu is loaded to compile, not to run
 # MaxText looks for Google Cloud at import otherwise.
 os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
 
-from gatedjax.aot import libtpu, parse_slice, prefetch, report_compiled, slice_devices
+from gatedjax.aot import hlo, libtpu, parse_slice, prefetch, report_compiled, slice_devices
+from gatedjax.aot.report import Report
 from gatedjax.aot.schedule import Dump
+from gatedjax.aot.step import expert_loads
+from gatedjax.aot.targets import Tpu
 
+SPEC = json.loads(sys.argv[1]) if __name__ == "__main__" else {}
 # libtpu reads its flags when it is loaded.
-FOLDER = libtpu.start(schedule=True)
+FOLDER = libtpu.start(schedule="flops" in SPEC)
 
 import jax  # noqa: E402
 import maxtext  # noqa: E402
@@ -33,32 +40,29 @@ from maxtext.configs import pyconfig  # noqa: E402
 from maxtext.trainers.pre_train import train  # noqa: E402
 from maxtext.trainers.pre_train.train_compile import get_shaped_inputs  # noqa: E402
 from maxtext.utils import maxtext_utils, sharding  # noqa: E402
+from megablox import with_loads  # noqa: E402
 
 
 def main() -> None:
-    """Configuration -> abstract state -> compiled step -> its replay."""
-    spec = json.loads(sys.argv[1])
+    """Configuration -> abstract state -> compiled step -> its replay, or its collectives."""
     started = time.process_time()
-    where = parse_slice(f"{spec['target']}:1")
-    devices = slice_devices(where)[:1]
-    config = configuration(spec["options"])
-    grid = np.asarray(devices).reshape((1,) * len(config.mesh_axes))
+    where = parse_slice(SPEC["slice"])
+    devices = slice_devices(where)
+    config = configuration(SPEC["options"], len(devices))
+    grid = maxtext_utils.create_device_mesh(config, devices)
     mesh = Mesh(grid, config.mesh_axes, axis_types=(AxisType.Auto,) * len(config.mesh_axes))
     traced = traced_step(config, mesh)
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         lowered = traced.lower(lowering_platforms=("tpu",))
         before = time.process_time()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=SPEC.get("compiler_options"))
     compile_seconds = time.process_time() - before
-    report = report_compiled(f"tpu:{where.chip.name}", compiled, devices=1)
-    scalars = prefetch.scalar_operands(traced.jaxpr, one_document_a_row(traced))
-    program = Dump(FOLDER, compiled.as_text(), where.chip, scalars).program()
-    seconds = program.cycles / where.chip.clock_hz
-    figures = {
-        "milliseconds": 1e3 * seconds,
-        "utilization": spec["flops"] / where.chip.peak_flops / seconds,
-        "missing": len(program.missing),
-        "unknown_branches": program.unknown_branches,
+    report = report_compiled(f"tpu:{where.chip.name}", compiled, devices=len(devices))
+    if FOLDER is None:
+        figures = sent(report, traced)
+    else:
+        figures = replayed(config, traced, compiled.as_text(), where.chip)
+    figures |= {
         "temporary_bytes": report.temp_bytes,
         "compile_seconds": compile_seconds,
         "cpu_seconds": time.process_time() - started,
@@ -67,8 +71,40 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def configuration(options: dict):
-    """MaxText's, of a run on synthetic data on one device."""
+def replayed(config, traced: jax.stages.Traced, text: str, chip: Tpu) -> dict:
+    """The model time of a step on one chip; experts have the loads that ours have."""
+    scalars = prefetch.scalar_operands(traced.jaxpr, one_document_a_row(traced))
+    if config.num_experts > 1:
+        tokens = config.global_batch_size_to_train_on * config.max_target_length
+        loads = expert_loads(tokens * config.num_experts_per_tok, config.num_experts)
+        # The first of a name is the one that is used.
+        scalars = [*with_loads(hlo.kernel_calls(text), loads), *scalars]
+    program = Dump(FOLDER, text, chip, scalars).program()
+    seconds = program.cycles / chip.clock_hz
+    return {
+        "milliseconds": 1e3 * seconds,
+        "utilization": SPEC["flops"] / chip.peak_flops / seconds,
+        "missing": len(program.missing),
+        "unknown_branches": program.unknown_branches,
+    }
+
+
+def sent(report: Report, traced: jax.stages.Traced) -> dict:
+    """The collectives of a step on a slice, and how many parameters it has."""
+    arguments, _ = jax.tree_util.tree_flatten_with_path(traced.args_info)
+    sizes = [
+        math.prod(leaf.shape)
+        for path, leaf in arguments
+        if is_parameter(jax.tree_util.keystr(path))
+    ]
+    return {
+        "parameters": sum(sizes),
+        "collectives": [dataclasses.asdict(kind) for kind in report.collectives],
+    }
+
+
+def configuration(options: dict, num_devices: int):
+    """MaxText's, of a run on synthetic data."""
     base = Path(maxtext.__file__).parent / "configs" / "base.yml"
     fixed = dict(
         run_name="step",
@@ -78,8 +114,9 @@ def configuration(options: dict):
         skip_jax_distributed_system=True,
         log_config=False,
         hardware="tpu",
-        # How many devices it counts for the batch; what is compiled for is the mesh's.
-        compile_topology="v5e-1",
+        # How many devices it counts for the batch; what is compiled for is the mesh's. Names of v5p
+        # count two cores a chip.
+        compile_topology="v5e-1" if num_devices == 1 else f"v5p-{2 * num_devices}",
         compile_topology_num_slices=1,
     )
     pairs = [f"{name}={value}" for name, value in (fixed | options).items()]
@@ -115,6 +152,11 @@ def traced_step(config, mesh: Mesh) -> jax.stages.Traced:
     )
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         return jitted.trace(*arguments, **keywords)
+
+
+def is_parameter(path: str) -> bool:
+    """Whether an argument of the step is one: the model holds states of random numbers, too."""
+    return "['model']" in path and "['rngs']" not in path
 
 
 def one_document_a_row(traced: jax.stages.Traced) -> dict[int, np.ndarray]:

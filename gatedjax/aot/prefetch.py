@@ -98,8 +98,18 @@ def _evaluate(
             outputs = eqn.primitive.bind(*inputs, **eqn.params)
             if not eqn.primitive.multiple_results:
                 outputs = [outputs]
+            outputs = [_without_mesh(x) for x in outputs]
         remember(eqn.outvars, outputs)
     return [read(variable) for variable in jaxpr.outvars]
+
+
+def _without_mesh(x: jax.Array) -> jax.Array | np.ndarray:
+    """A value that can meet any other: what is made inside of a `shard_map` (an iota) remembers the
+    mesh, and jax refuses to combine it with what does not.
+    """
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        return x  # random keys; they are no numbers to numpy
+    return np.asarray(x)
 
 
 def _steering(eqn: jax_core.JaxprEqn, inputs: list) -> Steering:

@@ -306,6 +306,25 @@ def test_steering_values_are_found_behind_a_function_that_was_traced_before():
     assert values.tolist() == [3]
 
 
+def test_steering_values_are_found_inside_of_one_devices_shard_map():
+    """What is made there (linspace has an iota) remembers its mesh, and jax refuses to combine it
+    with what is made outside.
+    """
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def on_device(n, x):
+        starts = jnp.linspace(0.0, 4.0, 3).astype(jnp.int32)
+        return steered(starts + n, x=x)
+
+    spec = jax.sharding.PartitionSpec()
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(on_device, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+        step = jax.jit(lambda n, x: mapped(n + 1, x))
+        traced = step.trace(jnp.zeros(3, jnp.int32), jnp.zeros((8, 128), jnp.int32))
+    [(_, [values])] = scalar_operands(traced.jaxpr, {0: np.array([2, 3, 4], np.int32)})
+    assert values.tolist() == [3, 6, 9]
+
+
 def test_donated_outputs_are_counted():
     def step(state, batch):
         return jax.tree.map(lambda x: x + batch, state), batch * 2
