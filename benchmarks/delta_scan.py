@@ -38,7 +38,7 @@ from gatedjax.aot.cases import Case, make_case
 from gatedjax.aot.targets import target
 
 SHAPES = ("B1,T8192,H32,K128,V128",)
-TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e")
+TARGETS = ("tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:v7x")
 KEYS = ("op", "target", "shape", "decay", "pass")
 HEADER = ("shape", "decay", "target", "pass", "op", "us", "compulsory us", "ratio")
 

@@ -119,10 +119,12 @@ def run_row(script: str, *row: str) -> dict:
 
 
 def run_worker(command: Sequence[str]) -> dict:
-    """What a command prints last as JSON, or {"error": ...} if it fails."""
+    """What a command prints last as JSON, with the day, or {"error": ...} if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        # A file keeps rows of earlier runs: its own date is that of the last one.
+        return found | {"date": datetime.date.today().isoformat()}
     said = done.stderr.strip().splitlines() or ["no message"]
     errors = [line for line in said if "Error: " in line]
     return {"error": (errors or said)[-1][:300]}

@@ -7,7 +7,7 @@ matrix-unit work exactly, and the time lost on DMA by a simple model: one first-
 channel of the chip's public bandwidth and a fixed latency.
 
 How far to trust it. The schedule: within about 3 % of measured cycles on v4 and v5e. The time:
-within 5 % of published v5e times of seven matmuls (`tests/gatedjax/aot/test_tpu_model.py`); 8 to 17
+within 5 % of published v5e times of seven matmuls (`tests/gatedjax/aot/test_tpu_model.py`); 8 to 15
 percent below five published v6e times of kernels that vector units and spills bound
 (`benchmarks/tpu_model.py`); v5p and v7x share the mechanism but were never checked against
 hardware. Not modeled: strided or narrow DMAs, HBM refresh and bank conflicts, VMEM ports shared

@@ -124,7 +124,7 @@ def _plan(options: StepOptions, interpret: Interpret, inputs: StepInputs) -> Ste
     V = inputs.v_cache.shape[3]
     H = inputs.q.shape[1]
     group = H // Hk
-    both = views(K, V, Hk)
+    both = views(K, V, Hk, inputs.k_cache.dtype)
     # Of all key heads, in whole registers.
     bytes_of_slot = Hk * round_up(max(K, V), SUBLANES) * inputs.k_cache.dtype.itemsize
     columns_of_slot = panels(both.k, K, Hk) * Hk if both.interleaved else 1

@@ -6,7 +6,8 @@ every token.
 
     rows       Hk is 2, 4 or a multiple of 8, D of 128: [B, S * Hk, D], key heads side by side. With
                2 or 4 heads a register holds 128 channels of all of them, and a longer D is cut
-               into panels: [B, S * (D / 128) * Hk, 128]
+               into panels: [B, S * (D / 128) * Hk, 128]. So is a single head of 256 channels in
+               float32, whose slots lie one after the other
     heads      another Hk, D a multiple of 128: [B, Hk, S, D]
     channels   another D: [B, Hk, D, S], slots along lanes
 """
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Int
 
 from kernels_pallas.attention.tpu.plan import LANES
@@ -40,12 +42,15 @@ class Views(NamedTuple):
         return self.k == "rows"
 
 
-def views(K: int, V: int, Hk: int) -> Views:
+def views(K: int, V: int, Hk: int, dtype: DTypeLike) -> Views:
     """The views of caches with K and V channels.
 
     Both or neither are of rows, because these decide what the columns of a tile are.
     """
     heads_fill_registers = Hk in (2, 4) or Hk % 8 == 0
+    if Hk == 1 and jnp.dtype(dtype).itemsize == 4:
+        # With 128 channels a slot's order is that of a head.
+        heads_fill_registers = K > LANES
     # Panels of keys are columns as those of values, so there must be as many.
     same_panels = K == V or Hk % 8 == 0
     if K % LANES == 0 and V % LANES == 0 and heads_fill_registers and same_panels:

@@ -23,6 +23,7 @@ CASES = {
     "rows": dict(H=4, Hk=2, K=128, V=128),
     "rows of eight heads, padded": dict(H=24, Hk=8, K=128, V=256, gate="head-wise", slopes=True),
     "panels": dict(H=4, Hk=2, K=256, V=256, slopes=True, sinks=True, lengths=True),
+    "panels of one head": dict(H=4, Hk=1, K=256, V=256, slopes=True, sinks=True, lengths=True),
     "heads": dict(H=6, Hk=3, K=128, V=256, lengths=True),
     "channels": dict(H=6, Hk=3, K=24, V=40, slopes=True, sinks=True),
     "keys by channel, values by head": dict(H=4, Hk=1, K=64, V=128, lengths=True),
@@ -82,7 +83,11 @@ def test_views_are_free_where_xla_pads_least():
         (128, 256, 2): ("heads", "heads"),
     }
     for (K, V, Hk), expected in views.items():
-        assert step_cache.views(K, V, Hk) == expected
+        assert step_cache.views(K, V, Hk, jnp.bfloat16) == expected
+    # Float32 registers have one row of a slot with a single head.
+    assert step_cache.views(256, 256, 1, jnp.float32) == ("rows", "rows")
+    assert step_cache.views(256, 256, 1, jnp.bfloat16) == ("heads", "heads")
+    assert step_cache.views(128, 128, 1, jnp.float32) == ("heads", "heads")
     assert step_cache.panels("rows", 256, 2) == 2
     assert step_cache.panels("rows", 256, 8) == 1
 

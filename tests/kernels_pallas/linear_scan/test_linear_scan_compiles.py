@@ -94,7 +94,7 @@ def compile_variant(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not libtpu.installed(), reason="libtpu is not installed (pip install '.[aot]')")
-@pytest.mark.parametrize("target", ["tpu:v5e", "tpu:v6e"])
+@pytest.mark.parametrize("target", ["tpu:v5e", "tpu:v6e", "tpu:v7x"])
 def test_every_option_compiles(target):
     """In a process of its own: this one may need libtpu with schedules."""
     root = Path(__file__).parents[3]
