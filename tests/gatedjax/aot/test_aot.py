@@ -194,6 +194,38 @@ def test_collectives_in_a_loop_count_once_a_trip():
     assert found == {"all-reduce": loop, "reduce-scatter": loop, "all-gather": (1, 64 * 128 * 2)}
 
 
+# As a TPU's compiler cuts a product with a gathered operand: two pieces a trip, in turns of two.
+PIECES = """
+%cond.2 (p: (bf16[8,128], u32[])) -> pred[] {
+  %eight = u32[]{:T(128)} constant(8)
+  %counter.2 = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt.2 = pred[]{:T(512)} compare(%counter.2, %eight), direction=LT
+}
+%body.2 (p: (bf16[8,128], u32[])) -> (bf16[8,128], u32[]) {
+  %two.2 = u32[]{:T(128)} constant(STEP)
+  %piece = bf16[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=0
+  %counter.3 = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %next = u32[]{:T(128)} add(%counter.3, %two.2)
+  %sent = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[], u32[]) collective-permute-start(%piece)
+  %got = bf16[8,128]{1,0:T(8,128)} collective-permute-done(%sent)
+  ROOT %both = (bf16[8,128]{1,0:T(8,128)}, u32[]{:T(128)}) tuple(%got, /*index=1*/%next)
+}
+ENTRY %main.3 (a: bf16[8,128]) -> bf16[8,128] {
+  %while.2 = (bf16[8,128]{1,0}, u32[]) while(%t), condition=%cond.2, body=%body.2
+}
+"""
+
+
+@pytest.mark.parametrize("step, trips", [(1, 8), (2, 4), (3, 3)])
+def test_pieces_of_a_gather_count_once_a_trip(step, trips):
+    (found,) = hlo.collectives(PIECES.replace("STEP", str(step)))
+    assert (found.kind, found.count, found.bytes) == (
+        "collective-permute",
+        trips,
+        trips * 8 * 128 * 2,
+    )
+
+
 STARTED = """
 %beside.1 (p: bf16[64,128]) -> bf16[8,128] {
   %p = bf16[64,128]{1,0} parameter(0)
