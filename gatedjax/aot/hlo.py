@@ -10,6 +10,8 @@ from collections import Counter
 
 import numpy as np
 
+from gatedjax.aot.loops import ASSIGNED, COMPUTATION, NAME, trips
+
 _BITS = {
     "pred": 8,
     "bf16": 16,
@@ -37,16 +39,13 @@ _KERNEL_TARGETS = (
     "triton_kernel_call",
 )
 
-_NAME = r"%([\w.\-]+)"
-_ASSIGNED = rf"\s*(?:ROOT )?{_NAME} = "
-_INSTRUCTION = re.compile(rf"^{_ASSIGNED}(.*)$")
-_RESULT = re.compile(rf"^{_ASSIGNED}(\([^=]*?\)|\S+) [\w\-]+\(")
+_INSTRUCTION = re.compile(rf"^{ASSIGNED}(.*)$")
+_RESULT = re.compile(rf"^{ASSIGNED}(\([^=]*?\)|\S+) [\w\-]+\(")
 # Groups: the name, the opcode.
-_OPCODE = re.compile(rf"^{_ASSIGNED}(?:\([^=]*?\)|\S+) ([\w\-]+)\(")
+_OPCODE = re.compile(rf"^{ASSIGNED}(?:\([^=]*?\)|\S+) ([\w\-]+)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_FUSED = re.compile(rf" calls={_NAME}")
+_FUSED = re.compile(rf" calls={NAME}")
 _MATMULS = ("convolution", "dot")
-_COMPUTATION = re.compile(rf"^(?:ENTRY )?{_NAME} \(.*\{{$")
 # Lines that begin something, though they are no instruction.
 _OTHER_START = re.compile(r"(ENTRY|%|HloModule|\w+Names|\w+Locations|StackFrames|\d+ )")
 # Groups: the result's type, the kind, whether it is an asynchronous start, the operands.
@@ -55,9 +54,9 @@ _COLLECTIVE = re.compile(
 )
 _SEND = re.compile(r"\s*(?:ROOT )?%[\w.\-]+ = \((.*?), .* send\(.*xla_megascale_runtime")
 # Groups: the computation that an instruction starts, to run beside others.
-_STARTED = re.compile(rf" (?:async|call)-start\(.*(?:calls|to_apply)={_NAME}")
+_STARTED = re.compile(rf" (?:async|call)-start\(.*(?:calls|to_apply)={NAME}")
 # Groups: the name, the type, the layout.
-_TYPED = re.compile(rf"{_ASSIGNED}(\w+\[[^\]]*\])(\{{[^}}]*\}})?")
+_TYPED = re.compile(rf"{ASSIGNED}(\w+\[[^\]]*\])(\{{[^}}]*\}})?")
 # Groups: the name, the operands, the target, the attributes.
 _CUSTOM_CALL = re.compile(
     r'\s*(?:ROOT )?%(\S+) = .*? custom-call\((.*?)\), custom_call_target="([^"]+)"(.*)$'
@@ -65,21 +64,6 @@ _CUSTOM_CALL = re.compile(
 _SCOPED_VMEM = re.compile(
     r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
 )
-_WHILE = re.compile(rf" while\(.*condition={_NAME}, body={_NAME}")
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CALLEE = re.compile(
-    rf"(?:to_apply|calls|branch_computations|true_computation)=\{{?{_NAME}",
-)
-_CONSTANT = re.compile(rf"\s*{_NAME} = [su]32\[\]\S* constant\((\d+)\)")
-_LESS_THAN = re.compile(
-    rf"\s*ROOT %\S+ = pred\S* compare\({_NAME}, {_NAME}\), direction=LT",
-)
-# Groups: the name, the place in the tuple.
-_ELEMENT = re.compile(rf"{_ASSIGNED}[su]32\[\]\S* get-tuple-element\(.*?\), index=(\d+)")
-# Groups: the operands.
-_RETURNED = re.compile(r"\s*ROOT %\S+ = \(.*\) tuple\((.*?)\)")
-# Groups: the name, the operands.
-_SUM = re.compile(rf"{_ASSIGNED}[su]32\[\]\S* add\({_NAME}, {_NAME}\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +152,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
     name.
     """
     lines = joined(text)
-    trips = _trips(lines)
+    times_run = trips(lines)
     result_bytes = _result_bytes(lines)
     started = {match[1] for line in lines if (match := _STARTED.search(line))}
     count = Counter()
@@ -178,7 +162,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
     computation = ""
 
     def add(kind: str, size: int, is_asynchronous: bool) -> None:
-        times = trips.get(computation, 1)
+        times = times_run.get(computation, 1)
         count[kind] += times
         total[kind] += times * size
         if is_asynchronous:
@@ -186,7 +170,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
             asynchronous_bytes[kind] += times * size
 
     for line in lines:
-        head = _COMPUTATION.match(line)
+        head = COMPUTATION.match(line)
         if head is not None:
             computation = head[1]
         send = _SEND.match(line)
@@ -201,7 +185,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
         parts = type_bytes(result_type)
         # An asynchronous start returns its operand beside its result.
         received = max(parts) if is_start and parts else sum(parts)
-        operand_bytes = [result_bytes.get(name, 0) for name in re.findall(_NAME, operands)]
+        operand_bytes = [result_bytes.get(name, 0) for name in re.findall(NAME, operands)]
         if kind == "ragged-all-to-all":
             # Its result is a buffer with room for any exchange; the rows that there are, are its
             # first operand.
@@ -230,7 +214,7 @@ def instructions(text: str) -> dict[str, Instruction]:
     inside: dict[str, list[str]] = {}
     computation = ""
     for line in joined(text):
-        head = _COMPUTATION.match(line)
+        head = COMPUTATION.match(line)
         if head is not None:
             computation = head[1]
             continue
@@ -291,7 +275,7 @@ def kernel_calls(text: str) -> tuple[KernelCall, ...]:
             continue
         name, operands, _, attributes = match.groups()
         without_comments = re.sub(r"/\*.*?\*/", "", operands)
-        operand_names = re.findall(_NAME, without_comments)
+        operand_names = re.findall(NAME, without_comments)
         vmem = _SCOPED_VMEM.search(attributes)
         op_name = _OP_NAME.search(attributes)
         calls.append(
@@ -377,87 +361,3 @@ def _tiled(a: np.ndarray, tile: list[int]) -> np.ndarray:
     which_tile = range(lead, a.ndim, 2)
     inside_tile = range(lead + 1, a.ndim, 2)
     return a.transpose(*range(lead), *which_tile, *inside_tile)
-
-
-def _trips(lines: list[str]) -> dict[str, int]:
-    """How often each computation runs: a loop's body up to the limit of its counter, times the loop
-    around it.
-    """
-    computations = _computations(lines)
-    loop_trips: dict[str, int] = {}  # of a loop's body, in one run of the loop
-    caller: dict[str, str] = {}
-    for computation, inside in computations.items():
-        for line in inside:
-            loop = _WHILE.search(line)
-            if loop is not None:
-                condition, body = loop.groups()
-                known = _TRIP_COUNT.search(line)
-                if known:
-                    loop_trips[body] = int(known[1])
-                else:
-                    loop_trips[body] = _counted(computations[condition], computations[body])
-                caller[body] = computation
-                continue
-            for callee in _CALLEE.findall(line):
-                caller.setdefault(callee, computation)
-    trips: dict[str, int] = {}
-
-    def times(name: str) -> int:
-        """The loop's trips times those of its caller; remembered, as callers repeat."""
-        if name not in trips:
-            outer = times(caller[name]) if name in caller else 1
-            trips[name] = loop_trips.get(name, 1) * outer
-        return trips[name]
-
-    return {name: times(name) for name in {*loop_trips, *caller}}
-
-
-def _computations(lines: list[str]) -> dict[str, list[str]]:
-    """The lines of each computation, by its name."""
-    found: dict[str, list[str]] = {}
-    inside: list[str] = []
-    for line in lines:
-        head = _COMPUTATION.match(line)
-        if head is not None:
-            inside = found.setdefault(head[1], [])
-        inside.append(line)
-    return found
-
-
-def _counted(condition: list[str], body: list[str]) -> int:
-    """The trips of a loop "while counter < constant", whose counter starts at 0; 1 if it is another
-    one.
-
-    A scan's counter grows by 1. A product between whose pieces other pieces are sent
-    ("windowed_dot_general") has an unsigned one, that grows by 2 where the body is unrolled.
-    """
-    less_than = next(filter(None, map(_LESS_THAN.match, condition)), None)
-    if less_than is None:
-        return 1
-    counter, limit_name = less_than.groups()
-    limit = _constants(condition).get(limit_name)
-    if limit is None:
-        return 1
-    places = {match[1]: int(match[2]) for match in map(_ELEMENT.match, condition) if match}
-    step = _step(body, places.get(counter))
-    return math.ceil(limit / step)
-
-
-def _constants(lines: list[str]) -> dict[str, int]:
-    return {match[1]: int(match[2]) for match in map(_CONSTANT.match, lines) if match}
-
-
-def _step(body: list[str], place: int | None) -> int:
-    """What a loop's body adds to the counter at this place of its tuple; 1 if the text has no such
-    sum.
-    """
-    returned = next(filter(None, map(_RETURNED.match, body)), None)
-    if place is None or returned is None:
-        return 1
-    after = re.findall(_NAME, returned[1])[place]
-    constants = _constants(body)
-    for match in filter(None, map(_SUM.match, body)):
-        name, *operands = match.groups()
-        if name == after:
-            return next((constants[x] for x in operands if constants.get(x)), 1)
-    return 1
