@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from gatedjax import sharding
-from gatedjax.compiler_options import for_first_state
+from gatedjax.compiler_options import quick_on_cpus
 from gatedjax.config import Config
 from gatedjax.data import image_corpora, mask_id
 from gatedjax.data.tokenizer import Tokenizer
@@ -247,7 +247,7 @@ def fresh_state(
         make_state,
         out_shardings=run.shardings,
         donate_argnums=1,
-        compiler_options=for_first_state(run.mesh) or None,
+        compiler_options=quick_on_cpus(run.mesh) or None,
     )
     arguments = (key, list(given.values()))
     if meanwhile is None:

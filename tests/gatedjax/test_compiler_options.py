@@ -8,8 +8,8 @@ import pytest
 from gatedjax.compiler_options import (
     ASYNCHRONOUS_COLLECTIVES,
     OPTIMIZATION_LEVEL,
-    for_first_state,
     for_training,
+    quick_on_cpus,
 )
 
 
@@ -38,10 +38,12 @@ def test_collectives_run_beside_where_there_are_sparse_cores(platform, kind, dev
     assert for_training(mesh, False) == {}
 
 
-def test_the_first_state_is_compiled_quickly_on_cpus_unless_a_flag_says_how(monkeypatch):
+def test_runs_on_cpus_compile_quickly_unless_a_flag_says_how(monkeypatch):
     cpu = mesh_of("cpu", "cpu", 1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    assert for_first_state(cpu) == {OPTIMIZATION_LEVEL: 1}
-    assert for_first_state(mesh_of("gpu", "NVIDIA H100 80GB HBM3", 1)) == {}
+    assert quick_on_cpus(cpu) == {OPTIMIZATION_LEVEL: "1"}
+    assert for_training(cpu, True) == {OPTIMIZATION_LEVEL: "1"}
+    assert quick_on_cpus(mesh_of("gpu", "NVIDIA H100 80GB HBM3", 1)) == {}
     monkeypatch.setenv("XLA_FLAGS", f"--{OPTIMIZATION_LEVEL}=0")
-    assert for_first_state(cpu) == {}
+    assert quick_on_cpus(cpu) == {}
+    assert for_training(cpu, True) == {}
