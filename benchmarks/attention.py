@@ -24,6 +24,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
@@ -31,7 +32,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import known_rows, parser, run_row, table, write_json
+from report import each_row, parser, run_row, table
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
@@ -238,23 +239,17 @@ def main() -> None:
         print(json.dumps(figures(*args.row)))
         return
     versions = {"libtpu": metadata.version("libtpu")}
-    known = known_rows(args.json, KEYS, versions)
-    rows = dict(known)
-    lines = []
     every_row = itertools.product(
         args.shape or SHAPES,
         args.target or TARGETS,
         args.passes.split(","),
         args.op.split(","),
     )
-    for shape, chip, pass_name, op in every_row:
-        row = (op, chip, shape, pass_name)
-        rows[row] = known.get(row) or run_row(__file__, *row)
-        lines.append(line(row, rows[row]))
+    wanted = [(op, chip, shape, pass_name) for shape, chip, pass_name, op in every_row]
+    lines = []
+    for row, found in each_row(args.json, KEYS, versions, wanted, partial(run_row, __file__)):
+        lines.append(line(row, found))
         print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-        if args.json:  # after every row: a run takes long
-            written = [dict(zip(KEYS, key)) | found for key, found in rows.items()]
-            write_json(args.json, {"rows": written}, versions)
     print(table(HEADER, lines))
 
 

@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import sys
+from functools import cache, partial
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
@@ -31,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from delta_errors import PEERS, is_offered
 from linear_scan import array
-from report import installed_versions, known_rows, parser, run_row, table, write_json
+from report import each_row, installed_versions, parser, run_row, table
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
@@ -175,10 +176,6 @@ def main() -> None:
         return
     versions = {"libtpu": metadata.version("libtpu")} | installed_versions(PEERS.values())
     cosines = args.cosine.split(",")
-    known = known_rows(args.json, KEYS, versions)
-    rows = dict(known)
-    errors: dict[tuple[str, str], dict] = {}
-    lines = []
     every_row = itertools.product(
         args.shape or SHAPES,
         args.decay.split(","),
@@ -186,20 +183,21 @@ def main() -> None:
         args.passes.split(","),
         args.op.split(","),
     )
-    for shape, decay, chip, pass_name, op in every_row:
-        if not is_offered(op, decay, versions):
-            continue
-        row = (op, chip, shape, decay, pass_name)
-        if row not in known:
-            rows[row] = run_row(__file__, *row)
-            if (op, decay) not in errors:
-                errors[op, decay] = errors_of(op, decay, cosines, args.tokens)
-            rows[row]["errors_of_o"] = errors[op, decay]
-        lines.append(line(row, rows[row], cosines))
+    wanted = [
+        (op, chip, shape, decay, pass_name)
+        for shape, decay, chip, pass_name, op in every_row
+        if is_offered(op, decay, versions)
+    ]
+    errors = cache(partial(errors_of, cosines=cosines, num_tokens=args.tokens))
+
+    def make(op: str, chip: str, shape: str, decay: str, pass_name: str) -> dict:
+        found = run_row(__file__, op, chip, shape, decay, pass_name)
+        return found | {"errors_of_o": errors(op, decay)}
+
+    lines = []
+    for row, found in each_row(args.json, KEYS, versions, wanted, make):
+        lines.append(line(row, found, cosines))
         print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-        if args.json:  # after every row: a long run may be cut short
-            written = [dict(zip(KEYS, key)) | found for key, found in rows.items()]
-            write_json(args.json, {"rows": written}, versions)
     header = [*HEADER, *(f"error at {cosine}" for cosine in cosines)]
     print(table(header, lines))
 

@@ -21,13 +21,14 @@ import itertools
 import json
 import os
 import sys
+from functools import partial
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
 import jax
 import jax.numpy as jnp
-from report import installed_versions, known_rows, parser, run_row, table, write_json
+from report import each_row, installed_versions, parser, run_row, table
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
@@ -185,23 +186,17 @@ def main() -> None:
     peers = [PEERS[op] for op in asked_for if op in PEERS]
     versions = {"libtpu": metadata.version("libtpu")} | installed_versions(peers)
     ops = [op for op in asked_for if op not in PEERS or PEERS[op] in versions]
-    known = known_rows(args.json, KEYS, versions)
-    rows = dict(known)
-    lines = []
     every_row = itertools.product(
         args.shape or SHAPES,
         args.target or TARGETS,
         args.passes.split(","),
         ops,
     )
-    for shape, chip, pass_name, op in every_row:
-        row = (op, chip, shape, args.decay, pass_name)
-        rows[row] = known.get(row) or run_row(__file__, *row)
-        lines.append(line(row, rows[row]))
+    wanted = [(op, chip, shape, args.decay, way) for shape, chip, way, op in every_row]
+    lines = []
+    for row, found in each_row(args.json, KEYS, versions, wanted, partial(run_row, __file__)):
+        lines.append(line(row, found))
         print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-        if args.json:  # after every row: a run of hours may be cut short
-            written = [dict(zip(KEYS, key)) | found for key, found in rows.items()]
-            write_json(args.json, {"rows": written}, versions)
     print(table(HEADER, lines))
 
 

@@ -32,6 +32,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 
 # The accelerators' compilers are loaded to compile, not to run.
@@ -40,7 +41,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import known_rows, parser, run_row, table, write_json
+from report import each_row, parser, run_row, table
 
 from gatedjax.aot import Report, compile_and_replay
 from gatedjax.aot.targets import Tpu, target
@@ -304,21 +305,15 @@ def main() -> None:
         return
     targets = args.target or TARGETS
     used = versions(targets)
-    known = known_rows(args.json, KEYS, used)
-    record = dict(known)
-    shown = []
     every_rows = [int(rows) for rows in args.rows.split(",")]
-    for rows, chip, op in itertools.product(every_rows, targets, args.op.split(",")):
-        if not is_here(op, chip):
-            continue
-        found = known.get((op, chip, rows)) or run_row(__file__, op, chip, str(rows))
-        record[op, chip, rows] = found
-        new = lines(op, chip, rows, found)
+    every_row = itertools.product(every_rows, targets, args.op.split(","))
+    wanted = [(op, chip, rows) for rows, chip, op in every_row if is_here(op, chip)]
+    make = partial(run_row, __file__)
+    shown = []
+    for row, found in each_row(args.json, KEYS, used, wanted, make, d=D, ff=F, experts=G):
+        new = lines(*row, found)
         shown += new
         print("\n".join("  ".join(line) for line in new), file=sys.stderr, flush=True)
-        if args.json:  # after every row: a run takes long
-            written = [dict(zip(KEYS, key)) | row for key, row in record.items()]
-            write_json(args.json, {"d": D, "ff": F, "experts": G, "rows": written}, used)
     print(table(HEADER, shown))
 
 

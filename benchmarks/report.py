@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -110,12 +110,44 @@ def known_rows(
     return found
 
 
-def run_row(script: str, *row: str) -> dict:
+def each_row(
+    path: str | None,
+    keys: Sequence[str],
+    versions: Mapping[str, str],
+    wanted: Iterable[tuple],
+    make: Callable[..., dict],
+    **figures: object,
+) -> Iterator[tuple[tuple, dict]]:
+    """The rows that are wanted, in their order: those that the file has, the others made now.
+
+    Args:
+      path: of the JSON file, or None. It is written after every row that is made, and keeps the
+        rows that nobody wants now: a run of hours may be cut short.
+      keys: what the values that name a row are called in the file.
+      versions: of packages. A file of others begins anew.
+      wanted: the values that name a row.
+      make: the figures of a row, from those values.
+      figures: stand above the rows in the file.
+
+    Yields:
+      (the values that name a row, its figures).
+    """
+    rows = known_rows(path, keys, versions)
+    for row in wanted:
+        if row not in rows:
+            rows[row] = make(*row)
+            if path:
+                written = [dict(zip(keys, name)) | found for name, found in rows.items()]
+                write_json(path, {**figures, "rows": written}, versions)
+        yield row, rows[row]
+
+
+def run_row(script: str, *row: object) -> dict:
     """What `python SCRIPT --row ...` prints as JSON, or {"error": ...} if it fails.
 
     libtpu reads its flags once and keeps its memory, so every compilation has a process of its own.
     """
-    return run_worker([sys.executable, script, "--row", *row])
+    return run_worker([sys.executable, script, "--row", *(str(value) for value in row)])
 
 
 def run_worker(command: Sequence[str]) -> dict:

@@ -27,12 +27,13 @@ import os
 import sys
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
-from report import known_rows, parser, run_row, run_worker, table, write_json
+from report import each_row, parser, run_row, run_worker, table
 
 from gatedjax.aot import parse_slice
 from gatedjax.aot.step import compile_step
@@ -218,15 +219,13 @@ def main() -> None:
         print(json.dumps(figures(*args.row)))
         return
     versions = {"libtpu": metadata.version("libtpu")}
-    rows = dict(known_rows(args.json, KEYS, versions))
-    for key in itertools.product(args.case.split(","), args.target.split(",")):
-        if key not in rows:
-            rows[key] = figures_of(args.peer_python, *key)
-            if args.json:  # after every row: a long run may be cut short
-                written = [dict(zip(KEYS, row)) | found for row, found in rows.items()]
-                write_json(args.json, {"rows": written}, versions)
-        print("  ".join(line(key, rows[key])), file=sys.stderr, flush=True)
-    print(table(HEADER, [line(key, found) for key, found in rows.items()]))
+    every_row = itertools.product(args.case.split(","), args.target.split(","))
+    make = partial(figures_of, args.peer_python)
+    lines = []
+    for row, found in each_row(args.json, KEYS, versions, every_row, make):
+        lines.append(line(row, found))
+        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
+    print(table(HEADER, lines))
 
 
 def figures_of(peer_python: str | None, name: str, target: str) -> dict:

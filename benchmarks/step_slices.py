@@ -24,12 +24,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
 import jax
-from report import known_rows, parser, run_row, run_worker, table, write_json
+from report import each_row, parser, run_row, run_worker, table
 from step import HERE, TUNED, require_known
 
 from gatedjax.aot import Report, hlo, parse_slice
@@ -156,19 +157,20 @@ def main() -> None:
         print(json.dumps(figures(*args.row)))
         return
     versions = {"libtpu": metadata.version("libtpu")}
-    rows = dict(known_rows(args.json, KEYS, versions))
-    for key in itertools.product(args.case.split(","), args.mesh):
-        if key not in rows:
-            name, mesh = key
-            if name in OPTIONS:
-                rows[key] = peer_figures(args.peer_python, name, mesh)
-            else:
-                rows[key] = run_row(__file__, name, mesh)
-            if args.json:  # after every row: a long run may be cut short
-                written = [dict(zip(KEYS, row)) | found for row, found in rows.items()]
-                write_json(args.json, {"rows": written}, versions)
-        print("  ".join(line(key, rows[key])), file=sys.stderr, flush=True)
-    print(table(HEADER, [line(key, found) for key, found in rows.items()]))
+    every_row = itertools.product(args.case.split(","), args.mesh)
+    make = partial(figures_of, args.peer_python)
+    lines = []
+    for row, found in each_row(args.json, KEYS, versions, every_row, make):
+        lines.append(line(row, found))
+        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
+    print(table(HEADER, lines))
+
+
+def figures_of(peer_python: str | None, name: str, mesh: str) -> dict:
+    """Of the table, by a process of its own."""
+    if name in OPTIONS:
+        return peer_figures(peer_python, name, mesh)
+    return run_row(__file__, name, mesh)
 
 
 def flags() -> argparse.Namespace:
