@@ -5,14 +5,8 @@ into processes.
 import numpy as np
 import pytest
 
-from gatedjax.data.recall import (
-    RecallConfig,
-    copy_row,
-    mqar_row,
-    needle_row,
-    recall_dataset,
-    task_row,
-)
+from gatedjax.data.recall import RecallConfig, recall_dataset, task_row
+from gatedjax.data.recall_rows import copy_row, mqar_row, needle_row
 from gatedjax.data.tokenizer import ByteTokenizer
 
 
