@@ -18,9 +18,9 @@ from gatedjax.evaluation.cache_bytes import cache_bytes
 from gatedjax.layers.moe.given_experts import given_experts
 from gatedjax.layers.moe.shared_router import NAME
 from gatedjax.model import LanguageModel, init_caches
-from gatedjax.split_experts import router_logits
 from gatedjax.training import trainable
 from gatedjax.training.flops import forward_flops_per_token, train_flops_per_token
+from gatedjax.training.split_model import router_logits
 
 EXPERTS = 3
 ROUTER = SharedRouterConfig(num_layers=1, num_heads=2, head_dim=8, hidden=16)
