@@ -6,9 +6,10 @@ parts, temporaries.
 
 Four layers of width 2048, rows of 4,096 tokens, 32,000 words, tied, AdamW, bfloat16: the widths of
 configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p takes four
-rows a step, v5e and v6e two. Times are the schedule's replay, not measurements; `gatedjax/aot` says
-how far to trust them. Rows are one document each; collectives do not appear on one chip. Experts
-get loads about a fifth from even, and the moves of their rows, on SparseCores, have no time.
+rows a step, v5e and v6e two, cases that end in 32k eight. Times are the schedule's replay, not
+measurements; `gatedjax/aot` says how far to trust them. Rows are one document each; collectives do
+not appear on one chip. Experts get loads about a fifth from even, and the moves of their rows, on
+SparseCores, have no time.
 
 The cases maxtext, maxtext_tuned and maxtext_unrolled are MaxText's step of the same function as
 `dense`, maxtext_experts and maxtext_experts_unrolled that of `experts_no_gate`, compiled and
@@ -58,6 +59,7 @@ class Case:
     options: of the mixer.
     ffn, ffn_options: the same of the feed-forward.
     remat, loss_chunk, scan_layers: as of `ModelConfig`.
+    rows: of 4,096 tokens, a step; None for what the chip usually takes (`ROWS`).
     """
 
     mixer: str
@@ -67,6 +69,7 @@ class Case:
     remat: str = "projections"
     loss_chunk: int = 8192
     scan_layers: bool = True
+    rows: int | None = None
 
 
 GATED = dict(num_heads=16, num_kv_heads=8, head_dim=128)
@@ -88,6 +91,7 @@ CASES = {
         "gated_attention", DENSE, "sparse_moe", EXPERTS, scan_layers=False
     ),
     "wide_heads_unrolled": Case("gated_attention", WIDE_HEADS, scan_layers=False),
+    "wide_heads_unrolled_32k": Case("gated_attention", WIDE_HEADS, scan_layers=False, rows=8),
     "gla_unrolled": Case("gated_linear_attention", LINEAR, scan_layers=False),
     "delta_unrolled": Case("delta_attention", DELTA, scan_layers=False),
 }
@@ -149,7 +153,7 @@ def configuration(case: Case, target: str) -> Config:
     c.model.loss_chunk = case.loss_chunk
     c.model.scan_layers = case.scan_layers
     c.data.seq_len = 4096
-    c.train.batch_size = ROWS[target]
+    c.train.batch_size = case.rows or ROWS[target]
     return from_config_dict(c)
 
 

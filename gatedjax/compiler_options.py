@@ -1,4 +1,4 @@
-"""What the compiler is told beside a program: about a CPU's faults, and a TPU's collectives.
+"""What the compiler is told beside a program: about a CPU's faults, a TPU's collectives and VMEM.
 
 **Evaluations and sampling on a CPU** whose XLA breaks some fusions. The ops hide from XLA what its
 broken fusions need (`kernels_pallas.common.opaque`). This is the second protection, for programs
@@ -14,7 +14,9 @@ half (benchmarks/NOTES.md). The first state is the same to the bit; a step's sum
 their last digits.
 
 **Training steps on TPUs.** By default libtpu lets a chip wait for each collective. The SparseCores
-of v5p, v6e and v7x can run them while the chip computes (`ASYNCHRONOUS_COLLECTIVES`).
+of v5p, v6e and v7x can run them while the chip computes (`ASYNCHRONOUS_COLLECTIVES`). On v6e a
+product with what is fused to it may take more VMEM than by default (`LARGER_PRODUCTS`): its blocks
+are larger, and its operands are read less often.
 """
 
 import functools
@@ -53,7 +55,10 @@ ASYNCHRONOUS_COLLECTIVES = dict.fromkeys(
     # These fuse a gather into the product that needs it, which then waits for it.
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
 }
-
+# 48 of v6e's 128 MiB. In the model of a step a tenth less for matrices, and half as much longer to
+# compile (benchmarks/NOTES.md).
+SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
+LARGER_PRODUCTS = {SCOPED_VMEM: "49152"}
 
 OPTIMIZATION_LEVEL = "xla_backend_optimization_level"
 
@@ -75,9 +80,13 @@ def for_training(mesh: Mesh, is_asynchronous: bool) -> dict[str, str]:
         (`MeshConfig.async_collectives`).
     """
     device = mesh.devices.flat[0]
+    options = quick_on_cpus(mesh)
     if is_asynchronous and mesh.size > 1 and has_sparse_cores(device):
-        return ASYNCHRONOUS_COLLECTIVES
-    return quick_on_cpus(mesh)
+        options |= ASYNCHRONOUS_COLLECTIVES
+    is_set = SCOPED_VMEM in os.environ.get("LIBTPU_INIT_ARGS", "")
+    if device.device_kind.startswith("TPU v6") and not is_set:
+        options |= LARGER_PRODUCTS
+    return options
 
 
 def has_sparse_cores(device: jax.Device) -> bool:

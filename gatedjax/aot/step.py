@@ -32,7 +32,7 @@ from gatedjax.aot import (
 from gatedjax.aot.report import size, table
 from gatedjax.aot.schedule import Dump
 from gatedjax.aot.targets import Slice, Tpu
-from gatedjax.compiler_options import for_training
+from gatedjax.compiler_options import ASYNCHRONOUS_COLLECTIVES, for_training
 from gatedjax.config import Config, SparseMoEConfig
 from gatedjax.data import Batch
 from gatedjax.errors import InputError
@@ -309,6 +309,7 @@ def _sent(run: Run, report: Report) -> list[str]:
     inside = sum(c.sent_bytes for c in report.collectives if c.kind != hlo.BETWEEN_SLICES)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
     options = for_training(run.mesh, run.config.mesh.async_collectives)
+    options = options.keys() & ASYNCHRONOUS_COLLECTIVES.keys()
     how = f"{len(options)} options of libtpu ask for it (mesh.async_collectives)"
     if not options and run.config.mesh.async_collectives:
         how = "this chip has no SparseCores to run collectives"

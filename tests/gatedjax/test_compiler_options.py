@@ -7,7 +7,9 @@ import pytest
 
 from gatedjax.compiler_options import (
     ASYNCHRONOUS_COLLECTIVES,
+    LARGER_PRODUCTS,
     OPTIMIZATION_LEVEL,
+    SCOPED_VMEM,
     for_training,
     quick_on_cpus,
 )
@@ -34,8 +36,19 @@ def mesh_of(platform: str, kind: str, devices: int):
 )
 def test_collectives_run_beside_where_there_are_sparse_cores(platform, kind, devices, is_told):
     mesh = mesh_of(platform, kind, devices)
-    assert for_training(mesh, True) == (ASYNCHRONOUS_COLLECTIVES if is_told else {})
-    assert for_training(mesh, False) == {}
+    without = for_training(mesh, False)
+    assert not without.keys() & ASYNCHRONOUS_COLLECTIVES.keys()
+    assert for_training(mesh, True) == without | (ASYNCHRONOUS_COLLECTIVES if is_told else {})
+
+
+def test_products_take_more_vmem_on_v6e_unless_a_flag_says_how_much(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=true")
+    v6e = mesh_of("tpu", "TPU v6 lite", 1)
+    assert for_training(v6e, True) == LARGER_PRODUCTS
+    assert for_training(mesh_of("tpu", "TPU v5", 1), True) == {}
+    assert for_training(mesh_of("gpu", "NVIDIA H100 80GB HBM3", 8), True) == {}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{SCOPED_VMEM}=98304")
+    assert for_training(v6e, True) == {}
 
 
 def test_runs_on_cpus_compile_quickly_unless_a_flag_says_how(monkeypatch):
