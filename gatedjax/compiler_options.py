@@ -55,8 +55,9 @@ ASYNCHRONOUS_COLLECTIVES = dict.fromkeys(
     # These fuse a gather into the product that needs it, which then waits for it.
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
 }
-# 48 of v6e's 128 MiB. In the model of a step a tenth less for matrices, and half as much longer to
-# compile (benchmarks/NOTES.md).
+
+# 48 of v6e's 128 MiB. In the model of a step of 32,768 tokens a tenth less for matrices; half as
+# much longer to compile (benchmarks/NOTES.md).
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
 LARGER_PRODUCTS = {SCOPED_VMEM: "49152"}
 
