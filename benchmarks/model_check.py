@@ -89,7 +89,11 @@ def main() -> int:
         for key, row in rows_of_ours(name, only):
             again = run_row(str(HERE / f"{name}.py"), *(str(value) for value in key))
             made += 1
-            lines += compared(row, again, key)
+            grown = compared(row, again, key)
+            lines += grown
+            # A row takes minutes.
+            said = "; ".join(grown) or "no time grew"
+            print(f"{name} {' '.join(map(str, key))}: {said}", file=sys.stderr, flush=True)
         slower += len(lines)
         print(f"{name}: {made} rows, {len(lines)} times grew by more than {TOLERANCE:.0%}")
         for line in lines:
