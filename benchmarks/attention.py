@@ -22,7 +22,6 @@ import importlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -32,7 +31,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 import jax
 import jax.numpy as jnp
 import numpy as np
-from report import each_row, parser, run_row, table
+from report import each_row, parser, print_rows, run_row
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
@@ -246,11 +245,8 @@ def main() -> None:
         args.op.split(","),
     )
     wanted = [(op, chip, shape, pass_name) for shape, chip, pass_name, op in every_row]
-    lines = []
-    for row, found in each_row(args.json, KEYS, versions, wanted, partial(run_row, __file__)):
-        lines.append(line(row, found))
-        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-    print(table(HEADER, lines))
+    rows = each_row(args.json, KEYS, versions, wanted, partial(run_row, __file__))
+    print_rows(HEADER, rows, line)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 from functools import cache, partial
 from importlib import metadata
 
@@ -32,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from delta_errors import PEERS, is_offered
 from linear_scan import array
-from report import each_row, installed_versions, parser, run_row, table
+from report import each_row, installed_versions, parser, print_rows, run_row
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
@@ -194,12 +193,9 @@ def main() -> None:
         found = run_row(__file__, op, chip, shape, decay, pass_name)
         return found | {"errors_of_o": errors(op, decay)}
 
-    lines = []
-    for row, found in each_row(args.json, KEYS, versions, wanted, make):
-        lines.append(line(row, found, cosines))
-        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
     header = [*HEADER, *(f"error at {cosine}" for cosine in cosines)]
-    print(table(header, lines))
+    rows = each_row(args.json, KEYS, versions, wanted, make)
+    print_rows(header, rows, partial(line, cosines=cosines))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 from functools import partial
 from importlib import metadata
 
@@ -28,7 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 
 import jax
 import jax.numpy as jnp
-from report import each_row, installed_versions, parser, run_row, table
+from report import each_row, installed_versions, parser, print_rows, run_row
 
 from gatedjax.aot import compile_for
 from gatedjax.aot.cases import Case, make_case
@@ -193,11 +192,8 @@ def main() -> None:
         ops,
     )
     wanted = [(op, chip, shape, args.decay, way) for shape, chip, way, op in every_row]
-    lines = []
-    for row, found in each_row(args.json, KEYS, versions, wanted, partial(run_row, __file__)):
-        lines.append(line(row, found))
-        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-    print(table(HEADER, lines))
+    rows = each_row(args.json, KEYS, versions, wanted, partial(run_row, __file__))
+    print_rows(HEADER, rows, line)
 
 
 if __name__ == "__main__":

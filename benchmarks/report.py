@@ -142,6 +142,25 @@ def each_row(
         yield row, rows[row]
 
 
+def print_rows(
+    header: Sequence[str],
+    rows: Iterable[tuple[tuple, dict]],
+    line: Callable[..., list[str]],
+) -> None:
+    """Each row as it comes, on stderr: they take minutes. All of them in the end, as a table.
+
+    Args:
+      header: of the table.
+      rows: of `each_row`.
+      line: the cells of a row, from the values that name it and its figures.
+    """
+    lines = []
+    for row, found in rows:
+        lines.append(line(row, found))
+        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
+    print(table(header, lines))
+
+
 def run_row(script: str, *row: object) -> dict:
     """What `python SCRIPT --row ...` prints as JSON, or {"error": ...} if it fails.
 

@@ -25,7 +25,6 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -34,7 +33,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
-from report import each_row, parser, run_row, run_worker, table
+from report import each_row, parser, print_rows, run_row, run_worker
 
 from gatedjax.aot import parse_slice
 from gatedjax.aot.step import compile_step
@@ -225,11 +224,8 @@ def main() -> None:
     versions = {"libtpu": metadata.version("libtpu")}
     every_row = itertools.product(args.case.split(","), args.target.split(","))
     make = partial(figures_of, args.peer_python)
-    lines = []
-    for row, found in each_row(args.json, KEYS, versions, every_row, make):
-        lines.append(line(row, found))
-        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-    print(table(HEADER, lines))
+    rows = each_row(args.json, KEYS, versions, every_row, make)
+    print_rows(HEADER, rows, line)
 
 
 def figures_of(peer_python: str | None, name: str, target: str) -> dict:

@@ -22,7 +22,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
@@ -30,7 +29,7 @@ from importlib import metadata
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, not to run
 
 import jax
-from report import each_row, parser, run_row, run_worker, table
+from report import each_row, parser, print_rows, run_row, run_worker
 from step import HERE, TUNED, require_known
 
 from gatedjax.aot import Report, hlo, parse_slice
@@ -159,11 +158,8 @@ def main() -> None:
     versions = {"libtpu": metadata.version("libtpu")}
     every_row = itertools.product(args.case.split(","), args.mesh)
     make = partial(figures_of, args.peer_python)
-    lines = []
-    for row, found in each_row(args.json, KEYS, versions, every_row, make):
-        lines.append(line(row, found))
-        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
-    print(table(HEADER, lines))
+    rows = each_row(args.json, KEYS, versions, every_row, make)
+    print_rows(HEADER, rows, line)
 
 
 def figures_of(peer_python: str | None, name: str, mesh: str) -> dict:
