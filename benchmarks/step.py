@@ -5,15 +5,17 @@ parts, temporaries.
         [--peer_python=/path/to/python] [--json=benchmarks/results/step_tpu.json]
 
 Four layers of width 2048, rows of 4,096 tokens, 32,000 words, tied, AdamW, bfloat16: the widths of
-configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p takes four
-rows a step, v5e and v6e two, cases that end in 32k eight. Times are the schedule's replay, not
-measurements; `gatedjax/aot` says how far to trust them. Rows are one document each; collectives do
-not appear on one chip. Experts get loads about a fifth from even, and the moves of their rows, on
-SparseCores, have no time.
+configs/gated_attention_1p7b.py, with other mixers and feed-forwards in their place. v5p and v7x
+(one of its TensorCores) take four rows a step, v5e and v6e two, cases with 32k eight. Cases that
+end in _long are compiled as for a run of days (`gatedjax/aot/larger_products.py`). Times are the
+schedule's replay, not measurements; `gatedjax/aot` says how far to trust them. Rows are one
+document each; collectives do not appear on one chip. Experts get loads about a fifth from even, and
+the moves of their rows, on SparseCores, have no time.
 
 The cases maxtext, maxtext_tuned and maxtext_unrolled are MaxText's step of the same function as
 `dense`, maxtext_experts and maxtext_experts_unrolled that of `experts_no_gate`, compiled and
-replayed by the same programs; --peer_python is an interpreter that has MaxText.
+replayed by the same programs (_long: with the same options as ours); --peer_python is an
+interpreter that has MaxText.
 
 Each row compiles in a process of its own, for minutes; rows that the JSON file has from the same
 versions are not made again, and each is written when it is there. `make bench-model` makes them
@@ -36,6 +38,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is loaded to compile, no
 from report import each_row, parser, print_rows, run_row, run_worker
 
 from gatedjax.aot import parse_slice
+from gatedjax.aot.larger_products import KIBIBYTES, SCOPED_VMEM
 from gatedjax.aot.step import compile_step
 from gatedjax.aot.step_time import StepTime
 from gatedjax.config import Config, config_dict, from_config_dict, layer
@@ -46,8 +49,11 @@ MLP = dict(hidden=5504)
 EXPERTS = dict(num_experts=16, experts_per_token=2, hidden=1408)
 KEYS = ("case", "target")
 HEADER = ("case", "target", "ms", "MFU", "forward", "backward", "repeated", "temporaries", "CPU s")
-ROWS = {"v5e": 2, "v5p": 4, "v6e": 2}
+ROWS = {"v5e": 2, "v5p": 4, "v6e": 2, "v7x": 4}
 WIDTH = 2048
+# Steps of a run of minutes, and of one of a day at least.
+STEPS = 400
+STEPS_OF_LONG_RUNS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Case:
     ffn, ffn_options: the same of the feed-forward.
     remat, loss_chunk, scan_layers: as of `ModelConfig`.
     rows: of 4,096 tokens, a step; None for what the chip usually takes (`ROWS`).
+    steps: of the run, by whose length the compiler is told how long to look for large blocks.
     """
 
     mixer: str
@@ -69,6 +76,7 @@ class Case:
     loss_chunk: int = 8192
     scan_layers: bool = True
     rows: int | None = None
+    steps: int = STEPS
 
 
 GATED = dict(num_heads=16, num_kv_heads=8, head_dim=128)
@@ -93,6 +101,10 @@ CASES = {
     "wide_heads_unrolled_32k": Case("gated_attention", WIDE_HEADS, scan_layers=False, rows=8),
     "gla_unrolled": Case("gated_linear_attention", LINEAR, scan_layers=False),
     "delta_unrolled": Case("delta_attention", DELTA, scan_layers=False),
+}
+CASES |= {
+    f"{name}_long": dataclasses.replace(case, steps=STEPS_OF_LONG_RUNS)
+    for name, case in CASES.items()
 }
 
 # MaxText's options for the function of `dense`: queries and keys normalized, SwiGLU, tied, AdamW.
@@ -136,6 +148,7 @@ PEERS = {
     "maxtext_experts": ("experts_no_gate", SPARSE),
     "maxtext_experts_unrolled": ("experts_no_gate", SPARSE | dict(scan_layers=False)),
 }
+PEERS |= {f"{name}_long": (f"{case}_long", options) for name, (case, options) in PEERS.items()}
 
 
 def configuration(case: Case, target: str) -> Config:
@@ -153,6 +166,7 @@ def configuration(case: Case, target: str) -> Config:
     c.model.scan_layers = case.scan_layers
     c.data.seq_len = 4096
     c.train.batch_size = case.rows or ROWS[target]
+    c.train.steps = case.steps
     return from_config_dict(c)
 
 
@@ -174,11 +188,14 @@ def peer_figures(python: str, name: str, target: str) -> dict:
     """One row of MaxText, by a process of the other interpreter."""
     case, options = PEERS[name]
     config = configuration(CASES[case], target)
+    is_long = config.train.steps == STEPS_OF_LONG_RUNS
     tokens = config.train.batch_size * config.data.seq_len
     spec = {
         "slice": f"{target}:1",
         "flops": tokens * train_flops_per_token(config.model, config.data.seq_len),
         "options": options | dict(per_device_batch_size=config.train.batch_size),
+        # What ours are told.
+        "compiler_options": {SCOPED_VMEM: str(KIBIBYTES)} if is_long else {},
     }
     return run_worker([python, str(HERE / "peers" / "maxtext_step.py"), json.dumps(spec)])
 
@@ -238,7 +255,7 @@ def figures_of(peer_python: str | None, name: str, target: str) -> dict:
 def flags() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--case", default=",".join(CASES), help="comma-separated")
-    made.add_argument("--target", default="v5p", help="of v5e, v5p and v6e, comma-separated")
+    made.add_argument("--target", default="v5p", help="of v5e, v5p, v6e and v7x, comma-separated")
     made.add_argument("--peer_python", help="an interpreter with MaxText")
     made.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     args = made.parse_args()

@@ -14,9 +14,8 @@ half (benchmarks/NOTES.md). The first state is the same to the bit; a step's sum
 their last digits.
 
 **Training steps on TPUs.** By default libtpu lets a chip wait for each collective. The SparseCores
-of v5p, v6e and v7x can run them while the chip computes (`ASYNCHRONOUS_COLLECTIVES`). On v6e a
-product with what is fused to it may take more VMEM than by default (`LARGER_PRODUCTS`): its blocks
-are larger, and its operands are read less often.
+of v5p, v6e and v7x can run them while the chip computes (`ASYNCHRONOUS_COLLECTIVES`). In long runs
+products may take more VMEM there than by default (`aot/larger_products.py`).
 """
 
 import functools
@@ -28,6 +27,8 @@ import jax
 from jax.sharding import Mesh
 from jaxlib.version import __version_info__ as JAXLIB_VERSION
 
+from gatedjax.aot import larger_products
+from gatedjax.config import Config
 from kernels_pallas.common.device import target_platform
 
 # Both are known to be wrong. A later XLA may be right, and may no longer know the option.
@@ -56,11 +57,6 @@ ASYNCHRONOUS_COLLECTIVES = dict.fromkeys(
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
 }
 
-# 48 of v6e's 128 MiB. In the model of a step of 32,768 tokens a tenth less for matrices; half as
-# much longer to compile (benchmarks/NOTES.md).
-SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
-LARGER_PRODUCTS = {SCOPED_VMEM: "49152"}
-
 OPTIMIZATION_LEVEL = "xla_backend_optimization_level"
 
 
@@ -72,21 +68,17 @@ def quick_on_cpus(mesh: Mesh) -> dict[str, str]:
     return {OPTIMIZATION_LEVEL: "1"}
 
 
-def for_training(mesh: Mesh, is_asynchronous: bool) -> dict[str, str]:
-    """The `compiler_options` of a training step on this mesh.
+def for_training(config: Config, mesh: Mesh) -> dict[str, str]:
+    """The `compiler_options` of a run's training step.
 
     Args:
+      config: of the run.
       mesh: of the devices that it is compiled for.
-      is_asynchronous: whether collectives are to run while the devices compute
-        (`MeshConfig.async_collectives`).
     """
-    device = mesh.devices.flat[0]
-    options = quick_on_cpus(mesh)
-    if is_asynchronous and mesh.size > 1 and has_sparse_cores(device):
+    options = quick_on_cpus(mesh) | larger_products.options(config, mesh)
+    is_possible = mesh.size > 1 and has_sparse_cores(mesh.devices.flat[0])
+    if config.mesh.async_collectives and is_possible:
         options |= ASYNCHRONOUS_COLLECTIVES
-    is_set = SCOPED_VMEM in os.environ.get("LIBTPU_INIT_ARGS", "")
-    if device.device_kind.startswith("TPU v6") and not is_set:
-        options |= LARGER_PRODUCTS
     return options
 
 

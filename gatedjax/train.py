@@ -17,8 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from gatedjax import sharding
+from gatedjax.aot import larger_products, unrolling
 from gatedjax.aot import step as aot
-from gatedjax.aot import unrolling
 from gatedjax.buckets import require_reachable
 from gatedjax.config import Config, DataConfig, flat, from_config_dict, to_dict
 from gatedjax.config.converted import check_windows
@@ -128,6 +128,8 @@ def main(_) -> None:
         say(describe(run))
         if unrolling.is_asked(run.config.model):
             say(str(unrolling.unrolling(run.config, run.mesh)))
+        if larger_products.is_possible(run.mesh):
+            say(larger_products.line(run.config, run.mesh))
         require_memory(run)
         with live_bar(run.config.train.steps):
             doing("tokenizing")

@@ -21,6 +21,7 @@ from gatedjax import sharding
 from gatedjax.aot import (
     Report,
     hlo,
+    larger_products,
     libtpu,
     parse_slice,
     prefetch,
@@ -267,6 +268,8 @@ def print_report(config: Config, text: str, schedule: bool = False) -> bool:
         lines += ["", "model time: libtpu wrote no schedule of the step"]
     if unrolling.is_asked(run.config.model):
         lines = [str(unrolling.unrolling(run.config, run.mesh)), *lines]
+    if larger_products.is_possible(run.mesh):
+        lines = [larger_products.line(run.config, run.mesh), *lines]
     print("\n".join([describe(run), *lines, *_largest(run)]))
     return fits
 
@@ -308,8 +311,7 @@ def _sent(run: Run, report: Report) -> list[str]:
         return []
     inside = sum(c.sent_bytes for c in report.collectives if c.kind != hlo.BETWEEN_SLICES)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
-    options = for_training(run.mesh, run.config.mesh.async_collectives)
-    options = options.keys() & ASYNCHRONOUS_COLLECTIVES.keys()
+    options = for_training(run.config, run.mesh).keys() & ASYNCHRONOUS_COLLECTIVES.keys()
     how = f"{len(options)} options of libtpu ask for it (mesh.async_collectives)"
     if not options and run.config.mesh.async_collectives:
         how = "this chip has no SparseCores to run collectives"

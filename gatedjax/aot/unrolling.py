@@ -9,9 +9,8 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from gatedjax.aot.targets import peak_flops
+from gatedjax.aot.run_time import run_seconds
 from gatedjax.config import Config, ModelConfig
-from gatedjax.training.flops import train_flops_per_token
 
 # Of a step, which the loop costs.
 SAVED_FRACTION = 0.05
@@ -21,8 +20,6 @@ COMPILE_SECONDS_A_LAYER = 11.0
 LEAST_GAIN = 10.0
 # More have not been compiled; a layer of width 2048 takes 20 MiB of a chip's memory as a program.
 MOST_LAYERS = 32
-# Of the peak, for the estimate of a step's time.
-USUAL_UTILIZATION = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +52,7 @@ class Unrolling:
 def unrolling(config: Config, mesh: Mesh) -> Unrolling:
     """The figures of a run on this mesh."""
     model = config.model
-    peak = peak_flops(mesh.devices.flat[0].device_kind)
-    saved = 0.0
-    if peak is not None:
-        tokens = config.train.steps * config.train.batch_size * config.data.seq_len
-        rate = USUAL_UTILIZATION * peak * mesh.size
-        flops_per_token = train_flops_per_token(model, config.data.seq_len)
-        saved = SAVED_FRACTION * tokens * flops_per_token / rate
+    saved = SAVED_FRACTION * run_seconds(config, mesh)
     repeated = (model.num_periods - 1) * model.period
     return Unrolling(COMPILE_SECONDS_A_LAYER * repeated, saved, model.num_layers)
 

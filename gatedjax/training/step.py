@@ -42,7 +42,7 @@ def jit_train_step(
         step,
         out_shardings=(shardings, None),
         donate_argnums=0,
-        compiler_options=for_training(mesh, config.mesh.async_collectives) or None,
+        compiler_options=for_training(config, mesh) or None,
     )
 
 

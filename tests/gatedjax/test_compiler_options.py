@@ -1,18 +1,23 @@
 """What a compiler is told of a training step and of the first state, by chip and mesh."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from gatedjax.aot import larger_products
+from gatedjax.aot.larger_products import KIBIBYTES, SCOPED_VMEM
 from gatedjax.compiler_options import (
     ASYNCHRONOUS_COLLECTIVES,
-    LARGER_PRODUCTS,
     OPTIMIZATION_LEVEL,
-    SCOPED_VMEM,
     for_training,
     quick_on_cpus,
 )
+from gatedjax.config import Config, MeshConfig, ModelConfig, TrainConfig
+
+SHORT = Config(model=ModelConfig(vocab_size=1024), train=TrainConfig(steps=100))
+LONG = dataclasses.replace(SHORT, train=TrainConfig(steps=2 * 10**9))
 
 
 def mesh_of(platform: str, kind: str, devices: int):
@@ -36,27 +41,54 @@ def mesh_of(platform: str, kind: str, devices: int):
 )
 def test_collectives_run_beside_where_there_are_sparse_cores(platform, kind, devices, is_told):
     mesh = mesh_of(platform, kind, devices)
-    without = for_training(mesh, False)
+    blocking = dataclasses.replace(SHORT, mesh=MeshConfig(async_collectives=False))
+    without = for_training(blocking, mesh)
     assert not without.keys() & ASYNCHRONOUS_COLLECTIVES.keys()
-    assert for_training(mesh, True) == without | (ASYNCHRONOUS_COLLECTIVES if is_told else {})
+    assert for_training(SHORT, mesh) == without | (ASYNCHRONOUS_COLLECTIVES if is_told else {})
 
 
-def test_products_take_more_vmem_on_v6e_unless_a_flag_says_how_much(monkeypatch):
+@pytest.mark.parametrize(
+    "kind, is_possible",
+    [
+        ("TPU v5", True),
+        ("TPU v5p", True),
+        ("TPU v6 lite", True),
+        ("TPU7x", True),
+        ("TPU v5 lite", False),
+        ("TPU v4", False),
+        ("NVIDIA H100 80GB HBM3", False),
+        ("cpu", False),
+    ],
+)
+def test_products_of_long_runs_take_more_vmem(kind, is_possible):
+    mesh = mesh_of("other", kind, 1)
+    assert larger_products.is_possible(mesh) == is_possible
+    told = {SCOPED_VMEM: str(KIBIBYTES)} if is_possible else {}
+    assert for_training(LONG, mesh) == told
+    assert for_training(SHORT, mesh) == {}
+
+
+def test_a_run_says_how_its_products_are_compiled():
+    mesh = mesh_of("tpu", "TPU v5p", 1)
+    assert "products: larger blocks" in larger_products.line(LONG, mesh)
+    assert "own blocks; the run takes about 0.0 h" in larger_products.line(SHORT, mesh)
+
+
+def test_another_amount_of_vmem_stays(monkeypatch):
+    mesh = mesh_of("tpu", "TPU v6 lite", 1)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=true")
-    v6e = mesh_of("tpu", "TPU v6 lite", 1)
-    assert for_training(v6e, True) == LARGER_PRODUCTS
-    assert for_training(mesh_of("tpu", "TPU v5", 1), True) == {}
-    assert for_training(mesh_of("gpu", "NVIDIA H100 80GB HBM3", 8), True) == {}
+    assert for_training(LONG, mesh)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{SCOPED_VMEM}=98304")
-    assert for_training(v6e, True) == {}
+    assert not larger_products.is_possible(mesh)
+    assert for_training(LONG, mesh) == {}
 
 
 def test_runs_on_cpus_compile_quickly_unless_a_flag_says_how(monkeypatch):
     cpu = mesh_of("cpu", "cpu", 1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     assert quick_on_cpus(cpu) == {OPTIMIZATION_LEVEL: "1"}
-    assert for_training(cpu, True) == {OPTIMIZATION_LEVEL: "1"}
+    assert for_training(LONG, cpu) == {OPTIMIZATION_LEVEL: "1"}
     assert quick_on_cpus(mesh_of("gpu", "NVIDIA H100 80GB HBM3", 1)) == {}
     monkeypatch.setenv("XLA_FLAGS", f"--{OPTIMIZATION_LEVEL}=0")
     assert quick_on_cpus(cpu) == {}
-    assert for_training(cpu, True) == {}
+    assert for_training(LONG, cpu) == {}

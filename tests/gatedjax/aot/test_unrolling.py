@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from gatedjax.aot.run_time import USUAL_UTILIZATION
 from gatedjax.aot.targets import V5P
-from gatedjax.aot.unrolling import SAVED_FRACTION, USUAL_UTILIZATION, by_the_rule, unrolling
+from gatedjax.aot.unrolling import SAVED_FRACTION, by_the_rule, unrolling
 from gatedjax.config import Config, ModelConfig, TrainConfig
 from gatedjax.training.flops import train_flops_per_token
 
