@@ -28,12 +28,17 @@ from gatedjax.ops import RESIDUAL_NAMES
 Carry = tuple[Stream, Array | None, Depth | None]
 
 
-def periods_of(c: ModelConfig, training: bool = False) -> nn.Module:
+def periods_of(c: ModelConfig, training: bool = False, draws: bool = True) -> nn.Module:
     """All layers but prefix and suffix, as a module "periods".
 
     (carry, info, LoRA weights, caches) -> (the carry, (caches, statistics)), with the carry (x,
     router logits, depth). The weights of low-rank experts are those of a first pass
     (`first_pass.weights_by_block`), or None.
+
+    Args:
+      c: the model's configuration.
+      training: as of `LanguageModel`.
+      draws: whether layers draw random numbers, to begin with or for routers with noise.
     """
     period = Period
     if c.num_periods > 1:
@@ -48,6 +53,9 @@ def periods_of(c: ModelConfig, training: bool = False) -> nn.Module:
         length=c.num_periods,
         unroll=1 if c.scan_layers else c.num_periods,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        # The check traces all layers once more. It stays where numbers are drawn: those of the
+        # second time are others, and seeds must go on giving what they gave.
+        check_constancy_invariants=draws,
     )
     return scanned(c, training, name="periods")
 

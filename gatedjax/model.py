@@ -249,7 +249,8 @@ class LanguageModel(nn.Module):
         # shared within such a run, as within a period.
         info = dataclasses.replace(of_prefix, weights=info.weights)
         carry, info = with_last_alone(carry, info, c.repeated_blocks[0])
-        carry, (of_periods, statistics_of_periods) = periods_of(c, self.training)(
+        draws = self.is_initializing() or self.has_rng("router")
+        carry, (of_periods, statistics_of_periods) = periods_of(c, self.training, draws)(
             carry,
             info,
             of_period(c, lora_weights),

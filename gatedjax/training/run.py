@@ -29,7 +29,7 @@ from gatedjax.training.flops import (
 )
 from gatedjax.training.optim import make_optimizer
 from gatedjax.training.optim_growth import growing
-from gatedjax.training.state import TrainState, init_params, init_state, param_axes
+from gatedjax.training.state import TrainState, init_state, param_axes, traced_params
 from gatedjax.training.teacher import Teacher, compared_layers
 
 # A vocabulary that the tensor axis divides; the entries past the tokenizer's are never targets.
@@ -101,25 +101,27 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         parameter names holds for none.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
-    key = jax.random.key(0)
-    make_params = functools.partial(init_params, config.model)
-    boxed_params = jax.eval_shape(make_params, key)
-    sharding.check_divides(mesh, boxed_params)
-    params, _ = router_state.split(boxed_params)
-    trainable.require_names(config, params)
-    trained, _ = trainable.split(config, params)
-    axes = param_axes(trained)
-    tx = make_optimizer(
-        config.optim,
-        config.train.steps,
-        axes,
-        width=config.model.width,
-        batch_size=config.train.batch_size,
-    )
-    if config.train.grow_batches:
-        tx = growing(tx)
-    make_state = functools.partial(init_state, config, tx)
-    shapes = jax.eval_shape(make_state, key)
+    # In the mesh of the programs, so that they find traced what is traced here.
+    with jax.set_mesh(mesh):
+        key = jax.random.key(0)
+        make_params = functools.partial(traced_params, config.model)
+        boxed_params = jax.eval_shape(make_params, key)
+        sharding.check_divides(mesh, boxed_params)
+        params, _ = router_state.split(boxed_params)
+        trainable.require_names(config, params)
+        trained, _ = trainable.split(config, params)
+        axes = param_axes(trained)
+        tx = make_optimizer(
+            config.optim,
+            config.train.steps,
+            axes,
+            width=config.model.width,
+            batch_size=config.train.batch_size,
+        )
+        if config.train.grow_batches:
+            tx = growing(tx)
+        make_state = functools.partial(init_state, config, tx)
+        shapes = jax.eval_shape(make_state, key)
     shardings = _state_shardings(mesh, params, shapes)
     abstract = jax.tree.map(_placed, shapes, shardings)
     return Run(config, mesh, tx, abstract)

@@ -1,5 +1,6 @@
 """The state of a training run, and how it begins."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,7 @@ def init_state(
       key: randomness of the parameters that are made here.
       given: parameters, and state of routers, that are not: by path.
     """
-    made = flatten_dict(nn.meta.unbox(init_params(config.model, key)))
+    made = flatten_dict(nn.meta.unbox(traced_params(config.model, key)))
     params, routers = router_state.split(unflatten_dict(made | dict(given or {})))
     trained, _ = trainable.split(config, params)
     zero = jnp.int32(0)
@@ -91,6 +92,12 @@ def init_params(config: ModelConfig, key: Array) -> PyTree:
         patches = jnp.zeros((*tokens.shape, config.patches.size), jnp.float32)
     with nn.logical_axis_rules(RULES), dispatch.unrecorded(), boxed_parameters():
         return LanguageModel(config).init(key, tokens, patches=patches)["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def traced_params(config: ModelConfig, key: Array) -> PyTree:
+    """`init_params` in a program: traced once for all programs of a run on one mesh."""
+    return init_params(config, key)
 
 
 def param_axes(boxed_params: PyTree) -> PyTree:
