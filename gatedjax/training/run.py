@@ -101,30 +101,36 @@ def prepare(config: Config, devices: Sequence[jax.Device] | None = None) -> Run:
         parameter names holds for none.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
-    # In the mesh of the programs, so that they find traced what is traced here.
-    with jax.set_mesh(mesh):
-        key = jax.random.key(0)
-        make_params = functools.partial(traced_params, config.model)
-        boxed_params = jax.eval_shape(make_params, key)
-        sharding.check_divides(mesh, boxed_params)
-        params, _ = router_state.split(boxed_params)
-        trainable.require_names(config, params)
-        trained, _ = trainable.split(config, params)
-        axes = param_axes(trained)
-        tx = make_optimizer(
-            config.optim,
-            config.train.steps,
-            axes,
-            width=config.model.width,
-            batch_size=config.train.batch_size,
-        )
-        if config.train.grow_batches:
-            tx = growing(tx)
-        make_state = functools.partial(init_state, config, tx)
-        shapes = jax.eval_shape(make_state, key)
+    make_params = functools.partial(traced_params, config.model)
+    boxed_params = _shapes(mesh, make_params)
+    sharding.check_divides(mesh, boxed_params)
+    params, _ = router_state.split(boxed_params)
+    trainable.require_names(config, params)
+    trained, _ = trainable.split(config, params)
+    axes = param_axes(trained)
+    tx = make_optimizer(
+        config.optim,
+        config.train.steps,
+        axes,
+        width=config.model.width,
+        batch_size=config.train.batch_size,
+    )
+    if config.train.grow_batches:
+        tx = growing(tx)
+    make_state = functools.partial(init_state, config, tx)
+    shapes = _shapes(mesh, make_state)
     shardings = _state_shardings(mesh, params, shapes)
     abstract = jax.tree.map(_placed, shapes, shardings)
     return Run(config, mesh, tx, abstract)
+
+
+def _shapes(mesh: Mesh, make: Callable[[Array], PyTree]) -> PyTree:
+    """Those of `make(key)`, traced as the run's programs are, which find it traced."""
+    with jax.set_mesh(mesh):
+        # The devices may be absent: no key is made.
+        dtype = jax.eval_shape(lambda: jax.random.key(0)).dtype
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return jax.eval_shape(make, jax.ShapeDtypeStruct((), dtype, sharding=everywhere))
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
