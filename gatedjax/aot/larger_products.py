@@ -2,8 +2,8 @@
 
 With 48 MiB for a product and what is fused to it its blocks are larger, and its operands are read
 less often; libtpu looks longer for them. In the model (docs/performance.md) whole steps take 5 to
-6 % less time on v5p and v6e, a feed-forward alone 19 % less on v7x, and 2 % on v5e, where it is not
-asked for. Compiling takes two to three times as long, on v7x up to six times.
+7 % less time on v5p (2 % with sparse experts) and v6e, a feed-forward alone 19 % less on v7x, and
+2 % on v5e, where it is not asked for. Compiling takes three times as long or more.
 """
 
 import os
@@ -43,5 +43,5 @@ def line(config: Config, mesh: Mesh) -> str:
     return (
         f"products: {verdict}; the run takes about {hours:.1f} h at {USUAL_UTILIZATION:.0%} of the "
         f"peak (the rule: from {LEAST_SECONDS / 3600:g} h on {KIBIBYTES // 1024} MiB of VMEM for a "
-        "product, which takes two to three times as long to compile)"
+        "product, which takes several times as long to compile)"
     )
