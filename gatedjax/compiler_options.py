@@ -27,8 +27,6 @@ import jax
 from jax.sharding import Mesh
 from jaxlib.version import __version_info__ as JAXLIB_VERSION
 
-from gatedjax.aot import larger_products
-from gatedjax.config import Config
 from kernels_pallas.common.device import target_platform
 
 # Both are known to be wrong. A later XLA may be right, and may no longer know the option.
@@ -68,16 +66,17 @@ def quick_on_cpus(mesh: Mesh) -> dict[str, str]:
     return {OPTIMIZATION_LEVEL: "1"}
 
 
-def for_training(config: Config, mesh: Mesh) -> dict[str, str]:
-    """The `compiler_options` of a run's training step.
+def for_training(mesh: Mesh, is_asynchronous: bool) -> dict[str, str]:
+    """The `compiler_options` of every training step on this mesh.
 
     Args:
-      config: of the run.
       mesh: of the devices that it is compiled for.
+      is_asynchronous: whether collectives are to run while the devices compute
+        (`MeshConfig.async_collectives`).
     """
-    options = quick_on_cpus(mesh) | larger_products.options(config, mesh)
+    options = quick_on_cpus(mesh)
     is_possible = mesh.size > 1 and has_sparse_cores(mesh.devices.flat[0])
-    if config.mesh.async_collectives and is_possible:
+    if is_asynchronous and is_possible:
         options |= ASYNCHRONOUS_COLLECTIVES
     return options
 

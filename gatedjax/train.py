@@ -229,7 +229,11 @@ def train(
         ) as checkpointer,
     ):
         doing("preparing the state")
-        growth = Growth(run, unrolling.by_the_rule(run.config, run.mesh))
+        growth = Growth(
+            run,
+            unrolling.by_the_rule(run.config, run.mesh),
+            larger_products.options(run.config, run.mesh),
+        )
         restored = checkpointer.restore_latest(run.abstract)
         if restored is None:
             compile_step = None

@@ -110,7 +110,8 @@ def compile_step(config: Config, where: Slice, schedule: bool = False) -> Compil
     run = given_teacher.with_teacher(prepare(config, devices))
     with jax.set_mesh(run.mesh):
         as_compiled = unrolling.by_the_rule(run.config, run.mesh)
-        step = jit_train_step(as_compiled, run.tx, run.shardings)
+        options = larger_products.options(run.config, run.mesh)
+        step = jit_train_step(as_compiled, run.tx, run.shardings, options)
         traced = step.trace(run.abstract, abstract_batch(run), run.teacher)
         lowered = traced.lower(lowering_platforms=("tpu",))
         before = time.process_time()
@@ -311,7 +312,8 @@ def _sent(run: Run, report: Report) -> list[str]:
         return []
     inside = sum(c.sent_bytes for c in report.collectives if c.kind != hlo.BETWEEN_SLICES)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
-    options = for_training(run.config, run.mesh).keys() & ASYNCHRONOUS_COLLECTIVES.keys()
+    options = for_training(run.mesh, run.config.mesh.async_collectives)
+    options = options.keys() & ASYNCHRONOUS_COLLECTIVES.keys()
     how = f"{len(options)} options of libtpu ask for it (mesh.async_collectives)"
     if not options and run.config.mesh.async_collectives:
         how = "this chip has no SparseCores to run collectives"

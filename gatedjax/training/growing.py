@@ -8,7 +8,7 @@ most a few programs are compiled. Rows come in the order that they would have co
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,14 +49,16 @@ class Growth:
     A run without `grow_batches` has one size.
     """
 
-    def __init__(self, run: Run, config: Config):
+    def __init__(self, run: Run, config: Config, options: Mapping[str, str] | None = None):
         """
         Args:
           run: what is trained.
           config: as its step is compiled.
+          options: as of `jit_train_step`.
         """
         self._run = run
         self._config = config
+        self._options = options
         self._steps: dict[int, Any] = {}
         train = config.train
         ratio = train.most_accumulation_steps // train.accumulation_steps
@@ -110,7 +112,12 @@ class Growth:
                 accumulation_steps=factor * train.accumulation_steps,
             )
             config = dataclasses.replace(self._config, train=grown)
-            self._steps[self.doublings] = jit_train_step(config, self._run.tx, self._run.shardings)
+            self._steps[self.doublings] = jit_train_step(
+                config,
+                self._run.tx,
+                self._run.shardings,
+                self._options,
+            )
         return self._steps[self.doublings]
 
     def grown(self, state: TrainState, metrics: dict[str, Array]) -> TrainState:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,19 +31,22 @@ def jit_train_step(
     config: Config,
     tx: optax.GradientTransformation,
     shardings: PyTree,
+    options: Mapping[str, str] | None = None,
 ) -> jax.stages.Wrapped:
     """`train_step` compiled for a state placed as `shardings`, which it keeps.
 
     The old state's memory is reused. Collectives run beside what is computed where the devices can
-    do that (`MeshConfig.async_collectives`).
+    do that (`MeshConfig.async_collectives`). `options` go to the compiler beside those of every
+    step (`aot.larger_products`).
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
     step = functools.partial(train_step, config, tx)
+    for_every_step = for_training(mesh, config.mesh.async_collectives)
     return jax.jit(
         step,
         out_shardings=(shardings, None),
         donate_argnums=0,
-        compiler_options=for_training(config, mesh) or None,
+        compiler_options=for_every_step | dict(options or {}) or None,
     )
 
 

@@ -14,7 +14,7 @@ from gatedjax.compiler_options import (
     for_training,
     quick_on_cpus,
 )
-from gatedjax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from gatedjax.config import Config, ModelConfig, TrainConfig
 
 SHORT = Config(model=ModelConfig(vocab_size=1024), train=TrainConfig(steps=100))
 LONG = dataclasses.replace(SHORT, train=TrainConfig(steps=2 * 10**9))
@@ -41,10 +41,9 @@ def mesh_of(platform: str, kind: str, devices: int):
 )
 def test_collectives_run_beside_where_there_are_sparse_cores(platform, kind, devices, is_told):
     mesh = mesh_of(platform, kind, devices)
-    blocking = dataclasses.replace(SHORT, mesh=MeshConfig(async_collectives=False))
-    without = for_training(blocking, mesh)
+    without = for_training(mesh, False)
     assert not without.keys() & ASYNCHRONOUS_COLLECTIVES.keys()
-    assert for_training(SHORT, mesh) == without | (ASYNCHRONOUS_COLLECTIVES if is_told else {})
+    assert for_training(mesh, True) == without | (ASYNCHRONOUS_COLLECTIVES if is_told else {})
 
 
 @pytest.mark.parametrize(
@@ -64,8 +63,8 @@ def test_products_of_long_runs_take_more_vmem(kind, is_possible):
     mesh = mesh_of("other", kind, 1)
     assert larger_products.is_possible(mesh) == is_possible
     told = {SCOPED_VMEM: str(KIBIBYTES)} if is_possible else {}
-    assert for_training(LONG, mesh) == told
-    assert for_training(SHORT, mesh) == {}
+    assert larger_products.options(LONG, mesh) == told
+    assert larger_products.options(SHORT, mesh) == {}
 
 
 def test_a_run_says_how_its_products_are_compiled():
@@ -77,18 +76,18 @@ def test_a_run_says_how_its_products_are_compiled():
 def test_another_amount_of_vmem_stays(monkeypatch):
     mesh = mesh_of("tpu", "TPU v6 lite", 1)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=true")
-    assert for_training(LONG, mesh)
+    assert larger_products.options(LONG, mesh)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{SCOPED_VMEM}=98304")
     assert not larger_products.is_possible(mesh)
-    assert for_training(LONG, mesh) == {}
+    assert larger_products.options(LONG, mesh) == {}
 
 
 def test_runs_on_cpus_compile_quickly_unless_a_flag_says_how(monkeypatch):
     cpu = mesh_of("cpu", "cpu", 1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     assert quick_on_cpus(cpu) == {OPTIMIZATION_LEVEL: "1"}
-    assert for_training(LONG, cpu) == {OPTIMIZATION_LEVEL: "1"}
+    assert for_training(cpu, True) == {OPTIMIZATION_LEVEL: "1"}
     assert quick_on_cpus(mesh_of("gpu", "NVIDIA H100 80GB HBM3", 1)) == {}
     monkeypatch.setenv("XLA_FLAGS", f"--{OPTIMIZATION_LEVEL}=0")
     assert quick_on_cpus(cpu) == {}
-    assert for_training(LONG, cpu) == {}
+    assert for_training(cpu, True) == {}
