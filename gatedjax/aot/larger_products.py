@@ -16,6 +16,7 @@ from gatedjax.config import Config
 # Of 64 MiB of v5p and v7x, 128 of v6e. A number that LIBTPU_INIT_ARGS names stays.
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
 KIBIBYTES = 49_152
+LARGER_PRODUCTS = {SCOPED_VMEM: str(KIBIBYTES)}
 # As jax names their devices. v5e is "TPU v5 lite".
 KINDS = ("TPU v5p", "TPU v6", "TPU7")
 # In shorter runs it may not save what compiling takes longer.
@@ -33,7 +34,7 @@ def options(config: Config, mesh: Mesh) -> dict[str, str]:
     """The `compiler_options` of the run's training step: none in a short run."""
     if not is_possible(mesh) or run_seconds(config, mesh) < LEAST_SECONDS:
         return {}
-    return {SCOPED_VMEM: str(KIBIBYTES)}
+    return LARGER_PRODUCTS
 
 
 def line(config: Config, mesh: Mesh) -> str:

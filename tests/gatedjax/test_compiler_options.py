@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gatedjax.aot import larger_products
-from gatedjax.aot.larger_products import KIBIBYTES, SCOPED_VMEM
+from gatedjax.aot.larger_products import LARGER_PRODUCTS, SCOPED_VMEM
 from gatedjax.compiler_options import (
     ASYNCHRONOUS_COLLECTIVES,
     OPTIMIZATION_LEVEL,
@@ -62,7 +62,7 @@ def test_collectives_run_beside_where_there_are_sparse_cores(platform, kind, dev
 def test_products_of_long_runs_take_more_vmem(kind, is_possible):
     mesh = mesh_of("other", kind, 1)
     assert larger_products.is_possible(mesh) == is_possible
-    told = {SCOPED_VMEM: str(KIBIBYTES)} if is_possible else {}
+    told = LARGER_PRODUCTS if is_possible else {}
     assert larger_products.options(LONG, mesh) == told
     assert larger_products.options(SHORT, mesh) == {}
 

@@ -1,5 +1,6 @@
 """The step: golden numbers, accumulation, the guard, averages; decay and Muon in a whole model."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -13,8 +14,10 @@ from helpers import rel_rms, slow
 from tiny_run import plain, random_batch, run_steps, tiny
 
 from gatedjax.model import LanguageModel
+from gatedjax.training import state as training_state
 from gatedjax.training.flops import forward_flops_per_token
 from gatedjax.training.optim import is_matrix, muon_dimensions
+from gatedjax.training.run import prepare
 from gatedjax.training.state import init_params, param_axes, params_for_evaluation
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "train_step.json"
@@ -119,6 +122,22 @@ def test_evaluation_parameters_are_the_average():
         for a, p in zip(jax.tree.leaves(average), jax.tree.leaves(state.params))
     ]
     assert max(differences) > 1e-5
+
+
+def test_parameters_are_traced_once_for_their_shapes_and_the_state(monkeypatch):
+    traces = []
+
+    def counted(*arguments):
+        traces.append(arguments)
+        return init_params(*arguments)
+
+    monkeypatch.setattr(training_state, "init_params", counted)
+    # A width that no other test has traced.
+    run = prepare(tiny(model__width=48))
+    with jax.set_mesh(run.mesh):
+        make_state = functools.partial(training_state.init_state, run.config, run.tx)
+        jax.jit(make_state, out_shardings=run.shardings).trace(jax.random.key(3))
+    assert len(traces) == 1
 
 
 def test_decay_and_muon_by_logical_axes():
