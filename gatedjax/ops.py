@@ -22,6 +22,7 @@ grouped_matmul       rows sorted by group, each times the matrix of its group
 expert_mlp           the gated MLPs of sparse experts, on rows sorted by expert
 sort_by_group        the permutation that sorts rows by group, its inverse and the group sizes
 permute_rows         rows copied and permuted, differentiable without a scatter
+rotary               rotary positions of queries and keys, after the norm of every head
 two_pass_softmax     softmax without a maximum, exponentials as mantissa and exponent
 last_choice          which implementation the last traced call of an op was compiled to, and why
 NORMALIZERS          the names that `attention` takes as `normalizer`
@@ -48,6 +49,7 @@ from kernels_pallas.ops import (
     merge_attention,
     permute_rows,
     qr_attention,
+    rotary,
     rwkv7_scan,
     rwkv7_scan_step,
     sinkhorn_attention,
@@ -75,6 +77,7 @@ __all__ = [
     "merge_attention",
     "permute_rows",
     "qr_attention",
+    "rotary",
     "rwkv7_scan",
     "rwkv7_scan_step",
     "sinkhorn_attention",

@@ -28,6 +28,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul, permute_rows, sort_by_
 from kernels_pallas.linear_scan import linear_scan, linear_scan_sharded, linear_scan_step
 from kernels_pallas.linear_scan.xla import OUT_NAME as LINEAR_SCAN_OUT_NAME
 from kernels_pallas.linear_scan.xla import STATES_NAME
+from kernels_pallas.rotary import rotary
 from kernels_pallas.two_pass_softmax import two_pass_softmax
 
 # What the ops name with `checkpoint_name`. A `jax.checkpoint` policy that saves these recomputes no
@@ -62,6 +63,7 @@ __all__ = [
     "merge_attention",
     "permute_rows",
     "qr_attention",
+    "rotary",
     "rwkv7_scan",
     "rwkv7_scan_step",
     "sinkhorn_attention",
