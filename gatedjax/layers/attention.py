@@ -35,6 +35,7 @@ from gatedjax.layers.parameters import parameter
 from gatedjax.layers.pieces import Row
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.rope import (
+    NormedRope,
     apply_rope,
     frequencies_of,
     grid_angles,
@@ -169,6 +170,11 @@ class GatedAttention(Mixer):
             held = cache.phase if isinstance(cache, KVCache) else None
             q, k, phase = self._rotated_by_tokens(q, k, x, info, held)
         # The norm of queries and keys keeps the logits bounded, whatever their weights become.
+        if self._norms_and_rotates_at_once():
+            q = self._normed_and_rotated("query_norm", q, info)
+            if not c.shares_cache:
+                k = self._normed_and_rotated("key_norm", k, info)
+            return q, k, None, None
         if c.qk_norm:
             q = self._normed("query_norm", q)
             if not c.shares_cache:
@@ -211,6 +217,25 @@ class GatedAttention(Mixer):
             name=name,
         )
         return norm(y)
+
+    def _norms_and_rotates_at_once(self) -> bool:
+        """Whether nothing stands between the norm of every head and a rotation by positions."""
+        c = self.config
+        is_normed = c.qk_norm and c.qk_norm_kind == "rms"
+        is_rotated = c.rotary_dim > 0 and not c.rope_grid and c.selective_rope == "none"
+        stands_between = c.gate_position in ("query", "key") or c.block_gate
+        return is_normed and is_rotated and not stands_between
+
+    def _normed_and_rotated(self, name: str, y: Array, info: TokenInfo) -> Array:
+        c = self.config
+        norm = NormedRope(self.norm_eps, c.zero_centered_norm, name=name)
+        return norm(
+            y,
+            info.positions,
+            frequencies_of(c),
+            yarn_magnitude(c.yarn_factor),
+            c.rope_layout == "interleaved",
+        )
 
     def _rotated(self, y: Array, info: TokenInfo) -> Array:
         c = self.config

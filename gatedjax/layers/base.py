@@ -109,7 +109,7 @@ class Mixer(nn.Module):
     ) -> Float[Array, "B T heads D"]:
         """`x` to heads. `axes`: logical names and sizes, of the heads, then of the channels."""
         width = {"embed": x.shape[-1]}
-        y = Projection(
+        return Projection(
             width,
             axes,
             self.init_std,
@@ -117,8 +117,6 @@ class Mixer(nn.Module):
             has_bias=has_bias,
             name=name,
         )(x)
-        heads, _ = axes
-        return nn.with_logical_constraint(y, ("batch", "length", heads, None))
 
     def _per_head(
         self,

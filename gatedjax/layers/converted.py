@@ -337,7 +337,6 @@ class RADRWKV(GatedAttention):
             kernel_init=nn.initializers.zeros,
             name=f"{name}_up",
         )(low)
-        logits = nn.with_logical_constraint(logits, ("batch", "length", "heads", None))
         bias = parameter(
             self,
             f"{name}_bias",

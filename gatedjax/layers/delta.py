@@ -155,8 +155,7 @@ class DeltaAttention(Mixer):
         width = {"embed": x.shape[-1]}
         low = {"rank": rank}
         x = Projection(width, low, self.init_std, self.dtype, name=f"{name}_down")(x)
-        y = Projection(low, axes, self.init_std, self.dtype, name=f"{name}_up")(x)
-        return nn.with_logical_constraint(y, ("batch", "length", "heads", None))
+        return Projection(low, axes, self.init_std, self.dtype, name=f"{name}_up")(x)
 
     def _per_key_head(self, name: str, start: float) -> Float[Array, " Hk"]:
         """A parameter of key heads that starts from one value."""

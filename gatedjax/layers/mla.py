@@ -135,7 +135,6 @@ class MLA(Mixer):
             q = Projection(width, low, self.init_std, self.dtype, name="query_down")(x)
             q = self._normed("query_norm", q)
             q = Projection(low, axes, self.init_std, self.dtype, name="query_up")(q)
-            q = nn.with_logical_constraint(q, ("batch", "length", "heads", None))
         rotated = self._rotated(q[..., c.nope_dim :], info)
         return jnp.concatenate([q[..., : c.nope_dim], rotated], axis=-1)
 

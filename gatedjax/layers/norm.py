@@ -60,18 +60,21 @@ class RMSNorm(nn.Module):
     zero_centered: bool = False
     axis_name: str = "embed_act"
 
-    @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_norm(x, self.scale_of(x.shape[-1]), self.eps)
+
+    @nn.compact
+    def scale_of(self, width: int) -> Float[Array, " D"]:
+        """What each of `width` channels is multiplied by."""
         init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
         w = parameter(
             self,
             "scale",
             axes=[self.axis_name],
-            shape=[x.shape[-1]],
+            shape=[width],
             init=init,
         )
-        scale = 1.0 + w if self.zero_centered else w
-        return rms_norm(x, scale, self.eps)
+        return 1.0 + w if self.zero_centered else w
 
 
 class HeadsNorm(nn.Module):

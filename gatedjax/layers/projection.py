@@ -96,6 +96,30 @@ def _contract_backward(
 contract.defvjp(_contract_forward, _contract_backward)
 
 
+def contract_columns(
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    axes: int,
+    names: tuple[str, ...] = (),
+) -> Float[Array, "... N"]:
+    """`contract`, with the axes that are summed over as one and those that remain as one, [..., N].
+
+    The heads of a projection are columns then, [B, T, H D], which is how kernels read them. A TPU
+    would keep [B, T, H, D] with the tokens last, and copy it.
+
+    Args:
+      x, kernel, axes: as of `contract`.
+      names: the same. Of several axes that become one, a mesh cuts the first alone.
+    """
+    sums = math.prod(kernel.shape[:axes])
+    return contract(
+        x.reshape(*x.shape[: x.ndim - axes], sums),
+        kernel.reshape(sums, -1),
+        1,
+        (names[0], names[axes]) if names else (),
+    )
+
+
 # Axes of a bias, where the kernel's have a name that means a matrix to the optimizer
 # (`training/optim.py`). Along the width it is whole on every device, as a norm's scale.
 _AXES_OF_BIAS = {
@@ -136,7 +160,7 @@ class Projection(nn.Module):
         rounded = x
         if lora is not None and lora.eight_bit_inputs:
             rounded = eight_bits(x, len(self.in_axes))
-        y = contract(rounded, kernel.astype(self.dtype), len(self.in_axes), names)
+        y = contract_columns(rounded, kernel.astype(self.dtype), len(self.in_axes), names)
         if self.has_bias:
             bias = parameter(
                 self,
@@ -145,8 +169,14 @@ class Projection(nn.Module):
                 shape=list(self.out_axes.values()),
                 init=nn.initializers.zeros,
             )
-            y = y + bias.astype(self.dtype)
+            y = y + bias.astype(self.dtype).reshape(-1)
+        if len(self.out_axes) == 2 and y.ndim == 3:
+            # Heads of tokens, which lie where the mesh has both. Placed while they are columns:
+            # what XLA places as [B, T, H, D] it also keeps so, and copies before a kernel.
+            heads, _ = self.out_axes
+            y = nn.with_logical_constraint(y, ("batch", "length", heads))
         y = checkpoint_name(y, OUT_NAME)
+        y = y.reshape(*y.shape[:-1], *self.out_axes.values())
         if lora is None:
             return y
         # A module of its own: its random numbers are none of the kernel's.

@@ -1,18 +1,19 @@
 """Rotary position embedding (arXiv 2104.09864) on the first channels of a head, and extensions."""
 
-import dataclasses
-import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.config import GatedAttentionConfig
+from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.token_info import Grid
-from kernels_pallas.common.device import target_platform
+from gatedjax.per_shard import per_shard
+from gatedjax.sharding import is_cut
+from kernels_pallas.rotary import rotary
+from kernels_pallas.rotary.xla import turned
 
 # YaRN's bounds: pairs that make more full rotations than this over the original length are kept,
 # those that make fewer than one are slowed.
@@ -142,100 +143,57 @@ def apply_rope(
     Returns:
       x, rotated, in its dtype.
     """
-    # A TPU moves half a head along the lanes slowly, in passes of their own, and multiplies by a
-    # matrix of 16-bit numbers in passing.
-    if x.dtype == jnp.bfloat16 and target_platform(x) == "tpu":
-        partners = Partners(x.shape[-1], len(frequencies), interleaved)
-        # What does not rotate has the angle 0, and no magnitude.
-        angle = positions[:, :, None, None].astype(jnp.float32) * partners.spread(frequencies, 0.0)
-        magnitudes = partners.spread(np.full_like(frequencies, magnitude), 1.0)
-        return _rotated(x, jnp.cos(angle) * magnitudes, jnp.sin(angle) * magnitudes, partners)
-    # One angle for every token and pair, the same in all heads.
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return rotate(
+    return _rotary(
         x,
-        angle,
-        magnitude,
-        interleaved,
+        positions,
+        frequencies,
+        magnitude=magnitude,
+        interleaved=interleaved,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Partners:
-    """Which channels of a head are the two coordinates of a pair.
-
-    channels: of a head.
-    pairs: the first 2 `pairs` channels are in one.
-    interleaved: as in `apply_rope`.
-    """
-
-    channels: int
-    pairs: int
-    interleaved: bool
-
-    def spread(self, of_pair: Float[np.ndarray, " J"], rest: float) -> Float[np.ndarray, " D"]:
-        """The number of its pair for every channel; `rest` for those in none."""
-        if self.interleaved:
-            rotating = np.repeat(of_pair, 2)
-        else:
-            rotating = np.tile(of_pair, 2)
-        unrotated = np.full(self.channels - 2 * self.pairs, rest, np.float32)
-        return np.concatenate([rotating, unrotated])
-
-    def quarter_turn(self) -> Float[np.ndarray, "D D"]:
-        """The matrix that turns every pair by 90 degrees: (left, right) -> (-right, left)."""
-        first = np.arange(self.pairs)
-        if self.interleaved:
-            left, right = 2 * first, 2 * first + 1
-        else:
-            left, right = first, first + self.pairs
-        matrix = np.zeros((self.channels, self.channels), np.float32)
-        matrix[right, left] = -1.0
-        matrix[left, right] = 1.0
-        return matrix
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _rotated(
+def _rotary(
     x: Float[Array, "B T H D"],
-    cos: Float[Array, "B T 1 D"],
-    sin: Float[Array, "B T 1 D"],
-    partners: Partners,
+    positions: Int[Array, "B T"],
+    frequencies: Float[np.ndarray, " J"],
+    norm_scale: Float[Array, " D"] | None = None,
+    **options,
 ) -> Float[Array, "B T H D"]:
-    """`x cos + (x turned by 90 degrees) sin`, in float32: the gradient is a rotation back.
+    """The op `rotary`; where the ambient mesh cuts the tokens, every device rotates its own."""
 
-    Every sum of the matrix product has one term, x or -x: it is exact.
+    def rotate(x: Array, positions: Array, norm_scale: Array | None) -> Array:
+        return rotary(x, positions, frequencies, norm_scale, **options)
 
-    Args:
-      x: queries or keys, bfloat16.
-      cos, sin: of every token and channel, constants of the gradient.
-      partners: which channels are a pair.
-    """
-    matrix = jnp.asarray(partners.quarter_turn(), x.dtype)
-    last_of_x = (x.ndim - 1,)
-    turned = lax.dot_general(
-        x,
-        matrix,
-        ((last_of_x, (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+    if not is_cut("length", x.shape[1]):
+        return rotate(x, positions, norm_scale)
+    tokens = ("batch", "length")
+    heads = (*tokens, "heads", None)
+    return per_shard(rotate, (heads, tokens, (None,)), heads)(x, positions, norm_scale)
 
 
-def _rotated_forward(x: Array, cos: Array, sin: Array, partners: Partners):
-    return _rotated(x, cos, sin, partners), (cos, sin)
+class NormedRope(RMSNorm):
+    """RMSNorm of every head, then `apply_rope`, as one op."""
 
+    axis_name: str = "head_dim"
 
-def _rotated_backward(
-    partners: Partners,
-    residuals: tuple[Array, Array],
-    dy: Array,
-) -> tuple[Array, None, None]:
-    cos, sin = residuals
-    return _rotated(dy, cos, -sin, partners), None, None
-
-
-_rotated.defvjp(_rotated_forward, _rotated_backward)
+    def __call__(  # pyrefly: ignore  (of heads, and their positions)
+        self,
+        x: Float[Array, "B T H D"],
+        positions: Int[Array, "B T"],
+        frequencies: Float[np.ndarray, " J"],
+        magnitude: float = 1.0,
+        interleaved: bool = False,
+    ) -> Float[Array, "B T H D"]:
+        """As `apply_rope` of `RMSNorm`."""
+        return _rotary(
+            x,
+            positions,
+            frequencies,
+            self.scale_of(x.shape[-1]),
+            eps=self.eps,
+            magnitude=magnitude,
+            interleaved=interleaved,
+        )
 
 
 def grid_angles(
@@ -279,26 +237,7 @@ def rotate(
     Returns:
       x, rotated, in its dtype.
     """
-    half = angle.shape[-1]
-    cos = jnp.cos(angle) * magnitude
-    sin = jnp.sin(angle) * magnitude
-    rotating = x[..., : 2 * half]
-    # The coordinates of the pairs are the two halves of the rotated channels, or neighbors. Cut
-    # first: all channels in float32 would be an array in memory.
-    if interleaved:
-        left, right = rotating[..., 0::2], rotating[..., 1::2]
-    else:
-        left, right = rotating[..., :half], rotating[..., half:]
-    left, right = left.astype(jnp.float32), right.astype(jnp.float32)
-    turned = [left * cos - right * sin, right * cos + left * sin]
-    if interleaved:
-        rotated = jnp.stack(turned, axis=-1).reshape(rotating.shape)
-    else:
-        rotated = jnp.concatenate(turned, axis=-1)
-    if 2 * half == x.shape[-1]:
-        return rotated.astype(x.dtype)
-    unrotated = x[..., 2 * half :]
-    return jnp.concatenate([rotated.astype(x.dtype), unrotated], axis=-1)
+    return turned(x, jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude, interleaved)
 
 
 def _pair_with_rotations(

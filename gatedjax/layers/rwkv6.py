@@ -216,7 +216,6 @@ class RWKV6(Mixer):
         x = self._projection("decay_down", width, low, nn.initializers.zeros)(x)
         x = jnp.tanh(x.astype(jnp.float32))
         logits = self._projection("decay_up", low, heads, partial(uniform, bound=SMALL))(x)
-        logits = nn.with_logical_constraint(logits, ("batch", "length", "heads", None))
         return double_exponential_log_decay(logits.astype(jnp.float32) + bias)
 
     # --- parameters
@@ -239,8 +238,7 @@ class RWKV6(Mixer):
         gain: float,
     ) -> Float[Array, "B T H D"]:
         """One matrix, to heads; it starts orthogonal, times `gain`."""
-        y = self._projection(name, {"embed": x.shape[-1]}, heads, starts.orthogonal(gain))(x)
-        return nn.with_logical_constraint(y, ("batch", "length", "heads", None))
+        return self._projection(name, {"embed": x.shape[-1]}, heads, starts.orthogonal(gain))(x)
 
     def _of_heads(
         self,

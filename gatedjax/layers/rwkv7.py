@@ -187,8 +187,7 @@ class RWKV7(Mixer):
         """Receptance, keys or values: one matrix."""
         c = self.config
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
-        y = self._projection(name, {"embed": c.width}, heads, starts.orthogonal(gain))(x)
-        return nn.with_logical_constraint(y, ("batch", "length", "heads", None))
+        return self._projection(name, {"embed": c.width}, heads, starts.orthogonal(gain))(x)
 
     def _low_rank(
         self,
@@ -207,7 +206,6 @@ class RWKV7(Mixer):
             x = activation(x.astype(jnp.float32))
         gain = 0.1 * max(rank / c.width, 1.0) ** 0.5
         y = self._projection(f"{name}_up", low, heads, starts.orthogonal(gain))(x)
-        y = nn.with_logical_constraint(y, ("batch", "length", "heads", None))
         return y.astype(jnp.float32)
 
     # --- the gates

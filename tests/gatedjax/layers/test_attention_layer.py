@@ -14,7 +14,13 @@ from gatedjax.config import GatedAttentionConfig
 from gatedjax.config.presets import GPT_OSS, LSSAR, QWEN3_NEXT, SWAT
 from gatedjax.layers.attention import GatedAttention
 from gatedjax.layers.kv_cache import append, distances_of_slots, in_time_order
-from gatedjax.layers.rope import apply_rope, inverse_frequencies, llama3_frequencies
+from gatedjax.layers.norm import RMSNorm
+from gatedjax.layers.rope import (
+    NormedRope,
+    apply_rope,
+    inverse_frequencies,
+    llama3_frequencies,
+)
 from gatedjax.layers.sinks import num_sink_channels, token_sinks_as_channels
 from gatedjax.layers.token_info import TokenInfo, arranged, empty_history
 from kernels_pallas.dispatch import lowering_for
@@ -476,6 +482,18 @@ def test_rope_on_a_tpu_is_the_same_to_the_last_bit(pairs, magnitude, interleaved
         assert "dot_general" in str(jax.make_jaxpr(rope)(x))
     np.testing.assert_array_equal(y, y_tpu)
     np.testing.assert_array_equal(pull(dy)[0], pull_tpu(dy)[0])
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_norm_and_rotation_at_once_are_those_two_layers(zero_centered):
+    frequencies = inverse_frequencies(6, 100.0)
+    x = jnp.asarray(X[:, :, None, :8], jnp.bfloat16)
+    positions = 7 * jnp.arange(2 * T).reshape(2, T)
+    rest = (positions, frequencies, 1.25, True)
+    params = {"params": {"scale": jnp.linspace(-1.0, 1.0, 8)}}
+    normed = RMSNorm(1e-2, zero_centered).apply(params, x)
+    at_once = NormedRope(1e-2, zero_centered).apply(params, x, *rest)
+    np.testing.assert_array_equal(at_once, apply_rope(normed, *rest))
 
 
 def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
