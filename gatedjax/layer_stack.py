@@ -15,6 +15,7 @@ from gatedjax.config import ModelConfig
 from gatedjax.layers import TokenInfo
 from gatedjax.layers.added_losses import ADDED_LOSSES
 from gatedjax.layers.block import (
+    STREAM_NAME,
     Block,
     Stream,
 )
@@ -150,6 +151,8 @@ def remat_policy(name: str) -> Callable[..., Any]:
     policies = {
         "full": checkpoint_policies.nothing_saveable,
         "kernels": checkpoint_policies.save_only_these_names(*of_kernels),
-        "projections": checkpoint_policies.save_only_these_names(*of_kernels, PROJECTION_NAME),
+        "projections": checkpoint_policies.save_only_these_names(
+            *of_kernels, PROJECTION_NAME, STREAM_NAME
+        ),
     }
     return policies[name]

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from gatedjax.config import BlockConfig, ModelConfig
@@ -30,6 +31,9 @@ from gatedjax.layers.norm import LayerNorm, RMSNorm
 # The residual stream, with the logical names of its axes.
 Stream = Float[Array, "B T M"]
 STREAM_AXES = ("batch", "length", "embed_act")
+# Between mixer and feed-forward, for `jax.checkpoint` policies: in place of the mixer's output,
+# which the backward pass would only add again.
+STREAM_NAME = "after_mixer"
 
 
 @struct.dataclass
@@ -102,7 +106,7 @@ class Block(nn.Module):
             else:
                 y, cache, depth = _mixed(mixer, before, info, cache, depth)
             record(self, "mixer_output", y)
-            x = self._sum(x, self._after("mixer", y))
+            x = checkpoint_name(self._sum(x, self._after("mixer", y)), STREAM_NAME)
         statistics = {}
         if feed_forward.has_cache:
             y, ffn_cache = feed_forward.with_cache(self._before("ffn", x), info, ffn_cache)
