@@ -107,6 +107,8 @@ def _training_loss_backward(
     cotangents: tuple[Array, TokenLosses],
 ):
     dloss, _ = cotangents
+    # XLA brings the chunks into the order of tokens: before they are float32, not after.
+    gradients = jax.lax.optimization_barrier(gradients)
     dhidden, dweights = (
         (dloss * gradient.astype(jnp.float32)).astype(gradient.dtype) for gradient in gradients
     )
