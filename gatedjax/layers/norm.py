@@ -6,21 +6,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from gatedjax.layers.parameters import parameter
-
-
-def rms_norm(
-    x: Float[Array, "... D"],
-    scale: Float[Array, " D"],
-    eps: float,
-) -> Float[Array, "... D"]:
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32.
-
-    Returns x's dtype (arXiv 1910.07467).
-    """
-    x32 = x.astype(jnp.float32)
-    # Not centered: RMSNorm leaves the mean alone.
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    return (x32 * lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+from kernels_pallas.common.norm import rms_norm
 
 
 def layer_norm(

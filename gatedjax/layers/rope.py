@@ -127,6 +127,8 @@ def apply_rope(
     frequencies: Float[np.ndarray, " J"],
     magnitude: float = 1.0,
     interleaved: bool = False,
+    norm_scale: Float[Array, " D"] | None = None,
+    eps: float = 1e-6,
 ) -> Float[Array, "B T H D"]:
     """Rotates the first channels of each head by position x frequency, in float32.
 
@@ -139,31 +141,24 @@ def apply_rope(
         layout of Llama and Qwen checkpoints).
       magnitude: what rotated channels are multiplied by.
       interleaved: channel 2 i is paired with 2 i + 1 instead (GPT-J, DeepSeek).
+      norm_scale, eps: of an RMS norm of every head, which comes first; None: no norm.
 
     Returns:
       x, rotated, in its dtype.
     """
-    return _rotary(
-        x,
-        positions,
-        frequencies,
-        magnitude=magnitude,
-        interleaved=interleaved,
-    )
-
-
-def _rotary(
-    x: Float[Array, "B T H D"],
-    positions: Int[Array, "B T"],
-    frequencies: Float[np.ndarray, " J"],
-    norm_scale: Float[Array, " D"] | None = None,
-    **options,
-) -> Float[Array, "B T H D"]:
-    """The op `rotary`; where the ambient mesh cuts the tokens, every device rotates its own."""
 
     def rotate(x: Array, positions: Array, norm_scale: Array | None) -> Array:
-        return rotary(x, positions, frequencies, norm_scale, **options)
+        return rotary(
+            x,
+            positions,
+            frequencies,
+            norm_scale,
+            eps=eps,
+            magnitude=magnitude,
+            interleaved=interleaved,
+        )
 
+    # Where the ambient mesh cuts the tokens, every device rotates its own.
     if not is_cut("length", x.shape[1]):
         return rotate(x, positions, norm_scale)
     tokens = ("batch", "length")
@@ -185,14 +180,14 @@ class NormedRope(RMSNorm):
         interleaved: bool = False,
     ) -> Float[Array, "B T H D"]:
         """As `apply_rope` of `RMSNorm`."""
-        return _rotary(
+        return apply_rope(
             x,
             positions,
             frequencies,
-            self.scale_of(x.shape[-1]),
+            magnitude,
+            interleaved,
+            norm_scale=self.scale_of(x.shape[-1]),
             eps=self.eps,
-            magnitude=magnitude,
-            interleaved=interleaved,
         )
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int
 
 from kernels_pallas.common.precision import accumulator_dtype
@@ -67,6 +67,22 @@ class Pairs:
         matrix[right, left] = -1.0
         matrix[left, right] = 1.0
         return matrix
+
+
+def quarter_turned(
+    x: Float[Array, "*rows D"],
+    quarter_turn: Float[Array, "D D"],
+) -> Float[Array, "*rows D"]:
+    """bfloat16, turned by `Pairs.quarter_turn`: float32.
+
+    Every sum of the matrix product has one term, x or -x: it is exact.
+    """
+    return lax.dot_general(
+        x,
+        quarter_turn,
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

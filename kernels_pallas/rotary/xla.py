@@ -4,12 +4,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from kernels_pallas.common.device import target_platform
-from kernels_pallas.common.precision import accumulator_dtype
-from kernels_pallas.rotary.inputs import Pairs, RotaryInputs, RotaryOptions, of_channels, of_pairs
+from kernels_pallas.common.norm import rms_norm
+from kernels_pallas.rotary.inputs import (
+    Pairs,
+    RotaryInputs,
+    RotaryOptions,
+    of_channels,
+    of_pairs,
+    quarter_turned,
+)
 
 
 def rotary(inputs: RotaryInputs, options: RotaryOptions) -> Float[Array, "B T H D"]:
@@ -32,13 +39,7 @@ def normed(
     eps: float,
 ) -> Float[Array, "B T H D"]:
     """The RMS norm of every head, in x's dtype; x without a scale."""
-    if norm_scale is None:
-        return x
-    dtype = accumulator_dtype(x.dtype)
-    wide = x.astype(dtype)
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    scale = norm_scale.astype(dtype)[None, None, None]
-    return (wide * lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+    return x if norm_scale is None else rms_norm(x, norm_scale, eps)
 
 
 def turned(
@@ -86,21 +87,13 @@ def _turned_by_matrix(
 ) -> Float[Array, "B T H D"]:
     """`x cos + (x turned by 90 degrees) sin`, in float32: the gradient is a rotation back.
 
-    Every sum of the matrix product has one term, x or -x: it is exact.
-
     Args:
       x: queries or keys, bfloat16.
       cos, sin: of every token and channel, constants of the gradient.
       pairs: which channels are one.
     """
     matrix = jnp.asarray(pairs.quarter_turn(), x.dtype)
-    last_of_x = (x.ndim - 1,)
-    quarter = lax.dot_general(
-        x,
-        matrix,
-        ((last_of_x, (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    quarter = quarter_turned(x, matrix)
     return (x.astype(jnp.float32) * cos + quarter * sin).astype(x.dtype)
 
 

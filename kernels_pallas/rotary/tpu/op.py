@@ -30,7 +30,12 @@ from kernels_pallas.common.padding import round_up
 from kernels_pallas.common.second_order import differentiable_gradient
 from kernels_pallas.common.tpu import VMEM_LIMIT, Interpret, Ref, in_hbm, interpret_params
 from kernels_pallas.rotary import xla
-from kernels_pallas.rotary.inputs import RotaryInputs, RotaryOptions, of_channels
+from kernels_pallas.rotary.inputs import (
+    RotaryInputs,
+    RotaryOptions,
+    of_channels,
+    quarter_turned,
+)
 
 # The channels of a vector register. A head is a whole number of them.
 LANES = 128
@@ -150,7 +155,7 @@ def _gradients(call: _Call, inputs: _Inputs, dy: Array) -> _Inputs:
         outputs.append(like(columns.x, (num_blocks, SUBLANES, D), jnp.float32))
     dx, *dscale = _run(
         call,
-        _backward_kernel,
+        partial(_backward_kernel, rows),
         columns,
         [columns.x, dy.reshape(columns.x.shape)],
         outputs,
@@ -215,7 +220,7 @@ def _run(
 
     Args:
       call: the static arguments.
-      kernel: called as kernel(eps, rows, tables, heads, outputs), the last two references.
+      kernel: called as kernel(eps, tables, heads, outputs), the last two references.
       columns: the arrays of the call.
       heads: those of its inputs that are [rows, H D].
       outputs: as `heads`, or a part for each block, [blocks, 8, D].
@@ -246,7 +251,7 @@ def _run(
         norm_scales = (scales[0][0:1], scales[0][1:2]) if scales else None
         tables = _Tables(quarter_turn[...], norm_scales, cos, sin)
         inputs = refs[len(whole) + 2 : len(arrays)]
-        kernel(call.options.eps, rows, tables, inputs, refs[len(arrays) :])
+        kernel(call.options.eps, tables, inputs, refs[len(arrays) :])
 
     D = columns.cos.shape[1]
     return pl.pallas_call(
@@ -286,15 +291,6 @@ class _Tables(NamedTuple):
     cos: Ref
     sin: Ref
 
-    def turned(self, x: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
-        """bfloat16 turned by 90 degrees: float32, exact."""
-        return lax.dot_general(
-            x,
-            self.quarter_turn,
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-
 
 def _inverse_root(x: Float[Array, "rows D"], eps: float) -> Float[Array, "rows 1"]:
     """r of the module's docstring."""
@@ -318,7 +314,6 @@ def _by_groups(block_rows: int, body: Callable[[Any, Any], Any], start: Any = No
 
 def _forward_kernel(
     eps: float,
-    rows: int,
     tables: _Tables,
     inputs: Sequence[Ref],
     outputs: Sequence[Ref],
@@ -337,7 +332,7 @@ def _forward_kernel(
         for head in _heads(x_ref, D):
             x = x_ref[group, head]
             wide = x.astype(jnp.float32)
-            y = wide * cos + tables.turned(x) * sin
+            y = wide * cos + quarter_turned(x, tables.quarter_turn) * sin
             if tables.norm_scales is not None:
                 y = y * _inverse_root(wide, eps)
             y_ref[group, head] = y.astype(y_ref.dtype)
@@ -346,13 +341,13 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    eps: float,
     rows: int,
+    eps: float,
     tables: _Tables,
     inputs: Sequence[Ref],
     outputs: Sequence[Ref],
 ) -> None:
-    """dx of a block of rows, and its part of the scale's gradient."""
+    """dx of a block of rows, and its part of the scale's gradient. `rows`: how many there are."""
     x_ref, dy_ref = inputs
     dx_ref, *dscale_ref = outputs
     block_rows, D = tables.cos.shape
@@ -362,7 +357,7 @@ def _backward_kernel(
         cos, sin = tables.cos[group, :], tables.sin[group, :]
         for head in _heads(x_ref, D):
             dy = dy_ref[group, head]
-            dn = dy.astype(jnp.float32) * cos - tables.turned(dy) * sin
+            dn = dy.astype(jnp.float32) * cos - quarter_turned(dy, tables.quarter_turn) * sin
             if tables.norm_scales is None:
                 dx_ref[group, head] = dn.astype(dx_ref.dtype)
                 continue
