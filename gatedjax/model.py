@@ -32,10 +32,7 @@ from gatedjax.layers.moe.shared_router import shared_experts
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.patches import PatchEmbedding, image_info, pooled
 from gatedjax.layers.token_info import History, arranged, in_order, out_of_order
-from gatedjax.sharding import parts
-
-# Of the embedding, and of what else has a row for each token of the vocabulary.
-TABLE_AXES = ("vocab", "embed_vocab")
+from gatedjax.layers.token_rows import TABLE_AXES, token_rows
 
 # Parameters of outputs other than softmax (`output.py`): what is added to the products with the
 # head, and the code of each token.
@@ -274,7 +271,8 @@ class LanguageModel(nn.Module):
         c = self.config
         table = self._table("embedding", c.vocab_size)
         self._make_head()
-        return nn.with_logical_constraint(self._rows(table, tokens, segment_ids), STREAM_AXES)
+        x = token_rows(table, tokens, segment_ids, c.dtype)
+        return nn.with_logical_constraint(x, STREAM_AXES)
 
     def _make_head(self) -> None:
         """The output matrix, if it has one of its own, and what outputs other than softmax have."""
@@ -290,34 +288,6 @@ class LanguageModel(nn.Module):
             parameter(self, HEAD_BIAS, axes=(), shape=(), init=start)
         if c.output.kind == "vq":
             CodesOfTokens(c, name=CODES)()
-
-    def _rows(
-        self,
-        table: Float[Array, "X M"],
-        tokens: Any,
-        segment_ids: Int[Array, "B T"] | None,
-    ) -> Float[Array, "B T M"]:
-        """The tokens' rows of a table; zeros for padding, NaN outside of the vocabulary."""
-        c = self.config
-        # Looked up in the table as it is stored: each device finds its channels of all tokens, and
-        # those of a row then come together. That sends vectors of tokens both ways, where whole
-        # rows would need the table gathered and its gradient summed. Where the sequence is cut too,
-        # XLA could move such a result only by replicating it.
-        of_lookup = TABLE_AXES if parts("length") == 1 else ("vocab", None)
-        table = nn.with_logical_constraint(table.astype(c.dtype), of_lookup)
-        # Below 0 is outside of the vocabulary too, not counted from its end.
-        tokens = jnp.where(tokens < 0, c.vocab_size, tokens)
-        x = jnp.take(
-            table,
-            tokens,
-            axis=0,
-            mode="fill",
-            fill_value=jnp.nan,
-        )
-        if segment_ids is not None:
-            is_token = segment_ids != 0
-            x = jnp.where(is_token[..., None], x, 0)
-        return x
 
     def _bank_values(
         self,
@@ -335,7 +305,7 @@ class LanguageModel(nn.Module):
             shape=(self.config.vocab_size, math.prod(shape)),
             init=nn.initializers.zeros,
         )
-        rows = self._rows(table, info.tokens, info.segment_ids)
+        rows = token_rows(table, info.tokens, info.segment_ids, self.config.dtype)
         values = rows.reshape(*rows.shape[:2], *shape)
         return nn.with_logical_constraint(values, ("batch", "length", None, "kv_heads", None))
 

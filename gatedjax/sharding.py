@@ -58,6 +58,7 @@ RULES = (
     ("shared_gate", None),
     ("vocab", "tensor"),
     ("embed_vocab", ("fsdp", "context")),
+    ("lookup_batch", ("data", "expert")),
     ("expert", "expert"),
     ("constant_expert", None),
     ("layers", None),
@@ -241,8 +242,8 @@ def global_batch(
     return jax.tree.map(put, local)
 
 
-def parts(name: str) -> int:
-    """Into how many parts the ambient mesh cuts a logical axis; 1 without a mesh."""
+def parts(name: str | None) -> int:
+    """Into how many parts the ambient mesh cuts a logical axis; 1 without a mesh or a name."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape.get(axis, 1) for axis in mesh_axes(name))
 
@@ -280,7 +281,7 @@ def mesh_axis(name: str) -> str:
     return axis
 
 
-def mesh_axes(name: str) -> tuple[str, ...]:
+def mesh_axes(name: str | None) -> tuple[str, ...]:
     """The mesh axes of a logical axis."""
     spec = nn.logical_to_mesh_axes((name,), RULES)
     assert spec is not None

@@ -31,6 +31,7 @@ from gatedjax.evaluation.exits import (
 from gatedjax.layers.block import Block, init_block_cache
 from gatedjax.layers.norm import RMSNorm
 from gatedjax.layers.token_info import History, TokenInfo, arranged, empty_history
+from gatedjax.layers.token_rows import token_rows
 from gatedjax.model import head_weights, logits
 
 # Generations of which the median time counts.
@@ -187,7 +188,7 @@ class EarlyExit:
         return arrangement.info, arrangement.after
 
     def _embedded(self, tokens: Int[Array, "1 T"]) -> Float[Array, "1 T M"]:
-        return jnp.take(self._params["embedding"], tokens, axis=0).astype(self._config.dtype)
+        return token_rows(self._params["embedding"], tokens, None, self._config.dtype)
 
     def _run(self, layer: int, x: Array, info: TokenInfo, cache: Any) -> tuple[Array, Any]:
         block, params = self._blocks[layer]
