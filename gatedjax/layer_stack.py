@@ -24,6 +24,9 @@ from gatedjax.layers.gate_values import COLLECTION
 from gatedjax.layers.moe.exchange_ragged import DISPATCHED_NAME
 from gatedjax.layers.projection import OUT_NAME as PROJECTION_NAME
 from gatedjax.ops import RESIDUAL_NAMES
+from kernels_pallas.attention.xla import QUERIES_AND_KEYS_NAME
+from kernels_pallas.common.norm import ROOT_NAME
+from kernels_pallas.rotary.tpu.op import ANGLES_NAME
 
 # What goes from layer to layer: (x, router logits, depth).
 Carry = tuple[Stream, Array | None, Depth | None]
@@ -152,7 +155,12 @@ def remat_policy(name: str) -> Callable[..., Any]:
         "full": checkpoint_policies.nothing_saveable,
         "kernels": checkpoint_policies.save_only_these_names(*of_kernels),
         "projections": checkpoint_policies.save_only_these_names(
-            *of_kernels, PROJECTION_NAME, STREAM_NAME
+            *of_kernels,
+            PROJECTION_NAME,
+            ANGLES_NAME,
+            QUERIES_AND_KEYS_NAME,
+            STREAM_NAME,
+            ROOT_NAME,
         ),
     }
     return policies[name]

@@ -134,10 +134,11 @@ class ModelConfig(Checked):
     # of activations; parameters are float32
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # What the backward pass finds in memory of the layers; the rest it computes again. none:
-    # everything; projections: what matrices and kernels return but for rotations, and the residual
-    # stream between mixer and feed-forward (norms, activations, rotations run again); kernels:
-    # what the kernels return but for rotations, and the rows that exchange "ragged_all_to_all" has
-    # brought (matrices run again, a third of their time); full: each period's input.
+    # everything; projections: what matrices and kernels return, queries and keys as attention's
+    # kernels read them, the residual stream between mixer and feed-forward and a number a token of
+    # each RMSNorm (what norms multiply and activations run again); kernels: what the kernels return
+    # but for rotations, and the rows that exchange "ragged_all_to_all" has brought (matrices run
+    # again, a third of their time); full: each period's input.
     remat: Remat = "none"
     # false: every layer compiled by itself; small models run faster (nothing is stacked)
     scan_layers: bool = True

@@ -28,7 +28,7 @@ from kernels_pallas.attention.inputs import (
     StepOptions,
 )
 from kernels_pallas.attention.normalizers.base import Normalizer
-from kernels_pallas.attention.xla import OUT_NAME, STATISTIC_NAME
+from kernels_pallas.attention.xla import OUT_NAME, QUERIES_AND_KEYS_NAME, STATISTIC_NAME
 from kernels_pallas.common.mesh import by_rows_and_heads
 from kernels_pallas.common.padding import padded
 
@@ -325,7 +325,15 @@ class Residuals(NamedTuple):
 def residuals(
     result: ForwardResult, inputs: Any, normalizer: Normalizer
 ) -> tuple[Array, Residuals]:
-    """(y, what the backward pass gets), with the names that a checkpoint policy can keep."""
+    """(y, what the backward pass gets), with the names that a checkpoint policy can keep.
+
+    Queries and keys have a name for the backward pass alone: what the forward pass names and uses,
+    jax rounds to the dtype it has, in a pass of its own over what a kernel returned.
+    """
+    inputs = inputs._replace(
+        q=checkpoint_name(inputs.q, QUERIES_AND_KEYS_NAME),
+        k=checkpoint_name(inputs.k, QUERIES_AND_KEYS_NAME),
+    )
     # A layer multiplies y by a matrix and needs it again for that matrix's gradient.
     y = checkpoint_name(result.y, OUT_NAME)
     outputs = {n: checkpoint_name(o, OUT_NAME) for n, o in result.outputs.items()}

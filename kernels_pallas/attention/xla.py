@@ -34,6 +34,8 @@ from kernels_pallas.common.second_order import differentiable_gradient, kept
 # What the op names with `checkpoint_name`.
 OUT_NAME = "attention_out"
 STATISTIC_NAME = "attention_lse"
+# By kernels only: as they came, rotated and normed.
+QUERIES_AND_KEYS_NAME = "attention_queries_and_keys"
 
 
 def block_sizes(T: int) -> tuple[int, int]:

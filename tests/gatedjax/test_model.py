@@ -20,9 +20,11 @@ from gatedjax.config import (
     ModelConfig,
     SparseMoEConfig,
 )
+from gatedjax.layer_stack import remat_policy
 from gatedjax.model import LanguageModel, head_weights, init_caches, logits
 from gatedjax.training.losses import cross_entropy
 from gatedjax.training.training_loss import training_loss
+from kernels_pallas.ops import attention, rotary
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -130,22 +132,58 @@ def test_remat_and_unrolling_change_no_gradient(params, changed):
         assert rel_rms(a, e) < 1e-5
 
 
+def times_in_gradient(model, remat, what):
+    """How often a text stands in the gradient of a model, as it is traced."""
+    config = dataclasses.replace(model, remat=remat)
+
+    def loss(p):
+        return jnp.sum(LanguageModel(config).apply({"params": p}, TOKENS)[0])
+
+    shapes = jax.eval_shape(lambda: make(model))
+    return str(jax.make_jaxpr(jax.grad(loss))(shapes)).count(what)
+
+
 def test_remat_repeats_no_more_than_it_says():
-    """Matmuls of a gradient as it is traced: "projections" repeats none that is a projection's or
-    an op's, "kernels" none that is an op's.
+    """ "projections" repeats no matmul that is a projection's or an op's and no norm's mean of
+    squares; "kernels" repeats no matmul that is an op's.
     """
-    shapes = jax.eval_shape(lambda: make(DENSE))
-
-    def matmuls(remat):
-        config = dataclasses.replace(DENSE, remat=remat)
-
-        def loss(p):
-            return jnp.sum(LanguageModel(config).apply({"params": p}, TOKENS)[0])
-
-        return str(jax.make_jaxpr(jax.grad(loss))(shapes)).count(" dot_general[")
-
-    none, projections, kernels, full = map(matmuls, ("none", "projections", "kernels", "full"))
+    of_remat = functools.partial(times_in_gradient, DENSE)
+    none, projections, kernels, full = (
+        of_remat(remat, " dot_general[") for remat in ("none", "projections", "kernels", "full")
+    )
     assert projections == none < kernels < full
+    assert of_remat("projections", " = rsqrt ") == of_remat("none", " = rsqrt ")
+    assert of_remat("kernels", " = rsqrt ") > of_remat("none", " = rsqrt ")
+
+
+def test_the_stream_between_mixer_and_feed_forward_is_kept():
+    """ "projections" adds the mixer's output to it once, in the forward pass."""
+    model = dataclasses.replace(DENSE, pattern=("attention",))
+    none, projections, kernels = (
+        times_in_gradient(model, remat, "[2,40,32] = add ")
+        for remat in ("none", "projections", "kernels")
+    )
+    assert projections == none < kernels
+
+
+def test_a_backward_pass_rotates_nothing_again():
+    """On TPUs "projections" keeps queries and keys as attention's kernels read them."""
+    x = jnp.ones((1, 256, 2, 128), jnp.bfloat16)
+    positions = np.arange(256)[None]
+    frequencies = np.float32(100.0 ** (-np.arange(64) / 64))
+
+    def loss(x):
+        kernels = dict(implementation="tpu", interpret=True)
+        q = rotary(x, positions, frequencies, jnp.ones(128), **kernels)
+        return jnp.sum(attention(q, x, x, **kernels).astype(jnp.float32))
+
+    def traced(remat):
+        once = jax.checkpoint(loss, policy=remat_policy(remat))
+        return str(jax.make_jaxpr(jax.grad(once))(x))
+
+    projections, kernels = traced("projections"), traced("kernels")
+    for what in ("name=rotary_forward", " = cos ", " = sin "):
+        assert (projections.count(what), kernels.count(what)) == (1, 2), what
 
 
 def test_statistics_come_from_sparse_layers_only(params):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
@@ -37,6 +38,8 @@ from kernels_pallas.rotary.inputs import (
     quarter_turned,
 )
 
+# Cosines and sines, for `jax.checkpoint` policies: all layers have the same ones.
+ANGLES_NAME = "rotary_angles"
 # The channels of a vector register. A head is a whole number of them.
 LANES = 128
 SUBLANES = 8
@@ -98,7 +101,8 @@ def rotary(
 ) -> Float[Array, "B T H D"]:
     """As `api.rotary`, of the rows and heads of one device."""
     call = _Call(options, interpret_params(interpret, inputs.x))
-    return _rotary(call, _Inputs(inputs.x, inputs.norm_scale, *of_channels(inputs, options)))
+    angles = checkpoint_name(of_channels(inputs, options), ANGLES_NAME)
+    return _rotary(call, _Inputs(inputs.x, inputs.norm_scale, *angles))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
