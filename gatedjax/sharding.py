@@ -35,7 +35,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 AXES_BY_TRAFFIC = ("data", "fsdp", "expert", "context", "tensor")
 
 # Logical axis -> mesh axes. Parameters use embed, mlp, heads ...; activations batch, length,
-# embed_act.
+# embed_act; rows that are looked up in a table lookup_batch: they are cut as it is, until they are
+# the stream.
 RULES = (
     ("batch", BATCH_AXES),
     ("length", "context"),

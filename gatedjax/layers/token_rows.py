@@ -45,6 +45,7 @@ def _taken(
     tokens: Int[Array, "B T"],
     is_token: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B T M"]:
+    """As `token_rows`, of tokens that are not negative."""
     rows, length, width = _axes_of_lookup()
     table = placed(table.astype(dtype), ("vocab", width))
     x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
