@@ -39,7 +39,8 @@ test-buckets: .venv-buckets/installed
 # `make test` takes the first line. Tests of bad input pass wrong types on purpose, and have it in their names.
 TYPED := tests/gatedjax/layers/test_face.py tests/gatedjax/test_model.py tests/gatedjax/training/test_train_step.py
 TYPED_ALL := $(TYPED) tests/gatedjax/layers tests/kernels_pallas/attention/test_attention.py \
-  tests/kernels_pallas/linear_scan/test_linear_scan.py tests/kernels_pallas/grouped_matmul/test_grouped_matmul.py
+  tests/kernels_pallas/linear_scan/test_linear_scan.py tests/kernels_pallas/grouped_matmul/test_grouped_matmul.py \
+  tests/kernels_pallas/rotary/test_rotary.py
 TYPECHECK = GATEDJAX_TYPECHECK=1 $(VENV)/python -m pytest $(PARALLEL) -m "not slow" -k "not (bad or wrong or refus or named)"
 
 test-types: .venv/installed

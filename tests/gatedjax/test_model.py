@@ -169,7 +169,7 @@ def test_the_stream_between_mixer_and_feed_forward_is_kept():
 def test_a_backward_pass_rotates_nothing_again():
     """On TPUs "projections" keeps queries and keys as attention's kernels read them."""
     x = jnp.ones((1, 256, 2, 128), jnp.bfloat16)
-    positions = np.arange(256)[None]
+    positions = jnp.arange(256)[None]
     frequencies = np.float32(100.0 ** (-np.arange(64) / 64))
 
     def loss(x):

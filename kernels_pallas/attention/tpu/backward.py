@@ -31,7 +31,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import tile as attention_tile
-from kernels_pallas.attention.inputs import Outputs
 from kernels_pallas.attention.kernel_tile import Logits, Positions
 from kernels_pallas.attention.kernels import Residuals
 from kernels_pallas.attention.products import selected
@@ -48,6 +47,7 @@ from kernels_pallas.attention.tpu.plan import (
     LAST,
     MASKED,
     KernelInputs,
+    KernelOutputs,
     Plan,
     backward_tiles,
 )
@@ -55,7 +55,7 @@ from kernels_pallas.common.padding import round_up
 from kernels_pallas.common.tpu import Ref
 
 
-def backward(plan: Plan, residuals: Residuals, cotangents: Outputs) -> KernelInputs:
+def backward(plan: Plan, residuals: Residuals, cotangents: KernelOutputs) -> KernelInputs:
     """The gradient of every float input, in the layout of the inputs.
 
     Args:

@@ -31,7 +31,7 @@ from kernels_pallas.attention.kernels import (
 from kernels_pallas.attention.tpu import block_mask
 from kernels_pallas.attention.tpu.backward import backward
 from kernels_pallas.attention.tpu.forward import forward
-from kernels_pallas.attention.tpu.plan import LANES, KernelInputs, Plan
+from kernels_pallas.attention.tpu.plan import LANES, KernelInputs, KernelOutputs, Plan
 from kernels_pallas.attention.tpu.tile import off_tpu, on_tpu
 from kernels_pallas.attention.tpu.tuning import MAX_D, schedules
 from kernels_pallas.common.padding import padded, round_up
@@ -197,23 +197,23 @@ def _rounds(interpret: Interpret, *arrays: Array) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, inputs: KernelInputs) -> Outputs:
+def _attention(plan: Plan, inputs: KernelInputs) -> KernelOutputs:
     """y [B, T, H*V]; with `return_lse` (y, lse), lse [B, H, 1, T]."""
     return _results(plan, forward(plan, inputs, save=False))
 
 
-def _results(plan: Plan, result: ForwardResult) -> Outputs:
+def _results(plan: Plan, result: ForwardResult) -> KernelOutputs:
     # What softmax saves of a row is its log-sum-exp.
     return (result.y, result.statistics[0]) if plan.return_lse else result.y
 
 
-def _forward(plan: Plan, inputs: KernelInputs) -> tuple[Outputs, Residuals]:
+def _forward(plan: Plan, inputs: KernelInputs) -> tuple[KernelOutputs, Residuals]:
     result = _saving(plan, inputs)
     y, saved = residuals(result, inputs, plan.normalizer)
     return _results(plan, result._replace(y=y, statistics=saved.statistics)), saved
 
 
-def _backward(plan: Plan, saved: Residuals, dy: Outputs) -> tuple[KernelInputs]:
+def _backward(plan: Plan, saved: Residuals, dy: KernelOutputs) -> tuple[KernelInputs]:
     gradients = differentiable_gradient(
         partial(backward, plan),
         partial(_plain, plan),
@@ -224,7 +224,7 @@ def _backward(plan: Plan, saved: Residuals, dy: Outputs) -> tuple[KernelInputs]:
     return (gradients,)
 
 
-def _plain(plan: Plan, inputs: KernelInputs) -> Outputs:
+def _plain(plan: Plan, inputs: KernelInputs) -> KernelOutputs:
     """`_attention` for second derivatives."""
     B = inputs.q.shape[0]
     gate_logits = inputs.gate_logits

@@ -159,6 +159,10 @@ class KernelInputs(NamedTuple):
         return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
 
 
+# What the kernels return: y, heads as columns, and with `return_lse` the log-sum-exp of rows.
+KernelOutputs = Float[Array, "B T HV"] | tuple[Float[Array, "B T HV"], Float[Array, "B H 1 T"]]
+
+
 class TileTable(NamedTuple):
     """The tiles of a kernel in the order of its grid; inside the kernel, references to SMEM."""
 

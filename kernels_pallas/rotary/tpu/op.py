@@ -219,7 +219,7 @@ def _run(
     outputs: list[jax.ShapeDtypeStruct],
     *,
     name: str,
-) -> list[Array]:
+) -> Sequence[Array]:
     """Runs a kernel over blocks of rows.
 
     Args:

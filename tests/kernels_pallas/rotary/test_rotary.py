@@ -51,7 +51,7 @@ def results(implementation, x, scale, dy, positions, frequencies, **options):
     def call(x, scale):
         return rotary(
             x,
-            positions,
+            jnp.asarray(positions),
             frequencies,
             scale,
             implementation=implementation,
@@ -151,7 +151,8 @@ def test_a_token_that_is_not_finite_stays_alone(implementation):
 def bfloat16_case():
     x, positions, scale, dy = draw(4, 40, 2, 128)
     arrays = [jnp.asarray(z, jnp.bfloat16) for z in (x, dy)]
-    return arrays[0], jnp.asarray(scale, jnp.float32), arrays[1], positions, frequencies_of(64)
+    scale, positions = jnp.asarray(scale, jnp.float32), jnp.asarray(positions)
+    return arrays[0], scale, arrays[1], positions, frequencies_of(64)
 
 
 def test_modes_of_jax():
@@ -167,7 +168,7 @@ def test_modes_of_jax():
     assert rel_rms(got[1], 2 * np.asarray(want, np.float32)) < 1e-3
 
     def value(op, x, scale):
-        return (op(x, jnp.asarray(positions), norm_scale=scale).astype(jnp.float32) ** 2).sum()
+        return (op(x, positions, norm_scale=scale).astype(jnp.float32) ** 2).sum()
 
     def second(op):
         slope = lambda x: jax.grad(partial(value, op), 1)(x, scale)
@@ -190,7 +191,7 @@ def test_on_a_mesh(axis_type):
     of_rows = NamedSharding(mesh, jax.P("rows"))
     with jax.set_mesh(mesh), mesh_axes(rows=("rows",), heads=("heads",)):
         x, dy = (jax.device_put(z, of_heads) for z in (x, dy))
-        positions = jax.device_put(jnp.asarray(positions), of_rows)
+        positions = jax.device_put(positions, of_rows)
         scale = jax.device_put(scale, NamedSharding(mesh, jax.P()))
         run = jax.jit(partial(results, "tpu", frequencies=frequencies))
         got = run(x, scale, dy, positions)
