@@ -91,7 +91,7 @@ bench: .venv/installed
 	$(VENV)/python benchmarks/tpu_model.py
 
 # Hours: every stored model time of a TPU is made anew. BENCH_MODEL=step: of whole steps only.
-BENCH_MODEL ?= step,attention,delta_scan,linear_scan,moe
+BENCH_MODEL ?= step,attention,delta_scan,linear_scan,moe,rotary
 bench-model: .venv/installed
 	$(VENV)/python benchmarks/model_check.py --of=$(BENCH_MODEL)
 
