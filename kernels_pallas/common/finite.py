@@ -61,8 +61,9 @@ def if_bad[Tree](
     def step(carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
         flag, results = carry
         slow = careful(*jax.tree.map(_row_major, args))
+        results = jax.tree.map(_row_major, jax.tree.map(choose, slow, results))
         # And: the type of the flag inside of a `shard_map` stays.
-        return flag & False, jax.tree.map(choose, slow, results)
+        return flag & False, results
 
     # A loop of one step or none, whose results lie where the fast path has put them. The results of
     # a `cond` are another array: XLA copies the fast path's.
@@ -71,8 +72,8 @@ def if_bad[Tree](
 
 
 def _row_major(x: Array) -> Array:
-    """`x` in the layout in which kernels take it. Else XLA may give a loop's body another one, and
-    copy what is given to it whether or not the body runs.
+    """`x` in the layout in which kernels take and leave it. Else XLA may give a loop's body another
+    one, and copy what goes into the loop and comes out of it whether or not the body runs.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
