@@ -5,6 +5,7 @@ RWKV's token shift. For encoders a convolution over the tokens on both sides.
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,8 +67,9 @@ def short_conv(
             segment_ids,
             None if tail is None else tail[..., own],
             None if bias is None else bias[own],
+            is_activated=True,
         )
-        mixed.append(jax.nn.silu(y).reshape(x.shape))
+        mixed.append(y.reshape(x.shape))
         tails.append(tail_after)
     return mixed, jnp.concatenate(tails, axis=-1)
 
@@ -78,6 +80,8 @@ def causal_conv(
     segment_ids: Int[Array, "B T"] | None = None,
     tail: Float[Array, "B W-1 F"] | None = None,
     bias: Float[Array, " F"] | None = None,
+    *,
+    is_activated: bool = False,
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B W-1 F"]]:
     """`y_t = b + sum_w kernel[w] x_{t - (W-1) + w}`, per channel, over t's own segment only.
 
@@ -88,14 +92,18 @@ def causal_conv(
         padding comes last (`token_info.arranged`).
       tail: the W-1 inputs before x, of segment 1; zeros if None.
       bias: b; zeros if None.
+      is_activated: y is the SiLU of this sum.
 
     Returns:
-      y in x's dtype, summed in float32; and the tail for the tokens after x.
+      y in x's dtype, computed in float32; and the tail for the tokens after x.
     """
     width = kernel.shape[0]
-    y = _sum_of_taps(x, kernel, width - 1, segment_ids, tail, bias)
+    how = _How(before=width - 1, is_activated=is_activated)
     if tail is None:
+        y = _convolved(how, x, kernel, bias, segment_ids)
         tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
+    else:
+        y = _plain(how, x, kernel, bias, segment_ids, tail)
     return y, _next_tail(x, tail, segment_ids)
 
 
@@ -116,27 +124,92 @@ def centered_conv(
     Returns:
       y in x's dtype, summed in float32.
     """
-    before = (kernel.shape[0] - 1) // 2
-    return _sum_of_taps(x, kernel, before, segment_ids, None, bias)
+    how = _How(before=(kernel.shape[0] - 1) // 2, is_activated=False)
+    return _convolved(how, x, kernel, bias, segment_ids)
+
+
+class _How(NamedTuple):
+    """What a convolution is beside its arrays.
+
+    Attributes:
+      before: how many tokens ago the input of the first tap was.
+      is_activated: whether a SiLU follows.
+    """
+
+    before: int
+    is_activated: bool
+
+
+# With a gradient of its own, for three passes over the arrays in place of seven: XLA takes one for
+# the product of every tap, and rounds each. Nothing is kept but the inputs.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolved(
+    how: _How,
+    x: Float[Array, "B T F"],
+    kernel: Float[Array, "W F"],
+    bias: Float[Array, " F"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T F"]:
+    return _plain(how, x, kernel, bias, segment_ids)
+
+
+def _convolved_forward(how: _How, *arrays: Array | None):
+    return _convolved(how, *arrays), arrays
+
+
+def _convolved_backward(how: _How, arrays: tuple, dy: Array) -> tuple[Array | None, ...]:
+    x, kernel, bias, segment_ids = arrays
+    dsum = dy.astype(jnp.float32)
+    if how.is_activated:
+        before_silu = _sum_of_taps(how.before, x, kernel, bias, segment_ids)
+        _, of_silu = jax.vjp(jax.nn.silu, before_silu)
+        (dsum,) = of_silu(dsum)
+    # In memory, for all taps: rounded as dy is.
+    dsum = dsum.astype(dy.dtype)
+    dx = jnp.zeros(x.shape, jnp.float32)
+    dkernel = []
+    for w in range(kernel.shape[0]):
+        lag = how.before - w
+        # Of the tokens that have seen this one.
+        dx = dx + _lagged_in_segment(dsum, -lag, segment_ids).astype(jnp.float32) * kernel[w]
+        seen = _lagged_in_segment(x, lag, segment_ids).astype(jnp.float32)
+        dkernel.append(jnp.sum(dsum.astype(jnp.float32) * seen, axis=(0, 1)))
+    dbias = None
+    if bias is not None:
+        dbias = jnp.sum(dsum, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
+    return dx.astype(x.dtype), jnp.stack(dkernel).astype(kernel.dtype), dbias, None
+
+
+_convolved.defvjp(_convolved_forward, _convolved_backward)
+
+
+def _plain(
+    how: _How,
+    x: Float[Array, "B T F"],
+    kernel: Float[Array, "W F"],
+    bias: Float[Array, " F"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    tail: Float[Array, "B _ F"] | None = None,
+) -> Float[Array, "B T F"]:
+    """The convolution, and the SiLU."""
+    y = _sum_of_taps(how.before, x, kernel, bias, segment_ids, tail)
+    return (jax.nn.silu(y) if how.is_activated else y).astype(x.dtype)
 
 
 def _sum_of_taps(
+    before: int,
     x: Float[Array, "B T F"],
     kernel: Float[Array, "W F"],
-    before: int,
-    segment_ids: Int[Array, "B T"] | None,
-    tail: Float[Array, "B _ F"] | None,
     bias: Float[Array, " F"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    tail: Float[Array, "B _ F"] | None = None,
 ) -> Float[Array, "B T F"]:
-    """The convolution whose first tap is the input of `before` tokens ago."""
-    # A sum of shifted copies, one for each of the few taps.
+    """The convolution, float32: a sum of shifted copies, one for each of the few taps."""
     y = jnp.zeros(x.shape, jnp.float32)
     for w in range(kernel.shape[0]):
         lagged = _lagged_in_segment(x, before - w, segment_ids, tail)
         y = y + lagged.astype(jnp.float32) * kernel[w]
-    if bias is not None:
-        y = y + bias
-    return y.astype(x.dtype)
+    return y if bias is None else y + bias
 
 
 def previous_inputs(
@@ -164,7 +237,7 @@ def _lagged_in_segment(
     x: Float[Array, "B T F"],
     lag: int,
     segment_ids: Int[Array, "B T"] | None,
-    tail: Float[Array, "B _ F"] | None,
+    tail: Float[Array, "B _ F"] | None = None,
 ) -> Float[Array, "B T F"]:
     """x of `lag` tokens ago, or -lag tokens ahead; zeros where that is another segment's."""
     lagged = _lagged(x, lag, tail)
