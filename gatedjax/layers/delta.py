@@ -17,12 +17,12 @@ from jaxtyping import Float
 from gatedjax.config import DeltaAttentionConfig
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.linear_attention import OUTPUT_GATES
-from gatedjax.layers.norm import RMSNorm
+from gatedjax.layers.linear_attention import times_output_gate
 from gatedjax.layers.on_mesh import delta_product_scan_on_mesh, delta_scan_on_mesh
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
+from gatedjax.layers.rope import NormOfHeads
 from gatedjax.layers.step_size import log_decay_rate, softplus_decay, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 from kernels_pallas.delta_scan import delta_product_scan_step, delta_scan_step, l2_normalized
@@ -131,7 +131,7 @@ class DeltaAttention(Mixer):
         memory, state = self._scan(q, k, v, log_decay, weights, info, cache)
         # Normed head by head: how large a state grows depends on its keys and decays.
         eps = self.norm_eps if c.norm_eps is None else c.norm_eps
-        o = RMSNorm(eps, axis_name="head_dim", name="norm")(memory)
+        o = NormOfHeads(eps, name="norm")(memory)
         if c.output_gate != "none":
             o = self._gated(o, x)
         width = {"embed": x.shape[-1]}
@@ -260,9 +260,9 @@ class DeltaAttention(Mixer):
         """`o` times the output gate, in float32."""
         c = self.config
         logits = self._project_low("output_gate", x, c.value_dim, c.output_gate_rank)
-        gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
+        y, gates = times_output_gate(o, logits, c.output_gate)
         record(self, "output_gates", gates)
-        return (o.astype(jnp.float32) * gates).astype(o.dtype)
+        return y
 
     # --- the scan
 

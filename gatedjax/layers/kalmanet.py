@@ -16,12 +16,13 @@ from jaxtyping import Float
 from gatedjax.config import KalmaNetConfig
 from gatedjax.layers.base import Mixer
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.linear_attention import OUTPUT_GATES
-from gatedjax.layers.norm import RMSNorm, unit_length
+from gatedjax.layers.linear_attention import times_output_gate
+from gatedjax.layers.norm import unit_length
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.past_padding import past_padding
 from gatedjax.layers.projection import Projection
 from gatedjax.layers.ridge_scan import ridge_scan
+from gatedjax.layers.rope import NormOfHeads
 from gatedjax.layers.step_size import log_decay_rate, softplus_decay, step_size_bias
 from gatedjax.layers.token_info import TokenInfo
 
@@ -94,12 +95,11 @@ class KalmaNet(Mixer):
             segment_ids=segment_ids,
             chunk_size=c.chunk_size,
         )
-        o = RMSNorm(eps, axis_name="head_dim", name="norm")(o)
+        o = NormOfHeads(eps, name="norm")(o)
         if c.output_gate != "none":
             logits = self._project("output_gate", x, values)
-            gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
+            o, gates = times_output_gate(o, logits, c.output_gate)
             record(self, "gates", gates)
-            o = (o.astype(jnp.float32) * gates).astype(o.dtype)
         width = {"embed": x.shape[-1]}
         y = Projection(values, width, self.init_std, self.dtype, name="out")(o)
         if cache is None or tail is None:

@@ -19,10 +19,10 @@ from gatedjax.layers.base import Mixer
 from gatedjax.layers.conv import short_conv
 from gatedjax.layers.feature_maps import features_of
 from gatedjax.layers.gate_values import record
-from gatedjax.layers.norm import HeadsNorm, RMSNorm
+from gatedjax.layers.norm import HeadsNorm
 from gatedjax.layers.parameters import parameter
 from gatedjax.layers.projection import Projection
-from gatedjax.layers.rope import apply_rope, inverse_frequencies, rotate
+from gatedjax.layers.rope import NormOfHeads, apply_rope, inverse_frequencies, rotate
 from gatedjax.layers.scan_or_step import scan_or_step
 from gatedjax.layers.selective_rope import (
     RopePhase,
@@ -89,6 +89,26 @@ def retention_decay(num_heads: int) -> Float[np.ndarray, " H"]:
 
 
 OUTPUT_GATES = {"swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
+
+
+def times_output_gate(
+    o: Float[Array, "B T H V"],
+    logits: Float[Array, "B T H V"],
+    kind: str,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H V"]]:
+    """o times its gates, in float32 and rounded to o's dtype; and the gates, float32.
+
+    Args:
+      o: the output of heads.
+      logits: of the gates.
+      kind: of `OUTPUT_GATES`.
+    """
+    # Heads as columns, as matrix products make and take them: on a TPU XLA has another layout for
+    # [B, T, H, V], and copies into it and back.
+    columns = (*o.shape[:2], -1)
+    gates = OUTPUT_GATES[kind](logits.reshape(columns).astype(jnp.float32))
+    y = (o.reshape(columns).astype(jnp.float32) * gates).astype(o.dtype)
+    return y.reshape(o.shape), gates.reshape(o.shape)
 
 
 class GatedLinearAttention(Mixer):
@@ -165,7 +185,7 @@ class GatedLinearAttention(Mixer):
         if c.norm_heads == "all":
             norm = HeadsNorm(eps, zero_centered=False, name="norm")
         else:
-            norm = RMSNorm(eps, axis_name="head_dim", name="norm")
+            norm = NormOfHeads(eps, name="norm")
         o = norm(memory)
         if c.output_gate != "none":
             o = self._gated(o, x)
@@ -302,9 +322,9 @@ class GatedLinearAttention(Mixer):
         c = self.config
         axes = {"heads": c.num_heads, "head_dim": c.value_dim}
         logits = self._project("output_gate", x, axes)
-        gates = OUTPUT_GATES[c.output_gate](logits.astype(jnp.float32))
+        y, gates = times_output_gate(o, logits, c.output_gate)
         record(self, "gates", gates)
-        return (o.astype(jnp.float32) * gates).astype(o.dtype)
+        return y
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> ScanCache:

@@ -19,6 +19,8 @@ from kernels_pallas.rotary.xla import turned
 # those that make fewer than one are slowed.
 FAST_ROTATIONS = 32.0
 SLOW_ROTATIONS = 1.0
+# The frequencies of no pair.
+NO_ROTATION = np.zeros(0, np.float32)
 
 
 def inverse_frequencies(
@@ -186,6 +188,26 @@ class NormedRope(RMSNorm):
             frequencies,
             magnitude,
             interleaved,
+            norm_scale=self.scale_of(x.shape[-1]),
+            eps=self.eps,
+        )
+
+
+class NormOfHeads(RMSNorm):
+    """RMSNorm of every head, in x's dtype.
+
+    On a TPU by the kernel of `rotary`, which takes and leaves heads as columns: XLA would norm them
+    in another layout, and copy into it and back.
+    """
+
+    axis_name: str = "head_dim"
+
+    def __call__(self, x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:  # pyrefly: ignore
+        positions = jnp.zeros(x.shape[:2], jnp.int32)
+        return apply_rope(
+            x,
+            positions,
+            NO_ROTATION,
             norm_scale=self.scale_of(x.shape[-1]),
             eps=self.eps,
         )

@@ -47,7 +47,8 @@ def rotary(
       x: queries or keys: float16, bfloat16, float32 (or float64 under x64). Norm and rotation are
         computed in float32 (or float64); "xla" rounds to x's dtype between them.
       positions: of the tokens, within their documents.
-      frequencies: radians per position, 0 < J <= D / 2 of them; numbers, no traced array.
+      frequencies: radians per position, J <= D / 2 of them; numbers, no traced array. None of them:
+        the norm alone.
       norm_scale: `x / sqrt(mean(x^2) + eps) * norm_scale` over the channels of a head comes first.
         None: no norm.
       eps: of the norm.
@@ -100,10 +101,11 @@ def _check(
     check_shape(OP, "positions", positions, x.shape[:2])
     check_integer(OP, "positions", positions)
     most = x.shape[3] // 2
-    if np.ndim(frequencies) != 1 or not 0 < len(frequencies) <= most:
+    least = 1 if norm_scale is None else 0
+    if np.ndim(frequencies) != 1 or not least <= len(frequencies) <= most:
         raise ValueError(
-            f"{OP}: frequencies: got shape {np.shape(frequencies)}, expected (J,) with J from 1 to "
-            f"{most} for heads of {x.shape[3]} channels"
+            f"{OP}: frequencies: got shape {np.shape(frequencies)}, expected (J,) with J from "
+            f"{least} to {most} for heads of {x.shape[3]} channels"
         )
     if norm_scale is not None:
         check_shape(OP, "norm_scale", norm_scale, x.shape[3:])

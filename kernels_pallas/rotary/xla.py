@@ -22,6 +22,8 @@ from kernels_pallas.rotary.inputs import (
 def rotary(inputs: RotaryInputs, options: RotaryOptions) -> Float[Array, "B T H D"]:
     """As `reference.rotary`, but rounded after the norm too."""
     x = normed(inputs.x, inputs.norm_scale, options.eps)
+    if not options.pairs.pairs:
+        return x
     # A TPU moves half a head along the lanes slowly, in passes of their own, and multiplies by a
     # matrix of 16-bit numbers in passing.
     by_matrix = x.dtype == jnp.bfloat16 and target_platform(x) == "tpu"

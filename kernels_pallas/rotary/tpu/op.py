@@ -11,6 +11,8 @@ With n = x r, r = 1 / sqrt(mean(x^2) + eps), and Q the rotation by 90 degrees:
     dn = dy cos - (dy Q) sin                cos and sin are the same for both channels of a pair
     dw = sum over tokens and heads of dn n
     dx = r (w dn - n mean(w dn n))
+
+Without pairs there is the norm alone: y = n w, dn = dy.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,13 +87,13 @@ class _Inputs(NamedTuple):
     Attributes:
       x: queries or keys.
       norm_scale: as of the op.
-      cos, sin: float32; constants of the gradient.
+      cos, sin: float32; constants of the gradient. None without a rotation.
     """
 
     x: Float[Array, "B T H D"]
     norm_scale: Float[Array, " D"] | None
-    cos: Float[Array, "B T D"]
-    sin: Float[Array, "B T D"]
+    cos: Float[Array, "B T D"] | None
+    sin: Float[Array, "B T D"] | None
 
 
 def rotary(
@@ -101,8 +103,10 @@ def rotary(
 ) -> Float[Array, "B T H D"]:
     """As `api.rotary`, of the rows and heads of one device."""
     call = _Call(options, interpret_params(interpret, inputs.x))
-    angles = checkpoint_name(of_channels(inputs, options), ANGLES_NAME)
-    return _rotary(call, _Inputs(inputs.x, inputs.norm_scale, *angles))
+    cos, sin = None, None
+    if options.pairs.pairs:
+        cos, sin = checkpoint_name(of_channels(inputs, options), ANGLES_NAME)
+    return _rotary(call, _Inputs(inputs.x, inputs.norm_scale, cos, sin))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,10 +144,12 @@ _rotary.defvjp(_rotary_forward, _rotary_backward)
 def _plain(call: _Call, inputs: _Inputs) -> Float[Array, "B T H D"]:
     """`_rotary` for second derivatives."""
     pairs = call.options.pairs
+    x = xla.normed(inputs.x, inputs.norm_scale, call.options.eps)
+    if inputs.cos is None or inputs.sin is None:
+        return x
     # The same for both coordinates of a pair, and for all heads.
     left, _ = pairs.coordinates()
     cos, sin = inputs.cos[:, :, None, left], inputs.sin[:, :, None, left]
-    x = xla.normed(inputs.x, inputs.norm_scale, call.options.eps)
     return xla.turned(x, cos, sin, pairs.interleaved)
 
 
@@ -169,8 +175,7 @@ def _gradients(call: _Call, inputs: _Inputs, dy: Array) -> _Inputs:
     return _Inputs(
         dx.reshape(inputs.x.shape),
         None if scale is None else dscale[0].sum((0, 1)).astype(scale.dtype),
-        jnp.zeros_like(inputs.cos),
-        jnp.zeros_like(inputs.sin),
+        *jax.tree.map(jnp.zeros_like, (inputs.cos, inputs.sin)),
     )
 
 
@@ -180,13 +185,13 @@ class _Columns(NamedTuple):
     Attributes:
       x: heads as columns.
       norm_scales: float32, or None: of every channel, and of the other one of its pair.
-      cos, sin: float32.
+      cos, sin: float32; or None.
     """
 
     x: Float[Array, "rows H*D"]
     norm_scales: Float[Array, "2 D"] | None
-    cos: Float[Array, "rows D"]
-    sin: Float[Array, "rows D"]
+    cos: Float[Array, "rows D"] | None
+    sin: Float[Array, "rows D"] | None
 
 
 def _as_columns(inputs: _Inputs, options: RotaryOptions) -> _Columns:
@@ -194,13 +199,10 @@ def _as_columns(inputs: _Inputs, options: RotaryOptions) -> _Columns:
     scales = None
     if inputs.norm_scale is not None:
         scale = inputs.norm_scale.astype(jnp.float32)
-        scales = jnp.stack([scale, options.pairs.swapped(scale)])
-    return _Columns(
-        inputs.x.reshape(B * T, H * D),
-        scales,
-        inputs.cos.reshape(B * T, D),
-        inputs.sin.reshape(B * T, D),
-    )
+        swapped = options.pairs.swapped(scale) if options.pairs.pairs else scale
+        scales = jnp.stack([scale, swapped])
+    cos, sin = jax.tree.map(lambda z: z.reshape(B * T, D), (inputs.cos, inputs.sin))
+    return _Columns(inputs.x.reshape(B * T, H * D), scales, cos, sin)
 
 
 def _block_rows(rows: int, width: int) -> int:
@@ -224,7 +226,7 @@ def _run(
 
     Args:
       call: the static arguments.
-      kernel: called as kernel(eps, tables, heads, outputs), the last two references.
+      kernel: called as kernel(options, tables, heads, outputs), the last two references.
       columns: the arrays of the call.
       heads: those of its inputs that are [rows, H D].
       outputs: as `heads`, or a part for each block, [blocks, 8, D].
@@ -232,12 +234,11 @@ def _run(
     """
     rows, width = heads[0].shape
     block_rows = _block_rows(rows, width)
-    # 0, 1 and -1 are exact.
-    quarter_turn = jnp.asarray(call.options.pairs.quarter_turn(), jnp.bfloat16)
-    by_row = [columns.cos, columns.sin]
-    whole = [quarter_turn]
-    if columns.norm_scales is not None:
-        whole.append(columns.norm_scales)
+    quarter_turn = None
+    if columns.cos is not None:
+        # 0, 1 and -1 are exact.
+        quarter_turn = jnp.asarray(call.options.pairs.quarter_turn(), jnp.bfloat16)
+    tables = _Tables(quarter_turn, columns.norm_scales, columns.cos, columns.sin)
 
     def of_rows(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
         if x.ndim == 3:
@@ -247,21 +248,22 @@ def _run(
     def of_all(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda i: (0, 0))
 
-    arrays = [*whole, *by_row, *heads]
+    of_each = (of_all, of_all, of_rows, of_rows)
+    table_specs = [spec(x) for spec, x in zip(of_each, tables) if x is not None]
+    of_tables, tree = jax.tree.flatten(tables)
+    arrays = [*of_tables, *heads]
 
     def body(*refs: Ref) -> None:
-        quarter_turn, *scales = refs[: len(whole)]
-        cos, sin = refs[len(whole) : len(whole) + 2]
-        norm_scales = (scales[0][0:1], scales[0][1:2]) if scales else None
-        tables = _Tables(quarter_turn[...], norm_scales, cos, sin)
-        inputs = refs[len(whole) + 2 : len(arrays)]
-        kernel(call.options.eps, tables, inputs, refs[len(arrays) :])
+        tables: _Tables = jax.tree.unflatten(tree, refs[: len(of_tables)])
+        quarter_turn, norm_scales = jax.tree.map(lambda ref: ref[...], tables[:2])
+        tables = tables._replace(quarter_turn=quarter_turn, norm_scales=norm_scales)
+        kernel(call.options, tables, refs[len(of_tables) : len(arrays)], refs[len(arrays) :])
 
-    D = columns.cos.shape[1]
+    D = call.options.pairs.channels
     return pl.pallas_call(
         body,
         grid=(pl.cdiv(rows, block_rows),),
-        in_specs=[*map(of_all, whole), *map(of_rows, [*by_row, *heads])],
+        in_specs=[*table_specs, *map(of_rows, heads)],
         out_specs=list(map(of_rows, outputs)),
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
@@ -282,18 +284,24 @@ def _run(
 
 
 class _Tables(NamedTuple):
-    """What is the same for all heads.
+    """What is the same for all heads; None for what a call does not have.
 
     Attributes:
       quarter_turn: bfloat16 [D, D].
-      norm_scales: float32 [1, D] twice, as in `_Columns`; or None.
-      cos, sin: references of float32 [rows, D].
+      norm_scales: as in `_Columns`.
+      cos, sin: float32 [rows, D]; references inside of a kernel.
     """
 
-    quarter_turn: Array
-    norm_scales: tuple[Array, Array] | None
-    cos: Ref
-    sin: Ref
+    quarter_turn: Array | None
+    norm_scales: Float[Array, "2 D"] | None
+    cos: Ref | None
+    sin: Ref | None
+
+    def angles(self, group: Any) -> tuple[Array | float, Array | float]:
+        """Cosines and sines of some rows; of no angle without a rotation."""
+        if self.cos is None or self.sin is None:
+            return 1.0, 0.0
+        return self.cos[group, :], self.sin[group, :]
 
 
 def _inverse_root(x: Float[Array, "rows D"], eps: float) -> Float[Array, "rows 1"]:
@@ -317,7 +325,7 @@ def _by_groups(block_rows: int, body: Callable[[Any, Any], Any], start: Any = No
 
 
 def _forward_kernel(
-    eps: float,
+    options: RotaryOptions,
     tables: _Tables,
     inputs: Sequence[Ref],
     outputs: Sequence[Ref],
@@ -325,20 +333,20 @@ def _forward_kernel(
     """y of a block of rows."""
     (x_ref,) = inputs
     (y_ref,) = outputs
-    D = tables.cos.shape[1]
 
     def add_group(group: Any, carry: None) -> None:
-        cos, sin = tables.cos[group, :], tables.sin[group, :]
+        cos, sin = tables.angles(group)
         if tables.norm_scales is not None:
             # (n w) Q = (n Q) w', with w' the scale of the other channel of a pair.
-            own, other = tables.norm_scales
-            cos, sin = cos * own, sin * other
-        for head in _heads(x_ref, D):
+            cos, sin = cos * tables.norm_scales[0:1], sin * tables.norm_scales[1:2]
+        for head in _heads(x_ref, options.pairs.channels):
             x = x_ref[group, head]
             wide = x.astype(jnp.float32)
-            y = wide * cos + quarter_turned(x, tables.quarter_turn) * sin
+            y = wide * cos
+            if tables.quarter_turn is not None:
+                y = y + quarter_turned(x, tables.quarter_turn) * sin
             if tables.norm_scales is not None:
-                y = y * _inverse_root(wide, eps)
+                y = y * _inverse_root(wide, options.eps)
             y_ref[group, head] = y.astype(y_ref.dtype)
 
     _by_groups(x_ref.shape[0], add_group)
@@ -346,7 +354,7 @@ def _forward_kernel(
 
 def _backward_kernel(
     rows: int,
-    eps: float,
+    options: RotaryOptions,
     tables: _Tables,
     inputs: Sequence[Ref],
     outputs: Sequence[Ref],
@@ -354,19 +362,22 @@ def _backward_kernel(
     """dx of a block of rows, and its part of the scale's gradient. `rows`: how many there are."""
     x_ref, dy_ref = inputs
     dx_ref, *dscale_ref = outputs
-    block_rows, D = tables.cos.shape
+    D = options.pairs.channels
+    block_rows = x_ref.shape[0]
     first_row = pl.program_id(0) * block_rows
 
     def add_group(group: Any, dscale: Array | None) -> Array | None:
-        cos, sin = tables.cos[group, :], tables.sin[group, :]
+        cos, sin = tables.angles(group)
         for head in _heads(x_ref, D):
             dy = dy_ref[group, head]
-            dn = dy.astype(jnp.float32) * cos - quarter_turned(dy, tables.quarter_turn) * sin
+            dn = dy.astype(jnp.float32)
+            if tables.quarter_turn is not None:
+                dn = dn * cos - quarter_turned(dy, tables.quarter_turn) * sin
             if tables.norm_scales is None:
                 dx_ref[group, head] = dn.astype(dx_ref.dtype)
                 continue
             x = x_ref[group, head].astype(jnp.float32)
-            r = _inverse_root(x, eps)
+            r = _inverse_root(x, options.eps)
             n = x * r
             added = dn * n
             if rows % block_rows:
@@ -375,7 +386,7 @@ def _backward_kernel(
                 added = jnp.where(row < rows, added, 0.0)
             dscale = dscale + added.reshape(-1, SUBLANES, D).sum(0)
             # Of w n.
-            dn = dn * tables.norm_scales[0]
+            dn = dn * tables.norm_scales[0:1]
             dx = r * (dn - n * jnp.mean(dn * n, axis=1, keepdims=True))
             dx_ref[group, head] = dx.astype(dx_ref.dtype)
         return dscale

@@ -1,5 +1,6 @@
 """`rotary`: its formula in float64, every implementation beside it, modes of jax and meshes."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -76,8 +77,10 @@ def exact(x, scale, dy, *rest, **options):
         return [np.asarray(z) for z in results("reference", *wide, *rest, **options)]
 
 
-@pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("pairs, interleaved", [(3, False), (4, True), (2, True)])
+@pytest.mark.parametrize(
+    "pairs, interleaved, normed",
+    [(3, False, True), (3, False, False), (4, True, True), (2, True, False), (0, False, True)],
+)
 def test_the_reference_is_the_formula(pairs, interleaved, normed):
     x, positions, scale, dy = draw(2, 5, 3, 8)
     scale = scale if normed else None
@@ -101,11 +104,19 @@ CASES = {
     "part of the channels": ((2, 65, 2, 128), 16, {"magnitude": 1.25, "eps": 1e-2}),
     "interleaved": ((1, 300, 1, 128), 50, {"interleaved": True}),
     "wide": ((1, 600, 2, 256), 128, {}),
+    "norm alone": ((2, 75, 3, 128), 0, {"eps": 1e-2}),
 }
 
 
-@pytest.mark.parametrize("case", ["llama", "part of the channels", "interleaved", slow("wide")])
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(
+    "case, normed",
+    [
+        *itertools.product(["llama", "part of the channels", "interleaved"], [True, False]),
+        ("norm alone", True),
+        slow("wide", True),
+        slow("wide", False),
+    ],
+)
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
 def test_values_and_gradients(implementation, normed, case, monkeypatch):
     monkeypatch.setattr(tpu, "BLOCK", 128 * 128)
@@ -155,9 +166,11 @@ def bfloat16_case():
     return arrays[0], scale, arrays[1], positions, frequencies_of(64)
 
 
-def test_modes_of_jax():
+@pytest.mark.parametrize("pairs", [64, 0])
+def test_modes_of_jax(pairs):
     """jit, vmap, strict promotion, a second derivative."""
     x, scale, _, positions, frequencies = bfloat16_case()
+    frequencies = frequencies[:pairs]
     op = partial(rotary, frequencies=frequencies, implementation="tpu", interpret=True)
     plain = partial(rotary, frequencies=frequencies, implementation="xla")
     want = op(x, positions, norm_scale=scale)
@@ -224,6 +237,7 @@ def test_what_runs_where():
         ({"positions": np.ones((2, 3))}, "positions: got dtype float32"),
         ({"frequencies": frequencies_of(5)}, r"frequencies: got shape \(5,\), expected .* 1 to 4"),
         ({"frequencies": np.float32(1)}, r"frequencies: got shape \(\)"),
+        ({"frequencies": frequencies_of(0)}, r"frequencies: got shape \(0,\), expected .* 1 to 4"),
         ({"norm_scale": np.ones(4, np.float32)}, r"norm_scale: got shape \(4,\), expected \(8,\)"),
         ({"interpret": True}, "interpret: got True with implementation=None"),
         ({"implementation": "tpus"}, "implementation: got 'tpus'"),
