@@ -271,7 +271,7 @@ def _run(
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * width * D,
+            flops=2 * rows * width * (1 if quarter_turn is None else D),
             transcendentals=rows * width // D,
             bytes_accessed=moved([*arrays, *outputs]),
         ),

@@ -28,6 +28,7 @@ VARIANTS = {
     "odd length": dict(T=1001),
     "a few tokens": dict(B=1, T=129),
     "32 heads": dict(H=32),
+    "norm alone": dict(H=12, D=256, pairs=0),
 }
 
 
@@ -70,7 +71,7 @@ def heads_that_are_copied(text: str) -> list[str]:
 @pytest.mark.parametrize(
     "target, names",
     [
-        ("tpu:v5p", ["normed"]),
+        ("tpu:v5p", ["normed", "norm alone"]),
         *(
             pytest.param(f"tpu:{chip}", [], marks=pytest.mark.slow)
             for chip in ("v5e", "v5p", "v6e", "v7x")
