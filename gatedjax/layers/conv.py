@@ -140,8 +140,8 @@ class _How(NamedTuple):
     is_activated: bool
 
 
-# With a gradient of its own, for three passes over the arrays in place of seven: XLA takes one for
-# the product of every tap, and rounds each. Nothing is kept but the inputs.
+# With a gradient of its own: otherwise the product of every tap with dy is rounded, lies in memory,
+# and is added up by another pass. Nothing is kept but the inputs.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolved(
     how: _How,
