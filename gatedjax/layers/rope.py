@@ -202,7 +202,7 @@ class NormOfHeads(RMSNorm):
 
     axis_name: str = "head_dim"
 
-    def __call__(self, x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:  # pyrefly: ignore
+    def __call__(self, x: Float[Array, "B T H D"]) -> Float[Array, "B T H D"]:
         positions = jnp.zeros(x.shape[:2], jnp.int32)
         return apply_rope(
             x,

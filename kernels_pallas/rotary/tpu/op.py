@@ -199,8 +199,7 @@ def _as_columns(inputs: _Inputs, options: RotaryOptions) -> _Columns:
     scales = None
     if inputs.norm_scale is not None:
         scale = inputs.norm_scale.astype(jnp.float32)
-        swapped = options.pairs.swapped(scale) if options.pairs.pairs else scale
-        scales = jnp.stack([scale, swapped])
+        scales = jnp.stack([scale, options.pairs.swapped(scale)])
     cos, sin = jax.tree.map(lambda z: z.reshape(B * T, D), (inputs.cos, inputs.sin))
     return _Columns(inputs.x.reshape(B * T, H * D), scales, cos, sin)
 

@@ -79,7 +79,14 @@ def exact(x, scale, dy, *rest, **options):
 
 @pytest.mark.parametrize(
     "pairs, interleaved, normed",
-    [(3, False, True), (3, False, False), (4, True, True), (2, True, False), (0, False, True)],
+    [
+        *(
+            (*pairs, normed)
+            for pairs in [(3, False), (4, True), (2, True)]
+            for normed in (True, False)
+        ),
+        (0, False, True),
+    ],
 )
 def test_the_reference_is_the_formula(pairs, interleaved, normed):
     x, positions, scale, dy = draw(2, 5, 3, 8)
