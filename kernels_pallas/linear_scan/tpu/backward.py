@@ -2,9 +2,9 @@
 
 The grid is (B, blocks of heads, blocks of tokens), see `call.py`, with tokens in the opposite order
 of the forward kernel. The cotangent of the state stays in VMEM scratch. In each chunk the kernel
-reads the saved state before the chunk, recomputes the chunk's terms from q, k and the decays, and
-takes their derivative by hand. All gradients of a chunk come from this one pass. A "check" tells of
-NaN and Inf, as in the forward kernel.
+reads the saved state before the chunk, recomputes the chunk's terms from q, k and the decays (but
+for scores that were saved), and takes their derivative by hand. All gradients of a chunk come from
+this one pass. A "check" tells of NaN and Inf, as in the forward kernel.
 """
 
 from collections.abc import Generator
@@ -23,7 +23,7 @@ from kernels_pallas.linear_scan.tpu import (
     vector_decay_backward,
 )
 from kernels_pallas.linear_scan.tpu.call import call, scan_cost
-from kernels_pallas.linear_scan.tpu.plan import Grid, KernelInputs, Plan
+from kernels_pallas.linear_scan.tpu.plan import Grid, KernelInputs, Plan, Saved
 from kernels_pallas.linear_scan.tpu.tokens import Tokens
 
 # A generator that returns dq, dk, dv and dscores of one chunk of one head.
@@ -33,7 +33,7 @@ type _Head = Generator[None, None, tuple[Array, Array, Array, Array]]
 def backward(
     plan: Plan,
     x: KernelInputs,
-    states: Array,
+    saved: Saved,
     do: Array,
     dfinal: Array | None,
 ) -> dict[str, Array]:
@@ -42,7 +42,7 @@ def backward(
     Args:
       plan: the static arguments.
       x: the inputs of the forward kernel.
-      states: the state before each chunk, as the forward kernel saved it.
+      saved: by the forward kernel.
       do: the cotangent of o.
       dfinal: the cotangent of the final state, if that was returned.
 
@@ -55,9 +55,11 @@ def backward(
     grid = Grid(plan, plan.backward, is_backward=True)
     B = x.q.shape[0]
     inputs = grid.inputs(x)
-    # Beside the forward kernel's inputs: the cotangents, and the states that it saved.
+    # Beside the forward kernel's inputs: the cotangents, and what it saved.
     inputs.append(grid.tokens("do", do, plan.H, plan.V))
-    inputs.append(grid.states(states))
+    inputs.append(grid.states(saved.states))
+    if saved.scores is not None:
+        inputs.append(grid.scores(saved.scores))
     if dfinal is not None:
         inputs.append(grid.state("dfinal", dfinal))
 
@@ -159,15 +161,22 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
     ) -> _Head:
         # Up the halving, keeping the operands of every merge.
         decays = tokens.vector_decays()
-        terms, merges = yield from vector_decay.chunk_terms_and_merges(
+        halving = yield from vector_decay.halve_and_keep(
             options,
-            transposed_levels,
             decays.apply_at_reads(tokens.q),
             tokens.k,
             decays.decay,
-            decays.total,
-            tokens.diagonal(),
         )
+        scores = tokens.saved_scores
+        is_transposed = scores is None
+        if scores is None:
+            scores = yield from vector_decay.transposed_scores(
+                options,
+                transposed_levels,
+                halving.merges,
+                tokens.diagonal(),
+            )
+        terms = tile.ChunkTerms(scores, halving.reads, halving.writes, decays.total)
         yield
         # v, do and the saved state come in bfloat16, and stay so for the matrix unit.
         cotangents = yield from tile.read_and_update_backward(
@@ -177,7 +186,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             do,
             state,
             dstate,
-            True,
+            is_transposed,
         )
         # The next chunk, or grid step, goes on from here.
         dstate_ref[h] = cotangents.dstate
@@ -191,7 +200,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
         dreads, dk, dlog_decay = yield from vector_decay_backward.backward(
             options,
             bits,
-            merges,
+            halving.merges,
             cotangents,
             dscores_transposed,
         )

@@ -98,7 +98,8 @@ def scan_cost(grid: Grid, operands: list[Operand]) -> pl.CostEstimate:
     through_scores = 2 * C * plan.V
     through_state = 2 * plan.K * plan.V
     if grid.is_backward:
-        flops_of_token = 3 * scores + 2 * through_scores + 5 * through_state
+        through_keys = (2 if plan.saves_scores else 3) * scores
+        flops_of_token = through_keys + 2 * through_scores + 5 * through_state
     else:
         flops_of_token = scores + through_scores + 2 * through_state
     # Exponentials of a token: of its logs, or of its row of the mask.

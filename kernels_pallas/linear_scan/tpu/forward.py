@@ -3,9 +3,9 @@
 The grid is (B, blocks of heads, blocks of tokens), see `call.py`. In each step the kernel takes the
 chunks of its block in the order of the recurrence, and the heads of a chunk interleaved. It
 computes the terms of the chunk from q, k and the decays, reads the state in VMEM, and updates it.
-For the backward pass it also writes the state before each chunk to HBM; all else is recomputed
-there. NaN and Inf are multiplied like all else, and spread to tokens that do not see them: the
-output "check" tells, and `again.py` sees to it.
+For the backward pass it also writes the state before each chunk to HBM, and on some chips the
+scores of vector decays; all else is recomputed there. NaN and Inf are multiplied like all else, and
+spread to tokens that do not see them: the output "check" tells, and `again.py` sees to it.
 """
 
 from collections.abc import Generator
@@ -28,7 +28,8 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
 
     Returns:
       "o" [B, T, H*V]; "final" float32 [B, H, V, K] if asked for; "states" [B, H, chunks, V, K], the
-      state before each chunk, if `save`; "check", see `Grid.check`.
+      state before each chunk, and "scores" of `Plan.saves_scores`, if `save`; "check", see
+      `Grid.check`.
     """
     grid = Grid(plan, plan.forward, is_backward=False)
     B = x.q.shape[0]
@@ -48,6 +49,9 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         dtype = jnp.bfloat16 if plan.rounds else jnp.float32
         states = like(x.q, (B, plan.H, num_chunks, plan.V, plan.K), dtype)
         outputs.append(grid.states(states))
+        if plan.saves_scores:
+            shape = (B, plan.H, num_chunks, plan.chunk, plan.chunk)
+            outputs.append(grid.scores(like(x.q, shape, jnp.bfloat16)))
     cost = partial(scan_cost, grid)
     return call(grid, _kernel, inputs, outputs, "linear_scan_forward", cost)
 
@@ -98,6 +102,8 @@ def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:
         # Save the state before it is updated.
         if "states" in refs:
             refs["states"][0, h, chunk] = state_ref[h].astype(refs["states"].dtype)
+        if "scores" in refs:
+            refs["scores"][0, h, chunk] = terms.scores.astype(refs["scores"].dtype)
         o, new_state = tile.read_and_update(
             options,
             terms,

@@ -2,7 +2,8 @@
 
 One kernel each way (`forward.py`, `backward.py`), each moving every input and output once. The
 mathematics is in `tile.py`, `scalar_decay.py` and `vector_decay.py`, block sizes in `tuning.py`.
-Saved for the backward pass: the inputs, and the state before each chunk.
+Saved for the backward pass: the inputs, the state before each chunk, and on chips where that pays
+the scores of vector decays.
 
 Matrix units multiply bfloat16. With float16 or float32 inputs every operand keeps all its bits, in
 several passes. With bfloat16 inputs a matmul is one pass, as by XLA's default, and rounds its
@@ -31,7 +32,7 @@ from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu import backward as backward_kernel
 from kernels_pallas.linear_scan.tpu import forward as forward_kernel
 from kernels_pallas.linear_scan.tpu.again import gradients_again, outputs_again
-from kernels_pallas.linear_scan.tpu.plan import KernelInputs, Plan
+from kernels_pallas.linear_scan.tpu.plan import KernelInputs, Plan, Saved
 from kernels_pallas.linear_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
 
@@ -260,10 +261,9 @@ def _forward(plan: Plan, x: KernelInputs):
     run = partial(_run_forward, plan, save=True)
     out = once("linear_scan", run, x)
     outputs = (checkpoint_name(out["o"], OUT_NAME), out.get("final"))
-    # The states of rows that were computed again are those that the kernel saved: of no use.
-    saved = (out["states"], out["check"])
-    residuals = (x, *checkpoint_name(saved, STATES_NAME))
-    return outputs, residuals
+    # What is saved of rows that were computed again is the kernel's: of no use.
+    saved = Saved(out["states"], out.get("scores"), out["check"])
+    return outputs, (x, checkpoint_name(saved, STATES_NAME))
 
 
 def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
@@ -274,8 +274,7 @@ def _backward(plan: Plan, residuals, cotangents) -> tuple[KernelInputs]:
 def _run_backward(
     plan: Plan,
     x: KernelInputs,
-    states: Array,
-    check: Array,
+    saved: Saved,
     do: Array,
     dfinal: Array | None,
 ) -> KernelInputs:
@@ -283,7 +282,7 @@ def _run_backward(
     out = backward_kernel.backward(
         plan,
         _kernel_inputs(plan, x),
-        states,
+        saved,
         do,
         dfinal,
     )
@@ -304,7 +303,7 @@ def _run_backward(
     dx = gradients_again(
         plan,
         x,
-        check + out["check"],
+        saved.check + out["check"],
         do,
         dfinal,
         dx,

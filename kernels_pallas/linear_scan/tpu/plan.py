@@ -30,6 +30,8 @@ class Schedule(NamedTuple):
       stack: see `tile.TileOptions`.
       transpose: in the backward pass, whether the scores' cotangent is transposed rather than
         multiplied out twice.
+      keep_scores: in the backward pass, whether it reads the scores of vector decays that the
+        forward kernel has saved, rather than compute them again.
     """
 
     heads: int
@@ -38,6 +40,7 @@ class Schedule(NamedTuple):
     round_early: bool = False
     stack: bool = False
     transpose: bool = True
+    keep_scores: bool = False
 
 
 class Plan(NamedTuple):
@@ -72,6 +75,14 @@ class Plan(NamedTuple):
     backward: Schedule
     interpret: Interpret
 
+    @property
+    def saves_scores(self) -> bool:
+        """Whether the forward kernel saves scores: in bfloat16, as the matrix unit will see them.
+
+        They take as many bytes as queries of `chunk` channels.
+        """
+        return self.decay == "vector" and self.rounds and self.backward.keep_scores
+
     def tile_options(self, schedule: Schedule) -> TileOptions:
         """The static arguments of a chunk."""
         # Where matmuls keep all bits there is nothing to round.
@@ -102,6 +113,21 @@ class KernelInputs(NamedTuple):
     starts: Float[Array, "B N 1 C"] | None
     bonus: Float[Array, "1 H*K"] | None
     state: Float[Array, "B H V K"] | None
+
+
+class Saved(NamedTuple):
+    """What the forward kernel saves for the backward kernel, beside its inputs.
+
+    Attributes:
+      states: the state before each chunk.
+      scores: of each chunk, [i, j] for token i's read of the write of token j; None if the backward
+        kernel computes them again.
+      check: of `Grid.check`.
+    """
+
+    states: Float[Array, "B H N V K"]
+    scores: Float[Array, "B H N C C"] | None
+    check: Float[Array, "B blocks 8 128"]
 
 
 class Grid(NamedTuple):
@@ -233,6 +259,17 @@ class Grid(NamedTuple):
         block = (1, self.schedule.heads, self.schedule.chunks, self.plan.V, self.plan.K)
         return Operand(
             "states",
+            array,
+            block,
+            lambda b, h, t: (b, h, self.token_block(t), 0, 0),
+        )
+
+    def scores(self, array: ArrayOrShape) -> Operand:
+        """[B, H, chunks, C, C]."""
+        chunk = self.plan.chunk
+        block = (1, self.schedule.heads, self.schedule.chunks, chunk, chunk)
+        return Operand(
+            "scores",
             array,
             block,
             lambda b, h, t: (b, h, self.token_block(t), 0, 0),

@@ -59,6 +59,13 @@ class Tokens:
     def do(self) -> Float[Array, "C V"]:
         return self._load("do", self.plan.H, self.plan.V, keep_dtype=True)
 
+    @property
+    def saved_scores(self) -> Float[Array, "C C"] | None:
+        """Of the forward kernel; None if it has not saved them."""
+        if "scores" not in self.refs:
+            return None
+        return self.refs["scores"][0, self.head, self.chunk]
+
     # --- blocks [1, tokens, heads * D]
 
     def _index(self, num_heads: int, D: int) -> tuple:

@@ -31,7 +31,7 @@ TUNED = {
     "TPU v5": {
         "vector": (
             Schedule(heads=8, chunks=2, lag=None),
-            Schedule(heads=8, chunks=2, lag=7),
+            Schedule(heads=8, chunks=2, lag=6, keep_scores=True),
         ),
         "scalar": (
             Schedule(heads=8, chunks=2, lag=0),
@@ -41,7 +41,7 @@ TUNED = {
     "TPU v6 lite": {
         "vector": (
             Schedule(heads=8, chunks=2, lag=6, round_early=True, stack=True),
-            Schedule(heads=8, chunks=2, lag=4, round_early=True),
+            Schedule(heads=8, chunks=2, lag=2, round_early=True, keep_scores=True),
         ),
         "scalar": (
             Schedule(heads=8, chunks=4, lag=0),

@@ -4,7 +4,7 @@ This is `../tile.py:vector_decay` in terms of 8-row registers. A merge of blocks
 is whole registers times whole registers; a merge of smaller blocks is a rotation of rows inside
 one.
 
-The backward kernel needs the operands of every merge, and keeps them: `chunk_terms_and_merges`. The
+The backward kernel needs the operands of every merge, and keeps them: `halve_and_keep`. The
 derivative is in `vector_decay_backward.py`.
 
 A block's partner is the block that it is merged with. A row's partner is the row at the same place
@@ -386,23 +386,32 @@ def _merge_and_keep(
     return Merge(h, join_rows(z).astype(options.operand), partners), sides, totals
 
 
-def chunk_terms_and_merges(
+class Halving(NamedTuple):
+    """What the backward pass needs of a chunk's halving.
+
+    Attributes:
+      merges: in order.
+      reads, writes: after the last one, of the whole chunk.
+    """
+
+    merges: list[Merge]
+    reads: Float[Array, "C K"]
+    writes: Float[Array, "C K"]
+
+
+def halve_and_keep(
     options: TileOptions,
-    transposed_levels: Int[Array, "C C"],
     reads: Float[Array, "C K"],
     k: Float[Array, "C K"],
     decay: Float[Array, "C K"],
-    total: Float[Array, "1 K"],
-    diagonal: Float[Array, "C 1"] | None,
-) -> Generator[None, None, tuple[ChunkTerms, list[Merge]]]:
-    """`chunk_terms` for the backward pass, with what the derivative needs (a generator).
+) -> Generator[None, None, Halving]:
+    """The halving of `chunk_terms`, with what the derivative needs (a generator).
 
     Args:
-      options, reads, k, decay, total, diagonal: as in `chunk_terms`.
-      transposed_levels: of `merge_levels` with `reverse` the other way.
+      options, reads, k, decay: as in `chunk_terms`.
 
     Returns:
-      The terms, with scores transposed: row j, column i. And the merges in order.
+      All but scores.
     """
     reads_and_writes = (split_rows(reads), split_rows(k))
     sides = exchange_sides(reads_and_writes, 0, 1, options.reverse)
@@ -414,7 +423,26 @@ def chunk_terms_and_merges(
         merge, sides, totals = _merge_and_keep(options, h, sides, totals)
         merges.append(merge)
         h *= 2
+    reads_at_end, writes_at_end = sides
+    return Halving(merges, join_rows(reads_at_end), join_rows(writes_at_end))
 
+
+def transposed_scores(
+    options: TileOptions,
+    transposed_levels: Int[Array, "C C"],
+    merges: list[Merge],
+    diagonal: Float[Array, "C 1"] | None,
+) -> Generator[None, None, Float[Array, "C C"]]:
+    """The scores of a chunk once more, from what was kept of its merges (a generator).
+
+    Args:
+      options, diagonal: as in `chunk_terms`.
+      transposed_levels: of `merge_levels` with `reverse` the other way.
+      merges: of `halve_and_keep`.
+
+    Returns:
+      The scores; row j, column i.
+    """
     level_rows = split_rows(transposed_levels)
     scores = diagonal_scores(diagonal, level_rows)
     for merge in merges:
@@ -433,11 +461,4 @@ def chunk_terms_and_merges(
             level_rows,
             not options.reverse,
         )
-    reads_at_end, writes_at_end = sides
-    terms = ChunkTerms(
-        join_rows(scores),
-        join_rows(reads_at_end),
-        join_rows(writes_at_end),
-        total,
-    )
-    return terms, merges
+    return join_rows(scores)

@@ -120,7 +120,7 @@ def backward(
     Args:
       options: the static arguments.
       bits: of `pair_bits`.
-      merges: of `chunk_terms_and_merges`.
+      merges: of `halve_and_keep`.
       cotangents: those of the terms.
       dscores_transposed: the transpose of the scores' cotangent.
 

@@ -12,7 +12,7 @@ from helpers import rel_rms
 
 from kernels_pallas.linear_scan.tpu import vector_decay_backward
 from kernels_pallas.linear_scan.tpu.tile import ChunkCotangents, TileOptions, merge_levels
-from kernels_pallas.linear_scan.tpu.vector_decay import chunk_terms_and_merges
+from kernels_pallas.linear_scan.tpu.vector_decay import halve_and_keep, transposed_scores
 
 C, K = 16, 4
 
@@ -66,17 +66,9 @@ def test_one_product_a_merge_sends_back_to_reads_and_writes(reverse, monkeypatch
     dscores = rng.normal(size=(C, C))
     logs = -rng.exponential(size=(C, K))
     low = [jnp.asarray(x, jnp.float32) for x in (reads, writes, logs, dscores, dreads, dwrites)]
-    terms, merges = result(
-        chunk_terms_and_merges(
-            options(reverse),
-            merge_levels(C, not reverse),
-            low[0],
-            low[1],
-            jnp.exp(low[2]),
-            jnp.ones((1, K)),
-            None,
-        )
-    )
+    merges = result(halve_and_keep(options(reverse), low[0], low[1], jnp.exp(low[2]))).merges
+    levels = merge_levels(C, not reverse)
+    scores = result(transposed_scores(options(reverse), levels, merges, None))
     cotangents = ChunkCotangents(
         dv=None,
         dscores=low[3],
@@ -97,9 +89,7 @@ def test_one_product_a_merge_sends_back_to_reads_and_writes(reverse, monkeypatch
     if reverse:
         expected = [x[::-1] for x in expected]
         expected[0] = expected[0][:, ::-1]
-    for name, a, b in zip(
-        ("scores", "dreads", "dwrites", "dlogs"), (terms.scores.T, *got), expected
-    ):
+    for name, a, b in zip(("scores", "dreads", "dwrites", "dlogs"), (scores.T, *got), expected):
         assert rel_rms(a, b) <= 5e-7, name
 
 

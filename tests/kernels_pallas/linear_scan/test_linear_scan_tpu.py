@@ -119,6 +119,18 @@ def test_bfloat16_as_the_matrix_unit_rounds(rank, decay, monkeypatch):
     compare_tpu(x, dtype=jnp.bfloat16, tolerance=4e-3, trace="rounding")
 
 
+def test_scores_are_saved_for_the_backward_kernel(monkeypatch):
+    """Two heads of three chunks, from the last to the first, packed."""
+    room = importlib.import_module("kernels_pallas.linear_scan.tpu.op")
+    monkeypatch.setattr(room, "_plan", rounded(room._plan))
+    x = make(B=1, H=2, K=8, V=16, T=40, rank=4, decay="mixture")
+    options = dict(reverse=True, segment_ids=SEGMENTS[:1, :40])
+    loss = partial(total, implementation="tpu", interpret=True, chunk_size=16, **options)
+    # [B, H, chunks, C, C]; the last grid step of two chunks is half empty.
+    assert "bf16[1,2,4,16,16]" in str(jax.make_jaxpr(jax.grad(loss))(low(x, jnp.bfloat16)))
+    compare_tpu(x, dtype=jnp.bfloat16, tolerance=4e-3, trace="rounding", **options)
+
+
 def rounded(plan):
     """Every operand of a matmul rounded to bfloat16 before it."""
 
