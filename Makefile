@@ -40,7 +40,7 @@ test-buckets: .venv-buckets/installed
 TYPED := tests/gatedjax/layers/test_face.py tests/gatedjax/test_model.py tests/gatedjax/training/test_train_step.py
 TYPED_ALL := $(TYPED) tests/gatedjax/layers tests/kernels_pallas/attention/test_attention.py \
   tests/kernels_pallas/linear_scan/test_linear_scan.py tests/kernels_pallas/grouped_matmul/test_grouped_matmul.py \
-  tests/kernels_pallas/rotary/test_rotary.py
+  tests/kernels_pallas/rotary/test_rotary.py tests/kernels_pallas/causal_conv/test_causal_conv.py
 TYPECHECK = GATEDJAX_TYPECHECK=1 $(VENV)/python -m pytest $(PARALLEL) -m "not slow" -k "not (bad or wrong or refus or named)"
 
 test-types: .venv/installed
@@ -91,7 +91,7 @@ bench: .venv/installed
 	$(VENV)/python benchmarks/tpu_model.py
 
 # Hours: every stored model time of a TPU is made anew. BENCH_MODEL=step: of whole steps only.
-BENCH_MODEL ?= step,attention,delta_scan,linear_scan,moe,rotary
+BENCH_MODEL ?= step,attention,causal_conv,delta_scan,linear_scan,moe,rotary
 bench-model: .venv/installed
 	$(VENV)/python benchmarks/model_check.py --of=$(BENCH_MODEL)
 

@@ -1,7 +1,7 @@
 """Makes the stored model times anew; ends with exit code 1 if one grew by more than 3 %.
 
-    python benchmarks/model_check.py [--of=step,attention,delta_scan,linear_scan,moe,rotary]
-        [--only=tpu:v5e,bwd]
+    python benchmarks/model_check.py [--only=tpu:v5e,bwd]
+        [--of=step,attention,causal_conv,delta_scan,linear_scan,moe,rotary]
 
 A row is what a benchmark writes into its file in results/: the same script makes it again here, and
 what it prints is compared. Rows of other projects' packages are left out. All of them take hours of
@@ -20,7 +20,7 @@ from report import run_row
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 # The scripts, each with a file RESULTS/{name}_tpu.json.
-SCRIPTS = ("step", "attention", "delta_scan", "linear_scan", "moe", "rotary")
+SCRIPTS = ("step", "attention", "causal_conv", "delta_scan", "linear_scan", "moe", "rotary")
 # The keys under which a row has model times.
 TIMES = ("milliseconds", "microseconds", "program_microseconds")
 TOLERANCE = 0.03

@@ -22,6 +22,7 @@ grouped_matmul       rows sorted by group, each times the matrix of its group
 expert_mlp           the gated MLPs of sparse experts, on rows sorted by expert
 sort_by_group        the permutation that sorts rows by group, its inverse and the group sizes
 permute_rows         rows copied and permuted, differentiable without a scatter
+causal_conv          the short convolution of linear mixers and the SiLU behind it
 rotary               rotary positions of queries and keys, after the norm of every head
 two_pass_softmax     softmax without a maximum, exponentials as mantissa and exponent
 last_choice          which implementation the last traced call of an op was compiled to, and why
@@ -35,6 +36,7 @@ from kernels_pallas.ops import (
     attention,
     attention_sharded,
     attention_step,
+    causal_conv,
     delta_product_scan,
     delta_product_scan_step,
     delta_scan,
@@ -63,6 +65,7 @@ __all__ = [
     "attention",
     "attention_sharded",
     "attention_step",
+    "causal_conv",
     "delta_product_scan",
     "delta_product_scan_step",
     "delta_scan",

@@ -10,6 +10,7 @@ from kernels_pallas.attention import (
 from kernels_pallas.attention.doubly_stochastic import qr_attention, sinkhorn_attention
 from kernels_pallas.attention.xla import OUT_NAME as ATTENTION_OUT_NAME
 from kernels_pallas.attention.xla import STATISTIC_NAME
+from kernels_pallas.causal_conv import causal_conv
 from kernels_pallas.delta_scan import (
     delta_product_scan,
     delta_product_scan_step,
@@ -49,6 +50,7 @@ __all__ = [
     "attention",
     "attention_sharded",
     "attention_step",
+    "causal_conv",
     "delta_product_scan",
     "delta_product_scan_step",
     "delta_scan",

@@ -5,7 +5,6 @@ RWKV's token shift. For encoders a convolution over the tokens on both sides.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +13,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from gatedjax.layers.parameters import parameter
+from gatedjax.sharding import is_cut
+from kernels_pallas import ops
+from kernels_pallas.causal_conv import xla
+from kernels_pallas.causal_conv.inputs import ConvInputs
 
 
 def short_conv(
@@ -83,27 +86,33 @@ def causal_conv(
     *,
     is_activated: bool = False,
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B W-1 F"]]:
-    """`y_t = b + sum_w kernel[w] x_{t - (W-1) + w}`, per channel, over t's own segment only.
+    """The op `causal_conv`, which may also go on from a tail.
 
     Args:
-      x: the inputs.
-      kernel: the weights of a token's last W inputs, its own last.
+      x, kernel, bias, is_activated: as of the op.
       segment_ids: inputs of another segment count as zeros. With a tail they are numbered, and
         padding comes last (`token_info.arranged`).
       tail: the W-1 inputs before x, of segment 1; zeros if None.
-      bias: b; zeros if None.
-      is_activated: y is the SiLU of this sum.
 
     Returns:
       y in x's dtype, computed in float32; and the tail for the tokens after x.
     """
     width = kernel.shape[0]
-    how = _How(before=width - 1, is_activated=is_activated)
     if tail is None:
-        y = _convolved(how, x, kernel, bias, segment_ids)
+        # A kernel needs all tokens of a row; XLA sends no more than the edges.
+        implementation = "xla" if is_cut("length", x.shape[1]) else None
+        y = ops.causal_conv(
+            x,
+            kernel,
+            bias,
+            segment_ids,
+            is_activated=is_activated,
+            implementation=implementation,
+        )
         tail = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
     else:
-        y = _plain(how, x, kernel, bias, segment_ids, tail)
+        how = xla.How(before=width - 1, is_activated=is_activated)
+        y = xla.plain(how, ConvInputs(x, kernel, bias, segment_ids), tail)
     return y, _next_tail(x, tail, segment_ids)
 
 
@@ -124,92 +133,8 @@ def centered_conv(
     Returns:
       y in x's dtype, summed in float32.
     """
-    how = _How(before=(kernel.shape[0] - 1) // 2, is_activated=False)
-    return _convolved(how, x, kernel, bias, segment_ids)
-
-
-class _How(NamedTuple):
-    """What a convolution is beside its arrays.
-
-    Attributes:
-      before: how many tokens ago the input of the first tap was.
-      is_activated: whether a SiLU follows.
-    """
-
-    before: int
-    is_activated: bool
-
-
-# With a gradient of its own: otherwise the product of every tap with dy is rounded, lies in memory,
-# and is added up by another pass. Nothing is kept but the inputs.
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolved(
-    how: _How,
-    x: Float[Array, "B T F"],
-    kernel: Float[Array, "W F"],
-    bias: Float[Array, " F"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-) -> Float[Array, "B T F"]:
-    return _plain(how, x, kernel, bias, segment_ids)
-
-
-def _convolved_forward(how: _How, *arrays: Array | None):
-    return _convolved(how, *arrays), arrays
-
-
-def _convolved_backward(how: _How, arrays: tuple, dy: Array) -> tuple[Array | None, ...]:
-    x, kernel, bias, segment_ids = arrays
-    dsum = dy.astype(jnp.float32)
-    if how.is_activated:
-        before_silu = _sum_of_taps(how.before, x, kernel, bias, segment_ids)
-        _, of_silu = jax.vjp(jax.nn.silu, before_silu)
-        (dsum,) = of_silu(dsum)
-    # In memory, for all taps: rounded as dy is.
-    dsum = dsum.astype(dy.dtype)
-    dx = jnp.zeros(x.shape, jnp.float32)
-    dkernel = []
-    for w in range(kernel.shape[0]):
-        lag = how.before - w
-        # Of the tokens that have seen this one.
-        dx = dx + _lagged_in_segment(dsum, -lag, segment_ids).astype(jnp.float32) * kernel[w]
-        seen = _lagged_in_segment(x, lag, segment_ids).astype(jnp.float32)
-        dkernel.append(jnp.sum(dsum.astype(jnp.float32) * seen, axis=(0, 1)))
-    dbias = None
-    if bias is not None:
-        dbias = jnp.sum(dsum, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
-    return dx.astype(x.dtype), jnp.stack(dkernel).astype(kernel.dtype), dbias, None
-
-
-_convolved.defvjp(_convolved_forward, _convolved_backward)
-
-
-def _plain(
-    how: _How,
-    x: Float[Array, "B T F"],
-    kernel: Float[Array, "W F"],
-    bias: Float[Array, " F"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    tail: Float[Array, "B _ F"] | None = None,
-) -> Float[Array, "B T F"]:
-    """The convolution, and the SiLU."""
-    y = _sum_of_taps(how.before, x, kernel, bias, segment_ids, tail)
-    return (jax.nn.silu(y) if how.is_activated else y).astype(x.dtype)
-
-
-def _sum_of_taps(
-    before: int,
-    x: Float[Array, "B T F"],
-    kernel: Float[Array, "W F"],
-    bias: Float[Array, " F"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    tail: Float[Array, "B _ F"] | None = None,
-) -> Float[Array, "B T F"]:
-    """The convolution, float32: a sum of shifted copies, one for each of the few taps."""
-    y = jnp.zeros(x.shape, jnp.float32)
-    for w in range(kernel.shape[0]):
-        lagged = _lagged_in_segment(x, before - w, segment_ids, tail)
-        y = y + lagged.astype(jnp.float32) * kernel[w]
-    return y if bias is None else y + bias
+    how = xla.How(before=(kernel.shape[0] - 1) // 2, is_activated=False)
+    return xla.convolved(how, ConvInputs(x, kernel, bias, segment_ids))
 
 
 def previous_inputs(
@@ -227,29 +152,10 @@ def previous_inputs(
     Returns:
       The inputs one token earlier, and the tail for the tokens after x.
     """
-    previous = _lagged_in_segment(x, 1, segment_ids, tail)
+    previous = xla.lagged_in_segment(x, 1, segment_ids, tail)
     if tail is None:
         tail = jnp.zeros((x.shape[0], 1, x.shape[2]), x.dtype)
     return previous, _next_tail(x, tail, segment_ids)
-
-
-def _lagged_in_segment(
-    x: Float[Array, "B T F"],
-    lag: int,
-    segment_ids: Int[Array, "B T"] | None,
-    tail: Float[Array, "B _ F"] | None = None,
-) -> Float[Array, "B T F"]:
-    """x of `lag` tokens ago, or -lag tokens ahead; zeros where that is another segment's."""
-    lagged = _lagged(x, lag, tail)
-    if segment_ids is None or lag == 0:
-        return lagged
-    segment_tail = None
-    if tail is not None:
-        segment_tail = jnp.ones(tail.shape[:2], segment_ids.dtype)
-    is_same = _lagged(segment_ids, lag, segment_tail) == segment_ids
-    # Selected before it is multiplied: what is not finite over there reaches neither the output nor
-    # the gradient of what it is multiplied by.
-    return jnp.where(is_same[..., None], lagged, 0)
 
 
 def _next_tail(
@@ -270,25 +176,6 @@ def _next_tail(
     is_same = jnp.take_along_axis(segments, last, axis=1) == last_segment
     inputs = jnp.take_along_axis(seen, last[..., None], axis=1)
     return jnp.where(is_same[..., None], inputs, 0)
-
-
-def _lagged(
-    x: Array,
-    lag: int,
-    tail: Array | None,
-) -> Array:
-    """[B, T, ..]: x of `lag` tokens ago; before the first the end of `tail`, or zeros.
-
-    Without a tail also of tokens ahead: zeros behind the last.
-    """
-    if tail is None:
-        # One pad: where T is cut over devices, XLA then sends no more than the edges.
-        sides = [(0, 0, 0)] * x.ndim
-        sides[1] = (lag, -lag, 0)
-        return jax.lax.pad(x, jnp.zeros((), x.dtype), sides)
-    start = tail.shape[1] - lag
-    extended = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-    return extended[:, start : start + x.shape[1]]
 
 
 def uniform(

@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float
 
 from kernels_pallas.common.mesh import varying_axes
 
 # Of at least 64 MiB on every generation. The default of 16 MiB is too little for 8 heads.
 VMEM_LIMIT = 56 * 2**20
+
+# The shape of a register of float32.
+SUBLANES = 8
+LANES = 128
 
 # What a kernel gets for an array. Its type at run time is `jax.Ref`, which does not declare `at`.
 Ref = Any
@@ -53,3 +58,19 @@ def interpret_params(interpret: Interpret, x: Array) -> Interpret:
     if interpret is True and varying_axes(x):
         return pltpu.InterpretParams()
     return interpret
+
+
+def as_column(row: Float[Array, "1 R"]) -> Float[Array, "R 1"]:
+    """A row transposed, inside of a kernel; Mosaic does so for whole registers only."""
+    # [1, R] -> [8, R] -> [R, 8] -> [R, 1]
+    register = jnp.broadcast_to(row, (SUBLANES, row.shape[1]))
+    return jnp.transpose(register)[:, :1]
+
+
+def sigmoid(x: Array) -> Array:
+    """The sigmoid in float32, by tanh.
+
+    tanh is one instruction here. 1 / (1 + exp) is a dozen, and often there is no matrix product
+    beside them to hide their time.
+    """
+    return 0.5 * jnp.tanh(0.5 * x.astype(jnp.float32)) + 0.5

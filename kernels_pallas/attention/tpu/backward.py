@@ -52,7 +52,7 @@ from kernels_pallas.attention.tpu.plan import (
     backward_tiles,
 )
 from kernels_pallas.common.padding import round_up
-from kernels_pallas.common.tpu import Ref
+from kernels_pallas.common.tpu import Ref, as_column, sigmoid
 
 
 def backward(plan: Plan, residuals: Residuals, cotangents: KernelOutputs) -> KernelInputs:
@@ -277,9 +277,9 @@ def _kernel(
 def _sigmoid_of_gate(plan: Plan, refs: dict[str, Ref]) -> Array:
     """sigmoid(gate_logits) of a block of queries, [R, V] or [R, 1]."""
     if plan.gate == "element":
-        return tile.sigmoid(refs["gate"][0])
+        return sigmoid(refs["gate"][0])
     # The gate of a head runs along lanes; rows of do run down.
-    return tile.as_column(tile.sigmoid(refs["gate"][0, 0]))
+    return as_column(sigmoid(refs["gate"][0, 0]))
 
 
 def _output(refs: dict[str, Ref], n: int) -> Array:
@@ -358,7 +358,7 @@ def _write_gradients_by_row(
         refs["dgate"][0] = dgate.astype(refs["dgate"].dtype)
     elif gate is not None:
         # Along lanes, as the sums of the products will be.
-        gate = tile.sigmoid(refs["gate"][0, 0])
+        gate = sigmoid(refs["gate"][0, 0])
         products = refs["dy"][0].astype(jnp.float32) * _output(refs, 0)
         summed = tile.as_row(jnp.sum(products, axis=-1, keepdims=True))
         refs["dgate"][0, 0] = summed * gate * (1 - gate)
@@ -447,7 +447,7 @@ def _add_tile(
         )
         if plan.segments:
             # They are stored along lanes; rows of this tile are keys.
-            key_segments = tile.as_column(refs["key_segments"][0, :, keys_of(start)])
+            key_segments = as_column(refs["key_segments"][0, :, keys_of(start)])
             query_segments = refs["query_segments"][0, :, queries]
             at = at._replace(query_segments=query_segments, key_segments=key_segments)
         return at

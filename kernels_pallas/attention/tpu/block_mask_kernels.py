@@ -21,7 +21,7 @@ from kernels_pallas.attention.inputs import MASK_BLOCK
 from kernels_pallas.attention.products import selected
 from kernels_pallas.attention.tpu import block_lists, tile
 from kernels_pallas.attention.tpu.plan import LANES, Plan
-from kernels_pallas.common.tpu import Ref
+from kernels_pallas.common.tpu import Ref, as_column
 
 
 class _Queries(NamedTuple):
@@ -235,8 +235,8 @@ def backward_kernel(
         dk[...] = jnp.zeros_like(dk)
         dv[...] = jnp.zeros_like(dv)
 
-    lse_columns[...] = tile.as_column(lse[0, 0])
-    delta_columns[...] = tile.as_column(delta[0, 0])
+    lse_columns[...] = as_column(lse[0, 0])
+    delta_columns[...] = as_column(delta[0, 0])
 
     def add_gradients(careful: bool, group: list[_Queries]) -> None:
         def logits_and_dp(c: Array, queries: _Queries) -> tuple[Array, Array, list[Any]]:

@@ -56,7 +56,7 @@ from kernels_pallas.attention.tpu.plan import (
 )
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.padding import padded, round_up
-from kernels_pallas.common.tpu import Operand, Ref
+from kernels_pallas.common.tpu import Operand, Ref, as_column, sigmoid
 
 
 class Before(NamedTuple):
@@ -307,7 +307,7 @@ def _kernel(
         sink = None if tables.sink_logits is None else zero + tables.sink_logits[h]
         if "before" in refs:
             # What was seen before is as one key: its logit the log-sum-exp, its value the output.
-            sink = zero + tile.as_column(refs["lse_before"][0, 0])
+            sink = zero + as_column(refs["lse_before"][0, 0])
         for ref, start in zip(statistics, normalizer.start(zero, (), sink)):
             ref[...] = start
         for ref in sums:
@@ -356,12 +356,12 @@ def _kernel(
         # The first output is the ungated o.
         y = outputs[0]
         if plan.gate == "element":
-            gate = tile.sigmoid(refs["gate"][0])
+            gate = sigmoid(refs["gate"][0])
             y = y * gate
         elif plan.gate == "head":
             # The gate of a head runs along lanes; rows of y run down.
-            gate = tile.sigmoid(refs["gate"][0, 0])
-            y = y * tile.as_column(gate)
+            gate = sigmoid(refs["gate"][0, 0])
+            y = y * as_column(gate)
         refs["y"][0] = y.astype(plan.out_dtype)
         # Only what `_outputs` asked for is there to be written.
         for n, output in enumerate(outputs):
@@ -427,7 +427,7 @@ def _add_tile(
         )
         if plan.segments:
             # They are stored along lanes; rows of this tile are queries.
-            query_segments = tile.as_column(refs["query_segments"][0, :, group_rows(start)])
+            query_segments = as_column(refs["query_segments"][0, :, group_rows(start)])
             key_segments = refs["key_segments"][0, :, :end]
             at = at._replace(query_segments=query_segments, key_segments=key_segments)
         return at

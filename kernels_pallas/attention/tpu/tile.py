@@ -359,19 +359,3 @@ def as_row(column: Array) -> Array:
     """[R, 1] -> [1, R]."""
     # Mosaic transposes whole registers, so the column is spread over one first.
     return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], LANES)))[:1]
-
-
-def as_column(row: Array) -> Array:
-    """[1, R] -> [R, 1]."""
-    # As in `as_row`: a register has 8 sublanes.
-    sublanes = 8
-    return jnp.transpose(jnp.broadcast_to(row, (sublanes, row.shape[1])))[:, :1]
-
-
-def sigmoid(gate_logits: Array) -> Array:
-    """The sigmoid in float32, by tanh.
-
-    tanh is one instruction here. 1 / (1 + exp) is a dozen, and there is no matrix product beside
-    them to hide their time.
-    """
-    return 0.5 * jnp.tanh(0.5 * gate_logits.astype(jnp.float32)) + 0.5

@@ -100,13 +100,6 @@ def join_rows(xs: Sequence[Array]) -> Array:
     return jnp.concatenate(xs, axis=0)
 
 
-def column(row: Float[Array, "1 C"]) -> Float[Array, "C 1"]:
-    """Transposes a row; Mosaic does so for whole registers only."""
-    # [1, C] -> [8, C] -> [C, 8] -> [C, 1]
-    register = jnp.broadcast_to(row, (ROWS, row.shape[1]))
-    return jnp.transpose(register)[:, :1]
-
-
 class Check:
     """A running sum of arrays in one register: NaN or infinite if an element of them is.
 

@@ -8,12 +8,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.common.tpu import Ref
+from kernels_pallas.common.tpu import Ref, as_column
 from kernels_pallas.linear_scan import nonfinite
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 from kernels_pallas.linear_scan.tpu import scalar_decay
 from kernels_pallas.linear_scan.tpu.plan import Grid
-from kernels_pallas.linear_scan.tpu.tile import TileOptions, column
+from kernels_pallas.linear_scan.tpu.tile import TileOptions
 
 
 class VectorDecays(NamedTuple):
@@ -209,7 +209,7 @@ class Tokens:
         if "starts" not in self.refs:
             return None
         # A row in memory, a column beside [C, K] arrays.
-        return column(self.refs["starts"][0, self.chunk]) > 0
+        return as_column(self.refs["starts"][0, self.chunk]) > 0
 
     def vector_decays(self) -> VectorDecays:
         """The decays of the chunk, one per key channel."""

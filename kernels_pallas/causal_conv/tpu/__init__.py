@@ -1,0 +1,1 @@
+"""The TPU backend of `causal_conv`."""
