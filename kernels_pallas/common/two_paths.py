@@ -23,13 +23,13 @@ class Scanned(NamedTuple):
     Attributes:
       o: the output.
       final_state: None where it is not asked for.
-      states: the state before each chunk, if it is saved for the way back.
+      saved: what the way back needs of this one, arrays by a backend's own names.
       is_bad: whether something is not finite.
     """
 
     o: Array
     final_state: Array | None
-    states: Array | None
+    saved: Any
     is_bad: Bool[Array, ""]
 
 
@@ -38,13 +38,13 @@ class Paths(NamedTuple):
 
     Attributes:
       forward: (plan, inputs, save) -> `Scanned`, by the kernels.
-      backward: (plan, inputs, states, cotangents) -> (gradients, whether one is not finite).
+      backward: (plan, inputs, saved, cotangents) -> (gradients, whether one is not finite).
       careful_forward: (plan, inputs) -> (o, final state).
       careful_backward: (plan, inputs, cotangents) -> gradients.
     """
 
     forward: Callable[[Any, Any, bool], Scanned]
-    backward: Callable[[Any, Any, Array, Any], tuple[Any, Bool[Array, ""]]]
+    backward: Callable[[Any, Any, Any, Any], tuple[Any, Bool[Array, ""]]]
     careful_forward: Callable[[Any, Any], tuple[Array, Array | None]]
     careful_backward: Callable[[Any, Any, Any], Any]
 
@@ -53,7 +53,7 @@ def with_careful_path(
     op: str,
     paths: Paths,
     out_name: str,
-    states_name: str,
+    saved_name: str,
 ) -> Callable[[Any, Any], tuple[Array, Array | None]]:
     """(plan, inputs) -> (o, final state), with a derivative.
 
@@ -61,7 +61,7 @@ def with_careful_path(
       op: the name in the message that there is no second derivative.
       paths: what computes.
       out_name: of the output, for policies of `jax.checkpoint`.
-      states_name: of what is saved beside it.
+      saved_name: of what is saved beside it.
 
     Returns:
       The function; its first argument is static, and hashable.
@@ -88,13 +88,13 @@ def with_careful_path(
     def forward(plan: Any, inputs: Any):
         made = checked(plan, inputs, save=True)
         # The name also of the flag, or it alone would have the kernels run again.
-        saved = checkpoint_name((made.states, made.is_bad), states_name)
+        saved = checkpoint_name((made.saved, made.is_bad), saved_name)
         return (checkpoint_name(made.o, out_name), made.final_state), (inputs, *saved)
 
     def backward(plan: Any, residuals: Any, cotangents: Any) -> tuple[Any]:
-        inputs, states, was_bad = residuals
+        inputs, saved, was_bad = residuals
         run = partial(paths.backward, plan)
-        gradients, is_bad = once(op, run, inputs, states, cotangents)
+        gradients, is_bad = once(op, run, inputs, saved, cotangents)
         carefully = partial(once, op, partial(paths.careful_backward, plan))
         # What was not finite on the way forward is not counted again on the way back.
         return (if_bad(was_bad | is_bad, carefully, gradients, inputs, cotangents),)

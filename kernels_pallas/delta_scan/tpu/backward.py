@@ -2,9 +2,9 @@
 
 The grid is (B, blocks of heads, blocks of tokens), see `call.py`, with tokens in the opposite order
 of the forward kernel. The cotangent of the state stays in VMEM scratch. In each chunk the kernel
-reads the saved state before the chunk, recomputes the chunk's terms and the inverse of its
-triangular system, and takes their derivative by hand. All gradients of a chunk come from this one
-pass.
+reads the saved state before the chunk, recomputes the chunk's terms, makes the inverse of its
+triangular system from those of the forward kernel's spans, and takes their derivative by hand. All
+gradients of a chunk come from this one pass.
 """
 
 from collections.abc import Generator
@@ -19,7 +19,7 @@ from kernels_pallas.common.tpu import Operand, Ref
 from kernels_pallas.delta_scan.tpu import scalar_decay, tile, vector_decay_backward
 from kernels_pallas.delta_scan.tpu.cost import scan_cost
 from kernels_pallas.delta_scan.tpu.forward import chunk_terms, flags_output, store_flags
-from kernels_pallas.delta_scan.tpu.plan import Grid, KernelInputs, Plan, grid_of
+from kernels_pallas.delta_scan.tpu.plan import Grid, KernelInputs, Plan, Saved, grid_of
 from kernels_pallas.delta_scan.tpu.tokens import Tokens
 from kernels_pallas.linear_scan.tpu.backward import shared_heads_output
 from kernels_pallas.linear_scan.tpu.call import call
@@ -29,7 +29,7 @@ from kernels_pallas.linear_scan.tpu.tile import interleave, merge_levels
 def backward(
     plan: Plan,
     x: KernelInputs,
-    states: Array,
+    saved: Saved,
     do: Array,
     dfinal: Array | None,
 ) -> dict[str, Array]:
@@ -38,7 +38,7 @@ def backward(
     Args:
       plan: the static arguments.
       x: the inputs of the forward kernel.
-      states: the state before each chunk, as the forward kernel saved it.
+      saved: by the forward kernel.
       do: the cotangent of o.
       dfinal: the cotangent of the final state, if that was returned.
 
@@ -50,9 +50,11 @@ def backward(
     """
     grid = grid_of(plan, plan.backward, is_backward=True)
     inputs = grid.delta_inputs(plan, x)
-    # Beside the forward kernel's inputs: the cotangents, and the states that it saved.
+    # Beside the forward kernel's inputs: the cotangents, and what it saved.
     inputs.append(grid.tokens("do", do, plan.H, plan.V))
-    inputs.append(grid.states(states))
+    for name, array in saved._asdict().items():
+        if array is not None:
+            inputs.append(grid.of_chunks(name, array))
     if dfinal is not None:
         inputs.append(grid.state("dfinal", dfinal))
     return call(
@@ -119,9 +121,13 @@ def _kernel(
     def head(tokens: Tokens, sums: dict) -> Generator:
         chunk = tokens.chunk
         h = tokens.head
-        terms, saved, decays = yield from chunk_terms(plan, options, levels, tokens)
+        solved = tile.Solved(
+            inverses=refs["inverses"][0, h, chunk],
+            read_scores=refs["scores"][0, h, chunk] if "scores" in refs else None,
+        )
+        terms, saved, decays = yield from chunk_terms(plan, options, levels, tokens, solved)
         yield
-        inverse_matrix = yield from tile.inverse(options, terms)
+        inverse_matrix = yield from tile.inverse(options, terms, solved.inverses)
         yield
         # The state before the chunk, and the cotangent of the one after it.
         cotangents = yield from tile.read_and_update_backward(

@@ -3,8 +3,8 @@
 The grid is (B, blocks of heads, blocks of tokens), see `call.py`. In each step the kernel takes the
 chunks of its block in order, and the heads of a chunk interleaved. It computes the terms of the
 chunk and the inverses of its triangular systems, one for each span of 64 tokens, reads the state in
-VMEM, and updates it, once a span. For the backward pass it also writes the state before each chunk
-to HBM; all else is recomputed there.
+VMEM, and updates it, once a span. For the backward pass it also writes to HBM the state before each
+chunk, the inverses, and the scores of vector decays; all else is recomputed there.
 """
 
 from collections.abc import Generator
@@ -32,8 +32,8 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
 
     Returns:
       "o" [B, T, H*V]; "flags" float32 [B, blocks of heads, 8, 128], not 0 where the final state has
-      a number that is not finite; "final" float32 [B, H, V, K] if asked for; "states"
-      [B, H, chunks, V, K], the state before each chunk, if `save`.
+      a number that is not finite; "final" float32 [B, H, V, K] if asked for; if `save`, "states",
+      "inverses" and "scores" of `Saved`.
     """
     grid = grid_of(plan, plan.forward, is_backward=False)
     B = x.q.shape[0]
@@ -50,9 +50,17 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
     if save:
         num_chunks = grid.num_steps * grid.schedule.chunks
         # Where matmuls round the state anyway, half the bytes are enough.
-        dtype = jnp.bfloat16 if plan.rounds else jnp.float32
-        states = like(x.q, (B, plan.H, num_chunks, plan.V, plan.K), dtype)
-        outputs.append(grid.states(states))
+        rounded = jnp.bfloat16 if plan.rounds else jnp.float32
+        # The inverses go into larger ones, which is where rounding would be seen.
+        saved = {
+            "states": (plan.V, plan.K, rounded),
+            "inverses": (plan.chunk // plan.forward_spans, plan.chunk, jnp.float32),
+        }
+        if plan.decay == "vector":
+            saved["scores"] = (plan.chunk, plan.chunk, rounded)
+        for name, (rows, columns, dtype) in saved.items():
+            shape = (B, plan.H, num_chunks, rows, columns)
+            outputs.append(grid.of_chunks(name, like(x.q, shape, dtype)))
     scratch = []
     if _is_strided(plan):
         shape = strided.scratch_shape(grid.schedule.heads, plan.K)
@@ -90,6 +98,7 @@ def chunk_terms(
     options: TileOptions,
     levels: Array,
     tokens: Tokens,
+    solved: tile.Solved | None = None,
 ) -> Generator[None, None, tuple[tile.ChunkTerms, Any, Any]]:
     """The terms of a chunk, by the kind of decay, with what their derivative needs.
 
@@ -97,6 +106,7 @@ def chunk_terms(
       plan, options: the static arguments.
       levels: of `merge_levels`.
       tokens: of the chunk.
+      solved: what is known already.
 
     Returns:
       (terms, merges of a vector decay or erase scores of a scalar one, decays or factors): a
@@ -114,6 +124,7 @@ def chunk_terms(
             decays.decay,
             total,
             tokens.diagonal(),
+            solved,
         )
         return terms, merges, decays
     yield
@@ -126,6 +137,7 @@ def chunk_terms(
         tokens.erase,
         tokens.k,
         factors,
+        solved,
     )
     return terms, erase_scores, factors
 
@@ -180,6 +192,9 @@ def _kernel(
         # Save the state before it is updated.
         if "states" in refs:
             refs["states"][0, h, chunk] = state_ref[h].astype(refs["states"].dtype)
+            refs["inverses"][0, h, chunk] = inverses
+        if "scores" in refs:
+            refs["scores"][0, h, chunk] = terms.read_scores.astype(refs["scores"].dtype)
         o, new_state = yield from tile.read_and_update(
             options,
             terms,

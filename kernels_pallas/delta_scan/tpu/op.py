@@ -33,7 +33,7 @@ from kernels_pallas.delta_scan import xla
 from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
 from kernels_pallas.delta_scan.tpu import backward as backward_kernel
 from kernels_pallas.delta_scan.tpu import forward as forward_kernel
-from kernels_pallas.delta_scan.tpu.plan import KernelInputs, Plan
+from kernels_pallas.delta_scan.tpu.plan import KernelInputs, Plan, Saved
 from kernels_pallas.delta_scan.tpu.tuning import MAX_CHUNK, MAX_K, MAX_V, MIN_CHUNK, schedules
 from kernels_pallas.delta_scan.xla import OUT_NAME, STATES_NAME
 from kernels_pallas.linear_scan import tile as scan_tile
@@ -260,13 +260,16 @@ def _forward(plan: Plan, x: Views, save: bool) -> Scanned:
     """By the kernel: o [B, T, H*V], final state [B, H, V, K]."""
     out = forward_kernel.forward(plan, _kernel_inputs(plan, x), save=save)
     # Values that are not finite reach the states.
-    return Scanned(out["o"], out.get("final"), out.get("states"), any_counted(out["flags"]))
+    saved = None
+    if save:
+        saved = Saved(out["states"], out["inverses"], out.get("scores"))
+    return Scanned(out["o"], out.get("final"), saved, any_counted(out["flags"]))
 
 
 def _backward(
     plan: Plan,
     x: Views,
-    states: Array,
+    saved: Saved,
     cotangents: tuple[Array, Array | None],
 ) -> tuple[Views, Bool[Array, ""]]:
     """The gradients of `_views` by the kernel, and whether something in them is not finite."""
@@ -274,7 +277,7 @@ def _backward(
     out = backward_kernel.backward(
         plan,
         _kernel_inputs(plan, x),
-        states,
+        saved,
         do,
         dfinal,
     )

@@ -98,6 +98,21 @@ class KernelInputs(NamedTuple):
     state: Float[Array, "B H V K"] | None
 
 
+class Saved(NamedTuple):
+    """What the forward kernel saves for the backward kernel, beside its inputs.
+
+    Attributes:
+      states: the state before each chunk.
+      inverses: of the spans of each chunk, see `tile.inverse`.
+      scores: what queries read of each chunk, as `tile.ChunkTerms` has it; of vector decays only,
+        since those of scalar ones are one product.
+    """
+
+    states: Float[Array, "B H N V K"]
+    inverses: Float[Array, "B H N S C"]
+    scores: Float[Array, "B H N C C"] | None
+
+
 class Grid(scan_plan.Grid):
     """The grid of one kernel: (B, blocks of heads, blocks of tokens).
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from kernels_pallas.delta_scan.tpu.tile import (
     ChunkCotangents,
     ChunkTerms,
+    Solved,
     later_registers,
     pack_diagonal,
 )
@@ -83,9 +84,10 @@ def chunk_terms(
     erase: Float[Array, "C K"],
     k: Float[Array, "C K"],
     factors: Factors,
+    solved: Solved | None = None,
 ) -> Generator[None, None, tuple[ChunkTerms, Float[Array, "C C"]]]:
     """The terms of a chunk, of scaled queries, negative erase keys and keys, and all erase scores
-    (a generator).
+    (a generator). For an inverse from those that are solved, if they are.
     """
 
     def operand(x: Array) -> Array:
@@ -99,13 +101,13 @@ def chunk_terms(
     erase_scores = jnp.where(levels > 0, products[C:] * factors.mask, 0.0)
     rows = split_rows(erase_scores)
     erase_rows = []
-    h = ROWS
+    h = ROWS if solved is None else solved.block
     while h < C // len(factors.totals):
         erase_rows.append(later_registers(rows, h))
         h *= 2
     terms = ChunkTerms(
         read_scores=operand(products[:C] * factors.mask),
-        erase_blocks=pack_diagonal(rows, C),
+        erase_blocks=pack_diagonal(rows, C) if solved is None else None,
         erase_rows=tuple(erase_rows),
         reads=operand(q * factors.read),
         erases=operand(erase * factors.read),

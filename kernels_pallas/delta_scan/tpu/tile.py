@@ -43,15 +43,15 @@ class ChunkTerms(NamedTuple):
     Attributes:
       read_scores: A_q with its diagonal, 0 for tokens of two spans.
       erase_blocks: the blocks of 8 on N's diagonal side by side, strictly lower triangular, see
-        `pack_diagonal`.
+        `pack_diagonal`; None where larger ones are `Solved`.
       erase_rows: for blocks of h = 8, 16, ... S / 2 the rows of N of every second, later block.
-        Only the columns of the block before it are meant.
+        Only the columns of the block before it are meant. Not for blocks inside of a solved one.
       erases: -e.G.
       totals: the decay of every span.
     """
 
     read_scores: Float[Array, "C C"]
-    erase_blocks: Float[Array, "8 C"]
+    erase_blocks: Float[Array, "8 C"] | None
     erase_rows: tuple[Registers, ...]
     reads: Float[Array, "C K"]
     erases: Float[Array, "C K"]
@@ -62,6 +62,24 @@ class ChunkTerms(NamedTuple):
     def span(self) -> int:
         """Tokens between two updates of the state."""
         return self.reads.shape[0] // len(self.totals)
+
+
+class Solved(NamedTuple):
+    """What the backward kernel gets of a chunk that the forward kernel has computed.
+
+    Attributes:
+      inverses: of blocks, those of the forward kernel's spans, as `inverse` returns them.
+      read_scores: those of its `ChunkTerms`: zeros between two spans. None where they are computed
+        again.
+    """
+
+    inverses: Float[Array, "S C"]
+    read_scores: Float[Array, "C C"] | None
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return self.inverses.shape[0]
 
 
 # --- blocks on the diagonal of [C, C], and the same side by side
@@ -120,6 +138,7 @@ def earlier_registers(xs: Registers, h: int) -> Registers:
 def inverse(
     options: TileOptions,
     terms: ChunkTerms,
+    solved: Float[Array, "h C"] | None = None,
 ) -> Generator[None, None, Float[Array, "S C"]]:
     """(I - N)^-1 of every span, from the inverses of diagonal blocks, which double in every level.
 
@@ -131,13 +150,18 @@ def inverse(
     Args:
       options: the static arguments.
       terms: the terms of the chunk, with N.
+      solved: the inverses of blocks of h rows, if they are known.
 
     Returns:
       The inverses, side by side (a generator).
     """
-    lane = lanes_of(terms.erase_blocks.shape[1])
-    packed = [_inverse_of_registers(terms.erase_blocks, lane)]
-    h = ROWS
+    lane = lanes_of(terms.read_scores.shape[1])
+    if solved is not None:
+        packed = split_rows(solved)
+    else:
+        assert terms.erase_blocks is not None
+        packed = [_inverse_of_registers(terms.erase_blocks, lane)]
+    h = len(packed) * ROWS
     for erase_rows in terms.erase_rows:
         yield
         # T_R N[R, L], then that times T_L. The right operands are known before the left ones, and

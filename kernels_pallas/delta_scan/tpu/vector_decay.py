@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.delta_scan.tpu.tile import (
     ChunkTerms,
+    Solved,
     later_registers,
     pack_diagonal,
     unpack_diagonal,
@@ -66,6 +67,7 @@ def chunk_terms(
     decay: Float[Array, "C K"],
     total: Float[Array, "1 K"],
     diagonal: Float[Array, "C 1"],
+    solved: Solved | None = None,
 ) -> Generator[None, None, tuple[ChunkTerms, list[Merge]]]:
     """The terms of a chunk (a generator).
 
@@ -77,6 +79,7 @@ def chunk_terms(
       decay: of each token and channel.
       total: the decay of the whole chunk, as the exponential of the sum of logs.
       diagonal: what each query reads of its own token's write.
+      solved: with scores. Then no product is made inside of its blocks.
 
     Returns:
       The terms, and the merges in order.
@@ -99,6 +102,11 @@ def chunk_terms(
     erase_blocks = jnp.zeros_like(read_blocks)
     read_scores = []
     rows_of_erases = []
+    first_block = 1
+    if solved is not None:
+        assert solved.read_scores is not None
+        read_scores = split_rows(solved.read_scores.astype(jnp.float32))
+        first_block = solved.block
 
     def place(product: Array, h: int) -> None:
         """In order of h: larger blocks overwrite what is not theirs."""
@@ -131,7 +139,9 @@ def chunk_terms(
             partners=partners,
         )
         merges.append(merge)
-        product = matmul(options, merge.later_reads, merge.writes, NT)
+        product = None
+        if h >= first_block:
+            product = matmul(options, merge.later_reads, merge.writes, NT)
         of_reads, of_writes = _factors(partners, h, len(read_rows))
         read_rows = _multiplied(read_rows, of_reads)
         erase_rows = _multiplied(erase_rows, of_reads)
@@ -142,7 +152,7 @@ def chunk_terms(
             totals = [a * b for a, b in zip(totals[::2], totals[1::2])]
         if pending is not None:
             place(*pending)
-        pending = product, h
+        pending = None if product is None else (product, h)
         h *= 2
     if pending is not None:
         place(*pending)
@@ -150,7 +160,7 @@ def chunk_terms(
     terms = ChunkTerms(
         # Kept as matmuls see them, half as large: until the inverse is there they only wait.
         read_scores=operand(read_scores),
-        erase_blocks=erase_blocks,
+        erase_blocks=erase_blocks if solved is None else None,
         erase_rows=tuple(rows_of_erases),
         reads=operand(read_rows),
         erases=operand(erase_rows),

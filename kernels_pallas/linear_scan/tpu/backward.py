@@ -57,9 +57,9 @@ def backward(
     inputs = grid.inputs(x)
     # Beside the forward kernel's inputs: the cotangents, and what it saved.
     inputs.append(grid.tokens("do", do, plan.H, plan.V))
-    inputs.append(grid.states(saved.states))
+    inputs.append(grid.of_chunks("states", saved.states))
     if saved.scores is not None:
-        inputs.append(grid.scores(saved.scores))
+        inputs.append(grid.of_chunks("scores", saved.scores))
     if dfinal is not None:
         inputs.append(grid.state("dfinal", dfinal))
 

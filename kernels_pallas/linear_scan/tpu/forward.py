@@ -48,10 +48,10 @@ def forward(plan: Plan, x: KernelInputs, save: bool) -> dict[str, Array]:
         # Where matmuls round the state anyway, half the bytes are enough.
         dtype = jnp.bfloat16 if plan.rounds else jnp.float32
         states = like(x.q, (B, plan.H, num_chunks, plan.V, plan.K), dtype)
-        outputs.append(grid.states(states))
+        outputs.append(grid.of_chunks("states", states))
         if plan.saves_scores:
             shape = (B, plan.H, num_chunks, plan.chunk, plan.chunk)
-            outputs.append(grid.scores(like(x.q, shape, jnp.bfloat16)))
+            outputs.append(grid.of_chunks("scores", like(x.q, shape, jnp.bfloat16)))
     cost = partial(scan_cost, grid)
     return call(grid, _kernel, inputs, outputs, "linear_scan_forward", cost)
 

@@ -254,22 +254,11 @@ class Grid(NamedTuple):
         block = (1, self.schedule.heads, self.plan.V, self.plan.K)
         return Operand(name, array, block, lambda b, h, t: (b, h, 0, 0))
 
-    def states(self, array: ArrayOrShape) -> Operand:
-        """[B, H, chunks, V, K]: the state before each chunk."""
-        block = (1, self.schedule.heads, self.schedule.chunks, self.plan.V, self.plan.K)
+    def of_chunks(self, name: str, array: ArrayOrShape) -> Operand:
+        """[B, H, chunks, rows, columns]: what there is of each chunk, as the state before it."""
+        block = (1, self.schedule.heads, self.schedule.chunks, *array.shape[3:])
         return Operand(
-            "states",
-            array,
-            block,
-            lambda b, h, t: (b, h, self.token_block(t), 0, 0),
-        )
-
-    def scores(self, array: ArrayOrShape) -> Operand:
-        """[B, H, chunks, C, C]."""
-        chunk = self.plan.chunk
-        block = (1, self.schedule.heads, self.schedule.chunks, chunk, chunk)
-        return Operand(
-            "scores",
+            name,
             array,
             block,
             lambda b, h, t: (b, h, self.token_block(t), 0, 0),

@@ -8,10 +8,10 @@ import pytest
 from helpers import rel_rms
 
 from kernels_pallas.delta_scan import tile
-from kernels_pallas.delta_scan.tpu import strided, strided_halving
+from kernels_pallas.delta_scan.tpu import scalar_decay, strided, strided_halving, vector_decay
 from kernels_pallas.delta_scan.tpu.plan import SPAN
-from kernels_pallas.delta_scan.tpu.tile import inverse
-from kernels_pallas.linear_scan.tpu.tile import TileOptions
+from kernels_pallas.delta_scan.tpu.tile import ChunkTerms, Solved, inverse
+from kernels_pallas.linear_scan.tpu.tile import TileOptions, merge_levels
 
 CHUNK = strided.CHUNK
 K = 128
@@ -131,6 +131,43 @@ def test_inverse_of_both_spans():
         # The kernel's erase keys are the negative ones.
         want = tile.inverse(-terms.erase_scores, "highest")
         assert rel_rms(got[:, n * SPAN : (n + 1) * SPAN], want) < 2e-6
+
+
+def close(got: ChunkTerms, want: ChunkTerms):
+    for name in ("read_scores", "reads", "erases", "writes"):
+        assert rel_rms(getattr(got, name), getattr(want, name)) < 2e-6, name
+
+
+@pytest.mark.parametrize("decay", ["vector", "none"])
+def test_the_backward_kernel_goes_on_from_both_spans(decay):
+    """As if it had computed the chunk as one span."""
+    levels = merge_levels(CHUNK, reverse=False)
+    x = tokens(2)
+    q, erase, k, logs = (jnp.asarray(y, jnp.float32) for y in x.values())
+    if decay == "vector":
+        of_spans = strided_terms(F32, x)
+        decays = jnp.exp(logs)
+        total = jnp.exp(logs.sum(0, keepdims=True))
+        diagonal = jnp.sum(q * k, axis=1, keepdims=True)
+
+        def whole(*solved):
+            of_tokens = (q * decays, erase * decays, k, decays, total, diagonal)
+            return finished(vector_decay.chunk_terms(F32, levels, *of_tokens, *solved))[0]
+    else:
+
+        def whole(*solved, spans=1):
+            factors = scalar_decay.undecayed(levels, spans)
+            of_tokens = (q, erase, k, factors)
+            return finished(scalar_decay.chunk_terms(F32, levels, *of_tokens, *solved))[0]
+
+        of_spans = whole(spans=2)
+    solved = Solved(finished(inverse(F32, of_spans)), of_spans.read_scores)
+    assert solved.block == SPAN
+    got, want = whole(solved), whole()
+    close(got, want)
+    assert len(got.erase_rows) == 1
+    both = [inverse(F32, got, solved.inverses), inverse(F32, want)]
+    assert rel_rms(*map(finished, both)) < 2e-6
 
 
 @pytest.mark.parametrize("error", ["lanes", "rows", "erases"])
