@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from kernels_pallas.common.mesh import varying_axes
 
@@ -60,7 +60,7 @@ def interpret_params(interpret: Interpret, x: Array) -> Interpret:
     return interpret
 
 
-def as_column(row: Float[Array, "1 R"]) -> Float[Array, "R 1"]:
+def as_column(row: Shaped[Array, "1 R"]) -> Shaped[Array, "R 1"]:
     """A row transposed, inside of a kernel; Mosaic does so for whole registers only."""
     # [1, R] -> [8, R] -> [R, 8] -> [R, 1]
     register = jnp.broadcast_to(row, (SUBLANES, row.shape[1]))

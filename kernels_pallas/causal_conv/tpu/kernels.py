@@ -29,23 +29,23 @@ from kernels_pallas.common.tpu import LANES, SUBLANES, Ref, as_column, sigmoid
 HALO = 16
 
 
-class Arrays[X](NamedTuple):
+class Arrays(NamedTuple):
     """What a kernel reads: arrays, their blocks' specifications, or references to these.
 
     Attributes:
       x: the inputs.
       halo: the same array; of it a block has the 16 tokens before those of x.
-      kernel, bias: float32.
+      kernel, bias: float32; no bias is None.
       same: a word a token, see the module's docstring; None without segments.
-      dy: the gradient of y, in the backward kernel.
+      dy: the gradient of y; None in the forward kernel.
     """
 
-    x: X  # [B, T, F]
-    halo: X  # [B, T, F]
-    kernel: X  # [W, F]
-    bias: X | None  # [1, F]
-    same: X | None  # [B, 1, T]
-    dy: X | None  # [B, T, F]
+    x: Any  # [B, T, F]
+    halo: Any  # [B, T, F]
+    kernel: Any  # [W, F]
+    bias: Any  # [1, F]
+    same: Any  # [B, 1, T]
+    dy: Any  # [B, T, F]
 
 
 class _Strip(NamedTuple):
@@ -84,7 +84,7 @@ def spread(same: Ref, masks: Ref) -> None:
         masks[i] = words << 30 - i >> 31
 
 
-def _strip(refs: Arrays[Ref], masks: Ref | None, is_first: Any, lanes: Any) -> _Strip:
+def _strip(refs: Arrays, masks: Ref | None, is_first: Any, lanes: Any) -> _Strip:
     """`is_first`: whether the block is the first one of its row."""
     before = refs.halo[0, :, lanes].astype(jnp.float32)[HALO - SUBLANES :]
     # Before the first block is no token, and what the halo has is another's.
@@ -92,13 +92,13 @@ def _strip(refs: Arrays[Ref], masks: Ref | None, is_first: Any, lanes: Any) -> _
     return _Strip(refs.x[0, :, lanes].astype(jnp.float32), before, masks)
 
 
-def _tap(refs: Arrays[Ref], lag: int, lanes: Any) -> Float[Array, "1 128"]:
+def _tap(refs: Arrays, lag: int, lanes: Any) -> Float[Array, "1 128"]:
     """The weights of the inputs of `lag` tokens ago."""
     w = refs.kernel.shape[0] - 1 - lag
     return refs.kernel[w : w + 1, lanes]
 
 
-def _sum_of_taps(refs: Arrays[Ref], strip: _Strip, lanes: Any) -> Float[Array, "R 128"]:
+def _sum_of_taps(refs: Arrays, strip: _Strip, lanes: Any) -> Float[Array, "R 128"]:
     """z of the module's docstring."""
     z = strip.x * _tap(refs, 0, lanes)
     for lag in range(1, refs.kernel.shape[0]):
@@ -119,7 +119,7 @@ def _for_each_strip(channels: int, body: Callable[[Any], None]) -> None:
 
 def forward(
     is_activated: bool,
-    refs: Arrays[Ref],
+    refs: Arrays,
     masks: Ref | None,
     y_ref: Ref,
 ) -> None:
@@ -137,7 +137,7 @@ def forward(
 def backward(
     is_activated: bool,
     T: int,
-    refs: Arrays[Ref],
+    refs: Arrays,
     masks: Ref | None,
     dx_ref: Ref,
     sums_ref: Ref,
@@ -155,8 +155,6 @@ def backward(
     _, num_rows, channels = dx_ref.shape
     W = refs.kernel.shape[0]
     block = pl.num_programs(2) - 1 - pl.program_id(2)
-    dy_ref = refs.dy
-    assert dy_ref is not None
 
     # The last block of a row comes first.
     @pl.when(pl.program_id(2) == 0)
@@ -166,7 +164,7 @@ def backward(
 
     def of_strip(lanes: Any) -> None:
         strip = _strip(refs, masks, block == 0, lanes)
-        dz = dy_ref[0, :, lanes].astype(jnp.float32)
+        dz = refs.dy[0, :, lanes].astype(jnp.float32)
         if T % num_rows:
             # Behind the last token is what happens to be there.
             token = block * num_rows + lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)

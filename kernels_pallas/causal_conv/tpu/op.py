@@ -133,7 +133,7 @@ def _gradients(call: _Call, inputs: ConvInputs, dy: Array) -> ConvInputs:
     return ConvInputs(dx, of_taps[:W].astype(inputs.kernel.dtype), dbias, None)
 
 
-def _arrays(inputs: ConvInputs, dy: Array | None = None) -> Arrays[Array]:
+def _arrays(inputs: ConvInputs, dy: Array | None = None) -> Arrays:
     W, T = inputs.kernel.shape[0], inputs.x.shape[1]
     bias, same = None, None
     if inputs.bias is not None:
@@ -151,7 +151,7 @@ def _arrays(inputs: ConvInputs, dy: Array | None = None) -> Arrays[Array]:
 def _run(
     call: _Call,
     kernel: Callable[..., None],
-    arrays: Arrays[Array],
+    arrays: Arrays,
     outputs: list[jax.ShapeDtypeStruct],
     *,
     is_backward: bool,
@@ -203,7 +203,7 @@ def _run(
         scratch["after_ref"] = pltpu.VMEM((W, SUBLANES, channels), jnp.float32)
 
     def body(*refs: Ref, masks: Ref | None = None, **scratch: Ref) -> None:
-        blocks: Arrays[Ref] = jax.tree.unflatten(tree, refs[: len(given)])
+        blocks: Arrays = jax.tree.unflatten(tree, refs[: len(given)])
         if masks is not None:
             kernels.spread(blocks.same, masks)
         kernel(blocks, masks, *refs[len(given) :], **scratch)
