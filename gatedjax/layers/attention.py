@@ -5,7 +5,7 @@ called in `attention_or_step.py`: on rows of tokens, or on new tokens and the ca
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -394,12 +394,12 @@ class GatedAttention(Mixer):
         )(x)
 
     @nn.nowrap
-    def init_cache(self, batch: int, length: int) -> KVCache | ValueCache:
+    def init_cache(self, batch: int, length: int) -> KVCache | ValueCache | tuple[()]:
         if not self.config.causal:
             refuse_cache()
         if self.config.shares_cache:
             # No arrays.
-            return ()  # pyrefly: ignore  (of another layer's cache)
+            return ()
         return empty_cache(
             self.config,
             batch,
@@ -408,7 +408,7 @@ class GatedAttention(Mixer):
         )
 
     @nn.nowrap
-    def capacity(self, cache: KVCache | ValueCache) -> int | None:
+    def capacity(self, cache: Any) -> int | None:
         # The layer whose cache it is says how much room there is.
         return None if self.config.shares_cache else capacity(self.config, cache)
 

@@ -51,7 +51,7 @@ class StateCache:
 def hedgehog(
     x: Float[Array, "B T H D"],
     weights: Float[Array, "H D F"],
-) -> Float[Array, "B T H 2F"]:
+) -> Float[Array, "B T H 2*F"]:
     """Hedgehog's features (arXiv 2402.04347): softmax(x W) and softmax(-x W), float32."""
     logits = jnp.einsum(
         "bthd,hdf->bthf",
