@@ -1,6 +1,10 @@
 """What the tests of several ops share."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import pytest
@@ -27,3 +31,23 @@ def interpreter_in_shard_map(monkeypatch):
             return jax.core.eval_jaxpr(program.jaxpr, program.consts, *args)
 
     monkeypatch.setattr(hlo_interpreter, "pallas_call_hlo_interpret", interpret)
+
+
+@pytest.fixture
+def run_as_script(request):
+    """Runs the test's own file: in a process of its own, as this one may need libtpu with
+    schedules.
+    """
+
+    def run(*arguments: str) -> None:
+        root = Path(__file__).parents[2]
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, str(request.path), *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+    return run

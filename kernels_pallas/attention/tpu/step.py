@@ -39,6 +39,7 @@ from kernels_pallas.common.mesh import like, varying_like
 from kernels_pallas.common.padding import padded, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.tpu import (
+    SUBLANES,
     VMEM_LIMIT,
     Interpret,
     Operand,
@@ -47,8 +48,6 @@ from kernels_pallas.common.tpu import (
     without_float16,
 )
 
-# Rows of a register of float32.
-SUBLANES = 8
 # Of a block of keys or values in VMEM. Much less, and what a grid step costs by itself shows; it
 # is there twice, for keys and for values.
 BLOCK_BYTES = 2 * 2**20

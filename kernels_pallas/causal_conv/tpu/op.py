@@ -142,6 +142,7 @@ def _arrays(inputs: ConvInputs, dy: Array | None = None) -> Arrays:
         words = jnp.zeros_like(inputs.segment_ids, jnp.int32)
         for lag in range(1, W):
             is_same = xla.lagged(inputs.segment_ids, lag) == inputs.segment_ids
+            # Bit 0 stays 0: a token is of its own segment.
             words |= is_same.astype(jnp.int32) << lag
         # Of whole blocks: what runs along lanes may not end inside of one.
         same = padded(words, 1, round_up(T, _block_rows(T)))[:, None]

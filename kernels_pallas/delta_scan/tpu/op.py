@@ -27,7 +27,7 @@ from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
 from kernels_pallas.common.rows import row_by_row
-from kernels_pallas.common.tpu import interpret_params, without_float16
+from kernels_pallas.common.tpu import LANES, interpret_params, without_float16
 from kernels_pallas.common.two_paths import Paths, Scanned, with_careful_path
 from kernels_pallas.delta_scan import xla
 from kernels_pallas.delta_scan.inputs import DeltaInputs, DeltaOptions
@@ -42,8 +42,6 @@ from kernels_pallas.linear_scan.reference import segment_starts
 from kernels_pallas.linear_scan.tpu.op import sum_of_parts
 
 OP = "delta_scan"
-# Lanes of a register: channels are padded to a multiple.
-LANES = 128
 
 
 def unsupported(inputs: DeltaInputs, options: DeltaOptions) -> str | None:
@@ -91,6 +89,7 @@ def _plan(inputs: DeltaInputs, options: DeltaOptions, interpret: bool) -> Plan:
     _, T, H, V = inputs.v.shape
     Hq, K = inputs.q.shape[2:]
     Hk = inputs.k.shape[2]
+    # Channels fill whole registers.
     K = round_up(K, LANES)
     V = round_up(V, LANES)
     decay = decay_kind(inputs.log_decay, inputs.segment_ids)

@@ -12,9 +12,10 @@ from jax import Array
 from jaxtyping import Float
 
 from kernels_pallas.common.heads import repeat_heads
+from kernels_pallas.common.tpu import LANES, SUBLANES
 from kernels_pallas.delta_scan.inputs import DeltaStepInputs, DeltaStepOptions
 from kernels_pallas.delta_scan.normalize import l2_normalized
-from kernels_pallas.linear_scan.tpu.step import LANES, ROWS, update_states
+from kernels_pallas.linear_scan.tpu.step import update_states
 
 
 def unsupported(inputs: DeltaStepInputs) -> str | None:
@@ -49,7 +50,7 @@ def delta_scan_step(
         decay = jnp.broadcast_to(decay.reshape(B, H, -1), (B, H, K))
     rows = [options.scale * q, k, decay, erase]
     packed = jnp.stack(rows, axis=2)
-    missing_rows = ROWS - len(rows)
+    missing_rows = SUBLANES - len(rows)
     missing_lanes = -K % LANES
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, missing_rows), (0, missing_lanes)))
     read, new_state = update_states(

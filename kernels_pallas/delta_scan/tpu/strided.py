@@ -12,10 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float
 
-from kernels_pallas.common.tpu import Ref
+from kernels_pallas.common.tpu import LANES, Ref
 from kernels_pallas.delta_scan.tpu.plan import Grid, Plan
 from kernels_pallas.delta_scan.tpu.tokens import Tokens
-from kernels_pallas.linear_scan.tpu.tile import LANES, ROWS, Registers, join_rows, split_rows
+from kernels_pallas.linear_scan.tpu.tile import ROWS, Registers, join_rows, split_rows
 
 # Tokens of a chunk, and registers of one: blocks of BLOCK tokens have one row in each register.
 CHUNK = 128

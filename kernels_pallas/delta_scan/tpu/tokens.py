@@ -10,14 +10,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float, Int
 
-from kernels_pallas.common.tpu import Ref
+from kernels_pallas.common.tpu import LANES, Ref
 from kernels_pallas.delta_scan.normalize import L2_EPSILON
 from kernels_pallas.delta_scan.tpu import scalar_decay
 from kernels_pallas.delta_scan.tpu.plan import Grid, Plan
 from kernels_pallas.linear_scan.tile import LOG_ZERO
 from kernels_pallas.linear_scan.tpu.tile import ROWS
-
-LANES = 128
 
 
 class VectorDecays(NamedTuple):

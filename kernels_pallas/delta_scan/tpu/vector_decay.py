@@ -106,6 +106,7 @@ def chunk_terms(
     if solved is not None:
         assert solved.read_scores is not None
         read_scores = split_rows(solved.read_scores.astype(jnp.float32))
+        # Larger blocks hold tokens of several solved ones.
         first_block = solved.block
 
     def place(product: Array, h: int) -> None:

@@ -168,6 +168,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], dstate_ref: Ref) -> None:
             decays.decay,
         )
         scores = tokens.saved_scores
+        # Made again they come as the values' cotangents need them. To save them so is no faster.
         is_transposed = scores is None
         if scores is None:
             scores = yield from vector_decay.transposed_scores(

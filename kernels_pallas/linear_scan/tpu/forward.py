@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from kernels_pallas.common.mesh import like
-from kernels_pallas.common.tpu import Ref
+from kernels_pallas.common.tpu import LANES, Ref
 from kernels_pallas.linear_scan.tpu import scalar_decay, tile, vector_decay
 from kernels_pallas.linear_scan.tpu.call import call, scan_cost
 from kernels_pallas.linear_scan.tpu.plan import Grid, KernelInputs, Plan
@@ -115,7 +115,7 @@ def _kernel(grid: Grid, refs: dict[str, Ref], state_ref: Ref) -> None:
         if plan.decay != "vector":
             # A product of tokens that do not see each other may overflow, and is multiplied by 0
             # only then. Vector decays multiply the queries first.
-            check.add(o[:, : tile.LANES])
+            check.add(o[:, :LANES])
 
     check = tile.Check()
     for chunk in grid.chunk_order():

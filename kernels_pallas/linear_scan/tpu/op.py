@@ -24,7 +24,7 @@ from kernels_pallas.common.derivative import once
 from kernels_pallas.common.mesh import varying_like
 from kernels_pallas.common.padding import padded, power_of_two, round_up
 from kernels_pallas.common.precision import one_bfloat16_pass
-from kernels_pallas.common.tpu import interpret_params
+from kernels_pallas.common.tpu import LANES, interpret_params
 from kernels_pallas.linear_scan import nonfinite, tile
 from kernels_pallas.linear_scan.inputs import ScanInputs, ScanOptions, decay_kind
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
@@ -35,9 +35,6 @@ from kernels_pallas.linear_scan.tpu.again import gradients_again, outputs_again
 from kernels_pallas.linear_scan.tpu.plan import KernelInputs, Plan, Saved
 from kernels_pallas.linear_scan.tpu.tuning import MAX_CHUNK, MAX_D, MIN_CHUNK, schedules
 from kernels_pallas.linear_scan.xla import OUT_NAME, STATES_NAME
-
-# Lanes of a register: channels are padded to a multiple.
-LANES = 128
 
 
 def unsupported(inputs: ScanInputs, options: ScanOptions) -> str | None:
@@ -100,6 +97,7 @@ def _plan(inputs: ScanInputs, options: ScanOptions, interpret: bool) -> Plan:
     _, T, H, K = inputs.q.shape
     Hk = inputs.k.shape[2]
     Hv, V = inputs.v.shape[2:]
+    # Channels fill whole registers.
     K = round_up(K, LANES)
     V = round_up(V, LANES)
     decay = decay_kind(inputs.log_decay, inputs.segment_ids)

@@ -13,8 +13,8 @@ from jax import Array
 from jaxtyping import Float
 
 from kernels_pallas.common.mesh import like
-from kernels_pallas.common.tpu import Interpret, Operand
-from kernels_pallas.linear_scan.tpu.tile import LANES, ROWS, TileOptions
+from kernels_pallas.common.tpu import LANES, Interpret, Operand
+from kernels_pallas.linear_scan.tpu.tile import ROWS, TileOptions
 
 type ArrayOrShape = Array | jax.ShapeDtypeStruct
 

@@ -17,15 +17,12 @@ from jaxtyping import Float
 
 from kernels_pallas.common.heads import repeat_heads
 from kernels_pallas.common.mesh import like
-from kernels_pallas.common.tpu import VMEM_LIMIT, in_hbm, interpret_params
+from kernels_pallas.common.tpu import LANES, SUBLANES, VMEM_LIMIT, in_hbm, interpret_params
 from kernels_pallas.linear_scan.inputs import StepInputs, StepOptions
 from kernels_pallas.linear_scan.normalize import append_ones, divide_by_last
 
 # The states of a grid step; input and output, each twice in flight: 8 MiB of VMEM.
 STATE_BYTES_IN_STEP = 2**21
-# The shape of a float32 register.
-ROWS = 8
-LANES = 128
 
 
 def unsupported(inputs: StepInputs, options: StepOptions) -> str | None:
@@ -64,7 +61,7 @@ def linear_scan_step(
         rows.append(jnp.broadcast_to(decay, (B, H, K)))
     # [B, H, 2 or 3, K], padded to whole registers.
     packed = jnp.stack(rows, axis=2)
-    missing_rows = ROWS - packed.shape[2]
+    missing_rows = SUBLANES - packed.shape[2]
     missing_lanes = -K % LANES
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, missing_rows), (0, missing_lanes)))
 
@@ -158,7 +155,7 @@ def update_states(
     run = pl.pallas_call(
         kernel,
         grid=(B // batch, H // heads),
-        in_specs=[spec(ROWS, rows.shape[3]), spec(1, V), spec(K, V)],
+        in_specs=[spec(SUBLANES, rows.shape[3]), spec(1, V), spec(K, V)],
         out_specs=[spec(1, V), spec(K, V)],
         out_shape=[like(v, v.shape, v.dtype), like(state, state.shape, state.dtype)],
         # The state, input 2, becomes output 1.

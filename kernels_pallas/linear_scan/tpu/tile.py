@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from kernels_pallas.common.tpu import Ref
+from kernels_pallas.common.tpu import LANES, SUBLANES, Ref
 
-# Rows and lanes of a float32 register.
-ROWS = 8
-LANES = 128
+# Of a float32 register.
+ROWS = SUBLANES
 # A [C, K] array as C/8 registers, [8, K] each.
 type Registers = list[Array]
 

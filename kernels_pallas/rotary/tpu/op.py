@@ -31,7 +31,15 @@ from kernels_pallas.common.cost import moved
 from kernels_pallas.common.mesh import like
 from kernels_pallas.common.padding import round_up
 from kernels_pallas.common.second_order import differentiable_gradient
-from kernels_pallas.common.tpu import VMEM_LIMIT, Interpret, Ref, in_hbm, interpret_params
+from kernels_pallas.common.tpu import (
+    LANES,
+    SUBLANES,
+    VMEM_LIMIT,
+    Interpret,
+    Ref,
+    in_hbm,
+    interpret_params,
+)
 from kernels_pallas.rotary import xla
 from kernels_pallas.rotary.inputs import (
     RotaryInputs,
@@ -42,9 +50,6 @@ from kernels_pallas.rotary.inputs import (
 
 # Cosines and sines, for `jax.checkpoint` policies: all layers have the same ones.
 ANGLES_NAME = "rotary_angles"
-# The channels of a vector register. A head is a whole number of them.
-LANES = 128
-SUBLANES = 8
 # Numbers of x in a block: 2 MiB. Larger blocks hide more of the first one's way to VMEM.
 BLOCK = 2**20
 MOST_ROWS = 1024
@@ -62,6 +67,7 @@ def unsupported(inputs: RotaryInputs) -> str | None:
     B, T, _, D = inputs.x.shape
     if inputs.x.dtype != jnp.bfloat16:
         return f"takes x in bfloat16, not {inputs.x.dtype}"
+    # A head is a whole number of registers wide.
     if D % LANES:
         return f"takes heads of a multiple of {LANES} channels, not {D}"
     if B * T < LEAST_TOKENS:

@@ -5,9 +5,7 @@ python tests/kernels_pallas/delta_scan/test_delta_scan_compiles.py tpu:v6e [pack
 """
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 os.environ.setdefault(
     "JAX_PLATFORMS", "cpu"
@@ -80,14 +78,8 @@ def compile_variant(
 @pytest.mark.slow
 @pytest.mark.skipif(not libtpu.installed(), reason="libtpu is not installed (pip install '.[aot]')")
 @pytest.mark.parametrize("target", ["tpu:v5e", "tpu:v6e", "tpu:v7x"])
-def test_every_option_compiles(target):
-    """In a process of its own: this one may need libtpu with schedules."""
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, __file__, target], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+def test_every_option_compiles(target, run_as_script):
+    run_as_script(target)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ python tests/kernels_pallas/rotary/test_rotary_compiles.py tpu:v6e [interleaved 
 """
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 os.environ.setdefault(
     "JAX_PLATFORMS", "cpu"
@@ -78,14 +76,8 @@ def heads_that_are_copied(text: str) -> list[str]:
         ),
     ],
 )
-def test_it_compiles(target, names):
-    """In a process of its own: this one may need libtpu with schedules."""
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, __file__, target, *names], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+def test_it_compiles(target, names, run_as_script):
+    run_as_script(target, *names)
 
 
 if __name__ == "__main__":
